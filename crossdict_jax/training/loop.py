@@ -1,0 +1,211 @@
+"""The one training loop: fused steps, exact resume, metrics, NaN checks, a progress bar.
+
+The order of one turn, where it binds:
+
+1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
+2. dispatch a chunk of steps: one compiled program for any number of steps;
+3. only then read the metrics of the chunk before (bounds the work in flight, checks every step);
+4. checkpoint between chunks, never inside one.
+
+Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax.errors import UserError
+from crossdict_jax.training import checkpoint
+
+MAX_CHUNK = 50  # steps per dispatch
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """What the loop trains: two pure functions over pytrees.
+
+    Attributes:
+      init: key -> {"params": pytree, "train": pytree}; ``train`` is what only training needs.
+      step: (state, batch, step number, key) -> (state, {name: array}); metrics have fixed shapes.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    step: Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Where batches come from.
+
+    Attributes:
+      resident: pytree that stays on the devices for the whole run (for example all rows).
+      indices: (first step, number of steps) -> host pytree with a leading axis of steps.
+      select: (resident, one step's indices) -> batch, inside the compiled step.
+    """
+
+    resident: PyTree
+    indices: Callable[[int, int], PyTree]
+    select: Callable[[PyTree, PyTree], PyTree]
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(n).astype(np.int32)
+
+
+def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
+    """Returns places ``start .. start + count`` of an endless order of 0..n-1, shuffled per epoch.
+
+    A pure function of its arguments: no iterator state, the same on any number of devices.
+    """
+    places = np.arange(start, start + count, dtype=np.int64)
+    epochs = places // n
+    order = np.empty(count, np.int32)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        order[here] = _permutation(seed, int(epoch), n)[places[here] % n]
+    return order
+
+
+def train(
+    trainable: Trainable,
+    *,
+    feed: Feed,
+    steps: int,
+    seed: int,
+    directory: Path,
+    checkpoint_every: int,
+    what: str,
+    state_shardings: Callable[[PyTree], PyTree] | None = None,
+    meta: dict | None = None,
+) -> PyTree:
+    """Trains for ``steps`` steps and returns the final state; goes on where an earlier run stopped.
+
+    Args:
+      directory: gets ``checkpoints/`` and ``metrics.jsonl``.
+      what: the name on the progress bar and in error messages.
+      state_shardings: abstract state -> pytree of shardings; default: everything on one device.
+      meta: what the run depends on; a checkpoint with another meta is refused.
+
+    Raises:
+      UserError: a metric is not finite (the step and the metric are named), or the checkpoint
+        is damaged.
+    """
+    from tqdm import tqdm
+
+    checkpoints = Path(directory) / "checkpoints"
+    root = jax.random.key(seed)
+    state, done = _restore_or_init(trainable, checkpoints, root, state_shardings, meta or {})
+    run_chunk = _compile(trainable, feed)
+    log = _MetricsLog(Path(directory) / "metrics.jsonl", what=what, start=done)
+    progress = tqdm(total=steps, initial=done, desc=what, unit="step", mininterval=0.5)
+    pending: tuple[int, int, dict] | None = None
+    with progress:
+        while done < steps:
+            count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
+            indices = _padded(feed.indices(done, count), MAX_CHUNK)
+            state, metrics = run_chunk(state, feed.resident, indices, done, count, root)
+            if pending:
+                log.write(*pending, progress)
+            pending, done = (done, count, metrics), done + count
+            if done % checkpoint_every == 0 or done == steps:
+                log.write(*pending, progress)
+                pending = None
+                checkpoint.save(checkpoints, done, meta=meta or {}, **state)
+    return state
+
+
+def _restore_or_init(trainable, checkpoints, root, state_shardings, meta):
+    abstract = jax.eval_shape(trainable.init, root)
+    shardings = state_shardings(abstract) if state_shardings else _one_device(abstract)
+    done = checkpoint.latest_step(checkpoints)
+    if done is None:
+        return jax.jit(trainable.init, out_shardings=shardings)(root), 0
+    if checkpoint.load_meta(checkpoints) != json.loads(json.dumps(meta)):
+        raise UserError(
+            f"{checkpoints} was written with other settings or data; delete it to start again."
+        )
+    placed = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+    return checkpoint.restore(checkpoints, done, **placed), done
+
+
+def _one_device(abstract: PyTree) -> PyTree:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: device, abstract)
+
+
+def _padded(indices: PyTree, length: int) -> PyTree:
+    """Pads the leading axis, so that one compiled program serves every chunk length."""
+
+    def pad(array):
+        array = np.asarray(array)
+        return np.concatenate([array, np.repeat(array[-1:], length - len(array), axis=0)])
+
+    return jax.tree.map(pad, indices)
+
+
+def _compile(trainable: Trainable, feed: Feed):
+    def one_step(resident, indices, first, root, j, carry):
+        state, metrics = carry
+        batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
+        step = first + j
+        state, new = trainable.step(state, batch, step, jax.random.fold_in(root, step))
+        return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), metrics, new)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run_chunk(state, resident, indices, first, count, root):
+        batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
+        _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
+        empty = jax.tree.map(lambda m: jnp.zeros((MAX_CHUNK, *m.shape), m.dtype), shapes)
+        body = functools.partial(one_step, resident, indices, first, root)
+        return jax.lax.fori_loop(0, count, body, (state, empty))
+
+    return run_chunk
+
+
+class _MetricsLog:
+    """Appends metrics to a jsonl file; what lies beyond the restored step is cut off first."""
+
+    def __init__(self, path: Path, *, what: str, start: int):
+        self._path, self._what = path, what
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in old if _step_of(line) < start]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, first: int, count: int, metrics: dict, progress) -> None:
+        values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
+        for name, value in values.items():
+            bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)
+            if bad.any():
+                raise UserError(
+                    f"{self._what}: {name} is not finite at step {first + int(bad.argmax())}; "
+                    "lower the learning rate or look at the data."
+                )
+        row = {"step": first + count - 1}
+        row |= {name: np.mean(v, axis=0).tolist() for name, v in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "loss" in values:
+            progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
+        progress.update(count)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return 2**62  # a line that a kill cut short

@@ -1,0 +1,181 @@
+"""Every path of a run, and its json and jsonl files, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from crossdict_jax.errors import UserError
+
+
+def model_names(models: Iterable[str]) -> list[str]:
+    """Returns a short, unique folder name per model: the last part of its path, -2, -3 on collision.
+
+    Args:
+      models: Paths or hub ids, in order.
+    """
+    names: list[str] = []
+    for model in models:
+        base = re.sub(r"[^A-Za-z0-9._-]", "-", str(model).rstrip("/").split("/")[-1]) or "model"
+        name, n = base, 1
+        while name in names:
+            n += 1
+            name = f"{base}-{n}"
+        names.append(name)
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """The files of one run (DESIGN: a run's files)."""
+
+    root: Path
+
+    @property
+    def activations(self) -> Path:
+        return self.root / "activations"
+
+    @property
+    def dictionaries(self) -> Path:
+        return self.root / "dictionaries"
+
+    @property
+    def maps(self) -> Path:
+        return self.root / "maps"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def timing(self) -> Path:
+        return self.results / "timing.json"
+
+    def dictionary(self, model: str, site: Any, member: str = "seed-0") -> Path:
+        """Returns the checkpoint directory of one dictionary."""
+        return self.dictionaries / model / str(site) / member
+
+    def map(self, source: str, target: str, site_source: Any, site_target: Any, kind: str) -> Path:
+        """Returns the checkpoint directory of one map; ``kind`` ends in -shuffled for controls."""
+        return self.maps / f"{source}-to-{target}" / f"{site_source}--{site_target}" / kind
+
+    def result(self, name: str) -> Path:
+        """Returns the path of a result file such as ``transfer.jsonl``."""
+        return self.results / name
+
+    def record_timing(self, stage: str, **figures: float | int | str) -> None:
+        """Merges one stage's figures (wall_s, rows_per_s, ...) into results/timing.json."""
+        timing = read_json(self.timing) if self.timing.exists() else {}
+        write_json(self.timing, timing | {stage: figures})
+
+
+def open_workdir(path: str | os.PathLike, settings: dict) -> Workdir:
+    """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
+
+    Raises:
+      UserError: the directory belongs to a run with other settings (each difference is named),
+        holds files that are not a run's, or cannot be written.
+    """
+    work = Workdir(Path(path))
+    written = work.root / "config.json"
+    settings = json.loads(json.dumps(settings))
+    if written.exists():
+        _refuse_other_settings(work.root, read_json(written), settings)
+        return work
+    if work.root.exists() and not work.root.is_dir():
+        raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
+    if work.root.exists() and any(work.root.iterdir()):
+        raise UserError(
+            f"--workdir={path} is not empty and holds no config.json; name a new folder."
+        )
+    try:
+        write_json(written, settings)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={path} cannot be written ({error.strerror}); name a folder that can."
+        ) from error
+    return work
+
+
+def _refuse_other_settings(root: Path, before: dict, now: dict) -> None:
+    old, new = dict(_flatten(before)), dict(_flatten(now))
+    differences = [
+        f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"--workdir={root} was made with other settings ({'; '.join(differences)}); "
+            "use those settings or another --workdir."
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` so that a reader never sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON (undefined numbers become null)."""
+    write_text(path, json.dumps(_strict(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Writes one strict JSON object per line."""
+    write_text(path, "".join(json.dumps(_strict(r), allow_nan=False) + "\n" for r in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value in a JSON file; UserError if it is missing or damaged."""
+    return _read(path, json.loads)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Returns the rows of a JSON-lines file; UserError if it is missing or damaged."""
+    return _read(path, lambda text: [json.loads(line) for line in text.splitlines() if line])
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it first.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run its stage again.") from error
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
