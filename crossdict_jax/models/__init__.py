@@ -1,0 +1,41 @@
+"""Language models: Flax ports loaded from Hugging Face folders, read and edited at sites."""
+
+from crossdict_jax.models.base import (
+    KINDS,
+    LanguageModel,
+    ModelConfig,
+    Site,
+    Tap,
+    capture,
+    check_site,
+    check_tokens,
+)
+from crossdict_jax.models.hf import (
+    ASSETS,
+    EMBEDDED,
+    families,
+    init,
+    load,
+    load_config,
+    load_tokenizer,
+    save,
+)
+
+__all__ = [
+    "ASSETS",
+    "EMBEDDED",
+    "KINDS",
+    "LanguageModel",
+    "ModelConfig",
+    "Site",
+    "Tap",
+    "capture",
+    "check_site",
+    "check_tokens",
+    "families",
+    "init",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "save",
+]

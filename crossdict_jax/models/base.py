@@ -1,0 +1,295 @@
+"""Sites and taps, the residual block that every family shares, and the language model itself."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from crossdict_jax.errors import UserError
+
+KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in the residual stream: ``resid_pre.6`` is what block 6 reads.
+
+    ``resid_pre`` and ``resid_post`` are the stream before and after a block; ``attn_out`` and
+    ``mlp_out`` are what the block adds to it.
+    """
+
+    layer: int
+    kind: str = "resid_pre"
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"Site kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}.")
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.layer}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """The site that ``text`` (as in ``resid_pre.6``) names; UserError if it names none."""
+        kind, _, layer = text.rpartition(".")
+        if not layer.isascii() or not layer.isdigit():
+            raise UserError(f"Site {text!r} is not KIND.LAYER, as in resid_pre.6.")
+        return cls(layer=int(layer), kind=kind)
+
+
+Tap = Callable[[Site, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a language model; every family adds what only it has."""
+
+    model_type: str
+    vocab_size: int  # rows of the embedding; may exceed the tokenizer's tokens
+    context: int  # positions
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    activation: str
+    norm_eps: float
+    tied: bool  # the head is the embedding, transposed
+    init_std: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+
+def check_site(config: ModelConfig, site: Site, name: str) -> None:
+    """Raises UserError if the model called ``name`` has no such layer."""
+    if not 0 <= site.layer < config.n_layers:
+        raise UserError(
+            f"Site {site} is outside {name} ({config.n_layers} layers: 0-{config.n_layers - 1})."
+        )
+
+
+class Linear(nnx.Module):
+    """``x W + b`` with W [d_in, d_out]; the products may be taken in a smaller dtype."""
+
+    def __init__(self, d_in: int, d_out: int, rngs: nnx.Rngs, *, std: float, bias: bool = True):
+        self.W = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
+        self.b = nnx.Param(jnp.zeros(d_out)) if bias else None
+
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        y = matmul(x, self.W[...], dtype)
+        return y if self.b is None else y + self.b[...][None, None, :]
+
+
+class LayerNorm(nnx.Module):
+    """``(x - mean) / sqrt(var + eps) * scale + bias`` over d_model."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones(d_model))
+        self.bias = nnx.Param(jnp.zeros(d_model))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * self.scale[...][None, None, :] + self.bias[...][None, None, :]
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over d_model."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones(d_model))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * self.scale[...][None, None, :]
+
+
+class MLP(nnx.Module):
+    """``activation(x W_up + b_up) W_down + b_down``."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.up = Linear(config.d_model, config.d_mlp, rngs, std=config.init_std)
+        self.down = Linear(config.d_mlp, config.d_model, rngs, std=output_std(config))
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x, dtype)), dtype)
+
+
+class Block(nnx.Module):
+    """One residual block: attention and MLP, one after the other or both on the same input."""
+
+    def __init__(self, layer: int, *, norm_1, attention, norm_2, mlp, parallel: bool = False):
+        self.norm_1, self.attention = norm_1, attention
+        self.norm_2, self.mlp = norm_2, mlp
+        self.layer, self.parallel = layer, parallel
+
+    def __call__(self, x: jax.Array, rotary, tap: Tap, dtype: jnp.dtype) -> jax.Array:
+        x = tap(Site(self.layer, "resid_pre"), x)  # [batch, seq, d_model]
+        attn_out = self.attention(self.norm_1(x), rotary, dtype)
+        attn_out = tap(Site(self.layer, "attn_out"), attn_out)
+        middle = x + attn_out
+        mlp_out = self.mlp(self.norm_2(x if self.parallel else middle), dtype)
+        mlp_out = tap(Site(self.layer, "mlp_out"), mlp_out)
+        return tap(Site(self.layer, "resid_post"), middle + mlp_out)
+
+
+class LanguageModel(nnx.Module):
+    """A causal language model with float32 parameters and residual stream.
+
+    Families fill ``blocks`` (an nnx.List of Block) and ``final_norm``, and say how positions
+    enter: through ``embed`` or through ``rotary``. Static: ``config``, ``name``, ``path``.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.name = config.model_type
+        self.path = ""  # the folder it was loaded from
+        shape = (config.vocab_size, config.d_model)
+        self.W_E = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+        if config.tied:
+            self.W_U = None
+        else:
+            self.W_U = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape[::-1]))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.W_E[...][tokens]  # [batch, seq, d_model]
+
+    def rotary(self, length: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The tables for ``rotate`` of every position, or None where positions are embedded."""
+        return None
+
+    def logits(self, tokens, tap: Tap | None = None, dtype=None) -> jax.Array:
+        """Next-token logits, float32 [batch, seq, vocab_size], of int tokens [batch, seq].
+
+        ``tap(site, x) -> x`` is called at every site in execution order, and what it returns
+        is what the rest of the model reads: return x to read, something else to edit.
+        Attention is causal, so padding on the right changes nothing before it. ``dtype`` is
+        that of the inputs of matrix products (sums stay float32); float32 is exact everywhere.
+        """
+        tokens = check_tokens(self.config, tokens, self.name)
+        tap = tap or (lambda site, x: x)
+        dtype = jnp.dtype(dtype or jnp.float32)
+        x = self.embed(tokens)
+        rotary = self.rotary(tokens.shape[1])
+        for block in self.blocks:
+            x = block(x, rotary, tap, dtype)
+        W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
+        return matmul(self.final_norm(x), W_U, dtype)
+
+    @property
+    def tokenizer(self):
+        """The transformers tokenizer beside the weights; UserError if there is none."""
+        from crossdict_jax.models import hf
+
+        return hf.load_tokenizer(self.path)
+
+
+def capture(lm: LanguageModel, tokens, sites: Iterable[Site], dtype=None) -> dict[Site, jax.Array]:
+    """``{site: float32 [batch, seq, d_model]}`` of int tokens [batch, seq].
+
+    One compiled pass, in which the compiler drops everything after the last captured site.
+    """
+    sites = tuple(sites)
+    for site in sites:
+        check_site(lm.config, site, lm.name)
+    tokens = check_tokens(lm.config, tokens, lm.name)
+    graphdef, state = nnx.split(lm)
+    return dict(
+        zip(sites, _captured(graphdef, state, tokens, sites, jnp.dtype(dtype or "float32")))
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "sites", "dtype"))
+def _captured(graphdef, state, tokens, sites, dtype) -> tuple[jax.Array, ...]:
+    seen = {}
+
+    def tap(site, x):
+        seen[site] = x
+        return x
+
+    nnx.merge(graphdef, state).logits(tokens, tap=tap, dtype=dtype)
+    return tuple(seen[site] for site in sites)
+
+
+def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
+    """The tokens as an array [batch, seq]; UserError if the model cannot read them."""
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(
+            f"Tokens must be integers [batch, seq], not {tokens.dtype} {list(tokens.shape)}."
+        )
+    if tokens.shape[1] > config.context:
+        raise UserError(
+            f"A sequence of {tokens.shape[1]} tokens is longer than {name} reads "
+            f"({config.context} positions); cut the text first."
+        )
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.vocab_size:
+            raise UserError(
+                f"Token id {low if low < 0 else high} is outside {name} (vocabulary of "
+                f"{config.vocab_size}: 0-{config.vocab_size - 1}); is this its own tokenizer?"
+            )
+    return jnp.asarray(tokens)
+
+
+def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``x W`` with inputs in ``dtype`` and float32 sums; float32 means float32 on any device."""
+    return jnp.matmul(
+        x.astype(dtype),
+        W.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def attend(query, key, value, *, scale: float, dtype: jnp.dtype) -> jax.Array:
+    """Causal softmax attention, float32 [batch, seq, heads * d_head].
+
+    query is [batch, seq, heads, d_head]; key and value may have fewer heads, each then serving
+    an equal run of query heads.
+    """
+    with jax.default_matmul_precision("highest"):
+        out = jax.nn.dot_product_attention(
+            query.astype(dtype), key.astype(dtype), value.astype(dtype), scale=scale, is_causal=True
+        )
+    return out.astype(jnp.float32).reshape(*out.shape[:2], -1)
+
+
+def rotary_tables(length: int, *, dims: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [length, dims / 2] of position x frequency (Su et al. 2021, section 3.2)."""
+    exponent = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    frequency = 1 / np.float32(theta) ** exponent
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency[None, :]
+    return np.cos(angle), np.sin(angle)
+
+
+def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+    """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired."""
+    cos, sin = (table[None, :, None, :] for table in rotary)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def output_std(config: ModelConfig) -> float:
+    """Initial scale of what is added to the stream (Radford et al. 2019, section 2.3)."""
+    return config.init_std / (2 * config.n_layers) ** 0.5

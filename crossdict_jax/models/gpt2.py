@@ -1,0 +1,116 @@
+"""GPT-2 (Radford et al. 2019): learned positions, blocks in sequence, usually a tied head."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crossdict_jax.models import base
+from crossdict_jax.models.base import MLP, Block, LayerNorm, Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(base.ModelConfig):
+    """GPT-2's own settings: how attention scores are scaled."""
+
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+
+
+# Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
+KEYS = {
+    "vocab_size": ("vocab_size",),
+    "n_positions": ("context",),
+    "n_embd": ("d_model",),
+    "n_layer": ("n_layers",),
+    "n_head": ("n_heads",),
+    "n_inner": ("d_mlp",),
+    "activation_function": ("activation", "gelu_new"),
+    "layer_norm_epsilon": ("norm_eps", 1e-5),
+    "tie_word_embeddings": ("tied", True),
+    "initializer_range": ("init_std", 0.02),
+    "scale_attn_weights": ("scale_attn_weights", True),
+    "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
+}
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+REFUSED_UNLESS = {"add_cross_attention": False}
+ARCHITECTURE = "GPT2LMHeadModel"
+PREFIX = "transformer."  # absent in files of the model without its head
+# Name in the file -> our place, transform; every matrix is already [d_in, d_out].
+WEIGHTS = {
+    "transformer.wte.weight": ("W_E", "same"),
+    "transformer.wpe.weight": ("W_pos", "same"),
+    "transformer.ln_f.weight": ("final_norm.scale", "same"),
+    "transformer.ln_f.bias": ("final_norm.bias", "same"),
+    "lm_head.weight": ("W_U", "transpose"),
+}
+BLOCK_PREFIX = "transformer.h.{layer}."
+BLOCK_WEIGHTS = {  # the same inside a block
+    "ln_1.weight": ("norm_1.scale", "same"),
+    "ln_1.bias": ("norm_1.bias", "same"),
+    "attn.c_attn.weight": ("attention.qkv.W", "same"),
+    "attn.c_attn.bias": ("attention.qkv.b", "same"),
+    "attn.c_proj.weight": ("attention.out.W", "same"),
+    "attn.c_proj.bias": ("attention.out.b", "same"),
+    "ln_2.weight": ("norm_2.scale", "same"),
+    "ln_2.bias": ("norm_2.bias", "same"),
+    "mlp.c_fc.weight": ("mlp.up.W", "same"),
+    "mlp.c_fc.bias": ("mlp.up.b", "same"),
+    "mlp.c_proj.weight": ("mlp.down.W", "same"),
+    "mlp.c_proj.bias": ("mlp.down.b", "same"),
+}
+
+
+def prepare(raw: dict) -> dict:
+    """config.json with ``n_inner`` written out."""
+    if raw.get("n_inner") is None and isinstance(raw.get("n_embd"), int):
+        raw["n_inner"] = 4 * raw["n_embd"]
+    return raw
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose query, key and value share one matrix."""
+
+    def __init__(self, layer: int, config: Config, rngs: nnx.Rngs):
+        d_model = config.d_model
+        self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std)
+        self.out = Linear(d_model, d_model, rngs, std=base.output_std(config))
+        self.n_heads = config.n_heads
+        self.scale = config.d_head**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+
+    def __call__(self, x: jax.Array, rotary: None, dtype: jnp.dtype) -> jax.Array:
+        qkv = self.qkv(x, dtype).reshape(*x.shape[:2], 3, self.n_heads, -1)
+        query, key, value = (qkv[:, :, i] for i in range(3))  # [batch, seq, heads, d_head]
+        return self.out(base.attend(query, key, value, scale=self.scale, dtype=dtype), dtype)
+
+
+class Model(base.LanguageModel):
+    """GPT-2."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        shape = (config.context, config.d_model)
+        self.W_pos = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+        self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
+        self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.W_E[...][tokens] + self.W_pos[...][None, : tokens.shape[1]]
+
+
+def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
+    return Block(
+        layer,
+        norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+        attention=Attention(layer, config, rngs),
+        norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
+        mlp=MLP(config, rngs),
+    )

@@ -1,0 +1,120 @@
+"""GPT-NeoX (Black et al. 2022), the shape of Pythia: partial rotary, attention beside the MLP."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crossdict_jax.models import base
+from crossdict_jax.models.base import MLP, Block, LayerNorm, Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(base.ModelConfig):
+    """GPT-NeoX's own settings: rotary positions and the kind of residual."""
+
+    parallel_residual: bool = True
+    rotary_fraction: float = 0.25  # of each head that turns with position
+    rope_theta: float = 10000.0
+    attention_bias: bool = True
+
+    @property
+    def rotary_dims(self) -> int:
+        return int(self.d_head * self.rotary_fraction)
+
+
+# Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
+KEYS = {
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("context",),
+    "hidden_size": ("d_model",),
+    "num_hidden_layers": ("n_layers",),
+    "num_attention_heads": ("n_heads",),
+    "intermediate_size": ("d_mlp",),
+    "hidden_act": ("activation", "gelu"),
+    "layer_norm_eps": ("norm_eps", 1e-5),
+    "tie_word_embeddings": ("tied", False),
+    "initializer_range": ("init_std", 0.02),
+    "use_parallel_residual": ("parallel_residual", True),
+    "rotary_pct": ("rotary_fraction", 0.25),
+    "rotary_emb_base": ("rope_theta", 10000.0),
+    "attention_bias": ("attention_bias", True),
+}
+ALIASES = {}
+REFUSED_UNLESS = {}
+ARCHITECTURE = "GPTNeoXForCausalLM"
+PREFIX = "gpt_neox."  # absent in files of the model without its head
+# Name in the file -> our place, transform; torch keeps matrices as [d_out, d_in].
+WEIGHTS = {
+    "gpt_neox.embed_in.weight": ("W_E", "same"),
+    "gpt_neox.final_layer_norm.weight": ("final_norm.scale", "same"),
+    "gpt_neox.final_layer_norm.bias": ("final_norm.bias", "same"),
+    "embed_out.weight": ("W_U", "transpose"),
+}
+BLOCK_PREFIX = "gpt_neox.layers.{layer}."
+BLOCK_WEIGHTS = {  # the same inside a block
+    "input_layernorm.weight": ("norm_1.scale", "same"),
+    "input_layernorm.bias": ("norm_1.bias", "same"),
+    "attention.query_key_value.weight": ("attention.qkv.W", "transpose"),
+    "attention.query_key_value.bias": ("attention.qkv.b", "same"),
+    "attention.dense.weight": ("attention.out.W", "transpose"),
+    "attention.dense.bias": ("attention.out.b", "same"),
+    "post_attention_layernorm.weight": ("norm_2.scale", "same"),
+    "post_attention_layernorm.bias": ("norm_2.bias", "same"),
+    "mlp.dense_h_to_4h.weight": ("mlp.up.W", "transpose"),
+    "mlp.dense_h_to_4h.bias": ("mlp.up.b", "same"),
+    "mlp.dense_4h_to_h.weight": ("mlp.down.W", "transpose"),
+    "mlp.dense_4h_to_h.bias": ("mlp.down.b", "same"),
+}
+
+
+def prepare(raw: dict) -> dict:
+    """config.json with the newer ``rope_parameters`` in the older spelling."""
+    rope = raw.pop("rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        raw["rotary_emb_base"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        raw["rotary_pct"] = rope["partial_rotary_factor"]
+    return raw
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; the shared matrix holds query, key, value head by head."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        d_model, bias = config.d_model, config.attention_bias
+        self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std, bias=bias)
+        self.out = Linear(d_model, d_model, rngs, std=base.output_std(config), bias=bias)
+        self.n_heads = config.n_heads
+
+    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype) -> jax.Array:
+        qkv = self.qkv(x, dtype).reshape(*x.shape[:2], self.n_heads, -1)
+        query, key, value = jnp.split(qkv, 3, axis=-1)  # [batch, seq, heads, d_head]
+        query, key = base.rotate(query, rotary), base.rotate(key, rotary)
+        scale = query.shape[-1] ** -0.5
+        return self.out(base.attend(query, key, value, scale=scale, dtype=dtype), dtype)
+
+
+class Model(base.LanguageModel):
+    """GPT-NeoX."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
+        self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
+
+    def rotary(self, length: int):
+        config = self.config
+        return base.rotary_tables(length, dims=config.rotary_dims, theta=config.rope_theta)
+
+
+def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
+    return Block(
+        layer,
+        norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+        attention=Attention(config, rngs),
+        norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
+        mlp=MLP(config, rngs),
+        parallel=config.parallel_residual,
+    )
