@@ -116,6 +116,30 @@ class Config:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
 
 
+@dataclass
+class PretrainConfig:
+    """A small language model of our own: its shape, its tokenizer, its training."""
+
+    model_type: str = "gpt2"  # gpt2 | gpt_neox
+    d_model: int = 128
+    n_layers: int = 8
+    n_heads: int = 4
+    context: int = 256  # tokens
+    vocab_size: int = 4096  # byte-level BPE, trained on the train split
+    rotary_fraction: float = 0.25  # gpt_neox: share of each head that is rotated
+    steps: int = 1500
+    batch_size: int = 16  # windows of `context` tokens, over all devices
+    learning_rate: float = 3e-3  # AdamW, linear warm-up, cosine decay to a tenth
+    warmup_fraction: float = 0.03  # of the steps
+    weight_decay: float = 0.1  # on matrices only
+    gradient_clip: float = 1.0
+    matmul_dtype: str = "float32"  # float32 | bfloat16
+    checkpoint_every: int = 100  # steps
+    save_dtype: str = "float16"  # float32 | float16 | bfloat16, of the safetensors file
+    seed: int = 0
+    text: TextConfig = field(default_factory=TextConfig)
+
+
 def to_dict(config: Config) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
