@@ -69,9 +69,26 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
 
+    def __post_init__(self):
+        for field in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "d_mlp"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} {getattr(self, field)} must be at least 1.")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"Activation {self.activation!r} is not implemented, only {', '.join(ACTIVATIONS)}."
+            )
+        if self.d_model % self.n_heads:
+            raise UserError(f"d_model {self.d_model} does not divide into {self.n_heads} heads.")
+
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
+
+
+def check_rotary_dims(dims: int, d_head: int) -> None:
+    """Raises UserError unless ``dims`` of a head can be turned in pairs."""
+    if dims % 2 or not 0 < dims <= d_head:
+        raise UserError(f"Rotary dims {dims} must be even and between 2 and d_head {d_head}.")
 
 
 def check_site(config: ModelConfig, site: Site, name: str) -> None:

@@ -19,6 +19,10 @@ class Config(base.ModelConfig):
     rope_theta: float = 10000.0
     attention_bias: bool = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        base.check_rotary_dims(self.rotary_dims, self.d_head)
+
     @property
     def rotary_dims(self) -> int:
         return int(self.d_head * self.rotary_fraction)
@@ -71,7 +75,7 @@ BLOCK_WEIGHTS = {  # the same inside a block
 
 def prepare(raw: dict) -> dict:
     """config.json with the newer ``rope_parameters`` in the older spelling."""
-    rope = raw.pop("rope_parameters", None) or {}
+    rope = raw["rope_parameters"]
     if "rope_theta" in rope:
         raw["rotary_emb_base"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:

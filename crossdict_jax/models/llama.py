@@ -1,0 +1,149 @@
+"""Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated MLP, grouped-query attention."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import base
+from crossdict_jax.models.base import ACTIVATIONS, Block, Linear, RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(base.ModelConfig):
+    """Llama's own settings: heads of keys and values, their size, biases, rotary base."""
+
+    n_kv_heads: int
+    head_dim: int  # its own number: heads together may be wider than d_model
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(
+                f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads evenly."
+            )
+        base.check_rotary_dims(self.head_dim, self.head_dim)
+
+
+# Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
+KEYS = {
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("context",),
+    "hidden_size": ("d_model",),
+    "num_hidden_layers": ("n_layers",),
+    "num_attention_heads": ("n_heads",),
+    "num_key_value_heads": ("n_kv_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate_size": ("d_mlp",),
+    "hidden_act": ("activation", "silu"),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "tie_word_embeddings": ("tied", False),
+    "initializer_range": ("init_std", 0.02),
+    "rope_theta": ("rope_theta", 10000.0),
+    "attention_bias": ("attention_bias", False),
+    "mlp_bias": ("mlp_bias", False),
+}
+ALIASES = {}
+REFUSED_UNLESS = {"partial_rotary_factor": 1.0}
+ARCHITECTURE = "LlamaForCausalLM"
+PREFIX = "model."  # absent in files of the model without its head
+# Name in the file -> our place, transform; torch keeps matrices as [d_out, d_in].
+WEIGHTS = {
+    "model.embed_tokens.weight": ("W_E", "same"),
+    "model.norm.weight": ("final_norm.scale", "same"),
+    "lm_head.weight": ("W_U", "transpose"),
+}
+BLOCK_PREFIX = "model.layers.{layer}."
+BLOCK_WEIGHTS = {  # the same inside a block
+    "input_layernorm.weight": ("norm_1.scale", "same"),
+    "self_attn.q_proj.weight": ("attention.query.W", "transpose"),
+    "self_attn.q_proj.bias": ("attention.query.b", "same"),
+    "self_attn.k_proj.weight": ("attention.key.W", "transpose"),
+    "self_attn.k_proj.bias": ("attention.key.b", "same"),
+    "self_attn.v_proj.weight": ("attention.value.W", "transpose"),
+    "self_attn.v_proj.bias": ("attention.value.b", "same"),
+    "self_attn.o_proj.weight": ("attention.out.W", "transpose"),
+    "self_attn.o_proj.bias": ("attention.out.b", "same"),
+    "post_attention_layernorm.weight": ("norm_2.scale", "same"),
+    "mlp.gate_proj.weight": ("mlp.gate.W", "transpose"),
+    "mlp.gate_proj.bias": ("mlp.gate.b", "same"),
+    "mlp.up_proj.weight": ("mlp.up.W", "transpose"),
+    "mlp.up_proj.bias": ("mlp.up.b", "same"),
+    "mlp.down_proj.weight": ("mlp.down.W", "transpose"),
+    "mlp.down_proj.bias": ("mlp.down.b", "same"),
+}
+
+
+def prepare(raw: dict) -> dict:
+    """config.json with ``rope_parameters`` flat and the head counts written out."""
+    raw |= raw["rope_parameters"]
+    heads = raw.get("num_attention_heads")
+    if raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = heads
+    if raw.get("head_dim") is None and isinstance(heads, int) and heads > 0:
+        raw["head_dim"] = raw.get("hidden_size", 0) // heads
+    return raw
+
+
+class Attention(nnx.Module):
+    """Attention in which each key-value head serves a run of query heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        d_model, d_head, bias = config.d_model, config.head_dim, config.attention_bias
+        d_query, d_key = config.n_heads * d_head, config.n_kv_heads * d_head
+        self.query = Linear(d_model, d_query, rngs, std=config.init_std, bias=bias)
+        self.key = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
+        self.value = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
+        self.out = Linear(d_query, d_model, rngs, std=base.output_std(config), bias=bias)
+        self.d_head = d_head
+
+    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype) -> jax.Array:
+        shape = (*x.shape[:2], -1, self.d_head)  # [batch, seq, heads, d_head]
+        query = base.rotate(self.query(x, dtype).reshape(shape), rotary)
+        key = base.rotate(self.key(x, dtype).reshape(shape), rotary)
+        value = self.value(x, dtype).reshape(shape)
+        scale = self.d_head**-0.5
+        return self.out(base.attend(query, key, value, scale=scale, dtype=dtype), dtype)
+
+
+class GatedMLP(nnx.Module):
+    """``(activation(x W_gate) * x W_up) W_down`` (Shazeer 2020)."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        d_model, d_mlp, bias = config.d_model, config.d_mlp, config.mlp_bias
+        self.gate = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
+        self.up = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
+        self.down = Linear(d_mlp, d_model, rngs, std=base.output_std(config), bias=bias)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        gate = ACTIVATIONS[self.activation](self.gate(x, dtype))
+        return self.down(gate * self.up(x, dtype), dtype)
+
+
+class Model(base.LanguageModel):
+    """Llama."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
+        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def rotary(self, length: int):
+        config = self.config
+        return base.rotary_tables(length, dims=config.head_dim, theta=config.rope_theta)
+
+
+def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
+    return Block(
+        layer,
+        norm_1=RMSNorm(config.d_model, eps=config.norm_eps),
+        attention=Attention(config, rngs),
+        norm_2=RMSNorm(config.d_model, eps=config.norm_eps),
+        mlp=GatedMLP(config, rngs),
+    )
