@@ -1,0 +1,579 @@
+"""Text positions that several tokenizers share: byte ends of tokens, pairs, windows, statistics."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from crossdict_jax.errors import UserError
+
+MAX_SPAN = 8  # the last bin of a span-length histogram holds this many tokens or more
+_ENCODE_BATCH = 1024  # texts per call of a tokenizer: bounds the memory of its answers
+
+
+class RebuildError(UserError):
+    """The bytes of a text's tokens do not add up to the text: its byte ends are unknown."""
+
+
+@dataclass(frozen=True)
+class TokenEnds:
+    """The tokens of one text, and where in the UTF-8 bytes of the NFC text each of them ends."""
+
+    ids: np.ndarray  # int32 [n]
+    ends: np.ndarray  # int32 [n], non-decreasing; 0 for a token that only holds invented bytes
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The positions at which two tokenizers end a token at the same byte of a text."""
+
+    position_a: np.ndarray  # int32 [n], into tokenizer_a(text, add_special_tokens=False)
+    position_b: np.ndarray  # int32 [n]
+    byte_end: np.ndarray  # int32 [n], ascending, in the NFC text
+    coverage_a: float  # common ends / ends of A, the first position included
+    coverage_b: float
+
+
+# ---------------------------------------------------------------- the bytes of tokens
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A tokenizer's private copy, and the bytes of the text that each of its tokens stands for."""
+
+    backend: object  # tokenizers.Tokenizer, neither truncating nor padding
+    pieces: tuple[bytes, ...]  # by token id
+    sizes: np.ndarray  # int32 [vocabulary], length of each piece
+    added: frozenset[int]  # ids of special and added tokens
+    invents_prefix: bool  # whether a space is put before the text, or after an added token
+    cuts_cleanly: bool  # whether cutting a text before whitespace, at a token end, changes no token
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one tokenizer makes of one text."""
+
+    ids: np.ndarray  # int32 [n]
+    ends: np.ndarray | None  # int32 [n]; None if the tokens do not rebuild the text
+
+
+def token_bytes(tokenizer) -> tuple[bytes, ...]:
+    """Returns, by token id, the bytes of text that each token stands for.
+
+    Byte-level tokens through the GPT-2 byte alphabet; "▁" as a space and <0xNN> as one byte where
+    the tokenizer uses them so; added tokens and plain vocabularies as their UTF-8 text.
+
+    Raises:
+      UserError: `tokenizer` has no `tokenizers` backend.
+    """
+    return _reader(tokenizer).pieces
+
+
+def _reader(tokenizer) -> _Reader:
+    import tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise UserError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer: use one with a tokenizer.json."
+        )
+    split_special = getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens)
+    return _build_reader(backend, backend.get_vocab_size(with_added_tokens=True), split_special)
+
+
+@functools.lru_cache(maxsize=16)
+def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
+    """Reads a tokenizer's description; `vocab_size` renews the entry when tokens are added."""
+    import tokenizers
+
+    description = backend.to_str()
+    copy = tokenizers.Tokenizer.from_str(description)
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = split_special
+    spec = json.loads(description)
+    added = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    pieces = [b""] * (1 + max(backend.get_vocab(with_added_tokens=True).values(), default=0))
+    spell = _spelling(spec)
+    for token, index in backend.get_vocab(with_added_tokens=True).items():
+        pieces[index] = added[index].encode() if index in added else spell(token)
+    return _Reader(
+        backend=copy,
+        pieces=tuple(pieces),
+        sizes=np.array([len(piece) for piece in pieces], np.int32),
+        added=frozenset(added),
+        invents_prefix=_invents_prefix(spec),
+        cuts_cleanly=_cuts_cleanly(spec),
+    )
+
+
+def _spelling(spec: dict):
+    """Returns the function from a token of the vocabulary to the bytes that it stands for."""
+    steps = list(_steps(spec, "normalizer", "pre_tokenizer", "decoder"))
+    if any(step["type"] == "ByteLevel" for step in steps):
+        return _byte_level
+    space = next(filter(None, map(_space_mark, steps)), " ")
+    byte_fallback = bool(spec["model"].get("byte_fallback"))
+
+    def spell(token: str) -> bytes:
+        if byte_fallback and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
+            return bytes.fromhex(match[1])
+        return token.replace(space, " ").encode()
+
+    return spell
+
+
+def _byte_level(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    if all(character in alphabet for character in token):
+        return bytes(alphabet[character] for character in token)
+    return token.encode()
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Returns GPT-2's alphabet, character -> byte: printable bytes as themselves, others above."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _space_mark(step: dict) -> str | None:
+    """Returns the character that stands for a space, if this step of a tokenizer sets one."""
+    if step["type"] == "Metaspace":
+        return step["replacement"]
+    is_mark = step["type"] == "Replace" and step["pattern"] == {"String": " "}
+    return step["content"] if is_mark else None
+
+
+def _invents_prefix(spec: dict) -> bool:
+    for step in _steps(spec, "normalizer", "pre_tokenizer"):
+        old_flag = step.get("add_prefix_space", False)
+        if step["type"] == "Prepend" or (step["type"] == "ByteLevel" and old_flag):
+            return True
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", old_flag) not in (
+            "never",
+            False,
+        ):
+            return True
+    return False
+
+
+def _cuts_cleanly(spec: dict) -> bool:
+    """Whether the tokenizer is known to read what lies on two sides of a space independently.
+
+    True for GPT-2's splitting into words, which looks behind nowhere and ahead only within
+    whitespace, and for the merges of plain BPE, which never undo a seam between two tokens.
+    """
+    model, words = spec["model"], spec["pre_tokenizer"] or {}
+    rules = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    return (
+        model["type"] == "BPE"
+        and not any(model.get(rule) for rule in rules)
+        and (spec["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+        and words.get("type") == "ByteLevel"
+        and words.get("use_regex", True)
+        and not words["add_prefix_space"]
+        and not any(t["rstrip"] or re.search(r"\S\s", t["content"]) for t in spec["added_tokens"])
+    )
+
+
+def _steps(spec: dict, *parts: str) -> Iterator[dict]:
+    """Yields every step of the named parts of a tokenizer.json, sequences unfolded."""
+    for step in filter(None, map(spec.get, parts)):
+        yield step
+        for key in ("normalizers", "pretokenizers", "decoders"):
+            for inner in step.get(key, ()):
+                yield from _steps({"inner": inner}, "inner")
+
+
+# ---------------------------------------------------------------- the ends of tokens
+
+
+def byte_ends(text: str, tokenizer) -> TokenEnds:
+    """Returns the tokens of the NFC of `text`, without BOS, and the byte at which each one ends.
+
+    Ends may lie inside a character. A prefix that the tokenizer invents counts 0 bytes.
+
+    Raises:
+      RebuildError: the tokenizer drops or changes characters of this text.
+    """
+    (tokens,) = byte_ends_batch([text], tokenizer)
+    if tokens is None:
+        raise RebuildError(
+            f"{type(tokenizer).__name__} drops or changes characters of {text[:40]!r}: positions "
+            "of this text cannot be paired; use other text or another tokenizer."
+        )
+    return tokens
+
+
+def byte_ends_batch(texts: Sequence[str], tokenizer) -> list[TokenEnds | None]:
+    """Returns `byte_ends` of many texts; None where the tokens do not rebuild the text."""
+    texts = [normalize(text) for text in texts]
+    readings = _read(texts, _reader(tokenizer))
+    return [None if r.ends is None else TokenEnds(r.ids, r.ends) for r in readings]
+
+
+def normalize(text: str) -> str:
+    """Returns the NFC of `text`: what every tokenizer reads and every byte offset counts in."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _read(texts: Sequence[str], reader: _Reader) -> list[_Reading]:
+    """Returns the reading of each NFC text."""
+    found = []
+    for start in range(0, len(texts), _ENCODE_BATCH):
+        batch = texts[start : start + _ENCODE_BATCH]
+        encodings = reader.backend.encode_batch_fast(batch, add_special_tokens=False)
+        for text, encoding in zip(batch, encodings):
+            ids = encoding.ids
+            ends = _ends(reader, text.encode(), ids)
+            found.append(_Reading(np.array(ids, np.int32), ends))
+    return found
+
+
+def _ends(reader: _Reader, text: bytes, ids: list[int]) -> np.ndarray | None:
+    """Returns where each token ends, or None if the tokens' bytes do not add up to `text`."""
+    sizes = reader.sizes[ids]
+    if _join(reader, ids) != text:
+        invented = _invented_spaces(reader, text, ids) if reader.invents_prefix else None
+        if invented is None:
+            return None
+        sizes[invented] -= 1
+    return np.cumsum(sizes, dtype=np.int32)
+
+
+def _join(reader: _Reader, ids: Sequence[int]) -> bytes:
+    return b"".join(map(reader.pieces.__getitem__, ids))
+
+
+def _invented_spaces(reader: _Reader, text: bytes, ids: list[int]) -> list[int] | None:
+    """Returns the tokens whose first byte is an invented space, or None if that explains nothing.
+
+    A space is invented at most before each run of ordinary tokens: at the start of the text and
+    after each added token.
+    """
+    invented, offset = [], 0
+    for run in _runs(reader, ids):
+        run_bytes = _join(reader, ids[run])
+        after = _join(reader, ids[run.stop : run.stop + 1])  # the added token behind the run
+        if not _lies_at(text, run_bytes, offset, after):
+            if run_bytes[:1] != b" " or not _lies_at(text, run_bytes[1:], offset, after):
+                return None
+            invented.append(run.start)
+            run_bytes = run_bytes[1:]
+        offset += len(run_bytes) + len(after)
+    return invented if offset == len(text) else None
+
+
+def _lies_at(text: bytes, run: bytes, offset: int, after: bytes) -> bool:
+    stop = offset + len(run)
+    return text[offset:stop] == run and (
+        text[stop : stop + len(after)] == after if after else stop == len(text)
+    )
+
+
+def _runs(reader: _Reader, ids: list[int]) -> Iterator[slice]:
+    """Yields the runs of ordinary tokens, empty ones too, between added tokens."""
+    bounds = [i for i, token in enumerate(ids) if token in reader.added]
+    for start, stop in itertools.pairwise([-1, *bounds, len(ids)]):
+        yield slice(start + 1, stop)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def pair(text: str, tokenizer_a, tokenizer_b) -> Pairing:
+    """Returns the positions of `text` at which both tokenizers end a token.
+
+    The text is NFC-normalised once, for both. The end of the text is a pair, and so is an end
+    inside a character; position 0 of either model is never part of a pair.
+
+    Raises:
+      RebuildError: a tokenizer drops or changes characters of this text.
+    """
+    ends = [byte_ends(text, tokenizer).ends for tokenizer in (tokenizer_a, tokenizer_b)]
+    byte_end, positions = pair_many(ends)
+    coverage_a, coverage_b = pairing_statistics(ends).coverage
+    return Pairing(
+        position_a=positions[:, 0],
+        position_b=positions[:, 1],
+        byte_end=byte_end,
+        coverage_a=coverage_a,
+        coverage_b=coverage_b,
+    )
+
+
+def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (byte_end [n], positions [n, models]): the ends common to all models of one text.
+
+    A position is the last token at that end. Pairs that hold position 0 of any model are left out:
+    the first position attends to itself alone and has an outlying norm.
+    """
+    common = common_ends(ends)
+    positions = _last_tokens(ends, common)
+    kept = (positions > 0).all(axis=1)
+    return common[kept], positions[kept]
+
+
+def common_ends(ends: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the bytes [n], above 0, at which every model ends a token; the first one included."""
+    common = _distinct(ends[0])
+    for other in ends[1:]:
+        common = common[_contains(other, common)]
+    return common
+
+
+def _distinct(ends: np.ndarray) -> np.ndarray:
+    return ends[np.diff(ends, prepend=np.int32(0)) > 0]
+
+
+def _contains(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns which of `values` are among the sorted `ends`."""
+    at = np.searchsorted(ends, values)
+    return (at < len(ends)) & (ends[np.minimum(at, len(ends) - 1)] == values)
+
+
+def _last_tokens(ends: Sequence[np.ndarray], common: np.ndarray) -> np.ndarray:
+    positions = [np.searchsorted(e, common, side="right") - 1 for e in ends]
+    return np.stack(positions, axis=-1).astype(np.int32)  # [n, models]
+
+
+def norm_outliers(norms: np.ndarray, *, factor: float, reference: np.ndarray) -> np.ndarray:
+    """Returns which rows' norms [rows] exceed `factor` times the median of the reference rows.
+
+    `reference` is a bool mask [rows]. Attention sinks have such norms, tens of times the others'.
+    """
+    return norms > factor * np.median(norms[reference])
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class PairingStatistics:
+    """Counts of paired texts; those of several texts add up with `+`.
+
+    A span is the text between two neighbouring common ends; tuples have an entry per model.
+    """
+
+    texts: int
+    ends: tuple[int, ...]  # distinct token ends
+    common: int  # ends common to all models, before masking: as many as there are spans
+    first_positions: int  # common ends masked because they hold a model's position 0
+    one_to_one: int  # spans that are one token in every model
+    span_tokens: tuple[tuple[int, ...], ...]  # [models][MAX_SPAN] spans of 1, 2, .. tokens
+
+    def __add__(self, other: PairingStatistics) -> PairingStatistics:
+        """Returns the statistics of both sets of texts together."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return PairingStatistics(*(_add(a, b) for a, b in pairs))
+
+    @property
+    def coverage(self) -> tuple[float, ...]:
+        """Common ends / ends of each model; 1 where a model has no end."""
+        return tuple(self.common / n if n else 1.0 for n in self.ends)
+
+    def to_json(self, models: Sequence[str]) -> dict:
+        """Returns JSON values, the per-model ones by the given names."""
+        bins = [str(n) for n in range(1, MAX_SPAN)] + [f"{MAX_SPAN}+"]
+        return {
+            "texts": self.texts,
+            "common_ends": self.common,
+            "first_positions_masked": self.first_positions,
+            "pairs": self.common - self.first_positions,
+            "one_to_one_spans": self.one_to_one / self.common if self.common else None,
+            "models": {
+                model: {
+                    "ends": self.ends[i],
+                    "coverage": self.coverage[i],
+                    "tokens_per_span": dict(zip(bins, self.span_tokens[i])),
+                }
+                for i, model in enumerate(models)
+            },
+        }
+
+
+def pairing_statistics(ends: Sequence[np.ndarray]) -> PairingStatistics:
+    """Returns the statistics of one text, from the token ends of each model."""
+    common = common_ends(ends)
+    positions = _last_tokens(ends, common)  # [spans, models]
+    lengths = np.diff(positions, axis=0, prepend=np.full((1, len(ends)), -1, np.int32))
+    bins = np.minimum(lengths, MAX_SPAN)
+    return PairingStatistics(
+        texts=1,
+        ends=tuple(len(_distinct(e)) for e in ends),
+        common=len(common),
+        first_positions=int((positions == 0).any(axis=1).sum()),
+        one_to_one=int((lengths == 1).all(axis=1).sum()),
+        span_tokens=tuple(
+            tuple(np.bincount(column, minlength=MAX_SPAN + 1)[1:].tolist()) for column in bins.T
+        ),
+    )
+
+
+def _add(a, b):
+    return tuple(_add(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple) else a + b
+
+
+# ---------------------------------------------------------------- windows
+
+_SPACE = re.compile(rb"(?<!\s)\s")  # where whitespace begins: windows are cut here if possible
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document that every model can read at once."""
+
+    document: int  # index into the documents given
+    start: int  # byte of the NFC document at which it begins
+    text: str
+    tokens: tuple[TokenEnds, ...]  # per model; ends count from the window's first byte
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All windows of some documents, in their order, and what had to be dropped."""
+
+    windows: tuple[Window, ...]
+    not_rebuilt: tuple[int, ...]  # per model: windows whose tokens' bytes are not the text
+    too_long: int  # single characters of more tokens than a model reads
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a document that may still be too long for a window."""
+
+    document: int
+    start: int
+    data: bytes
+
+
+def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]) -> Windows:
+    """Returns consecutive windows of the NFC documents, each at most `limits` tokens per model.
+
+    Limits leave room for a BOS. The text is cut first and then tokenized, at the start of
+    whitespace where some is near, else between characters. Where a tokenizer does not rebuild a
+    window, the window is dropped and counted. A document's windows depend on nothing else.
+    """
+    _check_limits(limits)
+    readers = [_reader(tokenizer) for tokenizer in tokenizers]
+    pieces = [_Piece(i, 0, normalize(text).encode()) for i, text in enumerate(texts)]
+    kept: list[Window] = []
+    not_rebuilt, too_long = [0] * len(readers), 0
+    while pieces:
+        unread = []
+        for piece, readings in zip(pieces, _read_all(pieces, readers)):
+            if all(len(r.ids) <= limit for r, limit in zip(readings, limits)):
+                not_rebuilt = [n + (r.ends is None) for n, r in zip(not_rebuilt, readings)]
+                kept += _window(piece, readings)
+            elif len(piece.data.decode()) == 1:
+                too_long += 1
+            else:
+                parts = _cut_up(piece, readings, limits=limits, readers=readers)
+                done = [_reuse(part, piece, readings, readers) for part in parts]
+                kept += itertools.chain.from_iterable(done)
+                unread += [part for part, found in zip(parts, done) if not found]
+        pieces = unread
+    kept.sort(key=lambda window: (window.document, window.start))
+    return Windows(tuple(kept), tuple(not_rebuilt), too_long)
+
+
+def _check_limits(limits: Sequence[int]) -> None:
+    if min(limits) < 2:
+        raise UserError(
+            f"A window of {min(limits)} tokens holds no pair, as the first position is masked: "
+            "text.window_tokens and every model's context must leave room for 2 or more."
+        )
+
+
+def _read_all(pieces: list[_Piece], readers: list[_Reader]) -> Iterator[tuple[_Reading, ...]]:
+    """Returns an iterator over the pieces' readings, a tuple of one per model."""
+    texts = [piece.data.decode() for piece in pieces]
+    return zip(*(_read(texts, reader) for reader in readers))
+
+
+def _window(piece: _Piece, readings: Sequence[_Reading]) -> list[Window]:
+    """Returns the window that a piece is, or none if it is empty or not rebuilt."""
+    if not piece.data or any(r.ends is None for r in readings):
+        return []
+    tokens = tuple(TokenEnds(r.ids, r.ends) for r in readings)
+    return [Window(piece.document, piece.start, piece.data.decode(), tokens)]
+
+
+def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits, readers) -> list[_Piece]:
+    """Returns a piece in parts that should fit, by the token ends of the whole piece."""
+    size = len(piece.data)
+    ends = [
+        # Tokens that do not rebuild the piece: as if they were equally long.
+        np.linspace(0, size, len(r.ids) + 1)[1:].astype(np.int32) if r.ends is None else r.ends
+        for r in readings
+    ]
+    room = [max(1, limit - reader.invents_prefix) for limit, reader in zip(limits, readers)]
+    spaces = np.array([match.start() for match in _SPACE.finditer(piece.data)], np.int32)
+    parts, start = [], 0
+    while start < size:
+        target = min(_target(e, start=start, room=n) for e, n in zip(ends, room))
+        stop = _seam(piece.data, spaces, start=start, target=target)
+        parts.append(_Piece(piece.document, piece.start + start, piece.data[start:stop]))
+        start = stop
+    return parts
+
+
+def _target(ends: np.ndarray, *, start: int, room: int) -> int:
+    """Returns the byte up to which a window from `start` may reach.
+
+    The last two windows share what is left equally, so that none is a mere remainder.
+    """
+    first = int(np.searchsorted(ends, start, side="right"))
+    left = len(ends) - first
+    return int(ends[-1] if left <= room else ends[first + min(room, (left + 1) // 2) - 1])
+
+
+def _seam(data: bytes, spaces: np.ndarray, *, start: int, target: int) -> int:
+    """Returns the last good place to cut at or before `target`, and at least a character on."""
+    if target >= len(data):
+        return len(data)
+    before = int(np.searchsorted(spaces, target, side="right")) - 1
+    if before >= 0 and spaces[before] > start and 2 * spaces[before] >= start + target:
+        return int(spaces[before])
+    stop = target
+    while stop > start and _inside_character(data, stop):
+        stop -= 1
+    if stop == start:
+        stop += 1
+        while _inside_character(data, stop):
+            stop += 1
+    return stop
+
+
+def _inside_character(data: bytes, at: int) -> bool:
+    return at < len(data) and data[at] & 0xC0 == 0x80  # a continuation byte of UTF-8
+
+
+def _reuse(part: _Piece, piece: _Piece, readings, readers: Sequence[_Reader]) -> list[Window]:
+    """Returns a part's window from the tokens of the whole piece, or none if it must be read.
+
+    Reading twice is what costs time. Tokens may be kept where both seams lie before whitespace
+    and at a token end of a tokenizer for which that is known to change nothing.
+    """
+    start = part.start - piece.start
+    stop = start + len(part.data)
+    seams = [seam for seam in (start, stop) if 0 < seam < len(piece.data)]
+    clean = all(reader.cuts_cleanly for reader in readers)
+    if not clean or not all(_SPACE.match(piece.data, seam) for seam in seams):
+        return []
+    found = []
+    for reading in readings:
+        if reading.ends is None or not _contains(reading.ends, np.array(seams, np.int32)).all():
+            return []
+        first, last = np.searchsorted(reading.ends, (start, stop), side="right")
+        found.append(_Reading(reading.ids[first:last], reading.ends[first:last] - start))
+    return _window(part, found)
