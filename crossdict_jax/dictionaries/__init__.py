@@ -1,0 +1,16 @@
+"""Sparse dictionaries of a residual stream: architectures, training, exchange.
+
+An architecture is one file here, found by its name: ``relu.py`` is ``sae.architecture=relu``.
+"""
+
+from crossdict_jax.dictionaries.base import Dictionary, architectures, load, save
+
+__all__ = ["Dictionary", "architectures", "load", "save", "train_dictionaries"]
+
+
+def __getattr__(name: str):
+    if name == "train_dictionaries":  # imported late: it needs the store, loading does not
+        from crossdict_jax.dictionaries.train import train_dictionaries
+
+        return train_dictionaries
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,188 @@
+"""What every sparse dictionary is: encode, decode, a loss to train it, and how it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crossdict_jax import modules
+from crossdict_jax.errors import UserError
+from crossdict_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    """One member's training settings; inside a compiled step some are traced scalars.
+
+    Attributes:
+      l1_coefficient: weight of the sparsity penalty at this step (after warm-up).
+      auxk_coefficient: weight of the dead features' reconstruction.
+      k_aux: how many dead features take part in it (static).
+      revive: whether any member has dead features. One scalar for the whole ensemble, so that a
+        branch on it stays a branch under vmap.
+    """
+
+    l1_coefficient: jax.Array | float
+    auxk_coefficient: float
+    k_aux: int
+    revive: jax.Array | bool = True
+
+
+class Dictionary(nnx.Module):
+    """f = act((x s) W_enc + b_enc - (b_dec W_enc)),  x_hat = (f W_dec + b_dec) / s.
+
+    ``s`` is the activation scale: training sees rows of mean norm sqrt(d_model), callers always
+    speak raw activation units. Subclasses say what ``act`` is and how the loss is made.
+
+    Attributes:
+      W_enc [d_model, width], b_enc [width], W_dec [width, d_model], b_dec [d_model], scale [].
+      k: active features a row, for architectures that fix it (static; else 0).
+    """
+
+    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
+        self.d_model, self.width, self.k = d_model, width, k
+        rows = jax.random.normal(rngs.params(), (width, d_model))
+        W_dec = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+        self.W_dec = nnx.Param(W_dec)
+        self.W_enc = nnx.Param(W_dec.T)
+        self.b_enc = nnx.Param(jnp.zeros(width))
+        self.b_dec = nnx.Param(jnp.zeros(d_model))
+        self.scale = nnx.Variable(jnp.ones(()))
+
+    def pre_activations(self, u: jax.Array, dtype=None) -> jax.Array:
+        """Returns [batch, width] of scaled rows u [batch, d_model], before the nonlinearity.
+
+        b_dec is subtracted through the bias: the gradient then costs no product with the rows.
+        """
+        W_enc = self.W_enc[...]
+        bias = self.b_enc[...] - self.b_dec[...] @ W_enc
+        return matmul(u, W_enc, dtype) + bias[None, :]
+
+    def activate(self, z: jax.Array) -> jax.Array:
+        """Returns the features [batch, width] of pre-activations z."""
+        raise NotImplementedError(f"{type(self).__name__} must define activate.")
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Returns features, float32 [batch, width], of raw activations x [batch, d_model]."""
+        return self.activate(self.pre_activations(self._scaled(x)))
+
+    def decode(self, f: jax.Array) -> jax.Array:
+        """Returns raw activations x_hat, float32 [batch, d_model], of features [batch, width]."""
+        f = jnp.asarray(f, jnp.float32)
+        return (f @ self.W_dec[...] + self.b_dec[...][None, :]) / self.scale[...]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the reconstruction x_hat [batch, d_model] of x [batch, d_model]."""
+        return self.decode(self.encode(x))
+
+    def losses(
+        self, x: jax.Array, *, hyper: Hyper, dead: jax.Array, dtype=None
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        """Returns (loss to minimise, its parts, features [batch, width]).
+
+        Args:
+          x: raw rows [batch, d_model].
+          dead: bool [width], features that have been silent too long.
+          dtype: of the matmul inputs; sums stay float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define losses.")
+
+    def after_update(self) -> None:
+        """Imposes the architecture's constraints (such as unit decoder rows) on the parameters."""
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
+
+
+def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
+    """Returns a @ b with inputs in ``dtype`` (None: as they are) and float32 sums."""
+    if dtype is not None:
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def kth_largest(z: jax.Array, k: int) -> jax.Array:
+    """Returns the k-th largest value [batch] of each row of non-negative z [batch, width], exactly.
+
+    Non-negative floats order as their bit patterns do, so 31 halvings of the integer range find
+    the value with compares and row sums alone: several times faster than a sort on CPU, and,
+    unlike ``lax.top_k``, sharded rows stay where they are.
+    """
+    bits = jax.lax.bitcast_convert_type(z, jnp.int32)
+
+    def halve(i, low):
+        candidate = low | (jnp.int32(1) << (30 - i))
+        enough = jnp.sum(bits >= candidate[:, None], axis=1, dtype=jnp.int32) >= k
+        return jnp.where(enough, candidate, low)
+
+    low = jax.lax.fori_loop(0, 31, halve, jnp.zeros(z.shape[0], jnp.int32))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def keep_top_k(z: jax.Array, k: int) -> jax.Array:
+    """Returns relu(z) with all but each row's k largest values zeroed; [batch, width].
+
+    Values that equal the k-th exactly are all kept, so L0 can exceed k there.
+    """
+    z = jax.nn.relu(z)
+    threshold = kth_largest(jax.lax.stop_gradient(z), k)
+    return jnp.where(z >= threshold[:, None], z, 0.0)
+
+
+def unit_rows(W: jax.Array) -> jax.Array:
+    """Returns W [width, d_model] with every row at norm 1."""
+    return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-8)
+
+
+def architectures() -> tuple[str, ...]:
+    """Returns the names of all architectures: the files of this room that define one."""
+    not_ours = {"__init__", "base", "train"}
+    files = Path(__file__).parent.glob("*.py")
+    return tuple(sorted(f.stem for f in files if f.stem not in not_ours))
+
+
+def find(architecture: str) -> type[Dictionary]:
+    """Returns the class of an architecture, found by its file's name."""
+    if architecture not in architectures():
+        raise UserError(
+            f"sae.architecture={architecture} is unknown; use one of {', '.join(architectures())}."
+        )
+    module = importlib.import_module(f"{__package__}.{architecture}")
+    ours = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Dictionary))
+    return next(c for c in ours if c.__module__ == module.__name__)
+
+
+def build(architecture: str, *, d_model: int, width: int, k: int, key: jax.Array) -> Dictionary:
+    """Returns a freshly initialised dictionary of the named architecture."""
+    return find(architecture)(d_model=d_model, width=width, k=k, rngs=nnx.Rngs(params=key))
+
+
+def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None, step: int = 0) -> None:
+    """Writes an orbax checkpoint that ``load`` reads: parameters, and what is needed to build."""
+    shape = {
+        "architecture": type(dictionary).__module__.rsplit(".", 1)[-1],
+        "d_model": dictionary.d_model,
+        "width": dictionary.width,
+        "k": dictionary.k,
+    }
+    checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | shape, step=step)
+
+
+def load(path: str | Path) -> Dictionary:
+    """Returns the dictionary in a checkpoint directory, parameters alone, on the first device.
+
+    Raises:
+      UserError: there is none, or a file of it is damaged (it is named).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no dictionary folder; train it first or correct the path.")
+    meta = checkpoint.load_meta(path)
+    shape = {name: meta[name] for name in ("architecture", "d_model", "width", "k")}
+    graphdef, abstract = modules.abstract(lambda: build(**shape, key=jax.random.key(0)))
+    return modules.merge(graphdef, checkpoint.load_params(path, abstract))

@@ -1,0 +1,27 @@
+"""ReLU dictionaries with an L1 penalty weighted by decoder norms."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, matmul
+
+
+class ReLU(Dictionary):
+    """f = relu(z);  loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i ||W_dec_i||.
+
+    Decoder rows are free: because the penalty is weighted by their norms, shrinking features and
+    growing rows gains nothing (Conerly et al. 2024, "Update on how we train SAEs").
+    """
+
+    def activate(self, z: jax.Array) -> jax.Array:
+        return jax.nn.relu(z)
+
+    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
+        u = self._scaled(x)
+        f = self.activate(self.pre_activations(u, dtype))
+        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        mse = jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
+        l1 = jnp.mean(f @ jnp.linalg.norm(self.W_dec[...], axis=1))
+        return mse + hyper.l1_coefficient * l1, {"mse": mse, "l1": l1}, f
