@@ -1,7 +1,8 @@
 """Hugging Face folders in and out: config.json, safetensors, tokenizer; nothing remote is run."""
 
-import importlib
+import importlib.util
 import json
+import os
 import pkgutil
 from collections.abc import Iterator
 from functools import lru_cache
@@ -13,13 +14,21 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-import crossdict_jax.models
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("docs-gpt2", "docs-neox")  # folders of ASSETS, loaded by their bare names
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "tokenizer.model")
+CONFIG_FILES = ("config.json",)
+SAFETENSORS_FILES = ("model*.safetensors", "model.safetensors.index.json")
+TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is needed
+TOKENIZER_EXTRAS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
     ".attn.masked_bias",
@@ -29,12 +38,11 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
 )
 TRANSFORMS = {"same": lambda x: x, "transpose": np.transpose}  # each its own inverse
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def families() -> tuple[str, ...]:
     """The model types that can be loaded: the files of this package that define a Model."""
-    found = (module.name for module in pkgutil.iter_modules(crossdict_jax.models.__path__))
+    found = (module.name for module in pkgutil.iter_modules([str(ASSETS.parent)]))
     return tuple(sorted(set(found) - {"base", "hf"}))
 
 
@@ -44,7 +52,7 @@ def load(path_or_id: str | Path) -> LanguageModel:
     Names in ``EMBEDDED`` are found in the package itself. UserError if there is no such model
     or if anything in its files is not understood.
     """
-    folder = find_folder(path_or_id)
+    folder = _find_weights(path_or_id)
     config = load_config(folder)
     lm = nnx.eval_shape(lambda: init(config))
     lm.name, lm.path = folder_name(path_or_id), str(folder)
@@ -67,18 +75,11 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
 
     ``dtype`` is that of the file: float32, float16 or bfloat16.
     """
-    from safetensors.numpy import save_file
-
+    if dtype not in DTYPES:
+        raise UserError(f"Weights cannot be saved as {dtype!r}, only as {', '.join(DTYPES)}.")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    flat = nnx.to_flat_state(nnx.state(lm))
-    values = {_place(key): np.asarray(leaf[...]) for key, leaf in flat}
-    tensors = {}
-    for name, (place, transform) in _table(lm.config).items():
-        if place in values:
-            value = TRANSFORMS[transform](values[place])
-            tensors[name] = np.ascontiguousarray(value.astype(DTYPES[dtype]))
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    _write_safetensors(_named_weights(lm, DTYPES[dtype]), path / "model.safetensors")
     raw = write_config(lm.config) | {"dtype": dtype}
     (path / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
@@ -90,11 +91,14 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
 
 def folder_name(path_or_id: str | Path) -> str:
     """The last part of a path or id: what a model is called in a work directory."""
-    return Path(path_or_id).expanduser().resolve().name
+    return Path(os.path.abspath(Path(path_or_id).expanduser())).name
 
 
-def find_folder(path_or_id: str | Path) -> Path:
-    """The folder of a path, an embedded model or a hub id; UserError if there is none."""
+def find_folder(path_or_id: str | Path, patterns: tuple[str, ...]) -> Path:
+    """The folder of a path, an embedded model or a hub id; UserError if there is none.
+
+    From the hub (or its local cache) only files that match ``patterns`` are taken.
+    """
     text = str(path_or_id)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -105,26 +109,35 @@ def find_folder(path_or_id: str | Path) -> Path:
         raise UserError(f"{text} is a file; name the folder that holds config.json.")
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
         raise UserError(f"There is no folder {text!r}; name a folder with config.json or a hub id.")
-    return _download(text)
+    return _download(text, patterns)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(hub.snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
+        return Path(hub.snapshot_download(hub_id, allow_patterns=list(patterns)))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{hub_id!r} is no folder here and no model on the hub (or a private one); embedded "
-            f"are {', '.join(EMBEDDED)}."
+            f"{hub_id!r} is no folder here and no public model on the hub; check the spelling, or "
+            f"use an embedded model ({', '.join(EMBEDDED)})."
         ) from error
     except Exception as error:  # offline, proxies, time-outs: each library raises its own
         raise UserError(
-            f"{hub_id!r} is no folder here and the hub cannot be reached ({type(error).__name__}); "
-            f"give a folder, or one of {', '.join(EMBEDDED)}, or download it where there is "
-            "a network."
+            f"{hub_id!r} is no folder here, and the hub cannot be reached "
+            f"({type(error).__name__}); give the folder of a downloaded model, or use an embedded "
+            f"one ({', '.join(EMBEDDED)})."
         ) from error
+
+
+def _find_weights(path_or_id: str | Path) -> Path:
+    """The folder with config, weights and tokenizer; old torch files only where torch is."""
+    patterns = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
+    folder = find_folder(path_or_id, patterns)
+    if not any(folder.glob("model*.safetensors")) and importlib.util.find_spec("torch"):
+        return find_folder(path_or_id, patterns + TORCH_FILES)
+    return folder
 
 
 # config.json
@@ -132,7 +145,7 @@ def _download(hub_id: str) -> Path:
 
 def load_config(path_or_id: str | Path) -> ModelConfig:
     """The settings in a model's config.json; UserError if they are not understood."""
-    file = find_folder(path_or_id) / "config.json"
+    file = find_folder(path_or_id, CONFIG_FILES) / "config.json"
     if not file.is_file():
         raise UserError(f"{file.parent} has no config.json; it is not a Hugging Face model folder.")
     raw = _read_json(file)
@@ -263,7 +276,10 @@ def _tensors(folder: Path) -> Iterator[tuple]:
         if index.is_file():
             shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
             return (item for shard in shards for item in reader(_shard(folder, shard)))
-    raise UserError(f"{folder} has no weights (model.safetensors or pytorch_model.bin).")
+    raise UserError(
+        f"{folder} has no model.safetensors; if its hub page offers only pytorch_model.bin, "
+        "install torch, which alone reads that."
+    )
 
 
 def _shard(folder: Path, name: str) -> Path:
@@ -293,7 +309,13 @@ def _torch(file: Path) -> Iterator[tuple]:
             f"{file.parent} has only pytorch_model.bin, which torch alone reads: install torch, "
             "or save the model again as model.safetensors."
         ) from error
-    for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for files that are not plain weights
+        raise UserError(
+            f"{file} is damaged or holds more than weights ({type(error).__name__}); copy it again."
+        ) from error
+    for name, tensor in tensors.items():
         yield name, lambda tensor=tensor: tensor.to(torch.float32).numpy()
 
 
@@ -305,23 +327,55 @@ def _widen(value: np.ndarray, name: str, file: Path) -> np.ndarray:
     return value.astype(np.float32)
 
 
+def _named_weights(lm: LanguageModel, dtype) -> dict[str, np.ndarray]:
+    """{name in the file: array} of every parameter: the inverse of ``_fill``."""
+    flat = nnx.to_flat_state(nnx.state(lm))
+    values = {_place(key): np.asarray(leaf[...]).astype(dtype) for key, leaf in flat}
+    return {
+        name: np.ascontiguousarray(TRANSFORMS[transform](values[place]))
+        for name, (place, transform) in _table(lm.config).items()
+        if place in values
+    }
+
+
+def _write_safetensors(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Under another name first, so that a killed save leaves no half file to be loaded."""
+    from safetensors.numpy import save_file
+
+    part = file.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})  # transformers asks for the format
+    os.replace(part, file)
+
+
 # Tokenizer
 
 
-@lru_cache(maxsize=16)
 def load_tokenizer(path_or_id: str | Path):
     """The transformers tokenizer of a folder or hub id; UserError if there is none."""
-    folder = find_folder(path_or_id)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    folder = find_folder(path_or_id, CONFIG_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
         raise UserError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); only commands that read "
-            "text need it."
+            "text need it: copy the tokenizer files of its model there."
         )
+    return _tokenizer(folder, max(file.stat().st_mtime_ns for file in files))
+
+
+@lru_cache(maxsize=16)
+def _tokenizer(folder: Path, changed: int):
+    """``changed`` only keeps a rewritten folder from being answered from the cache."""
+    # transformers would advise to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if (folder / "tokenizer_config.json").is_file() or (folder / "config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    try:
+        if any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    except Exception as error:  # the Rust library raises bare exceptions
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"The tokenizer in {folder} cannot be read ({reason}).") from error
 
 
 def _family(model_type: str):
