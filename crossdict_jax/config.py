@@ -1,13 +1,17 @@
 """Every setting of a run, as dataclasses with a unit or a reason beside each number."""
 
-from __future__ import annotations
-
+# Annotations stay objects here (no postponed evaluation): flags and checks read them as types.
 import dataclasses
+import re
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from crossdict_jax.errors import UserError
 
 # A sweepable field takes one number or a tuple of them; each value becomes ensemble members.
-Number = float | tuple[float, ...]
-Count = int | tuple[int, ...]
+# Annotated keeps the union in one piece, which command line flags cannot parse otherwise.
+Number = Annotated[float | tuple[float, ...], "number"]
+Count = Annotated[int | tuple[int, ...], "count"]
 
 
 @dataclass
@@ -19,8 +23,8 @@ class TextConfig:
     documents: int = 1000  # in total, before the split
     max_bytes: int = 2048  # per document, cut at a character; longer documents lose their tail
     window_tokens: int = 256  # at most, for every model; a smaller context of a model wins
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.2
+    validation_fraction: float = 0.1  # of the documents: hyper-parameters are chosen on them
+    test_fraction: float = 0.2  # of the documents: every reported number is of them
 
 
 @dataclass
@@ -42,7 +46,7 @@ class SAEConfig:
     k: Count = 32  # active features a row (topk)
     l1_coefficient: Number = 1.0  # relu: weight of the decoder-norm-weighted L1, after warm-up
     learning_rate: Number = 1e-3  # Adam, after warm-up, decayed linearly over the last fifth
-    steps: int = 2500
+    steps: int = 2500  # batches
     batch_size: int = 1024  # rows
     seeds: int = 1  # dictionaries per model and layer
     warmup_fraction: float = 0.05  # of the steps, for the learning rate
@@ -58,27 +62,28 @@ class SAEConfig:
 class LossWeights:
     """Weights of the four losses of a trained map (each mean over the batch)."""
 
-    mse: float = 1.0
-    cosine: float = 1.0
-    correlation: float = 0.05
-    sparsity: float = 0.01
+    mse: float = 1.0  # mean squared error
+    cosine: float = 1.0  # 1 - cosine of a row and its target
+    correlation: float = 0.05  # of the features' correlation matrices
+    sparsity: float = 0.01  # of firing rates and of active features a row
 
 
 @dataclass
 class MapConfig:
     """The rungs of the ladder, and how the trained one is trained."""
 
+    # Each a file in crossdict_jax/maps.
     kinds: tuple[str, ...] = ("mean", "token", "procrustes", "ridge", "token_ridge", "mlp")
     ridge_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance
     token_pseudocounts: tuple[float, ...] = (0.0, 1.0, 4.0, 16.0)  # shrinkage to the mean
     hidden: int = 512  # mlp: units of both hidden layers
-    dropout: float = 0.1
-    steps: int = 1000
-    batch_size: int = 128
+    dropout: float = 0.1  # share of the hidden units that a training row does without
+    steps: int = 1000  # batches
+    batch_size: int = 128  # rows
     learning_rate: float = 1e-3  # AdamW, cosine decay
-    weight_decay: float = 1e-4
-    gradient_clip: float = 1.0
-    checkpoint_every: int = 500
+    weight_decay: float = 1e-4  # AdamW
+    gradient_clip: float = 1.0  # largest global norm
+    checkpoint_every: int = 500  # steps
     loss_weights: LossWeights = field(default_factory=LossWeights)
 
 
@@ -105,9 +110,9 @@ class Config:
 
     models: tuple[str, ...] = ()  # two or more directories or hub ids; () means the embedded pair
     layers: tuple[int, ...] = (5, 6, 7)  # one list for all models
-    layer_pairs: str = ""  # "6:10,7:11" pairs layers of A and B; "" pairs equal layers
+    layer_pairs: str = ""  # 6:10,7:11 pairs the first model's layers with the others'; "": equal
     site: str = "resid_pre"  # resid_pre | resid_post | attn_out | mlp_out
-    seed: int = 0
+    seed: int = 0  # of everything random: another seed is another run
     text: TextConfig = field(default_factory=TextConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -121,25 +126,57 @@ class PretrainConfig:
     """A small language model of our own: its shape, its tokenizer, its training."""
 
     model_type: str = "gpt2"  # gpt2 | gpt_neox
-    d_model: int = 128
-    n_layers: int = 8
-    n_heads: int = 4
+    d_model: int = 128  # the residual stream
+    n_layers: int = 8  # so that layers 5, 6 and 7 exist
+    n_heads: int = 4  # they divide d_model
     context: int = 256  # tokens
     vocab_size: int = 4096  # byte-level BPE, trained on the train split
     rotary_fraction: float = 0.25  # gpt_neox: share of each head that is rotated
-    steps: int = 1500
+    steps: int = 1500  # batches
     batch_size: int = 16  # windows of `context` tokens, over all devices
     learning_rate: float = 3e-3  # AdamW, linear warm-up, cosine decay to a tenth
     warmup_fraction: float = 0.03  # of the steps
     weight_decay: float = 0.1  # on matrices only
-    gradient_clip: float = 1.0
-    matmul_dtype: str = "float32"  # float32 | bfloat16
+    gradient_clip: float = 1.0  # largest global norm
+    matmul_dtype: str = "float32"  # float32 | bfloat16, of the matrix products
     checkpoint_every: int = 100  # steps
     save_dtype: str = "float16"  # float32 | float16 | bfloat16, of the safetensors file
-    seed: int = 0
+    seed: int = 0  # of everything random
     text: TextConfig = field(default_factory=TextConfig)
 
 
-def to_dict(config: Config) -> dict:
+def to_dict(config: Config | PretrainConfig) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
+
+
+def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
+    """Returns the pairs (layer of the first model, layer of every other) to fit maps between.
+
+    Without ``config.layer_pairs``, equal layers are paired.
+
+    Raises:
+      UserError: ``layer_pairs`` is not N:M with commas between.
+    """
+    if not config.layer_pairs:
+        return tuple((layer, layer) for layer in config.layers)
+    parts = [part.strip() for part in config.layer_pairs.split(",")]
+    if not all(re.fullmatch(r"[0-9]+:[0-9]+", part) for part in parts):
+        raise UserError(
+            f"layer_pairs={config.layer_pairs} is not pairs of layers with commas between, as in "
+            "6:10,7:11."
+        )
+    pairs = tuple(tuple(map(int, part.split(":"))) for part in parts)
+    if len(set(pairs)) < len(pairs):
+        raise UserError(f"layer_pairs={config.layer_pairs} holds a pair twice; give each once.")
+    return pairs
+
+
+def site_layers(config: Config) -> tuple[int, ...]:
+    """Returns the layers that every model is read at: ``layers`` and all of ``layer_pairs``.
+
+    One list for all models, also of layers that only one side of a pair uses: so every model
+    must have them.
+    """
+    paired = (layer for pair in layer_pairs(config) for layer in pair)
+    return tuple(sorted({*config.layers, *paired}))

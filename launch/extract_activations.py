@@ -1,0 +1,18 @@
+"""Reads the text with every model and stores the residual stream at paired positions.
+
+python -m launch.extract_activations --models=a,b --layers=5,6,7 --workdir=runs/ab
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.activations.extract import extract
+
+    extract(config, work)
+
+
+if __name__ == "__main__":
+    command.run(main)

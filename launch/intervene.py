@@ -1,0 +1,18 @@
+"""Runs every model on held-out text with its residual stream replaced by what a map gives.
+
+python -m launch.intervene --workdir=runs/ab
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.causal.stitching import intervene
+
+    intervene(config, work)
+
+
+if __name__ == "__main__":
+    command.run(main)

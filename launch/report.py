@@ -1,0 +1,18 @@
+"""Writes a finished run's report, one self-contained html file, and prints its path.
+
+python -m launch.report --workdir=runs/ab
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.report import write_report
+
+    print(write_report(config, work))
+
+
+if __name__ == "__main__":
+    command.run(main)

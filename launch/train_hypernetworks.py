@@ -1,0 +1,19 @@
+"""Fits every map between the models' features, in both directions, also on shuffled pairs.
+
+python -m launch.train_hypernetworks --workdir=runs/ab
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.activations.store import open_store
+    from crossdict_jax.maps.fit import fit_maps
+
+    fit_maps(config, open_store(work.activations), work)
+
+
+if __name__ == "__main__":
+    command.run(main)
