@@ -1,0 +1,100 @@
+"""Intervals over documents: resamples drawn once per split, so that differences are paired."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Resamples:
+    """Which documents each bootstrap resample holds, and which document each row belongs to.
+
+    Attributes:
+      index: int [n], each row's document as a place in 0 .. n_documents - 1.
+      weights: float64 [count, n_documents], how often a resample holds a document. Empty
+        (count 0) where no interval exists: fewer than two documents, or none was asked for.
+    """
+
+    index: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def n_documents(self) -> int:
+        return self.weights.shape[1]
+
+    def per_document(self, values: np.ndarray) -> np.ndarray:
+        """Returns the sums of ``values`` [n] over each document, float64 [n_documents]."""
+        return np.bincount(self.index, weights=values, minlength=self.n_documents)
+
+    def estimate(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+        """Returns the ratio of two sums over rows, given their values [n] in every row.
+
+        0 / 0 is 0 and x / 0 is 1: see ``ratio``.
+        """
+        top, bottom = self.per_document(numerator), self.per_document(denominator)
+        samples = ratio(self.weights @ top, self.weights @ bottom)
+        return Estimate(float(ratio(top.sum(), bottom.sum())), samples)
+
+    def mean(self, values: np.ndarray) -> Estimate:
+        """Returns the mean over rows of ``values`` [n]; NaN in a resample without a row."""
+        top, rows = self.per_document(values), self.per_document(np.ones(len(self.index)))
+        with np.errstate(invalid="ignore"):
+            samples = (self.weights @ top) / (self.weights @ rows)
+        return Estimate(float(top.sum() / rows.sum()), samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number and its bootstrap resamples [count]."""
+
+    value: float
+    samples: np.ndarray
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The paired difference: both must come from the same resamples."""
+        return Estimate(self.value - other.value, self.samples - other.samples)
+
+    def __rsub__(self, number: float) -> Estimate:
+        return Estimate(number - self.value, number - self.samples)
+
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """The 2.5 and 97.5 percentiles, or (None, None) without (finite) resamples."""
+        if not len(self.samples) or not np.isfinite(self.samples).all():
+            return None, None
+        low, high = np.percentile(self.samples, (2.5, 97.5))
+        return float(low), float(high)
+
+    @property
+    def surely_positive(self) -> bool:
+        """Whether the whole interval lies above zero."""
+        low, _ = self.interval
+        return low is not None and low > 0
+
+    def columns(self, name: str) -> dict[str, float | None]:
+        """Returns ``{name: value, name_low: ..., name_high: ...}`` for a result row."""
+        low, high = self.interval
+        return {name: self.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def draw(documents: np.ndarray, *, count: int, seed: int) -> Resamples:
+    """Returns ``count`` resamples with replacement of the distinct values in ``documents`` [n]."""
+    names, index = np.unique(documents, return_inverse=True)
+    n = len(names)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    count = count if n > 1 else 0
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
+    return Resamples(index.reshape(-1), weights.reshape(count, n))
+
+
+def ratio(numerator, denominator):
+    """Returns numerator / denominator; where the denominator is 0, 0 for 0 / 0 and 1 otherwise.
+
+    As a fraction of variance unexplained this says: a target that never varies is explained by
+    a perfect prediction (0), and by no other one (1, so that R^2 is 0).
+    """
+    numerator, denominator = np.asarray(numerator), np.asarray(denominator)
+    safe = np.where(denominator == 0, 1.0, denominator)
+    return np.where(denominator == 0, (numerator != 0).astype(np.float64), numerator / safe)

@@ -1,0 +1,97 @@
+"""Retrieval: does a prediction find its own target among a fixed pool of targets?"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CHUNK = 1024  # predictions compared at once: bounds the similarity matrix to CHUNK x pool
+LARGEST_DEFAULT_POOL = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Candidate targets, one entry per distinct direction.
+
+    Attributes:
+      rows: int [pool], the rows whose targets are candidates; their predictions are the queries.
+      units: float32 [pool, width], distinct unit vectors first, zero rows behind them.
+      entries: int32 [pool], how many candidates point in each direction (0 for padding).
+      own: int32 [pool], the direction of each query's true target.
+      identical: int [pool], how many candidates are bit-identical to the true target (itself too).
+    """
+
+    rows: np.ndarray
+    units: np.ndarray
+    entries: np.ndarray
+    own: np.ndarray
+    identical: np.ndarray
+
+
+def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
+    """Returns ``size`` rows of ``target`` [n, width] as candidates; all of them in order if n."""
+    n = len(target)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    rows = np.sort(generator.choice(n, size, replace=False)) if size < n else np.arange(n)
+    candidates = target[rows] + 0.0  # -0.0 becomes 0.0
+    units = unit_rows(candidates)
+    own, first, entries = _distinct(units)
+    same, _, copies = _distinct(candidates)
+    padding = size - len(first)
+    return Pool(
+        rows=rows,
+        units=np.pad(units[first], ((0, padding), (0, 0))),
+        entries=np.pad(entries, (0, padding)).astype(np.int32),
+        own=own.astype(np.int32),
+        identical=copies[same],
+    )
+
+
+def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
+    """Returns the rank, from 1, of each query's true target by cosine, int [pool].
+
+    Candidates that tie with the true target stand before it, unless they are the same vector.
+
+    Args:
+      predicted: [n, width]; the rows of ``pool.rows`` are the queries.
+    """
+    queries = unit_rows(predicted[pool.rows])
+    size = min(CHUNK, len(queries))
+    units, entries = jnp.asarray(pool.units), jnp.asarray(pool.entries)
+    counts = []
+    for at in range(0, len(queries), size):
+        chunk, own = queries[at : at + size], pool.own[at : at + size]
+        short = size - len(chunk)
+        padded = np.pad(chunk, ((0, short), (0, 0)))
+        count = _not_below(padded, np.pad(own, (0, short)), units, entries)
+        counts.append(np.asarray(count)[: len(chunk)])
+    return np.concatenate(counts).astype(np.int64) - pool.identical + 1
+
+
+@jax.jit
+def _not_below(queries, own, units, entries):
+    """How many candidates are at least as similar as the true one, int32 [chunk]."""
+    similarity = jnp.matmul(queries, units.T, precision="highest")  # [chunk, directions]
+    true = jnp.take_along_axis(similarity, own[:, None], axis=1)
+    return jnp.sum(jnp.where(similarity >= true, entries[None, :], 0), axis=1)
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Returns the rows of ``x`` [n, width] at length 1, float32; zero rows stay zero."""
+    out = np.empty(x.shape, np.float32)
+    for at in range(0, len(x), CHUNK):
+        chunk = x[at : at + CHUNK].astype(np.float64)
+        norm = np.sqrt(np.einsum("ij,ij->i", chunk, chunk))[:, None]
+        out[at : at + CHUNK] = chunk / np.where(norm == 0, 1.0, norm)
+    return out
+
+
+def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(each row's class, each class's first row, each class's size) by the rows' bits."""
+    classes: dict[bytes, int] = {}
+    label = np.array([classes.setdefault(row.tobytes(), len(classes)) for row in x])
+    _, first, size = np.unique(label, return_index=True, return_counts=True)
+    return label, first, size
