@@ -1,0 +1,190 @@
+"""The house itself: imports run downwards, files stay small, heavy libraries come late."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = {  # a room may use the rooms of lower levels, and itself
+    "launch": 8,
+    "verify": 7,
+    "evaluation": 6,
+    "causal": 6,
+    "maps": 5,
+    "dictionaries": 4,
+    "pretraining": 4,  # reads text as activations does
+    "activations": 3,
+    "training": 2,
+    "report": 2,
+    "models": 1,
+    "foundation": 0,  # the files beside the rooms: config, workdir, errors ...
+}
+FAMILIES = {  # room: what the files of its family may know of their room
+    "models": {"base", "hf"},
+    "dictionaries": {"base"},
+    "maps": {"base", "losses", "moments"},
+}
+LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", "jinja2"}
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+TOOLS = {"pytest-xdist", "ruff"}  # run, not imported
+NOT_REQUIRED = {"torch"}  # reads old weights and makes goldens where somebody has it
+
+SOURCES = sorted(
+    p for d in ("crossdict_jax", "launch", "configs") for p in (ROOT / d).rglob("*.py")
+)
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module's file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path) for path in SOURCES}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The dotted names that a module imports anywhere, as far down as they are modules."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {n if n in NAMES else node.module for n in inner}
+    return found
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] in ("launch", "configs"):
+        return parts[0]
+    if parts[0] != "crossdict_jax":
+        return None
+    room = parts[1] if len(parts) > 1 else "foundation"
+    return room if (ROOT / "crossdict_jax" / room).is_dir() else "foundation"
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    return {name_of(path): ast.parse(path.read_text()) for path in SOURCES}
+
+
+def test_every_room_has_a_level(trees):
+    assert {room_of(name) for name in trees} - {"configs"} <= LEVELS.keys()
+
+
+def test_imports_run_downwards(trees):
+    wrong = []
+    for name, tree in trees.items():
+        own = room_of(name)
+        for other in imports(tree):
+            room = room_of(other)
+            if room is None or room == own:
+                continue
+            allowed = room == "foundation" if own == "configs" else LEVELS[room] < LEVELS[own]
+            if not allowed:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", FAMILIES)
+def test_members_of_a_family_know_only_their_base(trees, room):
+    from crossdict_jax import settings
+    from crossdict_jax.models import families
+
+    members = {
+        "models": families(),
+        "dictionaries": settings.architectures(),
+        "maps": settings.map_kinds(),
+    }[room]
+    assert members
+    for member in members:
+        known = {
+            name.split(".")[-1]
+            for name in imports(trees[f"crossdict_jax.{room}.{member}"])
+            if name.startswith(f"crossdict_jax.{room}.")
+        }
+        assert known <= FAMILIES[room], f"{room}/{member}.py imports {known}"
+
+
+def module_level_imports(tree: ast.Module) -> set[str]:
+    """Top-level names imported when the module is."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_heavy_libraries_are_imported_where_they_are_used(trees):
+    early = {name: module_level_imports(tree) & LATE for name, tree in trees.items()}
+    assert not {name: heavy for name, heavy in early.items() if heavy}
+
+
+def test_importing_every_room_loads_no_heavy_library():
+    rooms = sorted(name for name in NAMES if name.startswith("crossdict_jax"))
+    program = """if True:
+        import importlib, sys
+        for name in sys.argv[1].split():
+            importlib.import_module(name)
+        print(*sys.modules)"""
+    command = [sys.executable, "-c", program, " ".join(rooms)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not LATE & set(done.stdout.split())
+
+
+def test_config_and_flags_need_no_jax():
+    program = "import sys, launch.command, launch.experiment; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_launch_scripts_are_thin():
+    lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "launch").glob("*.py")}
+    del lines["command.py"]
+    assert max(lines.values()) <= 60, lines
+
+
+def test_files_and_functions_stay_readable(trees):
+    lines = {name_of(p): len(p.read_text().splitlines()) for p in SOURCES}
+    assert not {name: n for name, n in lines.items() if n > 600}
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert lengths[len(lengths) // 2] <= 12  # the median
+    assert lengths[len(lengths) * 9 // 10] <= 50
+
+
+def test_every_module_says_what_lives_there(trees):
+    silent = [name for name, tree in trees.items() if not ast.get_docstring(tree)]
+    assert not silent
+
+
+def test_requirements_are_what_is_imported(trees):
+    text = (ROOT / "requirements.txt").read_text()
+    required = set(re.findall(r"^([A-Za-z0-9_-]+)", text, re.MULTILINE))
+    everything = [*trees.values(), *(ast.parse(path.read_text()) for path in TESTS)]
+    used = {name.split(".")[0] for tree in everything for name in imports(tree)}
+    used -= set(sys.stdlib_module_names) | {"crossdict_jax", "launch", "configs"} | NOT_REQUIRED
+    used -= {path.stem for path in TESTS}
+    assert {DISTRIBUTIONS.get(name, name) for name in used} == required - TOOLS
+
+
+UNSAFE = re.compile(
+    r"\bpickle\b|allow_pickle=True|trust_remote_code=True|weights_only=False|\beval\(|\bexec\("
+)
+
+
+def test_nothing_that_is_read_can_run_code():
+    assert not [str(path) for path in SOURCES if UNSAFE.search(path.read_text())]
