@@ -43,7 +43,7 @@ class Site:
     def parse(cls, text: str) -> "Site":
         """The site that ``text`` (as in ``resid_pre.6``) names; UserError if it names none."""
         kind, _, layer = text.rpartition(".")
-        if not layer.isascii() or not layer.isdigit():
+        if not kind or not layer.isascii() or not layer.isdigit():
             raise UserError(f"Site {text!r} is not KIND.LAYER, as in resid_pre.6.")
         return cls(layer=int(layer), kind=kind)
 

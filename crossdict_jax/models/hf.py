@@ -42,7 +42,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 def families() -> tuple[str, ...]:
     """The model types that can be loaded: the files of this package that define a Model."""
-    found = (module.name for module in pkgutil.iter_modules([str(ASSETS.parent)]))
+    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
     return tuple(sorted(set(found) - {"base", "hf"}))
 
 

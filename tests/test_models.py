@@ -1,0 +1,579 @@
+"""The language models: parity with Hugging Face, sites, folders in and out, and bad input."""
+
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from crossdict_jax import models
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site, capture
+
+GOLDENS = Path(__file__).parent / "goldens"
+VARIANTS = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
+ONE_PER_FAMILY = (
+    "gpt2-inverse-layer",
+    "gpt_neox-parallel-quarter-old",
+    "gpt_neox-sequential-full-old",
+    "llama-grouped-untied-new",
+)
+REAL = ("gpt-tinystories-char", "llama2xs", "stories260k")
+GPT2_MEDIUM = dict(
+    model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=1024, n_layer=24, n_head=16
+)
+PYTHIA_410M = dict(
+    model_type="gpt_neox",
+    vocab_size=50304,
+    max_position_embeddings=2048,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    rotary_pct=0.25,
+    rotary_emb_base=10000,
+    use_parallel_residual=True,
+)
+NARROW_LLAMA = dict(
+    model_type="llama",
+    vocab_size=64,
+    max_position_embeddings=16,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_family = pytest.mark.parametrize("variant", ONE_PER_FAMILY)
+
+
+@functools.cache
+def golden_model(variant: str) -> tuple[dict[str, np.ndarray], models.LanguageModel]:
+    """What Hugging Face computed, and our model of the same folder."""
+    golden = dict(np.load(GOLDENS / variant / "golden.npz", allow_pickle=False))
+    return golden, models.load(GOLDENS / variant)
+
+
+def relative_error(ours, theirs) -> float:
+    """The largest difference, as a share of the largest true value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def copy_of(variant: str, folder: Path, **settings) -> Path:
+    """A copy of a golden folder with some settings of its config.json changed."""
+    shutil.copytree(GOLDENS / variant, folder)
+    raw = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def rewrite_weights(folder: Path, change) -> None:
+    """Replaces the tensors of a folder by ``change(tensors)``."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def leaves_equal(a, b) -> bool:
+    a, b = jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b))
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+# Parity
+
+
+@every_variant
+def test_logits_and_every_site_match_hugging_face(variant):
+    golden, lm = golden_model(variant)
+    graphdef, state = nnx.split(lm)
+
+    @jax.jit
+    def read(state, tokens):
+        lm = nnx.merge(graphdef, state)
+        return lm.logits(tokens), {str(k): v for k, v in capture(lm, tokens, sites).items()}
+
+    sites = [Site(layer, kind) for layer in range(lm.config.n_layers) for kind in models.KINDS]
+    logits, captured = read(state, golden["tokens"])
+    assert relative_error(logits, golden["logits"]) < 1e-5
+    for name, x in captured.items():
+        assert relative_error(x, golden[name]) < 1e-5, name
+
+
+def test_goldens_cover_what_they_must():
+    configs = [models.load_config(GOLDENS / variant) for variant in VARIANTS]
+    seen = {(config.model_type, config.activation) for config in configs}
+    assert seen >= {("gpt2", name) for name in ("relu", "gelu", "gelu_new", "silu")}
+    neox = [config for config in configs if config.model_type == "gpt_neox"]
+    kinds = {(config.parallel_residual, config.rotary_fraction) for config in neox}
+    assert kinds == {(True, 0.25), (True, 1.0), (False, 0.25), (False, 1.0)}
+    llama = [config for config in configs if config.model_type == "llama"]
+    assert {config.tied for config in llama} == {True, False}
+    assert all(config.n_kv_heads < config.n_heads for config in llama)
+
+
+@pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_give_the_loss_of_hugging_face(name):
+    golden = np.load(GOLDENS / f"loss-{name}.npz", allow_pickle=False)
+    lm = models.load(Path(os.environ["CROSSDICT_DATA"]) / "models" / name)
+    loss, state = loss_of(lm)
+    assert lm.name == name
+    assert abs(float(jax.jit(loss)(state, golden["tokens"]) - golden["loss"])) < 1e-4
+    assert lm.tokenizer.decode(golden["tokens"][0]).startswith("Once upon a time")
+
+
+@pytest.mark.parametrize("raw, parameters", [(GPT2_MEDIUM, 354823168), (PYTHIA_410M, 405334016)])
+def test_full_size_models_have_their_published_parameter_counts(raw, parameters):
+    lm = jax.eval_shape(lambda: models.init(raw))
+    assert sum(leaf.size for leaf in jax.tree.leaves(lm)) == parameters
+
+
+# Sites and taps
+
+
+def test_sites_are_named_parsed_and_ordered():
+    assert str(Site(layer=6, kind="resid_pre")) == "resid_pre.6"
+    assert Site(3) == Site.parse("resid_pre.3")
+    assert sorted([Site(2), Site(1, "mlp_out")])[0] == Site(1, "mlp_out")
+
+
+@each_family
+def test_tap_sees_every_site_in_order_and_changes_nothing(variant):
+    golden, lm = golden_model(variant)
+    seen = []
+
+    def tap(site, x):
+        seen.append(site)
+        return x
+
+    tapped = lm.logits(golden["tokens"], tap=tap)
+    assert seen == [Site(layer, kind) for layer in range(3) for kind in models.KINDS]
+    assert np.array_equal(tapped, lm.logits(golden["tokens"]))
+
+
+@each_family
+def test_edits_reach_everything_downstream(variant):
+    golden, lm = golden_model(variant)
+    replacement = jax.random.normal(jax.random.key(0), golden["resid_pre.1"].shape)
+
+    def logits_with(edits):
+        return lm.logits(golden["tokens"], tap=lambda site, x: edits.get(str(site), x))
+
+    def resid_post_with(edits, layer):
+        seen = {}
+
+        def tap(site, x):
+            seen[str(site)] = edits.get(str(site), x)
+            return seen[str(site)]
+
+        lm.logits(golden["tokens"], tap=tap)
+        return seen[f"resid_post.{layer}"]
+
+    clean = lm.logits(golden["tokens"])
+    post = logits_with({"resid_post.0": replacement})
+    assert np.array_equal(post, logits_with({"resid_pre.1": replacement}))
+    assert relative_error(post, clean) > 0.01
+    for kind in ("attn_out", "mlp_out"):
+        assert relative_error(logits_with({f"{kind}.1": replacement}), clean) > 0.01, kind
+    both = {"attn_out.1": replacement, "mlp_out.1": 2 * replacement}
+    expected = golden["resid_pre.1"] + 3 * replacement
+    assert relative_error(resid_post_with(both, 1), expected) < 1e-5
+
+
+@each_family
+def test_an_edited_attention_output_feeds_the_mlp_only_in_sequence(variant):
+    golden, lm = golden_model(variant)
+    parallel = getattr(lm.config, "parallel_residual", False)
+    seen = {}
+
+    def tap(site, x):
+        seen[str(site)] = x
+        return jnp.zeros_like(x) if str(site) == "attn_out.0" else x
+
+    lm.logits(golden["tokens"], tap=tap)
+    same = relative_error(seen["mlp_out.0"], golden["mlp_out.0"]) < 1e-5
+    assert same == parallel
+
+
+@each_family
+def test_padding_on_the_right_is_harmless(variant):
+    golden, lm = golden_model(variant)
+    length = golden["tokens"].shape[1]
+    padded = np.pad(golden["tokens"], ((0, 0), (0, 5)))
+    x = capture(lm, padded, [Site(2, "resid_post")])[Site(2, "resid_post")]
+    assert relative_error(x[:, :length], golden["resid_post.2"]) < 1e-5
+
+
+def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
+    raw = dict(model_type="gpt2", vocab_size=8, n_positions=16, n_embd=32, n_layer=8, n_head=2)
+    graphdef, state = nnx.split(models.init(raw))
+    tokens = jnp.zeros((2, 16), jnp.int32)
+
+    def flops(layer):
+        def read(state, tokens):
+            return capture(nnx.merge(graphdef, state), tokens, [Site(layer, "resid_post")])
+
+        return jax.jit(read).lower(state, tokens).compile().cost_analysis()["flops"]
+
+    one, two, eight = flops(0), flops(1), flops(7)
+    assert eight > 7 * (two - one) > 0
+    assert one < eight / 7
+
+
+# Contracts of the module
+
+
+def loss_of(lm):
+    """The mean loss as a function of (state, tokens), and the state."""
+    graphdef, state = nnx.split(lm)
+
+    def loss(state, tokens):
+        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state).logits(tokens)[:, :-1])
+        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
+
+    return loss, state
+
+
+@each_family
+def test_every_parameter_has_a_finite_gradient(variant):
+    golden, lm = golden_model(variant)
+    loss, state = loss_of(lm)
+    gradient = jax.jit(jax.grad(loss))(state, golden["tokens"])
+    for path, leaf in nnx.to_flat_state(gradient):
+        assert 0 < np.linalg.norm(np.asarray(leaf[...])) < np.inf, path
+
+
+def test_an_ensemble_of_models_is_vmapped():
+    golden, lm = golden_model("gpt_neox-parallel-quarter-old")
+    loss, state = loss_of(lm)
+    members = jax.tree.map(lambda leaf: np.stack([leaf, 2 * np.asarray(leaf)]), state)
+    one = float(jax.jit(loss)(state, golden["tokens"]))
+    first, second = jax.jit(jax.vmap(loss, in_axes=(0, None)))(members, golden["tokens"])
+    assert abs(float(first) - one) < 1e-4 < abs(float(second) - one)
+
+
+@each_family
+def test_only_parameters_are_leaves(variant):
+    lm = models.load(GOLDENS / variant)
+    graphdef, state = nnx.split(lm)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+    assert nnx.merge(graphdef, state).config == lm.config
+    assert hash(graphdef) == hash(nnx.split(models.load(GOLDENS / variant))[0])
+
+
+@each_family
+def test_bfloat16_products_are_close_and_sums_stay_float32(variant):
+    golden, lm = golden_model(variant)
+    x = capture(lm, golden["tokens"], [Site(2)], dtype="bfloat16")[Site(2)]
+    logits = jax.eval_shape(lambda: lm.logits(golden["tokens"], dtype=jnp.bfloat16))
+    assert x.dtype == logits.dtype == jnp.float32
+    assert 1e-5 < relative_error(x, golden["resid_pre.2"]) < 0.1
+
+
+@each_family
+def test_eight_devices_read_as_one_does(variant):
+    golden, lm = golden_model(variant)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens = np.tile(golden["tokens"], (4, 1))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    graphdef, state = nnx.split(lm)
+    spread = nnx.merge(graphdef, jax.device_put(state, everywhere))
+    captured = capture(spread, jax.device_put(tokens, rows), [Site(2)])[Site(2)]
+    assert len(captured.sharding.device_set) == 8
+    assert relative_error(captured[:2], golden["resid_pre.2"]) < 1e-5
+
+
+@pytest.mark.parametrize("raw", [GPT2_MEDIUM, PYTHIA_410M, NARROW_LLAMA])
+def test_init_is_a_function_of_the_seed(raw):
+    small = {"n_embd": 16, "n_layer": 2, "n_head": 2} if "n_embd" in raw else {}
+    if raw is PYTHIA_410M:
+        small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    raw = raw | small | {"vocab_size": 64}
+    lm = models.init(raw, seed=1)
+    assert leaves_equal(lm, models.init(lm.config, seed=1))
+    assert not leaves_equal(lm, models.init(raw, seed=2))
+    logits = lm.logits(np.arange(8)[None, :])
+    assert abs(float(jax.nn.logsumexp(logits[0, -1])) - np.log(64)) < 0.1  # near uniform
+
+
+def test_every_family_can_be_found():
+    assert models.families() == ("gpt2", "gpt_neox", "llama")
+
+
+# Folders
+
+
+@every_variant
+def test_a_saved_folder_loads_bit_for_bit(variant, tmp_path):
+    _, lm = golden_model(variant)
+    models.save(lm, tmp_path / "again")  # through float32, where the goldens are float16
+    again = models.load(tmp_path / "again")
+    assert again.config == lm.config
+    assert leaves_equal(again, lm)
+    theirs = load_file(GOLDENS / variant / "model.safetensors")
+    ours = load_file(tmp_path / "again" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+
+
+@pytest.mark.parametrize("dtype, error", [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_compact_folders_are_widened(dtype, error, tmp_path):
+    lm = models.init(NARROW_LLAMA)
+    models.save(lm, tmp_path, dtype=dtype)
+    again = models.load(tmp_path)
+    assert again.W_E[...].dtype == jnp.float32
+    assert 0 < relative_error(again.W_E[...], np.asarray(lm.W_E[...])) < error
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_loads_what_we_save(variant, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    golden, lm = golden_model(variant)
+    models.save(lm, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    tokens = golden["tokens"]
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    assert relative_error(lm.logits(tokens), logits) < 1e-5
+
+
+def test_shards_prefixes_and_known_buffers(tmp_path):
+    whole = models.load(GOLDENS / "gpt2-gelu_new")
+    folder = copy_of("gpt2-gelu_new", tmp_path / "bare")
+    bare = {
+        name.removeprefix("transformer."): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    buffers = {"h.0.attn.bias": np.ones((1, 1, 24, 24)), "h.0.attn.masked_bias": np.zeros(())}
+    shards = {"a.safetensors": buffers, "b.safetensors": {}, "c.safetensors": {}}
+    for i, (name, value) in enumerate(sorted(bare.items())):
+        shards["bc"[i % 2] + ".safetensors"][name] = value
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for file, tensors in shards.items():
+        save_file({k: v.astype(np.float32) for k, v in tensors.items()}, folder / file)
+        index |= {name: file for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert leaves_equal(models.load(folder), whole)
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path):
+    folder = copy_of("gpt2-gelu_new", tmp_path / "tied")
+    rewrite_weights(folder, lambda x: x | {"lm_head.weight": x["transformer.wte.weight"]})
+    assert leaves_equal(models.load(folder), models.load(GOLDENS / "gpt2-gelu_new"))
+    rewrite_weights(folder, lambda x: x | {"lm_head.weight": 2 * x["transformer.wte.weight"]})
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        models.load(folder)
+
+
+def test_torch_files_are_read_where_torch_is(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = copy_of("gpt2-untied", tmp_path / "old")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({k: torch.tensor(v) for k, v in tensors.items()}, folder / "pytorch_model.bin")
+    assert leaves_equal(models.load(folder), models.load(GOLDENS / "gpt2-untied"))
+    torch.save(models.Site(1), folder / "pytorch_model.bin")  # an object, not plain weights
+    with pytest.raises(UserError, match="more than weights"):
+        models.load(folder)
+
+
+def test_torch_files_say_what_to_do_where_torch_is_not(tmp_path, monkeypatch):
+    folder = copy_of("gpt2-untied", tmp_path / "old")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="install torch, or save the model again"):
+        models.load(folder)
+
+
+def test_hub_ids_come_from_the_local_cache(tmp_path, monkeypatch):
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    copy_of("gpt2-untied", repository / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    lm = models.load("someone/tiny")
+    assert lm.name == "tiny"
+    assert leaves_equal(lm, models.load(GOLDENS / "gpt2-untied"))
+
+
+def test_embedded_models_are_found_by_name(tmp_path, monkeypatch):
+    assert models.ASSETS.parent.name == "models"
+    copy_of("gpt2-untied", tmp_path / models.EMBEDDED[0])
+    monkeypatch.setattr("crossdict_jax.models.hf.ASSETS", tmp_path)
+    assert models.load(models.EMBEDDED[0]).name == models.EMBEDDED[0]
+
+
+def test_tokenizers_are_saved_and_loaded(tmp_path):
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "?": 2}
+    tokenizer = Tokenizer(kinds.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    lm = models.init(NARROW_LLAMA)
+    models.save(lm, tmp_path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert models.load(tmp_path).tokenizer("b a").input_ids == [1, 0]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "tokenizer.json", alone)
+    assert models.load_tokenizer(alone)("b a").input_ids == [1, 0]
+    (alone / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        models.load_tokenizer(alone)
+
+
+# Bad input: each is one line that names the value and the mend
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("./nowhere", "no folder './nowhere'"),
+        ("/no/such/folder", "no folder '/no/such/folder'"),
+        ("a/b/c", "no folder 'a/b/c'"),
+        (" ", "name a folder"),
+        (str(GOLDENS / "gpt2-relu" / "config.json"), "is a file; name the folder"),
+        ("no-such-model", "hub cannot be reached.*docs-gpt2"),
+        ("someone/no-such-model", "hub cannot be reached"),
+        ("not an id!", "no public model on the hub; check the spelling"),
+    ],
+)
+def test_models_that_are_not_there(path, message):
+    with pytest.raises(UserError, match=message) as error:
+        models.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "variant, settings, message",
+    [
+        ("gpt2-relu", {"model_type": "bert"}, "'bert' is not one of gpt2, gpt_neox, llama"),
+        ("gpt2-relu", {"model_type": None}, "None is not one of"),
+        ("gpt2-relu", {"activation_function": "tanh"}, "'tanh' is not implemented, only relu"),
+        ("gpt2-relu", {"add_cross_attention": True}, "add_cross_attention True"),
+        ("gpt2-relu", {"n_embd": 33}, "33 does not divide into 4 heads"),
+        ("gpt2-relu", {"n_layer": None}, "n_layer is missing"),
+        ("gpt2-relu", {"n_layer": "3"}, "n_layer '3' must be int"),
+        ("gpt2-relu", {"n_head": 0}, "n_heads 0 must be at least 1"),
+        ("gpt2-relu", {"hidden_size": 64}, "contradict"),
+        ("gpt2-relu", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama-grouped-tied-old", {"is_causal": False}, "is_causal False"),
+        ("llama-grouped-tied-old", {"rope_scaling": {"type": "linear"}}, "rope type 'linear'"),
+        ("llama-grouped-tied-old", {"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ("llama-grouped-tied-old", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("llama-grouped-tied-old", {"num_key_value_heads": 3}, "cannot share 3"),
+        ("llama-grouped-tied-old", {"head_dim": 7}, "must be even"),
+        ("gpt_neox-parallel-quarter-old", {"rotary_pct": 0.2}, "Rotary dims 3 must be even"),
+        ("gpt_neox-parallel-quarter-old", {"rotary_pct": 1.5}, "between 2 and d_head 16"),
+        ("gpt2-relu", {"n_layer": 4}, "lacks the weight 'transformer.h.3.ln_1.weight' and 11 more"),
+        ("gpt2-relu", {"n_layer": 2}, "unknown weight 'transformer.h.2"),
+        ("gpt2-relu", {"n_inner": 48}, r"c_fc.*shape \[.*config.json asks for"),
+        ("gpt2-relu", {"tie_word_embeddings": False}, "lacks the weight 'lm_head.weight'"),
+        ("gpt2-untied", {"tie_word_embeddings": True}, "differs from its embedding"),
+        ("llama-grouped-tied-old", {"attention_bias": True}, "lacks the weight .*q_proj.bias"),
+        ("llama-biases-wide-heads", {"mlp_bias": False}, "unknown weight .*mlp.*bias"),
+    ],
+)
+def test_settings_that_do_not_fit(variant, settings, message, tmp_path):
+    folder = copy_of(variant, tmp_path / "model", **settings)
+    with pytest.raises(UserError, match=message) as error:
+        models.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def drop(name):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x | {"transformer.extra": np.zeros(3)}, "unknown weight 'transformer.extra'"),
+        (lambda x: x | {"ln_f.bias": np.zeros(32, np.float32)}, "ln_f.bias' twice"),
+        (drop("transformer.wpe.weight"), "lacks the weight 'transformer.wpe.weight'"),
+        (lambda x: x | {"transformer.wpe.weight": np.zeros((24, 8), np.float32)}, "wpe.*shape"),
+        (lambda x: x | {"transformer.wpe.weight": np.zeros((24, 32), np.int8)}, "is int8, not one"),
+    ],
+)
+def test_weights_that_do_not_fit(change, message, tmp_path):
+    folder = copy_of("gpt2-relu", tmp_path / "model")
+    rewrite_weights(folder, change)
+    with pytest.raises(UserError, match=message):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"{", "not valid JSON"),
+        ("config.json", b"[]", "must hold a JSON object"),
+        ("model.safetensors", None, "has no model.safetensors"),
+        ("model.safetensors", b"", "is damaged"),
+        ("model.safetensors", b"not safetensors at all", "is damaged"),
+    ],
+)
+def test_files_that_are_missing_or_damaged(file, content, message, tmp_path):
+    folder = copy_of("gpt2-relu", tmp_path / "model")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        models.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_weights_and_missing_shards(tmp_path):
+    folder = copy_of("gpt2-relu", tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged"):
+        models.load(folder)
+    file.unlink()
+    index = {"weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lacks the shard 'model-00001-of-00002"):
+        models.load(folder)
+
+
+def test_a_model_without_tokenizer_is_read_until_text_is_needed():
+    lm = models.load(GOLDENS / "gpt2-relu")
+    with pytest.raises(UserError, match=r"has no tokenizer.*only commands that read text need it"):
+        _ = lm.tokenizer
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda lm: capture(lm, [[1]], [Site(31)]),
+            r"Site resid_pre.31 is outside gpt2-relu \(3 layers: 0-2\).",
+        ),
+        (lambda lm: capture(lm, [[1]], [Site(-1)]), "resid_pre.-1 is outside"),
+        (lambda lm: Site(1, "resid_mid"), "'resid_mid' is unknown; use one of resid_pre"),
+        (lambda lm: Site.parse("6"), "'6' is not KIND.LAYER"),
+        (lambda lm: Site.parse("resid_pre.x"), "not KIND.LAYER, as in resid_pre.6"),
+        (lambda lm: lm.logits([[0, 61]]), r"Token id 61 is outside gpt2-relu \(vocabulary of 61"),
+        (lambda lm: lm.logits([[-1]]), "Token id -1 is outside"),
+        (lambda lm: capture(lm, [[99]], [Site(0)]), "Token id 99"),
+        (lambda lm: lm.logits([0, 1]), r"must be integers \[batch, seq\]"),
+        (lambda lm: lm.logits([[0.5]]), "must be integers"),
+        (lambda lm: lm.logits(np.zeros((1, 25), int)), r"25 tokens is longer.*\(24 positions\)"),
+        (lambda lm: models.save(lm, "unused", dtype="int8"), "'int8', only as float32"),
+    ],
+)
+def test_calls_that_cannot_be_answered(call, message):
+    lm = models.load(GOLDENS / "gpt2-relu")
+    with pytest.raises(UserError, match=message):
+        call(lm)
