@@ -336,9 +336,9 @@ def _distinct(ends: np.ndarray) -> np.ndarray:
 
 
 def _contains(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Returns which of `values` are among the sorted `ends`."""
-    at = np.searchsorted(ends, values)
-    return (at < len(ends)) & (ends[np.minimum(at, len(ends) - 1)] == values)
+    """Returns which of the non-negative `values` are among the sorted `ends`."""
+    beyond = np.append(ends, np.int32(-1))  # what a value above every end is compared with
+    return beyond[np.searchsorted(ends, values)] == values
 
 
 def _last_tokens(ends: Sequence[np.ndarray], common: np.ndarray) -> np.ndarray:
@@ -511,11 +511,7 @@ def _window(piece: _Piece, readings: Sequence[_Reading]) -> list[Window]:
 def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits, readers) -> list[_Piece]:
     """Returns a piece in parts that should fit, by the token ends of the whole piece."""
     size = len(piece.data)
-    ends = [
-        # Tokens that do not rebuild the piece: as if they were equally long.
-        np.linspace(0, size, len(r.ids) + 1)[1:].astype(np.int32) if r.ends is None else r.ends
-        for r in readings
-    ]
+    ends = [_even_ends(len(r.ids), size) if r.ends is None else r.ends for r in readings]
     room = [max(1, limit - reader.invents_prefix) for limit, reader in zip(limits, readers)]
     spaces = np.array([match.start() for match in _SPACE.finditer(piece.data)], np.int32)
     parts, start = [], 0
@@ -525,6 +521,11 @@ def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits, readers) -> 
         parts.append(_Piece(piece.document, piece.start + start, piece.data[start:stop]))
         start = stop
     return parts
+
+
+def _even_ends(tokens: int, size: int) -> np.ndarray:
+    """Returns what to plan with for tokens that do not rebuild a text: ends at equal distances."""
+    return np.linspace(0, size, max(1, tokens) + 1)[1:].astype(np.int32)
 
 
 def _target(ends: np.ndarray, *, start: int, room: int) -> int:
