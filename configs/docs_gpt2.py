@@ -1,4 +1,4 @@
-"""The embedded GPT-2 shape: 8 layers of 128, 4096 tokens of its own, trained on docstrings.
+"""The embedded GPT-2 shape: 8 layers of 96, 2048 tokens of its own, trained on docstrings.
 
 python -m launch.train_lm --config=configs/docs_gpt2.py --workdir=runs/docs-gpt2
 """
@@ -9,13 +9,13 @@ from crossdict_jax.config import PretrainConfig, TextConfig
 def get_config() -> PretrainConfig:
     return PretrainConfig(
         model_type="gpt2",
-        d_model=128,
+        d_model=96,
         n_layers=8,  # so that layers 5, 6 and 7 exist, as in the pair that this one stands for
         n_heads=4,
-        context=256,
-        vocab_size=4096,
-        steps=1700,  # times 16 x 256 tokens: about 7M tokens, two and a half epochs
+        context=128,
+        vocab_size=2048,
+        steps=3000,  # times 16 x 128 tokens: 6.1M tokens, 1.6 epochs
         batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         text=TextConfig(source="docstrings", documents=1_000_000, max_bytes=1_000_000),  # all
     )

@@ -68,12 +68,14 @@ class LossWeights:
     sparsity: float = 0.01  # of firing rates and of active features a row
 
 
+RUNGS = ("mean", "token", "procrustes", "ridge", "token_ridge", "mlp")
+
+
 @dataclass
 class MapConfig:
     """The rungs of the ladder, and how the trained one is trained."""
 
-    # Each a file in crossdict_jax/maps.
-    kinds: tuple[str, ...] = ("mean", "token", "procrustes", "ridge", "token_ridge", "mlp")
+    kinds: tuple[str, ...] = RUNGS  # each a file in crossdict_jax/maps
     ridge_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance
     token_pseudocounts: tuple[float, ...] = (0.0, 1.0, 4.0, 16.0)  # shrinkage to the mean
     hidden: int = 512  # mlp: units of both hidden layers
@@ -134,7 +136,7 @@ class PretrainConfig:
     rotary_fraction: float = 0.25  # gpt_neox: share of each head that is rotated
     steps: int = 1500  # batches
     batch_size: int = 16  # windows of `context` tokens, over all devices
-    learning_rate: float = 3e-3  # AdamW, linear warm-up, cosine decay to a tenth
+    learning_rate: float = 4e-3  # Muon and Adam, linear warm-up, cosine decay to a tenth
     warmup_fraction: float = 0.03  # of the steps
     weight_decay: float = 0.1  # on matrices only
     gradient_clip: float = 1.0  # largest global norm
@@ -170,6 +172,18 @@ def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
     if len(set(pairs)) < len(pairs):
         raise UserError(f"layer_pairs={config.layer_pairs} holds a pair twice; give each once.")
     return pairs
+
+
+def model_layers(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Returns per model the layers that are read: ``layers``, or what ``layer_pairs`` names.
+
+    In ``layer_pairs`` the first number is a layer of the first model, the second one of every
+    other model.
+    """
+    if not config.layer_pairs:
+        return tuple(tuple(config.layers) for _ in config.models)
+    first, others = (tuple(sorted(set(side))) for side in zip(*layer_pairs(config)))
+    return (first, *(others for _ in config.models[1:]))
 
 
 def site_layers(config: Config) -> tuple[int, ...]:

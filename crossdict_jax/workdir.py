@@ -15,7 +15,7 @@ from crossdict_jax.errors import UserError
 
 
 def model_names(models: Iterable[str]) -> list[str]:
-    """Returns a short, unique folder name per model: the last part of its path, -2, -3 on collision.
+    """Returns a unique folder name per model: the last part of its path, -2, -3 on collision.
 
     Args:
       models: Paths or hub ids, in order.
@@ -166,7 +166,9 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it first.") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run its stage again.") from error
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run its stage again."
+        ) from error
 
 
 def _strict(value: Any) -> Any:

@@ -30,9 +30,7 @@ def _seal(directory: Path, step: int) -> Path:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def sealed_steps(directory: Path) -> list[int]:
@@ -74,7 +72,9 @@ def save(directory: Path, step: int, *, keep: int = 1, meta: dict | None = None,
             manager.wait_until_finished()
         write_json(_seal(directory, step), _digests(directory / str(step)))
     except OSError as error:
-        raise UserError(f"Cannot write checkpoint {directory} ({error}); free some space.") from error
+        raise UserError(
+            f"Cannot write checkpoint {directory} ({error}); free some space."
+        ) from error
     for old in sealed_steps(directory)[:-keep]:
         _seal(directory, old).unlink()
         shutil.rmtree(directory / str(old))
@@ -144,7 +144,9 @@ def load_params(directory: Path, abstract: Any) -> Any:
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or device),
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=getattr(a, "sharding", None) or device
+        ),
         abstract,
     )
     return restore(directory, _finished_step(directory), params=placed)["params"]

@@ -1,0 +1,390 @@
+"""Extraction: every model reads every window once, and its paired rows go into the store."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from crossdict_jax import models, modules
+from crossdict_jax.activations import pairing
+from crossdict_jax.activations.store import (
+    Rows,
+    Store,
+    WindowTable,
+    digest,
+    open_store,
+    save_rows,
+    save_table,
+    shard_name,
+)
+from crossdict_jax.activations.text import SPLITS, Corpus, load_corpus
+from crossdict_jax.config import Config, model_layers
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
+from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
+
+LENGTH_STEP = 32  # windows are padded to a multiple of this, so that few programs are compiled
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is known before a model runs: the windows, the rows, and what was dropped."""
+
+    corpus: Corpus
+    table: WindowTable
+    rows: Rows
+    statistics: pairing.PairingStatistics
+    not_rebuilt: tuple[int, ...]
+    too_long: int
+    bos: tuple[int | None, ...]
+    shard_windows: int  # windows per shard
+    shard_starts: np.ndarray  # first row of every shard, and the end
+
+
+def extract(config: Config, work: Workdir) -> Store:
+    """Reads the text with every model, writes the store and results/pairing.json, and returns it.
+
+    Killed and run again, it goes on with the first shard that is not there; a finished store is
+    opened as it is.
+
+    Raises:
+      UserError: a layer outside a model, text that a model cannot read, no room on the disk.
+    """
+    if (work.activations / "meta.json").exists():
+        return open_store(work.activations)
+    started = time.perf_counter()
+    names = model_names(config.models)
+    lms = [models.load(path) for path in config.models]
+    sites = [tuple(Site(layer, config.site) for layer in layers) for layers in model_layers(config)]
+    for lm, of_model in zip(lms, sites):
+        for site in of_model:
+            models.check_site(lm.config, site, lm.name)
+    plan = _plan(config, lms)
+    _check_space(work.activations, lms, sites, rows=len(plan.rows))
+    counts = _run_models(config, work.activations, names, lms, sites, plan)
+    _finish(config, work, names, lms, sites, plan)
+    seconds = time.perf_counter() - started
+    figures = {"rows": len(plan.rows), "rows_per_s": counts["rows"] / seconds}
+    figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
+    work.record_timing("extract_activations", wall_s=seconds, **figures, **device_figures())
+    return open_store(work.activations)
+
+
+def device_figures() -> dict:
+    """Returns what kind of device and how many of them this process uses."""
+    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def _plan(config: Config, lms: Sequence[LanguageModel]) -> _Plan:
+    corpus = load_corpus(config.text)
+    tokenizers = [lm.tokenizer for lm in lms]
+    bos = tuple(bos_id(t) for t in tokenizers)
+    limits = [
+        min(config.text.window_tokens, lm.config.context) - (b is not None)
+        for lm, b in zip(lms, bos)
+    ]
+    cut = pairing.windows([d.text for d in corpus.documents], tokenizers, limits=limits)
+    _check_vocabulary(cut.windows, lms)
+    rows, statistics = _rows(corpus, cut.windows, models=len(lms))
+    starts = np.searchsorted(
+        rows.window, np.arange(0, len(cut.windows), config.extract.shard_windows)
+    )
+    return _Plan(
+        corpus=corpus,
+        table=_table(cut.windows, models=len(lms)),
+        rows=rows,
+        statistics=statistics,
+        not_rebuilt=cut.not_rebuilt,
+        too_long=cut.too_long,
+        bos=bos,
+        shard_windows=config.extract.shard_windows,
+        shard_starts=np.append(starts, len(rows)),
+    )
+
+
+def bos_id(tokenizer) -> int | None:
+    """Returns the id that the tokenizer itself puts in front of a text, or None."""
+    with_special = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and with_special[:1] == [bos] and plain[:1] != [bos] else None
+
+
+def _check_vocabulary(windows: Sequence[pairing.Window], lms: Sequence[LanguageModel]) -> None:
+    for i, lm in enumerate(lms):
+        highest = max((int(w.tokens[i].ids.max()) for w in windows), default=0)
+        if highest >= lm.config.vocab_size:
+            raise UserError(
+                f"The tokenizer of {lm.name} gives token id {highest}, but the model has only "
+                f"{lm.config.vocab_size} (0-{lm.config.vocab_size - 1}); use its own tokenizer."
+            )
+
+
+def _rows(corpus: Corpus, windows: Sequence[pairing.Window], *, models: int):
+    """The paired positions of all windows, and their statistics."""
+    columns: list[tuple] = []
+    statistics = None
+    for number, window in enumerate(windows):
+        ends = [t.ends for t in window.tokens]
+        byte_end, position = pairing.pair_many(ends)
+        token = np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1)
+        split = SPLITS.index(corpus.documents[window.document].split)
+        columns.append((number, window.document, byte_end + window.start, position, token, split))
+        here = pairing.pairing_statistics(ends)
+        statistics = here if statistics is None else statistics + here
+    if statistics is None:
+        raise UserError("The text gave no window that every model can read; use other text.")
+    return _stack(columns, models=models), statistics
+
+
+def _stack(columns: list[tuple], *, models: int) -> Rows:
+    counts = [len(c[2]) for c in columns]
+    rows = Rows(
+        window=np.repeat(np.asarray([c[0] for c in columns], np.int32), counts),
+        document=np.repeat(np.asarray([c[1] for c in columns], np.int32), counts),
+        byte_end=np.concatenate([c[2] for c in columns]).astype(np.int32),
+        position=np.concatenate([c[3] for c in columns]).astype(np.int32).reshape(-1, models),
+        token=np.concatenate([c[4] for c in columns]).astype(np.int32).reshape(-1, models),
+        split=np.repeat(np.asarray([c[5] for c in columns], np.int8), counts),
+        keep=np.ones(sum(counts), bool),
+    )
+    for i, split in enumerate(SPLITS):
+        if not (rows.split == i).any():
+            raise UserError(f"The {split} documents hold no paired position; use more text.")
+    return rows
+
+
+def _table(windows: Sequence[pairing.Window], *, models: int) -> WindowTable:
+    ids = [[w.tokens[i].ids for w in windows] for i in range(models)]
+    return WindowTable(
+        document=np.asarray([w.document for w in windows], np.int32),
+        offsets=tuple(np.cumsum([0] + [len(x) for x in per_model]) for per_model in ids),
+        ids=tuple(np.concatenate(per_model).astype(np.int32) for per_model in ids),
+    )
+
+
+def _check_space(directory: Path, lms, sites, *, rows: int) -> None:
+    needed = 2 * rows * sum(len(s) * lm.config.d_model for lm, s in zip(lms, sites))
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"The store needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free; "
+            "free some space or lower text.documents."
+        )
+
+
+# ---------------------------------------------------------------- running the models
+
+
+def _run_models(config, directory, names, lms, sites, plan: _Plan) -> dict:
+    """Writes every shard that is not there yet; returns how much was read, and how fast."""
+    from tqdm import tqdm
+
+    counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
+    shards = len(plan.shard_starts) - 1
+    todo = [i for i in range(shards) if not _is_done(directory, i, plan)]
+    readers = [_Reader(config, lm, s, bos) for lm, s, bos in zip(lms, sites, plan.bos)]
+    total = len(todo) * len(lms)
+    with tqdm(total=total, desc="extract activations", unit="shard") as progress:
+        for i in todo:
+            started, checksums = time.perf_counter(), {}
+            for m, reader in enumerate(readers):
+                checksums |= _write_shard(directory, names[m], reader, plan, m, i)
+                progress.update()
+            write_json(
+                _done(directory, i), {"text": plan.corpus.provenance["sha256"], "files": checksums}
+            )
+            counts["seconds"] += time.perf_counter() - started
+            first, last = _shard_windows(plan, i)
+            counts["rows"] += int(plan.shard_starts[i + 1] - plan.shard_starts[i])
+            counts["tokens"] += sum(int(o[last] - o[first]) for o in plan.table.offsets)
+    return counts
+
+
+def _done(directory: Path, i: int) -> Path:
+    return directory / "shards" / f"{i:05d}.json"
+
+
+def _is_done(directory: Path, i: int, plan: _Plan) -> bool:
+    if not _done(directory, i).exists():
+        return False
+    if read_json(_done(directory, i))["text"] != plan.corpus.provenance["sha256"]:
+        raise UserError(
+            f"The text has changed since {directory} was begun; delete it to extract again."
+        )
+    return True
+
+
+def _shard_windows(plan: _Plan, i: int) -> tuple[int, int]:
+    """First window of a shard, and the one after its last."""
+    return i * plan.shard_windows, min((i + 1) * plan.shard_windows, len(plan.table))
+
+
+class _Reader:
+    """Runs one model over windows, only as deep as its highest site."""
+
+    def __init__(self, config: Config, lm: LanguageModel, sites: Sequence[Site], bos: int | None):
+        self.lm, self.sites, self.bos = lm, tuple(sites), bos
+        self._mesh = make_mesh()
+        over = self._mesh.size
+        self.batch_size = math.ceil(config.extract.batch_size / over) * over
+        graphdef, params = modules.split(lm)
+        self._params = jax.device_put(params, shard(self._mesh))
+        self._run = jax.jit(partial(_sites_of, graphdef, self.sites, config.extract.matmul_dtype))
+
+    def read(self, windows: Sequence[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Yields (window's place, per site bfloat16 [tokens, d_model]), in order of length.
+
+        The next batch is on the devices before the last one is read back.
+        """
+        order = np.argsort([len(w) for w in windows], kind="stable")
+        pending = None
+        for at in range(0, len(order), self.batch_size):
+            places = order[at : at + self.batch_size]
+            dispatched = places, self._run(self._params, self._batch([windows[p] for p in places]))
+            if pending:
+                yield from self._unpack(windows, *pending)
+            pending = dispatched
+        if pending:
+            yield from self._unpack(windows, *pending)
+
+    def _batch(self, windows: Sequence[np.ndarray]) -> jax.Array:
+        front = 0 if self.bos is None else 1
+        longest = max(len(w) for w in windows) + front
+        length = min(math.ceil(longest / LENGTH_STEP) * LENGTH_STEP, self.lm.config.context)
+        tokens = np.zeros((self.batch_size, length), np.int32)
+        tokens[:, :front] = self.bos or 0
+        for row, window in zip(tokens, windows):
+            row[front : front + len(window)] = window
+        return put(tokens, shard(self._mesh, DATA))
+
+    def _unpack(self, windows, places, captured):
+        front = 0 if self.bos is None else 1
+        captured = [np.asarray(x) for x in captured]
+        for row, place in enumerate(places):
+            stop = front + len(windows[place])
+            yield int(place), [x[row, front:stop] for x in captured]
+
+
+def _sites_of(graphdef, sites, dtype, params, tokens) -> tuple[jax.Array, ...]:
+    """Returns per site bfloat16 [batch, seq, d_model]; nothing after the last one is computed."""
+    seen = {}
+
+    def tap(site, x):
+        seen[site] = x
+        return x
+
+    modules.merge(graphdef, params).logits(tokens, tap=tap, dtype=dtype)
+    return tuple(seen[site].astype(jnp.bfloat16) for site in sites)
+
+
+def _write_shard(directory, name, reader: _Reader, plan: _Plan, m: int, i: int) -> dict:
+    """Writes one model's files of one shard; returns their checksums."""
+    first, last = _shard_windows(plan, i)
+    start, stop = plan.shard_starts[i : i + 2]
+    rows = plan.rows.window[start:stop]
+    d_model = reader.lm.config.d_model
+    out = [np.empty((stop - start, d_model), ml_dtypes.bfloat16) for _ in reader.sites]
+    windows = [plan.table.tokens(m, w) for w in range(first, last)]
+    for place, captured in reader.read(windows):
+        here = slice(*np.searchsorted(rows, [first + place, first + place + 1]))
+        positions = plan.rows.position[start:stop, m][here]
+        for array, x in zip(out, captured):
+            array[here] = x[positions]
+    checksums = {}
+    for site, array in zip(reader.sites, out):
+        relative = shard_name(name, str(site), i)
+        path = directory / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array.view(np.uint16))
+        checksums[relative] = digest(path)
+    return checksums
+
+
+# ---------------------------------------------------------------- the end
+
+
+def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan) -> None:
+    """Masks norm outliers and writes rows, windows, pairing.json and, last, meta.json."""
+    directory = work.activations
+    save_table(directory / "windows.npz", plan.table)
+    outliers = _norm_outliers(config, directory, names, sites, plan)
+    rows = Rows(**(vars(plan.rows) | {"keep": ~np.any(list(outliers.values()), axis=0)}))
+    save_rows(directory / "rows.npz", rows)
+    checksums = {n: digest(directory / n) for n in ("rows.npz", "windows.npz")}
+    for i in range(len(plan.shard_starts) - 1):
+        checksums |= read_json(_done(directory, i))["files"]
+    write_json(work.result("pairing.json"), _pairing(config, names, plan, rows, outliers))
+    meta = {
+        "models": {
+            name: {
+                "path": path,
+                "d_model": lm.config.d_model,
+                "bos": bos,
+                "sites": [str(s) for s in of_model],
+            }
+            for name, path, lm, bos, of_model in zip(names, config.models, lms, plan.bos, sites)
+        },
+        "rows": len(rows),
+        "dtype": "bfloat16",
+        "shard_starts": plan.shard_starts.tolist(),
+        "documents": [d.name for d in plan.corpus.documents],
+        "text": plan.corpus.provenance,
+        "checksums": checksums,
+    }
+    write_json(directory / "meta.json", meta)
+    shutil.rmtree(directory / "shards")
+
+
+def _norm_outliers(config, directory, names, sites, plan: _Plan) -> dict[str, np.ndarray]:
+    """Per model and site, which rows [n] are outliers against the median of the training rows."""
+    train = plan.rows.split == 0
+    shards = range(len(plan.shard_starts) - 1)
+    outliers = {}
+    for name, of_model in zip(names, sites):
+        for site in of_model:
+            files = (directory / shard_name(name, str(site), i) for i in shards)
+            norms = np.concatenate([_norms(path) for path in files])
+            outliers[f"{name} {site}"] = pairing.norm_outliers(
+                norms, factor=config.extract.norm_mask, reference=train
+            )
+    return outliers
+
+
+def _norms(path: Path) -> np.ndarray:
+    x = np.load(path, allow_pickle=False).view(ml_dtypes.bfloat16).astype(np.float32)
+    return np.linalg.norm(x, axis=1)
+
+
+def _pairing(config: Config, names, plan: _Plan, rows: Rows, outliers) -> dict:
+    """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
+    kept = {s: int((rows.keep & (rows.split == i)).sum()) for i, s in enumerate(SPLITS)}
+    return plan.statistics.to_json(names) | {
+        "windows": len(plan.table),
+        "rows": kept,
+        "bos": dict(zip(names, plan.bos)),
+        "norm_mask": config.extract.norm_mask,
+        "dropped": {
+            "first_position": plan.statistics.first_positions,
+            "norm_outliers": int((~rows.keep).sum()),
+            "norm_outliers_by_site": {k: int(v.sum()) for k, v in outliers.items()},
+            "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
+            "characters_too_long": plan.too_long,
+        },
+        "text": plan.corpus.provenance,
+    }

@@ -1,0 +1,201 @@
+"""The store: paired rows of bfloat16 activations on disk, with checksums and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from crossdict_jax.activations.text import SPLITS
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.workdir import read_json
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One entry per paired text position; train rows come first, then validation, then test."""
+
+    document: np.ndarray  # int32 [n], index into Store.document_names
+    window: np.ndarray  # int32 [n], index into Windows
+    byte_end: np.ndarray  # int32 [n], in the document's UTF-8 bytes
+    position: np.ndarray  # int32 [n, models], token in the window, a BOS not counted
+    token: np.ndarray  # int32 [n, models], the token that ends there
+    split: np.ndarray  # int8 [n], index into SPLITS
+    keep: np.ndarray  # bool [n], False: a norm outlier in some model at some site
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """The stretches of text that the models read, as their tokens."""
+
+    document: np.ndarray  # int32 [windows]
+    offsets: tuple[np.ndarray, ...]  # per model int64 [windows + 1], into ids
+    ids: tuple[np.ndarray, ...]  # per model int32 [all tokens]
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def tokens(self, model: int, window: int) -> np.ndarray:
+        """Returns the token ids [tokens] of one window for the model of that index."""
+        start, stop = self.offsets[model][window : window + 2]
+        return self.ids[model][start:stop]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Activations of several models at several sites, on the same rows (text positions)."""
+
+    directory: Path
+    models: tuple[str, ...]  # folder names
+    paths: tuple[str, ...]  # the paths or ids that were read
+    rows: Rows
+    table: WindowTable
+    meta: dict
+    _verified: set = field(default_factory=set, repr=False)
+
+    @property
+    def document_names(self) -> list[str]:
+        return self.meta["documents"]
+
+    @property
+    def window_document(self) -> np.ndarray:
+        return self.table.document
+
+    def select(self, split: str) -> np.ndarray:
+        """Returns the numbers int64 [m] of the kept rows of a split."""
+        return np.flatnonzero((self.rows.split == SPLITS.index(split)) & self.rows.keep)
+
+    def windows(self, split: str) -> np.ndarray:
+        """Returns the numbers of the windows that hold kept rows of a split, ascending."""
+        return np.unique(self.rows.window[self.select(split)])
+
+    def window_tokens(self, model: str, window: int) -> np.ndarray:
+        """Returns the token ids int32 [tokens] of one window, without a BOS."""
+        return self.table.tokens(self.models.index(model), window)
+
+    def has_bos(self, model: str) -> int | None:
+        """Returns the id that is put in front of every window of this model, or None."""
+        return self.meta["models"][model]["bos"]
+
+    def sites_of(self, model: str) -> tuple[Site, ...]:
+        """Returns the sites at which this model was read."""
+        return tuple(Site.parse(s) for s in self.meta["models"][model]["sites"])
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites at which some model was read, ascending."""
+        return tuple(sorted({site for m in self.models for site in self.sites_of(m)}))
+
+    def d_model(self, model: str) -> int:
+        return self.meta["models"][model]["d_model"]
+
+    def tokens(self, model: str, rows: np.ndarray) -> np.ndarray:
+        """Returns the tokens int32 [m] that end at these rows."""
+        return self.rows.token[rows, self.models.index(model)]
+
+    def read(self, model: str, site: Site, rows: np.ndarray) -> np.ndarray:
+        """Returns bfloat16 activations [m, d_model] of the given row numbers, in their order.
+
+        A shard's checksum is verified when it is first touched.
+
+        Raises:
+          UserError: a shard is missing, truncated or altered (it is named), or the store has no
+            such model or site.
+        """
+        if model not in self.models or site not in self.sites_of(model):
+            there = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
+            raise UserError(
+                f"{self.directory} has no {model} at {site}; it has {'; '.join(there)}."
+            )
+        rows = np.asarray(rows, np.int64)
+        starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
+        shards = np.searchsorted(starts, rows, side="right") - 1
+        out = np.empty((len(rows), self.d_model(model)), np.uint16)
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self._shard(model, str(site), int(shard))[rows[here] - starts[shard]]
+        return out.view(ml_dtypes.bfloat16)
+
+    def _shard(self, model: str, site: str, shard: int) -> np.ndarray:
+        name = shard_name(model, site, shard)
+        if name not in self._verified:
+            check_file(self.directory / name, self.meta["checksums"][name])
+            self._verified.add(name)
+        return np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
+
+
+def shard_name(model: str, site: str, shard: int) -> str:
+    """Returns a shard's path within the store."""
+    return f"{model}/{site}/shard-{shard:05d}.npy"
+
+
+def digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Raises UserError if the file is not the one whose sha256 was ``expected``."""
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing; delete the activations folder and run extract_activations again."
+        )
+    if digest(path) != expected:
+        raise UserError(
+            f"{path} is altered or cut short (checksum mismatch); delete the activations folder "
+            "and run extract_activations again."
+        )
+
+
+def open_store(directory: Path) -> Store:
+    """Returns the finished store in ``directory``.
+
+    Raises:
+      UserError: it is missing, unfinished or damaged.
+    """
+    directory = Path(directory)
+    if not (directory / "meta.json").exists():
+        raise UserError(f"{directory} holds no finished store; run extract_activations first.")
+    meta = read_json(directory / "meta.json")
+    for name in ("rows.npz", "windows.npz"):
+        check_file(directory / name, meta["checksums"][name])
+    return Store(
+        directory=directory,
+        models=tuple(meta["models"]),
+        paths=tuple(m["path"] for m in meta["models"].values()),
+        rows=_load_rows(directory / "rows.npz"),
+        table=_load_table(directory / "windows.npz", models=len(meta["models"])),
+        meta=meta,
+    )
+
+
+def _load_rows(path: Path) -> Rows:
+    with np.load(path, allow_pickle=False) as file:
+        return Rows(**{f.name: file[f.name] for f in fields(Rows)})
+
+
+def save_rows(path: Path, rows: Rows) -> None:
+    np.savez(path, **{f.name: getattr(rows, f.name) for f in fields(Rows)})
+
+
+def _load_table(path: Path, *, models: int) -> WindowTable:
+    with np.load(path, allow_pickle=False) as file:
+        return WindowTable(
+            document=file["document"],
+            offsets=tuple(file[f"offsets_{i}"] for i in range(models)),
+            ids=tuple(file[f"ids_{i}"] for i in range(models)),
+        )
+
+
+def save_table(path: Path, table: WindowTable) -> None:
+    per_model = {f"offsets_{i}": a for i, a in enumerate(table.offsets)}
+    per_model |= {f"ids_{i}": a for i, a in enumerate(table.ids)}
+    np.savez(path, document=table.document, **per_model)

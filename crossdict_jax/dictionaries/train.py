@@ -1,0 +1,324 @@
+"""Trains all dictionaries of a run: members of equal shape as one vmapped ensemble."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crossdict_jax import modules
+from crossdict_jax.activations.extract import device_figures
+from crossdict_jax.activations.store import Store
+from crossdict_jax.config import Config, SAEConfig
+from crossdict_jax.dictionaries import base
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
+from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
+from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
+from crossdict_jax.workdir import Workdir, write_json
+
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One dictionary of the ensemble.
+
+    Attributes:
+      seed: of its initial parameters and of its data order.
+    """
+
+    model: str
+    site: Site
+    seed: int
+    width: int
+    k: int
+    learning_rate: float
+    l1_coefficient: float
+    name: str  # its folder: seed-N, and the values of swept fields
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} {self.site} {self.name}"
+
+
+def members(config: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
+    """Returns every dictionary of a run: model and site x seed x sweep, in that order.
+
+    The folder of a member is ``seed-N``; of the second and later values of a swept field,
+    ``seed-N-FIELD-VALUE``, so that ``seed-0`` always is the first.
+    """
+    swept = {
+        field: value if isinstance(value, tuple) else (value,)
+        for field in ("width", "k", "learning_rate", "l1_coefficient")
+        for value in [getattr(config, field)]
+    }
+    found = []
+    for (model, site), seed in itertools.product(sites, range(config.seeds)):
+        for values in itertools.product(*swept.values()):
+            chosen = dict(zip(swept, values))
+            other = [f"{f}-{v:g}" for f, v in chosen.items() if v != swept[f][0]]
+            found.append(
+                Member(model, site, seed, name="-".join([f"seed-{seed}", *other]), **chosen)
+            )
+    return found
+
+
+def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
+    """Trains what is not there yet; each finished dictionary gets a folder of its own.
+
+    Members that share d_model, width and k are one ensemble in one compiled step; an ensemble
+    too large for the device's memory is split. Killed and run again, it ends with the same bits.
+
+    Raises:
+      UserError: k above the width, a batch larger than the training rows, or a loss that is not
+        finite.
+    """
+    started = time.perf_counter()
+    base.find(config.sae.architecture)
+    sites = [(m, s) for m in store.models for s in store.sites_of(m)]
+    everyone = members(config.sae, sites)
+    rows = store.select("train")
+    _check(config.sae, rows=len(rows))
+    todo = [m for m in everyone if not checkpoint.is_finished(_folder(work, m))]
+    trained = 0
+    for group in _groups(config.sae, store, todo, rows=len(rows)):
+        _train_group(config, store, work, group, rows)
+        trained += len(group) * config.sae.steps * config.sae.batch_size
+    if todo:
+        seconds = time.perf_counter() - started
+        figures = {"dictionaries": len(todo), "rows_per_s": trained / seconds}
+        work.record_timing("train_saes", wall_s=seconds, **figures, **device_figures())
+
+
+def _check(sae: SAEConfig, *, rows: int) -> None:
+    widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
+    ks = sae.k if isinstance(sae.k, tuple) else (sae.k,)
+    if max(ks) > min(widths):
+        raise UserError(f"sae.k={max(ks)} is more than sae.width={min(widths)}; lower k.")
+    if sae.batch_size > rows:
+        raise UserError(
+            f"sae.batch_size={sae.batch_size} is more than the {rows} training rows; lower it or "
+            "raise text.documents."
+        )
+
+
+def _folder(work: Workdir, member: Member) -> Path:
+    return work.dictionary(member.model, member.site, member.name)
+
+
+# ---------------------------------------------------------------- groups and memory
+
+
+def _groups(sae: SAEConfig, store: Store, todo: list[Member], *, rows: int) -> list[list[Member]]:
+    """Ensembles of equal shape, each small enough for the device."""
+    shape = lambda m: (store.d_model(m.model), m.width, m.k)  # noqa: E731
+    groups = []
+    for (d_model, width, _), same in itertools.groupby(sorted(todo, key=shape), key=shape):
+        same = list(same)
+        most = _most_members(sae, d_model=d_model, width=width, rows=rows)
+        for at in range(0, len(same), most):
+            groups.append(same[at : at + most])
+    return groups
+
+
+def member_bytes(sae: SAEConfig, *, d_model: int, width: int) -> int:
+    """Returns the predicted device memory of one member: states, gradients and activations.
+
+    Four float32 copies of the parameters (themselves, two moments, gradients), one more while
+    they are updated, and about six [batch, width] arrays live at the widest point of a step.
+    """
+    parameters = 2 * d_model * width + width + d_model
+    return 4 * (5 * parameters + 6 * sae.batch_size * width + 4 * sae.batch_size * d_model)
+
+
+def _most_members(sae: SAEConfig, *, d_model: int, width: int, rows: int) -> int:
+    limit = _device_memory()
+    if limit is None:
+        return 1_000_000
+    one = member_bytes(sae, d_model=d_model, width=width) + 2 * rows * d_model
+    return max(1, int(0.8 * limit * jax.device_count() // one))
+
+
+def _device_memory() -> int | None:
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit")
+
+
+# ---------------------------------------------------------------- one group
+
+
+def _train_group(config: Config, store: Store, work: Workdir, group: list[Member], rows) -> None:
+    sae, first = config.sae, group[0]
+    d_model = store.d_model(first.model)
+    memory = len(group) * member_bytes(sae, d_model=d_model, width=first.width)
+    name = f"d{d_model}-width{first.width}-k{first.k}-{_tag(group)}"
+    directory = work.dictionaries / "training" / name
+    what = f"{len(group)} {sae.architecture} dictionaries, d {d_model} width {first.width}"
+    print(f"{what}: about {memory / 1e9:.2f} GB on {jax.device_count()} device(s)")
+    write_json(directory / "members.json", [{"label": m.label} for m in group])
+    mesh = make_mesh(members=len(group))
+    feed, scales, means = _feed(sae, store, group, rows, mesh)
+    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, first, jax.random.key(0)))
+    state = train(
+        _trainable(sae, graphdef, group, d_model, scales, means),
+        feed=feed,
+        steps=sae.steps,
+        seed=config.seed,
+        directory=directory,
+        checkpoint_every=sae.checkpoint_every,
+        what=what,
+        state_shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh, MEMBER), abstract),
+        meta={
+            "members": [m.label for m in group],
+            "sae": dataclasses.asdict(sae),
+            "rows": len(rows),
+        },
+    )
+    _save_members(config, work, group, graphdef, state)
+    shutil.rmtree(directory / "checkpoints")
+
+
+def _tag(group: list[Member]) -> str:
+    return f"{group[0].model}-{group[0].site}-{group[0].name}"
+
+
+def _build(sae: SAEConfig, d_model: int, member: Member, key: jax.Array) -> base.Dictionary:
+    return base.build(sae.architecture, d_model=d_model, width=member.width, k=member.k, key=key)
+
+
+def _feed(
+    sae: SAEConfig, store: Store, group: list[Member], rows, mesh
+) -> tuple[Feed, np.ndarray, np.ndarray]:
+    """Rows of all the group's sites on the devices; every seed has an order of its own.
+
+    Returns the feed, and per member the activation scale [] and the mean row [d_model].
+    """
+    sites = list(dict.fromkeys((m.model, m.site) for m in group))
+    data = np.stack([store.read(model, site, rows) for model, site in sites])
+    scale_of = {site: activation_scale(x) for site, x in zip(sites, data)}
+    mean_of = {site: x.mean(axis=0, dtype=np.float32) for site, x in zip(sites, data)}
+    which = jnp.asarray([sites.index((m.model, m.site)) for m in group])
+    seeds = sorted({m.seed for m in group})
+    order_of = jnp.asarray([seeds.index(m.seed) for m in group])
+
+    def indices(first: int, count: int) -> np.ndarray:
+        span = {"start": first * sae.batch_size, "count": count * sae.batch_size, "n": len(rows)}
+        orders = [epoch_order(seed, **span).reshape(count, sae.batch_size) for seed in seeds]
+        return np.stack(orders, axis=1)  # [steps, seeds, batch]
+
+    def select(resident, orders):
+        x = resident[which[:, None], orders[order_of]].astype(jnp.float32)
+        return jax.lax.with_sharding_constraint(x, shard(mesh, MEMBER, DATA))
+
+    scales = np.asarray([scale_of[m.model, m.site] for m in group], np.float32)
+    means = np.asarray([mean_of[m.model, m.site] for m in group], np.float32)
+    return Feed(put(data, shard(mesh)), indices, select), scales, means
+
+
+def activation_scale(x: np.ndarray) -> float:
+    """Returns the factor that brings rows x [n, d_model] to a mean norm of sqrt(d_model)."""
+    norms = np.concatenate(
+        [np.linalg.norm(x[i : i + 8192].astype(np.float32), axis=1) for i in range(0, len(x), 8192)]
+    )
+    return float(math.sqrt(x.shape[1]) / max(norms.mean(dtype=np.float64), 1e-8))
+
+
+def _trainable(sae: SAEConfig, graphdef, group, d_model, scales, means) -> Trainable:
+    rates = jnp.asarray([m.learning_rate for m in group], jnp.float32)
+    penalties = jnp.asarray([m.l1_coefficient for m in group], jnp.float32)
+    keys = jnp.asarray([m.seed for m in group])
+    adam = optax.scale_by_adam(**ADAM)
+
+    def init(root):
+        def one(seed, scale, mean):
+            d = _build(sae, d_model, group[0], jax.random.fold_in(root, seed))
+            # b_dec starts at the mean, so that features need not spend themselves on it.
+            params = modules.split(d)[1] | {"scale": scale, "b_dec": scale * mean}
+            silent = jnp.zeros(group[0].width, jnp.int32)
+            return {"params": params, "train": {"adam": adam.init(params), "silent": silent}}
+
+        return jax.vmap(one)(keys, jnp.asarray(scales), jnp.asarray(means))
+
+    def step(state, batch, number, _):
+        revive = (state["train"]["silent"] >= sae.dead_after_rows).any()
+        member = _member_step(sae, graphdef, adam, number, revive, d_model)
+        over_members = jax.vmap(member, spmd_axis_name=MEMBER)
+        return over_members(state, batch, rates, penalties)
+
+    return Trainable(init, step)
+
+
+def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_model):
+    """The step of one member: (state, rows, rate, L1 coefficient) -> (state, metrics)."""
+    rate_factor, l1_factor = schedules(sae)
+
+    def step(state, x, rate, penalty):
+        params, train_state = state["params"], state["train"]
+        hyper = base.Hyper(
+            l1_coefficient=penalty * l1_factor(number),
+            auxk_coefficient=sae.auxk_coefficient,
+            k_aux=sae.k_aux or d_model // 2,
+            revive=revive,
+        )
+        dead = train_state["silent"] >= sae.dead_after_rows
+
+        def loss_of(params):
+            d = modules.merge(graphdef, params)
+            loss, parts, f = d.losses(x, hyper=hyper, dead=dead, dtype=_dtype(sae))
+            return loss, (parts, f > 0)
+
+        (loss, (parts, active)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        grads["scale"] = jnp.zeros_like(grads["scale"])
+        updates, adam_state = adam.update(grads, train_state["adam"], params)
+        updates = jax.tree.map(lambda u: -rate * rate_factor(number) * u, updates)
+        params = _constrained(graphdef, optax.apply_updates(params, updates))
+        silent = jnp.where(active.any(axis=0), 0, train_state["silent"] + x.shape[0])
+        metrics = {"loss": loss, "l0": active.sum(axis=1).mean(dtype=jnp.float32)}
+        metrics |= parts | {"dead_fraction": dead.mean(dtype=jnp.float32)}
+        return {"params": params, "train": {"adam": adam_state, "silent": silent}}, metrics
+
+    return step
+
+
+def _dtype(sae: SAEConfig):
+    return None if sae.matmul_dtype == "float32" else jnp.dtype(sae.matmul_dtype)
+
+
+def _constrained(graphdef, params):
+    d = modules.merge(graphdef, params)
+    d.after_update()
+    return modules.split(d)[1]
+
+
+def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:
+    """Returns the factors of learning rate (warm-up, flat, linear decay over the last fifth) and L1."""
+    warm = max(1, round(sae.warmup_fraction * sae.steps))
+    decay = max(1, sae.steps // 5)
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(1 / warm, 1.0, warm),
+            optax.constant_schedule(1.0),
+            optax.linear_schedule(1.0, 0.0, decay),
+        ],
+        [warm, max(warm, sae.steps - decay)],
+    )
+    return rate, optax.linear_schedule(0.0, 1.0, max(1, round(sae.l1_warmup_fraction * sae.steps)))
+
+
+def _save_members(config: Config, work: Workdir, group, graphdef, state) -> None:
+    params = jax.device_get(state["params"])
+    for i, member in enumerate(group):
+        mine = jax.tree.map(lambda a, i=i: a[i], params)
+        meta = dataclasses.asdict(member) | {"site": str(member.site), "steps": config.sae.steps}
+        base.save(modules.merge(graphdef, mine), _folder(work, member), meta=meta)
