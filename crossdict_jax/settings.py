@@ -30,8 +30,10 @@ def from_dict(kind: type, tree: dict) -> Any:
     A setting that the tree lacks keeps its default.
 
     Raises:
-      UserError: the tree holds a setting that ``kind`` has not.
+      UserError: the tree is no such tree, or holds a setting that ``kind`` has not.
     """
+    if not isinstance(tree, dict):
+        raise UserError(f"Settings must be a JSON object, not {type(tree).__name__}.")
     for name in _flat_names(tree):
         check_name(kind, name)
     return _build(kind, tree)

@@ -139,7 +139,7 @@ def _set_up_jax() -> None:
     """
     import jax
 
-    from crossdict_jax.activations.text import cache_folder
+    from crossdict_jax.activations.docstrings import cache_folder
 
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))

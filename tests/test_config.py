@@ -1,0 +1,242 @@
+"""Settings: their names, their spelling on the command line, and what each may be."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossdict_jax import settings
+from crossdict_jax.config import Config, Count, Number, PretrainConfig, layer_pairs, site_layers
+from crossdict_jax.config import to_dict as as_dict
+from crossdict_jax.errors import UserError
+
+PRESETS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
+PRESETS.remove("stored")  # it reads a work directory
+
+
+def changed(**values) -> Config:
+    """The default config with settings by dotted name, dots written as __."""
+    config = Config()
+    for name, value in values.items():
+        settings.put(config, name.replace("__", "."), value)
+    return config
+
+
+@pytest.mark.parametrize("kind", [Config, PretrainConfig])
+def test_defaults_are_allowed(kind):
+    settings.validate(kind())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_allowed(preset):
+    module = importlib.import_module(f"configs.{preset}")
+    settings.validate(module.get_config())
+    assert f"--config=configs/{preset}.py" in module.__doc__ or preset == "quickstart"
+
+
+def test_every_setting_has_a_rule():
+    names = settings.settings(Config) | settings.settings(PretrainConfig)
+    assert settings._rules().keys() == names.keys()
+
+
+def test_every_setting_has_a_unit_or_a_reason():
+    from launch.command import _describe
+
+    for kind in (Config, PretrainConfig):
+        assert not [name for name, comment in _describe(kind(), "") if not comment]
+
+
+def test_names_found_by_file_are_those_of_the_rooms():
+    from crossdict_jax import dictionaries, models
+    from crossdict_jax.maps import base as maps
+
+    assert settings.architectures() == dictionaries.architectures()
+    assert settings.map_kinds() == tuple(maps.kinds())
+    assert set(settings.SITES) == set(models.KINDS)
+
+
+# ---------------------------------------------------------------- spelling
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+NAMES = st.text(st.characters(exclude_characters=",", exclude_categories=["Cc", "Z"]), min_size=1)
+SPELLED = {
+    int: st.integers(),
+    float: FLOATS,
+    str: st.text(),
+    tuple[int, ...]: st.lists(st.integers()).map(tuple),
+    tuple[float, ...]: st.lists(FLOATS).map(tuple),
+    tuple[str, ...]: st.lists(NAMES).map(tuple),
+    Number: FLOATS | st.lists(FLOATS, min_size=2).map(tuple),
+    Count: st.integers() | st.lists(st.integers(), min_size=2).map(tuple),
+}
+
+
+def test_every_type_of_setting_is_spelled():
+    used = {**settings.settings(Config), **settings.settings(PretrainConfig)}.values()
+    assert set(used) <= set(SPELLED) == set(settings.TYPES)
+
+
+@given(st.sampled_from(list(SPELLED)).flatmap(lambda kind: st.tuples(st.just(kind), SPELLED[kind])))
+def test_what_is_spelled_is_parsed_back(kind_and_value):
+    kind, value = kind_and_value
+    assert settings.parse(kind, settings.spell(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (tuple[int, ...], "5", (5,)),
+        (tuple[int, ...], "(5, 6,7)", (5, 6, 7)),
+        (tuple[int, ...], "[5,]", (5,)),
+        (tuple[str, ...], "/a/b.c, ../d-e,hub/id", ("/a/b.c", "../d-e", "hub/id")),
+        (Number, "1e-3", 1e-3),
+        (Number, "1e-3,3e-3", (1e-3, 3e-3)),
+        (Number, "2", 2.0),
+        (Count, "64,128", (64, 128)),
+    ],
+)
+def test_spellings_of_people(kind, text, value):
+    parsed = settings.parse(kind, text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (tuple[int, ...], "5,x"),
+        (tuple[int, ...], "5,,6"),
+        (tuple[int, ...], "5,6.5"),
+        (tuple[str, ...], "a,,b"),
+        (tuple[str, ...], "a,"),
+        (tuple[float, ...], "0.1;0.2"),
+        (Number, "1e-3,"),
+        (Count, "1e3"),
+        (int, "1.5"),
+        (int, ""),
+        (float, "fast"),
+    ],
+)
+def test_misspellings_are_refused(kind, text):
+    with pytest.raises(ValueError, match="is not"):
+        settings.parse(kind, text)
+
+
+# ---------------------------------------------------------------- json and back
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_configs_survive_json(preset):
+    config = importlib.import_module(f"configs.{preset}").get_config()
+    assert settings.from_dict(type(config), json.loads(json.dumps(as_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "tree", [{"sede": 0}, {"sae": 5}, {"sae": {"widht": 5}}, {"seed": {"a": 1}}, []]
+)
+def test_unknown_settings_in_json_are_refused(tree):
+    with pytest.raises(UserError, match="[sS]etting"):
+        settings.from_dict(Config, tree)
+
+
+# ---------------------------------------------------------------- what is allowed
+
+REFUSED = [  # setting, value, what the line names
+    ("models", ("one",), "models=one"),
+    ("models", ("a", " "), "models=a, "),
+    ("models", ["a", "b"], "models="),
+    ("layers", (), "layers is empty"),
+    ("layers", (5, 5), "layers=5,5"),
+    ("layers", (-1,), "layers=-1"),
+    ("layers", 5, "layers=5"),
+    ("layer_pairs", "6-10", "layer_pairs=6-10"),
+    ("layer_pairs", "6:10,", "layer_pairs=6:10,"),
+    ("layer_pairs", "6:10,6:10", "twice"),
+    ("site", "resid_mid", "resid_post"),
+    ("seed", -1, "seed=-1"),
+    ("seed", True, "seed=True"),
+    ("text__source", " ", "text.source= "),
+    ("text__documents", 0, "text.documents=0"),
+    ("text__max_bytes", 0, "text.max_bytes=0"),
+    ("text__test_fraction", 1.0, "text.test_fraction=1.0"),
+    ("text__validation_fraction", 0.0, "text.validation_fraction=0.0"),
+    ("text__validation_fraction", 0.9, "below 1"),
+    ("extract__matmul_dtype", "float16", "bfloat16"),
+    ("extract__norm_mask", float("inf"), "extract.norm_mask=inf"),
+    ("sae__architecture", "transcoder", "topk"),
+    ("sae__width", 0, "sae.width=0"),
+    ("sae__width", (), "sae.width is empty"),
+    ("sae__width", 31, "sae.k=32 is larger than sae.width=31"),
+    ("sae__k", (4, 5000), "sae.k=5000"),
+    ("sae__steps", 2.5, "sae.steps=2.5"),
+    ("sae__learning_rate", float("nan"), "sae.learning_rate=nan"),
+    ("sae__learning_rate", (1e-3, 0.0), "sae.learning_rate=0.001,0.0: 0.0"),
+    ("sae__seeds", 0, "sae.seeds=0"),
+    ("sae__warmup_fraction", 1.0, "sae.warmup_fraction=1.0"),
+    ("map__kinds", ("mean", "rigde"), "rigde must be one of"),
+    ("map__ridge_penalties", (0.0,), "map.ridge_penalties=0.0"),
+    ("map__dropout", 1.0, "map.dropout=1.0"),
+    ("map__loss_weights__cosine", -0.5, "map.loss_weights.cosine=-0.5"),
+    ("evaluation__pool", -1, "evaluation.pool=-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "named"), REFUSED)
+def test_refused_settings_are_named(name, value, named):
+    with pytest.raises(UserError) as caught:
+        settings.validate(changed(**{name: value}))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("models", ("a", "a")),  # a model against itself
+        ("layers", (0,)),
+        ("sae__learning_rate", (1e-3, 3e-3)),
+        ("sae__width", 32),
+        ("sae__k", (8, 16)),
+        ("map__loss_weights__mse", 0),
+    ],
+)
+def test_unusual_settings_are_allowed(name, value):
+    settings.validate(changed(**{name: value}))
+
+
+def test_relu_needs_no_k():
+    settings.validate(changed(sae__architecture="relu", sae__width=16))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("sae.widht", "did you mean sae.width?"),
+        ("width", "did you mean sae.width?"),
+        ("sae.architectur", "did you mean sae.architecture?"),
+        ("map.loss_weights.mes", "did you mean map.loss_weights.mse?"),
+        ("layres", "did you mean layers?"),
+        ("text", "text.source"),
+        ("zzz", "models, layers"),
+    ],
+)
+def test_misspelt_names_get_the_closest(name, meant):
+    with pytest.raises(UserError, match=repr(name).replace(".", "[.]")) as caught:
+        settings.check_name(Config, name)
+    assert meant in str(caught.value)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_equal_layers_are_paired_by_default():
+    assert layer_pairs(changed(layers=(5, 6))) == ((5, 5), (6, 6))
+
+
+def test_every_model_is_read_at_the_layers_of_all_pairs():
+    config = changed(layers=(1, 5), layer_pairs="6:10, 7:5")
+    assert layer_pairs(config) == ((6, 10), (7, 5))
+    assert site_layers(config) == (1, 5, 6, 7, 10)
