@@ -112,7 +112,7 @@ class Config:
 
     models: tuple[str, ...] = ()  # two or more directories or hub ids; () means the embedded pair
     layers: tuple[int, ...] = (5, 6, 7)  # one list for all models
-    layer_pairs: str = ""  # 6:10,7:11 pairs the first model's layers with the others'; "": equal
+    layer_pairs: str = ""  # in place of layers: 6:10,7:11 pairs the first model's with the others'
     site: str = "resid_pre"  # resid_pre | resid_post | attn_out | mlp_out
     seed: int = 0  # of everything random: another seed is another run
     text: TextConfig = field(default_factory=TextConfig)
@@ -184,13 +184,3 @@ def model_layers(config: Config) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(config.layers) for _ in config.models)
     first, others = (tuple(sorted(set(side))) for side in zip(*layer_pairs(config)))
     return (first, *(others for _ in config.models[1:]))
-
-
-def site_layers(config: Config) -> tuple[int, ...]:
-    """Returns the layers that every model is read at: ``layers`` and all of ``layer_pairs``.
-
-    One list for all models, also of layers that only one side of a pair uses: so every model
-    must have them.
-    """
-    paired = (layer for pair in layer_pairs(config) for layer in pair)
-    return tuple(sorted({*config.layers, *paired}))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdict_jax import settings
-from crossdict_jax.config import Config, Count, Number, PretrainConfig, layer_pairs, site_layers
+from crossdict_jax.config import Config, Count, Number, PretrainConfig, layer_pairs, model_layers
 from crossdict_jax.config import to_dict as as_dict
 from crossdict_jax.errors import UserError
 
@@ -236,7 +236,7 @@ def test_equal_layers_are_paired_by_default():
     assert layer_pairs(changed(layers=(5, 6))) == ((5, 5), (6, 6))
 
 
-def test_every_model_is_read_at_the_layers_of_all_pairs():
-    config = changed(layers=(1, 5), layer_pairs="6:10, 7:5")
+def test_layer_pairs_take_the_place_of_layers():
+    config = changed(models=("a", "b", "c"), layers=(1,), layer_pairs="6:10, 7:5")
     assert layer_pairs(config) == ((6, 10), (7, 5))
-    assert site_layers(config) == (1, 5, 6, 7, 10)
+    assert model_layers(config) == ((6, 7), (5, 10), (5, 10))
