@@ -1,0 +1,559 @@
+"""Byte ends, pairs and windows, checked against independent oracles on arbitrary Unicode."""
+
+import functools
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from crossdict_jax.activations import pairing
+from crossdict_jax.errors import UserError
+
+DATA = Path(os.environ.get("CROSSDICT_DATA", ""))
+needs_data = pytest.mark.skipif(
+    not os.environ.get("CROSSDICT_DATA"), reason="CROSSDICT_DATA is not set"
+)
+
+ENGLISH = (
+    """Returns the mean of the array elements along the given axis.
+    The mean is taken over the flattened array by default, otherwise over the specified axis.
+    Parameters: axis, dtype, out, keepdims. It's what you'd expect; they'll see we've 12 of 345.
+The quick brown fox jumps over the lazy dog, naïve café, again and again and again.
+"""
+    * 4
+)
+
+# Where tokenizers go wrong: combining marks, jamo, emoji, private use, spaces, literal specials.
+TRICKY = [
+    "<|endoftext|>", "<s>", "</s>", " ", "  ", "      ", "\n", "\n\n", "\t", "\r\n", "\u3000",
+    "\u00a0", "\u2003", "é", "e\u0301", "\u0301", "A\u030a", "\u212b", "\u0344", "q\u0307\u0323",
+    "한글", "\u1112\u1161\u11ab", "\u11ab", "漢字", "😀", "👩‍👩‍👧", "🇩🇪", "\ue000", "\U000f0000",
+    "\u200b", "\ufffd", "\x00", "\x1f", "▁", "<0x41>", "Ġ", "ﬁ", "ß", "don't", " the",
+    "The", "axis", "123", "...",
+]  # fmt: skip
+pieces = st.one_of(st.sampled_from(TRICKY), st.text(max_size=8), st.sampled_from(ENGLISH.split()))
+tricky_text = st.lists(pieces, max_size=12).map("".join)
+
+
+def train_byte_level(vocab_size, *, normalizer=None, special=("<|endoftext|>",)):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([ENGLISH], trainer)
+    return tokenizer
+
+
+def llama_style():
+    """A tiny tokenizer built as Llama's: an invented "▁" in front, bytes for unknown characters."""
+    alphabet = sorted(set(ENGLISH.replace(" ", "▁")))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "a"), ("▁", "▁"), ("i", "s")]
+    for token in alphabet + [a + b for a, b in merges]:
+        vocab[token] = len(vocab)
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def metaspace():
+    """A Unigram-free SentencePiece look-alike: words of ENGLISH behind "▁", prefix always."""
+    tokenizer = llama_style()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")]
+    )
+    return tokenizer
+
+
+def characters():
+    """A vocabulary of single characters that silently drops the others."""
+    vocab = {character: i for i, character in enumerate(sorted(set(ENGLISH)))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two byte-level tokenizers of different sizes, the second one normalising, as Pythia's."""
+    return train_byte_level(400), train_byte_level(320, normalizer=normalizers.NFC())
+
+
+def load(*parts):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(DATA.joinpath(*parts, "tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The real GPT-2 and Pythia tokenizers."""
+    return load("tokenizers", "gpt2"), load("tokenizers", "pythia")
+
+
+# ---------------------------------------------------------------- oracles
+
+
+@functools.lru_cache(maxsize=8)
+def vocabulary(tokenizer):
+    """Returns (id -> token, ids of added tokens), from the library's own tables."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    added = backend.get_added_tokens_decoder()
+    tokens = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
+    return tokens | {i: token.content for i, token in added.items()}, set(added)
+
+
+def oracle_ends(text, tokenizer):
+    """Byte ends of a byte-level tokenizer: the length of the bytes of every prefix of tokens."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokens, added = vocabulary(tokenizer)  # added ones stand for themselves
+    ids = plain_ids(tokenizer, text)
+    prefix, ends = b"", []
+    for i in ids:
+        prefix += tokens[i].encode() if i in added else bytes(to_byte[c] for c in tokens[i])
+        ends.append(len(prefix))
+    assert prefix == text.encode()
+    return ids, ends
+
+
+def plain_ids(tokenizer, text):
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def oracle_pairs(*all_ends):
+    """All tuples of positions, none 0, whose ends agree: the last such tuple for each end."""
+    found = {}
+    for end in sorted(set(all_ends[0])):
+        if end and all(end in ends for ends in all_ends):
+            found[end] = [max(i for i, e in enumerate(ends) if e == end) for ends in all_ends]
+    return [(end, at) for end, at in found.items() if min(at) > 0], len(found)
+
+
+def check_ends(text, tokenizer):
+    nfc = unicodedata.normalize("NFC", text)
+    ids, ends = oracle_ends(nfc, tokenizer)
+    found = pairing.byte_ends(text, tokenizer)
+    assert found.ids.tolist() == ids
+    assert found.ends.tolist() == ends
+    return ends
+
+
+def check_pair(text, a, b):
+    ends_a, ends_b = check_ends(text, a), check_ends(text, b)
+    expected, common = oracle_pairs(ends_a, ends_b)
+    found = pairing.pair(text, a, b)
+    positions = np.stack([found.position_a, found.position_b], axis=-1).tolist()
+    assert list(zip(found.byte_end.tolist(), positions)) == expected
+    if text:
+        assert found.coverage_a == common / len(set(ends_a))
+        assert found.coverage_b == common / len(set(ends_b))
+        last = len(unicodedata.normalize("NFC", text).encode())
+        if min(len(ends_a), len(ends_b)) > 1:
+            assert found.byte_end[-1] == last  # the end of the text is a pair
+
+
+# ---------------------------------------------------------------- byte ends and pairs
+
+
+@given(text=tricky_text)
+@example(text="")
+@example(text="😀")
+@settings(max_examples=200, deadline=None)
+def test_pairs_equal_brute_force(small, text):
+    check_pair(text, *small)
+
+
+@needs_data
+@given(text=tricky_text)
+@example(text="")
+@example(text="e\u0301<|endoftext|>   x\n\n   y")
+@settings(max_examples=300, deadline=None)
+def test_pairs_of_gpt2_and_pythia_equal_brute_force(real, text):
+    check_pair(text, *real)
+
+
+@given(text=tricky_text)
+@settings(max_examples=60, deadline=None)
+def test_model_against_itself_pairs_everything(small, text):
+    found = pairing.pair(text, small[0], small[0])
+    assert found.coverage_a == found.coverage_b == 1.0
+    assert found.position_a.tolist() == found.position_b.tolist()
+    n = len(plain_ids(small[0], unicodedata.normalize("NFC", text)))
+    assert found.position_a.tolist() == list(range(1, n))
+
+
+def test_empty_text_gives_empty_arrays(small):
+    for tokenizers_ in (small, (llama_style(), characters())):
+        found = pairing.pair("", *tokenizers_)
+        for array in (found.position_a, found.position_b, found.byte_end):
+            assert array.shape == (0,) and np.issubdtype(array.dtype, np.integer)
+
+
+def test_end_inside_a_character_is_a_pair(small):
+    found = pairing.pair("a 漢字", *small)  # no merges beyond ASCII: a token a byte
+    assert set(found.byte_end.tolist()) >= {3, 4, 5, 6, 7, 8}
+
+
+def test_text_is_normalised_once_for_both(small):
+    decomposed, composed = "cafe\u0301 the the", "caf\u00e9 the the"
+    found, expected = (pairing.pair(text, *small) for text in (decomposed, composed))
+    assert found.byte_end.tolist() == expected.byte_end.tolist()
+    assert found.byte_end[-1] == len(composed.encode())
+
+
+def test_literal_special_tokens_count_their_bytes(small):
+    tokens = pairing.byte_ends("the<|endoftext|>the", small[0])
+    assert {3, 16} <= set(tokens.ends.tolist())
+    assert tokens.ids.tolist().count(0) == 1  # the literal is read as the special token
+
+
+def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
+    tokenizer = train_byte_level(300)
+    expected = pairing.byte_ends(ENGLISH, tokenizer).ids.tolist()
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(length=16)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
+    assert wrapped(ENGLISH, add_special_tokens=False)["input_ids"] == expected
+    assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
+
+
+def test_tokens_added_later_are_known():
+    tokenizer = train_byte_level(300)
+    assert pairing.byte_ends("[new]", tokenizer).ends[-1] == 5
+    tokenizer.add_tokens(["[new]"])
+    assert pairing.byte_ends("[new]", tokenizer).ends.tolist() == [5]
+
+
+def test_slow_tokenizer_is_refused():
+    with pytest.raises(UserError, match="not a fast tokenizer"):
+        pairing.byte_ends("text", object())
+
+
+@pytest.mark.parametrize(
+    ("build", "text", "tokens", "ends"),
+    [
+        (llama_style, "the axis", "▁the ▁a x is", [3, 5, 6, 8]),
+        (llama_style, " the", "▁ ▁the", [0, 4]),
+        (llama_style, "é😀", "▁ é <0xF0> <0x9F> <0x98> <0x80>", [0, 2, 3, 4, 5, 6]),
+        (llama_style, "the<s>the</s>", "▁the <s> ▁the </s>", [3, 6, 9, 13]),
+        (llama_style, "<s> the", "<s> ▁ ▁the", [3, 3, 7]),
+        (llama_style, "the<s>  <s>", "▁the <s> ▁▁ ▁ <s>", [3, 6, 7, 8, 11]),
+        (llama_style, "<s><s>", "<s> <s>", [3, 6]),
+        (metaspace, "the axis", "▁the ▁a x is", [3, 5, 6, 8]),
+        (metaspace, " the", "▁the", [4]),  # has its space already: none is invented
+        (metaspace, "é", "▁ é", [0, 2]),
+        (metaspace, "the<s>the</s>", "▁the <s> ▁the </s>", [3, 6, 9, 13]),
+        (metaspace, "<s> the", "<s> ▁the", [3, 7]),
+    ],
+)
+def test_invented_prefix_counts_no_byte(build, text, tokens, ends):
+    tokenizer = build()
+    found = pairing.byte_ends(text, tokenizer)
+    assert [tokenizer.id_to_token(i) for i in found.ids] == tokens.split()
+    assert found.ends.tolist() == ends
+
+
+@given(text=st.text(alphabet=sorted(set(ENGLISH)) + ["é", "漢", "😀", "\u2028"], max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_llama_style_ends_equal_decoded_prefixes(text):
+    tokenizer = LLAMA
+    text = unicodedata.normalize("NFC", text)
+    found = pairing.byte_ends(text, tokenizer)
+    for k, end in enumerate(found.ends.tolist(), start=1):
+        prefix = tokenizer.decode(found.ids[:k].tolist(), skip_special_tokens=False)
+        if "\ufffd" not in prefix:  # a whole number of characters
+            assert text.encode()[:end].decode() == prefix
+
+
+LLAMA = llama_style()
+
+
+def test_dropped_and_changed_characters_drop_the_text():
+    plain = characters()
+    assert pairing.byte_ends("the axis", plain).ends.tolist() == list(range(1, 9))
+    with pytest.raises(pairing.RebuildError, match="drops or changes"):
+        pairing.byte_ends("the 漢 axis", plain)
+    lower = train_byte_level(300, normalizer=normalizers.Lowercase())
+    found = pairing.byte_ends_batch(["small", "Large", ""], lower)
+    assert [tokens is None for tokens in found] == [False, True, False]
+    with pytest.raises(pairing.RebuildError):
+        pairing.byte_ends("the ▁ axis", LLAMA)  # read as a space: one byte instead of three
+
+
+@given(texts=st.lists(tricky_text, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_batch_equals_one_by_one(small, texts):
+    for text, tokens in zip(texts, pairing.byte_ends_batch(texts, small[0])):
+        alone = pairing.byte_ends(text, small[0])
+        assert tokens.ids.tolist() == alone.ids.tolist()
+        assert tokens.ends.tolist() == alone.ends.tolist()
+
+
+def test_token_bytes_spell_every_token(small):
+    tokens, _ = vocabulary(small[0])
+    table = pairing.token_bytes(small[0])
+    assert len(table) == len(tokens)
+    assert table[0] == b"<|endoftext|>"
+    assert {bytes([b]) for b in range(256)} <= set(table)
+    assert b" the" in table
+
+
+# ---------------------------------------------------------------- many models, statistics
+
+
+@given(text=tricky_text)
+@settings(max_examples=60, deadline=None)
+def test_three_models_equal_brute_force(small, text):
+    ends = [pairing.byte_ends(text, t).ends for t in (*small, THIRD)]
+    byte_end, positions = pairing.pair_many(ends)
+    expected, _ = oracle_pairs(*(e.tolist() for e in ends))
+    assert list(zip(byte_end.tolist(), positions.tolist())) == expected
+    assert positions.shape == (len(expected), 3)
+
+
+THIRD = train_byte_level(280)
+
+
+def test_last_token_at_an_end_and_no_first_position():
+    a, b = np.array([2, 2, 5, 5, 5, 9]), np.array([0, 2, 5, 7, 9])
+    byte_end, positions = pairing.pair_many([a, b])
+    assert byte_end.tolist() == [2, 5, 9]
+    assert positions.tolist() == [[1, 1], [4, 2], [5, 4]]
+    byte_end, _ = pairing.pair_many([np.array([2, 5]), b])
+    assert byte_end.tolist() == [5]  # 2 is position 0 of the first model
+    assert pairing.pair_many([np.array([], np.int32), b])[0].tolist() == []
+
+
+def test_statistics_of_a_known_pairing():
+    a, b = np.array([1, 3, 4, 6, 7]), np.array([1, 4, 6, 7])
+    found = pairing.pairing_statistics([a, b])
+    assert (found.ends, found.common, found.first_positions) == ((5, 4), 4, 1)
+    assert found.coverage == (0.8, 1.0)
+    assert found.one_to_one == 3  # 1, 4-6 and 6-7; 1-4 is two tokens of A
+    assert found.span_tokens[0][:3] == (3, 1, 0)
+    assert found.span_tokens[1][:3] == (4, 0, 0)
+    assert found.to_json(["gpt2", "pythia"]) == {
+        "texts": 1,
+        "common_ends": 4,
+        "first_positions_masked": 1,
+        "pairs": 3,
+        "one_to_one_spans": 0.75,
+        "models": {
+            "gpt2": {
+                "ends": 5,
+                "coverage": 0.8,
+                "tokens_per_span": {"1": 3, "2": 1, **dict.fromkeys("34567", 0), "8+": 0},
+            },
+            "pythia": {
+                "ends": 4,
+                "coverage": 1.0,
+                "tokens_per_span": {"1": 4, "2": 0, **dict.fromkeys("34567", 0), "8+": 0},
+            },
+        },
+    }
+
+
+def test_long_spans_go_to_the_last_bin():
+    found = pairing.pairing_statistics([np.arange(1, 21), np.array([20])])
+    assert found.span_tokens[0] == (0, 0, 0, 0, 0, 0, 0, 1)
+
+
+@given(texts=st.lists(tricky_text, min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_statistics_add_up(small, texts):
+    all_ends = [[pairing.byte_ends(text, t).ends for t in small] for text in texts]
+    total = pairing.pairing_statistics(all_ends[0])
+    for ends in all_ends[1:]:
+        total += pairing.pairing_statistics(ends)
+    assert total.texts == len(texts)
+    assert total.common - total.first_positions == sum(
+        len(pairing.pair_many(ends)[0]) for ends in all_ends
+    )
+    for bins, model in zip(total.span_tokens, range(2)):
+        assert sum(bins) == total.common
+        tokens = sum(len(ends[model]) for ends in all_ends)
+        assert sum(n * length for length, n in enumerate(bins, start=1)) <= tokens
+
+
+def test_norm_outliers_exceed_the_median_of_the_reference_rows():
+    norms = np.array([300.0, 9.0, 10.0, 11.0, 101.0, 99.0])
+    reference = np.array([False, True, True, True, False, False])
+    found = pairing.norm_outliers(norms, factor=10.0, reference=reference)
+    assert found.tolist() == [True, False, False, False, True, False]
+
+
+# ---------------------------------------------------------------- windows
+
+
+def check_windows(texts, tokenizers_, limits):
+    found = pairing.windows(texts, tokenizers_, limits=limits)
+    for window in found.windows:
+        document = unicodedata.normalize("NFC", texts[window.document]).encode()
+        data = window.text.encode()
+        assert data and document[window.start : window.start + len(data)] == data
+        for tokenizer, tokens, limit in zip(tokenizers_, window.tokens, limits):
+            assert len(tokens.ids) <= limit
+            alone = pairing.byte_ends(window.text, tokenizer)  # cut first, then tokenized
+            assert tokens.ids.tolist() == alone.ids.tolist()
+            assert tokens.ends.tolist() == alone.ends.tolist()
+    order = [(window.document, window.start) for window in found.windows]
+    assert order == sorted(set(order))
+    if not any(found.not_rebuilt) and not found.too_long:
+        for number, text in enumerate(texts):
+            parts = [w.text for w in found.windows if w.document == number]
+            assert "".join(parts) == unicodedata.normalize("NFC", text)
+    return found
+
+
+@given(texts=st.lists(tricky_text, max_size=4), limits=st.tuples(*[st.integers(2, 24)] * 2))
+@settings(max_examples=150, deadline=None)
+def test_windows_cover_documents_within_limits(small, texts, limits):
+    check_windows(texts, small, limits)
+
+
+@needs_data
+@given(texts=st.lists(tricky_text, max_size=4), limits=st.tuples(*[st.integers(2, 24)] * 2))
+@settings(max_examples=150, deadline=None)
+def test_windows_of_gpt2_and_pythia(real, texts, limits):
+    check_windows(texts, real, limits)
+
+
+@given(texts=st.lists(tricky_text, max_size=3), limits=st.tuples(*[st.integers(2, 24)] * 3))
+@settings(max_examples=60, deadline=None)
+def test_windows_of_other_tokenizers(texts, limits):
+    check_windows(texts, (LLAMA, CHARACTERS, THIRD), limits)
+
+
+CHARACTERS = characters()
+
+
+def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
+    found = check_windows([ENGLISH], small, (40, 40))
+    assert not any(found.not_rebuilt)
+    assert all(window.text[0].isspace() for window in found.windows[1:])
+    lengths = [max(len(tokens.ids) for tokens in window.tokens) for window in found.windows]
+    assert min(lengths) >= 15
+
+
+def test_windows_of_a_document_do_not_depend_on_the_others(small):
+    alone = pairing.windows([ENGLISH], small, limits=(30, 50)).windows
+    among = pairing.windows(["the axis", "", ENGLISH], small, limits=(30, 50)).windows
+    assert [w.text for w in alone] == [w.text for w in among if w.document == 2]
+
+
+def test_dropped_windows_are_counted_per_model(small):
+    found = pairing.windows(
+        ["the axis", "漢", "▁"], (small[0], LLAMA, CHARACTERS), limits=(9, 9, 9)
+    )
+    assert [window.text for window in found.windows] == ["the axis"]
+    assert found.not_rebuilt == (0, 1, 2)
+
+
+def test_only_the_window_with_a_strange_character_is_lost(small):
+    text = ENGLISH[:300] + " 漢 " + ENGLISH[300:600]
+    found = pairing.windows([text], (small[0], CHARACTERS), limits=(64, 32))
+    assert found.not_rebuilt[0] == 0 and found.not_rebuilt[1] == 1
+    assert sum(len(window.text) for window in found.windows) >= len(text) - 32
+
+
+def test_a_character_too_long_for_a_window_is_dropped(small):
+    found = check_windows(["the 😀 axis"], small, (3, 3))
+    assert found.too_long == 1
+    assert "😀" not in "".join(window.text for window in found.windows)
+    assert len("".join(window.text for window in found.windows)) == len("the 😀 axis") - 1
+
+
+def test_windows_without_room_for_a_pair_are_refused(small):
+    with pytest.raises(UserError, match="window_tokens"):
+        pairing.windows(["the"], small, limits=(1, 8))
+
+
+# ---------------------------------------------------------------- real tokenizers and texts
+
+
+@needs_data
+@pytest.mark.parametrize("model", ["stories260k", "llama2xs", "gpt-tinystories-char"])
+@given(text=st.text(alphabet="The cat's big, red hat!\n\t.é漢😀", max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_real_small_models_rebuild_or_are_dropped(model, text):
+    tokenizer = load_small(model)
+    (found,) = pairing.byte_ends_batch([text], tokenizer)
+    if found is None:
+        assert model == "gpt-tinystories-char"
+        return
+    assert found.ids.tolist() == plain_ids(tokenizer, text)
+    for k, end in enumerate(found.ends.tolist(), start=1):
+        prefix = tokenizer.backend_tokenizer.decode(found.ids[:k].tolist())
+        if "\ufffd" not in prefix:
+            assert text.encode()[:end].decode() == prefix
+
+
+_loaded = {}
+
+
+def load_small(model):
+    if model not in _loaded:
+        _loaded[model] = load("models", model)
+    return _loaded[model]
+
+
+@needs_data
+def test_context_of_32_positions(real):
+    tokenizers_ = (real[0], load_small("gpt-tinystories-char"), load_small("stories260k"))
+    found = check_windows(
+        [ENGLISH.replace("ï", "i").replace("é", "e")], tokenizers_, (255, 32, 255)
+    )
+    assert len(found.windows) > 20 and not any(found.not_rebuilt)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("book", "coverage"),
+    [
+        ("lewis-carroll_alices-adventures-in-wonderland_john-tenniel", (0.8959, 0.9836)),
+        ("h-g-wells_the-war-of-the-worlds", (0.9697, 0.9755)),
+    ],
+)
+def test_coverage_of_books(real, book, coverage):
+    text = (DATA / "text" / "books" / f"{book}.txt").read_bytes().decode()
+    found = pairing.pair(text, *real)
+    assert (round(found.coverage_a, 4), round(found.coverage_b, 4)) == coverage

@@ -1,0 +1,501 @@
+"""Documents: sources agree, splits are pure functions of hashes, mistakes get one line."""
+
+import inspect
+import json
+import re
+import unicodedata
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossdict_jax.activations import docstrings
+from crossdict_jax.activations.text import SPLITS, _pieces, cut, load_corpus, split_of
+from crossdict_jax.config import TextConfig
+from crossdict_jax.errors import UserError
+
+STORIES = [f"Story {i}: once upon a time there were {i} cats\nand a dog." for i in range(60)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path, texts, column="text"):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({column: texts}), path)
+    return path
+
+
+def load(source, **settings_):
+    return load_corpus(TextConfig(source=str(source), **settings_))
+
+
+def texts_of(corpus):
+    return [document.text for document in corpus.documents]
+
+
+# ---------------------------------------------------------------- splits and cutting
+
+
+@pytest.mark.parametrize(
+    ("key", "split"), [("ast", "train"), ("é", "validation"), ("json", "test")]
+)
+def test_split_of_never_changes(key, split):
+    # Models and results made earlier rest on these.
+    assert split_of(key, validation_fraction=0.1, test_fraction=0.2) == split
+
+
+def test_splits_have_the_asked_shares():
+    keys = [f"key {i}" for i in range(5000)]
+    found = [split_of(k, validation_fraction=0.1, test_fraction=0.2) for k in keys]
+    for split, share in zip(SPLITS, (0.7, 0.1, 0.2)):
+        assert abs(found.count(split) / len(keys) - share) < 0.02
+
+
+@given(text=st.text(max_size=60), max_bytes=st.integers(1, 40))
+@settings(max_examples=200, deadline=None)
+def test_cut_is_a_head_within_the_limit(text, max_bytes):
+    head = cut(text, max_bytes=max_bytes)
+    size = len(head.encode())
+    assert text.startswith(head) and size <= max_bytes
+    if size < len(text.encode()) and not re.search(r"\s", text[: len(head) + 1]):
+        assert size + len(text[len(head)].encode()) > max_bytes  # the longest head
+
+
+def test_cut_prefers_the_last_whitespace():
+    assert cut("one two three", max_bytes=9) == "one two"
+    assert cut("one two three", max_bytes=7) == "one two"
+    assert cut("one twothreefour", max_bytes=12) == "one twothree"  # a space would cost too much
+    assert cut("日本語", max_bytes=8) == "日本"
+
+
+# ---------------------------------------------------------------- files, folders, datasets
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """The same stories as every kind of source."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, story in enumerate(STORIES):
+        (folder / f"{i:03d}.txt").write_text(story)
+    (folder / "README.md").write_text("not a document")
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    write_parquet(dataset / "train.parquet", STORIES, column="story")
+    return {
+        "folder": folder,
+        "jsonl": write_jsonl(tmp_path / "rows.jsonl", [{"id": 1, "text": s} for s in STORIES]),
+        "parquet": write_parquet(tmp_path / "rows.parquet", STORIES),
+        "dataset": f"hf:{dataset}:::story",
+    }
+
+
+def test_every_source_gives_the_same_documents_and_splits(sources):
+    corpora = {name: load(source) for name, source in sources.items()}
+    expected = [(d.text, d.split) for d in corpora["jsonl"].documents]
+    assert sorted(text for text, _ in expected) == sorted(STORIES)
+    for corpus in corpora.values():
+        assert [(d.text, d.split) for d in corpus.documents] == expected
+        assert corpus.provenance["sha256"] == corpora["jsonl"].provenance["sha256"]
+
+
+def test_documents_are_ordered_by_split_and_then_as_in_the_source(sources):
+    corpus = load(sources["jsonl"])
+    assert [d.split for d in corpus.documents] == sorted(
+        (d.split for d in corpus.documents), key=SPLITS.index
+    )
+    for split in SPLITS:
+        order = [STORIES.index(d.text) for d in corpus.split(split)]
+        assert order == sorted(order) and order
+
+
+def test_names_tell_where_documents_come_from(sources):
+    def names(source):
+        return {document.name for document in load(sources[source]).documents}
+
+    assert names("folder") == {f"{i:03d}.txt" for i in range(60)}
+    assert names("jsonl") == {f"rows.jsonl:{i}" for i in range(1, 61)}
+    assert names("parquet") == {f"rows.parquet:{i}" for i in range(1, 61)}
+    assert names("dataset") == {f"dataset:{i}" for i in range(60)}
+
+
+def test_documents_counts_before_the_split_and_keeps_source_order(sources):
+    corpus = load(sources["parquet"], documents=40)
+    assert sorted(texts_of(corpus), key=STORIES.index) == STORIES[:40]
+    assert sum(corpus.provenance["documents"].values()) == 40
+
+
+def test_what_is_done_to_documents_is_counted(tmp_path):
+    extra = ["cafe\u0301", "caf\u00e9", " \n", None, STORIES[3], "x " * 2000]
+    rows = [{"text": text} for text in STORIES + extra]
+    corpus = load(write_jsonl(tmp_path / "rows.jsonl", rows))
+    provenance = corpus.provenance
+    counted = ("changed_by_nfc", "duplicates", "blank", "cut_to_max_bytes")
+    assert [provenance[key] for key in counted] == [1, 2, 2, 1]
+    assert provenance["documents"] == {split: len(corpus.split(split)) for split in SPLITS}
+    assert provenance["bytes"] == {
+        split: sum(len(d.text.encode()) for d in corpus.split(split)) for split in SPLITS
+    }
+    assert max(len(text.encode()) for text in texts_of(corpus)) <= 2048
+    assert all(unicodedata.is_normalized("NFC", text) for text in texts_of(corpus))
+    assert json.loads(json.dumps(provenance)) == provenance
+
+
+def test_the_split_does_not_depend_on_max_bytes(sources):
+    def splits(max_bytes):
+        corpus = load(sources["jsonl"], max_bytes=max_bytes)
+        return {document.name: document.split for document in corpus.documents}
+
+    whole, short = splits(2048), splits(16)
+    assert whole == short
+
+
+def test_documents_equal_after_the_cut_are_duplicates(tmp_path):
+    rows = [{"text": s} for s in STORIES] + [{"text": f"same head {i}"} for i in range(50)]
+    corpus = load(write_jsonl(tmp_path / "rows.jsonl", rows), max_bytes=9)
+    assert texts_of(corpus).count("same head") == 1
+    assert len(set(texts_of(corpus))) == len(corpus.documents)
+
+
+def test_max_bytes_and_fractions_and_column_take_effect(tmp_path):
+    rows = [{"body": s, "text": "unused " * 5 + s} for s in STORIES]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    corpus = load(path, column="body", max_bytes=10, validation_fraction=0.4, test_fraction=0.4)
+    assert set(texts_of(corpus)) == {cut(s, max_bytes=10) for s in STORIES}
+    assert len(corpus.split("validation")) > 12 and len(corpus.split("test")) > 12
+
+
+def test_one_text_file_is_cut_at_blank_lines(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(STORIES) + "\n\n" + "endless " * 400)
+    corpus = load(path, max_bytes=500)
+    pieces = sorted(corpus.documents, key=lambda d: int(d.name.split(":")[1]))
+    assert all(len(d.text.encode()) <= 500 for d in pieces)
+    assert pieces[0].text.startswith(STORIES[0]) and pieces[0].text.endswith("a dog.")
+    assert len(pieces[0].text) > 400
+    assert corpus.provenance["cut_to_max_bytes"] == 0
+
+
+@given(
+    text=st.lists(st.sampled_from(["a", "é", "e\u0301", "日", " ", "\n", "\n\n", "word"])).map(
+        "".join
+    ),
+    max_bytes=st.integers(3, 12),
+)
+@settings(max_examples=200, deadline=None)
+def test_pieces_lose_no_word(text, max_bytes):
+    pieces = list(_pieces(text, max_bytes=max_bytes))
+    assert "".join("".join(pieces).split()) == "".join(unicodedata.normalize("NFC", text).split())
+    assert all(len(piece.encode()) <= max_bytes for piece in pieces)
+
+
+def test_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + "".join(json.dumps({"text": s}) + "\n" for s in STORIES).encode()
+    )
+    assert sorted(texts_of(load(path))) == sorted(STORIES)
+
+
+# ---------------------------------------------------------------- mistakes
+
+ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", b"", "empty file"),
+        ("blank.txt", b" \n\n \n", "every document is blank"),
+        ("empty.jsonl", b"", "empty file"),
+        ("blank.jsonl", b'{"text": " "}\n', "every document is blank"),
+        ("few.jsonl", b"".join(ROWS.splitlines(True)[:2]), "split"),
+        ("rows.csv", b"text\n", r"\.txt \.jsonl \.parquet"),
+        ("column.jsonl", ROWS + b'{"id": 1, "body": "x"}\n', "line 61 .*'text'.*'id', 'body'"),
+        ("type.jsonl", ROWS + b'{"text": 5}\n', "line 61.*int"),
+        ("list.jsonl", ROWS + b"[1]\n", "line 61 is a JSON list"),
+        ("broken.jsonl", ROWS + b'{"text": "x\n', "line 61 is not JSON"),
+        ("latin.jsonl", ROWS + b'{"text": "\xe9"}\n', "line 61 is not UTF-8 .byte 0xe9"),
+        ("latin.txt", b"caf\xe9 one two", "not UTF-8 .byte 0xe9 at offset 3"),
+        ("surrogate.jsonl", ROWS + b'{"text": "\\ud800"}\n', "line 61.*surrogate"),
+        ("broken.parquet", b"PAR1 nothing", "not a parquet file"),
+    ],
+)
+def test_unreadable_files_get_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_unreadable_folders_and_columns_get_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no file ending in"):
+        load(tmp_path)
+    write_parquet(tmp_path / "rows.parquet", STORIES, column="story")
+    with pytest.raises(UserError, match="no column 'text': it has 'story'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:", "must be hf:NAME"),
+        ("hf:a:b:c:d:e", "must be hf:NAME"),
+        ("hf:nobody/no-such-dataset", "nobody/no-such-dataset.*the network"),  # offline
+        ("hf:{folder}:no-config", "no-config.*Available"),
+        ("hf:{folder}::no-split", "no-split.*Available"),
+        ("hf:{folder}:::body", "no column 'body': it has 'text'"),
+        ("hf:{folder}/nowhere", "cannot be read"),
+    ],
+)
+def test_unreadable_datasets_get_one_line(tmp_path, source, message):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": s} for s in STORIES])
+    with pytest.raises(UserError, match=message) as caught:
+        load(source.format(folder=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"max_bytes": 0}, "max_bytes=0"),
+        ({"max_bytes": -5}, "max_bytes=-5"),
+        ({"documents": 0}, "documents=0"),
+        ({"validation_fraction": 0.0}, "validation_fraction=0.0"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "less than 1"),
+        ({"test_fraction": float("nan")}, "test_fraction=nan"),
+        ({"documents": 3}, "in the split (validation|test)"),
+    ],
+)
+def test_impossible_settings_get_one_line(sources, settings_, message):
+    with pytest.raises(UserError, match=message):
+        load(sources["jsonl"], **settings_)
+
+
+def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
+    (tmp_path / "book.txt").write_text("日本語 " * 50)
+    with pytest.raises(UserError, match="too small for one character"):
+        load(tmp_path / "book.txt", max_bytes=2)
+
+
+# ---------------------------------------------------------------- docstrings
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder of this test's own."""
+    monkeypatch.setattr(docstrings, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def modules(cache, tmp_path, monkeypatch):
+    """Replaces the installed modules by given sources; returns the documents' texts by name."""
+
+    def read(sources):
+        paths = {}
+        for name, source in sources.items():
+            paths[name] = tmp_path / f"{name}.py"
+            paths[name].write_text(source)
+        monkeypatch.setattr(docstrings, "_modules", lambda: paths)
+        return {module.name: module.text for module in docstrings.module_texts(100)}
+
+    return read
+
+
+LONG = "This sentence explains at some length what the function computes and when to call it."
+OTHER = "Nothing of this paragraph can be found anywhere else, which makes it worth reading twice."
+THIRD = "A third one says which errors are raised, and why one should not try to catch any of them."
+
+
+def document(*paragraphs, indent=""):
+    body = "\n\n".join(paragraphs).replace("\n", "\n" + indent)
+    return f'{indent}"""{body}\n{indent}"""\n'
+
+
+def test_docstrings_are_read_in_order_and_never_imported(modules):
+    source = (
+        document(LONG)
+        + "raise SystemExit\nclass A:\n"
+        + document(OTHER, indent="    ")
+        + "    async def f():\n"
+        + document(THIRD, indent="        ")
+        + "if True:\n    def g():\n        'Only with one quote.'\n"
+        + "x = '''A string that is no docstring.'''\n"
+    )
+    found = modules({"a": source})
+    assert found["a"] == "\n\n".join([LONG, OTHER, THIRD, "Only with one quote."])
+
+
+def test_code_tables_and_foreign_letters_are_left_out(modules):
+    table = "0.1 0.2 0.3\n0.4 0.5 0.6"
+    code = "```python\nx = 1\n\ny = 2\n```"
+    doctest = ">>> import numpy as np\n>>> np.ones(3)\narray([1., 1., 1.])"
+    ruled = "Returns\n-------\nresult : float"
+    foreign = "Это предложение написано по-русски."
+    found = modules({"a": document(LONG, table, code, doctest, ruled, foreign, OTHER, THIRD)})
+    assert found["a"] == "\n\n".join([LONG, ruled, OTHER, THIRD])
+
+
+def test_a_repeated_paragraph_stays_with_the_smallest_hash(modules):
+    sources = {n: document(LONG.replace(" ", "\n", 4), OTHER + n, THIRD + n) for n in "abcdef"}
+    sources["b"] = document(LONG, OTHER + "b", THIRD + "b")  # other line breaks
+    found = modules(sources)
+    first = min(sources, key=lambda name: docstrings._order((name, Path())))
+    holders = [name for name, text in found.items() if LONG in " ".join(text.split())]
+    assert holders == [first]
+
+
+def test_copies_with_a_name_changed_are_repetitions(modules):
+    lines = [LONG, OTHER, THIRD]
+    sources = {
+        name: document("\n".join([f"Loads the {name} of the model from a given folder.", *lines]))
+        for name in ("weights", "tokenizer")
+    }
+    assert len(modules(sources)) == 1  # nothing is left of the other one
+
+
+def test_short_documents_and_unparsable_modules_are_skipped(modules):
+    found = modules(
+        {
+            "short": document("One line only, of no use."),
+            "broken": "def (:",
+            "a": document(LONG, OTHER, THIRD),
+        }
+    )
+    assert list(found) == ["a"]
+
+
+def test_tests_are_no_documentation(tmp_path):
+    for name in (
+        "a.py",
+        "test_a.py",
+        "a_test.py",
+        "tests/b.py",
+        "c/__init__.py",
+        "c/d.py",
+        "e-f.py",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    found = dict(docstrings._walk(tmp_path, prefix="package."))
+    assert set(found) == {"package.a", "package.c", "package.c.d"}
+
+
+def normal_paragraphs(document_):
+    parts = re.split(r"\n\s*\n", document_.text)
+    return {" ".join(part.split()) for part in parts if len(" ".join(part.split())) >= 40}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A corpus of this installation's docstrings, and the folder that caches it."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "cache_folder", lambda: folder)
+        corpus = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
+    return corpus, folder
+
+
+def test_installed_docstrings_make_a_corpus(installed):
+    corpus, _ = installed
+    assert len(corpus.documents) == 200
+    for document_ in corpus.documents:
+        assert document_.split == split_of(
+            document_.name, validation_fraction=0.1, test_fraction=0.2
+        )
+        assert len(document_.text.encode()) >= 200
+    assert len({document_.name.split(".")[0] for document_ in corpus.documents}) > 10
+    assert {"python", "numpy", "transformers"} <= set(corpus.provenance["packages"])
+    assert corpus.provenance["modules_read"] > 200
+
+
+def test_no_test_paragraph_is_a_training_paragraph(installed):
+    corpus, _ = installed
+    train = set().union(*map(normal_paragraphs, corpus.split("train")))
+    test = set().union(*map(normal_paragraphs, corpus.split("test")))
+    assert len(test) > 200 and not train & test
+
+
+def test_fewer_documents_are_a_part_of_more(installed, cache):
+    corpus, _ = installed
+    fewer = load_corpus(TextConfig(source="docstrings", documents=60, max_bytes=10**9))
+    more = {document_.name: document_ for document_ in corpus.documents}
+    assert all(more[document_.name] == document_ for document_ in fewer.documents)
+
+
+def test_the_cache_gives_the_same_corpus_without_reading_again(installed, monkeypatch):
+    corpus, folder = installed
+    monkeypatch.setattr(docstrings, "cache_folder", lambda: folder)
+    monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
+    again = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
+    assert again == corpus
+    fewer = load_corpus(TextConfig(source="docstrings", documents=60))
+    assert fewer.provenance["modules_read"] < corpus.provenance["modules_read"]
+
+
+SMALL = {name: document(LONG + name, OTHER + name, THIRD + name) for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:-20],
+        lambda data: data.replace(b"sentence", b"sentense", 1),
+        lambda data: b"5" + data[data.index(b"\n") :],
+        lambda data: b"\xff\xfe",
+    ],
+)
+def test_a_damaged_cache_is_rebuilt(modules, cache, damage):
+    expected = modules(SMALL)
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert modules(SMALL) == expected
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_holds_too_little_is_extended(modules, cache, monkeypatch):
+    expected = modules(SMALL)
+    (path,) = cache.iterdir()
+    path.unlink()
+    assert len(docstrings.module_texts(2)) == 2
+    assert len(docstrings.module_texts(3)) == 3
+    monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
+    assert {m.name: m.text for m in docstrings.module_texts(3)} == expected
+
+
+def test_other_package_versions_are_cached_apart(modules, cache, monkeypatch):
+    modules(SMALL)
+    monkeypatch.setattr(docstrings, "package_versions", lambda: {"python": "9.9"})
+    assert list(modules({"z": document(LONG, OTHER, THIRD)})) == ["z"]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_only_time(modules, cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert len(modules(SMALL)) == 3
+
+
+def test_foreign_escapes_do_not_warn(modules):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        modules({"a": document(LONG, OTHER, THIRD) + "x = '\\d'\n"})
+
+
+def test_docstrings_are_cleaned_as_inspect_does(modules):
+    paragraphs = (LONG, OTHER + "\n  indented", THIRD)
+    found = modules({"a": "def f():\n" + document(*paragraphs, indent="    ")})
+    assert found["a"] == inspect.cleandoc("\n\n".join(paragraphs))
