@@ -1,0 +1,258 @@
+"""The result files of a run, read and brought into order."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import zip_longest
+from pathlib import Path
+
+from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import Workdir, read_json, read_jsonl
+
+# Which command writes the files without which there is nothing to report.
+WRITTEN_BY = {
+    "pairing.json": "extract_activations",
+    "reconstruction.jsonl": "evaluate",
+    "transfer.jsonl": "evaluate",
+}
+# The rungs of the ladder in the order in which they are read; others follow as they come.
+LADDER = (
+    "mean",
+    "token",
+    "token_target",
+    "procrustes",
+    "ridge",
+    "ridge_codes",
+    "low_rank",
+    "token_ridge",
+    "mlp",
+    "hypernetwork",
+    "crosscoder",
+)
+PLACE = ("source", "target", "site_source", "site_target")
+BASELINES = ("mean", "token", "token_target")  # not maps of activations: what maps must beat
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One rung at one layer pair: its row, and the row of the same rung on shuffled pairs."""
+
+    kind: str
+    aligned: dict | None
+    shuffled: dict | None
+
+    def value(self, key: str) -> float | None:
+        return (self.aligned or {}).get(key)
+
+    def null(self, key: str) -> float | None:
+        return (self.shuffled or {}).get(key)
+
+
+def site_words(site_source: str, site_target: str) -> str:
+    """Returns a pair of sites in words, once where both are the same."""
+    return site_source if site_source == site_target else f"{site_source} → {site_target}"
+
+
+def fitted(lines: tuple[Line, ...]) -> list[Line]:
+    """Returns the rungs that are maps and have an aligned row."""
+    return [line for line in lines if line.aligned and line.kind not in BASELINES]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One ordered pair of models at one pair of sites."""
+
+    source: str
+    target: str
+    site_source: str
+    site_target: str
+    lines: tuple[Line, ...]
+
+    @property
+    def direction(self) -> tuple[str, str]:
+        return self.source, self.target
+
+    @property
+    def sites(self) -> str:
+        return site_words(self.site_source, self.site_target)
+
+    @property
+    def fitted(self) -> list[Line]:
+        return fitted(self.lines)
+
+    def line(self, kind: str) -> Line | None:
+        return next((line for line in self.lines if line.kind == kind), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stitching:
+    """What happens to the target when its residual is replaced, at one pair of sites.
+
+    Attributes:
+      references: the target on its own: clean, zero, mean, own dictionary -> row.
+      lines: the rungs whose prediction was put in.
+    """
+
+    source: str
+    target: str
+    site_source: str
+    site_target: str
+    references: dict[str, dict]
+    lines: tuple[Line, ...]
+
+    @property
+    def sites(self) -> str:
+        return site_words(self.site_source, self.site_target)
+
+    @property
+    def fitted(self) -> list[Line]:
+        return fitted(self.lines)
+
+    def line(self, kind: str) -> Line | None:
+        return next((line for line in self.lines if line.kind == kind), None)
+
+    def reference(self, name: str, key: str = "loss_recovered") -> float | None:
+        return self.references.get(name, {}).get(key)
+
+    def surely_above_controls(self, line: Line) -> bool:
+        """Tells whether a rung's interval lies above zero, the mean and its own shuffled null."""
+        controls = (0.0, self.reference("mean"), line.null("loss_recovered"))
+        low = line.value("loss_recovered_low")
+        low = line.value("loss_recovered") if low is None else low
+        return low is not None and low > max(c for c in controls if c is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Losses of one group that was trained together.
+
+    Attributes:
+      labels: one per member.
+      steps: [points].
+      losses: [members][points].
+    """
+
+    what: str
+    labels: list[str]
+    steps: list[int]
+    losses: list[list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything a run has written; what is optional is empty when its file is not there."""
+
+    pairing: dict
+    reconstruction: list[dict]
+    transfer: list[dict]
+    causal: list[dict]
+    controls: list[dict]
+    matching: list[dict]
+    features: list[dict]
+    timing: dict
+    curves: list[Curves]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return comparisons(self.transfer)
+
+    @property
+    def stitchings(self) -> list[Stitching]:
+        return stitchings(self.causal)
+
+
+def read_results(work: Workdir) -> Results:
+    """Returns the results in a work directory.
+
+    Raises:
+      UserError: a file that every report needs is missing (the stage to run is named), or any
+        file is damaged.
+    """
+    for name, stage in WRITTEN_BY.items():
+        if not work.result(name).exists():
+            raise UserError(
+                f"{work.result(name)} is missing; run "
+                f"python -m launch.{stage} --workdir={work.root} first."
+            )
+    return Results(
+        pairing=read_json(work.result("pairing.json")),
+        reconstruction=read_jsonl(work.result("reconstruction.jsonl")),
+        transfer=read_jsonl(work.result("transfer.jsonl")),
+        causal=_optional(work.result("causal.jsonl")),
+        controls=_optional(work.result("controls.jsonl")),
+        matching=_optional(work.result("matching.jsonl")),
+        features=_optional(work.result("features.jsonl")),
+        timing=read_json(work.timing) if work.timing.exists() else {},
+        curves=[
+            *_curves(work.dictionaries / "training", "Dictionaries"),
+            *_curves(work.maps / "training", "Maps"),
+        ],
+    )
+
+
+def _optional(path: Path) -> list[dict]:
+    return read_jsonl(path) if path.exists() else []
+
+
+def comparisons(rows: list[dict]) -> list[Comparison]:
+    """Groups rows of transfer.jsonl by direction and sites; no row is left out."""
+    return [Comparison(*key, lines=_lines(group)) for key, group in _by_place(rows).items()]
+
+
+def stitchings(rows: list[dict]) -> list[Stitching]:
+    """Groups the stitching rows of causal.jsonl likewise, beside the target's own references."""
+    stitched = _by_place([row for row in rows if row.get("map")])
+    return [
+        Stitching(*key, references=_references(rows, key[1], key[3]), lines=_lines(group))
+        for key, group in stitched.items()
+    ]
+
+
+def _references(rows: list[dict], target: str, site: str) -> dict[str, dict]:
+    return {
+        row["condition"]: row
+        for row in rows
+        if not row.get("map") and (row["target"], row["site_target"]) == (target, site)
+    }
+
+
+def _by_place(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Returns rows by (source, target, site_source, site_target), directions together."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in PLACE), []).append(row)
+    order = {direction: i for i, direction in enumerate(dict.fromkeys(k[:2] for k in groups))}
+    return {key: groups[key] for key in sorted(groups, key=lambda key: order[key[:2]])}
+
+
+def _lines(rows: list[dict]) -> tuple[Line, ...]:
+    found = dict.fromkeys(row["map"] for row in rows)
+    lines = []
+    for kind in sorted(found, key=ladder_place):
+        aligned = [r for r in rows if r["map"] == kind and r["pairing"] != "shuffled"]
+        shuffled = [r for r in rows if r["map"] == kind and r["pairing"] == "shuffled"]
+        lines += [Line(kind, a, s) for a, s in zip_longest(aligned, shuffled)]
+    return tuple(lines)
+
+
+def ladder_place(kind: str) -> int:
+    """Returns where a rung stands on the ladder (a sort key)."""
+    return LADDER.index(kind) if kind in LADDER else len(LADDER)
+
+
+def _curves(training: Path, what: str) -> list[Curves]:
+    groups = sorted(training.glob("*/metrics.jsonl")) if training.is_dir() else []
+    return [
+        curve for path in groups if (curve := _curve(path, f"{what}, group {path.parent.name}"))
+    ]
+
+
+def _curve(path: Path, what: str) -> Curves | None:
+    rows = [row for row in read_jsonl(path) if "loss" in row]
+    if not rows:
+        return None
+    points = [r["loss"] if isinstance(r["loss"], list) else [r["loss"]] for r in rows]
+    members = path.with_name("members.json")
+    labels = [m["label"] for m in read_json(members)] if members.exists() else []
+    labels += [f"member {i}" for i in range(len(labels), len(points[0]))]
+    return Curves(what, labels, [r["step"] for r in rows], [list(p) for p in zip(*points)])

@@ -1,0 +1,600 @@
+"""The report: every row is shown, nothing is fetched, and a negative result is called one."""
+
+import itertools
+import math
+import operator
+import re
+import shlex
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from crossdict_jax import settings
+from crossdict_jax.config import Config
+from crossdict_jax.errors import UserError
+from crossdict_jax.report import answer, plots, summary_table, tables, write_report
+from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_results, stitchings
+from crossdict_jax.report.tables import flat_table, number
+from crossdict_jax.workdir import Workdir, write_json, write_jsonl
+
+MODELS = ("docs-gpt2", "docs-neox")
+KINDS = ("mean", "token", "token_target", "procrustes", "ridge", "token_ridge", "mlp")
+R2 = {
+    "mean": -0.002,
+    "token": 0.46,
+    "token_target": 0.5,
+    "procrustes": 0.31,
+    "ridge": 0.43,
+    "token_ridge": 0.58,
+    "mlp": 0.49,
+}
+NO_BETTER = "no better than the mean"
+
+
+# ---------------------------------------------------------------- a run that never was
+
+
+def with_interval(row: dict, key: str, value: float, half: float = 0.012) -> None:
+    row |= {key: value, f"{key}_low": value - half, f"{key}_high": value + half}
+
+
+def transfer_row(kind, *, direction, layer, pairing, r2, verdict, width=512) -> dict:
+    shuffled = pairing == "shuffled"
+    row = {
+        "source": direction[0],
+        "target": direction[1],
+        "site_source": f"resid_pre.{layer}",
+        "site_target": f"resid_pre.{layer}",
+        "map": kind,
+        "pairing": pairing,
+        "n_rows": 8500,
+        "n_documents": 201,
+    }
+    with_interval(row, "r2", r2)
+    with_interval(row, "cosine", 0.61 if shuffled else 0.61 + 0.3 * max(r2, 0))
+    with_interval(row, "cosine_centered", 0.001 if shuffled else math.sqrt(max(r2, 0)))
+    with_interval(row, "top1", 1 / 8192 if shuffled else 0.6 * max(r2, 0))
+    with_interval(row, "feature_correlation", 0.9 * max(r2, 0))
+    with_interval(row, "context_gain", r2 - 0.3 if r2 > 0.3 else -0.004)
+    return row | {
+        "fvu": 1 - r2,
+        "cosine_mean_predictor": 0.612,
+        "mean_rank": 4096.5 if shuffled else 4096.5 * (1 - max(r2, 0)),
+        "pool": 8192,
+        "l0_source": 32.0,
+        "l0_target": 31.7,
+        "l0_predicted": 28.4,
+        "sparsity_similarity": 0.4 * max(r2, 0),
+        "verdict": verdict,
+    }
+
+
+def transfer_rows(*, scale: float = 1.0, models=MODELS, layers=(5, 6, 7)) -> list[dict]:
+    rows = []
+    for direction in itertools.permutations(models, 2):
+        for layer in layers:
+            for kind in KINDS:
+                r2 = R2[kind] * scale + 0.01 * (layer - 6) + 0.02 * (direction != models)
+                verdict = (
+                    NO_BETTER
+                    if r2 < 0.1
+                    else "beats token"
+                    if r2 > 0.46
+                    else "beats mean, not token"
+                )
+                place = {"direction": direction, "layer": layer}
+                rows.append(transfer_row(kind, **place, pairing="aligned", r2=r2, verdict=verdict))
+                rows.append(
+                    transfer_row(kind, **place, pairing="shuffled", r2=-0.021, verdict=NO_BETTER)
+                )
+    return rows
+
+
+def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
+    return [
+        {
+            "model": model,
+            "site": f"resid_pre.{layer}",
+            "seed": 0,
+            "l0": 31.9,
+            "fvu": 0.21 + 0.02 * layer / 7,
+            "dead_fraction": 0.043,
+            "ce_clean": 4.654 - 0.6 * i,
+            "ce_zero": 9.812,
+            "ce_mean": 6.644,
+            "ce_sae": 4.831 - 0.6 * i,
+            "loss_recovered": 0.964,
+            "loss_recovered_low": 0.958,
+            "loss_recovered_high": 0.97,
+        }
+        for i, model in enumerate(models)
+        for layer in layers
+    ]
+
+
+def causal_rows(transfer: list[dict]) -> list[dict]:
+    rows = []
+    places = {(r["target"], r["site_target"]) for r in transfer}
+    for target, site in sorted(places):
+        for condition, value in (
+            ("clean", 1.0),
+            ("zero", 0.0),
+            ("mean", 0.55),
+            ("own dictionary", 0.96),
+        ):
+            rows.append(
+                {
+                    "target": target,
+                    "site_target": site,
+                    "condition": condition,
+                    "ce": 9.8 - 5 * value,
+                    "kl": 5 - 5 * value,
+                    "loss_recovered": value,
+                    "n_documents": 64,
+                }
+            )
+    for row in transfer:
+        value = 0.55 + 0.45 * max(row["r2"], 0) - 0.2 * (row["pairing"] == "shuffled")
+        keys = ("source", "target", "site_source", "site_target", "map", "pairing")
+        rows.append(
+            {k: row[k] for k in keys}
+            | {
+                "condition": "stitched",
+                "ce": 9.8 - 5 * value,
+                "kl": 5 - 5 * value,
+                "loss_recovered": value,
+                "loss_recovered_low": value - 0.02,
+                "loss_recovered_high": value + 0.02,
+                "stitch_kind": "activation",
+            }
+        )
+    return rows
+
+
+def feature_rows(transfer: list[dict]) -> list[dict]:
+    generator = np.random.default_rng(0)
+    frequencies = np.linspace(-5, 0, 41)
+    rows = []
+    for model in MODELS:
+        for layer in (5, 6, 7):
+            counts = np.histogram(generator.normal(-2.2, 0.7, 500), frequencies)[0]
+            histogram = {"edges": frequencies.tolist(), "counts": counts.tolist()}
+            rows.append(
+                {
+                    "model": model,
+                    "site": f"resid_pre.{layer}",
+                    "seed": 0,
+                    "log10_frequency_histogram": histogram,
+                }
+            )
+    edges = np.linspace(-0.2, 1, 41)
+    for row in transfer:
+        if row["pairing"] == "aligned" and row["map"] != "mean":
+            sample = np.clip(generator.normal(row["r2"], 0.2, 500), -0.2, 1)
+            bins = [
+                {
+                    "low": 10.0 ** (e - 1),
+                    "high": 10.0**e,
+                    "n": 50,
+                    "mean": row["r2"] * (1 + 0.1 * e),
+                }
+                for e in (-3, -2, -1, 0)
+            ]
+            keys = ("source", "target", "site_source", "site_target", "map")
+            rows.append(
+                {k: row[k] for k in keys}
+                | {
+                    "correlation_histogram": {
+                        "edges": edges.tolist(),
+                        "counts": np.histogram(sample, edges)[0].tolist(),
+                    },
+                    "correlation_by_frequency": bins,
+                }
+            )
+    return rows
+
+
+PAIRING = {
+    "texts": 1000,
+    "common_ends": 33362,
+    "first_positions_masked": 1000,
+    "pairs": 32362,
+    "one_to_one_spans": 0.81,
+    "models": {
+        "docs-gpt2": {"ends": 34000, "coverage": 0.941, "tokens_per_span": {"1": 30000, "2": 3362}},
+        "docs-neox": {"ends": 36000, "coverage": 0.889, "tokens_per_span": {"1": 28000, "2": 5362}},
+    },
+    "windows": 1200,
+    "rows": {"train": 21762, "validation": 2100, "test": 8500},
+    "bos": {"docs-gpt2": None, "docs-neox": None},
+    "norm_mask": 10.0,
+    "dropped": {
+        "first_position": 1000,
+        "norm_outliers": 12,
+        "norm_outliers_by_site": {"docs-gpt2 resid_pre.5": 12, "docs-neox resid_pre.5": 0},
+        "windows_not_rebuilt": {"docs-gpt2": 0, "docs-neox": 0},
+        "characters_too_long": 0,
+    },
+    "text": {
+        "source": "docstrings",
+        "documents": {"train": 699, "validation": 100, "test": 201},
+        "bytes": {"train": 699_000, "validation": 100_000, "test": 201_000},
+        "sha256": "ab12",
+    },
+}
+
+
+def write_curves(folder, labels: list[str]) -> None:
+    write_json(folder / "members.json", [{"label": label} for label in labels])
+    steps = range(49, 1000, 50)
+    write_jsonl(
+        folder / "metrics.jsonl",
+        [
+            {"step": s, "loss": [(1 + 0.1 * i) / (1 + s / 100) for i in range(len(labels))]}
+            for s in steps
+        ],
+    )
+
+
+def write_required(root, *, models=MODELS, layers=(5, 6, 7), scale=1.0) -> Workdir:
+    work = Workdir(root)
+    write_json(work.result("pairing.json"), PAIRING)
+    write_jsonl(work.result("reconstruction.jsonl"), reconstruction_rows(models, layers))
+    transfer = transfer_rows(scale=scale, models=models, layers=layers)
+    write_jsonl(work.result("transfer.jsonl"), transfer)
+    return work
+
+
+def write_run(root) -> Workdir:
+    """A whole run of two models at three layers, but for controls and matching."""
+    work = write_required(root)
+    rows = transfer_rows()
+    write_jsonl(work.result("causal.jsonl"), causal_rows(rows))
+    write_jsonl(work.result("features.jsonl"), feature_rows(rows))
+    sites = [f"{m} resid_pre.{layer} seed-0" for m in MODELS for layer in (5, 6, 7)]
+    write_curves(work.dictionaries / "training" / "d128", sites[:3])
+    write_curves(work.dictionaries / "training" / "d192", sites[3:])
+    write_curves(work.maps / "training" / "mlp", [*sites, *(f"{s} shuffled" for s in sites)])
+    work.record_timing(
+        "extract_activations", wall_s=31.2, tokens_per_s=8123.0, device="cpu", devices=1
+    )
+    work.record_timing("train_saes", wall_s=55.9, rows_per_s=91000.0, device="cpu", devices=1)
+    return work
+
+
+# ---------------------------------------------------------------- reading a page
+
+
+class Page(HTMLParser):
+    """The tables, the words and the addresses of a page; refuses tags that do not close."""
+
+    CLOSED = frozenset({"meta", "path", "use", "br"})
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.tags = [], [], [], set()
+        self.tables, self.words = {}, []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.addresses += [values[k] for k in ("href", "src", "xlink:href") if k in values]
+        if tag == "table":
+            self.rows = []
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self.CLOSED:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag and tag not in self.CLOSED:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.CLOSED:
+            assert self.open.pop() == tag
+        if tag == "table":
+            self.tables[self.caption] = self.rows
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if self.open and self.open[-1] == "caption":
+            self.caption = data
+        elif "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += f"{data} "
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Workdir:
+    return write_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def html(run) -> str:
+    return write_report(Config(models=MODELS), run).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def small_page(root, *, config=None, models=MODELS, **how) -> Page:
+    work = write_required(root, models=models, layers=(6,), **how)
+    return Page(write_report(config or Config(models=models), work).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- the page of a whole run
+
+
+def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
+    rows = read_results(run).transfer
+    for row in [r for r in rows if r["pairing"] == "aligned"]:
+        place = f"{row['source']} {row['site_source']} → {row['target']} {row['site_target']}"
+        table = next(t for caption, t in page.tables.items() if caption.startswith(place + ":"))
+        cells = next(cells for cells in table if cells[0].split()[0] == row["map"])
+        low, high = number(row["r2_low"]), number(row["r2_high"])
+        assert cells[1].split() == [number(row["r2"]), f"[{low},", f"{high}]", "×", "−0.021"]
+        assert number(row["cosine_mean_predictor"]) in cells[4]
+    whole = page.tables["Every column of transfer.jsonl"]
+    assert len(whole) == 1 + len(rows)
+    bounds = {k for k in rows[0] if k.endswith(("_low", "_high"))}
+    assert len(whole[0]) == len(rows[0].keys() - bounds)
+
+
+def test_verdicts_are_words_and_baselines_are_called_baselines(run, page):
+    expected = {"ridge": "beats mean, not token", "token_ridge": "beats token", "token": "baseline"}
+    table = next(t for c, t in page.tables.items() if c.startswith("docs-gpt2 resid_pre.6 →"))
+    shown = {cells[0].split()[0]: cells[0] for cells in table[1:]}
+    assert all(words in shown[kind] for kind, words in expected.items())
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "causal"])
+def test_every_other_row_is_shown(run, page, name):
+    rows = getattr(read_results(run), name)
+    caption = next(c for c in page.tables if c.endswith(f"{name}.jsonl"))
+    assert len(page.tables[caption]) == 1 + len(rows)
+
+
+def test_the_page_needs_no_other_file(html, page):
+    assert all(address.startswith("#") for address in page.addresses)
+    assert {a[1:] for a in page.addresses} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert not page.tags & {"script", "link", "img", "iframe", "object"}
+    assert not re.search(r"https?:|@import|url\((?!#)", html)
+    assert len(html) < 3_000_000
+
+
+def test_every_figure_is_there_and_has_words(html, page):
+    panels = 3 * 2
+    figures = 6 + panels * 5 + 3  # densities; r2 cosine stitching correlation frequency; curves
+    assert html.count("<svg") == html.count('role="img" aria-label="') == figures
+    assert "Solid line: the mean" in page.text
+
+
+def test_colours_follow_the_readers_mode(html):
+    style, drawings = html.split("</style>", 1)
+    assert "prefers-color-scheme: dark" in style
+    assert not re.search(r"(fill|stroke): ?#", drawings)
+    used = set(re.findall(r"var\((--[\w-]+)\)", html))
+    light, dark = style.split("prefers-color-scheme: dark", 1)
+    assert all(f"{name}:" in light for name in used)
+    fonts = {"--prose", "--plain", "--code"}
+    assert all(f"{name}:" in dark for name in used - fonts)
+
+
+def test_the_answer_is_made_from_the_numbers(page):
+    assert "From docs-gpt2 to docs-neox the best map, token_ridge at resid_pre.7" in page.text
+    assert "12 of 24 fitted maps beat the table of token means (12 beat the mean only)" in page.text
+    assert "token_ridge of docs-neox resid_pre.7 put into docs-gpt2 resid_pre.7" in page.text
+    assert "Negative result" not in page.text
+
+
+def test_equal_results_give_equal_pages(tmp_path):
+    pages = [
+        write_report(Config(), write_required(tmp_path / n / "run", layers=(6,))).read_text()
+        for n in "ab"
+    ]
+    assert pages[0].replace(f"{tmp_path}/a", "") == pages[1].replace(f"{tmp_path}/b", "")
+
+
+def test_the_flags_of_the_page_give_the_settings_of_the_run(tmp_path):
+    config = Config(models=("a b", "c"), layers=(5,), layer_pairs="5:6", seed=3)
+    config.sae.learning_rate = (1e-3, 2e-3)
+    text = small_page(tmp_path, config=config).text
+    command = text[text.index("--workdir=runs/again") : text.index("Pairing A row")]
+    flags = dict(
+        flag.removeprefix("--config.").split("=", 1)
+        for flag in shlex.split(command.replace("\\", ""))[1:]
+    )
+    kinds = settings.settings(Config)
+    assert {k: settings.parse(kinds[k], v) for k, v in flags.items()} == {
+        k: value for k in kinds if (value := operator.attrgetter(k)(config)) != ""
+    }
+
+
+# ---------------------------------------------------------------- other runs
+
+
+def test_what_is_missing_is_said(tmp_path):
+    text = small_page(tmp_path).text
+    for name in ("controls.jsonl", "matching.jsonl", "causal.jsonl", "features.jsonl"):
+        assert name in text
+    assert "No causal test was run" in text
+    assert "metrics.jsonl" in text and "timing.json" in text
+
+
+@pytest.mark.parametrize("name, stage", WRITTEN_BY.items())
+def test_a_needed_file_that_is_missing_names_its_stage(tmp_path, name, stage):
+    work = write_required(tmp_path)
+    work.result(name).unlink()
+    for show in (lambda: write_report(Config(), work), lambda: summary_table(work)):
+        with pytest.raises(UserError, match=f"{name} is missing; run python -m launch.{stage}"):
+            show()
+
+
+def test_special_characters_are_escaped(tmp_path):
+    models = ('a<b>&"c', "$x_1$ -->")
+    work = write_required(tmp_path, models=models, layers=(6,))
+    write_jsonl(work.result("causal.jsonl"), causal_rows(read_results(work).transfer))
+    write_jsonl(work.result("controls.jsonl"), [{"control": "<script>alert(1)</script>"}])
+    page = Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
+    assert not page.tags & {"b", "script"}
+    assert 'What do a<b>&"c and $x_1$ --> share?' in page.text
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_a_negative_result_is_called_one(tmp_path):
+    text = small_page(tmp_path, scale=0.0).text
+    assert "no map predicts held-out features better than their mean does" in text
+    assert "Negative result: none of the 8 fitted maps beats the mean" in text
+
+
+def test_maps_that_only_lose_to_the_token_table_are_told_apart(tmp_path):
+    text = small_page(tmp_path, scale=0.5).text
+    assert "none of the 8 fitted maps beats the table of token means" in text
+    assert "beyond the identity of the current token nothing is shown" in text
+
+
+def test_a_stitch_that_is_no_better_than_its_controls_is_negative():
+    rows = causal_rows(transfer_rows())
+    for row in rows:
+        if row.get("pairing") == "shuffled":
+            row["loss_recovered"] = 0.9
+    assert answer._to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
+
+
+def test_a_shuffled_null_above_zero_is_a_warning(tmp_path):
+    work = write_required(tmp_path)
+    rows = transfer_rows()
+    leak = next(r for r in rows if r["map"] == "ridge" and r["pairing"] == "shuffled")
+    leak |= {"r2": 0.2, "r2_low": 0.1, "r2_high": 0.3}
+    write_jsonl(work.result("transfer.jsonl"), rows)
+    found = answer.cautions(read_results(work))
+    assert len(found) == 1 and found[0].startswith("ridge on shuffled pairs has R² 0.200")
+
+
+def test_few_documents_and_poor_dictionaries_are_warnings(tmp_path):
+    work = write_required(tmp_path)
+    write_jsonl(
+        work.result("transfer.jsonl"), [row | {"n_documents": 12} for row in transfer_rows()]
+    )
+    poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]
+    write_jsonl(work.result("reconstruction.jsonl"), poor)
+    documents, dead, missed = answer.cautions(read_results(work))
+    assert "Only 12 held-out documents" in documents
+    assert "docs-gpt2 resid_pre.6" in dead and "docs-neox resid_pre.6" in missed
+
+
+def test_undefined_numbers_are_dashes(tmp_path):
+    work = write_required(tmp_path, layers=(6,))
+    keep = {"source", "target", "site_source", "site_target", "map", "pairing", "r2", "verdict"}
+    rows = [{k: v if k in keep else None for k, v in r.items()} for r in transfer_rows(layers=(6,))]
+    write_jsonl(work.result("transfer.jsonl"), rows)
+    blank = [
+        dict.fromkeys(r) | {k: r[k] for k in r if k in keep | {"condition"}}
+        for r in causal_rows(rows)
+    ]
+    write_jsonl(work.result("causal.jsonl"), blank)
+    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
+    assert "The causal test says nothing" in page.text
+    assert "None" not in page.text and "nan" not in page.text
+
+
+def test_later_files_get_their_sections(tmp_path):
+    work = write_required(tmp_path, layers=(6,))
+    row = transfer_rows(layers=(6,))[6]
+    write_jsonl(work.result("controls.jsonl"), [row | {"control": "skyline"}])
+    matching = {"source": "docs-gpt2", "target": "docs-neox", "matched": 210, "confirmed": 77}
+    write_jsonl(work.result("matching.jsonl"), [matching | {"fdr": 0.05, "null": {"r": 0.1}}])
+    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
+    controls = page.tables["Controls on the same rows"]
+    assert controls[1][0].strip() == "skyline"
+    assert "77" in page.tables["Matched features"][1][3]
+
+
+def test_three_models_make_six_directions(tmp_path):
+    page = small_page(tmp_path, models=("a", "b", "c"))
+    assert "What do a, b and c share?" in page.text
+    assert sum(caption.startswith("R² of ") for caption in page.tables) == 6
+
+
+def test_no_row_is_lost_where_two_are_alike():
+    rows = transfer_rows(layers=(6,))
+    doubled = comparisons([*rows, *rows, rows[0] | {"map": "novel"}])
+    shown = [row for c in doubled for n in c.lines for row in (n.aligned, n.shuffled) if row]
+    assert len(shown) == 2 * len(rows) + 1
+
+
+def test_far_below_zero_stays_on_the_axis():
+    rows = transfer_rows(layers=(6,))
+    low = [
+        r | {"r2": -7.5, "r2_low": -8.0, "r2_high": -7.0} if r["map"] == "ridge" else r
+        for r in rows
+    ]
+    group = comparisons(low)[:1]
+    limits = plots.r2_limits(group)
+    assert -0.6 < limits[0] < 0
+    assert "◂ −7.5" in plots.r2_figure(group[0], limits).svg
+
+
+# ---------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(
+    "value, digits, text",
+    [
+        (None, 3, "–"),
+        (0.5, 3, "0.500"),
+        (-0.0061, 3, "−0.006"),
+        (21762, 3, "21,762"),
+        (4096.5, 3, "4,096.5"),
+        (True, 3, "True"),
+        ("cpu", 3, "cpu"),
+    ],
+)
+def test_numbers_as_text(value, digits, text):
+    assert number(value, digits) == text
+
+
+def test_a_flat_table_folds_intervals_into_their_value():
+    rows = [{"a": 1, "x": 0.25, "x_low": 0.2, "x_high": 0.3}, {"a": 2, "x": None, "b": "w"}]
+    table = flat_table(rows, "c", first=("b",))
+    assert [c.title for c in table.columns] == ["b", "a", "x"]
+    assert [(c.text, c.note) for c in table.rows[0]] == [
+        ("–", ""),
+        ("1", ""),
+        ("0.25", "[0.2000, 0.3000]"),
+    ]
+
+
+def test_the_verdicts_are_those_of_the_evaluation():
+    from crossdict_jax.evaluation import transfer
+
+    said = {transfer.BEATS_TOKEN, transfer.BEATS_MEAN, transfer.NO_BETTER}
+    assert said == tables.VERDICTS.keys()
+
+
+def test_the_terminal_table_has_every_rung_and_verdict(run, capsys):
+    summary_table(run)
+    out = capsys.readouterr().out
+    for comparison in read_results(run).comparisons:
+        assert f"{comparison.source} {comparison.site_source} → {comparison.target}" in out
+    assert out.count("● beats token") == 12
+    assert out.count("◐ beats mean, not token") == 12
+    assert out.count("baseline") == 18
+    assert re.search(r"token_ridge +0\.580 \[0\.57, 0\.59\] +−0\.021 +0\.280", out)
