@@ -14,7 +14,7 @@ from crossdict_jax import settings
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import answer, plots, summary_table, tables, write_report
-from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_results, stitchings
+from crossdict_jax.report.results import PLACE, WRITTEN_BY, comparisons, read_results, stitchings
 from crossdict_jax.report.tables import flat_table, number
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
@@ -113,42 +113,27 @@ def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     ]
 
 
+def causal_row(value: float | None, half: float = 0.02, **where) -> dict:
+    row = dict.fromkeys(("control", "source", "site_source", "map", "pairing", "stitch_kind"))
+    row |= where | {"n_positions": 4000, "n_documents": 64}
+    row |= {"ce": 9.8 - 5 * value, "kl": 5 - 5 * value}
+    with_interval(row, "loss_recovered", value, half)
+    return row
+
+
 def causal_rows(transfer: list[dict]) -> list[dict]:
+    """Controls of every target and site, and every rung stitched in each way it can be."""
     rows = []
-    places = {(r["target"], r["site_target"]) for r in transfer}
-    for target, site in sorted(places):
-        for condition, value in (
-            ("clean", 1.0),
-            ("zero", 0.0),
-            ("mean", 0.55),
-            ("own dictionary", 0.96),
-        ):
-            rows.append(
-                {
-                    "target": target,
-                    "site_target": site,
-                    "condition": condition,
-                    "ce": 9.8 - 5 * value,
-                    "kl": 5 - 5 * value,
-                    "loss_recovered": value,
-                    "n_documents": 64,
-                }
-            )
+    for target, site in sorted({(r["target"], r["site_target"]) for r in transfer}):
+        for control, value in (("clean", 1.0), ("zero", 0.0), ("mean", 0.55), ("own_sae", 0.96)):
+            rows.append(causal_row(value, target=target, site_target=site, control=control))
     for row in transfer:
         value = 0.55 + 0.45 * max(row["r2"], 0) - 0.2 * (row["pairing"] == "shuffled")
-        keys = ("source", "target", "site_source", "site_target", "map", "pairing")
-        rows.append(
-            {k: row[k] for k in keys}
-            | {
-                "condition": "stitched",
-                "ce": 9.8 - 5 * value,
-                "kl": 5 - 5 * value,
-                "loss_recovered": value,
-                "loss_recovered_low": value - 0.02,
-                "loss_recovered_high": value + 0.02,
-                "stitch_kind": "activation",
-            }
-        )
+        where = {k: row[k] for k in PLACE} | {"map": row["map"], "pairing": row["pairing"]}
+        if row["map"] in ("procrustes", "ridge", "token_ridge"):
+            rows.append(causal_row(value + 0.02, **where, stitch_kind="activation"))
+        if row["map"] != "token_target":
+            rows.append(causal_row(value, **where, stitch_kind="features"))
     return rows
 
 
@@ -401,6 +386,7 @@ def test_the_answer_is_made_from_the_numbers(page):
     assert "From docs-gpt2 to docs-neox the best map, token_ridge at resid_pre.7" in page.text
     assert "12 of 24 fitted maps beat the table of token means (12 beat the mean only)" in page.text
     assert "token_ridge of docs-neox resid_pre.7 put into docs-gpt2 resid_pre.7" in page.text
+    assert "recovers 84 % [82 %, 86 %]" in page.text
     assert "Negative result" not in page.text
 
 
@@ -506,7 +492,7 @@ def test_undefined_numbers_are_dashes(tmp_path):
     rows = [{k: v if k in keep else None for k, v in r.items()} for r in transfer_rows(layers=(6,))]
     write_jsonl(work.result("transfer.jsonl"), rows)
     blank = [
-        dict.fromkeys(r) | {k: r[k] for k in r if k in keep | {"condition"}}
+        dict.fromkeys(r) | {k: r[k] for k in r if k in keep | {"control", "stitch_kind"}}
         for r in causal_rows(rows)
     ]
     write_jsonl(work.result("causal.jsonl"), blank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crossdict_jax.report.results import Comparison, Line, Results, Stitching
-from crossdict_jax.report.tables import interval, number, percent
+from crossdict_jax.report.tables import dictionary_name, interval, number, percent
 
 FEW_DOCUMENTS = 30  # below it an interval over documents says little
 Pick = tuple[Comparison, Line]
@@ -149,8 +149,9 @@ def _to_what_effect(stitchings: list[Stitching]) -> str:
 
 def _recovered(stitching: Stitching, line: Line) -> str:
     row = line.aligned
+    form = " (its features, decoded)" if line.way == "features" else ""
     what = (
-        f"{line.kind} of {stitching.source} {stitching.site_source} put into "
+        f"{line.kind}{form} of {stitching.source} {stitching.site_source} put into "
         f"{stitching.target} {stitching.site_target}"
     )
     share = f"{percent(row['loss_recovered'], 0)} {_percent_interval(row)}".strip()
@@ -167,7 +168,7 @@ def _recovered(stitching: Stitching, line: Line) -> str:
 
 def _beside(stitching: Stitching, line: Line) -> str:
     values = {
-        "the target’s own dictionary": stitching.reference("own dictionary"),
+        "the target’s own dictionary": stitching.reference("own_sae"),
         "the mean": stitching.reference("mean"),
         "the same map on shuffled pairs": line.null("loss_recovered"),
     }
@@ -214,7 +215,7 @@ def _few_documents(rows: list[dict]) -> list[str]:
 
 def _poor_dictionaries(rows: list[dict]) -> list[str]:
     def name(row):
-        return f"{row['model']} {row['site']} seed {row.get('seed', 0)}"
+        return f"{row['model']} {row['site']} {dictionary_name(row)}"
 
     dead = [name(r) for r in rows if (r.get("dead_fraction") or 0) > 0.5]
     poor = [name(r) for r in rows if (r.get("fvu") or 0) > 0.5]

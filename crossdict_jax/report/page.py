@@ -256,7 +256,7 @@ def _effects(results: Results) -> dict:
 
     return {
         "stitching": [_stitched(list(g)) for _, g in groupby(results.stitchings, key=direction)],
-        "causal": _optional_table(results.causal, "Every row of causal.jsonl", "condition"),
+        "causal": _optional_table(results.causal, "Every row of causal.jsonl", "control"),
     }
 
 

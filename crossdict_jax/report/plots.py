@@ -16,7 +16,7 @@ from crossdict_jax.report.results import (
     ladder_place,
     site_words,
 )
-from crossdict_jax.report.tables import number, verdict_style
+from crossdict_jax.report.tables import dictionary_name, number, verdict_style
 
 # Stand-ins that matplotlib can write, and what the page replaces them by.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -264,35 +264,33 @@ def _cosines(axes, place: int, line: Line) -> None:
 
 
 def stitching_figure(stitching: Stitching) -> Figure:
-    """Returns bars of the loss recovered per rung between zero and clean."""
-    lines = stitching.lines
-    key = "loss_recovered"
+    """Returns bars of the loss recovered per rung; where it can be done in two ways, two bars."""
+    kinds = list(dict.fromkeys(line.kind for line in stitching.lines))
 
     def paint(axes):
-        _rungs(axes, [line.kind for line in lines])
-        values = [*_values(lines, key, f"{key}_low", f"{key}_high"), 0.0, 1.0]
-        low = max(min(values), -0.6)
-        axes.set_xlim(low - 0.04, max(values) + 0.06)
+        _rungs(axes, kinds)
+        keys = ("loss_recovered", "loss_recovered_low", "loss_recovered_high")
+        values = [*_values(stitching.lines, *keys), 0.0, 1.0]
+        axes.set_xlim(max(min(values), -0.6) - 0.04, max(values) + 0.06)
         _reference_lines(axes, stitching)
-        for place, line in enumerate(lines):
-            _bar(axes, place, line, stitching)
+        for place, kind in enumerate(kinds):
+            ways = stitching.ways(kind)
+            for i, line in enumerate(ways):
+                _bar(axes, place + 0.36 * (i - (len(ways) - 1) / 2), line, stitching)
         axes.set_title(stitching.sites, pad=21)
         axes.set_xlabel("loss recovered")
 
     name = f"stitching {stitching.source} {stitching.target} {stitching.sites}"
-    height = _height(len(lines)) + 0.2
+    height = _height(len(kinds)) * 1.25
     svg = _draw(paint, name=name, height=height, margins=_Margins(top=0.5))
     return Figure(svg, _stitching_words(stitching))
 
 
 def _reference_lines(axes, stitching: Stitching) -> None:
-    marks = {"zero": 0.0, "clean": 1.0}
-    marks |= {
-        name: stitching.reference(name)
-        for name in ("mean", "own dictionary")
-        if stitching.reference(name) is not None
-    }
-    for i, (name, value) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
+    marks = {"zero": 0.0, "clean": 1.0, "mean": stitching.reference("mean")}
+    marks["own dictionary"] = stitching.reference("own_sae")
+    known = {name: value for name, value in marks.items() if value is not None}
+    for i, (name, value) in enumerate(sorted(known.items(), key=lambda mark: mark[1])):
         solid = name in ("zero", "clean")
         axes.axvline(value, color=MUTED, linewidth=0.9, linestyle="-" if solid else (0, (3, 2)))
         axes.annotate(
@@ -307,27 +305,29 @@ def _reference_lines(axes, stitching: Stitching) -> None:
         )
 
 
-def _bar(axes, place: int, line: Line, stitching: Stitching) -> None:
+def _bar(axes, place: float, line: Line, stitching: Stitching) -> None:
     value, null = line.value("loss_recovered"), line.null("loss_recovered")
     if value is not None:
         colour = STRONG if stitching.surely_above_controls(line) else NONE
-        axes.barh(place, value, height=0.55, color=colour, alpha=0.8)
+        axes.barh(
+            place, value, height=0.32, color=colour, alpha=0.45 if line.way == "features" else 0.85
+        )
         if bounds := _bounds(line.aligned, "loss_recovered"):
             axes.hlines(place, *bounds, color=INK, linewidth=1.2)
     if null is not None:
-        axes.plot(max(null, axes.get_xlim()[0]), place, "x", color=INK, markersize=4.5)
+        axes.plot(max(null, axes.get_xlim()[0]), place, "x", color=INK, markersize=4)
 
 
 def _stitching_words(stitching: Stitching) -> str:
     scores = ", ".join(
-        f"{n.kind} {number(n.value('loss_recovered'), 2)} "
+        f"{n.kind} {n.way} {number(n.value('loss_recovered'), 2)} "
         f"(shuffled {number(n.null('loss_recovered'), 2)})"
         for n in stitching.lines
     )
     return (
         f"Loss recovered in {stitching.target} {stitching.site_target} from {stitching.source} "
         f"{stitching.site_source}: {scores}; own dictionary "
-        f"{number(stitching.reference('own dictionary'), 2)}, mean "
+        f"{number(stitching.reference('own_sae'), 2)}, mean "
         f"{number(stitching.reference('mean'), 2)}."
     )
 
@@ -342,6 +342,7 @@ def correlation_figure(rows: list[dict]) -> Figure:
     def paint(axes):
         _rungs(axes, [row["map"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -1.1)
+        axes.set_xlim(min(map(_lowest, rows)), 1)
         for place, row in enumerate(rows):
             _hill(axes, place, row["correlation_histogram"])
         axes.axvline(0, color=MUTED, linewidth=0.9)
@@ -351,6 +352,13 @@ def correlation_figure(rows: list[dict]) -> Figure:
     svg = _draw(paint, name=f"correlation {_place(rows[0])}", height=0.75 + 0.34 * len(rows))
     means = ", ".join(f"{r['map']} {number(_mean(r['correlation_histogram']), 2)}" for r in rows)
     return Figure(svg, f"Histograms of feature correlations, {_place(rows[0])}; means {means}.")
+
+
+def _lowest(row: dict) -> float:
+    """Returns the left end of a histogram's first bin that is not empty, 0 at most."""
+    histogram = row["correlation_histogram"]
+    filled = [edge for edge, n in zip(histogram["edges"], histogram["counts"]) if n]
+    return min([*filled, 0.0])
 
 
 def _hill(axes, place: int, histogram: dict) -> None:
@@ -453,7 +461,7 @@ def _place(row: dict) -> str:
 def density_figure(row: dict) -> Figure:
     """Returns the histogram of log10 firing frequency of one dictionary's features."""
     histogram = row["log10_frequency_histogram"]
-    name = f"{row['model']} {row['site']} seed {row.get('seed', 0)}"
+    name = f"{row['model']} {row['site']} {dictionary_name(row)}"
 
     def paint(axes):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)

@@ -35,11 +35,16 @@ BASELINES = ("mean", "token", "token_target")  # not maps of activations: what m
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One rung at one layer pair: its row, and the row of the same rung on shuffled pairs."""
+    """One rung at one layer pair: its row, and the row of the same rung on shuffled pairs.
+
+    Attributes:
+      way: of a stitched rung what was put in, its "activation" or its decoded "features".
+    """
 
     kind: str
     aligned: dict | None
     shuffled: dict | None
+    way: str = ""
 
     def value(self, key: str) -> float | None:
         return (self.aligned or {}).get(key)
@@ -89,8 +94,8 @@ class Stitching:
     """What happens to the target when its residual is replaced, at one pair of sites.
 
     Attributes:
-      references: the target on its own: clean, zero, mean, own dictionary -> row.
-      lines: the rungs whose prediction was put in.
+      references: the target on its own: clean, zero, mean, own_sae -> row.
+      lines: the rungs whose prediction was put in, once for each way of doing it.
     """
 
     source: str
@@ -108,8 +113,8 @@ class Stitching:
     def fitted(self) -> list[Line]:
         return fitted(self.lines)
 
-    def line(self, kind: str) -> Line | None:
-        return next((line for line in self.lines if line.kind == kind), None)
+    def ways(self, kind: str) -> list[Line]:
+        return [line for line in self.lines if line.kind == kind]
 
     def reference(self, name: str, key: str = "loss_recovered") -> float | None:
         return self.references.get(name, {}).get(key)
@@ -210,9 +215,9 @@ def stitchings(rows: list[dict]) -> list[Stitching]:
 
 def _references(rows: list[dict], target: str, site: str) -> dict[str, dict]:
     return {
-        row["condition"]: row
+        row["control"]: row
         for row in rows
-        if not row.get("map") and (row["target"], row["site_target"]) == (target, site)
+        if row.get("control") and (row["target"], row["site_target"]) == (target, site)
     }
 
 
@@ -226,13 +231,15 @@ def _by_place(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def _lines(rows: list[dict]) -> tuple[Line, ...]:
-    found = dict.fromkeys(row["map"] for row in rows)
-    lines = []
-    for kind in sorted(found, key=ladder_place):
-        aligned = [r for r in rows if r["map"] == kind and r["pairing"] != "shuffled"]
-        shuffled = [r for r in rows if r["map"] == kind and r["pairing"] == "shuffled"]
-        lines += [Line(kind, a, s) for a, s in zip_longest(aligned, shuffled)]
-    return tuple(lines)
+    rungs: dict[tuple[str, str], tuple[list, list]] = {}
+    for row in rows:
+        aligned, shuffled = rungs.setdefault((row["map"], row.get("stitch_kind") or ""), ([], []))
+        (shuffled if row["pairing"] == "shuffled" else aligned).append(row)
+    return tuple(
+        Line(kind, aligned, shuffled, way)
+        for kind, way in sorted(rungs, key=lambda rung: ladder_place(rung[0]))
+        for aligned, shuffled in zip_longest(*rungs[kind, way])
+    )
 
 
 def ladder_place(kind: str) -> int:

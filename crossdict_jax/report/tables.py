@@ -195,7 +195,8 @@ def dictionaries_table(rows: list[dict]) -> Table:
     columns = [
         Column("model", numeric=False),
         Column("site", numeric=False),
-        Column("seed"),
+        Column("dictionary", numeric=False),
+        Column("width"),
         Column("L0"),
         Column("FVU"),
         Column("dead"),
@@ -203,20 +204,29 @@ def dictionaries_table(rows: list[dict]) -> Table:
         Column("CE zero"),
         Column("CE mean"),
         Column("CE dictionary"),
-        Column("loss recovered"),
+        Column("loss recovered, of zero’s"),
+        Column("of the mean’s"),
     ]
     return Table("Every dictionary on held-out text", columns, [_dictionary(r) for r in rows])
 
 
+def dictionary_name(row: dict) -> str:
+    """Returns which of the dictionaries of a model and site a row is about."""
+    return row.get("member") or f"seed-{row.get('seed', 0)}"
+
+
 def _dictionary(row: dict) -> list[Cell]:
-    score = [Cell(number(row.get("l0"), 1)), _scored(row, "fvu")]
-    losses = [Cell(number(row.get(k))) for k in ("ce_clean", "ce_zero", "ce_mean", "ce_sae")]
     return [
-        *(Cell(str(row.get(k, "–"))) for k in ("model", "site", "seed")),
-        *score,
+        Cell(str(row["model"])),
+        Cell(str(row["site"])),
+        Cell(dictionary_name(row)),
+        Cell(number(row.get("width"))),
+        _scored(row, "l0", 1),
+        _scored(row, "fvu"),
         Cell(percent(row.get("dead_fraction"))),
-        *losses,
+        *(_scored(row, key) for key in ("ce_clean", "ce_zero", "ce_mean", "ce_sae")),
         _scored(row, "loss_recovered"),
+        _scored(row, "loss_recovered_mean"),
     ]
 
 

@@ -44,7 +44,7 @@ def _table(comparison: Comparison, effect: Stitching | None):
 
 
 def _cells(line: Line, effect: Stitching | None) -> list[str]:
-    stitched = effect.line(line.kind) if effect else None
+    stitched = effect.ways(line.kind) if effect else []
     return [
         line.kind,
         f"{number(line.value('r2'))} {interval(line.aligned or {}, 'r2', 2)}".strip(),
@@ -53,7 +53,7 @@ def _cells(line: Line, effect: Stitching | None) -> list[str]:
         number(line.value("cosine")),
         number(line.value("cosine_mean_predictor")),
         number(line.value("top1")),
-        percent(stitched.value("loss_recovered"), 0) if stitched else "–",
+        percent(stitched[0].value("loss_recovered"), 0) if stitched else "–",
     ]
 
 
