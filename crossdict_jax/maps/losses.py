@@ -1,0 +1,95 @@
+"""The four losses of a trained map, each of predicted and true features [batch, width].
+
+Each is a mean, so that its weight means the same at any batch size and width, and each is 0
+where the prediction equals the target.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from crossdict_jax.config import LossWeights
+
+SOFT_FIRING = 0.1  # of the target's typical active value: where a feature counts as firing
+
+
+def mse(p: jax.Array, t: jax.Array, *, variance: jax.Array | float = 1.0) -> jax.Array:
+    """Returns the squared error, mean over batch and features, in units of ``variance``."""
+    return jnp.mean(jnp.square(p - t)) / variance
+
+
+def cosine(p: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns 1 - mean_i cos(p_i, t_i); a row of zeros has cosine 0, two of them 1."""
+    p_square, t_square = jnp.sum(p * p, -1), jnp.sum(t * t, -1)
+    defined = (p_square > 0) & (t_square > 0)
+    p_norm, t_norm = (jnp.sqrt(jnp.where(defined, s, 1.0)) for s in (p_square, t_square))
+    both_zero = (p_square == 0) & (t_square == 0)
+    return 1 - jnp.mean(jnp.where(defined, jnp.sum(p * t, -1) / (p_norm * t_norm), both_zero))
+
+
+def correlation(p: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns the mean over feature pairs (j, k) of (corr(p)_jk - corr(t)_jk)^2.
+
+    With Z the standardised columns over sqrt(batch), corr = Z'Z and
+    |Zp'Zp - Zt'Zt|^2 = |Zp Zp'|^2 + |Zt Zt'|^2 - 2 |Zp Zt'|^2: batch x batch products, never
+    width x width. A constant column correlates 0 with every column, itself included.
+    """
+    Z_p, Z_t = _standardised(p), _standardised(t)
+    total = _gram(Z_p, Z_p) + _gram(Z_t, Z_t) - 2 * _gram(Z_p, Z_t)
+    return total / p.shape[1] ** 2
+
+
+def _gram(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)))
+
+
+def _standardised(x: jax.Array) -> jax.Array:
+    """Columns with mean 0 and norm 1, or all 0 where they do not vary beyond rounding."""
+    centred = x - jnp.mean(x, 0, keepdims=True)
+    square = jnp.sum(jnp.square(centred), 0, keepdims=True)
+    varies = square > 1e-12 * jnp.sum(jnp.square(x), 0, keepdims=True)
+    norm = jnp.sqrt(jnp.where(varies, square, 1.0))
+    return jnp.where(varies, centred / norm, 0.0)
+
+
+def sparsity(p: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns the mismatch of firing: per-feature rates and per-row L0, both as shares of 1.
+
+    Counting is made differentiable by a sigmoid surrogate, the same on both sides:
+    fires(x) = 2 sigmoid(2 x / s) - 1 = tanh(x / s), 0 at 0 and 1 well above s, with s a tenth
+    of the mean active value of the target. Then
+    mean_j (rate_j(p) - rate_j(t))^2 + mean_i (L0_i(p) - L0_i(t))^2 / width^2.
+    """
+    active = jnp.sum(t > 0)
+    typical = jnp.sum(jnp.maximum(t, 0.0)) / jnp.maximum(active, 1)
+    scale = SOFT_FIRING * jnp.where(active > 0, typical, 1.0)
+    difference = jnp.tanh(p / scale) - jnp.tanh(t / scale)
+    return jnp.mean(jnp.square(difference.mean(0))) + jnp.mean(jnp.square(difference.mean(1)))
+
+
+def transfer_loss(
+    p: jax.Array, t: jax.Array, weights: LossWeights, *, variance: jax.Array | float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (weighted sum, terms) of the four losses.
+
+    Args:
+      p, t: predicted and true features [batch, width].
+      variance: mean variance of the target's features; the sum takes the squared error in its
+        units, so that the weights mean the same for any scale of the activations. The terms
+        hold the raw error as ``mse`` and the weighed one as ``nmse``.
+    """
+    terms = {
+        "mse": mse(p, t),
+        "nmse": mse(p, t, variance=variance),
+        "cosine": cosine(p, t),
+        "correlation": correlation(p, t),
+        "sparsity": sparsity(p, t),
+    }
+    loss = (
+        weights.mse * terms["nmse"]
+        + weights.cosine * terms["cosine"]
+        + weights.correlation * terms["correlation"]
+        + weights.sparsity * terms["sparsity"]
+    )
+    return loss, terms
