@@ -73,11 +73,6 @@ class Estimate:
         low, _ = self.interval
         return low is not None and low > 0
 
-    def columns(self, name: str) -> dict[str, float | None]:
-        """Returns ``{name: value, name_low: ..., name_high: ...}`` for a result row."""
-        low, high = self.interval
-        return {name: self.value, f"{name}_low": low, f"{name}_high": high}
-
 
 def draw(documents: np.ndarray, *, count: int, seed: int) -> Resamples:
     """Returns ``count`` resamples with replacement of the distinct values in ``documents`` [n]."""
@@ -87,6 +82,12 @@ def draw(documents: np.ndarray, *, count: int, seed: int) -> Resamples:
     count = count if n > 1 else 0
     weights = generator.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
     return Resamples(index.reshape(-1), weights.reshape(count, n))
+
+
+def columns(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    """Returns ``{name: value, name_low: ..., name_high: ...}`` for a result row."""
+    value, low, high = (estimate.value, *estimate.interval) if estimate else (None, None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def ratio(numerator, denominator):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
@@ -25,3 +27,19 @@ def abstract(build) -> tuple[nnx.GraphDef, Params]:
     """Returns ``split(build())`` with shapes in place of arrays; nothing is computed."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, jax.tree.map(lambda a: a, nnx.to_pure_dict(state))
+
+
+def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> np.ndarray:
+    """Returns ``module.method(x)`` of rows x [n, ...] on the host, ``size`` rows at a time."""
+    graphdef, params = split(module)
+    parts = []
+    for at in range(0, len(x), size):
+        batch = x[at : at + size]
+        padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+        parts.append(np.asarray(_call(graphdef, method, params, padded))[: len(batch)])
+    return np.concatenate(parts)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _call(graphdef, method, params, x):
+    return getattr(merge(graphdef, params), method)(x)

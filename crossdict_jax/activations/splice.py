@@ -93,6 +93,12 @@ def select_passages(
     )
 
 
+def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
+    """Returns the mean activation float32 [d_model] over the kept training rows."""
+    x = store.read(model, site, store.select("train"))
+    return np.mean(x, axis=0, dtype=np.float64).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Windows of similar length as one padded array, and the paired positions among them."""
@@ -100,6 +106,7 @@ class _Batch:
     tokens: np.ndarray  # int32 [batch, seq]
     rows: np.ndarray  # int [m], places among the passages' rows
     at: tuple[np.ndarray, np.ndarray]  # (place in the batch [m], position [m])
+    n_windows: int  # the rest is padding
 
 
 class Splicer:
@@ -154,7 +161,7 @@ class Splicer:
         Args:
           replacements: {name: [n, d_model]}, the activation at every paired position; everything
             else of the activations stays as it was. A vector [d_model] stands for all rows.
-          progress: a tqdm bar, updated by one for every replacement and batch.
+          progress: a tqdm bar, updated by the number of windows for every replacement.
         """
         n = len(self.passages.rows)
         ce = {name: np.empty(n) for name in ("clean", *replacements)}
@@ -168,13 +175,9 @@ class Splicer:
                 ce[name][batch.rows] = np.asarray(loss)[batch.at]
                 kl[name][batch.rows] = np.asarray(divergence)[batch.at]
                 if progress is not None:
-                    progress.update()
+                    progress.update(batch.n_windows)
         scored = self.passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
-
-    @property
-    def n_batches(self) -> int:
-        return len(self._batches)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put(array, shard(self._mesh, DATA))
@@ -201,7 +204,8 @@ def _batch(passages: Passages, windows: np.ndarray, shape: tuple[int, int]) -> _
     for row, window in zip(tokens, windows):
         row[: len(passages.tokens[window])] = passages.tokens[window]
     rows = np.flatnonzero(place[passages.window] >= 0)
-    return _Batch(tokens, rows, (place[passages.window[rows]], passages.position[rows]))
+    at = place[passages.window[rows]], passages.position[rows]
+    return _Batch(tokens, rows, at, n_windows=len(windows))
 
 
 def _edit(x: np.ndarray, batch: _Batch, values: np.ndarray) -> np.ndarray:

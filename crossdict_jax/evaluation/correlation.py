@@ -26,7 +26,7 @@ class Moments:
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # documents, their sums
 
     def add(self, rows: slice, p: np.ndarray, t: np.ndarray) -> None:
-        """Adds a block of rows, both [block, width], shifted by constants of the caller's choice."""
+        """Adds a block of rows, both [block, width], less a constant per feature of any choice."""
         documents, place = np.unique(self._index[rows], return_inverse=True)
         by_document = (place[None, :] == np.arange(len(documents))[:, None]).astype(np.float64)
         sums = np.stack([by_document @ z for z in (p, t, p * p, t * t, p * t)])

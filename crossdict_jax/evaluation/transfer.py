@@ -82,12 +82,8 @@ class Score:
         """Returns the columns of transfer.jsonl: every estimate with its _low and _high."""
         row = dict(self.plain)
         for name, estimate in self.estimates.items():
-            row |= estimate.columns(name) if estimate else dict.fromkeys(_with_bounds(name))
+            row |= bootstrap.columns(name, estimate)
         return row
-
-
-def _with_bounds(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_low", f"{name}_high"
 
 
 def transfer_metrics(

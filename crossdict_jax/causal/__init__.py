@@ -1,0 +1,5 @@
+"""Causal tests: does what was predicted from one model do its work in the other?"""
+
+from crossdict_jax.causal.stitching import intervene
+
+__all__ = ["intervene"]

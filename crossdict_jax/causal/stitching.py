@@ -1,0 +1,246 @@
+"""Stitching: model B goes on from an activation that was predicted from model A."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossdict_jax import bootstrap, dictionaries, maps, models, modules
+from crossdict_jax.activations.extract import device_figures
+from crossdict_jax.activations.splice import (
+    Effect,
+    Splicer,
+    loss_recovered,
+    select_passages,
+    train_mean,
+)
+from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.bootstrap import Resamples
+from crossdict_jax.config import Config, to_dict
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.errors import UserError
+from crossdict_jax.maps import Pairs, Side, Task
+from crossdict_jax.maps.base import map_class
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
+from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
+
+CONTROLS = ("clean", "zero", "mean", "own_sae")
+
+
+def intervene(config: Config, work: Workdir) -> None:
+    """Writes causal.jsonl: what becomes of B's next-token loss when a rung's prediction is put in.
+
+    At the paired positions of at most ``config.intervention.documents`` test documents B's
+    activation is replaced by the rung's x_B (stitch_kind "activation") or by B's dictionary's
+    decoding of the rung's features ("features"). A shuffled rung was fitted on shuffled pairs and
+    reads shuffled rows here too. Controls edit the same positions: clean (no edit), zero, mean (of
+    the training rows), own_sae (B's own reconstruction, the best that features can do).
+
+    ce and kl are means in nats over the n_positions whose next token is in the window;
+    loss_recovered = (ce_zero - ce) / (ce_zero - ce_clean), null where zeros cost less than 0.05.
+
+    A finished causal.jsonl whose inputs have not changed is left as it is.
+
+    Raises:
+      UserError: a model, the store, a dictionary or a map is missing or damaged.
+    """
+    started = time.perf_counter()
+    store = open_store(work.activations)
+    tasks = maps.tasks(config, store)
+    inputs = _inputs(config, work, store, tasks)
+    stamp = work.result("causal.inputs.json")
+    if work.result("causal.jsonl").exists() and stamp.exists() and read_json(stamp) == inputs:
+        return
+    rows, positions = _stitch(config, work, store, tasks)
+    write_jsonl(work.result("causal.jsonl"), rows)
+    write_json(stamp, inputs)
+    wall = time.perf_counter() - started
+    work.record_timing(
+        "intervene",
+        wall_s=wall,
+        rows=positions,
+        rows_per_s=positions / wall,
+        **device_figures(),
+    )
+
+
+def _inputs(config: Config, work: Workdir, store: Store, tasks: list[Task]) -> dict[str, str]:
+    """What causal.jsonl depends on, as digests; every checkpoint's own checksum is verified."""
+    targets = {work.dictionary(task.target, task.site_target) for task in tasks}
+    sources = {work.dictionary(task.source, task.site_source) for task in tasks}
+    folders = targets | sources | {task.path(work) for task in tasks}
+    return {
+        "config": _digest(json.dumps(to_dict(config), sort_keys=True)),
+        "store": _digest(json.dumps(store.meta, sort_keys=True)),
+        **{str(f.relative_to(work.root)): _seal(f) for f in sorted(folders)},
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _seal(folder: Path) -> str:
+    step = checkpoint.latest_step(folder)
+    if step is None:
+        raise UserError(f"{folder} holds no finished checkpoint; run the stage that writes it.")
+    checkpoint.verify(folder, step)
+    return _digest((folder / f"{step}.sha256.json").read_text())
+
+
+def _stitch(
+    config: Config, work: Workdir, store: Store, tasks: list[Task]
+) -> tuple[list[dict], int]:
+    """Returns the rows, and how many edited positions were scored in all."""
+    from tqdm import tqdm
+
+    rows: list[dict] = []
+    runs = sum(len(_stitch_kinds(task)) for task in tasks)
+    runs += (len(CONTROLS) - 1) * len({(task.target, task.site_target) for task in tasks})
+    with tqdm(desc="stitching", unit="window") as progress:
+        for model in dict.fromkeys(task.target for task in tasks):
+            into = [task for task in tasks if task.target == model]
+            target = _Target.read(config, work, store, model, into)
+            progress.total = runs * len(target.splicer.passages.tokens)  # equal for all models
+            for site in dict.fromkeys(task.site_target for task in into):
+                here = [task for task in into if task.site_target == site]
+                rows += target.rows_at(site, here, progress)
+    return rows, sum(row["n_positions"] for row in rows)
+
+
+def _stitch_kinds(task: Task) -> tuple[str, ...]:
+    both = map_class(task.kind).predicts_activation
+    return ("activation", "features") if both else ("features",)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A model that is stitched into: its language model on test passages, and the resamples."""
+
+    config: Config
+    work: Workdir
+    store: Store
+    name: str
+    splicer: Splicer
+    draws: Resamples
+
+    @classmethod
+    def read(cls, config: Config, work: Workdir, store: Store, name: str, tasks: list[Task]):
+        """Loads the model and runs it once on its passages."""
+        passages = select_passages(
+            store, name, documents=config.intervention.documents, seed=config.seed
+        )
+        splicer = Splicer(
+            models.load(store.paths[store.models.index(name)]),
+            passages,
+            sites=tuple(dict.fromkeys(task.site_target for task in tasks)),
+            batch_size=config.intervention.batch_size,
+            dtype=config.extract.matmul_dtype,
+        )
+        documents, count = passages.document[passages.scored], config.evaluation.bootstrap
+        draws = bootstrap.draw(documents, count=count, seed=config.seed)
+        return cls(config, work, store, name, splicer, draws)
+
+    def rows_at(self, site: Site, tasks: list[Task], progress) -> list[dict]:
+        """Returns the rows of the controls and of every rung at one site."""
+        dictionary = dictionaries.load(self.work.dictionary(self.name, site))
+        effects = self.splicer.effects(site, self._controls(site, dictionary), progress)
+        references = {name: effects[name] for name in ("clean", "zero")}
+        rows = [self._row(effects[c], references, site, control=c) for c in CONTROLS]
+        for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.site_source)):
+            group = list(group)
+            stitched = self._stitched(group, dictionary)
+            effects = self.splicer.effects(site, stitched, progress)
+            for task, stitch_kind in stitched:
+                effect = effects[task, stitch_kind]
+                rows.append(self._row(effect, references, site, task=task, stitch_kind=stitch_kind))
+        return rows
+
+    def _controls(self, site: Site, dictionary: Dictionary) -> dict[str, np.ndarray]:
+        x = self.store.read(self.name, site, self.splicer.passages.rows)
+        size = self.config.evaluation.batch_size
+        return {
+            "zero": np.zeros(x.shape[1], np.float32),
+            "mean": train_mean(self.store, self.name, site),
+            "own_sae": modules.over_rows(dictionary, x, method="__call__", size=size),
+        }
+
+    def _stitched(self, tasks: list[Task], dictionary: Dictionary) -> dict[tuple, np.ndarray]:
+        """{(task, stitch_kind): what is put in, float32 [n, d_model]}, all of one source."""
+        size = self.config.evaluation.batch_size
+        aligned = self._pairs(tasks[0], dictionary)
+        shuffled = _shuffled_source(aligned, self.config.seed)
+        out = {}
+        for task in tasks:
+            m = maps.load(task.path(self.work))
+            pairs = aligned if task.pairing == "aligned" else shuffled
+            for kind in _stitch_kinds(task):
+                if kind == "activation":
+                    out[task, kind] = maps.predict_activations(m, pairs, size)
+                else:
+                    f = maps.predict(m, pairs, size)
+                    out[task, kind] = modules.over_rows(dictionary, f, method="decode", size=size)
+        return out
+
+    def _pairs(self, task: Task, dictionary: Dictionary) -> Pairs:
+        rows = self.splicer.passages.rows
+
+        def side(model: str, site: Site, d: Dictionary) -> Side:
+            return Side(self.store.read(model, site, rows), self.store.tokens(model, rows), d)
+
+        own = dictionaries.load(self.work.dictionary(task.source, task.site_source))
+        return Pairs(
+            source=side(task.source, task.site_source, own),
+            target=side(task.target, task.site_target, dictionary),
+            documents=self.splicer.passages.document,
+        )
+
+    def _row(
+        self,
+        effect: Effect,
+        references: dict[str, Effect],
+        site: Site,
+        *,
+        control: str | None = None,
+        task: Task | None = None,
+        stitch_kind: str | None = None,
+    ) -> dict[str, Any]:
+        """A row of causal.jsonl: of a control, or of a rung's prediction."""
+        recovered = loss_recovered(
+            effect,
+            clean=references["clean"],
+            baseline=references["zero"],
+            resamples=self.draws,
+        )
+        return {
+            "intervention": "control" if control else "stitching",
+            "control": control,
+            "source": task and task.source,
+            "target": self.name,
+            "site_source": task and str(task.site_source),
+            "site_target": str(site),
+            "map": task and task.kind,
+            "pairing": task and task.pairing,
+            "stitch_kind": stitch_kind,
+            "n_positions": len(effect.ce),
+            "n_documents": self.draws.n_documents,
+            **bootstrap.columns("ce", self.draws.mean(effect.ce)),
+            **bootstrap.columns("kl", self.draws.mean(effect.kl)),
+            **bootstrap.columns("loss_recovered", recovered),
+        }
+
+
+def _shuffled_source(pairs: Pairs, seed: int) -> Pairs:
+    """The pairs with A's rows in a random order across documents: B's positions stay in place."""
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pairs))
+    source = pairs.source
+    source = dataclasses.replace(source, x=source.x[order], tokens=source.tokens[order])
+    return dataclasses.replace(pairs, source=source)

@@ -1,0 +1,70 @@
+"""The stage that measures a finished run: dictionaries, and every map on held-out documents."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from crossdict_jax import maps
+from crossdict_jax.activations.extract import device_figures
+from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.config import Config
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.ladder import score_ladder
+from crossdict_jax.evaluation.reconstruction import reconstruct
+from crossdict_jax.maps import Task
+from crossdict_jax.training.checkpoint import is_finished
+from crossdict_jax.workdir import Workdir, write_jsonl
+
+
+def evaluate(config: Config, work: Workdir) -> None:
+    """Writes reconstruction.jsonl, transfer.jsonl and features.jsonl in ``work.results``.
+
+    Reads the language models, the store and the checkpoints of dictionaries and maps, nothing
+    else. Equal inputs give equal files.
+
+    Raises:
+      UserError: one of them is missing or damaged.
+    """
+    started = time.perf_counter()
+    store = open_store(work.activations)
+    tasks = maps.tasks(config, store)
+    _check_finished(tasks, work)
+    dictionaries, densities = reconstruct(config, store, work)
+    transfer, correlations = _transfer(config, store, work, tasks)
+    write_jsonl(work.result("reconstruction.jsonl"), dictionaries)
+    write_jsonl(work.result("transfer.jsonl"), transfer)
+    write_jsonl(work.result("features.jsonl"), densities + correlations)
+    wall, rows = time.perf_counter() - started, len(store.select("test"))
+    work.record_timing(
+        "evaluate",
+        wall_s=wall,
+        rows=rows,
+        rows_per_s=rows * len(transfer) / wall,
+        **device_figures(),
+    )
+
+
+def _check_finished(tasks: list[Task], work: Workdir) -> None:
+    for task in tasks:
+        if not is_finished(task.path(work)):
+            raise UserError(
+                f"{task.path(work)} holds no finished map; run train_hypernetworks first."
+            )
+
+
+def _transfer(
+    config: Config, store: Store, work: Workdir, tasks: list[Task]
+) -> tuple[list[dict], list[dict]]:
+    from tqdm import tqdm
+
+    def direction(task: Task):
+        return task.source, task.target, str(task.site_source), str(task.site_target)
+
+    rows, figures = [], []
+    with tqdm(total=len(tasks), desc="evaluate maps", unit="map") as progress:
+        for _, group in itertools.groupby(tasks, key=direction):
+            more_rows, more_figures = score_ladder(list(group), config, store, work, progress)
+            rows += more_rows
+            figures += more_figures
+    return rows, figures

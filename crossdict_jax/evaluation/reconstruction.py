@@ -1,0 +1,186 @@
+"""How good each dictionary is: what it explains, how sparse it is, and what it costs the model."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax import bootstrap, dictionaries, models, modules
+from crossdict_jax.activations.splice import (
+    Effect,
+    Splicer,
+    loss_recovered,
+    select_passages,
+    train_mean,
+)
+from crossdict_jax.activations.store import Store
+from crossdict_jax.bootstrap import Resamples
+from crossdict_jax.config import Config
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.workdir import Workdir
+
+FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
+
+
+def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict], list[dict]]:
+    """Returns the rows of reconstruction.jsonl and of features.jsonl, one per dictionary each.
+
+    - l0: active features per row; fvu = sum ||x - x_hat||^2 / sum ||x - mean_train(x)||^2: over
+      the n_rows kept test rows.
+    - dead_fraction: the share of features that are active in none of the n_rows_dead kept rows of
+      training and test together.
+    - ce_*: cross-entropy in nats of the token after each of n_positions paired positions of
+      n_documents_ce test documents, with the model's own activations there (clean), zeros, the
+      training mean, or the reconstruction (sae); kl_sae = KL(clean || sae).
+    - loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce_clean), null where zeros cost less than
+      0.05 nats; loss_recovered_mean: the same with the mean in place of zeros.
+
+    Raises:
+      UserError: a model and site of the store has no dictionary, or one is damaged.
+    """
+    from tqdm import tqdm
+
+    places = [(m, site) for m in store.models for site in store.sites]
+    members = {place: member_folders(work, *place) for place in places}
+    rows, densities = [], []
+    with tqdm(total=sum(map(len, members.values())), desc="dictionaries", unit="sae") as progress:
+        for model, path in zip(store.models, store.paths):
+            splicer = _splicer(config, store, model, path)
+            for site in store.sites:
+                found = {f: dictionaries.load(f) for f in members[model, site]}
+                losses = _losses(config, store, splicer, model, site, list(found.values()))
+                for (folder, dictionary), loss in zip(found.items(), losses):
+                    where = {
+                        "model": model,
+                        "site": str(site),
+                        "seed": seed_of(folder),
+                        "member": folder.name,
+                    }
+                    figures, density = _figures(config, store, model, site, dictionary)
+                    rows.append(where | figures | loss)
+                    densities.append(where | {"log10_frequency_histogram": density})
+                    progress.update()
+    return rows, densities
+
+
+def member_folders(work: Workdir, model: str, site: Site) -> list[Path]:
+    """Returns the dictionary folders of a model and site, by seed; the default one at least."""
+    default = work.dictionary(model, site)
+    found = {p for p in default.parent.glob("*") if p.is_dir()} | {default}
+    return sorted(found, key=lambda p: (seed_of(p), p.name))
+
+
+def seed_of(folder: Path) -> int:
+    """Returns N of a folder called seed-N or seed-N-..., where a setting was swept."""
+    match = re.match(r"seed-(\d+)(-|$)", folder.name)
+    if not match:
+        raise UserError(f"{folder} is no dictionary folder (seed-N); move it elsewhere.")
+    return int(match[1])
+
+
+def _figures(
+    config: Config, store: Store, model: str, site: Site, dictionary: Dictionary
+) -> tuple[dict[str, Any], dict]:
+    """What the stored rows say of a dictionary: (columns, histogram of firing frequencies)."""
+    train, test = store.select("train"), store.select("test")
+    x_train, x_test = store.read(model, site, train), store.read(model, site, test)
+    mean = train_mean(store, model, site)
+    measure = partial(_measure, dictionary, mean=mean, size=config.evaluation.batch_size)
+    in_train, in_test = measure(x_train), measure(x_test)
+    draws = _draw(config, store.rows.document[test])
+    fires, n = in_train["fires"] + in_test["fires"], len(train) + len(test)
+    frequencies = np.log10(fires[fires > 0] / n)
+    counts, _ = np.histogram(frequencies.clip(FREQUENCY_EDGES[0]), FREQUENCY_EDGES)
+    columns = {
+        "width": dictionary.width,
+        "n_rows": len(test),
+        "n_documents": draws.n_documents,
+        **bootstrap.columns("l0", draws.mean(in_test["l0"])),
+        **bootstrap.columns("fvu", draws.estimate(in_test["error"], in_test["variance"])),
+        "dead_fraction": float(np.mean(fires == 0)),
+        "n_rows_dead": n,
+    }
+    return columns, {"edges": FREQUENCY_EDGES.tolist(), "counts": counts.tolist()}
+
+
+def _draw(config: Config, documents: np.ndarray) -> Resamples:
+    return bootstrap.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
+
+
+def _measure(dictionary: Dictionary, x: np.ndarray, *, mean: np.ndarray, size: int) -> dict:
+    """{l0, error, variance: [n], fires: [width]} of all rows, a batch at a time."""
+    graphdef, params = modules.split(dictionary)
+    parts, fires = [], 0
+    for at in range(0, len(x), size):
+        batch = x[at : at + size]
+        padded = np.pad(batch, ((0, size - len(batch)), (0, 0)))
+        active, *values = _measure_batch(graphdef, params, padded, mean, len(batch))
+        fires = fires + np.asarray(active, np.int64)
+        parts.append([np.asarray(v)[: len(batch)] for v in values])
+    l0, error, variance = map(np.concatenate, zip(*parts))
+    return {"l0": l0, "error": error, "variance": variance, "fires": fires}
+
+
+@partial(jax.jit, static_argnums=0)
+def _measure_batch(graphdef, params, x, mean, count):
+    """Over the first ``count`` rows how often each feature fires; per row l0, error, variance."""
+    dictionary, x = modules.merge(graphdef, params), x.astype(jnp.float32)
+    f = dictionary.encode(x)  # [batch, width]
+    active = f > 0
+    real = jnp.arange(len(x)) < count
+    error = jnp.sum(jnp.square(x - dictionary.decode(f)), axis=1)
+    variance = jnp.sum(jnp.square(x - mean[None, :]), axis=1)
+    return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), error, variance
+
+
+def _splicer(config: Config, store: Store, model: str, path: str) -> Splicer:
+    passages = select_passages(
+        store, model, documents=config.intervention.documents, seed=config.seed
+    )
+    return Splicer(
+        models.load(path),
+        passages,
+        sites=store.sites,
+        batch_size=config.intervention.batch_size,
+        dtype=config.extract.matmul_dtype,
+    )
+
+
+def _losses(
+    config: Config,
+    store: Store,
+    splicer: Splicer,
+    model: str,
+    site: Site,
+    members: list[Dictionary],
+) -> list[dict[str, Any]]:
+    """The loss columns of each dictionary, all from one clean pass."""
+    x = store.read(model, site, splicer.passages.rows)
+    whole = partial(modules.over_rows, method="__call__", size=config.evaluation.batch_size)
+    reconstructions = {f"sae {i}": whole(d, x) for i, d in enumerate(members)}
+    references = {"zero": np.zeros(x.shape[1], np.float32), "mean": train_mean(store, model, site)}
+    effects = splicer.effects(site, references | reconstructions)
+    draws = _draw(config, splicer.passages.document[splicer.passages.scored])
+    return [_loss_columns(effects, effects[name], draws) for name in reconstructions]
+
+
+def _loss_columns(effects: dict[str, Effect], sae: Effect, draws: Resamples) -> dict[str, Any]:
+    row = {"n_positions": len(sae.ce), "n_documents_ce": draws.n_documents}
+    for name in ("clean", "zero", "mean"):
+        row |= bootstrap.columns(f"ce_{name}", draws.mean(effects[name].ce))
+    row |= bootstrap.columns("ce_sae", draws.mean(sae.ce))
+    row |= bootstrap.columns("kl_sae", draws.mean(sae.kl))
+    for name, baseline in (("loss_recovered", "zero"), ("loss_recovered_mean", "mean")):
+        share = loss_recovered(
+            sae, clean=effects["clean"], baseline=effects[baseline], resamples=draws
+        )
+        row |= bootstrap.columns(name, share)
+    return row

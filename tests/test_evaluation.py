@@ -1,0 +1,664 @@
+"""Held-out metrics: against slow definitions, on planted answers, and from a finished run."""
+
+import json
+import math
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import bootstrap, maps
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.config import to_dict
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation import evaluate, transfer_metrics
+from crossdict_jax.evaluation.transfer import (
+    BEATS_MEAN,
+    BEATS_TOKEN,
+    NO_BETTER,
+    TokenMeans,
+    hold_out,
+    measure,
+    verdict,
+)
+from crossdict_jax.workdir import Workdir, read_jsonl
+
+WITH_BOUNDS = (
+    "fvu",
+    "r2",
+    "cosine",
+    "cosine_mean_predictor",
+    "cosine_centered",
+    "top1",
+    "mean_rank",
+    "feature_correlation",
+    "l0_target",
+    "l0_predicted",
+    "sparsity_similarity",
+    "context_gain",
+)
+COLUMNS = {
+    *(name + end for name in WITH_BOUNDS for end in ("", "_low", "_high")),
+    *("n_rows", "n_documents", "n_live", "n_context_rows", "pool"),
+    *("l0_source", "r2_per_feature_median", "rate_correlation"),
+}
+
+
+def codes(rng, n=60, width=9, share=0.3):
+    """Sparse non-negative rows; the last feature is dead."""
+    f = rng.random((n, width)) * (rng.random((n, width)) < share)
+    f[:, -1] = 0
+    return f.astype(np.float32)
+
+
+def example(seed, n=60, width=9):
+    """(predicted, target, train_mean, documents) with a bit of everything in them."""
+    rng = np.random.default_rng(seed)
+    target = codes(rng, n, width)
+    predicted = np.maximum(target + 0.3 * rng.normal(size=target.shape), 0).astype(np.float32)
+    predicted[:, 0] = 0.25  # constant
+    predicted[3] = 0
+    target[4] = 0
+    predicted[5] = target[5] = 0
+    target[7] = target[6]
+    return predicted, target, codes(rng, 500, width).mean(0), rng.integers(0, 7, n)
+
+
+def defined(row):
+    """The row without its columns that are None."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+# ---------------------------------------------------------------- slow definitions
+
+
+def slow_cosine(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    lengths = math.sqrt(sum(a * a)) * math.sqrt(sum(b * b))
+    return float(sum(a * b)) / lengths if lengths else 0.0
+
+
+def slow_rank(predicted, target, i):
+    """Candidates at least as similar as the true one, but for copies of it, plus one."""
+    own = slow_cosine(predicted[i], target[i])
+    others = [j for j in range(len(target)) if (target[j] != target[i]).any()]
+    return 1 + sum(slow_cosine(predicted[i], target[j]) >= own - 1e-7 for j in others)
+
+
+def slow_correlations(p, t):
+    """One for each feature whose target varies."""
+    found = []
+    for j in range(t.shape[1]):
+        if t[:, j].std() > 0:
+            varies = p[:, j].std() > 1e-9
+            found.append(np.corrcoef(p[:, j], t[:, j])[0, 1] if varies else 0.0)
+    return found
+
+
+def slow_jaccard(p, t):
+    a, b = set(np.flatnonzero(p > 0)), set(np.flatnonzero(t > 0))
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def slow(predicted, target, mean):
+    p, t, m = (np.asarray(x, np.float64) for x in (predicted, target, mean))
+    n = range(len(t))
+    live = [j for j in range(t.shape[1]) if (t[:, j] > 0).any()]
+    ranks = [slow_rank(p, t, i) for i in n]
+    feature_r2 = [1 - sum((t - p)[:, j] ** 2) / sum((t - m)[:, j] ** 2) for j in live]
+    fvu = sum(sum((t[i] - p[i]) ** 2) for i in n) / sum(sum((t[i] - m) ** 2) for i in n)
+    return {
+        "n_rows": len(t),
+        "n_live": len(live),
+        "pool": len(t),
+        "fvu": fvu,
+        "r2": 1 - fvu,
+        "r2_per_feature_median": np.median(feature_r2),
+        "cosine": np.mean([slow_cosine(p[i], t[i]) for i in n]),
+        "cosine_mean_predictor": np.mean([slow_cosine(m, t[i]) for i in n]),
+        "cosine_centered": np.mean([slow_cosine(p[i] - m, t[i] - m) for i in n]),
+        "top1": np.mean([rank == 1 for rank in ranks]),
+        "mean_rank": np.mean(ranks),
+        "feature_correlation": np.mean(slow_correlations(p, t)),
+        "rate_correlation": np.corrcoef((p > 0).mean(0), (t > 0).mean(0))[0, 1],
+        "l0_target": np.mean([(t[i] > 0).sum() for i in n]),
+        "l0_predicted": np.mean([(p[i] > 0).sum() for i in n]),
+        "sparsity_similarity": np.mean([slow_jaccard(p[i], t[i]) for i in n]),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_metric_is_its_definition(seed):
+    predicted, target, mean, documents = example(seed)
+    found = transfer_metrics(predicted, target, train_mean=mean, documents=documents, bootstrap=5)
+    expected = slow(predicted, target, mean)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert found["n_documents"] == len(set(documents))
+
+
+def test_intervals_are_percentiles_of_the_metric_on_resampled_documents():
+    predicted, target, mean, documents = example(4, n=40)
+    found = transfer_metrics(
+        predicted, target, train_mean=mean, documents=documents, bootstrap=30, seed=7
+    )
+    names, samples = np.unique(documents), []
+    for counts in bootstrap.draw(documents, count=30, seed=7).weights.astype(int):
+        rows = np.concatenate(
+            [np.tile(np.flatnonzero(documents == d), c) for d, c in zip(names, counts)]
+        )
+        p, t = predicted[rows].astype(np.float64), target[rows].astype(np.float64)
+        samples.append(
+            {
+                "r2": 1 - np.sum((t - p) ** 2) / np.sum((t - mean) ** 2),
+                "cosine": np.mean([slow_cosine(a, b) for a, b in zip(p, t)]),
+                "feature_correlation": np.mean(slow_correlations(p, t)),
+                "mean_rank": np.mean([slow_rank(predicted, target, i) for i in rows]),
+                "sparsity_similarity": np.mean([slow_jaccard(a, b) for a, b in zip(p, t)]),
+            }
+        )
+    for name in samples[0]:
+        low, high = np.percentile([s[name] for s in samples], (2.5, 97.5))
+        assert found[f"{name}_low"] == pytest.approx(low, abs=1e-6)
+        assert found[f"{name}_high"] == pytest.approx(high, abs=1e-6)
+
+
+def test_the_size_of_a_block_changes_nothing(monkeypatch):
+    predicted, target, mean, documents = example(1)
+    give = {"train_mean": mean, "documents": documents, "bootstrap": 20}
+    whole = transfer_metrics(predicted, target, **give)
+    monkeypatch.setattr("crossdict_jax.evaluation.transfer.CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("crossdict_jax.evaluation.correlation.DOCUMENTS", 3)
+    monkeypatch.setattr("crossdict_jax.evaluation.retrieval.CHUNK", 7)
+    blocks = transfer_metrics(predicted, target, **give)
+    assert defined(blocks) == pytest.approx(defined(whole), rel=1e-9)
+
+
+def test_context_gain_is_its_definition():
+    rng = np.random.default_rng(0)
+    predicted, target, mean, _ = example(2)
+    index = rng.integers(-1, 5, len(target))
+    T, P = rng.random((5, 9)), rng.random((5, 9))
+    found = transfer_metrics(
+        predicted, target, train_mean=mean, token_means=TokenMeans(index, T, P)
+    )
+    error = variance = 0.0
+    for i in np.flatnonzero(index >= 0):
+        t, p = target[i] - T[index[i]], predicted[i] - P[index[i]]
+        error, variance = error + sum((t - p) ** 2), variance + sum(t**2)
+    assert found["context_gain"] == pytest.approx(1 - error / variance, abs=1e-6)
+    assert found["n_context_rows"] == (index >= 0).sum()
+
+
+# ---------------------------------------------------------------- planted answers
+
+
+def test_all_columns_are_plain_numbers_or_none():
+    predicted, target, mean, documents = example(0)
+    found = transfer_metrics(predicted, target, train_mean=mean, documents=documents)
+    assert set(found) == COLUMNS
+    assert all(v is None or type(v) in (int, float) for v in found.values())
+    json.dumps(found, allow_nan=False)
+    none = {name for name, value in found.items() if value is None}
+    assert none == {"l0_source", "context_gain", "context_gain_low", "context_gain_high"}
+
+
+def test_jax_and_numpy_arrays_give_the_same():
+    predicted, target, mean, _ = example(0)
+    there = transfer_metrics(jnp.asarray(predicted), jnp.asarray(target), train_mean=mean)
+    assert there == transfer_metrics(predicted, target, train_mean=mean)
+
+
+def test_bfloat16_is_read():
+    _, target, mean, _ = example(0)
+    found = transfer_metrics(jnp.asarray(target, jnp.bfloat16), target, train_mean=mean)
+    assert 0.999 < found["r2"] < 1
+
+
+def test_a_perfect_prediction():
+    target = codes(np.random.default_rng(0), share=0.8)
+    found = transfer_metrics(target, target, train_mean=codes(np.random.default_rng(1)).mean(0))
+    ones = ("r2", "top1", "mean_rank", "feature_correlation", "sparsity_similarity")
+    assert {name: found[name] for name in ones} == pytest.approx(dict.fromkeys(ones, 1))
+    assert found["fvu"] == 0
+    assert found["cosine_centered"] == pytest.approx(1)
+
+
+def test_the_mean_predictor_scores_nothing_but_cosine():
+    rng = np.random.default_rng(0)
+    target = np.maximum(rng.normal(1, 1, (400, 30)), 0).astype(np.float32)
+    mean = target.mean(0, dtype=np.float64)
+    predicted = np.broadcast_to(mean.astype(np.float32), target.shape)
+    found = transfer_metrics(predicted, target, train_mean=mean)
+    assert found["r2"] == pytest.approx(0, abs=1e-6)
+    assert found["cosine"] == pytest.approx(found["cosine_mean_predictor"])
+    assert found["cosine"] > 0.7
+    assert found["cosine_centered"] == 0
+    assert found["feature_correlation"] == 0
+    assert found["top1"] <= 2 / 400
+    assert found["mean_rank"] == pytest.approx(200.5, abs=1)
+
+
+def test_a_mean_that_differs_by_rounding_has_no_centred_cosine():
+    rng = np.random.default_rng(0)
+    target = codes(rng, 50)
+    mean = target.mean(0, dtype=np.float64)
+    nearly = np.broadcast_to((mean * (1 + 3e-7)).astype(np.float32), target.shape)
+    assert transfer_metrics(nearly, target, train_mean=mean)["cosine_centered"] == 0
+
+
+def test_independent_dense_codes_look_alike_to_the_cosine_alone():
+    """The reference's recipe: codes half dense, nothing shared, and a cosine of about 0.6."""
+    rng = np.random.default_rng(0)
+    made = np.maximum(rng.normal(0, 1, (2, 2000, 64)), 0).astype(np.float32)
+    train, target = made
+    mean = train.mean(0)
+    predicted = mean[None, :] + 0.02 * rng.normal(size=target.shape).astype(np.float32)
+    held_out = hold_out(
+        target,
+        train_mean=mean,
+        documents=np.arange(2000) // 40,
+        pool=500,
+        bootstrap=100,
+        seed=0,
+    )
+    score = measure(predicted, held_out)
+    row = score.row()
+    assert row["cosine"] == pytest.approx(row["cosine_mean_predictor"], abs=0.01)
+    assert 0.5 < row["cosine"] < 0.75
+    assert abs(row["cosine_centered"]) < 0.01
+    assert abs(row["r2"]) < 0.01
+    assert row["mean_rank"] == pytest.approx(250, rel=0.1)
+    assert verdict(score, None) == NO_BETTER
+
+
+def test_shuffled_predictions_retrieve_at_chance():
+    rng = np.random.default_rng(0)
+    target = codes(rng, 1000, 20)
+    predicted = target[rng.permutation(1000)]
+    found = transfer_metrics(predicted, target, train_mean=target.mean(0))
+    assert found["top1"] < 0.01
+    assert found["mean_rank"] == pytest.approx(500, rel=0.06)
+    assert found["r2"] < -0.8
+    assert abs(found["feature_correlation"]) < 0.05
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_constant_predictor_never_retrieves_everything(value):
+    target = codes(np.random.default_rng(0), 50)
+    found = transfer_metrics(np.full_like(target, value), target, train_mean=target.mean(0))
+    assert found["top1"] <= 0.02
+
+
+def test_ties_count_against_but_equal_targets_are_one():
+    target = np.array([[1, 0], [1, 0], [2, 0], [0, 1]], np.float32)
+    found = transfer_metrics(target, target, train_mean=np.zeros(2))
+    # Row 2 points where rows 0 and 1 do; those two are each other's copies, row 2 is not.
+    assert found["mean_rank"] == pytest.approx((2 + 2 + 3 + 1) / 4)
+    assert found["top1"] == 0.25
+
+
+def test_the_pool_is_fixed_and_as_large_as_asked():
+    predicted, target, mean, _ = example(0)
+    small = transfer_metrics(predicted, target, train_mean=mean, pool=10, bootstrap=0)
+    again = transfer_metrics(predicted, target, train_mean=mean, pool=10, bootstrap=0)
+    other = transfer_metrics(predicted, target, train_mean=mean, pool=10, bootstrap=0, seed=1)
+    assert small == again
+    assert small["pool"] == 10
+    assert small["mean_rank"] != other["mean_rank"]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_target_that_never_varies_has_a_finite_r2(value):
+    target = np.full((6, 3), value, np.float32)
+    perfect = transfer_metrics(target, target, train_mean=target[0])
+    wrong = transfer_metrics(target + 0.1, target, train_mean=target[0])
+    assert (perfect["r2"], perfect["fvu"]) == (1, 0)
+    assert (wrong["r2"], wrong["fvu"]) == (0, 1)
+    assert wrong["feature_correlation"] is None
+    assert wrong["n_live"] == 0
+
+
+def test_r2_stays_finite_far_out():
+    target = codes(np.random.default_rng(0))
+    found = transfer_metrics(target + 1e30, target, train_mean=target.mean(0))
+    assert -math.inf < found["r2"] < -1e50
+
+
+def test_one_document_has_no_interval():
+    predicted, target, mean, _ = example(0)
+    found = transfer_metrics(predicted, target, train_mean=mean, documents=np.zeros(len(target)))
+    assert found["n_documents"] == 1
+    assert found["r2_low"] is found["r2_high"] is None
+
+
+def test_rows_of_one_document_are_no_independent_evidence():
+    rng = np.random.default_rng(0)
+    documents = np.repeat(np.arange(20), 20)
+    target = np.repeat(codes(rng, 20), 20, axis=0) + 0.01 * codes(rng, 400)
+    noise = np.repeat(rng.normal(size=(20, 9)), 20, axis=0)
+    predicted = np.maximum(target + 0.3 * noise, 0)
+    give = {"train_mean": target.mean(0), "pool": 50}
+    by_row = transfer_metrics(predicted, target, **give)
+    by_document = transfer_metrics(predicted, target, documents=documents, **give)
+
+    def length(row):
+        return row["r2_high"] - row["r2_low"]
+
+    assert length(by_document) > 2 * length(by_row)
+
+
+def test_resamples_are_drawn_with_replacement_and_depend_on_the_seed_alone():
+    documents = np.array([5, 5, 9, 2, 9])
+    draws = bootstrap.draw(documents, count=50, seed=1)
+    assert (draws.weights.sum(1) == 3).all()
+    assert draws.weights.mean() == pytest.approx(1)
+    assert (draws.weights > 1).any()
+    assert draws.per_document(np.array([1.0, 2, 3, 4, 5])).tolist() == [4, 3, 8]
+    assert (draws.weights == bootstrap.draw(documents, count=50, seed=1).weights).all()
+    assert (draws.weights != bootstrap.draw(documents, count=50, seed=2).weights).any()
+
+
+# ---------------------------------------------------------------- verdicts and context
+
+
+def planted(*, token_share, context_share, n=1500, width=12, documents=30):
+    """(target, token part, context part, token) of train and test rows together."""
+    rng = np.random.default_rng(0)
+    token = rng.integers(0, 10, n)
+    by_token = rng.random((10, width))[token] * token_share
+    context = rng.random((n, width)) * context_share
+    return (by_token + context).astype(np.float32), by_token, context, token
+
+
+def scored(predicted, target, means=None):
+    train_mean = target[:1000].mean(0)
+    held_out = hold_out(
+        target[1000:],
+        train_mean=train_mean,
+        documents=np.arange(500) // 20,
+        pool=100,
+        bootstrap=60,
+        seed=0,
+    )
+    return measure(predicted[1000:].astype(np.float32), held_out, token_means=means)
+
+
+def table(values, token):
+    return np.stack([values[:1000][token[:1000] == i].mean(0) for i in range(10)])
+
+
+def test_the_verdict_needs_more_than_the_token():
+    target, by_token, context, token = planted(token_share=1.0, context_share=0.5)
+    tokens = scored(table(target, token)[token], target)
+    better = scored(by_token + 0.15 + 0.5 * context, target)
+    worse = scored(context + by_token.mean(0), target)
+    mean = scored(np.broadcast_to(target[:1000].mean(0), target.shape), target)
+    assert verdict(better, tokens) == BEATS_TOKEN
+    assert verdict(tokens, tokens) == BEATS_MEAN
+    assert verdict(worse, tokens) == BEATS_MEAN
+    assert verdict(mean, tokens) == NO_BETTER
+
+
+def test_differences_are_paired():
+    """Two maps, one a little better everywhere: their intervals overlap, the verdict is sure."""
+    target, by_token, context, _ = planted(token_share=1.0, context_share=1.0)
+    first = scored(by_token + 0.5 + 0.40 * (context - 0.5), target)
+    second = scored(by_token + 0.5 + 0.39 * (context - 0.5), target)
+    assert first.estimates["r2"].interval[0] < second.estimates["r2"].interval[1]
+    assert (first.estimates["r2"] - second.estimates["r2"]).surely_positive
+
+
+def test_context_gain_sees_what_is_shared_beyond_the_token():
+    """A map of the context alone loses to the token table and still gains all of the context."""
+    target, by_token, context, token = planted(token_share=1.0, context_share=0.3)
+
+    def gain(predicted):
+        means = TokenMeans(token[1000:], table(target, token), table(predicted, token))
+        return scored(predicted, target, means)
+
+    tokens = gain(table(target, token)[token])
+    context_only = gain(context + by_token.mean(0))
+    assert context_only.estimates["r2"].value < tokens.estimates["r2"].value
+    assert context_only.estimates["context_gain"].value > 0.95
+    assert tokens.estimates["context_gain"].value == pytest.approx(0, abs=1e-6)
+    noise = np.random.default_rng(1).random(target.shape) * 0.3
+    assert gain(by_token + noise).estimates["context_gain"].value < 0
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predicted": np.full((60, 9), np.nan)}, "predicted holds NaN"),
+        ({"target": np.full((60, 9), np.inf)}, "target holds NaN or infinite"),
+        ({"train_mean": np.full(9, np.nan)}, "train_mean holds NaN"),
+        ({"predicted": np.zeros((60, 8))}, r"predicted has shape \[60, 8\], not \[60, 9\]"),
+        ({"predicted": np.zeros((1, 9))}, r"predicted has shape \[1, 9\]"),
+        ({"train_mean": np.zeros(1)}, r"train_mean has shape \[1\]"),
+        ({"target": np.zeros(9)}, r"target has shape \[9\]"),
+        ({"target": np.zeros((0, 9))}, "not empty"),
+        ({"documents": np.zeros(59)}, r"documents has shape \[59\]"),
+        ({"pool": 61}, "pool=61 is not between 1 and the 60 rows"),
+        ({"pool": -1}, "pool=-1"),
+        ({"bootstrap": -1}, "bootstrap=-1"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    predicted, target, mean, _ = example(0)
+    given = {"predicted": predicted, "target": target, "train_mean": mean} | change
+    with pytest.raises(UserError, match=message) as error:
+        transfer_metrics(given.pop("predicted"), given.pop("target"), **given)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config, work = tiny_run.make_run(tmp_path_factory.mktemp("evaluation"))
+    evaluate(config, work)
+    return config, work
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run, to be damaged."""
+    config, work = finished
+    shutil.copytree(work.root, tmp_path / "run")
+    return config, Workdir(tmp_path / "run")
+
+
+def test_every_map_has_its_row_in_order(finished):
+    config, work = finished
+    rows = read_jsonl(work.result("transfer.jsonl"))
+    found = [(r["source"], r["target"], r["pairing"], r["map"]) for r in rows]
+    kinds = config.map.kinds
+    aligned = [("aligned", kind) for kind in (*kinds, "token_target")]
+    shuffled = [("shuffled", kind) for kind in kinds]
+    directions = [("a", "b"), ("b", "a")]
+    assert found == [(*d, *rest) for d in directions for rest in (*aligned, *shuffled)]
+    for row in rows:
+        assert set(row) - COLUMNS == {
+            *("source", "target", "site_source", "site_target", "map", "pairing", "verdict")
+        }
+        assert row["site_source"] == row["site_target"] == str(tiny_run.SITE)
+        assert row["pool"] == config.evaluation.pool
+
+
+def test_rows_say_what_the_maps_predict(finished):
+    """The row of one map, computed again from its checkpoint by other means."""
+    config, work = finished
+    store = open_store(work.activations)
+    task = next(t for t in maps.tasks(config, store) if (t.kind, t.pairing) == ("ridge", "aligned"))
+    where = (task.source, task.target, task.site_source, task.site_target)
+    train, test = (maps.load_pairs(store, *where, split, work) for split in ("train", "test"))
+    m = maps.load(task.path(work))
+
+    def features(pairs):
+        return np.asarray(m.dictionary.encode(pairs.target.x.astype(np.float32)))
+
+    def predictions(pairs):
+        return np.asarray(m(jnp.asarray(pairs.source.x, jnp.float32)))
+
+    expected = transfer_metrics(
+        predictions(test),
+        features(test),
+        train_mean=features(train).mean(0),
+        documents=test.documents,
+        pool=config.evaluation.pool,
+        bootstrap=config.evaluation.bootstrap,
+        seed=config.seed,
+        token_means=slow_token_means(train, test, features(train), predictions(train)),
+    )
+    rows = read_jsonl(work.result("transfer.jsonl"))
+    row = next(
+        r for r in rows if (r["source"], r["map"], r["pairing"]) == ("a", "ridge", "aligned")
+    )
+    del expected["l0_source"]
+    assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert row["l0_source"] == pytest.approx(config.sae.k)
+    assert abs(row["context_gain"]) < 1
+
+
+def slow_token_means(train, test, target, predicted):
+    ids = sorted(set(train.source.tokens) & set(test.source.tokens))
+    index = np.array([ids.index(t) if t in ids else -1 for t in test.source.tokens])
+    rows = [train.source.tokens == i for i in ids]
+    return TokenMeans(index, *(np.stack([x[r].mean(0) for r in rows]) for x in (target, predicted)))
+
+
+def test_baselines_and_nulls_of_the_run(finished):
+    _, work = finished
+    rows = {
+        (r["source"], r["pairing"], r["map"]): r for r in read_jsonl(work.result("transfer.jsonl"))
+    }
+    for source in "ab":
+        mean, token = (rows[source, "aligned", kind] for kind in ("mean", "token"))
+        assert mean["r2"] == pytest.approx(0, abs=0.02)
+        assert mean["cosine_centered"] == 0
+        assert mean["context_gain"] == token["context_gain"] == 0
+        assert mean["verdict"] == NO_BETTER
+        assert token["verdict"] == BEATS_MEAN  # the site is one block after the embedding
+        assert rows[source, "aligned", "token_target"]["r2"] > token["r2"] > 0.1
+        for kind in ("mean", "token", "ridge", "mlp"):
+            assert rows[source, "shuffled", kind]["verdict"] == NO_BETTER
+            assert rows[source, "shuffled", kind]["mean_rank"] == pytest.approx(32, abs=8)
+
+
+def test_reconstruction_rows(finished):
+    config, work = finished
+    rows = read_jsonl(work.result("reconstruction.jsonl"))
+    assert [(r["model"], r["site"], r["seed"]) for r in rows] == [
+        ("a", str(tiny_run.SITE), 0),
+        ("b", str(tiny_run.SITE), 0),
+    ]
+    store = open_store(work.activations)
+    for row in rows:
+        assert row["n_rows"] == len(store.select("test"))
+        assert row["l0"] == pytest.approx(config.sae.k)
+        assert 0 < row["fvu_low"] < row["fvu"] < row["fvu_high"]
+        assert row["kl_sae"] > 0
+        for name, baseline in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
+            gap = row[baseline] - row["ce_clean"]
+            assert (row[name] is None) == (gap < 0.05)
+            if gap >= 0.05:
+                assert row[name] == pytest.approx((row[baseline] - row["ce_sae"]) / gap)
+
+
+def test_dictionary_figures_are_their_definitions(finished):
+    _, work = finished
+    store = open_store(work.activations)
+    row = read_jsonl(work.result("reconstruction.jsonl"))[0]
+    d = maps.base.dictionaries.load(work.dictionary("a", tiny_run.SITE))
+    x = {s: store.read("a", tiny_run.SITE, store.select(s)).astype(np.float32) for s in SPLITS}
+    f = {s: np.asarray(d.encode(x[s])) for s in SPLITS}
+    error = np.sum((x["test"] - np.asarray(d.decode(f["test"]))) ** 2)
+    assert row["fvu"] == pytest.approx(
+        error / np.sum((x["test"] - x["train"].mean(0)) ** 2), rel=1e-4
+    )
+    dead = ~((f["train"] > 0).any(0) | (f["test"] > 0).any(0))
+    assert row["dead_fraction"] == pytest.approx(dead.mean())
+
+
+SPLITS = ("train", "test")
+
+
+def test_feature_tables_count_every_live_feature(finished):
+    config, work = finished
+    transfer = {
+        (r["source"], r["map"]): r
+        for r in read_jsonl(work.result("transfer.jsonl"))
+        if r["pairing"] == "aligned"
+    }
+    rows = read_jsonl(work.result("features.jsonl"))
+    densities = [r for r in rows if "log10_frequency_histogram" in r]
+    assert [r["model"] for r in densities] == ["a", "b"]
+    for row, dictionary in zip(densities, read_jsonl(work.result("reconstruction.jsonl"))):
+        alive = config.sae.width * (1 - dictionary["dead_fraction"])
+        assert sum(row["log10_frequency_histogram"]["counts"]) == pytest.approx(alive)
+    for row in (r for r in rows if "map" in r):
+        n_live = transfer.pop((row["source"], row["map"]))["n_live"]
+        assert sum(row["correlation_histogram"]["counts"]) == n_live
+        assert sum(b["n"] for b in row["correlation_by_frequency"]) == n_live
+    assert not transfer
+
+
+def test_equal_runs_write_equal_files_without_paths_or_times(finished):
+    config, work = finished
+    names = ("transfer.jsonl", "reconstruction.jsonl", "features.jsonl")
+    before = [work.result(name).read_bytes() for name in names]
+    evaluate(config, work)
+    assert [work.result(name).read_bytes() for name in names] == before
+    for text in before:
+        assert str(work.root).encode() not in text
+        for line in text.decode().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+
+
+def test_without_a_token_rung_maps_are_still_compared_with_one(copy, finished):
+    config, work = copy
+    given = tiny_run.Config(**{**vars(config)})
+    given.map = tiny_run.MapConfig(**{**to_dict(config)["map"], "kinds": ("mean", "ridge")})
+    evaluate(given, work)
+    before = {
+        (r["source"], r["pairing"], r["map"]): r
+        for r in read_jsonl(finished[1].result("transfer.jsonl"))
+    }
+    rows = read_jsonl(work.result("transfer.jsonl"))
+    assert {r["map"] for r in rows} == {"mean", "ridge", "token_target"}
+    assert all(r == before[r["source"], r["pairing"], r["map"]] for r in rows)
+
+
+def test_a_missing_map_is_one_line(copy):
+    config, work = copy
+    shutil.rmtree(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
+    with pytest.raises(UserError, match="ridge holds no finished map; run train_hypernetworks"):
+        evaluate(config, work)
+
+
+def test_a_missing_dictionary_is_one_line(copy):
+    config, work = copy
+    shutil.rmtree(work.dictionary("b", tiny_run.SITE))
+    with pytest.raises(UserError, match="seed-0"):
+        evaluate(config, work)
+
+
+def test_an_altered_dictionary_is_named(copy):
+    config, work = copy
+    files = [p for p in work.dictionary("b", tiny_run.SITE).rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="altered or cut short"):
+        evaluate(config, work)
+
+
+def test_a_missing_store_is_one_line(copy):
+    config, work = copy
+    shutil.rmtree(work.activations)
+    with pytest.raises(UserError, match="extract_activations"):
+        evaluate(config, work)

@@ -1,0 +1,106 @@
+"""A finished run in miniature, for tests of the stages that only read checkpoints."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from crossdict_jax import dictionaries, maps, models
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.config import (
+    Config,
+    EvaluationConfig,
+    InterventionConfig,
+    MapConfig,
+    SAEConfig,
+    TextConfig,
+    to_dict,
+)
+from crossdict_jax.dictionaries.base import build
+from crossdict_jax.maps.mlp import MLP
+from crossdict_jax.models import Site
+from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
+from crossdict_jax.workdir import Workdir, open_workdir
+
+CONTEXT = 64
+SITE = Site(1)
+SHAPES = {
+    "a": {
+        "model_type": "gpt2",
+        "vocab_size": 290,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": CONTEXT,
+        "initializer_range": 0.3,  # so that edits matter without training
+    },
+    "b": {
+        "model_type": "gpt_neox",
+        "vocab_size": 310,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": CONTEXT,
+        "rotary_pct": 0.5,
+        "initializer_range": 0.3,
+    },
+}
+
+
+def make_texts(n: int) -> list[str]:
+    """Documents of made-up words."""
+    rng = np.random.default_rng(0)
+    letters = list("abcdefgh")
+    words = ["".join(rng.choice(letters, rng.integers(2, 6))) for _ in range(60)]
+    return [" ".join(rng.choice(words, rng.integers(15, 40))) for _ in range(n)]
+
+
+def make_models(root: Path, texts: list[str]) -> tuple[str, ...]:
+    """Two random language models with tokenizers of different sizes; their folders."""
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        tokenizer = train_tokenizer(texts, vocab_size=shape["vocab_size"], nfc=False)
+        models.save(models.init(shape, seed=seed), root / name, dtype="float32")
+        save_tokenizer(tokenizer, root / name, context=CONTEXT)
+    return tuple(str(root / name) for name in SHAPES)
+
+
+def make_config(root: Path) -> Config:
+    """The settings of the run, its text written to ``root``."""
+    texts = make_texts(60)
+    (root / "text").mkdir(parents=True)
+    for i, text in enumerate(texts):
+        (root / "text" / f"{i}.txt").write_text(text)
+    return Config(
+        models=make_models(root, texts),
+        layers=(SITE.layer,),
+        text=TextConfig(source=str(root / "text"), documents=60, window_tokens=40),
+        sae=SAEConfig(width=32, k=6),
+        map=MapConfig(kinds=("mean", "token", "ridge", "mlp")),
+        evaluation=EvaluationConfig(bootstrap=40, pool=64, batch_size=512),
+        intervention=InterventionConfig(documents=6, batch_size=8),
+    )
+
+
+def make_run(root: Path) -> tuple[Config, Workdir]:
+    """Extracts, draws random dictionaries and networks, and fits the closed forms."""
+    config = make_config(root)
+    work = open_workdir(root / "run", to_dict(config))
+    store = extract(config, work)
+    for i, name in enumerate(SHAPES):
+        d_model, key = store.d_model(name), jax.random.key(i)
+        d = build("topk", d_model=d_model, width=config.sae.width, k=config.sae.k, key=key)
+        dictionaries.save(d, work.dictionary(name, SITE))
+    for task in maps.tasks(config, store):
+        if task.kind == "mlp":
+            folder = work.dictionary(task.target, SITE)
+            maps.save(_network(folder), task.path(work), dictionary=folder)
+    maps.fit_maps(config, store, work)
+    return config, work
+
+
+def _network(folder: Path) -> MLP:
+    """An untrained network that predicts a constant, some features of which are silent."""
+    m = MLP(dictionaries.load(folder), width_a=32, hidden=8, dropout=0.0)
+    m.mean_b[...] = jax.numpy.maximum(jax.random.normal(jax.random.key(5), (32,)), 0)
+    return m
