@@ -445,6 +445,7 @@ def check_windows(texts, tokenizers_, limits):
 
 
 @given(texts=st.lists(tricky_text, max_size=4), limits=st.tuples(*[st.integers(2, 24)] * 2))
+@example(texts=["\u3000 the"], limits=(2, 2))  # a character of three tokens before whitespace
 @settings(max_examples=150, deadline=None)
 def test_windows_cover_documents_within_limits(small, texts, limits):
     check_windows(texts, small, limits)

@@ -465,6 +465,7 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
     """
     _check_limits(limits)
     readers = [_reader(tokenizer) for tokenizer in tokenizers]
+    clean = all(reader.cuts_cleanly for reader in readers)
     pieces = [_Piece(i, 0, normalize(text).encode()) for i, text in enumerate(texts)]
     kept: list[Window] = []
     not_rebuilt, too_long = [0] * len(readers), 0
@@ -477,10 +478,10 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
             elif len(piece.data.decode()) == 1:
                 too_long += 1
             else:
-                parts = _cut_up(piece, readings, limits=limits, readers=readers)
-                done = [_reuse(part, piece, readings, readers) for part in parts]
-                kept += itertools.chain.from_iterable(done)
-                unread += [part for part, found in zip(parts, done) if not found]
+                for part in _cut_up(piece, readings, limits=limits, readers=readers):
+                    found = _reuse(part, piece, readings, limits=limits) if clean else []
+                    kept += found
+                    unread += [] if found else [part]
         pieces = unread
     kept.sort(key=lambda window: (window.document, window.start))
     return Windows(tuple(kept), tuple(not_rebuilt), too_long)
@@ -509,7 +510,7 @@ def _window(piece: _Piece, readings: Sequence[_Reading]) -> list[Window]:
 
 
 def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits, readers) -> list[_Piece]:
-    """Returns a piece in parts that should fit, by the token ends of the whole piece."""
+    """Returns a piece in two parts or more that should fit, by the token ends of the piece."""
     size = len(piece.data)
     ends = [_even_ends(len(r.ids), size) if r.ends is None else r.ends for r in readings]
     room = [max(1, limit - reader.invents_prefix) for limit, reader in zip(limits, readers)]
@@ -517,6 +518,7 @@ def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits, readers) -> 
     parts, start = [], 0
     while start < size:
         target = min(_target(e, start=start, room=n) for e, n in zip(ends, room))
+        target = target if start else min(target, size - 1)  # the whole piece does not fit
         stop = _seam(piece.data, spaces, start=start, target=target)
         parts.append(_Piece(piece.document, piece.start + start, piece.data[start:stop]))
         start = stop
@@ -559,22 +561,23 @@ def _inside_character(data: bytes, at: int) -> bool:
     return at < len(data) and data[at] & 0xC0 == 0x80  # a continuation byte of UTF-8
 
 
-def _reuse(part: _Piece, piece: _Piece, readings, readers: Sequence[_Reader]) -> list[Window]:
+def _reuse(part: _Piece, piece: _Piece, readings: Sequence[_Reading], *, limits) -> list[Window]:
     """Returns a part's window from the tokens of the whole piece, or none if it must be read.
 
-    Reading twice is what costs time. Tokens may be kept where both seams lie before whitespace
-    and at a token end of a tokenizer for which that is known to change nothing.
+    Reading twice is what costs time. Of tokenizers that cut cleanly, the tokens may be kept where
+    both seams lie before whitespace and at a token end.
     """
     start = part.start - piece.start
     stop = start + len(part.data)
     seams = [seam for seam in (start, stop) if 0 < seam < len(piece.data)]
-    clean = all(reader.cuts_cleanly for reader in readers)
-    if not clean or not all(_SPACE.match(piece.data, seam) for seam in seams):
+    if not all(_SPACE.match(piece.data, seam) for seam in seams):
         return []
     found = []
-    for reading in readings:
+    for reading, limit in zip(readings, limits):
         if reading.ends is None or not _contains(reading.ends, np.array(seams, np.int32)).all():
             return []
         first, last = np.searchsorted(reading.ends, (start, stop), side="right")
+        if last - first > limit:  # one character of more tokens
+            return []
         found.append(_Reading(reading.ids[first:last], reading.ends[first:last] - start))
     return _window(part, found)
