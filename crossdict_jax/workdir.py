@@ -129,6 +129,25 @@ def _flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, tree
 
 
+def check_space(directory: Path, needed: int) -> None:
+    """Raises UserError if ``directory`` cannot take ``needed`` more bytes: a full disk, a quota.
+
+    The room is asked for and given back, because only that sees quotas and limits.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / ".space.part"
+    try:
+        with probe.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(needed, 1))
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot take {needed / 1e6:.1f} MB more ({error.strerror}); free some "
+            "space and run the same command again."
+        ) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` to ``path`` so that a reader never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

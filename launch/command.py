@@ -11,6 +11,7 @@ import re
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -104,7 +105,9 @@ def execute(command: Command, argv: list[str], *, values: flags.FlagValues) -> i
     except Exception as error:
         if not _is_full_disk(error):
             raise
-        return _complain("There is no space left on the disk; free some and run it again.")
+        return _complain(
+            f"No space left on the disk ({error}); free some and run the same command again."
+        )
 
 
 def _complain(message: str) -> int:
@@ -113,10 +116,11 @@ def _complain(message: str) -> int:
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error comes from a disk that takes no more, whichever library met it."""
+    reasons = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = [*map(os.strerror, reasons), r"\d+ requested and \d+ written"]  # the last by numpy
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(error):  # libraries in C++ raise types of their own
+        if getattr(error, "errno", None) in reasons or re.search("|".join(words), str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -144,6 +148,8 @@ def _set_up_jax() -> None:
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # A cache that cannot be used costs time only.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache")
     jax.config.update("jax_default_matmul_precision", "highest")
 
 

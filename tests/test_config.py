@@ -138,7 +138,7 @@ def test_configs_survive_json(preset):
     "tree", [{"sede": 0}, {"sae": 5}, {"sae": {"widht": 5}}, {"seed": {"a": 1}}, []]
 )
 def test_unknown_settings_in_json_are_refused(tree):
-    with pytest.raises(UserError, match="[sS]etting"):
+    with pytest.raises(UserError, match=r"[sS]etting"):
         settings.from_dict(Config, tree)
 
 

@@ -2,21 +2,34 @@
 
 import json
 import os
+import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from absl import flags
 
-from crossdict_jax.config import Config, PretrainConfig
+from crossdict_jax import settings
+from crossdict_jax.config import Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
-from launch import command
+from launch import (
+    command,
+    evaluate,
+    extract_activations,
+    intervene,
+    report,
+    train_hypernetworks,
+    train_saes,
+)
 
 ROOT = Path(__file__).parents[1]
+PROGRESS = r"\d+%\||\[\d+:\d+"  # a bar with a known end or an unknown one
 COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("[!_]*.py") if p.stem != "command")
 
 
@@ -28,13 +41,18 @@ def launch(name: str, arguments: str | list[str] = "", *, cwd: Path = ROOT):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=environment(),
     )
+
+
+def environment() -> dict[str, str]:
+    """As a user's: one CPU device, and the project importable from any folder."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
 
 def lines_of(stderr: str) -> list[str]:
     """What stands on stderr beside progress bars."""
-    return [line for line in stderr.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
+    return [line for line in stderr.splitlines() if line.strip() and not re.search(PROGRESS, line)]
 
 
 def parse(arguments: str, *, kind: type = Config, default: str = "quickstart"):
@@ -278,9 +296,10 @@ def wrapped(error: BaseException) -> Exception:
     ("error", "code", "words"),
     [
         (UserError("one\nmistake"), 2, "one mistake"),
-        (OSError(28, "No space left on device", "x"), 2, "no space left"),
-        (wrapped(OSError(28, "No space left on device")), 2, "no space left"),
-        (ValueError("RESOURCE_EXHAUSTED: write [No space left on device]"), 2, "no space left"),
+        (OSError(28, "No space left on device", "x"), 2, "No space left"),
+        (wrapped(OSError(28, "No space left on device")), 2, "No space left"),
+        (ValueError("RESOURCE_EXHAUSTED: write [No space left on device]"), 2, "No space left"),
+        (OSError("4096 requested and 17 written"), 2, "No space left"),  # as numpy says it
         (KeyboardInterrupt(), 130, "the same command again"),
     ],
 )
@@ -293,3 +312,273 @@ def test_exit_codes(error, code, words, tmp_path, capfd):
 def test_bugs_show_their_traceback(tmp_path):
     with pytest.raises(ZeroDivisionError):
         run_here(failing(ZeroDivisionError()), f"--models=a,b --workdir={tmp_path}/run")
+
+
+# ---------------------------------------------------------------- whole runs, on two tiny models
+
+GPT2 = dict(model_type="gpt2", n_positions=64, n_embd=16, n_layer=3, n_head=2, vocab_size=300)
+NEOX = dict(
+    model_type="gpt_neox",
+    vocab_size=320,
+    max_position_embeddings=64,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=48,
+    rotary_pct=0.5,
+    rotary_emb_base=10000,
+    use_parallel_residual=True,
+)
+RESULTS = (
+    "pairing.json",
+    "reconstruction.jsonl",
+    "transfer.jsonl",
+    "causal.jsonl",
+    "timing.json",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with two untrained models a and b, their tokenizers, and 80 documents."""
+    from crossdict_jax import models
+    from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = made_up_documents(80)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    for name, config, nfc in (("a", GPT2, False), ("b", NEOX, True)):
+        models.save(models.init(config, seed=1), folder / name)
+        tokenizer = train_tokenizer(texts, vocab_size=config["vocab_size"] - 10, nfc=nfc)
+        save_tokenizer(tokenizer, folder / name, context=64)
+    return folder
+
+
+def made_up_documents(count: int) -> list[str]:
+    rng = random.Random(0)
+    syllables = ("ka", "lo", "mi", "ne", "tu", "ra", "so", "be")
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(150)]
+    return [" ".join(rng.choices(words, k=60)) + "." for _ in range(count)]
+
+
+def small(tiny: Path, **changes) -> list[str]:
+    """The arguments of a run of a few seconds; changes by dotted name, dots written as __."""
+    asked = {
+        "models": f"{tiny}/a,{tiny}/b",
+        "layers": "2",
+        "text__source": f"{tiny}/text.jsonl",
+        "text__documents": 80,
+        "text__max_bytes": 400,
+        "sae__width": 32,
+        "sae__k": 4,
+        "sae__steps": 20,
+        "sae__batch_size": 64,
+        "map__steps": 20,
+        "map__batch_size": 64,
+        "map__hidden": 16,
+        "evaluation__bootstrap": 20,
+    } | changes
+    return [f"--config.{name.replace('__', '.')}={value}" for name, value in asked.items()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """(work directory, process) of the main job as users run it."""
+    work = tmp_path_factory.mktemp("runs") / "run"
+    return work, launch("experiment", [*small(tiny), f"--workdir={work}"])
+
+
+def test_the_main_job_writes_every_file(finished):
+    work, done = finished
+    assert done.returncode == 0, done.stderr
+    expected = ["config.json", "activations/meta.json", "report/index.html"]
+    expected += [f"results/{name}" for name in RESULTS]
+    expected += [f"dictionaries/{m}/resid_pre.2/seed-0" for m in "ab"]
+    for kind in settings.map_kinds():
+        for place in ("a-to-b", "b-to-a"):
+            folder = f"maps/{place}/resid_pre.2--resid_pre.2/{kind}"
+            expected += [folder, f"{folder}-shuffled"]
+    assert not [name for name in expected if not (work / name).exists()]
+
+
+def test_the_main_job_says_what_it_does(finished):
+    work, done = finished
+    for number, stage in enumerate(("extract_activations", "train_saes"), start=1):
+        assert f"[{number}/6] {stage}" in done.stdout
+    assert "token_ridge" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(work / "report/index.html")
+    assert not lines_of(done.stderr)  # progress bars alone
+
+
+def test_the_main_job_again_keeps_what_is_there(finished, tiny):
+    work, _ = finished
+    files = [p for p in work.rglob("*") if p.is_file() and "results" not in p.parts]
+    before = {p: p.stat().st_mtime_ns for p in files if p.suffix != ".html"}
+    results = {name: (work / "results" / name).read_bytes() for name in RESULTS[:-1]}
+    done = launch("experiment", [f"--workdir={work}"])
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert {name: (work / "results" / name).read_bytes() for name in results} == results
+
+
+# ---------------------------------------------------------------- mistakes in text and models
+
+
+def without(folder: Path, name: str) -> Path:
+    """A copy of a model's folder that lacks the files matching ``name``."""
+    copy = folder.parent / f"{folder.name}-without-{name.strip('*')}"
+    shutil.copytree(folder, copy)
+    for file in copy.glob(name):
+        file.unlink()
+    return copy
+
+
+def text_file(tmp_path: Path, text: str, name: str = "text.jsonl") -> str:
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def few_tokens(tiny: Path) -> Path:
+    """Model a with an embedding too small for its tokenizer."""
+    from crossdict_jax import models
+
+    folder = without(tiny / "a", "model.safetensors")
+    models.save(models.init(GPT2 | {"vocab_size": 270}), folder)
+    return folder
+
+
+WRONG = {  # name: (changes of a run, what the line names)
+    "no folder": (lambda t, tmp: {"models": f"{t}/a,{t}/c"}, "/c"),
+    "no network": (lambda t, tmp: {"models": f"{t}/a,some/where"}, "some/where"),
+    "no tokenizer": (
+        lambda t, tmp: {"models": f"{t}/a,{without(t / 'b', 'tok*')}"},
+        "b-w",
+    ),
+    "no weights": (
+        lambda t, tmp: {"models": f"{t}/a,{without(t / 'b', 'model*')}"},
+        "b-w",
+    ),
+    "token id": (lambda t, tmp: {"models": f"{few_tokens(t)},{t}/b"}, "270"),
+    "layer": (lambda t, tmp: {"layers": "2,3"}, "resid_pre.3"),
+    "layer pair": (lambda t, tmp: {"layer_pairs": "1:9"}, "resid_pre.9"),
+    "no text": (lambda t, tmp: {"text__source": f"{tmp}/none.jsonl"}, "none.jsonl"),
+    "empty text": (lambda t, tmp: {"text__source": text_file(tmp, "")}, "text.jsonl"),
+    "blank text": (lambda t, tmp: {"text__source": text_file(tmp, '{"text": " "}')}, "blank"),
+    "not json": (lambda t, tmp: {"text__source": text_file(tmp, "{")}, "text.jsonl line 1"),
+    "no column": (lambda t, tmp: {"text__column": "body"}, "'body'"),
+    "no document in a split": (lambda t, tmp: {"text__documents": 3}, "text.documents=3"),
+    "text of no kind": (lambda t, tmp: {"text__source": text_file(tmp, "x", "a.doc")}, "a.doc"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, capfd):
+    changes, named = WRONG[name]
+    arguments = small(tiny, **changes(tiny, tmp_path))
+    capfd.readouterr()
+    code = run_here(extract_activations.main, [*arguments, f"--workdir={tmp_path}/run"])
+    (line,) = lines_of(capfd.readouterr().err)
+    assert code == 2
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "named"),
+    [
+        (train_saes, {"sae__batch_size": 100_000}, "sae.batch_size=100000"),
+        (train_hypernetworks, {"map__batch_size": 100_000}, "map.batch_size=100000"),
+    ],
+)
+def test_a_batch_larger_than_the_data_is_refused(stage, changes, named, finished, tiny, capfd):
+    work, _ = finished
+    again = copy_of(work, without="maps" if stage is train_hypernetworks else "dictionaries")
+    (again / "config.json").unlink()
+    (again / "config.json").write_text(
+        json.dumps(to_dict(parse(shlex.join(small(tiny, **changes)))[0]))
+    )
+    assert run_here(stage.main, f"--workdir={again}") == 2
+    (line,) = lines_of(capfd.readouterr().err)
+    assert named in line
+
+
+# ---------------------------------------------------------------- what is missing or damaged
+
+
+def copy_of(work: Path, *, without: str = "none") -> Path:
+    """A copy of a work directory that lacks one of its folders."""
+    copy = Path(tempfile.mkdtemp(dir=work.parent)) / "run"
+    shutil.copytree(work, copy, ignore=shutil.ignore_patterns(without))
+    return copy
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def alter(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {  # what: (folder, stage that reads it, folder that the stage has to write again)
+    "shard": ("activations/a/resid_pre.2", train_saes, "dictionaries"),
+    "rows": ("activations/rows.npz", train_saes, "dictionaries"),
+    "store": ("activations/meta.json", train_saes, "dictionaries"),
+    "dictionary": ("dictionaries/b/resid_pre.2/seed-0", train_hypernetworks, "maps"),
+    "dictionary of a map": ("dictionaries/a/resid_pre.2/seed-0", evaluate, "results"),
+    "map": ("maps/a-to-b/resid_pre.2--resid_pre.2/ridge", evaluate, "results"),
+    "map that is stitched": ("maps/b-to-a/resid_pre.2--resid_pre.2/mlp", intervene, "results"),
+    "results": ("results/transfer.jsonl", report, "report"),
+}
+
+
+@pytest.mark.parametrize("harm", [truncate, alter, Path.unlink])
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named(what, harm, finished, capfd):
+    work, done = finished
+    assert done.returncode == 0, done.stderr
+    place, stage, again = DAMAGE[what]
+    copy = copy_of(work, without=again if again != "results" else "none")
+    file = copy / place if (copy / place).is_file() else largest(copy / place)
+    if harm is alter and file.suffix == ".jsonl":
+        file.write_text(file.read_text().replace("{", "[", 1))
+    else:
+        harm(file)
+    assert run_here(stage.main, f"--workdir={copy}") == 2
+    (line,) = lines_of(capfd.readouterr().err)
+    assert file.name in line or str(file.relative_to(copy).parent) in line
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [train_saes, train_hypernetworks, evaluate, intervene, report],
+    ids=lambda s: s.__name__,
+)
+def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd):
+    assert run_here(stage.main, [*small(tiny), f"--workdir={tmp_path}/run"]) == 2
+    (line,) = lines_of(capfd.readouterr().err)
+    assert "run" in line
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize(
+    ("stage", "again"), [("extract_activations", "activations"), ("train_saes", "dictionaries")]
+)
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(stage, again, finished, tiny):
+    work, _ = finished
+    copy = copy_of(work, without=again)
+    limited = f"ulimit -f 16; exec {sys.executable} -m launch.{stage} --workdir={copy}"
+    done = subprocess.run(
+        ["bash", "-c", limited], capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = lines_of(done.stderr)
+    assert "free some" in line
+    assert launch(stage, f"--workdir={copy}").returncode == 0

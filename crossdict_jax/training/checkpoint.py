@@ -13,7 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import read_json, write_json
+from crossdict_jax.workdir import check_space, read_json, write_json
+
+OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
 
@@ -65,6 +67,9 @@ def save(directory: Path, step: int, *, keep: int = 1, meta: dict | None = None,
     """
     directory = Path(directory)
     drop_unsealed(directory)
+    # Asked for first: orbax writes in threads that print their own tracebacks when they fail.
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+    check_space(directory, arrays + OVERHEAD)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
         with _manager(directory) as manager:
