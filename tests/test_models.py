@@ -20,12 +20,7 @@ from crossdict_jax.models import Site, capture
 
 GOLDENS = Path(__file__).parent / "goldens"
 VARIANTS = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
-ONE_PER_FAMILY = (
-    "gpt2-inverse-layer",
-    "gpt_neox-parallel-quarter-old",
-    "gpt_neox-sequential-full-old",
-    "llama-grouped-untied-new",
-)
+EACH_FAMILY = ("gpt2-inverse-layer", "gpt_neox-parallel-quarter-old", "llama-grouped-untied-new")
 REAL = ("gpt-tinystories-char", "llama2xs", "stories260k")
 GPT2_MEDIUM = dict(
     model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=1024, n_layer=24, n_head=16
@@ -51,8 +46,12 @@ NARROW_LLAMA = dict(
     num_attention_heads=2,
     intermediate_size=24,
 )
+NARROW_NEOX = NARROW_LLAMA | dict(model_type="gpt_neox", rotary_pct=0.5)
+NARROW_GPT2 = dict(
+    model_type="gpt2", vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2, n_inner=24
+)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-each_family = pytest.mark.parametrize("variant", ONE_PER_FAMILY)
+each_family = pytest.mark.parametrize("variant", EACH_FAMILY)
 
 
 @functools.cache
@@ -96,14 +95,14 @@ def test_logits_and_every_site_match_hugging_face(variant):
 
     @jax.jit
     def read(state, tokens):
-        lm = nnx.merge(graphdef, state)
-        return lm.logits(tokens), {str(k): v for k, v in capture(lm, tokens, sites).items()}
+        seen = {}
+        tap = lambda site, x: seen.setdefault(str(site), x)  # noqa: E731
+        return nnx.merge(graphdef, state).logits(tokens, tap=tap), seen
 
-    sites = [Site(layer, kind) for layer in range(lm.config.n_layers) for kind in models.KINDS]
-    logits, captured = read(state, golden["tokens"])
-    assert relative_error(logits, golden["logits"]) < 1e-5
-    for name, x in captured.items():
+    logits, seen = read(state, golden["tokens"])
+    for name, x in (seen | {"logits": logits}).items():
         assert relative_error(x, golden[name]) < 1e-5, name
+    assert golden.keys() == seen.keys() | {"logits", "tokens"}
 
 
 def test_goldens_cover_what_they_must():
@@ -153,9 +152,10 @@ def test_tap_sees_every_site_in_order_and_changes_nothing(variant):
         seen.append(site)
         return x
 
-    tapped = lm.logits(golden["tokens"], tap=tap)
+    tokens = jnp.asarray(golden["tokens"])
+    tapped = jax.jit(lambda: lm.logits(tokens, tap=tap)).lower().as_text()
     assert seen == [Site(layer, kind) for layer in range(3) for kind in models.KINDS]
-    assert np.array_equal(tapped, lm.logits(golden["tokens"]))
+    assert tapped == jax.jit(lambda: lm.logits(tokens)).lower().as_text()
 
 
 @each_family
@@ -187,7 +187,7 @@ def test_edits_reach_everything_downstream(variant):
     assert relative_error(resid_post_with(both, 1), expected) < 1e-5
 
 
-@each_family
+@pytest.mark.parametrize("variant", [*EACH_FAMILY, "gpt_neox-sequential-full-old"])
 def test_an_edited_attention_output_feeds_the_mlp_only_in_sequence(variant):
     golden, lm = golden_model(variant)
     parallel = getattr(lm.config, "parallel_residual", False)
@@ -207,12 +207,12 @@ def test_padding_on_the_right_is_harmless(variant):
     golden, lm = golden_model(variant)
     length = golden["tokens"].shape[1]
     padded = np.pad(golden["tokens"], ((0, 0), (0, 5)))
-    x = capture(lm, padded, [Site(2, "resid_post")])[Site(2, "resid_post")]
-    assert relative_error(x[:, :length], golden["resid_post.2"]) < 1e-5
+    x = capture(lm, padded, [Site(1, "resid_post")])[Site(1, "resid_post")]
+    assert relative_error(x[:, :length], golden["resid_post.1"]) < 1e-5
 
 
 def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
-    raw = dict(model_type="gpt2", vocab_size=8, n_positions=16, n_embd=32, n_layer=8, n_head=2)
+    raw = dict(model_type="gpt2", vocab_size=8, n_positions=16, n_embd=32, n_layer=4, n_head=2)
     graphdef, state = nnx.split(models.init(raw))
     tokens = jnp.zeros((2, 16), jnp.int32)
 
@@ -222,9 +222,9 @@ def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
 
         return jax.jit(read).lower(state, tokens).compile().cost_analysis()["flops"]
 
-    one, two, eight = flops(0), flops(1), flops(7)
-    assert eight > 7 * (two - one) > 0
-    assert one < eight / 7
+    one, two, four = flops(0), flops(1), flops(3)
+    assert two == pytest.approx(2 * one, rel=0.05)
+    assert four == pytest.approx(4 * one, rel=0.05)
 
 
 # Contracts of the module
@@ -252,11 +252,15 @@ def test_every_parameter_has_a_finite_gradient(variant):
 
 def test_an_ensemble_of_models_is_vmapped():
     golden, lm = golden_model("gpt_neox-parallel-quarter-old")
-    loss, state = loss_of(lm)
+    graphdef, state = nnx.split(lm)
+
+    def read(state):
+        return capture(nnx.merge(graphdef, state), golden["tokens"], [Site(1)])[Site(1)]
+
     members = jax.tree.map(lambda leaf: np.stack([leaf, 2 * np.asarray(leaf)]), state)
-    one = float(jax.jit(loss)(state, golden["tokens"]))
-    first, second = jax.jit(jax.vmap(loss, in_axes=(0, None)))(members, golden["tokens"])
-    assert abs(float(first) - one) < 1e-4 < abs(float(second) - one)
+    first, second = jax.jit(jax.vmap(read))(members)
+    assert relative_error(first, golden["resid_pre.1"]) < 1e-5
+    assert relative_error(second, golden["resid_pre.1"]) > 0.1
 
 
 @each_family
@@ -271,10 +275,10 @@ def test_only_parameters_are_leaves(variant):
 @each_family
 def test_bfloat16_products_are_close_and_sums_stay_float32(variant):
     golden, lm = golden_model(variant)
-    x = capture(lm, golden["tokens"], [Site(2)], dtype="bfloat16")[Site(2)]
+    x = capture(lm, golden["tokens"], [Site(1)], dtype="bfloat16")[Site(1)]
     logits = jax.eval_shape(lambda: lm.logits(golden["tokens"], dtype=jnp.bfloat16))
     assert x.dtype == logits.dtype == jnp.float32
-    assert 1e-5 < relative_error(x, golden["resid_pre.2"]) < 0.1
+    assert 1e-5 < relative_error(x, golden["resid_pre.1"]) < 0.1
 
 
 @each_family
@@ -286,22 +290,18 @@ def test_eight_devices_read_as_one_does(variant):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     graphdef, state = nnx.split(lm)
     spread = nnx.merge(graphdef, jax.device_put(state, everywhere))
-    captured = capture(spread, jax.device_put(tokens, rows), [Site(2)])[Site(2)]
+    captured = capture(spread, jax.device_put(tokens, rows), [Site(1)])[Site(1)]
     assert len(captured.sharding.device_set) == 8
-    assert relative_error(captured[:2], golden["resid_pre.2"]) < 1e-5
+    assert relative_error(captured[:2], golden["resid_pre.1"]) < 1e-5
 
 
-@pytest.mark.parametrize("raw", [GPT2_MEDIUM, PYTHIA_410M, NARROW_LLAMA])
+@pytest.mark.parametrize("raw", [NARROW_GPT2, NARROW_NEOX, NARROW_LLAMA])
 def test_init_is_a_function_of_the_seed(raw):
-    small = {"n_embd": 16, "n_layer": 2, "n_head": 2} if "n_embd" in raw else {}
-    if raw is PYTHIA_410M:
-        small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    raw = raw | small | {"vocab_size": 64}
     lm = models.init(raw, seed=1)
     assert leaves_equal(lm, models.init(lm.config, seed=1))
     assert not leaves_equal(lm, models.init(raw, seed=2))
-    logits = lm.logits(np.arange(8)[None, :])
-    assert abs(float(jax.nn.logsumexp(logits[0, -1])) - np.log(64)) < 0.1  # near uniform
+    logits = np.asarray(lm.logits(np.arange(8)[None, :]))
+    assert 0 < np.abs(logits).max() < 0.5  # nearly uniform: the first loss is log(vocab_size)
 
 
 def test_every_family_can_be_found():

@@ -258,14 +258,22 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
             f"A sequence of {tokens.shape[1]} tokens is longer than {name} reads "
             f"({config.context} positions); cut the text first."
         )
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        low, high = int(tokens.min()), int(tokens.max())
+    if tokens.size and _readable(tokens):
+        ids = np.asarray(tokens)  # numpy: under jit, jnp would trace even a known array
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             raise UserError(
                 f"Token id {low if low < 0 else high} is outside {name} (vocabulary of "
                 f"{config.vocab_size}: 0-{config.vocab_size - 1}); is this its own tokenizer?"
             )
     return jnp.asarray(tokens)
+
+
+def _readable(tokens) -> bool:
+    """Whether the ids can be looked at: neither traced nor spread over other processes."""
+    if isinstance(tokens, jax.core.Tracer):
+        return False
+    return isinstance(tokens, np.ndarray) or tokens.is_fully_addressable
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
