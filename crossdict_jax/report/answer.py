@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from crossdict_jax.report.results import Comparison, Line, Results, Stitching
-from crossdict_jax.report.tables import dictionary_name, interval, number, percent
+from crossdict_jax.report.tables import (
+    BEATS_MEAN,
+    BEATS_TOKEN,
+    NO_BETTER,
+    dictionary_name,
+    interval,
+    number,
+    percent,
+)
 
 FEW_DOCUMENTS = 30  # below it an interval over documents says little
 Pick = tuple[Comparison, Line]
@@ -60,7 +68,7 @@ def _r2(pick: Pick) -> float:
 def _one_direction(comparison: Comparison, line: Line) -> str:
     where = f"from {comparison.source} to {comparison.target}"
     score = _score(line, "r2", "R²")
-    if line.value("verdict") == "no better than the mean":
+    if line.value("verdict") == NO_BETTER:
         return (
             f"{where} no map predicts held-out features better than their mean does "
             f"(the best, {line.kind} at {comparison.sites}, has {score})"
@@ -92,7 +100,7 @@ def _token_beside(comparison: Comparison) -> str:
 def _against_what(comparisons: list[Comparison]) -> str:
     fitted = [line for c in comparisons for line in c.fitted]
     verdicts = [line.value("verdict") for line in fitted]
-    token, mean = verdicts.count("beats token"), verdicts.count("beats mean, not token")
+    token, mean = verdicts.count(BEATS_TOKEN), verdicts.count(BEATS_MEAN)
     gain = best(comparisons, "context_gain")
     rest = len(fitted) - token - mean
     if token + mean == 0:
@@ -124,7 +132,7 @@ def _beyond_the_token(gain: Pick | None) -> str:
     comparison, line = gain
     score = _score(line, "context_gain", "context gain")
     where = f"{line.kind}, {comparison.source} to {comparison.target}, {comparison.sites}"
-    if (line.value("context_gain_low") or line.value("context_gain")) <= 0:
+    if line.at_least("context_gain") <= 0:
         return (
             f"beyond the identity of the current token nothing is shown (at best {score}; {where})"
         )
@@ -143,18 +151,22 @@ def _to_what_effect(stitchings: list[Stitching]) -> str:
             "The causal test says nothing: at these places the target hardly needs what was "
             "replaced (zeroing it costs too little loss)."
         )
-    stitching, line = max(scored, key=lambda pick: pick[1].value("loss_recovered"))
+    stitching, line = max(scored, key=_above_controls_first)
     return f"{_recovered(stitching, line)}{_beside(stitching, line)}."
 
 
+def _above_controls_first(pick: tuple[Stitching, Line]) -> tuple[bool, float]:
+    stitching, line = pick
+    return stitching.surely_above_controls(line), line.value("loss_recovered")
+
+
 def _recovered(stitching: Stitching, line: Line) -> str:
-    row = line.aligned
     form = " (its features, decoded)" if line.way == "features" else ""
     what = (
         f"{line.kind}{form} of {stitching.source} {stitching.site_source} put into "
         f"{stitching.target} {stitching.site_target}"
     )
-    share = f"{percent(row['loss_recovered'], 0)} {_percent_interval(row)}".strip()
+    share = f"{percent(line.value('loss_recovered'), 0)} {_percent_interval(line.aligned)}".strip()
     if not stitching.surely_above_controls(line):
         return (
             f"Negative result: even the best translated state, {what}, recovers only {share} of "
@@ -162,8 +174,16 @@ def _recovered(stitching: Stitching, line: Line) -> str:
         )
     return (
         f"Put to work, the best translated state, {what}, recovers {share} of the loss that "
-        "zeroing costs"
+        f"zeroing costs{_against_token(stitching, line)}"
     )
+
+
+def _against_token(stitching: Stitching, line: Line) -> str:
+    token = next((n.value("loss_recovered") for n in stitching.ways("token")), None)
+    if token is None:
+        return ""
+    more = "more" if line.at_least("loss_recovered") > token else "no more"
+    return f", {more} than the table of token means ({percent(token, 0)})"
 
 
 def _beside(stitching: Stitching, line: Line) -> str:
@@ -173,7 +193,7 @@ def _beside(stitching: Stitching, line: Line) -> str:
         "the same map on shuffled pairs": line.null("loss_recovered"),
     }
     words = [f"{name} {percent(v, 0)}" for name, v in values.items() if v is not None]
-    return f" ({', '.join(words)})" if words else ""
+    return f"; beside it {', '.join(words)}" if words else ""
 
 
 def _percent_interval(row: dict) -> str:
@@ -187,20 +207,20 @@ def _percent_interval(row: dict) -> str:
 def cautions(results: Results) -> list[str]:
     """Returns what a reader must know before believing the numbers, found in the numbers."""
     return [
-        *_shuffled_above_zero(results.comparisons),
+        *_shuffled_above_mean(results.comparisons),
         *_few_documents(results.transfer),
         *_poor_dictionaries(results.reconstruction),
     ]
 
 
-def _shuffled_above_zero(comparisons: list[Comparison]) -> list[str]:
+def _shuffled_above_mean(comparisons: list[Comparison]) -> list[str]:
     return [
-        f"{line.kind} on shuffled pairs has R² {number(line.null('r2'))} "
-        f"{interval(line.shuffled, 'r2')} at {c.source} {c.site_source} → {c.target} "
-        f"{c.site_target}, surely above zero: something leaks, do not trust this rung."
+        f"On shuffled pairs, where nothing is shared, {line.kind} still “{verdict}” (R² "
+        f"{number(line.null('r2'))} {interval(line.shuffled, 'r2')}, {c.source} {c.site_source} → "
+        f"{c.target} {c.site_target}): something leaks, do not trust this rung."
         for c in comparisons
         for line in c.lines
-        if line.shuffled and (line.null("r2_low") or 0) > 0
+        if (verdict := line.null("verdict")) not in (None, NO_BETTER)
     ]
 
 
@@ -214,14 +234,17 @@ def _few_documents(rows: list[dict]) -> list[str]:
 
 
 def _poor_dictionaries(rows: list[dict]) -> list[str]:
-    def name(row):
-        return f"{row['model']} {row['site']} {dictionary_name(row)}"
-
-    dead = [name(r) for r in rows if (r.get("dead_fraction") or 0) > 0.5]
-    poor = [name(r) for r in rows if (r.get("fvu") or 0) > 0.5]
+    dead = [row for row in rows if (row.get("dead_fraction") or 0) > 0.5]
+    poor = [row for row in rows if (row.get("fvu") or 0) > 0.5]
     found = []
     if dead:
-        found.append(f"More than half of the features are dead in {', '.join(dead)}.")
+        found.append(f"More than half of the features are dead in {_listed(dead, rows)}.")
     if poor:
-        found.append(f"The dictionary misses more than half of the variance of {', '.join(poor)}.")
+        found.append(f"More than half of the variance is missed by {_listed(poor, rows)}.")
     return found
+
+
+def _listed(some: list[dict], rows: list[dict]) -> str:
+    shown = [f"{r['model']} {r['site']} {dictionary_name(r)}" for r in some[:3]]
+    more = ", …" if len(some) > 3 else ""
+    return f"{len(some)} of {len(rows)} dictionaries ({', '.join(shown)}{more})"

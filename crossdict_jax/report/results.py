@@ -52,6 +52,11 @@ class Line:
     def null(self, key: str) -> float | None:
         return (self.shuffled or {}).get(key)
 
+    def at_least(self, key: str) -> float | None:
+        """Returns the lower end of a score's interval, the score where there is no interval."""
+        low = self.value(f"{key}_low")
+        return self.value(key) if low is None else low
+
 
 def site_words(site_source: str, site_target: str) -> str:
     """Returns a pair of sites in words, once where both are the same."""
@@ -122,8 +127,7 @@ class Stitching:
     def surely_above_controls(self, line: Line) -> bool:
         """Tells whether a rung's interval lies above zero, the mean and its own shuffled null."""
         controls = (0.0, self.reference("mean"), line.null("loss_recovered"))
-        low = line.value("loss_recovered_low")
-        low = line.value("loss_recovered") if low is None else low
+        low = line.at_least("loss_recovered")
         return low is not None and low > max(c for c in controls if c is not None)
 
 

@@ -8,11 +8,15 @@ from collections.abc import Iterable
 
 from crossdict_jax.report.results import BASELINES, Comparison, Line
 
+# What a row of transfer.jsonl may say in its column "verdict".
+BEATS_TOKEN = "beats token"
+BEATS_MEAN = "beats mean, not token"
+NO_BETTER = "no better than the mean"
 # verdict -> (style, sign); the sign says it again for who cannot see the colour.
 VERDICTS = {
-    "beats token": ("strong", "●"),
-    "beats mean, not token": ("weak", "◐"),
-    "no better than the mean": ("none", "○"),
+    BEATS_TOKEN: ("strong", "●"),
+    BEATS_MEAN: ("weak", "◐"),
+    NO_BETTER: ("none", "○"),
 }
 TITLES = {
     "r2": "R²",
