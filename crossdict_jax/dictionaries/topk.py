@@ -29,7 +29,7 @@ class TopK(Dictionary):
         return fvu + hyper.auxk_coefficient * auxk, {"fvu": fvu, "auxk": auxk}, f
 
     def _auxk(self, z, residual, dead, hyper: Hyper, dtype):
-        """The share of the residual that the k_aux strongest dead features leave; 0 if none is dead.
+        """The share of the residual that the k_aux strongest dead features leave; else 0.
 
         Skipped while everything is alive: it costs as much again as the rest of the loss.
         """

@@ -302,7 +302,7 @@ def _constrained(graphdef, params):
 
 
 def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:
-    """Returns the factors of learning rate (warm-up, flat, linear decay over the last fifth) and L1."""
+    """Returns the factors of the rate (warm-up, flat, linear decay) and of L1 (warm-up)."""
     warm = max(1, round(sae.warmup_fraction * sae.steps))
     decay = max(1, sae.steps // 5)
     rate = optax.join_schedules(

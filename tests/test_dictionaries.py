@@ -1,0 +1,354 @@
+"""Dictionaries: every architecture's contract, recovery of planted features, ensembles, resume."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import dictionaries, modules
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.activations.store import Store
+from crossdict_jax.config import SAEConfig, to_dict
+from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries import train as training
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
+from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.workdir import Workdir, open_workdir
+
+KEY = jax.random.key(0)
+HYPER = base.Hyper(l1_coefficient=0.1, auxk_coefficient=0.5, k_aux=4, revive=True)
+every = pytest.mark.parametrize("architecture", base.architectures())
+
+
+def fresh(architecture, *, d_model=6, width=20, k=3, seed=0):
+    d = base.build(architecture, d_model=d_model, width=width, k=k, key=jax.random.key(seed))
+    d.b_dec[...] = jax.random.normal(jax.random.key(seed + 1), (d_model,))
+    d.b_enc[...] = 0.1 * jax.random.normal(jax.random.key(seed + 2), (width,))
+    d.scale[...] = jnp.asarray(0.7)
+    return d
+
+
+def rows(n=32, d_model=6, seed=3):
+    return 2 + jax.random.normal(jax.random.key(seed), (n, d_model))
+
+
+# ---------------------------------------------------------------- selection
+
+
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_kth_largest_is_exact(k):
+    z = jax.nn.relu(jax.random.normal(KEY, (50, 64))) * 10.0 ** jnp.linspace(-30, 30, 64)[None, :]
+    np.testing.assert_array_equal(base.kth_largest(z, k), np.sort(np.asarray(z))[:, -k])
+
+
+def test_keep_top_k_keeps_the_k_largest_positive_ones():
+    z = np.asarray(jax.random.normal(KEY, (40, 30)))
+    kept = np.asarray(base.keep_top_k(jnp.asarray(z), 5))
+    for row, out in zip(z, kept):
+        best = [i for i in np.argsort(-row)[:5] if row[i] > 0]
+        np.testing.assert_array_equal(np.flatnonzero(out), np.sort(best))
+        np.testing.assert_array_equal(out[best], row[best])
+
+
+def test_keep_top_k_of_rows_with_few_or_no_positive_values():
+    z = jnp.asarray([[-1.0, -2.0, 3.0], [-1.0, 0.0, -3.0]])
+    np.testing.assert_array_equal(base.keep_top_k(z, 2), [[0, 0, 3.0], [0, 0, 0]])
+
+
+# ---------------------------------------------------------------- contract
+
+
+@every
+def test_encode_decode_in_raw_units(architecture):
+    d, x = fresh(architecture), rows()
+    f = d.encode(x)
+    assert f.shape == (32, 20) and d.decode(f).shape == x.shape and f.dtype == jnp.float32
+    assert (np.asarray(f) >= 0).all() and (np.asarray(f) > 0).any()
+    np.testing.assert_array_equal(d(x), d.decode(f))
+    u = 0.7 * x - d.b_dec[...][None, :]
+    by_hand = d.activate(u @ d.W_enc[...] + d.b_enc[...][None, :])
+    np.testing.assert_allclose(f, by_hand, atol=1e-5)
+    by_hand = (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...])) / 0.7
+    np.testing.assert_allclose(d(x), by_hand, atol=1e-5)
+
+
+@every
+def test_saved_and_loaded_gives_the_same_bits(architecture, tmp_path):
+    d, x = fresh(architecture), rows()
+    dictionaries.save(d, tmp_path / "d", meta={"note": "kept"})
+    again = dictionaries.load(tmp_path / "d")
+    np.testing.assert_array_equal(again(x), d(x))
+    assert type(again) is type(d) and again.k == d.k
+    assert checkpoint.load_meta(tmp_path / "d")["note"] == "kept"
+
+
+@every
+def test_jit_vmap_and_finite_gradients(architecture):
+    graphdef, params = modules.split(fresh(architecture))
+    x, dead = rows(), jnp.arange(20) < 8
+
+    def loss_of(params):
+        return modules.merge(graphdef, params).losses(x, hyper=HYPER, dead=dead)[0]
+
+    grads = jax.jit(jax.grad(loss_of))(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert np.abs(grads[name]).max() > 0, name
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
+    both = jax.vmap(loss_of)(stacked)
+    np.testing.assert_allclose(both[0], loss_of(params), rtol=1e-6)
+
+
+@every
+def test_after_update_is_idempotent_and_keeps_the_reconstruction_finite(architecture):
+    d = fresh(architecture)
+    d.W_dec[...] = 3 * d.W_dec[...]
+    d.after_update()
+    once = np.asarray(d.W_dec[...])
+    d.after_update()
+    np.testing.assert_allclose(d.W_dec[...], once, rtol=1e-6)
+    assert np.isfinite(d(rows())).all()
+
+
+def test_the_relu_loss_is_its_formula():
+    d, x = fresh("relu"), rows()
+    loss, _, f = d.losses(x, hyper=HYPER, dead=jnp.zeros(20, bool))
+    u, f = 0.7 * np.asarray(x), np.asarray(f)
+    error = u - (f @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...]))
+    norms = np.linalg.norm(np.asarray(d.W_dec[...]), axis=1)
+    by_hand = (error**2).sum(1).mean() + 0.1 * (f * norms).sum(1).mean()
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
+
+
+def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
+    d, x = fresh("topk"), rows()
+    dead = jnp.arange(20) < 8
+    _, parts, f = d.losses(x, hyper=HYPER, dead=dead)
+    u = 0.7 * np.asarray(x)
+    residual = u - (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...]))
+    z = np.asarray(d.pre_activations(jnp.asarray(u)))
+    aux = np.asarray(base.keep_top_k(jnp.asarray(np.where(np.asarray(dead), z, 0)), 4))
+    left = residual - aux @ np.asarray(d.W_dec[...])
+    centred = residual - residual.mean(0)
+    by_hand = (left**2).sum() / (centred**2).sum()
+    np.testing.assert_allclose(parts["auxk"], by_hand, rtol=1e-4)
+    _, parts, _ = d.losses(x, hyper=HYPER, dead=jnp.zeros(20, bool))
+    assert parts["auxk"] == 0
+    asleep = dataclasses.replace(HYPER, revive=False)
+    assert d.losses(x, hyper=asleep, dead=dead)[1]["auxk"] == 0
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def planted_store(tmp_path, *, n=6000, d_model=16, truths=24, active=2, seeds=2):
+    """A store whose rows are sums of a few planted directions; and the directions."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(truths, d_model))
+    truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+    codes = np.zeros((n, truths))
+    for row in codes:
+        row[rng.choice(truths, active, replace=False)] = rng.uniform(1, 2, active)
+    x = (codes @ truth).astype(np.float32)
+
+    class Planted(Store):
+        def __init__(self):
+            pass
+
+        models = ("planted",)
+
+        def sites_of(self, model):
+            return (Site(0), Site(1))
+
+        def d_model(self, model):
+            return d_model
+
+        def select(self, split):
+            return np.arange(n)
+
+        def read(self, model, site, rows):
+            return (x[rows] * (1 + site.layer)).astype(jnp.bfloat16)
+
+    return Planted(), truth
+
+
+def planted_config(**sae):
+    settings = {"width": 48, "k": 2, "steps": 600, "batch_size": 256, "learning_rate": 3e-3}
+    settings |= {"l1_coefficient": 1.5, "dead_after_rows": 10_000, "checkpoint_every": 200}
+    return dataclasses.replace(
+        tiny_run.Config(models=("planted", "other")), sae=SAEConfig(**(settings | sae))
+    )
+
+
+def run(tmp_path, **sae):
+    config = planted_config(**sae)
+    work = Workdir(tmp_path)
+    training.train_dictionaries(config, planted_store(tmp_path)[0], work)
+    return work
+
+
+def leaves(work, site=0, name="seed-0"):
+    d = dictionaries.load(work.dictionary("planted", Site(site), name))
+    return jax.tree.map(np.asarray, modules.split(d)[1])
+
+
+@every
+def test_recovers_planted_directions(architecture, tmp_path):
+    work = run(tmp_path, architecture=architecture)
+    _, truth = planted_store(tmp_path)
+    W_dec = leaves(work)["W_dec"]
+    W_dec = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
+    best = (truth @ W_dec.T).max(axis=1)
+    assert best.mean() > 0.95, best
+
+
+@every
+def test_every_option_changes_the_result(architecture, tmp_path):
+    small = {"steps": 12, "checkpoint_every": 12, "architecture": architecture}
+    plain = leaves(run(tmp_path / "plain", **small))
+    changes = {
+        "learning_rate": 1e-3,
+        "steps": 20,
+        "batch_size": 128,
+        "warmup_fraction": 0.5,
+        "matmul_dtype": "bfloat16",
+    }
+    if architecture == "relu":
+        changes |= {"l1_coefficient": 3.0, "l1_warmup_fraction": 0.9}
+    else:
+        changes |= {"k": 4}
+    for field, value in changes.items():
+        other = leaves(run(tmp_path / field, **(small | {field: value})))
+        assert np.abs(other["W_dec"] - plain["W_dec"]).max() > 1e-6, field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("auxk_coefficient", 1.0), ("k_aux", 3), ("dead_after_rows", 100_000)]
+)
+def test_auxk_options_change_the_result(field, value, tmp_path):
+    small = {"steps": 12, "checkpoint_every": 12, "dead_after_rows": 300, "k": 1}
+    plain = leaves(run(tmp_path / "plain", **small))
+    other = leaves(run(tmp_path / "other", **(small | {field: value})))
+    assert np.abs(other["W_enc"] - plain["W_enc"]).max() > 1e-6
+
+
+def test_the_ensemble_equals_members_trained_alone(tmp_path):
+    settings = {"steps": 40, "checkpoint_every": 40, "architecture": "relu"}
+    together = run(tmp_path / "all", seeds=2, l1_coefficient=(1.0, 4.0), **settings)
+    alone = run(tmp_path / "one", l1_coefficient=4.0, **settings)
+    swept = leaves(together, site=1, name="seed-0-l1_coefficient-4")
+    for name, value in leaves(alone, site=1).items():
+        np.testing.assert_allclose(swept[name], value, atol=2e-5, err_msg=name)
+    assert np.abs(leaves(together, name="seed-1")["W_dec"] - leaves(together)["W_dec"]).max() > 0.1
+    labels = json.loads(next((together.dictionaries / "training").glob("*/members.json")).read_text())
+    assert len(labels) == 8
+
+
+def test_split_groups_train_to_the_same_dictionaries(tmp_path, monkeypatch):
+    settings = {"steps": 30, "checkpoint_every": 30, "seeds": 2}
+    whole = run(tmp_path / "whole", **settings)
+    monkeypatch.setattr(training, "_device_memory", lambda: 40_000)
+    parts = run(tmp_path / "parts", **settings)
+    assert len(list((parts.dictionaries / "training").iterdir())) > 1
+    for name, value in leaves(whole, name="seed-1").items():
+        np.testing.assert_allclose(leaves(parts, name="seed-1")[name], value, atol=2e-5)
+
+
+@every
+def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path, monkeypatch):
+    settings = {"architecture": architecture, "steps": 60, "checkpoint_every": 20}
+    whole = leaves(run(tmp_path / "whole", **settings))
+    save, saves = checkpoint.save, []
+
+    def dying(*args, **kwargs):
+        saves.append(1)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", **settings)
+    monkeypatch.setattr(checkpoint, "save", save)
+    for name, value in leaves(run(tmp_path / "killed", **settings)).items():
+        np.testing.assert_array_equal(value, whole[name], err_msg=name)
+
+
+def test_finished_dictionaries_are_left_alone(tmp_path):
+    settings = {"steps": 10, "checkpoint_every": 10}
+    work = run(tmp_path, **settings)
+    folder = work.dictionary("planted", Site(0))
+    before = (folder / "0.sha256.json").stat().st_mtime_ns
+    run(tmp_path, **settings)
+    assert (folder / "0.sha256.json").stat().st_mtime_ns == before
+
+
+@every
+def test_no_all_gather_of_rows_on_a_mesh(architecture):
+    """Members and rows stay where they are: selection must not gather a sharded batch."""
+    sae = planted_config(architecture=architecture).sae
+    config_members = training.members(sae, [("planted", Site(0)), ("planted", Site(1))])
+    graphdef, _ = modules.abstract(lambda: training._build(sae, 16, config_members[0], KEY))
+    trainable = training._trainable(
+        sae, graphdef, config_members, 16, np.ones(2, np.float32), np.zeros((2, 16), np.float32)
+    )
+    mesh = make_mesh(members=2)
+    assert dict(mesh.shape) == {"member": 2, "data": 4}
+    member = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member"))
+    both = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member", "data"))
+    state = jax.eval_shape(trainable.init, KEY)
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=member), state)
+    x = jax.ShapeDtypeStruct((2, 256, 16), jnp.float32, sharding=both)
+    text = jax.jit(trainable.step).lower(state, x, 0, KEY).compile().as_text()
+    gathered = re.findall(r"= (\S+) all-gather", text)
+    assert not [g for g in gathered if "256" in g or "64,48" in g], gathered
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 49}, "sae.k=49 is more than sae.width=48"),
+        ({"batch_size": 7000}, "sae.batch_size=7000 is more than the 6000 training rows"),
+        ({"architecture": "sigmoid"}, "sae.architecture=sigmoid is unknown; use one of relu"),
+        ({"learning_rate": 1e30, "steps": 300}, "not finite"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(settings, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        run(tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_damaged_dictionary_is_named(tmp_path):
+    with pytest.raises(UserError, match="no dictionary folder"):
+        dictionaries.load(tmp_path / "nowhere")
+    dictionaries.save(fresh("relu"), tmp_path / "d")
+    victim = next(p for p in (tmp_path / "d" / "0").rglob("*") if p.is_file())
+    victim.write_bytes(victim.read_bytes() + b"x")
+    with pytest.raises(UserError, match=re.escape(str(victim))):
+        dictionaries.load(tmp_path / "d")
+
+
+def test_the_stage_runs_on_a_real_store(tmp_path):
+    config = tiny_run.make_config(tmp_path)
+    config.sae = SAEConfig(width=32, k=4, steps=20, batch_size=64, checkpoint_every=10)
+    work = open_workdir(tmp_path / "run", to_dict(config))
+    store = extract(config, work)
+    training.train_dictionaries(config, store, work)
+    for name in store.models:
+        d = dictionaries.load(work.dictionary(name, tiny_run.SITE))
+        x = store.read(name, tiny_run.SITE, store.select("test")).astype(np.float32)
+        fvu = np.square(x - np.asarray(d(x))).sum() / np.square(x - x.mean(0)).sum()
+        assert 0 < fvu < 1
+    timing = json.loads(work.timing.read_text())
+    assert timing["train_saes"]["dictionaries"] == 2
