@@ -1,0 +1,215 @@
+"""Extraction and the store: rows are the right positions, resume, checksums, masks, provenance."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import models
+from crossdict_jax.activations import extract as stage
+from crossdict_jax.activations.extract import bos_id, extract
+from crossdict_jax.activations.pairing import pair
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.config import to_dict
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.workdir import open_workdir
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = tiny_run.make_config(tmp_path_factory.mktemp("text"))
+    config.extract = dataclasses.replace(config.extract, shard_windows=16, batch_size=8)
+    return config
+
+
+def run(config, root):
+    work = open_workdir(root, to_dict(config))
+    return extract(config, work), work
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    return run(config, tmp_path_factory.mktemp("run") / "w")
+
+
+def everything(store):
+    rows = np.arange(len(store.rows))
+    return {m: store.read(m, tiny_run.SITE, rows) for m in store.models}
+
+
+def test_rows_are_what_the_model_computes_at_the_paired_positions(config, finished):
+    """Each stored row against a forward pass of its own over its window alone."""
+    store, _ = finished
+    for m, name in enumerate(store.models):
+        lm = models.load(store.paths[m])
+        for window in (0, len(store.table) // 2, len(store.table) - 1):
+            here = np.flatnonzero(store.rows.window == window)
+            tokens = store.window_tokens(name, window)
+            x = models.capture(lm, tokens[None], [tiny_run.SITE])[tiny_run.SITE][0]
+            wanted = np.asarray(x)[store.rows.position[here, m]]
+            got = store.read(name, tiny_run.SITE, here).astype(np.float32)
+            np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=1e-2)
+            np.testing.assert_array_equal(
+                store.rows.token[here, m], tokens[store.rows.position[here, m]]
+            )
+
+
+def test_positions_are_those_of_pair(config, finished):
+    store, _ = finished
+    lms = [models.load(path) for path in store.paths]
+    for window in range(0, len(store.table), 9):
+        here = np.flatnonzero(store.rows.window == window)
+        texts = [
+            lm.tokenizer.decode(store.window_tokens(name, window))
+            for lm, name in zip(lms, store.models)
+        ]
+        assert texts[0] == texts[1]
+        wanted = pair(texts[0], lms[0].tokenizer, lms[1].tokenizer)
+        np.testing.assert_array_equal(store.rows.position[here, 0], wanted.position_a)
+        np.testing.assert_array_equal(store.rows.position[here, 1], wanted.position_b)
+
+
+def test_splits_are_contiguous_and_share_no_document(finished):
+    store, _ = finished
+    assert (np.diff(store.rows.split) >= 0).all()
+    documents = [set(store.rows.document[store.select(s)]) for s in ("train", "validation", "test")]
+    assert all(documents) and not documents[0] & documents[2] and not documents[0] & documents[1]
+    assert set(store.windows("test")) == set(store.rows.window[store.select("test")])
+
+
+def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, monkeypatch):
+    store, _ = finished
+    write, writes = stage._write_shard, []
+
+    def dying(*args):
+        writes.append(1)
+        if len(writes) == 4:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    monkeypatch.setattr(stage, "_write_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "w")
+    with pytest.raises(UserError, match="no finished store"):
+        open_store(tmp_path / "w" / "activations")
+    monkeypatch.setattr(stage, "_write_shard", write)
+    again, work = run(config, tmp_path / "w")
+    assert again.meta == store.meta
+    for name, x in everything(store).items():
+        np.testing.assert_array_equal(everything(again)[name].view(np.uint16), x.view(np.uint16))
+    assert json.loads(work.result("pairing.json").read_text())
+
+
+def test_batches_and_devices_do_not_change_rows(config, finished, tmp_path, monkeypatch):
+    other = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_size=3))
+    monkeypatch.setattr(
+        stage,
+        "make_mesh",
+        lambda: __import__("crossdict_jax.training.mesh", fromlist=["x"]).make_mesh(
+            devices=jax.devices()[:1]
+        ),
+    )
+    store, _ = run(other, tmp_path / "w")
+    for name, x in everything(finished[0]).items():
+        other_x = everything(store)[name].astype(np.float32)
+        np.testing.assert_allclose(other_x, x.astype(np.float32), rtol=1e-2, atol=1e-2)
+
+
+def test_nothing_after_the_highest_site_is_computed(config):
+    lm = models.load(config.models[0])
+    graphdef, params = stage.modules.split(lm)
+    tokens = jax.ShapeDtypeStruct((4, 32), np.int32)
+
+    def flops(layer):
+        run = jax.jit(lambda p, t: stage._sites_of(graphdef, (Site(layer),), "float32", p, t))
+        return run.lower(params, tokens).compile().cost_analysis()["flops"]
+
+    assert flops(0) < 0.1 * flops(1)
+
+
+def test_pairing_json_adds_up(finished):
+    store, work = finished
+    pairing = json.loads(work.result("pairing.json").read_text())
+    assert sum(pairing["rows"].values()) + pairing["dropped"]["norm_outliers"] == len(store.rows)
+    assert pairing["pairs"] == len(store.rows)
+    assert pairing["common_ends"] - pairing["dropped"]["first_position"] == len(store.rows)
+    assert set(pairing["models"]) == set(store.models)
+
+
+def test_norm_outliers_are_masked_in_every_model(config, tmp_path):
+    strict = dataclasses.replace(config, extract=dataclasses.replace(config.extract, norm_mask=1.1))
+    store, work = run(strict, tmp_path / "w")
+    dropped = json.loads(work.result("pairing.json").read_text())["dropped"]
+    assert dropped["norm_outliers"] == (~store.rows.keep).sum() > 0
+    x = everything(store)["a"].astype(np.float32)
+    norms = np.linalg.norm(x, axis=1)
+    median = np.median(norms[store.rows.split == 0])
+    assert norms[store.rows.keep].max() <= 1.1 * median * 1.001
+
+
+@pytest.mark.parametrize("name", ["a/resid_pre.1/shard-00001.npy", "rows.npz", "windows.npz"])
+@pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
+def test_damage_is_named(finished, tmp_path, name, damage):
+    import shutil
+
+    shutil.copytree(finished[1].activations, tmp_path / "a")
+    victim = tmp_path / "a" / name
+    data = bytearray(victim.read_bytes())
+    if damage == "remove":
+        victim.unlink()
+    elif damage == "truncate":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        data[-3] ^= 4
+        victim.write_bytes(data)
+    with pytest.raises(UserError, match="missing|altered") as error:
+        everything(open_store(tmp_path / "a"))
+    assert str(victim) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_site_or_model_is_refused(finished):
+    store, _ = finished
+    for model, site in (("a", Site(0)), ("nobody", tiny_run.SITE)):
+        with pytest.raises(UserError, match=f"has no {model} at {site}"):
+            store.read(model, site, np.arange(2))
+
+
+def test_changed_text_is_refused(config, tmp_path, monkeypatch):
+    write = stage._write_shard
+    monkeypatch.setattr(stage, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "w")
+    monkeypatch.undo()
+    assert stage._write_shard is write
+    load = stage.load_corpus
+    monkeypatch.setattr(
+        stage,
+        "load_corpus",
+        lambda text: dataclasses.replace(
+            load(text), provenance=load(text).provenance | {"sha256": "other"}
+        ),
+    )
+    with pytest.raises(UserError, match="text has changed"):
+        run(config, tmp_path / "w")
+
+
+def test_a_layer_outside_a_model_is_refused(config, tmp_path):
+    deep = dataclasses.replace(config, layers=(1, 9))
+    with pytest.raises(UserError, match=r"resid_pre.9 is outside .* \(2 layers: 0-1\)"):
+        run(deep, tmp_path / "w")
+
+
+def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):
+    assert bos_id(models.load(config.models[0]).tokenizer) is None
+
+    class Llama:
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1] * add_special_tokens + [7]}
+
+    assert bos_id(Llama()) == 1
