@@ -1,0 +1,151 @@
+"""The large presets: every stage's shapes at full size, and one real run of the exact shapes."""
+
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import pythia410m_gpt2medium, pythia410m_gpt2medium_small
+from crossdict_jax import models, modules, settings
+from crossdict_jax.activations import extract
+from crossdict_jax.dictionaries import train as dictionaries
+from crossdict_jax.dictionaries.base import build
+from crossdict_jax.maps import Pairs, Problem, Side, mlp
+from crossdict_jax.models import Site
+from crossdict_jax.workdir import open_workdir, read_jsonl
+
+# The config.json of the two models, as far as it fixes shapes and maths.
+ARCHITECTURES = {
+    "pythia-410m-deduped": {
+        "model_type": "gpt_neox",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 2048,
+        "vocab_size": 50304,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+    },
+    "gpt2-medium": {
+        "model_type": "gpt2",
+        "n_embd": 1024,
+        "n_layer": 24,
+        "n_head": 16,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    },
+}
+PRESETS = {
+    "small": pythia410m_gpt2medium_small.get_config(),
+    "full": pythia410m_gpt2medium.get_config(),
+}
+preset = pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
+architecture = pytest.mark.parametrize("shape", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+
+
+@preset
+def test_the_settings_are_valid(config):
+    settings.validate(config)
+    assert config.layers == (5, 6, 7) and len(config.models) == 2
+
+
+@architecture
+def test_parameters_are_as_many_as_published(shape):
+    _, params = modules.abstract(lambda: models.init(shape))
+    millions = sum(np.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6
+    published = {"gpt_neox": 405.3, "gpt2": 354.8}[shape["model_type"]]
+    assert millions == pytest.approx(published, abs=0.1)
+
+
+@preset
+@architecture
+def test_language_models_at_full_size(shape, config):
+    graphdef, params = modules.abstract(lambda: models.init(shape))
+    tokens = jax.ShapeDtypeStruct((config.extract.batch_size, config.text.window_tokens), np.int32)
+    sites = tuple(Site(layer, config.site) for layer in config.layers)
+    read = partial(extract._sites_of, graphdef, sites, config.extract.matmul_dtype)
+    assert [x.shape for x in jax.eval_shape(read, params, tokens)] == [(*tokens.shape, 1024)] * 3
+    logits = jax.eval_shape(lambda p, t: modules.merge(graphdef, p).logits(t), params, tokens)
+    assert logits.shape == (*tokens.shape, shape["vocab_size"])
+
+
+@preset
+def test_all_dictionaries_in_one_step_at_full_size(config):
+    sites = [(m, Site(layer)) for m in ARCHITECTURES for layer in config.layers]
+    members = dictionaries.members(config.sae, sites)
+    assert len(members) == 6
+    graphdef, _ = modules.abstract(
+        lambda: dictionaries._build(config.sae, 1024, members[0], jax.random.key(0))
+    )
+    scales, means = np.ones(6, np.float32), np.zeros((6, 1024), np.float32)
+    trainable = dictionaries._trainable(config.sae, graphdef, members, 1024, scales, means)
+    state = jax.eval_shape(trainable.init, jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((6, config.sae.batch_size, 1024), jnp.float32)
+    after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
+    assert after == state and metrics["loss"].shape == (6,)
+    assert state["params"]["W_enc"].shape == (6, 1024, 4096)
+
+
+@preset
+def test_the_trained_map_at_full_size(config):
+    def side(seed):
+        x = np.ones((config.map.batch_size, 1024), np.float32)
+        make = partial(build, config.sae.architecture, d_model=1024, k=config.sae.k)
+        d = make(width=config.sae.width, key=jax.random.key(seed))
+        return Side(x=x, tokens=np.zeros(len(x), np.int32), dictionary=d)
+
+    pairs = Pairs(side(0), side(1), np.zeros(config.map.batch_size, np.int32))
+    ensemble = mlp._Ensemble([Problem("a to b", pairs, pairs)], config.map, seed=0)
+    trainable, feed = ensemble._trainable(), ensemble._feed()
+    state = jax.eval_shape(trainable.init, jax.random.key(0))
+    rows = jax.ShapeDtypeStruct((config.map.batch_size,), np.int32)
+    batch = jax.eval_shape(feed.select, feed.resident, rows)
+    after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
+    assert after == state and np.isfinite(metrics["loss"].size)
+    assert state["params"]["last"]["kernel"].shape == (1, config.map.hidden, config.sae.width)
+
+
+@pytest.mark.soak
+def test_the_exact_architectures_run_through(tmp_path):
+    """Random weights, real tokenizers, a few documents, full widths: about 20 minutes, 15 GB."""
+    data = os.environ.get("CROSSDICT_DATA")
+    if not data:
+        pytest.skip("CROSSDICT_DATA is not set")
+    config = run_exact_architectures(Path(data), tmp_path)
+    transfer = read_jsonl(tmp_path / "run" / "results" / "transfer.jsonl")
+    rungs = {(r["source"], r["site_source"], r["map"], r["pairing"]) for r in transfer}
+    assert len(rungs) >= 2 * len(config.layers) * len(config.map.kinds) * 2
+    assert (tmp_path / "run" / "report" / "index.html").stat().st_size > 10_000
+
+
+def run_exact_architectures(data: Path, root: Path):
+    """Runs the small preset on few documents with models of the exact shapes; its config."""
+    from transformers import PreTrainedTokenizerFast
+
+    from crossdict_jax.config import to_dict
+    from launch import experiment
+
+    names = {"pythia-410m-deduped": "pythia", "gpt2-medium": "gpt2"}
+    for seed, (name, shape) in enumerate(ARCHITECTURES.items()):
+        models.save(models.init(shape, seed=seed), root / name, dtype="bfloat16")
+        file = data / "tokenizers" / names[name] / "tokenizer.json"
+        PreTrainedTokenizerFast(tokenizer_file=str(file)).save_pretrained(root / name)
+    config = PRESETS["small"]
+    text = {"source": str(data / "text" / "wikitext2" / "valid.txt"), "documents": 60}
+    config = dataclasses.replace(
+        config,
+        models=tuple(str(root / name) for name in ARCHITECTURES),
+        text=dataclasses.replace(config.text, **text),
+        sae=dataclasses.replace(config.sae, steps=10, batch_size=256, checkpoint_every=10),
+        map=dataclasses.replace(config.map, steps=10, checkpoint_every=10),
+        evaluation=dataclasses.replace(config.evaluation, bootstrap=20),
+        intervention=dataclasses.replace(config.intervention, documents=4, batch_size=4),
+    )
+    experiment.main(config, open_workdir(root / "run", to_dict(config)))
+    return config
