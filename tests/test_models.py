@@ -547,6 +547,12 @@ def test_truncated_weights_and_missing_shards(tmp_path):
         models.load(folder)
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "model.part").mkdir()
+    with pytest.raises(UserError, match=r"model.safetensors cannot be written \(.*; free space"):
+        models.save(models.init(NARROW_LLAMA), tmp_path)
+
+
 def test_a_model_without_tokenizer_is_read_until_text_is_needed():
     lm = models.load(GOLDENS / "gpt2-relu")
     with pytest.raises(UserError, match=r"has no tokenizer.*only commands that read text need it"):

@@ -340,10 +340,16 @@ def _named_weights(lm: LanguageModel, dtype) -> dict[str, np.ndarray]:
 
 def _write_safetensors(tensors: dict[str, np.ndarray], file: Path) -> None:
     """Under another name first, so that a killed save leaves no half file to be loaded."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     part = file.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})  # transformers asks for the format
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})  # transformers asks for the format
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} cannot be written ({error}); free space or go elsewhere."
+        ) from error
     os.replace(part, file)
 
 
