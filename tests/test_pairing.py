@@ -475,6 +475,58 @@ def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     assert min(lengths) >= 15
 
 
+def test_windows_are_full_although_each_invents_a_prefix():
+    found = check_windows([ENGLISH], [LLAMA], [40])
+    total = sum(len(window.tokens[0].ids) for window in found.windows)
+    assert len(found.windows) <= 1.25 * total / 40
+
+
+def across_words():
+    """A tokenizer whose tokens may hold spaces anywhere."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the axis a " * 9], trainer)
+    return tokenizer
+
+
+def with_prefix_space():
+    tokenizer = train_byte_level(300)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def with_added_token(content, **rules):
+    tokenizer = train_byte_level(300)
+    tokenizer.add_tokens([tokenizers.AddedToken(content, normalized=False, **rules)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        across_words(),
+        with_prefix_space(),
+        with_added_token("the axis"),
+        with_added_token("axis", rstrip=True),
+        with_added_token("axis", lstrip=True),
+        with_added_token("axis", single_word=True),
+    ],
+    ids=["across words", "prefix", "two words", "rstrip", "lstrip", "single word"],
+)
+@given(words=st.lists(st.sampled_from(["the", "axis", "the axis", "a"]), max_size=16))
+@settings(max_examples=60, deadline=None)
+def test_windows_where_a_seam_could_change_tokens(tokenizer, words):
+    check_windows([" ".join(words), "\n".join(words)], [tokenizer], [4])
+
+
+@pytest.mark.parametrize("limit", range(2, 12))
+def test_windows_of_long_runs_of_spaces(small, limit):
+    texts = ["the" + " " * n + "漢 the" for n in range(1, 14)]
+    check_windows(texts, small, (limit, limit + 1))
+
+
 def test_windows_of_a_document_do_not_depend_on_the_others(small):
     alone = pairing.windows([ENGLISH], small, limits=(30, 50)).windows
     among = pairing.windows(["the axis", "", ENGLISH], small, limits=(30, 50)).windows

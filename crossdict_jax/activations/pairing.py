@@ -179,9 +179,7 @@ def _cuts_cleanly(spec: dict) -> bool:
         and not any(model.get(rule) for rule in rules)
         and (spec["normalizer"] or {"type": "NFC"})["type"] == "NFC"
         and words.get("type") == "ByteLevel"
-        and words.get("use_regex", True)
         and not words["add_prefix_space"]
-        and not any(t["rstrip"] or re.search(r"\S\s", t["content"]) for t in spec["added_tokens"])
     )
 
 
@@ -478,7 +476,7 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
             elif len(piece.data.decode()) == 1:
                 too_long += 1
             else:
-                for part in _cut_up(piece, readings, limits=limits, readers=readers):
+                for part in _cut_up(piece, readings, limits=limits):
                     found = _reuse(part, piece, readings, limits=limits) if clean else []
                     kept += found
                     unread += [] if found else [part]
@@ -509,15 +507,14 @@ def _window(piece: _Piece, readings: Sequence[_Reading]) -> list[Window]:
     return [Window(piece.document, piece.start, piece.data.decode(), tokens)]
 
 
-def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits, readers) -> list[_Piece]:
+def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits) -> list[_Piece]:
     """Returns a piece in two parts or more that should fit, by the token ends of the piece."""
     size = len(piece.data)
     ends = [_even_ends(len(r.ids), size) if r.ends is None else r.ends for r in readings]
-    room = [max(1, limit - reader.invents_prefix) for limit, reader in zip(limits, readers)]
     spaces = np.array([match.start() for match in _SPACE.finditer(piece.data)], np.int32)
     parts, start = [], 0
     while start < size:
-        target = min(_target(e, start=start, room=n) for e, n in zip(ends, room))
+        target = min(_target(e, start=start, limit=n) for e, n in zip(ends, limits))
         target = target if start else min(target, size - 1)  # the whole piece does not fit
         stop = _seam(piece.data, spaces, start=start, target=target)
         parts.append(_Piece(piece.document, piece.start + start, piece.data[start:stop]))
@@ -530,14 +527,14 @@ def _even_ends(tokens: int, size: int) -> np.ndarray:
     return np.linspace(0, size, max(1, tokens) + 1)[1:].astype(np.int32)
 
 
-def _target(ends: np.ndarray, *, start: int, room: int) -> int:
+def _target(ends: np.ndarray, *, start: int, limit: int) -> int:
     """Returns the byte up to which a window from `start` may reach.
 
     The last two windows share what is left equally, so that none is a mere remainder.
     """
     first = int(np.searchsorted(ends, start, side="right"))
     left = len(ends) - first
-    return int(ends[-1] if left <= room else ends[first + min(room, (left + 1) // 2) - 1])
+    return int(ends[-1] if left <= limit else ends[first + min(limit, (left + 1) // 2) - 1])
 
 
 def _seam(data: bytes, spaces: np.ndarray, *, start: int, target: int) -> int:
