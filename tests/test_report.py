@@ -386,8 +386,8 @@ def test_the_answer_is_made_from_the_numbers(page):
     assert "From docs-gpt2 to docs-neox the best map, token_ridge at resid_pre.7" in page.text
     assert "12 of 24 fitted maps beat the table of token means (12 beat the mean only)" in page.text
     assert "token_ridge of docs-neox resid_pre.7 put into docs-gpt2 resid_pre.7" in page.text
-    assert "recovers 84 % [82 %, 86 %] of the loss that zeroing costs, more than" in page.text
-    assert "more than the table of token means (77 %); beside it the target’s own" in page.text
+    assert "recovers 84.5 % [82.5 %, 86.5 %] of the loss that zeroing costs, more than" in page.text
+    assert "more than the table of token means (77.1 %); beside it the target’s own" in page.text
     assert "Negative result" not in page.text
 
 
@@ -549,6 +549,7 @@ def test_far_below_zero_stays_on_the_axis():
         (None, 3, "–"),
         (0.5, 3, "0.500"),
         (-0.0061, 3, "−0.006"),
+        (-0.0004, 3, "0.000"),
         (21762, 3, "21,762"),
         (4096.5, 3, "4,096.5"),
         (True, 3, "True"),

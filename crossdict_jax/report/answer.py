@@ -166,7 +166,7 @@ def _recovered(stitching: Stitching, line: Line) -> str:
         f"{line.kind}{form} of {stitching.source} {stitching.site_source} put into "
         f"{stitching.target} {stitching.site_target}"
     )
-    share = f"{percent(line.value('loss_recovered'), 0)} {_percent_interval(line.aligned)}".strip()
+    share = f"{percent(line.value('loss_recovered'))} {_percent_interval(line.aligned)}".strip()
     if not stitching.surely_above_controls(line):
         return (
             f"Negative result: even the best translated state, {what}, recovers only {share} of "
@@ -183,7 +183,7 @@ def _against_token(stitching: Stitching, line: Line) -> str:
     if token is None:
         return ""
     more = "more" if line.at_least("loss_recovered") > token else "no more"
-    return f", {more} than the table of token means ({percent(token, 0)})"
+    return f", {more} than the table of token means ({percent(token)})"
 
 
 def _beside(stitching: Stitching, line: Line) -> str:
@@ -192,13 +192,13 @@ def _beside(stitching: Stitching, line: Line) -> str:
         "the mean": stitching.reference("mean"),
         "the same map on shuffled pairs": line.null("loss_recovered"),
     }
-    words = [f"{name} {percent(v, 0)}" for name, v in values.items() if v is not None]
+    words = [f"{name} {percent(v)}" for name, v in values.items() if v is not None]
     return f"; beside it {', '.join(words)}" if words else ""
 
 
 def _percent_interval(row: dict) -> str:
     low, high = row.get("loss_recovered_low"), row.get("loss_recovered_high")
-    return f"[{percent(low, 0)}, {percent(high, 0)}]" if low is not None else ""
+    return f"[{percent(low)}, {percent(high)}]" if low is not None else ""
 
 
 # ---------------------------------------------------------------- what to be careful with

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import re
+import textwrap
 from collections.abc import Callable
 
 from crossdict_jax.report.results import (
@@ -481,7 +482,7 @@ def curves_figure(curves: Curves) -> Figure:
 
     def paint(axes):
         _losses(axes, curves)
-        axes.set_title(curves.what)
+        axes.set_title(textwrap.shorten(curves.what.replace("-", " "), 56, placeholder=" …"))
         _open_axes(axes, "step", "loss")
         if names:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)

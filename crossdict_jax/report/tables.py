@@ -79,8 +79,9 @@ def number(value, digits: int = 3) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}".replace("-", "−")
-    text = f"{value:,.{digits if abs(value) < 100 else min(digits, 1)}f}"
-    return text.replace("-", "−")
+    digits = digits if abs(value) < 100 else min(digits, 1)
+    rounded = round(value, digits) or 0.0  # no minus before a zero
+    return f"{rounded:,.{digits}f}".replace("-", "−")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -225,10 +226,10 @@ def _dictionary(row: dict) -> list[Cell]:
         Cell(str(row["site"])),
         Cell(dictionary_name(row)),
         Cell(number(row.get("width"))),
-        _scored(row, "l0", 1),
+        Cell(number(row.get("l0"), 1)),
         _scored(row, "fvu"),
         Cell(percent(row.get("dead_fraction"))),
-        *(_scored(row, key) for key in ("ce_clean", "ce_zero", "ce_mean", "ce_sae")),
+        *(Cell(number(row.get(key))) for key in ("ce_clean", "ce_zero", "ce_mean", "ce_sae")),
         _scored(row, "loss_recovered"),
         _scored(row, "loss_recovered_mean"),
     ]
@@ -314,23 +315,19 @@ def _transfer(line: Line) -> list[Cell]:
         _compared(line, "r2"),
         _compared(line, "context_gain"),
         _compared(line, "cosine"),
-        _compared(line, "cosine_mean_predictor"),
+        _compared(line, "cosine_mean_predictor", bounds=False),
         _compared(line, "cosine_centered"),
         _compared(line, "top1"),
         _compared(line, "mean_rank", digits=0),
         _compared(line, "feature_correlation"),
         _compared(line, "sparsity_similarity"),
-        _compared(line, "l0_predicted", digits=1),
+        _compared(line, "l0_predicted", digits=1, bounds=False),
     ]
 
 
-def _compared(line: Line, key: str, digits: int = 3) -> Cell:
-    aligned = line.aligned or {}
-    return Cell(
-        number(aligned.get(key), digits),
-        note=interval(aligned, key, digits),
-        null=_null(line, key, digits),
-    )
+def _compared(line: Line, key: str, digits: int = 3, bounds: bool = True) -> Cell:
+    note = interval(line.aligned or {}, key, digits) if bounds else ""
+    return Cell(number(line.value(key), digits), note=note, null=_null(line, key, digits))
 
 
 def _null(line: Line, key: str, digits: int = 3) -> str:
