@@ -460,7 +460,7 @@ def test_bad_input_is_refused(change, message):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    config, work = tiny_run.make_run(tmp_path_factory.mktemp("evaluation"))
+    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
     evaluate(config, work)
     return config, work
 

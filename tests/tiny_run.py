@@ -1,5 +1,6 @@
 """A finished run in miniature, for tests of the stages that only read checkpoints."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -80,6 +81,12 @@ def make_config(root: Path) -> Config:
         evaluation=EvaluationConfig(bootstrap=40, pool=64, batch_size=512),
         intervention=InterventionConfig(documents=6, batch_size=8),
     )
+
+
+@functools.cache
+def shared_run(base: Path) -> tuple[Config, Workdir]:
+    """The run that all tests of one process share; whoever changes it works on a copy."""
+    return make_run(base / "tiny")
 
 
 def make_run(root: Path) -> tuple[Config, Workdir]:

@@ -184,15 +184,19 @@ class Splicer:
 
 
 def _batches(passages: Passages, size: int) -> list[_Batch]:
-    """Windows in order of length, padded to the longest or to half of it: two compiled shapes."""
+    """Windows in order of length, padded to the longest, or to half of it if that fills a batch.
+
+    Each of the two lengths is compiled once.
+    """
     lengths = np.array([len(t) for t in passages.tokens])
     longest = int(lengths.max())
     half = -(-longest // 2)
     by_length = np.argsort(lengths, kind="stable")
-    short = lengths[by_length] <= half
+    n_short = int((lengths <= half).sum())
+    n_short = n_short if n_short >= size else 0
     return [
         _batch(passages, windows[at : at + size], (size, length))
-        for windows, length in ((by_length[short], half), (by_length[~short], longest))
+        for windows, length in ((by_length[:n_short], half), (by_length[n_short:], longest))
         for at in range(0, len(windows), size)
     ]
 

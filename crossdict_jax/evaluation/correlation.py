@@ -24,21 +24,31 @@ class Moments:
         self._rows = self._weights @ resamples.per_document(np.ones(len(resamples.index)))
         self._sums = np.zeros((5, len(self._weights), width))
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # documents, their sums
+        self._n_waiting = 0
 
-    def add(self, rows: slice, p: np.ndarray, t: np.ndarray) -> None:
-        """Adds a block of rows, both [block, width], less a constant per feature of any choice."""
+    def by_document(self, rows: slice, p: np.ndarray, t: np.ndarray) -> tuple:
+        """Returns a block's (documents, sums [5, documents, width]) for ``add``.
+
+        Args:
+          rows: which rows of the split p and t [block, width] are; each feature of either may be
+            less a constant, the same in every block.
+        """
         documents, place = np.unique(self._index[rows], return_inverse=True)
-        by_document = (place[None, :] == np.arange(len(documents))[:, None]).astype(np.float64)
-        sums = np.stack([by_document @ z for z in (p, t, p * p, t * t, p * t)])
+        which = (place[None, :] == np.arange(len(documents))[:, None]).astype(np.float64)
+        return documents, np.stack([which @ z for z in (p, t, p * p, t * t, p * t)])
+
+    def add(self, documents: np.ndarray, sums: np.ndarray) -> None:
+        """Adds what ``by_document`` returned, once for every block."""
         self._waiting.append((documents, sums))
-        if sum(len(documents) for documents, _ in self._waiting) >= DOCUMENTS:
+        self._n_waiting += len(documents)
+        if self._n_waiting >= DOCUMENTS:
             self._flush()
 
     def _flush(self) -> None:
         documents = np.concatenate([documents for documents, _ in self._waiting])
         sums = np.concatenate([sums for _, sums in self._waiting], axis=1)
         self._sums += self._weights[:, documents] @ sums
-        self._waiting = []
+        self._waiting, self._n_waiting = [], 0
 
     def correlations(self) -> np.ndarray:
         """Returns [1 + count, width]: 0 for a constant p, NaN for a constant t."""
