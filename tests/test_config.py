@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crossdict_jax import settings
@@ -79,6 +80,7 @@ def test_every_type_of_setting_is_spelled():
     assert set(used) <= set(SPELLED) == set(settings.TYPES)
 
 
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines
 @given(st.sampled_from(list(SPELLED)).flatmap(lambda kind: st.tuples(st.just(kind), SPELLED[kind])))
 def test_what_is_spelled_is_parsed_back(kind_and_value):
     kind, value = kind_and_value

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from tiny_run import SHAPES, make_models, make_texts
 
 from crossdict_jax import settings
 from crossdict_jax.config import Config, PretrainConfig, to_dict
@@ -316,19 +316,6 @@ def test_bugs_show_their_traceback(tmp_path):
 
 # ---------------------------------------------------------------- whole runs, on two tiny models
 
-GPT2 = dict(model_type="gpt2", n_positions=64, n_embd=16, n_layer=3, n_head=2, vocab_size=300)
-NEOX = dict(
-    model_type="gpt_neox",
-    vocab_size=320,
-    max_position_embeddings=64,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=48,
-    rotary_pct=0.5,
-    rotary_emb_base=10000,
-    use_parallel_residual=True,
-)
 RESULTS = (
     "pairing.json",
     "reconstruction.jsonl",
@@ -341,31 +328,18 @@ RESULTS = (
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A folder with two untrained models a and b, their tokenizers, and 80 documents."""
-    from crossdict_jax import models
-    from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
-
     folder = tmp_path_factory.mktemp("tiny")
-    texts = made_up_documents(80)
+    texts = make_texts(80)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    for name, config, nfc in (("a", GPT2, False), ("b", NEOX, True)):
-        models.save(models.init(config, seed=1), folder / name)
-        tokenizer = train_tokenizer(texts, vocab_size=config["vocab_size"] - 10, nfc=nfc)
-        save_tokenizer(tokenizer, folder / name, context=64)
+    make_models(folder, texts)
     return folder
-
-
-def made_up_documents(count: int) -> list[str]:
-    rng = random.Random(0)
-    syllables = ("ka", "lo", "mi", "ne", "tu", "ra", "so", "be")
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(150)]
-    return [" ".join(rng.choices(words, k=60)) + "." for _ in range(count)]
 
 
 def small(tiny: Path, **changes) -> list[str]:
     """The arguments of a run of a few seconds; changes by dotted name, dots written as __."""
     asked = {
         "models": f"{tiny}/a,{tiny}/b",
-        "layers": "2",
+        "layers": "1",
         "text__source": f"{tiny}/text.jsonl",
         "text__documents": 80,
         "text__max_bytes": 400,
@@ -393,10 +367,10 @@ def test_the_main_job_writes_every_file(finished):
     assert done.returncode == 0, done.stderr
     expected = ["config.json", "activations/meta.json", "report/index.html"]
     expected += [f"results/{name}" for name in RESULTS]
-    expected += [f"dictionaries/{m}/resid_pre.2/seed-0" for m in "ab"]
+    expected += [f"dictionaries/{m}/resid_pre.1/seed-0" for m in "ab"]
     for kind in settings.map_kinds():
         for place in ("a-to-b", "b-to-a"):
-            folder = f"maps/{place}/resid_pre.2--resid_pre.2/{kind}"
+            folder = f"maps/{place}/resid_pre.1--resid_pre.1/{kind}"
             expected += [folder, f"{folder}-shuffled"]
     assert not [name for name in expected if not (work / name).exists()]
 
@@ -443,7 +417,7 @@ def few_tokens(tiny: Path) -> Path:
     from crossdict_jax import models
 
     folder = without(tiny / "a", "model.safetensors")
-    models.save(models.init(GPT2 | {"vocab_size": 270}), folder)
+    models.save(models.init(SHAPES["a"] | {"vocab_size": 270}), folder)
     return folder
 
 
@@ -459,7 +433,7 @@ WRONG = {  # name: (changes of a run, what the line names)
         "b-w",
     ),
     "token id": (lambda t, tmp: {"models": f"{few_tokens(t)},{t}/b"}, "270"),
-    "layer": (lambda t, tmp: {"layers": "2,3"}, "resid_pre.3"),
+    "layer": (lambda t, tmp: {"layers": "1,2"}, "resid_pre.2"),
     "layer pair": (lambda t, tmp: {"layer_pairs": "1:9"}, "resid_pre.9"),
     "no text": (lambda t, tmp: {"text__source": f"{tmp}/none.jsonl"}, "none.jsonl"),
     "empty text": (lambda t, tmp: {"text__source": text_file(tmp, "")}, "text.jsonl"),
@@ -525,9 +499,9 @@ def alter(file: Path) -> None:
     file.write_bytes(data)
 
 
-DICTIONARY = "resid_pre.2/seed-0"
-MAP = "resid_pre.2--resid_pre.2"
-SHARD = "activations/a/resid_pre.2/shard-00000.npy"
+DICTIONARY = "resid_pre.1/seed-0"
+MAP = "resid_pre.1--resid_pre.1"
+SHARD = "activations/a/resid_pre.1/shard-00000.npy"
 DAMAGE = [  # what is done to which file, the stage that reads it, the folder it has to write again
     (truncate, SHARD, train_saes, "dictionaries"),
     (alter, SHARD, train_saes, "dictionaries"),
