@@ -1,0 +1,127 @@
+"""Training small language models: baselines, both shapes, exact resume, what is written."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import models
+from crossdict_jax.activations.extract import bos_id
+from crossdict_jax.config import PretrainConfig, TextConfig
+from crossdict_jax.errors import UserError
+from crossdict_jax.pretraining import bigram_loss, train_language_model, unigram_loss
+from crossdict_jax.training import checkpoint
+
+
+def test_baselines_are_their_formulas():
+    train, test = np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 2, 0])
+    counts = np.array([3, 2, 1, 0]) + 1  # vocabulary of 4, one token never seen
+    by_hand = -np.log(counts[test] / counts.sum()).mean()
+    assert unigram_loss(train, test, vocab_size=4) == pytest.approx(by_hand)
+    p = counts / counts.sum()
+    after_0 = (2 + 2 * p[1]) / 5  # 0 -> 1 twice of three times, two kinds of successors
+    after_1 = (0 + 1 * p[2]) / 3  # 1 -> 0 twice, one kind; 1 -> 2 never
+    after_2 = p[0]  # 2 was never followed by anything
+    by_hand = -np.log([after_0, after_1, after_2]).mean()
+    assert bigram_loss(train, test, vocab_size=4) == pytest.approx(by_hand)
+
+
+def test_bigram_probabilities_sum_to_one():
+    train = np.random.default_rng(0).integers(0, 5, 40)
+    for before in range(6):
+        total = sum(
+            math.exp(-bigram_loss(train, np.array([before, after]), vocab_size=6))
+            for after in range(6)
+        )
+        assert total == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    for i, document in enumerate(tiny_run.make_texts(80)):
+        (root / f"{i}.txt").write_text(document)
+    return TextConfig(source=str(root), documents=80)
+
+
+def tiny(text, model_type, **changes):
+    config = PretrainConfig(
+        model_type=model_type,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        context=16,
+        vocab_size=280,
+        steps=60,
+        batch_size=8,
+        learning_rate=1e-2,
+        checkpoint_every=20,
+        save_dtype="float32",
+        text=text,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_a_trained_model_is_a_folder_that_beats_the_unigram(text, model_type, tmp_path):
+    result = train_language_model(tiny(text, model_type, steps=150), tmp_path)
+    assert result["loss"] < result["unigram_loss"] < math.log(280) + 1
+    lm = models.load(str(tmp_path / "model"))
+    assert lm.config.model_type == model_type and lm.config.vocab_size == 280
+    ids = lm.tokenizer("abc cab", add_special_tokens=False)["input_ids"]
+    assert lm.tokenizer.decode(ids) == "abc cab" and bos_id(lm.tokenizer) is None
+    assert lm.logits(np.array([ids])).shape == (1, len(ids), 280)
+    recorded = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert recorded["loss"] == result["loss"] and recorded["text"]["sha256"]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert losses[-1] < losses[0]
+
+
+def test_killed_and_resumed_writes_the_same_bits(text, tmp_path, monkeypatch):
+    config = tiny(text, "gpt2")
+    train_language_model(config, tmp_path / "whole")
+    save, saves = checkpoint.save, []
+
+    def dying(*args, **kwargs):
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_language_model(config, tmp_path / "killed")
+    monkeypatch.setattr(checkpoint, "save", save)
+    train_language_model(config, tmp_path / "killed")
+    file = "model/model.safetensors"
+    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type=llama cannot be trained; use gpt2 or gpt_neox"),
+        ({"vocab_size": 100_000}, "vocab_size=100000 needs more text"),
+        ({"context": 100_000}, "fewer than one window of 100000"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(text, changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        train_language_model(tiny(text, **({"model_type": "gpt2"} | changes)), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_embedded_models_are_what_their_records_say():
+    """Each beats the bigram by far, has layers 5 to 7, and both fit the size agreed on."""
+    sizes = 0
+    for name in models.EMBEDDED:
+        lm = models.load(name)
+        record = json.loads((models.ASSETS / name / "training.json").read_text())
+        assert lm.config.n_layers >= 8
+        assert record["loss"] < record["bigram_loss"] - 0.5 < record["unigram_loss"]
+        sizes += sum(f.stat().st_size for f in (models.ASSETS / name).rglob("*") if f.is_file())
+    shapes = {(lm.config.model_type, lm.config.d_model) for lm in map(models.load, models.EMBEDDED)}
+    assert len(shapes) == 2 and sizes < 16e6
