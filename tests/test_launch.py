@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from launch import (
     intervene,
     report,
     train_hypernetworks,
+    train_lm,
     train_saes,
 )
 
@@ -466,10 +468,7 @@ def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, capfd)
 def test_a_batch_larger_than_the_data_is_refused(stage, changes, named, finished, tiny, capfd):
     work, _ = finished
     again = copy_of(work, without="maps" if stage is train_hypernetworks else "dictionaries")
-    (again / "config.json").unlink()
-    (again / "config.json").write_text(
-        json.dumps(to_dict(parse(shlex.join(small(tiny, **changes)))[0]))
-    )
+    ask(again, small(tiny, **changes))
     assert run_here(stage.main, f"--workdir={again}") == 2
     (line,) = lines_of(capfd.readouterr().err)
     assert named in line
@@ -483,6 +482,12 @@ def copy_of(work: Path, *, without: str = "none") -> Path:
     copy = Path(tempfile.mkdtemp(dir=work.parent)) / "run"
     shutil.copytree(work, copy, ignore=shutil.ignore_patterns(without))
     return copy
+
+
+def ask(work: Path, arguments: list[str]) -> None:
+    """Makes a work directory one of other settings."""
+    config, _ = parse(shlex.join(arguments))
+    (work / "config.json").write_text(json.dumps(to_dict(config)))
 
 
 def largest(folder: Path) -> Path:
@@ -539,7 +544,7 @@ def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd)
     assert "run" in line
 
 
-# ---------------------------------------------------------------- a full disk
+# ---------------------------------------------------------------- a full disk, an interruption
 
 
 @pytest.mark.parametrize(
@@ -556,3 +561,48 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(stage, again, finis
     (line,) = lines_of(done.stderr)
     assert "free some" in line
     assert run_here(stage.main, f"--workdir={copy}") == 0
+
+
+def test_an_interruption_is_told_in_one_line(finished, tiny):
+    work, _ = finished
+    copy = copy_of(work, without="dictionaries")
+    ask(copy, small(tiny, sae__steps=1_000_000))
+    program = [sys.executable, "-m", "launch.train_saes", f"--workdir={copy}"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, cwd=ROOT, env=environment()) as process:
+        stderr = b""
+        while not re.search(rb"[1-9]\d*/1000000 ", stderr):  # it trains
+            piece = process.stderr.read1(100)
+            assert piece, stderr.decode()
+            stderr += piece
+        process.send_signal(signal.SIGINT)
+        stderr += process.stderr.read()
+    assert process.returncode == 130
+    (line,) = lines_of(stderr.decode())
+    assert "the same command again" in line
+
+
+# ---------------------------------------------------------------- training a language model
+
+
+def test_train_lm_prints_its_loss_beside_counting(tiny, tmp_path, capfd):
+    from crossdict_jax import models
+
+    asked = {
+        "n_layers": 1,
+        "d_model": 16,
+        "n_heads": 2,
+        "context": 32,
+        "vocab_size": 270,
+        "steps": 3,
+        "batch_size": 8,
+        "text.source": f"{tiny}/text.jsonl",
+    }
+    arguments = [f"--config.{name}={value}" for name, value in asked.items()]
+    given = [*arguments, f"--workdir={tmp_path}/run"]
+    assert run_here(train_lm.main, given, kind=PretrainConfig, default="docs_gpt2") == 0
+    out = capfd.readouterr().out
+    losses = {name: float(loss) for name, loss in re.findall(r"^  (\w+) +([0-9.]+)$", out, re.M)}
+    assert losses.keys() == {"model", "bigram", "unigram"}
+    assert losses["bigram"] < losses["unigram"] < losses["model"]  # after three steps
+    assert out.splitlines()[-1] == f"{tmp_path}/run/model"
+    assert models.load(tmp_path / "run/model").config.d_model == 16
