@@ -143,6 +143,18 @@ def _sides(pairs) -> tuple[Side, Side]:
     return pairs.source, pairs.target
 
 
+def make_optimizer(config: MapConfig) -> optax.GradientTransformation:
+    """Returns clipped AdamW with cosine decay to 0; only matrices decay."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.adamw(
+            optax.cosine_decay_schedule(config.learning_rate, config.steps),
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        ),
+    )
+
+
 class _Ensemble:
     """Problems of equal shapes, with every array stacked over members on a leading axis."""
 
@@ -207,7 +219,7 @@ class _Ensemble:
         return jax.tree.map(lambda _: shard(self.mesh, MEMBER), abstract)
 
     def _trainable(self) -> Trainable:
-        optimizer = self._optimizer()
+        optimizer = make_optimizer(self.config)
         width_b = self.problems[0].train.target.dictionary.width
 
         def init_member(key):
@@ -244,17 +256,6 @@ class _Ensemble:
         predicted = m.forward(f_a, key=key)
         weights = self.config.loss_weights
         return transfer_loss(predicted, f_b, weights, variance=fixed["variance"])
-
-    def _optimizer(self) -> optax.GradientTransformation:
-        c = self.config
-        return optax.chain(
-            optax.clip_by_global_norm(c.gradient_clip),
-            optax.adamw(
-                optax.cosine_decay_schedule(c.learning_rate, c.steps),
-                weight_decay=c.weight_decay,
-                mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-            ),
-        )
 
     def _feed(self) -> Feed:
         n, batch = len(self.problems[0].train), self.config.batch_size
