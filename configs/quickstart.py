@@ -20,21 +20,24 @@ def get_config() -> Config:
         site="resid_pre",
         text=TextConfig(
             source="docstrings",  # what every installation has
-            documents=700,  # modules; a seventh of them makes intervals of a few hundredths
-            max_bytes=1500,  # of each: about 400 tokens, so many documents rather than long ones
+            documents=300,  # modules; the fifth that is held out makes intervals of a few hundredths
+            max_bytes=700,  # of each: about 240 tokens, so many documents rather than long ones
         ),
         sae=SAEConfig(
             architecture="topk",
             width=512,  # 3 to 4 times d_model
             k=16,
-            steps=1200,  # of 512 rows: each row is seen a few times
+            steps=800,  # of 512 rows: each row is seen about nine times
             batch_size=512,
         ),
         map=MapConfig(
-            steps=400,
+            steps=300,
             batch_size=128,
             hidden=256,  # half the width of a dictionary
         ),
-        evaluation=EvaluationConfig(bootstrap=200),
-        intervention=InterventionConfig(documents=48),
+        evaluation=EvaluationConfig(
+            bootstrap=200,
+            pool=1024,  # retrieval candidates; all rows would double the time of this stage
+        ),
+        intervention=InterventionConfig(documents=32),
     )
