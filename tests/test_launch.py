@@ -3,13 +3,13 @@
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -203,9 +203,10 @@ def test_every_script_tells_a_mistake_in_one_line(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_quick_and_shows_the_flags(name):
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = launch(name, "--help")
-    assert time.perf_counter() - start < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # seconds
     assert done.returncode == 0
     assert f"python -m launch.{name}" in done.stdout
     for flag in ("--config ", "--workdir ", "--seed ", "--config.text.source=docstrings"):
