@@ -175,7 +175,14 @@ _MATMUL: Rule = _one_of("float32", "bfloat16")
 
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary: the files of their room that define one."""
-    return _kinds("dictionaries", machinery={"base", "train"})
+    machinery = {"base", "losses", "train"}
+    exchange = {"exchange", "gemma_scope", "imported", "saelens", "sparsify"}
+    return _kinds("dictionaries", machinery=machinery | exchange)
+
+
+def has_k(architecture: str) -> bool:
+    """Whether a kind of dictionary fixes the number of active features."""
+    return architecture not in {"relu", "jumprelu", "gated"}
 
 
 def map_kinds() -> tuple[str, ...]:
@@ -220,6 +227,9 @@ def _rules() -> dict[str, Rule]:
         "sae.auxk_coefficient": _at_least(0),
         "sae.k_aux": _at_least(0),
         "sae.dead_after_rows": _at_least(1),
+        "sae.bandwidth": _ABOVE_0,
+        "sae.l0_target": _at_least(0),
+        "sae.nested_fractions": _SHARE_OR_1,
         "sae.matmul_dtype": _MATMUL,
         "sae.checkpoint_every": _at_least(1),
         "map.kinds": _one_of(*map_kinds()),
@@ -332,7 +342,7 @@ def _check_models(models: tuple[str, ...]) -> None:
 
 def _check_dictionaries(sae: SAEConfig) -> None:
     k, width = _largest(sae.k), _smallest(sae.width)
-    if sae.architecture != "relu" and k > width:  # relu has no k
+    if has_k(sae.architecture) and k > width:
         raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
 
 

@@ -14,7 +14,7 @@ from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SAEConfig, to_dict
-from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries import base, jumprelu
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -23,7 +23,15 @@ from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir, open_workdir
 
 KEY = jax.random.key(0)
-HYPER = base.Hyper(l1_coefficient=0.1, auxk_coefficient=0.5, k_aux=4, revive=True)
+HYPER = base.Hyper(
+    l1_coefficient=0.1,
+    auxk_coefficient=0.5,
+    k_aux=4,
+    bandwidth=0.5,
+    l0_target=0.0,
+    nested_fractions=(0.2, 0.5),
+    revive=True,
+)
 every = pytest.mark.parametrize("architecture", base.architectures())
 
 
@@ -60,6 +68,13 @@ def test_keep_top_k_keeps_the_k_largest_positive_ones():
 def test_keep_top_k_of_rows_with_few_or_no_positive_values():
     z = jnp.asarray([[-1.0, -2.0, 3.0], [-1.0, 0.0, -3.0]])
     np.testing.assert_array_equal(base.keep_top_k(z, 2), [[0, 0, 3.0], [0, 0, 0]])
+
+
+def test_keep_batch_top_k_keeps_the_largest_of_all_rows():
+    z = np.asarray(jax.random.normal(KEY, (40, 30)) * jnp.linspace(0.1, 2, 40)[:, None])
+    kept = np.asarray(base.keep_batch_top_k(jnp.asarray(z), 5))
+    assert (kept > 0).sum() == 200 and len(set((kept > 0).sum(axis=1))) > 3
+    np.testing.assert_array_equal(kept, np.where(z >= np.sort(z, axis=None)[-200], z, 0))
 
 
 # ---------------------------------------------------------------- contract
@@ -145,6 +160,44 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     assert d.losses(x, hyper=asleep, dead=dead)[1]["auxk"] == 0
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_the_threshold_follows_the_smallest_value_that_batches_keep(architecture):
+    d, f = fresh(architecture), jnp.asarray([[0.0, 3.0], [0.5, 0.0]])
+    d.measure(jnp.zeros((2, 2)))
+    assert d.threshold[...] == 0
+    d.measure(f)
+    assert d.threshold[...] == 0.5
+    d.measure(2 * f)
+    np.testing.assert_allclose(d.threshold[...], 0.5 + base.THRESHOLD_RATE * 0.5, rtol=1e-6)
+    kept = d.activate(d.threshold[...] + jnp.asarray([[0.0, 1e-3, -1e-3]]))
+    np.testing.assert_array_equal(np.asarray(kept) > 0, [[False, True, False]])
+
+
+def test_a_jumprelu_threshold_has_the_gradient_of_its_kernel():
+    z, threshold = jnp.asarray([[0.9, 1.2, 2.0]]), jnp.ones((1, 3))
+
+    def active(threshold):
+        return jumprelu.step(z, threshold, bandwidth=0.5).sum()
+
+    assert active(threshold) == 2
+    np.testing.assert_allclose(jax.grad(active)(threshold), [[-2.0, -2.0, 0.0]])
+    d = fresh("jumprelu")
+    d.threshold[...] = jnp.linspace(-1, 1, 20)
+    d.after_update()
+    assert d.threshold[...].min() == 0
+
+
+def test_an_l0_target_pulls_from_both_sides():
+    d, penalties = fresh("jumprelu"), []
+    for target in (0.5, 4.0, 100.0):
+        hyper = dataclasses.replace(HYPER, l0_target=target)
+        _, parts, f = d.losses(rows(), hyper=hyper, dead=jnp.zeros(20, bool))
+        l0 = np.mean(np.sum(np.asarray(f) > 0, axis=1))
+        np.testing.assert_allclose(parts["l0_penalty"], 6 * (l0 / target - 1) ** 2, rtol=1e-4)
+        penalties.append(parts["l0_penalty"])
+    assert min(penalties) > 0
+
+
 # ---------------------------------------------------------------- the stage
 
 
@@ -199,9 +252,18 @@ def leaves(work, site=0, name="seed-0"):
     return jax.tree.map(np.asarray, modules.split(d)[1])
 
 
+PLANTED = {  # what an architecture needs on these rows
+    "batchtopk": {"learning_rate": 1e-2},
+    "gated": {"l1_coefficient": 6.0, "learning_rate": 1e-2},
+    "jumprelu": {"l1_coefficient": 0.75, "steps": 1500, "checkpoint_every": 1500},
+    # Directions this crowded are merged in nested dictionaries smaller than their number.
+    "matryoshka": {"learning_rate": 1e-2, "nested_fractions": (0.5,)},
+}
+
+
 @every
 def test_recovers_planted_directions(architecture, tmp_path):
-    work = run(tmp_path, architecture=architecture)
+    work = run(tmp_path, architecture=architecture, **PLANTED.get(architecture, {}))
     _, truth = planted_store(tmp_path)
     W_dec = leaves(work)["W_dec"]
     W_dec = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
@@ -209,24 +271,46 @@ def test_recovers_planted_directions(architecture, tmp_path):
     assert best.mean() > 0.95, best
 
 
-@every
-def test_every_option_changes_the_result(architecture, tmp_path):
-    small = {"steps": 12, "checkpoint_every": 12, "architecture": architecture}
+def test_every_option_of_the_loop_changes_the_result(tmp_path):
+    small = {"steps": 12, "checkpoint_every": 12, "architecture": "relu"}
     plain = leaves(run(tmp_path / "plain", **small))
-    changes = {
-        "learning_rate": 1e-3,
-        "steps": 20,
-        "batch_size": 128,
-        "warmup_fraction": 0.5,
-        "matmul_dtype": "bfloat16",
-    }
-    if architecture == "relu":
-        changes |= {"l1_coefficient": 3.0, "l1_warmup_fraction": 0.9}
-    else:
-        changes |= {"k": 4}
+    changes = {"learning_rate": 1e-3, "steps": 20, "batch_size": 128}
+    changes |= {"warmup_fraction": 0.5, "l1_warmup_fraction": 0.9}
     for field, value in changes.items():
         other = leaves(run(tmp_path / field, **(small | {field: value})))
         assert np.abs(other["W_dec"] - plain["W_dec"]).max() > 1e-6, field
+
+
+OPTIONS = {
+    "relu": {"l1_coefficient": 3.0},
+    "topk": {"k": 4, "auxk_coefficient": 1.0, "k_aux": 1},
+    "batchtopk": {"k": 4, "auxk_coefficient": 1.0, "k_aux": 1},
+    "jumprelu": {"l1_coefficient": 3.0, "bandwidth": 2.0, "l0_target": 2.0},
+    "gated": {"l1_coefficient": 3.0},
+    "matryoshka": {"k": 4, "nested_fractions": (0.3,), "auxk_coefficient": 1.0, "k_aux": 1},
+}
+
+
+@every
+def test_every_option_of_an_architecture_changes_its_gradients(architecture):
+    plain = gradients(architecture)
+    for field, value in ({"matmul_dtype": "bfloat16"} | OPTIONS[architecture]).items():
+        other = gradients(architecture, **{field: value})
+        change = max(np.abs(other[name] - plain[name]).max() for name in plain)
+        assert change > 1e-6, field
+
+
+def gradients(architecture, **sae):
+    """Of a dictionary some of whose features are dead, with the settings as training reads them."""
+    sae = planted_config(**sae).sae
+    hyper = training.hyper_of(sae, sae.l1_coefficient, d_model=6, revive=True)
+    graphdef, params = modules.split(fresh(architecture, k=sae.k))
+
+    def loss_of(params):
+        how = {"hyper": hyper, "dead": jnp.arange(20) < 8, "dtype": training._dtype(sae)}
+        return modules.merge(graphdef, params).losses(rows(), **how)[0]
+
+    return jax.grad(loss_of)(params)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +331,9 @@ def test_the_ensemble_equals_members_trained_alone(tmp_path):
     for name, value in leaves(alone, site=1).items():
         np.testing.assert_allclose(swept[name], value, atol=2e-5, err_msg=name)
     assert np.abs(leaves(together, name="seed-1")["W_dec"] - leaves(together)["W_dec"]).max() > 0.1
-    labels = json.loads(next((together.dictionaries / "training").glob("*/members.json")).read_text())
+    labels = json.loads(
+        next((together.dictionaries / "training").glob("*/members.json")).read_text()
+    )
     assert len(labels) == 8
 
 
@@ -263,7 +349,7 @@ def test_split_groups_train_to_the_same_dictionaries(tmp_path, monkeypatch):
 
 @every
 def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path, monkeypatch):
-    settings = {"architecture": architecture, "steps": 60, "checkpoint_every": 20}
+    settings = {"architecture": architecture, "steps": 30, "checkpoint_every": 10}
     whole = leaves(run(tmp_path / "whole", **settings))
     save, saves = checkpoint.save, []
 
@@ -290,15 +376,19 @@ def test_finished_dictionaries_are_left_alone(tmp_path):
     assert (folder / "0.sha256.json").stat().st_mtime_ns == before
 
 
+def trainable_of(**sae):
+    """The members of one seed at two sites, and what trains them."""
+    sae = planted_config(**sae).sae
+    group = training.members(sae, [("planted", Site(0)), ("planted", Site(1))])
+    graphdef, _ = modules.abstract(lambda: training._build(sae, 16, group[0], KEY))
+    ones, means = np.ones(2, np.float32), np.zeros((2, 16), np.float32)
+    return training._trainable(sae, graphdef, group, 16, ones, means)
+
+
 @every
 def test_no_all_gather_of_rows_on_a_mesh(architecture):
     """Members and rows stay where they are: selection must not gather a sharded batch."""
-    sae = planted_config(architecture=architecture).sae
-    config_members = training.members(sae, [("planted", Site(0)), ("planted", Site(1))])
-    graphdef, _ = modules.abstract(lambda: training._build(sae, 16, config_members[0], KEY))
-    trainable = training._trainable(
-        sae, graphdef, config_members, 16, np.ones(2, np.float32), np.zeros((2, 16), np.float32)
-    )
+    trainable = trainable_of(architecture=architecture)
     mesh = make_mesh(members=2)
     assert dict(mesh.shape) == {"member": 2, "data": 4}
     member = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member"))
@@ -319,7 +409,7 @@ def test_no_all_gather_of_rows_on_a_mesh(architecture):
     [
         ({"k": 49}, "sae.k=49 is more than sae.width=48"),
         ({"batch_size": 7000}, "sae.batch_size=7000 is more than the 6000 training rows"),
-        ({"architecture": "sigmoid"}, "sae.architecture=sigmoid is unknown; use one of relu"),
+        ({"architecture": "sigmoid"}, "sae.architecture=sigmoid is unknown; use one of batchtopk"),
         ({"learning_rate": 1e30, "steps": 300}, "not finite"),
     ],
 )

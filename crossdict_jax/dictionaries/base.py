@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.errors import UserError
+from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
+
+THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,9 @@ class Hyper:
       l1_coefficient: weight of the sparsity penalty at this step (after warm-up).
       auxk_coefficient: weight of the dead features' reconstruction.
       k_aux: how many dead features take part in it (static).
+      bandwidth: of the kernel that estimates the gradient of a threshold.
+      l0_target: active features a row to aim for; 0 for none (static).
+      nested_fractions: of the width, nested dictionaries beside the whole (static).
       revive: whether any member has dead features. One scalar for the whole ensemble, so that a
         branch on it stays a branch under vmap.
     """
@@ -30,6 +38,9 @@ class Hyper:
     l1_coefficient: jax.Array | float
     auxk_coefficient: float
     k_aux: int
+    bandwidth: float
+    l0_target: float
+    nested_fractions: tuple[float, ...]
     revive: jax.Array | bool = True
 
 
@@ -42,7 +53,10 @@ class Dictionary(nnx.Module):
     Attributes:
       W_enc [d_model, width], b_enc [width], W_dec [width, d_model], b_dec [d_model], scale [].
       k: active features a row, for architectures that fix it (static; else 0).
+      measured: names of the variables that no gradient updates.
     """
+
+    measured: tuple[str, ...] = ("scale",)
 
     def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
         self.d_model, self.width, self.k = d_model, width, k
@@ -92,6 +106,9 @@ class Dictionary(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define losses.")
 
+    def measure(self, f: jax.Array) -> None:
+        """Updates what is measured, not optimised, from a training batch's features f."""
+
     def after_update(self) -> None:
         """Imposes the architecture's constraints (such as unit decoder rows) on the parameters."""
 
@@ -106,22 +123,22 @@ def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def kth_largest(z: jax.Array, k: int) -> jax.Array:
-    """Returns the k-th largest value [batch] of each row of non-negative z [batch, width], exactly.
+def kth_largest(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1) -> jax.Array:
+    """Returns the k-th largest value along ``axis`` of non-negative z [batch, width], exactly.
 
     Non-negative floats order as their bit patterns do, so 31 halvings of the integer range find
-    the value with compares and row sums alone: several times faster than a sort on CPU, and,
-    unlike ``lax.top_k``, sharded rows stay where they are.
+    the value with compares and sums alone: several times faster than a sort on CPU, and, unlike
+    ``lax.top_k``, sharded rows stay where they are.
     """
     bits = jax.lax.bitcast_convert_type(z, jnp.int32)
+    count = partial(jnp.sum, axis=axis, keepdims=True, dtype=jnp.int32)
 
     def halve(i, low):
         candidate = low | (jnp.int32(1) << (30 - i))
-        enough = jnp.sum(bits >= candidate[:, None], axis=1, dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, low)
+        return jnp.where(count(bits >= candidate) >= k, candidate, low)
 
-    low = jax.lax.fori_loop(0, 31, halve, jnp.zeros(z.shape[0], jnp.int32))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    low = jax.lax.fori_loop(0, 31, halve, jnp.zeros_like(count(bits)))
+    return jax.lax.bitcast_convert_type(jnp.squeeze(low, axis), jnp.float32)
 
 
 def keep_top_k(z: jax.Array, k: int) -> jax.Array:
@@ -134,16 +151,45 @@ def keep_top_k(z: jax.Array, k: int) -> jax.Array:
     return jnp.where(z >= threshold[:, None], z, 0.0)
 
 
+def keep_batch_top_k(z: jax.Array, k: int) -> jax.Array:
+    """Returns relu(z) with all but the batch * k largest values of the batch zeroed."""
+    z = jax.nn.relu(z)
+    threshold = kth_largest(jax.lax.stop_gradient(z), k * z.shape[0], axis=(0, 1))
+    return jnp.where(z >= threshold, z, 0.0)
+
+
 def unit_rows(W: jax.Array) -> jax.Array:
     """Returns W [width, d_model] with every row at norm 1."""
     return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-8)
 
 
-def architectures() -> tuple[str, ...]:
-    """Returns the names of all architectures: the files of this room that define one."""
-    not_ours = {"__init__", "base", "train"}
-    files = Path(__file__).parent.glob("*.py")
-    return tuple(sorted(f.stem for f in files if f.stem not in not_ours))
+class BatchSelected(Dictionary):
+    """What architectures share that choose features over the whole batch in training.
+
+    At inference f = relu(z) 1[z > threshold]; unit decoder rows.
+
+    Attributes:
+      threshold: [], the running mean of the smallest value that a batch kept.
+    """
+
+    measured = ("scale", "threshold")
+
+    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
+        super().__init__(d_model=d_model, width=width, k=k, rngs=rngs)
+        self.threshold = nnx.Variable(jnp.zeros(()))
+
+    def activate(self, z: jax.Array) -> jax.Array:
+        return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
+
+    def measure(self, f: jax.Array) -> None:
+        threshold = self.threshold[...]
+        least = jnp.min(jnp.where(f > 0, f, jnp.inf))
+        moved = threshold + THRESHOLD_RATE * (least - threshold)
+        moved = jnp.where(threshold == 0, least, moved)  # the first batch says where to start
+        self.threshold[...] = jnp.where(jnp.isfinite(least), moved, threshold)
+
+    def after_update(self) -> None:
+        self.W_dec[...] = unit_rows(self.W_dec[...])
 
 
 def find(architecture: str) -> type[Dictionary]:
@@ -162,10 +208,34 @@ def build(architecture: str, *, d_model: int, width: int, k: int, key: jax.Array
     return find(architecture)(d_model=d_model, width=width, k=k, rngs=nnx.Rngs(params=key))
 
 
+def architecture_of(dictionary: Dictionary) -> str:
+    """Returns the name that ``find`` knows a dictionary's class by.
+
+    Raises:
+      UserError: it is none of ours, as some imported ones are.
+    """
+    name = type(dictionary).__module__.rsplit(".", 1)[-1]
+    if name not in architectures():
+        raise UserError(
+            f"{type(dictionary).__name__} dictionaries have no checkpoint of their own; keep the "
+            f"folder they were imported from. Ours are {', '.join(architectures())}."
+        )
+    return name
+
+
+def from_arrays(kind: type[Dictionary], arrays: dict[str, np.ndarray], *, k: int = 0) -> Dictionary:
+    """Returns the dictionary of a class with these parameters, which speak raw units."""
+    width, d_model = arrays["W_dec"].shape
+    shape = {"d_model": d_model, "width": width, "k": k}
+    graphdef, _ = modules.abstract(lambda: kind(**shape, rngs=nnx.Rngs(params=0)))
+    filled = {"scale": np.ones(())} | arrays
+    return modules.merge(graphdef, {n: jnp.asarray(a, jnp.float32) for n, a in filled.items()})
+
+
 def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None, step: int = 0) -> None:
     """Writes an orbax checkpoint that ``load`` reads: parameters, and what is needed to build."""
     shape = {
-        "architecture": type(dictionary).__module__.rsplit(".", 1)[-1],
+        "architecture": architecture_of(dictionary),
         "d_model": dictionary.d_model,
         "width": dictionary.width,
         "k": dictionary.k,

@@ -22,6 +22,7 @@ from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.settings import has_k
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
@@ -104,7 +105,7 @@ def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
 def _check(sae: SAEConfig, *, rows: int) -> None:
     widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
     ks = sae.k if isinstance(sae.k, tuple) else (sae.k,)
-    if max(ks) > min(widths):
+    if max(ks) > min(widths) and has_k(sae.architecture):
         raise UserError(f"sae.k={max(ks)} is more than sae.width={min(widths)}; lower k.")
     if sae.batch_size > rows:
         raise UserError(
@@ -262,27 +263,24 @@ def _trainable(sae: SAEConfig, graphdef, group, d_model, scales, means) -> Train
 def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_model):
     """The step of one member: (state, rows, rate, L1 coefficient) -> (state, metrics)."""
     rate_factor, l1_factor = schedules(sae)
+    measured = base.find(sae.architecture).measured
 
     def step(state, x, rate, penalty):
         params, train_state = state["params"], state["train"]
-        hyper = base.Hyper(
-            l1_coefficient=penalty * l1_factor(number),
-            auxk_coefficient=sae.auxk_coefficient,
-            k_aux=sae.k_aux or d_model // 2,
-            revive=revive,
-        )
+        hyper = hyper_of(sae, penalty * l1_factor(number), d_model=d_model, revive=revive)
         dead = train_state["silent"] >= sae.dead_after_rows
 
         def loss_of(params):
             d = modules.merge(graphdef, params)
             loss, parts, f = d.losses(x, hyper=hyper, dead=dead, dtype=_dtype(sae))
-            return loss, (parts, f > 0)
+            return loss, (parts, f)
 
-        (loss, (parts, active)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        grads["scale"] = jnp.zeros_like(grads["scale"])
+        (loss, (parts, f)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        grads |= {name: jnp.zeros_like(grads[name]) for name in measured}
         updates, adam_state = adam.update(grads, train_state["adam"], params)
         updates = jax.tree.map(lambda u: -rate * rate_factor(number) * u, updates)
-        params = _constrained(graphdef, optax.apply_updates(params, updates))
+        params = _updated(graphdef, optax.apply_updates(params, updates), f)
+        active = f > 0
         silent = jnp.where(active.any(axis=0), 0, train_state["silent"] + x.shape[0])
         metrics = {"loss": loss, "l0": active.sum(axis=1).mean(dtype=jnp.float32)}
         metrics |= parts | {"dead_fraction": dead.mean(dtype=jnp.float32)}
@@ -291,12 +289,26 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_model):
     return step
 
 
+def hyper_of(sae: SAEConfig, l1_coefficient, *, d_model: int, revive) -> base.Hyper:
+    """Returns what a member's losses read of the settings, with its coefficient at a step."""
+    return base.Hyper(
+        l1_coefficient=l1_coefficient,
+        auxk_coefficient=sae.auxk_coefficient,
+        k_aux=sae.k_aux or d_model // 2,
+        bandwidth=sae.bandwidth,
+        l0_target=sae.l0_target,
+        nested_fractions=sae.nested_fractions,
+        revive=revive,
+    )
+
+
 def _dtype(sae: SAEConfig):
     return None if sae.matmul_dtype == "float32" else jnp.dtype(sae.matmul_dtype)
 
 
-def _constrained(graphdef, params):
+def _updated(graphdef, params, f):
     d = modules.merge(graphdef, params)
+    d.measure(f)
     d.after_update()
     return modules.split(d)[1]
 

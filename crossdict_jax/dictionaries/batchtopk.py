@@ -1,0 +1,25 @@
+"""BatchTopK dictionaries: k features a row on average, one threshold at inference."""
+
+from __future__ import annotations
+
+from crossdict_jax.dictionaries.base import BatchSelected, Hyper, keep_batch_top_k, matmul
+from crossdict_jax.dictionaries.losses import auxk, fvu
+
+
+class BatchTopK(BatchSelected):
+    """f = the batch * k largest of relu(z) in the whole batch;  loss = FVU + auxk, as of TopK.
+
+    A row takes as many features as it needs. At inference no row may depend on the others:
+    f = relu(z) 1[z > threshold] (Bussmann et al. 2024, arXiv 2412.06410).
+    """
+
+    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
+        u = self._scaled(x)
+        z = self.pre_activations(u, dtype)
+        f = keep_batch_top_k(z, self.k)
+        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        parts = {
+            "fvu": fvu(u, u_hat),
+            "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+        }
+        return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f

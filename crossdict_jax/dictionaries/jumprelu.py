@@ -1,0 +1,60 @@
+"""JumpReLU dictionaries: a learnt threshold per feature, and an L0 penalty that can train it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, matmul, unit_rows
+
+INITIAL_THRESHOLD = 0.01  # rows have mean norm sqrt(d_model), so pre-activations start near 1
+
+
+class JumpReLU(Dictionary):
+    """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f).
+
+    With an L0 target t the penalty is d_model (mean L0 / t - 1)^2: as many features a row as
+    asked for, at the price of what an unexplained row costs. A step has no gradient in its
+    threshold; it is estimated with a rectangular kernel (Rajamanoharan et al. 2024, arXiv
+    2407.14435, sections 3 and F). Unit decoder rows.
+
+    Attributes:
+      threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
+    """
+
+    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
+        super().__init__(d_model=d_model, width=width, k=k, rngs=rngs)
+        self.threshold = nnx.Param(jnp.full(width, INITIAL_THRESHOLD))
+
+    def activate(self, z: jax.Array) -> jax.Array:
+        return jnp.where(z > self.threshold[...][None, :], jax.nn.relu(z), 0.0)
+
+    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
+        u = self._scaled(x)
+        z, threshold = self.pre_activations(u, dtype), self.threshold[...][None, :]
+        gate = step(z, threshold, bandwidth=hyper.bandwidth)
+        fixed = jax.lax.stop_gradient
+        f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
+        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        mse = jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
+        penalty = self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper.l0_target)
+        return mse + hyper.l1_coefficient * penalty, {"mse": mse, "l0_penalty": penalty}, f
+
+    def _penalty(self, l0: jax.Array, target: float) -> jax.Array:
+        return self.d_model * jnp.square(l0 / target - 1) if target else l0
+
+    def after_update(self) -> None:
+        self.W_dec[...] = unit_rows(self.W_dec[...])
+        self.threshold[...] = jnp.maximum(self.threshold[...], 0.0)
+
+
+def step(z: jax.Array, threshold: jax.Array, *, bandwidth: float) -> jax.Array:
+    """Returns 1[z > threshold] [batch, width], with an estimated gradient in the threshold.
+
+    That is -1[|z - threshold| < bandwidth / 2] / bandwidth; z gets none.
+    """
+    fixed = jax.lax.stop_gradient
+    near = jnp.abs(fixed(z - threshold)) < bandwidth / 2
+    nothing = threshold - fixed(threshold)  # 0, but for its gradient
+    return (z > threshold) - near / bandwidth * nothing

@@ -1,0 +1,45 @@
+"""Matryoshka dictionaries: nested BatchTopK, whose first features must do without the later."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import jax
+
+from crossdict_jax.dictionaries.base import BatchSelected, Hyper, keep_batch_top_k, matmul
+from crossdict_jax.dictionaries.losses import auxk, fvu
+
+
+class Matryoshka(BatchSelected):
+    """loss = mean over nested widths m of FVU(b_dec + f[:m] W_dec[:m]) + auxk;  f as of BatchTopK.
+
+    The early features cannot leave parts of what they mean to later ones: no feature absorption
+    (Bussmann et al. 2025, arXiv 2503.17547). The dictionary is used whole, as a BatchTopK one.
+    """
+
+    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
+        u = self._scaled(x)
+        z = self.pre_activations(u, dtype)
+        f = keep_batch_top_k(z, self.k)
+        nested = list(self._nested(f, hyper, dtype))
+        parts = {
+            "fvu": fvu(u, nested[-1]),
+            "nested_fvu": sum(fvu(u, u_hat) for u_hat in nested) / len(nested),
+            "auxk": auxk(self, z, u - nested[-1], dead=dead, hyper=hyper, dtype=dtype),
+        }
+        return parts["nested_fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
+
+    def _nested(self, f: jax.Array, hyper: Hyper, dtype) -> Iterator[jax.Array]:
+        """Yields the reconstruction [batch, d_model] of each nested width, the whole one last.
+
+        Each adds its own slice to the one before: together as dear as one decode.
+        """
+        u_hat, W_dec = self.b_dec[...][None, :], self.W_dec[...]
+        for start, end in itertools.pairwise((0, *self._widths(hyper))):
+            u_hat = u_hat + matmul(f[:, start:end], W_dec[start:end], dtype)
+            yield u_hat
+
+    def _widths(self, hyper: Hyper) -> list[int]:
+        parts = {max(1, round(share * self.width)) for share in hyper.nested_fractions}
+        return sorted(parts | {self.width})
