@@ -3,9 +3,18 @@
 An architecture is one file here, found by its name: ``relu.py`` is ``sae.architecture=relu``.
 """
 
-from crossdict_jax.dictionaries.base import Dictionary, architectures, load, save
+from crossdict_jax.dictionaries.base import Dictionary, architectures, save
+from crossdict_jax.dictionaries.exchange import load
+from crossdict_jax.dictionaries.saelens import save_saelens
 
-__all__ = ["Dictionary", "architectures", "load", "save", "train_dictionaries"]
+__all__ = [
+    "Dictionary",
+    "architectures",
+    "load",
+    "save",
+    "save_saelens",
+    "train_dictionaries",
+]
 
 
 def __getattr__(name: str):

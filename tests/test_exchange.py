@@ -1,0 +1,435 @@
+"""Exchange: folders of SAELens, sparsify and Gemma Scope mean here what they mean there."""
+
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from crossdict_jax import dictionaries, modules
+from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries.saelens import gate_bias
+from crossdict_jax.errors import UserError
+
+D, F, K = 8, 20, 3
+DATA = os.environ.get("CROSSDICT_DATA")
+FOREIGN = sorted((Path(DATA).parent / "saelens").glob("*/")) if DATA else []
+foreign = pytest.mark.parametrize("folder", FOREIGN, ids=lambda f: f.name)
+HOOK = {"hook_name": "blocks.0.hook_resid_pre", "model_name": "toy"}
+
+
+def rows(n=40, seed=9):
+    return np.random.default_rng(seed).normal(1, 2, (n, D)).astype(np.float32)
+
+
+def weights(*names, seed=0):
+    """Random arrays of a SAELens folder, with nothing at zero."""
+    shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,), "topk_threshold": ()}
+    rng = np.random.default_rng(seed)
+    made = {n: rng.normal(size=shapes.get(n, (F,))) for n in ("W_enc", "W_dec", "b_dec", *names)}
+    made |= {n: np.abs(made[n]) for n in made if "threshold" in n}
+    return {n: np.asarray(a, np.float32) for n, a in made.items()}
+
+
+def saelens_folder(path, arrays, *, scaler=None, **config):
+    path.mkdir(parents=True, exist_ok=True)
+    plain = {"d_in": D, "d_sae": F, "dtype": "float32", "normalize_activations": "none"}
+    config = {k: v for k, v in (plain | config).items() if v is not None}
+    (path / "cfg.json").write_text(json.dumps(config))
+    save_file(arrays, path / "sae_weights.safetensors")
+    if scaler is not None:
+        (path / "activation_scaler.json").write_text(json.dumps(scaler))
+    return path
+
+
+# ---------------------------------------------------------------- what SAELens computes, in numpy
+
+
+def saelens(config, w, x):
+    """Returns (features, the whole pass) by the definitions of SAELens, in its own order."""
+    u, undo = saelens_norm(config.get("normalize_activations"), x)
+    u = u - w["b_dec"] * config.get("apply_b_dec_to_input", True)
+    norms = np.linalg.norm(w["W_dec"], axis=1) if config.get("rescale_acts_by_decoder_norm") else 1
+    f = saelens_features(config, w, u, norms)
+    return f, undo((f / norms) @ w["W_dec"] + w["b_dec"])
+
+
+def saelens_norm(norm, x):
+    if norm == "layer_norm":
+        mean, std = x.mean(1, keepdims=True), x.std(1, ddof=1, keepdims=True)
+        return (x - mean) / (std + 1e-5), lambda y: y * std + mean
+    if norm == "constant_norm_rescale":
+        factor = D**0.5 / np.linalg.norm(x, axis=1, keepdims=True)
+        return x * factor, lambda y: y / factor
+    return x, lambda y: y
+
+
+def saelens_features(config, w, u, norms):
+    if config["architecture"] == "gated":
+        magnitude = np.maximum(u @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"], 0)
+        return (u @ w["W_enc"] + w["b_gate"] > 0) * magnitude
+    z = (u @ w["W_enc"] + w["b_enc"]) * norms
+    threshold = w.get("threshold", w.get("topk_threshold", 0.0))
+    size = np.abs(z) if config["architecture"] == "abstopk" else z
+    if "topk" in config["architecture"] and "batch" not in config["architecture"]:
+        keep = np.argsort(np.argsort(-size, axis=1), axis=1) < config["k"]
+        return np.where(keep, z if config["architecture"] == "abstopk" else np.maximum(z, 0), 0)
+    return np.maximum(z, 0) * (z > threshold)
+
+
+NAMES = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "abstopk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+    "batchtopk": ("b_enc", "topk_threshold"),
+    "matryoshka_batchtopk": ("b_enc", "topk_threshold"),
+}
+CASES = [
+    {"architecture": a, "apply_b_dec_to_input": b, "normalize_activations": n}
+    for a, b, n in [
+        *itertools.product(NAMES, (True, False), ("none",)),
+        ("standard", None, "expected_average_only_in"),
+        ("standard", True, "layer_norm"),
+        ("topk", False, "constant_norm_rescale"),
+        ("gated", False, "layer_norm"),
+    ]
+]
+CASES = [
+    case | {"rescale_acts_by_decoder_norm": rescaled}
+    for case in CASES
+    for rescaled in (False, True)[: 1 + ("topk" in case["architecture"])]
+]
+
+
+def spelt(case):
+    return "-".join(str(v) for v in case.values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=spelt)
+def test_a_saelens_folder_means_what_it_means_there(case, tmp_path):
+    config = {k: v for k, v in case.items() if v is not None} | {"k": K}
+    w = weights(*NAMES[case["architecture"]])
+    d = dictionaries.load(saelens_folder(tmp_path / "d", w, **config))
+    f, x_hat = saelens(config, w, rows())
+    assert (f != 0).any() and (f == 0).any()
+    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
+    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
+    np.testing.assert_allclose(modules.over_rows(d, rows(), method="encode", size=7), f, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", [a for a in NAMES if a != "abstopk"])
+def test_the_scale_of_unfinished_training_is_folded(architecture, tmp_path):
+    config = {"architecture": architecture, "k": K}
+    config["rescale_acts_by_decoder_norm"] = "topk" in architecture
+    w, s = weights(*NAMES[architecture]), 0.3
+    scaler = {"scaling_factor": s, "has_whitening": False}
+    d = dictionaries.load(saelens_folder(tmp_path / "d", w, scaler=scaler, **config))
+    f, x_hat = saelens(config, w, s * rows())
+    rescaled = s if config["rescale_acts_by_decoder_norm"] else 1  # by norms of rows in raw units
+    np.testing.assert_allclose(d.encode(rows()), f / rescaled, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(d(rows()), x_hat / s, rtol=2e-5, atol=5e-5)
+
+
+def test_a_jumprelu_threshold_is_strict_and_exact(tmp_path):
+    w = weights("b_enc", "threshold") | {"b_enc": np.zeros(F, np.float32)}
+    w |= {"b_dec": np.zeros(D, np.float32), "W_enc": np.eye(D, F, dtype=np.float32)}
+    w["threshold"] = np.full(F, 0.3, np.float32)
+    d = dictionaries.load(saelens_folder(tmp_path / "d", w, architecture="jumprelu"))
+    at, above = np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))
+    f = np.asarray(d.encode(jnp.asarray([[at] * D, [above] * D])))
+    assert (f[0] == 0).all() and (f[1, :D] == above).all()
+
+
+def test_bfloat16_weights_are_widened(tmp_path):
+    w = {n: np.asarray(jnp.asarray(a, jnp.bfloat16)) for n, a in weights("b_enc").items()}
+    d = dictionaries.load(saelens_folder(tmp_path / "d", w, architecture="standard"))
+    assert d.W_enc[...].dtype == jnp.float32
+    np.testing.assert_array_equal(d.W_enc[...], w["W_enc"].astype(np.float32))
+
+
+# ---------------------------------------------------------------- folders of the real library
+
+
+def test_there_are_foreign_folders_where_there_is_data():
+    if not DATA:
+        pytest.skip("CROSSDICT_DATA names no folder")
+    assert FOREIGN
+
+
+@foreign
+def test_a_foreign_folder_encodes_and_decodes_as_there(folder):
+    io, d = np.load(folder / "io.npz"), dictionaries.load(folder)
+    np.testing.assert_allclose(d.encode(io["x"]), io["acts"], atol=1e-5)
+    np.testing.assert_allclose(d.decode(io["acts"]), io["recon"], atol=1e-5)
+    np.testing.assert_allclose(d(io["x"]), io["forward"], atol=1e-5)
+
+
+@foreign
+def test_a_foreign_checkpoint_gives_what_its_training_step_had(folder):
+    """The weights of the step are the checkpoint's; its rows are in normalised units."""
+    step, d = np.load(folder / "train_step.npz"), dictionaries.load(folder / "checkpoint")
+    scaler = json.loads((folder / "checkpoint" / "activation_scaler.json").read_text())
+    s = scaler["scaling_factor"] or 1.0
+    np.testing.assert_allclose(s * d.decode(step["acts"]), step["recon"], atol=1e-5)
+    f = np.asarray(d.encode(step["x"] / s))
+    if folder.name == "batchtopk":  # there the step chose over the batch
+        f, acts = np.where(step["acts"] > 0, f, 0), np.where(f > 0, step["acts"], 0)
+        assert (acts > 0).sum() > 0.5 * (step["acts"] > 0).sum()
+    else:
+        acts = step["acts"]
+    np.testing.assert_allclose(f, acts, atol=1e-5)
+
+
+STEPS = {"standard": "relu", "standard_normed": "relu", "jumprelu": "jumprelu", "gated": "gated"}
+steps = pytest.mark.parametrize(
+    "folder", [f for f in FOREIGN if f.name in STEPS], ids=lambda f: f.name
+)
+
+
+def foreign_step(folder):
+    """(our loss as a function of our parameters, the parameters, the library's numbers)."""
+    step = np.load(folder / "train_step.npz")
+    arrays = {name[2:]: step[name] for name in step.files if name.startswith("w_")}
+    gate_bias(arrays)
+    details = json.loads((folder / "cfg.json").read_text())["metadata"]
+    hyper = base.Hyper(
+        l1_coefficient=step["coef_l0" if folder.name == "jumprelu" else "coef_l1"],
+        auxk_coefficient=0.0,
+        k_aux=0,
+        bandwidth=details["training_architecture_details"].get("jumprelu_bandwidth", 1.0),
+        l0_target=0.0,
+        nested_fractions=(),
+    )
+    graphdef, params = modules.split(base.from_arrays(base.find(STEPS[folder.name]), arrays))
+
+    def loss_of(params):
+        dictionary = modules.merge(graphdef, params)
+        return dictionary.losses(step["x"], hyper=hyper, dead=step["dead"])[0]
+
+    return loss_of, params, step
+
+
+@steps
+def test_losses_and_gradients_are_those_of_the_real_library(folder):
+    loss_of, params, step = foreign_step(folder)
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    np.testing.assert_allclose(loss, step["loss"], rtol=1e-5)
+    theirs = {name[2:]: step[name] for name in step.files if name.startswith("g_")}
+    gate_bias(theirs)
+    if folder.name == "gated":  # as in the paper, its last term leaves our decoder alone
+        del theirs["W_dec"], theirs["b_dec"]
+    for name, gradient in theirs.items():
+        np.testing.assert_allclose(grads[name], gradient, atol=1e-5, err_msg=name)
+
+
+@steps
+def test_one_clipped_step_of_adam_is_that_of_the_real_library(folder):
+    if folder.name == "gated":
+        pytest.skip("the decoder's gradient is the paper's, not the library's")
+    loss_of, params, step = foreign_step(folder)
+    grads = jax.grad(loss_of)(params) | {"scale": jnp.zeros(())}
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    updates, _ = adam.update(grads, adam.init(params))
+    for name, value in optax.apply_updates(params, updates).items():
+        after = step["after_" + name] if name != "scale" else 1.0
+        np.testing.assert_allclose(value, after, atol=1e-5, err_msg=name)
+
+
+# ---------------------------------------------------------------- out
+
+
+def trained(architecture):
+    """A dictionary with nothing at its initial value, its threshold among the activations."""
+    d = base.build(architecture, d_model=D, width=F, k=K, key=jax.random.key(0))
+    for i, name in enumerate(modules.split(d)[1]):
+        variable = getattr(d, name)
+        noise = jax.random.normal(jax.random.key(i), variable[...].shape)
+        variable[...] = variable[...] + 0.3 * (jnp.abs(noise) if name == "threshold" else noise)
+    d.scale[...] = jnp.asarray(0.4)
+    return d
+
+
+@pytest.mark.parametrize("architecture", base.architectures())
+def test_an_export_means_there_what_it_means_here(architecture, tmp_path):
+    d = trained(architecture)
+    dictionaries.save_saelens(d, tmp_path / "d", **HOOK)
+    config = json.loads((tmp_path / "d" / "cfg.json").read_text())
+    w = load_file(tmp_path / "d" / "sae_weights.safetensors")
+    f, x_hat = saelens(config, w, rows())
+    np.testing.assert_allclose(f, d.encode(rows()), atol=2e-5)
+    np.testing.assert_allclose(x_hat, d(rows()), atol=5e-5)
+    assert config["apply_b_dec_to_input"] is True and config["dtype"] == "float32"
+    assert config["metadata"].items() >= HOOK.items()
+    assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    again = dictionaries.load(tmp_path / "d")
+    np.testing.assert_allclose(again.encode(rows()), d.encode(rows()), atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", base.architectures())
+def test_the_real_library_reads_an_export(architecture, tmp_path):
+    library = pytest.importorskip("sae_lens")
+    d = trained(architecture)
+    dictionaries.save_saelens(d, tmp_path / "d", **HOOK)
+    theirs = library.SAE.load_from_disk(tmp_path / "d")
+    x = library.saes.sae.torch.from_numpy(rows())
+    np.testing.assert_allclose(theirs.encode(x).detach().numpy(), d.encode(rows()), atol=2e-5)
+    np.testing.assert_allclose(theirs(x).detach().numpy(), d(rows()), atol=5e-5)
+    assert theirs.cfg.metadata.hook_name == HOOK["hook_name"]
+
+
+def test_what_ours_cannot_say_is_refused_by_save_and_export(tmp_path):
+    folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="abstopk", k=K)
+    d = dictionaries.load(folder)
+    with pytest.raises(UserError, match="AbsTopK dictionaries have no checkpoint of their own"):
+        dictionaries.save(d, tmp_path / "ours")
+    with pytest.raises(UserError, match="AbsTopK"):
+        dictionaries.save_saelens(d, tmp_path / "theirs", **HOOK)
+
+
+# ---------------------------------------------------------------- sparsify, Gemma Scope
+
+
+def sparsify_folder(path, arrays, **config):
+    path.mkdir()
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    arrays = {names.get(n, n): np.ascontiguousarray(a.T) if n == "W_enc" else a
+              for n, a in arrays.items()}  # fmt: skip
+    save_file(arrays, path / "sae.safetensors")
+    (path / "cfg.json").write_text(json.dumps(config))
+    return path
+
+
+SPARSIFY = {"activation": "topk", "k": K, "d_in": D, "num_latents": F, "expansion_factor": 32}
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_a_sparsify_folder_means_what_it_means_there(transcode, tmp_path):
+    w = weights("b_enc")
+    d = dictionaries.load(sparsify_folder(tmp_path / "d", w, transcode=transcode, **SPARSIFY))
+    config = {"architecture": "topk", "k": K, "apply_b_dec_to_input": not transcode}
+    f, x_hat = saelens(config, w, rows())
+    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
+    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
+
+
+def test_sparsify_widths_may_be_given_as_a_factor(tmp_path):
+    w = {n: np.zeros(s, np.float32) for n, s in
+         {"W_enc": (4, 8), "W_dec": (8, 4), "b_enc": (8,), "b_dec": (4,)}.items()}  # fmt: skip
+    config = {"k": 2, "d_in": 4, "num_latents": 0, "expansion_factor": 2}
+    assert dictionaries.load(sparsify_folder(tmp_path / "d", w, **config)).width == 8
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_gemma_scope_params_are_read(as_file, tmp_path):
+    w = weights("b_enc", "threshold")
+    np.savez(tmp_path / "params.npz", **w)
+    d = dictionaries.load(tmp_path / "params.npz" if as_file else tmp_path)
+    config = {"architecture": "jumprelu", "apply_b_dec_to_input": False}
+    f, x_hat = saelens(config, w, rows())
+    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
+    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def refused(path, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        dictionaries.load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": None}, "lacks the required key 'architecture'"),
+        ({"d_in": None}, "lacks the required key 'd_in'"),
+        ({"d_sae": None}, "lacks the required key 'd_sae'"),
+        ({"dtype": None}, "lacks the required key 'dtype'"),
+        (
+            {"architecture": "sigmoid"},
+            "architecture='sigmoid' is unknown; it may be standard, topk",
+        ),
+        ({"architecture": "topk"}, "lacks the required key 'k'"),
+        ({"architecture": "topk", "k": 0}, "k=0 must be a whole number, 1 to 20"),
+        ({"architecture": "topk", "k": F + 1}, "k=21 must be a whole number, 1 to 20"),
+        ({"architecture": "topk", "k": "3"}, "k='3' must be a whole number"),
+        ({"normalize_activations": "batch"}, "normalize_activations='batch' must be none"),
+        ({"architecture": "jumprelu"}, "lacks threshold; its weights must be"),
+        ({"d_sae": F + 1}, "W_enc has shape (8, 20), where (8, 21) is expected"),
+        ({"scaler": {"scaling_factor": 1.0, "has_whitening": True}}, "has_whitening"),
+        ({"scaler": {"scaling_factor": 0.0}}, "scaling_factor=0.0 must be a number above 0"),
+    ],
+)
+def test_a_saelens_folder_that_cannot_be_read_is_told_in_one_line(config, message, tmp_path):
+    config = {"architecture": "standard"} | config
+    refused(saelens_folder(tmp_path / "d", weights("b_enc"), **config), message)
+
+
+def test_extra_weights_and_nan_are_refused(tmp_path):
+    extra = weights("b_enc", "W_skip")
+    refused(saelens_folder(tmp_path / "a", extra, architecture="standard"), "holds W_skip")
+    bad = weights("b_enc") | {"b_enc": np.full(F, np.nan, np.float32)}
+    refused(saelens_folder(tmp_path / "b", bad, architecture="standard"), "b_enc holds NaN")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_safetensors_are_named(keep, tmp_path):
+    folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
+    file = folder / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(folder, f"{file} is damaged")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_damaged_config_is_named(text, tmp_path):
+    folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
+    (folder / "cfg.json").write_text(text)
+    refused(folder, str(folder / "cfg.json"))
+
+
+def test_missing_files_are_named(tmp_path):
+    folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
+    (folder / "sae_weights.safetensors").unlink()
+    refused(folder, "has neither sae_weights.safetensors (SAELens) nor sae.safetensors")
+    (folder / "sae_weights.pt").write_bytes(b"\x80\x04")
+    refused(folder, "sae_weights.pt, which could run code, is never read")
+    other = saelens_folder(tmp_path / "e", weights("b_enc"), architecture="standard")
+    (other / "cfg.json").unlink()
+    refused(other, "lacks cfg.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation": "groupmax"}, "activation='groupmax' is not supported, only 'topk'"),
+        ({"skip_connection": True}, "skip_connection=True is not supported"),
+        ({"k": None}, "lacks the required key 'k'"),
+        ({"d_in": None}, "lacks the required key 'd_in'"),
+        ({"num_latents": 0, "expansion_factor": None}, "lacks the required key 'expansion_factor'"),
+    ],
+)
+def test_a_sparsify_folder_that_cannot_be_read_is_told_in_one_line(config, message, tmp_path):
+    refused(sparsify_folder(tmp_path / "d", weights("b_enc"), **(SPARSIFY | config)), message)
+
+
+def test_objects_and_cut_archives_of_gemma_scope_are_refused(tmp_path):
+    file = tmp_path / "params.npz"
+    np.savez(file, **weights("b_enc", "threshold"))
+    whole = file.read_bytes()
+    for keep in (0, 10, len(whole) // 2, len(whole) - 30):
+        file.write_bytes(whole[:keep])
+        refused(file, "is damaged")
+    np.savez(file, W_enc=np.asarray([{}], object))
+    refused(file, "is damaged or holds objects")
+    np.savez(file, W_dec=np.zeros((3, 2)))
+    refused(file, "lacks W_enc, b_dec, b_enc, threshold")
