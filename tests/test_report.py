@@ -465,6 +465,16 @@ def test_a_stitch_that_is_no_better_than_its_controls_is_negative():
     assert answer._to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
 
 
+def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs():
+    rows = causal_rows(transfer_rows(layers=(6,)))
+    for row in rows:
+        if row["control"] == "mean" and row["target"] == "docs-gpt2":
+            row["loss_recovered"] = 0.84  # every rung looks good against zero here
+    sentence = answer._to_what_effect(stitchings(rows))
+    assert "put into docs-neox resid_pre.6, recovers" in sentence
+    assert sentence.replace("\u00a0", " ").endswith("of what the mean costs it wins back 62.4 %.")
+
+
 def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     work = write_required(tmp_path)
     rows = transfer_rows()

@@ -157,7 +157,16 @@ def _to_what_effect(stitchings: list[Stitching]) -> str:
 
 def _above_controls_first(pick: tuple[Stitching, Line]) -> tuple[bool, float]:
     stitching, line = pick
-    return stitching.surely_above_controls(line), line.value("loss_recovered")
+    return stitching.surely_above_controls(line), _of_mean(stitching, line)
+
+
+def _of_mean(stitching: Stitching, line: Line) -> float:
+    """Returns the share of what the mean costs that a rung wins back (of zero, without a mean).
+
+    Where the mean alone recovers most of the loss, every rung looks good against zero.
+    """
+    mean, value = stitching.reference("mean"), line.value("loss_recovered")
+    return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
 
 
 def _recovered(stitching: Stitching, line: Line) -> str:
@@ -191,6 +200,7 @@ def _beside(stitching: Stitching, line: Line) -> str:
         "the target’s own dictionary": stitching.reference("own_sae"),
         "the mean": stitching.reference("mean"),
         "the same map on shuffled pairs": line.null("loss_recovered"),
+        "and of what the mean costs it wins back": _of_mean(stitching, line),
     }
     words = [f"{name} {percent(v)}" for name, v in values.items() if v is not None]
     return f"; beside it {', '.join(words)}" if words else ""

@@ -507,6 +507,7 @@ def _losses(axes, curves: Curves) -> None:
             color=SERIES[order.index(stem) % len(SERIES)],
             linewidth=1,
         )
-    if min(map(min, curves.losses)) > 0:
+    low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
+    if 0 < 5 * low < high:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)

@@ -318,7 +318,7 @@ def _transfer(line: Line) -> list[Cell]:
         _compared(line, "cosine_mean_predictor", bounds=False),
         _compared(line, "cosine_centered"),
         _compared(line, "top1"),
-        _compared(line, "mean_rank", digits=0),
+        _compared(line, "mean_rank", digits=0, bounds=False),
         _compared(line, "feature_correlation"),
         _compared(line, "sparsity_similarity"),
         _compared(line, "l0_predicted", digits=1, bounds=False),
