@@ -130,13 +130,11 @@ def _beyond_the_token(gain: Pick | None) -> str:
     if gain is None:
         return "the context gain is undefined here"
     comparison, line = gain
-    score = _score(line, "context_gain", "context gain")
+    score = _score(line, "context_gain", "the highest context gain is")
     where = f"{line.kind}, {comparison.source} to {comparison.target}, {comparison.sites}"
     if line.at_least("context_gain") <= 0:
-        return (
-            f"beyond the identity of the current token nothing is shown (at best {score}; {where})"
-        )
-    return f"beyond the identity of the current token, at most {score} ({where})"
+        return f"beyond the identity of the current token nothing is shown: {score} ({where})"
+    return f"beyond the identity of the current token {score} ({where})"
 
 
 # ---------------------------------------------------------------- third sentence
