@@ -20,7 +20,7 @@ def get_config() -> Config:
         site="resid_pre",
         text=TextConfig(
             source="docstrings",  # what every installation has
-            documents=300,  # modules; the fifth that is held out makes intervals of a few hundredths
+            documents=300,  # modules; a fifth held out makes intervals of a few hundredths
             max_bytes=700,  # of each: about 240 tokens, so many documents rather than long ones
         ),
         sae=SAEConfig(

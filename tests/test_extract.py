@@ -166,7 +166,7 @@ def test_damage_is_named(finished, tmp_path, name, damage):
     else:
         data[-3] ^= 4
         victim.write_bytes(data)
-    with pytest.raises(UserError, match="missing|altered") as error:
+    with pytest.raises(UserError, match=r"missing|altered") as error:
         everything(open_store(tmp_path / "a"))
     assert str(victim) in str(error.value) and "\n" not in str(error.value)
 
