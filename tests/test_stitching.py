@@ -154,6 +154,26 @@ def test_the_size_of_a_batch_changes_nothing(lm, passages):
     np.testing.assert_allclose(small.ce, large.ce, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "size", "shapes"),
+    [
+        ([10] * 9, 4, [(3, 10)] * 3),  # as equal as they can be, not 4, 4, 1
+        ([10, 3, 10, 4, 3], 4, [(3, 4), (2, 10)]),  # short ones apart
+        ([10, 9, 10, 10], 4, [(4, 10)]),  # nothing to save
+        ([7], 4, [(1, 7)]),
+    ],
+)
+def test_windows_are_padded_little(lengths, size, shapes):
+    tokens = tuple(np.full(n, i, np.int32) for i, n in enumerate(lengths))
+    window, position = np.array([(i, 0) for i in range(len(lengths))]).T
+    passages = Passages(tokens, np.arange(len(lengths)), window, position, window)
+    batches = splice._batches(passages, size=size, devices=1)
+    assert [b.tokens.shape for b in batches] == shapes
+    assert sorted(np.concatenate([b.rows for b in batches])) == list(range(len(lengths)))
+    for batch in batches:
+        assert (batch.tokens[batch.at] == batch.rows).all()
+
+
 def test_all_replacements_share_one_program(lm, passages):
     site = Site(0)
     run = splicer(lm, passages, site)

@@ -124,16 +124,14 @@ class Splicer:
         """Runs the model once, as deep as its highest site.
 
         Args:
-          batch_size: windows per forward; raised to a multiple of the number of devices.
+          batch_size: windows per forward, at most (but for one on every device).
           dtype: of the inputs of matrix products.
         """
         if batch_size < 1:
             raise UserError(f"intervention.batch_size={batch_size} must be at least 1.")
         self.passages, self.name = passages, lm.name
         self._mesh = make_mesh()
-        self._batches = _batches(
-            passages, math.ceil(batch_size / self._mesh.size) * self._mesh.size
-        )
+        self._batches = _batches(passages, size=batch_size, devices=self._mesh.size)
         self._graphdef, params = modules.split(lm)
         self._params = jax.device_put(params, shard(self._mesh))
         self._dtype = jnp.dtype(dtype)
@@ -183,22 +181,30 @@ class Splicer:
         return put(array, shard(self._mesh, DATA))
 
 
-def _batches(passages: Passages, size: int) -> list[_Batch]:
-    """Windows in order of length, padded to the longest, or to half of it if that fills a batch.
+def _batches(passages: Passages, *, size: int, devices: int) -> list[_Batch]:
+    """Windows by length, in at most two groups of equally large and equally long batches.
 
-    Each of the two lengths is compiled once.
+    Each group is compiled once, so there is a second one only where it saves much padding.
     """
+    size = math.ceil(size / devices) * devices
     lengths = np.array([len(t) for t in passages.tokens])
-    longest = int(lengths.max())
-    half = -(-longest // 2)
     by_length = np.argsort(lengths, kind="stable")
-    n_short = int((lengths <= half).sum())
-    n_short = n_short if n_short >= size else 0
-    return [
-        _batch(passages, windows[at : at + size], (size, length))
-        for windows, length in ((by_length[:n_short], half), (by_length[n_short:], longest))
-        for at in range(0, len(windows), size)
-    ]
+    n_short = _short(lengths[by_length])
+    batches = []
+    for group in (by_length[:n_short], by_length[n_short:]):
+        parts = np.array_split(group, math.ceil(len(group) / size)) if len(group) else []
+        rows = math.ceil(max(map(len, parts), default=0) / devices) * devices
+        batches += [_batch(passages, part, (rows, lengths[group].max())) for part in parts]
+    return batches
+
+
+def _short(lengths: np.ndarray) -> int:
+    """How many of the windows, by length, to pad to less than the longest; often 0."""
+    n = len(lengths)
+    short = np.arange(1, n + 1)
+    padded = short * lengths + (n - short) * lengths[-1]  # tokens, if the first ``short`` are apart
+    best = int(padded.argmin())
+    return int(short[best]) if padded[best] < 0.8 * n * lengths[-1] else 0
 
 
 def _batch(passages: Passages, windows: np.ndarray, shape: tuple[int, int]) -> _Batch:

@@ -20,7 +20,7 @@ from crossdict_jax.maps.mean import feature_mean
 from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.workdir import Workdir
 
-CONTEXT_ROWS = 2**15  # training rows, evenly spread, that the means of context_gain are taken from
+CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
 CORRELATION_EDGES = np.linspace(-1, 1, 41).round(2)
 FREQUENCY_EDGES = np.array([0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1])
 
