@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -569,7 +570,10 @@ def test_an_interruption_is_told_in_one_line(finished, tiny):
     copy = copy_of(work, without="dictionaries")
     ask(copy, small(tiny, sae__steps=1_000_000))
     program = [sys.executable, "-m", "launch.train_saes", f"--workdir={copy}"]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, cwd=ROOT, env=environment()) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # as in a shell
+    with subprocess.Popen(
+        program, stderr=subprocess.PIPE, cwd=ROOT, env=environment(), preexec_fn=listening
+    ) as process:
         stderr = b""
         while not re.search(rb"[1-9]\d*/1000000 ", stderr):  # it trains
             piece = process.stderr.read1(100)
