@@ -5,7 +5,6 @@ python -m launch.experiment
 
 from crossdict_jax.config import (
     Config,
-    EvaluationConfig,
     InterventionConfig,
     MapConfig,
     SAEConfig,
@@ -20,24 +19,20 @@ def get_config() -> Config:
         site="resid_pre",
         text=TextConfig(
             source="docstrings",  # what every installation has
-            documents=300,  # modules; a fifth held out makes intervals of a few hundredths
+            documents=240,  # modules; a fifth held out makes intervals of a few hundredths
             max_bytes=700,  # of each: about 240 tokens, so many documents rather than long ones
         ),
         sae=SAEConfig(
             architecture="topk",
             width=512,  # 3 to 4 times d_model
             k=16,
-            steps=800,  # of 512 rows: each row is seen about nine times
+            steps=800,  # of 512 rows: each row is seen about eleven times
             batch_size=512,
         ),
         map=MapConfig(
             steps=300,
             batch_size=128,
             hidden=256,  # half the width of a dictionary
-        ),
-        evaluation=EvaluationConfig(
-            bootstrap=200,
-            pool=1024,  # retrieval candidates; all rows would double the time of this stage
         ),
         intervention=InterventionConfig(documents=32),
     )
