@@ -129,7 +129,7 @@ class Splicer:
         """
         if batch_size < 1:
             raise UserError(f"intervention.batch_size={batch_size} must be at least 1.")
-        self.passages, self.name = passages, lm.name
+        self.passages = passages
         self._mesh = make_mesh()
         self._batches = _batches(passages, size=batch_size, devices=self._mesh.size)
         self._graphdef, params = modules.split(lm)
