@@ -19,14 +19,14 @@ def get_config() -> Config:
         site="resid_pre",
         text=TextConfig(
             source="docstrings",  # what every installation has
-            documents=180,  # modules; a fifth held out makes intervals of a few hundredths
+            documents=150,  # modules; a fifth held out makes intervals of a few hundredths
             max_bytes=700,  # of each: about 240 tokens, so many documents rather than long ones
         ),
         sae=SAEConfig(
             architecture="topk",
             width=384,  # 3 to 4 times d_model
             k=16,
-            steps=600,  # of 512 rows: each row is seen about eleven times
+            steps=600,  # of 512 rows: each row is seen about fourteen times
             batch_size=512,
         ),
         map=MapConfig(
@@ -34,5 +34,5 @@ def get_config() -> Config:
             batch_size=128,
             hidden=256,  # half the width of a dictionary
         ),
-        intervention=InterventionConfig(documents=24),
+        intervention=InterventionConfig(documents=16),
     )
