@@ -454,7 +454,7 @@ def untrained(problem: Problem):
     """The MLP of a problem before training."""
     source, target = problem.train.source, problem.train.target
     shape = {"width_a": source.dictionary.width, "hidden": 16, "dropout": 0.3}
-    standards = mlp._standards(*map(mlp.feature_statistics, (source, target)))
+    standards = mlp._standards(source, target)
     network = mlp.Network(**shape, width_b=target.dictionary.width, rngs=nnx.Rngs(params=0))
     values = standards | {"network": modules.split(network)[1]}
     return base.build(mlp.MLP, target.dictionary, shape, values)
@@ -648,6 +648,11 @@ def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
     again = maps.shuffled(pairs, 3)
     np.testing.assert_array_equal(moved.target.x, again.target.x)
     assert not np.array_equal(moved.target.x, maps.shuffled(pairs, 4).target.x)
+    for ours, theirs in zip(moved.target.feature_moments, pairs.target.feature_moments):
+        np.testing.assert_array_equal(ours, theirs)
+    f = base.encode_rows(pairs.target.dictionary, pairs.target.x)
+    np.testing.assert_allclose(pairs.target.feature_moments[0], f.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(pairs.target.feature_moments[1], f.var(0), rtol=1e-4)
     seeds = {maps.shuffle_seed(seed, split) for seed in range(4) for split in SPLITS}
     assert len(seeds) == 12
 

@@ -16,7 +16,6 @@ from crossdict_jax.config import Config
 from crossdict_jax.evaluation.transfer import HeldOut, Score, TokenMeans, hold_out, measure, verdict
 from crossdict_jax.maps import Map, Pairs, Problem, Side, Task, token
 from crossdict_jax.maps.base import encode_rows, slices
-from crossdict_jax.maps.mean import feature_mean
 from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.workdir import Workdir
 
@@ -40,7 +39,7 @@ def score_ladder(
       progress: a tqdm bar, updated by one for every task.
     """
     aligned = _load(tasks[0], store, work)
-    train_mean = feature_mean(aligned["train"].target)
+    train_mean, _ = aligned["train"].target.feature_moments
     rows, figures = [], []
     for pairing in dict.fromkeys(task.pairing for task in tasks):
         splits = aligned if pairing == "aligned" else _shuffled(aligned, config.seed)

@@ -7,7 +7,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -34,11 +34,30 @@ class Side:
       x: activations [n, d_model], bfloat16 or float32, on the host.
       tokens: int32 [n], the model's own token that ends at the position.
       dictionary: the sparse dictionary of this model at this site.
+      reordered_from: the side that holds the same rows in another order, if there is one.
     """
 
     x: np.ndarray
     tokens: np.ndarray
     dictionary: Dictionary
+    reordered_from: Side | None = None
+
+    @cached_property
+    def feature_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance, float64 [width], of the features; encoded once, in batches."""
+        if self.reordered_from is not None:
+            return self.reordered_from.feature_moments
+        total, square = np.zeros((2, self.dictionary.width))
+        for rows in slices(len(self.x)):
+            f = encode_rows(self.dictionary, self.x[rows])
+            total += f.sum(0, dtype=np.float64)
+            square += np.square(f).sum(0, dtype=np.float64)
+        mean = total / len(self.x)
+        return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
+
+    def reordered(self, order: np.ndarray) -> Side:
+        """Returns the side with its rows in the given order."""
+        return Side(self.x[order], self.tokens[order], self.dictionary, reordered_from=self)
 
 
 @dataclass(frozen=True)

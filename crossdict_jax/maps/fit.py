@@ -87,9 +87,7 @@ def shuffle_seed(seed: int, split: str) -> int:
 def shuffled(pairs: Pairs, seed: int) -> Pairs:
     """Returns the pairs with the target's rows in one seeded random order, across documents."""
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pairs))
-    target = pairs.target
-    target = dataclasses.replace(target, x=target.x[order], tokens=target.tokens[order])
-    return dataclasses.replace(pairs, target=target)
+    return dataclasses.replace(pairs, target=pairs.target.reordered(order))
 
 
 def load_side(store: Store, model: str, site: Site, split: str, work: Workdir) -> Side:

@@ -7,20 +7,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import (
-    Fitted,
-    Map,
-    Problem,
-    Side,
-    build,
-    check_rows,
-    encode_rows,
-    slices,
-)
+from crossdict_jax.maps.base import Fitted, Map, Problem, build, check_rows
 
 
 class Mean(Map):
@@ -47,12 +37,4 @@ def fit(
 def _fit(problem: Problem) -> Fitted:
     check_rows(problem, Mean.kind, train=1, validation=0)
     target = problem.train.target
-    return Fitted(build(Mean, target.dictionary, {}, {"mean": feature_mean(target)}))
-
-
-def feature_mean(side: Side) -> np.ndarray:
-    """Returns the mean float64 [width] of a side's features, a batch at a time."""
-    total = np.zeros(side.dictionary.width)
-    for rows in slices(len(side.x)):
-        total += encode_rows(side.dictionary, side.x[rows]).sum(0, dtype=np.float64)
-    return total / len(side.x)
+    return Fitted(build(Mean, target.dictionary, {}, {"mean": target.feature_moments[0]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,8 +23,6 @@ from crossdict_jax.maps.base import (
     Side,
     build,
     check_rows,
-    encode_rows,
-    slices,
 )
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
@@ -172,16 +171,15 @@ class _Ensemble:
         width_a = first.source.dictionary.width
         self.shape = {"width_a": width_a, "hidden": config.hidden, "dropout": config.dropout}
         self.graph, _ = modules.abstract(lambda: MLP(first.target.dictionary, **self.shape))
-        statistics = _remembered(feature_statistics)  # problems share sides
-        moments = [[statistics(side) for side in _sides(p.train)] for p in problems]
-        self.standards = [_standards(a, b) for a, b in moments]
-        self.fixed = self._stacked([self._fixed(i, b) for i, (_, b) in enumerate(moments)])
+        self.standards = [_standards(*_sides(p.train)) for p in problems]
+        self.fixed = self._stacked([self._fixed(i) for i in range(len(problems))])
 
-    def _fixed(self, i: int, moments_b) -> dict:
+    def _fixed(self, i: int) -> dict:
         """What a member's step reads and does not train."""
-        a, b = (modules.split(side.dictionary)[1] for side in _sides(self.problems[i].train))
+        source, target = _sides(self.problems[i].train)
+        a, b = modules.split(source.dictionary)[1], modules.split(target.dictionary)[1]
         # Where none of B's features varies, the error stays in raw units.
-        variance = np.float32(moments_b[1].mean() or 1.0)
+        variance = np.float32(target.feature_moments[1].mean() or 1.0)
         dictionaries = {"dictionary_a": a, "dictionary_b": b}
         return dictionaries | {"standards": self.standards[i], "variance": variance}
 
@@ -283,7 +281,7 @@ class _Ensemble:
         size = min(self.config.batch_size, n)
         resident = self._resident("validation")
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=shard(self.mesh))
         def losses(networks, fixed, resident, start):
             def one(network, fixed, x_a, x_b):
                 x_a, x_b = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (x_a, x_b))
@@ -293,8 +291,8 @@ class _Ensemble:
             return jax.vmap(one)(networks, fixed, resident["x_a"], resident["x_b"])
 
         starts = range(0, n - size + 1, size)
-        rows = [self._gathered(losses(networks, self.fixed, resident, start)) for start in starts]
-        means = {name: np.mean([r[name] for r in rows], axis=0) for name in rows[0]}
+        rows = [losses(networks, self.fixed, resident, start) for start in starts]
+        means = {name: np.mean([np.asarray(r[name]) for r in rows], axis=0) for name in rows[0]}
         return [
             {name: float(values[i]) for name, values in means.items()} | {"rows": len(rows) * size}
             for i in range(len(self.problems))
@@ -307,35 +305,12 @@ class _Ensemble:
         return Fitted(build(MLP, target.dictionary, self.shape, own), record)
 
 
-def _remembered(function):
-    """Returns ``function``, called once for each object."""
-    known = {}
-
-    def once(argument):
-        if id(argument) not in known:
-            known[id(argument)] = function(argument)
-        return known[id(argument)]
-
-    return once
-
-
-def feature_statistics(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean and variance, float64 [width], of a side's features, in batches."""
-    total, square = np.zeros((2, side.dictionary.width))
-    for rows in slices(len(side.x)):
-        f = encode_rows(side.dictionary, side.x[rows])
-        total += f.sum(0, dtype=np.float64)
-        square += np.square(f).sum(0, dtype=np.float64)
-    mean = total / len(side.x)
-    return mean, np.maximum(square / len(side.x) - mean**2, 0.0)
-
-
-def _standards(a, b) -> dict[str, np.ndarray]:
-    """The untrained parameters of a map, from (mean, variance) of either side's features."""
-
-    def scale(variance: np.ndarray) -> np.ndarray:
+def _standards(source: Side, target: Side) -> dict[str, np.ndarray]:
+    """The parameters of a map that are not trained: means and scales of either side's features."""
+    standards = {}
+    for name, side in (("a", source), ("b", target)):
+        mean, variance = side.feature_moments
         damped = np.sqrt(variance + RARE * variance.mean())
-        return np.where(damped > 0, damped, 1.0)
-
-    standards = {"mean_a": a[0], "scale_a": scale(a[1]), "mean_b": b[0], "scale_b": scale(b[1])}
-    return {name: value.astype(np.float32) for name, value in standards.items()}
+        standards[f"mean_{name}"] = mean.astype(np.float32)
+        standards[f"scale_{name}"] = np.where(damped > 0, damped, 1.0).astype(np.float32)
+    return standards
