@@ -1,7 +1,8 @@
 """The large presets: every stage's shapes at full size, and one real run of the exact shapes."""
 
-import dataclasses
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import Pairs, Problem, Side, mlp
 from crossdict_jax.models import Site
-from crossdict_jax.workdir import open_workdir, read_jsonl
+from crossdict_jax.workdir import read_jsonl
 
 # The config.json of the two models, as far as it fixes shapes and maths.
 ARCHITECTURES = {
@@ -113,39 +114,41 @@ def test_the_trained_map_at_full_size(config):
 
 @pytest.mark.soak
 def test_the_exact_architectures_run_through(tmp_path):
-    """Random weights, real tokenizers, a few documents, full widths: about 20 minutes, 15 GB."""
+    """Random weights, real tokenizers, a few documents, full widths, through the real command."""
     data = os.environ.get("CROSSDICT_DATA")
     if not data:
         pytest.skip("CROSSDICT_DATA is not set")
-    config = run_exact_architectures(Path(data), tmp_path)
-    transfer = read_jsonl(tmp_path / "run" / "results" / "transfer.jsonl")
-    rungs = {(r["source"], r["site_source"], r["map"], r["pairing"]) for r in transfer}
-    assert len(rungs) >= 2 * len(config.layers) * len(config.map.kinds) * 2
-    assert (tmp_path / "run" / "report" / "index.html").stat().st_size > 10_000
+    folders = random_models(Path(data), tmp_path)
+    work = tmp_path / "run"
+    settings = {
+        "text.source": f"{data}/text/wikitext2/valid.txt",
+        "text.documents": 60,
+        "sae.steps": 10,
+        "sae.batch_size": 256,
+        "map.steps": 10,
+        "evaluation.bootstrap": 20,
+        "intervention.documents": 4,
+        "intervention.batch_size": 4,
+    }
+    asked = [f"--config.{name}={value}" for name, value in settings.items()]
+    preset = ["--config=configs/pythia410m_gpt2medium_small.py", f"--models={','.join(folders)}"]
+    # One device: each of the eight fake ones would hold both models.
+    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "launch.experiment", f"--workdir={work}", *preset, *asked]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
+    transfer = read_jsonl(work / "results" / "transfer.jsonl")
+    fitted = [r for r in transfer if r["map"] != "token_target"]
+    assert len(fitted) == 2 * 3 * len(PRESETS["small"].map.kinds) * 2
+    assert (work / "report" / "index.html").stat().st_size > 10_000
 
 
-def run_exact_architectures(data: Path, root: Path):
-    """Runs the small preset on few documents with models of the exact shapes; its config."""
+def random_models(data: Path, root: Path) -> list[str]:
+    """Writes both architectures with random weights and their real tokenizers; their folders."""
     from transformers import PreTrainedTokenizerFast
 
-    from crossdict_jax.config import to_dict
-    from launch import experiment
-
-    names = {"pythia-410m-deduped": "pythia", "gpt2-medium": "gpt2"}
+    tokenizers = {"pythia-410m-deduped": "pythia", "gpt2-medium": "gpt2"}
     for seed, (name, shape) in enumerate(ARCHITECTURES.items()):
         models.save(models.init(shape, seed=seed), root / name, dtype="bfloat16")
-        file = data / "tokenizers" / names[name] / "tokenizer.json"
+        file = data / "tokenizers" / tokenizers[name] / "tokenizer.json"
         PreTrainedTokenizerFast(tokenizer_file=str(file)).save_pretrained(root / name)
-    config = PRESETS["small"]
-    text = {"source": str(data / "text" / "wikitext2" / "valid.txt"), "documents": 60}
-    config = dataclasses.replace(
-        config,
-        models=tuple(str(root / name) for name in ARCHITECTURES),
-        text=dataclasses.replace(config.text, **text),
-        sae=dataclasses.replace(config.sae, steps=10, batch_size=256, checkpoint_every=10),
-        map=dataclasses.replace(config.map, steps=10, checkpoint_every=10),
-        evaluation=dataclasses.replace(config.evaluation, bootstrap=20),
-        intervention=dataclasses.replace(config.intervention, documents=4, batch_size=4),
-    )
-    experiment.main(config, open_workdir(root / "run", to_dict(config)))
-    return config
+    return [str(root / name) for name in ARCHITECTURES]
