@@ -55,7 +55,7 @@ def test_names_found_by_file_are_those_of_the_rooms():
     from crossdict_jax.maps import base as maps
 
     assert settings.architectures() == dictionaries.architectures()
-    assert settings.map_kinds() == tuple(maps.kinds())
+    assert settings.map_kinds() == maps.kinds()
     assert set(settings.SITES) == set(models.KINDS)
 
 

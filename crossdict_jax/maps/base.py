@@ -20,10 +20,10 @@ from flax import nnx
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
+from crossdict_jax.settings import map_kinds as kinds
 from crossdict_jax.training import load_meta, load_params, save_module
 
 ROWS = 4096  # rows per dispatch of the closed forms
-NOT_RUNGS = {"__init__", "base", "losses", "moments", "fit"}
 
 
 @dataclass(frozen=True)
@@ -225,12 +225,6 @@ def _abstract(cls: type[Map], dictionary: Dictionary, arguments: dict[str, Any])
 def own_parameters(params: modules.Params) -> modules.Params:
     """Returns a map's parameters without those of B's dictionary."""
     return {name: value for name, value in params.items() if name != "dictionary"}
-
-
-def kinds() -> list[str]:
-    """Returns the names of all rungs: the files of this package that are one."""
-    names = (path.stem for path in Path(__file__).parent.glob("*.py"))
-    return sorted(set(names) - NOT_RUNGS)
 
 
 def rung(kind: str) -> ModuleType:
