@@ -132,13 +132,14 @@ def test_the_exact_architectures_run_through(tmp_path):
     }
     asked = [f"--config.{name}={value}" for name, value in settings.items()]
     preset = ["--config=configs/pythia410m_gpt2medium_small.py", f"--models={','.join(folders)}"]
+    preset += ["--layers=6"]  # one pair of layers: a third of the time
     # One device: each of the eight fake ones would hold both models.
     environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "launch.experiment", f"--workdir={work}", *preset, *asked]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
     transfer = read_jsonl(work / "results" / "transfer.jsonl")
     fitted = [r for r in transfer if r["map"] != "token_target"]
-    assert len(fitted) == 2 * 3 * len(PRESETS["small"].map.kinds) * 2
+    assert len(fitted) == 2 * len(PRESETS["small"].map.kinds) * 2
     assert (work / "report" / "index.html").stat().st_size > 10_000
 
 
