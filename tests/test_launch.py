@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 from absl import flags
 from tiny_run import SHAPES, make_models, make_texts
 
+from configs import quickstart
 from crossdict_jax import settings
 from crossdict_jax.config import Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
@@ -77,7 +77,7 @@ def run_here(main, arguments: str | list[str], **how) -> int:
 
 def test_the_default_is_the_quickstart():
     config, workdir = parse("")
-    assert config.sae.width == 512
+    assert config == quickstart.get_config()
     assert config.models == ()
     assert workdir == "runs/quickstart"
 
@@ -253,7 +253,8 @@ def test_other_settings_are_refused_with_a_diff(tmp_path, capfd):
     assert run_here(nothing, f"--workdir={tmp_path}/run") == 0
     assert run_here(nothing, f"--workdir={tmp_path}/run --width=64 --seed=1") == 2
     (line,) = lines_of(capfd.readouterr().err)
-    assert "sae.width: 512 there, 64 now" in line
+    usual = quickstart.get_config().sae.width
+    assert f"sae.width: {usual} there, 64 now" in line
     assert "seed: 0 there, 1 now" in line
 
 
@@ -569,11 +570,12 @@ def test_an_interruption_is_told_in_one_line(finished, tiny):
     work, _ = finished
     copy = copy_of(work, without="dictionaries")
     ask(copy, small(tiny, sae__steps=1_000_000))
-    program = [sys.executable, "-m", "launch.train_saes", f"--workdir={copy}"]
-    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # as in a shell
-    with subprocess.Popen(
-        program, stderr=subprocess.PIPE, cwd=ROOT, env=environment(), preexec_fn=listening
-    ) as process:
+    # A process started in the background may ignore interruptions, and so do its children.
+    listening = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = "runpy.run_module('launch.train_saes', run_name='__main__', alter_sys=True)"
+    code = f"import runpy, signal; {listening}; {run}"
+    program = [sys.executable, "-c", code, f"--workdir={copy}"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, cwd=ROOT, env=environment()) as process:
         stderr = b""
         while not re.search(rb"[1-9]\d*/1000000 ", stderr):  # it trains
             piece = process.stderr.read1(100)
