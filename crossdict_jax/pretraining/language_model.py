@@ -245,4 +245,23 @@ def _save(config, params, tokenizer, tokens, corpus, directory) -> dict:
         "text": corpus.provenance,
     }
     write_json(out / "training.json", result | {"config": dataclasses.asdict(config)})
+    draw_loss_curve(Path(directory), result)
     return json.loads((out / "training.json").read_text())
+
+
+def draw_loss_curve(directory: Path, result: dict) -> None:
+    """Draws ``directory/loss.svg``: training loss by step beside the held-out losses."""
+    from matplotlib.figure import Figure
+
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label="training")
+    for style, name in (("-", "loss"), ("--", "bigram_loss"), (":", "unigram_loss")):
+        label = f"held out: {name.replace('_loss', '').replace('loss', 'model')}"
+        axes.axhline(result[name], linestyle=style, color="0.4", linewidth=1, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+    figure.savefig(directory / "loss.svg")
