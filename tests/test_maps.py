@@ -438,6 +438,27 @@ def test_members_train_as_if_alone(kind, nonlinear, fitted_on, trained):
     assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02 * ours.std()
 
 
+def test_members_on_their_own_devices_never_talk(nonlinear):
+    ensemble = mlp._Ensemble([nonlinear[0]] * 8, CONFIG, seed=0)
+    trainable, feed = ensemble._trainable(), ensemble._feed()
+    abstract = jax.eval_shape(trainable.init, jax.random.key(0))
+    shardings = ensemble._by_member(abstract)
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+
+    def step(state, resident, rows):
+        return trainable.step(state, feed.select(resident, rows), 0, jax.random.key(0))
+
+    lowered = jax.jit(step, out_shardings=(shardings, None)).lower(
+        state, feed.resident, feed.indices(0, 1)[0]
+    )
+    program = lowered.compile().as_text()
+    assert ensemble.mesh.shape["member"] == 8
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert f"{collective}(" not in program
+
+
 def test_the_log_has_a_column_per_member(trained):
     directory = trained("mlp")[1] / "mlp-0"
     labels = [row["label"] for row in read_json(directory / "members.json")]
