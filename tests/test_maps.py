@@ -25,7 +25,7 @@ from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 ROWS = {"train": 1600, "validation": 300, "test": 400}
 CONFIG = MapConfig(
-    hidden=64, steps=500, batch_size=64, learning_rate=3e-3, dropout=0.05, checkpoint_every=250
+    hidden=64, steps=200, batch_size=64, learning_rate=1e-2, dropout=0.05, checkpoint_every=100
 )
 TRAINED = [kind for kind in maps.kinds() if base.map_class(kind).fits_together]
 
@@ -523,7 +523,7 @@ def test_dropout_drops_in_training_only(nonlinear):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"learning_rate": 1e-2}, {"steps": 5}, {"weight_decay": 1.0}, {"gradient_clip": 1e-6}],
+    [{"learning_rate": 1e-3}, {"steps": 5}, {"weight_decay": 1.0}, {"gradient_clip": 1e-6}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_every_option_of_the_optimizer_changes_the_update(settings):
@@ -597,9 +597,20 @@ def stage(root, widths, *, kinds, layers=(1, 2), steps=4):
     return Config(models=store.models, layers=layers, map=settings), store, work
 
 
-def test_the_stage_fits_every_rung_both_ways_and_goes_on(tmp_path):
+def test_the_stage_fits_every_rung_both_ways_and_goes_on(tmp_path, monkeypatch):
+    calls = []
+
+    def untrained_maps(problems, config, *, seed, directory):
+        calls.append([problem.label for problem in problems])
+        assert directory == tmp_path / "maps" / "training"
+        return [base.Fitted(untrained(problem)) for problem in problems]
+
+    monkeypatch.setattr(mlp, "fit", untrained_maps)
     config, store, work = stage(tmp_path, {"a": 6, "b": 6}, kinds=("ridge", "mlp"), layers=(1,))
     fit.fit_maps(config, store, work)
+    ends = "a resid_pre.1 to b resid_pre.1", "b resid_pre.1 to a resid_pre.1"
+    together = [label + pairing for label in ends for pairing in ("", " (shuffled)")]
+    assert calls == [together]  # both directions, aligned and shuffled, in one call
     tasks = maps.tasks(config, store)
     assert len(tasks) == 2 * 2 * 2
     timing = read_json(work.timing)["train_hypernetworks"]
@@ -622,6 +633,7 @@ def test_the_stage_fits_every_rung_both_ways_and_goes_on(tmp_path):
     fit.fit_maps(config, store, work)  # now there is nothing left to do
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
     assert read_json(work.timing)["train_hypernetworks"]["maps"] == 1
+    assert len(calls) == 1
     np.testing.assert_array_equal(maps.predict(maps.load(gone), test), ours)
 
 
