@@ -1,0 +1,261 @@
+"""The planted benchmark has the truth it claims."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from crossdict_jax.errors import UserError
+from crossdict_jax.verify.planted import (
+    PlantedConfig,
+    TextConfig,
+    best_cosines,
+    plant,
+    streams,
+    views,
+)
+
+RELATED = PlantedConfig(rows=40_000, correlated=8, children=8)
+
+
+@pytest.fixture(scope="module")
+def related():
+    return views(RELATED, seed=3)
+
+
+def rates(codes):
+    return (codes > 0).mean(0)
+
+
+def test_features_are_active_as_often_as_planted(related):
+    planted = related.truth.frequency
+    error = np.sqrt(planted * (1 - planted) / len(related))
+    assert (np.abs(rates(related.codes) - planted) < 5 * error).all()
+    assert planted.sum() == pytest.approx(RELATED.active)
+    assert planted[3] / planted[12] == pytest.approx((13 / 4) ** RELATED.zipf)
+
+
+def test_no_feature_is_nearly_always_active():
+    frequency = plant(PlantedConfig(active=10, zipf=2.0), seed=0).frequency
+    assert frequency.max() == 0.5 and frequency.sum() == pytest.approx(10)
+
+
+def test_views_are_superpositions_of_their_codes(related):
+    for x, directions, width in zip(related.x, related.directions, RELATED.widths):
+        assert x.shape == (len(related), width) and RELATED.features > width
+        error = x - related.codes @ directions
+        assert error.std() == pytest.approx(RELATED.noise, rel=0.01)
+        assert np.abs(error.mean(0)).max() < 5 * RELATED.noise / np.sqrt(len(related))
+
+
+def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
+    truth = related.truth
+    assert truth.seen.any(0).all()
+    assert [int(truth.exclusive(v).sum()) for v in (0, 1)] == [8, 8]
+    assert truth.shared.sum() == 48
+    for view in (0, 1):
+        length = np.linalg.norm(related.directions[view], axis=1)
+        np.testing.assert_allclose(length, truth.seen[view], atol=1e-6)
+        hidden = truth.exclusive(1 - view)
+        # Beside those seen: hidden codes may follow or be born of features that this view sees.
+        free = hidden & (truth.parent < 0) & (truth.partner < 0)
+        free[truth.parent[truth.parent >= 0]] = free[truth.partner[truth.partner >= 0]] = False
+        r = np.corrcoef(related.codes[:, free].T, related.x[view].T)[: free.sum(), free.sum() :]
+        assert free.any() and np.abs(r).max() < 5 / np.sqrt(len(related))
+
+
+def test_unrelated_views_share_nothing():
+    truth = plant(PlantedConfig(exclusive=1.0), seed=0)
+    assert not truth.shared.any() and truth.exclusive(0).sum() == truth.exclusive(1).sum() == 32
+
+
+def test_more_than_two_views_deal_out_exclusive_features():
+    truth = plant(PlantedConfig(widths=(8, 9, 10), exclusive=0.75), seed=0)
+    assert [int(truth.exclusive(v).sum()) for v in range(3)] == [16, 16, 16]
+
+
+def test_a_child_fires_only_with_its_parent(related):
+    children = np.flatnonzero(related.truth.parent >= 0)
+    active = related.codes > 0
+    assert len(children) == RELATED.children
+    assert not (active[:, children] & ~active[:, related.truth.parent[children]]).any()
+    assert active[:, children].any(0).all()
+
+
+def test_partners_fire_together_and_strangers_do_not(related):
+    second = np.flatnonzero(related.truth.partner >= 0)
+    first = related.truth.partner[second]
+    p, q = related.truth.frequency[first], related.truth.frequency[second]
+    expected = RELATED.correlation * np.minimum(p, q) + (1 - RELATED.correlation) * p * q
+    active = related.codes > 0
+    together = (active[:, first] & active[:, second]).mean(0)
+    error = np.sqrt(expected / len(related))
+    assert len(second) == RELATED.correlated
+    assert (np.abs(together - expected) < 5 * error).all()
+    strangers = np.roll(second, 1)
+    apart = (active[:, first] & active[:, strangers]).mean(0)
+    assert (np.abs(apart - p * related.truth.frequency[strangers]) < 0.02).all()
+
+
+@pytest.mark.parametrize("amplitude", ["lognormal", "exponential"])
+def test_amplitudes_have_mean_one(amplitude):
+    codes = views(PlantedConfig(rows=20_000, amplitude=amplitude, spread=0.5), seed=0).codes
+    active = codes[codes > 0]
+    spread = {"lognormal": np.sqrt(np.exp(0.25) - 1), "exponential": 1.0}[amplitude]
+    assert active.mean() == pytest.approx(1, abs=0.02)
+    assert active.std() == pytest.approx(spread, abs=0.03)
+
+
+def test_bursts_are_between_documents():
+    def spread(burstiness):
+        v = views(PlantedConfig(rows=64_000, documents=64, burstiness=burstiness), seed=0)
+        by_document = np.stack([rates(v.codes[v.document == d]) for d in range(64)])
+        return (by_document.std(0) / by_document.mean(0)).mean()
+
+    assert spread(0.5) > 0.45 > 0.15 > spread(0.0)
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not():
+    config = PlantedConfig(rows=500, documents=10, burstiness=0.3, from_token=0.2)
+    first, again, other = (views(config, seed) for seed in (5, 5, 6))
+    for a, b, c in zip(first.x, again.x, other.x):
+        assert (a == b).all() and (a != c).any()
+    assert (first.codes == again.codes).all() and (first.codes != other.codes).any()
+
+
+def test_noise_does_not_move_the_codes():
+    quiet, loud = (views(PlantedConfig(rows=500, noise=n), seed=0) for n in (0.0, 1.0))
+    assert (quiet.codes == loud.codes).all() and (quiet.x[0] != loud.x[0]).any()
+
+
+def test_every_setting_changes_something():
+    base = PlantedConfig(rows=400, documents=8, correlated=2, children=2, from_token=0.25)
+    other = {
+        "rows": 401,
+        "documents": 9,
+        "features": 65,
+        "widths": (24, 33),
+        "exclusive": 0.5,
+        "active": 5.0,
+        "zipf": 1.0,
+        "amplitude": "exponential",
+        "spread": 0.5,
+        "noise": 0.1,
+        "offset": 1.0,
+        "correlated": 3,
+        "correlation": 0.9,
+        "children": 3,
+        "burstiness": 0.5,
+        "from_token": 0.5,
+        "vocabulary": 32,
+    }
+    assert other.keys() == {f.name for f in dataclasses.fields(PlantedConfig)}
+
+    def bits(config):
+        v = views(config, seed=0)
+        return b"".join(a.tobytes() for a in (*v.x, *v.tokens, v.codes, v.document))
+
+    for name, value in other.items():
+        assert bits(dataclasses.replace(base, **{name: value})) != bits(base), name
+
+
+def test_splits_are_by_document(related):
+    train, test = related.split(0.25)
+    assert len(train) + len(test) == len(related)
+    assert not set(train.document) & set(test.document)
+    assert len(np.unique(test.document)) == RELATED.documents // 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"active": 40.0}, "active=40.0 must be above 0 and at most 32"),
+        ({"widths": ()}, r"widths=\(\) must be one number or more"),
+        ({"exclusive": 1.5}, "exclusive=1.5 must be between 0 and 1"),
+        ({"amplitude": "flat"}, "amplitude=flat must be one of lognormal, exponential"),
+        ({"children": 30, "correlated": 3}, "hold only 32"),
+        ({"documents": 9000}, "documents=9000 must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_planted_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        plant(PlantedConfig(**wrong), seed=0)
+
+
+# ---------------------------------------------------------------- text
+
+SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    return streams(SPOKEN, TextConfig(), seed=1)
+
+
+def test_tokens_cover_the_text_and_their_ends_coincide_partly(spoken):
+    for ends in spoken.ends:
+        assert [int(e[-1]) for e in ends] == [len(t) for t in spoken.texts]
+        assert all((np.diff(e, prepend=0) >= 2).all() for e in ends)
+    text, a, b = spoken.texts[0], *(set(ends[0].tolist()) for ends in spoken.ends)
+    word_ends = {i for i in range(1, len(text)) if text[i : i + 1] == b" "}
+    assert word_ends < a & b < a | b and a - b and b - a
+
+
+def test_equal_tokens_are_equal_bytes(spoken):
+    for ends, ids in zip(spoken.ends, spoken.ids):
+        spelled = {}
+        for text, e, i in zip(spoken.texts, ends, ids):
+            for start, stop, token in zip(np.append(0, e[:-1]), e, i):
+                assert spelled.setdefault(token, text[start:stop]) == text[start:stop]
+        assert len(set(spelled.values())) == len(spelled) > 50
+
+
+def test_pairs_are_rows_with_one_truth(spoken):
+    paired = spoken.paired()
+    for x, directions in zip(paired.x, paired.directions):
+        assert np.abs(x - paired.codes @ directions).max() < 6 * SPOKEN.noise
+    late = spoken.paired(shift=1)
+    error = late.x[1] - late.codes @ late.directions[1]
+    assert error.std() > 10 * SPOKEN.noise
+
+
+def variance_of_token_means(codes, tokens):
+    """Share of each feature's variance that the means of tokens explain, in-sample."""
+    _, place = np.unique(tokens, return_inverse=True)
+    counts = np.bincount(place)
+    sums = np.zeros((len(counts), codes.shape[1]))
+    np.add.at(sums, place, codes)
+    residual = codes - (sums / counts[:, None])[place]
+    return 1 - residual.var(0) / np.maximum(codes.var(0), 1e-12), len(counts)
+
+
+def test_the_token_determines_its_features_and_says_nothing_of_others(spoken):
+    paired = spoken.paired()
+    varies = paired.codes.std(0) > 0
+    for tokens in paired.tokens:
+        share, seen = variance_of_token_means(paired.codes, tokens)
+        token, context = paired.truth.from_token & varies, ~paired.truth.from_token
+        np.testing.assert_allclose(share[token], 1, atol=1e-5)
+        chance = seen / len(paired)  # what so many means explain of noise
+        assert share[context].mean() == pytest.approx(chance, rel=0.3)
+
+
+def test_rows_without_text_hold_features_of_the_token_too():
+    v = views(PlantedConfig(from_token=0.5), seed=0)
+    share, _ = variance_of_token_means(v.codes, v.tokens[0])
+    varies = v.codes.std(0) > 0
+    np.testing.assert_allclose(share[v.truth.from_token & varies], 1, atol=1e-5)
+    assert share[~v.truth.from_token].max() < 0.05
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def test_best_cosines_find_planted_directions_in_any_order():
+    directions = plant(PlantedConfig(exclusive=0.5), seed=0).directions[0]
+    order = np.random.default_rng(0).permutation(len(directions))
+    cosine, row = best_cosines(3.0 * directions[order], directions)
+    seen = np.linalg.norm(directions, axis=1) > 0
+    np.testing.assert_allclose(cosine[seen], 1, atol=1e-6)
+    assert (order[row[seen]] == np.flatnonzero(seen)).all()
+    assert np.isnan(cosine[~seen]).all() and (row[~seen] == -1).all()
