@@ -1,0 +1,132 @@
+"""What correlations are worth: circular shifts, shuffles within equal tokens, false discoveries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax.evaluation.codes import Codes, Moments, paired_products
+from crossdict_jax.maps.base import slices
+
+BINS = 2048  # of correlations between -1 and 1; a null in the observed one's bin counts against it
+POOLS = 32  # octaves of how many rows a feature fires in
+NULL_VALUES = 2**24  # correlations of shifted pairs that a pool needs: p down to 6e-8
+BATCH = 2**21  # values of each side that are transformed at a time
+SHUFFLES = 99  # within equal tokens: beating them all by chance has p = 0.01
+TIES = 1e-9  # relative: what two orders of summation may differ by
+
+
+def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> np.ndarray:
+    """Returns the p-value of each pair's correlation under circular shifts, float64 [pairs].
+
+    Shifting b against a by more than a document keeps the firing pattern of both (bursts, long
+    silences) and takes away what they have to do with each other. One FFT gives all shifts. The
+    pairs that fire similarly often (the rarer feature's count, by octaves) share one null, so
+    that p can be far below 1 / rows. Where no shift is admissible (one document) p is 1.
+
+    Memory in bytes: about 40 BATCH, whatever the number of pairs.
+
+    Args:
+      r: the correlations [pairs] of the columns of a with those of b.
+      a, b: [n, pairs], rows in the order of the text.
+      documents: [n], the document of each row.
+    """
+    firings = np.minimum(Moments.of(a).firings, Moments.of(b).firings)
+    pool = np.log2(np.maximum(firings, 1)).astype(np.int64)
+    n = _smooth(len(documents))
+    longest = np.unique(documents, return_counts=True)[1].max(initial=0)
+    lags = np.arange(n)
+    allowed = (lags >= longest) & (lags <= n - longest)
+    drawn = _spread(pool, most=-(-NULL_VALUES // max(n, 1)))
+    size = max(1, min(BATCH // max(n, 1), 2 ** int(np.ceil(np.log2(max(len(drawn), 1))))))
+    counts = np.zeros((POOLS, BINS), np.int64)
+    for batch in slices(len(drawn), size):
+        x, y = (_standardised(codes[:n, drawn[batch]], size) for codes in (a, b))
+        of = np.full(size, POOLS)  # what fills up the last batch
+        of[: batch.stop - batch.start] = pool[drawn[batch]]
+        counts += np.asarray(_shifted_bins(x, y, allowed, of))[:-1]
+    as_large = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+    return (1 + as_large[pool, np.asarray(_bin(r))]) / (1 + counts.sum(axis=1)[pool])
+
+
+def _smooth(n: int) -> int:
+    """The largest length up to n without a prime factor above 5: others are slow to transform."""
+    for length in range(n, 1, -1):
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+    return n
+
+
+def _spread(pool: np.ndarray, *, most: int) -> np.ndarray:
+    """The places of at most ``most`` members of each pool, evenly spread."""
+    members = [np.flatnonzero(pool == p) for p in np.unique(pool)]
+    kept = [m[np.linspace(0, len(m) - 1, min(len(m), most)).astype(np.int64)] for m in members]
+    return np.concatenate([np.zeros(0, np.int64), *kept])
+
+
+def _standardised(codes: Codes, size: int) -> np.ndarray:
+    """Rows [size, n] of mean 0 and norm 1, one for each column of the codes, then rows of 0."""
+    moments = Moments.of(codes)
+    dense = (codes.toarray().T - moments.mean[:, None]) * moments.scale()[:, None]
+    out = np.zeros((size, codes.shape[0]), np.float32)
+    out[: len(dense)] = dense
+    return out
+
+
+def _bin(r):
+    return jnp.clip(jnp.floor((jnp.asarray(r) + 1) * (BINS / 2)), 0, BINS - 1).astype(jnp.int32)
+
+
+@jax.jit
+def _shifted_bins(x, y, allowed, pool) -> jax.Array:
+    """Counts [POOLS + 1, BINS] of the correlations of x [pairs, n] with y at allowed shifts."""
+    product = jnp.fft.rfft(x) * jnp.conj(jnp.fft.rfft(y))
+    flat = pool[:, None] * BINS + _bin(jnp.fft.irfft(product, n=x.shape[1]))
+    weight = jnp.broadcast_to(allowed[None, :], flat.shape).astype(jnp.int32)
+    return jnp.zeros((POOLS + 1) * BINS, jnp.int32).at[flat].add(weight).reshape(-1, BINS)
+
+
+def token_shuffles(
+    a: Codes, b: Codes, tokens: np.ndarray, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what is left when rows of b are permuted among rows with the same tokens.
+
+    Of each pair of columns: the mean of the shuffled products' sums, float64 [pairs], and whether
+    the true sum is larger than all SHUFFLES of them, bool [pairs]. A pair that co-fires because
+    of the token alone loses nothing by the shuffle.
+
+    Args:
+      tokens: [n] or [n, models], the token (of each model) that ends at the row.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    tokens = tokens.reshape(len(tokens), -1)
+    _, group = np.unique(tokens, axis=0, return_inverse=True)
+    by_group = np.argsort(group.reshape(-1), kind="stable")
+    a, b = (codes.astype(np.float64)[by_group] for codes in (a, b))
+    group = group.reshape(-1)[by_group]
+    true = paired_products(a, b)
+    total, beaten = np.zeros(a.shape[1]), np.ones(a.shape[1], bool)
+    for _ in range(SHUFFLES):
+        order = np.lexsort((generator.random(len(group)), group))  # a shuffle of every group
+        shuffled = paired_products(a, b[order])
+        total += shuffled / SHUFFLES
+        beaten &= true > shuffled + TIES * abs(true)
+    return total, beaten
+
+
+def adjusted(p: np.ndarray) -> np.ndarray:
+    """Returns p-values adjusted for their number: those at most q are discoveries at FDR q.
+
+    Benjamini and Hochberg 1995: the smallest level at which the procedure would reject each.
+    """
+    m = len(p)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * m / np.arange(1, m + 1)
+    out = np.empty(m)
+    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return out

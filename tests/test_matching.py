@@ -1,0 +1,317 @@
+"""Matched features: planted answers, honest nulls, and the streamed sums against slow formulas."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation import codes as codes_module
+from crossdict_jax.evaluation import matching, nulls
+from crossdict_jax.evaluation.codes import compress, correlations
+from crossdict_jax.evaluation.matching import confirm, match
+
+
+def codes(rng, n, width, share=0.05):
+    """Independent sparse non-negative features [n, width]."""
+    return (rng.exponential(size=(n, width)) * (rng.random((n, width)) < share)).astype(np.float32)
+
+
+def bursty(rng, n_documents, rows, width, share=0.05):
+    """Independent features that fire in a fifth of the documents only, there five times as often.
+
+    Returns ([n, width], documents [n]).
+    """
+    on = np.repeat(rng.random((n_documents, width)) < 0.2, rows, axis=0)
+    return codes(rng, n_documents * rows, width, 5 * share) * on, np.repeat(
+        np.arange(n_documents), rows
+    )
+
+
+def noisy(rng, f, amount=0.2):
+    """The features with noise wherever they are active."""
+    return (f * np.exp(amount * rng.normal(size=f.shape))).astype(np.float32)
+
+
+# ---------------------------------------------------------------- planted answers
+
+
+@pytest.mark.parametrize("method", matching.METHODS)
+def test_a_planted_permutation_is_recovered_between_unequal_widths(method):
+    rng = np.random.default_rng(0)
+    order = rng.permutation(40)
+    splits = []
+    for _ in range(2):
+        a = codes(rng, 4000, 60)
+        shared = noisy(rng, a[:, :40])[:, order]  # feature j of b is order[j] of a
+        splits.append((a, np.hstack([shared, codes(rng, 4000, 50)])))
+    found = match(*splits[0], method=method)
+    assert (found.width_a, found.width_b, found.live_a, found.live_b) == (60, 90, 60, 90)
+    worth = confirm(found, *splits[1], documents=np.arange(4000) // 50)
+    got = dict(zip(found.features_b[worth.confirmed], found.features_a[worth.confirmed]))
+    assert got == dict(enumerate(order))
+    assert (worth.r[worth.confirmed] > 0.8).all()
+    assert worth.r_token is None
+
+
+def test_a_dictionary_matches_itself_but_for_duplicates_and_rare_features():
+    rng = np.random.default_rng(1)
+    f = codes(rng, 2000, 30)
+    f[:, 7] = 3 * f[:, 2]  # the same feature twice, in another unit
+    f[:, 9] = 0
+    f[29:, 11] = 0
+    f[:, 12] = 0.5  # constant
+    expected = sorted(set(range(30)) - {7, 9, 11, 12})
+    found = match(f, f, merge_duplicates=True)
+    assert found.features_a.tolist() == found.features_b.tolist() == expected
+    assert found.live_a == found.live_b == len(expected)
+    np.testing.assert_allclose(found.r, 1, atol=1e-12)
+    assert match(f, f).live_a == len(expected) + 1
+
+
+def test_minimum_firings_decides_who_is_live():
+    f = np.zeros((100, 3), np.float32)
+    f[:10, 0] = f[:9, 1] = 1
+    f[:, 2] = np.arange(100)
+    assert match(f, f, minimum_firings=10).features_a.tolist() == [0, 2]
+    assert match(f, f, minimum_firings=9).live_a == 3
+    assert len(match(f, f, minimum_firings=101)) == 0
+
+
+# ---------------------------------------------------------------- nulls
+
+
+def test_independent_features_are_not_confirmed():
+    q, any_confirmed = 0.05, []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        (a, documents), (b, _) = bursty(rng, 40, 30, 40), bursty(rng, 40, 30, 50)
+        found = match(a, b)
+        (a, _), (b, _) = bursty(rng, 40, 30, 40), bursty(rng, 40, 30, 50)
+        assert len(found) > 5
+        worth = confirm(found, a, b, documents=documents, fdr=q)
+        any_confirmed.append(worth.confirmed.any())
+    assert np.mean(any_confirmed) <= q + 2 * np.sqrt(q * (1 - q) / 20)
+
+
+def test_p_values_of_bursty_independent_features_are_honest():
+    rng = np.random.default_rng(2)
+    (a, documents), (b, _) = bursty(rng, 200, 20, 400), bursty(rng, 200, 20, 400)
+    pairs = compress(a), compress(b)
+    p = nulls.shift_p_values(codes_module.paired_correlations(*pairs), *pairs, documents)
+    for level in (0.01, 0.05, 0.2):
+        assert abs(np.mean(p <= level) - level) <= 3 * np.sqrt(level * (1 - level) / 400)
+
+
+def test_shared_bursts_alone_do_not_pass_the_threshold_of_effect():
+    rng = np.random.default_rng(3)
+    on = np.repeat(rng.random((200, 30)) < 0.3, 20, axis=0)  # both read the same documents
+    a, b = (codes(rng, 4000, 30, 0.2) * on for _ in range(2))
+    pairs = match(a, a)
+    worth = confirm(pairs, a, b, documents=np.repeat(np.arange(200), 20))
+    assert (worth.p_adjusted < 0.05).mean() > 0.9  # not independent
+    assert not worth.confirmed.any()
+
+
+def tokens_and_features(rng, n=3000):
+    """Feature 0: a token's. Feature 1: half of a token's occurrences, the same half in a and b."""
+    tokens = rng.integers(0, 30, n)
+    context = rng.random(n) < 0.5
+    both = np.stack([tokens == 3, (tokens == 5) & context], axis=1).astype(np.float32)
+    a, b = (noisy(rng, both, 0.1) for _ in range(2))
+    return a, b, tokens
+
+
+def test_what_the_token_alone_explains_is_not_confirmed():
+    rng = np.random.default_rng(4)
+    a, b, _ = tokens_and_features(rng)
+    found = match(a, b)
+    assert found.features_a.tolist() == found.features_b.tolist() == [0, 1]
+    a, b, tokens = tokens_and_features(rng)
+    documents = np.arange(len(a)) // 30
+    assert confirm(found, a, b, documents=documents).confirmed.tolist() == [True, True]
+    worth = confirm(found, a, b, documents=documents, tokens=tokens)
+    assert worth.beyond_token.tolist() == worth.confirmed.tolist() == [False, True]
+    assert worth.r[0] > 0.9 and worth.r_token[0] > 0.9
+    assert abs(worth.r_token[1] - 0.5) < 0.1
+    pairs_of_tokens = np.stack([tokens, np.arange(len(tokens))], axis=1)  # every row its own group
+    worth = confirm(found, a, b, documents=documents, tokens=pairs_of_tokens)
+    assert not worth.beyond_token.any()
+
+
+def test_the_held_out_rows_decide():
+    rng = np.random.default_rng(5)
+    a = codes(rng, 2000, 20)
+    found = match(a, noisy(rng, a))
+    a = codes(rng, 2000, 20)
+    b = noisy(rng, a)
+    b[:, 10:] = codes(rng, 2000, 10)
+    worth = confirm(found, a, b, documents=np.arange(2000) // 20)
+    assert worth.confirmed.tolist() == [True] * 10 + [False] * 10
+
+
+def test_one_document_gives_no_null_and_confirms_nothing():
+    f = codes(np.random.default_rng(6), 500, 5, 0.2)
+    worth = confirm(match(f, f), f, f, documents=np.zeros(500))
+    assert (worth.p == 1).all() and not worth.confirmed.any()
+
+
+# ---------------------------------------------------------------- slow formulas
+
+
+def slow_correlations(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    r = np.zeros((a.shape[1], b.shape[1]))
+    for i in range(a.shape[1]):
+        for j in range(b.shape[1]):
+            if a[:, i].std() > 0 and b[:, j].std() > 0:
+                r[i, j] = np.corrcoef(a[:, i], b[:, j])[0, 1]
+    return r
+
+
+@pytest.mark.parametrize("cost", [0, 10**9])  # scattered, multiplied
+@pytest.mark.parametrize(
+    "sizes", [(2**24, 2**20, 4096), (40, 16, 64), (256 * 5, 64, 50)]
+)  # whole, in pieces
+def test_streamed_correlations_are_those_of_the_formula(monkeypatch, cost, sizes):
+    for name, value in zip(("TILE", "CHUNK", "ROWS"), sizes):
+        monkeypatch.setattr(codes_module, name, value)
+    monkeypatch.setattr(codes_module, "SCATTER_COST", cost)
+    rng = np.random.default_rng(7)
+    a, b = codes(rng, 150, 13, 0.3), codes(rng, 150, 11, 0.5)
+    a[:, 4], b[:, 2] = 0, 2
+    b[:, 3] = a[:, 3] + 5  # always active
+    b[:, 5] *= -1
+    r = np.full((13, 11), np.nan)
+    for at, tile in correlations(compress(lambda rows: a[rows], 150), compress(b)):
+        r[at] = tile
+    np.testing.assert_allclose(r, slow_correlations(a, b), atol=2e-6)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_pieces_do_not_change_the_matches(monkeypatch, merge):
+    rng = np.random.default_rng(8)
+    a = codes(rng, 1600, 50)
+    a[:, 30] = a[:, 3]
+    b = np.hstack([noisy(rng, a[:, ::-1]), codes(rng, 1600, 10)])
+    whole = match(a, b, merge_duplicates=merge)
+    monkeypatch.setattr(codes_module, "TILE", 256 * 7)
+    pieces = match(a, b, merge_duplicates=merge)
+    assert len(whole) >= 49
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(value, getattr(pieces, name))
+
+
+def test_mutual_best_is_what_the_matrix_says():
+    rng = np.random.default_rng(9)
+    a, b = codes(rng, 300, 20, 0.3), codes(rng, 300, 25, 0.3)
+    r = slow_correlations(a, b)
+    pairs = [(i, j) for i in range(20) for j in range(25) if r[i, j] == max(*r[i], *r[:, j])]
+    found = match(a, b)
+    assert list(zip(found.features_a, found.features_b)) == pairs
+    np.testing.assert_allclose(found.r, [r[pair] for pair in pairs], atol=1e-12)
+
+
+def test_the_methods_differ_where_a_best_partner_is_taken():
+    rng = np.random.default_rng(10)
+    f = codes(rng, 3000, 2, 0.2)
+    a = np.stack([f[:, 0], f[:, 0] + 0.6 * f[:, 1]], axis=1)
+    b = np.stack([f[:, 0] + 0.3 * f[:, 1], f[:, 0]], axis=1)
+    assert match(a[:, [1]], b).features_b.tolist() == [0]
+    assert match(a, b[:, [0]]).features_a.tolist() == [1]
+    one_each = match(
+        np.stack([f[:, 0], f[:, 0] + f[:, 1]], 1), f[:, :1] + 0.1 * f, method="hungarian"
+    )
+    assert sorted(one_each.features_b.tolist()) == [0, 1]
+
+
+def test_shift_p_values_are_those_of_every_shift():
+    rng = np.random.default_rng(11)
+    (a, documents), (b, _) = bursty(rng, 12, 10, 6, 0.08), bursty(rng, 12, 10, 6, 0.08)
+    b[:, :3] = noisy(rng, a[:, :3])
+    pairs = compress(a), compress(b)
+    r = codes_module.paired_correlations(*pairs)
+    pool = np.log2(np.minimum((a > 0).sum(0), (b > 0).sum(0)).clip(1)).astype(int)
+    null = {
+        j: [np.corrcoef(a[:, j], np.roll(b[:, j], s))[0, 1] for s in range(10, 111)]
+        for j in range(6)
+    }
+    p = nulls.shift_p_values(r, *pairs, documents)
+    for j in range(6):
+        values = np.concatenate([null[i] for i in range(6) if pool[i] == pool[j]])
+        expected = (1 + (values >= r[j]).sum()) / (1 + len(values))
+        near = (abs(values - r[j]) < 2 / nulls.BINS).sum() / len(values)  # in the same bin
+        assert expected <= p[j] <= expected + near + 1e-9
+
+
+def test_pools_of_many_rows_take_a_spread_sample(monkeypatch):
+    rng = np.random.default_rng(12)
+    (a, documents), (b, _) = bursty(rng, 60, 10, 80, 0.1), bursty(rng, 60, 10, 80, 0.1)
+    pairs = compress(a), compress(b)
+    r = codes_module.paired_correlations(*pairs)
+    every = nulls.shift_p_values(r, *pairs, documents)
+    monkeypatch.setattr(nulls, "NULL_VALUES", 600 * 30)
+    monkeypatch.setattr(nulls, "BATCH", 600 * 7)
+    some = nulls.shift_p_values(r, *pairs, documents)
+    assert (some != every).any()
+    assert abs(some - every).max() < 0.05
+
+
+@pytest.mark.parametrize(("n", "smooth"), [(1, 1), (7, 6), (6947, 6912), (100_003, 100_000)])
+def test_transforms_take_lengths_of_small_factors(n, smooth):
+    assert nulls._smooth(n) == smooth
+
+
+def test_shuffles_within_tokens_have_the_mean_of_their_groups():
+    rng = np.random.default_rng(13)
+    a, b = codes(rng, 400, 5, 0.5), codes(rng, 400, 5, 0.5)
+    tokens = rng.integers(0, 8, (400, 2))
+    total, _ = nulls.token_shuffles(compress(a), compress(b), tokens, seed=0)
+    group = tokens[:, 0] * 8 + tokens[:, 1]
+    expected = sum(
+        a[group == g].astype(float).sum(0) * b[group == g].astype(float).mean(0)
+        for g in np.unique(group)
+    )
+    np.testing.assert_allclose(total, expected, rtol=0.05)
+
+
+def test_adjusted_p_values_are_benjamini_and_hochberg():
+    p = np.array([0.01, 0.9, 0.02, 0.03, 0.5])
+    # 5 p / rank: 0.05, 0.05, 0.05, 0.625, 0.9
+    np.testing.assert_allclose(nulls.adjusted(p), [0.05, 0.9, 0.05, 0.05, 0.625])
+    for q in (0.04, 0.06, 0.7):
+        ranked = np.sort(p)
+        passing = [k for k in range(1, 6) if ranked[k - 1] <= q * k / 5]
+        assert (nulls.adjusted(p) <= q).sum() == max(passing, default=0)
+    assert len(nulls.adjusted(np.zeros(0))) == 0
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_nothing_live_matches_nothing():
+    empty = np.zeros((50, 4), np.float32)
+    full = codes(np.random.default_rng(0), 50, 3, 0.8)
+    for a, b in ((empty, full), (full, empty), (empty, empty)):
+        found = match(a, b, merge_duplicates=True)
+        assert len(found) == 0
+        worth = confirm(found, a, b, documents=np.arange(50), tokens=np.arange(50))
+        assert len(worth.confirmed) == 0
+
+
+def test_wrong_inputs_are_named(monkeypatch):
+    f = codes(np.random.default_rng(0), 50, 3, 0.8)
+    with pytest.raises(UserError, match="50 and of 49 rows"):
+        match(f, f[1:])
+    with pytest.raises(UserError, match=r"evaluation.matching=best must be one of mutual_best, h"):
+        match(f, f, method="best")
+    monkeypatch.setattr(matching, "HUNGARIAN_WIDTH", 2)
+    with pytest.raises(UserError, match="at most 2 live features and there are 3; use mutual_best"):
+        match(f, f, method="hungarian")
+    with pytest.raises(UserError, match="50, 50, 49, 50 rows"):
+        confirm(match(f, f), f, f, documents=np.arange(49), tokens=np.arange(50))
+
+
+def test_compressed_features_are_the_features():
+    f = codes(np.random.default_rng(0), 70, 6, 0.3)
+    for made in (compress(f), compress(sparse.csr_array(f)), compress(lambda at: f[at], 70)):
+        np.testing.assert_array_equal(made.toarray(), f)
