@@ -7,11 +7,14 @@ A command that gets an existing --workdir and no --config uses them by itself.
 
 from pathlib import Path
 
-from crossdict_jax.config import Config, PretrainConfig
+from crossdict_jax.config import Config, ConvertConfig, PretrainConfig
 from crossdict_jax.settings import from_dict
 from crossdict_jax.workdir import read_json
 
+KINDS = {"model_type": PretrainConfig, "hook_name": ConvertConfig}  # by a setting of theirs alone
 
-def get_config(workdir: str) -> Config | PretrainConfig:
+
+def get_config(workdir: str) -> Config | PretrainConfig | ConvertConfig:
     tree = read_json(Path(workdir) / "config.json")
-    return from_dict(PretrainConfig if "model_type" in tree else Config, tree)
+    kind = next((kind for name, kind in KINDS.items() if name in tree), Config)
+    return from_dict(kind, tree)

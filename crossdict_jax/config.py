@@ -42,6 +42,8 @@ class SAEConfig:
     """One ensemble of dictionaries: every model, layer and seed."""
 
     architecture: str = "topk"  # a file in crossdict_jax/dictionaries
+    sources: tuple[str, ...] = ()  # per model train, a folder, or hub:OWNER/NAME/layers.{layer}
+    source_codes: str = "own"  # own | relu: of sources, relu(z) before any selection or threshold
     width: Count = 4096  # features
     k: Count = 32  # active features a row (topk; batchtopk, matryoshka: on average)
     l1_coefficient: Number = 1.0  # weight of the penalty: on L1 (relu, gated), on L0 (jumprelu)
@@ -150,7 +152,18 @@ class PretrainConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
 
-def to_dict(config: Config | PretrainConfig) -> dict:
+@dataclass
+class ConvertConfig:
+    """What is converted, and into which format."""
+
+    source: str = ""  # a run, a dictionary of any known format, or hub:OWNER/NAME/FOLDER
+    format: str = "saelens"  # saelens | crossdict: the checkpoints of this project
+    hook_name: str = ""  # written for SAELens; of a run it is known
+    model_name: str = ""  # written for SAELens; of a run it is known
+    push: str = ""  # hub:OWNER/NAME[/FOLDER] to upload the result to; empty for nowhere
+
+
+def to_dict(config: Config | PretrainConfig | ConvertConfig) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
 

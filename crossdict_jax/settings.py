@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_origin
 
 from crossdict_jax.config import (
     Config,
+    ConvertConfig,
     Count,
     Number,
     PretrainConfig,
@@ -21,6 +22,8 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.errors import UserError
 
+# No models: the embedded pair. No sources: all are trained. Twice the same value has a meaning too.
+MAY_BE_EMPTY = {"models", "sae.sources"}
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
 
 
@@ -176,7 +179,16 @@ _MATMUL: Rule = _one_of("float32", "bfloat16")
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary: the files of their room that define one."""
     machinery = {"base", "losses", "train"}
-    exchange = {"exchange", "gemma_scope", "imported", "saelens", "sparsify"}
+    exchange = {
+        "convert",
+        "exchange",
+        "gemma_scope",
+        "hub",
+        "imported",
+        "pretrained",
+        "saelens",
+        "sparsify",
+    }
     return _kinds("dictionaries", machinery=machinery | exchange)
 
 
@@ -215,6 +227,8 @@ def _rules() -> dict[str, Rule]:
         "extract.norm_mask": _ABOVE_0,
         "extract.matmul_dtype": _MATMUL,
         "sae.architecture": _one_of(*architectures()),
+        "sae.sources": _FILLED,
+        "sae.source_codes": _one_of("own", "relu"),
         "sae.width": _at_least(1),
         "sae.k": _at_least(1),
         "sae.l1_coefficient": _at_least(0),
@@ -268,10 +282,15 @@ def _rules() -> dict[str, Rule]:
         "matmul_dtype": _MATMUL,
         "checkpoint_every": _at_least(1),
         "save_dtype": _one_of("float32", "float16", "bfloat16"),
+        "source": _FILLED,
+        "format": _one_of("saelens", "crossdict"),
+        "hook_name": _FREE,
+        "model_name": _FREE,
+        "push": _FREE,
     }
 
 
-def validate(config: Config | PretrainConfig) -> None:
+def validate(config: Config | PretrainConfig | ConvertConfig) -> None:
     """Raises UserError for the first setting that is of a wrong type or outside what it may be.
 
     Only what can be said without reading text or models; nothing is imported for it.
@@ -282,7 +301,8 @@ def validate(config: Config | PretrainConfig) -> None:
         if not _fits(value, kind):
             raise UserError(f"{name}={spell(value)} is not {_WORDS[kind][2]}.")
         _check_values(name, value, rules[name])
-    _check_fractions(config.text)
+    if not isinstance(config, ConvertConfig):
+        _check_fractions(config.text)
     if isinstance(config, Config):
         _check_models(config.models)
         _check_dictionaries(config.sae)
@@ -297,8 +317,8 @@ def _check_values(name: str, value: Any, rule: Rule) -> None:
         if not allowed(one):
             which = f": {spell(one)}" if several else ""
             raise UserError(f"{name}={spell(value)}{which} must be {words}.")
-    if name == "models":
-        return  # none means the embedded pair; twice the same means a model against itself
+    if name in MAY_BE_EMPTY:
+        return
     if not values:
         raise UserError(f"{name} is empty; give one value or more, with commas between.")
     if len(set(values)) < len(values):
@@ -341,9 +361,19 @@ def _check_models(models: tuple[str, ...]) -> None:
 
 
 def _check_dictionaries(sae: SAEConfig) -> None:
+    swept = [f for f in ("width", "k", "learning_rate", "l1_coefficient") if _many(sae, f)]
+    if sae.sources and set(sae.sources) != {"train"} and (swept or sae.seeds > 1):
+        raise UserError(
+            f"sae.sources names one dictionary for each model, and sae.{(*swept, 'seeds')[0]} asks "
+            "for several; give one value."
+        )
     k, width = _largest(sae.k), _smallest(sae.width)
     if has_k(sae.architecture) and k > width:
         raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
+
+
+def _many(sae: SAEConfig, name: str) -> bool:
+    return isinstance(getattr(sae, name), tuple)
 
 
 def _largest(value: int | tuple[int, ...]) -> int:

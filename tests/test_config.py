@@ -10,12 +10,22 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crossdict_jax import settings
-from crossdict_jax.config import Config, Count, Number, PretrainConfig, layer_pairs, model_layers
+from crossdict_jax.config import (
+    Config,
+    ConvertConfig,
+    Count,
+    Number,
+    PretrainConfig,
+    layer_pairs,
+    model_layers,
+)
 from crossdict_jax.config import to_dict as as_dict
 from crossdict_jax.errors import UserError
 
 PRESETS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 PRESETS.remove("stored")  # it reads a work directory
+PRESETS.remove("convert")  # it says nothing about what to convert
+KINDS = (Config, PretrainConfig, ConvertConfig)
 
 
 def changed(**values) -> Config:
@@ -39,14 +49,14 @@ def test_presets_are_allowed(preset):
 
 
 def test_every_setting_has_a_rule():
-    names = settings.settings(Config) | settings.settings(PretrainConfig)
-    assert settings._rules().keys() == names.keys()
+    names = {name for kind in KINDS for name in settings.settings(kind)}
+    assert settings._rules().keys() == names
 
 
 def test_every_setting_has_a_unit_or_a_reason():
     from launch.command import _describe
 
-    for kind in (Config, PretrainConfig):
+    for kind in KINDS:
         assert not [name for name, comment in _describe(kind(), "") if not comment]
 
 
@@ -76,8 +86,8 @@ SPELLED = {
 
 
 def test_every_type_of_setting_is_spelled():
-    used = {**settings.settings(Config), **settings.settings(PretrainConfig)}.values()
-    assert set(used) <= set(SPELLED) == set(settings.TYPES)
+    used = {type_ for kind in KINDS for type_ in settings.settings(kind).values()}
+    assert used <= set(SPELLED) == set(settings.TYPES)
 
 
 @hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crossdict_jax.dictionaries import base, gemma_scope, saelens, sparsify
+from crossdict_jax.dictionaries import base, gemma_scope, hub, saelens, sparsify
 from crossdict_jax.errors import UserError
 
 NEVER_READ = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}  # they can run code
@@ -15,12 +15,12 @@ def load(path: str | Path) -> base.Dictionary:
 
     Args:
       path: a checkpoint folder of ours, a SAELens folder, a sparsify folder, or a Gemma Scope
-        folder or its params.npz.
+        folder or its params.npz; or ``hub:OWNER/NAME/FOLDER``, where one of these lies.
 
     Raises:
       UserError: there is none, it is damaged (the file is named), or it is of an unknown kind.
     """
-    path = Path(path)
+    path = hub.pull(str(path)) if str(path).startswith(hub.PREFIX) else Path(path)
     if path.is_file() and path.suffix == ".npz":
         return gemma_scope.load(path)
     if not path.is_dir():

@@ -19,7 +19,7 @@ from crossdict_jax import modules
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, SAEConfig
-from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.settings import has_k
@@ -78,6 +78,8 @@ def members(config: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member
 def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
     """Trains what is not there yet; each finished dictionary gets a folder of its own.
 
+    Models that ``sae.sources`` gives a dictionary of somebody else train none.
+
     Members that share d_model, width and k are one ensemble in one compiled step; an ensemble
     too large for the device's memory is split. Killed and run again, it ends with the same bits.
 
@@ -87,7 +89,8 @@ def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
     """
     started = time.perf_counter()
     base.find(config.sae.architecture)
-    sites = [(m, s) for m in store.models for s in store.sites_of(m)]
+    adopted = pretrained.adopt(config, store, work)
+    sites = [(m, s) for m in store.models if m not in adopted for s in store.sites_of(m)]
     everyone = members(config.sae, sites)
     rows = store.select("train")
     _check(config.sae, rows=len(rows))

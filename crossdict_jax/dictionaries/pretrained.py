@@ -1,0 +1,61 @@
+"""Dictionaries that others trained, put where a run keeps its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from crossdict_jax.activations.store import Store
+from crossdict_jax.config import Config
+from crossdict_jax.dictionaries import base, exchange
+from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
+from crossdict_jax.workdir import Workdir
+
+MEMBER = "seed-0"
+
+
+def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
+    """Saves what ``sae.sources`` names as the run's own; returns the models that have all theirs.
+
+    Raises:
+      UserError: there are not as many sources as models, one is no dictionary, or it reads
+        activations of another size.
+    """
+    sources = config.sae.sources
+    if sources and len(sources) != len(store.models):
+        raise UserError(
+            f"sae.sources has {len(sources)} entries for {len(store.models)} models; give one for "
+            "each, `train` where it shall be trained."
+        )
+    adopted = {m: s for m, s in zip(store.models, sources) if s != "train"}
+    for model, source in adopted.items():
+        for site in store.sites_of(model):
+            _adopt_one(config, store, model, site, source, work.dictionary(model, site, MEMBER))
+    return set(adopted)
+
+
+def _adopt_one(config: Config, store: Store, model: str, site: Site, source: str, folder: Path):
+    if checkpoint.is_finished(folder):
+        return
+    place = source.replace("{layer}", str(site.layer))
+    dictionary = exchange.load(place)
+    if dictionary.d_model != store.d_model(model):
+        raise UserError(
+            f"sae.sources: {place} reads rows of {dictionary.d_model}, {model} has "
+            f"{store.d_model(model)} at {site}; name the dictionary of this model."
+        )
+    if config.sae.source_codes == "relu":
+        dictionary = unselected(dictionary)
+    base.save(dictionary, folder, meta={"source": place, "codes": config.sae.source_codes})
+
+
+def unselected(dictionary: Dictionary) -> Dictionary:
+    """Returns the dictionary whose features are relu(z): nothing selected, no threshold."""
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "scale")
+    return from_arrays(
+        find("relu"), {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
+    )

@@ -1,0 +1,22 @@
+"""Converts dictionaries between formats, from a folder, a finished run or the hub, and to it.
+
+python -m launch.convert --workdir=exported --config.source=runs/ab
+python -m launch.convert --workdir=ours --config.source=hub:OWNER/NAME --config.format=crossdict
+
+The result lies in WORKDIR/dictionaries; --config.push=hub:OWNER/NAME uploads it.
+"""
+
+from crossdict_jax.config import ConvertConfig
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: ConvertConfig, work: Workdir) -> None:
+    from crossdict_jax.dictionaries.convert import convert
+
+    for place in convert(config, work):
+        print(place)
+
+
+if __name__ == "__main__":
+    command.run(main, kind=ConvertConfig, default="convert")
