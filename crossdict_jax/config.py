@@ -120,6 +120,7 @@ class Config:
     layer_pairs: str = ""  # in place of layers: 6:10,7:11 pairs the first model's with the others'
     site: str = "resid_pre"  # resid_pre | resid_post | attn_out | mlp_out
     seed: int = 0  # of everything random: another seed is another run
+    records: tuple[str, ...] = ()  # tensorboard, wandb: who gets training curves besides jsonl
     text: TextConfig = field(default_factory=TextConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)

@@ -22,8 +22,8 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.errors import UserError
 
-# No models: the embedded pair. No sources: all are trained. Twice the same value has a meaning too.
-MAY_BE_EMPTY = {"models", "sae.sources"}
+# No models: the embedded pair. No sources: all are trained. No records: nobody gets any.
+MAY_BE_EMPTY = {"models", "records", "sae.sources"}
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
 
 
@@ -215,6 +215,7 @@ def _rules() -> dict[str, Rule]:
         "layer_pairs": _FREE,
         "site": _one_of(*SITES),
         "seed": _SEED,
+        "records": _one_of("tensorboard", "wandb"),
         "text.source": _FILLED,
         "text.column": _FILLED,
         "text.documents": _at_least(3),  # one for each split

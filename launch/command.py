@@ -63,8 +63,11 @@ def run(main: Main, **how: Any) -> None:
 
     @functools.wraps(main)
     def start(config, work):
+        from crossdict_jax.report.records import following
+
         _set_up_jax()
-        main(config, work)
+        with following(work, getattr(config, "records", ())):
+            main(config, work)
 
     def act(argv):
         flags.FLAGS.verbosity = -1  # warnings and worse: some libraries narrate every file

@@ -31,7 +31,12 @@ FAMILIES = {  # room: what the files of its family may know of their room
 LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", "jinja2"}
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
 TOOLS = {"pytest-xdist", "ruff"}  # run, not imported
-NOT_REQUIRED = {"torch"}  # reads old weights and makes goldens where somebody has it
+NOT_REQUIRED = {  # used where somebody has it
+    "torch",  # reads old weights and makes goldens
+    "tensorboardX",
+    "tensorboard",
+    "wandb",
+}
 
 SOURCES = sorted(
     p for d in ("crossdict_jax", "launch", "configs") for p in (ROOT / d).rglob("*.py")
