@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from crossdict_jax import settings
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.errors import UserError
+from crossdict_jax.expectations import Expectation, compare
 from crossdict_jax.workdir import Workdir, open_workdir
 
 Main = Callable[[Any, Workdir], None]
@@ -33,6 +34,7 @@ SHORT = {  # flag: (the setting that it stands for, what it is)
     "width": ("sae.width", "features of each dictionary, as in 4096"),
     "seed": ("seed", "of everything random, as in 0"),
 }
+EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
 QUIET = {  # advice that nobody asked for, between the progress bars
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -86,8 +88,9 @@ def _leave_to_execute(argv: list[str]) -> list[str]:
 def execute(command: Command, argv: list[str], *, values: flags.FlagValues) -> int:
     """Does what ``argv`` asks for and returns the exit code.
 
-    0: done. 2: the user got something wrong; one line on stderr says what and how to mend it.
-    130: interrupted. Any other exception passes through: it is a bug.
+    0: done. 1: a number of --expect was missed. 2: the user got something wrong; one line on
+    stderr says what and how to mend it. 130: interrupted. Any other exception passes through: it
+    is a bug.
 
     Args:
       argv: the program's name and its arguments.
@@ -97,9 +100,11 @@ def execute(command: Command, argv: list[str], *, values: flags.FlagValues) -> i
         if HELP & {arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")}:
             print(usage(command))
             return 0
+        expected, argv = _expected(argv)
         config, workdir = parse(command, argv, values=values)
-        command.main(config, _prepare(config, workdir))
-        return 0
+        work = _prepare(config, workdir)
+        command.main(config, work)
+        return 1 if expected and compare(expected, work) else 0
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -175,22 +180,34 @@ class _ConfigFile(flags.ArgumentParser):
         return config
 
 
-def _load(path: str) -> Any:
+def _expected(argv: list[str]) -> tuple[list[Expectation], list[str]]:
+    """Returns (what the file of ``--expect`` expects, the rest of ``argv``)."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("expect", None, "", flag_values=own)
+    own.set_gnu_getopt()
+    try:
+        rest = own(argv, known_only=True)
+    except flags.Error as error:
+        raise UserError("--expect needs a file of configs/ that expects something.") from error
+    path = own["expect"].value
+    return ([] if path is None else list(_load(path, "get_expectations"))), rest
+
+
+def _load(path: str, function: str = "get_config") -> Any:
+    """Returns what a function of a config file gives; ``path`` is FILE or FILE:ARGUMENT."""
     name, _, argument = path.partition(":")
     if not Path(name).is_file():
         known = ", ".join(sorted(file.stem for file in (ROOT / "configs").glob("[!_]*.py")))
-        raise UserError(
-            f"--config={path}: there is no file {name!r}; configs/NAME.py exists for {known}."
-        )
+        raise UserError(f"{path}: there is no file {name!r}; configs/NAME.py exists for {known}.")
     try:
-        return runpy.run_path(name)["get_config"](*([argument] if argument else []))
+        return runpy.run_path(name)[function](*([argument] if argument else []))
     except UserError:
         raise
     except Exception as error:  # whatever the user's own file does
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UserError(
-            f"--config={path} has no usable get_config() ({type(error).__name__}: {error}, "
-            f"line {line}); see configs/quickstart.py."
+            f"--config={path} has no usable {function}() ({type(error).__name__}: {error}, "
+            f"line {line}); see configs/{EXAMPLES[function]}.py."
         ) from error
 
 
@@ -232,7 +249,7 @@ def parse(command: Command, argv: list[str], *, values: flags.FlagValues) -> tup
 
 
 def _unknown_flag(name: str) -> str:
-    known = ["config", "workdir", *SHORT]
+    known = ["config", "workdir", "expect", *SHORT]
     close = difflib.get_close_matches(name, known, n=1)
     meant = f", did you mean --{close[0]}?" if close else "."
     return (
@@ -305,6 +322,7 @@ def usage(command: Command) -> str:
         ("--config", f"python file with get_config(); default configs/{command.default}.py, or"),
         ("", "the settings of --workdir if that exists"),
         ("--workdir", f"folder of the run; default runs/{command.default} (runs/NAME of --config)"),
+        ("--expect", "a file of configs/ with published numbers to compare with at the end"),
         *short,
         ("", ""),
         *_describe(command.kind(), "--config."),

@@ -1,0 +1,107 @@
+"""Published numbers: found in the rows that are meant, and a miss is an exit code."""
+
+import json
+
+import pytest
+from absl import flags
+
+from crossdict_jax.errors import UserError
+from crossdict_jax.expectations import Expectation, compare
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+ROWS = [
+    {"map": "ridge", "pairing": "aligned", "ce": 3.0, "ce_clean": 2.5},
+    {"map": "ridge", "pairing": "shuffled", "ce": 9.0, "ce_clean": 2.5},
+    {"map": "mean", "pairing": "aligned", "ce": 7.0, "ce_clean": None},
+    {"map": "mean", "pairing": "aligned", "ce": 8.0, "ce_clean": 2.0},
+]
+
+
+def expectation(**changes):
+    usual = {"what": "stitched", "file": "causal.jsonl", "key": "ce", "low": 2.9, "high": 3.1}
+    return Expectation(**(usual | {"published": "3.08", "source": "A et al."} | changes))
+
+
+@pytest.fixture
+def work(tmp_path):
+    (tmp_path / "results").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "results/causal.jsonl").write_text(text)
+    return Workdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ({"map": "ridge", "pairing": "aligned"}, "ce", 3.0),
+        ({"map": "mean"}, "ce", 7.5),  # of several rows the mean
+        ({"map": "ridge", "pairing": "aligned"}, "ce - ce_clean", 0.5),
+        ({"map": "mean"}, "ce - ce_clean", 6.0),  # a row without one of them does not count
+    ],
+)
+def test_the_number_of_the_rows_that_are_meant(where, key, value, work):
+    assert expectation(where=where, key=key).obtained(work) == value
+
+
+def test_near_enough_includes_the_ends():
+    one = expectation()
+    assert [one.met(v) for v in (2.89, 2.9, 3.0, 3.1, 3.11)] == [False, True, True, True, False]
+
+
+def test_every_number_is_printed_and_misses_are_counted(work, capsys):
+    ridge = {"map": "ridge", "pairing": "aligned"}
+    near, far = expectation(where=ridge), expectation(what="far", where=ridge, low=1.0, high=1.5)
+    assert compare([near, far], work) == 1
+    out = capsys.readouterr().out
+    assert "2.9 to 3.1" in out
+    assert [("MISSED" in line) for line in out.splitlines() if "A et al." in line] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"where": {"map": "mlp"}}, "no row with map=mlp"),
+        ({"key": "fvu"}, "no row with  and a fvu|a fvu"),
+        ({"file": "none.jsonl"}, "none.jsonl is missing"),
+    ],
+)
+def test_a_number_that_is_not_there_is_told(changes, words, work):
+    with pytest.raises(UserError, match=words):
+        expectation(**changes).obtained(work)
+
+
+FILE = """
+from crossdict_jax.expectations import Expectation
+
+def get_expectations():
+    return [Expectation("x", file="r.jsonl", key="v", low={low}, high=2, published="1", source="s")]
+"""
+
+
+def run(tmp_path, capfd, *, expect):
+    def main(config, work):
+        (work.root / "results").mkdir()
+        (work.root / "results/r.jsonl").write_text('{"v": 1}\n')
+
+    argv = ["test", "--models=a,b", f"--workdir={tmp_path}/run", *expect]
+    code = command.execute(command.Command(main), argv, values=flags.FlagValues())
+    return code, capfd.readouterr()
+
+
+@pytest.mark.parametrize(("low", "code"), [(0, 0), (1.5, 1)])
+@pytest.mark.parametrize("spelling", ["--expect={}", "--expect {}"])
+def test_the_exit_code_says_whether_all_were_met(low, code, spelling, tmp_path, capfd):
+    file = tmp_path / "expected.py"
+    file.write_text(FILE.format(low=low))
+    got, streams = run(tmp_path, capfd, expect=spelling.format(file).split(" "))
+    assert got == code
+    assert ("MISSED" in streams.out) == bool(code)
+
+
+@pytest.mark.parametrize("expect", ["--expect=nowhere.py", "--expect=configs/quickstart.py"])
+def test_a_file_that_expects_nothing_is_told_before_any_work(expect, tmp_path, capfd):
+    code, streams = run(tmp_path, capfd, expect=[expect])
+    assert code == 2
+    assert len(streams.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
