@@ -188,7 +188,7 @@ def _expected(argv: list[str]) -> tuple[list[Expectation], list[str]]:
     try:
         rest = own(argv, known_only=True)
     except flags.Error as error:
-        raise UserError("--expect needs a file of configs/ that expects something.") from error
+        raise UserError(f"{str(error).rstrip('.')}; see --help.") from error
     path = own["expect"].value
     return ([] if path is None else list(_load(path, "get_expectations"))), rest
 
