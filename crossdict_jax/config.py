@@ -73,7 +73,16 @@ class LossWeights:
     sparsity: float = 0.01  # of firing rates and of active features a row
 
 
-RUNGS = ("mean", "token", "procrustes", "ridge", "token_ridge", "mlp")
+RUNGS = (
+    "mean",
+    "token",
+    "procrustes",
+    "ridge",
+    "ridge_codes",
+    "low_rank",
+    "token_ridge",
+    "mlp",
+)
 
 
 @dataclass
@@ -82,6 +91,7 @@ class MapConfig:
 
     kinds: tuple[str, ...] = RUNGS  # each a file in crossdict_jax/maps
     ridge_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance
+    ranks: tuple[int, ...] = (1, 4, 16, 64, 128, 256)  # low_rank: up to the smaller d_model
     token_pseudocounts: tuple[float, ...] = (0.0, 1.0, 4.0, 16.0)  # shrinkage to the mean
     hidden: int = 512  # mlp: units of both hidden layers
     dropout: float = 0.1  # share of the hidden units that a training row does without

@@ -249,6 +249,7 @@ def _rules() -> dict[str, Rule]:
         "sae.checkpoint_every": _at_least(1),
         "map.kinds": _one_of(*map_kinds()),
         "map.ridge_penalties": _ABOVE_0,
+        "map.ranks": _at_least(1),
         "map.token_pseudocounts": _at_least(0),
         "map.hidden": _at_least(1),
         "map.dropout": _SHARE_OR_0,

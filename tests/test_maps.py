@@ -12,90 +12,29 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from map_problems import (
+    CONFIG,
+    ROWS,
+    activation_r2,
+    feature_r2,
+    fit_one,
+    identity_dictionary,
+    make_problem,
+    random_dictionary,
+    rows_like_a_stream,
+    shuffled_problem,
+)
 
 from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, LossWeights, MapConfig
-from crossdict_jax.dictionaries.base import build as build_dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import Pairs, Problem, Side, base, fit, losses, mlp, moments, token_ridge
+from crossdict_jax.maps import Pairs, Problem, base, fit, losses, mlp, moments, token_ridge
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
-ROWS = {"train": 1600, "validation": 300, "test": 400}
-CONFIG = MapConfig(
-    hidden=64, steps=200, batch_size=64, learning_rate=1e-2, dropout=0.05, checkpoint_every=100
-)
 TRAINED = [kind for kind in maps.kinds() if base.map_class(kind).fits_together]
-
-
-def r2(predicted, target, train_mean) -> float:
-    """1 - FVU over all rows."""
-    return 1 - np.sum((target - predicted) ** 2) / np.sum((target - train_mean) ** 2)
-
-
-@functools.cache
-def random_dictionary(architecture: str, d_model: int, width: int, seed: int = 0):
-    key = jax.random.key(seed)
-    return build_dictionary(architecture, d_model=d_model, width=width, k=4, key=key)
-
-
-@functools.cache
-def identity_dictionary(d_model: int, width: int | None = None):
-    """f = relu(the first ``width`` of x): features that a test can set row by row."""
-    width = width or d_model
-    graphdef, params = modules.split(random_dictionary("relu", d_model, width))
-    eye = {"W_enc": jnp.eye(d_model, width), "W_dec": jnp.eye(width, d_model)}
-    return modules.merge(graphdef, params | eye)
-
-
-def make_problem(x_a, x_b, *, tokens=None, dictionaries_ab=None):
-    """Splits rows in order; returns (Problem, test pairs)."""
-    n = sum(ROWS.values())
-    tokens = np.zeros(n, np.int32) if tokens is None else tokens.astype(np.int32)
-    a, b = dictionaries_ab or [identity_dictionary(x.shape[1]) for x in (x_a, x_b)]
-    pairs, start = {}, 0
-    for split, count in ROWS.items():
-        rows = slice(start, start := start + count)
-        pairs[split] = Pairs(
-            Side(x_a[rows].astype(ml_dtypes.bfloat16), tokens[rows], a),
-            Side(x_b[rows].astype(ml_dtypes.bfloat16), tokens[rows], b),
-            np.arange(start - count, start, dtype=np.int32) // 20,
-        )
-    return Problem("A to B", pairs["train"], pairs["validation"]), pairs["test"]
-
-
-def shuffled_problem(problem: Problem) -> Problem:
-    train, validation = (
-        maps.shuffled(getattr(problem, split), maps.shuffle_seed(0, split))
-        for split in ("train", "validation")
-    )
-    return Problem(f"{problem.label} (shuffled)", train, validation)
-
-
-def fit_one(kind: str, problem: Problem, tmp_path, config: MapConfig = CONFIG) -> base.Fitted:
-    (fitted,) = maps.rung(kind).fit([problem], config, seed=0, directory=tmp_path)
-    return fitted
-
-
-def activation_r2(m, problem: Problem, test: Pairs) -> float:
-    mean = problem.train.target.x.astype(np.float32).mean(0)
-    predicted = maps.predict_activations(m, test, batch_size=128)
-    return r2(predicted, test.target.x.astype(np.float32), mean)
-
-
-def feature_r2(m, problem: Problem, test: Pairs) -> float:
-    train, held_out = problem.train.target, test.target
-    mean = base.encode_rows(train.dictionary, train.x).mean(0)
-    target = base.encode_rows(held_out.dictionary, held_out.x)
-    return r2(maps.predict(m, test, batch_size=128), target, mean)
-
-
-def rows_like_a_stream(rng, d: int) -> np.ndarray:
-    """Correlated rows with unequal scales and a large mean, as residual streams have."""
-    n = sum(ROWS.values())
-    return rng.normal(size=(n, d)) @ np.diag(np.geomspace(0.3, 3, d)) + 20 * rng.normal(size=d)
 
 
 # ------------------------------------------------------------------------------ moments
@@ -696,7 +635,9 @@ def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
 def test_an_unknown_rung_is_refused_with_those_that_exist(tmp_path):
     store = FakeStore({"a": 6, "b": 5})
     config = Config(layers=(1,), map=MapConfig(kinds=("mean", "rigde")))
-    with pytest.raises(UserError, match=r"map.kinds=rigde is no rung; use .*ridge, token"):
+    with pytest.raises(
+        UserError, match=r"map.kinds=rigde is no rung; use .*ridge, ridge_codes, token"
+    ):
         fit.fit_maps(config, store, Workdir(tmp_path))
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax.maps.base import ROWS, exact_matmul, find_tokens, padded, slices
+from crossdict_jax.maps.base import (
+    ROWS,
+    Pairs,
+    encode_rows,
+    exact_matmul,
+    find_tokens,
+    padded,
+    slices,
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,15 @@ def activation_moments(a: np.ndarray, b: np.ndarray) -> Moments:
     return moments((a[rows], b[rows]) for rows in slices(len(a)))
 
 
+def feature_moments(pairs: Pairs) -> Moments:
+    """Returns the moments of both sides' features, encoded a batch at a time."""
+    sides = pairs.source, pairs.target
+    return moments(
+        tuple(encode_rows(side.dictionary, side.x[rows]) for side in sides)
+        for rows in slices(len(pairs))
+    )
+
+
 class RidgePath:
     """All ridge solutions of one problem: ``W = (aa + n v penalty I)^-1 ab``.
 
@@ -112,10 +129,35 @@ class RidgePath:
 
     def solution(self, penalty: float) -> np.ndarray:
         """Returns W [d_a, d_b] for a penalty in multiples of the mean variance (above 0)."""
-        if self._mean == 0:
-            return np.zeros_like(self._projected)  # a constant source says nothing
-        damped = self._eigenvalues + penalty * self._mean
-        return self._basis @ (self._projected / damped[:, None])
+        return self._basis @ (self._projected / self._damped(penalty)[:, None])
+
+    def errors(self, held_out: Products, penalties: Sequence[float]) -> list[float]:
+        """Returns ``held_out.error(solution(p))`` of every penalty p.
+
+        All of them share four products of matrices: with P the projected ab and D the damped
+        eigenvalues, |a W|^2 sums to sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j).
+        """
+        explained = np.sum(self._projected * (self._basis.T @ held_out.ab), axis=1)
+        squared = self._basis.T @ held_out.aa @ self._basis
+        squared *= self._projected @ self._projected.T
+        errors = []
+        for inverse in (1 / self._damped(p) for p in penalties):
+            total = held_out.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
+            errors.append(float(total / (held_out.n * held_out.ab.shape[1])))
+        return errors
+
+    def directions(self, penalty: float) -> np.ndarray:
+        """Returns V [d_b, d_b], orthogonal: B's directions by how much of them the map fits.
+
+        The right singular vectors of the fitted values, in descending order, with the penalty
+        taken as rows of A: the eigenvectors of W' (aa + n v penalty I) W.
+        """
+        weighed = self._projected / np.sqrt(self._damped(penalty))[:, None]
+        _, V = np.linalg.eigh(weighed.T @ weighed)
+        return V[:, ::-1]
+
+    def _damped(self, penalty: float) -> np.ndarray:
+        return self._eigenvalues + (penalty * self._mean or 1.0)  # nothing varies: divide by 1
 
 
 @dataclass(frozen=True)
