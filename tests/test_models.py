@@ -211,6 +211,36 @@ def test_padding_on_the_right_is_harmless(variant):
     assert relative_error(x[:, :length], golden["resid_post.1"]) < 1e-5
 
 
+@every_variant
+def test_a_text_read_in_pieces_is_the_text_read_at_once(variant):
+    """Rows stop at different places; what stands behind a row's length is not seen."""
+    golden, lm = golden_model(variant)
+    tokens = golden["tokens"]
+    batch, seq = tokens.shape
+    whole, layers = lm.extend(tokens)
+    assert relative_error(whole, golden["logits"]) < 1e-5
+    length = np.arange(batch, dtype=np.int32) % (seq - 3) + 1
+    rest = np.stack([row[n : n + 3] for row, n in zip(tokens, length)])
+    past = models.Past(layers, jnp.asarray(length))
+    logits, new = lm.extend(rest, past)
+    expected = np.stack([row[n : n + 3] for row, n in zip(np.asarray(whole), length)])
+    assert relative_error(logits, expected) < 1e-5
+    for layer, (key, _) in new.items():
+        own = np.stack([k[n : n + 3] for k, n in zip(np.asarray(layers[layer][0]), length)])
+        assert relative_error(key, own) < 1e-5
+
+
+def test_an_edit_after_the_past_needs_no_layer_below_it():
+    _, lm = golden_model("gpt_neox-parallel-quarter-old")
+    tokens = np.arange(8, dtype=np.int32)[None]
+    site, top = Site(lm.config.n_layers - 1), lm.config.n_layers - 1
+    x = capture(lm, tokens, [site])[site]
+    _, layers = lm.extend(tokens)
+    past = models.Past({top: layers[top]}, jnp.array([5]))
+    logits, _ = lm.extend(tokens[:, 5:], past, tap=lambda s, y: x[:, 5:] if s == site else y)
+    assert relative_error(logits, np.asarray(lm.logits(tokens))[:, 5:]) < 1e-5
+
+
 def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
     raw = dict(model_type="gpt2", vocab_size=8, n_positions=16, n_embd=32, n_layer=4, n_head=2)
     graphdef, state = nnx.split(models.init(raw))

@@ -99,6 +99,33 @@ def check_site(config: ModelConfig, site: Site, name: str) -> None:
         )
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Past:
+    """What attention keeps of tokens that were read before.
+
+    Attributes:
+      layers: {layer: (keys, values)}, each float32 [batch, capacity, heads, d_head]; a layer that
+        is absent looks back on nothing.
+      length: int32 [batch], how many of the capacity's places count.
+    """
+
+    layers: dict[int, tuple[jax.Array, jax.Array]]
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self.layers.values()))[0].shape[1]
+
+
+class Memory:
+    """One layer's keys and values during a pass: of the past, and where the new ones are left."""
+
+    def __init__(self, seen: tuple[jax.Array, jax.Array] | None, length: jax.Array | None):
+        self.seen, self.length = seen, length
+        self.new: tuple[jax.Array, jax.Array] | None = None
+
+
 class Linear(nnx.Module):
     """``x W + b`` with W [d_in, d_out]; the products may be taken in a smaller dtype."""
 
@@ -157,9 +184,9 @@ class Block(nnx.Module):
         self.norm_2, self.mlp = norm_2, mlp
         self.layer, self.parallel = layer, parallel
 
-    def __call__(self, x: jax.Array, rotary, tap: Tap, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, x, rotary, tap: Tap, dtype: jnp.dtype, memory=None) -> jax.Array:
         x = tap(Site(self.layer, "resid_pre"), x)  # [batch, seq, d_model]
-        attn_out = self.attention(self.norm_1(x), rotary, dtype)
+        attn_out = self.attention(self.norm_1(x), rotary, dtype, memory)
         attn_out = tap(Site(self.layer, "attn_out"), attn_out)
         middle = x + attn_out
         mlp_out = self.mlp(self.norm_2(x if self.parallel else middle), dtype)
@@ -185,8 +212,9 @@ class LanguageModel(nnx.Module):
         else:
             self.W_U = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape[::-1]))
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.W_E[...][tokens]  # [batch, seq, d_model]
+    def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Returns [batch, seq, d_model]; positions int [batch, seq] are 0, 1, ... if not given."""
+        return self.W_E[...][tokens]
 
     def rotary(self, length: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The tables for ``rotate`` of every position, or None where positions are embedded."""
@@ -201,12 +229,39 @@ class LanguageModel(nnx.Module):
         that of the inputs of matrix products (sums stay float32); float32 is exact everywhere.
         """
         tokens = check_tokens(self.config, tokens, self.name)
+        x, rotary = self.embed(tokens), self.rotary(tokens.shape[1])
+        return self._read(x, rotary, tap, dtype, [None] * len(self.blocks))
+
+    def extend(
+        self, tokens, past: Past | None = None, *, tap: Tap | None = None, dtype=None
+    ) -> tuple[jax.Array, dict[int, tuple[jax.Array, jax.Array]]]:
+        """Returns the logits of tokens [batch, seq] that follow ``past``, and their own keys.
+
+        The tokens stand at positions ``past.length`` and on (each row its own), or at 0 and on
+        without a past, and see the past and each other causally. The second value, {layer: (keys,
+        values)} [batch, seq, heads, d_head], is what a later ``Past`` is made of. Everything else
+        is as in ``logits``: reading a text in pieces or as a whole is the same.
+        """
+        tokens = check_tokens(self.config, tokens, self.name)
+        layers = range(len(self.blocks))
+        if past is None:
+            x, rotary = self.embed(tokens), self.rotary(tokens.shape[1])
+            memories = [Memory(None, None) for _ in layers]
+        else:
+            steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = past.length[:, None] + steps[None, :]
+            x = self.embed(tokens, positions)
+            tables = self.rotary(past.capacity + tokens.shape[1])
+            rotary = tables and tuple(jnp.asarray(table)[positions] for table in tables)
+            memories = [Memory(_seen(past, i), past.length) for i in layers]
+        logits = self._read(x, rotary, tap, dtype, memories)
+        return logits, {i: memory.new for i, memory in enumerate(memories)}
+
+    def _read(self, x, rotary, tap: Tap | None, dtype, memories: list) -> jax.Array:
         tap = tap or (lambda site, x: x)
         dtype = jnp.dtype(dtype or jnp.float32)
-        x = self.embed(tokens)
-        rotary = self.rotary(tokens.shape[1])
-        for block in self.blocks:
-            x = block(x, rotary, tap, dtype)
+        for block, memory in zip(self.blocks, memories):
+            x = block(x, rotary, tap, dtype, memory)
         W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
         return matmul(self.final_norm(x), W_U, dtype)
 
@@ -286,17 +341,66 @@ def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )
 
 
-def attend(query, key, value, *, scale: float, dtype: jnp.dtype) -> jax.Array:
+def attend(
+    query, key, value, *, scale: float, dtype: jnp.dtype, memory: Memory | None = None
+) -> jax.Array:
     """Causal softmax attention, float32 [batch, seq, heads * d_head].
 
     query is [batch, seq, heads, d_head]; key and value may have fewer heads, each then serving
-    an equal run of query heads.
+    an equal run of query heads. A memory adds what was seen before, and is left the new keys.
     """
+    if memory is not None:
+        memory.new = key, value
+        if memory.seen is not None:
+            return _attend_past(query, key, value, memory, scale=scale, dtype=dtype)
     with jax.default_matmul_precision("highest"):
         out = jax.nn.dot_product_attention(
             query.astype(dtype), key.astype(dtype), value.astype(dtype), scale=scale, is_causal=True
         )
     return out.astype(jnp.float32).reshape(*out.shape[:2], -1)
+
+
+def _seen(past: Past, layer: int) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys and values of the past; of the right shape, and none, where it has none."""
+    if layer in past.layers:
+        return past.layers[layer]
+    key, value = next(iter(past.layers.values()))
+    return key[:, :0], value[:, :0]
+
+
+def _attend_past(query, key, value, memory: Memory, *, scale: float, dtype) -> jax.Array:
+    """``attend`` with the keys of the past; they stay apart from the new ones.
+
+    Copied together they would be copied for every edit of a batch of edits (under vmap).
+    """
+    batch, seq, heads, d_head = query.shape
+    query = query.reshape(batch, seq, key.shape[2], -1, d_head) * scale
+    sides = memory.seen, (key, value)
+    scores = [_product("bskgd,btkd->bkgst", query, keys, dtype) for keys, _ in sides]
+    old = jnp.arange(scores[0].shape[-1])[None, :] < memory.length[:, None]  # [batch, capacity]
+    new = jnp.tril(jnp.ones((seq, seq), bool))
+    scores = jnp.concatenate(
+        [
+            jnp.where(old[:, None, None, None, :], scores[0], -jnp.inf),
+            jnp.where(new[None, None, None], scores[1], -jnp.inf),
+        ],
+        axis=-1,
+    )
+    weights = jnp.split(jax.nn.softmax(scores, axis=-1), (old.shape[1],), axis=-1)
+    parts = (
+        _product("bkgst,btkd->bskgd", w, values, dtype) for w, (_, values) in zip(weights, sides)
+    )
+    return sum(parts).reshape(batch, seq, heads * d_head)
+
+
+def _product(how: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.einsum(
+        how,
+        a.astype(dtype),
+        b.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def rotary_tables(length: int, *, dims: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -308,8 +412,13 @@ def rotary_tables(length: int, *, dims: int, theta: float) -> tuple[np.ndarray, 
 
 
 def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-    """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired."""
-    cos, sin = (table[None, :, None, :] for table in rotary)
+    """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired.
+
+    The tables are [seq, dims / 2], or [batch, seq, dims / 2] where rows stand at different places.
+    """
+    cos, sin = (table[..., None, :] for table in rotary)
+    if cos.ndim == 3:
+        cos, sin = cos[None], sin[None]
     half = cos.shape[-1]
     first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -86,10 +86,11 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def __call__(self, x: jax.Array, rotary: None, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary: None, dtype: jnp.dtype, memory=None) -> jax.Array:
         qkv = self.qkv(x, dtype).reshape(*x.shape[:2], 3, self.n_heads, -1)
         query, key, value = (qkv[:, :, i] for i in range(3))  # [batch, seq, heads, d_head]
-        return self.out(base.attend(query, key, value, scale=self.scale, dtype=dtype), dtype)
+        out = base.attend(query, key, value, scale=self.scale, dtype=dtype, memory=memory)
+        return self.out(out, dtype)
 
 
 class Model(base.LanguageModel):
@@ -102,8 +103,10 @@ class Model(base.LanguageModel):
         self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
         self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.W_E[...][tokens] + self.W_pos[...][None, : tokens.shape[1]]
+    def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        W_pos = self.W_pos[...]
+        at = W_pos[None, : tokens.shape[1]] if positions is None else W_pos[positions]
+        return self.W_E[...][tokens] + at
 
 
 def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
