@@ -1,0 +1,80 @@
+"""What a map makes of single features of A: their images, as directions in B's activations."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax import modules
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.maps.base import Map, Side, padded, slices
+
+ROWS_EACH = 32  # at which a feature fires, that its image is the mean over
+BLOCK = 1024  # rows per forward
+
+
+def feature_directions(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
+    """Returns what one unit of each feature adds to the activation, float32 [features, d_model]."""
+    one = np.zeros((len(features), dictionary.width), np.float32)
+    one[np.arange(len(features)), features] = 1
+    return np.asarray(dictionary.decode(one) - dictionary.decode(np.zeros_like(one)))
+
+
+def images(
+    m: Map, source: Side, features: np.ndarray, strength: np.ndarray, *, seed: int
+) -> np.ndarray:
+    """Returns the images float32 [features, d_b] per unit of activation.
+
+    The mean, over rows at which a feature fires, of what the map predicts less what it predicts
+    without the feature, in B's activations (a rung of features is decoded by B's dictionary). Of
+    an affine map with matrix W and a feature of direction d this is d W. Zero where a feature
+    does not fire at all, and for rungs that read tokens alone.
+
+    Args:
+      source: A's rows [n].
+      strength: [n, features], the features' activations there.
+    """
+    directions = feature_directions(source.dictionary, features)
+    rows = [_some_rows(column, seed) for column in strength.T]
+    which = np.repeat(np.arange(len(features)), list(map(len, rows)))
+    row = np.concatenate(rows)
+    by = strength[row, which]
+    graphs, params = zip(*map(modules.split, (m, source.dictionary)))
+    total = np.zeros((len(features), m.dictionary.d_model))
+    for block in slices(len(row), BLOCK):
+        inputs = (
+            source.x[row[block]],
+            source.tokens[row[block]],
+            by[block, None] * directions[which[block]],
+            features[which[block]],
+        )
+        inputs = (padded(a, BLOCK) for a in inputs)
+        change = np.asarray(_contribution(graphs, params, *inputs))[: len(row[block])]
+        np.add.at(total, which[block], change)
+    strengths = np.bincount(which, weights=by, minlength=len(features))
+    return (total / np.maximum(strengths, 1e-30)[:, None]).astype(np.float32)
+
+
+def _some_rows(strength: np.ndarray, seed: int) -> np.ndarray:
+    rows = np.flatnonzero(strength > 0)
+    return np.random.Generator(np.random.Philox(key=seed)).permutation(rows)[:ROWS_EACH]
+
+
+@partial(jax.jit, static_argnums=0)
+def _contribution(graphs, params, x, tokens, added, feature) -> jax.Array:
+    m, source = map(modules.merge, graphs, params)
+    x = x.astype(jnp.float32)
+    if m.predicts_activation and m.reads == "activations":
+        return m.activation(x, tokens=tokens) - m.activation(x - added, tokens=tokens)
+    if m.reads == "tokens":
+        return jnp.zeros((len(x), m.dictionary.d_model))
+    if m.reads == "activations":
+        with_it, without = x, x - added
+    else:
+        with_it = source.encode(x)
+        without = with_it.at[jnp.arange(len(x)), feature].set(0.0)
+    decode = m.dictionary.decode
+    return decode(m(with_it, tokens=tokens)) - decode(m(without, tokens=tokens))

@@ -1,0 +1,166 @@
+"""Two language models in which known directions do known things, and a map between them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax import models
+from crossdict_jax.causal.images import feature_directions, images
+from crossdict_jax.causal.inject import Injector, Places
+from crossdict_jax.causal.transfer import MATCH, Experiment, Ground, Image
+from crossdict_jax.causal.vocabulary import Translation
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.base import find, from_arrays
+from crossdict_jax.maps.base import Map, Side, build
+from crossdict_jax.maps.ridge import Ridge
+from crossdict_jax.models import LanguageModel, Site
+
+SITE = Site(1)
+FEATURES = 12
+LINKED = 8  # of them do the same in both models; in B the others do nothing
+WORDS = 40  # FEATURES triggers, as many targets, and words without a part in it
+PUSH = 0.4  # of a feature on the logit of its target, per unit after the last norm
+TRIGGER = 1.0  # how far a feature's own word goes in its direction; the other words: about 0.1
+THRESHOLD = 0.6  # under which a feature does not fire
+QUIET = 0.3  # of the random logits: what nobody planted
+SHAPES = (
+    {
+        "model_type": "gpt2",
+        "vocab_size": WORDS,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    },
+    {
+        "model_type": "gpt_neox",
+        "vocab_size": WORDS,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 32,
+        "rotary_pct": 0.5,
+        "initializer_range": 0.1,
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """The planted truth.
+
+    In A, feature i (direction ``dictionary_a.W_dec[i]`` at SITE) fires at word i and raises word
+    FEATURES + i. In B, whose words are numbered by ``words``, the direction that ``map`` gives for
+    it does the same for i < LINKED, and nothing for the others.
+    """
+
+    lms: tuple[LanguageModel, LanguageModel]
+    dictionaries: tuple[Dictionary, Dictionary]
+    map: Map
+    texts: np.ndarray  # int32 [texts, seq], in A's words
+    words: np.ndarray  # int [WORDS], B's number of each of A's words
+
+    @property
+    def translation(self) -> Translation:
+        pieces = [f"word{i} ".encode() for i in range(WORDS)]
+        return Translation(tuple(pieces), tuple(pieces[i] for i in np.argsort(self.words)))
+
+    def experiment(self, *, tested: int = FEATURES) -> Experiment:
+        """The planted features put to the test, by the ridge map and by the match."""
+        texts = self.texts, self.words[self.texts].astype(np.int32)
+        places = _every_place(self.texts)
+        source, target = (
+            Ground(Injector(lm, SITE, list(t), batch_size=64), places)
+            for lm, t in zip(self.lms, texts)
+        )
+        x_a, x_b = (ground.injector.clean(places) for ground in (source, target))
+        f_a, f_b = (np.asarray(d.encode(x)) for d, x in zip(self.dictionaries, (x_a, x_b)))
+        features = np.arange(FEATURES)
+        side = Side(x_a, texts[0][places.text, places.last], self.dictionaries[0])
+        return Experiment(
+            source=source,
+            target=target,
+            documents=places.text,
+            features=features,
+            tested=tested,
+            strength=f_a,
+            directions=feature_directions(self.dictionaries[0], features),
+            images={
+                "ridge": Image(images(self.map, side, features, f_a, seed=0)),
+                MATCH: Image(feature_directions(self.dictionaries[1], features), f_b),
+            },
+            mean=x_b.mean(0),
+            translation=self.translation,
+        )
+
+
+def _every_place(texts: np.ndarray) -> Places:
+    n, seq = texts.shape
+    text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
+    last = position + 1  # the first position is never paired
+    return Places(text, last, last, np.minimum(last + 1, seq - 1))
+
+
+def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
+    """Returns two random models with FEATURES planted directions, and texts of random words."""
+    generator = np.random.default_rng(seed)
+    words = generator.permutation(WORDS)
+    lms, dictionaries, rows = [], [], []
+    for which, shape in enumerate(SHAPES):
+        lm = models.init(shape, seed=2 * seed + which)
+        V = _directions(lm.config.d_model, generator)
+        number = np.arange(WORDS) if which == 0 else words
+        _plant(lm, V, number, pushing=FEATURES if which == 0 else LINKED)
+        lms.append(lm)
+        dictionaries.append(_dictionary(V))
+        rows.append(V)
+    d_a, d_b = (lm.config.d_model for lm in lms)
+    values = {"mean_a": np.zeros(d_a), "W": rows[0].T @ rows[1], "mean_b": np.zeros(d_b)}
+    return Planted(
+        lms=tuple(lms),
+        dictionaries=tuple(dictionaries),
+        map=build(Ridge, dictionaries[1], {"d_a": d_a}, values),
+        texts=_texts(generator, texts, length),
+        words=words,
+    )
+
+
+def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
+    """Random words, half of them triggers; the target follows its trigger half the time."""
+    words = generator.integers(0, WORDS, (n, length)).astype(np.int32)
+    triggers = generator.integers(0, FEATURES, words.shape).astype(np.int32)
+    words = np.where(generator.random(words.shape) < 0.5, triggers, words)
+    follows = (words[:, :-1] < FEATURES) & (generator.random((n, length - 1)) < 0.5)
+    words[:, 1:][follows] = words[:, :-1][follows] + FEATURES
+    return words
+
+
+def _directions(d_model: int, generator: np.random.Generator) -> np.ndarray:
+    """Orthonormal rows [FEATURES, d_model] of mean zero: a layer norm takes nothing from them."""
+    rows = generator.normal(size=(FEATURES, d_model))
+    rows -= rows.mean(1, keepdims=True)
+    return np.linalg.qr(rows.T)[0].T.astype(np.float32)
+
+
+def _plant(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, pushing: int) -> None:
+    """Lets word i write direction i, and the first directions push their words."""
+    triggers, targets = number[:FEATURES], number[FEATURES : FEATURES + pushing]
+    lm.W_E[...] = lm.W_E[...].at[jnp.asarray(triggers)].add(TRIGGER * V)
+    W_U = QUIET * lm.W_U[...]
+    lm.W_U[...] = W_U.at[:, jnp.asarray(targets)].add(PUSH * V[:pushing].T)
+
+
+def _dictionary(V: np.ndarray) -> Dictionary:
+    arrays = {
+        "W_enc": V.T,
+        "b_enc": np.full(FEATURES, -THRESHOLD),
+        "W_dec": V,
+        "b_dec": np.zeros(V.shape[1]),
+    }
+    return from_arrays(find("relu"), arrays)

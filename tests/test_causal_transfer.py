@@ -1,0 +1,366 @@
+"""Feature transfer: planted causes are found, and vectors do what they do in the plain model."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crossdict_jax import bootstrap, models
+from crossdict_jax.causal import inject, scores, transfer
+from crossdict_jax.causal.images import images
+from crossdict_jax.causal.inject import Injector, Places
+from crossdict_jax.causal.transfer import Image, Plan, choose_contexts, correlation
+from crossdict_jax.causal.vocabulary import Translation
+from crossdict_jax.errors import UserError
+from crossdict_jax.maps.base import Side
+from crossdict_jax.models import Site
+from crossdict_jax.verify import planted_causal
+from crossdict_jax.verify.planted_causal import FEATURES, LINKED
+
+PLAN = Plan(contexts=24, random_directions=24, shuffled_features=11, bootstrap=100)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return planted_causal.plant()
+
+
+@pytest.fixture(scope="module")
+def experiment(planted):
+    """The true images, and two that cannot work: noise, and each feature another one's."""
+    made = planted.experiment()
+    true = made.images["ridge"].vectors
+    noise = np.random.default_rng(3).normal(size=true.shape).astype(np.float32)
+    wrong = {"noise": Image(noise), "another": Image(np.roll(true, 1, axis=0))}
+    return dataclasses.replace(made, images=dict(made.images) | wrong)
+
+
+PROGRAMS = (inject._changes, inject._continuations, inject._log_probs, inject._look_back)
+
+
+@pytest.fixture(scope="module")
+def outcome(experiment):
+    kept, before = {}, [program._cache_size() for program in PROGRAMS]
+    rows, summary = transfer.transfer(experiment, PLAN, keep=kept.__setitem__)
+    kept["programs"] = [p._cache_size() - n for p, n in zip(PROGRAMS, before)]
+    return rows, {s["image"]: s for s in summary}, kept
+
+
+def of(rows, image):
+    return {row["feature"]: row for row in rows if row["image"] == image}
+
+
+# ---------------------------------------------------------------- planted truths
+
+
+@pytest.mark.parametrize("image", ["ridge", "match"])
+def test_images_of_shared_causes_transfer_and_of_others_do_not(outcome, image):
+    rows, summary, _ = outcome
+    found = of(rows, image)
+    assert [i for i, row in found.items() if row["transfers"]] == list(range(LINKED))
+    for i in range(LINKED):
+        row = found[i]
+        for key in ("specific_random", "specific_shuffled", "specific_random_at_kl"):
+            assert row[f"{key}_low"] > 0, (i, key)
+        assert row["promoted_source"][0] == row["promoted_target"][0] == f"word{FEATURES + i} "
+    assert summary[image]["share_transferring"] == LINKED / FEATURES
+    assert summary[image]["specific_random_low"] > 0
+
+
+@pytest.mark.parametrize("image", ["noise", "another"])
+def test_random_and_shuffled_images_do_not_transfer(outcome, image):
+    rows, summary, _ = outcome
+    assert not [i for i, row in of(rows, image).items() if row["transfers"]]
+    low, high = (summary[image][f"specific_random_{end}"] for end in ("low", "high"))
+    assert low < 0.02 and high < summary["ridge"]["specific_random_low"]
+
+
+def test_removing_a_shared_cause_does_the_same_in_both_models(outcome):
+    rows, summary, _ = outcome
+    found = of(rows, "ridge")
+    shared = [found[i]["ablation_r"] for i in range(LINKED)]
+    others = [found[i]["ablation_r"] for i in range(LINKED, FEATURES)]
+    assert np.median(shared) > 0.8 and np.mean(shared) > np.mean(others) + 0.3
+    assert abs(summary["ridge"]["ablation_r_shuffled"]) < 0.2
+
+
+def test_the_image_of_an_affine_map_is_its_matrix(planted, experiment):
+    expected = planted.dictionaries[0].W_dec[...] @ planted.map.W[...]
+    np.testing.assert_allclose(experiment.images["ridge"].vectors, expected, atol=1e-5)
+
+
+def test_a_rung_of_features_gives_what_it_adds(planted, experiment):
+    """A map of features that doubles each: the image is twice B's decoder row."""
+
+    class Double(type(planted.map)):
+        reads = "features"
+        predicts_activation = False
+
+        def __call__(self, inputs, *, tokens=None):
+            return 2 * inputs
+
+    m = Double(planted.dictionaries[1], d_a=planted.lms[0].config.d_model)
+    places = experiment.source.places
+    x = experiment.source.injector.clean(places)
+    side = Side(x, np.zeros(len(x), np.int32), planted.dictionaries[0])
+    found = images(m, side, np.arange(FEATURES), experiment.strength, seed=1)
+    np.testing.assert_allclose(found, 2 * planted.dictionaries[1].W_dec[...], atol=1e-5)
+
+
+def test_what_is_said_of_a_row_hangs_together(outcome):
+    rows, _, _ = outcome
+    for row in rows:
+        middle = row["doses"][PLAN.scored]
+        assert middle["alpha"] == sorted(PLAN.alphas)[PLAN.scored]
+        assert row["effect"] == pytest.approx(middle["effect"])
+        assert row["specific_random"] == pytest.approx(row["effect"] - row["effect_random"])
+        assert row["p"] == max(row["p_random"], row["p_shuffled"]) <= row["q"]
+        assert 0 < row["kl_spent"] <= PLAN.kl_budget + 1e-9
+        assert row["effect_low"] <= row["effect"] <= row["effect_high"]
+        spent = [dose["kl"] for dose in row["doses"]]
+        assert spent == sorted(spent)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_an_interrupted_experiment_ends_the_same(experiment, outcome):
+    rows, _, kept = outcome
+    known = json.loads(json.dumps({i: kept[i] for i in range(1, FEATURES)}))
+    again = []
+    rows_again, _ = transfer.transfer(
+        experiment,
+        PLAN,
+        known={int(i): record for i, record in known.items()},
+        keep=lambda i, _: again.append(i),
+    )
+    assert again == [0]
+    assert rows_again == rows
+
+
+def test_one_program_for_all_features_directions_and_doses(outcome):
+    """One for each model, of either kind; only A's are read in full."""
+    assert outcome[2]["programs"] == [2, 2, 1, 2]
+
+
+# ---------------------------------------------------------------- vectors in the plain model
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+}
+LENGTHS = (12, 7, 12, 3)
+PLACES = Places(
+    *np.array([[0, 4, 4, 7], [0, 8, 10, 11], [1, 1, 3, 3], [2, 2, 9, 10], [3, 1, 1, 2]]).T
+)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.init(SHAPE, seed=0)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 30, n).astype(np.int32) for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
+
+
+@functools.cache
+def plain(lm, site):
+    @jax.jit
+    def logits(tokens, edited, vector):
+        def tap(here, x):
+            return x + edited[None, :, None] * vector[None, None, :] if here == site else x
+
+        return lm.logits(tokens[None], tap=tap)[0]
+
+    return logits
+
+
+def slow(lm, texts, site, place, vector, span):
+    """log p [seq, vocab] of one text with a vector added, by the plain model."""
+    text, first, last, _ = place
+    at = np.arange(max(LENGTHS))
+    edited = (at >= max(first, last - span + 1)) & (at <= last)
+    tokens = np.pad(texts[text], (0, len(at) - len(texts[text])))
+    logits = np.asarray(plain(lm, site)(tokens, edited, jnp.asarray(vector)), np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+SITES = [Site(1), Site(1, "resid_post"), Site(0, "mlp_out")]
+
+
+@pytest.mark.parametrize(
+    ("site", "span"), [(SITES[0], 4), (SITES[0], 12), (SITES[1], 4), (SITES[2], 4)], ids=str
+)
+def test_changes_are_those_of_the_plain_model(lm, texts, vectors, site, span):
+    injector = Injector(lm, site, texts, batch_size=2)
+    ready = injector.ready(PLACES, size=8, span=span)
+    change, kl = injector.changes(ready, vectors, {3: 0.5, 17: 1.5}, most=5)
+    for n, place in enumerate(zip(*PLACES)):
+        clean = slow(lm, texts, site, place, np.zeros(16), span)[place[2]]
+        for v, vector in enumerate(vectors):
+            edited = slow(lm, texts, site, place, vector, span)[place[2]]
+            expected = (edited - clean)[[3, 17]] @ [0.25, 0.75]
+            assert change[v, n] == pytest.approx(expected, abs=5e-5)
+            assert kl[v, n] == pytest.approx(np.exp(clean) @ (clean - edited), abs=5e-5)
+    assert np.abs(change).max() > 0.1
+
+
+def test_all_of_the_vocabulary_can_be_read(lm, texts, vectors):
+    injector = Injector(lm, Site(1), texts, batch_size=2)
+    log_probs = injector.log_probs(injector.ready(PLACES, size=8, span=4), vectors)
+    for n, place in enumerate(zip(*PLACES)):
+        for v, vector in enumerate([np.zeros(16), *vectors]):
+            expected = slow(lm, texts, Site(1), place, vector, 4)[place[2]]
+            np.testing.assert_allclose(log_probs[v, n], expected, atol=2e-5)
+
+
+def continuation(lm, texts, place, vector):
+    """log p of the tokens after ``last`` up to ``end``, the last 3 tokens edited."""
+    text, _, last, end = place
+    log_p = slow(lm, texts, Site(1), place, vector, 3)
+    return sum(log_p[at, texts[text][at + 1]] for at in range(last, end))
+
+
+def test_continuations_are_those_of_the_plain_model(lm, texts, vectors):
+    site = Site(1)
+    injector = Injector(lm, site, texts, batch_size=4)
+    strength = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
+    ready = injector.ready(PLACES, size=5, span=3, reads=4)
+    found = injector.continuations(ready, vectors, strength)
+    for n, place in enumerate(zip(*PLACES)):
+        clean = continuation(lm, texts, place, np.zeros(16))
+        for v, vector in enumerate(vectors):
+            expected = continuation(lm, texts, place, strength[v, n] * vector) - clean
+            assert found[v, n] == pytest.approx(expected, abs=5e-5)
+    assert (found[:, 2] == 0).all()  # a place without a continuation
+
+
+def test_no_dose_changes_nothing(lm, texts):
+    injector = Injector(lm, Site(1), texts, batch_size=2)
+    ready = injector.ready(PLACES, size=5, span=1)
+    for part in injector.changes(ready, np.zeros((2, 16), np.float32), {1: 1.0}, most=1):
+        np.testing.assert_allclose(part, 0, atol=2e-6)  # rounding
+
+
+def test_a_sweep_is_many_separate_runs(lm, texts, vectors):
+    injector = Injector(lm, Site(1), texts, batch_size=2)
+    ready = injector.ready(PLACES, size=5, span=1)
+    doses = np.concatenate([alpha * vectors for alpha in np.linspace(0.1, 1, 7)])
+    together = np.stack(injector.changes(ready, doses, {1: 1.0}, most=1))
+    alone = [np.stack(injector.changes(ready, d[None], {1: 1.0}, most=1)) for d in doses]
+    np.testing.assert_allclose(together, np.concatenate(alone, axis=1), atol=1e-6)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_a_budget_is_found_on_the_dose_curve():
+    kl = np.array([[[0.1, 0.1], [0.4, 0.6]], [[0.01, 0.01], [0.02, 0.02]]])
+    effect = np.array([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 1.0], [5.0, 7.0]]])
+    values, spent = scores.at_budget(kl, effect, 0.3)
+    np.testing.assert_allclose(values, [[2.0, 3.0], [5.0, 7.0]])
+    np.testing.assert_allclose(spent, [0.3, 0.02])
+    values, spent = scores.at_budget(kl, effect, 0.05)  # between no dose and the first
+    np.testing.assert_allclose(values[0], [0.5, 1.0])
+
+
+def test_p_values_of_nothing_are_uniform():
+    rng = np.random.default_rng(0)
+    p = np.concatenate(
+        [scores.pooled_p(draw[:, 0], draw[:, 1:]) for draw in rng.normal(size=(200, 12, 17))]
+    )
+    for level in (0.01, 0.05, 0.3):
+        assert np.mean(p <= level) == pytest.approx(level, abs=4 * (level / len(p)) ** 0.5 + 0.004)
+
+
+def test_discoveries_are_those_of_the_step_up_procedure():
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 40):
+        p = rng.random(n) ** 2
+        q = scores.benjamini_hochberg(p)
+        for fdr in (0.05, 0.2, 0.5):
+            ranks = np.flatnonzero(np.sort(p) <= fdr * np.arange(1, n + 1) / n)
+            passing = np.sort(p)[ranks[-1]] if len(ranks) else -1
+            assert ((q <= fdr) == (p <= passing)).all()
+
+
+def test_contexts_are_spread_over_documents():
+    documents = np.array([0] * 10 + [1] * 2 + [2] * 5)
+    strength = np.where(np.arange(17) == 10, 0, 1.0)
+    rows = choose_contexts(strength, documents, 6, np.random.default_rng(0))
+    assert np.bincount(documents[rows]).tolist() in ([3, 1, 2], [2, 1, 3])
+    assert (strength[choose_contexts(strength, documents, 99, np.random.default_rng(0))] > 0).all()
+
+
+def test_correlations_are_numpys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 30))
+    draws = bootstrap.draw(np.arange(30) // 3, count=50, seed=0)
+    found = correlation(draws, a, a + b)
+    assert found.value == pytest.approx(np.corrcoef(a, a + b)[0, 1])
+    weights = draws.weights[7][draws.index].astype(int)
+    resampled = np.corrcoef(np.repeat(a, weights), np.repeat(a + b, weights))[0, 1]
+    assert found.samples[7] == pytest.approx(resampled)
+    assert correlation(draws, a, np.ones(30)) is None
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_tokens_are_translated_by_their_bytes():
+    a = (b"", b" cat", b"\xc3", b" zebra", b"<s>", b"\xff", b"qq")
+    b = (b" z", b" cat", b"\xc3", b" ze", b" ", b" cat", b"<s>")
+    first = {" zebra": 0, "qq": 4}.get
+    found = Translation(a, b, frozenset({4}), frozenset({6}), first_token=first)
+    assert [found.to_b(i) for i in range(8)] == [None, 1, 2, 0, None, None, None, None]
+    without = Translation(a, b)
+    assert without.to_b(3) == 3  # the longest that it begins with
+    assert found.has_text.tolist() == [False, True, True, True, False, True, True]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alphas": (0.1, float("nan"))}, "intervention.alphas=.*finite"),
+        ({"alphas": (-1.0,)}, "intervention.alphas=.*0 or above"),
+        ({"norm": "huge"}, "intervention.norm=huge"),
+        ({"random_directions": 2}, "intervention.random_directions=2"),
+    ],
+)
+def test_plans_that_cannot_be(experiment, change, message):
+    with pytest.raises(UserError, match=message):
+        transfer.transfer(experiment, dataclasses.replace(PLAN, **change))
+
+
+def test_a_silent_feature_is_named(experiment):
+    strength = experiment.strength.copy()
+    strength[:, 0] = 0
+    with pytest.raises(UserError, match="Feature 0 does not fire"):
+        transfer.transfer(dataclasses.replace(experiment, strength=strength), PLAN)
+
+
+def test_tokens_that_the_target_lacks(experiment):
+    foreign = Translation(experiment.translation.pieces_a, tuple([b"?"] * 40))
+    alone = dataclasses.replace(experiment, translation=foreign, tested=1)
+    with pytest.raises(UserError, match="No token that the features promote"):
+        transfer.transfer(alone, PLAN)
