@@ -111,6 +111,10 @@ class EvaluationConfig:
     bootstrap: int = 200  # resamples of the test documents, for 95 % intervals
     pool: int = 0  # retrieval candidates; 0 means min(8192, rows)
     batch_size: int = 1024  # rows per forward of a map or dictionary
+    matching: str = "mutual_best"  # mutual_best | hungarian, of features by training correlation
+    minimum_firings: int = 30  # training rows, for a feature to be matched; rare ones match by luck
+    fdr: float = 0.05  # share of false discoveries to allow among confirmed matches
+    similarity_rows: int = 2000  # held-out positions at which all layers are compared; 0: no map
 
 
 @dataclass

@@ -62,11 +62,14 @@ def test_every_setting_has_a_unit_or_a_reason():
 
 def test_names_found_by_file_are_those_of_the_rooms():
     from crossdict_jax import dictionaries, models
+    from crossdict_jax.evaluation.matching import METHODS
     from crossdict_jax.maps import base as maps
 
     assert settings.architectures() == dictionaries.architectures()
     assert settings.map_kinds() == maps.kinds()
     assert set(settings.SITES) == set(models.KINDS)
+    words, _ = settings._rules()["evaluation.matching"]
+    assert words == f"one of {', '.join(METHODS)}"
 
 
 # ---------------------------------------------------------------- spelling
@@ -193,6 +196,10 @@ REFUSED = [  # setting, value, what the line names
     ("map__dropout", 1.0, "map.dropout=1.0"),
     ("map__loss_weights__cosine", -0.5, "map.loss_weights.cosine=-0.5"),
     ("evaluation__pool", -1, "evaluation.pool=-1"),
+    ("evaluation__matching", "best", "mutual_best, hungarian"),
+    ("evaluation__minimum_firings", 0, "evaluation.minimum_firings=0"),
+    ("evaluation__fdr", 1.0, "evaluation.fdr=1.0"),
+    ("evaluation__similarity_rows", 10, "evaluation.similarity_rows=10 must be 0 or from 20"),
 ]
 
 

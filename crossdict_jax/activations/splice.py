@@ -79,6 +79,11 @@ def select_passages(
     rows = rows[np.isin(store.rows.document[rows], generator.permutation(present)[:documents])]
     if not len(rows):
         raise UserError(f"No {split} document holds a paired position; use more text.")
+    return passages_of(store, model, rows)
+
+
+def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:
+    """Returns the windows that a model reads at row numbers [n] of the store, and where."""
     windows, window = np.unique(store.rows.window[rows], return_inverse=True)
     bos = store.has_bos(model)
     front = [] if bos is None else [bos]
@@ -100,7 +105,7 @@ def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Windows of similar length as one padded array, and the paired positions among them."""
 
     tokens: np.ndarray  # int32 [batch, seq]
@@ -131,7 +136,7 @@ class Splicer:
             raise UserError(f"intervention.batch_size={batch_size} must be at least 1.")
         self.passages = passages
         self._mesh = make_mesh()
-        self._batches = _batches(passages, size=batch_size, devices=self._mesh.size)
+        self._batches = batches(passages, size=batch_size, devices=self._mesh.size)
         self._graphdef, params = modules.split(lm)
         self._params = jax.device_put(params, shard(self._mesh))
         self._dtype = jnp.dtype(dtype)
@@ -181,8 +186,8 @@ class Splicer:
         return put(array, shard(self._mesh, DATA))
 
 
-def _batches(passages: Passages, *, size: int, devices: int) -> list[_Batch]:
-    """Windows by length, in at most two groups of equally large and equally long batches.
+def batches(passages: Passages, *, size: int, devices: int) -> list[Batch]:
+    """Returns windows by length, in at most two groups of equally large and equally long batches.
 
     Each group is compiled once, so there is a second one only where it saves much padding.
     """
@@ -207,7 +212,7 @@ def _short(lengths: np.ndarray) -> int:
     return int(short[best]) if padded[best] < 0.8 * n * lengths[-1] else 0
 
 
-def _batch(passages: Passages, windows: np.ndarray, shape: tuple[int, int]) -> _Batch:
+def _batch(passages: Passages, windows: np.ndarray, shape: tuple[int, int]) -> Batch:
     tokens = np.zeros(shape, np.int32)
     place = np.full(len(passages.tokens), -1)
     place[windows] = np.arange(len(windows))
@@ -215,10 +220,10 @@ def _batch(passages: Passages, windows: np.ndarray, shape: tuple[int, int]) -> _
         row[: len(passages.tokens[window])] = passages.tokens[window]
     rows = np.flatnonzero(place[passages.window] >= 0)
     at = place[passages.window[rows]], passages.position[rows]
-    return _Batch(tokens, rows, at, n_windows=len(windows))
+    return Batch(tokens, rows, at, n_windows=len(windows))
 
 
-def _edit(x: np.ndarray, batch: _Batch, values: np.ndarray) -> np.ndarray:
+def _edit(x: np.ndarray, batch: Batch, values: np.ndarray) -> np.ndarray:
     """A copy of x [batch, seq, d_model] with the paired positions replaced."""
     x = x.copy()
     x[batch.at] = values if values.ndim == 1 else values[batch.rows]

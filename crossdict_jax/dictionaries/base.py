@@ -116,6 +116,25 @@ class Dictionary(nnx.Module):
         return jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
 
 
+def decoder_rows(dictionary: Dictionary, features: np.ndarray, *, size: int = 1024) -> np.ndarray:
+    """Returns what one unit of each feature [m] adds to the decoding, float32 [m, d_model].
+
+    In the units that ``decode`` speaks.
+
+    Args:
+      size: features at a time.
+    """
+    nothing = np.zeros((1, dictionary.width), np.float32)
+    base = modules.over_rows(dictionary, nothing, method="decode", size=1)
+    parts = [np.zeros((0, dictionary.d_model), np.float32)]
+    for at in range(0, len(features), size):
+        one = np.zeros((size, dictionary.width), np.float32)
+        chosen = features[at : at + size]
+        one[np.arange(len(chosen)), chosen] = 1
+        parts.append(modules.over_rows(dictionary, one, method="decode", size=size)[: len(chosen)])
+    return np.concatenate(parts) - base
+
+
 def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     """Returns a @ b with inputs in ``dtype`` (None: as they are) and float32 sums."""
     if dtype is not None:

@@ -10,8 +10,10 @@ from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.funnel import match_dictionaries
 from crossdict_jax.evaluation.ladder import score_ladder
 from crossdict_jax.evaluation.reconstruction import reconstruct
+from crossdict_jax.evaluation.representations import compare_representations
 from crossdict_jax.maps import Task
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, write_jsonl
@@ -35,6 +37,8 @@ def evaluate(config: Config, work: Workdir) -> None:
     write_jsonl(work.result("reconstruction.jsonl"), dictionaries)
     write_jsonl(work.result("transfer.jsonl"), transfer)
     write_jsonl(work.result("features.jsonl"), densities + correlations)
+    match_dictionaries(config, store, work)
+    compare_representations(config, store, work)
     wall, rows = time.perf_counter() - started, len(store.select("test"))
     work.record_timing(
         "evaluate",

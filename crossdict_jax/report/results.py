@@ -199,6 +199,36 @@ def read_results(work: Workdir) -> Results:
     )
 
 
+def read_matches(
+    work: Workdir, source: str, target: str, site_source: str, site_target: str
+) -> list[dict]:
+    """Returns the matched features of two dictionaries, in either order of the models.
+
+    Each is a row of matches.jsonl without the names of the models and sites: feature_source and
+    feature_target are the numbers in the dictionaries that were asked for as source and target.
+    Confirmed ones say so. Empty where the run did not match these two.
+
+    Raises:
+      UserError: matches.jsonl is missing or damaged.
+    """
+    asked = (source, target, str(site_source), str(site_target))
+    turned = (target, source, str(site_target), str(site_source))
+    found = []
+    for row in read_jsonl(work.result("matches.jsonl")):
+        place = tuple(row.pop(key) for key in PLACE)
+        if place == asked:
+            found.append(row)
+        elif place == turned:
+            found.append({_other_side(key): value for key, value in row.items()})
+    return found
+
+
+def _other_side(key: str) -> str:
+    sides = {"source": "target", "target": "source"}
+    stem, _, end = key.rpartition("_")
+    return f"{stem}_{sides[end]}" if end in sides else key
+
+
 def _optional(path: Path) -> list[dict]:
     return read_jsonl(path) if path.exists() else []
 
