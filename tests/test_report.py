@@ -419,7 +419,7 @@ def test_the_flags_of_the_page_give_the_settings_of_the_run(tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     text = small_page(tmp_path).text
-    for name in ("controls.jsonl", "matching.jsonl", "causal.jsonl", "features.jsonl"):
+    for name in ("controls.jsonl", "causal.jsonl", "features.jsonl"):
         assert name in text
     assert "No causal test was run" in text
     assert "metrics.jsonl" in text and "timing.json" in text
@@ -517,12 +517,9 @@ def test_later_files_get_their_sections(tmp_path):
     work = write_required(tmp_path, layers=(6,))
     row = transfer_rows(layers=(6,))[6]
     write_jsonl(work.result("controls.jsonl"), [row | {"control": "skyline"}])
-    matching = {"source": "docs-gpt2", "target": "docs-neox", "matched": 210, "confirmed": 77}
-    write_jsonl(work.result("matching.jsonl"), [matching | {"fdr": 0.05, "null": {"r": 0.1}}])
     page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
     controls = page.tables["Controls on the same rows"]
     assert controls[1][0].strip() == "skyline"
-    assert "77" in page.tables["Matched features"][1][3]
 
 
 def test_three_models_make_six_directions(tmp_path):

@@ -1,8 +1,8 @@
 """How alike two representations of the same rows are: CKA, SVCCA, RSA, mutual nearest neighbours.
 
-All are 1 for a representation against itself. CKA, SVCCA, RSA and the neighbours do not change
-when a representation is rotated or scaled: they cannot tell a copy from a rotated copy, so a high
-score says nothing about single features or directions.
+All are 1 for a representation against itself. CKA, SVCCA and the neighbours do not change when a
+representation is rotated or scaled, RSA hardly: they cannot tell a copy from a rotated copy, so a
+high score says nothing about single features or directions.
 """
 
 from __future__ import annotations

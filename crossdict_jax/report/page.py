@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
-from crossdict_jax.report import answer, plots, tables
+from crossdict_jax.report import answer, plots, shared, tables
 from crossdict_jax.report.results import (
     PLACE,
     Comparison,
@@ -78,6 +78,7 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         **_inputs(results),
         **_transfer(results),
         **_effects(results),
+        shared=shared.section(results),
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
         verdicts=tables.VERDICTS,
@@ -92,7 +93,7 @@ def _introduction(config: Config, results: Results, root: Path) -> dict:
     return {
         "models": answer.names(models),
         "question": answer.question(models),
-        "answer": answer.answer(results),
+        "answer": answer.answer(results) + shared.answer(results),
         "cautions": answer.cautions(results),
         "facts": _facts(config, results, models),
         "again": _again(root),
@@ -218,7 +219,6 @@ def _transfer(results: Results) -> dict:
             results.transfer, "Every column of transfer.jsonl", ("source", "target", "map")
         ),
         "controls": _optional_table(results.controls, "Controls on the same rows", "control"),
-        "matching": _optional_table(results.matching, "Matched features", "source"),
     }
 
 

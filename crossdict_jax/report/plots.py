@@ -96,7 +96,7 @@ class _Margins:
     bottom: float = 0.42
 
 
-def _draw(
+def draw(
     paint: Callable, *, name: str, width=3.4, height=2.0, margins: _Margins = _Margins()
 ) -> str:
     """Returns the SVG that ``paint(axes)`` draws; ``name`` keeps its inner ids apart from others.
@@ -194,7 +194,7 @@ def r2_figure(comparison: Comparison, limits: tuple[float, float]) -> Figure:
         axes.set_title(comparison.sites)
         axes.set_xlabel("R² on held-out documents")
 
-    svg = _draw(
+    svg = draw(
         paint, name=f"r2 {comparison.direction} {comparison.sites}", height=_height(len(lines))
     )
     return Figure(svg, _in_words(comparison, "r2", "R²"))
@@ -242,7 +242,7 @@ def cosine_figure(comparison: Comparison) -> Figure:
         axes.set_title(comparison.sites)
         axes.set_xlabel("cosine to the target’s features")
 
-    svg = _draw(
+    svg = draw(
         paint, name=f"cosine {comparison.direction} {comparison.sites}", height=_height(len(lines))
     )
     words = _in_words(comparison, "cosine", "Cosine")
@@ -283,7 +283,7 @@ def stitching_figure(stitching: Stitching) -> Figure:
 
     name = f"stitching {stitching.source} {stitching.target} {stitching.sites}"
     height = _height(len(kinds)) * 1.25
-    svg = _draw(paint, name=name, height=height, margins=_Margins(top=0.5))
+    svg = draw(paint, name=name, height=height, margins=_Margins(top=0.5))
     return Figure(svg, _stitching_words(stitching))
 
 
@@ -350,7 +350,7 @@ def correlation_figure(rows: list[dict]) -> Figure:
         axes.set_title(_sites(rows[0]))
         axes.set_xlabel("correlation of a feature, predicted and true")
 
-    svg = _draw(paint, name=f"correlation {_place(rows[0])}", height=0.75 + 0.34 * len(rows))
+    svg = draw(paint, name=f"correlation {_place(rows[0])}", height=0.75 + 0.34 * len(rows))
     means = ", ".join(f"{r['map']} {number(_mean(r['correlation_histogram']), 2)}" for r in rows)
     return Figure(svg, f"Histograms of feature correlations, {_place(rows[0])}; means {means}.")
 
@@ -403,13 +403,13 @@ def frequency_figure(rows: list[dict]) -> Figure:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
         axes.set_title(_sites(rows[0]))
-        _open_axes(axes, "firing frequency of a feature", "mean correlation")
+        open_axes(axes, "firing frequency of a feature", "mean correlation")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=1.4)
 
     under = 0.5 + 0.16 * -(-len(rows) // 3)
     margins = dataclasses.replace(OPEN, bottom=under)
     name = f"frequency {_place(rows[0])}"
-    svg = _draw(paint, name=name, height=1.7 + under, margins=margins)
+    svg = draw(paint, name=name, height=1.7 + under, margins=margins)
     kinds = ", ".join(row["map"] for row in rows)
     return Figure(svg, f"Mean correlation by firing frequency, {_place(rows[0])}, for {kinds}.")
 
@@ -441,7 +441,7 @@ def _rung_line(kind: str) -> dict:
     }
 
 
-def _open_axes(axes, x: str, y: str) -> None:
+def open_axes(axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.tick_params(axis="y", which="both", labelcolor=MUTED)
@@ -468,11 +468,11 @@ def density_figure(row: dict) -> Figure:
     def paint(axes):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)
         axes.set_title(name)
-        _open_axes(axes, "log10 of the firing frequency", "features")
+        open_axes(axes, "log10 of the firing frequency", "features")
 
     total = number(int(sum(histogram["counts"])))
     words = f"Histogram of the firing frequency of {total} live features of {name}."
-    return Figure(_draw(paint, name=f"density {name}", width=2.6, height=1.7, margins=OPEN), words)
+    return Figure(draw(paint, name=f"density {name}", width=2.6, height=1.7, margins=OPEN), words)
 
 
 def curves_figure(curves: Curves) -> Figure:
@@ -483,13 +483,13 @@ def curves_figure(curves: Curves) -> Figure:
     def paint(axes):
         _losses(axes, curves)
         axes.set_title(textwrap.shorten(curves.what.replace("-", " "), 56, placeholder=" …"))
-        _open_axes(axes, "step", "loss")
+        open_axes(axes, "step", "loss")
         if names:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
 
     under = 0.45 + 0.17 * -(-len(names) // columns)
     margins = dataclasses.replace(OPEN, bottom=under)
-    svg = _draw(paint, name=f"curves {curves.what}", width=4.6, height=2 + under, margins=margins)
+    svg = draw(paint, name=f"curves {curves.what}", width=4.6, height=2 + under, margins=margins)
     ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(curves.labels, curves.losses))
     return Figure(svg, f"{curves.what}: last training loss {ends}.")
 

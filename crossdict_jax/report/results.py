@@ -157,6 +157,7 @@ class Results:
     causal: list[dict]
     controls: list[dict]
     matching: list[dict]
+    similarity: list[dict]
     features: list[dict]
     timing: dict
     curves: list[Curves]
@@ -190,6 +191,7 @@ def read_results(work: Workdir) -> Results:
         causal=_optional(work.result("causal.jsonl")),
         controls=_optional(work.result("controls.jsonl")),
         matching=_optional(work.result("matching.jsonl")),
+        similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),
         timing=read_json(work.timing) if work.timing.exists() else {},
         curves=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crossdict_jax.report import shared
 from crossdict_jax.report.results import Comparison, Line, Stitching, read_results
 from crossdict_jax.report.tables import VERDICTS, interval, number, percent, verdict_text
 from crossdict_jax.workdir import Workdir
@@ -26,6 +27,8 @@ def summary_table(work: Workdir) -> None:
     for comparison in results.comparisons:
         effect = effects.get((*comparison.direction, comparison.sites))
         console.print(_table(comparison, effect))
+    for line in shared.lines(results):
+        console.print(line, markup=False, highlight=False)
 
 
 def _table(comparison: Comparison, effect: Stitching | None):

@@ -1,0 +1,143 @@
+"""The report's sections on shared features and on layers: numbers, nulls, words."""
+
+import re
+
+import pytest
+from test_report import MODELS, Page, write_required
+
+from crossdict_jax.config import Config
+from crossdict_jax.report import summary_table, write_report
+from crossdict_jax.report.shared import MEASURES
+from crossdict_jax.workdir import write_jsonl
+
+FUNNEL = "From all features to confirmed pairs: matched on 21,000 training rows, confirmed on 8,500"
+
+
+def place(layer, other=None) -> dict:
+    other = layer if other is None else other
+    return {
+        "source": MODELS[0],
+        "target": MODELS[1],
+        "site_source": f"resid_pre.{layer}",
+        "site_target": f"resid_pre.{other}",
+    }
+
+
+def matching_rows(layer, confirmed, by_luck=0) -> list[dict]:
+    common = {"method": "mutual_best", "minimum_firings": 30, "fdr": 0.05, "minimum_r": 0.3}
+    common |= {"n_rows_train": 21000, "n_rows_test": 8500, "null": by_luck}
+    common |= {"width_source": 512, "width_target": 600, "live_source": 400, "live_target": 500}
+    r = {"r_train": 0.51, "r_test": 0.49, "r_token": 0.33, "r_test_confirmed": 0.62}
+    aligned = {"matched": 210, "significant": 208, "strong": 150, "confirmed": confirmed}
+    shuffled = {"matched": 99, "significant": 7, "strong": 5, "confirmed": by_luck}
+    return [
+        place(layer) | {"pairing": "aligned"} | common | aligned | r,
+        place(layer) | {"pairing": "shuffled"} | common | shuffled | dict.fromkeys(r),
+    ]
+
+
+def similarity_rows(layers=4) -> list[dict]:
+    rows = [
+        {"kind": "layers"}
+        | place(i, j)
+        | {"n_rows": 2000}
+        | {m: round(0.9 - 0.2 * abs(i - j), 3) for m in MEASURES}
+        | {f"{m}_null": -0.001 for m in MEASURES}
+        for i in range(layers)
+        for j in range(layers)
+    ]
+    pair = {"source": MODELS[0], "target": MODELS[1]}
+    rows.append({"kind": "proposal", **pair, "layer_pairs": "2:3", "cka": 0.8, "cka_of_run": 0.7})
+    scores = {m: 0.44 for m in MEASURES} | {f"{m}_null": 0.11 for m in MEASURES}
+    scores |= {f"{m}_p": 0.05 for m in MEASURES}
+    rows.append({"kind": "decoders", **place(2), "n_features": 77, **scores})
+    rows.append({"kind": "decoders", **place(3), "n_features": 4, **dict.fromkeys(scores)})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = write_required(tmp_path_factory.mktemp("shared"), layers=(2, 3))
+    write_jsonl(work.result("matching.jsonl"), matching_rows(2, 77) + matching_rows(3, 100, 3))
+    write_jsonl(work.result("similarity.jsonl"), similarity_rows())
+    return work
+
+
+@pytest.fixture(scope="module")
+def html(work) -> str:
+    return write_report(Config(), work).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_the_funnel_is_shown_with_its_null_beside_it(page):
+    table = next(t for caption, t in page.tables.items() if caption.startswith(FUNNEL))
+    assert len(table) == 3
+    cells = [" ".join(cell.split()) for cell in table[2]]
+    assert cells[:3] == ["docs-gpt2 ↔ docs-neox, resid_pre.3", "512 / 600", "400 / 500"]
+    assert cells[3:8] == ["210 × 99", "208 × 7", "150 × 5", "100 × 3", "25 % × 1 %"]
+    assert cells[8] == "0.51 × –"
+    assert len(page.tables["Every column of matching.jsonl"]) == 5
+
+
+def test_the_answer_counts_confirmed_features(page):
+    assert (
+        "At resid_pre.3, where most are, 100 features of docs-gpt2 have a partner in docs-neox that "
+        "held-out text confirms beyond the token, 25 % of those that could (shuffled pairs: 3); "
+        "their mean correlation is 0.62." in page.text.replace("\u00a0", " ")
+    )
+
+
+def test_no_more_than_luck_is_called_a_negative_result(tmp_path):
+    work = write_required(tmp_path, layers=(2,))
+    write_jsonl(work.result("matching.jsonl"), matching_rows(2, 3, 3))
+    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
+    assert "Negative result: held-out text confirms no more one-to-one pairs" in text
+    assert "(3 against 3)" in text
+
+
+def test_every_measure_has_its_heat_map_in_words(html, page):
+    maps = re.findall(r'aria-label="([^"]* of every layer of docs-gpt2 [^"]*)"', html)
+    assert [words.split(" of every")[0] for words in maps] == list(MEASURES.values())
+    assert all(
+        "highest 0.90 at resid_pre.0; shuffled rows −0.001" in w or "0.00" in w for w in maps
+    )
+    assert len(page.tables["Every pair of layers"]) == 17
+
+
+def test_many_layers_have_no_numbers(tmp_path):
+    work = write_required(tmp_path, layers=(2,))
+    write_jsonl(work.result("similarity.jsonl"), similarity_rows(14)[:-3])
+    html = write_report(Config(), work).read_text(encoding="utf-8")
+    figure = html[html.index('<section id="layers">') :]
+    assert figure.count("<svg") >= 4 and ">.90<" not in figure
+    assert len(html) < 1_000_000
+
+
+def test_proposed_layers_can_be_copied(page, work, capsys):
+    assert "--config.layer_pairs=2:3" in page.text
+    assert "have a mean CKA of 0.80; those of this run 0.70" in page.text
+    summary_table(work)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0.80 (this run's 0.70): --config.layer_pairs=2:3" in out
+    assert "resid_pre.3: 210 features matched, 100 confirmed (shuffled pairs: 3), 25 %" in (
+        out.replace("\u00a0", " ")
+    )
+
+
+def test_decoder_directions_stand_beside_random_matchings(page):
+    table = next(t for c, t in page.tables.items() if c.startswith("Decoder directions"))
+    rows = [[" ".join(cell.split()) for cell in row] for row in table[1:]]
+    assert rows[0][1:] == ["77", *["0.44 p 0.05 × 0.11"] * 4]
+    assert rows[1][1:] == ["4", *["–"] * 4]
+
+
+def test_what_is_missing_is_said(tmp_path):
+    work = write_required(tmp_path, layers=(6,))
+    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
+    assert "matching.jsonl is not there" in text
+    assert "similarity.jsonl has none" in text
+    assert "Which features" not in text
