@@ -17,6 +17,7 @@ def get_config() -> Config:
         models=(),  # the embedded pair
         layers=(5, 6, 7),  # of 8, as in the large presets
         site="resid_pre",
+        control_pairs=1,  # the middle layer: controls cost as much again as what they control
         text=TextConfig(
             source="docstrings",  # what every installation has
             documents=150,  # modules; a fifth held out makes intervals of a few hundredths

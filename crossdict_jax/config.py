@@ -109,6 +109,7 @@ class EvaluationConfig:
     """How held-out numbers are made."""
 
     bootstrap: int = 200  # resamples of the test documents, for 95 % intervals
+    features_shown: int = 5  # of each pair of sites, the most and the least transferable each
     pool: int = 0  # retrieval candidates; 0 means min(8192, rows)
     batch_size: int = 1024  # rows per forward of a map or dictionary
     matching: str = "mutual_best"  # mutual_best | hungarian, of features by training correlation
@@ -125,6 +126,12 @@ class InterventionConfig:
     batch_size: int = 16  # windows per forward
 
 
+# skyline: from a second dictionary of the target itself, the most that a rung can reach.
+# untrained: to the target with all its weights drawn anew, what training has nothing to do with.
+# reseeded: trained rungs that read features once more from another seed: are their weights stable?
+CONTROLS = ("skyline", "untrained", "reseeded")
+
+
 @dataclass
 class Config:
     """A whole run: the models, their layers, and each stage's settings."""
@@ -135,6 +142,8 @@ class Config:
     site: str = "resid_pre"  # resid_pre | resid_post | attn_out | mlp_out
     seed: int = 0  # of everything random: another seed is another run
     records: tuple[str, ...] = ()  # tensorboard, wandb: who gets training curves besides jsonl
+    controls: tuple[str, ...] = CONTROLS[:2]  # beside shuffled pairs; reseeded too, () for none
+    control_pairs: int = 0  # pairs of layers that get controls, evenly spread; 0 means all
     text: TextConfig = field(default_factory=TextConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -214,4 +223,13 @@ def model_layers(config: Config) -> tuple[tuple[int, ...], ...]:
     if not config.layer_pairs:
         return tuple(tuple(config.layers) for _ in config.models)
     first, others = (tuple(sorted(set(side))) for side in zip(*layer_pairs(config)))
+    return (first, *(others for _ in config.models[1:]))
+
+
+def controlled_layers(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Returns per model the layers at which maps into it have controls."""
+    pairs = layer_pairs(config)
+    n, count = len(pairs), min(config.control_pairs or len(pairs), len(pairs))
+    chosen = [pairs[(2 * i + 1) * n // (2 * count)] for i in range(count)]
+    first, others = (tuple(sorted(set(side))) for side in zip(*chosen))
     return (first, *(others for _ in config.models[1:]))

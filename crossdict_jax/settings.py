@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 from crossdict_jax.config import (
+    CONTROLS,
     Config,
     ConvertConfig,
     Count,
@@ -199,7 +200,7 @@ def has_k(architecture: str) -> bool:
 
 def map_kinds() -> tuple[str, ...]:
     """Returns the rungs of the ladder: the files of their room that define one."""
-    return _kinds("maps", machinery={"base", "fit", "losses", "moments"})
+    return _kinds("maps", machinery={"base", "controls", "fit", "losses", "moments"})
 
 
 def _kinds(room: str, *, machinery: set[str]) -> tuple[str, ...]:
@@ -216,6 +217,8 @@ def _rules() -> dict[str, Rule]:
         "site": _one_of(*SITES),
         "seed": _SEED,
         "records": _one_of("tensorboard", "wandb"),
+        "controls": _one_of(*CONTROLS),
+        "control_pairs": _at_least(0),
         "text.source": _FILLED,
         "text.column": _FILLED,
         "text.documents": _at_least(3),  # one for each split
@@ -265,6 +268,7 @@ def _rules() -> dict[str, Rule]:
         "map.loss_weights.sparsity": _at_least(0),
         "evaluation.bootstrap": _at_least(1),
         "evaluation.pool": _at_least(0),
+        "evaluation.features_shown": _at_least(0),
         "evaluation.batch_size": _at_least(1),
         "evaluation.matching": _one_of("mutual_best", "hungarian"),
         "evaluation.minimum_firings": _at_least(1),
@@ -328,7 +332,7 @@ def _check_values(name: str, value: Any, rule: Rule) -> None:
             raise UserError(f"{name}={spell(value)}{which} must be {words}.")
     if name in MAY_BE_EMPTY:
         return
-    if not values:
+    if not values and name != "controls":
         raise UserError(f"{name} is empty; give one value or more, with commas between.")
     if len(set(values)) < len(values):
         raise UserError(f"{name}={spell(value)} holds a value twice; give each once.")

@@ -58,6 +58,11 @@ class Workdir:
         return self.root / "report"
 
     @property
+    def controls(self) -> Workdir:
+        """What controls need beside the run, laid out as a run of its own."""
+        return Workdir(self.root / "controls")
+
+    @property
     def timing(self) -> Path:
         return self.results / "timing.json"
 

@@ -10,8 +10,11 @@ from launch import command
 
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.activations.extract import extract
+    from crossdict_jax.activations.untrained import extract_untrained
 
-    extract(config, work)
+    store = extract(config, work)
+    if "untrained" in config.controls:
+        extract_untrained(config, work, store)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from launch import command
 
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.activations.store import open_store
+    from crossdict_jax.maps.controls import fit_controls
     from crossdict_jax.maps.fit import fit_maps
 
-    fit_maps(config, open_store(work.activations), work)
+    store = open_store(work.activations)
+    fit_maps(config, store, work)
+    fit_controls(config, store, work)
 
 
 if __name__ == "__main__":

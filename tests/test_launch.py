@@ -330,6 +330,8 @@ RESULTS = (
     "pairing.json",
     "reconstruction.jsonl",
     "transfer.jsonl",
+    "controls.jsonl",
+    "feature_transfer.jsonl",
     "causal.jsonl",
     "timing.json",
 )

@@ -113,6 +113,29 @@ def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     ]
 
 
+def single_feature_rows() -> list[dict]:
+    """Two single features and two bins of one direction."""
+    place = dict(zip(PLACE, (*MODELS, "resid_pre.6", "resid_pre.6")))
+    start = place | {"map": "ridge", "pairing": "aligned"}
+    context = {"before": "in the ", "token": "list\n", "after": " of", "activation": 2.0}
+    shown = start | {"row": "feature", "r2": 0.9, "r2_validation": 0.8, "correlation": 0.95}
+    shown |= {"token_share": 0.4, "firings": 50, "frequency": 0.02, "contexts": [context, context]}
+    shown |= {"match": {"feature": 3, "correlation": 0.7}}
+    drivers = [{"feature": 3, "weight": 1.0, "effect": 0.8}]
+    drivers += [{"feature": 1, "weight": -0.3, "effect": -0.2}]
+    driven = {"map": "mlp", "drivers": drivers, "exact": True, "stability": 0.91}
+    unknown = {"map": "mlp", "drivers": [], "exact": None, "stability": None}
+    bins = [
+        start | {"row": "token_share", "low": low, "high": high, "n_features": 3, "r2_median": 0.5}
+        for low, high in ((None, 0.0), (0.0, 0.25))
+    ]
+    return [
+        shown | {"feature": 7, "rank": "most", "attributions": [driven]},
+        shown | {"feature": 9, "rank": "least", "attributions": [unknown]},
+        *bins,
+    ]
+
+
 def causal_row(value: float | None, half: float = 0.02, **where) -> dict:
     row = dict.fromkeys(("control", "source", "site_source", "map", "pairing", "stitch_kind"))
     row |= where | {"n_positions": 4000, "n_documents": 64}
@@ -515,11 +538,30 @@ def test_undefined_numbers_are_dashes(tmp_path):
 
 def test_later_files_get_their_sections(tmp_path):
     work = write_required(tmp_path, layers=(6,))
-    row = transfer_rows(layers=(6,))[6]
-    write_jsonl(work.result("controls.jsonl"), [row | {"control": "skyline"}])
+    rows = [r | {"r2_normalized": 0.62} for r in transfer_rows(layers=(6,))]
+    write_jsonl(work.result("transfer.jsonl"), rows)
+    row = next(r for r in rows if (r["map"], r["pairing"]) == ("ridge", "aligned"))
+    controls = [row | {"control": "skyline", "r2": 0.71}]
+    controls += [row | {"control": "untrained", "r2": 0.31, "context_gain": 0.017}]
+    write_jsonl(work.result("controls.jsonl"), controls)
+    write_jsonl(work.result("feature_transfer.jsonl"), single_feature_rows())
     page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
-    controls = page.tables["Controls on the same rows"]
-    assert controls[1][0].strip() == "skyline"
+    title, ridge = page.tables["Controls of docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
+    found = dict(zip((t.split("  ")[0].strip() for t in title), (c.split()[0] for c in ridge)))
+    assert found["map"] == "ridge" and found["R²"] == number(row["r2"])
+    assert (found["skyline"], found["untrained R²"]) == ("0.710", "0.310")
+    assert any(c.split()[0] == "0.017" for c in ridge) and any("0.62" in c for c in ridge)
+    assert len(page.tables["Every column of controls.jsonl"]) == 3
+    caption = next(c for c in page.tables if c.startswith("Most and least transferable"))
+    first, last = page.tables[caption][1:]
+    assert "#7" in first[0] and "in the «list⏎» of" in first[5]
+    assert "mlp: #3 0.80, #1 −0.20 (exact, stability 0.91)" in first[7]
+    assert "least" in last[0] and last[7].strip() == "–"
+    share = page.tables[
+        "Median R² of docs-neox’s features by how much of them their own token explains"
+    ]
+    bins = [cells[0].replace("\u00a0", " ").strip() for cells in share[1:]]
+    assert bins == ["below 0 %", "0 % to 25 %"]
 
 
 def test_three_models_make_six_directions(tmp_path):

@@ -66,7 +66,7 @@ def make_models(root: Path, texts: list[str]) -> tuple[str, ...]:
     return tuple(str(root / name) for name in SHAPES)
 
 
-def make_config(root: Path) -> Config:
+def make_config(root: Path, *, controls: tuple[str, ...] = ()) -> Config:
     """The settings of the run, its text written to ``root``."""
     texts = make_texts(60)
     (root / "text").mkdir(parents=True)
@@ -75,6 +75,7 @@ def make_config(root: Path) -> Config:
     return Config(
         models=make_models(root, texts),
         layers=(SITE.layer,),
+        controls=controls,
         text=TextConfig(source=str(root / "text"), documents=60, window_tokens=40),
         sae=SAEConfig(width=32, k=6),
         map=MapConfig(kinds=("mean", "token", "ridge", "mlp")),
@@ -89,9 +90,9 @@ def shared_run(base: Path) -> tuple[Config, Workdir]:
     return make_run(base / "tiny")
 
 
-def make_run(root: Path) -> tuple[Config, Workdir]:
+def make_run(root: Path, *, controls: tuple[str, ...] = ()) -> tuple[Config, Workdir]:
     """Extracts, draws random dictionaries and networks, and fits the closed forms."""
-    config = make_config(root)
+    config = make_config(root, controls=controls)
     work = open_workdir(root / "run", to_dict(config))
     store = extract(config, work)
     for i, name in enumerate(SHAPES):
@@ -101,12 +102,12 @@ def make_run(root: Path) -> tuple[Config, Workdir]:
     for task in maps.tasks(config, store):
         if task.kind == "mlp":
             folder = work.dictionary(task.target, SITE)
-            maps.save(_network(folder), task.path(work), dictionary=folder)
+            maps.save(network(folder), task.path(work), dictionary=folder)
     maps.fit_maps(config, store, work)
     return config, work
 
 
-def _network(folder: Path) -> MLP:
+def network(folder: Path) -> MLP:
     """An untrained network that predicts a constant, some features of which are silent."""
     m = MLP(dictionaries.load(folder), width_a=32, hidden=8, dropout=0.0)
     m.mean_b[...] = jax.numpy.maximum(jax.random.normal(jax.random.key(5), (32,)), 0)

@@ -38,18 +38,32 @@ LENGTH_STEP = 32  # windows are padded to a multiple of this, so that few progra
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """All that is known before a model runs: the windows, the rows, and what was dropped."""
+class Reading:
+    """What models read, and which of their positions are rows of the store.
 
-    corpus: Corpus
+    Attributes:
+      text: sha256 of the documents.
+      bos: per model the id put in front of every window, or None.
+      shard_windows: windows per shard.
+      shard_starts: first row of every shard, and the end.
+    """
+
+    text: str
     table: WindowTable
     rows: Rows
+    bos: tuple[int | None, ...]
+    shard_windows: int
+    shard_starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Plan(Reading):
+    """All that is known before a model runs: what is read, and what was dropped."""
+
+    corpus: Corpus
     statistics: pairing.PairingStatistics
     not_rebuilt: tuple[int, ...]
     too_long: int
-    bos: tuple[int | None, ...]
-    shard_windows: int  # windows per shard
-    shard_starts: np.ndarray  # first row of every shard, and the end
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -59,10 +73,13 @@ def extract(config: Config, work: Workdir) -> Store:
     opened as it is.
 
     Raises:
-      UserError: a layer outside a model, text that a model cannot read, no room on the disk.
+      UserError: a layer outside a model, text that a model cannot read, no room on the disk, or
+        a retrieval pool larger than the test rows.
     """
     if (work.activations / "meta.json").exists():
-        return open_store(work.activations)
+        store = open_store(work.activations)
+        _check_pool(config, len(store.select("test")))
+        return store
     started = time.perf_counter()
     names = model_names(config.models)
     lms = [models.load(path) for path in config.models]
@@ -71,14 +88,26 @@ def extract(config: Config, work: Workdir) -> Store:
         for site in of_model:
             models.check_site(lm.config, site, lm.name)
     plan = _plan(config, lms)
-    _check_space(work.activations, lms, sites, rows=len(plan.rows))
-    counts = _run_models(config, work.activations, names, lms, sites, plan)
+    _check_pool(config, int((plan.rows.split == SPLITS.index("test")).sum()))
+    check_space(work.activations, lms, sites, rows=len(plan.rows))
+    counts = read_models(config, work.activations, names, lms, sites, plan)
     _finish(config, work, names, lms, sites, plan)
     seconds = time.perf_counter() - started
     figures = {"rows": len(plan.rows), "rows_per_s": counts["rows"] / seconds}
     figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
     work.record_timing("extract_activations", wall_s=seconds, **figures, **device_figures())
-    return open_store(work.activations)
+    store = open_store(work.activations)
+    _check_pool(config, len(store.select("test")))  # norm outliers are gone now
+    return store
+
+
+def _check_pool(config: Config, test_rows: int) -> None:
+    """Refuses before anything is trained what evaluation could not draw."""
+    if config.evaluation.pool > test_rows:
+        raise UserError(
+            f"evaluation.pool={config.evaluation.pool} is more than the {test_rows} test rows; "
+            "lower it, use 0 for min(8192, rows), or raise text.documents."
+        )
 
 
 def device_figures() -> dict:
@@ -104,6 +133,7 @@ def _plan(config: Config, lms: Sequence[LanguageModel]) -> _Plan:
         rows.window, np.arange(0, len(cut.windows), config.extract.shard_windows)
     )
     return _Plan(
+        text=corpus.provenance["sha256"],
         corpus=corpus,
         table=_table(cut.windows, models=len(lms)),
         rows=rows,
@@ -177,7 +207,8 @@ def _table(windows: Sequence[pairing.Window], *, models: int) -> WindowTable:
     )
 
 
-def _check_space(directory: Path, lms, sites, *, rows: int) -> None:
+def check_space(directory: Path, lms, sites, *, rows: int) -> None:
+    """Raises UserError if the disk cannot take the store of these models."""
     needed = 2 * rows * sum(len(s) * lm.config.d_model for lm, s in zip(lms, sites))
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
@@ -191,8 +222,11 @@ def _check_space(directory: Path, lms, sites, *, rows: int) -> None:
 # ---------------------------------------------------------------- running the models
 
 
-def _run_models(config, directory, names, lms, sites, plan: _Plan) -> dict:
-    """Writes every shard that is not there yet; returns how much was read, and how fast."""
+def read_models(config, directory, names, lms, sites, plan: Reading) -> dict:
+    """Runs every model over all windows, only as deep as its highest site.
+
+    Writes every shard that is not there yet; returns how much was read, and how fast.
+    """
     from tqdm import tqdm
 
     counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
@@ -206,9 +240,7 @@ def _run_models(config, directory, names, lms, sites, plan: _Plan) -> dict:
             for m, reader in enumerate(readers):
                 checksums |= _write_shard(directory, names[m], reader, plan, m, i)
                 progress.update()
-            write_json(
-                _done(directory, i), {"text": plan.corpus.provenance["sha256"], "files": checksums}
-            )
+            write_json(_done(directory, i), {"text": plan.text, "files": checksums})
             counts["seconds"] += time.perf_counter() - started
             first, last = _shard_windows(plan, i)
             counts["rows"] += int(plan.shard_starts[i + 1] - plan.shard_starts[i])
@@ -220,17 +252,17 @@ def _done(directory: Path, i: int) -> Path:
     return directory / "shards" / f"{i:05d}.json"
 
 
-def _is_done(directory: Path, i: int, plan: _Plan) -> bool:
+def _is_done(directory: Path, i: int, plan: Reading) -> bool:
     if not _done(directory, i).exists():
         return False
-    if read_json(_done(directory, i))["text"] != plan.corpus.provenance["sha256"]:
+    if read_json(_done(directory, i))["text"] != plan.text:
         raise UserError(
             f"The text has changed since {directory} was begun; delete it to extract again."
         )
     return True
 
 
-def _shard_windows(plan: _Plan, i: int) -> tuple[int, int]:
+def _shard_windows(plan: Reading, i: int) -> tuple[int, int]:
     """First window of a shard, and the one after its last."""
     return i * plan.shard_windows, min((i + 1) * plan.shard_windows, len(plan.table))
 
@@ -293,7 +325,7 @@ def _sites_of(graphdef, sites, dtype, params, tokens) -> tuple[jax.Array, ...]:
     return tuple(seen[site].astype(jnp.bfloat16) for site in sites)
 
 
-def _write_shard(directory, name, reader: _Reader, plan: _Plan, m: int, i: int) -> dict:
+def _write_shard(directory, name, reader: _Reader, plan: Reading, m: int, i: int) -> dict:
     """Writes one model's files of one shard; returns their checksums."""
     first, last = _shard_windows(plan, i)
     start, stop = plan.shard_starts[i : i + 2]
@@ -326,9 +358,7 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan) -> No
     outliers = _norm_outliers(config, directory, names, sites, plan)
     rows = Rows(**(vars(plan.rows) | {"keep": ~np.any(list(outliers.values()), axis=0)}))
     save_rows(directory / "rows.npz", rows)
-    checksums = {n: digest(directory / n) for n in ("rows.npz", "windows.npz")}
-    for i in range(len(plan.shard_starts) - 1):
-        checksums |= read_json(_done(directory, i))["files"]
+    checksums = checksums_of(directory, plan)
     write_json(work.result("pairing.json"), _pairing(config, names, plan, rows, outliers))
     meta = {
         "models": {
@@ -349,6 +379,14 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan) -> No
     }
     write_json(directory / "meta.json", meta)
     shutil.rmtree(directory / "shards")
+
+
+def checksums_of(directory: Path, plan: Reading) -> dict[str, str]:
+    """Returns the checksums of all files that the finished shards and their rows are in."""
+    checksums = {n: digest(directory / n) for n in ("rows.npz", "windows.npz")}
+    for i in range(len(plan.shard_starts) - 1):
+        checksums |= read_json(_done(directory, i))["files"]
+    return checksums
 
 
 def _norm_outliers(config, directory, names, sites, plan: _Plan) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -125,10 +126,12 @@ class Store:
 
     def _shard(self, model: str, site: str, shard: int) -> np.ndarray:
         name = shard_name(model, site, shard)
+        elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
+        path = Path(os.path.normpath(self.directory / elsewhere / name))
         if name not in self._verified:
-            check_file(self.directory / name, self.meta["checksums"][name])
+            check_file(path, self.meta["checksums"][name])
             self._verified.add(name)
-        return np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def shard_name(model: str, site: str, shard: int) -> str:

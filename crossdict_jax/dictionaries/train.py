@@ -18,7 +18,7 @@ import optax
 from crossdict_jax import modules
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, SAEConfig
+from crossdict_jax.config import Config, SAEConfig, controlled_layers
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -29,6 +29,8 @@ from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
 from crossdict_jax.workdir import Workdir, write_json
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # may have several values
+SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ def members(config: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member
     """
     swept = {
         field: value if isinstance(value, tuple) else (value,)
-        for field in ("width", "k", "learning_rate", "l1_coefficient")
+        for field in SWEPT
         for value in [getattr(config, field)]
     }
     found = []
@@ -87,11 +89,53 @@ def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
       UserError: k above the width, a batch larger than the training rows, or a loss that is not
         finite.
     """
-    started = time.perf_counter()
-    base.find(config.sae.architecture)
     adopted = pretrained.adopt(config, store, work)
     sites = [(m, s) for m in store.models if m not in adopted for s in store.sites_of(m)]
-    everyone = members(config.sae, sites)
+    train_members(config, store, work, members(config.sae, sites))
+
+
+def control_members(config: Config, store: Store) -> list[Member]:
+    """Returns the dictionaries that controls need beside those of the run.
+
+    A second seed of every model for the skyline, unless the run has one already, and one for every
+    untrained twin, each at the layers that have controls and with the first value of a sweep.
+
+    Args:
+      store: the one that controls read (see ``activations.untrained``).
+    """
+    first = {
+        f.name: value[0]
+        for f in dataclasses.fields(config.sae)
+        if f.name in SWEPT and isinstance(value := getattr(config.sae, f.name), tuple)
+    }
+    sae = dataclasses.replace(config.sae, **first, seeds=SKYLINE_SEED + 1)
+    trained = store.models[: len(config.models)]
+    sites = {
+        model: [Site(layer, config.site) for layer in layers]
+        for model, layers in zip(trained, controlled_layers(config))
+    }
+    found = []
+    if "skyline" in config.controls and config.sae.seeds <= SKYLINE_SEED:
+        places = [(model, site) for model in trained for site in sites[model]]
+        found += [m for m in members(sae, places) if m.seed == SKYLINE_SEED]
+    twins = store.models[len(trained) :]
+    places = [(twin, site) for twin in twins for site in store.sites_of(twin)]
+    return found + [m for m in members(sae, places) if m.seed == 0]
+
+
+def train_control_dictionaries(config: Config, store: Store, work: Workdir) -> None:
+    """Trains into ``work.controls`` what ``control_members`` names and is not there yet.
+
+    Raises:
+      UserError: see ``train_dictionaries``.
+    """
+    train_members(config, store, work.controls, control_members(config, store))
+
+
+def train_members(config: Config, store: Store, work: Workdir, everyone: list[Member]) -> None:
+    """Trains those of the given dictionaries that are not finished in ``work``."""
+    started = time.perf_counter()
+    base.find(config.sae.architecture)
     rows = store.select("train")
     _check(config.sae, rows=len(rows))
     todo = [m for m in everyone if not checkpoint.is_finished(_folder(work, m))]

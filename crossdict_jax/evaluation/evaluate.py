@@ -10,17 +10,22 @@ from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.controls import Controls, score_controls
+from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.funnel import match_dictionaries
 from crossdict_jax.evaluation.ladder import score_ladder
 from crossdict_jax.evaluation.reconstruction import reconstruct
 from crossdict_jax.evaluation.representations import compare_representations
 from crossdict_jax.maps import Task
+from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 
 def evaluate(config: Config, work: Workdir) -> None:
-    """Writes reconstruction.jsonl, transfer.jsonl and features.jsonl in ``work.results``.
+    """Writes what dictionaries, maps and their controls score into ``work.results``.
+
+    reconstruction.jsonl, transfer.jsonl, controls.jsonl, features.jsonl, feature_transfer.jsonl.
 
     Reads the language models, the store and the checkpoints of dictionaries and maps, nothing
     else. Equal inputs give equal files.
@@ -31,14 +36,18 @@ def evaluate(config: Config, work: Workdir) -> None:
     started = time.perf_counter()
     store = open_store(work.activations)
     tasks = maps.tasks(config, store)
-    _check_finished(tasks, work)
+    _check_finished(tasks + control_tasks(config, store), work)
     dictionaries, densities = reconstruct(config, store, work)
-    transfer, correlations = _transfer(config, store, work, tasks)
+    controls = score_controls(config, store, work)
+    transfer, correlations, single = _transfer(config, store, work, tasks, controls)
     write_jsonl(work.result("reconstruction.jsonl"), dictionaries)
     write_jsonl(work.result("transfer.jsonl"), transfer)
     write_jsonl(work.result("features.jsonl"), densities + correlations)
     match_dictionaries(config, store, work)
     compare_representations(config, store, work)
+    write_jsonl(work.result("feature_transfer.jsonl"), single)
+    if config.controls:
+        write_jsonl(work.result("controls.jsonl"), controls.rows())
     wall, rows = time.perf_counter() - started, len(store.select("test"))
     work.record_timing(
         "evaluate",
@@ -58,17 +67,20 @@ def _check_finished(tasks: list[Task], work: Workdir) -> None:
 
 
 def _transfer(
-    config: Config, store: Store, work: Workdir, tasks: list[Task]
-) -> tuple[list[dict], list[dict]]:
+    config: Config, store: Store, work: Workdir, tasks: list[Task], controls: Controls
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """The rows of transfer.jsonl, of features.jsonl and of feature_transfer.jsonl."""
     from tqdm import tqdm
 
     def direction(task: Task):
         return task.source, task.target, str(task.site_source), str(task.site_target)
 
-    rows, figures = [], []
+    rows, figures, single = [], [], []
     with tqdm(total=len(tasks), desc="evaluate maps", unit="map") as progress:
         for _, group in itertools.groupby(tasks, key=direction):
-            more_rows, more_figures = score_ladder(list(group), config, store, work, progress)
-            rows += more_rows
-            figures += more_figures
-    return rows, figures
+            group = list(group)
+            ladder = score_ladder(group, config, store, work, progress)
+            rows += ladder.rows(controls.skyline(ladder.task))
+            figures += ladder.figures()
+            single += feature_rows(ladder, group, config, store, work)
+    return rows, figures, single

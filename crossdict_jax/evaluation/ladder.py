@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import maps
+from crossdict_jax import bootstrap, maps
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
-from crossdict_jax.evaluation.transfer import HeldOut, Score, TokenMeans, hold_out, measure, verdict
+from crossdict_jax.evaluation.transfer import (
+    HeldOut,
+    Score,
+    TokenMeans,
+    hold_out,
+    measure,
+    normalized,
+    verdict,
+)
 from crossdict_jax.maps import Map, Pairs, Problem, Side, Task, token
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.maps.moments import token_sums
@@ -24,40 +33,80 @@ CORRELATION_EDGES = np.linspace(-1, 1, 41).round(2)
 FREQUENCY_EDGES = np.array([0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1])
 
 Splits = dict[str, Pairs]
+Scores = dict[str, Score]  # by rung
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """One direction and pair of sites, scored.
+
+    Attributes:
+      bench: the aligned pairs.
+      aligned, shuffled: the rungs' scores; ``aligned`` has ``token_target``, the table of the
+        target's own tokens, which knows what no map can, as well.
+      token_aligned, token_shuffled: the token rung's score, whether or not it is on the ladder.
+    """
+
+    task: Task
+    bench: Bench
+    aligned: Scores
+    shuffled: Scores
+    token_aligned: Score
+    token_shuffled: Score
+
+    def rows(self, skyline: Scores) -> list[dict]:
+        """Returns the rows of transfer.jsonl.
+
+        Args:
+          skyline: the rungs' scores from the target's own second dictionary, where there are any.
+        """
+        rows = []
+        for kind, score in self.aligned.items():
+            row = where(self.task, kind, "aligned") | score.row()
+            row |= {"verdict": verdict(score, self.token_aligned)}
+            placed = normalized(score, self.shuffled.get(kind), skyline.get(kind))
+            for name, estimate in placed.items():
+                row |= bootstrap.columns(name, estimate)
+            rows.append(row)
+        for kind, score in self.shuffled.items():
+            row = where(self.task, kind, "shuffled") | score.row()
+            rows.append(row | {"verdict": verdict(score, self.token_shuffled)})
+        return rows
+
+    def figures(self) -> list[dict]:
+        """Returns the rows of features.jsonl: correlations of single features, aligned pairs."""
+        return [
+            where(self.task, kind, "aligned") | _correlation_figures(score, self.bench.held_out)
+            for kind, score in self.aligned.items()
+        ]
 
 
 def score_ladder(
     tasks: Sequence[Task], config: Config, store: Store, work: Workdir, progress
-) -> tuple[list[dict], list[dict]]:
-    """Returns the rows of transfer.jsonl and of features.jsonl of one direction and pair of sites.
-
-    Beside the fitted maps there is ``token_target``, the table of the target's own tokens, which
-    knows what no map can. Correlations per feature are given for aligned pairs.
+) -> Ladder:
+    """Returns the scores of every rung of one direction and pair of sites.
 
     Args:
       tasks: all maps of this direction and these sites, aligned and shuffled.
       progress: a tqdm bar, updated by one for every task.
     """
-    aligned = _load(tasks[0], store, work)
-    train_mean, _ = aligned["train"].target.feature_moments
-    rows, figures = [], []
-    for pairing in dict.fromkeys(task.pairing for task in tasks):
-        splits = aligned if pairing == "aligned" else _shuffled(aligned, config.seed)
+    splits = _load(tasks[0], store, work)
+    train_mean, _ = splits["train"].target.feature_moments
+    benches, scores, tokens = {}, {}, {}
+    for pairing in ("aligned", "shuffled"):
+        splits = splits if pairing == "aligned" else _shuffled(splits, config.seed)
         bench = Bench.make(splits, train_mean=train_mean, config=config)
-        scores = {}
-        for task in (task for task in tasks if task.pairing == pairing):
-            progress.set_postfix_str(f"{task.kind}: {task.label}", refresh=False)
-            scores[task.kind] = bench.score(maps.load(task.path(work)))
-            progress.update()
-        baseline = scores.get("token") or bench.score(_token_table(splits, config))
-        if pairing == "aligned":
-            scores["token_target"] = bench.score_target_tokens(config)
-        for kind, score in scores.items():
-            where = _where(tasks[0], kind, pairing)
-            rows.append(where | score.row() | {"verdict": verdict(score, baseline)})
-            if pairing == "aligned":
-                figures.append(where | _correlation_figures(score, bench.held_out))
-    return rows, figures
+        here = [task for task in tasks if task.pairing == pairing]
+        benches[pairing], scores[pairing] = bench, bench.score_all(here, work, progress)
+        tokens[pairing] = scores[pairing].get("token") or bench.score_source_tokens(config)
+    scores["aligned"]["token_target"] = benches["aligned"].score_target_tokens(config)
+    return Ladder(
+        task=tasks[0],
+        bench=benches["aligned"],
+        **scores,
+        token_aligned=tokens["aligned"],
+        token_shuffled=tokens["shuffled"],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +135,7 @@ class Bench:
     def make(cls, splits: Splits, *, train_mean: np.ndarray, config: Config) -> Bench:
         test, settings = splits["test"], config.evaluation
         held_out = hold_out(
-            _encode(test.target),
+            encode(test.target),
             train_mean=train_mean,
             documents=test.documents,
             pool=settings.pool,
@@ -128,6 +177,25 @@ class Bench:
                 predicted=means.shrunk(0.0)[:-1],
             ),
         )
+
+    def score_all(
+        self,
+        tasks: Sequence[Task],
+        work: Workdir,
+        progress,
+        read: Callable[[Task, Pairs], Pairs] = lambda task, pairs: pairs,
+    ) -> Scores:
+        """Returns the score of every task's map, each shown ``read(task, pairs)``."""
+        scores = {}
+        for task in tasks:
+            progress.set_postfix_str(f"{task.kind}: {task.label}", refresh=False)
+            scores[task.kind] = self.score(maps.load(task.path(work)), partial(read, task))
+            progress.update()
+        return scores
+
+    def score_source_tokens(self, config: Config) -> Score:
+        """Returns the score of the token rung, fitted here."""
+        return self.score(_token_table(self.splits, config))
 
     def score_target_tokens(self, config: Config) -> Score:
         """Returns the score of the token table of the target's own tokens."""
@@ -176,7 +244,8 @@ def _places(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.where(ids[place] == tokens, place, -1) if len(ids) else np.full(len(tokens), -1)
 
 
-def _encode(side: Side) -> np.ndarray:
+def encode(side: Side) -> np.ndarray:
+    """Returns the features float32 [n, width] of a side."""
     parts = [encode_rows(side.dictionary, side.x[rows]) for rows in slices(len(side.x))]
     return np.concatenate(parts)
 
@@ -186,7 +255,8 @@ def _l0(side: Side) -> float:
     return sum(int(a.sum()) for a in active) / len(side.x)
 
 
-def _where(task: Task, kind: str, pairing: str) -> dict[str, Any]:
+def where(task: Task, kind: str, pairing: str) -> dict[str, Any]:
+    """Returns the columns that say what a row is about."""
     return {
         "source": task.source,
         "target": task.target,

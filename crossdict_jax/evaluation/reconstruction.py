@@ -48,13 +48,13 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
     """
     from tqdm import tqdm
 
-    places = [(m, site) for m in store.models for site in store.sites]
+    places = [(m, site) for m in store.models for site in store.sites_of(m)]
     members = {place: member_folders(work, *place) for place in places}
     rows, densities = [], []
     with tqdm(total=sum(map(len, members.values())), desc="dictionaries", unit="sae") as progress:
         for model, path in zip(store.models, store.paths):
             splicer = _splicer(config, store, model, path)
-            for site in store.sites:
+            for site in store.sites_of(model):
                 found = {f: dictionaries.load(f) for f in members[model, site]}
                 losses = _losses(config, store, splicer, model, site, list(found.values()))
                 for (folder, dictionary), loss in zip(found.items(), losses):
@@ -148,7 +148,7 @@ def _splicer(config: Config, store: Store, model: str, path: str) -> Splicer:
     return Splicer(
         models.load(path),
         passages,
-        sites=store.sites,
+        sites=store.sites_of(model),
         batch_size=config.intervention.batch_size,
         dtype=config.extract.matmul_dtype,
     )

@@ -27,6 +27,9 @@ BEATS_TOKEN = "beats token"
 BEATS_MEAN = "beats mean, not token"
 NO_BETTER = "no better than the mean"
 
+NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # that have a null near 0
+MARGIN = 0.05  # a skyline less than this above the null leaves no room to place a score in
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenMeans:
@@ -73,11 +76,13 @@ class Score:
       plain: {key: number or None}, without intervals.
       estimates: {key: Estimate or None}, with them.
       correlations: [width], per feature, NaN where the target is not live.
+      feature_r2: [width], likewise.
     """
 
     plain: dict[str, Any]
     estimates: dict[str, Estimate | None]
     correlations: np.ndarray
+    feature_r2: np.ndarray
 
     def row(self) -> dict[str, Any]:
         """Returns the columns of transfer.jsonl: every estimate with its _low and _high."""
@@ -202,6 +207,7 @@ def measure(
     rank = retrieval.ranks(predicted, held_out.pool)
     correlations = moments.correlations()
     fvu = draws.estimate(rows["error"], rows["variance"])
+    feature_r2 = np.where(live, 1 - bootstrap.ratio(columns["error"], columns["variance"]), np.nan)
     in_pool = dataclasses.replace(draws, index=draws.index[held_out.pool.rows])
     estimates = {
         "fvu": fvu,
@@ -223,11 +229,11 @@ def measure(
         "n_live": int(live.sum()),
         "pool": len(held_out.pool.rows),
         "l0_source": None if l0_source is None else float(np.mean(l0_source)),
-        "r2_per_feature_median": _median_r2(columns, live),
+        "r2_per_feature_median": float(np.median(feature_r2[live])) if live.any() else None,
         "rate_correlation": correlation(columns["active_predicted"], columns["active_target"]),
         "n_context_rows": 0 if token_means is None else int((token_means.index >= 0).sum()),
     }
-    return Score(plain, estimates, np.where(live, correlations[0], np.nan))
+    return Score(plain, estimates, np.where(live, correlations[0], np.nan), feature_r2)
 
 
 def verdict(score: Score, token: Score | None) -> str:
@@ -246,6 +252,28 @@ def verdict(score: Score, token: Score | None) -> str:
     if token is not None and (r2 - token.estimates["r2"]).surely_positive:
         return BEATS_TOKEN
     return BEATS_MEAN
+
+
+def normalized(
+    score: Score, null: Score | None, skyline: Score | None
+) -> dict[str, Estimate | None]:
+    """Returns {key_normalized: (score - null) / (skyline - null)} of the NORMALIZED keys.
+
+    None where the null or the skyline is not there, or the skyline is not MARGIN above the null.
+    All three must come from the same resamples.
+    """
+    return {f"{name}_normalized": _placed(name, score, null, skyline) for name in NORMALIZED}
+
+
+def _placed(name: str, score: Score, *ends: Score | None) -> Estimate | None:
+    if None in ends:
+        return None
+    here, low, high = (s.estimates[name] for s in (score, *ends))
+    if None in (here, low, high) or high.value - low.value < MARGIN:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        samples = (here.samples - low.samples) / (high.samples - low.samples)
+    return Estimate((here.value - low.value) / (high.value - low.value), samples)
 
 
 def _sums(predicted: np.ndarray, held_out: HeldOut) -> tuple[dict, dict, Moments]:
@@ -326,13 +354,6 @@ def _cosine(dot: np.ndarray, length_a, length_b, zero: float = 0.0) -> np.ndarra
 
 def _jaccard(both: np.ndarray, either: np.ndarray) -> np.ndarray:
     return np.where(either == 0, 1.0, both / np.maximum(either, 1))
-
-
-def _median_r2(columns: dict, live: np.ndarray) -> float | None:
-    if not live.any():
-        return None
-    r2 = 1 - bootstrap.ratio(columns["error"][live], columns["variance"][live])
-    return float(np.median(r2))
 
 
 def _context_gain(

@@ -30,7 +30,12 @@ PAIRINGS = ("aligned", "shuffled")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One map of a run: a direction, its two sites, a rung, and the pairing it is fitted on."""
+    """One map of a run: a direction, its two sites, a rung, and what it is fitted on.
+
+    Attributes:
+      pairing: "aligned" or "shuffled".
+      control: "" for the ladder itself, or the control that stands for the target or the source.
+    """
 
     source: str
     target: str
@@ -38,17 +43,24 @@ class Task:
     site_target: Site
     kind: str
     pairing: str
+    control: str = ""
 
     def path(self, work: Workdir) -> Path:
         """Returns the checkpoint folder of the map."""
-        name = self.kind if self.pairing == "aligned" else f"{self.kind}-{self.pairing}"
+        work = work.controls if self.control else work
+        name = "-".join([self.kind, *self._apart])
         return work.map(self.source, self.target, self.site_source, self.site_target, name)
+
+    @property
+    def _apart(self) -> list[str]:
+        """What sets a map apart from the aligned one of the ladder."""
+        return [word for word in (self.pairing, self.control) if word not in ("", "aligned")]
 
     @property
     def label(self) -> str:
         """``A resid_pre.6 to B resid_pre.6``, and the pairing where it is not the true one."""
         name = f"{self.source} {self.site_source} to {self.target} {self.site_target}"
-        return name if self.pairing == "aligned" else f"{name} ({self.pairing})"
+        return f"{name} ({', '.join(self._apart)})" if self._apart else name
 
 
 def tasks(config: Config, store: Store) -> list[Task]:
@@ -112,27 +124,34 @@ def _pairs(sides: Callable[..., Side], store: Store, source, target, split: str)
     return Pairs(sides(*source, split=split), sides(*target, split=split), documents)
 
 
-class _Loader:
+class Loader:
     """Makes problems; sides that several problems share are read once."""
 
     def __init__(self, store: Store, work: Workdir, seed: int):
-        self._store, self._work, self._seed = store, work, seed
+        self.store, self.work, self._seed = store, work, seed
         self._sides: dict[tuple, Side] = {}
 
     def problem(self, task: Task) -> Problem:
-        return Problem(task.label, self._split(task, "train"), self._split(task, "validation"))
+        """Returns what the task's rung is fitted on."""
+        return Problem(task.label, self.pairs(task, "train"), self.pairs(task, "validation"))
 
-    def _split(self, task: Task, split: str) -> Pairs:
+    def pairs(self, task: Task, split: str) -> Pairs:
+        """Returns the task's rows of a split, shuffled if its pairing is."""
         source, target = (task.source, task.site_source), (task.target, task.site_target)
-        pairs = _pairs(self._side, self._store, source, target, split)
+        pairs = _pairs(self.side, self.store, source, target, split)
         if task.pairing == "aligned":
             return pairs
         return shuffled(pairs, shuffle_seed(self._seed, split))
 
-    def _side(self, model: str, site: Site, split: str) -> Side:
+    def target_dictionary(self, task: Task) -> Path:
+        """Returns the folder of the dictionary that the task's map speaks."""
+        return self.work.dictionary(task.target, task.site_target, MEMBER)
+
+    def side(self, model: str, site: Site, split: str) -> Side:
+        """Returns one model's rows of a split, with the dictionary of seed 0."""
         key = (model, site, split)
         if key not in self._sides:
-            self._sides[key] = load_side(self._store, model, site, split, self._work)
+            self._sides[key] = load_side(self.store, model, site, split, self.work)
         return self._sides[key]
 
 
@@ -145,19 +164,39 @@ def fit_maps(config: Config, store: Store, work: Workdir) -> None:
     Raises:
       UserError: see ``tasks``; or a rung has too few rows, or a batch is larger than the data.
     """
+    loader = Loader(store, work, config.seed)
+    fit_tasks(tasks(config, store), config, loader, work, directory=work.maps / "training")
+
+
+def fit_tasks(
+    todo: list[Task],
+    config: Config,
+    loader: Loader,
+    work: Workdir,
+    *,
+    directory: Path,
+    stage: str = "train_hypernetworks",
+) -> None:
+    """Fits those of the given maps that are not finished.
+
+    Args:
+      work: of the run; maps of controls go to ``work.controls``.
+      directory: for what training keeps on the way.
+      stage: what the time is written down as.
+    """
     from tqdm import tqdm
 
-    todo = tasks(config, store)
     unfinished = [task for task in todo if not is_finished(task.path(work))]
     if not unfinished:
         return
-    start, loader = time.perf_counter(), _Loader(store, work, config.seed)
+    start = time.perf_counter()
     with tqdm(total=len(todo), initial=len(todo) - len(unfinished), desc="maps", unit="map") as bar:
         for batch in _batches(todo, set(unfinished)):
-            _fit(batch, config, loader, work, bar)
-    wall, rows = time.perf_counter() - start, len(store.select("train"))
-    work.record_timing(
-        "train_hypernetworks",
+            _fit(batch, config, loader, work, directory, bar)
+    wall, rows = time.perf_counter() - start, len(loader.store.select("train"))
+    home = work.controls if todo[0].control else work
+    home.record_timing(
+        stage,
         wall_s=wall,
         maps=len(unfinished),
         rows_per_s=rows * len(unfinished) / wall,
@@ -177,15 +216,14 @@ def _batches(todo: list[Task], unfinished: set[Task]) -> list[list[Task]]:
     return alone + [group for group in together.values() if unfinished & set(group)]
 
 
-def _fit(batch: list[Task], config: Config, loader: _Loader, work: Workdir, bar) -> None:
+def _fit(batch: list[Task], config: Config, loader: Loader, work: Workdir, directory, bar) -> None:
     kind = batch[0].kind
     bar.set_postfix_str(f"{kind}: {batch[0].label}", refresh=True)
     problems = [loader.problem(task) for task in batch]
-    directory = work.maps / "training"
     fitted = rung(kind).fit(problems, config.map, seed=config.seed, directory=directory)
     for task, result in zip(batch, fitted):
         if not is_finished(task.path(work)):
-            target = work.dictionary(task.target, task.site_target, MEMBER)
+            target = loader.target_dictionary(task)
             base.save(result.map, task.path(work), dictionary=target, record=result.record)
             bar.update()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.report import answer, plots, shared, tables
+from crossdict_jax.report.features import feature_tables
 from crossdict_jax.report.results import (
     PLACE,
     Comparison,
@@ -179,8 +180,8 @@ def _again(root: Path) -> str:
 
 
 def _flags(config: Config) -> str:
-    """Returns the same without its folder (an empty setting keeps the default, which is empty)."""
-    flags = [f"--config.{name}={shlex.quote(words)}" for name, words in _settings(config) if words]
+    """Returns the same without its folder."""
+    flags = [f"--config.{name}={shlex.quote(words)}" for name, words in _settings(config)]
     return " \\\n  ".join(["python -m launch.experiment --workdir=runs/again", *flags])
 
 
@@ -214,18 +215,23 @@ def _transfer(results: Results) -> dict:
         for _, g in groupby(results.comparisons, key=lambda comparison: comparison.direction)
     ]
     return {
-        "directions": [_direction(group, results.features) for group in groups],
+        "directions": [_direction(group, results) for group in groups],
+        "features_shown": bool(results.feature_transfer),
         "transfer_raw": tables.flat_table(
             results.transfer, "Every column of transfer.jsonl", ("source", "target", "map")
         ),
-        "controls": _optional_table(results.controls, "Controls on the same rows", "control"),
+        "controls": [tables.controls_table(c) for c in results.comparisons if c.controlled],
+        "controls_raw": _optional_table(
+            results.controls, "Every column of controls.jsonl", "control"
+        ),
     }
 
 
-def _direction(group: list[Comparison], features: list[dict]) -> dict:
+def _direction(group: list[Comparison], results: Results) -> dict:
     limits = plots.r2_limits(group)
-    single = [rows for c in group if (rows := _feature_rows(c, features))]
+    single = [rows for c in group if (rows := _feature_rows(c, results.features))]
     return {
+        "features": feature_tables(results.feature_transfer, *group[0].direction),
         "source": group[0].source,
         "target": group[0].target,
         "overview": tables.overview_table(group),

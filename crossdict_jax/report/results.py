@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 
@@ -35,9 +36,11 @@ BASELINES = ("mean", "token", "token_target")  # not maps of activations: what m
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One rung at one layer pair: its row, and the row of the same rung on shuffled pairs.
+    """One rung at one layer pair: its row, and the rows of its controls.
 
     Attributes:
+      shuffled: the same rung on shuffled pairs.
+      controls: the same rung as skyline and into an untrained target, where they were run.
       way: of a stitched rung what was put in, its "activation" or its decoded "features".
     """
 
@@ -45,12 +48,17 @@ class Line:
     aligned: dict | None
     shuffled: dict | None
     way: str = ""
+    controls: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
         return (self.aligned or {}).get(key)
 
     def null(self, key: str) -> float | None:
         return (self.shuffled or {}).get(key)
+
+    def control(self, name: str, key: str) -> float | None:
+        """Returns a score of the skyline or of the untrained target."""
+        return self.controls.get(name, {}).get(key)
 
     def at_least(self, key: str) -> float | None:
         """Returns the lower end of a score's interval, the score where there is no interval."""
@@ -89,6 +97,11 @@ class Comparison:
     @property
     def fitted(self) -> list[Line]:
         return fitted(self.lines)
+
+    @property
+    def controlled(self) -> list[Line]:
+        """The rungs with a skyline or an untrained target."""
+        return [line for line in self.lines if line.controls]
 
     def line(self, kind: str) -> Line | None:
         return next((line for line in self.lines if line.kind == kind), None)
@@ -159,12 +172,13 @@ class Results:
     matching: list[dict]
     similarity: list[dict]
     features: list[dict]
+    feature_transfer: list[dict]
     timing: dict
     curves: list[Curves]
 
     @property
     def comparisons(self) -> list[Comparison]:
-        return comparisons(self.transfer)
+        return comparisons(self.transfer, self.controls)
 
     @property
     def stitchings(self) -> list[Stitching]:
@@ -193,7 +207,8 @@ def read_results(work: Workdir) -> Results:
         matching=_optional(work.result("matching.jsonl")),
         similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),
-        timing=read_json(work.timing) if work.timing.exists() else {},
+        feature_transfer=_optional(work.result("feature_transfer.jsonl")),
+        timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
         curves=[
             *_curves(work.dictionaries / "training", "Dictionaries"),
             *_curves(work.maps / "training", "Maps"),
@@ -231,13 +246,32 @@ def _other_side(key: str) -> str:
     return f"{stem}_{sides[end]}" if end in sides else key
 
 
+def _timing(work: Workdir) -> dict:
+    return read_json(work.timing) if work.timing.exists() else {}
+
+
 def _optional(path: Path) -> list[dict]:
     return read_jsonl(path) if path.exists() else []
 
 
-def comparisons(rows: list[dict]) -> list[Comparison]:
-    """Groups rows of transfer.jsonl by direction and sites; no row is left out."""
-    return [Comparison(*key, lines=_lines(group)) for key, group in _by_place(rows).items()]
+def comparisons(rows: list[dict], controls: Iterable[dict] = ()) -> list[Comparison]:
+    """Groups rows of transfer.jsonl by direction and sites; no row is left out.
+
+    Args:
+      controls: rows of controls.jsonl.
+    """
+    of_map: dict[tuple, dict[str, dict]] = {}
+    for row in controls:
+        key = tuple(row.get(k) for k in (*PLACE, "map"))
+        of_map.setdefault(key, {})[row["control"]] = row
+    found = []
+    for key, group in _by_place(rows).items():
+        lines = (
+            dataclasses.replace(line, controls=of_map.get((*key, line.kind), {}))
+            for line in _lines(group)
+        )
+        found.append(Comparison(*key, lines=tuple(lines)))
+    return found
 
 
 def stitchings(rows: list[dict]) -> list[Stitching]:

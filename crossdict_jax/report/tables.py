@@ -34,6 +34,10 @@ TITLES = {
     "cosine_mean_predictor": "cosine of the mean",
     "cosine_centered": "centred cosine",
     "top1": "top-1",
+    "r2_normalized": "R², normalised",
+    "top1_normalized": "top-1, normalised",
+    "cosine_centered_normalized": "centred cosine, normalised",
+    "feature_correlation_normalized": "feature correlation, normalised",
     "fdr": "FDR",
 }
 
@@ -322,6 +326,41 @@ def _transfer(line: Line) -> list[Cell]:
         _compared(line, "feature_correlation"),
         _compared(line, "sparsity_similarity"),
         _compared(line, "l0_predicted", digits=1, bounds=False),
+    ]
+
+
+def controls_table(comparison: Comparison) -> Table:
+    """Returns every rung of one layer pair beside its controls."""
+    columns = [
+        Column("map", numeric=False),
+        Column("R²"),
+        Column("shuffled"),
+        Column("skyline"),
+        Column("normalised", hint="0 shuffled, 1 skyline"),
+        Column("top-1, normalised"),
+        Column("context gain"),
+        Column("skyline’s gain"),
+        Column("untrained gain", hint="what training did not make"),
+        Column("untrained R²"),
+    ]
+    place = f"{comparison.source} {comparison.site_source} → "
+    caption = f"Controls of {place}{comparison.target} {comparison.site_target}"
+    return Table(caption, columns, [_controlled(line) for line in comparison.controlled])
+
+
+def _controlled(line: Line) -> list[Cell]:
+    skyline, untrained = (line.controls.get(name, {}) for name in ("skyline", "untrained"))
+    return [
+        Cell(line.kind, style=_verdict(line)[0]),
+        _scored(line.aligned or {}, "r2"),
+        Cell(number(line.null("r2"))),
+        _scored(skyline, "r2"),
+        _scored(line.aligned or {}, "r2_normalized", 2),
+        _scored(line.aligned or {}, "top1_normalized", 2),
+        _scored(line.aligned or {}, "context_gain"),
+        _scored(skyline, "context_gain"),
+        _scored(untrained, "context_gain"),
+        _scored(untrained, "r2"),
     ]
 
 

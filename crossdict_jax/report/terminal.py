@@ -8,11 +8,14 @@ from crossdict_jax.report.tables import VERDICTS, interval, number, percent, ver
 from crossdict_jax.workdir import Workdir
 
 COLOURS = {"strong": "bold blue", "weak": "yellow", "none": "dim", "": ""}
-PIPE_WIDTH = 120  # columns when the output is no terminal
+PIPE_WIDTH = 140  # columns when the output is no terminal
 
 
 def summary_table(work: Workdir) -> None:
     """Prints every rung of every layer pair and direction, its controls and its verdict.
+
+    ``untr.`` is the context gain into an untrained target, ``norm.`` where R² lies between the
+    shuffled pairs (0) and the skyline (1).
 
     Raises:
       UserError: a result file that it needs is missing or damaged.
@@ -37,8 +40,18 @@ def _table(comparison: Comparison, effect: Stitching | None):
 
     place = f"{comparison.source} {comparison.site_source} → {comparison.target} "
     table = Table(title=Text(place + comparison.site_target), title_justify="left", box=None)
-    table.add_column("map")
-    for name in ("R²", "shuffled", "gain", "cosine", "of mean", "top-1", "loss rec."):
+    table.add_column("map", no_wrap=True)
+    for name in (
+        "R²",
+        "shuffled",
+        "gain",
+        "untr.",
+        "norm.",
+        "cosine",
+        "of mean",
+        "top-1",
+        "loss rec.",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for line in comparison.lines:
@@ -53,6 +66,8 @@ def _cells(line: Line, effect: Stitching | None) -> list[str]:
         f"{number(line.value('r2'))} {interval(line.aligned or {}, 'r2', 2)}".strip(),
         number(line.null("r2")),
         number(line.value("context_gain")),
+        number(line.control("untrained", "context_gain"), 2),
+        number(line.value("r2_normalized"), 2),
         number(line.value("cosine")),
         number(line.value("cosine_mean_predictor")),
         number(line.value("top1")),

@@ -1,0 +1,418 @@
+"""The ladder's controls: skyline and untrained twins, planted, resumed, and turned off."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import dictionaries, maps, models, modules
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, twin_names
+from crossdict_jax.config import Config, controlled_layers
+from crossdict_jax.dictionaries import relu, train
+from crossdict_jax.dictionaries.base import from_arrays
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation import evaluate
+from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
+from crossdict_jax.maps.controls import ControlLoader, control_tasks, fit_controls, shown
+from crossdict_jax.settings import validate
+from crossdict_jax.training.checkpoint import is_finished
+from crossdict_jax.workdir import Workdir, read_jsonl
+
+BOTH = ("skyline", "untrained")
+SITE = tiny_run.SITE
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(config, work directory) of a run whose controls have not been begun."""
+    config, work = tiny_run.make_run(tmp_path_factory.mktemp("controls"), controls=BOTH)
+    config.sae = dataclasses.replace(config.sae, steps=4, batch_size=64, checkpoint_every=2)
+    return config, work
+
+
+def run_controls(config: Config, work: Workdir) -> None:
+    """What the commands do for controls, up to the evaluation; networks are not trained."""
+    store = open_store(work.activations)
+    controls = extract_untrained(config, work, store)
+    train.train_control_dictionaries(config, controls, work)
+    loader = ControlLoader(config, store, work)
+    for task in control_tasks(config, store):
+        if task.kind == "mlp" and not is_finished(task.path(work)):
+            folder = loader.target_dictionary(task)
+            maps.save(tiny_run.network(folder), task.path(work), dictionary=folder)
+    fit_controls(config, store, work)
+
+
+@pytest.fixture(scope="module")
+def finished(begun, tmp_path_factory):
+    config, work = begun
+    copy = Workdir(tmp_path_factory.mktemp("finished") / "run")
+    shutil.copytree(work.root, copy.root)
+    run_controls(config, copy)
+    evaluate(config, copy)
+    return config, copy
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    config, work = finished
+    shutil.copytree(work.root, tmp_path / "run")
+    return config, Workdir(tmp_path / "run")
+
+
+def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
+    return read_jsonl(work.result(name))
+
+
+# ---------------------------------------------------------------- the untrained twin
+
+
+@pytest.mark.parametrize("name", models.EMBEDDED)
+def test_every_parameter_of_a_twin_is_drawn_anew(name):
+    lm = models.load(name)
+    twin = draw_again(lm, 0, 0)
+    before, after = (modules.split(m)[1] for m in (lm, twin))
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, after)
+    assert not any(jax.tree.leaves(same))
+    assert jax.tree.map(np.shape, before) == jax.tree.map(np.shape, after)
+    assert twin.config == lm.config
+    assert float(np.std(after["W_E"])) == pytest.approx(lm.config.init_std, rel=0.05)
+
+
+def test_twins_depend_on_the_seed_and_on_the_model():
+    lm = models.load(models.EMBEDDED[0])
+    drawn = [np.asarray(draw_again(lm, *which).W_E[...]) for which in ((0, 0), (1, 0), (0, 1))]
+    assert (drawn[0] == np.asarray(draw_again(lm, 0, 0).W_E[...])).all()
+    assert not (drawn[0] == drawn[1]).any() and not (drawn[0] == drawn[2]).any()
+
+
+def test_twins_are_read_at_the_rows_of_the_run(finished):
+    config, work = finished
+    store, controls = open_store(work.activations), open_store(work.controls.activations)
+    names = twin_names(store)
+    assert controls.models == (*store.models, *names) == ("a", "b", "a-untrained", "b-untrained")
+    for key in KEYS:
+        assert (getattr(controls.rows, key) == getattr(store.rows, key)).all()
+    rows = store.select("test")[:50]
+    for i, (name, twin) in enumerate(zip(store.models, names)):
+        assert (controls.tokens(twin, rows) == store.tokens(name, rows)).all()
+        assert (controls.read(name, SITE, rows) == store.read(name, SITE, rows)).all()
+        lm = draw_again(models.load(store.paths[i]), config.seed, i)
+        expected = expected_rows(lm, store, i, rows)
+        there = controls.read(twin, SITE, rows).astype(np.float32)
+        assert np.allclose(there, expected, rtol=2e-2, atol=2e-3)  # bfloat16
+        assert abs(there - store.read(name, SITE, rows).astype(np.float32)).max() > 0.05
+
+
+def expected_rows(lm, store, i, rows):
+    """Activations of a model at some rows, read window by window."""
+    out = []
+    for row in rows:
+        tokens = store.window_tokens(store.models[i], store.rows.window[row])[None, :]
+        x = models.capture(lm, tokens, [SITE])[SITE]
+        out.append(np.asarray(x)[0, store.rows.position[row, i]])
+    return np.stack(out)
+
+
+def test_a_store_of_twins_with_other_rows_is_refused(copy):
+    config, work = copy
+    path = work.controls.activations / "rows.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["keep"] = ~arrays["keep"]
+    np.savez(path, **arrays)
+    meta = json.loads((work.controls.activations / "meta.json").read_text())
+    from crossdict_jax.activations.store import digest
+
+    meta["checksums"]["rows.npz"] = digest(path)
+    (work.controls.activations / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="has other rows than"):
+        evaluate(config, work)
+
+
+# ---------------------------------------------------------------- the skyline, planted
+
+
+def signed(d_model: int, order: np.ndarray):
+    """The dictionary f = relu([x, -x]) in some order of its features; it misses nothing."""
+    W_enc = np.concatenate([np.eye(d_model), -np.eye(d_model)], axis=1)[:, order]
+    biases = {"b_enc": np.zeros(2 * d_model), "b_dec": np.zeros(d_model)}
+    return from_arrays(relu.ReLU, {"W_enc": W_enc, "W_dec": W_enc.T} | biases)
+
+
+def blind(d_model: int):
+    """A dictionary whose features are the same for every row."""
+    arrays = {"W_enc": np.zeros((d_model, 8)), "W_dec": np.ones((8, d_model))}
+    return from_arrays(relu.ReLU, arrays | {"b_enc": np.ones(8), "b_dec": np.zeros(d_model)})
+
+
+def planted(begun, root, second) -> dict[tuple, dict]:
+    """{(target, map): skyline row} of a run whose second dictionaries are ``second(d_model)``."""
+    config, work = begun
+    config = dataclasses.replace(
+        config,
+        controls=("skyline",),
+        map=dataclasses.replace(
+            config.map, kinds=("mean", "token", "ridge", "ridge_codes", "token_ridge")
+        ),
+    )
+    shutil.copytree(work.root, root, ignore=shutil.ignore_patterns("maps"))
+    work, store = Workdir(root), open_store(work.activations)
+    for name in store.models:
+        d_model = store.d_model(name)
+        shutil.rmtree(work.dictionary(name, SITE))
+        dictionaries.save(signed(d_model, np.arange(2 * d_model)), work.dictionary(name, SITE))
+        dictionaries.save(second(d_model), work.controls.dictionary(name, SITE, "seed-1"))
+    maps.fit_maps(config, store, work)
+    fit_controls(config, store, work)
+    evaluate(config, work)
+    return {(row["target"], row["map"]): row for row in rows_of(work)}
+
+
+def test_two_seeds_that_are_one_dictionary_reordered_share_everything(begun, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = planted(begun, tmp_path / "run", lambda d: signed(d, rng.permutation(2 * d)))
+    for target in "ab":
+        for kind in ("ridge", "ridge_codes", "token_ridge"):
+            assert rows[target, kind]["r2"] == pytest.approx(1, abs=1e-3)
+            assert rows[target, kind]["top1"] == 1
+        assert rows[target, "mean"]["r2"] == pytest.approx(0, abs=0.02)
+
+
+def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, tmp_path):
+    rows = planted(begun, tmp_path / "run", blind)
+    for target in "ab":
+        assert abs(rows[target, "ridge"]["cosine_centered"]) < 0.05
+        assert rows[target, "ridge"]["r2"] < 0.02
+        assert abs(rows[target, "ridge_codes"]["r2"]) < 0.02
+        assert rows[target, "token_ridge"]["r2"] == pytest.approx(
+            rows[target, "token"]["r2"], abs=0.2
+        )
+
+
+def test_a_skyline_reads_what_the_second_dictionary_makes_of_the_target(finished):
+    config, work = finished
+    store = open_store(work.activations)
+    loader = ControlLoader(config, store, work)
+    second = dictionaries.load(work.controls.dictionary("b", SITE, "seed-1"))
+    x = store.read("b", SITE, store.select("test")).astype(np.float32)
+    for task in control_tasks(config, store):
+        if task.control != "skyline" or task.target != "b":
+            continue
+        pairs = shown(task, loader.rows(task, "test"))
+        reads = maps.base.map_class(task.kind).reads
+        inputs = maps.source_inputs(maps.load(task.path(work)), pairs)
+        if reads == "activations":
+            assert np.allclose(inputs, second(x), atol=1e-4)
+        elif reads == "features":
+            assert np.allclose(inputs, second.encode(x), atol=1e-4)
+        else:
+            assert (inputs == store.tokens("b", store.select("test"))).all()
+
+
+# ---------------------------------------------------------------- the files of a run
+
+
+def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
+    _, work = finished
+    aligned = [r for r in rows_of(work, "transfer.jsonl") if r["pairing"] == "aligned"]
+    ladder = [r for r in aligned if r["map"] != "token_target"]
+    place = ("source", "target", "site_source", "site_target", "map", "pairing")
+    expected = [(control, *(r[k] for k in place)) for r in ladder for control in BOTH]
+    found = rows_of(work)
+    assert [(r["control"], *(r[k] for k in place)) for r in found] == expected
+    assert all(set(r) == {*ladder[0], "control"} for r in found)
+    assert len(rows_of(work, "reconstruction.jsonl")) == 2
+    assert sorted(p.name for p in work.dictionaries.glob("*/*/*") if "seed" in p.name) == [
+        "seed-0",
+        "seed-0",
+    ]
+
+
+def test_scores_are_placed_between_null_and_skyline(finished):
+    _, work = finished
+    transfer = rows_of(work, "transfer.jsonl")
+    key = ("source", "target", "map")
+    nulls = {tuple(r[k] for k in key): r for r in transfer if r["pairing"] == "shuffled"}
+    skylines = {tuple(r[k] for k in key): r for r in rows_of(work) if r["control"] == "skyline"}
+    placed = 0
+    for row in transfer:
+        if row["pairing"] == "shuffled":
+            assert not [name for name in row if "normalized" in name]
+            continue
+        low, high = (rows.get(tuple(row[k] for k in key)) for rows in (nulls, skylines))
+        for name in NORMALIZED:
+            share = row[f"{name}_normalized"]
+            if row["map"] == "token_target" or high[name] - low[name] < MARGIN:
+                assert share is row[f"{name}_normalized_low"] is None
+            else:
+                expected = (row[name] - low[name]) / (high[name] - low[name])
+                assert share == pytest.approx(expected, rel=1e-6)
+                assert row[f"{name}_normalized_low"] <= share <= row[f"{name}_normalized_high"]
+                placed += 1
+    assert placed > 4
+
+
+def test_without_controls_every_other_column_keeps_its_bits(finished, tmp_path):
+    config, work = finished
+    shutil.copytree(work.root, tmp_path / "run", ignore=shutil.ignore_patterns("controls*"))
+    evaluate(dataclasses.replace(config, controls=()), Workdir(tmp_path / "run"))
+    off = rows_of(Workdir(tmp_path / "run"), "transfer.jsonl")
+    for before, after in zip(rows_of(work, "transfer.jsonl"), off, strict=True):
+        assert before.keys() == after.keys()
+        for name in before:
+            assert after[name] == (None if "normalized" in name else before[name]), name
+    assert not (tmp_path / "run/results/controls.jsonl").exists()
+
+
+def test_untrained_twins_share_no_context(finished):
+    _, work = finished
+    gain = {
+        r["source"]: r["context_gain"]
+        for r in rows_of(work)
+        if (r["control"], r["map"]) == ("untrained", "ridge")
+    }
+    assert max(gain.values()) < 0.3
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize(
+    ("place", "after", "folder"),
+    [
+        ("crossdict_jax.activations.extract._write_shard", 1, "activations"),
+        ("crossdict_jax.training.checkpoint.save", 1, "dictionaries"),
+        ("crossdict_jax.maps.base.save", 3, "maps"),
+    ],
+)
+def test_killed_and_run_again_gives_the_same_bits(place, after, folder, copy, monkeypatch):
+    config, work = copy
+    before = bits(work)
+    shutil.rmtree(work.controls.root / folder)
+    with monkeypatch.context() as patch:
+        calls, original = iter(range(1000)), resolve(place)
+
+        def dying(*args, **kwargs):
+            if next(calls) == after:
+                raise Killed
+            return original(*args, **kwargs)
+
+        patch.setattr(place, dying)
+        with pytest.raises(Killed):
+            run_controls(config, work)
+    run_controls(config, work)
+    assert bits(work) == before
+
+
+def resolve(place: str):
+    import importlib
+
+    module, _, name = place.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def bits(work: Workdir) -> dict[str, list]:
+    """All parameters of the controls' dictionaries and maps, and the checksums of their store."""
+    root = work.controls.root
+    store = open_store(work.controls.activations)
+    found = {"store": [store.meta["checksums"], store.meta["models"]]}
+    for seal in sorted(root.rglob("*.sha256.json")):
+        if "training" in seal.parts:
+            continue
+        load = dictionaries.load if "dictionaries" in seal.parts else maps.load
+        params = modules.split(load(seal.parent))[1]
+        leaves = jax.tree.leaves(params)
+        found[str(seal.parent.relative_to(root))] = [np.asarray(a).tobytes() for a in leaves]
+    return found
+
+
+def test_finished_controls_are_left_alone(copy):
+    config, work = copy
+    files = [p for p in work.controls.root.rglob("*") if p.is_file()]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    run_controls(config, work)
+    assert {p: p.stat().st_mtime_ns for p in files} == before
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
+    config, work = finished
+    controls = open_store(work.controls.activations)
+    named = [m.label for m in train.control_members(config, controls)]
+    untrained = [f"{m}-untrained {SITE} seed-0" for m in "ab"]
+    assert named == [f"{m} {SITE} seed-1" for m in "ab"] + untrained
+    two = dataclasses.replace(config, sae=dataclasses.replace(config.sae, seeds=2))
+    assert [m.label for m in train.control_members(two, controls)] == untrained
+    swept = dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=(6, 3)))
+    assert {m.k for m in train.control_members(swept, controls)} == {6}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Config(models=("a", "b"), layers=(5, 6)), ((5, 6), (5, 6))),
+        (Config(models=("a", "b"), layers=(5, 6, 7), control_pairs=1), ((6,), (6,))),
+        (Config(models=("a", "b"), layers=(5, 6, 7), control_pairs=2), ((5, 7), (5, 7))),
+        (Config(models=("a", "b"), layers=(5, 6), control_pairs=9), ((5, 6), (5, 6))),
+        (Config(models=("a", "b", "c"), layer_pairs="5:9", control_pairs=1), ((5,), (9,), (9,))),
+    ],
+)
+def test_controls_at_some_pairs_of_layers(config, expected):
+    assert controlled_layers(config) == expected
+
+
+def test_only_the_controls_asked_for_are_made(finished):
+    config, work = finished
+    store = open_store(work.activations)
+    kinds = len(config.map.kinds)
+    for asked in ((), ("skyline",), ("untrained",), BOTH):
+        found = control_tasks(dataclasses.replace(config, controls=asked), store)
+        assert [t.control for t in found] == [c for c in asked for _ in range(2 * kinds)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"controls": ("skylien",)}, "skylien must be one of skyline, untrained"),
+        ({"controls": ("skyline", "skyline")}, "holds a value twice"),
+        ({"control_pairs": -1}, "control_pairs=-1 must be 0 or more"),
+    ],
+)
+def test_controls_that_cannot_be_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        validate(dataclasses.replace(Config(), **change))
+    validate(dataclasses.replace(Config(), controls=()))
+
+
+def test_a_pool_larger_than_the_test_rows_is_refused_before_anything_is_trained(begun, tmp_path):
+    from crossdict_jax.activations.extract import extract
+
+    config, _ = begun
+    big = dataclasses.replace(
+        config, evaluation=dataclasses.replace(config.evaluation, pool=1_000_000)
+    )
+    with pytest.raises(UserError, match=r"evaluation\.pool=1000000 is more than the"):
+        extract(big, Workdir(tmp_path / "run"))
+    assert not (tmp_path / "run/activations/meta.json").exists()
+
+
+def test_missing_parts_of_controls_are_one_line(copy):
+    config, work = copy
+    shutil.rmtree(work.controls.maps)
+    with pytest.raises(UserError, match="holds no finished map; run train_hypernetworks"):
+        evaluate(config, work)
+    shutil.rmtree(work.controls.dictionaries)
+    with pytest.raises(UserError, match="is no dictionary folder"):
+        fit_controls(config, open_store(work.activations), work)
+    shutil.rmtree(work.controls.activations)
+    with pytest.raises(UserError, match="run extract_activations"):
+        fit_controls(config, open_store(work.activations), work)
