@@ -167,7 +167,7 @@ def test_windows_are_padded_little(lengths, size, shapes):
     tokens = tuple(np.full(n, i, np.int32) for i, n in enumerate(lengths))
     window, position = np.array([(i, 0) for i in range(len(lengths))]).T
     passages = Passages(tokens, np.arange(len(lengths)), window, position, window)
-    batches = splice._batches(passages, size=size, devices=1)
+    batches = splice.batches(passages, size=size, devices=1)
     assert [b.tokens.shape for b in batches] == shapes
     assert sorted(np.concatenate([b.rows for b in batches])) == list(range(len(lengths)))
     for batch in batches:
