@@ -273,10 +273,7 @@ def _rules() -> dict[str, Rule]:
         "evaluation.matching": _one_of("mutual_best", "hungarian"),
         "evaluation.minimum_firings": _at_least(1),
         "evaluation.fdr": _SHARE,
-        "evaluation.similarity_rows": (
-            "0 or from 20 to 20000",
-            lambda n: n == 0 or 20 <= n <= 20_000,
-        ),
+        "evaluation.similarity_rows": ("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000),
         "intervention.documents": _at_least(1),
         "intervention.batch_size": _at_least(1),
         "model_type": _one_of("gpt2", "gpt_neox"),

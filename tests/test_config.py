@@ -199,7 +199,7 @@ REFUSED = [  # setting, value, what the line names
     ("evaluation__matching", "best", "mutual_best, hungarian"),
     ("evaluation__minimum_firings", 0, "evaluation.minimum_firings=0"),
     ("evaluation__fdr", 1.0, "evaluation.fdr=1.0"),
-    ("evaluation__similarity_rows", 10, "evaluation.similarity_rows=10 must be 0 or from 20"),
+    ("evaluation__similarity_rows", 10, "evaluation.similarity_rows=10 must be 0 or 20"),
 ]
 
 
