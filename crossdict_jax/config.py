@@ -187,7 +187,18 @@ class ConvertConfig:
     push: str = ""  # hub:OWNER/NAME[/FOLDER] to upload the result to; empty for nowhere
 
 
-def to_dict(config: Config | PretrainConfig | ConvertConfig) -> dict:
+GATES = tuple(f"G{i}" for i in range(1, 11))
+
+
+@dataclass
+class VerifyConfig:
+    """Which known answers the whole machine must give."""
+
+    gates: tuple[str, ...] = GATES  # each a file in crossdict_jax/verify
+    seed: int = 0  # of everything planted, drawn and trained
+
+
+def to_dict(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
 

@@ -19,6 +19,7 @@ from crossdict_jax.config import (
     PretrainConfig,
     SAEConfig,
     TextConfig,
+    VerifyConfig,
     layer_pairs,
 )
 from crossdict_jax.errors import UserError
@@ -203,6 +204,14 @@ def map_kinds() -> tuple[str, ...]:
     return _kinds("maps", machinery={"base", "controls", "fit", "losses", "moments"})
 
 
+def gate_files() -> dict[str, str]:
+    """Returns {G1: g01_identity, ...}: the files of their room that hold a gate, in order."""
+    files = sorted(
+        file.stem for file in Path(__file__).with_name("verify").glob("g[0-9][0-9]_*.py")
+    )
+    return {f"G{int(file[1:3])}": file for file in files}
+
+
 def _kinds(room: str, *, machinery: set[str]) -> tuple[str, ...]:
     files = Path(__file__).with_name(room).glob("[!_]*.py")
     return tuple(sorted({file.stem for file in files} - machinery))
@@ -276,6 +285,7 @@ def _rules() -> dict[str, Rule]:
         "evaluation.similarity_rows": ("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000),
         "intervention.documents": _at_least(1),
         "intervention.batch_size": _at_least(1),
+        "gates": _one_of(*gate_files()),
         "model_type": _one_of("gpt2", "gpt_neox"),
         "d_model": _at_least(1),
         "n_layers": _at_least(1),
@@ -300,7 +310,7 @@ def _rules() -> dict[str, Rule]:
     }
 
 
-def validate(config: Config | PretrainConfig | ConvertConfig) -> None:
+def validate(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> None:
     """Raises UserError for the first setting that is of a wrong type or outside what it may be.
 
     Only what can be said without reading text or models; nothing is imported for it.
@@ -311,7 +321,7 @@ def validate(config: Config | PretrainConfig | ConvertConfig) -> None:
         if not _fits(value, kind):
             raise UserError(f"{name}={spell(value)} is not {_WORDS[kind][2]}.")
         _check_values(name, value, rules[name])
-    if not isinstance(config, ConvertConfig):
+    if isinstance(config, Config | PretrainConfig):
         _check_fractions(config.text)
     if isinstance(config, Config):
         _check_models(config.models)

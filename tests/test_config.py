@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from crossdict_jax import settings
 from crossdict_jax.config import (
+    GATES,
     Config,
     ConvertConfig,
     Count,
     Number,
     PretrainConfig,
+    VerifyConfig,
     layer_pairs,
     model_layers,
 )
@@ -25,7 +27,7 @@ from crossdict_jax.errors import UserError
 PRESETS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 PRESETS.remove("stored")  # it reads a work directory
 PRESETS.remove("convert")  # it says nothing about what to convert
-KINDS = (Config, PretrainConfig, ConvertConfig)
+KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig)
 
 
 def changed(**values) -> Config:
@@ -36,7 +38,7 @@ def changed(**values) -> Config:
     return config
 
 
-@pytest.mark.parametrize("kind", [Config, PretrainConfig])
+@pytest.mark.parametrize("kind", KINDS)
 def test_defaults_are_allowed(kind):
     settings.validate(kind())
 
@@ -70,6 +72,7 @@ def test_names_found_by_file_are_those_of_the_rooms():
     assert set(settings.SITES) == set(models.KINDS)
     words, _ = settings._rules()["evaluation.matching"]
     assert words == f"one of {', '.join(METHODS)}"
+    assert tuple(settings.gate_files()) == GATES
 
 
 # ---------------------------------------------------------------- spelling

@@ -1,0 +1,46 @@
+"""G9: trained models share context, an untrained one shares nothing beyond the token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crossdict_jax import models
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.verify import lab, real
+from crossdict_jax.verify.gate import Gate, at_least, at_most, shown
+
+DOCUMENTS = 120  # about 17,000 training rows
+
+
+def gate(*, seed: int, directory: Path) -> Gate:
+    a, b = models.EMBEDDED
+    untrained = _untrained(b, directory / f"untrained-{b}", seed)
+    config = real.real_config((a, b, untrained), documents=DOCUMENTS, kinds=("ridge",), seed=seed)
+    work = real.extracted(config, directory / "run")
+    store = open_store(work.activations)
+    new = store.models[2]
+
+    def score(source: str, target: str) -> dict:
+        return lab.ridge_metrics(store, work, source, target, real.SITE)
+
+    forth, back, control, reverse = score(a, b), score(b, a), score(a, new), score(new, a)
+    return Gate(
+        "G9",
+        "context gain of ridge on activations: trained models share it, an untrained one does not",
+        (
+            at_least(f"context gain {a} to {b}", forth["context_gain"], 0.2),
+            at_least(f"context gain {b} to {a}", back["context_gain"], 0.2),
+            at_most(f"context gain {a} to untrained {b}", control["context_gain"], 0.05),
+            shown(f"context gain untrained {b} to {a}", reverse["context_gain"]),
+            shown(f"plain R² {a} to {b}", forth["r2"]),
+            shown(f"plain R² {a} to untrained {b}", control["r2"]),
+        ),
+        note=f"{forth['n_rows']} held-out rows at {real.SITE}, the same ones for all",
+    )
+
+
+def _untrained(name: str, folder: Path, seed: int) -> str:
+    """Writes the model with its weights drawn anew and returns its folder."""
+    lm = models.load(name)
+    models.save(models.init(lm.config, seed=seed), folder, tokenizer=lm.tokenizer)
+    return str(folder)
