@@ -85,5 +85,6 @@ def _gains(seed: int, directory: Path, shift: int) -> dict[str, float]:
     """Returns the context gain of ridge on aligned and on shuffled pairs."""
     planted = streams(PLANTED, TextConfig(), seed).paired(shift=shift)
     made = [lab.exact(d) for d in planted.directions]
-    rows = lab.planted_ladder(planted, made, lab.planted_config(seed=seed), directory)
-    return {p: lab.pick(rows, "ridge", pairing=p)["context_gain"] for p in ("aligned", "shuffled")}
+    both, config = ("aligned", "shuffled"), lab.planted_config(seed=seed)
+    rows = lab.planted_ladder(planted, made, config, directory, pairings=both)
+    return {p: lab.pick(rows, "ridge", pairing=p)["context_gain"] for p in both}

@@ -14,7 +14,7 @@ from crossdict_jax.verify.gate import Gate, at_least, at_most, equal, shown
 from crossdict_jax.verify.planted import PlantedConfig, Views, views
 from crossdict_jax.workdir import open_workdir, write_json, write_jsonl
 
-WIDTH = 96
+WIDTH, ROWS = 96, 9000
 SHIFT = (
     0.1  # of the normal numbers before the ReLU: a little more than half of all codes are active
 )
@@ -44,7 +44,7 @@ def gate(*, seed: int, directory: Path) -> Gate:
             shown("cosine of the mean", mlp["cosine_mean_predictor"]),
             shown("centred cosine", mlp["cosine_centered"]),
             shown("R²", mlp["r2"]),
-            equal(f"maps that the report labels “{NO_BETTER}”, of 2", labels.count(NO_BETTER), 2),
+            equal(f"maps that the report labels “{NO_BETTER}”, of 1", labels.count(NO_BETTER), 1),
             equal("the report's answer is a negative result", words.startswith("Negative"), 1),
         ),
     )
@@ -53,7 +53,7 @@ def gate(*, seed: int, directory: Path) -> Gate:
 def _independent(seed: int) -> Views:
     """Returns codes of two dictionaries, about half dense, that know nothing of each other."""
     rng = np.random.Generator(np.random.Philox(key=seed))
-    base = views(PlantedConfig(rows=9000, documents=100, widths=(1, 1)), seed)
+    base = views(PlantedConfig(rows=ROWS, documents=100, widths=(1, 1)), seed)
     scale = rng.lognormal(0.0, 0.5, (2, 1, WIDTH))
     codes = np.maximum(rng.standard_normal((2, len(base), WIDTH)) + SHIFT, 0) * scale
     x = tuple(codes.astype(np.float32))

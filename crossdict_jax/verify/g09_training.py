@@ -20,8 +20,11 @@ def gate(*, seed: int, directory: Path) -> Gate:
     store = open_store(work.activations)
     new = store.models[2]
 
-    def score(source: str, target: str) -> dict:
-        return lab.ridge_metrics(store, work, source, target, real.SITE)
+    def score(source: str, target: str, kind: str = "ridge") -> dict:
+        return lab.closed_form(kind, store, work, source, target, real.SITE)
+
+    def best(source: str, target: str) -> float:
+        return score(source, target, "token_ridge")["context_gain"]
 
     forth, back, control, reverse = score(a, b), score(b, a), score(a, new), score(new, a)
     return Gate(
@@ -32,6 +35,8 @@ def gate(*, seed: int, directory: Path) -> Gate:
             at_least(f"context gain {b} to {a}", back["context_gain"], 0.2),
             at_most(f"context gain {a} to untrained {b}", control["context_gain"], 0.05),
             shown(f"context gain untrained {b} to {a}", reverse["context_gain"]),
+            shown(f"context gain of token_ridge {a} to {b}", best(a, b)),
+            shown(f"context gain of token_ridge {a} to untrained {b}", best(a, new)),
             shown(f"plain R² {a} to {b}", forth["r2"]),
             shown(f"plain R² {a} to untrained {b}", control["r2"]),
         ),

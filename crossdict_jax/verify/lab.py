@@ -32,11 +32,17 @@ from crossdict_jax.maps import (
     Pairs,
     Problem,
     Side,
+    Task,
     fit_maps,
+    load_pairs,
     predict_activations,
     rung,
+    save,
+    shuffle_seed,
+    shuffled,
     tasks,
 )
+from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.models import Site
 from crossdict_jax.verify.planted import Views
@@ -167,13 +173,46 @@ def ladder(config: Config, work: Workdir) -> list[dict]:
 
 
 def planted_ladder(
-    views: Views, made: Sequence[Dictionary], config: Config, directory: Path
+    views: Views,
+    made: Sequence[Dictionary],
+    config: Config,
+    directory: Path,
+    *,
+    pairings: Sequence[str] = ("aligned",),
 ) -> list[dict]:
-    """Returns the rows of transfer.jsonl of planted rows and dictionaries."""
+    """Returns the rows of transfer.jsonl from the first planted model to the second alone."""
+    from tqdm import tqdm
+
     work = Workdir(directory)
-    write_store(views, work.activations)
+    store = write_store(views, work.activations)
     save_dictionaries(made, work)
-    return ladder(config, work)
+    chosen = [
+        task
+        for task in tasks(config, store)
+        if task.source == NAMES[0] and task.pairing in pairings
+    ]
+    for task in chosen:
+        _fit(task, config, store, work)
+    with tqdm(disable=True) as progress:
+        return score_ladder(chosen, config, store, work, progress)[0]
+
+
+def _fit(task: Task, config: Config, store: Store, work: Workdir) -> None:
+    """Fits one map, as ``fit_maps`` does for all of a run, and saves it."""
+    ends = (task.source, task.target, task.site_source, task.site_target)
+    splits = {s: load_pairs(store, *ends, s, work) for s in ("train", "validation")}
+    if task.pairing == "shuffled":
+        splits = {s: shuffled(p, shuffle_seed(config.seed, s)) for s, p in splits.items()}
+    problem = Problem(task.label, **splits)
+    (fitted,) = rung(task.kind).fit(
+        [problem], config.map, seed=config.seed, directory=work.maps / "training" / task.kind
+    )
+    save(
+        fitted.map,
+        task.path(work),
+        dictionary=work.dictionary(task.target, task.site_target),
+        record=fitted.record,
+    )
 
 
 def pick(rows: list[dict], kind: str, *, pairing: str = "aligned", source: str = "a") -> dict:
@@ -214,11 +253,19 @@ def activation_metrics(m: ActivationMap, train: Pairs, test: Pairs, *, seed: int
     )
 
 
-def ridge_metrics(store: Store, work: Workdir, source: str, target: str, site: Site) -> dict:
-    """Returns ``activation_metrics`` of ridge from one model of a store to another at a site."""
+def features(side: Side) -> np.ndarray:
+    """Returns the features [n, width] of one model's rows."""
+    parts = [encode_rows(side.dictionary, side.x[rows]) for rows in slices(len(side.x))]
+    return np.concatenate(parts)
+
+
+def closed_form(
+    kind: str, store: Store, work: Workdir, source: str, target: str, site: Site
+) -> dict:
+    """Returns ``activation_metrics`` of a rung between two models of a store at a site."""
     splits = {s: _unread(store, source, target, site, s) for s in SPLITS}
-    problem = Problem("ridge", splits["train"], splits["validation"])
-    (fitted,) = rung("ridge").fit([problem], MapConfig(), seed=0, directory=work.maps)
+    problem = Problem(kind, splits["train"], splits["validation"])
+    (fitted,) = rung(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     return activation_metrics(fitted.map, splits["train"], splits["test"])
 
 

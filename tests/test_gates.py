@@ -1,0 +1,344 @@
+"""Gates miss when what they watch is broken, and the command says so."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from tiny_run import CONTEXT, SITE, make_models, make_texts
+
+from crossdict_jax import maps, models
+from crossdict_jax.activations import extract, pairing
+from crossdict_jax.config import GATES, VerifyConfig
+from crossdict_jax.dictionaries import train as dictionaries
+from crossdict_jax.evaluation import ladder
+from crossdict_jax.maps import mlp, procrustes
+from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.verify import (
+    g01_identity,
+    g02_rotation,
+    g03_independence,
+    g05_pairing,
+    g07_nonlinearity,
+    g08_reference_recipe,
+    g09_training,
+    g10_determinism,
+    lab,
+    planted,
+    real,
+    run,
+)
+from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown
+from launch import command
+from launch import verify as script
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+    """Programs for one device compile several times faster; sharding is tested elsewhere."""
+    one = functools.partial(make_mesh, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (extract, dictionaries, mlp):
+            patch.setattr(module, "make_mesh", one)
+        yield
+
+
+# ---------------------------------------------------------------- checks
+
+
+@pytest.mark.parametrize(
+    ("check", "passed"),
+    [
+        (at_least("", 1.0, 1.0), True),
+        (at_least("", 0.999, 1.0), False),
+        (at_most("", 1.0, 1.0), True),
+        (at_most("", 1.001, 1.0), False),
+        (equal("", True, 1), True),
+        (equal("", 0.5, 1), False),
+        (at_least("", None, 0.0), False),
+        (at_most("", float("nan"), 1.0), False),
+        (shown("", None), True),
+    ],
+)
+def test_a_bound_is_kept_or_missed(check, passed):
+    assert check.passed is passed
+
+
+def test_a_gate_without_a_bound_proves_nothing():
+    assert not Gate("G0", "", (shown("", 1.0),)).passed
+    assert not Gate("G0", "", ()).passed
+    assert Gate("G0", "", (shown("", 1.0), at_least("", 1, 0))).passed
+
+
+# ---------------------------------------------------------------- the command
+
+
+def fake(name, *checks):
+    return lambda seed, directory: Gate(name, f"seed {seed}", checks, note="[a note]")
+
+
+def broken(seed, directory):
+    raise RuntimeError("lost")
+
+
+def execute(arguments):
+    asked = command.Command(script.main, kind=VerifyConfig, default="verify")
+    return command.execute(asked, ["verify", *arguments], values=flags.FlagValues())
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    known = {
+        "G1": fake("G1", at_least("one", 1, 0)),
+        "G2": fake("G2", at_least("two", 0, 1)),
+        "G3": broken,
+    }
+    monkeypatch.setattr(run, "gates", lambda: known)
+
+
+def test_all_gates_passing_is_success(gates, tmp_path, capsys):
+    assert execute(["--config.gates=G1", "--seed=7", f"--workdir={tmp_path}/run"]) == 0
+    assert "seed 7" in capsys.readouterr().out
+    row = json.loads((tmp_path / "run/results/verify.json").read_text())
+    expected = {"what": "one", "value": 1, "relation": ">=", "bound": 0, "passed": True}
+    assert row["seed"] == 7 and row["gates"][0]["checks"] == [expected]
+    assert "seconds" not in json.dumps(row)
+    timing = json.loads((tmp_path / "run/results/timing.json").read_text())
+    assert timing["verify"].keys() == {"wall_s", "G1"}
+
+
+@pytest.mark.parametrize("missing", ["G1,G2", "G3,G1", "G2"])
+def test_a_miss_or_an_exception_exits_with_1(missing, gates, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        execute([f"--config.gates={missing}", f"--workdir={tmp_path}/run"])
+    assert stopped.value.code == 1
+    written = json.loads((tmp_path / "run/results/verify.json").read_text())["gates"]
+    assert [g["gate"] for g in written if g["passed"]] == ["G1"] * missing.count("G1")
+    assert "MISS" in capsys.readouterr().out
+
+
+def test_a_raised_error_is_told(gates, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        execute(["--config.gates=G3", f"--workdir={tmp_path}/run"])
+    told = capsys.readouterr()
+    assert "raised RuntimeError: lost" in told.out and "Traceback" in told.err
+
+
+def test_an_unknown_gate_is_a_mistake_of_the_user(tmp_path, capsys):
+    assert execute(["--config.gates=G1,G77", f"--workdir={tmp_path}/run"]) == 2
+    assert "G77" in capsys.readouterr().err
+
+
+def test_every_gate_has_a_file_that_runs_it():
+    assert tuple(run.gates()) == GATES
+    assert all(callable(gate) for gate in run.gates().values())
+
+
+# ---------------------------------------------------------------- sabotage
+
+
+def smaller(monkeypatch, module, **changes):
+    monkeypatch.setattr(module, "PLANTED", dataclasses.replace(module.PLANTED, **changes))
+
+
+def judge(module, tmp_path, seed=0) -> dict[str, Check]:
+    """The checks of a gate that it misses, by name."""
+    gate = module.gate(seed=seed, directory=tmp_path / "gate")
+    missed = {check.what: check for check in gate.checks if not check.passed}
+    assert gate.passed is not bool(missed)
+    return missed
+
+
+def in_sample(monkeypatch):
+    """Maps are scored on the rows that they were fitted on."""
+    load = ladder._load
+
+    def train_for_test(*arguments):
+        splits = load(*arguments)
+        return splits | {"test": splits["train"]}
+
+    monkeypatch.setattr(ladder, "_load", train_for_test)
+
+
+def late(pair_many):
+    """Pairs whose second position is one token late."""
+
+    def shifted(ends):
+        byte_end, positions = pair_many(ends)
+        inside = positions[:, 1] + 1 < len(ends[1])
+        return byte_end[inside], (positions + np.array([[0, 1]]))[inside]
+
+    return shifted
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The embedded models replaced by random ones of two layers, and short text for them."""
+    texts = make_texts(60)
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    whole = real.real_config
+
+    def config(names, **settings):
+        made = whole(names, **settings | {"width": 64, "k": 4, "steps": 20, "batch_size": 64})
+        made.text.source, made.text.documents = str(tmp_path / "text"), 60
+        made.text.window_tokens, made.map.batch_size = CONTEXT, 32
+        return made
+
+    monkeypatch.setattr(models, "EMBEDDED", make_models(tmp_path, texts))
+    monkeypatch.setattr(real, "SITE", SITE)
+    monkeypatch.setattr(real, "real_config", config)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("shifted", [False, True])
+def test_g1_misses_a_shifted_pairing(shifted, tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(g01_identity, "MINIMUM_FIRINGS", 3)
+    if shifted:
+        monkeypatch.setattr(extract.pairing, "pair_many", late(pairing.pair_many))
+    missed = judge(g01_identity, tmp_path).keys() - {"live features"}
+    wrong = {"FVU of ridge on activations", "top-1 of ridge", "correlation of the worst match"}
+    assert wrong <= missed if shifted else not missed
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sabotage", [None, "rotation", "matching"])
+def test_g2_misses_a_wrong_rotation_and_wrong_matches(sabotage, monkeypatch, tmp_path):
+    smaller(monkeypatch, g02_rotation, rows=3000, documents=60, features=40, widths=(20,))
+    short = {"width": 48, "steps": 150, "batch_size": 256}
+    monkeypatch.setattr(g02_rotation, "SAE", dataclasses.replace(g02_rotation.SAE, **short))
+    monkeypatch.setattr(g02_rotation, "MINIMUM_FIRINGS", 5)
+    if sabotage == "rotation":
+        true = procrustes.rotation
+        monkeypatch.setattr(procrustes, "rotation", lambda m: (true(m)[0][::-1], true(m)[1]))
+    if sabotage == "matching":
+        match = g02_rotation.match
+
+        def rolled(*arguments, **settings):
+            found = match(*arguments, **settings)
+            return dataclasses.replace(found, features_b=np.roll(found.features_b, 1))
+
+        monkeypatch.setattr(g02_rotation, "match", rolled)
+    missed = judge(g02_rotation, tmp_path).keys() - {"live features"}
+    expected = {
+        None: set(),
+        "rotation": {"share of it after Procrustes from the copy"},
+        "matching": {"share of the planted permutation that matching recovers"},
+    }
+    assert missed == expected[sabotage]
+
+
+def leaked(make):
+    """Views whose second shows what the first does."""
+
+    def views(config, seed):
+        made = make(config, seed)
+        one, other = (made.exclusive(v) for v in (0, 1))
+        codes = made.codes.copy()
+        codes[:, other] = codes[:, one]
+        x = tuple(codes @ d for d in made.directions)
+        return dataclasses.replace(made, codes=codes, x=x)
+
+    return views
+
+
+@pytest.mark.parametrize("sabotage", ["leak", "in-sample"])
+def test_g3_misses_a_leak_and_scores_in_sample(sabotage, monkeypatch, tmp_path):
+    smaller(monkeypatch, g03_independence, rows=1600, documents=40, features=64, widths=(36, 40))
+    monkeypatch.setattr(g03_independence, "SEEDS", 2)
+    monkeypatch.setattr(g03_independence, "KINDS", ("ridge",))
+    if sabotage == "leak":
+        monkeypatch.setattr(g03_independence, "views", leaked(planted.views))
+    else:
+        in_sample(monkeypatch)
+    missed = judge(g03_independence, tmp_path)
+    assert "R² of ridge" in missed and "centred cosine of ridge, absolute" in missed
+    confirmed = {
+        "share of seeds with a match significant at q",
+        "share of seeds with a confirmed match",
+    }
+    assert (confirmed <= missed.keys()) is (sabotage == "leak")
+
+
+def test_g5_misses_a_shifted_pairing(monkeypatch, tmp_path):
+    smaller(monkeypatch, g05_pairing, documents=60)
+    monkeypatch.setattr(g05_pairing, "TEXTS", 20)
+    monkeypatch.setattr(pairing, "pair_many", late(pairing.pair_many))
+    monkeypatch.setattr(planted, "pair_many", late(planted.pair_many))
+    missed = judge(g05_pairing, tmp_path)
+    assert len(missed) == 2
+    assert "context gain of ridge on planted streams" in missed
+
+
+def test_g7_misses_a_network_that_does_not_learn(monkeypatch, tmp_path):
+    smaller(monkeypatch, g07_nonlinearity, rows=2000, documents=60)
+    budget = {"steps": 5, "hidden": 16, "batch_size": 128}
+    monkeypatch.setattr(g07_nonlinearity, "BUDGET", budget)
+    (missed,) = judge(g07_nonlinearity, tmp_path)
+    assert missed.startswith("network less ridge, bent truth")
+
+
+def test_g8_misses_scores_in_sample(monkeypatch, tmp_path):
+    monkeypatch.setattr(g08_reference_recipe, "WIDTH", 24)
+    monkeypatch.setattr(g08_reference_recipe, "ROWS", 1200)
+    recipe = {"hidden": 64, "steps": 200, "batch_size": 64, "dropout": 0.0}
+    monkeypatch.setattr(g08_reference_recipe, "RECIPE", recipe)
+    in_sample(monkeypatch)
+    missed = judge(g08_reference_recipe, tmp_path)
+    assert any("labels" in what for what in missed)
+
+
+@pytest.mark.parametrize(
+    ("trained", "untrained", "missed"), [(0.3, 0.0, 0), (0.19, 0.0, 2), (0.3, 0.06, 1)]
+)
+def test_g9_misses_too_little_and_too_much(trained, untrained, missed, tiny, monkeypatch, tmp_path):
+    def gain(kind, store, work, source, target, site):
+        return {
+            "context_gain": untrained if "untrained" in source + target else trained,
+            "r2": 0,
+            "n_rows": 1,
+        }
+
+    monkeypatch.setattr(lab, "closed_form", gain)
+    assert len(judge(g09_training, tmp_path)) == missed
+
+
+@pytest.mark.soak
+def test_g9_misses_models_that_were_never_trained(tiny, tmp_path):
+    missed = judge(g09_training, tmp_path)
+    assert len([what for what in missed if "to untrained" not in what]) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sabotage", [None, "chance", "constant"])
+def test_g10_misses_chance_and_seeds_that_change_nothing(sabotage, tiny, monkeypatch, tmp_path):
+    if sabotage == "chance":
+        order, calls = dictionaries.epoch_order, iter(range(100_000))
+        monkeypatch.setattr(
+            dictionaries, "epoch_order", lambda seed, **span: order(seed + next(calls), **span)
+        )
+    if sabotage == "constant":
+        config = real.real_config
+        monkeypatch.setattr(real, "real_config", lambda *a, seed, **k: config(*a, seed=0, **k))
+    missed = judge(g10_determinism, tmp_path)
+    if sabotage == "chance":
+        assert "dictionaries: same bits twice" in missed
+    else:
+        assert len(missed) == (sabotage == "constant")
+
+
+def test_planted_stores_are_stores(tmp_path):
+    made = planted.views(planted.PlantedConfig(rows=400, documents=20), seed=0)
+    store = lab.write_store(made, tmp_path / "activations")
+    splits = [store.select(s) for s in ("train", "validation", "test")]
+    assert [len(s) for s in splits] == [280, 60, 60]
+    for name, x in zip(store.models, made.x):
+        read = store.read(name, lab.SITE, splits[2]).astype(np.float32)
+        np.testing.assert_allclose(read, x[splits[2]], rtol=2**-8, atol=1e-6)
+    documents = [set(store.rows.document[s]) for s in splits]
+    assert not documents[0] & documents[2]
+    assert maps.tasks(lab.planted_config(), store)
