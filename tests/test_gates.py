@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from crossdict_jax.verify import (
     run,
 )
 from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown
+from crossdict_jax.workdir import Workdir
 from launch import command
 from launch import verify as script
 
@@ -274,6 +276,28 @@ def test_g5_misses_a_shifted_pairing(monkeypatch, tmp_path):
     assert "context gain of ridge on planted streams" in missed
 
 
+@pytest.mark.parametrize(
+    ("ridge", "mlp", "low", "missed"),
+    [
+        ((1.0, 0.8), (0.9, 0.9), 0.89, []),
+        ((0.9, 0.8), (1.0, 0.9), 0.89, ["less R² of the network, linear truth"]),
+        ((1.0, 0.8), (0.9, 0.9), 0.80, ["network less ridge, bent truth"]),
+    ],
+)
+def test_g7_misses_the_wrong_winner(ridge, mlp, low, missed, monkeypatch, tmp_path):
+    scores = iter(
+        {
+            "ridge": {"r2": ridge[i], "r2_high": ridge[i] + 0.01},
+            "mlp": {"r2": mlp[i], "r2_low": low},
+        }
+        for i in (0, 1)
+    )
+    monkeypatch.setattr(g07_nonlinearity, "_scores", lambda *arguments: next(scores))
+    found = judge(g07_nonlinearity, tmp_path)
+    assert [what.partition(":")[0] for what in found] == missed
+
+
+@pytest.mark.soak
 def test_g7_misses_a_network_that_does_not_learn(monkeypatch, tmp_path):
     smaller(monkeypatch, g07_nonlinearity, rows=2000, documents=60)
     budget = {"steps": 5, "hidden": 16, "batch_size": 128}
@@ -295,15 +319,16 @@ def test_g8_misses_scores_in_sample(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("trained", "untrained", "missed"), [(0.3, 0.0, 0), (0.19, 0.0, 2), (0.3, 0.06, 1)]
 )
-def test_g9_misses_too_little_and_too_much(trained, untrained, missed, tiny, monkeypatch, tmp_path):
+def test_g9_misses_too_little_and_too_much(trained, untrained, missed, monkeypatch, tmp_path):
     def gain(kind, store, work, source, target, site):
-        return {
-            "context_gain": untrained if "untrained" in source + target else trained,
-            "r2": 0,
-            "n_rows": 1,
-        }
+        value = untrained if "new" in (source, target) else trained
+        return {"context_gain": value, "r2": 0, "n_rows": 1}
 
     monkeypatch.setattr(lab, "closed_form", gain)
+    monkeypatch.setattr(real, "extracted", lambda config, directory: Workdir(directory))
+    monkeypatch.setattr(g09_training, "_untrained", lambda name, folder, seed: str(folder))
+    models_of = types.SimpleNamespace(models=("a", "b", "new"))
+    monkeypatch.setattr(g09_training, "open_store", lambda directory: models_of)
     assert len(judge(g09_training, tmp_path)) == missed
 
 

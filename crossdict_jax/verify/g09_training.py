@@ -14,7 +14,7 @@ DOCUMENTS = 120  # about 17,000 training rows
 
 def gate(*, seed: int, directory: Path) -> Gate:
     a, b = models.EMBEDDED
-    untrained = _untrained(b, directory / f"untrained-{b}", seed)
+    untrained = _untrained(b, directory / f"untrained-{Path(b).name}", seed)
     config = real.real_config((a, b, untrained), documents=DOCUMENTS, kinds=("ridge",), seed=seed)
     work = real.extracted(config, directory / "run")
     store = open_store(work.activations)
