@@ -86,6 +86,22 @@ RUNGS = (
 
 
 @dataclass
+class HypernetworkConfig:
+    """The network that writes maps: its size, and what keeps it from learning features by heart."""
+
+    rank: int = 64  # of the weights that the network itself writes
+    profile_rank: int = 128  # of those that token profiles call for, which it weighs
+    hidden: int = 128  # units of each tower's hidden layer
+    dropout: float = 0.2  # share of hidden units that a step does without
+    feature_dropout: float = 0.2  # share of source features that a step does without
+    steps: int = 300  # batches
+    batch_size: int = 128  # rows of every problem
+    learning_rate: float = 3e-3  # AdamW, linear warm-up, cosine decay
+    weight_decay: float = 1e-4  # AdamW
+    checkpoint_every: int = 500  # steps
+
+
+@dataclass
 class MapConfig:
     """The rungs of the ladder, and how the trained one is trained."""
 
@@ -102,6 +118,7 @@ class MapConfig:
     gradient_clip: float = 1.0  # largest global norm
     checkpoint_every: int = 500  # steps
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
 
 
 @dataclass

@@ -201,7 +201,8 @@ def has_k(architecture: str) -> bool:
 
 def map_kinds() -> tuple[str, ...]:
     """Returns the rungs of the ladder: the files of their room that define one."""
-    return _kinds("maps", machinery={"base", "controls", "fit", "losses", "moments"})
+    machinery = {"base", "controls", "descriptions", "fit", "losses", "moments"}
+    return _kinds("maps", machinery=machinery)
 
 
 def gate_files() -> dict[str, str]:
@@ -275,6 +276,16 @@ def _rules() -> dict[str, Rule]:
         "map.loss_weights.cosine": _at_least(0),
         "map.loss_weights.correlation": _at_least(0),
         "map.loss_weights.sparsity": _at_least(0),
+        "map.hypernetwork.rank": _at_least(1),
+        "map.hypernetwork.profile_rank": _at_least(1),
+        "map.hypernetwork.hidden": _at_least(1),
+        "map.hypernetwork.dropout": _SHARE_OR_0,
+        "map.hypernetwork.feature_dropout": _SHARE_OR_0,
+        "map.hypernetwork.steps": _at_least(1),
+        "map.hypernetwork.batch_size": _at_least(1),
+        "map.hypernetwork.learning_rate": _ABOVE_0,
+        "map.hypernetwork.weight_decay": _at_least(0),
+        "map.hypernetwork.checkpoint_every": _at_least(1),
         "evaluation.bootstrap": _at_least(1),
         "evaluation.pool": _at_least(0),
         "evaluation.features_shown": _at_least(0),

@@ -8,13 +8,21 @@ import ml_dtypes
 import numpy as np
 
 from crossdict_jax import maps, modules
-from crossdict_jax.config import MapConfig
+from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
 from crossdict_jax.maps import Pairs, Problem, Side, base
 
 ROWS = {"train": 1600, "validation": 300, "test": 400}
 CONFIG = MapConfig(
-    hidden=64, steps=200, batch_size=64, learning_rate=1e-2, dropout=0.05, checkpoint_every=100
+    hidden=64,
+    steps=200,
+    batch_size=64,
+    learning_rate=1e-2,
+    dropout=0.05,
+    checkpoint_every=100,
+    hypernetwork=HypernetworkConfig(
+        rank=8, profile_rank=4, hidden=16, steps=60, batch_size=64, checkpoint_every=30
+    ),
 )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,12 +35,18 @@ class Side:
       x: activations [n, d_model], bfloat16 or float32, on the host.
       tokens: int32 [n], the model's own token that ends at the position.
       dictionary: the sparse dictionary of this model at this site.
+      model, layer: what was read; a rung that is asked about other layers needs to know.
+      token_bytes: gives, by token id, the bytes of text that a token stands for; None where all
+        sides count tokens in one vocabulary.
       reordered_from: the side that holds the same rows in another order, if there is one.
     """
 
     x: np.ndarray
     tokens: np.ndarray
     dictionary: Dictionary
+    model: str = ""
+    layer: int = 0
+    token_bytes: Callable[[], Sequence[bytes]] | None = None
     reordered_from: Side | None = None
 
     @cached_property
@@ -57,7 +64,8 @@ class Side:
 
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in the given order."""
-        return Side(self.x[order], self.tokens[order], self.dictionary, reordered_from=self)
+        rows = {"x": self.x[order], "tokens": self.tokens[order]}
+        return dataclasses.replace(self, **rows, reordered_from=self)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class ControlLoader(Loader):
 
         def make() -> Side:
             side = self.side(task.target, task.site_target, split)
-            return Side(side.x, side.tokens, dictionaries.load(folder))
+            return dataclasses.replace(side, dictionary=dictionaries.load(folder))
 
         return self._kept(("second", task.target, task.site_target, split), make)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crossdict_jax import dictionaries, modules
+from crossdict_jax import dictionaries, models, modules
 from crossdict_jax.activations.extract import device_figures
+from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import Store
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, layer_pairs
@@ -109,7 +110,15 @@ def load_side(store: Store, model: str, site: Site, split: str, work: Workdir) -
         x=store.read(model, site, rows),
         tokens=store.tokens(model, rows),
         dictionary=dictionaries.load(work.dictionary(model, site, MEMBER)),
+        model=model,
+        layer=site.layer,
+        token_bytes=partial(_token_bytes, store, model),
     )
+
+
+def _token_bytes(store: Store, model: str) -> tuple[bytes, ...]:
+    tokenizer = models.load_tokenizer(store.paths[store.models.index(model)])
+    return token_bytes(tokenizer)
 
 
 def load_pairs(

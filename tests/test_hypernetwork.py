@@ -1,0 +1,392 @@
+"""The network that writes maps: planted truths asked about zero-shot, and what it may read."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from crossdict_jax import maps, modules
+from crossdict_jax.config import HypernetworkConfig, MapConfig
+from crossdict_jax.dictionaries.base import build as build_dictionary
+from crossdict_jax.errors import UserError
+from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions, hypernetwork
+from crossdict_jax.maps.descriptions import Describer, profile_weights
+from crossdict_jax.training import loop
+
+ROWS = {"train": 800, "validation": 160, "test": 400}
+SHAPE = HypernetworkConfig(
+    rank=12,
+    profile_rank=4,
+    hidden=16,
+    dropout=0.1,
+    feature_dropout=0.1,
+    steps=120,
+    batch_size=64,
+    learning_rate=1e-2,
+    checkpoint_every=120,
+)
+D_MODEL = {"a": 6, "b": 8}
+WIDTH = {"a": 48, "b": 64}
+
+
+def dictionary_of(model: str, layer: int):
+    """relu(x W) with W and -W side by side, decoded exactly: x is linear in the features."""
+    rng = np.random.default_rng(100 * layer + D_MODEL[model])
+    half = rng.normal(size=(D_MODEL[model], WIDTH[model] // 2))
+    half /= np.linalg.norm(half, axis=0)
+    order = rng.permutation(WIDTH[model])
+    W_enc = np.hstack([half, -half])[:, order].astype(np.float32)
+    W_dec = np.vstack([np.linalg.pinv(half), -np.linalg.pinv(half)])[order].astype(np.float32)
+    shape = {"d_model": D_MODEL[model], "width": WIDTH[model], "k": 1}
+    graph, params = modules.split(build_dictionary("relu", **shape, key=jax.random.key(0)))
+    return modules.merge(graph, params | {"W_enc": jnp.array(W_enc), "W_dec": jnp.array(W_dec)})
+
+
+@functools.cache
+def planted(seed: int = 0) -> dict[int, dict[str, Pairs]]:
+    """layer -> split -> pairs: x_b = x_a (R + layer S), each with its own features."""
+    rng = np.random.default_rng(seed)
+    R, S = rng.normal(size=(2, D_MODEL["a"], D_MODEL["b"]))
+    R = np.linalg.qr(R.T)[0].T
+    found = {}
+    for layer in (1, 2, 3):
+        dictionary = {m: dictionary_of(m, layer) for m in D_MODEL}
+        found[layer] = {}
+        for split, n in ROWS.items():
+            x_a = rng.normal(size=(n, D_MODEL["a"]))
+            x = {"a": x_a, "b": x_a @ (R + layer * S / 20)}
+            tokens = rng.integers(0, 20, n).astype(np.int32)
+            sides = [
+                Side(x[m].astype(ml_dtypes.bfloat16), tokens, dictionary[m], model=m, layer=layer)
+                for m in "ab"
+            ]
+            found[layer][split] = Pairs(*sides, np.arange(n, dtype=np.int32) // 20)
+    return found
+
+
+def problem_of(splits: dict[str, Pairs], label: str) -> Problem:
+    return Problem(label, splits["train"], splits["validation"])
+
+
+def turned(splits: dict[str, Pairs]) -> dict[str, Pairs]:
+    """The other direction."""
+    return {s: Pairs(p.target, p.source, p.documents) for s, p in splits.items()}
+
+
+def problems_of(*layers: int) -> list[Problem]:
+    return [
+        problem_of(turn(planted()[layer]), f"{name} {layer}")
+        for layer in layers
+        for name, turn in (("a to b", lambda splits: splits), ("b to a", turned))
+    ]
+
+
+def feature_r2(m, splits, columns=slice(None)) -> float:
+    test, target = splits["test"], splits["train"].target
+    mean = target.feature_moments[0][columns]
+    truth = base.encode_rows(target.dictionary, test.target.x)[:, columns]
+    error = truth - maps.predict(m, test)[:, columns]
+    return 1 - np.sum(error**2) / np.sum((truth - mean) ** 2)
+
+
+def train(problems, directory, **how):
+    return hypernetwork.train_network(problems, SHAPE, seed=0, directory=directory, **how)[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    """Trainings of the same problems share a compiled program: they differ in its arguments."""
+    programs, original = {}, loop._compile
+
+    def once(trainable, feed):
+        key = str(jax.tree.map(jnp.shape, feed.resident))
+        return programs.setdefault(key, original(trainable, feed))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_compile", once)
+        yield
+
+
+@functools.cache
+def unknown_fifth() -> dict[tuple[str, int], np.ndarray]:
+    rng = np.random.default_rng(5)
+    known = {}
+    for model, width in WIDTH.items():
+        for layer in (1, 2, 3):
+            known[model, layer] = np.ones(width, bool)
+            known[model, layer][rng.permutation(width)[: width // 5]] = False
+    return known
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """Trained on layers 1 and 3, both directions, without a fifth of all features."""
+    folder = tmp_path_factory.mktemp("network")
+    return train(problems_of(1, 3), folder, known=unknown_fifth())
+
+
+# ---------------------------------------------------------------- zero-shot
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("turn", [lambda s: s, turned], ids=["a to b", "b to a"])
+def test_features_and_layers_that_it_never_saw_are_written(network, layer, turn):
+    splits = turn(planted()[layer])
+    m = network.write(problem_of(splits, "asked"))
+    target = splits["train"].target
+    unseen = ~unknown_fifth()[target.model, layer]
+    assert unseen.sum() >= 4
+    assert feature_r2(m, splits, unseen) > 0.75
+    assert feature_r2(m, splits) > 0.75
+
+
+def test_descriptions_of_other_features_say_nothing(tmp_path, monkeypatch):
+    honest = descriptions.Description.directions.func
+
+    def of_others(self):
+        order = np.random.default_rng(len(self.rows)).permutation(self.side.dictionary.width)
+        return {name: rows[order] for name, rows in honest(self).items()}
+
+    monkeypatch.setattr(descriptions.Description, "directions", property(of_others))
+    network = train(problems_of(1, 3), tmp_path, known=unknown_fifth())
+    splits = planted()[1]
+    m = network.write(problem_of(splits, "asked"))
+    assert feature_r2(m, splits, ~unknown_fifth()["b", 1]) < 0.3
+
+
+def test_shuffled_pairs_teach_a_network_of_their_own_nothing(tmp_path):
+    problems = problems_of(1, 3)
+    for problem in problems_of(1, 3):
+        pairs = [maps.shuffled(p, i) for i, p in enumerate((problem.train, problem.validation))]
+        problems.insert(0, Problem(f"{problem.label} (shuffled)", *pairs))
+    config = MapConfig(hypernetwork=SHAPE)
+    *nulls, honest, _, _, _ = hypernetwork.fit(problems, config, seed=0, directory=tmp_path)
+    assert feature_r2(honest.map, planted()[1]) > 0.75
+    assert abs(feature_r2(nulls[-1].map, planted()[1])) < 0.05
+    assert honest.record["validation_fvu"] < 0.3 < 0.9 < nulls[-1].record["validation_fvu"]
+    assert {path.name for path in tmp_path.iterdir()} == {"hypernetwork-0", "hypernetwork-1"}
+
+
+def test_unknown_features_are_not_read_in_training():
+    known = unknown_fifth()
+    trainer = hypernetwork._Trainer(problems_of(1)[:1], SHAPE, 0, Describer(), known)
+    fixed, rows = (trainer.feed().resident[name] for name in ("fixed", "look"))
+    params = trainer.trainable().init(jax.random.key(0))["params"]
+
+    @jax.jit
+    @jax.grad
+    def slopes(given):
+        changed = {"stack_0": fixed["stack_0"] | {"given": given}}
+        return trainer._losses(params, changed, rows, None).sum()
+
+    found = slopes(fixed["stack_0"]["given"])
+    for model, read in (("a", found["source"]["moves"]), ("b", found["target"]["reads"])):
+        moved = np.abs(np.asarray(read[0])).max(axis=1) > 0
+        np.testing.assert_array_equal(moved, known[model, 1])
+    assert not np.asarray(fixed["stack_0"]["given"]["U"])[0, ~known["a", 1]].any()
+
+
+# ---------------------------------------------------------------- token profiles
+
+
+def lexical(names_b: bool):
+    """Two models whose features hold what the token says; rows of a and b of different texts."""
+    rng = np.random.default_rng(3)
+    table = {m: rng.exponential(size=(10, D_MODEL[m])) for m in D_MODEL}
+    order = rng.permutation(10)  # b numbers its tokens in another way
+    spelled = {"a": [b"%d" % i for i in range(10)], "b": [b"%d" % i for i in order]}
+    if not names_b:
+        spelled["b"] = [b"%d" % i for i in rng.permutation(10)]
+    splits = {}
+    for split, n in ROWS.items():
+        token = rng.integers(0, 10, n)
+        own = {"a": token, "b": np.argsort(order)[token]}
+        sides = [
+            Side(
+                (table[m][token] + 0.1 * rng.normal(size=(n, D_MODEL[m]))).astype(np.float32),
+                own[m].astype(np.int32),
+                dictionary_of(m, 1),
+                model=m,
+                layer=1,
+                token_bytes=lambda m=m: spelled[m],
+            )
+            for m in "ab"
+        ]
+        splits[split] = Pairs(*sides, np.arange(n, dtype=np.int32) // 20)
+    return splits
+
+
+@pytest.mark.parametrize(("same_names", "least", "most"), [(True, 0.8, 1.0), (False, -9.0, 0.2)])
+def test_token_profiles_alone_give_a_map_if_names_are_true(same_names, least, most):
+    splits = lexical(same_names)
+    a, b = Describer().both(splits["train"], "a to b")
+    U, V = profile_weights(a, b, rank=24, known=np.ones(48, bool))
+    test = splits["test"]
+    f_a, f_b = (base.encode_rows(s.dictionary, s.x) for s in (test.source, test.target))
+    predicted = (f_a - a.mean) @ U @ V.T + b.mean
+    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.mean) ** 2)
+    assert least < r2 < most
+
+
+def test_profiles_are_of_texts_that_the_other_role_never_reads():
+    pairs = planted()[1]["train"]
+    a, b = Describer().both(pairs, "a to b")
+    assert not set(pairs.documents[a.rows]) & set(pairs.documents[b.rows])
+    assert len(a.rows) + len(b.rows) == len(pairs)
+    f = base.encode_rows(pairs.source.dictionary, pairs.source.x)
+    mine, token = f[a.rows], pairs.source.tokens[a.rows]
+    place = a.profile.names.index(int(token[0]))
+    expected = mine[token == token[0]].mean(0) - mine.mean(0)
+    np.testing.assert_allclose(a.profile.means[place], expected, atol=1e-5)
+    np.testing.assert_allclose(a.profile.covariance, np.cov(mine.T, bias=True), atol=1e-4)
+    np.testing.assert_allclose(a.rate, (f > 0).mean(0), atol=1e-6)
+    np.testing.assert_allclose(a.variance, f.var(0), rtol=1e-3)
+
+
+def test_shuffling_pairs_changes_no_description():
+    pairs = planted()[1]["train"]
+    for one, other in zip(
+        Describer().both(pairs, ""), Describer().both(maps.shuffled(pairs, 3), "")
+    ):
+        np.testing.assert_array_equal(one.profile.means, other.profile.means)
+        jax.tree.map(np.testing.assert_array_equal, one.directions, other.directions)
+
+
+def test_tokens_of_equal_bytes_are_one():
+    pairs = planted()[1]["train"]
+    side = dataclasses.replace(
+        pairs.source, token_bytes=lambda: [b"even", b"odd"] * 10, model="a", layer=1
+    )
+    a, _ = Describer().both(dataclasses.replace(pairs, source=side), "")
+    assert sorted(a.profile.names) == [b"even", b"odd"]
+    assert a.profile.counts.sum() == len(a.rows)
+
+
+def test_weights_are_cut_to_their_strongest_directions():
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(30, 4)) @ np.diag([9, 3, 1, 1e-3]) @ rng.normal(size=(4, 20))
+    exact = np.linalg.svd(W, compute_uv=False)
+    for rank in (2, 3, 25):
+        U, V = descriptions.cut(W, rank)
+        assert (U.shape, V.shape) == ((30, rank), (20, rank))
+        left = np.linalg.norm(W - U @ V.T)
+        assert left <= 1.01 * np.linalg.norm(exact[rank:]) + 1e-9
+    U, V = descriptions.cut(np.zeros((5, 4)), 3)
+    assert not (U @ V.T).any()
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_a_written_map_is_an_explicit_product(network):
+    splits = planted()[2]
+    m = network.write(problem_of(splits, "asked"))
+    f = base.encode_rows(splits["test"].source.dictionary, splits["test"].source.x)
+    W = np.asarray(m.U[...], np.float64) @ np.asarray(m.V[...], np.float64).T
+    assert W.shape == (WIDTH["a"], WIDTH["b"])
+    assert m.U.shape[1] == SHAPE.rank + SHAPE.profile_rank
+    z = (f - np.asarray(m.mean_a[...])) @ W + np.asarray(m.bias[...])
+    np.testing.assert_allclose(m(f), np.maximum(z, 0), atol=1e-4)
+    assert 0.2 < np.mean(np.asarray(m(f)) == 0) < 0.8  # silence is exact
+
+
+def test_layers_in_between_are_blended():
+    np.testing.assert_allclose(hypernetwork.place(6, (5, 7)), [0.5, 0.5])
+    np.testing.assert_allclose(hypernetwork.place(6, (4, 7, 9)), [1 / 3, 2 / 3, 0])
+    np.testing.assert_allclose(hypernetwork.place(3, (5, 7)), [1, 0])
+    np.testing.assert_allclose(hypernetwork.place(9, (5,)), [1])
+
+
+def trainer_of(**settings):
+    shape = dataclasses.replace(SHAPE, **settings)
+    return hypernetwork._Trainer(problems_of(1)[:1], shape, 0, Describer(), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "leaf", "shape"),
+    [
+        ("rank", 5, "last", (16, 5)),
+        ("hidden", 7, "last", (7, 12)),
+    ],
+)
+def test_sizes_are_as_asked(name, value, leaf, shape):
+    trainer = trainer_of(**{name: value})
+    params = jax.eval_shape(trainer.trainable().init, jax.random.key(0))["params"]
+    assert params["target b"][leaf]["kernel"].shape == shape
+    assert trainer.feed().indices(0, 3)["stack_0"].shape == (3, SHAPE.batch_size)
+
+
+def test_every_way_of_dropping_changes_the_loss():
+    losses = []
+    for settings in ({}, {"dropout": 0.5}, {"feature_dropout": 0.6}, {"profile_rank": 1}):
+        trainer = trainer_of(**settings)
+        fixed, rows = (trainer.feed().resident[name] for name in ("fixed", "look"))
+        state = trainer.trainable().init(jax.random.key(0))
+        shaken = jax.tree.map(
+            lambda p: p + 0.05 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), state["params"]
+        )
+        losses.append(float(jax.jit(trainer._losses)(shaken, fixed, rows, jax.random.key(1))[0]))
+    assert len(set(np.round(losses, 5))) == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"learning_rate": 1e-3}, {"steps": 5}, {"weight_decay": 1.0}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_option_of_the_optimizer_changes_the_update(settings):
+    def after_three_steps(shape):
+        optimizer, params = hypernetwork._optimizer(shape), {"kernel": np.ones((3, 2), np.float32)}
+        state = optimizer.init(params)
+        for step in range(3):
+            updates, state = optimizer.update(
+                {"kernel": np.cos(step + params["kernel"])}, state, params
+            )
+            params = jax.tree.map(np.add, params, updates)
+        return params["kernel"]
+
+    changed = dataclasses.replace(SHAPE, **settings)
+    assert not np.allclose(after_three_steps(SHAPE), after_three_steps(changed), rtol=1e-7)
+
+
+def test_the_best_look_is_kept():
+    trainer = trainer_of()
+    worse, better = ({"w": np.float32(v)} for v in (1, 2))
+    trainer._losses = lambda params, *_: jnp.array([1.0 / params["w"]])
+    best = {"params": worse, "losses": jnp.array([jnp.inf]), "step": jnp.int32(0)}
+    for step, params in enumerate((worse, better, worse), start=1):
+        best = trainer._look(best, params, {"fixed": None, "look": None}, step)
+    assert (int(best["step"]), float(best["params"]["w"])) == (2, 2)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 4096}, "hypernetwork.batch_size=4096 is larger than the 800 training rows"),
+        ({"batch_size": 33}, "hypernetwork.batch_size=33 cannot be shared by 8 devices; use a mul"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message, tmp_path):
+    config = MapConfig(hypernetwork=dataclasses.replace(SHAPE, **settings))
+    with pytest.raises(UserError, match=message):
+        hypernetwork.fit(problems_of(1), config, seed=0, directory=tmp_path)
+
+
+def test_one_document_is_refused(tmp_path):
+    pairs = {s: dataclasses.replace(p, documents=0 * p.documents) for s, p in planted()[1].items()}
+    with pytest.raises(UserError, match="a to b has 1 training documents and hypernetwork needs 2"):
+        train([problem_of(pairs, "a to b")], tmp_path)
+
+
+def test_a_model_that_it_does_not_know_is_refused(network):
+    pairs = planted()[1]["train"]
+    stranger = dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, model="c"))
+    with pytest.raises(UserError, match="not trained with c as source; it knows a, b"):
+        network.write(Problem("c to b", stranger, stranger))
