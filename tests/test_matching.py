@@ -174,16 +174,17 @@ def slow_correlations(a, b):
 
 @pytest.mark.parametrize("cost", [0, 10**9])  # scattered, multiplied
 @pytest.mark.parametrize(
-    "sizes", [(2**24, 2**20, 4096), (40, 16, 64), (256 * 5, 64, 50)]
+    "sizes", [(2**24, 2**20, 4096, 16), (40, 16, 64, 4), (256 * 5, 64, 50, 1)]
 )  # whole, in pieces
 def test_streamed_correlations_are_those_of_the_formula(monkeypatch, cost, sizes):
-    for name, value in zip(("TILE", "CHUNK", "ROWS"), sizes):
+    for name, value in zip(("TILE", "CHUNK", "ROWS", "PIECE"), sizes):
         monkeypatch.setattr(codes_module, name, value)
     monkeypatch.setattr(codes_module, "SCATTER_COST", cost)
     rng = np.random.default_rng(7)
     a, b = codes(rng, 150, 13, 0.3), codes(rng, 150, 11, 0.5)
     a[:, 4], b[:, 2] = 0, 2
     b[:, 3] = a[:, 3] + 5  # always active
+    a[7], b[9] = 0, 0
     b[:, 5] *= -1
     r = np.full((13, 11), np.nan)
     for at, tile in correlations(compress(lambda rows: a[rows], 150), compress(b)):

@@ -17,7 +17,7 @@ ROWS = 4096  # rows that are dense at a time
 TILE = 2**24  # correlations on the device at a time
 CHUNK = 2**20  # products of two active features that are added to a tile at a time
 WIDTH_STEP = 256  # device shapes are multiples, so that few programs are compiled
-ACTIVE_STEP = 8  # likewise, of the active features of a row
+PIECE = 16  # active features of a row that are taken together
 SCATTER_COST = 80  # multiply-adds of a matrix product in the time of one scattered, on a CPU
 ROUNDING = 1e-9  # a variance below this share of the second moment is rounding
 
@@ -101,11 +101,13 @@ def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
     that this costs more, by matrix products.
 
     Memory, in bytes: 8 (a.nnz + b.nnz) for the codes, 8 a.nnz for a by columns, and at most
-    4 * 4 TILE for tiles. Further, on the scattered way 8 n K for b's rows padded to its largest
-    number K of active features and 3 * 4 CHUNK; on the dense way 8 ROWS (tile + width_b). Time
-    is a.nnz K scattered products or n width_a width_b multiply-adds.
+    4 * 4 TILE for tiles. Further, on the scattered way about 8 (b.nnz + n PIECE / 2) for b's rows
+    in pieces, 24 for every active feature of a tile of a, and 3 * 4 CHUNK; on the dense way 8 ROWS
+    (tile + width_b). Time: one scattered product for each pair of features that are active in a
+    row, or n width_a width_b multiply-adds.
     """
-    scattered = a.nnz * _most_active(b) * SCATTER_COST
+    pieces = -(-np.diff(b.indptr) // PIECE)
+    scattered = PIECE * int(np.diff(a.indptr).astype(np.int64) @ pieces) * SCATTER_COST
     dense = a.shape[0] * a.shape[1] * b.shape[1]
     width = _padded_width(b.shape[1])
     tile = min(_padded_width(a.shape[1]), max(1, TILE // width))
@@ -118,39 +120,68 @@ def _padded_width(width: int) -> int:
     return max(1, -(-width // WIDTH_STEP)) * WIDTH_STEP
 
 
-def _most_active(codes: Codes) -> int:
-    return int(np.diff(codes.indptr).max(initial=0))
-
-
 def _scattered(a: Codes, b: Codes, tile: int, width: int) -> Iterator[jax.Array]:
     ours, theirs = Moments.of(a), Moments.of(b)
-    index, weight = _by_row(b, theirs.scale())
+    pieces = _Pieces.of(b, theirs.scale())
     root = np.sqrt(a.shape[0])
     offset_b = _lengthened(root * theirs.mean * theirs.scale(), width)
     columns = sparse.csc_array(a)
-    size = max(1, CHUNK // index.shape[1])
+    size = CHUNK // PIECE
     for at in slices(a.shape[1], tile):
         starts = columns.indptr[at.start : at.stop + 1]
         rows, value = (x[starts[0] : starts[-1]] for x in (columns.indices, columns.data))
-        place = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
-        value = (value * ours.scale()[at][place]).astype(np.float32)
+        place = np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
+        value = (value * ours.scale()[at].astype(np.float32)[place]).astype(np.float32)
+        entry, piece = pieces.of_rows(rows)
         sums = jnp.zeros(tile * width, jnp.float32)
-        for chunk in slices(len(rows), size):
-            entries = (_lengthened(x[chunk], size) for x in (rows, place, value))
-            sums = _scatter(sums, *entries, index, weight, width=width)
+        for chunk in slices(len(entry), size):
+            here = entry[chunk]
+            lists = (_lengthened(x, size) for x in (piece[chunk], place[here], value[here]))
+            sums = _scatter(sums, *lists, pieces.index, pieces.weight, width=width)
         offset_a = _lengthened((root * ours.mean * ours.scale())[at], tile)
         yield _less_means(sums, offset_a, offset_b)
 
 
-def _by_row(codes: Codes, scale: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Active features and their scaled values, both [n, K]; rows with fewer end in zeros."""
-    counts = np.diff(codes.indptr)
-    most = -(-max(1, _most_active(codes)) // ACTIVE_STEP) * ACTIVE_STEP
-    filled = np.arange(most)[None, :] < counts[:, None]
-    index, value = np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
-    index[filled] = codes.indices
-    value[filled] = codes.data * scale[codes.indices]
-    return jnp.asarray(index), jnp.asarray(value)
+@dataclass(frozen=True)
+class _Pieces:
+    """The active features of rows, in pieces of PIECE: rows differ much in how many they have.
+
+    Attributes:
+      index, weight: [pieces, PIECE], features and their scaled values; the last of a row ends in
+        zeros.
+      first: int32 [n], the first piece of every row.
+      count: int32 [n], how many it has.
+    """
+
+    index: jax.Array
+    weight: jax.Array
+    first: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, codes: Codes, scale: np.ndarray) -> _Pieces:
+        active = np.diff(codes.indptr)
+        count = (-(-active // PIECE)).astype(np.int32)
+        first = (np.cumsum(count) - count).astype(np.int32)
+        within = _counting(active)
+        place = np.repeat(first, active) + within // PIECE, within % PIECE
+        shape = (-(-max(1, int(count.sum())) // ROWS) * ROWS, PIECE)  # few different shapes
+        index, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        index[place] = codes.indices
+        weight[place] = codes.data * scale[codes.indices]
+        return cls(jnp.asarray(index), jnp.asarray(weight), first, count)
+
+    def of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (place in ``rows``, piece) of every piece of the given rows."""
+        count = self.count[rows]
+        entry = np.repeat(np.arange(len(rows), dtype=np.int32), count)
+        return entry, self.first[rows][entry] + _counting(count)
+
+
+def _counting(counts: np.ndarray) -> np.ndarray:
+    """0 .. count - 1 for every count, one after the other."""
+    starts = np.cumsum(counts) - counts
+    return (np.arange(counts.sum()) - np.repeat(starts, counts)).astype(np.int32)
 
 
 def _lengthened(x: np.ndarray, size: int) -> np.ndarray:
@@ -158,9 +189,9 @@ def _lengthened(x: np.ndarray, size: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="width", donate_argnums=0)
-def _scatter(sums, rows, place, value, index, weight, *, width) -> jax.Array:
-    flat = place[:, None] * width + index[rows]  # [entries, K]
-    return sums.at[flat].add(value[:, None] * weight[rows])
+def _scatter(sums, piece, place, value, index, weight, *, width) -> jax.Array:
+    flat = place[:, None] * width + index[piece]  # [entries, PIECE]
+    return sums.at[flat].add(value[:, None] * weight[piece])
 
 
 @jax.jit
