@@ -5,6 +5,7 @@ python -m launch.experiment
 
 from crossdict_jax.config import (
     Config,
+    CrosscoderConfig,
     InterventionConfig,
     MapConfig,
     SAEConfig,
@@ -35,5 +36,6 @@ def get_config() -> Config:
             batch_size=128,
             hidden=256,  # half the width of a dictionary
         ),
+        crosscoder=CrosscoderConfig(steps=250),  # of the dictionaries' batches
         intervention=InterventionConfig(documents=16),
     )

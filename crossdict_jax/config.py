@@ -82,6 +82,7 @@ RUNGS = (
     "low_rank",
     "token_ridge",
     "mlp",
+    "crosscoder",
 )
 
 
@@ -119,6 +120,29 @@ class MapConfig:
     checkpoint_every: int = 500  # steps
     loss_weights: LossWeights = field(default_factory=LossWeights)
     hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
+
+
+@dataclass
+class CrosscoderConfig:
+    """Joint dictionaries: one code of all models for each layer tuple, and its controls."""
+
+    variant: str = "batchtopk"  # batchtopk | l1 (invents latents that belong to one model)
+    width: int = 0  # latents; 0 means sae.width
+    k: int = 0  # batchtopk: active latents a row, on average; 0 means sae.k
+    l1_coefficient: float = 1.0  # l1: weight of the penalty
+    shared_fraction: float = 1.0  # latents that all models may use; the others belong to one each
+    drop_probability: float = 0.5  # a model is left out of a row's code; one at least stays
+    learning_rate: float = 0.0  # Adam, with warm-up and decay; 0 means sae.learning_rate
+    steps: int = 0  # batches; 0 means sae.steps
+    batch_size: int = 0  # rows; 0 means sae.batch_size
+    warmup_fraction: float = 0.05  # of the steps, for the learning rate
+    l1_warmup_fraction: float = 0.1  # of the steps, for the L1 coefficient
+    auxk_coefficient: float = 1 / 32  # batchtopk: of AuxK, the dead latents' reconstruction
+    k_aux: int = 0  # dead latents that AuxK uses; 0 means half of all models' d_model
+    dead_after_rows: int = 100_000  # a latent silent for this many rows counts as dead
+    matmul_dtype: str = "float32"  # float32 | bfloat16, of the encoder and decoder products
+    checkpoint_every: int = 500  # steps
+    self_nulls: int = 0  # layer tuples at which the first model also stands beside its copies
 
 
 @dataclass
@@ -165,6 +189,7 @@ class Config:
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     map: MapConfig = field(default_factory=MapConfig)
+    crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
 
@@ -218,6 +243,21 @@ class VerifyConfig:
 def to_dict(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
+
+
+def crosscoder_settings(config: Config) -> CrosscoderConfig:
+    """Returns the crosscoders' settings with the dictionaries' in place of every 0 that means them.
+
+    Of a swept setting of the dictionaries the first value counts.
+    """
+    settings = dataclasses.replace(config.crosscoder)
+    for name in ("width", "k", "learning_rate", "steps", "batch_size"):
+        if not getattr(settings, name):
+            value = getattr(config.sae, name)
+            setattr(settings, name, value[0] if isinstance(value, tuple) else value)
+    if not config.crosscoder.k:
+        settings.k = min(settings.k, settings.width)
+    return settings
 
 
 def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:

@@ -15,11 +15,13 @@ from crossdict_jax.config import (
     Config,
     ConvertConfig,
     Count,
+    CrosscoderConfig,
     Number,
     PretrainConfig,
     SAEConfig,
     TextConfig,
     VerifyConfig,
+    crosscoder_settings,
     layer_pairs,
 )
 from crossdict_jax.errors import UserError
@@ -171,6 +173,7 @@ def _at_least(low: int) -> Rule:
 _ABOVE_0: Rule = ("above 0", lambda value: value > 0)
 _SHARE: Rule = ("above 0 and below 1", lambda value: 0 < value < 1)
 _SHARE_OR_0: Rule = ("0 or more and below 1", lambda value: 0 <= value < 1)
+_SHARE_OR_0_OR_1: Rule = ("0 to 1", lambda value: 0 <= value <= 1)
 _SHARE_OR_1: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 _SEED: Rule = ("0 to 4294967295", lambda value: 0 <= value < 2**32)
 _FILLED: Rule = ("something, not blank", lambda value: bool(value.strip()))
@@ -180,7 +183,7 @@ _MATMUL: Rule = _one_of("float32", "bfloat16")
 
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary: the files of their room that define one."""
-    machinery = {"base", "losses", "train"}
+    machinery = {"base", "losses", "train", "crosscoder", "crosscoder_training", "transferred"}
     exchange = {
         "convert",
         "exchange",
@@ -201,7 +204,7 @@ def has_k(architecture: str) -> bool:
 
 def map_kinds() -> tuple[str, ...]:
     """Returns the rungs of the ladder: the files of their room that define one."""
-    machinery = {"base", "controls", "descriptions", "fit", "losses", "moments"}
+    machinery = {"base", "controls", "descriptions", "fit", "joint", "losses", "moments"}
     return _kinds("maps", machinery=machinery)
 
 
@@ -286,6 +289,23 @@ def _rules() -> dict[str, Rule]:
         "map.hypernetwork.learning_rate": _ABOVE_0,
         "map.hypernetwork.weight_decay": _at_least(0),
         "map.hypernetwork.checkpoint_every": _at_least(1),
+        "crosscoder.variant": _one_of("batchtopk", "l1"),
+        "crosscoder.width": _at_least(0),
+        "crosscoder.k": _at_least(0),
+        "crosscoder.l1_coefficient": _at_least(0),
+        "crosscoder.shared_fraction": _SHARE_OR_0_OR_1,
+        "crosscoder.drop_probability": _SHARE_OR_0,
+        "crosscoder.learning_rate": _at_least(0),
+        "crosscoder.steps": _at_least(0),
+        "crosscoder.batch_size": _at_least(0),
+        "crosscoder.warmup_fraction": _SHARE_OR_0,
+        "crosscoder.l1_warmup_fraction": _SHARE_OR_0,
+        "crosscoder.auxk_coefficient": _at_least(0),
+        "crosscoder.k_aux": _at_least(0),
+        "crosscoder.dead_after_rows": _at_least(1),
+        "crosscoder.matmul_dtype": _MATMUL,
+        "crosscoder.checkpoint_every": _at_least(1),
+        "crosscoder.self_nulls": _at_least(0),
         "evaluation.bootstrap": _at_least(1),
         "evaluation.pool": _at_least(0),
         "evaluation.features_shown": _at_least(0),
@@ -337,6 +357,7 @@ def validate(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> 
     if isinstance(config, Config):
         _check_models(config.models)
         _check_dictionaries(config.sae)
+        _check_crosscoder(crosscoder_settings(config))
         layer_pairs(config)
 
 
@@ -405,6 +426,14 @@ def _check_dictionaries(sae: SAEConfig) -> None:
 
 def _many(sae: SAEConfig, name: str) -> bool:
     return isinstance(getattr(sae, name), tuple)
+
+
+def _check_crosscoder(crosscoder: CrosscoderConfig) -> None:
+    k, width = crosscoder.k, crosscoder.width
+    if crosscoder.variant == "batchtopk" and k > width:
+        raise UserError(
+            f"crosscoder.k={k} is larger than crosscoder.width={width}; k must be width or less."
+        )
 
 
 def _largest(value: int | tuple[int, ...]) -> int:

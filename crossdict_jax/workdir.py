@@ -50,6 +50,10 @@ class Workdir:
         return self.root / "maps"
 
     @property
+    def crosscoders(self) -> Path:
+        return self.root / "crosscoders"
+
+    @property
     def results(self) -> Path:
         return self.root / "results"
 
@@ -73,6 +77,10 @@ class Workdir:
     def map(self, source: str, target: str, site_source: Any, site_target: Any, kind: str) -> Path:
         """Returns the checkpoint directory of one map; ``kind`` ends in -shuffled for controls."""
         return self.maps / f"{source}-to-{target}" / f"{site_source}--{site_target}" / kind
+
+    def crosscoder(self, sites: Iterable[Any], name: str = "aligned") -> Path:
+        """Returns the checkpoint directory of a joint code of all models, each at its site."""
+        return self.crosscoders / "--".join(map(str, sites)) / name
 
     def result(self, name: str) -> Path:
         """Returns the path of a result file such as ``transfer.jsonl``."""

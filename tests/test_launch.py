@@ -333,6 +333,8 @@ RESULTS = (
     "controls.jsonl",
     "feature_transfer.jsonl",
     "causal.jsonl",
+    "crosscoder.jsonl",
+    "dictionary_transfer.jsonl",
     "timing.json",
 )
 
@@ -362,6 +364,7 @@ def small(tiny: Path, **changes) -> list[str]:
         "map__steps": 20,
         "map__batch_size": 64,
         "map__hidden": 16,
+        "crosscoder__steps": 20,
         "evaluation__bootstrap": 20,
     } | changes
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in asked.items()]
@@ -384,6 +387,9 @@ def test_the_main_job_writes_every_file(finished):
         for place in ("a-to-b", "b-to-a"):
             folder = f"maps/{place}/resid_pre.1--resid_pre.1/{kind}"
             expected += [folder, f"{folder}-shuffled"]
+    joint = "crosscoders/resid_pre.1--resid_pre.1"
+    expected += [f"{joint}/aligned", f"{joint}/shuffled"]
+    assert "One code of all models" in (work / "report/index.html").read_text()
     assert not [name for name in expected if not (work / name).exists()]
 
 

@@ -126,6 +126,7 @@ def test_the_exact_architectures_run_through(tmp_path):
         "sae.steps": 10,
         "sae.batch_size": 256,
         "map.steps": 10,
+        "crosscoder.steps": 10,
         "evaluation.bootstrap": 20,
         "intervention.documents": 4,
         "intervention.batch_size": 4,

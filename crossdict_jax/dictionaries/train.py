@@ -237,6 +237,57 @@ def _train_group(config: Config, store: Store, work: Workdir, group: list[Member
     shutil.rmtree(directory / "checkpoints")
 
 
+def train_from(
+    config: Config,
+    store: Store,
+    group: list[Member],
+    starts: Sequence[base.Dictionary | None],
+    *,
+    directory: Path,
+) -> list[base.Dictionary]:
+    """Returns trained members of equal shape that begin at given dictionaries instead of random.
+
+    Members with equal seeds see the same rows in the same order, whatever they begin at. They are
+    not saved; ``directory`` keeps checkpoints and metrics, so that a killed run goes on.
+
+    Args:
+      starts: per member its first parameters, or None for random ones.
+    """
+    sae, rows = config.sae, store.select("train")
+    _check(sae, rows=len(rows))
+    d_model = store.d_model(group[0].model)
+    mesh = make_mesh(members=len(group))
+    feed, scales, means = _feed(sae, store, group, rows, mesh)
+    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, group[0], jax.random.key(0)))
+    scratch = _trainable(sae, graphdef, group, d_model, scales, means)
+
+    def init(root):
+        state = scratch.init(root)
+        for i, start in enumerate(starts):
+            if start is not None:
+                own = modules.split(start)[1]
+                put_in = lambda all_, one, i=i: all_.at[i].set(one)  # noqa: E731
+                state["params"] = jax.tree.map(put_in, state["params"], own)
+        return state
+
+    labels = [f"{m.label} {'random' if s is None else 'given'}" for m, s in zip(group, starts)]
+    write_json(directory / "members.json", [{"label": label} for label in labels])
+    state = train(
+        Trainable(init, scratch.step),
+        feed=feed,
+        steps=sae.steps,
+        seed=config.seed,
+        directory=directory,
+        checkpoint_every=sae.checkpoint_every,
+        what=f"{len(group)} dictionaries from two starts",
+        state_shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh, MEMBER), abstract),
+        meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},
+    )
+    params = jax.device_get(state["params"])
+    mine = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(len(group))]
+    return [modules.merge(graphdef, one) for one in mine]
+
+
 def _tag(group: list[Member]) -> str:
     return f"{group[0].model}-{group[0].site}-{group[0].name}"
 

@@ -11,6 +11,8 @@ from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.controls import Controls, score_controls
+from crossdict_jax.evaluation.crosscoder import joint_codes, score_crosscoders
+from crossdict_jax.evaluation.dictionary_transfer import score_dictionary_transfer
 from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.funnel import match_dictionaries
 from crossdict_jax.evaluation.ladder import score_ladder
@@ -49,6 +51,10 @@ def evaluate(config: Config, work: Workdir) -> None:
     write_jsonl(work.result("feature_transfer.jsonl"), single)
     if config.controls:
         write_jsonl(work.result("controls.jsonl"), controls.rows())
+    moved = score_dictionary_transfer(config, store, work)
+    write_jsonl(work.result("dictionary_transfer.jsonl"), moved)
+    if joint_codes(config):
+        write_jsonl(work.result("crosscoder.jsonl"), score_crosscoders(config, store, work))
     wall, rows = time.perf_counter() - started, len(store.select("test"))
     work.record_timing(
         "evaluate",

@@ -86,11 +86,17 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rung is fitted on; ``label`` names it on progress bars and in errors."""
+    """What a rung is fitted on; ``label`` names it on progress bars and in errors.
+
+    Attributes:
+      joint: for rungs that go through one, the way from A to B through a joint code of the models:
+        W_enc [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
+    """
 
     label: str
     train: Pairs
     validation: Pairs
+    joint: dict[str, jax.Array] | None = None
 
 
 class Map(nnx.Module):
@@ -108,12 +114,14 @@ class Map(nnx.Module):
         "tokens" int [batch], all of A.
       predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b] as well.
       fits_together: whether ``fit`` must get all problems of a run at once.
+      through_joint: whether its problems must hold a joint code.
     """
 
     kind: ClassVar[str]
     reads: ClassVar[str]
     predicts_activation: ClassVar[bool] = False
     fits_together: ClassVar[bool] = False
+    through_joint: ClassVar[bool] = False
 
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary

@@ -21,6 +21,7 @@ from crossdict_jax.config import Config, layer_pairs
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base
 from crossdict_jax.maps.base import ActivationMap, Map, Pairs, Problem, Side, map_class, rung
+from crossdict_jax.maps.joint import with_codes
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir
@@ -229,6 +230,8 @@ def _fit(batch: list[Task], config: Config, loader: Loader, work: Workdir, direc
     kind = batch[0].kind
     bar.set_postfix_str(f"{kind}: {batch[0].label}", refresh=True)
     problems = [loader.problem(task) for task in batch]
+    if map_class(kind).through_joint:
+        problems = with_codes(problems, batch, config, loader.store, work, directory=directory)
     fitted = rung(kind).fit(problems, config.map, seed=config.seed, directory=directory)
     for task, result in zip(batch, fitted):
         if not is_finished(task.path(work)):

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
-from crossdict_jax.report import answer, plots, shared, tables
+from crossdict_jax.report import answer, crosscoder, moved, plots, shared, tables
 from crossdict_jax.report.features import feature_tables
 from crossdict_jax.report.results import (
     PLACE,
@@ -80,6 +80,8 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         **_transfer(results),
         **_effects(results),
         shared=shared.section(results),
+        joint=crosscoder.section(results.crosscoders),
+        moved=moved.section(results.moved, results.warm_starts),
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
         verdicts=tables.VERDICTS,

@@ -173,6 +173,9 @@ class Results:
     similarity: list[dict]
     features: list[dict]
     feature_transfer: list[dict]
+    crosscoders: list[dict]
+    moved: list[dict]
+    warm_starts: list[dict]
     timing: dict
     curves: list[Curves]
 
@@ -209,9 +212,13 @@ def read_results(work: Workdir) -> Results:
         features=_optional(work.result("features.jsonl")),
         feature_transfer=_optional(work.result("feature_transfer.jsonl")),
         timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
+        crosscoders=_optional(work.result("crosscoder.jsonl")),
+        moved=_optional(work.result("dictionary_transfer.jsonl")),
+        warm_starts=_optional(work.result("dictionary_training.jsonl")),
         curves=[
             *_curves(work.dictionaries / "training", "Dictionaries"),
             *_curves(work.maps / "training", "Maps"),
+            *_curves(work.crosscoders / "training", "Crosscoders"),
         ],
     )
 

@@ -1,0 +1,34 @@
+"""One sparse code of three models: the two embedded ones, and the first of them a second time.
+
+python -m launch.experiment --config=configs/three_models.py --workdir=runs/three
+
+Offline, a few minutes on two cores. The copy is the null of model diffing inside the run: whatever
+is found to be exclusive to docs-gpt2 or to docs-gpt2-2 alone is invented. Name a third model of
+your own in its place, of any width and with any tokenizer: --models=docs-gpt2,docs-neox,PATH.
+"""
+
+from crossdict_jax.config import (
+    Config,
+    CrosscoderConfig,
+    InterventionConfig,
+    MapConfig,
+    SAEConfig,
+    TextConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        models=("docs-gpt2", "docs-neox", "docs-gpt2"),
+        layers=(6,),
+        text=TextConfig(source="docstrings", documents=150, max_bytes=700),  # as the quickstart
+        sae=SAEConfig(architecture="topk", width=384, k=16, steps=600, batch_size=512),
+        map=MapConfig(kinds=("mean", "token", "ridge", "crosscoder")),
+        crosscoder=CrosscoderConfig(
+            width=768,  # what two different models have to say, and their common part
+            k=24,
+            steps=1500,
+            self_nulls=1,  # docs-gpt2 beside itself, and beside a rotated copy
+        ),
+        intervention=InterventionConfig(documents=16),
+    )

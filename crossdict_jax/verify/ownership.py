@@ -1,0 +1,76 @@
+"""Whether crosscoders find out which planted features views share, and which one view owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crossdict_jax.config import CrosscoderConfig
+from crossdict_jax.dictionaries.crosscoder import Crosscoder, takes_part
+from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders
+from crossdict_jax.verify.planted import PlantedConfig, Views, views
+
+# Half as many latents again as features. No model is left out of a row: a code of all views is
+# asked for, and what one view owns cannot be read from another.
+SETTINGS = CrosscoderConfig(
+    width=96,
+    k=4,
+    steps=1000,
+    batch_size=256,
+    learning_rate=3e-3,
+    drop_probability=0.0,
+    dead_after_rows=5000,
+    checkpoint_every=1000,
+)
+L1 = {"variant": "l1", "l1_coefficient": 0.3}  # SETTINGS with the published penalty in its place
+SAME = 0.5  # least correlation at which a latent and a planted feature are the same
+
+
+def ownership(
+    settings: CrosscoderConfig, planted: PlantedConfig, seeds: Sequence[int], *, directory: Path
+) -> list[dict[str, float]]:
+    """Returns what ``scores`` says of each seed; all seeds are trained as one ensemble."""
+    splits = [views(planted, seed).split() for seed in seeds]
+    rows = [Rows(f"seed {s}", train.x, s) for s, (train, _) in zip(seeds, splits)]
+    fitted = fit_crosscoders(rows, settings, directory=directory)
+    return [scores(joint, test) for joint, (_, test) in zip(fitted, splits)]
+
+
+def scores(joint: Crosscoder, test: Views) -> dict[str, float]:
+    """Returns precision and recall of shared latents and of exclusive ones, on held-out rows.
+
+    A latent stands for the planted feature with which it correlates most, if that is SAME or more.
+    Precision: of the live latents that ``takes_part`` calls shared (exclusive to a view), those
+    that stand for a feature which is; none called so: 0. Recall: of the shared (exclusive)
+    features, those whose most correlated latent is called so.
+    """
+    codes = np.asarray(joint.encode(test.x), np.float64)
+    live = codes.std(axis=0) > 0
+    r = _correlations(codes, test.codes)  # [width, features]
+    part = takes_part(joint) & live[None, :]
+    owners, seen = _owners(part), _owners(test.truth.seen)
+    found = {}
+    for name, everyone in (("shared", True), ("exclusive", False)):
+        called = live & ((owners == -1) if everyone else (owners >= 0))
+        true = (seen == -1) if everyone else (seen >= 0)
+        right = (seen[r.argmax(axis=1)] == owners) & (r.max(axis=1) >= SAME)
+        hit = (owners[r.argmax(axis=0)] == seen) & (r.max(axis=0) >= SAME)
+        found[f"{name}_precision"] = float(right[called].mean()) if called.any() else 0.0
+        found[f"{name}_recall"] = float(hit[true].mean()) if true.any() else 1.0
+    return found
+
+
+def _owners(seen: np.ndarray) -> np.ndarray:
+    """Returns int [n]: the only view of each column of bool [views, n]; -1 all views, -2 others."""
+    alone = np.where(seen.sum(axis=0) == 1, seen.argmax(axis=0), -2)
+    return np.where(seen.all(axis=0), -1, alone)
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the correlations [width_a, width_b] of columns; 0 of a constant one."""
+    a, b = (z - z.mean(axis=0, keepdims=True) for z in (a, b.astype(np.float64)))
+    lengths = (np.maximum(np.linalg.norm(z, axis=0), 1e-12) for z in (a, b))
+    length_a, length_b = lengths
+    return a.T @ b / (length_a[:, None] * length_b[None, :])

@@ -1,0 +1,432 @@
+"""Crosscoders: planted shared and exclusive latents, formulas, partitions, options, resume."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crossdict_jax import modules
+from crossdict_jax.config import Config, CrosscoderConfig, SAEConfig, crosscoder_settings
+from crossdict_jax.dictionaries import crosscoder
+from crossdict_jax.dictionaries import crosscoder_training as training
+from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders
+from crossdict_jax.errors import UserError
+from crossdict_jax.training import checkpoint
+from crossdict_jax.training.mesh import make_mesh
+
+KEY = jax.random.key(0)
+D_MODELS = (4, 6, 5)
+HYPER = crosscoder.Hyper(l1_coefficient=0.3, auxk_coefficient=0.5, k_aux=3, revive=True)
+every = pytest.mark.parametrize("variant", crosscoder.VARIANTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_device():
+    """Programs for one device compile several times faster; the mesh has a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        yield
+
+
+def fresh(variant, *, d_models=D_MODELS, width=14, k=3, shared_fraction=1.0):
+    """A crosscoder none of whose parameters is at its first value."""
+    shape = {"d_models": d_models, "width": width, "k": k, "shared_fraction": shared_fraction}
+    c = crosscoder.build(variant, **shape, key=KEY)
+    keys = jax.random.split(KEY, 5)
+    c.b_enc[...] = 0.1 * jax.random.normal(keys[0], (width,))
+    c.b_dec[...] = jax.random.normal(keys[1], c.b_dec.shape)
+    c.center[...] = jax.random.normal(keys[2], c.center.shape)
+    c.scale[...] = 0.5 + jax.random.uniform(keys[3], c.scale.shape)
+    c.W_dec[...] = c.W_dec[...] * 1.3 * c.allowed().T
+    c.threshold[...] = jnp.asarray(0.2 if variant == "batchtopk" else 0.0)
+    return c
+
+
+def views(n=40, d_models=D_MODELS, seed=1):
+    keys = jax.random.split(jax.random.key(seed), len(d_models))
+    return [1 + jax.random.normal(key, (n, d)) for key, d in zip(keys, d_models)]
+
+
+def by_hand(c, x, given):
+    """The code and every reconstruction, model after model, in float64."""
+    array = lambda v: np.asarray(v[...], np.float64)  # noqa: E731
+    z = array(c.b_enc)[None, :]
+    for m in given:
+        u = array(c.scale)[m] * np.asarray(x[m], np.float64) - array(c.center)[c.part(m)][None, :]
+        z = z + len(x) / len(given) * u @ array(c.W_enc)[c.part(m)]
+    f = np.where(z > max(array(c.threshold), 0), z, 0)
+    parts = [c.part(m) for m in range(len(x))]
+    scales = array(c.scale)
+    return f, [
+        (f @ array(c.W_dec)[:, p] + array(c.b_dec)[p][None, :]) / s for p, s in zip(parts, scales)
+    ]
+
+
+# ---------------------------------------------------------------- contract
+
+
+@every
+@pytest.mark.parametrize("given", [(0, 1, 2), (1,), (0, 2)])
+def test_codes_from_some_models_reconstruct_all_in_raw_units(variant, given):
+    c, x = fresh(variant), views()
+    f, x_hat = by_hand(c, x, given)
+    seen = [rows if m in given else None for m, rows in enumerate(x)]
+    np.testing.assert_allclose(c.encode(seen), f, atol=1e-5)
+    for ours, theirs in zip(c(seen), x_hat):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert (f > 0).any() and (f == 0).any()
+
+
+def test_no_model_or_too_few_entries_are_refused():
+    with pytest.raises(ValueError, match="0 given"):
+        fresh("l1").encode([None, None, None])
+    with pytest.raises(ValueError, match="2 entries"):
+        fresh("l1").encode(views()[:2])
+
+
+@every
+def test_between_two_models_is_the_code_from_one_alone(variant):
+    c, x = fresh(variant), views()
+    way = {name: np.asarray(value) for name, value in c.between(2, 1).items()}
+    z = np.asarray(x[2]) @ way["W_enc"] + way["b_enc"][None, :]
+    f = np.where(z > max(way["threshold"], 0), z, 0)
+    seen = [None, None, x[2]]
+    np.testing.assert_allclose(f, c.encode(seen), atol=1e-5)
+    np.testing.assert_allclose(f @ way["W_dec"] + way["b_dec"][None, :], c(seen)[1], atol=1e-5)
+
+
+@every
+def test_training_sees_what_encode_sees(variant):
+    """Rows whose models are dropped have the pre-activations of those that are given."""
+    c, x = fresh(variant), views()
+    present = np.zeros((40, 3), bool)
+    present[:20, 1] = present[20:] = True
+    z = c.pre_activations(c.scaled(jnp.concatenate(x, axis=1)), jnp.asarray(present))
+    f = c.activate(z)
+    np.testing.assert_allclose(f[:20], c.encode([None, x[1], None])[:20], atol=1e-5)
+    np.testing.assert_allclose(f[20:], c.encode(x)[20:], atol=1e-5)
+
+
+def test_the_l1_loss_is_its_formula():
+    c, x = fresh("l1"), views()
+    present = jnp.ones((40, 3), bool)
+    loss, _, f = c.losses(
+        jnp.concatenate(x, axis=1), present=present, hyper=HYPER, dead=jnp.zeros(14, bool)
+    )
+    code, x_hat = by_hand(c, x, (0, 1, 2))
+    np.testing.assert_allclose(f, code, atol=1e-5)
+    expected = 0
+    for m in range(3):
+        error = float(c.scale[...][m]) * (np.asarray(x[m]) - x_hat[m])
+        norms = np.linalg.norm(np.asarray(c.W_dec[...])[:, c.part(m)], axis=1)
+        expected += np.square(error).sum(1).mean() + 0.3 * (code @ norms).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_their_least():
+    c, x = fresh("batchtopk"), jnp.concatenate(views(), axis=1)
+    z = np.asarray(c.pre_activations(c.scaled(x), jnp.ones((40, 3), bool)))
+    _, parts, f = c.losses(
+        x, present=jnp.ones((40, 3), bool), hyper=HYPER, dead=jnp.zeros(14, bool)
+    )
+    kept = np.sort(z, axis=None)[-40 * c.k]
+    np.testing.assert_allclose(f, np.where((z >= kept) & (z > 0), z, 0), atol=1e-6)
+    before = float(c.threshold[...])
+    c.measure(f)
+    least = float(np.asarray(f)[np.asarray(f) > 0].min())
+    np.testing.assert_allclose(c.threshold[...], before + 0.01 * (least - before), rtol=1e-5)
+    assert parts["auxk"] == 0  # nothing is dead
+
+
+@every
+def test_saved_and_loaded_gives_the_same_bits(variant, tmp_path):
+    c, x = fresh(variant, shared_fraction=0.5), views()
+    crosscoder.save(c, tmp_path / "c", meta={"note": "kept"})
+    again = crosscoder.load(tmp_path / "c")
+    assert type(again) is type(c) and again.d_models == D_MODELS and again.shared_fraction == 0.5
+    for ours, theirs in zip(again(x), c(x)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert checkpoint.load_meta(tmp_path / "c")["note"] == "kept"
+
+
+def test_a_folder_without_a_crosscoder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no crosscoder"):
+        crosscoder.load(tmp_path / "nowhere")
+    checkpoint.save_module(tmp_path / "d", {"a": np.zeros(2)}, {"architecture": "topk"})
+    with pytest.raises(UserError, match="another checkpoint"):
+        crosscoder.load(tmp_path / "d")
+
+
+# ---------------------------------------------------------------- partitions and classes
+
+
+@every
+def test_dedicated_latents_stay_out_of_other_models(variant):
+    c = fresh(variant, shared_fraction=0.4, width=15)
+    owners = c.owners()
+    assert [int((owners == m).sum()) for m in (-1, 0, 1, 2)] == [6, 3, 3, 3]
+    c.W_enc[...] = c.W_enc[...] + 1.0
+    c.W_dec[...] = c.W_dec[...] + 1.0
+    c.after_update()
+    for m in range(3):
+        foreign = (owners >= 0) & (owners != m)
+        np.testing.assert_array_equal(np.asarray(c.W_enc[...])[c.part(m)][:, foreign], 0)
+        np.testing.assert_array_equal(np.asarray(c.W_dec[...])[foreign][:, c.part(m)], 0)
+        own = np.asarray(c.W_dec[...])[~foreign][:, c.part(m)]
+        assert (np.abs(own).max(axis=1) > 0).all()
+    part = crosscoder.takes_part(c)
+    np.testing.assert_array_equal(part[:, owners >= 0].sum(0), 1)
+    np.testing.assert_array_equal(part[:, owners >= 0].argmax(0), owners[owners >= 0])
+
+
+def test_classes_follow_the_decoder_norms():
+    c = fresh("l1", d_models=(2, 2), width=5)
+    lengths = np.asarray([[1, 1], [1, 0.3], [1, 0.2], [0, 2], [0, 0]])
+    c.W_dec[...] = jnp.asarray(np.repeat(lengths, 2, axis=1) / np.sqrt(2), jnp.float32)
+    expected = [[1, 1], [1, 1], [1, 0], [0, 1], [0, 0]]
+    np.testing.assert_array_equal(crosscoder.takes_part(c).T, np.asarray(expected, bool))
+    shares = [[0.5, 0.5], [1 / 1.3, 0.3 / 1.3], [1 / 1.2, 0.2 / 1.2], [0, 1], [0, 0]]
+    np.testing.assert_allclose(crosscoder.relative_norms(c).T, shares, atol=1e-6)
+
+
+# ---------------------------------------------------------------- planted truths
+
+SMALL = CrosscoderConfig(
+    width=48,  # half as many again as the 32 features of two views
+    k=4,
+    steps=1000,
+    batch_size=128,
+    learning_rate=1e-2,
+    drop_probability=0.0,
+    dead_after_rows=3000,
+    checkpoint_every=1000,
+)
+
+
+def sparse_rows(seed, *, n=2048, active=4, features=16, d=14):
+    """Rows with about ``active`` of 16 features in 14 dimensions."""
+    rng = np.random.default_rng(seed)
+    codes = (rng.random((n, features)) < active / features) * rng.uniform(0.5, 1.5, (n, features))
+    directions = rng.standard_normal((features, d))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return (codes @ directions + 3.0).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory):
+    """{name: (crosscoder, views)} of planted pairs, trained as one ensemble."""
+    x, one, other = sparse_rows(0), sparse_rows(1, active=2), sparse_rows(2, active=2)
+    pairs = {
+        "self": training.copies(x, "self", 5),
+        "rotated": training.copies(x, "rotated", 5),
+        "rescaled": (x, (7.0 * training.copies(x, "rotated", 5)[1] - 20.0).astype(np.float32)),
+        "unrelated": (one, other),
+        "shuffled": (one, one),
+    }
+    orders = {"shuffled": training.shuffles(len(x), models=2, seed=3)}
+    rows = [Rows(name, pair, 0, orders.get(name)) for name, pair in pairs.items()]
+    fitted = fit_crosscoders(rows, SMALL, directory=tmp_path_factory.mktemp("recovered"))
+    return {name: (c, pairs[name]) for name, c in zip(pairs, fitted)}
+
+
+def classes(c, x):
+    """The shares of the latents that fire which are shared, and exclusive to each of two models."""
+    live = (np.asarray(c.encode(x)) > 0).mean(axis=0) > 0.005
+    part = crosscoder.takes_part(c)[:, live]
+    return part.all(0).mean(), (part[0] & ~part[1]).mean(), (part[1] & ~part[0]).mean()
+
+
+@pytest.mark.parametrize("name", ["self", "rotated", "rescaled"])
+def test_copies_share_every_latent(name, recovered):
+    c, x = recovered[name]
+    assert classes(c, x)[0] == 1.0
+    norms = crosscoder.relative_norms(c)[:, (np.asarray(c.encode(x)) > 0).any(axis=0)]
+    assert np.abs(norms - 0.5).max() < 0.1
+    for rows, x_hat in zip(x, c(x)):
+        assert np.square(rows - x_hat).sum() < 0.1 * np.square(rows - rows.mean(0)).sum()
+
+
+@pytest.mark.parametrize("name", ["unrelated", "shuffled"])
+def test_unrelated_and_shuffled_rows_share_no_latent(name, recovered):
+    c, x = recovered[name]
+    if name == "shuffled":
+        x = [x[0], x[1][training.shuffles(2048, models=2, seed=3)[1]]]
+    shared, first, second = classes(c, x)
+    assert shared <= 0.05 and 0.3 < first < 0.7 and 0.3 < second < 0.7
+
+
+def test_scales_make_unequal_models_equal():
+    x = sparse_rows(0)
+    scales, centers = training._statistics((x, (9 * x[:, :4] + 5).astype(np.float32)))
+    u = np.concatenate([scales[0] * x, scales[1] * (9 * x[:, :4] + 5)], axis=1)
+    np.testing.assert_allclose(u.mean(0), centers, atol=1e-3)
+    centred = np.square(u - u.mean(0))
+    np.testing.assert_allclose(centred[:, :14].sum(1).mean(), 9.0, rtol=1e-4)  # mean d_model
+    np.testing.assert_allclose(centred[:, 14:].sum(1).mean(), 9.0, rtol=1e-4)
+
+
+def test_a_rotation_is_orthogonal_and_seeded():
+    Q = training.rotation(7, 3)
+    np.testing.assert_allclose(Q @ Q.T, np.eye(7), atol=1e-5)
+    np.testing.assert_array_equal(Q, training.rotation(7, 3))
+    assert np.abs(Q - training.rotation(7, 4)).max() > 0.1
+
+
+@pytest.mark.parametrize(("models", "drop"), [(2, 0.5), (3, 0.3), (3, 0.0)])
+def test_one_model_always_stays_and_others_drop_as_asked(models, drop):
+    present = np.asarray(training.draw_present(KEY, 20_000, models, drop))
+    assert present.any(axis=1).all()
+    expected = 1 - drop * (models - 1) / models
+    np.testing.assert_allclose(present.mean(axis=0), expected, atol=0.015)
+
+
+# ---------------------------------------------------------------- training: options, resume
+
+TINY = CrosscoderConfig(width=8, k=2, steps=30, batch_size=32, checkpoint_every=15)
+
+
+def tiny_rows(**changes):
+    x = sparse_rows(0, n=96, features=6, d=4)
+    y = sparse_rows(1, n=96, features=6, d=5)
+    return dataclasses.replace(Rows("tiny", (x, y), 0), **changes)
+
+
+def program(**changes):
+    """What one training step computes of one member, as text: every number that it uses."""
+    ensemble = training._Ensemble([tiny_rows()], dataclasses.replace(TINY, **changes))
+    trainable, feed = ensemble._trainable(), ensemble._feed()
+    state = jax.eval_shape(trainable.init, KEY)
+    places = jax.eval_shape(lambda: jnp.asarray(feed.indices(0, 1)[0]))
+    batch = jax.eval_shape(feed.select, feed.resident, places)
+    return str(jax.make_jaxpr(trainable.step)(state, batch, 0, KEY))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {variant: program(variant=variant) for variant in crosscoder.VARIANTS}
+
+
+OPTIONS = {
+    "batchtopk": {
+        "width": 12,
+        "k": 3,
+        "drop_probability": 0.25,
+        "learning_rate": 3e-3,
+        "batch_size": 64,
+        "steps": 60,
+        "warmup_fraction": 0.5,
+        "auxk_coefficient": 1.0,
+        "k_aux": 1,
+        "dead_after_rows": 60_000,
+        "matmul_dtype": "bfloat16",
+    },
+    "l1": {"l1_coefficient": 9.0, "l1_warmup_fraction": 0.9},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "field"), [(v, f) for v, fields in OPTIONS.items() for f in fields]
+)
+def test_every_option_changes_what_a_step_computes(variant, field, plain):
+    assert program(variant=variant) == plain[variant]
+    changed = {field: OPTIONS[variant][field]}
+    assert program(variant=variant, **changed) != plain[variant]
+
+
+def test_dedicated_latents_stay_dedicated_through_training():
+    ensemble = training._Ensemble([tiny_rows()], dataclasses.replace(TINY, shared_fraction=0.5))
+    trainable, feed = ensemble._trainable(), ensemble._feed()
+    state = trainable.init(KEY)
+    for number, places in enumerate(feed.indices(0, 3)):
+        state, _ = jax.jit(trainable.step)(state, feed.select(feed.resident, places), number, KEY)
+    W_dec = np.asarray(state["params"]["W_dec"])[0]  # 4 shared ones, 2 of each model
+    np.testing.assert_array_equal(W_dec[4:6, 4:], 0)
+    np.testing.assert_array_equal(W_dec[6:, :4], 0)
+    assert (np.abs(W_dec[:4]).max(axis=1) > 0).all() and (np.abs(W_dec[4:6, :4]) > 0).all()
+
+
+def test_what_is_0_follows_the_dictionaries():
+    sae = SAEConfig(width=(64, 128), k=80, learning_rate=2e-3, steps=7, batch_size=33)
+    settings = crosscoder_settings(Config(sae=sae))
+    assert (settings.width, settings.k) == (64, 64)  # no more active ones than there are
+    assert (settings.learning_rate, settings.steps, settings.batch_size) == (2e-3, 7, 33)
+    own = CrosscoderConfig(width=10, k=3, learning_rate=1.0, steps=1, batch_size=2)
+    assert crosscoder_settings(Config(sae=sae, crosscoder=own)) == own
+
+
+def test_every_setting_is_turned_by_a_test():
+    turned = {"variant", "shared_fraction", *OPTIONS["batchtopk"], *OPTIONS["l1"]}
+    elsewhere = {"checkpoint_every", "self_nulls"}  # below, and with the run
+    assert {f.name for f in dataclasses.fields(CrosscoderConfig)} == turned | elsewhere
+
+
+def test_members_train_as_if_alone(tmp_path):
+    others = [
+        tiny_rows(),
+        tiny_rows(seed=1),
+        tiny_rows(orders=training.shuffles(96, models=2, seed=0)),
+    ]
+    together = fit_crosscoders(others, TINY, directory=tmp_path / "all")
+    for i, rows in enumerate(others):
+        (alone,) = fit_crosscoders([rows], TINY, directory=tmp_path / str(i))
+        for ours, theirs in zip(
+            *(jax.tree.leaves(modules.split(c)[1]) for c in (together[i], alone))
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    decoders = [np.asarray(c.W_dec[...]) for c in together]
+    assert np.abs(decoders[0] - decoders[1]).max() > 0.1  # another seed
+    assert np.abs(decoders[0] - decoders[2]).max() > 1e-4  # another order
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch):
+    (whole,) = fit_crosscoders([tiny_rows()], TINY, directory=tmp_path / "whole")
+    save, saves = checkpoint.save, []
+
+    def dying(*args, **kwargs):
+        saves.append(1)
+        if len(saves) == 2:  # of 30 / checkpoint_every
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fit_crosscoders([tiny_rows()], TINY, directory=tmp_path / "killed")
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert checkpoint.latest_step(tmp_path / "killed" / "0" / "checkpoints") == 15
+    (again,) = fit_crosscoders([tiny_rows()], TINY, directory=tmp_path / "killed")
+    for ours, theirs in zip(*(jax.tree.leaves(modules.split(c)[1]) for c in (again, whole))):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@every
+def test_no_all_gather_of_rows_on_a_mesh(variant, monkeypatch):
+    monkeypatch.setattr(training, "make_mesh", make_mesh)
+    members = [tiny_rows(), tiny_rows(seed=1)]
+    trainable = training._Ensemble(members, dataclasses.replace(TINY, variant=variant))._trainable()
+    mesh = make_mesh(members=2)
+    spec = jax.sharding.PartitionSpec
+    member = jax.sharding.NamedSharding(mesh, spec("member"))
+    both = jax.sharding.NamedSharding(mesh, spec("member", "data"))
+    state = jax.eval_shape(trainable.init, KEY)
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=member), state)
+    x = jax.ShapeDtypeStruct((2, 256, 9), jnp.float32, sharding=both)
+    text = jax.jit(trainable.step).lower(state, x, 0, KEY).compile().as_text()
+    gathered = re.findall(r"= (\S+) all-gather", text)
+    assert not [shape for shape in gathered if "256" in shape], gathered
+
+
+def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "make_mesh", make_mesh)
+    with pytest.raises(UserError, match=r"crosscoder.batch_size=128 is more than the 96"):
+        fit_crosscoders(
+            [tiny_rows()], dataclasses.replace(TINY, batch_size=128), directory=tmp_path
+        )
+    with pytest.raises(UserError, match=r"crosscoder.batch_size=33 cannot be shared by 8 devices"):
+        fit_crosscoders([tiny_rows()], dataclasses.replace(TINY, batch_size=33), directory=tmp_path)
+    uneven = tiny_rows(views=(np.zeros((64, 2)), np.zeros((63, 2))))
+    with pytest.raises(UserError, match="differ in length"):
+        fit_crosscoders([uneven], TINY, directory=tmp_path)

@@ -1,0 +1,177 @@
+"""The analysis of crosscoders: Latent Scaling against its slow formula, planted owners, nulls."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crossdict_jax.config import Config, EvaluationConfig, MapConfig
+from crossdict_jax.dictionaries import crosscoder
+from crossdict_jax.evaluation import crosscoder as analysis
+from crossdict_jax.report import crosscoder as report
+
+DOCUMENTS = np.repeat(np.arange(30), 20)
+SHARED, ONLY_A, ONLY_B = range(4), range(4, 7), range(7, 10)
+
+
+def planted(*, hide=(), seed=0):
+    """A crosscoder whose code is the truth, and rows of two models that it explains.
+
+    Latents 0-3 are in both models, 4-6 in the first, 7-9 in the second. What ``hide`` names is
+    exclusive to the first model by its decoder alone: the second shows it too.
+    """
+    rng = np.random.default_rng(seed)
+    n, width, d_models = len(DOCUMENTS), 10, (12, 11)
+    codes = (rng.random((n, width)) < 0.2) * rng.uniform(0.5, 1.5, (n, width))
+    shows = [np.linalg.qr(rng.standard_normal((d, width)))[0].T for d in d_models]
+    seen = np.ones((2, width), bool)
+    seen[1, list(ONLY_A)] = seen[0, list(ONLY_B)] = False
+    decoders = [show * s[:, None] for show, s in zip(shows, seen)]
+    seen[1, list(hide)] = True
+    noise = [0.1 * rng.standard_normal((n, d)) for d in d_models]
+    x = [codes @ (show * s[:, None]) + e for show, s, e in zip(shows, seen, noise)]
+    c = crosscoder.build(
+        "l1", d_models=d_models, width=width, k=0, shared_fraction=1.0, key=jax.random.key(0)
+    )
+    c.W_dec[...] = jnp.asarray(np.concatenate(decoders, axis=1), jnp.float32)
+    # Least squares gives the codes back; what is a little below zero is cut.
+    W_enc = np.linalg.lstsq(np.concatenate(x, axis=1), codes, rcond=None)[0]
+    c.W_enc[...] = jnp.asarray(W_enc, jnp.float32)
+    return c, [rows.astype(np.float32) for rows in x]
+
+
+def by_hand(c, x, *, own):
+    """Latent Scaling as it is defined: latent after latent, model after model, in float64."""
+    f = np.asarray(c.encode(x), np.float64)
+    found = np.zeros((len(x), c.width))
+    for m, x_hat in enumerate(c.decode(f)):
+        scale = float(c.scale[...][m])
+        error = scale * (np.asarray(x[m], np.float64) - np.asarray(x_hat, np.float64))
+        W = np.asarray(c.W_dec[...], np.float64)[:, c.part(m)]
+        for j in range(c.width):
+            y = error + own * f[:, j : j + 1] * W[j : j + 1]
+            y = y - y.mean(axis=0)
+            d = y.T @ f[:, j] / (f[:, j] @ f[:, j])
+            found[m, j] = (d @ d) * (f[:, j] @ f[:, j]) / np.square(y).sum()
+    return found
+
+
+def test_latent_scaling_is_its_definition():
+    c, x = planted(hide=(4,))
+    c.scale[...] = jnp.asarray([0.5, 2.0])
+    c.W_dec[...] = 0.8 * c.W_dec[...]
+    scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=0)
+    np.testing.assert_allclose(scaling.error, by_hand(c, x, own=False), atol=1e-4)
+    np.testing.assert_allclose(scaling.own, by_hand(c, x, own=True), atol=1e-4)
+
+
+def test_the_shifted_null_is_the_shifted_code():
+    c, x = planted()
+    u, f = analysis._scaled_and_coded(c, x)
+    belongs = jnp.asarray(np.repeat(np.eye(2, dtype=np.float32), c.d_models, axis=1))
+    error, own = analysis._shares(u, f, c.W_dec[...], c.b_dec[...], belongs, 37)
+    moved, f = np.roll(np.asarray(f, np.float64), 37, axis=0), np.asarray(f, np.float64)
+    for m, x_hat in enumerate(c.decode(f)):
+        residual = np.asarray(x[m], np.float64) - np.asarray(x_hat, np.float64)
+        W = np.asarray(c.W_dec[...], np.float64)[:, c.part(m)]
+        for j in (0, 5, 9):
+            for y, found in ((residual, error), (residual + f[:, j : j + 1] * W[j : j + 1], own)):
+                y = y - y.mean(axis=0)
+                product, power = y.T @ moved[:, j], moved[:, j] @ moved[:, j]
+                expected = (product @ product) / (power * np.square(y).sum())
+                np.testing.assert_allclose(found[m, j], expected, atol=1e-4)
+
+
+def test_planted_owners_are_confirmed_and_a_hidden_one_is_refuted():
+    c, x = planted(hide=(4, 5))
+    scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=0)
+    live = np.ones(10, bool)
+    first, second = (analysis.ownership(c, m, live, scaling) for m in (0, 1))
+    assert first["shared"] == second["shared"] == pytest.approx(0.4)
+    assert first["exclusive"] == second["exclusive"] == pytest.approx(0.3)
+    assert first["shared_confirmed"] == 1.0
+    assert first["exclusive_refuted"] == pytest.approx(2 / 3)  # what is hidden, no more
+    assert second["exclusive_refuted"] == 0.0
+    assert first["scaling_ratio"] > 0.5 and second["scaling_ratio"] < 0.1
+    assert scaling.error_above[1, [4, 5]].all() and not scaling.error_above[1, list(SHARED)].all()
+    assert sum(first["relative_norms"]["counts"]) == 10
+    assert first["relative_norms"]["counts"][-1] == 3 and first["relative_norms"]["counts"][0] == 3
+
+
+def test_the_null_is_exceeded_as_rarely_as_it_says():
+    """Of latents that have nothing to do with the errors, one in twenty exceeds every shift."""
+    above = []
+    for seed in range(12):
+        c, x = planted(seed=seed)
+        rng = np.random.default_rng(100 + seed)
+        noise = [rng.standard_normal(rows.shape).astype(np.float32) for rows in x]
+        u = jnp.asarray(np.concatenate(noise, axis=1))
+        _, f = analysis._scaled_and_coded(c, x)
+        belongs = jnp.asarray(np.repeat(np.eye(2, dtype=np.float32), c.d_models, axis=1))
+        nothing = jnp.zeros_like(c.W_dec[...])
+        shares = partial(analysis._shares, u, f, nothing, c.b_dec[...], belongs)
+        shifts = analysis.admissible_shifts(DOCUMENTS, seed=seed)
+        nulls = [np.asarray(shares(int(shift))[0]) for shift in shifts]
+        above.append(np.asarray(shares(0)[0]) > np.max(nulls, axis=0))
+    assert 0.01 < np.mean(above) < 0.11  # 240 draws at 0.05
+
+
+@pytest.mark.parametrize("n_documents", [1, 0])
+def test_without_room_for_a_shift_nothing_is_said(n_documents):
+    documents = np.zeros(20 * n_documents, int)
+    assert len(analysis.admissible_shifts(documents, seed=0)) == 0
+
+
+def test_shifts_are_longer_than_any_document():
+    shifts = analysis.admissible_shifts(DOCUMENTS, seed=3)
+    assert len(shifts) == analysis.SHIFTS
+    assert shifts.min() >= 20 and shifts.max() <= len(DOCUMENTS) - 20
+
+
+def test_figures_are_sums_over_the_whole_split():
+    c, x = planted()
+    c.center[...] = jnp.asarray(np.concatenate([rows.mean(0) for rows in x]))
+    c.b_enc[...] = c.center[...] @ c.W_enc[...]  # as without a centre
+    config = Config(evaluation=EvaluationConfig(bootstrap=20, batch_size=128))
+    rows = analysis.figures(c, x, DOCUMENTS, config=config)
+    for m, row in enumerate(rows):
+        json.dumps(row, allow_nan=False)
+        alone = [rows_ if i == m else None for i, rows_ in enumerate(x)]
+        others = [None if i == m else rows_ for i, rows_ in enumerate(x)]
+        for name, given in (("fvu", x), ("fvu_alone", alone), ("fvu_from_others", others)):
+            error = np.square(x[m] - np.asarray(c(given)[m])).sum()
+            assert row[name] == pytest.approx(
+                error / np.square(x[m] - x[m].mean(0)).sum(), rel=1e-4
+            )
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+        f = np.asarray(c.encode(x))
+        assert row["l0"] == pytest.approx((f > 0).sum(1).mean())
+        assert row["n_live"] == (f > 0).any(0).sum()
+        assert row["l0_alone"] == pytest.approx((np.asarray(c.encode(alone)) > 0).sum(1).mean())
+
+
+def test_only_runs_with_the_rung_have_rows():
+    assert analysis.joint_codes(Config(map=MapConfig(kinds=("mean", "crosscoder"))))
+    assert not analysis.joint_codes(Config(map=MapConfig(kinds=("mean", "ridge"))))
+
+
+def test_the_report_shows_every_row_and_a_histogram_per_model():
+    c, x = planted()
+    config = Config(evaluation=EvaluationConfig(bootstrap=5, batch_size=256))
+    found = analysis.figures(c, x, DOCUMENTS, config=config)
+    rows = [
+        {"sites": "resid_pre.1 resid_pre.2", "pairing": pairing, "model": m, "site": m} | row
+        for pairing in ("aligned", "shuffled")
+        for m, row in zip("ab", found)
+    ]
+    (table,), figures = report.section(rows).values()
+    assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
+    assert [row[0].text + row[1].text for row in table.rows] == [
+        *("aaligned", "baligned", "ashuffled", "bshuffled")
+    ]
+    assert table.rows[0][7].text.startswith("40")  # shared, in percent
+    assert len(figures) == 2 and "40\u00a0% shared by all, 30\u00a0% its own" in figures[1].words
+    assert report.section([]) is None

@@ -1,0 +1,192 @@
+"""The crosscoder as a rung: one joint code for all directions of a run, saved and found again."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax.activations.text import SPLITS
+from crossdict_jax.config import Config, CrosscoderConfig, MapConfig
+from crossdict_jax.dictionaries import crosscoder
+from crossdict_jax.dictionaries import crosscoder_training as training
+from crossdict_jax.dictionaries.base import build
+from crossdict_jax.maps import fit
+from crossdict_jax.maps.joint import sites_of, with_codes
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
+from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.workdir import Workdir, read_json
+
+WIDTHS = {"a": 8, "b": 6, "c": 5}
+SETTINGS = CrosscoderConfig(
+    width=24,
+    k=3,
+    steps=300,
+    batch_size=128,
+    learning_rate=5e-3,
+    checkpoint_every=300,
+    self_nulls=1,
+)
+
+
+class Rows:
+    """A store of three models that see the same few features, at two layers."""
+
+    models = tuple(WIDTHS)
+    paths = models
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        n = 2400
+        self.rows = dataclasses.make_dataclass("Rows", ["document"])(np.arange(n) // 20)
+        self._split = np.repeat([0, 1, 2], [1600, 400, 400])
+        codes = (rng.random((n, 10)) < 0.2) * rng.uniform(0.5, 1.5, (n, 10))
+        self.sites = (Site(1), Site(2))
+        self._x = {
+            (m, site): (codes @ rng.standard_normal((10, d)) + 2).astype(ml_dtypes.bfloat16)
+            for m, d in WIDTHS.items()
+            for site in self.sites
+        }
+
+    def select(self, split):
+        return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def tokens(self, model, rows):
+        return np.zeros(len(rows), np.int32)
+
+    def read(self, model, site, rows):
+        return self._x[model, site][rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, store, work) of a finished stage of three models."""
+    store, work = Rows(), Workdir(tmp_path_factory.mktemp("joint"))
+    for model, d_model in WIDTHS.items():
+        for site in store.sites:
+            d = build("topk", d_model=d_model, width=12, k=3, key=jax.random.key(site.layer))
+            dictionaries.save(d, work.dictionary(model, site))
+    config = Config(
+        models=store.models,
+        layer_pairs="1:2",
+        map=MapConfig(kinds=("crosscoder",)),
+        crosscoder=SETTINGS,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))
+        fit.fit_maps(config, store, work)
+    return config, store, work
+
+
+def score(run, source, target, pairing="aligned"):
+    """R^2 of x_B on held-out rows, of a map between two models at the run's layers."""
+    config, store, work = run
+    task = next(
+        t
+        for t in maps.tasks(config, store)
+        if (t.source, t.target, t.pairing) == (source, target, pairing)
+    )
+    where = (task.source, task.target, task.site_source, task.site_target)
+    pairs = maps.load_pairs(store, *where, "test", work)
+    m = maps.load(task.path(work))
+    x, x_b = pairs.target.x.astype(np.float32), maps.predict_activations(m, pairs)
+    return 1 - np.square(x - x_b).sum() / np.square(x - x.mean(0)).sum(), m, pairs
+
+
+@pytest.mark.parametrize(("source", "target"), [("a", "b"), ("b", "a"), ("c", "b")])
+def test_one_code_of_three_models_serves_every_direction(source, target, run):
+    r2, m, pairs = score(run, source, target)
+    shuffled, *_ = score(run, source, target, "shuffled")
+    assert r2 > 0.4 and shuffled < 0.05
+    assert (m.reads, m.predicts_activation) == ("activations", True)
+    f = maps.predict(m, pairs)
+    assert f.shape == (400, 12) and f.min() >= 0 and f.dtype == np.float32
+    np.testing.assert_allclose(m(pairs.source.x), f, atol=1e-3)
+    np.testing.assert_allclose(
+        m.dictionary.encode(m.activation(pairs.source.x)), m(pairs.source.x), atol=1e-6
+    )
+
+
+def test_a_map_is_its_crosscoder_given_one_model_alone(run):
+    _, _, work = run
+    _, m, pairs = score(run, "c", "a")
+    joint = crosscoder.load(work.crosscoder((Site(1), Site(2), Site(2))))
+    assert joint.d_models == (8, 6, 5)
+    x = pairs.source.x.astype(np.float32)
+    np.testing.assert_allclose(m.activation(x), joint([None, None, x])[0], atol=1e-4)
+
+
+def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
+    _, _, work = run
+    folders = {str(p.parent.relative_to(work.crosscoders)) for p in work.crosscoders.glob("*/*/0")}
+    three = "resid_pre.1--resid_pre.2--resid_pre.2"
+    own = "resid_pre.1--resid_pre.1"
+    expected = {f"{three}/aligned", f"{three}/shuffled", f"{own}/self", f"{own}/rotated"}
+    assert folders == expected
+    assert not list((work.crosscoders / "training").glob("*/checkpoints"))
+    assert len(list((work.crosscoders / "training").glob("*/metrics.jsonl"))) == 2
+    assert read_json(work.timing)["train_crosscoders"]["crosscoders"] == 4
+    record = checkpoint.load_meta(maps.tasks(*run[:2])[0].path(work))["record"]
+    assert 0 < record["validation"]["l0"] < 24
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_model_beside_itself_shares_its_latents(run):
+    """The self-diff null: neither a copy nor a rotated one has latents of its own."""
+    _, store, work = run
+    x = store.read("a", Site(1), store.select("train")).astype(np.float32)
+    for name in training.CONTROLS:
+        joint = crosscoder.load(work.crosscoder((Site(1), Site(1)), name))
+        views = training.copies(x, name, 0)
+        live = (np.asarray(joint.encode(views)) > 0).mean(0) > 0.005
+        assert crosscoder.takes_part(joint)[:, live].all()
+
+
+def test_what_is_finished_stays_and_what_is_gone_comes_back_with_the_same_bits(run, monkeypatch):
+    config, store, work = run
+    monkeypatch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))
+    gone = work.crosscoder((Site(1), Site(1)), "self")
+    before = modules.split(crosscoder.load(gone))[1]
+    kept = work.crosscoder((Site(1), Site(1)), "rotated") / "0.sha256.json"
+    then = kept.stat().st_mtime_ns
+    shutil.rmtree(gone)
+    training.train_crosscoders(config, store, work)
+    training.train_crosscoders(config, store, work)  # nothing left to do
+    after = modules.split(crosscoder.load(gone))[1]
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert kept.stat().st_mtime_ns == then
+
+
+def test_a_task_finds_the_layer_tuple_that_holds_its_sites():
+    store = Rows()
+    config = Config(layer_pairs="1:2,2:1", map=MapConfig(kinds=("crosscoder",)))
+    for task in maps.tasks(config, store):
+        sites = sites_of(task, config, store)
+        ends = [store.models.index(name) for name in (task.source, task.target)]
+        assert [sites[i] for i in ends] == [task.site_source, task.site_target]
+
+
+def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):
+    config, pairs = run[0], score(run, "a", "b")[2]
+    problem = maps.Problem("A to B", pairs, pairs)
+    with pytest.raises(ValueError, match="A to B has no joint code"):
+        maps.rung("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
+
+
+def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path, monkeypatch):
+    """What has no place in the run's layer tuples is trained on its own rows."""
+    config, store, work = run
+    monkeypatch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))
+    where = ("a", "b", Site(1), Site(1))  # a pair of sites that no crosscoder of the run has
+    train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
+    problem = maps.Problem("a to b (control)", train, held_out)
+    task = dataclasses.make_dataclass("Control", ["control"])("skyline")
+    (joined,) = with_codes([problem], [task], config, store, work, directory=tmp_path)
+    (fitted,) = maps.rung("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
+    x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)
+    assert np.square(x - x_b).sum() < 0.6 * np.square(x - x.mean(0)).sum()
