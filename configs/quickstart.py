@@ -37,5 +37,9 @@ def get_config() -> Config:
             hidden=256,  # half the width of a dictionary
         ),
         crosscoder=CrosscoderConfig(steps=250),  # of the dictionaries' batches
-        intervention=InterventionConfig(documents=16),
+        intervention=InterventionConfig(
+            documents=16,
+            features=12,  # in either direction, at the middle layers
+            rungs=("ridge", "mlp"),  # the linear one, and the network
+        ),
     )

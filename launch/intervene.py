@@ -1,4 +1,5 @@
-"""Runs every model on held-out text with its residual stream replaced by what a map gives.
+"""Runs every model on held-out text with its residual stream replaced by what a map gives, and
+with single features of another model put in.
 
 python -m launch.intervene --workdir=runs/ab
 """
@@ -9,9 +10,10 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.causal.stitching import intervene
+    from crossdict_jax.causal import intervene, transfer_features
 
     intervene(config, work)
+    transfer_features(config, work)
 
 
 if __name__ == "__main__":

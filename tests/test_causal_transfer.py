@@ -11,6 +11,7 @@ import pytest
 
 from crossdict_jax import bootstrap, models
 from crossdict_jax.causal import inject, scores, transfer
+from crossdict_jax.causal.conclude import conclude
 from crossdict_jax.causal.images import images
 from crossdict_jax.causal.inject import Injector, Places
 from crossdict_jax.causal.transfer import Image, Plan, choose_contexts, correlation
@@ -119,6 +120,7 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
         assert row["effect"] == pytest.approx(middle["effect"])
         assert row["specific_random"] == pytest.approx(row["effect"] - row["effect_random"])
         assert row["p"] == max(row["p_random"], row["p_shuffled"]) <= row["q"]
+        assert len(row["promoted_source"]) == PLAN.promoted
         assert 0 < row["kl_spent"] <= PLAN.kl_budget + 1e-9
         assert row["effect_low"] <= row["effect"] <= row["effect_high"]
         spent = [dose["kl"] for dose in row["doses"]]
@@ -143,6 +145,61 @@ def test_an_interrupted_experiment_ends_the_same(experiment, outcome):
 def test_one_program_for_all_features_directions_and_doses(outcome):
     """One for each model, of either kind; only A's are read in full."""
     assert outcome[2]["programs"] == [2, 2, 1, 2]
+
+
+def test_the_discovery_rate_decides(outcome):
+    rows, _, kept = outcome
+    records = [kept[i] for i in range(FEATURES)]
+    for fdr in (1e-6, 0.05, 0.999):
+        again, _ = conclude(records, fdr=fdr, bootstrap=10, seed=0)
+        assert [row["transfers"] for row in again] == [row["q"] <= fdr for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "span", "first"),
+    [({}, 1, [3, 7]), ({"whole_span": True}, 8, [3, 7]), ({"whole_prompt": True}, 24, [1, 1])],
+)
+def test_places_that_are_edited(experiment, change, span, first):
+    """The last token, all of its span, or all of the text up to it but its first token."""
+    asked = []
+
+    class Recorder:
+        tokens = experiment.source.injector.tokens
+
+        def ready(self, places, *, size, span):
+            asked.append((places.first.tolist(), size, span))
+
+    places = Places(*np.array([[0, 3, 3, 4], [1, 7, 9, 10]]).T)
+    ground = dataclasses.replace(experiment.source, injector=Recorder(), places=places)
+    two = dataclasses.replace(
+        experiment,
+        source=ground,
+        target=ground,
+        documents=np.array([0, 1]),
+        strength=np.ones((2, FEATURES), np.float32),
+    )
+    transfer._Test(two, dataclasses.replace(PLAN, **change), 0, 1.0, 1.0)
+    assert asked == [(first, PLAN.contexts, span)] * 2
+
+
+def test_how_many_of_everything(experiment):
+    plan = dataclasses.replace(PLAN, contexts=5, random_directions=7, shuffled_features=4)
+    test = transfer._Test(experiment, plan, 2, 1.0, 1.0)
+    assert len(test.rows) == 5
+    assert test._random().shape == (7, len(experiment.mean))
+    assert len(set(test._others())) == 4 and 2 not in test._others()
+
+
+def test_norms_are_what_they_say(experiment):
+    """A dose of 1: the median norm, the feature's own share of it, or what the image brings."""
+    found = {
+        norm: transfer._Test(experiment, dataclasses.replace(PLAN, norm=norm), 3, 10.0, 20.0)
+        for norm in transfer.NORMS
+    }
+    mean = found["feature"].strength.mean()  # decoder rows have norm 1, and so have the images
+    assert found["residual"].units == (10, 20)
+    assert found["feature"].units == pytest.approx((mean, 2 * mean))
+    assert found["image"].units == pytest.approx((mean, mean), rel=1e-4)
 
 
 # ---------------------------------------------------------------- vectors in the plain model
@@ -341,10 +398,10 @@ def test_tokens_are_translated_by_their_bytes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alphas": (0.1, float("nan"))}, "intervention.alphas=.*finite"),
-        ({"alphas": (-1.0,)}, "intervention.alphas=.*0 or above"),
-        ({"norm": "huge"}, "intervention.norm=huge"),
-        ({"random_directions": 2}, "intervention.random_directions=2"),
+        ({"alphas": (0.1, float("nan"))}, r"intervention.alphas=.*finite"),
+        ({"alphas": (-1.0,)}, r"intervention.alphas=.*0 or above"),
+        ({"norm": "huge"}, r"intervention.norm=huge"),
+        ({"random_directions": 2}, r"intervention.random_directions=2"),
     ],
 )
 def test_plans_that_cannot_be(experiment, change, message):

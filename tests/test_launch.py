@@ -335,6 +335,8 @@ RESULTS = (
     "causal.jsonl",
     "crosscoder.jsonl",
     "dictionary_transfer.jsonl",
+    "feature_causal.jsonl",
+    "feature_causal_summary.jsonl",
     "timing.json",
 )
 
@@ -366,6 +368,10 @@ def small(tiny: Path, **changes) -> list[str]:
         "map__hidden": 16,
         "crosscoder__steps": 20,
         "evaluation__bootstrap": 20,
+        "intervention__features": 2,
+        "intervention__contexts": 8,
+        "intervention__random_directions": 4,
+        "intervention__shuffled_features": 4,
     } | changes
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in asked.items()]
 

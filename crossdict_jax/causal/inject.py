@@ -104,13 +104,22 @@ class Injector:
         """Returns the activations at the last edited tokens, float32 [n, d_model]."""
         return self.x[places.text, places.last]
 
-    def ready(self, places: Places, *, size: int, span: int, reads: int = 1) -> _Ready:
+    def ready(
+        self,
+        places: Places,
+        *,
+        size: int,
+        span: int,
+        reads: int = 1,
+        read: _Ready | None = None,
+    ) -> _Ready:
         """Reads the texts up to ``places``; the result is what the methods below take.
 
         Args:
           size: places are filled up to this number: one compiled program for all features.
           span: edited tokens of a place, at most (the last ones of more).
           reads: predictions read from ``last`` on, at most; 1 is the one after it.
+          read: the same places and size with other spans or reads: their texts need no reading.
         """
         n, size = len(places.text), self._whole(size)
         rows = np.minimum(np.arange(size), n - 1)
@@ -118,17 +127,19 @@ class Injector:
         first = np.maximum(first, last - span + 1)
         at = first[:, None] + np.arange(span + reads - 1)[None, :]
         inside = np.minimum(at, self.tokens.shape[1] - 1)
-        read = last[:, None] + np.arange(reads)[None, :]
+        after = last[:, None] + np.arange(reads)[None, :]
         chunk = _Chunk(
             tokens=self.tokens[text[:, None], inside],
             x=self.x[text[:, None], inside],
             edited=(at <= last[:, None]).astype(np.float32),
             start=first.astype(np.int32),
-            read=(read - first[:, None]).astype(np.int32),
-            following=self.tokens[text[:, None], np.minimum(read + 1, self.tokens.shape[1] - 1)],
-            known=(read < end[:, None]).astype(np.float32),
+            read=(after - first[:, None]).astype(np.int32),
+            following=self.tokens[text[:, None], np.minimum(after + 1, self.tokens.shape[1] - 1)],
+            known=(after < end[:, None]).astype(np.float32),
         )
         chunk = _Chunk(*map(self._put, chunk))
+        if read is not None:
+            return _Ready(n, read.layers, chunk)
         texts = self._put(self.tokens[text]), self._put(self.x[text])
         return _Ready(n, _look_back(*self._how, self._params, *texts), chunk)
 

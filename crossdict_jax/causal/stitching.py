@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +20,12 @@ from crossdict_jax.activations.splice import (
 )
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.bootstrap import Resamples
-from crossdict_jax.config import Config, to_dict
+from crossdict_jax.causal.inputs import digests
+from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
-from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
@@ -55,7 +51,7 @@ def intervene(config: Config, work: Workdir) -> None:
     started = time.perf_counter()
     store = open_store(work.activations)
     tasks = maps.tasks(config, store)
-    inputs = _inputs(config, work, store, tasks)
+    inputs = digests(config, work, store, tasks)
     stamp = work.result("causal.inputs.json")
     if work.result("causal.jsonl").exists() and stamp.exists() and read_json(stamp) == inputs:
         return
@@ -70,30 +66,6 @@ def intervene(config: Config, work: Workdir) -> None:
         rows_per_s=positions / wall,
         **device_figures(),
     )
-
-
-def _inputs(config: Config, work: Workdir, store: Store, tasks: list[Task]) -> dict[str, str]:
-    """What causal.jsonl depends on, as digests; every checkpoint's own checksum is verified."""
-    targets = {work.dictionary(task.target, task.site_target) for task in tasks}
-    sources = {work.dictionary(task.source, task.site_source) for task in tasks}
-    folders = targets | sources | {task.path(work) for task in tasks}
-    return {
-        "config": _digest(json.dumps(to_dict(config), sort_keys=True)),
-        "store": _digest(json.dumps(store.meta, sort_keys=True)),
-        **{str(f.relative_to(work.root)): _seal(f) for f in sorted(folders)},
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _seal(folder: Path) -> str:
-    step = checkpoint.latest_step(folder)
-    if step is None:
-        raise UserError(f"{folder} holds no finished checkpoint; run the stage that writes it.")
-    checkpoint.verify(folder, step)
-    return _digest((folder / f"{step}.sha256.json").read_text())
 
 
 def _stitch(

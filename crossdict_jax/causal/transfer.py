@@ -9,7 +9,7 @@ models; ``causal.features`` makes them from a run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from crossdict_jax.errors import UserError
 
 MATCH = "match"  # the image that is B's own feature which correlates best with A's
 LONGEST_SPAN = 8  # tokens between two neighbouring common ends that are edited or scored
+ABLATED_CONTROLS = 4  # other features' images taken out of B for every image
 NORMS = ("residual", "feature", "image")
 
 
@@ -344,11 +345,15 @@ class _Test:
         """{image: how its removal from B goes together with the feature's removal from A}."""
         e = self.e
         sizes = {"size": self.plan.contexts, "span": self.plan.span, "reads": LONGEST_SPAN}
-        ready = [g.injector.ready(g.places.take(self.rows), **sizes) for g in (e.source, e.target)]
+        grounds = e.source, e.target
+        ready = [
+            g.injector.ready(g.places.take(self.rows), **sizes, read=read)
+            for g, read in zip(grounds, self.ready)
+        ]
         own = e.source.injector.continuations(
             ready[0], e.directions[self.i][None], -self.strength[None]
         )[0].astype(np.float64)
-        others = self._others()
+        others = self._others()[:ABLATED_CONTROLS]
         vectors, strength = [], []
         for image in e.images.values():
             by = self.strength if image.strength is None else image.strength[self.rows, self.i]
@@ -360,19 +365,27 @@ class _Test:
             ready[1], np.concatenate(vectors), np.concatenate(strength)
         ).astype(np.float64)
         each = np.split(changes, len(e.images))
-        return {name: self._agreement(own, c) for name, c in zip(e.images, each)}
+        # Only where the text goes on in both models is there a continuation to be scored.
+        on = np.all([g.places.end[self.rows] > g.places.last[self.rows] for g in grounds], axis=0)
+        draws = replace(self.draws, index=self.draws.index[on])
+        return {name: _agreement(draws, own[on], c[:, on]) for name, c in zip(e.images, each)}
 
-    def _agreement(self, own: np.ndarray, changes: np.ndarray) -> dict:
-        shuffled = (correlation(self.draws, own, change) for change in changes[1:])
-        defined = [r.value for r in shuffled if r is not None]
-        return {
-            **columns("ablation_r", correlation(self.draws, own, changes[0])),
-            "ablation_r_shuffled": float(np.mean(defined)) if defined else None,
-        }
+
+def _agreement(draws: Resamples, own: np.ndarray, changes: np.ndarray) -> dict:
+    """How B's changes [1 + shuffled, n] go together with A's own [n]."""
+    shuffled = (correlation(draws, own, change) for change in changes[1:])
+    defined = [r.value for r in shuffled if r is not None]
+    return {
+        "ablation_n": len(own),
+        **columns("ablation_r", correlation(draws, own, changes[0])),
+        "ablation_r_shuffled": float(np.mean(defined)) if defined else None,
+    }
 
 
 def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | None:
     """Returns Pearson's r of a and b [n] over resamples of documents; None if one is constant."""
+    if len(a) < 3:
+        return None
     a, b = a - a.mean(), b - b.mean()
     if not a.any() or not b.any():
         return None

@@ -1,0 +1,332 @@
+"""The stage that puts features of one model into another: files, settings, resume, bad input."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import dictionaries, maps, models
+from crossdict_jax.activations.splice import select_passages
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.causal import features as stage
+from crossdict_jax.causal import inject, transfer_features
+from crossdict_jax.causal.features import best_matches, places_of
+from crossdict_jax.config import Config
+from crossdict_jax.errors import UserError
+from crossdict_jax.maps.base import slices
+from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
+
+SMALL = {
+    "features": 2,
+    "contexts": 6,
+    "alphas": (0.3, 1.0),
+    "promoted": 4,
+    "random_directions": 4,
+    "shuffled_features": 3,
+    "rungs": ("ridge", "mlp"),
+}
+
+
+def settings(config: Config, **changes) -> Config:
+    intervention = dataclasses.replace(config.intervention, **(SMALL | changes))
+    return dataclasses.replace(config, intervention=intervention)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Programs for eight devices take long to compile; test_causal_transfer runs on all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inject, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
+    copy = Workdir(tmp_path_factory.mktemp("features") / "run")
+    shutil.copytree(work.root, copy.root)
+    return settings(config), copy
+
+
+@pytest.fixture(scope="module")
+def finished(run):
+    config, work = run
+    transfer_features(config, work)
+    return config, work
+
+
+def files(work):
+    return [work.result(name).read_bytes() for name in (stage.ROWS, stage.SUMMARY)]
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """Runs the stage on a copy with changed settings; returns its rows."""
+
+    def run(**changes):
+        config, work = finished
+        copy = Workdir(tmp_path / "run")
+        if not copy.root.exists():
+            shutil.copytree(work.root, copy.root)
+        transfer_features(settings(config, **changes), copy)
+        return read_jsonl(copy.result(stage.ROWS))
+
+    return run
+
+
+def test_a_row_for_every_feature_and_image(finished):
+    _, work = finished
+    rows, summary = (read_jsonl(work.result(name)) for name in (stage.ROWS, stage.SUMMARY))
+    images = ["ridge", "mlp", "match"]
+    for source, target in (("a", "b"), ("b", "a")):
+        here = [r for r in rows if (r["source"], r["target"]) == (source, target)]
+        assert [r["image"] for r in here] == [name for name in images for _ in range(2)]
+        assert len({r["feature"] for r in here}) == 2
+        assert {(r["site_source"], r["site_target"]) for r in here} == {
+            (str(tiny_run.SITE), str(tiny_run.SITE))
+        }
+        assert [s["image"] for s in summary if s["source"] == source] == images
+    assert all(s["n_features"] == 2 for s in summary)
+    assert not work.result(stage.PROGRESS).exists()
+
+
+def test_a_match_is_the_best_correlated_feature_and_its_own_image(finished):
+    _, work = finished
+    store = open_store(work.activations)
+    train = store.select("train")
+    f = [
+        np.asarray(
+            dictionaries.load(work.dictionary(name, tiny_run.SITE)).encode(
+                store.read(name, tiny_run.SITE, train).astype(np.float32)
+            )
+        )
+        for name in "ab"
+    ]
+    rows = [r for r in read_jsonl(work.result(stage.ROWS)) if r["source"] == "a"]
+    for row in rows:
+        own = f[0][:, row["feature"]]
+        with np.errstate(invalid="ignore"):
+            r = [np.corrcoef(own, column)[0, 1] if column.any() else 0 for column in f[1].T]
+        assert row["match"] == np.argmax(r)
+        assert row["match_r"] == pytest.approx(max(r), abs=1e-5)
+        if row["image"] == "match":
+            assert row["match_cosine"] == pytest.approx(1)
+
+
+def test_best_matches_stream_over_rows():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(50, 3)), rng.normal(size=(50, 7))
+    b[:, 4] = a[:, 1] + 0.1 * b[:, 4]
+    b[:, 2] = 0  # a dead feature
+    best, r = best_matches((b[rows] for rows in slices(50, 8)), a)
+    expected = np.corrcoef(a.T, np.delete(b, 2, axis=1).T)[:3, 3:]
+    assert best[1] == 4
+    np.testing.assert_allclose(r, expected.max(1), atol=1e-9)
+
+
+def test_spans_lie_between_common_ends(finished):
+    """Spans and continuations of both models stand for the same bytes."""
+    _, work = finished
+    store = open_store(work.activations)
+    seen = 0
+    for name in "ab":
+        passages = select_passages(store, name, documents=4, seed=0)
+        places = places_of(store, name, passages)
+        position = store.rows.position[:, store.models.index(name)]
+        for i, row in enumerate(passages.rows):
+            window = store.rows.window == store.rows.window[row]
+            ends = np.sort(position[window])
+            before, behind = ends[ends < position[row]], ends[ends > position[row]]
+            assert places.first[i] == (before[-1] + 1 if len(before) else 1)
+            assert places.last[i] == position[row]
+            assert places.end[i] == (behind[0] if len(behind) else position[row])
+            seen += places.first[i] < places.last[i]
+    assert seen  # some spans are of several tokens
+
+
+def test_a_bos_moves_every_place(finished, monkeypatch):
+    _, work = finished
+    store = open_store(work.activations)
+    plain = places_of(store, "a", select_passages(store, "a", documents=2, seed=0))
+    monkeypatch.setattr(type(store), "has_bos", lambda self, model: 7)
+    moved = places_of(store, "a", select_passages(store, "a", documents=2, seed=0))
+    for name in ("first", "last", "end"):
+        assert (getattr(moved, name) == getattr(plain, name) + 1).all()
+
+
+# ---------------------------------------------------------------- killed and run again
+
+
+def test_a_finished_file_is_left_and_another_setting_is_seen(finished, tmp_path):
+    config, work = finished
+    copy = Workdir(tmp_path / "run")
+    shutil.copytree(work.root, copy.root)
+    before = copy.result(stage.ROWS).stat().st_mtime_ns
+    transfer_features(config, copy)
+    assert copy.result(stage.ROWS).stat().st_mtime_ns == before
+    transfer_features(settings(config, kl_budget=0.01), copy)
+    assert copy.result(stage.ROWS).stat().st_mtime_ns > before
+
+
+def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monkeypatch):
+    config, work = finished
+    copy = Workdir(tmp_path / "run")
+    shutil.copytree(work.root, copy.root)
+    for name in (stage.ROWS, stage.SUMMARY, stage.STAMP):
+        copy.result(name).unlink()
+    record = stage.transfer.__globals__["_Test"].record
+    done = []
+
+    def killed(self):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(self.feature)
+        return record(self)
+
+    monkeypatch.setattr(stage.transfer.__globals__["_Test"], "record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        transfer_features(config, copy)
+    with copy.result(stage.PROGRESS).open("a") as file:
+        file.write('{"where": "a cut-off li')
+    done.clear()
+    transfer_features(config, copy)
+    assert len(done) == 1
+    assert files(copy) == files(work)
+
+
+# ---------------------------------------------------------------- every setting turns something
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("features", 3), ("alphas", (0.3, 0.9)), ("norm", "feature"), ("kl_budget", 0.003)],
+)
+def test_settings_change_the_rows(finished, again, name, value):
+    before = read_jsonl(finished[1].result(stage.ROWS))
+    assert again(**{name: value}) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "expected"),
+    [
+        ("contexts", 4, "contexts", 4),
+        ("promoted", 2, "promoted", 2),
+        ("random_directions", 5, "random_directions", 5),
+        ("shuffled_features", 4, "shuffled_features", 4),
+        ("fdr", 0.2, "fdr", 0.2),
+        ("span", "whole", "whole_span", True),
+        ("positions", "prompt", "whole_prompt", True),
+    ],
+)
+def test_settings_reach_the_plan(run, name, value, field, expected):
+    """What each of them does there is tested on planted features."""
+    plain, turned = (stage._plan(settings(run[0], **c)) for c in ({}, {name: value}))
+    assert turned == dataclasses.replace(plain, **{field: expected}) != plain
+
+
+def test_documents_bound_the_text(run):
+    config, work = run
+    store = open_store(work.activations)
+    found = stage._Texts(settings(config, documents=3), store, "a").passages
+    assert len(set(found.document)) == 3
+
+
+def test_rungs_are_those_that_read_more_than_tokens(finished):
+    store = open_store(finished[1].activations)
+    for rungs, expected in ((("all",), {"ridge", "mlp"}), (("mlp",), {"mlp"})):
+        groups = stage._groups(settings(finished[0], rungs=rungs), store)
+        assert len(groups) == 2
+        assert all({task.kind for task in tasks} == expected for _, *tasks in groups)
+
+
+def test_no_features_no_file(run, tmp_path):
+    config, _ = run
+    empty = Workdir(tmp_path / "run")
+    transfer_features(settings(config, features=0), empty)
+    assert not empty.root.exists()
+
+
+def test_named_features_are_the_first_models(finished, again):
+    found = {r["feature"] for r in read_jsonl(finished[1].result(stage.ROWS))[:2]}
+    rows = again(feature_ids=",".join(map(str, found)), features=0)
+    assert {r["source"] for r in rows} == {"a"}
+    assert {r["feature"] for r in rows} == found
+
+
+def test_matched_features_come_from_the_file(finished, again, tmp_path):
+    """Confirmed ones first, then by correlation; matches have no direction."""
+    _, work = finished
+    live = [r["feature"] for r in read_jsonl(work.result(stage.ROWS)) if r["image"] == "ridge"]
+    (i, j), (k, m) = live[:2], live[2:]
+    site = str(tiny_run.SITE)
+    where = {"source": "a", "target": "b", "site_source": site, "site_target": site}
+    listed = [(i, k, False, 0.9), (j, m, True, 0.5)]
+    keys = ("feature_source", "feature_target", "confirmed", "r_train")
+    with pytest.raises(UserError, match=r"needs results/matches.jsonl"):
+        again(choose="matched")
+    rows = [where | dict(zip(keys, match)) for match in listed]
+    write_jsonl(tmp_path / "run" / "results" / "matches.jsonl", rows)
+    found = [r for r in again(choose="matched") if r["image"] == "ridge"]
+    assert [r["feature"] for r in found] == [j, i, m, k]
+
+
+def test_all_layer_pairs_or_the_middle_one(finished):
+    config, work = finished
+    store = open_store(work.activations)
+    pairs = settings(config)
+    pairs.layers = (0, 1, 2)
+    sites = tuple(models.Site(layer) for layer in pairs.layers)
+    meta = json.loads(json.dumps(store.meta))
+    for model in meta["models"].values():
+        model["sites"] = list(map(str, sites))
+    store = dataclasses.replace(store, meta=meta)
+    middle = stage._groups(pairs, store)
+    assert [(g[0].source, g[0].site_source.layer) for g in middle] == [("a", 1), ("b", 1)]
+    pairs.intervention.layers = "all"
+    assert len(stage._groups(pairs, store)) == 6
+    assert all({t.kind for t in rungs} == {"ridge", "mlp"} for _, *rungs in middle)
+    assert all(t.pairing == "aligned" for _, *rungs in middle for t in rungs)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_ids": "99"}, r"features 0 to 31, not 99"),
+        ({"feature_ids": "1,x"}, r"feature_ids=1,x must be whole numbers"),
+        ({"rungs": ("procrustes",)}, r"intervention.rungs=procrustes is not among map.kinds"),
+    ],
+)
+def test_what_cannot_be_tested_is_said_in_a_line(again, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        again(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_dead_features_are_named(again, monkeypatch):
+    monkeypatch.setattr(stage, "LEAST_FIRINGS", 10**6)
+    with pytest.raises(UserError, match=r"feature 3 of a at resid_pre.1 is dead"):
+        again(feature_ids="3")
+    with pytest.raises(UserError, match=r"No feature of a at resid_pre.1 fires"):
+        again(documents=4)
+
+
+def test_the_maps_tested_are_the_runs(finished):
+    """The image of ridge, again from the map itself."""
+    config, work = finished
+    store = open_store(work.activations)
+    texts = {name: stage._Texts(config, store, name) for name in "ab"}
+    group = stage._groups(config, store)[0]
+    direction = stage._Direction(config, work, store, group, texts)
+    m = maps.load(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
+    d = dictionaries.load(work.dictionary("a", tiny_run.SITE))
+    expected = (d.W_dec[...] / d.scale[...])[direction.features] @ m.W[...]
+    found = direction.experiment.images["ridge"].vectors
+    np.testing.assert_allclose(found, expected, atol=1e-4)
