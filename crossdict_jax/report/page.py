@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
-from crossdict_jax.report import answer, crosscoder, moved, plots, shared, tables
+from crossdict_jax.report import answer, causal_features, crosscoder, moved, plots, shared, tables
 from crossdict_jax.report.features import feature_tables
 from crossdict_jax.report.results import (
     PLACE,
@@ -81,6 +81,9 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         **_effects(results),
         shared=shared.section(results),
         joint=crosscoder.section(results.crosscoders),
+        feature_causes=causal_features.section(
+            results.feature_causal, results.feature_causal_summary
+        ),
         moved=moved.section(results.moved, results.warm_starts),
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
@@ -96,7 +99,11 @@ def _introduction(config: Config, results: Results, root: Path) -> dict:
     return {
         "models": answer.names(models),
         "question": answer.question(models),
-        "answer": answer.answer(results) + shared.answer(results),
+        "answer": [
+            *answer.answer(results),
+            *causal_features.answer(results.feature_causal_summary),
+            *shared.answer(results),
+        ],
         "cautions": answer.cautions(results),
         "facts": _facts(config, results, models),
         "again": _again(root),

@@ -173,6 +173,8 @@ class Results:
     similarity: list[dict]
     features: list[dict]
     feature_transfer: list[dict]
+    feature_causal: list[dict]
+    feature_causal_summary: list[dict]
     crosscoders: list[dict]
     moved: list[dict]
     warm_starts: list[dict]
@@ -211,6 +213,8 @@ def read_results(work: Workdir) -> Results:
         similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),
         feature_transfer=_optional(work.result("feature_transfer.jsonl")),
+        feature_causal=_optional(work.result("feature_causal.jsonl")),
+        feature_causal_summary=_optional(work.result("feature_causal_summary.jsonl")),
         timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
         crosscoders=_optional(work.result("crosscoder.jsonl")),
         moved=_optional(work.result("dictionary_transfer.jsonl")),

@@ -1,0 +1,123 @@
+"""The report's section about single features: dose curves, verdicts, tokens, the sentence."""
+
+import re
+
+import pytest
+import test_report
+
+from crossdict_jax.config import Config
+from crossdict_jax.report import causal_features, write_report
+from crossdict_jax.report.results import PLACE
+from crossdict_jax.workdir import write_jsonl
+
+WHERE = dict(zip(PLACE, ("gpt", "neox", "resid_pre.6", "resid_pre.6")))
+
+
+def bounded(**values):
+    return {
+        f"{key}{end}": value + shift
+        for key, value in values.items()
+        for end, shift in (("", 0), ("_low", -0.1), ("_high", 0.1))
+    }
+
+
+def row(feature, image, *, transfers):
+    effect = 1.0 if transfers else 0.05
+    doses = [
+        {
+            "alpha": alpha,
+            "effect": alpha * effect,
+            "kl": alpha**2,
+            "random": 0.01,
+            "random_low": -0.05,
+            "random_high": 0.07,
+            "random_kl": 0.1,
+            "shuffled": 0.02,
+            "shuffled_low": -0.1,
+            "shuffled_high": 0.1,
+            "shuffled_kl": 0.1,
+        }
+        for alpha in (0.1, 0.5)
+    ]
+    return {
+        **WHERE,
+        "image": image,
+        "feature": feature,
+        "match": 40 + feature,
+        "match_r": 0.5,
+        "promoted_source": [" the", "\n", "<b>"],
+        "promoted_target": [" the", "\n"],
+        **bounded(effect=effect, specific_random=effect - 0.01, specific_shuffled=effect - 0.02),
+        "kl": 0.25,
+        "q": 0.01 if transfers else 0.6,
+        "transfers": transfers,
+        **bounded(ablation_r=0.7),
+        "ablation_r_shuffled": 0.03,
+        "doses": doses,
+    }
+
+
+def summary(image, hits):
+    return {
+        **WHERE,
+        "image": image,
+        "n_features": 2,
+        "n_scored": 2,
+        "n_transferring": hits,
+        **bounded(share_transferring=hits / 2, effect=0.5, specific_random=0.4 + hits),
+        **bounded(specific_shuffled=0.3, specific_random_at_kl=0.6, kl=0.25),
+        **bounded(ablation_r=0.7, ablation_r_shuffled=0.02),
+        "of_match": 1.5,
+    }
+
+
+ROWS = [row(f, i, transfers=i == "ridge" and f == 7) for i in ("ridge", "match") for f in (3, 7)]
+SUMMARY = [summary("ridge", 1), summary("match", 0)]
+
+
+def test_a_group_for_every_direction():
+    (group,) = causal_features.section(ROWS, SUMMARY)
+    assert group["title"] == "gpt → neox, resid_pre.6"
+    assert [len(t.rows) for t in group["tables"]] == [2, 2]
+    assert len(group["figures"]) == 2
+    back = [dict(s, source="neox", target="gpt") for s in SUMMARY]
+    assert len(causal_features.section(ROWS, SUMMARY + back)) == 2
+
+
+def test_the_table_puts_what_transfers_first_and_shows_tokens():
+    (group,) = causal_features.section(ROWS, SUMMARY)
+    first, second = group["tables"][0].rows
+    assert (first[0].text, first[0].style) == ("7", "strong")
+    assert (second[0].text, second[0].style) == ("3", "none")
+    assert first[1].text == "␣the · ⏎ · <b>"
+    assert first[3].text == "1.000" and first[3].note == "[0.900, 1.100]"
+
+
+def test_the_figure_says_what_it_draws():
+    (group,) = causal_features.section(ROWS, SUMMARY)
+    words = group["figures"][0].words
+    assert "ridge, gpt to neox: 0.10: 0.05, 0.50: 0.26" in words  # means of both features
+    assert "random directions at the largest dose 0.01" in words
+    assert group["figures"][0].svg.startswith("<svg")
+
+
+def test_the_sentence_counts_and_admits():
+    ((_, sentence),) = causal_features.answer(SUMMARY)
+    assert sentence.startswith("Put into neox, the ridge images of 1 of 2 tested features of gpt")
+    assert sentence.endswith("the target’s best matching features: 0 of 2.")
+    ((_, nothing),) = causal_features.answer([summary("ridge", 0)])
+    assert nothing.startswith("Negative result: put into neox")
+    assert causal_features.answer([]) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_page_shows_it_or_says_what_is_missing(tmp_path, there):
+    work = test_report.write_required(tmp_path / "run")
+    if there:
+        write_jsonl(work.result("feature_causal.jsonl"), ROWS)
+        write_jsonl(work.result("feature_causal_summary.jsonl"), SUMMARY)
+    page = write_report(Config(models=("a", "b")), work).read_text()
+    part = re.search(r'<section id="feature-causes">.*?</section>', page, re.DOTALL)[0]
+    assert ("gpt → neox" in part) == there
+    assert ("results/feature_causal.jsonl is not" in part) == (not there)
+    assert "<b>" not in part  # a token is text, not markup
