@@ -57,4 +57,14 @@ def get_expectations() -> tuple[Expectation, ...]:
             published="3.99",
             source=SOURCE,
         ),
+        Expectation(
+            "FVU of the small model's dictionary, moved without training",
+            file="dictionary_transfer.jsonl",
+            key="fvu",
+            where={"dictionary": "transferred", "source": SMALL, "target": LARGE},
+            low=0.42,
+            high=0.62,
+            published="0.52",
+            source=SOURCE,
+        ),
     )

@@ -16,7 +16,7 @@ from crossdict_jax.dictionaries import train as training
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.evaluation import dictionary_transfer, warm_start
 from crossdict_jax.evaluation.reconstruction import _figures
-from crossdict_jax.maps import Pairs, Problem, Side
+from crossdict_jax.maps import Pairs, Problem, Side, procrustes
 from crossdict_jax.report import moved
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir, read_jsonl
@@ -37,12 +37,13 @@ def rows(run):
 
 
 def test_every_direction_has_its_ways(rows):
-    ways = ("own", "transferred", "rotated", "stitch")
+    ways = ("own", "transferred", "orthogonal", "rotated", "stitch")
     assert list(rows) == [(s, t, w) for s, t in (("a", "b"), ("b", "a")) for w in ways]
     for row in rows.values():
         json.dumps(row, allow_nan=False)
         assert row["fvu_low"] <= row["fvu"] <= row["fvu_high"]
-        assert row["delta_ce"] == pytest.approx(row["ce"] - rows["a", "b", "own"]["ce"], abs=9)
+        own = rows[row["source"], row["target"], "own"]  # the same clean run under both
+        assert row["ce"] - row["delta_ce"] == pytest.approx(own["ce"] - own["delta_ce"])
     assert rows["a", "b", "stitch"]["l0"] is None
 
 
@@ -112,6 +113,28 @@ def test_a_planted_affine_pair_moves_without_loss(tmp_path):
     assert fvu(moved_dictionary, x_b) == pytest.approx(fvu(d[0], x_a), abs=1e-5)
 
 
+def test_a_rotated_copy_needs_the_rotation_and_nothing_else(tmp_path):
+    """B is a rotation of A: A's dictionary fails on it as it is, and not through Procrustes."""
+    rng = np.random.default_rng(0)
+    x_a = rng.normal(size=(600, 6)).astype(np.float32)
+    Q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    x_b = (x_a @ Q).astype(np.float32)
+    d = build("topk", d_model=6, width=60, k=2, key=jax.random.key(0))
+    sides = [Side(x, np.zeros(600, np.int32), d) for x in (x_a, x_b)]
+    pairs = Pairs(*sides, np.arange(600))
+    problem = Problem("A to B", pairs, pairs)
+
+    def fvu(stitch):
+        moved_d = dictionary_transfer.transferred(d, to_source=stitch.back, to_target=stitch.there)
+        return np.square(x_b - np.asarray(moved_d(x_b))).sum() / np.square(x_b).sum()
+
+    own = np.square(x_a - np.asarray(d(x_a))).sum() / np.square(x_a).sum()
+    orthogonal = dictionary_transfer.fit_stitch(problem, Config(), procrustes)
+    assert fvu(orthogonal) == pytest.approx(own, abs=1e-3)
+    one_space = dictionary_transfer.unstitched(6)
+    np.testing.assert_array_equal(one_space.there(one_space.back(x_a)), x_a)
+
+
 # ---------------------------------------------------------------- training from a moved one
 
 
@@ -167,7 +190,7 @@ def test_the_report_shows_every_way_and_what_is_saved(rows, compared):
         "Dictionaries of b, used for a",
     ]
     assert [row[1].text for row in section["tables"][0].rows] == [
-        *("own", "transferred", "rotated", "stitch")
+        *("own", "transferred", "orthogonal", "rotated", "stitch")
     ]
     assert len(section["tables"][2].rows) == len(section["curves"]) == 2
     assert "saves" in section["curves"][0].words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.crosscoder_training import moments, rotation
 from crossdict_jax.dictionaries.transferred import Affine, is_ours, transferred
-from crossdict_jax.maps import Pairs, Problem, ridge
+from crossdict_jax.maps import Pairs, Problem, procrustes, ridge
+from crossdict_jax.maps.base import AffineMap
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir
 
@@ -24,12 +26,14 @@ Place = tuple[str, str, Site, Site]  # source, target, and their sites
 
 
 def score_dictionary_transfer(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
-    """Returns the rows of dictionary_transfer.jsonl: four ways to reconstruct B, per direction.
+    """Returns the rows of dictionary_transfer.jsonl: ways to reconstruct B, per direction.
 
     - dictionary: own, B's dictionary; transferred, A's through ridge from B to A and back (fitted
-      on training rows, penalty by validation rows); rotated, A's through a random rotation and
-      back, at the same scales; stitch, from B to A and back with no dictionary between: what no
-      transferred one can exceed.
+      on training rows, penalty by validation rows); orthogonal, through one rotation and back
+      (McCann 2026, arXiv 2605.24577), where there are rows enough for one; as_is, A's on B's
+      activations as if they were A's, where both have one size; rotated, through a random
+      rotation and back, at the same scales; stitch, from B to A and back with no dictionary
+      between: what no transferred one can exceed.
     - fvu, l0: of the n_rows test rows; ce: nats of the token after each of n_positions paired
       positions of test documents with the reconstruction put in; delta_ce: less the clean one;
       loss_recovered: of what zeros cost.
@@ -67,18 +71,24 @@ class Stitch:
     back: Affine
 
 
-def fit_stitch(problem: Problem, config: Config) -> Stitch:
-    """Returns ridge from A to B and from B to A."""
+def fit_stitch(problem: Problem, config: Config, rung: ModuleType = ridge) -> Stitch:
+    """Returns the affine maps of a rung, ridge or procrustes, from A to B and from B to A."""
     swapped = Problem(problem.label, _swapped(problem.train), _swapped(problem.validation))
-    fitted = ridge.fit([problem, swapped], config.map, seed=config.seed, directory=Path())
+    fitted = rung.fit([problem, swapped], config.map, seed=config.seed, directory=Path())
     return Stitch(*(_affine(one.map) for one in fitted))
+
+
+def unstitched(d_model: int) -> Stitch:
+    """Returns the identity both ways: two models as if they had one space."""
+    same = Affine(np.eye(d_model), np.zeros(d_model))
+    return Stitch(same, same)
 
 
 def _swapped(pairs: Pairs) -> Pairs:
     return dataclasses.replace(pairs, source=pairs.target, target=pairs.source)
 
 
-def _affine(m: ridge.Ridge) -> Affine:
+def _affine(m: AffineMap) -> Affine:
     W = np.asarray(m.W[...], np.float64)
     mean_a, mean_b = (np.asarray(mean[...], np.float64) for mean in (m.mean_a, m.mean_b))
     return Affine(W, mean_b - mean_a @ W)
@@ -134,15 +144,19 @@ class _Target:
         return [where | {"dictionary": n} | held_out[n] | losses[n] for n in ways]
 
     def _ways(self, problem: Problem) -> dict[str, Dictionary | Stitch]:
-        fitted = fit_stitch(problem, self.config)
-        null = random_stitch(problem.train, self.config.seed)
-        a = problem.train.source.dictionary
-        return {
-            "own": problem.train.target.dictionary,
-            "transferred": transferred(a, to_source=fitted.back, to_target=fitted.there),
-            "rotated": transferred(a, to_source=null.back, to_target=null.there),
-            "stitch": fitted,
-        }
+        train = problem.train
+        sizes = [side.x.shape[1] for side in (train.source, train.target)]
+        stitches = {"transferred": fit_stitch(problem, self.config)}
+        if len(train) > max(sizes):
+            stitches["orthogonal"] = fit_stitch(problem, self.config, procrustes)
+        if sizes[0] == sizes[1]:
+            stitches["as_is"] = unstitched(sizes[0])
+        stitches["rotated"] = random_stitch(train, self.config.seed)
+        ways: dict[str, Dictionary | Stitch] = {"own": train.target.dictionary}
+        for name, stitch in stitches.items():
+            a = train.source.dictionary
+            ways[name] = transferred(a, to_source=stitch.back, to_target=stitch.there)
+        return ways | {"stitch": stitches["transferred"]}
 
     def _reconstructed(self, way: Dictionary | Stitch, x: np.ndarray) -> np.ndarray:
         if isinstance(way, Stitch):
