@@ -47,18 +47,19 @@ class SAEConfig:
     width: Count = 4096  # features
     k: Count = 32  # active features a row (topk; batchtopk, matryoshka: on average)
     l1_coefficient: Number = 1.0  # weight of the penalty: on L1 (relu, gated), on L0 (jumprelu)
-    learning_rate: Number = 1e-3  # Adam, after warm-up, decayed linearly over the last fifth
+    learning_rate: Number = 0.0  # Adam, after warm-up; 0 means 2e-3 sqrt(4096 / width)
     steps: int = 2500  # batches
     batch_size: int = 1024  # rows
     seeds: int = 1  # dictionaries per model and layer
     warmup_fraction: float = 0.05  # of the steps, for the learning rate
     l1_warmup_fraction: float = 0.1  # of the steps, for the L1 coefficient
-    auxk_coefficient: float = 1 / 32  # where k is: of AuxK, the dead features' reconstruction
+    auxk_coefficient: float = 1 / 32  # where k is, and jumprelu: the dead features' reconstruction
     k_aux: int = 0  # dead features that AuxK uses; 0 means d_model / 2
-    dead_after_rows: int = 100_000  # a feature silent for this many rows (tokens) counts as dead
-    bandwidth: float = 0.05  # jumprelu: of the kernel that trains thresholds, in pre-activations
+    dead_after_rows: int = 0  # rows (tokens) of silence that mean dead; 0 means 2 % of all it reads
+    bandwidth: float = 0.5  # jumprelu: of the kernel that trains thresholds, in pre-activations
     l0_target: float = 0.0  # jumprelu: active features a row to aim for; 0 means fewest by penalty
-    nested_fractions: tuple[float, ...] = (0.25, 0.5)  # matryoshka: of the width; small ones merge
+    nested_fractions: tuple[float, ...] = (0.25, 0.5)  # matryoshka: of the width
+    nested_balance: float = 0.25  # matryoshka: weight of a nested loss to that of the next wider
     matmul_dtype: str = "float32"  # float32 | bfloat16, of the encoder and decoder products
     checkpoint_every: int = 500  # steps
 

@@ -191,7 +191,7 @@ REFUSED = [  # setting, value, what the line names
     ("sae__k", (4, 5000), "sae.k=5000"),
     ("sae__steps", 2.5, "sae.steps=2.5"),
     ("sae__learning_rate", float("nan"), "sae.learning_rate=nan"),
-    ("sae__learning_rate", (1e-3, 0.0), "sae.learning_rate=0.001,0.0: 0.0"),
+    ("sae__learning_rate", (1e-3, -1e-3), "sae.learning_rate=0.001,-0.001: -0.001"),
     ("sae__seeds", 0, "sae.seeds=0"),
     ("sae__warmup_fraction", 1.0, "sae.warmup_fraction=1.0"),
     ("map__kinds", ("mean", "rigde"), "rigde must be one of"),

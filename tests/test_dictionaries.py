@@ -20,6 +20,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
 from crossdict_jax.workdir import Workdir, open_workdir
 
 KEY = jax.random.key(0)
@@ -30,6 +31,7 @@ HYPER = base.Hyper(
     bandwidth=0.5,
     l0_target=0.0,
     nested_fractions=(0.2, 0.5),
+    nested_balance=0.25,
     revive=True,
 )
 every = pytest.mark.parametrize("architecture", base.architectures())
@@ -211,25 +213,31 @@ def planted_store(tmp_path, *, n=6000, d_model=16, truths=24, active=2, seeds=2)
         row[rng.choice(truths, active, replace=False)] = rng.uniform(1, 2, active)
     x = (codes @ truth).astype(np.float32)
 
-    class Planted(Store):
+    return stored_rows(x, sites=2), truth
+
+
+def stored_rows(x, *, sites):
+    """A store of rows x [n, d_model], 1, 2, ... times at its sites."""
+
+    class Stored(Store):
         def __init__(self):
             pass
 
         models = ("planted",)
 
         def sites_of(self, model):
-            return (Site(0), Site(1))
+            return tuple(map(Site, range(sites)))
 
         def d_model(self, model):
-            return d_model
+            return x.shape[1]
 
         def select(self, split):
-            return np.arange(n)
+            return np.arange(len(x))
 
         def read(self, model, site, rows):
             return (x[rows] * (1 + site.layer)).astype(jnp.bfloat16)
 
-    return Planted(), truth
+    return Stored()
 
 
 def planted_config(**sae):
@@ -252,23 +260,65 @@ def leaves(work, site=0, name="seed-0"):
     return jax.tree.map(np.asarray, modules.split(d)[1])
 
 
-PLANTED = {  # what an architecture needs on these rows
-    "batchtopk": {"learning_rate": 1e-2},
-    "gated": {"l1_coefficient": 6.0, "learning_rate": 1e-2},
-    "jumprelu": {"l1_coefficient": 0.75, "steps": 1500, "checkpoint_every": 1500},
-    # Directions this crowded are merged in nested dictionaries smaller than their number.
-    "matryoshka": {"learning_rate": 1e-2, "nested_fractions": (0.5,)},
+PLANTED = {  # what an architecture needs on these rows; the rest is as it comes
+    "gated": {"l1_coefficient": 6.0},
+    "jumprelu": {"l1_coefficient": 0.75},
 }
 
 
 @every
 def test_recovers_planted_directions(architecture, tmp_path):
-    work = run(tmp_path, architecture=architecture, **PLANTED.get(architecture, {}))
+    as_it_comes = {"learning_rate": 0.0, "dead_after_rows": 0}
+    work = run(tmp_path, architecture=architecture, **as_it_comes | PLANTED.get(architecture, {}))
     _, truth = planted_store(tmp_path)
-    W_dec = leaves(work)["W_dec"]
-    W_dec = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
-    best = (truth @ W_dec.T).max(axis=1)
+    best, _ = best_cosines(leaves(work)["W_dec"], truth)
     assert best.mean() > 0.95, best
+
+
+SUPERPOSED = PlantedConfig(
+    rows=20_000,
+    features=64,
+    widths=(32,),
+    exclusive=0,
+    active=4.0,  # a row, Poisson-like
+    zipf=0.7,  # the rarest fires in about 500 rows
+    correlated=8,  # pairs, of which the second follows the first in half its rows
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("topk", {}),
+        ("batchtopk", {}),
+        ("matryoshka", {}),  # three nested widths
+        ("jumprelu", {}),
+        ("jumprelu", {"l0_target": 4.0}),
+    ],
+)
+def test_recovers_every_feature_in_superposition(architecture, settings, tmp_path):
+    """As many latents as features, twice as many as dimensions; every other setting as it comes."""
+    planted = views(SUPERPOSED, seed=0)
+    sae = SAEConfig(
+        architecture=architecture, width=64, k=4, steps=2000, batch_size=256, seeds=2, **settings
+    )
+    work, config = Workdir(tmp_path), tiny_run.Config(sae=sae)
+    training.train_dictionaries(config, stored_rows(planted.x[0], sites=1), work)
+    for seed in range(2):
+        best, _ = best_cosines(leaves(work, name=f"seed-{seed}")["W_dec"], planted.directions[0])
+        assert best.mean() >= 0.95, (seed, best)
+
+
+def test_the_usual_rate_falls_with_the_square_root_of_the_width():
+    sae = SAEConfig(width=(1, 64, 4096, 16384), learning_rate=(0.0, 5e-4))
+    rates = [m.learning_rate for m in training.members(sae, [("m", Site(0))])]
+    np.testing.assert_allclose(rates[::2], [2e-2, 1.6e-2, 2e-3, 1e-3])
+    assert set(rates[1::2]) == {5e-4}
+
+
+def test_silence_means_death_after_a_share_of_the_run_or_as_many_rows_as_asked():
+    assert training.dead_after(SAEConfig(steps=1000, batch_size=100)) == 2000
+    assert training.dead_after(SAEConfig(dead_after_rows=7)) == 7
 
 
 def test_every_option_of_the_loop_changes_the_result(tmp_path):
@@ -285,9 +335,9 @@ OPTIONS = {
     "relu": {"l1_coefficient": 3.0},
     "topk": {"k": 4, "auxk_coefficient": 1.0, "k_aux": 1},
     "batchtopk": {"k": 4, "auxk_coefficient": 1.0, "k_aux": 1},
-    "jumprelu": {"l1_coefficient": 3.0, "bandwidth": 2.0, "l0_target": 2.0},
+    "jumprelu": {"l1_coefficient": 3.0, "bandwidth": 2.0, "l0_target": 2.0, "k_aux": 1},
     "gated": {"l1_coefficient": 3.0},
-    "matryoshka": {"k": 4, "nested_fractions": (0.3,), "auxk_coefficient": 1.0, "k_aux": 1},
+    "matryoshka": {"k": 4, "nested_fractions": (0.3,), "nested_balance": 1.0, "k_aux": 1},
 }
 
 

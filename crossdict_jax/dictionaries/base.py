@@ -31,6 +31,7 @@ class Hyper:
       bandwidth: of the kernel that estimates the gradient of a threshold.
       l0_target: active features a row to aim for; 0 for none (static).
       nested_fractions: of the width, nested dictionaries beside the whole (static).
+      nested_balance: weight of a nested dictionary's loss relative to the next wider one's.
       revive: whether any member has dead features. One scalar for the whole ensemble, so that a
         branch on it stays a branch under vmap.
     """
@@ -41,6 +42,7 @@ class Hyper:
     bandwidth: float
     l0_target: float
     nested_fractions: tuple[float, ...]
+    nested_balance: float
     revive: jax.Array | bool = True
 
 

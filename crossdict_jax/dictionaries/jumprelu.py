@@ -7,17 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, matmul, unit_rows
+from crossdict_jax.dictionaries.losses import auxk
 
-INITIAL_THRESHOLD = 0.01  # rows have mean norm sqrt(d_model), so pre-activations start near 1
+# Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
+INITIAL_THRESHOLD = 0.5
 
 
 class JumpReLU(Dictionary):
-    """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f).
+    """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f) + d_model * auxk.
 
     With an L0 target t the penalty is d_model (mean L0 / t - 1)^2: as many features a row as
     asked for, at the price of what an unexplained row costs. A step has no gradient in its
     threshold; it is estimated with a rectangular kernel (Rajamanoharan et al. 2024, arXiv
-    2407.14435, sections 3 and F). Unit decoder rows.
+    2407.14435, sections 3 and F). AuxK, as of TopK but times what a row weighs here, gives dead
+    features something to explain; the kernel alone never finds them again. Unit decoder rows.
 
     Attributes:
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
@@ -37,9 +40,13 @@ class JumpReLU(Dictionary):
         fixed = jax.lax.stop_gradient
         f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
-        mse = jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
-        penalty = self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper.l0_target)
-        return mse + hyper.l1_coefficient * penalty, {"mse": mse, "l0_penalty": penalty}, f
+        parts = {
+            "mse": jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1)),
+            "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper.l0_target),
+            "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+        }
+        revival = hyper.auxk_coefficient * self.d_model * parts["auxk"]
+        return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f
 
     def _penalty(self, l0: jax.Array, target: float) -> jax.Array:
         return self.d_model * jnp.square(l0 / target - 1) if target else l0

@@ -12,10 +12,13 @@ from crossdict_jax.dictionaries.losses import auxk, fvu
 
 
 class Matryoshka(BatchSelected):
-    """loss = mean over nested widths m of FVU(b_dec + f[:m] W_dec[:m]) + auxk;  f as of BatchTopK.
+    """loss = sum over nested widths m of w_m FVU(b_dec + f[:m] W_dec[:m]) + auxk;  f as BatchTopK.
 
     The early features cannot leave parts of what they mean to later ones: no feature absorption
-    (Bussmann et al. 2025, arXiv 2503.17547). The dictionary is used whole, as a BatchTopK one.
+    (Bussmann et al. 2025, arXiv 2503.17547). With equal weights w the narrow ones mix features
+    that they have no room for (hedging); so each width weighs ``nested_balance`` times the next
+    wider (Chanin et al. 2025, arXiv 2505.11756), and all w sum to 1. The dictionary is used
+    whole, as a BatchTopK one.
     """
 
     def losses(self, x, *, hyper: Hyper, dead, dtype=None):
@@ -25,7 +28,7 @@ class Matryoshka(BatchSelected):
         nested = list(self._nested(f, hyper, dtype))
         parts = {
             "fvu": fvu(u, nested[-1]),
-            "nested_fvu": sum(fvu(u, u_hat) for u_hat in nested) / len(nested),
+            "nested_fvu": _weighted([fvu(u, u_hat) for u_hat in nested], hyper.nested_balance),
             "auxk": auxk(self, z, u - nested[-1], dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["nested_fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
@@ -43,3 +46,9 @@ class Matryoshka(BatchSelected):
     def _widths(self, hyper: Hyper) -> list[int]:
         parts = {max(1, round(share * self.width)) for share in hyper.nested_fractions}
         return sorted(parts | {self.width})
+
+
+def _weighted(losses: list[jax.Array], balance: float) -> jax.Array:
+    """Returns the mean of losses, each weighing ``balance`` times the next one."""
+    weights = [balance**i for i in reversed(range(len(losses)))]
+    return sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)

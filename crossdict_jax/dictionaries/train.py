@@ -31,6 +31,8 @@ from crossdict_jax.workdir import Workdir, write_json
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # may have several values
 SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
+MOST_RATE = 2e-2  # above it narrow dictionaries, too, lose what they found
+DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK most of the run to revive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +73,24 @@ def members(config: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values))
             other = [f"{f}-{v:g}" for f, v in chosen.items() if v != swept[f][0]]
+            chosen["learning_rate"] = chosen["learning_rate"] or usual_rate(chosen["width"])
             found.append(
                 Member(model, site, seed, name="-".join([f"seed-{seed}", *other]), **chosen)
             )
     return found
+
+
+def usual_rate(width: int) -> float:
+    """Returns Adam's learning rate for a width: 2e-3 at 4096, falling with its square root.
+
+    The law is of Gao et al. 2024 (arXiv 2406.04093).
+    """
+    return min(MOST_RATE, 2e-3 * math.sqrt(4096 / width))
+
+
+def dead_after(sae: SAEConfig) -> int:
+    """Returns how many rows of silence mean that a feature is dead: as set, or a share of all."""
+    return sae.dead_after_rows or max(1, round(DEAD_SHARE * sae.steps * sae.batch_size))
 
 
 def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
@@ -350,7 +366,7 @@ def _trainable(sae: SAEConfig, graphdef, group, d_model, scales, means) -> Train
         return jax.vmap(one)(keys, jnp.asarray(scales), jnp.asarray(means))
 
     def step(state, batch, number, _):
-        revive = (state["train"]["silent"] >= sae.dead_after_rows).any()
+        revive = (state["train"]["silent"] >= dead_after(sae)).any()
         member = _member_step(sae, graphdef, adam, number, revive, d_model)
         over_members = jax.vmap(member, spmd_axis_name=MEMBER)
         return over_members(state, batch, rates, penalties)
@@ -366,7 +382,7 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_model):
     def step(state, x, rate, penalty):
         params, train_state = state["params"], state["train"]
         hyper = hyper_of(sae, penalty * l1_factor(number), d_model=d_model, revive=revive)
-        dead = train_state["silent"] >= sae.dead_after_rows
+        dead = train_state["silent"] >= dead_after(sae)
 
         def loss_of(params):
             d = modules.merge(graphdef, params)
@@ -396,6 +412,7 @@ def hyper_of(sae: SAEConfig, l1_coefficient, *, d_model: int, revive) -> base.Hy
         bandwidth=sae.bandwidth,
         l0_target=sae.l0_target,
         nested_fractions=sae.nested_fractions,
+        nested_balance=sae.nested_balance,
         revive=revive,
     )
 
