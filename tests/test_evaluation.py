@@ -13,7 +13,7 @@ from crossdict_jax import bootstrap, maps
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation import evaluate, transfer_metrics
+from crossdict_jax.evaluation import evaluate, reconstruction, transfer_metrics
 from crossdict_jax.evaluation.transfer import (
     BEATS_MEAN,
     BEATS_TOKEN,
@@ -571,6 +571,11 @@ def test_reconstruction_rows(finished):
         assert row["l0"] == pytest.approx(config.sae.k)
         assert 0 < row["fvu_low"] < row["fvu"] < row["fvu_high"]
         assert row["kl_sae"] > 0
+        for suffix, name in (("", "kl_zero"), ("_mean", "kl_mean")):
+            recovered = row[f"kl_recovered{suffix}"]
+            assert (recovered is None) == (row[name] < 0.05)
+            if recovered is not None:
+                assert recovered == pytest.approx(1 - row["kl_sae"] / row[name])
         for name, baseline in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
             gap = row[baseline] - row["ce_clean"]
             assert (row[name] is None) == (gap < 0.05)
@@ -591,6 +596,40 @@ def test_dictionary_figures_are_their_definitions(finished):
     )
     dead = ~((f["train"] > 0).any(0) | (f["test"] > 0).any(0))
     assert row["dead_fraction"] == pytest.approx(dead.mean())
+    x_hat, mean = np.asarray(d.decode(f["test"])), x["train"].mean(0)
+    along = np.sum((x["test"] - mean) * (x_hat - mean)) / np.sum((x["test"] - mean) ** 2)
+    assert row["shrinkage"] == pytest.approx(along, rel=1e-4)
+    bias = np.sum(x_hat**2) / np.sum(x["test"] * x_hat)
+    assert row["relative_bias"] == pytest.approx(bias, rel=1e-4)
+    assert row["relative_bias_low"] <= row["relative_bias"] <= row["relative_bias_high"]
+
+
+def test_shrunken_reconstructions_are_told(finished):
+    _, work = finished
+    store = open_store(work.activations)
+    d = maps.base.dictionaries.load(work.dictionary("a", tiny_run.SITE))
+    x = store.read("a", tiny_run.SITE, store.select("test")).astype(np.float32)
+    how = {"mean": np.zeros(x.shape[1], np.float32), "size": 512}
+    d.b_dec[...] = 0 * d.b_dec[...]
+    before = reconstruction.measure(d, x, **how)
+    d.W_dec[...] = 0.5 * d.W_dec[...]
+    after = reconstruction.measure(d, x, **how)
+    np.testing.assert_allclose(after["along"], 0.5 * before["along"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after["power"], 0.25 * before["power"], rtol=1e-4)
+    assert (before["along"] == before["overlap"]).all()
+
+
+def test_nearest_cosines_are_those_of_the_whole_matrix():
+    W = np.random.default_rng(0).normal(size=(70, 9)).astype(np.float32)
+    W[3], W[5] = 2 * W[4], 0  # a duplicate, and a row of zeros
+    unit = W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-9)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    for block in (7, 70, 1024):
+        found = reconstruction.nearest_cosines(W, block=block)
+        np.testing.assert_allclose(found, cosines.max(1), atol=1e-6)
+    assert found[3] == pytest.approx(1) and found[5] == 0
+    assert reconstruction.nearest_cosines(W[:1]).shape == (0,)
 
 
 SPLITS = ("train", "test")
@@ -609,6 +648,8 @@ def test_feature_tables_count_every_live_feature(finished):
     for row, dictionary in zip(densities, read_jsonl(work.result("reconstruction.jsonl"))):
         alive = config.sae.width * (1 - dictionary["dead_fraction"])
         assert sum(row["log10_frequency_histogram"]["counts"]) == pytest.approx(alive)
+        assert sum(row["decoder_cosine_histogram"]["counts"]) == config.sae.width
+        assert -1 <= dictionary["decoder_cosine"] <= 1
     for row in (r for r in rows if "map" in r):
         n_live = transfer.pop((row["source"], row["map"]))["n_live"]
         assert sum(row["correlation_histogram"]["counts"]) == n_live

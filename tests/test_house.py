@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {  # a room may use the rooms of lower levels, and itself
     "launch": 8,
     "verify": 7,
+    "benchmark": 7,
     "evaluation": 6,
     "causal": 6,
     "maps": 5,
@@ -36,6 +37,7 @@ NOT_REQUIRED = {  # used where somebody has it
     "tensorboardX",
     "tensorboard",
     "wandb",
+    "sae_lens",  # in an environment of its own
 }
 
 SOURCES = sorted(

@@ -174,6 +174,7 @@ def feature_rows(transfer: list[dict]) -> list[dict]:
                     "site": f"resid_pre.{layer}",
                     "seed": 0,
                     "log10_frequency_histogram": histogram,
+                    "decoder_cosine_histogram": histogram,
                 }
             )
     edges = np.linspace(-0.2, 1, 41)
@@ -389,7 +390,9 @@ def test_the_page_needs_no_other_file(html, page):
 
 def test_every_figure_is_there_and_has_words(html, page):
     panels = 3 * 2
-    figures = 6 + panels * 5 + 3  # densities; r2 cosine stitching correlation frequency; curves
+    figures = (
+        12 + panels * 5 + 3
+    )  # densities, cosines; r2 cosine stitching correlation frequency; curves
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Solid line: the mean" in page.text
 

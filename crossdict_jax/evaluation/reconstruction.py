@@ -20,7 +20,7 @@ from crossdict_jax.activations.splice import (
     train_mean,
 )
 from crossdict_jax.activations.store import Store
-from crossdict_jax.bootstrap import Resamples
+from crossdict_jax.bootstrap import Estimate, Resamples
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
@@ -28,6 +28,9 @@ from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
+COSINE_EDGES = np.linspace(0, 1, 21)  # of a decoder row to the one most like it
+ROW_SUMS = ("error", "variance", "along", "power", "overlap")  # of a row, see ``measure``
+LEAST_KL = 0.05  # nats: where an ablation does less, what is recovered of it means nothing
 
 
 def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict], list[dict]]:
@@ -37,11 +40,18 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
       the n_rows kept test rows.
     - dead_fraction: the share of features that are active in none of the n_rows_dead kept rows of
       training and test together.
+    - shrinkage = sum (x - m).(x_hat - m) / sum ||x - m||^2 with m = mean_train(x): 1 is none, below
+      1 reconstructions are too short.
+    - relative_bias = sum ||x_hat||^2 / sum x.x_hat: 1 is none (Rajamanoharan et al. 2024, arXiv
+      2404.16014, section 5.2).
+    - decoder_cosine: mean over features of the cosine of their decoder row to the one most like it.
     - ce_*: cross-entropy in nats of the token after each of n_positions paired positions of
       n_documents_ce test documents, with the model's own activations there (clean), zeros, the
-      training mean, or the reconstruction (sae); kl_sae = KL(clean || sae).
+      training mean, or the reconstruction (sae); kl_* = KL(clean || *).
     - loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce_clean), null where zeros cost less than
       0.05 nats; loss_recovered_mean: the same with the mean in place of zeros.
+    - kl_recovered = 1 - kl_sae / kl_zero, null where zeros cost less than 0.05 nats;
+      kl_recovered_mean: the same with the mean in place of zeros.
 
     Raises:
       UserError: a model and site of the store has no dictionary, or one is damaged.
@@ -64,9 +74,9 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
                         "seed": seed_of(folder),
                         "member": folder.name,
                     }
-                    figures, density = _figures(config, store, model, site, dictionary)
+                    figures, histograms = _figures(config, store, model, site, dictionary)
                     rows.append(where | figures | loss)
-                    densities.append(where | {"log10_frequency_histogram": density})
+                    densities.append(where | histograms)
                     progress.update()
     return rows, densities
 
@@ -89,34 +99,82 @@ def seed_of(folder: Path) -> int:
 def _figures(
     config: Config, store: Store, model: str, site: Site, dictionary: Dictionary
 ) -> tuple[dict[str, Any], dict]:
-    """What the stored rows say of a dictionary: (columns, histogram of firing frequencies)."""
+    """What the stored rows say of a dictionary: (columns, histograms)."""
     train, test = store.select("train"), store.select("test")
     x_train, x_test = store.read(model, site, train), store.read(model, site, test)
     mean = train_mean(store, model, site)
-    measure = partial(_measure, dictionary, mean=mean, size=config.evaluation.batch_size)
-    in_train, in_test = measure(x_train), measure(x_test)
+    how = {"mean": mean, "size": config.evaluation.batch_size}
+    in_train, in_test = measure(dictionary, x_train, **how), measure(dictionary, x_test, **how)
     draws = _draw(config, store.rows.document[test])
     fires, n = in_train["fires"] + in_test["fires"], len(train) + len(test)
     frequencies = np.log10(fires[fires > 0] / n)
-    counts, _ = np.histogram(frequencies.clip(FREQUENCY_EDGES[0]), FREQUENCY_EDGES)
+    cosines = nearest_cosines(dictionary.W_dec[...])
     columns = {
         "width": dictionary.width,
         "n_rows": len(test),
         "n_documents": draws.n_documents,
         **bootstrap.columns("l0", draws.mean(in_test["l0"])),
         **bootstrap.columns("fvu", draws.estimate(in_test["error"], in_test["variance"])),
+        **bootstrap.columns("shrinkage", draws.estimate(in_test["along"], in_test["variance"])),
+        **bootstrap.columns("relative_bias", draws.estimate(in_test["power"], in_test["overlap"])),
         "dead_fraction": float(np.mean(fires == 0)),
         "n_rows_dead": n,
+        "decoder_cosine": None if len(cosines) < 2 else float(cosines.mean(dtype=np.float64)),
     }
-    return columns, {"edges": FREQUENCY_EDGES.tolist(), "counts": counts.tolist()}
+    return columns, {
+        "log10_frequency_histogram": _histogram(frequencies, FREQUENCY_EDGES),
+        "decoder_cosine_histogram": _histogram(cosines, COSINE_EDGES),
+    }
+
+
+def _histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, list]:
+    """Counts between edges; what lies beyond the ends is counted in the first and last."""
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
+    """Returns the cosine [width] of every decoder row to the other row that is most like it.
+
+    A row of zeros is like none (0); of width 1 there is no other row, and nothing is returned.
+
+    Args:
+      W_dec: [width, d_model].
+    """
+    W = np.asarray(W_dec, np.float32)
+    if len(W) < 2:
+        return np.zeros(0, np.float32)
+    norms = np.linalg.norm(W, axis=1, keepdims=True)
+    unit = W / np.where(norms > 0, norms, 1)
+    padded = np.pad(unit, ((0, -len(unit) % block), (0, 0)))
+    parts = [
+        np.asarray(_nearest(padded[at : at + block], unit, at))
+        for at in range(0, len(padded), block)
+    ]
+    return np.concatenate(parts)[: len(W)]
+
+
+@jax.jit
+def _nearest(rows, everyone, start):
+    """The largest cosine [block] of rows ``start``, ``start + 1`` ... to any row but themselves."""
+    cosines = jnp.matmul(rows, everyone.T, precision=jax.lax.Precision.HIGHEST)
+    own = start + jnp.arange(len(rows))[:, None] == jnp.arange(len(everyone))[None, :]
+    return jnp.where(own, -jnp.inf, cosines).max(axis=1)
 
 
 def _draw(config: Config, documents: np.ndarray) -> Resamples:
     return bootstrap.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
 
 
-def _measure(dictionary: Dictionary, x: np.ndarray, *, mean: np.ndarray, size: int) -> dict:
-    """{l0, error, variance: [n], fires: [width]} of all rows, a batch at a time."""
+def measure(
+    dictionary: Dictionary, x: np.ndarray, *, mean: np.ndarray, size: int
+) -> dict[str, np.ndarray]:
+    """Returns what every row x [n, d_model] says of a dictionary, ``size`` rows at a time.
+
+    l0, error = ||x - x_hat||^2, variance = ||x - mean||^2, along = (x - mean).(x_hat - mean),
+    power = ||x_hat||^2, overlap = x.x_hat: all [n]; fires [width]: rows in which a feature is
+    active.
+    """
     graphdef, params = modules.split(dictionary)
     parts, fires = [], 0
     for at in range(0, len(x), size):
@@ -125,20 +183,21 @@ def _measure(dictionary: Dictionary, x: np.ndarray, *, mean: np.ndarray, size: i
         active, *values = _measure_batch(graphdef, params, padded, mean, len(batch))
         fires = fires + np.asarray(active, np.int64)
         parts.append([np.asarray(v)[: len(batch)] for v in values])
-    l0, error, variance = map(np.concatenate, zip(*parts))
-    return {"l0": l0, "error": error, "variance": variance, "fires": fires}
+    columns = map(np.concatenate, zip(*parts))
+    return dict(zip(("l0", *ROW_SUMS), columns), fires=fires)
 
 
 @partial(jax.jit, static_argnums=0)
 def _measure_batch(graphdef, params, x, mean, count):
-    """Over the first ``count`` rows how often each feature fires; per row l0, error, variance."""
+    """Over the first ``count`` rows how often each feature fires; per row l0 and ROW_SUMS."""
     dictionary, x = modules.merge(graphdef, params), x.astype(jnp.float32)
     f = dictionary.encode(x)  # [batch, width]
     active = f > 0
     real = jnp.arange(len(x)) < count
-    error = jnp.sum(jnp.square(x - dictionary.decode(f)), axis=1)
-    variance = jnp.sum(jnp.square(x - mean[None, :]), axis=1)
-    return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), error, variance
+    x_hat, m = dictionary.decode(f), mean[None, :]
+    products = ((x - x_hat,) * 2, (x - m,) * 2, (x - m, x_hat - m), (x_hat,) * 2, (x, x_hat))
+    sums = [jnp.sum(a * b, axis=1) for a, b in products]
+    return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), *sums
 
 
 def _splicer(config: Config, store: Store, model: str, path: str) -> Splicer:
@@ -178,9 +237,18 @@ def _loss_columns(effects: dict[str, Effect], sae: Effect, draws: Resamples) -> 
         row |= bootstrap.columns(f"ce_{name}", draws.mean(effects[name].ce))
     row |= bootstrap.columns("ce_sae", draws.mean(sae.ce))
     row |= bootstrap.columns("kl_sae", draws.mean(sae.kl))
+    for suffix, name in (("", "zero"), ("_mean", "mean")):
+        row |= bootstrap.columns(f"kl_{name}", draws.mean(effects[name].kl))
+        row |= bootstrap.columns(f"kl_recovered{suffix}", _kl_recovered(sae, effects[name], draws))
     for name, baseline in (("loss_recovered", "zero"), ("loss_recovered_mean", "mean")):
         share = loss_recovered(
             sae, clean=effects["clean"], baseline=effects[baseline], resamples=draws
         )
         row |= bootstrap.columns(name, share)
     return row
+
+
+def _kl_recovered(sae: Effect, baseline: Effect, draws: Resamples) -> Estimate | None:
+    if draws.mean(baseline.kl).value < LEAST_KL:
+        return None
+    return 1 - draws.estimate(sae.kl, baseline.kl)

@@ -211,6 +211,11 @@ def _inputs(results: Results) -> dict:
             results.reconstruction, "Every column of reconstruction.jsonl", ("model", "site")
         ),
         "densities": [plots.density_figure(row) for row in features],
+        "cosines": [
+            plots.decoder_cosine_figure(row)
+            for row in features
+            if "decoder_cosine_histogram" in row
+        ],
         "curves": [plots.curves_figure(curves) for curves in results.curves],
     }
 

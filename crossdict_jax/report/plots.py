@@ -462,17 +462,30 @@ def _place(row: dict) -> str:
 
 def density_figure(row: dict) -> Figure:
     """Returns the histogram of log10 firing frequency of one dictionary's features."""
-    histogram = row["log10_frequency_histogram"]
+    return _histogram_figure(
+        row, "log10_frequency_histogram", "density", "log10 of the firing frequency"
+    )
+
+
+def decoder_cosine_figure(row: dict) -> Figure:
+    """Returns the histogram of the cosines of one dictionary's decoder rows to the nearest."""
+    return _histogram_figure(
+        row, "decoder_cosine_histogram", "cosine", "cosine to the nearest feature"
+    )
+
+
+def _histogram_figure(row: dict, key: str, kind: str, what: str) -> Figure:
+    histogram = row[key]
     name = f"{row['model']} {row['site']} {dictionary_name(row)}"
 
     def paint(axes):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)
         axes.set_title(name)
-        open_axes(axes, "log10 of the firing frequency", "features")
+        open_axes(axes, what, "features")
 
     total = number(int(sum(histogram["counts"])))
-    words = f"Histogram of the firing frequency of {total} live features of {name}."
-    return Figure(draw(paint, name=f"density {name}", width=2.6, height=1.7, margins=OPEN), words)
+    words = f"Histogram of the {what} of {total} features of {name}."
+    return Figure(draw(paint, name=f"{kind} {name}", width=2.6, height=1.7, margins=OPEN), words)
 
 
 def curves_figure(curves: Curves) -> Figure:

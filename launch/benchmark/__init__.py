@@ -1,0 +1,1 @@
+"""Comparisons with other libraries; ``python -m launch.benchmark`` says which there are."""
