@@ -436,7 +436,7 @@ def test_the_flags_of_the_page_give_the_settings_of_the_run(tmp_path):
     )
     kinds = settings.settings(Config)
     assert {k: settings.parse(kinds[k], v) for k, v in flags.items()} == {
-        k: value for k in kinds if (value := operator.attrgetter(k)(config)) != ""
+        k: operator.attrgetter(k)(config) for k in kinds
     }
 
 
