@@ -30,9 +30,9 @@ SITE = tiny_run.SITE
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """(config, work directory) of a run whose controls have not been begun."""
-    config, work = tiny_run.make_run(tmp_path_factory.mktemp("controls"), controls=BOTH)
-    config.sae = dataclasses.replace(config.sae, steps=4, batch_size=64, checkpoint_every=2)
-    return config, work
+    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
+    sae = dataclasses.replace(config.sae, steps=4, batch_size=64, checkpoint_every=2)
+    return dataclasses.replace(config, controls=BOTH, sae=sae), work
 
 
 def run_controls(config: Config, work: Workdir) -> None:

@@ -66,8 +66,8 @@ def make_models(root: Path, texts: list[str]) -> tuple[str, ...]:
     return tuple(str(root / name) for name in SHAPES)
 
 
-def make_config(root: Path, *, controls: tuple[str, ...] = ()) -> Config:
-    """The settings of the run, its text written to ``root``."""
+def make_config(root: Path) -> Config:
+    """The settings of the run, its text written to ``root``; tests of controls turn them on."""
     texts = make_texts(60)
     (root / "text").mkdir(parents=True)
     for i, text in enumerate(texts):
@@ -75,7 +75,7 @@ def make_config(root: Path, *, controls: tuple[str, ...] = ()) -> Config:
     return Config(
         models=make_models(root, texts),
         layers=(SITE.layer,),
-        controls=controls,
+        controls=(),
         text=TextConfig(source=str(root / "text"), documents=60, window_tokens=40),
         sae=SAEConfig(width=32, k=6),
         map=MapConfig(kinds=("mean", "token", "ridge", "mlp")),
@@ -90,9 +90,9 @@ def shared_run(base: Path) -> tuple[Config, Workdir]:
     return make_run(base / "tiny")
 
 
-def make_run(root: Path, *, controls: tuple[str, ...] = ()) -> tuple[Config, Workdir]:
+def make_run(root: Path) -> tuple[Config, Workdir]:
     """Extracts, draws random dictionaries and networks, and fits the closed forms."""
-    config = make_config(root, controls=controls)
+    config = make_config(root)
     work = open_workdir(root / "run", to_dict(config))
     store = extract(config, work)
     for i, name in enumerate(SHAPES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.evaluation import attribution
-from crossdict_jax.evaluation.ladder import FREQUENCY_EDGES, Ladder, encode, where
+from crossdict_jax.evaluation.ladder import FREQUENCY_EDGES, Ladder, encode, take, where
 from crossdict_jax.maps import Map, Pairs, Task
+from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.workdir import Workdir
 
@@ -58,14 +60,15 @@ def feature_rows(
 
 def _feature_r2(loaded: dict[str, Map], pairs: Pairs, bench) -> dict[str, tuple[float, np.ndarray]]:
     """{rung: (R^2 over all features, R^2 of each [width])} on some rows."""
-    target = encode(pairs.target).astype(np.float64)
-    spread = np.square(target - bench.held_out.train_mean[None, :]).sum(axis=0)
-    safe = np.where(spread > 0, spread, np.nan)
-    found = {}
-    for kind, m in loaded.items():
-        error = np.square(target - maps.predict(m, pairs, bench.batch_size)).sum(axis=0)
-        found[kind] = 1 - error.sum() / max(spread.sum(), 1e-30), 1 - error / safe
-    return found
+    spread, errors = 0.0, dict.fromkeys(loaded, 0.0)
+    for block in map(partial(take, pairs), slices(len(pairs))):
+        target = encode(block.target).astype(np.float64)
+        spread = spread + np.square(target - bench.held_out.train_mean[None, :]).sum(axis=0)
+        for kind, m in loaded.items():
+            predicted = maps.predict(m, block, bench.batch_size)
+            errors[kind] = errors[kind] + np.square(target - predicted).sum(axis=0)
+    safe, whole = np.where(spread > 0, spread, np.nan), max(spread.sum(), 1e-30)
+    return {kind: (1 - e.sum() / whole, 1 - e / safe) for kind, e in errors.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,7 @@ class _Described:
         self._place = {feature: i for i, feature in enumerate(features)}
         which = np.asarray(features)
         test, train = (ladder.bench.splits[split] for split in ("test", "train"))
-        self._predicted = maps.predict(loaded[best], test, ladder.bench.batch_size)[:, which]
+        self._map = loaded[best]
         self._match = attribution.correlations(train, which).argmax(axis=1)
         self._correlations = attribution.correlations(test, which)
         path = store.paths[store.models.index(self._target)]
@@ -178,22 +181,25 @@ class _Described:
                 attribution.describe(kind, found, i, match, self._again.get(kind))
                 for kind, found in self._drivers.items()
             ],
-            "contexts": self._contexts(feature, i),
+            "contexts": self._contexts(feature),
         }
 
-    def _contexts(self, feature: int, i: int) -> list[dict[str, Any]]:
+    def _contexts(self, feature: int) -> list[dict[str, Any]]:
         """The strongest test rows, at most one of each document, as text around the token."""
         f = self._bench.held_out.target[:, feature]
         documents = self._bench.splits["test"].documents
-        found, seen = [], set()
+        rows: dict[int, int] = {}  # of each document
         for row in np.argsort(-f, kind="stable"):
-            if len(found) == CONTEXTS or f[row] <= 0:
+            if len(rows) == CONTEXTS or f[row] <= 0:
                 break
-            if documents[row] not in seen:
-                seen.add(documents[row])
-                values = {"activation": float(f[row]), "predicted": float(self._predicted[row, i])}
-                found.append(self._snippet(int(row)) | values)
-        return found
+            rows.setdefault(int(documents[row]), int(row))
+        chosen = np.array([*rows.values()])
+        shown = take(self._bench.splits["test"], chosen)
+        predicted = maps.predict(self._map, shown, self._bench.batch_size)[:, feature]
+        return [
+            self._snippet(row) | {"activation": float(f[row]), "predicted": float(p)}
+            for row, p in zip(chosen, predicted)
+        ]
 
     def _snippet(self, row: int) -> dict[str, str]:
         store, number = self._store, self._store.select("test")[row]

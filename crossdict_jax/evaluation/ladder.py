@@ -164,7 +164,7 @@ class Bench:
         test, context = self.splits["test"], self.context
         means = token_sums(
             context.source.tokens,
-            lambda rows: maps.predict(m, read(_take(context, rows)), self.batch_size),
+            lambda rows: maps.predict(m, read(take(context, rows)), self.batch_size),
             size=self.held_out.target.shape[1],
         )
         return measure(
@@ -212,7 +212,9 @@ def _shuffled(splits: Splits, seed: int) -> Splits:
     return {s: maps.shuffled(p, maps.shuffle_seed(seed, s)) for s, p in splits.items()}
 
 
-def _take(pairs: Pairs, rows: np.ndarray) -> Pairs:
+def take(pairs: Pairs, rows: np.ndarray | slice) -> Pairs:
+    """Returns some of the rows of pairs."""
+
     def side(s: Side) -> Side:
         return dataclasses.replace(s, x=s.x[rows], tokens=s.tokens[rows])
 
@@ -223,7 +225,7 @@ def _context(train: Pairs, tokens: np.ndarray) -> Pairs:
     rows = np.flatnonzero(np.isin(train.source.tokens, tokens))
     if len(rows) > CONTEXT_ROWS:
         rows = rows[np.linspace(0, len(rows) - 1, CONTEXT_ROWS).astype(np.int64)]
-    return _take(train, rows)
+    return take(train, rows)
 
 
 def _read_target_tokens(pairs: Pairs) -> Pairs:

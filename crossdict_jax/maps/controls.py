@@ -62,13 +62,16 @@ def fit_controls(config: Config, store: Store, work: Workdir) -> None:
     todo = control_tasks(config, store)
     if not todo:
         return
-    loader, directory = ControlLoader(config, store, work), work.controls.maps / "training"
-    again = [task for task in todo if task.control == "reseeded"]
-    others = [task for task in todo if task.control != "reseeded"]
-    fit.fit_tasks(others, config, loader, work, directory=directory)
-    other_seed = dataclasses.replace(config, seed=(config.seed + 1) % 2**32)
-    apart = {"directory": directory / "reseeded", "stage": "train_hypernetworks_reseeded"}
-    fit.fit_tasks(again, other_seed, loader, work, **apart)
+    loader = ControlLoader(config, store, work)
+    for name in config.controls:  # apart, since some rungs learn from all that they are fitted on
+        fit.fit_tasks(
+            [task for task in todo if task.control == name],
+            dataclasses.replace(config, seed=(config.seed + (name == "reseeded")) % 2**32),
+            loader,
+            work,
+            directory=work.controls.maps / "training" / name,
+            stage=f"train_hypernetworks_{name}",
+        )
 
 
 class ControlLoader(Loader):
