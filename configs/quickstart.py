@@ -18,6 +18,8 @@ def get_config() -> Config:
         models=(),  # the embedded pair
         layers=(5, 6, 7),  # of 8, as in the large presets
         site="resid_pre",
+        # Not the crosscoder, whose joint code would be trained once more for every control.
+        control_kinds=("token", "procrustes", "ridge", "ridge_codes", "token_ridge", "mlp"),
         control_pairs=1,  # the middle layer: controls cost as much again as what they control
         text=TextConfig(
             source="docstrings",  # what every installation has

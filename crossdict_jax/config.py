@@ -200,6 +200,7 @@ class Config:
     seed: int = 0  # of everything random: another seed is another run
     records: tuple[str, ...] = ()  # tensorboard, wandb: who gets training curves besides jsonl
     controls: tuple[str, ...] = CONTROLS[:2]  # beside shuffled pairs; reseeded too, () for none
+    control_kinds: tuple[str, ...] = ()  # rungs that get controls; () means all of map.kinds
     control_pairs: int = 0  # pairs of layers that get controls, evenly spread; 0 means all
     text: TextConfig = field(default_factory=TextConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)

@@ -231,6 +231,7 @@ def _rules() -> dict[str, Rule]:
         "seed": _SEED,
         "records": _one_of("tensorboard", "wandb"),
         "controls": _one_of(*CONTROLS),
+        "control_kinds": _one_of(*map_kinds()),
         "control_pairs": _at_least(0),
         "text.source": _FILLED,
         "text.column": _FILLED,
@@ -387,7 +388,7 @@ def _check_values(name: str, value: Any, rule: Rule) -> None:
             raise UserError(f"{name}={spell(value)}{which} must be {words}.")
     if name in MAY_BE_EMPTY:
         return
-    if not values and name != "controls":
+    if not values and name not in ("controls", "control_kinds"):
         raise UserError(f"{name} is empty; give one value or more, with commas between.")
     if len(set(values)) < len(values):
         raise UserError(f"{name}={spell(value)} holds a value twice; give each once.")

@@ -377,6 +377,11 @@ def test_only_the_controls_asked_for_are_made(finished):
     for asked in ((), ("skyline",), ("untrained",), BOTH):
         found = control_tasks(dataclasses.replace(config, controls=asked), store)
         assert [t.control for t in found] == [c for c in asked for _ in range(2 * kinds)]
+    some = dataclasses.replace(config, control_kinds=("ridge", "procrustes"))
+    assert {(t.control, t.kind) for t in control_tasks(some, store)} == {
+        ("skyline", "ridge"),
+        ("untrained", "ridge"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -384,6 +389,7 @@ def test_only_the_controls_asked_for_are_made(finished):
     [
         ({"controls": ("skylien",)}, "skylien must be one of skyline, untrained"),
         ({"controls": ("skyline", "skyline")}, "holds a value twice"),
+        ({"control_kinds": ("rigde",)}, "rigde must be one of"),
         ({"control_pairs": -1}, "control_pairs=-1 must be 0 or more"),
     ],
 )

@@ -18,7 +18,7 @@ from crossdict_jax.workdir import Workdir
 
 
 def control_tasks(config: Config, store: Store) -> list[Task]:
-    """Returns every control of the run's aligned maps, at the layers that have controls.
+    """Returns every control of the run's aligned maps, of the rungs and layers that have them.
 
     - skyline: from B to B at the target's site, once for every rung; the source is B's dictionary
       of another seed.
@@ -30,7 +30,9 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
     ladder = [
         task
         for task in fit.tasks(config, store)
-        if task.pairing == "aligned" and task.site_target.layer in layers[task.target]
+        if task.pairing == "aligned"
+        and task.site_target.layer in layers[task.target]
+        and task.kind in (config.control_kinds or config.map.kinds)
     ]
     made = []
     if "skyline" in config.controls:
