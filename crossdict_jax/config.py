@@ -246,7 +246,7 @@ class ConvertConfig:
     push: str = ""  # hub:OWNER/NAME[/FOLDER] to upload the result to; empty for nowhere
 
 
-GATES = ("G1", "G2", "G3", "G5", "G6", "G7", "G8", "G9", "G10")
+GATES = tuple(f"G{i}" for i in range(1, 11))
 
 
 @dataclass

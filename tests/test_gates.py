@@ -22,12 +22,15 @@ from crossdict_jax.verify import (
     g01_identity,
     g02_rotation,
     g03_independence,
+    g04_exclusive,
     g05_pairing,
+    g06_causal,
     g07_nonlinearity,
     g08_reference_recipe,
     g09_training,
     g10_determinism,
     lab,
+    ownership,
     planted,
     real,
     run,
@@ -264,6 +267,51 @@ def test_g3_misses_a_leak_and_scores_in_sample(sabotage, monkeypatch, tmp_path):
         "share of seeds with a confirmed match",
     }
     assert (confirmed <= missed.keys()) is (sabotage == "leak")
+
+
+SCORES = [f"{kind}_{what}" for kind in ("shared", "exclusive") for what in ("precision", "recall")]
+
+
+@pytest.mark.parametrize(("low", "missed"), [(None, 0), *((name, 1) for name in SCORES)])
+def test_g4_misses_any_low_median_of_batchtopk(low, missed, monkeypatch, tmp_path):
+    def found(settings, config, seeds, *, directory):
+        bad = settings.variant == "l1"
+        medians = {name: 0.1 if bad or name == low else 0.9 for name in SCORES}
+        lucky, unlucky = dict.fromkeys(SCORES, 1.0), dict.fromkeys(SCORES, 0.0)
+        assert len(seeds) == g04_exclusive.SEEDS
+        return [medians, lucky, unlucky, lucky | medians, unlucky | medians]
+
+    monkeypatch.setattr(g04_exclusive, "ownership", found)
+    assert len(judge(g04_exclusive, tmp_path)) == missed
+
+
+@pytest.mark.soak
+def test_g4_misses_shuffled_pairs(monkeypatch, tmp_path):
+    def torn(config, seed):
+        made = planted.views(config, seed)
+        order = np.random.default_rng(seed).permutation(len(made))
+        return dataclasses.replace(made, x=(made.x[0], made.x[1][order]))
+
+    monkeypatch.setattr(ownership, "views", torn)
+    monkeypatch.setattr(g04_exclusive, "SEEDS", 2)
+    assert "BatchTopK: recall of shared features" in judge(g04_exclusive, tmp_path)
+
+
+@pytest.mark.parametrize("sabotage", [None, "swapped"])
+def test_g6_misses_images_of_the_wrong_feature(sabotage, monkeypatch, tmp_path):
+    monkeypatch.setattr(g06_causal, "TEXTS", 24)
+    short = {"contexts": 8, "random_directions": 16, "alphas": (0.1, 0.2, 0.4)}
+    monkeypatch.setattr(g06_causal, "PLAN", dataclasses.replace(g06_causal.PLAN, **short))
+    if sabotage:
+        images = g06_causal.images
+        monkeypatch.setattr(
+            g06_causal, "images", lambda *a, **k: np.roll(images(*a, **k), 2, axis=0)
+        )
+    missed = judge(g06_causal, tmp_path)
+    assert bool(missed) is bool(sabotage)
+    if sabotage:
+        assert any("linked features" in what for what in missed)
+        assert any("lead over random" in what for what in missed)
 
 
 def test_g5_misses_a_shifted_pairing(monkeypatch, tmp_path):
