@@ -13,12 +13,14 @@ DOCUMENTS = 120  # about 17,000 training rows
 
 
 def gate(*, seed: int, directory: Path) -> Gate:
-    a, b = models.EMBEDDED
-    untrained = _untrained(b, directory / f"untrained-{Path(b).name}", seed)
-    config = real.real_config((a, b, untrained), documents=DOCUMENTS, kinds=("ridge",), seed=seed)
+    one, other = models.EMBEDDED
+    untrained = _untrained(other, directory / f"untrained-{Path(other).name}", seed)
+    config = real.real_config(
+        (one, other, untrained), documents=DOCUMENTS, kinds=("ridge",), seed=seed
+    )
     work = real.extracted(config, directory / "run")
     store = open_store(work.activations)
-    new = store.models[2]
+    a, b, new = store.models
 
     def score(source: str, target: str, kind: str = "ridge") -> dict:
         return lab.closed_form(kind, store, work, source, target, real.SITE)

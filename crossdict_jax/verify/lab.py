@@ -168,7 +168,7 @@ def ladder(config: Config, work: Workdir) -> list[dict]:
     groups = itertools.groupby(tasks(config, store), key=lambda t: (t.source, t.target))
     with tqdm(disable=True) as progress:
         for _, group in groups:
-            rows += score_ladder(list(group), config, store, work, progress)[0]
+            rows += score_ladder(list(group), config, store, work, progress).rows({})
     return rows
 
 
@@ -194,7 +194,7 @@ def planted_ladder(
     for task in chosen:
         _fit(task, config, store, work)
     with tqdm(disable=True) as progress:
-        return score_ladder(chosen, config, store, work, progress)[0]
+        return score_ladder(chosen, config, store, work, progress).rows({})
 
 
 def _fit(task: Task, config: Config, store: Store, work: Workdir) -> None:
