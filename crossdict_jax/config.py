@@ -83,6 +83,7 @@ RUNGS = (
     "low_rank",
     "token_ridge",
     "mlp",
+    "token_mlp",
     "crosscoder",
 )
 
@@ -111,11 +112,15 @@ class MapConfig:
     ridge_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance
     ranks: tuple[int, ...] = (1, 4, 16, 64, 128, 256)  # low_rank: up to the smaller d_model
     token_pseudocounts: tuple[float, ...] = (0.0, 1.0, 4.0, 16.0)  # shrinkage to the mean
-    hidden: int = 512  # mlp: units of both hidden layers
+    hidden: int = 512  # mlp, token_mlp: units of both hidden layers
+    head: str = "jumprelu"  # relu | jumprelu | topk: what makes their features exactly zero
     dropout: float = 0.1  # share of the hidden units that a training row does without
     steps: int = 1000  # batches
     batch_size: int = 128  # rows
     learning_rate: float = 1e-3  # AdamW, cosine decay
+    validate_every: int = 50  # steps; the parameters of the best validation score are kept
+    patience: int = 5  # validations without a gain, after which a map's training stops
+    correlation_features: int = 0  # drawn each step for the correlation loss; 0 means all
     weight_decay: float = 1e-4  # AdamW
     gradient_clip: float = 1.0  # largest global norm
     checkpoint_every: int = 500  # steps

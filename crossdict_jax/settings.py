@@ -28,6 +28,7 @@ from crossdict_jax.errors import UserError
 
 # No models: the embedded pair. No sources: all are trained. No records: nobody gets any.
 MAY_BE_EMPTY = {"models", "records", "sae.sources"}
+MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
 
 
@@ -204,8 +205,8 @@ def has_k(architecture: str) -> bool:
 
 def map_kinds() -> tuple[str, ...]:
     """Returns the rungs of the ladder: the files of their room that define one."""
-    machinery = {"base", "controls", "descriptions", "fit", "joint", "losses", "moments"}
-    return _kinds("maps", machinery=machinery)
+    shared = {"base", "descriptions", "ensemble", "heads", "joint", "losses", "moments", "network"}
+    return _kinds("maps", machinery=shared | {"controls", "fit"})
 
 
 def gate_files() -> dict[str, str]:
@@ -270,10 +271,14 @@ def _rules() -> dict[str, Rule]:
         "map.ranks": _at_least(1),
         "map.token_pseudocounts": _at_least(0),
         "map.hidden": _at_least(1),
+        "map.head": _one_of(*MAP_HEADS),
         "map.dropout": _SHARE_OR_0,
         "map.steps": _at_least(1),
         "map.batch_size": _at_least(1),
         "map.learning_rate": _ABOVE_0,
+        "map.validate_every": _at_least(1),
+        "map.patience": _at_least(1),
+        "map.correlation_features": _at_least(0),
         "map.weight_decay": _at_least(0),
         "map.gradient_clip": _ABOVE_0,
         "map.checkpoint_every": _at_least(1),

@@ -27,7 +27,7 @@ LEVELS = {  # a room may use the rooms of lower levels, and itself
 FAMILIES = {  # room: what the files of its family may know of their room
     "models": {"base", "hf"},
     "dictionaries": {"base", "losses"},
-    "maps": {"base", "descriptions", "losses", "moments"},
+    "maps": {"base", "descriptions", "ensemble", "losses", "moments", "network"},
 }
 LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", "jinja2"}
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}

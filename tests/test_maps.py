@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from map_problems import (
     CONFIG,
     ROWS,
@@ -29,7 +28,19 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, LossWeights, MapConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import Pairs, Problem, base, fit, losses, mlp, moments, token_ridge
+from crossdict_jax.maps import (
+    Pairs,
+    Problem,
+    base,
+    ensemble,
+    fit,
+    heads,
+    losses,
+    mlp,
+    moments,
+    network,
+    token_ridge,
+)
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
@@ -380,10 +391,10 @@ def test_members_train_as_if_alone(kind, nonlinear, fitted_on, trained):
 
 
 def test_members_on_their_own_devices_never_talk(nonlinear):
-    ensemble = mlp._Ensemble([nonlinear[0]] * 8, CONFIG, seed=0)
-    trainable, feed = ensemble._trainable(), ensemble._feed()
+    eight = ensemble.Ensemble(mlp.MLP, [nonlinear[0]] * 8, CONFIG, seed=0)
+    trainable, feed = eight.trainable(), eight.feed()
     abstract = jax.eval_shape(trainable.init, jax.random.key(0))
-    shardings = ensemble._by_member(abstract)
+    shardings = eight.by_member(abstract)
     state = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
@@ -395,7 +406,7 @@ def test_members_on_their_own_devices_never_talk(nonlinear):
         state, feed.resident, feed.indices(0, 1)[0]
     )
     program = lowered.compile().as_text()
-    assert ensemble.mesh.shape["member"] == 8
+    assert eight.mesh.shape["member"] == 8
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f"{collective}(" not in program
 
@@ -406,7 +417,7 @@ def test_the_log_has_a_column_per_member(trained):
     assert labels == ["A to B", "A to B (shuffled)"]
     rows = read_jsonl(directory / "metrics.jsonl")
     assert rows[-1]["step"] == CONFIG.steps - 1
-    assert {"loss", "mse", "nmse", "cosine", "correlation", "sparsity"} < set(rows[0])
+    assert {"loss", "mse", "nmse", "cosine", "correlation", "sparsity", "validation"} < set(rows[0])
     curves = np.array([row["loss"] for row in rows])
     assert curves.shape[1] == 2
     assert curves[-1, 0] < 0.6 * curves[0, 0]
@@ -415,11 +426,10 @@ def test_the_log_has_a_column_per_member(trained):
 def untrained(problem: Problem):
     """The MLP of a problem before training."""
     source, target = problem.train.source, problem.train.target
-    shape = {"width_a": source.dictionary.width, "hidden": 16, "dropout": 0.3}
-    standards = mlp._standards(source, target)
-    network = mlp.Network(**shape, width_b=target.dictionary.width, rngs=nnx.Rngs(params=0))
-    values = standards | {"network": modules.split(network)[1]}
-    return base.build(mlp.MLP, target.dictionary, shape, values)
+    m = mlp.MLP(target.dictionary, width_a=source.dictionary.width, hidden=16, dropout=0.3)
+    values = mlp.MLP.standards(problem, CONFIG).values
+    own = base.own_parameters(modules.split(m)[1]) | values
+    return base.build(mlp.MLP, target.dictionary, m.arguments, own)
 
 
 def test_mlp_starts_as_the_mean_predictor_with_live_gradients(nonlinear):
@@ -435,7 +445,8 @@ def test_mlp_starts_as_the_mean_predictor_with_live_gradients(nonlinear):
     def gradient(network):
         def loss(network):
             m = modules.merge(graphdef, params | {"network": network})
-            return losses.transfer_loss(m(f_a), f_b, LossWeights(), variance=1.0)[0]
+            p = heads.rectified(m.estimate(f_a, tokens=None, key=None))
+            return losses.transfer_loss(p, f_b, LossWeights(), variance=1.0)[0]
 
         return jax.grad(loss)(network)
 
@@ -452,12 +463,16 @@ def test_dropout_drops_in_training_only(nonlinear):
     m = untrained(nonlinear[0])
     m.network.last.kernel[...] = jnp.ones((16, 16))
     f_a = maps.source_inputs(m, nonlinear[1])[:32]
-    first, again, other = (m.forward(f_a, key=jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
-    np.testing.assert_array_equal(m.forward(f_a, key=None), m(f_a))
+
+    def estimate(seed=None):
+        key = None if seed is None else jax.random.key(seed)
+        return m.estimate(f_a, tokens=None, key=key)
+
+    np.testing.assert_array_equal(estimate(0), estimate(0))
+    assert not np.array_equal(estimate(0), estimate(1))
+    np.testing.assert_array_equal(jax.nn.relu(estimate()), m(f_a))
     h = jnp.ones((1000, 16))
-    dropped = mlp._dropped(h, 0.3, jax.random.key(0))
+    dropped = network._dropped(h, 0.3, jax.random.key(0))
     assert np.mean(np.asarray(dropped) == 0) == pytest.approx(0.3, abs=0.02)
     assert np.mean(dropped) == pytest.approx(1.0, abs=0.03)
 
@@ -469,7 +484,7 @@ def test_dropout_drops_in_training_only(nonlinear):
 )
 def test_every_option_of_the_optimizer_changes_the_update(settings):
     def after_three_steps(config):
-        optimizer, params = mlp.make_optimizer(config), {"kernel": np.ones((3, 2), np.float32)}
+        optimizer, params = ensemble.make_optimizer(config), {"kernel": np.ones((3, 2), np.float32)}
         state = optimizer.init(params)
         for step in range(3):
             gradient = {"kernel": np.cos(step + params["kernel"])}
@@ -487,10 +502,10 @@ def test_the_loss_is_the_weighted_sum_and_shapes_are_as_asked(nonlinear, fitted_
     weights = dataclasses.asdict(CONFIG.loss_weights)
     weighted = [weights[n] * terms["nmse" if n == "mse" else n] for n in weights]
     assert terms["loss"] == pytest.approx(sum(weighted), rel=1e-5)
-    assert terms["rows"] == 256  # four whole batches of 300 rows
+    assert fitted.record["validation_rows"] == 256  # four whole batches of 300 rows
     assert fitted.map.network.second.kernel.shape == (CONFIG.hidden, CONFIG.hidden)
     assert fitted.map.network.dropout == CONFIG.dropout
-    feed = mlp._Ensemble([nonlinear[0]], CONFIG, seed=0)._feed()
+    feed = ensemble.Ensemble(mlp.MLP, [nonlinear[0]], CONFIG, seed=0).feed()
     batches = feed.indices(0, 25)
     assert batches.shape == (25, CONFIG.batch_size)
     np.testing.assert_array_equal(np.sort(batches, axis=None), np.arange(1600))  # one epoch

@@ -16,7 +16,7 @@ from crossdict_jax import models, modules, settings
 from crossdict_jax.activations import extract
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
-from crossdict_jax.maps import Pairs, Problem, Side, mlp
+from crossdict_jax.maps import Pairs, Problem, Side, ensemble, mlp
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import read_jsonl
 
@@ -102,14 +102,15 @@ def test_the_trained_map_at_full_size(config):
         return Side(x=x, tokens=np.zeros(len(x), np.int32), dictionary=d)
 
     pairs = Pairs(side(0), side(1), np.zeros(config.map.batch_size, np.int32))
-    ensemble = mlp._Ensemble([Problem("a to b", pairs, pairs)], config.map, seed=0)
-    trainable, feed = ensemble._trainable(), ensemble._feed()
+    alone = ensemble.Ensemble(mlp.MLP, [Problem("a to b", pairs, pairs)], config.map, seed=0)
+    trainable, feed = alone.trainable(), alone.feed()
     state = jax.eval_shape(trainable.init, jax.random.key(0))
     rows = jax.ShapeDtypeStruct((config.map.batch_size,), np.int32)
     batch = jax.eval_shape(feed.select, feed.resident, rows)
     after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
     assert after == state and np.isfinite(metrics["loss"].size)
-    assert state["params"]["last"]["kernel"].shape == (1, config.map.hidden, config.sae.width)
+    last = state["params"]["network"]["last"]["kernel"]
+    assert last.shape == (1, config.map.hidden, config.sae.width)
 
 
 @pytest.mark.soak

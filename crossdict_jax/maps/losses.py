@@ -53,23 +53,42 @@ def _standardised(x: jax.Array) -> jax.Array:
     return jnp.where(varies, centred / norm, 0.0)
 
 
-def sparsity(p: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns the mismatch of firing: per-feature rates and per-row L0, both as shares of 1.
+def sparsity(p: jax.Array, t: jax.Array, *, fires: jax.Array | None = None) -> jax.Array:
+    """Returns the mismatch of firing: of per-feature rates and of per-row L0, each relative.
 
-    Counting is made differentiable by a sigmoid surrogate, the same on both sides:
-    fires(x) = 2 sigmoid(2 x / s) - 1 = tanh(x / s), 0 at 0 and 1 well above s, with s a tenth
-    of the mean active value of the target. Then
-    mean_j (rate_j(p) - rate_j(t))^2 + mean_i (L0_i(p) - L0_i(t))^2 / width^2.
+    sum_j (rate_j(p) - rate_j(t))^2 / sum_j rate_j(t)^2
+    + mean_i (L0_i(p) - L0_i(t))^2 / mean_i L0_i(t)^2, about 2 where nothing fires.
+
+    Args:
+      fires: [batch, width], 1 where p fires and 0 elsewhere, with a gradient of its own. Without
+        it counting is made differentiable by a sigmoid surrogate, the same on both sides:
+        fires(x) = 2 sigmoid(2 x / s) - 1 = tanh(x / s), 0 at 0 and 1 well above s, with s a tenth
+        of the mean active value of the target.
     """
-    active = jnp.sum(t > 0)
-    typical = jnp.sum(jnp.maximum(t, 0.0)) / jnp.maximum(active, 1)
-    scale = SOFT_FIRING * jnp.where(active > 0, typical, 1.0)
-    difference = jnp.tanh(p / scale) - jnp.tanh(t / scale)
-    return jnp.mean(jnp.square(difference.mean(0))) + jnp.mean(jnp.square(difference.mean(1)))
+    active = t > 0
+    if fires is None:
+        typical = jnp.sum(jnp.maximum(t, 0.0)) / jnp.maximum(jnp.sum(active), 1)
+        scale = SOFT_FIRING * jnp.where(active.any(), typical, 1.0)
+        fires, active = jnp.tanh(p / scale), jnp.tanh(t / scale)
+    active = active.astype(jnp.float32)
+    rates = _relative(fires.mean(0), active.mean(0))
+    return rates + _relative(fires.mean(1), active.mean(1))
+
+
+def _relative(p: jax.Array, t: jax.Array) -> jax.Array:
+    """Squared distance in units of the squared length of t; in plain units where t is 0."""
+    length = jnp.sum(jnp.square(t))
+    return jnp.sum(jnp.square(p - t)) / jnp.where(length > 0, length, 1.0)
 
 
 def transfer_loss(
-    p: jax.Array, t: jax.Array, weights: LossWeights, *, variance: jax.Array | float
+    p: jax.Array,
+    t: jax.Array,
+    weights: LossWeights,
+    *,
+    variance: jax.Array | float,
+    fires: jax.Array | None = None,
+    features: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (weighted sum, terms) of the four losses.
 
@@ -78,13 +97,16 @@ def transfer_loss(
       variance: mean variance of the target's features; the sum takes the squared error in its
         units, so that the weights mean the same for any scale of the activations. The terms
         hold the raw error as ``mse`` and the weighed one as ``nmse``.
+      fires: see ``sparsity``.
+      features: int [some], the features between which correlations are compared; None: all.
     """
+    some = (p, t) if features is None else (p[:, features], t[:, features])
     terms = {
         "mse": mse(p, t),
         "nmse": mse(p, t, variance=variance),
         "cosine": cosine(p, t),
-        "correlation": correlation(p, t),
-        "sparsity": sparsity(p, t),
+        "correlation": correlation(*some),
+        "sparsity": sparsity(p, t, fires=fires),
     }
     loss = (
         weights.mse * terms["nmse"]

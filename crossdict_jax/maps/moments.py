@@ -12,6 +12,7 @@ import numpy as np
 from crossdict_jax.maps.base import (
     ROWS,
     Pairs,
+    Side,
     encode_rows,
     exact_matmul,
     find_tokens,
@@ -211,3 +212,21 @@ def token_sums(
         sums[here[starts]] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
         square += float(np.sum(np.square(batch), dtype=np.float64))
     return TokenSums(ids.astype(np.int32), counts, sums, square)
+
+
+def feature_sums(tokens: np.ndarray, side: Side) -> TokenSums:
+    """Returns the sums of a side's features by the given tokens [n]."""
+    return token_sums(
+        tokens, lambda rows: encode_rows(side.dictionary, side.x[rows]), size=side.dictionary.width
+    )
+
+
+def table_error(table: np.ndarray, train: TokenSums, held_out: TokenSums) -> float:
+    """Returns the mean over held-out rows and features of (f - table[token])^2.
+
+    From sums by token alone: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
+    """
+    rows = table[train.places(held_out.ids)]  # [tokens held out, width]
+    total = held_out.square - 2 * np.sum(rows * held_out.sums)
+    total += np.sum(held_out.counts * np.sum(np.square(rows), axis=1))
+    return float(total / (held_out.counts.sum() * rows.shape[1]))

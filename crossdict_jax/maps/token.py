@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import (
     Fitted,
     Map,
     Problem,
-    Side,
     TokenTable,
     build,
     check_grid,
     check_rows,
-    encode_rows,
 )
-from crossdict_jax.maps.moments import TokenSums, token_sums
+from crossdict_jax.maps.moments import feature_sums, table_error
 
 
 class Token(Map):
@@ -66,21 +63,3 @@ def _fit(problem: Problem, config: MapConfig) -> Fitted:
     values = {"table": {"ids": train.ids, "rows": train.shrunk(best)}}
     arguments = {"seen": len(train.ids)}
     return Fitted(build(Token, problem.train.target.dictionary, arguments, values), record)
-
-
-def feature_sums(tokens: np.ndarray, side: Side) -> TokenSums:
-    """Returns the sums of a side's features by the given tokens [n]."""
-    return token_sums(
-        tokens, lambda rows: encode_rows(side.dictionary, side.x[rows]), size=side.dictionary.width
-    )
-
-
-def table_error(table: np.ndarray, train: TokenSums, held_out: TokenSums) -> float:
-    """Returns the mean over held-out rows and features of (f - table[token])^2.
-
-    From sums by token alone: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
-    """
-    rows = table[train.places(held_out.ids)]  # [tokens held out, width]
-    total = held_out.square - 2 * np.sum(rows * held_out.sums)
-    total += np.sum(held_out.counts * np.sum(np.square(rows), axis=1))
-    return float(total / (held_out.counts.sum() * rows.shape[1]))
