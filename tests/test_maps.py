@@ -524,7 +524,8 @@ class FakeStore:
         self.models = tuple(widths)
         self.sites = tuple(Site(layer) for layer in layers)
         self._split = np.repeat([0, 1, 2], [180, 40, 40])
-        self.rows = SimpleNamespace(document=np.arange(n, dtype=np.int32) // 10)
+        places = np.arange(n, dtype=np.int32)
+        self.rows = SimpleNamespace(document=places // 10, byte_end=places % 10)
         self._tokens = {model: rng.integers(0, 9, n).astype(np.int32) for model in widths}
         shared = rng.normal(size=(n, 4))
         self._x = {

@@ -214,11 +214,7 @@ def _shuffled(splits: Splits, seed: int) -> Splits:
 
 def take(pairs: Pairs, rows: np.ndarray | slice) -> Pairs:
     """Returns some of the rows of pairs."""
-
-    def side(s: Side) -> Side:
-        return dataclasses.replace(s, x=s.x[rows], tokens=s.tokens[rows])
-
-    return Pairs(side(pairs.source), side(pairs.target), pairs.documents[rows])
+    return Pairs(pairs.source.take(rows), pairs.target.take(rows), pairs.documents[rows])
 
 
 def _context(train: Pairs, tokens: np.ndarray) -> Pairs:

@@ -39,6 +39,8 @@ class Side:
       token_bytes: gives, by token id, the bytes of text that a token stands for; None where all
         sides count tokens in one vocabulary.
       reordered_from: the side that holds the same rows in another order, if there is one.
+      keys: int [n, 2], (document, byte end) of each row, by which ``Pairs`` sees that both sides
+        are the same places of the same text; None where nobody says.
     """
 
     x: np.ndarray
@@ -48,6 +50,18 @@ class Side:
     layer: int = 0
     token_bytes: Callable[[], Sequence[bytes]] | None = None
     reordered_from: Side | None = None
+    keys: np.ndarray | None = None
+
+    @cached_property
+    def bad_row(self) -> int | None:
+        """The first row that holds NaN or infinity, before any reordering; None if none does."""
+        if self.reordered_from is not None:
+            return self.reordered_from.bad_row
+        for rows in slices(len(self.x)):
+            bad = ~np.isfinite(self.x[rows].astype(np.float32)).all(axis=1)
+            if bad.any():
+                return rows.start + int(bad.argmax())
+        return None
 
     @cached_property
     def feature_moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +75,11 @@ class Side:
             square += np.square(f).sum(0, dtype=np.float64)
         mean = total / len(self.x)
         return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
+
+    def take(self, rows: np.ndarray | slice) -> Side:
+        """Returns the side with these rows alone."""
+        keys = None if self.keys is None else self.keys[rows]
+        return dataclasses.replace(self, x=self.x[rows], tokens=self.tokens[rows], keys=keys)
 
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in the given order."""
@@ -79,6 +98,24 @@ class Pairs:
     source: Side
     target: Side
     documents: np.ndarray
+
+    def __post_init__(self):
+        a, b = self.source, self.target
+        rows = {len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}
+        if len(rows) > 1:
+            raise UserError(
+                f"Pairs need equally many rows: the source has {len(a.x)} and {len(a.tokens)} "
+                f"tokens, the target {len(b.x)} and {len(b.tokens)}, with {len(self.documents)} "
+                "documents; take both sides from the same rows."
+            )
+        if a.keys is None or b.keys is None or np.array_equal(a.keys, b.keys):
+            return
+        row = int(np.argmax((a.keys != b.keys).any(axis=1)))
+        places = [f"document {d}, byte {end}" for d, end in (a.keys[row], b.keys[row])]
+        raise UserError(
+            f"Row {row} is {places[0]} in the source and {places[1]} in the target: these are not "
+            "the same places of the same text; take both sides from one store."
+        )
 
     def __len__(self) -> int:
         return len(self.source.x)
@@ -318,7 +355,7 @@ def _target_dictionary(path: Path, meta: dict[str, Any]) -> Dictionary:
 
 
 def check_rows(problem: Problem, kind: str, *, train: int = 2, validation: int = 1) -> None:
-    """Raises UserError if a problem has fewer rows than the rung needs."""
+    """Raises UserError if a problem has fewer rows than the rung needs, or one is not finite."""
     for split, least in (("train", train), ("validation", validation)):
         rows = len(getattr(problem, split))
         if rows < least:
@@ -326,6 +363,15 @@ def check_rows(problem: Problem, kind: str, *, train: int = 2, validation: int =
                 f"{problem.label} has {rows} paired {split} rows and {kind} needs {least} or "
                 "more; raise text.documents."
             )
+    for split in ("train", "validation"):
+        pairs = getattr(problem, split)
+        for name, side in (("source", pairs.source), ("target", pairs.target)):
+            if side.bad_row is not None:
+                raise UserError(
+                    f"{problem.label}: row {side.bad_row} of the {name}'s {split} rows (document "
+                    f"{pairs.documents[side.bad_row]}) holds NaN or infinity; extract activations "
+                    "again or look at the model."
+                )
 
 
 def check_grid(name: str, values: Sequence[float], *, positive: bool) -> None:

@@ -114,6 +114,7 @@ def load_side(store: Store, model: str, site: Site, split: str, work: Workdir) -
         model=model,
         layer=site.layer,
         token_bytes=partial(_token_bytes, store, model),
+        keys=np.stack([store.rows.document[rows], store.rows.byte_end[rows]], axis=1),
     )
 
 

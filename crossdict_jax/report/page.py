@@ -10,7 +10,16 @@ from itertools import groupby
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
-from crossdict_jax.report import answer, causal_features, crosscoder, moved, plots, shared, tables
+from crossdict_jax.report import (
+    ablation,
+    answer,
+    causal_features,
+    crosscoder,
+    moved,
+    plots,
+    shared,
+    tables,
+)
 from crossdict_jax.report.features import feature_tables
 from crossdict_jax.report.results import (
     PLACE,
@@ -38,6 +47,7 @@ RUNG_WORDS = {
     "token_ridge": "The token table, then ridge on what the table leaves over.",
     "mlp": "A three-layer network on the source’s features, trained with four losses; known to "
     "users as the hypernetwork.",
+    "token_mlp": "The token table, then such a network on what the table leaves over of features.",
     "hypernetwork": "A network that writes the weights of a map from descriptions of both "
     "dictionaries.",
     "crosscoder": "One sparse code shared by all models, computed here from the source alone.",
@@ -85,6 +95,7 @@ def render(config: Config, results: Results, *, root: Path) -> str:
             results.feature_causal, results.feature_causal_summary
         ),
         moved=moved.section(results.moved, results.warm_starts),
+        ablation=ablation.section(results.ablation),
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
         verdicts=tables.VERDICTS,

@@ -43,6 +43,7 @@ RUNG_COLOURS = {
     "low_rank": SERIES[6],
     "token_ridge": SERIES[2],
     "mlp": SERIES[3],
+    "token_mlp": INK,
     "hypernetwork": SERIES[4],
     "crosscoder": SERIES[5],
 }

@@ -27,6 +27,7 @@ LADDER = (
     "low_rank",
     "token_ridge",
     "mlp",
+    "token_mlp",
     "hypernetwork",
     "crosscoder",
 )
@@ -178,6 +179,7 @@ class Results:
     crosscoders: list[dict]
     moved: list[dict]
     warm_starts: list[dict]
+    ablation: list[dict]
     timing: dict
     curves: list[Curves]
 
@@ -215,6 +217,7 @@ def read_results(work: Workdir) -> Results:
         feature_transfer=_optional(work.result("feature_transfer.jsonl")),
         feature_causal=_optional(work.result("feature_causal.jsonl")),
         feature_causal_summary=_optional(work.result("feature_causal_summary.jsonl")),
+        ablation=_optional(work.result("ablation.jsonl")),
         timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
         crosscoders=_optional(work.result("crosscoder.jsonl")),
         moved=_optional(work.result("dictionary_transfer.jsonl")),
