@@ -36,7 +36,8 @@ def get_config() -> Config:
         map=MapConfig(
             steps=300,
             batch_size=128,
-            hidden=256,  # half the width of a dictionary
+            hidden=256,  # two thirds of the width of a dictionary
+            learning_rate=5e-3,  # high, for few steps
         ),
         crosscoder=CrosscoderConfig(steps=250),  # of the dictionaries' batches
         intervention=InterventionConfig(

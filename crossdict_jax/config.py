@@ -114,10 +114,10 @@ class MapConfig:
     token_pseudocounts: tuple[float, ...] = (0.0, 1.0, 4.0, 16.0)  # shrinkage to the mean
     hidden: int = 512  # mlp, token_mlp: units of both hidden layers
     head: str = "jumprelu"  # relu | jumprelu | topk: what makes their features exactly zero
-    dropout: float = 0.1  # share of the hidden units that a training row does without
+    dropout: float = 0.0  # share of the hidden units that a training row does without
     steps: int = 1000  # batches
     batch_size: int = 128  # rows
-    learning_rate: float = 1e-3  # AdamW, cosine decay
+    learning_rate: float = 3e-3  # AdamW, cosine decay
     validate_every: int = 50  # steps; the parameters of the best validation score are kept
     patience: int = 5  # validations without a gain, after which a map's training stops
     correlation_features: int = 0  # drawn each step for the correlation loss; 0 means all

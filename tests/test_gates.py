@@ -16,7 +16,7 @@ from crossdict_jax.activations import extract, pairing
 from crossdict_jax.config import GATES, VerifyConfig
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.evaluation import ladder
-from crossdict_jax.maps import mlp, procrustes
+from crossdict_jax.maps import ensemble, procrustes
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify import (
     g01_identity,
@@ -46,7 +46,7 @@ def on_one_device():
     """Programs for one device compile several times faster; sharding is tested elsewhere."""
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        for module in (extract, dictionaries, mlp):
+        for module in (extract, dictionaries, ensemble):
             patch.setattr(module, "make_mesh", one)
         yield
 

@@ -84,7 +84,7 @@ class Side:
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in the given order."""
         rows = {"x": self.x[order], "tokens": self.tokens[order]}
-        return dataclasses.replace(self, **rows, reordered_from=self)
+        return dataclasses.replace(self, **rows, reordered_from=self, keys=None)
 
 
 @dataclass(frozen=True)
