@@ -37,8 +37,8 @@ def get_config() -> Config:
             dropout=0.1,  # while training only
             steps=1000,
             batch_size=128,
-            # Usual is 1e-3 and ReLU. On small pairs that leaves the network far from done in as many
-            # steps, and its predictions several times too dense.
+            # Usual is 1e-3 and ReLU. On small pairs that leaves the network far from done, and its
+            # predictions several times too dense.
             learning_rate=3e-3,
             head="jumprelu",
             weight_decay=1e-4,
