@@ -39,7 +39,10 @@ def get_config() -> Config:
             hidden=256,  # two thirds of the width of a dictionary
             learning_rate=5e-3,  # high, for few steps
         ),
-        crosscoder=CrosscoderConfig(steps=250),  # of the dictionaries' batches
+        crosscoder=CrosscoderConfig(
+            steps=300,  # enough to read one model from the other; too few to tell whose latents are
+            learning_rate=3e-3,
+        ),
         intervention=InterventionConfig(
             documents=16,
             features=12,  # in either direction, at the middle layers

@@ -28,6 +28,8 @@ def get_config() -> Config:
             width=768,  # what two different models have to say, and their common part
             k=24,
             steps=1500,
+            learning_rate=3e-3,
+            drop_probability=0.25,  # rows without a model blur whose a latent is
             self_nulls=1,  # docs-gpt2 beside itself, and beside a rotated copy
         ),
         intervention=InterventionConfig(documents=16),

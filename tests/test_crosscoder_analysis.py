@@ -167,7 +167,8 @@ def test_the_report_shows_every_row_and_a_histogram_per_model():
         for pairing in ("aligned", "shuffled")
         for m, row in zip("ab", found)
     ]
-    (table,), figures = report.section(rows).values()
+    section = report.section(rows)
+    (table,), figures = section["tables"], section["figures"]
     assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
     assert [row[0].text + row[1].text for row in table.rows] == [
         *("aaligned", "baligned", "ashuffled", "bshuffled")
@@ -175,3 +176,7 @@ def test_the_report_shows_every_row_and_a_histogram_per_model():
     assert table.rows[0][7].text.startswith("40")  # shared, in percent
     assert len(figures) == 2 and "40\u00a0% shared by all, 30\u00a0% its own" in figures[1].words
     assert report.section([]) is None
+    (caution,) = section["cautions"]  # forty percent of the shuffled ones pass as shared
+    assert "40\u00a0% of the latents" in caution
+    few = [row | {"shared": 0.1} for row in rows]
+    assert report.section(few)["cautions"] == []

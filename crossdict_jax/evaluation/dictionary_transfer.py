@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import bootstrap, maps, models, modules
-from crossdict_jax.activations.splice import Effect, Splicer, loss_recovered, select_passages
+from crossdict_jax.activations.splice import Effect, Splicer, select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.bootstrap import Resamples
 from crossdict_jax.config import Config
@@ -35,8 +35,8 @@ def score_dictionary_transfer(config: Config, store: Store, work: Workdir) -> li
       rotation and back, at the same scales; stitch, from B to A and back with no dictionary
       between: what no transferred one can exceed.
     - fvu, l0: of the n_rows test rows; ce: nats of the token after each of n_positions paired
-      positions of test documents with the reconstruction put in; delta_ce: less the clean one;
-      loss_recovered: of what zeros cost.
+      positions of test documents with the reconstruction put in; delta_ce: less the clean one.
+      Both are null of the stitch alone, which is not put in.
 
     Directions whose source dictionary is not of this project's architectures have no rows.
 
@@ -188,20 +188,17 @@ class _Target:
         return float((f > 0).sum(axis=1).mean())
 
     def _losses(self, ways, model: str, site: Site) -> dict[str, dict]:
-        """The columns of each way put into the model, on its passages."""
+        """The columns of each dictionary put into the model, on its passages."""
         x = self.store.read(model, site, self.splicer.passages.rows)
-        put_in = {name: self._reconstructed(way, x) for name, way in ways.items()}
-        effects = self.splicer.effects(site, put_in | {"zero": np.zeros(x.shape[1], np.float32)})
-        return {name: self._loss_columns(effects, effects[name]) for name in ways}
+        dictionaries = {n: way for n, way in ways.items() if not isinstance(way, Stitch)}
+        put_in = {name: self._reconstructed(d, x) for name, d in dictionaries.items()}
+        effects = self.splicer.effects(site, put_in)
+        return {name: self._loss_columns(effects["clean"], effects.get(name)) for name in ways}
 
-    def _loss_columns(self, effects: dict[str, Effect], effect: Effect) -> dict[str, Any]:
-        clean = effects["clean"]
-        recovered = loss_recovered(
-            effect, clean=clean, baseline=effects["zero"], resamples=self.draws
-        )
+    def _loss_columns(self, clean: Effect, effect: Effect | None) -> dict[str, Any]:
+        mean = self.draws.mean
         return {
-            "n_positions": len(effect.ce),
-            **bootstrap.columns("ce", self.draws.mean(effect.ce)),
-            **bootstrap.columns("delta_ce", self.draws.mean(effect.ce - clean.ce)),
-            **bootstrap.columns("loss_recovered", recovered),
+            "n_positions": None if effect is None else len(effect.ce),
+            **bootstrap.columns("ce", effect and mean(effect.ce)),
+            **bootstrap.columns("delta_ce", effect and mean(effect.ce - clean.ce)),
         }

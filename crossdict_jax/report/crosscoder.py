@@ -27,6 +27,8 @@ COLUMNS = (
     Column("refuted"),
 )
 
+INVENTED = 0.2  # share of latents that pass as shared on shuffled rows, from which on it is told
+
 
 def section(rows: list[dict]) -> dict | None:
     """Returns the tables and figures of crosscoder.jsonl, or None without rows."""
@@ -36,7 +38,22 @@ def section(rows: list[dict]) -> dict | None:
     return {
         "tables": [_table(group) for group in groups],
         "figures": [norms_figure(row) for row in rows if row["pairing"] == "aligned"],
+        "cautions": _cautions(rows),
     }
+
+
+def _cautions(rows: list[dict]) -> list[str]:
+    """Returns what the shuffled controls forbid to read into decoder norms."""
+    worst: dict[str, float] = {}
+    for row in rows:
+        if row["pairing"] == "shuffled" and row["shared"] > INVENTED:
+            worst[row["sites"]] = row["shared"]
+    return [
+        f"Trained on shuffled rows, where nothing is shared, {percent(share, 0)} of the latents "
+        f"still pass as shared ({sites}): decoder norms say little here. More steps, or a lower "
+        "drop probability, separate them."
+        for sites, share in worst.items()
+    ]
 
 
 def _table(rows: list[dict]) -> Table:

@@ -15,7 +15,6 @@ COLUMNS = (
     Column("L0"),
     Column("CE"),
     Column("more than clean"),
-    Column("loss recovered, of zero’s"),
 )
 
 
@@ -37,7 +36,7 @@ def _table(source: str, target: str, rows: list[dict]) -> Table:
             Cell(str(row["dictionary"])),
             _scored(row, "fvu"),
             Cell(number(row.get("l0"), 1)),
-            *(_scored(row, key) for key in ("ce", "delta_ce", "loss_recovered")),
+            *(_scored(row, key) for key in ("ce", "delta_ce")),
         ]
         for row in rows
     ]
