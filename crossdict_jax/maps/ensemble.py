@@ -252,7 +252,7 @@ class Ensemble:
         best, params = state["train"]["best"], state["params"]
         score = self._scores(params, fixed, validation)["loss"]
         gain = score < best["score"]
-        new = {"params": params, "score": score, "step": number.astype(jnp.int32)}
+        new = {"params": params, "score": score, "step": jnp.asarray(number, jnp.int32)}
         kept = {name: best[name] for name in new}
         kept = jax.tree.map(lambda old, new: jnp.where(gain, new, old), kept, new)
         stopped = best["stale"] >= self.config.patience
