@@ -224,7 +224,7 @@ class Ensemble:
         params = {name: own[name] for name in TRAINED if name in own}
         best = {
             "params": params,
-            "score": jnp.full((), jnp.inf),  # any other is a gain
+            "score": jnp.full((), jnp.inf, jnp.float32),  # any other is a gain
             "latest": jnp.zeros(()),
             "step": jnp.zeros((), jnp.int32),
             "stale": jnp.zeros((), jnp.int32),  # validations since the last gain

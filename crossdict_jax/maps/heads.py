@@ -62,7 +62,7 @@ class JumpReLU(Head):
 
     def __init__(self, dictionary: Dictionary):
         super().__init__(dictionary)
-        self.threshold = nnx.Param(jnp.full(dictionary.width, INITIAL_THRESHOLD))
+        self.threshold = nnx.Param(jnp.full(dictionary.width, INITIAL_THRESHOLD, jnp.float32))
 
     def __call__(self, z: jax.Array, scale: jax.Array) -> jax.Array:
         above = z > self.threshold[...][None, :] * scale[None, :]
