@@ -127,7 +127,10 @@ class _Bench:
                         "architecture": theirs,
                         "coefficient": value,
                         "dictionary": self._their_dictionary(ours) | penalty,
-                        "trainer": {"lr": rate},
+                        "trainer": {
+                            "lr": rate,
+                            "lr_end": rate / 10,
+                        },  # the end as their runner has it
                     }
 
     def _their_dictionary(self, ours: str) -> dict[str, Any]:

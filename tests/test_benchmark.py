@@ -1,0 +1,70 @@
+"""Comparisons with other libraries: curves at equal sparsity, a missing peer, a real one."""
+
+import os
+import sys
+
+import pytest
+import tiny_run
+from test_launch import launch
+
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.benchmark import saelens
+from crossdict_jax.config import SAEConfig, to_dict
+from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import open_workdir, read_jsonl
+
+
+def test_fvu_at_equal_sparsity_lies_on_the_curve():
+    assert saelens.fvu_at([40.0, 10.0], [0.1, 0.3], 20) == pytest.approx(0.2)
+    assert saelens.fvu_at([10.0, 40.0], [0.3, 0.1], 10) == pytest.approx(0.3)
+    assert saelens.fvu_at([10.0, 40.0], [0.3, 0.1], 41) is None
+
+
+def test_the_better_setting_of_each_library_counts():
+    row = {"architecture": "topk", "l0": 4.0, "seconds": 1.0}
+    rows = [row | {"library": "ours", "fvu_at_k": 0.2}]
+    rows += [row | {"library": "sae-lens", "fvu_at_k": v} for v in (0.4, 0.3, None)]
+    line = next(b for b in saelens.best(rows) if b["architecture"] == "topk")
+    assert line["ours fvu_at_k"] == 0.2 and line["sae-lens fvu_at_k"] == 0.3
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmark")
+    config = tiny_run.make_config(root)
+    config.sae = SAEConfig(width=32, k=4, steps=4, batch_size=64)
+    work = open_workdir(root / "run", to_dict(config))
+    return config, extract(config, work), work
+
+
+def test_without_the_peer_one_line_says_so(tiny, monkeypatch):
+    monkeypatch.delenv(saelens.PYTHON, raising=False)
+    done = launch("benchmark", f"--workdir={tiny[2].root}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
+    with pytest.raises(UserError, match="CROSSDICT_SAELENS_PYTHON is not set"):
+        saelens.compare_saelens(*tiny)
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [("/nowhere/python", "cannot be run"), (sys.executable, "No module named")],
+)
+def test_a_peer_that_cannot_work_is_told_in_one_line(python, message, tmp_path):
+    (tmp_path / "jobs.json").write_text("[]")
+    with pytest.raises(UserError, match=message) as error:
+        saelens._run_peer(python, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_both_libraries_on_the_same_rows(tiny):
+    if not os.environ.get(saelens.PYTHON):
+        pytest.skip(f"{saelens.PYTHON} is not set")
+    _, _, work = tiny
+    rows = saelens.compare_saelens(*tiny)
+    assert {(r["library"], r["architecture"]) for r in rows} == {
+        (library, a) for library in ("ours", "sae-lens") for a in saelens.THEIRS
+    }
+    assert all(r["rows_test"] == rows[0]["rows_test"] and r["fvu"] > 0 for r in rows)
+    written = read_jsonl(work.result("benchmark_saelens.jsonl"))
+    assert len(written) == len(rows) and "seconds" not in written[0]
