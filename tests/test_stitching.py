@@ -1,5 +1,6 @@
 """Splicing and stitching: edits reach the paired positions alone, and losses are what they say."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from crossdict_jax import bootstrap, dictionaries, maps, models
 from crossdict_jax.activations import splice
 from crossdict_jax.activations.splice import Effect, Passages, Splicer, loss_recovered
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal import intervene
+from crossdict_jax.causal import intervene, stitching
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
@@ -136,6 +137,33 @@ def test_a_vector_stands_for_every_row(lm, passages):
     rows = np.tile(vector, (len(passages.rows), 1))
     found = run.effects(site, {"vector": vector, "rows": rows})
     np.testing.assert_array_equal(found["vector"].ce, found["rows"].ce)
+
+
+def test_whole_spans_take_what_is_put_at_their_end(lm, passages):
+    """The plain model with one more row for every token inside a span."""
+    site = Site(1)
+    first = np.where(
+        passages.position % 2 == 1, np.maximum(passages.position - 1, 1), passages.position
+    )
+    spans = dataclasses.replace(passages, first=first)
+    values = np.random.default_rng(3).normal(size=(len(first), 8)).astype(np.float32)
+    found = splicer(lm, spans, site).effects(site, {"x": values, "v": values[0]})
+    inner = np.flatnonzero(first < passages.position)
+    assert len(inner) > 5
+    more = Passages(
+        tokens=passages.tokens,
+        rows=np.arange(len(first) + len(inner)),
+        window=np.concatenate([passages.window, passages.window[inner]]),
+        position=np.concatenate([passages.position, first[inner]]),
+        document=np.concatenate([passages.document, passages.document[inner]]),
+    )
+    each = np.concatenate([values, values[inner]])
+    expected = splicer(lm, more, site).effects(site, {"x": each, "v": values[0]})
+    for name in ("x", "v"):
+        own = expected[name].ce[: len(found[name].ce)]
+        np.testing.assert_allclose(found[name].ce, own, atol=1e-5)
+    alone = splicer(lm, passages, site).effects(site, {"x": values})["x"]
+    assert np.abs(found["x"].ce - alone.ce).max() > 0.01
 
 
 def test_positions_without_a_next_token_are_not_scored(lm, passages):
@@ -348,6 +376,20 @@ def test_an_altered_map_is_named_even_if_the_results_are_there(copy):
     largest.write_bytes(largest.read_bytes()[:-1])
     with pytest.raises(UserError, match="altered or cut short"):
         intervene(config, work)
+
+
+def test_spans_are_edited_as_asked(finished):
+    """Stitching's own passages: the last token of every span, or all of them."""
+    config, work = finished
+    store = open_store(work.activations)
+    tasks = [task for task in maps.tasks(config, store) if task.target == "a"]
+    changed = dataclasses.replace(config.intervention, span="whole")
+    given = dataclasses.replace(config, intervention=changed)
+    plain, whole = (
+        stitching._Target.read(c, work, store, "a", tasks).splicer.passages for c in (config, given)
+    )
+    assert plain.first is None
+    assert (whole.first <= whole.position).all() and (whole.first < whole.position).any()
 
 
 @pytest.mark.parametrize("field", ["documents", "batch_size"])

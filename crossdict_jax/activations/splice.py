@@ -7,6 +7,7 @@ compiled program.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Passages:
       window: int [n], index into ``tokens``.
       position: int [n], index into the window's tokens.
       document: int [n].
+      first: int [n], the first token of what is edited up to the position; without it the
+        position alone.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -43,6 +46,7 @@ class Passages:
     window: np.ndarray
     position: np.ndarray
     document: np.ndarray
+    first: np.ndarray | None = None
 
     @property
     def scored(self) -> np.ndarray:
@@ -98,6 +102,22 @@ def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:
     )
 
 
+def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
+    """Returns the passages with all of each span edited, back to the common end before it.
+
+    The tokens inside a span belong to one model alone; left as they are, they would let what was
+    there before shine through. They take what is put at the span's end. Common ends that were
+    dropped as outliers bound spans too, and a window's first token is never edited.
+    """
+    position = store.rows.position[:, store.models.index(model)]
+    same = store.rows.window[1:] == store.rows.window[:-1]
+    before = np.zeros(len(position), np.int64)
+    before[1:][same] = position[:-1][same]
+    front = passages.position - position[passages.rows]  # 1 where there is a BOS
+    first = np.minimum(before[passages.rows] + 1 + front, passages.position)
+    return dataclasses.replace(passages, first=first)
+
+
 def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
     """Returns the mean activation float32 [d_model] over the kept training rows."""
     x = store.read(model, site, store.select("train"))
@@ -111,6 +131,8 @@ class Batch:
     tokens: np.ndarray  # int32 [batch, seq]
     rows: np.ndarray  # int [m], places among the passages' rows
     at: tuple[np.ndarray, np.ndarray]  # (place in the batch [m], position [m])
+    edited: tuple[np.ndarray, np.ndarray]  # (place in the batch, position), of every edited token
+    edited_by: np.ndarray  # int, among the passages' rows: whose replacement it takes
     n_windows: int  # the rest is padding
 
 
@@ -220,13 +242,18 @@ def _batch(passages: Passages, windows: np.ndarray, shape: tuple[int, int]) -> B
         row[: len(passages.tokens[window])] = passages.tokens[window]
     rows = np.flatnonzero(place[passages.window] >= 0)
     at = place[passages.window[rows]], passages.position[rows]
-    return Batch(tokens, rows, at, n_windows=len(windows))
+    first = at[1] if passages.first is None else passages.first[rows]
+    lengths = at[1] - first + 1
+    edited_by = np.repeat(rows, lengths)
+    steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    edited = place[passages.window[edited_by]], np.repeat(first, lengths) + steps
+    return Batch(tokens, rows, at, edited, edited_by, n_windows=len(windows))
 
 
 def _edit(x: np.ndarray, batch: Batch, values: np.ndarray) -> np.ndarray:
-    """A copy of x [batch, seq, d_model] with the paired positions replaced."""
+    """A copy of x [batch, seq, d_model] with the edited tokens replaced."""
     x = x.copy()
-    x[batch.at] = values if values.ndim == 1 else values[batch.rows]
+    x[batch.edited] = values if values.ndim == 1 else values[batch.edited_by]
     return x
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import device_figures
-from crossdict_jax.activations.splice import Passages, select_passages, train_mean
+from crossdict_jax.activations.splice import Passages, select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.images import feature_directions, images
 from crossdict_jax.causal.inject import Injector, Places
@@ -205,18 +205,14 @@ class _Texts:
 def places_of(store: Store, model: str, passages: Passages) -> Places:
     """Returns the paired places of passages: spans reach back to the common end before.
 
-    Continuations reach to the common end behind; a window's last place has none. Common ends that
-    were dropped as outliers bound spans too.
+    Continuations reach to the common end behind; a window's last place has none.
     """
-    every = np.arange(len(store.rows))
-    position = store.rows.position[:, store.models.index(model)]
+    position = store.rows.position[:, store.models.index(model)].astype(np.int64)
     same = store.rows.window[1:] == store.rows.window[:-1]
-    before = np.zeros(len(every), np.int64)  # the first position is never edited
-    before[1:][same] = position[:-1][same]
-    behind = position.astype(np.int64)
+    behind = position.copy()
     behind[:-1][same] = position[1:][same]
     front = passages.position - position[passages.rows]  # 1 where there is a BOS
-    first = np.minimum(before[passages.rows] + 1 + front, passages.position)
+    first = whole_spans(store, model, passages).first
     return Places(passages.window, first, passages.position, behind[passages.rows] + front)
 
 

@@ -17,6 +17,7 @@ from crossdict_jax.activations.splice import (
     loss_recovered,
     select_passages,
     train_mean,
+    whole_spans,
 )
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.bootstrap import Resamples
@@ -39,6 +40,9 @@ def intervene(config: Config, work: Workdir) -> None:
     decoding of the rung's features ("features"). A shuffled rung was fitted on shuffled pairs and
     reads shuffled rows here too. Controls edit the same positions: clean (no edit), zero, mean (of
     the training rows), own_sae (B's own reconstruction, the best that features can do).
+
+    With ``intervention.span`` "whole" all tokens of a span take what is put at its end, in controls
+    too: B's own tokens inside spans then say nothing.
 
     ce and kl are means in nats over the n_positions whose next token is in the window;
     loss_recovered = (ce_zero - ce) / (ce_zero - ce_clean), null where zeros cost less than 0.05.
@@ -110,6 +114,8 @@ class _Target:
         passages = select_passages(
             store, name, documents=config.intervention.documents, seed=config.seed
         )
+        if config.intervention.span == "whole":
+            passages = whole_spans(store, name, passages)
         splicer = Splicer(
             models.load(store.paths[store.models.index(name)]),
             passages,
