@@ -378,9 +378,9 @@ def test_an_altered_map_is_named_even_if_the_results_are_there(copy):
         intervene(config, work)
 
 
-def test_spans_are_edited_as_asked(finished):
+def test_spans_are_edited_as_asked(tmp_path_factory):
     """Stitching's own passages: the last token of every span, or all of them."""
-    config, work = finished
+    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
     store = open_store(work.activations)
     tasks = [task for task in maps.tasks(config, store) if task.target == "a"]
     changed = dataclasses.replace(config.intervention, span="whole")
