@@ -89,7 +89,7 @@ def test_the_random_stitch_keeps_means_and_power_and_is_random():
     assert np.abs(other.there.W - stitch.there.W).max() > 0.1
 
 
-def test_a_planted_affine_pair_moves_without_loss(tmp_path):
+def test_a_planted_affine_pair_moves_without_loss():
     """B is an affine image of A: the fitted stitch moves A's dictionary to B's own quality."""
     rng = np.random.default_rng(0)
     x_a = rng.normal(size=(900, 6)).astype(np.float32) + 2
@@ -98,7 +98,8 @@ def test_a_planted_affine_pair_moves_without_loss(tmp_path):
     d = [build("topk", d_model=w, width=20, k=3, key=jax.random.key(0)) for w in (6, 8)]
 
     def pairs(part):
-        sides = [Side(x[part], np.zeros(1, np.int32), one) for x, one in zip((x_a, x_b), d)]
+        tokens = np.zeros(900, np.int32)[part]
+        sides = [Side(x[part], tokens, one) for x, one in zip((x_a, x_b), d)]
         return Pairs(*sides, np.arange(900)[part])
 
     problem = Problem("A to B", pairs(slice(0, 600)), pairs(slice(600, 900)))
