@@ -166,6 +166,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class EfficiencyConfig:
+    """How much paired data a map is worth: launch.efficiency."""
+
+    rows: tuple[int, ...] = (32, 128, 512, 2048, 8192)  # paired rows to fit on; all come last
+    layer_pair: str = ""  # 6:6 is left out of the hypernetwork's training; blank: the middle one
+    hidden_features: float = 0.2  # share of every dictionary's features that it never sees
+
+
+@dataclass
 class InterventionConfig:
     """How much text the causal tests read, and how single features are put to the test."""
 
@@ -213,6 +222,7 @@ class Config:
     map: MapConfig = field(default_factory=MapConfig)
     crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
 
 

@@ -212,6 +212,18 @@ class Network:
         return place(side.layer, self.layers[role, side.model])
 
 
+def from_profiles(
+    problem: Problem, shape: HypernetworkConfig, describer: Describer | None = None
+) -> Hypernetwork:
+    """Returns the map that token profiles call for, without any training or any paired row."""
+    source, target = (describer or Describer()).both(problem.train, problem.label)
+    known = np.ones(source.side.dictionary.width, bool)
+    U, V = profile_weights(source, target, rank=shape.profile_rank, known=known)
+    own = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
+    arguments = {"width_a": len(known), "rank": shape.profile_rank}
+    return build(Hypernetwork, target.side.dictionary, arguments, own)
+
+
 def _arguments(source: Description, shape: HypernetworkConfig) -> dict[str, int]:
     return {
         "width_a": source.side.dictionary.width,

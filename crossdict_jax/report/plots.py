@@ -399,10 +399,10 @@ def frequency_figure(rows: list[dict]) -> Figure:
                 [b["mean"] for b in bins],
                 marker="o",
                 markersize=3,
-                **_rung_line(row["map"]),
+                **rung_line(row["map"]),
             )
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
         axes.set_title(_sites(rows[0]))
         open_axes(axes, "firing frequency of a feature", "mean correlation")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=1.4)
@@ -415,7 +415,7 @@ def frequency_figure(rows: list[dict]) -> Figure:
     return Figure(svg, f"Mean correlation by firing frequency, {_place(rows[0])}, for {kinds}.")
 
 
-def _plain_ticks(axis) -> None:
+def plain_ticks(axis) -> None:
     """Writes the ticks of a logarithmic axis as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -434,7 +434,7 @@ def _by_ladder(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: ladder_place(row["map"]))
 
 
-def _rung_line(kind: str) -> dict:
+def rung_line(kind: str) -> dict:
     return {
         "label": kind,
         "color": RUNG_COLOURS.get(kind, INK),
@@ -524,4 +524,4 @@ def _losses(axes, curves: Curves) -> None:
     low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
     if 0 < 5 * low < high:
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)

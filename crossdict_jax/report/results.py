@@ -170,6 +170,7 @@ class Results:
     transfer: list[dict]
     causal: list[dict]
     controls: list[dict]
+    efficiency: list[dict]
     matching: list[dict]
     similarity: list[dict]
     features: list[dict]
@@ -211,6 +212,7 @@ def read_results(work: Workdir) -> Results:
         transfer=read_jsonl(work.result("transfer.jsonl")),
         causal=_optional(work.result("causal.jsonl")),
         controls=_optional(work.result("controls.jsonl")),
+        efficiency=_optional(work.result("efficiency.jsonl")),
         matching=_optional(work.result("matching.jsonl")),
         similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),

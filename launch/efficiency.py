@@ -1,0 +1,27 @@
+"""Measures what maps are worth in paired rows: rungs on few rows, the hypernetwork on none.
+
+python -m launch.efficiency --workdir=runs/ab
+
+Needs the activations and dictionaries of a run (launch.extract_activations, launch.train_saes).
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.evaluation.efficiency import measure_efficiency
+
+    measure_efficiency(config, work)
+
+
+def main_and_table(config: Config, work: Workdir) -> None:
+    from crossdict_jax.report.efficiency import print_table
+
+    main(config, work)
+    print_table(work)
+
+
+if __name__ == "__main__":
+    command.run(main_and_table)
