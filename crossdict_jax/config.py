@@ -184,7 +184,7 @@ class InterventionConfig:
     feature_ids: str = ""  # in place of features: the first model's own, as in 3,17
     choose: str = "random"  # random (of those that fire) | matched (the best of matches.jsonl)
     layers: str = "middle"  # middle | all, of the layer pairs: where features are put in
-    rungs: tuple[str, ...] = ("all",)  # all, or those of map.kinds whose images are tested
+    rungs: tuple[str, ...] = ("all",)  # whose images are tested: all, or these of map.kinds
     contexts: int = 16  # places of the text per feature, where it fires
     positions: str = "firing"  # firing | prompt: edit there alone, or all of the text before too
     span: str = "last"  # last | whole: edit a span's last token, or all of its tokens

@@ -16,7 +16,15 @@ from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.images import feature_directions, images
 from crossdict_jax.causal.inject import Injector, Places
 from crossdict_jax.causal.inputs import digest, digests
-from crossdict_jax.causal.transfer import MATCH, Experiment, Ground, Image, Plan, transfer
+from crossdict_jax.causal.transfer import (
+    MATCH,
+    Experiment,
+    Ground,
+    Image,
+    NothingToTest,
+    Plan,
+    transfer,
+)
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -45,7 +53,8 @@ def transfer_features(config: Config, work: Workdir) -> None:
 
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged; a named feature
-        does not exist or never fires; no feature fires at all.
+        does not exist or never fires. A direction in which there is nothing to test has no rows,
+        and a line says why.
     """
     if not config.intervention.features and not config.intervention.feature_ids:
         return
@@ -71,12 +80,6 @@ def transfer_features(config: Config, work: Workdir) -> None:
 def _groups(config: Config, store: Store) -> list[list[Task]]:
     """Some task of every direction and layer pair, and behind it the maps that give images."""
     settings = config.intervention
-    unknown = [r for r in settings.rungs if r != "all" and r not in config.map.kinds]
-    if unknown:
-        raise UserError(
-            f"intervention.rungs={unknown[0]} is not among map.kinds={','.join(config.map.kinds)}; "
-            "add it there or leave it out."
-        )
     places: dict[tuple, dict[tuple, list[Task]]] = {}
     for task in maps.tasks(config, store):
         if settings.feature_ids and task.source != store.models[0]:
@@ -137,18 +140,22 @@ def _test_all(
     with tqdm(desc="feature transfer", unit="feature") as bar:
         bar.total = 0
         for tasks in groups:
-            test = _Direction(config, work, store, tasks, texts)
-            bar.total += test.tested
-            bar.refresh()
-            where = tasks[0].label
-            known = progress.known(where)
-            bar.update(len(known))
 
-            def keep(feature: int, record: dict, where: str = where) -> None:
+            def keep(feature: int, record: dict, where: str = tasks[0].label) -> None:
                 progress.keep(where, feature, record)
                 bar.update()
 
-            found, means = transfer(test.experiment, plan, known=known, keep=keep)
+            try:
+                test = _Direction(config, work, store, tasks, texts)
+                bar.total += test.tested
+                known = progress.known(tasks[0].label)
+                bar.update(len(known))
+                found, means = transfer(test.experiment, plan, known=known, keep=keep)
+            except NothingToTest as reason:
+                if config.intervention.feature_ids:
+                    raise
+                print(f"No features of {tasks[0].label} are put to work: {reason}", flush=True)
+                continue
             rows += [test.place | test.match_columns(row) | row for row in found]
             summary += [test.place | row for row in means]
     return rows, summary
@@ -268,7 +275,7 @@ class _Direction:
         else:
             chosen = drawn[: settings.features]
         if not len(chosen):
-            raise UserError(
+            raise NothingToTest(
                 f"No feature of {self._task.source} at {self._task.site_source} fires at "
                 f"{LEAST_FIRINGS} places of {LEAST_DOCUMENTS} documents; raise "
                 "intervention.documents or train the dictionary for longer."

@@ -24,7 +24,12 @@ from crossdict_jax.errors import UserError
 MATCH = "match"  # the image that is B's own feature which correlates best with A's
 LONGEST_SPAN = 8  # tokens between two neighbouring common ends that are edited or scored
 ABLATED_CONTROLS = 4  # other features' images taken out of B for every image
+LEAST_OTHERS = 3  # features whose images an image is compared with
 NORMS = ("residual", "feature", "image")
+
+
+class NothingToTest(UserError):
+    """Two dictionaries or texts are too poor for a test of single features."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ def transfer(
       keep: called with every new record (JSON values), as soon as it is there.
 
     Raises:
-      UserError: fewer than three other features to borrow images from.
+      NothingToTest: too few other features to borrow images from, or no promoted token exists in
+        the target's vocabulary.
     """
     _check(experiment, plan)
     known = known or {}
@@ -145,7 +151,7 @@ def transfer(
             record = known[feature]
         records.append(record)
     if not any(record["images"] for record in records):
-        raise UserError(
+        raise NothingToTest(
             "No token that the features promote in the source exists in the target's vocabulary; "
             "raise intervention.promoted or test other features."
         )
@@ -154,11 +160,15 @@ def transfer(
 
 def _check(experiment: Experiment, plan: Plan) -> None:
     others = len(experiment.features) - 1
-    if others < 3 or plan.random_directions < 3 or plan.shuffled_features < 3:
+    if others < LEAST_OTHERS:
+        raise NothingToTest(
+            f"There are {others} other features, and controls need {LEAST_OTHERS} or more; raise "
+            "intervention.documents or train the dictionary for longer."
+        )
+    if plan.random_directions < 3 or plan.shuffled_features < 3:
         raise UserError(
-            f"Controls need 3 directions or more: there are {others} other features, "
-            f"intervention.random_directions={plan.random_directions}, "
-            f"intervention.shuffled_features={plan.shuffled_features}."
+            "Controls need 3 directions or more: intervention.random_directions="
+            f"{plan.random_directions}, intervention.shuffled_features={plan.shuffled_features}."
         )
 
 
