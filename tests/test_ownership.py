@@ -33,7 +33,7 @@ def test_scores_count_what_is_called_shared_and_exclusive():
     shared, only = np.flatnonzero(test.shared), np.flatnonzero(test.exclusive(0))
     wrong = np.asarray(c.W_dec[...]).copy()
     wrong[shared[:2], :24] = 0  # two of 30 shared ones are called exclusive to the second view
-    wrong[only[0], 24:] = 1  # one of 10 exclusive ones is called shared
+    wrong[only[0], 24:] = 0.2  # one of 10 exclusive ones is called shared
     c.W_dec[...] = jnp.asarray(wrong)
     found = ownership.scores(c, test)
     assert found["shared_precision"] == pytest.approx(28 / 29)

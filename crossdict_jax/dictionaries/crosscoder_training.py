@@ -124,7 +124,7 @@ class _Ensemble:
             self._trainable(),
             feed=self._feed(),
             steps=self.config.steps,
-            seed=self.members[0].seed,
+            seed=0,  # members fold their own seeds in, so that who else is trained changes nothing
             directory=directory,
             checkpoint_every=self.config.checkpoint_every,
             what=f"{len(labels)} crosscoders of {'+'.join(map(str, self.d_models))}",
