@@ -43,7 +43,8 @@ class Rows:
     def __init__(self):
         rng = np.random.default_rng(0)
         n = 2400
-        self.rows = dataclasses.make_dataclass("Rows", ["document"])(np.arange(n) // 20)
+        keys = dataclasses.make_dataclass("Keys", ["document", "byte_end"])
+        self.rows = keys(np.arange(n) // 20, np.arange(n) % 20)
         self._split = np.repeat([0, 1, 2], [1600, 400, 400])
         codes = (rng.random((n, 10)) < 0.2) * rng.uniform(0.5, 1.5, (n, 10))
         self.sites = (Site(1), Site(2))

@@ -208,6 +208,7 @@ def foreign_step(folder):
         bandwidth=details["training_architecture_details"].get("jumprelu_bandwidth", 1.0),
         l0_target=0.0,
         nested_fractions=(),
+        nested_balance=0.0,
     )
     graphdef, params = modules.split(base.from_arrays(base.find(STEPS[folder.name]), arrays))
 

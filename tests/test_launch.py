@@ -392,7 +392,7 @@ def test_the_main_job_writes_every_file(finished):
     expected = ["config.json", "activations/meta.json", "report/index.html"]
     expected += [f"results/{name}" for name in RESULTS]
     expected += [f"dictionaries/{m}/resid_pre.1/seed-0" for m in "ab"]
-    for kind in settings.map_kinds():
+    for kind in Config().map.kinds:
         for place in ("a-to-b", "b-to-a"):
             folder = f"maps/{place}/resid_pre.1--resid_pre.1/{kind}"
             expected += [folder, f"{folder}-shuffled"]
