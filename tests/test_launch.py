@@ -17,7 +17,6 @@ from absl import flags
 from tiny_run import SHAPES, make_models, make_texts
 
 from configs import quickstart
-from crossdict_jax import settings
 from crossdict_jax.config import Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
 from launch import (
