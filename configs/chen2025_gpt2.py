@@ -18,7 +18,6 @@ from crossdict_jax.expectations import Expectation
 SMALL, MEDIUM = "gpt2", "gpt2-medium"  # as the runs name them
 SOURCE = "Chen et al. 2025, arXiv 2506.06609"
 STITCHED = {
-    "intervention": "stitch",
     "source": SMALL,
     "target": MEDIUM,
     "map": "ridge",

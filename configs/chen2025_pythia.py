@@ -18,7 +18,6 @@ from crossdict_jax.expectations import Expectation
 SMALL, LARGE = "pythia-70m-deduped", "pythia-160m-deduped"  # as the runs name them
 SOURCE = "Chen et al. 2025, arXiv 2506.06609"
 STITCHED = {
-    "intervention": "stitch",
     "source": SMALL,
     "target": LARGE,
     "map": "ridge",

@@ -1,0 +1,95 @@
+"""Presets of published numbers: complete, and run through at a small size on stand-in models."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_run import SHAPES, make_texts
+
+from crossdict_jax import dictionaries, models, settings
+from crossdict_jax.dictionaries.base import build
+from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+STAND_INS = {  # preset: the folders that stand in for its models, and its settings at this size
+    "chen2025_gpt2": (("gpt2", "gpt2-medium"), {"layer_pairs": "0:1"}),
+    "chen2025_pythia": (("pythia-70m-deduped", "pythia-160m-deduped"), {"layer_pairs": "0:1"}),
+    "lan2024_published": (("pythia-70m", "pythia-160m"), {"layer_pairs": "0:1"}),
+    "lan2024_corrected": (("pythia-70m", "pythia-160m"), {"layer_pairs": "0:1"}),
+    "mccann2026": (("seed1", "seed2", "seed3"), {"layers": "1"}),
+}
+SMALL = {
+    "text.documents": 120,
+    "text.max_bytes": 400,
+    "text.window_tokens": 40,
+    "sae.width": 64,
+    "sae.k": 6,
+    "sae.steps": 60,
+    "sae.batch_size": 64,
+    "evaluation.bootstrap": 20,
+    "evaluation.minimum_firings": 5,
+    "intervention.documents": 6,
+    "intervention.features": 0,
+}
+
+
+@pytest.mark.parametrize("preset", STAND_INS)
+def test_a_preset_expects_what_its_run_writes(preset):
+    """Every number is of a file and a column that stages write, and says where it was published."""
+    module = importlib.import_module(f"configs.{preset}")
+    settings.validate(module.get_config())
+    expectations = module.get_expectations()
+    assert expectations
+    for one in expectations:
+        assert one.low < one.high
+        assert re.search(r"arXiv \d{4}\.\d{5}", one.source)
+        published = [float(v) for v in re.findall(r"[\d.]+", one.published)]
+        assert one.low <= min(published) and max(published) <= one.high
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("preset", STAND_INS)
+def test_a_preset_runs_through(preset, tmp_path):
+    names, changes = STAND_INS[preset]
+    folders = stand_ins(names, tmp_path)
+    changes = (
+        SMALL | changes | {"models": ",".join(folders), "text.source": tmp_path / "text.jsonl"}
+    )
+    if preset.startswith("lan"):
+        changes["sae.sources"] = ",".join(f"{folder}/sae/{{layer}}" for folder in folders)
+    asked = [f"--config.{name}={value}" for name, value in changes.items()]
+    file = f"configs/{preset}.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.experiment", f"--config={file}", f"--expect={file}"]
+        + [f"--workdir={tmp_path}/run", *asked],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert done.returncode in (0, 1), done.stderr  # random models may miss, every number is there
+    table = done.stdout[done.stdout.index("Expected") :]
+    expected = importlib.import_module(f"configs.{preset}").get_expectations()
+    assert len(re.findall(r"\b(met|MISSED)\b", table)) == len(expected)
+
+
+def stand_ins(names, root: Path) -> list[str]:
+    """Random models of one tokenizer, with dictionaries of somebody else; their folders."""
+    texts = make_texts(120)
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (root / "text.jsonl").write_text("".join(lines))
+    tokenizer = train_tokenizer(texts, vocab_size=290, nfc=False)
+    for seed, name in enumerate(names):
+        models.save(models.init(SHAPES["a"], seed=seed), root / name, dtype="float32")
+        save_tokenizer(tokenizer, root / name, context=64)
+        for layer in range(2):
+            d = build("topk", d_model=16, width=64, k=6, key=jax.random.key(10 * seed + layer))
+            place = {"hook_name": f"blocks.{layer}.hook_resid_pre", "model_name": name}
+            dictionaries.save_saelens(d, root / name / "sae" / str(layer), **place)
+    return [str(root / name) for name in names]
