@@ -17,7 +17,6 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
 
-ENCODER_NORM = 0.3  # of its columns at first: x_hat starts small and grows, for every width
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch
 
 
@@ -66,7 +65,7 @@ class Dictionary(nnx.Module):
         rows = jax.random.normal(rngs.params(), (width, d_model))
         W_dec = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
         self.W_dec = nnx.Param(W_dec)
-        self.W_enc = nnx.Param(ENCODER_NORM * W_dec.T)
+        self.W_enc = nnx.Param(W_dec.T)
         self.b_enc = nnx.Param(jnp.zeros(width))
         self.b_dec = nnx.Param(jnp.zeros(d_model))
         self.scale = nnx.Variable(jnp.ones(()))
