@@ -179,6 +179,10 @@ _SHARE_OR_1: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 _SEED: Rule = ("0 to 4294967295", lambda value: 0 <= value < 2**32)
 _FILLED: Rule = ("something, not blank", lambda value: bool(value.strip()))
 _FREE: Rule = ("text", lambda value: True)
+_NUMBERS: Rule = (
+    "whole numbers with commas between, or nothing",
+    lambda value: not value or re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", value) is not None,
+)
 _MATMUL: Rule = _one_of("float32", "bfloat16")
 
 
@@ -327,7 +331,7 @@ def _rules() -> dict[str, Rule]:
         "intervention.documents": _at_least(1),
         "intervention.batch_size": _at_least(1),
         "intervention.features": _at_least(0),
-        "intervention.feature_ids": _FREE,
+        "intervention.feature_ids": _NUMBERS,
         "intervention.choose": _one_of("random", "matched"),
         "intervention.layers": _one_of("middle", "all"),
         "intervention.rungs": _one_of("all", *map_kinds()),

@@ -165,6 +165,7 @@ MISTAKES = [  # arguments, what the line names
     ("--config.map.kinds=mean,rigde", "rigde must be one of"),
     ("--config.site=resid_mid", "resid_post"),
     ("--config.layer_pairs=6-10", "layer_pairs=6-10"),
+    ("--config.intervention.feature_ids=1,x", "feature_ids=1,x must be whole numbers"),
     ("--width=16 --config.sae.k=17", "sae.k=17 is larger than sae.width=16"),
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
     ("--models=a,b --config.models=a,c", "--models=a,b and --config.models=a,c"),
