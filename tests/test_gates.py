@@ -9,15 +9,19 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from tiny_run import CONTEXT, SITE, make_models, make_texts
 
-from crossdict_jax import maps
+from crossdict_jax import maps, models
 from crossdict_jax.activations import extract, pairing
+from crossdict_jax.causal import inject
 from crossdict_jax.config import GATES, VerifyConfig
+from crossdict_jax.dictionaries import crosscoder_training
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.evaluation import ladder
 from crossdict_jax.maps import ensemble, procrustes
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify import (
+    g01_identity,
     g02_rotation,
     g03_independence,
     g04_exclusive,
@@ -26,7 +30,9 @@ from crossdict_jax.verify import (
     g07_nonlinearity,
     g08_reference_recipe,
     g09_training,
+    g10_determinism,
     lab,
+    ownership,
     planted,
     real,
     run,
@@ -42,7 +48,7 @@ def on_one_device():
     """Programs for one device compile several times faster; sharding is tested elsewhere."""
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        for module in (extract, dictionaries, ensemble):
+        for module in (extract, dictionaries, ensemble, inject, crosscoder_training):
             patch.setattr(module, "make_mesh", one)
         yield
 
@@ -175,6 +181,37 @@ def late(pair_many):
     return shifted
 
 
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The embedded models replaced by random ones of two layers, and short text for them."""
+    texts = make_texts(60)
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    whole = real.real_config
+
+    def config(names, **settings):
+        made = whole(names, **settings | {"width": 64, "k": 4, "steps": 20, "batch_size": 64})
+        made.text.source, made.text.documents = str(tmp_path / "text"), 60
+        made.text.window_tokens, made.map.batch_size = CONTEXT, 32
+        return made
+
+    monkeypatch.setattr(models, "EMBEDDED", make_models(tmp_path, texts))
+    monkeypatch.setattr(real, "SITE", SITE)
+    monkeypatch.setattr(real, "real_config", config)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("shifted", [False, True])
+def test_g1_misses_a_shifted_pairing(shifted, tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(g01_identity, "MINIMUM_FIRINGS", 3)
+    if shifted:
+        monkeypatch.setattr(extract.pairing, "pair_many", late(pairing.pair_many))
+    missed = judge(g01_identity, tmp_path).keys() - {"live features"}
+    wrong = {"FVU of ridge on activations", "top-1 of ridge", "correlation of the worst match"}
+    assert wrong <= missed if shifted else not missed
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("sabotage", [None, "rotation", "matching"])
 def test_g2_misses_a_wrong_rotation_and_wrong_matches(sabotage, monkeypatch, tmp_path):
@@ -250,6 +287,40 @@ def test_g4_misses_any_low_median_of_batchtopk(low, missed, monkeypatch, tmp_pat
     assert len(judge(g04_exclusive, tmp_path)) == missed
 
 
+@pytest.mark.soak
+def test_g4_misses_shuffled_pairs(monkeypatch, tmp_path):
+    def torn(config, seed):
+        made = planted.views(config, seed)
+        order = np.random.default_rng(seed).permutation(len(made))
+        return dataclasses.replace(made, x=(made.x[0], made.x[1][order]))
+
+    monkeypatch.setattr(ownership, "views", torn)
+    monkeypatch.setattr(g04_exclusive, "SEEDS", 2)
+    assert "BatchTopK: recall of shared features" in judge(g04_exclusive, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "lead", "missed"),
+    [(8, 0, 0.05, 0), (7, 0, 0.05, 1), (8, 1, 0.05, 3), (8, 0, -0.01, 2)],
+)
+def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkeypatch, tmp_path):
+    """Of the images ``wrong`` unlinked features transfer, and as many by either control."""
+    names = (g06_causal.RUNG, "random", "shuffled")
+    hits = {name: [11] * wrong for name in names} | {names[0]: [*range(right)] + [11] * wrong}
+    rows = [{"image": n, "feature": f, "transfers": True} for n in names for f in hits[n]]
+    leads = {names[0]: lead, "random": -0.01, "shuffled": -0.01}
+    summary = [
+        {"image": n, "effect": 0, "specific_random_low": at, "specific_shuffled_low": at}
+        for n, at in leads.items()
+    ]
+    made = types.SimpleNamespace(images=names)
+    monkeypatch.setattr(g06_causal, "plant", lambda **settings: None)
+    monkeypatch.setattr(g06_causal, "_with_images", lambda *arguments: made)
+    monkeypatch.setattr(g06_causal, "transfer", lambda *arguments: (rows, summary))
+    assert len(judge(g06_causal, tmp_path)) == missed
+
+
+@pytest.mark.soak
 def test_g6_misses_images_of_the_wrong_feature(monkeypatch, tmp_path):
     monkeypatch.setattr(g06_causal, "TEXTS", 24)
     short = {"contexts": 8, "random_directions": 16, "alphas": (0.1, 0.2, 0.4)}
@@ -292,6 +363,15 @@ def test_g7_misses_the_wrong_winner(ridge, mlp, low, missed, monkeypatch, tmp_pa
     assert [what.partition(":")[0] for what in found] == missed
 
 
+@pytest.mark.soak
+def test_g7_misses_a_network_that_does_not_learn(monkeypatch, tmp_path):
+    smaller(monkeypatch, g07_nonlinearity, rows=2000, documents=60)
+    budget = {"steps": 5, "hidden": 16, "batch_size": 128}
+    monkeypatch.setattr(g07_nonlinearity, "BUDGET", budget)
+    (missed,) = judge(g07_nonlinearity, tmp_path)
+    assert missed.startswith("network less ridge, bent truth")
+
+
 def test_g8_misses_scores_in_sample(monkeypatch, tmp_path):
     monkeypatch.setattr(g08_reference_recipe, "WIDTH", 24)
     monkeypatch.setattr(g08_reference_recipe, "ROWS", 1200)
@@ -316,6 +396,31 @@ def test_g9_misses_too_little_and_too_much(trained, untrained, missed, monkeypat
     models_of = types.SimpleNamespace(models=("a", "b", "new"))
     monkeypatch.setattr(g09_training, "open_store", lambda directory: models_of)
     assert len(judge(g09_training, tmp_path)) == missed
+
+
+@pytest.mark.soak
+def test_g9_misses_models_that_were_never_trained(tiny, tmp_path):
+    missed = judge(g09_training, tmp_path)
+    assert len([what for what in missed if "to untrained" not in what]) == 2
+
+
+@pytest.mark.parametrize(
+    ("again", "other", "missed"),
+    [
+        ({}, {"dictionaries": "x", "maps": "x", "scores": "x"}, []),
+        ({"maps": "x"}, {"dictionaries": "x", "maps": "x", "scores": "x"}, ["maps"]),
+        ({}, {"dictionaries": "x", "maps": "x"}, ["of dictionaries, maps, scores"]),
+    ],
+)
+def test_g10_misses_chance_and_seeds_that_change_nothing(
+    again, other, missed, monkeypatch, tmp_path
+):
+    first = dict.fromkeys(("activations", "dictionaries", "maps", "scores"), "0")
+    made = iter((first, first | again, first | other))
+    (tmp_path / "gate/first/activations").mkdir(parents=True)
+    monkeypatch.setattr(g10_determinism, "_bits", lambda seed, directory: next(made))
+    found = judge(g10_determinism, tmp_path)
+    assert [what.partition(":")[0] for what in found] == missed
 
 
 def test_planted_stores_are_stores(tmp_path):
