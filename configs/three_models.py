@@ -7,22 +7,17 @@ is found to be exclusive to docs-gpt2 or to docs-gpt2-2 alone is invented. Name 
 your own in its place, of any width and with any tokenizer: --models=docs-gpt2,docs-neox,PATH.
 """
 
-from crossdict_jax.config import (
-    Config,
-    CrosscoderConfig,
-    InterventionConfig,
-    MapConfig,
-    SAEConfig,
-    TextConfig,
-)
+from configs import quickstart
+from crossdict_jax.config import Config, CrosscoderConfig, InterventionConfig, MapConfig
 
 
 def get_config() -> Config:
+    like = quickstart.get_config()
     return Config(
         models=("docs-gpt2", "docs-neox", "docs-gpt2"),
         layers=(6,),
-        text=TextConfig(source="docstrings", documents=150, max_bytes=700),  # as the quickstart
-        sae=SAEConfig(architecture="topk", width=384, k=16, steps=600, batch_size=512),
+        text=like.text,
+        sae=like.sae,
         map=MapConfig(kinds=("mean", "token", "ridge", "crosscoder")),
         crosscoder=CrosscoderConfig(
             width=768,  # what two different models have to say, and their common part

@@ -37,6 +37,9 @@ class ExtractConfig:
     matmul_dtype: str = "float32"  # float32 | bfloat16, of the language models' matrix products
 
 
+SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # of SAEConfig: may have several values
+
+
 @dataclass
 class SAEConfig:
     """One ensemble of dictionaries: every model, layer and seed."""

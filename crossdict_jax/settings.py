@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_origin
 
 from crossdict_jax.config import (
     CONTROLS,
+    SWEPT,
     Config,
     ConvertConfig,
     Count,
@@ -26,8 +27,9 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.errors import UserError
 
-# No models: the embedded pair. No sources: all are trained. No records: nobody gets any.
-MAY_BE_EMPTY = {"models", "records", "sae.sources"}
+# No models: the embedded pair. No sources: all are trained. No kinds of controls: all.
+MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds"}
+MAY_REPEAT = {"models", "sae.sources"}  # a model against itself
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
 
@@ -398,11 +400,9 @@ def _check_values(name: str, value: Any, rule: Rule) -> None:
         if not allowed(one):
             which = f": {spell(one)}" if several else ""
             raise UserError(f"{name}={spell(value)}{which} must be {words}.")
-    if name in MAY_BE_EMPTY:
-        return
-    if not values and name not in ("controls", "control_kinds"):
+    if not values and name not in MAY_BE_EMPTY:
         raise UserError(f"{name} is empty; give one value or more, with commas between.")
-    if len(set(values)) < len(values):
+    if len(set(values)) < len(values) and name not in MAY_REPEAT:
         raise UserError(f"{name}={spell(value)} holds a value twice; give each once.")
 
 
@@ -442,7 +442,7 @@ def _check_models(models: tuple[str, ...]) -> None:
 
 
 def _check_dictionaries(sae: SAEConfig) -> None:
-    swept = [f for f in ("width", "k", "learning_rate", "l1_coefficient") if _many(sae, f)]
+    swept = [name for name in SWEPT if isinstance(getattr(sae, name), tuple)]
     if sae.sources and set(sae.sources) != {"train"} and (swept or sae.seeds > 1):
         raise UserError(
             f"sae.sources names one dictionary for each model, and sae.{(*swept, 'seeds')[0]} asks "
@@ -451,10 +451,6 @@ def _check_dictionaries(sae: SAEConfig) -> None:
     k, width = _largest(sae.k), _smallest(sae.width)
     if has_k(sae.architecture) and k > width:
         raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
-
-
-def _many(sae: SAEConfig, name: str) -> bool:
-    return isinstance(getattr(sae, name), tuple)
 
 
 def _check_crosscoder(crosscoder: CrosscoderConfig) -> None:

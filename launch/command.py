@@ -206,7 +206,7 @@ def _load(path: str, function: str = "get_config") -> Any:
     except Exception as error:  # whatever the user's own file does
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UserError(
-            f"--config={path} has no usable {function}() ({type(error).__name__}: {error}, "
+            f"{path} has no usable {function}() ({type(error).__name__}: {error}, "
             f"line {line}); see configs/{EXAMPLES[function]}.py."
         ) from error
 

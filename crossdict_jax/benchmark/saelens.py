@@ -19,8 +19,8 @@ import numpy as np
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.splice import train_mean
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config
-from crossdict_jax.dictionaries.train import SWEPT, train_dictionaries, usual_rate
+from crossdict_jax.config import SWEPT, Config
+from crossdict_jax.dictionaries.train import train_dictionaries, usual_rate
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.models import Site

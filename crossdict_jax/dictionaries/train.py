@@ -7,7 +7,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ import optax
 from crossdict_jax import modules
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, SAEConfig, controlled_layers
+from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -29,7 +29,6 @@ from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
 from crossdict_jax.workdir import Workdir, write_json
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # may have several values
 SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
 MOST_RATE = 2e-2  # above it narrow dictionaries, too, lose what they found
 DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK most of the run to revive
@@ -230,12 +229,37 @@ def _train_group(config: Config, store: Store, work: Workdir, group: list[Member
     directory = work.dictionaries / "training" / name
     what = f"{len(group)} {sae.architecture} dictionaries, d {d_model} width {first.width}"
     print(f"{what}: about {memory / 1e9:.2f} GB on {jax.device_count()} device(s)")
-    write_json(directory / "members.json", [{"label": m.label} for m in group])
+    labels = [m.label for m in group]
+    trained = _train_ensemble(config, store, group, rows, directory, labels=labels, what=what)
+    _save_members(config, work, group, trained)
+    shutil.rmtree(directory / "checkpoints")
+
+
+def _train_ensemble(
+    config: Config,
+    store: Store,
+    group: list[Member],
+    rows: np.ndarray,
+    directory: Path,
+    *,
+    labels: list[str],
+    what: str,
+    begin: Callable[[dict], dict] = lambda params: params,
+) -> list[base.Dictionary]:
+    """Returns the trained members of one group, of parameters that start as ``begin(random)``."""
+    sae, d_model = config.sae, store.d_model(group[0].model)
+    write_json(directory / "members.json", [{"label": label} for label in labels])
     mesh = make_mesh(members=len(group))
     feed, scales, means = _feed(sae, store, group, rows, mesh)
-    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, first, jax.random.key(0)))
+    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, group[0], jax.random.key(0)))
+    random = _trainable(sae, graphdef, group, d_model, scales, means)
+
+    def init(root):
+        state = random.init(root)
+        return state | {"params": begin(state["params"])}
+
     state = train(
-        _trainable(sae, graphdef, group, d_model, scales, means),
+        Trainable(init, random.step),
         feed=feed,
         steps=sae.steps,
         seed=config.seed,
@@ -243,14 +267,11 @@ def _train_group(config: Config, store: Store, work: Workdir, group: list[Member
         checkpoint_every=sae.checkpoint_every,
         what=what,
         state_shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh, MEMBER), abstract),
-        meta={
-            "members": [m.label for m in group],
-            "sae": dataclasses.asdict(sae),
-            "rows": len(rows),
-        },
+        meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},
     )
-    _save_members(config, work, group, graphdef, state)
-    shutil.rmtree(directory / "checkpoints")
+    params = jax.device_get(state["params"])
+    each = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(len(group))]
+    return [modules.merge(graphdef, one) for one in each]
 
 
 def train_from(
@@ -269,39 +290,21 @@ def train_from(
     Args:
       starts: per member its first parameters, or None for random ones.
     """
-    sae, rows = config.sae, store.select("train")
-    _check(sae, rows=len(rows))
-    d_model = store.d_model(group[0].model)
-    mesh = make_mesh(members=len(group))
-    feed, scales, means = _feed(sae, store, group, rows, mesh)
-    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, group[0], jax.random.key(0)))
-    scratch = _trainable(sae, graphdef, group, d_model, scales, means)
+    rows = store.select("train")
+    _check(config.sae, rows=len(rows))
 
-    def init(root):
-        state = scratch.init(root)
+    def begin(params: dict) -> dict:
         for i, start in enumerate(starts):
             if start is not None:
-                own = modules.split(start)[1]
                 put_in = lambda all_, one, i=i: all_.at[i].set(one)  # noqa: E731
-                state["params"] = jax.tree.map(put_in, state["params"], own)
-        return state
+                params = jax.tree.map(put_in, params, modules.split(start)[1])
+        return params
 
     labels = [f"{m.label} {'random' if s is None else 'given'}" for m, s in zip(group, starts)]
-    write_json(directory / "members.json", [{"label": label} for label in labels])
-    state = train(
-        Trainable(init, scratch.step),
-        feed=feed,
-        steps=sae.steps,
-        seed=config.seed,
-        directory=directory,
-        checkpoint_every=sae.checkpoint_every,
-        what=f"{len(group)} dictionaries from two starts",
-        state_shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh, MEMBER), abstract),
-        meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},
+    what = f"{len(group)} dictionaries from two starts"
+    return _train_ensemble(
+        config, store, group, rows, directory, labels=labels, what=what, begin=begin
     )
-    params = jax.device_get(state["params"])
-    mine = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(len(group))]
-    return [modules.merge(graphdef, one) for one in mine]
 
 
 def _tag(group: list[Member]) -> str:
@@ -443,9 +446,9 @@ def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:
     return rate, optax.linear_schedule(0.0, 1.0, max(1, round(sae.l1_warmup_fraction * sae.steps)))
 
 
-def _save_members(config: Config, work: Workdir, group, graphdef, state) -> None:
-    params = jax.device_get(state["params"])
-    for i, member in enumerate(group):
-        mine = jax.tree.map(lambda a, i=i: a[i], params)
+def _save_members(
+    config: Config, work: Workdir, group: list[Member], trained: list[base.Dictionary]
+) -> None:
+    for member, dictionary in zip(group, trained):
         meta = dataclasses.asdict(member) | {"site": str(member.site), "steps": config.sae.steps}
-        base.save(modules.merge(graphdef, mine), _folder(work, member), meta=meta)
+        base.save(dictionary, _folder(work, member), meta=meta)

@@ -31,7 +31,7 @@ def _fit(problem: Problem, config: MapConfig) -> Fitted:
     centres = moments.centre_a, moments.centre_b
     validation = activation_moments(held_out.source.x, held_out.target.x).about(*centres)
     path = RidgePath(moments)
-    scores = {p: validation.error(path.solution(p)) for p in config.ridge_penalties}
+    scores = dict(zip(config.ridge_penalties, path.errors(validation, config.ridge_penalties)))
     best = min(scores, key=scores.get)
     values = {"mean_a": centres[0], "W": path.solution(best), "mean_b": centres[1]}
     record = {

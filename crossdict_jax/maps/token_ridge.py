@@ -74,8 +74,8 @@ def _fit(problem: Problem, config: MapConfig) -> Fitted:
     for pseudocount in config.token_pseudocounts:
         path = RidgePath(_residual(train, train, pseudocount))
         left = _residual(held_out, train, pseudocount)
-        for penalty in config.ridge_penalties:
-            scores[pseudocount, penalty] = left.error(path.solution(penalty))
+        errors = path.errors(left, config.ridge_penalties)
+        scores |= {(pseudocount, p): mse for p, mse in zip(config.ridge_penalties, errors)}
     pseudocount, penalty = min(scores, key=scores.get)
     W = RidgePath(_residual(train, train, pseudocount)).solution(penalty)
     ids = train.a.ids
