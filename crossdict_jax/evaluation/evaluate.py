@@ -28,7 +28,7 @@ def evaluate(config: Config, work: Workdir) -> None:
     """Writes what dictionaries, maps and their controls score into ``work.results``.
 
     reconstruction.jsonl, transfer.jsonl, controls.jsonl, features.jsonl, feature_transfer.jsonl,
-    matching.jsonl, matches.jsonl, similarity.jsonl.
+    matching.jsonl, matches.jsonl, similarity.jsonl, dictionary_transfer.jsonl, crosscoder.jsonl.
 
     Reads the language models, the store and the checkpoints of dictionaries and maps, nothing
     else. Equal inputs give equal files.
