@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.extract import device_figures
@@ -247,31 +248,51 @@ def _train_ensemble(
     begin: Callable[[dict], dict] = lambda params: params,
 ) -> list[base.Dictionary]:
     """Returns the trained members of one group, of parameters that start as ``begin(random)``."""
-    sae, d_model = config.sae, store.d_model(group[0].model)
+    sae = config.sae
     write_json(directory / "members.json", [{"label": label} for label in labels])
-    mesh = make_mesh(members=len(group))
-    feed, scales, means = _feed(sae, store, group, rows, mesh)
-    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, group[0], jax.random.key(0)))
-    random = _trainable(sae, graphdef, group, d_model, scales, means)
+    ensemble = prepare(sae, store, group, rows)
 
     def init(root):
-        state = random.init(root)
+        state = ensemble.trainable.init(root)
         return state | {"params": begin(state["params"])}
 
     state = train(
-        Trainable(init, random.step),
-        feed=feed,
+        Trainable(init, ensemble.trainable.step),
+        feed=ensemble.feed,
         steps=sae.steps,
         seed=config.seed,
         directory=directory,
         checkpoint_every=sae.checkpoint_every,
         what=what,
-        state_shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh, MEMBER), abstract),
+        state_shardings=ensemble.by_member,
         meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},
     )
     params = jax.device_get(state["params"])
     each = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(len(group))]
-    return [modules.merge(graphdef, one) for one in each]
+    return [modules.merge(ensemble.graphdef, one) for one in each]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Members of equal shape, as the loop trains them: every array has members in front."""
+
+    graphdef: nnx.GraphDef
+    trainable: Trainable
+    feed: Feed
+    mesh: jax.sharding.Mesh
+
+    def by_member(self, abstract):
+        """Returns the sharding of every array of a stacked tree: members over devices."""
+        return jax.tree.map(lambda _: shard(self.mesh, MEMBER), abstract)
+
+
+def prepare(sae: SAEConfig, store: Store, group: list[Member], rows: np.ndarray) -> Ensemble:
+    """Returns members that share d_model, width and k, with these rows [n] on the devices."""
+    d_model, mesh = store.d_model(group[0].model), make_mesh(members=len(group))
+    feed, scales, means = _feed(sae, store, group, rows, mesh)
+    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, group[0], jax.random.key(0)))
+    trainable = _trainable(sae, graphdef, group, d_model, scales, means)
+    return Ensemble(graphdef, trainable, feed, mesh)
 
 
 def train_from(

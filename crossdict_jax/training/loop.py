@@ -107,15 +107,14 @@ def train(
     checkpoints = Path(directory) / "checkpoints"
     root = jax.random.key(seed)
     state, done = _restore_or_init(trainable, checkpoints, root, state_shardings, meta or {})
-    run_chunk = _compile(trainable, feed)
+    run_chunk = chunks(trainable, feed, root)
     log = _MetricsLog(Path(directory) / "metrics.jsonl", what=what, start=done)
     progress = tqdm(total=steps, initial=done, desc=what, unit="step", mininterval=0.5)
     pending: tuple[int, int, dict] | None = None
     with progress:
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
-            indices = _padded(feed.indices(done, count), MAX_CHUNK)
-            state, metrics = run_chunk(state, feed.resident, indices, done, count, root)
+            state, metrics = run_chunk(state, done, count)
             if pending:
                 log.write(*pending, progress)
             pending, done = (done, count, metrics), done + count
@@ -128,10 +127,10 @@ def train(
 
 def _restore_or_init(trainable, checkpoints, root, state_shardings, meta):
     abstract = jax.eval_shape(trainable.init, root)
-    shardings = state_shardings(abstract) if state_shardings else _one_device(abstract)
+    shardings = (state_shardings or _one_device)(abstract)
     done = checkpoint.latest_step(checkpoints)
     if done is None:
-        return jax.jit(trainable.init, out_shardings=shardings)(root), 0
+        return initial(trainable, root, state_shardings), 0
     if checkpoint.load_meta(checkpoints) != json.loads(json.dumps(meta)):
         raise UserError(
             f"{checkpoints} was written with other settings or data; delete it to start again."
@@ -140,6 +139,16 @@ def _restore_or_init(trainable, checkpoints, root, state_shardings, meta):
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
     return checkpoint.restore(checkpoints, done, **placed), done
+
+
+def initial(
+    trainable: Trainable,
+    root: jax.Array,
+    state_shardings: Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+    """Returns the state before the first step, laid out as ``state_shardings`` says."""
+    shardings = (state_shardings or _one_device)(jax.eval_shape(trainable.init, root))
+    return jax.jit(trainable.init, out_shardings=shardings)(root)
 
 
 def _one_device(abstract: PyTree) -> PyTree:
@@ -155,6 +164,22 @@ def _padded(indices: PyTree, length: int) -> PyTree:
         return np.concatenate([array, np.repeat(array[-1:], length - len(array), axis=0)])
 
     return jax.tree.map(pad, indices)
+
+
+def chunks(
+    trainable: Trainable, feed: Feed, root: jax.Array
+) -> Callable[[PyTree, int, int], tuple[PyTree, dict[str, jax.Array]]]:
+    """Returns (state, first step, steps up to MAX_CHUNK) -> (state, metrics): one program for all.
+
+    The state that is handed in is gone; the metrics are [MAX_CHUNK, ...], whatever was run.
+    """
+    run_chunk = _compile(trainable, feed)
+
+    def run(state, first: int, count: int):
+        indices = _padded(feed.indices(first, count), MAX_CHUNK)
+        return run_chunk(state, feed.resident, indices, first, count, root)
+
+    return run
 
 
 def _compile(trainable: Trainable, feed: Feed):
