@@ -275,9 +275,19 @@ class VerifyConfig:
     seed: int = 0  # of everything planted, drawn and trained
 
 
+# Settings of Config on which no file of a run depends but the answer to the question that they ask:
+# a finished run may be asked again with others.
+FREE = ("records", "efficiency")
+
+
 def to_dict(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
+
+
+def identity(config: Config) -> dict:
+    """Returns the settings that make a run the one that it is: all but those that are ``FREE``."""
+    return {name: value for name, value in to_dict(config).items() if name not in FREE}
 
 
 def crosscoder_settings(config: Config) -> CrosscoderConfig:

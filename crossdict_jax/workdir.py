@@ -92,8 +92,14 @@ class Workdir:
         write_json(self.timing, timing | {stage: figures})
 
 
-def open_workdir(path: str | os.PathLike, settings: dict) -> Workdir:
+def open_workdir(
+    path: str | os.PathLike, settings: dict, *, usual: dict | None = None, free: Iterable[str] = ()
+) -> Workdir:
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
+
+    Args:
+      usual: every setting at its default, which one had that the directory is too old to know.
+      free: settings, or groups of them, that may differ from those of the directory.
 
     Raises:
       UserError: the directory belongs to a run with other settings (each difference is named),
@@ -101,9 +107,13 @@ def open_workdir(path: str | os.PathLike, settings: dict) -> Workdir:
     """
     work = Workdir(Path(path))
     written = work.root / "config.json"
-    settings = json.loads(json.dumps(settings))
+    settings = _plain(settings)
     if written.exists():
-        _refuse_other_settings(work.root, read_json(written), settings)
+        before = read_json(written)
+        known, now = (
+            {k: v for k, v in s.items() if k not in set(free)} for s in (before, settings)
+        )
+        _refuse_other_settings(work.root, known, now, usual or {})
         return work
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
@@ -120,8 +130,10 @@ def open_workdir(path: str | os.PathLike, settings: dict) -> Workdir:
     return work
 
 
-def _refuse_other_settings(root: Path, before: dict, now: dict) -> None:
-    old, new = dict(_flatten(before)), dict(_flatten(now))
+def _refuse_other_settings(root: Path, before: dict, now: dict, usual: dict) -> None:
+    new = dict(_flatten(now))
+    defaults = {key: value for key, value in _flatten(_plain(usual)) if key in new}
+    old = defaults | dict(_flatten(before))
     differences = [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
@@ -132,6 +144,11 @@ def _refuse_other_settings(root: Path, before: dict, now: dict) -> None:
             f"--workdir={root} was made with other settings ({'; '.join(differences)}); "
             "use those settings or another --workdir."
         )
+
+
+def _plain(settings: dict) -> dict:
+    """The same as it comes back from a JSON file."""
+    return json.loads(json.dumps(settings))
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

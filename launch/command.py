@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from crossdict_jax import settings
-from crossdict_jax.config import Config, to_dict
+from crossdict_jax.config import FREE, Config, to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.expectations import Expectation, compare
 from crossdict_jax.workdir import Workdir, open_workdir
@@ -141,7 +141,8 @@ def _prepare(config: Any, workdir: str) -> Workdir:
         from crossdict_jax.models import EMBEDDED  # after the flags: jax takes seconds to import
 
         config.models = EMBEDDED
-    return open_workdir(workdir, to_dict(config))
+    usual = to_dict(type(config)())
+    return open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
 
 
 def _set_up_jax() -> None:

@@ -96,7 +96,7 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
     from crossdict_jax.training import checkpoint
 
     _, work, _, _ = run
-    folder = work.root / "efficiency"
+    (folder,) = (work.root / "efficiency").iterdir()
 
     def meta(name):
         return checkpoint.load_meta(folder / f"hypernetwork-without-{name}" / "checkpoints")
@@ -112,7 +112,8 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
 def test_run_again_gives_the_same_bytes(run):
     config, work, _, _ = run
     before = work.result("efficiency.jsonl").read_bytes()
-    shutil.rmtree(work.root / "efficiency" / "hypernetwork-without-layer")
+    (folder,) = (work.root / "efficiency").iterdir()
+    shutil.rmtree(folder / "hypernetwork-without-layer")
     efficiency.measure_efficiency(config, work)
     assert work.result("efficiency.jsonl").read_bytes() == before
 

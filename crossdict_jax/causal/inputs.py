@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, to_dict
+from crossdict_jax.config import Config, identity
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.training import checkpoint
@@ -24,7 +24,7 @@ def digests(config: Config, work: Workdir, store: Store, tasks: list[Task]) -> d
     sources = {work.dictionary(task.source, task.site_source) for task in tasks}
     folders = targets | sources | {task.path(work) for task in tasks}
     return {
-        "config": digest(json.dumps(to_dict(config), sort_keys=True)),
+        "config": digest(json.dumps(identity(config), sort_keys=True)),
         "store": digest(json.dumps(store.meta, sort_keys=True)),
         **{str(f.relative_to(work.root)): _seal(f) for f in sorted(folders)},
     }

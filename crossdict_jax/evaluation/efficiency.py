@@ -231,7 +231,9 @@ class _Study:
 
     @property
     def _folder(self) -> Path:
-        return self.work.root / "efficiency"
+        task, share = self.asked[0], self.config.efficiency.hidden_features
+        place = f"{task.site_source}--{task.site_target}-hidden-{share:g}"
+        return self.work.root / "efficiency" / place
 
     def _none(self, questions: list[_Question], known) -> Iterator[dict]:
         """Answers without paired rows; last the hypernetwork that was trained on everything."""

@@ -1,0 +1,69 @@
+"""Work directories: whose run lies there, and which settings make it another one."""
+
+import json
+
+import pytest
+
+from crossdict_jax.config import FREE, Config, identity, to_dict
+from crossdict_jax.errors import UserError
+from crossdict_jax.settings import settings
+from crossdict_jax.workdir import model_names, open_workdir, read_json
+
+USUAL = {"seed": 0, "sae": {"width": 8, "k": 2}, "efficiency": {"rows": [1, 2]}}
+
+
+def opened(path, **changes):
+    return open_workdir(path, USUAL | changes, usual=USUAL, free=("efficiency",))
+
+
+def test_an_equal_run_goes_on(tmp_path):
+    assert opened(tmp_path / "run") == opened(tmp_path / "run")
+    assert read_json(tmp_path / "run" / "config.json") == USUAL
+
+
+def test_each_difference_is_named(tmp_path):
+    opened(tmp_path)
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path, seed=1, sae={"width": 8, "k": 3})
+    assert "sae.k: 2 there, 3 now; seed: 0 there, 1 now" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert read_json(tmp_path / "config.json") == USUAL
+
+
+def test_a_finished_run_may_be_asked_other_questions(tmp_path):
+    opened(tmp_path)
+    opened(tmp_path, efficiency={"rows": [4]})
+    assert read_json(tmp_path / "config.json") == USUAL
+
+
+def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
+    old = {name: value for name, value in USUAL.items() if name != "sae"} | {"sae": {"width": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    opened(tmp_path)
+    with pytest.raises(UserError, match="sae.k: 2 there, 5 now"):
+        opened(tmp_path, sae={"width": 8, "k": 5})
+
+
+def test_a_setting_that_is_no_more_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(USUAL | {"gone": 1}))
+    with pytest.raises(UserError, match="gone: 1 there, absent now"):
+        opened(tmp_path)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no config.json"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        opened(tmp_path / "notes.txt")
+
+
+def test_only_questions_and_records_are_free():
+    assert set(FREE) <= set(to_dict(Config()))
+    assert identity(Config()).keys() == to_dict(Config()).keys() - set(FREE)
+    assert {name.partition(".")[0] for name in settings(Config)} >= set(FREE)
+
+
+def test_names_of_models_collide_in_order():
+    names = model_names(["org/a", "other/a/", "a b", "/"])
+    assert names == ["a", "a-2", "a-b", "model"]
