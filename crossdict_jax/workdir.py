@@ -109,11 +109,8 @@ def open_workdir(
     written = work.root / "config.json"
     settings = _plain(settings)
     if written.exists():
-        before = read_json(written)
-        known, now = (
-            {k: v for k, v in s.items() if k not in set(free)} for s in (before, settings)
-        )
-        _refuse_other_settings(work.root, known, now, usual or {})
+        bound = [_without(tree, free) for tree in (read_json(written), settings, usual or {})]
+        _refuse_other_settings(work.root, *bound)
         return work
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
@@ -144,6 +141,10 @@ def _refuse_other_settings(root: Path, before: dict, now: dict, usual: dict) -> 
             f"--workdir={root} was made with other settings ({'; '.join(differences)}); "
             "use those settings or another --workdir."
         )
+
+
+def _without(tree: dict, names: Iterable[str]) -> dict:
+    return {name: value for name, value in tree.items() if name not in set(names)}
 
 
 def _plain(settings: dict) -> dict:

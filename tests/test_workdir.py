@@ -40,7 +40,7 @@ def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
     old = {name: value for name, value in USUAL.items() if name != "sae"} | {"sae": {"width": 8}}
     (tmp_path / "config.json").write_text(json.dumps(old))
     opened(tmp_path)
-    with pytest.raises(UserError, match="sae.k: 2 there, 5 now"):
+    with pytest.raises(UserError, match=r"sae\.k: 2 there, 5 now"):
         opened(tmp_path, sae={"width": 8, "k": 5})
 
 
@@ -52,7 +52,7 @@ def test_a_setting_that_is_no_more_is_named(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no config.json"):
+    with pytest.raises(UserError, match=r"is not empty and holds no config\.json"):
         opened(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         opened(tmp_path / "notes.txt")
