@@ -491,6 +491,26 @@ def test_a_stitch_that_is_no_better_than_its_controls_is_negative():
     assert answer._to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
 
 
+def test_layers_stitched_together_stand_apart(tmp_path, capsys):
+    work = write_required(tmp_path)
+    rows = causal_rows(read_results(work).transfer)
+    sites = {"resid_pre.5", "resid_pre.6"}
+    several = {"sites": sorted(sites)} | {
+        key: "resid_pre.5+resid_pre.6" for key in ("site_source", "site_target")
+    }
+    together = [r | several for r in rows if r["site_target"] == "resid_pre.6"]
+    write_jsonl(work.result("causal.jsonl"), rows + together)
+    results = read_results(work)
+    assert results.stitchings == stitchings(rows)
+    there, _ = results.stitched_together
+    assert there.sites == "resid_pre.5+resid_pre.6" and there.reference("mean") == 0.55
+    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
+    summary_table(work)
+    for shown in (text, capsys.readouterr().out):
+        assert "docs-gpt2 → docs-neox, resid_pre.5+resid_pre.6 at once" in " ".join(shown.split())
+    assert "Several layers at once" in text
+
+
 def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs():
     rows = causal_rows(transfer_rows(layers=(6,)))
     for row in rows:

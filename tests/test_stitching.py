@@ -1,6 +1,7 @@
 """Splicing and stitching: edits reach the paired positions alone, and losses are what they say."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -241,6 +242,111 @@ def test_loss_recovered_is_a_share_and_undefined_where_nothing_is_lost():
     assert set(np.round(found.samples, 9)) <= {0.0, round(4 / 5, 9), round(4 / 6, 9)}
     harmless = Effect(clean.ce + 0.04, np.zeros(3))
     assert loss_recovered(edited, clean=clean, baseline=harmless, resamples=draws) is None
+
+
+# ---------------------------------------------------------------- several sites at once
+
+
+def values_of(passages, seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(len(passages.rows), 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["resid_pre", "mlp_out"])
+def test_several_sites_are_those_of_the_plain_model(lm, passages, kind):
+    sites = (Site(2, kind), Site(0, kind))  # in any order
+    values = {site: values_of(passages, site.layer) for site in sites}
+    run = Splicer(lm, passages, sites=sites, batch_size=2)
+    found = run.effects(sites, {"noise": values})["noise"]
+    expected = slow_together(lm, passages, values)
+    np.testing.assert_allclose(found.ce, expected, atol=1e-4)
+    for site in sites:
+        alone = run.effects(site, {"noise": values[site]})["noise"]
+        assert np.abs(alone.ce - found.ce).max() > 0.05
+
+
+def slow_together(lm, passages, values):
+    """Cross-entropy of the scored rows, one window at a time through the plain model."""
+    ce = []
+    for w, tokens in enumerate(passages.tokens):
+        rows = np.flatnonzero(passages.window == w)
+        at = passages.position[rows]
+
+        def tap(here, y, rows=rows, at=at):
+            return y.at[0, at].set(values[here][rows]) if here in values else y
+
+        log_p = log_softmax(lm.logits(tokens[None], tap=tap)[0])
+        ce += [-log_p[p, tokens[p + 1]] for p in at[at + 1 < len(tokens)]]
+    return np.array(ce)
+
+
+def test_where_all_positions_are_paired_the_highest_layer_decides(lm):
+    rng = np.random.default_rng(2)
+    tokens = tuple(rng.integers(0, 40, n).astype(np.int32) for n in (9, 5))
+    window, position = np.array([(w, p) for w, t in enumerate(tokens) for p in range(len(t))]).T
+    every = Passages(tokens, np.arange(len(window)), window, position, window)
+    sites = (Site(0), Site(1), Site(2))
+    values = {site: values_of(every, site.layer) for site in sites}
+    run = Splicer(lm, every, sites=sites, batch_size=2)
+    together = run.effects(sites, {"noise": values})["noise"]
+    highest = run.effects(sites[-1], {"noise": values[sites[-1]]})["noise"]
+    np.testing.assert_allclose(together.ce, highest.ce, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory):
+    """Rows of causal.jsonl of a run with two layer pairs, and the run."""
+    config = tiny_run.make_config(tmp_path_factory.mktemp("two"))
+    config = dataclasses.replace(
+        config, layers=(0, 1), map=dataclasses.replace(config.map, kinds=("mean", "ridge"))
+    )
+    work = tiny_run.open_workdir(tmp_path_factory.mktemp("run") / "run", tiny_run.to_dict(config))
+    store = tiny_run.extract(config, work)
+    for i, (name, site) in enumerate((n, Site(layer)) for n in "ab" for layer in (0, 1)):
+        size = {"d_model": store.d_model(name), "width": 32, "k": 6, "key": jax.random.key(i)}
+        dictionaries.save(tiny_run.build("topk", **size), work.dictionary(name, site))
+    maps.fit_maps(config, store, work)
+    intervene(config, work)
+    return read_jsonl(work.result("causal.jsonl")), config, work
+
+
+def test_all_layers_are_stitched_together_too(two_layers):
+    rows, _, _ = two_layers
+    single = [row for row in rows if "sites" not in row]
+    together = [row for row in rows if "sites" in row]
+    assert rows == single + together
+    assert {r["intervention"] for r in single} == {"stitching", "control"}
+    assert {r["intervention"] for r in together} == {"stitching_together", "control_together"}
+    assert len(single) == 2 * len(together)
+    for row in together:
+        assert row["sites"] == ["resid_pre.0", "resid_pre.1"]
+        assert row["site_target"] == "resid_pre.0+resid_pre.1"
+        assert row["ce_low"] <= row["ce"] <= row["ce_high"]
+    clean = {(r["target"], r["ce"]) for r in rows if r["control"] == "clean"}
+    assert len(clean) == 2  # one for each model, whatever the sites
+
+
+def test_together_every_layer_takes_its_own_prediction(two_layers):
+    rows, config, work = two_layers
+    store = open_store(work.activations)
+    passages = splice.select_passages(store, "b", documents=6, seed=config.seed)
+    values = {}
+    for site in (Site(0), Site(1)):
+        m = maps.load(work.map("a", "b", site, site, "ridge"))
+        x = store.read("a", site, passages.rows).astype(np.float32)
+        values[site] = np.asarray(m.activation(x))
+    expected = slow_together(models.load(store.paths[1]), passages, values)
+    wanted = {"source": "a", "map": "ridge", "pairing": "aligned", "stitch_kind": "activation"}
+    (row,) = [r for r in rows if "sites" in r and wanted.items() <= r.items()]
+    assert row["ce"] == pytest.approx(expected.mean(), abs=1e-3)
+
+
+def test_of_pairs_into_one_site_the_first_counts():
+    task = functools.partial(maps.Task, "a", "b", kind="ridge", pairing="aligned")
+    tasks = [task(Site(i), Site(j)) for i, j in ((4, 7), (5, 7), (3, 6))]
+    (bundle,) = stitching._bundles(tasks)
+    assert [(t.site_source.layer, t.site_target.layer) for t in bundle] == [(3, 6), (4, 7)]
+    assert not stitching._bundles(tasks[:2])
 
 
 # ---------------------------------------------------------------- the stage

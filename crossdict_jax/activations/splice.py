@@ -179,30 +179,57 @@ class Splicer:
         return out
 
     def effects(
-        self, site: Site, replacements: Mapping[str, np.ndarray], progress=None
+        self,
+        site: Site | tuple[Site, ...],
+        replacements: Mapping[str, np.ndarray | Mapping[Site, np.ndarray]],
+        progress=None,
     ) -> dict[str, Effect]:
         """Returns what each replacement does, and under "clean" what no edit does.
 
+        Several sites are replaced in one pass, in the order of execution: what an earlier
+        replacement makes of a later site at the paired positions is replaced there in its turn,
+        and lives on at the other positions alone.
+
         Args:
+          site: where activations are replaced; a tuple for several places at once.
           replacements: {name: [n, d_model]}, the activation at every paired position; everything
-            else of the activations stays as it was. A vector [d_model] stands for all rows.
+            else of the activations stays as it was. A vector [d_model] stands for all rows. For a
+            tuple of sites, {name: {site: one of these}}.
           progress: a tqdm bar, updated by the number of windows for every replacement.
         """
         n = len(self.passages.rows)
         ce = {name: np.empty(n) for name in ("clean", *replacements)}
         kl = {name: np.zeros(n) for name in ("clean", *replacements)}
-        for batch, x in zip(self._batches, self._clean[site]):
-            how = (self._graphdef, site, self._dtype, self._params, self._put(batch.tokens))
+        if isinstance(site, Site):
+            replacements = {name: {site: values} for name, values in replacements.items()}
+            site = (site,)
+        lowest, *above = sorted(site, key=lambda s: (s.layer, models.KINDS.index(s.kind)))
+        for place, batch in enumerate(self._batches):
+            x = self._clean[lowest][place]
+            how = (self._graphdef, lowest, self._dtype, self._params, self._put(batch.tokens))
             loss, *clean = _clean_pass(*how, self._put(x))
             ce["clean"][batch.rows] = np.asarray(loss)[batch.at]
             for name, values in replacements.items():
-                loss, divergence = _edited_pass(*how, self._put(_edit(x, batch, values)), *clean)
+                edits = self._edits(place, {s: values[s] for s in above})
+                loss, divergence = _edited_pass(
+                    *how, self._put(_edit(x, batch, values[lowest])), *clean, edits
+                )
                 ce[name][batch.rows] = np.asarray(loss)[batch.at]
                 kl[name][batch.rows] = np.asarray(divergence)[batch.at]
                 if progress is not None:
                     progress.update(batch.n_windows)
         scored = self.passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
+
+    def _edits(self, place: int, values: Mapping[Site, np.ndarray]) -> dict[str, tuple]:
+        """{site: (bool [batch, seq], what is put there [batch, seq, d_model])} of one batch."""
+        batch, edits = self._batches[place], {}
+        for site, rows in values.items():
+            edited = np.zeros(batch.tokens.shape, bool)
+            edited[batch.edited] = True
+            given = _edit(np.zeros_like(self._clean[site][place]), batch, rows)
+            edits[str(site)] = (self._put(edited), self._put(given))
+        return edits
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put(array, shard(self._mesh, DATA))
@@ -280,18 +307,30 @@ def _clean_pass(graphdef, site, dtype, params, tokens, x):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _edited_pass(graphdef, site, dtype, params, tokens, x, p, negative_entropy):
-    """(loss, KL(clean || edited)), both [batch, seq]."""
-    logits = _from_site(graphdef, site, dtype, params, tokens, x)
+def _edited_pass(graphdef, site, dtype, params, tokens, x, p, negative_entropy, edits):
+    """(loss, KL(clean || edited)), both [batch, seq]; ``edits`` are of sites above."""
+    logits = _from_site(graphdef, site, dtype, params, tokens, x, edits)
     loss, normaliser = _loss(logits, tokens)
     kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
     return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
 
 
-def _from_site(graphdef, site, dtype, params, tokens, x) -> jax.Array:
-    """Logits with x in place of the site's activations: what made those is not computed."""
-    lm = modules.merge(graphdef, params)
-    return lm.logits(tokens, tap=lambda here, y: x if here == site else y, dtype=dtype)
+def _from_site(graphdef, site, dtype, params, tokens, x, edits=None) -> jax.Array:
+    """Logits with x in place of the site's activations: what made those is not computed.
+
+    ``edits`` replace positions of sites above, {site: (bool [batch, seq], [batch, seq, d_model])}.
+    """
+    edits = edits or {}
+
+    def tap(here, y):
+        if here == site:
+            return x
+        if str(here) in edits:
+            edited, values = edits[str(here)]
+            return jnp.where(edited[..., None], values, y)
+        return y
+
+    return modules.merge(graphdef, params).logits(tokens, tap=tap, dtype=dtype)
 
 
 def _loss(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

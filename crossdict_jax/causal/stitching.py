@@ -30,6 +30,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
+Bundle = tuple[Task, ...]  # of one rung and one direction, a task for every site of B
 
 
 def intervene(config: Config, work: Workdir) -> None:
@@ -43,6 +44,16 @@ def intervene(config: Config, work: Workdir) -> None:
 
     With ``intervention.span`` "whole" all tokens of a span take what is put at its end, in controls
     too: B's own tokens inside spans then say nothing.
+
+    Behind these rows stand those of all layer pairs of a direction together, where it has two or
+    more (intervention "stitching_together" and "control_together"; ``sites`` are B's; of pairs
+    that lead into one site of B, the first): B's activations at all the sites are replaced in one
+    pass, each by what the same rung predicts from A's site of that pair. In a residual stream
+    little flows from one replacement to the next: at the paired positions a higher site's
+    replacement overwrites whatever a lower one made of it. What the lower ones do reaches the
+    output through attention alone: positions that are not paired read replaced keys and values in
+    the blocks between. Were every position paired, all sites together would be the highest one
+    alone. What is put in at ``attn_out`` and ``mlp_out`` sites, in contrast, adds up.
 
     ce and kl are means in nats over the n_positions whose next token is in the window;
     loss_recovered = (ce_zero - ce) / (ce_zero - ce_clean), null where zeros cost less than 0.05.
@@ -79,17 +90,44 @@ def _stitch(
     from tqdm import tqdm
 
     rows: list[dict] = []
-    runs = sum(len(_stitch_kinds(task)) for task in tasks)
-    runs += (len(CONTROLS) - 1) * len({(task.target, task.site_target) for task in tasks})
+    together: list[dict] = []
     with tqdm(desc="stitching", unit="window") as progress:
         for model in dict.fromkeys(task.target for task in tasks):
             into = [task for task in tasks if task.target == model]
             target = _Target.read(config, work, store, model, into)
-            progress.total = runs * len(target.splicer.passages.tokens)  # equal for all models
+            progress.total = _runs(tasks) * len(target.splicer.passages.tokens)  # equal for all
             for site in dict.fromkeys(task.site_target for task in into):
-                here = [task for task in into if task.site_target == site]
-                rows += target.rows_at(site, here, progress)
+                here = [(task,) for task in into if task.site_target == site]
+                rows += target.rows_at((site,), here, progress)
+            bundles = _bundles(into)
+            for sites in dict.fromkeys(map(_sites, bundles)):
+                here = [bundle for bundle in bundles if _sites(bundle) == sites]
+                together += target.rows_at(sites, here, progress)
+    rows += together
     return rows, sum(row["n_positions"] for row in rows)
+
+
+def _bundles(tasks: list[Task]) -> list[Bundle]:
+    """The tasks of every rung over all layer pairs of its direction, where there are several.
+
+    Of layer pairs that lead into one site of B, the first counts.
+    """
+    found: dict[tuple, dict[Site, Task]] = {}
+    for task in tasks:
+        rung = (task.source, task.target, task.kind, task.pairing)
+        found.setdefault(rung, {}).setdefault(task.site_target, task)
+    return [tuple(at[site] for site in sorted(at)) for at in found.values() if len(at) > 1]
+
+
+def _sites(bundle: Bundle) -> tuple[Site, ...]:
+    return tuple(task.site_target for task in bundle)
+
+
+def _runs(tasks: list[Task]) -> int:
+    """How often all windows are read with an edit."""
+    bundles = [*((task,) for task in tasks), *_bundles(tasks)]
+    places = {(bundle[0].target, _sites(bundle)) for bundle in bundles}
+    return sum(len(_stitch_kinds(b[0])) for b in bundles) + (len(CONTROLS) - 1) * len(places)
 
 
 def _stitch_kinds(task: Task) -> tuple[str, ...]:
@@ -127,19 +165,29 @@ class _Target:
         draws = bootstrap.draw(documents, count=count, seed=config.seed)
         return cls(config, work, store, name, splicer, draws)
 
-    def rows_at(self, site: Site, tasks: list[Task], progress) -> list[dict]:
-        """Returns the rows of the controls and of every rung at one site."""
-        dictionary = dictionaries.load(self.work.dictionary(self.name, site))
-        effects = self.splicer.effects(site, self._controls(site, dictionary), progress)
+    def rows_at(self, sites: tuple[Site, ...], bundles: list[Bundle], progress) -> list[dict]:
+        """Returns the rows of the controls and of every rung at one site, or at several at once."""
+        own = {site: dictionaries.load(self.work.dictionary(self.name, site)) for site in sites}
+        controls = {site: self._controls(site, own[site]) for site in sites}
+        given = {name: {site: controls[site][name] for site in sites} for name in CONTROLS[1:]}
+        effects = self.splicer.effects(sites, given, progress)
         references = {name: effects[name] for name in ("clean", "zero")}
-        rows = [self._row(effects[c], references, site, control=c) for c in CONTROLS]
-        for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.site_source)):
+        rows = [self._row(effects[c], references, sites, control=c) for c in CONTROLS]
+        for _, group in itertools.groupby(bundles, key=_sources):
             group = list(group)
-            stitched = self._stitched(group, dictionary)
-            effects = self.splicer.effects(site, stitched, progress)
-            for task, stitch_kind in stitched:
-                effect = effects[task, stitch_kind]
-                rows.append(self._row(effect, references, site, task=task, stitch_kind=stitch_kind))
+            pairs = {
+                task.site_target: self._pairs(task, own[task.site_target]) for task in group[0]
+            }
+            effects = {}
+            for rungs in _at_once(group):
+                stitched = self._stitched(rungs, pairs, own)
+                effects |= self.splicer.effects(sites, stitched, progress)
+            for bundle in group:
+                for kind in _stitch_kinds(bundle[0]):
+                    effect = effects[bundle, kind]
+                    rows.append(
+                        self._row(effect, references, sites, bundle=bundle, stitch_kind=kind)
+                    )
         return rows
 
     def _controls(self, site: Site, dictionary: Dictionary) -> dict[str, np.ndarray]:
@@ -151,21 +199,28 @@ class _Target:
             "own_sae": modules.over_rows(dictionary, x, method="__call__", size=size),
         }
 
-    def _stitched(self, tasks: list[Task], dictionary: Dictionary) -> dict[tuple, np.ndarray]:
-        """{(task, stitch_kind): what is put in, float32 [n, d_model]}, all of one source."""
-        size = self.config.evaluation.batch_size
-        aligned = self._pairs(tasks[0], dictionary)
-        shuffled = _shuffled_source(aligned, self.config.seed)
-        out = {}
-        for task in tasks:
-            m = maps.load(task.path(self.work))
-            pairs = aligned if task.pairing == "aligned" else shuffled
-            for kind in _stitch_kinds(task):
-                if kind == "activation":
-                    out[task, kind] = maps.predict_activations(m, pairs, size)
-                else:
-                    f = maps.predict(m, pairs, size)
-                    out[task, kind] = modules.over_rows(dictionary, f, method="decode", size=size)
+    def _stitched(
+        self, bundles: list[Bundle], pairs: dict[Site, Pairs], own: dict[Site, Dictionary]
+    ) -> dict[tuple, dict[Site, np.ndarray]]:
+        """{(bundle, stitch_kind): {site: what is put in, float32 [n, d_model]}}, of one source."""
+        shuffled = {site: _shuffled_source(p, self.config.seed) for site, p in pairs.items()}
+        out: dict[tuple, dict[Site, np.ndarray]] = {}
+        for bundle in bundles:
+            read = pairs if bundle[0].pairing == "aligned" else shuffled
+            for task in bundle:
+                site = task.site_target
+                for kind, values in self._predicted(task, read[site], own[site]).items():
+                    out.setdefault((bundle, kind), {})[site] = values
+        return out
+
+    def _predicted(self, task: Task, pairs: Pairs, own: Dictionary) -> dict[str, np.ndarray]:
+        m, size, out = maps.load(task.path(self.work)), self.config.evaluation.batch_size, {}
+        for kind in _stitch_kinds(task):
+            if kind == "activation":
+                out[kind] = maps.predict_activations(m, pairs, size)
+            else:
+                f = maps.predict(m, pairs, size)
+                out[kind] = modules.over_rows(own, f, method="decode", size=size)
         return out
 
     def _pairs(self, task: Task, dictionary: Dictionary) -> Pairs:
@@ -185,26 +240,29 @@ class _Target:
         self,
         effect: Effect,
         references: dict[str, Effect],
-        site: Site,
+        sites: tuple[Site, ...],
         *,
         control: str | None = None,
-        task: Task | None = None,
+        bundle: Bundle | None = None,
         stitch_kind: str | None = None,
     ) -> dict[str, Any]:
-        """A row of causal.jsonl: of a control, or of a rung's prediction."""
+        """A row of causal.jsonl: of a control, or of a rung's predictions."""
+        task = bundle and bundle[0]
         recovered = loss_recovered(
             effect,
             clean=references["clean"],
             baseline=references["zero"],
             resamples=self.draws,
         )
+        what = "control" if control else "stitching"
         return {
-            "intervention": "control" if control else "stitching",
+            "intervention": what if len(sites) == 1 else f"{what}_together",
             "control": control,
             "source": task and task.source,
             "target": self.name,
-            "site_source": task and str(task.site_source),
-            "site_target": str(site),
+            "site_source": bundle and "+".join(str(t.site_source) for t in bundle),
+            "site_target": "+".join(map(str, sites)),
+            **({} if len(sites) == 1 else {"sites": list(map(str, sites))}),
             "map": task and task.kind,
             "pairing": task and task.pairing,
             "stitch_kind": stitch_kind,
@@ -214,6 +272,18 @@ class _Target:
             **bootstrap.columns("kl", self.draws.mean(effect.kl)),
             **bootstrap.columns("loss_recovered", recovered),
         }
+
+
+def _sources(bundle: Bundle) -> tuple:
+    return tuple((task.source, task.site_source) for task in bundle)
+
+
+def _at_once(bundles: list[Bundle]) -> list[list[Bundle]]:
+    """Groups whose predictions lie in memory together: of several sites, those of one rung."""
+    if len(bundles[0]) == 1:
+        return [bundles]
+    kinds = dict.fromkeys(bundle[0].kind for bundle in bundles)
+    return [[bundle for bundle in bundles if bundle[0].kind == kind] for kind in kinds]
 
 
 def _shuffled_source(pairs: Pairs, seed: int) -> Pairs:

@@ -20,6 +20,7 @@ from crossdict_jax.report import (
     plots,
     shared,
     tables,
+    together,
 )
 from crossdict_jax.report.features import feature_tables
 from crossdict_jax.report.results import (
@@ -289,6 +290,7 @@ def _effects(results: Results) -> dict:
 
     return {
         "stitching": [_stitched(list(g)) for _, g in groupby(results.stitchings, key=direction)],
+        "together": together.section(results),
         "causal": _optional_table(results.causal, "Every row of causal.jsonl", "control"),
     }
 

@@ -190,7 +190,13 @@ class Results:
 
     @property
     def stitchings(self) -> list[Stitching]:
-        return stitchings(self.causal)
+        """Of single layer pairs."""
+        return stitchings([row for row in self.causal if not row.get("sites")])
+
+    @property
+    def stitched_together(self) -> list[Stitching]:
+        """Of several layer pairs at once; their sites are joined by +."""
+        return stitchings([row for row in self.causal if row.get("sites")])
 
 
 def read_results(work: Workdir) -> Results:

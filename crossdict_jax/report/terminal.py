@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdict_jax.report import shared
+from crossdict_jax.report import shared, together
 from crossdict_jax.report.results import Comparison, Line, Stitching, read_results
 from crossdict_jax.report.tables import VERDICTS, interval, number, percent, verdict_text
 from crossdict_jax.workdir import Workdir
@@ -15,7 +15,7 @@ def summary_table(work: Workdir) -> None:
     """Prints every rung of every layer pair and direction, its controls and its verdict.
 
     ``untr.`` is the context gain into an untrained target, ``norm.`` where R² lies between the
-    shuffled pairs (0) and the skyline (1).
+    shuffled pairs (0) and the skyline (1). Below them, several layers stitched at once.
 
     Raises:
       UserError: a result file that it needs is missing or damaged.
@@ -30,6 +30,7 @@ def summary_table(work: Workdir) -> None:
     for comparison in results.comparisons:
         effect = effects.get((*comparison.direction, comparison.sites))
         console.print(_table(comparison, effect))
+    together.print_tables(results, console)
     for line in shared.lines(results):
         console.print(line, markup=False, highlight=False)
 
