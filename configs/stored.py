@@ -7,7 +7,13 @@ A command that gets an existing --workdir and no --config uses them by itself.
 
 from pathlib import Path
 
-from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig
+from crossdict_jax.config import (
+    BenchmarkConfig,
+    Config,
+    ConvertConfig,
+    PretrainConfig,
+    VerifyConfig,
+)
 from crossdict_jax.settings import from_dict
 from crossdict_jax.workdir import read_json
 
@@ -15,10 +21,13 @@ KINDS = {  # by a setting of theirs alone
     "model_type": PretrainConfig,
     "hook_name": ConvertConfig,
     "gates": VerifyConfig,
+    "benchmarks": BenchmarkConfig,
 }
 
 
-def get_config(workdir: str) -> Config | PretrainConfig | ConvertConfig | VerifyConfig:
+def get_config(
+    workdir: str,
+) -> Config | PretrainConfig | ConvertConfig | VerifyConfig | BenchmarkConfig:
     tree = read_json(Path(workdir) / "config.json")
     kind = next((kind for name, kind in KINDS.items() if name in tree), Config)
     return from_dict(kind, tree)

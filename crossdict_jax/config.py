@@ -280,7 +280,46 @@ class VerifyConfig:
 FREE = ("records", "efficiency")
 
 
-def to_dict(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> dict:
+BENCHMARKS = ("steps",)
+
+
+@dataclass
+class CeilingBenchmark:
+    """What the machine can do at most, measured before everything else."""
+
+    matmul_size: int = 3072  # of square products
+    copy_bytes: int = 268_435_456  # of the array that is copied: far more than any cache holds
+    dtypes: tuple[str, ...] = ("float32",)  # float32, bfloat16: of the products' inputs
+
+
+@dataclass
+class StepBenchmark:
+    """One training step of a dictionary, beside those of other libraries."""
+
+    architectures: tuple[str, ...] = ("relu", "topk", "batchtopk", "jumprelu")  # each in turn
+    d_model: int = 768  # of the made-up rows
+    width: int = 6144  # features
+    k: int = 32  # active features a row (topk; batchtopk: on average)
+    batch_size: int = 4096  # rows
+    rows: int = 16384  # of the store, at least a batch
+    matmul_dtype: str = "float32"  # float32 | bfloat16, of our products' inputs; others: float32
+    steps: int = 1  # in one measurement
+
+
+@dataclass
+class BenchmarkConfig:
+    """How fast this code is beside others, and beside what the machine can do."""
+
+    benchmarks: tuple[str, ...] = BENCHMARKS  # each a file in crossdict_jax/benchmark
+    repeats: int = 5  # rounds, of which each contender runs once in each; medians are reported
+    seed: int = 0  # of made-up rows, texts and weights
+    ceilings: CeilingBenchmark = field(default_factory=CeilingBenchmark)
+    steps: StepBenchmark = field(default_factory=StepBenchmark)
+
+
+def to_dict(
+    config: Config | PretrainConfig | ConvertConfig | VerifyConfig | BenchmarkConfig,
+) -> dict:
     """Returns the config as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 from crossdict_jax.config import (
+    BENCHMARKS,
     CONTROLS,
     SWEPT,
+    BenchmarkConfig,
     Config,
     ConvertConfig,
     Count,
@@ -369,10 +371,27 @@ def _rules() -> dict[str, Rule]:
         "hook_name": _FREE,
         "model_name": _FREE,
         "push": _FREE,
+        **_benchmark_rules(),
     }
 
 
-def validate(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> None:
+def _benchmark_rules() -> dict[str, Rule]:
+    """The rules of BenchmarkConfig: a number there counts something, and is 1 or more."""
+    names = settings(BenchmarkConfig)
+    counts = {name: _at_least(1) for name in names if names[name] in (int, tuple[int, ...])}
+    return counts | {
+        "benchmarks": _one_of(*BENCHMARKS),
+        "seed": _SEED,
+        "ceilings.copy_bytes": _at_least(1024),
+        "ceilings.dtypes": _MATMUL,
+        "steps.architectures": _one_of(*architectures()),
+        "steps.matmul_dtype": _MATMUL,
+    }
+
+
+def validate(
+    config: Config | PretrainConfig | ConvertConfig | VerifyConfig | BenchmarkConfig,
+) -> None:
     """Raises UserError for the first setting that is of a wrong type or outside what it may be.
 
     Only what can be said without reading text or models; nothing is imported for it.
@@ -390,6 +409,8 @@ def validate(config: Config | PretrainConfig | ConvertConfig | VerifyConfig) -> 
         _check_dictionaries(config.sae)
         _check_crosscoder(crosscoder_settings(config))
         layer_pairs(config)
+    if isinstance(config, BenchmarkConfig):
+        _check_benchmark(config)
 
 
 def _check_values(name: str, value: Any, rule: Rule) -> None:
@@ -459,6 +480,16 @@ def _check_crosscoder(crosscoder: CrosscoderConfig) -> None:
         raise UserError(
             f"crosscoder.k={k} is larger than crosscoder.width={width}; k must be width or less."
         )
+
+
+def _check_benchmark(config: BenchmarkConfig) -> None:
+    steps = config.steps
+    if steps.batch_size > steps.rows:
+        raise UserError(
+            f"steps.batch_size={steps.batch_size} is more than steps.rows={steps.rows}; lower it."
+        )
+    if steps.k > steps.width:
+        raise UserError(f"steps.k={steps.k} is more than steps.width={steps.width}; lower k.")
 
 
 def _largest(value: int | tuple[int, ...]) -> int:

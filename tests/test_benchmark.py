@@ -39,7 +39,7 @@ def tiny(tmp_path_factory):
 
 def test_without_the_peer_one_line_says_so(tiny, monkeypatch):
     monkeypatch.delenv(saelens.PYTHON, raising=False)
-    done = launch("benchmark", f"--workdir={tiny[2].root}")
+    done = launch("benchmark.saelens", f"--workdir={tiny[2].root}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
     with pytest.raises(UserError, match="CROSSDICT_SAELENS_PYTHON is not set"):

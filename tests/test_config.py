@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from crossdict_jax import settings
 from crossdict_jax.config import (
+    BENCHMARKS,
     GATES,
+    BenchmarkConfig,
     Config,
     ConvertConfig,
     Count,
@@ -27,7 +29,7 @@ from crossdict_jax.errors import UserError
 PRESETS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 PRESETS.remove("stored")  # it reads a work directory
 PRESETS.remove("convert")  # it says nothing about what to convert
-KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig)
+KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
 
 
 def changed(**values) -> Config:
@@ -38,7 +40,7 @@ def changed(**values) -> Config:
     return config
 
 
-@pytest.mark.parametrize("kind", [Config, PretrainConfig, VerifyConfig])
+@pytest.mark.parametrize("kind", [Config, PretrainConfig, VerifyConfig, BenchmarkConfig])
 def test_defaults_are_allowed(kind):
     settings.validate(kind())
 
@@ -73,6 +75,8 @@ def test_names_found_by_file_are_those_of_the_rooms():
     words, _ = settings._rules()["evaluation.matching"]
     assert words == f"one of {', '.join(METHODS)}"
     assert tuple(settings.gate_files()) == GATES
+    rooms = Path(settings.__file__).with_name("benchmark")
+    assert all((rooms / f"{name}.py").is_file() for name in BENCHMARKS)
 
 
 # ---------------------------------------------------------------- spelling

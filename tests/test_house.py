@@ -38,6 +38,8 @@ NOT_REQUIRED = {  # used where somebody has it
     "tensorboard",
     "wandb",
     "sae_lens",  # in an environment of its own
+    "sparsify",  # so, too
+    "dictionary_learning",  # so, too
 }
 
 SOURCES = sorted(

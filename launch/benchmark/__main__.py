@@ -1,22 +1,24 @@
-"""Says which comparisons with other libraries there are, and runs all that this machine can.
+"""Measures how fast this code is: beside other libraries, and beside what the machine can do.
 
-python -m launch.benchmark --workdir=runs/quickstart
+python -m launch.benchmark
+python -m launch.benchmark --config.benchmarks=steps,map --workdir=runs/benchmark-some
+
+Every figure is a ratio of contenders that took turns in one run. Other libraries run in Pythons of
+their own, named by CROSSDICT_SAELENS_PYTHON, CROSSDICT_SPARSIFY_PYTHON,
+CROSSDICT_DICTIONARY_LEARNING_PYTHON and CROSSDICT_TORCH_PYTHON; those that are not are left out.
+How good dictionaries are beside those of SAELens: python -m launch.benchmark.saelens.
 """
 
-import importlib
-from pathlib import Path
-
-from crossdict_jax.config import Config
+from crossdict_jax.config import BenchmarkConfig
 from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
-    for name in sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")):
-        comparison = importlib.import_module(f"launch.benchmark.{name}")
-        print(f"{name}: {comparison.__doc__.splitlines()[0]}")
-        comparison.main(config, work)
+def main(config: BenchmarkConfig, work: Workdir) -> None:
+    from crossdict_jax.benchmark.run import run_benchmarks
+
+    run_benchmarks(config, work)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, kind=BenchmarkConfig, default="benchmark")

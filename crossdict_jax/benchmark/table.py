@@ -1,0 +1,72 @@
+"""Benchmark rows as tables: for the terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = ("case", "contender", "time", "a second", "ratio [least, most]", "flops", "bytes")
+
+
+def heading(found: dict[str, Any]) -> str:
+    """Returns the machine, the versions and the ceilings in a few lines."""
+    about, ceilings = found["machine"], found["ceilings"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    flops = ", ".join(
+        f"{dtype} {si(value)}flop/s"
+        for dtype, value in ceilings.items()
+        if not dtype.endswith("copy")
+    )
+    return (
+        f"{about['devices']} x {about['device']} ({about['processor']}, {about['cores']} cores, "
+        f"load {about['load']:.1f}), Python {about['python']}, {versions}, commit "
+        f"{about['commit']}.\nMeasured ceilings: matrix products {flops}; copies "
+        f"{si(ceilings['copy'])}B/s read and written, by numpy {si(ceilings['host_copy'])}B/s."
+    )
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """Returns rows as lines of equal columns, for the terminal."""
+    lines = [COLUMNS, *map(_cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    padded = ((cell.ljust(width) for cell, width in zip(line, widths)) for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Returns everything measured: the heading, and a table for each benchmark."""
+    parts = [heading(found).replace("\n", " ")]
+    for name in dict.fromkeys(row["benchmark"] for row in found["rows"]):
+        lines = [f"**{name}**\n", _line(COLUMNS), "|---" * len(COLUMNS) + "|"]
+        lines += [_line(_cells(row)) for row in found["rows"] if row["benchmark"] == name]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a row under COLUMNS; what a row has not is a dash."""
+    version = row.get("version")
+    return (
+        row["case"],
+        row["contender"] + (f" {version}" if version else ""),
+        f"{si(row['seconds'])}s",
+        f"{si(row['per_s'])}{row['unit']}",
+        f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+        _share(row["flop_fraction"]),
+        _share(row["byte_fraction"]),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def si(value: float) -> str:
+    """Returns a number with three digits and the prefix of its size, as in ``1.23 G``."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value / 1e-6:.3g} µ"

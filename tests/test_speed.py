@@ -1,0 +1,237 @@
+"""The benchmarks of speed: turns, ratios, peers in processes of their own; nothing is timed."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_launch import launch
+
+from crossdict_jax.benchmark import harness, machine, peer, steps, table
+from crossdict_jax.benchmark.harness import Need, alternate, compared
+from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
+from crossdict_jax.benchmark.run import run_benchmarks
+from crossdict_jax.config import BenchmarkConfig, CeilingBenchmark, SAEConfig, StepBenchmark
+from crossdict_jax.dictionaries.train import members, prepare
+from crossdict_jax.errors import UserError
+from crossdict_jax.settings import validate
+from crossdict_jax.training.loop import train
+from crossdict_jax.workdir import Workdir, read_json
+
+CEILINGS = {"float32": 1e9, "copy": 1e9}
+
+
+def tiny_config(*benchmarks: str) -> BenchmarkConfig:
+    return BenchmarkConfig(
+        benchmarks=benchmarks,
+        repeats=2,
+        ceilings=CeilingBenchmark(matmul_size=32, copy_bytes=4096),
+        steps=StepBenchmark(
+            architectures=("relu", "topk"), d_model=8, width=16, k=2, batch_size=32, rows=64
+        ),
+    )
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    for variable in peer.PYTHONS.values():
+        monkeypatch.delenv(variable, raising=False)
+
+
+def measured(name: str, tmp_path) -> list[dict]:
+    """The rows of one benchmark at a tiny size; every number in them is finite."""
+    rows = run_benchmarks(tiny_config(name), Workdir(tmp_path))["rows"]
+    assert rows and {row["benchmark"] for row in rows} == {name}
+    for row in rows:
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
+        assert row["seconds"] > 0 and row["per_s"] > 0
+    written = read_json(tmp_path / "results" / "benchmark.json")
+    assert written["rows"] == rows and written["machine"]["versions"]["jax"] == jax.__version__
+    assert f"**{name}**" in (tmp_path / "results" / "benchmark.md").read_text()
+    return rows
+
+
+# ---------------------------------------------------------------- turns and ratios
+
+
+def test_contenders_take_turns_and_the_first_run_does_not_count():
+    ran = []
+
+    def contender(name):
+        return lambda: ran.append(name) or float(len(ran))
+
+    seconds = alternate({name: contender(name) for name in "abc"}, repeats=3)
+    assert "".join(ran) == "abc" + "abc" + "cba" + "abc"
+    assert seconds == {"a": [4.0, 9.0, 10.0], "b": [5.0, 8.0, 11.0], "c": [6.0, 7.0, 12.0]}
+
+
+def test_ratios_are_taken_within_a_round():
+    """A machine that is ten times slower in one round changes no ratio."""
+    seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 30.0, 4.0]}
+    need = Need(8, "rows", flops=5e8, bytes=1e9)
+    ours, theirs = compared("b", "c", seconds, need, ceilings=CEILINGS)
+    assert (theirs["ratio"], theirs["ratio_low"], theirs["ratio_high"]) == (3.0, 2.0, 4.0)
+    assert ours["ratio"] == 1.0 and ours["seconds"] == 1.0 and ours["per_s"] == 8.0
+    assert theirs["seconds_least"] == 2.0
+    assert (ours["flop_fraction"], ours["byte_fraction"]) == (0.5, 1.0)
+    nothing = next(compared("b", "c", seconds, Need(8), ceilings=CEILINGS))
+    assert nothing["flop_fraction"] is None and nothing["flops"] is None
+
+
+def test_ceilings_are_measured_for_every_dtype():
+    config = CeilingBenchmark(matmul_size=16, copy_bytes=4096, dtypes=("float32", "bfloat16"))
+    found = machine.ceilings(config, repeats=1)
+    assert found.keys() == {"float32", "bfloat16", "copy", "host_copy"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_work_apart_tells_its_memory():
+    size = 300_000_000
+    nothing, least = harness.apart(bytes, 1)
+    kept, most = harness.apart(_length_of_zeros, size)
+    assert nothing == b"\0" and kept == size
+    assert 0.5 * size < most - least < 1.5 * size
+
+
+def _length_of_zeros(size: int) -> int:
+    return len(np.ones(size, np.int8))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234, "1.23 k"), (0.005, "5 m"), (2e-6, "2 µ"), (3.5e13, "35 T")]
+)
+def test_numbers_are_short(value, text):
+    assert table.si(value) == text
+
+
+# ---------------------------------------------------------------- steps of dictionaries
+
+
+def test_steps_are_measured_without_any_peer(no_peers, tmp_path, capsys):
+    rows = measured("steps", tmp_path)
+    assert [(r["case"], r["contender"]) for r in rows] == [
+        ("relu", "ours"),
+        ("topk", "ours"),
+        ("ours", "relu"),
+        ("ours", "topk"),
+    ]
+    printed = capsys.readouterr().out
+    for library in steps.PEERS:
+        assert f"{library} left out: {peer.PYTHONS[library]} is not set" in printed
+
+
+def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
+    """The same parameters, bit for bit, as the loop leaves after as many steps."""
+    store = make_store(tmp_path / "store", 64, 8, seed=0)
+    sae = SAEConfig(width=16, k=2, batch_size=32, steps=5)
+    timed = steps.dictionary_steps(sae, store)
+    timed.run(2)
+    timed.run(3)
+    ensemble = prepare(sae, store, members(sae, [(MODEL, SITE)]), store.select("train"))
+    state = train(
+        ensemble.trainable,
+        feed=ensemble.feed,
+        steps=5,
+        seed=0,
+        directory=tmp_path / "run",
+        checkpoint_every=5,
+        what="toy",
+        state_shardings=ensemble.by_member,
+    )
+    jax.tree.map(np.testing.assert_array_equal, timed._state, state)
+
+
+def test_flops_are_counted_from_the_maths():
+    relu = SAEConfig(architecture="relu", width=64, k=4, batch_size=8)
+    topk = dataclasses.replace(relu, architecture="topk")
+    assert steps.need(relu, 16, steps=3).flops == 3 * 10 * 8 * 16 * 64
+    assert steps.need(topk, 16, steps=1, count=2).flops == 2 * (2 * 8 * 16 * 64 + 8 * 8 * 16 * 4)
+    assert steps.need(topk, 16, steps=2).amount == 2 * 8
+
+
+@pytest.mark.parametrize("library", steps.PEERS)
+def test_each_peer_trains_on_the_same_rows(library, tmp_path):
+    if not os.environ.get(peer.PYTHONS[library]):
+        pytest.skip(f"{peer.PYTHONS[library]} is not set")
+    store = make_store(tmp_path / "store", 128, 16, seed=0)
+    steps._hand_over(tmp_path, store, 64)
+    file, architectures = steps.PEERS[library]
+    with peer.Peer(library, file) as other:
+        for architecture in architectures:
+            about = other.make(folder=str(tmp_path), architecture=architecture, width=32, k=4)
+            assert about["version"] and other.run(3) > 0
+
+
+# ---------------------------------------------------------------- peers
+
+
+COUNTER = """
+def make(start):
+    counted = [start]
+    print("a library that talks")
+    def run(count):
+        counted[0] += count
+        if counted[0] > 6:
+            raise ValueError("too far")
+    return run, {"version": "1", "started": start}
+"""
+
+
+@pytest.fixture
+def counter(tmp_path, monkeypatch):
+    monkeypatch.setenv(peer.PYTHONS["torch"], sys.executable)
+    (tmp_path / "counter.py").write_text(COUNTER)
+    return tmp_path / "counter.py"
+
+
+def test_a_peer_does_what_it_is_told_until_it_fails(counter):
+    with peer.Peer("torch", counter) as other:
+        assert other.make(start=4) == {"version": "1", "started": 4}
+        assert other.make(start=0)["started"] == 0
+        assert other.run(2) >= 0 and other.run(4) >= 0
+        with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)") as error:
+            other.run(1)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match="torch failed"):
+            other.run(1)
+
+
+def test_a_python_that_is_none_is_told_in_one_line(counter, monkeypatch):
+    monkeypatch.setenv(peer.PYTHONS["torch"], "/nowhere/python")
+    with pytest.raises(UserError, match="CROSSDICT_TORCH_PYTHON=/nowhere/python cannot be run"):
+        peer.Peer("torch", counter)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 16}, "steps.batch_size=32 is more than steps.rows=16"),
+        ({"k": 17}, "steps.k=17 is more than steps.width=16"),
+        ({"architectures": ("dense",)}, "steps.architectures=dense: dense must be one of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    config = tiny_config("steps")
+    config.steps = dataclasses.replace(config.steps, **changes)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path):
+    done = launch("benchmark", f"--workdir={tmp_path / 'run'} --config.benchmarks=luck")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "benchmarks=luck: luck must be one of steps" in done.stderr
+
+
+def test_a_workdir_knows_its_settings(tmp_path, no_peers):
+    from configs import stored
+
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(tiny_config("steps"))))
+    assert stored.get_config(str(tmp_path)) == tiny_config("steps")
