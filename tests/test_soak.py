@@ -1,6 +1,6 @@
-"""Soak: dictionaries of killed runs equal those of a run that nothing disturbed, bit for bit.
+"""Soak: dictionaries of a killed run equal those of a run that nothing disturbed, bit for bit.
 
-CROSSDICT_SOAK_KILLS=20 python -m pytest tests/test_soak.py -m soak -n 0
+CROSSDICT_SOAK_KILLS=20 python -m pytest tests/test_soak.py -m soak -n 0 -s
 """
 
 import os
@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -20,29 +22,37 @@ from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import SAEConfig, to_dict
 from crossdict_jax.settings import architectures
-from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_json
+from crossdict_jax.workdir import open_workdir, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("CROSSDICT_SOAK_KILLS", "20"))  # moments per architecture
+KILLS = int(os.environ.get("CROSSDICT_SOAK_KILLS", "20"))  # moments, over all architectures
 pytestmark = pytest.mark.soak
 
 
-@pytest.fixture(scope="module", params=architectures())
-def prepared(request, tmp_path_factory):
-    """A small store with its settings, and what an undisturbed run makes of it."""
-    root = tmp_path_factory.mktemp(request.param)
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing disturbed.
+
+    Attributes:
+      root: where its store lies, for others to copy.
+      seconds: from its start to its end.
+    """
+
+    root: Path
+    work: Path
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Whole:
+    """Two models, two seeds, every architecture."""
+    root = tmp_path_factory.mktemp("soak")
     config = tiny_run.make_config(root)
-    config.sae = SAEConfig(
-        architecture=request.param,
-        width=48,
-        k=4,
-        steps=3000,
-        batch_size=256,
-        seeds=2,
-        checkpoint_every=100,
-    )
+    config.sae = SAEConfig(width=48, k=4, steps=800, batch_size=256, seeds=2, checkpoint_every=50)
     extract(config, open_workdir(root / "store", to_dict(config)))
-    return root, trained(copied(root, "whole"))
+    started = time.monotonic()
+    work = trained(copied(root, "whole"))
+    return Whole(root, work, time.monotonic() - started)
 
 
 def copied(root: Path, name: str) -> Path:
@@ -50,12 +60,18 @@ def copied(root: Path, name: str) -> Path:
     return root / name
 
 
+def changed(work: Path, *, records: tuple[str, ...] = (), **sae) -> Path:
+    config = read_json(work / "config.json")
+    write_json(work / "config.json", config | {"records": records, "sae": config["sae"] | sae})
+    return work
+
+
 def start(work: Path, *, devices: int = 1) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.train_saes", f"--workdir={work}"],
+        [sys.executable, "tests/soak_run.py", f"--workdir={work}"],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -72,49 +88,64 @@ def trained(work: Path, **how) -> Path:
 def parameters(work: Path) -> dict[str, np.ndarray]:
     """Of all dictionaries of a run, by their place."""
     found = {}
-    folders = (p for p in Workdir(work).dictionaries.glob("*/*/seed-*") if p.is_dir())
-    for folder in sorted(folders):
-        params = modules.split(dictionaries.load(folder))[1]
-        for name, value in jax.tree.map(np.asarray, params).items():
-            found[f"{folder.relative_to(work)} {name}"] = value
-    assert found
+    for architecture in architectures():
+        folders = sorted((work / architecture / "dictionaries").glob("*/*/seed-*"))
+        assert len(folders) == 4, architecture
+        for folder in folders:
+            params = modules.split(dictionaries.load(folder))[1]
+            for name, value in jax.tree.map(np.asarray, params).items():
+                found[f"{folder.relative_to(work)} {name}"] = value
     return found
 
 
-def test_killed_at_random_moments(prepared):
-    root, whole = prepared
-    draw, killed, kills = random.Random(0), copied(root, "killed"), 0
-    while True:
-        process = start(killed)
-        try:
-            patience = draw.uniform(4, 12) if kills < KILLS else None
-            _, complaint = process.communicate(timeout=patience)
-            assert process.returncode == 0, complaint[-2000:]
-            if kills >= KILLS:
-                break
-            shutil.rmtree(killed / "dictionaries")  # done already: begin again, kill again
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL if kills % 2 else signal.SIGTERM)
-            process.communicate()
-            kills += 1
-    assert kills >= KILLS
-    there = parameters(killed)
-    for place, value in parameters(whole).items():
+def assert_same_bits(work: Path, whole: Whole) -> None:
+    there = parameters(work)
+    for place, value in parameters(whole.work).items():
         np.testing.assert_array_equal(there[place], value, err_msg=place)
 
 
-def test_another_mesh_gives_the_same_to_tolerance(prepared):
+def progress(work: Path) -> str:
+    """What was finished when a run was killed, and the newest of its sealed checkpoints."""
+    done = len(list(work.glob("*/dictionaries/*/*/seed-*/*.sha256.json")))
+    sealed = work.glob("*/dictionaries/training/*/checkpoints/*.sha256.json")
+    newest = max(sealed, key=lambda p: p.stat().st_mtime, default=None)
+    where = (*newest.relative_to(work).parts[:1], newest.stem) if newest else ("nothing sealed",)
+    return f"{done} dictionaries finished, {' '.join(where)}"
+
+
+def test_killed_at_random_moments(whole):
+    draw, killed, kills = random.Random(0), copied(whole.root, "killed"), 0
+    while True:
+        process = start(killed)
+        try:
+            patience = draw.uniform(0.1, 0.6) * whole.seconds if kills < KILLS else None
+            _, complaint = process.communicate(timeout=patience)
+            assert process.returncode == 0, complaint[-2000:]
+            assert_same_bits(killed, whole)
+            if kills >= KILLS:
+                break
+            for architecture in architectures():  # done already: begin again, kill again
+                shutil.rmtree(killed / architecture)
+        except subprocess.TimeoutExpired:
+            sent = signal.SIGKILL if kills % 2 else signal.SIGTERM
+            process.send_signal(sent)
+            process.communicate()
+            kills += 1
+            print(f"{sent.name} after {patience:.1f} s: {progress(killed)}")
+    assert kills >= KILLS
+
+
+def test_watching_a_run_changes_no_bit(whole):
+    """Curves go to a writer, and dictionaries are evaluated, between one training and the next."""
+    pytest.importorskip("tensorboardX")
+    watched = trained(changed(copied(whole.root, "watched"), records=("tensorboard",)))
+    assert list((watched / "records").rglob("events.out.tfevents.*"))
+    assert_same_bits(watched, whole)
+
+
+def test_another_mesh_gives_the_same_to_tolerance(whole):
     """A few steps: rounding differs between meshes, and training amplifies it without bound."""
-    root, _ = prepared
-    few = {"sae": {"steps": 20}}
-    one, eight = (shortened(copied(root, name), few) for name in ("one", "eight"))
+    one, eight = (changed(copied(whole.root, name), steps=20) for name in ("one", "eight"))
     there = parameters(trained(eight, devices=8))
     for place, value in parameters(trained(one)).items():
         np.testing.assert_allclose(there[place], value, atol=1e-5, err_msg=place)
-
-
-def shortened(work: Path, settings: dict) -> Path:
-    config = read_json(work / "config.json")
-    config["sae"] |= settings["sae"]
-    write_json(work / "config.json", config)
-    return work
