@@ -43,7 +43,7 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
     - shrinkage = sum (x - m).(x_hat - m) / sum ||x - m||^2 with m = mean_train(x): 1 is none, below
       1 reconstructions are too short.
     - relative_bias = sum ||x_hat||^2 / sum x.x_hat: 1 is none (Rajamanoharan et al. 2024, arXiv
-      2404.16014, section 5.2).
+      2404.16014).
     - decoder_cosine: mean over features of the cosine of their decoder row to the one most like it.
     - ce_*: cross-entropy in nats of the token after each of n_positions paired positions of
       n_documents_ce test documents, with the model's own activations there (clean), zeros, the
