@@ -178,6 +178,15 @@ class EfficiencyConfig:
 
 
 @dataclass
+class ParetoConfig:
+    """Which dictionaries make the curves of L0 against FVU: launch.pareto."""
+
+    architectures: tuple[str, ...] = ()  # of dictionaries; () means all
+    k: tuple[int, ...] = ()  # where k is; () means 1/4, 1/2, 1 and 2 times sae.k
+    penalties: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # else: of the usual coefficient
+
+
+@dataclass
 class InterventionConfig:
     """How much text the causal tests read, and how single features are put to the test."""
 
@@ -226,6 +235,7 @@ class Config:
     crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    pareto: ParetoConfig = field(default_factory=ParetoConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
 
 
@@ -277,7 +287,7 @@ class VerifyConfig:
 
 # Settings of Config on which no file of a run depends but the answer to the question that they ask:
 # a finished run may be asked again with others.
-FREE = ("records", "efficiency")
+FREE = ("records", "efficiency", "pareto")
 
 
 BENCHMARKS = ("steps",)
@@ -327,6 +337,13 @@ def to_dict(
 def identity(config: Config) -> dict:
     """Returns the settings that make a run the one that it is: all but those that are ``FREE``."""
     return {name: value for name, value in to_dict(config).items() if name not in FREE}
+
+
+def unswept(sae: SAEConfig) -> SAEConfig:
+    """Returns the settings with the first value of each that has several."""
+    values = {name: getattr(sae, name) for name in SWEPT}
+    first = {name: v[0] if isinstance(v, tuple) else v for name, v in values.items()}
+    return dataclasses.replace(sae, **first)
 
 
 def crosscoder_settings(config: Config) -> CrosscoderConfig:

@@ -31,6 +31,7 @@ from crossdict_jax.errors import UserError
 
 # No models: the embedded pair. No sources: all are trained. No kinds of controls: all.
 MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds"}
+MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k"}
 MAY_REPEAT = {"models", "sae.sources"}  # a model against itself
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
@@ -332,6 +333,9 @@ def _rules() -> dict[str, Rule]:
         "efficiency.rows": _at_least(2),
         "efficiency.layer_pair": _FREE,
         "efficiency.hidden_features": _SHARE,
+        "pareto.architectures": _one_of(*architectures()),
+        "pareto.k": _at_least(1),
+        "pareto.penalties": _ABOVE_0,
         "intervention.documents": _at_least(1),
         "intervention.batch_size": _at_least(1),
         "intervention.features": _at_least(0),

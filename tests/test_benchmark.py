@@ -14,12 +14,6 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import open_workdir, read_jsonl
 
 
-def test_fvu_at_equal_sparsity_lies_on_the_curve():
-    assert saelens.fvu_at([40.0, 10.0], [0.1, 0.3], 20) == pytest.approx(0.2)
-    assert saelens.fvu_at([10.0, 40.0], [0.3, 0.1], 10) == pytest.approx(0.3)
-    assert saelens.fvu_at([10.0, 40.0], [0.3, 0.1], 41) is None
-
-
 def test_the_better_setting_of_each_library_counts():
     row = {"architecture": "topk", "l0": 4.0, "seconds": 1.0}
     rows = [row | {"library": "ours", "fvu_at_k": 0.2}]

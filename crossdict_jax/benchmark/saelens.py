@@ -7,7 +7,6 @@ library has it by default, but that SAELens may also use our learning rate: its 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ import numpy as np
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.splice import train_mean
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config
+from crossdict_jax.config import Config, unswept
 from crossdict_jax.dictionaries.train import train_dictionaries, usual_rate
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.models import Site
+from crossdict_jax.report.pareto import fvu_at
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
@@ -74,9 +74,7 @@ class _Bench:
         self.site: Site = store.sites_of(self.model)[0]
         self.config, self.store = config, store
         self.folder = work.root / "benchmark" / "saelens"
-        one = {name: _first(getattr(config.sae, name)) for name in SWEPT}
-        one |= {"seeds": 1, "learning_rate": 0.0}
-        self.sae = dataclasses.replace(config.sae, **one)
+        self.sae = dataclasses.replace(unswept(config.sae), seeds=1, learning_rate=0.0)
         self.test = store.read(self.model, self.site, store.select("test"))
         self.mean = train_mean(store, self.model, self.site)
         self.train = store.select("train")
@@ -179,10 +177,6 @@ class _Bench:
         }
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) else value
-
-
 def _run_peer(python: str, folder: Path) -> None:
     script = Path(__file__).with_name("saelens_peer.py")
     environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
@@ -206,14 +200,6 @@ def _fill_at_k(rows: list[dict[str, Any]], *, k: int) -> None:
         same = ("library", "architecture", "learning_rate")
         curve = [r for r in rows if all(r[key] == row[key] for key in same)]
         row["fvu_at_k"] = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], k)
-
-
-def fvu_at(l0: list[float], fvu: list[float], k: float) -> float | None:
-    """Returns the FVU at k active features, linear in log L0; None outside the curve."""
-    places = np.argsort(l0)
-    x, y = np.log(np.maximum(np.asarray(l0)[places], 1e-9)), np.asarray(fvu)[places]
-    inside = x[0] <= math.log(k) <= x[-1]
-    return float(np.interp(math.log(k), x, y)) if inside else None
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers
+from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -119,12 +119,7 @@ def control_members(config: Config, store: Store) -> list[Member]:
     Args:
       store: the one that controls read (see ``activations.untrained``).
     """
-    first = {
-        f.name: value[0]
-        for f in dataclasses.fields(config.sae)
-        if f.name in SWEPT and isinstance(value := getattr(config.sae, f.name), tuple)
-    }
-    sae = dataclasses.replace(config.sae, **first, seeds=SKYLINE_SEED + 1)
+    sae = dataclasses.replace(unswept(config.sae), seeds=SKYLINE_SEED + 1)
     trained = store.models[: len(config.models)]
     sites = {
         model: [Site(layer, config.site) for layer in layers]

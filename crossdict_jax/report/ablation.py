@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from crossdict_jax.report.results import PLACE
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number
+from crossdict_jax.report.tables import Cell, Column, Table, interval, number, show
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 SHOWN = {  # column of ablation.jsonl: (its title, whether it has an interval)
@@ -46,17 +46,4 @@ def print_ablation(work: Workdir) -> None:
     Raises:
       UserError: the file is missing or damaged.
     """
-    from rich.console import Console
-    from rich.table import Table as Printed
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    for table in section(read_jsonl(work.result("ablation.jsonl"))):
-        printed = Printed(title=table.caption, title_justify="left", box=None)
-        for column in table.columns:
-            justify = "right" if column.numeric else "left"
-            printed.add_column(column.title, justify=justify, no_wrap=True)
-        for row in table.rows:
-            printed.add_row(*(f"{cell.text} {cell.note}".strip() for cell in row))
-        console.print(printed, markup=False, highlight=False)
+    show(section(read_jsonl(work.result("ablation.jsonl"))))

@@ -17,7 +17,7 @@ from crossdict_jax.report.plots import (
     rung_line,
 )
 from crossdict_jax.report.results import PLACE, ladder_place, site_words
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number
+from crossdict_jax.report.tables import Cell, Column, Table, interval, number, show
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 WORDS = {
@@ -149,18 +149,4 @@ def print_table(work: Workdir) -> None:
     Raises:
       UserError: results/efficiency.jsonl is missing or damaged.
     """
-    from rich.console import Console
-    from rich.table import Table as Printed
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    for group in curves(read_jsonl(work.result("efficiency.jsonl"))):
-        shown = table(group)
-        printed = Printed(title=Text(shown.caption), title_justify="left", box=None)
-        for column in shown.columns:
-            printed.add_column(column.title, justify="right" if column.numeric else "left")
-        for row in shown.rows:
-            printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
-        console.print(printed)
+    show(table(group) for group in curves(read_jsonl(work.result("efficiency.jsonl"))))

@@ -17,6 +17,7 @@ from crossdict_jax.report import (
     crosscoder,
     efficiency,
     moved,
+    pareto,
     plots,
     shared,
     tables,
@@ -32,7 +33,7 @@ from crossdict_jax.report.results import (
     read_results,
 )
 from crossdict_jax.settings import spell
-from crossdict_jax.workdir import Workdir, write_text
+from crossdict_jax.workdir import Workdir, read_jsonl, write_text
 
 HERE = Path(__file__).parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -54,6 +55,18 @@ RUNG_WORDS = {
     "dictionaries.",
     "crosscoder": "One sparse code shared by all models, computed here from the source alone.",
 }
+
+
+def write_pareto(work: Workdir) -> Path:
+    """Writes ``report/pareto.html``, complete in itself, and returns its path.
+
+    Raises:
+      UserError: results/pareto.jsonl is missing or damaged.
+    """
+    page = work.report / "pareto.html"
+    section = pareto.section(read_jsonl(work.result("pareto.jsonl")))
+    write_text(page, _fill("pareto_page.html.j2", name=work.root.resolve().name, pareto=section))
+    return page
 
 
 def write_report(config: Config, work: Workdir) -> Path:
@@ -99,10 +112,26 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         moved=moved.section(results.moved, results.warm_starts),
         ablation=ablation.section(results.ablation),
         efficiency=efficiency.section(results.efficiency),
+        pareto=pareto.section(results.pareto),
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
         verdicts=tables.VERDICTS,
     )
+
+
+def _fill(template: str, **fields) -> str:
+    """Returns a page of this folder with the house's style and these fields."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = (HERE / "style.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(style=style, **fields)
 
 
 # ---------------------------------------------------------------- the head and what was run

@@ -171,6 +171,7 @@ class Results:
     causal: list[dict]
     controls: list[dict]
     efficiency: list[dict]
+    pareto: list[dict]
     matching: list[dict]
     similarity: list[dict]
     features: list[dict]
@@ -219,6 +220,7 @@ def read_results(work: Workdir) -> Results:
         causal=_optional(work.result("causal.jsonl")),
         controls=_optional(work.result("controls.jsonl")),
         efficiency=_optional(work.result("efficiency.jsonl")),
+        pareto=_optional(work.result("pareto.jsonl")),
         matching=_optional(work.result("matching.jsonl")),
         similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),

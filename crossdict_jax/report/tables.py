@@ -75,6 +75,30 @@ class Table:
     rows: list[list[Cell]]
 
 
+def show(tables: Iterable[Table]) -> None:
+    """Prints tables on the terminal; 160 characters wide where it has no width."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for one in tables:
+        console.print(printable(one))
+
+
+def printable(table: Table):
+    """Returns a table as rich prints it, notes beside their values."""
+    from rich.table import Table as Printed
+    from rich.text import Text
+
+    printed = Printed(title=Text(table.caption), title_justify="left", box=None)
+    for column in table.columns:
+        printed.add_column(column.title, justify="right" if column.numeric else "left")
+    for row in table.rows:
+        printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
+    return printed
+
+
 def number(value, digits: int = 3) -> str:
     """Returns a value as text: thousands apart, a true minus sign, an en dash for undefined."""
     if value is None:

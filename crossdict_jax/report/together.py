@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crossdict_jax.report.results import Line, Results, Stitching
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number, percent
+from crossdict_jax.report.tables import Cell, Column, Table, interval, number, percent, printable
 
 COLUMNS = (
     Column("map", numeric=False),
@@ -49,13 +49,5 @@ def _row(one: Stitching, line: Line, highest: Stitching | None) -> list[Cell]:
 
 def print_tables(results: Results, console) -> None:
     """Prints the tables of ``section`` on a rich console."""
-    from rich.table import Table as Printed
-    from rich.text import Text
-
     for shown in section(results):
-        printed = Printed(title=Text(shown.caption), title_justify="left", box=None)
-        for column in shown.columns:
-            printed.add_column(column.title, justify="right" if column.numeric else "left")
-        for row in shown.rows:
-            printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
-        console.print(printed)
+        console.print(printable(shown))

@@ -1,0 +1,25 @@
+"""Draws L0 against FVU for every architecture: on planted features and on a run's activations.
+
+python -m launch.pareto --workdir=runs/ab
+
+Needs the activations of a run (launch.extract_activations). Draws WORKDIR/report/pareto.html, and
+launch.report takes the same into its page.
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.report import write_pareto
+    from crossdict_jax.report.pareto import print_tables
+    from crossdict_jax.verify.recovery import measure_pareto
+
+    measure_pareto(config, work)
+    print_tables(work)
+    print(write_pareto(work))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,119 @@
+"""Curves of L0 against FVU: every setting on held-out rows, nothing trained twice, and its page."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import dictionaries
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation import pareto
+from crossdict_jax.models import Site
+from crossdict_jax.report import write_pareto
+from crossdict_jax.report.pareto import curves, fvu_at, print_tables, section
+from crossdict_jax.verify import recovery
+from crossdict_jax.verify.planted import PlantedConfig
+from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl
+
+PLANTED = PlantedConfig(rows=400, documents=40, features=8, widths=(6,), exclusive=0, active=2.0)
+SETTINGS = SAEConfig(width=8, k=2, steps=4, batch_size=32, seeds=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, work, store, rows) of two architectures on both kinds of data."""
+    root = tmp_path_factory.mktemp("pareto")
+    config = tiny_run.make_config(root)
+    config.sae = SAEConfig(width=24, k=4, steps=4, batch_size=64)
+    config.pareto = ParetoConfig(architectures=("topk", "relu"), k=(2, 8), penalties=(0.1, 4.0))
+    work = open_workdir(root / "run", to_dict(config))
+    store = extract(config, work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "PLANTED", PLANTED)
+        patch.setattr(recovery, "SETTINGS", SETTINGS)
+        rows = recovery.measure_pareto(config, work)
+    return config, work, store, rows
+
+
+def test_every_setting_has_a_row(run):
+    _, work, store, rows = run
+    settings = [
+        (r["data"], r["architecture"], r["seed"], r["k"], r["l1_coefficient"]) for r in rows
+    ]
+    usual = pareto.COEFFICIENTS["relu"]
+    expected = {("activations", "topk", 0, k, None) for k in (2, 8)}
+    expected |= {("activations", "relu", 0, None, share * usual) for share in (0.1, 4.0)}
+    for seed in range(2):  # the widths differ, so planted rows have values of k of their own
+        expected |= {("planted", "topk", seed, k, None) for k in (1, 2, 4)}
+        expected |= {("planted", "relu", seed, None, share * usual) for share in (0.1, 4.0)}
+    assert set(settings) == expected and len(settings) == len(expected)
+    assert read_jsonl(work.result("pareto.jsonl")) == rows
+    for row in rows:
+        known = row["data"] == "planted"
+        assert (row["cosine"] is not None) == known and (row["planted"] == 2.0) == known
+        assert row["fvu_low"] <= row["fvu"] <= row["fvu_high"]
+    (n,) = {r["n_rows"] for r in rows if r["data"] == "activations"}
+    assert n == len(store.select("test"))
+
+
+def test_rows_are_of_the_dictionaries_on_test_rows(run):
+    _, work, store, rows = run
+    row = next(r for r in rows if r["data"] == "activations" and r["k"] == 8)
+    folder = Workdir(work.root / "pareto" / "activations" / "topk")
+    d = dictionaries.load(folder.dictionary("a", tiny_run.SITE, "seed-0-k-8"))
+    assert d.k == 8
+    x = store.read("a", tiny_run.SITE, store.select("test")).astype(np.float32)
+    mean = store.read("a", tiny_run.SITE, store.select("train")).astype(np.float32).mean(0)
+    by_hand = ((x - d(x)) ** 2).sum() / ((x - mean) ** 2).sum()
+    np.testing.assert_allclose(row["fvu"], by_hand, rtol=1e-4)
+    np.testing.assert_allclose(row["l0"], (np.asarray(d.encode(x)) > 0).sum(1).mean(), rtol=1e-6)
+
+
+def test_run_again_nothing_is_trained_and_new_points_are_added(run, monkeypatch):
+    config, work, store, rows = run
+    config = copy.deepcopy(config)
+    config.pareto.architectures = ("topk",)
+    folder, where = Workdir(work.root / "pareto" / "activations"), {"model": "a", "site": Site(1)}
+    before = {p: p.stat().st_mtime_ns for p in folder.root.rglob("*.sha256.json")}
+    again = [row for row, _ in pareto.curves(config, store, folder, **where)]
+    known = {(r["k"]): r["fvu"] for r in rows if r["data"] == "activations"}
+    assert {r["k"]: r["fvu"] for r in again}.items() <= known.items()
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    config.pareto.k = (4,)
+    (new,) = [row for row, _ in pareto.curves(config, store, folder, **where)]
+    assert new["k"] == 4 and {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_more_active_features_than_features_are_refused(run):
+    config, work, store, _ = run
+    config = dataclasses.replace(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
+    with pytest.raises(UserError, match=r"pareto\.k=25 is more than sae\.width=24") as error:
+        list(pareto.curves(config, store, work, model="a", site=Site(1)))
+    assert "\n" not in str(error.value)
+
+
+def test_the_page_and_the_tables_show_every_point(run, capsys):
+    _, work, _, rows = run
+    text = write_pareto(work).read_text()
+    groups = curves(rows)
+    assert [g.planted for g in groups] == [2.0, None]
+    assert [set(g.points) for g in groups] == [{"topk", "relu"}] * 2
+    shown = section(rows)
+    assert len(shown["figures"]) == 2 and len(shown["tables"]) == 5
+    for figure in shown["figures"]:
+        assert figure.svg in text
+    print_tables(work)
+    printed = capsys.readouterr().out
+    assert "Recovery at an L0 near the 2 features" in printed and "penalty 12" in printed
+    assert section([]) == {"tables": [], "figures": []}
+
+
+def test_fvu_at_equal_sparsity_lies_on_the_curve():
+    assert fvu_at([40.0, 10.0], [0.1, 0.3], 20) == pytest.approx(0.2)
+    assert fvu_at([10.0, 40.0], [0.3, 0.1], 10) == pytest.approx(0.3)
+    assert fvu_at([10.0, 40.0], [0.3, 0.1], 41) is None
+    assert fvu_at([0.0, 40.0], [0.9, 0.1], 40) == pytest.approx(0.1)
