@@ -45,6 +45,7 @@ class SAEConfig:
     """One ensemble of dictionaries: every model, layer and seed."""
 
     architecture: str = "topk"  # a file in crossdict_jax/dictionaries
+    output_site: str = ""  # transcoders write another site: [MODEL:]KIND[.LAYER], as in mlp_out
     sources: tuple[str, ...] = ()  # per model train, a folder, or hub:OWNER/NAME/layers.{layer}
     source_codes: str = "own"  # own | relu: of sources, relu(z) before any selection or threshold
     width: Count = 4096  # features
@@ -57,7 +58,7 @@ class SAEConfig:
     warmup_fraction: float = 0.05  # of the steps, for the learning rate
     l1_warmup_fraction: float = 0.1  # of the steps, for the L1 coefficient
     auxk_coefficient: float = 1 / 32  # where k is, and jumprelu: the dead features' reconstruction
-    k_aux: int = 0  # dead features that AuxK uses; 0 means d_model / 2
+    k_aux: int = 0  # dead features that AuxK uses; 0 means half the size of a row
     dead_after_rows: int = 0  # rows (tokens) of silence that mean dead; 0 means 2 % of all it reads
     bandwidth: float = 0.5  # jumprelu: of the kernel that trains thresholds, in pre-activations
     l0_target: float = 0.0  # jumprelu: active features a row to aim for; 0 means fewest by penalty

@@ -35,6 +35,7 @@ MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k"}
 MAY_REPEAT = {"models", "sae.sources"}  # a model against itself
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
+OUTPUT_SITE = re.compile(rf"(?:([^:]+):)?({'|'.join(SITES)})(?:\.([0-9]+))?")
 
 
 def from_dict(kind: type, tree: dict) -> Any:
@@ -188,12 +189,32 @@ _NUMBERS: Rule = (
     "whole numbers with commas between, or nothing",
     lambda value: not value or re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", value) is not None,
 )
+_OUTPUT: Rule = (
+    f"nothing, or [MODEL:]KIND[.LAYER] with a kind of {', '.join(SITES)}",
+    lambda value: not value or OUTPUT_SITE.fullmatch(value) is not None,
+)
 _MATMUL: Rule = _one_of("float32", "bfloat16")
+
+
+def output_site(text: str) -> tuple[str | None, str, int | None]:
+    """Returns (model, kind, layer) of ``sae.output_site``; None where it names none."""
+    model, kind, layer = OUTPUT_SITE.fullmatch(text).groups()
+    return model, kind, None if layer is None else int(layer)
+
+
+def refuse_transcoders(config: Config, what: str) -> None:
+    """Raises UserError where ``what`` needs dictionaries that write what they read."""
+    if config.sae.output_site:
+        raise UserError(
+            f"{what} needs dictionaries that write the site that they read, and sae.output_site="
+            f"{config.sae.output_site} makes transcoders; use a run without it."
+        )
 
 
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary: the files of their room that define one."""
-    machinery = {"base", "losses", "train", "crosscoder", "crosscoder_training", "transferred"}
+    machinery = {"base", "losses", "start", "train", "transferred"}
+    machinery |= {"crosscoder", "crosscoder_training"}
     exchange = {
         "convert",
         "exchange",
@@ -255,6 +276,7 @@ def _rules() -> dict[str, Rule]:
         "extract.norm_mask": _ABOVE_0,
         "extract.matmul_dtype": _MATMUL,
         "sae.architecture": _one_of(*architectures()),
+        "sae.output_site": _OUTPUT,
         "sae.sources": _FILLED,
         "sae.source_codes": _one_of("own", "relu"),
         "sae.width": _at_least(1),
@@ -411,6 +433,7 @@ def validate(
     if isinstance(config, Config):
         _check_models(config.models)
         _check_dictionaries(config.sae)
+        _check_transcoders(config)
         _check_crosscoder(crosscoder_settings(config))
         layer_pairs(config)
     if isinstance(config, BenchmarkConfig):
@@ -476,6 +499,14 @@ def _check_dictionaries(sae: SAEConfig) -> None:
     k, width = _largest(sae.k), _smallest(sae.width)
     if has_k(sae.architecture) and k > width:
         raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
+
+
+def _check_transcoders(config: Config) -> None:
+    if config.sae.output_site and "hypernetwork" in config.map.kinds:
+        raise UserError(
+            f"sae.output_site={config.sae.output_site} with map.kinds=...,hypernetwork: it takes "
+            "features to read and write at one site; leave one of the two out."
+        )
 
 
 def _check_crosscoder(crosscoder: CrosscoderConfig) -> None:

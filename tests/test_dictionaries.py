@@ -229,6 +229,9 @@ def stored_rows(x, *, sites):
         def sites_of(self, model):
             return tuple(map(Site, range(sites)))
 
+        def output_of(self, model, site):
+            return model, site
+
         def d_model(self, model):
             return x.shape[1]
 
@@ -361,7 +364,7 @@ def test_every_option_of_an_architecture_changes_its_gradients(architecture):
 def gradients(architecture, **sae):
     """Of a dictionary some of whose features are dead, with the settings as training reads them."""
     sae = planted_config(**sae).sae
-    hyper = training.hyper_of(sae, sae.l1_coefficient, d_model=6, revive=True)
+    hyper = training.hyper_of(sae, sae.l1_coefficient, d_out=6, revive=True)
     graphdef, params = modules.split(fresh(architecture, k=sae.k))
 
     def loss_of(params):
@@ -438,9 +441,10 @@ def trainable_of(**sae):
     """The members of one seed at two sites, and what trains them."""
     sae = planted_config(**sae).sae
     group = training.members(sae, [("planted", Site(0)), ("planted", Site(1))])
-    graphdef, _ = modules.abstract(lambda: training._build(sae, 16, group[0], KEY))
-    ones, means = np.ones(2, np.float32), np.zeros((2, 16), np.float32)
-    return training._trainable(sae, graphdef, group, 16, ones, means)
+    sizes = {"d_model": 16, "d_out": 0}
+    graphdef, _ = modules.abstract(lambda: training._build(sae, sizes, group[0], KEY))
+    starts = {"scale": np.ones(2, np.float32), "mean": np.zeros((2, 16), np.float32)}
+    return training._trainable(sae, graphdef, group, sizes, starts)
 
 
 @every
@@ -454,7 +458,7 @@ def test_no_all_gather_of_rows_on_a_mesh(architecture):
     state = jax.eval_shape(trainable.init, KEY)
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=member), state)
     x = jax.ShapeDtypeStruct((2, 256, 16), jnp.float32, sharding=both)
-    text = jax.jit(trainable.step).lower(state, x, 0, KEY).compile().as_text()
+    text = jax.jit(trainable.step).lower(state, (x, None), 0, KEY).compile().as_text()
     gathered = re.findall(r"= (\S+) all-gather", text)
     assert not [g for g in gathered if "256" in g or "64,48" in g], gathered
 

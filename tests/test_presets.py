@@ -81,14 +81,15 @@ def test_all_dictionaries_in_one_step_at_full_size(config):
     sites = [(m, Site(layer)) for m in ARCHITECTURES for layer in config.layers]
     members = dictionaries.members(config.sae, sites)
     assert len(members) == 6
+    sizes = {"d_model": 1024, "d_out": 0}
     graphdef, _ = modules.abstract(
-        lambda: dictionaries._build(config.sae, 1024, members[0], jax.random.key(0))
+        lambda: dictionaries._build(config.sae, sizes, members[0], jax.random.key(0))
     )
-    scales, means = np.ones(6, np.float32), np.zeros((6, 1024), np.float32)
-    trainable = dictionaries._trainable(config.sae, graphdef, members, 1024, scales, means)
+    starts = {"scale": np.ones(6, np.float32), "mean": np.zeros((6, 1024), np.float32)}
+    trainable = dictionaries._trainable(config.sae, graphdef, members, sizes, starts)
     state = jax.eval_shape(trainable.init, jax.random.key(0))
-    batch = jax.ShapeDtypeStruct((6, config.sae.batch_size, 1024), jnp.float32)
-    after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((6, config.sae.batch_size, 1024), jnp.float32)
+    after, metrics = jax.eval_shape(trainable.step, state, (x, None), 0, jax.random.key(0))
     assert after == state and metrics["loss"].shape == (6,)
     assert state["params"]["W_enc"].shape == (6, 1024, 4096)
 

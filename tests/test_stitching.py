@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -344,9 +345,10 @@ def test_together_every_layer_takes_its_own_prediction(two_layers):
 def test_of_pairs_into_one_site_the_first_counts():
     task = functools.partial(maps.Task, "a", "b", kind="ridge", pairing="aligned")
     tasks = [task(Site(i), Site(j)) for i, j in ((4, 7), (5, 7), (3, 6))]
-    (bundle,) = stitching._bundles(tasks)
+    store = types.SimpleNamespace(output_of=lambda model, site: (model, site))
+    (bundle,) = stitching._bundles(tasks, store)
     assert [(t.site_source.layer, t.site_target.layer) for t in bundle] == [(3, 6), (4, 7)]
-    assert not stitching._bundles(tasks[:2])
+    assert not stitching._bundles(tasks[:2], store)
 
 
 # ---------------------------------------------------------------- the stage

@@ -17,6 +17,7 @@ import numpy as np
 
 from crossdict_jax import models, modules
 from crossdict_jax.activations import pairing
+from crossdict_jax.activations.outputs import Place, outputs, to_read
 from crossdict_jax.activations.store import (
     Rows,
     Store,
@@ -83,7 +84,9 @@ def extract(config: Config, work: Workdir) -> Store:
     started = time.perf_counter()
     names = model_names(config.models)
     lms = [models.load(path) for path in config.models]
-    sites = [tuple(Site(layer, config.site) for layer in layers) for layers in model_layers(config)]
+    inputs = [tuple(Site(i, config.site) for i in layers) for layers in model_layers(config)]
+    written = outputs(config, names, inputs)
+    sites = [to_read(name, written) for name in names]
     for lm, of_model in zip(lms, sites):
         for site in of_model:
             models.check_site(lm.config, site, lm.name)
@@ -91,7 +94,7 @@ def extract(config: Config, work: Workdir) -> Store:
     _check_pool(config, int((plan.rows.split == SPLITS.index("test")).sum()))
     check_space(work.activations, lms, sites, rows=len(plan.rows))
     counts = read_models(config, work.activations, names, lms, sites, plan)
-    _finish(config, work, names, lms, sites, plan)
+    _finish(config, work, names, lms, sites, plan, written)
     seconds = time.perf_counter() - started
     figures = {"rows": len(plan.rows), "rows_per_s": counts["rows"] / seconds}
     figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
@@ -351,7 +354,7 @@ def _write_shard(directory, name, reader: _Reader, plan: Reading, m: int, i: int
 # ---------------------------------------------------------------- the end
 
 
-def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan) -> None:
+def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan, written) -> None:
     """Masks norm outliers and writes rows, windows, pairing.json and, last, meta.json."""
     directory = work.activations
     save_table(directory / "windows.npz", plan.table)
@@ -366,9 +369,9 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan) -> No
                 "path": path,
                 "d_model": lm.config.d_model,
                 "bos": bos,
-                "sites": [str(s) for s in of_model],
+                **dictionary_places(name, written),
             }
-            for name, path, lm, bos, of_model in zip(names, config.models, lms, plan.bos, sites)
+            for name, path, lm, bos in zip(names, config.models, lms, plan.bos)
         },
         "rows": len(rows),
         "dtype": "bfloat16",
@@ -379,6 +382,13 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan) -> No
     }
     write_json(directory / "meta.json", meta)
     shutil.rmtree(directory / "shards")
+
+
+def dictionary_places(name: str, written: dict[Place, Place]) -> dict:
+    """Returns a model's entries of meta.json that say what its dictionaries read and write."""
+    own = {site: out for (model, site), out in written.items() if model == name}
+    elsewhere = {str(s): [m, str(o)] for s, (m, o) in own.items() if (m, o) != (name, s)}
+    return {"sites": [str(s) for s in own]} | ({"outputs": elsewhere} if elsewhere else {})
 
 
 def checksums_of(directory: Path, plan: Reading) -> dict[str, str]:

@@ -86,12 +86,21 @@ class Store:
         return self.meta["models"][model]["bos"]
 
     def sites_of(self, model: str) -> tuple[Site, ...]:
-        """Returns the sites at which this model was read."""
+        """Returns the sites of this model that dictionaries read."""
         return tuple(Site.parse(s) for s in self.meta["models"][model]["sites"])
+
+    def output_of(self, model: str, site: Site) -> tuple[str, Site]:
+        """Returns the model and site that this place's dictionaries write: of most, itself."""
+        other = self.meta["models"][model].get("outputs", {}).get(str(site))
+        return (other[0], Site.parse(other[1])) if other else (model, site)
+
+    def _has(self, model: str, site: Site) -> bool:
+        places = [(m, s) for m in self.models for s in self.sites_of(m)]
+        return (model, site) in {*places, *(self.output_of(*place) for place in places)}
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All sites at which some model was read, ascending."""
+        """All sites at which some model's dictionaries read, ascending."""
         return tuple(sorted({site for m in self.models for site in self.sites_of(m)}))
 
     def d_model(self, model: str) -> int:
@@ -110,7 +119,7 @@ class Store:
           UserError: a shard is missing, truncated or altered (it is named), or the store has no
             such model or site.
         """
-        if model not in self.models or site not in self.sites_of(model):
+        if not self._has(model, site):
             there = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
             raise UserError(
                 f"{self.directory} has no {model} at {site}; it has {'; '.join(there)}."

@@ -16,8 +16,10 @@ from crossdict_jax.activations.extract import (
     check_space,
     checksums_of,
     device_figures,
+    dictionary_places,
     read_models,
 )
+from crossdict_jax.activations.outputs import Place, to_read
 from crossdict_jax.activations.store import Rows, Store, open_store, save_rows, save_table
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.errors import UserError
@@ -44,11 +46,13 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     started = time.perf_counter()
     names = twin_names(store)
     lms = [draw_again(models.load(p), config.seed, i) for i, p in enumerate(store.paths)]
-    sites = [tuple(Site(i, config.site) for i in layers) for layers in controlled_layers(config)]
+    inputs = [tuple(Site(i, config.site) for i in layers) for layers in controlled_layers(config)]
+    written = _outputs(store, names, inputs)
+    sites = [to_read(name, written) for name in names]
     read = _reading(config, store)
     check_space(directory, lms, sites, rows=len(store.rows))
     counts = read_models(config, directory, names, lms, sites, read)
-    _finish(directory, store, read, dict(zip(names, zip(lms, sites))))
+    _finish(directory, store, read, dict(zip(names, lms)), written)
     seconds = time.perf_counter() - started
     figures = {"rows": len(store.rows), "tokens_per_s": counts["tokens"] / max(seconds, 1e-9)}
     work.controls.record_timing(
@@ -110,7 +114,21 @@ def _reading(config: Config, store: Store) -> Reading:
     )
 
 
-def _finish(directory: Path, store: Store, read: Reading, twins: dict) -> None:
+def _outputs(store: Store, twins: list[str], sites) -> dict[Place, Place]:
+    """What twins' dictionaries write: as their models' do, in the twin where that is the model."""
+    twin_of = dict(zip(store.models, twins))
+    model_of = dict(zip(twins, store.models))
+    written = {}
+    for twin, of_twin in zip(twins, sites):
+        for site in of_twin:
+            model, out = store.output_of(model_of[twin], site)
+            written[twin, site] = (twin_of[model] if model == model_of[twin] else model, out)
+    return written
+
+
+def _finish(
+    directory: Path, store: Store, read: Reading, twins: dict[str, LanguageModel], written: dict
+) -> None:
     """Writes rows and windows with columns for the twins as well and, last, meta.json."""
     save_rows(directory / "rows.npz", _doubled(store.rows))
     table = store.table
@@ -125,9 +143,9 @@ def _finish(directory: Path, store: Store, read: Reading, twins: dict) -> None:
             "path": path,
             "d_model": lm.config.d_model,
             "bos": bos,
-            "sites": [str(site) for site in sites],
+            **dictionary_places(name, written),
         }
-        for path, bos, (name, (lm, sites)) in zip(store.paths, read.bos, twins.items())
+        for path, bos, (name, lm) in zip(store.paths, read.bos, twins.items())
     }
     checksums = store.meta["checksums"] | checksums_of(directory, read)
     meta = store.meta | {"models": trained | own, "checksums": checksums}

@@ -54,9 +54,13 @@ def transfer_features(config: Config, work: Workdir) -> None:
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged; a named feature
         does not exist or never fires. A direction in which there is nothing to test has no rows,
-        and a line says why.
+        and a line says why; so has a run of transcoders, whose features are written elsewhere than
+        where maps of activations read.
     """
     if not config.intervention.features and not config.intervention.feature_ids:
+        return
+    if config.sae.output_site:
+        print("single features: left out, since transcoders read one site and write another")
         return
     started = time.perf_counter()
     store = open_store(work.activations)

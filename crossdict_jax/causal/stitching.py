@@ -55,6 +55,10 @@ def intervene(config: Config, work: Workdir) -> None:
     the blocks between. Were every position paired, all sites together would be the highest one
     alone. What is put in at ``attn_out`` and ``mlp_out`` sites, in contrast, adds up.
 
+    A transcoder's decoding is put in, and controls are, at the site that it writes (site_edited);
+    what rungs say of the site that it reads is left out, and so is all of a transcoder that writes
+    another model. Lines say so.
+
     ce and kl are means in nats over the n_positions whose next token is in the window;
     loss_recovered = (ce_zero - ce) / (ce_zero - ce_clean), null where zeros cost less than 0.05.
 
@@ -91,15 +95,18 @@ def _stitch(
 
     rows: list[dict] = []
     together: list[dict] = []
+    tasks = _stitchable(tasks, store)
     with tqdm(desc="stitching", unit="window") as progress:
         for model in dict.fromkeys(task.target for task in tasks):
             into = [task for task in tasks if task.target == model]
             target = _Target.read(config, work, store, model, into)
-            progress.total = _runs(tasks) * len(target.splicer.passages.tokens)  # equal for all
+            progress.total = _runs(tasks, store) * len(
+                target.splicer.passages.tokens
+            )  # equal for all
             for site in dict.fromkeys(task.site_target for task in into):
                 here = [(task,) for task in into if task.site_target == site]
                 rows += target.rows_at((site,), here, progress)
-            bundles = _bundles(into)
+            bundles = _bundles(into, store)
             for sites in dict.fromkeys(map(_sites, bundles)):
                 here = [bundle for bundle in bundles if _sites(bundle) == sites]
                 together += target.rows_at(sites, here, progress)
@@ -107,7 +114,19 @@ def _stitch(
     return rows, sum(row["n_positions"] for row in rows)
 
 
-def _bundles(tasks: list[Task]) -> list[Bundle]:
+def _stitchable(tasks: list[Task], store: Store) -> list[Task]:
+    """The tasks without those whose features are decoded into another model, with lines on it."""
+    outputs = {(t.target, t.site_target): store.output_of(t.target, t.site_target) for t in tasks}
+    for (model, site), (other, written) in outputs.items():
+        place = f"stitching: the dictionary of {model} at {site} writes"
+        if other != model:
+            print(f"{place} {other}, another model: left out")
+        elif written != site:
+            print(f"{place} {written}: there only features are put in, decoded")
+    return [t for t in tasks if outputs[t.target, t.site_target][0] == t.target]
+
+
+def _bundles(tasks: list[Task], store: Store) -> list[Bundle]:
     """The tasks of every rung over all layer pairs of its direction, where there are several.
 
     Of layer pairs that lead into one site of B, the first counts.
@@ -115,7 +134,8 @@ def _bundles(tasks: list[Task]) -> list[Bundle]:
     found: dict[tuple, dict[Site, Task]] = {}
     for task in tasks:
         rung = (task.source, task.target, task.kind, task.pairing)
-        found.setdefault(rung, {}).setdefault(task.site_target, task)
+        _, edited = store.output_of(task.target, task.site_target)
+        found.setdefault(rung, {}).setdefault(edited, task)
     return [tuple(at[site] for site in sorted(at)) for at in found.values() if len(at) > 1]
 
 
@@ -123,15 +143,17 @@ def _sites(bundle: Bundle) -> tuple[Site, ...]:
     return tuple(task.site_target for task in bundle)
 
 
-def _runs(tasks: list[Task]) -> int:
+def _runs(tasks: list[Task], store: Store) -> int:
     """How often all windows are read with an edit."""
-    bundles = [*((task,) for task in tasks), *_bundles(tasks)]
+    bundles = [*((task,) for task in tasks), *_bundles(tasks, store)]
     places = {(bundle[0].target, _sites(bundle)) for bundle in bundles}
-    return sum(len(_stitch_kinds(b[0])) for b in bundles) + (len(CONTROLS) - 1) * len(places)
+    kinds = sum(len(_stitch_kinds(bundle[0], store)) for bundle in bundles)
+    return kinds + (len(CONTROLS) - 1) * len(places)
 
 
-def _stitch_kinds(task: Task) -> tuple[str, ...]:
-    both = map_class(task.kind).predicts_activation
+def _stitch_kinds(task: Task, store: Store) -> tuple[str, ...]:
+    own = (task.target, task.site_target)
+    both = map_class(task.kind).predicts_activation and store.output_of(*own) == own
     return ("activation", "features") if both else ("features",)
 
 
@@ -157,7 +179,7 @@ class _Target:
         splicer = Splicer(
             models.load(store.paths[store.models.index(name)]),
             passages,
-            sites=tuple(dict.fromkeys(task.site_target for task in tasks)),
+            sites=tuple(dict.fromkeys(store.output_of(name, t.site_target)[1] for t in tasks)),
             batch_size=config.intervention.batch_size,
             dtype=config.extract.matmul_dtype,
         )
@@ -169,8 +191,12 @@ class _Target:
         """Returns the rows of the controls and of every rung at one site, or at several at once."""
         own = {site: dictionaries.load(self.work.dictionary(self.name, site)) for site in sites}
         controls = {site: self._controls(site, own[site]) for site in sites}
-        given = {name: {site: controls[site][name] for site in sites} for name in CONTROLS[1:]}
-        effects = self.splicer.effects(sites, given, progress)
+        edited = tuple(map(self._edited, sites))
+        given = {
+            name: {self._edited(site): controls[site][name] for site in sites}
+            for name in CONTROLS[1:]
+        }
+        effects = self.splicer.effects(edited, given, progress)
         references = {name: effects[name] for name in ("clean", "zero")}
         rows = [self._row(effects[c], references, sites, control=c) for c in CONTROLS]
         for _, group in itertools.groupby(bundles, key=_sources):
@@ -181,21 +207,26 @@ class _Target:
             effects = {}
             for rungs in _at_once(group):
                 stitched = self._stitched(rungs, pairs, own)
-                effects |= self.splicer.effects(sites, stitched, progress)
+                effects |= self.splicer.effects(edited, stitched, progress)
             for bundle in group:
-                for kind in _stitch_kinds(bundle[0]):
+                for kind in _stitch_kinds(bundle[0], self.store):
                     effect = effects[bundle, kind]
                     rows.append(
                         self._row(effect, references, sites, bundle=bundle, stitch_kind=kind)
                     )
         return rows
 
+    def _edited(self, site: Site) -> Site:
+        """Where the dictionary of a site writes: another one for a transcoder."""
+        return self.store.output_of(self.name, site)[1]
+
     def _controls(self, site: Site, dictionary: Dictionary) -> dict[str, np.ndarray]:
         x = self.store.read(self.name, site, self.splicer.passages.rows)
+        mean = train_mean(self.store, self.name, self._edited(site))
         size = self.config.evaluation.batch_size
         return {
-            "zero": np.zeros(x.shape[1], np.float32),
-            "mean": train_mean(self.store, self.name, site),
+            "zero": np.zeros_like(mean),
+            "mean": mean,
             "own_sae": modules.over_rows(dictionary, x, method="__call__", size=size),
         }
 
@@ -210,12 +241,12 @@ class _Target:
             for task in bundle:
                 site = task.site_target
                 for kind, values in self._predicted(task, read[site], own[site]).items():
-                    out.setdefault((bundle, kind), {})[site] = values
+                    out.setdefault((bundle, kind), {})[self._edited(site)] = values
         return out
 
     def _predicted(self, task: Task, pairs: Pairs, own: Dictionary) -> dict[str, np.ndarray]:
         m, size, out = maps.load(task.path(self.work)), self.config.evaluation.batch_size, {}
-        for kind in _stitch_kinds(task):
+        for kind in _stitch_kinds(task, self.store):
             if kind == "activation":
                 out[kind] = maps.predict_activations(m, pairs, size)
             else:
@@ -262,6 +293,7 @@ class _Target:
             "target": self.name,
             "site_source": bundle and "+".join(str(t.site_source) for t in bundle),
             "site_target": "+".join(map(str, sites)),
+            "site_edited": "+".join(str(self._edited(site)) for site in sites),
             **({} if len(sites) == 1 else {"sites": list(map(str, sites))}),
             "map": task and task.kind,
             "pairing": task and task.pairing,

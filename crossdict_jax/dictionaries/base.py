@@ -52,31 +52,44 @@ class Dictionary(nnx.Module):
     ``s`` is the activation scale: training sees rows of mean norm sqrt(d_model), callers always
     speak raw activation units. Subclasses say what ``act`` is and how the loss is made.
 
+    With ``d_out`` it is a transcoder, which reads one site and predicts another:
+    f = act((x s) W_enc + b_enc),  y_hat = (f W_dec + b_dec) / s_out  (Dunefsky et al. 2024, arXiv
+    2406.11944). b_dec lives in the space of y and is not taken from x; what that would have done,
+    centring, is left to b_enc.
+
     Attributes:
-      W_enc [d_model, width], b_enc [width], W_dec [width, d_model], b_dec [d_model], scale [].
+      W_enc [d_model, width], b_enc [width], W_dec [width, d_out], b_dec [d_out], scale [].
+      d_out: size of the rows that are written; d_model where the same rows are read.
+      transcodes: whether what is written is not what is read (static).
+      scale_out: [], of transcoders: the scale of what they write.
       k: active features a row, for architectures that fix it (static; else 0).
       measured: names of the variables that no gradient updates.
     """
 
-    measured: tuple[str, ...] = ("scale",)
+    measured: tuple[str, ...] = ("scale", "scale_out")
 
-    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
+    def __init__(
+        self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs, d_out: int | None = None
+    ):
         self.d_model, self.width, self.k = d_model, width, k
-        rows = jax.random.normal(rngs.params(), (width, d_model))
-        W_dec = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+        self.d_out, self.transcodes = d_out or d_model, d_out is not None
+        W_dec = unit_rows(jax.random.normal(rngs.params(), (width, self.d_out)))
         self.W_dec = nnx.Param(W_dec)
-        self.W_enc = nnx.Param(W_dec.T)
+        self.W_enc = nnx.Param(jnp.zeros((d_model, width)) if self.transcodes else W_dec.T)
         self.b_enc = nnx.Param(jnp.zeros(width))
-        self.b_dec = nnx.Param(jnp.zeros(d_model))
+        self.b_dec = nnx.Param(jnp.zeros(self.d_out))
         self.scale = nnx.Variable(jnp.ones(()))
+        if self.transcodes:
+            self.scale_out = nnx.Variable(jnp.ones(()))
 
     def pre_activations(self, u: jax.Array, dtype=None) -> jax.Array:
         """Returns [batch, width] of scaled rows u [batch, d_model], before the nonlinearity.
 
         b_dec is subtracted through the bias: the gradient then costs no product with the rows.
         """
-        W_enc = self.W_enc[...]
-        bias = self.b_enc[...] - self.b_dec[...] @ W_enc
+        W_enc, bias = self.W_enc[...], self.b_enc[...]
+        if not self.transcodes:
+            bias = bias - self.b_dec[...] @ W_enc
         return matmul(u, W_enc, dtype) + bias[None, :]
 
     def activate(self, z: jax.Array) -> jax.Array:
@@ -88,22 +101,29 @@ class Dictionary(nnx.Module):
         return self.activate(self.pre_activations(self._scaled(x)))
 
     def decode(self, f: jax.Array) -> jax.Array:
-        """Returns raw activations x_hat, float32 [batch, d_model], of features [batch, width]."""
+        """Returns raw activations x_hat, float32 [batch, d_out], of features [batch, width]."""
         f = jnp.asarray(f, jnp.float32)
-        return (f @ self.W_dec[...] + self.b_dec[...][None, :]) / self.scale[...]
+        return (f @ self.W_dec[...] + self.b_dec[...][None, :]) / self._output_scale()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the reconstruction x_hat [batch, d_model] of x [batch, d_model]."""
+        """Returns the reconstruction x_hat [batch, d_out] of x [batch, d_model]."""
         return self.decode(self.encode(x))
 
     def losses(
-        self, x: jax.Array, *, hyper: Hyper, dead: jax.Array, dtype=None
+        self,
+        x: jax.Array,
+        *,
+        hyper: Hyper,
+        dead: jax.Array,
+        y: jax.Array | None = None,
+        dtype=None,
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
         """Returns (loss to minimise, its parts, features [batch, width]).
 
         Args:
           x: raw rows [batch, d_model].
           dead: bool [width], features that have been silent too long.
+          y: raw rows [batch, d_out] that a transcoder is to predict.
           dtype: of the matmul inputs; sums stay float32.
         """
         raise NotImplementedError(f"{type(self).__name__} must define losses.")
@@ -117,9 +137,18 @@ class Dictionary(nnx.Module):
     def _scaled(self, x: jax.Array) -> jax.Array:
         return jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
 
+    def _targets(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+        """Scaled rows [batch, d_out] that the reconstruction should be."""
+        if not self.transcodes:
+            return self._scaled(x)
+        return jnp.asarray(y, jnp.float32) * jax.lax.stop_gradient(self._output_scale())
+
+    def _output_scale(self) -> jax.Array:
+        return (self.scale_out if self.transcodes else self.scale)[...]
+
 
 def decoder_rows(dictionary: Dictionary, features: np.ndarray, *, size: int = 1024) -> np.ndarray:
-    """Returns what one unit of each feature [m] adds to the decoding, float32 [m, d_model].
+    """Returns what one unit of each feature [m] adds to the decoding, float32 [m, d_out].
 
     In the units that ``decode`` speaks.
 
@@ -128,7 +157,7 @@ def decoder_rows(dictionary: Dictionary, features: np.ndarray, *, size: int = 10
     """
     nothing = np.zeros((1, dictionary.width), np.float32)
     base = modules.over_rows(dictionary, nothing, method="decode", size=1)
-    parts = [np.zeros((0, dictionary.d_model), np.float32)]
+    parts = [np.zeros((0, dictionary.d_out), np.float32)]
     for at in range(0, len(features), size):
         one = np.zeros((size, dictionary.width), np.float32)
         chosen = features[at : at + size]
@@ -180,7 +209,7 @@ def keep_batch_top_k(z: jax.Array, k: int) -> jax.Array:
 
 
 def unit_rows(W: jax.Array) -> jax.Array:
-    """Returns W [width, d_model] with every row at norm 1."""
+    """Returns W [width, d_out] with every row at norm 1."""
     return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-8)
 
 
@@ -193,10 +222,10 @@ class BatchSelected(Dictionary):
       threshold: [], the running mean of the smallest value that a batch kept.
     """
 
-    measured = ("scale", "threshold")
+    measured = (*Dictionary.measured, "threshold")
 
-    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
-        super().__init__(d_model=d_model, width=width, k=k, rngs=rngs)
+    def __init__(self, **shape):
+        super().__init__(**shape)
         self.threshold = nnx.Variable(jnp.zeros(()))
 
     def activate(self, z: jax.Array) -> jax.Array:
@@ -224,9 +253,21 @@ def find(architecture: str) -> type[Dictionary]:
     return next(c for c in ours if c.__module__ == module.__name__)
 
 
-def build(architecture: str, *, d_model: int, width: int, k: int, key: jax.Array) -> Dictionary:
-    """Returns a freshly initialised dictionary of the named architecture."""
-    return find(architecture)(d_model=d_model, width=width, k=k, rngs=nnx.Rngs(params=key))
+def build(
+    architecture: str,
+    *,
+    d_model: int,
+    width: int,
+    k: int,
+    key: jax.Array,
+    d_out: int | None = None,
+) -> Dictionary:
+    """Returns a freshly initialised dictionary of the named architecture; see ``Dictionary``.
+
+    The encoder of a transcoder (``d_out``) starts at zeros: what to put there, data must say.
+    """
+    shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out}
+    return find(architecture)(**shape, rngs=nnx.Rngs(params=key))
 
 
 def architecture_of(dictionary: Dictionary) -> str:
@@ -244,12 +285,15 @@ def architecture_of(dictionary: Dictionary) -> str:
     return name
 
 
-def from_arrays(kind: type[Dictionary], arrays: dict[str, np.ndarray], *, k: int = 0) -> Dictionary:
+def from_arrays(
+    kind: type[Dictionary], arrays: dict[str, np.ndarray], *, k: int = 0, transcodes: bool = False
+) -> Dictionary:
     """Returns the dictionary of a class with these parameters, which speak raw units."""
-    width, d_model = arrays["W_dec"].shape
-    shape = {"d_model": d_model, "width": width, "k": k}
+    (d_model, width), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
+    shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out if transcodes else None}
     graphdef, _ = modules.abstract(lambda: kind(**shape, rngs=nnx.Rngs(params=0)))
-    filled = {"scale": np.ones(())} | arrays
+    scales = ("scale", "scale_out") if transcodes else ("scale",)
+    filled = {name: np.ones(()) for name in scales} | arrays
     return modules.merge(graphdef, {n: jnp.asarray(a, jnp.float32) for n, a in filled.items()})
 
 
@@ -260,6 +304,7 @@ def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None, step: 
         "d_model": dictionary.d_model,
         "width": dictionary.width,
         "k": dictionary.k,
+        "d_out": dictionary.d_out if dictionary.transcodes else None,
     }
     checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | shape, step=step)
 
@@ -275,5 +320,6 @@ def load(path: str | Path) -> Dictionary:
         raise UserError(f"{path} is no dictionary folder; train it first or correct the path.")
     meta = checkpoint.load_meta(path)
     shape = {name: meta[name] for name in ("architecture", "d_model", "width", "k")}
+    shape["d_out"] = meta.get("d_out")  # checkpoints from before there were transcoders lack it
     graphdef, abstract = modules.abstract(lambda: build(**shape, key=jax.random.key(0)))
     return modules.merge(graphdef, checkpoint.load_params(path, abstract))

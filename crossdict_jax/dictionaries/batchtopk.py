@@ -13,9 +13,9 @@ class BatchTopK(BatchSelected):
     f = relu(z) 1[z > threshold] (Bussmann et al. 2024, arXiv 2412.06410).
     """
 
-    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
-        u = self._scaled(x)
-        z = self.pre_activations(u, dtype)
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        u = self._targets(x, y)
+        z = self.pre_activations(self._scaled(x), dtype)
         f = keep_batch_top_k(z, self.k)
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {

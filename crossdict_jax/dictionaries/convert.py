@@ -30,6 +30,7 @@ class Item:
     folder: str  # within the result
     hook_name: str
     model_name: str
+    hook_name_out: str = ""  # of a transcoder
 
 
 def hook_name(site: Site) -> str:
@@ -87,7 +88,13 @@ def _items_of_run(config: ConvertConfig, root: Path, settings: dict) -> Iterator
                     str(folder.relative_to(root / "dictionaries")),
                     config.hook_name or hook_name(site),
                     config.model_name or path,
+                    _hook_name_out(folder),
                 )
+
+
+def _hook_name_out(folder: Path) -> str:
+    written = checkpoint.load_meta(folder).get("writes")  # (model, site), of transcoders
+    return hook_name(Site.parse(written[1])) if written else ""
 
 
 def _convert_one(config: ConvertConfig, item: Item, work: Workdir) -> Path:
@@ -103,5 +110,6 @@ def _convert_one(config: ConvertConfig, item: Item, work: Workdir) -> Path:
             "A SAELens folder says which model and place it reads; give --config.model_name and "
             "--config.hook_name, as in blocks.6.hook_resid_pre."
         )
-    saelens.save_saelens(dictionary, folder, hook_name=item.hook_name, model_name=item.model_name)
+    names = {"hook_name": item.hook_name, "hook_name_out": item.hook_name_out}
+    saelens.save_saelens(dictionary, folder, **names, model_name=item.model_name)
     return folder

@@ -23,18 +23,18 @@ class Gated(Dictionary):
       r_mag, b_mag: [width], log scale and bias of the magnitudes.
     """
 
-    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
-        super().__init__(d_model=d_model, width=width, k=k, rngs=rngs)
-        self.r_mag = nnx.Param(jnp.zeros(width))
-        self.b_mag = nnx.Param(jnp.zeros(width))
+    def __init__(self, **shape):
+        super().__init__(**shape)
+        self.r_mag = nnx.Param(jnp.zeros(self.width))
+        self.b_mag = nnx.Param(jnp.zeros(self.width))
 
     def activate(self, z: jax.Array) -> jax.Array:
         magnitude = (z - self.b_enc[...][None, :]) * jnp.exp(self.r_mag[...])[None, :]
         return jnp.where(z > 0, jax.nn.relu(magnitude + self.b_mag[...][None, :]), 0.0)
 
-    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
-        u = self._scaled(x)
-        z = self.pre_activations(u, dtype)
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        u = self._targets(x, y)
+        z = self.pre_activations(self._scaled(x), dtype)
         f, gate = self.activate(z), jax.nn.relu(z)
         W_dec, b_dec = self.W_dec[...], self.b_dec[...]
         parts = {

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary, kth_largest
 from crossdict_jax.errors import UserError
@@ -25,7 +26,42 @@ class AbsTopK(Dictionary):
         return jnp.where(size >= kth_largest(size, self.k)[:, None], z, 0.0)
 
 
-class Normed(Dictionary):
+class Wrapped(Dictionary):
+    """A dictionary that does something of its own around another, whose weights it shows."""
+
+    def __init__(self, inner: Dictionary):
+        self.inner = inner
+        self.d_model, self.width, self.k = inner.d_model, inner.width, inner.k
+        self.d_out, self.transcodes = inner.d_out, inner.transcodes
+
+    W_enc = property(lambda self: self.inner.W_enc)
+    b_enc = property(lambda self: self.inner.b_enc)
+    W_dec = property(lambda self: self.inner.W_dec)
+    b_dec = property(lambda self: self.inner.b_dec)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.inner.encode(x)
+
+    def decode(self, f: jax.Array) -> jax.Array:
+        return self.inner.decode(f)
+
+
+class Skip(Wrapped):
+    """A transcoder with y_hat = decode(f) + x W_skip'; only ``d(x)`` knows x and adds its part.
+
+    Attributes:
+      W_skip: [d_out, d_model].
+    """
+
+    def __init__(self, inner: Dictionary, W_skip: jax.Array):
+        super().__init__(inner)
+        self.W_skip = nnx.Param(jnp.asarray(W_skip, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) + jnp.asarray(x, jnp.float32) @ self.W_skip[...].T
+
+
+class Normed(Wrapped):
     """A dictionary of rows that are normalised one by one; only ``d(x)`` can undo that.
 
     constant_norm_rescale: u = x sqrt(d_model) / ||x||. layer_norm: u = (x - mean) / (std + 1e-5)
@@ -38,13 +74,8 @@ class Normed(Dictionary):
     """
 
     def __init__(self, inner: Dictionary, *, norm: str):
-        self.inner, self.norm = inner, norm
-        self.d_model, self.width, self.k = inner.d_model, inner.width, inner.k
-
-    W_enc = property(lambda self: self.inner.W_enc)
-    b_enc = property(lambda self: self.inner.b_enc)
-    W_dec = property(lambda self: self.inner.W_dec)
-    b_dec = property(lambda self: self.inner.b_dec)
+        super().__init__(inner)
+        self.norm = norm
 
     def encode(self, x: jax.Array) -> jax.Array:
         mean, inwards, _ = self._row_norm(x)

@@ -14,9 +14,9 @@ INITIAL_THRESHOLD = 0.5
 
 
 class JumpReLU(Dictionary):
-    """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f) + d_model * auxk.
+    """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f) + d_out * auxk.
 
-    With an L0 target t the penalty is d_model (mean L0 / t - 1)^2: as many features a row as
+    With an L0 target t the penalty is d_out (mean L0 / t - 1)^2: as many features a row as
     asked for, at the price of what an unexplained row costs. A step has no gradient in its
     threshold; it is estimated with a rectangular kernel (Rajamanoharan et al. 2024, arXiv
     2407.14435, sections 3 and F). AuxK, as of TopK but times what a row weighs here, gives dead
@@ -26,16 +26,16 @@ class JumpReLU(Dictionary):
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
     """
 
-    def __init__(self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs):
-        super().__init__(d_model=d_model, width=width, k=k, rngs=rngs)
-        self.threshold = nnx.Param(jnp.full(width, INITIAL_THRESHOLD))
+    def __init__(self, **shape):
+        super().__init__(**shape)
+        self.threshold = nnx.Param(jnp.full(self.width, INITIAL_THRESHOLD))
 
     def activate(self, z: jax.Array) -> jax.Array:
         return jnp.where(z > self.threshold[...][None, :], jax.nn.relu(z), 0.0)
 
-    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
-        u = self._scaled(x)
-        z, threshold = self.pre_activations(u, dtype), self.threshold[...][None, :]
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        u, threshold = self._targets(x, y), self.threshold[...][None, :]
+        z = self.pre_activations(self._scaled(x), dtype)
         gate = step(z, threshold, bandwidth=hyper.bandwidth)
         fixed = jax.lax.stop_gradient
         f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
@@ -45,11 +45,11 @@ class JumpReLU(Dictionary):
             "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper.l0_target),
             "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
-        revival = hyper.auxk_coefficient * self.d_model * parts["auxk"]
+        revival = hyper.auxk_coefficient * self.d_out * parts["auxk"]
         return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f
 
     def _penalty(self, l0: jax.Array, target: float) -> jax.Array:
-        return self.d_model * jnp.square(l0 / target - 1) if target else l0
+        return self.d_out * jnp.square(l0 / target - 1) if target else l0
 
     def after_update(self) -> None:
         self.W_dec[...] = unit_rows(self.W_dec[...])

@@ -39,7 +39,7 @@ def auxk(
 
     Args:
       z: pre-activations [batch, width].
-      residual: scaled rows less their reconstruction [batch, d_model]; gets no gradient.
+      residual: scaled rows less their reconstruction [batch, d_out]; gets no gradient.
     """
     residual = jax.lax.stop_gradient(residual)
 

@@ -21,9 +21,9 @@ class Matryoshka(BatchSelected):
     whole, as a BatchTopK one.
     """
 
-    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
-        u = self._scaled(x)
-        z = self.pre_activations(u, dtype)
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        u = self._targets(x, y)
+        z = self.pre_activations(self._scaled(x), dtype)
         f = keep_batch_top_k(z, self.k)
         nested = list(self._nested(f, hyper, dtype))
         parts = {
@@ -34,7 +34,7 @@ class Matryoshka(BatchSelected):
         return parts["nested_fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
 
     def _nested(self, f: jax.Array, hyper: Hyper, dtype) -> Iterator[jax.Array]:
-        """Yields the reconstruction [batch, d_model] of each nested width, the whole one last.
+        """Yields the reconstruction [batch, d_out] of each nested width, the whole one last.
 
         Each adds its own slice to the one before: together as dear as one decode.
         """

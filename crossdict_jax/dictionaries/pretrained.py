@@ -48,14 +48,30 @@ def _adopt_one(config: Config, store: Store, model: str, site: Site, source: str
             f"sae.sources: {place} reads rows of {dictionary.d_model}, {model} has "
             f"{store.d_model(model)} at {site}; name the dictionary of this model."
         )
+    _check_output(store, model, site, dictionary, place)
     if config.sae.source_codes == "relu":
         dictionary = unselected(dictionary)
     base.save(dictionary, folder, meta={"source": place, "codes": config.sae.source_codes})
 
 
+def _check_output(store: Store, model: str, site: Site, dictionary: Dictionary, place: str) -> None:
+    other, written = store.output_of(model, site)
+    if dictionary.transcodes != ((other, written) != (model, site)):
+        kind = "a transcoder" if dictionary.transcodes else "no transcoder"
+        raise UserError(
+            f"sae.sources: {place} is {kind}; sae.output_site must name what it writes, and be "
+            "empty for dictionaries that write what they read."
+        )
+    if dictionary.d_out != store.d_model(other):
+        raise UserError(
+            f"sae.sources: {place} writes rows of {dictionary.d_out}, {other} has "
+            f"{store.d_model(other)} at {written}; correct sae.output_site."
+        )
+
+
 def unselected(dictionary: Dictionary) -> Dictionary:
     """Returns the dictionary whose features are relu(z): nothing selected, no threshold."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "scale")
-    return from_arrays(
-        find("relu"), {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
-    )
+    names += ("scale_out",) if dictionary.transcodes else ()
+    arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
+    return from_arrays(find("relu"), arrays, transcodes=dictionary.transcodes)

@@ -18,9 +18,9 @@ class ReLU(Dictionary):
     def activate(self, z: jax.Array) -> jax.Array:
         return jax.nn.relu(z)
 
-    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
-        u = self._scaled(x)
-        f = self.activate(self.pre_activations(u, dtype))
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        u = self._targets(x, y)
+        f = self.activate(self.pre_activations(self._scaled(x), dtype))
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         mse = jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
         l1 = jnp.mean(f @ jnp.linalg.norm(self.W_dec[...], axis=1))

@@ -13,6 +13,7 @@ from crossdict_jax.dictionaries.imported import (
     NORMS,
     AbsTopK,
     Normed,
+    Skip,
     read_config,
     read_safetensors,
     require,
@@ -34,6 +35,10 @@ OURS = {  # SAELens architecture: ours; the last two exist in folders of unfinis
     "gated": "gated",
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
 THEIRS = {  # ours: SAELens architecture that says the same
     "relu": "standard",
@@ -42,6 +47,12 @@ THEIRS = {  # ours: SAELens architecture that says the same
     "gated": "gated",
     "batchtopk": "jumprelu",
     "matryoshka": "jumprelu",
+}
+THEIR_TRANSCODERS = {  # ours, where one site is read and another written
+    "relu": "transcoder",
+    "jumprelu": "jumprelu_transcoder",
+    "batchtopk": "jumprelu_transcoder",
+    "matryoshka": "jumprelu_transcoder",
 }
 BATCH = ("batchtopk", "matryoshka_batchtopk")
 
@@ -66,6 +77,10 @@ def load(folder: Path) -> Dictionary:
     require(config, "dtype", file)
     arrays = read_safetensors(folder / WEIGHTS, _shapes(config, theirs, file))
     norm = _norm(config, file)
+    if _transcodes(theirs):
+        _check_transcoder(config, norm, folder)
+        dictionary = _dictionary(config, theirs, arrays, file)
+        return Skip(dictionary, arrays["W_skip"]) if "W_skip" in arrays else dictionary
     _fold_scale(arrays, _scale(folder), rescaled=_rescales(config, theirs))
     if _rescales(config, theirs):
         _fold_decoder_norms(arrays)
@@ -76,11 +91,33 @@ def load(folder: Path) -> Dictionary:
     return Normed(dictionary, norm=norm) if norm in NORMS else dictionary
 
 
+def _transcodes(theirs: str) -> bool:
+    return theirs.endswith("transcoder")
+
+
+def _check_transcoder(config: dict[str, Any], norm: str, folder: Path) -> None:
+    """Refuses what SAELens itself leaves undone, or does not do, for a transcoder."""
+    file = folder / CONFIG
+    if config.get("apply_b_dec_to_input"):
+        raise UserError(f"{file}: apply_b_dec_to_input must be false for a transcoder.")
+    if norm in NORMS:
+        raise UserError(f"{file}: normalize_activations={norm!r} of a transcoder is not supported.")
+    if _scale(folder) != 1:
+        raise UserError(
+            f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish the "
+            "training where it was begun."
+        )
+
+
 def _shapes(config: dict[str, Any], theirs: str, file: Path) -> dict[str, tuple[int, ...]]:
     d_model, width = (require_count(config, key, file) for key in ("d_in", "d_sae"))
-    shapes = {"W_enc": (d_model, width), "W_dec": (width, d_model), "b_dec": (d_model,)}
+    d_out = require_count(config, "d_out", file) if _transcodes(theirs) else d_model
+    shapes = {"W_enc": (d_model, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
-    shapes |= {name: (width,) for name in biases.get(theirs, ("b_enc",))}
+    kind = "jumprelu" if theirs.startswith("jumprelu") else theirs
+    shapes |= {name: (width,) for name in biases.get(kind, ("b_enc",))}
+    if "skip" in theirs:
+        shapes["W_skip"] = (d_out, d_model)
     return shapes | ({"topk_threshold": ()} if theirs in BATCH else {})
 
 
@@ -152,29 +189,39 @@ def _dictionary(config: dict[str, Any], theirs: str, arrays: Arrays, file: Path)
     kind = AbsTopK if theirs == "abstopk" else find(OURS[theirs])
     has_k = theirs in ("topk", "abstopk")
     k = require_count(config, "k", file, most=width) if has_k else 0
-    return from_arrays(kind, arrays, k=k)
+    ours = {name: array for name, array in arrays.items() if name != "W_skip"}
+    return from_arrays(kind, ours, k=k, transcodes=_transcodes(theirs))
 
 
 # ---------------------------------------------------------------- out
 
 
 def save_saelens(
-    dictionary: Dictionary, path: str | Path, *, hook_name: str, model_name: str
+    dictionary: Dictionary,
+    path: str | Path,
+    *,
+    hook_name: str,
+    model_name: str,
+    hook_name_out: str = "",
 ) -> None:
     """Writes a folder that SAELens 6 loads: the same features of the same raw activations.
 
-    batchtopk and matryoshka become jumprelu, as SAELens itself saves them.
+    batchtopk and matryoshka become jumprelu, as SAELens itself saves them. Of transcoders it knows
+    relu and jumprelu ones alone, so topk and gated ones are refused.
 
     Args:
       hook_name: where the activations are from, in TransformerLens terms, such as
         ``blocks.6.hook_resid_pre``.
       model_name: of the language model.
+      hook_name_out: of a transcoder: where the activations belong that it writes.
     """
-    theirs = THEIRS.get(architecture_of(dictionary))
+    forms = THEIR_TRANSCODERS if dictionary.transcodes else THEIRS
+    theirs = forms.get(architecture_of(dictionary))
     if theirs is None:
+        kind = "transcoder" if dictionary.transcodes else "dictionary"
         raise UserError(
-            f"A {architecture_of(dictionary)} dictionary has no SAELens form; "
-            f"{', '.join(THEIRS)} have one."
+            f"A {architecture_of(dictionary)} {kind} has no SAELens form; {', '.join(forms)} "
+            "have one."
         )
     config = {
         "architecture": theirs,
@@ -182,7 +229,7 @@ def save_saelens(
         "d_sae": dictionary.width,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not dictionary.transcodes,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
@@ -191,6 +238,9 @@ def save_saelens(
             "hook_name": hook_name,
         },
     }
+    if dictionary.transcodes:
+        config |= {"d_out": dictionary.d_out}
+        config["metadata"] |= {"hook_name_out": hook_name_out} if hook_name_out else {}
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     _write(Path(path), config, _in_raw_units(dictionary, theirs))
@@ -201,7 +251,10 @@ def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
     arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in ("W_enc", "W_dec")}
     arrays |= {name: np.asarray(getattr(dictionary, name)[...]) for name in ("b_enc", "b_dec")}
     _fold_scale(arrays, scale, rescaled=False)
-    if theirs == "jumprelu":
+    if dictionary.transcodes:  # what is written has a scale of its own
+        ratio = scale / np.asarray(dictionary.scale_out[...])
+        arrays |= {name: arrays[name] * ratio for name in ("W_dec", "b_dec")}
+    if theirs.startswith("jumprelu"):
         arrays["threshold"] = np.broadcast_to(dictionary.threshold[...], dictionary.width)
     if theirs == "gated":
         arrays["b_gate"] = arrays.pop("b_enc")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
 from crossdict_jax.dictionaries.imported import read_config, read_safetensors, require_count
-from crossdict_jax.dictionaries.saelens import keep_b_dec_out
 from crossdict_jax.errors import UserError
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -34,6 +33,5 @@ def load(folder: Path) -> Dictionary:
     arrays = read_safetensors(folder / WEIGHTS, shapes)
     arrays["W_enc"] = arrays.pop("encoder.weight").T
     arrays["b_enc"] = arrays.pop("encoder.bias")
-    if config.get("transcode"):  # what it writes is not what it reads: nothing is subtracted
-        keep_b_dec_out(arrays)
-    return from_arrays(find("topk"), arrays, k=require_count(config, "k", file, most=width))
+    k = require_count(config, "k", file, most=width)
+    return from_arrays(find("topk"), arrays, k=k, transcodes=bool(config.get("transcode")))

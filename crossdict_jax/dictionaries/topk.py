@@ -18,9 +18,9 @@ class TopK(Dictionary):
     def activate(self, z: jax.Array) -> jax.Array:
         return keep_top_k(z, self.k)
 
-    def losses(self, x, *, hyper: Hyper, dead, dtype=None):
-        u = self._scaled(x)
-        z = self.pre_activations(u, dtype)
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        u = self._targets(x, y)
+        z = self.pre_activations(self._scaled(x), dtype)
         f = self.activate(z)
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {

@@ -21,6 +21,7 @@ from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
+from crossdict_jax.dictionaries.start import Start, begin, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.settings import has_k
@@ -181,31 +182,41 @@ def _folder(work: Workdir, member: Member) -> Path:
 
 def _groups(sae: SAEConfig, store: Store, todo: list[Member], *, rows: int) -> list[list[Member]]:
     """Ensembles of equal shape, each small enough for the device."""
-    shape = lambda m: (store.d_model(m.model), m.width, m.k)  # noqa: E731
+    shape = lambda m: (*_sizes(store, m).values(), m.width, m.k)  # noqa: E731
     groups = []
-    for (d_model, width, _), same in itertools.groupby(sorted(todo, key=shape), key=shape):
+    for _, same in itertools.groupby(sorted(todo, key=shape), key=shape):
         same = list(same)
-        most = _most_members(sae, d_model=d_model, width=width, rows=rows)
+        most = _most_members(sae, **_sizes(store, same[0]), width=same[0].width, rows=rows)
         for at in range(0, len(same), most):
             groups.append(same[at : at + most])
     return groups
 
 
-def member_bytes(sae: SAEConfig, *, d_model: int, width: int) -> int:
+def _sizes(store: Store, member: Member) -> dict[str, int]:
+    """What a member reads and, of a transcoder, writes; d_out is 0 where it is no transcoder."""
+    own = (member.model, member.site)
+    model, site = store.output_of(*own)
+    d_out = 0 if (model, site) == own else store.d_model(model)
+    return {"d_model": store.d_model(member.model), "d_out": d_out}
+
+
+def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int = 0) -> int:
     """Returns the predicted device memory of one member: states, gradients and activations.
 
     Four float32 copies of the parameters (themselves, two moments, gradients), one more while
     they are updated, and about six [batch, width] arrays live at the widest point of a step.
     """
-    parameters = 2 * d_model * width + width + d_model
-    return 4 * (5 * parameters + 6 * sae.batch_size * width + 4 * sae.batch_size * d_model)
+    both = d_model + (d_out or d_model)
+    parameters = both * width + width + (d_out or d_model)
+    return 4 * (5 * parameters + 6 * sae.batch_size * width + 2 * sae.batch_size * both)
 
 
-def _most_members(sae: SAEConfig, *, d_model: int, width: int, rows: int) -> int:
+def _most_members(sae: SAEConfig, *, d_model: int, width: int, rows: int, d_out: int) -> int:
     limit = _device_memory()
     if limit is None:
         return 1_000_000
-    one = member_bytes(sae, d_model=d_model, width=width) + 2 * rows * d_model
+    one = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
+    one += 2 * rows * (d_model + d_out)
     return max(1, int(0.8 * limit * jax.device_count() // one))
 
 
@@ -219,15 +230,16 @@ def _device_memory() -> int | None:
 
 def _train_group(config: Config, store: Store, work: Workdir, group: list[Member], rows) -> None:
     sae, first = config.sae, group[0]
-    d_model = store.d_model(first.model)
-    memory = len(group) * member_bytes(sae, d_model=d_model, width=first.width)
-    name = f"d{d_model}-width{first.width}-k{first.k}-{_tag(group)}"
-    directory = work.dictionaries / "training" / name
-    what = f"{len(group)} {sae.architecture} dictionaries, d {d_model} width {first.width}"
+    sizes = _sizes(store, first)
+    memory = len(group) * member_bytes(sae, **sizes, width=first.width)
+    d = str(sizes["d_model"]) + (f"-to-{sizes['d_out']}" if sizes["d_out"] else "")
+    directory = work.dictionaries / "training" / f"d{d}-width{first.width}-k{first.k}-{_tag(group)}"
+    kind = "transcoders" if sizes["d_out"] else "dictionaries"
+    what = f"{len(group)} {sae.architecture} {kind}, d {d} width {first.width}"
     print(f"{what}: about {memory / 1e9:.2f} GB on {jax.device_count()} device(s)")
     labels = [m.label for m in group]
     trained = _train_ensemble(config, store, group, rows, directory, labels=labels, what=what)
-    _save_members(config, work, group, trained)
+    _save_members(config, store, work, group, trained)
     shutil.rmtree(directory / "checkpoints")
 
 
@@ -240,16 +252,16 @@ def _train_ensemble(
     *,
     labels: list[str],
     what: str,
-    begin: Callable[[dict], dict] = lambda params: params,
+    given: Callable[[dict], dict] = lambda params: params,
 ) -> list[base.Dictionary]:
-    """Returns the trained members of one group, of parameters that start as ``begin(random)``."""
+    """Returns the trained members of one group, of parameters that start as ``given(random)``."""
     sae = config.sae
     write_json(directory / "members.json", [{"label": label} for label in labels])
     ensemble = prepare(sae, store, group, rows)
 
     def init(root):
         state = ensemble.trainable.init(root)
-        return state | {"params": begin(state["params"])}
+        return state | {"params": given(state["params"])}
 
     state = train(
         Trainable(init, ensemble.trainable.step),
@@ -283,10 +295,10 @@ class Ensemble:
 
 def prepare(sae: SAEConfig, store: Store, group: list[Member], rows: np.ndarray) -> Ensemble:
     """Returns members that share d_model, width and k, with these rows [n] on the devices."""
-    d_model, mesh = store.d_model(group[0].model), make_mesh(members=len(group))
-    feed, scales, means = _feed(sae, store, group, rows, mesh)
-    graphdef, _ = modules.abstract(lambda: _build(sae, d_model, group[0], jax.random.key(0)))
-    trainable = _trainable(sae, graphdef, group, d_model, scales, means)
+    sizes, mesh = _sizes(store, group[0]), make_mesh(members=len(group))
+    feed, starts = _feed(sae, store, group, rows, mesh)
+    graphdef, _ = modules.abstract(lambda: _build(sae, sizes, group[0], jax.random.key(0)))
+    trainable = _trainable(sae, graphdef, group, sizes, starts)
     return Ensemble(graphdef, trainable, feed, mesh)
 
 
@@ -309,7 +321,7 @@ def train_from(
     rows = store.select("train")
     _check(config.sae, rows=len(rows))
 
-    def begin(params: dict) -> dict:
+    def given(params: dict) -> dict:
         for i, start in enumerate(starts):
             if start is not None:
                 put_in = lambda all_, one, i=i: all_.at[i].set(one)  # noqa: E731
@@ -319,7 +331,7 @@ def train_from(
     labels = [f"{m.label} {'random' if s is None else 'given'}" for m, s in zip(group, starts)]
     what = f"{len(group)} dictionaries from two starts"
     return _train_ensemble(
-        config, store, group, rows, directory, labels=labels, what=what, begin=begin
+        config, store, group, rows, directory, labels=labels, what=what, given=given
     )
 
 
@@ -327,21 +339,24 @@ def _tag(group: list[Member]) -> str:
     return f"{group[0].model}-{group[0].site}-{group[0].name}"
 
 
-def _build(sae: SAEConfig, d_model: int, member: Member, key: jax.Array) -> base.Dictionary:
-    return base.build(sae.architecture, d_model=d_model, width=member.width, k=member.k, key=key)
+def _build(sae: SAEConfig, sizes: dict[str, int], member: Member, key: jax.Array):
+    shape = {"d_model": sizes["d_model"], "d_out": sizes["d_out"] or None}
+    return base.build(sae.architecture, **shape, width=member.width, k=member.k, key=key)
 
 
-def _feed(
-    sae: SAEConfig, store: Store, group: list[Member], rows, mesh
-) -> tuple[Feed, np.ndarray, np.ndarray]:
+def _feed(sae: SAEConfig, store: Store, group: list[Member], rows, mesh) -> tuple[Feed, Start]:
     """Rows of all the group's sites on the devices; every seed has an order of its own.
 
-    Returns the feed, and per member the activation scale [] and the mean row [d_model].
+    A batch is (x, y): what is read [members, batch, d_model] and, of transcoders, what is to be
+    written [members, batch, d_out], else None.
+
+    Returns the feed, and what rows say before the first step (see ``start_of``), per member.
     """
     sites = list(dict.fromkeys((m.model, m.site) for m in group))
-    data = np.stack([store.read(model, site, rows) for model, site in sites])
-    scale_of = {site: activation_scale(x) for site, x in zip(sites, data)}
-    mean_of = {site: x.mean(axis=0, dtype=np.float32) for site, x in zip(sites, data)}
+    data = {"x": np.stack([store.read(*site, rows) for site in sites])}
+    if _sizes(store, group[0])["d_out"]:
+        data["y"] = np.stack([store.read(*store.output_of(*site), rows) for site in sites])
+    start = [start_of(*arrays) for arrays in zip(*data.values())]
     which = jnp.asarray([sites.index((m.model, m.site)) for m in group])
     seeds = sorted({m.seed for m in group})
     order_of = jnp.asarray([seeds.index(m.seed) for m in group])
@@ -352,64 +367,61 @@ def _feed(
         return np.stack(orders, axis=1)  # [steps, seeds, batch]
 
     def select(resident, orders):
-        x = resident[which[:, None], orders[order_of]].astype(jnp.float32)
-        return jax.lax.with_sharding_constraint(x, shard(mesh, MEMBER, DATA))
+        def rows_of(array):
+            batch = array[which[:, None], orders[order_of]].astype(jnp.float32)
+            return jax.lax.with_sharding_constraint(batch, shard(mesh, MEMBER, DATA))
 
-    scales = np.asarray([scale_of[m.model, m.site] for m in group], np.float32)
-    means = np.asarray([mean_of[m.model, m.site] for m in group], np.float32)
-    return Feed(put(data, shard(mesh)), indices, select), scales, means
+        return rows_of(resident["x"]), rows_of(resident["y"]) if "y" in resident else None
 
-
-def activation_scale(x: np.ndarray) -> float:
-    """Returns the factor that brings rows x [n, d_model] to a mean norm of sqrt(d_model)."""
-    norms = np.concatenate(
-        [np.linalg.norm(x[i : i + 8192].astype(np.float32), axis=1) for i in range(0, len(x), 8192)]
-    )
-    return float(math.sqrt(x.shape[1]) / max(norms.mean(dtype=np.float64), 1e-8))
+    per_member = [start[i] for i in np.asarray(which)]
+    starts = {name: np.stack([one[name] for one in per_member]) for name in per_member[0]}
+    return Feed(put(data, shard(mesh)), indices, select), starts
 
 
-def _trainable(sae: SAEConfig, graphdef, group, d_model, scales, means) -> Trainable:
+def _trainable(
+    sae: SAEConfig, graphdef, group: list[Member], sizes: dict[str, int], starts: Start
+) -> Trainable:
     rates = jnp.asarray([m.learning_rate for m in group], jnp.float32)
     penalties = jnp.asarray([m.l1_coefficient for m in group], jnp.float32)
     keys = jnp.asarray([m.seed for m in group])
     adam = optax.scale_by_adam(**ADAM)
 
     def init(root):
-        def one(seed, scale, mean):
-            d = _build(sae, d_model, group[0], jax.random.fold_in(root, seed))
-            # b_dec starts at the mean, so that features need not spend themselves on it.
-            params = modules.split(d)[1] | {"scale": scale, "b_dec": scale * mean}
+        def one(seed, start):
+            d = _build(sae, sizes, group[0], jax.random.fold_in(root, seed))
+            params = begin(modules.split(d)[1], start)
             silent = jnp.zeros(group[0].width, jnp.int32)
             return {"params": params, "train": {"adam": adam.init(params), "silent": silent}}
 
-        return jax.vmap(one)(keys, jnp.asarray(scales), jnp.asarray(means))
+        return jax.vmap(one)(keys, jax.tree.map(jnp.asarray, starts))
 
     def step(state, batch, number, _):
         revive = (state["train"]["silent"] >= dead_after(sae)).any()
-        member = _member_step(sae, graphdef, adam, number, revive, d_model)
+        d_out = sizes["d_out"] or sizes["d_model"]
+        member = _member_step(sae, graphdef, adam, number, revive, d_out)
         over_members = jax.vmap(member, spmd_axis_name=MEMBER)
         return over_members(state, batch, rates, penalties)
 
     return Trainable(init, step)
 
 
-def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_model):
-    """The step of one member: (state, rows, rate, L1 coefficient) -> (state, metrics)."""
+def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_out):
+    """The step of one member: (state, (x, y), rate, L1 coefficient) -> (state, metrics)."""
     rate_factor, l1_factor = schedules(sae)
     measured = base.find(sae.architecture).measured
 
-    def step(state, x, rate, penalty):
-        params, train_state = state["params"], state["train"]
-        hyper = hyper_of(sae, penalty * l1_factor(number), d_model=d_model, revive=revive)
+    def step(state, batch, rate, penalty):
+        (x, y), params, train_state = batch, state["params"], state["train"]
+        hyper = hyper_of(sae, penalty * l1_factor(number), d_out=d_out, revive=revive)
         dead = train_state["silent"] >= dead_after(sae)
 
         def loss_of(params):
             d = modules.merge(graphdef, params)
-            loss, parts, f = d.losses(x, hyper=hyper, dead=dead, dtype=_dtype(sae))
+            loss, parts, f = d.losses(x, y=y, hyper=hyper, dead=dead, dtype=_dtype(sae))
             return loss, (parts, f)
 
         (loss, (parts, f)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        grads |= {name: jnp.zeros_like(grads[name]) for name in measured}
+        grads |= {name: jnp.zeros_like(grads[name]) for name in measured if name in grads}
         updates, adam_state = adam.update(grads, train_state["adam"], params)
         updates = jax.tree.map(lambda u: -rate * rate_factor(number) * u, updates)
         params = _updated(graphdef, optax.apply_updates(params, updates), f)
@@ -422,12 +434,12 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_model):
     return step
 
 
-def hyper_of(sae: SAEConfig, l1_coefficient, *, d_model: int, revive) -> base.Hyper:
+def hyper_of(sae: SAEConfig, l1_coefficient, *, d_out: int, revive) -> base.Hyper:
     """Returns what a member's losses read of the settings, with its coefficient at a step."""
     return base.Hyper(
         l1_coefficient=l1_coefficient,
         auxk_coefficient=sae.auxk_coefficient,
-        k_aux=sae.k_aux or d_model // 2,
+        k_aux=sae.k_aux or d_out // 2,
         bandwidth=sae.bandwidth,
         l0_target=sae.l0_target,
         nested_fractions=sae.nested_fractions,
@@ -463,8 +475,15 @@ def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:
 
 
 def _save_members(
-    config: Config, work: Workdir, group: list[Member], trained: list[base.Dictionary]
+    config: Config,
+    store: Store,
+    work: Workdir,
+    group: list[Member],
+    trained: list[base.Dictionary],
 ) -> None:
     for member, dictionary in zip(group, trained):
         meta = dataclasses.asdict(member) | {"site": str(member.site), "steps": config.sae.steps}
+        if dictionary.transcodes:
+            model, site = store.output_of(member.model, member.site)
+            meta |= {"writes": [model, str(site)]}
         base.save(dictionary, _folder(work, member), meta=meta)

@@ -11,6 +11,7 @@ import numpy as np
 from crossdict_jax import modules
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.base import Dictionary
+from crossdict_jax.errors import UserError
 from crossdict_jax.settings import architectures
 
 
@@ -32,7 +33,10 @@ class Affine:
 
 def is_ours(dictionary: Dictionary) -> bool:
     """Whether a dictionary is of an architecture of this project, and can be transferred."""
-    return type(dictionary).__module__.rsplit(".", 1)[-1] in architectures()
+    return (
+        not dictionary.transcodes
+        and type(dictionary).__module__.rsplit(".", 1)[-1] in architectures()
+    )
 
 
 def transferred(
@@ -54,9 +58,11 @@ def transferred(
         see depends on it; training does.
 
     Raises:
-      UserError: the dictionary is none of ours.
+      UserError: the dictionary is none of ours, or a transcoder.
     """
     architecture = base.architecture_of(dictionary)
+    if dictionary.transcodes:
+        raise UserError("A transcoder reads one site and writes another: it cannot be transferred.")
     graphdef, params = modules.split(dictionary)
     old = {name: np.asarray(params[name], np.float64) for name in ("W_enc", "W_dec", "b_enc")}
     s, b_dec = float(params["scale"]), np.asarray(params["b_dec"], np.float64)

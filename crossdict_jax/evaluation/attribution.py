@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules
+from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Map, Pairs
 from crossdict_jax.maps.base import encode_rows, padded, slices
 
@@ -48,9 +49,12 @@ class Drivers:
         return np.argsort(-np.abs(self.effect[i]), kind="stable")
 
 
-def can_attribute(m: Map) -> bool:
-    """Whether source features reach a map at all: token tables read none."""
-    return m.reads in ("features", "activations")
+def can_attribute(m: Map, source: Dictionary) -> bool:
+    """Whether source features reach a map at all: token tables read none.
+
+    Maps of activations are reached through the decoder, which of a transcoder writes elsewhere.
+    """
+    return m.reads == "features" or (m.reads == "activations" and not source.transcodes)
 
 
 def drivers(m: Map, pairs: Pairs, features: np.ndarray, *, scales: Scales) -> Drivers:

@@ -38,13 +38,17 @@ def score_dictionary_transfer(config: Config, store: Store, work: Workdir) -> li
       positions of test documents with the reconstruction put in; delta_ce: less the clean one.
       Both are null of the stitch alone, which is not put in.
 
-    Directions whose source dictionary is not of this project's architectures have no rows.
+    Directions whose source dictionary is not of this project's architectures have no rows, and
+    transcoders none at all: an affine stitch of what they read says nothing of what they write.
 
     Raises:
       UserError: the store, a model or a dictionary is missing or damaged.
     """
     from tqdm import tqdm
 
+    if config.sae.output_site:
+        print("transfer dictionaries: left out, since transcoders read one site and write another")
+        return []
     rows: list[dict] = []
     wanted = places(config, store)
     with tqdm(total=len(wanted), desc="transfer dictionaries", unit="pair") as progress:

@@ -23,6 +23,7 @@ from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.hypernetwork import Hypernetwork, from_profiles, train_network
 from crossdict_jax.maps.moments import Products, RidgePath, activation_moments
 from crossdict_jax.maps.ridge import Ridge
+from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 NETWORK = Hypernetwork.kind
@@ -47,6 +48,7 @@ def measure_efficiency(config: Config, work: Workdir) -> None:
         setting asks for a layer pair or for rows that are not there.
     """
     started = time.perf_counter()
+    refuse_transcoders(config, "The hypernetwork of launch.efficiency")
     store = open_store(work.activations)
     asked, others = _tasks(config, store)
     counts = _counts(config, len(store.select("train")))

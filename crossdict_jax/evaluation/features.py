@@ -165,7 +165,8 @@ class _Described:
         self._drivers = {
             kind: attribution.drivers(m, test, which, scales=scales)
             for kind, m in loaded.items()
-            if m.reads == "features" or (kind == best and attribution.can_attribute(m))
+            if m.reads == "features"
+            or (kind == best and attribution.can_attribute(m, test.source.dictionary))
         }
         self._again = {
             kind: attribution.drivers(m, test, which, scales=scales) for kind, m in again.items()

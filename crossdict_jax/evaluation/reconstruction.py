@@ -36,6 +36,8 @@ LEAST_KL = 0.05  # nats: where an ablation does less, what is recovered of it me
 def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict], list[dict]]:
     """Returns the rows of reconstruction.jsonl and of features.jsonl, one per dictionary each.
 
+    - site_output: what is reconstructed, x below: the site itself, or what a transcoder writes
+      (MODEL:SITE in another model). Edits are made there.
     - l0: active features per row; fvu = sum ||x - x_hat||^2 / sum ||x - mean_train(x)||^2: over
       the n_rows kept test rows.
     - dead_fraction: the share of features that are active in none of the n_rows_dead kept rows of
@@ -60,17 +62,21 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
 
     places = [(m, site) for m in store.models for site in store.sites_of(m)]
     members = {place: member_folders(work, *place) for place in places}
+    into: dict[str, list] = {}  # the model that is written: its places are edited in one splicer
+    for place in places:
+        into.setdefault(store.output_of(*place)[0], []).append(place)
     rows, densities = [], []
     with tqdm(total=sum(map(len, members.values())), desc="dictionaries", unit="sae") as progress:
-        for model, path in zip(store.models, store.paths):
-            splicer = _splicer(config, store, model, path)
-            for site in store.sites_of(model):
+        for edited, here in into.items():
+            splicer = _splicer(config, store, edited, here)
+            for model, site in here:
                 found = {f: dictionaries.load(f) for f in members[model, site]}
                 losses = _losses(config, store, splicer, model, site, list(found.values()))
                 for (folder, dictionary), loss in zip(found.items(), losses):
                     where = {
                         "model": model,
                         "site": str(site),
+                        "site_output": _name_of_output(store, model, site),
                         "seed": seed_of(folder),
                         "member": folder.name,
                     }
@@ -79,6 +85,11 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
                     densities.append(where | histograms)
                     progress.update()
     return rows, densities
+
+
+def _name_of_output(store: Store, model: str, site: Site) -> str:
+    other, written = store.output_of(model, site)
+    return str(written) if other == model else f"{other}:{written}"
 
 
 def member_folders(work: Workdir, model: str, site: Site) -> list[Path]:
@@ -101,10 +112,17 @@ def _figures(
 ) -> tuple[dict[str, Any], dict]:
     """What the stored rows say of a dictionary: (columns, histograms)."""
     train, test = store.select("train"), store.select("test")
-    x_train, x_test = store.read(model, site, train), store.read(model, site, test)
-    mean = train_mean(store, model, site)
-    how = {"mean": mean, "size": config.evaluation.batch_size}
-    in_train, in_test = measure(dictionary, x_train, **how), measure(dictionary, x_test, **how)
+    written = store.output_of(model, site)
+    how = {"mean": train_mean(store, *written), "size": config.evaluation.batch_size}
+    in_train, in_test = (
+        measure(
+            dictionary,
+            store.read(model, site, split),
+            y=store.read(*written, split) if dictionary.transcodes else None,
+            **how,
+        )
+        for split in (train, test)
+    )
     draws = _draw(config, store.rows.document[test])
     fires, n = in_train["fires"] + in_test["fires"], len(train) + len(test)
     frequencies = np.log10(fires[fires > 0] / n)
@@ -167,47 +185,60 @@ def _draw(config: Config, documents: np.ndarray) -> Resamples:
 
 
 def measure(
-    dictionary: Dictionary, x: np.ndarray, *, mean: np.ndarray, size: int
+    dictionary: Dictionary,
+    x: np.ndarray,
+    *,
+    mean: np.ndarray,
+    size: int,
+    y: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns what every row x [n, d_model] says of a dictionary, ``size`` rows at a time.
 
     l0, error = ||x - x_hat||^2, variance = ||x - mean||^2, along = (x - mean).(x_hat - mean),
     power = ||x_hat||^2, overlap = x.x_hat: all [n]; fires [width]: rows in which a feature is
     active.
+
+    Args:
+      y: [n, d_out], what a transcoder is to write: x of the formulas, and ``mean`` is its mean.
     """
     graphdef, params = modules.split(dictionary)
     parts, fires = [], 0
     for at in range(0, len(x), size):
-        batch = x[at : at + size]
-        padded = np.pad(batch, ((0, size - len(batch)), (0, 0)))
-        active, *values = _measure_batch(graphdef, params, padded, mean, len(batch))
+        count = min(size, len(x) - at)
+        padded = [
+            None if a is None else np.pad(a[at : at + size], ((0, size - count), (0, 0)))
+            for a in (x, y)
+        ]
+        active, *values = _measure_batch(graphdef, params, *padded, mean, count)
         fires = fires + np.asarray(active, np.int64)
-        parts.append([np.asarray(v)[: len(batch)] for v in values])
+        parts.append([np.asarray(v)[:count] for v in values])
     columns = map(np.concatenate, zip(*parts))
     return dict(zip(("l0", *ROW_SUMS), columns), fires=fires)
 
 
 @partial(jax.jit, static_argnums=0)
-def _measure_batch(graphdef, params, x, mean, count):
+def _measure_batch(graphdef, params, x, y, mean, count):
     """Over the first ``count`` rows how often each feature fires; per row l0 and ROW_SUMS."""
     dictionary, x = modules.merge(graphdef, params), x.astype(jnp.float32)
     f = dictionary.encode(x)  # [batch, width]
     active = f > 0
     real = jnp.arange(len(x)) < count
+    x = x if y is None else y.astype(jnp.float32)
     x_hat, m = dictionary.decode(f), mean[None, :]
     products = ((x - x_hat,) * 2, (x - m,) * 2, (x - m, x_hat - m), (x_hat,) * 2, (x, x_hat))
     sums = [jnp.sum(a * b, axis=1) for a, b in products]
     return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), *sums
 
 
-def _splicer(config: Config, store: Store, model: str, path: str) -> Splicer:
+def _splicer(config: Config, store: Store, model: str, places: list[tuple[str, Site]]) -> Splicer:
+    """The model that dictionaries of these places write, read once at all that they write."""
     passages = select_passages(
         store, model, documents=config.intervention.documents, seed=config.seed
     )
     return Splicer(
-        models.load(path),
+        models.load(store.paths[store.models.index(model)]),
         passages,
-        sites=store.sites_of(model),
+        sites=tuple(dict.fromkeys(store.output_of(*place)[1] for place in places)),
         batch_size=config.intervention.batch_size,
         dtype=config.extract.matmul_dtype,
     )
@@ -222,11 +253,12 @@ def _losses(
     members: list[Dictionary],
 ) -> list[dict[str, Any]]:
     """The loss columns of each dictionary, all from one clean pass."""
-    x = store.read(model, site, splicer.passages.rows)
+    x, written = store.read(model, site, splicer.passages.rows), store.output_of(model, site)
     whole = partial(modules.over_rows, method="__call__", size=config.evaluation.batch_size)
     reconstructions = {f"sae {i}": whole(d, x) for i, d in enumerate(members)}
-    references = {"zero": np.zeros(x.shape[1], np.float32), "mean": train_mean(store, model, site)}
-    effects = splicer.effects(site, references | reconstructions)
+    mean = train_mean(store, *written)
+    references = {"zero": np.zeros_like(mean), "mean": mean}
+    effects = splicer.effects(written[1], references | reconstructions)
     draws = _draw(config, splicer.passages.document[splicer.passages.scored])
     return [_loss_columns(effects, effects[name], draws) for name in reconstructions]
 

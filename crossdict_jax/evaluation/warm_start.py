@@ -11,11 +11,13 @@ from crossdict_jax import maps, modules
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.dictionaries.train import Member, activation_scale, members, train_from
+from crossdict_jax.dictionaries.start import activation_scale
+from crossdict_jax.dictionaries.train import Member, members, train_from
 from crossdict_jax.dictionaries.transferred import is_ours, transferred, with_unit_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.dictionary_transfer import Place, fit_stitch, places
 from crossdict_jax.maps import Problem
+from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
 
 ERRORS = ("fvu", "mse")  # what the losses of an architecture log of their reconstruction
@@ -33,6 +35,7 @@ def compare_starts(config: Config, store: Store, work: Workdir) -> list[dict[str
     Raises:
       UserError: no source dictionary can be transferred, or see ``train_from``.
     """
+    refuse_transcoders(config, "Starting from another model's dictionaries")
     rows: list[dict] = []
     for target in store.models:
         into = [place for place in places(config, store) if place[1] == target]

@@ -1,0 +1,76 @@
+"""How a dictionary starts to train: scales, means, and where a transcoder's encoder points."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax.modules import Params
+
+PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
+BLOCK = 8192  # rows at a time
+
+Start = dict[str, np.ndarray]
+
+
+def activation_scale(x: np.ndarray) -> float:
+    """Returns the factor that brings rows x [n, d_model] to a mean norm of sqrt(d_model)."""
+    norms = np.concatenate(
+        [
+            np.linalg.norm(x[i : i + BLOCK].astype(np.float32), axis=1)
+            for i in range(0, len(x), BLOCK)
+        ]
+    )
+    return float(math.sqrt(x.shape[1]) / max(norms.mean(dtype=np.float64), 1e-8))
+
+
+def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
+    """Returns what training rows x [n, d_model] say of a dictionary before its first step.
+
+    scale [] and mean [d_model]; with rows y [n, d_out] that a transcoder is to predict also
+    scale_out [], mean_out [d_out] and predictor [d_model, d_out], the ridge regression of scaled
+    y on scaled x.
+    """
+    start = {"scale": np.float32(activation_scale(x)), "mean": x.mean(axis=0, dtype=np.float32)}
+    if y is None:
+        return start
+    start |= {"scale_out": np.float32(activation_scale(y))}
+    start |= {"mean_out": y.mean(axis=0, dtype=np.float32)}
+    return start | {"predictor": _predictor(x, y, start)}
+
+
+def _predictor(x: np.ndarray, y: np.ndarray, start: Start) -> np.ndarray:
+    d_model = x.shape[1]
+    C_xx, C_xy = np.zeros((d_model, d_model)), np.zeros((d_model, y.shape[1]))
+    for at in range(0, len(x), BLOCK):
+        u = (x[at : at + BLOCK].astype(np.float32) - start["mean"]) * start["scale"]
+        v = (y[at : at + BLOCK].astype(np.float32) - start["mean_out"]) * start["scale_out"]
+        C_xx += u.T @ u
+        C_xy += u.T @ v
+    damping = PENALTY * np.trace(C_xx) / d_model or 1.0  # nothing varies: any will do
+    return np.linalg.solve(C_xx + damping * np.eye(d_model), C_xy).astype(np.float32)
+
+
+def begin(params: Params, start: dict[str, jax.Array]) -> Params:
+    """Returns fresh parameters with scales, means and, of a transcoder, the encoder put in.
+
+    b_dec starts at the mean of what is written, so that features need not spend themselves on it.
+    Where the same rows are read and written, an encoder starts at the decoder's transpose. A
+    transcoder's starts at that transpose pulled back through the linear predictor P of y from x,
+    W_enc = P W_dec' with columns of length 1: each feature fires on what foretells its own row.
+    With y = x that is the transpose again. Its b_enc takes the mean off what it reads.
+    """
+    params = params | {"scale": start["scale"]}
+    if "predictor" not in start:
+        return params | {"b_dec": start["scale"] * start["mean"]}
+    W_enc = start["predictor"] @ params["W_dec"].T  # [d_model, width]
+    W_enc = W_enc / jnp.maximum(jnp.linalg.norm(W_enc, axis=0, keepdims=True), 1e-8)
+    centred = -(start["scale"] * start["mean"]) @ W_enc
+    changed = {"scale_out": start["scale_out"], "b_dec": start["scale_out"] * start["mean_out"]}
+    changed |= {"W_enc": W_enc, "b_enc": params["b_enc"] + centred}
+    if "b_mag" in params:  # magnitudes of gated ones start from z - b_enc
+        changed["b_mag"] = params["b_mag"] + centred
+    return params | changed

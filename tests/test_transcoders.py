@@ -1,0 +1,440 @@
+"""Transcoders: dictionaries that read one site and write another, in every architecture."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax.activations import untrained
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.activations.store import Store
+from crossdict_jax.benchmark.saelens import PYTHON
+from crossdict_jax.causal import intervene, transfer_features
+from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, to_dict
+from crossdict_jax.dictionaries import base, start, train
+from crossdict_jax.dictionaries.convert import convert
+from crossdict_jax.dictionaries.pretrained import adopt
+from crossdict_jax.dictionaries.transferred import transferred
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.efficiency import measure_efficiency
+from crossdict_jax.evaluation.reconstruction import reconstruct
+from crossdict_jax.evaluation.warm_start import compare_starts
+from crossdict_jax.models import Site
+from crossdict_jax.settings import validate
+from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
+
+HYPER = base.Hyper(0.1, 0.5, 4, 0.5, 0.0, (0.2, 0.5), 0.25, revive=True)
+READ, WRITTEN = ("planted", Site(0)), ("other", Site(0, "mlp_out"))
+SIZES = {"planted": 12, "other": 7}
+every = pytest.mark.parametrize("architecture", base.architectures())
+
+
+def fresh(architecture, *, d_model=6, d_out=4, width=20):
+    """A transcoder in which every parameter is drawn at random."""
+    d = base.build(architecture, d_model=d_model, d_out=d_out, width=width, k=3, key=key(0))
+    _, params = modules.split(d)
+    drawn = {
+        name: jax.random.normal(key(i), value.shape)
+        for i, (name, value) in enumerate(params.items())
+    }
+    drawn |= {"scale": jnp.float32(0.7), "scale_out": jnp.float32(1.9)}
+    if "threshold" in params:
+        drawn["threshold"] = 0.1 + jnp.abs(drawn["threshold"])
+    return modules.merge(modules.split(d)[0], drawn)
+
+
+def key(seed):
+    return jax.random.key(seed)
+
+
+def rows(d=6, seed=3, n=32):
+    return 2 + jax.random.normal(key(seed), (n, d))
+
+
+# ---------------------------------------------------------------- contract
+
+
+@every
+def test_it_reads_one_size_and_writes_another_each_at_its_own_scale(architecture):
+    d, x = fresh(architecture), rows()
+    f = d.encode(x)
+    assert f.shape == (32, 20) and d(x).shape == (32, 4) and (np.asarray(f) > 0).any()
+    by_hand = d.activate(0.7 * x @ d.W_enc[...] + d.b_enc[...][None, :])
+    np.testing.assert_allclose(f, by_hand, atol=1e-5)
+    by_hand = (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...])) / 1.9
+    np.testing.assert_allclose(d(x), by_hand, atol=1e-5)
+
+
+@every
+def test_saved_and_loaded_gives_the_same_bits(architecture, tmp_path):
+    d, x = fresh(architecture), rows()
+    dictionaries.save(d, tmp_path / "d")
+    again = dictionaries.load(tmp_path / "d")
+    np.testing.assert_array_equal(again(x), d(x))
+    assert (again.d_model, again.d_out, again.transcodes) == (6, 4, True)
+
+
+@every
+def test_the_loss_is_of_what_is_written(architecture):
+    d, x, dead = fresh(architecture), rows(), jnp.zeros(20, bool)
+    how = {"hyper": HYPER, "dead": dead}
+    graphdef, params = modules.split(d)
+
+    def loss_of(params, y):
+        return modules.merge(graphdef, params).losses(x, y=y, **how)[0]
+
+    far, near = rows(4, seed=9), jnp.asarray(d(x))
+    if architecture in ("batchtopk", "matryoshka"):  # which in training use no threshold
+        d.threshold[...] = jnp.zeros(())
+        near = d.decode(base.keep_batch_top_k(d.pre_activations(0.7 * x), d.k))
+    _, parts, _ = d.losses(x, y=near, **how)
+    assert parts.get("fvu", parts.get("mse")) < 1e-8
+    assert loss_of(params, far) > loss_of(params, near)
+    grads = jax.grad(loss_of)(params, far)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert np.isfinite(grads[name]).all() and np.abs(grads[name]).max() > 0, name
+
+
+def test_an_autoencoder_is_no_transcoder_even_of_equal_sizes():
+    shape = {"d_model": 6, "width": 20, "k": 3, "key": key(0)}
+    plain, other = base.build("topk", **shape), base.build("topk", **shape, d_out=6)
+    assert not plain.transcodes and plain.d_out == 6 and other.transcodes
+    x = rows()
+    plain.b_dec[...] = other.b_dec[...] = jnp.ones(6)
+    other.W_enc[...] = plain.W_enc[...]
+    assert np.abs(np.asarray(plain.encode(x) - other.encode(x))).max() > 0.1
+
+
+# ---------------------------------------------------------------- where it starts
+
+
+def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
+    x = np.random.default_rng(0).normal(1.0, 1.0, (4000, 6)).astype(np.float32)
+    params = {}
+    for d_out, rows_ in ((None, (x,)), (6, (x, x))):
+        d = base.build("gated", d_model=6, width=20, k=3, key=key(0), d_out=d_out)
+        begun = start.begin(modules.split(d)[1], start.start_of(*rows_))
+        params[d_out] = modules.merge(modules.split(d)[0], begun)
+    np.testing.assert_allclose(params[6].W_enc[...], params[None].W_enc[...], atol=0.01)
+    np.testing.assert_allclose(params[6](x), params[None](x), atol=0.02)
+
+
+def test_a_start_from_rows_that_never_vary_is_finite():
+    flat = np.ones((50, 6), np.float32)
+    d = base.build("topk", d_model=6, width=20, k=3, key=key(0), d_out=4)
+    begun = start.begin(modules.split(d)[1], start.start_of(flat, np.zeros((50, 4), np.float32)))
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(begun))
+
+
+# ---------------------------------------------------------------- training
+
+
+def planted_store(*, n=4000, truths=16, active=2):
+    """Rows read are sums of planted directions, rows written the same sums of other ones."""
+    rng = np.random.default_rng(0)
+    codes = np.zeros((n, truths))
+    for row in codes:
+        row[rng.choice(truths, active, replace=False)] = rng.uniform(1, 2, active)
+    x = {model: 3 + codes @ rng.normal(size=(truths, size)) for model, size in SIZES.items()}
+
+    class Stored(Store):
+        def __init__(self):
+            pass
+
+        models = ("planted",)
+        sites_of = staticmethod(lambda model: (READ[1],))
+        output_of = staticmethod(lambda model, site: WRITTEN)
+        d_model = staticmethod(SIZES.__getitem__)
+        select = staticmethod(lambda split: np.arange(n))
+        read = staticmethod(lambda model, site, rows: x[model][rows].astype(jnp.bfloat16))
+
+    return Stored(), x
+
+
+def fvu(d, x, y):
+    error = np.square(y - np.asarray(d(x.astype(np.float32)))).sum()
+    return error / np.square(y - y.mean(0)).sum()
+
+
+@every
+def test_training_learns_a_planted_linear_output_of_another_size(
+    architecture, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    store, x = planted_store()
+    penalty = {"gated": 0.2, "relu": 0.1, "jumprelu": 0.05}.get(architecture, 1.0)
+    sae = SAEConfig(
+        architecture=architecture,
+        output_site="other:mlp_out",
+        width=32,
+        k=3,
+        steps=300,
+        batch_size=128,
+        l1_coefficient=penalty,
+    )
+    work = Workdir(tmp_path)
+    train.train_dictionaries(Config(sae=sae), store, work)
+    trained = dictionaries.load(work.dictionary(*READ))
+    assert (trained.d_model, trained.d_out) == (12, 7)
+    shape = {"d_model": 12, "d_out": 7, "width": 32, "k": 3}
+    untrained = base.build(architecture, **shape, key=jax.random.fold_in(key(0), 0))
+    graphdef, params = modules.split(untrained)
+    begun = modules.merge(graphdef, start.begin(params, start.start_of(x["planted"], x["other"])))
+    after, before = (fvu(d, x["planted"], x["other"]) for d in (trained, begun))
+    assert after < 0.2 and after < 0.5 * before, (before, after)
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose dictionaries write what b's MLP adds: a's in another model, b's in their own."""
+    root = tmp_path_factory.mktemp("transcoders")
+    config = tiny_run.make_config(root)
+    config.sae = SAEConfig(width=32, k=4, steps=30, batch_size=64, output_site="b:mlp_out")
+    config.map = dataclasses.replace(config.map, kinds=("mean", "ridge"))
+    work = open_workdir(root / "run", to_dict(config))
+    store = extract(config, work)
+    train.train_dictionaries(config, store, work)
+    maps.fit_maps(config, store, work)
+    return config, store, work
+
+
+def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished):
+    _, store, _ = finished
+    for model in ("a", "b"):
+        assert store.sites_of(model) == (tiny_run.SITE,)
+        assert store.output_of(model, tiny_run.SITE) == ("b", Site(1, "mlp_out"))
+    assert store.sites == (tiny_run.SITE,)
+    rows = store.select("test")
+    assert store.read("b", Site(1, "mlp_out"), rows).shape == (len(rows), 24)
+    with pytest.raises(UserError, match=r"has no a at mlp_out\.1"):
+        store.read("a", Site(1, "mlp_out"), rows)
+
+
+def test_evaluation_scores_and_puts_in_what_is_written(finished):
+    config, store, work = finished
+    rows, _ = reconstruct(config, store, work)
+    assert [(r["model"], r["site"], r["site_output"]) for r in rows] == [
+        ("a", "resid_pre.1", "b:mlp_out.1"),
+        ("b", "resid_pre.1", "mlp_out.1"),
+    ]
+    written, test = ("b", Site(1, "mlp_out")), store.select("test")
+    mean = store.read(*written, store.select("train")).mean(axis=0, dtype=np.float64)
+    for row in rows:
+        d = dictionaries.load(work.dictionary(row["model"], tiny_run.SITE))
+        x, y = store.read(row["model"], tiny_run.SITE, test), store.read(*written, test)
+        error = np.square(y.astype(np.float64) - d(x.astype(np.float32))).sum()
+        variance = np.square(y.astype(np.float64) - mean).sum()
+        np.testing.assert_allclose(row["fvu"], error / variance, rtol=1e-4)
+    a, b = rows
+    assert a["ce_clean"] == b["ce_clean"] and a["ce_zero"] == b["ce_zero"]
+    assert a["ce_sae"] != b["ce_sae"]
+
+
+def test_features_are_stitched_where_they_are_written(finished, capsys):
+    config, _, work = finished
+    intervene(config, work)
+    said = capsys.readouterr().out
+    assert "the dictionary of a at resid_pre.1 writes b, another model: left out" in said
+    assert "b at resid_pre.1 writes mlp_out.1: there only features are put in" in said
+    rows = read_jsonl(work.result("causal.jsonl"))
+    assert {r["site_edited"] for r in rows} == {"mlp_out.1"} and {r["target"] for r in rows} == {
+        "b"
+    }
+    assert {r["stitch_kind"] for r in rows} == {None, "features"}
+    own, zero = (next(r for r in rows if r["control"] == c) for c in ("own_sae", "zero"))
+    assert own["kl"] > 0 and own["ce"] != zero["ce"]
+    transfer_features(config, work)
+    assert "single features: left out" in capsys.readouterr().out
+    assert not work.result("feature_causal.jsonl").exists()
+
+
+def test_an_untrained_twin_writes_where_its_model_does(finished):
+    _, store, _ = finished
+    twins = untrained.twin_names(store)
+    assert untrained._outputs(store, twins, [(tiny_run.SITE,)] * 2) == {
+        ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
+        ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
+    }
+
+
+def test_an_export_names_both_sites(finished, tmp_path):
+    config, _, work = finished
+    source = work.dictionary("b", tiny_run.SITE)
+    d = dictionaries.load(source)
+    relu = base.from_arrays(
+        base.find("relu"),
+        {n: np.asarray(a) for n, a in modules.split(d)[1].items()},
+        transcodes=True,
+    )
+    dictionaries.save(relu, tmp_path / "run/dictionaries/b/resid_pre.1/seed-0", meta=WRITES)
+    write_json(tmp_path / "run/config.json", to_dict(config))
+    convert(ConvertConfig(source=str(tmp_path / "run")), Workdir(tmp_path / "out"))
+    folder = tmp_path / "out/dictionaries/b/resid_pre.1/seed-0"
+    names = json.loads((folder / "cfg.json").read_text())["metadata"]
+    assert names["hook_name"] == "blocks.1.hook_resid_pre"
+    assert names["hook_name_out"] == "blocks.1.hook_mlp_out"
+    x = rows(24)
+    np.testing.assert_allclose(dictionaries.load(folder)(x), relu(x), atol=1e-5)
+
+
+WRITES = {"writes": ["b", "mlp_out.1"]}
+
+
+# ---------------------------------------------------------------- SAELens
+
+GOLDENS = sorted((Path(__file__).parent / "goldens" / "transcoders").iterdir())
+golden = pytest.mark.parametrize("folder", GOLDENS, ids=lambda f: f.name)
+HOOKS = {"hook_name": "blocks.1.hook_resid_mid", "model_name": "toy"}
+HOOKS |= {"hook_name_out": "blocks.1.hook_mlp_out"}
+FORMS = ("relu", "jumprelu", "batchtopk", "matryoshka")
+
+
+@golden
+def test_a_transcoder_of_the_real_library_means_what_it_means_there(folder):
+    d, io = dictionaries.load(folder), np.load(folder / "io.npz")
+    assert (d.d_model, d.d_out, d.transcodes) == (8, 5, True) and (io["acts"] > 0).any()
+    np.testing.assert_allclose(d.encode(io["x"]), io["acts"], atol=1e-5)
+    np.testing.assert_allclose(d(io["x"]), io["recon"], atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", FORMS)
+def test_an_exported_transcoder_comes_back(architecture, tmp_path):
+    d, x = fresh(architecture), rows()
+    dictionaries.save_saelens(d, tmp_path / "d", **HOOKS)
+    config = json.loads((tmp_path / "d" / "cfg.json").read_text())
+    assert config["architecture"].endswith("transcoder") and config["d_out"] == 4
+    assert config["apply_b_dec_to_input"] is False and config["metadata"].items() >= HOOKS.items()
+    again = dictionaries.load(tmp_path / "d")
+    np.testing.assert_allclose(again.encode(x), d.encode(x), atol=1e-5)
+    np.testing.assert_allclose(again(x), d(x), atol=1e-5)
+
+
+READ_THERE = """
+import sys, numpy as np, torch
+from sae_lens import SAE
+x = torch.from_numpy(np.load(sys.argv[1] + "/x.npy"))
+for name in sys.argv[2:]:
+    d = SAE.load_from_disk(sys.argv[1] + "/" + name)
+    assert d.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
+    with torch.no_grad():
+        np.savez(sys.argv[1] + "/" + name + ".npz", f=d.encode(x).numpy(), y=d(x).numpy())
+"""
+
+
+@pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with sae-lens")
+def test_the_real_library_reads_exported_transcoders(tmp_path):
+    made, x = {architecture: fresh(architecture) for architecture in FORMS}, np.asarray(rows())
+    np.save(tmp_path / "x.npy", x)
+    for architecture, d in made.items():
+        dictionaries.save_saelens(d, tmp_path / architecture, **HOOKS)
+    command = [os.environ[PYTHON], "-c", READ_THERE, str(tmp_path), *FORMS]
+    subprocess.run(command, check=True, capture_output=True)
+    for architecture, d in made.items():
+        theirs = np.load(tmp_path / f"{architecture}.npz")
+        np.testing.assert_allclose(theirs["f"], d.encode(x), atol=1e-5)
+        np.testing.assert_allclose(theirs["y"], d(x), atol=1e-5)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("architecture", ["topk", "gated"])
+def test_what_saelens_cannot_say_is_refused(architecture, tmp_path):
+    words = f"A {architecture} transcoder has no SAELens form; relu, jumprelu"
+    with pytest.raises(UserError, match=words):
+        dictionaries.save_saelens(fresh(architecture), tmp_path / "d", **HOOKS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_out": None}, "lacks the required key 'd_out'"),
+        ({"d_out": 6}, "W_dec has shape (20, 5), where (20, 6) is expected"),
+        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input must be false for a transcoder"),
+        ({"normalize_activations": "layer_norm"}, "'layer_norm' of a transcoder is not supported"),
+        ({"architecture": "jumprelu_transcoder"}, "lacks threshold"),
+        ({"architecture": "skip_transcoder"}, "lacks W_skip"),
+    ],
+)
+def test_a_wrong_folder_is_refused_in_one_line(change, message, tmp_path):
+    shutil.copytree(GOLDENS[-1], tmp_path / "d")
+    config = json.loads((tmp_path / "d" / "cfg.json").read_text()) | change
+    (tmp_path / "d" / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        dictionaries.load(tmp_path / "d")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unfinished_training_of_one_is_refused(tmp_path):
+    shutil.copytree(GOLDENS[-1], tmp_path / "d")
+    (tmp_path / "d" / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 2.0}))
+    with pytest.raises(UserError, match="a transcoder's scale of what it writes is not known"):
+        dictionaries.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sae": SAEConfig(output_site="mlp")}, "nothing, or [MODEL:]KIND[.LAYER]"),
+        ({"sae": SAEConfig(output_site="mlp_out.x")}, "nothing, or [MODEL:]KIND[.LAYER]"),
+        (
+            {
+                "sae": SAEConfig(output_site="mlp_out"),
+                "map": MapConfig(kinds=("hypernetwork",)),
+            },
+            "takes features to read and write at one site; leave one of the two out",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        validate(Config(models=("a", "b"), **settings))
+
+
+@pytest.mark.parametrize(
+    ("output_site", "message"),
+    [("c:mlp_out", "no model 'c'; this run has a, b"), ("mlp_out.7", "mlp_out.7 is outside a")],
+)
+def test_an_output_that_is_not_there_is_refused(output_site, message, finished, tmp_path):
+    config = dataclasses.replace(finished[0], sae=SAEConfig(output_site=output_site))
+    with pytest.raises(UserError, match=message):
+        extract(config, Workdir(tmp_path))
+
+
+def test_what_needs_equal_sites_says_so(finished, tmp_path):
+    config, store, work = finished
+    for stage in (measure_efficiency, lambda c, w: compare_starts(c, store, w)):
+        with pytest.raises(UserError, match="write the site that they read"):
+            stage(config, work)
+    d = dictionaries.load(work.dictionary("b", tiny_run.SITE))
+    with pytest.raises(UserError, match="cannot be transferred"):
+        transferred(d, to_source=None, to_target=None)
+
+
+def test_an_imported_dictionary_must_write_what_the_run_asks_for(finished, tmp_path):
+    config, store, _ = finished
+    shape = {"d_model": 16, "width": 20, "k": 0, "key": key(0)}
+    dictionaries.save(base.build("relu", **shape), tmp_path / "plain")
+    dictionaries.save(base.build("relu", **shape, d_out=9), tmp_path / "nine")
+    for name, message in (
+        ("plain", "is no transcoder; sae.output_site must name"),
+        ("nine", "writes rows of 9, b has 24 at mlp_out.1"),
+    ):
+        sae = dataclasses.replace(config.sae, sources=(str(tmp_path / name), "train"))
+        with pytest.raises(UserError, match=message):
+            adopt(dataclasses.replace(config, sae=sae), store, Workdir(tmp_path / f"run-{name}"))
