@@ -12,7 +12,7 @@ import pytest
 from test_launch import launch
 
 from crossdict_jax.benchmark import harness, machine, peer, steps, table
-from crossdict_jax.benchmark.harness import Need, alternate, compared
+from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark.run import run_benchmarks
 from crossdict_jax.config import BenchmarkConfig, CeilingBenchmark, SAEConfig, StepBenchmark
@@ -62,23 +62,25 @@ def test_contenders_take_turns_and_the_first_run_does_not_count():
     ran = []
 
     def contender(name):
-        return lambda: ran.append(name) or float(len(ran))
+        return lambda: ran.append(name) or Spent(len(ran), 0)
 
-    seconds = alternate({name: contender(name) for name in "abc"}, repeats=3)
+    spent = alternate({name: contender(name) for name in "abc"}, repeats=3)
     assert "".join(ran) == "abc" + "abc" + "cba" + "abc"
-    assert seconds == {"a": [4.0, 9.0, 10.0], "b": [5.0, 8.0, 11.0], "c": [6.0, 7.0, 12.0]}
+    turns = {name: [run.seconds for run in runs] for name, runs in spent.items()}
+    assert turns == {"a": [4, 9, 10], "b": [5, 8, 11], "c": [6, 7, 12]}
 
 
 def test_ratios_are_taken_within_a_round():
     """A machine that is ten times slower in one round changes no ratio."""
-    seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 30.0, 4.0]}
+    took = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 30.0, 4.0]}
+    spent = {name: [Spent(s, 2.0) for s in seconds] for name, seconds in took.items()}
     need = Need(8, "rows", flops=5e8, bytes=1e9)
-    ours, theirs = compared("b", "c", seconds, need, ceilings=CEILINGS)
+    ours, theirs = compared("b", "c", spent, need, ceilings=CEILINGS)
     assert (theirs["ratio"], theirs["ratio_low"], theirs["ratio_high"]) == (3.0, 2.0, 4.0)
     assert ours["ratio"] == 1.0 and ours["seconds"] == 1.0 and ours["per_s"] == 8.0
-    assert theirs["seconds_least"] == 2.0
+    assert (theirs["cpu_seconds"], theirs["cpu_ratio"]) == (2.0, 1.0)
     assert (ours["flop_fraction"], ours["byte_fraction"]) == (0.5, 1.0)
-    nothing = next(compared("b", "c", seconds, Need(8), ceilings=CEILINGS))
+    nothing = next(compared("b", "c", spent, Need(8), ceilings=CEILINGS))
     assert nothing["flop_fraction"] is None and nothing["flops"] is None
 
 
@@ -163,7 +165,7 @@ def test_each_peer_trains_on_the_same_rows(library, tmp_path):
     with peer.Peer(library, file) as other:
         for architecture in architectures:
             about = other.make(folder=str(tmp_path), architecture=architecture, width=32, k=4)
-            assert about["version"] and other.run(3) > 0
+            assert about["version"] and other.run(3).seconds > 0
 
 
 # ---------------------------------------------------------------- peers
@@ -192,7 +194,7 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
     with peer.Peer("torch", counter) as other:
         assert other.make(start=4) == {"version": "1", "started": 4}
         assert other.make(start=0)["started"] == 0
-        assert other.run(2) >= 0 and other.run(4) >= 0
+        assert other.run(2).seconds >= 0 and other.run(4).cpu_seconds >= 0
         with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)") as error:
             other.run(1)
         assert "\n" not in str(error.value)

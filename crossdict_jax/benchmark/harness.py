@@ -9,12 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 OURS = "ours"
-Timed = Callable[[], float]  # does its work once, to the end, and returns the seconds it took
+
+
+class Spent(NamedTuple):
+    """What one run took: seconds on the clock, and of all processor cores together."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+Timed = Callable[[], Spent]  # does its work once, to the end
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,8 @@ class Need:
     dtype: str = "float32"
 
 
-def alternate(contenders: dict[str, Timed], *, repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of each contender in ``repeats`` rounds, of which each runs once in each.
+def alternate(contenders: dict[str, Timed], *, repeats: int) -> dict[str, list[Spent]]:
+    """Returns what each contender spent in each of ``repeats`` rounds; all run once in a round.
 
     One run each goes before and does not count: it compiles. Every second round goes backwards,
     so that none always follows the same one.
@@ -44,18 +53,18 @@ def alternate(contenders: dict[str, Timed], *, repeats: int) -> dict[str, list[f
     order = list(contenders)
     for name in order:
         contenders[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    spent: dict[str, list[Spent]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name in order:
-            seconds[name].append(contenders[name]())
+            spent[name].append(contenders[name]())
         order.reverse()
-    return {name: seconds[name] for name in contenders}
+    return spent
 
 
 def compared(
     benchmark: str,
     case: str,
-    seconds: dict[str, list[float]],
+    spent: dict[str, list[Spent]],
     need: Need,
     *,
     ceilings: dict[str, float],
@@ -64,14 +73,15 @@ def compared(
 ) -> Iterator[dict[str, Any]]:
     """Yields a result row per contender.
 
-    ``seconds`` is the median and ``seconds_least`` what the quietest round took. ``ratio`` is the
-    median over rounds of the contender's seconds over those of ``reference`` (above 1: the
-    reference is faster), with the least and the most. Fractions are of the ceilings: what the
-    counted work would take at full speed, over what it took.
+    ``seconds`` and ``cpu_seconds`` are medians. ``ratio`` is the median over rounds of the
+    contender's seconds over those of ``reference`` (above 1: the reference is faster), with the
+    least and the most; ``cpu_ratio`` the same of processor seconds, which other work on the machine
+    disturbs less. Fractions are of the ceilings: what the counted work would take at full speed,
+    over what it took.
     """
-    for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds[reference])]
-        median = statistics.median(own)
+    for name, own in spent.items():
+        ratios, cpu_ratios = zip(*(_ratios(*both) for both in zip(own, spent[reference])))
+        median = statistics.median(run.seconds for run in own)
         yield {
             "benchmark": benchmark,
             "case": case,
@@ -79,12 +89,13 @@ def compared(
             **((about or {}).get(name) or {}),
             "repeats": len(own),
             "seconds": median,
-            "seconds_least": min(own),
+            "cpu_seconds": statistics.median(run.cpu_seconds for run in own),
             "unit": need.unit,
             "per_s": need.amount / median,
             "ratio": statistics.median(ratios),
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
+            "cpu_ratio": statistics.median(cpu_ratios),
             "flops": need.flops or None,
             "bytes": need.bytes or None,
             "flop_fraction": fraction(need.flops, ceilings.get(need.dtype), median),
@@ -92,20 +103,20 @@ def compared(
         }
 
 
+def _ratios(one: Spent, other: Spent) -> tuple[float, float]:
+    return one.seconds / other.seconds, one.cpu_seconds / max(other.cpu_seconds, 1e-9)
+
+
 def fraction(work: float, ceiling: float | None, seconds: float) -> float | None:
     """Returns the share of a ceiling (work a second) that was reached; None without either."""
     return work / seconds / ceiling if work and ceiling else None
 
 
-def timed(run: Callable[[], Any]) -> Timed:
-    """Returns ``run`` as a contender; what it returns is waited for."""
-
-    def measure() -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - started
-
-    return measure
+def timed(run: Callable[[], Any]) -> Spent:
+    """Returns what ``run()`` takes; arrays that it returns are waited for."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    jax.block_until_ready(run())
+    return Spent(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
 def apart(function: Callable, *arguments) -> tuple[Any, int]:

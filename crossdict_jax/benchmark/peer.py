@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from crossdict_jax.benchmark.harness import Spent
 from crossdict_jax.errors import UserError
 
 FOLDER = Path(__file__).with_name("peers")
@@ -62,9 +63,9 @@ class Peer:
         """Sets the peer up anew; returns what it says of itself, its version among it."""
         return self._ask({"make": settings})
 
-    def run(self, count: int) -> float:
-        """Lets the peer run so many steps; returns the seconds."""
-        return self._ask({"run": count})["seconds"]
+    def run(self, count: int) -> Spent:
+        """Lets the peer do so many of what it does; returns what that took."""
+        return Spent(**self._ask({"run": count}))
 
     def _ask(self, request: dict) -> dict:
         try:

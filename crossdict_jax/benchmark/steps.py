@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from crossdict_jax.activations.store import Store
-from crossdict_jax.benchmark.harness import OURS, Need, alternate, compared
+from crossdict_jax.benchmark.harness import OURS, Need, Spent, alternate, compared, timed
 from crossdict_jax.benchmark.peer import Peer, absent
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.config import BenchmarkConfig, SAEConfig, StepBenchmark
@@ -38,12 +37,14 @@ class Steps:
         self._run = chunks(trainable, feed, root)
         self._state, self._done = initial(trainable, root, state_shardings), 0
 
-    def run(self, count: int) -> float:
-        """Takes so many steps; returns the seconds."""
-        started = time.perf_counter()
-        self._state, _ = jax.block_until_ready(self._run(self._state, self._done, count))
+    def run(self, count: int) -> Spent:
+        """Takes so many steps; returns what that took."""
+        return timed(lambda: self._take(count))
+
+    def _take(self, count: int):
+        self._state, metrics = self._run(self._state, self._done, count)
         self._done += count
-        return time.perf_counter() - started
+        return self._state, metrics
 
 
 def dictionary_steps(sae: SAEConfig, store: Store) -> Steps:
@@ -115,9 +116,9 @@ def _against_peers(config, architecture, store, peers, folder, ceilings):
             shape = {"architecture": architecture, "width": own.width, "k": own.k}
             about[library] = peer.make(folder=str(folder), **shape)
             contenders[library] = lambda peer=peer: peer.run(own.steps)
-    seconds = alternate(contenders, repeats=config.repeats)
+    spent = alternate(contenders, repeats=config.repeats)
     amount = need(sae, own.d_model, steps=own.steps)
-    yield from compared("steps", architecture, seconds, amount, ceilings=ceilings, about=about)
+    yield from compared("steps", architecture, spent, amount, ceilings=ceilings, about=about)
 
 
 def _among_ours(config, store, ceilings):
@@ -125,7 +126,7 @@ def _among_ours(config, store, ceilings):
     own = config.steps
     trainings = {a: dictionary_steps(sae_config(own, a), store) for a in own.architectures}
     contenders = {a: lambda t=t: t.run(own.steps) for a, t in trainings.items()}
-    seconds = alternate(contenders, repeats=config.repeats)
+    spent = alternate(contenders, repeats=config.repeats)
     first = own.architectures[0]
     amount = Need(own.steps * own.batch_size)
-    yield from compared("steps", "ours", seconds, amount, ceilings={}, reference=first)
+    yield from compared("steps", "ours", spent, amount, ceilings={}, reference=first)

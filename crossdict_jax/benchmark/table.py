@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = ("case", "contender", "time", "a second", "ratio [least, most]", "flops", "bytes")
+COLUMNS = (
+    "case",
+    "contender",
+    "time",
+    "a second",
+    "ratio [least, most]",
+    "of CPU time",
+    "flops",
+    "bytes",
+)
 
 
 def heading(found: dict[str, Any]) -> str:
@@ -55,6 +64,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{si(row['seconds'])}s",
         f"{si(row['per_s'])}{row['unit']}",
         f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+        f"{row['cpu_ratio']:.2f}",
         _share(row["flop_fraction"]),
         _share(row["byte_fraction"]),
     )
