@@ -291,7 +291,7 @@ class VerifyConfig:
 FREE = ("records", "efficiency", "pareto")
 
 
-BENCHMARKS = ("steps",)
+BENCHMARKS = ("steps", "extraction", "map", "store")
 
 
 @dataclass
@@ -318,6 +318,41 @@ class StepBenchmark:
 
 
 @dataclass
+class ExtractionBenchmark:
+    """A GPT-2 with random weights, of GPT-2 Medium's sizes, read at some layers."""
+
+    n_layers: int = 24  # blocks
+    d_model: int = 1024  # the residual stream
+    n_heads: int = 16  # they divide d_model
+    vocab_size: int = 50257  # tokens
+    layers: tuple[int, ...] = (5, 6, 7)  # what blocks 5, 6 and 7 read
+    windows: int = 8  # windows of text
+    window_tokens: int = 256  # tokens of the longest
+    batch_size: int = 4  # windows per forward
+    matmul_dtype: str = "float32"  # float32 | bfloat16, of our products' inputs; others: float32
+
+
+@dataclass
+class MapBenchmark:
+    """One training step of the mlp map."""
+
+    d_model: int = 1024  # of the made-up rows
+    width: int = 4096  # features of both dictionaries
+    k: int = 32  # active features a row
+    hidden: int = 512  # units of both hidden layers
+    batch_size: int = 128  # rows
+    steps: int = 1  # in one measurement
+
+
+@dataclass
+class StoreBenchmark:
+    """Reading rows back from a store."""
+
+    rows: int = 131_072  # of one site
+    d_model: int = 768  # of the made-up rows
+
+
+@dataclass
 class BenchmarkConfig:
     """How fast this code is beside others, and beside what the machine can do."""
 
@@ -326,6 +361,9 @@ class BenchmarkConfig:
     seed: int = 0  # of made-up rows, texts and weights
     ceilings: CeilingBenchmark = field(default_factory=CeilingBenchmark)
     steps: StepBenchmark = field(default_factory=StepBenchmark)
+    extraction: ExtractionBenchmark = field(default_factory=ExtractionBenchmark)
+    map: MapBenchmark = field(default_factory=MapBenchmark)
+    store: StoreBenchmark = field(default_factory=StoreBenchmark)
 
 
 def to_dict(

@@ -412,6 +412,7 @@ def _benchmark_rules() -> dict[str, Rule]:
         "ceilings.dtypes": _MATMUL,
         "steps.architectures": _one_of(*architectures()),
         "steps.matmul_dtype": _MATMUL,
+        "extraction.matmul_dtype": _MATMUL,
     }
 
 
@@ -525,6 +526,17 @@ def _check_benchmark(config: BenchmarkConfig) -> None:
         )
     if steps.k > steps.width:
         raise UserError(f"steps.k={steps.k} is more than steps.width={steps.width}; lower k.")
+    extraction = config.extraction
+    if max(extraction.layers) >= extraction.n_layers:
+        raise UserError(
+            f"extraction.layers={spell(extraction.layers)} are not all below extraction.n_layers="
+            f"{extraction.n_layers}; lower them."
+        )
+    if extraction.d_model % extraction.n_heads:
+        raise UserError(
+            f"extraction.n_heads={extraction.n_heads} does not divide extraction.d_model="
+            f"{extraction.d_model}; choose one that does."
+        )
 
 
 def _largest(value: int | tuple[int, ...]) -> int:

@@ -15,10 +15,18 @@ from crossdict_jax.benchmark import harness, machine, peer, steps, table
 from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark.run import run_benchmarks
-from crossdict_jax.config import BenchmarkConfig, CeilingBenchmark, SAEConfig, StepBenchmark
+from crossdict_jax.config import (
+    BenchmarkConfig,
+    CeilingBenchmark,
+    ExtractionBenchmark,
+    MapBenchmark,
+    SAEConfig,
+    StepBenchmark,
+    StoreBenchmark,
+)
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
-from crossdict_jax.settings import validate
+from crossdict_jax.settings import put, validate
 from crossdict_jax.training.loop import train
 from crossdict_jax.workdir import Workdir, read_json
 
@@ -33,6 +41,18 @@ def tiny_config(*benchmarks: str) -> BenchmarkConfig:
         steps=StepBenchmark(
             architectures=("relu", "topk"), d_model=8, width=16, k=2, batch_size=32, rows=64
         ),
+        extraction=ExtractionBenchmark(
+            n_layers=3,
+            d_model=16,
+            n_heads=2,
+            vocab_size=50,
+            layers=(1, 2),
+            windows=3,
+            window_tokens=12,
+            batch_size=2,
+        ),
+        map=MapBenchmark(d_model=8, width=16, k=2, hidden=8, batch_size=16),
+        store=StoreBenchmark(rows=100, d_model=8),
     )
 
 
@@ -155,6 +175,27 @@ def test_flops_are_counted_from_the_maths():
     assert steps.need(topk, 16, steps=2).amount == 2 * 8
 
 
+def test_layers_are_read_as_torch_reads_them(tmp_path):
+    """Where torch is, its activations are ours up to bfloat16; where not, ours stands alone."""
+    rows = measured("extraction", tmp_path)
+    assert {row["case"] for row in rows} == {"equal lengths", "mixed lengths"}
+    others = [row for row in rows if row["contender"] != "ours"]
+    assert len(others) == (4 if os.environ.get(peer.PYTHONS["torch"]) else 0)
+    assert all(row["difference"] < 2**-8 for row in others)
+
+
+def test_the_map_is_measured(tmp_path):
+    first, *others = measured("map", tmp_path)
+    assert first["contender"] == "ours" and first["case"] == "16 to 16"
+    assert len(others) == bool(os.environ.get(peer.PYTHONS["torch"]))
+
+
+def test_the_store_is_read_beside_a_copy(tmp_path):
+    rows = measured("store", tmp_path)
+    assert [row["contender"] for row in rows] == 3 * ["ours", "numpy copy"]
+    assert all(row["bytes"] == 2 * 100 * 8 * 2 for row in rows)
+
+
 @pytest.mark.parametrize("library", steps.PEERS)
 def test_each_peer_trains_on_the_same_rows(library, tmp_path):
     if not os.environ.get(peer.PYTHONS[library]):
@@ -212,16 +253,18 @@ def test_a_python_that_is_none_is_told_in_one_line(counter, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "message"),
     [
-        ({"rows": 16}, "steps.batch_size=32 is more than steps.rows=16"),
-        ({"k": 17}, "steps.k=17 is more than steps.width=16"),
-        ({"architectures": ("dense",)}, "steps.architectures=dense: dense must be one of"),
+        ("steps.rows", 16, "steps.batch_size=32 is more than steps.rows=16"),
+        ("steps.k", 17, "steps.k=17 is more than steps.width=16"),
+        ("steps.architectures", ("dense",), "steps.architectures=dense: dense must be one of"),
+        ("extraction.layers", (1, 3), "extraction.layers=1,3 are not all below"),
+        ("extraction.n_heads", 3, "extraction.n_heads=3 does not divide extraction.d_model=16"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
+def test_settings_that_cannot_be_are_refused(name, value, message):
     config = tiny_config("steps")
-    config.steps = dataclasses.replace(config.steps, **changes)
+    put(config, name, value)
     with pytest.raises(UserError, match=message):
         validate(config)
 

@@ -29,7 +29,7 @@ from crossdict_jax.activations.store import (
     shard_name,
 )
 from crossdict_jax.activations.text import SPLITS, Corpus, load_corpus
-from crossdict_jax.config import Config, model_layers
+from crossdict_jax.config import Config, ExtractConfig, model_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
@@ -235,7 +235,7 @@ def read_models(config, directory, names, lms, sites, plan: Reading) -> dict:
     counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
     shards = len(plan.shard_starts) - 1
     todo = [i for i in range(shards) if not _is_done(directory, i, plan)]
-    readers = [_Reader(config, lm, s, bos) for lm, s, bos in zip(lms, sites, plan.bos)]
+    readers = [Reader(config.extract, lm, s, bos) for lm, s, bos in zip(lms, sites, plan.bos)]
     total = len(todo) * len(lms)
     with tqdm(total=total, desc="extract activations", unit="shard") as progress:
         for i in todo:
@@ -270,17 +270,23 @@ def _shard_windows(plan: Reading, i: int) -> tuple[int, int]:
     return i * plan.shard_windows, min((i + 1) * plan.shard_windows, len(plan.table))
 
 
-class _Reader:
-    """Runs one model over windows, only as deep as its highest site."""
+class Reader:
+    """Runs one model over windows of tokens, only as deep as its highest site.
 
-    def __init__(self, config: Config, lm: LanguageModel, sites: Sequence[Site], bos: int | None):
+    Args:
+      bos: the id put in front of every window, or None.
+    """
+
+    def __init__(
+        self, config: ExtractConfig, lm: LanguageModel, sites: Sequence[Site], bos: int | None
+    ):
         self.lm, self.sites, self.bos = lm, tuple(sites), bos
         self._mesh = make_mesh()
         over = self._mesh.size
-        self.batch_size = math.ceil(config.extract.batch_size / over) * over
+        self.batch_size = math.ceil(config.batch_size / over) * over
         graphdef, params = modules.split(lm)
         self._params = jax.device_put(params, shard(self._mesh))
-        self._run = jax.jit(partial(_sites_of, graphdef, self.sites, config.extract.matmul_dtype))
+        self._run = jax.jit(partial(_sites_of, graphdef, self.sites, config.matmul_dtype))
 
     def read(self, windows: Sequence[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Yields (window's place, per site bfloat16 [tokens, d_model]), in order of length.
@@ -328,7 +334,7 @@ def _sites_of(graphdef, sites, dtype, params, tokens) -> tuple[jax.Array, ...]:
     return tuple(seen[site].astype(jnp.bfloat16) for site in sites)
 
 
-def _write_shard(directory, name, reader: _Reader, plan: Reading, m: int, i: int) -> dict:
+def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int) -> dict:
     """Writes one model's files of one shard; returns their checksums."""
     first, last = _shard_windows(plan, i)
     start, stop = plan.shard_starts[i : i + 2]
