@@ -34,6 +34,7 @@ class ExtractConfig:
     batch_size: int = 32  # windows per forward, over all devices
     shard_windows: int = 512  # windows per file of the store: what a kill can lose
     norm_mask: float = 10.0  # rows whose norm exceeds this multiple of the median are dropped
+    nonfinite: str = "refuse"  # refuse | skip: rows that hold NaN or infinity
     matmul_dtype: str = "float32"  # float32 | bfloat16, of the language models' matrix products
 
 

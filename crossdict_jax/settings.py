@@ -274,6 +274,7 @@ def _rules() -> dict[str, Rule]:
         "extract.batch_size": _at_least(1),
         "extract.shard_windows": _at_least(1),
         "extract.norm_mask": _ABOVE_0,
+        "extract.nonfinite": _one_of("refuse", "skip"),
         "extract.matmul_dtype": _MATMUL,
         "sae.architecture": _one_of(*architectures()),
         "sae.output_site": _OUTPUT,

@@ -17,6 +17,7 @@ import numpy as np
 
 from crossdict_jax import models, modules
 from crossdict_jax.activations import pairing
+from crossdict_jax.activations.masking import Masked, masked
 from crossdict_jax.activations.outputs import Place, outputs, to_read
 from crossdict_jax.activations.store import (
     Rows,
@@ -74,8 +75,8 @@ def extract(config: Config, work: Workdir) -> Store:
     opened as it is.
 
     Raises:
-      UserError: a layer outside a model, text that a model cannot read, no room on the disk, or
-        a retrieval pool larger than the test rows.
+      UserError: a layer outside a model, text that a model cannot read, no room on the disk,
+        activations that are not finite, or a retrieval pool larger than the test rows.
     """
     if (work.activations / "meta.json").exists():
         store = open_store(work.activations)
@@ -361,14 +362,21 @@ def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int)
 
 
 def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan, written) -> None:
-    """Masks norm outliers and writes rows, windows, pairing.json and, last, meta.json."""
+    """Masks rows that are left out and writes rows, windows, pairing.json and, last, meta.json."""
     directory = work.activations
     save_table(directory / "windows.npz", plan.table)
-    outliers = _norm_outliers(config, directory, names, sites, plan)
-    rows = Rows(**(vars(plan.rows) | {"keep": ~np.any(list(outliers.values()), axis=0)}))
+    left_out = masked(
+        config.extract,
+        directory,
+        dict(zip(names, sites)),
+        plan.rows,
+        shards=len(plan.shard_starts) - 1,
+        documents=[d.name for d in plan.corpus.documents],
+    )
+    rows = Rows(**(vars(plan.rows) | {"keep": left_out.keep}))
     save_rows(directory / "rows.npz", rows)
     checksums = checksums_of(directory, plan)
-    write_json(work.result("pairing.json"), _pairing(config, names, plan, rows, outliers))
+    write_json(work.result("pairing.json"), _pairing(config, names, plan, rows, left_out))
     meta = {
         "models": {
             name: {
@@ -405,27 +413,7 @@ def checksums_of(directory: Path, plan: Reading) -> dict[str, str]:
     return checksums
 
 
-def _norm_outliers(config, directory, names, sites, plan: _Plan) -> dict[str, np.ndarray]:
-    """Per model and site, which rows [n] are outliers against the median of the training rows."""
-    train = plan.rows.split == 0
-    shards = range(len(plan.shard_starts) - 1)
-    outliers = {}
-    for name, of_model in zip(names, sites):
-        for site in of_model:
-            files = (directory / shard_name(name, str(site), i) for i in shards)
-            norms = np.concatenate([_norms(path) for path in files])
-            outliers[f"{name} {site}"] = pairing.norm_outliers(
-                norms, factor=config.extract.norm_mask, reference=train
-            )
-    return outliers
-
-
-def _norms(path: Path) -> np.ndarray:
-    x = np.load(path, allow_pickle=False).view(ml_dtypes.bfloat16).astype(np.float32)
-    return np.linalg.norm(x, axis=1)
-
-
-def _pairing(config: Config, names, plan: _Plan, rows: Rows, outliers) -> dict:
+def _pairing(config: Config, names, plan: _Plan, rows: Rows, left_out: Masked) -> dict:
     """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
     kept = {s: int((rows.keep & (rows.split == i)).sum()) for i, s in enumerate(SPLITS)}
     return plan.statistics.to_json(names) | {
@@ -435,8 +423,7 @@ def _pairing(config: Config, names, plan: _Plan, rows: Rows, outliers) -> dict:
         "norm_mask": config.extract.norm_mask,
         "dropped": {
             "first_position": plan.statistics.first_positions,
-            "norm_outliers": int((~rows.keep).sum()),
-            "norm_outliers_by_site": {k: int(v.sum()) for k, v in outliers.items()},
+            **left_out.to_json(),
             "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
             "characters_too_long": plan.too_long,
         },

@@ -8,12 +8,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crossdict_jax.errors import UserError
 from crossdict_jax.modules import Params
 
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
 BLOCK = 8192  # rows at a time
 
 Start = dict[str, np.ndarray]
+
+
+def check_rows(x: np.ndarray, place: str, rows: np.ndarray) -> None:
+    """Raises UserError where training rows x [n, d] hold NaN or infinity, or are all equal.
+
+    Args:
+      place: the model and site they are of.
+      rows: [n], their numbers in the store.
+    """
+    varies = False
+    for at in range(0, len(x), BLOCK):
+        block = x[at : at + BLOCK].astype(np.float32)
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                f"{place}: row {rows[at + int(np.argmin(finite))]} of the store holds NaN or "
+                "infinity; extract again with extract.nonfinite=skip."
+            )
+        varies = varies or bool((block != x[:1].astype(np.float32)).any())
+    if not varies:
+        raise UserError(
+            f"{place}: all {len(x)} training rows are equal, so there is nothing to explain; "
+            "choose another site, or more text."
+        )
 
 
 def activation_scale(x: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
-from crossdict_jax.dictionaries.start import Start, begin, start_of
+from crossdict_jax.dictionaries.start import Start, begin, check_rows, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.settings import has_k
@@ -103,8 +103,8 @@ def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
     too large for the device's memory is split. Killed and run again, it ends with the same bits.
 
     Raises:
-      UserError: k above the width, a batch larger than the training rows, or a loss that is not
-        finite.
+      UserError: k above the width, a batch larger than the training rows, rows that are not finite
+        or never vary, or a loss that is not finite.
     """
     adopted = pretrained.adopt(config, store, work)
     sites = [(m, s) for m in store.models if m not in adopted for s in store.sites_of(m)]
@@ -164,6 +164,8 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
 def _check(sae: SAEConfig, *, rows: int) -> None:
     widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
     ks = sae.k if isinstance(sae.k, tuple) else (sae.k,)
+    if min(ks) < 1 and has_k(sae.architecture):
+        raise UserError(f"sae.k={min(ks)} must be 1 or more; with none no feature is active.")
     if max(ks) > min(widths) and has_k(sae.architecture):
         raise UserError(f"sae.k={max(ks)} is more than sae.width={min(widths)}; lower k.")
     if sae.batch_size > rows:
@@ -356,6 +358,10 @@ def _feed(sae: SAEConfig, store: Store, group: list[Member], rows, mesh) -> tupl
     data = {"x": np.stack([store.read(*site, rows) for site in sites])}
     if _sizes(store, group[0])["d_out"]:
         data["y"] = np.stack([store.read(*store.output_of(*site), rows) for site in sites])
+    for place, x in zip(sites, data["x"]):
+        check_rows(x, " ".join(map(str, place)), rows)
+    for place, y in zip(sites, data.get("y", ())):
+        check_rows(y, " ".join(map(str, store.output_of(*place))), rows)
     start = [start_of(*arrays) for arrays in zip(*data.values())]
     which = jnp.asarray([sites.index((m.model, m.site)) for m in group])
     seeds = sorted({m.seed for m in group})

@@ -1,0 +1,169 @@
+"""Rows that hold NaN or infinity, rows that never vary, and the narrowest dictionaries."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from functools import partial
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_run
+
+from crossdict_jax import dictionaries, models
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.activations.masking import masked
+from crossdict_jax.activations.store import Rows, Store, shard_name
+from crossdict_jax.config import Config, ExtractConfig, SAEConfig
+from crossdict_jax.dictionaries import start, train
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.settings import validate
+from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.workdir import Workdir
+
+SITE = Site(2)
+SKIP = ExtractConfig(nonfinite="skip")
+
+
+def shards(directory, x, model="a"):
+    """Writes rows x [2 n, d] as two shards."""
+    for i, part in enumerate(np.split(x.astype(ml_dtypes.bfloat16), 2)):
+        path = directory / shard_name(model, str(SITE), i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, part.view(np.uint16))
+
+
+def rows_of(n):
+    each = np.arange(n, dtype=np.int32)
+    split = (each >= n // 2).astype(np.int8)
+    return Rows(each // 10, each, 7 * each, each[:, None], each[:, None], split, np.ones(n, bool))
+
+
+def look(settings, directory, n=40):
+    how = {"shards": 2, "documents": ["one", "two", "three", "four"]}
+    return masked(settings, directory, {"a": (SITE,)}, rows_of(n), **how)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_first_row_that_is_not_finite_is_named(bad, tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 5))
+    x[23, 1] = x[31, 0] = bad
+    shards(tmp_path, x)
+    words = (
+        r"a resid_pre\.2: row 23 \(document three, byte 161\) holds NaN or infinity, the first "
+        r"of 2 such rows of 40; extract\.nonfinite=skip leaves them out"
+    )
+    with pytest.raises(UserError, match=words) as error:
+        look(ExtractConfig(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_skipped_rows_are_left_out_and_counted_and_hide_no_outlier(tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 5))
+    x[3] *= 1000
+    x[[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 25]] = np.nan
+    shards(tmp_path, x)
+    found = look(SKIP, tmp_path)
+    assert np.flatnonzero(~found.keep).tolist() == [*range(3, 15), 25]
+    assert found.to_json() == {
+        "norm_outliers": 1,
+        "norm_outliers_by_site": {"a resid_pre.2": 1},
+        "nonfinite": 12,
+        "nonfinite_by_site": {"a resid_pre.2": 12},
+    }
+
+
+def test_a_site_without_a_finite_training_row_is_refused(tmp_path):
+    shards(tmp_path, np.concatenate([np.full((20, 5), np.nan), np.ones((20, 5))]))
+    with pytest.raises(UserError, match=r"a resid_pre\.2: no training row is finite"):
+        look(SKIP, tmp_path)
+
+
+def test_a_model_that_gives_nan_after_a_rare_token(tmp_path):
+    """Attention carries it to the end of the window: what stands before can still be used."""
+    config = tiny_run.make_config(tmp_path)
+    lm = models.load(config.models[0])
+    counts = Counter(i for text in tiny_run.make_texts(60) for i in lm.tokenizer(text)["input_ids"])
+    token = min(counts, key=lambda i: (counts[i] < 3, counts[i]))
+    lm.W_E[...] = lm.W_E[...].at[token].set(np.nan)
+    models.save(lm, tmp_path / "broken" / "a", dtype="float32")
+    for file in (tmp_path / "a").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "broken" / "a")
+    config.models, work = (str(tmp_path / "broken" / "a"), config.models[1]), Workdir(tmp_path)
+    with pytest.raises(UserError, match=r"a resid_pre\.1: row \d+ \(document \S+, byte \d+\)"):
+        extract(config, work)
+    config.extract = dataclasses.replace(config.extract, nonfinite="skip")
+    store = extract(config, work)
+    dropped = json.loads(work.result("pairing.json").read_text())["dropped"]
+    assert dropped["nonfinite"] > 0
+    assert dropped["nonfinite"] + dropped["norm_outliers"] == (~store.rows.keep).sum()
+    assert token not in store.rows.token[store.rows.keep, 0] and store.rows.keep.mean() > 0.5
+    kept = store.read("a", tiny_run.SITE, np.flatnonzero(store.rows.keep))
+    assert np.isfinite(kept.astype(np.float32)).all()
+
+
+# ---------------------------------------------------------------- training
+
+
+def stored(x):
+    """A store of one model and site with these training rows."""
+
+    class Stored(Store):
+        def __init__(self):
+            pass
+
+        models = ("a",)
+        sites_of = staticmethod(lambda model: (SITE,))
+        output_of = staticmethod(lambda model, site: (model, site))
+        d_model = staticmethod(lambda model: x.shape[1])
+        select = staticmethod(lambda split: np.arange(5, 5 + len(x)))
+        read = staticmethod(lambda model, site, rows: x[rows - 5].astype(ml_dtypes.bfloat16))
+
+    return Stored()
+
+
+def trained(x, root, **sae):
+    sae = SAEConfig(**{"width": 8, "k": 2, "steps": 4, "batch_size": 16} | sae)
+    work = Workdir(root)
+    train.train_dictionaries(Config(sae=sae), stored(x), work)
+    return dictionaries.load(work.dictionary("a", SITE))
+
+
+def test_training_names_a_row_that_is_not_finite(tmp_path):
+    x = np.random.default_rng(0).normal(size=(50, 5))
+    x[17, 4] = np.inf
+    words = r"a resid_pre\.2: row 22 of the store holds NaN or infinity; extract again"
+    with pytest.raises(UserError, match=words):
+        trained(x, tmp_path)
+
+
+def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
+    words = r"a resid_pre\.2: all 50 training rows are equal, so there is nothing to explain"
+    with pytest.raises(UserError, match=words):
+        trained(np.full((50, 5), 3.0), tmp_path)
+    one_differs = np.full((start.BLOCK + 2, 1), 3.0)
+    one_differs[-1] = 4
+    start.check_rows(one_differs, "a", np.arange(len(one_differs)))
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "matryoshka"])
+def test_one_feature_is_enough(architecture, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    x = np.random.default_rng(0).normal(size=(50, 5)) + 2
+    d = trained(x, tmp_path, architecture=architecture, width=1, k=1)
+    assert d.encode(x).shape == (50, 1) and np.isfinite(d(x)).all()
+
+
+@pytest.mark.parametrize("name", ["width", "k"])
+def test_none_at_all_is_refused_in_one_line(name):
+    config = Config(models=("a", "b"), sae=SAEConfig(**{name: 0}))
+    with pytest.raises(UserError, match=f"sae.{name}=0 must be 1 or more"):
+        validate(config)
+
+
+def test_training_refuses_a_k_of_0_too(tmp_path):
+    with pytest.raises(UserError, match=r"sae\.k=0 must be 1 or more"):
+        trained(np.eye(50), tmp_path, k=0)
