@@ -211,6 +211,22 @@ class InterventionConfig:
     fdr: float = 0.05  # false discovery rate among the features that are said to transfer
 
 
+@dataclass
+class ContrastConfig:
+    """Minimal pairs of sentences, and the features on which a preference rests: launch.contrast."""
+
+    source: tuple[str, ...] = ()  # files or folders of .jsonl or .json: agreement, BLiMP, good/bad
+    pairs: int = 200  # of each set at most; features are chosen on one half, tested on the other
+    features: int = 8  # those of largest attribution, ablated together
+    steps: int = 8  # of integrated gradients; 1 is gradient times activation
+    controls: int = 32  # random directions, and as many images of other features, of equal norm
+    layers: str = "middle"  # middle | all, of the layer pairs: where features are carried over
+    rungs: tuple[str, ...] = ("all",)  # by which they are carried over: all, or these of map.kinds
+    span: str = "last"  # last | whole: ablate at a span's last token, or at all of its tokens
+    edges: int = 4  # top features of each layer that are traced back to the layer before
+    batch_size: int = 32  # pairs per forward
+
+
 # skyline: from a second dictionary of the target itself, the most that a rung can reach.
 # untrained: to the target with all its weights drawn anew, what training has nothing to do with.
 # reseeded: trained rungs that read features once more from another seed: are their weights stable?
@@ -239,6 +255,7 @@ class Config:
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     pareto: ParetoConfig = field(default_factory=ParetoConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
 
 
 @dataclass
@@ -289,7 +306,7 @@ class VerifyConfig:
 
 # Settings of Config on which no file of a run depends but the answer to the question that they ask:
 # a finished run may be asked again with others.
-FREE = ("records", "efficiency", "pareto")
+FREE = ("records", "efficiency", "pareto", "contrast")
 
 
 BENCHMARKS = ("steps", "extraction", "map", "store")

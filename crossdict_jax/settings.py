@@ -32,6 +32,7 @@ from crossdict_jax.errors import UserError
 # No models: the embedded pair. No sources: all are trained. No kinds of controls: all.
 MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds"}
 MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k"}
+MAY_BE_EMPTY |= {"contrast.source"}  # its own command asks for it
 MAY_REPEAT = {"models", "sae.sources"}  # a model against itself
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
@@ -376,6 +377,16 @@ def _rules() -> dict[str, Rule]:
         "intervention.shuffled_features": _at_least(3),
         "intervention.kl_budget": _ABOVE_0,
         "intervention.fdr": _SHARE,
+        "contrast.source": _FILLED,
+        "contrast.pairs": _at_least(4),  # two halves of which each has an interval
+        "contrast.features": _at_least(1),
+        "contrast.steps": _at_least(1),
+        "contrast.controls": _at_least(19),  # fewer never show p = 0.05
+        "contrast.layers": _one_of("middle", "all"),
+        "contrast.rungs": _one_of("all", *map_kinds()),
+        "contrast.span": _one_of("last", "whole"),
+        "contrast.edges": _at_least(0),
+        "contrast.batch_size": _at_least(1),
         "gates": _one_of(*gate_files()),
         "model_type": _one_of("gpt2", "gpt_neox"),
         "d_model": _at_least(1),

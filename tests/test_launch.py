@@ -21,6 +21,7 @@ from crossdict_jax.config import Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
 from launch import (
     command,
+    contrast,
     evaluate,
     extract_activations,
     intervene,
@@ -168,6 +169,8 @@ MISTAKES = [  # arguments, what the line names
     ("--config.records=wandb,wandb", "records=wandb,wandb holds a value twice"),
     ("--config.controls=skyline,skyline", "controls=skyline,skyline holds a value twice"),
     ("--expect=README.md", "README.md has no usable get_expectations()"),
+    ("--config.contrast.controls=5", "contrast.controls=5 must be 19 or more"),
+    ("--config.contrast.span=word", "contrast.span=word must be one of last, whole"),
     ("--config.intervention.feature_ids=1,x", "feature_ids=1,x must be whole numbers"),
     ("--width=16 --config.sae.k=17", "sae.k=17 is larger than sae.width=16"),
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
@@ -571,6 +574,17 @@ def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd)
     assert run_here(stage.main, [*small(tiny), f"--workdir={tmp_path}/run"]) == 2
     (line,) = lines_of(capfd.readouterr().err)
     assert "run" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "named"), [("", "contrast.source is empty"), ("nowhere.jsonl", "nowhere.jsonl does")]
+)
+def test_a_finished_run_is_asked_about_other_pairs(source, named, finished, capfd):
+    work, _ = finished
+    asked = f"--config.contrast.source={source} --config.contrast.features=3"
+    assert run_here(contrast.main, f"--workdir={work} {asked}") == 2
+    (line,) = lines_of(capfd.readouterr().err)
+    assert named in line
 
 
 # ---------------------------------------------------------------- a full disk, an interruption

@@ -240,13 +240,22 @@ def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
     yield piece
 
 
-def _read_jsonl(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
+def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
+    """Yields (number of the line, "FILE line N", its object) of a file of JSON lines.
+
+    Raises:
+      UserError: a line is not UTF-8, or not a JSON object; it is named.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path} line {number}"
             if line.strip():
-                row = _parse_json(_decode(line, where=where), where=where)
-                yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
+                yield number, where, _parse_json(_decode(line, where=where), where=where)
+
+
+def _read_jsonl(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
+    for number, where, row in json_lines(path):
+        yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
 
 
 def _read_parquet(path: Path, *, name: str, column: str) -> Iterator[_Raw]:

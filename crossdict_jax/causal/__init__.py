@@ -1,6 +1,7 @@
 """Causal tests: does what was predicted from one model do its work in the other?"""
 
+from crossdict_jax.causal.contrast import measure_contrast
 from crossdict_jax.causal.features import transfer_features
 from crossdict_jax.causal.stitching import intervene
 
-__all__ = ["intervene", "transfer_features"]
+__all__ = ["intervene", "measure_contrast", "transfer_features"]

@@ -13,9 +13,10 @@ from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.splice import Passages, select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.images import feature_directions, images
+from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
 from crossdict_jax.causal.inject import Injector, Places
 from crossdict_jax.causal.inputs import digest, digests
+from crossdict_jax.causal.progress import Progress
 from crossdict_jax.causal.transfer import (
     MATCH,
     Experiment,
@@ -29,7 +30,7 @@ from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Side, Task
-from crossdict_jax.maps.base import encode_rows, map_class, slices
+from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl, write_json, write_jsonl
 
@@ -71,69 +72,26 @@ def transfer_features(config: Config, work: Workdir) -> None:
     stamp = work.result(STAMP)
     if work.result(SUMMARY).exists() and stamp.exists() and read_json(stamp) == inputs:
         return
-    progress = _Progress(work, digest(json.dumps(inputs, sort_keys=True)))
+    progress = Progress(work.result(PROGRESS), digest(json.dumps(inputs, sort_keys=True)))
     rows, summary = _test_all(config, work, store, groups, progress)
     write_jsonl(work.result(ROWS), rows)
     write_jsonl(work.result(SUMMARY), summary)
     write_json(stamp, inputs)
-    work.result(PROGRESS).unlink(missing_ok=True)
+    progress.done()
     wall, tested = time.perf_counter() - started, sum(s["n_features"] for s in summary)
     work.record_timing("transfer_features", wall_s=wall, features=tested, **device_figures())
 
 
 def _groups(config: Config, store: Store) -> list[list[Task]]:
-    """Some task of every direction and layer pair, and behind it the maps that give images."""
     settings = config.intervention
-    places: dict[tuple, dict[tuple, list[Task]]] = {}
-    for task in maps.tasks(config, store):
-        if settings.feature_ids and task.source != store.models[0]:
-            continue
-        direction = places.setdefault((task.source, task.target), {})
-        here = direction.setdefault((task.site_source, task.site_target), [task])
-        wanted = "all" in settings.rungs or task.kind in settings.rungs
-        if wanted and task.pairing == "aligned" and map_class(task.kind).reads != "tokens":
-            here.append(task)
-    pairs = [list(direction.values()) for direction in places.values()]
-    if settings.layers == "middle":
-        pairs = [[direction[len(direction) // 2]] for direction in pairs]
-    return [group for direction in pairs for group in direction]
-
-
-class _Progress:
-    """What single features gave, a line each, so that little is lost when a run is killed."""
-
-    def __init__(self, work: Workdir, inputs: str):
-        self._path = work.result(PROGRESS)
-        self._known: dict[tuple[str, int], dict] = {}
-        lines = self._read()
-        if lines[:1] != [{"inputs": inputs}]:
-            write_jsonl(self._path, [{"inputs": inputs}])
-            lines = []
-        elif self._torn:
-            write_jsonl(self._path, lines)
-        for line in lines[1:]:
-            self._known[line["where"], line["feature"]] = line["record"]
-
-    def _read(self) -> list[dict]:
-        """The whole lines; the last one may have been cut off."""
-        self._torn = False
-        if not self._path.exists():
-            return []
-        *whole, last = self._path.read_text(encoding="utf-8").split("\n")
-        self._torn = bool(last)
-        return [json.loads(line) for line in whole]
-
-    def known(self, where: str) -> dict[int, dict]:
-        return {feature: r for (place, feature), r in self._known.items() if place == where}
-
-    def keep(self, where: str, feature: int, record: dict) -> None:
-        line = {"where": where, "feature": feature, "record": record}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    groups = rung_groups(config, store, layers=settings.layers, rungs=settings.rungs)
+    if settings.feature_ids:  # they are the first model's own
+        groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
+    return groups
 
 
 def _test_all(
-    config: Config, work: Workdir, store: Store, groups: list[list[Task]], progress: _Progress
+    config: Config, work: Workdir, store: Store, groups: list[list[Task]], progress: Progress
 ) -> tuple[list[dict], list[dict]]:
     from tqdm import tqdm
 
@@ -146,13 +104,17 @@ def _test_all(
         for tasks in groups:
 
             def keep(feature: int, record: dict, where: str = tasks[0].label) -> None:
-                progress.keep(where, feature, record)
+                progress.keep((where, feature), record)
                 bar.update()
 
             try:
                 test = _Direction(config, work, store, tasks, texts)
                 bar.total += test.tested
-                known = progress.known(tasks[0].label)
+                known = {
+                    feature: record
+                    for (where, feature), record in progress.known.items()
+                    if where == tasks[0].label
+                }
                 bar.update(len(known))
                 found, means = transfer(test.experiment, plan, known=known, keep=keep)
             except NothingToTest as reason:
@@ -372,9 +334,7 @@ class _Direction:
     def _columns(self, x: np.ndarray, side: int = 0, features=None) -> np.ndarray:
         """The activations [n, features] of some features on rows x."""
         features = self.features if features is None else features
-        d = self._dictionaries[side]
-        parts = [encode_rows(d, x[block])[:, features] for block in slices(len(x))]
-        return np.concatenate(parts)
+        return strengths(self._dictionaries[side], x, features)
 
     def _images(self, source: Side, strength: np.ndarray) -> dict[str, Image]:
         seed = self._config.seed

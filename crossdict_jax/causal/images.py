@@ -1,4 +1,4 @@
-"""What a map makes of single features of A: their images, as directions in B's activations."""
+"""What maps make of single features of A: their images, as directions in B's activations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import modules
+from crossdict_jax import maps, modules
+from crossdict_jax.activations.store import Store
+from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.maps.base import Map, Side, padded, slices
+from crossdict_jax.maps import Task
+from crossdict_jax.maps.base import Map, Side, encode_rows, map_class, padded, slices
 
 ROWS_EACH = 32  # at which a feature fires, that its image is the mean over
 BLOCK = 1024  # rows per forward
+
+
+def rung_groups(
+    config: Config, store: Store, *, layers: str, rungs: tuple[str, ...]
+) -> list[list[Task]]:
+    """Returns groups of tasks: some task of a direction and layer pair, then maps that give images.
+
+    Args:
+      layers: "middle" | "all", of the layer pairs.
+      rungs: "all", or kinds among those of the run; rungs that read tokens alone have no images.
+    """
+    places: dict[tuple, dict[tuple, list[Task]]] = {}
+    for task in maps.tasks(config, store):
+        direction = places.setdefault((task.source, task.target), {})
+        here = direction.setdefault((task.site_source, task.site_target), [task])
+        wanted = "all" in rungs or task.kind in rungs
+        if wanted and task.pairing == "aligned" and map_class(task.kind).reads != "tokens":
+            here.append(task)
+    pairs = [list(direction.values()) for direction in places.values()]
+    if layers == "middle":
+        pairs = [[direction[len(direction) // 2]] for direction in pairs]
+    return [group for direction in pairs for group in direction]
 
 
 def feature_directions(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
@@ -21,6 +46,12 @@ def feature_directions(dictionary: Dictionary, features: np.ndarray) -> np.ndarr
     one = np.zeros((len(features), dictionary.width), np.float32)
     one[np.arange(len(features)), features] = 1
     return np.asarray(dictionary.decode(one) - dictionary.decode(np.zeros_like(one)))
+
+
+def strengths(dictionary: Dictionary, x: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Returns the activations of some features on rows x [n, d_model], float32 [n, features]."""
+    parts = [encode_rows(dictionary, x[block])[:, features] for block in slices(len(x))]
+    return np.concatenate([np.zeros((0, len(features)), np.float32), *parts])
 
 
 def images(

@@ -14,6 +14,7 @@ from crossdict_jax.report import (
     ablation,
     answer,
     causal_features,
+    contrast,
     crosscoder,
     efficiency,
     moved,
@@ -109,6 +110,7 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         feature_causes=causal_features.section(
             results.feature_causal, results.feature_causal_summary
         ),
+        contrast=contrast.section(results.contrast),
         moved=moved.section(results.moved, results.warm_starts),
         ablation=ablation.section(results.ablation),
         efficiency=efficiency.section(results.efficiency),
@@ -145,6 +147,7 @@ def _introduction(config: Config, results: Results, root: Path) -> dict:
         "answer": [
             *answer.answer(results),
             *causal_features.answer(results.feature_causal_summary),
+            *contrast.answer(results.contrast),
             *shared.answer(results),
         ],
         "cautions": answer.cautions(results),

@@ -169,6 +169,7 @@ class Results:
     reconstruction: list[dict]
     transfer: list[dict]
     causal: list[dict]
+    contrast: list[dict]
     controls: list[dict]
     efficiency: list[dict]
     pareto: list[dict]
@@ -218,6 +219,7 @@ def read_results(work: Workdir) -> Results:
         reconstruction=read_jsonl(work.result("reconstruction.jsonl")),
         transfer=read_jsonl(work.result("transfer.jsonl")),
         causal=_optional(work.result("causal.jsonl")),
+        contrast=_optional(work.result("contrast.jsonl")),
         controls=_optional(work.result("controls.jsonl")),
         efficiency=_optional(work.result("efficiency.jsonl")),
         pareto=_optional(work.result("pareto.jsonl")),

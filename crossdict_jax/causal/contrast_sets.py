@@ -1,0 +1,123 @@
+"""Files of minimal pairs: two texts of which a language model should find one likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from crossdict_jax.activations.pairing import normalize
+from crossdict_jax.activations.text import json_lines
+from crossdict_jax.errors import UserError
+
+SUFFIXES = (".jsonl", ".json")
+# The fields of a line: (in front of both, good, bad). The first spelling that a line holds counts.
+SPELLINGS = (
+    ("clean_prefix", "clean_answer", "patch_answer"),  # feature circuits, Marks et al. 2024
+    ("", "sentence_good", "sentence_bad"),  # BLiMP, Warstadt et al. 2020
+    ("prefix", "good", "bad"),
+    ("", "good", "bad"),
+    ("prefix", "clean", "corrupt"),
+    ("", "clean", "corrupt"),
+    ("", "clean", "corrupted"),
+    ("", "good_sentence", "bad_sentence"),
+    ("", "correct", "incorrect"),
+    ("", "grammatical", "ungrammatical"),
+)
+
+
+@dataclass(frozen=True)
+class ContrastSet:
+    """A file of pairs of whole texts, NFC.
+
+    What both texts of a pair begin with says nothing about which is preferred, so an answer after
+    a prefix and a whole sentence are one case: log p(good) - log p(bad) of the texts.
+
+    Attributes:
+      name: of the file, without its ending.
+      good, bad: texts [pairs].
+      duplicates: pairs of the file that stood in it before, left out: a pair that is in both
+        halves of a split would be no test.
+    """
+
+    name: str
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+    duplicates: int = 0
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def take(self, rows: np.ndarray) -> ContrastSet:
+        """Returns the set of these pairs alone."""
+        good, bad = (tuple(side[i] for i in rows) for side in (self.good, self.bad))
+        return ContrastSet(self.name, good, bad, self.duplicates)
+
+
+def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
+    """Returns a set for each file of ``sources``: files of JSON lines, or folders of them.
+
+    Raises:
+      UserError: there is none, a file holds no pair, a line's fields are none of SPELLINGS or no
+        text, both texts of a pair are equal, or two files have one name.
+    """
+    if not sources:
+        raise UserError(
+            "contrast.source is empty; name files or folders of pairs, as in "
+            "--config.contrast.source=pairs.jsonl."
+        )
+    files = [file for source in sources for file in _files(source)]
+    names = [file.stem for file in files]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"contrast.source={','.join(sources)} holds two sets called {twice}; rename one, "
+            "results speak of sets by name."
+        )
+    return [_read_set(file) for file in files]
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"contrast.source={source} holds no file ending in .jsonl or .json.")
+        return files
+    if not path.is_file():
+        raise UserError(f"contrast.source={source} does not exist; name a file or a folder.")
+    return [path]
+
+
+def _read_set(path: Path) -> ContrastSet:
+    pairs = [_pair(row, where) for _, where, row in json_lines(path)]
+    if not pairs:
+        raise UserError(f"{path} holds no pair: it is empty.")
+    known = dict.fromkeys(pairs)
+    good, bad = zip(*known)
+    return ContrastSet(path.stem, good, bad, len(pairs) - len(known))
+
+
+def _pair(row: dict, where: str) -> tuple[str, str]:
+    found = next((s for s in SPELLINGS if all(f in row for f in s if f)), None)
+    if found is None:
+        known = "; ".join(", ".join(filter(None, s)) for s in SPELLINGS)
+        raise UserError(f"{where} has fields {', '.join(row) or 'none'}; known are {known}.")
+    front, *ends = (_text(row, field, where) if field else "" for field in found)
+    good, bad = (normalize(front + end) for end in ends)
+    if good == bad:
+        raise UserError(f"{where}: {found[1]} and {found[2]} are the same text; remove that line.")
+    return good, bad
+
+
+def _text(row: dict, field: str, where: str) -> str:
+    value = row[field]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {field} is not text, or blank; mend or remove that line.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {field} has half a character; mend that line.") from error
+    return value

@@ -1,0 +1,29 @@
+"""Asks on which features a preference between two sentences rests, and whether they carry over.
+
+python -m launch.contrast --workdir=runs/ab --config.contrast.source=pairs.jsonl
+
+Needs a run with dictionaries and maps (launch.experiment). Pairs are lines of JSON: BLiMP's
+sentence_good and sentence_bad, agreement's clean_prefix, clean_answer and patch_answer, or good and
+bad.
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.causal import measure_contrast
+
+    measure_contrast(config, work)
+
+
+def main_and_table(config: Config, work: Workdir) -> None:
+    from crossdict_jax.report.contrast import print_tables
+
+    main(config, work)
+    print_tables(work)
+
+
+if __name__ == "__main__":
+    command.run(main_and_table)
