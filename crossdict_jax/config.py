@@ -227,6 +227,30 @@ class ContrastConfig:
     batch_size: int = 32  # pairs per forward
 
 
+@dataclass
+class SteerConfig:
+    """Text that one model writes with a feature of another put in: launch.steer."""
+
+    source: str = ""  # name of the model whose feature it is; blank: the first
+    target: str = ""  # name of the model that writes; blank: the first other one
+    layer_pair: str = ""  # 6:6, the source's layer and the target's; blank: the middle one
+    feature: int = -1  # of the source; -1: the first that steer.search finds
+    search: str = ""  # text: features that fire around it, the one first that most promotes it
+    image: str = "ridge"  # of map.kinds: what that map makes of the feature | match: the target's
+    alphas: tuple[float, ...] = (0.2, 0.4)  # doses, each another text; below 0 is against it
+    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | image
+    positions: str = "generated"  # generated: where new tokens are predicted | all: the prompt too
+    prompts: str = ""  # texts with | between, or a .txt file of one a line; blank: held-out ones
+    documents: int = 4  # held-out documents whose beginnings are prompts, where none are given
+    prompt_tokens: int = 12  # of the target, of each such beginning
+    samples: int = 8  # texts of every prompt; at temperature 0 there is one
+    tokens: int = 0  # new ones of every text; 0: 48, or as many as the target has positions for
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_p: float = 0.95  # draw among the likeliest tokens that hold this share of the probability
+    promoted: int = 10  # tokens that the feature makes likelier in the source, counted in the texts
+    batch_size: int = 64  # texts written at once
+
+
 # skyline: from a second dictionary of the target itself, the most that a rung can reach.
 # untrained: to the target with all its weights drawn anew, what training has nothing to do with.
 # reseeded: trained rungs that read features once more from another seed: are their weights stable?
@@ -256,6 +280,7 @@ class Config:
     pareto: ParetoConfig = field(default_factory=ParetoConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    steer: SteerConfig = field(default_factory=SteerConfig)
 
 
 @dataclass
@@ -306,7 +331,7 @@ class VerifyConfig:
 
 # Settings of Config on which no file of a run depends but the answer to the question that they ask:
 # a finished run may be asked again with others.
-FREE = ("records", "efficiency", "pareto", "contrast")
+FREE = ("records", "efficiency", "pareto", "contrast", "steer")
 
 
 BENCHMARKS = ("steps", "extraction", "map", "store")

@@ -2,6 +2,7 @@
 
 from crossdict_jax.causal.contrast import measure_contrast
 from crossdict_jax.causal.features import transfer_features
+from crossdict_jax.causal.steering import steer
 from crossdict_jax.causal.stitching import intervene
 
-__all__ = ["intervene", "measure_contrast", "transfer_features"]
+__all__ = ["intervene", "measure_contrast", "steer", "transfer_features"]

@@ -79,7 +79,7 @@ class Ground:
     places: Places
 
     def median_norm(self) -> float:
-        return float(np.median(np.linalg.norm(self.injector.clean(self.places), axis=1)))
+        return median_norm(self.injector, self.places)
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,55 @@ def choose_contexts(
     return np.sort(rows[np.argsort(rounds, kind="stable")[:count]])
 
 
+def median_norm(injector: Injector, places: Places) -> float:
+    """Returns the median norm of the activations at the last edited tokens of places."""
+    return float(np.median(np.linalg.norm(injector.clean(places), axis=1)))
+
+
+def dose_norms(
+    norm: str,
+    medians: tuple[float, float],
+    *,
+    strength: float,
+    direction: np.ndarray,
+    image: np.ndarray,
+) -> tuple[float, float]:
+    """Returns the norms of what a dose of 1 adds to A and to B.
+
+    Args:
+      norm: "residual" (the median norm of the activations), "feature" (what the feature adds to A
+        on average, in B at the same share of the median norm) or "image" (likewise, in B the image
+        at its own norm).
+      medians: norms of A's and of B's activations.
+      strength: A's mean activation of the feature where it fires.
+      direction, image: [d_a] and [d_b], per unit of activation.
+    """
+    own = float(strength * np.linalg.norm(direction))
+    if norm == "residual":
+        return medians
+    if norm == "feature":
+        return own, own / medians[0] * medians[1]
+    return own, float(strength * np.linalg.norm(image))
+
+
+def mean_change(injector: Injector, ready, vector: np.ndarray) -> np.ndarray:
+    """Returns by how much a vector [d_model] raises log p of every token, mean over places."""
+    clean, edited = injector.log_probs(ready, vector[None])
+    return (edited - clean).mean(0, dtype=np.float64)
+
+
+def most_promoted(change: np.ndarray, has_text: np.ndarray, *, count: int) -> dict[int, float]:
+    """Returns {token: change of its log p} of the tokens with text that are raised the most.
+
+    Args:
+      change: [vocabulary], which may be padded beyond the tokenizer's.
+      has_text: bool [tokens].
+    """
+    change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
+    top = np.argsort(-change, kind="stable")[:count]
+    return {int(t): float(change[t]) for t in top if change[t] > 0}
+
+
 # ---------------------------------------------------------------- one feature
 
 
@@ -211,13 +260,13 @@ class _Test:
 
     def _units(self, norm_a: float, norm_b: float) -> tuple[float, float]:
         """The norms of a dose of 1 in A and in B."""
-        own = float(self.strength.mean() * np.linalg.norm(self.e.directions[self.i]))
-        if self.plan.norm == "residual":
-            return norm_a, norm_b
-        if self.plan.norm == "feature":
-            return own, own / norm_a * norm_b
-        image = next(iter(self.e.images.values())).vectors[self.i]
-        return own, float(self.strength.mean() * np.linalg.norm(image))
+        return dose_norms(
+            self.plan.norm,
+            (norm_a, norm_b),
+            strength=float(self.strength.mean()),
+            direction=self.e.directions[self.i],
+            image=next(iter(self.e.images.values())).vectors[self.i],
+        )
 
     def _ready(self, ground: Ground):
         places, plan = ground.places.take(self.rows), self.plan
@@ -251,14 +300,10 @@ class _Test:
     def _promoted(self) -> tuple[dict[int, float], list[float]]:
         """{token: by how much the feature makes it likelier in A}, and their mean at every dose."""
         e, plan = self.e, self.plan
-        doses = self.units[0] * plan.doses[:, None] * _unit(e.directions[self.i])[None, :]
+        doses = self.units[0] * plan.doses[:, None] * normalised(e.directions[self.i])[None, :]
         injector, ready = e.source.injector, self.ready[0]
-        clean, edited = injector.log_probs(ready, doses[plan.scored][None])
-        change = (edited - clean).mean(0, dtype=np.float64)
-        change = change[: len(e.translation.has_text)]  # a vocabulary may be padded
-        change[~e.translation.has_text[: len(change)]] = 0
-        top = np.argsort(-change, kind="stable")[: plan.promoted]
-        promoted = {int(t): float(change[t]) for t in top if change[t] > 0}
+        change = mean_change(injector, ready, doses[plan.scored])
+        promoted = most_promoted(change, e.translation.has_text, count=plan.promoted)
         if not promoted:  # no direction at all, or no dose
             return {}, [0.0] * len(doses)
         effects, _ = injector.changes(ready, doses, promoted, most=plan.promoted)
@@ -284,7 +329,7 @@ class _Test:
         for name, image in e.images.items():
             parts[name, "image"] = image.vectors[self.i][None]
             parts[name, "shuffled"] = image.vectors[self._others()]
-        unit = _unit(np.concatenate([np.atleast_2d(p) for p in parts.values()]))
+        unit = normalised(np.concatenate([np.atleast_2d(p) for p in parts.values()]))
         vectors = self.units[1] * unit[:, None, :] * plan.doses[None, :, None]
         change, kl = e.target.injector.changes(
             self.ready[1], vectors.reshape(-1, unit.shape[1]), mapped, most=plan.promoted
@@ -368,7 +413,7 @@ class _Test:
         for image in e.images.values():
             by = self.strength if image.strength is None else image.strength[self.rows, self.i]
             vector = image.vectors[self.i]
-            shuffled = np.linalg.norm(vector) * _unit(image.vectors[others])
+            shuffled = np.linalg.norm(vector) * normalised(image.vectors[others])
             vectors += [vector[None], shuffled]
             strength += [np.tile(-by, (1 + len(others), 1))]
         changes = e.target.injector.continuations(
@@ -409,7 +454,7 @@ def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | No
     return Estimate(float(r(sums.sum(1))), r(sums @ draws.weights.T))
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def normalised(rows: np.ndarray) -> np.ndarray:
     """Returns the rows at norm 1; a zero row stays, and does nothing."""
     norm = np.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / np.where(norm > 0, norm, 1.0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import maps, models
+from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
@@ -22,7 +23,6 @@ from crossdict_jax.workdir import Workdir
 
 MIN_FIRINGS = 20  # held-out rows on which a feature must fire for its R^2 to say something
 CONTEXTS = 3  # of each feature, from different documents
-BEFORE, AFTER = 12, 4  # tokens of a snippet
 SHARE_EDGES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # of variance that the feature's token explains
 
 
@@ -159,7 +159,7 @@ class _Described:
         self._match = attribution.correlations(train, which).argmax(axis=1)
         self._correlations = attribution.correlations(test, which)
         path = store.paths[store.models.index(self._target)]
-        self._pieces = token_bytes(models.load_tokenizer(path))
+        self._around = Contexts(store, self._target, token_bytes(models.load_tokenizer(path)))
         scales = attribution.scales(train)
         # Rungs that read features say directly what drives them; the best one does in any case.
         self._drivers = {
@@ -197,21 +197,8 @@ class _Described:
         chosen = np.array([*rows.values()])
         shown = take(self._bench.splits["test"], chosen)
         predicted = maps.predict(self._map, shown, self._bench.batch_size)[:, feature]
+        numbers = self._store.select("test")[chosen]
         return [
-            self._snippet(row) | {"activation": float(f[row]), "predicted": float(p)}
-            for row, p in zip(chosen, predicted)
+            self._around.snippet(number) | {"activation": float(f[row]), "predicted": float(p)}
+            for number, row, p in zip(numbers, chosen, predicted)
         ]
-
-    def _snippet(self, row: int) -> dict[str, str]:
-        store, number = self._store, self._store.select("test")[row]
-        tokens = store.window_tokens(self._target, store.rows.window[number])
-        at = int(store.rows.position[number, store.models.index(self._target)])
-        parts = {
-            "before": tokens[max(0, at - BEFORE) : at],
-            "token": tokens[at : at + 1],
-            "after": tokens[at + 1 : at + 1 + AFTER],
-        }
-        return {name: self._text(ids) for name, ids in parts.items()}
-
-    def _text(self, ids: np.ndarray) -> str:
-        return b"".join(self._pieces[i] for i in ids).decode("utf-8", errors="replace")

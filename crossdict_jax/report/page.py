@@ -21,6 +21,7 @@ from crossdict_jax.report import (
     pareto,
     plots,
     shared,
+    steering,
     tables,
     together,
 )
@@ -81,25 +82,37 @@ def write_report(config: Config, work: Workdir) -> Path:
     Raises:
       UserError: a needed file is missing (the stage to run is named) or any file is damaged.
     """
-    page = work.report / "index.html"
-    write_text(page, render(config, read_results(work), root=work.root))
+    page, results = work.report / "index.html", read_results(work)
+    if results.steered:
+        _write_steering(work)
+    write_text(page, render(config, results, root=work.root))
+    return page
+
+
+def write_steering(config: Config, work: Workdir) -> Path:
+    """Writes ``report/steering.html``, with all that the run was asked, and returns its path.
+
+    A report that is there and does not yet link to it is written anew.
+
+    Raises:
+      UserError: a file of results/steering is damaged.
+    """
+    page, index = _write_steering(work), work.report / "index.html"
+    if index.exists() and f'href="{page.name}"' not in index.read_text(encoding="utf-8"):
+        write_report(config, work)
+    return page
+
+
+def _write_steering(work: Workdir) -> Path:
+    page, answers = work.report / "steering.html", steering.section(work)
+    write_text(page, _fill("steering.html.j2", name=work.root.resolve().name, answers=answers))
     return page
 
 
 def render(config: Config, results: Results, *, root: Path) -> str:
     """Returns the html of the run in the folder ``root``."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("template.html.j2")
-    return template.render(
-        style=(HERE / "style.css").read_text(encoding="utf-8"),
+    return _fill(
+        "template.html.j2",
         name=root.resolve().name,
         **_introduction(config, results, root),
         **_inputs(results),
@@ -115,6 +128,7 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         ablation=ablation.section(results.ablation),
         efficiency=efficiency.section(results.efficiency),
         pareto=pareto.section(results.pareto),
+        steered=results.steered,
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
         verdicts=tables.VERDICTS,

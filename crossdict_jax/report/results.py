@@ -183,6 +183,7 @@ class Results:
     moved: list[dict]
     warm_starts: list[dict]
     ablation: list[dict]
+    steered: list[str]
     timing: dict
     curves: list[Curves]
 
@@ -230,6 +231,7 @@ def read_results(work: Workdir) -> Results:
         feature_causal=_optional(work.result("feature_causal.jsonl")),
         feature_causal_summary=_optional(work.result("feature_causal_summary.jsonl")),
         ablation=_optional(work.result("ablation.jsonl")),
+        steered=sorted(path.stem for path in work.result("steering").glob("*.jsonl")),
         timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
         crosscoders=_optional(work.result("crosscoder.jsonl")),
         moved=_optional(work.result("dictionary_transfer.jsonl")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crossdict_jax.report import shared, together
 from crossdict_jax.report.results import Comparison, Line, Stitching, read_results
-from crossdict_jax.report.tables import VERDICTS, interval, number, percent, verdict_text
+from crossdict_jax.report.tables import VERDICTS, interval, number, percent, printable, verdict_text
 from crossdict_jax.workdir import Workdir
 
 COLOURS = {"strong": "bold blue", "weak": "yellow", "none": "dim", "": ""}
@@ -30,7 +30,8 @@ def summary_table(work: Workdir) -> None:
     for comparison in results.comparisons:
         effect = effects.get((*comparison.direction, comparison.sites))
         console.print(_table(comparison, effect))
-    together.print_tables(results, console)
+    for table in together.section(results):
+        console.print(printable(table))
     for line in shared.lines(results):
         console.print(line, markup=False, highlight=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crossdict_jax.report.results import Line, Results, Stitching
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number, percent, printable
+from crossdict_jax.report.tables import Cell, Column, Table, interval, number, percent
 
 COLUMNS = (
     Column("map", numeric=False),
@@ -45,9 +45,3 @@ def _row(one: Stitching, line: Line, highest: Stitching | None) -> list[Cell]:
         Cell(number(line.value("kl"))),
         Cell(number(same[0].value("loss_recovered")) if same else "–"),
     ]
-
-
-def print_tables(results: Results, console) -> None:
-    """Prints the tables of ``section`` on a rich console."""
-    for shown in section(results):
-        console.print(printable(shown))

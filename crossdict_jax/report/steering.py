@@ -1,0 +1,247 @@
+"""Steered text: what was written with a feature put in, beside what was written without."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from crossdict_jax.report.results import site_words
+from crossdict_jax.report.tables import Cell, Column, Table, interval, number, printable
+from crossdict_jax.workdir import Workdir, read_json, read_jsonl
+
+FOLDER = "steering"  # of results/
+PROMPTS, SAMPLES = 4, 2  # shown of each question; all of them are in its file
+PIPE_WIDTH = 160  # columns when the output is no terminal
+WORDS = {"none": "no edit", "image": "image", "random": "random direction", "match": "match"}
+RATES = {  # column of the file: (its title, by how much it is multiplied)
+    "token_rate": ("promoted tokens, %", 100),
+    "piece_rate": ("promoted text, per 100 bytes", 1),
+    "search_rate": ("searched text, per 100 bytes", 1),
+    "nll": ("cost, nats a token", 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The rows of one file of results/steering."""
+
+    name: str
+    feature: dict
+    conditions: list[dict]
+    texts: list[dict]
+
+    @property
+    def title(self) -> str:
+        f = self.feature
+        sites = site_words(f["site_source"], f["site_target"])
+        return f"Feature {f['feature']} of {f['source']} in {f['target']}, {sites}"
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What was put in, in words."""
+        f, settings = self.feature, self.feature["settings"]
+        sampling = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
+        return [
+            ("Fires at", f"{number(f['firings'])} of {number(f['n_rows'])} training places"),
+            ("Promotes in the source", _quoted(f["promoted_source"])),
+            ("Counted in the target", _quoted(f["promoted_target"]) or "nothing"),
+            (
+                "Put in",
+                f"{_image(settings['image'])}; a dose of 1 is "
+                f"{NORMS[settings['norm']]}; {POSITIONS[settings['positions']]}",
+            ),
+            (
+                "Match in the target",
+                f"feature {f['match']}, r {number(f['match_r'], 2)}; cosine of the image and it "
+                f"{number(f['match_cosine'], 2)}",
+            ),
+            (
+                "Texts",
+                f"{f['new_tokens']} new tokens, {sampling}, seed {f['seed']}; equal random numbers "
+                "under every edit",
+            ),
+        ]
+
+    @property
+    def sentence(self) -> str:
+        """What the largest dose does to the promoted tokens, whatever it is."""
+        row = max((r for r in self.conditions if r["condition"] == "image"), key=_dose)
+        low, high = row["token_rate_over_random_low"], row["token_rate_over_random_high"]
+        if low is None:
+            verdict = "one text alone, so nothing is shown"
+        elif low > 0:
+            verdict = "surely more than with a random direction"
+        elif high < 0:
+            verdict = "surely less than with a random direction"
+        else:
+            verdict = "not surely more than with a random direction: nothing is shown"
+        share = number(100 * row["token_rate"], 1)
+        return (
+            f"At dose {row['alpha']:g} promoted tokens make up {share} % of the new tokens, "
+            f"{number(100 * row['token_rate_more'], 1)} points more "
+            f"{_points(row, 'token_rate_more')} than without the edit and "
+            f"{number(100 * row['token_rate_over_random'], 1)} more "
+            f"{_points(row, 'token_rate_over_random')} than with a random direction of equal norm: "
+            f"{verdict}. It costs {number(row['nll_more'], 2)} nats a token."
+        )
+
+
+NORMS = {
+    "residual": "the median norm of the target’s activations",
+    "feature": "what the feature adds in the source, as a share of the norm",
+    "image": "the image’s own norm",
+}
+POSITIONS = {
+    "generated": "wherever a new token is predicted",
+    "all": "in the prompt too, but for its first position",
+}
+
+
+def _image(name: str) -> str:
+    return "the target’s own match" if name == "match" else f"its image under {name}"
+
+
+def _quoted(tokens: list[str]) -> str:
+    return " ".join(f"‘{token}’" for token in tokens)
+
+
+def _points(row: dict, key: str) -> str:
+    ends = (f"{key}_{end}" for end in ("low", "high"))
+    return interval({end: _scaled(row[end], 100) for end in ends}, key, 1)
+
+
+def _scaled(value: float | None, times: float) -> float | None:
+    return None if value is None else times * value
+
+
+def _dose(row: dict) -> float:
+    return abs(row["alpha"])
+
+
+def read_answer(work: Workdir, name: str) -> Answer:
+    """Returns what results/steering/NAME.jsonl says; UserError if it is missing or damaged."""
+    kinds: dict[str, list[dict]] = {"feature": [], "condition": [], "text": []}
+    for row in read_jsonl(work.result(f"{FOLDER}/{name}.jsonl")):
+        kinds[row["row"]].append(row)
+    (feature,) = kinds["feature"]
+    return Answer(name, feature, kinds["condition"], kinds["text"])
+
+
+# ---------------------------------------------------------------- tables
+
+
+def rates_table(answer: Answer) -> Table:
+    """Returns how often promoted tokens occur under every edit, with intervals over texts."""
+    shown = {k: v for k, v in RATES.items() if answer.conditions[0][k] is not None}
+    columns = [Column("edit", numeric=False), Column("dose")]
+    for words, _ in shown.values():
+        columns += [Column(words), Column("more than without")]
+    rows = []
+    for row in answer.conditions:
+        cells = [Cell(WORDS[row["condition"]]), Cell(f"{row['alpha']:g}")]
+        for key, (_, times) in shown.items():
+            cells += [_times(row, key, times), _times(row, f"{key}_more", times)]
+        rows.append(cells)
+    n = answer.conditions[0]["n_texts"]
+    return Table(f"{n} texts of every edit, 95 % intervals over texts", columns, rows)
+
+
+def _times(row: dict, key: str, times: float) -> Cell:
+    scaled = {end: _scaled(row[end], times) for end in (key, f"{key}_low", f"{key}_high")}
+    return Cell(number(scaled[key], 2), note=interval(scaled, key, 2))
+
+
+def text_tables(answer: Answer) -> list[Table]:
+    """Returns, for every dose, some texts of some prompts side by side."""
+    by = {(t["condition"], t["alpha"], t["prompt"], t["sample"]): t for t in answer.texts}
+    doses = dict.fromkeys(r["alpha"] for r in answer.conditions if r["condition"] != "none")
+    return [_side_by_side(answer, by, alpha) for alpha in doses]
+
+
+def _side_by_side(answer: Answer, by: dict, alpha: float) -> Table:
+    names = list(dict.fromkeys(row["condition"] for row in answer.conditions))
+    body = []
+    for text in answer.texts:
+        prompt, sample = text["prompt"], text["sample"]
+        if text["condition"] == "none" and prompt < PROMPTS and sample < SAMPLES:
+            own = (by[n, 0.0 if n == "none" else alpha, prompt, sample] for n in names)
+            body.append([Cell(text["before"]), *(Cell(t["text"]) for t in own)])
+    columns = [Column("prompt", numeric=False)]
+    columns += [Column(WORDS[name], numeric=False) for name in names]
+    return Table(f"Dose {alpha:g}", columns, body)
+
+
+def found_table(answer: Answer) -> Table | None:
+    """Returns the features that the search found, the one that was taken on top."""
+    if not answer.feature["candidates"]:
+        return None
+    titles = ("of its strongest places", "of all places", "raises log p, nats", "of the token")
+    columns = [Column("feature"), *map(Column, titles)]
+    body = [
+        [
+            Cell(str(c["feature"])),
+            *(Cell(number(c[key], 2)) for key in ("share", "base", "promotes")),
+            Cell(f"‘{c['token']}’"),
+        ]
+        for c in answer.feature["candidates"]
+    ]
+    searched = answer.feature["settings"]["search"]
+    return Table(f"Features around ‘{searched}’, and what they promote", columns, body)
+
+
+# ---------------------------------------------------------------- shown
+
+
+def print_answer(work: Workdir, name: str) -> None:
+    """Prints what was put in, the texts side by side, and how often promoted tokens occur.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    from rich import box
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    answer, timing = read_answer(work, name), _timing(work)
+    say = {"markup": False, "highlight": False}
+    console.print(answer.title, **say)
+    if table := found_table(answer):
+        console.print(printable(table))
+    for key, words in answer.facts:
+        console.print(f"{key}: {words}", **say)
+    for context in answer.feature["contexts"]:
+        words = f"{context['before']}»{context['token']}«{context['after']}"
+        console.print(f"Strong at: {' '.join(words.split())}", **say)
+    for table in text_tables(answer):
+        printed = printable(table)
+        printed.show_lines = True
+        printed.box = box.SQUARE
+        console.print(printed)
+    console.print(printable(rates_table(answer)))
+    console.print(answer.sentence, **say)
+    if timing:
+        console.print(f"{number(timing['tokens_per_s'], 0)} tokens/s after compilation", **say)
+
+
+def _timing(work: Workdir) -> dict:
+    return read_json(work.timing).get("steer", {}) if work.timing.exists() else {}
+
+
+def section(work: Workdir) -> list[dict]:
+    """Returns what the page shows of every question that the run was asked."""
+    names = sorted(path.stem for path in work.result(FOLDER).glob("*.jsonl"))
+    answers = [read_answer(work, name) for name in names]
+    return [
+        {
+            "name": answer.name,
+            "title": answer.title,
+            "sentence": answer.sentence,
+            "facts": answer.facts,
+            "contexts": answer.feature["contexts"],
+            "found": found_table(answer),
+            "rates": rates_table(answer),
+            "texts": text_tables(answer),
+        }
+        for answer in answers
+    ]

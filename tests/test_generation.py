@@ -1,0 +1,149 @@
+"""Generation: what the cache gives is what the whole text gives, and draws are what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import SHAPES
+
+from crossdict_jax import models
+from crossdict_jax.causal import generation
+from crossdict_jax.causal.generation import Starts, Writer
+from crossdict_jax.models import Site
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+FAMILIES = {"gpt2": SHAPES["a"], "gpt_neox": SHAPES["b"], "llama": LLAMA}
+LENGTHS = (5, 2, 7, 1, 3)
+
+
+def starts(d_model: int, *, scale: float = 3.0, first=None) -> Starts:
+    """Five prompts of different length with a vector each, added from the last token on."""
+    rng = np.random.default_rng(0)
+    length = np.array(LENGTHS, np.int32)
+    n = len(length)
+    return Starts(
+        tokens=rng.integers(0, 60, (n, max(LENGTHS))).astype(np.int32),
+        length=length,
+        first=length - 1 if first is None else np.full(n, first, np.int32),
+        vector=(scale * rng.normal(size=(n, d_model))).astype(np.float32),
+        prompt=np.arange(n, dtype=np.int32),
+        sample=np.zeros(n, np.int32),
+    )
+
+
+def without_cache(lm, site, s: Starts, count: int) -> np.ndarray:
+    """The likeliest tokens, the whole text read again for every one of them."""
+    row = np.arange(len(s.length))
+    tokens = np.pad(s.tokens, ((0, 0), (0, count)))
+    added = np.arange(tokens.shape[1])[None, :] >= s.first[:, None]
+    vector = added[..., None] * s.vector[:, None, :]
+
+    @jax.jit
+    def likeliest(tokens):
+        logits = lm.logits(tokens, tap=lambda here, y: y + vector if here == site else y)
+        return jnp.argmax(logits, axis=-1)
+
+    for i in range(count):  # what stands behind a place is not seen from it
+        tokens[row, s.length + i] = np.asarray(likeliest(tokens))[row, s.length + i - 1]
+    return np.stack([tokens[row, s.length + i] for i in range(count)], axis=1)
+
+
+def greedy(lm, site, s: Starts, count: int, batch_size: int = 8) -> np.ndarray:
+    writer = Writer(lm, site, batch_size=batch_size)
+    return writer.write(s, count=count, temperature=0.0, top_p=1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "first"), [("gpt2", None), ("gpt2", 0), ("gpt_neox", None), ("llama", 0)]
+)
+def test_the_cache_changes_nothing(family, first):
+    """Token for token, with the edit on."""
+    lm, site = models.init(FAMILIES[family], seed=1), Site(1)
+    s = starts(lm.config.d_model, first=first)
+    found = greedy(lm, site, s, 6)
+    np.testing.assert_array_equal(found, without_cache(lm, site, s, 6))
+    plain = without_cache(lm, site, s._replace(vector=0 * s.vector), 6)
+    assert (found != plain).any(axis=1).sum() >= 4
+
+
+def test_the_last_site_may_be_edited(lm):
+    s, site = starts(lm.config.d_model), Site(1, "resid_post")
+    np.testing.assert_array_equal(greedy(lm, site, s, 3), without_cache(lm, site, s, 3))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.init(FAMILIES["gpt2"], seed=2)
+
+
+def test_texts_are_written_up_to_the_last_position(lm):
+    s = starts(lm.config.d_model)
+    s = s._replace(tokens=s.tokens[:1, :5], **{k: getattr(s, k)[:1] for k in s._fields[1:]})
+    count = lm.config.context - 5
+    found = greedy(lm, Site(1), s, count)
+    assert found.shape == (1, count)
+    np.testing.assert_array_equal(found[:, -1:], without_cache(lm, Site(1), s, count)[:, -1:])
+
+
+def test_a_text_depends_on_its_own_row_alone(lm):
+    s, how = starts(lm.config.d_model), {"count": 8, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    whole = Writer(lm, Site(1), batch_size=8).write(s, **how)
+    other = Writer(lm, Site(1), batch_size=1).write(s.take(np.array([3, 1, 4, 0, 2])), **how)
+    np.testing.assert_array_equal(whole[[3, 1, 4, 0, 2]], other)
+    again = Writer(lm, Site(1), batch_size=8).write(s, **how)
+    np.testing.assert_array_equal(whole, again)
+    for changed in (how | {"seed": 4}, how | {"temperature": 3.0}, how | {"top_p": 0.3}):
+        assert (Writer(lm, Site(1), batch_size=8).write(s, **changed) != whole).any()
+    sampled = Writer(lm, Site(1), batch_size=8).write(s._replace(sample=s.sample + 1), **how)
+    assert (sampled != whole).any(axis=1).all()
+
+
+def test_equal_rows_draw_equal_numbers(lm):
+    """So that texts with and without an edit differ by the edit alone."""
+    s = starts(lm.config.d_model, scale=0.0).take(np.array([2, 2]))
+    found = Writer(lm, Site(1), batch_size=8).write(s, count=8, temperature=1.0, top_p=1.0, seed=0)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_draws_follow_the_probabilities_and_the_nucleus():
+    p = np.array([0.5, 0.3, 0.15, 0.05], np.float32)
+    logits = jnp.tile(jnp.log(p)[None], (20_000, 1))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def shares(temperature, top_p):
+        drawn = generation._draw(logits, keys, jnp.float32(temperature), jnp.float32(top_p))
+        return np.bincount(np.asarray(drawn), minlength=4) / len(drawn)
+
+    np.testing.assert_allclose(shares(1.0, 1.0), p, atol=0.015)
+    np.testing.assert_allclose(shares(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.015)
+    np.testing.assert_allclose(shares(1.0, 0.01), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(0.5, 1.0), p**2 / np.sum(p**2), atol=0.015)
+    np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
+
+
+def test_surprise_is_the_plain_model_s(lm):
+    tokens = np.random.default_rng(1).integers(0, 290, (3, 9)).astype(np.int32)
+    found = Writer(lm, Site(1), batch_size=2).surprise(tokens)
+    log_p = jax.nn.log_softmax(lm.logits(tokens), axis=-1)
+    expected = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_tokens_and_seconds_are_counted(lm):
+    writer = Writer(lm, Site(1), batch_size=8)
+    writer.write(starts(lm.config.d_model), count=4, temperature=0.0, top_p=1.0, seed=0)
+    assert writer.tokens == 8 * 4  # with the rows that fill the batch up
+    assert writer.seconds > 0

@@ -1,0 +1,336 @@
+"""Steering: the right feature goes in at the right norm, counts are counts, mistakes are named."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from absl import flags
+
+from crossdict_jax import dictionaries, maps, models
+from crossdict_jax.activations.contexts import Contexts
+from crossdict_jax.activations.pairing import token_bytes
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.causal import prompts, search, source_feature, steer, steering
+from crossdict_jax.causal.images import feature_directions
+from crossdict_jax.config import SteerConfig
+from crossdict_jax.errors import UserError
+from crossdict_jax.report import page, write_steering
+from crossdict_jax.report.steering import print_answer, read_answer
+from crossdict_jax.workdir import Workdir, read_jsonl
+from launch import command
+
+FEW = {"prompts": "abc def|gh ab", "samples": 2, "tokens": 6, "promoted": 3, "alphas": (0.5,)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, work directory) of a run that may be written into."""
+    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
+    root = tmp_path_factory.mktemp("steering") / "run"
+    shutil.copytree(work.root, root)
+    return config, Workdir(root)
+
+
+def asked(config, **changes):
+    return dataclasses.replace(config, steer=SteerConfig(**(FEW | changes)))
+
+
+def live_feature(work) -> int:
+    store = open_store(work.activations)
+    d = dictionaries.load(work.dictionary("a", tiny_run.SITE))
+    f = d.encode(store.read("a", tiny_run.SITE, store.select("test")).astype(np.float32))
+    return int((np.asarray(f) > 0).sum(0).argmax())
+
+
+@pytest.fixture(scope="module")
+def answered(run):
+    """Rows of one question, by kind, and what was asked."""
+    config, work = run
+    config = asked(config, feature=live_feature(work))
+    name = steer(config, work)
+    return config, name, work.result(f"steering/{name}.jsonl").read_bytes()
+
+
+def of_kind(data: bytes, kind: str) -> list[dict]:
+    return [row for row in map(json.loads, data.splitlines()) if row["row"] == kind]
+
+
+def test_every_edit_has_its_texts_and_rates(answered):
+    _, _, data = answered
+    edits = [("none", 0.0), ("image", 0.5), ("random", 0.5), ("match", 0.5)]
+    conditions, texts = of_kind(data, "condition"), of_kind(data, "text")
+    assert [(r["condition"], r["alpha"]) for r in conditions] == edits
+    assert len(texts) == 4 * 2 * 2
+    for condition in conditions:
+        own = [t for t in texts if t["condition"] == condition["condition"]]
+        for rate in ("token_rate", "piece_rate", "nll"):
+            assert condition[rate] == pytest.approx(np.mean([t[rate] for t in own]))
+        assert condition["tokens"] == sum(t["tokens"] for t in own)
+    none, image, random, _ = conditions
+    assert none["nll_more"] is None and random["nll_over_random"] is None
+    assert image["nll_more"] == pytest.approx(image["nll"] - none["nll"])
+    assert image["nll_over_random"] == pytest.approx(image["nll"] - random["nll"])
+    assert image["nll_low"] <= image["nll"] <= image["nll_high"]
+
+
+def test_what_is_counted_stands_in_the_texts(run, answered):
+    """Texts that were not written, so that everything about them is known."""
+    _, work = run
+    config, _, _ = answered
+    test = study(config, work)
+    store = open_store(work.activations)
+    lm, pieces = models.load(store.paths[1]), test.source.words.pieces_b
+    promoted, end = next(iter(test.feature.mapped)), next(iter(test.target.ends))
+    others = [i for i in range(100, 200) if i not in {*test.feature.mapped, *test.target.ends}]
+    tokens = np.resize(np.array(others, np.int32), (4, 6))
+    tokens[0, 2] = tokens[0, 4] = promoted
+    tokens[0, 5] = tokens[1, 3] = end
+    starts = test._starts([("none", 0.0)])
+    first, second, third, _ = test._texts(starts, tokens)
+    assert (first["tokens"], second["tokens"], third["tokens"]) == (5, 3, 6)
+    assert first["token_rate"] == pytest.approx(2 / 5)
+    assert third["token_rate"] == 0
+    wanted = [test.source.words.pieces_a[t] for t in test.feature.promoted]
+    written = b"".join(pieces[t] for t in tokens[0, :5])
+    hits = sum(map(written.count, wanted))
+    assert first["piece_rate"] == pytest.approx(100 * hits / len(written))
+    assert first["text"].encode() == written.decode(errors="replace").encode()
+    assert first["before"] == "abc def"
+    for text, row, scored in ((second, 1, 4), (third, 2, 6)):  # an end is predicted too
+        front = starts.tokens[row, : starts.length[row]]
+        ids = np.concatenate([front, tokens[row, :scored]])
+        log_p = jax.nn.log_softmax(lm.logits(ids[None])[0], axis=-1)
+        log_p = np.take_along_axis(np.asarray(log_p)[:-1], ids[1:, None], axis=1)
+        assert text["nll"] == pytest.approx(-log_p[len(front) - 1 :].mean(), abs=1e-4)
+
+
+def test_the_same_question_has_the_same_answer_bit_for_bit(run, answered):
+    _, work = run
+    config, name, data = answered
+    path = work.result(f"steering/{name}.jsonl")
+    path.unlink()
+    assert steer(config, work) == name
+    assert path.read_bytes() == data
+    timing = json.loads(work.timing.read_text())["steer"]
+    assert timing["tokens_per_s"] > 0
+    assert not re.search(r"_s\"|/tmp", data.decode())
+
+
+def study(config, work):
+    store = open_store(work.activations)
+    task = steering.chosen_task(config, store)
+    target = steering._Target(config, work, store, task)
+    source = source_feature.Source(config, work, store, task)
+    words = steering.translation(source.tokenizer, target.tokenizer)
+    return steering._Study(config, source, target, source.choose(words))
+
+
+def test_the_image_of_the_map_is_put_in_at_the_asked_norm(run, answered):
+    _, work = run
+    config, _, _ = answered
+    test = study(config, work)
+    starts = test._starts([("none", 0.0), ("image", 0.5), ("random", 0.5), ("match", 0.5)])
+    none, image, random, match = starts.vector.reshape(4, 4, -1)
+    store = open_store(work.activations)
+    x = store.read("b", tiny_run.SITE, store.select("test")).astype(np.float32)
+    norm = 0.5 * np.median(np.linalg.norm(x, axis=1))
+    assert not none.any()
+    for vectors in (image, random, match):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), norm, rtol=1e-5)
+    d_a = dictionaries.load(work.dictionary("a", tiny_run.SITE))
+    direction = feature_directions(d_a, np.array([config.steer.feature]))[0]
+    ridge = maps.load(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
+    expected = direction @ np.asarray(ridge.W[...])
+    np.testing.assert_allclose(
+        image[0] / norm, expected / np.linalg.norm(expected), rtol=1e-3, atol=1e-4
+    )
+    assert len(np.unique(random.round(4), axis=0)) == 4  # another one for every text
+    assert (starts.first == starts.length - 1).all()
+    everywhere = asked(config, feature=config.steer.feature, positions="all")
+    assert (study(everywhere, work)._starts([("none", 0.0)]).first == 1).all()
+
+
+def test_a_dose_of_nearly_nothing_changes_no_text_and_greedy_has_one_sample(run):
+    config, work = run
+    config = asked(config, feature=live_feature(work), alphas=(1e-7,), temperature=0.0)
+    rows = read_jsonl(work.result(f"steering/{steer(config, work)}.jsonl"))
+    texts = [row for row in rows if row["row"] == "text"]
+    assert len(texts) == 4 * 2
+    for text in texts:
+        plain = next(t for t in texts if t["prompt"] == text["prompt"])
+        assert text["text"] == plain["text"]
+
+
+def test_a_search_lists_features_and_takes_the_first(run, capsys):
+    config, work = run
+    tokenizer = models.load_tokenizer(open_store(work.activations).paths[0])
+    word = tiny_run.make_texts(1)[0].split()[3]
+    config = asked(config, search=word, prompts="")
+    name = steer(config, work)
+    answer = read_answer(work, name)
+    found = answer.feature["candidates"]
+    assert answer.feature["feature"] == found[0]["feature"]
+    assert found[0]["promotes"] == max(c["promotes"] for c in found)
+    assert found[0]["token"].encode() in token_bytes(tokenizer)
+    assert len({t["before"] for t in answer.texts}) > 1  # held-out beginnings
+    assert answer.conditions[0]["search_rate"] is not None
+    print_answer(work, name)
+    printed = capsys.readouterr().out
+    html = write_steering(config, work).read_text(encoding="utf-8")
+    for words in ("random direction", "no edit", "nats a token", f"Features around ‘{word}’"):
+        assert words in " ".join(printed.split()) and words in " ".join(html.split())
+    assert "tokens/s after compilation" in printed
+
+
+def test_a_report_that_is_there_gets_a_link_once(run, answered, monkeypatch):
+    config, work = run
+    written = []
+    monkeypatch.setattr(page, "write_report", lambda config, work: written.append(work))
+    index = work.report / "index.html"
+    for text, times in ((None, 0), ("<a href='x'>", 1), ('<a href="steering.html">', 1)):
+        if text is not None:
+            index.write_text(text)
+        assert write_steering(config, work).name == "steering.html"
+        assert len(written) == times
+    index.unlink()
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def test_strongest_rows_are_found_block_by_block():
+    f = np.random.default_rng(0).permutation(np.arange(1000.0)).reshape(200, 5)
+    place, value = search.strongest(iter(np.split(f, 8)), 20)
+    expected = np.argsort(-f, axis=0)[:20]
+    np.testing.assert_array_equal(place, expected)
+    np.testing.assert_array_equal(value, np.take_along_axis(f, expected, axis=0))
+    few, _ = search.strongest(iter([f[:3]]), 20)
+    assert few.shape == (3, 5)
+
+
+class Places:
+    """Contexts of rows that are texts themselves."""
+
+    texts = tuple(b"a cat sat" if i % 10 == 0 else b"a dog ran" for i in range(100))
+
+    def text(self, row):
+        return self.texts[row]
+
+    def first_tokens(self, text, row):
+        return [7] if text in self.texts[row] else []
+
+
+def test_a_feature_that_fires_around_the_text_is_found():
+    f = np.random.default_rng(1).random((100, 4))
+    f[:, 2] = np.arange(100) % 10 == 0
+    f[:, 3] = 0
+    found = search.around("cat", Places(), np.arange(100), iter([f]))
+    assert found.base == pytest.approx(0.1) and found.token == 7
+    assert found.share.argmax() == 2 and found.share[2] == 1
+    assert found.live.tolist() == [True, True, True, False]
+    with pytest.raises(UserError, match=r"steer\.search='cow' stands nowhere in the 100"):
+        search.around("cow", Places(), np.arange(100), iter([f]))
+
+
+def test_contexts_are_the_text_around_a_row(run):
+    _, work = run
+    store = open_store(work.activations)
+    pieces = token_bytes(models.load_tokenizer(store.paths[0]))
+    contexts, row = Contexts(store, "a", pieces), int(store.select("test")[30])
+    parts = contexts.snippet(row)
+    assert parts["token"].encode() == pieces[store.tokens("a", np.array([row]))[0]]
+    assert "".join(parts.values()).encode() == contexts.text(row)
+    (token, *_) = contexts.first_tokens(parts["token"].encode()[-1:], row)
+    assert parts["token"].encode()[-1:] in pieces[token]
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "lengths", "given"), [(0, (3, 5), 27), (0, (3,), 29), (9, (5,), 9)]
+)
+def test_new_tokens_fit_into_the_context(asked_for, lengths, given):
+    texts = [np.zeros(n, np.int32) for n in lengths]
+    assert prompts.new_tokens(asked_for, texts, 32, "b") == given
+    assert prompts.new_tokens(0, texts, 500, "b") == prompts.MOST_TOKENS
+
+
+def test_prompts_come_from_a_file_too(run, tmp_path):
+    config, work = run
+    (tmp_path / "prompts.txt").write_text("ab cd\nef\n")
+    config = asked(config, prompts=str(tmp_path / "prompts.txt"))
+    store = open_store(work.activations)
+    tokenizer = models.load_tokenizer(store.paths[1])
+    first, second = prompts.read_prompts(config, store, "b", tokenizer)
+    assert tokenizer.decode(first) == "ab cd" and tokenizer.decode(second) == "ef"
+
+
+def test_characters_that_the_vocabulary_lacks_are_named():
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert prompts._tokens("abba", "b", letters).tolist() == [1, 2, 2, 1]
+    with pytest.raises(UserError, match="vocabulary of b has no tokens for 'ü', '!' in 'abü!'"):
+        prompts._tokens("abü!", "b", letters)
+
+
+# ---------------------------------------------------------------- mistakes
+
+MISTAKES = [  # settings of steer, what the line names
+    ("", "steer.feature and steer.search: give one"),
+    ("feature=1 search=ab", "steer.feature and steer.search: give one"),
+    ("feature=99", "steer.feature=99: a at resid_pre.1 has features 0 to 31"),
+    ("feature=-2", "steer.feature=-2 must be -1 or more"),
+    ("feature=1 alphas=nan", "steer.alphas=nan"),
+    ("feature=1 alphas=0.1,inf", "steer.alphas=0.1,inf"),
+    ("feature=1 alphas=0", "steer.alphas=0.0: 0.0 must be other than 0"),
+    ("feature=1 source=c", "steer.source=c is no model of this run; use one of a, b."),
+    ("feature=1 target=c", "steer.target=c is no model of this run"),
+    ("feature=1 source=b target=b", "are both b; name two models"),
+    ("feature=1 layer_pair=0:1", "steer.layer_pair=0:1 is no layer pair from a to b"),
+    ("feature=1 image=rigde", "steer.image=rigde must be one of match, "),
+    ("feature=1 image=procrustes", "use one of ridge, mlp, match"),
+    ("feature=1 image=token", "steer.image=token makes no image of a feature"),
+    ("feature=1 top_p=0", "steer.top_p=0.0 must be above 0"),
+    ("feature=1 temperature=-1", "steer.temperature=-1.0 must be 0 or more"),
+    ("feature=1 tokens=70 prompts=ab", "and b reads 64; steer.tokens can be"),
+    (f"feature=1 prompts={'abcd ' * 40}", "has 1"),
+    ("feature=1 prompts=ab||cd", "holds a blank prompt"),
+    ("feature=1 prompts=nowhere.txt", "steer.prompts=nowhere.txt cannot be read"),
+    ("search=zebra", "steer.search='zebra' stands nowhere in the"),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), MISTAKES, ids=[m[:30] for m, _ in MISTAKES])
+def test_mistakes_are_told_in_one_line(run, given, named, capfd):
+    from launch import steer as launched
+
+    _, work = run
+    words = re.findall(r"(\w+)=(.*?)(?= \w+=|$)", given)
+    flags_given = [f"--config.steer.{name}={value}" for name, value in words]
+    code = command.execute(
+        command.Command(launched.main),
+        ["test", f"--workdir={work.root}", *flags_given],
+        values=flags.FlagValues(),
+    )
+    (line,) = capfd.readouterr().err.splitlines()
+    assert code == 2
+    assert named in line
+
+
+def test_a_dead_feature_is_called_dead(run, monkeypatch):
+    config, work = run
+    config = asked(config, feature=3)
+    silent = lambda self, rows, feature: np.zeros(len(rows), np.float32)  # noqa: E731
+    monkeypatch.setattr(source_feature.Source, "_strength", silent)
+    with pytest.raises(
+        UserError, match=r"feature 3 of a at resid_pre\.1 is dead, it fires at none"
+    ):
+        steer(config, work)
