@@ -334,7 +334,7 @@ class VerifyConfig:
 FREE = ("records", "efficiency", "pareto", "contrast", "steer")
 
 
-BENCHMARKS = ("steps", "extraction", "map", "store")
+BENCHMARKS = ("steps", "extraction", "map", "store", "startup", "scaling", "memory", "documents")
 
 
 @dataclass
@@ -396,6 +396,45 @@ class StoreBenchmark:
 
 
 @dataclass
+class ScalingBenchmark:
+    """How the cost of a training step grows; one thing at a time differs from the base."""
+
+    architecture: str = "topk"  # of the dictionaries
+    d_model: int = 512  # of the base
+    width: int = 4096  # of the base
+    k: int = 32  # of the base
+    batch_size: int = 1024  # of the base, in rows
+    rows: int = 8192  # of the base's store
+    matmul_dtype: str = "float32"  # float32 | bfloat16, of the products' inputs
+    widths: tuple[int, ...] = (1024, 8192, 32_768, 131_072)  # features
+    d_models: tuple[int, ...] = (256, 1024, 2048)  # of the rows
+    ks: tuple[int, ...] = (8, 128)  # active features a row
+    batch_sizes: tuple[int, ...] = (256, 4096)  # rows
+    members: tuple[int, ...] = (2, 4)  # dictionaries in one step
+    store_rows: tuple[int, ...] = (65_536, 524_288)  # all on the device
+
+
+@dataclass
+class MemoryBenchmark:
+    """Memory of a training at several widths."""
+
+    architecture: str = "topk"  # of the dictionaries
+    d_model: int = 512  # of the made-up rows
+    k: int = 32  # active features a row
+    batch_size: int = 1024  # rows
+    widths: tuple[int, ...] = (4096, 16_384, 65_536)  # features, each in a fresh process
+
+
+@dataclass
+class DocumentBenchmark:
+    """Memory of extraction, of a few documents and of many."""
+
+    documents: int = 20  # of the first measurement
+    times: int = 100  # as many in the second
+    bytes: int = 600  # of each document
+
+
+@dataclass
 class BenchmarkConfig:
     """How fast this code is beside others, and beside what the machine can do."""
 
@@ -407,6 +446,9 @@ class BenchmarkConfig:
     extraction: ExtractionBenchmark = field(default_factory=ExtractionBenchmark)
     map: MapBenchmark = field(default_factory=MapBenchmark)
     store: StoreBenchmark = field(default_factory=StoreBenchmark)
+    scaling: ScalingBenchmark = field(default_factory=ScalingBenchmark)
+    memory: MemoryBenchmark = field(default_factory=MemoryBenchmark)
+    documents: DocumentBenchmark = field(default_factory=DocumentBenchmark)
 
 
 def to_dict(

@@ -443,6 +443,10 @@ def _benchmark_rules() -> dict[str, Rule]:
         "steps.architectures": _one_of(*architectures()),
         "steps.matmul_dtype": _MATMUL,
         "extraction.matmul_dtype": _MATMUL,
+        "scaling.architecture": _one_of(*architectures()),
+        "scaling.matmul_dtype": _MATMUL,
+        "memory.architecture": _one_of(*architectures()),
+        "documents.documents": _at_least(20),  # some for each split
     }
 
 

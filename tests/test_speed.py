@@ -4,23 +4,29 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from test_launch import launch
 
-from crossdict_jax.benchmark import harness, machine, peer, steps, table
+from crossdict_jax import dictionaries, modules
+from crossdict_jax.benchmark import harness, machine, peer, startup, steps, table
 from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark.run import run_benchmarks
 from crossdict_jax.config import (
     BenchmarkConfig,
     CeilingBenchmark,
+    DocumentBenchmark,
     ExtractionBenchmark,
     MapBenchmark,
+    MemoryBenchmark,
     SAEConfig,
+    ScalingBenchmark,
     StepBenchmark,
     StoreBenchmark,
 )
@@ -53,6 +59,21 @@ def tiny_config(*benchmarks: str) -> BenchmarkConfig:
         ),
         map=MapBenchmark(d_model=8, width=16, k=2, hidden=8, batch_size=16),
         store=StoreBenchmark(rows=100, d_model=8),
+        scaling=ScalingBenchmark(
+            d_model=8,
+            width=8,
+            k=2,
+            batch_size=16,
+            rows=32,
+            widths=(4,),
+            d_models=(4,),
+            ks=(),
+            batch_sizes=(),
+            members=(2,),
+            store_rows=(40,),
+        ),
+        memory=MemoryBenchmark(d_model=8, k=2, batch_size=16, widths=(128,)),
+        documents=DocumentBenchmark(documents=20, times=2, bytes=200),
     )
 
 
@@ -68,7 +89,7 @@ def measured(name: str, tmp_path) -> list[dict]:
     assert rows and {row["benchmark"] for row in rows} == {name}
     for row in rows:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
-        assert row["seconds"] > 0 and row["per_s"] > 0
+        assert row.get("seconds", 1) > 0 and row.get("per_s", 1) > 0
     written = read_json(tmp_path / "results" / "benchmark.json")
     assert written["rows"] == rows and written["machine"]["versions"]["jax"] == jax.__version__
     assert f"**{name}**" in (tmp_path / "results" / "benchmark.md").read_text()
@@ -194,6 +215,57 @@ def test_the_store_is_read_beside_a_copy(tmp_path):
     rows = measured("store", tmp_path)
     assert [row["contender"] for row in rows] == 3 * ["ours", "numpy copy"]
     assert all(row["bytes"] == 2 * 100 * 8 * 2 for row in rows)
+
+
+COUNT_HITS = """if True:
+    import atexit, runpy, sys
+    from jax import monitoring
+    hits = []
+    monitoring.register_event_listener(lambda event, **_: hits.append("cache_hits" in event))
+    atexit.register(lambda: print("hits", sum(hits)))
+    sys.argv = sys.argv[1:]
+    runpy.run_module("launch.train_saes", run_name="__main__")
+"""
+
+
+def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
+    """And ends with the same bits."""
+    make_store(tmp_path / "store", 256, 32, seed=0)
+    hits, trained = [], []
+    for name in ("first", "again"):
+        monkeypatch.setattr(startup, "command", partial(count_hits, hits))
+        startup.train_once(tmp_path, name, cache=tmp_path / "cache")
+        dictionary = dictionaries.load(Workdir(tmp_path / name).dictionary(MODEL, SITE))
+        trained.append(modules.split(dictionary)[1])
+    assert hits[0] == 0 and hits[1] > 0
+    assert any((tmp_path / "cache" / "crossdict_jax" / "jax").iterdir())
+    jax.tree.map(np.testing.assert_array_equal, *trained)
+
+
+def count_hits(hits: list[int], arguments: list[str], cache) -> None:
+    """In place of ``startup.command``: the same, with the cache's hits counted."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(startup.ROOT)}
+    program = [sys.executable, "-c", COUNT_HITS, "train_saes", *arguments[2:]]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hits.append(int(done.stdout.split("hits")[-1]))
+
+
+def test_growth_is_measured_against_the_base(tmp_path):
+    rows = measured("scaling", tmp_path)
+    assert [row["case"] for row in rows] == ["width 4", "d_model 4", "members 2", "store rows 40"]
+    assert rows[2]["flops"] == 2 * 16 * (2 * 8 * 8 + 8 * 8 * 2)
+
+
+def test_memory_is_measured_beside_its_prediction(tmp_path):
+    (row,) = measured("memory", tmp_path)
+    assert row["case"] == "width 128" and row["predicted"] > 0
+
+
+def test_documents_are_read_in_two_amounts(tmp_path):
+    few, many = measured("documents", tmp_path)
+    assert few["ratio"] == 1 and many["case"].startswith("40 documents of 200 bytes")
+    assert many["memory"] > 0
 
 
 @pytest.mark.parametrize("library", steps.PEERS)

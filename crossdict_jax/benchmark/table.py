@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = (
-    "case",
-    "contender",
-    "time",
-    "a second",
-    "ratio [least, most]",
-    "of CPU time",
-    "flops",
-    "bytes",
-)
+SPEED = ("case", "contender", "time", "a second", "ratio", "of CPU time", "flops", "bytes")
+MEMORY = ("case", "contender", "memory", "predicted", "ratio")
 
 
 def heading(found: dict[str, Any]) -> str:
@@ -34,9 +26,9 @@ def heading(found: dict[str, Any]) -> str:
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """Returns rows as lines of equal columns, for the terminal."""
-    lines = [COLUMNS, *map(_cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    """Returns the rows of one benchmark as lines of equal columns, for the terminal."""
+    lines = _lines(rows)
+    widths = [max(map(len, column)) for column in zip(*lines)]
     padded = ((cell.ljust(width) for cell, width in zip(line, widths)) for line in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
@@ -45,18 +37,22 @@ def markdown(found: dict[str, Any]) -> str:
     """Returns everything measured: the heading, and a table for each benchmark."""
     parts = [heading(found).replace("\n", " ")]
     for name in dict.fromkeys(row["benchmark"] for row in found["rows"]):
-        lines = [f"**{name}**\n", _line(COLUMNS), "|---" * len(COLUMNS) + "|"]
-        lines += [_line(_cells(row)) for row in found["rows"] if row["benchmark"] == name]
-        parts.append("\n".join(lines))
+        columns, *lines = _lines([row for row in found["rows"] if row["benchmark"] == name])
+        table = [f"| {' | '.join(cells)} |" for cells in (columns, *lines)]
+        parts.append(
+            "\n".join([f"**{name}**\n", table[0], "|---" * len(columns) + "|", *table[1:]])
+        )
     return "\n\n".join(parts) + "\n"
 
 
-def _line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
+def _lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The heads of the columns, and the cells of every row of one benchmark."""
+    if "memory" in rows[0]:
+        return [MEMORY, *map(_memory_cells, rows)]
+    return [SPEED, *map(_speed_cells, rows)]
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """The cells of a row under COLUMNS; what a row has not is a dash."""
+def _speed_cells(row: dict[str, Any]) -> tuple[str, ...]:
     version = row.get("version")
     return (
         row["case"],
@@ -67,6 +63,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['cpu_ratio']:.2f}",
         _share(row["flop_fraction"]),
         _share(row["byte_fraction"]),
+    )
+
+
+def _memory_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    predicted = row["predicted"]
+    return (
+        row["case"],
+        row["contender"],
+        f"{si(row['memory'])}B",
+        "–" if predicted is None else f"{si(predicted)}B",
+        f"{row['ratio']:.2f}",
     )
 
 
