@@ -55,6 +55,7 @@ class SAEConfig:
     learning_rate: Number = 0.0  # Adam, after warm-up; 0 means 2e-3 sqrt(4096 / width)
     steps: int = 2500  # batches
     batch_size: int = 1024  # rows
+    accumulate: int = 1  # parts that a batch is read in, for memory; the gradients are the same
     seeds: int = 1  # dictionaries per model and layer
     warmup_fraction: float = 0.05  # of the steps, for the learning rate
     l1_warmup_fraction: float = 0.1  # of the steps, for the L1 coefficient
@@ -65,7 +66,7 @@ class SAEConfig:
     l0_target: float = 0.0  # jumprelu: active features a row to aim for; 0 means fewest by penalty
     nested_fractions: tuple[float, ...] = (0.25, 0.5)  # matryoshka: of the width
     nested_balance: float = 0.25  # matryoshka: weight of a nested loss to that of the next wider
-    matmul_dtype: str = "float32"  # float32 | bfloat16, of the encoder and decoder products
+    matmul_dtype: str = "float32"  # float32 | bfloat16 (FVU within 0.005), of the products
     checkpoint_every: int = 500  # steps
 
 

@@ -214,7 +214,7 @@ def refuse_transcoders(config: Config, what: str) -> None:
 
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary: the files of their room that define one."""
-    machinery = {"base", "losses", "start", "train", "transferred"}
+    machinery = {"accumulation", "base", "losses", "start", "train", "transferred"}
     machinery |= {"crosscoder", "crosscoder_training"}
     exchange = {
         "convert",
@@ -287,6 +287,7 @@ def _rules() -> dict[str, Rule]:
         "sae.learning_rate": _at_least(0),
         "sae.steps": _at_least(1),
         "sae.batch_size": _at_least(1),
+        "sae.accumulate": _at_least(1),
         "sae.seeds": _at_least(1),
         "sae.warmup_fraction": _SHARE_OR_0,
         "sae.l1_warmup_fraction": _SHARE_OR_0,
@@ -530,6 +531,11 @@ def _check_dictionaries(sae: SAEConfig) -> None:
         raise UserError(
             f"sae.sources names one dictionary for each model, and sae.{(*swept, 'seeds')[0]} asks "
             "for several; give one value."
+        )
+    if sae.batch_size % sae.accumulate:
+        raise UserError(
+            f"sae.accumulate={sae.accumulate} must divide sae.batch_size={sae.batch_size}: parts "
+            "are of equal size."
         )
     k, width = _largest(sae.k), _smallest(sae.width)
     if has_k(sae.architecture) and k > width:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,22 @@ from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
 
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch
+
+
+class Whole(NamedTuple):
+    """Numbers of a whole batch that losses need where its rows come in parts.
+
+    Attributes:
+      variance: [], of the rows to reconstruct.
+      residual_variance: [], of what is left of them; 1 while nothing is dead.
+      threshold: [], of architectures that choose features over the batch: the least value kept.
+      l0: [], active features a row.
+    """
+
+    variance: jax.Array
+    residual_variance: jax.Array
+    threshold: jax.Array
+    l0: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +51,7 @@ class Hyper:
       nested_balance: weight of a nested dictionary's loss relative to the next wider one's.
       revive: whether any member has dead features. One scalar for the whole ensemble, so that a
         branch on it stays a branch under vmap.
+      whole: of the batch that the rows are a part of; None where they are all of it.
     """
 
     l1_coefficient: jax.Array | float
@@ -44,6 +62,7 @@ class Hyper:
     nested_fractions: tuple[float, ...]
     nested_balance: float
     revive: jax.Array | bool = True
+    whole: Whole | None = None
 
 
 class Dictionary(nnx.Module):
@@ -67,6 +86,7 @@ class Dictionary(nnx.Module):
     """
 
     measured: tuple[str, ...] = ("scale", "scale_out")
+    selects_over_rows: bool = False  # whether training chooses features over the whole batch
 
     def __init__(
         self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs, d_out: int | None = None
@@ -128,11 +148,19 @@ class Dictionary(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define losses.")
 
-    def measure(self, f: jax.Array) -> None:
-        """Updates what is measured, not optimised, from a training batch's features f."""
+    def training_code(self, z: jax.Array, whole: Whole | None) -> jax.Array:
+        """Returns the features [batch, width] that training takes of pre-activations z."""
+        return self.activate(z)
+
+    def measure(self, least: jax.Array) -> None:
+        """Updates what is measured, not optimised, from a batch's least active value []."""
 
     def after_update(self) -> None:
         """Imposes the architecture's constraints (such as unit decoder rows) on the parameters."""
+
+    def scaled_pair(self, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns scaled rows: what is read [batch, d_model], and what is to be written."""
+        return self._scaled(x), self._targets(x, y)
 
     def _scaled(self, x: jax.Array) -> jax.Array:
         return jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
@@ -223,6 +251,7 @@ class BatchSelected(Dictionary):
     """
 
     measured = (*Dictionary.measured, "threshold")
+    selects_over_rows = True
 
     def __init__(self, **shape):
         super().__init__(**shape)
@@ -231,9 +260,18 @@ class BatchSelected(Dictionary):
     def activate(self, z: jax.Array) -> jax.Array:
         return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
 
-    def measure(self, f: jax.Array) -> None:
+    def training_code(self, z: jax.Array, whole: Whole | None) -> jax.Array:
+        if whole is None:
+            return keep_batch_top_k(z, self.k)
+        z = jax.nn.relu(z)
+        return jnp.where(z >= whole.threshold, z, 0.0)
+
+    def batch_threshold(self, z: jax.Array) -> jax.Array:
+        """Returns the least [] of the batch * k values that are kept of non-negative z."""
+        return kth_largest(jax.lax.stop_gradient(z), self.k * len(z), axis=(0, 1))
+
+    def measure(self, least: jax.Array) -> None:
         threshold = self.threshold[...]
-        least = jnp.min(jnp.where(f > 0, f, jnp.inf))
         moved = threshold + THRESHOLD_RATE * (least - threshold)
         moved = jnp.where(threshold == 0, least, moved)  # the first batch says where to start
         self.threshold[...] = jnp.where(jnp.isfinite(least), moved, threshold)

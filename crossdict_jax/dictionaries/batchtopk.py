@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper, keep_batch_top_k, matmul
+from crossdict_jax.dictionaries.base import BatchSelected, Hyper, matmul
 from crossdict_jax.dictionaries.losses import auxk, fvu
 
 
@@ -16,10 +16,10 @@ class BatchTopK(BatchSelected):
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u = self._targets(x, y)
         z = self.pre_activations(self._scaled(x), dtype)
-        f = keep_batch_top_k(z, self.k)
+        f = self.training_code(z, hyper.whole)
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
-            "fvu": fvu(u, u_hat),
+            "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f

@@ -30,12 +30,14 @@ class Hyper:
       auxk_coefficient: weight of the dead latents' reconstruction.
       k_aux: how many dead latents take part in it (static).
       revive: whether any member of the ensemble has dead latents.
+      whole: as of dictionaries (see ``base.Hyper``); batches of joint codes are never cut.
     """
 
     l1_coefficient: jax.Array | float
     auxk_coefficient: float
     k_aux: int
     revive: jax.Array | bool = True
+    whole: None = None
 
 
 class Crosscoder(nnx.Module):

@@ -42,14 +42,18 @@ class JumpReLU(Dictionary):
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "mse": jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1)),
-            "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper.l0_target),
+            "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper),
             "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         revival = hyper.auxk_coefficient * self.d_out * parts["auxk"]
         return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f
 
-    def _penalty(self, l0: jax.Array, target: float) -> jax.Array:
-        return self.d_out * jnp.square(l0 / target - 1) if target else l0
+    def _penalty(self, l0: jax.Array, hyper: Hyper) -> jax.Array:
+        if not hyper.l0_target:
+            return l0
+        if hyper.whole is not None:  # the whole batch's L0, with the gradient of this part's
+            l0 = hyper.whole.l0 + l0 - jax.lax.stop_gradient(l0)
+        return self.d_out * jnp.square(l0 / hyper.l0_target - 1)
 
     def after_update(self) -> None:
         self.W_dec[...] = unit_rows(self.W_dec[...])

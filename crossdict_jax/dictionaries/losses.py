@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, keep_top_k, matmul
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k, matmul
 
 
 def power(x: jax.Array) -> jax.Array:
@@ -18,9 +18,18 @@ def variance(x: jax.Array) -> jax.Array:
     return power(x - x.mean(axis=0, keepdims=True))
 
 
-def fvu(x: jax.Array, x_hat: jax.Array) -> jax.Array:
-    """Returns the fraction [] of the batch's variance that x_hat leaves unexplained."""
-    return power(x - x_hat) / jnp.maximum(variance(x), 1e-8)
+def fvu(x: jax.Array, x_hat: jax.Array, whole: Whole | None = None) -> jax.Array:
+    """Returns the fraction [] of the batch's variance that x_hat leaves unexplained.
+
+    Args:
+      whole: of the batch that the rows are a part of.
+    """
+    return share_left(x, x_hat, variance(x) if whole is None else whole.variance)
+
+
+def share_left(x: jax.Array, x_hat: jax.Array, spread: jax.Array) -> jax.Array:
+    """Returns the mean squared error [] of rows over a variance [] that is not quite 0."""
+    return power(x - x_hat) / jnp.maximum(spread, 1e-8)
 
 
 def auxk(
@@ -46,7 +55,9 @@ def auxk(
     def revive(_):
         strongest = min(hyper.k_aux, dictionary.width)
         f = keep_top_k(jnp.where(dead[None, :], z, 0.0), strongest)
-        share = fvu(residual, matmul(f, dictionary.W_dec[...], dtype))
+        whole = hyper.whole
+        spread = variance(residual) if whole is None else whole.residual_variance
+        share = share_left(residual, matmul(f, dictionary.W_dec[...], dtype), spread)
         return jnp.where(dead.any(), share, 0.0)
 
     return jax.lax.cond(hyper.revive, revive, lambda _: jnp.zeros(()), None)

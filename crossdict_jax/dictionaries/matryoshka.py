@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper, keep_batch_top_k, matmul
+from crossdict_jax.dictionaries.base import BatchSelected, Hyper, matmul
 from crossdict_jax.dictionaries.losses import auxk, fvu
 
 
@@ -24,11 +24,13 @@ class Matryoshka(BatchSelected):
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u = self._targets(x, y)
         z = self.pre_activations(self._scaled(x), dtype)
-        f = keep_batch_top_k(z, self.k)
+        f = self.training_code(z, hyper.whole)
         nested = list(self._nested(f, hyper, dtype))
         parts = {
-            "fvu": fvu(u, nested[-1]),
-            "nested_fvu": _weighted([fvu(u, u_hat) for u_hat in nested], hyper.nested_balance),
+            "fvu": fvu(u, nested[-1], hyper.whole),
+            "nested_fvu": _weighted(
+                [fvu(u, u_hat, hyper.whole) for u_hat in nested], hyper.nested_balance
+            ),
             "auxk": auxk(self, z, u - nested[-1], dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["nested_fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f

@@ -24,7 +24,7 @@ class TopK(Dictionary):
         f = self.activate(z)
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
-            "fvu": fvu(u, u_hat),
+            "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f

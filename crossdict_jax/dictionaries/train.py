@@ -21,6 +21,7 @@ from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
+from crossdict_jax.dictionaries.accumulation import gradients, whole_of
 from crossdict_jax.dictionaries.start import Start, begin, check_rows, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -206,11 +207,16 @@ def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int = 0) ->
     """Returns the predicted device memory of one member: states, gradients and activations.
 
     Four float32 copies of the parameters (themselves, two moments, gradients), one more while
-    they are updated, and about six [batch, width] arrays live at the widest point of a step.
+    they are updated, and about six [batch, width] arrays live at the widest point of a step, of a
+    part of the batch where ``sae.accumulate`` cuts it; what chooses features over all rows holds
+    one of the whole batch then.
     """
     both = d_model + (d_out or d_model)
     parameters = both * width + width + (d_out or d_model)
-    return 4 * (5 * parameters + 6 * sae.batch_size * width + 2 * sae.batch_size * both)
+    live = 6 * sae.batch_size // sae.accumulate
+    if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
+        live += sae.batch_size
+    return 4 * (5 * parameters + live * width + 2 * sae.batch_size * both)
 
 
 def _most_members(sae: SAEConfig, *, d_model: int, width: int, rows: int, d_out: int) -> int:
@@ -414,6 +420,7 @@ def _trainable(
 def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_out):
     """The step of one member: (state, (x, y), rate, L1 coefficient) -> (state, metrics)."""
     rate_factor, l1_factor = schedules(sae)
+    dtype = _dtype(sae)
     measured = base.find(sae.architecture).measured
 
     def step(state, batch, rate, penalty):
@@ -421,19 +428,23 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_out):
         hyper = hyper_of(sae, penalty * l1_factor(number), d_out=d_out, revive=revive)
         dead = train_state["silent"] >= dead_after(sae)
 
-        def loss_of(params):
+        if sae.accumulate > 1:
+            d, how = modules.merge(graphdef, params), {"parts": sae.accumulate, "dtype": dtype}
+            whole = whole_of(d, (x, y), hyper=hyper, **how)
+            hyper = dataclasses.replace(hyper, whole=jax.lax.stop_gradient(whole))
+
+        def loss_of(params, x, y):
             d = modules.merge(graphdef, params)
-            loss, parts, f = d.losses(x, y=y, hyper=hyper, dead=dead, dtype=_dtype(sae))
+            loss, parts, f = d.losses(x, y=y, hyper=hyper, dead=dead, dtype=dtype)
             return loss, (parts, f)
 
-        (loss, (parts, f)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        loss, parts, fired, grads = gradients(loss_of, params, (x, y), sae.accumulate)
         grads |= {name: jnp.zeros_like(grads[name]) for name in measured if name in grads}
         updates, adam_state = adam.update(grads, train_state["adam"], params)
         updates = jax.tree.map(lambda u: -rate * rate_factor(number) * u, updates)
-        params = _updated(graphdef, optax.apply_updates(params, updates), f)
-        active = f > 0
-        silent = jnp.where(active.any(axis=0), 0, train_state["silent"] + x.shape[0])
-        metrics = {"loss": loss, "l0": active.sum(axis=1).mean(dtype=jnp.float32)}
+        params = _updated(graphdef, optax.apply_updates(params, updates), fired.least)
+        silent = jnp.where(fired.active, 0, train_state["silent"] + x.shape[0])
+        metrics = {"loss": loss, "l0": fired.l0}
         metrics |= parts | {"dead_fraction": dead.mean(dtype=jnp.float32)}
         return {"params": params, "train": {"adam": adam_state, "silent": silent}}, metrics
 
@@ -458,9 +469,9 @@ def _dtype(sae: SAEConfig):
     return None if sae.matmul_dtype == "float32" else jnp.dtype(sae.matmul_dtype)
 
 
-def _updated(graphdef, params, f):
+def _updated(graphdef, params, least):
     d = modules.merge(graphdef, params)
-    d.measure(f)
+    d.measure(least)
     d.after_update()
     return modules.split(d)[1]
 
