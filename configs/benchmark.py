@@ -3,7 +3,7 @@
 python -m launch.benchmark --config=configs/benchmark.py --workdir=runs/benchmark
 """
 
-from crossdict_jax.config import BenchmarkConfig
+from crossdict_jax.benchmark_config import BenchmarkConfig
 
 
 def get_config() -> BenchmarkConfig:

@@ -7,13 +7,8 @@ A command that gets an existing --workdir and no --config uses them by itself.
 
 from pathlib import Path
 
-from crossdict_jax.config import (
-    BenchmarkConfig,
-    Config,
-    ConvertConfig,
-    PretrainConfig,
-    VerifyConfig,
-)
+from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig
 from crossdict_jax.settings import from_dict
 from crossdict_jax.workdir import read_json
 

@@ -4,7 +4,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from crossdict_jax.errors import UserError
 
@@ -335,127 +335,8 @@ class VerifyConfig:
 FREE = ("records", "efficiency", "pareto", "contrast", "steer")
 
 
-BENCHMARKS = ("steps", "extraction", "map", "store", "startup", "scaling", "memory", "documents")
-
-
-@dataclass
-class CeilingBenchmark:
-    """What the machine can do at most, measured before everything else."""
-
-    matmul_size: int = 3072  # of square products
-    copy_bytes: int = 268_435_456  # of the array that is copied: far more than any cache holds
-    dtypes: tuple[str, ...] = ("float32",)  # float32, bfloat16: of the products' inputs
-
-
-@dataclass
-class StepBenchmark:
-    """One training step of a dictionary, beside those of other libraries."""
-
-    architectures: tuple[str, ...] = ("relu", "topk", "batchtopk", "jumprelu")  # each in turn
-    d_model: int = 768  # of the made-up rows
-    width: int = 6144  # features
-    k: int = 32  # active features a row (topk; batchtopk: on average)
-    batch_size: int = 4096  # rows
-    rows: int = 16384  # of the store, at least a batch
-    matmul_dtype: str = "float32"  # float32 | bfloat16, of our products' inputs; others: float32
-    steps: int = 1  # in one measurement
-
-
-@dataclass
-class ExtractionBenchmark:
-    """A GPT-2 with random weights, of GPT-2 Medium's sizes, read at some layers."""
-
-    n_layers: int = 24  # blocks
-    d_model: int = 1024  # the residual stream
-    n_heads: int = 16  # they divide d_model
-    vocab_size: int = 50257  # tokens
-    layers: tuple[int, ...] = (5, 6, 7)  # what blocks 5, 6 and 7 read
-    windows: int = 8  # windows of text
-    window_tokens: int = 256  # tokens of the longest
-    batch_size: int = 4  # windows per forward
-    matmul_dtype: str = "float32"  # float32 | bfloat16, of our products' inputs; others: float32
-
-
-@dataclass
-class MapBenchmark:
-    """One training step of the mlp map."""
-
-    d_model: int = 1024  # of the made-up rows
-    width: int = 4096  # features of both dictionaries
-    k: int = 32  # active features a row
-    hidden: int = 512  # units of both hidden layers
-    batch_size: int = 128  # rows
-    steps: int = 1  # in one measurement
-
-
-@dataclass
-class StoreBenchmark:
-    """Reading rows back from a store."""
-
-    rows: int = 131_072  # of one site
-    d_model: int = 768  # of the made-up rows
-
-
-@dataclass
-class ScalingBenchmark:
-    """How the cost of a training step grows; one thing at a time differs from the base."""
-
-    architecture: str = "topk"  # of the dictionaries
-    d_model: int = 512  # of the base
-    width: int = 4096  # of the base
-    k: int = 32  # of the base
-    batch_size: int = 1024  # of the base, in rows
-    rows: int = 8192  # of the base's store
-    matmul_dtype: str = "float32"  # float32 | bfloat16, of the products' inputs
-    widths: tuple[int, ...] = (1024, 8192, 32_768, 131_072)  # features
-    d_models: tuple[int, ...] = (256, 1024, 2048)  # of the rows
-    ks: tuple[int, ...] = (8, 128)  # active features a row
-    batch_sizes: tuple[int, ...] = (256, 4096)  # rows
-    members: tuple[int, ...] = (2, 4)  # dictionaries in one step
-    store_rows: tuple[int, ...] = (65_536, 524_288)  # all on the device
-
-
-@dataclass
-class MemoryBenchmark:
-    """Memory of a training at several widths."""
-
-    architecture: str = "topk"  # of the dictionaries
-    d_model: int = 512  # of the made-up rows
-    k: int = 32  # active features a row
-    batch_size: int = 1024  # rows
-    widths: tuple[int, ...] = (4096, 16_384, 65_536)  # features, each in a fresh process
-
-
-@dataclass
-class DocumentBenchmark:
-    """Memory of extraction, of a few documents and of many."""
-
-    documents: int = 20  # of the first measurement
-    times: int = 100  # as many in the second
-    bytes: int = 600  # of each document
-
-
-@dataclass
-class BenchmarkConfig:
-    """How fast this code is beside others, and beside what the machine can do."""
-
-    benchmarks: tuple[str, ...] = BENCHMARKS  # each a file in crossdict_jax/benchmark
-    repeats: int = 5  # rounds, of which each contender runs once in each; medians are reported
-    seed: int = 0  # of made-up rows, texts and weights
-    ceilings: CeilingBenchmark = field(default_factory=CeilingBenchmark)
-    steps: StepBenchmark = field(default_factory=StepBenchmark)
-    extraction: ExtractionBenchmark = field(default_factory=ExtractionBenchmark)
-    map: MapBenchmark = field(default_factory=MapBenchmark)
-    store: StoreBenchmark = field(default_factory=StoreBenchmark)
-    scaling: ScalingBenchmark = field(default_factory=ScalingBenchmark)
-    memory: MemoryBenchmark = field(default_factory=MemoryBenchmark)
-    documents: DocumentBenchmark = field(default_factory=DocumentBenchmark)
-
-
-def to_dict(
-    config: Config | PretrainConfig | ConvertConfig | VerifyConfig | BenchmarkConfig,
-) -> dict:
-    """Returns the config as nested dicts of JSON values (tuples become lists)."""
+def to_dict(config: Any) -> dict:
+    """Returns a config of any command as nested dicts of JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
+from crossdict_jax.benchmark_config import BenchmarkConfig
 from crossdict_jax.config import (
-    BENCHMARKS,
     CONTROLS,
     SWEPT,
-    BenchmarkConfig,
     Config,
     ConvertConfig,
     Count,
@@ -33,6 +32,11 @@ from crossdict_jax.errors import UserError
 MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds"}
 MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k"}
 MAY_BE_EMPTY |= {"contrast.source"}  # its own command asks for it
+# What a benchmark of growth need not try.
+MAY_BE_EMPTY |= {
+    f"scaling.{what}"
+    for what in ("widths", "d_models", "ks", "batch_sizes", "members", "store_rows")
+}
 MAY_REPEAT = {"models", "sae.sources"}  # a model against itself
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
@@ -253,6 +257,14 @@ def _kinds(room: str, *, machinery: set[str]) -> tuple[str, ...]:
     return tuple(sorted({file.stem for file in files} - machinery))
 
 
+def _rules_of(kind: type) -> dict[str, Rule]:
+    if kind is not BenchmarkConfig:
+        return _rules()
+    from crossdict_jax import benchmark_settings  # it is written in the words of this file
+
+    return benchmark_settings.rules()
+
+
 def _rules() -> dict[str, Rule]:
     """Returns what each setting must be (of several values, each)."""
     return {
@@ -428,26 +440,6 @@ def _rules() -> dict[str, Rule]:
         "hook_name": _FREE,
         "model_name": _FREE,
         "push": _FREE,
-        **_benchmark_rules(),
-    }
-
-
-def _benchmark_rules() -> dict[str, Rule]:
-    """The rules of BenchmarkConfig: a number there counts something, and is 1 or more."""
-    names = settings(BenchmarkConfig)
-    counts = {name: _at_least(1) for name in names if names[name] in (int, tuple[int, ...])}
-    return counts | {
-        "benchmarks": _one_of(*BENCHMARKS),
-        "seed": _SEED,
-        "ceilings.copy_bytes": _at_least(1024),
-        "ceilings.dtypes": _MATMUL,
-        "steps.architectures": _one_of(*architectures()),
-        "steps.matmul_dtype": _MATMUL,
-        "extraction.matmul_dtype": _MATMUL,
-        "scaling.architecture": _one_of(*architectures()),
-        "scaling.matmul_dtype": _MATMUL,
-        "memory.architecture": _one_of(*architectures()),
-        "documents.documents": _at_least(20),  # some for each split
     }
 
 
@@ -458,7 +450,7 @@ def validate(
 
     Only what can be said without reading text or models; nothing is imported for it.
     """
-    rules = _rules()
+    rules = _rules_of(type(config))
     for name, kind in settings(type(config)).items():
         value = get(config, name)
         if not _fits(value, kind):
@@ -473,7 +465,9 @@ def validate(
         _check_crosscoder(crosscoder_settings(config))
         layer_pairs(config)
     if isinstance(config, BenchmarkConfig):
-        _check_benchmark(config)
+        from crossdict_jax import benchmark_settings
+
+        benchmark_settings.check(config)
 
 
 def _check_values(name: str, value: Any, rule: Rule) -> None:
@@ -555,27 +549,6 @@ def _check_crosscoder(crosscoder: CrosscoderConfig) -> None:
     if crosscoder.variant == "batchtopk" and k > width:
         raise UserError(
             f"crosscoder.k={k} is larger than crosscoder.width={width}; k must be width or less."
-        )
-
-
-def _check_benchmark(config: BenchmarkConfig) -> None:
-    steps = config.steps
-    if steps.batch_size > steps.rows:
-        raise UserError(
-            f"steps.batch_size={steps.batch_size} is more than steps.rows={steps.rows}; lower it."
-        )
-    if steps.k > steps.width:
-        raise UserError(f"steps.k={steps.k} is more than steps.width={steps.width}; lower k.")
-    extraction = config.extraction
-    if max(extraction.layers) >= extraction.n_layers:
-        raise UserError(
-            f"extraction.layers={spell(extraction.layers)} are not all below extraction.n_layers="
-            f"{extraction.n_layers}; lower them."
-        )
-    if extraction.d_model % extraction.n_heads:
-        raise UserError(
-            f"extraction.n_heads={extraction.n_heads} does not divide extraction.d_model="
-            f"{extraction.d_model}; choose one that does."
         )
 
 

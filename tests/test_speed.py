@@ -14,22 +14,24 @@ import pytest
 from test_launch import launch
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.benchmark import harness, machine, peer, startup, steps, table
+from crossdict_jax.benchmark import harness, machine, peer, startup, steps, table, whole
 from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark.run import run_benchmarks
-from crossdict_jax.config import (
+from crossdict_jax.benchmark_config import (
     BenchmarkConfig,
     CeilingBenchmark,
     DocumentBenchmark,
+    EnsembleBenchmark,
     ExtractionBenchmark,
     MapBenchmark,
     MemoryBenchmark,
-    SAEConfig,
     ScalingBenchmark,
     StepBenchmark,
     StoreBenchmark,
+    WholeBenchmark,
 )
+from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
 from crossdict_jax.settings import put, validate
@@ -59,6 +61,9 @@ def tiny_config(*benchmarks: str) -> BenchmarkConfig:
         ),
         map=MapBenchmark(d_model=8, width=16, k=2, hidden=8, batch_size=16),
         store=StoreBenchmark(rows=100, d_model=8),
+        ensemble=EnsembleBenchmark(
+            members=3, d_model=8, width=16, k=2, batch_size=16, rows=32, steps=1
+        ),
         scaling=ScalingBenchmark(
             d_model=8,
             width=8,
@@ -251,6 +256,37 @@ def count_hits(hits: list[int], arguments: list[str], cache) -> None:
     hits.append(int(done.stdout.split("hits")[-1]))
 
 
+def test_an_ensemble_is_measured_beside_its_members(tmp_path):
+    together, alone = measured("ensemble", tmp_path)
+    assert together["case"] == "3 of width 16" and alone["contender"] == "one after another"
+    assert together["flops"] == alone["flops"] == 3 * 10 * 16 * 8 * 16
+
+
+def test_the_whole_run_is_of_the_exact_architectures():
+    from test_presets import ARCHITECTURES
+
+    assert [shape for _, shape in whole.shapes(WholeBenchmark())] == list(ARCHITECTURES.values())
+
+
+def test_a_whole_run_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match=r"The whole run failed \(.*'nowhere'"):
+        whole._run(tmp_path, ["nowhere", "nowhere"], WholeBenchmark())
+
+
+def test_rows_of_a_whole_run_are_times_alone():
+    row = {"case": "all stages", "contender": "ours", "seconds": 80.0}
+    assert table.text([row]).split() == [
+        "case",
+        "contender",
+        "time",
+        "all",
+        "stages",
+        "ours",
+        "80",
+        "s",
+    ]
+
+
 def test_growth_is_measured_against_the_base(tmp_path):
     rows = measured("scaling", tmp_path)
     assert [row["case"] for row in rows] == ["width 4", "d_model 4", "members 2", "store rows 40"]
@@ -331,6 +367,9 @@ def test_a_python_that_is_none_is_told_in_one_line(counter, monkeypatch):
         ("steps.k", 17, "steps.k=17 is more than steps.width=16"),
         ("steps.architectures", ("dense",), "steps.architectures=dense: dense must be one of"),
         ("extraction.layers", (1, 3), "extraction.layers=1,3 are not all below"),
+        ("whole.layers", (24,), "whole.layers=24 are not all below whole.n_layers=24"),
+        ("ensemble.k", 17, "ensemble.k=17 is more than ensemble.width=16"),
+        ("steps.steps", 51, "steps.steps=51 must be 1 to 50"),
         ("extraction.n_heads", 3, "extraction.n_heads=3 does not divide extraction.d_model=16"),
     ],
 )

@@ -10,7 +10,8 @@ import numpy as np
 
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark.harness import apart
-from crossdict_jax.config import BenchmarkConfig, Config, EvaluationConfig, TextConfig, to_dict
+from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.config import Config, EvaluationConfig, TextConfig, to_dict
 from crossdict_jax.models import EMBEDDED
 from crossdict_jax.workdir import open_workdir, write_text
 

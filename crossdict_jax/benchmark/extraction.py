@@ -13,7 +13,8 @@ from crossdict_jax import models
 from crossdict_jax.activations.extract import Reader
 from crossdict_jax.benchmark.harness import OURS, Need, alternate, compared, timed
 from crossdict_jax.benchmark.peer import Peer, absent
-from crossdict_jax.config import BenchmarkConfig, ExtractConfig, ExtractionBenchmark
+from crossdict_jax.benchmark_config import BenchmarkConfig, ExtractionBenchmark
+from crossdict_jax.config import ExtractConfig
 from crossdict_jax.models import LanguageModel, Site
 
 WHOLE, CUT = "transformers, whole model", "transformers, cut short"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax.activations.extract import device_figures
-from crossdict_jax.config import CeilingBenchmark
+from crossdict_jax.benchmark_config import CeilingBenchmark
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 LEAST_SECONDS = 0.1  # that a measurement takes: shorter ones would time the dispatch

@@ -14,7 +14,8 @@ from crossdict_jax.benchmark.harness import OURS, Need, alternate, compared
 from crossdict_jax.benchmark.peer import Peer, absent
 from crossdict_jax.benchmark.rows import made_up_rows
 from crossdict_jax.benchmark.steps import MANY, Steps
-from crossdict_jax.config import BenchmarkConfig, MapBenchmark, MapConfig
+from crossdict_jax.benchmark_config import BenchmarkConfig, MapBenchmark
+from crossdict_jax.config import MapConfig
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps.base import Pairs, Problem, Side, encode_rows
 from crossdict_jax.maps.ensemble import Ensemble

@@ -10,7 +10,8 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.benchmark import steps
 from crossdict_jax.benchmark.harness import apart
 from crossdict_jax.benchmark.rows import make_store
-from crossdict_jax.config import BenchmarkConfig, SAEConfig
+from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries.train import member_bytes
 
 LEAST_WIDTH = 64  # of the training that shows what Python, JAX and the rows take

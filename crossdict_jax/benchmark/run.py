@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from typing import Any
 
 from crossdict_jax.benchmark import machine, table
-from crossdict_jax.config import BenchmarkConfig
+from crossdict_jax.benchmark_config import BenchmarkConfig
 from crossdict_jax.workdir import Workdir, write_json, write_text
 
 
@@ -17,6 +18,8 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
     results/benchmark.json holds the machine, its ceilings and a row per contender;
     results/benchmark.md the same as tables. Both are written after every measurement.
     """
+    # Contenders in other processes need room on the device too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = {"machine": machine.describe()}
     found["ceilings"] = machine.ceilings(config.ceilings, repeats=config.repeats)
     found["rows"] = []

@@ -10,7 +10,8 @@ from typing import Any
 from crossdict_jax.benchmark import steps
 from crossdict_jax.benchmark.harness import alternate, compared
 from crossdict_jax.benchmark.rows import make_store
-from crossdict_jax.config import BenchmarkConfig, SAEConfig, ScalingBenchmark
+from crossdict_jax.benchmark_config import BenchmarkConfig, ScalingBenchmark
+from crossdict_jax.config import SAEConfig
 
 BASE = "base"
 GROWING = {  # what grows: the setting that holds its values, and the setting that they are of
@@ -35,9 +36,12 @@ def benchmark(config: BenchmarkConfig, folder: Path, ceilings: dict) -> Iterator
             changed = {setting: value}
             point = _training(own, folder, seed=config.seed, **changed)
             sae, d_model = _settings(own, **changed)
-            need = steps.need(sae, d_model, steps=1, count=sae.seeds)
+            need = steps.need(sae, d_model, steps=own.steps, count=sae.seeds)
             case = f"{what} {value:,}"
-            contenders = {BASE: lambda: base.run(1), case: lambda point=point: point.run(1)}
+            contenders = {
+                BASE: lambda: base.run(own.steps),
+                case: lambda point=point: point.run(own.steps),
+            }
             spent = alternate(contenders, repeats=config.repeats)
             rows = compared("scaling", case, spent, need, ceilings=ceilings, reference=BASE)
             yield next(row for row in rows if row["contender"] == case) | {"contender": "ours"}

@@ -15,7 +15,8 @@ from typing import Any
 
 from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import make_store
-from crossdict_jax.config import BenchmarkConfig, Config, SAEConfig, to_dict
+from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.config import Config, SAEConfig, to_dict
 from crossdict_jax.workdir import Workdir, write_json
 
 ROOT = Path(__file__).parents[2]

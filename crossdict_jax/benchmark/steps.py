@@ -14,7 +14,8 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS, Need, Spent, alternate, compared, timed
 from crossdict_jax.benchmark.peer import Peer, absent
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
-from crossdict_jax.config import BenchmarkConfig, SAEConfig, StepBenchmark
+from crossdict_jax.benchmark_config import BenchmarkConfig, StepBenchmark
+from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.training.loop import Feed, Trainable, chunks, epoch_order, initial
 

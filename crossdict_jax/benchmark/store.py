@@ -11,7 +11,7 @@ import numpy as np
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.benchmark.harness import OURS, Need, alternate, compared, timed
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
-from crossdict_jax.config import BenchmarkConfig
+from crossdict_jax.benchmark_config import BenchmarkConfig
 
 COPY = "numpy copy"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 SPEED = ("case", "contender", "time", "a second", "ratio", "of CPU time", "flops", "bytes")
 MEMORY = ("case", "contender", "memory", "predicted", "ratio")
+TIME = ("case", "contender", "time")
 
 
 def heading(found: dict[str, Any]) -> str:
@@ -49,6 +50,8 @@ def _lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The heads of the columns, and the cells of every row of one benchmark."""
     if "memory" in rows[0]:
         return [MEMORY, *map(_memory_cells, rows)]
+    if "ratio" not in rows[0]:
+        return [TIME, *((row["case"], row["contender"], f"{si(row['seconds'])}s") for row in rows)]
     return [SPEED, *map(_speed_cells, rows)]
 
 

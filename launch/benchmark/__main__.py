@@ -9,7 +9,7 @@ CROSSDICT_DICTIONARY_LEARNING_PYTHON and CROSSDICT_TORCH_PYTHON; those that are 
 How good dictionaries are beside those of SAELens: python -m launch.benchmark.saelens.
 """
 
-from crossdict_jax.config import BenchmarkConfig
+from crossdict_jax.benchmark_config import BenchmarkConfig
 from crossdict_jax.workdir import Workdir
 from launch import command
 
