@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from crossdict_jax.causal.conclude import conclude
 from crossdict_jax.causal.images import images
 from crossdict_jax.causal.inject import Injector, Places
 from crossdict_jax.causal.transfer import Image, Plan, choose_contexts, correlation
-from crossdict_jax.causal.vocabulary import Translation
+from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
 from crossdict_jax.models import Site
@@ -391,6 +393,23 @@ def test_tokens_are_translated_by_their_bytes():
     without = Translation(a, b)
     assert without.to_b(3) == 3  # the longest that it begins with
     assert found.has_text.tolist() == [False, True, True, True, False, True, True]
+
+
+def test_a_byte_is_the_token_that_is_written_not_the_one_for_emergencies():
+    found = Translation((b"s", b"!"), (b"s", b"!", b"s"), fallback_b=frozenset({0, 1}))
+    assert [found.to_b(i) for i in range(2)] == [2, 1]
+
+
+@pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
+def test_a_real_vocabulary_with_bytes_is_translated_to_itself():
+    folder = Path(os.environ["CROSSDICT_DATA"]) / "models/stories260k"
+    tokenizer = models.load_tokenizer(folder)
+    same, names = translation(tokenizer, tokenizer), tokenizer.get_vocab()
+    spelled = [i for name, i in names.items() if not name.startswith("<")]
+    assert len(spelled) > 200
+    assert [same.to_b(i) for i in spelled if same.has_text[i]] == [
+        i for i in spelled if same.has_text[i]
+    ]
 
 
 # ---------------------------------------------------------------- bad input

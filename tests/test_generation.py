@@ -145,5 +145,5 @@ def test_surprise_is_the_plain_model_s(lm):
 def test_tokens_and_seconds_are_counted(lm):
     writer = Writer(lm, Site(1), batch_size=8)
     writer.write(starts(lm.config.d_model), count=4, temperature=0.0, top_p=1.0, seed=0)
-    assert writer.tokens == 8 * 4  # with the rows that fill the batch up
+    assert writer.tokens == 5 * 4  # without the rows that fill the batch up
     assert writer.seconds > 0

@@ -12,7 +12,7 @@ from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.splice import passages_of
 from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.features import TRAIN_ROWS, places_of
-from crossdict_jax.causal.images import feature_directions
+from crossdict_jax.causal.images import feature_directions, strengths
 from crossdict_jax.causal.inject import Injector, Places
 from crossdict_jax.causal.search import around
 from crossdict_jax.causal.transfer import (
@@ -152,7 +152,7 @@ class Source:
             yield encode_rows(self.dictionary, self.read(rows[block]))
 
     def _strength(self, rows: np.ndarray, feature: int) -> np.ndarray:
-        return np.concatenate([f[:, feature] for f in self._codes(rows)])
+        return strengths(self.dictionary, self.read(rows), np.array([feature]))[:, 0]
 
     def _described(self, feature: int, candidates: list[dict]) -> Feature:
         strength = self._strength(self.train, feature)

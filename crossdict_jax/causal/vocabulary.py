@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,8 @@ import numpy as np
 from crossdict_jax.activations import pairing
 from crossdict_jax.errors import UserError
 
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -19,6 +22,8 @@ class Translation:
     Attributes:
       pieces_a, pieces_b: by token id, the bytes that a token stands for.
       special_a, special_b: ids that stand for no text (BOS, padding ...).
+      fallback_b: ids that stand for single bytes which no other token holds; where another one
+        holds the same byte, the model reads and writes that.
       first_token: text -> B's first token of it, None where B's tokenizer cannot say.
     """
 
@@ -26,11 +31,13 @@ class Translation:
     pieces_b: tuple[bytes, ...]
     special_a: frozenset[int] = frozenset()
     special_b: frozenset[int] = frozenset()
+    fallback_b: frozenset[int] = frozenset()
     first_token: Callable[[str], int | None] = lambda text: None
     _ids: dict[bytes, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        for i in reversed(range(len(self.pieces_b))):  # of equal ones the first stays
+        by_worth = sorted(range(len(self.pieces_b)), key=lambda i: (i in self.fallback_b, i))
+        for i in reversed(by_worth):  # of equal ones the first stays
             if self.pieces_b[i] and i not in self.special_b:
                 self._ids[self.pieces_b[i]] = i
 
@@ -87,5 +94,12 @@ def translation(tokenizer_a, tokenizer_b) -> Translation:
         pieces_b=pairing.token_bytes(tokenizer_b),
         special_a=frozenset(tokenizer_a.all_special_ids),
         special_b=frozenset(tokenizer_b.all_special_ids),
+        fallback_b=_fallback(tokenizer_b),
         first_token=first_token,
     )
+
+
+def _fallback(tokenizer) -> frozenset[int]:
+    """The ids of tokens spelled as a byte, like <0x73>."""
+    vocabulary = tokenizer.get_vocab()
+    return frozenset(i for token, i in vocabulary.items() if BYTE.fullmatch(token))

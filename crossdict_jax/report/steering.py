@@ -62,27 +62,41 @@ class Answer:
         ]
 
     @property
+    def doses(self) -> list[float]:
+        """The largest one last."""
+        return sorted({r["alpha"] for r in self.conditions if r["condition"] == "image"}, key=abs)
+
+    @property
     def sentence(self) -> str:
         """What the largest dose does to the promoted tokens, whatever it is."""
-        row = max((r for r in self.conditions if r["condition"] == "image"), key=_dose)
-        low, high = row["token_rate_over_random_low"], row["token_rate_over_random_high"]
-        if low is None:
-            verdict = "one text alone, so nothing is shown"
-        elif low > 0:
-            verdict = "surely more than with a random direction"
-        elif high < 0:
-            verdict = "surely less than with a random direction"
-        else:
-            verdict = "not surely more than with a random direction: nothing is shown"
-        share = number(100 * row["token_rate"], 1)
-        return (
-            f"At dose {row['alpha']:g} promoted tokens make up {share} % of the new tokens, "
-            f"{number(100 * row['token_rate_more'], 1)} points more "
-            f"{_points(row, 'token_rate_more')} than without the edit and "
-            f"{number(100 * row['token_rate_over_random'], 1)} more "
-            f"{_points(row, 'token_rate_over_random')} than with a random direction of equal norm: "
-            f"{verdict}. It costs {number(row['nll_more'], 2)} nats a token."
+        row = next(
+            r for r in self.conditions if (r["condition"], r["alpha"]) == ("image", self.doses[-1])
         )
+        counted = (
+            _compared(row, "token_rate", "promoted tokens, in % of the new tokens,"),
+            _compared(row, "piece_rate", "places of promoted text, per 100 bytes,"),
+        )
+        cost = number(row["nll_more"], 2)
+        return f"At dose {row['alpha']:g} {'; '.join(counted)}. It costs {cost} nats a token."
+
+
+def _compared(row: dict, rate: str, what: str) -> str:
+    """Returns a rate, without the edit and with a random direction, and whether that says much."""
+    times = RATES[rate][1]
+    low, high = (row[f"{rate}_over_random_{end}"] for end in ("low", "high"))
+    if low is None:
+        verdict = "one text alone shows nothing"
+    elif low > 0:
+        verdict = "surely more"
+    else:
+        verdict = "surely less" if high < 0 else "not surely more: nothing is shown"
+    own = times * row[rate]
+    plain, random = (own - times * row[f"{rate}_{other}"] for other in ("more", "over_random"))
+    bounds = _times(row, f"{rate}_over_random", times).note
+    return (
+        f"{what} are {number(own, 2)}, {number(plain, 2)} without the edit and {number(random, 2)} "
+        f"with a random direction of equal norm ({verdict}; difference {bounds})"
+    )
 
 
 NORMS = {
@@ -104,17 +118,8 @@ def _quoted(tokens: list[str]) -> str:
     return " ".join(f"‘{token}’" for token in tokens)
 
 
-def _points(row: dict, key: str) -> str:
-    ends = (f"{key}_{end}" for end in ("low", "high"))
-    return interval({end: _scaled(row[end], 100) for end in ends}, key, 1)
-
-
 def _scaled(value: float | None, times: float) -> float | None:
     return None if value is None else times * value
-
-
-def _dose(row: dict) -> float:
-    return abs(row["alpha"])
 
 
 def read_answer(work: Workdir, name: str) -> Answer:
@@ -150,24 +155,24 @@ def _times(row: dict, key: str, times: float) -> Cell:
     return Cell(number(scaled[key], 2), note=interval(scaled, key, 2))
 
 
-def text_tables(answer: Answer) -> list[Table]:
-    """Returns, for every dose, some texts of some prompts side by side."""
+def side_by_side(answer: Answer, alpha: float) -> Table:
+    """Returns some texts of some prompts at one dose, a column for each edit."""
     by = {(t["condition"], t["alpha"], t["prompt"], t["sample"]): t for t in answer.texts}
-    doses = dict.fromkeys(r["alpha"] for r in answer.conditions if r["condition"] != "none")
-    return [_side_by_side(answer, by, alpha) for alpha in doses]
-
-
-def _side_by_side(answer: Answer, by: dict, alpha: float) -> Table:
-    names = list(dict.fromkeys(row["condition"] for row in answer.conditions))
+    edits = [("none", 0.0)]
+    edits += [(row["condition"], alpha) for row in answer.conditions if row["alpha"] == alpha]
     body = []
     for text in answer.texts:
-        prompt, sample = text["prompt"], text["sample"]
-        if text["condition"] == "none" and prompt < PROMPTS and sample < SAMPLES:
-            own = (by[n, 0.0 if n == "none" else alpha, prompt, sample] for n in names)
-            body.append([Cell(text["before"]), *(Cell(t["text"]) for t in own)])
+        place = text["prompt"], text["sample"]
+        if text["condition"] == "none" and place[0] < PROMPTS and place[1] < SAMPLES:
+            words = (text["before"], *(by[*edit, *place]["text"] for edit in edits))
+            body.append([Cell(_one_line(one)) for one in words])
     columns = [Column("prompt", numeric=False)]
-    columns += [Column(WORDS[name], numeric=False) for name in names]
+    columns += [Column(WORDS[name], numeric=False) for name, _ in edits]
     return Table(f"Dose {alpha:g}", columns, body)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("\n", " ⏎ ").split())
 
 
 def found_table(answer: Answer) -> Table | None:
@@ -192,7 +197,7 @@ def found_table(answer: Answer) -> Table | None:
 
 
 def print_answer(work: Workdir, name: str) -> None:
-    """Prints what was put in, the texts side by side, and how often promoted tokens occur.
+    """Prints what was put in, texts of the largest dose side by side, and all rates.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -213,11 +218,9 @@ def print_answer(work: Workdir, name: str) -> None:
     for context in answer.feature["contexts"]:
         words = f"{context['before']}»{context['token']}«{context['after']}"
         console.print(f"Strong at: {' '.join(words.split())}", **say)
-    for table in text_tables(answer):
-        printed = printable(table)
-        printed.show_lines = True
-        printed.box = box.SQUARE
-        console.print(printed)
+    printed = printable(side_by_side(answer, answer.doses[-1]))
+    printed.show_lines, printed.box = True, box.SQUARE
+    console.print(printed)
     console.print(printable(rates_table(answer)))
     console.print(answer.sentence, **say)
     if timing:
@@ -241,7 +244,7 @@ def section(work: Workdir) -> list[dict]:
             "contexts": answer.feature["contexts"],
             "found": found_table(answer),
             "rates": rates_table(answer),
-            "texts": text_tables(answer),
+            "texts": [side_by_side(answer, dose) for dose in answer.doses],
         }
         for answer in answers
     ]
