@@ -252,6 +252,23 @@ class SteerConfig:
     batch_size: int = 64  # texts written at once
 
 
+@dataclass
+class ProbeConfig:
+    """Linear probes of labelled texts, trained on one model and used on another: launch.probe."""
+
+    source: str = ""  # a file of labelled texts, a JSON object a line
+    text: str = "text"  # the field that holds the text
+    label: str = "label"  # the field that holds its label: text or a whole number
+    pooling: str = "last"  # last | max | mean, over the places of a text that all models share
+    examples: tuple[int, ...] = (16, 64, 256)  # labelled texts that a probe is trained on
+    draws: int = 5  # of the examples, averaged over
+    test_fraction: float = 0.3  # of the texts: accuracies are of them
+    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # L2; cross-validated on the examples
+    layers: str = "middle"  # middle | all, of the layer pairs
+    rungs: tuple[str, ...] = ("all",)  # by which probes are carried: all, or these of map.kinds
+    batch_size: int = 32  # texts per forward
+
+
 # skyline: from a second dictionary of the target itself, the most that a rung can reach.
 # untrained: to the target with all its weights drawn anew, what training has nothing to do with.
 # reseeded: trained rungs that read features once more from another seed: are their weights stable?
@@ -282,6 +299,7 @@ class Config:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass
@@ -332,7 +350,7 @@ class VerifyConfig:
 
 # Settings of Config on which no file of a run depends but the answer to the question that they ask:
 # a finished run may be asked again with others.
-FREE = ("records", "efficiency", "pareto", "contrast", "steer")
+FREE = ("records", "efficiency", "pareto", "contrast", "steer", "probe")
 
 
 def to_dict(config: Any) -> dict:

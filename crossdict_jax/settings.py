@@ -418,6 +418,17 @@ def _rules() -> dict[str, Rule]:
         "steer.top_p": _SHARE_OR_1,
         "steer.promoted": _at_least(1),
         "steer.batch_size": _at_least(1),
+        "probe.source": _FREE,  # its own command asks for it
+        "probe.text": _FILLED,
+        "probe.label": _FILLED,
+        "probe.pooling": _one_of("last", "max", "mean"),
+        "probe.examples": _at_least(8),  # two of each fold
+        "probe.draws": _at_least(1),
+        "probe.test_fraction": _SHARE,
+        "probe.penalties": _ABOVE_0,
+        "probe.layers": _one_of("middle", "all"),
+        "probe.rungs": _one_of("all", *map_kinds()),
+        "probe.batch_size": _at_least(1),
         "gates": _one_of(*gate_files()),
         "model_type": _one_of("gpt2", "gpt_neox"),
         "d_model": _at_least(1),

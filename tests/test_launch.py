@@ -25,6 +25,7 @@ from launch import (
     evaluate,
     extract_activations,
     intervene,
+    probe,
     report,
     train_hypernetworks,
     train_lm,
@@ -170,6 +171,7 @@ MISTAKES = [  # arguments, what the line names
     ("--config.controls=skyline,skyline", "controls=skyline,skyline holds a value twice"),
     ("--expect=README.md", "README.md has no usable get_expectations()"),
     ("--config.contrast.controls=5", "contrast.controls=5 must be 19 or more"),
+    ("--config.probe.examples=4,16", "probe.examples=4,16: 4 must be 8 or more"),
     ("--config.contrast.span=word", "contrast.span=word must be one of last, whole"),
     ("--config.intervention.feature_ids=1,x", "feature_ids=1,x must be whole numbers"),
     ("--width=16 --config.sae.k=17", "sae.k=17 is larger than sae.width=16"),
@@ -577,12 +579,17 @@ def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd)
 
 
 @pytest.mark.parametrize(
-    ("source", "named"), [("", "contrast.source is empty"), ("nowhere.jsonl", "nowhere.jsonl does")]
+    ("question", "changes", "named"),
+    [
+        (contrast, "--config.contrast.features=3", "contrast.source is empty"),
+        (contrast, "--config.contrast.source=nowhere.jsonl", "nowhere.jsonl does not exist"),
+        (probe, "--config.probe.draws=2", "probe.source is empty"),
+        (probe, "--config.probe.source=nowhere.jsonl", "nowhere.jsonl is no file"),
+    ],
 )
-def test_a_finished_run_is_asked_about_other_pairs(source, named, finished, capfd):
+def test_a_finished_run_is_asked_further_questions(question, changes, named, finished, capfd):
     work, _ = finished
-    asked = f"--config.contrast.source={source} --config.contrast.features=3"
-    assert run_here(contrast.main, f"--workdir={work} {asked}") == 2
+    assert run_here(question.main, f"--workdir={work} {changes}") == 2
     (line,) = lines_of(capfd.readouterr().err)
     assert named in line
 

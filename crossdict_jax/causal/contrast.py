@@ -58,8 +58,15 @@ def measure_contrast(config: Config, work: Workdir) -> None:
 
     Raises:
       UserError: a file of pairs is missing or not understood; no set has pairs that all models can
+        read; the run holds transcoders, whose features are written elsewhere than where they are
         read; the store, a model, a dictionary or a map is missing or damaged.
     """
+    if config.sae.output_site:
+        raise UserError(
+            f"sae.output_site={config.sae.output_site}: the dictionaries of this run are "
+            "transcoders, whose features are not written where they are read; contrast sets need a "
+            "run without."
+        )
     started = time.perf_counter()
     sets = read_sets(config.contrast.source)
     store = open_store(work.activations)

@@ -20,20 +20,23 @@ BLOCK = 1024  # rows per forward
 
 
 def rung_groups(
-    config: Config, store: Store, *, layers: str, rungs: tuple[str, ...]
+    config: Config, store: Store, *, layers: str, rungs: tuple[str, ...], of_tokens: bool = False
 ) -> list[list[Task]]:
     """Returns groups of tasks: some task of a direction and layer pair, then maps that give images.
 
     Args:
       layers: "middle" | "all", of the layer pairs.
-      rungs: "all", or kinds among those of the run; rungs that read tokens alone have no images.
+      rungs: "all", or kinds among those of the run.
+      of_tokens: whether rungs that read tokens alone are among them; features have no images
+        under these.
     """
     places: dict[tuple, dict[tuple, list[Task]]] = {}
     for task in maps.tasks(config, store):
         direction = places.setdefault((task.source, task.target), {})
         here = direction.setdefault((task.site_source, task.site_target), [task])
         wanted = "all" in rungs or task.kind in rungs
-        if wanted and task.pairing == "aligned" and map_class(task.kind).reads != "tokens":
+        fits = of_tokens or map_class(task.kind).reads != "tokens"
+        if wanted and task.pairing == "aligned" and fits:
             here.append(task)
     pairs = [list(direction.values()) for direction in places.values()]
     if layers == "middle":

@@ -106,7 +106,9 @@ def read(
             nested += 1
         else:
             kept.append(both)
-    text, positions = _rows(kept, list(tokenizers))
+    ends = [[both[n][side].ends for n in tokenizers] for both in kept for side in (0, 1)]
+    text, positions = paired_rows(ends)
+    positions = positions.reshape(len(text), len(tokenizers))
     of = {
         name: _reading([t for both in kept for t in both[name]], fronts[name], text, position)
         for name, position in zip(tokenizers, positions.T)
@@ -119,15 +121,16 @@ def _nested(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((a[:n] == b[:n]).all())
 
 
-def _rows(kept: list[dict], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(text [rows], positions [rows, models] without BOS) of the common ends."""
-    text, positions = [np.zeros(0, int)], [np.zeros((0, len(names)), int)]
-    for pair, both in enumerate(kept):
-        for side in (0, 1):
-            _, found = pairing.pair_many([both[name][side].ends for name in names])
-            text.append(np.full(len(found), 2 * pair + side))
-            positions.append(found)
-    return np.concatenate(text), np.concatenate(positions)
+def paired_rows(ends: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (text [rows], positions [rows, models], without a BOS) of the common ends of texts.
+
+    Args:
+      ends: per text and model the byte ends of its tokens.
+    """
+    found = [pairing.pair_many(of_models)[1] for of_models in ends]
+    if not found:
+        return np.zeros(0, int), np.zeros((0, 0), int)
+    return np.repeat(np.arange(len(ends)), list(map(len, found))), np.concatenate(found)
 
 
 def _reading(texts: list, front: list[int], text: np.ndarray, position: np.ndarray) -> Reading:

@@ -20,6 +20,7 @@ from crossdict_jax.report import (
     moved,
     pareto,
     plots,
+    probe,
     shared,
     steering,
     tables,
@@ -124,6 +125,7 @@ def render(config: Config, results: Results, *, root: Path) -> str:
             results.feature_causal, results.feature_causal_summary
         ),
         contrast=contrast.section(results.contrast),
+        probes=probe.section(results.probes),
         moved=moved.section(results.moved, results.warm_starts),
         ablation=ablation.section(results.ablation),
         efficiency=efficiency.section(results.efficiency),

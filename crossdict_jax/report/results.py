@@ -174,6 +174,7 @@ class Results:
     efficiency: list[dict]
     pareto: list[dict]
     matching: list[dict]
+    probes: list[dict]
     similarity: list[dict]
     features: list[dict]
     feature_transfer: list[dict]
@@ -225,6 +226,7 @@ def read_results(work: Workdir) -> Results:
         efficiency=_optional(work.result("efficiency.jsonl")),
         pareto=_optional(work.result("pareto.jsonl")),
         matching=_optional(work.result("matching.jsonl")),
+        probes=_optional(work.result("probe.jsonl")),
         similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),
         feature_transfer=_optional(work.result("feature_transfer.jsonl")),

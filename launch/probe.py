@@ -1,0 +1,28 @@
+"""Trains probes on one model's features of labelled texts and uses them on the other's.
+
+python -m launch.probe --workdir=runs/ab --config.probe.source=labelled.jsonl
+
+Needs a run with dictionaries and maps (launch.experiment). Texts are lines of JSON with the fields
+text and label; --config.probe.text and --config.probe.label name others.
+"""
+
+from crossdict_jax.config import Config
+from crossdict_jax.workdir import Workdir
+from launch import command
+
+
+def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax.causal import measure_probes
+
+    measure_probes(config, work)
+
+
+def main_and_table(config: Config, work: Workdir) -> None:
+    from crossdict_jax.report.probe import print_tables
+
+    main(config, work)
+    print_tables(work)
+
+
+if __name__ == "__main__":
+    command.run(main_and_table)

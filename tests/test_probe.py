@@ -1,0 +1,340 @@
+"""Probes: logistic regression, labelled texts, planted labels carried over, the stage, its page."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import test_report
+import tiny_run
+from scipy.optimize import minimize
+
+from crossdict_jax import models
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.causal import logistic, measure_probes
+from crossdict_jax.causal import probe as stage
+from crossdict_jax.causal.finished_run import FinishedRun
+from crossdict_jax.causal.labelled import pooled, read_labelled, read_texts, row_activations
+from crossdict_jax.config import Config, ProbeConfig
+from crossdict_jax.errors import UserError
+from crossdict_jax.report import write_report
+from crossdict_jax.report.probe import print_tables, section
+from crossdict_jax.workdir import Workdir, read_jsonl
+
+# ---------------------------------------------------------------- logistic regression
+
+
+def planted(n: int, classes: int, d: int = 40, seed: int = 0):
+    """Features [n, d], sparse and not negative, and labels that the first ones say."""
+    rng = np.random.default_rng(seed)
+    x = np.maximum(rng.normal(size=(n, d)) - 0.5, 0).astype(np.float32)
+    labels = rng.integers(0, classes, n)
+    x[np.arange(n), labels] += 2
+    return x, labels
+
+
+def test_a_probe_is_the_minimum_of_its_loss():
+    x, y = planted(60, 3)
+    (probe,) = logistic.train(x, y[None], classes=3, penalties=(0.03,), seed=0)
+    scale = 1 / np.sqrt(np.square(x).sum(1).mean())
+
+    def loss(parameters):
+        W, b = parameters[:-3].reshape(40, 3), parameters[-3:]
+        z = scale * x @ W + b[None, :]
+        log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+        return -log_p[np.arange(60), y].mean() + 0.015 * np.square(W).sum()
+
+    best = minimize(loss, np.zeros(123), tol=1e-10)
+    own = np.concatenate([(probe.W / scale).ravel(), probe.b])
+    assert loss(own) == pytest.approx(best.fun, abs=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_probes_find_planted_labels_and_nothing_in_shuffled_ones(classes):
+    x, y = planted(400, classes)
+    train = slice(0, 200)
+    shuffled = np.random.default_rng(1).permutation(y[train])
+    penalties = (1e-3, 1e-1)
+    true, null = logistic.train(
+        x[train], np.stack([y[train], shuffled]), classes=classes, penalties=penalties, seed=0
+    )
+    accuracy = [(probe(x[200:]) == y[200:]).mean() for probe in (true, null)]
+    chance = np.bincount(y).max() / len(y)
+    assert accuracy[0] > 0.85
+    assert accuracy[1] < chance + 0.1
+    assert null.penalty == 1e-1  # nothing to be learned
+
+
+def test_more_columns_than_rows_and_more_rows_than_columns_agree():
+    x, y = planted(30, 2)
+    wide = np.concatenate([x, np.zeros((30, 100), np.float32)], axis=1)
+    probes = [
+        logistic.train(a, y[None], classes=2, penalties=(0.01,), seed=0)[0]
+        for a in (x[:, :20], wide)
+    ]
+    assert probes[0].W.shape == (20, 2) and probes[1].W.shape == (140, 2)
+    assert not np.abs(probes[1].W[40:]).max() > 1e-9
+    np.testing.assert_array_equal(
+        probes[1](wide), logistic.train(x, y[None], classes=2, penalties=(0.01,), seed=0)[0](x)
+    )
+
+
+# ---------------------------------------------------------------- labelled texts
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_texts_are_read_once_each(tmp_path):
+    lines = [{"t": "a", "l": 1}, {"t": "b", "l": True}, {"t": "a", "l": 2}, {"t": "c", "l": "x"}]
+    found = read_labelled(write(tmp_path / "x.jsonl", lines), text="t", label="l")
+    assert found.texts == ("a", "b", "c")
+    assert [found.classes[i] for i in found.labels] == ["1", "True", "x"]
+    assert found.duplicates == 1
+
+
+BAD = {  # what is written, what the line names
+    "no text": (
+        [{"words": "a", "label": 1}],
+        "line 1 has no field text, only words, label; set probe.text",
+    ),
+    "no label": ([{"text": "a", "kind": 1}], "no field label, only text, kind; set probe.label"),
+    "number": ([{"text": 1, "label": 1}], "text is not text, or blank"),
+    "float": ([{"text": "a", "label": 0.5}], "label is not text or a whole number, or blank"),
+    "null": ([{"text": "a", "label": None}], "label is not text or a whole number"),
+    "one class": ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "every label is 1"),
+    "empty": ([], "it is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_texts_are_named(name, tmp_path):
+    lines, words = BAD[name]
+    with pytest.raises(UserError, match=words):
+        read_labelled(write(tmp_path / "x.jsonl", lines), text="text", label="label")
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="source is empty; name a file"):
+        read_labelled("", text="text", label="label")
+    with pytest.raises(UserError, match="is no file"):
+        read_labelled(str(tmp_path), text="text", label="label")
+
+
+def test_pooling():
+    f = np.array([[1, 0], [3, 1], [2, 5]], np.float32)
+    text = np.array([0, 0, 1])
+    np.testing.assert_array_equal(pooled(f, text, "last"), [[3, 1], [2, 5]])
+    np.testing.assert_array_equal(pooled(f, text, "max"), [[3, 1], [2, 5]])
+    np.testing.assert_array_equal(pooled(f, text, "mean"), [[2, 0.5], [2, 5]])
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished study of made-up texts on the run that all tests share; (config, work).
+
+    The label is whether the last word starts with one of the first letters: the models read it.
+    """
+    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
+    root = tmp_path_factory.mktemp("probe")
+    shutil.copytree(work.root, root / "run")
+    words = [text.split()[:6] for text in tiny_run.make_texts(90)]
+    lines = [{"text": " ".join(w), "label": "early" if w[-1] < "d" else "late"} for w in words]
+    lines += [lines[0], {"text": "abc " * 40, "label": "late"}]
+    asked = ProbeConfig(
+        source=write(root / "texts.jsonl", lines), examples=(12, 32), draws=2, batch_size=16
+    )
+    config, work = dataclasses.replace(config, probe=asked), Workdir(root / "run")
+    measure_probes(config, work)
+    return config, work
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    shutil.copytree(run[1].root, tmp_path / "run")
+    return Workdir(tmp_path / "run")
+
+
+def asking(config, **changes):
+    return dataclasses.replace(config, probe=dataclasses.replace(config.probe, **changes))
+
+
+def test_a_row_for_every_probe_and_number_of_examples(run):
+    config, work = run
+    rows = read_jsonl(work.result(stage.ROWS))
+    probes = [*config.map.kinds, "native", "source", "tokens", "majority"]
+    expected = [(a, b, n, p) for a, b in ("ab", "ba") for n in (12, 32) for p in probes]
+    assert [(r["source"], r["target"], r["n"], r["probe"]) for r in rows] == expected
+    for row in rows:
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        assert (row["n_duplicates"], row["n_too_long"], row["n_texts"]) == (1, 1, 27)
+        if row["probe"] == "native":
+            assert row["behind_native"] == 0.0
+        if row["probe"] == "tokens":
+            assert row["lead_tokens"] == 0.0
+    of = {(r["source"], r["n"], r["probe"]): r["accuracy"] for r in rows}
+    for n in (12, 32):  # one's own probe is the other direction's native one
+        assert of["a", n, "native"] == of["b", n, "source"]
+        assert of["a", n, "mean"] == of["a", n, "majority"]  # which says the same of every text
+
+
+def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones(run, monkeypatch):
+    """Planted: labels that the target's features say, and a rung that predicts these."""
+    config, work = run
+    store = open_store(work.activations)
+    texts = stage._Texts(
+        FinishedRun(config, work, store),
+        read_labelled(config.probe.source, text="text", label="label"),
+    )
+    (group,) = [
+        g
+        for g in stage.rung_groups(config, store, layers="middle", rungs=("ridge",))
+        if g[0].source == "a"
+    ]
+    direction = stage._Direction(texts, group)
+    n = len(texts.read.kept)
+    f, y = planted(n, 2)
+    noise = np.random.default_rng(2).normal(scale=0.1, size=f.shape)
+    useless = np.zeros((n, 3), np.float32)
+    features = {
+        "right": (np.maximum(f + noise, 0), f),
+        "wrong": (np.roll(f, 7, axis=1), f),
+        "native": (f, f),
+        "tokens": (useless, useless),
+    }
+    monkeypatch.setattr(stage._Direction, "_features", features)
+    monkeypatch.setattr(stage._Texts, "labels", y)
+    rows = {row["probe"]: row for row in direction.rows(32)}
+    assert rows["native"]["accuracy"] > 0.8
+    assert rows["right"]["accuracy"] > rows["native"]["accuracy"] - 0.1
+    assert rows["right"]["lead_tokens_low"] > 0
+    assert rows["wrong"]["accuracy"] < 0.7 and rows["wrong"]["behind_native_low"] > 0
+    assert rows["native"]["accuracy_shuffled"] < 0.7
+
+
+def test_examples_hold_every_label_and_no_held_out_text(run):
+    config, work = run
+    run_ = FinishedRun(config, work, open_store(work.activations))
+    texts = stage._Texts(run_, read_labelled(config.probe.source, text="text", label="label"))
+    for draw in range(3):
+        rows = texts.examples(12, draw)
+        assert len(set(rows)) == 12 and set(texts.labels[rows]) == {0, 1}
+        assert not set(rows) & set(texts.test)
+    assert set(texts.examples(12, 0)) != set(texts.examples(12, 1))
+
+
+def test_rows_are_what_the_models_read_there(run):
+    config, _ = run
+    tokenizers = dict(zip("ab", map(models.load_tokenizer, config.models)))
+    texts = ["abc de fgh", "bad cab"]
+    how = {"bos": {"a": None, "b": 3}, "contexts": {"a": 64, "b": 64}}
+    read = read_texts(texts, tokenizers, **how, last=True)
+    assert read.text.tolist() == [0, 1]
+    lm = models.load(config.models[1])
+    x = row_activations(lm, read, "b", tiny_run.SITE, batch_size=4, dtype="float32")
+    for i, tokens in enumerate(read.tokens["b"]):
+        assert tokens[0] == 3 and read.position["b"][i] == len(tokens) - 1  # the end is a pair
+        alone = models.capture(lm, tokens[None], [tiny_run.SITE])[tiny_run.SITE][0, -1]
+        np.testing.assert_allclose(x[i], alone, atol=1e-5)
+
+
+def test_finished_rows_are_left_as_they_are(run, monkeypatch):
+    config, work = run
+    before = work.result(stage.ROWS).read_bytes()
+    monkeypatch.setattr(stage, "_rows", None)
+    measure_probes(config, work)
+    assert work.result(stage.ROWS).read_bytes() == before
+
+
+def test_a_killed_stage_goes_on_behind_its_last_part(run, copy, monkeypatch):
+    config, work = run
+    copy.result(stage.ROWS).unlink()
+    rows, done = stage._Direction.rows, []
+
+    def killed(self, n):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(n)
+        return rows(self, n)
+
+    monkeypatch.setattr(stage._Direction, "rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure_probes(config, copy)
+    done.clear()
+    measure_probes(config, copy)
+    assert len(done) == 1
+    assert copy.result(stage.ROWS).read_bytes() == work.result(stage.ROWS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pooling": "max"},
+        {"pooling": "mean"},
+        {"draws": 1},
+        {"examples": (16,)},
+        {"test_fraction": 0.4},
+        {"penalties": (10.0,)},
+        {"rungs": ("ridge",)},
+    ],
+)
+def test_settings_change_the_rows(run, copy, change):
+    config, work = run
+    quick = {"rungs": ("ridge",), "examples": (12,)} | change
+    measure_probes(asking(config, **quick), copy)
+    changed = read_jsonl(copy.result(stage.ROWS))
+    before = read_jsonl(work.result(stage.ROWS))
+    kept = [r for r in before if r["n"] == 12 and r["probe"] in {c["probe"] for c in changed}]
+    assert changed != (before if change == {"rungs": ("ridge",)} else kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"examples": (16, 500)}, r"examples=500 is more than the 63 texts to train on: 90 of 91"),
+        ({"test_fraction": 0.001}, "holds out 0 texts: 90 of 91"),
+    ],
+)
+def test_too_few_texts_are_refused(run, copy, change, words):
+    with pytest.raises(UserError, match=words):
+        measure_probes(asking(run[0], **change), copy)
+
+
+def test_a_field_that_is_no_label_is_refused(run, copy, tmp_path):
+    lines = [{"text": f"abc {'abcdefgh'[i % 8]}{'abcd'[i // 8]}", "label": i} for i in range(32)]
+    asked = asking(run[0], source=write(tmp_path / "x.jsonl", lines), examples=(16,))
+    with pytest.raises(UserError, match="examples=16 is less than the 32 different labels"):
+        measure_probes(asked, copy)
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def test_tables_show_every_probe_and_its_null(run, capsys):
+    config, work = run
+    found = section(read_jsonl(work.result(stage.ROWS)))
+    assert len(found["tables"]) == len(found["figures"]) == 2
+    for table in found["tables"]:
+        assert len(table.rows) == len(config.map.kinds) + 4
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        assert table.rows[1][1].note and not table.rows[-1][1].note  # a majority learns nothing
+    print_tables(work)
+    assert "Accuracy of probes, a → b" in capsys.readouterr().out
+    assert section([]) is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_page_shows_them_where_there_are_some(run, tmp_path, there):
+    work = test_report.write_required(tmp_path / "run")
+    if there:
+        shutil.copy(run[1].result(stage.ROWS), work.result(stage.ROWS))
+    page = write_report(Config(models=("a", "b")), work).read_text()
+    part = re.search(r'<section id="probes">.*?</section>', page, re.DOTALL)
+    assert (part is not None) == there == ('href="#probes"' in page)
