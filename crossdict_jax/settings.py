@@ -469,6 +469,11 @@ def validate(
         _check_values(name, value, rules[name])
     if isinstance(config, Config | PretrainConfig):
         _check_fractions(config.text)
+    if isinstance(config, PretrainConfig) and config.text.window_tokens != TextConfig.window_tokens:
+        raise UserError(
+            f"text.window_tokens={config.text.window_tokens} means nothing here: windows are of "
+            f"context={config.context} tokens; set context and leave it out."
+        )
     if isinstance(config, Config):
         _check_models(config.models)
         _check_dictionaries(config.sae)

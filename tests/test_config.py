@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def test_every_setting_has_a_rule():
         assert settings._rules_of(kind).keys() >= settings.settings(kind).keys()
     names = {name for kind in KINDS[:-1] for name in settings.settings(kind)}
     assert settings._rules().keys() == names
+
+
+def test_every_setting_is_turned_by_a_test():
+    """Quickly, by name; tests/test_options.py itself tells by the kind of config."""
+    listed = set(re.findall(r"[\w.]+", Path(__file__).with_name("test_options.py").read_text()))
+    for kind in KINDS:
+        missing = sorted(settings.settings(kind).keys() - listed)
+        assert not missing, (
+            f"Nothing turns {', '.join(missing)} of {kind.__name__}. Add each to TURNED in "
+            "tests/test_options.py with another value and the probe that must see it, or to "
+            "ELSEWHERE there beside the test that turns it."
+        )
 
 
 def test_every_setting_has_a_unit_or_a_reason():
@@ -232,6 +245,13 @@ def test_refused_settings_are_named(name, value, named):
 )
 def test_unusual_settings_are_allowed(name, value):
     settings.validate(changed(**{name: value}))
+
+
+def test_a_setting_that_would_do_nothing_is_refused():
+    config = PretrainConfig()
+    config.text.window_tokens = 99
+    with pytest.raises(UserError, match=r"text\.window_tokens=99 means nothing here"):
+        settings.validate(config)
 
 
 def test_relu_needs_no_k():
