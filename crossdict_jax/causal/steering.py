@@ -141,7 +141,6 @@ class _Target:
         ends = lm.config.eos_token_id
         ends = ends if isinstance(ends, tuple) else (() if ends is None else (ends,))
         self.ends = {*ends, *self.tokenizer.all_special_ids}
-        self.has_bos = store.has_bos(task.target) is not None
         self.dictionary = dictionaries.load(work.dictionary(task.target, task.site_target))
         self.writer = Writer(
             lm,

@@ -115,7 +115,11 @@ def _image(name: str) -> str:
 
 
 def _quoted(tokens: list[str]) -> str:
-    return " ".join(f"‘{token}’" for token in tokens)
+    return " ".join(f"‘{_token(token)}’" for token in tokens)
+
+
+def _token(text: str) -> str:
+    return text.replace("\n", "⏎")
 
 
 def _scaled(value: float | None, times: float) -> float | None:
@@ -185,7 +189,7 @@ def found_table(answer: Answer) -> Table | None:
         [
             Cell(str(c["feature"])),
             *(Cell(number(c[key], 2)) for key in ("share", "base", "promotes")),
-            Cell(f"‘{c['token']}’"),
+            Cell(_quoted([c["token"]])),
         ]
         for c in answer.feature["candidates"]
     ]
