@@ -19,9 +19,9 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
-from crossdict_jax.benchmark.saelens import PYTHON
-from crossdict_jax.causal import intervene, transfer_features
-from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, to_dict
+from crossdict_jax.benchmark.saelens import PYTHON, compare_saelens
+from crossdict_jax.causal import intervene, steer, transfer_features
+from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
 from crossdict_jax.dictionaries import base, start, train
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt
@@ -33,6 +33,7 @@ from crossdict_jax.evaluation.warm_start import compare_starts
 from crossdict_jax.models import Site
 from crossdict_jax.settings import validate
 from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.verify.recovery import measure_pareto
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 
 HYPER = base.Hyper(0.1, 0.5, 4, 0.5, 0.0, (0.2, 0.5), 0.25, revive=True)
@@ -418,7 +419,10 @@ def test_an_output_that_is_not_there_is_refused(output_site, message, finished, 
 
 def test_what_needs_equal_sites_says_so(finished, tmp_path):
     config, store, work = finished
-    for stage in (measure_efficiency, lambda c, w: compare_starts(c, store, w)):
+    config = dataclasses.replace(config, steer=SteerConfig(feature=1))
+    stages = [measure_efficiency, measure_pareto, steer]
+    stages += [lambda c, w, f=f: f(c, store, w) for f in (compare_starts, compare_saelens)]
+    for stage in stages:
         with pytest.raises(UserError, match="write the site that they read"):
             stage(config, work)
     d = dictionaries.load(work.dictionary("b", tiny_run.SITE))

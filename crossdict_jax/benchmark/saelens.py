@@ -24,6 +24,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.models import Site
 from crossdict_jax.report.pareto import fvu_at
+from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
@@ -54,6 +55,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
     Raises:
       UserError: no interpreter with SAELens is named, or its training failed.
     """
+    refuse_transcoders(config, "The comparison with SAELens")
     python = os.environ.get(PYTHON)
     if not python:
         raise UserError(f"{PYTHON} is not set; name the python of an environment with sae-lens.")

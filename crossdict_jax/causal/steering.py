@@ -26,6 +26,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Side, Task
 from crossdict_jax.maps.base import encode_rows, map_class, slices
+from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 FOLDER = "steering"  # of results/ and of report/
@@ -54,7 +55,8 @@ def steer(config: Config, work: Workdir) -> str:
     texts with a random direction of the same dose.
 
     Raises:
-      UserError: anything that was asked for does not exist, is dead, or does not fit.
+      UserError: anything that was asked for does not exist, is dead, or does not fit, or the run
+        holds transcoders.
     """
     started = time.perf_counter()
     settings = config.steer
@@ -63,6 +65,7 @@ def steer(config: Config, work: Workdir) -> str:
             "steer.feature and steer.search: give one of them, as in --config.steer.feature=17 or "
             "--config.steer.search=himself."
         )
+    refuse_transcoders(config, "Steering")
     store = open_store(work.activations)
     task = chosen_task(config, store)
     target = _Target(config, work, store, task)

@@ -13,6 +13,7 @@ from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, ParetoConfig, SAEConfig
 from crossdict_jax.evaluation.pareto import curves
+from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.verify.lab import NAMES, SITE, planted_config, write_store
 from crossdict_jax.verify.planted import PlantedConfig, Views, best_cosines, views
 from crossdict_jax.workdir import Workdir, write_jsonl
@@ -48,6 +49,7 @@ def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
     Raises:
       UserError: the store is missing, or a setting asks for what cannot be.
     """
+    refuse_transcoders(config, "The curve of L0 against FVU")
     started = time.perf_counter()
     store = open_store(work.activations)
     known = {"planted": PLANTED, "sae": SETTINGS, "seed": config.seed}
