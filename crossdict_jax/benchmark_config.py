@@ -107,7 +107,7 @@ class ScalingBenchmark:
     ks: tuple[int, ...] = (8, 128)  # active features a row
     batch_sizes: tuple[int, ...] = (256, 4096)  # rows
     members: tuple[int, ...] = (2, 4)  # dictionaries in one step
-    store_rows: tuple[int, ...] = (65_536, 524_288)  # all on the device
+    store_rows: tuple[int, ...] = (65_536, 524_288)  # on the device, and on the host
 
 
 @dataclass

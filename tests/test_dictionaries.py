@@ -423,6 +423,20 @@ def test_split_groups_train_to_the_same_dictionaries(tmp_path, monkeypatch):
         np.testing.assert_allclose(leaves(parts, name="seed-1")[name], value, atol=2e-5)
 
 
+def test_rows_that_stay_on_the_host_train_to_the_same_dictionaries(tmp_path, monkeypatch):
+    settings = {"steps": 60, "checkpoint_every": 40, "seeds": 2}  # chunks of 40 and of 20
+    there = run(tmp_path / "there", **settings)
+    feeds, train = [], training.train
+    monkeypatch.setattr(
+        training, "train", lambda *a, feed, **k: feeds.append(feed) or train(*a, feed=feed, **k)
+    )
+    monkeypatch.setattr(training, "_device_memory", lambda: 1)
+    sent = run(tmp_path / "sent", **settings)
+    assert feeds and all(feed.resident == {} for feed in feeds)
+    for name, value in leaves(there, name="seed-1").items():
+        np.testing.assert_allclose(leaves(sent, name="seed-1")[name], value, atol=2e-5)
+
+
 @every
 def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path, monkeypatch):
     settings = {"architecture": architecture, "steps": 30, "checkpoint_every": 10}

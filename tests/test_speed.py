@@ -289,7 +289,13 @@ def test_rows_of_a_whole_run_are_times_alone():
 
 def test_growth_is_measured_against_the_base(tmp_path):
     rows = measured("scaling", tmp_path)
-    assert [row["case"] for row in rows] == ["width 4", "d_model 4", "members 2", "store rows 40"]
+    assert [row["case"] for row in rows] == [
+        "width 4",
+        "d_model 4",
+        "members 2",
+        "store rows 40",
+        "store rows 40, on the host",
+    ]
     assert rows[2]["flops"] == 2 * 16 * (2 * 8 * 8 + 8 * 8 * 2)
 
 

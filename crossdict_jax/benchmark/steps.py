@@ -48,9 +48,14 @@ class Steps:
         return self._state, metrics
 
 
-def dictionary_steps(sae: SAEConfig, store: Store) -> Steps:
-    """Returns the training of all that ``sae`` asks for at the store's site, as one ensemble."""
-    ensemble = prepare(sae, store, members(sae, [(MODEL, SITE)]), store.select("train"))
+def dictionary_steps(sae: SAEConfig, store: Store, *, resident: bool | None = None) -> Steps:
+    """Returns the training of all that ``sae`` asks for at the store's site, as one ensemble.
+
+    Args:
+      resident: see ``prepare``.
+    """
+    group, rows = members(sae, [(MODEL, SITE)]), store.select("train")
+    ensemble = prepare(sae, store, group, rows, resident=resident)
     return Steps(ensemble.trainable, ensemble.feed, ensemble.by_member)
 
 

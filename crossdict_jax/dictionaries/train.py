@@ -34,6 +34,7 @@ from crossdict_jax.workdir import Workdir, write_json
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
 MOST_RATE = 2e-2  # above it narrow dictionaries, too, lose what they found
+ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
 DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK most of the run to revive
 
 
@@ -224,8 +225,15 @@ def _most_members(sae: SAEConfig, *, d_model: int, width: int, rows: int, d_out:
     if limit is None:
         return 1_000_000
     one = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
-    one += 2 * rows * (d_model + d_out)
+    data = 2 * rows * (d_model + d_out)
+    one += data if _rows_fit(data) else 0
     return max(1, int(0.8 * limit * jax.device_count() // one))
+
+
+def _rows_fit(size: int) -> bool:
+    """Whether rows of so many bytes stay on every device, and leave room for a training."""
+    limit = _device_memory()
+    return limit is None or size <= ROWS_SHARE * limit
 
 
 def _device_memory() -> int | None:
@@ -301,10 +309,22 @@ class Ensemble:
         return jax.tree.map(lambda _: shard(self.mesh, MEMBER), abstract)
 
 
-def prepare(sae: SAEConfig, store: Store, group: list[Member], rows: np.ndarray) -> Ensemble:
-    """Returns members that share d_model, width and k, with these rows [n] on the devices."""
+def prepare(
+    sae: SAEConfig,
+    store: Store,
+    group: list[Member],
+    rows: np.ndarray,
+    *,
+    resident: bool | None = None,
+) -> Ensemble:
+    """Returns members that share d_model, width and k, ready to be trained on these rows [n].
+
+    Args:
+      resident: whether the rows stay on the devices, or on the host, which then sends the batches
+        of a chunk of steps at a time; None: on the devices if they fit beside the training.
+    """
     sizes, mesh = _sizes(store, group[0]), make_mesh(members=len(group))
-    feed, starts = _feed(sae, store, group, rows, mesh)
+    feed, starts = _feed(sae, store, group, rows, mesh, resident)
     graphdef, _ = modules.abstract(lambda: _build(sae, sizes, group[0], jax.random.key(0)))
     trainable = _trainable(sae, graphdef, group, sizes, starts)
     return Ensemble(graphdef, trainable, feed, mesh)
@@ -352,8 +372,10 @@ def _build(sae: SAEConfig, sizes: dict[str, int], member: Member, key: jax.Array
     return base.build(sae.architecture, **shape, width=member.width, k=member.k, key=key)
 
 
-def _feed(sae: SAEConfig, store: Store, group: list[Member], rows, mesh) -> tuple[Feed, Start]:
-    """Rows of all the group's sites on the devices; every seed has an order of its own.
+def _feed(
+    sae: SAEConfig, store: Store, group: list[Member], rows, mesh, resident: bool | None
+) -> tuple[Feed, Start]:
+    """Rows of all the group's sites, where ``prepare`` says; every seed has an order of its own.
 
     A batch is (x, y): what is read [members, batch, d_model] and, of transcoders, what is to be
     written [members, batch, d_out], else None.
@@ -369,25 +391,34 @@ def _feed(sae: SAEConfig, store: Store, group: list[Member], rows, mesh) -> tupl
     for place, y in zip(sites, data.get("y", ())):
         check_rows(y, " ".join(map(str, store.output_of(*place))), rows)
     start = [start_of(*arrays) for arrays in zip(*data.values())]
-    which = jnp.asarray([sites.index((m.model, m.site)) for m in group])
+    which = np.asarray([sites.index((m.model, m.site)) for m in group])
     seeds = sorted({m.seed for m in group})
-    order_of = jnp.asarray([seeds.index(m.seed) for m in group])
+    order_of = np.asarray([seeds.index(m.seed) for m in group])
+    if resident is None:
+        resident = _rows_fit(sum(array.nbytes for array in data.values()))
 
-    def indices(first: int, count: int) -> np.ndarray:
+    def orders(first: int, count: int) -> np.ndarray:
         span = {"start": first * sae.batch_size, "count": count * sae.batch_size, "n": len(rows)}
         orders = [epoch_order(seed, **span).reshape(count, sae.batch_size) for seed in seeds]
         return np.stack(orders, axis=1)  # [steps, seeds, batch]
 
-    def select(resident, orders):
-        def rows_of(array):
-            batch = array[which[:, None], orders[order_of]].astype(jnp.float32)
-            return jax.lax.with_sharding_constraint(batch, shard(mesh, MEMBER, DATA))
+    def chosen(data, orders):
+        """Orders [..., seeds, batch] to rows [..., members, batch, d] of every array."""
+        places = (which[:, None], orders[..., order_of, :])
+        return {name: array[places] for name, array in data.items()}
 
-        return rows_of(resident["x"]), rows_of(resident["y"]) if "y" in resident else None
+    def select(there, sent):
+        batch = {
+            name: jax.lax.with_sharding_constraint(x.astype(jnp.float32), shard(mesh, MEMBER, DATA))
+            for name, x in (chosen(there, sent) if resident else sent).items()
+        }
+        return batch["x"], batch.get("y")
 
-    per_member = [start[i] for i in np.asarray(which)]
+    per_member = [start[i] for i in which]
     starts = {name: np.stack([one[name] for one in per_member]) for name in per_member[0]}
-    return Feed(put(data, shard(mesh)), indices, select), starts
+    if resident:
+        return Feed(put(data, shard(mesh)), orders, select), starts
+    return Feed({}, lambda first, count: chosen(data, orders(first, count)), select), starts
 
 
 def _trainable(
