@@ -482,6 +482,13 @@ def test_texts_that_no_model_can_read_are_refused(run, copy, tmp_path, capsys):
     )
 
 
+def test_transcoders_are_refused(run):
+    config, work = run
+    moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))
+    with pytest.raises(UserError, match="output_site=mlp_out: the dictionaries of this run are"):
+        measure_contrast(moved, work)
+
+
 def test_batches_and_devices_change_nothing(run, tokenizers, monkeypatch):
     pairs = ContrastSet(
         "s", ("abc de fgh a", "bad cab ab", "ab ba c"), ("abc de fgh bb", "bad dab ab", "ab ba d")

@@ -19,6 +19,7 @@ import numpy as np
 from crossdict_jax import models, modules
 from crossdict_jax.activations import pairing
 from crossdict_jax.causal.contrast_sets import ContrastSet
+from crossdict_jax.causal.images import strengths
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
@@ -222,13 +223,13 @@ class Reader:
         """Returns the activations at the paired positions, float32 [rows, d_model]."""
         return self.activations(site)[self._text, self._reading.position]
 
-    def own_strength(self, site: Site, dictionary: Dictionary, features: Sequence[int]):
+    def own_strength(
+        self, site: Site, dictionary: Dictionary, features: Sequence[int]
+    ) -> np.ndarray:
         """Returns the model's own features at the edited tokens, float32 [texts, seq, features]."""
         x = self.activations(site)[self.edited]
         dense = np.zeros((*self.edited.shape, len(features)), np.float32)
-        if len(x):
-            f = modules.over_rows(dictionary, x, method="encode", size=1024)
-            dense[self.edited] = f[:, np.asarray(features, int)]
+        dense[self.edited] = strengths(dictionary, x, np.asarray(features, int))
         return dense
 
     def preference(self) -> np.ndarray:

@@ -22,11 +22,15 @@ VERDICTS = {  # of ``moves``: (style, sign and words)
     False: ("none", "○ like controls"),
     None: ("", "– nothing to bear"),
 }
-CONTROLS = (("random", "random directions"), ("shuffled", "other features’"), ("others", "others"))
+CONTROLS = (
+    ("random", "random directions, p"),
+    ("shuffled", "other features’, p"),
+    ("others", "other features, p"),
+)
 COSTS = (
     Column("cost, nats"),
-    *(Column(title, hint="p") for _, title in CONTROLS),
-    Column("accuracy", hint="then"),
+    *(Column(title) for _, title in CONTROLS),
+    Column("accuracy, then"),
 )
 
 
@@ -80,7 +84,7 @@ def _set(name: str, rows: list[dict]) -> dict:
 def _preferences(name: str, rows: list[dict]) -> Table:
     columns = [
         Column("model", numeric=False),
-        Column("pairs", hint="left out"),
+        Column("pairs, left out"),
         Column("accuracy"),
         Column("labels swapped"),
         Column("token counts"),

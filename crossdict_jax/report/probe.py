@@ -61,7 +61,7 @@ def table(rows: list[dict]) -> Table:
     counts = sorted({row["n"] for row in rows})
     columns = [
         Column("probe", numeric=False),
-        *(Column(f"{number(n)} examples", hint="shuffled labels") for n in counts),
+        *(Column(f"{number(n)} examples, shuffled labels") for n in counts),
         Column("over tokens, at most examples"),
         Column("behind native"),
     ]
