@@ -55,7 +55,13 @@ def _extract(place: Path, documents: int, size: int) -> int:
     config = Config(
         models=EMBEDDED,
         layers=(2,),  # a low one: it is memory that is measured
-        text=TextConfig(source=str(place / "text.txt"), documents=documents, max_bytes=size),
+        text=TextConfig(
+            source=str(place / "text.txt"),
+            documents=documents,
+            max_bytes=size,
+            validation_fraction=0.3,  # a few documents leave no split without any
+            test_fraction=0.3,
+        ),
         evaluation=EvaluationConfig(pool=1),
     )
     return len(extract(config, open_workdir(place / "run", to_dict(config))).rows)

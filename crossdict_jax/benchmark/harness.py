@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +134,12 @@ def _with_peak(function: Callable, arguments: tuple) -> tuple[Any, int]:
 
 def peak_memory() -> int:
     """Returns the most bytes this process has held: on the device if it tells, else on the host."""
-    statistics_ = jax.devices()[0].memory_stats() or {}
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return statistics_.get("peak_bytes_in_use", host)
+    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory() -> int:
+    """Returns the bytes this process holds now, counted where ``peak_memory`` counts."""
+    on_device = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() if on_device is None else on_device
