@@ -104,6 +104,7 @@ def main() -> None:
     if data:
         for folder in sorted((data / "models").iterdir()):
             print(folder.name, make_losses(folder, GOLDENS / f"loss-{folder.name}.npz"))
+            make_greedy(folder, GOLDENS / f"greedy-{folder.name}.npz")
 
 
 def make_variant(folder: Path, raw: dict) -> None:
@@ -168,6 +169,21 @@ def make_losses(folder: Path, file: Path) -> float:
     loss = model(tokens, labels=tokens).loss.item()
     np.savez_compressed(file, tokens=tokens.numpy().astype(np.int32), loss=np.float64(loss))
     return loss
+
+
+@torch.no_grad()
+def make_greedy(folder: Path, file: Path) -> None:
+    """Token ids of a prompt, and the likeliest ones behind it, as Hugging Face generates them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("One day, ", add_special_tokens=False, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    new = min(40, model.config.max_position_embeddings - prompt.shape[1])
+    whole = model.generate(
+        prompt, do_sample=False, min_new_tokens=new, max_new_tokens=new, eos_token_id=None
+    )
+    parts = prompt[0], whole[0, prompt.shape[1] :]
+    names = ("prompt", "continuation")
+    np.savez_compressed(file, **{n: p.numpy().astype(np.int32) for n, p in zip(names, parts)})
 
 
 if __name__ == "__main__":

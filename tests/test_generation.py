@@ -1,5 +1,8 @@
 """Generation: what the cache gives is what the whole text gives, and draws are what they say."""
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,7 @@ LLAMA = {
 }
 FAMILIES = {"gpt2": SHAPES["a"], "gpt_neox": SHAPES["b"], "llama": LLAMA}
 LENGTHS = (5, 2, 7, 1, 3)
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 def starts(d_model: int, *, scale: float = 3.0, first=None) -> Starts:
@@ -147,3 +151,15 @@ def test_tokens_and_seconds_are_counted(lm):
     writer.write(starts(lm.config.d_model), count=4, temperature=0.0, top_p=1.0, seed=0)
     assert writer.tokens == 5 * 4  # without the rows that fill the batch up
     assert writer.seconds > 0
+
+
+@pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
+@pytest.mark.parametrize("name", ["stories260k", "llama2xs", "gpt-tinystories-char"])
+def test_real_models_write_what_hugging_face_writes(name):
+    golden = np.load(GOLDENS / f"greedy-{name}.npz", allow_pickle=False)
+    lm = models.load(Path(os.environ["CROSSDICT_DATA"]) / "models" / name)
+    prompt, continuation = golden["prompt"], golden["continuation"]
+    zero, one = np.zeros(1, np.int32), np.full(1, len(prompt), np.int32)
+    s = Starts(prompt[None], one, zero, np.zeros((1, lm.config.d_model), np.float32), zero, zero)
+    found = greedy(lm, Site(0), s, len(continuation))
+    assert found[0].tolist() == continuation.tolist()

@@ -334,3 +334,10 @@ def test_a_dead_feature_is_called_dead(run, monkeypatch):
         UserError, match=r"feature 3 of a at resid_pre\.1 is dead, it fires at none"
     ):
         steer(config, work)
+
+
+def test_features_that_are_written_elsewhere_are_refused(run):
+    config, work = run
+    sae = dataclasses.replace(config.sae, output_site="mlp_out")
+    with pytest.raises(UserError, match="Steering needs dictionaries that write"):
+        steer(dataclasses.replace(asked(config, feature=1), sae=sae), work)
