@@ -41,7 +41,8 @@ def trainable_of(architecture, *, d_out=0, **sae):
         starts |= {"scale_out": np.full(2, 2, np.float32), "mean_out": np.zeros((2, d_out))}
         starts["predictor"] = np.random.default_rng(0).normal(size=(2, 6, d_out))
     starts = {name: np.asarray(value, np.float32) for name, value in starts.items()}
-    return train._trainable(sae, graphdef, group, sizes, starts)
+    mesh = make_mesh(members=2, devices=jax.devices()[:1])
+    return train._trainable(sae, graphdef, group, sizes, starts, mesh)
 
 
 def batch(seed, d=6):
@@ -84,7 +85,7 @@ def test_a_part_alone_is_another_batch(architecture):
     sae = {"l0_target": 4.0} if architecture == "jumprelu" else {}
     graphdef, params = modules.split(base.build(architecture, d_model=6, width=WIDTH, k=3, key=KEY))
     x, dead = batch(0)[0], jnp.arange(WIDTH) < 8
-    hyper = train.hyper_of(SAEConfig(auxk_coefficient=0.5, **sae), 1.0, d_out=6, revive=True)
+    hyper = train.hyper_of(SAEConfig(auxk_coefficient=0.5, **sae), 1.0, d_out=6, most_dead=99)
     d = modules.merge(graphdef, params)
     whole = accumulation.whole_of(d, (x, None), hyper=hyper, parts=4)
 

@@ -20,7 +20,7 @@ from crossdict_jax.training.mesh import make_mesh
 
 KEY = jax.random.key(0)
 D_MODELS = (4, 6, 5)
-HYPER = crosscoder.Hyper(l1_coefficient=0.3, auxk_coefficient=0.5, k_aux=3, revive=True)
+HYPER = crosscoder.Hyper(l1_coefficient=0.3, auxk_coefficient=0.5, k_aux=3, most_dead=99)
 every = pytest.mark.parametrize("variant", crosscoder.VARIANTS)
 
 

@@ -34,7 +34,7 @@ HYPER = base.Hyper(
     l0_target=0.0,
     nested_fractions=(0.2, 0.5),
     nested_balance=0.25,
-    revive=True,
+    most_dead=99,  # more than there are: the branch of many
 )
 every = pytest.mark.parametrize("architecture", base.architectures())
 
@@ -150,7 +150,7 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     d, x = fresh("topk"), rows()
     dead = jnp.arange(20) < 8
     _, parts, f = d.losses(x, hyper=HYPER, dead=dead)
-    u = 0.7 * np.asarray(x)
+    u, f = 0.7 * np.asarray(x), f.dense()
     residual = u - (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...]))
     z = np.asarray(d.pre_activations(jnp.asarray(u)))
     aux = np.asarray(base.keep_top_k(jnp.asarray(np.where(np.asarray(dead), z, 0)), 4))
@@ -160,7 +160,7 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     np.testing.assert_allclose(parts["auxk"], by_hand, rtol=1e-4)
     _, parts, _ = d.losses(x, hyper=HYPER, dead=jnp.zeros(20, bool))
     assert parts["auxk"] == 0
-    asleep = dataclasses.replace(HYPER, revive=False)
+    asleep = dataclasses.replace(HYPER, most_dead=0)
     assert d.losses(x, hyper=asleep, dead=dead)[1]["auxk"] == 0
 
 
@@ -379,7 +379,7 @@ def test_every_option_of_an_architecture_changes_its_gradients(architecture):
 def gradients(architecture, **sae):
     """Of a dictionary some of whose features are dead, with the settings as training reads them."""
     sae = planted_config(**sae).sae
-    hyper = training.hyper_of(sae, sae.l1_coefficient, d_out=6, revive=True)
+    hyper = training.hyper_of(sae, sae.l1_coefficient, d_out=6, most_dead=8)
     graphdef, params = modules.split(fresh(architecture, k=sae.k))
 
     def loss_of(params):
@@ -473,7 +473,8 @@ def trainable_of(**sae):
     sizes = {"d_model": 16, "d_out": 0}
     graphdef, _ = modules.abstract(lambda: training._build(sae, sizes, group[0], KEY))
     starts = {"scale": np.ones(2, np.float32), "mean": np.zeros((2, 16), np.float32)}
-    return training._trainable(sae, graphdef, group, sizes, starts)
+    mesh = make_mesh(members=2)
+    return training._trainable(sae, graphdef, group, sizes, starts, mesh)
 
 
 @every

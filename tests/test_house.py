@@ -26,7 +26,7 @@ LEVELS = {  # a room may use the rooms of lower levels, and itself
 }
 FAMILIES = {  # room: what the files of its family may know of their room
     "models": {"base", "hf"},
-    "dictionaries": {"base", "losses"},
+    "dictionaries": {"base", "losses", "sparse"},
     "maps": {"base", "descriptions", "ensemble", "losses", "moments", "network"},
 }
 LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", "jinja2"}

@@ -36,7 +36,7 @@ from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify.recovery import measure_pareto
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 
-HYPER = base.Hyper(0.1, 0.5, 4, 0.5, 0.0, (0.2, 0.5), 0.25, revive=True)
+HYPER = base.Hyper(0.1, 0.5, 4, 0.5, 0.0, (0.2, 0.5), 0.25, most_dead=99)
 READ, WRITTEN = ("planted", Site(0)), ("other", Site(0, "mlp_out"))
 SIZES = {"planted": 12, "other": 7}
 every = pytest.mark.parametrize("architecture", base.architectures())

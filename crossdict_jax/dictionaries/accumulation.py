@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, matmul
 from crossdict_jax.dictionaries.losses import variance
+from crossdict_jax.dictionaries.sparse import Code, active_rows
 
 Rows = tuple[jax.Array, jax.Array | None]  # x [batch, d_model], and y [batch, d_out] or None
 
@@ -35,11 +36,12 @@ class Fired(NamedTuple):
     least: jax.Array
 
     @classmethod
-    def of(cls, f: jax.Array) -> Fired:
-        """Returns it of features f [batch, width]."""
-        on = f > 0
-        l0 = on.sum(axis=1).mean(dtype=jnp.float32)
-        return cls(on.any(axis=0), l0, jnp.min(jnp.where(on, f, jnp.inf)))
+    def of(cls, f: jax.Array | Code) -> Fired:
+        """Returns it of features f [batch, width], or of their code."""
+        rows = active_rows(f)
+        values = f.values if isinstance(f, Code) else f
+        least = jnp.min(jnp.where(values > 0, values, jnp.inf))
+        return cls(rows > 0, rows.sum(dtype=jnp.float32) / len(values), least)
 
 
 def split(rows: Any, parts: int) -> Any:
@@ -78,7 +80,7 @@ def whole_of(d: Dictionary, rows: Rows, *, hyper: Hyper, parts: int, dtype=None)
         return variance(join(jax.lax.map(residual, chunks)))
 
     l0 = jax.lax.map(lambda u: Fired.of(code(u)).l0, chunks[0]).mean()
-    left_variance = jax.lax.cond(hyper.revive, left, lambda _: jnp.ones(()), None)
+    left_variance = jax.lax.cond(hyper.most_dead > 0, left, lambda _: jnp.ones(()), None)
     return whole._replace(residual_variance=left_variance, l0=l0)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
+from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
 from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
@@ -49,8 +50,8 @@ class Hyper:
       l0_target: active features a row to aim for; 0 for none (static).
       nested_fractions: of the width, nested dictionaries beside the whole (static).
       nested_balance: weight of a nested dictionary's loss relative to the next wider one's.
-      revive: whether any member has dead features. One scalar for the whole ensemble, so that a
-        branch on it stays a branch under vmap.
+      most_dead: dead features of the member that has most. One scalar for the whole ensemble, so
+        that a branch on it stays a branch under vmap.
       whole: of the batch that the rows are a part of; None where they are all of it.
     """
 
@@ -61,7 +62,7 @@ class Hyper:
     l0_target: float
     nested_fractions: tuple[float, ...]
     nested_balance: float
-    revive: jax.Array | bool = True
+    most_dead: jax.Array | int
     whole: Whole | None = None
 
 
@@ -102,14 +103,19 @@ class Dictionary(nnx.Module):
         if self.transcodes:
             self.scale_out = nnx.Variable(jnp.ones(()))
 
-    def pre_activations(self, u: jax.Array, dtype=None) -> jax.Array:
-        """Returns [batch, width] of scaled rows u [batch, d_model], before the nonlinearity.
+    def encoder(self) -> tuple[jax.Array, jax.Array]:
+        """Returns W_enc [d_model, width] and the bias [width] of scaled rows.
 
         b_dec is subtracted through the bias: the gradient then costs no product with the rows.
         """
         W_enc, bias = self.W_enc[...], self.b_enc[...]
         if not self.transcodes:
             bias = bias - self.b_dec[...] @ W_enc
+        return W_enc, bias
+
+    def pre_activations(self, u: jax.Array, dtype=None) -> jax.Array:
+        """Returns [batch, width] of scaled rows u [batch, d_model], before the nonlinearity."""
+        W_enc, bias = self.encoder()
         return matmul(u, W_enc, dtype) + bias[None, :]
 
     def activate(self, z: jax.Array) -> jax.Array:
@@ -137,8 +143,8 @@ class Dictionary(nnx.Module):
         dead: jax.Array,
         y: jax.Array | None = None,
         dtype=None,
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-        """Returns (loss to minimise, its parts, features [batch, width]).
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | Code]:
+        """Returns (loss to minimise, its parts, features [batch, width] or their code).
 
         Args:
           x: raw rows [batch, d_model].
@@ -225,6 +231,8 @@ def keep_top_k(z: jax.Array, k: int) -> jax.Array:
     Values that equal the k-th exactly are all kept, so L0 can exceed k there.
     """
     z = jax.nn.relu(z)
+    if k >= z.shape[1]:
+        return z
     threshold = kth_largest(jax.lax.stop_gradient(z), k)
     return jnp.where(z >= threshold[:, None], z, 0.0)
 

@@ -14,12 +14,12 @@ class BatchTopK(BatchSelected):
     """
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
-        u = self._targets(x, y)
-        z = self.pre_activations(self._scaled(x), dtype)
+        u_in, u = self.scaled_pair(x, y)
+        z = self.pre_activations(u_in, dtype)
         f = self.training_code(z, hyper.whole)
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "fvu": fvu(u, u_hat, hyper.whole),
-            "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f

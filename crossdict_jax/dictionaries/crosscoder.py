@@ -29,14 +29,14 @@ class Hyper:
       l1_coefficient: weight of the L1 penalty (after warm-up).
       auxk_coefficient: weight of the dead latents' reconstruction.
       k_aux: how many dead latents take part in it (static).
-      revive: whether any member of the ensemble has dead latents.
+      most_dead: dead latents of the ensemble's member that has most.
       whole: as of dictionaries (see ``base.Hyper``); batches of joint codes are never cut.
     """
 
     l1_coefficient: jax.Array | float
     auxk_coefficient: float
     k_aux: int
-    revive: jax.Array | bool = True
+    most_dead: jax.Array | int
     whole: None = None
 
 
@@ -178,15 +178,23 @@ class Crosscoder(nnx.Module):
         return jnp.asarray(x, jnp.float32) * scale[None, :]
 
     def pre_activations(self, u: jax.Array, present: jax.Array, dtype=None) -> jax.Array:
-        """Returns z [batch, width] of scaled rows u [batch, D].
+        """Returns z [batch, width] of scaled rows u [batch, D]; see ``seen``."""
+        W_enc, bias = self.encoder()
+        return matmul(self.seen(u, present), W_enc, dtype) + bias[None, :]
+
+    def encoder(self) -> tuple[jax.Array, jax.Array]:
+        """Returns W_enc [D, width] and the bias [width] of what is seen of rows."""
+        return self.W_enc[...], self.b_enc[...]
+
+    def seen(self, u: jax.Array, present: jax.Array) -> jax.Array:
+        """Returns what is seen of scaled rows u [batch, D]: centred, 0 of absent models.
 
         Args:
           present: bool [batch, N], the models that each row is seen of; one at least.
         """
         share = present / present.sum(axis=1, keepdims=True) * self.n_models
-        seen = u - jax.lax.stop_gradient(self.center[...])[None, :]
-        seen = seen * self._over_dimensions(share)
-        return matmul(seen, self.W_enc[...], dtype) + self.b_enc[...][None, :]
+        centred = u - jax.lax.stop_gradient(self.center[...])[None, :]
+        return centred * self._over_dimensions(share)
 
     def reconstruction(self, f: jax.Array, dtype=None) -> jax.Array:
         """Returns u_hat [batch, D] of a code."""
@@ -231,12 +239,13 @@ class BatchTopK(Crosscoder):
 
     def losses(self, x, *, present, hyper: Hyper, dead, dtype=None):
         u = self.scaled(x)
-        z = self.pre_activations(u, present, dtype)
-        f = keep_batch_top_k(z, self.k)
+        f = keep_batch_top_k(self.pre_activations(u, present, dtype), self.k)
         u_hat = self.reconstruction(f, dtype)
         parts = {
             "fvu": fvu(u, u_hat),
-            "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": auxk(
+                self, self.seen(u, present), u - u_hat, dead=dead, hyper=hyper, dtype=dtype
+            ),
         }
         return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
 

@@ -161,14 +161,14 @@ class _Ensemble:
             return jax.vmap(one)(seeds, scales, centers)
 
         def step(state, batch, number, key):
-            revive = (state["train"]["silent"] >= config.dead_after_rows).any()
+            most_dead = (state["train"]["silent"] >= config.dead_after_rows).sum(axis=1).max()
             keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds)
-            member = self._member_step(adam, number, revive)
+            member = self._member_step(adam, number, most_dead)
             return jax.vmap(member, spmd_axis_name=MEMBER)(state, batch, keys)
 
         return Trainable(init, step)
 
-    def _member_step(self, adam, number, revive):
+    def _member_step(self, adam, number, most_dead):
         """The step of one member: (state, rows, key) -> (state, metrics)."""
         config, graph = self.config, self.graph
         rate_factor, l1_factor = schedules(config)
@@ -176,7 +176,7 @@ class _Ensemble:
             l1_coefficient=config.l1_coefficient * l1_factor(number),
             auxk_coefficient=config.auxk_coefficient,
             k_aux=config.k_aux or sum(self.d_models) // 2,
-            revive=revive,
+            most_dead=most_dead,
         )
         dtype = None if config.matmul_dtype == "float32" else jnp.dtype(config.matmul_dtype)
 

@@ -34,8 +34,8 @@ class JumpReLU(Dictionary):
         return jnp.where(z > self.threshold[...][None, :], jax.nn.relu(z), 0.0)
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
-        u, threshold = self._targets(x, y), self.threshold[...][None, :]
-        z = self.pre_activations(self._scaled(x), dtype)
+        (u_in, u), threshold = self.scaled_pair(x, y), self.threshold[...][None, :]
+        z = self.pre_activations(u_in, dtype)
         gate = step(z, threshold, bandwidth=hyper.bandwidth)
         fixed = jax.lax.stop_gradient
         f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
@@ -43,7 +43,7 @@ class JumpReLU(Dictionary):
         parts = {
             "mse": jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1)),
             "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper),
-            "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         revival = hyper.auxk_coefficient * self.d_out * parts["auxk"]
         return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k, matmul
+
+FEW = 8  # dead features are few up to this part of the width
 
 
 def power(x: jax.Array) -> jax.Array:
@@ -34,7 +38,7 @@ def share_left(x: jax.Array, x_hat: jax.Array, spread: jax.Array) -> jax.Array:
 
 def auxk(
     dictionary: Dictionary,
-    z: jax.Array,
+    rows: jax.Array,
     residual: jax.Array,
     *,
     dead: jax.Array,
@@ -43,21 +47,63 @@ def auxk(
 ) -> jax.Array:
     """Returns the share [] of the residual that the k_aux strongest dead features leave; else 0.
 
-    Divided by the residual's variance (Gao et al. 2024, arXiv 2406.04093, section A.2). Skipped
-    while everything is alive: it costs as much again as the rest of the loss.
+    Divided by the residual's variance (Gao et al. 2024, arXiv 2406.04093, section A.2). Costs
+    nothing while everything is alive, 10 B d n operations while at most n = width / FEW features
+    are dead, and as much as a dense step while more are.
 
     Args:
-      z: pre-activations [batch, width].
+      dictionary: gives ``encoder()``, W_dec and width.
+      rows: what the encoder reads, scaled [batch, d].
       residual: scaled rows less their reconstruction [batch, d_out]; gets no gradient.
     """
-    residual = jax.lax.stop_gradient(residual)
+    residual, whole = jax.lax.stop_gradient(residual), hyper.whole
+    spread = variance(residual) if whole is None else whole.residual_variance
+    parameters = (*dictionary.encoder(), dictionary.W_dec[...])
+    few = dictionary.width // FEW
+    shares = [_no_share, *(_share_of(n, hyper.k_aux, dtype) for n in (few, dictionary.width))]
+    most = jnp.asarray(hyper.most_dead)
+    which = jnp.where(most > few, 2, jnp.minimum(most, 1))
+    return _one_of(shares, which, parameters, (rows, residual, dead, spread))
 
-    def revive(_):
-        strongest = min(hyper.k_aux, dictionary.width)
-        f = keep_top_k(jnp.where(dead[None, :], z, 0.0), strongest)
-        whole = hyper.whole
-        spread = variance(residual) if whole is None else whole.residual_variance
-        share = share_left(residual, matmul(f, dictionary.W_dec[...], dtype), spread)
-        return jnp.where(dead.any(), share, 0.0)
 
-    return jax.lax.cond(hyper.revive, revive, lambda _: jnp.zeros(()), None)
+def _no_share(parameters, data) -> jax.Array:
+    return jnp.zeros(())
+
+
+def _share_of(n: int, k_aux: int, dtype):
+    """The loss where at most n features are dead: of those alone, unless n is the width."""
+
+    def share(parameters, data):
+        (W_enc, bias, W_dec), (rows, residual, dead, spread) = parameters, data
+        taken = dead
+        if n < len(dead):
+            taken = jnp.arange(n) < jnp.sum(dead)
+            features = jnp.nonzero(dead, size=n, fill_value=0)[0]
+            W_enc, bias, W_dec = W_enc[:, features], bias[features], W_dec[features]
+        z = matmul(rows, W_enc, dtype) + bias[None, :]
+        f = keep_top_k(jnp.where(taken[None, :], z, 0.0), min(k_aux, n))
+        left = share_left(residual, matmul(f, W_dec, dtype), spread)
+        return jnp.where(dead.any(), left, 0.0)
+
+    return share
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_of(functions, which, parameters, data) -> jax.Array:
+    """Returns functions[which](parameters, data) [], with a gradient in the parameters.
+
+    That is computed with the value, inside the branch. Else both branches would have to hand over
+    what the dearer one needs for its gradient, arrays [batch, width], at every step.
+    """
+    return jax.lax.switch(which, functions, parameters, data)
+
+
+def _one_of_forward(functions, which, parameters, data):
+    return jax.lax.switch(which, [jax.value_and_grad(f) for f in functions], parameters, data)
+
+
+def _one_of_backward(functions, of_parameters, gradient):
+    return None, jax.tree.map(lambda g: gradient * g, of_parameters), None
+
+
+_one_of.defvjp(_one_of_forward, _one_of_backward)

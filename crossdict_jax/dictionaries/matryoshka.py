@@ -22,8 +22,8 @@ class Matryoshka(BatchSelected):
     """
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
-        u = self._targets(x, y)
-        z = self.pre_activations(self._scaled(x), dtype)
+        u_in, u = self.scaled_pair(x, y)
+        z = self.pre_activations(u_in, dtype)
         f = self.training_code(z, hyper.whole)
         nested = list(self._nested(f, hyper, dtype))
         parts = {
@@ -31,7 +31,7 @@ class Matryoshka(BatchSelected):
             "nested_fvu": _weighted(
                 [fvu(u, u_hat, hyper.whole) for u_hat in nested], hyper.nested_balance
             ),
-            "auxk": auxk(self, z, u - nested[-1], dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": auxk(self, u_in, u - nested[-1], dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["nested_fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
 

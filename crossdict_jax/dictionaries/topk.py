@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, keep_top_k, matmul, unit_rows
+from crossdict_jax.dictionaries import sparse
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, keep_top_k, unit_rows
 from crossdict_jax.dictionaries.losses import auxk, fvu
 
 
@@ -19,13 +22,12 @@ class TopK(Dictionary):
         return keep_top_k(z, self.k)
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
-        u = self._targets(x, y)
-        z = self.pre_activations(self._scaled(x), dtype)
-        f = self.activate(z)
-        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        u_in, u = self.scaled_pair(x, y)
+        f = sparse.encode(u_in, *self.encoder(), partial(sparse.top_k, k=self.k), dtype)
+        u_hat = sparse.decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "fvu": fvu(u, u_hat, hyper.whole),
-            "auxk": auxk(self, z, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
 

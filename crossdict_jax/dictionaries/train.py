@@ -326,7 +326,7 @@ def prepare(
     sizes, mesh = _sizes(store, group[0]), make_mesh(members=len(group))
     feed, starts = _feed(sae, store, group, rows, mesh, resident)
     graphdef, _ = modules.abstract(lambda: _build(sae, sizes, group[0], jax.random.key(0)))
-    trainable = _trainable(sae, graphdef, group, sizes, starts)
+    trainable = _trainable(sae, graphdef, group, sizes, starts, mesh)
     return Ensemble(graphdef, trainable, feed, mesh)
 
 
@@ -422,7 +422,7 @@ def _feed(
 
 
 def _trainable(
-    sae: SAEConfig, graphdef, group: list[Member], sizes: dict[str, int], starts: Start
+    sae: SAEConfig, graphdef, group: list[Member], sizes: dict[str, int], starts: Start, mesh
 ) -> Trainable:
     rates = jnp.asarray([m.learning_rate for m in group], jnp.float32)
     penalties = jnp.asarray([m.l1_coefficient for m in group], jnp.float32)
@@ -439,16 +439,17 @@ def _trainable(
         return jax.vmap(one)(keys, jax.tree.map(jnp.asarray, starts))
 
     def step(state, batch, number, _):
-        revive = (state["train"]["silent"] >= dead_after(sae)).any()
+        most_dead = (state["train"]["silent"] >= dead_after(sae)).sum(axis=1).max()
         d_out = sizes["d_out"] or sizes["d_model"]
-        member = _member_step(sae, graphdef, adam, number, revive, d_out)
+        member = _member_step(sae, graphdef, adam, number, most_dead, d_out)
         over_members = jax.vmap(member, spmd_axis_name=MEMBER)
-        return over_members(state, batch, rates, penalties)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see mesh.on_own_rows
+            return over_members(state, batch, rates, penalties)
 
     return Trainable(init, step)
 
 
-def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_out):
+def _member_step(sae: SAEConfig, graphdef, adam, number, most_dead, d_out):
     """The step of one member: (state, (x, y), rate, L1 coefficient) -> (state, metrics)."""
     rate_factor, l1_factor = schedules(sae)
     dtype = _dtype(sae)
@@ -456,7 +457,7 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_out):
 
     def step(state, batch, rate, penalty):
         (x, y), params, train_state = batch, state["params"], state["train"]
-        hyper = hyper_of(sae, penalty * l1_factor(number), d_out=d_out, revive=revive)
+        hyper = hyper_of(sae, penalty * l1_factor(number), d_out=d_out, most_dead=most_dead)
         dead = train_state["silent"] >= dead_after(sae)
 
         if sae.accumulate > 1:
@@ -482,7 +483,7 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, revive, d_out):
     return step
 
 
-def hyper_of(sae: SAEConfig, l1_coefficient, *, d_out: int, revive) -> base.Hyper:
+def hyper_of(sae: SAEConfig, l1_coefficient, *, d_out: int, most_dead) -> base.Hyper:
     """Returns what a member's losses read of the settings, with its coefficient at a step."""
     return base.Hyper(
         l1_coefficient=l1_coefficient,
@@ -492,7 +493,7 @@ def hyper_of(sae: SAEConfig, l1_coefficient, *, d_out: int, revive) -> base.Hype
         l0_target=sae.l0_target,
         nested_fractions=sae.nested_fractions,
         nested_balance=sae.nested_balance,
-        revive=revive,
+        most_dead=most_dead,
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MEMBER, DATA = "member", "data"
+PyTree = Any
 
 
 def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
@@ -37,3 +40,28 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = False) -> PyTree:
+    """Returns function(*rows, [table=table]), where each device computes on its own rows alone.
+
+    Under a mesh (``jax.set_mesh``) whose data axis has more than one device; else a plain call.
+    For what the partitioner would gather all rows for: selection, sorting, gathers.
+
+    Args:
+      rows: pytrees of arrays with a leading axis of rows.
+      table: an array that all devices have whole.
+      total: whether results are sums over rows, to be summed over devices; else they are rows.
+    """
+
+    def own(rows, table):
+        result = function(*rows) if table is None else function(*rows, table=table)
+        return jax.lax.psum(result, DATA) if total else result
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(DATA, 1) == 1:
+        return function(*rows) if table is None else function(*rows, table=table)
+    spread, whole = PartitionSpec(DATA), PartitionSpec()
+    specs = {"in_specs": (spread, whole), "out_specs": whole if total else spread}
+    # Unchecked: loops inside start from constants, which the check holds to be the same everywhere.
+    return jax.shard_map(own, **specs, check_vma=False)(rows, table)
