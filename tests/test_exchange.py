@@ -209,6 +209,7 @@ def foreign_step(folder):
         l0_target=0.0,
         nested_fractions=(),
         nested_balance=0.0,
+        most_dead=0,
     )
     graphdef, params = modules.split(base.from_arrays(base.find(STEPS[folder.name]), arrays))
 
