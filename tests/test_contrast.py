@@ -308,7 +308,7 @@ def test_preference_is_the_difference_of_log_probabilities(run, tokenizers):
     readings = read(pairs, tokenizers, bos={"a": None, "b": None}, contexts={"a": 64, "b": 64})
     for name, path in zip("ab", run[0].models):
         lm = models.load(path)
-        read_by = lm, tokenizers[name]
+        read_by = jax.jit(lm.logits), tokenizers[name]
         expected = [
             log_p(*read_by, good) - log_p(*read_by, bad) for good, bad in zip(pairs.good, pairs.bad)
         ]
@@ -316,11 +316,11 @@ def test_preference_is_the_difference_of_log_probabilities(run, tokenizers):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def log_p(lm, tokenizer, text) -> float:
+def log_p(logits, tokenizer, text) -> float:
     """The log-probability of a text behind its first token."""
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
     filled = np.pad(ids, (0, 32 - len(ids)))[None]  # one program for all texts
-    out = jax.nn.log_softmax(jax.jit(lm.logits)(filled)[0], axis=-1)
+    out = jax.nn.log_softmax(logits(filled)[0], axis=-1)
     return float(sum(out[i, t] for i, t in enumerate(ids[1:])))
 
 
