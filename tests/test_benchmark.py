@@ -1,5 +1,6 @@
 """Comparisons with other libraries: curves at equal sparsity, a missing peer, a real one."""
 
+import itertools
 import os
 import sys
 
@@ -14,12 +15,19 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import open_workdir, read_jsonl
 
 
-def test_the_better_setting_of_each_library_counts():
-    row = {"architecture": "topk", "l0": 4.0, "seconds": 1.0}
-    rows = [row | {"library": "ours", "fvu_at_k": 0.2}]
-    rows += [row | {"library": "sae-lens", "fvu_at_k": v} for v in (0.4, 0.3, None)]
-    line = next(b for b in saelens.best(rows) if b["architecture"] == "topk")
-    assert line["ours fvu_at_k"] == 0.2 and line["sae-lens fvu_at_k"] == 0.3
+def test_the_table_sets_equal_rates_side_by_side():
+    row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
+    row |= {"rows_train": 100, "rows_test": 50, "l0": 4.0, "fvu": 0.3, "fvu_at_k": 0.3}
+    rows = []
+    for architecture in saelens.THEIRS:
+        for rate, library in itertools.product((0.01, 3e-4), saelens.LIBRARIES):
+            where = {"architecture": architecture, "learning_rate": rate, "library": library}
+            rows.append(row | where | {"seconds": 2.0, "name": "one"})
+    rows.append(rows[0] | {"l0": 8.0, "seconds": 4.0})
+    (found,) = saelens.tables(rows)
+    lines = [[cell.text for cell in line] for line in found.rows]
+    assert len(lines) == 10 and [line[1] for line in lines] == ["0.01", "0.0003"] * 5
+    assert lines[0][2:] == ["4 of 4.0–8.0", "4.0", "0.300", "0.300", "3.0", "2.0"]
 
 
 @pytest.fixture(scope="module")

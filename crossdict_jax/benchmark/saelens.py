@@ -1,12 +1,14 @@
 """Dictionaries of ours and of SAELens, trained on the same rows of a run and measured by one code.
 
-Equal: training rows, their order, batch, steps, width, active features a row. All else is as each
-library has it by default, but that SAELens may also use our learning rate: its better one counts.
+Equal: training rows, their order, batch, steps, width, active features a row; and the learning
+rate, once that which is usual here, once the default of SAELens. All else is as each library has
+it by default.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -22,8 +24,8 @@ from crossdict_jax.config import Config, unswept
 from crossdict_jax.dictionaries.train import train_dictionaries, usual_rate
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
-from crossdict_jax.models import Site
 from crossdict_jax.report.pareto import fvu_at
+from crossdict_jax.report.tables import Cell, Column, Table, number
 from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import epoch_order
@@ -38,6 +40,7 @@ THEIRS = {  # ours: the architecture of SAELens that trains the same kind
     "matryoshka": "matryoshka_batchtopk",
     "jumprelu": "jumprelu",
 }
+LIBRARIES = ("ours", "sae-lens")
 PENALTIES = {  # where L0 follows from a penalty: our setting's values, and the name of theirs
     "relu": ((1.0, 2.0, 4.0, 8.0), "l1_coefficient"),
     "jumprelu": ((0.25, 0.5, 1.0, 2.0), "l0_coefficient"),
@@ -45,12 +48,13 @@ PENALTIES = {  # where L0 follows from a penalty: our setting's values, and the 
 
 
 def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
-    """Writes benchmark_saelens.jsonl: a row per architecture, library and setting; returns them.
+    """Writes benchmark_saelens.jsonl: a row per model, architecture, library and setting.
 
-    The first model and site of the store serve. Rows hold library, architecture, learning_rate,
-    coefficient (of the penalty, else null), l0 and fvu on the test rows, and fvu_at_k: the FVU at
-    ``sae.k`` active features, interpolated in log L0 where a penalty decides L0; null if the
-    penalties tried do not bracket it. Seconds of training go to timing.json.
+    Every model at its middle site. Rows hold library, architecture, learning_rate, coefficient (of
+    the penalty, else null), l0 and fvu on the test rows, and fvu_at_k: the FVU at ``sae.k`` active
+    features, interpolated in log L0 where a penalty decides L0; null if the penalties tried do not
+    bracket it. Seconds of training go to timing.json, ours of a whole ensemble shared out evenly.
+    Killed and run again, it goes on. Returns the rows, with their seconds.
 
     Raises:
       UserError: no interpreter with SAELens is named, or its training failed.
@@ -59,33 +63,39 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
     python = os.environ.get(PYTHON)
     if not python:
         raise UserError(f"{PYTHON} is not set; name the python of an environment with sae-lens.")
-    bench = _Bench(config, store, work)
-    found = [*bench.ours(), *bench.theirs(python)]
-    _fill_at_k(found, k=bench.sae.k)
-    seconds = {f"{r['library']} {r['name']}": r.pop("seconds") for r in found}
+    found = []
+    for model in store.models:
+        bench = _Bench(config, store, work, model)
+        rows = [*bench.ours(), *bench.theirs(python)]
+        _fill_at_k(rows, k=bench.sae.k)
+        found += rows
+    seconds = [row.pop("seconds") for row in found]
     write_jsonl(work.result("benchmark_saelens.jsonl"), found)
-    work.record_timing("benchmark_saelens", **seconds)
-    return [row | {"seconds": seconds[f"{row['library']} {row['name']}"]} for row in found]
+    names = (" ".join(row[key] for key in ("model", "library", "name")) for row in found)
+    work.record_timing("benchmark_saelens", **dict(zip(names, seconds)))
+    return [row | {"seconds": value} for row, value in zip(found, seconds)]
 
 
 class _Bench:
     """One model and site, the settings in common, and a folder beside the run's other files."""
 
-    def __init__(self, config: Config, store: Store, work: Workdir):
-        self.model = store.models[0]
-        self.site: Site = store.sites_of(self.model)[0]
+    def __init__(self, config: Config, store: Store, work: Workdir, model: str):
+        sites = store.sites_of(model)
+        self.model, self.site = model, sites[len(sites) // 2]
         self.config, self.store = config, store
-        self.folder = work.root / "benchmark" / "saelens"
-        self.sae = dataclasses.replace(unswept(config.sae), seeds=1, learning_rate=0.0)
+        self.folder = work.root / "benchmark" / "saelens" / model
+        self.sae = dataclasses.replace(unswept(config.sae), seeds=1)
+        self.rates = {"usual here": usual_rate(self.sae.width), "usual there": THEIR_RATE}
         self.test = store.read(self.model, self.site, store.select("test"))
         self.mean = train_mean(store, self.model, self.site)
         self.train = store.select("train")
 
     def ours(self) -> Iterator[dict[str, Any]]:
-        """Trains ours; an architecture with a penalty as one ensemble over its values."""
+        """Trains ours, both rates and all penalties of an architecture as one ensemble."""
         for architecture in THEIRS:
             values, _ = PENALTIES.get(architecture, (self.sae.l1_coefficient, ""))
-            sae = dataclasses.replace(self.sae, architecture=architecture, l1_coefficient=values)
+            swept = {"l1_coefficient": values, "learning_rate": tuple(self.rates.values())}
+            sae = dataclasses.replace(self.sae, architecture=architecture, **swept)
             work = Workdir(self.folder / "ours" / architecture)
             config = dataclasses.replace(self.config, sae=sae)
             train_dictionaries(config, self._one_site(), work)
@@ -119,7 +129,7 @@ class _Bench:
         for ours, theirs in THEIRS.items():
             values, name = PENALTIES.get(ours, ((None,), ""))
             for value in values:
-                for rate in (THEIR_RATE, usual_rate(self.sae.width)):
+                for rate in self.rates.values():
                     penalty = {} if value is None else {name: value}
                     yield {
                         "name": f"{ours}-rate-{rate:.3g}" + (f"-{value:g}" if penalty else ""),
@@ -127,10 +137,7 @@ class _Bench:
                         "architecture": theirs,
                         "coefficient": value,
                         "dictionary": self._their_dictionary(ours) | penalty,
-                        "trainer": {
-                            "lr": rate,
-                            "lr_end": rate / 10,
-                        },  # the end as their runner has it
+                        "trainer": {"lr": rate, "lr_end": rate / 10},  # as their runner has it
                     }
 
     def _their_dictionary(self, ours: str) -> dict[str, Any]:
@@ -156,9 +163,8 @@ class _Bench:
     def _one_site(self) -> Store:
         about = self.store.meta["models"][self.model] | {"sites": [str(self.site)]}
         meta = self.store.meta | {"models": {self.model: about}}
-        return dataclasses.replace(
-            self.store, models=(self.model,), paths=self.store.paths[:1], meta=meta
-        )
+        path = self.store.paths[self.store.models.index(self.model)]
+        return dataclasses.replace(self.store, models=(self.model,), paths=(path,), meta=meta)
 
     def _row(self, library: str, architecture: str, folder: Path, name: str) -> dict[str, Any]:
         size = self.config.evaluation.batch_size
@@ -172,6 +178,7 @@ class _Bench:
             "rows_train": len(self.train),
             "rows_test": len(self.test),
             "width": self.sae.width,
+            "k": self.sae.k,
             "steps": self.sae.steps,
             "batch_size": self.sae.batch_size,
             "l0": float(seen["l0"].mean()),
@@ -204,19 +211,42 @@ def _fill_at_k(rows: list[dict[str, Any]], *, k: int) -> None:
         row["fvu_at_k"] = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], k)
 
 
-def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a line per architecture: the best fvu_at_k of each library, and their seconds."""
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """Returns for every model both libraries side by side, a line per architecture and rate.
+
+    Args:
+      rows: of ``compare_saelens``, with their seconds.
+    """
+    return [_table(list(group)) for _, group in itertools.groupby(rows, key=lambda r: r["model"])]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    columns = [Column("architecture", numeric=False), Column("rate")]
+    columns += [Column(f"{what}, {who}") for what in ("L0", "FVU", "seconds") for who in LIBRARIES]
     lines = []
     for architecture in THEIRS:
-        line = {"architecture": architecture}
-        for library in ("ours", "sae-lens"):
-            some = [
-                r
-                for r in rows
-                if (r["architecture"], r["library"]) == (architecture, library)
-                and r["fvu_at_k"] is not None
-            ]
-            chosen = min(some, key=lambda r: r["fvu_at_k"], default={})
-            line |= {f"{library} {key}": chosen.get(key) for key in ("fvu_at_k", "l0", "seconds")}
-        lines.append(line)
-    return lines
+        for rate in sorted({r["learning_rate"] for r in rows}, reverse=True):
+            place = {"architecture": architecture, "learning_rate": rate}
+            same = [r for r in rows if place.items() <= r.items()]
+            both = [[r for r in same if r["library"] == library] for library in LIBRARIES]
+            cells = [Cell(architecture), Cell(f"{rate:.2g}")]
+            cells += [Cell(_l0(curve, first["k"])) for curve in both]
+            cells += [Cell(number(curve[0]["fvu_at_k"])) for curve in both]
+            seconds = (sum(r["seconds"] for r in curve) / len(curve) for curve in both)
+            lines.append(cells + [Cell(number(value, 1)) for value in seconds])
+    return Table(
+        f"{first['model']} {first['site']}: width {first['width']}, k {first['k']}, "
+        f"{number(first['steps'])} steps of {first['batch_size']} of {number(first['rows_train'])} "
+        f"rows; FVU of {number(first['rows_test'])} test rows, from a curve where L0 is one (–: "
+        "the curve does not reach k)",
+        columns,
+        lines,
+    )
+
+
+def _l0(curve: list[dict[str, Any]], k: int) -> str:
+    if len(curve) == 1:
+        return number(curve[0]["l0"], 1)
+    ends = (number(edge(r["l0"] for r in curve), 1) for edge in (min, max))
+    return f"{k} of {'–'.join(ends)}"
