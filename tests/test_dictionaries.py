@@ -15,7 +15,7 @@ from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SAEConfig, to_dict
-from crossdict_jax.dictionaries import base, jumprelu
+from crossdict_jax.dictionaries import base, jumprelu, start
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.dictionaries.accumulation import Fired
 from crossdict_jax.errors import UserError
@@ -321,10 +321,40 @@ def test_recovers_every_feature_in_superposition(architecture, settings, tmp_pat
         assert best.mean() >= 0.95, (seed, best)
 
 
+@every
+def test_the_encoder_starts_at_the_length_that_reconstructs_best(architecture):
+    x, c = np.asarray(rows(256)), np.asarray([0.9, 1.0, 1.1])
+    d = base.build(architecture, d_model=6, width=20, k=3, key=KEY)
+    graphdef, params = modules.split(d)
+    begun = start.start_of(x)
+    d = modules.merge(graphdef, start.begin(params, begun))
+    if architecture == "jumprelu":
+        d.threshold[...] = jnp.zeros(20)  # others do not move with the encoder
+    start.fit_length(d, begun)
+    graphdef, params = modules.split(d)
+    u = begun["scale"] * x
+    errors = []
+    for factor in c:
+        longer = {n: factor * params[n] for n in start.PROPORTIONAL if n in params}
+        d = modules.merge(graphdef, params | longer)
+        f = d.training_code(d.pre_activations(u), None)
+        errors.append(np.square(u - (f @ d.W_dec[...] + d.b_dec[...][None, :])).sum())
+    assert errors[1] < min(errors[0], errors[2]), errors
+
+
+def test_an_encoder_that_explains_nothing_keeps_its_length():
+    graphdef, params = modules.split(base.build("topk", d_model=6, width=20, k=3, key=KEY))
+    begun = start.start_of(np.ones((50, 6), np.float32))
+    d = modules.merge(graphdef, start.begin(params, begun))
+    before = np.asarray(d.W_enc[...])
+    start.fit_length(d, begun)
+    np.testing.assert_array_equal(d.W_enc[...], before)
+
+
 def test_the_usual_rate_falls_with_the_square_root_of_the_width():
     sae = SAEConfig(width=(1, 64, 4096, 16384), learning_rate=(0.0, 5e-4))
     rates = [m.learning_rate for m in training.members(sae, [("m", Site(0))])]
-    np.testing.assert_allclose(rates[::2], [2e-2, 1.6e-2, 2e-3, 1e-3])
+    np.testing.assert_allclose(rates[::2], [1.2e-2, 1.2e-2, 2e-3, 1e-3])
     assert set(rates[1::2]) == {5e-4}
 
 
@@ -472,9 +502,9 @@ def trainable_of(**sae):
     group = training.members(sae, [("planted", Site(0)), ("planted", Site(1))])
     sizes = {"d_model": 16, "d_out": 0}
     graphdef, _ = modules.abstract(lambda: training._build(sae, sizes, group[0], KEY))
-    starts = {"scale": np.ones(2, np.float32), "mean": np.zeros((2, 16), np.float32)}
-    mesh = make_mesh(members=2)
-    return training._trainable(sae, graphdef, group, sizes, starts, mesh)
+    starts = {"scale": np.ones(2), "mean": np.zeros((2, 16)), "rows": np.ones((2, 4, 16))}
+    starts = {name: value.astype(np.float32) for name, value in starts.items()}
+    return training._trainable(sae, graphdef, group, sizes, starts, make_mesh(members=2))
 
 
 @every

@@ -19,7 +19,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
 
-THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch
+THRESHOLD_RATE = 0.05  # of the running mean of BatchTopK thresholds, a batch; a slower one lags
 
 
 class Whole(NamedTuple):

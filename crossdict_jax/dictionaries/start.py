@@ -1,4 +1,4 @@
-"""How a dictionary starts to train: scales, means, and where a transcoder's encoder points."""
+"""How a dictionary starts to train: scales, means, and where and how far its encoder points."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.modules import Params
 
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
 BLOCK = 8192  # rows at a time
+SAMPLE = 256  # rows, evenly spread, on which the length of the encoder is fitted
+# What features are proportional to, taken together. Not JumpReLU's thresholds: where they start,
+# kernels reach pre-activations, and with a shorter encoder fewer features start active.
+PROPORTIONAL = ("W_enc", "b_enc", "b_mag")
 
 Start = dict[str, np.ndarray]
 
@@ -55,15 +60,18 @@ def activation_scale(x: np.ndarray) -> float:
 def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
     """Returns what training rows x [n, d_model] say of a dictionary before its first step.
 
-    scale [] and mean [d_model]; with rows y [n, d_out] that a transcoder is to predict also
-    scale_out [], mean_out [d_out] and predictor [d_model, d_out], the ridge regression of scaled
-    y on scaled x.
+    scale [], mean [d_model] and a few rows [256, d_model]; with rows y [n, d_out] that a transcoder
+    is to predict also scale_out [], mean_out [d_out], rows_out [256, d_out] and predictor
+    [d_model, d_out], the ridge regression of scaled y on scaled x.
     """
+    spread = np.arange(SAMPLE) * len(x) // SAMPLE
     start = {"scale": np.float32(activation_scale(x)), "mean": x.mean(axis=0, dtype=np.float32)}
+    start |= {"rows": x[spread].astype(np.float32)}
     if y is None:
         return start
     start |= {"scale_out": np.float32(activation_scale(y))}
     start |= {"mean_out": y.mean(axis=0, dtype=np.float32)}
+    start |= {"rows_out": y[spread].astype(np.float32)}
     return start | {"predictor": _predictor(x, y, start)}
 
 
@@ -99,3 +107,23 @@ def begin(params: Params, start: dict[str, jax.Array]) -> Params:
     if "b_mag" in params:  # magnitudes of gated ones start from z - b_enc
         changed["b_mag"] = params["b_mag"] + centred
     return params | changed
+
+
+def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
+    """Makes a dictionary's encoder as long as lets its first reconstructions err least.
+
+    An encoder c times as long has features c f: c = sum v.w / sum w.w, least squares, for scaled
+    rows v less b_dec and w = f W_dec. At c = 1, the length of the decoder's rows, active features
+    that overlap overshoot together, the more the more of them there are, and training would first
+    have to unlearn that. Where no length explains anything, it stays.
+    """
+    u = start["scale"] * start["rows"]
+    v = start["scale_out"] * start["rows_out"] if "rows_out" in start else u
+    v = v - dictionary.b_dec[...][None, :]
+    w = dictionary.training_code(dictionary.pre_activations(u), None) @ dictionary.W_dec[...]
+    along, power = jnp.sum(v * w), jnp.sum(jnp.square(w))
+    c = jnp.where(along > 0, along / jnp.maximum(power, 1e-8), 1.0)
+    for name in PROPORTIONAL:
+        if hasattr(dictionary, name):
+            variable = getattr(dictionary, name)
+            variable[...] = c * variable[...]

@@ -22,7 +22,7 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.accumulation import gradients, whole_of
-from crossdict_jax.dictionaries.start import Start, begin, check_rows, start_of
+from crossdict_jax.dictionaries.start import Start, begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.settings import has_k
@@ -33,7 +33,7 @@ from crossdict_jax.workdir import Workdir, write_json
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
-MOST_RATE = 2e-2  # above it narrow dictionaries, too, lose what they found
+MOST_RATE = 1.2e-2  # above it narrow dictionaries, too, lose what they found
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
 DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK most of the run to revive
 
@@ -432,7 +432,9 @@ def _trainable(
     def init(root):
         def one(seed, start):
             d = _build(sae, sizes, group[0], jax.random.fold_in(root, seed))
-            params = begin(modules.split(d)[1], start)
+            d = modules.merge(graphdef, begin(modules.split(d)[1], start))
+            fit_length(d, start)
+            params = modules.split(d)[1]
             silent = jnp.zeros(group[0].width, jnp.int32)
             return {"params": params, "train": {"adam": adam.init(params), "silent": silent}}
 
