@@ -164,7 +164,8 @@ class _Ensemble:
             most_dead = (state["train"]["silent"] >= config.dead_after_rows).sum(axis=1).max()
             keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds)
             member = self._member_step(adam, number, most_dead)
-            return jax.vmap(member, spmd_axis_name=MEMBER)(state, batch, keys)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # see mesh.on_own_rows
+                return jax.vmap(member, spmd_axis_name=MEMBER)(state, batch, keys)
 
         return Trainable(init, step)
 
