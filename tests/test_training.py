@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.training import checkpoint
+from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
 
@@ -166,3 +166,20 @@ def test_members_take_devices_before_data_does(members, shape):
     mesh = make_mesh(members=members)
     assert (mesh.shape[MEMBER], mesh.shape[DATA]) == shape
     assert put(np.zeros((8, 2)), shard(mesh, DATA)).shape == (8, 2)
+
+
+def test_a_chunk_is_compiled_once_whatever_the_first_state_is_made_of(monkeypatch):
+    """A number without a dtype has a weak type, and what steps make of it a strong one."""
+    trainable, feed = regression()
+
+    def weak(key):
+        return trainable.init(key) | {"train": {"momentum": jnp.full(D, 0.0)}}
+
+    assert jax.eval_shape(weak, jax.random.key(0))["train"]["momentum"].weak_type
+    programs, original = [], loop._compile
+    monkeypatch.setattr(loop, "_compile", lambda *a: programs.append(original(*a)) or programs[-1])
+    run = loop.chunks(Trainable(weak, trainable.step), feed, jax.random.key(0))
+    state = loop.initial(Trainable(weak, trainable.step), jax.random.key(0))
+    for first in (0, 2, 4):
+        state, _ = run(state, first, 2)
+    assert programs[0]._cache_size() == 1

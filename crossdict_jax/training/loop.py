@@ -146,9 +146,19 @@ def initial(
     root: jax.Array,
     state_shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
-    """Returns the state before the first step, laid out as ``state_shardings`` says."""
-    shardings = (state_shardings or _one_device)(jax.eval_shape(trainable.init, root))
-    return jax.jit(trainable.init, out_shardings=shardings)(root)
+    """Returns the state before the first step, laid out as ``state_shardings`` says.
+
+    No array of it has a weak type, as those that steps return: else the program of a chunk would be
+    compiled again for the second.
+    """
+
+    def init(root):
+        return jax.tree.map(
+            lambda a: jax.lax.convert_element_type(a, a.dtype), trainable.init(root)
+        )
+
+    shardings = (state_shardings or _one_device)(jax.eval_shape(init, root))
+    return jax.jit(init, out_shardings=shardings)(root)
 
 
 def _one_device(abstract: PyTree) -> PyTree:
