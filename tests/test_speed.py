@@ -156,6 +156,21 @@ def test_numbers_are_short(value, text):
     assert table.si(value) == text
 
 
+def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    row = {"benchmark": "map", "case": "first", "contender": "ours", "seconds": 1.0}
+
+    def fails(config, folder, ceilings):
+        yield row
+        raise UserError("There is no more.")
+
+    monkeypatch.setattr("crossdict_jax.benchmark.map.benchmark", fails)
+    with pytest.raises(UserError, match=r"^map failed: There is no more\.$"):
+        run_benchmarks(tiny_config("map", "store"), Workdir(tmp_path))
+    written = read_json(tmp_path / "results" / "benchmark.json")
+    assert written["rows"][0] == row and written["rows"][1]["benchmark"] == "store"
+    assert written["failed"] == {"map": "There is no more."}
+
+
 # ---------------------------------------------------------------- steps of dictionaries
 
 

@@ -7,38 +7,53 @@ import os
 import shutil
 from typing import Any
 
+import jax
+
 from crossdict_jax.benchmark import machine, table
 from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, write_json, write_text
 
 
 def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
     """Measures anew what ``config.benchmarks`` names, and returns what benchmark.json then holds.
 
-    results/benchmark.json holds the machine, its ceilings and a row per contender;
-    results/benchmark.md the same as tables. Both are written after every measurement.
+    results/benchmark.json holds the machine, its ceilings, a row per contender, and what failed;
+    results/benchmark.md the same as tables. Both are written after every measurement. One that
+    fails keeps the rows it has, and does not keep the others from being taken.
+
+    Raises:
+      UserError: at the end, if any has failed.
     """
     # Contenders in other processes need room on the device too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = {"machine": machine.describe()}
     found["ceilings"] = machine.ceilings(config.ceilings, repeats=config.repeats)
-    found["rows"] = []
+    found |= {"rows": [], "failed": {}}
     print(table.heading(found))
     for name in config.benchmarks:
-        rows = _measured(name, config, work, found["ceilings"])
+        rows: list[dict] = []
+        try:
+            _measure(name, config, work, found["ceilings"], rows)
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # such as no memory for a width
+            found["failed"][name] = str(error).splitlines()[0]
         found["rows"] += rows
         write_json(work.result("benchmark.json"), found)
         write_text(work.result("benchmark.md"), table.markdown(found))
-        print(table.text(rows), flush=True)
+        if rows:
+            print(table.text(rows), flush=True)
+    if found["failed"]:
+        raise UserError("; ".join(f"{name} failed: {why}" for name, why in found["failed"].items()))
     return found
 
 
-def _measured(name: str, config: BenchmarkConfig, work: Workdir, ceilings: dict) -> list[dict]:
+def _measure(name: str, config: BenchmarkConfig, work: Workdir, ceilings: dict, rows: list) -> None:
+    """Takes one measurement; its rows are added to ``rows`` as they come."""
     module = importlib.import_module(f"crossdict_jax.benchmark.{name}")
     folder = work.root / "benchmark" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
-    rows = list(module.benchmark(config, folder, ceilings))
+    for row in module.benchmark(config, folder, ceilings):
+        rows.append(row)
     shutil.rmtree(folder)
-    return rows
