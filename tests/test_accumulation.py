@@ -22,8 +22,8 @@ WIDTH, ROWS = 20, 24
 every = pytest.mark.parametrize("architecture", base.architectures())
 
 
-def trainable_of(architecture, *, d_out=0, **sae):
-    """What trains two members, and their sizes."""
+def trainable_of(architecture, *, d_out=0, mesh=None, **sae):
+    """What trains two members, on one device unless there is a mesh."""
     sae = SAEConfig(
         architecture=architecture,
         width=WIDTH,
@@ -41,7 +41,7 @@ def trainable_of(architecture, *, d_out=0, **sae):
         starts |= {"scale_out": np.full(2, 2, np.float32), "mean_out": np.zeros((2, d_out))}
         starts["predictor"] = np.random.default_rng(0).normal(size=(2, 6, d_out))
     starts = {name: np.asarray(value, np.float32) for name, value in starts.items()}
-    mesh = make_mesh(members=2, devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(members=2, devices=jax.devices()[:1])
     return train._trainable(sae, graphdef, group, sizes, starts, mesh)
 
 
@@ -119,7 +119,8 @@ def test_rows_come_back_in_order():
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_rows_stay_on_their_devices(architecture):
-    trainable, mesh = trainable_of(architecture, accumulate=3), make_mesh(members=2)
+    mesh = make_mesh(members=2)
+    trainable = trainable_of(architecture, accumulate=3, mesh=mesh)
     member = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member"))
     both = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member", "data"))
     state = jax.eval_shape(trainable.init, KEY)
