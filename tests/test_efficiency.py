@@ -10,7 +10,13 @@ from tiny_run import SHAPES, make_config
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import EfficiencyConfig, HypernetworkConfig, MapConfig, to_dict
+from crossdict_jax.config import (
+    CrosscoderConfig,
+    EfficiencyConfig,
+    HypernetworkConfig,
+    MapConfig,
+    to_dict,
+)
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import efficiency
@@ -19,6 +25,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.report.efficiency import curves, print_table, section, table, worth
 from crossdict_jax.workdir import open_workdir, read_jsonl
 
+RUNGS = ("mean", "procrustes", "ridge", "crosscoder")
 SMALL = HypernetworkConfig(
     rank=4, profile_rank=4, hidden=8, steps=12, batch_size=16, checkpoint_every=6
 )
@@ -31,7 +38,8 @@ def run(tmp_path_factory):
     config = dataclasses.replace(
         make_config(root),
         layers=(0, 1),
-        map=MapConfig(kinds=("mean", "procrustes", "ridge", "hypernetwork"), hypernetwork=SMALL),
+        map=MapConfig(kinds=(*RUNGS, "hypernetwork"), hypernetwork=SMALL),
+        crosscoder=CrosscoderConfig(width=8, k=2, steps=4, batch_size=16),
         efficiency=EfficiencyConfig(rows=(8, 64), layer_pair="0:0", hidden_features=0.25),
     )
     work = open_workdir(root / "run", to_dict(config))
@@ -51,7 +59,7 @@ def test_every_map_is_scored_at_every_number_of_rows(run):
     found = {(r["source"], r["map"], r["n"], r["held_out"], r["scored"]) for r in rows}
     expected = set()
     for source in SHAPES:
-        for kind in ("mean", "procrustes", "ridge"):
+        for kind in RUNGS:
             # Turning d_model dimensions takes more rows than that.
             for count in (64, n) if kind == "procrustes" else (8, 64, n):
                 expected |= {(source, kind, count, None, what) for what in ("all", "hidden")}

@@ -14,13 +14,14 @@ from crossdict_jax import bootstrap, maps
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.bootstrap import Resamples
-from crossdict_jax.config import Config, layer_pairs
+from crossdict_jax.config import Config, crosscoder_settings, layer_pairs
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Map, Pairs, Problem, Task
-from crossdict_jax.maps.base import build, encode_rows, slices
+from crossdict_jax.maps.base import build, encode_rows, map_class, slices
 from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.hypernetwork import Hypernetwork, from_profiles, train_network
+from crossdict_jax.maps.joint import with_own_codes
 from crossdict_jax.maps.moments import Products, RidgePath, activation_moments
 from crossdict_jax.maps.ridge import Ridge
 from crossdict_jax.settings import refuse_transcoders
@@ -41,7 +42,8 @@ def measure_efficiency(config: Config, work: Workdir) -> None:
     with no paired row of this layer pair (held_out "layer") or of these features (held_out
     "features"): a hypernetwork trained on everything else, the ridge of the other layer pairs,
     and token profiles, which need no pairs at all. The means and scales of either model's
-    features are of all training rows and need no pairs.
+    features are of all training rows and need no pairs. Rungs that are trained read batches of all
+    rows where there are fewer than one.
 
     Raises:
       UserError: the store or the dictionaries are missing, there is one layer pair only, or a
@@ -222,6 +224,10 @@ class _Study:
         folder = self._folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
         few = question.first(n)
         try:
+            if map_class(kind).through_joint:
+                joint = crosscoder_settings(self.config)
+                joint = dataclasses.replace(joint, batch_size=min(joint.batch_size, n))
+                (few,) = with_own_codes([few], joint, seed=self.config.seed, directory=folder)
             (fitted,) = maps.rung(kind).fit(
                 [few], settings, seed=self.config.seed, directory=folder
             )

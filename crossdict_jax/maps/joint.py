@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, crosscoder_settings
+from crossdict_jax.config import Config, CrosscoderConfig, crosscoder_settings
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries.crosscoder_training import (
     Rows,
@@ -44,22 +44,34 @@ def with_codes(
     """
     of_controls = [p for p, t in zip(problems, tasks) if t.control]
     settings = crosscoder_settings(config)
-    own = fit_crosscoders(
-        [Rows(p.label, (p.train.source.x, p.train.target.x), config.seed) for p in of_controls],
-        settings,
-        directory=directory / "crosscoder",
-    )
-    ways = iter([one.between(0, 1) for one in own])
+    own = iter(with_own_codes(of_controls, settings, seed=config.seed, directory=directory))
     if len(of_controls) < len(problems):
         train_crosscoders(config, store, work)
     loaded: dict = {}
     return [
-        dataclasses.replace(
-            problem,
-            joint=next(ways) if task.control else _way(task, config, store, work, loaded),
-        )
+        next(own)
+        if task.control
+        else dataclasses.replace(problem, joint=_way(task, config, store, work, loaded))
         for problem, task in zip(problems, tasks)
     ]
+
+
+def with_own_codes(
+    problems: Sequence[Problem], config: CrosscoderConfig, *, seed: int, directory: Path
+) -> list[Problem]:
+    """Returns the problems with the way from A to B through a code of their two sides alone.
+
+    It is trained on their training rows.
+
+    Raises:
+      UserError: these are fewer than a batch.
+    """
+    own = fit_crosscoders(
+        [Rows(p.label, (p.train.source.x, p.train.target.x), seed) for p in problems],
+        config,
+        directory=directory / "crosscoder",
+    )
+    return [dataclasses.replace(p, joint=one.between(0, 1)) for p, one in zip(problems, own)]
 
 
 def _way(task: Task, config: Config, store: Store, work: Workdir, loaded: dict) -> dict:
