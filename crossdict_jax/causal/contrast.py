@@ -33,6 +33,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.models import Site
+from crossdict_jax.settings import refuse_transcoders
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 ROWS = "contrast.jsonl"
@@ -61,12 +62,7 @@ def measure_contrast(config: Config, work: Workdir) -> None:
         read; the run holds transcoders, whose features are written elsewhere than where they are
         read; the store, a model, a dictionary or a map is missing or damaged.
     """
-    if config.sae.output_site:
-        raise UserError(
-            f"sae.output_site={config.sae.output_site}: the dictionaries of this run are "
-            "transcoders, whose features are not written where they are read; contrast sets need a "
-            "run without."
-        )
+    refuse_transcoders(config, "A contrast set")
     started = time.perf_counter()
     sets = read_sets(config.contrast.source)
     store = open_store(work.activations)

@@ -100,9 +100,8 @@ def _stitch(
         for model in dict.fromkeys(task.target for task in tasks):
             into = [task for task in tasks if task.target == model]
             target = _Target.read(config, work, store, model, into)
-            progress.total = _runs(tasks, store) * len(
-                target.splicer.passages.tokens
-            )  # equal for all
+            windows = len(target.splicer.passages.tokens)  # equal for all models
+            progress.total = _runs(tasks, store) * windows
             for site in dict.fromkeys(task.site_target for task in into):
                 here = [(task,) for task in into if task.site_target == site]
                 rows += target.rows_at((site,), here, progress)
