@@ -36,10 +36,12 @@ def trainable_of(architecture, *, d_out=0, mesh=None, **sae):
     group = train.members(sae, [("a", Site(0)), ("b", Site(0))])
     sizes = {"d_model": 6, "d_out": d_out}
     graphdef, _ = modules.abstract(lambda: train._build(sae, sizes, group[0], KEY))
-    starts = {"scale": np.ones(2, np.float32), "mean": np.ones((2, 6), np.float32)}
+    normal = np.random.default_rng(0).normal
+    starts = {"scale": np.ones(2), "mean": np.ones((2, 6)), "rows": normal(size=(2, 9, 6))}
     if d_out:
-        starts |= {"scale_out": np.full(2, 2, np.float32), "mean_out": np.zeros((2, d_out))}
-        starts["predictor"] = np.random.default_rng(0).normal(size=(2, 6, d_out))
+        starts |= {"scale_out": np.full(2, 2), "mean_out": np.zeros((2, d_out))}
+        starts |= {"rows_out": normal(size=(2, 9, d_out))}
+        starts["predictor"] = normal(size=(2, 6, d_out))
     starts = {name: np.asarray(value, np.float32) for name, value in starts.items()}
     mesh = mesh or make_mesh(members=2, devices=jax.devices()[:1])
     return train._trainable(sae, graphdef, group, sizes, starts, mesh)

@@ -19,7 +19,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site, capture
 
 GOLDENS = Path(__file__).parent / "goldens"
-VARIANTS = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
+VARIANTS = sorted(file.parent.name for file in GOLDENS.glob("*/config.json"))
 EACH_FAMILY = ("gpt2-inverse-layer", "gpt_neox-parallel-quarter-old", "llama-grouped-untied-new")
 REAL = ("gpt-tinystories-char", "llama2xs", "stories260k")
 GPT2_MEDIUM = dict(

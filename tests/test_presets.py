@@ -18,6 +18,7 @@ from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import Pairs, Problem, Side, ensemble, mlp
 from crossdict_jax.models import Site
+from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import read_jsonl
 
 # The config.json of the two models, as far as it fixes shapes and maths.
@@ -85,8 +86,10 @@ def test_all_dictionaries_in_one_step_at_full_size(config):
     graphdef, _ = modules.abstract(
         lambda: dictionaries._build(config.sae, sizes, members[0], jax.random.key(0))
     )
-    starts = {"scale": np.ones(6, np.float32), "mean": np.zeros((6, 1024), np.float32)}
-    trainable = dictionaries._trainable(config.sae, graphdef, members, sizes, starts)
+    starts = {"scale": np.ones(6), "mean": np.zeros((6, 1024)), "rows": np.ones((6, 4, 1024))}
+    starts = {name: value.astype(np.float32) for name, value in starts.items()}
+    mesh = make_mesh(members=6, devices=jax.devices()[:1])
+    trainable = dictionaries._trainable(config.sae, graphdef, members, sizes, starts, mesh)
     state = jax.eval_shape(trainable.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((6, config.sae.batch_size, 1024), jnp.float32)
     after, metrics = jax.eval_shape(trainable.step, state, (x, None), 0, jax.random.key(0))

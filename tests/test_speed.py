@@ -404,7 +404,7 @@ def test_settings_that_cannot_be_are_refused(name, value, message):
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
     done = launch("benchmark", f"--workdir={tmp_path / 'run'} --config.benchmarks=luck")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "benchmarks=luck: luck must be one of steps" in done.stderr
+    assert "benchmarks=luck: luck must be one of whole" in done.stderr
 
 
 def test_a_workdir_knows_its_settings(tmp_path, no_peers):
