@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries.sparse import Code, top_k
+from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
 from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
@@ -207,17 +207,12 @@ def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def kth_largest(
-    z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, known: jax.Array | None = None
-) -> jax.Array:
+def kth_largest(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1) -> jax.Array:
     """Returns the k-th largest value along ``axis`` of non-negative z [batch, width], exactly.
 
     Non-negative floats order as their bit patterns do, so 31 halvings of the integer range find
     the value with compares and sums alone: several times faster than a sort on CPU, and, unlike
     ``lax.top_k``, sharded rows stay where they are.
-
-    Args:
-      known: the answer [] over all axes, which then costs nothing; negative where it is not known.
     """
     bits = jax.lax.bitcast_convert_type(z, jnp.int32)
     count = partial(jnp.sum, axis=axis, keepdims=True, dtype=jnp.int32)
@@ -226,11 +221,7 @@ def kth_largest(
         candidate = low | (jnp.int32(1) << (30 - i))
         return jnp.where(count(bits >= candidate) >= k, candidate, low)
 
-    start, low = 0, jnp.zeros_like(count(bits))
-    if known is not None:
-        start = jnp.where(known < 0, 0, 31)
-        low = low + jax.lax.bitcast_convert_type(jnp.maximum(known, 0.0), jnp.int32)
-    low = jax.lax.fori_loop(start, 31, halve, low)
+    low = jax.lax.fori_loop(0, 31, halve, jnp.zeros_like(count(bits)))
     return jax.lax.bitcast_convert_type(jnp.squeeze(low, axis), jnp.float32)
 
 
@@ -249,19 +240,8 @@ def keep_top_k(z: jax.Array, k: int) -> jax.Array:
 def keep_batch_top_k(z: jax.Array, k: int) -> jax.Array:
     """Returns relu(z) with all but the batch * k largest values of the batch zeroed."""
     z = jax.nn.relu(z)
-    return jnp.where(z >= batch_threshold(jax.lax.stop_gradient(z), k), z, 0.0)
-
-
-def batch_threshold(z: jax.Array, k: int) -> jax.Array:
-    """Returns the batch * k-th largest value [] of non-negative z [batch, width], exactly.
-
-    It is looked for among the 4 k largest of every row, and only if a row has more above it than
-    these, among all values.
-    """
-    candidates = top_k(z, min(4 * k, z.shape[1])).values
-    found = kth_largest(candidates, k * len(z), axis=(0, 1))
-    hidden = jnp.any(candidates[:, -1] > found)
-    return kth_largest(z, k * len(z), axis=(0, 1), known=jnp.where(hidden, -1.0, found))
+    threshold = kth_largest(jax.lax.stop_gradient(z), k * z.shape[0], axis=(0, 1))
+    return jnp.where(z >= threshold, z, 0.0)
 
 
 def unit_rows(W: jax.Array) -> jax.Array:
@@ -296,7 +276,7 @@ class BatchSelected(Dictionary):
 
     def batch_threshold(self, z: jax.Array) -> jax.Array:
         """Returns the least [] of the batch * k values that are kept of non-negative z."""
-        return batch_threshold(jax.lax.stop_gradient(z), self.k)
+        return kth_largest(jax.lax.stop_gradient(z), self.k * len(z), axis=(0, 1))
 
     def measure(self, least: jax.Array) -> None:
         threshold = self.threshold[...]
