@@ -97,7 +97,7 @@ class Injector:
         parts = []
         for at in range(0, len(self.tokens), size):
             tokens = _lengthened(self.tokens[at : at + size], size)
-            parts.append(np.asarray(_read(*self._how, self._params, self._put(tokens))))
+            parts.append(np.asarray(read_site(*self._how, self._params, self._put(tokens))))
         return np.concatenate(parts)[: len(self.tokens)]
 
     def clean(self, places: Places) -> np.ndarray:
@@ -205,7 +205,8 @@ def _lengthened(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(graphdef, site, dtype, params, tokens) -> jax.Array:
+def read_site(graphdef, site, dtype, params, tokens) -> jax.Array:
+    """Returns the activations [batch, seq, d_model] at a site."""
     seen = {}
 
     def tap(here, y):

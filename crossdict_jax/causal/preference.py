@@ -20,6 +20,7 @@ from crossdict_jax import models, modules
 from crossdict_jax.activations import pairing
 from crossdict_jax.causal.contrast_sets import ContrastSet
 from crossdict_jax.causal.images import strengths
+from crossdict_jax.causal.inject import read_site
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
@@ -215,7 +216,7 @@ class Reader:
             models.check_site(self._lm.config, site, self._lm.name)
             how = self._graphdef, site, self._dtype, self._params
             self._x[site] = self._join(
-                _read(*how, t) for (t,) in self._batches(self._reading.tokens)
+                read_site(*how, t) for (t,) in self._batches(self._reading.tokens)
             )
         return self._x[site]
 
@@ -349,18 +350,6 @@ def _encoded(dictionary: Dictionary, x: jax.Array) -> jax.Array:
 def _decoded(dictionary: Dictionary, f: jax.Array) -> jax.Array:
     x = dictionary.decode(f.reshape(-1, f.shape[-1]))
     return x.reshape(*f.shape[:2], -1)  # [texts, seq, d_model]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(graphdef, site, dtype, params, tokens) -> jax.Array:
-    seen = {}
-
-    def tap(here, y):
-        seen[here] = y
-        return y
-
-    modules.merge(graphdef, params).logits(tokens, tap=tap, dtype=dtype)
-    return seen[site]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
