@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossdict_jax.dictionaries import sparse
+from crossdict_jax.dictionaries import losses, sparse
 from crossdict_jax.dictionaries.base import keep_top_k
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
@@ -134,3 +134,21 @@ def test_rows_stay_on_their_devices_and_the_sums_are_the_same():
     ours, true = compiled(*arguments), over_members(weight, *stacked)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(true)):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
+
+
+def test_few_dead_features_are_revived_as_among_all():
+    """AuxK of the dead alone against AuxK through all features: the loss and its gradients."""
+    width, d, k_aux = 64, 12, 5
+    keys = jax.random.split(jax.random.key(3), 5)
+    W_enc, W_dec = jax.random.normal(keys[0], (d, width)), jax.random.normal(keys[1], (width, d))
+    parameters = (W_enc, jax.random.normal(keys[2], (width,)), W_dec)
+    rows, residual = (jax.random.normal(key, (40, d)) for key in keys[3:])
+    for places in ([7], [0, 3, 31, 60, 63], [1, 2, 4, 8, 16, 32, 62, 63]):
+        dead = jnp.zeros(width, bool).at[jnp.asarray(places)].set(True)
+        data = (rows, residual, dead, jnp.float32(d))
+        few, all_ = (
+            jax.value_and_grad(losses._share_of(n, k_aux, None))(parameters, data)
+            for n in (width // losses.FEW, width)
+        )
+        assert all_[0] > 0 and all(np.abs(g).max() > 0 for g in all_[1])
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), few, all_)

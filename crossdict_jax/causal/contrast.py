@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -25,7 +24,7 @@ from crossdict_jax.causal.contrast_sets import ContrastSet, read_sets
 from crossdict_jax.causal.features import best_matches
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
-from crossdict_jax.causal.inputs import digest, digests
+from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.preference import Reader, Readings
 from crossdict_jax.causal.progress import Progress
 from crossdict_jax.causal.transfer import MATCH, correlation
@@ -70,11 +69,11 @@ def measure_contrast(config: Config, work: Workdir) -> None:
     groups = rung_groups(config, store, layers=asked.layers, rungs=asked.rungs)
     everywhere = rung_groups(config, store, layers="all", rungs=asked.rungs)
     inputs = digests(config, work, store, [task for _, *rungs in everywhere for task in rungs])
-    inputs["contrast"] = _digest([dataclasses.asdict(asked), *map(dataclasses.asdict, sets)])
+    inputs["contrast"] = digest_of([dataclasses.asdict(asked), *map(dataclasses.asdict, sets)])
     stamp = work.result(STAMP)
     if work.result(ROWS).exists() and stamp.exists() and read_json(stamp) == inputs:
         return
-    progress = Progress(work.result(PROGRESS), _digest(inputs))
+    progress = Progress(work.result(PROGRESS), digest_of(inputs))
     rows = list(_rows(config, work, store, sets, groups, progress))
     write_jsonl(work.result(ROWS), rows)
     write_json(stamp, inputs)
@@ -82,10 +81,6 @@ def measure_contrast(config: Config, work: Workdir) -> None:
     wall = time.perf_counter() - started
     pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
     work.record_timing("contrast", wall_s=wall, pairs=pairs, **device_figures())
-
-
-def _digest(value) -> str:
-    return digest(json.dumps(value, sort_keys=True))
 
 
 def _rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,7 +14,7 @@ from crossdict_jax.activations.splice import Passages, select_passages, train_me
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
 from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.inputs import digest, digests
+from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
 from crossdict_jax.causal.transfer import (
     MATCH,
@@ -68,11 +67,11 @@ def transfer_features(config: Config, work: Workdir) -> None:
     groups = _groups(config, store)
     inputs = digests(config, work, store, [task for _, *rungs in groups for task in rungs])
     if config.intervention.choose == "matched":
-        inputs["matches"] = digest(json.dumps(_read_matches(work)))
+        inputs["matches"] = digest_of(_read_matches(work))
     stamp = work.result(STAMP)
     if work.result(SUMMARY).exists() and stamp.exists() and read_json(stamp) == inputs:
         return
-    progress = Progress(work.result(PROGRESS), digest(json.dumps(inputs, sort_keys=True)))
+    progress = Progress(work.result(PROGRESS), digest_of(inputs))
     rows, summary = _test_all(config, work, store, groups, progress)
     write_jsonl(work.result(ROWS), rows)
     write_jsonl(work.result(SUMMARY), summary)

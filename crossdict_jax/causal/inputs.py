@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, identity
@@ -24,14 +25,19 @@ def digests(config: Config, work: Workdir, store: Store, tasks: list[Task]) -> d
     sources = {work.dictionary(task.source, task.site_source) for task in tasks}
     folders = targets | sources | {task.path(work) for task in tasks}
     return {
-        "config": digest(json.dumps(identity(config), sort_keys=True)),
-        "store": digest(json.dumps(store.meta, sort_keys=True)),
+        "config": digest_of(identity(config)),
+        "store": digest_of(store.meta),
         **{str(f.relative_to(work.root)): _seal(f) for f in sorted(folders)},
     }
 
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Returns the digest of a JSON value, whatever the order of its keys."""
+    return digest(json.dumps(value, sort_keys=True))
 
 
 def _seal(folder: Path) -> str:

@@ -7,7 +7,6 @@ labelled texts, which B need not have read, and used on B's own features of othe
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -21,7 +20,7 @@ from crossdict_jax.bootstrap import columns
 from crossdict_jax.causal import labelled, logistic
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.images import rung_groups
-from crossdict_jax.causal.inputs import digest, digests
+from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.labelled import Labelled, Read, pooled, read_labelled
 from crossdict_jax.causal.progress import Progress
 from crossdict_jax.config import Config
@@ -66,21 +65,17 @@ def measure_probes(config: Config, work: Workdir) -> None:
     groups = rung_groups(config, store, layers=asked.layers, rungs=asked.rungs, of_tokens=True)
     inputs = digests(config, work, store, [task for _, *rungs in groups for task in rungs])
     question = dataclasses.asdict(dataclasses.replace(asked, source=""))
-    inputs["probe"] = _digest([question, texts.texts, texts.labels.tolist(), texts.classes])
+    inputs["probe"] = digest_of([question, texts.texts, texts.labels.tolist(), texts.classes])
     stamp = work.result(STAMP)
     if work.result(ROWS).exists() and stamp.exists() and read_json(stamp) == inputs:
         return
-    progress = Progress(work.result(PROGRESS), _digest(inputs))
+    progress = Progress(work.result(PROGRESS), digest_of(inputs))
     rows = list(_rows(config, work, store, texts, groups, progress))
     write_jsonl(work.result(ROWS), rows)
     write_json(stamp, inputs)
     progress.done()
     wall = time.perf_counter() - started
     work.record_timing("probe", wall_s=wall, texts=len(texts.texts), **device_figures())
-
-
-def _digest(value) -> str:
-    return digest(json.dumps(value, sort_keys=True))
 
 
 def _rows(
