@@ -123,11 +123,13 @@ class MemoryBenchmark:
 
 @dataclass
 class DocumentBenchmark:
-    """Memory of extraction, of a few documents and of many."""
+    """Memory and time of extraction, of a few documents and of many."""
 
-    documents: int = 20  # of the first measurement
-    times: int = 100  # as many in the second
+    documents: int = 20  # that are multiplied
+    times: tuple[int, ...] = (1, 10, 100)  # by these, ascending, each in a fresh process
     bytes: int = 600  # of each document
+    batch_size: int = 8  # windows per forward: few, so that the fewest documents fill it
+    shard_windows: int = 32  # windows per shard file: the same
 
 
 @dataclass

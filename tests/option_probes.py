@@ -21,6 +21,7 @@ from map_problems import fit_one, make_problem
 from crossdict_jax import maps, models, modules, settings
 from crossdict_jax.activations import extract as extraction
 from crossdict_jax.activations.masking import masked
+from crossdict_jax.activations.plan import make_plan
 from crossdict_jax.activations.splice import Passages
 from crossdict_jax.activations.store import Rows, Store, shard_name
 from crossdict_jax.activations.text import load_corpus
@@ -116,7 +117,7 @@ def corpus(config):
 
 def plan(config):
     """Which windows are read, by which tokens, and how they are stored."""
-    made = extraction._plan(config, [loaded(path) for path in config.models])
+    made = make_plan(config, [loaded(path) for path in config.models])
     return made.table.ids, made.table.offsets, made.rows.byte_end, made.shard_starts
 
 
@@ -133,7 +134,7 @@ def sites(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extraction.models, "load", loaded)
         patch.setattr(extraction.models, "check_site", lambda c, s, name: reads.append((name, s)))
-        patch.setattr(extraction, "_plan", stop)
+        patch.setattr(extraction, "make_plan", stop)
         with pytest.raises(Asked):
             extraction.extract(config, Workdir(place() / "nowhere"))
     return reads

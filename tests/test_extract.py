@@ -10,8 +10,10 @@ import tiny_run
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract as stage
-from crossdict_jax.activations.extract import bos_id, extract
+from crossdict_jax.activations import plan as planning
+from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import pair
+from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
@@ -71,6 +73,22 @@ def test_positions_are_those_of_pair(config, finished):
         wanted = pair(texts[0], lms[0].tokenizer, lms[1].tokenizer)
         np.testing.assert_array_equal(store.rows.position[here, 0], wanted.position_a)
         np.testing.assert_array_equal(store.rows.position[here, 1], wanted.position_b)
+
+
+def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, monkeypatch):
+    lms = [models.load(path) for path in config.models]
+    whole = planning.make_plan(config, lms)
+    assert len(list(planning._blocks(planning.load_corpus(config.text)))) == 1
+    for size in (1, 500):  # a document at a time; several
+        monkeypatch.setattr(planning, "BLOCK_BYTES", size)
+        plan = planning.make_plan(config, lms)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            [vars(plan.rows), vars(plan.table), plan.shard_starts],
+            [vars(whole.rows), vars(whole.table), whole.shard_starts],
+        )
+        others = ("documents", "provenance", "statistics", "not_rebuilt", "too_long", "bos")
+        assert all(getattr(plan, name) == getattr(whole, name) for name in others)
 
 
 def test_splits_are_contiguous_and_share_no_document(finished):
@@ -185,9 +203,9 @@ def test_changed_text_is_refused(config, tmp_path, monkeypatch):
         run(config, tmp_path / "w")
     monkeypatch.undo()
     assert stage._write_shard is write
-    load = stage.load_corpus
+    load = planning.load_corpus
     monkeypatch.setattr(
-        stage,
+        planning,
         "load_corpus",
         lambda text: dataclasses.replace(
             load(text), provenance=load(text).provenance | {"sha256": "other"}

@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from crossdict_jax import models
-from crossdict_jax.activations.extract import bos_id
+from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.config import PretrainConfig, TextConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.pretraining import bigram_loss, train_language_model, unigram_loss

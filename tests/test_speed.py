@@ -14,7 +14,16 @@ import pytest
 from test_launch import launch
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.benchmark import harness, machine, peer, startup, steps, table, whole
+from crossdict_jax.benchmark import (
+    documents,
+    harness,
+    machine,
+    peer,
+    startup,
+    steps,
+    table,
+    whole,
+)
 from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark.run import run_benchmarks
@@ -78,7 +87,7 @@ def tiny_config(*benchmarks: str) -> BenchmarkConfig:
             store_rows=(40,),
         ),
         memory=MemoryBenchmark(d_model=8, k=2, batch_size=16, widths=(128,)),
-        documents=DocumentBenchmark(documents=20, times=2, bytes=200),
+        documents=DocumentBenchmark(documents=20, times=(1, 2), bytes=200),
     )
 
 
@@ -322,7 +331,20 @@ def test_memory_is_measured_beside_its_prediction(tmp_path):
 def test_documents_are_read_in_two_amounts(tmp_path):
     few, many = measured("documents", tmp_path)
     assert few["ratio"] == 1 and many["case"].startswith("40 documents of 200 bytes")
-    assert many["memory"] > 0
+    assert many["rows"] > 1.5 * few["rows"] and many["index"] > 30 * many["rows"]
+    assert few["growth"] is None and many["growth"] is not None
+
+
+def test_growth_is_of_what_came_after():
+    before = {"memory": 500, "rows": 10, "seconds": 4.0}
+    now = {"memory": 900, "rows": 110, "seconds": 6.0}
+    assert documents.further_than(before, now) == {"growth": 4.0, "rows_per_s": 50.0}
+    assert documents.further_than(before, now | {"seconds": 3.0})["rows_per_s"] is None
+
+
+def test_a_killed_process_is_told_in_one_line():
+    with pytest.raises(UserError, match="has been killed; if memory has run out, ask for less"):
+        harness.apart(os._exit, 9)
 
 
 @pytest.mark.parametrize("library", steps.PEERS)

@@ -6,7 +6,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,20 +15,19 @@ import ml_dtypes
 import numpy as np
 
 from crossdict_jax import models, modules
-from crossdict_jax.activations import pairing
 from crossdict_jax.activations.masking import Masked, masked
 from crossdict_jax.activations.outputs import Place, outputs, to_read
+from crossdict_jax.activations.plan import Plan, Reading, make_plan
 from crossdict_jax.activations.store import (
     Rows,
     Store,
-    WindowTable,
     digest,
     open_store,
     save_rows,
     save_table,
     shard_name,
 )
-from crossdict_jax.activations.text import SPLITS, Corpus, load_corpus
+from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, ExtractConfig, model_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
@@ -37,35 +35,6 @@ from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
 
 LENGTH_STEP = 32  # windows are padded to a multiple of this, so that few programs are compiled
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What models read, and which of their positions are rows of the store.
-
-    Attributes:
-      text: sha256 of the documents.
-      bos: per model the id put in front of every window, or None.
-      shard_windows: windows per shard.
-      shard_starts: first row of every shard, and the end.
-    """
-
-    text: str
-    table: WindowTable
-    rows: Rows
-    bos: tuple[int | None, ...]
-    shard_windows: int
-    shard_starts: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Plan(Reading):
-    """All that is known before a model runs: what is read, and what was dropped."""
-
-    corpus: Corpus
-    statistics: pairing.PairingStatistics
-    not_rebuilt: tuple[int, ...]
-    too_long: int
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -91,13 +60,15 @@ def extract(config: Config, work: Workdir) -> Store:
     for lm, of_model in zip(lms, sites):
         for site in of_model:
             models.check_site(lm.config, site, lm.name)
-    plan = _plan(config, lms)
+    plan = make_plan(config, lms)
     _check_pool(config, int((plan.rows.split == SPLITS.index("test")).sum()))
     check_space(work.activations, lms, sites, rows=len(plan.rows))
     counts = read_models(config, work.activations, names, lms, sites, plan)
     _finish(config, work, names, lms, sites, plan, written)
+    rows = len(plan.rows)
+    del plan  # the store reads its rows anew
     seconds = time.perf_counter() - started
-    figures = {"rows": len(plan.rows), "rows_per_s": counts["rows"] / seconds}
+    figures = {"rows": rows, "rows_per_s": counts["rows"] / seconds}
     figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
     work.record_timing("extract_activations", wall_s=seconds, **figures, **device_figures())
     store = open_store(work.activations)
@@ -117,98 +88,6 @@ def _check_pool(config: Config, test_rows: int) -> None:
 def device_figures() -> dict:
     """Returns what kind of device and how many of them this process uses."""
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
-
-
-# ---------------------------------------------------------------- the plan
-
-
-def _plan(config: Config, lms: Sequence[LanguageModel]) -> _Plan:
-    corpus = load_corpus(config.text)
-    tokenizers = [lm.tokenizer for lm in lms]
-    bos = tuple(bos_id(t) for t in tokenizers)
-    limits = [
-        min(config.text.window_tokens, lm.config.context) - (b is not None)
-        for lm, b in zip(lms, bos)
-    ]
-    cut = pairing.windows([d.text for d in corpus.documents], tokenizers, limits=limits)
-    _check_vocabulary(cut.windows, lms)
-    rows, statistics = _rows(corpus, cut.windows, models=len(lms))
-    starts = np.searchsorted(
-        rows.window, np.arange(0, len(cut.windows), config.extract.shard_windows)
-    )
-    return _Plan(
-        text=corpus.provenance["sha256"],
-        corpus=corpus,
-        table=_table(cut.windows, models=len(lms)),
-        rows=rows,
-        statistics=statistics,
-        not_rebuilt=cut.not_rebuilt,
-        too_long=cut.too_long,
-        bos=bos,
-        shard_windows=config.extract.shard_windows,
-        shard_starts=np.append(starts, len(rows)),
-    )
-
-
-def bos_id(tokenizer) -> int | None:
-    """Returns the id that the tokenizer itself puts in front of a text, or None."""
-    with_special = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and with_special[:1] == [bos] and plain[:1] != [bos] else None
-
-
-def _check_vocabulary(windows: Sequence[pairing.Window], lms: Sequence[LanguageModel]) -> None:
-    for i, lm in enumerate(lms):
-        highest = max((int(w.tokens[i].ids.max()) for w in windows), default=0)
-        if highest >= lm.config.vocab_size:
-            raise UserError(
-                f"The tokenizer of {lm.name} gives token id {highest}, but the model has only "
-                f"{lm.config.vocab_size} (0-{lm.config.vocab_size - 1}); use its own tokenizer."
-            )
-
-
-def _rows(corpus: Corpus, windows: Sequence[pairing.Window], *, models: int):
-    """The paired positions of all windows, and their statistics."""
-    columns: list[tuple] = []
-    statistics = None
-    for number, window in enumerate(windows):
-        ends = [t.ends for t in window.tokens]
-        byte_end, position = pairing.pair_many(ends)
-        token = np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1)
-        split = SPLITS.index(corpus.documents[window.document].split)
-        columns.append((number, window.document, byte_end + window.start, position, token, split))
-        here = pairing.pairing_statistics(ends)
-        statistics = here if statistics is None else statistics + here
-    if statistics is None:
-        raise UserError("The text gave no window that every model can read; use other text.")
-    return _stack(columns, models=models), statistics
-
-
-def _stack(columns: list[tuple], *, models: int) -> Rows:
-    counts = [len(c[2]) for c in columns]
-    rows = Rows(
-        window=np.repeat(np.asarray([c[0] for c in columns], np.int32), counts),
-        document=np.repeat(np.asarray([c[1] for c in columns], np.int32), counts),
-        byte_end=np.concatenate([c[2] for c in columns]).astype(np.int32),
-        position=np.concatenate([c[3] for c in columns]).astype(np.int32).reshape(-1, models),
-        token=np.concatenate([c[4] for c in columns]).astype(np.int32).reshape(-1, models),
-        split=np.repeat(np.asarray([c[5] for c in columns], np.int8), counts),
-        keep=np.ones(sum(counts), bool),
-    )
-    for i, split in enumerate(SPLITS):
-        if not (rows.split == i).any():
-            raise UserError(f"The {split} documents hold no paired position; use more text.")
-    return rows
-
-
-def _table(windows: Sequence[pairing.Window], *, models: int) -> WindowTable:
-    ids = [[w.tokens[i].ids for w in windows] for i in range(models)]
-    return WindowTable(
-        document=np.asarray([w.document for w in windows], np.int32),
-        offsets=tuple(np.cumsum([0] + [len(x) for x in per_model]) for per_model in ids),
-        ids=tuple(np.concatenate(per_model).astype(np.int32) for per_model in ids),
-    )
 
 
 def check_space(directory: Path, lms, sites, *, rows: int) -> None:
@@ -361,7 +240,7 @@ def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int)
 # ---------------------------------------------------------------- the end
 
 
-def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan, written) -> None:
+def _finish(config: Config, work: Workdir, names, lms, sites, plan: Plan, written) -> None:
     """Masks rows that are left out and writes rows, windows, pairing.json and, last, meta.json."""
     directory = work.activations
     save_table(directory / "windows.npz", plan.table)
@@ -371,7 +250,7 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan, writt
         dict(zip(names, sites)),
         plan.rows,
         shards=len(plan.shard_starts) - 1,
-        documents=[d.name for d in plan.corpus.documents],
+        documents=plan.documents,
     )
     rows = Rows(**(vars(plan.rows) | {"keep": left_out.keep}))
     save_rows(directory / "rows.npz", rows)
@@ -390,8 +269,8 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: _Plan, writt
         "rows": len(rows),
         "dtype": "bfloat16",
         "shard_starts": plan.shard_starts.tolist(),
-        "documents": [d.name for d in plan.corpus.documents],
-        "text": plan.corpus.provenance,
+        "documents": plan.documents,
+        "text": plan.provenance,
         "checksums": checksums,
     }
     write_json(directory / "meta.json", meta)
@@ -413,7 +292,7 @@ def checksums_of(directory: Path, plan: Reading) -> dict[str, str]:
     return checksums
 
 
-def _pairing(config: Config, names, plan: _Plan, rows: Rows, left_out: Masked) -> dict:
+def _pairing(config: Config, names, plan: Plan, rows: Rows, left_out: Masked) -> dict:
     """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
     kept = {s: int((rows.keep & (rows.split == i)).sum()) for i, s in enumerate(SPLITS)}
     return plan.statistics.to_json(names) | {
@@ -427,5 +306,5 @@ def _pairing(config: Config, names, plan: _Plan, rows: Rows, left_out: Masked) -
             "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
             "characters_too_long": plan.too_long,
         },
-        "text": plan.corpus.provenance,
+        "text": plan.provenance,
     }

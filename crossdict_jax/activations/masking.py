@@ -15,32 +15,37 @@ from crossdict_jax.config import ExtractConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 
+BLOCK = 8192  # rows at a time
+
 
 @dataclass(frozen=True)
 class Masked:
-    """What is left out of a store, by model and site.
+    """What is left out of a store.
 
     Attributes:
-      outliers: {"model site": bool [n]}, rows of a norm far above the median.
-      nonfinite: {"model site": bool [n]}, rows that hold NaN or infinity.
+      outlier: bool [n], rows of a norm far above the median at some site of some model.
+      nonfinite: bool [n], rows that hold NaN or infinity at some.
+      outliers_by_site: {"model site": how many rows}.
+      nonfinite_by_site: {"model site": how many rows}.
     """
 
-    outliers: dict[str, np.ndarray]
-    nonfinite: dict[str, np.ndarray]
+    outlier: np.ndarray
+    nonfinite: np.ndarray
+    outliers_by_site: dict[str, int]
+    nonfinite_by_site: dict[str, int]
 
     @property
     def keep(self) -> np.ndarray:
         """bool [n]: rows that are left out at no site of no model."""
-        return ~np.any([*self.outliers.values(), *self.nonfinite.values()], axis=0)
+        return ~(self.outlier | self.nonfinite)
 
     def to_json(self) -> dict:
         """What pairing.json says of it: each row once, outliers first, and then by site."""
-        outlier = np.any(list(self.outliers.values()), axis=0)
         return {
-            "norm_outliers": int(outlier.sum()),
-            "norm_outliers_by_site": {k: int(v.sum()) for k, v in self.outliers.items()},
-            "nonfinite": int((~self.keep & ~outlier).sum()),
-            "nonfinite_by_site": {k: int(v.sum()) for k, v in self.nonfinite.items()},
+            "norm_outliers": int(self.outlier.sum()),
+            "norm_outliers_by_site": self.outliers_by_site,
+            "nonfinite": int((self.nonfinite & ~self.outlier).sum()),
+            "nonfinite_by_site": self.nonfinite_by_site,
         }
 
 
@@ -66,7 +71,7 @@ def masked(
         training row is finite.
     """
     train = rows.split == 0
-    outliers, nonfinite = {}, {}
+    found = Masked(np.zeros(len(rows), bool), np.zeros(len(rows), bool), {}, {})
     for model, of_model in sites.items():
         for site in of_model:
             files = (directory / shard_name(model, str(site), i) for i in range(shards))
@@ -79,8 +84,10 @@ def masked(
             high = pairing.norm_outliers(
                 np.where(finite, norms, 0.0), factor=settings.norm_mask, reference=train & finite
             )
-            outliers[place], nonfinite[place] = high, ~finite
-    return Masked(outliers, nonfinite)
+            found.outliers_by_site[place] = int(high.sum())
+            found.nonfinite_by_site[place] = int((~finite).sum())
+            found.outlier[high], found.nonfinite[~finite] = True, True
+    return found
 
 
 def _refusal(place: str, finite: np.ndarray, rows: Rows, documents: Sequence[str]) -> str:
@@ -94,6 +101,8 @@ def _refusal(place: str, finite: np.ndarray, rows: Rows, documents: Sequence[str
 
 def _norms(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(norms [n], which rows are finite [n]) of one shard."""
-    x = np.load(path, allow_pickle=False).view(ml_dtypes.bfloat16).astype(np.float32)
-    finite = np.isfinite(x).all(axis=1)
-    return np.linalg.norm(x, axis=1), finite
+    x = np.load(path, mmap_mode="r", allow_pickle=False).view(ml_dtypes.bfloat16)
+    blocks = (x[at : at + BLOCK].astype(np.float32) for at in range(0, max(len(x), 1), BLOCK))
+    of_blocks = [(np.linalg.norm(b, axis=1), np.isfinite(b).all(axis=1)) for b in blocks]
+    norms, finite = map(np.concatenate, zip(*of_blocks))
+    return norms, finite

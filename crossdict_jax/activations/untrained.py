@@ -12,7 +12,6 @@ import numpy as np
 
 from crossdict_jax import models
 from crossdict_jax.activations.extract import (
-    Reading,
     check_space,
     checksums_of,
     device_figures,
@@ -20,6 +19,7 @@ from crossdict_jax.activations.extract import (
     read_models,
 )
 from crossdict_jax.activations.outputs import Place, to_read
+from crossdict_jax.activations.plan import Reading
 from crossdict_jax.activations.store import Rows, Store, open_store, save_rows, save_table
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.errors import UserError

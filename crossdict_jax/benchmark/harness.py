@@ -9,11 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from crossdict_jax.errors import UserError
 
 OURS = "ours"
 
@@ -122,10 +125,19 @@ def timed(run: Callable[[], Any]) -> Spent:
 
 
 def apart(function: Callable, *arguments) -> tuple[Any, int]:
-    """Returns (what ``function`` returns in a fresh process, the most memory it held, in bytes)."""
+    """Returns (what ``function`` returns in a fresh process, the most memory it held, in bytes).
+
+    Raises:
+      UserError: the process was ended from outside.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_with_peak, function, arguments).result()
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_with_peak, function, arguments).result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "The process that was measured has been killed; if memory has run out, ask for less."
+        ) from error
 
 
 def _with_peak(function: Callable, arguments: tuple) -> tuple[Any, int]:

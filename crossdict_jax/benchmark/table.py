@@ -6,6 +6,7 @@ from typing import Any
 
 SPEED = ("case", "contender", "time", "a second", "ratio", "of CPU time", "flops", "bytes")
 MEMORY = ("case", "contender", "memory", "predicted", "ratio")
+GROWTH = ("case", "contender", "memory", "ratio", "bytes a row more", "rows a second more")
 TIME = ("case", "contender", "time")
 
 
@@ -48,6 +49,8 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The heads of the columns, and the cells of every row of one benchmark."""
+    if "growth" in rows[0]:
+        return [GROWTH, *map(_growth_cells, rows)]
     if "memory" in rows[0]:
         return [MEMORY, *map(_memory_cells, rows)]
     if "ratio" not in rows[0]:
@@ -77,6 +80,17 @@ def _memory_cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{si(row['memory'])}B",
         "–" if predicted is None else f"{si(predicted)}B",
         f"{row['ratio']:.2f}",
+    )
+
+
+def _growth_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    further = [row["growth"], row["rows_per_s"]]
+    return (
+        row["case"],
+        row["contender"],
+        f"{si(row['memory'])}B",
+        f"{row['ratio']:.2f}",
+        *("–" if value is None else si(value).strip() for value in further),
     )
 
 
