@@ -310,6 +310,8 @@ ELSEWHERE = {
         "memory.d_model memory.k memory.batch_size memory.widths",
         "test_speed.test_documents_are_read_in_two_amounts": "documents.documents "
         "documents.times documents.bytes",
+        "test_speed.test_the_fewest_documents_fill_shards_and_batches": "documents.batch_size "
+        "documents.shard_windows",
     },
 }
 

@@ -40,7 +40,7 @@ from crossdict_jax.benchmark_config import (
     StoreBenchmark,
     WholeBenchmark,
 )
-from crossdict_jax.config import SAEConfig
+from crossdict_jax.config import SAEConfig, TextConfig
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
 from crossdict_jax.settings import put, validate
@@ -333,6 +333,15 @@ def test_documents_are_read_in_two_amounts(tmp_path):
     assert few["ratio"] == 1 and many["case"].startswith("40 documents of 200 bytes")
     assert many["rows"] > 1.5 * few["rows"] and many["index"] > 30 * many["rows"]
     assert few["growth"] is None and many["growth"] is not None
+
+
+def test_the_fewest_documents_fill_shards_and_batches(tmp_path):
+    own = DocumentBenchmark(batch_size=3, shard_windows=5)
+    asked = documents.settings(tmp_path, 20, own).extract
+    assert (asked.batch_size, asked.shard_windows) == (3, 5)
+    own, least = DocumentBenchmark(), 300  # tokens of a document: 600 bytes of made-up words
+    windows = own.documents * least // TextConfig().window_tokens
+    assert windows >= own.batch_size and own.times[0] == 1
 
 
 def test_growth_is_of_what_came_after():

@@ -71,7 +71,19 @@ def made_up_text(documents: int, size: int, *, seed: int) -> str:
 
 def _extract(place: Path, documents: int, own: DocumentBenchmark) -> dict[str, float]:
     """Reads the text with the embedded models; returns rows, bytes of their index, and seconds."""
-    config = Config(
+    config = settings(place, documents, own)
+    started = time.perf_counter()
+    store = extract(config, open_workdir(place / "run", to_dict(config)))
+    seconds = time.perf_counter() - started
+    index = [*vars(store.rows).values(), store.table.document]
+    index += [*store.table.offsets, *store.table.ids]
+    size = sum(array.nbytes for array in index)
+    return {"rows": len(store.rows), "index": size, "seconds": seconds}
+
+
+def settings(place: Path, documents: int, own: DocumentBenchmark) -> Config:
+    """Returns the run that reads so many documents of the text in a folder."""
+    return Config(
         models=EMBEDDED,
         layers=(2,),  # a low one: it is memory that is measured
         text=TextConfig(
@@ -84,10 +96,3 @@ def _extract(place: Path, documents: int, own: DocumentBenchmark) -> dict[str, f
         extract=ExtractConfig(batch_size=own.batch_size, shard_windows=own.shard_windows),
         evaluation=EvaluationConfig(pool=1),
     )
-    started = time.perf_counter()
-    store = extract(config, open_workdir(place / "run", to_dict(config)))
-    seconds = time.perf_counter() - started
-    index = [*vars(store.rows).values(), store.table.document]
-    index += [*store.table.offsets, *store.table.ids]
-    size = sum(array.nbytes for array in index)
-    return {"rows": len(store.rows), "index": size, "seconds": seconds}
