@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, matmul
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole
 from crossdict_jax.dictionaries.losses import variance
 from crossdict_jax.dictionaries.sparse import Code, active_rows
+from crossdict_jax.products import matmul
 
 Rows = tuple[jax.Array, jax.Array | None]  # x [batch, d_model], and y [batch, d_out] or None
 

@@ -16,6 +16,7 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
+from crossdict_jax.products import matmul
 from crossdict_jax.settings import architectures
 from crossdict_jax.training import checkpoint
 
@@ -198,13 +199,6 @@ def decoder_rows(dictionary: Dictionary, features: np.ndarray, *, size: int = 10
         one[np.arange(len(chosen)), chosen] = 1
         parts.append(modules.over_rows(dictionary, one, method="decode", size=size)[: len(chosen)])
     return np.concatenate(parts) - base
-
-
-def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
-    """Returns a @ b with inputs in ``dtype`` (None: as they are) and float32 sums."""
-    if dtype is not None:
-        a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def kth_largest(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1) -> jax.Array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper, matmul
+from crossdict_jax.dictionaries.base import BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
+from crossdict_jax.products import matmul
 
 
 class BatchTopK(BatchSelected):

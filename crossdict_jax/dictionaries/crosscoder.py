@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries.base import keep_batch_top_k, matmul, unit_rows
+from crossdict_jax.dictionaries.base import keep_batch_top_k, unit_rows
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.errors import UserError
+from crossdict_jax.products import matmul
 from crossdict_jax.training import checkpoint
 
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, matmul, unit_rows
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
+from crossdict_jax.products import matmul
 
 
 class Gated(Dictionary):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, matmul, unit_rows
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
 from crossdict_jax.dictionaries.losses import auxk
+from crossdict_jax.products import matmul
 
 # Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
 INITIAL_THRESHOLD = 0.5

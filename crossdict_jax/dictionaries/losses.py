@@ -7,7 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k, matmul
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k
+from crossdict_jax.products import matmul
 
 FEW = 8  # dead features are few up to this part of the width
 

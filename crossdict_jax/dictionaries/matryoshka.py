@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import jax
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper, matmul
+from crossdict_jax.dictionaries.base import BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
+from crossdict_jax.products import matmul
 
 
 class Matryoshka(BatchSelected):

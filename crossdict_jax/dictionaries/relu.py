@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, matmul
+from crossdict_jax.dictionaries.base import Dictionary, Hyper
+from crossdict_jax.products import matmul
 
 
 class ReLU(Dictionary):

@@ -206,12 +206,13 @@ class Ensemble:
             fixed, keys = batch["fixed"], self._member_keys(key)
             state, metrics = update(state, fixed, batch["rows"], keys)
             # One predicate for the whole ensemble: under vmap a branch stays a branch.
-            state = jax.lax.cond(
+            best = jax.lax.cond(
                 (number % every == 0) | (number == last),
                 lambda: look(state, fixed, batch["validation"], number),
-                lambda: state,
+                lambda: state["train"]["best"],
             )
-            return state, metrics | {"validation": state["train"]["best"]["latest"]}
+            state = state | {"train": state["train"] | {"best": best}}
+            return state, metrics | {"validation": best["latest"]}
 
         return Trainable(lambda key: init(self._member_keys(key)), step)
 
@@ -248,7 +249,7 @@ class Ensemble:
         return {"params": kept["params"], "train": train_state}, {"loss": loss} | terms
 
     def _look(self, state, fixed, validation, number):
-        """Scores one member on its validation rows and keeps its parameters if they are best."""
+        """Scores one member on its validation rows; returns its best parameters till now."""
         best, params = state["train"]["best"], state["params"]
         score = self._scores(params, fixed, validation)["loss"]
         gain = score < best["score"]
@@ -257,8 +258,7 @@ class Ensemble:
         kept = jax.tree.map(lambda old, new: jnp.where(gain, new, old), kept, new)
         stopped = best["stale"] >= self.config.patience
         stale = jnp.where(gain, 0, best["stale"] + 1)
-        kept |= {"latest": score, "stale": jnp.where(stopped, best["stale"], stale)}
-        return state | {"train": state["train"] | {"best": kept}}
+        return kept | {"latest": score, "stale": jnp.where(stopped, best["stale"], stale)}
 
     # ------------------------------------------------------------------------ the losses
 

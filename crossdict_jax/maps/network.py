@@ -14,6 +14,7 @@ from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Map, Problem
+from crossdict_jax.products import matmul
 
 RARE = 0.01  # of the mean variance, added to each: keeps a rare input from drowning its row
 TRAINED = ("network", "head")  # parameters of a map that are trained; the others are measured
@@ -35,9 +36,13 @@ class Network(nnx.Module):
 
     def __call__(self, h: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = (None, None) if key is None else jax.random.split(key)
-        h = _dropped(jax.nn.relu(self.norm_1(self.first(h))), self.dropout, keys[0])
-        h = _dropped(jax.nn.relu(self.norm_2(self.second(h))), self.dropout, keys[1])
-        return self.last(h)
+        h = _dropped(jax.nn.relu(self.norm_1(_linear(self.first, h))), self.dropout, keys[0])
+        h = _dropped(jax.nn.relu(self.norm_2(_linear(self.second, h))), self.dropout, keys[1])
+        return _linear(self.last, h)
+
+
+def _linear(layer: nnx.Linear, h: jax.Array) -> jax.Array:
+    return matmul(h, layer.kernel[...]) + layer.bias[...][None, :]
 
 
 def _dropped(h: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
