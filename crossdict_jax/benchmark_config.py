@@ -79,7 +79,7 @@ class MapBenchmark:
     k: int = 32  # active features a row
     hidden: int = 512  # units of both hidden layers
     batch_size: int = 128  # rows
-    steps: int = 1  # in one measurement, 50 at most
+    steps: int = 5  # in one measurement, 50 at most
 
 
 @dataclass

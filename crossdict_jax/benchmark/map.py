@@ -28,7 +28,7 @@ BATCHES = 8  # of training rows
 def benchmark(config: BenchmarkConfig, folder: Path, ceilings: dict) -> Iterator[dict[str, Any]]:
     """Yields rows: our step, and one that builds both width x width correlation matrices.
 
-    Ours encodes both sides' activations in every step; the other is handed the features.
+    Ours is handed codes of both sides, the other features.
     """
     own = config.map
     pairs = _pairs(own, config.seed)
@@ -76,12 +76,11 @@ def _pairs(own: MapBenchmark, seed: int) -> Pairs:
 
 
 def _need(own: MapBenchmark) -> Need:
-    """Forward and backward through the network, the Gram products, and both encoders."""
+    """Forward and backward through the network, and the Gram products."""
     B, F, h = own.batch_size, own.width, own.hidden
     network = 6 * B * (F * h + h * h + h * F) - 2 * B * F * h  # no gradient for the inputs
     gram = 3 * 2 * B * B * F + 2 * 2 * B * B * F  # three products, two with a gradient
-    encoders = 2 * 2 * B * own.d_model * F
     parameters = 2 * F * h + h * h + 5 * h + F
-    traffic = 4 * (8 * parameters + 2 * own.d_model * F + 6 * B * F)
-    flops = network + gram + encoders
+    traffic = 4 * (8 * parameters + 6 * B * F)
+    flops = network + gram
     return Need(own.steps * B, "rows", own.steps * flops, own.steps * traffic)

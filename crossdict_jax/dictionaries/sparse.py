@@ -34,7 +34,7 @@ class Code:
     """The active features of rows: value 0 says that a place is not used.
 
     Attributes:
-      values: float32 [batch, places], never negative, falling.
+      values: float32 [batch, places], never negative; the used ones first in every row.
       features: int32 [batch, places], which feature; none twice in a row among the used.
       width: how many features there are (static).
     """

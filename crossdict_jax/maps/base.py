@@ -20,7 +20,9 @@ from flax import nnx
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
+from crossdict_jax.maps.compact import compact
 from crossdict_jax.settings import map_kinds as kinds
 from crossdict_jax.training import load_meta, load_params, save_module
 
@@ -39,6 +41,7 @@ class Side:
       token_bytes: gives, by token id, the bytes of text that a token stands for; None where all
         sides count tokens in one vocabulary.
       reordered_from: the side that holds the same rows in another order, if there is one.
+      order: int [n], where in that side each row stands.
       keys: int [n, 2], (document, byte end) of each row, by which ``Pairs`` sees that both sides
         are the same places of the same text; None where nobody says.
     """
@@ -50,6 +53,7 @@ class Side:
     layer: int = 0
     token_bytes: Callable[[], Sequence[bytes]] | None = None
     reordered_from: Side | None = None
+    order: np.ndarray | None = None
     keys: np.ndarray | None = None
 
     @cached_property
@@ -76,15 +80,28 @@ class Side:
         mean = total / len(self.x)
         return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
 
+    @cached_property
+    def code(self) -> Code | None:
+        """The active features of all rows, on the host; None where the rows take less memory.
+
+        That is where some row has more than d_model / 2 active features.
+        """
+        if self.reordered_from is not None:
+            code = self.reordered_from.code
+            return jax.tree.map(lambda a: a[self.order], code)
+        encoded = (encode_rows(self.dictionary, self.x[rows]) for rows in slices(len(self.x)))
+        return compact(encoded, most=self.x.shape[1] // 2)
+
     def take(self, rows: np.ndarray | slice) -> Side:
         """Returns the side with these rows alone."""
         keys = None if self.keys is None else self.keys[rows]
-        return dataclasses.replace(self, x=self.x[rows], tokens=self.tokens[rows], keys=keys)
+        own = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
+        return dataclasses.replace(self, **own, reordered_from=None, order=None)
 
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in the given order."""
         rows = {"x": self.x[order], "tokens": self.tokens[order]}
-        return dataclasses.replace(self, **rows, reordered_from=self, keys=None)
+        return dataclasses.replace(self, **rows, reordered_from=self, order=order, keys=None)
 
 
 @dataclass(frozen=True)

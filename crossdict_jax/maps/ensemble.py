@@ -13,13 +13,16 @@ import optax
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Pairs, Problem, Side, build, check_rows
+from crossdict_jax.maps.compact import alike
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.maps.network import TRAINED, NetworkMap, Standards
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
+from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, on_own_rows, put, shard
 from crossdict_jax.workdir import write_json
 
 VALIDATION_ROWS = 4096  # at most, evenly spread, on which a member in training is scored
@@ -203,6 +206,10 @@ class Ensemble:
         look = jax.vmap(self._look, in_axes=(0, 0, 0, None), spmd_axis_name=MEMBER)
 
         def step(state, batch, number, key):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # see mesh.on_own_rows
+                return one_step(state, batch, number, key)
+
+        def one_step(state, batch, number, key):
             fixed, keys = batch["fixed"], self._member_keys(key)
             state, metrics = update(state, fixed, batch["rows"], keys)
             # One predicate for the whole ensemble: under vmap a branch stays a branch.
@@ -267,9 +274,9 @@ class Ensemble:
         return modules.merge(self.graph, own)
 
     def _features(self, m: NetworkMap, fixed, rows) -> tuple[jax.Array, jax.Array]:
-        """Both sides' features [batch, width], made here and never stored."""
+        """Both sides' features [batch, width]: of their codes, or encoded here."""
         source = modules.merge(self.graph_a, fixed["dictionary_a"])
-        return source.encode(rows["x_a"]), m.dictionary.encode(rows["x_b"])
+        return _dense(rows["a"], source), _dense(rows["b"], m.dictionary)
 
     def _training_loss(self, params, fixed, rows, key):
         """The losses of what the head selects from, with a gradient wherever the target fires."""
@@ -320,7 +327,7 @@ class Ensemble:
 
             return resident | {"rows": jax.tree.map(pick, resident["rows"])}
 
-        rows = self._stacked([_rows(problem.train) for problem in self.problems])
+        rows = self._stacked(_rows([problem.train for problem in self.problems]))
         held_out = self._validation_rows()
         return Feed({"rows": rows, "validation": held_out, "fixed": self.fixed}, indices, select)
 
@@ -338,9 +345,23 @@ class Ensemble:
         def batches(rows: np.ndarray) -> np.ndarray:
             return rows[chosen].reshape(*shape, *rows.shape[1:])
 
-        held_out = [_rows(problem.validation) for problem in self.problems]
+        held_out = _rows([problem.validation for problem in self.problems])
         return self._stacked([jax.tree.map(batches, rows) for rows in held_out])
 
 
-def _rows(pairs: Pairs) -> dict[str, np.ndarray]:
-    return {"x_a": pairs.source.x, "x_b": pairs.target.x, "tokens": pairs.source.tokens}
+def _rows(members: list[Pairs]) -> list[dict]:
+    """Returns what a step reads of each member's rows: both sides' codes or activations, tokens."""
+    a, b = (_codes_or_rows(sides) for sides in zip(*map(_sides, members)))
+    tokens = [pairs.source.tokens for pairs in members]
+    return [{"a": a, "b": b, "tokens": t} for a, b, t in zip(a, b, tokens)]
+
+
+def _codes_or_rows(sides: Sequence[Side]) -> list:
+    """Returns the codes of all sides, or of none: the members of an ensemble are alike."""
+    codes = [side.code for side in sides]
+    return [side.x for side in sides] if None in codes else alike(codes)
+
+
+def _dense(rows: jax.Array | Code, dictionary: Dictionary) -> jax.Array:
+    """Returns features [batch, width]."""
+    return on_own_rows(Code.dense, rows) if isinstance(rows, Code) else dictionary.encode(rows)
