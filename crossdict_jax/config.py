@@ -59,6 +59,7 @@ class SAEConfig:
     seeds: int = 1  # dictionaries per model and layer
     warmup_fraction: float = 0.05  # of the steps, for the learning rate
     l1_warmup_fraction: float = 0.1  # of the steps, for the L1 coefficient
+    gradient_clip: float = 1.0  # largest global norm of a dictionary's gradient
     auxk_coefficient: float = 1 / 32  # where k is, and jumprelu: the dead features' reconstruction
     k_aux: int = 0  # dead features that AuxK uses; 0 means half the size of a row
     dead_after_rows: int = 0  # rows (tokens) of silence that mean dead; 0 means 2 % of all it reads

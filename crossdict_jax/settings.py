@@ -303,6 +303,7 @@ def _rules() -> dict[str, Rule]:
         "sae.seeds": _at_least(1),
         "sae.warmup_fraction": _SHARE_OR_0,
         "sae.l1_warmup_fraction": _SHARE_OR_0,
+        "sae.gradient_clip": _ABOVE_0,
         "sae.auxk_coefficient": _at_least(0),
         "sae.k_aux": _at_least(0),
         "sae.dead_after_rows": _at_least(0),

@@ -372,7 +372,7 @@ def test_every_option_of_the_loop_changes_the_result(tmp_path):
     small = {"steps": 12, "checkpoint_every": 12, "architecture": "relu"}
     plain = leaves(run(tmp_path / "plain", **small))
     changes = {"learning_rate": 1e-3, "steps": 20, "batch_size": 128}
-    changes |= {"warmup_fraction": 0.5, "l1_warmup_fraction": 0.9}
+    changes |= {"warmup_fraction": 0.5, "l1_warmup_fraction": 0.9, "gradient_clip": 99.0}
     for field, value in changes.items():
         other = leaves(run(tmp_path / field, **(small | {field: value})))
         assert np.abs(other["W_dec"] - plain["W_dec"]).max() > 1e-6, field

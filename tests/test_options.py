@@ -113,6 +113,7 @@ TURNED = {
         "sae.seeds": Turn(2, dictionaries),
         "sae.warmup_fraction": Turn(0.5, dictionaries),
         "sae.l1_warmup_fraction": Turn(0.5, dictionaries, given(sae__architecture="gated")),
+        "sae.gradient_clip": Turn(99.0, dictionaries, given(sae__architecture="relu")),
         "sae.auxk_coefficient": Turn(1.0, dictionaries),
         "sae.k_aux": Turn(1, dictionaries),
         "sae.dead_after_rows": Turn(77, dictionaries),

@@ -13,7 +13,8 @@ class ReLU(Dictionary):
     """f = relu(z);  loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i ||W_dec_i||.
 
     Decoder rows are free: because the penalty is weighted by their norms, shrinking features and
-    growing rows gains nothing (Conerly et al. 2024, "Update on how we train SAEs").
+    growing rows gains nothing (Conerly et al. 2024, "Update on how we train SAEs"; gradients are
+    clipped to norm 1 as there).
     """
 
     def activate(self, z: jax.Array) -> jax.Array:

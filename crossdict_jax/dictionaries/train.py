@@ -427,7 +427,7 @@ def _trainable(
     rates = jnp.asarray([m.learning_rate for m in group], jnp.float32)
     penalties = jnp.asarray([m.l1_coefficient for m in group], jnp.float32)
     keys = jnp.asarray([m.seed for m in group])
-    adam = optax.scale_by_adam(**ADAM)
+    adam = optimizer(sae)
 
     def init(root):
         def one(seed, start):
@@ -508,6 +508,16 @@ def _updated(graphdef, params, least):
     d.measure(least)
     d.after_update()
     return modules.split(d)[1]
+
+
+def optimizer(sae: SAEConfig) -> optax.GradientTransformation:
+    """Returns Adam behind a limit to the gradient's norm; what it gives is to be times the rate.
+
+    Losses that sum squares over d have their longest gradients in the first steps. Adam remembers
+    them for 1 / (1 - b2) steps, more than short trainings have, and later steps are too small: at
+    300 steps ReLU then leaves a tenth to a quarter more unexplained at an equal L0.
+    """
+    return optax.chain(optax.clip_by_global_norm(sae.gradient_clip), optax.scale_by_adam(**ADAM))
 
 
 def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:
