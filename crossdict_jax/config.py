@@ -52,7 +52,7 @@ class SAEConfig:
     width: Count = 4096  # features
     k: Count = 32  # active features a row (topk; batchtopk, matryoshka: on average)
     l1_coefficient: Number = 1.0  # weight of the penalty: on L1 (relu, gated), on L0 (jumprelu)
-    learning_rate: Number = 0.0  # Adam, after warm-up; 0 means 2e-3 sqrt(4096 / width)
+    learning_rate: Number = 0.0  # Adam, after warm-up; 0: 2e-3 sqrt(4096 / width), L1 twice that
     steps: int = 2500  # batches
     batch_size: int = 1024  # rows
     accumulate: int = 1  # parts that a batch is read in, for memory; the gradients are the same

@@ -24,10 +24,18 @@ def test_the_table_sets_equal_rates_side_by_side():
             where = {"architecture": architecture, "learning_rate": rate, "library": library}
             rows.append(row | where | {"seconds": 2.0, "name": "one"})
     rows.append(rows[0] | {"l0": 8.0, "seconds": 4.0})
-    (found,) = saelens.tables(rows)
-    lines = [[cell.text for cell in line] for line in found.rows]
-    assert len(lines) == 10 and [line[1] for line in lines] == ["0.01", "0.0003"] * 5
-    assert lines[0][2:] == ["4 of 4.0–8.0", "4.0", "0.300", "0.300", "3.0", "2.0"]
+    for place, fvu in ((1, 0.35), (3, 0.25), (4, None), (7, 0.4)):
+        rows[place]["fvu_at_k"] = fvu
+    every, best = ([[c.text for c in line] for line in t.rows] for t in saelens.tables(rows))
+    assert len(every) == 12 and [line[1] for line in every] == ["0.01", "0.0003"] * 6
+    assert every[0][2:] == ["4 of 4.0–8.0", "4.0", "0.300", "0.350", "3.0", "2.0"]
+    assert best[0] == ["relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
+    assert best[1] == ["gated", "0.01", "–", "0.01", "0.300", "–"] and len(best) == 6
+
+
+def test_rates_are_that_usual_here_that_of_topk_and_theirs(tiny):
+    bench = saelens._Bench(*tiny, "a")
+    assert bench.rates("relu") == (2.4e-2, 1.2e-2, 3e-4) and bench.rates("topk") == (1.2e-2, 3e-4)
 
 
 @pytest.fixture(scope="module")

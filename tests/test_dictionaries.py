@@ -363,6 +363,12 @@ def test_the_usual_rate_falls_with_the_square_root_of_the_width():
     assert set(rates[1::2]) == {5e-4}
 
 
+@every
+def test_an_architecture_learns_at_its_own_pace(architecture):
+    (member,) = training.members(SAEConfig(architecture=architecture), [("m", Site(0))])
+    assert member.learning_rate == (4e-3 if architecture in ("relu", "gated") else 2e-3)
+
+
 def test_silence_means_death_after_a_share_of_the_run_or_as_many_rows_as_asked():
     assert training.dead_after(SAEConfig(steps=1000, batch_size=100)) == 2000
     assert training.dead_after(SAEConfig(dead_after_rows=7)) == 7

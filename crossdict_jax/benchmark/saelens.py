@@ -1,8 +1,9 @@
 """Dictionaries of ours and of SAELens, trained on the same rows of a run and measured by one code.
 
 Equal: training rows, their order, batch, steps, width, active features a row; and the learning
-rate, once that which is usual here, once the default of SAELens. All else is as each library has
-it by default.
+rate, which is that usual here, that usual for a TopK of the width, or the default of SAELens. All
+else is as each library has it by default. What counts is ours at the rate usual here beside theirs
+at whichever of these rates is best for them.
 """
 
 from __future__ import annotations
@@ -35,15 +36,19 @@ PYTHON = "CROSSDICT_SAELENS_PYTHON"  # environment variable: an interpreter that
 THEIR_RATE = 3e-4  # the default of SAETrainerConfig
 THEIRS = {  # ours: the architecture of SAELens that trains the same kind
     "relu": "standard",
+    "gated": "gated",
     "topk": "topk",
     "batchtopk": "batchtopk",
     "matryoshka": "matryoshka_batchtopk",
     "jumprelu": "jumprelu",
 }
 LIBRARIES = ("ours", "sae-lens")
-PENALTIES = {  # where L0 follows from a penalty: our setting's values, and the name of theirs
-    "relu": ((1.0, 2.0, 4.0, 8.0), "l1_coefficient"),
-    "jumprelu": ((0.25, 0.5, 1.0, 2.0), "l0_coefficient"),
+# Where L0 follows from a penalty: our setting's values, and the name of theirs. Close together, for
+# a chord of the curve lies above it: by up to 0.01 in FVU where values double.
+PENALTIES = {
+    "relu": ((0.5, 0.7, 1.0, 1.4, 2.0, 2.8), "l1_coefficient"),
+    "gated": ((1.0, 1.4, 2.0, 2.8, 4.0), "l1_coefficient"),
+    "jumprelu": ((0.25, 0.35, 0.5, 0.7, 1.0), "l0_coefficient"),
 }
 
 
@@ -85,16 +90,20 @@ class _Bench:
         self.config, self.store = config, store
         self.folder = work.root / "benchmark" / "saelens" / model
         self.sae = dataclasses.replace(unswept(config.sae), seeds=1)
-        self.rates = {"usual here": usual_rate(self.sae.width), "usual there": THEIR_RATE}
         self.test = store.read(self.model, self.site, store.select("test"))
         self.mean = train_mean(store, self.model, self.site)
         self.train = store.select("train")
 
+    def rates(self, architecture: str) -> tuple[float, ...]:
+        """Returns the rates that both libraries train it at, that usual here first."""
+        usual = (usual_rate(name, width=self.sae.width) for name in (architecture, "topk"))
+        return tuple(dict.fromkeys((*usual, THEIR_RATE)))
+
     def ours(self) -> Iterator[dict[str, Any]]:
-        """Trains ours, both rates and all penalties of an architecture as one ensemble."""
+        """Trains ours, all rates and all penalties of an architecture as one ensemble."""
         for architecture in THEIRS:
             values, _ = PENALTIES.get(architecture, (self.sae.l1_coefficient, ""))
-            swept = {"l1_coefficient": values, "learning_rate": tuple(self.rates.values())}
+            swept = {"l1_coefficient": values, "learning_rate": self.rates(architecture)}
             sae = dataclasses.replace(self.sae, architecture=architecture, **swept)
             work = Workdir(self.folder / "ours" / architecture)
             config = dataclasses.replace(self.config, sae=sae)
@@ -129,7 +138,7 @@ class _Bench:
         for ours, theirs in THEIRS.items():
             values, name = PENALTIES.get(ours, ((None,), ""))
             for value in values:
-                for rate in self.rates.values():
+                for rate in self.rates(ours):
                     penalty = {} if value is None else {name: value}
                     yield {
                         "name": f"{ours}-rate-{rate:.3g}" + (f"-{value:g}" if penalty else ""),
@@ -212,24 +221,22 @@ def _fill_at_k(rows: list[dict[str, Any]], *, k: int) -> None:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Returns for every model both libraries side by side, a line per architecture and rate.
+    """Returns two tables a model: both libraries at every rate; ours as it comes, theirs at best.
 
     Args:
       rows: of ``compare_saelens``, with their seconds.
     """
-    return [_table(list(group)) for _, group in itertools.groupby(rows, key=lambda r: r["model"])]
+    models = (list(group) for _, group in itertools.groupby(rows, key=lambda r: r["model"]))
+    return [table for group in models for table in (_every_rate(group), _best_rate(group))]
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _every_rate(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     columns = [Column("architecture", numeric=False), Column("rate")]
     columns += [Column(f"{what}, {who}") for what in ("L0", "FVU", "seconds") for who in LIBRARIES]
     lines = []
     for architecture in THEIRS:
-        for rate in sorted({r["learning_rate"] for r in rows}, reverse=True):
-            place = {"architecture": architecture, "learning_rate": rate}
-            same = [r for r in rows if place.items() <= r.items()]
-            both = [[r for r in same if r["library"] == library] for library in LIBRARIES]
+        for rate, both in _rates(rows, architecture).items():
             cells = [Cell(architecture), Cell(f"{rate:.2g}")]
             cells += [Cell(_l0(curve, first["k"])) for curve in both]
             cells += [Cell(number(curve[0]["fvu_at_k"])) for curve in both]
@@ -243,6 +250,44 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         columns,
         lines,
     )
+
+
+def _best_rate(rows: list[dict[str, Any]]) -> Table:
+    ours, theirs = LIBRARIES
+    columns = [Column("architecture", numeric=False), Column("rate"), Column(f"FVU, {ours}")]
+    columns += [Column("best rate"), Column(f"FVU, {theirs}"), Column("difference")]
+    lines = []
+    for architecture in THEIRS:
+        found = {
+            rate: [curve[0]["fvu_at_k"] for curve in both]
+            for rate, both in _rates(rows, architecture).items()
+        }
+        usual, (own, _) = next(iter(found.items()))
+        known = [(fvu, rate) for rate, (_, fvu) in found.items() if fvu is not None]
+        best, rate = min(known, default=(None, None))
+        difference = None if None in (own, best) else own - best
+        texts = [f"{usual:.2g}", number(own), "–" if rate is None else f"{rate:.2g}"]
+        texts += [number(best), number(difference)]
+        lines.append([Cell(text) for text in (architecture, *texts)])
+    first = rows[0]
+    return Table(
+        f"{first['model']} {first['site']}: {ours} at the usual rate, {theirs} at the best for it "
+        "of the rates above; below 0 ours leave less unexplained",
+        columns,
+        lines,
+    )
+
+
+def _rates(rows: list[dict[str, Any]], architecture: str) -> dict[float, list[list[dict]]]:
+    """Returns per learning rate, that usual here first, the rows of either library."""
+    own = [r for r in rows if r["architecture"] == architecture]
+    return {
+        rate: [
+            [r for r in own if (r["library"], r["learning_rate"]) == (library, rate)]
+            for library in LIBRARIES
+        ]
+        for rate in dict.fromkeys(r["learning_rate"] for r in own)
+    }
 
 
 def _l0(curve: list[dict[str, Any]], k: int) -> str:

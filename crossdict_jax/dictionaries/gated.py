@@ -24,6 +24,8 @@ class Gated(Dictionary):
       r_mag, b_mag: [width], log scale and bias of the magnitudes.
     """
 
+    pace = 2.0  # as of ReLU
+
     def __init__(self, **shape):
         super().__init__(**shape)
         self.r_mag = nnx.Param(jnp.zeros(self.width))

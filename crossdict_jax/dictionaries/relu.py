@@ -17,6 +17,8 @@ class ReLU(Dictionary):
     clipped to norm 1 as there).
     """
 
+    pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
+
     def activate(self, z: jax.Array) -> jax.Array:
         return jax.nn.relu(z)
 

@@ -76,19 +76,20 @@ def members(config: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values))
             other = [f"{f}-{v:g}" for f, v in chosen.items() if v != swept[f][0]]
-            chosen["learning_rate"] = chosen["learning_rate"] or usual_rate(chosen["width"])
+            usual = usual_rate(config.architecture, width=chosen["width"])
+            chosen["learning_rate"] = chosen["learning_rate"] or usual
             found.append(
                 Member(model, site, seed, name="-".join([f"seed-{seed}", *other]), **chosen)
             )
     return found
 
 
-def usual_rate(width: int) -> float:
-    """Returns Adam's learning rate for a width: 2e-3 at 4096, falling with its square root.
+def usual_rate(architecture: str, *, width: int) -> float:
+    """Returns Adam's learning rate: 2e-3 at a width of 4096, falling with its square root.
 
-    The law is of Gao et al. 2024 (arXiv 2406.04093).
+    The law is that of TopK (Gao et al. 2024, arXiv 2406.04093); a class's ``pace`` multiplies it.
     """
-    return min(MOST_RATE, 2e-3 * math.sqrt(4096 / width))
+    return base.find(architecture).pace * min(MOST_RATE, 2e-3 * math.sqrt(4096 / width))
 
 
 def dead_after(sae: SAEConfig) -> int:

@@ -80,7 +80,7 @@ def members(config: Config, *, model: str, site: Site) -> list[Member]:
     what it is when other points of the curve are asked for.
     """
     sae = unswept(config.sae)
-    rate = sae.learning_rate or usual_rate(sae.width)
+    rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)
     usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}
     usual |= {"model": model, "site": site, "learning_rate": rate}
     if has_k(sae.architecture):
