@@ -240,8 +240,9 @@ def has_k(architecture: str) -> bool:
 
 def map_kinds() -> tuple[str, ...]:
     """Returns the rungs of the ladder: the files of their room that define one."""
-    shared = {"base", "descriptions", "ensemble", "heads", "joint", "losses", "moments", "network"}
-    return _kinds("maps", machinery=shared | {"controls", "fit"})
+    given = {"base", "compact", "descriptions", "joint", "moments"}
+    trained = {"ensemble", "heads", "losses", "network"}
+    return _kinds("maps", machinery=given | trained | {"controls", "fit"})
 
 
 def gate_files() -> dict[str, str]:

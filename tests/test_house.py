@@ -119,6 +119,10 @@ def test_members_of_a_family_know_only_their_base(trees, room):
             if name.startswith(f"crossdict_jax.{room}.")
         }
         assert known <= FAMILIES[room], f"{room}/{member}.py imports {known}"
+        classes = [
+            n for n in trees[f"crossdict_jax.{room}.{member}"].body if isinstance(n, ast.ClassDef)
+        ]
+        assert any(c.bases for c in classes), f"{room}/{member}.py defines no member of its family"
 
 
 def module_level_imports(tree: ast.Module) -> set[str]:
