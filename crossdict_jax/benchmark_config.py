@@ -114,7 +114,7 @@ class ScalingBenchmark:
 class MemoryBenchmark:
     """Memory of a training at several widths."""
 
-    architecture: str = "topk"  # of the dictionaries
+    architectures: tuple[str, ...] = ("topk", "relu", "batchtopk")  # each in turn
     d_model: int = 512  # of the made-up rows
     k: int = 32  # active features a row
     batch_size: int = 1024  # rows

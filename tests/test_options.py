@@ -307,7 +307,7 @@ ELSEWHERE = {
         "test_speed.test_an_ensemble_is_measured_beside_its_members": "ensemble.architecture "
         "ensemble.batch_size ensemble.d_model ensemble.k ensemble.members ensemble.rows "
         "ensemble.steps ensemble.width",
-        "test_speed.test_memory_is_measured_beside_its_prediction": "memory.architecture "
+        "test_speed.test_memory_is_measured_beside_its_prediction": "memory.architectures "
         "memory.d_model memory.k memory.batch_size memory.widths",
         "test_speed.test_documents_are_read_in_two_amounts": "documents.documents "
         "documents.times documents.bytes",

@@ -86,7 +86,9 @@ def tiny_config(*benchmarks: str) -> BenchmarkConfig:
             members=(2,),
             store_rows=(40,),
         ),
-        memory=MemoryBenchmark(d_model=8, k=2, batch_size=16, widths=(128,)),
+        memory=MemoryBenchmark(
+            architectures=("relu",), d_model=8, k=2, batch_size=16, widths=(128,)
+        ),
         documents=DocumentBenchmark(documents=20, times=(1, 2), bytes=200),
     )
 
@@ -325,7 +327,9 @@ def test_growth_is_measured_against_the_base(tmp_path):
 
 def test_memory_is_measured_beside_its_prediction(tmp_path):
     (row,) = measured("memory", tmp_path)
-    assert row["case"] == "width 128" and row["predicted"] > 0
+    assert row["case"] == "relu, width 128"
+    state, rows = 3 * 4 * (2 * 8 * 128 + 128 + 8), 4 * 16 * 128  # two moments beside parameters
+    assert state + 2 * rows < row["predicted"] < row["bound"]
 
 
 def test_documents_are_read_in_two_amounts(tmp_path):

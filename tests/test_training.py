@@ -4,13 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
+from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 
 N, D = 96, 3
 TRUTH = np.array([1.0, -2.0, 0.5], np.float32)
@@ -168,6 +169,41 @@ def test_members_take_devices_before_data_does(members, shape):
     assert put(np.zeros((8, 2)), shard(mesh, DATA)).shape == (8, 2)
 
 
+def test_memory_is_told_before_the_first_step_and_compiles_nothing_twice():
+    (trainable, feed), key = regression(), jax.random.key(0)
+    run, state = loop.Chunks(trainable, feed, key), loop.initial(trainable, key)
+    held = run.memory(state)
+    size = sum(a.nbytes for a in jax.tree.leaves((state, feed.resident)))
+    assert size < held < size + 1_000_000
+    compiled = []
+
+    def listen(event, *_, **__):
+        compiled.extend([event] * ("backend_compile" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    state, _ = run(state, 0, 2)
+    assert not compiled
+    jax.jit(lambda x: x + 17.25)(state["params"]["w"])
+    assert compiled  # so the listener hears
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_rows_are_gathered_as_they_are_stored():
+    """The rows of a store to the bit, without a copy of all that grows with their number."""
+    x = np.random.default_rng(0).normal(size=(4096, 64)).astype(ml_dtypes.bfloat16)
+    x[0, :3] = np.inf, -0.0, 1e-39
+    there, places = jnp.asarray(to_bits(x)), np.asarray([0, 77, 4095])
+    np.testing.assert_array_equal(from_bits(there[places]), x[places].astype(np.float32))
+    assert to_bits(x[:1].astype(np.float32)).dtype == np.float32
+
+    def total(x, places):
+        step = lambda i, sum_: sum_ + from_bits(x[places[i]]).sum()  # noqa: E731
+        return jax.lax.fori_loop(0, 3, step, 0.0)
+
+    temporary = jax.jit(total).lower(there, places).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < x.nbytes / 8
+
+
 def test_a_chunk_is_compiled_once_whatever_the_first_state_is_made_of(monkeypatch):
     """A number without a dtype has a weak type, and what steps make of it a strong one."""
     trainable, feed = regression()
@@ -178,7 +214,7 @@ def test_a_chunk_is_compiled_once_whatever_the_first_state_is_made_of(monkeypatc
     assert jax.eval_shape(weak, jax.random.key(0))["train"]["momentum"].weak_type
     programs, original = [], loop._compile
     monkeypatch.setattr(loop, "_compile", lambda *a: programs.append(original(*a)) or programs[-1])
-    run = loop.chunks(Trainable(weak, trainable.step), feed, jax.random.key(0))
+    run = loop.Chunks(Trainable(weak, trainable.step), feed, jax.random.key(0))
     state = loop.initial(Trainable(weak, trainable.step), jax.random.key(0))
     for first in (0, 2, 4):
         state, _ = run(state, first, 2)

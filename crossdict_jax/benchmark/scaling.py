@@ -74,4 +74,4 @@ def _training(
     rows = max(changed.get("rows", own.rows), sae.batch_size)
     place = folder / f"{rows}-rows-of-{d_model}"
     store = make_store(place, rows, d_model, seed=seed)
-    return steps.dictionary_steps(sae, store, resident=resident)
+    return steps.dictionary_steps(sae, store, resident=resident, most=own.steps)

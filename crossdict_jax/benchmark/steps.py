@@ -17,7 +17,7 @@ from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark_config import BenchmarkConfig, StepBenchmark
 from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries.train import members, prepare
-from crossdict_jax.training.loop import Feed, Trainable, chunks, epoch_order, initial
+from crossdict_jax.training.loop import MAX_CHUNK, Chunks, Feed, Trainable, epoch_order, initial
 
 MANY = 1_000_000  # steps of the schedules: none is at its end while it is timed
 PEERS = {  # library: (its file in peers/, what it can train)
@@ -31,16 +31,24 @@ PEERS = {  # library: (its file in peers/, what it can train)
 
 
 class Steps:
-    """A training that stands still between runs of a few steps, in the loop's own program."""
+    """A training that stands still between runs of a few steps, in the loop's own program.
 
-    def __init__(self, trainable: Trainable, feed: Feed, state_shardings):
+    Args:
+      most: steps of one run at most: rows that come from the host are sent for so many.
+    """
+
+    def __init__(self, trainable: Trainable, feed: Feed, state_shardings, *, most: int = MAX_CHUNK):
         root = jax.random.key(0)
-        self._run = chunks(trainable, feed, root)
+        self._run = Chunks(trainable, feed, root, most=most)
         self._state, self._done = initial(trainable, root, state_shardings), 0
 
     def run(self, count: int) -> Spent:
         """Takes so many steps; returns what that took."""
         return timed(lambda: self._take(count))
+
+    def memory(self) -> int | None:
+        """Returns the bytes that a training says at its start it will hold."""
+        return self._run.memory(self._state)
 
     def _take(self, count: int):
         self._state, metrics = self._run(self._state, self._done, count)
@@ -48,15 +56,18 @@ class Steps:
         return self._state, metrics
 
 
-def dictionary_steps(sae: SAEConfig, store: Store, *, resident: bool | None = None) -> Steps:
+def dictionary_steps(
+    sae: SAEConfig, store: Store, *, resident: bool | None = None, most: int = MAX_CHUNK
+) -> Steps:
     """Returns the training of all that ``sae`` asks for at the store's site, as one ensemble.
 
     Args:
       resident: see ``prepare``.
+      most: see ``Steps``.
     """
     group, rows = members(sae, [(MODEL, SITE)]), store.select("train")
     ensemble = prepare(sae, store, group, rows, resident=resident)
-    return Steps(ensemble.trainable, ensemble.feed, ensemble.by_member)
+    return Steps(ensemble.trainable, ensemble.feed, ensemble.by_member, most=most)
 
 
 def sae_config(config: StepBenchmark, architecture: str, **other) -> SAEConfig:

@@ -24,7 +24,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
+from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 from crossdict_jax.workdir import Workdir, write_json
 
 CONTROLS = ("self", "rotated")  # the first model against itself, and against a rotated copy
@@ -216,7 +216,7 @@ class _Ensemble:
         orders = [[straight if o is None else o for o in per_model] for per_model in orders]
         everywhere = shard(self.mesh)
         resident = {
-            "views": [put(np.stack(per_model), everywhere) for per_model in views],
+            "views": [put(to_bits(np.stack(per_model)), everywhere) for per_model in views],
             "orders": [put(np.stack(per_model), everywhere) for per_model in orders],
         }
         batch = self.config.batch_size
@@ -234,7 +234,7 @@ class _Ensemble:
             parts = []
             for m, (view, order) in enumerate(zip(resident["views"], resident["orders"])):
                 rows = order[which_order[m][:, None], places]
-                parts.append(view[which_view[m][:, None], rows].astype(jnp.float32))
+                parts.append(from_bits(view[which_view[m][:, None], rows]))
             x = jnp.concatenate(parts, axis=-1)
             return jax.lax.with_sharding_constraint(x, shard(self.mesh, MEMBER, DATA))
 

@@ -28,7 +28,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.settings import has_k
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, put, shard
+from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 from crossdict_jax.workdir import Workdir, write_json
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
@@ -206,12 +206,13 @@ def _sizes(store: Store, member: Member) -> dict[str, int]:
 
 
 def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int = 0) -> int:
-    """Returns the predicted device memory of one member: states, gradients and activations.
+    """Returns what one member may take of a device's memory: by it ensembles are cut to size.
 
-    Four float32 copies of the parameters (themselves, two moments, gradients), one more while
-    they are updated, and about six [batch, width] arrays live at the widest point of a step, of a
-    part of the batch where ``sae.accumulate`` cuts it; what chooses features over all rows holds
-    one of the whole batch then.
+    A bound for all architectures, known before anything is compiled; what the compiler then says
+    of the ensemble is printed at its start. Four float32 copies of the parameters (themselves, two
+    moments, gradients), one more while they are updated, and about six [batch, width] arrays live
+    at the widest point of a step, of a part of the batch where ``sae.accumulate`` cuts it; what
+    chooses features over all rows holds one of the whole batch then.
     """
     both = d_model + (d_out or d_model)
     parameters = both * width + width + (d_out or d_model)
@@ -248,12 +249,10 @@ def _device_memory() -> int | None:
 def _train_group(config: Config, store: Store, work: Workdir, group: list[Member], rows) -> None:
     sae, first = config.sae, group[0]
     sizes = _sizes(store, first)
-    memory = len(group) * member_bytes(sae, **sizes, width=first.width)
     d = str(sizes["d_model"]) + (f"-to-{sizes['d_out']}" if sizes["d_out"] else "")
     directory = work.dictionaries / "training" / f"d{d}-width{first.width}-k{first.k}-{_tag(group)}"
     kind = "transcoders" if sizes["d_out"] else "dictionaries"
     what = f"{len(group)} {sae.architecture} {kind}, d {d} width {first.width}"
-    print(f"{what}: about {memory / 1e9:.2f} GB on {jax.device_count()} device(s)")
     labels = [m.label for m in group]
     trained = _train_ensemble(config, store, group, rows, directory, labels=labels, what=what)
     _save_members(config, store, work, group, trained)
@@ -403,23 +402,25 @@ def _feed(
         orders = [epoch_order(seed, **span).reshape(count, sae.batch_size) for seed in seeds]
         return np.stack(orders, axis=1)  # [steps, seeds, batch]
 
-    def chosen(data, orders):
+    bits = {name: to_bits(array) for name, array in data.items()}
+
+    def chosen(bits, orders):
         """Orders [..., seeds, batch] to rows [..., members, batch, d] of every array."""
         places = (which[:, None], orders[..., order_of, :])
-        return {name: array[places] for name, array in data.items()}
+        return {name: array[places] for name, array in bits.items()}
+
+    def rows_of(bits):
+        return jax.lax.with_sharding_constraint(from_bits(bits), shard(mesh, MEMBER, DATA))
 
     def select(there, sent):
-        batch = {
-            name: jax.lax.with_sharding_constraint(x.astype(jnp.float32), shard(mesh, MEMBER, DATA))
-            for name, x in (chosen(there, sent) if resident else sent).items()
-        }
+        batch = jax.tree.map(rows_of, chosen(there, sent) if resident else sent)
         return batch["x"], batch.get("y")
 
     per_member = [start[i] for i in which]
     starts = {name: np.stack([one[name] for one in per_member]) for name in per_member[0]}
     if resident:
-        return Feed(put(data, shard(mesh)), orders, select), starts
-    return Feed({}, lambda first, count: chosen(data, orders(first, count)), select), starts
+        return Feed(put(bits, shard(mesh)), orders, select), starts
+    return Feed({}, lambda first, count: chosen(bits, orders(first, count)), select), starts
 
 
 def _trainable(

@@ -107,7 +107,9 @@ def train(
     checkpoints = Path(directory) / "checkpoints"
     root = jax.random.key(seed)
     state, done = _restore_or_init(trainable, checkpoints, root, state_shardings, meta or {})
-    run_chunk = chunks(trainable, feed, root)
+    run_chunk = Chunks(trainable, feed, root)
+    if done < steps and (held := run_chunk.memory(state, done)):
+        print(f"{what}: about {held / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
     log = _MetricsLog(Path(directory) / "metrics.jsonl", what=what, start=done)
     progress = tqdm(total=steps, initial=done, desc=what, unit="step", mininterval=0.5)
     pending: tuple[int, int, dict] | None = None
@@ -176,20 +178,36 @@ def _padded(indices: PyTree, length: int) -> PyTree:
     return jax.tree.map(pad, indices)
 
 
-def chunks(
-    trainable: Trainable, feed: Feed, root: jax.Array
-) -> Callable[[PyTree, int, int], tuple[PyTree, dict[str, jax.Array]]]:
-    """Returns (state, first step, steps up to MAX_CHUNK) -> (state, metrics): one program for all.
+class Chunks:
+    """Steps of a training, up to ``most`` in one call: one compiled program for any number.
 
-    The state that is handed in is gone; the metrics are [MAX_CHUNK, ...], whatever was run.
+    Called with (state, first step, number of steps) it returns (state, metrics). The state that is
+    handed in is gone; the metrics are [most, ...], whatever was run.
     """
-    run_chunk = _compile(trainable, feed)
 
-    def run(state, first: int, count: int):
-        indices = _padded(feed.indices(first, count), MAX_CHUNK)
-        return run_chunk(state, feed.resident, indices, first, count, root)
+    def __init__(self, trainable: Trainable, feed: Feed, root: jax.Array, *, most: int = MAX_CHUNK):
+        self._feed, self._root, self._most = feed, root, most
+        self._run = _compile(trainable, feed)
 
-    return run
+    def __call__(self, state: PyTree, first: int, count: int) -> tuple[PyTree, dict]:
+        return self._run(*self._arguments(state, first, count))
+
+    def memory(self, state: PyTree, first: int = 0) -> int | None:
+        """Returns the bytes that one device holds at most while steps run, as compiled.
+
+        The state, the feed's resident arrays, and all that is live in between. Compiles what the
+        first call would. None where the compiler does not tell.
+        """
+        compiled = self._run.lower(*self._arguments(state, first, 1)).compile()
+        sizes = compiled.memory_analysis()
+        if sizes is None:
+            return None
+        held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+
+    def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
+        indices = _padded(self._feed.indices(first, count), self._most)
+        return state, self._feed.resident, indices, first, count, self._root
 
 
 def _compile(trainable: Trainable, feed: Feed):
@@ -204,7 +222,8 @@ def _compile(trainable: Trainable, feed: Feed):
     def run_chunk(state, resident, indices, first, count, root):
         batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
         _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
-        empty = jax.tree.map(lambda m: jnp.zeros((MAX_CHUNK, *m.shape), m.dtype), shapes)
+        most = len(jax.tree.leaves(indices)[0])
+        empty = jax.tree.map(lambda m: jnp.zeros((most, *m.shape), m.dtype), shapes)
         body = functools.partial(one_step, resident, indices, first, root)
         return jax.lax.fori_loop(0, count, body, (state, empty))
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -40,6 +42,21 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_bits(array: np.ndarray) -> np.ndarray:
+    """Returns bfloat16 rows as uint16, and others as they are: what ``from_bits`` reads.
+
+    Of a bfloat16 array that a loop gathers from XLA's CPU backend makes a float32 copy, whole.
+    """
+    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+def from_bits(array: jax.Array) -> jax.Array:
+    """Returns rows that went through ``to_bits`` as float32."""
+    if array.dtype == jnp.uint16:
+        array = jax.lax.bitcast_convert_type(array, jnp.bfloat16)
+    return array.astype(jnp.float32)
 
 
 def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = False) -> PyTree:
