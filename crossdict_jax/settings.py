@@ -218,8 +218,8 @@ def refuse_transcoders(config: Config, what: str) -> None:
 
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary: the files of their room that define one."""
-    machinery = {"accumulation", "base", "losses", "sparse", "start", "train", "transferred"}
-    machinery |= {"crosscoder", "crosscoder_training"}
+    machinery = {"accumulation", "base", "losses", "selection", "sparse", "start", "sums", "train"}
+    machinery |= {"transferred", "crosscoder", "crosscoder_training"}
     exchange = {
         "convert",
         "exchange",

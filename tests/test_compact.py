@@ -10,9 +10,9 @@ import pytest
 
 from crossdict_jax.config import MapConfig
 from crossdict_jax.dictionaries import base as dictionaries
-from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.maps import compact, ensemble, mlp
 from crossdict_jax.maps.base import Side
+from crossdict_jax.maps.compact import Compact
 from crossdict_jax.training.loop import initial
 
 
@@ -96,7 +96,7 @@ def one_step(given, *, batch: int = 64):
 def test_a_step_on_codes_is_one_on_rows(monkeypatch):
     given = problem()
     on_codes, held = one_step(given)
-    assert isinstance(held["a"], Code) and isinstance(held["b"], Code)
+    assert isinstance(held["a"], Compact) and isinstance(held["b"], Compact)
     monkeypatch.setattr(Side, "code", None)
     on_rows, held = one_step(problem())
     assert held["a"].shape == given.train.source.x[None].shape

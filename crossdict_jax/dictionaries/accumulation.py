@@ -9,6 +9,7 @@ float32 sums; of two values that tie for the last place in a batch's code the ot
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,9 +41,9 @@ class Fired(NamedTuple):
     def of(cls, f: jax.Array | Code) -> Fired:
         """Returns it of features f [batch, width], or of their code."""
         rows = active_rows(f)
-        values = f.values if isinstance(f, Code) else f
+        values, batch = (f.values, f.batch) if isinstance(f, Code) else (f, len(f))
         least = jnp.min(jnp.where(values > 0, values, jnp.inf))
-        return cls(rows > 0, rows.sum(dtype=jnp.float32) / len(values), least)
+        return cls(rows > 0, rows.sum(dtype=jnp.float32) / batch, least)
 
 
 def split(rows: Any, parts: int) -> Any:
@@ -65,10 +66,10 @@ def whole_of(d: Dictionary, rows: Rows, *, hyper: Hyper, parts: int, dtype=None)
     """
     u, t = d.scaled_pair(*rows)
     chunks = split((u, t), parts)
-    whole = Whole(variance(t), jnp.ones(()), jnp.zeros(()), jnp.zeros(()))
+    whole = Whole(len(u), variance(t), jnp.ones(()), jnp.zeros(()), jnp.zeros(()))
     if d.selects_over_rows:
         z = jax.lax.map(lambda u: jax.nn.relu(d.pre_activations(u, dtype)), chunks[0])
-        whole = whole._replace(threshold=d.batch_threshold(join(z)))
+        whole = dataclasses.replace(whole, threshold=d.batch_threshold(join(z)))
 
     def code(u):
         return d.training_code(d.pre_activations(u, dtype), whole)
@@ -82,7 +83,7 @@ def whole_of(d: Dictionary, rows: Rows, *, hyper: Hyper, parts: int, dtype=None)
 
     l0 = jax.lax.map(lambda u: Fired.of(code(u)).l0, chunks[0]).mean()
     left_variance = jax.lax.cond(hyper.most_dead > 0, left, lambda _: jnp.ones(()), None)
-    return whole._replace(residual_variance=left_variance, l0=l0)
+    return dataclasses.replace(whole, residual_variance=left_variance, l0=l0)
 
 
 def gradients(

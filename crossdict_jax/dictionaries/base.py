@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
+from crossdict_jax.dictionaries import sparse
+from crossdict_jax.dictionaries.selection import kth_largest
 from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
 from crossdict_jax.products import matmul
@@ -23,16 +24,20 @@ from crossdict_jax.training import checkpoint
 THRESHOLD_RATE = 0.05  # of the running mean of BatchTopK thresholds, a batch; a slower one lags
 
 
-class Whole(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Whole:
     """Numbers of a whole batch that losses need where its rows come in parts.
 
     Attributes:
+      rows: how many there are (static).
       variance: [], of the rows to reconstruct.
       residual_variance: [], of what is left of them; 1 while nothing is dead.
       threshold: [], of architectures that choose features over the batch: the least value kept.
       l0: [], active features a row.
     """
 
+    rows: int = dataclasses.field(metadata={"static": True})
     variance: jax.Array
     residual_variance: jax.Array
     threshold: jax.Array
@@ -202,24 +207,6 @@ def decoder_rows(dictionary: Dictionary, features: np.ndarray, *, size: int = 10
     return np.concatenate(parts) - base
 
 
-def kth_largest(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1) -> jax.Array:
-    """Returns the k-th largest value along ``axis`` of non-negative z [batch, width], exactly.
-
-    Non-negative floats order as their bit patterns do, so 31 halvings of the integer range find
-    the value with compares and sums alone: several times faster than a sort on CPU, and, unlike
-    ``lax.top_k``, sharded rows stay where they are.
-    """
-    bits = jax.lax.bitcast_convert_type(z, jnp.int32)
-    count = partial(jnp.sum, axis=axis, keepdims=True, dtype=jnp.int32)
-
-    def halve(i, low):
-        candidate = low | (jnp.int32(1) << (30 - i))
-        return jnp.where(count(bits >= candidate) >= k, candidate, low)
-
-    low = jax.lax.fori_loop(0, 31, halve, jnp.zeros_like(count(bits)))
-    return jax.lax.bitcast_convert_type(jnp.squeeze(low, axis), jnp.float32)
-
-
 def keep_top_k(z: jax.Array, k: int) -> jax.Array:
     """Returns relu(z) with all but each row's k largest values zeroed; [batch, width].
 
@@ -269,9 +256,17 @@ class BatchSelected(Dictionary):
         z = jax.nn.relu(z)
         return jnp.where(z >= whole.threshold, z, 0.0)
 
+    def sparse_code(self, u: jax.Array, whole: Whole | None, dtype=None) -> Code:
+        """Returns the code that training takes of scaled rows u [batch, d_model]."""
+        if whole is None:
+            how = ((), partial(sparse.batch_top_k, n=self.k * len(u)))
+        else:
+            how = ((whole.threshold,), partial(sparse.all_from, n=self.k * whole.rows))
+        return sparse.encode(u, *self.encoder(), *how, dtype)
+
     def batch_threshold(self, z: jax.Array) -> jax.Array:
         """Returns the least [] of the batch * k values that are kept of non-negative z."""
-        return kth_largest(jax.lax.stop_gradient(z), self.k * len(z), axis=(0, 1))
+        return sparse.nth_largest(jax.lax.stop_gradient(z), self.k * len(z))
 
     def measure(self, least: jax.Array) -> None:
         threshold = self.threshold[...]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from crossdict_jax.dictionaries import sparse
 from crossdict_jax.dictionaries.base import BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
-from crossdict_jax.products import matmul
 
 
 class BatchTopK(BatchSelected):
@@ -16,9 +16,8 @@ class BatchTopK(BatchSelected):
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
-        z = self.pre_activations(u_in, dtype)
-        f = self.training_code(z, hyper.whole)
-        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        f = self.sparse_code(u_in, hyper.whole, dtype)
+        u_hat = sparse.decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, kth_largest
+from crossdict_jax.dictionaries.base import Dictionary
+from crossdict_jax.dictionaries.selection import kth_largest
 from crossdict_jax.errors import UserError
 
 LAYER_NORM_EPSILON = 1e-5

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import jax
 
+from crossdict_jax.dictionaries import sparse
 from crossdict_jax.dictionaries.base import BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
-from crossdict_jax.products import matmul
+from crossdict_jax.dictionaries.sparse import Code
 
 
 class Matryoshka(BatchSelected):
@@ -24,8 +24,7 @@ class Matryoshka(BatchSelected):
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
-        z = self.pre_activations(u_in, dtype)
-        f = self.training_code(z, hyper.whole)
+        f = self.sparse_code(u_in, hyper.whole, dtype)
         nested = list(self._nested(f, hyper, dtype))
         parts = {
             "fvu": fvu(u, nested[-1], hyper.whole),
@@ -36,19 +35,20 @@ class Matryoshka(BatchSelected):
         }
         return parts["nested_fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
 
-    def _nested(self, f: jax.Array, hyper: Hyper, dtype) -> Iterator[jax.Array]:
+    def _nested(self, f: Code, hyper: Hyper, dtype) -> Iterator[jax.Array]:
         """Yields the reconstruction [batch, d_out] of each nested width, the whole one last.
 
         Each adds its own slice to the one before: together as dear as one decode.
         """
-        u_hat, W_dec = self.b_dec[...][None, :], self.W_dec[...]
-        for start, end in itertools.pairwise((0, *self._widths(hyper))):
-            u_hat = u_hat + matmul(f[:, start:end], W_dec[start:end], dtype)
+        slices = sparse.decode_parts(f, self.W_dec[...], self._widths(hyper), dtype)
+        u_hat = self.b_dec[...][None, :]
+        for i in range(slices.shape[1]):
+            u_hat = u_hat + slices[:, i]
             yield u_hat
 
-    def _widths(self, hyper: Hyper) -> list[int]:
+    def _widths(self, hyper: Hyper) -> tuple[int, ...]:
         parts = {max(1, round(share * self.width)) for share in hyper.nested_fractions}
-        return sorted(parts | {self.width})
+        return tuple(sorted(parts | {self.width}))
 
 
 def _weighted(losses: list[jax.Array], balance: float) -> jax.Array:

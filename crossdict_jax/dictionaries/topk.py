@@ -23,7 +23,7 @@ class TopK(Dictionary):
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
-        f = sparse.encode(u_in, *self.encoder(), partial(sparse.top_k, k=self.k), dtype)
+        f = sparse.encode(u_in, *self.encoder(), (), partial(sparse.top_k, k=self.k), dtype)
         u_hat = sparse.decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "fvu": fvu(u, u_hat, hyper.whole),

@@ -20,9 +20,8 @@ from flax import nnx
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.compact import compact
+from crossdict_jax.maps.compact import Compact, compact
 from crossdict_jax.settings import map_kinds as kinds
 from crossdict_jax.training import load_meta, load_params, save_module
 
@@ -81,7 +80,7 @@ class Side:
         return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
 
     @cached_property
-    def code(self) -> Code | None:
+    def code(self) -> Compact | None:
         """The active features of all rows, on the host; None where the rows take less memory.
 
         That is where some row has more than d_model / 2 active features.

@@ -14,11 +14,10 @@ import optax
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.dictionaries.sparse import Code
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Pairs, Problem, Side, build, check_rows
-from crossdict_jax.maps.compact import alike
+from crossdict_jax.maps.compact import Compact, alike
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.maps.network import TRAINED, NetworkMap, Standards
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
@@ -362,6 +361,8 @@ def _codes_or_rows(sides: Sequence[Side]) -> list:
     return [side.x for side in sides] if None in codes else alike(codes)
 
 
-def _dense(rows: jax.Array | Code, dictionary: Dictionary) -> jax.Array:
+def _dense(rows: jax.Array | Compact, dictionary: Dictionary) -> jax.Array:
     """Returns features [batch, width]."""
-    return on_own_rows(Code.dense, rows) if isinstance(rows, Code) else dictionary.encode(rows)
+    if isinstance(rows, Compact):
+        return on_own_rows(Compact.dense, rows)
+    return dictionary.encode(rows)
