@@ -40,7 +40,8 @@ class Steps:
     def __init__(self, trainable: Trainable, feed: Feed, state_shardings, *, most: int = MAX_CHUNK):
         root = jax.random.key(0)
         self._run = Chunks(trainable, feed, root, most=most)
-        self._state, self._done = initial(trainable, root, state_shardings), 0
+        self._state = jax.block_until_ready(initial(trainable, root, state_shardings))
+        self._done = 0
 
     def run(self, count: int) -> Spent:
         """Takes so many steps; returns what that took."""
