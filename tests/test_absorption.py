@@ -1,5 +1,7 @@
 """Feature absorption: the measure by hand, and on dictionaries trained on planted hierarchies."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_dictionaries import leaves, on_one_device, stored_rows
@@ -10,7 +12,7 @@ from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation.absorption import absorption
 from crossdict_jax.models import Site
-from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
+from crossdict_jax.verify.planted import PlantedConfig, views
 from crossdict_jax.workdir import Workdir
 
 HIERARCHY = PlantedConfig(
@@ -46,30 +48,38 @@ def rates(tmp_path_factory):
         yield measured_rates(tmp_path_factory)
 
 
+SEEDS = 4  # one ensemble; of a single seed absorption varies by 0.3
+TRAINED = {
+    "topk": {},
+    "batchtopk": {},
+    "matryoshka": {"nested_balance": 1.0},  # as published; at 0.25 absorption is that of BatchTopK
+}
+
+
 def measured_rates(tmp_path_factory):
-    """Mean absorption beyond the misses elsewhere, per architecture, of planted hierarchies."""
+    """Absorption beyond the misses elsewhere, per architecture, pooled over all pairs and seeds."""
     planted = views(HIERARCHY, seed=1)
+    truth = {"codes": planted.codes, "directions": planted.directions[0]}
     found = {}
-    for architecture in ("topk", "batchtopk", "matryoshka"):
-        sae = SAEConfig(architecture=architecture, width=64, k=3, steps=1200, batch_size=256)
+    for architecture, settings in TRAINED.items():
+        sae = SAEConfig(width=64, k=3, steps=1200, batch_size=256, seeds=SEEDS, **settings)
+        sae = dataclasses.replace(sae, architecture=architecture)
         work = Workdir(tmp_path_factory.mktemp(architecture))
         train_dictionaries(Config(sae=sae), stored_rows(planted.x[0], sites=1), work)
-        d = dictionaries.load(work.dictionary("planted", Site(0)))
-        best, _ = best_cosines(leaves(work)["W_dec"], planted.directions[0])
-        measured = absorption(
-            np.asarray(d.encode(planted.x[0])),
-            leaves(work)["W_dec"],
-            codes=planted.codes,
-            directions=planted.directions[0],
-            parent=planted.truth.parent,
-        )
-        use = ~measured["same_latent"]
-        excess = np.nanmean((measured["rate"] - measured["rate_alone"])[use])
-        found[architecture] = {"excess": excess, "pairs": int(use.sum()), "cosine": best.mean()}
+        excess = []
+        for seed in range(SEEDS):
+            name = f"seed-{seed}"
+            d = dictionaries.load(work.dictionary("planted", Site(0), name))
+            f, W_dec = np.asarray(d.encode(planted.x[0])), leaves(work, name=name)["W_dec"]
+            measured = absorption(f, W_dec, parent=planted.truth.parent, **truth)
+            use = ~measured["same_latent"]
+            excess += [*(measured["rate"] - measured["rate_alone"])[use]]
+        found[architecture] = {"excess": np.nanmean(excess), "pairs": len(excess)}
     return found
 
 
 def test_nesting_absorbs_less(rates):
-    assert all(r["pairs"] >= 4 for r in rates.values()), rates
-    assert rates["batchtopk"]["excess"] > 0.1, rates  # there is something to prevent
-    assert rates["matryoshka"]["excess"] < rates["batchtopk"]["excess"], rates
+    """With other rows, rates, spans of silence: 0.01 to 0.24, where BatchTopK has 0.41 to 0.51."""
+    assert all(r["pairs"] >= 3 * SEEDS for r in rates.values()), rates
+    assert min(rates[a]["excess"] for a in ("topk", "batchtopk")) > 0.25, rates
+    assert rates["matryoshka"]["excess"] < rates["batchtopk"]["excess"] - 0.2, rates
