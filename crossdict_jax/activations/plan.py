@@ -130,8 +130,7 @@ class _Found:
         self.statistics: pairing.PairingStatistics | None = None
         self.not_rebuilt, self.too_long = [0] * models, 0
         self._models, self._windows = models, 0
-        self._rows: list[dict[str, np.ndarray]] = []
-        self._tables: list[dict[str, np.ndarray]] = []
+        self._rows, self._tables = _Growing(), _Growing()
 
     def add(self, cut: pairing.Windows, documents: Sequence[Document], *, first: int) -> None:
         """Adds the windows of a block of documents, of which the first has the given number."""
@@ -142,8 +141,8 @@ class _Found:
             split = SPLITS.index(documents[window.document].split)
             self._add_window(columns, window, document=first + window.document, split=split)
         if cut.windows:
-            self._rows.append({name: np.concatenate(parts) for name, parts in columns.items()})
-            self._tables.append(_tokens(cut.windows, first=first))
+            self._rows.add({name: np.concatenate(parts) for name, parts in columns.items()})
+            self._tables.add(_tokens(cut.windows, first=first))
 
     def _add_window(self, columns, window: pairing.Window, *, document: int, split: int) -> None:
         ends = [t.ends for t in window.tokens]
@@ -163,9 +162,9 @@ class _Found:
 
     def rows(self) -> Rows:
         """Returns the rows of all blocks, which are given away: to be called once."""
-        if not self._rows:
+        if not self._windows:
             raise UserError("The text gave no window that every model can read; use other text.")
-        rows = Rows(**_joined(self._rows))
+        rows = Rows(**self._rows.taken())
         for i, split in enumerate(SPLITS):
             if not (rows.split == i).any():
                 raise UserError(f"The {split} documents hold no paired position; use more text.")
@@ -173,14 +172,37 @@ class _Found:
 
     def table(self) -> WindowTable:
         """Returns the windows of all blocks, which are given away: to be called once."""
-        joined = _joined(self._tables)
+        table = self._tables.taken()
         return WindowTable(
-            document=joined["document"],
+            document=table["document"],
             offsets=tuple(
-                np.cumsum(np.append(0, joined[f"lengths_{i}"])) for i in range(self._models)
+                np.cumsum(np.append(0, table[f"lengths_{i}"])) for i in range(self._models)
             ),
-            ids=tuple(joined[f"ids_{i}"] for i in range(self._models)),
+            ids=tuple(table[f"ids_{i}"] for i in range(self._models)),
         )
+
+
+class _Growing:
+    """Arrays by name that grow where they lie: nothing is held twice, nor in many pieces."""
+
+    def __init__(self):
+        self._bytes: dict[str, bytearray] = {}
+        self._like: dict[str, np.ndarray] = {}
+
+    def add(self, more: dict[str, np.ndarray]) -> None:
+        """Appends to every array; names, types and trailing axes are those of the first call."""
+        for name, array in more.items():
+            self._like.setdefault(name, array[:0])
+            self._bytes.setdefault(name, bytearray()).extend(array.tobytes())
+
+    def taken(self) -> dict[str, np.ndarray]:
+        """Returns the arrays, which are given away."""
+        bytes_, self._bytes = self._bytes, {}
+        return {name: self._array(name, b) if b else self._like[name] for name, b in bytes_.items()}
+
+    def _array(self, name: str, b: bytearray) -> np.ndarray:
+        like = self._like[name]
+        return np.frombuffer(b, like.dtype).reshape(-1, *like.shape[1:])
 
 
 def _tokens(windows: Sequence[pairing.Window], *, first: int) -> dict[str, np.ndarray]:
@@ -191,8 +213,3 @@ def _tokens(windows: Sequence[pairing.Window], *, first: int) -> dict[str, np.nd
         found[f"lengths_{i}"] = np.asarray([len(x) for x in ids])
         found[f"ids_{i}"] = np.concatenate(ids).astype(np.int32)
     return found
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenates arrays of the same name; the parts are emptied, so that none is held twice."""
-    return {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
