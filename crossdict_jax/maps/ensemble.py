@@ -21,7 +21,16 @@ from crossdict_jax.maps.compact import Compact, alike
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.maps.network import TRAINED, NetworkMap, Standards
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh, on_own_rows, put, shard
+from crossdict_jax.training.mesh import (
+    DATA,
+    MEMBER,
+    from_bits,
+    make_mesh,
+    on_own_rows,
+    put,
+    shard,
+    to_bits,
+)
 from crossdict_jax.workdir import write_json
 
 VALIDATION_ROWS = 4096  # at most, evenly spread, on which a member in training is scored
@@ -358,11 +367,11 @@ def _rows(members: list[Pairs]) -> list[dict]:
 def _codes_or_rows(sides: Sequence[Side]) -> list:
     """Returns the codes of all sides, or of none: the members of an ensemble are alike."""
     codes = [side.code for side in sides]
-    return [side.x for side in sides] if None in codes else alike(codes)
+    return [to_bits(side.x) for side in sides] if None in codes else alike(codes)
 
 
 def _dense(rows: jax.Array | Compact, dictionary: Dictionary) -> jax.Array:
     """Returns features [batch, width]."""
     if isinstance(rows, Compact):
         return on_own_rows(Compact.dense, rows)
-    return dictionary.encode(rows)
+    return dictionary.encode(from_bits(rows))
