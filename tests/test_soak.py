@@ -144,12 +144,8 @@ def test_watching_a_run_changes_no_bit(whole):
 
 
 def test_another_mesh_gives_the_same_to_tolerance(whole):
-    """A few steps: rounding differs between meshes, and sooner or later decides a choice otherwise.
-
-    All 24 dictionaries stay within 1e-5 until a gate, or a place among the k largest, does. By step
-    20 that was so in one, a gated one (6e-3); the others still differed by 1e-7 to 1e-5.
-    """
-    one, eight = (changed(copied(whole.root, name), steps=10) for name in ("one", "eight"))
+    """A few steps: rounding differs between meshes, and training amplifies it without bound."""
+    one, eight = (changed(copied(whole.root, name), steps=20) for name in ("one", "eight"))
     there = parameters(trained(eight, devices=8))
     for place, value in parameters(trained(one)).items():
         np.testing.assert_allclose(there[place], value, atol=1e-5, err_msg=place)
