@@ -260,7 +260,7 @@ def _by_feature(code: Code) -> tuple[jax.Array, jax.Array]:
     Place and feature share one integer to be sorted, where both fit into it.
     """
     width = code.width
-    features = jnp.where(code.used, code.features, width).reshape(-1)
+    features = jnp.where(code.used, code.features, width)
     n = features.size
     if (width + 1) * n < 2**32:
         keys = jnp.sort(features.astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32))

@@ -104,20 +104,21 @@ def dots(a: jax.Array, of_a: jax.Array, b: jax.Array, of_b: jax.Array, used: jax
       used: bool [entries]; of neighbours that all are not, nothing is computed.
     """
     n, size, span = len(of_a), min(ENTRIES, len(of_a)), LANES * TERMS
-    pieces = -(-a.shape[1] // span) * TERMS  # of a row
-    a, b = (_pieces(table, pieces) for table in (a, b))
+    spans = -(-a.shape[1] // span)  # of a row
+    a, b = (_spans(table, spans) for table in (a, b))
 
     def block(entries):
         of_a, of_b, used = entries
 
         def add(turn, sums):
-            first = turn * TERMS
-            at = jax.lax.optimization_barrier((of_a * pieces + first, of_b * pieces + first))
-            for j in range(TERMS):
-                sums = sums + _at(a, at[0] + j) * _at(b, at[1] + j)
+            at_a, at_b = jax.lax.optimization_barrier((of_a * spans + turn, of_b * spans + turn))
+            # One index for all lookups of a turn: of many, reading them costs more than the sums.
+            for first in range(0, span, LANES):
+                lanes = slice(first, first + LANES)
+                sums = sums + _at(a[:, lanes], at_a) * _at(b[:, lanes], at_b)
             return sums
 
-        turns = jnp.where(used.any(), pieces // TERMS, 0)
+        turns = jnp.where(used.any(), spans, 0)
         sums, lanes = jax.lax.fori_loop(0, turns, add, jnp.zeros((size, LANES))), LANES
         while lanes > 1:
             lanes //= 2
@@ -128,10 +129,13 @@ def dots(a: jax.Array, of_a: jax.Array, b: jax.Array, of_b: jax.Array, used: jax
     return jax.lax.map(block, blocks).reshape(-1)[:n]
 
 
-def _pieces(table: jax.Array, pieces: int) -> jax.Array:
-    """Returns the rows [n, d] cut into ``pieces`` of LANES each: [n * pieces, LANES], float32."""
-    missing = pieces * LANES - table.shape[1]
-    return jnp.pad(table.astype(jnp.float32), ((0, 0), (0, missing))).reshape(-1, LANES)
+def _spans(table: jax.Array, spans: int) -> jax.Array:
+    """Returns the rows [n, d] cut into ``spans``, zeros after the last: float32 [n * spans, span].
+
+    A span is what one turn of ``dots`` reads of a row: TERMS pieces of LANES each.
+    """
+    missing = spans * LANES * TERMS - table.shape[1]
+    return jnp.pad(table.astype(jnp.float32), ((0, 0), (0, missing))).reshape(-1, LANES * TERMS)
 
 
 def _in_blocks(a: jax.Array, size: int) -> jax.Array:
