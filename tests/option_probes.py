@@ -117,8 +117,9 @@ def corpus(config):
 
 def plan(config):
     """Which windows are read, by which tokens, and how they are stored."""
-    made = make_plan(config, [loaded(path) for path in config.models])
-    return made.table.ids, made.table.offsets, made.rows.byte_end, made.shard_starts
+    made = make_plan(config, [loaded(path) for path in config.models], place())
+    columns = [*made.table.ids, *made.table.offsets, made.rows.byte_end]
+    return [column[:] for column in columns], made.shard_starts
 
 
 loaded = cache(models.load)
@@ -159,7 +160,7 @@ def mask(config):
     rows = Rows(n, n, n, n[:, None], n[:, None], np.zeros(40, np.int8), n >= 0)
     how = {"shards": 1, "documents": [str(i) for i in n]}
     try:
-        return masked(config.extract, place() / "masked", {"a": [Site(1)]}, rows, **how).keep
+        return masked(config.extract, place() / "masked", {"a": [Site(1)]}, rows, **how).keep[:]
     except settings.UserError as error:
         return str(error)
 

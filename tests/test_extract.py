@@ -1,7 +1,10 @@
 """Extraction and the store: rows are the right positions, resume, checksums, masks, provenance."""
 
 import dataclasses
+import gc
+import itertools
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -9,16 +12,19 @@ import pytest
 import tiny_run
 
 from crossdict_jax import models
+from crossdict_jax.activations import column, pairing
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations import plan as planning
+from crossdict_jax.activations.column import Column
 from crossdict_jax.activations.extract import extract
+from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
-from crossdict_jax.activations.store import open_store
+from crossdict_jax.activations.store import Rows, open_store, save_rows, save_table, shard_name
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.workdir import open_workdir
+from crossdict_jax.workdir import open_workdir, write_text
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +81,99 @@ def test_positions_are_those_of_pair(config, finished):
         np.testing.assert_array_equal(store.rows.position[here, 1], wanted.position_b)
 
 
-def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, monkeypatch):
+def arrays(plan):
+    """All that a plan knows of rows and windows, as arrays."""
+    table = [plan.table.document, *plan.table.offsets, *plan.table.ids]
+    return [column[:] for column in [*vars(plan.rows).values(), *table]] + [plan.shard_starts]
+
+
+def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, monkeypatch):
     lms = [models.load(path) for path in config.models]
-    whole = planning.make_plan(config, lms)
+    whole = planning.make_plan(config, lms, tmp_path)
     assert len(list(planning._blocks(planning.load_corpus(config.text)))) == 1
     for size in (1, 500):  # a document at a time; several
         monkeypatch.setattr(planning, "BLOCK_BYTES", size)
-        plan = planning.make_plan(config, lms)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            [vars(plan.rows), vars(plan.table), plan.shard_starts],
-            [vars(whole.rows), vars(whole.table), whole.shard_starts],
+        plan = planning.make_plan(config, lms, tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, arrays(plan), arrays(whole))
+        others = (
+            "documents",
+            "of_split",
+            "provenance",
+            "statistics",
+            "not_rebuilt",
+            "too_long",
+            "bos",
         )
-        others = ("documents", "provenance", "statistics", "not_rebuilt", "too_long", "bos")
         assert all(getattr(plan, name) == getattr(whole, name) for name in others)
+
+
+def test_rows_and_windows_are_written_as_numpy_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(column, "STRETCH", 7)
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.integers(0, 2, (40, 3) if name in ("position", "token") else 40, np.int32)
+        for name in ("document", "window", "byte_end", "position", "token")
+    } | {"split": np.repeat(np.int8([0, 1, 2]), [30, 4, 6]), "keep": rng.random(40) < 0.5}
+    columns = {}
+    for name, array in arrays.items():
+        columns[name] = Column(tmp_path, array.dtype, width=3 if array.ndim == 2 else None)
+        for part in np.array_split(array, 3):
+            columns[name].append(part)
+    np.savez(tmp_path / "numpy.npz", **arrays)
+    for rows in (Rows(**arrays), Rows(**columns)):
+        save_rows(tmp_path / "rows.npz", rows)
+        assert (tmp_path / "rows.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2  # a column's file has no name
+    assert columns["token"].shape == (40, 3) and len(columns["token"][50:]) == 0
+
+
+def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
+    """Rows, tokens, norms and text are not held; a name and hashes are, of each document."""
+    monkeypatch.setattr(column, "STRETCH", 256)
+    monkeypatch.setattr(planning, "BLOCK_BYTES", 2000)
+    lms = [models.load(path) for path in config.models]
+    cut = pairing.windows
+
+    def windows(*args, **settings):
+        gc.collect()  # or Python's own lists of free objects would count
+        return cut(*args, **settings)
+
+    monkeypatch.setattr(planning.pairing, "windows", windows)
+
+    def plan_and_finish(place, text):
+        plan = planning.make_plan(dataclasses.replace(config, text=text), lms, place)
+        for model in "ab":
+            for i, (start, stop) in enumerate(itertools.pairwise(plan.shard_starts)):
+                path = place / shard_name(model, str(tiny_run.SITE), i)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.save(path, np.full((stop - start, 4), 0x3F80, np.uint16))  # ones
+        sites = dict.fromkeys("ab", (tiny_run.SITE,))
+        how = {"shards": len(plan.shard_starts) - 1, "documents": plan.documents}
+        found = masked(config.extract, place, sites, plan.rows, **how)
+        save_rows(place / "rows.npz", dataclasses.replace(plan.rows, keep=found.keep))
+        save_table(place / "windows.npz", plan.table)
+        return len(plan.rows)
+
+    def held(documents):
+        place = tmp_path / str(documents)
+        source = place / "long.txt"
+        write_text(source, "\n\n".join(tiny_run.make_texts(documents)))
+        changes = {"source": str(source), "documents": documents, "max_bytes": 150}
+        tracemalloc.start()
+        rows = plan_and_finish(place, dataclasses.replace(config.text, **changes))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak, rows
+
+    gc.freeze()
+    try:
+        held(20)  # libraries, and what they keep
+        (few, few_rows), (many, many_rows) = held(20), held(300)
+    finally:
+        tracemalloc.stop()
+        gc.unfreeze()
+    assert many_rows > few_rows + 12_000  # of which each would be 39 bytes and more
+    assert many - few < 500 * (300 - 20)
 
 
 def test_splits_are_contiguous_and_share_no_document(finished):
@@ -207,8 +292,8 @@ def test_changed_text_is_refused(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         planning,
         "load_corpus",
-        lambda text: dataclasses.replace(
-            load(text), provenance=load(text).provenance | {"sha256": "other"}
+        lambda text, **where: dataclasses.replace(
+            load(text, **where), provenance=load(text).provenance | {"sha256": "other"}
         ),
     )
     with pytest.raises(UserError, match="text has changed"):

@@ -414,13 +414,6 @@ def test_statistics_add_up(small, texts):
         assert sum(n * length for length, n in enumerate(bins, start=1)) <= tokens
 
 
-def test_norm_outliers_exceed_the_median_of_the_reference_rows():
-    norms = np.array([300.0, 9.0, 10.0, 11.0, 101.0, 99.0])
-    reference = np.array([False, True, True, True, False, False])
-    found = pairing.norm_outliers(norms, factor=10.0, reference=reference)
-    assert found.tolist() == [True, False, False, False, True, False]
-
-
 # ---------------------------------------------------------------- windows
 
 

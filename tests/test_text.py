@@ -1,6 +1,7 @@
 """Documents: sources agree, splits are pure functions of hashes, mistakes get one line."""
 
 import inspect
+import io
 import json
 import re
 import unicodedata
@@ -12,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdict_jax.activations import docstrings
-from crossdict_jax.activations.text import SPLITS, _pieces, cut, load_corpus, split_of
+from crossdict_jax.activations.text import (
+    SPLITS,
+    Document,
+    Documents,
+    _paragraphs,
+    _pieces,
+    cut,
+    load_corpus,
+    split_of,
+)
 from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
 
@@ -191,9 +201,38 @@ def test_one_text_file_is_cut_at_blank_lines(tmp_path):
 )
 @settings(max_examples=200, deadline=None)
 def test_pieces_lose_no_word(text, max_bytes):
-    pieces = list(_pieces(text, max_bytes=max_bytes))
+    pieces = list(_pieces(io.StringIO(text, newline="\n"), max_bytes=max_bytes))
     assert "".join("".join(pieces).split()) == "".join(unicodedata.normalize("NFC", text).split())
     assert all(len(piece.encode()) <= max_bytes for piece in pieces)
+
+
+@given(st.lists(st.sampled_from([*"\n\n\n \t\r\fab\u2003\x85", "e\u0301", "\u0301"])).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_paragraphs_of_lines_are_those_of_the_whole_text(text):
+    whole = unicodedata.normalize("NFC", text)
+    lines = io.StringIO(text, newline="\n")
+    assert list(_paragraphs(lines)) == re.split(r"\n[ \t\r\f\v]*\n\s*", whole)
+
+
+def test_a_bad_byte_of_a_long_text_is_named_by_its_place(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\n" + b"a line\n" * 20 + b"ab\xffc\n")
+    with pytest.raises(UserError, match=r"long.txt is not UTF-8 \(byte 0xff at offset 151\)"):
+        load(path)
+
+
+def test_documents_come_back_by_split_in_the_order_of_adding(tmp_path):
+    documents = Documents(tmp_path)
+    given_ = [
+        Document(name=f"\udcff{i}", text=f"{i}\n日 \u2028", split=SPLITS[-i % 3]) for i in range(9)
+    ]
+    for document in given_:
+        documents.add(document)
+    assert list(documents) == sorted(given_, key=lambda d: SPLITS.index(d.split))
+    assert documents.counts() == dict.fromkeys(SPLITS, 3) and len(documents) == 9
+    with pytest.raises(IndexError):
+        documents[9]
+    assert not list(tmp_path.iterdir())  # nothing is left behind, whenever the process ends
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
@@ -439,7 +478,8 @@ def test_the_cache_gives_the_same_corpus_without_reading_again(installed, monkey
     monkeypatch.setattr(docstrings, "cache_folder", lambda: folder)
     monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
     again = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
-    assert again == corpus
+    assert list(again.documents) == list(corpus.documents)
+    assert again.provenance == corpus.provenance
     fewer = load_corpus(TextConfig(source="docstrings", documents=60))
     assert fewer.provenance["modules_read"] < corpus.provenance["modules_read"]
 

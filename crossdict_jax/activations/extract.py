@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from crossdict_jax import models, modules
+from crossdict_jax.activations.column import stretches
 from crossdict_jax.activations.masking import Masked, masked
 from crossdict_jax.activations.outputs import Place, outputs, to_read
 from crossdict_jax.activations.plan import Plan, Reading, make_plan
@@ -60,20 +62,19 @@ def extract(config: Config, work: Workdir) -> Store:
     for lm, of_model in zip(lms, sites):
         for site in of_model:
             models.check_site(lm.config, site, lm.name)
-    plan = make_plan(config, lms)
-    _check_pool(config, int((plan.rows.split == SPLITS.index("test")).sum()))
+    work.activations.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(config, lms, work.activations)
+    _check_pool(config, plan.of_split["test"])
     check_space(work.activations, lms, sites, rows=len(plan.rows))
     counts = read_models(config, work.activations, names, lms, sites, plan)
-    _finish(config, work, names, lms, sites, plan, written)
-    rows = len(plan.rows)
-    del plan  # the store reads its rows anew
+    kept = _finish(config, work, names, lms, sites, plan, written)
     seconds = time.perf_counter() - started
+    rows = len(plan.rows)
     figures = {"rows": rows, "rows_per_s": counts["rows"] / seconds}
     figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
     work.record_timing("extract_activations", wall_s=seconds, **figures, **device_figures())
-    store = open_store(work.activations)
-    _check_pool(config, len(store.select("test")))  # norm outliers are gone now
-    return store
+    _check_pool(config, kept["test"])  # norm outliers are gone now
+    return open_store(work.activations)
 
 
 def _check_pool(config: Config, test_rows: int) -> None:
@@ -127,7 +128,8 @@ def read_models(config, directory, names, lms, sites, plan: Reading) -> dict:
             counts["seconds"] += time.perf_counter() - started
             first, last = _shard_windows(plan, i)
             counts["rows"] += int(plan.shard_starts[i + 1] - plan.shard_starts[i])
-            counts["tokens"] += sum(int(o[last] - o[first]) for o in plan.table.offsets)
+            spans = [plan.table.span(m, first, last) for m in range(len(lms))]
+            counts["tokens"] += sum(stop - start for start, stop in spans)
     return counts
 
 
@@ -218,13 +220,13 @@ def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int)
     """Writes one model's files of one shard; returns their checksums."""
     first, last = _shard_windows(plan, i)
     start, stop = plan.shard_starts[i : i + 2]
-    rows = plan.rows.window[start:stop]
+    rows, position = plan.rows.window[start:stop], plan.rows.position[start:stop][:, m]
     d_model = reader.lm.config.d_model
     out = [np.empty((stop - start, d_model), ml_dtypes.bfloat16) for _ in reader.sites]
     windows = [plan.table.tokens(m, w) for w in range(first, last)]
     for place, captured in reader.read(windows):
         here = slice(*np.searchsorted(rows, [first + place, first + place + 1]))
-        positions = plan.rows.position[start:stop, m][here]
+        positions = position[here]
         for array, x in zip(out, captured):
             array[here] = x[positions]
     checksums = {}
@@ -240,8 +242,11 @@ def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int)
 # ---------------------------------------------------------------- the end
 
 
-def _finish(config: Config, work: Workdir, names, lms, sites, plan: Plan, written) -> None:
-    """Masks rows that are left out and writes rows, windows, pairing.json and, last, meta.json."""
+def _finish(config: Config, work: Workdir, names, lms, sites, plan: Plan, written) -> dict:
+    """Masks rows that are left out and writes rows, windows, pairing.json and, last, meta.json.
+
+    Returns how many rows of each split are kept.
+    """
     directory = work.activations
     save_table(directory / "windows.npz", plan.table)
     left_out = masked(
@@ -252,10 +257,11 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: Plan, writte
         shards=len(plan.shard_starts) - 1,
         documents=plan.documents,
     )
-    rows = Rows(**(vars(plan.rows) | {"keep": left_out.keep}))
+    rows = replace(plan.rows, keep=left_out.keep)
     save_rows(directory / "rows.npz", rows)
+    kept = _kept(rows)
     checksums = checksums_of(directory, plan)
-    write_json(work.result("pairing.json"), _pairing(config, names, plan, rows, left_out))
+    write_json(work.result("pairing.json"), _pairing(config, names, plan, kept, left_out))
     meta = {
         "models": {
             name: {
@@ -275,6 +281,14 @@ def _finish(config: Config, work: Workdir, names, lms, sites, plan: Plan, writte
     }
     write_json(directory / "meta.json", meta)
     shutil.rmtree(directory / "shards")
+    return kept
+
+
+def _kept(rows: Rows) -> dict[str, int]:
+    """Returns how many rows of each split are kept."""
+    parts = ((rows.split[here], rows.keep[here]) for here in stretches(len(rows)))
+    counts = sum(np.bincount(split[keep], minlength=len(SPLITS)) for split, keep in parts)
+    return dict(zip(SPLITS, counts.tolist()))
 
 
 def dictionary_places(name: str, written: dict[Place, Place]) -> dict:
@@ -292,9 +306,8 @@ def checksums_of(directory: Path, plan: Reading) -> dict[str, str]:
     return checksums
 
 
-def _pairing(config: Config, names, plan: Plan, rows: Rows, left_out: Masked) -> dict:
+def _pairing(config: Config, names, plan: Plan, kept: dict[str, int], left_out: Masked) -> dict:
     """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
-    kept = {s: int((rows.keep & (rows.split == i)).sum()) for i, s in enumerate(SPLITS)}
     return plan.statistics.to_json(names) | {
         "windows": len(plan.table),
         "rows": kept,

@@ -344,14 +344,6 @@ def _last_tokens(ends: Sequence[np.ndarray], common: np.ndarray) -> np.ndarray:
     return np.stack(positions, axis=-1).astype(np.int32)  # [n, models]
 
 
-def norm_outliers(norms: np.ndarray, *, factor: float, reference: np.ndarray) -> np.ndarray:
-    """Returns which rows' norms [rows] exceed `factor` times the median of the reference rows.
-
-    `reference` is a bool mask [rows]. Attention sinks have such norms, tens of times the others'.
-    """
-    return norms > factor * np.median(norms[reference])
-
-
 # ---------------------------------------------------------------- statistics
 
 

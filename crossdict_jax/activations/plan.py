@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from crossdict_jax.activations import pairing
+from crossdict_jax.activations.column import Column
 from crossdict_jax.activations.store import Rows, WindowTable
 from crossdict_jax.activations.text import SPLITS, Corpus, Document, load_corpus
 from crossdict_jax.config import Config
@@ -41,6 +44,7 @@ class Plan(Reading):
     """All that is known before a model runs: what is read, and what was dropped.
 
     Attributes:
+      of_split: rows of each split.
       documents: their names.
       provenance: of the text.
       statistics: of all windows together.
@@ -48,6 +52,7 @@ class Plan(Reading):
       too_long: single characters of more tokens than a model reads.
     """
 
+    of_split: dict[str, int]
     documents: list[str]
     provenance: dict
     statistics: pairing.PairingStatistics
@@ -55,35 +60,36 @@ class Plan(Reading):
     too_long: int
 
 
-def make_plan(config: Config, lms: Sequence[LanguageModel]) -> Plan:
+def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> Plan:
     """Reads the text, cuts it into windows and pairs their positions.
 
-    Some documents are tokenized at a time; of their windows only the rows and tokens are kept.
+    Some documents are tokenized at a time. Texts, rows and tokens lie in nameless files of
+    ``directory``: what is held does not grow with them.
 
     Raises:
       UserError: text that a model cannot read, or a split without a pair.
     """
-    corpus = load_corpus(config.text)
+    corpus = load_corpus(config.text, directory=directory)
     tokenizers = [lm.tokenizer for lm in lms]
     bos = tuple(bos_id(t) for t in tokenizers)
     limits = [
         min(config.text.window_tokens, lm.config.context) - (b is not None)
         for lm, b in zip(lms, bos)
     ]
-    found = _Found(models=len(lms))
+    found = _Found(directory, models=len(lms), shard_windows=config.extract.shard_windows)
     for first, documents in _blocks(corpus):
         cut = pairing.windows([d.text for d in documents], tokenizers, limits=limits)
         _check_vocabulary(cut.windows, lms)
         found.add(cut, documents, first=first)
-    rows, table = found.rows(), found.table()
-    starts = np.searchsorted(rows.window, np.arange(0, len(table), config.extract.shard_windows))
+    rows = found.rows()
     return Plan(
         text=corpus.provenance["sha256"],
-        table=table,
+        table=found.table,
         rows=rows,
         bos=bos,
         shard_windows=config.extract.shard_windows,
-        shard_starts=np.append(starts, len(rows)),
+        shard_starts=np.asarray([*found.shard_starts, len(rows)]),
+        of_split=found.of_split,
         documents=[d.name for d in corpus.documents],
         provenance=corpus.provenance,
         statistics=found.statistics,
@@ -126,90 +132,84 @@ def _check_vocabulary(windows: Sequence[pairing.Window], lms: Sequence[LanguageM
 class _Found:
     """Rows and tokens of the blocks so far, and what is counted of their windows."""
 
-    def __init__(self, *, models: int):
+    def __init__(self, directory: Path, *, models: int, shard_windows: int):
+        column = partial(Column, directory)
+        self._rows = Rows(
+            document=column(np.int32),
+            window=column(np.int32),
+            byte_end=column(np.int32),
+            position=column(np.int32, width=models),
+            token=column(np.int32, width=models),
+            split=column(np.int8),
+            keep=column(bool),
+        )
+        self.table = WindowTable(
+            document=column(np.int32),
+            offsets=tuple(column(np.int64) for _ in range(models)),
+            ids=tuple(column(np.int32) for _ in range(models)),
+        )
+        for offsets in self.table.offsets:
+            offsets.append(np.zeros(1))
         self.statistics: pairing.PairingStatistics | None = None
         self.not_rebuilt, self.too_long = [0] * models, 0
-        self._models, self._windows = models, 0
-        self._rows, self._tables = _Growing(), _Growing()
+        self.of_split = dict.fromkeys(SPLITS, 0)
+        self.shard_starts: list[int] = []
+        self._shard_windows, self._windows = shard_windows, 0
 
     def add(self, cut: pairing.Windows, documents: Sequence[Document], *, first: int) -> None:
         """Adds the windows of a block of documents, of which the first has the given number."""
         self.not_rebuilt = [a + b for a, b in zip(self.not_rebuilt, cut.not_rebuilt)]
         self.too_long += cut.too_long
+        if not cut.windows:
+            return
         columns: dict[str, list] = {f.name: [] for f in fields(Rows)}
+        before = len(self._rows)
         for window in cut.windows:
-            split = SPLITS.index(documents[window.document].split)
-            self._add_window(columns, window, document=first + window.document, split=split)
-        if cut.windows:
-            self._rows.add({name: np.concatenate(parts) for name, parts in columns.items()})
-            self._tables.add(_tokens(cut.windows, first=first))
+            if self._windows % self._shard_windows == 0:
+                self.shard_starts.append(before)
+            split = documents[window.document].split
+            n = self._add_window(columns, window, document=first + window.document, split=split)
+            self.of_split[split] += n
+            before += n
+        for name, parts in columns.items():
+            getattr(self._rows, name).append(np.concatenate(parts))
+        self._add_tokens(cut.windows, first=first)
 
-    def _add_window(self, columns, window: pairing.Window, *, document: int, split: int) -> None:
+    def _add_window(self, columns, window: pairing.Window, *, document: int, split: str) -> int:
+        """Adds one window's rows to lists of arrays, and returns how many there are."""
         ends = [t.ends for t in window.tokens]
         byte_end, position = pairing.pair_many(ends)
         n = len(byte_end)
-        columns["window"].append(np.full(n, self._windows, np.int32))
-        columns["document"].append(np.full(n, document, np.int32))
-        columns["byte_end"].append((byte_end + window.start).astype(np.int32))
-        columns["position"].append(position.astype(np.int32))
-        token = np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1)
-        columns["token"].append(token.astype(np.int32))
-        columns["split"].append(np.full(n, split, np.int8))
+        columns["window"].append(np.full(n, self._windows))
+        columns["document"].append(np.full(n, document))
+        columns["byte_end"].append(byte_end + window.start)
+        columns["position"].append(position)
+        columns["token"].append(
+            np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1)
+        )
+        columns["split"].append(np.full(n, SPLITS.index(split)))
         columns["keep"].append(np.ones(n, bool))
         here = pairing.pairing_statistics(ends)
         self.statistics = here if self.statistics is None else self.statistics + here
         self._windows += 1
+        return n
+
+    def _add_tokens(self, windows: Sequence[pairing.Window], *, first: int) -> None:
+        self.table.document.append(np.asarray([first + w.document for w in windows]))
+        for i, (offsets, column) in enumerate(zip(self.table.offsets, self.table.ids)):
+            ids = [w.tokens[i].ids for w in windows]
+            offsets.append(len(column) + np.cumsum([len(x) for x in ids]))
+            column.append(np.concatenate(ids))
 
     def rows(self) -> Rows:
-        """Returns the rows of all blocks, which are given away: to be called once."""
+        """Returns the rows of all blocks.
+
+        Raises:
+          UserError: there is no window, or a split without a row.
+        """
         if not self._windows:
             raise UserError("The text gave no window that every model can read; use other text.")
-        rows = Rows(**self._rows.taken())
-        for i, split in enumerate(SPLITS):
-            if not (rows.split == i).any():
+        for split, count in self.of_split.items():
+            if not count:
                 raise UserError(f"The {split} documents hold no paired position; use more text.")
-        return rows
-
-    def table(self) -> WindowTable:
-        """Returns the windows of all blocks, which are given away: to be called once."""
-        table = self._tables.taken()
-        return WindowTable(
-            document=table["document"],
-            offsets=tuple(
-                np.cumsum(np.append(0, table[f"lengths_{i}"])) for i in range(self._models)
-            ),
-            ids=tuple(table[f"ids_{i}"] for i in range(self._models)),
-        )
-
-
-class _Growing:
-    """Arrays by name that grow where they lie: nothing is held twice, nor in many pieces."""
-
-    def __init__(self):
-        self._bytes: dict[str, bytearray] = {}
-        self._like: dict[str, np.ndarray] = {}
-
-    def add(self, more: dict[str, np.ndarray]) -> None:
-        """Appends to every array; names, types and trailing axes are those of the first call."""
-        for name, array in more.items():
-            self._like.setdefault(name, array[:0])
-            self._bytes.setdefault(name, bytearray()).extend(array.tobytes())
-
-    def taken(self) -> dict[str, np.ndarray]:
-        """Returns the arrays, which are given away."""
-        bytes_, self._bytes = self._bytes, {}
-        return {name: self._array(name, b) if b else self._like[name] for name, b in bytes_.items()}
-
-    def _array(self, name: str, b: bytearray) -> np.ndarray:
-        like = self._like[name]
-        return np.frombuffer(b, like.dtype).reshape(-1, *like.shape[1:])
-
-
-def _tokens(windows: Sequence[pairing.Window], *, first: int) -> dict[str, np.ndarray]:
-    """What the window table holds of a block's windows."""
-    found = {"document": np.asarray([first + w.document for w in windows], np.int32)}
-    for i, _ in enumerate(windows[0].tokens):
-        ids = [w.tokens[i].ids for w in windows]
-        found[f"lengths_{i}"] = np.asarray([len(x) for x in ids])
-        found[f"ids_{i}"] = np.concatenate(ids).astype(np.int32)
-    return found
+        return self._rows

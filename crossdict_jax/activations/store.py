@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from crossdict_jax.activations.column import Column, stretches
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -18,7 +21,10 @@ from crossdict_jax.workdir import read_json
 
 @dataclass(frozen=True)
 class Rows:
-    """One entry per paired text position; train rows come first, then validation, then test."""
+    """One entry per paired text position; train rows come first, then validation, then test.
+
+    Arrays, or columns on the disk while they are made.
+    """
 
     document: np.ndarray  # int32 [n], index into Store.document_names
     window: np.ndarray  # int32 [n], index into Windows
@@ -34,7 +40,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class WindowTable:
-    """The stretches of text that the models read, as their tokens."""
+    """The stretches of text that the models read, as their tokens; as arrays or as columns."""
 
     document: np.ndarray  # int32 [windows]
     offsets: tuple[np.ndarray, ...]  # per model int64 [windows + 1], into ids
@@ -45,21 +51,42 @@ class WindowTable:
 
     def tokens(self, model: int, window: int) -> np.ndarray:
         """Returns the token ids [tokens] of one window for the model of that index."""
-        start, stop = self.offsets[model][window : window + 2]
+        start, stop = self.span(model, window, window + 1)
         return self.ids[model][start:stop]
+
+    def span(self, model: int, first: int, last: int) -> tuple[int, int]:
+        """Returns where the tokens of the windows from ``first`` to before ``last`` lie."""
+        offsets = self.offsets[model]
+        return int(offsets[first : first + 1][0]), int(offsets[last : last + 1][0])
 
 
 @dataclass(frozen=True)
 class Store:
-    """Activations of several models at several sites, on the same rows (text positions)."""
+    """Activations of several models at several sites, on the same rows (text positions).
+
+    ``rows`` and ``table`` are read when they are first asked for.
+    """
 
     directory: Path
     models: tuple[str, ...]  # folder names
     paths: tuple[str, ...]  # the paths or ids that were read
-    rows: Rows
-    table: WindowTable
     meta: dict
     _verified: set = field(default_factory=set, repr=False)
+
+    @cached_property
+    def rows(self) -> Rows:
+        with np.load(self.directory / "rows.npz", allow_pickle=False) as file:
+            return Rows(**{f.name: file[f.name] for f in fields(Rows)})
+
+    @cached_property
+    def table(self) -> WindowTable:
+        models = range(len(self.meta["models"]))
+        with np.load(self.directory / "windows.npz", allow_pickle=False) as file:
+            return WindowTable(
+                document=file["document"],
+                offsets=tuple(file[f"offsets_{i}"] for i in models),
+                ids=tuple(file[f"ids_{i}"] for i in models),
+            )
 
     @property
     def document_names(self) -> list[str]:
@@ -183,31 +210,27 @@ def open_store(directory: Path) -> Store:
         directory=directory,
         models=tuple(meta["models"]),
         paths=tuple(m["path"] for m in meta["models"].values()),
-        rows=_load_rows(directory / "rows.npz"),
-        table=_load_table(directory / "windows.npz", models=len(meta["models"])),
         meta=meta,
     )
 
 
-def _load_rows(path: Path) -> Rows:
-    with np.load(path, allow_pickle=False) as file:
-        return Rows(**{f.name: file[f.name] for f in fields(Rows)})
-
-
 def save_rows(path: Path, rows: Rows) -> None:
-    np.savez(path, **{f.name: getattr(rows, f.name) for f in fields(Rows)})
-
-
-def _load_table(path: Path, *, models: int) -> WindowTable:
-    with np.load(path, allow_pickle=False) as file:
-        return WindowTable(
-            document=file["document"],
-            offsets=tuple(file[f"offsets_{i}"] for i in range(models)),
-            ids=tuple(file[f"ids_{i}"] for i in range(models)),
-        )
+    _save(path, {f.name: getattr(rows, f.name) for f in fields(Rows)})
 
 
 def save_table(path: Path, table: WindowTable) -> None:
     per_model = {f"offsets_{i}": a for i, a in enumerate(table.offsets)}
     per_model |= {f"ids_{i}": a for i, a in enumerate(table.ids)}
-    np.savez(path, document=table.document, **per_model)
+    _save(path, {"document": table.document} | per_model)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray | Column]) -> None:
+    """Writes the file that np.savez would write, a stretch of every array at a time."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                descr = np.lib.format.dtype_to_descr(array.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for here in stretches(len(array)):
+                    file.write(array[here].tobytes())

@@ -7,11 +7,13 @@ import json
 import math
 import re
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossdict_jax.activations.column import nameless_file
 from crossdict_jax.activations.docstrings import ModuleText, module_texts, package_versions
 from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
@@ -29,11 +31,43 @@ class Document:
     split: str  # train | validation | test
 
 
+class Documents(Sequence[Document]):
+    """Documents in a nameless file: train, validation, test, each in the order of adding.
+
+    Args:
+      directory: where the file takes its room; None: where temporary files lie.
+    """
+
+    def __init__(self, directory: Path | None = None):
+        self._file = nameless_file(directory)
+        self._starts = {split: array("q") for split in SPLITS}  # bytes of the file
+
+    def add(self, document: Document) -> None:
+        self._starts[document.split].append(self._file.seek(0, 2))
+        self._file.write(json.dumps([document.name, document.text]).encode() + b"\n")
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many documents each split has."""
+        return {split: len(starts) for split, starts in self._starts.items()}
+
+    def __len__(self) -> int:
+        return sum(self.counts().values())
+
+    def __getitem__(self, number: int) -> Document:
+        for split, starts in self._starts.items():
+            if 0 <= number < len(starts):
+                self._file.seek(starts[number])
+                name, text = json.loads(self._file.readline())
+                return Document(name=name, text=text, split=split)
+            number -= len(starts)
+        raise IndexError("There are no more documents.")
+
+
 @dataclass(frozen=True)
 class Corpus:
     """All documents of a run, ordered train, validation, test, and how they came about."""
 
-    documents: tuple[Document, ...]
+    documents: Documents
     provenance: dict  # JSON values only
 
     def split(self, name: str) -> tuple[Document, ...]:
@@ -53,8 +87,11 @@ class _Raw:
 # ---------------------------------------------------------------- loading
 
 
-def load_corpus(text: TextConfig) -> Corpus:
+def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     """Returns the first `text.documents` documents of `text.source`, cut and split.
+
+    They lie in a nameless file of `directory` (None: where temporary files lie) and are read from
+    it one at a time. What is held of each is 8 bytes, and the hashes that find duplicates.
 
     Blank documents and duplicates are skipped and counted; they do not count as documents. The
     split is drawn from the dotted module name (docstrings) or the whole NFC text (everything
@@ -66,10 +103,12 @@ def load_corpus(text: TextConfig) -> Corpus:
     _check_settings(text)
     raw, details = _open_source(text)
     counts = Counter()
-    documents = sorted(_prepare(raw, text=text, counts=counts), key=lambda d: SPLITS.index(d.split))
+    documents = Documents(directory)
+    for document in _prepare(raw, text=text, counts=counts):
+        documents.add(document)
     _check_splits(documents, text=text)
     provenance = _provenance(documents, text=text, counts=counts) | details()
-    return Corpus(documents=tuple(documents), provenance=provenance)
+    return Corpus(documents=documents, provenance=provenance)
 
 
 def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
@@ -139,11 +178,10 @@ def _check_settings(text: TextConfig) -> None:
         )
 
 
-def _check_splits(documents: list[Document], *, text: TextConfig) -> None:
-    if not documents:
+def _check_splits(documents: Documents, *, text: TextConfig) -> None:
+    if not len(documents):
         raise UserError(f"text.source={text.source} holds no text: every document is blank.")
-    sizes = Counter(d.split for d in documents)
-    empty = [split for split in SPLITS if not sizes[split]]
+    empty = [split for split, count in documents.counts().items() if not count]
     if empty:
         raise UserError(
             f"text.source={text.source} gave {len(documents)} documents, none of them in the split "
@@ -152,17 +190,16 @@ def _check_splits(documents: list[Document], *, text: TextConfig) -> None:
         )
 
 
-def _provenance(documents: list[Document], *, text: TextConfig, counts: Counter) -> dict:
+def _provenance(documents: Documents, *, text: TextConfig, counts: Counter) -> dict:
     digest = hashlib.sha256()
     bytes_of = Counter()
     for document in documents:
         encoded = document.text.encode()
         bytes_of[document.split] += len(encoded)
         digest.update(f"{document.split} {len(encoded)}\n".encode() + encoded)
-    sizes = Counter(d.split for d in documents)
     return {
         "source": text.source,
-        "documents": {split: sizes[split] for split in SPLITS},
+        "documents": documents.counts(),
         "bytes": {split: bytes_of[split] for split in SPLITS},
         "documents_asked": text.documents,
         "max_bytes": text.max_bytes,
@@ -217,15 +254,38 @@ def _read_text(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
 
 def _read_long_text(path: Path, *, max_bytes: int) -> Iterator[_Raw]:
     """Yields a text file in pieces of at most `max_bytes`, cut at blank lines where possible."""
-    text = _decode(path.read_bytes(), where=str(path))
-    for number, piece in enumerate(_pieces(text, max_bytes=max_bytes)):
+    for number, piece in enumerate(_pieces(_lines(path), max_bytes=max_bytes)):
         yield _Raw(name=f"{path.name}:{number}", text=piece)
 
 
-def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
-    # NFC here, or a piece could grow beyond max_bytes later and lose its tail.
+def _lines(path: Path) -> Iterator[str]:
+    r"""Yields the lines of a text file, each with its \n."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            yield _decode(line, where=str(path), offset=offset)
+            offset += len(line)
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Yields the NFC text between blank lines, which are dropped with all whitespace after them."""
+    paragraph: list[str] = []
+    begun = True  # False: only whitespace since the last paragraph
+    for line in lines:
+        line = unicodedata.normalize("NFC", line)  # nothing composes across a line's end
+        if paragraph and line.endswith("\n") and not line.strip(" \t\r\f\v\n"):
+            yield "".join(paragraph)[:-1]
+            paragraph, begun = [], False
+        elif begun or line.lstrip():
+            paragraph.append(line if begun else line.lstrip())
+            begun = True
+    yield "".join(paragraph)
+
+
+def _pieces(lines: Iterable[str], *, max_bytes: int) -> Iterator[str]:
+    # NFC is made before, or a piece could grow beyond max_bytes later and lose its tail.
     piece, size = "", 0
-    for paragraph in re.split(r"\n[ \t\r\f\v]*\n\s*", unicodedata.normalize("NFC", text)):
+    for paragraph in _paragraphs(lines):
         length = len(paragraph.encode())
         if piece and size + 2 + length > max_bytes:
             yield piece
@@ -279,13 +339,15 @@ def _read_parquet(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
 _READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _decode(data: bytes, *, where: str) -> str:
+def _decode(data: bytes, *, where: str, offset: int = 0) -> str:
+    """Returns the text of bytes that begin at an offset of a file; a mark at its start is none."""
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as error:
+        at = len(data) - len(error.object) + error.start  # the object is without the mark
         raise UserError(
-            f"{where} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}): "
-            "convert it to UTF-8."
+            f"{where} is not UTF-8 (byte {data[at]:#04x} at offset {offset + at}): convert it to "
+            "UTF-8."
         ) from error
 
 

@@ -23,7 +23,7 @@ def benchmark(config: BenchmarkConfig, folder: Path, ceilings: dict) -> Iterator
     """Yields a row per number of documents, each read in a fresh process.
 
     ``memory`` is all that the process held, Python, JAX and what was compiled among it; ``ratio``
-    is to the first. ``index`` are the bytes of what must grow: where rows are, and which tokens
+    is to the first. ``index`` are the bytes of the files that tell where rows are and which tokens
     were read. From the second on, ``growth`` is in bytes a row and ``rows_per_s`` in rows
     a second, of the rows that the one before had not: starting and compiling are not in them.
     """
@@ -75,10 +75,8 @@ def _extract(place: Path, documents: int, own: DocumentBenchmark) -> dict[str, f
     started = time.perf_counter()
     store = extract(config, open_workdir(place / "run", to_dict(config)))
     seconds = time.perf_counter() - started
-    index = [*vars(store.rows).values(), store.table.document]
-    index += [*store.table.offsets, *store.table.ids]
-    size = sum(array.nbytes for array in index)
-    return {"rows": len(store.rows), "index": size, "seconds": seconds}
+    index = sum((store.directory / name).stat().st_size for name in ("rows.npz", "windows.npz"))
+    return {"rows": store.meta["rows"], "index": index, "seconds": seconds}
 
 
 def settings(place: Path, documents: int, own: DocumentBenchmark) -> Config:
