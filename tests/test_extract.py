@@ -15,7 +15,7 @@ from crossdict_jax import models
 from crossdict_jax.activations import column, pairing
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations import plan as planning
-from crossdict_jax.activations.column import Column
+from crossdict_jax.activations.column import columns_of, equal, new_column
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.pairing import pair
@@ -116,15 +116,27 @@ def test_rows_and_windows_are_written_as_numpy_writes_them(tmp_path, monkeypatch
     } | {"split": np.repeat(np.int8([0, 1, 2]), [30, 4, 6]), "keep": rng.random(40) < 0.5}
     columns = {}
     for name, array in arrays.items():
-        columns[name] = Column(tmp_path, array.dtype, width=3 if array.ndim == 2 else None)
+        columns[name] = new_column(tmp_path, array.dtype, width=3 if array.ndim == 2 else None)
         for part in np.array_split(array, 3):
             columns[name].append(part)
     np.savez(tmp_path / "numpy.npz", **arrays)
     for rows in (Rows(**arrays), Rows(**columns)):
         save_rows(tmp_path / "rows.npz", rows)
         assert (tmp_path / "rows.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+    stored = columns_of(tmp_path / "numpy.npz")
+    assert stored.keys() == columns.keys()
+    for name, column_ in stored.items():
+        assert equal(column_, columns[name]) and column_.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(column_[5:30], arrays[name][5:30])
+    assert not equal(stored["token"], stored["position"])
     assert len(list(tmp_path.iterdir())) == 2  # a column's file has no name
     assert columns["token"].shape == (40, 3) and len(columns["token"][50:]) == 0
+
+
+def test_a_transposed_array_is_no_column(tmp_path):
+    np.savez(tmp_path / "rows.npz", position=np.ones((3, 4)).T)
+    with pytest.raises(UserError, match=r"rows.npz: position.npy does not lie row by row"):
+        columns_of(tmp_path / "rows.npz")
 
 
 def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def extract(config: Config, work: Workdir) -> Store:
     """
     if (work.activations / "meta.json").exists():
         store = open_store(work.activations)
-        _check_pool(config, len(store.select("test")))
+        _check_pool(config, _kept(store.columns()[0])["test"])
         return store
     started = time.perf_counter()
     names = model_names(config.models)

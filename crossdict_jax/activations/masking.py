@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax.activations.column import Column, stretches
+from crossdict_jax.activations.column import Column, new_column, stretches
 from crossdict_jax.activations.median import median_of
 from crossdict_jax.activations.store import Rows, shard_name
 from crossdict_jax.activations.text import SPLITS
@@ -84,7 +84,7 @@ def masked(
         if median is None:
             raise UserError(f"{place}: no training row is finite; look at the model's weights.")
         highest[place], nonfinite_by_site[place] = settings.norm_mask * median, bad
-    keep, counts = Column(directory, bool), Counter()
+    keep, counts = new_column(directory, bool), Counter()
     for here in stretches(len(rows)):
         of_places = {place: column[here] for place, column in norms.items()}
         high = {place: x > highest[place] for place, x in of_places.items()}
@@ -104,7 +104,7 @@ def masked(
 
 def _norms(files: Iterable[Path], directory: Path) -> Column:
     """float32 [n], the norm of every row of these shards; NaN: the row is not finite."""
-    norms = Column(directory, np.float32)
+    norms = new_column(directory, np.float32)
     for file in files:
         x = np.load(file, mmap_mode="r", allow_pickle=False).view(ml_dtypes.bfloat16)
         for at in range(0, len(x), BLOCK):

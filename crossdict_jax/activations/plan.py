@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.activations import pairing
-from crossdict_jax.activations.column import Column
+from crossdict_jax.activations.column import new_column
 from crossdict_jax.activations.store import Rows, WindowTable
 from crossdict_jax.activations.text import SPLITS, Corpus, Document, load_corpus
 from crossdict_jax.config import Config
@@ -133,7 +133,7 @@ class _Found:
     """Rows and tokens of the blocks so far, and what is counted of their windows."""
 
     def __init__(self, directory: Path, *, models: int, shard_windows: int):
-        column = partial(Column, directory)
+        column = partial(new_column, directory)
         self._rows = Rows(
             document=column(np.int32),
             window=column(np.int32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax.activations.column import Column, stretches
+from crossdict_jax.activations.column import Column, columns_of, stretches
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -64,7 +65,7 @@ class WindowTable:
 class Store:
     """Activations of several models at several sites, on the same rows (text positions).
 
-    ``rows`` and ``table`` are read when they are first asked for.
+    ``rows`` and ``table`` are read when they are first asked for, and then held.
     """
 
     directory: Path
@@ -76,17 +77,17 @@ class Store:
     @cached_property
     def rows(self) -> Rows:
         with np.load(self.directory / "rows.npz", allow_pickle=False) as file:
-            return Rows(**{f.name: file[f.name] for f in fields(Rows)})
+            return _rows(file)
 
     @cached_property
     def table(self) -> WindowTable:
-        models = range(len(self.meta["models"]))
         with np.load(self.directory / "windows.npz", allow_pickle=False) as file:
-            return WindowTable(
-                document=file["document"],
-                offsets=tuple(file[f"offsets_{i}"] for i in models),
-                ids=tuple(file[f"ids_{i}"] for i in models),
-            )
+            return _table(file)
+
+    def columns(self) -> tuple[Rows, WindowTable]:
+        """Returns rows and windows as they lie on the disk, to be gone through a part at a time."""
+        rows = columns_of(self.directory / "rows.npz")
+        return _rows(rows), _table(columns_of(self.directory / "windows.npz"))
 
     @property
     def document_names(self) -> list[str]:
@@ -211,6 +212,19 @@ def open_store(directory: Path) -> Store:
         models=tuple(meta["models"]),
         paths=tuple(m["path"] for m in meta["models"].values()),
         meta=meta,
+    )
+
+
+def _rows(file: Mapping[str, np.ndarray | Column]) -> Rows:
+    return Rows(**{f.name: file[f.name] for f in fields(Rows)})
+
+
+def _table(file: Mapping[str, np.ndarray | Column]) -> WindowTable:
+    models = range((len(file) - 1) // 2)
+    return WindowTable(
+        document=file["document"],
+        offsets=tuple(file[f"offsets_{i}"] for i in models),
+        ids=tuple(file[f"ids_{i}"] for i in models),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax import models
+from crossdict_jax.activations.column import equal, new_column, stretches
 from crossdict_jax.activations.extract import (
     check_space,
     checksums_of,
@@ -50,11 +51,11 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     written = _outputs(store, names, inputs)
     sites = [to_read(name, written) for name in names]
     read = _reading(config, store)
-    check_space(directory, lms, sites, rows=len(store.rows))
+    check_space(directory, lms, sites, rows=len(read.rows))
     counts = read_models(config, directory, names, lms, sites, read)
     _finish(directory, store, read, dict(zip(names, lms)), written)
     seconds = time.perf_counter() - started
-    figures = {"rows": len(store.rows), "tokens_per_s": counts["tokens"] / max(seconds, 1e-9)}
+    figures = {"rows": len(read.rows), "tokens_per_s": counts["tokens"] / max(seconds, 1e-9)}
     work.controls.record_timing(
         "extract_activations", wall_s=seconds, **figures, **device_figures()
     )
@@ -92,9 +93,8 @@ def open_controls(config: Config, work: Workdir, store: Store) -> Store:
     if "untrained" not in config.controls:
         return store
     controls = open_store(work.controls.activations)
-    same = all(
-        np.array_equal(getattr(controls.rows, key), getattr(store.rows, key)) for key in KEYS
-    )
+    (own, _), (rows, _) = controls.columns(), store.columns()
+    same = all(equal(getattr(own, key), getattr(rows, key)) for key in KEYS)
     if not same or controls.models[: len(store.models)] != store.models:
         raise UserError(
             f"{controls.directory} has other rows than {store.directory}; delete "
@@ -104,10 +104,11 @@ def open_controls(config: Config, work: Workdir, store: Store) -> Store:
 
 
 def _reading(config: Config, store: Store) -> Reading:
+    rows, table = store.columns()
     return Reading(
         text=store.meta["text"]["sha256"],
-        table=store.table,
-        rows=store.rows,
+        table=table,
+        rows=rows,
         bos=tuple(store.has_bos(name) for name in store.models),
         shard_windows=config.extract.shard_windows,
         shard_starts=np.asarray(store.meta["shard_starts"]),
@@ -130,8 +131,8 @@ def _finish(
     directory: Path, store: Store, read: Reading, twins: dict[str, LanguageModel], written: dict
 ) -> None:
     """Writes rows and windows with columns for the twins as well and, last, meta.json."""
-    save_rows(directory / "rows.npz", _doubled(store.rows))
-    table = store.table
+    save_rows(directory / "rows.npz", _doubled(read.rows, directory))
+    table = read.table
     save_table(
         directory / "windows.npz",
         replace(table, offsets=2 * table.offsets, ids=2 * table.ids),
@@ -153,6 +154,12 @@ def _finish(
     shutil.rmtree(directory / "shards")
 
 
-def _doubled(rows: Rows) -> Rows:
-    position, token = (np.concatenate([a, a], axis=1) for a in (rows.position, rows.token))
-    return replace(rows, position=position, token=token)
+def _doubled(rows: Rows, directory: Path) -> Rows:
+    """Returns rows with columns for the twins: positions and tokens are those of their models."""
+    twice = {}
+    for name in ("position", "token"):
+        of_models = getattr(rows, name)
+        twice[name] = new_column(directory, of_models.dtype, width=2 * of_models.shape[1])
+        for here in stretches(len(rows)):
+            twice[name].append(np.tile(of_models[here], 2))
+    return replace(rows, **twice)
