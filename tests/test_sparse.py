@@ -300,8 +300,8 @@ def test_few_dead_features_are_revived_as_among_all():
         dead = jnp.zeros(width, bool).at[jnp.asarray(places)].set(True)
         data = (rows, residual, dead, jnp.float32(d))
         few, all_ = (
-            jax.value_and_grad(losses._share_of(n, k_aux, None))(parameters, data)
+            jax.value_and_grad(losses._share_of(n, k_aux, None), has_aux=True)(parameters, data)
             for n in (width // losses.FEW, width)
         )
-        assert all_[0] > 0 and all(np.abs(g).max() > 0 for g in all_[1])
+        assert all_[0][0] > 0 and all(np.abs(g).max() > 0 for g in all_[1])
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), few, all_)

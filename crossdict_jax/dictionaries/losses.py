@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from crossdict_jax.dictionaries import sparse
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k
 from crossdict_jax.products import matmul
 
@@ -64,11 +66,11 @@ def auxk(
     shares = [_no_share, *(_share_of(n, hyper.k_aux, dtype) for n in (few, dictionary.width))]
     most = jnp.asarray(hyper.most_dead)
     which = jnp.where(most > few, 2, jnp.minimum(most, 1))
-    return _one_of(shares, which, parameters, (rows, residual, dead, spread))
+    return one_of(shares, which, parameters, (rows, residual, dead, spread))[0]
 
 
-def _no_share(parameters, data) -> jax.Array:
-    return jnp.zeros(())
+def _no_share(parameters, data) -> tuple[jax.Array, None]:
+    return jnp.zeros(()), None
 
 
 def _share_of(n: int, k_aux: int, dtype):
@@ -84,27 +86,62 @@ def _share_of(n: int, k_aux: int, dtype):
         z = matmul(rows, W_enc, dtype) + bias[None, :]
         f = keep_top_k(jnp.where(taken[None, :], z, 0.0), min(k_aux, n))
         left = share_left(residual, matmul(f, W_dec, dtype), spread)
-        return jnp.where(dead.any(), left, 0.0)
+        return jnp.where(dead.any(), left, 0.0), None
 
     return share
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_of(functions, which, parameters, data) -> jax.Array:
-    """Returns functions[which](parameters, data) [], with a gradient in the parameters.
+def by_activity(dense, listed, z: jax.Array, parameters, data) -> tuple[jax.Array, Any]:
+    """Returns a loss [] and more, computed from a list of active features where they are few.
 
-    That is computed with the value, inside the branch. Else both branches would have to hand over
-    what the dearer one needs for its gradient, arrays [batch, width], at every step.
+    Few in all members of an ensemble (``sparse.few_are_positive``). Where lists are not known to
+    pay (``sparse.lists_pay``) always with dense products.
+
+    Args:
+      dense, listed: two ways to compute the same; see ``one_of``.
+      z: [batch, width]; features are active where it is positive.
+    """
+    if not sparse.lists_pay(*z.shape):
+        return one_of((dense,), 0, parameters, data)
+    few = for_all(sparse.few_are_positive(z))
+    return one_of((dense, listed), few.astype(jnp.int32), parameters, data)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def one_of(functions, which, parameters, data) -> tuple[jax.Array, Any]:
+    """Returns functions[which](parameters, data): a loss [] and more, of equal shapes in all.
+
+    The loss has a gradient in the parameters, and nothing else has any. It is computed with the
+    value, inside the branch. Else both branches would have to hand over what the dearer one needs
+    for its gradient, arrays [batch, width], at every step.
+
+    Args:
+      which: int []. Under vmap it must be the same of all members, see ``for_all``.
     """
     return jax.lax.switch(which, functions, parameters, data)
 
 
 def _one_of_forward(functions, which, parameters, data):
-    return jax.lax.switch(which, [jax.value_and_grad(f) for f in functions], parameters, data)
+    slopes = [jax.value_and_grad(f, has_aux=True) for f in functions]
+    return jax.lax.switch(which, slopes, parameters, data)
 
 
 def _one_of_backward(functions, of_parameters, gradient):
-    return None, jax.tree.map(lambda g: gradient * g, of_parameters), None
+    return None, jax.tree.map(lambda g: gradient[0] * g, of_parameters), None
 
 
-_one_of.defvjp(_one_of_forward, _one_of_backward)
+one_of.defvjp(_one_of_forward, _one_of_backward)
+
+
+@jax.custom_batching.custom_vmap
+def for_all(flag: jax.Array) -> jax.Array:
+    """Returns bool []: whether a flag [] is true of all members of an ensemble.
+
+    That is the same for all: a branch on it stays a branch under vmap. Without vmap the flag.
+    """
+    return flag
+
+
+@for_all.def_vmap
+def _for_all(size, batched, flag):
+    return for_all(flag.all(axis=0)), False

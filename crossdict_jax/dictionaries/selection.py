@@ -117,7 +117,7 @@ def _with_room(z: jax.Array, n: int, low: jax.Array, high: jax.Array) -> jax.Arr
         return low + (rows >= end)
 
     def taken(low, end):
-        return jnp.sum(jax.lax.population_count(_masks(z, least(low, end))), dtype=jnp.int32)
+        return count_from(z, least(low, end))
 
     def too_many(bounds):
         return (bounds.taken > most) & (bounds.by_value | (bounds.end - bounds.start > 1))
@@ -175,6 +175,11 @@ class Entries(NamedTuple):
     rows: jax.Array
     columns: jax.Array
     counts: jax.Array
+
+
+def count_from(z: jax.Array, least: jax.Array) -> jax.Array:
+    """Returns int32 []: how many values of z [batch, width] have the bits ``least`` [batch]."""
+    return jnp.sum(jax.lax.population_count(_masks(z, least)), dtype=jnp.int32)
 
 
 def entries_from(z: jax.Array, least: jax.Array, *, room: int) -> Entries:

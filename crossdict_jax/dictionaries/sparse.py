@@ -24,6 +24,12 @@ from crossdict_jax.dictionaries import selection
 from crossdict_jax.dictionaries.sums import LANES, dots, sum_by_group, sum_by_unequal_group
 from crossdict_jax.training.mesh import on_own_rows
 
+MEASURED = ("cpu",)  # backends on which a list of entries is known to cost less than products
+SHARE = 48  # there, up to this part of the width: longer ones take more memory than they save time
+LARGE = (
+    2**20
+)  # pre-activations of a batch: with fewer, compiling both ways takes longer than it saves
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -124,19 +130,58 @@ def all_from(z: jax.Array, least: jax.Array, n: int) -> Code:
 
 def _entries_from(z: jax.Array, least: jax.Array, n: int) -> Code:
     room = selection.room(n, *z.shape)
+    return _all_from(z, least, lambda own: min(room, own.size))
+
+
+def _all_from(z: jax.Array, least: jax.Array, room_of: Callable[[jax.Array], int]) -> Code:
+    """Returns the values of z [batch, width] from the bits ``least`` [batch] on.
+
+    Args:
+      room_of: a device's own rows of z -> how many places there are for theirs.
+    """
 
     def own(z, least):
-        rows, features, counts = selection.entries_from(z, least, room=min(room, z.size))
+        rows, features, counts = selection.entries_from(z, least, room=room_of(z))
         there = jnp.arange(len(rows)) < counts.sum()
         return jnp.where(there, z[rows, features], 0.0), features, rows, counts
 
     return Code(*on_own_rows(own, z, least), z.shape[1])
 
 
+def positive(f: jax.Array) -> Code:
+    """Returns all positive values of f [batch, width], of which ``few_are_positive``."""
+    return _all_from(f, _positive(f), _room)
+
+
+def lists_pay(batch: int, width: int) -> bool:
+    """Whether lists of all positive values [batch, width] can save time, on this backend."""
+    return jax.default_backend() in MEASURED and width >= SHARE and batch * width >= LARGE
+
+
+def few_are_positive(f: jax.Array) -> jax.Array:
+    """Returns bool []: whether each device's rows of f [batch, width] have few positive values.
+
+    At most width // SHARE a row on average, and none that is not a number: a list has no such.
+    """
+
+    def own(f):
+        few = selection.count_from(f, _positive(f)) <= _room(f)
+        return (few & ~jnp.isnan(f).any())[None]
+
+    return on_own_rows(own, f).all()
+
+
+def _positive(f: jax.Array) -> jax.Array:
+    return jnp.ones(len(f), jnp.int32)  # bits of the least positive float
+
+
+def _room(f: jax.Array) -> int:
+    return len(f) * (f.shape[1] // SHARE)
+
+
 # ---------------------------------------------------------------- encode and decode
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def encode(
     u: jax.Array,
     W_enc: jax.Array,
@@ -156,25 +201,35 @@ def encode(
       dtype: of the product's inputs; sums stay float32.
     """
     z = jnp.matmul(_as(u, dtype), _as(W_enc, dtype), preferred_element_type=jnp.float32)
-    return select(z + bias[None, :], *given)
+    z = jax.lax.stop_gradient(z + bias[None, :])
+    return selected(z, u, W_enc, bias, given, select)
 
 
-def _encode_forward(u, W_enc, bias, given, select, dtype):
-    code = encode(u, W_enc, bias, given, select, dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def selected(z, u, W_enc, bias, given, select) -> Code:
+    """Returns select(z, *given) of z = u W_enc + bias, computed before; else as ``encode``.
+
+    What would be z's gradient goes to u, W_enc and bias.
+    """
+    return select(z, *given)
+
+
+def _selected_forward(z, u, W_enc, bias, given, select):
+    code = select(z, *given)
     return code, (u, W_enc, code)
 
 
-def _encode_backward(select, dtype, kept, gradient: Code):
+def _selected_backward(select, kept, gradient: Code):
     u, W_enc, code = kept
     weights = jnp.where(code.used, gradient.values, 0.0)
     d = len(W_enc)
     of_u = on_own_rows(_sum_by_row, code, weights, table=W_enc.T)[:, 0]
     with_ones = jnp.pad(u, ((0, 0), (0, LANES)), constant_values=1.0)  # for the bias
     of_both = on_own_rows(_sum_by_feature, code, weights, code.rows, with_ones, total=True)
-    return of_u, of_both[:, :d].T, of_both[:, d], None
+    return None, of_u, of_both[:, :d].T, of_both[:, d], None
 
 
-encode.defvjp(_encode_forward, _encode_backward)
+selected.defvjp(_selected_forward, _selected_backward)
 
 
 def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:
