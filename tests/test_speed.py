@@ -189,10 +189,14 @@ def test_steps_are_measured_without_any_peer(no_peers, tmp_path, capsys):
     rows = measured("steps", tmp_path)
     assert [(r["case"], r["contender"]) for r in rows] == [
         ("relu", "ours"),
+        ("relu, 2 active a row", "ours"),
         ("topk", "ours"),
         ("ours", "relu"),
         ("ours", "topk"),
     ]
+    fresh, few, topk, *_ = rows
+    assert fresh["l0"] > 5 and abs(few["l0"] - 2) < 0.7 and topk["l0"] == 2
+    assert few["flops"] == topk["flops"] < fresh["flops"]
     printed = capsys.readouterr().out
     for library in steps.PEERS:
         assert f"{library} left out: {peer.PYTHONS[library]} is not set" in printed
@@ -224,6 +228,7 @@ def test_flops_are_counted_from_the_maths():
     topk = dataclasses.replace(relu, architecture="topk")
     assert steps.need(relu, 16, steps=3).flops == 3 * 10 * 8 * 16 * 64
     assert steps.need(topk, 16, steps=1, count=2).flops == 2 * (2 * 8 * 16 * 64 + 8 * 8 * 16 * 4)
+    assert steps.need(relu, 16, steps=1, l0=5).flops == 2 * 8 * 16 * 64 + 8 * 8 * 16 * 5
     assert steps.need(topk, 16, steps=2).amount == 2 * 8
 
 
