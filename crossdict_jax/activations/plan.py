@@ -17,7 +17,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel
 
-BLOCK_BYTES = 2**16  # of text that is tokenized at a time: bounds what is held beside the rows
+BLOCK_BYTES = 2**16  # of text that is tokenized at a time: bounds what is held
 
 
 @dataclass(frozen=True)
