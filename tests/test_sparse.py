@@ -305,3 +305,12 @@ def test_few_dead_features_are_revived_as_among_all():
         )
         assert all_[0][0] > 0 and all(np.abs(g).max() > 0 for g in all_[1])
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), few, all_)
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000, 2**17 + 1])
+@pytest.mark.parametrize("most", [1, 37, 2**20 - 1])
+def test_integers_are_sorted_and_equals_stay_in_order(n, most):
+    """In one pass or in two."""
+    features = jax.random.randint(jax.random.key(n), (n,), 0, most + 1, jnp.int32).at[0].set(most)
+    order = jax.jit(sparse._sorting, static_argnums=1)(features, most)
+    np.testing.assert_array_equal(order, np.argsort(np.asarray(features), kind="stable"))
