@@ -102,14 +102,29 @@ def test_top_k_is_exact(width, k):
     z = jax.random.normal(jax.random.key(0), (30, width))
     code = sparse.top_k(z, k)
     np.testing.assert_array_equal(code.dense(), keep_top_k(z, k))
-    assert (np.diff(code.values.reshape(30, k), axis=1) <= 0).all()
+    assert (np.diff(code.features.reshape(30, k), axis=1) > 0).all()
 
 
-def test_of_equal_values_the_first_features_are_taken():
-    z = jnp.tile(jnp.asarray([[1.0, 3.0, 2.0, 2.0]]), (2, 16))
-    code = sparse.top_k(z, 20)  # sixteen threes, and four of the 32 twos
-    assert set(np.asarray(code.features)[16:20]) == {2, 3, 6, 7}
-    np.testing.assert_array_equal(np.asarray(code.values)[:20], [3.0] * 16 + [2.0] * 4)
+@pytest.mark.parametrize(("width", "k"), [(21, 5), (64, 20), (48, 48), (1024, 4)])
+def test_of_equal_values_the_first_features_are_taken(width, k):
+    """Also beside rows without equals, and of zeros where fewer than k are positive."""
+    z = jax.random.normal(jax.random.key(4), (30, width))
+    z = z.at[:20].set(jnp.round(2 * z[:20]) / 2).at[10:15].add(-2.5).at[0].set(-1.0)
+    code = jax.jit(partial(sparse.top_k, k=k))(z)
+    positive = np.maximum(z, 0)
+    first = np.sort(np.argsort(-positive, axis=1, kind="stable")[:, :k], axis=1)
+    np.testing.assert_array_equal(code.features.reshape(30, k), first)
+    np.testing.assert_array_equal(
+        code.values.reshape(30, k), np.take_along_axis(positive, first, axis=1)
+    )
+
+
+def test_what_is_not_a_number_is_taken_and_no_negative_zero_is_lost():
+    z = jnp.full((3, 21), -0.0).at[1, 7].set(-jnp.nan).at[2, 3].set(jnp.nan).at[2, 9].set(5.0)
+    code = sparse.top_k(z, 2)
+    np.testing.assert_array_equal(code.features.reshape(3, 2), [[0, 1], [0, 7], [3, 9]])
+    nan = jnp.nan
+    np.testing.assert_array_equal(code.values.reshape(3, 2), [[0, 0], [0, nan], [nan, 5]])
 
 
 def awkward(name, batch, width, k):

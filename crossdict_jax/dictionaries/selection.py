@@ -5,7 +5,6 @@ Non-negative floats order as their bit patterns do, so what is looked for are in
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,31 +27,84 @@ def kth_largest(
     Args:
       bits: how many leading bits are found; of fewer than all, the result is a lower bound.
     """
-    patterns = jax.lax.bitcast_convert_type(z, jnp.int32)
-    count = partial(jnp.sum, axis=axis, keepdims=True, dtype=jnp.int32)
+    patterns = bits_of(z)
+
+    def count(chosen):
+        of_rows = _count(chosen)
+        return of_rows if axis == 1 else jnp.sum(of_rows, axis=0, keepdims=True)
 
     def halve(i, low):
         candidate = low | (jnp.int32(1) << (BITS - 1 - i))
         return jnp.where(count(patterns >= candidate) >= k, candidate, low)
 
-    low = jax.lax.fori_loop(0, bits, halve, jnp.zeros_like(count(patterns)))
+    low = jax.lax.fori_loop(0, bits, halve, jnp.zeros_like(count(patterns >= 0)))
     return jax.lax.bitcast_convert_type(jnp.squeeze(low, axis), jnp.float32)
 
 
+def _count(chosen: jax.Array) -> jax.Array:
+    """Returns how many there are in each row of bool [batch, width], int32 [batch, 1].
+
+    Added up in two turns, the first of vectors: XLA's CPU backend writes out what it adds up along
+    a row in one. The barrier keeps the two apart.
+    """
+    batch, width = chosen.shape
+    size = _group_size(width, most=MASK)
+    parts = jnp.sum(chosen.reshape(batch, size, width // size), axis=1, dtype=jnp.int32)
+    return jnp.sum(jax.lax.optimization_barrier(parts), axis=1, keepdims=True)
+
+
 def top_k(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns each row's k largest values of z [batch, width], falling, and where they are.
+    """Returns each row's k largest values of relu(z) [batch, width], and where, along the row.
 
     Of equals the first ones. The k largest lie in the k groups with the largest maxima. With groups
     of about sqrt(width / k) features, there are as many groups to choose from as features in the
-    chosen ones: 2 sqrt(width k) numbers are sorted out in place of width.
+    chosen ones: 2 sqrt(width k) numbers are looked at closely in place of width. No ``lax.top_k``:
+    XLA's CPU backend runs it on one core.
     """
     batch, width = z.shape
     size = _group_size(width, most=int((width / k) ** 0.5))
     grouped = z.reshape(batch, width // size, size)
-    groups = jnp.sort(jax.lax.top_k(grouped.max(axis=2), k)[1], axis=1)  # equals stay in order
-    candidates = jnp.take_along_axis(grouped, groups[:, :, None], axis=1)
-    values, places = jax.lax.top_k(candidates.reshape(batch, k * size), k)
+    groups = _largest(jax.nn.relu(grouped.max(axis=2)), k)
+    candidates = jnp.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(batch, k * size)
+    candidates = jax.nn.relu(candidates)
+    places = _largest(candidates, k)
+    values = jnp.take_along_axis(candidates, places, axis=1)
     return values, jnp.take_along_axis(groups, places // size, axis=1) * size + places % size
+
+
+def _largest(z: jax.Array, k: int) -> jax.Array:
+    """Returns where each row's k largest of non-negative z [batch, width] are, rising [batch, k].
+
+    Of equals the first. If there are more than k that equal the k-th or exceed it, the column
+    before which equals are taken is found as the value is: by halving.
+    """
+    width = z.shape[1]
+    low, columns = bits_of(kth_largest(z, k))[:, None], jnp.arange(width)[None, :]
+
+    def least(end):
+        return low + (columns >= end)
+
+    def halve(i, last):
+        candidate = last | (jnp.int32(1) << (halvings - 1 - i))
+        return jnp.where(_count(bits_of(z) >= least(candidate)) < k, candidate, last)
+
+    tied = jnp.any(_count(bits_of(z) >= low) > k)
+    halvings = width.bit_length()
+    last = jax.lax.fori_loop(0, jnp.where(tied, halvings, 0), halve, jnp.zeros_like(low))
+    masks = _masks(z, least(jnp.where(tied, last + 1, width)))
+    counts = jax.lax.population_count(masks).astype(jnp.int32)
+    ends, nth = jnp.cumsum(counts, axis=1), jnp.arange(k)[None, :]
+    which = jnp.sum(ends[:, None, :] <= nth[:, :, None], axis=2, dtype=jnp.int32)
+    mask, first = (jnp.take_along_axis(a, which, axis=1) for a in (masks, ends - counts))
+    size = width // masks.shape[1]
+    return which * size + _bit(mask, nth - first, size)
+
+
+def _bit(mask: jax.Array, nth: jax.Array, size: int) -> jax.Array:
+    """Returns the place in uint32 ``mask`` of its nth bit, int32: those before are deleted."""
+    for i in range(size - 1):
+        mask = jnp.where(i < nth, mask & (mask - 1), mask)
+    return jax.lax.population_count((mask & -mask) - 1).astype(jnp.int32) % size
 
 
 def _group_size(width: int, *, most: int) -> int:
@@ -99,8 +151,11 @@ def least_from(z: jax.Array, least: jax.Array, n: int) -> jax.Array:
 
 
 def bits_of(z: jax.Array) -> jax.Array:
-    """Returns int32 that order as relu(z) does."""
-    return jax.lax.bitcast_convert_type(jax.nn.relu(z), jnp.int32)
+    """Returns int32 that order as relu(z) does; of what is not a number, the greatest.
+
+    The sign is dropped: -0.0 is a zero, and some NaN have one.
+    """
+    return jax.lax.bitcast_convert_type(jax.nn.relu(z), jnp.int32) & (2**BITS - 1)
 
 
 def _with_room(z: jax.Array, n: int, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -156,10 +211,14 @@ class _Bounds(NamedTuple):
 
 
 def _masks(z: jax.Array, least: jax.Array) -> jax.Array:
-    """Returns uint32 [batch, groups]: a bit for each of a group of neighbours, 1 from least on."""
+    """Returns uint32 [batch, groups]: a bit for each of a group of neighbours, 1 from least on.
+
+    Args:
+      least: int32 [batch, width], or 1 in place of either.
+    """
     batch, width = z.shape
     size = _group_size(width, most=MASK)
-    large = (bits_of(z) >= least[:, None]).reshape(batch, width // size, size)
+    large = (bits_of(z) >= least).reshape(batch, width // size, size)
     bits = large.astype(jnp.uint32) << jnp.arange(size, dtype=jnp.uint32)[None, None, :]
     return jnp.sum(bits, axis=2, dtype=jnp.uint32)
 
@@ -179,24 +238,20 @@ class Entries(NamedTuple):
 
 def count_from(z: jax.Array, least: jax.Array) -> jax.Array:
     """Returns int32 []: how many values of z [batch, width] have the bits ``least`` [batch]."""
-    return jnp.sum(jax.lax.population_count(_masks(z, least)), dtype=jnp.int32)
+    return jnp.sum(jax.lax.population_count(_masks(z, least[:, None])), dtype=jnp.int32)
 
 
 def entries_from(z: jax.Array, least: jax.Array, *, room: int) -> Entries:
     """Returns where z [batch, width] has at least the bits ``least`` [batch], in ``room`` places.
 
-    Each entry knows its mask, as the masks' counts repeated, and finds its own bit in it by
-    deleting those before.
+    Each entry knows its mask, as the masks' counts repeated, and finds its own bit in it.
     """
-    masks = _masks(z, least)
+    masks = _masks(z, least[:, None])
     counts = jax.lax.population_count(masks).astype(jnp.int32)
     masks, flat = masks.reshape(-1), counts.reshape(-1)
     first = jnp.cumsum(flat) - flat
     which = jnp.repeat(jnp.arange(len(masks)), flat, total_repeat_length=room)
     mask, before = masks[which], jnp.arange(room) - first[which]
     size = z.shape[1] // counts.shape[1]
-    for i in range(size - 1):
-        mask = jnp.where(i < before, mask & (mask - 1), mask)
-    bit = jax.lax.population_count((mask & -mask) - 1).astype(jnp.int32) % size
     rows, group = which // counts.shape[1], which % counts.shape[1]
-    return Entries(rows, group * size + bit, counts.sum(axis=1))
+    return Entries(rows, group * size + _bit(mask, before, size), counts.sum(axis=1))

@@ -81,7 +81,10 @@ def active_rows(f: jax.Array | Code) -> jax.Array:
 
 
 def top_k(z: jax.Array, k: int) -> Code:
-    """Returns the k largest of relu(z) [batch, width] of each row, falling; of equals the first."""
+    """Returns the k largest of relu(z) [batch, width] of each row; of equals the first.
+
+    Features rise along a row.
+    """
 
     def own(z):
         values, features = selection.top_k(z, k)
@@ -89,7 +92,7 @@ def top_k(z: jax.Array, k: int) -> Code:
         return values.reshape(-1), features.reshape(-1), rows, jnp.full(len(z), k)
 
     values, *where = on_own_rows(own, z)
-    return Code(jax.nn.relu(values), *where, z.shape[1])
+    return Code(values, *where, z.shape[1])
 
 
 def batch_top_k(z: jax.Array, n: int) -> Code:
@@ -114,7 +117,7 @@ def _candidates(z: jax.Array, n: int) -> Code:
 
 
 def _nth_largest(code: Code, n: int) -> jax.Array:
-    return selection.kth_largest(code.values[None], n, axis=(0, 1))
+    return selection.kth_largest(code.values[:, None], n, axis=(0, 1))
 
 
 def all_from(z: jax.Array, least: jax.Array, n: int) -> Code:
