@@ -15,6 +15,7 @@ from crossdict_jax.dictionaries import accumulation, base, train
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.settings import validate
+from crossdict_jax.training import parts
 from crossdict_jax.training.mesh import make_mesh
 
 KEY = jax.random.key(0)
@@ -113,10 +114,10 @@ def test_transcoders_too():
 
 def test_rows_come_back_in_order():
     x = jnp.arange(24.0).reshape(12, 2)
-    split = accumulation.split(x, 3)
+    split = parts.split(x, 3)
     assert split.shape == (3, 4, 2)
     np.testing.assert_array_equal(split[1], x[1::3])
-    np.testing.assert_array_equal(accumulation.join(split), x)
+    np.testing.assert_array_equal(parts.join(split), x)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from crossdict_jax import modules
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole
-from crossdict_jax.dictionaries.losses import variance
 from crossdict_jax.dictionaries.sparse import Code, active_rows
 from crossdict_jax.products import matmul
+from crossdict_jax.training.parts import mapped, summed
 
 Rows = tuple[jax.Array, jax.Array | None]  # x [batch, d_model], and y [batch, d_out] or None
 
@@ -46,69 +47,69 @@ class Fired(NamedTuple):
         return cls(rows > 0, rows.sum(dtype=jnp.float32) / batch, least)
 
 
-def split(rows: Any, parts: int) -> Any:
-    """Returns rows [batch, d] as [parts, batch / parts, d]: part j has rows j, j + parts, ...
-
-    So rows that are spread over devices stay where they are.
-    """
-    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), rows)
-
-
-def join(split: jax.Array) -> jax.Array:
-    """Returns what ``split`` took apart, [batch, d]."""
-    return split.swapaxes(0, 1).reshape(-1, *split.shape[2:])
-
-
 def whole_of(d: Dictionary, rows: Rows, *, hyper: Hyper, parts: int, dtype=None) -> Whole:
     """Returns what losses need to know of a whole batch whose rows come in parts.
 
     Holds no [batch, width] array, but for architectures that choose features over the batch one.
     """
+    graphdef, params = modules.split(d)
     u, t = d.scaled_pair(*rows)
-    chunks = split((u, t), parts)
-    whole = Whole(len(u), variance(t), jnp.ones(()), jnp.zeros(()), jnp.zeros(()))
-    if d.selects_over_rows:
-        z = jax.lax.map(lambda u: jax.nn.relu(d.pre_activations(u, dtype)), chunks[0])
-        whole = dataclasses.replace(whole, threshold=d.batch_threshold(join(z)))
+    whole = Whole(len(u), _variance(t, parts), jnp.ones(()), jnp.zeros(()), jnp.zeros(()))
 
-    def code(u):
+    def positive(u, params):
+        return jax.nn.relu(modules.merge(graphdef, params).pre_activations(u, dtype))
+
+    def code(u, params, whole):
+        d = modules.merge(graphdef, params)
         return d.training_code(d.pre_activations(u, dtype), whole)
 
-    def residual(chunk):
-        u, t = chunk
-        return t - matmul(code(u), d.W_dec[...], dtype) - d.b_dec[...][None, :]
+    def l0(u, params, whole):
+        return Fired.of(code(u, params, whole)).l0, ()
+
+    def residual(pair, params, whole):
+        (u, t), d = pair, modules.merge(graphdef, params)
+        return t - matmul(code(u, params, whole), d.W_dec[...], dtype) - d.b_dec[...][None, :]
 
     def left(_):
-        return variance(join(jax.lax.map(residual, chunks)))
+        return _variance(mapped(residual, (u, t), parts, params, whole), parts)
 
-    l0 = jax.lax.map(lambda u: Fired.of(code(u)).l0, chunks[0]).mean()
+    if d.selects_over_rows:
+        z = mapped(positive, u, parts, params)
+        whole = dataclasses.replace(whole, threshold=d.batch_threshold(z))
+    mean_l0 = summed(l0, u, parts, params, whole)[0] / parts
     left_variance = jax.lax.cond(hyper.most_dead > 0, left, lambda _: jnp.ones(()), None)
-    return dataclasses.replace(whole, residual_variance=left_variance, l0=l0)
+    return dataclasses.replace(whole, residual_variance=left_variance, l0=mean_l0)
+
+
+def _variance(x: jax.Array, parts: int) -> jax.Array:
+    """Returns the ``variance`` [] of rows [batch, d] that come in parts."""
+    mean = summed(lambda x: (x.sum(axis=0), ()), x, parts)[0] / len(x)
+    distances = summed(lambda x, mean: (jnp.sum(jnp.square(x - mean[None, :])), ()), x, parts, mean)
+    return distances[0] / len(x)
 
 
 def gradients(
-    loss_of: Callable[..., tuple], params: Any, rows: Rows, parts: int
+    loss_of: Callable[..., tuple], params: Any, rows: Rows, parts: int, *given: Any
 ) -> tuple[jax.Array, dict[str, jax.Array], Fired, Any]:
     """Returns (loss, its parts, what fired, gradients) of a batch that comes in parts.
 
     Args:
-      loss_of: (params, x, y) -> (loss, (its parts, features)).
+      loss_of: (params, x, y, *given) -> (loss, (its parts, features)); reads traced values through
+        its arguments alone.
     """
     slope = jax.value_and_grad(loss_of, has_aux=True)
 
-    def one(rows):
-        (loss, (terms, f)), grads = slope(params, *rows)
+    def one(rows, params, *given):
+        (loss, (terms, f)), grads = slope(params, *rows, *given)
         return loss, terms, Fired.of(f), grads
 
     if parts == 1:
-        return one(rows)
+        return one(rows, params, *given)
 
-    def add(total, rows):
-        *numbers, grads = one(rows)
-        return jax.tree.map(jnp.add, total, grads), numbers
+    def part(rows, *given):
+        loss, terms, fired, grads = one(rows, *given)
+        return (loss, terms, fired.l0, grads), fired
 
-    nothing = jax.tree.map(jnp.zeros_like, params)
-    total, (loss, terms, fired) = jax.lax.scan(add, nothing, split(rows, parts))
-    fired = Fired(fired.active.any(axis=0), fired.l0.mean(), fired.least.min())
-    terms = {name: term.mean() for name, term in terms.items()}
-    return loss.mean(), terms, fired, jax.tree.map(lambda a: a / parts, total)
+    total, fired = summed(part, rows, parts, params, *given)
+    loss, terms, l0, grads = jax.tree.map(lambda a: a / parts, total)
+    return loss, terms, Fired(fired.active.any(axis=0), l0, fired.least.min()), grads

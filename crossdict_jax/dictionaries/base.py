@@ -44,21 +44,33 @@ class Whole:
     l0: jax.Array
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("l1_coefficient", "most_dead", "whole"),
+    meta_fields=(
+        "auxk_coefficient",
+        "k_aux",
+        "bandwidth",
+        "l0_target",
+        "nested_fractions",
+        "nested_balance",
+    ),
+)
 @dataclasses.dataclass(frozen=True)
 class Hyper:
-    """One member's training settings; inside a compiled step some are traced scalars.
+    """One member's training settings.
 
     Attributes:
-      l1_coefficient: weight of the sparsity penalty at this step (after warm-up).
+      l1_coefficient: weight of the sparsity penalty at this step (after warm-up; traced).
       auxk_coefficient: weight of the dead features' reconstruction.
-      k_aux: how many dead features take part in it (static).
+      k_aux: how many dead features take part in it.
       bandwidth: of the kernel that estimates the gradient of a threshold.
-      l0_target: active features a row to aim for; 0 for none (static).
-      nested_fractions: of the width, nested dictionaries beside the whole (static).
+      l0_target: active features a row to aim for; 0 for none.
+      nested_fractions: of the width, nested dictionaries beside the whole.
       nested_balance: weight of a nested dictionary's loss relative to the next wider one's.
       most_dead: dead features of the member that has most. One scalar for the whole ensemble, so
-        that a branch on it stays a branch under vmap.
-      whole: of the batch that the rows are a part of; None where they are all of it.
+        that a branch on it stays a branch under vmap (traced).
+      whole: of the batch that the rows are a part of (traced); None where they are all of it.
     """
 
     l1_coefficient: jax.Array | float

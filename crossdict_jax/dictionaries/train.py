@@ -469,12 +469,13 @@ def _member_step(sae: SAEConfig, graphdef, adam, number, most_dead, d_out):
             whole = whole_of(d, (x, y), hyper=hyper, **how)
             hyper = dataclasses.replace(hyper, whole=jax.lax.stop_gradient(whole))
 
-        def loss_of(params, x, y):
+        def loss_of(params, x, y, hyper, dead):
             d = modules.merge(graphdef, params)
             loss, parts, f = d.losses(x, y=y, hyper=hyper, dead=dead, dtype=dtype)
             return loss, (parts, f)
 
-        loss, parts, fired, grads = gradients(loss_of, params, (x, y), sae.accumulate)
+        how = (sae.accumulate, hyper, dead)
+        loss, parts, fired, grads = gradients(loss_of, params, (x, y), *how)
         grads |= {name: jnp.zeros_like(grads[name]) for name in measured if name in grads}
         updates, adam_state = adam.update(grads, train_state["adam"], params)
         updates = jax.tree.map(lambda u: -rate * rate_factor(number) * u, updates)

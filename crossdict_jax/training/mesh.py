@@ -67,7 +67,7 @@ def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = Fal
 
     Args:
       rows: pytrees of arrays with a leading axis of rows.
-      table: an array that all devices have whole.
+      table: what all devices have whole.
       total: whether results are sums over rows, to be summed over devices; else they are rows.
     """
 
@@ -75,10 +75,18 @@ def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = Fal
         result = function(*rows) if table is None else function(*rows, table=table)
         return jax.lax.psum(result, DATA) if total else result
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get(DATA, 1) == 1:
+    if devices_of_rows() == 1:
         return function(*rows) if table is None else function(*rows, table=table)
     spread, whole = PartitionSpec(DATA), PartitionSpec()
     specs = {"in_specs": (spread, whole), "out_specs": whole if total else spread}
     # Unchecked: loops inside start from constants, which the check holds to be the same everywhere.
     return jax.shard_map(own, **specs, check_vma=False)(rows, table)
+
+
+def devices_of_rows() -> int:
+    """Returns over how many devices the rows of arrays are spread that code speaks of as whole.
+
+    One without a mesh, and within what each device computes on its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or DATA in mesh.manual_axes else mesh.shape.get(DATA, 1)
