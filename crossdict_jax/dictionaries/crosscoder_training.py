@@ -19,10 +19,11 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, CrosscoderConfig, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries.crosscoder import Crosscoder, Hyper
-from crossdict_jax.dictionaries.train import ADAM, schedules
+from crossdict_jax.dictionaries.train import schedules
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
+from crossdict_jax.training.adam import MOMENTS
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 from crossdict_jax.workdir import Workdir, write_json
@@ -144,7 +145,7 @@ class _Ensemble:
         ]
 
     def _trainable(self) -> Trainable:
-        adam, config = optax.scale_by_adam(**ADAM), self.config
+        adam, config = optax.scale_by_adam(**MOMENTS), self.config
         seeds = jnp.asarray([member.seed for member in self.members], jnp.uint32)
         statistics = [_statistics(member.views) for member in self.members]
         scales, centers = (jnp.asarray(np.stack(s)) for s in zip(*statistics))

@@ -27,11 +27,20 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.settings import has_k
 from crossdict_jax.training import checkpoint
+from crossdict_jax.training.adam import adam
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
+from crossdict_jax.training.mesh import (
+    DATA,
+    MEMBER,
+    from_bits,
+    in_turn,
+    make_mesh,
+    put,
+    shard,
+    to_bits,
+)
 from crossdict_jax.workdir import Workdir, write_json
 
-ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
 MOST_RATE = 1.2e-2  # above it narrow dictionaries, too, lose what they found
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
@@ -440,13 +449,18 @@ def _trainable(
             silent = jnp.zeros(group[0].width, jnp.int32)
             return {"params": params, "train": {"adam": adam.init(params), "silent": silent}}
 
-        return jax.vmap(one)(keys, jax.tree.map(jnp.asarray, starts))
+        first = jax.tree.map(jnp.asarray, (keys, starts))
+        if sae.accumulate == 1:
+            return jax.vmap(one)(*first)
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(jax.vmap(one), *first))
+        return in_turn(lambda _, *first: (one(*first), ()), mesh)(nothing, *first)[0]
 
     def step(state, batch, number, _):
         most_dead = (state["train"]["silent"] >= dead_after(sae)).sum(axis=1).max()
         d_out = sizes["d_out"] or sizes["d_model"]
         member = _member_step(sae, graphdef, adam, number, most_dead, d_out)
-        over_members = jax.vmap(member, spmd_axis_name=MEMBER)
+        at_once = sae.accumulate == 1
+        over_members = jax.vmap(member, spmd_axis_name=MEMBER) if at_once else in_turn(member, mesh)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see mesh.on_own_rows
             return over_members(state, batch, rates, penalties)
 
@@ -520,7 +534,7 @@ def optimizer(sae: SAEConfig) -> optax.GradientTransformation:
     them for 1 / (1 - b2) steps, more than short trainings have, and later steps are too small: at
     300 steps ReLU then leaves a tenth to a quarter more unexplained at an equal L0.
     """
-    return optax.chain(optax.clip_by_global_norm(sae.gradient_clip), optax.scale_by_adam(**ADAM))
+    return adam(sae.gradient_clip)
 
 
 def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,3 +91,40 @@ def devices_of_rows() -> int:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or DATA in mesh.manual_axes else mesh.shape.get(DATA, 1)
+
+
+def in_turn(step: Callable, mesh: Mesh) -> Callable:
+    """Returns ``step`` over stacked members as vmap would, but one member at a time on each device.
+
+    A member's bits then do not depend on how many others a device holds, and no more memory is
+    taken than by one of them. The state is overwritten where it lies.
+
+    Args:
+      step: (state, *others) of one member -> (new state of the same shapes, pytree).
+    """
+    devices = mesh.shape[MEMBER]
+    at_once = jax.vmap(step, spmd_axis_name=MEMBER)
+    alone = jax.lax.optimization_barrier  # what is fused with what decides the last bits, too
+
+    def run(state, *others):
+        def apart(a):
+            return a.reshape(devices, -1, *a.shape[1:])
+
+        def taken(tree, i):
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 1, False), tree)
+
+        def put_in(all_, one, i):
+            return jax.lax.dynamic_update_index_in_dim(all_, one, i, 1)
+
+        def turn(i, carry):
+            new = alone(at_once(*alone(taken((carry[0], *others), i))))
+            return jax.tree.map(partial(put_in, i=i), carry, new)
+
+        state, others = jax.tree.map(apart, (state, others))
+        like = jax.eval_shape(lambda *first: at_once(*first)[1], *taken((state, *others), 0))
+        count = len(jax.tree.leaves(state)[0][0])
+        empty = jax.tree.map(lambda a: jnp.zeros((devices, count, *a.shape[1:]), a.dtype), like)
+        done = jax.lax.fori_loop(0, count, turn, (state, empty))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
+
+    return run

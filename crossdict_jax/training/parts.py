@@ -45,9 +45,7 @@ def mapped(function: Callable, rows: PyTree, parts: int, *given: PyTree) -> PyTr
     return on_own_rows(neighbours, rows, table=given)
 
 
-def summed(
-    function: Callable, rows: PyTree, parts: int, *given: PyTree
-) -> tuple[PyTree, PyTree]:
+def summed(function: Callable, rows: PyTree, parts: int, *given: PyTree) -> tuple[PyTree, PyTree]:
     """Returns the sum of what every part gives to be added up, and the rest of each [parts, ...].
 
     Args:
@@ -116,10 +114,8 @@ def _over_devices(own: PyTree, devices: int) -> PyTree:
     """Returns the sum of all devices' own, the same on each: neighbours first, then pairs, ..."""
     if devices & (devices - 1):
         return jax.lax.psum(own, DATA)
-    step = 1
-    while step < devices:
-        pairs = [(i, i ^ step) for i in range(devices)]
-        others = jax.tree.map(lambda a: jax.lax.ppermute(a, DATA, pairs), own)
+    for level in range(devices.bit_length() - 1):
+        pairs = [(i, i ^ 2**level) for i in range(devices)]
+        others = jax.tree.map(partial(jax.lax.ppermute, axis_name=DATA, perm=pairs), own)
         own = jax.tree.map(jnp.add, own, others)
-        step *= 2
     return own
