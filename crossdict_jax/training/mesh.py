@@ -85,12 +85,17 @@ def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = Fal
 
 
 def devices_of_rows() -> int:
-    """Returns over how many devices the rows of arrays are spread that code speaks of as whole.
+    """Returns over how many devices the rows of arrays are spread that code speaks of as whole."""
+    return jax.sharding.get_abstract_mesh().shape[DATA] if is_shared() else 1
 
-    One without a mesh, and within what each device computes on its own.
+
+def is_shared() -> bool:
+    """Returns whether code speaks of arrays as whole that several devices share.
+
+    Not without a mesh, nor within what each device computes on its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or DATA in mesh.manual_axes else mesh.shape.get(DATA, 1)
+    return not mesh.empty and mesh.size > 1 and DATA not in mesh.manual_axes
 
 
 def in_turn(step: Callable, mesh: Mesh) -> Callable:

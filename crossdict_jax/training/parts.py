@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from crossdict_jax.training.mesh import DATA, devices_of_rows, on_own_rows
+from crossdict_jax.training.mesh import DATA, devices_of_rows, is_shared, on_own_rows
 
 PyTree = Any
 
@@ -64,7 +64,7 @@ def summed(function: Callable, rows: PyTree, parts: int, *given: PyTree) -> tupl
         total, rest = own(_neighbours(rows, parts // devices), given)
         return _over_devices(total, devices), rest
 
-    if devices == 1:
+    if not is_shared():
         return neighbours(rows, given)
     spread, whole = PartitionSpec(DATA), PartitionSpec()
     specs = {"in_specs": (spread, whole), "out_specs": (whole, spread)}
