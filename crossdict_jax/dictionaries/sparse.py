@@ -313,7 +313,7 @@ def _sum_by_feature(code: Code, weights: jax.Array, index: jax.Array, rows: jax.
 def _by_feature(code: Code) -> tuple[jax.Array, jax.Array]:
     """Returns all places sorted by feature, unused last, and where features start [width + 1]."""
     width = code.width
-    features = jnp.where(code.used, code.features, width).reshape(-1)
+    features = jnp.where(code.used, code.features, width)
     order = _sorting(features, width)
     return order, jnp.searchsorted(features[order], jnp.arange(width + 1)).astype(jnp.int32)
 
@@ -327,9 +327,11 @@ def _sorting(features: jax.Array, most: int) -> jax.Array:
     n = len(features)
     place_bits = (n - 1).bit_length()
     own_bits = 32 - place_bits
-    order = places = jnp.arange(n, dtype=jnp.uint32)
+    features, places = features.astype(jnp.uint32), jnp.arange(n, dtype=jnp.uint32)
+    order = None  # no lookup by ``places``: it would keep equal sorts of a step from being one
     for shift in range(0, most.bit_length(), own_bits):
-        part = features.astype(jnp.uint32)[order] >> shift
+        part = (features if order is None else features[order]) >> shift
         keys = jnp.sort(part << place_bits | places)
-        order = order[keys & jnp.uint32(2**place_bits - 1)]
+        place = keys & jnp.uint32(2**place_bits - 1)
+        order = place if order is None else order[place]
     return order.astype(jnp.int32)
