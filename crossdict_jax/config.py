@@ -55,7 +55,7 @@ class SAEConfig:
     learning_rate: Number = 0.0  # Adam, after warm-up; 0: 2e-3 sqrt(4096 / width), L1 twice that
     steps: int = 2500  # batches
     batch_size: int = 1024  # rows
-    accumulate: int = 1  # parts that a batch is read in, for memory; the gradients are the same
+    accumulate: int = 1  # parts of a batch, one at a time: less memory, the same gradients
     seeds: int = 1  # dictionaries per model and layer
     warmup_fraction: float = 0.05  # of the steps, for the learning rate
     l1_warmup_fraction: float = 0.1  # of the steps, for the L1 coefficient
