@@ -157,9 +157,12 @@ def test_another_mesh_gives_the_same_bits(whole):
         np.testing.assert_array_equal(eight[place], value, err_msg=place)
 
 
-def test_another_mesh_gives_the_same_to_tolerance(whole):
-    """A few steps: rounding differs between meshes, and training amplifies it without bound."""
-    one, eight = (changed(copied(whole.root, name), steps=20) for name in ("one", "eight"))
+def test_another_mesh_begins_the_same_to_tolerance(whole):
+    """At the usual settings, where rounding differs between meshes, and training amplifies it.
+
+    After 20 steps it has decided a gate otherwise. To the end: the test above.
+    """
+    one, eight = (changed(copied(whole.root, name), steps=10) for name in ("one", "eight"))
     there = parameters(trained(eight, devices=8))
     for place, value in parameters(trained(one)).items():
         np.testing.assert_allclose(there[place], value, atol=1e-5, err_msg=place)
