@@ -8,14 +8,8 @@ tokenizer, so every position is paired. What the paper leaves open is said where
 
 from typing import Any
 
-from crossdict_jax.config import (
-    Config,
-    InterventionConfig,
-    MapConfig,
-    SAEConfig,
-    TextConfig,
-)
-from crossdict_jax.expectations import Expectation
+from crossdict_jax.config import Config, InterventionConfig, MapConfig, SAEConfig, TextConfig
+from crossdict_jax.config.expectations import Expectation
 
 SMALL, MEDIUM = "gpt2", "gpt2-medium"  # as the runs name them
 NEAR = 0.15  # nats: other documents of the same corpus, and windows of another length

@@ -10,7 +10,7 @@ import dataclasses
 from configs import chen2025_gpt2
 from configs.chen2025_gpt2 import moved, stitched
 from crossdict_jax.config import Config
-from crossdict_jax.expectations import Expectation
+from crossdict_jax.config.expectations import Expectation
 
 ENDS = {"source": "pythia-70m-deduped", "target": "pythia-160m-deduped"}  # as the runs name them
 

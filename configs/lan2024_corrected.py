@@ -12,7 +12,7 @@ import dataclasses
 
 from configs import lan2024_published
 from crossdict_jax.config import Config
-from crossdict_jax.expectations import Expectation
+from crossdict_jax.config.expectations import Expectation
 
 
 def get_config() -> Config:

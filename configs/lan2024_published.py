@@ -10,14 +10,8 @@ its input, and the codes are those before TopK. One thing is not: there, padding
 text. configs/lan2024_corrected.py does all three properly.
 """
 
-from crossdict_jax.config import (
-    Config,
-    EvaluationConfig,
-    MapConfig,
-    SAEConfig,
-    TextConfig,
-)
-from crossdict_jax.expectations import Expectation
+from crossdict_jax.config import Config, EvaluationConfig, MapConfig, SAEConfig, TextConfig
+from crossdict_jax.config.expectations import Expectation
 
 SOURCE = "Lan et al. 2024, arXiv 2410.06981"
 

@@ -7,13 +7,8 @@ this text too, their sizes are our choice. results/dictionary_transfer.jsonl has
 ordered pair of seeds and way of reading one with the other's dictionary.
 """
 
-from crossdict_jax.config import (
-    Config,
-    MapConfig,
-    SAEConfig,
-    TextConfig,
-)
-from crossdict_jax.expectations import Expectation
+from crossdict_jax.config import Config, MapConfig, SAEConfig, TextConfig
+from crossdict_jax.config.expectations import Expectation
 
 SOURCE = "McCann 2026, arXiv 2605.24577"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crossdict_jax.benchmark_config import BenchmarkConfig
 from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig
-from crossdict_jax.settings import from_dict
+from crossdict_jax.config.settings import from_dict
 from crossdict_jax.workdir import read_json
 
 KINDS = {  # by a setting of theirs alone

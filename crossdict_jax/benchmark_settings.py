@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from crossdict_jax import settings
 from crossdict_jax.benchmark_config import BENCHMARKS, BenchmarkConfig
+from crossdict_jax.config import settings
 from crossdict_jax.errors import UserError
 
 CHUNK: settings.Rule = ("1 to 50", lambda value: 1 <= value <= 50)  # as in training/loop.py

@@ -12,8 +12,8 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.evaluation.ablation import ablate_losses
-    from crossdict_jax.report.ablation import print_ablation
+    from crossdict_jax.studies.loss_ablation.measure import ablate_losses
+    from crossdict_jax.studies.loss_ablation.section import print_ablation
 
     ablate_losses(config, work)
     print_ablation(work)

@@ -20,10 +20,9 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from crossdict_jax import settings
-from crossdict_jax.config import FREE, Config, to_dict
+from crossdict_jax.config import FREE, Config, settings, to_dict
+from crossdict_jax.config.expectations import Expectation, compare
 from crossdict_jax.errors import UserError
-from crossdict_jax.expectations import Expectation, compare
 from crossdict_jax.workdir import Workdir, open_workdir
 
 Main = Callable[[Any, Workdir], None]
@@ -138,7 +137,7 @@ def _prepare(config: Any, workdir: str) -> Workdir:
     """Returns the work directory of a config, checked and with its models named."""
     settings.validate(config)
     if isinstance(config, Config) and not config.models:
-        from crossdict_jax.models import EMBEDDED  # after the flags: jax takes seconds to import
+        from crossdict_jax.models import EMBEDDED
 
         config.models = EMBEDDED
     usual = to_dict(type(config)())

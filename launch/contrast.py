@@ -13,13 +13,13 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.causal import measure_contrast
+    from crossdict_jax.studies.contrast.measure import measure_contrast
 
     measure_contrast(config, work)
 
 
 def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report.contrast import print_tables
+    from crossdict_jax.studies.contrast.section import print_tables
 
     main(config, work)
     print_tables(work)

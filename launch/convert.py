@@ -12,7 +12,7 @@ from launch import command
 
 
 def main(config: ConvertConfig, work: Workdir) -> None:
-    from crossdict_jax.dictionaries.convert import convert
+    from crossdict_jax.dictionaries.formats.convert import convert
 
     for place in convert(config, work):
         print(place)

@@ -11,13 +11,13 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.evaluation.efficiency import measure_efficiency
+    from crossdict_jax.studies.efficiency.measure import measure_efficiency
 
     measure_efficiency(config, work)
 
 
 def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report.efficiency import print_table
+    from crossdict_jax.studies.efficiency.section import print_table
 
     main(config, work)
     print_table(work)

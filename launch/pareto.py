@@ -13,7 +13,7 @@ from launch import command
 
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.report import write_pareto
-    from crossdict_jax.report.pareto import print_tables
+    from crossdict_jax.studies.pareto.section import print_tables
     from crossdict_jax.verify.recovery import measure_pareto
 
     measure_pareto(config, work)

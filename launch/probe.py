@@ -12,13 +12,13 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.causal import measure_probes
+    from crossdict_jax.studies.probe.measure import measure_probes
 
     measure_probes(config, work)
 
 
 def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report.probe import print_tables
+    from crossdict_jax.studies.probe.section import print_tables
 
     main(config, work)
     print_tables(work)

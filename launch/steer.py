@@ -13,9 +13,9 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.causal import steer
     from crossdict_jax.report import write_steering
-    from crossdict_jax.report.steering import print_answer
+    from crossdict_jax.studies.steering.measure import steer
+    from crossdict_jax.studies.steering.section import print_answer
 
     print_answer(work, steer(config, work))
     print(write_steering(config, work))

@@ -13,7 +13,7 @@ from launch import command
 
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.activations.store import open_store
-    from crossdict_jax.evaluation.warm_start import compare_starts
+    from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
 
     for row in compare_starts(config, open_store(work.activations), work):
         saved = "none" if row["saved"] is None else f"{100 * row['saved']:.0f} %"

@@ -18,7 +18,7 @@ import pytest
 import tiny_run
 from map_problems import fit_one, make_problem
 
-from crossdict_jax import maps, models, modules, settings
+from crossdict_jax import maps, models, modules
 from crossdict_jax.activations import extract as extraction
 from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.plan import make_plan
@@ -28,18 +28,16 @@ from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.benchmark import ensemble as benchmark_ensemble
 from crossdict_jax.benchmark import extraction as benchmark_extraction
 from crossdict_jax.benchmark import scaling, steps, whole
-from crossdict_jax.causal import prompts
 from crossdict_jax.causal.images import rung_groups
-from crossdict_jax.config import (
-    Config,
-    crosscoder_settings,
-)
+from crossdict_jax.config import Config, crosscoder_settings, settings
 from crossdict_jax.dictionaries import crosscoder_training, train
 from crossdict_jax.evaluation import reconstruction
-from crossdict_jax.maps import ensemble, hypernetwork
+from crossdict_jax.maps import ensemble
 from crossdict_jax.maps.controls import control_tasks
+from crossdict_jax.maps.kinds import hypernetwork
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining import language_model
+from crossdict_jax.studies.steering import prompts
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir
 

@@ -10,7 +10,7 @@ is evaluated as soon as it is there.
 import dataclasses
 
 from crossdict_jax.config import Config
-from crossdict_jax.settings import architectures
+from crossdict_jax.config.settings import architectures
 from crossdict_jax.workdir import Workdir
 from launch import command
 

@@ -11,16 +11,16 @@ from tiny_run import shared_run
 
 from crossdict_jax.config import LossWeights
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation import ablation
-from crossdict_jax.report import ablation as shown
 from crossdict_jax.report.tables import number
+from crossdict_jax.studies.loss_ablation import measure
+from crossdict_jax.studies.loss_ablation import section as shown
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 LOSSES = [f.name for f in dataclasses.fields(LossWeights)]
 
 
 def test_each_loss_alone_and_left_out():
-    found = ablation.ablations(LossWeights(mse=2.0))
+    found = measure.ablations(LossWeights(mse=2.0))
     assert list(found) == [
         "all",
         *(f"only {name}" for name in LOSSES),
@@ -32,11 +32,11 @@ def test_each_loss_alone_and_left_out():
 
 
 def test_losses_without_a_weight_are_not_ablated():
-    assert list(ablation.ablations(LossWeights(correlation=0.0, sparsity=0.0))) == [
+    assert list(measure.ablations(LossWeights(correlation=0.0, sparsity=0.0))) == [
         *("all", "only mse", "only cosine"),
     ]
     with pytest.raises(UserError, match=r"map\.loss_weights has 1 losses above 0; give two"):
-        ablation.ablations(LossWeights(1.0, 0.0, 0.0, 0.0))
+        measure.ablations(LossWeights(1.0, 0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def rows(tmp_path_factory):
     settings = dataclasses.replace(
         config.map, loss_weights=weights, steps=20, hidden=8, batch_size=64, head="topk"
     )
-    ablation.ablate_losses(dataclasses.replace(config, map=settings), work)
+    measure.ablate_losses(dataclasses.replace(config, map=settings), work)
     return read_jsonl(work.result("ablation.jsonl")), work
 
 

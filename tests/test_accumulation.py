@@ -11,10 +11,10 @@ import pytest
 
 from crossdict_jax import modules
 from crossdict_jax.config import Config, SAEConfig
+from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import accumulation, base, train
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.settings import validate
 from crossdict_jax.training import parts
 from crossdict_jax.training.mesh import make_mesh
 

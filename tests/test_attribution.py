@@ -9,8 +9,8 @@ from flax import nnx
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.dictionaries.architectures.relu import ReLU
 from crossdict_jax.dictionaries.base import from_arrays
-from crossdict_jax.dictionaries.relu import ReLU
 from crossdict_jax.evaluation import attribution, evaluate, features
 from crossdict_jax.maps import Map, Pairs, Side
 from crossdict_jax.workdir import read_jsonl

@@ -22,10 +22,10 @@ from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.median import median_of
 from crossdict_jax.activations.store import Rows, Store, shard_name
 from crossdict_jax.config import Config, ExtractConfig, SAEConfig
+from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import start, train
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.settings import validate
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir
 

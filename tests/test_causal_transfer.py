@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossdict_jax import bootstrap, models
+from crossdict_jax import models, stats
 from crossdict_jax.causal import inject, scores, transfer
 from crossdict_jax.causal.conclude import conclude
 from crossdict_jax.causal.images import images
@@ -372,7 +372,7 @@ def test_contexts_are_spread_over_documents():
 def test_correlations_are_numpys():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 30))
-    draws = bootstrap.draw(np.arange(30) // 3, count=50, seed=0)
+    draws = stats.draw(np.arange(30) // 3, count=50, seed=0)
     found = correlation(draws, a, a + b)
     assert found.value == pytest.approx(np.corrcoef(a, a + b)[0, 1])
     weights = draws.weights[7][draws.index].astype(int)

@@ -10,9 +10,10 @@ import pytest
 
 from crossdict_jax.config import MapConfig
 from crossdict_jax.dictionaries import base as dictionaries
-from crossdict_jax.maps import compact, ensemble, mlp
+from crossdict_jax.maps import compact, ensemble
 from crossdict_jax.maps.base import Side
 from crossdict_jax.maps.compact import Compact
+from crossdict_jax.maps.kinds import mlp
 from crossdict_jax.training.loop import initial
 
 

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from crossdict_jax import settings
 from crossdict_jax.benchmark_config import BENCHMARKS, BenchmarkConfig
 from crossdict_jax.config import (
     GATES,
@@ -22,6 +21,7 @@ from crossdict_jax.config import (
     VerifyConfig,
     layer_pairs,
     model_layers,
+    settings,
 )
 from crossdict_jax.config import to_dict as as_dict
 from crossdict_jax.errors import UserError
@@ -84,12 +84,12 @@ def test_names_found_by_file_are_those_of_the_rooms():
     from crossdict_jax.maps import base as maps
 
     assert settings.architectures() == dictionaries.architectures()
-    assert settings.map_kinds() == maps.kinds()
+    assert settings.map_kinds() == maps.map_kinds()
     assert set(settings.SITES) == set(models.KINDS)
     words, _ = settings._rules()["evaluation.matching"]
     assert words == f"one of {', '.join(METHODS)}"
     assert tuple(settings.gate_files()) == GATES
-    rooms = Path(settings.__file__).with_name("benchmark")
+    rooms = settings.ROOM / "benchmark"
     assert all((rooms / f"{name}.py").is_file() for name in BENCHMARKS)
 
 

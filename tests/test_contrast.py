@@ -11,21 +11,28 @@ import pytest
 import test_report
 import tiny_run
 
-from crossdict_jax import bootstrap, dictionaries, models
+from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal import ablation, measure_contrast, preference
-from crossdict_jax.causal import contrast as stage
-from crossdict_jax.causal.ablation import Cut, measure, singles
-from crossdict_jax.causal.contrast_sets import ContrastSet, read_sets
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.images import feature_directions
-from crossdict_jax.causal.preference import Reader, Reading, Readings, read, unigram_preference
 from crossdict_jax.config import Config, ContrastConfig, identity
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.report import write_report
-from crossdict_jax.report.contrast import answer, print_tables, section
+from crossdict_jax.studies.contrast import ablation, preference
+from crossdict_jax.studies.contrast import measure as stage
+from crossdict_jax.studies.contrast.ablation import Cut, measure, singles
+from crossdict_jax.studies.contrast.measure import measure_contrast
+from crossdict_jax.studies.contrast.preference import (
+    Reader,
+    Reading,
+    Readings,
+    read,
+    unigram_preference,
+)
+from crossdict_jax.studies.contrast.section import answer, print_tables, section
+from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, SITE, WORDS
@@ -119,7 +126,7 @@ def transferred(planted, readers, vectors, features) -> dict:
     f = np.asarray(planted.dictionaries[0].encode(readers["a"].row_activations(SITE)))
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
     clean = readers["b"].preference()
-    draws = bootstrap.draw(np.arange(len(clean)), count=100, seed=0)
+    draws = stats.draw(np.arange(len(clean)), count=100, seed=0)
     return measure(readers["b"], SITE, cut, clean=clean, controls=24, draws=draws, seed=0).row
 
 

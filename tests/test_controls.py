@@ -13,13 +13,14 @@ from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, twin_names
 from crossdict_jax.config import Config, controlled_layers
-from crossdict_jax.dictionaries import relu, train
+from crossdict_jax.config.settings import validate
+from crossdict_jax.dictionaries import train
+from crossdict_jax.dictionaries.architectures import relu
 from crossdict_jax.dictionaries.base import from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate
 from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
 from crossdict_jax.maps.controls import ControlLoader, control_tasks, fit_controls, shown
-from crossdict_jax.settings import validate
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, read_jsonl
 

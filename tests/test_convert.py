@@ -15,11 +15,12 @@ from tiny_run import SITE, shared_run
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import ConvertConfig
-from crossdict_jax.dictionaries import base, hub, saelens
-from crossdict_jax.dictionaries.convert import convert
+from crossdict_jax.config.settings import architectures, validate
+from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries.formats import hub, saelens
+from crossdict_jax.dictionaries.formats.convert import convert
 from crossdict_jax.dictionaries.pretrained import unselected
 from crossdict_jax.errors import UserError
-from crossdict_jax.settings import architectures, validate
 from crossdict_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,10 @@ from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SAEConfig, to_dict
-from crossdict_jax.dictionaries import base, jumprelu, start
+from crossdict_jax.dictionaries import base, start
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.dictionaries.accumulation import Fired
+from crossdict_jax.dictionaries.architectures import jumprelu
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint

@@ -14,10 +14,11 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.dictionaries.base import build
-from crossdict_jax.evaluation import dictionary_transfer, warm_start
 from crossdict_jax.evaluation.reconstruction import _figures
-from crossdict_jax.maps import Pairs, Problem, Side, procrustes
+from crossdict_jax.maps import Pairs, Problem, Side
+from crossdict_jax.maps.kinds import procrustes
 from crossdict_jax.report import moved
+from crossdict_jax.studies.dictionary_transfer import measure, warm_start
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir, read_jsonl
 
@@ -30,9 +31,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(run):
     config, work = run
-    found = dictionary_transfer.score_dictionary_transfer(
-        config, open_store(work.activations), work
-    )
+    found = measure.score_dictionary_transfer(config, open_store(work.activations), work)
     return {(r["source"], r["target"], r["dictionary"]): r for r in found}
 
 
@@ -80,12 +79,12 @@ def test_the_random_stitch_keeps_means_and_power_and_is_random():
     x_a, x_b = rng.normal(3, 2, (500, 6)), rng.normal(-1, 5, (500, 9))
     d = [build("relu", d_model=w, width=4, k=2, key=jax.random.key(0)) for w in (6, 9)]
     sides = [Side(x, np.zeros(500, np.int32), one) for x, one in zip((x_a, x_b), d)]
-    stitch = dictionary_transfer.random_stitch(Pairs(*sides, np.zeros(500)), seed=1)
+    stitch = measure.random_stitch(Pairs(*sides, np.zeros(500)), seed=1)
     moved_rows = stitch.there(x_a)
     np.testing.assert_allclose(moved_rows.mean(0), x_b.mean(0), atol=1e-9)
     assert moved_rows.var(0).sum() == pytest.approx(x_b.var(0).sum())
     np.testing.assert_allclose(stitch.back(moved_rows), x_a, atol=1e-6)  # into more dimensions
-    other = dictionary_transfer.random_stitch(Pairs(*sides, np.zeros(500)), seed=2)
+    other = measure.random_stitch(Pairs(*sides, np.zeros(500)), seed=2)
     assert np.abs(other.there.W - stitch.there.W).max() > 0.1
 
 
@@ -105,10 +104,8 @@ def test_a_planted_affine_pair_moves_without_loss():
     problem = Problem("A to B", pairs(slice(0, 600)), pairs(slice(600, 900)))
     config = Config()
     config.map.ridge_penalties = (1e-9,)
-    stitch = dictionary_transfer.fit_stitch(problem, config)
-    moved_dictionary = dictionary_transfer.transferred(
-        d[0], to_source=stitch.back, to_target=stitch.there
-    )
+    stitch = measure.fit_stitch(problem, config)
+    moved_dictionary = measure.transferred(d[0], to_source=stitch.back, to_target=stitch.there)
 
     def fvu(d, x):
         return np.square(x - np.asarray(d(x))).sum() / np.square(x - x.mean(0)).sum()
@@ -128,13 +125,13 @@ def test_a_rotated_copy_needs_the_rotation_and_nothing_else(tmp_path):
     problem = Problem("A to B", pairs, pairs)
 
     def fvu(stitch):
-        moved_d = dictionary_transfer.transferred(d, to_source=stitch.back, to_target=stitch.there)
+        moved_d = measure.transferred(d, to_source=stitch.back, to_target=stitch.there)
         return np.square(x_b - np.asarray(moved_d(x_b))).sum() / np.square(x_b).sum()
 
     own = np.square(x_a - np.asarray(d(x_a))).sum() / np.square(x_a).sum()
-    orthogonal = dictionary_transfer.fit_stitch(problem, Config(), procrustes)
+    orthogonal = measure.fit_stitch(problem, Config(), procrustes)
     assert fvu(orthogonal) == pytest.approx(own, abs=1e-3)
-    one_space = dictionary_transfer.unstitched(6)
+    one_space = measure.unstitched(6)
     np.testing.assert_array_equal(one_space.there(one_space.back(x_a)), x_a)
 
 

@@ -19,10 +19,10 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation import efficiency
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
-from crossdict_jax.report.efficiency import curves, print_table, section, table, worth
+from crossdict_jax.studies.efficiency import measure
+from crossdict_jax.studies.efficiency.section import curves, print_table, section, table, worth
 from crossdict_jax.workdir import open_workdir, read_jsonl
 
 RUNGS = ("mean", "procrustes", "ridge", "crosscoder")
@@ -49,7 +49,7 @@ def run(tmp_path_factory):
             shape = {"d_model": store.d_model(name), "width": 32, "k": 6}
             d = build("topk", **shape, key=jax.random.key(2 * i + layer))
             dictionaries.save(d, work.dictionary(name, Site(layer)))
-    efficiency.measure_efficiency(config, work)
+    measure.measure_efficiency(config, work)
     return config, work, store, read_jsonl(work.result("efficiency.jsonl"))
 
 
@@ -122,17 +122,17 @@ def test_run_again_gives_the_same_bytes(run):
     before = work.result("efficiency.jsonl").read_bytes()
     (folder,) = (work.root / "efficiency").iterdir()
     shutil.rmtree(folder / "hypernetwork-without-layer")
-    efficiency.measure_efficiency(config, work)
+    measure.measure_efficiency(config, work)
     assert work.result("efficiency.jsonl").read_bytes() == before
 
 
 def test_documents_come_whole_and_in_a_seeded_order():
     documents = np.repeat([3, 5, 9, 11], [2, 3, 1, 4])
-    order = efficiency.document_order(documents, 0)
+    order = measure.document_order(documents, 0)
     assert sorted(order) == list(range(10))
     starts = np.flatnonzero(np.diff(documents[order], prepend=-1))
     assert len(starts) == 4
-    assert any((efficiency.document_order(documents, s) != order).any() for s in (1, 2, 3))
+    assert any((measure.document_order(documents, s) != order).any() for s in (1, 2, 3))
 
 
 # ---------------------------------------------------------------- bad input
@@ -152,13 +152,13 @@ def test_documents_come_whole_and_in_a_seeded_order():
 def test_what_is_not_there_is_refused(run, settings, message):
     config, work, *_ = run
     with pytest.raises(UserError, match=message) as caught:
-        efficiency.measure_efficiency(dataclasses.replace(config, **settings), work)
+        measure.measure_efficiency(dataclasses.replace(config, **settings), work)
     assert "\n" not in str(caught.value)
 
 
 def test_the_middle_layer_pair_is_left_out_by_default(run):
     config, _, store, _ = run
-    asked, others = efficiency._tasks(
+    asked, others = measure._tasks(
         dataclasses.replace(config, efficiency=EfficiencyConfig()), store
     )
     assert {t.site_source.layer for t in asked} == {1}

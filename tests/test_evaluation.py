@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from crossdict_jax import bootstrap, maps
+from crossdict_jax import maps, stats
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
@@ -150,7 +150,7 @@ def test_intervals_are_percentiles_of_the_metric_on_resampled_documents():
         predicted, target, train_mean=mean, documents=documents, bootstrap=30, seed=7
     )
     names, samples = np.unique(documents), []
-    for counts in bootstrap.draw(documents, count=30, seed=7).weights.astype(int):
+    for counts in stats.draw(documents, count=30, seed=7).weights.astype(int):
         rows = np.concatenate(
             [np.tile(np.flatnonzero(documents == d), c) for d, c in zip(names, counts)]
         )
@@ -357,13 +357,13 @@ def test_rows_of_one_document_are_no_independent_evidence():
 
 def test_resamples_are_drawn_with_replacement_and_depend_on_the_seed_alone():
     documents = np.array([5, 5, 9, 2, 9])
-    draws = bootstrap.draw(documents, count=50, seed=1)
+    draws = stats.draw(documents, count=50, seed=1)
     assert (draws.weights.sum(1) == 3).all()
     assert draws.weights.mean() == pytest.approx(1)
     assert (draws.weights > 1).any()
     assert draws.per_document(np.array([1.0, 2, 3, 4, 5])).tolist() == [4, 3, 8]
-    assert (draws.weights == bootstrap.draw(documents, count=50, seed=1).weights).all()
-    assert (draws.weights != bootstrap.draw(documents, count=50, seed=2).weights).any()
+    assert (draws.weights == stats.draw(documents, count=50, seed=1).weights).all()
+    assert (draws.weights != stats.draw(documents, count=50, seed=2).weights).any()
 
 
 # ---------------------------------------------------------------- verdicts and context

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.dictionaries import base
-from crossdict_jax.dictionaries.saelens import gate_bias
+from crossdict_jax.dictionaries.formats.saelens import gate_bias
 from crossdict_jax.errors import UserError
 
 D, F, K = 8, 20, 3

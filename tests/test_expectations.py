@@ -5,8 +5,8 @@ import json
 import pytest
 from absl import flags
 
+from crossdict_jax.config.expectations import Expectation, compare
 from crossdict_jax.errors import UserError
-from crossdict_jax.expectations import Expectation, compare
 from crossdict_jax.workdir import Workdir
 from launch import command
 
@@ -72,7 +72,7 @@ def test_a_number_that_is_not_there_is_told(changes, words, work):
 
 
 FILE = """
-from crossdict_jax.expectations import Expectation
+from crossdict_jax.config.expectations import Expectation
 
 def get_expectations():
     return [Expectation("x", file="r.jsonl", key="v", low={low}, high=2, published="1", source="s")]

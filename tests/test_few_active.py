@@ -12,7 +12,9 @@ import pytest
 from test_dictionaries import HYPER
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries import accumulation, base, losses, relu, sparse
+from crossdict_jax.dictionaries import accumulation, base, losses
+from crossdict_jax.dictionaries.architectures import relu
+from crossdict_jax.ops import sparse
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
 ROWS, D, WIDTH, SHARE = 40, 6, 48, 8

@@ -17,8 +17,9 @@ from crossdict_jax.causal import inject
 from crossdict_jax.config import GATES, VerifyConfig
 from crossdict_jax.dictionaries import crosscoder_training
 from crossdict_jax.dictionaries import train as dictionaries
-from crossdict_jax.evaluation import ladder
-from crossdict_jax.maps import ensemble, procrustes
+from crossdict_jax.evaluation import scoring
+from crossdict_jax.maps import ensemble
+from crossdict_jax.maps.kinds import procrustes
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify import (
     g01_identity,
@@ -161,13 +162,13 @@ def judge(module, tmp_path, seed=0) -> dict[str, Check]:
 
 def in_sample(monkeypatch):
     """Maps are scored on the rows that they were fitted on."""
-    load = ladder._load
+    load = scoring._load
 
     def train_for_test(*arguments):
         splits = load(*arguments)
         return splits | {"test": splits["train"]}
 
-    monkeypatch.setattr(ladder, "_load", train_for_test)
+    monkeypatch.setattr(scoring, "_load", train_for_test)
 
 
 def late(pair_many):

@@ -10,9 +10,9 @@ import pytest
 from tiny_run import SHAPES
 
 from crossdict_jax import models
-from crossdict_jax.causal import generation
-from crossdict_jax.causal.generation import Starts, Writer
 from crossdict_jax.models import Site
+from crossdict_jax.studies.steering import generation
+from crossdict_jax.studies.steering.generation import Starts, Writer
 
 LLAMA = {
     "model_type": "llama",

@@ -13,8 +13,9 @@ from crossdict_jax import maps, modules
 from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions, hypernetwork
+from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions
 from crossdict_jax.maps.descriptions import Describer, profile_weights
+from crossdict_jax.maps.kinds import hypernetwork
 from crossdict_jax.training import loop
 
 ROWS = {"train": 800, "validation": 160, "test": 400}

@@ -18,7 +18,8 @@ from map_problems import (
 
 from crossdict_jax import maps
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import base, low_rank, moments
+from crossdict_jax.maps import base, moments
+from crossdict_jax.maps.kinds import low_rank
 
 N = sum(ROWS.values())
 

@@ -51,7 +51,7 @@ def test_unequal_numbers_of_rows_are_refused(problem, short):
         Pairs(**{name: parts[name] for name in ("source", "target", "documents")})
 
 
-@pytest.mark.parametrize("kind", maps.kinds())
+@pytest.mark.parametrize("kind", maps.map_kinds())
 def test_a_row_that_is_not_finite_is_named(problem, kind, tmp_path):
     x = problem.train.target.x.copy()
     x[57, 2] = np.nan

@@ -28,25 +28,14 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, LossWeights, MapConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import (
-    Pairs,
-    Problem,
-    base,
-    ensemble,
-    fit,
-    heads,
-    losses,
-    mlp,
-    moments,
-    network,
-    token_ridge,
-)
+from crossdict_jax.maps import Pairs, Problem, base, ensemble, fit, heads, losses, moments, network
+from crossdict_jax.maps.kinds import mlp, token_ridge
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 # Rungs that need a joint code besides their pairs have a file of their own.
-KINDS = [kind for kind in maps.kinds() if not base.map_class(kind).through_joint]
+KINDS = [kind for kind in maps.map_kinds() if not base.map_class(kind).through_joint]
 TRAINED = [kind for kind in KINDS if base.map_class(kind).fits_together]
 
 

@@ -20,11 +20,12 @@ from map_problems import (
 
 from crossdict_jax import maps, modules
 from crossdict_jax.config import LossWeights
+from crossdict_jax.config.settings import MAP_HEADS
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import heads, losses, mlp, token_mlp
+from crossdict_jax.maps import heads, losses
 from crossdict_jax.maps.base import encode_rows
 from crossdict_jax.maps.ensemble import Ensemble
-from crossdict_jax.settings import MAP_HEADS
+from crossdict_jax.maps.kinds import mlp, token_mlp
 
 N = sum(ROWS.values())
 K = 3

@@ -40,9 +40,8 @@ from option_probes import (
     trained_map,
 )
 
-from crossdict_jax import settings
 from crossdict_jax.benchmark_config import BenchmarkConfig
-from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig
+from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig, settings
 
 HERE = Path(__file__).parent
 KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)

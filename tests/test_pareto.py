@@ -11,10 +11,10 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation import pareto
 from crossdict_jax.models import Site
 from crossdict_jax.report import write_pareto
-from crossdict_jax.report.pareto import curves, fvu_at, print_tables, section
+from crossdict_jax.studies.pareto import measure
+from crossdict_jax.studies.pareto.section import curves, fvu_at, print_tables, section
 from crossdict_jax.verify import recovery
 from crossdict_jax.verify.planted import PlantedConfig
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl
@@ -44,7 +44,7 @@ def test_every_setting_has_a_row(run):
     settings = [
         (r["data"], r["architecture"], r["seed"], r["k"], r["l1_coefficient"]) for r in rows
     ]
-    usual = pareto.COEFFICIENTS["relu"]
+    usual = measure.COEFFICIENTS["relu"]
     expected = {("activations", "topk", 0, k, None) for k in (2, 8)}
     expected |= {("activations", "relu", 0, None, share * usual) for share in (0.1, 4.0)}
     for seed in range(2):  # the widths differ, so planted rows have values of k of their own
@@ -79,12 +79,12 @@ def test_run_again_nothing_is_trained_and_new_points_are_added(run, monkeypatch)
     config.pareto.architectures = ("topk",)
     folder, where = Workdir(work.root / "pareto" / "activations"), {"model": "a", "site": Site(1)}
     before = {p: p.stat().st_mtime_ns for p in folder.root.rglob("*.sha256.json")}
-    again = [row for row, _ in pareto.curves(config, store, folder, **where)]
+    again = [row for row, _ in measure.curves(config, store, folder, **where)]
     known = {(r["k"]): r["fvu"] for r in rows if r["data"] == "activations"}
     assert {r["k"]: r["fvu"] for r in again}.items() <= known.items()
     assert {p: p.stat().st_mtime_ns for p in before} == before
     config.pareto.k = (4,)
-    (new,) = [row for row, _ in pareto.curves(config, store, folder, **where)]
+    (new,) = [row for row, _ in measure.curves(config, store, folder, **where)]
     assert new["k"] == 4 and {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -92,7 +92,7 @@ def test_more_active_features_than_features_are_refused(run):
     config, work, store, _ = run
     config = dataclasses.replace(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
     with pytest.raises(UserError, match=r"pareto\.k=25 is more than sae\.width=24") as error:
-        list(pareto.curves(config, store, work, model="a", site=Site(1)))
+        list(measure.curves(config, store, work, model="a", site=Site(1)))
     assert "\n" not in str(error.value)
 
 

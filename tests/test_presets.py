@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from configs import pythia410m_gpt2medium, pythia410m_gpt2medium_small
-from crossdict_jax import models, modules, settings
+from crossdict_jax import models, modules
 from crossdict_jax.activations import extract
+from crossdict_jax.config import settings
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
-from crossdict_jax.maps import Pairs, Problem, Side, ensemble, mlp
+from crossdict_jax.maps import Pairs, Problem, Side, ensemble
+from crossdict_jax.maps.kinds import mlp
 from crossdict_jax.models import Site
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import read_jsonl

@@ -13,14 +13,15 @@ from scipy.optimize import minimize
 
 from crossdict_jax import models
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal import logistic, measure_probes
-from crossdict_jax.causal import probe as stage
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.labelled import pooled, read_labelled, read_texts, row_activations
 from crossdict_jax.config import Config, ProbeConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import write_report
-from crossdict_jax.report.probe import print_tables, section
+from crossdict_jax.studies.probe import logistic
+from crossdict_jax.studies.probe import measure as stage
+from crossdict_jax.studies.probe.labelled import pooled, read_labelled, read_texts, row_activations
+from crossdict_jax.studies.probe.measure import measure_probes
+from crossdict_jax.studies.probe.section import print_tables, section
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 # ---------------------------------------------------------------- logistic regression

@@ -14,9 +14,9 @@ from tiny_run import shared_run
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config
+from crossdict_jax.config.settings import validate
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import records
-from crossdict_jax.settings import validate
 from crossdict_jax.workdir import Workdir
 
 

@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from crossdict_jax import settings
-from crossdict_jax.config import Config
+from crossdict_jax.config import Config, settings
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import answer, plots, summary_table, tables, write_report
 from crossdict_jax.report.results import PLACE, WRITTEN_BY, comparisons, read_results, stitchings

@@ -12,7 +12,8 @@ import jax
 import pytest
 from tiny_run import SHAPES, make_texts
 
-from crossdict_jax import dictionaries, models, settings
+from crossdict_jax import dictionaries, models
+from crossdict_jax.config import settings
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
 

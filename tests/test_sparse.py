@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossdict_jax.dictionaries import losses, selection, sparse, sums
+from crossdict_jax.dictionaries import losses
 from crossdict_jax.dictionaries.base import keep_batch_top_k, keep_top_k
+from crossdict_jax.ops import selection, sparse, sums
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
 # batch, d, width, k: one place; no even number; several blocks of terms and three levels

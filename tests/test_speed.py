@@ -14,16 +14,7 @@ import pytest
 from test_launch import launch
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.benchmark import (
-    documents,
-    harness,
-    machine,
-    peer,
-    startup,
-    steps,
-    table,
-    whole,
-)
+from crossdict_jax.benchmark import documents, harness, machine, peer, startup, steps, table, whole
 from crossdict_jax.benchmark.harness import Need, Spent, alternate, compared
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark.run import run_benchmarks
@@ -41,9 +32,9 @@ from crossdict_jax.benchmark_config import (
     WholeBenchmark,
 )
 from crossdict_jax.config import SAEConfig, TextConfig
+from crossdict_jax.config.settings import put, validate
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
-from crossdict_jax.settings import put, validate
 from crossdict_jax.training.loop import train
 from crossdict_jax.workdir import Workdir, read_json
 

@@ -15,12 +15,13 @@ from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal import prompts, search, source_feature, steer, steering
 from crossdict_jax.causal.images import feature_directions
 from crossdict_jax.config import SteerConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import page, write_steering
-from crossdict_jax.report.steering import print_answer, read_answer
+from crossdict_jax.studies.steering import measure, prompts, search, source_feature
+from crossdict_jax.studies.steering.measure import steer
+from crossdict_jax.studies.steering.section import print_answer, read_answer
 from crossdict_jax.workdir import Workdir, read_jsonl
 from launch import command
 
@@ -123,11 +124,11 @@ def test_the_same_question_has_the_same_answer_bit_for_bit(run, answered):
 
 def study(config, work):
     store = open_store(work.activations)
-    task = steering.chosen_task(config, store)
-    target = steering._Target(config, work, store, task)
+    task = measure.chosen_task(config, store)
+    target = measure._Target(config, work, store, task)
     source = source_feature.Source(config, work, store, task)
-    words = steering.translation(source.tokenizer, target.tokenizer)
-    return steering._Study(config, source, target, source.choose(words))
+    words = measure.translation(source.tokenizer, target.tokenizer)
+    return measure._Study(config, source, target, source.choose(words))
 
 
 def test_the_image_of_the_map_is_put_in_at_the_asked_norm(run, answered):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from crossdict_jax import bootstrap, dictionaries, maps, models
+from crossdict_jax import dictionaries, maps, models, stats
 from crossdict_jax.activations import splice
 from crossdict_jax.activations.splice import Effect, Passages, Splicer, loss_recovered
 from crossdict_jax.activations.store import open_store
@@ -237,7 +237,7 @@ def test_no_large_array_is_gathered_across_devices(lm, passages):
 def test_loss_recovered_is_a_share_and_undefined_where_nothing_is_lost():
     clean, zero = Effect(np.array([1.0, 2, 3]), np.zeros(3)), Effect(np.full(3, 4.0), np.ones(3))
     edited = Effect(np.array([1.0, 3, 4]), np.ones(3))
-    draws = bootstrap.draw(np.array([0, 0, 1]), count=20, seed=0)
+    draws = stats.draw(np.array([0, 0, 1]), count=20, seed=0)
     found = loss_recovered(edited, clean=clean, baseline=zero, resamples=draws)
     assert found.value == pytest.approx((12 - 8) / (12 - 6))
     assert set(np.round(found.samples, 9)) <= {0.0, round(4 / 5, 9), round(4 / 6, 9)}

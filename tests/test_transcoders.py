@@ -20,18 +20,19 @@ from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.saelens import PYTHON, compare_saelens
-from crossdict_jax.causal import intervene, steer, transfer_features
+from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
+from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import base, start, train
-from crossdict_jax.dictionaries.convert import convert
+from crossdict_jax.dictionaries.formats.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt
-from crossdict_jax.dictionaries.transferred import transferred
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.efficiency import measure_efficiency
 from crossdict_jax.evaluation.reconstruction import reconstruct
-from crossdict_jax.evaluation.warm_start import compare_starts
 from crossdict_jax.models import Site
-from crossdict_jax.settings import validate
+from crossdict_jax.studies.dictionary_transfer.transferred import transferred
+from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
+from crossdict_jax.studies.efficiency.measure import measure_efficiency
+from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify.recovery import measure_pareto
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json

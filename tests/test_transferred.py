@@ -8,8 +8,13 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.dictionaries import base
-from crossdict_jax.dictionaries.transferred import Affine, is_ours, transferred, with_unit_rows
 from crossdict_jax.errors import UserError
+from crossdict_jax.studies.dictionary_transfer.transferred import (
+    Affine,
+    is_ours,
+    transferred,
+    with_unit_rows,
+)
 
 every = pytest.mark.parametrize("architecture", base.architectures())
 D_A, D_B, WIDTH = 6, 9, 24

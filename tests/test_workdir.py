@@ -5,8 +5,8 @@ import json
 import pytest
 
 from crossdict_jax.config import FREE, Config, identity, to_dict
+from crossdict_jax.config.settings import settings
 from crossdict_jax.errors import UserError
-from crossdict_jax.settings import settings
 from crossdict_jax.workdir import model_names, open_workdir, read_json
 
 USUAL = {"seed": 0, "sae": {"width": 8, "k": 2}, "efficiency": {"rows": [1, 2]}}

@@ -18,7 +18,7 @@ from crossdict_jax.config import (
     to_dict,
 )
 from crossdict_jax.dictionaries.base import build
-from crossdict_jax.maps.mlp import MLP
+from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
 from crossdict_jax.workdir import Workdir, open_workdir

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crossdict_jax.config import Config
+from crossdict_jax.config.settings import output_site
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.settings import output_site
 
 Place = tuple[str, Site]  # a model's folder name, and a site of it
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from crossdict_jax import models, modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.bootstrap import Estimate, Resamples
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.stats import Estimate, Resamples
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
 
 LEAST_DAMAGE = 0.05  # nats: where zeros do less harm than this, no share of it is reported

@@ -19,7 +19,7 @@ from crossdict_jax.config import MapConfig
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps.base import Pairs, Problem, Side, encode_rows
 from crossdict_jax.maps.ensemble import Ensemble
-from crossdict_jax.maps.mlp import MLP
+from crossdict_jax.maps.kinds.mlp import MLP
 
 DIRECT = "correlations in full"
 BATCHES = 8  # of training rows

@@ -22,12 +22,12 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.splice import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, unswept
+from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.dictionaries.train import train_dictionaries, usual_rate
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
-from crossdict_jax.report.pareto import fvu_at
 from crossdict_jax.report.tables import Cell, Column, Table, number
-from crossdict_jax.settings import refuse_transcoders
+from crossdict_jax.studies.pareto.section import fvu_at
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl

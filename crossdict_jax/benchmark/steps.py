@@ -17,9 +17,9 @@ from crossdict_jax.benchmark.peer import Peer, absent
 from crossdict_jax.benchmark.rows import MODEL, SITE, make_store
 from crossdict_jax.benchmark_config import BenchmarkConfig, StepBenchmark
 from crossdict_jax.config import SAEConfig
-from crossdict_jax.dictionaries.selection import kth_largest
+from crossdict_jax.config.settings import has_k
 from crossdict_jax.dictionaries.train import members, prepare
-from crossdict_jax.settings import has_k
+from crossdict_jax.ops.selection import kth_largest
 from crossdict_jax.training.loop import MAX_CHUNK, Chunks, Feed, Trainable, epoch_order, initial
 
 MANY = 1_000_000  # steps of the schedules: none is at its end while it is timed

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crossdict_jax.bootstrap import columns, draw
 from crossdict_jax.causal import scores
+from crossdict_jax.stats import columns, draw
 
 FAMILIES = ("random", "shuffled")  # of controls
 NULLS = tuple(f"null_{family}" for family in FAMILIES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import bootstrap, dictionaries, maps, models, modules
+from crossdict_jax import dictionaries, maps, models, modules, stats
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.splice import (
     Effect,
@@ -20,13 +20,13 @@ from crossdict_jax.activations.splice import (
     whole_spans,
 )
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.bootstrap import Resamples
 from crossdict_jax.causal.inputs import digests
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
+from crossdict_jax.stats import Resamples
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
@@ -183,7 +183,7 @@ class _Target:
             dtype=config.extract.matmul_dtype,
         )
         documents, count = passages.document[passages.scored], config.evaluation.bootstrap
-        draws = bootstrap.draw(documents, count=count, seed=config.seed)
+        draws = stats.draw(documents, count=count, seed=config.seed)
         return cls(config, work, store, name, splicer, draws)
 
     def rows_at(self, sites: tuple[Site, ...], bundles: list[Bundle], progress) -> list[dict]:
@@ -299,9 +299,9 @@ class _Target:
             "stitch_kind": stitch_kind,
             "n_positions": len(effect.ce),
             "n_documents": self.draws.n_documents,
-            **bootstrap.columns("ce", self.draws.mean(effect.ce)),
-            **bootstrap.columns("kl", self.draws.mean(effect.kl)),
-            **bootstrap.columns("loss_recovered", recovered),
+            **stats.columns("ce", self.draws.mean(effect.ce)),
+            **stats.columns("kl", self.draws.mean(effect.kl)),
+            **stats.columns("loss_recovered", recovered),
         }
 
 

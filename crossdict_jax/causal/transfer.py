@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from crossdict_jax import bootstrap
-from crossdict_jax.bootstrap import Estimate, Resamples, columns
+from crossdict_jax import stats
 from crossdict_jax.causal import scores
 from crossdict_jax.causal.conclude import conclude
 from crossdict_jax.causal.inject import Injector, Places
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.errors import UserError
+from crossdict_jax.stats import Estimate, Resamples, columns
 
 MATCH = "match"  # the image that is B's own feature which correlates best with A's
 LONGEST_SPAN = 8  # tokens between two neighbouring common ends that are edited or scored
@@ -254,7 +254,7 @@ class _Test:
         if not len(self.rows):
             raise UserError(f"Feature {self.feature} does not fire at any of the places read.")
         self.strength = strength[self.rows]
-        self.draws = bootstrap.draw(e.documents[self.rows], count=plan.bootstrap, seed=plan.seed)
+        self.draws = stats.draw(e.documents[self.rows], count=plan.bootstrap, seed=plan.seed)
         self.units = self._units(norm_a, norm_b)
         self.ready = [self._ready(ground) for ground in (e.source, e.target)]
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from crossdict_jax import modules
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole
-from crossdict_jax.dictionaries.sparse import Code, active_rows
-from crossdict_jax.products import matmul
+from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops.sparse import Code, active_rows
 from crossdict_jax.training.parts import mapped, summed
 
 Rows = tuple[jax.Array, jax.Array | None]  # x [batch, d_model], and y [batch, d_out] or None

@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries import sparse
-from crossdict_jax.dictionaries.selection import kth_largest
-from crossdict_jax.dictionaries.sparse import Code
+from crossdict_jax.config.settings import architectures
 from crossdict_jax.errors import UserError
-from crossdict_jax.products import matmul
-from crossdict_jax.settings import architectures
+from crossdict_jax.ops import sparse
+from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops.selection import kth_largest
+from crossdict_jax.ops.sparse import Code
 from crossdict_jax.training import checkpoint
 
 THRESHOLD_RATE = 0.05  # of the running mean of BatchTopK thresholds, a batch; a slower one lags
@@ -296,7 +296,7 @@ def find(architecture: str) -> type[Dictionary]:
         raise UserError(
             f"sae.architecture={architecture} is unknown; use one of {', '.join(architectures())}."
         )
-    module = importlib.import_module(f"{__package__}.{architecture}")
+    module = importlib.import_module(f"{__package__}.architectures.{architecture}")
     ours = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Dictionary))
     return next(c for c in ours if c.__module__ == module.__name__)
 

@@ -15,7 +15,7 @@ from crossdict_jax import modules
 from crossdict_jax.dictionaries.base import keep_batch_top_k, unit_rows
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.errors import UserError
-from crossdict_jax.products import matmul
+from crossdict_jax.ops.products import matmul
 from crossdict_jax.training import checkpoint
 
 THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries import sparse
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k
-from crossdict_jax.products import matmul
+from crossdict_jax.ops import sparse
+from crossdict_jax.ops.products import matmul
 
 FEW = 8  # dead features are few up to this part of the width
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
-from crossdict_jax.dictionaries import base, exchange
+from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
+from crossdict_jax.dictionaries.formats import exchange
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint

@@ -20,12 +20,12 @@ from crossdict_jax import modules
 from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
+from crossdict_jax.config.settings import has_k
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.accumulation import gradients, whole_of
 from crossdict_jax.dictionaries.start import Start, begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.settings import has_k
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.adam import adam
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train

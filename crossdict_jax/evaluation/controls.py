@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 from typing import Any
 
-from crossdict_jax import bootstrap
+from crossdict_jax import stats
 from crossdict_jax.activations.store import Store
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config
-from crossdict_jax.evaluation.ladder import Bench, Scores, where
+from crossdict_jax.evaluation.scoring import Bench, Scores, where
 from crossdict_jax.evaluation.transfer import Score, normalized, verdict
 from crossdict_jax.maps import Task, tasks
 from crossdict_jax.maps.controls import ControlLoader, control_tasks, shown, skyline_of
@@ -58,7 +58,7 @@ class Controls:
         row = where(task, task.kind, "aligned") | score.row()
         row["verdict"] = verdict(score, self.tokens[control])
         for name, estimate in normalized(score, None, None).items():
-            row |= bootstrap.columns(name, estimate)
+            row |= stats.columns(name, estimate)
         return row
 
 

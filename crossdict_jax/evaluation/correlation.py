@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crossdict_jax.bootstrap import Estimate, Resamples
+from crossdict_jax.stats import Estimate, Resamples
 
 ROUNDING = 1e-12  # a variance below this share of the second moment is float64 rounding
 DOCUMENTS = 256  # whose sums wait to be added to all resamples in one product

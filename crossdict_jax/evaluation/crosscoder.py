@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import bootstrap, modules
+from crossdict_jax import modules, stats
 from crossdict_jax.activations.store import Store
-from crossdict_jax.bootstrap import Resamples
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
+from crossdict_jax.stats import Resamples
 from crossdict_jax.workdir import Workdir
 
 NORM_EDGES = np.linspace(0, 1, 21)  # of relative decoder norms
@@ -189,7 +189,7 @@ def figures(
       x: per model raw activations [n, d_m].
       documents: [n], the document of each row.
     """
-    draws = bootstrap.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
+    draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
     everyone = range(joint.n_models)
     size = config.evaluation.batch_size
     whole = _measure(joint, x, given=tuple(everyone), size=size)
@@ -204,7 +204,7 @@ def figures(
         columns |= {"width": joint.width, "variant": joint.variant}
         columns |= _fvu("fvu", whole, m, draws) | _fvu("fvu_alone", alone, m, draws)
         columns |= _fvu("fvu_from_others", others, m, draws)
-        columns |= bootstrap.columns("l0", draws.mean(whole["l0"]))
+        columns |= stats.columns("l0", draws.mean(whole["l0"]))
         columns |= {"l0_alone": float(alone["l0"].mean())}
         columns |= {"dead_fraction": float(np.mean(~live)), "n_live": int(live.sum())}
         found.append(columns | ownership(joint, m, live, scaling))
@@ -213,7 +213,7 @@ def figures(
 
 def _fvu(name: str, measured: dict, m: int, draws: Resamples) -> dict:
     estimate = draws.estimate(measured["error"][:, m], measured["variance"][:, m])
-    return bootstrap.columns(name, estimate)
+    return stats.columns(name, estimate)
 
 
 def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.controls import Controls, score_controls
 from crossdict_jax.evaluation.crosscoder import joint_codes, score_crosscoders
-from crossdict_jax.evaluation.dictionary_transfer import score_dictionary_transfer
 from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.funnel import match_dictionaries
-from crossdict_jax.evaluation.ladder import score_ladder
 from crossdict_jax.evaluation.reconstruction import reconstruct
 from crossdict_jax.evaluation.representations import compare_representations
+from crossdict_jax.evaluation.scoring import score_ladder
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.controls import control_tasks
+from crossdict_jax.studies.dictionary_transfer.measure import score_dictionary_transfer
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, write_jsonl
 

@@ -15,7 +15,7 @@ from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.evaluation import attribution
-from crossdict_jax.evaluation.ladder import FREQUENCY_EDGES, Ladder, encode, take, where
+from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Ladder, encode, take, where
 from crossdict_jax.maps import Map, Pairs, Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.controls import control_tasks

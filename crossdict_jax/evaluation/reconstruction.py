@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import bootstrap, dictionaries, models, modules
+from crossdict_jax import dictionaries, models, modules, stats
 from crossdict_jax.activations.splice import (
     Effect,
     Splicer,
@@ -20,11 +20,11 @@ from crossdict_jax.activations.splice import (
     train_mean,
 )
 from crossdict_jax.activations.store import Store
-from crossdict_jax.bootstrap import Estimate, Resamples
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.stats import Estimate, Resamples
 from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
@@ -131,10 +131,10 @@ def _figures(
         "width": dictionary.width,
         "n_rows": len(test),
         "n_documents": draws.n_documents,
-        **bootstrap.columns("l0", draws.mean(in_test["l0"])),
-        **bootstrap.columns("fvu", draws.estimate(in_test["error"], in_test["variance"])),
-        **bootstrap.columns("shrinkage", draws.estimate(in_test["along"], in_test["variance"])),
-        **bootstrap.columns("relative_bias", draws.estimate(in_test["power"], in_test["overlap"])),
+        **stats.columns("l0", draws.mean(in_test["l0"])),
+        **stats.columns("fvu", draws.estimate(in_test["error"], in_test["variance"])),
+        **stats.columns("shrinkage", draws.estimate(in_test["along"], in_test["variance"])),
+        **stats.columns("relative_bias", draws.estimate(in_test["power"], in_test["overlap"])),
         "dead_fraction": float(np.mean(fires == 0)),
         "n_rows_dead": n,
         "decoder_cosine": None if len(cosines) < 2 else float(cosines.mean(dtype=np.float64)),
@@ -181,7 +181,7 @@ def _nearest(rows, everyone, start):
 
 
 def _draw(config: Config, documents: np.ndarray) -> Resamples:
-    return bootstrap.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
+    return stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
 
 
 def measure(
@@ -266,17 +266,17 @@ def _losses(
 def _loss_columns(effects: dict[str, Effect], sae: Effect, draws: Resamples) -> dict[str, Any]:
     row = {"n_positions": len(sae.ce), "n_documents_ce": draws.n_documents}
     for name in ("clean", "zero", "mean"):
-        row |= bootstrap.columns(f"ce_{name}", draws.mean(effects[name].ce))
-    row |= bootstrap.columns("ce_sae", draws.mean(sae.ce))
-    row |= bootstrap.columns("kl_sae", draws.mean(sae.kl))
+        row |= stats.columns(f"ce_{name}", draws.mean(effects[name].ce))
+    row |= stats.columns("ce_sae", draws.mean(sae.ce))
+    row |= stats.columns("kl_sae", draws.mean(sae.kl))
     for suffix, name in (("", "zero"), ("_mean", "mean")):
-        row |= bootstrap.columns(f"kl_{name}", draws.mean(effects[name].kl))
-        row |= bootstrap.columns(f"kl_recovered{suffix}", _kl_recovered(sae, effects[name], draws))
+        row |= stats.columns(f"kl_{name}", draws.mean(effects[name].kl))
+        row |= stats.columns(f"kl_recovered{suffix}", _kl_recovered(sae, effects[name], draws))
     for name, baseline in (("loss_recovered", "zero"), ("loss_recovered_mean", "mean")):
         share = loss_recovered(
             sae, clean=effects["clean"], baseline=effects[baseline], resamples=draws
         )
-        row |= bootstrap.columns(name, share)
+        row |= stats.columns(name, share)
     return row
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import bootstrap
-from crossdict_jax.bootstrap import Estimate, Resamples
+from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
 from crossdict_jax.evaluation.correlation import Moments, correlation, mean_over
+from crossdict_jax.stats import Estimate, Resamples
 
 CHUNK_ELEMENTS = 2**17  # of a block of rows: its temporaries stay in the processor's cache
 ROUNDING = 1e-5  # a vector within this share of the mean's length from the mean is the mean
@@ -88,7 +88,7 @@ class Score:
         """Returns the columns of transfer.jsonl: every estimate with its _low and _high."""
         row = dict(self.plain)
         for name, estimate in self.estimates.items():
-            row |= bootstrap.columns(name, estimate)
+            row |= stats.columns(name, estimate)
         return row
 
 
@@ -178,7 +178,7 @@ def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: 
 def _resamples(documents: np.ndarray, count: int, seed: int) -> Resamples:
     if count < 0:
         raise UserError(f"bootstrap={count} must not be negative; 0 leaves intervals out.")
-    return bootstrap.draw(documents, count=count, seed=seed)
+    return stats.draw(documents, count=count, seed=seed)
 
 
 def _floats(name: str, values) -> np.ndarray:
@@ -207,7 +207,7 @@ def measure(
     rank = retrieval.ranks(predicted, held_out.pool)
     correlations = moments.correlations()
     fvu = draws.estimate(rows["error"], rows["variance"])
-    feature_r2 = np.where(live, 1 - bootstrap.ratio(columns["error"], columns["variance"]), np.nan)
+    feature_r2 = np.where(live, 1 - stats.ratio(columns["error"], columns["variance"]), np.nan)
     in_pool = dataclasses.replace(draws, index=draws.index[held_out.pool.rows])
     estimates = {
         "fvu": fvu,

@@ -10,8 +10,8 @@ from crossdict_jax.maps.base import (
     Pairs,
     Problem,
     Side,
-    kinds,
     load,
+    map_kinds,
     rung,
     save,
 )
@@ -36,7 +36,7 @@ __all__ = [
     "Pairs",
     "Problem",
     "Side",
-    "kinds",
+    "map_kinds",
     "load",
     "rung",
     "save",

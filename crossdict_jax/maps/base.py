@@ -19,10 +19,10 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import dictionaries, modules
+from crossdict_jax.config.settings import map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.compact import Compact, compact
-from crossdict_jax.settings import map_kinds as kinds
 from crossdict_jax.training import load_meta, load_params, save_module
 
 ROWS = 4096  # rows per dispatch of the closed forms
@@ -298,9 +298,9 @@ def own_parameters(params: modules.Params) -> modules.Params:
 
 def rung(kind: str) -> ModuleType:
     """Returns the module of a rung; UserError listing the allowed names if there is none."""
-    if kind not in kinds():
-        raise UserError(f"map.kinds={kind} is no rung; use {', '.join(kinds())}.")
-    return importlib.import_module(f"{__package__}.{kind}")
+    if kind not in map_kinds():
+        raise UserError(f"map.kinds={kind} is no rung; use {', '.join(map_kinds())}.")
+    return importlib.import_module(f"{__package__}.kinds.{kind}")
 
 
 def map_class(kind: str) -> type[Map]:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from crossdict_jax.config.settings import has_k
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import keep_top_k
 from crossdict_jax.errors import UserError
-from crossdict_jax.settings import has_k
 
 INITIAL_THRESHOLD = 1.0  # in standard units of a feature: near where most of them end
 BANDWIDTH = 0.5  # in the same units, of the kernel that trains thresholds

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import pkgutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -41,9 +40,8 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 
 def families() -> tuple[str, ...]:
-    """The model types that can be loaded: the files of this package that define a Model."""
-    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return tuple(sorted(set(found) - {"base", "hf"}))
+    """The model types that can be loaded: the files of their folder."""
+    return tuple(sorted(f.stem for f in (Path(__file__).parent / "families").glob("[!_]*.py")))
 
 
 def load(path_or_id: str | Path) -> LanguageModel:
@@ -385,7 +383,7 @@ def _tokenizer(folder: Path, changed: int):
 
 
 def _family(model_type: str):
-    return importlib.import_module(f"crossdict_jax.models.{model_type}")
+    return importlib.import_module(f"crossdict_jax.models.families.{model_type}")
 
 
 def _read_json(file: Path) -> dict:

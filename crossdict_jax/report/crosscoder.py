@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from crossdict_jax.report.plots import (
-    OPEN,
-    SERIES,
-    Figure,
-    draw,
-    open_axes,
-)
+from crossdict_jax.report.plots import OPEN, SERIES, Figure, draw, open_axes
 from crossdict_jax.report.tables import Cell, Column, Table, interval, number, percent
 
 COLUMNS = (

@@ -10,19 +10,14 @@ from itertools import groupby
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
+from crossdict_jax.config.settings import spell
 from crossdict_jax.report import (
-    ablation,
     answer,
     causal_features,
-    contrast,
     crosscoder,
-    efficiency,
     moved,
-    pareto,
     plots,
-    probe,
     shared,
-    steering,
     tables,
     together,
 )
@@ -35,7 +30,12 @@ from crossdict_jax.report.results import (
     ladder_place,
     read_results,
 )
-from crossdict_jax.settings import spell
+from crossdict_jax.studies.contrast import section as contrast
+from crossdict_jax.studies.efficiency import section as efficiency
+from crossdict_jax.studies.loss_ablation import section as ablation
+from crossdict_jax.studies.pareto import section as pareto
+from crossdict_jax.studies.probe import section as probe
+from crossdict_jax.studies.steering import section as steering
 from crossdict_jax.workdir import Workdir, read_jsonl, write_text
 
 HERE = Path(__file__).parent

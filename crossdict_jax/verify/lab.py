@@ -25,7 +25,7 @@ from crossdict_jax.config import Config, EvaluationConfig, MapConfig, SAEConfig
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import transfer_metrics
-from crossdict_jax.evaluation.ladder import score_ladder
+from crossdict_jax.evaluation.scoring import score_ladder
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import (
     ActivationMap,

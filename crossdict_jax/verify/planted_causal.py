@@ -15,7 +15,7 @@ from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.maps.base import Map, Side, build
-from crossdict_jax.maps.ridge import Ridge
+from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import LanguageModel, Site
 
 SITE = Site(1)

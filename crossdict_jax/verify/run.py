@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crossdict_jax.config import VerifyConfig
-from crossdict_jax.settings import gate_files
+from crossdict_jax.config.settings import gate_files
 from crossdict_jax.verify.gate import Check, Gate
 from crossdict_jax.workdir import Workdir, write_json
 

@@ -1,0 +1,72 @@
+"""JumpReLU dictionaries: a learnt threshold per feature, and an L0 penalty that can train it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
+from crossdict_jax.dictionaries.losses import auxk
+from crossdict_jax.ops.products import matmul
+
+# Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
+INITIAL_THRESHOLD = 0.5
+
+
+class JumpReLU(Dictionary):
+    """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f) + d_out * auxk.
+
+    With an L0 target t the penalty is d_out (mean L0 / t - 1)^2: as many features a row as
+    asked for, at the price of what an unexplained row costs. A step has no gradient in its
+    threshold; it is estimated with a rectangular kernel (Rajamanoharan et al. 2024, arXiv
+    2407.14435, sections 3 and F). AuxK, as of TopK but times what a row weighs here, gives dead
+    features something to explain; the kernel alone never finds them again. Unit decoder rows.
+
+    Attributes:
+      threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
+    """
+
+    def __init__(self, **shape):
+        super().__init__(**shape)
+        self.threshold = nnx.Param(jnp.full(self.width, INITIAL_THRESHOLD))
+
+    def activate(self, z: jax.Array) -> jax.Array:
+        return jnp.where(z > self.threshold[...][None, :], jax.nn.relu(z), 0.0)
+
+    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+        (u_in, u), threshold = self.scaled_pair(x, y), self.threshold[...][None, :]
+        z = self.pre_activations(u_in, dtype)
+        gate = step(z, threshold, bandwidth=hyper.bandwidth)
+        fixed = jax.lax.stop_gradient
+        f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
+        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        parts = {
+            "mse": jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1)),
+            "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper),
+            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+        }
+        revival = hyper.auxk_coefficient * self.d_out * parts["auxk"]
+        return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f
+
+    def _penalty(self, l0: jax.Array, hyper: Hyper) -> jax.Array:
+        if not hyper.l0_target:
+            return l0
+        if hyper.whole is not None:  # the whole batch's L0, with the gradient of this part's
+            l0 = hyper.whole.l0 + l0 - jax.lax.stop_gradient(l0)
+        return self.d_out * jnp.square(l0 / hyper.l0_target - 1)
+
+    def after_update(self) -> None:
+        self.W_dec[...] = unit_rows(self.W_dec[...])
+        self.threshold[...] = jnp.maximum(self.threshold[...], 0.0)
+
+
+def step(z: jax.Array, threshold: jax.Array, *, bandwidth: float) -> jax.Array:
+    """Returns 1[z > threshold] [batch, width], with an estimated gradient in the threshold.
+
+    That is -1[|z - threshold| < bandwidth / 2] / bandwidth; z gets none.
+    """
+    fixed = jax.lax.stop_gradient
+    near = jnp.abs(fixed(z - threshold)) < bandwidth / 2
+    nothing = threshold - fixed(threshold)  # 0, but for its gradient
+    return (z > threshold) - near / bandwidth * nothing

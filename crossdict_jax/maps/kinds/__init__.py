@@ -1,0 +1,1 @@
+"""Kinds of map, one file each: ``ridge.py`` is ``map.kinds=ridge``."""

@@ -1,0 +1,138 @@
+"""Takes directions out of a model: what its preference loses, beside controls of equal norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from crossdict_jax.models import Site
+from crossdict_jax.stats import Resamples, columns
+from crossdict_jax.studies.contrast.preference import Reader
+
+LEVEL = 0.05  # of the share of controls that may do as much
+FAMILIES = ("random", "shuffled", "others")  # of controls
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Directions that are taken out of a model together, and others for controls.
+
+    Attributes:
+      strength: float32 [texts, seq, all], how strongly each is there.
+      vectors: float32 [all, d_model], what one unit of each adds.
+      n: how many of them are taken out, the first; the others only serve controls.
+    """
+
+    strength: np.ndarray
+    vectors: np.ndarray
+    n: int
+
+    @cached_property
+    def _overlaps(self) -> np.ndarray:
+        """float64 [all, all]: inner products of what each adds to the activations, summed."""
+        strength = self.strength.reshape(-1, len(self.vectors)).astype(np.float64)
+        vectors = self.vectors.astype(np.float64)
+        return (strength.T @ strength) * (vectors @ vectors.T)
+
+    def size(self, which: np.ndarray) -> float:
+        """Returns the norm, over all tokens together, of what some of them add."""
+        return float(np.sqrt(max(self._overlaps[np.ix_(which, which)].sum(), 0.0)))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a cut costs.
+
+    Attributes:
+      drop: float64 [pairs], the preference lost, in nats.
+      row: the columns of a result row.
+    """
+
+    drop: np.ndarray
+    row: dict
+
+
+def measure(
+    reader: Reader,
+    site: Site,
+    cut: Cut,
+    *,
+    clean: np.ndarray,
+    controls: int,
+    draws: Resamples,
+    seed: int,
+) -> Losses:
+    """Returns what a cut takes from the preference, and what equal-norm controls take.
+
+    Controls put other directions in the place of each vector, at its norm and its strength:
+    random ones ("random"), and those of other features ("shuffled"); or take out as many other
+    features where they fire themselves, scaled to an edit of equal norm ("others"). p is the share
+    of controls, the cut among them, that cost as much. A cut is specific ("moves") where it costs
+    more than the mean of every family, the 95 % intervals over pairs lying above 0, and than 95 %
+    of their members. A family without members says nothing, and leaves no verdict.
+
+    Args:
+      clean: [pairs], the preference without a cut.
+      controls: of each family.
+      draws: resamples of the pairs.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    families = dict(zip(FAMILIES, _controls(cut, controls, generator)))
+    own = np.zeros((1, *cut.vectors.shape), np.float32)
+    own[0, : cut.n] = cut.vectors[: cut.n]
+    costs = clean[None] - reader.ablated(
+        site, cut.strength, np.concatenate([own, *families.values()])
+    )
+    drop, rest = costs[0], costs[1:]
+    row = {
+        "n_features": cut.n,
+        "n_pairs": len(drop),
+        **columns("effect", draws.mean(drop)),
+        "preference": float(clean.mean()),
+        "accuracy": float((clean > 0).mean()),
+        "accuracy_ablated": float((clean - drop > 0).mean()),
+    }
+    specific = []
+    for family, vectors in families.items():
+        null, rest = rest[: len(vectors)], rest[len(vectors) :]
+        lead = draws.mean(drop - null.mean(0)) if len(null) else None
+        p = (1 + int((null.mean(1) >= drop.mean()).sum())) / (1 + len(null))
+        row[f"effect_{family}"] = float(null.mean()) if len(null) else None
+        row |= columns(f"specific_{family}", lead)
+        row[f"p_{family}"] = p if len(null) else None
+        specific.append(lead and lead.surely_positive and p <= LEVEL)
+    return Losses(drop, row | {"moves": None if None in specific else all(specific)})
+
+
+def singles(reader: Reader, site: Site, cut: Cut, clean: np.ndarray) -> np.ndarray:
+    """Returns what each of the first n vectors costs alone, float64 [n, pairs]."""
+    alone = np.eye(cut.n, len(cut.vectors), dtype=np.float32)[:, :, None] * cut.vectors[None]
+    return clean[None] - reader.ablated(site, cut.strength, alone)
+
+
+def _controls(cut: Cut, count: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Of every family, vectors float32 [count, all, d_model]; none where others are too few."""
+    n, (everything, d_model) = cut.n, cut.vectors.shape
+    norms = np.linalg.norm(cut.vectors, axis=1)
+    others = n + np.flatnonzero(norms[n:] > 0)
+    fire = [i for i in others if cut.size(np.array([i])) > 0]
+    random, shuffled, elsewhere = (
+        np.zeros((count if known else 0, everything, d_model), np.float32)
+        for known in (True, len(others) > 1, len(fire) > 1)
+    )
+    random[:, :n] = _with_norms(generator.standard_normal((count, n, d_model)), norms[:n])
+    for row in shuffled:
+        drawn = generator.choice(others, n, replace=n > len(others))
+        row[:n] = _with_norms(cut.vectors[drawn], norms[:n])
+    size = cut.size(np.arange(n))
+    for row in elsewhere:
+        drawn = generator.choice(fire, min(n, len(fire)), replace=False)
+        row[drawn] = cut.vectors[drawn] * (size / max(cut.size(drawn), 1e-30))
+    return [random, shuffled, elsewhere]
+
+
+def _with_norms(directions: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    own = np.linalg.norm(directions, axis=-1)
+    return directions * (norms / own)[..., None]

@@ -1,0 +1,1 @@
+"""One model's dictionary used for another model, through affine maps."""

@@ -1,0 +1,1 @@
+"""How many paired rows is a map worth?"""

@@ -1,0 +1,1 @@
+"""Which of the trained map's losses does the work?"""

@@ -1,0 +1,1 @@
+"""L0 against FVU of every architecture, on planted features and on a run's activations."""

@@ -1,0 +1,105 @@
+"""How much of the rows each architecture explains with how few features: L0 against FVU, swept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from crossdict_jax import dictionaries, stats
+from crossdict_jax.activations.splice import train_mean
+from crossdict_jax.activations.store import Store
+from crossdict_jax.config import Config, SAEConfig, unswept
+from crossdict_jax.config.settings import architectures, has_k
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.train import Member, train_members, usual_rate
+from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.reconstruction import measure
+from crossdict_jax.models import Site
+from crossdict_jax.workdir import Workdir
+
+SHARES = (0.25, 0.5, 1.0, 2.0)  # of sae.k: the curve of an architecture that fixes k
+# Where a penalty decides: a coefficient at which about a sixth of the dimensions are active.
+COEFFICIENTS = {"relu": 3.0, "gated": 4.0, "jumprelu": 0.75}
+
+
+def curves(
+    config: Config, store: Store, work: Workdir, *, model: str, site: Site
+) -> Iterator[tuple[dict[str, Any], Dictionary]]:
+    """Trains and yields every dictionary of every curve, with its row on the test rows.
+
+    Of an architecture the members differ in k (``pareto.k``) or in the coefficient of the penalty
+    (``pareto.penalties``), and in the seed; those of equal shape are one ensemble. A row holds
+    model, site, architecture, seed, k and l1_coefficient (null where the architecture has none),
+    width, steps, n_rows, n_documents, l0 and fvu with _low and _high, and dead_fraction (of the
+    test rows).
+
+    Args:
+      work: gets a folder for every architecture, with a dictionary per member; those that are
+        there are not trained again.
+
+    Raises:
+      UserError: k above the width, or a batch larger than the training rows.
+    """
+    test, mean = store.select("test"), train_mean(store, model, site)
+    x, size = store.read(model, site, test), config.evaluation.batch_size
+    documents = store.rows.document[test]
+    draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
+    for architecture in config.pareto.architectures or architectures():
+        sae = dataclasses.replace(config.sae, architecture=architecture)
+        one, there = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
+        everyone = members(one, model=model, site=site)
+        train_members(one, store, there, everyone)
+        for member in everyone:
+            dictionary = dictionaries.load(there.dictionary(model, site, member.name))
+            seen = measure(dictionary, x, mean=mean, size=size)
+            row = {
+                "model": model,
+                "site": str(site),
+                "architecture": architecture,
+                "seed": member.seed,
+                "k": member.k if has_k(architecture) else None,
+                "l1_coefficient": None if has_k(architecture) else member.l1_coefficient,
+                "width": member.width,
+                "steps": sae.steps,
+                "n_rows": len(x),
+                "n_documents": draws.n_documents,
+                **stats.columns("l0", draws.mean(seen["l0"])),
+                **stats.columns("fvu", draws.estimate(seen["error"], seen["variance"])),
+                "dead_fraction": float(np.mean(seen["fires"] == 0)),
+            }
+            yield row, dictionary
+
+
+def members(config: Config, *, model: str, site: Site) -> list[Member]:
+    """Returns the dictionaries of the curve of ``sae.architecture``, by seed, the densest first.
+
+    A member's name says all in which it differs from the others, so that what is finished stays
+    what it is when other points of the curve are asked for.
+    """
+    sae = unswept(config.sae)
+    rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)
+    usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}
+    usual |= {"model": model, "site": site, "learning_rate": rate}
+    if has_k(sae.architecture):
+        asked = config.pareto.k or _usual_ks(sae)
+        if max(asked) > sae.width:
+            raise UserError(
+                f"pareto.k={max(asked)} is more than sae.width={sae.width}; leave it out."
+            )
+        points = [{"k": k, "name": f"k-{k}"} for k in sorted(set(asked), reverse=True)]
+    else:
+        coefficient = COEFFICIENTS[sae.architecture]
+        penalties = sorted({share * coefficient for share in config.pareto.penalties})
+        points = [{"l1_coefficient": c, "name": f"l1-{c:g}"} for c in penalties]
+    return [
+        Member(**usual | point | {"seed": seed, "name": f"seed-{seed}-{point['name']}"})
+        for seed in range(sae.seeds)
+        for point in points
+    ]
+
+
+def _usual_ks(sae: SAEConfig) -> set[int]:
+    return {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}

@@ -1,0 +1,1 @@
+"""Linear probes trained on one model's features and used on another's."""

@@ -1,0 +1,1 @@
+"""Text that one model writes with a feature of another model added."""
