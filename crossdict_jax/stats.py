@@ -1,10 +1,11 @@
-"""Intervals over documents: resamples drawn once per split, so that differences are paired."""
+"""Statistics: bootstrap intervals over documents, false discovery rates, intervals of shares."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+import scipy.stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +100,17 @@ def ratio(numerator, denominator):
     numerator, denominator = np.asarray(numerator), np.asarray(denominator)
     safe = np.where(denominator == 0, 1.0, denominator)
     return np.where(denominator == 0, (numerator != 0).astype(np.float64), numerator / safe)
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Returns p-values [n] adjusted for their number: those at most q are discoveries at FDR q.
+
+    Benjamini and Hochberg 1995: the smallest rate at which the procedure lets each through.
+    """
+    return scipy.stats.false_discovery_control(p, method="bh") if len(p) else np.asarray(p)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share of n (Wilson 1927)."""
+    interval = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

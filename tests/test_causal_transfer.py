@@ -354,7 +354,7 @@ def test_discoveries_are_those_of_the_step_up_procedure():
     rng = np.random.default_rng(0)
     for n in (1, 5, 40):
         p = rng.random(n) ** 2
-        q = scores.benjamini_hochberg(p)
+        q = stats.benjamini_hochberg(p)
         for fdr in (0.05, 0.2, 0.5):
             ranks = np.flatnonzero(np.sort(p) <= fdr * np.arange(1, n + 1) / n)
             passing = np.sort(p)[ranks[-1]] if len(ranks) else -1

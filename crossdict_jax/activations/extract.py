@@ -34,6 +34,7 @@ from crossdict_jax.config import Config, ExtractConfig, model_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
 
 LENGTH_STEP = 32  # windows are padded to a multiple of this, so that few programs are compiled
@@ -84,11 +85,6 @@ def _check_pool(config: Config, test_rows: int) -> None:
             f"evaluation.pool={config.evaluation.pool} is more than the {test_rows} test rows; "
             "lower it, use 0 for min(8192, rows), or raise text.documents."
         )
-
-
-def device_figures() -> dict:
-    """Returns what kind of device and how many of them this process uses."""
-    return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
 
 
 def check_space(directory: Path, lms, sites, *, rows: int) -> None:

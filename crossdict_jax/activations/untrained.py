@@ -15,7 +15,6 @@ from crossdict_jax.activations.column import equal, new_column, stretches
 from crossdict_jax.activations.extract import (
     check_space,
     checksums_of,
-    device_figures,
     dictionary_places,
     read_models,
 )
@@ -25,6 +24,7 @@ from crossdict_jax.activations.store import Rows, Store, open_store, save_rows, 
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, model_names, write_json
 
 KEYS = ("document", "window", "byte_end", "split", "keep")  # what a row is, in any model

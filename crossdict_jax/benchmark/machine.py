@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.benchmark_config import CeilingBenchmark
+from crossdict_jax.training.stage import device_figures
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 LEAST_SECONDS = 0.1  # that a measurement takes: shorter ones would time the dispatch

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crossdict_jax.causal import scores
-from crossdict_jax.stats import columns, draw
-
 FAMILIES = ("random", "shuffled")  # of controls
 NULLS = tuple(f"null_{family}" for family in FAMILIES)
 
@@ -49,7 +46,7 @@ def _judge(rows: list[dict], fdr: float) -> None:
         for family in FAMILIES
     }
     worst = np.maximum(*p.values())
-    q = scores.benjamini_hochberg(worst)
+    q = benjamini_hochberg(worst)
     for i, row in enumerate(rows):
         row |= {f"p_{family}": float(values[i]) for family, values in p.items()}
         row |= {"p": float(worst[i]), "q": float(q[i]), "transfers": bool(q[i] <= fdr)}
@@ -58,7 +55,7 @@ def _judge(rows: list[dict], fdr: float) -> None:
 def _summary(name: str, rows: list[dict], tested: int, bootstrap: int, seed: int) -> dict:
     """What holds over features; intervals of means are over features."""
     hits = sum(row["transfers"] for row in rows)
-    low, high = scores.wilson(hits, tested)
+    low, high = wilson(hits, tested)
     out = {
         "image": name,
         "n_features": tested,

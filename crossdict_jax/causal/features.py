@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.splice import Passages, select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
@@ -31,6 +30,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Side, Task
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl, write_json, write_jsonl
 
 ROWS = "feature_causal.jsonl"

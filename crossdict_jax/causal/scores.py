@@ -56,25 +56,3 @@ def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:
 
 def _standardised(difference: np.ndarray, variance: np.ndarray) -> np.ndarray:
     return difference / np.sqrt(np.maximum(variance, 1e-20))
-
-
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Returns q-values [n]: the false discovery rate at which each p [n] is let through.
-
-    Benjamini and Hochberg 1995, in the form of adjusted p-values.
-    """
-    order = np.argsort(p, kind="stable")
-    n = len(p)
-    adjusted = p[order] * (n / np.arange(1, n + 1))
-    q = np.empty(n)
-    q[order] = np.minimum(1.0, np.minimum.accumulate(adjusted[::-1])[::-1])
-    return q
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of n features (Wilson 1927)."""
-    z = 1.959964
-    share = hits / n
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models, modules, stats
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.splice import (
     Effect,
     Splicer,
@@ -27,6 +26,7 @@ from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
 from crossdict_jax.stats import Resamples
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 
 from crossdict_jax import modules
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, CrosscoderConfig, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import crosscoder
@@ -26,6 +25,7 @@ from crossdict_jax.training import checkpoint
 from crossdict_jax.training.adam import MOMENTS
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json
 
 CONTROLS = ("self", "rotated")  # the first model against itself, and against a rotated copy

@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.config.settings import has_k
@@ -39,6 +38,7 @@ from crossdict_jax.training.mesh import (
     shard,
     to_bits,
 )
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json
 
 SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0

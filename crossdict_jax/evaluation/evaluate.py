@@ -6,7 +6,6 @@ import itertools
 import time
 
 from crossdict_jax import maps
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -21,6 +20,7 @@ from crossdict_jax.maps import Task
 from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.studies.dictionary_transfer.measure import score_dictionary_transfer
 from crossdict_jax.training.checkpoint import is_finished
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 

@@ -17,7 +17,8 @@ from crossdict_jax.evaluation.codes import (
     correlations,
     paired_correlations,
 )
-from crossdict_jax.evaluation.nulls import adjusted, shift_p_values, token_shuffles
+from crossdict_jax.evaluation.nulls import shift_p_values, token_shuffles
+from crossdict_jax.stats import benjamini_hochberg
 
 METHODS = ("mutual_best", "hungarian")
 HUNGARIAN_WIDTH = 8192  # live features a side: a dense problem of 0.5 GB, and minutes
@@ -201,7 +202,7 @@ def confirm(
     _check_rows(a, b, documents, tokens)
     r = paired_correlations(a, b)
     p = shift_p_values(r, a, b, documents)
-    p_adjusted = adjusted(p)
+    p_adjusted = benjamini_hochberg(p)
     confirmed = (p_adjusted <= fdr) & (r >= LEAST_R)
     r_token = beyond = None
     if tokens is not None:

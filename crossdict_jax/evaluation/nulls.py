@@ -117,16 +117,3 @@ def token_shuffles(
         total += shuffled / SHUFFLES
         beaten &= true > shuffled + TIES * abs(true)
     return total, beaten
-
-
-def adjusted(p: np.ndarray) -> np.ndarray:
-    """Returns p-values adjusted for their number: those at most q are discoveries at FDR q.
-
-    Benjamini and Hochberg 1995: the smallest level at which the procedure would reject each.
-    """
-    m = len(p)
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * m / np.arange(1, m + 1)
-    out = np.empty(m)
-    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return out

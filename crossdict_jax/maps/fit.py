@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from crossdict_jax import dictionaries, models, modules
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import Store
 from crossdict_jax.activations.text import SPLITS
@@ -24,6 +23,7 @@ from crossdict_jax.maps.base import ActivationMap, Map, Pairs, Problem, Side, ma
 from crossdict_jax.maps.joint import with_codes
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir
 
 MEMBER = "seed-0"  # the dictionary of each site that maps speak about

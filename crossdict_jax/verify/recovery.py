@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, ParetoConfig, SAEConfig
 from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.studies.pareto.measure import curves
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.verify.lab import NAMES, SITE, planted_config, write_store
 from crossdict_jax.verify.planted import PlantedConfig, Views, best_cosines, views
 from crossdict_jax.workdir import Workdir, write_jsonl

@@ -15,7 +15,6 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax import maps, stats
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.features import best_matches
 from crossdict_jax.causal.finished_run import FinishedRun
@@ -33,6 +32,7 @@ from crossdict_jax.studies.contrast import ablation, preference
 from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, Readings
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 ROWS = "contrast.jsonl"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import maps, stats
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, crosscoder_settings, layer_pairs
 from crossdict_jax.config.settings import refuse_transcoders
@@ -25,6 +24,7 @@ from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, t
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.maps.moments import Products, RidgePath, activation_moments
 from crossdict_jax.stats import Resamples
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 NETWORK = Hypernetwork.kind

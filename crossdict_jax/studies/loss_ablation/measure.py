@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 
 from crossdict_jax import maps
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config, LossWeights
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.scoring import Bench, where
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 KIND = "mlp"

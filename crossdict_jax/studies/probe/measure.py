@@ -14,7 +14,6 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax import maps, modules, stats
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.images import rung_groups
@@ -27,6 +26,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.stats import columns
 from crossdict_jax.studies.probe import labelled, logistic
 from crossdict_jax.studies.probe.labelled import Labelled, Read, pooled, read_labelled
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 ROWS = "probe.jsonl"

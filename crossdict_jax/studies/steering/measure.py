@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models
-from crossdict_jax.activations.extract import device_figures
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.features import best_matches
 from crossdict_jax.causal.images import feature_directions, images
@@ -27,6 +26,7 @@ from crossdict_jax.stats import Resamples, columns, draw
 from crossdict_jax.studies.steering.generation import Starts, Writer
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.source_feature import Feature, Source
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 FOLDER = "steering"  # of results/ and of report/
