@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from crossdict_jax.causal import scores
+from crossdict_jax.stats import benjamini_hochberg, columns, draw, wilson
+
 FAMILIES = ("random", "shuffled")  # of controls
 NULLS = tuple(f"null_{family}" for family in FAMILIES)
 
