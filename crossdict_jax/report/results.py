@@ -8,6 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.results import BASELINES, site_words
+from crossdict_jax.results import PAIR as PLACE
+from crossdict_jax.results import map_order as ladder_place
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 # Which command writes the files without which there is nothing to report.
@@ -16,23 +19,6 @@ WRITTEN_BY = {
     "reconstruction.jsonl": "evaluate",
     "transfer.jsonl": "evaluate",
 }
-# The rungs of the ladder in the order in which they are read; others follow as they come.
-LADDER = (
-    "mean",
-    "token",
-    "token_target",
-    "procrustes",
-    "ridge",
-    "ridge_codes",
-    "low_rank",
-    "token_ridge",
-    "mlp",
-    "token_mlp",
-    "hypernetwork",
-    "crosscoder",
-)
-PLACE = ("source", "target", "site_source", "site_target")
-BASELINES = ("mean", "token", "token_target")  # not maps of activations: what maps must beat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +51,6 @@ class Line:
         """Returns the lower end of a score's interval, the score where there is no interval."""
         low = self.value(f"{key}_low")
         return self.value(key) if low is None else low
-
-
-def site_words(site_source: str, site_target: str) -> str:
-    """Returns a pair of sites in words, once where both are the same."""
-    return site_source if site_source == site_target else f"{site_source} → {site_target}"
 
 
 def fitted(lines: tuple[Line, ...]) -> list[Line]:
@@ -246,36 +227,6 @@ def read_results(work: Workdir) -> Results:
     )
 
 
-def read_matches(
-    work: Workdir, source: str, target: str, site_source: str, site_target: str
-) -> list[dict]:
-    """Returns the matched features of two dictionaries, in either order of the models.
-
-    Each is a row of matches.jsonl without the names of the models and sites: feature_source and
-    feature_target are the numbers in the dictionaries that were asked for as source and target.
-    Confirmed ones say so. Empty where the run did not match these two.
-
-    Raises:
-      UserError: matches.jsonl is missing or damaged.
-    """
-    asked = (source, target, str(site_source), str(site_target))
-    turned = (target, source, str(site_target), str(site_source))
-    found = []
-    for row in read_jsonl(work.result("matches.jsonl")):
-        place = tuple(row.pop(key) for key in PLACE)
-        if place == asked:
-            found.append(row)
-        elif place == turned:
-            found.append({_other_side(key): value for key, value in row.items()})
-    return found
-
-
-def _other_side(key: str) -> str:
-    sides = {"source": "target", "target": "source"}
-    stem, _, end = key.rpartition("_")
-    return f"{stem}_{sides[end]}" if end in sides else key
-
-
 def _timing(work: Workdir) -> dict:
     return read_json(work.timing) if work.timing.exists() else {}
 
@@ -340,11 +291,6 @@ def _lines(rows: list[dict]) -> tuple[Line, ...]:
         for kind, way in sorted(rungs, key=lambda rung: ladder_place(rung[0]))
         for aligned, shuffled in zip_longest(*rungs[kind, way])
     )
-
-
-def ladder_place(kind: str) -> int:
-    """Returns where a rung stands on the ladder (a sort key)."""
-    return LADDER.index(kind) if kind in LADDER else len(LADDER)
 
 
 def _curves(training: Path, what: str) -> list[Curves]:

@@ -6,12 +6,9 @@ import dataclasses
 import json
 from collections.abc import Iterable
 
-from crossdict_jax.report.results import BASELINES, Comparison, Line
+from crossdict_jax.report.results import Comparison, Line
+from crossdict_jax.results import BASELINES, BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
-# What a row of transfer.jsonl may say in its column "verdict".
-BEATS_TOKEN = "beats token"
-BEATS_MEAN = "beats mean, not token"
-NO_BETTER = "no better than the mean"
 # verdict -> (style, sign); the sign says it again for who cannot see the colour.
 VERDICTS = {
     BEATS_TOKEN: ("strong", "●"),
