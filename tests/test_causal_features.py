@@ -12,7 +12,7 @@ import tiny_run
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.splice import select_passages
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal import features as stage
+from crossdict_jax.causal import feature_transfer as stage
 from crossdict_jax.causal import inject, transfer_features
 from crossdict_jax.causal.directions import best_matches
 from crossdict_jax.causal.feature_transfer import positions_of

@@ -15,8 +15,8 @@ from crossdict_jax import models, stats
 from crossdict_jax.causal import effects, inject, scores
 from crossdict_jax.causal.conclude import conclude
 from crossdict_jax.causal.directions import mapped_directions
-from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.effects import Directions, Plan, choose_contexts, correlation
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
@@ -202,7 +202,7 @@ def test_norms_are_what_they_say(experiment):
     mean = found["feature"].strength.mean()  # decoder rows have norm 1, and so have the images
     assert found["residual"].units == (10, 20)
     assert found["feature"].units == pytest.approx((mean, 2 * mean))
-    assert found["direction"].units == pytest.approx((mean, mean), rel=1e-4)
+    assert found["mapped"].units == pytest.approx((mean, mean), rel=1e-4)
 
 
 # ---------------------------------------------------------------- vectors in the plain model

@@ -327,7 +327,9 @@ def test_g6_misses_images_of_the_wrong_feature(monkeypatch, tmp_path):
     short = {"contexts": 8, "random_directions": 16, "alphas": (0.1, 0.2, 0.4)}
     monkeypatch.setattr(g06_causal, "PLAN", dataclasses.replace(g06_causal.PLAN, **short))
     true = g06_causal.mapped_directions
-    monkeypatch.setattr(g06_causal, "mapped_directions", lambda *a, **k: np.roll(true(*a, **k), 2, axis=0))
+    monkeypatch.setattr(
+        g06_causal, "mapped_directions", lambda *a, **k: np.roll(true(*a, **k), 2, axis=0)
+    )
     missed = judge(g06_causal, tmp_path)
     assert any("linked features" in what for what in missed)
     assert any("lead over random" in what for what in missed)

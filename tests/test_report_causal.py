@@ -103,7 +103,9 @@ def test_the_figure_says_what_it_draws():
 
 def test_the_sentence_counts_and_admits():
     ((_, sentence),) = causal_features.answer(SUMMARY)
-    assert sentence.startswith("Put into neox, the ridge directions of 1 of 2 tested features of gpt")
+    assert sentence.startswith(
+        "Put into neox, the ridge directions of 1 of 2 tested features of gpt"
+    )
     assert sentence.endswith("the target’s best matching features: 0 of 2.")
     ((_, nothing),) = causal_features.answer([summary("ridge", 0)])
     assert nothing.startswith("Negative result: put into neox")

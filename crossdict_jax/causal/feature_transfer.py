@@ -11,20 +11,26 @@ import numpy as np
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.splice import Passages, select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.finished_run import TRAIN_ROWS
-from crossdict_jax.causal.directions import best_matches, feature_directions, mapped_directions, map_groups, strengths
-from crossdict_jax.causal.inject import Injector, Positions
-from crossdict_jax.causal.inputs import digest_of, digests
-from crossdict_jax.causal.progress import Progress
+from crossdict_jax.causal.directions import (
+    best_matches,
+    feature_directions,
+    map_groups,
+    mapped_directions,
+    strengths,
+)
 from crossdict_jax.causal.effects import (
     MATCH,
+    Directions,
     Experiment,
     Ground,
-    Directions,
     NothingToTest,
     Plan,
     transfer,
 )
+from crossdict_jax.causal.finished_run import TRAIN_ROWS
+from crossdict_jax.causal.inject import Injector, Positions
+from crossdict_jax.causal.inputs import digest_of, digests
+from crossdict_jax.causal.progress import Progress
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -339,7 +345,9 @@ class _Direction:
         seed = self._config.seed
         return {
             task.kind: Directions(
-                mapped_directions(maps.load(task.path(self._work)), source, self.features, strength, seed=seed)
+                mapped_directions(
+                    maps.load(task.path(self._work)), source, self.features, strength, seed=seed
+                )
             )
             for task in self._tasks
         }

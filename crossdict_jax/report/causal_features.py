@@ -63,7 +63,7 @@ def _group(summary: list[dict], rows: list[dict]) -> dict:
 
 
 def dose_figure(rows: list[dict]) -> Figure:
-    """Returns the dose curves of one kind of direction: every feature, their mean, and the controls' band."""
+    """Returns the dose curves of one map (or the match): features, their mean, the controls."""
     doses = [dose["alpha"] for dose in rows[0]["doses"]]
 
     def mean(key: str) -> list[float]:
@@ -154,16 +154,19 @@ def answer(summary: list[dict]) -> list[tuple[str, str]]:
         return []
     best = max(maps, key=lambda row: (row["share_transferring"], row["specific_random"] or 0))
     low, high = (percent(best[f"share_transferring_{end}"], 0) for end in ("low", "high"))
-    match = next((s for s in summary if s["direction"] == "match" and _place(s) == _place(best)), None)
+    match = next(
+        (s for s in summary if s["direction"] == "match" and _place(s) == _place(best)), None
+    )
     beside = f"; the target’s best matching features: {_hits(match)}" if match else ""
     head = "Put" if best["n_transferring"] else "Negative result: put"
     return [
         (
             "Feature by feature",
-            f"{head} into {best['target']}, the {best['direction']} directions of {_hits(best)} tested "
-            f"features of {best['source']} make the same text likelier, beyond random directions "
-            f"and other features’ directions ({percent(best['share_transferring'], 0)} [{low}, "
-            f"{high}]; {number(best['specific_random'], 2)} nats over random){beside}.",
+            f"{head} into {best['target']}, the {best['direction']} directions of {_hits(best)} "
+            f"tested features of {best['source']} make the same text likelier, beyond random "
+            "directions and other features’ directions "
+            f"({percent(best['share_transferring'], 0)} [{low}, {high}]; "
+            f"{number(best['specific_random'], 2)} nats over random){beside}.",
         )
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.causal.directions import mapped_directions
-from crossdict_jax.causal.effects import Experiment, Directions, Plan, transfer
+from crossdict_jax.causal.effects import Directions, Experiment, Plan, transfer
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps import Pairs, Problem, Side, rung
 from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown

@@ -9,8 +9,8 @@ import numpy as np
 
 from crossdict_jax import models
 from crossdict_jax.causal.directions import feature_directions, mapped_directions
+from crossdict_jax.causal.effects import MATCH, Directions, Experiment, Ground
 from crossdict_jax.causal.inject import Injector, Positions
-from crossdict_jax.causal.effects import MATCH, Experiment, Ground, Directions
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays

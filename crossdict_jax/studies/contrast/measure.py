@@ -16,12 +16,17 @@ import numpy as np
 
 from crossdict_jax import maps, stats
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import best_matches
+from crossdict_jax.causal.directions import (
+    best_matches,
+    feature_directions,
+    map_groups,
+    mapped_directions,
+    strengths,
+)
+from crossdict_jax.causal.effects import MATCH, correlation
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.directions import feature_directions, mapped_directions, map_groups, strengths
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
-from crossdict_jax.causal.effects import MATCH, correlation
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.errors import UserError

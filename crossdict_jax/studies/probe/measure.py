@@ -15,8 +15,8 @@ import numpy as np
 
 from crossdict_jax import maps, modules, stats
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.directions import map_groups
+from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
 from crossdict_jax.config import Config

@@ -13,8 +13,7 @@ import numpy as np
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import best_matches
-from crossdict_jax.causal.directions import feature_directions, mapped_directions
+from crossdict_jax.causal.directions import best_matches, feature_directions, mapped_directions
 from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config

@@ -11,10 +11,7 @@ from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.splice import passages_of
 from crossdict_jax.activations.store import Store
-from crossdict_jax.causal.feature_transfer import positions_of
-from crossdict_jax.causal.finished_run import TRAIN_ROWS
 from crossdict_jax.causal.directions import feature_directions, strengths
-from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.effects import (
     choose_contexts,
     dose_norms,
@@ -23,6 +20,9 @@ from crossdict_jax.causal.effects import (
     most_promoted,
     normalised,
 )
+from crossdict_jax.causal.feature_transfer import positions_of
+from crossdict_jax.causal.finished_run import TRAIN_ROWS
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
