@@ -12,9 +12,10 @@ import tiny_run
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.splice import select_passages
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal import features as stage
+from crossdict_jax.causal import feature_transfer as stage
 from crossdict_jax.causal import inject, transfer_features
-from crossdict_jax.causal.features import best_matches, places_of
+from crossdict_jax.causal.directions import best_matches
+from crossdict_jax.causal.feature_transfer import positions_of
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import slices
@@ -86,12 +87,12 @@ def test_a_row_for_every_feature_and_image(finished):
     images = ["ridge", "mlp", "match"]
     for source, target in (("a", "b"), ("b", "a")):
         here = [r for r in rows if (r["source"], r["target"]) == (source, target)]
-        assert [r["image"] for r in here] == [name for name in images for _ in range(2)]
+        assert [r["direction"] for r in here] == [name for name in images for _ in range(2)]
         assert len({r["feature"] for r in here}) == 2
         assert {(r["site_source"], r["site_target"]) for r in here} == {
             (str(tiny_run.SITE), str(tiny_run.SITE))
         }
-        assert [s["image"] for s in summary if s["source"] == source] == images
+        assert [s["direction"] for s in summary if s["source"] == source] == images
     assert all(s["n_features"] == 2 for s in summary)
     assert not work.result(stage.PROGRESS).exists()
 
@@ -115,7 +116,7 @@ def test_a_match_is_the_best_correlated_feature_and_its_own_image(finished):
             r = [np.corrcoef(own, column)[0, 1] if column.any() else 0 for column in f[1].T]
         assert row["match"] == np.argmax(r)
         assert row["match_r"] == pytest.approx(max(r), abs=1e-5)
-        if row["image"] == "match":
+        if row["direction"] == "match":
             assert row["match_cosine"] == pytest.approx(1)
 
 
@@ -137,7 +138,7 @@ def test_spans_lie_between_common_ends(finished):
     seen = 0
     for name in "ab":
         passages = select_passages(store, name, documents=4, seed=0)
-        places = places_of(store, name, passages)
+        places = positions_of(store, name, passages)
         position = store.rows.position[:, store.models.index(name)]
         for i, row in enumerate(passages.rows):
             window = store.rows.window == store.rows.window[row]
@@ -153,9 +154,9 @@ def test_spans_lie_between_common_ends(finished):
 def test_a_bos_moves_every_place(finished, monkeypatch):
     _, work = finished
     store = open_store(work.activations)
-    plain = places_of(store, "a", select_passages(store, "a", documents=2, seed=0))
+    plain = positions_of(store, "a", select_passages(store, "a", documents=2, seed=0))
     monkeypatch.setattr(type(store), "has_bos", lambda self, model: 7)
-    moved = places_of(store, "a", select_passages(store, "a", documents=2, seed=0))
+    moved = positions_of(store, "a", select_passages(store, "a", documents=2, seed=0))
     for name in ("first", "last", "end"):
         assert (getattr(moved, name) == getattr(plain, name) + 1).all()
 
@@ -263,7 +264,7 @@ def test_named_features_are_the_first_models(finished, again):
 def test_matched_features_come_from_the_file(finished, again, tmp_path):
     """Confirmed ones first, then by correlation; matches have no direction."""
     _, work = finished
-    live = [r["feature"] for r in read_jsonl(work.result(stage.ROWS)) if r["image"] == "ridge"]
+    live = [r["feature"] for r in read_jsonl(work.result(stage.ROWS)) if r["direction"] == "ridge"]
     (i, j), (k, m) = live[:2], live[2:]
     site = str(tiny_run.SITE)
     where = {"source": "a", "target": "b", "site_source": site, "site_target": site}
@@ -273,7 +274,7 @@ def test_matched_features_come_from_the_file(finished, again, tmp_path):
         again(choose="matched")
     rows = [where | dict(zip(keys, match)) for match in listed]
     write_jsonl(tmp_path / "run" / "results" / "matches.jsonl", rows)
-    found = [r for r in again(choose="matched") if r["image"] == "ridge"]
+    found = [r for r in again(choose="matched") if r["direction"] == "ridge"]
     assert [r["feature"] for r in found] == [j, i, m, k]
 
 
@@ -333,5 +334,5 @@ def test_the_maps_tested_are_the_runs(finished):
     m = maps.load(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
     d = dictionaries.load(work.dictionary("a", tiny_run.SITE))
     expected = (d.W_dec[...] / d.scale[...])[direction.features] @ m.W[...]
-    found = direction.experiment.images["ridge"].vectors
+    found = direction.experiment.mapped["ridge"].vectors
     np.testing.assert_allclose(found, expected, atol=1e-4)

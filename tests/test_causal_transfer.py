@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from crossdict_jax import models, stats
-from crossdict_jax.causal import inject, scores, transfer
+from crossdict_jax.causal import effects, inject, scores
 from crossdict_jax.causal.conclude import conclude
-from crossdict_jax.causal.images import images
-from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.transfer import Image, Plan, choose_contexts, correlation
+from crossdict_jax.causal.directions import mapped_directions
+from crossdict_jax.causal.effects import Directions, Plan, choose_contexts, correlation
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
@@ -36,10 +36,10 @@ def planted():
 def experiment(planted):
     """The true images, and two that cannot work: noise, and each feature another one's."""
     made = planted.experiment()
-    true = made.images["ridge"].vectors
+    true = made.mapped["ridge"].vectors
     noise = np.random.default_rng(3).normal(size=true.shape).astype(np.float32)
-    wrong = {"noise": Image(noise), "another": Image(np.roll(true, 1, axis=0))}
-    return dataclasses.replace(made, images=dict(made.images) | wrong)
+    wrong = {"noise": Directions(noise), "another": Directions(np.roll(true, 1, axis=0))}
+    return dataclasses.replace(made, mapped=dict(made.mapped) | wrong)
 
 
 PROGRAMS = (inject._changes, inject._continuations, inject._log_probs, inject._look_back)
@@ -48,13 +48,13 @@ PROGRAMS = (inject._changes, inject._continuations, inject._log_probs, inject._l
 @pytest.fixture(scope="module")
 def outcome(experiment):
     kept, before = {}, [program._cache_size() for program in PROGRAMS]
-    rows, summary = transfer.transfer(experiment, PLAN, keep=kept.__setitem__)
+    rows, summary = effects.transfer(experiment, PLAN, keep=kept.__setitem__)
     kept["programs"] = [p._cache_size() - n for p, n in zip(PROGRAMS, before)]
-    return rows, {s["image"]: s for s in summary}, kept
+    return rows, {s["direction"]: s for s in summary}, kept
 
 
 def of(rows, image):
-    return {row["feature"]: row for row in rows if row["image"] == image}
+    return {row["feature"]: row for row in rows if row["direction"] == image}
 
 
 # ---------------------------------------------------------------- planted truths
@@ -93,7 +93,7 @@ def test_removing_a_shared_cause_does_the_same_in_both_models(outcome):
 
 def test_the_image_of_an_affine_map_is_its_matrix(planted, experiment):
     expected = planted.dictionaries[0].W_dec[...] @ planted.map.W[...]
-    np.testing.assert_allclose(experiment.images["ridge"].vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(experiment.mapped["ridge"].vectors, expected, atol=1e-5)
 
 
 def test_a_rung_of_features_gives_what_it_adds(planted, experiment):
@@ -110,7 +110,7 @@ def test_a_rung_of_features_gives_what_it_adds(planted, experiment):
     places = experiment.source.places
     x = experiment.source.injector.clean(places)
     side = Side(x, np.zeros(len(x), np.int32), planted.dictionaries[0])
-    found = images(m, side, np.arange(FEATURES), experiment.strength, seed=1)
+    found = mapped_directions(m, side, np.arange(FEATURES), experiment.strength, seed=1)
     np.testing.assert_allclose(found, 2 * planted.dictionaries[1].W_dec[...], atol=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_an_interrupted_experiment_ends_the_same(experiment, outcome):
     rows, _, kept = outcome
     known = json.loads(json.dumps({i: kept[i] for i in range(1, FEATURES)}))
     again = []
-    rows_again, _ = transfer.transfer(
+    rows_again, _ = effects.transfer(
         experiment,
         PLAN,
         known={int(i): record for i, record in known.items()},
@@ -172,7 +172,7 @@ def test_places_that_are_edited(experiment, change, span, first):
         def ready(self, places, *, size, span):
             asked.append((places.first.tolist(), size, span))
 
-    places = Places(*np.array([[0, 3, 3, 4], [1, 7, 9, 10]]).T)
+    places = Positions(*np.array([[0, 3, 3, 4], [1, 7, 9, 10]]).T)
     ground = dataclasses.replace(experiment.source, injector=Recorder(), places=places)
     two = dataclasses.replace(
         experiment,
@@ -181,13 +181,13 @@ def test_places_that_are_edited(experiment, change, span, first):
         documents=np.array([0, 1]),
         strength=np.ones((2, FEATURES), np.float32),
     )
-    transfer._Test(two, dataclasses.replace(PLAN, **change), 0, 1.0, 1.0)
+    effects._Test(two, dataclasses.replace(PLAN, **change), 0, 1.0, 1.0)
     assert asked == [(first, PLAN.contexts, span)] * 2
 
 
 def test_how_many_of_everything(experiment):
     plan = dataclasses.replace(PLAN, contexts=5, random_directions=7, shuffled_features=4)
-    test = transfer._Test(experiment, plan, 2, 1.0, 1.0)
+    test = effects._Test(experiment, plan, 2, 1.0, 1.0)
     assert len(test.rows) == 5
     assert test._random().shape == (7, len(experiment.mean))
     assert len(set(test._others())) == 4 and 2 not in test._others()
@@ -196,13 +196,13 @@ def test_how_many_of_everything(experiment):
 def test_norms_are_what_they_say(experiment):
     """A dose of 1: the median norm, the feature's own share of it, or what the image brings."""
     found = {
-        norm: transfer._Test(experiment, dataclasses.replace(PLAN, norm=norm), 3, 10.0, 20.0)
-        for norm in transfer.NORMS
+        norm: effects._Test(experiment, dataclasses.replace(PLAN, norm=norm), 3, 10.0, 20.0)
+        for norm in effects.NORMS
     }
     mean = found["feature"].strength.mean()  # decoder rows have norm 1, and so have the images
     assert found["residual"].units == (10, 20)
     assert found["feature"].units == pytest.approx((mean, 2 * mean))
-    assert found["image"].units == pytest.approx((mean, mean), rel=1e-4)
+    assert found["mapped"].units == pytest.approx((mean, mean), rel=1e-4)
 
 
 # ---------------------------------------------------------------- vectors in the plain model
@@ -219,7 +219,7 @@ SHAPE = {
     "initializer_range": 0.3,
 }
 LENGTHS = (12, 7, 12, 3)
-PLACES = Places(
+PLACES = Positions(
     *np.array([[0, 4, 4, 7], [0, 8, 10, 11], [1, 1, 3, 3], [2, 2, 9, 10], [3, 1, 1, 2]]).T
 )
 
@@ -426,18 +426,18 @@ def test_a_real_vocabulary_with_bytes_is_translated_to_itself():
 )
 def test_plans_that_cannot_be(experiment, change, message):
     with pytest.raises(UserError, match=message):
-        transfer.transfer(experiment, dataclasses.replace(PLAN, **change))
+        effects.transfer(experiment, dataclasses.replace(PLAN, **change))
 
 
 def test_a_silent_feature_is_named(experiment):
     strength = experiment.strength.copy()
     strength[:, 0] = 0
     with pytest.raises(UserError, match="Feature 0 does not fire"):
-        transfer.transfer(dataclasses.replace(experiment, strength=strength), PLAN)
+        effects.transfer(dataclasses.replace(experiment, strength=strength), PLAN)
 
 
 def test_tokens_that_the_target_lacks(experiment):
     foreign = Translation(experiment.translation.pieces_a, tuple([b"?"] * 40))
     alone = dataclasses.replace(experiment, translation=foreign, tested=1)
     with pytest.raises(UserError, match="No token that the features promote"):
-        transfer.transfer(alone, PLAN)
+        effects.transfer(alone, PLAN)

@@ -11,8 +11,8 @@ import tiny_run
 
 from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.images import feature_directions
 from crossdict_jax.config import ContrastConfig, identity
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError

@@ -196,7 +196,7 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones(run,
     )
     (group,) = [
         g
-        for g in stage.rung_groups(config, store, layers="middle", rungs=("ridge",))
+        for g in stage.map_groups(config, store, layers="middle", rungs=("ridge",))
         if g[0].source == "a"
     ]
     direction = stage._Direction(texts, group)

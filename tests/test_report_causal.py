@@ -21,7 +21,7 @@ def bounded(**values):
     }
 
 
-def row(feature, image, *, transfers):
+def row(feature, direction, *, transfers):
     effect = 1.0 if transfers else 0.05
     doses = [
         {
@@ -41,7 +41,7 @@ def row(feature, image, *, transfers):
     ]
     return {
         **WHERE,
-        "image": image,
+        "direction": direction,
         "feature": feature,
         "match": 40 + feature,
         "match_r": 0.5,
@@ -57,10 +57,10 @@ def row(feature, image, *, transfers):
     }
 
 
-def summary(image, hits):
+def summary(direction, hits):
     return {
         **WHERE,
-        "image": image,
+        "direction": direction,
         "n_features": 2,
         "n_scored": 2,
         "n_transferring": hits,
@@ -103,7 +103,9 @@ def test_the_figure_says_what_it_draws():
 
 def test_the_sentence_counts_and_admits():
     ((_, sentence),) = causal_features.answer(SUMMARY)
-    assert sentence.startswith("Put into neox, the ridge images of 1 of 2 tested features of gpt")
+    assert sentence.startswith(
+        "Put into neox, the ridge directions of 1 of 2 tested features of gpt"
+    )
     assert sentence.endswith("the target’s best matching features: 0 of 2.")
     ((_, nothing),) = causal_features.answer([summary("ridge", 0)])
     assert nothing.startswith("Negative result: put into neox")

@@ -15,7 +15,7 @@ from crossdict_jax import dictionaries, maps, models, results, studies
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal.images import feature_directions
+from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.config import SteerConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.studies.steering import measure, prompts, search, source_feature

@@ -25,20 +25,20 @@ def conclude(
       records: what ``transfer`` finds about every tested feature.
     """
     rows, summary = [], []
-    for name in dict.fromkeys(name for record in records for name in record["images"]):
-        own = [_row(record, name) for record in records if name in record["images"]]
+    for name in dict.fromkeys(name for record in records for name in record["directions"]):
+        own = [_row(record, name) for record in records if name in record["directions"]]
         _judge(own, fdr)
         rows += [{k: v for k, v in row.items() if k not in NULLS} for row in own]
         summary.append(_summary(name, own, len(records), bootstrap, seed))
-    match = next((s for s in summary if s["image"] == "match"), None)
+    match = next((s for s in summary if s["direction"] == "match"), None)
     for one in summary:
         one["of_match"] = _share(one, match)
     return rows, summary
 
 
 def _row(record: dict, name: str) -> dict:
-    general = {key: value for key, value in record.items() if key != "images"}
-    return {"image": name} | general | record["images"][name]
+    general = {key: value for key, value in record.items() if key != "directions"}
+    return {"direction": name} | general | record["directions"][name]
 
 
 def _judge(rows: list[dict], fdr: float) -> None:
@@ -60,7 +60,7 @@ def _summary(name: str, rows: list[dict], tested: int, bootstrap: int, seed: int
     hits = sum(row["transfers"] for row in rows)
     low, high = wilson(hits, tested)
     out = {
-        "image": name,
+        "direction": name,
         "n_features": tested,
         "n_scored": len(rows),
         "n_transferring": hits,

@@ -9,13 +9,14 @@ import numpy as np
 
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.store import Store
-from crossdict_jax.causal.features import TRAIN_ROWS
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Side
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.workdir import Workdir
+
+TRAIN_ROWS = 20_000  # at most, for mapped directions and matches
 
 
 class FinishedRun:

@@ -23,7 +23,7 @@ from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
 AT_ONCE = 16  # vectors whose edited predictions lie in memory together
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Where texts are edited; all int [n].
 
     Attributes:
@@ -38,8 +38,8 @@ class Places(NamedTuple):
     last: np.ndarray
     end: np.ndarray
 
-    def take(self, rows: np.ndarray) -> Places:
-        return Places(*(column[rows] for column in self))
+    def take(self, rows: np.ndarray) -> Positions:
+        return Positions(*(column[rows] for column in self))
 
 
 class _Chunk(NamedTuple):
@@ -100,13 +100,13 @@ class Injector:
             parts.append(np.asarray(read_site(*self._how, self._params, self._put(tokens))))
         return np.concatenate(parts)[: len(self.tokens)]
 
-    def clean(self, places: Places) -> np.ndarray:
+    def clean(self, places: Positions) -> np.ndarray:
         """Returns the activations at the last edited tokens, float32 [n, d_model]."""
         return self.x[places.text, places.last]
 
     def ready(
         self,
-        places: Places,
+        places: Positions,
         *,
         size: int,
         span: int,

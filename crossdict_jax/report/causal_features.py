@@ -10,7 +10,7 @@ from crossdict_jax.report.tables import Cell, Column, Table, flat_table, interva
 
 MOST_TOKENS = 5  # of those that a feature promotes, printed in a row
 SUMMARY = (
-    Column("image", numeric=False),
+    Column("direction", numeric=False),
     Column("features"),
     Column("transfer"),
     Column("effect, nats"),
@@ -47,23 +47,23 @@ def _place(row: dict) -> tuple:
 def _group(summary: list[dict], rows: list[dict]) -> dict:
     first = summary[0]
     here = [row for row in rows if _place(row) == _place(first)]
-    images = [[r for r in here if r["image"] == s["image"]] for s in summary]
+    of_directions = [[r for r in here if r["direction"] == s["direction"]] for s in summary]
     return {
         "title": f"{first['source']} → {first['target']}, "
         f"{site_words(first['site_source'], first['site_target'])}",
-        "figures": [dose_figure(own) for own in images if own],
+        "figures": [dose_figure(own) for own in of_directions if own],
         "summary": _summary_table(summary),
-        "tables": [_feature_table(own) for own in images if own],
+        "tables": [_feature_table(own) for own in of_directions if own],
         "raw": flat_table(
             [{k: v for k, v in row.items() if k != "doses"} for row in here],
             "Every column of feature_causal.jsonl but the dose curves",
-            ("image", "feature"),
+            ("direction", "feature"),
         ),
     }
 
 
 def dose_figure(rows: list[dict]) -> Figure:
-    """Returns the dose curves of one image: every feature, their mean, and the controls' band."""
+    """Returns the dose curves of one map (or the match): features, their mean, the controls."""
     doses = [dose["alpha"] for dose in rows[0]["doses"]]
 
     def mean(key: str) -> list[float]:
@@ -78,15 +78,15 @@ def dose_figure(rows: list[dict]) -> Figure:
             curve = [dose["effect"] for dose in row["doses"]]
             colour = STRONG if row["transfers"] else MUTED
             axes.plot(doses, curve, color=colour, linewidth=0.5, alpha=0.6)
-        axes.plot(doses, mean("effect"), color=INK, marker="o", markersize=3, label="image")
-        axes.set_title(rows[0]["image"])
+        axes.plot(doses, mean("effect"), color=INK, marker="o", markersize=3, label="direction")
+        axes.set_title(rows[0]["direction"])
         open_axes(axes, "dose (alpha)", "change of log p, nats")
         axes.legend(loc="upper left")
 
-    name = f"doses {' '.join(_place(rows[0]))} {rows[0]['image']}"
+    name = f"doses {' '.join(_place(rows[0]))} {rows[0]['direction']}"
     ends = ", ".join(f"{number(x, 2)}: {number(y, 2)}" for x, y in zip(doses, mean("effect")))
     words = (
-        f"Mean change of the log-probability of promoted tokens by dose, {rows[0]['image']}, "
+        f"Mean change of the log-probability of promoted tokens by dose, {rows[0]['direction']}, "
         f"{rows[0]['source']} to {rows[0]['target']}: {ends}; random directions at the largest "
         f"dose {number(mean('random')[-1], 2)}."
     )
@@ -103,7 +103,7 @@ def _over(row: dict) -> list[Cell]:
     style = "strong" if row["n_transferring"] else "none"
     removal = number(row["ablation_r_shuffled"])
     return [
-        Cell(row["image"]),
+        Cell(row["direction"]),
         Cell(number(row["n_features"])),
         Cell(percent(row["share_transferring"], 0), note=share, style=style),
         _scored(row, "effect"),
@@ -118,7 +118,7 @@ def _over(row: dict) -> list[Cell]:
 
 def _feature_table(rows: list[dict]) -> Table:
     ordered = sorted(rows, key=lambda row: (row["q"], -row["specific_random"]))
-    caption = f"Single features, by {rows[0]['image']}"
+    caption = f"Single features, by {rows[0]['direction']}"
     return Table(caption, list(FEATURES), [_feature(row) for row in ordered])
 
 
@@ -149,21 +149,24 @@ def _scored(row: dict, key: str) -> Cell:
 
 def answer(summary: list[dict]) -> list[tuple[str, str]]:
     """Returns the sentence about single features, with its heading; none without a test."""
-    maps = [row for row in summary if row["image"] != "match"]
+    maps = [row for row in summary if row["direction"] != "match"]
     if not maps:
         return []
     best = max(maps, key=lambda row: (row["share_transferring"], row["specific_random"] or 0))
     low, high = (percent(best[f"share_transferring_{end}"], 0) for end in ("low", "high"))
-    match = next((s for s in summary if s["image"] == "match" and _place(s) == _place(best)), None)
+    match = next(
+        (s for s in summary if s["direction"] == "match" and _place(s) == _place(best)), None
+    )
     beside = f"; the target’s best matching features: {_hits(match)}" if match else ""
     head = "Put" if best["n_transferring"] else "Negative result: put"
     return [
         (
             "Feature by feature",
-            f"{head} into {best['target']}, the {best['image']} images of {_hits(best)} tested "
-            f"features of {best['source']} make the same text likelier, beyond random directions "
-            f"and other features’ images ({percent(best['share_transferring'], 0)} [{low}, "
-            f"{high}]; {number(best['specific_random'], 2)} nats over random){beside}.",
+            f"{head} into {best['target']}, the {best['direction']} directions of {_hits(best)} "
+            f"tested features of {best['source']} make the same text likelier, beyond random "
+            "directions and other features’ directions "
+            f"({percent(best['share_transferring'], 0)} [{low}, {high}]; "
+            f"{number(best['specific_random'], 2)} nats over random){beside}.",
         )
     ]
 

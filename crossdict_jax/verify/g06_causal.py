@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.causal.images import images
-from crossdict_jax.causal.transfer import Experiment, Image, Plan, transfer
+from crossdict_jax.causal.directions import mapped_directions
+from crossdict_jax.causal.effects import Directions, Experiment, Plan, transfer
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps import Pairs, Problem, Side, rung
 from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown
@@ -25,10 +25,10 @@ def gate(*, seed: int, directory: Path) -> Gate:
     planted = plant(texts=TEXTS, seed=seed)
     experiment = _with_images(planted, seed, directory)
     rows, summary = transfer(experiment, dataclasses.replace(PLAN, seed=seed))
-    of = {one["image"]: one for one in summary}
+    of = {one["direction"]: one for one in summary}
     hits = {
-        name: [row["feature"] for row in rows if row["image"] == name and row["transfers"]]
-        for name in experiment.images
+        name: [row["feature"] for row in rows if row["direction"] == name and row["transfers"]]
+        for name in experiment.mapped
     }
     found = sum(feature < LINKED for feature in hits[RUNG])
     return Gate(
@@ -67,14 +67,14 @@ def _with_images(planted: Planted, seed: int, directory: Path) -> Experiment:
     side = _side(planted, experiment, 0)
     fitted = _fitted(planted, experiment, directory)
     features = np.arange(FEATURES)
-    found = images(fitted, side, features, experiment.strength, seed=seed)
+    found = mapped_directions(fitted, side, features, experiment.strength, seed=seed)
     rng = np.random.Generator(np.random.Philox(key=seed))
     made = {
-        RUNG: Image(found),
-        "random": Image(rng.standard_normal(found.shape, np.float32)),
-        "shuffled": Image(np.roll(found, 1, axis=0)),
+        RUNG: Directions(found),
+        "random": Directions(rng.standard_normal(found.shape, np.float32)),
+        "shuffled": Directions(np.roll(found, 1, axis=0)),
     }
-    return dataclasses.replace(experiment, images=made)
+    return dataclasses.replace(experiment, mapped=made)
 
 
 def _fitted(planted: Planted, experiment: Experiment, directory: Path):

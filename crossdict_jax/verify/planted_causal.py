@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.causal.images import feature_directions, images
-from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.transfer import MATCH, Experiment, Ground, Image
+from crossdict_jax.causal.directions import feature_directions, mapped_directions
+from crossdict_jax.causal.effects import MATCH, Directions, Experiment, Ground
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
@@ -91,20 +91,20 @@ class Planted:
             tested=tested,
             strength=f_a,
             directions=feature_directions(self.dictionaries[0], features),
-            images={
-                "ridge": Image(images(self.map, side, features, f_a, seed=0)),
-                MATCH: Image(feature_directions(self.dictionaries[1], features), f_b),
+            mapped={
+                "ridge": Directions(mapped_directions(self.map, side, features, f_a, seed=0)),
+                MATCH: Directions(feature_directions(self.dictionaries[1], features), f_b),
             },
             mean=x_b.mean(0),
             translation=self.translation,
         )
 
 
-def _every_place(texts: np.ndarray) -> Places:
+def _every_place(texts: np.ndarray) -> Positions:
     n, seq = texts.shape
     text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
     last = position + 1  # the first position is never paired
-    return Places(text, last, last, np.minimum(last + 1, seq - 1))
+    return Positions(text, last, last, np.minimum(last + 1, seq - 1))
 
 
 def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:

@@ -16,12 +16,17 @@ import numpy as np
 
 from crossdict_jax import maps, results, stats
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.features import best_matches
+from crossdict_jax.causal.directions import (
+    best_matches,
+    feature_directions,
+    map_groups,
+    mapped_directions,
+    strengths,
+)
+from crossdict_jax.causal.effects import MATCH, correlation
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
-from crossdict_jax.causal.transfer import MATCH, correlation
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.errors import UserError
@@ -74,8 +79,8 @@ def measure_contrast(config: Config, work: Workdir) -> None:
     sets = read_sets(config.contrast.source)
     store = open_store(work.activations)
     asked = dataclasses.replace(config.contrast, source=())
-    groups = rung_groups(config, store, layers=asked.layers, rungs=asked.rungs)
-    everywhere = rung_groups(config, store, layers="all", rungs=asked.rungs)
+    groups = map_groups(config, store, layers=asked.layers, rungs=asked.rungs)
+    everywhere = map_groups(config, store, layers="all", rungs=asked.rungs)
     inputs = digests(config, work, store, [task for _, *rungs in everywhere for task in rungs])
     inputs["contrast"] = digest_of([dataclasses.asdict(asked), *map(dataclasses.asdict, sets)])
     stamp = work.result(STAMP)
@@ -408,7 +413,7 @@ class _Study:
         cuts = {}
         for task in rungs:
             m = maps.load(task.path(run.work))
-            found = images(m, side, features, fired, seed=run.config.seed)
+            found = mapped_directions(m, side, features, fired, seed=run.config.seed)
             cuts[task.kind] = Cut(strength, found, n)
         matches, _ = best_matches(run.codes(*b), fired)
         own = list(dict.fromkeys(matches[:n].tolist()))  # two features may have one match

@@ -15,8 +15,8 @@ import numpy as np
 
 from crossdict_jax import maps, modules, results, stats
 from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.images import rung_groups
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
 from crossdict_jax.config import Config
@@ -70,7 +70,7 @@ def measure_probes(config: Config, work: Workdir) -> None:
     asked = config.probe
     texts = read_labelled(asked.source, text=asked.text, label=asked.label)
     store = open_store(work.activations)
-    groups = rung_groups(config, store, layers=asked.layers, rungs=asked.rungs, of_tokens=True)
+    groups = map_groups(config, store, layers=asked.layers, rungs=asked.rungs, of_tokens=True)
     inputs = digests(config, work, store, [task for _, *rungs in groups for task in rungs])
     question = dataclasses.asdict(dataclasses.replace(asked, source=""))
     inputs["probe"] = digest_of([question, texts.texts, texts.labels.tolist(), texts.classes])

@@ -13,9 +13,8 @@ import numpy as np
 
 from crossdict_jax import dictionaries, maps, models, results
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.features import best_matches
-from crossdict_jax.causal.images import feature_directions, images
-from crossdict_jax.causal.transfer import MATCH, dose_norms, normalised
+from crossdict_jax.causal.directions import best_matches, feature_directions, mapped_directions
+from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
@@ -212,7 +211,7 @@ class _Study:
         x = source.read(source.train)
         tokens = source.store.tokens(source.task.source, source.train)
         side, one = Side(x, tokens, source.dictionary), np.array([self.feature.id])
-        return images(m, side, one, strength, seed=self.config.seed)[0]
+        return mapped_directions(m, side, one, strength, seed=self.config.seed)[0]
 
     def _random(self) -> np.ndarray:
         """A direction for every text, [n, d_model]."""
@@ -260,7 +259,7 @@ class _Study:
             (self.feature.median_norm, self.target.median_norm(self.source.test)),
             strength=float(self.feature.strength[self.feature.strength > 0].mean()),
             direction=self.feature.direction,
-            image=self.image,
+            mapped=self.image,
         )
         shape = (self.n, self.target.dictionary.d_model)
         vectors = [

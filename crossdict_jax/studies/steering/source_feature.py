@@ -11,10 +11,8 @@ from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.splice import passages_of
 from crossdict_jax.activations.store import Store
-from crossdict_jax.causal.features import TRAIN_ROWS, places_of
-from crossdict_jax.causal.images import feature_directions, strengths
-from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.transfer import (
+from crossdict_jax.causal.directions import feature_directions, strengths
+from crossdict_jax.causal.effects import (
     choose_contexts,
     dose_norms,
     mean_change,
@@ -22,6 +20,9 @@ from crossdict_jax.causal.transfer import (
     most_promoted,
     normalised,
 )
+from crossdict_jax.causal.feature_transfer import positions_of
+from crossdict_jax.causal.finished_run import TRAIN_ROWS
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -209,13 +210,13 @@ class Source:
             (median, median),
             strength=float(strength[rows].mean()),
             direction=direction,
-            image=direction,
+            mapped=direction,
         )
         ready = injector.ready(places, size=settings.contexts, span=1)
         dose = own * _middle(self.config.steer.alphas) * normalised(direction)
         return mean_change(injector, ready, dose), median
 
-    def _reader(self, rows: np.ndarray) -> tuple[Injector, Places]:
+    def _reader(self, rows: np.ndarray) -> tuple[Injector, Positions]:
         """The model on the windows of some rows of the store, ascending, and where these are."""
         passages = passages_of(self.store, self.task.source, rows)
         injector = Injector(
@@ -225,7 +226,7 @@ class Source:
             batch_size=self.config.intervention.batch_size,
             dtype=self.config.extract.matmul_dtype,
         )
-        return injector, places_of(self.store, self.task.source, passages)
+        return injector, positions_of(self.store, self.task.source, passages)
 
 
 def _middle(alphas: Sequence[float]) -> float:

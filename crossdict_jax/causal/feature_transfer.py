@@ -11,19 +11,26 @@ import numpy as np
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.splice import Passages, select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
-from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.inputs import digest_of, digests
-from crossdict_jax.causal.progress import Progress
-from crossdict_jax.causal.transfer import (
+from crossdict_jax.causal.directions import (
+    best_matches,
+    feature_directions,
+    map_groups,
+    mapped_directions,
+    strengths,
+)
+from crossdict_jax.causal.effects import (
     MATCH,
+    Directions,
     Experiment,
     Ground,
-    Image,
     NothingToTest,
     Plan,
     transfer,
 )
+from crossdict_jax.causal.finished_run import TRAIN_ROWS
+from crossdict_jax.causal.inject import Injector, Positions
+from crossdict_jax.causal.inputs import digest_of, digests
+from crossdict_jax.causal.progress import Progress
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -39,7 +46,6 @@ STAMP = "feature_causal.inputs.json"
 PROGRESS = "feature_causal.progress.jsonl"
 LEAST_FIRINGS = 4  # places of the text that is read, for a feature to be drawn
 LEAST_DOCUMENTS = 2  # that hold them: fewer give no interval
-TRAIN_ROWS = 20_000  # training rows at most, for images and matches
 
 
 def transfer_features(config: Config, work: Workdir) -> None:
@@ -83,7 +89,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
 
 def _groups(config: Config, store: Store) -> list[list[Task]]:
     settings = config.intervention
-    groups = rung_groups(config, store, layers=settings.layers, rungs=settings.rungs)
+    groups = map_groups(config, store, layers=settings.layers, rungs=settings.rungs)
     if settings.feature_ids:  # they are the first model's own
         groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
     return groups
@@ -169,12 +175,12 @@ class _Texts:
                 batch_size=self._config.intervention.batch_size,
                 dtype=self._config.extract.matmul_dtype,
             )
-            places = places_of(self._store, self._name, self.passages)
+            places = positions_of(self._store, self._name, self.passages)
             self._grounds[site] = Ground(injector, places)
         return self._grounds[site]
 
 
-def places_of(store: Store, model: str, passages: Passages) -> Places:
+def positions_of(store: Store, model: str, passages: Passages) -> Positions:
     """Returns the paired places of passages: spans reach back to the common end before.
 
     Continuations reach to the common end behind; a window's last place has none.
@@ -185,7 +191,7 @@ def places_of(store: Store, model: str, passages: Passages) -> Places:
     behind[:-1][same] = position[1:][same]
     front = passages.position - position[passages.rows]  # 1 where there is a BOS
     first = whole_spans(store, model, passages).first
-    return Places(passages.window, first, passages.position, behind[passages.rows] + front)
+    return Positions(passages.window, first, passages.position, behind[passages.rows] + front)
 
 
 class _Direction:
@@ -322,7 +328,7 @@ class _Direction:
             tested=self.tested,
             strength=self._columns(self._read(0, passages.rows)),
             directions=feature_directions(self._dictionaries[0], self.features),
-            images={
+            mapped={
                 **self._images(Side(x, tokens, self._dictionaries[0]), strength),
                 MATCH: self._match_image(strength),
             },
@@ -335,20 +341,22 @@ class _Direction:
         features = self.features if features is None else features
         return strengths(self._dictionaries[side], x, features)
 
-    def _images(self, source: Side, strength: np.ndarray) -> dict[str, Image]:
+    def _images(self, source: Side, strength: np.ndarray) -> dict[str, Directions]:
         seed = self._config.seed
         return {
-            task.kind: Image(
-                images(maps.load(task.path(self._work)), source, self.features, strength, seed=seed)
+            task.kind: Directions(
+                mapped_directions(
+                    maps.load(task.path(self._work)), source, self.features, strength, seed=seed
+                )
             )
             for task in self._tasks
         }
 
-    def _match_image(self, strength: np.ndarray) -> Image:
+    def _match_image(self, strength: np.ndarray) -> Directions:
         matches, self._match_r = best_matches(self._target_codes(), strength)
         self._matches = matches
         rows = self._target.passages.rows
-        return Image(
+        return Directions(
             vectors=feature_directions(self._dictionaries[1], matches),
             strength=self._columns(self._read(1, rows), 1, matches),
         )
@@ -361,8 +369,8 @@ class _Direction:
         """Which feature of B is the match of a row's, and how near the image is to it."""
         at = int(np.flatnonzero(self.features == row["feature"])[0])
         image, match = (
-            self.experiment.images[name].vectors[at].astype(np.float64)
-            for name in (row["image"], MATCH)
+            self.experiment.mapped[name].vectors[at].astype(np.float64)
+            for name in (row["direction"], MATCH)
         )
         norms = np.linalg.norm(image) * np.linalg.norm(match)
         return {
@@ -370,29 +378,6 @@ class _Direction:
             "match_r": float(self._match_r[at]),
             "match_cosine": float(image @ match / norms) if norms else None,
         }
-
-
-def best_matches(codes: Iterator[np.ndarray], strength: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns (B's feature that correlates best with each of A's, the correlation), [features].
-
-    Args:
-      codes: B's features in blocks of rows [m, width_b].
-      strength: A's features on all the rows, [n, features].
-    """
-    n, at = len(strength), 0
-    strength = strength.astype(np.float64)
-    own = strength - strength.mean(0, keepdims=True)
-    cross, total, square = 0.0, 0.0, 0.0
-    for f in codes:
-        f = f.astype(np.float64)
-        cross = cross + own[at : at + len(f)].T @ f  # [features, width_b]
-        total, square = total + f.sum(0), square + np.square(f).sum(0)
-        at += len(f)
-    variance = np.maximum(square / n - np.square(total / n), 0)
-    spread = np.sqrt(variance[None, :] * own.var(0)[:, None])
-    r = np.divide(cross / n, spread, out=np.zeros_like(cross), where=spread > 1e-12)
-    best = r.argmax(1)
-    return best, r[np.arange(len(r)), best]
 
 
 def _read_matches(work: Workdir) -> list[dict]:

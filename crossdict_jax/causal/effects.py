@@ -16,7 +16,7 @@ import numpy as np
 from crossdict_jax import stats
 from crossdict_jax.causal import scores
 from crossdict_jax.causal.conclude import conclude
-from crossdict_jax.causal.inject import Injector, Places
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.errors import UserError
 from crossdict_jax.stats import Estimate, Resamples, columns
@@ -25,7 +25,7 @@ MATCH = "match"  # the image that is B's own feature which correlates best with 
 LONGEST_SPAN = 8  # tokens between two neighbouring common ends that are edited or scored
 ABLATED_CONTROLS = 4  # other features' images taken out of B for every image
 LEAST_OTHERS = 3  # features whose images an image is compared with
-NORMS = ("residual", "feature", "image")
+NORMS = ("residual", "feature", "mapped", "image")
 
 
 class NothingToTest(UserError):
@@ -76,14 +76,14 @@ class Ground:
     """One model's half of paired places: row i of A's and of B's is one place of the text."""
 
     injector: Injector
-    places: Places
+    places: Positions
 
     def median_norm(self) -> float:
         return median_norm(self.injector, self.places)
 
 
 @dataclass(frozen=True)
-class Image:
+class Directions:
     """What some rung (or the match) makes of A's features, in B.
 
     Attributes:
@@ -105,7 +105,7 @@ class Experiment:
       tested: how many of them are tested.
       strength: float32 [n, features], A's activations: 0 where a feature does not fire.
       directions: float32 [features, d_a], what a feature adds to A per unit of activation.
-      images: by the name of the rung.
+      mapped: by the name of the rung.
       mean: float32 [d_b], the mean activation of B.
     """
 
@@ -116,7 +116,7 @@ class Experiment:
     tested: int
     strength: np.ndarray
     directions: np.ndarray
-    images: Mapping[str, Image]
+    mapped: Mapping[str, Directions]
     mean: np.ndarray
     translation: Translation
 
@@ -150,7 +150,7 @@ def transfer(
         else:
             record = known[feature]
         records.append(record)
-    if not any(record["images"] for record in records):
+    if not any(record["directions"] for record in records):
         raise NothingToTest(
             "No token that the features promote in the source exists in the target's vocabulary; "
             "raise intervention.promoted or test other features."
@@ -190,7 +190,7 @@ def choose_contexts(
     return np.sort(rows[np.argsort(rounds, kind="stable")[:count]])
 
 
-def median_norm(injector: Injector, places: Places) -> float:
+def median_norm(injector: Injector, places: Positions) -> float:
     """Returns the median norm of the activations at the last edited tokens of places."""
     return float(np.median(np.linalg.norm(injector.clean(places), axis=1)))
 
@@ -201,7 +201,7 @@ def dose_norms(
     *,
     strength: float,
     direction: np.ndarray,
-    image: np.ndarray,
+    mapped: np.ndarray,
 ) -> tuple[float, float]:
     """Returns the norms of what a dose of 1 adds to A and to B.
 
@@ -218,7 +218,7 @@ def dose_norms(
         return medians
     if norm == "feature":
         return own, own / medians[0] * medians[1]
-    return own, float(strength * np.linalg.norm(image))
+    return own, float(strength * np.linalg.norm(mapped))
 
 
 def mean_change(injector: Injector, ready, vector: np.ndarray) -> np.ndarray:
@@ -265,7 +265,7 @@ class _Test:
             (norm_a, norm_b),
             strength=float(self.strength.mean()),
             direction=self.e.directions[self.i],
-            image=next(iter(self.e.images.values())).vectors[self.i],
+            mapped=next(iter(self.e.mapped.values())).vectors[self.i],
         )
 
     def _ready(self, ground: Ground):
@@ -290,11 +290,11 @@ class _Test:
             "promoted_target": [text("b", t) for t in mapped],
             "promoted_dropped": sum(self._in_target(t) is None for t in promoted),
             "effect_source": effect_source,
-            "images": self._effects(mapped) if mapped else {},
+            "directions": self._effects(mapped) if mapped else {},
         }
         for name, ablation in self._ablations().items():
-            if name in record["images"]:
-                record["images"][name] |= ablation
+            if name in record["directions"]:
+                record["directions"][name] |= ablation
         return _plain(record)
 
     def _promoted(self) -> tuple[dict[int, float], list[float]]:
@@ -326,7 +326,7 @@ class _Test:
         """What every image, and every control, does to the mapped tokens at every dose."""
         e, plan = self.e, self.plan
         parts = {("random",): self._random(), ("mean",): e.mean[None]}
-        for name, image in e.images.items():
+        for name, image in e.mapped.items():
             parts[name, "image"] = image.vectors[self.i][None]
             parts[name, "shuffled"] = image.vectors[self._others()]
         unit = normalised(np.concatenate([np.atleast_2d(p) for p in parts.values()]))
@@ -346,7 +346,7 @@ class _Test:
                 controls={"random": where[("random",)], "shuffled": where[name, "shuffled"]},
                 mean=where[("mean",)].start,
             )
-            for name in e.images
+            for name in e.mapped
         }
 
     def _random(self) -> np.ndarray:
@@ -410,7 +410,7 @@ class _Test:
         )[0].astype(np.float64)
         others = self._others()[:ABLATED_CONTROLS]
         vectors, strength = [], []
-        for image in e.images.values():
+        for image in e.mapped.values():
             by = self.strength if image.strength is None else image.strength[self.rows, self.i]
             vector = image.vectors[self.i]
             shuffled = np.linalg.norm(vector) * normalised(image.vectors[others])
@@ -419,11 +419,11 @@ class _Test:
         changes = e.target.injector.continuations(
             ready[1], np.concatenate(vectors), np.concatenate(strength)
         ).astype(np.float64)
-        each = np.split(changes, len(e.images))
+        each = np.split(changes, len(e.mapped))
         # Only where the text goes on in both models is there a continuation to be scored.
         on = np.all([g.places.end[self.rows] > g.places.last[self.rows] for g in grounds], axis=0)
         draws = replace(self.draws, index=self.draws.index[on])
-        return {name: _agreement(draws, own[on], c[:, on]) for name, c in zip(e.images, each)}
+        return {name: _agreement(draws, own[on], c[:, on]) for name, c in zip(e.mapped, each)}
 
 
 def _agreement(draws: Resamples, own: np.ndarray, changes: np.ndarray) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -19,7 +20,7 @@ ROWS_EACH = 32  # at which a feature fires, that its image is the mean over
 BLOCK = 1024  # rows per forward
 
 
-def rung_groups(
+def map_groups(
     config: Config, store: Store, *, layers: str, rungs: tuple[str, ...], of_tokens: bool = False
 ) -> list[list[Task]]:
     """Returns groups of tasks: some task of a direction and layer pair, then maps that give images.
@@ -57,7 +58,7 @@ def strengths(dictionary: Dictionary, x: np.ndarray, features: np.ndarray) -> np
     return np.concatenate([np.zeros((0, len(features)), np.float32), *parts])
 
 
-def images(
+def mapped_directions(
     m: Map, source: Side, features: np.ndarray, strength: np.ndarray, *, seed: int
 ) -> np.ndarray:
     """Returns the images float32 [features, d_b] per unit of activation.
@@ -95,6 +96,29 @@ def images(
 def _some_rows(strength: np.ndarray, seed: int) -> np.ndarray:
     rows = np.flatnonzero(strength > 0)
     return np.random.Generator(np.random.Philox(key=seed)).permutation(rows)[:ROWS_EACH]
+
+
+def best_matches(codes: Iterator[np.ndarray], strength: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns (B's feature that correlates best with each of A's, the correlation), [features].
+
+    Args:
+      codes: B's features in blocks of rows [m, width_b].
+      strength: A's features on all the rows, [n, features].
+    """
+    n, at = len(strength), 0
+    strength = strength.astype(np.float64)
+    own = strength - strength.mean(0, keepdims=True)
+    cross, total, square = 0.0, 0.0, 0.0
+    for f in codes:
+        f = f.astype(np.float64)
+        cross = cross + own[at : at + len(f)].T @ f  # [features, width_b]
+        total, square = total + f.sum(0), square + np.square(f).sum(0)
+        at += len(f)
+    variance = np.maximum(square / n - np.square(total / n), 0)
+    spread = np.sqrt(variance[None, :] * own.var(0)[:, None])
+    r = np.divide(cross / n, spread, out=np.zeros_like(cross), where=spread > 1e-12)
+    best = r.argmax(1)
+    return best, r[np.arange(len(r)), best]
 
 
 @partial(jax.jit, static_argnums=0)
