@@ -171,9 +171,9 @@ TURNED = {
         "evaluation.bootstrap": Turn(11, resampled),
         "evaluation.batch_size": Turn(16, batches),
         "contrast.layers": Turn("all", preferences, given(layers=(1, 2))),
-        "contrast.rungs": Turn(("ridge",), preferences),
+        "contrast.maps": Turn(("ridge",), preferences),
         "probe.layers": Turn("all", probed, given(layers=(1, 2))),
-        "probe.rungs": Turn(("ridge",), probed),
+        "probe.maps": Turn(("ridge",), probed),
         "steer.documents": Turn(2, beginnings),
         "steer.prompt_tokens": Turn(5, beginnings),
     },
@@ -263,7 +263,7 @@ ELSEWHERE = {
         "test_contrast.test_batches_and_devices_change_nothing": "contrast.batch_size",
         "test_steering.test_mistakes_are_told_in_one_line": "steer.source steer.target "
         "steer.layer_pair",
-        "test_steering.test_every_edit_has_its_texts_and_rates": "steer.feature steer.image "
+        "test_steering.test_every_edit_has_its_texts_and_rates": "steer.feature steer.map "
         "steer.alphas steer.samples steer.tokens steer.promoted",
         "test_generation.test_a_text_depends_on_its_own_row_alone": "steer.batch_size",
         "test_steering.test_the_image_of_the_map_is_put_in_at_the_asked_norm": "steer.norm "
