@@ -34,6 +34,7 @@ MAP_ORDER = (
     "hypernetwork",
     "crosscoder",
 )
+LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
 
 
 @dataclass(frozen=True)
