@@ -125,6 +125,16 @@ class Reader:
         program = partial(_preference, self._graphdef, self._dtype, self._params)
         return self._over_batches(program, self.tokens, self.scored).astype(np.float64)
 
+    def unigram_preference(self, counts: np.ndarray) -> np.ndarray:
+        """Returns log p(good) - log p(bad), float64 [pairs], by how often tokens occur alone.
+
+        Args:
+          counts: [vocabulary], of each token in other text; one is added to each.
+        """
+        log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
+        sums = np.sum(log_p[self.tokens] * self.scored, axis=1)
+        return sums[::2] - sums[1::2]
+
     def ablated(self, site: Site, strength: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """Returns the preference without features, float64 [draws, pairs].
 
@@ -133,7 +143,7 @@ class Reader:
           vectors: [draws, features, d_model]: every draw's directions, taken out together, each
             times its strength.
         """
-        count, n, rest = *vectors.shape[:2], -vectors.shape[1] % AT_ONCE
+        count, rest = len(vectors), -vectors.shape[1] % AT_ONCE
         vectors = np.pad(vectors.astype(np.float32), ((0, -count % AT_ONCE), (0, rest), (0, 0)))
         strength = np.pad(strength, ((0, 0), (0, 0), (0, rest)))
         arrays = self.tokens, self.scored, self.activations(site), strength
@@ -144,9 +154,7 @@ class Reader:
             parts.append(self._over_batches(program, *arrays))
         return np.concatenate(parts, axis=1)[:, :count].T.astype(np.float64)
 
-    def attribution(
-        self, site: Site, dictionary: Dictionary, *, steps: int = STEPS
-    ) -> np.ndarray:
+    def attribution(self, site: Site, dictionary: Dictionary, *, steps: int = STEPS) -> np.ndarray:
         """Returns what each feature adds to the preference, float32 [pairs, width], in nats.
 
         The integrated gradient (``steps`` equal ones from no feature at all to what is there) of

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
-from crossdict_jax.report.html import fill
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number
+from crossdict_jax.report.blocks import Block, Details, Facts, Heading, html
+from crossdict_jax.report.tables import Cell, Column, Table, number, table, value, words
 from crossdict_jax.results import site_words
 
 TITLE = "Steered text"
@@ -53,17 +52,17 @@ class Answer:
 
 def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of all files of results/steering."""
-    shown = [
-        {
-            "title": answer.title,
-            "sentence": sentence(answer),
-            "facts": facts(answer),
-            "tables": tables(answer),
-            "texts": [side_by_side(answer, dose) for dose in answer.doses],
-        }
-        for answer in answers(rows)
+    blocks: list[Block] = [
+        "What does one model write with a feature of another put in? Single texts fool the eye: "
+        "every edit stands beside none, a random direction of equal norm and the target’s own best "
+        "matching feature, with the same random numbers, and what counts is how often the promoted "
+        "tokens occur over all texts. All texts: results/steering/."
     ]
-    return fill(Path(__file__).with_name("section.html.j2"), answers=shown)
+    for answer in answers(rows):
+        texts = [side_by_side(answer, dose) for dose in answer.doses]
+        blocks += [Heading(answer.title), sentence(answer), Facts(facts(answer))]
+        blocks += [*tables(answer), Details("Some of the texts, side by side", texts)]
+    return html(blocks)
 
 
 def answers(rows: list[dict]) -> Iterator[Answer]:
@@ -127,7 +126,7 @@ def sentence(answer: Answer) -> str:
         value, times = row[rate], RATES[rate][1]
         plain, random = (value - row[f"{rate}_{other}"] for other in ("more", "over_random"))
         with_it, without, at_random = (number(times * v, 2) for v in (value, plain, random))
-        bounds = _scaled(row, f"{rate}_over_random", times).note
+        bounds = _scaled(f"{rate}_over_random", "", times).cell(row).note
         compared.append(
             f"{what} are {with_it}, {without} without the edit and {at_random} with a random "
             f"direction of equal norm ({verdict}; difference {bounds})"
@@ -140,44 +139,40 @@ def tables(answer: Answer) -> list[Table]:
     """Returns what the search found, if one was asked for, and all rates under every edit."""
     made = []
     if answer.feature["candidates"]:
-        titles = ("of its strongest rows", "of all rows", "raises log p, nats", "of the token")
-        body = [
-            [
-                Cell(str(c["feature"])),
-                *(Cell(number(c[key], 2)) for key in ("share", "base", "promotes")),
-                Cell(_quoted([c["token"]])),
-            ]
-            for c in answer.feature["candidates"]
+        columns = [
+            Column("feature", cell=lambda row: Cell(str(row["feature"]))),
+            value("share", "of its strongest rows", 2),
+            value("base", "of all rows", 2),
+            value("promotes", "raises log p, nats", 2),
+            words("of the token", lambda row: _quoted([row["token"]])),
         ]
         searched = answer.feature["settings"]["search"]
         caption = f"Features around ‘{searched}’, and what they promote"
-        made.append(Table(caption, [Column("feature"), *map(Column, titles)], body))
-
-    rates = {k: v for k, v in RATES.items() if answer.conditions[0][k] is not None}
-    columns = [Column("edit", numeric=False), Column("dose")]
-    for title, _ in rates.values():
-        columns += [Column(title), Column("more than without")]
-    body = [
-        [
-            Cell(WORDS[row["condition"]]),
-            Cell(f"{row['alpha']:g}"),
-            *(
-                _scaled(row, key + end, times)
-                for key, (_, times) in rates.items()
-                for end in ("", "_more")
-            ),
-        ]
-        for row in answer.conditions
+        made.append(table(caption, columns, answer.feature["candidates"]))
+    columns = [
+        words("edit", lambda row: WORDS[row["condition"]]),
+        Column("dose", cell=lambda row: Cell(f"{row['alpha']:g}")),
     ]
+    for key, (title, times) in RATES.items():
+        if answer.conditions[0][key] is not None:
+            columns += [
+                _scaled(key, title, times),
+                _scaled(f"{key}_more", "more than without", times),
+            ]
     n = answer.conditions[0]["n_texts"]
-    made.append(Table(f"{n} texts of every edit, 95 % intervals over texts", columns, body))
-    return made
+    caption = f"{n} texts of every edit, 95 % intervals over texts"
+    return [*made, table(caption, columns, answer.conditions)]
 
 
-def _scaled(row: dict, key: str, times: float) -> Cell:
-    ends = (key, f"{key}_low", f"{key}_high")
-    scaled = {end: None if row[end] is None else times * row[end] for end in ends}
-    return Cell(number(scaled[key], 2), note=interval(scaled, key, 2))
+def _scaled(key: str, title: str, times: float) -> Column:
+    """A column of a rate in the unit of its title."""
+    column = value(key, title, 2)
+    keys = key, f"{key}_low", f"{key}_high"
+
+    def cell(row: dict) -> Cell:
+        return column.cell({k: None if row[k] is None else times * row[k] for k in keys})
+
+    return Column(title, cell=cell)
 
 
 def side_by_side(answer: Answer, alpha: float) -> Table:
