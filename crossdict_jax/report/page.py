@@ -6,6 +6,7 @@ import importlib.metadata
 import operator
 import platform
 import shlex
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from crossdict_jax.report import (
     together,
 )
 from crossdict_jax.report.features import feature_tables
+from crossdict_jax.report.html import fill
 from crossdict_jax.report.results import (
     PLACE,
     Comparison,
@@ -30,12 +32,9 @@ from crossdict_jax.report.results import (
     ladder_place,
     read_results,
 )
-from crossdict_jax.studies.contrast import section as contrast
 from crossdict_jax.studies.efficiency import section as efficiency
 from crossdict_jax.studies.loss_ablation import section as ablation
 from crossdict_jax.studies.pareto import section as pareto
-from crossdict_jax.studies.probe import section as probe
-from crossdict_jax.studies.steering import section as steering
 from crossdict_jax.workdir import Workdir, read_jsonl, write_text
 
 HERE = Path(__file__).parent
@@ -72,46 +71,32 @@ def write_pareto(work: Workdir) -> Path:
     return page
 
 
-def write_report(config: Config, work: Workdir) -> Path:
+def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, str]] = ()) -> Path:
     """Writes ``report/index.html``, complete in itself, and returns its path.
 
     Args:
       config: the settings of the run.
       work: its directory; needs results/{pairing.json, reconstruction.jsonl, transfer.jsonl},
         shows what else is there.
+      sections: (title, html) of what others have to say of the run: its studies.
 
     Raises:
       UserError: a needed file is missing (the stage to run is named) or any file is damaged.
     """
-    page, results = work.report / "index.html", read_results(work)
-    if results.steered:
-        _write_steering(work)
-    write_text(page, render(config, results, root=work.root))
+    page = work.report / "index.html"
+    html = render(config, read_results(work), root=work.root, sections=sections)
+    write_text(page, html)
     return page
 
 
-def write_steering(config: Config, work: Workdir) -> Path:
-    """Writes ``report/steering.html``, with all that the run was asked, and returns its path.
-
-    A report that is there and does not yet link to it is written anew.
-
-    Raises:
-      UserError: a file of results/steering is damaged.
-    """
-    page, index = _write_steering(work), work.report / "index.html"
-    if index.exists() and f'href="{page.name}"' not in index.read_text(encoding="utf-8"):
-        write_report(config, work)
-    return page
-
-
-def _write_steering(work: Workdir) -> Path:
-    page, answers = work.report / "steering.html", steering.section(work)
-    write_text(page, _fill("steering.html.j2", name=work.root.resolve().name, answers=answers))
-    return page
-
-
-def render(config: Config, results: Results, *, root: Path) -> str:
-    """Returns the html of the run in the folder ``root``."""
+def render(
+    config: Config,
+    results: Results,
+    *,
+    root: Path,
+    sections: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Returns the html of the run in the folder ``root``, with the sections of its studies."""
     return _fill(
         "template.html.j2",
         name=root.resolve().name,
@@ -124,13 +109,11 @@ def render(config: Config, results: Results, *, root: Path) -> str:
         feature_causes=causal_features.section(
             results.feature_causal, results.feature_causal_summary
         ),
-        contrast=contrast.section(results.contrast),
-        probes=probe.section(results.probes),
         moved=moved.section(results.moved, results.warm_starts),
         ablation=ablation.section(results.ablation),
         efficiency=efficiency.section(results.efficiency),
         pareto=pareto.section(results.pareto),
-        steered=results.steered,
+        sections=sections,
         timing=tables.timing_table(results.timing),
         rungs={k: v for k, v in RUNG_WORDS.items() if k in {r["map"] for r in results.transfer}},
         verdicts=tables.VERDICTS,
@@ -139,17 +122,8 @@ def render(config: Config, results: Results, *, root: Path) -> str:
 
 def _fill(template: str, **fields) -> str:
     """Returns a page of this folder with the house's style and these fields."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style = (HERE / "style.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(style=style, **fields)
+    return fill(HERE / template, style=style, **fields)
 
 
 # ---------------------------------------------------------------- the head and what was run
@@ -163,7 +137,6 @@ def _introduction(config: Config, results: Results, root: Path) -> dict:
         "answer": [
             *answer.answer(results),
             *causal_features.answer(results.feature_causal_summary),
-            *contrast.answer(results.contrast),
             *shared.answer(results),
         ],
         "cautions": answer.cautions(results),

@@ -150,12 +150,10 @@ class Results:
     reconstruction: list[dict]
     transfer: list[dict]
     causal: list[dict]
-    contrast: list[dict]
     controls: list[dict]
     efficiency: list[dict]
     pareto: list[dict]
     matching: list[dict]
-    probes: list[dict]
     similarity: list[dict]
     features: list[dict]
     feature_transfer: list[dict]
@@ -165,7 +163,6 @@ class Results:
     moved: list[dict]
     warm_starts: list[dict]
     ablation: list[dict]
-    steered: list[str]
     timing: dict
     curves: list[Curves]
 
@@ -202,19 +199,16 @@ def read_results(work: Workdir) -> Results:
         reconstruction=read_jsonl(work.result("reconstruction.jsonl")),
         transfer=read_jsonl(work.result("transfer.jsonl")),
         causal=_optional(work.result("causal.jsonl")),
-        contrast=_optional(work.result("contrast.jsonl")),
         controls=_optional(work.result("controls.jsonl")),
         efficiency=_optional(work.result("efficiency.jsonl")),
         pareto=_optional(work.result("pareto.jsonl")),
         matching=_optional(work.result("matching.jsonl")),
-        probes=_optional(work.result("probe.jsonl")),
         similarity=_optional(work.result("similarity.jsonl")),
         features=_optional(work.result("features.jsonl")),
         feature_transfer=_optional(work.result("feature_transfer.jsonl")),
         feature_causal=_optional(work.result("feature_causal.jsonl")),
         feature_causal_summary=_optional(work.result("feature_causal_summary.jsonl")),
         ablation=_optional(work.result("ablation.jsonl")),
-        steered=sorted(path.stem for path in work.result("steering").glob("*.jsonl")),
         timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
         crosscoders=_optional(work.result("crosscoder.jsonl")),
         moved=_optional(work.result("dictionary_transfer.jsonl")),

@@ -1,7 +1,9 @@
 """Contrast sets: on which features a preference between two texts rests, in both models."""
 
 from crossdict_jax.results import PAIR_COLUMNS, Column, Table, intervals, nats, plain, register
+from crossdict_jax.studies.contrast.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 FAMILIES = {
     "random": "random directions",
     "shuffled": "other features' directions",

@@ -1,7 +1,9 @@
 """Probes: labels learned from one model's features, told from the other's."""
 
 from crossdict_jax.results import PAIR_COLUMNS, Column, Table, intervals, plain, register
+from crossdict_jax.studies.probe.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 TABLE = register(
     Table(
         "probe.jsonl",

@@ -1,7 +1,9 @@
 """Steering: what one model writes with a feature of another put into it."""
 
 from crossdict_jax.results import PAIR_COLUMNS, Column, Table, plain, register
+from crossdict_jax.studies.steering.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 RATES = {
     "token_rate": ("share of new tokens that the feature promotes in the source", ""),
     "piece_rate": ("occurrences of the promoted text", "per 100 bytes"),
