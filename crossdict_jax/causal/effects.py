@@ -109,9 +109,7 @@ def transfer(
             "test other features."
         )
     evaluation = config.evaluation
-    return conclude(
-        records, fdr=evaluation.fdr, bootstrap=evaluation.bootstrap, seed=config.seed
-    )
+    return conclude(records, fdr=evaluation.fdr, bootstrap=evaluation.bootstrap, seed=config.seed)
 
 
 # ---------------------------------------------------------------- one feature

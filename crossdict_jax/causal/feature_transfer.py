@@ -66,11 +66,9 @@ def transfer_features(config: Config, work: Workdir) -> None:
         print("single features: left out, since transcoders read one site and write another")
         return
     store = open_store(work.activations)
-    groups = tested_groups(config, store)
+    groups = chosen_groups(config, store)
     folders = [folder for _, *tasks in groups for task in tasks for folder in task.folders(work)]
-    inputs = input_digests(
-        work, settings=identity(config), store_meta=store.meta, folders=folders
-    )
+    inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     if settings.choose == "matched":
         inputs["matches"] = digest(_read_matches(work))
     stage = Stage(work, "transfer_features", files=(ROWS, SUMMARY), inputs=inputs)
@@ -103,10 +101,10 @@ def transfer_features(config: Config, work: Workdir) -> None:
     stage.finish({ROWS: rows, SUMMARY: summary}, features=tested)
 
 
-def tested_groups(config: Config, store: Store) -> list[list[Task]]:
+def chosen_groups(config: Config, store: Store) -> list[list[Task]]:
     """Returns ``map_groups`` as set; of named features, which are the first model's, its alone."""
     settings = config.intervention
-    groups = map_groups(config, store, layers=settings.layers, kinds=getattr(settings, "maps", None) or settings.rungs)
+    groups = map_groups(config, store, layers=settings.layers, kinds=settings.maps)
     if settings.feature_ids:
         groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
     return groups
@@ -216,10 +214,8 @@ def choose_features(run: FinishedRun, task: Task) -> tuple[np.ndarray, int]:
     drawn = generator.permutation(np.flatnonzero(live))
     site = f"{task.source} at {task.site_source}"
     if settings.feature_ids:
-        ids = settings.feature_ids
-        ids = tuple(map(int, ids.split(","))) if isinstance(ids, str) else ids
-        chosen = np.array(list(dict.fromkeys(ids)))
-        asked = f"intervention.feature_ids={','.join(map(str, ids))}"
+        chosen = np.array(list(dict.fromkeys(settings.feature_ids)))
+        asked = f"intervention.feature_ids={','.join(map(str, settings.feature_ids))}"
         for i in chosen:
             if i >= len(live):
                 raise UserError(f"{asked}: {site} has features 0 to {len(live) - 1}, not {i}.")

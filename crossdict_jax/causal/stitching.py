@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
@@ -205,11 +204,12 @@ def _rows_at(
     references = target.splicer.effects(edited, controls, progress)
     rows = [_row(target, references[c], references, sites, control=c) for c in CONTROLS]
 
-    def sources(bundle: Bundle) -> tuple:
-        return tuple((task.source, task.site_source) for task in bundle)
-
-    for _, group in itertools.groupby(bundles, key=sources):
-        group, effects = list(group), {}
+    by_source: dict[tuple, list[Bundle]] = {}
+    for bundle in bundles:
+        sources = tuple((task.source, task.site_source) for task in bundle)
+        by_source.setdefault(sources, []).append(bundle)
+    for group in by_source.values():
+        effects: dict[tuple, Effect] = {}
         pairs = {task.site_target: _pairs(target, task, sides) for task in group[0]}
         # What lies in memory together: at one site all predictions, at several those of one kind.
         kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
@@ -243,15 +243,16 @@ def _predicted(
     """{(bundle, stitch_kind): {site: what is put in, float32 [n, d_model]}}."""
     size = target.config.evaluation.batch_size
     out: dict[tuple, dict[Site, np.ndarray]] = {}
-    for bundle, task in ((bundle, task) for bundle in bundles for task in bundle):
-        m, rows = maps.load(task.path(target.work)), pairs[task.site_target][task.pairing]
-        for kind in _stitch_kinds(task, target.store):
-            if kind == "activation":
-                values = maps.predict_activations(m, rows, size)
-            else:
-                f = maps.predict(m, rows, size)
-                values = modules.over_rows(rows.target.dictionary, f, method="decode", size=size)
-            out.setdefault((bundle, kind), {})[target.edited(task.site_target)] = values
+    for bundle in bundles:
+        for task in bundle:
+            m, rows = maps.load(task.path(target.work)), pairs[task.site_target][task.pairing]
+            for kind in _stitch_kinds(task, target.store):
+                if kind == "activation":
+                    x = maps.predict_activations(m, rows, size)
+                else:
+                    f = maps.predict(m, rows, size)
+                    x = modules.over_rows(rows.target.dictionary, f, method="decode", size=size)
+                out.setdefault((bundle, kind), {})[target.edited(task.site_target)] = x
     return out
 
 

@@ -23,7 +23,7 @@ from crossdict_jax.causal.directions import (
     mapped_directions,
     strengths,
 )
-from crossdict_jax.causal.effects import MATCH, correlation
+from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
@@ -33,7 +33,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.models import Site
 from crossdict_jax.report.tables import show
-from crossdict_jax.stats import Resamples, columns
+from crossdict_jax.stats import Resamples, columns, correlation
 from crossdict_jax.studies.contrast import ablation, preference
 from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, Readings
