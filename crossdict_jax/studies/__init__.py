@@ -1,6 +1,6 @@
 """Questions asked of a finished run; nothing below knows them.
 
-A study is a folder here, and no list holds its name. Its package describes its result file
+A study is a folder here, and no list holds its name. Its package describes its result files
 (``TABLE``) and gives ``TITLE`` and ``section(rows) -> html`` for the report; its
 ``measure.run(config, work)`` measures, writes the file and prints a table.
 """
@@ -25,7 +25,8 @@ def sections(work: Workdir) -> list[tuple[str, str]]:
         study = importlib.import_module(f"{__name__}.{module.name}")
         if not hasattr(study, "TITLE"):
             continue
-        files = sorted(work.results.glob(study.TABLE.file))
+        tables = [table for table in vars(study).values() if isinstance(table, results.Table)]
+        files = sorted(file for table in tables for file in work.results.glob(table.file))
         rows = [
             row for file in files for row in results.read(work, str(file.relative_to(work.results)))
         ]

@@ -11,7 +11,9 @@ from crossdict_jax.results import (
     plain,
     register,
 )
+from crossdict_jax.studies.dictionary_transfer.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 TABLE = register(
     Table(
         "dictionary_transfer.jsonl",

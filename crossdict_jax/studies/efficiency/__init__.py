@@ -10,7 +10,9 @@ from crossdict_jax.results import (
     plain,
     register,
 )
+from crossdict_jax.studies.efficiency.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 TABLE = register(
     Table(
         "efficiency.jsonl",

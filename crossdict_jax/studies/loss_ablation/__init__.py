@@ -1,7 +1,9 @@
 """Loss ablation: the trained map with each of its losses alone, and without each."""
 
 from crossdict_jax.results import MAP, PAIR_COLUMNS, PAIRING, SCORES, Column, Table, register
+from crossdict_jax.studies.loss_ablation.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 KEPT = (
     "r2",
     "cosine",

@@ -1,7 +1,9 @@
 """Pareto: sparsity against what is explained, for every architecture."""
 
 from crossdict_jax.results import COUNTS, Column, Table, intervals, plain, register
+from crossdict_jax.studies.pareto.section import TITLE, section
 
+__all__ = ["TABLE", "TITLE", "section"]
 TABLE = register(
     Table(
         "pareto.jsonl",

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from crossdict_jax.report.html import fill
-from crossdict_jax.report.plots import (
-    INK,
-    MUTED,
-    OPEN,
-    Figure,
-    draw,
-    open_axes,
-    plain_ticks,
-    rung_line,
-)
+from crossdict_jax.report.plots import INK, MUTED, Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Column, Table, number, percent
 from crossdict_jax.results import by_pair, map_order, site_words
 
@@ -64,27 +54,21 @@ def _table(rows: list[dict]) -> Table:
 
 def figure(rows: list[dict]) -> Figure:
     """Returns accuracy against the number of labelled examples, of one direction."""
-    probes, title = _by_probe(rows), _title(rows[0])
-
-    def paint(axes):
-        for name, by_n in probes.items():
-            style = REFERENCES.get(name)
-            style = rung_line(name) if style is None else style | {"label": name}
-            accuracies = [row["accuracy"] for row in by_n.values()]
-            axes.plot(list(by_n), accuracies, marker="o", markersize=3, **style)
-        axes.set_xscale("log")
-        plain_ticks(axes.xaxis)
-        axes.set_title(title)
-        open_axes(axes, "labelled examples", "accuracy on held-out texts")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.4)
-
-    under = 0.5 + 0.16 * -(-len(probes) // 3)
-    margins = dataclasses.replace(OPEN, bottom=under)
-    svg = draw(paint, name=f"probes {title}", width=4.6, height=2.2 + under, margins=margins)
+    probes, title, lines = _by_probe(rows), _title(rows[0]), {}
+    for name, by_n in probes.items():
+        style = REFERENCES.get(name) or map_line(name)
+        accuracies = [row["accuracy"] for row in by_n.values()]
+        lines[name] = (list(by_n), accuracies, {"marker": "o", "markersize": 3, **style})
     largest = max(row["n"] for row in rows)
     scores = (f"{p} {percent(by_n[largest]['accuracy'], 0)}" for p, by_n in probes.items())
-    words = f"Accuracy of probes by labelled examples, {title}; at {largest}: {', '.join(scores)}."
-    return Figure(svg, words)
+    return line_figure(
+        lines,
+        title=title,
+        x="labelled examples",
+        y="accuracy on held-out texts",
+        words=f"Accuracy of probes by labelled examples, {title}; at {largest}: "
+        f"{', '.join(scores)}.",
+    )
 
 
 def _by_probe(rows: list[dict]) -> dict[str, dict[int, dict]]:
