@@ -6,6 +6,7 @@ The files of the stages stand in ``TABLES`` below. A study registers its own fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,6 +20,8 @@ BEATS_MEAN = "beats mean, not token"
 NO_BETTER = "no better than the mean"
 VERDICTS = (BEATS_TOKEN, BEATS_MEAN, NO_BETTER)
 
+PAIRINGS = ("aligned", "shuffled")
+SIMILARITY = ("cka", "svcca", "rsa", "mutual_knn")
 PAIR = ("source", "target", "site_source", "site_target")  # columns that name a layer pair
 BASELINES = ("mean", "token", "token_target")  # maps that read no activations
 # The order in which maps are shown; kinds that are not named follow.
@@ -154,20 +157,15 @@ def read_matches(
     """
     pair = (source, target, str(site_source), str(site_target))
     swapped = (target, source, str(site_target), str(site_source))
+    sides = {"source": "target", "target": "source"}
     matches = []
     for row in read(work, "matches.jsonl"):
         stored = tuple(row.pop(key) for key in PAIR)
-        if stored == pair:
+        if stored == swapped != pair:
+            row = {re.sub("(source|target)$", lambda m: sides[m[1]], k): v for k, v in row.items()}
+        if stored in (pair, swapped):
             matches.append(row)
-        elif stored == swapped:
-            matches.append({_other_side(key): value for key, value in row.items()})
     return matches
-
-
-def _other_side(key: str) -> str:
-    stem, _, end = key.rpartition("_")
-    sides = {"source": "target", "target": "source"}
-    return f"{stem}_{sides[end]}" if end in sides else key
 
 
 # ---------------------------------------------------------------- rows in order
@@ -200,16 +198,19 @@ def site_words(site_source: str, site_target: str) -> str:
 # ---------------------------------------------------------------- columns of several files
 
 
-def intervals(**meanings: str) -> tuple[Column, ...]:
-    return tuple(Column(name, meaning, interval=True) for name, meaning in meanings.items())
-
-
 def plain(**meanings: str) -> tuple[Column, ...]:
+    """Returns columns without an interval: name=meaning."""
     return tuple(Column(name, meaning) for name, meaning in meanings.items())
 
 
+def intervals(unit: str = "", **meanings: str) -> tuple[Column, ...]:
+    """Returns columns with an interval: name=meaning."""
+    return tuple(Column(name, text, unit, interval=True) for name, text in meanings.items())
+
+
 def nats(**meanings: str) -> tuple[Column, ...]:
-    return tuple(Column(n, meaning, unit="nats", interval=True) for n, meaning in meanings.items())
+    """Returns columns in nats with an interval: name=meaning."""
+    return intervals("nats", **meanings)
 
 
 PAIR_COLUMNS = plain(
@@ -219,11 +220,7 @@ PAIR_COLUMNS = plain(
     site_target="where the target's features or activations are",
 )
 MAP = Column("map", "kind of map, such as ridge")
-PAIRING = Column(
-    "pairing",
-    "aligned, or the null: fitted and scored after the rows of one model were permuted",
-    values=("aligned", "shuffled"),
-)
+PAIRING = Column("pairing", "shuffled: fitted and scored on permuted rows", values=PAIRINGS)
 COUNTS = plain(n_rows="held-out rows that are scored", n_documents="their documents")
 POSITIONS = Column("n_positions", "text positions whose next token is scored")
 SCORES = (
@@ -237,8 +234,7 @@ SCORES = (
         n_context_rows="rows whose source token occurs in training text",
     ),
     *intervals(
-        fvu="share of the variance of the target's features, about their training mean, that the "
-        "prediction misses",
+        fvu="share of the variance of the target's features, about the training mean, left over",
         r2="1 - fvu, over all rows and features at once; the mean predictor has about 0",
         cosine="mean cosine of predicted and true features of a row",
         cosine_mean_predictor="the same for the training mean in place of the prediction",
@@ -249,28 +245,18 @@ SCORES = (
         l0_target="active features per row of the target",
         l0_predicted="active features per row of the prediction",
         sparsity_similarity="mean Jaccard index of predicted and true sets of active features",
-        context_gain="R² after the training mean for the source's token is taken from both sides: "
-        "what is shared beyond the current token",
+        context_gain="R² after the mean for the source's token is taken from both sides",
     ),
-    Column(
-        "verdict", "from paired bootstrap differences to the mean and token maps", values=VERDICTS
-    ),
-    *(
-        Column(f"{n}_normalized", f"{n}: 0 at shuffled pairs, 1 at the ceiling", interval=True)
-        for n in ("r2", "cosine_centered", "top1", "feature_correlation")
+    Column("verdict", "by paired bootstrap differences to the baselines", values=VERDICTS),
+    *intervals(
+        r2_normalized="r2: 0 at shuffled pairs, 1 at the ceiling",
+        cosine_centered_normalized="cosine_centered, likewise",
+        top1_normalized="top1, likewise",
+        feature_correlation_normalized="feature_correlation, likewise",
     ),
 )
-LOSS_RECOVERED = Column(
-    "loss_recovered",
-    "(ce_zero - ce) / (ce_zero - ce_clean); null where zeros cost less than 0.05 nats",
-    interval=True,
-)
-SIMILARITY = {
-    "cka": "linear CKA, unbiased; 0 for independent rows",
-    "svcca": "mean canonical correlation of the leading components",
-    "rsa": "rank correlation of the distances between rows",
-    "mutual_knn": "share of nearest neighbours that both have",
-}
+DIRECTION = Column("direction", "kind of map that gave the direction; match: the target's feature")
+ABLATION = "correlation of what removing the feature and its mapped direction change"
 SPECIFIC = nats(
     specific_random="effect above random directions of equal norm",
     specific_shuffled="effect above other features' mapped directions of equal norm",
@@ -281,377 +267,335 @@ SPECIFIC = nats(
 
 # ---------------------------------------------------------------- the files of the stages
 
-RECONSTRUCTION = Table(
-    "reconstruction.jsonl",
-    "one dictionary, on held-out text",
-    (
-        *plain(
-            model="the model that is read",
-            site="where it is read",
-            site_output="what is reconstructed: the site, or what a transcoder predicts",
-            seed="of the dictionary",
-            member="folder of the dictionary",
-            width="number of features",
+SPINE = (
+    Table(
+        "reconstruction.jsonl",
+        "one dictionary, on held-out text",
+        (
+            *plain(
+                model="the model that is read",
+                site="where it is read",
+                site_output="what is reconstructed: the site, or what a transcoder predicts",
+                seed="of the dictionary",
+                member="folder of the dictionary",
+                width="number of features",
+            ),
+            *COUNTS,
+            *intervals(
+                l0="active features per row",
+                fvu="share of the variance of the activations, about the training mean, left over",
+                shrinkage="length of the reconstruction along the activation; 1: not shortened",
+                relative_bias="1 without systematic shrinkage (Rajamanoharan et al. 2024)",
+            ),
+            *plain(
+                dead_fraction="share of features that never fire in the n_rows_dead rows",
+                n_rows_dead="kept rows of training and test together",
+                decoder_cosine="mean cosine of a decoder row to the one most like it",
+            ),
+            POSITIONS,
+            Column("n_documents_ce", "documents of these positions"),
+            *nats(
+                ce_clean="cross-entropy of the next token with the model's own activations",
+                ce_zero="with zeros in their place",
+                ce_mean="with their training mean in their place",
+                ce_sae="with the reconstruction in their place",
+                kl_zero="KL divergence of the clean prediction to that with zeros",
+                kl_mean="to that with the mean",
+                kl_sae="to that with the reconstruction",
+            ),
+            *intervals(
+                loss_recovered="(ce_zero - ce_sae) / (ce_zero - ce_clean); null: zeros cost < 0.05",
+                loss_recovered_mean="the same with the mean in place of zeros",
+                kl_recovered="1 - kl_sae / kl_zero; null: zeros cost < 0.05",
+                kl_recovered_mean="the same with the mean in place of zeros",
+            ),
         ),
-        *COUNTS,
-        *intervals(
-            l0="active features per row",
-            fvu="share of the variance of the activations, about their training mean, that the "
-            "reconstruction misses",
-            shrinkage="length of the reconstruction along the activation; below 1 it is too short",
-            relative_bias="1 without systematic shrinkage (Rajamanoharan et al. 2024)",
+    ),
+    Table(
+        "transfer.jsonl",
+        "one map at one layer pair, on held-out rows",
+        (*PAIR_COLUMNS, MAP, PAIRING, *SCORES),
+    ),
+    Table(
+        "controls.jsonl",
+        "a control of one map. ceiling: from a second dictionary seed of the target itself, the "
+        "most that can be reached; untrained: into the re-initialised target",
+        (
+            Column("control", "which", values=("ceiling", "untrained")),
+            *PAIR_COLUMNS,
+            MAP,
+            PAIRING,
+            *SCORES,
         ),
-        *plain(
-            dead_fraction="share of features that never fire in the n_rows_dead rows",
-            n_rows_dead="kept rows of training and test together",
-            decoder_cosine="mean cosine of a decoder row to the one most like it",
+    ),
+    Table(
+        "features.jsonl",
+        "histograms over the features of one dictionary, or over those that one map predicts",
+        (
+            *plain(
+                model="of a dictionary: the model",
+                site="where it is read",
+                site_output="what is reconstructed",
+                seed="of the dictionary",
+                member="folder of the dictionary",
+                log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
+                decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
+            ),
+            *PAIR_COLUMNS,
+            MAP,
+            PAIRING,
+            *plain(
+                correlation_histogram="of the correlation of a feature, predicted and true",
+                correlation_by_frequency="the same in bins of firing frequency: low, high, n, mean",
+            ),
         ),
-        POSITIONS,
-        Column("n_documents_ce", "documents of these positions"),
-        *nats(
-            ce_clean="cross-entropy of the next token with the model's own activations",
-            ce_zero="with zeros in their place",
-            ce_mean="with their training mean in their place",
-            ce_sae="with the reconstruction in their place",
-            kl_zero="KL divergence of the clean prediction to that with zeros",
-            kl_mean="to that with the mean",
-            kl_sae="to that with the reconstruction",
+    ),
+    Table(
+        "feature_transfer.jsonl",
+        "one feature of the target that is predicted best or worst, or a bin of features by firing "
+        "frequency or by how much their token explains",
+        (
+            *PAIR_COLUMNS,
+            MAP,
+            PAIRING,
+            Column("row", "what it is about", values=("feature", "frequency", "token_share")),
+            Column("rank", "which end of the ranking", values=("most", "least")),
+            *plain(
+                feature="its number in the target's dictionary",
+                r2="of the feature, on test rows, by which it was chosen",
+                r2_validation="on validation rows, which had no part in the choice",
+                correlation="of prediction and truth",
+                token_share="R² of the map from the target's own token",
+                firings="test rows on which it fires",
+                frequency="share of the test rows on which it fires",
+                match="the source's feature that correlates best: its number and correlation",
+                attributions="features of the source that drive it, by map",
+                contexts="texts around its strongest firings",
+                low="lower end of a bin; null: none",
+                high="upper end of a bin",
+                n_features="features in the bin",
+                r2_mean="their mean R²",
+                r2_median="their median R²",
+                correlation_mean="their mean correlation",
+            ),
         ),
-        *intervals(
-            loss_recovered="(ce_zero - ce_sae) / (ce_zero - ce_clean); null where zeros cost less "
-            "than 0.05 nats",
-            loss_recovered_mean="the same with the mean in place of zeros",
-            kl_recovered="1 - kl_sae / kl_zero; null where zeros cost less than 0.05 nats",
-            kl_recovered_mean="the same with the mean in place of zeros",
+    ),
+    Table(
+        "matching.jsonl",
+        "two dictionaries: features matched one to one, and what is left on held-out text",
+        (
+            *PAIR_COLUMNS,
+            PAIRING,
+            Column("method", "of matching", values=("mutual_best", "hungarian")),
+            *plain(
+                width_source="features of the source",
+                width_target="features of the target",
+                live_source="of these, those with at least minimum_firings",
+                live_target="of these, those with at least minimum_firings",
+                matched="pairs by correlation on training rows",
+                significant="of these, correlated beyond circular shifts on held-out rows at fdr",
+                strong="of these, correlated by at least minimum_r",
+                confirmed="of these, correlated beyond shuffles among rows with equal tokens",
+                fdr="false discovery rate",
+                minimum_firings="on training rows",
+                minimum_r="correlation that a strong match reaches",
+                r_train="mean correlation of the matches on training rows",
+                r_test="on held-out rows",
+                r_token="of the means for the current tokens alone",
+                r_train_confirmed="r_train of the confirmed",
+                r_test_confirmed="r_test of the confirmed",
+                r_token_confirmed="r_token of the confirmed",
+                null="confirmed on shuffled pairs",
+                n_rows_train="rows on which features were matched",
+                n_rows_test="rows on which matches were confirmed",
+            ),
+        ),
+    ),
+    Table(
+        "matches.jsonl",
+        "one matched pair of features; a match has no direction",
+        (
+            *PAIR_COLUMNS,
+            *plain(
+                feature_source="number in the source's dictionary",
+                feature_target="number in the target's dictionary",
+                confirmed="whether held-out text confirms it",
+                r_train="correlation on training rows",
+                r_test="on held-out rows",
+                r_token="of the means for the current tokens alone",
+                beyond_token="whether it beats every shuffle among rows with equal tokens",
+                p="share of circular shifts that correlate as much",
+                p_adjusted="p by Benjamini and Hochberg",
+                firings_source="training rows on which it fires",
+                firings_target="training rows on which it fires",
+                decoder_norm_source="length of its decoder row",
+                decoder_norm_target="length of its decoder row",
+            ),
+        ),
+    ),
+    Table(
+        "similarity.jsonl",
+        "how alike the activations of two layers are (layers), the layer pairs that these propose, "
+        "or how alike the decoder directions of confirmed matches are (decoders)",
+        (
+            Column("kind", "of row", values=("layers", "proposal", "decoders")),
+            *PAIR_COLUMNS,
+            *plain(
+                cka="linear CKA, unbiased; 0 for independent rows",
+                svcca="mean canonical correlation of the leading components",
+                rsa="rank correlation of the distances between rows",
+                mutual_knn="share of nearest neighbours that both have",
+                **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
+                **{
+                    f"{name}_p": "share of random matchings that score as high"
+                    for name in SIMILARITY
+                },
+                n_rows="held-out rows that are compared",
+                layer_pairs="of a proposal: the value of --config.layer_pairs",
+                cka_of_run="mean CKA of the run's layer pairs",
+                n_features="confirmed matches",
+            ),
+        ),
+    ),
+    Table(
+        "crosscoder.jsonl",
+        "one model in a joint code of all models, trained on aligned or shuffled rows, or on the "
+        "first model and a copy or a rotated copy of itself",
+        (
+            *plain(sites="the site of every model"),
+            Column("pairing", "what it was trained on", values=(*PAIRINGS, "self", "rotated")),
+            *plain(model="whose activations are reconstructed", site="its site"),
+            *COUNTS,
+            *plain(width="number of latents", variant="of the crosscoder"),
+            *intervals(
+                fvu="share of the variance left over when all models are shown",
+                fvu_alone="when this model alone is shown",
+                fvu_from_others="when all others are shown",
+                l0="active latents per row",
+            ),
+            *plain(
+                l0_alone="active latents per row when this model alone is shown",
+                dead_fraction="share of latents that never fire",
+                n_live="latents that fire",
+                shared="share of live latents, each model's decoder norm a quarter of the largest",
+                exclusive="share whose decoder norm is that large in this model alone",
+                shared_confirmed="share of the shared that explain every model beyond shifts",
+                exclusive_refuted="share of the exclusive that explain another model too",
+                scaling_ratio="what exclusive latents explain of others, relative to this model",
+                relative_norms="histogram of this model's share of each latent's decoder norms",
+            ),
+        ),
+    ),
+    Table(
+        "causal.jsonl",
+        "the target's prediction with its activations replaced at paired text positions, by what a "
+        "map predicts (stitching) or by a control; at one layer pair or at several together",
+        (
+            Column(
+                "intervention",
+                "what is done",
+                values=("stitching", "control", "stitching_together", "control_together"),
+            ),
+            Column(
+                "control",
+                "no edit, zeros, the training mean, the target's own reconstruction",
+                values=("clean", "zero", "mean", "own_sae"),
+            ),
+            *PAIR_COLUMNS,
+            Column("site_edited", "where the target is edited"),
+            Column("sites", "of several layers together: the target's sites"),
+            MAP,
+            PAIRING,
+            Column(
+                "stitch_kind",
+                "the predicted activation, or the predicted features, decoded",
+                values=("activation", "features"),
+            ),
+            POSITIONS,
+            Column("n_documents", "documents of these positions"),
+            *nats(
+                ce="cross-entropy of the next token",
+                kl="KL divergence of the target's own prediction to the edited one",
+            ),
+            *intervals(
+                loss_recovered="(ce_zero - ce) / (ce_zero - ce_clean); null: zeros cost < 0.05"
+            ),
+        ),
+    ),
+    Table(
+        "feature_causal.jsonl",
+        "one feature of the source, and one mapped direction of it that is added to the target",
+        (
+            *PAIR_COLUMNS,
+            DIRECTION,
+            *plain(
+                feature="its number in the source's dictionary",
+                match="the target's best matching feature",
+                match_r="correlation of the two on training rows",
+                match_cosine="cosine of the mapped direction and the match's decoder row",
+                n_contexts="texts in which it is tested",
+                n_documents="their documents",
+                firings="paired positions at which it fires",
+                promoted_source="tokens that it makes likelier in the source",
+                promoted_target="the same text in the target's tokens",
+                promoted_dropped="promoted tokens that the target's vocabulary does not have",
+                effect_source="mean change of log p of the promoted tokens in the source, by dose",
+            ),
+            *nats(
+                effect="mean change of log p of the promoted tokens, at the middle dose",
+                effect_at_kl="the same where the edit has spent the KL budget",
+            ),
+            *SPECIFIC,
+            *plain(
+                kl="KL divergence that the edit causes, in nats",
+                kl_spent="KL divergence at effect_at_kl",
+                effect_mean_direction="effect of the target's mean activation as a direction",
+                effect_random="effect of random directions",
+                kl_random="KL divergence of random directions",
+                effect_shuffled="effect of other features' mapped directions",
+                kl_shuffled="KL divergence of other features' mapped directions",
+                doses="effect and kl by dose alpha, beside the controls and their range",
+                ablation_n="text positions of ablation_r",
+            ),
+            *intervals(ablation_r=ABLATION),
+            *plain(
+                ablation_r_shuffled="the same for other features' mapped directions",
+                p_random="p-value against random directions",
+                p_shuffled="p-value against other features' mapped directions",
+                p="the larger of the two",
+                q="p by Benjamini and Hochberg over the features of this direction",
+                transfers="whether q is within evaluation.fdr",
+            ),
+        ),
+    ),
+    Table(
+        "feature_causal_summary.jsonl",
+        "what holds over all tested features of a kind of direction; intervals over features",
+        (
+            *PAIR_COLUMNS,
+            DIRECTION,
+            *plain(
+                n_features="features that are tested",
+                n_scored="of these, those with a token that the target has",
+                n_transferring="of these, those that transfer",
+            ),
+            *intervals(share_transferring="n_transferring / n_features"),
+            *nats(
+                effect="mean of the features' effects",
+                kl="mean KL divergence",
+                effect_random="mean effect of random directions",
+                effect_shuffled="mean effect of other features' mapped directions",
+            ),
+            *SPECIFIC,
+            *intervals(
+                ablation_r=ABLATION,
+                ablation_r_shuffled="of other features' mapped directions",
+            ),
+            Column("of_match", "specific_random, as a share of the matching features'"),
         ),
     ),
 )
-TRANSFER = Table(
-    "transfer.jsonl",
-    "one map at one layer pair, on held-out rows",
-    (*PAIR_COLUMNS, MAP, PAIRING, *SCORES),
-)
-CONTROLS = Table(
-    "controls.jsonl",
-    "one map of a control: what can be reached at most, and what training did not make",
-    (
-        Column(
-            "control",
-            "ceiling: from a second dictionary seed of the target itself; untrained: into the "
-            "re-initialised target",
-            values=("ceiling", "untrained"),
-        ),
-        *PAIR_COLUMNS,
-        MAP,
-        PAIRING,
-        *SCORES,
-    ),
-)
-FEATURES = Table(
-    "features.jsonl",
-    "histograms over the features of one dictionary, or over those that one map predicts",
-    (
-        *plain(
-            model="of a dictionary: the model",
-            site="where it is read",
-            site_output="what is reconstructed",
-            seed="of the dictionary",
-            member="folder of the dictionary",
-            log10_frequency_histogram="edges and counts of log10 of the share of rows that a "
-            "feature fires on",
-            decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
-        ),
-        *PAIR_COLUMNS,
-        MAP,
-        PAIRING,
-        *plain(
-            correlation_histogram="of the correlation of a feature, predicted and true",
-            correlation_by_frequency="mean correlation in bins (low, high, n, mean) of how often "
-            "a feature fires",
-        ),
-    ),
-)
-FEATURE_TRANSFER = Table(
-    "feature_transfer.jsonl",
-    "one feature of the target that is predicted best or worst, or a bin of features",
-    (
-        *PAIR_COLUMNS,
-        MAP,
-        PAIRING,
-        Column(
-            "row",
-            "one feature, or a bin of how often features fire or of how much their token explains",
-            values=("feature", "frequency", "token_share"),
-        ),
-        Column("rank", "which end of the ranking", values=("most", "least")),
-        *plain(
-            feature="its number in the target's dictionary",
-            r2="of the feature, on test rows, by which it was chosen",
-            r2_validation="on validation rows, which had no part in the choice",
-            correlation="of prediction and truth",
-            token_share="R² of the table of the target's own tokens",
-            firings="test rows on which it fires",
-            frequency="share of the test rows on which it fires",
-            match="the source's feature that correlates best: its number and correlation",
-            attributions="features of the source that drive it, by map",
-            contexts="texts around its strongest firings",
-            low="lower end of a bin; null: none",
-            high="upper end of a bin",
-            n_features="features in the bin",
-            r2_mean="their mean R²",
-            r2_median="their median R²",
-            correlation_mean="their mean correlation",
-        ),
-    ),
-)
-MATCHING = Table(
-    "matching.jsonl",
-    "two dictionaries: how many features are matched one to one, and what is left of that on "
-    "held-out text",
-    (
-        *PAIR_COLUMNS,
-        PAIRING,
-        Column("method", "of matching", values=("mutual_best", "hungarian")),
-        *plain(
-            width_source="features of the source",
-            width_target="features of the target",
-            live_source="of these, those with at least minimum_firings",
-            live_target="of these, those with at least minimum_firings",
-            matched="pairs by correlation on training rows",
-            significant="of these, correlated beyond circular shifts on held-out rows at the rate "
-            "fdr",
-            strong="of these, correlated by at least minimum_r",
-            confirmed="of these, correlated beyond shuffles among rows with equal tokens",
-            fdr="false discovery rate",
-            minimum_firings="on training rows",
-            minimum_r="correlation that a strong match reaches",
-            r_train="mean correlation of the matches on training rows",
-            r_test="on held-out rows",
-            r_token="of the means for the current tokens alone",
-            r_train_confirmed="r_train of the confirmed",
-            r_test_confirmed="r_test of the confirmed",
-            r_token_confirmed="r_token of the confirmed",
-            null="confirmed on shuffled pairs",
-            n_rows_train="rows on which features were matched",
-            n_rows_test="rows on which matches were confirmed",
-        ),
-    ),
-)
-MATCHES = Table(
-    "matches.jsonl",
-    "one matched pair of features; a match has no direction",
-    (
-        *PAIR_COLUMNS,
-        *plain(
-            feature_source="number in the source's dictionary",
-            feature_target="number in the target's dictionary",
-            confirmed="whether held-out text confirms it",
-            r_train="correlation on training rows",
-            r_test="on held-out rows",
-            r_token="of the means for the current tokens alone",
-            beyond_token="whether it beats every shuffle among rows with equal tokens",
-            p="share of circular shifts that correlate as much",
-            p_adjusted="p by Benjamini and Hochberg",
-            firings_source="training rows on which it fires",
-            firings_target="training rows on which it fires",
-            decoder_norm_source="length of its decoder row",
-            decoder_norm_target="length of its decoder row",
-        ),
-    ),
-)
-SIMILARITIES = Table(
-    "similarity.jsonl",
-    "how alike two layers, or the decoder directions of two dictionaries, are",
-    (
-        Column(
-            "kind",
-            "activations of two layers; the layer pairs that these propose; decoder directions of "
-            "confirmed matches",
-            values=("layers", "proposal", "decoders"),
-        ),
-        *PAIR_COLUMNS,
-        *plain(**SIMILARITY),
-        *plain(**{f"{n}_null": f"{n} of shuffled rows or matchings, mean" for n in SIMILARITY}),
-        *plain(**{f"{n}_p": f"share of random matchings with such {n}" for n in SIMILARITY}),
-        *plain(
-            n_rows="held-out rows that are compared",
-            layer_pairs="of a proposal: the value of --config.layer_pairs",
-            cka_of_run="mean CKA of the run's layer pairs",
-            n_features="confirmed matches",
-        ),
-    ),
-)
-CROSSCODER = Table(
-    "crosscoder.jsonl",
-    "one model in a joint code of all models",
-    (
-        *plain(sites="the site of every model"),
-        Column(
-            "pairing",
-            "trained on aligned or shuffled rows, or on the first model and a copy or rotated copy "
-            "of itself",
-            values=("aligned", "shuffled", "self", "rotated"),
-        ),
-        *plain(model="whose activations are reconstructed", site="its site"),
-        *COUNTS,
-        *plain(width="number of latents", variant="of the crosscoder"),
-        *intervals(
-            fvu="share of the variance that is missed when all models are shown",
-            fvu_alone="when this model alone is shown",
-            fvu_from_others="when all others are shown",
-            l0="active latents per row",
-        ),
-        *plain(
-            l0_alone="active latents per row when this model alone is shown",
-            dead_fraction="share of latents that never fire",
-            n_live="latents that fire",
-            shared="share of the live latents whose decoder norm is at least a quarter of the "
-            "largest in every model",
-            exclusive="share whose decoder norm is that large in this model alone",
-            shared_confirmed="share of the shared ones that explain every model beyond circular "
-            "shifts",
-            exclusive_refuted="share of the exclusive ones that explain another model too",
-            scaling_ratio="what exclusive latents explain of the other models, of what they "
-            "explain of this one",
-            relative_norms="histogram of this model's share of each latent's decoder norms",
-        ),
-    ),
-)
-CAUSAL = Table(
-    "causal.jsonl",
-    "the target's prediction with its activations replaced at paired text positions",
-    (
-        Column(
-            "intervention",
-            "what a map predicts is put in (stitching), or a control; at one layer pair or at "
-            "several together",
-            values=("stitching", "control", "stitching_together", "control_together"),
-        ),
-        Column(
-            "control",
-            "no edit, zeros, the training mean, the target's own reconstruction",
-            values=("clean", "zero", "mean", "own_sae"),
-        ),
-        *PAIR_COLUMNS,
-        Column("site_edited", "where the target is edited"),
-        Column("sites", "of several layers together: the target's sites"),
-        MAP,
-        PAIRING,
-        Column(
-            "stitch_kind",
-            "the predicted activation, or the predicted features decoded by the target's "
-            "dictionary",
-            values=("activation", "features"),
-        ),
-        POSITIONS,
-        Column("n_documents", "documents of these positions"),
-        *nats(
-            ce="cross-entropy of the next token",
-            kl="KL divergence of the target's own prediction to the edited one",
-        ),
-        LOSS_RECOVERED,
-    ),
-)
-DIRECTION = Column(
-    "direction",
-    "kind of map that gave the mapped direction; match: the target's own best matching feature",
-)
-ABLATION_R = Column(
-    "ablation_r",
-    "correlation over text positions of what removing the feature changes in the source and "
-    "removing its mapped direction changes in the target",
-    interval=True,
-)
-FEATURE_CAUSAL = Table(
-    "feature_causal.jsonl",
-    "one feature of the source, and one mapped direction of it that is added to the target",
-    (
-        *PAIR_COLUMNS,
-        DIRECTION,
-        *plain(
-            feature="its number in the source's dictionary",
-            match="the target's best matching feature",
-            match_r="correlation of the two on training rows",
-            match_cosine="cosine of the mapped direction and the match's decoder row",
-            n_contexts="texts in which it is tested",
-            n_documents="their documents",
-            firings="paired positions at which it fires",
-            promoted_source="tokens that it makes likelier in the source",
-            promoted_target="the same text in the target's tokens",
-            promoted_dropped="promoted tokens that the target's vocabulary does not have",
-            effect_source="mean change of log p of the promoted tokens in the source, by dose",
-        ),
-        *nats(
-            effect="mean change of log p of the promoted tokens in the target, at the middle dose",
-            effect_at_kl="the same where the edit has spent the KL budget",
-        ),
-        *SPECIFIC,
-        *(
-            Column(name, meaning, unit="nats")
-            for name, meaning in {
-                "kl": "KL divergence that the edit causes",
-                "kl_spent": "KL divergence at effect_at_kl",
-                "effect_mean_direction": "effect of the target's mean activation as a direction",
-                "effect_random": "effect of random directions",
-                "kl_random": "KL divergence of random directions",
-                "effect_shuffled": "effect of other features' mapped directions",
-                "kl_shuffled": "KL divergence of other features' mapped directions",
-            }.items()
-        ),
-        Column("doses", "effect and kl by dose alpha, beside the controls and their range"),
-        Column("ablation_n", "text positions of ablation_r"),
-        ABLATION_R,
-        Column("ablation_r_shuffled", "the same for other features' mapped directions"),
-        *plain(
-            p_random="p-value against random directions",
-            p_shuffled="p-value against other features' mapped directions",
-            p="the larger of the two",
-            q="p by Benjamini and Hochberg over the features of this direction",
-            transfers="whether q is within evaluation.fdr",
-        ),
-    ),
-)
-FEATURE_CAUSAL_SUMMARY = Table(
-    "feature_causal_summary.jsonl",
-    "what holds over all tested features of one kind of mapped direction; intervals over features",
-    (
-        *PAIR_COLUMNS,
-        DIRECTION,
-        *plain(
-            n_features="features that are tested",
-            n_scored="of these, those with a token that the target has",
-            n_transferring="of these, those that transfer",
-        ),
-        Column("share_transferring", "n_transferring / n_features", interval=True),
-        *nats(
-            effect="mean of the features' effects",
-            kl="mean KL divergence",
-            effect_random="mean effect of random directions",
-            effect_shuffled="mean effect of other features' mapped directions",
-        ),
-        *SPECIFIC,
-        ABLATION_R,
-        Column("ablation_r_shuffled", "of other features' mapped directions", interval=True),
-        Column("of_match", "specific_random, as a share of the matching features'"),
-    ),
-)
-TABLES: dict[str, Table] = {  # file, or pattern of files: its table
-    table.file: table
-    for table in (
-        RECONSTRUCTION,
-        TRANSFER,
-        CONTROLS,
-        FEATURES,
-        FEATURE_TRANSFER,
-        MATCHING,
-        MATCHES,
-        SIMILARITIES,
-        CROSSCODER,
-        CAUSAL,
-        FEATURE_CAUSAL,
-        FEATURE_CAUSAL_SUMMARY,
-    )
-}
+TABLES: dict[str, Table] = {table.file: table for table in SPINE}  # by file, or pattern of files
 
 
 # ---------------------------------------------------------------- the page about them

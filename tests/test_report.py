@@ -387,8 +387,8 @@ def test_the_page_needs_no_other_file(html, page):
 
 
 def test_every_figure_is_there_and_has_words(html, page):
-    # densities, cosines; r2, stitching, frequency of each direction and layer; curves
-    figures = 12 + 3 * 6 + 3
+    # densities, cosines; r2, stitching of each direction and layer; curves
+    figures = 12 + 2 * 6 + 3
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Lines: the mean (R² 0)" in page.text
 

@@ -197,20 +197,15 @@ class InterventionConfig:
     documents: int = 64  # test documents at most
     batch_size: int = 16  # windows per forward
     features: int = 16  # of A that are put into B, in every direction; 0 for none
-    feature_ids: str = ""  # in place of features: the first model's own, as in 3,17
+    feature_ids: tuple[int, ...] = ()  # in place of features: the first model's own, as in 3,17
     choose: str = "random"  # random (of those that fire) | matched (the best of matches.jsonl)
     layers: str = "middle"  # middle | all, of the layer pairs: where features are put in
-    rungs: tuple[str, ...] = ("all",)  # whose images are tested: all, or these of map.kinds
-    contexts: int = 16  # places of the text per feature, where it fires
+    maps: tuple[str, ...] = ("all",)  # whose directions are tested: all, or these of map.kinds
+    contexts: int = 16  # positions of the text per feature, where it fires
     positions: str = "firing"  # firing | prompt: edit there alone, or all of the text before too
     span: str = "last"  # last | whole: edit a span's last token, or all of its tokens
-    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | image
+    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | mapped
     alphas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)  # doses; scores are of the middle one
-    promoted: int = 10  # tokens that a feature makes likelier in A, whose change in B is measured
-    random_directions: int = 16  # controls of equal norm
-    shuffled_features: int = 16  # controls: images of other features, at equal norm
-    kl_budget: float = 0.1  # nats a token: effects are compared at this divergence too
-    fdr: float = 0.05  # false discovery rate among the features that are said to transfer
 
 
 @dataclass
@@ -220,13 +215,9 @@ class ContrastConfig:
     source: tuple[str, ...] = ()  # files or folders of .jsonl or .json: agreement, BLiMP, good/bad
     pairs: int = 200  # of each set at most; features are chosen on one half, tested on the other
     features: int = 8  # those of largest attribution, ablated together
-    steps: int = 8  # of integrated gradients; 1 is gradient times activation
     controls: int = 32  # random directions, and as many images of other features, of equal norm
-    layers: str = "middle"  # middle | all, of the layer pairs: where features are carried over
     maps: tuple[str, ...] = ("all",)  # by which they are carried over: all, or these of map.kinds
     span: str = "last"  # last | whole: ablate at a span's last token, or at all of its tokens
-    edges: int = 4  # top features of each layer that are traced back to the layer before
-    batch_size: int = 32  # pairs per forward
 
 
 @dataclass
@@ -240,17 +231,12 @@ class SteerConfig:
     search: str = ""  # text: features that fire around it, the one first that most promotes it
     map: str = "ridge"  # of map.kinds: what that map makes of the feature | match: the target's
     alphas: tuple[float, ...] = (0.2, 0.4)  # doses, each another text; below 0 is against it
-    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | image
-    positions: str = "generated"  # generated: where new tokens are predicted | all: the prompt too
+    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | mapped
     prompts: str = ""  # one text, or a .txt file with one a line; blank: held-out beginnings
-    documents: int = 4  # held-out documents whose beginnings are prompts, where none are given
-    prompt_tokens: int = 12  # of the target, of each such beginning
     samples: int = 8  # texts of every prompt; at temperature 0 there is one
     tokens: int = 0  # new ones of every text; 0: 48, or as many as the target has positions for
     temperature: float = 0.8  # 0: always the likeliest token
     top_p: float = 0.95  # draw among the likeliest tokens that hold this share of the probability
-    promoted: int = 10  # tokens that the feature makes likelier in the source, counted in the texts
-    batch_size: int = 64  # texts written at once
 
 
 @dataclass
@@ -262,12 +248,7 @@ class ProbeConfig:
     label: str = "label"  # the field that holds its label: text or a whole number
     pooling: str = "last"  # last | max | mean, over the places of a text that all models share
     examples: tuple[int, ...] = (16, 64, 256)  # labelled texts that a probe is trained on
-    draws: int = 5  # of the examples, averaged over
-    test_fraction: float = 0.3  # of the texts: accuracies are of them
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # L2; cross-validated on the examples
-    layers: str = "middle"  # middle | all, of the layer pairs
     maps: tuple[str, ...] = ("all",)  # by which probes are carried: all, or these of map.kinds
-    batch_size: int = 32  # texts per forward
 
 
 # skyline: from a second dictionary of the target itself, the most that a rung can reach.

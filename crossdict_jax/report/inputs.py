@@ -17,6 +17,7 @@ from crossdict_jax.report.results import Curves, Run
 from crossdict_jax.report.tables import (
     Table,
     flat_table,
+    heading,
     number,
     share,
     table,
@@ -40,17 +41,6 @@ LIMITS = (
     "Positions at which only one tokenizer ends a token are not compared; neither are first "
     "positions and rows with outlying norms.",
 )
-WORDS = {
-    "Source and target": "The model that is read, and the model whose features are predicted.",
-    "L0": "Active features per row.",
-    "CE, KL": "Cross-entropy of the next token in nats, and the divergence from the prediction of "
-    "the untouched model.",
-    "Loss recovered": "(CE zero − CE edited) / (CE zero − CE clean); undefined where zeroing costs "
-    "less than 0.05 nats.",
-    "Shuffled": "The null: the same map fitted and scored after the target’s rows were permuted "
-    "across documents.",
-}
-EXPLAINED = ("fvu", "r2", "context_gain", "cosine_centered", "top1", "mean_rank")  # in the words
 
 
 def run_section(config: Config, run: Run, root: Path) -> Section:
@@ -231,13 +221,10 @@ def time_section(run: Run) -> Section:
 
 
 def words_section(run: Run) -> Section:
-    """Returns what the names on this page mean."""
-    kinds = sorted({row["map"] for row in run.rows["transfer"]}, key=map_order)
-    meanings = dict(WORDS)
-    for column in SCORES:
-        if column.name in EXPLAINED:
-            meanings[column.name.replace("_", " ")] = f"{column.meaning}."
-    for kind in kinds:
+    """Returns what the names of scores and maps on this page mean."""
+    meanings = {heading(column.name): f"{column.meaning}." for column in SCORES}
+    meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
+    for kind in sorted({row["map"] for row in run.rows["transfer"]}, key=map_order):
         module = f"crossdict_jax.maps.kinds.{kind}"
         if importlib.util.find_spec(module):
             first_line, _, _ = importlib.import_module(module).__doc__.partition("\n")

@@ -5,13 +5,10 @@ from __future__ import annotations
 from crossdict_jax.report.blocks import Block, Code, Details, Note, Panels, Section
 from crossdict_jax.report.plots import (
     INK,
-    MUTED,
     PAPER,
     STRONG,
-    WEAK,
     Figure,
     draw,
-    histogram_figure,
 )
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.tables import (
@@ -160,14 +157,12 @@ def layers_section(run: Run) -> Section:
     ]
     for models in dict.fromkeys((row["source"], row["target"]) for row in rows):
         group = [row for row in rows if (row["source"], row["target"]) == models]
-        marks = _marks(run, models, group[0]["site_source"].rpartition(".")[0])
         blocks.append(
             Panels(
-                [heat_map(group, measure, marks) for measure in MEASURES],
+                [heat_map(group, measure) for measure in MEASURES],
                 "Every layer of one model (down) with every layer of the other (across); the "
-                "darker, the more alike, up to 1. Grey frames: the pairs of this run. Ochre "
-                "frames: the proposed pairs. CKA and RSA are 0 for independent rows, SVCCA and "
-                "mutual kNN are not: compare with the shuffled rows.",
+                "darker, the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA "
+                "and mutual kNN are not: compare with the shuffled rows.",
             )
         )
     for row in proposals(run):
@@ -186,22 +181,9 @@ def proposals(run: Run) -> list[dict]:
     return [row for row in run.rows["similarity"] if row["kind"] == "proposal"]
 
 
-def _marks(run: Run, models: tuple[str, str], kind: str) -> dict[str, set[tuple[str, str]]]:
-    """{colour: pairs of sites}: those that the run compares, and those that are proposed."""
-    compared = {pair_of(row)[2:] for row in run.rows["matching"] if pair_of(row)[:2] == models}
-    proposed = {
-        tuple(f"{kind}.{layer}" for layer in pair.split(":"))
-        for row in proposals(run)
-        if (row["source"], row["target"]) == models
-        for pair in row["layer_pairs"].split(",")
-    }
-    return {MUTED: compared, WEAK: proposed}
-
-
-def heat_map(rows: list[dict], measure: str, marks: dict[str, set]) -> Figure:
+def heat_map(rows: list[dict], measure: str) -> Figure:
     """Returns one measure of every layer of the source (down) and of the target (across)."""
     from matplotlib.colors import ListedColormap, to_rgb
-    from matplotlib.patches import Rectangle
 
     source, target = (
         list(dict.fromkeys(row[f"site_{side}"] for row in rows)) for side in ("source", "target")
@@ -222,11 +204,6 @@ def heat_map(rows: list[dict], measure: str, marks: dict[str, set]) -> Figure:
                 for x, entry in enumerate(line):
                     text = number(entry, 2).replace("0.", ".", 1)
                     axes.text(x + 0.5, y + 0.5, text, color=PAPER if entry > 0.65 else INK, **style)
-        for inset, (colour, pairs) in zip((0.14, 0.06), marks.items()):
-            for site_a, site_b in pairs:
-                corner = target.index(site_b) + inset, source.index(site_a) + inset
-                size = 1 - 2 * inset
-                axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=colour))
         axes.invert_yaxis()
         for axis, sites in ((axes.xaxis, target), (axes.yaxis, source)):
             every = -(-len(sites) // MAX_LABELS)
@@ -287,21 +264,4 @@ def crosscoder_section(rows: list[dict]) -> Section:
     for sites in dict.fromkeys(row["sites"] for row in rows):
         caption = f"One code of all models, {', '.join(dict.fromkeys(sites.split()))}"
         blocks.append(table(caption, columns, [row for row in rows if row["sites"] == sites]))
-    figures = [
-        histogram_figure(
-            row["relative_norms"],
-            title=f"{row['model']} {row['site']}",
-            x="share of the decoder norms",
-            y="latents",
-            words=f"The share of {row['model']} {row['site']} in the decoder norms of "
-            f"{number(row['n_live'])} latents: {percent(row['shared'], 0)} shared by all, "
-            f"{percent(row['exclusive'], 0)} its own.",
-        )
-        for row in rows
-        if row["pairing"] == "aligned"
-    ]
-    caption = (
-        "Whose the latents are: a model’s share of each latent’s decoder norms, in units of equal "
-        "variance. 0: the others’ alone; 1: its own alone."
-    )
-    return Section("joint", "Joint codes", [*blocks, Panels(figures, caption, "small")])
+    return Section("joint", "Joint codes", blocks)

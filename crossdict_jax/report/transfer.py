@@ -11,8 +11,6 @@ from crossdict_jax.report.plots import (
     STRONG,
     WEAK,
     Figure,
-    line_figure,
-    map_line,
     score_figure,
 )
 from crossdict_jax.report.results import Comparison, Run
@@ -28,7 +26,7 @@ from crossdict_jax.report.tables import (
     value,
     words,
 )
-from crossdict_jax.results import BASELINES, by_pair, map_order, site_words
+from crossdict_jax.results import BASELINES, by_pair, site_words
 
 COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
 COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
@@ -71,13 +69,6 @@ def transfer_section(run: Run) -> Section:
             ),
             *map(transfer_table, group),
         ]
-        if figures := _frequency_figures(run.rows["features"], source, target):
-            caption = "Mean correlation of a predicted feature with the true one, by how often the "
-            blocks.append(
-                Panels(figures, f"{caption}feature fires. Rare features rest on few rows.")
-            )
-    if not run.rows["features"]:
-        blocks.append(Note("No correlations of features: results/features.jsonl is not there."))
     first = ("source", "target", "map")
     raw = flat_table(run.rows["transfer"], "Every column of transfer.jsonl", first)
     return Section("transfer", "Transfer", [*blocks, Details(raw.caption, [raw])])
@@ -136,37 +127,6 @@ def r2_figure(comparison: Comparison, limits: tuple[float, float]) -> Figure:
         limits=limits,
         references={"mean": 0.0, "token": comparison.score("token", "r2")},
     )
-
-
-def _frequency_figures(rows: list[dict], source: str, target: str) -> list[Figure]:
-    """Mean correlation of features by how often they fire, one line per map."""
-    shown = [
-        row
-        for row in rows
-        if row.get("correlation_by_frequency")
-        and (row["source"], row["target"]) == (source, target)
-        and row["map"] not in ("mean", "token_target")
-    ]
-    figures = []
-    for (_, _, *sites), group in by_pair(shown).items():
-        lines = {}
-        for row in sorted(group, key=lambda row: map_order(row["map"])):
-            bins = [b for b in row["correlation_by_frequency"] if b["mean"] is not None]
-            # The geometric middle of a bin; its upper end where it starts at 0.
-            x = [(b["low"] * b["high"]) ** 0.5 if b["low"] > 0 else b["high"] for b in bins]
-            style = {"marker": "o", "markersize": 3, **map_line(row["map"])}
-            lines[row["map"]] = (x, [b["mean"] for b in bins], style)
-        name = f"{source} to {target}, {site_words(*sites)}"
-        figures.append(
-            line_figure(
-                lines,
-                title=site_words(*sites),
-                x="firing frequency of a feature",
-                y="mean correlation",
-                words=f"Mean correlation by firing frequency, {name}, for {', '.join(lines)}.",
-            )
-        )
-    return figures
 
 
 # ---------------------------------------------------------------- single features

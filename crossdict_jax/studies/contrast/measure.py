@@ -22,7 +22,7 @@ from crossdict_jax.causal.directions import (
     mapped_directions,
     strengths,
 )
-from crossdict_jax.causal.effects import MATCH, correlation
+from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
@@ -30,7 +30,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.models import Site
 from crossdict_jax.report.tables import show
-from crossdict_jax.stats import columns
+from crossdict_jax.stats import columns, correlation
 from crossdict_jax.studies.contrast import ablation
 from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, read_pairs
@@ -70,7 +70,7 @@ def run(config: Config, work: Workdir) -> None:
     finished = FinishedRun(config, work, store)
     question = dataclasses.asdict(dataclasses.replace(settings, source=()))
     question = [question, *map(dataclasses.asdict, sets)]
-    everywhere = map_groups(config, store, layers="all", rungs=settings.maps)
+    everywhere = map_groups(config, store, layers="all", kinds=settings.maps)
     stage = Stage(work, "contrast", files=(FILE,), inputs=finished.inputs(everywhere, question))
     if not stage.finished:
         studies = _readable(finished, sets)
@@ -194,7 +194,7 @@ def _measure(study: Halves, part: Callable) -> list[dict]:
             tops = [sites[model, site]["top"][:EDGES] for site in pair]
             edges += part(("edges", model, *map(str, pair)), _edges, study, model, pair, tops)
     layers = run.config.intervention.layers
-    for tasks in map_groups(run.config, run.store, layers=layers, rungs=settings.maps):
+    for tasks in map_groups(run.config, run.store, layers=layers, kinds=settings.maps):
         transfers += part(("transfer", tasks[0].label), _transfer, study, tasks, sites, prefers)
     features = [row for site in sites.values() for row in site["rows"]]
     rows = [*preferences.values(), *features, *edges, *transfers]

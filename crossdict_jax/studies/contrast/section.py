@@ -68,11 +68,11 @@ def sentences(transfers: list[dict]) -> Iterable[str]:
                 f"{source}’s rests: taken out, they cost more than controls."
             )
         else:
-            own = {True: "do", False: "do not either", None: "were not found"}[moves.get("own")]
+            top = {True: "do", False: "do not either", None: "were not found"}[moves.get("own")]
             yield (
                 f"Negative result: {target}’s preference does not rest, beyond controls, on any "
                 f"mapped direction of the features on which {source}’s rests; its own top features "
-                f"{own}."
+                f"{top}."
             )
 
 

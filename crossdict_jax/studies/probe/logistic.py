@@ -76,10 +76,10 @@ def _fit(z: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.
 
     # Conjugate gradients: L-BFGS-B makes so many tiny LAPACK calls that their threads, on a shared
     # machine, cost ten times the work.
-    found = scipy.optimize.minimize(
+    solution = scipy.optimize.minimize(
         objective, start.ravel(), jac=True, method="CG", options={"gtol": 1e-5, "maxiter": 500}
     )
-    return found.x.reshape(start.shape)
+    return solution.x.reshape(start.shape)
 
 
 def _loss(W: np.ndarray, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

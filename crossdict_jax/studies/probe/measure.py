@@ -65,7 +65,7 @@ def run(config: Config, work: Workdir) -> None:
     texts = read_labelled(settings.source, text=settings.text, label=settings.label)
     store = open_store(work.activations)
     groups = map_groups(
-        config, store, layers=config.intervention.layers, rungs=settings.maps, of_tokens=True
+        config, store, layers=config.intervention.layers, kinds=settings.maps, of_tokens=True
     )
     finished = FinishedRun(config, work, store)
     question = dataclasses.asdict(dataclasses.replace(settings, source=""))
@@ -84,7 +84,7 @@ def _measure(
     from tqdm import tqdm
 
     config = run.config
-    reading, left_out = _read(run, texts)
+    reading, left_out = read(run, texts)
     words = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
     examples = split(
         texts.labels[reading.kept],
@@ -93,22 +93,22 @@ def _measure(
         seed=config.seed,
         left=f"{len(reading.kept)} of {len(texts.texts)} texts are left ({words})",
     )
-    side = cache(partial(_side, run, reading))
+    side = cache(partial(side_of, run, reading))
     features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
     counts = {"n_classes": len(texts.classes)} | left_out
     rows = []
     parts = [(i, n) for i in range(len(groups)) for n in sorted(config.probe.examples)]
     for i, n in tqdm(parts, desc="probes", unit="part"):
         task = groups[i][0]
-        make = partial(_probe_rows, features, i, examples, n, config)
+        make = partial(probe_rows, features, i, examples, n, config)
         pair = (task.source, task.target, str(task.site_source), str(task.site_target))
         head = dict(zip(results.PAIR, pair)) | counts
         rows += [head | row for row in stage.part((task.label, n), make)]
     return rows
 
 
-def _read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
-    """What all models read, and how many texts were left out for which reason."""
+def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
+    """Returns what all models read, and how many texts were left out for which reason."""
     store = run.store
     reading = read_texts(
         texts.texts,
@@ -129,8 +129,8 @@ def _read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
     }
 
 
-def _side(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
-    """A model's side of the rows of all texts."""
+def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
+    """Returns a model's side of the rows of all texts."""
     texts, position = reading.tokens[model], reading.position[model]
     tokens = np.zeros((len(texts) + -len(texts) % BATCH_SIZE, max(map(len, texts))), np.int32)
     for row, text in zip(tokens, texts):
@@ -167,8 +167,8 @@ def _features(run: FinishedRun, reading: Reading, side, tasks: list[Task]) -> Fe
     return features
 
 
-def _probe_rows(features, i: int, examples: Split, n: int, config: Config) -> list[dict]:
-    """The rows of n labelled examples in direction i."""
+def probe_rows(features, i: int, examples: Split, n: int, config: Config) -> list[dict]:
+    """Returns the rows of n labelled examples in direction i."""
     labels, test = examples.labels, examples.test
     right = {name: np.zeros((2, len(test))) for name in features(i)}  # by true and shuffled labels
     majority = np.zeros((1, len(test)))

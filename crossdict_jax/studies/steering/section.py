@@ -112,7 +112,7 @@ def sentence(answer: Answer) -> str:
     dose = answer.doses[-1]
     row = next(r for r in answer.conditions if (r["condition"], r["alpha"]) == ("mapped", dose))
     compared = []
-    for rate, what in (
+    for rate, title in (
         ("token_rate", "promoted tokens, in % of the new tokens,"),
         ("piece_rate", "occurrences of promoted text, per 100 bytes,"),
     ):
@@ -128,7 +128,7 @@ def sentence(answer: Answer) -> str:
         with_it, without, at_random = (number(times * v, 2) for v in (value, plain, random))
         bounds = _scaled(f"{rate}_over_random", "", times).cell(row).note
         compared.append(
-            f"{what} are {with_it}, {without} without the edit and {at_random} with a random "
+            f"{title} are {with_it}, {without} without the edit and {at_random} with a random "
             f"direction of equal norm ({verdict}; difference {bounds})"
         )
     cost = number(row["nll_more"], 2)
@@ -185,7 +185,7 @@ def side_by_side(answer: Answer, alpha: float) -> Table:
         prompt, sample = text["prompt"], text["sample"]
         if text["condition"] == "none" and prompt < PROMPTS and sample < SAMPLES:
             words = (text["before"], *(written[*e, prompt, sample]["text"] for e in edits))
-            body.append([Cell(" ".join(one.replace("\n", " ⏎ ").split())) for one in words])
+            body.append([Cell(" ".join(text.replace("\n", " ⏎ ").split())) for text in words])
     columns = [Column("prompt", numeric=False)]
     columns += [Column(WORDS[name], numeric=False) for name, _ in edits]
     return Table(f"Dose {alpha:g}", columns, body)
