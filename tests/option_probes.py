@@ -265,7 +265,7 @@ def beginnings(config):
 def preferences(config):
     """The directions, layer pairs and rungs of contrast sets."""
     asked = config.contrast
-    return map_groups(config, Four(), layers=asked.layers, rungs=asked.rungs)
+    return map_groups(config, Four(), layers=asked.layers, kinds=asked.rungs)
 
 
 def timed(config):
@@ -312,7 +312,7 @@ def together(config):
 def probed(config):
     """The directions, layer pairs and rungs of probes."""
     asked = config.probe
-    return map_groups(config, Four(), layers=asked.layers, rungs=asked.rungs, of_tokens=True)
+    return map_groups(config, Four(), layers=asked.layers, kinds=asked.rungs, of_tokens=True)
 
 
 def pretraining(config):

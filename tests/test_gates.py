@@ -324,8 +324,7 @@ def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkey
 @pytest.mark.soak
 def test_g6_misses_images_of_the_wrong_feature(monkeypatch, tmp_path):
     monkeypatch.setattr(g06_causal, "TEXTS", 24)
-    short = {"contexts": 8, "random_directions": 16, "alphas": (0.1, 0.2, 0.4)}
-    monkeypatch.setattr(g06_causal, "PLAN", dataclasses.replace(g06_causal.PLAN, **short))
+    monkeypatch.setattr(g06_causal, "CONTEXTS", 8)
     true = g06_causal.mapped_directions
     monkeypatch.setattr(
         g06_causal, "mapped_directions", lambda *a, **k: np.roll(true(*a, **k), 2, axis=0)

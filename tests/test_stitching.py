@@ -226,6 +226,7 @@ def test_nothing_below_the_site_is_computed(lm, passages):
     assert flops(2) < 0.6 * flops(0)
 
 
+@pytest.mark.mesh
 def test_no_large_array_is_gathered_across_devices(lm, passages):
     run = splicer(lm, passages, Site(1))
     tokens, x = run._put(run._batches[-1].tokens), run._put(run._clean[Site(1)][-1])
@@ -346,9 +347,9 @@ def test_of_pairs_into_one_site_the_first_counts():
     task = functools.partial(maps.Task, "a", "b", kind="ridge", pairing="aligned")
     tasks = [task(Site(i), Site(j)) for i, j in ((4, 7), (5, 7), (3, 6))]
     store = types.SimpleNamespace(output_of=lambda model, site: (model, site))
-    (bundle,) = stitching._bundles(tasks, store)
+    (bundle,) = stitching.bundles_of(tasks, store)
     assert [(t.site_source.layer, t.site_target.layer) for t in bundle] == [(3, 6), (4, 7)]
-    assert not stitching._bundles(tasks[:2], store)
+    assert not stitching.bundles_of(tasks[:2], store)
 
 
 # ---------------------------------------------------------------- the stage
@@ -395,10 +396,10 @@ def test_a_bos_stands_in_front_of_every_window(finished, monkeypatch):
     assert (with_bos.position == plain.position + 1).all()
 
 
-def test_every_rung_is_stitched_aligned_and_shuffled(finished):
+def test_every_map_is_stitched_aligned_and_shuffled(finished):
     config, work = finished
     rows = read_jsonl(work.result("causal.jsonl"))
-    rungs = [
+    kinds = [
         ("mean", "features"),
         ("token", "features"),
         ("ridge", "activation"),
@@ -410,7 +411,7 @@ def test_every_rung_is_stitched_aligned_and_shuffled(finished):
         assert [r["control"] for r in controls] == ["clean", "zero", "mean", "own_sae"]
         stitched = [r for r in rows if r["source"] == source]
         assert [(r["pairing"], r["map"], r["stitch_kind"]) for r in stitched] == [
-            (pairing, *rung) for pairing in ("aligned", "shuffled") for rung in rungs
+            (pairing, *kind) for pairing in ("aligned", "shuffled") for kind in kinds
         ]
         assert {(r["target"], r["site_source"], r["site_target"]) for r in stitched} == {
             (target, str(tiny_run.SITE), str(tiny_run.SITE))
@@ -433,7 +434,7 @@ def test_numbers_hang_together(finished):
 
 
 def test_the_rows_put_in_what_the_map_says(finished):
-    """One rung again, through the plain model, both ways of stitching."""
+    """One map again, through the plain model, both ways of stitching."""
     config, work = finished
     store = open_store(work.activations)
     passages = splice.select_passages(
@@ -453,7 +454,7 @@ def test_the_rows_put_in_what_the_map_says(finished):
         assert row["n_positions"] == len(expected["ce"])
 
 
-def test_a_shuffled_rung_is_shown_shuffled_rows(finished):
+def test_a_shuffled_map_is_shown_shuffled_rows(finished):
     """The token table of shuffled pairs knows nothing: it is as far off as the mean."""
     _, work = finished
     rows = read_jsonl(work.result("causal.jsonl"))
@@ -470,7 +471,7 @@ def test_a_finished_file_is_left_and_a_changed_input_is_seen(copy):
     before, time = path.read_bytes(), path.stat().st_mtime_ns
     intervene(config, work)
     assert path.stat().st_mtime_ns == time
-    stamp = work.result("causal.inputs.json")
+    stamp = work.result("intervene.inputs.json")
     stamp.write_text(json.dumps(read_json(stamp) | {"store": "another"}))
     intervene(config, work)
     assert path.stat().st_mtime_ns > time
@@ -490,12 +491,9 @@ def test_spans_are_edited_as_asked(tmp_path_factory):
     """Stitching's own passages: the last token of every span, or all of them."""
     config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
     store = open_store(work.activations)
-    tasks = [task for task in maps.tasks(config, store) if task.target == "a"]
     changed = dataclasses.replace(config.intervention, span="whole")
-    given = dataclasses.replace(config, intervention=changed)
-    plain, whole = (
-        stitching._Target.read(c, work, store, "a", tasks).splicer.passages for c in (config, given)
-    )
+    asked = dataclasses.replace(config, intervention=changed)
+    plain, whole = (stitching.passages_of_test(c, store, "a") for c in (config, asked))
     assert plain.first is None
     assert (whole.first <= whole.position).all() and (whole.first < whole.position).any()
 

@@ -55,8 +55,7 @@ class FinishedRun:
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
         if (model, site) not in self._dictionaries:
-            found = dictionaries.load(self.work.dictionary(model, site))
-            self._dictionaries[model, site] = found
+            self._dictionaries[model, site] = dictionaries.load(self.work.dictionary(model, site))
         return self._dictionaries[model, site]
 
     def side(self, model: str, site: Site) -> Side:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.causal.directions import mapped_directions
-from crossdict_jax.causal.effects import Directions, Experiment, Plan, transfer
-from crossdict_jax.config import MapConfig
+from crossdict_jax.causal.effects import Directions, Experiment, transfer
+from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
 from crossdict_jax.maps import Pairs, Problem, Side, rung
 from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
@@ -17,14 +17,19 @@ from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
 # A rung of codes: the words of so small a language say too little about activations to tell a
 # feature's direction from its word's.
 RUNG = "ridge_codes"
-PLAN = Plan(contexts=24, random_directions=24, shuffled_features=11, bootstrap=100)
+CONTEXTS, BOOTSTRAP = 24, 100
 TEXTS = 48  # of 24 words: two thirds to fit the map, the rest to choose its penalty
 
 
 def gate(*, seed: int, directory: Path) -> Gate:
     planted = plant(texts=TEXTS, seed=seed)
     experiment = _with_images(planted, seed, directory)
-    rows, summary = transfer(experiment, dataclasses.replace(PLAN, seed=seed))
+    config = Config(
+        seed=seed,
+        evaluation=EvaluationConfig(bootstrap=BOOTSTRAP),
+        intervention=InterventionConfig(contexts=CONTEXTS),
+    )
+    rows, summary = transfer(experiment, config)
     of = {one["direction"]: one for one in summary}
     hits = {
         name: [row["feature"] for row in rows if row["direction"] == name and row["transfers"]]
@@ -93,8 +98,8 @@ def _fitted(planted: Planted, experiment: Experiment, directory: Path):
 
 
 def _side(planted: Planted, experiment: Experiment, which: int) -> Side:
-    ground = (experiment.source, experiment.target)[which]
-    places = ground.places
-    words = planted.texts[places.text, places.last]
+    injector = (experiment.source, experiment.target)[which]
+    positions = injector.positions
+    words = planted.texts[positions.text, positions.last]
     tokens = words if which == 0 else planted.words[words].astype(np.int32)
-    return Side(ground.injector.clean(places), tokens, planted.dictionaries[which])
+    return Side(injector.clean, tokens, planted.dictionaries[which])

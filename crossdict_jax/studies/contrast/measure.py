@@ -23,7 +23,7 @@ from crossdict_jax.causal.directions import (
     mapped_directions,
     strengths,
 )
-from crossdict_jax.causal.effects import MATCH, correlation
+from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
@@ -33,7 +33,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.models import Site
 from crossdict_jax.report.tables import show
-from crossdict_jax.stats import Resamples, columns
+from crossdict_jax.stats import Resamples, columns, correlation
 from crossdict_jax.studies.contrast import ablation, preference
 from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, Readings
@@ -79,8 +79,8 @@ def measure_contrast(config: Config, work: Workdir) -> None:
     sets = read_sets(config.contrast.source)
     store = open_store(work.activations)
     asked = dataclasses.replace(config.contrast, source=())
-    groups = map_groups(config, store, layers=asked.layers, rungs=asked.rungs)
-    everywhere = map_groups(config, store, layers="all", rungs=asked.rungs)
+    groups = map_groups(config, store, layers=asked.layers, kinds=asked.rungs)
+    everywhere = map_groups(config, store, layers="all", kinds=asked.rungs)
     inputs = digests(config, work, store, [task for _, *rungs in everywhere for task in rungs])
     inputs["contrast"] = digest_of([dataclasses.asdict(asked), *map(dataclasses.asdict, sets)])
     stamp = work.result(STAMP)

@@ -70,7 +70,7 @@ def measure_probes(config: Config, work: Workdir) -> None:
     asked = config.probe
     texts = read_labelled(asked.source, text=asked.text, label=asked.label)
     store = open_store(work.activations)
-    groups = map_groups(config, store, layers=asked.layers, rungs=asked.rungs, of_tokens=True)
+    groups = map_groups(config, store, layers=asked.layers, kinds=asked.rungs, of_tokens=True)
     inputs = digests(config, work, store, [task for _, *rungs in groups for task in rungs])
     question = dataclasses.asdict(dataclasses.replace(asked, source=""))
     inputs["probe"] = digest_of([question, texts.texts, texts.labels.tolist(), texts.classes])
