@@ -17,8 +17,8 @@ from crossdict_jax.config import Config
 from crossdict_jax.report import answer, causal, shared
 from crossdict_jax.report.html import SHARED
 from crossdict_jax.report.results import Comparison, Run, read_run
-from crossdict_jax.report.tables import Cell, Column, Table, number, table, value, words
-from crossdict_jax.report.terminal import main_columns
+from crossdict_jax.report.tables import Table, number, table
+from crossdict_jax.report.terminal import main_table
 from crossdict_jax.report.transfer import r2_figure, r2_limits
 from crossdict_jax.workdir import Workdir, read_json, write_text
 
@@ -63,9 +63,8 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
 
 def main_result(run: Run, commit: str) -> str:
     """Returns the table of the main result, with the command and commit that made it."""
-    columns = main_columns({s.name: s for s in run.stitchings()})
     made = f"`python -m launch.experiment`, commit {commit}; R² on held-out documents [95 %]"
-    return f"{made}:\n\n{markdown(table('', columns, run.comparisons))}"
+    return f"{made}:\n\n{markdown(main_table(run))}"
 
 
 def sentences(run: Run) -> list[tuple[str, str]]:
@@ -79,20 +78,20 @@ def models_table() -> Table:
     rows = []
     for name in models.EMBEDDED:
         config = models.load_config(name)
-        shape = f"{config.n_layers} layers of {config.d_model}, vocabulary {config.vocab_size}"
+        training = read_json(models.ASSETS / name / "training.json")
         rows.append(
-            {"model": name, "shape": shape, **read_json(models.ASSETS / name / "training.json")}
+            {
+                "model": name,
+                "shape": f"{config.n_layers} layers of {config.d_model}, vocabulary "
+                f"{config.vocab_size}",
+                "parameters": f"{training['parameters'] / 1e6:.2f} M",
+                "tokens seen": f"{training['tokens_seen'] / 1e6:.1f} M",
+                "held out": number(training["loss"]),
+                "bigram": number(training["bigram_loss"]),
+                "unigram": number(training["unigram_loss"]),
+            }
         )
-    columns = [
-        words("model", lambda row: row["model"]),
-        words("shape", lambda row: row["shape"]),
-        Column("parameters", cell=lambda row: Cell(f"{row['parameters'] / 1e6:.2f} M")),
-        Column("tokens seen", cell=lambda row: Cell(f"{row['tokens_seen'] / 1e6:.1f} M")),
-        value("loss", "held out"),
-        value("bigram_loss", "bigram"),
-        value("unigram_loss", "unigram"),
-    ]
-    return table("", columns, rows)
+    return table("", rows)
 
 
 def _gates(folder: Path, commit: str) -> str:
@@ -100,19 +99,17 @@ def _gates(folder: Path, commit: str) -> str:
     path = folder / "verify.json"
     if not path.exists():
         return ""
-    checks = [
-        (gate if first else None, check)
+    rows = [
+        {
+            "gate": f"{gate['gate']}: {gate['what']}" if i == 0 else "",
+            "number": check["what"],
+            "value": number(check["value"]),
+            "bound": f"{check['relation']} {check['bound']}" if check["relation"] else "",
+        }
         for gate in read_json(path)["gates"]
-        for first, check in zip([True, *[False] * len(gate["checks"])], gate["checks"])
+        for i, check in enumerate(gate["checks"])
     ]
-    columns = [
-        words("gate", lambda row: f"**{row[0]['gate']}** {row[0]['what']}" if row[0] else ""),
-        words("number", lambda row: row[1]["what"]),
-        Column("value", cell=lambda row: Cell(number(row[1]["value"]))),
-        words("bound", lambda r: f"{r[1]['relation']} {r[1]['bound']}" if r[1]["relation"] else ""),
-    ]
-    made = f"`python -m launch.verify`, commit {commit}:\n\n"
-    return made + markdown(table("", columns, checks))
+    return f"`python -m launch.verify`, commit {commit}:\n\n{markdown(table('', rows))}"
 
 
 def _benchmark(folder: Path) -> str:
