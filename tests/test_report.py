@@ -12,6 +12,7 @@ import pytest
 from crossdict_jax.config import Config, settings
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import answer, inputs, summary_table, tables, transfer, write_report
+from crossdict_jax.report.docs import write_docs
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
 from crossdict_jax.report.tables import flat_table, number
 from crossdict_jax.results import NO_BETTER, PAIR, VERDICTS
@@ -644,3 +645,20 @@ def test_the_terminal_table_fits_a_screen(run, capsys):
     assert out.count("resid_pre.") == 6
     assert re.search(r"-0?.*0.460 +0.580 token_ridge ● +0.490 mlp ● +−0.021", out)
     assert "results.md" in lines[-1]
+
+
+def test_the_documentation_is_filled_from_a_run(run, tmp_path):
+    docs = tmp_path / "crossdict_jax/docs"
+    docs.mkdir(parents=True)
+    block = "<!-- generated: {} -->\nold\n<!-- end -->\nkept\n"
+    (tmp_path / "README.md").write_text(block.format("result"))
+    (docs / "verification.md").write_text(block.format("gates"))
+    (docs / "models.md").write_text(block.format("models"))
+    paths = write_docs(Config(), run, tmp_path)
+    assert {path.name for path in paths} >= {"README.md", "results.md", "transfer.svg"}
+    text = (tmp_path / "README.md").read_text()
+    assert "| 0.580 token_ridge ●" in text and "old" not in text and text.endswith("kept\n")
+    assert "| docs-neox | 8 layers of 128" in (docs / "models.md").read_text()
+    assert "old" in (docs / "verification.md").read_text()  # no gates beside this run
+    svg = (docs / "transfer.svg").read_text()
+    assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "var(" not in svg
