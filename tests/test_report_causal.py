@@ -108,7 +108,7 @@ def test_the_figure_says_what_it_draws():
 
 def test_the_sentence_counts_and_admits():
     ((_, sentence),) = causal.answer(SUMMARY)
-    assert sentence.startswith("Put into neox, the directions that ridge maps 1 of 2 tested")
+    assert sentence.startswith("Put into neox, the directions to which ridge maps 1 of 2 tested")
     assert sentence.endswith("the target’s best matching features: 0 of 2.")
     ((_, nothing),) = causal.answer([summary("ridge", 0)])
     assert nothing.startswith("Negative result: put into neox")

@@ -154,13 +154,14 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     generator_others = np.random.Generator(np.random.Philox(key=[config.seed + 1, feature]))
     others = np.delete(np.arange(len(e.features)), i)
     others = generator_others.permutation(others)[:OTHER_FEATURES]
-    directions = {}
+    directions: dict[str, dict] = {}
     if in_b:
         random = generator.normal(size=(RANDOM_DIRECTIONS, len(e.mean)))
-        directions = _effects(e, i, ready[1], in_b, norm_b, doses, random, others)
-        directions = {
-            name: _score(groups, draws, settings.alphas) for name, groups in directions.items()
-        }
+        effects = _effects(e, i, ready[1], in_b, norm_b, doses, random, others)
+        for name, groups in effects.items():
+            cosine = _cosine(e.mapped[name], e.mapped[MATCH], i) if MATCH in e.mapped else None
+            scores = _score(groups, draws, settings.alphas)
+            directions[name] = {"match_cosine": cosine} | scores
         ready = [
             side.ready(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=r)
             for side, r in zip(sides, ready)
@@ -207,6 +208,13 @@ def _effects(
         }
         for name in e.mapped
     }
+
+
+def _cosine(a: Directions, b: Directions, i: int) -> float | None:
+    """The cosine of two directions of the i-th feature; None where one is zero."""
+    x, y = (directions.vectors[i].astype(np.float64) for directions in (a, b))
+    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norms) if norms else None
 
 
 def _score(groups: dict[str, np.ndarray], draws: Resamples, alphas: Sequence[float]) -> dict:

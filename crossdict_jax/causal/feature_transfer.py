@@ -66,7 +66,9 @@ def transfer_features(config: Config, work: Workdir) -> None:
         print("single features: left out, since transcoders read one site and write another")
         return
     store = open_store(work.activations)
-    groups = chosen_groups(config, store)
+    groups = map_groups(config, store, layers=settings.layers, kinds=settings.maps)
+    if settings.feature_ids:  # they are the first model's
+        groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
     folders = [folder for _, *tasks in groups for task in tasks for folder in task.folders(work)]
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     if settings.choose == "matched":
@@ -85,9 +87,9 @@ def transfer_features(config: Config, work: Workdir) -> None:
 
         for task, *tasks in groups:
             try:
-                experiment, match = experiment_of(run, task, tasks, injector)
+                experiment, matches = experiment_of(run, task, tasks, injector)
                 bar.total += experiment.tested
-                found = transfer(experiment, config, part=functools.partial(part, task.label))
+                measured = transfer(experiment, config, part=functools.partial(part, task.label))
             except NothingToTest as reason:
                 if settings.feature_ids:
                     raise
@@ -95,19 +97,10 @@ def transfer_features(config: Config, work: Workdir) -> None:
                 continue
             ends = (task.source, task.target, str(task.site_source), str(task.site_target))
             pair = dict(zip(results.PAIR, ends))
-            rows += [pair | match(row) | row for row in found[0]]
-            summary += [pair | row for row in found[1]]
+            rows += [pair | matches[row["feature"]] | row for row in measured[0]]
+            summary += [pair | row for row in measured[1]]
     tested = sum(row["n_features"] for row in summary)
     stage.finish({ROWS: rows, SUMMARY: summary}, features=tested)
-
-
-def chosen_groups(config: Config, store: Store) -> list[list[Task]]:
-    """Returns ``map_groups`` as set; of named features, which are the first model's, its alone."""
-    settings = config.intervention
-    groups = map_groups(config, store, layers=settings.layers, kinds=settings.maps)
-    if settings.feature_ids:
-        groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
-    return groups
 
 
 def passages_of_test(run: FinishedRun, model: str) -> Passages:
@@ -145,8 +138,8 @@ def positions_of(store: Store, model: str, passages: Passages) -> Positions:
 
 def experiment_of(
     run: FinishedRun, task: Task, tasks: list[Task], injector: Callable[[str, Site], Injector]
-) -> tuple[Experiment, Callable[[dict], dict]]:
-    """Returns the experiment at one pair of sites, and what gives the match's columns of a row.
+) -> tuple[Experiment, dict[int, dict]]:
+    """Returns the experiment at one pair of sites, and {feature: the columns about its match}.
 
     Args:
       task: names the models and sites.
@@ -162,14 +155,10 @@ def experiment_of(
     rows = passages_of_test(run, task.source).rows
     source, dictionary_b = run.side(*a), run.dictionary(*b)
     trained = strengths(source.dictionary, source.x, features)
-    mapped = {
-        one.kind: Directions(
-            mapped_directions(
-                maps.load(one.path(run.work)), source, features, trained, seed=run.config.seed
-            )
-        )
-        for one in tasks
-    }
+    mapped = {}
+    for fitted in tasks:
+        m, seed = maps.load(fitted.path(run.work)), run.config.seed
+        mapped[fitted.kind] = Directions(mapped_directions(m, source, features, trained, seed=seed))
     matches, match_r = best_matches(run.codes(*b), trained)
     mapped[MATCH] = Directions(
         vectors=feature_directions(dictionary_b, matches),
@@ -187,17 +176,8 @@ def experiment_of(
         mean=train_mean(run.store, *b),
         translation=translation(run.tokenizers[task.source], run.tokenizers[task.target]),
     )
-
-    def match_columns(row: dict) -> dict:
-        i = int(np.flatnonzero(features == row["feature"])[0])
-        vector, match = (
-            mapped[name].vectors[i].astype(np.float64) for name in (row["direction"], MATCH)
-        )
-        norms = np.linalg.norm(vector) * np.linalg.norm(match)
-        cosine = float(vector @ match / norms) if norms else None
-        return {"match": int(matches[i]), "match_r": float(match_r[i]), "match_cosine": cosine}
-
-    return experiment, match_columns
+    about = zip(features.tolist(), matches.tolist(), match_r.tolist())
+    return experiment, {feature: {"match": match, "match_r": r} for feature, match, r in about}
 
 
 # ---------------------------------------------------------------- which features

@@ -74,7 +74,7 @@ def intervene(config: Config, work: Workdir) -> None:
     stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=inputs)
     if stage.finished:
         return
-    todo = _by_sites(_stitchable(tasks, store), store)
+    todo = bundles_by_sites(_stitchable(tasks, store), store)
     single, together = [], []
     with tqdm(desc="stitching", unit="window") as progress:
         for name, groups in todo.items():
@@ -104,26 +104,26 @@ def _stitchable(tasks: list[Task], store: Store) -> list[Task]:
     return [t for t in tasks if outputs[t.target, t.site_target][0] == t.target]
 
 
-def _by_sites(tasks: list[Task], store: Store) -> dict[str, dict[tuple[Site, ...], list[Bundle]]]:
-    """{B: {its sites that are replaced in one pass: by what}}: each alone, then those together."""
-    todo: dict[str, dict[tuple[Site, ...], list[Bundle]]] = {}
-    for bundle in [*((task,) for task in tasks), *bundles_of(tasks, store)]:
-        sites = tuple(task.site_target for task in bundle)
-        todo.setdefault(bundle[0].target, {}).setdefault(sites, []).append(bundle)
-    return todo
+def bundles_by_sites(
+    tasks: list[Task], store: Store
+) -> dict[str, dict[tuple[Site, ...], list[Bundle]]]:
+    """Returns {B: {its sites that are replaced in one pass: by what}}.
 
-
-def bundles_of(tasks: list[Task], store: Store) -> list[Bundle]:
-    """Returns the tasks of every kind of map over all layer pairs of its direction, if several.
-
-    Of layer pairs that lead into one site of B, the first counts.
+    First every site alone; then, for every kind of map, all layer pairs of a direction that has
+    several. Of layer pairs that lead into one site of B, the first counts.
     """
-    bundles: dict[tuple, dict[Site, Task]] = {}
+    together: dict[tuple, dict[Site, Task]] = {}
     for task in tasks:
         key = (task.source, task.target, task.kind, task.pairing)
         _, edited = store.output_of(task.target, task.site_target)
-        bundles.setdefault(key, {}).setdefault(edited, task)
-    return [tuple(at[site] for site in sorted(at)) for at in bundles.values() if len(at) > 1]
+        together.setdefault(key, {}).setdefault(edited, task)
+    bundles = [(task,) for task in tasks]
+    bundles += [tuple(at[site] for site in sorted(at)) for at in together.values() if len(at) > 1]
+    by_sites: dict[str, dict[tuple[Site, ...], list[Bundle]]] = {}
+    for bundle in bundles:
+        sites = tuple(task.site_target for task in bundle)
+        by_sites.setdefault(bundle[0].target, {}).setdefault(sites, []).append(bundle)
+    return by_sites
 
 
 def _stitch_kinds(task: Task, store: Store) -> tuple[str, ...]:

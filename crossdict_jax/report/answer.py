@@ -126,7 +126,7 @@ def to_what_effect(stitchings: list[Comparison]) -> str:
         )
     pick = max(scored, key=lambda pick: (pick[0].above_controls(pick[1]), of_mean(pick)))
     stitching, line = pick
-    cell = share("loss_recovered", digits=1).cell(line)
+    cell = share(line, "loss_recovered", 1)
     form = " (its features, decoded)" if line["stitch_kind"] == "features" else ""
     activation = f"{line['map']}{form} of {stitching.source} {stitching.site_source} put into "
     activation += f"{stitching.target} {stitching.site_target}"

@@ -15,17 +15,7 @@ from crossdict_jax.report.plots import (
     score_figure,
 )
 from crossdict_jax.report.results import Comparison, Run
-from crossdict_jax.report.tables import (
-    Cell,
-    Column,
-    Table,
-    flat_table,
-    number,
-    share,
-    table,
-    value,
-    words,
-)
+from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, share, table
 from crossdict_jax.results import by_pair, pair_of, site_words
 
 MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
@@ -125,56 +115,59 @@ def feature_causal_section(rows: list[dict], summary: list[dict]) -> Section:
         blocks += [
             Heading(f"{pair[0]} → {pair[1]}, {site_words(*pair[2:])}"),
             Panels([dose_figure(kept) for kept in by_kind], caption),
-            table("What holds over the tested features", _over_features(), group),
+            summary_table(group),
         ]
         tables = [features_table(kept) for kept in by_kind]
         blocks += [Details(t.caption, [t]) for t in (*tables, raw)]
     return Section("feature-causes", title, blocks)
 
 
-def _over_features() -> list[Column]:
-    return [
-        words("mapped by", lambda row: row["direction"]),
-        value("n_features", "features"),
-        share("share_transferring", "transfer"),
-        value("effect", "effect, nats"),
-        value("specific_random", "over random"),
-        value("specific_shuffled", "over other features"),
-        value("specific_random_at_kl", "over random, equal KL"),
-        Column("KL", cell=lambda row: Cell(number(row["kl"]))),
-        share("of_match", "of the match’s"),
-        value("ablation_r", "removal r", null="ablation_r_shuffled"),
+def summary_table(rows: list[dict]) -> Table:
+    """Returns what holds over the tested features, a line per kind of mapped direction."""
+    cells = [
+        {
+            "mapped by": row["direction"],
+            "features": score(row, "n_features"),
+            "transfer": share(row, "share_transferring"),
+            "effect, nats": score(row, "effect"),
+            "over random": score(row, "specific_random"),
+            "over other features": score(row, "specific_shuffled"),
+            "over random, equal KL": score(row, "specific_random_at_kl"),
+            "KL": score(row, "kl"),
+            "of the match’s": share(row, "of_match"),
+            "removal r": score(row, "ablation_r", null="ablation_r_shuffled"),
+        }
+        for row in rows
     ]
+    return table("What holds over the tested features", cells)
 
 
 def features_table(rows: list[dict]) -> Table:
     """Returns the features tested with one kind of mapped direction, best first."""
-
-    def feature(row: dict) -> Cell:
+    signs = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["q"], -row["specific_random"])):
         style, verdict = ("strong", "● transfers") if row["transfers"] else ("none", "○ not shown")
-        return Cell(str(row["feature"]), verdict, style=style)
-
-    def tokens(key: str, title: str) -> Column:
-        def text(row: dict) -> str:
-            signs = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
-            return " · ".join(token.translate(signs) for token in row[key][:MAX_TOKENS])
-
-        return words(title, text)
-
-    columns = [
-        Column("feature", cell=feature),
-        tokens("promoted_source", "promotes in the source"),
-        tokens("promoted_target", "measured in the target"),
-        value("effect", "effect, nats"),
-        value("specific_random", "over random"),
-        value("specific_shuffled", "over other features"),
-        value("kl"),
-        value("q"),
-        value("ablation_r", "removal r", 2, null="ablation_r_shuffled"),
-        Column("match", hint="r", cell=lambda r: Cell(str(r["match"]), number(r["match_r"], 2))),
-    ]
-    rows = sorted(rows, key=lambda row: (row["q"], -row["specific_random"]))
-    return table(f"Single features, by {rows[0]['direction']}", columns, rows)
+        promoted = {
+            f"{title} the {side}": " · ".join(
+                token.translate(signs) for token in row[f"promoted_{side}"][:MAX_TOKENS]
+            )
+            for side, title in (("source", "promotes in"), ("target", "measured in"))
+        }
+        cells.append(
+            {
+                "feature": Cell(str(row["feature"]), verdict, style=style),
+                **promoted,
+                "effect, nats": score(row, "effect"),
+                "over random": score(row, "specific_random"),
+                "over other features": score(row, "specific_shuffled"),
+                "KL": score(row, "kl"),
+                "q": score(row, "q"),
+                "removal r": score(row, "ablation_r", 2, null="ablation_r_shuffled"),
+                "match|r": Cell(str(row["match"]), number(row["match_r"], 2)),
+            }
+        )
+    return table(f"Single features, by {rows[0]['direction']}", cells)
 
 
 def dose_figure(rows: list[dict]) -> Figure:
@@ -211,20 +204,17 @@ def answer(summary: list[dict]) -> list[tuple[str, str]]:
     maps = [row for row in summary if row["direction"] != "match"]
     if not maps:
         return []
-
-    def hits(row: dict) -> str:
-        return f"{row['n_transferring']} of {row['n_features']}"
-
     best = max(maps, key=lambda row: (row["share_transferring"], row["specific_random"] or 0))
-    cell = share("share_transferring").cell(best)
-    same_pair = [s for s in summary if pair_of(s) == pair_of(best)]
-    match = next((s for s in same_pair if s["direction"] == "match"), None)
-    beside = f"; the target’s best matching features: {hits(match)}" if match else ""
+    cell, beside = share(best, "share_transferring"), ""
+    for row in summary:
+        if pair_of(row) == pair_of(best) and row["direction"] == "match":
+            hits = f"{row['n_transferring']} of {row['n_features']}"
+            beside = f"; the target’s best matching features: {hits}"
     head = "Put" if best["n_transferring"] else "Negative result: put"
     text = (
-        f"{head} into {best['target']}, the directions that {best['direction']} maps {hits(best)} "
-        f"tested features of {best['source']} to make the same text likelier, beyond random "
-        f"directions and other features’ ({cell.text} {cell.note}; "
-        f"{number(best['specific_random'], 2)} nats over random){beside}."
+        f"{head} into {best['target']}, the directions to which {best['direction']} maps "
+        f"{best['n_transferring']} of {best['n_features']} tested features of {best['source']} "
+        "make the same text likelier, beyond random directions and other features’ "
+        f"({cell.text} {cell.note}; {number(best['specific_random'], 2)} nats over random){beside}."
     )
     return [("Feature by feature", text)]

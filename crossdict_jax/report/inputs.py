@@ -19,10 +19,9 @@ from crossdict_jax.report.tables import (
     flat_table,
     heading,
     number,
+    score,
     share,
     table,
-    value,
-    words,
 )
 from crossdict_jax.results import SCORES, map_order
 
@@ -108,9 +107,15 @@ def pairing_section(run: Run) -> Section:
         "model’s token ends are such positions."
     ]
     if models:
-        coverage = [words("model", lambda m: m["model"]), value("ends", "token ends")]
-        coverage.append(share("coverage", digits=1))
-        blocks.append(table("Token ends that every model shares", coverage, models))
+        coverage = [
+            {
+                "model": m["model"],
+                "token ends": score(m, "ends"),
+                "coverage": share(m, "coverage", 1),
+            }
+            for m in models
+        ]
+        blocks.append(table("Token ends that every model shares", coverage))
     rest = nested({key: entry for key, entry in pairing.items() if key != "models"})
     facts = [
         (k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, list) else number(v))
@@ -123,26 +128,30 @@ def pairing_section(run: Run) -> Section:
 def dictionaries_section(run: Run) -> Section:
     """Returns the quality of every dictionary."""
     rows = run.rows["reconstruction"]
-    losses = {"ce_clean": "CE clean", "ce_zero": "CE zero", "ce_mean": "CE mean"}
-    columns = [
-        words("model", lambda row: str(row["model"])),
-        words("site", lambda row: str(row["site"])),
-        words("dictionary", dictionary_name),
-        value("width"),
-        value("l0", digits=1),
-        value("fvu"),
-        share("dead_fraction", "dead", 1),
-        *(value(key, title) for key, title in losses.items()),
-        value("ce_sae", "CE dictionary"),
-        value("loss_recovered", hint="0: zeros"),
-        value("loss_recovered_mean", "loss recovered", hint="0: the mean"),
+    quality = [
+        {
+            "model": str(row["model"]),
+            "site": str(row["site"]),
+            "dictionary": dictionary_name(row),
+            "features": score(row, "width"),
+            "L0": score(row, "l0", 1),
+            "FVU": score(row, "fvu"),
+            "dead": share(row, "dead_fraction", 1),
+            "CE clean": score(row, "ce_clean"),
+            "CE zero": score(row, "ce_zero"),
+            "CE mean": score(row, "ce_mean"),
+            "CE dictionary": score(row, "ce_sae"),
+            "loss recovered|0: zeros": score(row, "loss_recovered"),
+            "loss recovered|0: the mean": score(row, "loss_recovered_mean"),
+        }
+        for row in rows
     ]
     blocks: list[Block] = [
         "Each model’s activations are written as sparse sums of features. CE is the model’s "
         "cross-entropy in nats a token when its activation is untouched, zeroed, replaced by its "
         "mean, or by the dictionary’s reconstruction. Whatever a dictionary misses, no map into "
         "it can show: read the transfer below with these numbers in mind.",
-        table("Every dictionary on held-out text", columns, rows),
+        table("Every dictionary on held-out text", quality),
     ]
     histograms = {
         "log10_frequency_histogram": (

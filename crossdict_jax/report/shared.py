@@ -11,17 +11,7 @@ from crossdict_jax.report.plots import (
     draw,
 )
 from crossdict_jax.report.results import Run
-from crossdict_jax.report.tables import (
-    Cell,
-    Column,
-    flat_table,
-    number,
-    percent,
-    share,
-    table,
-    value,
-    words,
-)
+from crossdict_jax.report.tables import Cell, flat_table, number, percent, score, share, table
 from crossdict_jax.results import PAIR, pair_of, site_words
 
 MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
@@ -85,24 +75,25 @@ def matching_section(run: Run) -> Section:
         return Section("matching", "Shared features", [note])
     row = rows[0]
 
-    def both_sides(key: str) -> Column:
-        return words(key, lambda row: f"{number(row[f'{key}_source'])} / {row[f'{key}_target']}")
-
-    def counted(key: str, title: str = "", hint: str = "") -> Column:
-        return value(key, title, 2, hint=hint, null=f"shuffled.{key}")
-
-    columns = [
-        words("dictionaries", pair_name),
-        both_sides("width"),
-        both_sides("live"),
-        counted("matched", hint=row["method"].replace("_", " ")),
-        counted("significant", "dependent", f"FDR {percent(row['fdr'], 0)}"),
-        counted("strong", hint=f"r ≥ {number(row['minimum_r'], 1)}"),
-        counted("confirmed", hint="beyond the token"),
-        share("share", "of live", null="shuffled.share"),
-        counted("r_train", "r, training"),
-        counted("r_test", "r, held out"),
-        counted("r_token", "r by the token"),
+    titles = {
+        "matched": f"matched|{row['method'].replace('_', ' ')}",
+        "significant": f"dependent|FDR {percent(row['fdr'], 0)}",
+        "strong": f"strong|r ≥ {number(row['minimum_r'], 1)}",
+        "confirmed": "confirmed|beyond the token",
+    }
+    correlations = {"r_train": "r, training", "r_test": "r, held out", "r_token": "r by the token"}
+    counts = [
+        {
+            "dictionaries": pair_name(row),
+            "features": f"{number(row['width_source'])} / {number(row['width_target'])}",
+            "live": f"{number(row['live_source'])} / {number(row['live_target'])}",
+            **{t: score(row, key, 2, null=f"shuffled.{key}") for key, t in titles.items()},
+        }
+        | {
+            "of live": share(row, "share", null="shuffled.share"),
+            **{t: score(row, key, 2, null=f"shuffled.{key}") for key, t in correlations.items()},
+        }
+        for row in rows
     ]
     caption = (
         f"From all features to confirmed pairs: matched on {number(row['n_rows_train'])} training "
@@ -116,26 +107,28 @@ def matching_section(run: Run) -> Section:
         "stated false discovery rate; strong when it also reaches the stated size; and confirmed "
         "when, besides, it beats every shuffle among rows with the same tokens. What fails only "
         "there is the word, not what the models made of it.",
-        table(caption, columns, rows),
+        table(caption, counts),
         Details(raw.caption, [raw]),
     ]
     if decoders := [row for row in run.rows["similarity"] if row["kind"] == "decoders"]:
-
-        def measured(key: str, title: str) -> Column:
-            def cell(row: dict) -> Cell:
-                p, null = (number(row[f"{key}_{end}"], 2) for end in ("p", "null"))
-                return Cell(number(row[key], 2), f"p {p}", null)
-
-            return Column(title, cell=cell)
-
-        columns = [words("dictionaries", pair_name), value("n_features", "confirmed pairs")]
-        columns += [measured(*measure) for measure in MEASURES.items()]
+        directions = [
+            {"dictionaries": pair_name(row), "confirmed pairs": score(row, "n_features")}
+            | {
+                title: Cell(
+                    number(row[key], 2),
+                    f"p {number(row[f'{key}_p'], 2)}",
+                    number(row[f"{key}_null"], 2),
+                )
+                for key, title in MEASURES.items()
+            }
+            for row in decoders
+        ]
         caption = "Decoder directions of confirmed pairs; ×: the mean of random matchings of them"
         blocks += [
             "Do the directions that confirmed pairs write lie alike in both models? With fewer "
             "pairs than dimensions SVCCA is near 1 whatever is compared: only its distance to "
             "random matchings counts.",
-            table(caption, columns, decoders),
+            table(caption, directions),
         ]
     return Section("matching", "Shared features", blocks)
 
@@ -248,20 +241,24 @@ def crosscoder_section(rows: list[dict]) -> Section:
                 "steps, or a lower drop probability, separate them."
             )
         )
-    columns = [
-        words("model", lambda row: str(row["model"])),
-        words("trained on", lambda row: str(row["pairing"])),
-        value("fvu"),
-        value("fvu_alone", "from it alone"),
-        value("fvu_from_others", "from the others"),
-        value("l0", digits=1),
-        share("dead_fraction", "dead"),
-        share("shared"),
-        share("shared_confirmed", "confirmed"),
-        share("exclusive"),
-        share("exclusive_refuted", "refuted"),
-    ]
     for sites in dict.fromkeys(row["sites"] for row in rows):
+        codes = [
+            {
+                "model": row["model"],
+                "trained on": row["pairing"],
+                "FVU": score(row, "fvu"),
+                "from it alone": score(row, "fvu_alone"),
+                "from the others": score(row, "fvu_from_others"),
+                "L0": score(row, "l0", 1),
+                "dead": share(row, "dead_fraction"),
+                "shared": share(row, "shared"),
+                "confirmed": share(row, "shared_confirmed"),
+                "exclusive": share(row, "exclusive"),
+                "refuted": share(row, "exclusive_refuted"),
+            }
+            for row in rows
+            if row["sites"] == sites
+        ]
         caption = f"One code of all models, {', '.join(dict.fromkeys(sites.split()))}"
-        blocks.append(table(caption, columns, [row for row in rows if row["sites"] == sites]))
+        blocks.append(table(caption, codes))
     return Section("joint", "Joint codes", blocks)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
+NUMERIC = {*"0123456789−–●◐○", ""}  # how the text of a number begins
 # verdict -> (style, sign); the sign says it again for who cannot see the colour.
 VERDICTS = {
     BEATS_TOKEN: ("strong", "●"),
@@ -48,12 +48,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: its title, a small hint below, and how a cell is made from what a row is about."""
+    """A column: its title, whether it is set to the right, and a small hint below the title."""
 
     title: str
     numeric: bool = True
     hint: str = ""
-    cell: Callable[[Any], Cell] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,40 +64,38 @@ class Table:
     rows: list[list[Cell]]
 
 
-def table(caption: str, columns: Iterable[Column], rows: Iterable[Any]) -> Table:
-    """Returns a table with a line for each of ``rows``, its cells made by the columns."""
-    columns = list(columns)
-    return Table(caption, columns, [[column.cell(row) for column in columns] for row in rows])
+def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
+    """Returns a table whose columns are the keys of the rows: "title" or "title|hint".
+
+    A column is set to the right where all that stands in it are numbers.
+    """
+    rows = [
+        {title: Cell(cell) if isinstance(cell, str) else cell for title, cell in row.items()}
+        for row in rows
+    ]
+    columns = []
+    for title in rows[0] if rows else ():
+        numeric = all(row[title].text[:1] in NUMERIC for row in rows)
+        name, _, hint = title.partition("|")
+        columns.append(Column(name, numeric, hint))
+    return Table(caption, columns, [list(row.values()) for row in rows])
 
 
-def words(title: str, text: Callable[[Any], str], hint: str = "") -> Column:
-    """Returns a column of texts, which ``text`` makes from a row."""
-    return Column(title, False, hint, lambda row: Cell(text(row)))
-
-
-def value(key: str, title: str = "", digits: int = 3, *, hint: str = "", null: str = "") -> Column:
-    """Returns a column of numbers of result rows, each with its interval where it has one.
+def score(row: dict, key: str, digits: int = 3, *, null: str = "") -> Cell:
+    """Returns a number of a result row with its interval, where it has one.
 
     Args:
       null: the key of the same number where nothing is shared.
     """
-
-    def cell(row: dict) -> Cell:
-        below = number(row.get(null), digits) if null else ""
-        return Cell(number(row.get(key), digits), interval(row, key, digits), below)
-
-    return Column(title or heading(key), True, hint, cell)
+    below = number(row.get(null), digits) if null else ""
+    return Cell(number(row.get(key), digits), interval(row, key, digits), below)
 
 
-def share(key: str, title: str = "", digits: int = 0, *, hint: str = "", null: str = "") -> Column:
-    """Returns a column of shares in percent, likewise."""
-
-    def cell(row: dict) -> Cell:
-        value, low, high = (percent(row.get(key + end), digits) for end in ("", "_low", "_high"))
-        bounds = f"[{low}, {high}]" if row.get(f"{key}_low") is not None else ""
-        return Cell(value, bounds, percent(row.get(null), digits) if null else "")
-
-    return Column(title or heading(key), True, hint, cell)
+def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
+    """Returns a share of a result row in percent, likewise."""
+    text, low, high = (percent(row.get(key + end), digits) for end in ("", "_low", "_high"))
+    bounds = f"[{low}, {high}]" if row.get(f"{key}_low") is not None else ""
+    return Cell(text, bounds, percent(row.get(null), digits) if null else "")
 
 
 def flat_table(rows: list[dict], caption: str, first: Iterable[str] = ()) -> Table:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from crossdict_jax.report import shared
 from crossdict_jax.report.answer import best
-from crossdict_jax.report.results import Comparison, read_run
+from crossdict_jax.report.results import Run, read_run
 from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
-    Column,
+    Table,
     interval,
     number,
     percent,
     show,
     table,
-    words,
 )
 from crossdict_jax.results import LINEAR_MAPS
 from crossdict_jax.workdir import Workdir
@@ -29,9 +28,7 @@ def summary_table(work: Workdir) -> None:
       UserError: a result file that it needs is missing or damaged.
     """
     run = read_run(work)
-    signs = ", ".join(f"{sign} {words}" for words, (_, sign) in VERDICTS.items())
-    columns = main_columns({s.name: s for s in run.stitchings()})
-    show([table(f"R² on held-out documents [95 %]; {signs}", columns, run.comparisons)], WIDTH)
+    show([main_table(run)], WIDTH)
     for row in shared.funnels(run):
         print(
             f"{shared.pair_name(row)}: {number(row['matched'])} features matched, "
@@ -48,51 +45,42 @@ def summary_table(work: Workdir) -> None:
     print(f"All numbers: {work.results} (described in crossdict_jax/docs/results.md)")
 
 
-def main_columns(stitchings: dict[str, Comparison]) -> list[Column]:
-    """Returns the columns of the main result: R² of baselines, best maps and ceiling.
+def main_table(run: Run) -> Table:
+    """Returns the main result, a line per direction and layer pair.
 
-    Args:
-      stitchings: by the name of the comparison that they belong to.
+    R² of the baselines, of the best linear and nonlinear map, of the best fitted map on shuffled
+    pairs and of the best ceiling; and the share of the loss that the best stitched map recovers.
     """
+    stitchings = {s.name: s for s in run.stitchings()}
+    rows = []
+    for c in run.comparisons:
+        linear = [line for line in c.fitted if line["map"] in LINEAR_MAPS]
+        nonlinear = [line for line in c.fitted if line["map"] not in LINEAR_MAPS]
+        baselines = {line["map"]: line for line in c.lines}
+        stitching = stitchings.get(c.name, c)
+        pick = best([stitching], "loss_recovered")
+        recovered = pick[1]["loss_recovered"] if pick else None
+        mean = percent(stitching.reference("mean"), 0)
+        rows.append(
+            {
+                "direction": f"{c.source} → {c.target}\n{c.sites}",
+                "mean": Cell(number(c.score("mean", "r2"))),
+                "token": _highest([baselines.get("token", {})], "r2"),
+                "best linear": _highest(linear, "r2", named=True),
+                "best nonlinear": _highest(nonlinear, "r2", named=True),
+                "shuffled": Cell(_highest(c.fitted, "shuffled.r2").text.partition("\n")[0]),
+                "ceiling": _highest(c.lines, "ceiling.r2"),
+                "loss rec.": Cell(f"{percent(recovered, 0)}\nmean {mean}"),
+            }
+        )
+    signs = ", ".join(f"{sign} {words}" for words, (_, sign) in VERDICTS.items())
+    return table(f"R² on held-out documents [95 %]; {signs}", rows)
 
-    def score(row: dict, key: str = "r2", name: str = "") -> Cell:
-        return Cell(f"{number(row.get(key))} {name}\n{interval(row, key, 2)}")
 
-    def token(comparison: Comparison) -> Cell:
-        return score(next((n for n in comparison.lines if n["map"] == "token"), {}))
-
-    def of_best(title: str, linear: bool) -> Column:
-        def cell(comparison: Comparison) -> Cell:
-            lines = [n for n in comparison.fitted if (n["map"] in LINEAR_MAPS) == linear]
-            line = max(lines, key=lambda line: line["r2"] or 0.0, default={"map": ""})
-            _, sign = VERDICTS.get(line.get("verdict"), ("", ""))
-            return score(line, name=f"{line['map']} {sign}")
-
-        return Column(title, cell=cell)
-
-    def highest(comparison: Comparison, key: str) -> dict:
-        lines = [line for line in comparison.lines if line.get(key) is not None]
-        return max(lines, key=lambda line: line[key], default={})
-
-    def shuffled(comparison: Comparison) -> Cell:
-        nulls = (line.get("shuffled.r2") for line in comparison.fitted)
-        return Cell(number(max((null for null in nulls if null is not None), default=None)))
-
-    def recovered(comparison: Comparison) -> Cell:
-        stitching = stitchings.get(comparison.name)
-        pick = best([stitching], "loss_recovered") if stitching else None
-        if pick is None:
-            return Cell("–")
-        text = percent(pick[1]["loss_recovered"], 0)
-        return Cell(f"{text}\nmean {percent(stitching.reference('mean'), 0)}")
-
-    return [
-        words("source → target, site", lambda c: f"{c.source} → {c.target}\n{c.sites}"),
-        Column("mean", cell=lambda c: Cell(number(c.score("mean", "r2")))),
-        Column("token", cell=token),
-        of_best("best linear", True),
-        of_best("best nonlinear", False),
-        Column("shuffled", cell=shuffled),
-        Column("ceiling", cell=lambda c: score(highest(c, "ceiling.r2"), "ceiling.r2")),
-        Column("loss rec.", cell=recovered),
-    ]
+def _highest(lines: list[dict], key: str, *, named: bool = False) -> Cell:
+    """The highest score of some maps, its interval in a second line."""
+    scored = [line for line in lines if line.get(key) is not None]
+    line = max(scored, key=lambda line: line[key], default={})
+    _, sign = VERDICTS.get(line.get("verdict"), ("", ""))
+    name = f" {line.get('map', '')} {sign}" if named else ""
+    return Cell(f"{number(line.get(key))}{name}\n{interval(line, key, 2)}")

@@ -17,14 +17,12 @@ from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
-    Column,
     Table,
     flat_table,
     number,
+    score,
     share,
     table,
-    value,
-    words,
 )
 from crossdict_jax.results import BASELINES, by_pair, site_words
 
@@ -38,11 +36,6 @@ def verdict(line: dict) -> tuple[str, str, str]:
         return "", "", "baseline"
     words = line.get("verdict") or "–"
     return *VERDICTS.get(words, ("", "")), words
-
-
-def compared(key: str, title: str = "", digits: int = 3, *, hint: str = "") -> Column:
-    """Returns a column of a score, that on shuffled pairs below it."""
-    return value(key, title, digits, hint=hint, null=f"shuffled.{key}")
 
 
 def transfer_section(run: Run) -> Section:
@@ -79,32 +72,31 @@ def transfer_table(comparison: Comparison) -> Table:
     row = comparison.lines[0]
     pool = row.get("pool") or row.get("shuffled.pool")
     top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
-
-    def heading(line: dict) -> Cell:
+    scores = {
+        "r2": "R²",
+        "context_gain": "context gain",
+        "cosine": "cosine",
+        "cosine_mean_predictor": "cosine of the mean",
+        "cosine_centered": "centred cosine",
+        "top1": f"top-1|chance {top1}",
+        "mean_rank": f"mean rank|chance {rank}",
+        "feature_correlation": "feature correlation",
+        "sparsity_similarity": "sparsity similarity",
+        "l0_predicted": f"L0 predicted|target {number(row.get('l0_target'), 1)}",
+    }
+    digits, rows = {"mean_rank": 0, "l0_predicted": 1}, []
+    for line in comparison.lines:
         style, sign, text = verdict(line)
-        return Cell(line["map"], f"{sign} {text}".strip(), style=style)
-
-    columns = [
-        Column("map, verdict", False, cell=heading),
-        compared("r2"),
-        compared("context_gain"),
-        compared("cosine"),
-        compared("cosine_mean_predictor"),
-        compared("cosine_centered"),
-        compared("top1", hint=f"chance {top1}"),
-        compared("mean_rank", digits=0, hint=f"chance {rank}"),
-        compared("feature_correlation"),
-        compared("sparsity_similarity"),
-        compared(
-            "l0_predicted", "L0 predicted", 1, hint=f"target {number(row.get('l0_target'), 1)}"
-        ),
-    ]
+        cells = {"map, verdict": Cell(line["map"], f"{sign} {text}".strip(), style=style)}
+        for key, title in scores.items():
+            cells[title] = score(line, key, digits.get(key, 3), null=f"shuffled.{key}")
+        rows.append(cells)
     caption = (
         f"{comparison.name}: {number(row.get('n_rows'))} rows of {number(row.get('n_documents'))} "
         f"held-out documents, retrieval pool {number(pool)}; L0 of the source "
         f"{number(row.get('l0_source'), 1)}, of the target {number(row.get('l0_target'), 1)}"
     )
-    return table(caption, columns, comparison.lines)
+    return table(caption, rows)
 
 
 def r2_limits(group: list[Comparison]) -> tuple[float, float]:
@@ -162,46 +154,40 @@ def features_section(run: Run) -> Section:
 def features_table(rows: list[dict]) -> Table:
     """Returns single features of one layer pair: their scores, contexts, matches and drivers."""
     source, target = rows[0]["source"], rows[0]["target"]
-
-    def contexts(row: dict) -> Cell:
-        texts = [f"{c['before']}«{c['token']}»{c['after']}" for c in row["contexts"]]
-        texts = [text.replace("\n", "⏎").replace("\t", "⇥") for text in texts]
-        return Cell(texts[0] if texts else "", " | ".join(texts[1:]))
-
-    def drivers(row: dict) -> str:
-        by_map = []
-        for attribution in row["attributions"]:
-            effects = [f"#{d['feature']} {number(d['effect'], 2)}" for d in attribution["drivers"]]
-            stability = attribution["stability"]
-            notes = ["exact"] if attribution["exact"] else []
-            notes += [f"stability {number(stability, 2)}"] if stability is not None else []
-            note = f" ({', '.join(notes)})" if notes else ""
-            by_map += [f"{attribution['map']}: {', '.join(effects)}{note}"] if effects else []
-        return "; ".join(by_map) or "–"
-
-    def match(row: dict) -> Cell:
-        return Cell(f"#{row['match']['feature']}", f"r {number(row['match']['correlation'], 2)}")
-
-    def feature(row: dict) -> Cell:
+    cells = []
+    for row in rows:
+        texts = [f"{c['before']}«{c['token']}»{c['after']}" for c in row["contexts"]] or [""]
+        first, *others = [text.replace("\n", "⏎").replace("\t", "⇥") for text in texts]
         style = "strong" if row["rank"] == "most" else "none"
-        return Cell(f"#{row['feature']}", row["rank"], style=style)
-
-    def r2(row: dict) -> Cell:
-        return Cell(number(row["r2"]), number(row["r2_validation"]))
-
-    columns = [
-        Column(f"feature of {target}", False, cell=feature),
-        Column("R²", hint="on validation rows", cell=r2),
-        value("correlation", digits=2),
-        share("frequency", "fires on", 1),
-        share("token_share", "its token explains"),
-        Column("where it fires most", False, cell=contexts),
-        Column(f"best match in {source}", False, cell=match),
-        words(f"driven by, in {source}", drivers),
-    ]
+        r, match = number(row["match"]["correlation"], 2), row["match"]["feature"]
+        cells.append(
+            {
+                f"feature of {target}": Cell(f"#{row['feature']}", row["rank"], style=style),
+                "R²|on validation rows": Cell(number(row["r2"]), number(row["r2_validation"])),
+                "correlation": score(row, "correlation", 2),
+                "fires on": share(row, "frequency", 1),
+                "its token explains": share(row, "token_share"),
+                "where it fires most": Cell(first, " | ".join(others)),
+                f"best match in {source}": Cell(f"#{match}", f"r {r}"),
+                f"driven by, in {source}": _drivers(row["attributions"]),
+            }
+        )
     sites = site_words(rows[0]["site_source"], rows[0]["site_target"])
     start = f"Most and least transferable features, {sites}, by {rows[0]['map']}"
-    return table(f"{start}, {source} → {target}", columns, rows)
+    return table(f"{start}, {source} → {target}", cells)
+
+
+def _drivers(attributions: list[dict]) -> str:
+    """Which features of the source drive a feature, by map."""
+    by_map = []
+    for attribution in attributions:
+        effects = [f"#{d['feature']} {number(d['effect'], 2)}" for d in attribution["drivers"]]
+        stability = attribution["stability"]
+        notes = ["exact"] if attribution["exact"] else []
+        notes += [f"stability {number(stability, 2)}"] if stability is not None else []
+        note = f" ({', '.join(notes)})" if notes else ""
+        by_map += [f"{attribution['map']}: {', '.join(effects)}{note}"] if effects else []
+    return "; ".join(by_map) or "–"
 
 
 # ---------------------------------------------------------------- controls
@@ -212,23 +198,25 @@ def controls_section(run: Run) -> Section:
     if not run.rows["controls"]:
         note = "No ceiling and no re-initialised model: results/controls.jsonl is not there."
         return Section("controls", "Controls", [Note(note)])
-    columns = [
-        words("map", lambda line: line["map"]),
-        value("r2"),
-        value("shuffled.r2", "shuffled"),
-        value("ceiling.r2", "ceiling"),
-        value("r2_normalized", "normalised", 2, hint="0 shuffled, 1 ceiling"),
-        value("top1_normalized", "top-1, normalised", 2),
-        value("context_gain"),
-        value("ceiling.context_gain", "context gain, ceiling"),
-        value("untrained.context_gain", "context gain, re-initialised"),
-        value("untrained.r2", "R², re-initialised"),
-    ]
-    tables = [
-        table(f"Controls, {c.name}", columns, lines)
-        for c in run.comparisons
-        if (lines := [n for n in c.lines if {"ceiling.map", "untrained.map"} & n.keys()])
-    ]
+    tables = []
+    for c in run.comparisons:
+        rows = [
+            {
+                "map": line["map"],
+                "R²": score(line, "r2"),
+                "shuffled": score(line, "shuffled.r2"),
+                "ceiling": score(line, "ceiling.r2"),
+                "normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
+                "top-1, normalised": score(line, "top1_normalized", 2),
+                "context gain": score(line, "context_gain"),
+                "context gain, ceiling": score(line, "ceiling.context_gain"),
+                "context gain, re-initialised": score(line, "untrained.context_gain"),
+                "R², re-initialised": score(line, "untrained.r2"),
+            }
+            for line in c.lines
+            if {"ceiling.map", "untrained.map"} & line.keys()
+        ]
+        tables += [table(f"Controls, {c.name}", rows)] if rows else []
     raw = flat_table(run.rows["controls"], "Every column of controls.jsonl", ("control",))
     text = (
         "The seed-to-seed ceiling is the same map from a second dictionary of the target itself, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crossdict_jax.report.blocks import Block, Panels, html
 from crossdict_jax.report.plots import SERIES, Figure, line_figure
-from crossdict_jax.report.tables import Table, percent, share, table, value, words
+from crossdict_jax.report.tables import Table, number, percent, score, share, table
 from crossdict_jax.results import site_words
 
 TITLE = "Moved dictionaries"
@@ -28,19 +28,21 @@ def section(rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns what each way of reconstructing the target explains, a table for each direction."""
-    columns = [
-        words("sites", lambda row: site_words(row["site_source"], row["site_target"])),
-        words("dictionary", lambda row: row["dictionary"]),
-        value("fvu"),
-        value("l0", digits=1),
-        value("ce"),
-        value("delta_ce", "more than clean"),
-    ]
     return [
         table(
             f"Dictionaries of {source}, used for {target}",
-            columns,
-            [row for row in rows if (row["source"], row["target"]) == (source, target)],
+            [
+                {
+                    "sites": site_words(row["site_source"], row["site_target"]),
+                    "dictionary": row["dictionary"],
+                    "FVU": score(row, "fvu"),
+                    "L0": score(row, "l0", 1),
+                    "CE": score(row, "ce"),
+                    "more than clean": score(row, "delta_ce"),
+                }
+                for row in rows
+                if (row["source"], row["target"]) == (source, target)
+            ],
         )
         for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows)
     ]
@@ -48,17 +50,20 @@ def tables(rows: list[dict]) -> list[Table]:
 
 def savings_table(rows: list[dict]) -> Table:
     """Returns how many steps a start from the other model's dictionary saves."""
-    columns = [
-        words("from", lambda row: row["source"]),
-        words("to", lambda row: row["target"]),
-        words("sites", lambda row: site_words(row["site_source"], row["site_target"])),
-        words("steps", lambda row: str(row["steps"][-1])),
-        value("steps_to_reach", "to reach it"),
-        share("saved"),
-        value("fvu_random", "FVU random"),
-        value("fvu_transferred", "FVU moved"),
+    cells = [
+        {
+            "from": row["source"],
+            "to": row["target"],
+            "sites": site_words(row["site_source"], row["site_target"]),
+            "steps": number(row["steps"][-1]),
+            "to reach it": score(row, "steps_to_reach"),
+            "saved": share(row, "saved"),
+            "FVU random": score(row, "fvu_random"),
+            "FVU moved": score(row, "fvu_transferred"),
+        }
+        for row in rows
     ]
-    return table("Steps until the moved start is as good as the random one ends", columns, rows)
+    return table("Steps until the moved start is as good as the random one ends", cells)
 
 
 def curves(row: dict) -> Figure:
