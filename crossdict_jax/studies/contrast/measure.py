@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import cache, partial
+from operator import itemgetter
 
 import numpy as np
 
@@ -80,7 +81,8 @@ def run(config: Config, work: Workdir) -> None:
                 rows += _measure(study, partial(_part, stage, bar, study.name))
         pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
         stage.finish({FILE: rows}, pairs=pairs)
-    show(tables(results.read(work, FILE)))
+    for _, of_set in itertools.groupby(results.read(work, FILE), key=itemgetter("set")):
+        show(tables(list(of_set)))
 
 
 def _readable(run: FinishedRun, sets: list[ContrastSet]) -> list[Halves]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from crossdict_jax.report.blocks import Block, Details, Heading, html
 from crossdict_jax.report.tables import (
     Cell,
-    Column,
     Table,
     flat_table,
     number,
     percent,
+    score,
     share,
     table,
-    value,
-    words,
 )
 from crossdict_jax.results import by_pair, site_words
 
@@ -56,7 +54,7 @@ def section(rows: list[dict]) -> str:
     return html(blocks)
 
 
-def sentences(transfers: list[dict]) -> Iterable[str]:
+def sentences(transfers: list[dict]) -> Iterator[str]:
     """Yields what each direction says, where both models prefer; a negative result admits it."""
     judged = [row for row in transfers if row["moves"] is not None]
     for (source, target, *_), group in by_pair(judged).items():
@@ -77,95 +75,90 @@ def sentences(transfers: list[dict]) -> Iterable[str]:
 
 
 def tables(rows: list[dict]) -> list[Table]:
-    """Returns what is asked of every set: preferences, their features, and mapped directions."""
-    costs = [
-        value("effect", "cost, nats"),
-        *(_beside(f"effect_{k}", f"p_{k}", title, number) for k, title in CONTROLS.items()),
-        _beside("accuracy", "accuracy_ablated", "accuracy, then", percent),
-    ]
-    verdict = Column("verdict", False, cell=_verdict)
+    """Returns what is asked of a set: preferences, their features, and mapped directions."""
+    name = rows[0]["set"]
     preferences = [
-        words("model", lambda row: row["model"]),
-        value("n_pairs", "pairs"),
-        value("n_in_file", "of the file"),
-        share("accuracy"),
-        share("accuracy_swapped", "labels swapped"),
-        share("accuracy_unigram", "token counts"),
-        value("preference", "preference, nats"),
-        words("", lambda row: "above chance" if row["prefers"] else "no preference to move"),
-    ]
-    ablations = [
-        words("site", lambda row: row["site"]),
-        value("n_features", "features"),
-        *costs,
-        value("attribution_r", "attribution and cost, r", 2),
-        verdict,
-    ]
-    transfers = [
-        words("direction", lambda row: row["direction"]),
-        *costs,
-        share("share_of_own", "of own features’"),
-        value("pair_r", "same pairs, r", 2),
-        verdict,
-    ]
-    made = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        of = {
-            kind: [row for row in rows if (row["set"], row["what"]) == (name, kind)]
-            for kind in ("preference", "ablation", "transfer")
+        {
+            "model": row["model"],
+            "pairs, left out": Cell(
+                number(row["n_pairs"]), number(row["n_in_file"] - row["n_pairs"])
+            ),
+            "accuracy": share(row, "accuracy"),
+            "labels swapped": share(row, "accuracy_swapped"),
+            "token counts": share(row, "accuracy_unigram"),
+            "preference, nats": score(row, "preference"),
+            "verdict": "above chance" if row["prefers"] else "no preference to move",
         }
-        caption = f"{name}: which text of a pair is likelier"
-        made.append(table(caption, preferences, of["preference"]))
-        for model in dict.fromkeys(row["model"] for row in of["ablation"]):
-            chosen = [row for row in of["ablation"] if row["model"] == model]
-            caption = f"{name}: top features of {model} taken out together"
-            made.append(table(caption, ablations, chosen))
-        for (source, target, *sites), group in by_pair(of["transfer"]).items():
-            caption = f"directions of {source}’s top features taken out of {target}"
-            caption = f"{name}: {caption}, {site_words(*sites)}"
-            made.append(table(caption, transfers, group))
+        for row in rows
+        if row["what"] == "preference"
+    ]
+    made = [table(f"{name}: which text of a pair is likelier", preferences)]
+    ablations = [row for row in rows if row["what"] == "ablation"]
+    for model in dict.fromkeys(row["model"] for row in ablations):
+        cells = [
+            {"site": row["site"], "features": number(row["n_features"])}
+            | _costs(row, {"attribution and cost, r": score(row, "attribution_r", 2)})
+            for row in ablations
+            if row["model"] == model
+        ]
+        made.append(table(f"{name}: top features of {model} taken out together", cells))
+    transfers = [row for row in rows if row["what"] == "transfer"]
+    for (source, target, *sites), group in by_pair(transfers).items():
+        cells = [
+            {"direction": row["direction"]}
+            | _costs(
+                row,
+                {
+                    "of own features’": share(row, "share_of_own"),
+                    "same pairs, r": score(row, "pair_r", 2),
+                },
+            )
+            for row in group
+        ]
+        where = f"directions of {source}’s top features taken out of {target}, {site_words(*sites)}"
+        made.append(table(f"{name}: {where}", cells))
     return made
 
 
-def _beside(key: str, note: str, title: str, text) -> Column:
-    """A column of one number with another one in small print beside it."""
-    digits = (3, 2) if text is number else (0, 0)
-    return Column(title, cell=lambda row: Cell(*map(text, (row[key], row[note]), digits)))
-
-
-def _verdict(row: dict) -> Cell:
-    style, text = VERDICTS[row["moves"]]
-    return Cell(text, style=style)
+def _costs(row: dict, more: dict[str, Cell]) -> dict[str, Cell]:
+    """What taking out costs, beside controls, with the verdict at the end."""
+    controls = {
+        title: Cell(number(row[f"effect_{family}"]), number(row[f"p_{family}"], 2))
+        for family, title in CONTROLS.items()
+    }
+    accuracy = Cell(percent(row["accuracy"], 0), percent(row["accuracy_ablated"], 0))
+    style, words = VERDICTS[row["moves"]]
+    verdict = Cell(words, style=style)
+    cost = {"cost, nats": score(row, "effect")} | controls | {"accuracy, then": accuracy}
+    return cost | more | {"verdict": verdict}
 
 
 def circuits(rows: list[dict]) -> list[Table]:
     """Returns each model's chosen features by layer, with what reaches them from the one before."""
     edges: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["what"] == "edge":
-            upper = row["model"], row["site_upper"], row["feature_upper"]
-            edges.setdefault(upper, []).append(row)
-
-    def reached(row: dict) -> str:
-        into = edges.get((row["model"], row["site"], row["feature"]), [])
-        into = sorted(into, key=lambda edge: -abs(edge["attribution"]))
-        return ", ".join(f"{e['feature_lower']} ({number(e['attribution'])})" for e in into)
-
-    columns = [
-        words("site", lambda row: row["site"]),
-        Column("feature", cell=lambda row: Cell(str(row["feature"]))),
-        value("attribution_train", "attribution, train half"),
-        value("attribution", "attribution, test half"),
-        value("effect", "cost alone"),
-        value("firings", "fires at tokens"),
-        words("through it, from the site before", reached),
-    ]
+    for row in sorted(
+        (r for r in rows if r["what"] == "edge"), key=lambda r: -abs(r["attribution"])
+    ):
+        upper = row["model"], row["site_upper"], row["feature_upper"]
+        edges.setdefault(upper, []).append(row)
     features = [row for row in rows if row["what"] == "feature" and row["chosen"] == "top"]
-    return [
-        table(
-            f"{features[0]['set']}: circuit of the top features of {model}",
-            columns,
-            [row for row in features if row["model"] == model],
-        )
-        for model in dict.fromkeys(row["model"] for row in features)
-    ]
+    made = []
+    for model in dict.fromkeys(row["model"] for row in features):
+        cells = [
+            {
+                "site": row["site"],
+                "feature": str(row["feature"]),
+                "attribution, train half": score(row, "attribution_train"),
+                "attribution, test half": score(row, "attribution"),
+                "cost alone": score(row, "effect"),
+                "fires at tokens": number(row["firings"]),
+                "through it, from the site before": ", ".join(
+                    f"{edge['feature_lower']} ({number(edge['attribution'])})"
+                    for edge in edges.get((model, row["site"], row["feature"]), ())
+                ),
+            }
+            for row in features
+            if row["model"] == model
+        ]
+        made.append(table(f"{rows[0]['set']}: circuit of the top features of {model}", cells))
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import INK, MUTED, Figure, line_figure, map_line
-from crossdict_jax.report.tables import Cell, Column, Table, number, percent, share, table, words
+from crossdict_jax.report.tables import Cell, Table, number, percent, share, table
 from crossdict_jax.results import by_pair, map_order, site_words
 
 TITLE = "Probes"
@@ -33,31 +33,21 @@ def section(rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns accuracies, a table for each direction: a row per probe, a column per n."""
-
-    def accuracy(n: int) -> Column:
-        def cell(by_n: dict[int, dict]) -> Cell:
-            plain = share("accuracy").cell(by_n[n])
-            shuffled = by_n[n]["accuracy_shuffled"]
-            note = "" if shuffled is None else percent(shuffled, 0)
-            return Cell(f"{plain.text} {plain.note}".strip(), note)
-
-        return Column(f"{number(n)} examples, shuffled labels", cell=cell)
-
-    def at_most(key: str, title: str) -> Column:
-        column = share(key, digits=1)
-        return Column(title, cell=lambda by_n: column.cell(by_n[max(by_n)]))
-
     made = []
     for group in by_pair(rows).values():
+        cells = []
+        for name, by_n in _by_probe(group).items():
+            line, last = {"probe": name}, by_n[max(by_n)]
+            for n, row in sorted(by_n.items()):
+                true, shuffled = share(row, "accuracy"), row["accuracy_shuffled"]
+                note = "" if shuffled is None else percent(shuffled, 0)
+                title = f"{number(n)} examples, shuffled labels"
+                line[title] = Cell(f"{true.text} {true.note}".strip(), note)
+            line["over tokens, at most examples"] = share(last, "lead_tokens", 1)
+            line["behind the target’s own"] = share(last, "behind_own", 1)
+            cells.append(line)
         told = f"{group[0]['n_classes']} labels, {number(group[0]['n_texts'])} held-out texts"
-        columns = [
-            words("probe", lambda by_n: next(iter(by_n.values()))["probe"]),
-            *map(accuracy, sorted({row["n"] for row in group})),
-            at_most("lead_tokens", "over tokens, at most examples"),
-            at_most("behind_own", "behind the target’s own"),
-        ]
-        caption = f"Accuracy of probes, {_title(group[0])}: {told}"
-        made.append(table(caption, columns, _by_probe(group).values()))
+        made.append(table(f"Accuracy of probes, {_title(group[0])}: {told}", cells))
     return made
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from crossdict_jax.report.blocks import Block, Details, Facts, Heading, html
-from crossdict_jax.report.tables import Cell, Column, Table, number, table, value, words
+from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import site_words
 
 TITLE = "Steered text"
@@ -126,7 +126,7 @@ def sentence(answer: Answer) -> str:
         value, times = row[rate], RATES[rate][1]
         plain, random = (value - row[f"{rate}_{other}"] for other in ("more", "over_random"))
         with_it, without, at_random = (number(times * v, 2) for v in (value, plain, random))
-        bounds = _scaled(f"{rate}_over_random", "", times).cell(row).note
+        bounds = _scaled(row, f"{rate}_over_random", times).note
         compared.append(
             f"{title} are {with_it}, {without} without the edit and {at_random} with a random "
             f"direction of equal norm ({verdict}; difference {bounds})"
@@ -137,55 +137,47 @@ def sentence(answer: Answer) -> str:
 
 def tables(answer: Answer) -> list[Table]:
     """Returns what the search found, if one was asked for, and all rates under every edit."""
-    made = []
-    if answer.feature["candidates"]:
-        columns = [
-            Column("feature", cell=lambda row: Cell(str(row["feature"]))),
-            value("share", "of its strongest rows", 2),
-            value("base", "of all rows", 2),
-            value("promotes", "raises log p, nats", 2),
-            words("of the token", lambda row: _quoted([row["token"]])),
-        ]
-        searched = answer.feature["settings"]["search"]
-        caption = f"Features around ‘{searched}’, and what they promote"
-        made.append(table(caption, columns, answer.feature["candidates"]))
-    columns = [
-        words("edit", lambda row: WORDS[row["condition"]]),
-        Column("dose", cell=lambda row: Cell(f"{row['alpha']:g}")),
+    candidates = [
+        {
+            "feature": str(row["feature"]),
+            "of its strongest rows": score(row, "share", 2),
+            "of all rows": score(row, "base", 2),
+            "raises log p, nats": score(row, "promotes", 2),
+            "of the token": _quoted([row["token"]]),
+        }
+        for row in answer.feature["candidates"]
     ]
-    for key, (title, times) in RATES.items():
-        if answer.conditions[0][key] is not None:
-            columns += [
-                _scaled(key, title, times),
-                _scaled(f"{key}_more", "more than without", times),
-            ]
+    searched = f"Features around ‘{answer.feature['settings']['search']}’, and what they promote"
+    rates = []
+    for row in answer.conditions:
+        line = {"edit": WORDS[row["condition"]], "dose": f"{row['alpha']:g}"}
+        for key, (title, times) in RATES.items():
+            if row[key] is not None:
+                line[title] = _scaled(row, key, times)
+                line[f"{title}, more"] = _scaled(row, f"{key}_more", times)
+        rates.append(line)
     n = answer.conditions[0]["n_texts"]
-    caption = f"{n} texts of every edit, 95 % intervals over texts"
-    return [*made, table(caption, columns, answer.conditions)]
+    made = [table(f"{n} texts of every edit, 95 % intervals over texts", rates)]
+    return [table(searched, candidates), *made] if candidates else made
 
 
-def _scaled(key: str, title: str, times: float) -> Column:
-    """A column of a rate in the unit of its title."""
-    column = value(key, title, 2)
-    keys = key, f"{key}_low", f"{key}_high"
-
-    def cell(row: dict) -> Cell:
-        return column.cell({k: None if row[k] is None else times * row[k] for k in keys})
-
-    return Column(title, cell=cell)
+def _scaled(row: dict, key: str, times: float) -> Cell:
+    keys = (key, f"{key}_low", f"{key}_high")
+    return score({k: None if row[k] is None else times * row[k] for k in keys}, key, 2)
 
 
 def side_by_side(answer: Answer, alpha: float) -> Table:
     """Returns some texts of some prompts at one dose, a column for each edit."""
-    written = {(t["condition"], t["alpha"], t["prompt"], t["sample"]): t for t in answer.texts}
-    edits = [("none", 0.0)]
-    edits += [(row["condition"], alpha) for row in answer.conditions if row["alpha"] == alpha]
-    body = []
+    edits = {"none": 0.0}
+    edits |= {row["condition"]: alpha for row in answer.conditions if row["alpha"] == alpha}
+    lines: dict[tuple, dict[str, str]] = {}
     for text in answer.texts:
-        prompt, sample = text["prompt"], text["sample"]
-        if text["condition"] == "none" and prompt < PROMPTS and sample < SAMPLES:
-            words = (text["before"], *(written[*e, prompt, sample]["text"] for e in edits))
-            body.append([Cell(" ".join(text.replace("\n", " ⏎ ").split())) for text in words])
-    columns = [Column("prompt", numeric=False)]
-    columns += [Column(WORDS[name], numeric=False) for name, _ in edits]
-    return Table(f"Dose {alpha:g}", columns, body)
+        prompt, sample, edit = text["prompt"], text["sample"], text["condition"]
+        if prompt < PROMPTS and sample < SAMPLES and edits.get(edit) == text["alpha"]:
+            line = lines.setdefault((prompt, sample), {"prompt": _one_line(text["before"])})
+            line[WORDS[edit]] = _one_line(text["text"])
+    return table(f"Dose {alpha:g}", lines.values())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("\n", " ⏎ ").split())
