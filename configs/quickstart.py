@@ -46,6 +46,6 @@ def get_config() -> Config:
         intervention=InterventionConfig(
             documents=16,
             features=12,  # in either direction, at the middle layers
-            rungs=("ridge", "mlp"),  # the linear one, and the network
+            maps=("ridge", "mlp"),  # the linear one, and the network
         ),
     )

@@ -1,10 +1,43 @@
-"""Every result file of a run: its columns, what they mean, and how they are read and written."""
+"""Every result file of a run: its columns, what they mean, and how they are read and written.
+
+The files of the stages stand in ``TABLES`` below. A study registers its own file in the
+``__init__.py`` of its folder, so that whoever imports a part of the study knows the file.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
+from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
+
+# What a row of transfer.jsonl may say in its column "verdict".
+BEATS_TOKEN = "beats token"
+BEATS_MEAN = "beats mean, not token"
+NO_BETTER = "no better than the mean"
+VERDICTS = (BEATS_TOKEN, BEATS_MEAN, NO_BETTER)
+
+PAIRINGS = ("aligned", "shuffled")
+SIMILARITY = ("cka", "svcca", "rsa", "mutual_knn")
+PAIR = ("source", "target", "site_source", "site_target")  # columns that name a layer pair
+BASELINES = ("mean", "token", "token_target")  # maps that read no activations
+# The order in which maps are shown; kinds that are not named follow.
+MAP_ORDER = (
+    *BASELINES,
+    "procrustes",
+    "ridge",
+    "ridge_codes",
+    "low_rank",
+    "token_ridge",
+    "mlp",
+    "token_mlp",
+    "hypernetwork",
+    "crosscoder",
+)
+LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
 
 
 @dataclass(frozen=True)
@@ -13,13 +46,24 @@ class Column:
 
     Attributes:
       name: as in the file.
-      meaning: one line; with the unit where it has one.
-      interval: whether NAME_low and NAME_high (95 % over documents) stand beside it.
+      meaning: one line.
+      unit: of its numbers; empty for shares, counts and texts.
+      values: the texts that it may hold; empty where any may stand.
+      interval: whether NAME_low and NAME_high (95 % over documents unless the table says otherwise)
+        stand beside it.
     """
 
     name: str
     meaning: str
+    unit: str = ""
+    values: tuple[str, ...] = ()
     interval: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The column and the ends of its interval, as they stand in the file."""
+        ends = ("", "_low", "_high") if self.interval else ("",)
+        return tuple(self.name + end for end in ends)
 
 
 @dataclass(frozen=True)
@@ -27,28 +71,551 @@ class Table:
     """One file of WORKDIR/results: JSON lines, a row each.
 
     Attributes:
-      file: its name, such as ``transfer.jsonl``.
+      file: its name, such as ``transfer.jsonl``; a pattern with ``*`` for several files.
       meaning: what a row is.
     """
 
     file: str
     meaning: str
-    columns: tuple[Column, ...] = ()
+    columns: tuple[Column, ...]
+
+    def problem(self, row: dict) -> str | None:
+        """Returns what a row holds that the table does not describe, None if all is described."""
+        columns = {name: column for column in self.columns for name in column.names}
+        for key, value in row.items():
+            if key not in columns:
+                return f"a column {key!r} that is not described"
+            allowed = columns[key].values
+            if allowed and value is not None and value not in allowed:
+                return f"{key}={value!r}, where only {', '.join(allowed)} are described"
+        return None
 
 
-TABLES: dict[str, Table] = {}  # file -> table
+# ---------------------------------------------------------------- reading and writing
 
 
 def write(work: Workdir, file: str, rows: list[dict]) -> None:
-    """Writes the rows of a result file, whole or not at all."""
+    """Writes the rows of a result file, whole or not at all; undefined numbers become null.
+
+    Raises:
+      ValueError: the file, or a column or value of a row, is not described in its table.
+    """
+    table = table_of(file)
+    for row in rows:
+        if problem := table.problem(row):
+            raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
     write_jsonl(work.result(file), rows)
 
 
 def read(work: Workdir, file: str) -> list[dict]:
-    """Returns the rows of a result file; UserError if it is missing or damaged."""
-    return read_jsonl(work.result(file))
+    """Returns the rows of a result file.
+
+    Raises:
+      UserError: it is missing or damaged, or another version of this project wrote it.
+      ValueError: no table describes the file.
+    """
+    rows, table = read_jsonl(work.result(file)), table_of(file)
+    for row in rows:
+        if problem := table.problem(row):
+            raise UserError(
+                f"{work.result(file)} holds {problem}: another version wrote it; delete the file "
+                "and run its stage again."
+            )
+    return rows
 
 
 def read_if_there(work: Workdir, file: str) -> list[dict]:
     """Returns the rows of a result file, none where its stage has not run."""
     return read(work, file) if work.result(file).exists() else []
+
+
+def table_of(file: str) -> Table:
+    """Returns the table that describes a file; ValueError if none does."""
+    for pattern, table in TABLES.items():
+        if fnmatch(file, pattern):
+            return table
+    raise ValueError(f"{file} is no result file; there are {', '.join(TABLES)}.")
+
+
+def register(table: Table) -> Table:
+    """Adds the table of a study's file to ``TABLES`` and returns it."""
+    TABLES[table.file] = table
+    return table
+
+
+def read_matches(
+    work: Workdir, source: str, target: str, site_source: str, site_target: str
+) -> list[dict]:
+    """Returns the matched features of two dictionaries, in either order of the models.
+
+    Each is a row of matches.jsonl without the names of the models and sites: feature_source and
+    feature_target are the numbers in the dictionaries that were asked for as source and target.
+    Confirmed ones say so. Empty where the run did not match these two.
+
+    Raises:
+      UserError: matches.jsonl is missing or damaged.
+    """
+    pair = (source, target, str(site_source), str(site_target))
+    swapped = (target, source, str(site_target), str(site_source))
+    sides = {"source": "target", "target": "source"}
+    matches = []
+    for row in read(work, "matches.jsonl"):
+        stored = tuple(row.pop(key) for key in PAIR)
+        if stored == swapped != pair:
+            row = {re.sub("(source|target)$", lambda m: sides[m[1]], k): v for k, v in row.items()}
+        if stored in (pair, swapped):
+            matches.append(row)
+    return matches
+
+
+# ---------------------------------------------------------------- rows in order
+
+
+def map_order(kind: str) -> int:
+    """Returns the position of a kind of map in tables and figures: a sort key."""
+    return MAP_ORDER.index(kind) if kind in MAP_ORDER else len(MAP_ORDER)
+
+
+def pair_of(row: dict) -> tuple:
+    """Returns (source, target, site of the source, site of the target) of a row."""
+    return tuple(row.get(key) for key in PAIR)
+
+
+def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """Groups rows by layer pair, those of one direction together, else as they stand."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(pair_of(row), []).append(row)
+    directions = list(dict.fromkeys(pair[:2] for pair in groups))
+    return {p: groups[p] for p in sorted(groups, key=lambda pair: directions.index(pair[:2]))}
+
+
+def site_words(site_source: str, site_target: str) -> str:
+    """Returns a pair of sites in words, once where both are the same."""
+    return site_source if site_source == site_target else f"{site_source} → {site_target}"
+
+
+# ---------------------------------------------------------------- columns of several files
+
+
+def plain(**meanings: str) -> tuple[Column, ...]:
+    """Returns columns without an interval: name=meaning."""
+    return tuple(Column(name, meaning) for name, meaning in meanings.items())
+
+
+def intervals(unit: str = "", **meanings: str) -> tuple[Column, ...]:
+    """Returns columns with an interval: name=meaning."""
+    return tuple(Column(name, text, unit, interval=True) for name, text in meanings.items())
+
+
+def nats(**meanings: str) -> tuple[Column, ...]:
+    """Returns columns in nats with an interval: name=meaning."""
+    return intervals("nats", **meanings)
+
+
+PAIR_COLUMNS = plain(
+    source="the model that is read",
+    target="the model whose features are predicted, or that is edited",
+    site_source="where the source is read, such as resid_pre.6",
+    site_target="where the target's features or activations are",
+)
+MAP = Column("map", "kind of map, such as ridge")
+PAIRING = Column("pairing", "shuffled: fitted and scored on permuted rows", values=PAIRINGS)
+COUNTS = plain(n_rows="held-out rows that are scored", n_documents="their documents")
+POSITIONS = Column("n_positions", "text positions whose next token is scored")
+SCORES = (
+    *COUNTS,
+    *plain(
+        n_live="features of the target that are active in some held-out row and vary",
+        pool="candidates of the retrieval",
+        l0_source="active features per row of the source",
+        r2_per_feature_median="R² of single live features, median",
+        rate_correlation="correlation of predicted and true firing rates over features",
+        n_context_rows="rows whose source token occurs in training text",
+    ),
+    *intervals(
+        fvu="share of the variance of the target's features, about the training mean, left over",
+        r2="1 - fvu, over all rows and features at once; the mean predictor has about 0",
+        cosine="mean cosine of predicted and true features of a row",
+        cosine_mean_predictor="the same for the training mean in place of the prediction",
+        cosine_centered="the same after the training mean is taken from both",
+        top1="share of predictions whose own target is the nearest in the pool; chance 1 / pool",
+        mean_rank="mean rank of the own target in the pool, from 1; chance (pool + 1) / 2",
+        feature_correlation="mean over live features of the correlation of predicted and true",
+        l0_target="active features per row of the target",
+        l0_predicted="active features per row of the prediction",
+        sparsity_similarity="mean Jaccard index of predicted and true sets of active features",
+        context_gain="R² after the mean for the source's token is taken from both sides",
+    ),
+    Column("verdict", "by paired bootstrap differences to the baselines", values=VERDICTS),
+    *intervals(
+        r2_normalized="r2: 0 at shuffled pairs, 1 at the ceiling",
+        cosine_centered_normalized="cosine_centered, likewise",
+        top1_normalized="top1, likewise",
+        feature_correlation_normalized="feature_correlation, likewise",
+    ),
+)
+DIRECTION = Column("direction", "kind of map that gave the direction; match: the target's feature")
+ABLATION = "correlation of what removing the feature and its mapped direction change"
+SPECIFIC = nats(
+    specific_random="effect above random directions of equal norm",
+    specific_shuffled="effect above other features' mapped directions of equal norm",
+    specific_random_at_kl="effect above random directions of equal KL divergence",
+    specific_shuffled_at_kl="effect above other features' mapped directions of equal KL divergence",
+)
+
+
+# ---------------------------------------------------------------- the files of the stages
+
+SPINE = (
+    Table(
+        "reconstruction.jsonl",
+        "one dictionary, on held-out text",
+        (
+            *plain(
+                model="the model that is read",
+                site="where it is read",
+                site_output="what is reconstructed: the site, or what a transcoder predicts",
+                seed="of the dictionary",
+                member="folder of the dictionary",
+                width="number of features",
+            ),
+            *COUNTS,
+            *intervals(
+                l0="active features per row",
+                fvu="share of the variance of the activations, about the training mean, left over",
+                shrinkage="length of the reconstruction along the activation; 1: not shortened",
+                relative_bias="1 without systematic shrinkage (Rajamanoharan et al. 2024)",
+            ),
+            *plain(
+                dead_fraction="share of features that never fire in the n_rows_dead rows",
+                n_rows_dead="kept rows of training and test together",
+                decoder_cosine="mean cosine of a decoder row to the one most like it",
+            ),
+            POSITIONS,
+            Column("n_documents_ce", "documents of these positions"),
+            *nats(
+                ce_clean="cross-entropy of the next token with the model's own activations",
+                ce_zero="with zeros in their place",
+                ce_mean="with their training mean in their place",
+                ce_sae="with the reconstruction in their place",
+                kl_zero="KL divergence of the clean prediction to that with zeros",
+                kl_mean="to that with the mean",
+                kl_sae="to that with the reconstruction",
+            ),
+            *intervals(
+                loss_recovered="(ce_zero - ce_sae) / (ce_zero - ce_clean); null: zeros cost < 0.05",
+                loss_recovered_mean="the same with the mean in place of zeros",
+                kl_recovered="1 - kl_sae / kl_zero; null: zeros cost < 0.05",
+                kl_recovered_mean="the same with the mean in place of zeros",
+            ),
+        ),
+    ),
+    Table(
+        "transfer.jsonl",
+        "one map at one layer pair, on held-out rows",
+        (*PAIR_COLUMNS, MAP, PAIRING, *SCORES),
+    ),
+    Table(
+        "controls.jsonl",
+        "a control of one map. ceiling: from a second dictionary seed of the target itself, the "
+        "most that can be reached; untrained: into the re-initialised target",
+        (
+            Column("control", "which", values=("ceiling", "untrained")),
+            *PAIR_COLUMNS,
+            MAP,
+            PAIRING,
+            *SCORES,
+        ),
+    ),
+    Table(
+        "features.jsonl",
+        "histograms over the features of one dictionary, or over those that one map predicts",
+        (
+            *plain(
+                model="of a dictionary: the model",
+                site="where it is read",
+                site_output="what is reconstructed",
+                seed="of the dictionary",
+                member="folder of the dictionary",
+                log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
+                decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
+            ),
+            *PAIR_COLUMNS,
+            MAP,
+            PAIRING,
+            *plain(
+                correlation_histogram="of the correlation of a feature, predicted and true",
+                correlation_by_frequency="the same in bins of firing frequency: low, high, n, mean",
+            ),
+        ),
+    ),
+    Table(
+        "feature_transfer.jsonl",
+        "one feature of the target that is predicted best or worst, or a bin of features by firing "
+        "frequency or by how much their token explains",
+        (
+            *PAIR_COLUMNS,
+            MAP,
+            PAIRING,
+            Column("row", "what it is about", values=("feature", "frequency", "token_share")),
+            Column("rank", "which end of the ranking", values=("most", "least")),
+            *plain(
+                feature="its number in the target's dictionary",
+                r2="of the feature, on test rows, by which it was chosen",
+                r2_validation="on validation rows, which had no part in the choice",
+                correlation="of prediction and truth",
+                token_share="R² of the map from the target's own token",
+                firings="test rows on which it fires",
+                frequency="share of the test rows on which it fires",
+                match="the source's feature that correlates best: its number and correlation",
+                attributions="features of the source that drive it, by map",
+                contexts="texts around its strongest firings",
+                low="lower end of a bin; null: none",
+                high="upper end of a bin",
+                n_features="features in the bin",
+                r2_mean="their mean R²",
+                r2_median="their median R²",
+                correlation_mean="their mean correlation",
+            ),
+        ),
+    ),
+    Table(
+        "matching.jsonl",
+        "two dictionaries: features matched one to one, and what is left on held-out text",
+        (
+            *PAIR_COLUMNS,
+            PAIRING,
+            Column("method", "of matching", values=("mutual_best", "hungarian")),
+            *plain(
+                width_source="features of the source",
+                width_target="features of the target",
+                live_source="of these, those with at least minimum_firings",
+                live_target="of these, those with at least minimum_firings",
+                matched="pairs by correlation on training rows",
+                significant="of these, correlated beyond circular shifts on held-out rows at fdr",
+                strong="of these, correlated by at least minimum_r",
+                confirmed="of these, correlated beyond shuffles among rows with equal tokens",
+                fdr="false discovery rate",
+                minimum_firings="on training rows",
+                minimum_r="correlation that a strong match reaches",
+                r_train="mean correlation of the matches on training rows",
+                r_test="on held-out rows",
+                r_token="of the means for the current tokens alone",
+                r_train_confirmed="r_train of the confirmed",
+                r_test_confirmed="r_test of the confirmed",
+                r_token_confirmed="r_token of the confirmed",
+                null="confirmed on shuffled pairs",
+                n_rows_train="rows on which features were matched",
+                n_rows_test="rows on which matches were confirmed",
+            ),
+        ),
+    ),
+    Table(
+        "matches.jsonl",
+        "one matched pair of features; a match has no direction",
+        (
+            *PAIR_COLUMNS,
+            *plain(
+                feature_source="number in the source's dictionary",
+                feature_target="number in the target's dictionary",
+                confirmed="whether held-out text confirms it",
+                r_train="correlation on training rows",
+                r_test="on held-out rows",
+                r_token="of the means for the current tokens alone",
+                beyond_token="whether it beats every shuffle among rows with equal tokens",
+                p="share of circular shifts that correlate as much",
+                p_adjusted="p by Benjamini and Hochberg",
+                firings_source="training rows on which it fires",
+                firings_target="training rows on which it fires",
+                decoder_norm_source="length of its decoder row",
+                decoder_norm_target="length of its decoder row",
+            ),
+        ),
+    ),
+    Table(
+        "similarity.jsonl",
+        "how alike the activations of two layers are (layers), the layer pairs that these propose, "
+        "or how alike the decoder directions of confirmed matches are (decoders)",
+        (
+            Column("kind", "of row", values=("layers", "proposal", "decoders")),
+            *PAIR_COLUMNS,
+            *plain(
+                cka="linear CKA, unbiased; 0 for independent rows",
+                svcca="mean canonical correlation of the leading components",
+                rsa="rank correlation of the distances between rows",
+                mutual_knn="share of nearest neighbours that both have",
+                **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
+                **{
+                    f"{name}_p": "share of random matchings that score as high"
+                    for name in SIMILARITY
+                },
+                n_rows="held-out rows that are compared",
+                layer_pairs="of a proposal: the value of --config.layer_pairs",
+                cka_of_run="mean CKA of the run's layer pairs",
+                n_features="confirmed matches",
+            ),
+        ),
+    ),
+    Table(
+        "crosscoder.jsonl",
+        "one model in a joint code of all models, trained on aligned or shuffled rows, or on the "
+        "first model and a copy or a rotated copy of itself",
+        (
+            *plain(sites="the site of every model"),
+            Column("pairing", "what it was trained on", values=(*PAIRINGS, "self", "rotated")),
+            *plain(model="whose activations are reconstructed", site="its site"),
+            *COUNTS,
+            *plain(width="number of latents", variant="of the crosscoder"),
+            *intervals(
+                fvu="share of the variance left over when all models are shown",
+                fvu_alone="when this model alone is shown",
+                fvu_from_others="when all others are shown",
+                l0="active latents per row",
+            ),
+            *plain(
+                l0_alone="active latents per row when this model alone is shown",
+                dead_fraction="share of latents that never fire",
+                n_live="latents that fire",
+                shared="share of live latents, each model's decoder norm a quarter of the largest",
+                exclusive="share whose decoder norm is that large in this model alone",
+                shared_confirmed="share of the shared that explain every model beyond shifts",
+                exclusive_refuted="share of the exclusive that explain another model too",
+                scaling_ratio="what exclusive latents explain of others, relative to this model",
+                relative_norms="histogram of this model's share of each latent's decoder norms",
+            ),
+        ),
+    ),
+    Table(
+        "causal.jsonl",
+        "the target's prediction with its activations replaced at paired text positions, by what a "
+        "map predicts (stitching) or by a control; at one layer pair or at several together",
+        (
+            Column(
+                "intervention",
+                "what is done",
+                values=("stitching", "control", "stitching_together", "control_together"),
+            ),
+            Column(
+                "control",
+                "no edit, zeros, the training mean, the target's own reconstruction",
+                values=("clean", "zero", "mean", "own_sae"),
+            ),
+            *PAIR_COLUMNS,
+            Column("site_edited", "where the target is edited"),
+            Column("sites", "of several layers together: the target's sites"),
+            MAP,
+            PAIRING,
+            Column(
+                "stitch_kind",
+                "the predicted activation, or the predicted features, decoded",
+                values=("activation", "features"),
+            ),
+            POSITIONS,
+            Column("n_documents", "documents of these positions"),
+            *nats(
+                ce="cross-entropy of the next token",
+                kl="KL divergence of the target's own prediction to the edited one",
+            ),
+            *intervals(
+                loss_recovered="(ce_zero - ce) / (ce_zero - ce_clean); null: zeros cost < 0.05"
+            ),
+        ),
+    ),
+    Table(
+        "feature_causal.jsonl",
+        "one feature of the source, and one mapped direction of it that is added to the target",
+        (
+            *PAIR_COLUMNS,
+            DIRECTION,
+            *plain(
+                feature="its number in the source's dictionary",
+                match="the target's best matching feature",
+                match_r="correlation of the two on training rows",
+                match_cosine="cosine of the mapped direction and the match's decoder row",
+                n_contexts="texts in which it is tested",
+                n_documents="their documents",
+                firings="paired positions at which it fires",
+                promoted_source="tokens that it makes likelier in the source",
+                promoted_target="the same text in the target's tokens",
+                promoted_dropped="promoted tokens that the target's vocabulary does not have",
+                effect_source="mean change of log p of the promoted tokens in the source, by dose",
+            ),
+            *nats(
+                effect="mean change of log p of the promoted tokens, at the middle dose",
+                effect_at_kl="the same where the edit has spent the KL budget",
+            ),
+            *SPECIFIC,
+            *plain(
+                kl="KL divergence that the edit causes, in nats",
+                kl_spent="KL divergence at effect_at_kl",
+                effect_mean_direction="effect of the target's mean activation as a direction",
+                effect_random="effect of random directions",
+                kl_random="KL divergence of random directions",
+                effect_shuffled="effect of other features' mapped directions",
+                kl_shuffled="KL divergence of other features' mapped directions",
+                doses="effect and kl by dose alpha, beside the controls and their range",
+                ablation_n="text positions of ablation_r",
+            ),
+            *intervals(ablation_r=ABLATION),
+            *plain(
+                ablation_r_shuffled="the same for other features' mapped directions",
+                p_random="p-value against random directions",
+                p_shuffled="p-value against other features' mapped directions",
+                p="the larger of the two",
+                q="p by Benjamini and Hochberg over the features of this direction",
+                transfers="whether q is within evaluation.fdr",
+            ),
+        ),
+    ),
+    Table(
+        "feature_causal_summary.jsonl",
+        "what holds over all tested features of a kind of direction; intervals over features",
+        (
+            *PAIR_COLUMNS,
+            DIRECTION,
+            *plain(
+                n_features="features that are tested",
+                n_scored="of these, those with a token that the target has",
+                n_transferring="of these, those that transfer",
+            ),
+            *intervals(share_transferring="n_transferring / n_features"),
+            *nats(
+                effect="mean of the features' effects",
+                kl="mean KL divergence",
+                effect_random="mean effect of random directions",
+                effect_shuffled="mean effect of other features' mapped directions",
+            ),
+            *SPECIFIC,
+            *intervals(
+                ablation_r=ABLATION,
+                ablation_r_shuffled="of other features' mapped directions",
+            ),
+            Column("of_match", "specific_random, as a share of the matching features'"),
+        ),
+    ),
+)
+TABLES: dict[str, Table] = {table.file: table for table in SPINE}  # by file, or pattern of files
+
+
+# ---------------------------------------------------------------- the page about them
+
+
+def page() -> str:
+    """Returns ``docs/results.md``: every table that is registered, a line per column."""
+    parts = [
+        "# Result files\n",
+        "JSON lines in `WORKDIR/results`. Undefined numbers are null. ± says that `NAME_low` and "
+        "`NAME_high` stand beside a column: 95 % bootstrap intervals over documents, unless the "
+        "table says otherwise. This page is generated: `python -m launch.docs`.\n",
+    ]
+    for file in sorted(TABLES):
+        table = TABLES[file]
+        parts.append(f"## {file}\n\nA row: {table.meaning}.\n")
+        lines = ["| column | meaning | unit or values |", "|---|---|---|"]
+        for column in table.columns:
+            name = f"`{column.name}`{' ±' if column.interval else ''}"
+            allowed = ", ".join(f"`{value}`" for value in column.values) or column.unit
+            lines.append(f"| {name} | {column.meaning} | {allowed} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)

@@ -114,3 +114,45 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share of n (Wilson 1927)."""
     interval = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | None:
+    """Returns Pearson's r of a and b [n] over resamples of documents; None if one is constant."""
+    if len(a) < 3:
+        return None
+    a, b = a - a.mean(), b - b.mean()
+    if not a.any() or not b.any():
+        return None
+    sums = np.stack([draws.per_document(v) for v in (np.ones_like(a), a, b, a * a, b * b, a * b)])
+
+    def r(sums):  # [6, ...]
+        n, sa, sb, aa, bb, ab = sums
+        spread = np.sqrt(np.maximum((n * aa - sa**2) * (n * bb - sb**2), 0))
+        return np.divide(n * ab - sa * sb, spread, out=np.zeros_like(spread), where=spread > 0)
+
+    return Estimate(float(r(sums.sum(1))), r(sums @ draws.weights.T))
+
+
+def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:
+    """Returns one-sided p-values [features]: how often a control does as much.
+
+    Each feature's effect is standardised by its controls, each control by the other ones of its
+    feature; these are then pooled over features, so that p can be small: (1 + how many controls
+    reach the effect) / (1 + controls).
+
+    Args:
+      effects: [features].
+      nulls: [features, controls], 3 controls or more.
+    """
+    n = nulls.shape[1]
+    total, square = nulls.sum(1, keepdims=True), np.square(nulls).sum(1, keepdims=True)
+    others = (total - nulls) / (n - 1)
+    spread = (square - np.square(nulls)) / (n - 1) - np.square(others)
+
+    def standardised(difference, variance):
+        return difference / np.sqrt(np.maximum(variance, 1e-20))
+
+    pooled = np.sort(standardised(nulls - others, spread * (n - 1) / (n - 2)).ravel())
+    scores = standardised(effects - nulls.mean(1), nulls.var(1, ddof=1))
+    at_least = len(pooled) - np.searchsorted(pooled, scores, side="left")
+    return (1 + at_least) / (1 + len(pooled))

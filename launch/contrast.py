@@ -13,17 +13,10 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.contrast.measure import measure_contrast
+    from crossdict_jax.studies.contrast.measure import run
 
-    measure_contrast(config, work)
-
-
-def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.contrast.section import print_tables
-
-    main(config, work)
-    print_tables(work)
+    run(config, work)
 
 
 if __name__ == "__main__":
-    command.run(main_and_table)
+    command.run(main)

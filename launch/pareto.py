@@ -2,8 +2,8 @@
 
 python -m launch.pareto --workdir=runs/ab
 
-Needs the activations of a run (launch.extract_activations). Draws WORKDIR/report/pareto.html, and
-launch.report takes the same into its page.
+Needs the activations of a run (launch.extract_activations). launch.report shows the
+curves on its page.
 """
 
 from crossdict_jax.config import Config
@@ -12,13 +12,11 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report import write_pareto
     from crossdict_jax.studies.pareto.section import print_tables
     from crossdict_jax.verify.recovery import measure_pareto
 
     measure_pareto(config, work)
     print_tables(work)
-    print(write_pareto(work))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,10 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.probe.measure import measure_probes
+    from crossdict_jax.studies.probe.measure import run
 
-    measure_probes(config, work)
-
-
-def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.probe.section import print_tables
-
-    main(config, work)
-    print_tables(work)
+    run(config, work)
 
 
 if __name__ == "__main__":
-    command.run(main_and_table)
+    command.run(main)

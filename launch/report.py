@@ -9,9 +9,10 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
+    from crossdict_jax import studies
     from crossdict_jax.report import write_report
 
-    print(write_report(config, work))
+    print(write_report(config, work, sections=studies.sections(work)))
 
 
 if __name__ == "__main__":

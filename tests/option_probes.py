@@ -28,7 +28,7 @@ from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.benchmark import ensemble as benchmark_ensemble
 from crossdict_jax.benchmark import extraction as benchmark_extraction
 from crossdict_jax.benchmark import scaling, steps, whole
-from crossdict_jax.causal.images import rung_groups
+from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.config import Config, crosscoder_settings, settings
 from crossdict_jax.dictionaries import crosscoder_training, train
 from crossdict_jax.evaluation import reconstruction
@@ -265,7 +265,7 @@ def beginnings(config):
 def preferences(config):
     """The directions, layer pairs and rungs of contrast sets."""
     asked = config.contrast
-    return rung_groups(config, Four(), layers=asked.layers, rungs=asked.rungs)
+    return map_groups(config, Four(), layers=asked.layers, kinds=asked.rungs)
 
 
 def timed(config):
@@ -312,7 +312,7 @@ def together(config):
 def probed(config):
     """The directions, layer pairs and rungs of probes."""
     asked = config.probe
-    return rung_groups(config, Four(), layers=asked.layers, rungs=asked.rungs, of_tokens=True)
+    return map_groups(config, Four(), layers=asked.layers, kinds=asked.rungs, of_tokens=True)
 
 
 def pretraining(config):

@@ -13,7 +13,7 @@ from crossdict_jax.config import LossWeights
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.tables import number
 from crossdict_jax.studies.loss_ablation import measure
-from crossdict_jax.studies.loss_ablation import section as shown
+from crossdict_jax.studies.loss_ablation.section import print_ablation, section, tables
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 LOSSES = [f.name for f in dataclasses.fields(LossWeights)]
@@ -71,10 +71,11 @@ def test_a_row_for_each_direction_and_ablation(rows):
 
 def test_the_tables_show_every_row(rows, capsys):
     rows, work = rows
-    tables = shown.section(rows)
-    assert [len(table.rows) for table in tables] == [5, 5]
-    assert [row[0].text for row in tables[0].rows][:3] == ["(mean)", "(ridge)", "all"]
-    shown.print_ablation(work)
+    shown = tables(rows)
+    assert [len(table.rows) for table in shown] == [5, 5]
+    assert section(rows).count("<table>") == 2
+    assert [row[0].text for row in shown[0].rows][:3] == ["(mean)", "(ridge)", "all"]
+    print_ablation(work)
     printed = capsys.readouterr().out
     assert printed.count("only cosine") == 2
     assert all(number(row["r2"]) in printed for row in rows)

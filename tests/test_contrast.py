@@ -2,24 +2,21 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
-import test_report
 import tiny_run
 
 from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.images import feature_directions
-from crossdict_jax.config import Config, ContrastConfig, identity
+from crossdict_jax.config import ContrastConfig, identity
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.report import write_report
 from crossdict_jax.studies.contrast import ablation, preference
 from crossdict_jax.studies.contrast import measure as stage
 from crossdict_jax.studies.contrast.ablation import Cut, measure, singles
@@ -31,7 +28,7 @@ from crossdict_jax.studies.contrast.preference import (
     read,
     unigram_preference,
 )
-from crossdict_jax.studies.contrast.section import answer, print_tables, section
+from crossdict_jax.studies.contrast.section import circuits, section, sentences, tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify import planted_causal
@@ -55,7 +52,7 @@ def planted():
     return planted_causal.plant(texts=2)
 
 
-def sentences(triggers, planted, n=24, seed=0) -> Readings:
+def triggered(triggers, planted, n=24, seed=0) -> Readings:
     """Pairs "words trigger target" against "words trigger another word", as both models read them.
 
     The words in front are other triggers: their features fire, and are not what matters.
@@ -87,7 +84,7 @@ CAUSES = [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def readers(planted):
-    readings = sentences(CAUSES, planted)
+    readings = triggered(CAUSES, planted)
     return {name: reader_of(planted, readings, name) for name in "ab"}
 
 
@@ -147,7 +144,7 @@ def test_other_directions_do_not(planted, readers, wrong):
 
 def test_features_that_do_nothing_in_the_other_model_move_nothing(planted):
     unlinked = list(range(LINKED, LINKED + 3))
-    readings = sentences(unlinked, planted)
+    readings = triggered(unlinked, planted)
     own = {name: reader_of(planted, readings, name) for name in "ab"}
     assert own["a"].preference().mean() > 0.3 > np.abs(own["b"].preference().mean())
     assert transferred(planted, own, images_in_b(planted, own), unlinked)["effect"] < 0.1
@@ -167,7 +164,7 @@ def test_edges_follow_the_way_from_one_layer_to_the_next(planted):
     V = np.asarray(upper.W_dec[...])
     arrays = {"W_enc": (turn @ V).T, "b_enc": np.zeros(FEATURES), "W_dec": turn @ V}
     lower = from_arrays(find("relu"), arrays | {"b_dec": np.zeros(V.shape[1])})
-    readings = sentences(CAUSES, planted)
+    readings = triggered(CAUSES, planted)
     at_trigger = {
         name: dataclasses.replace(r, first=r.first[1::2], position=r.position[1::2])
         for name, r in readings.of.items()
@@ -394,14 +391,14 @@ def test_rows_of_every_kind(run):
         assert len({row["feature"] for row in here}) == 4
     assert not rows_of(work, "edge")  # of one layer
     transfers = rows_of(work, "transfer")
-    assert [row["image"] for row in transfers] == ["ridge", "mlp", "match", "native"] * 2
+    assert [row["direction"] for row in transfers] == ["ridge", "mlp", "match", "own"] * 2
     assert {row["site_target"] for row in transfers} == {"resid_pre.1"}
     assert {row["set"] for row in transfers} == {"pairs"}
     own = {row["model"]: row for row in rows_of(work, "ablation")}
     for row in transfers:
-        if row["image"] == "native":
+        if row["direction"] == "own":
             assert row["effect"] == own[row["target"]]["effect"]
-            assert row["share_of_native"] in (None, 1.0)
+            assert row["share_of_own"] in (None, 1.0)
 
 
 def test_no_verdict_without_a_preference(run):
@@ -512,41 +509,31 @@ def test_batches_and_devices_change_nothing(run, tokenizers, monkeypatch):
 
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):
-    _, work = run
-    (one,) = section(read_jsonl(work.result(stage.ROWS)))
-    assert len(one["tables"]) == 1 + 2 + 2 and len(one["circuits"]) == 2
-    assert all(
-        len(row) == len(t.columns) for t in one["tables"] + one["circuits"] for row in t.rows
-    )
-    print_tables(work)
+    config, work = run
+    rows = read_jsonl(work.result(stage.ROWS))
+    made = tables(rows), circuits(rows)
+    assert len(made[0]) == 1 + 2 + 2 and len(made[1]) == 2
+    assert all(len(row) == len(t.columns) for t in [*made[0], *made[1]] for row in t.rows)
+    stage.run(config, work)
     out = capsys.readouterr().out
-    assert "pairs: which text of a pair is likelier" in out and "native" in out
-    assert section([]) == []
+    assert "pairs: which text of a pair is likelier" in out and "own" in out
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_page_shows_the_sets_where_there_are_some(run, tmp_path, there):
-    work = test_report.write_required(tmp_path / "run")
-    if there:
-        shutil.copy(run[1].result(stage.ROWS), work.result(stage.ROWS))
-    page = write_report(Config(models=("a", "b")), work).read_text()
-    part = re.search(r'<section id="contrast">.*?</section>', page, re.DOTALL)
-    assert (part is not None) == there == ('href="#contrast"' in page)
-    if there:
-        assert "pairs: circuit of the top features of b" in part[0]
+def test_the_section_shows_circuits_and_every_direction(run):
+    html = section(read_jsonl(run[1].result(stage.ROWS)))
+    assert "pairs: circuit of the top features of b" in html
+    assert "directions of b’s top features taken out of a" in html
 
 
-def row_of_images(image, moves, **changes):
-    place = {"source": "a", "target": "b", "site_source": "x.1", "site_target": "x.1"}
-    return {"what": "transfer", "set": "s", **place, "image": image, "moves": moves} | changes
+def transfer(direction, moves):
+    sites = {"source": "a", "target": "b", "site_source": "x.1", "site_target": "x.1"}
+    return sites | {"direction": direction, "moves": moves}
 
 
-def test_the_sentence_counts_images_and_admits():
-    rows = [row_of_images(i, m) for i, m in (("ridge", True), ("mlp", False), ("native", True))]
-    ((heading, sentence),) = answer(rows)
-    assert (
-        heading == "Contrast set s" and "the ridge images of" in sentence and "mlp" not in sentence
-    )
-    ((_, sentence),) = answer(rows[1:])
+def test_the_sentence_names_directions_and_admits():
+    rows = [transfer(name, moves) for name, moves in zip(("ridge", "mlp", "own"), (1, 0, 1))]
+    (sentence,) = sentences(rows)
+    assert "the ridge directions of" in sentence and "mlp" not in sentence
+    (sentence,) = sentences(rows[1:])
     assert sentence.startswith("Negative result") and "own top features do" in sentence
-    assert answer([row_of_images("ridge", None)]) == []
+    assert sentences([transfer("ridge", None)]) == []

@@ -11,7 +11,6 @@ import pytest
 from crossdict_jax.config import Config, EvaluationConfig, MapConfig
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.evaluation import crosscoder as analysis
-from crossdict_jax.report import crosscoder as report
 
 DOCUMENTS = np.repeat(np.arange(30), 20)
 SHARED, ONLY_A, ONLY_B = range(4), range(4, 7), range(7, 10)
@@ -156,27 +155,3 @@ def test_figures_are_sums_over_the_whole_split():
 def test_only_runs_with_the_rung_have_rows():
     assert analysis.joint_codes(Config(map=MapConfig(kinds=("mean", "crosscoder"))))
     assert not analysis.joint_codes(Config(map=MapConfig(kinds=("mean", "ridge"))))
-
-
-def test_the_report_shows_every_row_and_a_histogram_per_model():
-    c, x = planted()
-    config = Config(evaluation=EvaluationConfig(bootstrap=5, batch_size=256))
-    found = analysis.figures(c, x, DOCUMENTS, config=config)
-    rows = [
-        {"sites": "resid_pre.1 resid_pre.2", "pairing": pairing, "model": m, "site": m} | row
-        for pairing in ("aligned", "shuffled")
-        for m, row in zip("ab", found)
-    ]
-    section = report.section(rows)
-    (table,), figures = section["tables"], section["figures"]
-    assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
-    assert [row[0].text + row[1].text for row in table.rows] == [
-        *("aaligned", "baligned", "ashuffled", "bshuffled")
-    ]
-    assert table.rows[0][7].text.startswith("40")  # shared, in percent
-    assert len(figures) == 2 and "40\u00a0% shared by all, 30\u00a0% its own" in figures[1].words
-    assert report.section([]) is None
-    (caution,) = section["cautions"]  # forty percent of the shuffled ones pass as shared
-    assert "40\u00a0% of the latents" in caution
-    few = [row | {"shared": 0.1} for row in rows]
-    assert report.section(few)["cautions"] == []

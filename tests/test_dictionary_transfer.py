@@ -17,8 +17,8 @@ from crossdict_jax.dictionaries.base import build
 from crossdict_jax.evaluation.reconstruction import _figures
 from crossdict_jax.maps import Pairs, Problem, Side
 from crossdict_jax.maps.kinds import procrustes
-from crossdict_jax.report import moved
 from crossdict_jax.studies.dictionary_transfer import measure, warm_start
+from crossdict_jax.studies.dictionary_transfer.section import savings_table, section, tables
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir, read_jsonl
 
@@ -184,14 +184,15 @@ def test_a_goal_is_reached_where_the_curve_first_gets_there():
 
 
 def test_the_report_shows_every_way_and_what_is_saved(rows, compared):
-    section = moved.section(list(rows.values()), compared[3])
-    assert [t.caption for t in section["tables"][:2]] == [
+    scores, training = list(rows.values()), compared[3]
+    shown = tables(scores)
+    assert [t.caption for t in shown] == [
         "Dictionaries of a, used for b",
         "Dictionaries of b, used for a",
     ]
-    assert [row[1].text for row in section["tables"][0].rows] == [
+    assert [row[1].text for row in shown[0].rows] == [
         *("own", "transferred", "orthogonal", "rotated", "stitch")
     ]
-    assert len(section["tables"][2].rows) == len(section["curves"]) == 2
-    assert "saves" in section["curves"][0].words
-    assert moved.section([], []) is None
+    assert len(savings_table(training).rows) == 2
+    html = section(scores + training)
+    assert html.count("<table>") == 3 and html.count(": the moved start saves") == 2

@@ -308,13 +308,13 @@ def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkey
     """Of the images ``wrong`` unlinked features transfer, and as many by either control."""
     names = (g06_causal.RUNG, "random", "shuffled")
     hits = {name: [11] * wrong for name in names} | {names[0]: [*range(right)] + [11] * wrong}
-    rows = [{"image": n, "feature": f, "transfers": True} for n in names for f in hits[n]]
+    rows = [{"direction": n, "feature": f, "transfers": True} for n in names for f in hits[n]]
     leads = {names[0]: lead, "random": -0.01, "shuffled": -0.01}
     summary = [
-        {"image": n, "effect": 0, "specific_random_low": at, "specific_shuffled_low": at}
+        {"direction": n, "effect": 0, "specific_random_low": at, "specific_shuffled_low": at}
         for n, at in leads.items()
     ]
-    made = types.SimpleNamespace(images=names)
+    made = types.SimpleNamespace(mapped=names)
     monkeypatch.setattr(g06_causal, "plant", lambda **settings: None)
     monkeypatch.setattr(g06_causal, "_with_images", lambda *arguments: made)
     monkeypatch.setattr(g06_causal, "transfer", lambda *arguments: (rows, summary))
@@ -324,10 +324,11 @@ def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkey
 @pytest.mark.soak
 def test_g6_misses_images_of_the_wrong_feature(monkeypatch, tmp_path):
     monkeypatch.setattr(g06_causal, "TEXTS", 24)
-    short = {"contexts": 8, "random_directions": 16, "alphas": (0.1, 0.2, 0.4)}
-    monkeypatch.setattr(g06_causal, "PLAN", dataclasses.replace(g06_causal.PLAN, **short))
-    true = g06_causal.images
-    monkeypatch.setattr(g06_causal, "images", lambda *a, **k: np.roll(true(*a, **k), 2, axis=0))
+    monkeypatch.setattr(g06_causal, "CONTEXTS", 8)
+    true = g06_causal.mapped_directions
+    monkeypatch.setattr(
+        g06_causal, "mapped_directions", lambda *a, **k: np.roll(true(*a, **k), 2, axis=0)
+    )
     missed = judge(g06_causal, tmp_path)
     assert any("linked features" in what for what in missed)
     assert any("lead over random" in what for what in missed)

@@ -173,7 +173,7 @@ MISTAKES = [  # arguments, what the line names
     ("--config.contrast.controls=5", "contrast.controls=5 must be 19 or more"),
     ("--config.probe.examples=4,16", "probe.examples=4,16: 4 must be 8 or more"),
     ("--config.contrast.span=word", "contrast.span=word must be one of last, whole"),
-    ("--config.intervention.feature_ids=1,x", "feature_ids=1,x must be whole numbers"),
+    ("--config.intervention.feature_ids=1,x", "is not whole numbers with commas between"),
     ("--width=16 --config.sae.k=17", "sae.k=17 is larger than sae.width=16"),
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
     ("--models=a,b --config.models=a,c", "--models=a,b and --config.models=a,c"),
@@ -382,8 +382,6 @@ def small(tiny: Path, **changes) -> list[str]:
         "evaluation__bootstrap": 20,
         "intervention__features": 2,
         "intervention__contexts": 8,
-        "intervention__random_directions": 4,
-        "intervention__shuffled_features": 4,
     } | changes
     return [f"--config.{name.replace('__', '.')}={value}" for name, value in asked.items()]
 

@@ -239,15 +239,13 @@ ELSEWHERE = {
         "test_causal_features.test_documents_bound_the_text": "intervention.documents",
         "test_stitching.test_the_size_of_a_batch_changes_nothing": "intervention.batch_size",
         "test_causal_features.test_settings_change_the_rows": "intervention.features "
-        "intervention.alphas intervention.norm intervention.kl_budget",
-        "test_causal_features.test_settings_reach_the_plan": "intervention.contexts "
-        "intervention.promoted intervention.random_directions intervention.shuffled_features "
-        "intervention.fdr intervention.span intervention.positions",
+        "intervention.alphas intervention.norm",
+        "test_causal_transfer.test_settings_reach_the_models": "intervention.contexts "
+        "intervention.span intervention.positions",
         "test_causal_features.test_named_features_are_the_first_models": "intervention.feature_ids",
         "test_causal_features.test_matched_features_come_from_the_file": "intervention.choose",
         "test_causal_features.test_all_layer_pairs_or_the_middle_one": "intervention.layers",
-        "test_causal_features.test_rungs_are_those_that_read_more_than_tokens": ""
-        "intervention.rungs",
+        "test_causal_features.test_maps_are_those_that_read_more_than_tokens": "intervention.maps",
         "test_contrast.test_settings_change_the_rows": "contrast.features contrast.span "
         "contrast.pairs",
         "test_contrast.test_a_folder_is_all_its_files": "contrast.source",

@@ -11,7 +11,7 @@ import test_report
 import tiny_run
 from scipy.optimize import minimize
 
-from crossdict_jax import models
+from crossdict_jax import models, studies
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ProbeConfig
@@ -21,7 +21,7 @@ from crossdict_jax.studies.probe import logistic
 from crossdict_jax.studies.probe import measure as stage
 from crossdict_jax.studies.probe.labelled import pooled, read_labelled, read_texts, row_activations
 from crossdict_jax.studies.probe.measure import measure_probes
-from crossdict_jax.studies.probe.section import print_tables, section
+from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 # ---------------------------------------------------------------- logistic regression
@@ -170,19 +170,19 @@ def asking(config, **changes):
 def test_a_row_for_every_probe_and_number_of_examples(run):
     config, work = run
     rows = read_jsonl(work.result(stage.ROWS))
-    probes = [*config.map.kinds, "native", "source", "tokens", "majority"]
+    probes = [*config.map.kinds, "own", "source", "tokens", "majority"]
     expected = [(a, b, n, p) for a, b in ("ab", "ba") for n in (12, 32) for p in probes]
     assert [(r["source"], r["target"], r["n"], r["probe"]) for r in rows] == expected
     for row in rows:
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert (row["n_duplicates"], row["n_too_long"], row["n_texts"]) == (1, 1, 27)
-        if row["probe"] == "native":
-            assert row["behind_native"] == 0.0
+        if row["probe"] == "own":
+            assert row["behind_own"] == 0.0
         if row["probe"] == "tokens":
             assert row["lead_tokens"] == 0.0
     of = {(r["source"], r["n"], r["probe"]): r["accuracy"] for r in rows}
     for n in (12, 32):  # one's own probe is the other direction's native one
-        assert of["a", n, "native"] == of["b", n, "source"]
+        assert of["a", n, "own"] == of["b", n, "source"]
         assert of["a", n, "mean"] == of["a", n, "majority"]  # which says the same of every text
 
 
@@ -196,7 +196,7 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones(run,
     )
     (group,) = [
         g
-        for g in stage.rung_groups(config, store, layers="middle", rungs=("ridge",))
+        for g in stage.map_groups(config, store, layers="middle", rungs=("ridge",))
         if g[0].source == "a"
     ]
     direction = stage._Direction(texts, group)
@@ -207,17 +207,17 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones(run,
     features = {
         "right": (np.maximum(f + noise, 0), f),
         "wrong": (np.roll(f, 7, axis=1), f),
-        "native": (f, f),
+        "own": (f, f),
         "tokens": (useless, useless),
     }
     monkeypatch.setattr(stage._Direction, "_features", features)
     monkeypatch.setattr(stage._Texts, "labels", y)
     rows = {row["probe"]: row for row in direction.rows(32)}
-    assert rows["native"]["accuracy"] > 0.8
-    assert rows["right"]["accuracy"] > rows["native"]["accuracy"] - 0.1
+    assert rows["own"]["accuracy"] > 0.8
+    assert rows["right"]["accuracy"] > rows["own"]["accuracy"] - 0.1
     assert rows["right"]["lead_tokens_low"] > 0
-    assert rows["wrong"]["accuracy"] < 0.7 and rows["wrong"]["behind_native_low"] > 0
-    assert rows["native"]["accuracy_shuffled"] < 0.7
+    assert rows["wrong"]["accuracy"] < 0.7 and rows["wrong"]["behind_own_low"] > 0
+    assert rows["own"]["accuracy_shuffled"] < 0.7
 
 
 def test_examples_hold_every_label_and_no_held_out_text(run):
@@ -320,22 +320,21 @@ def test_a_field_that_is_no_label_is_refused(run, copy, tmp_path):
 
 def test_tables_show_every_probe_and_its_null(run, capsys):
     config, work = run
-    found = section(read_jsonl(work.result(stage.ROWS)))
-    assert len(found["tables"]) == len(found["figures"]) == 2
-    for table in found["tables"]:
+    rows = read_jsonl(work.result(stage.ROWS))
+    assert len(tables(rows)) == 2
+    for table in tables(rows):
         assert len(table.rows) == len(config.map.kinds) + 4
         assert all(len(row) == len(table.columns) for row in table.rows)
         assert table.rows[1][1].note and not table.rows[-1][1].note  # a majority learns nothing
-    print_tables(work)
+    stage.run(config, work)
     assert "Accuracy of probes, a → b" in capsys.readouterr().out
-    assert section([]) is None
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_page_shows_them_where_there_are_some(run, tmp_path, there):
+def test_the_page_shows_a_study_where_it_has_results(run, tmp_path):
     work = test_report.write_required(tmp_path / "run")
-    if there:
-        shutil.copy(run[1].result(stage.ROWS), work.result(stage.ROWS))
-    page = write_report(Config(models=("a", "b")), work).read_text()
-    part = re.search(r'<section id="probes">.*?</section>', page, re.DOTALL)
-    assert (part is not None) == there == ('href="#probes"' in page)
+    assert "Probes" not in dict(studies.sections(work))
+    shutil.copy(run[1].result(stage.ROWS), work.result(stage.ROWS))
+    sections = studies.sections(work)
+    page = write_report(Config(models=("a", "b")), work, sections=sections).read_text()
+    part = re.search(r'<section id="probes">.*?</section>', page, re.DOTALL)[0]
+    assert 'href="#probes"' in page and "Accuracy of probes, b → a" in part and "<svg" in part

@@ -4,7 +4,6 @@ import itertools
 import math
 import operator
 import re
-import shlex
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,9 +11,11 @@ import pytest
 
 from crossdict_jax.config import Config, settings
 from crossdict_jax.errors import UserError
-from crossdict_jax.report import answer, plots, summary_table, tables, write_report
-from crossdict_jax.report.results import PLACE, WRITTEN_BY, comparisons, read_results, stitchings
+from crossdict_jax.report import answer, inputs, summary_table, tables, transfer, write_report
+from crossdict_jax.report.docs import write_docs
+from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
 from crossdict_jax.report.tables import flat_table, number
+from crossdict_jax.results import NO_BETTER, PAIR, VERDICTS
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 MODELS = ("docs-gpt2", "docs-neox")
@@ -28,7 +29,6 @@ R2 = {
     "token_ridge": 0.58,
     "mlp": 0.49,
 }
-NO_BETTER = "no better than the mean"
 
 
 # ---------------------------------------------------------------- a run that never was
@@ -114,7 +114,7 @@ def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
 
 def single_feature_rows() -> list[dict]:
     """Two single features and two bins of one direction."""
-    place = dict(zip(PLACE, (*MODELS, "resid_pre.6", "resid_pre.6")))
+    place = dict(zip(PAIR, (*MODELS, "resid_pre.6", "resid_pre.6")))
     start = place | {"map": "ridge", "pairing": "aligned"}
     context = {"before": "in the ", "token": "list\n", "after": " of", "activation": 2.0}
     shown = start | {"row": "feature", "r2": 0.9, "r2_validation": 0.8, "correlation": 0.95}
@@ -151,7 +151,7 @@ def causal_rows(transfer: list[dict]) -> list[dict]:
             rows.append(causal_row(value, target=target, site_target=site, control=control))
     for row in transfer:
         value = 0.55 + 0.45 * max(row["r2"], 0) - 0.2 * (row["pairing"] == "shuffled")
-        where = {k: row[k] for k in PLACE} | {"map": row["map"], "pairing": row["pairing"]}
+        where = {k: row[k] for k in PAIR} | {"map": row["map"], "pairing": row["pairing"]}
         if row["map"] in ("procrustes", "ridge", "token_ridge"):
             rows.append(causal_row(value + 0.02, **where, stitch_kind="activation"))
         if row["map"] != "token_target":
@@ -350,7 +350,7 @@ def small_page(root, *, config=None, models=MODELS, **how) -> Page:
 
 
 def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
-    rows = read_results(run).transfer
+    rows = read_run(run).rows["transfer"]
     for row in [r for r in rows if r["pairing"] == "aligned"]:
         place = f"{row['source']} {row['site_source']} → {row['target']} {row['site_target']}"
         table = next(t for caption, t in page.tables.items() if caption.startswith(place + ":"))
@@ -373,7 +373,7 @@ def test_verdicts_are_words_and_baselines_are_called_baselines(run, page):
 
 @pytest.mark.parametrize("name", ["reconstruction", "causal"])
 def test_every_other_row_is_shown(run, page, name):
-    rows = getattr(read_results(run), name)
+    rows = read_run(run).rows[name]
     caption = next(c for c in page.tables if c.endswith(f"{name}.jsonl"))
     assert len(page.tables[caption]) == 1 + len(rows)
 
@@ -388,12 +388,10 @@ def test_the_page_needs_no_other_file(html, page):
 
 
 def test_every_figure_is_there_and_has_words(html, page):
-    panels = 3 * 2
-    figures = (
-        12 + panels * 5 + 3
-    )  # densities, cosines; r2 cosine stitching correlation frequency; curves
+    # densities, cosines; r2, stitching of each direction and layer; curves
+    figures = 12 + 2 * 6 + 3
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
-    assert "Solid line: the mean" in page.text
+    assert "Lines: the mean (R² 0)" in page.text
 
 
 def test_colours_follow_the_readers_mode(html):
@@ -424,19 +422,15 @@ def test_equal_results_give_equal_pages(tmp_path):
     assert pages[0].replace(f"{tmp_path}/a", "") == pages[1].replace(f"{tmp_path}/b", "")
 
 
-def test_the_flags_of_the_page_give_the_settings_of_the_run(tmp_path):
+def test_every_setting_is_shown_as_it_is_typed(tmp_path):
     config = Config(models=("a b", "c"), layers=(5,), layer_pairs="5:6", seed=3)
     config.sae.learning_rate = (1e-3, 2e-3)
-    text = small_page(tmp_path, config=config).text
-    command = text[text.index("--workdir=runs/again") : text.index("Pairing A row")]
-    flags = dict(
-        flag.removeprefix("--config.").split("=", 1)
-        for flag in shlex.split(command.replace("\\", ""))[1:]
-    )
+    shown = dict(inputs.settings(config))
     kinds = settings.settings(Config)
-    assert {k: settings.parse(kinds[k], v) for k, v in flags.items()} == {
+    assert {k: settings.parse(kinds[k], v) for k, v in shown.items()} == {
         k: operator.attrgetter(k)(config) for k in kinds
     }
+    assert "--config=configs/stored.py:" in small_page(tmp_path, config=config).text
 
 
 # ---------------------------------------------------------------- other runs
@@ -462,8 +456,9 @@ def test_a_needed_file_that_is_missing_names_its_stage(tmp_path, name, stage):
 def test_special_characters_are_escaped(tmp_path):
     models = ('a<b>&"c', "$x_1$ -->")
     work = write_required(tmp_path, models=models, layers=(6,))
-    write_jsonl(work.result("causal.jsonl"), causal_rows(read_results(work).transfer))
-    write_jsonl(work.result("controls.jsonl"), [{"control": "<script>alert(1)</script>"}])
+    write_jsonl(work.result("causal.jsonl"), causal_rows(read_run(work).rows["transfer"]))
+    controls = [{"control": "ceiling", "map": "<script>alert(1)</script>"}]
+    write_jsonl(work.result("controls.jsonl"), controls)
     page = Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
     assert not page.tags & {"b", "script"}
     assert 'What do a<b>&"c and $x_1$ --> share?' in page.text
@@ -487,26 +482,24 @@ def test_a_stitch_that_is_no_better_than_its_controls_is_negative():
     for row in rows:
         if row.get("pairing") == "shuffled":
             row["loss_recovered"] = 0.9
-    assert answer._to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
+    assert answer.to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
 
 
-def test_layers_stitched_together_stand_apart(tmp_path, capsys):
+def test_layers_stitched_together_stand_apart(tmp_path):
     work = write_required(tmp_path)
-    rows = causal_rows(read_results(work).transfer)
+    rows = causal_rows(read_run(work).rows["transfer"])
     sites = {"resid_pre.5", "resid_pre.6"}
     several = {"sites": sorted(sites)} | {
         key: "resid_pre.5+resid_pre.6" for key in ("site_source", "site_target")
     }
     together = [r | several for r in rows if r["site_target"] == "resid_pre.6"]
     write_jsonl(work.result("causal.jsonl"), rows + together)
-    results = read_results(work)
-    assert results.stitchings == stitchings(rows)
-    there, _ = results.stitched_together
+    results = read_run(work)
+    assert results.stitchings() == stitchings(rows)
+    there, _ = results.stitchings(together=True)
     assert there.sites == "resid_pre.5+resid_pre.6" and there.reference("mean") == 0.55
     text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
-    summary_table(work)
-    for shown in (text, capsys.readouterr().out):
-        assert "docs-gpt2 → docs-neox, resid_pre.5+resid_pre.6 at once" in " ".join(shown.split())
+    assert "docs-neox resid_pre.5+resid_pre.6 at once" in text
     assert "Several layers at once" in text
 
 
@@ -515,7 +508,7 @@ def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs()
     for row in rows:
         if row["control"] == "mean" and row["target"] == "docs-gpt2":
             row["loss_recovered"] = 0.84  # every rung looks good against zero here
-    sentence = answer._to_what_effect(stitchings(rows))
+    sentence = answer.to_what_effect(stitchings(rows))
     assert "put into docs-neox resid_pre.6, recovers" in sentence
     assert sentence.replace("\u00a0", " ").endswith("of what the mean costs it wins back 62.4 %.")
 
@@ -526,7 +519,7 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     leak = next(r for r in rows if r["map"] == "ridge" and r["pairing"] == "shuffled")
     leak |= {"r2": 0.2, "verdict": "beats token"}
     write_jsonl(work.result("transfer.jsonl"), rows)
-    found = answer.cautions(read_results(work))
+    found = answer.cautions(read_run(work))
     assert len(found) == 1 and "ridge still “beats token” (R² 0.200" in found[0]
 
 
@@ -537,7 +530,7 @@ def test_few_documents_and_poor_dictionaries_are_warnings(tmp_path):
     )
     poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]
     write_jsonl(work.result("reconstruction.jsonl"), poor)
-    documents, dead, missed = answer.cautions(read_results(work))
+    documents, dead, missed = answer.cautions(read_run(work))
     assert "Only 12 held-out documents" in documents
     assert "2 of 2 dictionaries (docs-gpt2 resid_pre.6 seed-0" in dead
     assert "docs-neox resid_pre.6" in missed
@@ -563,15 +556,15 @@ def test_later_files_get_their_sections(tmp_path):
     rows = [r | {"r2_normalized": 0.62} for r in transfer_rows(layers=(6,))]
     write_jsonl(work.result("transfer.jsonl"), rows)
     row = next(r for r in rows if (r["map"], r["pairing"]) == ("ridge", "aligned"))
-    controls = [row | {"control": "skyline", "r2": 0.71}]
+    controls = [row | {"control": "ceiling", "r2": 0.71}]
     controls += [row | {"control": "untrained", "r2": 0.31, "context_gain": 0.017}]
     write_jsonl(work.result("controls.jsonl"), controls)
     write_jsonl(work.result("feature_transfer.jsonl"), single_feature_rows())
     page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
-    title, ridge = page.tables["Controls of docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
+    title, ridge = page.tables["Controls, docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
     found = dict(zip((t.split("  ")[0].strip() for t in title), (c.split()[0] for c in ridge)))
     assert found["map"] == "ridge" and found["R²"] == number(row["r2"])
-    assert (found["skyline"], found["untrained R²"]) == ("0.710", "0.310")
+    assert (found["ceiling"], found["R², re-initialised"]) == ("0.710", "0.310")
     assert any(c.split()[0] == "0.017" for c in ridge) and any("0.62" in c for c in ridge)
     assert len(page.tables["Every column of controls.jsonl"]) == 3
     caption = next(c for c in page.tables if c.startswith("Most and least transferable"))
@@ -579,24 +572,22 @@ def test_later_files_get_their_sections(tmp_path):
     assert "#7" in first[0] and "in the «list⏎» of" in first[5]
     assert "mlp: #3 0.80, #1 −0.20 (exact, stability 0.91)" in first[7]
     assert "least" in last[0] and last[7].strip() == "–"
-    share = page.tables[
-        "Median R² of docs-neox’s features by how much of them their own token explains"
-    ]
-    bins = [cells[0].replace("\u00a0", " ").strip() for cells in share[1:]]
-    assert bins == ["below 0 %", "0 % to 25 %"]
+    bins = page.tables["Features in bins of firing frequency and of token share"]
+    assert len(bins) == 3
 
 
 def test_three_models_make_six_directions(tmp_path):
     page = small_page(tmp_path, models=("a", "b", "c"))
     assert "What do a, b and c share?" in page.text
-    assert sum(caption.startswith("R² of ") for caption in page.tables) == 6
+    assert sum("retrieval pool" in caption for caption in page.tables) == 6
 
 
 def test_no_row_is_lost_where_two_are_alike():
     rows = transfer_rows(layers=(6,))
     doubled = comparisons([*rows, *rows, rows[0] | {"map": "novel"}])
-    shown = [row for c in doubled for n in c.lines for row in (n.aligned, n.shuffled) if row]
-    assert len(shown) == 2 * len(rows) + 1
+    lines = [line for c in doubled for line in c.lines]
+    shown = sum(("pairing" in line) + ("shuffled.pairing" in line) for line in lines)
+    assert shown == 2 * len(rows) + 1
 
 
 def test_far_below_zero_stays_on_the_axis():
@@ -606,9 +597,9 @@ def test_far_below_zero_stays_on_the_axis():
         for r in rows
     ]
     group = comparisons(low)[:1]
-    limits = plots.r2_limits(group)
+    limits = transfer.r2_limits(group)
     assert -0.6 < limits[0] < 0
-    assert "◂ −7.5" in plots.r2_figure(group[0], limits).svg
+    assert "◂ −7.5" in transfer.r2_figure(group[0], limits).svg
 
 
 # ---------------------------------------------------------------- parts
@@ -642,19 +633,32 @@ def test_a_flat_table_folds_intervals_into_their_value():
     ]
 
 
-def test_the_verdicts_are_those_of_the_evaluation():
-    from crossdict_jax.evaluation import transfer
-
-    said = {transfer.BEATS_TOKEN, transfer.BEATS_MEAN, transfer.NO_BETTER}
-    assert said == tables.VERDICTS.keys()
+def test_every_verdict_has_a_colour_and_a_sign():
+    assert set(VERDICTS) == tables.VERDICTS.keys()
 
 
-def test_the_terminal_table_has_every_rung_and_verdict(run, capsys):
+def test_the_terminal_table_fits_a_screen(run, capsys):
     summary_table(run)
-    out = capsys.readouterr().out
-    for comparison in read_results(run).comparisons:
-        assert f"{comparison.source} {comparison.site_source} → {comparison.target}" in out
-    assert out.count("● beats token") == 12
-    assert out.count("◐ beats mean, not token") == 12
-    assert out.count("baseline") == 18
-    assert re.search(r"token_ridge +0\.580 \[0\.57, 0\.59\] +−0\.021 +0\.280", out)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 30 and max(map(len, lines)) <= 120
+    out = "\n".join(lines)
+    assert out.count("resid_pre.") == 6
+    assert re.search(r"-0?.*0.460 +0.580 token_ridge ● +0.490 mlp ● +−0.021", out)
+    assert "results.md" in lines[-1]
+
+
+def test_the_documentation_is_filled_from_a_run(run, tmp_path):
+    docs = tmp_path / "crossdict_jax/docs"
+    docs.mkdir(parents=True)
+    block = "<!-- generated: {} -->\nold\n<!-- end -->\nkept\n"
+    (tmp_path / "README.md").write_text(block.format("result"))
+    (docs / "verification.md").write_text(block.format("gates"))
+    (docs / "models.md").write_text(block.format("models"))
+    paths = write_docs(Config(), run, tmp_path)
+    assert {path.name for path in paths} >= {"README.md", "results.md", "transfer.svg"}
+    text = (tmp_path / "README.md").read_text()
+    assert "| 0.580 token_ridge ●" in text and "old" not in text and text.endswith("kept\n")
+    assert "| docs-neox | 8 layers of 128" in (docs / "models.md").read_text()
+    assert "old" in (docs / "verification.md").read_text()  # no gates beside this run
+    svg = (docs / "transfer.svg").read_text()
+    assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "var(" not in svg

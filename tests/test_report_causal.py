@@ -6,11 +6,12 @@ import pytest
 import test_report
 
 from crossdict_jax.config import Config
-from crossdict_jax.report import causal_features, write_report
-from crossdict_jax.report.results import PLACE
+from crossdict_jax.report import causal, write_report
+from crossdict_jax.report.blocks import Details, Heading, Panels
+from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import write_jsonl
 
-WHERE = dict(zip(PLACE, ("gpt", "neox", "resid_pre.6", "resid_pre.6")))
+WHERE = dict(zip(PAIR, ("gpt", "neox", "resid_pre.6", "resid_pre.6")))
 
 
 def bounded(**values):
@@ -21,7 +22,7 @@ def bounded(**values):
     }
 
 
-def row(feature, image, *, transfers):
+def row(feature, direction, *, transfers):
     effect = 1.0 if transfers else 0.05
     doses = [
         {
@@ -41,7 +42,7 @@ def row(feature, image, *, transfers):
     ]
     return {
         **WHERE,
-        "image": image,
+        "direction": direction,
         "feature": feature,
         "match": 40 + feature,
         "match_r": 0.5,
@@ -57,10 +58,10 @@ def row(feature, image, *, transfers):
     }
 
 
-def summary(image, hits):
+def summary(direction, hits):
     return {
         **WHERE,
-        "image": image,
+        "direction": direction,
         "n_features": 2,
         "n_scored": 2,
         "n_transferring": hits,
@@ -75,18 +76,23 @@ ROWS = [row(f, i, transfers=i == "ridge" and f == 7) for i in ("ridge", "match")
 SUMMARY = [summary("ridge", 1), summary("match", 0)]
 
 
-def test_a_group_for_every_direction():
-    (group,) = causal_features.section(ROWS, SUMMARY)
-    assert group["title"] == "gpt → neox, resid_pre.6"
-    assert [len(t.rows) for t in group["tables"]] == [2, 2]
-    assert len(group["figures"]) == 2
+def blocks(rows, over, kind) -> list:
+    section = causal.feature_causal_section(rows, over)
+    return [block for block in section.blocks if isinstance(block, kind)]
+
+
+def test_every_direction_has_its_curves_and_tables():
+    assert [block.text for block in blocks(ROWS, SUMMARY, Heading)] == ["gpt → neox, resid_pre.6"]
+    (panels,) = blocks(ROWS, SUMMARY, Panels)
+    assert len(panels.figures) == 2
+    ridge, match, raw = (block.blocks[0] for block in blocks(ROWS, SUMMARY, Details))
+    assert [len(t.rows) for t in (ridge, match, raw)] == [2, 2, 4]
     back = [dict(s, source="neox", target="gpt") for s in SUMMARY]
-    assert len(causal_features.section(ROWS, SUMMARY + back)) == 2
+    assert len(blocks(ROWS, SUMMARY + back, Heading)) == 2
 
 
 def test_the_table_puts_what_transfers_first_and_shows_tokens():
-    (group,) = causal_features.section(ROWS, SUMMARY)
-    first, second = group["tables"][0].rows
+    first, second = causal.features_table(ROWS[:2]).rows
     assert (first[0].text, first[0].style) == ("7", "strong")
     assert (second[0].text, second[0].style) == ("3", "none")
     assert first[1].text == "␣the · ⏎ · <b>"
@@ -94,25 +100,24 @@ def test_the_table_puts_what_transfers_first_and_shows_tokens():
 
 
 def test_the_figure_says_what_it_draws():
-    (group,) = causal_features.section(ROWS, SUMMARY)
-    words = group["figures"][0].words
-    assert "ridge, gpt to neox: 0.10: 0.05, 0.50: 0.26" in words  # means of both features
-    assert "random directions at the largest dose 0.01" in words
-    assert group["figures"][0].svg.startswith("<svg")
+    figure = causal.dose_figure(ROWS[:2])
+    assert "ridge, gpt to neox: 0.10: 0.05, 0.50: 0.26" in figure.words  # means of both features
+    assert "random directions at the largest dose 0.01" in figure.words
+    assert figure.svg.startswith("<svg")
 
 
 def test_the_sentence_counts_and_admits():
-    ((_, sentence),) = causal_features.answer(SUMMARY)
-    assert sentence.startswith("Put into neox, the ridge images of 1 of 2 tested features of gpt")
+    ((_, sentence),) = causal.answer(SUMMARY)
+    assert sentence.startswith("Put into neox, the directions to which ridge maps 1 of 2 tested")
     assert sentence.endswith("the target’s best matching features: 0 of 2.")
-    ((_, nothing),) = causal_features.answer([summary("ridge", 0)])
+    ((_, nothing),) = causal.answer([summary("ridge", 0)])
     assert nothing.startswith("Negative result: put into neox")
-    assert causal_features.answer([]) == []
+    assert causal.answer([]) == []
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_page_shows_it_or_says_what_is_missing(tmp_path, there):
-    work = test_report.write_required(tmp_path / "run")
+    work = test_report.write_required(tmp_path / "run", layers=(6,))
     if there:
         write_jsonl(work.result("feature_causal.jsonl"), ROWS)
         write_jsonl(work.result("feature_causal_summary.jsonl"), SUMMARY)

@@ -6,8 +6,10 @@ import pytest
 from test_report import MODELS, Page, write_required
 
 from crossdict_jax.config import Config
-from crossdict_jax.report import summary_table, write_report
+from crossdict_jax.report import shared, summary_table, write_report
+from crossdict_jax.report.blocks import Note
 from crossdict_jax.report.shared import MEASURES
+from crossdict_jax.report.tables import Table
 from crossdict_jax.workdir import write_jsonl
 
 FUNNEL = "From all features to confirmed pairs: matched on 21,000 training rows, confirmed on 8,500"
@@ -85,9 +87,9 @@ def test_the_funnel_is_shown_with_its_null_beside_it(page):
 
 def test_the_answer_counts_confirmed_features(page):
     assert (
-        "At resid_pre.3, where most are, 100 features of docs-gpt2 have a partner in docs-neox "
-        "that held-out text confirms beyond the token, 25 % of those that could (shuffled pairs: "
-        "3); their mean correlation is 0.62." in page.text.replace("\u00a0", " ")
+        "At resid_pre.3, with the highest count, 100 features of docs-gpt2 have a partner in "
+        "docs-neox that held-out text confirms beyond the token, 25 % of those that could "
+        "(shuffled pairs: 3); their mean correlation is 0.62." in page.text.replace("\u00a0", " ")
     )
 
 
@@ -130,7 +132,7 @@ def test_decoder_directions_stand_beside_random_matchings(page):
     table = next(t for c, t in page.tables.items() if c.startswith("Decoder directions"))
     rows = [[" ".join(cell.split()) for cell in row] for row in table[1:]]
     assert rows[0][1:] == ["77", *["0.44 p 0.05 × 0.11"] * 4]
-    assert rows[1][1:] == ["4", *["–"] * 4]
+    assert rows[1][1:] == ["4", *["– p – × –"] * 4]
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -139,3 +141,24 @@ def test_what_is_missing_is_said(tmp_path):
     assert "matching.jsonl is not there" in text
     assert "similarity.jsonl has none" in text
     assert "Which features" not in text
+
+
+def crosscoder_row(pairing, model, shared=0.4) -> dict:
+    row = dict.fromkeys(("fvu", "fvu_alone", "fvu_from_others", "l0", "dead_fraction"), 0.2)
+    row |= {"sites": "resid_pre.1 resid_pre.2", "pairing": pairing, "model": model, "site": model}
+    row |= {"shared": shared, "exclusive": 0.3, "shared_confirmed": 1.0, "exclusive_refuted": None}
+    return row
+
+
+@pytest.mark.parametrize("by_luck, notes", [(0.4, 1), (0.1, 0)])
+def test_crosscoders_show_every_row_and_what_shuffled_ones_invent(by_luck, notes):
+    rows = [crosscoder_row("aligned", m) for m in "ab"]
+    rows += [crosscoder_row("shuffled", m, by_luck) for m in "ab"]
+    blocks = shared.crosscoder_section(rows).blocks
+    (table,) = (block for block in blocks if isinstance(block, Table))
+    assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
+    heads = [row[0].text + row[1].text for row in table.rows]
+    assert heads == ["aaligned", "baligned", "ashuffled", "bshuffled"]
+    assert table.rows[0][7].text == "40\u00a0%"
+    cautions = [block.text for block in blocks if isinstance(block, Note)]
+    assert len(cautions) == notes and all("40\u00a0% of the latents" in c for c in cautions)

@@ -17,7 +17,7 @@ from crossdict_jax.evaluation.funnel import dictionary_pairs, match_dictionaries
 from crossdict_jax.evaluation.representations import compare_representations
 from crossdict_jax.evaluation.similarity import MEASURES, cka
 from crossdict_jax.models import Site
-from crossdict_jax.report.results import read_matches
+from crossdict_jax.results import read_matches
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 PLACE = {

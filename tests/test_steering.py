@@ -11,17 +11,16 @@ import pytest
 import tiny_run
 from absl import flags
 
-from crossdict_jax import dictionaries, maps, models
+from crossdict_jax import dictionaries, maps, models, results, studies
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal.images import feature_directions
+from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.config import SteerConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.report import page, write_steering
 from crossdict_jax.studies.steering import measure, prompts, search, source_feature
 from crossdict_jax.studies.steering.measure import steer
-from crossdict_jax.studies.steering.section import print_answer, read_answer
+from crossdict_jax.studies.steering.section import answers, section
 from crossdict_jax.workdir import Workdir, read_jsonl
 from launch import command
 
@@ -63,7 +62,7 @@ def of_kind(data: bytes, kind: str) -> list[dict]:
 
 def test_every_edit_has_its_texts_and_rates(answered):
     _, _, data = answered
-    edits = [("none", 0.0), ("image", 0.5), ("random", 0.5), ("match", 0.5)]
+    edits = [("none", 0.0), ("mapped", 0.5), ("random", 0.5), ("match", 0.5)]
     conditions, texts = of_kind(data, "condition"), of_kind(data, "text")
     assert [(r["condition"], r["alpha"]) for r in conditions] == edits
     assert len(texts) == 4 * 2 * 2
@@ -135,7 +134,7 @@ def test_the_image_of_the_map_is_put_in_at_the_asked_norm(run, answered):
     _, work = run
     config, _, _ = answered
     test = study(config, work)
-    starts = test._starts([("none", 0.0), ("image", 0.5), ("random", 0.5), ("match", 0.5)])
+    starts = test._starts([("none", 0.0), ("mapped", 0.5), ("random", 0.5), ("match", 0.5)])
     none, image, random, match = starts.vector.reshape(4, 4, -1)
     store = open_store(work.activations)
     x = store.read("b", tiny_run.SITE, store.select("test")).astype(np.float32)
@@ -172,33 +171,25 @@ def test_a_search_lists_features_and_takes_the_first(run, capsys):
     tokenizer = models.load_tokenizer(open_store(work.activations).paths[0])
     word = tiny_run.make_texts(1)[0].split()[3]
     config = asked(config, search=word, prompts="")
-    name = steer(config, work)
-    answer = read_answer(work, name)
+    measure.run(config, work)
+    printed = capsys.readouterr().out
+    rows = results.read(work, f"steering/{steer(config, work)}.jsonl")
+    (answer,) = answers(rows)
     found = answer.feature["candidates"]
     assert answer.feature["feature"] == found[0]["feature"]
     assert found[0]["promotes"] == max(c["promotes"] for c in found)
     assert found[0]["token"].encode() in token_bytes(tokenizer)
     assert len({t["before"] for t in answer.texts}) > 1  # held-out beginnings
     assert answer.conditions[0]["search_rate"] is not None
-    print_answer(work, name)
-    printed = capsys.readouterr().out
-    html = write_steering(config, work).read_text(encoding="utf-8")
+    html = section(rows)
     for words in ("random direction", "no edit", "nats a token", f"Features around ‘{word}’"):
         assert words in " ".join(printed.split()) and words in " ".join(html.split())
-    assert "tokens/s after compilation" in printed
 
 
-def test_a_report_that_is_there_gets_a_link_once(run, answered, monkeypatch):
-    config, work = run
-    written = []
-    monkeypatch.setattr(page, "write_report", lambda config, work: written.append(work))
-    index = work.report / "index.html"
-    for text, times in ((None, 0), ("<a href='x'>", 1), ('<a href="steering.html">', 1)):
-        if text is not None:
-            index.write_text(text)
-        assert write_steering(config, work).name == "steering.html"
-        assert len(written) == times
-    index.unlink()
+def test_every_question_has_its_answer_in_the_section(run, answered):
+    _, work = run
+    (sections,) = [html for title, html in studies.sections(work) if title == "Steered text"]
+    assert sections.count("<h3>") == len(list(work.result("steering").glob("*.jsonl"))) > 0
 
 
 # ---------------------------------------------------------------- the parts

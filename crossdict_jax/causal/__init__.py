@@ -1,6 +1,6 @@
 """Causal tests: does what was predicted from one model do its work in the other?"""
 
-from crossdict_jax.causal.features import transfer_features
+from crossdict_jax.causal.feature_transfer import transfer_features
 from crossdict_jax.causal.stitching import intervene
 
 __all__ = ["intervene", "transfer_features"]

@@ -9,13 +9,14 @@ import numpy as np
 
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.store import Store
-from crossdict_jax.causal.features import TRAIN_ROWS
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Side
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.workdir import Workdir
+
+TRAIN_ROWS = 20_000  # at most, for mapped directions and matches
 
 
 class FinishedRun:
@@ -54,8 +55,7 @@ class FinishedRun:
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
         if (model, site) not in self._dictionaries:
-            found = dictionaries.load(self.work.dictionary(model, site))
-            self._dictionaries[model, site] = found
+            self._dictionaries[model, site] = dictionaries.load(self.work.dictionary(model, site))
         return self._dictionaries[model, site]
 
     def side(self, model: str, site: Site) -> Side:

@@ -12,7 +12,7 @@ import numpy as np
 from crossdict_jax.activations import pairing
 from crossdict_jax.errors import UserError
 
-BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how a token of a single byte is spelled
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Translation:
     @cached_property
     def has_text(self) -> np.ndarray:
         """bool [tokens of A]: which stand for text at all."""
-        found = np.array([bool(piece) for piece in self.pieces_a])
-        found[[i for i in self.special_a if i < len(found)]] = False
-        return found
+        return np.array([bool(p) and i not in self.special_a for i, p in enumerate(self.pieces_a)])
 
     def to_b(self, token: int) -> int | None:
         """Returns B's token for one of A's; None if no token of B begins as its text does.
@@ -59,19 +57,33 @@ class Translation:
         piece = self.pieces_a[token]
         if piece in self._ids:
             return self._ids[piece]
-        first = self._first(piece)
-        if first is not None:
+        try:
+            first = self.first_token(piece.decode())
+        except UnicodeDecodeError:
+            first = None
+        if first is not None and piece.startswith(self.pieces_b[first]):
             return first
         starts = (piece[:size] for size in range(len(piece) - 1, 0, -1))
         return next((self._ids[start] for start in starts if start in self._ids), None)
 
-    def _first(self, piece: bytes) -> int | None:
-        try:
-            first = self.first_token(piece.decode())
-        except UnicodeDecodeError:
-            return None
-        begins = first is not None and piece.startswith(self.pieces_b[first])
-        return first if begins else None
+    def weights_in_b(
+        self, weights: dict[int, float], *, below: int
+    ) -> tuple[dict[int, float], int]:
+        """Returns ({token of B: sum of the weights}, how many tokens of A B does not have).
+
+        Args:
+          weights: {token of A: weight}; those that begin alike in B share one token.
+          below: B's vocabulary size; a tokenizer may know more tokens than its model.
+        """
+        in_b: dict[int, float] = {}
+        dropped = 0
+        for token, weight in weights.items():
+            token_b = self.to_b(token)
+            if token_b is None or token_b >= below:
+                dropped += 1
+            else:
+                in_b[token_b] = in_b.get(token_b, 0.0) + weight
+        return in_b, dropped
 
     def text(self, side: str, token: int) -> str:
         """Returns a token of side "a" or "b" as text; bytes that are none as \\xNN."""
@@ -94,12 +106,8 @@ def translation(tokenizer_a, tokenizer_b) -> Translation:
         pieces_b=pairing.token_bytes(tokenizer_b),
         special_a=frozenset(tokenizer_a.all_special_ids),
         special_b=frozenset(tokenizer_b.all_special_ids),
-        fallback_b=_fallback(tokenizer_b),
+        fallback_b=frozenset(
+            i for token, i in tokenizer_b.get_vocab().items() if BYTE.fullmatch(token)
+        ),
         first_token=first_token,
     )
-
-
-def _fallback(tokenizer) -> frozenset[int]:
-    """The ids of tokens spelled as a byte, like <0x73>."""
-    vocabulary = tokenizer.get_vocab()
-    return frozenset(i for token, i in vocabulary.items() if BYTE.fullmatch(token))

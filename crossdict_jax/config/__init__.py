@@ -197,20 +197,15 @@ class InterventionConfig:
     documents: int = 64  # test documents at most
     batch_size: int = 16  # windows per forward
     features: int = 16  # of A that are put into B, in every direction; 0 for none
-    feature_ids: str = ""  # in place of features: the first model's own, as in 3,17
+    feature_ids: tuple[int, ...] = ()  # in place of features: the first model's own, as in 3,17
     choose: str = "random"  # random (of those that fire) | matched (the best of matches.jsonl)
     layers: str = "middle"  # middle | all, of the layer pairs: where features are put in
-    rungs: tuple[str, ...] = ("all",)  # whose images are tested: all, or these of map.kinds
-    contexts: int = 16  # places of the text per feature, where it fires
+    maps: tuple[str, ...] = ("all",)  # whose directions are tested: all, or these of map.kinds
+    contexts: int = 16  # positions of the text per feature, where it fires
     positions: str = "firing"  # firing | prompt: edit there alone, or all of the text before too
     span: str = "last"  # last | whole: edit a span's last token, or all of its tokens
-    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | image
+    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | mapped
     alphas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)  # doses; scores are of the middle one
-    promoted: int = 10  # tokens that a feature makes likelier in A, whose change in B is measured
-    random_directions: int = 16  # controls of equal norm
-    shuffled_features: int = 16  # controls: images of other features, at equal norm
-    kl_budget: float = 0.1  # nats a token: effects are compared at this divergence too
-    fdr: float = 0.05  # false discovery rate among the features that are said to transfer
 
 
 @dataclass

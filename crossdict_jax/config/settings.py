@@ -30,7 +30,7 @@ from crossdict_jax.errors import UserError
 
 # No models: the embedded pair. No sources: all are trained. No kinds of controls: all.
 MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds"}
-MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k"}
+MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k", "intervention.feature_ids"}
 MAY_BE_EMPTY |= {"contrast.source"}  # its own command asks for it
 # What a benchmark of growth need not try.
 MAY_BE_EMPTY |= {
@@ -191,10 +191,6 @@ _SHARE_OR_1: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 _SEED: Rule = ("0 to 4294967295", lambda value: 0 <= value < 2**32)
 _FILLED: Rule = ("something, not blank", lambda value: bool(value.strip()))
 _FREE: Rule = ("text", lambda value: True)
-_NUMBERS: Rule = (
-    "whole numbers with commas between, or nothing",
-    lambda value: not value or re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", value) is not None,
-)
 _OUTPUT: Rule = (
     f"nothing, or [MODEL:]KIND[.LAYER] with a kind of {', '.join(SITES)}",
     lambda value: not value or OUTPUT_SITE.fullmatch(value) is not None,
@@ -362,20 +358,15 @@ def _rules() -> dict[str, Rule]:
         "intervention.documents": _at_least(1),
         "intervention.batch_size": _at_least(1),
         "intervention.features": _at_least(0),
-        "intervention.feature_ids": _NUMBERS,
+        "intervention.feature_ids": _at_least(0),
         "intervention.choose": _one_of("random", "matched"),
         "intervention.layers": _one_of("middle", "all"),
-        "intervention.rungs": _one_of("all", *map_kinds()),
+        "intervention.maps": _one_of("all", *map_kinds()),
         "intervention.contexts": _at_least(1),
         "intervention.positions": _one_of("firing", "prompt"),
         "intervention.span": _one_of("last", "whole"),
-        "intervention.norm": _one_of("residual", "feature", "image"),
+        "intervention.norm": _one_of("residual", "feature", "mapped"),
         "intervention.alphas": _ABOVE_0,
-        "intervention.promoted": _at_least(1),
-        "intervention.random_directions": _at_least(3),  # fewer have no spread
-        "intervention.shuffled_features": _at_least(3),
-        "intervention.kl_budget": _ABOVE_0,
-        "intervention.fdr": _SHARE,
         "contrast.source": _FILLED,
         "contrast.pairs": _at_least(4),  # two halves of which each has an interval
         "contrast.features": _at_least(1),

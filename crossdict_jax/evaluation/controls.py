@@ -46,7 +46,7 @@ class Controls:
         """
         rows = []
         for task in self.ladder:
-            stands_for = {"skyline": skyline_of(task)}
+            stands_for = {"ceiling": skyline_of(task)}
             stands_for["untrained"] = dataclasses.replace(task, control="untrained")
             for name, control in stands_for.items():
                 if control in self.scores:

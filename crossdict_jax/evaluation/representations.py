@@ -16,7 +16,7 @@ from crossdict_jax.evaluation.funnel import DictionaryPair, dictionary_pairs
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps.fit import MEMBER
 from crossdict_jax.models import Site
-from crossdict_jax.report.results import read_matches
+from crossdict_jax.results import read_matches
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05

@@ -18,14 +18,11 @@ from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
 from crossdict_jax.evaluation.correlation import Moments, correlation, mean_over
+from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
 CHUNK_ELEMENTS = 2**17  # of a block of rows: its temporaries stay in the processor's cache
 ROUNDING = 1e-5  # a vector within this share of the mean's length from the mean is the mean
-
-BEATS_TOKEN = "beats token"
-BEATS_MEAN = "beats mean, not token"
-NO_BETTER = "no better than the mean"
 
 NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # that have a null near 0
 MARGIN = 0.05  # a skyline less than this above the null leaves no room to place a score in

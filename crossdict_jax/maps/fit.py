@@ -53,6 +53,14 @@ class Task:
         name = "-".join([self.kind, *self._apart])
         return work.map(self.source, self.target, self.site_source, self.site_target, name)
 
+    def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
+        """Returns the checkpoints that it is about: both dictionaries and the map."""
+        return (
+            work.dictionary(self.source, self.site_source),
+            work.dictionary(self.target, self.site_target),
+            self.path(work),
+        )
+
     @property
     def _apart(self) -> list[str]:
         """What sets a map apart from the aligned one of the ladder."""

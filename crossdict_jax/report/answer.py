@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from crossdict_jax.report.results import Comparison, Line, Results, Stitching
-from crossdict_jax.report.tables import (
-    BEATS_MEAN,
-    BEATS_TOKEN,
-    NO_BETTER,
-    dictionary_name,
-    interval,
-    number,
-    percent,
-)
+from crossdict_jax.report.results import Comparison, Run, at_least
+from crossdict_jax.report.tables import interval, number, percent, share
+from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
 FEW_DOCUMENTS = 30  # below it an interval over documents says little
-Pick = tuple[Comparison, Line]
+Pick = tuple[Comparison, dict]
 
 
 def question(models: list[str]) -> str:
     return (
         f"Which sparse features do {names(models)} share, how well can one model’s features be "
-        "computed from another’s at the same place of the same text, and does a translated state "
-        "do the same work when it is put into the other model?"
+        "computed from another’s at the same position of the same text, and does a predicted "
+        "activation do the same work when it is put into the other model?"
     )
 
 
-def answer(results: Results) -> list[tuple[str, str]]:
+def answer(run: Run) -> list[tuple[str, str]]:
     """Returns three sentences, each with a heading."""
     return [
-        ("How well", _how_well(results.comparisons)),
-        ("Against what", _against_what(results.comparisons)),
-        ("To what effect", _to_what_effect(results.stitchings)),
+        ("How well", _how_well(run.comparisons)),
+        ("Against what", _against_what(run.comparisons)),
+        ("To what effect", to_what_effect(run.stitchings())),
     ]
 
 
@@ -39,220 +32,148 @@ def names(models: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(models[:-1]), models[-1]]))
 
 
-# ---------------------------------------------------------------- first sentence
+def best(comparisons: list[Comparison], key: str) -> Pick | None:
+    """Returns the map with the highest aligned score, and its layer pair."""
+    scored = [(c, line) for c in comparisons for line in c.fitted if line.get(key) is not None]
+    return max(scored, key=lambda pick: pick[1][key], default=None)
+
+
+def _score(line: dict, key: str, name: str) -> str:
+    """Returns "R² 0.52 [0.50, 0.54]; shuffled pairs −0.006"."""
+    text = f"{name} {number(line.get(key))} {interval(line, key)}".strip()
+    null = line.get(f"shuffled.{key}")
+    return text if null is None else f"{text}; shuffled pairs {number(null)}"
 
 
 def _how_well(comparisons: list[Comparison]) -> str:
-    groups: dict[tuple, list[Comparison]] = {}
+    directions: dict[tuple, list[Comparison]] = {}
     for comparison in comparisons:
-        groups.setdefault(comparison.direction, []).append(comparison)
-    picks = [p for group in groups.values() if (p := best(group, "r2"))]
+        directions.setdefault((comparison.source, comparison.target), []).append(comparison)
+    picks = [pick for group in directions.values() if (pick := best(group, "r2"))]
     if not picks:
         return "No map was fitted, so nothing is said about shared features."
     if len(picks) > 2:
-        picks = [max(picks, key=_r2), min(picks, key=_r2)]
-    text = "; ".join(_one_direction(*pick) for pick in picks)
-    return text[0].upper() + text[1:] + "."
-
-
-def best(comparisons: list[Comparison], key: str) -> Pick | None:
-    """Returns the fitted rung with the highest aligned score, and where it stands."""
-    scored = [(c, n) for c in comparisons for n in c.fitted if n.value(key) is not None]
-    return max(scored, key=lambda pick: pick[1].value(key), default=None)
-
-
-def _r2(pick: Pick) -> float:
-    return pick[1].value("r2")
-
-
-def _one_direction(comparison: Comparison, line: Line) -> str:
-    where = f"from {comparison.source} to {comparison.target}"
-    score = _score(line, "r2", "R²")
-    if line.value("verdict") == NO_BETTER:
-        return (
-            f"{where} no map predicts held-out features better than their mean does "
-            f"(the best, {line.kind} at {comparison.sites}, has {score})"
-        )
-    return (
-        f"{where} the best map, {line.kind} at {comparison.sites}, explains "
-        f"{percent(line.value('r2'), 0)} of the variance of held-out features "
-        f"({score}{_token_beside(comparison)})"
-    )
-
-
-def _score(line: Line, key: str, name: str) -> str:
-    """Returns "R² 0.52 [0.50, 0.54]; shuffled pairs −0.006"."""
-    text = f"{name} {number(line.value(key))} {interval(line.aligned, key)}".strip()
-    shuffled = line.null(key)
-    return text + (f"; shuffled pairs {number(shuffled)}" if shuffled is not None else "")
-
-
-def _token_beside(comparison: Comparison) -> str:
-    token = comparison.line("token")
-    if not token or token.value("r2") is None:
-        return ""
-    return f"; the source’s token alone {number(token.value('r2'))}"
-
-
-# ---------------------------------------------------------------- second sentence
+        ends = sorted(picks, key=lambda pick: -pick[1]["r2"])
+        picks = [ends[0], ends[-1]]
+    sentences = []
+    for comparison, line in picks:
+        start = f"from {comparison.source} to {comparison.target}"
+        score = _score(line, "r2", "R²")
+        token = comparison.score("token", "r2")
+        if line.get("verdict") == NO_BETTER:
+            sentences.append(
+                f"{start} no map predicts held-out features better than their mean does (the best, "
+                f"{line['map']} at {comparison.sites}, has {score})"
+            )
+        else:
+            beside = "" if token is None else f"; the source’s token alone {number(token)}"
+            sentences.append(
+                f"{start} the best map, {line['map']} at {comparison.sites}, explains "
+                f"{percent(line['r2'], 0)} of the variance of held-out features ({score}{beside})"
+            )
+    text = "; ".join(sentences)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _against_what(comparisons: list[Comparison]) -> str:
-    fitted = [line for c in comparisons for line in c.fitted]
-    verdicts = [line.value("verdict") for line in fitted]
+    verdicts = [line.get("verdict") for c in comparisons for line in c.fitted]
     token, mean = verdicts.count(BEATS_TOKEN), verdicts.count(BEATS_MEAN)
-    gain = best(comparisons, "context_gain")
-    rest = len(fitted) - token - mean
     if token + mean == 0:
         return (
-            f"Negative result: none of the {len(fitted)} fitted maps beats the mean of the "
+            f"Negative result: none of the {len(verdicts)} fitted maps beats the mean of the "
             "target’s features, so this run shows no shared features."
         )
+    rest = {"beat the mean only": mean, "do no better than the mean": len(verdicts) - token - mean}
+    counted = ", ".join(f"{n} {verdict}" for verdict, n in rest.items() if n)
+    head = f"{token} of {len(verdicts)} fitted maps beat the table of token means"
     if token == 0:
         head = (
-            f"Negative result against the strong baseline: none of the {len(fitted)} fitted maps "
-            f"beats the table of token means ({_counted(mean, rest)})"
+            f"Negative result against the strong baseline: none of the {len(verdicts)} fitted maps "
+            "beats the table of token means"
         )
-    else:
-        head = f"{token} of {len(fitted)} fitted maps beat the table of token means" + (
-            f" ({_counted(mean, rest)})" if mean + rest else ""
+    tail = "the context gain is undefined"
+    if pick := best(comparisons, "context_gain"):
+        comparison, line = pick
+        nothing = "nothing is shown: " if at_least(line, "context_gain") <= 0 else ""
+        tail = (
+            f"beyond the identity of the current token {nothing}"
+            f"{_score(line, 'context_gain', 'the highest context gain is')} ({line['map']}, "
+            f"{comparison.source} to {comparison.target}, {comparison.sites})"
         )
-    return f"{head}; {_beyond_the_token(gain)}."
+    return f"{head}{f' ({counted})' if counted else ''}; {tail}."
 
 
-def _counted(mean: int, rest: int) -> str:
-    parts = [f"{mean} beat the mean only"] if mean else []
-    parts += [f"{rest} do no better than the mean"] if rest else []
-    return ", ".join(parts)
-
-
-def _beyond_the_token(gain: Pick | None) -> str:
-    if gain is None:
-        return "the context gain is undefined here"
-    comparison, line = gain
-    score = _score(line, "context_gain", "the highest context gain is")
-    where = f"{line.kind}, {comparison.source} to {comparison.target}, {comparison.sites}"
-    if line.at_least("context_gain") <= 0:
-        return f"beyond the identity of the current token nothing is shown: {score} ({where})"
-    return f"beyond the identity of the current token {score} ({where})"
-
-
-# ---------------------------------------------------------------- third sentence
-
-
-def _to_what_effect(stitchings: list[Stitching]) -> str:
+def to_what_effect(stitchings: list[Comparison]) -> str:
+    """Returns the sentence about activations that were predicted and put into the target."""
     if not stitchings:
-        return "No causal test was run, so nothing here says that a translated state does the same."
-    scored = [(s, n) for s in stitchings for n in s.fitted if n.value("loss_recovered") is not None]
+        return "No causal test was run, so nothing here says that a predicted activation works."
+
+    def of_mean(pick: Pick) -> float:
+        """The share of what the mean costs that a map wins back (of zero, without a mean).
+
+        Where the mean alone recovers most of the loss, every map looks good against zero.
+        """
+        mean, value = pick[0].reference("mean"), pick[1]["loss_recovered"]
+        return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
+
+    scored = [
+        (s, line) for s in stitchings for line in s.fitted if line["loss_recovered"] is not None
+    ]
     if not scored:
         return (
-            "The causal test says nothing: at these places the target hardly needs what was "
+            "The causal test says nothing: at these sites the target hardly needs what was "
             "replaced (zeroing it costs too little loss)."
         )
-    stitching, line = max(scored, key=_above_controls_first)
-    return f"{_recovered(stitching, line)}{_beside(stitching, line)}."
-
-
-def _above_controls_first(pick: tuple[Stitching, Line]) -> tuple[bool, float]:
+    pick = max(scored, key=lambda pick: (pick[0].above_controls(pick[1]), of_mean(pick)))
     stitching, line = pick
-    return stitching.surely_above_controls(line), _of_mean(stitching, line)
-
-
-def _of_mean(stitching: Stitching, line: Line) -> float:
-    """Returns the share of what the mean costs that a rung wins back (of zero, without a mean).
-
-    Where the mean alone recovers most of the loss, every rung looks good against zero.
-    """
-    mean, value = stitching.reference("mean"), line.value("loss_recovered")
-    return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
-
-
-def _recovered(stitching: Stitching, line: Line) -> str:
-    form = " (its features, decoded)" if line.way == "features" else ""
-    what = (
-        f"{line.kind}{form} of {stitching.source} {stitching.site_source} put into "
-        f"{stitching.target} {stitching.site_target}"
-    )
-    share = f"{percent(line.value('loss_recovered'))} {_percent_interval(line.aligned)}".strip()
-    if not stitching.surely_above_controls(line):
-        return (
-            f"Negative result: even the best translated state, {what}, recovers only {share} of "
-            "the loss that zeroing costs, no more than its controls"
-        )
-    return (
-        f"Put to work, the best translated state, {what}, recovers {share} of the loss that "
-        f"zeroing costs{_against_token(stitching, line)}"
-    )
-
-
-def _against_token(stitching: Stitching, line: Line) -> str:
-    token = next((n.value("loss_recovered") for n in stitching.ways("token")), None)
-    if token is None:
-        return ""
-    more = "more" if line.at_least("loss_recovered") > token else "no more"
-    return f", {more} than the table of token means ({percent(token)})"
-
-
-def _beside(stitching: Stitching, line: Line) -> str:
-    values = {
+    cell = share(line, "loss_recovered", 1)
+    form = " (its features, decoded)" if line["stitch_kind"] == "features" else ""
+    activation = f"{line['map']}{form} of {stitching.source} {stitching.site_source} put into "
+    activation += f"{stitching.target} {stitching.site_target}"
+    share_of_zero = f"{cell.text} {cell.note}".strip() + " of the loss that zeroing costs"
+    if stitching.above_controls(line):
+        text = f"The best predicted activation, {activation}, recovers {share_of_zero}"
+        token = stitching.score("token", "loss_recovered")
+        if token is not None:
+            more = "more" if at_least(line, "loss_recovered") > token else "no more"
+            text += f", {more} than the table of token means ({percent(token)})"
+    else:
+        text = f"Negative result: even the best predicted activation, {activation}, recovers only "
+        text += f"{share_of_zero}, no more than its controls"
+    beside = {
         "the target’s own dictionary": stitching.reference("own_sae"),
         "the mean": stitching.reference("mean"),
-        "the same map on shuffled pairs": line.null("loss_recovered"),
-        "and of what the mean costs it wins back": _of_mean(stitching, line),
+        "the same map on shuffled pairs": line.get("shuffled.loss_recovered"),
+        "and of what the mean costs it wins back": of_mean(pick),
     }
-    words = [f"{name} {percent(v)}" for name, v in values.items() if v is not None]
-    return f"; beside it {', '.join(words)}" if words else ""
+    words = ", ".join(f"{name} {percent(v)}" for name, v in beside.items() if v is not None)
+    return f"{text}; beside it {words}."
 
 
-def _percent_interval(row: dict) -> str:
-    low, high = row.get("loss_recovered_low"), row.get("loss_recovered_high")
-    return f"[{percent(low)}, {percent(high)}]" if low is not None else ""
-
-
-# ---------------------------------------------------------------- what to be careful with
-
-
-def cautions(results: Results) -> list[str]:
+def cautions(run: Run) -> list[str]:
     """Returns what a reader must know before believing the numbers, found in the numbers."""
-    return [
-        *_shuffled_above_mean(results.comparisons),
-        *_few_documents(results.transfer),
-        *_poor_dictionaries(results.reconstruction),
-    ]
-
-
-def _shuffled_above_mean(comparisons: list[Comparison]) -> list[str]:
-    return [
-        f"On shuffled pairs, where nothing is shared, {line.kind} still “{verdict}” (R² "
-        f"{number(line.null('r2'))} {interval(line.shuffled, 'r2')}, {c.source} {c.site_source} → "
-        f"{c.target} {c.site_target}): something leaks, do not trust this rung."
-        for c in comparisons
+    notes = [
+        f"On shuffled pairs, where nothing is shared, {line['map']} still “{verdict}” (R² "
+        f"{number(line['shuffled.r2'])} {interval(line, 'shuffled.r2')}, {c.name}): something "
+        "leaks, do not trust this map."
+        for c in run.comparisons
         for line in c.lines
-        if (verdict := line.null("verdict")) not in (None, NO_BETTER)
+        if (verdict := line.get("shuffled.verdict")) not in (None, NO_BETTER)
     ]
+    counts = [n for row in run.rows["transfer"] if (n := row.get("n_documents")) is not None]
+    if counts and min(counts) < FEW_DOCUMENTS:
+        few = f"Only {min(counts)} held-out documents"
+        notes.append(f"{few}: the intervals over documents are rough.")
+    rows = run.rows["reconstruction"]
+    for key, words in (("dead_fraction", "features are dead in"), ("fvu", "variance is missed by")):
+        over = [r for r in rows if (r.get(key) or 0) > 0.5]
+        shown = [f"{r['model']} {r['site']} {dictionary_name(r)}" for r in over[:3]]
+        shown += ["…"] if len(over) > 3 else []
+        count = f"{len(over)} of {len(rows)} dictionaries ({', '.join(shown)})"
+        notes += [f"More than half of the {words} {count}."] if over else []
+    return notes
 
 
-def _few_documents(rows: list[dict]) -> list[str]:
-    counts = [row["n_documents"] for row in rows if row.get("n_documents") is not None]
-    if not counts or min(counts) >= FEW_DOCUMENTS:
-        return []
-    return [
-        f"Only {min(counts)} held-out documents: the intervals, taken over documents, are rough."
-    ]
-
-
-def _poor_dictionaries(rows: list[dict]) -> list[str]:
-    dead = [row for row in rows if (row.get("dead_fraction") or 0) > 0.5]
-    poor = [row for row in rows if (row.get("fvu") or 0) > 0.5]
-    found = []
-    if dead:
-        found.append(f"More than half of the features are dead in {_listed(dead, rows)}.")
-    if poor:
-        found.append(f"More than half of the variance is missed by {_listed(poor, rows)}.")
-    return found
-
-
-def _listed(some: list[dict], rows: list[dict]) -> str:
-    shown = [f"{r['model']} {r['site']} {dictionary_name(r)}" for r in some[:3]]
-    more = ", …" if len(some) > 3 else ""
-    return f"{len(some)} of {len(rows)} dictionaries ({', '.join(shown)}{more})"
+def dictionary_name(row: dict) -> str:
+    """Returns which of the dictionaries of a model and site a row is about."""
+    return row.get("member") or f"seed-{row.get('seed', 0)}"

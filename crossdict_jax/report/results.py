@@ -1,13 +1,22 @@
-"""The result files of a run, read and brought into order."""
+"""The result files of a run, brought into order: maps at layer pairs, beside their controls."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.results import (
+    BASELINES,
+    TABLES,
+    by_pair,
+    map_order,
+    pair_of,
+    read_if_there,
+    site_words,
+)
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 # Which command writes the files without which there is nothing to report.
@@ -16,194 +25,97 @@ WRITTEN_BY = {
     "reconstruction.jsonl": "evaluate",
     "transfer.jsonl": "evaluate",
 }
-# The rungs of the ladder in the order in which they are read; others follow as they come.
-LADDER = (
-    "mean",
-    "token",
-    "token_target",
-    "procrustes",
-    "ridge",
-    "ridge_codes",
-    "low_rank",
-    "token_ridge",
-    "mlp",
-    "token_mlp",
-    "hypernetwork",
-    "crosscoder",
-)
-PLACE = ("source", "target", "site_source", "site_target")
-BASELINES = ("mean", "token", "token_target")  # not maps of activations: what maps must beat
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One rung at one layer pair: its row, and the rows of its controls.
-
-    Attributes:
-      shuffled: the same rung on shuffled pairs.
-      controls: the same rung as skyline and into an untrained target, where they were run.
-      way: of a stitched rung what was put in, its "activation" or its decoded "features".
-    """
-
-    kind: str
-    aligned: dict | None
-    shuffled: dict | None
-    way: str = ""
-    controls: dict[str, dict] = dataclasses.field(default_factory=dict)
-
-    def value(self, key: str) -> float | None:
-        return (self.aligned or {}).get(key)
-
-    def null(self, key: str) -> float | None:
-        return (self.shuffled or {}).get(key)
-
-    def control(self, name: str, key: str) -> float | None:
-        """Returns a score of the skyline or of the untrained target."""
-        return self.controls.get(name, {}).get(key)
-
-    def at_least(self, key: str) -> float | None:
-        """Returns the lower end of a score's interval, the score where there is no interval."""
-        low = self.value(f"{key}_low")
-        return self.value(key) if low is None else low
-
-
-def site_words(site_source: str, site_target: str) -> str:
-    """Returns a pair of sites in words, once where both are the same."""
-    return site_source if site_source == site_target else f"{site_source} → {site_target}"
-
-
-def fitted(lines: tuple[Line, ...]) -> list[Line]:
-    """Returns the rungs that are maps and have an aligned row."""
-    return [line for line in lines if line.aligned and line.kind not in BASELINES]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One ordered pair of models at one pair of sites."""
-
-    source: str
-    target: str
-    site_source: str
-    site_target: str
-    lines: tuple[Line, ...]
-
-    @property
-    def direction(self) -> tuple[str, str]:
-        return self.source, self.target
-
-    @property
-    def sites(self) -> str:
-        return site_words(self.site_source, self.site_target)
-
-    @property
-    def fitted(self) -> list[Line]:
-        return fitted(self.lines)
-
-    @property
-    def controlled(self) -> list[Line]:
-        """The rungs with a skyline or an untrained target."""
-        return [line for line in self.lines if line.controls]
-
-    def line(self, kind: str) -> Line | None:
-        return next((line for line in self.lines if line.kind == kind), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stitching:
-    """What happens to the target when its residual is replaced, at one pair of sites.
+    """All maps of one ordered pair of models at one pair of sites.
 
     Attributes:
-      references: the target on its own: clean, zero, mean, own_sae -> row.
-      lines: the rungs whose prediction was put in, once for each way of doing it.
+      lines: the row of each map, with the scores of its controls in the same dict: ``shuffled.r2``
+        is the null of ``r2``, ``ceiling.r2`` and ``untrained.r2`` are those of the controls.
+      references: of a stitching: the target's controls, clean, zero, mean, own_sae -> row.
     """
 
     source: str
     target: str
     site_source: str
     site_target: str
-    references: dict[str, dict]
-    lines: tuple[Line, ...]
+    lines: tuple[dict, ...]
+    references: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property
     def sites(self) -> str:
         return site_words(self.site_source, self.site_target)
 
     @property
-    def fitted(self) -> list[Line]:
-        return fitted(self.lines)
+    def name(self) -> str:
+        return f"{self.source} {self.site_source} → {self.target} {self.site_target}"
 
-    def ways(self, kind: str) -> list[Line]:
-        return [line for line in self.lines if line.kind == kind]
+    @property
+    def fitted(self) -> list[dict]:
+        """The maps that read activations, where there is more than their null."""
+        return [n for n in self.lines if "pairing" in n and n["map"] not in BASELINES]
+
+    def score(self, kind: str, key: str) -> float | None:
+        """Returns a score of the first line of a kind of map."""
+        return next((line.get(key) for line in self.lines if line["map"] == kind), None)
 
     def reference(self, name: str, key: str = "loss_recovered") -> float | None:
         return self.references.get(name, {}).get(key)
 
-    def surely_above_controls(self, line: Line) -> bool:
-        """Tells whether a rung's interval lies above zero, the mean and its own shuffled null."""
-        controls = (0.0, self.reference("mean"), line.null("loss_recovered"))
-        low = line.at_least("loss_recovered")
+    def above_controls(self, line: dict) -> bool:
+        """Returns whether a stitched map is surely above zeros, the mean and its shuffled null."""
+        controls = (0.0, self.reference("mean"), line.get("shuffled.loss_recovered"))
+        low = at_least(line, "loss_recovered")
         return low is not None and low > max(c for c in controls if c is not None)
+
+
+def at_least(row: dict, key: str) -> float | None:
+    """Returns the lower end of a score's interval, the score where there is no interval."""
+    low = row.get(f"{key}_low")
+    return row.get(key) if low is None else low
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Losses of one group that was trained together.
+    """Training losses of one group: labels [members], steps [points], losses [members][points]."""
 
-    Attributes:
-      labels: one per member.
-      steps: [points].
-      losses: [members][points].
-    """
-
-    what: str
+    title: str
     labels: list[str]
     steps: list[int]
     losses: list[list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-    """Everything a run has written; what is optional is empty when its file is not there."""
+class Run:
+    """Everything the stages of a run have written.
+
+    Attributes:
+      rows: name of a result file without its ending -> its rows, none where it is not there.
+    """
 
     pairing: dict
-    reconstruction: list[dict]
-    transfer: list[dict]
-    causal: list[dict]
-    contrast: list[dict]
-    controls: list[dict]
-    efficiency: list[dict]
-    pareto: list[dict]
-    matching: list[dict]
-    probes: list[dict]
-    similarity: list[dict]
-    features: list[dict]
-    feature_transfer: list[dict]
-    feature_causal: list[dict]
-    feature_causal_summary: list[dict]
-    crosscoders: list[dict]
-    moved: list[dict]
-    warm_starts: list[dict]
-    ablation: list[dict]
-    steered: list[str]
     timing: dict
     curves: list[Curves]
+    rows: dict[str, list[dict]]
 
     @property
     def comparisons(self) -> list[Comparison]:
-        return comparisons(self.transfer, self.controls)
+        return comparisons(self.rows["transfer"], self.rows["controls"])
+
+    def stitchings(self, *, together: bool = False) -> list[Comparison]:
+        """Returns those of single layer pairs, or of several at once (sites are joined by +)."""
+        return stitchings(
+            [row for row in self.rows["causal"] if bool(row.get("sites")) == together]
+        )
 
     @property
-    def stitchings(self) -> list[Stitching]:
-        """Of single layer pairs."""
-        return stitchings([row for row in self.causal if not row.get("sites")])
-
-    @property
-    def stitched_together(self) -> list[Stitching]:
-        """Of several layer pairs at once; their sites are joined by +."""
-        return stitchings([row for row in self.causal if row.get("sites")])
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(row["model"] for row in self.rows["reconstruction"]))
 
 
-def read_results(work: Workdir) -> Results:
+def read_run(work: Workdir) -> Run:
     """Returns the results in a work directory.
 
     Raises:
@@ -216,150 +128,73 @@ def read_results(work: Workdir) -> Results:
                 f"{work.result(name)} is missing; run "
                 f"python -m launch.{stage} --workdir={work.root} first."
             )
-    return Results(
-        pairing=read_json(work.result("pairing.json")),
-        reconstruction=read_jsonl(work.result("reconstruction.jsonl")),
-        transfer=read_jsonl(work.result("transfer.jsonl")),
-        causal=_optional(work.result("causal.jsonl")),
-        contrast=_optional(work.result("contrast.jsonl")),
-        controls=_optional(work.result("controls.jsonl")),
-        efficiency=_optional(work.result("efficiency.jsonl")),
-        pareto=_optional(work.result("pareto.jsonl")),
-        matching=_optional(work.result("matching.jsonl")),
-        probes=_optional(work.result("probe.jsonl")),
-        similarity=_optional(work.result("similarity.jsonl")),
-        features=_optional(work.result("features.jsonl")),
-        feature_transfer=_optional(work.result("feature_transfer.jsonl")),
-        feature_causal=_optional(work.result("feature_causal.jsonl")),
-        feature_causal_summary=_optional(work.result("feature_causal_summary.jsonl")),
-        ablation=_optional(work.result("ablation.jsonl")),
-        steered=sorted(path.stem for path in work.result("steering").glob("*.jsonl")),
-        timing=_timing(work) | {f"{k}, controls": v for k, v in _timing(work.controls).items()},
-        crosscoders=_optional(work.result("crosscoder.jsonl")),
-        moved=_optional(work.result("dictionary_transfer.jsonl")),
-        warm_starts=_optional(work.result("dictionary_training.jsonl")),
-        curves=[
-            *_curves(work.dictionaries / "training", "Dictionaries"),
-            *_curves(work.maps / "training", "Maps"),
-            *_curves(work.crosscoders / "training", "Crosscoders"),
-        ],
-    )
+    timing = read_json(work.timing) if work.timing.exists() else {}
+    if work.controls.timing.exists():
+        timing |= {f"{k}, controls": v for k, v in read_json(work.controls.timing).items()}
+    folders = {
+        "Dictionaries": work.dictionaries,
+        "Maps": work.maps,
+        "Crosscoders": work.crosscoders,
+    }
+    curves = [
+        _curves(path, f"{title}, group {path.parent.name}")
+        for title, folder in folders.items()
+        for path in sorted((folder / "training").glob("*/metrics.jsonl"))
+    ]
+    files = [file for file in TABLES if "*" not in file]
+    rows = {file.removesuffix(".jsonl"): read_if_there(work, file) for file in files}
+    curves = [group for group in curves if group.steps]
+    return Run(read_json(work.result("pairing.json")), timing, curves, rows)
 
 
-def read_matches(
-    work: Workdir, source: str, target: str, site_source: str, site_target: str
-) -> list[dict]:
-    """Returns the matched features of two dictionaries, in either order of the models.
-
-    Each is a row of matches.jsonl without the names of the models and sites: feature_source and
-    feature_target are the numbers in the dictionaries that were asked for as source and target.
-    Confirmed ones say so. Empty where the run did not match these two.
-
-    Raises:
-      UserError: matches.jsonl is missing or damaged.
-    """
-    asked = (source, target, str(site_source), str(site_target))
-    turned = (target, source, str(site_target), str(site_source))
-    found = []
-    for row in read_jsonl(work.result("matches.jsonl")):
-        place = tuple(row.pop(key) for key in PLACE)
-        if place == asked:
-            found.append(row)
-        elif place == turned:
-            found.append({_other_side(key): value for key, value in row.items()})
-    return found
+def _curves(path: Path, title: str) -> Curves:
+    rows = [row for row in read_jsonl(path) if "loss" in row]
+    points = [r["loss"] if isinstance(r["loss"], list) else [r["loss"]] for r in rows]
+    losses = [list(member) for member in zip(*points)]
+    members = path.with_name("members.json")
+    labels = [m["label"] for m in read_json(members)] if members.exists() else []
+    labels += [f"member {i}" for i in range(len(labels), len(losses))]
+    return Curves(title, labels, [row["step"] for row in rows], losses)
 
 
-def _other_side(key: str) -> str:
-    sides = {"source": "target", "target": "source"}
-    stem, _, end = key.rpartition("_")
-    return f"{stem}_{sides[end]}" if end in sides else key
-
-
-def _timing(work: Workdir) -> dict:
-    return read_json(work.timing) if work.timing.exists() else {}
-
-
-def _optional(path: Path) -> list[dict]:
-    return read_jsonl(path) if path.exists() else []
-
-
-def comparisons(rows: list[dict], controls: Iterable[dict] = ()) -> list[Comparison]:
+def comparisons(rows: Iterable[dict], controls: Iterable[dict] = ()) -> list[Comparison]:
     """Groups rows of transfer.jsonl by direction and sites; no row is left out.
 
     Args:
       controls: rows of controls.jsonl.
     """
-    of_map: dict[tuple, dict[str, dict]] = {}
+    beside: dict[tuple, dict] = {}
     for row in controls:
-        key = tuple(row.get(k) for k in (*PLACE, "map"))
-        of_map.setdefault(key, {})[row["control"]] = row
-    found = []
-    for key, group in _by_place(rows).items():
-        lines = (
-            dataclasses.replace(line, controls=of_map.get((*key, line.kind), {}))
-            for line in _lines(group)
-        )
-        found.append(Comparison(*key, lines=tuple(lines)))
-    return found
-
-
-def stitchings(rows: list[dict]) -> list[Stitching]:
-    """Groups the stitching rows of causal.jsonl likewise, beside the target's own references."""
-    stitched = _by_place([row for row in rows if row.get("map")])
+        scores = {f"{row['control']}.{key}": score for key, score in row.items()}
+        beside.setdefault((*pair_of(row), row.get("map")), {}).update(scores)
     return [
-        Stitching(*key, references=_references(rows, key[1], key[3]), lines=_lines(group))
-        for key, group in stitched.items()
+        Comparison(*pair, tuple(n | beside.get((*pair, n["map"]), {}) for n in _lines(group)))
+        for pair, group in by_pair(rows).items()
     ]
 
 
-def _references(rows: list[dict], target: str, site: str) -> dict[str, dict]:
-    return {
-        row["control"]: row
-        for row in rows
-        if row.get("control") and (row["target"], row["site_target"]) == (target, site)
-    }
-
-
-def _by_place(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Returns rows by (source, target, site_source, site_target), directions together."""
-    groups: dict[tuple, list[dict]] = {}
+def stitchings(rows: list[dict]) -> list[Comparison]:
+    """Groups the stitching rows of causal.jsonl likewise, beside the target's controls."""
+    references: dict[tuple, dict] = {}
     for row in rows:
-        groups.setdefault(tuple(row[k] for k in PLACE), []).append(row)
-    order = {direction: i for i, direction in enumerate(dict.fromkeys(k[:2] for k in groups))}
-    return {key: groups[key] for key in sorted(groups, key=lambda key: order[key[:2]])}
-
-
-def _lines(rows: list[dict]) -> tuple[Line, ...]:
-    rungs: dict[tuple[str, str], tuple[list, list]] = {}
-    for row in rows:
-        aligned, shuffled = rungs.setdefault((row["map"], row.get("stitch_kind") or ""), ([], []))
-        (shuffled if row["pairing"] == "shuffled" else aligned).append(row)
-    return tuple(
-        Line(kind, aligned, shuffled, way)
-        for kind, way in sorted(rungs, key=lambda rung: ladder_place(rung[0]))
-        for aligned, shuffled in zip_longest(*rungs[kind, way])
-    )
-
-
-def ladder_place(kind: str) -> int:
-    """Returns where a rung stands on the ladder (a sort key)."""
-    return LADDER.index(kind) if kind in LADDER else len(LADDER)
-
-
-def _curves(training: Path, what: str) -> list[Curves]:
-    groups = sorted(training.glob("*/metrics.jsonl")) if training.is_dir() else []
+        if row.get("control"):
+            references.setdefault((row["target"], row["site_target"]), {})[row["control"]] = row
+    groups = by_pair(row for row in rows if row.get("map"))
     return [
-        curve for path in groups if (curve := _curve(path, f"{what}, group {path.parent.name}"))
+        Comparison(*pair, tuple(_lines(group)), references.get((pair[1], pair[3]), {}))
+        for pair, group in groups.items()
     ]
 
 
-def _curve(path: Path, what: str) -> Curves | None:
-    rows = [row for row in read_jsonl(path) if "loss" in row]
-    if not rows:
-        return None
-    points = [r["loss"] if isinstance(r["loss"], list) else [r["loss"]] for r in rows]
-    members = path.with_name("members.json")
-    labels = [m["label"] for m in read_json(members)] if members.exists() else []
-    labels += [f"member {i}" for i in range(len(labels), len(points[0]))]
-    return Curves(what, labels, [r["step"] for r in rows], [list(p) for p in zip(*points)])
+def _lines(rows: list[dict]) -> Iterable[dict]:
+    """Yields a line for each kind of map and stitching; of rows that are there twice, two."""
+
+    def key(row: dict) -> tuple:
+        return map_order(row["map"]), row["map"], row.get("stitch_kind") or ""
+
+    for (_, kind, _), group in groupby(sorted(rows, key=key), key=key):
+        by_pairing: dict[bool, list[dict]] = {True: [], False: []}
+        for row in group:
+            by_pairing[row["pairing"] == "shuffled"].append(row)
+        for aligned, null in zip_longest(by_pairing[False], by_pairing[True], fillvalue={}):
+            yield {"map": kind, **aligned, **{f"shuffled.{k}": v for k, v in null.items()}}

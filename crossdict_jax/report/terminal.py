@@ -1,85 +1,86 @@
-"""The numbers of a run as a table on the terminal."""
+"""The main result of a run on the terminal: one table that fits a screen."""
 
 from __future__ import annotations
 
-from crossdict_jax.report import shared, together
-from crossdict_jax.report.results import Comparison, Line, Stitching, read_results
-from crossdict_jax.report.tables import VERDICTS, interval, number, percent, printable, verdict_text
+from crossdict_jax.report import shared
+from crossdict_jax.report.answer import best
+from crossdict_jax.report.results import Run, read_run
+from crossdict_jax.report.tables import (
+    VERDICTS,
+    Cell,
+    Table,
+    interval,
+    number,
+    percent,
+    show,
+    table,
+)
+from crossdict_jax.results import LINEAR_MAPS
 from crossdict_jax.workdir import Workdir
 
-COLOURS = {"strong": "bold blue", "weak": "yellow", "none": "dim", "": ""}
-PIPE_WIDTH = 140  # columns when the output is no terminal
+WIDTH = 118  # characters, where the output is no terminal
 
 
 def summary_table(work: Workdir) -> None:
-    """Prints every rung of every layer pair and direction, its controls and its verdict.
-
-    ``untr.`` is the context gain into an untrained target, ``norm.`` where R² lies between the
-    shuffled pairs (0) and the skyline (1). Below them, several layers stitched at once.
+    """Prints baselines, the best maps and the ceiling of every direction and layer pair.
 
     Raises:
       UserError: a result file that it needs is missing or damaged.
     """
-    from rich.console import Console
-
-    results = read_results(work)
-    effects = {(s.source, s.target, s.sites): s for s in results.stitchings}
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
-    for comparison in results.comparisons:
-        effect = effects.get((*comparison.direction, comparison.sites))
-        console.print(_table(comparison, effect))
-    for table in together.section(results):
-        console.print(printable(table))
-    for line in shared.lines(results):
-        console.print(line, markup=False, highlight=False)
-
-
-def _table(comparison: Comparison, effect: Stitching | None):
-    from rich.table import Table
-    from rich.text import Text
-
-    place = f"{comparison.source} {comparison.site_source} → {comparison.target} "
-    table = Table(title=Text(place + comparison.site_target), title_justify="left", box=None)
-    table.add_column("map", no_wrap=True)
-    for name in (
-        "R²",
-        "shuffled",
-        "gain",
-        "untr.",
-        "norm.",
-        "cosine",
-        "of mean",
-        "top-1",
-        "loss rec.",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for line in comparison.lines:
-        table.add_row(*map(Text, _cells(line, effect)), _verdict(line))
-    return table
+    run = read_run(work)
+    show([main_table(run)], WIDTH)
+    for row in shared.funnels(run):
+        print(
+            f"{shared.pair_name(row)}: {number(row['matched'])} features matched, "
+            f"{number(row['confirmed'])} confirmed (shuffled pairs: "
+            f"{number(row.get('shuffled.confirmed'))}), {percent(row['share'], 0)} of those that "
+            "could"
+        )
+    for row in shared.proposals(run):
+        print(
+            f"{row['source']} ↔ {row['target']}: layers most alike by CKA, "
+            f"{number(row['cka'], 2)} (this run's {number(row['cka_of_run'], 2)}): "
+            f"--config.layer_pairs={row['layer_pairs']}"
+        )
+    print(f"All numbers: {work.results} (described in crossdict_jax/docs/results.md)")
 
 
-def _cells(line: Line, effect: Stitching | None) -> list[str]:
-    stitched = effect.ways(line.kind) if effect else []
-    return [
-        line.kind,
-        f"{number(line.value('r2'))} {interval(line.aligned or {}, 'r2', 2)}".strip(),
-        number(line.null("r2")),
-        number(line.value("context_gain")),
-        number(line.control("untrained", "context_gain"), 2),
-        number(line.value("r2_normalized"), 2),
-        number(line.value("cosine")),
-        number(line.value("cosine_mean_predictor")),
-        number(line.value("top1")),
-        percent(stitched[0].value("loss_recovered"), 0) if stitched else "–",
-    ]
+def main_table(run: Run) -> Table:
+    """Returns the main result, a line per direction and layer pair.
+
+    R² of the baselines, of the best linear and nonlinear map, of the best fitted map on shuffled
+    pairs and of the best ceiling; and the share of the loss that the best stitched map recovers.
+    """
+    stitchings = {s.name: s for s in run.stitchings()}
+    rows = []
+    for c in run.comparisons:
+        linear = [line for line in c.fitted if line["map"] in LINEAR_MAPS]
+        nonlinear = [line for line in c.fitted if line["map"] not in LINEAR_MAPS]
+        baselines = {line["map"]: line for line in c.lines}
+        stitching = stitchings.get(c.name, c)
+        pick = best([stitching], "loss_recovered")
+        recovered = pick[1]["loss_recovered"] if pick else None
+        mean = percent(stitching.reference("mean"), 0)
+        rows.append(
+            {
+                "direction": f"{c.source} → {c.target}\n{c.sites}",
+                "mean": Cell(number(c.score("mean", "r2"))),
+                "token": _highest([baselines.get("token", {})], "r2"),
+                "best linear": _highest(linear, "r2", named=True),
+                "best nonlinear": _highest(nonlinear, "r2", named=True),
+                "shuffled": Cell(_highest(c.fitted, "shuffled.r2").text.partition("\n")[0]),
+                "ceiling": _highest(c.lines, "ceiling.r2"),
+                "loss rec.": Cell(f"{percent(recovered, 0)}\nmean {mean}"),
+            }
+        )
+    signs = ", ".join(f"{sign} {words}" for words, (_, sign) in VERDICTS.items())
+    return table(f"R² on held-out documents [95 %]; {signs}", rows)
 
 
-def _verdict(line: Line):
-    from rich.text import Text
-
-    words = verdict_text(line)
-    style, sign = VERDICTS.get(words, ("", ""))
-    return Text(f"{sign} {words}".strip(), style=COLOURS[style])
+def _highest(lines: list[dict], key: str, *, named: bool = False) -> Cell:
+    """The highest score of some maps, its interval in a second line."""
+    scored = [line for line in lines if line.get(key) is not None]
+    line = max(scored, key=lambda line: line[key], default={})
+    _, sign = VERDICTS.get(line.get("verdict"), ("", ""))
+    name = f" {line.get('map', '')} {sign}" if named else ""
+    return Cell(f"{number(line.get(key))}{name}\n{interval(line, key, 2)}")

@@ -71,13 +71,17 @@ class Stage:
         return self.kept()[key] if key in self.kept() else self.keep(key, make())
 
     def finish(self, tables: Mapping[str, list[dict]], **figures: float | int | str) -> None:
-        """Writes the rows of every file, and says what they were made from and how long it took."""
+        """Writes the rows of every file, and says what they were made from and how long it took.
+
+        Of ``rows`` and ``tokens`` among the figures, the number per second is recorded too.
+        """
         for file, rows in tables.items():
             results.write(self.work, file, rows)
         write_json(self._stamp, self._inputs)
         self._kept_file.unlink(missing_ok=True)
         wall = time.perf_counter() - self._started
-        self.work.record_timing(self.name, wall_s=wall, **figures, **device_figures())
+        rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
+        self.work.record_timing(self.name, wall_s=wall, **rates, **figures, **device_figures())
 
     def _read_parts(self) -> dict[tuple, Any]:
         """The parts of an earlier run with these inputs; its last line may be cut off."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.evaluation.matching import confirm, match
-from crossdict_jax.evaluation.transfer import NO_BETTER
+from crossdict_jax.results import NO_BETTER
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown
 from crossdict_jax.verify.planted import PlantedConfig, Views, views

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.causal.images import images
-from crossdict_jax.causal.transfer import Experiment, Image, Plan, transfer
-from crossdict_jax.config import MapConfig
+from crossdict_jax.causal.directions import mapped_directions
+from crossdict_jax.causal.effects import Directions, Experiment, transfer
+from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
 from crossdict_jax.maps import Pairs, Problem, Side, rung
 from crossdict_jax.verify.gate import Check, Gate, at_least, at_most, equal, shown
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
@@ -17,18 +17,23 @@ from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
 # A rung of codes: the words of so small a language say too little about activations to tell a
 # feature's direction from its word's.
 RUNG = "ridge_codes"
-PLAN = Plan(contexts=24, random_directions=24, shuffled_features=11, bootstrap=100)
+CONTEXTS, BOOTSTRAP = 24, 100
 TEXTS = 48  # of 24 words: two thirds to fit the map, the rest to choose its penalty
 
 
 def gate(*, seed: int, directory: Path) -> Gate:
     planted = plant(texts=TEXTS, seed=seed)
     experiment = _with_images(planted, seed, directory)
-    rows, summary = transfer(experiment, dataclasses.replace(PLAN, seed=seed))
-    of = {one["image"]: one for one in summary}
+    config = Config(
+        seed=seed,
+        evaluation=EvaluationConfig(bootstrap=BOOTSTRAP),
+        intervention=InterventionConfig(contexts=CONTEXTS),
+    )
+    rows, summary = transfer(experiment, config)
+    of = {one["direction"]: one for one in summary}
     hits = {
-        name: [row["feature"] for row in rows if row["image"] == name and row["transfers"]]
-        for name in experiment.images
+        name: [row["feature"] for row in rows if row["direction"] == name and row["transfers"]]
+        for name in experiment.mapped
     }
     found = sum(feature < LINKED for feature in hits[RUNG])
     return Gate(
@@ -67,14 +72,14 @@ def _with_images(planted: Planted, seed: int, directory: Path) -> Experiment:
     side = _side(planted, experiment, 0)
     fitted = _fitted(planted, experiment, directory)
     features = np.arange(FEATURES)
-    found = images(fitted, side, features, experiment.strength, seed=seed)
+    found = mapped_directions(fitted, side, features, experiment.strength, seed=seed)
     rng = np.random.Generator(np.random.Philox(key=seed))
     made = {
-        RUNG: Image(found),
-        "random": Image(rng.standard_normal(found.shape, np.float32)),
-        "shuffled": Image(np.roll(found, 1, axis=0)),
+        RUNG: Directions(found),
+        "random": Directions(rng.standard_normal(found.shape, np.float32)),
+        "shuffled": Directions(np.roll(found, 1, axis=0)),
     }
-    return dataclasses.replace(experiment, images=made)
+    return dataclasses.replace(experiment, mapped=made)
 
 
 def _fitted(planted: Planted, experiment: Experiment, directory: Path):
@@ -93,8 +98,8 @@ def _fitted(planted: Planted, experiment: Experiment, directory: Path):
 
 
 def _side(planted: Planted, experiment: Experiment, which: int) -> Side:
-    ground = (experiment.source, experiment.target)[which]
-    places = ground.places
-    words = planted.texts[places.text, places.last]
+    injector = (experiment.source, experiment.target)[which]
+    positions = injector.positions
+    words = planted.texts[positions.text, positions.last]
     tokens = words if which == 0 else planted.words[words].astype(np.int32)
-    return Side(ground.injector.clean(places), tokens, planted.dictionaries[which])
+    return Side(injector.clean, tokens, planted.dictionaries[which])

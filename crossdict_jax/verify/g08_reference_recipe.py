@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.config import to_dict
-from crossdict_jax.evaluation.transfer import NO_BETTER
-from crossdict_jax.report import answer, results, tables
+from crossdict_jax.report import answer, results
+from crossdict_jax.report.transfer import verdict
+from crossdict_jax.results import NO_BETTER
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Gate, at_least, at_most, equal, shown
 from crossdict_jax.verify.planted import PlantedConfig, Views, views
@@ -30,9 +31,9 @@ def gate(*, seed: int, directory: Path) -> Gate:
     write_json(work.result("pairing.json"), {})
     write_jsonl(work.result("reconstruction.jsonl"), [])
     write_jsonl(work.result("transfer.jsonl"), rows)
-    read = results.read_results(work)
-    labels = [tables.verdict_text(line) for c in read.comparisons for line in c.fitted]
-    words = dict(answer.answer(read))["Against what"]
+    run = results.read_run(work)
+    labels = [verdict(line)[2] for c in run.comparisons for line in c.fitted]
+    words = dict(answer.answer(run))["Against what"]
     mlp = lab.pick(rows, "mlp")
     return Gate(
         "G8",

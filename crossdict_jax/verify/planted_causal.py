@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.causal.images import feature_directions, images
-from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.transfer import MATCH, Experiment, Ground, Image
+from crossdict_jax.causal.directions import feature_directions, mapped_directions
+from crossdict_jax.causal.effects import MATCH, Directions, Experiment
+from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
@@ -74,37 +74,36 @@ class Planted:
     def experiment(self, *, tested: int = FEATURES) -> Experiment:
         """The planted features put to the test, by the ridge map and by the match."""
         texts = self.texts, self.words[self.texts].astype(np.int32)
-        places = _every_place(self.texts)
+        positions = _every_position(self.texts)
         source, target = (
-            Ground(Injector(lm, SITE, list(t), batch_size=64), places)
-            for lm, t in zip(self.lms, texts)
+            Injector(lm, SITE, list(t), positions, batch_size=64) for lm, t in zip(self.lms, texts)
         )
-        x_a, x_b = (ground.injector.clean(places) for ground in (source, target))
+        x_a, x_b = source.clean, target.clean
         f_a, f_b = (np.asarray(d.encode(x)) for d, x in zip(self.dictionaries, (x_a, x_b)))
         features = np.arange(FEATURES)
-        side = Side(x_a, texts[0][places.text, places.last], self.dictionaries[0])
+        side = Side(x_a, texts[0][positions.text, positions.last], self.dictionaries[0])
         return Experiment(
             source=source,
             target=target,
-            documents=places.text,
+            documents=positions.text,
             features=features,
             tested=tested,
             strength=f_a,
             directions=feature_directions(self.dictionaries[0], features),
-            images={
-                "ridge": Image(images(self.map, side, features, f_a, seed=0)),
-                MATCH: Image(feature_directions(self.dictionaries[1], features), f_b),
+            mapped={
+                "ridge": Directions(mapped_directions(self.map, side, features, f_a, seed=0)),
+                MATCH: Directions(feature_directions(self.dictionaries[1], features), f_b),
             },
             mean=x_b.mean(0),
             translation=self.translation,
         )
 
 
-def _every_place(texts: np.ndarray) -> Places:
+def _every_position(texts: np.ndarray) -> Positions:
     n, seq = texts.shape
     text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
     last = position + 1  # the first position is never paired
-    return Places(text, last, last, np.minimum(last + 1, seq - 1))
+    return Positions(text, last, last, np.minimum(last + 1, seq - 1))
 
 
 def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:

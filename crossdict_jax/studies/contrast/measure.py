@@ -14,23 +14,30 @@ from functools import cached_property
 
 import numpy as np
 
-from crossdict_jax import maps, stats
+from crossdict_jax import maps, results, stats
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.features import best_matches
+from crossdict_jax.causal.directions import (
+    best_matches,
+    feature_directions,
+    map_groups,
+    mapped_directions,
+    strengths,
+)
+from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.images import feature_directions, images, rung_groups, strengths
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
-from crossdict_jax.causal.transfer import MATCH, correlation
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.models import Site
-from crossdict_jax.stats import Resamples, columns
+from crossdict_jax.report.tables import show
+from crossdict_jax.stats import Resamples, columns, correlation
 from crossdict_jax.studies.contrast import ablation, preference
 from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, Readings
+from crossdict_jax.studies.contrast.section import tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
@@ -38,9 +45,15 @@ from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 ROWS = "contrast.jsonl"
 STAMP = "contrast.inputs.json"
 PROGRESS = "contrast.progress.jsonl"
-NATIVE = "native"  # B's own features of largest attribution: the most that an image can do
+NATIVE = "own"  # B's own features of largest attribution: the most that an image can do
 LEAST_PAIRS = 4  # that all models can read: two for each half
 OTHERS = 32  # features at most that lend their directions to controls
+
+
+def run(config: Config, work: Workdir) -> None:
+    """Measures, and prints what came out."""
+    measure_contrast(config, work)
+    show(tables(results.read(work, ROWS)))
 
 
 def measure_contrast(config: Config, work: Workdir) -> None:
@@ -66,8 +79,8 @@ def measure_contrast(config: Config, work: Workdir) -> None:
     sets = read_sets(config.contrast.source)
     store = open_store(work.activations)
     asked = dataclasses.replace(config.contrast, source=())
-    groups = rung_groups(config, store, layers=asked.layers, rungs=asked.rungs)
-    everywhere = rung_groups(config, store, layers="all", rungs=asked.rungs)
+    groups = map_groups(config, store, layers=asked.layers, kinds=asked.rungs)
+    everywhere = map_groups(config, store, layers="all", kinds=asked.rungs)
     inputs = digests(config, work, store, [task for _, *rungs in everywhere for task in rungs])
     inputs["contrast"] = digest_of([dataclasses.asdict(asked), *map(dataclasses.asdict, sets)])
     stamp = work.result(STAMP)
@@ -376,11 +389,11 @@ class _Study:
                     "target": task.target,
                     "site_source": str(task.site_source),
                     "site_target": str(task.site_target),
-                    "image": name,
+                    "direction": name,
                     "prefers_source": prefers[0],
                     "prefers_target": prefers[1],
                     **_judged(losses.row, all(prefers)),
-                    "share_of_native": at_best and effect / at_best,
+                    "share_of_own": at_best and effect / at_best,
                     **columns("pair_r", correlation(draws, drop, losses.drop)),
                 }
             )
@@ -400,7 +413,7 @@ class _Study:
         cuts = {}
         for task in rungs:
             m = maps.load(task.path(run.work))
-            found = images(m, side, features, fired, seed=run.config.seed)
+            found = mapped_directions(m, side, features, fired, seed=run.config.seed)
             cuts[task.kind] = Cut(strength, found, n)
         matches, _ = best_matches(run.codes(*b), fired)
         own = list(dict.fromkeys(matches[:n].tolist()))  # two features may have one match

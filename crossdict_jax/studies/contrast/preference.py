@@ -18,7 +18,7 @@ import numpy as np
 
 from crossdict_jax import models, modules
 from crossdict_jax.activations import pairing
-from crossdict_jax.causal.images import strengths
+from crossdict_jax.causal.directions import strengths
 from crossdict_jax.causal.inject import read_site
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.models import LanguageModel, Site

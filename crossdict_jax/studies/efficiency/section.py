@@ -6,20 +6,23 @@ import dataclasses
 import itertools
 import math
 
-from crossdict_jax.report.plots import (
-    MUTED,
-    OPEN,
-    RUNG_COLOURS,
-    Figure,
-    draw,
-    open_axes,
-    plain_ticks,
-    rung_line,
-)
-from crossdict_jax.report.results import PLACE, ladder_place, site_words
+from crossdict_jax.report.blocks import Panels, html
+from crossdict_jax.report.plots import Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Column, Table, interval, number, show
+from crossdict_jax.results import PAIR, map_order, site_words
 from crossdict_jax.workdir import Workdir, read_jsonl
 
+TITLE = "Worth in paired rows"
+TEXT = (
+    "How much paired text does a map need? Every map is fitted on the first rows of documents in a "
+    "random order. The hypernetwork writes its map from descriptions of both dictionaries: "
+    "zero-shot, it was trained without any paired row of this layer pair, or without these "
+    "features. Token profiles are its part that needs no training: what each model’s features do "
+    "after a token, on texts that the other model’s profiles never read. The ridge of the other "
+    "layer pairs is the plain way to do without rows of this one. Means and scales of each model’s "
+    "features need no pairs; the maps choose their settings on all validation rows, which are "
+    "paired."
+)
 WORDS = {
     "token_profiles": "token profiles, no pairs at all",
     "ridge_elsewhere": "ridge of the other layer pairs",
@@ -50,17 +53,24 @@ class Curves:
         return f"{self.source} → {self.target}, {self.sites}: {TASKS[self.scored]}"
 
 
-def section(rows: list[dict]) -> dict:
-    """Returns the tables and figures of the page's section, none without efficiency.jsonl."""
+def section(rows: list[dict]) -> str:
+    """Returns the html of the page's section, from the rows of efficiency.jsonl."""
     groups = curves(rows)
-    return {"tables": [table(g) for g in groups], "figures": [figure(g) for g in groups]}
+    caption = "R² on held-out documents by the number of paired training rows. Level lines: maps "
+    return html(
+        [
+            TEXT,
+            Panels(list(map(figure, groups)), f"{caption}that have seen none.", "large"),
+            *map(table, groups),
+        ]
+    )
 
 
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of efficiency.jsonl by direction and by what is scored."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((*(row[key] for key in PLACE), row["scored"]), []).append(row)
+        groups.setdefault((*(row[key] for key in PAIR), row["scored"]), []).append(row)
     return [_curves(key, group) for key, group in groups.items()]
 
 
@@ -68,7 +78,7 @@ def _curves(key: tuple, rows: list[dict]) -> Curves:
     few: dict[str, list[dict]] = {}
     for row in sorted((r for r in rows if not r["zero_shot"]), key=lambda row: row["n"]):
         few.setdefault(row["map"], []).append(row)
-    few = {kind: few[kind] for kind in sorted(few, key=ladder_place)}
+    few = {kind: few[kind] for kind in sorted(few, key=map_order)}
     source, target, site_source, site_target, scored = key
     none = [row for row in rows if row["zero_shot"]]
     return Curves(source, target, site_words(site_source, site_target), scored, few, none)
@@ -107,40 +117,26 @@ def table(group: Curves) -> Table:
 
 def figure(group: Curves) -> Figure:
     """Returns R² against the number of paired rows; zero-shot maps as level lines."""
-
-    def paint(axes):
-        for kind, rows in group.few.items():
-            if kind != "mean":
-                axes.plot(
-                    [row["n"] for row in rows],
-                    [row["r2"] for row in rows],
-                    marker="o",
-                    markersize=3,
-                    **rung_line(kind),
-                )
-        for i, row in enumerate(group.none):
-            colour = RUNG_COLOURS.get(row["map"], MUTED)
-            style = (0, (4, 1 + 2 * i))
-            name = f"{row['map']}, 0 rows"
-            axes.axhline(row["r2"], color=colour, linestyle=style, linewidth=1.4, label=name)
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if _lowest(group) > -0.2 else -0.2)
-        plain_ticks(axes.xaxis)
-        axes.set_title(f"{group.sites}: {TASKS[group.scored]}")
-        open_axes(axes, "paired training rows", "R² on held-out documents")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, columnspacing=1.4)
-
-    names = len(group.few) + len(group.none)
-    under = 0.5 + 0.16 * -(-names // 2)
-    margins = dataclasses.replace(OPEN, bottom=under)
-    name = f"efficiency {group.title}"
-    svg = draw(paint, name=name, width=4.6, height=2.2 + under, margins=margins)
+    lines = {
+        kind: (
+            [row["n"] for row in rows],
+            [row["r2"] for row in rows],
+            {"marker": "o", "markersize": 3, **map_line(kind)},
+        )
+        for kind, rows in group.few.items()
+        if kind != "mean"
+    }
     scores = ", ".join(f"{row['map']} {number(row['r2'], 2)}" for row in group.none)
-    return Figure(svg, f"R² by paired rows, {group.title}; without paired rows: {scores}.")
-
-
-def _lowest(group: Curves) -> float:
-    return min(row["r2"] for rows in (*group.few.values(), group.none) for row in rows)
+    return line_figure(
+        lines,
+        title=f"{group.sites}: {TASKS[group.scored]}",
+        x="paired training rows",
+        y="R² on held-out documents",
+        words=f"R² by paired rows, {group.title}; without paired rows: {scores}.",
+        levels={f"{row['map']}, 0 rows": row["r2"] for row in group.none},
+        bottom=-0.2,
+        legend=2,
+    )
 
 
 def print_table(work: Workdir) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-
-from crossdict_jax.report.results import PLACE
+from crossdict_jax.report.blocks import html
 from crossdict_jax.report.tables import Cell, Column, Table, interval, number, show
+from crossdict_jax.results import by_pair
 from crossdict_jax.workdir import Workdir, read_jsonl
 
+TITLE = "Losses of the trained map"
+TEXT = (
+    "The network on features, trained again at the same budget with each loss alone and with each "
+    "left out, scored on held-out rows; the mean of the target’s features and ridge regression "
+    "beside it."
+)
 SHOWN = {  # column of ablation.jsonl: (its title, whether it has an interval)
     "r2": ("R²", True),
     "cosine": ("cosine", False),
@@ -18,10 +23,14 @@ SHOWN = {  # column of ablation.jsonl: (its title, whether it has an interval)
 }
 
 
-def section(rows: list[dict]) -> list[Table]:
-    """Returns a table for each direction and pair of sites of ablation.jsonl."""
-    groups = groupby(rows, key=lambda row: tuple(row[k] for k in PLACE))
-    return [_table(place, list(of_place)) for place, of_place in groups]
+def section(rows: list[dict]) -> str:
+    """Returns the html of the page's section, from the rows of ablation.jsonl."""
+    return html([TEXT, *tables(rows)])
+
+
+def tables(rows: list[dict]) -> list[Table]:
+    """Returns a table for each direction and pair of sites."""
+    return [_table(pair, group) for pair, group in by_pair(rows).items()]
 
 
 def _table(place: tuple[str, ...], rows: list[dict]) -> Table:
@@ -46,4 +55,4 @@ def print_ablation(work: Workdir) -> None:
     Raises:
       UserError: the file is missing or damaged.
     """
-    show(section(read_jsonl(work.result("ablation.jsonl"))))
+    show(tables(read_jsonl(work.result("ablation.jsonl"))))

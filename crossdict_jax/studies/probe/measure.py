@@ -13,26 +13,34 @@ from functools import cached_property
 
 import numpy as np
 
-from crossdict_jax import maps, modules, stats
+from crossdict_jax import maps, modules, results, stats
 from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.images import rung_groups
 from crossdict_jax.causal.inputs import digest_of, digests
 from crossdict_jax.causal.progress import Progress
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.models import Site
+from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns
 from crossdict_jax.studies.probe import labelled, logistic
 from crossdict_jax.studies.probe.labelled import Labelled, Read, pooled, read_labelled
+from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 ROWS = "probe.jsonl"
 STAMP = "probe.inputs.json"
 PROGRESS = "probe.progress.jsonl"
-SOURCE, NATIVE, TOKENS, MAJORITY = "source", "native", "tokens", "majority"
+SOURCE, NATIVE, TOKENS, MAJORITY = "source", "own", "tokens", "majority"
+
+
+def run(config: Config, work: Workdir) -> None:
+    """Measures, and prints what came out."""
+    measure_probes(config, work)
+    show(tables(results.read(work, ROWS)))
 
 
 def measure_probes(config: Config, work: Workdir) -> None:
@@ -48,7 +56,7 @@ def measure_probes(config: Config, work: Workdir) -> None:
 
     accuracy is over held-out texts, the mean over ``probe.draws`` draws of the examples, with 95 %
     intervals over texts. accuracy_shuffled is that of the same probe on shuffled labels;
-    lead_tokens and behind_native are paired differences.
+    lead_tokens and behind_own are paired differences.
 
     A finished probe.jsonl whose inputs have not changed is left as it is. What single n gave is
     kept at once: an interrupted stage goes on behind them.
@@ -62,7 +70,7 @@ def measure_probes(config: Config, work: Workdir) -> None:
     asked = config.probe
     texts = read_labelled(asked.source, text=asked.text, label=asked.label)
     store = open_store(work.activations)
-    groups = rung_groups(config, store, layers=asked.layers, rungs=asked.rungs, of_tokens=True)
+    groups = map_groups(config, store, layers=asked.layers, kinds=asked.rungs, of_tokens=True)
     inputs = digests(config, work, store, [task for _, *rungs in groups for task in rungs])
     question = dataclasses.asdict(dataclasses.replace(asked, source=""))
     inputs["probe"] = digest_of([question, texts.texts, texts.labels.tolist(), texts.classes])
@@ -251,7 +259,7 @@ class _Direction:
                     **columns("accuracy", mean[name]),
                     "accuracy_shuffled": float(right[1].mean()) if len(right) > 1 else None,
                     **columns("lead_tokens", mean[name] - mean[TOKENS]),
-                    **columns("behind_native", mean[NATIVE] - mean[name]),
+                    **columns("behind_own", mean[NATIVE] - mean[name]),
                 }
             )
         return rows

@@ -11,26 +11,42 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import dictionaries, maps, models
+from crossdict_jax import dictionaries, maps, models, results
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.features import best_matches
-from crossdict_jax.causal.images import feature_directions, images
-from crossdict_jax.causal.transfer import MATCH, dose_norms, normalised
+from crossdict_jax.causal.directions import best_matches, feature_directions, mapped_directions
+from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Side, Task
 from crossdict_jax.maps.base import encode_rows, map_class, slices
+from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Resamples, columns, draw
 from crossdict_jax.studies.steering.generation import Starts, Writer
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
+from crossdict_jax.studies.steering.section import (
+    answers,
+    facts,
+    sentence,
+    side_by_side,
+    tables,
+)
 from crossdict_jax.studies.steering.source_feature import Feature, Source
 from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_jsonl
 
 FOLDER = "steering"  # of results/ and of report/
 RATES = ("token_rate", "piece_rate", "search_rate", "nll")
+
+
+def run(config: Config, work: Workdir) -> None:
+    """Writes the texts and their rates, and prints them side by side."""
+    name = steer(config, work)
+    (answer,) = answers(results.read(work, f"{FOLDER}/{name}.jsonl"))
+    print("\n".join([answer.title, *(f"{key}: {words}" for key, words in facts(answer))]))
+    show([side_by_side(answer, answer.doses[-1]), *tables(answer)])
+    print(sentence(answer))
 
 
 def steer(config: Config, work: Workdir) -> str:
@@ -185,7 +201,7 @@ class _Study:
                 f"steer.image={settings.image} makes nothing of feature {feature.id}: its image in "
                 f"{target.task.target} is zero; choose another feature or image."
             )
-        self.directions = {"image": self.image, "random": self._random()}
+        self.directions = {"mapped": self.image, "random": self._random()}
         if settings.image != MATCH:
             self.directions[MATCH] = native
 
@@ -195,7 +211,7 @@ class _Study:
         x = source.read(source.train)
         tokens = source.store.tokens(source.task.source, source.train)
         side, one = Side(x, tokens, source.dictionary), np.array([self.feature.id])
-        return images(m, side, one, strength, seed=self.config.seed)[0]
+        return mapped_directions(m, side, one, strength, seed=self.config.seed)[0]
 
     def _random(self) -> np.ndarray:
         """A direction for every text, [n, d_model]."""
@@ -243,7 +259,7 @@ class _Study:
             (self.feature.median_norm, self.target.median_norm(self.source.test)),
             strength=float(self.feature.strength[self.feature.strength > 0].mean()),
             direction=self.feature.direction,
-            image=self.image,
+            mapped=self.image,
         )
         shape = (self.n, self.target.dictionary.d_model)
         vectors = [
@@ -319,7 +335,8 @@ class _Study:
             "match": self.match,
             "match_r": self.match_r,
             "match_cosine": float(normalised(self.image) @ normalised(native)),
-            "settings": {name: value for name, value in asked.items() if name != "prompts"},
+            "settings": {name: v for name, v in asked.items() if name not in ("prompts", "image")}
+            | {"map": asked["image"]},
             "new_tokens": self.target.count,
             "seed": self.config.seed,
         }

@@ -11,17 +11,17 @@ from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.splice import passages_of
 from crossdict_jax.activations.store import Store
-from crossdict_jax.causal.features import TRAIN_ROWS, places_of
-from crossdict_jax.causal.images import feature_directions, strengths
-from crossdict_jax.causal.inject import Injector, Places
-from crossdict_jax.causal.transfer import (
+from crossdict_jax.causal.directions import feature_directions, strengths
+from crossdict_jax.causal.effects import (
     choose_contexts,
     dose_norms,
     mean_change,
-    median_norm,
     most_promoted,
     normalised,
 )
+from crossdict_jax.causal.feature_transfer import positions_of
+from crossdict_jax.causal.finished_run import TRAIN_ROWS
+from crossdict_jax.causal.inject import Injector
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -127,14 +127,14 @@ class Source:
 
         count = self.config.intervention.contexts
         generator = np.random.Generator(np.random.Philox(key=self.config.seed))
-        injector, places = self._reader(np.sort(generator.permutation(self.test)[:count]))
-        ready = injector.ready(places, size=count, span=1)
-        dose = median_norm(injector, places) * _middle(self.config.steer.alphas)
+        injector = self._reader(np.sort(generator.permutation(self.test)[:count]))
+        ready = injector.ready(size=count, span=1)
+        dose = injector.median_norm * _middle(self.config.steer.alphas)
         directions = normalised(feature_directions(self.dictionary, features))
         parts = [np.zeros(0)]
         with tqdm(desc="search", unit="feature", total=len(features)) as progress:
             for block in slices(len(features), AT_ONCE):
-                change, _ = injector.changes(ready, dose * directions[block], {token: 1.0}, most=1)
+                change, _ = injector.changes(ready, dose * directions[block], {token: 1.0}, limit=1)
                 parts.append(change.mean(1, dtype=np.float64))
                 progress.update(len(change))
         return np.concatenate(parts)
@@ -202,30 +202,30 @@ class Source:
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, feature]))
         documents = self.store.rows.document[self.test]
         rows = choose_contexts(strength, documents, settings.contexts, generator)
-        injector, places = self._reader(self.test[rows])
-        median = median_norm(injector, places)
+        injector = self._reader(self.test[rows])
+        median = injector.median_norm
         own, _ = dose_norms(
             self.config.steer.norm,
             (median, median),
             strength=float(strength[rows].mean()),
             direction=direction,
-            image=direction,
+            mapped=direction,
         )
-        ready = injector.ready(places, size=settings.contexts, span=1)
+        ready = injector.ready(size=settings.contexts, span=1)
         dose = own * _middle(self.config.steer.alphas) * normalised(direction)
         return mean_change(injector, ready, dose), median
 
-    def _reader(self, rows: np.ndarray) -> tuple[Injector, Places]:
+    def _reader(self, rows: np.ndarray) -> Injector:
         """The model on the windows of some rows of the store, ascending, and where these are."""
         passages = passages_of(self.store, self.task.source, rows)
-        injector = Injector(
+        return Injector(
             models.load(self._path),
             self.task.site_source,
             passages.tokens,
+            positions_of(self.store, self.task.source, passages),
             batch_size=self.config.intervention.batch_size,
             dtype=self.config.extract.matmul_dtype,
         )
-        return injector, places_of(self.store, self.task.source, passages)
 
 
 def _middle(alphas: Sequence[float]) -> float:

@@ -1,0 +1,145 @@
+"""What maps make of single features of A: directions in B's activations; and their matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crossdict_jax import maps, modules
+from crossdict_jax.activations.store import Store
+from crossdict_jax.config import Config
+from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.maps import Task
+from crossdict_jax.maps.base import Map, Side, encode_rows, map_class, padded, slices
+
+ROWS_EACH = 32  # at which a feature fires, that its mapped direction is the mean over
+BLOCK = 1024  # rows per forward
+
+
+def map_groups(
+    config: Config,
+    store: Store,
+    *,
+    layers: str,
+    kinds: tuple[str, ...],
+    of_tokens: bool = False,
+) -> list[list[Task]]:
+    """Returns a group for every layer pair of two models: a task that names it, then its maps.
+
+    Args:
+      layers: "middle" | "all", of the layer pairs.
+      kinds: "all", or kinds of maps among those of the run.
+      of_tokens: whether maps that read tokens alone are among them; these map no direction.
+    """
+    groups: dict[tuple, dict[tuple, list[Task]]] = {}  # by models, then by sites
+    for task in maps.tasks(config, store):
+        pairs = groups.setdefault((task.source, task.target), {})
+        group = pairs.setdefault((task.site_source, task.site_target), [task])
+        wanted = "all" in kinds or task.kind in kinds
+        fits = of_tokens or map_class(task.kind).reads != "tokens"
+        if wanted and task.pairing == "aligned" and fits:
+            group.append(task)
+    of_models = [list(pairs.values()) for pairs in groups.values()]
+    if layers == "middle":
+        of_models = [[pairs[len(pairs) // 2]] for pairs in of_models]
+    return [group for pairs in of_models for group in pairs]
+
+
+def feature_directions(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
+    """Returns what one unit of each feature adds to the activation, float32 [features, d_model]."""
+    f = np.zeros((len(features), dictionary.width), np.float32)
+    f[np.arange(len(features)), features] = 1
+    return np.asarray(dictionary.decode(f) - dictionary.decode(np.zeros_like(f)))
+
+
+def strengths(dictionary: Dictionary, x: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Returns the activations of some features on rows x [n, d_model], float32 [n, features]."""
+    parts = [encode_rows(dictionary, x[block])[:, features] for block in slices(len(x))]
+    return np.concatenate([np.zeros((0, len(features)), np.float32), *parts])
+
+
+def mapped_directions(
+    m: Map, source: Side, features: np.ndarray, strength: np.ndarray, *, seed: int
+) -> np.ndarray:
+    """Returns what a map makes of features of A, float32 [features, d_b] per unit of activation.
+
+    The mean, over rows at which a feature fires, of what the map predicts less what it predicts
+    without the feature, in B's activations (features of B are decoded by B's dictionary). Of an
+    affine map with matrix W and a feature of direction d this is d W. Zero where a feature does not
+    fire at all, and for maps that read tokens alone.
+
+    Args:
+      source: A's rows [n].
+      strength: [n, features], the features' activations there.
+    """
+
+    def some(column: np.ndarray) -> np.ndarray:
+        rows = np.flatnonzero(column > 0)
+        return np.random.Generator(np.random.Philox(key=seed)).permutation(rows)[:ROWS_EACH]
+
+    directions = feature_directions(source.dictionary, features)
+    rows = [some(column) for column in strength.T]
+    index = np.repeat(np.arange(len(features)), list(map(len, rows)))  # which feature a row is for
+    row = np.concatenate(rows)
+    by = strength[row, index]
+    graphs, params = zip(*map(modules.split, (m, source.dictionary)))
+    total = np.zeros((len(features), m.dictionary.d_model))
+    for block in slices(len(row), BLOCK):
+        inputs = (
+            source.x[row[block]],
+            source.tokens[row[block]],
+            by[block, None] * directions[index[block]],
+            features[index[block]],
+        )
+        inputs = (padded(a, BLOCK) for a in inputs)
+        change = np.asarray(_contribution(graphs, params, *inputs))[: len(row[block])]
+        np.add.at(total, index[block], change)
+    sums = np.bincount(index, weights=by, minlength=len(features))
+    return (total / np.maximum(sums, 1e-30)[:, None]).astype(np.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _contribution(graphs, params, x, tokens, added, feature) -> jax.Array:
+    """What the map predicts less what it predicts without a feature, [batch, d_b]."""
+    m, source = map(modules.merge, graphs, params)
+    x = x.astype(jnp.float32)
+    if m.predicts_activation and m.reads == "activations":
+        return m.activation(x, tokens=tokens) - m.activation(x - added, tokens=tokens)
+    if m.reads == "tokens":
+        return jnp.zeros((len(x), m.dictionary.d_model))
+    if m.reads == "activations":
+        inputs, without = x, x - added
+    else:
+        inputs = source.encode(x)
+        without = inputs.at[jnp.arange(len(x)), feature].set(0.0)
+    decode = m.dictionary.decode
+    return decode(m(inputs, tokens=tokens)) - decode(m(without, tokens=tokens))
+
+
+def best_matches(
+    codes: Iterable[np.ndarray], strength: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (B's feature that correlates best with each of A's, the correlation), [features].
+
+    Args:
+      codes: B's features in blocks of rows [m, width_b].
+      strength: A's features on all the rows, [n, features].
+    """
+    n, start = len(strength), 0
+    strength = strength.astype(np.float64)
+    centered = strength - strength.mean(0, keepdims=True)
+    cross, total, square = 0.0, 0.0, 0.0
+    for f in codes:
+        f = f.astype(np.float64)
+        cross = cross + centered[start : start + len(f)].T @ f  # [features, width_b]
+        total, square = total + f.sum(0), square + np.square(f).sum(0)
+        start += len(f)
+    variance = np.maximum(square / n - np.square(total / n), 0)
+    spread = np.sqrt(variance[None, :] * centered.var(0)[:, None])
+    r = np.divide(cross / n, spread, out=np.zeros_like(cross), where=spread > 1e-12)
+    best = r.argmax(1)
+    return best, r[np.arange(len(r)), best]

@@ -1,0 +1,452 @@
+"""Feature transfer: does one model's feature, mapped into the other, do the same there?
+
+A feature of A is added to A where it fires: the tokens that become likelier are what it promotes.
+Its mapped direction is added to B at the same positions of the text: do B's tokens of the same text
+become likelier, more than under other directions of the same norm? Everything here works on arrays
+and models; ``causal.feature_transfer`` makes them from a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from crossdict_jax import stats
+from crossdict_jax.causal.inject import Injector
+from crossdict_jax.causal.vocabulary import Translation
+from crossdict_jax.config import Config
+from crossdict_jax.errors import UserError
+from crossdict_jax.stats import Resamples, columns
+
+MATCH = "match"  # in place of a map: B's own feature that correlates best with A's
+PROMOTED = 10  # tokens that a feature makes likelier; the tail of the list is noise
+RANDOM_DIRECTIONS = 16  # a feature, of equal norm; p-values pool those of all features
+OTHER_FEATURES = 16  # whose mapped directions are controls, as many as there are random ones
+LEAST_OTHERS = 3  # fewer have no spread
+ABLATED_CONTROLS = 4  # of the other features: one correlation each, averaged
+KL_BUDGET = 0.1  # nats a token, at which effects are compared too: an edit that leaves most text be
+LONGEST_SPAN = 8  # tokens between two common ends that are edited, or scored as a continuation
+FAMILIES = ("random", "shuffled")  # of controls: random directions, other features' directions
+
+
+class NothingToTest(UserError):
+    """Two dictionaries or texts are too poor for a test of single features."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a map, or the match, makes of A's features in B.
+
+    Attributes:
+      vectors: float32 [features, d_b], per unit of A's activation.
+      strength: float32 [n, features] B's own activations, of the match alone; else None.
+    """
+
+    vectors: np.ndarray
+    strength: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Features of A, their directions in B, and the paired positions at which they are tested.
+
+    Attributes:
+      source, target: A and B; position i of both is one position of the text.
+      documents: int [n], of every paired position.
+      features: ids of A's features, tested ones first; the others only lend their directions.
+      tested: how many of them are tested.
+      strength: float32 [n, features], A's activations: 0 where a feature does not fire.
+      directions: float32 [features, d_a], what a feature adds to A per unit of activation.
+      mapped: what each map, and the match, makes of the features in B.
+      mean: float32 [d_b], the mean activation of B.
+    """
+
+    source: Injector
+    target: Injector
+    documents: np.ndarray
+    features: Sequence[int]
+    tested: int
+    strength: np.ndarray
+    directions: np.ndarray
+    mapped: Mapping[str, Directions]
+    mean: np.ndarray
+    translation: Translation
+
+
+def transfer(
+    experiment: Experiment,
+    config: Config,
+    *,
+    part: Callable[[int, Callable[[], dict]], dict] = lambda feature, make: make(),
+) -> tuple[list[dict], list[dict]]:
+    """Returns (a row per tested feature and direction, a summary row per direction).
+
+    Args:
+      config: its ``intervention``, seed, ``evaluation.bootstrap`` and ``evaluation.fdr``.
+      part: (feature, what makes its record) -> the record; may give one that was kept.
+
+    Raises:
+      NothingToTest: too few other features to borrow directions from, or no promoted token exists
+        in the target's vocabulary.
+    """
+    others = len(experiment.features) - 1
+    if others < LEAST_OTHERS:
+        raise NothingToTest(
+            f"There are {others} other features, and controls need {LEAST_OTHERS} or more; raise "
+            "intervention.documents or train the dictionary for longer."
+        )
+    records = [
+        part(int(experiment.features[i]), partial(measure, experiment, config, i))
+        for i in range(experiment.tested)
+    ]
+    if not any(record["directions"] for record in records):
+        raise NothingToTest(
+            "No token that the features promote in the source exists in the target's vocabulary; "
+            "test other features."
+        )
+    evaluation = config.evaluation
+    return conclude(records, fdr=evaluation.fdr, bootstrap=evaluation.bootstrap, seed=config.seed)
+
+
+# ---------------------------------------------------------------- one feature
+
+
+def measure(e: Experiment, config: Config, i: int) -> dict:
+    """Returns the record of the i-th feature, JSON values: what it promotes, and its effects in B.
+
+    Raises:
+      UserError: it fires at none of the positions.
+    """
+    settings, feature = config.intervention, int(e.features[i])
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
+    rows = choose_contexts(e.strength[:, i], e.documents, settings.contexts, generator)
+    if not len(rows):
+        raise UserError(f"Feature {feature} does not fire at any of the positions read.")
+    strength, words = e.strength[rows, i], e.translation
+    draws = stats.draw(e.documents[rows], count=config.evaluation.bootstrap, seed=config.seed)
+    doses = np.array(sorted(settings.alphas))
+    norm_a, norm_b = dose_norms(
+        settings.norm,
+        (e.source.median_norm, e.target.median_norm),
+        strength=float(strength.mean()),
+        direction=e.directions[i],
+        mapped=next(iter(e.mapped.values())).vectors[i],
+    )
+    span = LONGEST_SPAN if settings.span == "whole" else 1
+    edited = None if settings.positions == "prompt" else span
+    sides = e.source, e.target
+    ready = [side.ready(rows, size=settings.contexts, span=edited) for side in sides]
+
+    added = norm_a * doses[:, None] * normalised(e.directions[i])
+    change = mean_change(e.source, ready[0], added[len(doses) // 2])
+    promoted = most_promoted(change, words.has_text)
+    effect_source = [0.0] * len(doses)
+    if promoted:  # none without a direction, or without a dose
+        effects, _ = e.source.changes(ready[0], added, promoted, limit=PROMOTED)
+        effect_source = effects.mean(1, dtype=np.float64)
+    in_b, dropped = words.weights_in_b(promoted, below=e.target.vocab_size)
+
+    # The same other features for every direction of this one, whatever else is drawn.
+    generator_others = np.random.Generator(np.random.Philox(key=[config.seed + 1, feature]))
+    others = np.delete(np.arange(len(e.features)), i)
+    others = generator_others.permutation(others)[:OTHER_FEATURES]
+    directions: dict[str, dict] = {}
+    if in_b:
+        random = generator.normal(size=(RANDOM_DIRECTIONS, len(e.mean)))
+        effects = _effects(e, i, ready[1], in_b, norm_b, doses, random, others)
+        for name, groups in effects.items():
+            cosine = _cosine(e.mapped[name], e.mapped[MATCH], i) if MATCH in e.mapped else None
+            scores = _score(groups, draws, settings.alphas)
+            directions[name] = {"match_cosine": cosine} | scores
+        ready = [
+            side.ready(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=r)
+            for side, r in zip(sides, ready)
+        ]
+        for name, removal in _removals(e, i, rows, ready, draws, others).items():
+            directions[name] |= removal
+    record = {
+        "feature": feature,
+        "n_contexts": len(rows),
+        "n_documents": draws.n_documents,
+        "firings": int((e.strength[:, i] > 0).sum()),
+        "promoted_source": [words.text("a", token) for token in promoted],
+        "promoted_target": [words.text("b", token) for token in in_b],
+        "promoted_dropped": dropped,
+        "effect_source": effect_source,
+        "directions": directions,
+    }
+    return json.loads(json.dumps(record, default=lambda array: array.tolist()))
+
+
+def _effects(
+    e: Experiment, i: int, ready, tokens: dict[int, float], norm: float, doses, random, others
+) -> dict[str, dict[str, np.ndarray]]:
+    """{direction: {"itself", "random", "shuffled", "mean": [2, vectors, doses, contexts]}}.
+
+    The first axis is (change of log p of the tokens, KL), in nats.
+    """
+    groups = {"random": random, "mean": e.mean[None]}
+    for name, directions in e.mapped.items():
+        groups[name, "itself"] = directions.vectors[[i]]
+        groups[name, "shuffled"] = directions.vectors[others]
+    unit = normalised(np.concatenate(list(groups.values())))
+    vectors = norm * unit[:, None, :] * doses[None, :, None]
+    flat = e.target.changes(ready, vectors.reshape(-1, unit.shape[1]), tokens, limit=PROMOTED)
+    curves = np.stack(flat).astype(np.float64).reshape(2, *vectors.shape[:2], -1)
+    ends = np.cumsum([len(group) for group in groups.values()])
+    parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
+    return {
+        name: {
+            "itself": parts[name, "itself"],
+            "random": parts["random"],
+            "shuffled": parts[name, "shuffled"],
+            "mean": parts["mean"],
+        }
+        for name in e.mapped
+    }
+
+
+def _cosine(a: Directions, b: Directions, i: int) -> float | None:
+    """The cosine of two directions of the i-th feature; None where one is zero."""
+    x, y = (directions.vectors[i].astype(np.float64) for directions in (a, b))
+    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norms) if norms else None
+
+
+def _score(groups: dict[str, np.ndarray], draws: Resamples, alphas: Sequence[float]) -> dict:
+    """The numbers of one direction beside its controls, from what ``_effects`` returns.
+
+    They are taken at the middle dose, which is fixed before anything is seen, and at a KL budget.
+    """
+    middle = len(alphas) // 2
+    effect, kl = groups["itself"][:, 0]  # [doses, contexts]
+    spent, spent_kl = at_budget(groups["itself"][1], groups["itself"][0], KL_BUDGET)
+    out = {
+        **columns("effect", draws.mean(effect[middle])),
+        "kl": kl[middle].mean(),
+        "effect_mean_direction": groups["mean"][0, 0, middle].mean(),
+        **columns("effect_at_kl", draws.mean(spent[0])),
+        "kl_spent": spent_kl[0],
+        "doses": [
+            {"alpha": alpha, "effect": effect[d].mean(), "kl": kl[d].mean()}
+            for d, alpha in enumerate(sorted(alphas))
+        ],
+    }
+    for family in FAMILIES:
+        change, kl_control = groups[family]  # [controls, doses, contexts]
+        null = change[:, middle].mean(0)
+        null_at_kl = at_budget(kl_control, change, KL_BUDGET)[0].mean(0)
+        out |= {
+            f"effect_{family}": null.mean(),
+            f"kl_{family}": kl_control[:, middle].mean(),
+            **columns(f"specific_{family}", draws.mean(effect[middle] - null)),
+            **columns(f"specific_{family}_at_kl", draws.mean(spent[0] - null_at_kl)),
+            f"null_{family}": change[:, middle].mean(1),
+        }
+        for d, dose in enumerate(out["doses"]):
+            effects = change[:, d].mean(1)
+            low, high = np.percentile(effects, (2.5, 97.5))
+            dose |= {family: effects.mean(), f"{family}_low": low, f"{family}_high": high}
+            dose[f"{family}_kl"] = kl_control[:, d].mean()
+    return out
+
+
+def _removals(
+    e: Experiment, i: int, rows, ready, draws: Resamples, others
+) -> dict[str, dict[str, float | int | None]]:
+    """{direction: how its removal from B goes together with the feature's removal from A}.
+
+    That is Pearson's r, over positions, of the changes of log p of each position's continuation.
+    """
+    strength, others = e.strength[rows, i], others[:ABLATED_CONTROLS]
+    vectors, by = [], []
+    for directions in e.mapped.values():
+        vector = directions.vectors[i]
+        shuffled = np.linalg.norm(vector) * normalised(directions.vectors[others])
+        vectors += [vector[None], shuffled]
+        in_b = strength if directions.strength is None else directions.strength[rows, i]
+        by += [np.tile(-in_b, (1 + len(others), 1))]
+    removed = e.source.continuations(ready[0], e.directions[[i]], -strength[None])[0]
+    changes = e.target.continuations(ready[1], np.concatenate(vectors), np.concatenate(by))
+    # Only where the text goes on in both models is there a continuation to be scored.
+    at = [side.positions.take(rows) for side in (e.source, e.target)]
+    scored = np.all([positions.end > positions.last for positions in at], axis=0)
+    draws = replace(draws, index=draws.index[scored])
+    removed, changes = (a.astype(np.float64)[..., scored] for a in (removed, changes))
+    out = {}
+    for name, each in zip(e.mapped, np.split(changes, len(e.mapped))):
+        r, *shuffled = (stats.correlation(draws, removed, change) for change in each)
+        defined = [estimate.value for estimate in shuffled if estimate is not None]
+        out[name] = {
+            "ablation_n": len(removed),
+            **columns("ablation_r", r),
+            "ablation_r_shuffled": np.mean(defined) if defined else None,
+        }
+    return out
+
+
+# ---------------------------------------------------------------- over all features
+
+
+def conclude(
+    records: Sequence[dict], *, fdr: float, bootstrap: int, seed: int
+) -> tuple[list[dict], list[dict]]:
+    """Returns (a row per feature and direction, a summary row per direction).
+
+    A feature transfers where its direction beats both families of controls: its p is the larger of
+    the two p-values, and the false discovery rate over all features of the direction is at most
+    fdr. Intervals of summaries are over features.
+
+    Args:
+      records: what ``measure`` returns of every tested feature.
+    """
+    all_rows, summary = [], []
+    for name in dict.fromkeys(name for record in records for name in record["directions"]):
+        rows = [
+            {"direction": name} | record | record["directions"][name]
+            for record in records
+            if name in record["directions"]
+        ]
+        effects = np.array([row["effect"] for row in rows])
+        p = {
+            family: stats.pooled_p(effects, np.array([row.pop(f"null_{family}") for row in rows]))
+            for family in FAMILIES
+        }
+        worst = np.maximum(*p.values())
+        q = stats.benjamini_hochberg(worst)
+        for i, row in enumerate(rows):
+            del row["directions"]
+            row |= {f"p_{family}": float(values[i]) for family, values in p.items()}
+            row |= {"p": float(worst[i]), "q": float(q[i]), "transfers": bool(q[i] <= fdr)}
+        all_rows += rows
+        summary.append(_summary(name, rows, len(records), bootstrap, seed))
+    match = next((s["specific_random"] for s in summary if s["direction"] == MATCH), None)
+    for row in summary:
+        row["of_match"] = row["specific_random"] / match if match and match > 0 else None
+    return all_rows, summary
+
+
+def _summary(name: str, rows: list[dict], tested: int, bootstrap: int, seed: int) -> dict:
+    hits = sum(row["transfers"] for row in rows)
+    low, high = stats.wilson(hits, tested)
+    out = {
+        "direction": name,
+        "n_features": tested,
+        "n_scored": len(rows),
+        "n_transferring": hits,
+        "share_transferring": hits / tested,
+        "share_transferring_low": low,
+        "share_transferring_high": high,
+    }
+    over_controls = [f"{kind}_{family}" for kind in ("effect", "specific") for family in FAMILIES]
+    at_kl = [f"specific_{family}_at_kl" for family in FAMILIES]
+    for key in ("effect", "kl", *over_controls, *at_kl, "ablation_r", "ablation_r_shuffled"):
+        values = np.array([row[key] for row in rows if row.get(key) is not None])
+        draws = stats.draw(np.arange(len(values)), count=bootstrap, seed=seed)
+        out |= columns(key, draws.mean(values) if len(values) else None)
+    return out
+
+
+# ---------------------------------------------------------------- contexts, doses, tokens
+
+
+def choose_contexts(
+    strength: np.ndarray, documents: np.ndarray, count: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Returns at most ``count`` rows at which a feature fires, from as many documents as can be.
+
+    Args:
+      strength: [n], the feature's activations.
+      documents: int [n].
+    """
+    rows = generator.permutation(np.flatnonzero(strength > 0))
+    order = np.argsort(documents[rows], kind="stable")
+    grouped = documents[rows][order]
+    turn = np.arange(len(rows)) - np.searchsorted(grouped, grouped)  # 0, 1, .. in each document
+    rounds = np.empty(len(rows), int)
+    rounds[order] = turn
+    return np.sort(rows[np.argsort(rounds, kind="stable")[:count]])
+
+
+def dose_norms(
+    norm: str,
+    medians: tuple[float, float],
+    *,
+    strength: float,
+    direction: np.ndarray,
+    mapped: np.ndarray,
+) -> tuple[float, float]:
+    """Returns the norms of what a dose of 1 adds to A and to B.
+
+    Args:
+      norm: "residual" (the median norm of the activations), "feature" (what the feature adds to A
+        on average, in B at the same share of the median norm) or "mapped" (likewise, in B the
+        mapped direction at its own norm).
+      medians: norms of A's and of B's activations.
+      strength: A's mean activation of the feature where it fires.
+      direction, mapped: [d_a] and [d_b], per unit of activation.
+    """
+    if norm == "residual":
+        return medians
+    in_a = float(strength * np.linalg.norm(direction))
+    if norm == "feature":
+        return in_a, in_a / medians[0] * medians[1]
+    return in_a, float(strength * np.linalg.norm(mapped))
+
+
+def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (values, KL) of every direction at the dose that spends a KL budget.
+
+    The dose curve starts at no dose, no KL and no effect, and is taken to be straight between
+    doses. A direction that never spends the budget is taken at its largest dose.
+
+    Args:
+      kl: [directions, doses, n], nats; its mean over n is what is spent.
+      values: [directions, doses, n].
+      budget: nats.
+
+    Returns:
+      [directions, n] and [directions].
+    """
+    kl, values = (np.pad(a, ((0, 0), (1, 0), (0, 0))) for a in (kl, values))
+    spent = kl.mean(-1)  # [directions, 1 + doses]
+    reached = spent >= budget
+    after = np.where(reached.any(1), reached.argmax(1), spent.shape[1] - 1)
+    rows = np.arange(len(kl))
+    low, high = spent[rows, after - 1], spent[rows, after]
+    share = np.clip((budget - low) / np.maximum(high - low, 1e-30), 0, 1)
+    share = np.where(reached.any(1), share, 1.0)
+    mixed = values[rows, after - 1] + share[:, None] * (
+        values[rows, after] - values[rows, after - 1]
+    )
+    return mixed, low + share * (high - low)
+
+
+def mean_change(injector: Injector, ready, vector: np.ndarray) -> np.ndarray:
+    """Returns by how much a vector [d_model] raises log p of every token, mean over positions."""
+    clean, edited = injector.log_probs(ready, vector[None])
+    return (edited - clean).mean(0, dtype=np.float64)
+
+
+def most_promoted(
+    change: np.ndarray, has_text: np.ndarray, *, count: int = PROMOTED
+) -> dict[int, float]:
+    """Returns {token: change of its log p} of the tokens with text that are raised the most.
+
+    Args:
+      change: [vocabulary], which may be padded beyond the tokenizer's.
+      has_text: bool [tokens].
+    """
+    change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
+    top = np.argsort(-change, kind="stable")[:count]
+    return {int(t): float(change[t]) for t in top if change[t] > 0}
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    """Returns the rows at norm 1; a zero row stays, and does nothing."""
+    norm = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(norm > 0, norm, 1.0)

@@ -1,0 +1,220 @@
+"""Sections about causal tests: stitching, several layers at once, single features."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from crossdict_jax.report.blocks import Block, Details, Heading, Note, Panels, Section
+from crossdict_jax.report.plots import (
+    INK,
+    MUTED,
+    NONE,
+    STRONG,
+    Figure,
+    draw,
+    score_figure,
+)
+from crossdict_jax.report.results import Comparison, Run
+from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, share, table
+from crossdict_jax.results import by_pair, pair_of, site_words
+
+MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
+
+
+def stitching_section(run: Run) -> Section:
+    """Returns what becomes of the target's loss when a map's prediction is put in."""
+    if not run.rows["causal"]:
+        note = (
+            "No causal test: results/causal.jsonl is not there. Without it nothing shows that a "
+            "predicted activation does the same work."
+        )
+        return Section("stitching", "Stitching", [Note(note)])
+    blocks: list[Block] = [
+        "The target reads held-out text, and at the paired positions its activation is replaced by "
+        "what a map predicts from the source: by the predicted activation itself, or by the "
+        "predicted features, decoded by the target’s dictionary. Loss recovered is 1 when the "
+        "target works as if untouched and 0 when the replacement is as bad as zeros."
+    ]
+    for (source, target), group in groupby(run.stitchings(), key=lambda s: (s.source, s.target)):
+        caption = (
+            f"Loss recovered in {target} from {source}, with 95 % intervals over documents. "
+            "Crosses: the same map on shuffled pairs. Lines: the target with its mean, or its own "
+            "dictionary’s reconstruction, in place of its activation. Blue: surely above zero, the "
+            "mean and the shuffled pairs."
+        )
+        blocks += [
+            Heading(f"{source} → {target}"),
+            Panels(list(map(stitching_figure, group)), caption),
+        ]
+    if together := run.stitchings(together=True):
+        text = (
+            "All these layers of the target are replaced in one pass, each by what the map "
+            "predicts from the source’s layer. At the paired positions a higher layer’s "
+            "replacement overwrites what a lower one made of it; the lower ones reach the output "
+            "through the positions that are not paired, which read them by attention."
+        )
+        blocks.append(Heading("Several layers at once"))
+        blocks.append(Panels(list(map(stitching_figure, together)), text))
+    raw = flat_table(run.rows["causal"], "Every row of causal.jsonl", ("control",))
+    return Section("stitching", "Stitching", [*blocks, Details(raw.caption, [raw])])
+
+
+def stitching_figure(stitching: Comparison) -> Figure:
+    """Returns the loss recovered per map, beside the target's own controls."""
+    key, scores = "loss_recovered", {}
+    for line in stitching.lines:
+        form = ", features" if line.get("stitch_kind") == "features" else ""
+        colour = STRONG if stitching.above_controls(line) else NONE
+        scores[f"{line['map']}{form}"] = (line, colour)
+    keys = (f"{key}_low", f"{key}_high", f"shuffled.{key}")
+    ends = [line[k] for line in stitching.lines for k in keys if line.get(k) is not None]
+    names = {"mean": "mean", "own_sae": "own dictionary"}
+    several = "+" in stitching.site_target
+    return score_figure(
+        scores,
+        key,
+        title=f"{stitching.name} at once" if several else stitching.sites,
+        x="loss recovered: 0 zeros, 1 untouched",
+        words=f"Loss recovered, {stitching.name}",
+        limits=(max(min([*ends, 0.0]), -0.6) - 0.04, max([*ends, 1.0]) + 0.06),
+        references={name: stitching.reference(control) for control, name in names.items()},
+    )
+
+
+# ---------------------------------------------------------------- single features
+
+
+def feature_causal_section(rows: list[dict], summary: list[dict]) -> Section:
+    """Returns dose curves, verdicts and tokens of single features put into the other model."""
+    title = "Features put to work"
+    if not summary:
+        note = "No feature was put into another model: results/feature_causal.jsonl is not there."
+        return Section("feature-causes", title, [Note(note)])
+    blocks: list[Block] = [
+        "A feature of the source is added to the source where it fires; the tokens that become "
+        "likelier are what it promotes. Then its mapped direction is added to the target at the "
+        "same positions of the text, and the change of the log-probability of the same text is "
+        "measured there. Random directions and other features’ mapped directions of equal norm are "
+        "the controls; a feature transfers where it beats both, at the false discovery rate of the "
+        "settings. A large change alone shows nothing. “match” is the target’s own feature that "
+        "correlates best. Removal r says how well taking the feature out of the source, and its "
+        "mapped direction out of the target, changes the prediction of the following text alike."
+    ]
+    tested = by_pair(rows)
+    for pair, group in by_pair(summary).items():
+        features = tested.get(pair, [])
+        by_kind = [[r for r in features if r["direction"] == s["direction"]] for s in group]
+        by_kind = [kept for kept in by_kind if kept]
+        caption = (
+            "Change of the log-probability of the promoted tokens by dose: every feature (blue "
+            "where it transfers), their mean (dots), random directions (band of 95 % of them) and "
+            "other features’ mapped directions (dashed)."
+        )
+        flat = [{k: v for k, v in row.items() if k != "doses"} for row in features]
+        raw = flat_table(flat, "Every column of feature_causal.jsonl but the dose curves")
+        blocks += [
+            Heading(f"{pair[0]} → {pair[1]}, {site_words(*pair[2:])}"),
+            Panels([dose_figure(kept) for kept in by_kind], caption),
+            summary_table(group),
+        ]
+        tables = [features_table(kept) for kept in by_kind]
+        blocks += [Details(t.caption, [t]) for t in (*tables, raw)]
+    return Section("feature-causes", title, blocks)
+
+
+def summary_table(rows: list[dict]) -> Table:
+    """Returns what holds over the tested features, a line per kind of mapped direction."""
+    cells = [
+        {
+            "mapped by": row["direction"],
+            "features": score(row, "n_features"),
+            "transfer": share(row, "share_transferring"),
+            "effect, nats": score(row, "effect"),
+            "over random": score(row, "specific_random"),
+            "over other features": score(row, "specific_shuffled"),
+            "over random, equal KL": score(row, "specific_random_at_kl"),
+            "KL": score(row, "kl"),
+            "of the match’s": share(row, "of_match"),
+            "removal r": score(row, "ablation_r", null="ablation_r_shuffled"),
+        }
+        for row in rows
+    ]
+    return table("What holds over the tested features", cells)
+
+
+def features_table(rows: list[dict]) -> Table:
+    """Returns the features tested with one kind of mapped direction, best first."""
+    signs = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["q"], -row["specific_random"])):
+        style, verdict = ("strong", "● transfers") if row["transfers"] else ("none", "○ not shown")
+        promoted = {
+            f"{title} the {side}": " · ".join(
+                token.translate(signs) for token in row[f"promoted_{side}"][:MAX_TOKENS]
+            )
+            for side, title in (("source", "promotes in"), ("target", "measured in"))
+        }
+        cells.append(
+            {
+                "feature": Cell(str(row["feature"]), verdict, style=style),
+                **promoted,
+                "effect, nats": score(row, "effect"),
+                "over random": score(row, "specific_random"),
+                "over other features": score(row, "specific_shuffled"),
+                "KL": score(row, "kl"),
+                "q": score(row, "q"),
+                "removal r": score(row, "ablation_r", 2, null="ablation_r_shuffled"),
+                "match|r": Cell(str(row["match"]), number(row["match_r"], 2)),
+            }
+        )
+    return table(f"Single features, by {rows[0]['direction']}", cells)
+
+
+def dose_figure(rows: list[dict]) -> Figure:
+    """Returns dose curves of one kind of direction: every feature, their mean, the controls."""
+    doses = [dose["alpha"] for dose in rows[0]["doses"]]
+    kind = rows[0]["direction"]
+    source, target, *_ = pair_of(rows[0])
+
+    def mean(key: str) -> list[float]:
+        return [sum(r["doses"][i][key] for r in rows) / len(rows) for i in range(len(doses))]
+
+    def paint(axes):
+        low, high = mean("random_low"), mean("random_high")
+        axes.fill_between(doses, low, high, color=MUTED, alpha=0.25, linewidth=0)
+        axes.plot(doses, mean("random"), color=MUTED, label="random")
+        axes.plot(doses, mean("shuffled"), "--", color=MUTED, label="other features")
+        for row in rows:
+            style = {"color": STRONG if row["transfers"] else MUTED, "linewidth": 0.5, "alpha": 0.6}
+            axes.plot(doses, [dose["effect"] for dose in row["doses"]], **style)
+        axes.plot(doses, mean("effect"), color=INK, marker="o", markersize=3, label="mapped")
+        axes.set(title=kind, xlabel="dose (alpha)", ylabel="change of log p, nats")
+        axes.grid(axis="y")
+
+    ends = ", ".join(f"{number(x, 2)}: {number(y, 2)}" for x, y in zip(doses, mean("effect")))
+    told = (
+        f"Mean change of the log-probability of promoted tokens by dose, {kind}, {source} to "
+        f"{target}: {ends}; random directions at the largest dose {number(mean('random')[-1], 2)}."
+    )
+    return draw(paint, told, legend=3)
+
+
+def answer(summary: list[dict]) -> list[tuple[str, str]]:
+    """Returns the sentence about single features, with its heading; none without a test."""
+    maps = [row for row in summary if row["direction"] != "match"]
+    if not maps:
+        return []
+    best = max(maps, key=lambda row: (row["share_transferring"], row["specific_random"] or 0))
+    cell, beside = share(best, "share_transferring"), ""
+    for row in summary:
+        if pair_of(row) == pair_of(best) and row["direction"] == "match":
+            hits = f"{row['n_transferring']} of {row['n_features']}"
+            beside = f"; the target’s best matching features: {hits}"
+    head = "Put" if best["n_transferring"] else "Negative result: put"
+    text = (
+        f"{head} into {best['target']}, the directions to which {best['direction']} maps "
+        f"{best['n_transferring']} of {best['n_features']} tested features of {best['source']} "
+        "make the same text likelier, beyond random directions and other features’ "
+        f"({cell.text} {cell.note}; {number(best['specific_random'], 2)} nats over random){beside}."
+    )
+    return [("Feature by feature", text)]

@@ -1,0 +1,137 @@
+"""The generated parts of README.md and of the pages in docs/: no number in them is typed by hand.
+
+A page marks what is generated: what stands between ``<!-- generated: NAME -->`` and
+``<!-- end -->`` is written anew. Beside the run, the results of ``launch.verify`` and
+``launch.benchmark`` are looked for in the folders ``verify`` and ``benchmark`` next to it; a block
+whose numbers are not there stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from crossdict_jax import models, results
+from crossdict_jax.config import Config
+from crossdict_jax.report import answer, causal, shared
+from crossdict_jax.report.html import SHARED
+from crossdict_jax.report.results import Comparison, Run, read_run
+from crossdict_jax.report.tables import Table, number, table
+from crossdict_jax.report.terminal import main_table
+from crossdict_jax.report.transfer import r2_figure, r2_limits
+from crossdict_jax.workdir import Workdir, read_json, write_text
+
+BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
+    """Writes docs/results.md, the chart and every generated block; returns the paths.
+
+    Args:
+      config: the settings of the run.
+      work: a finished run.
+      root: the folder of the project.
+
+    Raises:
+      UserError: a file of the run is missing or damaged.
+      KeyError: a page names a block that does not exist.
+    """
+    run, docs = read_run(work), root / "crossdict_jax/docs"
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    blocks = {
+        "result": main_result(run, commit),
+        "answer": "\n\n".join(f"**{head}.** {text}" for head, text in sentences(run)),
+        "models": markdown(models_table()),
+        "gates": _gates(work.root.parent / "verify" / "results", commit),
+        "benchmark": _benchmark(work.root.parent / "benchmark" / "results"),
+    }
+    write_text(docs / "results.md", results.page())
+    write_text(docs / "transfer.svg", chart(run.comparisons))
+    written = [docs / "results.md", docs / "transfer.svg"]
+    for path in (root / "README.md", *sorted(docs.glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        filled = BLOCK.sub(
+            lambda m: f"{m[1]}{blocks[m[2]]}\n{m[3]}" if blocks[m[2]] else m[0], text
+        )
+        if BLOCK.search(text):
+            write_text(path, filled)
+            written.append(path)
+    return written
+
+
+def main_result(run: Run, commit: str) -> str:
+    """Returns the table of the main result, with the command and commit that made it."""
+    made = f"`python -m launch.experiment`, commit {commit}; R² on held-out documents [95 %]"
+    return f"{made}:\n\n{markdown(main_table(run))}"
+
+
+def sentences(run: Run) -> list[tuple[str, str]]:
+    """Returns (heading, sentence) of what the run says, as at the head of its report."""
+    summary = run.rows["feature_causal_summary"]
+    return [*answer.answer(run), *causal.answer(summary), *shared.answer(run)]
+
+
+def models_table() -> Table:
+    """Returns the embedded language models: shapes, and losses beside those of counts."""
+    rows = []
+    for name in models.EMBEDDED:
+        config = models.load_config(name)
+        training = read_json(models.ASSETS / name / "training.json")
+        rows.append(
+            {
+                "model": name,
+                "shape": f"{config.n_layers} layers of {config.d_model}, vocabulary "
+                f"{config.vocab_size}",
+                "parameters": f"{training['parameters'] / 1e6:.2f} M",
+                "tokens seen": f"{training['tokens_seen'] / 1e6:.1f} M",
+                "held out": number(training["loss"]),
+                "bigram": number(training["bigram_loss"]),
+                "unigram": number(training["unigram_loss"]),
+            }
+        )
+    return table("", rows)
+
+
+def _gates(folder: Path, commit: str) -> str:
+    """The planted truths and what came out, nothing where no gates were run."""
+    path = folder / "verify.json"
+    if not path.exists():
+        return ""
+    rows = [
+        {
+            "gate": f"{gate['gate']}: {gate['what']}" if i == 0 else "",
+            "number": check["what"],
+            "value": number(check["value"]),
+            "bound": f"{check['relation']} {check['bound']}" if check["relation"] else "",
+        }
+        for gate in read_json(path)["gates"]
+        for i, check in enumerate(gate["checks"])
+    ]
+    return f"`python -m launch.verify`, commit {commit}:\n\n{markdown(table('', rows))}"
+
+
+def _benchmark(folder: Path) -> str:
+    path = folder / "benchmark.md"  # which names its machine and commit
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def markdown(table: Table) -> str:
+    """Returns a table in Markdown, intervals beside their values."""
+    lines = [[column.title for column in table.columns]]
+    lines.append(["---:" if column.numeric else "---" for column in table.columns])
+    lines += [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(' '.join(t.split()) for t in line)} |" for line in lines)
+
+
+def chart(comparisons: list[Comparison]) -> str:
+    """Returns the R² of every map at the middle layer pair of the first direction, as an image."""
+    first = comparisons[0]
+    same = [c for c in comparisons if (c.source, c.target) == (first.source, first.target)]
+    figure = r2_figure(same[len(same) // 2], r2_limits(same))
+    style = (SHARED / "style.css").read_text(encoding="utf-8").partition("@media")[0]
+    colours = dict(re.findall(r"(--[\w-]+): (#\w+);", style))
+    svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)
+    paper = f'style="background: {colours["--paper"]}" font-family="sans-serif" width="520"'
+    return svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" {paper}', 1) + "\n"

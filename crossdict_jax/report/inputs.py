@@ -1,0 +1,247 @@
+"""Sections about what was run: settings, pairing, dictionaries, training, time, limits, words."""
+
+from __future__ import annotations
+
+import importlib.util
+import operator
+import re
+import shlex
+from pathlib import Path
+
+from crossdict_jax.config import Config, to_dict
+from crossdict_jax.config.settings import spell
+from crossdict_jax.report.answer import dictionary_name
+from crossdict_jax.report.blocks import Block, Code, Details, Facts, Note, Panels, Section
+from crossdict_jax.report.plots import SERIES, Figure, histogram_figure, line_figure
+from crossdict_jax.report.results import Curves, Run
+from crossdict_jax.report.tables import (
+    Table,
+    flat_table,
+    heading,
+    number,
+    score,
+    share,
+    table,
+)
+from crossdict_jax.results import SCORES, map_order
+
+MAX_POINTS = 200  # of a curve: more cannot be seen
+LIMITS = (
+    "A high score says that the target’s features can be computed from the source. It does not say "
+    "that both models use them in the same way; stitching comes closer, for whole activations.",
+    "Token identity explains much of small models and early layers. What beats the mean but not "
+    "the token map may be the word and nothing else; the context gain is the part beyond it.",
+    "Only features that the dictionaries found are compared. Another seed or width finds others; "
+    "the ceiling, where it was run, says how many.",
+    "The best map named at the top is the best of all on the held-out documents, so its score is "
+    "slightly flattered by the choice.",
+    "Intervals are over documents of this one text source. They do not cover other text, other "
+    "training runs of the models or other seeds of the dictionaries.",
+    "Positions at which only one tokenizer ends a token are not compared; neither are first "
+    "positions and rows with outlying norms.",
+)
+
+
+def run_section(config: Config, run: Run, root: Path) -> Section:
+    """Returns what was run, and how to run it again."""
+    sae, rows = config.sae, run.rows
+    read = run.pairing.get("text", {})
+    sizes = [f"{kind} {_by_split(read[kind])}" for kind in ("documents", "bytes") if kind in read]
+    held_out = []
+    for key, name in (("n_rows", "rows"), ("n_documents", "documents")):
+        counts = [row[key] for row in rows["transfer"] if row.get(key) is not None] or [0]
+        ends = dict.fromkeys((min(counts), max(counts)))
+        held_out.append(f"{' to '.join(map(number, ends))} {name}")
+    stages = [stage for stage in run.timing.values() if isinstance(stage, dict)]
+    devices = {f"{s['devices']} × {s['device']}" for s in stages if {"device", "devices"} <= {*s}}
+    facts = {
+        "Models": ", ".join(run.models),
+        "Sites": ", ".join(dict.fromkeys(str(r["site"]) for r in rows["reconstruction"])),
+        "Text": "; ".join([config.text.source, *sizes]),
+        "Rows, where all tokenizers end a token": _by_split(run.pairing.get("rows")),
+        "Scored on": f"{' of '.join(held_out)} of the test split",
+        "Dictionaries": f"{sae.architecture}, width {spell(sae.width)}, k {spell(sae.k)}, "
+        f"{sae.seeds} per model and site; {sae.steps:,} steps of {sae.batch_size:,} rows",
+        "Maps": ", ".join(sorted({r["map"] for r in rows["transfer"]}, key=map_order)),
+        "Seed": str(config.seed),
+        "Intervals": f"95 %, {config.evaluation.bootstrap} resamples of held-out documents",
+        "Devices": ", ".join(sorted(devices)) or "not recorded",
+    }
+    stored = shlex.quote(f"configs/stored.py:{root}")
+    again = (
+        f"python -m launch.experiment --config={stored} --workdir={shlex.quote(f'{root}-again')}"
+    )
+    blocks = [Facts(list(facts.items())), "To run it again with the same settings:", Code(again)]
+    return Section("run", "What was run", blocks)
+
+
+def _by_split(counts: dict | None) -> str:
+    """Returns "900 (630 train, 90 validation, 180 test)"."""
+    if not counts:
+        return "–"
+    parts = ", ".join(f"{number(n)} {split}" for split, n in counts.items())
+    return f"{number(sum(counts.values()))} ({parts})"
+
+
+def settings(config: Config) -> list[tuple[str, str]]:
+    """Returns every setting as it is written on a command line."""
+    return [(name, spell(operator.attrgetter(name)(config))) for name, _ in nested(to_dict(config))]
+
+
+def nested(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    """Returns (dotted name, value) of every leaf."""
+    leaves = []
+    for key, entry in tree.items():
+        path = f"{prefix}.{key}" if prefix else key
+        leaves += nested(entry, path) if isinstance(entry, dict) else [(path, entry)]
+    return leaves
+
+
+def pairing_section(run: Run) -> Section:
+    """Returns the coverage of every model, and how many tokens lie between two shared ends."""
+    pairing = run.pairing
+    models = [{"model": name, **counts} for name, counts in pairing.get("models", {}).items()]
+    blocks: list[Block] = [
+        "A row of the data is one position in one document at which every model’s tokenizer ends a "
+        "token, so that all of them have read exactly the same text. Coverage says how many of a "
+        "model’s token ends are such positions."
+    ]
+    if models:
+        coverage = [
+            {
+                "model": m["model"],
+                "token ends": score(m, "ends"),
+                "coverage": share(m, "coverage", 1),
+            }
+            for m in models
+        ]
+        blocks.append(table("Token ends that every model shares", coverage))
+    rest = nested({key: entry for key, entry in pairing.items() if key != "models"})
+    facts = [
+        (k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, list) else number(v))
+        for k, v in rest
+    ]
+    blocks.append(Details("Counts of texts, rows kept and rows dropped", [Facts(facts)]))
+    return Section("pairing", "Pairing", blocks)
+
+
+def dictionaries_section(run: Run) -> Section:
+    """Returns the quality of every dictionary."""
+    rows = run.rows["reconstruction"]
+    quality = [
+        {
+            "model": str(row["model"]),
+            "site": str(row["site"]),
+            "dictionary": dictionary_name(row),
+            "features": score(row, "width"),
+            "L0": score(row, "l0", 1),
+            "FVU": score(row, "fvu"),
+            "dead": share(row, "dead_fraction", 1),
+            "CE clean": score(row, "ce_clean"),
+            "CE zero": score(row, "ce_zero"),
+            "CE mean": score(row, "ce_mean"),
+            "CE dictionary": score(row, "ce_sae"),
+            "loss recovered|0: zeros": score(row, "loss_recovered"),
+            "loss recovered|0: the mean": score(row, "loss_recovered_mean"),
+        }
+        for row in rows
+    ]
+    blocks: list[Block] = [
+        "Each model’s activations are written as sparse sums of features. CE is the model’s "
+        "cross-entropy in nats a token when its activation is untouched, zeroed, replaced by its "
+        "mean, or by the dictionary’s reconstruction. Whatever a dictionary misses, no map into "
+        "it can show: read the transfer below with these numbers in mind.",
+        table("Every dictionary on held-out text", quality),
+    ]
+    histograms = {
+        "log10_frequency_histogram": (
+            "log10 of the firing frequency",
+            "How often features fire on held-out rows (log10 of the share of rows). A hump far to "
+            "the left is nearly dead; a hump near 0 fires on almost every row.",
+        ),
+        "decoder_cosine_histogram": (
+            "cosine to the nearest feature",
+            "How alike features are: the cosine of each decoder row to the one most like it. A "
+            "hump near 1 means that features were learned twice.",
+        ),
+    }
+    for key, (axis, caption) in histograms.items():
+        if figures := [_histogram(row, key, axis) for row in run.rows["features"] if key in row]:
+            blocks.append(Panels(figures, caption, "small"))
+    if not run.rows["features"]:
+        blocks.append(Note("No histograms of features: results/features.jsonl is not there."))
+    raw = flat_table(rows, "Every column of reconstruction.jsonl", ("model", "site"))
+    blocks.append(Details(raw.caption, [raw]))
+    return Section("dictionaries", "Dictionaries", blocks)
+
+
+def _histogram(row: dict, key: str, axis: str) -> Figure:
+    name = f"{row['model']} {row['site']} {dictionary_name(row)}"
+    total = number(int(sum(row[key]["counts"])))
+    return histogram_figure(
+        row[key],
+        title=name,
+        x=axis,
+        y="features",
+        words=f"Histogram of the {axis} of {total} features of {name}.",
+    )
+
+
+def training_section(run: Run) -> Section:
+    """Returns the training losses of all that was trained by gradient steps."""
+    if not run.curves:
+        return Section("training", "Training", [Note("No curves: no metrics.jsonl was written.")])
+    caption = "Training losses, one line per member; dashed: shuffled pairs."
+    panels = Panels([_losses(curves) for curves in run.curves], caption, "large")
+    return Section("training", "Training", [panels])
+
+
+def _losses(curves: Curves) -> Figure:
+    every = -(-len(curves.steps) // MAX_POINTS)
+    stems = [re.sub(r"[ -]\(?shuffled\)?", "", label) for label in curves.labels]
+    order = list(dict.fromkeys(stems))
+    lines = {}
+    for label, stem, losses in zip(curves.labels, stems, curves.losses):
+        colour = SERIES[order.index(stem) % len(SERIES)]
+        style = {"color": colour, "linestyle": "-" if stem == label else "--", "linewidth": 1}
+        lines[label] = (curves.steps[::every], losses[::every], style)
+    low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
+    ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(curves.labels, curves.losses))
+    return line_figure(
+        lines,
+        title=curves.title,
+        x="step",
+        y="loss",
+        log="y" if 0 < 5 * low < high else "",
+        words=f"{curves.title}: last training loss {ends}.",
+        legend=2 if max(map(len, curves.labels)) < 36 else 1,
+    )
+
+
+def time_section(run: Run) -> Section:
+    """Returns what each stage took; other entries of timing.json are not stages."""
+    timing = run.timing.items()
+    rows = [{"stage": k, **v} for k, v in timing if isinstance(v, dict) and "wall_s" in v]
+    if not rows:
+        return Section("time", "Time", [Note("No times: results/timing.json is not there.")])
+    total = number(sum(row["wall_s"] for row in rows), 1)
+    stages: Table = flat_table(rows, f"Wall time of each stage: {total} s in all", ("stage",))
+    return Section("time", "Time", [stages])
+
+
+def words_section(run: Run) -> Section:
+    """Returns what the names of scores and maps on this page mean."""
+    meanings = {heading(column.name): f"{column.meaning}." for column in SCORES}
+    meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
+    for kind in sorted({row["map"] for row in run.rows["transfer"]}, key=map_order):
+        module = f"crossdict_jax.maps.kinds.{kind}"
+        if importlib.util.find_spec(module):
+            first_line, _, _ = importlib.import_module(module).__doc__.partition("\n")
+            meanings[f"map {kind}"] = first_line
+    return Section("words", "Words", [Facts(list(meanings.items()), "words")])
+
+
+def closing_sections(config: Config) -> list[Section]:
+    """Returns the limits of what the page says, and all settings of the run."""
+    listed = Details("All settings of the run", [Facts(settings(config))])
+    return [Section("limits", "Limits", list(LIMITS)), Section("settings", "Settings", [listed])]

@@ -1,0 +1,230 @@
+"""Sections about maps between models: transfer, single features, controls."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from crossdict_jax.report.blocks import Block, Details, Facts, Heading, Note, Panels, Section
+from crossdict_jax.report.plots import (
+    MUTED,
+    NONE,
+    STRONG,
+    WEAK,
+    Figure,
+    score_figure,
+)
+from crossdict_jax.report.results import Comparison, Run
+from crossdict_jax.report.tables import (
+    VERDICTS,
+    Cell,
+    Table,
+    flat_table,
+    number,
+    score,
+    share,
+    table,
+)
+from crossdict_jax.results import BASELINES, by_pair, site_words
+
+COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
+COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
+
+
+def verdict(line: dict) -> tuple[str, str, str]:
+    """Returns (style, sign, words) of a map's verdict; baselines have neither style nor sign."""
+    if line["map"] in BASELINES:
+        return "", "", "baseline"
+    words = line.get("verdict") or "–"
+    return *VERDICTS.get(words, ("", "")), words
+
+
+def transfer_section(run: Run) -> Section:
+    """Returns every score of every map, direction by direction, beside its null."""
+    key = [(f"{sign} {words}", COLOUR_NAMES[style]) for words, (style, sign) in VERDICTS.items()]
+    blocks: list[Block] = [
+        "Every map predicts the target’s features from the source at the same position of the "
+        "text. It is fitted on training documents and scored on held-out ones. Below each score "
+        "stands the null (×): the same map fitted and scored on shuffled pairs, where nothing can "
+        "be shared. The verdict, from paired bootstrap differences, compares each map with the two "
+        "that need no activations: the mean, and the table of token means.",
+        Facts(key),
+    ]
+    for (source, target), group in groupby(run.comparisons, key=lambda c: (c.source, c.target)):
+        group = list(group)
+        limits = r2_limits(group)
+        blocks += [
+            Heading(f"{source} → {target}"),
+            Panels(
+                [r2_figure(c, limits) for c in group],
+                f"R² of each map from {source} to {target}, with 95 % intervals over documents. "
+                "Crosses: the same map on shuffled pairs. Lines: the mean (R² 0), and the source’s "
+                "token map, which a map must pass to show shared context. Colours are verdicts.",
+            ),
+            *map(transfer_table, group),
+        ]
+    first = ("source", "target", "map")
+    raw = flat_table(run.rows["transfer"], "Every column of transfer.jsonl", first)
+    return Section("transfer", "Transfer", [*blocks, Details(raw.caption, [raw])])
+
+
+def transfer_table(comparison: Comparison) -> Table:
+    """Returns every score of every map at one layer pair, its shuffled null below it."""
+    row = comparison.lines[0]
+    pool = row.get("pool") or row.get("shuffled.pool")
+    top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
+    scores = {
+        "r2": "R²",
+        "context_gain": "context gain",
+        "cosine": "cosine",
+        "cosine_mean_predictor": "cosine of the mean",
+        "cosine_centered": "centred cosine",
+        "top1": f"top-1|chance {top1}",
+        "mean_rank": f"mean rank|chance {rank}",
+        "feature_correlation": "feature correlation",
+        "sparsity_similarity": "sparsity similarity",
+        "l0_predicted": f"L0 predicted|target {number(row.get('l0_target'), 1)}",
+    }
+    digits, rows = {"mean_rank": 0, "l0_predicted": 1}, []
+    for line in comparison.lines:
+        style, sign, text = verdict(line)
+        cells = {"map, verdict": Cell(line["map"], f"{sign} {text}".strip(), style=style)}
+        for key, title in scores.items():
+            cells[title] = score(line, key, digits.get(key, 3), null=f"shuffled.{key}")
+        rows.append(cells)
+    caption = (
+        f"{comparison.name}: {number(row.get('n_rows'))} rows of {number(row.get('n_documents'))} "
+        f"held-out documents, retrieval pool {number(pool)}; L0 of the source "
+        f"{number(row.get('l0_source'), 1)}, of the target {number(row.get('l0_target'), 1)}"
+    )
+    return table(caption, rows)
+
+
+def r2_limits(group: list[Comparison]) -> tuple[float, float]:
+    """Returns one x axis for all panels of a direction; far below zero is cut, and marked."""
+    keys = ("r2", "r2_low", "r2_high", "shuffled.r2")
+    values = [line[k] for c in group for line in c.lines for k in keys if line.get(k) is not None]
+    low, high = max(min([*values, 0.0]), -0.5), max([*values, 0.1])
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin
+
+
+def r2_figure(comparison: Comparison, limits: tuple[float, float]) -> Figure:
+    """Returns R² with its interval per map, the shuffled null as a cross, the token as a line."""
+    return score_figure(
+        {line["map"]: (line, COLOURS[verdict(line)[0]]) for line in comparison.lines},
+        "r2",
+        title=comparison.sites,
+        x="R² on held-out documents",
+        words=f"R², {comparison.name}",
+        limits=limits,
+        references={"mean": 0.0, "token": comparison.score("token", "r2")},
+    )
+
+
+# ---------------------------------------------------------------- single features
+
+
+def features_section(run: Run) -> Section:
+    """Returns which of the target’s features are predicted best and worst, and in which bins."""
+    rows = run.rows["feature_transfer"]
+    if not rows:
+        note = "No single features: results/feature_transfer.jsonl is not there, or is empty."
+        return Section("features", "Single features", [Note(note)])
+    single = by_pair(row for row in rows if row["row"] == "feature")
+    bins = [{k: v for k, v in row.items() if v is not None} for row in rows if "low" in row]
+    binned = flat_table(bins, "Features in bins of firing frequency and of token share", ("row",))
+    return Section(
+        "features",
+        "Single features",
+        [
+            "Which of the target’s features can be computed from the source, and which cannot, by "
+            "the map with the highest R² on validation rows. Only features that fire on at least "
+            "20 held-out rows are ranked. The extremes of many are flattered by the choice: the "
+            "small number beside each R² is that of the validation rows, which had no part in it. "
+            "The token that fires is in angle quotes; ⏎ is a line’s end. A driver’s number is its "
+            "effect: by how many standard deviations the feature moves with the source feature, "
+            "from the mean Jacobian of the map over held-out rows (exact where the map is affine); "
+            "a map that reads activations is looked at through the source’s decoder.",
+            *map(features_table, single.values()),
+            Details(binned.caption, [binned]),
+        ],
+    )
+
+
+def features_table(rows: list[dict]) -> Table:
+    """Returns single features of one layer pair: their scores, contexts, matches and drivers."""
+    source, target = rows[0]["source"], rows[0]["target"]
+    cells = []
+    for row in rows:
+        texts = [f"{c['before']}«{c['token']}»{c['after']}" for c in row["contexts"]] or [""]
+        first, *others = [text.replace("\n", "⏎").replace("\t", "⇥") for text in texts]
+        style = "strong" if row["rank"] == "most" else "none"
+        r, match = number(row["match"]["correlation"], 2), row["match"]["feature"]
+        cells.append(
+            {
+                f"feature of {target}": Cell(f"#{row['feature']}", row["rank"], style=style),
+                "R²|on validation rows": Cell(number(row["r2"]), number(row["r2_validation"])),
+                "correlation": score(row, "correlation", 2),
+                "fires on": share(row, "frequency", 1),
+                "its token explains": share(row, "token_share"),
+                "where it fires most": Cell(first, " | ".join(others)),
+                f"best match in {source}": Cell(f"#{match}", f"r {r}"),
+                f"driven by, in {source}": _drivers(row["attributions"]),
+            }
+        )
+    sites = site_words(rows[0]["site_source"], rows[0]["site_target"])
+    start = f"Most and least transferable features, {sites}, by {rows[0]['map']}"
+    return table(f"{start}, {source} → {target}", cells)
+
+
+def _drivers(attributions: list[dict]) -> str:
+    """Which features of the source drive a feature, by map."""
+    by_map = []
+    for attribution in attributions:
+        effects = [f"#{d['feature']} {number(d['effect'], 2)}" for d in attribution["drivers"]]
+        stability = attribution["stability"]
+        notes = ["exact"] if attribution["exact"] else []
+        notes += [f"stability {number(stability, 2)}"] if stability is not None else []
+        note = f" ({', '.join(notes)})" if notes else ""
+        by_map += [f"{attribution['map']}: {', '.join(effects)}{note}"] if effects else []
+    return "; ".join(by_map) or "–"
+
+
+# ---------------------------------------------------------------- controls
+
+
+def controls_section(run: Run) -> Section:
+    """Returns every map beside its ceiling and the re-initialised target."""
+    if not run.rows["controls"]:
+        note = "No ceiling and no re-initialised model: results/controls.jsonl is not there."
+        return Section("controls", "Controls", [Note(note)])
+    tables = []
+    for c in run.comparisons:
+        rows = [
+            {
+                "map": line["map"],
+                "R²": score(line, "r2"),
+                "shuffled": score(line, "shuffled.r2"),
+                "ceiling": score(line, "ceiling.r2"),
+                "normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
+                "top-1, normalised": score(line, "top1_normalized", 2),
+                "context gain": score(line, "context_gain"),
+                "context gain, ceiling": score(line, "ceiling.context_gain"),
+                "context gain, re-initialised": score(line, "untrained.context_gain"),
+                "R², re-initialised": score(line, "untrained.r2"),
+            }
+            for line in c.lines
+            if {"ceiling.map", "untrained.map"} & line.keys()
+        ]
+        tables += [table(f"Controls, {c.name}", rows)] if rows else []
+    raw = flat_table(run.rows["controls"], "Every column of controls.jsonl", ("control",))
+    text = (
+        "The seed-to-seed ceiling is the same map from a second dictionary of the target itself, "
+        "trained from another seed. It is what two dictionaries of one model share, and no map "
+        "between models can be asked for more. The normalised score is 0 at the shuffled pairs and "
+        "1 at the ceiling, and undefined where the two lie closer than 0.05. The re-initialised "
+        "target has the same shape and tokenizer, all weights drawn anew, and a dictionary of its "
+        "own: tokens explain most of it, so its R² may be high, but context gain beyond zero there "
+        "is not something that training made."
+    )
+    return Section("controls", "Controls", [text, *tables, Details(raw.caption, [raw])])

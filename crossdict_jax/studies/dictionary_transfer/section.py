@@ -1,0 +1,83 @@
+"""Dictionaries of one model used for another: what they explain there, and what they spare."""
+
+from __future__ import annotations
+
+from crossdict_jax.report.blocks import Block, Panels, html
+from crossdict_jax.report.plots import SERIES, Figure, line_figure
+from crossdict_jax.report.tables import Table, number, percent, score, share, table
+from crossdict_jax.results import site_words
+
+TITLE = "Moved dictionaries"
+
+
+def section(rows: list[dict]) -> str:
+    """Returns the html of the page's section, from the rows of both files."""
+    training = [row for row in rows if "steps" in row]
+    blocks: list[Block] = [
+        "A model’s dictionary used for another model, with no training: activations go through an "
+        "affine map into its space, are written as its features, and come back through another. "
+        "The stitch alone, there and back with no dictionary between, is the most that this can "
+        "reach; a random rotation in place of the maps is what it must beat.",
+        *tables([row for row in rows if "steps" not in row]),
+    ]
+    if training:
+        caption = "Training a dictionary from random parameters (dashed) and from another model’s."
+        blocks += [savings_table(training), Panels([curves(row) for row in training], caption)]
+    return html(blocks)
+
+
+def tables(rows: list[dict]) -> list[Table]:
+    """Returns what each way of reconstructing the target explains, a table for each direction."""
+    return [
+        table(
+            f"Dictionaries of {source}, used for {target}",
+            [
+                {
+                    "sites": site_words(row["site_source"], row["site_target"]),
+                    "dictionary": row["dictionary"],
+                    "FVU": score(row, "fvu"),
+                    "L0": score(row, "l0", 1),
+                    "CE": score(row, "ce"),
+                    "more than clean": score(row, "delta_ce"),
+                }
+                for row in rows
+                if (row["source"], row["target"]) == (source, target)
+            ],
+        )
+        for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows)
+    ]
+
+
+def savings_table(rows: list[dict]) -> Table:
+    """Returns how many steps a start from the other model's dictionary saves."""
+    cells = [
+        {
+            "from": row["source"],
+            "to": row["target"],
+            "sites": site_words(row["site_source"], row["site_target"]),
+            "steps": number(row["steps"][-1]),
+            "to reach it": score(row, "steps_to_reach"),
+            "saved": share(row, "saved"),
+            "FVU random": score(row, "fvu_random"),
+            "FVU moved": score(row, "fvu_transferred"),
+        }
+        for row in rows
+    ]
+    return table("Steps until the moved start is as good as the random one ends", cells)
+
+
+def curves(row: dict) -> Figure:
+    """Returns the training errors from either start."""
+    name = f"{row['source']} to {row['target']}, {row['site_target']}"
+    saved = "no steps" if row["saved"] is None else f"{percent(row['saved'], 0)} of the steps"
+    return line_figure(
+        {
+            "random": (row["steps"], row["random"], {"color": SERIES[0], "linestyle": "--"}),
+            "moved": (row["steps"], row["transferred"], {"color": SERIES[0]}),
+        },
+        title=name,
+        x="step",
+        y=f"training {row['error'].upper()}",
+        log="",
+        words=f"{name}: the moved start saves {saved}.",
+    )

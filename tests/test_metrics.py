@@ -1,0 +1,75 @@
+"""Training metrics: the jsonl file after a resume, and the same numbers in other tools."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from crossdict_jax.config import Config
+from crossdict_jax.config.settings import validate
+from crossdict_jax.errors import UserError
+from crossdict_jax.training import metrics
+from crossdict_jax.training.metrics import MetricsWriter
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> list:
+    """A stand-in for the package; what it is told."""
+    told = []
+    run = types.SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
+    module = types.ModuleType("wandb")
+    module.init = lambda **settings: told.append(settings["project"]) or run
+    module.__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
+
+
+def test_rows_behind_the_restored_step_are_written_once(tmp_path):
+    path = tmp_path / "a" / "metrics.jsonl"
+    first = MetricsWriter(path, start=0)
+    for step in (49, 99):
+        first(step, {"loss": [1.0, 2.0]})
+    path.write_text(path.read_text() + '{"step": 149, "lo')  # a kill
+    second = MetricsWriter(path, start=50)
+    second(99, {"loss": [0.5, 1.5]})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"step": 49, "loss": [1.0, 2.0]}, {"step": 99, "loss": [0.5, 1.5]}]
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_other_tools_get_a_curve_for_each_member(tmp_path, wandb):
+    writer = MetricsWriter(tmp_path / "m.jsonl", start=0, records=("wandb",), labels=("x",))
+    writer(7, {"loss": [2.0, 3.0], "rate": 0.5})
+    writer.close()
+    curves = {"loss/x": 2.0, "loss/1": 3.0, "rate": 0.5, "step": 7}
+    assert wandb == ["crossdict_jax", curves, "finished"]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = MetricsWriter(tmp_path / "m.jsonl", start=0, records=("tensorboard",))
+    writer(7, {"loss": [2.0]})
+    (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    assert b"loss/0" in events.read_bytes()  # before it is closed
+    writer.close()
+
+
+def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(metrics.PACKAGES, "wandb", "no_such_package")
+    with pytest.raises(UserError, match="pip install no_such_package"):
+        MetricsWriter(tmp_path / "m.jsonl", start=0, records=("wandb",))
+
+
+def test_an_unknown_tool_is_refused():
+    with pytest.raises(UserError, match="tensorboard, wandb"):
+        validate(Config(records=("mlflow",)))
+
+
+def test_starting_a_command_imports_no_other_tool():
+    program = "import sys, launch.command; print({'wandb', 'tensorboardX'} & set(sys.modules))"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "set()"
