@@ -15,7 +15,6 @@ token) can therefore be scored against what was planted.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,65 +101,16 @@ class Views:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def take(self, rows: np.ndarray) -> Views:
-        """Returns the rows of these numbers, or where a mask is True."""
-        return dataclasses.replace(
-            self,
-            x=tuple(x[rows] for x in self.x),
-            codes=self.codes[rows],
-            tokens=tuple(tokens[rows] for tokens in self.tokens),
-            document=self.document[rows],
-        )
-
     def split(self, test_fraction: float = 0.25) -> tuple[Views, Views]:
         """Returns (training, test) rows, whole documents each; the last documents are the test."""
         documents = np.unique(self.document)
-        first = documents[round(len(documents) * (1 - test_fraction))]
-        return self.take(self.document < first), self.take(self.document >= first)
+        test = self.document >= documents[round(len(documents) * (1 - test_fraction))]
 
+        def take(rows: np.ndarray) -> Views:
+            x, tokens = (tuple(a[rows] for a in each) for each in (self.x, self.tokens))
+            return Views(x, self.codes[rows], tokens, self.document[rows], self.truth)
 
-@dataclass(frozen=True)
-class Streams:
-    """A text as each view's tokens, with an activation at the end of every token.
-
-    Attributes:
-      texts: the documents, bytes (ASCII).
-      ends: per view and document int32 [tokens], the byte at which each token ends.
-      ids: per view and document int32 [tokens].
-      x: per view and document float32 [tokens, width].
-      codes: per view and document float32 [tokens, features].
-      truth: what is the same everywhere.
-    """
-
-    texts: tuple[bytes, ...]
-    ends: tuple[tuple[np.ndarray, ...], ...]
-    ids: tuple[tuple[np.ndarray, ...], ...]
-    x: tuple[tuple[np.ndarray, ...], ...]
-    codes: tuple[tuple[np.ndarray, ...], ...]
-    truth: Truth
-
-    def paired(self, *, shift: int = 0) -> Views:
-        """Returns the rows at which every view ends a token, as the pipeline pairs them.
-
-        Args:
-          shift: tokens by which every view but the first is read too late: a mistake to find.
-        """
-        positions = []  # per document [pairs, views]
-        for ends in zip(*self.ends):
-            late = pair_many(ends)[1] + shift * (np.arange(len(ends)) > 0)[None, :]
-            inside = (late >= 0) & (late < np.asarray([len(e) for e in ends])[None, :])
-            positions.append(late[inside.all(1)])
-
-        def gather(per_view):
-            return tuple(
-                np.concatenate([array[p[:, v]] for array, p in zip(arrays, positions)])
-                for v, arrays in enumerate(per_view)
-            )
-
-        lengths = [len(p) for p in positions]
-        document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        codes = gather(self.codes)[0]
-        return Views(gather(self.x), codes, gather(self.ids), document, self.truth)
+        return take(~test), take(test)
 
 
 # ---------------------------------------------------------------- rows
@@ -304,16 +254,18 @@ def _show(config: PlantedConfig, codes: np.ndarray, directions: np.ndarray, rng)
 # ---------------------------------------------------------------- text
 
 
-def streams(config: PlantedConfig, seed: int) -> Streams:
-    """Returns planted activations at the token ends of a text that each view cuts its own way.
+def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
+    """Returns planted rows where the tokens of all views end together in a text, as it is paired.
 
-    Words are cut into tokens by a table of each view; ends of words are common, ends within words
-    partly. Every token has two bytes or more, and the features of the token are functions of the
-    last two bytes: whatever view reads them, its current token determines them, and its context
-    does not matter. All other features are drawn anew at every byte: no token determines them.
+    Each view cuts the words of the text into tokens by a table of its own; ends of words are
+    common, ends within words partly. Every token has two bytes or more, and the features of the
+    token are functions of the last two bytes: whatever view reads them, its current token
+    determines them, and its context does not matter. All other features are drawn anew at every
+    byte: no token determines them.
 
     Args:
       config: ``rows`` follow from the text; ``documents`` is their number.
+      shift: tokens by which every view but the first is read too late: a mistake to find.
     """
     truth = plant(config, seed)
     rng = _generator(seed, _TEXT)
@@ -321,24 +273,34 @@ def streams(config: PlantedConfig, seed: int) -> Streams:
     lexicon: dict[bytes, None] = {}  # different words, each with the space before it
     while len(lexicon) < WORDS:
         lexicon[b" " + rng.choice(alphabet, rng.integers(3, 10)).tobytes()] = None
-    lexicon = list(lexicon)
     tables = [[_cuts(len(word), rng) for word in lexicon] for _ in config.widths]
     words = [_zipf_draws(rng, WORDS, WORDS_PER_DOCUMENT) for _ in range(config.documents)]
-    texts = tuple(b"".join(lexicon[w] for w in document) for document in words)
+    lexicon = list(lexicon)
+    texts = [b"".join(lexicon[w] for w in document) for document in words]
     ends, ids = zip(*(_tokenize(words, lexicon, table) for table in tables))
+    positions = []  # per document [pairs, views]
+    for d in range(config.documents):
+        lengths = np.asarray([len(view[d]) for view in ends])
+        late = pair_many([view[d] for view in ends])[1]
+        late = late + shift * (np.arange(len(ends)) > 0)[None, :]
+        positions.append(late[(late < lengths[None, :]).all(1)])
 
-    document = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
+    byte_document = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
     letters = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64)
     _, last_two = np.unique(np.append(0, letters[:-1]) * 256 + letters, return_inverse=True)
-    at_bytes = _codes(config, truth, seed, document=document, classes=last_two)
-    at_bytes = np.split(at_bytes, np.cumsum([len(t) for t in texts])[:-1])
-    codes = tuple(tuple(c[e - 1] for c, e in zip(at_bytes, view)) for view in ends)
-    rng = _generator(seed, _NOISE)
-    x = tuple(
-        tuple(_show(config, c, directions, rng) for c in view)
-        for view, directions in zip(codes, truth.directions)
-    )
-    return Streams(texts, ends, ids, x, codes, truth)
+    at_bytes = _codes(config, truth, seed, document=byte_document, classes=last_two)
+    first_bytes = np.cumsum([0, *map(len, texts)])
+    rng, x, codes, tokens = _generator(seed, _NOISE), [], [], []
+    for view, directions in enumerate(truth.directions):
+        last_bytes = np.concatenate([e + b - 1 for e, b in zip(ends[view], first_bytes)])
+        first_tokens = np.cumsum([0, *map(len, ends[view])])
+        rows = np.concatenate([p[:, view] + t for p, t in zip(positions, first_tokens)])
+        codes.append(at_bytes[last_bytes])
+        x.append(_show(config, codes[-1], directions, rng)[rows])
+        codes[-1] = codes[-1][rows]
+        tokens.append(np.concatenate(ids[view])[rows])
+    document = np.repeat(np.arange(len(texts), dtype=np.int32), [len(p) for p in positions])
+    return Views(tuple(x), codes[0], tuple(tokens), document, truth)
 
 
 def _cuts(length: int, rng: np.random.Generator) -> np.ndarray:
@@ -375,12 +337,10 @@ def best_cosines(decoder: np.ndarray, directions: np.ndarray) -> tuple[np.ndarra
       decoder: [width, d].
       directions: [features, d].
     """
-    seen = np.linalg.norm(directions, axis=1) > 0
-    length = np.linalg.norm(decoder, axis=1, keepdims=True)
-    rows = decoder / np.where(length > 0, length, 1)
-    unit = directions[seen] / np.linalg.norm(directions[seen], axis=1, keepdims=True)
-    cosines = unit @ rows.T
-    best = cosines.argmax(1)
-    cosine, row = np.full(len(seen), np.nan), np.full(len(seen), -1)
-    cosine[seen], row[seen] = cosines[np.arange(len(best)), best], best
-    return cosine, row
+    unit = [
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+        for rows in (directions, decoder)
+    ]
+    cosines = unit[0] @ unit[1].T
+    seen = directions.any(1)
+    return np.where(seen, cosines.max(1), np.nan), np.where(seen, cosines.argmax(1), -1)
