@@ -22,7 +22,6 @@ from crossdict_jax import maps, models, modules
 from crossdict_jax.activations import extract as extraction
 from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.plan import make_plan
-from crossdict_jax.activations.splice import Passages
 from crossdict_jax.activations.store import Rows, Store, shard_name
 from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.benchmark import ensemble as benchmark_ensemble
@@ -37,7 +36,6 @@ from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.kinds import hypernetwork
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining import language_model
-from crossdict_jax.studies.steering import prompts
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir
 
@@ -248,24 +246,10 @@ def batches(config):
     return sizes
 
 
-def beginnings(config):
-    """Which held-out windows prompts are taken from, and how much of each."""
-    tokens = tuple(np.arange(40) + 100 * i for i in range(6))
-    n = np.arange(6)
-
-    def select(*_, documents, **__):
-        return Passages(tokens[:documents], *4 * (n[:documents],))
-
-    store = type("Texts", (Four,), {"has_bos": lambda self, model: None})()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "select_passages", select)
-        return [t.tolist() for t in prompts._beginnings(config, store, "a")]
-
-
 def preferences(config):
     """The directions, layer pairs and rungs of contrast sets."""
     asked = config.contrast
-    return map_groups(config, Four(), layers=asked.layers, kinds=asked.rungs)
+    return map_groups(config, Four(), layers="middle", kinds=asked.maps)
 
 
 def timed(config):
@@ -312,7 +296,7 @@ def together(config):
 def probed(config):
     """The directions, layer pairs and rungs of probes."""
     asked = config.probe
-    return map_groups(config, Four(), layers=asked.layers, kinds=asked.rungs, of_tokens=True)
+    return map_groups(config, Four(), layers="middle", kinds=asked.maps, of_tokens=True)
 
 
 def pretraining(config):

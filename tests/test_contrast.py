@@ -1,4 +1,4 @@
-"""Contrast sets: files of pairs, planted causes of a preference, the stage, its page, bad input."""
+"""Contrast sets: files of pairs, planted causes of a preference, the study, and what is shown."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from crossdict_jax import dictionaries, models, stats
+from crossdict_jax import models, results, stats
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun
@@ -17,32 +17,16 @@ from crossdict_jax.config import ContrastConfig, identity
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.studies.contrast import ablation, preference
-from crossdict_jax.studies.contrast import measure as stage
-from crossdict_jax.studies.contrast.ablation import Cut, measure, singles
-from crossdict_jax.studies.contrast.measure import measure_contrast
-from crossdict_jax.studies.contrast.preference import (
-    Reader,
-    Reading,
-    Readings,
-    read,
-    unigram_preference,
-)
+from crossdict_jax.studies.contrast import ablation
+from crossdict_jax.studies.contrast import measure as study
+from crossdict_jax.studies.contrast.ablation import Cut, draw_controls, measure, singles
+from crossdict_jax.studies.contrast.preference import Reader, read_pairs
 from crossdict_jax.studies.contrast.section import circuits, section, sentences, tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
-from crossdict_jax.training.mesh import make_mesh
+from crossdict_jax.studies.reading import Reading
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, SITE, WORDS
-from crossdict_jax.workdir import Workdir, read_jsonl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Programs for eight devices take long to compile; one test runs on all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preference, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
-        yield
-
+from crossdict_jax.workdir import Workdir
 
 # ---------------------------------------------------------------- planted causes
 
@@ -52,7 +36,7 @@ def planted():
     return planted_causal.plant(texts=2)
 
 
-def triggered(triggers, planted, n=24, seed=0) -> Readings:
+def triggered(triggers, planted, n=24, seed=0) -> Reading:
     """Pairs "words trigger target" against "words trigger another word", as both models read them.
 
     The words in front are other triggers: their features fire, and are not what matters.
@@ -66,17 +50,13 @@ def triggered(triggers, planted, n=24, seed=0) -> Readings:
     words = np.array(rows, np.int32)
     text, position = np.divmod(np.arange(2 * len(words)), 2)
     position = position + 1  # the first position is never paired, the last one moves nothing
-    scored = np.zeros(words.shape, bool)
-    scored[:, -1] = True
-    of = {
-        name: Reading(tokens.astype(np.int32), scored, position, position)
-        for name, tokens in (("a", words), ("b", planted.words[words]))
-    }
-    return Readings(text, of)
+    tokens = {"a": list(words), "b": list(planted.words[words].astype(np.int32))}
+    both = dict.fromkeys("ab", position)
+    return Reading(np.arange(len(words)), tokens, text, both, both)
 
 
-def reader_of(planted, readings, name, **how) -> Reader:
-    return Reader(planted.lms["ab".index(name)], readings, name, **({"batch_size": 16} | how))
+def reader_of(planted, reading, name) -> Reader:
+    return Reader(planted.lms["ab".index(name)], reading, name, batch_size=32)
 
 
 CAUSES = [0, 1, 2]
@@ -84,20 +64,19 @@ CAUSES = [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def readers(planted):
-    readings = triggered(CAUSES, planted)
-    return {name: reader_of(planted, readings, name) for name in "ab"}
+    reading = triggered(CAUSES, planted)
+    return {name: reader_of(planted, reading, name) for name in "ab"}
 
 
 def test_attribution_finds_the_features_that_cause_a_preference(planted, readers):
     reader, dictionary = readers["a"], planted.dictionaries[0]
-    attribution = reader.attribution(SITE, dictionary, steps=8)
+    attribution = reader.attribution(SITE, dictionary)
     assert attribution.shape == (24, FEATURES)
     mean = attribution.mean(0)
     assert sorted(np.argsort(-mean)[:3]) == CAUSES
     assert np.abs(np.delete(mean, CAUSES)).max() < 0.2 * mean[CAUSES].min()
-    assert not np.allclose(attribution, reader.attribution(SITE, dictionary, steps=1))
     features = np.arange(FEATURES)
-    cut = Cut(reader.own_strength(SITE, dictionary, features), dictionary.W_dec[...], FEATURES)
+    cut = Cut(reader.strength(SITE, dictionary, features), dictionary.W_dec[...], FEATURES)
     exact = singles(reader, SITE, cut, reader.preference())
     assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99
     assert (exact[CAUSES].mean(1) > 0.03).all()
@@ -106,14 +85,15 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
 def test_one_step_is_the_slope_of_the_preference(planted, readers):
     reader, dictionary = readers["a"], planted.dictionaries[0]
     slope = reader.attribution(SITE, dictionary, steps=1)
+    assert not np.allclose(slope, reader.attribution(SITE, dictionary))
     small = 1e-2
-    strength = small * reader.own_strength(SITE, dictionary, np.arange(FEATURES))
+    strength = small * reader.strength(SITE, dictionary, np.arange(FEATURES))
     cut = Cut(strength, np.asarray(dictionary.W_dec[...]), FEATURES)
     found = singles(reader, SITE, cut, reader.preference()).T / small
     np.testing.assert_allclose(found, slope, atol=0.02 * np.abs(slope).max())
 
 
-def images_in_b(planted, readers) -> np.ndarray:
+def directions_in_b(planted) -> np.ndarray:
     return feature_directions(planted.dictionaries[0], np.arange(FEATURES)) @ planted.map.W[...]
 
 
@@ -124,11 +104,11 @@ def transferred(planted, readers, vectors, features) -> dict:
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
     clean = readers["b"].preference()
     draws = stats.draw(np.arange(len(clean)), count=100, seed=0)
-    return measure(readers["b"], SITE, cut, clean=clean, controls=24, draws=draws, seed=0).row
+    return measure(readers["b"], SITE, cut, clean=clean, controls=24, draws=draws, seed=0)[1]
 
 
-def test_images_of_causes_bear_the_preference_of_the_other_model(planted, readers):
-    row = transferred(planted, readers, images_in_b(planted, readers), CAUSES)
+def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(planted, readers):
+    row = transferred(planted, readers, directions_in_b(planted), CAUSES)
     assert row["moves"] is True
     assert row["effect"] > 0.15 and row["accuracy"] > row["accuracy_ablated"]
     assert max(row[f"p_{family}"] for family in ablation.FAMILIES) <= 0.05
@@ -136,7 +116,7 @@ def test_images_of_causes_bear_the_preference_of_the_other_model(planted, reader
 
 @pytest.mark.parametrize("wrong", ["random", "another"])
 def test_other_directions_do_not(planted, readers, wrong):
-    true = images_in_b(planted, readers)
+    true = directions_in_b(planted)
     noise = np.random.default_rng(5).normal(size=true.shape) / true.shape[1] ** 0.5
     vectors = noise if wrong == "random" else np.roll(true, 5, axis=0)
     assert transferred(planted, readers, vectors, CAUSES)["moves"] is False
@@ -144,10 +124,10 @@ def test_other_directions_do_not(planted, readers, wrong):
 
 def test_features_that_do_nothing_in_the_other_model_move_nothing(planted):
     unlinked = list(range(LINKED, LINKED + 3))
-    readings = triggered(unlinked, planted)
-    own = {name: reader_of(planted, readings, name) for name in "ab"}
-    assert own["a"].preference().mean() > 0.3 > np.abs(own["b"].preference().mean())
-    assert transferred(planted, own, images_in_b(planted, own), unlinked)["effect"] < 0.1
+    reading = triggered(unlinked, planted)
+    both = {name: reader_of(planted, reading, name) for name in "ab"}
+    assert both["a"].preference().mean() > 0.3 > np.abs(both["b"].preference().mean())
+    assert transferred(planted, both, directions_in_b(planted), unlinked)["effect"] < 0.1
 
 
 def test_edges_follow_the_way_from_one_layer_to_the_next(planted):
@@ -164,13 +144,9 @@ def test_edges_follow_the_way_from_one_layer_to_the_next(planted):
     V = np.asarray(upper.W_dec[...])
     arrays = {"W_enc": (turn @ V).T, "b_enc": np.zeros(FEATURES), "W_dec": turn @ V}
     lower = from_arrays(find("relu"), arrays | {"b_dec": np.zeros(V.shape[1])})
-    readings = triggered(CAUSES, planted)
-    at_trigger = {
-        name: dataclasses.replace(r, first=r.first[1::2], position=r.position[1::2])
-        for name, r in readings.of.items()
-    }
-    readings = Readings(readings.text[1::2], at_trigger)  # one row a text
-    reader = Reader(lm, readings, "a", batch_size=16)
+    reading = triggered(CAUSES, planted)
+    reading = reading.take_rows(np.arange(1, len(reading.text), 2))  # one row a text
+    reader = Reader(lm, reading, "a", batch_size=32)
     found = reader.edges((Site(0), lower), (Site(1), upper), CAUSES)
     assert found.shape == (24, 3, FEATURES)
     whole = reader.attribution(Site(1), upper, steps=1)[:, CAUSES]
@@ -186,7 +162,7 @@ def test_controls_have_the_norm_of_the_cut():
     rng = np.random.default_rng(0)
     strength = np.abs(rng.normal(size=(4, 5, 7))).astype(np.float32)
     cut = Cut(strength, rng.normal(size=(7, 3)).astype(np.float32), 2)
-    random, shuffled, others = ablation._controls(cut, 6, rng)
+    random, shuffled, others = draw_controls(cut, 6, rng).values()
 
     def added(vectors):
         return np.linalg.norm(np.einsum("tsf,fd->tsd", strength, vectors))
@@ -197,8 +173,8 @@ def test_controls_have_the_norm_of_the_cut():
             norms[:, :2], np.tile(np.linalg.norm(cut.vectors[:2], axis=1), (6, 1)), rtol=1e-5
         )
         assert not norms[:, 2:].any()
-    own = np.concatenate([cut.vectors[:2], np.zeros((5, 3))])
-    np.testing.assert_allclose([added(v) for v in others], added(own), rtol=1e-4)
+    itself = np.concatenate([cut.vectors[:2], np.zeros((5, 3))])
+    np.testing.assert_allclose([added(v) for v in others], added(itself), rtol=1e-4)
     assert not others[:, :2].any()
 
 
@@ -287,19 +263,16 @@ def run(tmp_path_factory):
         source=(write(root / "pairs.jsonl", pairs),),
         pairs=16,
         features=2,
-        steps=2,
         controls=19,
-        rungs=("ridge", "mlp"),
-        edges=2,
-        batch_size=8,
+        maps=("ridge", "mlp"),
     )
     config, work = dataclasses.replace(config, contrast=asked), Workdir(root / "run")
-    measure_contrast(config, work)
+    study.run(config, work)
     return config, work
 
 
-def rows_of(work, what):
-    return [row for row in read_jsonl(work.result(stage.ROWS)) if row["what"] == what]
+def rows_of(work, kind=None):
+    return [row for row in results.read(work, study.FILE) if kind in (None, row["what"])]
 
 
 @pytest.fixture(scope="module")
@@ -307,70 +280,85 @@ def tokenizers(run):
     return dict(zip("ab", map(models.load_tokenizer, run[0].models)))
 
 
+PAIRS = ContrastSet("s", ("abc de fgh a", "bad cab ab"), ("abc de fgh bb", "bad dab ab"))
+RULES = {"bos": {"a": None, "b": None}, "contexts": {"a": 64, "b": 64}}
+
+
 def test_preference_is_the_difference_of_log_probabilities(run, tokenizers):
-    pairs = ContrastSet("s", ("abc de fgh a", "bad cab ab"), ("abc de fgh bb", "bad dab ab"))
-    readings = read(pairs, tokenizers, bos={"a": None, "b": None}, contexts={"a": 64, "b": 64})
+    reading, _ = read_pairs(PAIRS, tokenizers, **RULES)
+
+    def log_p(logits, tokenizer, text) -> float:
+        """Of a text behind its first token."""
+        ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+        filled = np.pad(ids, (0, 32 - len(ids)))[None]  # one program for all texts
+        out = jax.nn.log_softmax(logits(filled)[0], axis=-1)
+        return float(sum(out[i, t] for i, t in enumerate(ids[1:])))
+
     for name, path in zip("ab", run[0].models):
         lm = models.load(path)
-        read_by = jax.jit(lm.logits), tokenizers[name]
+        model = jax.jit(lm.logits), tokenizers[name]
         expected = [
-            log_p(*read_by, good) - log_p(*read_by, bad) for good, bad in zip(pairs.good, pairs.bad)
+            log_p(*model, good) - log_p(*model, bad) for good, bad in zip(PAIRS.good, PAIRS.bad)
         ]
-        found = Reader(lm, readings, name, batch_size=3).preference()
+        found = Reader(lm, reading, name, batch_size=6).preference()
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def log_p(logits, tokenizer, text) -> float:
-    """The log-probability of a text behind its first token."""
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
-    filled = np.pad(ids, (0, 32 - len(ids)))[None]  # one program for all texts
-    out = jax.nn.log_softmax(logits(filled)[0], axis=-1)
-    return float(sum(out[i, t] for i, t in enumerate(ids[1:])))
-
-
-def test_rows_are_the_same_places_of_the_text(tokenizers):
-    pairs = ContrastSet("s", ("abc de fgh a",), ("abc de fgh bb",))
-    readings = read(pairs, tokenizers, bos={"a": None, "b": 7}, contexts={"a": 64, "b": 64})
-    a, b = readings.of["a"], readings.of["b"]
-    assert (b.tokens[:, 0] == 7).all()
-    for text, whole in ((0, pairs.good[0]), (1, pairs.bad[0])):
-        rows = np.flatnonzero(readings.text == text)
+def test_rows_are_the_same_positions_of_the_text(tokenizers):
+    pairs = ContrastSet("s", PAIRS.good[:1], PAIRS.bad[:1])
+    reading, _ = read_pairs(pairs, tokenizers, **RULES | {"bos": {"a": None, "b": 7}})
+    assert all(tokens[0] == 7 for tokens in reading.tokens["b"])
+    for text, whole in enumerate((pairs.good[0], pairs.bad[0])):
+        rows = np.flatnonzero(reading.text == text)
+        assert rows.size
         for row in rows:
             heads = [
-                tokenizers[name].decode(r.tokens[text, front : r.position[row] + 1])
-                for name, r, front in (("a", a, 0), ("b", b, 1))
+                tokenizers[name].decode(tokens[text][front : reading.position[name][row] + 1])
+                for (name, tokens), front in zip(reading.tokens.items(), (0, 1))
             ]
             assert heads[0] == heads[1] and whole.startswith(heads[0])
-        assert (b.first[rows] <= b.position[rows]).all()
-        assert (b.first[rows][1:] == b.position[rows][:-1] + 1).all()
-        assert rows.size and not (a.position[rows] == 0).any()
+        first, position = reading.first["b"][rows], reading.position["b"][rows]
+        assert (first <= position).all() and (first[1:] == position[:-1] + 1).all()
+        assert not (reading.position["a"][rows] == 0).any()
 
 
 def test_whole_spans_are_edited_on_wish(tokenizers, run):
-    pairs = ContrastSet("s", ("abc de fgh a",), ("abc de fgh bb",))
-    readings = read(pairs, tokenizers, bos={"a": None, "b": None}, contexts={"a": 64, "b": 64})
+    reading, _ = read_pairs(PAIRS, tokenizers, **RULES)
     lm = models.load(run[0].models[1])
     last, whole = (
-        Reader(lm, readings, "b", batch_size=2, whole_span=wish).edited for wish in (False, True)
+        Reader(lm, reading, "b", batch_size=2, whole_span=wish).edited for wish in (False, True)
     )
-    assert last.sum() == len(readings.text)
+    assert last.sum() == len(reading.text)
     assert (whole & last == last).all() and not whole[:, 0].any()
 
 
 def test_pairs_that_say_nothing_or_do_not_fit_are_counted(tokenizers):
     pairs = ContrastSet("s", ("ab cd", "ab cd ef", "ab " * 70), ("ab ce", "ab cd", "cd " * 70))
-    how = {"bos": {"a": None, "b": None}, "contexts": {"a": 64, "b": 64}}
-    found = read(pairs, tokenizers, **how)
-    assert (found.n_pairs, found.nested, found.too_long) == (1, 1, 1)
+    reading, nested = read_pairs(pairs, tokenizers, **RULES)
+    assert (reading.kept.tolist(), nested, reading.too_long) == ([0, 1], 1, 1)
 
 
-def test_unigram_preference_counts_tokens():
-    reading = Reading(np.array([[1, 2], [1, 3]]), np.array([[False, True]] * 2), None, None)
-    found = unigram_preference(reading, np.array([0, 0, 5, 1]))
-    assert found == pytest.approx([np.log(6 / 2)])
+def test_unigram_preference_counts_tokens(planted):
+    none = np.zeros(0, int)
+    tokens = {"a": [np.array([1, 2]), np.array([1, 3])]}
+    reading = Reading(np.arange(2), tokens, none, {"a": none}, {"a": none})
+    reader = Reader(planted.lms[0], reading, "a", batch_size=2)
+    assert reader.unigram_preference(np.array([0, 0, 5, 1])) == pytest.approx([np.log(6 / 2)])
 
 
-# ---------------------------------------------------------------- the stage
+@pytest.mark.mesh
+def test_batches_and_devices_change_nothing(planted):
+    """Two texts a device in one batch of sixteen, or all pairs in one."""
+    reading = triggered(CAUSES, planted, n=9)
+    d = planted.dictionaries[0]
+    parts = [
+        Reader(planted.lms[0], reading, "a", batch_size=size).attribution(SITE, d, steps=2)
+        for size in (2, 64)
+    ]
+    np.testing.assert_allclose(*parts, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the study
 
 
 def test_rows_of_every_kind(run):
@@ -383,38 +371,27 @@ def test_rows_of_every_kind(run):
         assert row["accuracy_swapped_low"] < 0.5 < row["accuracy_swapped_high"]
     sites = [(model, "resid_pre.1") for model in "ab"]
     assert [(row["model"], row["site"]) for row in rows_of(work, "ablation")] == sites
-    features = rows_of(work, "feature")
-    for place in sites:
-        here = [row for row in features if (row["model"], row["site"]) == place]
-        assert [row["chosen"] for row in here] == ["top"] * 2 + ["random"] * 2
-        assert here[0]["attribution_train"] >= here[1]["attribution_train"] > 0
-        assert len({row["feature"] for row in here}) == 4
+    for site in sites:
+        features = [r for r in rows_of(work, "feature") if (r["model"], r["site"]) == site]
+        assert [row["chosen"] for row in features] == ["top"] * 2 + ["random"] * 2
+        assert features[0]["attribution_train"] >= features[1]["attribution_train"] > 0
+        assert len({row["feature"] for row in features}) == 4
     assert not rows_of(work, "edge")  # of one layer
     transfers = rows_of(work, "transfer")
     assert [row["direction"] for row in transfers] == ["ridge", "mlp", "match", "own"] * 2
-    assert {row["site_target"] for row in transfers} == {"resid_pre.1"}
-    assert {row["set"] for row in transfers} == {"pairs"}
-    own = {row["model"]: row for row in rows_of(work, "ablation")}
+    assert {(row["set"], row["site_target"]) for row in transfers} == {("pairs", "resid_pre.1")}
+    ablated = {row["model"]: row for row in rows_of(work, "ablation")}
+    prefers = {row["model"]: row["prefers"] for row in preferences}
     for row in transfers:
         if row["direction"] == "own":
-            assert row["effect"] == own[row["target"]]["effect"]
+            assert row["effect"] == ablated[row["target"]]["effect"]
             assert row["share_of_own"] in (None, 1.0)
+        judged = prefers[row["source"]] and prefers[row["target"]]
+        assert (row["moves"] is None) == (not judged)  # no verdict without a preference
 
 
-def test_no_verdict_without_a_preference(run):
-    _, work = run
-    prefers = {row["model"]: row["prefers"] for row in rows_of(work, "preference")}
-    for row in rows_of(work, "transfer"):
-        known = prefers[row["source"]] and prefers[row["target"]]
-        assert (row["moves"] is None) == (not known)
-
-
-def test_finished_rows_are_left_and_other_questions_are_no_other_run(run, monkeypatch):
-    config, work = run
-    before = work.result(stage.ROWS).read_bytes()
-    monkeypatch.setattr(stage, "_rows", None)
-    measure_contrast(config, work)
-    assert work.result(stage.ROWS).read_bytes() == before
+def test_other_questions_are_no_other_run(run):
+    config, _ = run
     other = dataclasses.replace(config, contrast=ContrastConfig())
     assert identity(other) == identity(config)
 
@@ -426,40 +403,39 @@ def copy(run, tmp_path):
     return Workdir(tmp_path / "run")
 
 
-def test_a_killed_stage_goes_on_behind_its_last_part(run, copy, monkeypatch):
+def test_a_killed_study_goes_on_behind_its_last_part_and_a_finished_one_is_left(
+    run, copy, monkeypatch
+):
     config, work = run
-    copy.result(stage.ROWS).unlink()
-    done, make = [], stage._Study._transfer
+    copy.result(study.FILE).unlink()
+    done, make = [], study._transfer
 
-    def killed(self, tasks, known):
-        if done and done[-1] != "again":
+    def killed(halves, tasks, *rest):
+        if done == ["a"]:
             raise KeyboardInterrupt
         done.append(tasks[0].source)
-        return make(self, tasks, known)
+        return make(halves, tasks, *rest)
 
-    monkeypatch.setattr(stage._Study, "_transfer", killed)
+    monkeypatch.setattr(study, "_transfer", killed)
     with pytest.raises(KeyboardInterrupt):
-        measure_contrast(config, copy)
-    with copy.result(stage.PROGRESS).open("a") as file:
-        file.write('{"key": ["cut o')
+        study.run(config, copy)
     done.append("again")
-    monkeypatch.setattr(stage._Study, "_rests_on", None)  # those are known
-    measure_contrast(config, copy)
+    monkeypatch.setattr(study, "_features", pytest.fail)  # those were kept
+    study.run(config, copy)
     assert done == ["a", "again", "b"]
-    assert copy.result(stage.ROWS).read_bytes() == work.result(stage.ROWS).read_bytes()
-    assert not copy.result(stage.PROGRESS).exists()
+    assert copy.result(study.FILE).read_bytes() == work.result(study.FILE).read_bytes()
+    monkeypatch.setattr(study, "_measure", pytest.fail)
+    study.run(config, copy)
 
 
 def test_edges_between_the_chosen_features_of_two_sites(run, copy):
     config, _ = run
-    low, high = Site(1), Site(1, "resid_post")
+    pair = low, high = Site(1), Site(1, "resid_post")
     shutil.copytree(copy.dictionary("a", low), copy.dictionary("a", high))
     (pairs,) = read_sets(config.contrast.source)
-    study = stage._Study(FinishedRun(config, copy, open_store(copy.activations)), pairs)
-    (row, *_) = [r for r in rows_of(copy, "ablation") if r["model"] == "a"]
-    known = {("pairs", "site", "a", str(site)): {"top": row["features"]} for site in (low, high)}
-    rows = study._edges("a", low, high, known)["rows"]
-    ids = row["features"]
+    halves = study.Halves(FinishedRun(config, copy, open_store(copy.activations)), pairs)
+    ids = next(r for r in rows_of(copy, "ablation") if r["model"] == "a")["features"]
+    rows = study._edges(halves, "a", pair, [ids, ids])
     assert [(r["feature_upper"], r["feature_lower"]) for r in rows] == [
         (b, a) for b in ids for a in ids
     ]
@@ -471,8 +447,8 @@ def test_edges_between_the_chosen_features_of_two_sites(run, copy):
 def test_settings_change_the_rows(run, copy, change):
     config, work = run
     asked = dataclasses.replace(config.contrast, **change)
-    measure_contrast(dataclasses.replace(config, contrast=asked), copy)
-    assert read_jsonl(copy.result(stage.ROWS)) != read_jsonl(work.result(stage.ROWS))
+    study.run(dataclasses.replace(config, contrast=asked), copy)
+    assert rows_of(copy) != rows_of(work)
 
 
 def test_texts_that_no_model_can_read_are_refused(run, copy, tmp_path, capsys):
@@ -480,7 +456,7 @@ def test_texts_that_no_model_can_read_are_refused(run, copy, tmp_path, capsys):
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
     asked = dataclasses.replace(config.contrast, source=(write(tmp_path / "long.jsonl", long),))
     with pytest.raises(UserError, match=r"no set of which every model can read 4 pairs"):
-        measure_contrast(dataclasses.replace(config, contrast=asked), copy)
+        study.run(dataclasses.replace(config, contrast=asked), copy)
     assert (
         "long is left out: of 4 pairs every model can read 0 (4 longer" in capsys.readouterr().out
     )
@@ -490,19 +466,7 @@ def test_transcoders_are_refused(run):
     config, work = run
     moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))
     with pytest.raises(UserError, match=r"contrast set needs dictionaries that write .*=mlp_out"):
-        measure_contrast(moved, work)
-
-
-def test_batches_and_devices_change_nothing(run, tokenizers, monkeypatch):
-    pairs = ContrastSet(
-        "s", ("abc de fgh a", "bad cab ab", "ab ba c"), ("abc de fgh bb", "bad dab ab", "ab ba d")
-    )
-    readings = read(pairs, tokenizers, bos={"a": None, "b": None}, contexts={"a": 64, "b": 64})
-    lm, d = models.load(run[0].models[0]), dictionaries.load(run[1].dictionary("a", Site(1)))
-    one = Reader(lm, readings, "a", batch_size=2).attribution(Site(1), d, steps=2)
-    monkeypatch.setattr(preference, "make_mesh", make_mesh)
-    many = Reader(lm, readings, "a", batch_size=3).attribution(Site(1), d, steps=2)
-    np.testing.assert_allclose(one, many, atol=1e-5)
+        study.run(moved, work)
 
 
 # ---------------------------------------------------------------- what is shown
@@ -510,17 +474,12 @@ def test_batches_and_devices_change_nothing(run, tokenizers, monkeypatch):
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):
     config, work = run
-    rows = read_jsonl(work.result(stage.ROWS))
-    made = tables(rows), circuits(rows)
-    assert len(made[0]) == 1 + 2 + 2 and len(made[1]) == 2
-    assert all(len(row) == len(t.columns) for t in [*made[0], *made[1]] for row in t.rows)
-    stage.run(config, work)
-    out = capsys.readouterr().out
-    assert "pairs: which text of a pair is likelier" in out and "own" in out
-
-
-def test_the_section_shows_circuits_and_every_direction(run):
-    html = section(read_jsonl(run[1].result(stage.ROWS)))
+    rows = rows_of(work)
+    assert len(tables(rows)) == 1 + 2 + 2 and len(circuits(rows)) == 2
+    study.run(config, work)
+    printed = capsys.readouterr().out
+    assert "pairs: which text of a pair is likelier" in printed and "own" in printed
+    html = section(rows)
     assert "pairs: circuit of the top features of b" in html
     assert "directions of b’s top features taken out of a" in html
 
@@ -536,4 +495,4 @@ def test_the_sentence_names_directions_and_admits():
     assert "the ridge directions of" in sentence and "mlp" not in sentence
     (sentence,) = sentences(rows[1:])
     assert sentence.startswith("Negative result") and "own top features do" in sentence
-    assert sentences([transfer("ridge", None)]) == []
+    assert not list(sentences([transfer("ridge", None)]))

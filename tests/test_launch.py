@@ -581,7 +581,7 @@ def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd)
     [
         (contrast, "--config.contrast.features=3", "contrast.source is empty"),
         (contrast, "--config.contrast.source=nowhere.jsonl", "nowhere.jsonl does not exist"),
-        (probe, "--config.probe.draws=2", "probe.source is empty"),
+        (probe, "--config.probe.pooling=max", "probe.source is empty"),
         (probe, "--config.probe.source=nowhere.jsonl", "nowhere.jsonl is no file"),
     ],
 )

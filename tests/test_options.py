@@ -18,7 +18,6 @@ import option_probes as probes
 import pytest
 from option_probes import (
     batches,
-    beginnings,
     closed_forms,
     corpus,
     crosscoders,
@@ -170,12 +169,8 @@ TURNED = {
         "crosscoder.checkpoint_every": Turn(3, crosscoders),
         "evaluation.bootstrap": Turn(11, resampled),
         "evaluation.batch_size": Turn(16, batches),
-        "contrast.layers": Turn("all", preferences, given(layers=(1, 2))),
-        "contrast.rungs": Turn(("ridge",), preferences),
-        "probe.layers": Turn("all", probed, given(layers=(1, 2))),
-        "probe.rungs": Turn(("ridge",), probed),
-        "steer.documents": Turn(2, beginnings),
-        "steer.prompt_tokens": Turn(5, beginnings),
+        "contrast.maps": Turn(("ridge",), preferences),
+        "probe.maps": Turn(("ridge",), probed),
     },
     PretrainConfig: TEXT
     | {
@@ -237,7 +232,7 @@ ELSEWHERE = {
         "test_pareto.test_every_setting_has_a_row": "pareto.architectures pareto.k "
         "pareto.penalties",
         "test_causal_features.test_documents_bound_the_text": "intervention.documents",
-        "test_stitching.test_the_size_of_a_batch_changes_nothing": "intervention.batch_size",
+        "test_splice.test_the_size_of_a_batch_changes_nothing": "intervention.batch_size",
         "test_causal_features.test_settings_change_the_rows": "intervention.features "
         "intervention.alphas intervention.norm",
         "test_causal_transfer.test_settings_reach_the_models": "intervention.contexts "
@@ -249,25 +244,17 @@ ELSEWHERE = {
         "test_contrast.test_settings_change_the_rows": "contrast.features contrast.span "
         "contrast.pairs",
         "test_contrast.test_a_folder_is_all_its_files": "contrast.source",
-        "test_probe.test_settings_change_the_rows": "probe.pooling probe.draws probe.examples "
-        "probe.test_fraction",
+        "test_probe.test_settings_change_the_rows": "probe.pooling probe.examples",
         "test_probe.test_bad_texts_are_named": "probe.text probe.label",
         "test_probe.test_missing_files_are_named": "probe.source",
-        "test_probe.test_a_probe_is_the_minimum_of_its_loss": "probe.penalties",
-        "test_probe.test_rows_are_what_the_models_read_there": "probe.batch_size",
-        "test_contrast.test_one_step_is_the_slope_of_the_preference": "contrast.steps",
         "test_contrast.test_controls_have_the_norm_of_the_cut": "contrast.controls",
-        "test_contrast.test_edges_between_the_chosen_features_of_two_sites": "contrast.edges",
-        "test_contrast.test_batches_and_devices_change_nothing": "contrast.batch_size",
         "test_steering.test_mistakes_are_told_in_one_line": "steer.source steer.target "
         "steer.layer_pair",
-        "test_steering.test_every_edit_has_its_texts_and_rates": "steer.feature steer.image "
-        "steer.alphas steer.samples steer.tokens steer.promoted",
-        "test_generation.test_a_text_depends_on_its_own_row_alone": "steer.batch_size",
-        "test_steering.test_the_image_of_the_map_is_put_in_at_the_asked_norm": "steer.norm "
-        "steer.positions",
+        "test_steering.test_every_edit_has_its_texts_and_rates": "steer.feature steer.map "
+        "steer.alphas steer.samples steer.tokens",
+        "test_steering.test_the_mapped_direction_is_put_in_at_the_asked_norm": "steer.norm",
         "test_steering.test_a_search_lists_features_and_takes_the_first": "steer.search",
-        "test_steering.test_prompts_come_from_a_file_too": "steer.prompts",
+        "test_steering.test_prompts_are_one_text_or_the_lines_of_a_file": "steer.prompts",
         "test_generation.test_draws_follow_the_probabilities_and_the_nucleus": ""
         "steer.temperature steer.top_p",
     },

@@ -1,4 +1,4 @@
-"""Probes: logistic regression, labelled texts, planted labels carried over, the stage, its page."""
+"""Probes: logistic regression, labelled texts, planted labels carried over, the study's rows."""
 
 import dataclasses
 import json
@@ -11,18 +11,17 @@ import test_report
 import tiny_run
 from scipy.optimize import minimize
 
-from crossdict_jax import models, studies
+from crossdict_jax import models, results, studies
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ProbeConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.report import write_report
 from crossdict_jax.studies.probe import logistic
-from crossdict_jax.studies.probe import measure as stage
-from crossdict_jax.studies.probe.labelled import pooled, read_labelled, read_texts, row_activations
-from crossdict_jax.studies.probe.measure import measure_probes
+from crossdict_jax.studies.probe import measure as study
+from crossdict_jax.studies.probe.labelled import Split, pooled, read_labelled, split
 from crossdict_jax.studies.probe.section import tables
-from crossdict_jax.workdir import Workdir, read_jsonl
+from crossdict_jax.workdir import Workdir
 
 # ---------------------------------------------------------------- logistic regression
 
@@ -71,15 +70,13 @@ def test_probes_find_planted_labels_and_nothing_in_shuffled_ones(classes):
 def test_more_columns_than_rows_and_more_rows_than_columns_agree():
     x, y = planted(30, 2)
     wide = np.concatenate([x, np.zeros((30, 100), np.float32)], axis=1)
-    probes = [
+    fitted = [
         logistic.train(a, y[None], classes=2, penalties=(0.01,), seed=0)[0]
-        for a in (x[:, :20], wide)
+        for a in (x[:, :20], wide, x)
     ]
-    assert probes[0].W.shape == (20, 2) and probes[1].W.shape == (140, 2)
-    assert not np.abs(probes[1].W[40:]).max() > 1e-9
-    np.testing.assert_array_equal(
-        probes[1](wide), logistic.train(x, y[None], classes=2, penalties=(0.01,), seed=0)[0](x)
-    )
+    assert fitted[0].W.shape == (20, 2) and fitted[1].W.shape == (140, 2)
+    assert not np.abs(fitted[1].W[40:]).max() > 1e-9
+    np.testing.assert_array_equal(fitted[1](wide), fitted[2](x))
 
 
 # ---------------------------------------------------------------- labelled texts
@@ -106,7 +103,6 @@ BAD = {  # what is written, what the line names
     "no label": ([{"text": "a", "kind": 1}], "no field label, only text, kind; set probe.label"),
     "number": ([{"text": 1, "label": 1}], "text is not text, or blank"),
     "float": ([{"text": "a", "label": 0.5}], "label is not text or a whole number, or blank"),
-    "null": ([{"text": "a", "label": None}], "label is not text or a whole number"),
     "one class": ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "every label is 1"),
     "empty": ([], "it is empty"),
 }
@@ -134,7 +130,33 @@ def test_pooling():
     np.testing.assert_array_equal(pooled(f, text, "mean"), [[2, 0.5], [2, 5]])
 
 
-# ---------------------------------------------------------------- the stage
+def test_examples_hold_every_label_and_no_held_out_text():
+    labels = np.array([0] * 70 + [1] * 20)
+    parts = split(labels, ("x", "y"), examples=(12,), seed=0, left="")
+    assert len(parts.test) == 27 and not set(parts.test) & set(parts.train)
+    for draw in range(3):
+        rows = parts.examples(12, draw)
+        assert len(set(rows)) == 12 and set(labels[rows]) == {0, 1}
+        assert not set(rows) & set(parts.test)
+    assert set(parts.examples(12, 0)) != set(parts.examples(12, 1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "examples", "words"),
+    [
+        ([0, 1] * 45, (16, 500), "examples=500 is more than the 63 texts to train on: why"),
+        (range(32), (16,), "examples=16 is less than the 32 different labels"),
+        ([0] * 99 + [1], (16,), "No text to train on has the label 1: why"),
+    ],
+)
+def test_too_few_texts_are_refused(labels, examples, words):
+    classes = tuple(map(str, sorted(set(labels))))
+    with pytest.raises(UserError, match=words):
+        for seed in range(30):  # a label that stands once falls into either part
+            split(np.array(labels), classes, examples=examples, seed=seed, left="why")
+
+
+# ---------------------------------------------------------------- the study
 
 
 @pytest.fixture(scope="module")
@@ -149,29 +171,24 @@ def run(tmp_path_factory):
     words = [text.split()[:6] for text in tiny_run.make_texts(90)]
     lines = [{"text": " ".join(w), "label": "early" if w[-1] < "d" else "late"} for w in words]
     lines += [lines[0], {"text": "abc " * 40, "label": "late"}]
-    asked = ProbeConfig(
-        source=write(root / "texts.jsonl", lines), examples=(12, 32), draws=2, batch_size=16
-    )
+    asked = ProbeConfig(source=write(root / "texts.jsonl", lines), examples=(12, 16))
     config, work = dataclasses.replace(config, probe=asked), Workdir(root / "run")
-    measure_probes(config, work)
-    return config, work
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "DRAWS", 2)
+        patch.setattr(logistic.train, "__kwdefaults__", {"penalties": (1e-2, 1e-1)})
+        study.run(config, work)
+        yield config, work
 
 
-@pytest.fixture
-def copy(run, tmp_path):
-    shutil.copytree(run[1].root, tmp_path / "run")
-    return Workdir(tmp_path / "run")
-
-
-def asking(config, **changes):
-    return dataclasses.replace(config, probe=dataclasses.replace(config.probe, **changes))
+def rows_of(work):
+    return results.read(work, study.FILE)
 
 
 def test_a_row_for_every_probe_and_number_of_examples(run):
     config, work = run
-    rows = read_jsonl(work.result(stage.ROWS))
+    rows = rows_of(work)
     probes = [*config.map.kinds, "own", "source", "tokens", "majority"]
-    expected = [(a, b, n, p) for a, b in ("ab", "ba") for n in (12, 32) for p in probes]
+    expected = [(a, b, n, p) for a, b in ("ab", "ba") for n in (12, 16) for p in probes]
     assert [(r["source"], r["target"], r["n"], r["probe"]) for r in rows] == expected
     for row in rows:
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
@@ -181,38 +198,25 @@ def test_a_row_for_every_probe_and_number_of_examples(run):
         if row["probe"] == "tokens":
             assert row["lead_tokens"] == 0.0
     of = {(r["source"], r["n"], r["probe"]): r["accuracy"] for r in rows}
-    for n in (12, 32):  # one's own probe is the other direction's native one
+    for n in (12, 16):  # a model's own probe is the source one of the other direction
         assert of["a", n, "own"] == of["b", n, "source"]
         assert of["a", n, "mean"] == of["a", n, "majority"]  # which says the same of every text
 
 
-def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones(run, monkeypatch):
-    """Planted: labels that the target's features say, and a rung that predicts these."""
-    config, work = run
-    store = open_store(work.activations)
-    texts = stage._Texts(
-        FinishedRun(config, work, store),
-        read_labelled(config.probe.source, text="text", label="label"),
-    )
-    (group,) = [
-        g
-        for g in stage.map_groups(config, store, layers="middle", rungs=("ridge",))
-        if g[0].source == "a"
-    ]
-    direction = stage._Direction(texts, group)
-    n = len(texts.read.kept)
-    f, y = planted(n, 2)
+def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones():
+    """Planted: labels that the target's features say, and a map that predicts these."""
+    f, y = planted(90, 2)
     noise = np.random.default_rng(2).normal(scale=0.1, size=f.shape)
-    useless = np.zeros((n, 3), np.float32)
+    useless = np.zeros((90, 3), np.float32)
     features = {
         "right": (np.maximum(f + noise, 0), f),
         "wrong": (np.roll(f, 7, axis=1), f),
         "own": (f, f),
         "tokens": (useless, useless),
     }
-    monkeypatch.setattr(stage._Direction, "_features", features)
-    monkeypatch.setattr(stage._Texts, "labels", y)
-    rows = {row["probe"]: row for row in direction.rows(32)}
+    parts = Split(y, np.arange(63), np.arange(63, 90), seed=0)
+    rows = study.probe_rows(lambda i: features, 0, parts, 32, Config())
+    rows = {row["probe"]: row for row in rows}
     assert rows["own"]["accuracy"] > 0.8
     assert rows["right"]["accuracy"] > rows["own"]["accuracy"] - 0.1
     assert rows["right"]["lead_tokens_low"] > 0
@@ -220,99 +224,59 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones(run,
     assert rows["own"]["accuracy_shuffled"] < 0.7
 
 
-def test_examples_hold_every_label_and_no_held_out_text(run):
-    config, work = run
-    run_ = FinishedRun(config, work, open_store(work.activations))
-    texts = stage._Texts(run_, read_labelled(config.probe.source, text="text", label="label"))
-    for draw in range(3):
-        rows = texts.examples(12, draw)
-        assert len(set(rows)) == 12 and set(texts.labels[rows]) == {0, 1}
-        assert not set(rows) & set(texts.test)
-    assert set(texts.examples(12, 0)) != set(texts.examples(12, 1))
-
-
 def test_rows_are_what_the_models_read_there(run):
-    config, _ = run
-    tokenizers = dict(zip("ab", map(models.load_tokenizer, config.models)))
-    texts = ["abc de fgh", "bad cab"]
-    how = {"bos": {"a": None, "b": 3}, "contexts": {"a": 64, "b": 64}}
-    read = read_texts(texts, tokenizers, **how, last=True)
-    assert read.text.tolist() == [0, 1]
-    lm = models.load(config.models[1])
-    x = row_activations(lm, read, "b", tiny_run.SITE, batch_size=4, dtype="float32")
-    for i, tokens in enumerate(read.tokens["b"]):
-        assert tokens[0] == 3 and read.position["b"][i] == len(tokens) - 1  # the end is a pair
+    config, work = run
+    finished = FinishedRun(config, work, open_store(work.activations))
+    texts = read_labelled(config.probe.source, text="text", label="label")
+    reading, _ = study.read(finished, texts)
+    side = study.side_of(finished, reading, "b", tiny_run.SITE)
+    assert reading.text.tolist() == list(range(90))  # the last position of each
+    lm = finished.lm("b")
+    for i, tokens in enumerate(reading.tokens["b"][:3]):
+        assert reading.position["b"][i] == len(tokens) - 1  # the end of a text is a pair
         alone = models.capture(lm, tokens[None], [tiny_run.SITE])[tiny_run.SITE][0, -1]
-        np.testing.assert_allclose(x[i], alone, atol=1e-5)
+        np.testing.assert_allclose(side.x[i], alone, atol=1e-5)
+        assert side.tokens[i] == tokens[-1]
 
 
-def test_finished_rows_are_left_as_they_are(run, monkeypatch):
+def test_a_killed_study_goes_on_behind_its_last_part_and_a_finished_one_is_left(
+    run, tmp_path, monkeypatch
+):
     config, work = run
-    before = work.result(stage.ROWS).read_bytes()
-    monkeypatch.setattr(stage, "_rows", None)
-    measure_probes(config, work)
-    assert work.result(stage.ROWS).read_bytes() == before
+    before = work.result(study.FILE).read_bytes()
+    shutil.copytree(work.root, tmp_path / "run")
+    copy = Workdir(tmp_path / "run")
+    copy.result(study.FILE).unlink()
+    make, done = study.probe_rows, []
 
-
-def test_a_killed_stage_goes_on_behind_its_last_part(run, copy, monkeypatch):
-    config, work = run
-    copy.result(stage.ROWS).unlink()
-    rows, done = stage._Direction.rows, []
-
-    def killed(self, n):
+    def killed(features, i, parts, n, config):
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append(n)
-        return rows(self, n)
+        done.append((i, n))
+        return make(features, i, parts, n, config)
 
-    monkeypatch.setattr(stage._Direction, "rows", killed)
+    monkeypatch.setattr(study, "probe_rows", killed)
     with pytest.raises(KeyboardInterrupt):
-        measure_probes(config, copy)
+        study.run(config, copy)
     done.clear()
-    measure_probes(config, copy)
-    assert len(done) == 1
-    assert copy.result(stage.ROWS).read_bytes() == work.result(stage.ROWS).read_bytes()
+    study.run(config, copy)
+    assert done == [(1, 16)]
+    assert copy.result(study.FILE).read_bytes() == before
+    study.run(config, copy)
+    assert done == [(1, 16)]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"pooling": "max"},
-        {"pooling": "mean"},
-        {"draws": 1},
-        {"examples": (16,)},
-        {"test_fraction": 0.4},
-        {"penalties": (10.0,)},
-        {"rungs": ("ridge",)},
-    ],
-)
-def test_settings_change_the_rows(run, copy, change):
+@pytest.mark.parametrize("change", [{"pooling": "max"}, {"pooling": "mean"}, {"examples": (14,)}])
+def test_settings_change_the_rows(run, tmp_path, change):
     config, work = run
-    quick = {"rungs": ("ridge",), "examples": (12,)} | change
-    measure_probes(asking(config, **quick), copy)
-    changed = read_jsonl(copy.result(stage.ROWS))
-    before = read_jsonl(work.result(stage.ROWS))
-    kept = [r for r in before if r["n"] == 12 and r["probe"] in {c["probe"] for c in changed}]
-    assert changed != (before if change == {"rungs": ("ridge",)} else kept)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"examples": (16, 500)}, r"examples=500 is more than the 63 texts to train on: 90 of 91"),
-        ({"test_fraction": 0.001}, "holds out 0 texts: 90 of 91"),
-    ],
-)
-def test_too_few_texts_are_refused(run, copy, change, words):
-    with pytest.raises(UserError, match=words):
-        measure_probes(asking(run[0], **change), copy)
-
-
-def test_a_field_that_is_no_label_is_refused(run, copy, tmp_path):
-    lines = [{"text": f"abc {'abcdefgh'[i % 8]}{'abcd'[i // 8]}", "label": i} for i in range(32)]
-    asked = asking(run[0], source=write(tmp_path / "x.jsonl", lines), examples=(16,))
-    with pytest.raises(UserError, match="examples=16 is less than the 32 different labels"):
-        measure_probes(asked, copy)
+    shutil.copytree(work.root, tmp_path / "run")
+    quick = {"maps": ("ridge",), "examples": (12,)} | change
+    config = dataclasses.replace(config, probe=dataclasses.replace(config.probe, **quick))
+    study.run(config, Workdir(tmp_path / "run"))
+    changed = rows_of(Workdir(tmp_path / "run"))
+    probes = {row["probe"] for row in changed}
+    assert probes == {"ridge", "own", "source", "tokens", "majority"}
+    assert changed != [r for r in rows_of(work) if r["n"] == 12 and r["probe"] in probes]
 
 
 # ---------------------------------------------------------------- what is shown
@@ -320,20 +284,19 @@ def test_a_field_that_is_no_label_is_refused(run, copy, tmp_path):
 
 def test_tables_show_every_probe_and_its_null(run, capsys):
     config, work = run
-    rows = read_jsonl(work.result(stage.ROWS))
-    assert len(tables(rows)) == 2
-    for table in tables(rows):
+    made = tables(rows_of(work))
+    assert len(made) == 2
+    for table in made:
         assert len(table.rows) == len(config.map.kinds) + 4
-        assert all(len(row) == len(table.columns) for row in table.rows)
         assert table.rows[1][1].note and not table.rows[-1][1].note  # a majority learns nothing
-    stage.run(config, work)
+    study.run(config, work)
     assert "Accuracy of probes, a → b" in capsys.readouterr().out
 
 
 def test_the_page_shows_a_study_where_it_has_results(run, tmp_path):
     work = test_report.write_required(tmp_path / "run")
     assert "Probes" not in dict(studies.sections(work))
-    shutil.copy(run[1].result(stage.ROWS), work.result(stage.ROWS))
+    shutil.copy(run[1].result(study.FILE), work.result(study.FILE))
     sections = studies.sections(work)
     page = write_report(Config(models=("a", "b")), work, sections=sections).read_text()
     part = re.search(r'<section id="probes">.*?</section>', page, re.DOTALL)[0]

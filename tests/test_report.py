@@ -1,12 +1,10 @@
 """The report: every row is shown, nothing is fetched, and a negative result is called one."""
 
 import itertools
-import math
 import operator
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from crossdict_jax.config import Config, settings
@@ -14,12 +12,11 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.report import answer, inputs, summary_table, tables, transfer, write_report
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
-from crossdict_jax.report.tables import flat_table, number
-from crossdict_jax.results import NO_BETTER, PAIR, VERDICTS
+from crossdict_jax.report.tables import flat_table, number, table
+from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR, VERDICTS
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 MODELS = ("docs-gpt2", "docs-neox")
-KINDS = ("mean", "token", "token_target", "procrustes", "ridge", "token_ridge", "mlp")
 R2 = {
     "mean": -0.002,
     "token": 0.46,
@@ -29,129 +26,99 @@ R2 = {
     "token_ridge": 0.58,
     "mlp": 0.49,
 }
+HISTOGRAM = {"edges": [-5, -3, -1, 0], "counts": [10, 300, 40]}
 
 
 # ---------------------------------------------------------------- a run that never was
 
 
-def with_interval(row: dict, key: str, value: float, half: float = 0.012) -> None:
-    row |= {key: value, f"{key}_low": value - half, f"{key}_high": value + half}
+def bounded(half=0.012, **scores) -> dict:
+    ends = (("", 0), ("_low", -half), ("_high", half))
+    return {f"{key}{end}": value + x for key, value in scores.items() for end, x in ends}
 
 
-def transfer_row(kind, *, direction, layer, pairing, r2, verdict, width=512) -> dict:
-    shuffled = pairing == "shuffled"
-    row = {
-        "source": direction[0],
-        "target": direction[1],
-        "site_source": f"resid_pre.{layer}",
-        "site_target": f"resid_pre.{layer}",
-        "map": kind,
-        "pairing": pairing,
-        "n_rows": 8500,
-        "n_documents": 201,
-    }
-    with_interval(row, "r2", r2)
-    with_interval(row, "cosine", 0.61 if shuffled else 0.61 + 0.3 * max(r2, 0))
-    with_interval(row, "cosine_centered", 0.001 if shuffled else math.sqrt(max(r2, 0)))
-    with_interval(row, "top1", 1 / 8192 if shuffled else 0.6 * max(r2, 0))
-    with_interval(row, "feature_correlation", 0.9 * max(r2, 0))
-    with_interval(row, "context_gain", r2 - 0.3 if r2 > 0.3 else -0.004)
-    return row | {
-        "fvu": 1 - r2,
-        "cosine_mean_predictor": 0.612,
-        "mean_rank": 4096.5 if shuffled else 4096.5 * (1 - max(r2, 0)),
-        "pool": 8192,
-        "l0_source": 32.0,
-        "l0_target": 31.7,
-        "l0_predicted": 28.4,
-        "sparsity_similarity": 0.4 * max(r2, 0),
-        "verdict": verdict,
+def transfer_row(kind, pairing, pair, r2) -> dict:
+    positive, shuffled = max(r2, 0), pairing == "shuffled"
+    scores = bounded(
+        r2=r2,
+        cosine=0.61 + 0.3 * positive,
+        cosine_centered=positive,
+        top1=1 / 8192 if shuffled else 0.6 * positive,
+        feature_correlation=0.9 * positive,
+        context_gain=r2 - 0.3 if r2 > 0.3 else -0.004,
+        mean_rank=4096.5 * (1 - positive),
+    )
+    better = BEATS_TOKEN if r2 > 0.46 else BEATS_MEAN
+    return {
+        **dict(zip(PAIR, pair)),
+        **{"map": kind, "pairing": pairing, "n_rows": 8500, "n_documents": 201, "pool": 8192},
+        **scores,
+        **{"fvu": 1 - r2, "cosine_mean_predictor": 0.612, "sparsity_similarity": 0.4 * positive},
+        **{"l0_source": 32.0, "l0_target": 31.7, "l0_predicted": 28.4},
+        "verdict": NO_BETTER if r2 < 0.1 else better,
     }
 
 
 def transfer_rows(*, scale: float = 1.0, models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     rows = []
-    for direction in itertools.permutations(models, 2):
-        for layer in layers:
-            for kind in KINDS:
-                r2 = R2[kind] * scale + 0.01 * (layer - 6) + 0.02 * (direction != models)
-                verdict = (
-                    NO_BETTER
-                    if r2 < 0.1
-                    else "beats token"
-                    if r2 > 0.46
-                    else "beats mean, not token"
-                )
-                place = {"direction": direction, "layer": layer}
-                rows.append(transfer_row(kind, **place, pairing="aligned", r2=r2, verdict=verdict))
-                rows.append(
-                    transfer_row(kind, **place, pairing="shuffled", r2=-0.021, verdict=NO_BETTER)
-                )
+    for models_of, layer in itertools.product(itertools.permutations(models, 2), layers):
+        pair = (*models_of, f"resid_pre.{layer}", f"resid_pre.{layer}")
+        for kind, r2 in R2.items():
+            score = r2 * scale + 0.01 * (layer - 6) + 0.02 * (models_of != tuple(models))
+            rows.append(transfer_row(kind, "aligned", pair, score))
+            rows.append(transfer_row(kind, "shuffled", pair, -0.021))
     return rows
 
 
 def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
+    losses = {"ce_clean": 4.654, "ce_zero": 9.812, "ce_mean": 6.644, "ce_sae": 4.831}
+    quality = {"seed": 0, "l0": 31.9, "fvu": 0.23, "dead_fraction": 0.043, **losses}
+    quality |= bounded(loss_recovered=0.964)
     return [
-        {
-            "model": model,
-            "site": f"resid_pre.{layer}",
-            "seed": 0,
-            "l0": 31.9,
-            "fvu": 0.21 + 0.02 * layer / 7,
-            "dead_fraction": 0.043,
-            "ce_clean": 4.654 - 0.6 * i,
-            "ce_zero": 9.812,
-            "ce_mean": 6.644,
-            "ce_sae": 4.831 - 0.6 * i,
-            "loss_recovered": 0.964,
-            "loss_recovered_low": 0.958,
-            "loss_recovered_high": 0.97,
-        }
-        for i, model in enumerate(models)
+        {"model": model, "site": f"resid_pre.{layer}", **quality}
+        for model in models
         for layer in layers
     ]
 
 
 def single_feature_rows() -> list[dict]:
     """Two single features and two bins of one direction."""
-    place = dict(zip(PAIR, (*MODELS, "resid_pre.6", "resid_pre.6")))
-    start = place | {"map": "ridge", "pairing": "aligned"}
+    start = dict(zip(PAIR, (*MODELS, "resid_pre.6", "resid_pre.6")))
+    start |= {"map": "ridge", "pairing": "aligned"}
     context = {"before": "in the ", "token": "list\n", "after": " of", "activation": 2.0}
-    shown = start | {"row": "feature", "r2": 0.9, "r2_validation": 0.8, "correlation": 0.95}
-    shown |= {"token_share": 0.4, "firings": 50, "frequency": 0.02, "contexts": [context, context]}
-    shown |= {"match": {"feature": 3, "correlation": 0.7}}
-    drivers = [{"feature": 3, "weight": 1.0, "effect": 0.8}]
-    drivers += [{"feature": 1, "weight": -0.3, "effect": -0.2}]
+    feature = start | {"row": "feature", "r2": 0.9, "r2_validation": 0.8, "correlation": 0.95}
+    feature |= {"token_share": 0.4, "firings": 50, "frequency": 0.02, "contexts": [context] * 2}
+    feature |= {"match": {"feature": 3, "correlation": 0.7}}
+    drivers = [{"feature": 3, "effect": 0.8}, {"feature": 1, "effect": -0.2}]
     driven = {"map": "mlp", "drivers": drivers, "exact": True, "stability": 0.91}
-    unknown = {"map": "mlp", "drivers": [], "exact": None, "stability": None}
-    bins = [
-        start | {"row": "token_share", "low": low, "high": high, "n_features": 3, "r2_median": 0.5}
-        for low, high in ((None, 0.0), (0.0, 0.25))
-    ]
+    undriven = {"map": "mlp", "drivers": [], "exact": None, "stability": None}
     return [
-        shown | {"feature": 7, "rank": "most", "attributions": [driven]},
-        shown | {"feature": 9, "rank": "least", "attributions": [unknown]},
-        *bins,
+        feature | {"feature": 7, "rank": "most", "attributions": [driven]},
+        feature | {"feature": 9, "rank": "least", "attributions": [undriven]},
+        *(
+            start | {"row": "token_share", "low": x, "high": 0.25, "r2_median": 0.5}
+            for x in (None, 0)
+        ),
     ]
 
 
-def causal_row(value: float | None, half: float = 0.02, **where) -> dict:
+def causal_row(value: float, **where) -> dict:
     row = dict.fromkeys(("control", "source", "site_source", "map", "pairing", "stitch_kind"))
     row |= where | {"n_positions": 4000, "n_documents": 64}
-    row |= {"ce": 9.8 - 5 * value, "kl": 5 - 5 * value}
-    with_interval(row, "loss_recovered", value, half)
-    return row
+    return row | {"ce": 9.8 - 5 * value, "kl": 5 - 5 * value} | bounded(0.02, loss_recovered=value)
 
 
 def causal_rows(transfer: list[dict]) -> list[dict]:
-    """Controls of every target and site, and every rung stitched in each way it can be."""
-    rows = []
-    for target, site in sorted({(r["target"], r["site_target"]) for r in transfer}):
-        for control, value in (("clean", 1.0), ("zero", 0.0), ("mean", 0.55), ("own_sae", 0.96)):
-            rows.append(causal_row(value, target=target, site_target=site, control=control))
+    """Controls of every target and site, and every map stitched in each way it can be."""
+    controls = {"clean": 1.0, "zero": 0.0, "mean": 0.55, "own_sae": 0.96}
+    rows = [
+        causal_row(value, target=target, site_target=site, control=control)
+        for target, site in sorted({(r["target"], r["site_target"]) for r in transfer})
+        for control, value in controls.items()
+    ]
     for row in transfer:
         value = 0.55 + 0.45 * max(row["r2"], 0) - 0.2 * (row["pairing"] == "shuffled")
-        where = {k: row[k] for k in PAIR} | {"map": row["map"], "pairing": row["pairing"]}
+        where = {k: row[k] for k in (*PAIR, "map", "pairing")}
         if row["map"] in ("procrustes", "ridge", "token_ridge"):
             rows.append(causal_row(value + 0.02, **where, stitch_kind="activation"))
         if row["map"] != "token_target":
@@ -159,114 +126,52 @@ def causal_rows(transfer: list[dict]) -> list[dict]:
     return rows
 
 
-def feature_rows(transfer: list[dict]) -> list[dict]:
-    generator = np.random.default_rng(0)
-    frequencies = np.linspace(-5, 0, 41)
-    rows = []
-    for model in MODELS:
-        for layer in (5, 6, 7):
-            counts = np.histogram(generator.normal(-2.2, 0.7, 500), frequencies)[0]
-            histogram = {"edges": frequencies.tolist(), "counts": counts.tolist()}
-            rows.append(
-                {
-                    "model": model,
-                    "site": f"resid_pre.{layer}",
-                    "seed": 0,
-                    "log10_frequency_histogram": histogram,
-                    "decoder_cosine_histogram": histogram,
-                }
-            )
-    edges = np.linspace(-0.2, 1, 41)
-    for row in transfer:
-        if row["pairing"] == "aligned" and row["map"] != "mean":
-            sample = np.clip(generator.normal(row["r2"], 0.2, 500), -0.2, 1)
-            bins = [
-                {
-                    "low": 10.0 ** (e - 1),
-                    "high": 10.0**e,
-                    "n": 50,
-                    "mean": row["r2"] * (1 + 0.1 * e),
-                }
-                for e in (-3, -2, -1, 0)
-            ]
-            keys = ("source", "target", "site_source", "site_target", "map")
-            rows.append(
-                {k: row[k] for k in keys}
-                | {
-                    "correlation_histogram": {
-                        "edges": edges.tolist(),
-                        "counts": np.histogram(sample, edges)[0].tolist(),
-                    },
-                    "correlation_by_frequency": bins,
-                }
-            )
-    return rows
-
-
 PAIRING = {
     "texts": 1000,
-    "common_ends": 33362,
-    "first_positions_masked": 1000,
-    "pairs": 32362,
-    "one_to_one_spans": 0.81,
     "models": {
-        "docs-gpt2": {"ends": 34000, "coverage": 0.941, "tokens_per_span": {"1": 30000, "2": 3362}},
-        "docs-neox": {"ends": 36000, "coverage": 0.889, "tokens_per_span": {"1": 28000, "2": 5362}},
+        "docs-gpt2": {"ends": 34000, "coverage": 0.941},
+        "docs-neox": {"ends": 36000, "coverage": 0.889},
     },
-    "windows": 1200,
     "rows": {"train": 21762, "validation": 2100, "test": 8500},
     "bos": {"docs-gpt2": None, "docs-neox": None},
-    "norm_mask": 10.0,
-    "dropped": {
-        "first_position": 1000,
-        "norm_outliers": 12,
-        "norm_outliers_by_site": {"docs-gpt2 resid_pre.5": 12, "docs-neox resid_pre.5": 0},
-        "windows_not_rebuilt": {"docs-gpt2": 0, "docs-neox": 0},
-        "characters_too_long": 0,
-    },
+    "dropped": {"first_position": 1000, "norm_outliers": 12},
     "text": {
         "source": "docstrings",
         "documents": {"train": 699, "validation": 100, "test": 201},
         "bytes": {"train": 699_000, "validation": 100_000, "test": 201_000},
-        "sha256": "ab12",
     },
 }
 
 
 def write_curves(folder, labels: list[str]) -> None:
     write_json(folder / "members.json", [{"label": label} for label in labels])
-    steps = range(49, 1000, 50)
-    write_jsonl(
-        folder / "metrics.jsonl",
-        [
-            {"step": s, "loss": [(1 + 0.1 * i) / (1 + s / 100) for i in range(len(labels))]}
-            for s in steps
-        ],
-    )
+    rows = [{"step": s, "loss": [1 + i + 10 / s for i, _ in enumerate(labels)]} for s in (49, 99)]
+    write_jsonl(folder / "metrics.jsonl", rows)
 
 
 def write_required(root, *, models=MODELS, layers=(5, 6, 7), scale=1.0) -> Workdir:
     work = Workdir(root)
     write_json(work.result("pairing.json"), PAIRING)
     write_jsonl(work.result("reconstruction.jsonl"), reconstruction_rows(models, layers))
-    transfer = transfer_rows(scale=scale, models=models, layers=layers)
-    write_jsonl(work.result("transfer.jsonl"), transfer)
+    rows = transfer_rows(scale=scale, models=models, layers=layers)
+    write_jsonl(work.result("transfer.jsonl"), rows)
     return work
 
 
 def write_run(root) -> Workdir:
     """A whole run of two models at three layers, but for controls and matching."""
     work = write_required(root)
-    rows = transfer_rows()
-    write_jsonl(work.result("causal.jsonl"), causal_rows(rows))
-    write_jsonl(work.result("features.jsonl"), feature_rows(rows))
-    sites = [f"{m} resid_pre.{layer} seed-0" for m in MODELS for layer in (5, 6, 7)]
-    write_curves(work.dictionaries / "training" / "d128", sites[:3])
-    write_curves(work.dictionaries / "training" / "d192", sites[3:])
-    write_curves(work.maps / "training" / "mlp", [*sites, *(f"{s} shuffled" for s in sites)])
-    work.record_timing(
-        "extract_activations", wall_s=31.2, tokens_per_s=8123.0, device="cpu", devices=1
-    )
+    write_jsonl(work.result("causal.jsonl"), causal_rows(transfer_rows()))
+    names = ("log10_frequency_histogram", "decoder_cosine_histogram")
+    keys = ("model", "site", "seed")
+    features = [
+        {key: row[key] for key in keys} | dict.fromkeys(names, HISTOGRAM)
+        for row in reconstruction_rows()
+    ]
+    write_jsonl(work.result("features.jsonl"), features)
+    labels = [f"{row['model']} {row['site']}" for row in features]
+    write_curves(work.dictionaries / "training" / "d128", labels)
+    write_curves(work.maps / "training" / "mlp", [*labels, *(f"{x} shuffled" for x in labels)])
     work.record_timing("train_saes", wall_s=55.9, rows_per_s=91000.0, device="cpu", devices=1)
     return work
 
@@ -351,31 +256,25 @@ def small_page(root, *, config=None, models=MODELS, **how) -> Page:
 
 def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
     rows = read_run(run).rows["transfer"]
+    words = {"ridge": BEATS_MEAN, "token_ridge": BEATS_TOKEN, "token": "baseline"}
     for row in [r for r in rows if r["pairing"] == "aligned"]:
-        place = f"{row['source']} {row['site_source']} → {row['target']} {row['site_target']}"
-        table = next(t for caption, t in page.tables.items() if caption.startswith(place + ":"))
-        cells = next(cells for cells in table if cells[0].split()[0] == row["map"])
+        name = f"{row['source']} {row['site_source']} → {row['target']} {row['site_target']}"
+        shown = next(t for caption, t in page.tables.items() if caption.startswith(name + ":"))
+        cells = next(cells for cells in shown if cells[0].split()[0] == row["map"])
         low, high = number(row["r2_low"]), number(row["r2_high"])
         assert cells[1].split() == [number(row["r2"]), f"[{low},", f"{high}]", "×", "−0.021"]
         assert number(row["cosine_mean_predictor"]) in cells[4]
+        assert words.get(row["map"], "") in cells[0]
     whole = page.tables["Every column of transfer.jsonl"]
     assert len(whole) == 1 + len(rows)
     bounds = {k for k in rows[0] if k.endswith(("_low", "_high"))}
     assert len(whole[0]) == len(rows[0].keys() - bounds)
 
 
-def test_verdicts_are_words_and_baselines_are_called_baselines(run, page):
-    expected = {"ridge": "beats mean, not token", "token_ridge": "beats token", "token": "baseline"}
-    table = next(t for c, t in page.tables.items() if c.startswith("docs-gpt2 resid_pre.6 →"))
-    shown = {cells[0].split()[0]: cells[0] for cells in table[1:]}
-    assert all(words in shown[kind] for kind, words in expected.items())
-
-
 @pytest.mark.parametrize("name", ["reconstruction", "causal"])
 def test_every_other_row_is_shown(run, page, name):
-    rows = read_run(run).rows[name]
     caption = next(c for c in page.tables if c.endswith(f"{name}.jsonl"))
-    assert len(page.tables[caption]) == 1 + len(rows)
+    assert len(page.tables[caption]) == 1 + len(read_run(run).rows[name])
 
 
 def test_the_page_needs_no_other_file(html, page):
@@ -389,20 +288,18 @@ def test_the_page_needs_no_other_file(html, page):
 
 def test_every_figure_is_there_and_has_words(html, page):
     # densities, cosines; r2, stitching of each direction and layer; curves
-    figures = 12 + 2 * 6 + 3
+    figures = 12 + 2 * 6 + 2
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Lines: the mean (R² 0)" in page.text
 
 
 def test_colours_follow_the_readers_mode(html):
     style, drawings = html.split("</style>", 1)
-    assert "prefers-color-scheme: dark" in style
     assert not re.search(r"(fill|stroke): ?#", drawings)
     used = set(re.findall(r"var\((--[\w-]+)\)", html))
     light, dark = style.split("prefers-color-scheme: dark", 1)
     assert all(f"{name}:" in light for name in used)
-    fonts = {"--prose", "--plain", "--code"}
-    assert all(f"{name}:" in dark for name in used - fonts)
+    assert all(f"{name}:" in dark for name in used - {"--prose", "--plain", "--code"})
 
 
 def test_the_answer_is_made_from_the_numbers(page):
@@ -422,7 +319,7 @@ def test_equal_results_give_equal_pages(tmp_path):
     assert pages[0].replace(f"{tmp_path}/a", "") == pages[1].replace(f"{tmp_path}/b", "")
 
 
-def test_every_setting_is_shown_as_it_is_typed(tmp_path):
+def test_every_setting_is_shown_as_it_is_typed():
     config = Config(models=("a b", "c"), layers=(5,), layer_pairs="5:6", seed=3)
     config.sae.learning_rate = (1e-3, 2e-3)
     shown = dict(inputs.settings(config))
@@ -430,211 +327,6 @@ def test_every_setting_is_shown_as_it_is_typed(tmp_path):
     assert {k: settings.parse(kinds[k], v) for k, v in shown.items()} == {
         k: operator.attrgetter(k)(config) for k in kinds
     }
-    assert "--config=configs/stored.py:" in small_page(tmp_path, config=config).text
-
-
-# ---------------------------------------------------------------- other runs
-
-
-def test_what_is_missing_is_said(tmp_path):
-    text = small_page(tmp_path).text
-    for name in ("controls.jsonl", "causal.jsonl", "features.jsonl"):
-        assert name in text
-    assert "No causal test was run" in text
-    assert "metrics.jsonl" in text and "timing.json" in text
-
-
-@pytest.mark.parametrize("name, stage", WRITTEN_BY.items())
-def test_a_needed_file_that_is_missing_names_its_stage(tmp_path, name, stage):
-    work = write_required(tmp_path)
-    work.result(name).unlink()
-    for show in (lambda: write_report(Config(), work), lambda: summary_table(work)):
-        with pytest.raises(UserError, match=f"{name} is missing; run python -m launch.{stage}"):
-            show()
-
-
-def test_special_characters_are_escaped(tmp_path):
-    models = ('a<b>&"c', "$x_1$ -->")
-    work = write_required(tmp_path, models=models, layers=(6,))
-    write_jsonl(work.result("causal.jsonl"), causal_rows(read_run(work).rows["transfer"]))
-    controls = [{"control": "ceiling", "map": "<script>alert(1)</script>"}]
-    write_jsonl(work.result("controls.jsonl"), controls)
-    page = Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
-    assert not page.tags & {"b", "script"}
-    assert 'What do a<b>&"c and $x_1$ --> share?' in page.text
-    assert "<script>alert(1)</script>" in page.text
-
-
-def test_a_negative_result_is_called_one(tmp_path):
-    text = small_page(tmp_path, scale=0.0).text
-    assert "no map predicts held-out features better than their mean does" in text
-    assert "Negative result: none of the 8 fitted maps beats the mean" in text
-
-
-def test_maps_that_only_lose_to_the_token_table_are_told_apart(tmp_path):
-    text = small_page(tmp_path, scale=0.5).text
-    assert "none of the 8 fitted maps beats the table of token means" in text
-    assert "beyond the identity of the current token nothing is shown" in text
-
-
-def test_a_stitch_that_is_no_better_than_its_controls_is_negative():
-    rows = causal_rows(transfer_rows())
-    for row in rows:
-        if row.get("pairing") == "shuffled":
-            row["loss_recovered"] = 0.9
-    assert answer.to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
-
-
-def test_layers_stitched_together_stand_apart(tmp_path):
-    work = write_required(tmp_path)
-    rows = causal_rows(read_run(work).rows["transfer"])
-    sites = {"resid_pre.5", "resid_pre.6"}
-    several = {"sites": sorted(sites)} | {
-        key: "resid_pre.5+resid_pre.6" for key in ("site_source", "site_target")
-    }
-    together = [r | several for r in rows if r["site_target"] == "resid_pre.6"]
-    write_jsonl(work.result("causal.jsonl"), rows + together)
-    results = read_run(work)
-    assert results.stitchings() == stitchings(rows)
-    there, _ = results.stitchings(together=True)
-    assert there.sites == "resid_pre.5+resid_pre.6" and there.reference("mean") == 0.55
-    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
-    assert "docs-neox resid_pre.5+resid_pre.6 at once" in text
-    assert "Several layers at once" in text
-
-
-def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs():
-    rows = causal_rows(transfer_rows(layers=(6,)))
-    for row in rows:
-        if row["control"] == "mean" and row["target"] == "docs-gpt2":
-            row["loss_recovered"] = 0.84  # every rung looks good against zero here
-    sentence = answer.to_what_effect(stitchings(rows))
-    assert "put into docs-neox resid_pre.6, recovers" in sentence
-    assert sentence.replace("\u00a0", " ").endswith("of what the mean costs it wins back 62.4 %.")
-
-
-def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
-    work = write_required(tmp_path)
-    rows = transfer_rows()
-    leak = next(r for r in rows if r["map"] == "ridge" and r["pairing"] == "shuffled")
-    leak |= {"r2": 0.2, "verdict": "beats token"}
-    write_jsonl(work.result("transfer.jsonl"), rows)
-    found = answer.cautions(read_run(work))
-    assert len(found) == 1 and "ridge still “beats token” (R² 0.200" in found[0]
-
-
-def test_few_documents_and_poor_dictionaries_are_warnings(tmp_path):
-    work = write_required(tmp_path)
-    write_jsonl(
-        work.result("transfer.jsonl"), [row | {"n_documents": 12} for row in transfer_rows()]
-    )
-    poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]
-    write_jsonl(work.result("reconstruction.jsonl"), poor)
-    documents, dead, missed = answer.cautions(read_run(work))
-    assert "Only 12 held-out documents" in documents
-    assert "2 of 2 dictionaries (docs-gpt2 resid_pre.6 seed-0" in dead
-    assert "docs-neox resid_pre.6" in missed
-
-
-def test_undefined_numbers_are_dashes(tmp_path):
-    work = write_required(tmp_path, layers=(6,))
-    keep = {"source", "target", "site_source", "site_target", "map", "pairing", "r2", "verdict"}
-    rows = [{k: v if k in keep else None for k, v in r.items()} for r in transfer_rows(layers=(6,))]
-    write_jsonl(work.result("transfer.jsonl"), rows)
-    blank = [
-        dict.fromkeys(r) | {k: r[k] for k in r if k in keep | {"control", "stitch_kind"}}
-        for r in causal_rows(rows)
-    ]
-    write_jsonl(work.result("causal.jsonl"), blank)
-    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
-    assert "The causal test says nothing" in page.text
-    assert "None" not in page.text and "nan" not in page.text
-
-
-def test_later_files_get_their_sections(tmp_path):
-    work = write_required(tmp_path, layers=(6,))
-    rows = [r | {"r2_normalized": 0.62} for r in transfer_rows(layers=(6,))]
-    write_jsonl(work.result("transfer.jsonl"), rows)
-    row = next(r for r in rows if (r["map"], r["pairing"]) == ("ridge", "aligned"))
-    controls = [row | {"control": "ceiling", "r2": 0.71}]
-    controls += [row | {"control": "untrained", "r2": 0.31, "context_gain": 0.017}]
-    write_jsonl(work.result("controls.jsonl"), controls)
-    write_jsonl(work.result("feature_transfer.jsonl"), single_feature_rows())
-    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
-    title, ridge = page.tables["Controls, docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
-    found = dict(zip((t.split("  ")[0].strip() for t in title), (c.split()[0] for c in ridge)))
-    assert found["map"] == "ridge" and found["R²"] == number(row["r2"])
-    assert (found["ceiling"], found["R², re-initialised"]) == ("0.710", "0.310")
-    assert any(c.split()[0] == "0.017" for c in ridge) and any("0.62" in c for c in ridge)
-    assert len(page.tables["Every column of controls.jsonl"]) == 3
-    caption = next(c for c in page.tables if c.startswith("Most and least transferable"))
-    first, last = page.tables[caption][1:]
-    assert "#7" in first[0] and "in the «list⏎» of" in first[5]
-    assert "mlp: #3 0.80, #1 −0.20 (exact, stability 0.91)" in first[7]
-    assert "least" in last[0] and last[7].strip() == "–"
-    bins = page.tables["Features in bins of firing frequency and of token share"]
-    assert len(bins) == 3
-
-
-def test_three_models_make_six_directions(tmp_path):
-    page = small_page(tmp_path, models=("a", "b", "c"))
-    assert "What do a, b and c share?" in page.text
-    assert sum("retrieval pool" in caption for caption in page.tables) == 6
-
-
-def test_no_row_is_lost_where_two_are_alike():
-    rows = transfer_rows(layers=(6,))
-    doubled = comparisons([*rows, *rows, rows[0] | {"map": "novel"}])
-    lines = [line for c in doubled for line in c.lines]
-    shown = sum(("pairing" in line) + ("shuffled.pairing" in line) for line in lines)
-    assert shown == 2 * len(rows) + 1
-
-
-def test_far_below_zero_stays_on_the_axis():
-    rows = transfer_rows(layers=(6,))
-    low = [
-        r | {"r2": -7.5, "r2_low": -8.0, "r2_high": -7.0} if r["map"] == "ridge" else r
-        for r in rows
-    ]
-    group = comparisons(low)[:1]
-    limits = transfer.r2_limits(group)
-    assert -0.6 < limits[0] < 0
-    assert "◂ −7.5" in transfer.r2_figure(group[0], limits).svg
-
-
-# ---------------------------------------------------------------- parts
-
-
-@pytest.mark.parametrize(
-    "value, digits, text",
-    [
-        (None, 3, "–"),
-        (0.5, 3, "0.500"),
-        (-0.0061, 3, "−0.006"),
-        (-0.0004, 3, "0.000"),
-        (21762, 3, "21,762"),
-        (4096.5, 3, "4,096.5"),
-        (True, 3, "True"),
-        ("cpu", 3, "cpu"),
-    ],
-)
-def test_numbers_as_text(value, digits, text):
-    assert number(value, digits) == text
-
-
-def test_a_flat_table_folds_intervals_into_their_value():
-    rows = [{"a": 1, "x": 0.25, "x_low": 0.2, "x_high": 0.3}, {"a": 2, "x": None, "b": "w"}]
-    table = flat_table(rows, "c", first=("b",))
-    assert [c.title for c in table.columns] == ["b", "a", "x"]
-    assert [(c.text, c.note) for c in table.rows[0]] == [
-        ("–", ""),
-        ("1", ""),
-        ("0.25", "[0.2000, 0.3000]"),
-    ]
-
-
-def test_every_verdict_has_a_colour_and_a_sign():
-    assert set(VERDICTS) == tables.VERDICTS.keys()
 
 
 def test_the_terminal_table_fits_a_screen(run, capsys):
@@ -662,3 +354,211 @@ def test_the_documentation_is_filled_from_a_run(run, tmp_path):
     assert "old" in (docs / "verification.md").read_text()  # no gates beside this run
     svg = (docs / "transfer.svg").read_text()
     assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "var(" not in svg
+
+
+# ---------------------------------------------------------------- other runs
+
+
+def test_what_is_missing_is_said(tmp_path):
+    text = small_page(tmp_path).text
+    for name in (
+        "controls.jsonl",
+        "causal.jsonl",
+        "features.jsonl",
+        "metrics.jsonl",
+        "timing.json",
+    ):
+        assert name in text
+    assert "No causal test was run" in text
+    assert "--config=configs/stored.py:" in text
+
+
+@pytest.mark.parametrize("name, stage", WRITTEN_BY.items())
+def test_a_needed_file_that_is_missing_names_its_stage(tmp_path, name, stage):
+    work = write_required(tmp_path)
+    work.result(name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing; run python -m launch.{stage}"):
+        read_run(work)
+
+
+def test_special_characters_are_escaped(tmp_path):
+    models = ('a<b>&"c', "$x_1$ -->")
+    work = write_required(tmp_path, models=models, layers=(6,))
+    write_jsonl(work.result("causal.jsonl"), causal_rows(read_run(work).rows["transfer"]))
+    controls = [{"control": "ceiling", "map": "<script>alert(1)</script>"}]
+    write_jsonl(work.result("controls.jsonl"), controls)
+    page = Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
+    assert not page.tags & {"b", "script"}
+    assert 'What do a<b>&"c and $x_1$ --> share?' in page.text
+    assert "<script>alert(1)</script>" in page.text
+
+
+@pytest.mark.parametrize(
+    "scale, words",
+    [
+        (0.0, "no map predicts held-out features better than their mean does"),
+        (0.0, "Negative result: none of the 8 fitted maps beats the mean"),
+        (0.5, "none of the 8 fitted maps beats the table of token means"),
+        (0.5, "beyond the identity of the current token nothing is shown"),
+    ],
+)
+def test_a_negative_result_is_called_one(tmp_path, scale, words):
+    sentences = dict(answer.answer(read_run(write_required(tmp_path, layers=(6,), scale=scale))))
+    assert words in " ".join(sentences.values())
+
+
+def test_a_stitch_that_is_no_better_than_its_controls_is_negative():
+    rows = causal_rows(transfer_rows())
+    for row in rows:
+        if row.get("pairing") == "shuffled":
+            row["loss_recovered"] = 0.9
+    assert answer.to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
+
+
+def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs():
+    rows = causal_rows(transfer_rows(layers=(6,)))
+    for row in rows:
+        if row["control"] == "mean" and row["target"] == "docs-gpt2":
+            row["loss_recovered"] = 0.84  # every map looks good against zero here
+    sentence = answer.to_what_effect(stitchings(rows))
+    assert "put into docs-neox resid_pre.6, recovers" in sentence
+    assert sentence.replace("\u00a0", " ").endswith("of what the mean costs it wins back 62.4 %.")
+
+
+def test_layers_stitched_together_stand_apart(tmp_path):
+    work = write_required(tmp_path, layers=(5, 6))
+    rows = causal_rows(read_run(work).rows["transfer"])
+    both = "resid_pre.5+resid_pre.6"
+    several = {"sites": both.split("+"), "site_source": both, "site_target": both}
+    together = [r | several for r in rows if r["site_target"] == "resid_pre.6"]
+    write_jsonl(work.result("causal.jsonl"), rows + together)
+    run = read_run(work)
+    assert run.stitchings() == stitchings(rows)
+    first, _ = run.stitchings(together=True)
+    assert first.sites == both and first.reference("mean") == 0.55
+    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
+    assert f"docs-neox {both} at once" in text and "Several layers at once" in text
+
+
+def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
+    work = write_required(tmp_path)
+    rows = transfer_rows()
+    leak = next(r for r in rows if r["map"] == "ridge" and r["pairing"] == "shuffled")
+    leak |= {"r2": 0.2, "verdict": BEATS_TOKEN}
+    write_jsonl(work.result("transfer.jsonl"), rows)
+    (caution,) = answer.cautions(read_run(work))
+    assert "ridge still “beats token” (R² 0.200" in caution
+
+
+def test_few_documents_and_poor_dictionaries_are_warnings(tmp_path):
+    work = write_required(tmp_path)
+    few = [row | {"n_documents": 12} for row in transfer_rows()]
+    write_jsonl(work.result("transfer.jsonl"), few)
+    poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]
+    write_jsonl(work.result("reconstruction.jsonl"), poor)
+    documents, dead, missed = answer.cautions(read_run(work))
+    assert "Only 12 held-out documents" in documents
+    assert "2 of 2 dictionaries (docs-gpt2 resid_pre.6 seed-0" in dead
+    assert "docs-neox resid_pre.6" in missed
+
+
+def test_undefined_numbers_are_dashes(tmp_path):
+    work = write_required(tmp_path, layers=(6,))
+    keep = {*PAIR, "map", "pairing", "r2", "verdict", "control", "stitch_kind"}
+    rows = transfer_rows(layers=(6,))
+    for name, file in (("transfer", rows), ("causal", causal_rows(rows))):
+        blank = [{k: v if k in keep else None for k, v in row.items()} for row in file]
+        write_jsonl(work.result(f"{name}.jsonl"), blank)
+    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
+    assert "The causal test says nothing" in page.text
+    assert "None" not in page.text and "nan" not in page.text
+
+
+def test_controls_and_single_features_get_their_sections(tmp_path):
+    work = write_required(tmp_path, layers=(6,))
+    rows = [r | {"r2_normalized": 0.62} for r in transfer_rows(layers=(6,))]
+    write_jsonl(work.result("transfer.jsonl"), rows)
+    row = next(r for r in rows if (r["map"], r["pairing"]) == ("ridge", "aligned"))
+    controls = [row | {"control": "ceiling", "r2": 0.71}]
+    controls += [row | {"control": "untrained", "r2": 0.31, "context_gain": 0.017}]
+    write_jsonl(work.result("controls.jsonl"), controls)
+    write_jsonl(work.result("feature_transfer.jsonl"), single_feature_rows())
+    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
+    title, ridge = page.tables["Controls, docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
+    shown = dict(zip((t.split("  ")[0].strip() for t in title), (c.split()[0] for c in ridge)))
+    assert shown["map"] == "ridge" and shown["R²"] == number(row["r2"])
+    assert (shown["ceiling"], shown["R², re-initialised"]) == ("0.710", "0.310")
+    assert any(c.split()[0] == "0.017" for c in ridge) and any("0.62" in c for c in ridge)
+    assert len(page.tables["Every column of controls.jsonl"]) == 3
+    caption = next(c for c in page.tables if c.startswith("Most and least transferable"))
+    first, last = page.tables[caption][1:]
+    assert "#7" in first[0] and "in the «list⏎» of" in first[5]
+    assert "mlp: #3 0.80, #1 −0.20 (exact, stability 0.91)" in first[7]
+    assert "least" in last[0] and last[7].strip() == "–"
+    assert len(page.tables["Features in bins of firing frequency and of token share"]) == 3
+
+
+def test_three_models_make_six_directions(tmp_path):
+    page = small_page(tmp_path, models=("a", "b", "c"))
+    assert "What do a, b and c share?" in page.text
+    assert sum("retrieval pool" in caption for caption in page.tables) == 6
+
+
+def test_no_row_is_lost_where_two_are_alike():
+    rows = transfer_rows(layers=(6,))
+    doubled = comparisons([*rows, *rows, rows[0] | {"map": "novel"}])
+    lines = [line for c in doubled for line in c.lines]
+    shown = sum(("pairing" in line) + ("shuffled.pairing" in line) for line in lines)
+    assert shown == 2 * len(rows) + 1
+
+
+def test_far_below_zero_stays_on_the_axis():
+    rows = transfer_rows(layers=(6,))
+    low = [r | bounded(0.5, r2=-7.5) if r["map"] == "ridge" else r for r in rows]
+    group = comparisons(low)[:1]
+    limits = transfer.r2_limits(group)
+    assert -0.6 < limits[0] < 0
+    assert "◂ −7.5" in transfer.r2_figure(group[0], limits).svg
+
+
+# ---------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(
+    "value, digits, text",
+    [
+        (None, 3, "–"),
+        (0.5, 3, "0.500"),
+        (-0.0061, 3, "−0.006"),
+        (-0.0004, 3, "0.000"),
+        (21762, 3, "21,762"),
+        (4096.5, 3, "4,096.5"),
+        (True, 3, "True"),
+        ("cpu", 3, "cpu"),
+    ],
+)
+def test_numbers_as_text(value, digits, text):
+    assert number(value, digits) == text
+
+
+def test_tables_set_numbers_to_the_right_and_split_hints_off():
+    columns = table("c", [{"map": "ridge", "top-1|chance 0.1": "−0.5"}]).columns
+    assert [(c.title, c.numeric, c.hint) for c in columns] == [
+        ("map", False, ""),
+        ("top-1", True, "chance 0.1"),
+    ]
+
+
+def test_a_flat_table_folds_intervals_into_their_value():
+    rows = [{"a": 1, "x": 0.25, "x_low": 0.2, "x_high": 0.3}, {"a": 2, "x": None, "b": "w"}]
+    flat = flat_table(rows, "c", first=("b",))
+    assert [c.title for c in flat.columns] == ["b", "a", "x"]
+    assert [(c.text, c.note) for c in flat.rows[0]] == [
+        ("–", ""),
+        ("1", ""),
+        ("0.25", "[0.2000, 0.3000]"),
+    ]
+
+
+def test_every_verdict_has_a_colour_and_a_sign():
+    assert set(VERDICTS) == tables.VERDICTS.keys()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config
+from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.maps import Side
+from crossdict_jax.maps import Side, Task
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.training.stage import input_digests
 from crossdict_jax.workdir import Workdir
 
 TRAIN_ROWS = 20_000  # at most, for mapped directions and matches
@@ -75,3 +77,21 @@ class FinishedRun:
             fires = sum((f > 0).any(0) for f in self.codes(model, site))
             self._live[model, site] = np.flatnonzero(fires)
         return self._live[model, site]
+
+    def inputs(self, groups: list[list[Task]], question: Any) -> dict[str, str]:
+        """Returns {input: digest} of a stage that asks these maps a question (a JSON value).
+
+        Args:
+          groups: of ``map_groups``.
+
+        Raises:
+          UserError: a checkpoint is missing or altered.
+        """
+        folders = set()
+        for task in (task for _, *fitted in groups for task in fitted):
+            folders.add(task.path(self.work))
+            folders.add(self.work.dictionary(task.source, task.site_source))
+            folders.add(self.work.dictionary(task.target, task.site_target))
+        settings = [identity(self.config), question]
+        meta = self.store.meta
+        return input_digests(self.work, settings=settings, store_meta=meta, folders=folders)

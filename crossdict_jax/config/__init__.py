@@ -215,13 +215,9 @@ class ContrastConfig:
     source: tuple[str, ...] = ()  # files or folders of .jsonl or .json: agreement, BLiMP, good/bad
     pairs: int = 200  # of each set at most; features are chosen on one half, tested on the other
     features: int = 8  # those of largest attribution, ablated together
-    steps: int = 8  # of integrated gradients; 1 is gradient times activation
     controls: int = 32  # random directions, and as many images of other features, of equal norm
-    layers: str = "middle"  # middle | all, of the layer pairs: where features are carried over
-    rungs: tuple[str, ...] = ("all",)  # by which they are carried over: all, or these of map.kinds
+    maps: tuple[str, ...] = ("all",)  # by which they are carried over: all, or these of map.kinds
     span: str = "last"  # last | whole: ablate at a span's last token, or at all of its tokens
-    edges: int = 4  # top features of each layer that are traced back to the layer before
-    batch_size: int = 32  # pairs per forward
 
 
 @dataclass
@@ -233,19 +229,14 @@ class SteerConfig:
     layer_pair: str = ""  # 6:6, the source's layer and the target's; blank: the middle one
     feature: int = -1  # of the source; -1: the first that steer.search finds
     search: str = ""  # text: features that fire around it, the one first that most promotes it
-    image: str = "ridge"  # of map.kinds: what that map makes of the feature | match: the target's
+    map: str = "ridge"  # of map.kinds: what that map makes of the feature | match: the target's
     alphas: tuple[float, ...] = (0.2, 0.4)  # doses, each another text; below 0 is against it
-    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | image
-    positions: str = "generated"  # generated: where new tokens are predicted | all: the prompt too
-    prompts: str = ""  # texts with | between, or a .txt file of one a line; blank: held-out ones
-    documents: int = 4  # held-out documents whose beginnings are prompts, where none are given
-    prompt_tokens: int = 12  # of the target, of each such beginning
+    norm: str = "residual"  # what 1 means in alphas: residual (median norm) | feature | mapped
+    prompts: str = ""  # one text, or a .txt file with one a line; blank: held-out beginnings
     samples: int = 8  # texts of every prompt; at temperature 0 there is one
     tokens: int = 0  # new ones of every text; 0: 48, or as many as the target has positions for
     temperature: float = 0.8  # 0: always the likeliest token
     top_p: float = 0.95  # draw among the likeliest tokens that hold this share of the probability
-    promoted: int = 10  # tokens that the feature makes likelier in the source, counted in the texts
-    batch_size: int = 64  # texts written at once
 
 
 @dataclass
@@ -257,12 +248,7 @@ class ProbeConfig:
     label: str = "label"  # the field that holds its label: text or a whole number
     pooling: str = "last"  # last | max | mean, over the places of a text that all models share
     examples: tuple[int, ...] = (16, 64, 256)  # labelled texts that a probe is trained on
-    draws: int = 5  # of the examples, averaged over
-    test_fraction: float = 0.3  # of the texts: accuracies are of them
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # L2; cross-validated on the examples
-    layers: str = "middle"  # middle | all, of the layer pairs
-    rungs: tuple[str, ...] = ("all",)  # by which probes are carried: all, or these of map.kinds
-    batch_size: int = 32  # texts per forward
+    maps: tuple[str, ...] = ("all",)  # by which probes are carried: all, or these of map.kinds
 
 
 # skyline: from a second dictionary of the target itself, the most that a rung can reach.

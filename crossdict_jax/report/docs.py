@@ -37,7 +37,9 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
       UserError: a file of the run is missing or damaged.
       KeyError: a page names a block that does not exist.
     """
-    run, docs = read_run(work), root / "crossdict_jax/docs"
+    docs = root / "crossdict_jax/docs"
+    write_text(docs / "results.md", results.page())  # needs no run
+    run = read_run(work)
     command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     blocks = {
@@ -47,7 +49,6 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
         "gates": _gates(work.root.parent / "verify" / "results", commit),
         "benchmark": _benchmark(work.root.parent / "benchmark" / "results"),
     }
-    write_text(docs / "results.md", results.page())
     write_text(docs / "transfer.svg", chart(run.comparisons))
     written = [docs / "results.md", docs / "transfer.svg"]
     for path in (root / "README.md", *sorted(docs.glob("*.md"))):

@@ -30,28 +30,15 @@ class Cut:
     n: int
 
     @cached_property
-    def _overlaps(self) -> np.ndarray:
+    def overlaps(self) -> np.ndarray:
         """float64 [all, all]: inner products of what each adds to the activations, summed."""
         strength = self.strength.reshape(-1, len(self.vectors)).astype(np.float64)
         vectors = self.vectors.astype(np.float64)
         return (strength.T @ strength) * (vectors @ vectors.T)
 
-    def size(self, which: np.ndarray) -> float:
-        """Returns the norm, over all tokens together, of what some of them add."""
-        return float(np.sqrt(max(self._overlaps[np.ix_(which, which)].sum(), 0.0)))
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What a cut costs.
-
-    Attributes:
-      drop: float64 [pairs], the preference lost, in nats.
-      row: the columns of a result row.
-    """
-
-    drop: np.ndarray
-    row: dict
+    def size(self, rows: np.ndarray) -> float:
+        """Returns the norm, over all tokens together, of what some of the vectors add."""
+        return float(np.sqrt(max(self.overlaps[np.ix_(rows, rows)].sum(), 0.0)))
 
 
 def measure(
@@ -63,13 +50,13 @@ def measure(
     controls: int,
     draws: Resamples,
     seed: int,
-) -> Losses:
-    """Returns what a cut takes from the preference, and what equal-norm controls take.
+) -> tuple[np.ndarray, dict]:
+    """Returns what a cut takes from the preference of each pair [pairs], and a result row.
 
-    Controls put other directions in the place of each vector, at its norm and its strength:
-    random ones ("random"), and those of other features ("shuffled"); or take out as many other
-    features where they fire themselves, scaled to an edit of equal norm ("others"). p is the share
-    of controls, the cut among them, that cost as much. A cut is specific ("moves") where it costs
+    Controls put other directions in place of each vector, at its norm and its strength: random
+    ones ("random"), and those of other features ("shuffled"); or take out as many other features
+    where they fire themselves, scaled to an edit of equal norm ("others"). p is the share of
+    controls, the cut among them, that cost as much. A cut is specific ("moves") where it costs
     more than the mean of every family, the 95 % intervals over pairs lying above 0, and than 95 %
     of their members. A family without members says nothing, and leaves no verdict.
 
@@ -79,13 +66,15 @@ def measure(
       draws: resamples of the pairs.
     """
     generator = np.random.Generator(np.random.Philox(key=seed))
-    families = dict(zip(FAMILIES, _controls(cut, controls, generator)))
-    own = np.zeros((1, *cut.vectors.shape), np.float32)
-    own[0, : cut.n] = cut.vectors[: cut.n]
-    costs = clean[None] - reader.ablated(
-        site, cut.strength, np.concatenate([own, *families.values()])
+    families = draw_controls(cut, controls, generator)
+    itself = np.zeros((1, *cut.vectors.shape), np.float32)
+    itself[0, : cut.n] = cut.vectors[: cut.n]
+    vectors = np.concatenate([itself, *families.values()])
+    drop, *nulls = np.split(
+        clean[None] - reader.ablated(site, cut.strength, vectors),
+        np.cumsum([1, *map(len, families.values())])[:-1],
     )
-    drop, rest = costs[0], costs[1:]
+    drop = drop[0]
     row = {
         "n_features": cut.n,
         "n_pairs": len(drop),
@@ -95,15 +84,14 @@ def measure(
         "accuracy_ablated": float((clean - drop > 0).mean()),
     }
     specific = []
-    for family, vectors in families.items():
-        null, rest = rest[: len(vectors)], rest[len(vectors) :]
+    for family, null in zip(families, nulls):
         lead = draws.mean(drop - null.mean(0)) if len(null) else None
         p = (1 + int((null.mean(1) >= drop.mean()).sum())) / (1 + len(null))
         row[f"effect_{family}"] = float(null.mean()) if len(null) else None
         row |= columns(f"specific_{family}", lead)
         row[f"p_{family}"] = p if len(null) else None
         specific.append(lead and lead.surely_positive and p <= LEVEL)
-    return Losses(drop, row | {"moves": None if None in specific else all(specific)})
+    return drop, row | {"moves": None if None in specific else all(specific)}
 
 
 def singles(reader: Reader, site: Site, cut: Cut, clean: np.ndarray) -> np.ndarray:
@@ -112,27 +100,25 @@ def singles(reader: Reader, site: Site, cut: Cut, clean: np.ndarray) -> np.ndarr
     return clean[None] - reader.ablated(site, cut.strength, alone)
 
 
-def _controls(cut: Cut, count: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Of every family, vectors float32 [count, all, d_model]; none where others are too few."""
-    n, (everything, d_model) = cut.n, cut.vectors.shape
+def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns vectors float32 [count, all, d_model] of each family; none where others are few."""
+    n, (total, d_model) = cut.n, cut.vectors.shape
     norms = np.linalg.norm(cut.vectors, axis=1)
     others = n + np.flatnonzero(norms[n:] > 0)
-    fire = [i for i in others if cut.size(np.array([i])) > 0]
+    firing = [i for i in others if cut.size(np.array([i])) > 0]
     random, shuffled, elsewhere = (
-        np.zeros((count if known else 0, everything, d_model), np.float32)
-        for known in (True, len(others) > 1, len(fire) > 1)
+        np.zeros((count if possible else 0, total, d_model), np.float32)
+        for possible in (True, len(others) > 1, len(firing) > 1)
     )
-    random[:, :n] = _with_norms(generator.standard_normal((count, n, d_model)), norms[:n])
+
+    def with_norms(directions: np.ndarray) -> np.ndarray:
+        return directions * (norms[:n] / np.linalg.norm(directions, axis=-1))[..., None]
+
+    random[:, :n] = with_norms(generator.standard_normal((count, n, d_model)))
     for row in shuffled:
-        drawn = generator.choice(others, n, replace=n > len(others))
-        row[:n] = _with_norms(cut.vectors[drawn], norms[:n])
+        row[:n] = with_norms(cut.vectors[generator.choice(others, n, replace=n > len(others))])
     size = cut.size(np.arange(n))
     for row in elsewhere:
-        drawn = generator.choice(fire, min(n, len(fire)), replace=False)
+        drawn = generator.choice(firing, min(n, len(firing)), replace=False)
         row[drawn] = cut.vectors[drawn] * (size / max(cut.size(drawn), 1e-30))
-    return [random, shuffled, elsewhere]
-
-
-def _with_norms(directions: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    own = np.linalg.norm(directions, axis=-1)
-    return directions * (norms / own)[..., None]
+    return dict(zip(FAMILIES, (random, shuffled, elsewhere)))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-from operator import itemgetter
-from pathlib import Path
+from collections.abc import Iterator
 
-from crossdict_jax.report.html import fill
+from crossdict_jax.report.blocks import Block, Details, Heading, html
 from crossdict_jax.report.tables import (
     Cell,
-    Column,
     Table,
     flat_table,
-    interval,
     number,
     percent,
+    score,
+    share,
+    table,
 )
-from crossdict_jax.results import pair_of, site_words
+from crossdict_jax.results import by_pair, site_words
 
 TITLE = "Contrast sets"
 VERDICTS = {  # of ``moves``: (style, sign and words)
@@ -29,160 +28,137 @@ CONTROLS = {
     "shuffled": "other features’, p",
     "others": "other features, p",
 }
-COSTS = (Column("cost, nats"), *map(Column, CONTROLS.values()), Column("accuracy, then"))
 
 
 def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of contrast.jsonl."""
-    sets = []
-    for name, group in groupby(rows, key=itemgetter("set")):
-        group = list(group)
-        transfers = [row for row in group if row["what"] == "transfer"]
-        sets.append(
-            {
-                "name": name,
-                "sentences": sentences(transfers),
-                "tables": tables(group),
-                "circuits": circuits(group),
-                "raw": flat_table(transfers, "Every column", ("source", "target")),
-            }
-        )
-    return fill(Path(__file__).with_name("section.html.j2"), sets=sets)
+    blocks: list[Block] = [
+        "Of two texts that differ in one point, which does a model find likelier, and on which "
+        "features does that rest? Features are chosen on one half of the pairs, by integrated "
+        "gradients of the preference; the other half says what it costs to take them out. Controls "
+        "take out as much, in equal norm: random directions and other features’ directions at the "
+        "same positions, and other features where they fire themselves; p is the share of each "
+        "kind that cost as much. Then the features’ mapped directions are taken out of the other "
+        "model, while it reads the same texts, at the positions and as strongly as the features "
+        "fire in the first. “own” are the other model’s own top features: the most that a mapped "
+        "direction can do. Where a model does no better than chance there is no preference to "
+        "move, and no verdict."
+    ]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        of_set = [row for row in rows if row["set"] == name]
+        transfers = [row for row in of_set if row["what"] == "transfer"]
+        summary = "Circuits: features by layer, and what reaches them from the layer before"
+        raw = flat_table(transfers, "Every column of the mapped directions’ rows", ("source",))
+        blocks += [Heading(name), *sentences(transfers), *tables(of_set)]
+        blocks += [Details(summary, circuits(of_set)), Details(raw.caption, [raw])]
+    return html(blocks)
 
 
-def sentences(transfers: list[dict]) -> list[str]:
-    """Returns what each direction says, where both models prefer; a negative result admits it."""
+def sentences(transfers: list[dict]) -> Iterator[str]:
+    """Yields what each direction says, where both models prefer; a negative result admits it."""
     judged = [row for row in transfers if row["moves"] is not None]
-    said = []
-    for (source, target, *_), group in groupby(judged, key=pair_of):
+    for (source, target, *_), group in by_pair(judged).items():
         moves = {row["direction"]: row["moves"] for row in group}
         bearing = ", ".join(name for name, moved in moves.items() if moved and name != "own")
         if bearing:
-            said.append(
+            yield (
                 f"{target}’s preference rests on the {bearing} directions of the features on which "
                 f"{source}’s rests: taken out, they cost more than controls."
             )
         else:
-            own = {True: "do", False: "do not either", None: "were not found"}[moves.get("own")]
-            said.append(
+            top = {True: "do", False: "do not either", None: "were not found"}[moves.get("own")]
+            yield (
                 f"Negative result: {target}’s preference does not rest, beyond controls, on any "
                 f"mapped direction of the features on which {source}’s rests; its own top features "
-                f"{own}."
+                f"{top}."
             )
-    return said
 
 
 def tables(rows: list[dict]) -> list[Table]:
-    """Returns what is asked of every set: preferences, their features, and mapped directions."""
-    return [
-        table
-        for name, group in groupby(rows, key=itemgetter("set"))
-        for table in _tables(name, list(group))
-    ]
-
-
-def _tables(name: str, rows: list[dict]) -> list[Table]:
-    columns = ["pairs, left out", "accuracy", "labels swapped", "token counts", "preference, nats"]
-    columns = [Column("model", numeric=False), *map(Column, columns), Column("", numeric=False)]
-    body = [
-        [
-            Cell(row["model"]),
-            Cell(number(row["n_pairs"]), number(row["n_in_file"] - row["n_pairs"])),
-            *(
-                Cell(percent(row[key]), _percents(row, key))
-                for key in ("accuracy", "accuracy_swapped")
+    """Returns what is asked of a set: preferences, their features, and mapped directions."""
+    name = rows[0]["set"]
+    preferences = [
+        {
+            "model": row["model"],
+            "pairs, left out": Cell(
+                number(row["n_pairs"]), number(row["n_in_file"] - row["n_pairs"])
             ),
-            Cell(percent(row["accuracy_unigram"])),
-            Cell(number(row["preference"]), interval(row, "preference")),
-            Cell("above chance" if row["prefers"] else "no preference to move"),
-        ]
+            "accuracy": share(row, "accuracy"),
+            "labels swapped": share(row, "accuracy_swapped"),
+            "token counts": share(row, "accuracy_unigram"),
+            "preference, nats": score(row, "preference"),
+            "verdict": "above chance" if row["prefers"] else "no preference to move",
+        }
         for row in rows
         if row["what"] == "preference"
     ]
-    made = [Table(f"{name}: which text of a pair is likelier", columns, body)]
-
-    columns = [Column("site", numeric=False), Column("features"), *COSTS]
-    columns += [Column("attribution and cost, r"), Column("verdict", numeric=False)]
+    made = [table(f"{name}: which text of a pair is likelier", preferences)]
     ablations = [row for row in rows if row["what"] == "ablation"]
-    for model, group in groupby(ablations, key=itemgetter("model")):
-        body = [
-            [
-                Cell(row["site"]),
-                Cell(number(row["n_features"])),
-                *_costs(row),
-                Cell(number(row["attribution_r"], 2)),
-                _verdict(row),
-            ]
-            for row in group
+    for model in dict.fromkeys(row["model"] for row in ablations):
+        cells = [
+            {"site": row["site"], "features": number(row["n_features"])}
+            | _costs(row, {"attribution and cost, r": score(row, "attribution_r", 2)})
+            for row in ablations
+            if row["model"] == model
         ]
-        made.append(Table(f"{name}: top features of {model} taken out together", columns, body))
-
-    columns = [Column("direction", numeric=False), *COSTS, Column("of own features’")]
-    columns += [Column("same pairs, r"), Column("verdict", numeric=False)]
+        made.append(table(f"{name}: top features of {model} taken out together", cells))
     transfers = [row for row in rows if row["what"] == "transfer"]
-    for (source, target, *sites), group in groupby(transfers, key=pair_of):
-        body = [
-            [
-                Cell(row["direction"]),
-                *_costs(row),
-                Cell(percent(row["share_of_own"], 0)),
-                Cell(number(row["pair_r"], 2), interval(row, "pair_r", 2)),
-                _verdict(row),
-            ]
+    for (source, target, *sites), group in by_pair(transfers).items():
+        cells = [
+            {"direction": row["direction"]}
+            | _costs(
+                row,
+                {
+                    "of own features’": share(row, "share_of_own"),
+                    "same pairs, r": score(row, "pair_r", 2),
+                },
+            )
             for row in group
         ]
-        what = f"directions of {source}’s top features taken out of {target}"
-        made.append(Table(f"{name}: {what}, {site_words(*sites)}", columns, body))
+        where = f"directions of {source}’s top features taken out of {target}, {site_words(*sites)}"
+        made.append(table(f"{name}: {where}", cells))
     return made
 
 
-def _costs(row: dict) -> list[Cell]:
-    return [
-        Cell(number(row["effect"]), interval(row, "effect")),
-        *(Cell(number(row[f"effect_{key}"]), number(row[f"p_{key}"], 2)) for key in CONTROLS),
-        Cell(percent(row["accuracy"], 0), percent(row["accuracy_ablated"], 0)),
-    ]
-
-
-def _verdict(row: dict) -> Cell:
+def _costs(row: dict, more: dict[str, Cell]) -> dict[str, Cell]:
+    """What taking out costs, beside controls, with the verdict at the end."""
+    controls = {
+        title: Cell(number(row[f"effect_{family}"]), number(row[f"p_{family}"], 2))
+        for family, title in CONTROLS.items()
+    }
+    accuracy = Cell(percent(row["accuracy"], 0), percent(row["accuracy_ablated"], 0))
     style, words = VERDICTS[row["moves"]]
-    return Cell(words, style=style)
-
-
-def _percents(row: dict, key: str) -> str:
-    low, high = row[f"{key}_low"], row[f"{key}_high"]
-    return "" if low is None else f"[{percent(low, 0)}, {percent(high, 0)}]"
+    verdict = Cell(words, style=style)
+    cost = {"cost, nats": score(row, "effect")} | controls | {"accuracy, then": accuracy}
+    return cost | more | {"verdict": verdict}
 
 
 def circuits(rows: list[dict]) -> list[Table]:
     """Returns each model's chosen features by layer, with what reaches them from the one before."""
-    titles = ["feature", "attribution, train half", "attribution, test half", "cost alone"]
-    columns = [Column("site", numeric=False), *map(Column, titles), Column("fires at tokens")]
-    columns.append(Column("through it, from the site before", numeric=False))
     edges: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["what"] == "edge":
-            upper = row["model"], row["site_upper"], row["feature_upper"]
-            edges.setdefault(upper, []).append(row)
+    for row in sorted(
+        (r for r in rows if r["what"] == "edge"), key=lambda r: -abs(r["attribution"])
+    ):
+        upper = row["model"], row["site_upper"], row["feature_upper"]
+        edges.setdefault(upper, []).append(row)
     features = [row for row in rows if row["what"] == "feature" and row["chosen"] == "top"]
     made = []
-    for model, group in groupby(features, key=itemgetter("model")):
-        body = []
-        for row in group:
-            reached = edges.get((model, row["site"], row["feature"]), [])
-            reached = sorted(reached, key=lambda edge: -abs(edge["attribution"]))
-            words = (f"{e['feature_lower']} ({number(e['attribution'])})" for e in reached)
-            body.append(
-                [
-                    Cell(row["site"]),
-                    Cell(str(row["feature"])),
-                    Cell(number(row["attribution_train"])),
-                    Cell(number(row["attribution"]), interval(row, "attribution")),
-                    Cell(number(row["effect"]), interval(row, "effect")),
-                    Cell(number(row["firings"])),
-                    Cell(", ".join(words)),
-                ]
-            )
-        caption = f"{rows[0]['set']}: circuit of the top features of {model}"
-        made.append(Table(caption, columns, body))
+    for model in dict.fromkeys(row["model"] for row in features):
+        cells = [
+            {
+                "site": row["site"],
+                "feature": str(row["feature"]),
+                "attribution, train half": score(row, "attribution_train"),
+                "attribution, test half": score(row, "attribution"),
+                "cost alone": score(row, "effect"),
+                "fires at tokens": number(row["firings"]),
+                "through it, from the site before": ", ".join(
+                    f"{edge['feature_lower']} ({number(edge['attribution'])})"
+                    for edge in edges.get((model, row["site"], row["feature"]), ())
+                ),
+            }
+            for row in features
+            if row["model"] == model
+        ]
+        made.append(table(f"{rows[0]['set']}: circuit of the top features of {model}", cells))
     return made

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from crossdict_jax.activations.pairing import normalize
 from crossdict_jax.activations.text import json_lines
 from crossdict_jax.errors import UserError
@@ -50,11 +48,6 @@ class ContrastSet:
     def __len__(self) -> int:
         return len(self.good)
 
-    def take(self, rows: np.ndarray) -> ContrastSet:
-        """Returns the set of these pairs alone."""
-        good, bad = (tuple(side[i] for i in rows) for side in (self.good, self.bad))
-        return ContrastSet(self.name, good, bad, self.duplicates)
-
 
 def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
     """Returns a set for each file of ``sources``: files of JSON lines, or folders of them.
@@ -95,20 +88,22 @@ def _read_set(path: Path) -> ContrastSet:
     pairs = [_pair(row, where) for _, where, row in json_lines(path)]
     if not pairs:
         raise UserError(f"{path} holds no pair: it is empty.")
-    known = dict.fromkeys(pairs)
-    good, bad = zip(*known)
-    return ContrastSet(path.stem, good, bad, len(pairs) - len(known))
+    distinct = dict.fromkeys(pairs)
+    good, bad = zip(*distinct)
+    return ContrastSet(path.stem, good, bad, len(pairs) - len(distinct))
 
 
 def _pair(row: dict, where: str) -> tuple[str, str]:
-    found = next((s for s in SPELLINGS if all(f in row for f in s if f)), None)
-    if found is None:
-        known = "; ".join(", ".join(filter(None, s)) for s in SPELLINGS)
-        raise UserError(f"{where} has fields {', '.join(row) or 'none'}; known are {known}.")
-    front, *ends = (_text(row, field, where) if field else "" for field in found)
+    spelling = next((s for s in SPELLINGS if all(f in row for f in s if f)), None)
+    if spelling is None:
+        all_fields = "; ".join(", ".join(filter(None, s)) for s in SPELLINGS)
+        raise UserError(f"{where} has fields {', '.join(row) or 'none'}; known are {all_fields}.")
+    front, *ends = (_text(row, field, where) if field else "" for field in spelling)
     good, bad = (normalize(front + end) for end in ends)
     if good == bad:
-        raise UserError(f"{where}: {found[1]} and {found[2]} are the same text; remove that line.")
+        raise UserError(
+            f"{where}: {spelling[1]} and {spelling[2]} are the same text; remove that line."
+        )
     return good, bad
 
 

@@ -1,28 +1,26 @@
-"""Labelled texts: read from a file, and read by language models at the places that they share."""
+"""Files of labelled texts, split into texts to learn from and texts to be told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax import models
 from crossdict_jax.activations import pairing
 from crossdict_jax.activations.text import json_lines
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import LanguageModel, Site
-from crossdict_jax.studies.contrast.preference import paired_rows
+
+TEST_FRACTION = 0.3  # of the texts: accuracies are of them
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts (NFC, each once) and what is to be said of them.
+    """Texts (NFC, each once) and their labels.
 
     Attributes:
       texts: [n].
-      labels: int [n], places in ``classes``.
+      labels: int [n], index into ``classes``.
       classes: the labels as text, sorted.
       duplicates: lines left out because their text stood in the file before: in both halves of a
         split it would be no test.
@@ -52,18 +50,18 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"probe.source={source} is no file; name one of JSON lines.")
-    found: dict[str, str] = {}
+    label_of: dict[str, str] = {}
     lines = 0
     for _, where, row in json_lines(path):
         words = pairing.normalize(_field(row, text, where, "probe.text", (str,)))
-        found.setdefault(words, str(_field(row, label, where, "probe.label", (str, int))))
+        label_of.setdefault(words, str(_field(row, label, where, "probe.label", (str, int))))
         lines += 1
-    classes = tuple(sorted(set(found.values())))
+    classes = tuple(sorted(set(label_of.values())))
     if len(classes) < 2:
-        what = f"every label is {classes[0]}" if classes else "it is empty"
-        raise UserError(f"{path} has nothing to tell apart: {what}.")
-    labels = np.array([classes.index(c) for c in found.values()])
-    return Labelled(tuple(found), labels, classes, lines - len(found))
+        reason = f"every label is {classes[0]}" if classes else "it is empty"
+        raise UserError(f"{path} has nothing to tell apart: {reason}.")
+    labels = np.array([classes.index(c) for c in label_of.values()])
+    return Labelled(tuple(label_of), labels, classes, lines - len(label_of))
 
 
 def _field(row: dict, name: str, where: str, setting: str, kinds: tuple[type, ...]):
@@ -76,105 +74,83 @@ def _field(row: dict, name: str, where: str, setting: str, kinds: tuple[type, ..
 
 
 @dataclass(frozen=True)
-class Read:
-    """Texts that all models can read; a row is a place of a text, the same in all models.
+class Split:
+    """Texts to learn from and texts to be told.
 
     Attributes:
-      kept: int [texts], which of all texts these are.
-      tokens: model name -> per text int32 [tokens], with the BOS where the model wants one.
-      text: int [rows], of each row its text, ascending.
-      position: model name -> int [rows].
-      too_long, not_rebuilt, unpaired: texts left out: longer than a context, with characters that
-        a tokenizer changes, or without a place at which all tokenizers end a token.
+      labels: int [n], of all texts.
+      train, test: int, which of them.
     """
 
-    kept: np.ndarray
-    tokens: Mapping[str, list[np.ndarray]]
-    text: np.ndarray
-    position: Mapping[str, np.ndarray]
-    too_long: int
-    not_rebuilt: int
-    unpaired: int
+    labels: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    seed: int
+
+    def examples(self, n: int, draw: int) -> np.ndarray:
+        """Returns n training texts, of every label about its share and one at least."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, draw]))
+        order = generator.permutation(self.train)
+        _, first = np.unique(self.labels[order], return_index=True)
+        others = np.delete(np.arange(len(order)), first)
+        return order[np.concatenate([first, others[: n - len(first)]])]
 
 
-def read_texts(
-    texts: Sequence[str],
-    tokenizers: Mapping[str, object],
-    *,
-    bos: Mapping[str, int | None],
-    contexts: Mapping[str, int],
-    last: bool,
-) -> Read:
-    """Returns what all models read of the texts.
+def split(
+    labels: np.ndarray, classes: tuple[str, ...], *, examples: tuple[int, ...], seed: int, left: str
+) -> Split:
+    """Returns a split of texts with these labels, drawn by the seed.
 
     Args:
-      bos: per model the id put in front of every text, or None.
-      contexts: per model its positions, the BOS among them.
-      last: only the last place of every text is wanted.
+      examples: numbers of training texts that will be asked for.
+      left: how many texts of how many these are, and why, for errors.
+
+    Raises:
+      UserError: there are too few texts for the examples or for a test, fewer examples than
+        labels, or a label that no training text has.
     """
-    tokens = {name: pairing.byte_ends_batch(texts, t) for name, t in tokenizers.items()}
-    fronts = {name: [] if bos[name] is None else [bos[name]] for name in tokenizers}
-    kept, too_long, not_rebuilt = [], 0, 0
-    for i in range(len(texts)):
-        if any(t[i] is None for t in tokens.values()):
-            not_rebuilt += 1
-        elif any(len(fronts[n]) + len(t[i].ids) > contexts[n] for n, t in tokens.items()):
-            too_long += 1
-        else:
-            kept.append(i)
-    text, positions = paired_rows([[t[i].ends for t in tokens.values()] for i in kept])
-    positions = positions.reshape(len(text), len(tokenizers))
-    wanted = np.append(text[1:] != text[:-1], True)[: len(text)] | (not last)
-    text, positions = text[wanted], positions[wanted]
-    there = np.unique(text)
-    kept, unpaired = np.array(kept, int)[there], len(kept) - len(there)
-    return Read(
-        kept,
-        {
-            n: [np.append(fronts[n], t[i].ids).astype(np.int32) for i in kept]
-            for n, t in tokens.items()
-        },
-        np.searchsorted(there, text),
-        {name: p + len(fronts[name]) for name, p in zip(tokens, positions.T)},
-        too_long,
-        not_rebuilt,
-        unpaired,
-    )
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(labels))
+    held_out = round(TEST_FRACTION * len(labels))
+    test, train = np.sort(order[:held_out]), np.sort(order[held_out:])
+    if len(train) < max(examples):
+        raise UserError(
+            f"probe.examples={max(examples)} is more than the {len(train)} texts to train on: "
+            f"{left}, less those held out; ask for fewer or give more texts."
+        )
+    if min(examples) < len(classes):
+        raise UserError(
+            f"probe.examples={min(examples)} is less than the {len(classes)} different labels; ask "
+            "for more, or is probe.label not the field of a label?"
+        )
+    missing = set(range(len(classes))) - set(labels[train].tolist())
+    if missing:
+        raise UserError(
+            f"No text to train on has the label {classes[min(missing)]}: {left}; give more texts "
+            "of that label."
+        )
+    return Split(labels, train, test, seed)
 
 
-def row_activations(
-    lm: LanguageModel, read: Read, name: str, site: Site, *, batch_size: int, dtype: str
-) -> np.ndarray:
-    """Returns the activations of a model at the rows, float32 [rows, d_model].
-
-    Args:
-      name: of the model in ``read``.
-      batch_size: texts per forward.
-      dtype: of the inputs of matrix products.
-    """
-    texts, position = read.tokens[name], read.position[name]
-    tokens = np.zeros((len(texts) + -len(texts) % batch_size, max(map(len, texts))), np.int32)
-    for row, text in zip(tokens, texts):
-        row[: len(text)] = text
-    parts = []
-    for at in range(0, len(tokens), batch_size):
-        x = models.capture(lm, tokens[at : at + batch_size], (site,), dtype=dtype)[site]
-        rows = np.flatnonzero((read.text >= at) & (read.text < at + batch_size))
-        parts.append(np.asarray(x)[read.text[rows] - at, position[rows]])
-    return np.concatenate(parts)
-
-
-def pooled(f: np.ndarray, text: np.ndarray, how: str) -> np.ndarray:
+def pooled(f: np.ndarray, text: np.ndarray, pooling: str) -> np.ndarray:
     """Returns one row for each text, [texts, width], of features [rows, width].
 
     Args:
       text: int [rows], ascending, every text once or more.
-      how: "last" (of a text's rows), "max" or "mean" over them.
+      pooling: "last" (of a text's rows), "max" or "mean" over them.
     """
     first = np.flatnonzero(np.diff(text, prepend=-1))
-    if how == "last":
+    if pooling == "last":
         return f[np.append(first[1:], len(f)) - 1]
-    if how == "max":
+    if pooling == "max":
         return np.maximum.reduceat(f, first)
     counts = np.diff(np.append(first, len(f)))
     return (np.add.reduceat(f, first, dtype=np.float64) / counts[:, None]).astype(np.float32)
+
+
+def token_counts(tokens: list[np.ndarray]) -> np.ndarray:
+    """Returns how often each token stands in each text, float32 [texts, tokens that occur]."""
+    ids, column = np.unique(np.concatenate(tokens), return_inverse=True)
+    text = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))
+    counts = np.zeros((len(tokens), len(ids)), np.float32)
+    np.add.at(counts, (text, column.reshape(-1)), 1)
+    return counts

@@ -1,302 +1,200 @@
-"""The stage about probes: what was learned of A's features from labels, used on B without any.
+"""The study of probes: what was learned of A's features from labels, used on B without any.
 
-A rung says what B's features would be where A's are known. A probe is trained on that picture of n
-labelled texts, which B need not have read, and used on B's own features of other texts.
+A map says what B's features would be where A's are known. A probe is trained on that prediction for
+n labelled texts, which B need not have read, and used on B's own features of other texts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
-from crossdict_jax import maps, modules, results, stats
-from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax import maps, models, modules, results, stats
+from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.inputs import digest_of, digests
-from crossdict_jax.causal.progress import Progress
 from crossdict_jax.config import Config
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.models import Site
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns
-from crossdict_jax.studies.probe import labelled, logistic
-from crossdict_jax.studies.probe.labelled import Labelled, Read, pooled, read_labelled
+from crossdict_jax.studies.probe import logistic
+from crossdict_jax.studies.probe.labelled import (
+    Labelled,
+    Split,
+    pooled,
+    read_labelled,
+    split,
+    token_counts,
+)
 from crossdict_jax.studies.probe.section import tables
-from crossdict_jax.training.stage import device_figures
-from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
+from crossdict_jax.studies.reading import Reading, read_texts
+from crossdict_jax.training.stage import Stage
+from crossdict_jax.workdir import Workdir
 
-ROWS = "probe.jsonl"
-STAMP = "probe.inputs.json"
-PROGRESS = "probe.progress.jsonl"
-SOURCE, NATIVE, TOKENS, MAJORITY = "source", "own", "tokens", "majority"
+FILE = "probe.jsonl"
+DRAWS = 5  # of the examples, averaged over
+BATCH_SIZE = 32  # texts per forward
+Features = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def run(config: Config, work: Workdir) -> None:
-    """Measures, and prints what came out."""
-    measure_probes(config, work)
-    show(tables(results.read(work, ROWS)))
-
-
-def measure_probes(config: Config, work: Workdir) -> None:
-    """Writes probe.jsonl: how well labels are told from B's features, by the number of examples.
+    """Writes probe.jsonl, how well labels are told from B's features, and prints it.
 
     A row for each direction, pair of sites, number of labelled examples n and ``probe``:
 
-    - a rung: trained on what the rung makes of A's features of the examples, used on B's own.
-    - native: trained and used on B's own features; needs B to read the examples.
+    - a kind of map: trained on what the map predicts from A's features of the examples, used on
+      B's own.
+    - own: trained and used on B's own features; needs B to read the examples.
     - source: trained and used on A's.
     - tokens: on how often each of A's tokens stands in the text.
     - majority: the label that most examples have.
 
-    accuracy is over held-out texts, the mean over ``probe.draws`` draws of the examples, with 95 %
-    intervals over texts. accuracy_shuffled is that of the same probe on shuffled labels;
-    lead_tokens and behind_own are paired differences.
-
-    A finished probe.jsonl whose inputs have not changed is left as it is. What single n gave is
-    kept at once: an interrupted stage goes on behind them.
+    accuracy is over held-out texts, the mean over DRAWS draws of the examples, with 95 % intervals
+    over texts. accuracy_shuffled is that of the same probe on shuffled labels; lead_tokens and
+    behind_own are paired differences.
 
     Raises:
       UserError: the file of texts is missing or not understood; there are fewer texts than
         examples, or fewer examples than labels; the store, a model, a dictionary or a map is
         missing or damaged.
     """
-    started = time.perf_counter()
-    asked = config.probe
-    texts = read_labelled(asked.source, text=asked.text, label=asked.label)
+    settings = config.probe
+    texts = read_labelled(settings.source, text=settings.text, label=settings.label)
     store = open_store(work.activations)
-    groups = map_groups(config, store, layers=asked.layers, kinds=asked.rungs, of_tokens=True)
-    inputs = digests(config, work, store, [task for _, *rungs in groups for task in rungs])
-    question = dataclasses.asdict(dataclasses.replace(asked, source=""))
-    inputs["probe"] = digest_of([question, texts.texts, texts.labels.tolist(), texts.classes])
-    stamp = work.result(STAMP)
-    if work.result(ROWS).exists() and stamp.exists() and read_json(stamp) == inputs:
-        return
-    progress = Progress(work.result(PROGRESS), digest_of(inputs))
-    rows = list(_rows(config, work, store, texts, groups, progress))
-    write_jsonl(work.result(ROWS), rows)
-    write_json(stamp, inputs)
-    progress.done()
-    wall = time.perf_counter() - started
-    work.record_timing("probe", wall_s=wall, texts=len(texts.texts), **device_figures())
+    groups = map_groups(
+        config, store, layers=config.intervention.layers, kinds=settings.maps, of_tokens=True
+    )
+    finished = FinishedRun(config, work, store)
+    question = dataclasses.asdict(dataclasses.replace(settings, source=""))
+    question = [question, texts.texts, texts.labels.tolist(), texts.classes]
+    stage = Stage(work, "probe", files=(FILE,), inputs=finished.inputs(groups, question))
+    if not stage.finished:
+        rows = _measure(finished, texts, groups, stage)
+        stage.finish({FILE: rows}, texts=len(texts.texts))
+    show(tables(results.read(work, FILE)))
 
 
-def _rows(
-    config: Config,
-    work: Workdir,
-    store: Store,
-    texts: Labelled,
-    groups: list[list[Task]],
-    progress: Progress,
-) -> Iterator[dict]:
-    """Yields the rows of all directions; those that ``progress`` knows are taken from there."""
+def _measure(
+    run: FinishedRun, texts: Labelled, groups: list[list[Task]], stage: Stage
+) -> list[dict]:
+    """The rows of all directions; what an interrupted run kept is taken from there."""
     from tqdm import tqdm
 
-    reader = _Texts(FinishedRun(config, work, store), texts)
-    parts = [(tasks, n) for tasks in groups for n in sorted(config.probe.examples)]
-    with tqdm(total=len(parts), desc="probes", unit="part") as bar:
-        direction = None
-        for tasks, n in parts:
-            key = (tasks[0].label, n)
-            if key not in progress.known:
-                if direction is None or direction.task != tasks[0]:
-                    direction = _Direction(reader, tasks)
-                progress.keep(key, {"rows": direction.rows(n)})
-            yield from progress.known[key]["rows"]
-            bar.update()
+    config = run.config
+    reading, left_out = read(run, texts)
+    words = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
+    examples = split(
+        texts.labels[reading.kept],
+        texts.classes,
+        examples=config.probe.examples,
+        seed=config.seed,
+        left=f"{len(reading.kept)} of {len(texts.texts)} texts are left ({words})",
+    )
+    side = cache(partial(side_of, run, reading))
+    features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
+    counts = {"n_classes": len(texts.classes)} | left_out
+    rows = []
+    parts = [(i, n) for i in range(len(groups)) for n in sorted(config.probe.examples)]
+    for i, n in tqdm(parts, desc="probes", unit="part"):
+        task = groups[i][0]
+        make = partial(probe_rows, features, i, examples, n, config)
+        pair = (task.source, task.target, str(task.site_source), str(task.site_target))
+        head = dict(zip(results.PAIR, pair)) | counts
+        rows += [head | row for row in stage.part((task.label, n), make)]
+    return rows
 
 
-class _Texts:
-    """The labelled texts as all models read them, and which of them are held out."""
-
-    def __init__(self, run: FinishedRun, texts: Labelled):
-        self.run, self._texts = run, texts
-        self._x: dict[tuple, np.ndarray] = {}
-        self.classes = texts.classes
-        settings = run.config.probe
-        n = len(self.read.kept)
-        generator = np.random.Generator(np.random.Philox(key=run.config.seed))
-        order = generator.permutation(n)
-        held_out = round(settings.test_fraction * n)
-        self.test, self.train = np.sort(order[:held_out]), np.sort(order[held_out:])
-        self._check()
-
-    @cached_property
-    def read(self) -> Read:
-        run, store = self.run, self.run.store
-        return labelled.read_texts(
-            self._texts.texts,
-            run.tokenizers,
-            bos={model: store.has_bos(model) for model in store.models},
-            contexts={model: run.lm(model).config.context for model in store.models},
-            last=run.config.probe.pooling == "last",
-        )
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._texts.labels[self.read.kept]
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        return {
-            "n_duplicates": self._texts.duplicates,
-            "n_too_long": self.read.too_long,
-            "n_not_rebuilt": self.read.not_rebuilt,
-            "n_unpaired": self.read.unpaired,
-        }
-
-    def _check(self) -> None:
-        settings, classes = self.run.config.probe, len(self.classes)
-        most, least = max(settings.examples), min(settings.examples)
-        why = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in self.left_out.items())
-        of = f"{len(self.read.kept)} of {len(self._texts.texts)} texts are left ({why})"
-        if len(self.train) < most:
-            raise UserError(
-                f"probe.examples={most} is more than the {len(self.train)} texts to train on: "
-                f"{of}, less those held out; ask for fewer or give more texts."
-            )
-        if len(self.test) < 2:
-            raise UserError(
-                f"probe.test_fraction={settings.test_fraction} holds out {len(self.test)} texts: "
-                f"{of}; hold out more or give more texts."
-            )
-        if least < classes:
-            raise UserError(
-                f"probe.examples={least} is less than the {classes} different labels of "
-                f"probe.label={settings.label}; ask for more, or is that the field of a label?"
-            )
-        missing = set(range(classes)) - set(self.labels[self.train].tolist())
-        if missing:
-            raise UserError(
-                f"No text to train on has the label {self.classes[min(missing)]}: {of}; give more "
-                "texts of that label."
-            )
-
-    def side(self, model: str, site: Site) -> Side:
-        """A model's side of the rows of all texts."""
-        if (model, site) not in self._x:
-            config = self.run.config
-            self._x[model, site] = labelled.row_activations(
-                self.run.lm(model),
-                self.read,
-                model,
-                site,
-                batch_size=config.probe.batch_size,
-                dtype=config.extract.matmul_dtype,
-            )
-        texts, position = self.read.tokens[model], self.read.position[model]
-        tokens = np.array([texts[t][p] for t, p in zip(self.read.text, position)], np.int32)
-        return Side(self._x[model, site], tokens, self.run.dictionary(model, site))
-
-    def examples(self, n: int, draw: int) -> np.ndarray:
-        """Returns n training texts, of every label about its share and one at least."""
-        seed = [self.run.config.seed, draw]
-        generator = np.random.Generator(np.random.Philox(key=seed))
-        order = generator.permutation(self.train)
-        labels = self.labels[order]
-        first = np.array([np.flatnonzero(labels == c)[0] for c in range(len(self.classes))])
-        others = np.delete(np.arange(len(order)), first)
-        return order[np.concatenate([first, others[: n - len(first)]])]
+def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
+    """Returns what all models read, and how many texts were left out for which reason."""
+    store = run.store
+    reading = read_texts(
+        texts.texts,
+        run.tokenizers,
+        bos={model: store.has_bos(model) for model in store.models},
+        contexts={model: run.lm(model).config.context for model in store.models},
+    )
+    paired = np.unique(reading.text)
+    unpaired = len(reading.kept) - len(paired)
+    reading = reading.take(paired)
+    if run.config.probe.pooling == "last":  # other rows need not be encoded
+        reading = reading.take_rows(np.flatnonzero(np.diff(reading.text, append=-1)))
+    return reading, {
+        "n_duplicates": texts.duplicates,
+        "n_too_long": reading.too_long,
+        "n_not_rebuilt": reading.not_rebuilt,
+        "n_unpaired": unpaired,
+    }
 
 
-class _Direction:
-    """Probes from A to B at one pair of sites."""
+def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
+    """Returns a model's side of the rows of all texts."""
+    texts, position = reading.tokens[model], reading.position[model]
+    tokens = np.zeros((len(texts) + -len(texts) % BATCH_SIZE, max(map(len, texts))), np.int32)
+    for row, text in zip(tokens, texts):
+        row[: len(text)] = text
+    lm, dtype, parts = run.lm(model), run.config.extract.matmul_dtype, []
+    for start in range(0, len(tokens), BATCH_SIZE):
+        batch = tokens[start : start + BATCH_SIZE]
+        x = np.asarray(models.capture(lm, batch, (site,), dtype=dtype)[site])
+        rows = np.flatnonzero((reading.text >= start) & (reading.text < start + BATCH_SIZE))
+        parts.append(x[reading.text[rows] - start, position[rows]])
+    x = np.concatenate(parts)
+    return Side(x, tokens[reading.text, position], run.dictionary(model, site))
 
-    def __init__(self, texts: _Texts, tasks: list[Task]):
-        self.task, self._rungs, self._texts = tasks[0], tasks[1:], texts
 
-    @cached_property
-    def _features(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
-        task, texts = self.task, self._texts
-        size = texts.run.config.evaluation.batch_size
-        source = texts.side(task.source, task.site_source)
-        target = texts.side(task.target, task.site_target)
+def _features(run: FinishedRun, reading: Reading, side, tasks: list[Task]) -> Features:
+    """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
+    task, size = tasks[0], run.config.evaluation.batch_size
+    source, target = side(task.source, task.site_source), side(task.target, task.site_target)
 
-        def one_a_text(f: np.ndarray) -> np.ndarray:
-            return pooled(f, texts.read.text, texts.run.config.probe.pooling)
+    def of_texts(f: np.ndarray) -> np.ndarray:
+        return pooled(f, reading.text, run.config.probe.pooling)
 
-        own = [
-            one_a_text(modules.over_rows(side.dictionary, side.x, method="encode", size=size))
-            for side in (source, target)
-        ]
-        pairs = Pairs(source, target, texts.read.text)
-        found = {}
-        for rung in self._rungs:
-            m = maps.load(rung.path(texts.run.work))
-            found[rung.kind] = one_a_text(maps.predict(m, pairs, size)), own[1]
-        bag = _bag(texts.read.tokens[task.source])
-        return found | {NATIVE: (own[1], own[1]), SOURCE: (own[0], own[0]), TOKENS: (bag, bag)}
+    own_a, own_b = (
+        of_texts(modules.over_rows(s.dictionary, s.x, method="encode", size=size))
+        for s in (source, target)
+    )
+    pairs = Pairs(source, target, reading.text)
+    features = {}
+    for each in tasks[1:]:
+        m = maps.load(each.path(run.work))
+        features[each.kind] = of_texts(maps.predict(m, pairs, size)), own_b
+    counts = token_counts(reading.tokens[task.source])
+    features |= {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
+    return features
 
-    def rows(self, n: int) -> list[dict]:
-        """Returns the rows of n labelled examples."""
-        texts, config = self._texts, self._texts.run.config
-        correct = {name: self._correct(name, n) for name in self._features}
-        correct[MAJORITY] = self._majority(n)
-        draws = stats.draw(
-            np.arange(len(texts.test)), count=config.evaluation.bootstrap, seed=config.seed
-        )
-        mean = {name: draws.mean(right[0]) for name, right in correct.items()}
-        task, rows = self.task, []
-        for name, right in correct.items():
-            rows.append(
-                {
-                    "source": task.source,
-                    "target": task.target,
-                    "site_source": str(task.site_source),
-                    "site_target": str(task.site_target),
-                    "probe": name,
-                    "n": n,
-                    "n_draws": config.probe.draws,
-                    "n_texts": len(texts.test),
-                    "n_classes": len(texts.classes),
-                    **texts.left_out,
-                    **columns("accuracy", mean[name]),
-                    "accuracy_shuffled": float(right[1].mean()) if len(right) > 1 else None,
-                    **columns("lead_tokens", mean[name] - mean[TOKENS]),
-                    **columns("behind_own", mean[NATIVE] - mean[name]),
-                }
-            )
-        return rows
 
-    def _correct(self, name: str, n: int) -> np.ndarray:
-        """How often each test text is told right: with true labels and with shuffled ones."""
-        texts, config = self._texts, self._texts.run.config
-        trained_on, used_on = self._features[name]
-        right = np.zeros((2, len(texts.test)))
-        for draw in range(config.probe.draws):
-            rows = texts.examples(n, draw)
-            generator = np.random.Generator(np.random.Philox(key=[config.seed + 1, draw]))
-            labels = texts.labels[rows]
+def probe_rows(features, i: int, examples: Split, n: int, config: Config) -> list[dict]:
+    """Returns the rows of n labelled examples in direction i."""
+    labels, test = examples.labels, examples.test
+    right = {name: np.zeros((2, len(test))) for name in features(i)}  # by true and shuffled labels
+    majority = np.zeros((1, len(test)))
+    for draw in range(DRAWS):
+        rows = examples.examples(n, draw)
+        generator = np.random.Generator(np.random.Philox(key=[config.seed + 1, draw]))
+        taught = np.stack([labels[rows], generator.permutation(labels[rows])])
+        for name, (trained_on, used_on) in features(i).items():
             probes = logistic.train(
-                trained_on[rows],
-                np.stack([labels, generator.permutation(labels)]),
-                classes=len(texts.classes),
-                penalties=config.probe.penalties,
-                seed=config.seed,
+                trained_on[rows], taught, classes=labels.max() + 1, seed=config.seed
             )
-            said = np.stack([probe(used_on[texts.test]) for probe in probes])
-            right += said == texts.labels[texts.test][None, :]
-        return right / config.probe.draws
-
-    def _majority(self, n: int) -> np.ndarray:
-        texts, count = self._texts, self._texts.run.config.probe.draws
-        right = np.zeros((1, len(texts.test)))
-        for draw in range(count):
-            most = np.bincount(texts.labels[texts.examples(n, draw)]).argmax()
-            right += texts.labels[texts.test] == most
-        return right / count
-
-
-def _bag(tokens: list[np.ndarray]) -> np.ndarray:
-    """How often each token stands in each text, float32 [texts, tokens that occur]."""
-    known, place = np.unique(np.concatenate(tokens), return_inverse=True)
-    text = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))
-    bag = np.zeros((len(tokens), len(known)), np.float32)
-    np.add.at(bag, (text, place.reshape(-1)), 1)
-    return bag
+            right[name] += np.stack([probe(used_on[test]) == labels[test] for probe in probes])
+        majority += labels[test] == np.bincount(labels[rows]).argmax()
+    right["majority"] = majority
+    draws = stats.draw(np.arange(len(test)), count=config.evaluation.bootstrap, seed=config.seed)
+    accuracy = {name: draws.mean(hits[0] / DRAWS) for name, hits in right.items()}
+    return [
+        {
+            "probe": name,
+            "n": n,
+            "n_draws": DRAWS,
+            "n_texts": len(test),
+            **columns("accuracy", accuracy[name]),
+            "accuracy_shuffled": float(hits[1].mean() / DRAWS) if len(hits) > 1 else None,
+            **columns("lead_tokens", accuracy[name] - accuracy["tokens"]),
+            **columns("behind_own", accuracy["own"] - accuracy[name]),
+        }
+        for name, hits in right.items()
+    ]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from crossdict_jax.report.html import fill
+from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import INK, MUTED, Figure, line_figure, map_line
-from crossdict_jax.report.tables import Cell, Column, Table, number, percent
+from crossdict_jax.report.tables import Cell, Table, number, percent, share, table
 from crossdict_jax.results import by_pair, map_order, site_words
 
 TITLE = "Probes"
@@ -20,47 +18,48 @@ REFERENCES = {  # how the probes that no map carries are drawn
 
 def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of probe.jsonl."""
+    caption = "Accuracy on held-out texts by the number of labelled examples."
+    text = (
+        "A linear probe is trained to tell the labels of a few texts from what a map predicts of "
+        "the target’s features, which it does from the source’s features alone, and is then used "
+        "on the target’s own features of held-out texts: the target needs no labelled text. “own” "
+        "probes are trained on the target’s own features of the same texts, “source” ones are "
+        "trained and used on the source’s; “tokens” know only how often each of the source’s "
+        "tokens stands in a text. Small numbers: the same probe on shuffled labels."
+    )
     figures = [figure(group) for group in by_pair(rows).values()]
-    template = Path(__file__).with_name("section.html.j2")
-    return fill(template, tables=tables(rows), figures=figures)
+    return html([text, Panels(figures, caption, "large"), *tables(rows)])
 
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns accuracies, a table for each direction: a row per probe, a column per n."""
-    return [_table(group) for group in by_pair(rows).values()]
-
-
-def _table(rows: list[dict]) -> Table:
-    first, counts = rows[0], sorted({row["n"] for row in rows})
-    columns = [
-        Column("probe", numeric=False),
-        *(Column(f"{number(n)} examples, shuffled labels") for n in counts),
-        Column("over tokens, at most examples"),
-        Column("behind the target’s own"),
-    ]
-    body = []
-    for name, by_n in _by_probe(rows).items():
+    made = []
+    for group in by_pair(rows).values():
         cells = []
-        for row in (by_n[n] for n in counts):
-            shuffled = row["accuracy_shuffled"]
-            text = f"{percent(row['accuracy'])} {_ends(row, 'accuracy')}".strip()
-            cells.append(Cell(text, "" if shuffled is None else percent(shuffled, 0)))
-        last = by_n[counts[-1]]
-        gaps = (Cell(percent(last[key]), _ends(last, key)) for key in ("lead_tokens", "behind_own"))
-        body.append([Cell(name), *cells, *gaps])
-    told = f"{first['n_classes']} labels, {number(first['n_texts'])} held-out texts"
-    return Table(f"Accuracy of probes, {_title(first)}: {told}", columns, body)
+        for name, by_n in _by_probe(group).items():
+            line, last = {"probe": name}, by_n[max(by_n)]
+            for n, row in sorted(by_n.items()):
+                true, shuffled = share(row, "accuracy"), row["accuracy_shuffled"]
+                note = "" if shuffled is None else percent(shuffled, 0)
+                title = f"{number(n)} examples, shuffled labels"
+                line[title] = Cell(f"{true.text} {true.note}".strip(), note)
+            line["over tokens, at most examples"] = share(last, "lead_tokens", 1)
+            line["behind the target’s own"] = share(last, "behind_own", 1)
+            cells.append(line)
+        told = f"{group[0]['n_classes']} labels, {number(group[0]['n_texts'])} held-out texts"
+        made.append(table(f"Accuracy of probes, {_title(group[0])}: {told}", cells))
+    return made
 
 
 def figure(rows: list[dict]) -> Figure:
     """Returns accuracy against the number of labelled examples, of one direction."""
-    probes, title, lines = _by_probe(rows), _title(rows[0]), {}
-    for name, by_n in probes.items():
+    title, lines, largest = _title(rows[0]), {}, max(row["n"] for row in rows)
+    scores = []
+    for name, by_n in _by_probe(rows).items():
         style = REFERENCES.get(name) or map_line(name)
         accuracies = [row["accuracy"] for row in by_n.values()]
         lines[name] = (list(by_n), accuracies, {"marker": "o", "markersize": 3, **style})
-    largest = max(row["n"] for row in rows)
-    scores = (f"{p} {percent(by_n[largest]['accuracy'], 0)}" for p, by_n in probes.items())
+        scores.append(f"{name} {percent(by_n[largest]['accuracy'], 0)}")
     return line_figure(
         lines,
         title=title,
@@ -85,8 +84,3 @@ def _by_probe(rows: list[dict]) -> dict[str, dict[int, dict]]:
 def _title(row: dict) -> str:
     sites = site_words(row["site_source"], row["site_target"])
     return f"{row['source']} → {row['target']}, {sites}"
-
-
-def _ends(row: dict, key: str) -> str:
-    low, high = row[f"{key}_low"], row[f"{key}_high"]
-    return "" if low is None else f"[{percent(low, 0)}, {percent(high, 0)}]"

@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import dictionaries, maps, models, results
+from crossdict_jax import maps, results
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.directions import best_matches, feature_directions, mapped_directions
 from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
-from crossdict_jax.causal.vocabulary import translation
+from crossdict_jax.causal.finished_run import FinishedRun
+from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.config import Config
 from crossdict_jax.config.settings import refuse_transcoders
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import Side, Task
-from crossdict_jax.maps.base import encode_rows, map_class, slices
+from crossdict_jax.maps import Task
+from crossdict_jax.maps.base import map_class
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Resamples, columns, draw
 from crossdict_jax.studies.steering.generation import Starts, Writer
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
-from crossdict_jax.studies.steering.section import (
-    answers,
-    facts,
-    sentence,
-    side_by_side,
-    tables,
-)
-from crossdict_jax.studies.steering.source_feature import Feature, Source
-from crossdict_jax.training.stage import device_figures
-from crossdict_jax.workdir import Workdir, write_jsonl
+from crossdict_jax.studies.steering.section import answers, facts, sentence, side_by_side, tables
+from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
+from crossdict_jax.training.stage import digest, timed
+from crossdict_jax.workdir import Workdir
 
-FOLDER = "steering"  # of results/ and of report/
+FOLDER = "steering"  # of results/
 RATES = ("token_rate", "piece_rate", "search_rate", "nll")
 
 
 def run(config: Config, work: Workdir) -> None:
-    """Writes the texts and their rates, and prints them side by side."""
-    name = steer(config, work)
-    (answer,) = answers(results.read(work, f"{FOLDER}/{name}.jsonl"))
+    """Writes the texts and their rates (see ``steer``), and prints them side by side."""
+    (answer,) = answers(results.read(work, f"{FOLDER}/{steer(config, work)}.jsonl"))
     print("\n".join([answer.title, *(f"{key}: {words}" for key, words in facts(answer))]))
     show([side_by_side(answer, answer.doses[-1]), *tables(answer)])
     print(sentence(answer))
@@ -52,11 +43,11 @@ def run(config: Config, work: Workdir) -> None:
 def steer(config: Config, work: Workdir) -> str:
     """Writes results/steering/NAME.jsonl and returns NAME, which speaks of what was asked.
 
-    B (``steer.target``) continues prompts; the image of a feature of A is added to its activations
-    at the target's layer, from the last token of the prompt on (so that every new token is
-    predicted under it), or in all of the prompt but its first position. Beside it, with the same
-    random numbers and the same norm: no edit, a random direction (another one for every text), and
-    the feature of B that correlates best with A's on training rows (its native match).
+    B (``steer.target``) continues prompts; the mapped direction of a feature of A is added to its
+    activations at the target's layer, from the last token of the prompt on, so that every new token
+    is predicted under it. Beside it, with the same random numbers and the same norm: no edit, a
+    random direction (another one for every text), and the feature of B that correlates best with
+    A's on training rows (its match).
 
     Rows are of three kinds: "feature" (what was put in), "condition" (what holds over all texts of
     one edit and dose, with 95 % intervals over texts) and "text".
@@ -74,7 +65,6 @@ def steer(config: Config, work: Workdir) -> str:
       UserError: anything that was asked for does not exist, is dead, or does not fit, or the run
         holds transcoders.
     """
-    started = time.perf_counter()
     settings = config.steer
     if (settings.feature < 0) == (not settings.search):
         raise UserError(
@@ -82,26 +72,47 @@ def steer(config: Config, work: Workdir) -> str:
             "--config.steer.search=himself."
         )
     refuse_transcoders(config, "Steering")
-    store = open_store(work.activations)
-    task = chosen_task(config, store)
-    target = _Target(config, work, store, task)
-    source = Source(config, work, store, task)
-    feature = source.choose(translation(source.tokenizer, target.tokenizer))
-    rows = list(_Study(config, source, target, feature).rows())
-    name = _name(config, task, feature.id)
-    write_jsonl(work.result(f"{FOLDER}/{name}.jsonl"), rows)
-    work.record_timing(
-        "steer",
-        wall_s=time.perf_counter() - started,
-        tokens=target.writer.tokens,
-        tokens_per_s=target.writer.tokens / target.writer.seconds,
-        **device_figures(),
-    )
+    finished = FinishedRun(config, work, open_store(work.activations))
+    task = chosen_task(config, finished.store)
+    lm, tokenizer = finished.lm(task.target), finished.tokenizers[task.target]
+    with timed(work, "steer") as figures:
+        prompts = read_prompts(config, finished.store, task.target, tokenizer)
+        count = new_tokens(settings.tokens, prompts, lm.config.context, task.target)
+        words = translation(finished.tokenizers[task.source], tokenizer)
+        source = Source(finished, task, words)
+        feature = choose(source)
+        samples = settings.samples if settings.temperature else 1
+        directions, about = edits(source, feature, n=len(prompts) * samples)
+        norm = dose_norm(source, feature, directions["mapped"])
+        doses = [("none", 0.0), *((name, a) for a in settings.alphas for name in directions)]
+        nothing = np.zeros(lm.config.d_model)
+        vectors = [a * norm * normalised(directions.get(name, nothing)) for name, a in doses]
+        starts = make_starts(prompts, samples, vectors, lm.config.d_model)
+        writer = Writer(lm, task.site_target, dtype=config.extract.matmul_dtype)
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        tokens = writer.write(starts, count=count, seed=config.seed, **sampling)
+        ends = np.atleast_1d([] if lm.config.eos_token_id is None else lm.config.eos_token_id)
+        ends = {*ends.tolist(), *tokenizer.all_special_ids}
+        texts = score_texts(writer, starts, tokens, feature, words, settings.search, ends)
+        of_dose = np.array_split(np.array(texts, object), len(doses))
+        by = dict(zip(doses, map(list, of_dose)))
+        resamples = draw(
+            np.arange(len(by["none", 0.0])), count=config.evaluation.bootstrap, seed=config.seed
+        )
+        rows = [about | {"new_tokens": count}]
+        rows += [condition_row(by, name, alpha, resamples) for name, alpha in doses]
+        for (name, alpha), group in by.items():
+            rows += [{"row": "text", "condition": name, "alpha": alpha} | text for text in group]
+        pair = f"{task.source}.{task.site_source.layer}-to-{task.target}.{task.site_target.layer}"
+        asked = digest([asdict(settings), config.seed])[:8]
+        name = f"{pair}-{feature.id}-{settings.map}-{asked}"
+        results.write(work, f"{FOLDER}/{name}.jsonl", rows)
+        figures["tokens"] = tokens.size
     return name
 
 
 def chosen_task(config: Config, store: Store) -> Task:
-    """Returns the map whose image is asked for; for the match any map of the place.
+    """Returns the map whose direction is asked for; for the match any map of the layer pair.
 
     Raises:
       UserError: the run has no such model, layer pair or map.
@@ -111,248 +122,189 @@ def chosen_task(config: Config, store: Store) -> Task:
     target = settings.target or next(m for m in store.models if m != source)
     for name, model in (("source", source), ("target", target)):
         if model not in store.models:
-            known = ", ".join(store.models)
-            raise UserError(f"steer.{name}={model} is no model of this run; use one of {known}.")
+            names = ", ".join(store.models)
+            raise UserError(f"steer.{name}={model} is no model of this run; use one of {names}.")
     if source == target:
         raise UserError(f"steer.source and steer.target are both {source}; name two models.")
-    places: dict[str, list[Task]] = {}
+    pairs: dict[str, list[Task]] = {}
     for task in maps.tasks(config, store):
         if (task.source, task.target, task.pairing) == (source, target, "aligned"):
             layers = f"{task.site_source.layer}:{task.site_target.layer}"
-            places.setdefault(layers, []).append(task)
-    asked = settings.layer_pair or list(places)[len(places) // 2]
-    if asked not in places:
+            pairs.setdefault(layers, []).append(task)
+    asked = settings.layer_pair or list(pairs)[len(pairs) // 2]
+    if asked not in pairs:
         raise UserError(
             f"steer.layer_pair={asked} is no layer pair from {source} to {target} in this run; use "
-            f"one of {', '.join(places)}."
+            f"one of {', '.join(pairs)}."
         )
-    if settings.image == MATCH:
-        return places[asked][0]
-    kinds = {t.kind: t for t in places[asked] if map_class(t.kind).reads != "tokens"}
-    if settings.image not in kinds:
+    if settings.map == MATCH:
+        return pairs[asked][0]
+    kinds = {t.kind: t for t in pairs[asked] if map_class(t.kind).reads != "tokens"}
+    if settings.map not in kinds:
         raise UserError(
-            f"steer.image={settings.image} makes no image of a feature in this run; use one of "
+            f"steer.map={settings.map} maps no feature in this run; use one of "
             f"{', '.join((*kinds, MATCH))}."
         )
-    return kinds[settings.image]
+    return kinds[settings.map]
 
 
-def _name(config: Config, task: Task, feature: int) -> str:
-    asked = json.dumps([asdict(config.steer), config.seed], sort_keys=True)
-    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
-    place = f"{task.source}.{task.site_source.layer}-to-{task.target}.{task.site_target.layer}"
-    return f"{place}-{feature}-{config.steer.image}-{digest}"
+# ---------------------------------------------------------------- what is put in
 
 
-# ---------------------------------------------------------------- B
-
-
-class _Target:
-    """B: what it reads, and the program that writes on."""
-
-    def __init__(self, config: Config, work: Workdir, store: Store, task: Task):
-        settings, path = config.steer, store.paths[store.models.index(task.target)]
-        self.store, self.task = store, task
-        self.tokenizer = models.load_tokenizer(path)
-        self.prompts = read_prompts(config, store, task.target, self.tokenizer)
-        lm = models.load(path)
-        self.count = new_tokens(settings.tokens, self.prompts, lm.config.context, task.target)
-        ends = lm.config.eos_token_id
-        ends = ends if isinstance(ends, tuple) else (() if ends is None else (ends,))
-        self.ends = {*ends, *self.tokenizer.all_special_ids}
-        self.dictionary = dictionaries.load(work.dictionary(task.target, task.site_target))
-        self.writer = Writer(
-            lm,
-            task.site_target,
-            batch_size=settings.batch_size,
-            dtype=config.extract.matmul_dtype,
+def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns {edit: directions [d_b], random ones [n, d_b]}, and the row of the feature."""
+    run, task, words = source.run, source.task, source.words
+    settings = run.config.steer
+    strength = feature.strength[:, None]
+    dictionary = run.dictionary(task.target, task.site_target)
+    match, r = best_matches(run.codes(task.target, task.site_target), strength)
+    of_match = mapped = feature_directions(dictionary, match)[0]
+    if settings.map != MATCH:
+        m, side = maps.load(task.path(run.work)), run.side(task.source, task.site_source)
+        ids = np.array([feature.id])
+        mapped = mapped_directions(m, side, ids, strength, seed=run.config.seed)[0]
+    if not mapped.any():
+        raise UserError(
+            f"steer.map={settings.map} makes nothing of feature {feature.id}: its direction in "
+            f"{task.target} is zero; choose another feature or map."
         )
+    key = [run.config.seed, feature.id]
+    generator = np.random.Generator(np.random.Philox(key=key))
+    directions = {"mapped": mapped, "random": generator.normal(size=(n, dictionary.d_model))}
+    if settings.map != MATCH:
+        directions[MATCH] = of_match
+    pair = (task.source, task.target, str(task.site_source), str(task.site_target))
+    return directions, {
+        "row": "feature",
+        **dict(zip(results.PAIR, pair)),
+        "feature": feature.id,
+        "firings": int((feature.strength > 0).sum()),
+        "n_rows": len(feature.strength),
+        "promoted_source": [words.text("a", token) for token in feature.promoted],
+        "promoted_by": list(feature.promoted.values()),
+        "promoted_target": [words.text("b", token) for token in feature.mapped],
+        "contexts": feature.contexts,
+        "candidates": feature.candidates,
+        "match": int(match[0]),
+        "match_r": float(r[0]),
+        "match_cosine": float(normalised(mapped) @ normalised(of_match)),
+        "settings": {key: v for key, v in asdict(settings).items() if key != "prompts"},
+        "seed": run.config.seed,
+    }
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        return self.store.read(self.task.target, self.task.site_target, rows)
 
-    def codes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        for block in slices(len(rows)):
-            yield encode_rows(self.dictionary, self.read(rows[block]))
+def dose_norm(source: Source, feature: Feature, mapped: np.ndarray) -> float:
+    """Returns the norm of what a dose of 1 adds to B."""
+    task = source.task
+    x = source.run.store.read(task.target, task.site_target, source.test)
+    median = float(np.median(np.linalg.norm(x.astype(np.float32), axis=1)))
+    _, norm = dose_norms(
+        source.run.config.steer.norm,
+        (feature.median_norm, median),
+        strength=float(feature.strength[feature.strength > 0].mean()),
+        direction=feature.direction,
+        mapped=mapped,
+    )
+    return norm
 
-    def median_norm(self, rows: np.ndarray) -> float:
-        return float(np.median(np.linalg.norm(self.read(rows).astype(np.float32), axis=1)))
+
+def make_starts(
+    prompts: list[np.ndarray], samples: int, vectors: list[np.ndarray], d_model: int
+) -> Starts:
+    """Returns all texts under the first vector, then under the second, and so on.
+
+    Args:
+      samples: texts of every prompt.
+      vectors: each what all texts share [d_model], or another for each [texts, d_model].
+    """
+    prompt = np.repeat(np.arange(len(prompts)), samples)
+    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, text in zip(tokens, prompts):
+        row[: len(text)] = text
+    length = np.array([len(text) for text in prompts])[prompt]
+    n, times = len(prompt), len(vectors)
+    return Starts(
+        tokens=np.tile(tokens[prompt], (times, 1)),
+        length=np.tile(length, times).astype(np.int32),
+        vector=np.concatenate([np.broadcast_to(v, (n, d_model)) for v in vectors]).astype(
+            "float32"
+        ),
+        prompt=np.tile(prompt, times).astype(np.int32),
+        sample=np.tile(np.arange(n) % samples, times).astype(np.int32),
+    )
 
 
-# ---------------------------------------------------------------- the texts and what is counted
+# ---------------------------------------------------------------- what is counted
 
 
-class _Study:
-    """One feature, its directions in B, the texts written with each, and their scores."""
+def score_texts(
+    writer: Writer,
+    starts: Starts,
+    tokens: np.ndarray,
+    feature: Feature,
+    words: Translation,
+    searched: str,
+    ends: Collection[int],
+) -> list[dict[str, Any]]:
+    """Returns what was written, and what is counted in it, a dict for each text.
 
-    def __init__(self, config: Config, source: Source, target: _Target, feature: Feature):
-        self.config, self.source, self.target, self.feature = config, source, target, feature
-        settings = config.steer
-        self.samples = settings.samples if settings.temperature else 1
-        self.n = len(target.prompts) * self.samples
-        self.draws = draw(np.arange(self.n), count=config.evaluation.bootstrap, seed=config.seed)
-        strength = feature.strength[:, None]
-        match, r = best_matches(target.codes(source.train), strength)
-        self.match, self.match_r = int(match[0]), float(r[0])
-        native = feature_directions(target.dictionary, match)[0]
-        self.image = native if settings.image == MATCH else self._image(strength)
-        if not self.image.any():
-            raise UserError(
-                f"steer.image={settings.image} makes nothing of feature {feature.id}: its image in "
-                f"{target.task.target} is zero; choose another feature or image."
-            )
-        self.directions = {"mapped": self.image, "random": self._random()}
-        if settings.image != MATCH:
-            self.directions[MATCH] = native
+    Args:
+      tokens: int32 [n, count], the new ones.
+      ends: tokens that end a text: what stands from the first of them on is not counted.
+    """
+    text_tokens = np.pad(starts.tokens, ((0, 0), (0, tokens.shape[1])))
+    for row, length, new in zip(text_tokens, starts.length, tokens):
+        row[length : length + len(new)] = new
+    surprise = writer.surprise(text_tokens).astype(np.float64)
+    pieces = [words.pieces_a[token] for token in feature.promoted]
 
-    def _image(self, strength: np.ndarray) -> np.ndarray:
-        source = self.source
-        m = maps.load(source.task.path(source.work))
-        x = source.read(source.train)
-        tokens = source.store.tokens(source.task.source, source.train)
-        side, one = Side(x, tokens, source.dictionary), np.array([self.feature.id])
-        return mapped_directions(m, side, one, strength, seed=self.config.seed)[0]
+    def as_bytes(ids: np.ndarray) -> bytes:
+        spelled = (i for i in ids if i < len(words.pieces_b) and i not in words.special_b)
+        return b"".join(words.pieces_b[i] for i in spelled)
 
-    def _random(self) -> np.ndarray:
-        """A direction for every text, [n, d_model]."""
-        key = [self.config.seed, self.feature.id]
-        generator = np.random.Generator(np.random.Philox(key=key))
-        return generator.normal(size=(self.n, self.target.dictionary.d_model))
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        settings = self.config.steer
-        conditions = [("none", 0.0)]
-        conditions += [(name, alpha) for alpha in settings.alphas for name in self.directions]
-        starts = self._starts(conditions)
-        tokens = self.target.writer.write(
-            starts,
-            count=self.target.count,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=self.config.seed,
+    texts = []
+    for i, new in enumerate(tokens):
+        kept = next((k for k, t in enumerate(new) if t in ends), len(new))
+        scored = min(kept + 1, len(new))  # the end mark is predicted too
+        start = starts.length[i] - 1
+        written, before = as_bytes(new[:kept]), as_bytes(text_tokens[i][: start + 1])
+        per_100 = 100 / max(len(written), 1)
+        texts.append(
+            {
+                "prompt": int(starts.prompt[i]),
+                "sample": int(starts.sample[i]),
+                "before": before.decode(errors="replace"),
+                "text": written.decode(errors="replace"),
+                "tokens": kept,
+                "token_rate": sum(int(t) in feature.mapped for t in new[:kept]) / max(kept, 1),
+                "piece_rate": per_100 * sum(map(written.count, pieces)),
+                "search_rate": per_100 * written.count(searched.encode()) if searched else None,
+                "nll": float(surprise[i, start : start + scored].mean()),
+            }
         )
-        texts = self._texts(starts, tokens)
-        yield self._about()
-        by = {c: texts[i * self.n : (i + 1) * self.n] for i, c in enumerate(conditions)}
-        for (name, alpha), own in by.items():
-            others = {"more": None, "over_random": None}
-            if name != "none":
-                others["more"] = by["none", 0.0]
-            if name not in ("none", "random"):
-                others["over_random"] = by["random", alpha]
-            scores = _over(own, others, self.draws)
-            yield {"row": "condition", "condition": name, "alpha": alpha} | scores
-        for text, (name, alpha) in zip(texts, (c for c in conditions for _ in range(self.n))):
-            yield {"row": "text", "condition": name, "alpha": alpha} | text
-
-    def _starts(self, conditions: list[tuple[str, float]]) -> Starts:
-        """All texts of the first condition, then of the second, and so on."""
-        prompts, settings = self.target.prompts, self.config.steer
-        prompt = np.repeat(np.arange(len(prompts)), self.samples)
-        tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-        for row, one in zip(tokens, prompts):
-            row[: len(one)] = one
-        length = np.array([len(one) for one in prompts])[prompt]
-        first = length - 1 if settings.positions == "generated" else np.minimum(1, length - 1)
-        _, norm = dose_norms(
-            settings.norm,
-            (self.feature.median_norm, self.target.median_norm(self.source.test)),
-            strength=float(self.feature.strength[self.feature.strength > 0].mean()),
-            direction=self.feature.direction,
-            mapped=self.image,
-        )
-        shape = (self.n, self.target.dictionary.d_model)
-        vectors = [
-            np.zeros(shape)
-            if name == "none"
-            else alpha * norm * np.broadcast_to(normalised(self.directions[name]), shape)
-            for name, alpha in conditions
-        ]
-        times = len(conditions)
-        return Starts(
-            tokens=np.tile(tokens[prompt], (times, 1)),
-            length=np.tile(length, times).astype(np.int32),
-            first=np.tile(first, times).astype(np.int32),
-            vector=np.concatenate(vectors).astype(np.float32),
-            prompt=np.tile(prompt, times).astype(np.int32),
-            sample=np.tile(np.arange(self.n) % self.samples, times).astype(np.int32),
-        )
-
-    def _texts(self, starts: Starts, tokens: np.ndarray) -> list[dict[str, Any]]:
-        """What was written, and what is counted in it; a text ends before the first end mark."""
-        whole = np.pad(starts.tokens, ((0, 0), (0, tokens.shape[1])))
-        for row, length, new in zip(whole, starts.length, tokens):
-            row[length : length + len(new)] = new
-        surprise = self.target.writer.surprise(whole).astype(np.float64)
-        words, mapped = self.source.words, set(self.feature.mapped)
-        pieces = [words.pieces_a[token] for token in self.feature.promoted]
-        searched = self.config.steer.search.encode()
-        texts = []
-        for i, new in enumerate(tokens):
-            kept = next((k for k, t in enumerate(new) if t in self.target.ends), len(new))
-            scored = min(kept + 1, len(new))  # the end mark is predicted too
-            at = starts.length[i] - 1
-            written, front = (self._bytes(ids) for ids in (new[:kept], whole[i][: at + 1]))
-            per_100 = 100 / max(len(written), 1)
-            texts.append(
-                {
-                    "prompt": int(starts.prompt[i]),
-                    "sample": int(starts.sample[i]),
-                    "before": front.decode(errors="replace"),
-                    "text": written.decode(errors="replace"),
-                    "tokens": kept,
-                    "token_rate": sum(int(t) in mapped for t in new[:kept]) / max(kept, 1),
-                    "piece_rate": per_100 * sum(map(written.count, pieces)),
-                    "search_rate": per_100 * written.count(searched) if searched else None,
-                    "nll": float(surprise[i, at : at + scored].mean()),
-                }
-            )
-        return texts
-
-    def _bytes(self, ids: np.ndarray) -> bytes:
-        words = self.source.words
-        known = (i for i in ids if i < len(words.pieces_b) and i not in words.special_b)
-        return b"".join(words.pieces_b[i] for i in known)
-
-    def _about(self) -> dict[str, Any]:
-        task, feature, words = self.target.task, self.feature, self.source.words
-        native = feature_directions(self.target.dictionary, np.array([self.match]))[0]
-        asked = asdict(self.config.steer)
-        return {
-            "row": "feature",
-            "source": task.source,
-            "target": task.target,
-            "site_source": str(task.site_source),
-            "site_target": str(task.site_target),
-            "feature": feature.id,
-            "firings": int((feature.strength > 0).sum()),
-            "n_rows": len(feature.strength),
-            "promoted_source": [words.text("a", token) for token in feature.promoted],
-            "promoted_by": list(feature.promoted.values()),
-            "promoted_target": [words.text("b", token) for token in feature.mapped],
-            "contexts": feature.contexts,
-            "candidates": feature.candidates,
-            "match": self.match,
-            "match_r": self.match_r,
-            "match_cosine": float(normalised(self.image) @ normalised(native)),
-            "settings": {name: v for name, v in asked.items() if name not in ("prompts", "image")}
-            | {"map": asked["image"]},
-            "new_tokens": self.target.count,
-            "seed": self.config.seed,
-        }
+    return texts
 
 
-def _over(own: list[dict], others: dict[str, list[dict] | None], draws: Resamples) -> dict:
-    """What holds over the texts of a condition, and its paired differences to other texts."""
+def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict[str, Any]:
+    """Returns what holds over the texts of an edit, and its paired differences to other texts.
 
-    def mean(texts: list[dict], rate: str):
-        return draws.mean(np.array([text[rate] for text in texts]))
-
-    out: dict[str, Any] = {"n_texts": len(own), "tokens": sum(text["tokens"] for text in own)}
+    Args:
+      by: {(edit, dose): its texts}.
+    """
+    texts = by[name, alpha]
+    others = {
+        "more": by["none", 0.0] if name != "none" else None,
+        "over_random": by["random", alpha] if name not in ("none", "random") else None,
+    }
+    row = {"row": "condition", "condition": name, "alpha": alpha, "n_texts": len(texts)}
+    row["tokens"] = sum(text["tokens"] for text in texts)
     for rate in RATES:
-        known = own[0][rate] is not None
-        out |= columns(rate, mean(own, rate) if known else None)
-        for name, texts in others.items():
-            difference = mean(own, rate) - mean(texts, rate) if known and texts else None
-            out |= columns(f"{rate}_{name}", difference)
-    return out
+        counted = texts[0][rate] is not None
+        mean = draws.mean(np.array([text[rate] for text in texts])) if counted else None
+        row |= columns(rate, mean)
+        for difference, of_others in others.items():
+            paired = None
+            if counted and of_others:
+                paired = mean - draws.mean(np.array([text[rate] for text in of_others]))
+            row |= columns(f"{rate}_{difference}", paired)
+    return row

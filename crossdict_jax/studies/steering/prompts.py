@@ -1,4 +1,4 @@
-"""Prompts for a language model: as they were given, or the beginnings of held-out documents."""
+"""Prompts for a language model: as a user gave them, or the beginnings of held-out documents."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.activations.pairing import RebuildError, byte_ends, normalize
+from crossdict_jax.activations.pairing import byte_ends, byte_ends_batch, normalize
 from crossdict_jax.activations.splice import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 
 MOST_TOKENS = 48  # new ones of a text, where the settings leave it to the context
+DOCUMENTS = 4  # held-out ones whose beginnings are prompts, where none are given
+PROMPT_TOKENS = 12  # of each such beginning: the start of a sentence
 
 
 def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np.ndarray]:
@@ -22,13 +24,39 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
       UserError: a prompt is blank, holds what the model's tokenizer has no tokens for, or the
         file of prompts cannot be read.
     """
-    if not config.steer.prompts:
-        return _beginnings(config, store, model)
     front = [] if store.has_bos(model) is None else [store.has_bos(model)]
-    return [
-        np.array([*front, *_tokens(text, model, tokenizer)], np.int32)
-        for text in _given(config.steer.prompts)
-    ]
+    text = config.steer.prompts
+    if not text:
+        passages = select_passages(store, model, documents=DOCUMENTS, seed=config.seed)
+        _, first = np.unique(passages.document, return_index=True)
+        windows = [passages.tokens[w] for w in passages.window[first]]
+        return [tokens[: len(front) + PROMPT_TOKENS] for tokens in windows]
+    prompts = [text]
+    if text.endswith(".txt"):
+        try:
+            prompts = Path(text).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"steer.prompts={text} cannot be read ({error}); name a UTF-8 file with a prompt a "
+                "line, or give one prompt."
+            ) from error
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError(f"steer.prompts={text!r} holds a blank prompt; write something in each.")
+    return [np.array([*front, *tokens_of(p, model, tokenizer)], np.int32) for p in prompts]
+
+
+def tokens_of(text: str, model: str, tokenizer) -> np.ndarray:
+    """Returns the tokens of a text; UserError naming characters that the vocabulary lacks."""
+    if byte_ends_batch([text], tokenizer)[0] is not None:
+        return byte_ends(text, tokenizer).ids
+    characters = list(dict.fromkeys(normalize(text)))
+    read = byte_ends_batch(characters, tokenizer)
+    unknown = [repr(c) for c, tokens in zip(characters, read) if tokens is None]
+    lack = f"no tokens for {', '.join(unknown)}" if unknown else "other text for it"
+    raise UserError(
+        f"steer.prompts: the vocabulary of {model} has {lack} in {text!r}; write the prompt "
+        "without."
+    )
 
 
 def new_tokens(asked: int, prompts: list[np.ndarray], context: int, model: str) -> int:
@@ -50,50 +78,3 @@ def new_tokens(asked: int, prompts: list[np.ndarray], context: int, model: str) 
             "most."
         )
     return asked or min(MOST_TOKENS, context - longest)
-
-
-def _given(text: str) -> list[str]:
-    if not text.endswith(".txt"):
-        prompts = text.split("|")
-    else:
-        try:
-            prompts = Path(text).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"steer.prompts={text} cannot be read ({error}); name a UTF-8 file with a prompt a "
-                "line, or give prompts with | between."
-            ) from error
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError(f"steer.prompts={text!r} holds a blank prompt; write something in each.")
-    return prompts
-
-
-def _tokens(text: str, model: str, tokenizer) -> np.ndarray:
-    try:
-        return byte_ends(text, tokenizer).ids
-    except RebuildError:
-        pass
-    unknown = [c for c in dict.fromkeys(normalize(text)) if not _is_known(c, tokenizer)]
-    which = f"no tokens for {', '.join(map(repr, unknown))}" if unknown else "other text for it"
-    raise UserError(
-        f"steer.prompts: the vocabulary of {model} has {which} in {text!r}; write the prompt "
-        "without."
-    )
-
-
-def _is_known(character: str, tokenizer) -> bool:
-    try:
-        byte_ends(character, tokenizer)
-    except RebuildError:
-        return False
-    return True
-
-
-def _beginnings(config: Config, store: Store, model: str) -> list[np.ndarray]:
-    """The first tokens of the first windows of held-out documents."""
-    settings = config.steer
-    passages = select_passages(store, model, documents=settings.documents, seed=config.seed)
-    front = 0 if store.has_bos(model) is None else 1
-    _, first = np.unique(passages.document, return_index=True)
-    windows = [passages.tokens[w] for w in passages.window[first]]
-    return [tokens[: front + settings.prompt_tokens] for tokens in windows]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
-from crossdict_jax.report.html import fill
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number
+from crossdict_jax.report.blocks import Block, Details, Facts, Heading, html
+from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import site_words
 
 TITLE = "Steered text"
@@ -53,17 +52,17 @@ class Answer:
 
 def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of all files of results/steering."""
-    shown = [
-        {
-            "title": answer.title,
-            "sentence": sentence(answer),
-            "facts": facts(answer),
-            "tables": tables(answer),
-            "texts": [side_by_side(answer, dose) for dose in answer.doses],
-        }
-        for answer in answers(rows)
+    blocks: list[Block] = [
+        "What does one model write with a feature of another put in? Single texts fool the eye: "
+        "every edit stands beside none, a random direction of equal norm and the target’s own best "
+        "matching feature, with the same random numbers, and what counts is how often the promoted "
+        "tokens occur over all texts. All texts: results/steering/."
     ]
-    return fill(Path(__file__).with_name("section.html.j2"), answers=shown)
+    for answer in answers(rows):
+        texts = [side_by_side(answer, dose) for dose in answer.doses]
+        blocks += [Heading(answer.title), sentence(answer), Facts(facts(answer))]
+        blocks += [*tables(answer), Details("Some of the texts, side by side", texts)]
+    return html(blocks)
 
 
 def answers(rows: list[dict]) -> Iterator[Answer]:
@@ -113,7 +112,7 @@ def sentence(answer: Answer) -> str:
     dose = answer.doses[-1]
     row = next(r for r in answer.conditions if (r["condition"], r["alpha"]) == ("mapped", dose))
     compared = []
-    for rate, what in (
+    for rate, title in (
         ("token_rate", "promoted tokens, in % of the new tokens,"),
         ("piece_rate", "occurrences of promoted text, per 100 bytes,"),
     ):
@@ -129,7 +128,7 @@ def sentence(answer: Answer) -> str:
         with_it, without, at_random = (number(times * v, 2) for v in (value, plain, random))
         bounds = _scaled(row, f"{rate}_over_random", times).note
         compared.append(
-            f"{what} are {with_it}, {without} without the edit and {at_random} with a random "
+            f"{title} are {with_it}, {without} without the edit and {at_random} with a random "
             f"direction of equal norm ({verdict}; difference {bounds})"
         )
     cost = number(row["nll_more"], 2)
@@ -138,59 +137,47 @@ def sentence(answer: Answer) -> str:
 
 def tables(answer: Answer) -> list[Table]:
     """Returns what the search found, if one was asked for, and all rates under every edit."""
-    made = []
-    if answer.feature["candidates"]:
-        titles = ("of its strongest rows", "of all rows", "raises log p, nats", "of the token")
-        body = [
-            [
-                Cell(str(c["feature"])),
-                *(Cell(number(c[key], 2)) for key in ("share", "base", "promotes")),
-                Cell(_quoted([c["token"]])),
-            ]
-            for c in answer.feature["candidates"]
-        ]
-        searched = answer.feature["settings"]["search"]
-        caption = f"Features around ‘{searched}’, and what they promote"
-        made.append(Table(caption, [Column("feature"), *map(Column, titles)], body))
-
-    rates = {k: v for k, v in RATES.items() if answer.conditions[0][k] is not None}
-    columns = [Column("edit", numeric=False), Column("dose")]
-    for title, _ in rates.values():
-        columns += [Column(title), Column("more than without")]
-    body = [
-        [
-            Cell(WORDS[row["condition"]]),
-            Cell(f"{row['alpha']:g}"),
-            *(
-                _scaled(row, key + end, times)
-                for key, (_, times) in rates.items()
-                for end in ("", "_more")
-            ),
-        ]
-        for row in answer.conditions
+    candidates = [
+        {
+            "feature": str(row["feature"]),
+            "of its strongest rows": score(row, "share", 2),
+            "of all rows": score(row, "base", 2),
+            "raises log p, nats": score(row, "promotes", 2),
+            "of the token": _quoted([row["token"]]),
+        }
+        for row in answer.feature["candidates"]
     ]
+    searched = f"Features around ‘{answer.feature['settings']['search']}’, and what they promote"
+    rates = []
+    for row in answer.conditions:
+        line = {"edit": WORDS[row["condition"]], "dose": f"{row['alpha']:g}"}
+        for key, (title, times) in RATES.items():
+            if row[key] is not None:
+                line[title] = _scaled(row, key, times)
+                line[f"{title}, more"] = _scaled(row, f"{key}_more", times)
+        rates.append(line)
     n = answer.conditions[0]["n_texts"]
-    made.append(Table(f"{n} texts of every edit, 95 % intervals over texts", columns, body))
-    return made
+    made = [table(f"{n} texts of every edit, 95 % intervals over texts", rates)]
+    return [table(searched, candidates), *made] if candidates else made
 
 
 def _scaled(row: dict, key: str, times: float) -> Cell:
-    ends = (key, f"{key}_low", f"{key}_high")
-    scaled = {end: None if row[end] is None else times * row[end] for end in ends}
-    return Cell(number(scaled[key], 2), note=interval(scaled, key, 2))
+    keys = (key, f"{key}_low", f"{key}_high")
+    return score({k: None if row[k] is None else times * row[k] for k in keys}, key, 2)
 
 
 def side_by_side(answer: Answer, alpha: float) -> Table:
     """Returns some texts of some prompts at one dose, a column for each edit."""
-    written = {(t["condition"], t["alpha"], t["prompt"], t["sample"]): t for t in answer.texts}
-    edits = [("none", 0.0)]
-    edits += [(row["condition"], alpha) for row in answer.conditions if row["alpha"] == alpha]
-    body = []
+    edits = {"none": 0.0}
+    edits |= {row["condition"]: alpha for row in answer.conditions if row["alpha"] == alpha}
+    lines: dict[tuple, dict[str, str]] = {}
     for text in answer.texts:
-        prompt, sample = text["prompt"], text["sample"]
-        if text["condition"] == "none" and prompt < PROMPTS and sample < SAMPLES:
-            words = (text["before"], *(written[*e, prompt, sample]["text"] for e in edits))
-            body.append([Cell(" ".join(one.replace("\n", " ⏎ ").split())) for one in words])
-    columns = [Column("prompt", numeric=False)]
-    columns += [Column(WORDS[name], numeric=False) for name, _ in edits]
-    return Table(f"Dose {alpha:g}", columns, body)
+        prompt, sample, edit = text["prompt"], text["sample"], text["condition"]
+        if prompt < PROMPTS and sample < SAMPLES and edits.get(edit) == text["alpha"]:
+            line = lines.setdefault((prompt, sample), {"prompt": _one_line(text["before"])})
+            line[WORDS[edit]] = _one_line(text["text"])
+    return table(f"Dose {alpha:g}", lines.values())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("\n", " ⏎ ").split())

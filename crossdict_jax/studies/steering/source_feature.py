@@ -1,16 +1,16 @@
-"""A feature of A that is looked for: by its number or by a text, and what it promotes."""
+"""A feature of A: named by its number or found by a text, and what it promotes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.splice import passages_of
-from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.directions import feature_directions, strengths
 from crossdict_jax.causal.effects import (
     choose_contexts,
@@ -20,19 +20,68 @@ from crossdict_jax.causal.effects import (
     normalised,
 )
 from crossdict_jax.causal.feature_transfer import positions_of
-from crossdict_jax.causal.finished_run import TRAIN_ROWS
+from crossdict_jax.causal.finished_run import TRAIN_ROWS, FinishedRun
 from crossdict_jax.causal.inject import Injector
 from crossdict_jax.causal.vocabulary import Translation
-from crossdict_jax.config import Config
+from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import encode_rows, slices
-from crossdict_jax.studies.steering.search import around
-from crossdict_jax.workdir import Workdir
 
 CANDIDATES = 8  # features that a search lists
+STRONGEST = 20  # rows by which a search judges a feature
+LEAST_FIRINGS = 4  # rows, for a feature to be judged at all
 AT_ONCE = 256  # features between two moves of the progress bar
 SHOWN = 3  # strongest contexts of the feature
+
+
+@dataclass(frozen=True)
+class Source:
+    """A at a site, and how its features are looked at: on rows of the store, in words."""
+
+    run: FinishedRun
+    task: Task
+    words: Translation
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        return self.run.dictionary(self.task.source, self.task.site_source)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        return Contexts(self.run.store, self.task.source, self.words.pieces_a)
+
+    @cached_property
+    def test(self) -> np.ndarray:
+        """Held-out rows, at most TRAIN_ROWS."""
+        rows = self.run.store.select("test")
+        generator = np.random.Generator(np.random.Philox(key=self.run.config.seed))
+        return np.sort(generator.permutation(rows)[:TRAIN_ROWS])
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        return self.run.store.read(self.task.source, self.task.site_source, rows)
+
+    def codes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """The features on some rows, in blocks."""
+        for block in slices(len(rows)):
+            yield encode_rows(self.dictionary, self.read(rows[block]))
+
+    def strength(self, rows: np.ndarray, feature: int) -> np.ndarray:
+        """One feature's activations on some rows, float32 [n]."""
+        return strengths(self.dictionary, self.read(rows), np.array([feature]))[:, 0]
+
+    def injector(self, rows: np.ndarray) -> Injector:
+        """The model on the windows of some rows, ascending."""
+        config, store, model = self.run.config, self.run.store, self.task.source
+        passages = passages_of(store, model, rows)
+        return Injector(
+            self.run.lm(model),
+            self.task.site_source,
+            passages.tokens,
+            positions_of(store, model, passages),
+            batch_size=config.intervention.batch_size,
+            dtype=config.extract.matmul_dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +89,7 @@ class Feature:
     """A feature of A that is put into B.
 
     Attributes:
-      strength: float32 [n], its activations on the training rows that are read.
+      strength: float32 [n], its activations on the training rows.
       direction: float32 [d_a], what a unit of it adds to A.
       median_norm: of A's activations where it was measured.
       promoted: {token of A: change of its log p, nats}.
@@ -59,174 +108,178 @@ class Feature:
     candidates: list[dict]
 
 
-class Source:
-    """A: its dictionary and the rows on which features are looked at."""
+def choose(source: Source) -> Feature:
+    """Returns the feature that was named, or the first of those that a search finds.
 
-    def __init__(self, config: Config, work: Workdir, store: Store, task: Task):
-        self.config, self.store, self.task, self.work = config, store, task, work
-        self.dictionary = dictionaries.load(work.dictionary(task.source, task.site_source))
-        self._path = store.paths[store.models.index(task.source)]
-        self.tokenizer = models.load_tokenizer(self._path)
-        self.train, self.test = (self._some(split) for split in ("train", "test"))
+    It is added to A at the middle dose where it fires in held-out text: the tokens that become
+    likelier are what it promotes.
 
-    def _some(self, split: str) -> np.ndarray:
-        rows = self.store.select(split)
-        generator = np.random.Generator(np.random.Philox(key=self.config.seed))
-        return np.sort(generator.permutation(rows)[:TRAIN_ROWS])
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        return self.store.read(self.task.source, self.task.site_source, rows)
-
-    def choose(self, words: Translation) -> Feature:
-        """Returns the feature that was named, or the first of those that the search finds."""
-        self.words = words
-        self._contexts = Contexts(self.store, self.task.source, words.pieces_a)
-        if not self.config.steer.search:
-            return self._described(self._named(self.config.steer.feature), [])
-        listed = self._found(self.config.steer.search)
-        return self._described(listed[0]["feature"], listed)
-
-    def _found(self, text: str) -> list[dict]:
-        """Features that fire around a text in training text, or make its first token likelier.
-
-        The latter all at one norm, at the same held-out places; who does it the most comes first.
-        """
-        found = around(text, self._contexts, self.train, self._codes(self.train))
-        live = np.flatnonzero(found.live & self._fires(self.test))
-        effect = dict(zip(live.tolist(), self._promotes(live, found.token).tolist()))
-        by_share = sorted(effect, key=lambda i: -found.share[i])
-        fires = [i for i in by_share[: CANDIDATES // 2] if found.share[i] > found.base]
-        by_effect = [i for i in sorted(effect, key=lambda i: -effect[i]) if effect[i] > 0]
-        rest = [i for i in by_effect if i not in fires][: CANDIDATES - len(fires)]
-        if not fires and not rest:
-            raise UserError(
-                f"steer.search={text!r} finds no feature: none fires around it or makes it "
-                "likelier; search for other text."
-            )
-        return [
-            {
-                "feature": i,
-                "share": float(found.share[i]),
-                "base": found.base,
-                "token": self.words.text("a", found.token),
-                "promotes": effect[i],
-            }
-            for i in sorted((*fires, *rest), key=lambda i: -effect[i])
-        ]
-
-    def _fires(self, rows: np.ndarray) -> np.ndarray:
-        """bool [width]: which features fire on some of the rows."""
-        return np.any([(f > 0).any(0) for f in self._codes(rows)], axis=0)
-
-    def _promotes(self, features: np.ndarray, token: int) -> np.ndarray:
-        """By how much each feature raises log p of a token, [features] in nats.
-
-        All are added at one norm, the middle dose, at the same held-out places.
-        """
-        from tqdm import tqdm
-
-        count = self.config.intervention.contexts
-        generator = np.random.Generator(np.random.Philox(key=self.config.seed))
-        injector = self._reader(np.sort(generator.permutation(self.test)[:count]))
-        ready = injector.ready(size=count, span=1)
-        dose = injector.median_norm * _middle(self.config.steer.alphas)
-        directions = normalised(feature_directions(self.dictionary, features))
-        parts = [np.zeros(0)]
-        with tqdm(desc="search", unit="feature", total=len(features)) as progress:
-            for block in slices(len(features), AT_ONCE):
-                change, _ = injector.changes(ready, dose * directions[block], {token: 1.0}, limit=1)
-                parts.append(change.mean(1, dtype=np.float64))
-                progress.update(len(change))
-        return np.concatenate(parts)
-
-    def _named(self, feature: int) -> int:
-        if feature >= self.dictionary.width:
-            raise UserError(
-                f"steer.feature={feature}: {self.task.source} at {self.task.site_source} has "
-                f"features 0 to {self.dictionary.width - 1}."
-            )
-        return feature
-
-    def _codes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        for block in slices(len(rows)):
-            yield encode_rows(self.dictionary, self.read(rows[block]))
-
-    def _strength(self, rows: np.ndarray, feature: int) -> np.ndarray:
-        return strengths(self.dictionary, self.read(rows), np.array([feature]))[:, 0]
-
-    def _described(self, feature: int, candidates: list[dict]) -> Feature:
-        strength = self._strength(self.train, feature)
-        where = f"feature {feature} of {self.task.source} at {self.task.site_source}"
-        if not strength.any():
-            raise UserError(
-                f"steer.feature={feature}: {where} is dead, it fires at none of the "
-                f"{len(strength)} training places read; choose another, or find one by "
-                "steer.search."
-            )
-        direction = feature_directions(self.dictionary, np.array([feature]))[0]
-        change, median = self._measured(feature, direction, where)
-        promoted = most_promoted(change, self.words.has_text, count=self.config.steer.promoted)
-        mapped: dict[int, float] = {}
-        for token, by in promoted.items():
-            found = self.words.to_b(token)
-            if found is not None:
-                mapped[found] = mapped.get(found, 0.0) + by
-        top = [row for row in np.argsort(-strength, kind="stable")[:SHOWN] if strength[row] > 0]
-        return Feature(
-            id=feature,
-            strength=strength,
-            direction=direction,
-            median_norm=median,
-            promoted=promoted,
-            mapped=mapped,
-            contexts=[
-                self._contexts.snippet(self.train[row]) | {"activation": float(strength[row])}
-                for row in top
-            ],
-            candidates=candidates,
+    Raises:
+      UserError: it does not exist, or fires nowhere; the search finds nothing.
+    """
+    config, task, train = source.run.config, source.task, source.run.train
+    settings, candidates = config.steer, []
+    feature = settings.feature
+    if settings.search:
+        candidates = search(source, settings.search)
+        feature = candidates[0]["feature"]
+    elif feature >= source.dictionary.width:
+        raise UserError(
+            f"steer.feature={feature}: {task.source} at {task.site_source} has features 0 to "
+            f"{source.dictionary.width - 1}."
         )
-
-    def _measured(
-        self, feature: int, direction: np.ndarray, where: str
-    ) -> tuple[np.ndarray, float]:
-        """(mean change of log p of every token [vocabulary], median norm of the activations) in A.
-
-        The feature is added, at the middle dose, where it fires in held-out text.
-        """
-        settings, strength = self.config.intervention, self._strength(self.test, feature)
-        if not strength.any():
-            raise UserError(
-                f"steer.feature={feature}: {where} fires at none of the {len(self.test)} held-out "
-                "places read, so nobody can say what it promotes; choose another."
-            )
-        generator = np.random.Generator(np.random.Philox(key=[self.config.seed, feature]))
-        documents = self.store.rows.document[self.test]
-        rows = choose_contexts(strength, documents, settings.contexts, generator)
-        injector = self._reader(self.test[rows])
-        median = injector.median_norm
-        own, _ = dose_norms(
-            self.config.steer.norm,
-            (median, median),
-            strength=float(strength[rows].mean()),
-            direction=direction,
-            mapped=direction,
+    strength, held_out = (source.strength(rows, feature) for rows in (train, source.test))
+    where = f"feature {feature} of {task.source} at {task.site_source}"
+    if not strength.any():
+        raise UserError(
+            f"steer.feature={feature}: {where} is dead, it fires at none of the {len(train)} "
+            "training positions read; choose another, or find one by steer.search."
         )
-        ready = injector.ready(size=settings.contexts, span=1)
-        dose = own * _middle(self.config.steer.alphas) * normalised(direction)
-        return mean_change(injector, ready, dose), median
-
-    def _reader(self, rows: np.ndarray) -> Injector:
-        """The model on the windows of some rows of the store, ascending, and where these are."""
-        passages = passages_of(self.store, self.task.source, rows)
-        return Injector(
-            models.load(self._path),
-            self.task.site_source,
-            passages.tokens,
-            positions_of(self.store, self.task.source, passages),
-            batch_size=self.config.intervention.batch_size,
-            dtype=self.config.extract.matmul_dtype,
+    if not held_out.any():
+        raise UserError(
+            f"steer.feature={feature}: {where} fires at none of the {len(source.test)} held-out "
+            "positions read, so nobody can say what it promotes; choose another."
         )
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
+    documents = source.run.store.rows.document[source.test]
+    count = config.intervention.contexts
+    rows = choose_contexts(held_out, documents, count, generator)
+    injector = source.injector(source.test[rows])
+    direction = feature_directions(source.dictionary, np.array([feature]))[0]
+    norm, _ = dose_norms(
+        settings.norm,
+        (injector.median_norm, injector.median_norm),
+        strength=float(held_out[rows].mean()),
+        direction=direction,
+        mapped=direction,
+    )
+    dose = norm * middle_dose(settings.alphas) * normalised(direction)
+    change = mean_change(injector, injector.ready(size=count, span=1), dose)
+    promoted = most_promoted(change, source.words.has_text)
+    below = source.run.lm(task.target).config.vocab_size
+    mapped, _ = source.words.weights_in_b(promoted, below=below)
+    top = [row for row in np.argsort(-strength, kind="stable")[:SHOWN] if strength[row] > 0]
+    contexts = [
+        source.contexts.snippet(train[row]) | {"activation": float(strength[row])} for row in top
+    ]
+    median = injector.median_norm
+    return Feature(feature, strength, direction, median, promoted, mapped, contexts, candidates)
 
 
-def _middle(alphas: Sequence[float]) -> float:
-    return sorted(map(abs, alphas))[len(alphas) // 2]
+def middle_dose(alphas: Iterable[float]) -> float:
+    """Returns the dose at which what a feature promotes is measured."""
+    sizes = sorted(map(abs, alphas))
+    return sizes[len(sizes) // 2]
+
+
+# ---------------------------------------------------------------- search
+
+
+@dataclass(frozen=True)
+class Around:
+    """Where a text stands, and which features fire there.
+
+    Attributes:
+      share: float [width], of each feature's strongest rows, how many have the text around them.
+      live: bool [width], fires often enough to be judged.
+      base: the share of all rows: what a feature that has nothing to do with the text would have.
+      token: the commonest token in which the text begins.
+    """
+
+    share: np.ndarray
+    live: np.ndarray
+    base: float
+    token: int
+
+
+def search(source: Source, text: str) -> list[dict]:
+    """Returns features that fire around a text in training text, or make its first token likelier.
+
+    The latter all at one norm, the middle dose, at the same held-out positions; who does it the
+    most comes first.
+
+    Raises:
+      UserError: no feature does either.
+    """
+    from tqdm import tqdm
+
+    config, train = source.run.config, source.run.train
+    around_text = around(text, source.contexts, train, source.codes(train))
+    fires = np.any([(f > 0).any(0) for f in source.codes(source.test)], axis=0)
+    live = np.flatnonzero(around_text.live & fires)
+    generator = np.random.Generator(np.random.Philox(key=config.seed))
+    count = config.intervention.contexts
+    injector = source.injector(np.sort(generator.permutation(source.test)[:count]))
+    ready = injector.ready(size=count, span=1)
+    dose = injector.median_norm * middle_dose(config.steer.alphas)
+    directions = dose * normalised(feature_directions(source.dictionary, live))
+    effect: dict[int, float] = {}
+    with tqdm(desc="search", unit="feature", total=len(live)) as progress:
+        for block in slices(len(live), AT_ONCE):
+            token = {around_text.token: 1.0}
+            change, _ = injector.changes(ready, directions[block], token, limit=1)
+            effect |= zip(live[block].tolist(), change.mean(1, dtype=np.float64).tolist())
+            progress.update(len(change))
+    by_share = sorted(effect, key=lambda i: -around_text.share[i])
+    firing = [i for i in by_share[: CANDIDATES // 2] if around_text.share[i] > around_text.base]
+    by_effect = [i for i in sorted(effect, key=lambda i: -effect[i]) if effect[i] > 0]
+    rest = [i for i in by_effect if i not in firing][: CANDIDATES - len(firing)]
+    if not firing and not rest:
+        raise UserError(
+            f"steer.search={text!r} finds no feature: none fires around it or makes it likelier; "
+            "search for other text."
+        )
+    return [
+        {
+            "feature": i,
+            "share": float(around_text.share[i]),
+            "base": around_text.base,
+            "token": source.words.text("a", around_text.token),
+            "promotes": effect[i],
+        }
+        for i in sorted((*firing, *rest), key=lambda i: -effect[i])
+    ]
+
+
+def around(text: str, contexts: Contexts, rows: np.ndarray, codes: Iterable[np.ndarray]) -> Around:
+    """Returns which features fire around a text.
+
+    Args:
+      rows: int [n], row numbers of the store.
+      codes: the features [m, width] of these rows, in blocks.
+
+    Raises:
+      UserError: the text stands around none of the rows.
+    """
+    wanted = text.encode()
+    holds = np.array([wanted in contexts.text(row) for row in rows])
+    if not holds.any():
+        raise UserError(
+            f"steer.search={text!r} stands nowhere in the {len(rows)} training positions read; "
+            "search for other text."
+        )
+    index, value = strongest(codes, STRONGEST)
+    fires = value > 0  # [STRONGEST, width]
+    firings = fires.sum(0)
+    tokens = Counter(t for row in rows[holds] for t in contexts.first_tokens(wanted, row))
+    return Around(
+        share=(holds[index] & fires).sum(0) / np.maximum(firings, 1),
+        live=firings >= LEAST_FIRINGS,
+        base=float(holds.mean()),
+        token=tokens.most_common(1)[0][0],
+    )
+
+
+def strongest(codes: Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (rows, activations) where each feature is strongest, both [count or fewer, width]."""
+    index, value, start = None, None, 0
+    for f in codes:
+        rows = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
+        start += len(f)
+        value = f if value is None else np.concatenate([value, f])
+        index = rows if index is None else np.concatenate([index, rows])
+        if len(value) > count:
+            top = np.argpartition(-value, count - 1, axis=0)[:count]
+            value, index = (np.take_along_axis(a, top, axis=0) for a in (value, index))
+    order = np.argsort(-value, axis=0, kind="stable")
+    return tuple(np.take_along_axis(a, order, axis=0) for a in (index, value))
