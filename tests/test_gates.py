@@ -305,7 +305,7 @@ def test_g4_misses_shuffled_pairs(monkeypatch, tmp_path):
     [(8, 0, 0.05, 0), (7, 0, 0.05, 1), (8, 1, 0.05, 3), (8, 0, -0.01, 2)],
 )
 def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkeypatch, tmp_path):
-    """Of the images ``wrong`` unlinked features transfer, and as many by either control."""
+    """Of the directions ``wrong`` unlinked features transfer, and as many by either control."""
     names = (g06_causal.RUNG, "random", "shuffled")
     hits = {name: [11] * wrong for name in names} | {names[0]: [*range(right)] + [11] * wrong}
     rows = [{"direction": n, "feature": f, "transfers": True} for n in names for f in hits[n]]
@@ -316,13 +316,13 @@ def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkey
     ]
     made = types.SimpleNamespace(mapped=names)
     monkeypatch.setattr(g06_causal, "plant", lambda **settings: None)
-    monkeypatch.setattr(g06_causal, "_with_images", lambda *arguments: made)
+    monkeypatch.setattr(g06_causal, "_with_directions", lambda *arguments: made)
     monkeypatch.setattr(g06_causal, "transfer", lambda *arguments: (rows, summary))
     assert len(judge(g06_causal, tmp_path)) == missed
 
 
 @pytest.mark.soak
-def test_g6_misses_images_of_the_wrong_feature(monkeypatch, tmp_path):
+def test_g6_misses_directions_of_the_wrong_feature(monkeypatch, tmp_path):
     monkeypatch.setattr(g06_causal, "TEXTS", 24)
     monkeypatch.setattr(g06_causal, "CONTEXTS", 8)
     true = g06_causal.mapped_directions

@@ -23,7 +23,7 @@ TEXTS = 48  # of 24 words: two thirds to fit the map, the rest to choose its pen
 
 def gate(*, seed: int, directory: Path) -> Gate:
     planted = plant(texts=TEXTS, seed=seed)
-    experiment = _with_images(planted, seed, directory)
+    experiment = _with_directions(planted, seed, directory)
     config = Config(
         seed=seed,
         evaluation=EvaluationConfig(bootstrap=BOOTSTRAP),
@@ -38,13 +38,13 @@ def gate(*, seed: int, directory: Path) -> Gate:
     found = sum(feature < LINKED for feature in hits[RUNG])
     return Gate(
         "G6",
-        "a planted cause in two models: its image moves the planted target, others do not",
+        "a planted cause in two models: mapped, it moves the planted target, others do not",
         (
             at_least(f"linked features that transfer by fitted {RUNG}, of {LINKED}", found, LINKED),
             equal("unlinked features that transfer by it", len(hits[RUNG]) - found, 0),
             *_above(of[RUNG], RUNG),
             *_nothing(of["random"], hits["random"], "random directions"),
-            *_nothing(of["shuffled"], hits["shuffled"], "images of other features"),
+            *_nothing(of["shuffled"], hits["shuffled"], "directions of other features"),
         ),
         note=f"{FEATURES} features; effects in nats on the target, intervals over features",
     )
@@ -66,8 +66,8 @@ def _nothing(one: dict, hits: list, name: str) -> list[Check]:
     ]
 
 
-def _with_images(planted: Planted, seed: int, directory: Path) -> Experiment:
-    """Returns the experiment with images by a map that was fitted, and two that cannot work."""
+def _with_directions(planted: Planted, seed: int, directory: Path) -> Experiment:
+    """Returns the experiment with directions by a map that was fitted, and two that cannot work."""
     experiment = planted.experiment()
     side = _side(planted, experiment, 0)
     fitted = _fitted(planted, experiment, directory)
