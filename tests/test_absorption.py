@@ -36,8 +36,9 @@ def test_absorption_counts_the_silence_of_parents():
 
 def test_the_truth_itself_absorbs_nothing():
     planted = views(HIERARCHY, seed=1)
-    truth = {"codes": planted.codes, "directions": planted.truth.directions[0]}
-    found = absorption(planted.codes, planted.truth.directions[0], parent=planted.truth.parent, **truth)
+    directions = planted.truth.directions[0]
+    truth = {"codes": planted.codes, "directions": directions}
+    found = absorption(planted.codes, directions, parent=planted.truth.parent, **truth)
     assert len(found["children"]) == 8 and (found["rate"] == 0).all()
 
 

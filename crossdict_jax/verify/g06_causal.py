@@ -54,7 +54,7 @@ def gate(*, seed: int, directory: Path) -> Gate:
         ]
     return Gate(
         "G6",
-        "a planted cause in two models: its mapped direction moves the planted target, others no",
+        "a planted cause in two models: its mapped direction moves the target, others do not",
         tuple(checks),
         note=f"{FEATURES} features; effects in nats on the target, intervals over features",
     )
