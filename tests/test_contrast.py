@@ -122,7 +122,7 @@ def test_features_that_do_nothing_in_the_other_model_move_nothing(planted):
 def test_edges_follow_the_way_from_one_layer_to_the_next(planted):
     """Where a block adds nothing, the gradient between two dictionaries is known."""
     lm = models.init(planted_causal.SHAPES[0], seed=0)
-    planted_causal._plant(
+    planted_causal.write_features(
         lm, np.asarray(planted.dictionaries[0].W_dec[...]), np.arange(WORDS), pushing=FEATURES
     )
     block = lm.blocks[0]
