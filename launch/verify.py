@@ -12,7 +12,7 @@ from launch import command
 
 
 def main(config: VerifyConfig, work: Workdir) -> None:
-    from crossdict_jax.verify.run import verify
+    from crossdict_jax.verify.gate import verify
 
     missed = [gate.name for gate in verify(config, work) if not gate.passed]
     if missed:

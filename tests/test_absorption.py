@@ -36,8 +36,9 @@ def test_absorption_counts_the_silence_of_parents():
 
 def test_the_truth_itself_absorbs_nothing():
     planted = views(HIERARCHY, seed=1)
-    truth = {"codes": planted.codes, "directions": planted.directions[0]}
-    found = absorption(planted.codes, planted.directions[0], parent=planted.truth.parent, **truth)
+    directions = planted.truth.directions[0]
+    truth = {"codes": planted.codes, "directions": directions}
+    found = absorption(planted.codes, directions, parent=planted.truth.parent, **truth)
     assert len(found["children"]) == 8 and (found["rate"] == 0).all()
 
 
@@ -59,7 +60,7 @@ TRAINED = {
 def measured_rates(tmp_path_factory):
     """Absorption beyond the misses elsewhere, per architecture, pooled over all pairs and seeds."""
     planted = views(HIERARCHY, seed=1)
-    truth = {"codes": planted.codes, "directions": planted.directions[0]}
+    truth = {"codes": planted.codes, "directions": planted.truth.directions[0]}
     found = {}
     for architecture, settings in TRAINED.items():
         sae = SAEConfig(width=64, k=3, steps=1200, batch_size=256, seeds=SEEDS, **settings)

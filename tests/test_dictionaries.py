@@ -323,7 +323,8 @@ def test_recovers_every_feature_in_superposition(architecture, settings, tmp_pat
     work, config = Workdir(tmp_path), tiny_run.Config(sae=sae)
     training.train_dictionaries(config, stored_rows(planted.x[0], sites=1), work)
     for seed in range(2):
-        best, _ = best_cosines(leaves(work, name=f"seed-{seed}")["W_dec"], planted.directions[0])
+        W_dec = leaves(work, name=f"seed-{seed}")["W_dec"]
+        best, _ = best_cosines(W_dec, planted.truth.directions[0])
         assert best.mean() >= 0.95, (seed, best)
 
 

@@ -246,8 +246,7 @@ ELSEWHERE = {
         "contrast.pairs",
         "test_contrast.test_a_folder_is_all_its_files": "contrast.source",
         "test_probe.test_settings_change_the_rows": "probe.pooling probe.examples",
-        "test_probe.test_bad_texts_are_named": "probe.text probe.label",
-        "test_probe.test_missing_files_are_named": "probe.source",
+        "test_probe.test_bad_texts_are_named": "probe.text probe.label probe.source",
         "test_contrast.test_controls_have_the_norm_of_the_cut": "contrast.controls",
         "test_steering.test_mistakes_are_told_in_one_line": "steer.source steer.target "
         "steer.layer_pair",

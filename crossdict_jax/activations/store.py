@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from crossdict_jax.activations.column import Column, columns_of, stretches
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.workdir import read_json
+from crossdict_jax.workdir import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,59 @@ def open_store(directory: Path) -> Store:
         paths=tuple(m["path"] for m in meta["models"].values()),
         meta=meta,
     )
+
+
+def write_store(
+    directory: Path,
+    activations: Mapping[str, np.ndarray],
+    *,
+    site: Site,
+    document: np.ndarray,
+    tokens: Sequence[np.ndarray],
+    split: np.ndarray,
+    shard_rows: int = 2**14,
+) -> Store:
+    """Writes rows that no language model has read as a finished store, and opens it.
+
+    Every document is one window, and the name of a model is its path.
+
+    Args:
+      activations: {model: [n, d_model]}; bfloat16 is kept.
+      document: int32 [n], ascending from 0.
+      tokens: per model int32 [n], the token that ends at the row.
+      split: int8 [n], index into SPLITS.
+    """
+    n, models, files = len(document), len(activations), ["rows.npz", "windows.npz"]
+    directory.mkdir(parents=True, exist_ok=True)
+    byte_end, position = np.arange(n, dtype=np.int32), np.ones((n, models), np.int32)
+    token, keep = np.stack(tokens, axis=-1), np.ones(n, bool)
+    rows = Rows(document, document, byte_end, position, token, split, keep)
+    save_rows(directory / "rows.npz", rows)
+    documents = np.arange(int(document.max()) + 1, dtype=np.int32)
+    offsets = np.searchsorted(document, np.arange(len(documents) + 1))
+    table = WindowTable(documents, (offsets,) * models, tuple(tokens))
+    save_table(directory / "windows.npz", table)
+    starts = [*range(0, n, shard_rows), n]
+    for name, x in activations.items():
+        for shard, start in enumerate(starts[:-1]):
+            files.append(shard_name(name, str(site), shard))
+            (directory / files[-1]).parent.mkdir(parents=True, exist_ok=True)
+            part = x[start : start + shard_rows].astype(ml_dtypes.bfloat16).view(np.uint16)
+            np.save(directory / files[-1], part)
+    about = {"bos": None, "sites": [str(site)]}
+    meta = {
+        "models": {
+            name: {"path": name, "d_model": x.shape[1]} | about for name, x in activations.items()
+        },
+        "rows": n,
+        "dtype": "bfloat16",
+        "shard_starts": starts,
+        "documents": [f"document-{i}" for i in documents],
+        "text": {"source": "none"},
+        "checksums": {file: digest(directory / file) for file in files},
+    }
+    write_json(directory / "meta.json", meta)
+    return open_store(directory)
 
 
 def _rows(file: Mapping[str, np.ndarray | Column]) -> Rows:

@@ -28,12 +28,12 @@ from crossdict_jax.causal.effects import (
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import translation
-from crossdict_jax.config import Config, identity
+from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import Site
-from crossdict_jax.training.stage import Stage, digest, input_digests
+from crossdict_jax.training.stage import Stage
 from crossdict_jax.workdir import Workdir
 
 ROWS = "feature_causal.jsonl"
@@ -69,14 +69,11 @@ def transfer_features(config: Config, work: Workdir) -> None:
     groups = map_groups(config, store, layers=settings.layers, kinds=settings.maps)
     if settings.feature_ids:  # they are the first model's
         groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
-    folders = [folder for _, *tasks in groups for task in tasks for folder in task.folders(work)]
-    inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
-    if settings.choose == "matched":
-        inputs["matches"] = digest(_read_matches(work))
+    run, rows, summary = FinishedRun(config, work, store), [], []
+    inputs = run.inputs(groups, _read_matches(work) if settings.choose == "matched" else None)
     stage = Stage(work, "transfer_features", files=(ROWS, SUMMARY), inputs=inputs)
     if stage.finished:
         return
-    run, rows, summary = FinishedRun(config, work, store), [], []
     injector = functools.cache(functools.partial(_injector, run))  # one of each model and site
     with tqdm(desc="feature transfer", unit="feature", total=0) as bar:
 

@@ -87,11 +87,9 @@ class FinishedRun:
         Raises:
           UserError: a checkpoint is missing or altered.
         """
-        folders = set()
-        for task in (task for _, *fitted in groups for task in fitted):
-            folders.add(task.path(self.work))
-            folders.add(self.work.dictionary(task.source, task.site_source))
-            folders.add(self.work.dictionary(task.target, task.site_target))
-        settings = [identity(self.config), question]
-        meta = self.store.meta
-        return input_digests(self.work, settings=settings, store_meta=meta, folders=folders)
+        return input_digests(
+            self.work,
+            settings=[identity(self.config), question],
+            store_meta=self.store.meta,
+            folders=[f for _, *tasks in groups for task in tasks for f in task.folders(self.work)],
+        )

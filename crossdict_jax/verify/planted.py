@@ -1,21 +1,20 @@
 """Planted views: sparse features whose truth is known, seen by several models in superposition.
 
 A row is a text position. Its *codes* say which of ``features`` true features are active and how
-strongly; view m shows ``x_m = codes @ directions_m + offset_m + noise``, in fewer dimensions than
-there are features. Each feature is shared by all views or exclusive to one. Everything that methods
-of this field claim to find (directions, partners across views, exclusivity, what lies beyond the
-current token) can therefore be scored against what was planted.
+strongly; view m shows ``x_m = codes @ directions_m + noise``, in fewer dimensions than there are
+features. Each feature is shared by all views or exclusive to one. Everything that methods of this
+field claim to find (directions, partners across views, exclusivity, what lies beyond the current
+token) can therefore be scored against what was planted.
 
     planted = views(PlantedConfig(), seed=0)
-    planted.x[0], planted.x[1]      # [rows, 24], [rows, 32]
-    planted.codes, planted.shared   # [rows, 64], bool [64]
+    planted.x[0], planted.x[1]            # [rows, 24], [rows, 32]
+    planted.codes, planted.truth.shared   # [rows, 64], bool [64]
 
 ``streams`` plants the same in a text that every view cuts into tokens of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,12 @@ from crossdict_jax.activations.pairing import pair_many
 from crossdict_jax.errors import UserError
 
 HIGHEST_FREQUENCY = 0.5  # a feature that is nearly always active is no sparse feature
-AMPLITUDES = ("lognormal", "exponential")
+FOLLOWS = 0.5  # share of the rows in which the second of a correlated pair follows the first
+SPREAD = 0.25  # standard deviation of the logarithm of an active feature's amplitude; its mean is 1
+VOCABULARY = 64  # tokens of a view, Zipf; features of the token are functions of them
+# The text of ``streams``: words of an alphabet, with Zipf frequencies, and how views cut them.
+WORDS, LETTERS, WORDS_PER_DOCUMENT = 120, 12, 40
+PIECES = 3  # tokens of a word at most, each of two bytes or more
 _TRUTH, _CODES, _CLASSES, _BURSTS, _NOISE, _TEXT = range(6)  # independent streams of one seed
 
 
@@ -39,26 +43,11 @@ class PlantedConfig:
     exclusive: float = 0.25  # share that one view alone sees, dealt out evenly; 1: unrelated views
     active: float = 4.0  # active features a row, on average
     zipf: float = 0.5  # frequency of the r-th most frequent feature is as r ** -zipf
-    amplitude: str = "lognormal"  # or exponential: of an active feature, mean 1
-    spread: float = 0.25  # lognormal: standard deviation of the logarithm
     noise: float = 0.02  # standard deviation in every dimension; directions have length 1
-    offset: float = 0.0  # length of the constant vector of each view
     correlated: int = 0  # pairs of features that tend to fire together
-    correlation: float = 0.5  # share of rows where the second of a pair follows the first
     children: int = 0  # features that fire only where a more frequent one, their parent, does
     burstiness: float = 0.0  # std of a feature's relative frequency between documents, 0: none
     from_token: float = 0.0  # share that is a function of the current token alone
-    vocabulary: int = 64  # tokens, Zipf; what features of the token are functions of
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The synthetic text of ``streams``, and how each view cuts it."""
-
-    words: int = 120  # in the lexicon; their frequencies are Zipf
-    letters: int = 12  # in the alphabet
-    words_per_document: int = 40
-    pieces: int = 3  # tokens of a word at most, each of two bytes or more
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,6 @@ class Truth:
 
     Attributes:
       directions: per view float32 [features, width], length 1; zero where the view sees nothing.
-      offsets: per view float32 [width].
       seen: bool [views, features].
       frequency: float [features], planted probability of being active.
       parent: int [features], the feature without which it cannot fire; -1 for none.
@@ -76,7 +64,6 @@ class Truth:
     """
 
     directions: tuple[np.ndarray, ...]
-    offsets: tuple[np.ndarray, ...]
     seen: np.ndarray
     frequency: np.ndarray
     parent: np.ndarray
@@ -114,87 +101,16 @@ class Views:
     def __len__(self) -> int:
         return len(self.codes)
 
-    @property
-    def shared(self) -> np.ndarray:
-        """bool [features]: seen by all views."""
-        return self.truth.shared
-
-    @property
-    def directions(self) -> tuple[np.ndarray, ...]:
-        """Per view float32 [features, width]."""
-        return self.truth.directions
-
-    def exclusive(self, view: int) -> np.ndarray:
-        """bool [features]: seen by this view alone."""
-        return self.truth.exclusive(view)
-
-    def take(self, rows: np.ndarray) -> Views:
-        """Returns the rows of these numbers, or where a mask is True."""
-        return dataclasses.replace(
-            self,
-            x=tuple(x[rows] for x in self.x),
-            codes=self.codes[rows],
-            tokens=tuple(tokens[rows] for tokens in self.tokens),
-            document=self.document[rows],
-        )
-
     def split(self, test_fraction: float = 0.25) -> tuple[Views, Views]:
         """Returns (training, test) rows, whole documents each; the last documents are the test."""
         documents = np.unique(self.document)
-        first = documents[round(len(documents) * (1 - test_fraction))]
-        return self.take(self.document < first), self.take(self.document >= first)
+        test = self.document >= documents[round(len(documents) * (1 - test_fraction))]
 
+        def take(rows: np.ndarray) -> Views:
+            x, tokens = (tuple(a[rows] for a in each) for each in (self.x, self.tokens))
+            return Views(x, self.codes[rows], tokens, self.document[rows], self.truth)
 
-@dataclass(frozen=True)
-class Streams:
-    """A text as each view's tokens, with an activation at the end of every token.
-
-    Attributes:
-      texts: the documents, bytes (ASCII).
-      ends: per view and document int32 [tokens], the byte at which each token ends.
-      ids: per view and document int32 [tokens].
-      x: per view and document float32 [tokens, width].
-      codes: per view and document float32 [tokens, features].
-      truth: what is the same everywhere.
-    """
-
-    texts: tuple[bytes, ...]
-    ends: tuple[tuple[np.ndarray, ...], ...]
-    ids: tuple[tuple[np.ndarray, ...], ...]
-    x: tuple[tuple[np.ndarray, ...], ...]
-    codes: tuple[tuple[np.ndarray, ...], ...]
-    truth: Truth
-
-    def paired(self, *, shift: int = 0) -> Views:
-        """Returns the rows at which every view ends a token, as the pipeline pairs them.
-
-        Args:
-          shift: tokens by which every view but the first is read too late: a mistake to find.
-        """
-        parts = [self._positions(d, shift) for d in range(len(self.texts))]
-        document = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
-
-        def gather(per_view):
-            return tuple(
-                np.concatenate([array[p[:, v]] for array, p in zip(per_view[v], parts)])
-                for v in range(len(per_view))
-            )
-
-        return Views(
-            x=gather(self.x),
-            codes=gather(self.codes)[0],
-            tokens=gather(self.ids),
-            document=document,
-            truth=self.truth,
-        )
-
-    def _positions(self, document: int, shift: int) -> np.ndarray:
-        """Returns positions [pairs, views] of one document's tokens."""
-        ends = [view[document] for view in self.ends]
-        _, positions = pair_many(ends)
-        positions = positions + shift * (np.arange(len(ends)) > 0)[None, :]
-        inside = (positions >= 0) & (positions < np.asarray([len(e) for e in ends])[None, :])
-        return positions[inside.all(1)]
+        return take(~test), take(test)
 
 
 # ---------------------------------------------------------------- rows
@@ -208,56 +124,48 @@ def views(config: PlantedConfig, seed: int) -> Views:
     """
     truth = plant(config, seed)
     document = (np.arange(config.rows) * config.documents // config.rows).astype(np.int32)
-    tokens = _zipf_draws(_generator(seed, _TEXT), config.vocabulary, config.rows)
+    tokens = _zipf_draws(_generator(seed, _TEXT), VOCABULARY, config.rows)
     codes = _codes(config, truth, seed, document=document, classes=tokens)
-    return Views(
-        x=_show(config, truth, codes, seed),
-        codes=codes,
-        tokens=(tokens,) * len(config.widths),
-        document=document,
-        truth=truth,
-    )
+    rng = _generator(seed, _NOISE)
+    x = tuple(_show(config, codes, d, rng) for d in truth.directions)
+    return Views(x, codes, (tokens,) * len(config.widths), document, truth)
 
 
 def plant(config: PlantedConfig, seed: int) -> Truth:
-    """Returns the truth of a seed: directions, frequencies, who sees what, who follows whom."""
+    """Returns the truth of a seed: directions, frequencies, who sees what, who follows whom.
+
+    Raises:
+      UserError: a setting cannot be planted.
+    """
     _check(config)
     rng = _generator(seed, _TRUTH)
-    frequency = _frequencies(config)
-    seen = _seen(config, rng)
-    from_token = np.zeros(config.features, bool)
-    from_token[rng.permutation(config.features)[: round(config.from_token * config.features)]] = (
-        True
-    )
+    n_views, features = len(config.widths), config.features
+    exclusive = rng.permutation(features)[: round(config.exclusive * features)]
+    owners = np.arange(len(exclusive))[None, :] % n_views  # so that they have all frequencies
+    seen = np.ones((n_views, features), bool)
+    seen[:, exclusive] = owners == np.arange(n_views)[:, None]
+    from_token = np.zeros(features, bool)
+    from_token[rng.permutation(features)[: round(config.from_token * features)]] = True
     parent, partner = _relatives(config, rng, from_token)
-    return Truth(
-        directions=tuple(
-            _unit(rng, config.features, width) * sees[:, None].astype(np.float32)
-            for width, sees in zip(config.widths, seen)
-        ),
-        offsets=tuple(config.offset * _unit(rng, 1, width)[0] for width in config.widths),
-        seen=seen,
-        frequency=frequency,
-        parent=parent,
-        partner=partner,
-        from_token=from_token,
-    )
+    directions = []
+    for width, sees in zip(config.widths, seen):
+        rows = rng.standard_normal((features, width))
+        unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        directions.append(unit * sees[:, None].astype(np.float32))
+    return Truth(tuple(directions), seen, _frequencies(config), parent, partner, from_token)
 
 
 def _check(config: PlantedConfig) -> None:
-    most = HIGHEST_FREQUENCY * config.features
+    limit = HIGHEST_FREQUENCY * config.features
     allowed = {
         "rows": (config.rows >= 1, "1 or more"),
         "documents": (1 <= config.documents <= config.rows, "1 or more, and at most the rows"),
         "features": (config.features >= 1, "1 or more"),
         "widths": (min(config.widths, default=0) >= 1, "one number or more, each 1 or more"),
         "exclusive": (0 <= config.exclusive <= 1, "between 0 and 1"),
-        "active": (0 < config.active <= most, f"above 0 and at most {most:g}, half the features"),
-        "amplitude": (config.amplitude in AMPLITUDES, f"one of {', '.join(AMPLITUDES)}"),
-        "correlation": (0 <= config.correlation <= 1, "between 0 and 1"),
+        "active": (0 < config.active <= limit, f"above 0 and at most {limit:g}, half the features"),
         "burstiness": (config.burstiness >= 0, "0 or more"),
         "from_token": (0 <= config.from_token <= 1, "between 0 and 1"),
-        "vocabulary": (config.vocabulary >= 1, "1 or more"),
     }
     for name, (fits, words) in allowed.items():
         if not fits:
@@ -279,15 +187,6 @@ def _frequencies(config: PlantedConfig) -> np.ndarray:
         if not over.any():
             return np.where(capped, HIGHEST_FREQUENCY, scaled)
         capped |= over
-
-
-def _seen(config: PlantedConfig, rng: np.random.Generator) -> np.ndarray:
-    """Returns who sees what, bool [views, features]; exclusive ones have all frequencies."""
-    n_views = len(config.widths)
-    chosen = rng.permutation(config.features)[: round(config.exclusive * config.features)]
-    seen = np.ones((n_views, config.features), bool)
-    seen[:, chosen] = np.arange(len(chosen))[None, :] % n_views == np.arange(n_views)[:, None]
-    return seen
 
 
 def _relatives(config: PlantedConfig, rng, from_token) -> tuple[np.ndarray, np.ndarray]:
@@ -313,11 +212,6 @@ def _relatives(config: PlantedConfig, rng, from_token) -> tuple[np.ndarray, np.n
     return parent, partner
 
 
-def _unit(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
-    rows = rng.standard_normal((n, width))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
 def _zipf_draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
     weights = 1.0 / (1.0 + np.arange(n))
     return rng.choice(n, size, p=weights / weights.sum()).astype(np.int32)
@@ -325,136 +219,109 @@ def _zipf_draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
 
 def _codes(config: PlantedConfig, truth: Truth, seed: int, *, document, classes) -> np.ndarray:
     """Returns codes float32 [rows, features]; ``classes`` [rows] fix the features of the token."""
-    n_classes = int(classes.max()) + 1 if len(classes) else 0
-    bursts = _bursts(config, _generator(seed, _BURSTS), int(document.max()) + 1)
-    by_row = _draw(config, truth, _generator(seed, _CODES), bursts[document])
-    by_class = _draw(config, truth, _generator(seed, _CLASSES), np.ones((n_classes, 1)))
+    relative = np.ones((int(document.max()) + 1, 1))  # frequency in each document, mean 1
+    if config.burstiness > 0:
+        shape, rng = config.burstiness**-2, _generator(seed, _BURSTS)
+        relative = rng.gamma(shape, 1 / shape, (len(relative), config.features))
+    by_row = _draw(truth, _generator(seed, _CODES), relative[document])
+    by_class = _draw(truth, _generator(seed, _CLASSES), np.ones((int(classes.max()) + 1, 1)))
     return np.where(truth.from_token[None, :], by_class[classes], by_row)
 
 
-def _bursts(config: PlantedConfig, rng, documents: int) -> np.ndarray:
-    """Returns how much more often each feature fires in each document; mean 1."""
-    if config.burstiness == 0:
-        return np.ones((documents, 1))
-    shape = config.burstiness**-2
-    return rng.gamma(shape, 1 / shape, (documents, config.features))
-
-
-def _draw(config: PlantedConfig, truth: Truth, rng, relative: np.ndarray) -> np.ndarray:
+def _draw(truth: Truth, rng: np.random.Generator, relative: np.ndarray) -> np.ndarray:
     """Returns independent rows of codes at ``frequency * relative`` [rows, features or 1]."""
-    shape = (len(relative), config.features)
+    shape = (len(relative), len(truth.frequency))
     uniform = rng.random(shape, np.float32)
-    followed = np.flatnonzero(truth.partner >= 0)
-    follows = rng.random((len(relative), len(followed))) < config.correlation
-    uniform[:, followed] = np.where(
-        follows, uniform[:, truth.partner[followed]], uniform[:, followed]
-    )
-    born = truth.parent >= 0
+    second = np.flatnonzero(truth.partner >= 0)
+    follows = rng.random((len(relative), len(second))) < FOLLOWS
+    uniform[:, second] = np.where(follows, uniform[:, truth.partner[second]], uniform[:, second])
+    child = truth.parent >= 0
     # A child's own draw is conditional on its parent's firing, so its frequency stays as planted.
-    own = np.where(born, truth.frequency / truth.frequency[truth.parent], truth.frequency)
-    chance = np.where(born[None, :], own[None, :], own[None, :] * relative)
+    chance = np.where(child, truth.frequency / truth.frequency[truth.parent], truth.frequency)
+    chance = np.where(child[None, :], chance[None, :], chance[None, :] * relative)
     fires = uniform < chance
-    fires[:, born] &= fires[:, truth.parent[born]]
-    return np.where(fires, _amplitudes(config, rng, shape), 0.0).astype(np.float32)
+    fires[:, child] &= fires[:, truth.parent[child]]
+    amplitude = np.exp(SPREAD * rng.standard_normal(shape, np.float32) - SPREAD**2 / 2)
+    return np.where(fires, amplitude, 0.0).astype(np.float32)
 
 
-def _amplitudes(config: PlantedConfig, rng, shape: tuple[int, int]) -> np.ndarray:
-    if config.amplitude == "exponential":
-        return rng.standard_exponential(shape, np.float32)
-    logs = config.spread * rng.standard_normal(shape, np.float32)
-    return np.exp(logs - config.spread**2 / 2)
-
-
-def _show(config: PlantedConfig, truth: Truth, codes: np.ndarray, seed: int) -> tuple:
-    """Returns what each view shows of the codes [rows, features], with noise of its own."""
-    rng = _generator(seed, _NOISE)
-    return tuple(
-        codes @ d
-        + o[None, :]
-        + config.noise * rng.standard_normal((len(codes), len(o)), np.float32)
-        for d, o in zip(truth.directions, truth.offsets)
-    )
+def _show(config: PlantedConfig, codes: np.ndarray, directions: np.ndarray, rng) -> np.ndarray:
+    """Returns what a view shows of codes [n, features], with noise of its own."""
+    x = codes @ directions
+    return x + config.noise * rng.standard_normal(x.shape, np.float32)
 
 
 # ---------------------------------------------------------------- text
 
 
-def streams(config: PlantedConfig, text: TextConfig, seed: int) -> Streams:
-    """Returns planted activations at the token ends of a text that each view cuts its own way.
+def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
+    """Returns planted rows where the tokens of all views end together in a text, as it is paired.
 
-    Words are cut into tokens by a table of each view; ends of words are common, ends within words
-    partly. Every token has two bytes or more, and the features of the token are functions of the
-    last two bytes: whatever view reads them, its current token determines them, and its context
-    does not matter. All other features are drawn anew at every byte: no token determines them.
+    Each view cuts the words of the text into tokens by a table of its own; ends of words are
+    common, ends within words partly. Every token has two bytes or more, and the features of the
+    token are functions of the last two bytes: whatever view reads them, its current token
+    determines them, and its context does not matter. All other features are drawn anew at every
+    byte: no token determines them.
 
     Args:
-      config: ``rows`` and ``vocabulary`` follow from the text; ``documents`` is their number.
+      config: ``rows`` follow from the text; ``documents`` is their number.
+      shift: tokens by which every view but the first is read too late: a mistake to find.
     """
     truth = plant(config, seed)
     rng = _generator(seed, _TEXT)
-    lexicon = _lexicon(text, rng)
-    cuts = [_cuts(text, lexicon, rng) for _ in config.widths]
-    words = [_zipf_draws(rng, text.words, text.words_per_document) for _ in range(config.documents)]
-    texts = tuple(b"".join(lexicon[w] for w in document) for document in words)
-    ends, ids = zip(*(_cut(words, lexicon, table) for table in cuts))
-    codes = _codes_of_bytes(config, truth, seed, texts)
-    codes = tuple(tuple(c[e - 1] for c, e in zip(codes, view)) for view in ends)
-    return Streams(texts, ends, ids, _show_streams(config, truth, codes, seed), codes, truth)
+    alphabet = np.arange(ord("a"), ord("a") + LETTERS, dtype=np.uint8)
+    lexicon: dict[bytes, None] = {}  # different words, each with the space before it
+    while len(lexicon) < WORDS:
+        lexicon[b" " + rng.choice(alphabet, rng.integers(3, 10)).tobytes()] = None
+    tables = [[_cuts(len(word), rng) for word in lexicon] for _ in config.widths]
+    words = [_zipf_draws(rng, WORDS, WORDS_PER_DOCUMENT) for _ in range(config.documents)]
+    lexicon = list(lexicon)
+    texts = [b"".join(lexicon[w] for w in document) for document in words]
+    ends, ids = zip(*(_tokenize(words, lexicon, table) for table in tables))
+    positions = []  # per document [pairs, views]
+    for d in range(config.documents):
+        lengths = np.asarray([len(view[d]) for view in ends])
+        late = pair_many([view[d] for view in ends])[1]
+        late = late + shift * (np.arange(len(ends)) > 0)[None, :]
+        positions.append(late[(late < lengths[None, :]).all(1)])
+
+    byte_document = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
+    letters = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64)
+    _, last_two = np.unique(np.append(0, letters[:-1]) * 256 + letters, return_inverse=True)
+    at_bytes = _codes(config, truth, seed, document=byte_document, classes=last_two)
+    first_bytes = np.cumsum([0, *map(len, texts)])
+    rng, x, codes, tokens = _generator(seed, _NOISE), [], [], []
+    for view, directions in enumerate(truth.directions):
+        last_bytes = np.concatenate([e + b - 1 for e, b in zip(ends[view], first_bytes)])
+        first_tokens = np.cumsum([0, *map(len, ends[view])])
+        rows = np.concatenate([p[:, view] + t for p, t in zip(positions, first_tokens)])
+        codes.append(at_bytes[last_bytes])
+        x.append(_show(config, codes[-1], directions, rng)[rows])
+        codes[-1] = codes[-1][rows]
+        tokens.append(np.concatenate(ids[view])[rows])
+    document = np.repeat(np.arange(len(texts), dtype=np.int32), [len(p) for p in positions])
+    return Views(tuple(x), codes[0], tuple(tokens), document, truth)
 
 
-def _lexicon(text: TextConfig, rng: np.random.Generator) -> list[bytes]:
-    """Returns different words, each with the space before it."""
-    alphabet = np.arange(ord("a"), ord("a") + text.letters, dtype=np.uint8)
-    words: dict[bytes, None] = {}
-    while len(words) < text.words:
-        words[b" " + rng.choice(alphabet, rng.integers(3, 10)).tobytes()] = None
-    return list(words)
+def _cuts(length: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns where the tokens of a word end: two bytes apart or more, the last at its end."""
+    positions = 2 * np.arange(1, length // 2) + rng.integers(0, 1 + length % 2)
+    wanted = rng.integers(0, min(PIECES - 1, len(positions)) + 1)
+    return np.append(np.sort(rng.choice(positions, wanted, replace=False)), length)
 
 
-def _cuts(text: TextConfig, lexicon: list[bytes], rng: np.random.Generator) -> list[np.ndarray]:
-    """Returns where the tokens of each word end: two bytes apart or more, the last at its end."""
-    tables = []
-    for word in lexicon:
-        places = 2 * np.arange(1, len(word) // 2) + rng.integers(0, 1 + len(word) % 2)
-        wanted = rng.integers(0, min(text.pieces - 1, len(places)) + 1)
-        inner = np.sort(rng.choice(places, wanted, replace=False))
-        tables.append(np.append(inner, len(word)))
-    return tables
-
-
-def _cut(words: list[np.ndarray], lexicon: list[bytes], table: list[np.ndarray]) -> tuple:
+def _tokenize(words: list[np.ndarray], lexicon: list[bytes], table: list[np.ndarray]) -> tuple:
     """Returns (ends, ids) per document of a text of words, cut by a table."""
-    pieces = [np.split(np.frombuffer(w, np.uint8), t[:-1]) for w, t in zip(lexicon, table)]
-    known = sorted({p.tobytes() for word in pieces for p in word})
-    number = {piece: i for i, piece in enumerate(known)}
-    ids = [np.asarray([number[p.tobytes()] for p in word], np.int32) for word in pieces]
-    sizes = [np.diff(t, prepend=0) for t in table]
+    pieces = [
+        [word[start:stop] for start, stop in zip([0, *cuts[:-1]], cuts)]
+        for word, cuts in zip(lexicon, table)
+    ]
+    number = {piece: i for i, piece in enumerate(sorted({p for word in pieces for p in word}))}
+    ids = [np.asarray([number[p] for p in word], np.int32) for word in pieces]
+    sizes = [np.diff(cuts, prepend=0) for cuts in table]
     return (
         tuple(np.cumsum(np.concatenate([sizes[w] for w in d])).astype(np.int32) for d in words),
         tuple(np.concatenate([ids[w] for w in d]) for d in words),
-    )
-
-
-def _codes_of_bytes(config: PlantedConfig, truth: Truth, seed: int, texts) -> list[np.ndarray]:
-    """Returns codes [bytes, features] of each text: those of its prefix up to that byte."""
-    document = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
-    every = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64)
-    last_two = np.append(0, every[:-1]) * 256 + every
-    _, classes = np.unique(last_two, return_inverse=True)
-    codes = _codes(config, truth, seed, document=document, classes=classes)
-    return np.split(codes, np.cumsum([len(t) for t in texts])[:-1])
-
-
-def _show_streams(config: PlantedConfig, truth: Truth, codes, seed: int) -> tuple:
-    rng = _generator(seed, _NOISE)
-
-    def shown(c, d, o):
-        noise = config.noise * rng.standard_normal((len(c), len(o)), np.float32)
-        return c @ d + o[None, :] + noise
-
-    return tuple(
-        tuple(shown(c, d, o) for c in view)
-        for view, d, o in zip(codes, truth.directions, truth.offsets)
     )
 
 
@@ -470,12 +337,10 @@ def best_cosines(decoder: np.ndarray, directions: np.ndarray) -> tuple[np.ndarra
       decoder: [width, d].
       directions: [features, d].
     """
-    seen = np.linalg.norm(directions, axis=1) > 0
-    length = np.linalg.norm(decoder, axis=1, keepdims=True)
-    rows = decoder / np.where(length > 0, length, 1)
-    unit = directions[seen] / np.linalg.norm(directions[seen], axis=1, keepdims=True)
-    cosines = unit @ rows.T
-    best = cosines.argmax(1)
-    cosine, row = np.full(len(seen), np.nan), np.full(len(seen), -1)
-    cosine[seen], row[seen] = cosines[np.arange(len(best)), best], best
-    return cosine, row
+    unit = [
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+        for rows in (directions, decoder)
+    ]
+    cosines = unit[0] @ unit[1].T
+    seen = directions.any(1)
+    return np.where(seen, cosines.max(1), np.nan), np.where(seen, cosines.argmax(1), -1)

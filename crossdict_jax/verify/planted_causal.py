@@ -71,59 +71,67 @@ class Planted:
         pieces = [f"word{i} ".encode() for i in range(WORDS)]
         return Translation(tuple(pieces), tuple(pieces[i] for i in np.argsort(self.words)))
 
+    def sides(self, source: Injector, target: Injector) -> tuple[Side, Side]:
+        """Returns both models' activations and tokens at the positions that they have read."""
+        positions = source.positions
+        words = self.texts[positions.text, positions.last]
+        tokens = (words, self.words[words].astype(np.int32))
+        each = zip((source, target), tokens, self.dictionaries)
+        return tuple(Side(injector.clean, t, dictionary) for injector, t, dictionary in each)
+
     def experiment(self, *, tested: int = FEATURES) -> Experiment:
-        """The planted features put to the test, by the ridge map and by the match."""
+        """Returns the planted features put to the test, by the ridge map and by the match."""
+        n, seq = self.texts.shape
+        text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
+        last = position + 1  # the first position is never paired
+        positions = Positions(text, last, last, np.minimum(last + 1, seq - 1))
         texts = self.texts, self.words[self.texts].astype(np.int32)
-        positions = _every_position(self.texts)
         source, target = (
             Injector(lm, SITE, list(t), positions, batch_size=64) for lm, t in zip(self.lms, texts)
         )
-        x_a, x_b = source.clean, target.clean
-        f_a, f_b = (np.asarray(d.encode(x)) for d, x in zip(self.dictionaries, (x_a, x_b)))
+        sides = self.sides(source, target)
+        f_a, f_b = (np.asarray(side.dictionary.encode(side.x)) for side in sides)
         features = np.arange(FEATURES)
-        side = Side(x_a, texts[0][positions.text, positions.last], self.dictionaries[0])
+        vectors = mapped_directions(self.map, sides[0], features, f_a, seed=0)
         return Experiment(
             source=source,
             target=target,
-            documents=positions.text,
+            documents=text,
             features=features,
             tested=tested,
             strength=f_a,
             directions=feature_directions(self.dictionaries[0], features),
             mapped={
-                "ridge": Directions(mapped_directions(self.map, side, features, f_a, seed=0)),
+                "ridge": Directions(vectors),
                 MATCH: Directions(feature_directions(self.dictionaries[1], features), f_b),
             },
-            mean=x_b.mean(0),
+            mean=target.clean.mean(0),
             translation=self.translation,
         )
-
-
-def _every_position(texts: np.ndarray) -> Positions:
-    n, seq = texts.shape
-    text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
-    last = position + 1  # the first position is never paired
-    return Positions(text, last, last, np.minimum(last + 1, seq - 1))
 
 
 def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
     """Returns two random models with FEATURES planted directions, and texts of random words."""
     generator = np.random.default_rng(seed)
     words = generator.permutation(WORDS)
-    lms, dictionaries, rows = [], [], []
-    for which, shape in enumerate(SHAPES):
-        lm = models.init(shape, seed=2 * seed + which)
-        V = _directions(lm.config.d_model, generator)
-        number = np.arange(WORDS) if which == 0 else words
-        _plant(lm, V, number, pushing=FEATURES if which == 0 else LINKED)
+    lms, directions = [], []
+    for m, shape in enumerate(SHAPES):
+        lm = models.init(shape, seed=2 * seed + m)
+        # Orthonormal rows of mean zero: a layer norm takes nothing from them.
+        rows = generator.normal(size=(FEATURES, lm.config.d_model))
+        rows -= rows.mean(1, keepdims=True)
+        V = np.linalg.qr(rows.T)[0].T.astype(np.float32)
+        number, pushing = ((np.arange(WORDS), FEATURES), (words, LINKED))[m]
+        write_features(lm, V, number, pushing=pushing)
         lms.append(lm)
-        dictionaries.append(_dictionary(V))
-        rows.append(V)
+        directions.append(V)
+    dictionaries = tuple(map(_dictionary, directions))
     d_a, d_b = (lm.config.d_model for lm in lms)
-    values = {"mean_a": np.zeros(d_a), "W": rows[0].T @ rows[1], "mean_b": np.zeros(d_b)}
+    W = directions[0].T @ directions[1]
+    values = {"mean_a": np.zeros(d_a), "W": W, "mean_b": np.zeros(d_b)}
     return Planted(
         lms=tuple(lms),
-        dictionaries=tuple(dictionaries),
+        dictionaries=dictionaries,
         map=build(Ridge, dictionaries[1], {"d_a": d_a}, values),
         texts=_texts(generator, texts, length),
         words=words,
@@ -131,7 +139,7 @@ def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
 
 
 def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
-    """Random words, half of them triggers; the target follows its trigger half the time."""
+    """Returns random words, half of them triggers; half of the triggers' targets follow them."""
     words = generator.integers(0, WORDS, (n, length)).astype(np.int32)
     triggers = generator.integers(0, FEATURES, words.shape).astype(np.int32)
     words = np.where(generator.random(words.shape) < 0.5, triggers, words)
@@ -140,15 +148,13 @@ def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
     return words
 
 
-def _directions(d_model: int, generator: np.random.Generator) -> np.ndarray:
-    """Orthonormal rows [FEATURES, d_model] of mean zero: a layer norm takes nothing from them."""
-    rows = generator.normal(size=(FEATURES, d_model))
-    rows -= rows.mean(1, keepdims=True)
-    return np.linalg.qr(rows.T)[0].T.astype(np.float32)
+def write_features(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, pushing: int) -> None:
+    """Lets word i write direction i of V [FEATURES, d_model], and the first ones push their words.
 
-
-def _plant(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, pushing: int) -> None:
-    """Lets word i write direction i, and the first directions push their words."""
+    Args:
+      number: int [WORDS], what the model calls each word.
+      pushing: how many directions raise the logit of their target.
+    """
     triggers, targets = number[:FEATURES], number[FEATURES : FEATURES + pushing]
     lm.W_E[...] = lm.W_E[...].at[jnp.asarray(triggers)].add(TRIGGER * V)
     W_U = QUIET * lm.W_U[...]
