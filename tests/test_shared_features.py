@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 from crossdict_jax import dictionaries, models
-from crossdict_jax.activations.layers import read_rows
+from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
@@ -17,6 +17,7 @@ from crossdict_jax.evaluation.funnel import dictionary_pairs, match_dictionaries
 from crossdict_jax.evaluation.representations import compare_representations
 from crossdict_jax.evaluation.similarity import MEASURES, cka
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Runner
 from crossdict_jax.results import read_matches
 from crossdict_jax.workdir import Workdir, read_jsonl
 
@@ -259,7 +260,7 @@ def test_layers_read_at_some_rows_are_those_of_the_store(run):
     rows = store.select("test")[3::7]
     for name, path in zip(store.models, store.paths):
         sites = [Site(0), tiny_run.SITE]
-        x = read_rows(models.load(path), store, name, rows, sites, batch_size=3)
+        x = Runner(models.load(path), batch_size=3).read_at(passages_of(store, name, rows), sites)
         stored = store.read(name, tiny_run.SITE, rows).astype(np.float32)
         assert x.shape == (2, *stored.shape)
         np.testing.assert_allclose(x[1], stored, rtol=2**-7, atol=1e-6)  # they are bfloat16

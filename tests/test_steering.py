@@ -12,8 +12,8 @@ import tiny_run
 from absl import flags
 
 from crossdict_jax import dictionaries, maps, models, results
-from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
+from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun

@@ -12,18 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import dictionaries, models, modules, stats
-from crossdict_jax.activations.splice import (
-    Effect,
-    Splicer,
-    loss_recovered,
-    select_passages,
-    train_mean,
-)
+from crossdict_jax.activations.passages import select_passages, train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Effect, Passages, Runner
 from crossdict_jax.stats import Estimate, Resamples
 from crossdict_jax.workdir import Workdir
 
@@ -62,16 +57,23 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict]
 
     places = [(m, site) for m in store.models for site in store.sites_of(m)]
     members = {place: member_folders(work, *place) for place in places}
-    into: dict[str, list] = {}  # the model that is written: its places are edited in one splicer
+    into: dict[str, list] = {}  # the model that is written: its places are edited by one runner
     for place in places:
         into.setdefault(store.output_of(*place)[0], []).append(place)
     rows, densities = [], []
     with tqdm(total=sum(map(len, members.values())), desc="dictionaries", unit="sae") as progress:
         for edited, here in into.items():
-            splicer = _splicer(config, store, edited, here)
+            runner = Runner(
+                models.load(store.paths[store.models.index(edited)]),
+                batch_size=config.intervention.batch_size,
+                dtype=config.extract.matmul_dtype,
+            )
+            documents = config.intervention.documents
+            passages = select_passages(store, edited, documents=documents, seed=config.seed)
             for model, site in here:
                 found = {f: dictionaries.load(f) for f in members[model, site]}
-                losses = _losses(config, store, splicer, model, site, list(found.values()))
+                reader = runner, passages
+                losses = _losses(config, store, reader, model, site, list(found.values()))
                 for (folder, dictionary), loss in zip(found.items(), losses):
                     where = {
                         "model": model,
@@ -230,36 +232,23 @@ def _measure_batch(graphdef, params, x, y, mean, count):
     return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), *sums
 
 
-def _splicer(config: Config, store: Store, model: str, places: list[tuple[str, Site]]) -> Splicer:
-    """The model that dictionaries of these places write, read once at all that they write."""
-    passages = select_passages(
-        store, model, documents=config.intervention.documents, seed=config.seed
-    )
-    return Splicer(
-        models.load(store.paths[store.models.index(model)]),
-        passages,
-        sites=tuple(dict.fromkeys(store.output_of(*place)[1] for place in places)),
-        batch_size=config.intervention.batch_size,
-        dtype=config.extract.matmul_dtype,
-    )
-
-
 def _losses(
     config: Config,
     store: Store,
-    splicer: Splicer,
+    reader: tuple[Runner, Passages],
     model: str,
     site: Site,
     members: list[Dictionary],
 ) -> list[dict[str, Any]]:
     """The loss columns of each dictionary, all from one clean pass."""
-    x, written = store.read(model, site, splicer.passages.rows), store.output_of(model, site)
+    runner, passages = reader
+    x, written = store.read(model, site, passages.rows), store.output_of(model, site)
     whole = partial(modules.over_rows, method="__call__", size=config.evaluation.batch_size)
     reconstructions = {f"sae {i}": whole(d, x) for i, d in enumerate(members)}
     mean = train_mean(store, *written)
     references = {"zero": np.zeros_like(mean), "mean": mean}
-    effects = splicer.effects(written[1], references | reconstructions)
-    draws = _draw(config, splicer.passages.document[splicer.passages.scored])
+    effects = runner.splice(passages, written[1], references | reconstructions)
+    draws = _draw(config, passages.document[passages.scored])
     return [_loss_columns(effects, effects[name], draws) for name in reconstructions]
 
 
@@ -273,8 +262,8 @@ def _loss_columns(effects: dict[str, Effect], sae: Effect, draws: Resamples) -> 
         row |= stats.columns(f"kl_{name}", draws.mean(effects[name].kl))
         row |= stats.columns(f"kl_recovered{suffix}", _kl_recovered(sae, effects[name], draws))
     for name, baseline in (("loss_recovered", "zero"), ("loss_recovered_mean", "mean")):
-        share = loss_recovered(
-            sae, clean=effects["clean"], baseline=effects[baseline], resamples=draws
+        share = stats.loss_recovered(
+            sae.ce, clean=effects["clean"].ce, baseline=effects[baseline].ce, resamples=draws
         )
         row |= stats.columns(name, share)
     return row

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, models
-from crossdict_jax.activations.layers import read_rows
+from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
@@ -16,6 +16,7 @@ from crossdict_jax.evaluation.funnel import DictionaryPair, dictionary_pairs
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps.fit import MEMBER
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Runner
 from crossdict_jax.results import read_matches
 from crossdict_jax.workdir import Workdir, write_jsonl
 
@@ -69,15 +70,10 @@ def _held_out_rows(config: Config, store: Store) -> np.ndarray:
 def _geometries(config: Config, store: Store, name: str, path: str, rows: np.ndarray):
     """The geometry of every layer of a model, its rows in an order drawn by the seed."""
     lm = models.load(path)
-    x = read_rows(
-        lm,
-        store,
-        name,
-        rows,
-        [Site(layer, config.site) for layer in range(lm.config.n_layers)],
-        batch_size=config.extract.batch_size,
-        dtype=config.extract.matmul_dtype,
-    )
+    settings = config.extract
+    runner = Runner(lm, batch_size=settings.batch_size, dtype=settings.matmul_dtype)
+    sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
+    x = runner.read_at(passages_of(store, name, rows), sites)
     order = np.random.Generator(np.random.Philox(key=config.seed + 1)).permutation(len(rows))
     return [Geometry.of(layer[order]) for layer in x]
 

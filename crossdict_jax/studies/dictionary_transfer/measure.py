@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import maps, models, modules, stats
-from crossdict_jax.activations.splice import Effect, Splicer, select_passages
+from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
@@ -19,6 +19,7 @@ from crossdict_jax.maps import Pairs, Problem
 from crossdict_jax.maps.base import AffineMap
 from crossdict_jax.maps.kinds import procrustes, ridge
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Effect, Passages, Runner
 from crossdict_jax.stats import Resamples
 from crossdict_jax.studies.dictionary_transfer.transferred import Affine, is_ours, transferred
 from crossdict_jax.workdir import Workdir
@@ -115,7 +116,8 @@ class _Target:
 
     config: Config
     store: Store
-    splicer: Splicer
+    runner: Runner
+    passages: Passages
     draws: Resamples
 
     @classmethod
@@ -123,16 +125,14 @@ class _Target:
         passages = select_passages(
             store, model, documents=config.intervention.documents, seed=config.seed
         )
-        splicer = Splicer(
+        runner = Runner(
             models.load(store.paths[store.models.index(model)]),
-            passages,
-            sites=tuple(dict.fromkeys(site for *_, site in places)),
             batch_size=config.intervention.batch_size,
             dtype=config.extract.matmul_dtype,
         )
         documents, count = passages.document[passages.scored], config.evaluation.bootstrap
         draws = stats.draw(documents, count=count, seed=config.seed)
-        return cls(config, store, splicer, draws)
+        return cls(config, store, runner, passages, draws)
 
     def rows(self, place: Place, work: Workdir) -> list[dict[str, Any]]:
         """Returns the rows of one direction and pair of sites."""
@@ -194,10 +194,10 @@ class _Target:
 
     def _losses(self, ways, model: str, site: Site) -> dict[str, dict]:
         """The columns of each dictionary put into the model, on its passages."""
-        x = self.store.read(model, site, self.splicer.passages.rows)
+        x = self.store.read(model, site, self.passages.rows)
         dictionaries = {n: way for n, way in ways.items() if not isinstance(way, Stitch)}
         put_in = {name: self._reconstructed(d, x) for name, d in dictionaries.items()}
-        effects = self.splicer.effects(site, put_in)
+        effects = self.runner.splice(self.passages, site, put_in)
         return {name: self._loss_columns(effects["clean"], effects.get(name)) for name in ways}
 
     def _loss_columns(self, clean: Effect, effect: Effect | None) -> dict[str, Any]:
