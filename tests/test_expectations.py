@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from absl import flags
 
 from crossdict_jax.config.expectations import Expectation, compare
 from crossdict_jax.errors import UserError
@@ -85,7 +84,7 @@ def run(tmp_path, capfd, *, expect):
         (work.root / "results/r.jsonl").write_text('{"v": 1}\n')
 
     argv = ["test", "--models=a,b", f"--workdir={tmp_path}/run", *expect]
-    code = command.execute(command.Command(main), argv, values=flags.FlagValues())
+    code = command.execute(main, argv)
     return code, capfd.readouterr()
 
 

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from tiny_run import CONTEXT, SITE, make_models, make_texts
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract, pairing
-from crossdict_jax.config import GATES, VerifyConfig
+from crossdict_jax.config import VerifyConfig
 from crossdict_jax.config.settings import gate_files
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.evaluation import scoring
@@ -66,8 +65,8 @@ def test_a_gate_without_a_bound_proves_nothing():
 
 
 def execute(arguments):
-    asked = command.Command(script.main, kind=VerifyConfig, default="verify")
-    return command.execute(asked, ["verify", *arguments], values=flags.FlagValues())
+    given = ["verify", *arguments]
+    return command.execute(script.main, given, kind=VerifyConfig, default="verify")
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_an_unknown_gate_is_a_mistake_of_the_user(tmp_path, capsys):
 
 
 def test_every_gate_has_a_file_that_runs_it():
-    assert tuple(gate_files()) == GATES
+    assert tuple(gate_files()) == VerifyConfig().gates
     for file in gate_files().values():
         assert callable(importlib.import_module(f"crossdict_jax.verify.{file}").gate)
 
