@@ -220,11 +220,12 @@ def _unknown_flag(kind: type, flag: str) -> str:
 def _load(path: str, function: str = "get_config") -> Any:
     """Returns what a function of a config file gives; ``path`` is FILE or FILE:ARGUMENT."""
     name, _, argument = path.partition(":")
-    if not Path(name).is_file():
+    file = Path(name) if Path(name).is_file() else ROOT / name  # configs/ is there in any folder
+    if not file.is_file():
         files = ", ".join(sorted(file.stem for file in (ROOT / "configs").glob("[!_]*.py")))
         raise UserError(f"{path}: there is no file {name!r}; configs/NAME.py exists for {files}.")
     try:
-        return runpy.run_path(name)[function](*([argument] if argument else []))
+        return runpy.run_path(str(file))[function](*([argument] if argument else []))
     except UserError:
         raise
     except Exception as error:  # whatever the user's own file does
