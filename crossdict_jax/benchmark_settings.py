@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from crossdict_jax.benchmark_config import BENCHMARKS, BenchmarkConfig
+from crossdict_jax.config import rules as of
 from crossdict_jax.config import settings
 from crossdict_jax.errors import UserError
 
-CHUNK: settings.Rule = ("1 to 50", lambda value: 1 <= value <= 50)  # as in training/loop.py
+CHUNK = of.Rule("1 to 50", lambda value: 1 <= value <= 50)  # as in training/loop.py
 
 
-def rules() -> dict[str, settings.Rule]:
+def rules() -> dict[str, of.Rule]:
     """Returns what each setting must be: a number counts something, and is 1 or more."""
     names = settings.settings(BenchmarkConfig)
-    kinds, positive = settings._one_of(*settings.architectures()), settings._at_least(1)
-    usual = {"architecture": kinds, "architectures": kinds, "matmul_dtype": settings._MATMUL}
+    kinds, positive = of.one_of(*of.architectures()), of.at_least(1)
+    usual = {"architecture": kinds, "architectures": kinds, "matmul_dtype": of.DTYPE}
     own = {
-        "benchmarks": settings._one_of(*BENCHMARKS),
-        "seed": settings._SEED,
-        "ceilings.copy_bytes": settings._at_least(1024),
-        "ceilings.dtypes": settings._MATMUL,
+        "benchmarks": of.one_of(*BENCHMARKS),
+        "seed": of.SEED,
+        "ceilings.copy_bytes": of.at_least(1024),
+        "ceilings.dtypes": of.DTYPE,
         "steps.steps": CHUNK,
         "ensemble.steps": CHUNK,
         "map.steps": CHUNK,
         "scaling.steps": CHUNK,
-        "extraction.layers": settings._at_least(0),
-        "whole.layers": settings._at_least(0),
-        "documents.documents": settings._at_least(20),  # some for each split
+        "extraction.layers": of.at_least(0),
+        "whole.layers": of.at_least(0),
+        "documents.documents": of.at_least(20),  # some for each split
     }
     return {name: own.get(name) or usual.get(name.rpartition(".")[2], positive) for name in names}
+
+
+def validate(config: BenchmarkConfig) -> None:
+    """Raises UserError for the first setting that is outside what it may be."""
+    for name, field in settings.settings(BenchmarkConfig).items():
+        metadata = {"rule": rules()[name], "repeat": False, "empty": name.startswith("scaling.")}
+        replaced = dataclasses.field(metadata=metadata)
+        replaced.type = field.type
+        settings._check_value(name, settings.get(config, name), replaced)
+    check(config)
 
 
 def check(config: BenchmarkConfig) -> None:
