@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -85,17 +85,33 @@ def module_texts(wanted: int) -> list[ModuleText]:
     path = cache_folder() / f"docstrings-{digest[:16]}.jsonl"
     modules = _read_cache(path, wanted=wanted)
     if modules is None:
-        modules, complete = _take(wanted)
-        _write_cache(path, modules=modules, complete=complete)
+        modules = _read_modules(wanted)
+        _write_cache(path, modules=modules, complete=len(modules) < wanted)
     return modules[:wanted]
+
+
+def _read_modules(wanted: int) -> list[ModuleText]:
+    """Returns the first ``wanted`` modules, or all if there are fewer."""
+    from tqdm import tqdm
+
+    enabled = gc.isenabled()
+    gc.disable()  # it finds no cycles in syntax trees, and takes a third longer
+    try:
+        modules = tqdm(_scan(), desc="Reading docstrings", unit=" modules", disable=None)
+        return list(itertools.islice(modules, wanted))
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _scan() -> Iterator[ModuleText]:
     """Yields every module with enough documentation; parses no more than is consumed."""
     seen: set[int] = set()
     repeated = 0
-    for number, (name, path) in enumerate(sorted(_modules().items(), key=_order), start=1):
-        paragraphs = [p for d in _docstrings(path) for p in _paragraphs(d) if _is_english(p)]
+    # Other bytes of the hash than split_of reads: else the first N would all be test documents.
+    by_hash = sorted(_modules().items(), key=lambda m: hashlib.sha256(m[0].encode()).digest()[8:])
+    for number, (name, path) in enumerate(by_hash, start=1):
+        paragraphs = [p for text in _docstrings(path) for p in _paragraphs(text)]
         kept = [p for p in paragraphs if _is_new(p, seen)]
         repeated += len(paragraphs) - len(kept)
         text = "\n\n".join(kept)
@@ -103,18 +119,13 @@ def _scan() -> Iterator[ModuleText]:
             yield ModuleText(name, text, modules_read=number, repeated_paragraphs=repeated)
 
 
-def _order(module: tuple[str, Path]) -> bytes:
-    # Other bytes of the hash than split_of reads: else the first N would all be test documents.
-    return hashlib.sha256(module[0].encode()).digest()[8:]
-
-
 def _modules() -> dict[str, Path]:
     """Returns dotted name -> file of every module, tests left out; imports nothing."""
-    found = dict(_walk(Path(sysconfig.get_path("stdlib")), prefix=""))
+    modules = dict(_walk(Path(sysconfig.get_path("stdlib")), prefix=""))
     for package in PACKAGES:
         for root in _package_folders(package):
-            found |= dict(_walk(Path(root), prefix=f"{package}."))
-    return found
+            modules |= dict(_walk(Path(root), prefix=f"{package}."))
+    return modules
 
 
 def _package_folders(package: str) -> list[str]:
@@ -128,13 +139,10 @@ def _walk(root: Path, *, prefix: str) -> Iterator[tuple[str, Path]]:
         parents = Path(folder).relative_to(root).parts
         for file in files:
             stem, suffix = os.path.splitext(file)
-            if suffix == ".py" and stem.isidentifier() and not _is_test(stem):
+            is_test = stem.startswith("test_") or stem.endswith("_test") or stem == "conftest"
+            if suffix == ".py" and stem.isidentifier() and not is_test:
                 parts = parents if stem == "__init__" else (*parents, stem)
                 yield (prefix + ".".join(parts)).rstrip("."), Path(folder, file)
-
-
-def _is_test(stem: str) -> bool:
-    return stem.startswith("test_") or stem.endswith("_test") or stem == "conftest"
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -161,16 +169,14 @@ def _definitions(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _paragraphs(docstring: str) -> list[str]:
-    """Returns a docstring's paragraphs without fenced code and doctests."""
+    """Returns a docstring's English paragraphs, without fenced code and doctests."""
     docstring = unicodedata.normalize("NFC", _FENCE.sub("", docstring))
     parts = re.split(r"\n[ \t]*\n\s*?(?=[^\n\s]|[ \t]+\S)", docstring)
-    return [p.rstrip() for p in parts if p.strip() and not p.lstrip().startswith((">>>", "..."))]
-
-
-def _is_english(paragraph: str) -> bool:
-    dense = _RULE.sub("", paragraph)
-    letters = sum(map(str.isalpha, filter(str.isascii, dense)))
-    return letters > MIN_LETTERS * len(dense)
+    parts = [p for p in parts if p.strip() and not p.lstrip().startswith((">>>", "..."))]
+    dense = [_RULE.sub("", part) for part in parts]
+    letters = [sum(map(str.isalpha, filter(str.isascii, text))) for text in dense]
+    is_english = [n > MIN_LETTERS * len(text) for n, text in zip(letters, dense)]
+    return [part.rstrip() for part, english in zip(parts, is_english) if english]
 
 
 def _is_new(paragraph: str, seen: set[int]) -> bool:
@@ -180,13 +186,13 @@ def _is_new(paragraph: str, seen: set[int]) -> bool:
     of its (long) lines seen before: copies with a name changed.
     """
     lines = [" ".join(line.split()) for line in paragraph.splitlines()]
-    whole = " ".join(" ".join(lines).split())
+    paragraph = " ".join(" ".join(lines).split())
     lines = [line for line in lines if len(line) >= MIN_REPEAT]
     old = sum(len(line) for line in lines if hash(line) in seen)
-    is_new = hash(whole) not in seen and 2 * old <= sum(map(len, lines))
+    is_new = hash(paragraph) not in seen and 2 * old <= sum(map(len, lines))
     seen.update(hash(line) for line in lines)
-    if len(whole) >= MIN_REPEAT:
-        seen.add(hash(whole))
+    if len(paragraph) >= MIN_REPEAT:
+        seen.add(hash(paragraph))
     return is_new
 
 
@@ -196,15 +202,11 @@ def package_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package, distribution in PACKAGES.items():
         if _package_folders(package):
-            versions[distribution] = _version(distribution)
+            try:
+                versions[distribution] = importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:  # importable, but not installed
+                versions[distribution] = "unknown"
     return versions
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # importable, but not installed
-        return "unknown"
 
 
 # ---------------------------------------------------------------- the cache
@@ -221,39 +223,14 @@ def cache_folder() -> Path:
     return Path(base) / "crossdict_jax"
 
 
-def _take(wanted: int) -> tuple[list[ModuleText], bool]:
-    """Returns (the first `wanted` modules, whether the scan ended before that)."""
-    from tqdm import tqdm
-
-    modules = []
-    with _paused_collection():
-        for module in tqdm(_scan(), desc="Reading docstrings", unit=" modules", disable=None):
-            modules.append(module)
-            if len(modules) == wanted:
-                return modules, False
-    return modules, True
-
-
-@contextlib.contextmanager
-def _paused_collection() -> Iterator[None]:
-    """Pauses garbage collection, which finds no cycles in syntax trees and takes a third longer."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _read_cache(path: Path, *, wanted: int) -> list[ModuleText] | None:
     """Returns the cached modules, or None when they are missing, damaged or too few."""
     try:
         head, body = path.read_bytes().split(b"\n", 1)
-        seal, found, complete = json.loads(head)
+        seal, count, complete = json.loads(head)
     except (OSError, ValueError, TypeError):
         return None
-    enough = complete or found >= wanted
+    enough = complete or count >= wanted
     if not enough or seal != hashlib.sha256(body).hexdigest():
         return None
     return [ModuleText(**json.loads(line)) for line in body.splitlines()[:wanted]]
