@@ -13,7 +13,7 @@ from crossdict_jax import models, results, stats
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.config import ContrastConfig, identity
+from crossdict_jax.config import ContrastConfig
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -80,17 +80,6 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
     exact = singles(reader, SITE, cut, reader.preference())
     assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99
     assert (exact[CAUSES].mean(1) > 0.03).all()
-
-
-def test_one_step_is_the_slope_of_the_preference(planted, readers):
-    reader, dictionary = readers["a"], planted.dictionaries[0]
-    slope = reader.attribution(SITE, dictionary, steps=1)
-    assert not np.allclose(slope, reader.attribution(SITE, dictionary))
-    small = 1e-2
-    strength = small * reader.strength(SITE, dictionary, np.arange(FEATURES))
-    cut = Cut(strength, np.asarray(dictionary.W_dec[...]), FEATURES)
-    found = singles(reader, SITE, cut, reader.preference()).T / small
-    np.testing.assert_allclose(found, slope, atol=0.02 * np.abs(slope).max())
 
 
 def directions_in_b(planted) -> np.ndarray:
@@ -181,12 +170,7 @@ def test_controls_have_the_norm_of_the_cut():
 # ---------------------------------------------------------------- files of pairs
 
 LINES = [
-    {
-        "clean_prefix": "The dogs",
-        "patch_prefix": "The dog",
-        "clean_answer": " are",
-        "patch_answer": " is",
-    },
+    {"clean_prefix": "The dogs", "clean_answer": " are", "patch_answer": " is", "case": "x"},
     {"sentence_good": "The dogs are", "sentence_bad": "The dogs is", "UID": "x"},
     {"prefix": "The dogs", "good": " are", "bad": " is"},
     {"good": "The dogs are", "bad": "The dogs is"},
@@ -322,28 +306,10 @@ def test_rows_are_the_same_positions_of_the_text(tokenizers):
         assert not (reading.position["a"][rows] == 0).any()
 
 
-def test_whole_spans_are_edited_on_wish(tokenizers, run):
-    reading, _ = read_pairs(PAIRS, tokenizers, **RULES)
-    lm = models.load(run[0].models[1])
-    last, whole = (
-        Reader(lm, reading, "b", batch_size=2, whole_span=wish).edited for wish in (False, True)
-    )
-    assert last.sum() == len(reading.text)
-    assert (whole & last == last).all() and not whole[:, 0].any()
-
-
 def test_pairs_that_say_nothing_or_do_not_fit_are_counted(tokenizers):
     pairs = ContrastSet("s", ("ab cd", "ab cd ef", "ab " * 70), ("ab ce", "ab cd", "cd " * 70))
     reading, nested = read_pairs(pairs, tokenizers, **RULES)
     assert (reading.kept.tolist(), nested, reading.too_long) == ([0, 1], 1, 1)
-
-
-def test_unigram_preference_counts_tokens(planted):
-    none = np.zeros(0, int)
-    tokens = {"a": [np.array([1, 2]), np.array([1, 3])]}
-    reading = Reading(np.arange(2), tokens, none, {"a": none}, {"a": none})
-    reader = Reader(planted.lms[0], reading, "a", batch_size=2)
-    assert reader.unigram_preference(np.array([0, 0, 5, 1])) == pytest.approx([np.log(6 / 2)])
 
 
 @pytest.mark.mesh
@@ -388,12 +354,6 @@ def test_rows_of_every_kind(run):
             assert row["share_of_own"] in (None, 1.0)
         judged = prefers[row["source"]] and prefers[row["target"]]
         assert (row["moves"] is None) == (not judged)  # no verdict without a preference
-
-
-def test_other_questions_are_no_other_run(run):
-    config, _ = run
-    other = dataclasses.replace(config, contrast=ContrastConfig())
-    assert identity(other) == identity(config)
 
 
 @pytest.fixture

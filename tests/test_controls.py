@@ -24,7 +24,7 @@ from crossdict_jax.maps.controls import ControlLoader, control_tasks, fit_contro
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, read_jsonl
 
-BOTH = ("skyline", "untrained")
+BOTH = ("ceiling", "untrained")
 SITE = tiny_run.SITE
 
 
@@ -157,7 +157,7 @@ def planted(begun, root, second) -> dict[tuple, dict]:
     config, work = begun
     config = dataclasses.replace(
         config,
-        controls=("skyline",),
+        controls=("ceiling",),
         map=dataclasses.replace(
             config.map, kinds=("mean", "token", "ridge", "ridge_codes", "token_ridge")
         ),
@@ -203,7 +203,7 @@ def test_a_skyline_reads_what_the_second_dictionary_makes_of_the_target(finished
     second = dictionaries.load(work.controls.dictionary("b", SITE, "seed-1"))
     x = store.read("b", SITE, store.select("test")).astype(np.float32)
     for task in control_tasks(config, store):
-        if task.control != "skyline" or task.target != "b":
+        if task.control != "ceiling" or task.target != "b":
             continue
         pairs = shown(task, loader.rows(task, "test"))
         reads = maps.base.map_class(task.kind).reads
@@ -377,12 +377,12 @@ def test_only_the_controls_asked_for_are_made(finished):
     config, work = finished
     store = open_store(work.activations)
     kinds = len(config.map.kinds)
-    for asked in ((), ("skyline",), ("untrained",), BOTH):
+    for asked in ((), ("ceiling",), ("untrained",), BOTH):
         found = control_tasks(dataclasses.replace(config, controls=asked), store)
         assert [t.control for t in found] == [c for c in asked for _ in range(2 * kinds)]
     some = dataclasses.replace(config, control_kinds=("ridge", "procrustes"))
     assert {(t.control, t.kind) for t in control_tasks(some, store)} == {
-        ("skyline", "ridge"),
+        ("ceiling", "ridge"),
         ("untrained", "ridge"),
     }
 
@@ -390,8 +390,8 @@ def test_only_the_controls_asked_for_are_made(finished):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"controls": ("skylien",)}, "skylien must be one of skyline, untrained"),
-        ({"controls": ("skyline", "skyline")}, "holds a value twice"),
+        ({"controls": ("ceilign",)}, "ceilign must be one of ceiling, untrained"),
+        ({"controls": ("ceiling", "ceiling")}, "holds a value twice"),
         ({"control_kinds": ("rigde",)}, "rigde must be one of"),
         ({"control_pairs": -1}, "control_pairs=-1 must be 0 or more"),
     ],

@@ -186,7 +186,7 @@ def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path, monkeypatch):
     where = ("a", "b", Site(1), Site(1))  # a pair of sites that no crosscoder of the run has
     train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
     problem = maps.Problem("a to b (control)", train, held_out)
-    task = dataclasses.make_dataclass("Control", ["control"])("skyline")
+    task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
     (joined,) = with_codes([problem], [task], config, store, work, directory=tmp_path)
     (fitted,) = maps.rung("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
     x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)

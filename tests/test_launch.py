@@ -168,7 +168,7 @@ MISTAKES = [  # arguments, what the line names
     ("--config.site=resid_mid", "resid_post"),
     ("--config.layer_pairs=6-10", "layer_pairs=6-10"),
     ("--config.records=wandb,wandb", "records=wandb,wandb holds a value twice"),
-    ("--config.controls=skyline,skyline", "controls=skyline,skyline holds a value twice"),
+    ("--config.controls=ceiling,ceiling", "controls=ceiling,ceiling holds a value twice"),
     ("--expect=README.md", "README.md has no usable get_expectations()"),
     ("--config.contrast.controls=5", "contrast.controls=5 must be 19 or more"),
     ("--config.probe.examples=4,16", "probe.examples=4,16: 4 must be 8 or more"),

@@ -90,7 +90,7 @@ TURNED = {
         "layer_pairs": Turn("0:1", sites),
         "site": Turn("mlp_out", sites),
         "seed": Turn(1, dictionaries),
-        "controls": Turn(("skyline",), ladder),
+        "controls": Turn(("ceiling",), ladder),
         "control_kinds": Turn(("ridge",), ladder),
         "control_pairs": Turn(1, ladder, given(layers=(1, 2))),
         "text.window_tokens": Turn(12, plan),
@@ -215,6 +215,7 @@ TURNED = {
 ELSEWHERE = {
     Config: {
         "test_records.test_every_point_is_handed_on_once_over_all_runs": "records",
+        "test_controls.test_controls_that_cannot_be_are_refused": "checkpoint_every",
         "test_convert.test_a_source_takes_the_place_of_training": "sae.sources",
         "test_convert.test_codes_before_the_selection_on_demand": "sae.source_codes",
         "test_crosscoder_map.test_a_model_beside_itself_shares_its_latents": ""
@@ -245,8 +246,7 @@ ELSEWHERE = {
         "contrast.pairs",
         "test_contrast.test_a_folder_is_all_its_files": "contrast.source",
         "test_probe.test_settings_change_the_rows": "probe.pooling probe.examples",
-        "test_probe.test_bad_texts_are_named": "probe.text probe.label",
-        "test_probe.test_missing_files_are_named": "probe.source",
+        "test_probe.test_bad_texts_are_named": "probe.text probe.label probe.source",
         "test_contrast.test_controls_have_the_norm_of_the_cut": "contrast.controls",
         "test_steering.test_mistakes_are_told_in_one_line": "steer.source steer.target "
         "steer.layer_pair",

@@ -115,13 +115,6 @@ def test_bad_texts_are_named(name, tmp_path):
         read_labelled(write(tmp_path / "x.jsonl", lines), text="text", label="label")
 
 
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="source is empty; name a file"):
-        read_labelled("", text="text", label="label")
-    with pytest.raises(UserError, match="is no file"):
-        read_labelled(str(tmp_path), text="text", label="label")
-
-
 def test_pooling():
     f = np.array([[1, 0], [3, 1], [2, 5]], np.float32)
     text = np.array([0, 0, 1])

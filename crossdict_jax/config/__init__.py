@@ -251,10 +251,10 @@ class ProbeConfig:
     maps: tuple[str, ...] = ("all",)  # by which probes are carried: all, or these of map.kinds
 
 
-# skyline: from a second dictionary of the target itself, the most that a rung can reach.
+# ceiling: from a second dictionary of the target itself, the most that a map can reach.
 # untrained: to the target with all its weights drawn anew, what training has nothing to do with.
 # reseeded: trained rungs that read features once more from another seed: are their weights stable?
-CONTROLS = ("skyline", "untrained", "reseeded")
+CONTROLS = ("ceiling", "untrained", "reseeded")
 
 
 @dataclass
@@ -270,6 +270,7 @@ class Config:
     controls: tuple[str, ...] = CONTROLS[:2]  # beside shuffled pairs; reseeded too, () for none
     control_kinds: tuple[str, ...] = ()  # rungs that get controls; () means all of map.kinds
     control_pairs: int = 0  # pairs of layers that get controls, evenly spread; 0 means all
+    checkpoint_every: int = 500  # steps of any training, which is what a kill can lose
     text: TextConfig = field(default_factory=TextConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)

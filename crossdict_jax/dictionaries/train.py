@@ -139,7 +139,7 @@ def control_members(config: Config, store: Store) -> list[Member]:
         for model, layers in zip(trained, controlled_layers(config))
     }
     found = []
-    if "skyline" in config.controls and config.sae.seeds <= SKYLINE_SEED:
+    if "ceiling" in config.controls and config.sae.seeds <= SKYLINE_SEED:
         places = [(model, site) for model in trained for site in sites[model]]
         found += [m for m in members(sae, places) if m.seed == SKYLINE_SEED]
     twins = store.models[len(trained) :]

@@ -71,7 +71,7 @@ def score_controls(config: Config, store: Store, work: Workdir) -> Controls:
     from tqdm import tqdm
 
     ladder = tuple(task for task in tasks(config, store) if task.pairing == "aligned")
-    todo = [t for t in control_tasks(config, store) if t.control in ("skyline", "untrained")]
+    todo = [t for t in control_tasks(config, store) if t.control in ("ceiling", "untrained")]
     controls = Controls(ladder, {}, {})
     if not todo:
         return controls

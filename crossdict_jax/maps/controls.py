@@ -35,7 +35,7 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
         and task.kind in (config.control_kinds or config.map.kinds)
     ]
     made = []
-    if "skyline" in config.controls:
+    if "ceiling" in config.controls:
         made += dict.fromkeys(skyline_of(task) for task in ladder)
     if "untrained" in config.controls:
         made += [dataclasses.replace(task, control="untrained") for task in ladder]
@@ -51,7 +51,7 @@ def _reseeds(kind: str) -> bool:
 
 def skyline_of(task: Task) -> Task:
     """Returns the skyline of a map of the ladder: into the same features, from their own model."""
-    return Task(task.target, task.target, *2 * (task.site_target,), task.kind, "aligned", "skyline")
+    return Task(task.target, task.target, *2 * (task.site_target,), task.kind, "aligned", "ceiling")
 
 
 def fit_controls(config: Config, store: Store, work: Workdir) -> None:
@@ -91,7 +91,7 @@ class ControlLoader(Loader):
     def rows(self, task: Task, split: str) -> Pairs:
         """Returns the paired rows of a split, with B's own activations as a skyline's source."""
         documents = self.store.rows.document[self.store.select(split)]
-        if task.control == "skyline":
+        if task.control == "ceiling":
             target = self.side(task.target, task.site_target, split)
             return Pairs(self._second(task, split), target, documents)
         source = self.side(task.source, task.site_source, split)
@@ -132,7 +132,7 @@ def shown(task: Task, pairs: Pairs) -> Pairs:
     The source of a skyline is what its dictionary makes of B: its features and, in place of B's
     own activations, their reconstruction. Rows of two models stay as they are.
     """
-    if task.control != "skyline" or map_class(task.kind).reads != "activations":
+    if task.control != "ceiling" or map_class(task.kind).reads != "activations":
         return pairs
     source = pairs.source
     x = modules.over_rows(source.dictionary, source.x, method="__call__", size=ROWS)

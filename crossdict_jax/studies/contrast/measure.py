@@ -50,17 +50,10 @@ EDGES = 4  # top features of each layer that are traced back to the layer before
 def run(config: Config, work: Workdir) -> None:
     """Writes contrast.jsonl, what models prefer and on which features it rests, and prints it.
 
-    A row says ``what`` it is about. preference: a model's accuracy on a set, beside swapped labels
-    and token counts. feature: one feature's attribution, and what its ablation costs on the test
-    half; of the chosen ("top"), and of as many random ones. ablation: all chosen features at
-    once. edge: what a feature adds through one of the next layer. transfer: the mapped directions
-    of A's features, or their matches, or B's own top features ("own"), ablated in B at the same
-    text positions; pair_r says whether A and B lose their preference on the same pairs.
-
     Raises:
       UserError: a file of pairs is missing or not understood; no set has pairs that all models can
         read; the run holds transcoders, whose features are written elsewhere than where they are
-        read; the store, a model, a dictionary or a map is missing or damaged.
+        read; a file of the run is missing or damaged.
     """
     from tqdm import tqdm
 
@@ -74,11 +67,9 @@ def run(config: Config, work: Workdir) -> None:
     everywhere = map_groups(config, store, layers="all", kinds=settings.maps)
     stage = Stage(work, "contrast", files=(FILE,), inputs=finished.inputs(everywhere, question))
     if not stage.finished:
-        studies = _readable(finished, sets)
         rows = []
-        with tqdm(desc="contrast sets", unit="part") as bar:
-            for study in studies:
-                rows += _measure(study, partial(_part, stage, bar, study.name))
+        for study in tqdm(_readable(finished, sets), desc="contrast sets", unit="set"):
+            rows += _measure(study, stage)
         pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
         stage.finish({FILE: rows}, pairs=pairs)
     for _, of_set in itertools.groupby(results.read(work, FILE), key=itemgetter("set")):
@@ -146,13 +137,14 @@ class Halves:
         return stats.draw(np.arange(n), count=config.evaluation.bootstrap, seed=config.seed)
 
     def others(self, model: str, site: Site, top: np.ndarray) -> np.ndarray:
-        """Live features beside the chosen ones, which lend their directions to controls."""
+        """Live features beside some, which lend their directions to controls."""
         others = np.setdiff1d(self.run.live(model, site), top)
         generator = np.random.Generator(np.random.Philox(key=self.run.config.seed + 1))
         return np.sort(generator.permutation(others)[:OTHERS])
 
-    def cut(self, model: str, site: Site, features: np.ndarray, others: np.ndarray) -> Cut:
+    def cut(self, model: str, site: Site, features: np.ndarray, others=None) -> Cut:
         """A model's own features, taken out where and as strongly as they fire."""
+        others = self.others(model, site, features) if others is None else others
         dictionary, ids = self.run.dictionary(model, site), np.concatenate([features, others])
         strength = self.reader(model, "test").strength(site, dictionary, ids)
         return Cut(strength, feature_directions(dictionary, ids), len(features))
@@ -172,32 +164,29 @@ class Halves:
         return drop, row if prefers else row | {"moves": None}
 
 
-def _part(stage: Stage, bar, name: str, key: tuple, make: Callable, *arguments):
-    """What an interrupted run kept under a key, or what ``make`` gives now."""
-    value = stage.part((name, *key), partial(make, *arguments))
-    bar.update()
-    return value
+def _measure(study: Halves, stage: Stage) -> list[dict]:
+    """The rows of one set; what an interrupted run kept of it is taken from there."""
 
+    def part(key: tuple, make: Callable, *arguments):
+        return stage.part((study.name, *key), partial(make, study, *arguments))
 
-def _measure(study: Halves, part: Callable) -> list[dict]:
-    """The rows of one set."""
     run = study.run
     models, settings = run.store.models, run.config.contrast
     preferences, sites, edges, transfers = {}, {}, [], []
     for model in models:
-        preferences[model] = part(("preference", model), _preference, study, model)
+        preferences[model] = part(("preference", model), _preference, model)
     prefers = {model: row["prefers"] for model, row in preferences.items()}
     for model in models:
         for site in sorted(run.store.sites_of(model)):
             key = "site", model, str(site)
-            sites[model, site] = part(key, _features, study, model, site, prefers[model])
+            sites[model, site] = part(key, _features, model, site, prefers[model])
     for model in models:
         for pair in itertools.pairwise(sorted(run.store.sites_of(model))):
             tops = [sites[model, site]["top"][:EDGES] for site in pair]
-            edges += part(("edges", model, *map(str, pair)), _edges, study, model, pair, tops)
+            edges += part(("edges", model, *map(str, pair)), _edges, model, pair, tops)
     layers = run.config.intervention.layers
     for tasks in map_groups(run.config, run.store, layers=layers, kinds=settings.maps):
-        transfers += part(("transfer", tasks[0].label), _transfer, study, tasks, sites, prefers)
+        transfers += part(("transfer", tasks[0].label), _transfer, tasks, sites, prefers)
     features = [row for site in sites.values() for row in site["rows"]]
     rows = [*preferences.values(), *features, *edges, *transfers]
     return [{"set": study.name} | row for row in rows]
@@ -253,7 +242,7 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     generator = np.random.Generator(np.random.Philox(key=config.seed))
     drawn = np.sort(generator.permutation(others)[: config.contrast.features])
     features = np.concatenate([top, drawn])
-    cut = study.cut(model, site, features, study.others(model, site, features))
+    cut = study.cut(model, site, features)
     clean = study.clean(model)
     exact = ablation.singles(study.reader(model, "test"), site, cut, clean)
     draws, head = study.draws(len(clean)), {"model": model, "site": str(site)}
@@ -273,21 +262,13 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     ]
     drop = np.zeros(len(clean))
     if len(top):
-        together = study.cut(model, site, top, study.others(model, site, top))
-        drop, row = study.ablate(model, site, together, prefers)
-        agreement = {
-            "attribution_r_train": _correlated(mean[features], exact.mean(1)),
-            "attribution_r": _correlated(test[:, features].mean(0), exact.mean(1)),
-        }
+        drop, row = study.ablate(model, site, study.cut(model, site, top), prefers)
+        once = stats.draw(np.arange(len(features)), count=0, seed=0)
+        means = {"attribution_r_train": mean[features], "attribution_r": test[:, features].mean(0)}
+        r = {name: correlation(once, values, exact.mean(1)) for name, values in means.items()}
+        agreement = {name: estimate and estimate.value for name, estimate in r.items()}
         rows.append({"what": "ablation", **head, "features": top.tolist()} | row | agreement)
     return {"rows": rows, "top": top.tolist(), "drop": drop.tolist()}
-
-
-def _correlated(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Pearson's r; None of fewer than three, or where one does not vary."""
-    if len(a) < 3 or not a.std() or not b.std():
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _edges(study: Halves, model: str, pair: tuple[Site, Site], tops: list[list[int]]) -> list[dict]:
@@ -321,8 +302,7 @@ def _transfer(study: Halves, tasks: list[Task], sites: dict, prefers: dict) -> l
         return []
     cuts = _cuts(study, a, b, tasks[1:], np.array(sites[a]["top"]))
     if sites[b]["top"]:
-        top = np.array(sites[b]["top"])
-        cuts[OWN] = study.cut(*b, top, study.others(*b, top))
+        cuts[OWN] = study.cut(*b, np.array(sites[b]["top"]))
     judged = prefers[task.source] and prefers[task.target]
     ablated = {name: study.ablate(*b, cut, judged) for name, cut in cuts.items()}
     ceiling = ablated[OWN][1] if OWN in ablated else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,66 +54,54 @@ def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
     """Returns a set for each file of ``sources``: files of JSON lines, or folders of them.
 
     Raises:
-      UserError: there is none, a file holds no pair, a line's fields are none of SPELLINGS or no
-        text, both texts of a pair are equal, or two files have one name.
+      UserError: there is none, a file holds no pair, a line is not understood, both texts of a
+        pair are equal, or two files have one name.
     """
     if not sources:
         raise UserError(
             "contrast.source is empty; name files or folders of pairs, as in "
             "--config.contrast.source=pairs.jsonl."
         )
-    files = [file for source in sources for file in _files(source)]
-    names = [file.stem for file in files]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(
-            f"contrast.source={','.join(sources)} holds two sets called {twice}; rename one, "
-            "results speak of sets by name."
-        )
-    return [_read_set(file) for file in files]
-
-
-def _files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    sets: dict[str, ContrastSet] = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise UserError(f"contrast.source={source} does not exist; name a file or a folder.")
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise UserError(f"contrast.source={source} holds no file ending in .jsonl or .json.")
-        return files
-    if not path.is_file():
-        raise UserError(f"contrast.source={source} does not exist; name a file or a folder.")
-    return [path]
-
-
-def _read_set(path: Path) -> ContrastSet:
-    pairs = [_pair(row, where) for _, where, row in json_lines(path)]
-    if not pairs:
-        raise UserError(f"{path} holds no pair: it is empty.")
-    distinct = dict.fromkeys(pairs)
-    good, bad = zip(*distinct)
-    return ContrastSet(path.stem, good, bad, len(pairs) - len(distinct))
+        for file in files:
+            if file.stem in sets:
+                raise UserError(
+                    f"contrast.source={','.join(sources)} holds two sets called {file.stem}; "
+                    "rename one, results speak of sets by name."
+                )
+            pairs = [_pair(row, where) for _, where, row in json_lines(file)]
+            if not pairs:
+                raise UserError(f"{file} holds no pair: it is empty.")
+            distinct = dict.fromkeys(pairs)
+            duplicates = len(pairs) - len(distinct)
+            sets[file.stem] = ContrastSet(file.stem, *zip(*distinct), duplicates)
+    return list(sets.values())
 
 
 def _pair(row: dict, where: str) -> tuple[str, str]:
+    """The two texts of a line; ``where`` names it in errors."""
     spelling = next((s for s in SPELLINGS if all(f in row for f in s if f)), None)
     if spelling is None:
-        all_fields = "; ".join(", ".join(filter(None, s)) for s in SPELLINGS)
-        raise UserError(f"{where} has fields {', '.join(row) or 'none'}; known are {all_fields}.")
-    front, *ends = (_text(row, field, where) if field else "" for field in spelling)
+        allowed = "; ".join(", ".join(filter(None, s)) for s in SPELLINGS)
+        raise UserError(f"{where} has fields {', '.join(row) or 'none'}; known are {allowed}.")
+    for field in filter(None, spelling):
+        if not isinstance(row[field], str) or not row[field].strip():
+            raise UserError(f"{where}: {field} is not text, or blank; mend or remove that line.")
+        if re.search(r"[\ud800-\udfff]", row[field]):
+            raise UserError(f"{where}: {field} has half a character; mend that line.")
+    front, *ends = (row[field] if field else "" for field in spelling)
     good, bad = (normalize(front + end) for end in ends)
     if good == bad:
         raise UserError(
             f"{where}: {spelling[1]} and {spelling[2]} are the same text; remove that line."
         )
     return good, bad
-
-
-def _text(row: dict, field: str, where: str) -> str:
-    value = row[field]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {field} is not text, or blank; mend or remove that line.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {field} has half a character; mend that line.") from error
-    return value

@@ -43,23 +43,9 @@ Features = dict[str, tuple[np.ndarray, np.ndarray]]
 def run(config: Config, work: Workdir) -> None:
     """Writes probe.jsonl, how well labels are told from B's features, and prints it.
 
-    A row for each direction, pair of sites, number of labelled examples n and ``probe``:
-
-    - a kind of map: trained on what the map predicts from A's features of the examples, used on
-      B's own.
-    - own: trained and used on B's own features; needs B to read the examples.
-    - source: trained and used on A's.
-    - tokens: on how often each of A's tokens stands in the text.
-    - majority: the label that most examples have.
-
-    accuracy is over held-out texts, the mean over DRAWS draws of the examples, with 95 % intervals
-    over texts. accuracy_shuffled is that of the same probe on shuffled labels; lead_tokens and
-    behind_own are paired differences.
-
     Raises:
       UserError: the file of texts is missing or not understood; there are fewer texts than
-        examples, or fewer examples than labels; the store, a model, a dictionary or a map is
-        missing or damaged.
+        examples, or fewer examples than labels; a file of the run is missing or damaged.
     """
     settings = config.probe
     texts = read_labelled(settings.source, text=settings.text, label=settings.label)

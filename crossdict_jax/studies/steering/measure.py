@@ -49,18 +49,6 @@ def steer(config: Config, work: Workdir) -> str:
     random direction (another one for every text), and the feature of B that correlates best with
     A's on training rows (its match).
 
-    Rows are of three kinds: "feature" (what was put in), "condition" (what holds over all texts of
-    one edit and dose, with 95 % intervals over texts) and "text".
-
-      token_rate: share of the new tokens that are among those that the feature promotes in A,
-        taken to B's vocabulary through the text.
-      piece_rate: how often A's promoted tokens stand in the new text, per 100 bytes of it.
-      search_rate: likewise the text that was searched for.
-      nll: -log p of the new tokens under B without any edit, nats a token: what the steering costs.
-
-    ..._more is the paired difference to the texts without an edit, ..._over_random that to the
-    texts with a random direction of the same dose.
-
     Raises:
       UserError: anything that was asked for does not exist, is dead, or does not fit, or the run
         holds transcoders.

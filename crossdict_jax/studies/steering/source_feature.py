@@ -175,23 +175,6 @@ def middle_dose(alphas: Iterable[float]) -> float:
 # ---------------------------------------------------------------- search
 
 
-@dataclass(frozen=True)
-class Around:
-    """Where a text stands, and which features fire there.
-
-    Attributes:
-      share: float [width], of each feature's strongest rows, how many have the text around them.
-      live: bool [width], fires often enough to be judged.
-      base: the share of all rows: what a feature that has nothing to do with the text would have.
-      token: the commonest token in which the text begins.
-    """
-
-    share: np.ndarray
-    live: np.ndarray
-    base: float
-    token: int
-
-
 def search(source: Source, text: str) -> list[dict]:
     """Returns features that fire around a text in training text, or make its first token likelier.
 
@@ -204,9 +187,9 @@ def search(source: Source, text: str) -> list[dict]:
     from tqdm import tqdm
 
     config, train = source.run.config, source.run.train
-    around_text = around(text, source.contexts, train, source.codes(train))
+    share, live, base, token = around(text, source.contexts, train, source.codes(train))
     fires = np.any([(f > 0).any(0) for f in source.codes(source.test)], axis=0)
-    live = np.flatnonzero(around_text.live & fires)
+    live = np.flatnonzero(live & fires)
     generator = np.random.Generator(np.random.Philox(key=config.seed))
     count = config.intervention.contexts
     injector = source.injector(np.sort(generator.permutation(source.test)[:count]))
@@ -216,12 +199,11 @@ def search(source: Source, text: str) -> list[dict]:
     effect: dict[int, float] = {}
     with tqdm(desc="search", unit="feature", total=len(live)) as progress:
         for block in slices(len(live), AT_ONCE):
-            token = {around_text.token: 1.0}
-            change, _ = injector.changes(ready, directions[block], token, limit=1)
+            change, _ = injector.changes(ready, directions[block], {token: 1.0}, limit=1)
             effect |= zip(live[block].tolist(), change.mean(1, dtype=np.float64).tolist())
             progress.update(len(change))
-    by_share = sorted(effect, key=lambda i: -around_text.share[i])
-    firing = [i for i in by_share[: CANDIDATES // 2] if around_text.share[i] > around_text.base]
+    by_share = sorted(effect, key=lambda i: -share[i])
+    firing = [i for i in by_share[: CANDIDATES // 2] if share[i] > base]
     by_effect = [i for i in sorted(effect, key=lambda i: -effect[i]) if effect[i] > 0]
     rest = [i for i in by_effect if i not in firing][: CANDIDATES - len(firing)]
     if not firing and not rest:
@@ -232,17 +214,23 @@ def search(source: Source, text: str) -> list[dict]:
     return [
         {
             "feature": i,
-            "share": float(around_text.share[i]),
-            "base": around_text.base,
-            "token": source.words.text("a", around_text.token),
+            "share": float(share[i]),
+            "base": base,
+            "token": source.words.text("a", token),
             "promotes": effect[i],
         }
         for i in sorted((*firing, *rest), key=lambda i: -effect[i])
     ]
 
 
-def around(text: str, contexts: Contexts, rows: np.ndarray, codes: Iterable[np.ndarray]) -> Around:
-    """Returns which features fire around a text.
+def around(
+    text: str, contexts: Contexts, rows: np.ndarray, codes: Iterable[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Returns which features fire around a text: (share, live, base, token).
+
+    share [width]: of each feature's strongest rows, how many have the text around them; live
+    [width]: it fires often enough to be judged; base: the share of all rows, what a feature that
+    has nothing to do with the text would have; token: the commonest one in which the text begins.
 
     Args:
       rows: int [n], row numbers of the store.
@@ -262,12 +250,8 @@ def around(text: str, contexts: Contexts, rows: np.ndarray, codes: Iterable[np.n
     fires = value > 0  # [STRONGEST, width]
     firings = fires.sum(0)
     tokens = Counter(t for row in rows[holds] for t in contexts.first_tokens(wanted, row))
-    return Around(
-        share=(holds[index] & fires).sum(0) / np.maximum(firings, 1),
-        live=firings >= LEAST_FIRINGS,
-        base=float(holds.mean()),
-        token=tokens.most_common(1)[0][0],
-    )
+    share = (holds[index] & fires).sum(0) / np.maximum(firings, 1)
+    return share, firings >= LEAST_FIRINGS, float(holds.mean()), tokens.most_common(1)[0][0]
 
 
 def strongest(codes: Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
