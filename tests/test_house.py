@@ -23,7 +23,7 @@ ROOMS = (  # from the ground up: a room may use those of lower floors, and itsel
     ("evaluation", "causal"),
     ("report",),
     ("studies",),
-    ("benchmark", "benchmark_config", "benchmark_settings", "verify"),
+    ("benchmark", "verify"),
     ("launch",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import resource
 import statistics
@@ -110,10 +109,15 @@ def timed(run: Callable[[], Any]) -> Spent:
 
     Arrays that it returns are waited for.
     """
-    started, before = time.perf_counter(), os.times()
+
+    def cpu() -> float:
+        both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+    started, before = time.perf_counter(), cpu()
     result = jax.block_until_ready(run())
-    seconds, after = time.perf_counter() - started, os.times()
-    return result if isinstance(result, Spent) else Spent(seconds, sum(after[:4]) - sum(before[:4]))
+    spent = Spent(time.perf_counter() - started, cpu() - before)
+    return result if isinstance(result, Spent) else spent
 
 
 # ---------------------------------------------------------------- memory

@@ -34,8 +34,9 @@ class Peer:
     """
 
     def __init__(self, library: str, file: str | Path):
-        value = os.environ.get(VARIABLES[library], "")
-        self._asked = f"{VARIABLES[library]}={value}"
+        variable = VARIABLES[library.partition(",")[0]]
+        value = os.environ.get(variable, "")
+        self._asked = f"{variable}={value}"
         self._library = library
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
         environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
@@ -92,13 +93,16 @@ class Peer:
 def peers(files: dict[str, str]) -> Iterator[dict[str, Peer]]:
     """Starts a peer for every library of ``files`` whose variable is set, and the baseline.
 
+    A library that runs in two ways has two names, as in "torch" and "torch, cut short".
+
     Says which are left out; all end with the context.
     """
     with contextlib.ExitStack() as stack:
         running = {}
         for library, file in (files | {BASELINE: "checkout.py"}).items():
-            if os.environ.get(VARIABLES[library]):
+            variable = VARIABLES[library.partition(",")[0]]
+            if os.environ.get(variable):
                 running[library] = stack.enter_context(Peer(library, file))
             else:
-                print(f"{library} left out: {VARIABLES[library]} is not set.")
+                print(f"{library} left out: {variable} is not set.")
         yield running

@@ -31,6 +31,7 @@ from crossdict_jax.training import checkpoint
 from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
+FILE = "saelens_train.py"
 THEIR_RATE = 3e-4  # the default of SAETrainerConfig
 THEIRS = {  # ours: the architecture of SAELens that trains the same kind
     "relu": "standard",
@@ -55,8 +56,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
     Every model at its middle site. Rows hold library, architecture, learning_rate, coefficient (of
     the penalty, else null), l0 and fvu on the test rows, and fvu_at_k: the FVU at ``sae.k`` active
     features, interpolated in log L0 where a penalty decides L0; null if the penalties tried do not
-    bracket it. Seconds of training go to timing.json, ours of a whole ensemble shared out evenly.
-    Killed and run again, it goes on. Returns the rows, with their seconds.
+    bracket it. Killed and run again, it goes on. Returns the rows.
 
     Raises:
       UserError: no interpreter with SAELens is named, or its training failed.
@@ -84,10 +84,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
         curve = [r for r in rows if all(r[key] == row[key] for key in same)]
         on_curve = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], row["k"])
         row["fvu_at_k"] = on_curve if row["architecture"] in PENALTIES else row["fvu"]
-    written = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-    write_jsonl(work.result("benchmark_saelens.jsonl"), written)
-    named = {" ".join(row[k] for k in ("model", "library", "name")): row["seconds"] for row in rows}
-    work.record_timing("benchmark_saelens", **named)
+    write_jsonl(work.result("benchmark_saelens.jsonl"), rows)
     return rows
 
 
@@ -111,19 +108,20 @@ def _ours(
         )
         work, group = Workdir(folder / architecture), members(sae, [(model, site)])
         train_members(dataclasses.replace(config, sae=sae), store, work, group)
-        seconds = read_json(work.timing)["train_saes"]["wall_s"]
         for member in group:
             path = work.dictionary(model, site, member.name)
             meta = checkpoint.load_meta(path)
             coefficient = meta["l1_coefficient"] if architecture in PENALTIES else None
-            yield path, {
-                "library": OURS,
-                "architecture": architecture,
-                "name": f"{architecture} {member.name}",
-                "learning_rate": meta["learning_rate"],
-                "coefficient": coefficient,
-                "seconds": seconds / len(group),
-            }
+            yield (
+                path,
+                {
+                    "library": OURS,
+                    "architecture": architecture,
+                    "name": f"{architecture} {member.name}",
+                    "learning_rate": meta["learning_rate"],
+                    "coefficient": coefficient,
+                },
+            )
 
 
 def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Path, dict]]:
@@ -135,7 +133,7 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
     # Scaled as ours, so that penalties mean the same.
     same = {"d_sae": sae.width, "normalize_activations": "expected_average_only_in"}
     nested = {round(share * sae.width) for share in sae.nested_fractions} | {sae.width}
-    with Peer("sae-lens", "saelens_train.py") as peer:
+    with Peer("sae-lens", FILE) as peer:
         for architecture, theirs in THEIRS.items():
             coefficients, penalty = PENALTIES.get(architecture, ((None,), "k"))
             for coefficient in coefficients:
@@ -155,26 +153,27 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
                             trainer={"lr": rate, "steps": sae.steps, "batch": sae.batch_size},
                         )
                         write_json(about, trained)
-                    yield folder / name, {
-                        "library": "sae-lens",
-                        "architecture": architecture,
-                        "name": name,
-                        "learning_rate": rate,
-                        "coefficient": coefficient,
-                        **read_json(about),
-                    }
+                    yield (
+                        folder / name,
+                        {
+                            "library": "sae-lens",
+                            "architecture": architecture,
+                            "name": name,
+                            "learning_rate": rate,
+                            "coefficient": coefficient,
+                            **read_json(about),
+                        },
+                    )
 
 
 def comparison(rows: list[dict[str, Any]]) -> Table:
-    """Returns the table of ours at the usual rate beside theirs at the best of all rates.
-
-    Args:
-      rows: of ``compare_saelens``, with their seconds.
-    """
+    """Returns the table of ours at the usual rate beside theirs at the best of all rates."""
     lines = []
     for model, architecture in dict.fromkeys((r["model"], r["architecture"]) for r in rows):
         both = [r for r in rows if (r["model"], r["architecture"]) == (model, architecture)]
-        ours, theirs = ([r for r in both if (r["library"] == OURS) is mine] for mine in (True, False))
+        ours, theirs = (
+            [r for r in both if (r["library"] == OURS) is mine] for mine in (True, False)
+        )
         usual, undefined = ours[0], {"fvu_at_k": None, "learning_rate": None}
         defined = [r for r in theirs if r["fvu_at_k"] is not None]
         best = min(defined, key=lambda r: r["fvu_at_k"], default=undefined)
@@ -188,8 +187,6 @@ def comparison(rows: list[dict[str, Any]]) -> Table:
                 "best rate": "–" if pair[1] is None else f"{best['learning_rate']:.2g}",
                 "FVU, sae-lens": number(pair[1]),
                 "difference": number(None if None in pair else pair[0] - pair[1]),
-                "seconds, ours": number(float(np.mean([r["seconds"] for r in ours])), 1),
-                "seconds, sae-lens": number(float(np.mean([r["seconds"] for r in theirs])), 1),
             }
         )
     first = rows[0]

@@ -331,6 +331,16 @@ class VerifyConfig:
     seed: int = 0  # of everything planted, drawn and trained
 
 
+@dataclass
+class BenchmarkConfig:
+    """How fast this code is beside others, at other sizes, and beside another checkout of it."""
+
+    benchmarks: tuple[str, ...] = ()  # files of benchmark/measurements; empty: all of the suite
+    suite: str = "cpu"  # cpu | gpu: sizes for two cores, or for one large GPU
+    repeats: int = 5  # rounds, in each of which every contender runs once; medians are reported
+    seed: int = 0  # of made-up rows, texts and weights
+
+
 # Settings of Config on which no file of a run depends but the answer to the question that they ask:
 # a finished run may be asked again with others.
 FREE = ("records", "efficiency", "pareto", "contrast", "steer", "probe")

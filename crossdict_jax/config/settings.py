@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
-from crossdict_jax.benchmark_config import BenchmarkConfig
 from crossdict_jax.config import (
     CONTROLS,
     SWEPT,
+    BenchmarkConfig,
     Config,
     ConvertConfig,
     Count,
@@ -29,7 +29,7 @@ from crossdict_jax.config import (
 from crossdict_jax.errors import UserError
 
 # No models: the embedded pair. No sources: all are trained. No kinds of controls: all.
-MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds"}
+MAY_BE_EMPTY = {"models", "records", "sae.sources", "controls", "control_kinds", "benchmarks"}
 MAY_BE_EMPTY |= {"pareto.architectures", "pareto.k", "intervention.feature_ids"}
 MAY_BE_EMPTY |= {"contrast.source"}  # its own command asks for it
 # What a benchmark of growth need not try.
@@ -234,16 +234,13 @@ def gate_files() -> dict[str, str]:
     return {f"G{int(file[1:3])}": file for file in files}
 
 
+def measurements() -> tuple[str, ...]:
+    """Returns what can be measured: the files of benchmark/measurements."""
+    return _files("benchmark/measurements")
+
+
 def _files(folder: str) -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in (ROOM / folder).glob("[!_]*.py")))
-
-
-def _rules_of(kind: type) -> dict[str, Rule]:
-    if kind is not BenchmarkConfig:
-        return _rules()
-    from crossdict_jax import benchmark_settings
-
-    return benchmark_settings.rules()
 
 
 def _rules() -> dict[str, Rule]:
@@ -393,6 +390,9 @@ def _rules() -> dict[str, Rule]:
         "probe.examples": _at_least(8),  # two of each fold
         "probe.maps": _one_of("all", *map_kinds()),
         "gates": _one_of(*gate_files()),
+        "benchmarks": _one_of(*measurements()),
+        "suite": _one_of("cpu", "gpu"),
+        "repeats": _at_least(1),
         "model_type": _one_of("gpt2", "gpt_neox"),
         "d_model": _at_least(1),
         "n_layers": _at_least(1),
@@ -424,7 +424,7 @@ def validate(
 
     Only what can be said without reading text or models; nothing is imported for it.
     """
-    rules = _rules_of(type(config))
+    rules = _rules()
     for name, kind in settings(type(config)).items():
         value = get(config, name)
         if not _fits(value, kind):
@@ -443,10 +443,6 @@ def validate(
         _check_transcoders(config)
         _check_crosscoder(crosscoder_settings(config))
         layer_pairs(config)
-    if isinstance(config, BenchmarkConfig):
-        from crossdict_jax import benchmark_settings
-
-        benchmark_settings.check(config)
 
 
 def _check_values(name: str, value: Any, rule: Rule) -> None:

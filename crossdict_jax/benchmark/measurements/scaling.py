@@ -45,7 +45,7 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _training(bench: Bench, sizes: dict, dtype: str, steps: int, *, resident: bool | None = None):
-    """Returns the training of a point, on a store of its own that is there only until it is read."""
+    """Returns the training of a point, on a store of its own."""
     sae = {name: value for name, value in sizes.items() if name not in ("d_model", "rows")}
     rows, folder = max(sizes["rows"], sizes["batch_size"]), bench.folder / "store"
     shutil.rmtree(folder, ignore_errors=True)

@@ -69,6 +69,4 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
                 about[library] = peer.make(folder=str(folder), **settings)
                 contenders[library] = peer.run
             rows = sizes.steps * sizes.batch_size
-            yield from bench.compare(
-                architecture, contenders, rows, count=sizes.steps, about=about
-            )
+            yield from bench.compare(architecture, contenders, rows, count=sizes.steps, about=about)

@@ -62,9 +62,7 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     for tokenizer, shape in MODELS.items():
         folders.append(str(bench.folder / shape["model_type"]))
         lm = models.init(shape, seed=bench.seed)
-        models.save(
-            lm, folders[-1], dtype="bfloat16", tokenizer=models.load_tokenizer(tokenizer)
-        )
+        models.save(lm, folders[-1], dtype="bfloat16", tokenizer=models.load_tokenizer(tokenizer))
     work = bench.folder / "run"
     settings = {"models": ",".join(folders)} | SIZES[bench.suite]
     command = [sys.executable, "-m", "launch.experiment", f"--config={PRESET}"]

@@ -1,6 +1,5 @@
 """Training steps of SAELens: its own trainer and defaults, on rows and an order from a folder."""
 
-
 KINDS = {"relu": "standard"}  # ours: theirs
 
 

@@ -1,6 +1,5 @@
 """Trains a dictionary with SAELens on rows from a folder, and writes it as SAELens writes it."""
 
-import time
 from pathlib import Path
 
 
@@ -26,8 +25,6 @@ def make(folder: str, name: str, architecture: str, dictionary: dict, trainer: d
         lr=trainer["lr"],
         lr_end=trainer["lr"] / 10,  # as their runner has it
     )
-    started = time.perf_counter()
     SAETrainer(cfg=settings, sae=sae, data_provider=batches).fit()
-    seconds = time.perf_counter() - started
     sae.save_inference_model(str(Path(folder) / name))
-    return None, {"seconds": seconds, "version": sae_lens.__version__}
+    return None, {"version": sae_lens.__version__}
