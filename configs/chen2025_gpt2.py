@@ -1,6 +1,8 @@
 """Model stitching of Chen et al. 2025: GPT-2 small, layer 6, into GPT-2 medium, layer 10.
 
-python -m launch.experiment --config=configs/chen2025_gpt2.py --expect=configs/chen2025_gpt2.py
+python -m launch.experiment --config=configs/chen2025_gpt2.py
+python -m launch.transfer_dictionaries --workdir=runs/chen2025_gpt2 \
+    --expect=configs/chen2025_gpt2.py
 
 Transferring Linear Features Across Language Models With Model Stitching, arXiv 2506.06609. One
 tokenizer, so every position is paired. What the paper leaves open is said where it is chosen.
@@ -34,11 +36,11 @@ def get_config() -> Config:
 
 
 def expected(
-    what: str, published: float, near: float, *, file: str, key: str, **where: Any
+    words: str, published: float, near: float, *, file: str, key: str, **where: Any
 ) -> Expectation:
     """Returns an expectation of this paper: the published number, give or take ``near``."""
     return Expectation(
-        what,
+        words,
         file=file,
         key=key,
         low=published - near,
@@ -49,17 +51,17 @@ def expected(
     )
 
 
-def stitched(what: str, published: float, near: float, *, source: str, target: str) -> Expectation:
+def stitched(words: str, published: float, near: float, *, source: str, target: str) -> Expectation:
     """Returns the expected loss of ``target`` going on from ``source`` through an affine map."""
     where = {"source": source, "target": target, "map": "ridge", "pairing": "aligned"}
     where |= {"stitch_kind": "activation"}
-    return expected(what, published, near, file="causal.jsonl", key="ce", **where)
+    return expected(words, published, near, file="causal.jsonl", key="ce", **where)
 
 
-def moved(what: str, published: float, near: float, *, key: str, **ends: str) -> Expectation:
+def moved(words: str, published: float, near: float, *, key: str, **ends: str) -> Expectation:
     """Returns an expected number of the source's dictionary, used for the target untrained."""
     where = {"dictionary": "transferred"} | ends
-    return expected(what, published, near, file="dictionary_transfer.jsonl", key=key, **where)
+    return expected(words, published, near, file="dictionary_transfer.jsonl", key=key, **where)
 
 
 def get_expectations() -> tuple[Expectation, ...]:

@@ -1,6 +1,8 @@
 """Model stitching of Chen et al. 2025: Pythia-70m-deduped, layer 3, into 160m, layer 4.
 
-python -m launch.experiment --config=configs/chen2025_pythia.py --expect=configs/chen2025_pythia.py
+python -m launch.experiment --config=configs/chen2025_pythia.py
+python -m launch.transfer_dictionaries --workdir=runs/chen2025_pythia \
+    --expect=configs/chen2025_pythia.py
 
 As configs/chen2025_gpt2.py, where the paper and the choices are named.
 """

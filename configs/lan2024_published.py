@@ -41,47 +41,15 @@ def get_config() -> Config:
 
 
 def get_expectations() -> tuple[Expectation, ...]:
-    matched = {"pairing": "aligned"}
-    decoders = {"kind": "decoders"}
-    return (
-        Expectation(
-            "mean correlation of one-to-one matches",
-            file="matching.jsonl",
-            key="r_train",
-            where=matched,
-            low=0.49,
-            high=0.69,
-            published="0.594",
-            source=SOURCE,
-        ),
-        Expectation(
-            "SVCCA of their decoder rows",
-            file="similarity.jsonl",
-            key="svcca",
-            where=decoders,
-            low=0.58,
-            high=0.78,
-            published="0.678",
-            source=SOURCE,
-        ),
-        Expectation(
-            "SVCCA of decoder rows matched at random",
-            file="similarity.jsonl",
-            key="svcca_null",
-            where=decoders,
-            low=-0.05,
-            high=0.06,
-            published="0.011",
-            source=SOURCE,
-        ),
-        Expectation(
-            "RSA of their decoder rows",
-            file="similarity.jsonl",
-            key="rsa",
-            where=decoders,
-            low=0.1,
-            high=0.3,
-            published="0.207",
-            source=SOURCE,
-        ),
+    matches = ("matching.jsonl", {"pairing": "aligned"})
+    decoders = ("similarity.jsonl", {"kind": "decoders"})
+    numbers = (  # in words, the rows, their column, what is near enough, as published
+        ("mean correlation of one-to-one matches", matches, "r_train", 0.49, 0.69, "0.594"),
+        ("SVCCA of their decoder rows", decoders, "svcca", 0.58, 0.78, "0.678"),
+        ("SVCCA of rows matched at random", decoders, "svcca_null", -0.05, 0.06, "0.011"),
+        ("RSA of their decoder rows", decoders, "rsa", 0.1, 0.3, "0.207"),
+    )
+    return tuple(
+        Expectation(words, file, key, low, high, published, SOURCE, where)
+        for words, (file, where), key, low, high, published in numbers
     )

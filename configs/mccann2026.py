@@ -1,6 +1,7 @@
 """Seeds as rotations, McCann 2026: dictionaries of nine Pythia-70m seeds on each other.
 
-python -m launch.experiment --config=configs/mccann2026.py --expect=configs/mccann2026.py
+python -m launch.experiment --config=configs/mccann2026.py
+python -m launch.transfer_dictionaries --workdir=runs/mccann2026 --expect=configs/mccann2026.py
 
 Polymorphism Is Rotation, arXiv 2605.24577. Its dictionaries are trained for it; theirs were of
 this text too, their sizes are our choice. results/dictionary_transfer.jsonl has one row for each
@@ -31,19 +32,20 @@ def get_config() -> Config:
 
 
 def get_expectations() -> tuple[Expectation, ...]:
-    def fvu(what: str, way: str, low: float, high: float, published: str) -> Expectation:
-        return Expectation(
-            f"FVU {what}, mean over the pairs of seeds",
+    fvus = (  # the row's dictionary, in words, what is near enough, as published
+        ("as_is", "of another seed's dictionary as it is", 0.25, 3.11, "0.25 to 3.11"),
+        ("orthogonal", "through one rotation", 0.0, 0.2, "0.01 to 0.15"),
+    )
+    return tuple(
+        Expectation(
+            f"FVU {words}, mean over the pairs of seeds",
             file="dictionary_transfer.jsonl",
             key="fvu",
-            where={"dictionary": way},
+            where={"dictionary": dictionary},
             low=low,
             high=high,
             published=published,
             source=SOURCE,
         )
-
-    return (
-        fvu("of another seed's dictionary as it is", "as_is", 0.25, 3.11, "0.25 to 3.11"),
-        fvu("through one rotation", "orthogonal", 0.0, 0.2, "0.01 to 0.15"),
+        for dictionary, words, low, high, published in fvus
     )

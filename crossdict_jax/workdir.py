@@ -128,9 +128,9 @@ def open_workdir(
 
 
 def _refuse_other_settings(root: Path, before: dict, now: dict, usual: dict) -> None:
-    new = dict(_flatten(now))
-    defaults = {key: value for key, value in _flatten(_plain(usual)) if key in new}
-    old = defaults | dict(_flatten(before))
+    new = dict(flatten(now))
+    defaults = {key: value for key, value in flatten(_plain(usual)) if key in new}
+    old = defaults | dict(flatten(before))
     differences = [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
@@ -152,10 +152,11 @@ def _plain(settings: dict) -> dict:
     return json.loads(json.dumps(settings))
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yields (dotted name, value) of nested dicts, as in ``sae.width``."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+            yield from flatten(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, tree
 

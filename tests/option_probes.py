@@ -28,6 +28,7 @@ from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.config import Config, crosscoder_settings, settings
 from crossdict_jax.dictionaries import crosscoder_training, train
 from crossdict_jax.evaluation import reconstruction
+from crossdict_jax.evaluation.transfer import hold_out
 from crossdict_jax.maps import ensemble
 from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.kinds import hypernetwork
@@ -223,8 +224,9 @@ def ladder(config):
 
 def resampled(config):
     """How documents are drawn for intervals."""
-    draws = reconstruction._draw(config, np.repeat(np.arange(6), 5))
-    return draws.mean(np.arange(30.0)).samples
+    rows, settings = np.arange(6.0)[:, None], config.evaluation
+    bench = {"documents": np.arange(6), "bootstrap": settings.bootstrap, "pool": 0, "seed": 0}
+    return hold_out(rows, train_mean=np.zeros(1), **bench).resamples.weights
 
 
 def batches(config):
@@ -239,7 +241,7 @@ def batches(config):
         patch.setattr(reconstruction, "measure", measure)
         plain = type("Plain", (), {"transcodes": False})()
         with pytest.raises(Asked):
-            reconstruction._figures(config, Four(), "a", Site(0), plain)
+            reconstruction.figures(plain, Four(), "a", Site(0), config.evaluation, seed=0)
     return sizes
 
 

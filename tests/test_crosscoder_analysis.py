@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossdict_jax.config import Config, EvaluationConfig, MapConfig
+from crossdict_jax.config import Config, EvaluationConfig
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.evaluation import crosscoder as analysis
 
@@ -42,7 +42,7 @@ def planted(*, hide=(), seed=0):
     return c, [rows.astype(np.float32) for rows in x]
 
 
-def by_hand(c, x, *, own):
+def by_hand(c, x, *, alone):
     """Latent Scaling as it is defined: latent after latent, model after model, in float64."""
     f = np.asarray(c.encode(x), np.float64)
     found = np.zeros((len(x), c.width))
@@ -51,7 +51,7 @@ def by_hand(c, x, *, own):
         error = scale * (np.asarray(x[m], np.float64) - np.asarray(x_hat, np.float64))
         W = np.asarray(c.W_dec[...], np.float64)[:, c.part(m)]
         for j in range(c.width):
-            y = error + own * f[:, j : j + 1] * W[j : j + 1]
+            y = error + alone * f[:, j : j + 1] * W[j : j + 1]
             y = y - y.mean(axis=0)
             d = y.T @ f[:, j] / (f[:, j] @ f[:, j])
             found[m, j] = (d @ d) * (f[:, j] @ f[:, j]) / np.square(y).sum()
@@ -63,15 +63,15 @@ def test_latent_scaling_is_its_definition():
     c.scale[...] = jnp.asarray([0.5, 2.0])
     c.W_dec[...] = 0.8 * c.W_dec[...]
     scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=0)
-    np.testing.assert_allclose(scaling.error, by_hand(c, x, own=False), atol=1e-4)
-    np.testing.assert_allclose(scaling.own, by_hand(c, x, own=True), atol=1e-4)
+    np.testing.assert_allclose(scaling.error, by_hand(c, x, alone=False), atol=1e-4)
+    np.testing.assert_allclose(scaling.alone, by_hand(c, x, alone=True), atol=1e-4)
 
 
 def test_the_shifted_null_is_the_shifted_code():
     c, x = planted()
-    u, f = analysis._scaled_and_coded(c, x)
+    u, f = analysis.scaled_and_coded(c, x)
     belongs = jnp.asarray(np.repeat(np.eye(2, dtype=np.float32), c.d_models, axis=1))
-    error, own = analysis._shares(u, f, c.W_dec[...], c.b_dec[...], belongs, 37)
+    error, own = analysis.explained(u, f, c.W_dec[...], c.b_dec[...], belongs, 37)
     moved, f = np.roll(np.asarray(f, np.float64), 37, axis=0), np.asarray(f, np.float64)
     for m, x_hat in enumerate(c.decode(f)):
         residual = np.asarray(x[m], np.float64) - np.asarray(x_hat, np.float64)
@@ -108,10 +108,10 @@ def test_the_null_is_exceeded_as_rarely_as_it_says():
         rng = np.random.default_rng(100 + seed)
         noise = [rng.standard_normal(rows.shape).astype(np.float32) for rows in x]
         u = jnp.asarray(np.concatenate(noise, axis=1))
-        _, f = analysis._scaled_and_coded(c, x)
+        _, f = analysis.scaled_and_coded(c, x)
         belongs = jnp.asarray(np.repeat(np.eye(2, dtype=np.float32), c.d_models, axis=1))
         nothing = jnp.zeros_like(c.W_dec[...])
-        shares = partial(analysis._shares, u, f, nothing, c.b_dec[...], belongs)
+        shares = partial(analysis.explained, u, f, nothing, c.b_dec[...], belongs)
         shifts = analysis.admissible_shifts(DOCUMENTS, seed=seed)
         nulls = [np.asarray(shares(int(shift))[0]) for shift in shifts]
         above.append(np.asarray(shares(0)[0]) > np.max(nulls, axis=0))
@@ -135,7 +135,7 @@ def test_figures_are_sums_over_the_whole_split():
     c.center[...] = jnp.asarray(np.concatenate([rows.mean(0) for rows in x]))
     c.b_enc[...] = c.center[...] @ c.W_enc[...]  # as without a centre
     config = Config(evaluation=EvaluationConfig(bootstrap=20, batch_size=128))
-    rows = analysis.figures(c, x, DOCUMENTS, config=config)
+    rows = analysis.figures(c, x, DOCUMENTS, config.evaluation, seed=0)
     for m, row in enumerate(rows):
         json.dumps(row, allow_nan=False)
         alone = [rows_ if i == m else None for i, rows_ in enumerate(x)]
@@ -153,5 +153,5 @@ def test_figures_are_sums_over_the_whole_split():
 
 
 def test_only_runs_with_the_rung_have_rows():
-    assert analysis.joint_codes(Config(map=MapConfig(kinds=("mean", "crosscoder"))))
-    assert not analysis.joint_codes(Config(map=MapConfig(kinds=("mean", "ridge"))))
+    assert analysis.joint_codes(("mean", "crosscoder"))
+    assert not analysis.joint_codes(("mean", "ridge"))

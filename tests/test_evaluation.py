@@ -174,8 +174,8 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch):
     predicted, target, mean, documents = example(1)
     give = {"train_mean": mean, "documents": documents, "bootstrap": 20}
     whole = transfer_metrics(predicted, target, **give)
-    monkeypatch.setattr("crossdict_jax.evaluation.transfer.CHUNK_ELEMENTS", 40)
-    monkeypatch.setattr("crossdict_jax.evaluation.correlation.DOCUMENTS", 3)
+    monkeypatch.setattr("crossdict_jax.evaluation.transfer.ROW_BLOCK", 40)
+    monkeypatch.setattr("crossdict_jax.evaluation.transfer.FEATURE_BLOCK", 1)
     monkeypatch.setattr("crossdict_jax.evaluation.retrieval.CHUNK", 7)
     blocks = transfer_metrics(predicted, target, **give)
     assert defined(blocks) == pytest.approx(defined(whole), rel=1e-9)
@@ -493,7 +493,7 @@ def test_every_map_has_its_row_in_order(finished):
         assert set(row) - COLUMNS - placed == {
             *("source", "target", "site_source", "site_target", "map", "pairing", "verdict")
         }
-        assert all(row[name] is None for name in placed)  # this run has no skyline
+        assert all(row[name] is None for name in placed)  # this run has no ceiling
         assert row["site_source"] == row["site_target"] == str(tiny_run.SITE)
         assert row["pool"] == config.evaluation.pool
 
@@ -659,10 +659,14 @@ def test_feature_tables_count_every_live_feature(finished):
 
 def test_equal_runs_write_equal_files_without_paths_or_times(finished):
     config, work = finished
-    names = ("transfer.jsonl", "reconstruction.jsonl", "features.jsonl")
-    before = [work.result(name).read_bytes() for name in names]
+    files = sorted(work.results.glob("*.jsonl"))
+    before = [file.read_bytes() for file in files]
+    evaluate(config, work)  # finished: nothing is done
+    stamps = [file.stat().st_mtime_ns for file in files]
+    work.result("transfer.jsonl").unlink()
     evaluate(config, work)
-    assert [work.result(name).read_bytes() for name in names] == before
+    assert [file.read_bytes() for file in files] == before
+    assert [file.stat().st_mtime_ns for file in files] != stamps
     for text in before:
         assert str(work.root).encode() not in text
         for line in text.decode().splitlines():

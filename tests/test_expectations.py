@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from absl import flags
 
 from crossdict_jax.config.expectations import Expectation, compare
 from crossdict_jax.errors import UserError
@@ -19,7 +18,7 @@ ROWS = [
 
 
 def expectation(**changes):
-    usual = {"what": "stitched", "file": "causal.jsonl", "key": "ce", "low": 2.9, "high": 3.1}
+    usual = {"words": "stitched", "file": "causal.jsonl", "key": "ce", "low": 2.9, "high": 3.1}
     return Expectation(**(usual | {"published": "3.08", "source": "A et al."} | changes))
 
 
@@ -44,14 +43,17 @@ def test_the_number_of_the_rows_that_are_meant(where, key, value, work):
     assert expectation(where=where, key=key).obtained(work) == value
 
 
-def test_near_enough_includes_the_ends():
-    one = expectation()
-    assert [one.met(v) for v in (2.89, 2.9, 3.0, 3.1, 3.11)] == [False, True, True, True, False]
+@pytest.mark.parametrize(
+    ("low", "high", "missed"), [(3, 4, 0), (2, 3, 0), (3.01, 4, 1), (2, 2.99, 1)]
+)
+def test_near_enough_includes_the_ends(low, high, missed, work):
+    ridge = {"map": "ridge", "pairing": "aligned"}
+    assert compare([expectation(where=ridge, low=low, high=high)], work) == missed
 
 
 def test_every_number_is_printed_and_misses_are_counted(work, capsys):
     ridge = {"map": "ridge", "pairing": "aligned"}
-    near, far = expectation(where=ridge), expectation(what="far", where=ridge, low=1.0, high=1.5)
+    near, far = expectation(where=ridge), expectation(words="far", where=ridge, low=1.0, high=1.5)
     assert compare([near, far], work) == 1
     out = capsys.readouterr().out
     assert "2.9 to 3.1" in out
@@ -85,7 +87,7 @@ def run(tmp_path, capfd, *, expect):
         (work.root / "results/r.jsonl").write_text('{"v": 1}\n')
 
     argv = ["test", "--models=a,b", f"--workdir={tmp_path}/run", *expect]
-    code = command.execute(command.Command(main), argv, values=flags.FlagValues())
+    code = command.execute(main, argv)
     return code, capfd.readouterr()
 
 

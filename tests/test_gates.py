@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from tiny_run import CONTEXT, SITE, make_models, make_texts
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract, pairing
-from crossdict_jax.config import GATES, VerifyConfig
+from crossdict_jax.config import VerifyConfig
 from crossdict_jax.config.settings import gate_files
 from crossdict_jax.dictionaries import crosscoder
-from crossdict_jax.evaluation import scoring
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.kinds import procrustes
 from crossdict_jax.verify import (
     g01_identity,
@@ -66,8 +65,8 @@ def test_a_gate_without_a_bound_proves_nothing():
 
 
 def execute(arguments):
-    asked = command.Command(script.main, kind=VerifyConfig, default="verify")
-    return command.execute(asked, ["verify", *arguments], values=flags.FlagValues())
+    given = ["verify", *arguments]
+    return command.execute(script.main, given, kind=VerifyConfig, default="verify")
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_an_unknown_gate_is_a_mistake_of_the_user(tmp_path, capsys):
 
 
 def test_every_gate_has_a_file_that_runs_it():
-    assert tuple(gate_files()) == GATES
+    assert tuple(gate_files()) == VerifyConfig().gates
     for file in gate_files().values():
         assert callable(importlib.import_module(f"crossdict_jax.verify.{file}").gate)
 
@@ -164,13 +163,12 @@ def judge(module, monkeypatch, tmp_path) -> set[str]:
 
 def in_sample(monkeypatch):
     """Maps are scored on the rows that they were fitted on."""
-    load = scoring._load
+    pairs = Loader.pairs
 
-    def train_for_test(*arguments):
-        splits = load(*arguments)
-        return splits | {"test": splits["train"]}
+    def train_for_test(loader, task, split):
+        return pairs(loader, task, "train" if split == "test" else split)
 
-    monkeypatch.setattr(scoring, "_load", train_for_test)
+    monkeypatch.setattr(Loader, "pairs", train_for_test)
 
 
 def late(pair_many):

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ NOT_REQUIRED = {  # used where somebody has it
     "tensorboardX",
     "tensorboard",
     "wandb",
+    "setuptools",  # of pip
     "sae_lens",  # in an environment of its own
     "sparsify",  # so, too
     "dictionary_learning",  # so, too
@@ -169,6 +171,16 @@ def test_requirements_are_what_is_imported(trees):
     used -= set(sys.stdlib_module_names) | {"crossdict_jax", "launch", "configs"} | NOT_REQUIRED
     used -= {path.stem for path in (*TESTS, *SOURCES)}
     assert {DISTRIBUTIONS.get(name, name) for name in used} == required - TOOLS
+
+
+def test_an_installation_holds_every_file():
+    setuptools = pytest.importorskip("setuptools")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = setuptools.find_namespace_packages(str(ROOT), **project["packages"]["find"])
+    files = [p for d in ("crossdict_jax", "launch", "configs") for p in (ROOT / d).rglob("*.*")]
+    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in files}
+    assert {f for f in folders if not f.endswith("__pycache__")} <= set(packages)
+    assert project["package-data"] == {"*": ["*"]}
 
 
 UNSAFE = re.compile(

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from absl import flags
 from tiny_run import SHAPES, make_models, make_texts
 
 from configs import quickstart
@@ -62,16 +61,13 @@ def lines_of(stderr: str) -> list[str]:
 
 def parse(arguments: str, *, kind: type = Config, default: str = "quickstart"):
     """The (config, work directory) of a command line."""
-    asked = command.Command(main=parse, kind=kind, default=default)
-    return command.parse(asked, ["test", *shlex.split(arguments)], values=flags.FlagValues())
+    return command.parse(["test", *shlex.split(arguments)], kind=kind, default=default)[:2]
 
 
 def run_here(main, arguments: str | list[str], **how) -> int:
     """The exit code of a command, run in this process."""
     given = shlex.split(arguments) if isinstance(arguments, str) else arguments
-    return command.execute(
-        command.Command(main, **how), ["test", *given], values=flags.FlagValues()
-    )
+    return command.execute(main, ["test", *given], **how)
 
 
 # ---------------------------------------------------------------- what a command line means
@@ -115,7 +111,7 @@ def test_sweeps_are_one_value_or_several():
 
 def test_an_existing_work_directory_brings_its_settings(tmp_path):
     config, _ = parse("--layers=1 --config.map.loss_weights.cosine=0.5 --models=a,b")
-    command._prepare(config, str(tmp_path / "run"))
+    command.prepare(config, str(tmp_path / "run"))
     again, workdir = parse(f"--workdir={tmp_path}/run")
     assert again == config
     assert workdir == f"{tmp_path}/run"
@@ -132,7 +128,7 @@ def test_no_models_means_the_embedded_pair(tmp_path):
     from crossdict_jax.models import EMBEDDED
 
     config, workdir = parse(f"--workdir={tmp_path}/run")
-    command._prepare(config, workdir)
+    command.prepare(config, workdir)
     assert json.loads((tmp_path / "run/config.json").read_text())["models"] == list(EMBEDDED)
 
 

@@ -208,16 +208,12 @@ ELSEWHERE = {
         "test_convert.test_codes_before_the_selection_on_demand": "sae.source_codes",
         "test_crosscoder_map.test_a_model_beside_itself_shares_its_latents": ""
         "crosscoder.self_nulls",
-        "test_attribution.test_as_many_features_are_shown_as_asked": "evaluation.features_shown",
         "test_evaluation.test_the_pool_is_fixed_and_as_large_as_asked": "evaluation.pool",
         "test_shared_features.test_every_setting_matters": "evaluation.matching "
         "evaluation.minimum_firings evaluation.fdr",
         "test_shared_features.test_every_layer_is_compared_with_every_other": ""
         "evaluation.similarity_rows",
-        "test_efficiency.test_every_map_is_scored_at_every_number_of_rows": "efficiency.rows "
-        "efficiency.hidden_features",
-        "test_efficiency.test_the_middle_layer_pair_is_left_out_by_default": ""
-        "efficiency.layer_pair",
+        "test_efficiency.test_every_map_is_scored_at_every_number_of_rows": "efficiency.rows",
         "test_pareto.test_every_setting_has_a_row": "pareto.architectures pareto.k "
         "pareto.penalties",
         "test_causal_features.test_documents_bound_the_text": "intervention.documents",

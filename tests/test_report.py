@@ -324,7 +324,7 @@ def test_every_setting_is_shown_as_it_is_typed():
     config.sae.learning_rate = (1e-3, 2e-3)
     shown = dict(inputs.settings(config))
     kinds = settings.settings(Config)
-    assert {k: settings.parse(kinds[k], v) for k, v in shown.items()} == {
+    assert {k: settings.parse(kinds[k].type, v) for k, v in shown.items()} == {
         k: operator.attrgetter(k)(config) for k in kinds
     }
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from absl import flags
 
 from crossdict_jax import dictionaries, maps, models, results
 from crossdict_jax.activations.contexts import Contexts
@@ -290,9 +289,8 @@ def test_mistakes_are_told_in_one_line(run, settings, named, capfd):
     _, work = run
     words = re.findall(r"(\w+)=(.*?)(?= \w+=|$)", settings)
     code = command.execute(
-        command.Command(launched.main),
+        launched.main,
         ["test", f"--workdir={work.root}", *(f"--config.steer.{n}={v}" for n, v in words)],
-        values=flags.FlagValues(),
     )
     (line,) = capfd.readouterr().err.splitlines()
     assert code == 2

@@ -30,9 +30,9 @@ from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import reconstruct
 from crossdict_jax.models import Site
+from crossdict_jax.studies.dictionary_transfer import measure as dictionary_transfer
 from crossdict_jax.studies.dictionary_transfer.transferred import transferred
-from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
-from crossdict_jax.studies.efficiency.measure import measure_efficiency
+from crossdict_jax.studies.efficiency import measure as efficiency
 from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify.recovery import measure_pareto
@@ -230,7 +230,7 @@ def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished
 
 def test_evaluation_scores_and_puts_in_what_is_written(finished):
     config, store, work = finished
-    rows, _ = reconstruct(config, store, work)
+    rows = reconstruct(config, store, work)["reconstruction.jsonl"]
     assert [(r["model"], r["site"], r["site_output"]) for r in rows] == [
         ("a", "resid_pre.1", "b:mlp_out.1"),
         ("b", "resid_pre.1", "mlp_out.1"),
@@ -425,14 +425,14 @@ def test_an_output_that_is_not_there_is_refused(output_site, message, finished, 
 def test_what_needs_equal_sites_says_so(finished, tmp_path):
     config, store, work = finished
     config = dataclasses.replace(config, steer=SteerConfig(feature=1))
-    stages = [measure_efficiency, measure_pareto, steer]
-    stages += [lambda c, w, f=f: f(c, store, w) for f in (compare_starts, compare_saelens)]
+    stages = [efficiency.run, dictionary_transfer.run, measure_pareto, steer]
+    stages.append(lambda config, work: compare_saelens(config, store, work))
     for stage in stages:
         with pytest.raises(UserError, match="write the site that they read"):
             stage(config, work)
     d = dictionaries.load(work.dictionary("b", tiny_run.SITE))
     with pytest.raises(UserError, match="cannot be transferred"):
-        transferred(d, to_source=None, to_target=None)
+        transferred(d, None)
 
 
 def test_an_imported_dictionary_must_write_what_the_run_asks_for(finished, tmp_path):

@@ -20,8 +20,7 @@ from crossdict_jax.activations.splice import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS
 from crossdict_jax.benchmark.peer import Peer
-from crossdict_jax.config import Config, SAEConfig, unswept
-from crossdict_jax.config.settings import refuse_transcoders
+from crossdict_jax.config import Config, SAEConfig, refuse_transcoders, unswept
 from crossdict_jax.dictionaries.train import members, train_members, usual_rate
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.models import Site

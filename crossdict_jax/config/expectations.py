@@ -20,7 +20,7 @@ class Expectation:
     """One published number: where it stands in the results, and how near is near enough.
 
     Attributes:
-      what: the number in words.
+      words: the number in words.
       file: of WORKDIR/results, JSON lines.
       key: the column; ``KEY - OTHER`` is a difference.
       where: {column: value} that a row must have; the mean over all such rows is compared.
@@ -29,7 +29,7 @@ class Expectation:
       source: paper and table.
     """
 
-    what: str
+    words: str
     file: str
     key: str
     low: float
@@ -40,8 +40,13 @@ class Expectation:
 
     def obtained(self, work: Workdir) -> float:
         """Returns the run's number; UserError if no row has it."""
-        rows = [row for row in read_jsonl(work.result(self.file)) if self._is_meant(row)]
-        values = [value for row in rows if (value := self._value(row)) is not None]
+        first, *others = self.key.split(" - ")
+        values = [
+            row[first] - sum(row[other] for other in others)
+            for row in read_jsonl(work.result(self.file))
+            if self.where.items() <= row.items()
+            and all(row.get(key) is not None for key in (first, *others))
+        ]
         if not values:
             asked = ", ".join(f"{name}={value}" for name, value in self.where.items())
             raise UserError(
@@ -49,19 +54,6 @@ class Expectation:
                 "stage with the settings of the file that expects it."
             )
         return statistics.fmean(values)
-
-    def met(self, value: float) -> bool:
-        """Whether a number is near enough."""
-        return self.low <= value <= self.high
-
-    def _is_meant(self, row: dict) -> bool:
-        return all(row.get(name) == value for name, value in self.where.items())
-
-    def _value(self, row: dict) -> float | None:
-        parts = [row.get(part) for part in self.key.split(" - ")]
-        if any(part is None for part in parts):
-            return None
-        return parts[0] - sum(parts[1:])
 
 
 def compare(expectations: Sequence[Expectation], work: Workdir) -> int:
@@ -73,12 +65,13 @@ def compare(expectations: Sequence[Expectation], work: Workdir) -> int:
     for name in ("what", "published", "allowed", "obtained", "", "source"):
         table.add_column(name)
     missed = 0
-    for one in expectations:
-        value = one.obtained(work)
-        missed += not one.met(value)
-        allowed = f"{one.low:g} to {one.high:g}"
-        sign = "met" if one.met(value) else "MISSED"
-        table.add_row(one.what, one.published, allowed, f"{value:.4g}", sign, one.source)
+    for expected in expectations:
+        value = expected.obtained(work)
+        met = expected.low <= value <= expected.high
+        missed += not met
+        allowed = f"{expected.low:g} to {expected.high:g}"
+        result = [f"{value:.4g}", "met" if met else "MISSED"]
+        table.add_row(expected.words, expected.published, allowed, *result, expected.source)
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
     return missed

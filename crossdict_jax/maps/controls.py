@@ -86,7 +86,7 @@ class ControlLoader(Loader):
         self._replaced: dict[tuple, Side] = {}
 
     def pairs(self, task: Task, split: str) -> Pairs:
-        return shown(task, self.rows(task, split))
+        return shown(task, self.rows(task, split)) if task.control else super().pairs(task, split)
 
     def rows(self, task: Task, split: str) -> Pairs:
         """Returns the paired rows of a split, with B's own activations as a skyline's source."""

@@ -1,0 +1,565 @@
+"""Every setting of every command: its default, its help text and its rule in one place."""
+
+# Annotations stay objects here (no postponed evaluation): parsing and checks read them as types.
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from crossdict_jax.config.rules import (
+    ABOVE_0,
+    DTYPE,
+    FILLED,
+    NOT_0,
+    SEED,
+    SHARE,
+    SHARE_OR_0,
+    SHARE_OR_0_OR_1,
+    SHARE_OR_1,
+    SITE_OR_NONE,
+    SITES,
+    Rule,
+    architectures,
+    at_least,
+    gate_files,
+    has_k,
+    map_kinds,
+    measurements,
+    one_of,
+    setting,
+)
+from crossdict_jax.errors import UserError
+
+# A sweepable setting takes one number or a tuple of them; each value becomes ensemble members.
+Number = float | tuple[float, ...]
+Count = int | tuple[int, ...]
+SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # of SAEConfig
+
+DEFAULT_MAPS = (
+    "mean",
+    "token",
+    "procrustes",
+    "ridge",
+    "ridge_codes",
+    "low_rank",
+    "token_ridge",
+    "mlp",
+    "token_mlp",
+    "crosscoder",
+)
+# ceiling: from a second dictionary of the target itself, the most that a map can reach.
+# untrained: to the target with all its weights drawn anew, what training has nothing to do with.
+# reseeded: trained maps that read features once more from another seed: are their weights stable?
+CONTROLS = ("ceiling", "untrained", "reseeded")
+MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
+MATMUL = "Type of the inputs of matrix products; bfloat16 is faster on accelerators"
+CHECKPOINTS = "Training steps between checkpoints, which is what a kill can lose"
+MAPS = "Maps to use, of map.kinds"
+NORM = "What 1 means in alphas: median norm of the residual, or a norm of the direction"
+HUB = "hub:OWNER/NAME[/FOLDER]"
+
+
+@dataclass
+class TextConfig:
+    """Where documents come from and how they are cut and split."""
+
+    source: str = setting(
+        "docstrings",
+        "docstrings, a file or folder of .txt, .jsonl or .parquet, or "
+        "hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]",
+        FILLED,
+    )
+    column: str = setting("text", "Field of .jsonl and .parquet rows that holds the text", FILLED)
+    documents: int = setting(1000, "Documents in all, before they are split", at_least(3))
+    max_bytes: int = setting(2048, "Bytes to read of a document; the rest is cut off", at_least(1))
+    window_tokens: int = setting(256, "Tokens per window, or the model's context", at_least(2))
+    validation_fraction: float = setting(0.1, "Share of documents to choose settings on", SHARE)
+    test_fraction: float = setting(0.2, "Share of documents to report numbers on", SHARE)
+
+    def check(self) -> None:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise UserError(
+                f"text.validation_fraction={self.validation_fraction} and text.test_fraction="
+                f"{self.test_fraction} leave nothing to train on; their sum must be below 1."
+            )
+
+
+@dataclass
+class ExtractConfig:
+    """How language models are read."""
+
+    batch_size: int = setting(32, "Windows of text per forward pass", at_least(1))
+    norm_mask: float = setting(10.0, "Drop rows longer than this multiple of the median", ABOVE_0)
+    nonfinite: str = setting("refuse", "Rows with NaN or infinity", one_of("refuse", "skip"))
+    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    shard_windows: int = setting(512, "Windows in a file of the store", at_least(1))
+
+
+@dataclass
+class SAEConfig:
+    """One ensemble of dictionaries: every model, layer and seed."""
+
+    architecture: str = setting("topk", "Kind of dictionary", one_of(*architectures()))
+    output_site: str = setting(
+        "", "Site that transcoders write, as in mlp_out or MODEL:mlp_out.6", SITE_OR_NONE
+    )
+    sources: tuple[str, ...] = setting(
+        (), f"Per model train, a folder or {HUB}", FILLED, empty=True, repeat=True
+    )
+    source_codes: str = setting(
+        "own", "Features of sources; relu: without TopK or threshold", one_of("own", "relu")
+    )
+    width: Count = setting(4096, "Features per dictionary, or several", at_least(1))
+    k: Count = setting(
+        32, "Active features per row, or several, where these are fixed", at_least(1)
+    )
+    l1_coefficient: Number = setting(
+        1.0, "Weight of the penalty of relu, gated and jumprelu, or several", at_least(0)
+    )
+    learning_rate: Number = setting(
+        0.0, "Of Adam, or several; 0: 2e-3 sqrt(4096 / width), L1 twice that", at_least(0)
+    )
+    steps: int = setting(2500, "Training steps", at_least(1))
+    batch_size: int = setting(1024, "Rows per training step", at_least(1))
+    accumulate: int = setting(1, "Parts of a batch, one after another, to save memory", at_least(1))
+    seeds: int = setting(1, "Dictionaries per model and layer", at_least(1))
+    dead_after_rows: int = setting(
+        0, "Rows without firing that make a feature dead; 0: 2 % of all that are read", at_least(0)
+    )
+    l0_target: float = setting(0.0, "Active features jumprelu aims for; 0: no aim", at_least(0))
+    nested_fractions: tuple[float, ...] = setting(
+        (0.25, 0.5), "Nested widths of matryoshka, as shares of the width", SHARE_OR_1
+    )
+    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    warmup_fraction: float = setting(0.05, "Share of the steps", SHARE_OR_0)
+    l1_warmup_fraction: float = setting(0.1, "Share of the steps", SHARE_OR_0)
+    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
+    auxk_coefficient: float = setting(1 / 32, "Weight of AuxK", at_least(0))
+    k_aux: int = setting(0, "Dead features that AuxK uses", at_least(0))
+    bandwidth: float = setting(0.5, "Of jumprelu's kernel", ABOVE_0)
+    nested_balance: float = setting(0.25, "Weight of a nested loss", SHARE_OR_1)
+    checkpoint_every: int = setting(500, "Steps", at_least(1))
+
+    def check(self) -> None:
+        swept = [name for name in SWEPT if isinstance(getattr(self, name), tuple)]
+        if self.sources and set(self.sources) != {"train"} and (swept or self.seeds > 1):
+            raise UserError(
+                f"sae.sources names one dictionary for each model, and sae.{(*swept, 'seeds')[0]} "
+                "asks for several; give one value."
+            )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"sae.accumulate={self.accumulate} must divide sae.batch_size={self.batch_size}: "
+                "parts are of equal size."
+            )
+        k = max(self.k) if isinstance(self.k, tuple) else self.k
+        width = min(self.width) if isinstance(self.width, tuple) else self.width
+        if has_k(self.architecture) and k > width:
+            raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
+
+
+@dataclass
+class LossWeights:
+    """Weights of the four losses of a trained map (each mean over the batch)."""
+
+    mse: float = setting(1.0, "Weight of the mean squared error", at_least(0))
+    cosine: float = setting(1.0, "Weight of 1 - cosine of prediction and target", at_least(0))
+    correlation: float = setting(0.05, "Weight of the features' correlations", at_least(0))
+    sparsity: float = setting(0.01, "Weight of firing rates and active features", at_least(0))
+
+
+@dataclass
+class HypernetworkConfig:
+    """The network that writes maps."""
+
+    rank: int = setting(64, "Rank of the weights that the network writes", at_least(1))
+    steps: int = setting(300, "Training steps", at_least(1))
+    learning_rate: float = setting(3e-3, "Of AdamW, with warm-up and cosine decay", ABOVE_0)
+    profile_rank: int = setting(128, "Rank of what token profiles call for", at_least(1))
+    hidden: int = setting(128, "Units of a hidden layer", at_least(1))
+    dropout: float = setting(0.2, "Share of hidden units", SHARE_OR_0)
+    feature_dropout: float = setting(0.2, "Share of source features", SHARE_OR_0)
+    batch_size: int = setting(128, "Rows of every problem", at_least(1))
+    weight_decay: float = setting(1e-4, "AdamW", at_least(0))
+    checkpoint_every: int = setting(500, "Steps", at_least(1))
+
+
+@dataclass
+class MapConfig:
+    """The maps, and how the trained ones are trained."""
+
+    kinds: tuple[str, ...] = setting(DEFAULT_MAPS, "Maps to fit", one_of(*map_kinds()))
+    ridge_penalties: tuple[float, ...] = setting(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "Penalties to choose from, times the variance", ABOVE_0
+    )
+    hidden: int = setting(512, "Units per hidden layer of mlp and token_mlp", at_least(1))
+    head: str = setting("jumprelu", "What makes features exactly zero", one_of(*MAP_HEADS))
+    dropout: float = setting(0.0, "Share of hidden units dropped while training", SHARE_OR_0)
+    steps: int = setting(1000, "Training steps", at_least(1))
+    batch_size: int = setting(128, "Rows per training step", at_least(1))
+    learning_rate: float = setting(3e-3, "Of AdamW, with cosine decay", ABOVE_0)
+    patience: int = setting(5, "Validations without a better score before stopping", at_least(1))
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
+    ranks: tuple[int, ...] = setting((1, 4, 16, 64, 128, 256), "Of low_rank", at_least(1))
+    token_pseudocounts: tuple[float, ...] = setting((0.0, 1.0, 4.0, 16.0), "Shrinkage", at_least(0))
+    validate_every: int = setting(50, "Steps", at_least(1))
+    correlation_features: int = setting(0, "Drawn each step", at_least(0))
+    weight_decay: float = setting(1e-4, "AdamW", at_least(0))
+    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
+    checkpoint_every: int = setting(500, "Steps", at_least(1))
+
+
+@dataclass
+class CrosscoderConfig:
+    """Joint dictionaries: one code of all models for each layer tuple, and its controls."""
+
+    # l1 invents latents that belong to one model.
+    variant: str = setting("batchtopk", "Kind of crosscoder", one_of("batchtopk", "l1"))
+    width: int = setting(0, "Latents; 0: sae.width", at_least(0))
+    l1_coefficient: float = setting(1.0, "Weight of the penalty of variant l1", at_least(0))
+    shared_fraction: float = setting(
+        1.0, "Share of latents for all models; the others belong to one each", SHARE_OR_0_OR_1
+    )
+    drop_probability: float = setting(0.5, "Chance that a row leaves a model out", SHARE_OR_0)
+    learning_rate: float = setting(0.0, "Of Adam; 0: sae.learning_rate", at_least(0))
+    steps: int = setting(0, "Training steps; 0: sae.steps", at_least(0))
+    self_nulls: int = setting(0, "Layers at which the first model meets its copies", at_least(0))
+    k: int = setting(0, "Active latents a row", at_least(0))
+    batch_size: int = setting(0, "Rows", at_least(0))
+    warmup_fraction: float = setting(0.05, "Share of the steps", SHARE_OR_0)
+    l1_warmup_fraction: float = setting(0.1, "Share of the steps", SHARE_OR_0)
+    auxk_coefficient: float = setting(1 / 32, "Weight of AuxK", at_least(0))
+    k_aux: int = setting(0, "Dead latents that AuxK uses", at_least(0))
+    dead_after_rows: int = setting(100_000, "Rows", at_least(1))
+    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    checkpoint_every: int = setting(500, "Steps", at_least(1))
+
+
+@dataclass
+class EvaluationConfig:
+    """How held-out numbers are made."""
+
+    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(1))
+    pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", at_least(0))
+    batch_size: int = setting(1024, "Rows per pass of a map or dictionary", at_least(1))
+    matching: str = setting(
+        "mutual_best", "How features are matched by correlation", one_of("mutual_best", "hungarian")
+    )
+    minimum_firings: int = setting(30, "Training rows a matched feature fires on", at_least(1))
+    fdr: float = setting(0.05, "False discovery rate of confirmed matches", SHARE)
+    similarity_rows: int = setting(
+        2000,
+        "Held-out rows on which all layers are compared; 0: no comparison",
+        Rule("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000),
+    )
+
+
+@dataclass
+class EfficiencyConfig:
+    """How much paired data a map is worth: launch.efficiency."""
+
+    rows: tuple[int, ...] = setting(
+        (32, 128, 512, 2048, 8192), "Numbers of paired rows to fit on, before all", at_least(2)
+    )
+
+
+@dataclass
+class ParetoConfig:
+    """Which dictionaries make the curves of L0 against FVU: launch.pareto."""
+
+    architectures: tuple[str, ...] = setting(
+        (), "Kinds of dictionary; blank: all", one_of(*architectures()), empty=True
+    )
+    k: tuple[int, ...] = setting(
+        (), "Values of k; blank: 1/4, 1/2, 1 and 2 times sae.k", at_least(1), empty=True
+    )
+    penalties: tuple[float, ...] = setting(
+        (0.25, 0.5, 1.0, 2.0, 4.0), "Multiples of the usual sparsity penalty", ABOVE_0
+    )
+
+
+@dataclass
+class InterventionConfig:
+    """How much text the causal tests read, and how single features are put to the test."""
+
+    documents: int = setting(64, "Test documents to read at most", at_least(1))
+    batch_size: int = setting(16, "Windows of text per forward pass", at_least(1))
+    features: int = setting(16, "Source features to test per direction; 0: none", at_least(0))
+    feature_ids: tuple[int, ...] = setting(
+        (), "Features of the first model to test instead, as in 3,17", at_least(0), empty=True
+    )
+    choose: str = setting(
+        "random", "Features that fire, or those matched best", one_of("random", "matched")
+    )
+    layers: str = setting("middle", "Layer pairs to test features at", one_of("middle", "all"))
+    maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
+    contexts: int = setting(16, "Positions per feature, where it fires", at_least(1))
+    positions: str = setting(
+        "firing", "Edit where it fires; prompt: also all before", one_of("firing", "prompt")
+    )
+    span: str = setting("last", "Tokens of a span to edit", one_of("last", "whole"))
+    norm: str = setting("residual", NORM, one_of("residual", "feature", "mapped"))
+    alphas: tuple[float, ...] = setting(
+        (0.05, 0.1, 0.2, 0.4, 0.8), "Doses; scores are of the middle one", ABOVE_0
+    )
+
+
+@dataclass
+class ContrastConfig:
+    """Minimal pairs of sentences, and the features on which a preference rests: launch.contrast."""
+
+    source: tuple[str, ...] = setting(
+        (), "Files or folders of sentence pairs, .jsonl or .json", FILLED, empty=True
+    )
+    # Features are chosen on one half of the pairs and tested on the other; each has an interval.
+    pairs: int = setting(200, "Sentence pairs of each set at most", at_least(4))
+    features: int = setting(8, "Features of largest effect to ablate together", at_least(1))
+    # Fewer than 19 never show p = 0.05.
+    controls: int = setting(32, "Random directions, and directions of other features", at_least(19))
+    maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
+    span: str = setting("last", "Tokens of a span to ablate at", one_of("last", "whole"))
+
+
+@dataclass
+class SteerConfig:
+    """Text that one model writes with a feature of another put in: launch.steer."""
+
+    source: str = setting("", "Name of the model whose feature it is; blank: the first")
+    target: str = setting("", "Name of the model that writes; blank: the first other one")
+    layer_pair: str = setting("", "Layers of source and target, as in 6:6; blank: the middle pair")
+    feature: int = setting(-1, "Number of the source's feature; -1: see search", at_least(-1))
+    search: str = setting("", "Text; the feature that fires around it and promotes it most")
+    map: str = setting(
+        "ridge", "Map that gives the direction; match: the matched", one_of("match", *map_kinds())
+    )
+    alphas: tuple[float, ...] = setting((0.2, 0.4), "Doses; below 0: against the feature", NOT_0)
+    norm: str = setting("residual", NORM, one_of("residual", "feature", "mapped"))
+    prompts: str = setting("", "One text, or a .txt file of one a line; blank: test documents")
+    samples: int = setting(8, "Texts per prompt; at temperature 0 there is one", at_least(1))
+    tokens: int = setting(0, "New tokens per text; 0: 48, or the target's context", at_least(0))
+    temperature: float = setting(0.8, "0: always the likeliest token", at_least(0))
+    top_p: float = setting(0.95, "Draw among tokens of this share of probability", SHARE_OR_1)
+
+
+@dataclass
+class ProbeConfig:
+    """Linear probes of labelled texts, trained on one model and used on another: launch.probe."""
+
+    source: str = setting("", "File of labelled texts, one JSON object a line")
+    text: str = setting("text", "Field that holds the text", FILLED)
+    label: str = setting("label", "Field that holds the label: text or a whole number", FILLED)
+    pooling: str = setting("last", "Over the tokens of a text", one_of("last", "max", "mean"))
+    # Two labelled texts of each fold at least.
+    examples: tuple[int, ...] = setting((16, 64, 256), "Labelled texts to train on", at_least(8))
+    maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
+
+
+@dataclass
+class Config:
+    """A whole run: the models, their layers, and each stage's settings."""
+
+    models: tuple[str, ...] = setting(
+        (),
+        "Two or more folders or hub ids; blank: the embedded pair",
+        FILLED,
+        empty=True,
+        repeat=True,
+    )
+    layers: tuple[int, ...] = setting((5, 6, 7), "Layers, as in 5,6,7, of all models", at_least(0))
+    layer_pairs: str = setting("", "In place of layers, as in 6:10,7:11: the first model's first")
+    site: str = setting("resid_pre", "Where in a layer to read", one_of(*SITES))
+    seed: int = setting(0, "Random seed for splits, initialisation, batch order and controls", SEED)
+    records: tuple[str, ...] = setting(
+        (), "Who else gets training curves", one_of("tensorboard", "wandb"), empty=True
+    )
+    controls: tuple[str, ...] = setting(
+        CONTROLS[:2], "Controls beside shuffled pairs; blank: none", one_of(*CONTROLS), empty=True
+    )
+    control_kinds: tuple[str, ...] = setting(
+        (), "Maps that get controls; blank: all of map.kinds", one_of(*map_kinds()), empty=True
+    )
+    control_pairs: int = setting(0, "Layer pairs that get controls; 0: all", at_least(0))
+    checkpoint_every: int = setting(500, CHECKPOINTS, at_least(1))
+    text: TextConfig = field(default_factory=TextConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    map: MapConfig = field(default_factory=MapConfig)
+    crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    pareto: ParetoConfig = field(default_factory=ParetoConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    steer: SteerConfig = field(default_factory=SteerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def check(self) -> None:
+        if len(self.models) == 1:
+            raise UserError(
+                f"models={self.models[0]} is one model; give two or more with commas between, or "
+                "none for the embedded pair."
+            )
+        if "hypernetwork" in self.map.kinds:
+            refuse_transcoders(self, "hypernetwork of map.kinds")
+        joint = crosscoder_settings(self)
+        if joint.variant == "batchtopk" and joint.k > joint.width:
+            raise UserError(
+                f"crosscoder.k={joint.k} is larger than crosscoder.width={joint.width}; k must be "
+                "width or less."
+            )
+        layer_pairs(self)
+
+
+@dataclass
+class PretrainConfig:
+    """A small language model of our own: its shape, its tokenizer, its training."""
+
+    model_type: str = setting("gpt2", "Architecture", one_of("gpt2", "gpt_neox"))
+    d_model: int = setting(128, "Width of the residual stream", at_least(1))
+    n_layers: int = setting(8, "Number of layers", at_least(1))
+    n_heads: int = setting(4, "Attention heads; they must divide d_model", at_least(1))
+    context: int = setting(256, "Tokens per window", at_least(2))
+    # 257: every byte, and the end of a text.
+    vocab_size: int = setting(4096, "Tokens of the byte-level BPE to train", at_least(257))
+    steps: int = setting(1500, "Training steps", at_least(1))
+    batch_size: int = setting(16, "Windows per training step", at_least(1))
+    learning_rate: float = setting(4e-3, "Of Muon and Adam, with cosine decay", ABOVE_0)
+    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    checkpoint_every: int = setting(100, CHECKPOINTS, at_least(1))
+    save_dtype: str = setting(
+        "float16", "Type of the saved weights", one_of("float32", "float16", "bfloat16")
+    )
+    seed: int = setting(0, "Random seed for the split, initialisation and batch order", SEED)
+    text: TextConfig = field(default_factory=TextConfig)
+    rotary_fraction: float = setting(0.25, "Share of each head", SHARE_OR_1)
+    warmup_fraction: float = setting(0.03, "Share of the steps", SHARE_OR_0)
+    weight_decay: float = setting(0.1, "On matrices only", at_least(0))
+    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
+
+    def check(self) -> None:
+        if self.text.window_tokens != TextConfig.window_tokens:
+            raise UserError(
+                f"text.window_tokens={self.text.window_tokens} means nothing here: windows are of "
+                f"context={self.context} tokens; set context and leave it out."
+            )
+
+
+@dataclass
+class ConvertConfig:
+    """What is converted, and into which format."""
+
+    source: str = setting("", "A run, a dictionary of any known format, or " + HUB, FILLED)
+    format: str = setting("saelens", "Format to write", one_of("saelens", "crossdict"))
+    hook_name: str = setting("", "Hook name to write for SAELens; a run knows its own")
+    model_name: str = setting("", "Model name to write for SAELens; a run knows its own")
+    push: str = setting("", f"Where to upload the result, as in {HUB}; blank: nowhere")
+
+
+@dataclass
+class VerifyConfig:
+    """Which known answers the whole machine must give."""
+
+    gates: tuple[str, ...] = setting(tuple(gate_files()), "Gates to run", one_of(*gate_files()))
+    seed: int = setting(0, "Random seed of everything planted, drawn and trained", SEED)
+
+
+@dataclass
+class BenchmarkConfig:
+    """What launch.benchmark measures."""
+
+    suite: str = setting("cpu", "Sizes for two CPU cores or a large GPU", one_of("cpu", "gpu"))
+    benchmarks: tuple[str, ...] = setting(
+        (), "Measurements; blank: all of the suite", one_of(*measurements()), empty=True
+    )
+    repeats: int = setting(5, "Rounds in which every contender runs once", at_least(1))
+    seed: int = setting(0, "Random seed of made-up rows, texts and weights", SEED)
+
+
+# Settings of Config on which no file of a run depends but the answer to the question that they ask:
+# a finished run may be asked again with others.
+FREE = ("records", "efficiency", "pareto", "contrast", "steer", "probe")
+
+
+def to_dict(config: Any) -> dict:
+    """Returns a config of any command as nested dicts of JSON values (tuples become lists)."""
+    return dataclasses.asdict(config)
+
+
+def identity(config: Config) -> dict:
+    """Returns the settings that make a run the one that it is: all but those that are ``FREE``."""
+    return {name: value for name, value in to_dict(config).items() if name not in FREE}
+
+
+def refuse_transcoders(config: Config, name: str) -> None:
+    """Raises UserError if dictionaries write another site than they read, which ``name`` needs."""
+    if config.sae.output_site:
+        raise UserError(
+            f"{name} needs dictionaries that write the site that they read, and sae.output_site="
+            f"{config.sae.output_site} makes transcoders; use a run without it."
+        )
+
+
+def unswept(sae: SAEConfig) -> SAEConfig:
+    """Returns the settings with the first value of each that has several."""
+    values = {name: getattr(sae, name) for name in SWEPT}
+    first = {name: v[0] if isinstance(v, tuple) else v for name, v in values.items()}
+    return dataclasses.replace(sae, **first)
+
+
+def crosscoder_settings(config: Config) -> CrosscoderConfig:
+    """Returns the crosscoders' settings with the dictionaries' in place of every 0 that means them.
+
+    Of a swept setting of the dictionaries the first value counts.
+    """
+    joint, sae = dataclasses.replace(config.crosscoder), unswept(config.sae)
+    for name in ("width", "k", "learning_rate", "steps", "batch_size"):
+        setattr(joint, name, getattr(joint, name) or getattr(sae, name))
+    if not config.crosscoder.k:
+        joint.k = min(joint.k, joint.width)
+    return joint
+
+
+def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
+    """Returns the pairs (layer of the first model, layer of every other) to fit maps between.
+
+    Without ``config.layer_pairs``, equal layers are paired.
+
+    Raises:
+      UserError: ``layer_pairs`` is not N:M with commas between.
+    """
+    if not config.layer_pairs:
+        return tuple((layer, layer) for layer in config.layers)
+    parts = [part.strip() for part in config.layer_pairs.split(",")]
+    if not all(re.fullmatch(r"[0-9]+:[0-9]+", part) for part in parts):
+        raise UserError(
+            f"layer_pairs={config.layer_pairs} is not pairs of layers with commas between, as in "
+            "6:10,7:11."
+        )
+    pairs = tuple(tuple(map(int, part.split(":"))) for part in parts)
+    if len(set(pairs)) < len(pairs):
+        raise UserError(f"layer_pairs={config.layer_pairs} holds a pair twice; give each once.")
+    return pairs
+
+
+def model_layers(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Returns per model the layers that are read: ``layers``, or what ``layer_pairs`` names.
+
+    In ``layer_pairs`` the first number is a layer of the first model, the second one of every
+    other model.
+    """
+    if not config.layer_pairs:
+        return tuple(tuple(config.layers) for _ in config.models)
+    return _layers_of(config, layer_pairs(config))
+
+
+def controlled_layers(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Returns per model the layers at which maps into it have controls."""
+    pairs = layer_pairs(config)
+    n, count = len(pairs), min(config.control_pairs or len(pairs), len(pairs))
+    return _layers_of(config, [pairs[(2 * i + 1) * n // (2 * count)] for i in range(count)])
+
+
+def _layers_of(config: Config, pairs: Any) -> tuple[tuple[int, ...], ...]:
+    first, others = (tuple(sorted(set(side))) for side in zip(*pairs))
+    return (first, *(others for _ in config.models[1:]))

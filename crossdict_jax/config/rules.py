@@ -1,0 +1,95 @@
+"""What a setting may be: its rule and its help text, as metadata of the dataclass field."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOM = Path(__file__).parents[1]  # the package
+SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
+OUTPUT_SITE = re.compile(rf"(?:([^:]+):)?({'|'.join(SITES)})(?:\.([0-9]+))?")
+
+
+class Rule(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    words: str
+    allows: Callable[[Any], bool]
+
+
+def setting(
+    default: Any, help: str, rule: Rule | None = None, *, empty: bool = False, repeat: bool = False
+) -> Any:
+    """Returns a dataclass field that is a setting.
+
+    Args:
+      help: one line for ``--help``: what to type, and what it does.
+      rule: of the value; where several are given, of each of them.
+      empty: whether a tuple may hold no value at all.
+      repeat: whether a tuple may hold a value twice.
+    """
+    metadata = {"help": help, "rule": rule, "empty": empty, "repeat": repeat}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def one_of(*names: str) -> Rule:
+    return Rule(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def at_least(low: int) -> Rule:
+    return Rule(f"{low} or more", lambda value: value >= low)
+
+
+ABOVE_0 = Rule("above 0", lambda value: value > 0)
+SHARE = Rule("above 0 and below 1", lambda value: 0 < value < 1)
+SHARE_OR_0 = Rule("0 or more and below 1", lambda value: 0 <= value < 1)
+SHARE_OR_0_OR_1 = Rule("0 to 1", lambda value: 0 <= value <= 1)
+SHARE_OR_1 = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+NOT_0 = Rule("other than 0", lambda value: value != 0)
+SEED = Rule("0 to 4294967295", lambda value: 0 <= value < 2**32)
+FILLED = Rule("something, not blank", lambda value: bool(value.strip()))
+SITE_OR_NONE = Rule(
+    f"nothing, or [MODEL:]KIND[.LAYER] with a kind of {', '.join(SITES)}",
+    lambda value: not value or OUTPUT_SITE.fullmatch(value) is not None,
+)
+DTYPE = one_of("float32", "bfloat16")
+
+
+def files_of(folder: str) -> tuple[str, ...]:
+    """Returns the names of a family's members: the files of its folder in the package."""
+    return tuple(sorted(file.stem for file in (ROOM / folder).glob("[!_]*.py")))
+
+
+def architectures() -> tuple[str, ...]:
+    """Returns the kinds of dictionary."""
+    return files_of("dictionaries/architectures")
+
+
+def has_k(architecture: str) -> bool:
+    """Whether a kind of dictionary fixes the number of active features."""
+    return architecture not in {"relu", "jumprelu", "gated"}
+
+
+def map_kinds() -> tuple[str, ...]:
+    """Returns the kinds of map."""
+    return files_of("maps/kinds")
+
+
+def gate_files() -> dict[str, str]:
+    """Returns {G1: g01_identity, ...}: the gates in order, and the file that holds each."""
+    files = [name for name in files_of("verify") if re.fullmatch(r"g[0-9][0-9]_.*", name)]
+    return {f"G{int(name[1:3])}": name for name in files}
+
+
+def output_site(text: str) -> tuple[str | None, str, int | None]:
+    """Returns (model, kind, layer) of ``sae.output_site``; None where it names none."""
+    model, kind, layer = OUTPUT_SITE.fullmatch(text).groups()
+    return model, kind, None if layer is None else int(layer)
+
+
+def measurements() -> tuple[str, ...]:
+    """Returns the measurements of launch.benchmark."""
+    return files_of("benchmark/measurements")
