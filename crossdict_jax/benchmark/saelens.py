@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries
-from crossdict_jax.activations.splice import train_mean
+from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS
 from crossdict_jax.benchmark.peer import Peer
