@@ -12,12 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import dictionaries, models, modules, stats
-from crossdict_jax.activations.splice import (
-    Splicer,
-    loss_recovered,
-    select_passages,
-    train_mean,
-)
+from crossdict_jax.activations.splice import Splicer, loss_recovered, select_passages, train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, EvaluationConfig
 from crossdict_jax.dictionaries import Dictionary
