@@ -36,6 +36,7 @@ from crossdict_jax.maps import ensemble
 from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.kinds import hypernetwork
 from crossdict_jax.models import Site
+from crossdict_jax.models.base import captured
 from crossdict_jax.pretraining import language_model
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir
@@ -143,7 +144,8 @@ def reader(config):
     lm = loaded(tiny().models[0])
     made = extraction.Reader(config.extract, lm, [Site(1)], None)
     tokens = jax.ShapeDtypeStruct((8, 16), np.int32)
-    return made.batch_size, traced(made._run, modules.split(lm)[1], tokens)
+    read = partial(made._runner.dispatch, captured, static=((Site(1),),))
+    return made._runner._size(), traced(read, tokens)
 
 
 def mask(config):

@@ -229,7 +229,7 @@ ELSEWHERE = {
         "test_pareto.test_every_setting_has_a_row": "pareto.architectures pareto.k "
         "pareto.penalties",
         "test_causal_features.test_documents_bound_the_text": "intervention.documents",
-        "test_splice.test_the_size_of_a_batch_changes_nothing": "intervention.batch_size",
+        "test_run.test_the_size_of_a_batch_changes_nothing": "intervention.batch_size",
         "test_causal_features.test_settings_change_the_rows": "intervention.features "
         "intervention.alphas intervention.norm",
         "test_causal_transfer.test_settings_reach_the_models": "intervention.contexts "

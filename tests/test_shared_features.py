@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 
 from crossdict_jax import dictionaries, models
-from crossdict_jax.activations.layers import read_rows
+from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
@@ -23,6 +23,7 @@ from crossdict_jax.evaluation.shared_features import (
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Runner
 from crossdict_jax.results import read_matches
 from crossdict_jax.workdir import Workdir
 
@@ -206,7 +207,8 @@ def test_decoder_rows_are_what_a_feature_adds():
 def test_layers_read_at_some_rows_are_those_of_the_store(run):
     rows = run.store.select("test")[3::7]
     for name, path in zip(run.store.models, run.store.paths):
-        x = read_rows(models.load(path), run.store, name, rows, [Site(0), SITE], batch_size=3)
+        passages = passages_of(run.store, name, rows)
+        x = Runner(models.load(path), batch_size=3).read_at(passages, [Site(0), SITE])
         stored = run.store.read(name, SITE, rows).astype(np.float32)
         assert x.shape == (2, *stored.shape)
         np.testing.assert_allclose(x[1], stored, rtol=2**-7, atol=1e-6)  # they are bfloat16

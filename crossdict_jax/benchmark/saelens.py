@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries
-from crossdict_jax.activations.splice import train_mean
+from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, unswept
 from crossdict_jax.config.settings import refuse_transcoders

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import maps, models
-from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
+from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
 from crossdict_jax.evaluation.codes import Codes, Moments, SideCodes, correlations
 from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, columns, take

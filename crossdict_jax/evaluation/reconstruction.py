@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import dictionaries, models, modules, stats
-from crossdict_jax.activations.splice import Splicer, loss_recovered, select_passages, train_mean
+from crossdict_jax.activations.passages import select_passages, train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, EvaluationConfig
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import exact_matmul, padded, slices
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
@@ -48,19 +49,18 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[d
     n = sum(len(member_folders(work, *end)) for end in sites)
     with tqdm(total=n, desc="dictionaries", unit="sae") as progress:
         for written_model, ends in edited.items():
-            splicer = Splicer(
+            runner = Runner(
                 models.load(store.paths[store.models.index(written_model)]),
-                select_passages(
-                    store, written_model, documents=config.intervention.documents, seed=seed
-                ),
-                sites=tuple(dict.fromkeys(store.output_of(*end)[1] for end in ends)),
                 batch_size=config.intervention.batch_size,
                 dtype=config.extract.matmul_dtype,
             )
+            documents = config.intervention.documents
+            passages = select_passages(store, written_model, documents=documents, seed=seed)
             for model, site in ends:
                 folders = member_folders(work, model, site)
                 members = [dictionaries.load(folder) for folder in folders]
-                losses = _losses(members, splicer, store, model, site, settings, seed=seed)
+                where = passages, store, model, site
+                losses = _losses(members, runner, *where, settings, seed=seed)
                 other, output = store.output_of(model, site)
                 for folder, dictionary, loss in zip(folders, members, losses):
                     columns = {
@@ -213,7 +213,8 @@ def _measure_batch(graphdef, params, x, y, mean, count):
 
 def _losses(
     members: list[Dictionary],
-    splicer: Splicer,
+    runner: Runner,
+    passages: Passages,
     store: Store,
     model: str,
     site: Site,
@@ -222,13 +223,13 @@ def _losses(
     seed: int,
 ) -> list[dict[str, Any]]:
     """The loss columns of each dictionary, all from one clean pass."""
-    passages, output = splicer.passages, store.output_of(model, site)
+    output = store.output_of(model, site)
     x, mean = store.read(model, site, passages.rows), train_mean(store, *output)
     replacements = {"zero": np.zeros_like(mean), "mean": mean}
     for i, dictionary in enumerate(members):
         x_hat = modules.over_rows(dictionary, x, method="__call__", size=settings.batch_size)
         replacements[f"sae {i}"] = x_hat
-    effects = splicer.effects(output[1], replacements)
+    effects = runner.splice(passages, output[1], replacements)
     documents = passages.document[passages.scored]
     draws = stats.draw(documents, count=settings.bootstrap, seed=seed)
     rows = []
@@ -245,7 +246,9 @@ def _losses(
             share = None if kl.value < MIN_KL else 1 - draws.estimate(sae.kl, baseline.kl)
             row |= stats.columns(f"kl_recovered{suffix}", share)
             clean = effects["clean"]
-            share = loss_recovered(sae, clean=clean, baseline=baseline, resamples=draws)
+            share = stats.loss_recovered(
+                sae.ce, clean=clean.ce, baseline=baseline.ce, resamples=draws
+            )
             row |= stats.columns(f"loss_recovered{suffix}", share)
         rows.append(row)
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, models
-from crossdict_jax.activations.layers import read_rows
+from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
@@ -18,6 +18,7 @@ from crossdict_jax.evaluation.shared_features import DictionaryPair
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps.fit import MEMBER
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Runner
 from crossdict_jax.workdir import Workdir
 
 RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05
@@ -61,7 +62,7 @@ def _geometries(config: Config, store: Store, name: str, rows: np.ndarray) -> di
     lm = models.load(store.paths[store.models.index(name)])
     sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
     settings = {"batch_size": config.extract.batch_size, "dtype": config.extract.matmul_dtype}
-    x = read_rows(lm, store, name, rows, sites, **settings)
+    x = Runner(lm, **settings).read_at(passages_of(store, name, rows), sites)
     order = np.random.Generator(np.random.Philox(key=config.seed + 1)).permutation(len(rows))
     return {site: Geometry.of(layer[order]) for site, layer in zip(sites, x)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import maps, models, modules, results, stats
-from crossdict_jax.activations.splice import Splicer, select_passages, train_mean
+from crossdict_jax.activations.passages import select_passages, train_mean
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, identity, refuse_transcoders
 from crossdict_jax.dictionaries import Dictionary
@@ -16,6 +16,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader
+from crossdict_jax.models.run import Runner
 from crossdict_jax.report.tables import show
 from crossdict_jax.studies.dictionary_transfer.section import savings_table, tables
 from crossdict_jax.studies.dictionary_transfer.transferred import (
@@ -109,10 +110,8 @@ def transfer_rows(
 
     settings, seed, target = config.evaluation, config.seed, next(iter(problems)).target
     passages = select_passages(store, target, documents=config.intervention.documents, seed=seed)
-    splicer = Splicer(
+    runner = Runner(
         models.load(store.paths[store.models.index(target)]),
-        passages,
-        sites=tuple(dict.fromkeys(task.site_target for task in problems)),
         batch_size=config.intervention.batch_size,
         dtype=config.extract.matmul_dtype,
     )
@@ -134,7 +133,7 @@ def transfer_rows(
         variance = np.square(x - train_mean(store, target, site)[None, :]).sum(axis=1)
         dictionaries = {name: way for name, way in made.items() if name != "stitch"}
         put_in = {name: over_rows(way, at_passages) for name, way in dictionaries.items()}
-        effects = splicer.effects(site, put_in)
+        effects = runner.splice(passages, site, put_in)
         clean = effects["clean"]
         for name, way in made.items():
             effect, l0 = effects.get(name), None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax.activations.splice import train_mean
+from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.start import activation_scale

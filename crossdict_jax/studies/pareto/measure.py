@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, stats
-from crossdict_jax.activations.splice import train_mean
+from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, architectures, has_k, unswept
 from crossdict_jax.dictionaries import Dictionary
