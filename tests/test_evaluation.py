@@ -262,12 +262,7 @@ def test_independent_dense_codes_look_alike_to_the_cosine_alone():
     mean = train.mean(0)
     predicted = mean[None, :] + 0.02 * rng.normal(size=target.shape).astype(np.float32)
     held_out = hold_out(
-        target,
-        train_mean=mean,
-        documents=np.arange(2000) // 40,
-        pool=500,
-        bootstrap=100,
-        seed=0,
+        target, train_mean=mean, documents=np.arange(2000) // 40, pool=500, bootstrap=100, seed=0
     )
     score = measure(predicted, held_out)
     row = score.row()
@@ -673,7 +668,7 @@ def test_equal_runs_write_equal_files_without_paths_or_times(finished):
             json.loads(line, parse_constant=pytest.fail)
 
 
-def test_without_a_token_rung_maps_are_still_compared_with_one(copy, finished):
+def test_without_a_token_map_maps_are_still_compared_with_one(copy, finished):
     config, work = copy
     given = tiny_run.Config(**{**vars(config)})
     given.map = tiny_run.MapConfig(**{**to_dict(config)["map"], "kinds": ("mean", "ridge")})

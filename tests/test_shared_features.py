@@ -14,6 +14,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, matching
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.representations import representation_rows
+from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.evaluation.shared_features import (
     DictionaryPair,
     dictionary_pairs,
@@ -73,7 +74,7 @@ def test_every_pair_of_dictionaries_has_its_funnel(matched, run):
     rows = matched["matching.jsonl"]
     assert [row["pairing"] for row in rows] == ["aligned", "shuffled"]
     for row in rows:
-        assert PAIR.columns().items() <= row.items()
+        assert pair_columns(PAIR).items() <= row.items()
         assert (row["width_source"], row["width_target"]) == (32, 32)
         steps = [min(row["live_source"], row["live_target"])]
         steps += [row[name] for name in ("matched", "significant", "strong", "confirmed")]
@@ -185,7 +186,7 @@ def test_decoders_of_one_dictionary_are_alike_beyond_chance(run):
     config = dataclasses.replace(run.config, evaluation=settings)
     for shift in (0, 5):
         features = [{"feature_source": i, "feature_target": (i + shift) % 32} for i in range(32)]
-        matches = [pair.columns() | row | {"confirmed": True} for row in features]
+        matches = [pair_columns(pair) | row | {"confirmed": True} for row in features]
         scores += representation_rows(config, run.store, run.work, [pair], matches)
     same, other = scores
     for m in ("cka", "rsa", "mutual_knn"):

@@ -6,17 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from crossdict_jax import maps, stats
+from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import EvaluationConfig, MapConfig
 from crossdict_jax.evaluation.codes import SideCodes
-from crossdict_jax.evaluation.scoring import (
-    Scores,
-    columns,
-    make_bench,
-    score,
-    score_token_table,
-)
+from crossdict_jax.evaluation.scoring import Scores, columns, make_bench, score, score_token_table
 from crossdict_jax.evaluation.transfer import Score, normalized, verdict
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.controls import ControlLoader, shown
@@ -24,14 +18,10 @@ from crossdict_jax.maps.controls import ControlLoader, shown
 
 @dataclasses.dataclass(frozen=True)
 class ControlScores:
-    """The scores of one control at one direction and pair of sites.
-
-    Attributes:
-      token: the token map's score on the same rows.
-    """
+    """The scores of one control at one direction and pair of sites."""
 
     scores: Scores
-    token: Score
+    token: Score  # the token map's on the same rows
 
     def row(self, control: str, task: Task) -> dict[str, Any]:
         """Returns the row of controls.jsonl of the map that is controlled.
@@ -40,12 +30,9 @@ class ControlScores:
         row the re-initialised model, whatever models the row is named after. Neither has a
         position between a null and a ceiling of its own.
         """
-        one = self.scores[task.kind]
-        row = {"control": control} | columns(task, task.kind) | one.row()
-        row["verdict"] = verdict(one, self.token)
-        for name, share in normalized(one, None, None).items():
-            row |= stats.columns(name, share)
-        return row
+        value = self.scores[task.kind]
+        row = {"control": control} | columns(task, task.kind) | value.row()
+        return row | {"verdict": verdict(value, self.token)} | normalized(value, None, None)
 
 
 def score_control(

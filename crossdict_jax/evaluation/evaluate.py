@@ -20,7 +20,7 @@ from crossdict_jax.evaluation.crosscoder import crosscoder_rows, joint_codes
 from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.reconstruction import member_folders, reconstruct
 from crossdict_jax.evaluation.representations import representation_rows
-from crossdict_jax.evaluation.scoring import score_maps
+from crossdict_jax.evaluation.scoring import pair_columns, score_maps
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.controls import ControlLoader, control_tasks, skyline_of
@@ -116,17 +116,15 @@ def _parts(
         }
         return part
 
-    def ends(task: Task):
-        return task.source, task.target, str(task.site_source), str(task.site_target)
-
     yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
-    groups = [(pair, list(group)) for pair, group in itertools.groupby(tasks, key=ends)]
-    for pair, group in tqdm(groups, desc="evaluate maps", unit="layer pair"):
-        yield stage.part(("maps", *pair), lambda group=group: layer_pair(group))
+    groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
+    for group in tqdm(groups, desc="evaluate maps", unit="layer pair"):
+        key = ("maps", *pair_columns(group[0]).values())
+        yield stage.part(key, partial(layer_pair, group))
     pairs, matches = dictionary_pairs(config, store), []
     for pair in tqdm(pairs, desc="match features", unit="layer pair"):
         measure = partial(shared_features, pair, loader, **settings)
-        part = stage.part(("matches", *pair.columns().values()), measure)
+        part = stage.part(("matches", *pair_columns(pair).values()), measure)
         matches += part["matches.jsonl"]
         yield part
     similarity = partial(representation_rows, config, store, work, pairs, matches)

@@ -104,10 +104,10 @@ def feature_rows(
     best, r2_validation = _best_on_validation(scored, codes)
     target = scored.bench.held_out.target
     scores = FeatureScores(
-        r2=scored.aligned[best].feature_r2,
+        r2=scored.scores["aligned"][best].feature_r2,
         r2_validation=r2_validation,
-        correlation=scored.aligned[best].correlations,
-        token_share=scored.aligned["token_target"].feature_r2,
+        correlation=scored.scores["aligned"][best].correlations,
+        token_share=scored.scores["aligned"]["token_target"].feature_r2,
         firings=(target > 0).sum(axis=0),
         n_rows=len(target),
     )

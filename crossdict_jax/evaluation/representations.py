@@ -13,6 +13,7 @@ from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
+from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.evaluation.shared_features import DictionaryPair
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps.fit import MEMBER
@@ -25,11 +26,7 @@ LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost grows
 
 
 def representation_rows(
-    config: Config,
-    store: Store,
-    work: Workdir,
-    pairs: list[DictionaryPair],
-    matches: list[dict],
+    config: Config, store: Store, work: Workdir, pairs: list[DictionaryPair], matches: list[dict]
 ) -> list[dict]:
     """Returns the rows of similarity.jsonl, of three kinds.
 
@@ -80,7 +77,7 @@ def _layer_rows(config: Config, layers: dict[str, dict[Site, Geometry]]) -> list
         for site_a, a in layers_a.items():
             pair = DictionaryPair(source, target, site_a, site_b)
             scores = _beside(a.compared(b), a.compared(shuffled))
-            rows.append({"kind": "layers"} | pair.columns() | {"n_rows": n} | scores)
+            rows.append({"kind": "layers"} | pair_columns(pair) | {"n_rows": n} | scores)
     return rows
 
 
@@ -132,7 +129,7 @@ def _decoder_row(
     pair: DictionaryPair, matches: list[dict], seed: int, work: Workdir
 ) -> dict[str, Any]:
     """How alike the decoder directions of confirmed matches lie in both models."""
-    columns = pair.columns()
+    columns = pair_columns(pair)
     confirmed = [m for m in matches if m["confirmed"] and columns.items() <= m.items()]
     row = {"kind": "decoders"} | columns | {"n_features": len(confirmed)}
     if len(confirmed) <= NEIGHBOURS + 1:  # too few to have neighbours

@@ -14,21 +14,13 @@ LARGEST_DEFAULT_POOL = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Candidate targets, one entry per distinct direction.
+    """Candidate targets, one entry per distinct direction; zero rows fill up to the pool's size."""
 
-    Attributes:
-      rows: int [pool], the rows whose targets are candidates; their predictions are the queries.
-      units: float32 [pool, width], distinct unit vectors first, zero rows behind them.
-      entries: float32 [pool], how many candidates point in each direction (0 for padding).
-      direction: int32 [pool], the direction of each query's true target.
-      identical: int [pool], how many candidates are bit-identical to the true target (itself too).
-    """
-
-    rows: np.ndarray
-    units: np.ndarray
-    entries: np.ndarray
-    direction: np.ndarray
-    identical: np.ndarray
+    rows: np.ndarray  # int [pool], whose targets are candidates and whose predictions are queries
+    units: np.ndarray  # float32 [pool, width], distinct unit vectors
+    entries: np.ndarray  # float32 [pool], how many candidates point in each direction
+    direction: np.ndarray  # int32 [pool], the direction of each query's true target
+    identical: np.ndarray  # int [pool], candidates that are the true target to the bit (itself too)
 
 
 def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:

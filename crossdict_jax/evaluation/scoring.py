@@ -9,12 +9,11 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from crossdict_jax import maps, stats
+from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import EvaluationConfig, MapConfig
 from crossdict_jax.evaluation.codes import Moments, SideCodes
@@ -31,6 +30,7 @@ from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.kinds import token
+from crossdict_jax.results import PAIR
 
 CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
 CORRELATION_EDGES = np.linspace(-1, 1, 41).round(2)
@@ -41,27 +41,16 @@ Scores = dict[str, Score]  # by kind of map
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Paired rows on which maps are scored.
+    """Paired rows on which maps are scored."""
 
-    Attributes:
-      splits: {"train", "validation", "test": pairs}.
-      held_out: the test pairs' target features.
-      l0_source: mean active source features per test row.
-      context: training pairs whose source token occurs in the test pairs, token by token.
-      by_token: [tokens, context rows], 1 where a row ends in the token.
-      token_index: int [n], each test row's row of ``by_token``; -1 where it has none.
-      token_features: [tokens, width], the means of the target's features after each token.
-      batch_size: rows per forward.
-    """
-
-    splits: dict[str, Pairs]
-    held_out: HeldOut
-    l0_source: float
-    context: Pairs
-    by_token: sparse.csc_array
-    token_index: np.ndarray
-    token_features: np.ndarray
-    batch_size: int
+    splits: dict[str, Pairs]  # train, validation, test
+    held_out: HeldOut  # the test pairs' target features
+    l0_source: float  # mean active source features per test row
+    context: Pairs  # training pairs whose source token occurs in the test pairs, token by token
+    by_token: sparse.csc_array  # [tokens, context rows], 1 where a row ends in the token
+    token_index: np.ndarray  # int [n], each test row's row of ``by_token``; -1 where it has none
+    token_features: np.ndarray  # [tokens, width], means of the target's features after each token
+    batch_size: int  # rows per forward
 
 
 def make_bench(
@@ -152,49 +141,39 @@ def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = Fa
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The maps of one direction and pair of sites, scored.
+    """The maps of one direction and pair of sites, scored."""
 
-    Attributes:
-      task: one of its maps.
-      bench: the aligned pairs.
-      maps: the aligned maps, by kind.
-      aligned, shuffled: scores of the maps; ``aligned`` has ``token_target``, the table of the
-        target's own tokens, as well.
-      token_aligned, token_shuffled: the token map's score, whether or not the run has that map.
-    """
-
-    task: Task
-    bench: Bench
-    maps: dict[str, Map]
-    aligned: Scores
-    shuffled: Scores
-    token_aligned: Score
-    token_shuffled: Score
+    task: Task  # one of its maps
+    bench: Bench  # of the aligned pairs
+    maps: dict[str, Map]  # the aligned ones, by kind
+    scores: dict[str, Scores]  # by pairing; of aligned pairs also "token_target", see below
+    tokens: dict[str, Score]  # by pairing, the token map's, whether or not the run has that map
 
     def rows(self, ceiling: Scores) -> list[dict]:
         """Returns the rows of transfer.jsonl.
+
+        "token_target" is the table of the target's own tokens, which no map knows.
 
         Args:
           ceiling: the maps' scores from the target's own second dictionary, where there are any.
         """
         rows = []
-        for kind, one in self.aligned.items():
-            row = columns(self.task, kind) | one.row()
-            row["verdict"] = verdict(one, self.token_aligned)
-            for name, share in normalized(one, self.shuffled.get(kind), ceiling.get(kind)).items():
-                row |= stats.columns(name, share)
-            rows.append(row)
-        for kind, one in self.shuffled.items():
-            row = columns(self.task, kind, "shuffled") | one.row()
-            rows.append(row | {"verdict": verdict(one, self.token_shuffled)})
+        for pairing, scores in self.scores.items():
+            for kind, value in scores.items():
+                row = columns(self.task, kind, pairing) | value.row()
+                row["verdict"] = verdict(value, self.tokens[pairing])
+                if pairing == "aligned":
+                    null = self.scores["shuffled"].get(kind)
+                    row |= normalized(value, null, ceiling.get(kind))
+                rows.append(row)
         return rows
 
     def correlation_rows(self) -> list[dict]:
         """Returns the rows of features.jsonl: correlations of live features, and by frequency."""
         held_out, rows = self.bench.held_out, []
         frequency = (held_out.target > 0).mean(axis=0)[held_out.live]
-        for kind, one in self.aligned.items():
-            r = one.correlations[held_out.live]
+        for kind, value in self.scores["aligned"].items():
+            r = value.correlations[held_out.live]
             counts, _ = np.histogram(r, CORRELATION_EDGES)
             bins = []
             for low, high in itertools.pairwise(FREQUENCY_EDGES.tolist()):
@@ -223,8 +202,8 @@ def score_maps(
     """
     benches, scores, tokens, loaded = {}, {}, {}, {}
     for pairing in ("aligned", "shuffled"):
-        any_task = dataclasses.replace(tasks[0], pairing=pairing)
-        splits = {split: loader.pairs(any_task, split) for split in SPLITS}
+        task = dataclasses.replace(tasks[0], pairing=pairing)
+        splits = {split: loader.pairs(task, split) for split in SPLITS}
         bench = benches[pairing] = make_bench(splits, settings, seed=seed, codes=codes)
         loaded[pairing] = {
             task.kind: maps.load(task.path(loader.work), splits["test"].target.dictionary)
@@ -233,25 +212,16 @@ def score_maps(
         }
         scores[pairing] = {kind: score(m, bench) for kind, m in loaded[pairing].items()}
         tokens[pairing] = scores[pairing].get("token") or score_token_table(bench, map_settings)
-    target = score_token_table(benches["aligned"], map_settings, of_target=True)
-    return Scored(
-        task=tasks[0],
-        bench=benches["aligned"],
-        maps=loaded["aligned"],
-        aligned=scores["aligned"] | {"token_target": target},
-        shuffled=scores["shuffled"],
-        token_aligned=tokens["aligned"],
-        token_shuffled=tokens["shuffled"],
-    )
+    bench = benches["aligned"]
+    scores["aligned"]["token_target"] = score_token_table(bench, map_settings, of_target=True)
+    return Scored(tasks[0], bench, loaded["aligned"], scores, tokens)
 
 
-def columns(task: Task, kind: str, pairing: str = "aligned") -> dict[str, Any]:
+def pair_columns(pair) -> dict[str, str]:
+    """Returns the columns that name a direction and its sites, of a task or a dictionary pair."""
+    return {name: str(getattr(pair, name)) for name in PAIR}
+
+
+def columns(task: Task, kind: str, pairing: str = "aligned") -> dict[str, str]:
     """Returns the columns that say what a row is about."""
-    return {
-        "source": task.source,
-        "target": task.target,
-        "site_source": str(task.site_source),
-        "site_target": str(task.site_target),
-        "map": kind,
-        "pairing": pairing,
-    }
+    return pair_columns(task) | {"map": kind, "pairing": pairing}

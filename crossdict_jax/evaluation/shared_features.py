@@ -14,6 +14,7 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.matching import LEAST_R, Confirmation, Matching, confirm, match
+from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
 
@@ -29,10 +30,6 @@ class DictionaryPair:
     site_source: Site
     site_target: Site
 
-    def columns(self) -> dict[str, str]:
-        """Returns the columns that name the pair in a result row."""
-        return {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
 
 def dictionary_pairs(config: Config, store: Store) -> list[DictionaryPair]:
     """Returns each layer pair of each unordered pair of models once, the earlier model first."""
@@ -45,12 +42,7 @@ def dictionary_pairs(config: Config, store: Store) -> list[DictionaryPair]:
 
 
 def shared_features(
-    pair: DictionaryPair,
-    loader: Loader,
-    *,
-    settings: EvaluationConfig,
-    seed: int,
-    codes: SideCodes,
+    pair: DictionaryPair, loader: Loader, *, settings: EvaluationConfig, seed: int, codes: SideCodes
 ) -> dict[str, list[dict]]:
     """Returns the rows of matching.jsonl and of matches.jsonl of a pair of dictionaries.
 
@@ -88,7 +80,7 @@ def shared_features(
         means = {name: _mean(r) for name, r in correlations.items()}
         means |= {f"{name}_confirmed": _mean(r[confirmed]) for name, r in correlations.items()}
         funnels.append(
-            pair.columns()
+            pair_columns(pair)
             | {
                 "pairing": pairing,
                 "method": settings.matching,
@@ -109,7 +101,7 @@ def shared_features(
         )
         if pairing == "aligned":
             dictionaries = [side.dictionary for side in sides["train"]]
-            matches = [pair.columns() | row for row in _matches(matching, worth, *dictionaries)]
+            matches = [pair_columns(pair) | row for row in _matches(matching, worth, *dictionaries)]
     null = {"null": funnels[-1]["confirmed"]}
     return {"matching.jsonl": [row | null for row in funnels], "matches.jsonl": matches}
 

@@ -26,39 +26,30 @@ FEATURE_BLOCK = 2**20  # values of some features
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
 ROUNDING = 1e-12  # a variance below this share of the second moment is float64 rounding
 
+MEANS = (  # metrics that are means over rows
+    *("cosine", "cosine_mean_predictor", "cosine_centered"),
+    *("l0_target", "l0_predicted", "sparsity_similarity"),
+)
 NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # that have a null near 0
 MARGIN = 0.05  # a ceiling less than this above the null leaves no room to place a score in
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenMeans:
-    """Means over training rows that end in the same source token: what token identity explains.
+    """Means over training rows that end in the same source token: what token identity explains."""
 
-    Attributes:
-      index: int [n], each held-out row's row in the tables; -1 if no training row has its token.
-      target: [tokens, width], means of B's features.
-      predicted: [tokens, width], means of the map's predictions.
-    """
-
-    index: np.ndarray
-    target: np.ndarray
-    predicted: np.ndarray
+    index: np.ndarray  # int [n], each held-out row's row in the tables; -1: no training row has it
+    target: np.ndarray  # [tokens, width], means of B's features
+    predicted: np.ndarray  # [tokens, width], means of the map's predictions
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """B's features on held-out rows, and everything that all predictions share.
+    """B's features on held-out rows, and everything that all predictions share."""
 
-    Attributes:
-      target: [n, width].
-      train_mean: float64 [width], the mean of B's features over training rows.
-      resamples: of the documents of these rows.
-      pool: the retrieval candidates.
-    """
-
-    target: np.ndarray
-    train_mean: np.ndarray
-    resamples: Resamples
+    target: np.ndarray  # [n, width]
+    train_mean: np.ndarray  # float64 [width], of B's features over training rows
+    resamples: Resamples  # of the documents of these rows
     pool: retrieval.Pool
 
     @cached_property
@@ -69,19 +60,12 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """All metrics of one prediction.
+    """All metrics of one prediction."""
 
-    Attributes:
-      plain: {key: number or None}, without intervals.
-      estimates: {key: Estimate or None}, with them.
-      correlations: [width], per feature, NaN where the target is not live.
-      feature_r2: [width], likewise.
-    """
-
-    plain: dict[str, Any]
-    estimates: dict[str, Estimate | None]
-    correlations: np.ndarray
-    feature_r2: np.ndarray
+    plain: dict[str, Any]  # without intervals
+    estimates: dict[str, Estimate | None]  # with intervals
+    correlations: np.ndarray  # [width], per feature, NaN where the target is not live
+    feature_r2: np.ndarray  # [width], likewise
 
     def row(self) -> dict[str, Any]:
         """Returns the columns of transfer.jsonl: every estimate with its _low and _high."""
@@ -140,29 +124,35 @@ def transfer_metrics(
       UserError: shapes disagree, there is no row, a value is not finite, or the pool is larger
         than n.
     """
-    predicted, target = _floats("predicted", predicted), _floats("target", target)
     documents = np.arange(len(target)) if documents is None else np.asarray(documents)
-    held_out = hold_out(
-        target,
-        train_mean=train_mean,
-        documents=documents,
-        pool=pool,
-        bootstrap=bootstrap,
-        seed=seed,
-    )
+    settings = {"pool": pool, "bootstrap": bootstrap, "seed": seed}
+    held_out = hold_out(target, train_mean=train_mean, documents=documents, **settings)
     return measure(predicted, held_out, l0_source=l0_source, token_means=token_means).row()
+
+
+def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: str = "") -> Any:
+    """``values`` as float32 or float64; UserError if one is not finite, or the shape is another."""
+    values = np.asarray(values)
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds NaN or infinite values; look at what made it.")
+    if shape is not None and values.shape != shape:
+        raise UserError(f"{name} has shape {list(values.shape)}, not {list(shape)} ({meaning}).")
+    return values
 
 
 def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: int) -> HeldOut:
     """Returns what all predictions of ``target`` share; arguments as in ``transfer_metrics``."""
-    target, train_mean = _floats("target", target), _floats("train_mean", train_mean)
+    target = _checked("target", target)
     if target.ndim != 2 or not target.size:
         raise UserError(
             f"target has shape {list(target.shape)}; it must be [rows, width], not empty."
         )
     n, width = target.shape
-    _check_shape("train_mean", train_mean, (width,), "one number per feature")
-    _check_shape("documents", documents, (n,), "one document per row")
+    train_mean = _checked("train_mean", train_mean, (width,), "one number per feature")
+    if np.shape(documents) != (n,):
+        raise UserError(f"documents has shape {list(np.shape(documents))}, not [{n}].")
     if not 0 <= pool <= n:
         raise UserError(f"pool={pool} is not between 1 and the {n} rows; lower it, or 0 for all.")
     if bootstrap < 0:
@@ -176,27 +166,11 @@ def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: 
     )
 
 
-def _floats(name: str, values) -> np.ndarray:
-    """``values`` as float32 or float64; UserError if one is not finite."""
-    values = np.asarray(values)
-    if values.dtype not in (np.float32, np.float64):
-        values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise UserError(f"{name} holds NaN or infinite values; look at what made it.")
-    return values
-
-
-def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], meaning: str) -> None:
-    if array.shape != shape:
-        raise UserError(f"{name} has shape {list(array.shape)}, not {list(shape)} ({meaning}).")
-
-
 def measure(
     predicted, held_out: HeldOut, *, l0_source=None, token_means: TokenMeans | None = None
 ) -> Score:
     """Returns all metrics of ``predicted`` [n, width]; see ``transfer_metrics``."""
-    predicted = _floats("predicted", predicted)
-    _check_shape("predicted", predicted, held_out.target.shape, "that of the target")
+    predicted = _checked("predicted", predicted, held_out.target.shape, "that of the target")
     draws, live = held_out.resamples, held_out.live
     rows, features = _row_values(predicted, held_out), _feature_values(predicted, held_out)
     rank = retrieval.ranks(predicted, held_out.pool)
@@ -207,15 +181,10 @@ def measure(
     estimates = {
         "fvu": fvu,
         "r2": 1.0 - fvu,
-        "cosine": draws.mean(rows["cosine"]),
-        "cosine_mean_predictor": draws.mean(rows["cosine_mean_predictor"]),
-        "cosine_centered": draws.mean(rows["cosine_centered"]),
+        **{name: draws.mean(rows[name]) for name in MEANS},
         "top1": in_pool.mean(rank == 1),
         "mean_rank": in_pool.mean(rank),
         "feature_correlation": _mean_correlation(correlations, live),
-        "l0_target": draws.mean(rows["l0_target"]),
-        "l0_predicted": draws.mean(rows["l0_predicted"]),
-        "sparsity_similarity": draws.mean(rows["jaccard"]),
         "context_gain": _context_gain(predicted, held_out, token_means),
     }
     rates = np.stack([features["active_predicted"], features["active_target"]])
@@ -251,25 +220,22 @@ def verdict(score: Score, token: Score | None) -> str:
     return BEATS_MEAN
 
 
-def normalized(
-    score: Score, null: Score | None, ceiling: Score | None
-) -> dict[str, Estimate | None]:
-    """Returns {key_normalized: (score - null) / (ceiling - null)} of the NORMALIZED keys.
+def normalized(score: Score, null: Score | None, ceiling: Score | None) -> dict[str, float | None]:
+    """Returns the columns key_normalized = (score - null) / (ceiling - null) of NORMALIZED keys.
 
     None where the null or the ceiling is missing, or the ceiling is not MARGIN above the null.
     All three must come from the same resamples.
     """
-    shares: dict[str, Estimate | None] = dict.fromkeys(f"{name}_normalized" for name in NORMALIZED)
-    if null is None or ceiling is None:
-        return shares
+    columns = {}
     for name in NORMALIZED:
-        value, low, high = (s.estimates[name] for s in (score, null, ceiling))
+        value, low, high = (s and s.estimates[name] for s in (score, null, ceiling))
+        share = None
         if None not in (value, low, high) and high.value - low.value >= MARGIN:
             with np.errstate(divide="ignore", invalid="ignore"):
                 samples = (value.samples - low.samples) / (high.samples - low.samples)
-            share = (value.value - low.value) / (high.value - low.value)
-            shares[f"{name}_normalized"] = Estimate(share, samples)
-    return shares
+            share = Estimate((value.value - low.value) / (high.value - low.value), samples)
+        columns |= stats.columns(f"{name}_normalized", share)
+    return columns
 
 
 # ---------------------------------------------------------------- sums over rows and features
@@ -298,7 +264,7 @@ def _row_values(predicted: np.ndarray, held_out: HeldOut) -> dict[str, np.ndarra
             "cosine_centered": centered,
             "l0_target": l0_t,
             "l0_predicted": l0_p,
-            "jaccard": np.where(either == 0, 1.0, both / np.maximum(either, 1)),
+            "sparsity_similarity": np.where(either == 0, 1.0, both / np.maximum(either, 1)),
         }
 
     n, width = predicted.shape

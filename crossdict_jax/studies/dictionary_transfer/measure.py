@@ -13,6 +13,7 @@ from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, identity, refuse_transcoders
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models.run import Runner
@@ -144,10 +145,7 @@ def transfer_rows(
             error = np.square(x - x_hat).sum(axis=1)
             rows.append(
                 {
-                    "source": task.source,
-                    "target": target,
-                    "site_source": str(task.site_source),
-                    "site_target": str(site),
+                    **pair_columns(task),
                     "dictionary": name,
                     "n_rows": len(x),
                     "n_documents": draws.n_documents,

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import modules
 from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
-from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.start import activation_scale
 from crossdict_jax.dictionaries.train import members, train_from
+from crossdict_jax.evaluation.reconstruction import measure
+from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.studies.dictionary_transfer.transferred import (
     fit_stitch,
@@ -50,14 +50,14 @@ def compare_starts(
     for i, task in enumerate(problems):
         random, moved = ([row[error][2 * i + j] for row in log] for j in (0, 1))
         x = store.read(task.target, task.site_target, store.select("test")).astype(np.float32)
-        mean = train_mean(store, task.target, task.site_target)
-        fvus = [_fvu(d, x, mean, config.evaluation.batch_size) for d in trained[2 * i :][:2]]
+        of = {"mean": train_mean(store, task.target, task.site_target)}
+        seen = [
+            measure(d, x, size=config.evaluation.batch_size, **of) for d in trained[2 * i :][:2]
+        ]
+        fvus = [float(sums["error"].sum() / sums["variance"].sum()) for sums in seen]
         rows.append(
             {
-                "source": task.source,
-                "target": task.target,
-                "site_source": str(task.site_source),
-                "site_target": str(task.site_target),
+                **pair_columns(task),
                 "error": error,
                 "steps": steps,
                 "random": random,
@@ -77,9 +77,3 @@ def steps_saved(steps: list[int], random: list[float], moved: list[float]) -> di
         return {"steps_to_reach": None, "saved": None}
     first = steps[int(reached[0])]
     return {"steps_to_reach": first, "saved": 1 - first / steps[-1]}
-
-
-def _fvu(d: Dictionary, x: np.ndarray, mean: np.ndarray, size: int) -> float:
-    x_hat = modules.over_rows(d, x, method="__call__", size=size)
-    variance = np.square(x - mean[None, :]).sum(dtype=np.float64)
-    return float(np.square(x - x_hat).sum(dtype=np.float64) / variance)

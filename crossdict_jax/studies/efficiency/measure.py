@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import encode
-from crossdict_jax.evaluation.scoring import take
+from crossdict_jax.evaluation.scoring import pair_columns, take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import build, map_class, rung
 from crossdict_jax.maps.descriptions import Describer
@@ -45,23 +47,15 @@ ALL, HIDDEN = "all", "hidden"  # what is scored: all target features, or those n
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One direction at the layer pair that is left out, and what its answers are scored on.
-
-    Attributes:
-      hidden: bool [width], target features that the hypernetwork of features never sees.
-      target: [n, width], B's features on test rows.
-      order: int [train rows], documents in a seeded order, rows of each as they come.
-    """
+    """One direction at the layer pair that is left out, and what its answers are scored on."""
 
     task: Task
     problem: Problem
     test: Pairs
-    hidden: np.ndarray
-    target: np.ndarray
+    hidden: np.ndarray  # bool [width], target features that the hypernetwork never sees
+    target: np.ndarray  # [n, width], B's features on test rows
     resamples: Resamples
-    order: np.ndarray
-    seed: int
-    batch_size: int
+    order: np.ndarray  # int [train rows], documents in a seeded order, rows of each as they come
 
     def first(self, n: int) -> Problem:
         """Returns the problem of the first n training rows and all validation rows."""
@@ -102,12 +96,28 @@ def run(config: Config, work: Workdir) -> None:
     )
     stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
     if not stage.finished:
+        folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
         loader = Loader(store, work, config.seed)
-        seen = _seen_features(loader, [*asked, *others], config.seed)
-        questions = [_question(loader, task, seen, config) for task in asked]
-        rows = _few_rows(questions, sorted({*config.efficiency.rows, n_train}), config, work, stage)
-        none = (questions, [loader.problem(task) for task in others], others, seen, config, work)
-        rows += stage.part((NETWORK,), lambda: _no_rows(*none))
+        generator = np.random.Generator(np.random.Philox(key=config.seed))
+        seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
+        for task in asked + others:
+            width = loader.side(task.target, task.site_target, "train").dictionary.width
+            hidden = generator.permutation(width)[: max(1, round(HIDDEN_FEATURES * width))]
+            mask = ~np.isin(np.arange(width), hidden)
+            seen.setdefault((task.target, task.site_target.layer), mask)
+        questions = []
+        for task in asked:
+            problem, test = loader.problem(task), loader.pairs(task, "test")
+            draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
+            hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
+            order = document_order(problem.train.documents, config.seed)
+            questions.append(Question(task, problem, test, hidden, target.toarray(), draws, order))
+        counts = sorted({*config.efficiency.rows, n_train})
+        rows = _few_rows(questions, counts, config, stage, folder)
+        problems = {task: loader.problem(task) for task in others}
+        rows += stage.part((NETWORK,), lambda: _no_rows(questions, problems, seen, config, folder))
+        for row in rows:
+            row["seed"] = config.seed
         stage.finish({FILE: rows}, maps=len(rows))
     show(r2_table(group) for group in curves(results.read(work, FILE)))
 
@@ -133,37 +143,6 @@ def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
     return asked, [task for task in others if task not in asked]
 
 
-def _seen_features(
-    loader: Loader, tasks: Sequence[Task], seed: int
-) -> dict[tuple[str, int], np.ndarray]:
-    """(model, layer) -> bool [width]: features that the hypernetwork of features may see."""
-    seen = {}
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    for task in tasks:
-        width = loader.side(task.target, task.site_target, "train").dictionary.width
-        order = generator.permutation(width)
-        hidden = order[: max(1, round(HIDDEN_FEATURES * width))]
-        mask = ~np.isin(np.arange(width), hidden)
-        seen.setdefault((task.target, task.site_target.layer), mask)
-    return seen
-
-
-def _question(loader: Loader, task: Task, seen, config: Config) -> Question:
-    test, problem = loader.pairs(task, "test"), loader.problem(task)
-    count = config.evaluation.bootstrap
-    return Question(
-        task=task,
-        problem=problem,
-        test=test,
-        hidden=~seen[task.target, task.site_target.layer],
-        target=encode(test.target).toarray(),
-        resamples=stats.draw(test.documents, count=count, seed=config.seed),
-        order=document_order(problem.train.documents, config.seed),
-        seed=config.seed,
-        batch_size=config.evaluation.batch_size,
-    )
-
-
 def document_order(documents: np.ndarray, seed: int) -> np.ndarray:
     """Returns the rows' numbers by document, documents in one seeded random order."""
     names, index = np.unique(documents, return_inverse=True)
@@ -171,7 +150,7 @@ def document_order(documents: np.ndarray, seed: int) -> np.ndarray:
     return np.argsort(rank[index], kind="stable")
 
 
-def score_question(
+def _score(
     m: Map,
     kind: str,
     question: Question,
@@ -180,9 +159,8 @@ def score_question(
     scored: Sequence[str] = (ALL,),
     held_out: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the result rows of a map: one for each set of features that is scored."""
-    task, rows = question.task, []
-    predicted = maps.predict(m, question.test, question.batch_size)
+    """The result rows of a map: one for each set of features that is scored."""
+    predicted, rows = maps.predict(m, question.test), []
     mean = question.problem.train.target.feature_moments[0]
     for features in scored:
         mask = question.hidden if features == HIDDEN else np.ones_like(question.hidden)
@@ -191,13 +169,9 @@ def score_question(
         fvu = question.resamples.estimate(error, variance)
         rows.append(
             {
-                "source": task.source,
-                "target": task.target,
-                "site_source": str(task.site_source),
-                "site_target": str(task.site_target),
+                **pair_columns(question.task),
                 "map": kind,
                 "n": n,
-                "seed": question.seed,
                 "zero_shot": held_out is not None,
                 "held_out": held_out,
                 "scored": features,
@@ -214,77 +188,68 @@ def score_question(
 
 
 def _few_rows(
-    questions: list[Question], counts: list[int], config: Config, work: Workdir, stage: Stage
+    questions: list[Question], counts: list[int], config: Config, stage: Stage, folder: Path
 ) -> list[dict]:
     """Answers of every map fitted on few rows; a crosscoder is trained on these alone."""
     from tqdm import tqdm
 
     def answer(question: Question, kind: str, n: int) -> list[dict]:
         settings = dataclasses.replace(config.map, batch_size=min(config.map.batch_size, n))
-        few = question.first(n)
-        direction = f"{question.task.source}-to-{question.task.target}"
-        folder = _folder(work, question.task) / direction / f"{kind}-{n}"
+        few, task = question.first(n), question.task
+        how = {"seed": config.seed}
+        how["directory"] = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
         try:
             if map_class(kind).through_joint:
                 joint = crosscoder_settings(config)
                 joint = dataclasses.replace(joint, batch_size=min(joint.batch_size, n))
-                (few,) = with_own_codes([few], joint, seed=config.seed, directory=folder)
-            (fitted,) = rung(kind).fit([few], settings, seed=config.seed, directory=folder)
+                (few,) = with_own_codes([few], joint, **how)
+            (fitted,) = rung(kind).fit([few], settings, **how)
         except UserError:
             if n == counts[-1]:
                 raise  # not for want of rows
             return []
-        scored = {"n": n, "scored": (ALL, HIDDEN)}
-        return score_question(fitted.map, kind, question, **scored)
+        return _score(fitted.map, kind, question, n=n, scored=(ALL, HIDDEN))
 
     kinds = [kind for kind in config.map.kinds if kind != NETWORK]
-    keys = [(question, kind, n) for question in questions for kind in kinds for n in counts]
     rows = []
-    for question, kind, n in tqdm(keys, desc="few rows", unit="map"):
-        key = (question.task.label, kind, n)
-        rows += stage.part(key, lambda k=(question, kind, n): answer(*k))
+    for key in tqdm([*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"):
+        question, kind, n = key
+        rows += stage.part((question.task.label, kind, n), partial(answer, *key))
     return rows
-
-
-def _folder(work: Workdir, task: Task) -> Path:
-    return work.root / "efficiency" / f"{task.site_source}--{task.site_target}"
 
 
 def _no_rows(
     questions: list[Question],
-    problems: list[Problem],
-    others: list[Task],
-    seen: dict,
+    problems: dict[Task, Problem],
+    seen: dict[tuple[str, int], np.ndarray],
     config: Config,
-    work: Workdir,
+    folder: Path,
 ) -> list[dict]:
     """Answers without paired rows; last the hypernetwork that was trained on everything."""
     describer, shape, rows = Describer(), config.map.hypernetwork, []
-    everything = problems + [question.problem for question in questions]
     for q in questions:
         m = from_profiles(q.problem, shape, describer)
-        for held_out, scored in (("layer", ALL), ("features", HIDDEN)):
-            zero = {"n": 0, "scored": (scored,), "held_out": held_out}
-            rows += score_question(m, PROFILES, q, **zero)
+        rows += _score(m, PROFILES, q, n=0, held_out="layer")
+        rows += _score(m, PROFILES, q, n=0, held_out="features", scored=(HIDDEN,))
         direction = q.task.source, q.task.target
-        near = [p for p, t in zip(problems, others) if (t.source, t.target) == direction]
+        near = [p for t, p in problems.items() if (t.source, t.target) == direction]
         if near:
             m = ridge_elsewhere(near, q.problem, config.map.ridge_penalties)
-            zero = {"n": 0, "held_out": "layer"}
-            rows += score_question(m, ELSEWHERE, q, **zero)
-    for held_out, trained_on, known, scored in (
-        ("layer", problems, None, ALL),
+            rows += _score(m, ELSEWHERE, q, n=0, held_out="layer")
+    others = list(problems.values())
+    everything = others + [question.problem for question in questions]
+    for held_out, trained_on, features, scored in (
+        ("layer", others, None, ALL),
         ("features", everything, seen, HIDDEN),
         (None, everything, None, ALL),
     ):
-        folder = _folder(work, questions[0].task) / f"{NETWORK}-without-{held_out or 'nothing'}"
-        settings = {"seed": config.seed, "directory": folder, "describer": describer}
-        network, _ = train_network(trained_on, shape, **settings, known=known)
+        how = {"seed": config.seed, "describer": describer}
+        how["directory"] = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
+        network, _ = train_network(trained_on, shape, known=features, **how)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
-            of = {"n": n, "scored": (scored,), "held_out": held_out}
             m = network.write(q.problem, describer)
-            rows += score_question(m, NETWORK, q, **of)
+            rows += _score(m, NETWORK, q, n=n, scored=(scored,), held_out=held_out)
     return rows
 
 
