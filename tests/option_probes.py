@@ -20,7 +20,6 @@ from map_problems import fit_one, make_problem
 
 from crossdict_jax import maps, models, modules
 from crossdict_jax.activations import extract as extraction
-from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.plan import make_plan
 from crossdict_jax.activations.store import Rows, Store, shard_name
 from crossdict_jax.activations.text import load_corpus
@@ -34,6 +33,7 @@ from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.kinds import hypernetwork
 from crossdict_jax.models import Site
 from crossdict_jax.models.base import captured
+from crossdict_jax.models.run import Runner
 from crossdict_jax.pretraining import language_model
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir
@@ -139,10 +139,11 @@ def sites(config):
 def reader(config):
     """How a model is read: windows per forward, and the program."""
     lm = loaded(tiny().models[0])
-    made = extraction.Reader(config.extract, lm, [Site(1)], None)
+    settings = config.extract
+    runner = Runner(lm, batch_size=settings.batch_size, dtype=settings.matmul_dtype)
     tokens = jax.ShapeDtypeStruct((8, 16), np.int32)
-    read = partial(made._runner.dispatch, captured, static=((Site(1),),))
-    return made._runner._size(), traced(read, tokens)
+    read = partial(runner.dispatch, captured, static=((Site(1),),))
+    return runner._size(), traced(read, tokens)
 
 
 def mask(config):
@@ -156,7 +157,8 @@ def mask(config):
     rows = Rows(n, n, n, n[:, None], n[:, None], np.zeros(40, np.int8), n >= 0)
     how = {"shards": 1, "documents": [str(i) for i in n]}
     try:
-        return masked(config.extract, place() / "masked", {"a": [Site(1)]}, rows, **how).keep[:]
+        sites = {"a": (Site(1),)}
+        return extraction.masked(config.extract, place() / "masked", sites, rows, **how)[0]
     except settings.UserError as error:
         return str(error)
 

@@ -98,7 +98,6 @@ TURNED = {
         "control_pairs": Turn(1, ladder, given(layers=(1, 2))),
         "text.window_tokens": Turn(12, plan),
         "extract.batch_size": Turn(16, reader),
-        "extract.shard_windows": Turn(3, plan),
         "extract.norm_mask": Turn(30.0, mask, given(extract__nonfinite="skip")),
         "extract.nonfinite": Turn("skip", mask),
         "extract.matmul_dtype": Turn("bfloat16", reader),

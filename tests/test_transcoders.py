@@ -266,10 +266,9 @@ def test_features_are_stitched_where_they_are_written(finished, capsys):
     assert not work.result("feature_causal.jsonl").exists()
 
 
-def test_an_untrained_twin_writes_where_its_model_does(finished):
-    _, store, _ = finished
-    twins = untrained.twin_names(store)
-    assert untrained._outputs(store, twins, [(tiny_run.SITE,)] * 2) == {
+def test_a_re_initialised_model_writes_where_its_model_does(finished):
+    config, store, _ = finished
+    assert untrained.untrained_outputs(config, store) == {
         ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
         ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
     }

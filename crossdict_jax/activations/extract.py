@@ -62,7 +62,8 @@ def extract(config: Config, work: Workdir) -> Store:
     plan = make_plan(config, list(lms.values()), directory)
     _check_pool(config, plan.of_split["test"])
     counts = read_models(config.extract, directory, lms, sites, plan)
-    keep, left_out = masked(config.extract, directory, sites, plan)
+    how = {"shards": plan.shards, "documents": plan.documents}
+    keep, left_out = masked(config.extract, directory, sites, plan.rows, **how)
     rows = replace(plan.rows, keep=keep)
     write_json(work.result("pairing.json"), _pairing(config, plan, rows, left_out))
     about = {
