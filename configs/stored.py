@@ -7,8 +7,13 @@ A command that gets an existing --workdir and no --config uses them by itself.
 
 from pathlib import Path
 
-from crossdict_jax.benchmark_config import BenchmarkConfig
-from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig
+from crossdict_jax.config import (
+    BenchmarkConfig,
+    Config,
+    ConvertConfig,
+    PretrainConfig,
+    VerifyConfig,
+)
 from crossdict_jax.config.settings import from_dict
 from crossdict_jax.workdir import read_json
 

@@ -24,9 +24,6 @@ from crossdict_jax.activations.masking import masked
 from crossdict_jax.activations.plan import make_plan
 from crossdict_jax.activations.store import Rows, Store, shard_name
 from crossdict_jax.activations.text import load_corpus
-from crossdict_jax.benchmark import ensemble as benchmark_ensemble
-from crossdict_jax.benchmark import extraction as benchmark_extraction
-from crossdict_jax.benchmark import scaling, steps, whole
 from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.config import Config, crosscoder_settings, settings
 from crossdict_jax.dictionaries import crosscoder_training, train
@@ -254,47 +251,6 @@ def preferences(config):
     """The directions, layer pairs and rungs of contrast sets."""
     asked = config.contrast
     return map_groups(config, Four(), layers="middle", kinds=asked.maps)
-
-
-def timed(config):
-    """What benchmarks of training and of extraction run."""
-
-    def stop(extract, *_):
-        raise Asked(extract)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark_extraction, "Reader", stop)
-        with pytest.raises(Asked) as caught:
-            list(benchmark_extraction.benchmark(config, place(), {}))
-    trained = [steps.sae_config(config.steps, a) for a in config.steps.architectures]
-    return *caught.value.args, *trained, scaling._settings(config.scaling)
-
-
-def large(config):
-    """The command of the whole run, and the language models it reads."""
-
-    def stop(command, **_):
-        raise Asked(command[1:])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole.subprocess, "run", stop)
-        with pytest.raises(Asked) as caught:
-            whole._run(Path("run"), ["a", "b"], config.whole)
-    return *caught.value.args, whole.shapes(config.whole)
-
-
-def together(config):
-    """The dictionaries that are timed as one ensemble."""
-
-    def stop(**settings):
-        raise Asked(settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark_ensemble, "make_store", lambda *_, **__: None)
-        patch.setattr(benchmark_ensemble, "SAEConfig", stop)
-        with pytest.raises(Asked) as caught:
-            list(benchmark_ensemble.benchmark(config, place(), {}))
-    return caught.value.args
 
 
 def probed(config):

@@ -23,7 +23,6 @@ from option_probes import (
     crosscoders,
     dictionaries,
     ladder,
-    large,
     mask,
     network,
     plan,
@@ -33,14 +32,18 @@ from option_probes import (
     reader,
     resampled,
     sites,
-    timed,
     tiny,
-    together,
     trained_map,
 )
 
-from crossdict_jax.benchmark_config import BenchmarkConfig
-from crossdict_jax.config import Config, ConvertConfig, PretrainConfig, VerifyConfig, settings
+from crossdict_jax.config import (
+    BenchmarkConfig,
+    Config,
+    ConvertConfig,
+    PretrainConfig,
+    VerifyConfig,
+    settings,
+)
 
 HERE = Path(__file__).parent
 KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
@@ -193,22 +196,7 @@ TURNED = {
     },
     ConvertConfig: {},
     VerifyConfig: {},
-    BenchmarkConfig: {
-        "steps.matmul_dtype": Turn("bfloat16", timed),
-        "extraction.matmul_dtype": Turn("bfloat16", timed),
-        "scaling.matmul_dtype": Turn("bfloat16", timed),
-        "ensemble.matmul_dtype": Turn("bfloat16", together),
-        "whole.n_layers": Turn(9, large),
-        "whole.d_model": Turn(128, large),
-        "whole.n_heads": Turn(2, large),
-        "whole.layers": Turn((3,), large),
-        "whole.documents": Turn(9, large),
-        "whole.bytes": Turn(99, large),
-        "whole.width": Turn(64, large),
-        "whole.sae_steps": Turn(7, large),
-        "whole.map_steps": Turn(7, large),
-        "whole.matmul_dtype": Turn("bfloat16", large),
-    },
+    BenchmarkConfig: {},
 }
 
 # Settings that a test of their stage turns: {test: names with blanks between}.
@@ -268,31 +256,9 @@ ELSEWHERE = {
         "test_gates.test_g10_misses_chance_and_seeds_that_change_nothing": "seed",
     },
     BenchmarkConfig: {
-        "test_speed.test_a_workdir_knows_its_settings": "benchmarks",
-        "test_speed.test_contenders_take_turns_and_the_first_run_does_not_count": "repeats",
-        "test_speed.test_ceilings_are_measured_for_every_dtype": "ceilings.matmul_size "
-        "ceilings.copy_bytes ceilings.dtypes",
-        "test_speed.test_steps_are_measured_without_any_peer": "seed steps.architectures "
-        "steps.d_model steps.width steps.k steps.batch_size steps.rows steps.steps",
-        "test_speed.test_layers_are_read_as_torch_reads_them": "extraction.n_layers "
-        "extraction.d_model extraction.n_heads extraction.vocab_size extraction.layers "
-        "extraction.windows extraction.window_tokens extraction.batch_size",
-        "test_speed.test_the_map_is_measured": "map.d_model map.width map.k map.hidden "
-        "map.batch_size map.steps",
-        "test_speed.test_the_store_is_read_beside_a_copy": "store.rows store.d_model",
-        "test_speed.test_growth_is_measured_against_the_base": "scaling.architecture "
-        "scaling.d_model scaling.width scaling.k scaling.batch_size scaling.rows "
-        "scaling.widths scaling.d_models scaling.ks scaling.batch_sizes "
-        "scaling.members scaling.store_rows scaling.steps",
-        "test_speed.test_an_ensemble_is_measured_beside_its_members": "ensemble.architecture "
-        "ensemble.batch_size ensemble.d_model ensemble.k ensemble.members ensemble.rows "
-        "ensemble.steps ensemble.width",
-        "test_speed.test_memory_is_measured_beside_its_prediction": "memory.architectures "
-        "memory.d_model memory.k memory.batch_size memory.widths",
-        "test_speed.test_documents_are_read_in_two_amounts": "documents.documents "
-        "documents.times documents.bytes",
-        "test_speed.test_the_fewest_documents_fill_shards_and_batches": "documents.batch_size "
-        "documents.shard_windows",
+        "test_benchmark.test_the_command_refuses_what_it_does_not_know": "benchmarks suite",
+        "test_benchmark.test_contenders_take_turns_and_the_first_run_does_not_count": "repeats",
+        "test_benchmark.test_steps_are_measured_without_any_peer": "seed",
     },
 }
 
@@ -317,11 +283,6 @@ SMALL = {  # what probes start from, so that they are quick
     "steps": 40,
     "batch_size": 2,
     "layers": (1,),
-    "extraction.d_model": 16,
-    "extraction.n_heads": 2,
-    "extraction.n_layers": 1,
-    "extraction.layers": (0,),
-    "extraction.vocab_size": 50,
     "text.documents": 40,
     "text.validation_fraction": 0.3,
     "text.test_fraction": 0.3,

@@ -19,7 +19,8 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
-from crossdict_jax.benchmark.saelens import PYTHON, compare_saelens
+from crossdict_jax.benchmark.peer import VARIABLES
+from crossdict_jax.benchmark.saelens import compare_saelens
 from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
 from crossdict_jax.config.settings import validate
@@ -336,6 +337,9 @@ for name in sys.argv[2:]:
     with torch.no_grad():
         np.savez(sys.argv[1] + "/" + name + ".npz", f=d.encode(x).numpy(), y=d(x).numpy())
 """
+
+
+PYTHON = VARIABLES["sae-lens"]
 
 
 @pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with sae-lens")

@@ -142,10 +142,6 @@ def validate(config: Any) -> None:
     Only what can be said without reading text or models; nothing is imported for it. Of settings
     that must fit each other, the ``check`` of their class knows.
     """
-    if type(config).__module__ == "crossdict_jax.benchmark_config":
-        from crossdict_jax import benchmark_settings
-
-        return benchmark_settings.validate(config)
     for name, field in settings(type(config)).items():
         _check_value(name, get(config, name), field)
     for group in _groups(config):
