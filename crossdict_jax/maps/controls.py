@@ -36,7 +36,7 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
     ]
     made = []
     if "ceiling" in config.controls:
-        made += dict.fromkeys(skyline_of(task) for task in ladder)
+        made += dict.fromkeys(ceiling_task(task) for task in ladder)
     if "untrained" in config.controls:
         made += [dataclasses.replace(task, control="untrained") for task in ladder]
     if "reseeded" in config.controls:
@@ -49,7 +49,7 @@ def _reseeds(kind: str) -> bool:
     return cls.fits_together and cls.reads == "features"
 
 
-def skyline_of(task: Task) -> Task:
+def ceiling_task(task: Task) -> Task:
     """Returns the skyline of a map of the ladder: into the same features, from their own model."""
     return Task(task.target, task.target, *2 * (task.site_target,), task.kind, "aligned", "ceiling")
 
