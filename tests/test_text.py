@@ -304,14 +304,7 @@ def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache folder of this test's own."""
-    monkeypatch.setattr(docstrings, "cache_folder", lambda: tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def modules(cache, tmp_path, monkeypatch):
+def modules(tmp_path, monkeypatch):
     """Replaces the installed modules by given sources; returns the documents' texts by name."""
 
     def read(sources):
@@ -320,7 +313,7 @@ def modules(cache, tmp_path, monkeypatch):
             paths[name] = tmp_path / f"{name}.py"
             paths[name].write_text(source)
         monkeypatch.setattr(docstrings, "_modules", lambda: paths)
-        return {module.name: module.text for module in docstrings.module_texts(100)}
+        return {module.name: module.text for module in docstrings.module_texts()}
 
     return read
 
@@ -401,17 +394,13 @@ def normal_paragraphs(document_):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A corpus of this installation's docstrings, and the folder that caches it."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docstrings, "cache_folder", lambda: folder)
-        corpus = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
-    return corpus, folder
+def installed():
+    """A corpus of this installation's docstrings."""
+    return load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
 
 
 def test_installed_docstrings_make_a_corpus(installed):
-    corpus, _ = installed
+    corpus = installed
     assert len(corpus.documents) == 200
     for document_ in corpus.documents:
         assert document_.split == split_of(document_.name, TextConfig())
@@ -422,73 +411,17 @@ def test_installed_docstrings_make_a_corpus(installed):
 
 
 def test_no_test_paragraph_is_a_training_paragraph(installed):
-    corpus, _ = installed
+    corpus = installed
     train = set().union(*map(normal_paragraphs, corpus.split("train")))
     test = set().union(*map(normal_paragraphs, corpus.split("test")))
     assert len(test) > 200 and not train & test
 
 
-def test_fewer_documents_are_a_part_of_more(installed, cache):
-    corpus, _ = installed
+def test_fewer_documents_are_a_part_of_more(installed):
     fewer = load_corpus(TextConfig(source="docstrings", documents=60, max_bytes=10**9))
-    more = {document_.name: document_ for document_ in corpus.documents}
+    more = {document_.name: document_ for document_ in installed.documents}
     assert all(more[document_.name] == document_ for document_ in fewer.documents)
-
-
-def test_the_cache_gives_the_same_corpus_without_reading_again(installed, monkeypatch):
-    corpus, folder = installed
-    monkeypatch.setattr(docstrings, "cache_folder", lambda: folder)
-    monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
-    again = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
-    assert list(again.documents) == list(corpus.documents)
-    assert again.provenance == corpus.provenance
-    fewer = load_corpus(TextConfig(source="docstrings", documents=60))
-    assert fewer.provenance["modules_read"] < corpus.provenance["modules_read"]
-
-
-SMALL = {name: document(LONG + name, OTHER + name, THIRD + name) for name in "abc"}
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: data[:-20],
-        lambda data: data.replace(b"sentence", b"sentense", 1),
-        lambda data: b"5" + data[data.index(b"\n") :],
-        lambda data: b"\xff\xfe",
-    ],
-)
-def test_a_damaged_cache_is_rebuilt(modules, cache, damage):
-    expected = modules(SMALL)
-    (path,) = cache.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert modules(SMALL) == expected
-    assert path.read_bytes() == whole
-
-
-def test_a_cache_that_holds_too_little_is_extended(modules, cache, monkeypatch):
-    expected = modules(SMALL)
-    (path,) = cache.iterdir()
-    path.unlink()
-    assert len(docstrings.module_texts(2)) == 2
-    assert len(docstrings.module_texts(3)) == 3
-    monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
-    assert {m.name: m.text for m in docstrings.module_texts(3)} == expected
-
-
-def test_other_package_versions_are_cached_apart(modules, cache, monkeypatch):
-    modules(SMALL)
-    monkeypatch.setattr(docstrings, "package_versions", lambda: {"python": "9.9"})
-    assert list(modules({"z": document(LONG, OTHER, THIRD)})) == ["z"]
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_a_cache_folder_that_cannot_be_written_costs_only_time(modules, cache):
-    cache.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="cannot be written"):
-        assert len(modules(SMALL)) == 3
+    assert fewer.provenance["modules_read"] < installed.provenance["modules_read"]
 
 
 def test_docstrings_are_cleaned_as_inspect_does_and_foreign_escapes_do_not_warn(modules):

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import ast
-import functools
-import gc
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
-import json
 import os
 import platform
 import re
-import sys
 import sysconfig
-import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -52,7 +46,6 @@ PACKAGES = {
     "transformers": "transformers",
     "treescope": "treescope",
 }
-EXTRACTION = 1  # raise it when the extraction changes: older caches are then rebuilt
 MIN_DOCUMENT_BYTES = 200
 MIN_REPEAT = 40  # characters; shorter lines and paragraphs ("Returns") may repeat anywhere
 MIN_LETTERS = 0.7  # of a paragraph's characters other than spaces and ruled lines
@@ -73,44 +66,21 @@ class ModuleText:
     repeated_paragraphs: int
 
 
-def module_texts(wanted: int) -> list[ModuleText]:
-    """Returns the documentation of the first `wanted` modules (or all), in the hash order of names.
+def module_texts() -> Iterator[ModuleText]:
+    """Yields the modules with enough documentation, in the hash order of their names.
 
     In that order the first N modules are a random sample, and a paragraph belongs to the first
     module that holds it: later ones lose it. So no paragraph is in two splits, and what a module
-    keeps does not depend on `wanted`. Read from the user's cache when that holds enough.
+    keeps does not depend on how many are read. Parses no more than is consumed.
     """
-    key = [EXTRACTION, sys.platform, package_versions()]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / f"docstrings-{digest[:16]}.jsonl"
-    modules = _read_cache(path, wanted=wanted)
-    if modules is None:
-        modules = _read_modules(wanted)
-        _write_cache(path, modules=modules, complete=len(modules) < wanted)
-    return modules[:wanted]
-
-
-def _read_modules(wanted: int) -> list[ModuleText]:
-    """Returns the first ``wanted`` modules, or all if there are fewer."""
     from tqdm import tqdm
 
-    enabled = gc.isenabled()
-    gc.disable()  # it finds no cycles in syntax trees, and takes a third longer
-    try:
-        modules = tqdm(_scan(), desc="Reading docstrings", unit=" modules", disable=None)
-        return list(itertools.islice(modules, wanted))
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _scan() -> Iterator[ModuleText]:
-    """Yields every module with enough documentation; parses no more than is consumed."""
     seen: set[int] = set()
     repeated = 0
     # Other bytes of the hash than split_of reads: else the first N would all be test documents.
     by_hash = sorted(_modules().items(), key=lambda m: hashlib.sha256(m[0].encode()).digest()[8:])
-    for number, (name, path) in enumerate(by_hash, start=1):
+    progress = tqdm(by_hash, desc="Reading docstrings", unit=" modules", disable=None)
+    for number, (name, path) in enumerate(progress, start=1):
         paragraphs = [p for text in _docstrings(path) for p in _paragraphs(text)]
         kept = [p for p in paragraphs if _is_new(p, seen)]
         repeated += len(paragraphs) - len(kept)
@@ -196,7 +166,6 @@ def _is_new(paragraph: str, seen: set[int]) -> bool:
     return is_new
 
 
-@functools.cache
 def package_versions() -> dict[str, str]:
     """Returns the version of Python and of every installed package that is read."""
     versions = {"python": platform.python_version()}
@@ -207,43 +176,3 @@ def package_versions() -> dict[str, str]:
             except importlib.metadata.PackageNotFoundError:  # importable, but not installed
                 versions[distribution] = "unknown"
     return versions
-
-
-# ---------------------------------------------------------------- the cache
-
-
-def cache_folder() -> Path:
-    """Returns the user's cache folder of this project, by the platform's convention."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "crossdict_jax"
-
-
-def _read_cache(path: Path, *, wanted: int) -> list[ModuleText] | None:
-    """Returns the cached modules, or None when they are missing, damaged or too few."""
-    try:
-        head, body = path.read_bytes().split(b"\n", 1)
-        seal, count, complete = json.loads(head)
-    except (OSError, ValueError, TypeError):
-        return None
-    enough = complete or count >= wanted
-    if not enough or seal != hashlib.sha256(body).hexdigest():
-        return None
-    return [ModuleText(**json.loads(line)) for line in body.splitlines()[:wanted]]
-
-
-def _write_cache(path: Path, *, modules: list[ModuleText], complete: bool) -> None:
-    """Writes the cache in one move; a cache folder that cannot be written costs time only."""
-    body = "".join(json.dumps(vars(module)) + "\n" for module in modules).encode()
-    header = [hashlib.sha256(body).hexdigest(), len(modules), complete]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(json.dumps(header).encode() + b"\n" + body)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"The docstring cache {path} cannot be written: {error}")

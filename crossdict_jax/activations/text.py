@@ -186,7 +186,7 @@ def _prepare(raw: Iterator[_Raw], *, text: TextConfig, counts: Counter) -> Itera
 def _open_source(text: TextConfig, details: dict) -> Iterator[_Raw]:
     """Returns the raw documents; what the source says of itself is put into ``details``."""
     if text.source == "docstrings":
-        return _read_docstrings(text.documents, details)
+        return _read_docstrings(details)
     if text.source.startswith("hf:"):
         return _read_hub(text)
     path = Path(text.source).expanduser()
@@ -207,16 +207,13 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[_Raw]:
     return _read_file(path, name=path.name, column=text.column)
 
 
-def _read_docstrings(documents: int, details: dict) -> Iterator[_Raw]:
+def _read_docstrings(details: dict) -> Iterator[_Raw]:
     """Yields a document per module of the installed packages; its name decides on its split."""
     details["packages"] = package_versions()
-    done, wanted = 0, documents
-    while done < len(modules := module_texts(wanted)):  # again if some were duplicates
-        for module in modules[done:]:
-            details["modules_read"] = module.modules_read
-            details["repeated_paragraphs"] = module.repeated_paragraphs
-            yield _Raw(name=module.name, text=module.text, key=module.name)
-        done, wanted = len(modules), 2 * wanted
+    for module in module_texts():
+        details["modules_read"] = module.modules_read
+        details["repeated_paragraphs"] = module.repeated_paragraphs
+        yield _Raw(name=module.name, text=module.text, key=module.name)
 
 
 # ---------------------------------------------------------------- files and folders
