@@ -288,33 +288,17 @@ def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     A position is the last token at that end. Pairs that hold position 0 of any model are left out:
     the first position attends to itself alone and has an outlying norm.
     """
-    common = common_ends(ends)
-    positions = _last_tokens(ends, common)
+    common, positions = _common(ends)
     kept = (positions > 0).all(axis=1)
     return common[kept], positions[kept]
 
 
-def common_ends(ends: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the bytes [n], above 0, at which every model ends a token; the first one included."""
-    common = _distinct(ends[0])
-    for other in ends[1:]:
-        common = common[_contains(other, common)]
-    return common
-
-
-def _distinct(ends: np.ndarray) -> np.ndarray:
-    return ends[np.diff(ends, prepend=np.int32(0)) > 0]
-
-
-def _contains(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Returns which of the non-negative `values` are among the sorted `ends`."""
-    beyond = np.append(ends, np.int32(-1))  # what a value above every end is compared with
-    return beyond[np.searchsorted(ends, values)] == values
-
-
-def _last_tokens(ends: Sequence[np.ndarray], common: np.ndarray) -> np.ndarray:
+def _common(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(ends common to all models, the last token at each): ``pair_many`` masks position 0."""
+    common = functools.reduce(np.intersect1d, ends[1:], np.unique(ends[0]))
+    common = common[common > 0]
     positions = [np.searchsorted(e, common, side="right") - 1 for e in ends]
-    return np.stack(positions, axis=-1).astype(np.int32)  # [n, models]
+    return common, np.stack(positions, axis=-1).astype(np.int32)
 
 
 # ---------------------------------------------------------------- statistics
@@ -365,13 +349,12 @@ class PairingStatistics:
 
 def pairing_statistics(ends: Sequence[np.ndarray]) -> PairingStatistics:
     """Returns the statistics of one text, from the token ends of each model."""
-    common = common_ends(ends)
-    positions = _last_tokens(ends, common)  # [spans, models]
+    common, positions = _common(ends)  # [spans], [spans, models]
     lengths = np.diff(positions, axis=0, prepend=np.full((1, len(ends)), -1, np.int32))
     bins = np.minimum(lengths, MAX_SPAN)
     return PairingStatistics(
         texts=1,
-        ends=tuple(len(_distinct(e)) for e in ends),
+        ends=tuple(len(np.unique(e[e > 0])) for e in ends),
         common=len(common),
         first_positions=int((positions == 0).any(axis=1).sum()),
         one_to_one=int((lengths == 1).all(axis=1).sum()),
@@ -516,7 +499,7 @@ def _reuse(part: _Piece, piece: _Piece, tokens: Sequence[TokenEnds], *, limits) 
         return []
     of_part = []
     for t, limit in zip(tokens, limits):
-        if t.ends is None or not _contains(t.ends, np.array(seams, np.int32)).all():
+        if t.ends is None or not np.isin(seams, t.ends).all():
             return []
         first, last = np.searchsorted(t.ends, (start, stop), side="right")
         if last - first > limit:  # one character of more tokens

@@ -28,7 +28,7 @@ class Rows:
     Memory maps where they may be longer than memory.
     """
 
-    document: np.ndarray  # int32 [n], index into Store.document_names
+    document: np.ndarray  # int32 [n], index into the names in meta.json
     window: np.ndarray  # int32 [n], index into the windows
     byte_end: np.ndarray  # int32 [n], in the document's UTF-8 bytes
     position: np.ndarray  # int32 [n, models], token in the window, a BOS not counted
@@ -122,14 +122,6 @@ class Store:
     def _column(self, name: str) -> np.ndarray:
         column = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
         return column.view(np.ndarray)
-
-    @property
-    def document_names(self) -> list[str]:
-        return self.meta["documents"]
-
-    @property
-    def window_document(self) -> np.ndarray:
-        return self.table.document
 
     def select(self, split: str) -> np.ndarray:
         """Returns the numbers int64 [m] of the kept rows of a split."""
