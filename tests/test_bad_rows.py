@@ -164,7 +164,9 @@ def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
     start.check_rows(one_differs, "a", np.arange(len(one_differs)))
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "matryoshka"])
+@pytest.mark.parametrize(
+    "architecture", ["topk", pytest.param("matryoshka", marks=pytest.mark.slow)]
+)
 def test_one_feature_is_enough(architecture, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     x = np.random.default_rng(0).normal(size=(50, 5)) + 2

@@ -440,7 +440,7 @@ def test_hub_ids_come_from_the_local_cache(tmp_path, monkeypatch):
 def test_embedded_models_are_found_by_name(tmp_path, monkeypatch):
     assert models.ASSETS.parent.name == "models"
     copy_of("gpt2-untied", tmp_path / models.EMBEDDED[0])
-    monkeypatch.setattr("crossdict_jax.models.hf.ASSETS", tmp_path)
+    monkeypatch.setattr("crossdict_jax.models.folders.ASSETS", tmp_path)
     assert models.load(models.EMBEDDED[0]).name == models.EMBEDDED[0]
 
 

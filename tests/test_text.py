@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import io
 import json
 import re
 import unicodedata
@@ -18,7 +17,6 @@ from crossdict_jax.activations.text import (
     SPLITS,
     Document,
     Documents,
-    _paragraphs,
     _pieces,
     cut,
     load_corpus,
@@ -187,17 +185,10 @@ def test_one_text_file_is_cut_at_blank_lines(tmp_path):
 )
 @settings(max_examples=200, deadline=None)
 def test_pieces_lose_no_word(text, max_bytes):
-    pieces = list(_pieces(io.StringIO(text, newline="\n"), max_bytes=max_bytes))
-    assert "".join("".join(pieces).split()) == "".join(unicodedata.normalize("NFC", text).split())
+    text = unicodedata.normalize("NFC", text)
+    pieces = list(_pieces(text, max_bytes=max_bytes))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(len(piece.encode()) <= max_bytes for piece in pieces)
-
-
-@given(st.lists(st.sampled_from([*"\n\n\n \t\r\fab\u2003\x85", "e\u0301", "\u0301"])).map("".join))
-@settings(max_examples=500, deadline=None)
-def test_paragraphs_of_lines_are_those_of_the_whole_text(text):
-    whole = unicodedata.normalize("NFC", text)
-    lines = io.StringIO(text, newline="\n")
-    assert list(_paragraphs(lines)) == re.split(r"\n[ \t\r\f\v]*\n\s*", whole)
 
 
 def test_a_bad_byte_of_a_long_text_is_named_by_its_place(tmp_path):

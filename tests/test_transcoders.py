@@ -171,7 +171,10 @@ def fvu(d, x, y):
     return error / np.square(y - y.mean(0)).sum()
 
 
-@every
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[] if a == "topk" else pytest.mark.slow) for a in base.architectures()],
+)
 def test_training_learns_a_planted_linear_output_of_another_size(
     architecture, tmp_path, monkeypatch
 ):

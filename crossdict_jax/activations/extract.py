@@ -62,8 +62,8 @@ def extract(config: Config, work: Workdir) -> Store:
     plan = make_plan(config, list(lms.values()), directory)
     _check_pool(config, plan.of_split["test"])
     counts = read_models(config.extract, directory, lms, sites, plan)
-    how = {"shards": plan.shards, "documents": plan.documents}
-    keep, left_out = masked(config.extract, directory, sites, plan.rows, **how)
+    counted = {"shards": plan.shards, "documents": plan.documents}
+    keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
     rows = replace(plan.rows, keep=keep)
     write_json(work.result("pairing.json"), _pairing(config, plan, rows, left_out))
     about = {
@@ -187,8 +187,8 @@ def read_models(
         raise UserError(
             f"The text has changed since {directory} was begun; delete it to extract again."
         )
-    how = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
-    runners = [Runner(lm, **how) for lm in lms.values()]
+    options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
+    runners = [Runner(lm, **options) for lm in lms.values()]
     counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
     todo = [i for i in range(reading.shards) if i not in done]
     with tqdm(total=len(todo) * len(lms), desc="extract activations", unit="shard") as progress:

@@ -57,7 +57,6 @@ class _Reader:
     sizes: np.ndarray  # int32 [vocabulary], length of each piece
     added: frozenset[int]  # ids of special and added tokens
     invents_prefix: bool  # whether a space is put before the text, or after an added token
-    cuts_cleanly: bool  # whether cutting a text before whitespace, at a token end, changes no token
 
 
 def token_bytes(tokenizer) -> tuple[bytes, ...]:
@@ -106,7 +105,6 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
         sizes=np.array([len(piece) for piece in pieces], np.int32),
         added=frozenset(added),
         invents_prefix=_invents_prefix(spec),
-        cuts_cleanly=_cuts_cleanly(spec),
     )
 
 
@@ -152,23 +150,6 @@ def _invents_prefix(spec: dict) -> bool:
         ):
             return True
     return False
-
-
-def _cuts_cleanly(spec: dict) -> bool:
-    """Whether the tokenizer is known to read what lies on two sides of a space independently.
-
-    True for GPT-2's splitting into words, which looks behind nowhere and ahead only within
-    whitespace, and for the merges of plain BPE, which never undo a seam between two tokens.
-    """
-    model, words = spec["model"], spec["pre_tokenizer"] or {}
-    rules = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-    return (
-        model["type"] == "BPE"
-        and not any(model.get(rule) for rule in rules)
-        and (spec["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-        and words.get("type") == "ByteLevel"
-        and not words["add_prefix_space"]
-    )
 
 
 def _steps(spec: dict, *parts: str) -> Iterator[dict]:
@@ -409,7 +390,6 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
             "text.window_tokens and every model's context must leave room for 2 or more."
         )
     readers = [_reader(tokenizer) for tokenizer in tokenizers]
-    clean = all(reader.cuts_cleanly for reader in readers)
     pieces = [_Piece(i, 0, normalize(text).encode()) for i, text in enumerate(texts)]
     kept: list[Window] = []
     not_rebuilt, too_long = [0] * len(readers), 0
@@ -418,24 +398,16 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
         for piece, *tokens in zip(pieces, *(_read(texts, reader) for reader in readers)):
             if all(len(t.ids) <= limit for t, limit in zip(tokens, limits)):
                 not_rebuilt = [n + (t.ends is None) for n, t in zip(not_rebuilt, tokens)]
-                kept += _window(piece, tokens)
+                if piece.data and all(t.ends is not None for t in tokens):
+                    text = piece.data.decode()
+                    kept.append(Window(piece.document, piece.start, text, tuple(tokens)))
             elif len(piece.data.decode()) == 1:
                 too_long += 1
             else:
-                for part in _cut_up(piece, tokens, limits=limits):
-                    window = _reuse(part, piece, tokens, limits=limits) if clean else []
-                    kept += window
-                    unread += [] if window else [part]
+                unread += _cut_up(piece, tokens, limits=limits)
         pieces = unread
     kept.sort(key=lambda window: (window.document, window.start))
     return Windows(tuple(kept), tuple(not_rebuilt), too_long)
-
-
-def _window(piece: _Piece, tokens: Sequence[TokenEnds]) -> list[Window]:
-    """Returns the window that a piece is, or none if it is empty or not rebuilt."""
-    if not piece.data or any(t.ends is None for t in tokens):
-        return []
-    return [Window(piece.document, piece.start, piece.data.decode(), tuple(tokens))]
 
 
 def _cut_up(piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[_Piece]:
@@ -484,25 +456,3 @@ def _seam(data: bytes, spaces: np.ndarray, *, start: int, target: int) -> int:
         while inside_character(stop):
             stop += 1
     return stop
-
-
-def _reuse(part: _Piece, piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[Window]:
-    """Returns a part's window from the tokens of the whole piece, or none if it must be read.
-
-    Reading twice is what costs time. Of tokenizers that cut cleanly, the tokens may be kept where
-    both seams lie before whitespace and at a token end.
-    """
-    start = part.start - piece.start
-    stop = start + len(part.data)
-    seams = [seam for seam in (start, stop) if 0 < seam < len(piece.data)]
-    if not all(_SPACE.match(piece.data, seam) for seam in seams):
-        return []
-    of_part = []
-    for t, limit in zip(tokens, limits):
-        if t.ends is None or not np.isin(seams, t.ends).all():
-            return []
-        first, last = np.searchsorted(t.ends, (start, stop), side="right")
-        if last - first > limit:  # one character of more tokens
-            return []
-        of_part.append(TokenEnds(t.ids[first:last], t.ends[first:last] - start))
-    return _window(part, of_part)

@@ -108,7 +108,12 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
             of_split[split] += len(rows)
             window_document.append([document])
             for i, tokens in enumerate(window.tokens):
-                _check_vocabulary(tokens.ids, lms[i])
+                if len(tokens.ids) and tokens.ids.max() >= lms[i].config.vocab_size:
+                    raise UserError(
+                        f"The tokenizer of {lms[i].name} gives token id {tokens.ids.max()}, but "
+                        f"the model has only {lms[i].config.vocab_size} (0-"
+                        f"{lms[i].config.vocab_size - 1}); use its own tokenizer."
+                    )
                 ids[i].append(tokens.ids)
                 offsets[i].append([len(ids[i])])
             counts = pairing.pairing_statistics([tokens.ends for tokens in window.tokens])
@@ -170,11 +175,3 @@ def _blocks(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]
             first, block, size = first + len(block), [], 0
     if block:
         yield first, block
-
-
-def _check_vocabulary(ids: np.ndarray, lm: LanguageModel) -> None:
-    if len(ids) and ids.max() >= lm.config.vocab_size:
-        raise UserError(
-            f"The tokenizer of {lm.name} gives token id {ids.max()}, but the model has only "
-            f"{lm.config.vocab_size} (0-{lm.config.vocab_size - 1}); use its own tokenizer."
-        )

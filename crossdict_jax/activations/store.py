@@ -181,17 +181,15 @@ class Store:
         out = np.empty((len(rows), self.d_model(model)), np.uint16)
         for shard in np.unique(shards):
             index = shards == shard
-            out[index] = self._shard(model, str(site), int(shard))[rows[index] - starts[shard]]
+            name = shard_name(model, str(site), int(shard))
+            elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
+            path = Path(os.path.normpath(self.directory / elsewhere / name))
+            if name not in self._verified:
+                check_file(path, self.meta["checksums"][name])
+                self._verified.add(name)
+            x = np.load(path, mmap_mode="r", allow_pickle=False)
+            out[index] = x[rows[index] - starts[shard]]
         return out.view(ml_dtypes.bfloat16)
-
-    def _shard(self, model: str, site: str, shard: int) -> np.ndarray:
-        name = shard_name(model, site, shard)
-        elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
-        path = Path(os.path.normpath(self.directory / elsewhere / name))
-        if name not in self._verified:
-            check_file(path, self.meta["checksums"][name])
-            self._verified.add(name)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def shard_name(model: str, site: str, shard: int) -> str:

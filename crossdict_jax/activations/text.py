@@ -9,7 +9,7 @@ import tempfile
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -184,14 +184,27 @@ def _prepare(raw: Iterator[_Raw], *, text: TextConfig, counts: Counter) -> Itera
 
 
 def _open_source(text: TextConfig, details: dict) -> Iterator[_Raw]:
-    """Returns the raw documents; what the source says of itself is put into ``details``."""
-    if text.source == "docstrings":
-        return _read_docstrings(details)
+    """Yields the raw documents; what the source says of itself is put into ``details``."""
+    if text.source == "docstrings":  # a document for each module; its name decides on its split
+        details["packages"] = package_versions()
+        for module in module_texts():
+            details["modules_read"] = module.modules_read
+            details["repeated_paragraphs"] = module.repeated_paragraphs
+            yield _Raw(name=module.name, text=module.text, key=module.name)
+        return
     if text.source.startswith("hf:"):
-        return _read_hub(text)
+        yield from _read_hub(text)
+        return
     path = Path(text.source).expanduser()
     if path.is_dir():
-        return _read_folder(path, text=text)
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(
+                f"text.source={text.source} holds no file ending in {' '.join(SUFFIXES)}."
+            )
+        for file in files:
+            yield from _read_file(file, path, column=text.column)
+        return
     if not path.is_file():
         raise UserError(
             f"text.source={text.source} does not exist: give docstrings, a file or folder of "
@@ -201,35 +214,20 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[_Raw]:
         raise UserError(f"text.source={text.source} must end in one of {' '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise UserError(f"text.source={text.source} is an empty file: give one with text.")
-    if path.suffix == ".txt":
-        pieces = enumerate(_pieces(_lines(path), max_bytes=text.max_bytes))
-        return (_Raw(name=f"{path.name}:{number}", text=piece) for number, piece in pieces)
-    return _read_file(path, name=path.name, column=text.column)
+    if path.suffix != ".txt":
+        yield from _read_file(path, path.parent, column=text.column)
+        return
+    content = unicodedata.normalize("NFC", _decode(path.read_bytes(), where=str(path)))
+    for number, piece in enumerate(_pieces(content, max_bytes=text.max_bytes)):
+        yield _Raw(name=f"{path.name}:{number}", text=piece)
 
 
-def _read_docstrings(details: dict) -> Iterator[_Raw]:
-    """Yields a document per module of the installed packages; its name decides on its split."""
-    details["packages"] = package_versions()
-    for module in module_texts():
-        details["modules_read"] = module.modules_read
-        details["repeated_paragraphs"] = module.repeated_paragraphs
-        yield _Raw(name=module.name, text=module.text, key=module.name)
+# ---------------------------------------------------------------- files
 
 
-# ---------------------------------------------------------------- files and folders
-
-
-def _read_folder(folder: Path, *, text: TextConfig) -> Iterator[_Raw]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(f"text.source={text.source} holds no file ending in {' '.join(SUFFIXES)}.")
-    for file in files:
-        name = file.relative_to(folder).as_posix()
-        yield from _read_file(file, name=name, column=text.column)
-
-
-def _read_file(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
+def _read_file(path: Path, folder: Path, *, column: str) -> Iterator[_Raw]:
     """Yields the rows of a .jsonl or .parquet file; a .txt file of a folder is one document."""
+    name = path.relative_to(folder).as_posix()
     if path.suffix == ".txt":
         yield _Raw(name=name, text=_decode(path.read_bytes(), where=str(path)))
         return
@@ -238,34 +236,10 @@ def _read_file(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
         yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    r"""Yields the lines of a text file, each with its \n."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            yield _decode(line, where=str(path), offset=offset)
-            offset += len(line)
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the NFC text between blank lines, which are dropped with all whitespace after them."""
-    paragraph: list[str] = []
-    begun = True  # False: only whitespace since the last paragraph
-    for line in lines:
-        line = unicodedata.normalize("NFC", line)  # nothing composes across a line's end
-        if paragraph and line.endswith("\n") and not line.strip(" \t\r\f\v\n"):
-            yield "".join(paragraph)[:-1]
-            paragraph, begun = [], False
-        elif begun or line.lstrip():
-            paragraph.append(line if begun else line.lstrip())
-            begun = True
-    yield "".join(paragraph)
-
-
-def _pieces(lines: Iterable[str], *, max_bytes: int) -> Iterator[str]:
-    # NFC is made before, or a piece could grow beyond max_bytes later and lose its tail.
+def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
+    """Yields paragraphs of an NFC text together, as many as ``max_bytes`` hold."""
     piece, size = "", 0
-    for paragraph in _paragraphs(lines):
+    for paragraph in re.split(r"\n[ \t\r\f\v]*\n\s*", text):
         length = len(paragraph.encode())
         if piece and size + 2 + length > max_bytes:
             yield piece
@@ -321,15 +295,14 @@ def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]
             yield number, f"{path} row {number}", row
 
 
-def _decode(data: bytes, *, where: str, offset: int = 0) -> str:
-    """Returns the text of bytes that begin at an offset of a file; a mark at its start is none."""
+def _decode(data: bytes, *, where: str) -> str:
+    """Returns the text of bytes; a byte order mark at their start is none of it."""
     try:
-        return data.decode("utf-8" if offset else "utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = len(data) - len(error.object) + error.start  # the object is without the mark
         raise UserError(
-            f"{where} is not UTF-8 (byte {data[at]:#04x} at offset {offset + at}): convert it to "
-            "UTF-8."
+            f"{where} is not UTF-8 (byte {data[at]:#04x} at offset {at}): convert it to UTF-8."
         ) from error
 
 

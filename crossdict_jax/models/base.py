@@ -317,10 +317,10 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
             f"({config.context} positions); cut the text first."
         )
     # Ids can be looked at that are neither traced nor spread over other processes.
-    known = not isinstance(tokens, jax.core.Tracer)
-    if known and isinstance(tokens, jax.Array):
-        known = tokens.is_fully_addressable
-    if known and tokens.size:
+    readable = not isinstance(tokens, jax.core.Tracer)
+    if readable and isinstance(tokens, jax.Array):
+        readable = tokens.is_fully_addressable
+    if readable and tokens.size:
         ids = np.asarray(tokens)  # numpy: under jit, jnp would trace even a known array
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
