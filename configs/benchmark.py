@@ -1,9 +1,10 @@
 """All measurements of speed, at sizes for two CPU cores.
 
 python -m launch.benchmark --config=configs/benchmark.py --workdir=runs/benchmark
+python -m launch.benchmark --config.suite=gpu --workdir=runs/benchmark-gpu
 """
 
-from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.config import BenchmarkConfig
 
 
 def get_config() -> BenchmarkConfig:

@@ -116,6 +116,24 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+LEAST_DAMAGE = 0.05  # nats: where zeros do less harm than this, no share of it is reported
+
+
+def loss_recovered(
+    edited: np.ndarray, *, clean: np.ndarray, baseline: np.ndarray, resamples: Resamples
+) -> Estimate | None:
+    """Returns (CE_baseline - CE_edited) / (CE_baseline - CE_clean): 1 is harmless, 0 the baseline.
+
+    None if the baseline (zeros, or the mean) does less than LEAST_DAMAGE nats of harm.
+
+    Args:
+      edited, clean, baseline: cross-entropies in nats, [n] positions.
+    """
+    if resamples.mean(baseline - clean).value < LEAST_DAMAGE:
+        return None
+    return resamples.estimate(baseline - edited, baseline - clean)
+
+
 def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | None:
     """Returns Pearson's r of a and b [n] over resamples of documents; None if one is constant."""
     if len(a) < 3:

@@ -12,11 +12,9 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.loss_ablation.measure import ablate_losses
-    from crossdict_jax.studies.loss_ablation.section import print_ablation
+    from crossdict_jax.studies.loss_ablation.measure import run
 
-    ablate_losses(config, work)
-    print_ablation(work)
+    run(config, work)
 
 
 if __name__ == "__main__":

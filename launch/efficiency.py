@@ -1,4 +1,4 @@
-"""Measures what maps are worth in paired rows: rungs on few rows, the hypernetwork on none.
+"""Measures what maps are worth in paired rows: maps on few rows, the hypernetwork on none.
 
 python -m launch.efficiency --workdir=runs/ab
 
@@ -11,17 +11,10 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.efficiency.measure import measure_efficiency
+    from crossdict_jax.studies.efficiency.measure import run
 
-    measure_efficiency(config, work)
-
-
-def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.efficiency.section import print_table
-
-    main(config, work)
-    print_table(work)
+    run(config, work)
 
 
 if __name__ == "__main__":
-    command.run(main_and_table)
+    command.run(main)

@@ -12,11 +12,11 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.pareto.section import print_tables
+    from crossdict_jax.report.tables import show
+    from crossdict_jax.studies.pareto.section import curves, tables
     from crossdict_jax.verify.recovery import measure_pareto
 
-    measure_pareto(config, work)
-    print_tables(work)
+    show(tables(curves(measure_pareto(config, work))))
 
 
 if __name__ == "__main__":

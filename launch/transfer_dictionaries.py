@@ -1,9 +1,9 @@
-"""Trains each dictionary again, from random parameters and from the other models' dictionaries.
+"""Uses each model's dictionaries for the others: as they are, and as a start of training.
 
 python -m launch.transfer_dictionaries --workdir=runs/ab
 
-Prints how many steps the transferred start saves; the curves lie in
-results/dictionary_training.jsonl and in the report. Needs a run whose dictionaries are trained.
+Prints what moved dictionaries explain and how many training steps they save; the curves are in the
+report. Needs a run whose dictionaries are trained.
 """
 
 from crossdict_jax.config import Config
@@ -12,16 +12,9 @@ from launch import command
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.activations.store import open_store
-    from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
+    from crossdict_jax.studies.dictionary_transfer.measure import run
 
-    for row in compare_starts(config, open_store(work.activations), work):
-        saved = "none" if row["saved"] is None else f"{100 * row['saved']:.0f} %"
-        print(
-            f"{row['source']} {row['site_source']} to {row['target']} {row['site_target']}: "
-            f"{saved} of the steps saved; FVU {row['fvu_transferred']:.3f} from the transferred "
-            f"start, {row['fvu_random']:.3f} from a random one"
-        )
+    run(config, work)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What drives a feature, planted; and which features transfer, against slow definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,9 @@ def pairs() -> Pairs:
     return Pairs(Side(x, tokens, signed()), Side(target, tokens, signed()), np.arange(N))
 
 
+SCALE = np.ones((3, 2 * D))  # what effects are measured in
+
+
 def planted_weights() -> np.ndarray:
     """Every feature of B is driven by two features of A, with weights 1 and -0.5."""
     W = np.zeros((2 * D, 2 * D))
@@ -69,72 +74,52 @@ def planted_weights() -> np.ndarray:
 
 
 def test_the_drivers_of_a_planted_affine_map_are_found_exactly(pairs):
-    W, which = planted_weights(), np.array([7, 0, 4])
-    m = Affine(signed(), W)
-    found = attribution.drivers(m, pairs, which, scales=attribution.scales(pairs))
-    assert np.allclose(found.weight, W.T[which], atol=1e-6)
-    assert found.exact.all() and found.through == "features"
-    for i, j in enumerate(which):
-        assert found.order(i)[:2].tolist() == [j, (j + 3) % (2 * D)]
-    f = np.asarray(signed().encode(pairs.source.x))
-    on = f @ W[:, which] > 0.1
-    assert found.rows.tolist() == on.sum(0).tolist()
-    std_b = np.asarray(signed().encode(pairs.target.x)).std(0)
-    expected = W[:, which] * f.std(0)[:, None] / std_b[which][None, :]
-    assert np.allclose(found.effect, expected.T, rtol=1e-4, atol=1e-6)
+    W, index = planted_weights(), np.array([7, 0, 4])
+    scale = np.random.default_rng(2).random((3, 2 * D))
+    drivers = attribution.drivers(Affine(signed(), W), pairs.source, index, scale=scale)
+    assert np.allclose(drivers.weight, W.T[index], atol=1e-6)
+    assert np.allclose(drivers.effect, scale * W.T[index], atol=1e-6)
+    assert drivers.exact.all() and drivers.through == "features"
+    on = np.asarray(signed().encode(pairs.source.x)) @ W[:, index] > 0.1
+    assert drivers.rows.tolist() == on.sum(0).tolist()
+    drivers = dataclasses.replace(drivers, effect=drivers.weight)
+    for i, j in enumerate(index):
+        assert drivers.order(i)[:2].tolist() == [j, (j + 3) % (2 * D)]
 
 
 def test_the_jacobian_of_a_curved_map_is_averaged_over_rows_where_it_is_on(pairs):
-    W, which = np.abs(planted_weights()), np.array([2, 9])
-    m = Squared(signed(), W)
-    found = attribution.drivers(m, pairs, which, scales=attribution.scales(pairs))
+    W, index = np.abs(planted_weights()), np.array([2, 9, 1])
+    drivers = attribution.drivers(Squared(signed(), W), pairs.source, index, scale=SCALE)
     f = np.asarray(signed().encode(pairs.source.x), np.float64)
-    for i, j in enumerate(which):
+    for i, j in enumerate(index):
         on = np.square(f) @ W[:, j] > 0.1
-        slow = (2 * f[on] * W[:, j][None, :]).mean(0)
-        assert np.allclose(found.weight[i], slow, atol=1e-5)
-    assert not found.exact.any()
+        assert np.allclose(drivers.weight[i], (2 * f[on] * W[:, j][None, :]).mean(0), atol=1e-5)
+    assert not drivers.exact.any()
 
 
 def test_maps_of_activations_are_seen_through_the_decoder(pairs):
     W = np.random.default_rng(1).normal(size=(D, 2 * D))
     m = OfActivations(signed(), W)
-    found = attribution.drivers(m, pairs, np.arange(3), scales=attribution.scales(pairs))
-    expected = np.concatenate([W, -W])[:, :3].T
-    assert np.allclose(found.weight, expected, atol=1e-5)
-    assert found.exact.all() and found.through == "decoder"
+    drivers = attribution.drivers(m, pairs.source, np.arange(3), scale=SCALE)
+    assert np.allclose(drivers.weight, np.concatenate([W, -W])[:, :3].T, atol=1e-5)
+    assert drivers.exact.all() and drivers.through == "decoder"
 
 
-def test_a_feature_that_is_never_predicted_has_no_drivers(pairs):
-    m = Affine(signed(), -np.ones((2 * D, 2 * D)))
-    found = attribution.drivers(m, pairs, np.arange(2), scales=attribution.scales(pairs))
-    said = attribution.describe("affine", found, 1, 0, found)
-    assert said["n_rows"] == 0 and said["drivers"] == []
-    assert said["exact"] is said["place_of_match"] is said["stability"] is None
-
-
-def test_stability_compares_two_maps(pairs):
-    scales, which = attribution.scales(pairs), np.arange(2)
-    W = planted_weights()
-    other = np.roll(W, 1, axis=0)
-
+def test_rows_say_how_stable_drivers_are_and_where_the_match_ranks(pairs):
     def of(weights):
-        return attribution.drivers(Affine(signed(), weights), pairs, which, scales=scales)
+        m = Affine(signed(), weights)
+        return attribution.drivers(m, pairs.source, np.arange(3), scale=SCALE)
 
-    first = of(W)
-    same = attribution.describe("affine", first, 0, 0, of(2 * W))
-    moved = attribution.describe("affine", first, 0, 0, of(other))
-    assert same["stability"] == pytest.approx(1)
-    assert abs(moved["stability"]) < 0.5
-    assert same["place_of_match"] == 1
-    assert attribution.describe("affine", first, 0, 0, None)["stability"] is None
-
-
-def test_correlations_are_their_definition(pairs):
-    found = attribution.correlations(pairs, np.array([3, 1]))
-    a, b = (np.asarray(signed().encode(s.x)) for s in (pairs.source, pairs.target))
-    slow = [[np.corrcoef(b[:, j], a[:, i])[0, 1] for i in range(2 * D)] for j in (3, 1)]
-    assert np.allclose(found, slow, atol=1e-5)
+    W = planted_weights()
+    same, moved = (
+        attribution.describe(of(W), 0, 0, of(other)) for other in (2 * W, np.roll(W, 1, axis=0))
+    )
+    assert same["stability"] == pytest.approx(1) and abs(moved["stability"]) < 0.5
+    assert same["rank_of_match"] == 1
+    assert attribution.describe(of(W), 0, 0, None)["stability"] is None
+    never = attribution.describe(of(-np.ones((2 * D, 2 * D))), 1, 0, of(W))
+    assert never["n_rows"] == 0 and never["drivers"] == []
+    assert never["exact"] is never["rank_of_match"] is never["stability"] is None
 
 
 # ---------------------------------------------------------------- the file of a run
@@ -147,94 +132,85 @@ def run(tmp_path_factory):
     return config, work, read_jsonl(work.result("feature_transfer.jsonl"))
 
 
-def test_shown_features_are_the_extremes_of_the_best_map(run):
+@pytest.mark.parametrize(("source", "target"), ["ab", "ba"])
+def test_shown_features_are_the_extremes_of_the_best_map(run, source, target):
     config, work, rows = run
-    store = open_store(work.activations)
-    for source, target in ("ab", "ba"):
-        here = [r for r in rows if r["source"] == source]
-        (kind,) = {r["map"] for r in here}
-        pairs, validation = (
-            maps.load_pairs(store, source, target, *2 * (tiny_run.SITE,), split, work)
-            for split in ("test", "validation")
-        )
-        loaded = {
-            t.kind: maps.load(t.path(work))
-            for t in maps.tasks(config, store)
-            if (t.source, t.pairing) == (source, "aligned")
-        }
-        assert kind == max(loaded, key=lambda k: -squared_error(loaded[k], validation))
-        t, p = features_of(pairs), maps.predict(loaded[kind], pairs)
-        train = maps.load_pairs(store, source, target, *2 * (tiny_run.SITE,), "train", work)
-        spread = np.square(t - features_of(train).mean(0)).sum(0)
-        r2 = 1 - np.square(t - p).sum(0) / np.where(spread > 0, spread, np.nan)
-        enough = np.flatnonzero((t > 0).sum(0) >= features.MIN_FIRINGS)
-        order = enough[np.argsort(-r2[enough])]
-        shown = [r for r in here if r["row"] == "feature"]
-        n = min(config.evaluation.features_shown, len(order) // 2)
-        assert [r["feature"] for r in shown] == [*order[:n], *order[::-1][:n]]
-        assert [r["rank"] for r in shown] == ["most"] * n + ["least"] * n
-        for r in shown:
-            j = r["feature"]
-            assert r["r2"] == pytest.approx(r2[j], abs=1e-3)
-            assert r["correlation"] == pytest.approx(np.corrcoef(t[:, j], p[:, j])[0, 1], abs=1e-3)
-            assert r["firings"] == (t[:, j] > 0).sum()
-        for name in ("frequency", "token_share"):
-            binned = [r for r in here if r["row"] == name]
-            assert sum(r["n_features"] for r in binned) == len(enough)
+    store, rows = open_store(work.activations), [r for r in rows if r["source"] == source]
+    (kind,) = {r["map"] for r in rows}
+    train, validation, test = (
+        maps.load_pairs(store, source, target, *2 * (tiny_run.SITE,), split, work)
+        for split in ("train", "validation", "test")
+    )
+    loaded = {
+        t.kind: maps.load(t.path(work))
+        for t in maps.tasks(config, store)
+        if (t.source, t.pairing) == (source, "aligned")
+    }
+    errors = {
+        k: np.square(encoded(validation.target) - maps.predict(m, validation)).sum()
+        for k, m in loaded.items()
+    }
+    assert kind == min(errors, key=errors.get)
+    t, p = encoded(test.target), maps.predict(loaded[kind], test)
+    spread = np.square(t - encoded(train.target).mean(0)).sum(0)
+    r2 = 1 - np.square(t - p).sum(0) / np.where(spread > 0, spread, np.nan)
+    enough = np.flatnonzero((t > 0).sum(0) >= features.MIN_FIRINGS)
+    order = enough[np.argsort(-r2[enough])]
+    shown, n = [r for r in rows if r["row"] == "feature"], min(features.SHOWN, len(order) // 2)
+    assert [r["feature"] for r in shown] == [*order[:n], *order[::-1][:n]]
+    assert [r["rank"] for r in shown] == ["most"] * n + ["least"] * n
+    r_train, r_test = (
+        np.corrcoef(encoded(pairs.target).T, encoded(pairs.source).T)[: len(r2), len(r2) :]
+        for pairs in (train, test)
+    )
+    for r in shown:
+        j = r["feature"]
+        assert r["r2"] == pytest.approx(r2[j], abs=1e-3)
+        assert r["correlation"] == pytest.approx(np.corrcoef(t[:, j], p[:, j])[0, 1], abs=1e-3)
+        assert r["firings"] == (t[:, j] > 0).sum()
+        match = r["match"]["feature"]
+        assert match == np.nanargmax(r_train[j])
+        assert r["match"]["correlation"] == pytest.approx(r_test[j, match], abs=1e-4)
+    for name in ("frequency", "token_share"):
+        assert sum(r["n_features"] for r in rows if r["row"] == name) == len(enough)
 
 
-def features_of(pairs) -> np.ndarray:
-    return np.asarray(pairs.target.dictionary.encode(pairs.target.x.astype(np.float32)))
+def encoded(side) -> np.ndarray:
+    return np.asarray(side.dictionary.encode(side.x.astype(np.float32)))
 
 
-def squared_error(m, pairs) -> float:
-    return float(np.square(features_of(pairs) - maps.predict(m, pairs)).sum())
-
-
-def test_contexts_are_text_of_the_run_with_the_token_that_fires(run):
-    _, _, rows = run
-    texts = tiny_run.make_texts(60)
+def test_contexts_are_texts_around_the_strongest_rows(run):
+    _, work, rows = run
+    texts, store = tiny_run.make_texts(60), open_store(work.activations)
     for row in (r for r in rows if r["row"] == "feature"):
         strengths = [c["activation"] for c in row["contexts"]]
         assert strengths == sorted(strengths, reverse=True) and min(strengths) > 0
-        found = [c["before"] + c["token"] + c["after"] for c in row["contexts"]]
-        homes = [{i for i, text in enumerate(texts) if snippet in text} for snippet in found]
-        assert all(homes) and len(found) == features.CONTEXTS
-        assert all(c["token"] for c in row["contexts"])
-
-
-def test_the_strongest_context_is_the_strongest_row(run):
-    _, work, rows = run
-    store = open_store(work.activations)
-    row = next(r for r in rows if r["row"] == "feature")
-    d = dictionaries.load(work.dictionary(row["target"], tiny_run.SITE))
-    x = store.read(row["target"], tiny_run.SITE, store.select("test")).astype(np.float32)
-    strongest = np.asarray(d.encode(x))[:, row["feature"]].max()
-    assert row["contexts"][0]["activation"] == pytest.approx(float(strongest), rel=1e-4)
+        snippets = [c["before"] + c["token"] + c["after"] for c in row["contexts"]]
+        assert all(any(snippet in text for text in texts) for snippet in snippets)
+        assert len(snippets) == features.CONTEXTS and all(c["token"] for c in row["contexts"])
+        d = dictionaries.load(work.dictionary(row["target"], tiny_run.SITE))
+        x = store.read(row["target"], tiny_run.SITE, store.select("test")).astype(np.float32)
+        strongest = np.asarray(d.encode(x))[:, row["feature"]].max()
+        assert strengths[0] == pytest.approx(float(strongest), rel=1e-4)
 
 
 def test_every_shown_feature_has_its_drivers(run):
     config, _, rows = run
     for row in (r for r in rows if r["row"] == "feature"):
-        kinds = [a["map"] for a in row["attributions"]]
-        assert "mlp" in kinds
-        assert -1 <= row["match"]["correlation"] <= 1
-        for said in row["attributions"]:
-            effects = [abs(d["effect"]) for d in said["drivers"]]
+        assert "mlp" in [a["map"] for a in row["attributions"]]
+        for drivers in (a["drivers"] for a in row["attributions"]):
+            effects = [abs(d["effect"]) for d in drivers]
             assert effects == sorted(effects, reverse=True)
-            assert all(0 <= d["feature"] < config.sae.width for d in said["drivers"])
+            assert all(0 <= d["feature"] < config.sae.width for d in drivers)
 
 
 @pytest.mark.parametrize("count", [0, 2, 1000])
 def test_as_many_features_are_shown_as_asked(count):
-    table = features._Table(
+    table = features.FeatureScores(
         r2=np.array([0.1, np.nan, 0.9, 0.5, 0.3, 0.7]),
-        r2_validation=np.zeros(6),
-        correlation=np.zeros(6),
-        token_share=np.zeros(6),
+        **dict.fromkeys(("r2_validation", "correlation", "token_share"), np.zeros(6)),
         firings=np.array([30, 30, 30, 30, 30, 3]),
-        rows=100,
+        n_rows=100,
     )
-    shown = table.extremes(count)
     expected = [(2, "most"), (3, "most"), (0, "least"), (4, "least")]
-    assert shown == (expected if count else [])
+    assert table.extremes(count) == (expected if count else [])

@@ -1,45 +1,353 @@
-"""Comparisons with other libraries: curves at equal sparsity, a missing peer, a real one."""
+"""Benchmarks: turns, ratios, peers in processes of their own, quality; nothing is timed here."""
 
-import itertools
+import dataclasses
+import json
+import math
 import os
+import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
 from test_launch import launch
 
+from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.benchmark import saelens
-from crossdict_jax.config import SAEConfig, to_dict
+from crossdict_jax.benchmark import harness, peer, run, saelens, workloads
+from crossdict_jax.benchmark.harness import OURS, Bench, Spent
+from crossdict_jax.benchmark.measurements import (
+    documents,
+    extraction,
+    memory,
+    scaling,
+    startup,
+    steps,
+    store,
+    whole,
+)
+from crossdict_jax.benchmark.measurements import map as map_steps
+from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
+from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import open_workdir, read_jsonl
+from crossdict_jax.training.loop import train
+from crossdict_jax.workdir import Workdir, open_workdir, read_json, read_jsonl
+
+DICTIONARY = {"d_model": 8, "width": 16, "k": 2, "batch_size": 32, "rows": 64}
+TINY = {  # the sizes of every measurement
+    steps: steps.Sizes(architectures=("relu", "topk"), **DICTIONARY),
+    extraction: extraction.Sizes(
+        n_layers=3,
+        d_model=16,
+        n_heads=2,
+        vocab_size=50,
+        layers=(1, 2),
+        windows=3,
+        window_tokens=12,
+        batch_size=2,
+    ),
+    map_steps: ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
+    store: (100, 8),
+    scaling: (DICTIONARY | {"seeds": 1}, "float32", 1),
+    memory: (8, 16, (128,)),
+    documents: (20, 40),
+}
 
 
-def test_the_table_sets_equal_rates_side_by_side():
-    row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
-    row |= {"rows_train": 100, "rows_test": 50, "l0": 4.0, "fvu": 0.3, "fvu_at_k": 0.3}
-    rows = []
-    for architecture in saelens.THEIRS:
-        for rate, library in itertools.product((0.01, 3e-4), saelens.LIBRARIES):
-            where = {"architecture": architecture, "learning_rate": rate, "library": library}
-            rows.append(row | where | {"seconds": 2.0, "name": "one"})
-    rows.append(rows[0] | {"l0": 8.0, "seconds": 4.0})
-    for place, fvu in ((1, 0.35), (3, 0.25), (4, None), (7, 0.4)):
-        rows[place]["fvu_at_k"] = fvu
-    every, best = ([[c.text for c in line] for line in t.rows] for t in saelens.tables(rows))
-    assert len(every) == 12 and [line[1] for line in every] == ["0.01", "0.0003"] * 6
-    assert every[0][2:] == ["4 of 4.0–8.0", "4.0", "0.300", "0.350", "3.0", "2.0"]
-    assert best[0] == ["relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
-    assert best[1] == ["gated", "0.01", "–", "0.01", "0.300", "–"] and len(best) == 6
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiny sizes, no peers."""
+    for variable in peer.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    for module, sizes in TINY.items():
+        monkeypatch.setitem(module.SIZES, "cpu", sizes)
+    monkeypatch.setattr(memory, "ARCHITECTURES", ("relu",))
+    monkeypatch.setattr(scaling, "POINTS", {"width": (8,), "seeds": (2,), "rows": (80,)})
 
 
-def test_rates_are_that_usual_here_that_of_topk_and_theirs(tiny):
-    bench = saelens._Bench(*tiny, "a")
-    assert bench.rates("relu") == (2.4e-2, 1.2e-2, 3e-4) and bench.rates("topk") == (1.2e-2, 3e-4)
+def measured(name: str, tmp_path) -> list[dict]:
+    """The rows of one benchmark; every number in them is finite."""
+    config = BenchmarkConfig(benchmarks=(name,), repeats=2)
+    rows = run.run_benchmarks(config, Workdir(tmp_path))["rows"]
+    assert rows and {row["benchmark"] for row in rows} == {name}
+    for row in rows:
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
+        assert row.get("seconds", 1) > 0 and row.get("per_s", 1) > 0
+    written = read_json(tmp_path / "results" / "benchmark.json")
+    assert written["rows"] == rows and written["machine"]["versions"]["jax"] == jax.__version__
+    assert f"**{name}**" in (tmp_path / "results" / "benchmark.md").read_text()
+    return rows
+
+
+# ---------------------------------------------------------------- turns and ratios
+
+
+def test_contenders_take_turns_and_the_first_run_does_not_count(tmp_path):
+    ran = []
+
+    def contender(name):
+        return lambda count: ran.append(name) or Spent(len(ran) * count, 0)
+
+    bench = Bench("toy", tmp_path, repeats=3)
+    contenders = {name: contender(name) for name in "abc"}
+    rows = bench.compare("turns", contenders, 1, count=2, reference="a")
+    assert "".join(ran) == "abc" + "abc" + "cba" + "abc"
+    assert [row["seconds"] for row in rows] == [18, 16, 14]  # 4 9 10, 5 8 11, 6 7 12
+
+
+def test_ratios_are_taken_within_a_round(tmp_path):
+    """A machine that is ten times slower in one round changes no ratio."""
+    took = {OURS: iter([9.0, 1.0, 10.0, 1.0]), "theirs": iter([9.0, 2.0, 30.0, 4.0])}
+    contenders = {n: lambda _, s=seconds: Spent(next(s), 2.0) for n, seconds in took.items()}
+    bench = Bench("toy", tmp_path, repeats=3)
+    ours, theirs = bench.compare("c", contenders, 8, about={"theirs": {"version": "1"}})
+    assert (theirs["ratio"], theirs["ratio_low"], theirs["ratio_high"]) == (3.0, 2.0, 4.0)
+    assert ours["ratio"] == 1.0 and ours["seconds"] == 1.0 and ours["per_s"] == 8.0
+    assert (theirs["cpu_seconds"], theirs["cpu_ratio"]) == (2.0, 1.0)
+    assert theirs["version"] == "1" and "version" not in ours
+
+
+def test_work_apart_tells_its_memory():
+    size = 300_000_000
+    nothing, small = harness.apart(bytes, 1)
+    kept, large = harness.apart(_length_of_zeros, size)
+    assert nothing == b"\0" and kept == size
+    assert 0.5 * size < large - small < 1.5 * size
+
+
+def _length_of_zeros(size: int) -> int:
+    return len(np.ones(size, np.int8))
+
+
+def test_a_killed_process_is_told_in_one_line():
+    with pytest.raises(UserError, match="has been killed; if memory has run out, ask for less"):
+        harness.apart(os._exit, 9)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234, "1.23 k"), (0.005, "5 m"), (2e-6, "2 µ"), (3.5e13, "35 T")]
+)
+def test_numbers_are_short(value, text):
+    assert run.si(value) == text
+
+
+def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, monkeypatch):
+    row = {"benchmark": "map", "case": "first", "contender": "ours", "seconds": 1.0}
+
+    def fails(bench):
+        yield row
+        raise UserError("There is no more.")
+
+    monkeypatch.setattr(map_steps, "benchmark", fails)
+    config = BenchmarkConfig(benchmarks=("map", "store"), repeats=1)
+    with pytest.raises(UserError, match=r"^map failed: There is no more\.$"):
+        run.run_benchmarks(config, Workdir(tmp_path))
+    written = read_json(tmp_path / "results" / "benchmark.json")
+    assert written["rows"][0] == row and written["rows"][1]["benchmark"] == "store"
+    assert written["failed"] == {"map": "There is no more."}
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def test_steps_are_measured_without_any_peer(tiny, tmp_path, capsys):
+    rows = measured("steps", tmp_path)
+    assert [(r["case"], r["contender"]) for r in rows] == [("relu", OURS), ("topk", OURS)]
+    printed = capsys.readouterr().out
+    for library in steps.PEERS:
+        assert f"{library} left out: {peer.VARIABLES[library]} is not set" in printed
+
+
+def test_another_checkout_does_the_same_in_the_same_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
+    monkeypatch.setitem(steps.SIZES, "cpu", steps.Sizes(architectures=("topk",), **DICTIONARY))
+    for name in ("steps", "map", "extraction"):
+        rows = measured(name, tmp_path / name)
+        ours, other = rows[:2]
+        assert ours["contender"] == OURS and other["contender"] == peer.BASELINE
+        assert ours["case"] == other["case"] and other["version"]
+
+
+def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
+    """The same parameters, bit for bit, as the loop leaves after as many steps."""
+    rows = workloads.made_up_store(tmp_path / "store", 64, 8, seed=0)
+    settings = {"width": 16, "k": 2, "batch_size": 32}
+    timed = workloads.dictionary_steps(tmp_path / "store", **settings)
+    timed.run(2)
+    timed.run(3)
+    sae = SAEConfig(steps=workloads.LONG, **settings)
+    group = members(sae, [(workloads.MODEL, workloads.SITE)])
+    ensemble = prepare(sae, rows, group, rows.select("train"))
+    state = train(
+        ensemble.trainable,
+        feed=ensemble.feed,
+        steps=5,
+        seed=0,
+        directory=tmp_path / "run",
+        checkpoint_every=5,
+        what="toy",
+        state_shardings=ensemble.by_member,
+    )
+    jax.tree.map(np.testing.assert_array_equal, timed.state, state)
+
+
+def test_layers_the_map_and_the_store_are_measured(tiny, tmp_path):
+    rows = measured("extraction", tmp_path)
+    assert [row["case"] for row in rows] == ["equal lengths", "mixed lengths"]
+    (row,) = measured("map", tmp_path)
+    assert row["contender"] == OURS and row["case"] == "16 to 16"
+    rows = measured("store", tmp_path)
+    assert [row["contender"] for row in rows] == 3 * [OURS, "numpy copy"]
+
+
+def test_growth_is_measured_against_the_base(tiny, tmp_path):
+    rows = measured("scaling", tmp_path)
+    cases = ["width 8", "seeds 2", "rows 80", "rows 80, on the host"]
+    assert [row["case"] for row in rows] == cases
+    assert {row["contender"] for row in rows} == {OURS}
+
+
+@pytest.mark.slow
+def test_memory_is_measured_beside_its_prediction(tiny, tmp_path):
+    (row,) = measured("memory", tmp_path)
+    assert row["case"] == "relu, width 128"
+    state, rows = 3 * 4 * (2 * 8 * 128 + 128 + 8), 4 * 16 * 128  # two moments beside parameters
+    assert state + 2 * rows < row["predicted"]
+
+
+@pytest.mark.slow
+def test_documents_are_read_in_two_amounts(tiny, tmp_path):
+    few, many = measured("documents", tmp_path)
+    assert few["ratio"] == 1 and many["case"].startswith("40 documents of 600 bytes")
+    assert many["rows"] > 1.5 * few["rows"]
+    assert few["growth"] is None and many["growth"] is not None
+
+
+COUNT_HITS = """if True:
+    import atexit, runpy, sys
+    from jax import monitoring
+    hits = []
+    monitoring.register_event_listener(lambda event, **_: hits.append("cache_hits" in event))
+    atexit.register(lambda: print("hits", sum(hits)))
+    sys.argv = sys.argv[1:]
+    runpy.run_module("launch.train_saes", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_second_run_finds_its_programs_compiled(tmp_path, monkeypatch):
+    """And ends with the same bits."""
+    workloads.made_up_store(tmp_path / "store", 256, 32, seed=0)
+    hits, trained = [], []
+    for name in ("first", "again"):
+        monkeypatch.setattr(startup, "command", partial(count_hits, hits))
+        startup.train_once(tmp_path, name, cache=tmp_path / "cache")
+        folder = Workdir(tmp_path / name).dictionary(workloads.MODEL, workloads.SITE)
+        trained.append(modules.split(dictionaries.load(folder))[1])
+    assert hits[0] == 0 and hits[1] > 0
+    jax.tree.map(np.testing.assert_array_equal, *trained)
+
+
+def count_hits(hits: list[int], arguments: list[str], cache) -> None:
+    """In place of ``startup.command``: the same, with the cache's hits counted."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(startup.ROOT)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    program = [sys.executable, "-c", COUNT_HITS, "train_saes", *arguments[2:]]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hits.append(int(done.stdout.split("hits")[-1]))
+
+
+def test_the_whole_run_is_of_the_exact_architectures():
+    from test_presets import ARCHITECTURES
+
+    assert list(whole.MODELS.values()) == list(ARCHITECTURES.values())
+
+
+def test_a_whole_run_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "MODELS", {})
+    monkeypatch.setitem(whole.SIZES, "gpu", {"models": "nowhere,nowhere"})
+    with pytest.raises(UserError, match=r"The whole run failed \(.*'nowhere'"):
+        list(whole.benchmark(Bench("whole", tmp_path, "gpu")))
+
+
+@pytest.mark.parametrize("library", steps.PEERS)
+def test_each_peer_trains_on_the_same_rows(library, tmp_path):
+    if not os.environ.get(peer.VARIABLES[library]):
+        pytest.skip(f"{peer.VARIABLES[library]} is not set")
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(128, 16)).astype("f4"))
+    np.save(tmp_path / "order.npy", np.arange(128).reshape(2, 64))
+    with peer.Peer(library, steps.PEERS[library]) as other:
+        for architecture in steps.ALONE.get(library, steps.Sizes().architectures):
+            about = other.make(folder=str(tmp_path), architecture=architecture, width=32, k=4)
+            assert about["version"] and other.run(3).seconds > 0
+
+
+# ---------------------------------------------------------------- peers and the command
+
+
+COUNTER = """
+def make(start):
+    counted = [start]
+    print("a library that talks")
+    def run(count):
+        counted[0] += count
+        if counted[0] > 6:
+            raise ValueError("too far")
+    return run, {"version": "1", "started": start}
+"""
+
+
+@pytest.fixture
+def counter(tmp_path, monkeypatch):
+    monkeypatch.setenv(peer.VARIABLES["torch"], sys.executable)
+    (tmp_path / "counter.py").write_text(COUNTER)
+    return tmp_path / "counter.py"
+
+
+def test_a_peer_does_what_it_is_told_until_it_fails(counter):
+    with peer.Peer("torch", counter) as other:
+        assert other.make(start=4) == {"version": "1", "started": 4}
+        assert other.make(start=0)["started"] == 0
+        assert other.run(2).seconds >= 0 and other.run(4).cpu_seconds >= 0
+        with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)") as error:
+            other.run(1)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match="torch failed"):
+            other.run(1)
+
+
+def test_a_python_that_is_none_is_told_in_one_line(counter, monkeypatch):
+    monkeypatch.setenv(peer.VARIABLES["torch"], "/nowhere/python")
+    with pytest.raises(UserError, match="CROSSDICT_TORCH_PYTHON=/nowhere/python cannot be run"):
+        peer.Peer("torch", counter)
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path):
+    done = launch("benchmark", f"--workdir={tmp_path / 'run'} --config.benchmarks=luck")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"benchmarks=luck: luck must be one of {', '.join(measurements())}" in done.stderr
+    config = BenchmarkConfig(benchmarks=("whole",))
+    with pytest.raises(UserError, match="whole has no sizes for suite=cpu, only for gpu"):
+        run.run_benchmarks(config, Workdir(tmp_path))
+
+
+def test_a_workdir_knows_its_settings(tmp_path):
+    from configs import stored
+
+    config = BenchmarkConfig(benchmarks=("steps",), repeats=2)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert stored.get_config(str(tmp_path)) == config
+
+
+# ---------------------------------------------------------------- quality beside SAELens
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark")
     config = tiny_run.make_config(root)
     config.sae = SAEConfig(width=32, k=4, steps=4, batch_size=64)
@@ -47,34 +355,59 @@ def tiny(tmp_path_factory):
     return config, extract(config, work), work
 
 
-def test_without_the_peer_one_line_says_so(tiny, monkeypatch):
-    monkeypatch.delenv(saelens.PYTHON, raising=False)
-    done = launch("benchmark.saelens", f"--workdir={tiny[2].root}")
+def test_the_table_sets_the_usual_rate_beside_their_best():
+    row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
+    row |= {"rows_test": 50, "architecture": "relu"}
+    scores = {OURS: ((0.01, 0.3), (3e-4, 0.1)), "sae-lens": ((0.01, 0.35), (3e-4, 0.25))}
+    rows = [
+        row | {"library": library, "learning_rate": rate, "fvu_at_k": fvu}
+        for library, pairs in scores.items()
+        for rate, fvu in pairs
+    ]
+    rows += [r | {"architecture": "gated", "fvu_at_k": None} for r in rows]
+    lines = [[cell.text for cell in line] for line in saelens.comparison(rows).rows]
+    assert lines[0] == ["m resid_pre.1", "relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
+    assert lines[1] == ["m resid_pre.1", "gated", "0.01", "–", "–", "–", "–"]
+
+
+def test_rates_are_that_usual_here_that_of_topk_and_theirs():
+    assert saelens.rates("relu", 32) == (2.4e-2, 1.2e-2, 3e-4)
+    assert saelens.rates("topk", 32) == (1.2e-2, 3e-4)
+
+
+def test_without_the_peer_one_line_says_so(finished, monkeypatch):
+    monkeypatch.delenv(peer.VARIABLES["sae-lens"], raising=False)
+    done = launch("benchmark.saelens", f"--workdir={finished[2].root}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
-    with pytest.raises(UserError, match="CROSSDICT_SAELENS_PYTHON is not set"):
-        saelens.compare_saelens(*tiny)
 
 
-@pytest.mark.parametrize(
-    ("python", "message"),
-    [("/nowhere/python", "cannot be run"), (sys.executable, "No module named")],
-)
-def test_a_peer_that_cannot_work_is_told_in_one_line(python, message, tmp_path):
-    (tmp_path / "jobs.json").write_text("[]")
-    with pytest.raises(UserError, match=message) as error:
-        saelens._run_peer(python, tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_both_libraries_on_the_same_rows(tiny):
-    if not os.environ.get(saelens.PYTHON):
-        pytest.skip(f"{saelens.PYTHON} is not set")
-    _, _, work = tiny
-    rows = saelens.compare_saelens(*tiny)
+@pytest.mark.slow
+def test_both_libraries_on_the_same_rows(finished, monkeypatch, tmp_path):
+    """Where SAELens is not, a stand-in for it saves a dictionary of ours."""
+    if not os.environ.get(peer.VARIABLES["sae-lens"]):
+        monkeypatch.setenv(peer.VARIABLES["sae-lens"], sys.executable)
+        (tmp_path / "stand_in.py").write_text(STAND_IN)
+        monkeypatch.setattr(saelens, "FILE", tmp_path / "stand_in.py")
+    rows = saelens.compare_saelens(*finished)
     assert {(r["library"], r["architecture"]) for r in rows} == {
-        (library, a) for library in ("ours", "sae-lens") for a in saelens.THEIRS
+        (library, a) for library in (OURS, "sae-lens") for a in saelens.THEIRS
     }
     assert all(r["rows_test"] == rows[0]["rows_test"] and r["fvu"] > 0 for r in rows)
-    written = read_jsonl(work.result("benchmark_saelens.jsonl"))
-    assert len(written) == len(rows) and "seconds" not in written[0]
+    assert read_jsonl(finished[2].result("benchmark_saelens.jsonl")) == rows
+
+
+STAND_IN = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+
+def make(folder, name, architecture, dictionary, trainer):
+    import jax, numpy as np
+    from pathlib import Path
+    from crossdict_jax import dictionaries
+    from crossdict_jax.dictionaries.base import build
+    d_model = np.load(Path(folder) / "rows.npy").shape[1]
+    made = build("topk", d_model=d_model, width=dictionary["d_sae"], k=4, key=jax.random.key(0))
+    dictionaries.save_saelens(made, Path(folder) / name, hook_name="a", model_name="b")
+    return None, {{"version": "stand-in"}}
+"""

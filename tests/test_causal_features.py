@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from crossdict_jax import dictionaries, maps, models
-from crossdict_jax.activations.splice import select_passages
+from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal import effects, transfer_features
 from crossdict_jax.causal import feature_transfer as stage

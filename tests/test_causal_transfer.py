@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from crossdict_jax import models, stats
-from crossdict_jax.causal import effects, inject
+from crossdict_jax.causal import effects
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, choose_contexts, conclude
 from crossdict_jax.causal.inject import Injector, Positions
@@ -20,7 +20,7 @@ from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
-from crossdict_jax.models import Site
+from crossdict_jax.models import Site, run
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED
 
@@ -49,20 +49,17 @@ def experiment(planted):
     return dataclasses.replace(made, mapped=dict(made.mapped) | wrong)
 
 
-PROGRAMS = (inject._changes, inject._continuations, inject._log_probs, inject._look_back)
-
-
 @pytest.fixture(scope="module")
 def outcome(experiment):
     """(rows, {direction: summary}, {feature: record}, programs that were compiled)."""
-    kept, before = {}, [program._cache_size() for program in PROGRAMS]
+    kept, before = {}, run._call._cache_size()
 
     def part(feature, make):
         kept[feature] = make()
         return kept[feature]
 
     rows, summary = effects.transfer(experiment, CONFIG, part=part)
-    programs = [p._cache_size() - n for p, n in zip(PROGRAMS, before)]
+    programs = run._call._cache_size() - before
     return rows, {s["direction"]: s for s in summary}, kept, programs
 
 
@@ -153,8 +150,8 @@ def test_an_interrupted_experiment_ends_the_same(experiment, outcome):
 
 
 def test_one_program_for_all_features_directions_and_doses(outcome):
-    """One for each model, of either kind; only A's are read in full."""
-    assert outcome[3] == [2, 2, 1, 2]
+    """Changes, continuations and kept keys of each model; only A's predictions are read in full."""
+    assert outcome[3] == 2 + 2 + 2 + 1
 
 
 def test_the_discovery_rate_decides(outcome):

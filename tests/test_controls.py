@@ -1,4 +1,4 @@
-"""The ladder's controls: skyline and untrained twins, planted, resumed, and turned off."""
+"""Controls of maps: ceiling and re-initialised models, planted, resumed, and turned off."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ import pytest
 import tiny_run
 
 from crossdict_jax import dictionaries, maps, models, modules
-from crossdict_jax.activations.store import open_store
-from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, twin_names
+from crossdict_jax.activations.store import digest, open_store
+from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, untrained_names
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import train
@@ -70,32 +70,30 @@ def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
     return read_jsonl(work.result(name))
 
 
-# ---------------------------------------------------------------- the untrained twin
+# ---------------------------------------------------------------- the re-initialised model
 
 
-@pytest.mark.parametrize("name", models.EMBEDDED)
-def test_every_parameter_of_a_twin_is_drawn_anew(name):
-    lm = models.load(name)
-    twin = draw_again(lm, 0, 0)
-    before, after = (modules.split(m)[1] for m in (lm, twin))
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), before, after)
-    assert not any(jax.tree.leaves(same))
-    assert jax.tree.map(np.shape, before) == jax.tree.map(np.shape, after)
-    assert twin.config == lm.config
-    assert float(np.std(after["W_E"])) == pytest.approx(lm.config.init_std, rel=0.05)
+def test_every_parameter_of_a_re_initialised_model_is_drawn_anew():
+    drawn = {}
+    for name in models.EMBEDDED:
+        lm = models.load(name)
+        fresh = draw_again(lm, 0, 0)
+        before, after = (modules.split(m)[1] for m in (lm, fresh))
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), before, after)
+        assert not any(jax.tree.leaves(same))
+        assert jax.tree.map(np.shape, before) == jax.tree.map(np.shape, after)
+        assert fresh.config == lm.config
+        assert float(np.std(after["W_E"])) == pytest.approx(lm.config.init_std, rel=0.05)
+    for seeds in ((0, 0), (1, 0), (0, 1)):  # of the run, and of the model in it
+        drawn[seeds] = np.asarray(draw_again(lm, *seeds).W_E[...])
+    assert (drawn[0, 0] == np.asarray(fresh.W_E[...])).all()
+    assert not (drawn[0, 0] == drawn[1, 0]).any() and not (drawn[0, 0] == drawn[0, 1]).any()
 
 
-def test_twins_depend_on_the_seed_and_on_the_model():
-    lm = models.load(models.EMBEDDED[0])
-    drawn = [np.asarray(draw_again(lm, *which).W_E[...]) for which in ((0, 0), (1, 0), (0, 1))]
-    assert (drawn[0] == np.asarray(draw_again(lm, 0, 0).W_E[...])).all()
-    assert not (drawn[0] == drawn[1]).any() and not (drawn[0] == drawn[2]).any()
-
-
-def test_twins_are_read_at_the_rows_of_the_run(finished):
+def test_re_initialised_models_are_read_at_the_rows_of_the_run(finished):
     config, work = finished
     store, controls = open_store(work.activations), open_store(work.controls.activations)
-    names = twin_names(store)
+    names = untrained_names(store)
     assert controls.models == (*store.models, *names) == ("a", "b", "a-untrained", "b-untrained")
     for key in KEYS:
         assert (getattr(controls.rows, key) == getattr(store.rows, key)).all()
@@ -120,7 +118,7 @@ def expected_rows(lm, store, i, rows):
     return np.stack(out)
 
 
-def test_a_store_of_twins_with_other_rows_is_refused(copy):
+def test_a_store_with_other_rows_is_refused(copy):
     config, work = copy
     path = work.controls.activations / "rows.npz"
     with np.load(path) as file:
@@ -128,15 +126,13 @@ def test_a_store_of_twins_with_other_rows_is_refused(copy):
     arrays["keep"] = ~arrays["keep"]
     np.savez(path, **arrays)
     meta = json.loads((work.controls.activations / "meta.json").read_text())
-    from crossdict_jax.activations.store import digest
-
     meta["checksums"]["rows.npz"] = digest(path)
     (work.controls.activations / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="has other rows than"):
         evaluate(config, work)
 
 
-# ---------------------------------------------------------------- the skyline, planted
+# ---------------------------------------------------------------- the ceiling, planted
 
 
 def signed(d_model: int, order: np.ndarray):
@@ -153,7 +149,7 @@ def blind(d_model: int):
 
 
 def planted(begun, root, second) -> dict[tuple, dict]:
-    """{(target, map): skyline row} of a run whose second dictionaries are ``second(d_model)``."""
+    """{(target, map): ceiling row} of a run whose second dictionaries are ``second(d_model)``."""
     config, work = begun
     config = dataclasses.replace(
         config,
@@ -196,7 +192,7 @@ def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, 
         )
 
 
-def test_a_skyline_reads_what_the_second_dictionary_makes_of_the_target(finished):
+def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished):
     config, work = finished
     store = open_store(work.activations)
     loader = ControlLoader(config, store, work)
@@ -222,14 +218,14 @@ def test_a_skyline_reads_what_the_second_dictionary_makes_of_the_target(finished
 def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
     _, work = finished
     aligned = [r for r in rows_of(work, "transfer.jsonl") if r["pairing"] == "aligned"]
-    ladder = [r for r in aligned if r["map"] != "token_target"]
-    place = ("source", "target", "site_source", "site_target", "map", "pairing")
+    of_maps = [r for r in aligned if r["map"] != "token_target"]
+    keys = ("source", "target", "site_source", "site_target", "map", "pairing")
     expected = [
-        (control, *(r[k] for k in place)) for r in ladder for control in ("ceiling", "untrained")
+        (control, *(r[k] for k in keys)) for r in of_maps for control in ("ceiling", "untrained")
     ]
     found = rows_of(work)
-    assert [(r["control"], *(r[k] for k in place)) for r in found] == expected
-    assert all(set(r) == {*ladder[0], "control"} for r in found)
+    assert [(r["control"], *(r[k] for k in keys)) for r in found] == expected
+    assert all(set(r) == {*of_maps[0], "control"} for r in found)
     assert len(rows_of(work, "reconstruction.jsonl")) == 2
     assert sorted(p.name for p in work.dictionaries.glob("*/*/*") if "seed" in p.name) == [
         "seed-0",
@@ -237,18 +233,18 @@ def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
     ]
 
 
-def test_scores_are_placed_between_null_and_skyline(finished):
+def test_scores_are_placed_between_null_and_ceiling(finished):
     _, work = finished
     transfer = rows_of(work, "transfer.jsonl")
     key = ("source", "target", "map")
     nulls = {tuple(r[k] for k in key): r for r in transfer if r["pairing"] == "shuffled"}
-    skylines = {tuple(r[k] for k in key): r for r in rows_of(work) if r["control"] == "ceiling"}
+    ceilings = {tuple(r[k] for k in key): r for r in rows_of(work) if r["control"] == "ceiling"}
     placed = 0
     for row in transfer:
         if row["pairing"] == "shuffled":
             assert not [name for name in row if "normalized" in name]
             continue
-        low, high = (rows.get(tuple(row[k] for k in key)) for rows in (nulls, skylines))
+        low, high = (rows.get(tuple(row[k] for k in key)) for rows in (nulls, ceilings))
         for name in NORMALIZED:
             share = row[f"{name}_normalized"]
             if row["map"] == "token_target" or high[name] - low[name] < MARGIN:
@@ -273,7 +269,7 @@ def test_without_controls_every_other_column_keeps_its_bits(finished, tmp_path):
     assert not (tmp_path / "run/results/controls.jsonl").exists()
 
 
-def test_untrained_twins_share_no_context(finished):
+def test_re_initialised_models_share_no_context(finished):
     _, work = finished
     gain = {
         r["source"]: r["context_gain"]

@@ -24,6 +24,9 @@ from crossdict_jax.activations.store import Rows, open_store, save_rows, save_ta
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.models import run as run_module
+from crossdict_jax.models.base import captured
+from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import open_workdir, write_text
 
 
@@ -221,13 +224,7 @@ def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, mon
 
 def test_batches_and_devices_do_not_change_rows(config, finished, tmp_path, monkeypatch):
     other = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_size=3))
-    monkeypatch.setattr(
-        stage,
-        "make_mesh",
-        lambda: __import__("crossdict_jax.training.mesh", fromlist=["x"]).make_mesh(
-            devices=jax.devices()[:1]
-        ),
-    )
+    monkeypatch.setattr(run_module, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
     store, _ = run(other, tmp_path / "w")
     for name, x in everything(finished[0]).items():
         other_x = everything(store)[name].astype(np.float32)
@@ -236,12 +233,11 @@ def test_batches_and_devices_do_not_change_rows(config, finished, tmp_path, monk
 
 def test_nothing_after_the_highest_site_is_computed(config):
     lm = models.load(config.models[0])
-    graphdef, params = stage.modules.split(lm)
     tokens = jax.ShapeDtypeStruct((4, 32), np.int32)
 
     def flops(layer):
-        run = jax.jit(lambda p, t: stage._sites_of(graphdef, (Site(layer),), "float32", p, t))
-        return run.lower(params, tokens).compile().cost_analysis()["flops"]
+        run = jax.jit(lambda tokens: captured(lm, (Site(layer),), tokens))
+        return run.lower(tokens).compile().cost_analysis()["flops"]
 
     assert flops(0) < 0.1 * flops(1)
 

@@ -13,10 +13,9 @@ from tiny_run import CONTEXT, SITE, make_models, make_texts
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract, pairing
-from crossdict_jax.config import VerifyConfig
-from crossdict_jax.config.settings import gate_files
+from crossdict_jax.config import VerifyConfig, gate_files
 from crossdict_jax.dictionaries import crosscoder
-from crossdict_jax.evaluation import scoring
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.kinds import procrustes
 from crossdict_jax.verify import (
     g01_identity,
@@ -163,13 +162,12 @@ def judge(module, monkeypatch, tmp_path) -> set[str]:
 
 def in_sample(monkeypatch):
     """Maps are scored on the rows that they were fitted on."""
-    load = scoring._load
+    pairs = Loader.pairs
 
-    def train_for_test(*arguments):
-        splits = load(*arguments)
-        return splits | {"test": splits["train"]}
+    def train_for_test(loader, task, split):
+        return pairs(loader, task, "train" if split == "test" else split)
 
-    monkeypatch.setattr(scoring, "_load", train_for_test)
+    monkeypatch.setattr(Loader, "pairs", train_for_test)
 
 
 def late(pair_many):

@@ -10,9 +10,9 @@ import pytest
 from tiny_run import SHAPES
 
 from crossdict_jax import models
-from crossdict_jax.models import Site
-from crossdict_jax.studies.steering import generation
-from crossdict_jax.studies.steering.generation import Starts, Writer
+from crossdict_jax.models import Site, run
+from crossdict_jax.models.run import Starts
+from crossdict_jax.studies.steering.generation import Writer
 
 LLAMA = {
     "model_type": "llama",
@@ -113,7 +113,7 @@ def test_draws_follow_the_probabilities_and_the_nucleus():
     keys = jax.random.split(jax.random.key(0), 20_000)
 
     def shares(temperature, top_p):
-        drawn = generation.draw(logits, keys, jnp.float32(temperature), jnp.float32(top_p))
+        drawn = run.draw(logits, keys, jnp.float32(temperature), jnp.float32(top_p))
         return np.bincount(np.asarray(drawn), minlength=4) / len(drawn)
 
     np.testing.assert_allclose(shares(1.0, 1.0), p, atol=0.015)

@@ -15,8 +15,8 @@ ROOMS = (  # from the ground up: a room may use those of lower floors, and itsel
     ("workdir",),
     ("results",),
     ("config",),
-    ("models",),
     ("training",),
+    ("models",),
     ("ops",),
     ("activations",),
     ("dictionaries", "pretraining"),
@@ -24,7 +24,7 @@ ROOMS = (  # from the ground up: a room may use those of lower floors, and itsel
     ("evaluation", "causal"),
     ("report",),
     ("studies",),
-    ("benchmark", "benchmark_config", "benchmark_settings", "verify"),
+    ("benchmark", "verify"),
     ("launch",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
@@ -169,7 +169,7 @@ def test_requirements_are_what_is_imported(trees):
     everything = [*trees.values(), *(ast.parse(path.read_text()) for path in TESTS)]
     used = {name.split(".")[0] for tree in everything for name in imports(tree)}
     used -= set(sys.stdlib_module_names) | {"crossdict_jax", "launch", "configs"} | NOT_REQUIRED
-    used -= {path.stem for path in TESTS}
+    used -= {path.stem for path in (*TESTS, *SOURCES)}
     assert {DISTRIBUTIONS.get(name, name) for name in used} == required - TOOLS
 
 

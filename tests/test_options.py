@@ -14,7 +14,8 @@ import pytest
 import tiny_run
 from map_problems import fit_one, make_problem
 
-from crossdict_jax import dictionaries, modules
+from crossdict_jax import config as config_room
+from crossdict_jax import modules
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.config import (
@@ -28,10 +29,9 @@ from crossdict_jax.config import (
     VerifyConfig,
     settings,
 )
-from crossdict_jax.dictionaries.train import train_dictionaries
+from crossdict_jax.dictionaries.train import members
 from crossdict_jax.maps import tasks
 from crossdict_jax.maps.controls import control_tasks
-from crossdict_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
@@ -56,12 +56,12 @@ def files() -> list[set[str]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_setting_is_read_somewhere(kind, files):
-    """By a file that also names the group, or the class, of the setting."""
+    """By a file that also names the group of the setting, or a class of settings."""
+    classes = {name for name in vars(config_room) if name.endswith("Config")}
     unread = []
     for name in settings.settings(kind):
         group, last = (["", *name.split(".")])[-2:]
-        type_ = kind if not group else type(settings.get(kind(), name.rpartition(".")[0]))
-        near = {group, "settings", type_.__name__} if group else {"config", kind.__name__}
+        near = {group or "config", "settings", *classes}
         if not any(last in read and read & near for read in files):
             unread.append(name)
     assert not unread, f"Nothing reads {', '.join(unread)}: drop them, or let them act."
@@ -89,16 +89,12 @@ def seen(home, tmp_path_factory):
     def corpus(text):
         place = {"source": str(home / text.get("source", "lines.jsonl"))}
         small = {"documents": 40, "validation_fraction": 0.3, "test_fraction": 0.3}
-        return load_corpus(TextConfig(**(small | text | place))).documents
+        return [
+            (d.text, d.split) for d in load_corpus(TextConfig(**(small | text | place))).documents
+        ]
 
-    def trained(sae):
-        small = {"width": 8, "k": 2, "steps": 3, "batch_size": 16}
-        seed = sae.pop("seed", 0)
-        run = dataclasses.replace(config, sae=SAEConfig(**(small | sae)), seed=seed)
-        folder = Workdir(home / f"trained-{next(numbers)}")
-        with jax.disable_jit():
-            train_dictionaries(run, store, folder)
-        return dictionaries.load(next(folder.dictionaries.glob("a/*/*")))
+    def ensemble(sae):
+        return members(SAEConfig(**sae), [("a", tiny_run.SITE), ("b", tiny_run.SITE)])
 
     def fitted(map_):
         kind = map_.pop("kind", "mlp")
@@ -106,10 +102,13 @@ def seen(home, tmp_path_factory):
         return fit_one(kind, problem(), home / f"fitted-{next(numbers)}", config).map
 
     def listed(run):
-        changed = dataclasses.replace(config, **run)
+        changed = dataclasses.replace(
+            config, map=MapConfig(kinds=run.pop("kinds", ("mean", "mlp")))
+        )
+        changed = dataclasses.replace(changed, **run)
         return tasks(changed, store), control_tasks(changed, store)
 
-    probes = {"text": corpus, "sae": trained, "map": fitted, "run": listed}
+    probes = {"text": corpus, "sae": ensemble, "map": fitted, "run": listed}
     return cache(lambda probe, given: spelled(probes[probe](dict(given))))
 
 
@@ -121,7 +120,7 @@ def problem():
 
 def spelled(value) -> str:
     """Text that is equal for equal documents, tasks or parameters alone."""
-    if hasattr(value, "encode") or callable(value):
+    if callable(value):
         leaves = jax.tree.leaves(modules.split(value)[1])
         return " ".join(hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for a in leaves)
     return str(value)
@@ -134,21 +133,17 @@ ACTS = [  # probe, a setting, another value of it than the default, what else is
     ("text", "max_bytes", 9, {}),
     ("text", "validation_fraction", 0.45, {}),
     ("text", "test_fraction", 0.5, {}),
-    ("sae", "seed", 1, {}),
-    ("sae", "learning_rate", 1e-3, {}),
-    ("sae", "batch_size", 24, {}),
-    ("sae", "matmul_dtype", "bfloat16", {}),
+    ("sae", "width", 8192, {}),
+    ("sae", "k", 16, {}),
+    ("sae", "learning_rate", (1e-3, 2e-3), {}),
     ("sae", "l1_coefficient", 9.0, {"architecture": "relu"}),
-    ("sae", "l0_target", 2.0, {"architecture": "jumprelu"}),
-    ("sae", "nested_fractions", (0.75,), {"architecture": "matryoshka"}),
+    ("sae", "seeds", 2, {}),
     ("map", "ridge_penalties", (50.0,), {"kind": "ridge"}),
     ("map", "head", "relu", {}),
-    ("map", "dropout", 0.3, {}),
     ("map", "learning_rate", 1e-4, {}),
-    ("map", "hidden", 6, {}),
+    ("run", "kinds", ("mean", "ridge"), {}),
     ("run", "controls", ("ceiling",), {}),
-    ("run", "control_kinds", ("ridge",), {"controls": ("ceiling",)}),
-    ("run", "map", MapConfig(kinds=("mean", "ridge")), {}),
+    ("run", "control_kinds", ("mlp",), {"controls": ("ceiling",)}),
 ]
 
 

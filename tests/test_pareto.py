@@ -13,7 +13,7 @@ from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.studies.pareto import measure
-from crossdict_jax.studies.pareto.section import curves, fvu_at, print_tables, section, tables
+from crossdict_jax.studies.pareto.section import curves, fvu_at, section, tables
 from crossdict_jax.verify import recovery
 from crossdict_jax.verify.planted import PlantedConfig
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl
@@ -39,10 +39,9 @@ def run(tmp_path_factory):
 
 
 def test_every_setting_has_a_row(run):
-    _, work, store, rows = run
-    settings = [
-        (r["data"], r["architecture"], r["seed"], r["k"], r["l1_coefficient"]) for r in rows
-    ]
+    _, work, _, rows = run
+    keys = ("data", "architecture", "seed", "k", "l1_coefficient")
+    settings = [tuple(row[key] for key in keys) for row in rows]
     usual = measure.COEFFICIENTS["relu"]
     expected = {("activations", "topk", 0, k, None) for k in (2, 8)}
     expected |= {("activations", "relu", 0, None, share * usual) for share in (0.1, 4.0)}
@@ -52,11 +51,9 @@ def test_every_setting_has_a_row(run):
     assert set(settings) == expected and len(settings) == len(expected)
     assert read_jsonl(work.result("pareto.jsonl")) == rows
     for row in rows:
-        known = row["data"] == "planted"
-        assert (row["cosine"] is not None) == known and (row["planted"] == 2.0) == known
+        planted = row["data"] == "planted"
+        assert (row["cosine"] is not None) == planted == (row["planted"] == 2.0)
         assert row["fvu_low"] <= row["fvu"] <= row["fvu_high"]
-    (n,) = {r["n_rows"] for r in rows if r["data"] == "activations"}
-    assert n == len(store.select("test"))
 
 
 def test_rows_are_of_the_dictionaries_on_test_rows(run):
@@ -64,26 +61,25 @@ def test_rows_are_of_the_dictionaries_on_test_rows(run):
     row = next(r for r in rows if r["data"] == "activations" and r["k"] == 8)
     folder = Workdir(work.root / "pareto" / "activations" / "topk")
     d = dictionaries.load(folder.dictionary("a", tiny_run.SITE, "seed-0-k-8"))
-    assert d.k == 8
     x = store.read("a", tiny_run.SITE, store.select("test")).astype(np.float32)
     mean = store.read("a", tiny_run.SITE, store.select("train")).astype(np.float32).mean(0)
+    assert d.k == 8 and row["n_rows"] == len(x)
     by_hand = ((x - d(x)) ** 2).sum() / ((x - mean) ** 2).sum()
     np.testing.assert_allclose(row["fvu"], by_hand, rtol=1e-4)
     np.testing.assert_allclose(row["l0"], (np.asarray(d.encode(x)) > 0).sum(1).mean(), rtol=1e-6)
 
 
-def test_run_again_nothing_is_trained_and_new_points_are_added(run, monkeypatch):
+def test_run_again_nothing_is_trained_and_new_points_are_added(run):
     config, work, store, rows = run
     config = copy.deepcopy(config)
     config.pareto.architectures = ("topk",)
-    folder, where = Workdir(work.root / "pareto" / "activations"), {"model": "a", "site": Site(1)}
+    folder, end = Workdir(work.root / "pareto" / "activations"), {"model": "a", "site": Site(1)}
     before = {p: p.stat().st_mtime_ns for p in folder.root.rglob("*.sha256.json")}
-    again = [row for row, _ in measure.curves(config, store, folder, **where)]
-    known = {(r["k"]): r["fvu"] for r in rows if r["data"] == "activations"}
-    assert {r["k"]: r["fvu"] for r in again}.items() <= known.items()
-    assert {p: p.stat().st_mtime_ns for p in before} == before
+    again = {row["k"]: row["fvu"] for row, _ in measure.curves(config, store, folder, **end)}
+    of_run = {r["k"]: r["fvu"] for r in rows if r["data"] == "activations"}
+    assert again.items() <= of_run.items()
     config.pareto.k = (4,)
-    (new,) = [row for row, _ in measure.curves(config, store, folder, **where)]
+    (new,) = [row for row, _ in measure.curves(config, store, folder, **end)]
     assert new["k"] == 4 and {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -95,17 +91,13 @@ def test_more_active_features_than_features_are_refused(run):
     assert "\n" not in str(error.value)
 
 
-def test_the_page_and_the_tables_show_every_point(run, capsys):
-    _, work, _, rows = run
-    html = section(rows)
-    groups = curves(rows)
+def test_the_page_and_the_tables_show_every_point(run):
+    html, groups = section(run[3]), curves(run[3])
     assert [g.planted for g in groups] == [2.0, None]
     assert [set(g.points) for g in groups] == [{"topk", "relu"}] * 2
-    shown = [table for group in groups for table in tables(group)]
+    shown = tables(groups)
     assert len(shown) == html.count("<table>") == 5 and html.count("<svg") == 2
-    print_tables(work)
-    printed = capsys.readouterr().out
-    assert "Recovery at an L0 near the 2 features" in printed and "penalty 12" in printed
+    assert "Recovery at an L0 near the 2 features" in html and "penalty 12" in html
 
 
 def test_fvu_at_equal_sparsity_lies_on_the_curve():

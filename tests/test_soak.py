@@ -20,8 +20,7 @@ import tiny_run
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import SAEConfig, to_dict
-from crossdict_jax.config.settings import architectures
+from crossdict_jax.config import SAEConfig, architectures, to_dict
 from crossdict_jax.workdir import open_workdir, read_json, write_json
 
 ROOT = Path(__file__).parents[1]

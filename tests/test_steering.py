@@ -11,8 +11,8 @@ import pytest
 import tiny_run
 
 from crossdict_jax import dictionaries, maps, models, results
-from crossdict_jax.activations.contexts import Contexts
 from crossdict_jax.activations.pairing import token_bytes
+from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from test_splice import slow
+from test_run import slow
 
 from crossdict_jax import dictionaries, maps, models
-from crossdict_jax.activations import splice
+from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal import intervene, stitching
 from crossdict_jax.errors import UserError
@@ -57,7 +57,7 @@ def test_all_layers_are_stitched_together_too(two_layers):
 def test_together_every_layer_takes_its_own_prediction(two_layers):
     rows, config, work = two_layers
     store = open_store(work.activations)
-    passages = splice.select_passages(store, "b", documents=6, seed=config.seed)
+    passages = select_passages(store, "b", documents=6, seed=config.seed)
     values = {}
     for site in (Site(0), Site(1)):
         m = maps.load(work.map("a", "b", site, site, "ridge"))
@@ -138,7 +138,7 @@ def test_the_rows_put_in_what_the_map_says(finished):
     """One map again, through the plain model, both ways of stitching."""
     config, work = finished
     store = open_store(work.activations)
-    passages = splice.select_passages(
+    passages = select_passages(
         store, "b", documents=config.intervention.documents, seed=config.seed
     )
     m = maps.load(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))

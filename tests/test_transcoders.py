@@ -19,7 +19,8 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
-from crossdict_jax.benchmark.saelens import PYTHON, compare_saelens
+from crossdict_jax.benchmark.peer import VARIABLES
+from crossdict_jax.benchmark.saelens import compare_saelens
 from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
 from crossdict_jax.config.settings import validate
@@ -29,9 +30,9 @@ from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import reconstruct
 from crossdict_jax.models import Site
+from crossdict_jax.studies.dictionary_transfer import measure as dictionary_transfer
 from crossdict_jax.studies.dictionary_transfer.transferred import transferred
-from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
-from crossdict_jax.studies.efficiency.measure import measure_efficiency
+from crossdict_jax.studies.efficiency import measure as efficiency
 from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify.recovery import measure_pareto
@@ -229,7 +230,7 @@ def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished
 
 def test_evaluation_scores_and_puts_in_what_is_written(finished):
     config, store, work = finished
-    rows, _ = reconstruct(config, store, work)
+    rows = reconstruct(config, store, work)["reconstruction.jsonl"]
     assert [(r["model"], r["site"], r["site_output"]) for r in rows] == [
         ("a", "resid_pre.1", "b:mlp_out.1"),
         ("b", "resid_pre.1", "mlp_out.1"),
@@ -267,7 +268,7 @@ def test_features_are_stitched_where_they_are_written(finished, capsys):
 
 def test_an_untrained_twin_writes_where_its_model_does(finished):
     _, store, _ = finished
-    twins = untrained.twin_names(store)
+    twins = untrained.untrained_names(store)
     assert untrained._outputs(store, twins, [(tiny_run.SITE,)] * 2) == {
         ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
         ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
@@ -336,6 +337,9 @@ for name in sys.argv[2:]:
     with torch.no_grad():
         np.savez(sys.argv[1] + "/" + name + ".npz", f=d.encode(x).numpy(), y=d(x).numpy())
 """
+
+
+PYTHON = VARIABLES["sae-lens"]
 
 
 @pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with sae-lens")
@@ -421,14 +425,14 @@ def test_an_output_that_is_not_there_is_refused(output_site, message, finished, 
 def test_what_needs_equal_sites_says_so(finished, tmp_path):
     config, store, work = finished
     config = dataclasses.replace(config, steer=SteerConfig(feature=1))
-    stages = [measure_efficiency, measure_pareto, steer]
-    stages += [lambda c, w, f=f: f(c, store, w) for f in (compare_starts, compare_saelens)]
+    stages = [efficiency.run, dictionary_transfer.run, measure_pareto, steer]
+    stages.append(lambda config, work: compare_saelens(config, store, work))
     for stage in stages:
         with pytest.raises(UserError, match="write the site that they read"):
             stage(config, work)
     d = dictionaries.load(work.dictionary("b", tiny_run.SITE))
     with pytest.raises(UserError, match="cannot be transferred"):
-        transferred(d, to_source=None, to_target=None)
+        transferred(d, None)
 
 
 def test_an_imported_dictionary_must_write_what_the_run_asks_for(finished, tmp_path):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax import models, modules
+from crossdict_jax import models
 from crossdict_jax.activations.column import stretches
 from crossdict_jax.activations.masking import Masked, masked
 from crossdict_jax.activations.outputs import Place, outputs, to_read
@@ -33,11 +29,9 @@ from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, ExtractConfig, model_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
-from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
+from crossdict_jax.models.run import Runner
 from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
-
-LENGTH_STEP = 32  # windows are padded to a multiple of this, so that few programs are compiled
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -158,58 +152,15 @@ class Reader:
     def __init__(
         self, config: ExtractConfig, lm: LanguageModel, sites: Sequence[Site], bos: int | None
     ):
-        self.lm, self.sites, self.bos = lm, tuple(sites), bos
-        self._mesh = make_mesh()
-        over = self._mesh.size
-        self.batch_size = math.ceil(config.batch_size / over) * over
-        graphdef, params = modules.split(lm)
-        self._params = jax.device_put(params, shard(self._mesh))
-        self._run = jax.jit(partial(_sites_of, graphdef, self.sites, config.matmul_dtype))
+        self.lm, self.sites = lm, tuple(sites)
+        self._front = np.array([] if bos is None else [bos], np.int32)
+        self._runner = Runner(lm, batch_size=config.batch_size, dtype=config.matmul_dtype)
 
     def read(self, windows: Sequence[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yields (window's place, per site bfloat16 [tokens, d_model]), in order of length.
-
-        The next batch is on the devices before the last one is read back.
-        """
-        order = np.argsort([len(w) for w in windows], kind="stable")
-        pending = None
-        for at in range(0, len(order), self.batch_size):
-            places = order[at : at + self.batch_size]
-            dispatched = places, self._run(self._params, self._batch([windows[p] for p in places]))
-            if pending:
-                yield from self._unpack(windows, *pending)
-            pending = dispatched
-        if pending:
-            yield from self._unpack(windows, *pending)
-
-    def _batch(self, windows: Sequence[np.ndarray]) -> jax.Array:
-        front = 0 if self.bos is None else 1
-        longest = max(len(w) for w in windows) + front
-        length = min(math.ceil(longest / LENGTH_STEP) * LENGTH_STEP, self.lm.config.context)
-        tokens = np.zeros((self.batch_size, length), np.int32)
-        tokens[:, :front] = self.bos or 0
-        for row, window in zip(tokens, windows):
-            row[front : front + len(window)] = window
-        return put(tokens, shard(self._mesh, DATA))
-
-    def _unpack(self, windows, places, captured):
-        front = 0 if self.bos is None else 1
-        captured = [np.asarray(x) for x in captured]
-        for row, place in enumerate(places):
-            stop = front + len(windows[place])
-            yield int(place), [x[row, front:stop] for x in captured]
-
-
-def _sites_of(graphdef, sites, dtype, params, tokens) -> tuple[jax.Array, ...]:
-    """Returns per site bfloat16 [batch, seq, d_model]; nothing after the last one is computed."""
-    seen = {}
-
-    def tap(site, x):
-        seen[site] = x
-        return x
-
-    modules.merge(graphdef, params).logits(tokens, tap=tap, dtype=dtype)
-    return tuple(seen[site].astype(jnp.bfloat16) for site in sites)
+        """Yields (window's index, per site bfloat16 [tokens, d_model]), in order of length."""
+        tokens = [np.concatenate([self._front, w]) for w in windows]
+        for i, x in self._runner.stream(tokens, self.sites):
+            yield i, [of_site[len(self._front) :] for of_site in x]
 
 
 def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int) -> dict:

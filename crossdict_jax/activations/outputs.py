@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crossdict_jax.config import Config
-from crossdict_jax.config.settings import output_site
+from crossdict_jax.config import Config, output_site
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 

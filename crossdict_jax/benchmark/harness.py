@@ -7,7 +7,7 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,100 +28,99 @@ class Spent(NamedTuple):
     cpu_seconds: float
 
 
-Timed = Callable[[], Spent]  # does its work once, to the end
+Run = Callable[[int], Any]  # does its work so many times, to the end; others say what it took
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one run of every contender amounts to, counted from the maths, not from what ran.
+class Bench:
+    """One benchmark of a run.
 
     Attributes:
-      amount: how much of ``unit`` is done (rows, tokens, bytes).
-      flops: floating point operations, a multiply-add being two.
-      bytes: of memory traffic: what must be read and written at least.
-      dtype: of the matrix products' inputs: which ceiling the flops are held against.
+      folder: its own, empty at the start.
+      suite: which of its sizes.
+      repeats: rounds.
     """
 
-    amount: float
-    unit: str = "rows"
-    flops: float = 0.0
-    bytes: float = 0.0
-    dtype: str = "float32"
+    name: str
+    folder: Path
+    suite: str = "cpu"
+    repeats: int = 5
+    seed: int = 0
 
+    def compare(
+        self,
+        case: str,
+        contenders: dict[str, Run],
+        amount: float,
+        unit: str = "rows",
+        *,
+        count: int = 1,
+        reference: str = OURS,
+        about: dict[str, dict] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Returns a result row per contender; all run once in each round.
 
-def alternate(contenders: dict[str, Timed], *, repeats: int) -> dict[str, list[Spent]]:
-    """Returns what each contender spent in each of ``repeats`` rounds; all run once in a round.
+        One run each goes before and does not count: it compiles. Every second round goes backwards,
+        so that none always follows the same one. ``seconds`` and ``cpu_seconds`` are medians.
+        ``ratio`` is the median over rounds of the contender's seconds over those of ``reference``
+        (above 1: the reference is faster), with its least and its greatest; ``cpu_ratio`` the same
+        of processor seconds, which other work on the machine disturbs less.
 
-    One run each goes before and does not count: it compiles. Every second round goes backwards,
-    so that none always follows the same one.
-    """
-    order = list(contenders)
-    for name in order:
-        contenders[name]()
-    spent: dict[str, list[Spent]] = {name: [] for name in contenders}
-    for _ in range(repeats):
+        Args:
+          amount: how much of ``unit`` one run of every contender does.
+          count: how often a run does its work.
+          about: further columns of a contender.
+        """
+        spent: dict[str, list[Spent]] = {name: [] for name in contenders}
+        order = list(contenders)
         for name in order:
-            spent[name].append(contenders[name]())
-        order.reverse()
-    return spent
-
-
-def compared(
-    benchmark: str,
-    case: str,
-    spent: dict[str, list[Spent]],
-    need: Need,
-    *,
-    ceilings: dict[str, float],
-    reference: str = OURS,
-    about: dict[str, dict] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yields a result row per contender.
-
-    ``seconds`` and ``cpu_seconds`` are medians. ``ratio`` is the median over rounds of the
-    contender's seconds over those of ``reference`` (above 1: the reference is faster), with the
-    least and the most; ``cpu_ratio`` the same of processor seconds, which other work on the machine
-    disturbs less. Fractions are of the ceilings: what the counted work would take at full speed,
-    over what it took.
-    """
-    for name, own in spent.items():
-        ratios, cpu_ratios = zip(*(_ratios(*both) for both in zip(own, spent[reference])))
-        median = statistics.median(run.seconds for run in own)
-        yield {
-            "benchmark": benchmark,
-            "case": case,
-            "contender": name,
-            **((about or {}).get(name) or {}),
-            "repeats": len(own),
-            "seconds": median,
-            "cpu_seconds": statistics.median(run.cpu_seconds for run in own),
-            "unit": need.unit,
-            "per_s": need.amount / median,
-            "ratio": statistics.median(ratios),
-            "ratio_low": min(ratios),
-            "ratio_high": max(ratios),
-            "cpu_ratio": statistics.median(cpu_ratios),
-            "flops": need.flops or None,
-            "bytes": need.bytes or None,
-            "flop_fraction": fraction(need.flops, ceilings.get(need.dtype), median),
-            "byte_fraction": fraction(need.bytes, ceilings.get("copy"), median),
-        }
-
-
-def _ratios(one: Spent, other: Spent) -> tuple[float, float]:
-    return one.seconds / other.seconds, one.cpu_seconds / max(other.cpu_seconds, 1e-9)
-
-
-def fraction(work: float, ceiling: float | None, seconds: float) -> float | None:
-    """Returns the share of a ceiling (work a second) that was reached; None without either."""
-    return work / seconds / ceiling if work and ceiling else None
+            contenders[name](count)
+        for _ in range(self.repeats):
+            for name in order:
+                spent[name].append(timed(lambda name=name: contenders[name](count)))
+            order.reverse()
+        rows = []
+        for name, runs in spent.items():
+            both = list(zip(runs, spent[reference]))
+            ratios = [a.seconds / b.seconds for a, b in both]
+            cpu_ratios = [a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in both]
+            seconds = statistics.median(run.seconds for run in runs)
+            row = {"benchmark": self.name, "case": case, "contender": name}
+            row |= (about or {}).get(name) or {}
+            rows.append(
+                row
+                | {
+                    "repeats": len(runs),
+                    "seconds": seconds,
+                    "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
+                    "unit": unit,
+                    "per_s": amount / seconds,
+                    "ratio": statistics.median(ratios),
+                    "ratio_low": min(ratios),
+                    "ratio_high": max(ratios),
+                    "cpu_ratio": statistics.median(cpu_ratios),
+                }
+            )
+        return rows
 
 
 def timed(run: Callable[[], Any]) -> Spent:
-    """Returns what ``run()`` takes; arrays that it returns are waited for."""
-    started, cpu_started = time.perf_counter(), time.process_time()
-    jax.block_until_ready(run())
-    return Spent(time.perf_counter() - started, time.process_time() - cpu_started)
+    """Returns what ``run()`` takes, the processes it starts with it, or what it says it took.
+
+    Arrays that it returns are waited for.
+    """
+
+    def cpu() -> float:
+        both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+    started, before = time.perf_counter(), cpu()
+    result = jax.block_until_ready(run())
+    spent = Spent(time.perf_counter() - started, cpu() - before)
+    return result if isinstance(result, Spent) else spent
+
+
+# ---------------------------------------------------------------- memory
 
 
 def apart(function: Callable, *arguments) -> tuple[Any, int]:
@@ -133,28 +132,26 @@ def apart(function: Callable, *arguments) -> tuple[Any, int]:
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_with_peak, function, arguments).result()
+            result = pool.submit(function, *arguments).result()
+            return result, pool.submit(memory, peak=True).result()
     except BrokenProcessPool as error:
         raise UserError(
             "The process that was measured has been killed; if memory has run out, ask for less."
         ) from error
 
 
-def _with_peak(function: Callable, arguments: tuple) -> tuple[Any, int]:
-    result = function(*arguments)
-    return result, peak_memory()
+def memory(*, peak: bool = False) -> int:
+    """Returns the bytes this process holds: on the device if it tells, else on the host.
 
-
-def peak_memory() -> int:
-    """Returns the most bytes this process has held: on the device if it tells, else on the host."""
-    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    Args:
+      peak: the most that it has held, instead of what it holds now.
+    """
+    statistics_ = jax.devices()[0].memory_stats() or {}
+    on_device = statistics_.get("peak_bytes_in_use" if peak else "bytes_in_use")
+    if on_device is not None:
+        return on_device
+    if not peak:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     # Not getrusage: a process inherits the peak of the one that started it.
     status = Path("/proc/self/status").read_text()
-    return on_device or 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-
-
-def memory() -> int:
-    """Returns the bytes this process holds now, counted where ``peak_memory`` counts."""
-    on_device = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use")
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() if on_device is None else on_device
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from crossdict_jax.benchmark.harness import Spent
 from crossdict_jax.errors import UserError
 
 FOLDER = Path(__file__).with_name("peers")
-PYTHONS = {  # library: the environment variable that names an interpreter which has it
+BASELINE = "baseline"  # another checkout of this project, in this Python
+VARIABLES = {  # library: the environment variable that names a Python which has it, or the checkout
     "sae-lens": "CROSSDICT_SAELENS_PYTHON",
     "sparsify": "CROSSDICT_SPARSIFY_PYTHON",
     "dictionary_learning": "CROSSDICT_DICTIONARY_LEARNING_PYTHON",
     "torch": "CROSSDICT_TORCH_PYTHON",
+    BASELINE: "CROSSDICT_BASELINE",
 }
 
 
@@ -29,14 +33,19 @@ class Peer:
       UserError: the interpreter cannot be run, or the library fails (its last line is given).
     """
 
-    def __init__(self, library: str, file: str):
-        self.library, self._variable = library, PYTHONS[library]
-        self._python = os.environ.get(self._variable, "")
+    def __init__(self, library: str, file: str | Path):
+        variable = VARIABLES[library.partition(",")[0]]
+        value = os.environ.get(variable, "")
+        self._asked = f"{variable}={value}"
+        self._library = library
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
         environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
+        python = value
+        if library == BASELINE:
+            python, environment["PYTHONPATH"] = sys.executable, value
         try:
             self._process = subprocess.Popen(
-                [self._python, str(FOLDER / "serve.py"), str(FOLDER / file)],
+                [python, str(FOLDER / "serve.py"), str(FOLDER / file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -45,15 +54,13 @@ class Peer:
             )
         except OSError as error:
             self._errors.close()
-            raise UserError(
-                f"{self._variable}={self._python} cannot be run ({error.strerror})."
-            ) from error
+            raise UserError(f"{self._asked} cannot be run ({error.strerror}).") from error
 
     def __enter__(self) -> Peer:
         return self
 
     def __exit__(self, *_) -> None:
-        with suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -78,13 +85,24 @@ class Peer:
             self._process.wait()
             self._errors.seek(0)
             last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"{self._variable}={self._python}: {self.library} failed ({last}).")
+            raise UserError(f"{self._asked}: {self._library} failed ({last}).")
         return json.loads(answer)
 
 
-def absent(library: str) -> str | None:
-    """Returns a line that says why a peer is left out; None if an interpreter is named for it."""
-    variable = PYTHONS[library]
-    if os.environ.get(variable):
-        return None
-    return f"{library} left out: {variable} is not set; name a python that has it."
+@contextlib.contextmanager
+def peers(files: dict[str, str]) -> Iterator[dict[str, Peer]]:
+    """Starts a peer for every library of ``files`` whose variable is set, and the baseline.
+
+    A library that runs in two ways has two names, as in "torch" and "torch, cut short".
+
+    Says which are left out; all end with the context.
+    """
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for library, file in (files | {BASELINE: "checkout.py"}).items():
+            variable = VARIABLES[library.partition(",")[0]]
+            if os.environ.get(variable):
+                running[library] = stack.enter_context(Peer(library, file))
+            else:
+                print(f"{library} left out: {variable} is not set.")
+        yield running

@@ -4,66 +4,155 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import shutil
+import subprocess
 import time
-from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from crossdict_jax.benchmark import machine, table
-from crossdict_jax.benchmark_config import BenchmarkConfig
+from crossdict_jax.benchmark.harness import Bench
+from crossdict_jax.config import BenchmarkConfig, measurements
 from crossdict_jax.errors import UserError
+from crossdict_jax.report.docs import markdown
+from crossdict_jax.report.tables import Table, show, table
+from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json, write_text
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+COLUMNS = {  # of a row: (title, how it is written)
+    "seconds": ("time", "{}s"),
+    "per_s": ("a second", "{}"),
+    "memory": ("memory", "{}B"),
+    "predicted": ("predicted", "{}B"),
+    "ratio": ("ratio", ""),
+    "cpu_ratio": ("of CPU time", ""),
+    "growth": ("bytes a row more", "{}B"),
+}
 
 
 def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
     """Measures anew what ``config.benchmarks`` names, and returns what benchmark.json then holds.
 
-    results/benchmark.json holds the machine, its ceilings, a row per contender, and what failed;
-    results/benchmark.md the same as tables. Both are written after every row, so that whatever
-    ends a run leaves the rows before. A measurement that fails does not keep the others from being
-    taken.
+    A measurement is a file of ``measurements`` with ``SIZES`` by suite and ``benchmark(bench)``,
+    which yields rows; none named: all that have sizes for ``config.suite``. results/benchmark.json
+    holds the machine, a row per contender, and what failed; results/benchmark.md the
+    same as tables. Both are written after every row, so that whatever ends a run leaves the rows
+    before. A measurement that fails does not keep the others from being taken.
 
     Raises:
-      UserError: at the end, if any has failed.
+      UserError: a measurement has no sizes for the suite; or at the end, if any has failed.
     """
     # Contenders in other processes need room on the device too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    found = {"machine": machine.describe()}
-    found["ceilings"] = machine.ceilings(config.ceilings, repeats=config.repeats)
-    found |= {"rows": [], "failed": {}}
-    print(table.heading(found))
-    for name in config.benchmarks:
+    names = config.benchmarks or measurements()
+    package = f"{__package__}.measurements"
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
+    if not config.benchmarks:
+        modules = {name: m for name, m in modules.items() if config.suite in m.SIZES}
+    for name, module in modules.items():
+        if config.suite not in module.SIZES:
+            suites = ", ".join(module.SIZES)
+            raise UserError(f"{name} has no sizes for suite={config.suite}, only for {suites}.")
+    rows, failed = [], {}
+    outcome = {"machine": describe(), "suite": config.suite, "rows": rows, "failed": failed}
+    print(heading(outcome))
+    for name, module in modules.items():
+        folder = work.root / "benchmark" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        started = time.perf_counter()
+        bench = Bench(name, folder, config.suite, config.repeats, config.seed)
         try:
-            for row in _rows(name, config, work, found["ceilings"]):
-                found["rows"].append(row)
-                _write(work, found)
+            for row in module.benchmark(bench):
+                rows.append(row)
+                _write(work, outcome)
         except (UserError, jax.errors.JaxRuntimeError) as error:  # such as no memory for a width
-            found["failed"][name] = str(error).splitlines()[0]
-            _write(work, found)
-        if rows := [row for row in found["rows"] if row["benchmark"] == name]:
-            print(table.text(rows), flush=True)
-    if found["failed"]:
-        raise UserError("; ".join(f"{name} failed: {why}" for name, why in found["failed"].items()))
-    return found
+            failed[name] = str(error).splitlines()[0]
+            _write(work, outcome)
+        shutil.rmtree(folder)
+        show(tables([row for row in rows if row["benchmark"] == name]))
+        print(f"{name}: done in {time.perf_counter() - started:.0f} s", flush=True)
+    if failed:
+        raise UserError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
+    return outcome
 
 
-def _rows(
-    name: str, config: BenchmarkConfig, work: Workdir, ceilings: dict
-) -> Iterator[dict[str, Any]]:
-    """Yields the rows of one measurement as they come."""
-    module = importlib.import_module(f"crossdict_jax.benchmark.{name}")
-    folder = work.root / "benchmark" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
-    started = time.perf_counter()
-    yield from module.benchmark(config, folder, ceilings)
-    print(f"{name}: done in {time.perf_counter() - started:.0f} s")
-    shutil.rmtree(folder)
+def _write(work: Workdir, outcome: dict[str, Any]) -> None:
+    write_json(work.result("benchmark.json"), outcome)
+    parts = [heading(outcome)]
+    parts += [f"**{t.caption}**\n\n{markdown(t)}" for t in tables(outcome["rows"])]
+    write_text(work.result("benchmark.md"), "\n\n".join(parts) + "\n")
 
 
-def _write(work: Workdir, found: dict[str, Any]) -> None:
-    write_json(work.result("benchmark.json"), found)
-    write_text(work.result("benchmark.md"), table.markdown(found))
+def describe() -> dict[str, Any]:
+    """Returns the device, the host, how busy it is, versions, and the commit of this code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    # The commit is marked if files differ from it, and None outside git.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return device_figures() | {
+        "platform": jax.default_backend(),
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # processes that wanted to run in the last minute
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "commit": commit or None,
+    }
+
+
+def heading(outcome: dict[str, Any]) -> str:
+    """Returns the machine and the versions in one paragraph."""
+    about = outcome["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    return (
+        f"{about['devices']} x {about['device']} ({about['processor']}, {about['cores']} cores, "
+        f"load {about['load']:.1f}), Python {about['python']}, {versions}, commit "
+        f"{about['commit']}, suite {outcome['suite']}."
+    )
+
+
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """Returns a table for each benchmark, with the columns that some of its rows have."""
+
+    def cell(row: dict, key: str, written: str) -> str:
+        value = row.get(key)
+        if value is None:
+            return "–"
+        if written:
+            return written.format(si(value)) + (row["unit"] if key == "per_s" else "")
+        bounds = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if "ratio_low" in row else ""
+        return f"{value:.2f}" + (bounds if key == "ratio" else "")
+
+    made = []
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
+        chosen = [row for row in rows if row["benchmark"] == name]
+        columns = {k: v for k, v in COLUMNS.items() if any(r.get(k) is not None for r in chosen)}
+        lines = [
+            {
+                "case": row["case"],
+                "contender": " ".join([row["contender"], row.get("version", "")]).strip(),
+                **{title: cell(row, key, text) for key, (title, text) in columns.items()},
+            }
+            for row in chosen
+        ]
+        made.append(table(name, lines))
+    return made
+
+
+def si(value: float) -> str:
+    """Returns a number with three digits and the prefix of its size, as in ``1.23 G``."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value / 1e-6:.3g} µ"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from crossdict_jax import maps, results
-from crossdict_jax.activations.splice import Passages, select_passages, train_mean, whole_spans
+from crossdict_jax.activations.passages import select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.directions import (
     best_matches,
@@ -33,6 +33,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Passages
 from crossdict_jax.training.stage import Stage
 from crossdict_jax.workdir import Workdir
 

@@ -8,21 +8,14 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models, modules, stats
-from crossdict_jax.activations.splice import (
-    Effect,
-    Passages,
-    Splicer,
-    loss_recovered,
-    select_passages,
-    train_mean,
-    whole_spans,
-)
+from crossdict_jax.activations.passages import select_passages, train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Effect, Passages, Runner
 from crossdict_jax.stats import Resamples
 from crossdict_jax.training.stage import Stage, input_digests
 from crossdict_jax.workdir import Workdir
@@ -78,9 +71,8 @@ def intervene(config: Config, work: Workdir) -> None:
     single, together = [], []
     with tqdm(desc="stitching", unit="window") as progress:
         for name, groups in todo.items():
-            edited = {store.output_of(name, site)[1] for sites in groups for site in sites}
-            target = _Target.read(config, work, store, name, tuple(sorted(edited)))
-            windows = len(target.splicer.passages.tokens)  # equal for all models
+            target = _Target.read(config, work, store, name)
+            windows = len(target.passages.tokens)  # equal for all models
             progress.total = windows * sum(_runs(groups, store) for groups in todo.values())
             for sites, bundles in groups.items():
                 rows = single if len(sites) == 1 else together
@@ -149,23 +141,22 @@ class _Target:
     work: Workdir
     store: Store
     name: str
-    splicer: Splicer
+    runner: Runner
+    passages: Passages
     draws: Resamples
 
     @classmethod
-    def read(cls, config: Config, work: Workdir, store: Store, name: str, sites: tuple[Site, ...]):
-        """Loads the model and runs it once on its passages."""
+    def read(cls, config: Config, work: Workdir, store: Store, name: str):
+        """Loads the model and the text that it reads."""
         passages = passages_of_test(config, store, name)
-        splicer = Splicer(
+        runner = Runner(
             models.load(store.paths[store.models.index(name)]),
-            passages,
-            sites=sites,
             batch_size=config.intervention.batch_size,
             dtype=config.extract.matmul_dtype,
         )
         documents, count = passages.document[passages.scored], config.evaluation.bootstrap
         draws = stats.draw(documents, count=count, seed=config.seed)
-        return cls(config, work, store, name, splicer, draws)
+        return cls(config, work, store, name, runner, passages, draws)
 
     def edited(self, site: Site) -> Site:
         """Where the dictionary of a site writes: another one for a transcoder."""
@@ -173,7 +164,7 @@ class _Target:
 
     def side(self, model: str, site: Site, dictionary: Dictionary) -> Side:
         """The rows of a model at the paired positions."""
-        rows = self.splicer.passages.rows
+        rows = self.passages.rows
         return Side(self.store.read(model, site, rows), self.store.tokens(model, rows), dictionary)
 
 
@@ -201,7 +192,7 @@ def _rows_at(
         controls["own_sae"][at] = modules.over_rows(
             side.dictionary, side.x, method="__call__", size=size
         )
-    references = target.splicer.effects(edited, controls, progress)
+    references = target.runner.splice(target.passages, edited, controls, progress)
     rows = [_row(target, references[c], references, sites, control=c) for c in CONTROLS]
 
     by_source: dict[tuple, list[Bundle]] = {}
@@ -215,7 +206,7 @@ def _rows_at(
         kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
         for kind in dict.fromkeys(kinds):
             predicted = _predicted(target, [b for b, k in zip(group, kinds) if k == kind], pairs)
-            effects |= target.splicer.effects(edited, predicted, progress)
+            effects |= target.runner.splice(target.passages, edited, predicted, progress)
         rows += [
             _row(target, effects[bundle, kind], references, sites, bundle=bundle, stitch_kind=kind)
             for bundle in group
@@ -230,7 +221,7 @@ def _pairs(target: _Target, task: Task, sides: dict[Site, Side]) -> dict[str, Pa
     pairs = Pairs(
         source=target.side(task.source, task.site_source, dictionary),
         target=sides[task.site_target],
-        documents=target.splicer.passages.document,
+        documents=target.passages.document,
     )
     generator = np.random.Generator(np.random.Philox(key=target.config.seed))
     shuffled = pairs.source.take(generator.permutation(len(pairs)))
@@ -268,10 +259,10 @@ def _row(
 ) -> dict[str, Any]:
     """A row of causal.jsonl: of a control, or of a map's predictions."""
     task = bundle and bundle[0]
-    recovered = loss_recovered(
-        effect,
-        clean=references["clean"],
-        baseline=references["zero"],
+    recovered = stats.loss_recovered(
+        effect.ce,
+        clean=references["clean"].ce,
+        baseline=references["zero"].ce,
         resamples=target.draws,
     )
     intervention = "control" if control else "stitching"

@@ -253,7 +253,6 @@ class EvaluationConfig:
         "Held-out rows on which all layers are compared; 0: no comparison",
         Rule("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000),
     )
-    features_shown: int = setting(5, "Of each pair of sites", at_least(0))
 
 
 @dataclass
@@ -263,8 +262,6 @@ class EfficiencyConfig:
     rows: tuple[int, ...] = setting(
         (32, 128, 512, 2048, 8192), "Numbers of paired rows to fit on, before all", at_least(2)
     )
-    layer_pair: str = setting("", "As in 6:6")
-    hidden_features: float = setting(0.2, "Share of every dictionary's features", SHARE)
 
 
 @dataclass

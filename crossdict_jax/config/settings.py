@@ -7,29 +7,20 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from crossdict_jax.config.fields import Count, Number, refuse_transcoders
-from crossdict_jax.config.rules import (
-    architectures,
-    gate_files,
-    has_k,
-    map_kinds,
-    measurements,
-    output_site,
+from crossdict_jax.config.fields import (
+    BenchmarkConfig,
+    Config,
+    ConvertConfig,
+    Count,
+    Number,
+    PretrainConfig,
+    VerifyConfig,
 )
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import flatten
-
-__all__ = [
-    "architectures",
-    "gate_files",
-    "has_k",
-    "map_kinds",
-    "measurements",
-    "output_site",
-    "refuse_transcoders",
-]
+from crossdict_jax.workdir import flatten, read_json
 
 WORDS = {  # type of a setting: (the type of one value, whether it may be several, in words)
     int: (int, False, "a whole number, as in 5"),
@@ -102,6 +93,15 @@ def from_dict(kind: type, tree: dict) -> Any:
     return config
 
 
+def read(path: Path) -> Any:
+    """Returns the config that a config.json holds, of the class with most of its settings."""
+    tree = read_json(path)
+    names = set(tree) if isinstance(tree, dict) else set()
+    kinds = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
+    kind = max(kinds, key=lambda kind: len(names & {f.name for f in dataclasses.fields(kind)}))
+    return from_dict(kind, tree)
+
+
 def parse(kind: Any, text: str) -> Any:
     """Returns the value of type ``kind`` that ``text`` spells; several have commas between.
 
@@ -142,10 +142,6 @@ def validate(config: Any) -> None:
     Only what can be said without reading text or models; nothing is imported for it. Of settings
     that must fit each other, the ``check`` of their class knows.
     """
-    if type(config).__module__ == "crossdict_jax.benchmark_config":
-        from crossdict_jax import benchmark_settings
-
-        return benchmark_settings.validate(config)
     for name, field in settings(type(config)).items():
         _check_value(name, get(config, name), field)
     for group in _groups(config):

@@ -16,8 +16,8 @@ import numpy as np
 
 from crossdict_jax import modules
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.maps import Map, Pairs
-from crossdict_jax.maps.base import encode_rows, padded, slices
+from crossdict_jax.maps import Map, Side
+from crossdict_jax.maps.base import padded, slices
 
 ROWS = 2048  # held-out rows, evenly spread, that Jacobians are averaged over
 BLOCK = 256  # rows of one backward pass for each feature
@@ -27,22 +27,13 @@ EXACT = 1e-4  # a Jacobian that varies by less than this share of its largest en
 
 @dataclasses.dataclass(frozen=True)
 class Drivers:
-    """What k predicted features do when each source feature is turned up.
+    """What k predicted features do when each source feature is turned up."""
 
-    Attributes:
-      through: "features", or "decoder" where the map reads activations and source features reach
-        it through the source's own decoder.
-      weight: [k, width_a], mean of d f_B / d f_A over the rows on which the map predicts f_B > 0.
-      effect: [k, width_a], the same in standard deviations of both.
-      rows: [k], on how many rows that is.
-      exact: bool [k], whether the Jacobian is the same on all of them.
-    """
-
-    through: str
-    weight: np.ndarray
-    effect: np.ndarray
-    rows: np.ndarray
-    exact: np.ndarray
+    through: str  # features, or decoder: source features reach a map of activations through it
+    weight: np.ndarray  # [k, width_a], mean of d f_B / d f_A over rows with a predicted f_B > 0
+    effect: np.ndarray  # [k, width_a], the same in standard deviations of both
+    rows: np.ndarray  # [k], on how many rows that is
+    exact: np.ndarray  # bool [k], whether the Jacobian is the same on all of them
 
     def order(self, i: int) -> np.ndarray:
         """Returns the source features by the size of their effect on feature i, largest first."""
@@ -57,30 +48,31 @@ def can_attribute(m: Map, source: Dictionary) -> bool:
     return m.reads == "features" or (m.reads == "activations" and not source.transcodes)
 
 
-def drivers(m: Map, pairs: Pairs, features: np.ndarray, *, scales: Scales) -> Drivers:
-    """Returns what drives the given features [k] of B, from at most ROWS of the pairs.
+def drivers(m: Map, source: Side, features: np.ndarray, *, scale: np.ndarray) -> Drivers:
+    """Returns what drives the features [k] of B, from at most ROWS of the source's rows.
 
     Args:
-      scales: standard deviations of both sides' features.
+      scale: [k, width_a], standard deviations of source features per one of each feature of B.
     """
-    graphs = modules.split(m), modules.split(pairs.source.dictionary)
+    graphs = modules.split(m), modules.split(source.dictionary)
     total, count, low, high = 0.0, 0, np.inf, -np.inf
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(ROWS, len(pairs))).astype(np.int64))
+    n = len(source.x)
+    chosen = np.unique(np.linspace(0, n - 1, min(ROWS, n)).astype(np.int64))
     for part in slices(len(chosen), BLOCK):
         rows = chosen[part]
-        inputs = padded(pairs.source.x[rows], BLOCK), padded(pairs.source.tokens[rows], BLOCK)
-        found = _jacobians(
+        inputs = padded(source.x[rows], BLOCK), padded(source.tokens[rows], BLOCK)
+        made = _jacobians(
             *(graph for graph, _ in graphs), *(p for _, p in graphs), *inputs, features, len(rows)
         )
-        here, on, least, most = map(np.asarray, found)
-        total, count = total + here.astype(np.float64), count + on.astype(np.int64)
-        low, high = np.minimum(low, least), np.maximum(high, most)
+        sums, on, lowest, highest = map(np.asarray, made)
+        total, count = total + sums.astype(np.float64), count + on.astype(np.int64)
+        low, high = np.minimum(low, lowest), np.maximum(high, highest)
     weight = total / np.maximum(count, 1)[:, None]
     varies = np.where(count > 0, (high - low).max(axis=1), 0.0)
     return Drivers(
         through="features" if m.reads == "features" else "decoder",
         weight=weight,
-        effect=weight * scales.source[None, :] / scales.of_target(features)[:, None],
+        effect=weight * scale,
         rows=count,
         exact=varies <= EXACT * np.abs(weight).max(axis=1),
     )
@@ -88,7 +80,7 @@ def drivers(m: Map, pairs: Pairs, features: np.ndarray, *, scales: Scales) -> Dr
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _jacobians(graph, source_graph, params, source_params, x, tokens, features, count):
-    """Over the rows with f_B > 0: sum [k, width_a], number [k], least and most [k, width_a]."""
+    """Over the rows with f_B > 0: sum [k, width_a], number [k], lowest, highest [k, width_a]."""
     m, source = modules.merge(graph, params), modules.merge(source_graph, source_params)
 
     def predict(f):
@@ -98,87 +90,42 @@ def _jacobians(graph, source_graph, params, source_params, x, tokens, features, 
     out, pull = jax.vjp(predict, source.encode(x.astype(jnp.float32)))
     on = (out > 0) & (jnp.arange(len(x)) < count)[:, None]
 
-    def one(i):
+    def of_feature(i):
         (row,) = pull(jnp.zeros_like(out).at[:, i].set(1.0))  # [batch, width_a]
-        here = on[:, i][:, None]
-        least = jnp.where(here, row, jnp.inf).min(axis=0)
-        most = jnp.where(here, row, -jnp.inf).max(axis=0)
-        return jnp.where(here, row, 0.0).sum(axis=0), least, most
+        mask = on[:, i][:, None]
+        low = jnp.where(mask, row, jnp.inf).min(axis=0)
+        high = jnp.where(mask, row, -jnp.inf).max(axis=0)
+        return jnp.where(mask, row, 0.0).sum(axis=0), low, high
 
-    total, least, most = jax.lax.map(one, jnp.arange(len(features)))
-    return total, on.sum(axis=0), least, most
-
-
-# ---------------------------------------------------------------- beside correlation
+    total, low, high = jax.lax.map(of_feature, jnp.arange(len(features)))
+    return total, on.sum(axis=0), low, high
 
 
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    """Standard deviations of features over rows: [width_a] and [width_b]; 1 where one is 0."""
-
-    source: np.ndarray
-    target: np.ndarray
-
-    def of_target(self, features: np.ndarray) -> np.ndarray:
-        return self.target[features]
-
-
-def scales(pairs: Pairs) -> Scales:
-    """Returns the standard deviations of both sides' features over the pairs."""
-    deviations = (np.sqrt(side.feature_moments[1]) for side in (pairs.source, pairs.target))
-    return Scales(*(np.where(d > 0, d, 1.0) for d in deviations))
-
-
-def correlations(pairs: Pairs, features: np.ndarray) -> np.ndarray:
-    """Returns the Pearson correlation of given features of B with all of A's, [k, width_a].
-
-    0 where one of the two is constant.
-    """
-    product = 0.0
-    for rows in slices(len(pairs)):
-        a = encode_rows(pairs.source.dictionary, pairs.source.x[rows])
-        b = encode_rows(pairs.target.dictionary, pairs.target.x[rows])[:, features]
-        product = product + b.T.astype(np.float64) @ a.astype(np.float64)
-    (mean_a, variance_a), (mean_b, variance_b) = (
-        side.feature_moments for side in (pairs.source, pairs.target)
-    )
-    covariance = product / len(pairs) - mean_b[features][:, None] * mean_a[None, :]
-    scale = np.sqrt(variance_b[features][:, None] * variance_a[None, :])
-    return np.where(scale > 0, covariance / np.where(scale > 0, scale, 1.0), 0.0)
-
-
-def describe(
-    kind: str, found: Drivers, i: int, match: int, again: Drivers | None
-) -> dict[str, Any]:
+def describe(of_map: Drivers, i: int, match: int, again: Drivers | None) -> dict[str, Any]:
     """Returns what a result row says of feature i's drivers in one map.
 
     Args:
       match: the source feature that correlates best with feature i.
       again: the same of the map fitted from another seed.
     """
-    order = found.order(i)
-    known = found.rows[i] > 0
+    order, predicted = of_map.order(i), of_map.rows[i] > 0
     stability = None
-    if again is not None and known and again.rows[i] > 0:
-        stability = _cosine(found.effect[i], again.effect[i])
+    if again is not None and predicted and again.rows[i] > 0:
+        a, b = of_map.effect[i], again.effect[i]
+        length = np.sqrt((a @ a) * (b @ b))
+        stability = float(a @ b / length) if length else None
     return {
-        "map": kind,
-        "through": found.through,
-        "n_rows": int(found.rows[i]),
-        "exact": bool(found.exact[i]) if known else None,
+        "through": of_map.through,
+        "n_rows": int(of_map.rows[i]),
+        "exact": bool(of_map.exact[i]) if predicted else None,
         "drivers": [
             {
                 "feature": int(a),
-                "weight": float(found.weight[i, a]),
-                "effect": float(found.effect[i, a]),
+                "weight": float(of_map.weight[i, a]),
+                "effect": float(of_map.effect[i, a]),
             }
-            for a in (order[:TOP] if known else ())
+            for a in (order[:TOP] if predicted else ())
         ],
-        "place_of_match": int(np.flatnonzero(order == match)[0]) + 1 if known else None,
+        "rank_of_match": int(np.flatnonzero(order == match)[0]) + 1 if predicted else None,
         "stability": stability,
     }
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float | None:
-    length = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / length) if length else None

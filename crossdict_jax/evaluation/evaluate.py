@@ -1,93 +1,134 @@
-"""The stage that measures a finished run: dictionaries, and every map on held-out documents."""
+"""The stage that measures a finished run: dictionaries, maps and controls on held-out documents."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from tqdm import tqdm
 
 from crossdict_jax import maps
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.config import Config
+from crossdict_jax.config import Config, identity
+from crossdict_jax.dictionaries.crosscoder_training import planned
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.controls import Controls, score_controls
-from crossdict_jax.evaluation.crosscoder import joint_codes, score_crosscoders
+from crossdict_jax.evaluation.codes import SideCodes
+from crossdict_jax.evaluation.controls import ControlScores, score_control
+from crossdict_jax.evaluation.crosscoder import crosscoder_rows, joint_codes
 from crossdict_jax.evaluation.features import feature_rows
-from crossdict_jax.evaluation.funnel import match_dictionaries
-from crossdict_jax.evaluation.reconstruction import reconstruct
-from crossdict_jax.evaluation.representations import compare_representations
-from crossdict_jax.evaluation.scoring import score_ladder
+from crossdict_jax.evaluation.reconstruction import member_folders, reconstruct
+from crossdict_jax.evaluation.representations import representation_rows
+from crossdict_jax.evaluation.scoring import pair_columns, score_maps
+from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.controls import control_tasks
-from crossdict_jax.studies.dictionary_transfer.measure import score_dictionary_transfer
+from crossdict_jax.maps.controls import ControlLoader, ceiling_task, control_tasks
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.checkpoint import is_finished
-from crossdict_jax.training.stage import device_figures
-from crossdict_jax.workdir import Workdir, write_jsonl
+from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.workdir import Workdir
+
+FILES = (
+    *("reconstruction.jsonl", "transfer.jsonl", "features.jsonl", "feature_transfer.jsonl"),
+    *("matching.jsonl", "matches.jsonl", "similarity.jsonl"),
+)
+
+Part = dict[str, list[dict]]  # rows by file
 
 
 def evaluate(config: Config, work: Workdir) -> None:
     """Writes what dictionaries, maps and their controls score into ``work.results``.
 
-    reconstruction.jsonl, transfer.jsonl, controls.jsonl, features.jsonl, feature_transfer.jsonl,
-    matching.jsonl, matches.jsonl, similarity.jsonl, dictionary_transfer.jsonl, crosscoder.jsonl.
-
-    Reads the language models, the store and the checkpoints of dictionaries and maps, nothing
-    else. Equal inputs give equal files.
+    The files are FILES, controls.jsonl where the run has controls, and crosscoder.jsonl where it
+    has crosscoders. Reads the language models, the store and the checkpoints of dictionaries and
+    maps, nothing else. Equal inputs give equal files. Interrupted, it goes on behind the last part
+    that was done; finished, it does nothing until an input changes.
 
     Raises:
       UserError: one of them is missing or damaged.
     """
-    started = time.perf_counter()
     store = open_store(work.activations)
-    tasks = maps.tasks(config, store)
-    _check_finished(tasks + control_tasks(config, store), work)
-    dictionaries, densities = reconstruct(config, store, work)
-    controls = score_controls(config, store, work)
-    transfer, correlations, single = _transfer(config, store, work, tasks, controls)
-    write_jsonl(work.result("reconstruction.jsonl"), dictionaries)
-    write_jsonl(work.result("transfer.jsonl"), transfer)
-    write_jsonl(work.result("features.jsonl"), densities + correlations)
-    match_dictionaries(config, store, work)
-    compare_representations(config, store, work)
-    write_jsonl(work.result("feature_transfer.jsonl"), single)
-    if config.controls:
-        write_jsonl(work.result("controls.jsonl"), controls.rows())
-    moved = score_dictionary_transfer(config, store, work)
-    write_jsonl(work.result("dictionary_transfer.jsonl"), moved)
-    if joint_codes(config):
-        write_jsonl(work.result("crosscoder.jsonl"), score_crosscoders(config, store, work))
-    wall, rows = time.perf_counter() - started, len(store.select("test"))
-    work.record_timing(
-        "evaluate",
-        wall_s=wall,
-        rows=rows,
-        rows_per_s=rows * len(transfer) / wall,
-        **device_figures(),
-    )
+    tasks, controls = maps.tasks(config, store), control_tasks(config, store)
+    folders = [task.path(work) for task in tasks + controls]
+    for folder in folders:
+        if not is_finished(folder):
+            raise UserError(f"{folder} holds no finished map; run train_hypernetworks first.")
+    for model in store.models:
+        for site in store.sites_of(model):
+            folders += member_folders(work, model, site)
+    files = [*FILES, *(["controls.jsonl"] if config.controls else [])]
+    if joint_codes(config.map.kinds):
+        files.append("crosscoder.jsonl")
+        folders += [work.crosscoder(*end) for end, _ in planned(config, store, with_rows=False)]
+    loader = ControlLoader(config, store, work) if controls else Loader(store, work, config.seed)
+    meta = [store.meta, loader.store.meta]
+    inputs = input_digests(work, settings=identity(config), store_meta=meta, folders=folders)
+    stage = Stage(work, "evaluate", files=files, inputs=inputs)
+    if stage.finished:
+        return
+    rows: Part = {file: [] for file in files}
+    for part in _parts(config, store, stage, loader, tasks, controls):
+        for file, made in part.items():
+            rows.get(file, []).extend(made)
+    stage.finish(rows, rows=len(store.select("test")), maps=len(tasks))
 
 
-def _check_finished(tasks: list[Task], work: Workdir) -> None:
-    for task in tasks:
-        if not is_finished(task.path(work)):
-            raise UserError(
-                f"{task.path(work)} holds no finished map; run train_hypernetworks first."
-            )
+def _parts(
+    config: Config,
+    store: Store,
+    stage: Stage,
+    loader: Loader,
+    tasks: Sequence[Task],
+    controls: Sequence[Task],
+) -> Iterator[Part]:
+    """Yields what each part of the stage adds to the files, measured or kept from before."""
+    settings = {"settings": config.evaluation, "seed": config.seed, "codes": SideCodes()}
+    work = loader.work
+    scored_controls: dict[Task, ControlScores] = {}  # by their first map: directions may share one
 
+    def layer_pair(group: list[Task]) -> Part:
+        scored = score_maps(group, loader, config.map, **settings)
+        aligned = [task for task in group if task.pairing == "aligned"]
+        reseeded = [dataclasses.replace(task, control="reseeded") for task in aligned]
+        again = [task for task in reseeded if task in controls]
+        by_control = {
+            "ceiling": [ceiling_task(task) for task in aligned],
+            "untrained": [dataclasses.replace(task, control="untrained") for task in aligned],
+        }
+        scores: dict[str, ControlScores] = {}
+        for control, wanted in by_control.items():
+            made = [task for task in wanted if task in controls]
+            if made and made[0] not in scored_controls:
+                scored_controls[made[0]] = score_control(made, loader, config.map, **settings)
+            if made:
+                scores[control] = scored_controls[made[0]]
+        part = {
+            "transfer.jsonl": scored.rows(scores["ceiling"].scores if "ceiling" in scores else {}),
+            "features.jsonl": scored.correlation_rows(),
+            "feature_transfer.jsonl": feature_rows(scored, again, loader, settings["codes"]),
+            "controls.jsonl": [
+                made.row(control, task)
+                for task in aligned
+                for control, made in scores.items()
+                if task.kind in made.scores
+            ],
+        }
+        return part
 
-def _transfer(
-    config: Config, store: Store, work: Workdir, tasks: list[Task], controls: Controls
-) -> tuple[list[dict], list[dict], list[dict]]:
-    """The rows of transfer.jsonl, of features.jsonl and of feature_transfer.jsonl."""
-    from tqdm import tqdm
-
-    def direction(task: Task):
-        return task.source, task.target, str(task.site_source), str(task.site_target)
-
-    rows, figures, single = [], [], []
-    with tqdm(total=len(tasks), desc="evaluate maps", unit="map") as progress:
-        for _, group in itertools.groupby(tasks, key=direction):
-            group = list(group)
-            ladder = score_ladder(group, config, store, work, progress)
-            rows += ladder.rows(controls.skyline(ladder.task))
-            figures += ladder.figures()
-            single += feature_rows(ladder, group, config, store, work)
-    return rows, figures, single
+    yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
+    groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
+    for group in tqdm(groups, desc="evaluate maps", unit="layer pair"):
+        key = ("maps", *pair_columns(group[0]).values())
+        yield stage.part(key, partial(layer_pair, group))
+    pairs, matches = dictionary_pairs(config, store), []
+    for pair in tqdm(pairs, desc="match features", unit="layer pair"):
+        measure = partial(shared_features, pair, loader, **settings)
+        part = stage.part(("matches", *pair_columns(pair).values()), measure)
+        matches += part["matches.jsonl"]
+        yield part
+    similarity = partial(representation_rows, config, store, work, pairs, matches)
+    yield {"similarity.jsonl": stage.part(("similarity",), similarity)}
+    if joint_codes(config.map.kinds):
+        crosscoders = partial(crosscoder_rows, config, store, work)
+        yield {"crosscoder.jsonl": stage.part(("crosscoders",), crosscoders)}

@@ -12,15 +12,14 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import (
     Codes,
     Moments,
-    as_correlations,
     compress,
+    correlation_matrix,
     correlations,
     paired_correlations,
 )
 from crossdict_jax.evaluation.nulls import shift_p_values, token_shuffles
 from crossdict_jax.stats import benjamini_hochberg
 
-METHODS = ("mutual_best", "hungarian")
 HUNGARIAN_WIDTH = 8192  # live features a side: a dense problem of 0.5 GB, and minutes
 LEAST_R = 0.3  # on held-out rows: independence alone is refuted by r = 0.015 at 10^5 rows
 IDENTICAL = 1 - 1e-5  # correlation above which two features of one dictionary are duplicates
@@ -28,23 +27,18 @@ IDENTICAL = 1 - 1e-5  # correlation above which two features of one dictionary a
 
 @dataclass(frozen=True)
 class Matching:
-    """Pairs of features that belong together on the rows of one split.
+    """Pairs of features that belong together on the rows of one split, each array [pairs].
 
-    Attributes:
-      features_a, features_b: int64 [pairs], columns of a and of b; each occurs once.
-      r: float64 [pairs], their correlation.
-      firings_a, firings_b: int64 [pairs], in how many rows each is active.
-      width_a, width_b: features in all.
-      live_a, live_b: features that could be matched: active in enough rows and not constant, one
-        of each set of duplicates if they were merged.
+    Features are live that could be matched: active in enough rows and not constant, one of each set
+    of duplicates if these were merged.
     """
 
-    features_a: np.ndarray
-    features_b: np.ndarray
-    r: np.ndarray
-    firings_a: np.ndarray
+    features_a: np.ndarray  # columns of a; each occurs once
+    features_b: np.ndarray  # of b
+    r: np.ndarray  # float64, their correlation
+    firings_a: np.ndarray  # in how many rows each is active
     firings_b: np.ndarray
-    width_a: int
+    width_a: int  # features in all
     width_b: int
     live_a: int
     live_b: int
@@ -55,25 +49,14 @@ class Matching:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the pairs of a matching are worth on the rows of another split, each [pairs].
+    """What the pairs of a matching are worth on the rows of another split, each [pairs]."""
 
-    Attributes:
-      r: float64, their correlation there.
-      p: float64, of r under circular shifts.
-      p_adjusted: float64, the false discovery rate at which the pair would still be a discovery.
-      r_token: float64, the mean correlation after shuffles within equal tokens, None without
-        tokens.
-      beyond_token: bool, whether r beats all those shuffles, None without tokens.
-      confirmed: bool, whether p_adjusted is small enough, r at least LEAST_R, and no shuffle
-        within equal tokens does as well.
-    """
-
-    r: np.ndarray
-    p: np.ndarray
-    p_adjusted: np.ndarray
-    r_token: np.ndarray | None
-    beyond_token: np.ndarray | None
-    confirmed: np.ndarray
+    r: np.ndarray  # float64, their correlation there
+    p: np.ndarray  # float64, of r under circular shifts
+    p_adjusted: np.ndarray  # false discovery rate at which the pair would still be a discovery
+    r_token: np.ndarray | None  # mean correlation after shuffles within equal tokens
+    beyond_token: np.ndarray | None  # bool, whether r beats all those shuffles
+    confirmed: np.ndarray  # bool, p_adjusted small enough, r at least LEAST_R, and beyond the token
 
 
 def match(
@@ -101,20 +84,21 @@ def match(
         features than HUNGARIAN_WIDTH.
     """
     a, b = compress(a), compress(b)
-    _check(a, b, method)
+    if a.shape[0] != b.shape[0]:
+        raise UserError(f"Features of {a.shape[0]} and of {b.shape[0]} rows are not paired rows.")
+    if method not in METHODS:
+        raise UserError(f"evaluation.matching={method} must be one of {', '.join(METHODS)}.")
     (live_a, firings_a), (live_b, firings_b) = (
         _live(codes, minimum_firings, merge_duplicates) for codes in (a, b)
     )
     i = j = np.zeros(0, np.int64)
     if len(live_a) and len(live_b):
-        pair = _mutual_best if method == "mutual_best" else _hungarian
-        i, j = pair(a[:, live_a], b[:, live_b])
+        i, j = METHODS[method](a[:, live_a], b[:, live_b])
     i, j = live_a[i], live_b[j]
-    r = paired_correlations(a[:, i], b[:, j])
     return Matching(
         features_a=i,
         features_b=j,
-        r=r,
+        r=paired_correlations(a[:, i], b[:, j]),
         firings_a=firings_a[i],
         firings_b=firings_b[j],
         width_a=a.shape[1],
@@ -124,28 +108,19 @@ def match(
     )
 
 
-def _check(a: Codes, b: Codes, method: str) -> None:
-    if a.shape[0] != b.shape[0]:
-        raise UserError(f"Features of {a.shape[0]} and of {b.shape[0]} rows are not paired rows.")
-    if method not in METHODS:
-        raise UserError(f"evaluation.matching={method} must be one of {', '.join(METHODS)}.")
-
-
 def _live(codes: Codes, minimum: int, merge: bool) -> tuple[np.ndarray, np.ndarray]:
     """(live features, ascending; how often every feature fires)."""
     moments = Moments.of(codes)
     live = np.flatnonzero((moments.firings >= minimum) & (moments.norm > 0))
-    return (live[_first_of_kind(codes[:, live])] if merge else live), moments.firings
+    if merge and len(live):
+        codes = codes[:, live]
+        first = [np.argmax(r >= IDENTICAL, axis=1) for _, r in correlations(codes, codes)]
+        live = live[np.concatenate(first) == np.arange(len(live))]  # no earlier one is identical
+    return live, moments.firings
 
 
-def _first_of_kind(codes: Codes) -> np.ndarray:
-    """Places of the features that no earlier one is identical to."""
-    first = [np.argmax(r >= IDENTICAL, axis=1) for _, r in correlations(codes, codes)]
-    first = np.concatenate([np.zeros(0, np.int64), *first])
-    return np.flatnonzero(first == np.arange(len(first)))
-
-
-def _mutual_best(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
+def mutual_best(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (columns of a, columns of b) that are each other's best."""
     best_b = np.zeros(a.shape[1], np.int64)
     best_a, top = np.zeros(b.shape[1], np.int64), np.full(b.shape[1], -np.inf, np.float32)
     for at, r in correlations(a, b):
@@ -157,19 +132,25 @@ def _mutual_best(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
     return i[mutual], best_b[mutual]
 
 
-def _hungarian(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
+def hungarian(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (columns of a, columns of b), the assignment with the largest sum of correlations.
+
+    Raises:
+      UserError: there are more features than HUNGARIAN_WIDTH.
+    """
     widest = max(a.shape[1], b.shape[1])
     if widest > HUNGARIAN_WIDTH:
         raise UserError(
             f"evaluation.matching=hungarian takes at most {HUNGARIAN_WIDTH} live features and "
             f"there are {widest}; use mutual_best, or raise evaluation.minimum_firings."
         )
-    r = np.zeros((a.shape[1], b.shape[1]), np.float32)
-    for at, tile in correlations(a, b):
-        r[at] = tile
+    r = correlation_matrix(a, b)
     i, j = linear_sum_assignment(r, maximize=True)
     positive = r[i, j] > 0
     return i[positive], j[positive]
+
+
+METHODS = {"mutual_best": mutual_best, "hungarian": hungarian}
 
 
 def confirm(
@@ -199,20 +180,6 @@ def confirm(
       UserError: the rows of a, b, documents and tokens differ in number.
     """
     a, b = compress(a)[:, matching.features_a], compress(b)[:, matching.features_b]
-    _check_rows(a, b, documents, tokens)
-    r = paired_correlations(a, b)
-    p = shift_p_values(r, a, b, documents)
-    p_adjusted = benjamini_hochberg(p)
-    confirmed = (p_adjusted <= fdr) & (r >= LEAST_R)
-    r_token = beyond = None
-    if tokens is not None:
-        shuffled, beyond = token_shuffles(a, b, tokens, seed=seed)
-        r_token = as_correlations(shuffled, a, b)
-        confirmed &= beyond
-    return Confirmation(r, p, p_adjusted, r_token, beyond, confirmed)
-
-
-def _check_rows(a: Codes, b: Codes, documents: np.ndarray, tokens: np.ndarray | None) -> None:
     counts = [a.shape[0], b.shape[0], len(documents)]
     counts += [] if tokens is None else [len(tokens)]
     if len(set(counts)) > 1:
@@ -220,3 +187,13 @@ def _check_rows(a: Codes, b: Codes, documents: np.ndarray, tokens: np.ndarray | 
             f"Held-out features, documents and tokens have {', '.join(map(str, counts))} rows; "
             "one row stands for one text position in all of them."
         )
+    r = paired_correlations(a, b)
+    p = shift_p_values(r, a, b, documents)
+    p_adjusted = benjamini_hochberg(p)
+    confirmed = (p_adjusted <= fdr) & (r >= LEAST_R)
+    r_token = beyond = None
+    if tokens is not None:
+        products, beyond = token_shuffles(a, b, tokens, seed=seed)
+        r_token = paired_correlations(a, b, products)
+        confirmed &= beyond
+    return Confirmation(r, p, p_adjusted, r_token, beyond, confirmed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.fft import prev_fast_len
 
 from crossdict_jax.evaluation.codes import Codes, Moments, paired_products
 from crossdict_jax.maps.base import slices
@@ -34,48 +35,25 @@ def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> 
     """
     firings = np.minimum(Moments.of(a).firings, Moments.of(b).firings)
     pool = np.log2(np.maximum(firings, 1)).astype(np.int64)
-    n = _smooth(len(documents))
+    n = prev_fast_len(len(documents), real=True) if len(documents) else 0
     longest = np.unique(documents, return_counts=True)[1].max(initial=0)
-    lags = np.arange(n)
-    allowed = (lags >= longest) & (lags <= n - longest)
-    drawn = _spread(pool, most=-(-NULL_VALUES // max(n, 1)))
+    allowed = (np.arange(n) >= longest) & (np.arange(n) <= n - longest)
+    members = [np.flatnonzero(pool == p) for p in np.unique(pool)]
+    enough = -(-NULL_VALUES // max(n, 1))  # pairs of a pool, evenly spread
+    spread = [m[np.linspace(0, len(m) - 1, min(len(m), enough)).astype(np.int64)] for m in members]
+    drawn = np.concatenate([np.zeros(0, np.int64), *spread])
     size = max(1, min(BATCH // max(n, 1), 2 ** int(np.ceil(np.log2(max(len(drawn), 1))))))
     counts = np.zeros((POOLS, BINS), np.int64)
     for batch in slices(len(drawn), size):
-        x, y = (_standardised(codes[:n, drawn[batch]], size) for codes in (a, b))
-        of = np.full(size, POOLS)  # what fills up the last batch
+        x, y = np.zeros((2, size, n), np.float32)  # rows of 0 fill up the last batch
+        for out, codes in ((x, a), (y, b)):
+            part = codes[:n, drawn[batch]]
+            out[: part.shape[1]] = Moments.of(part).standardised(part).T
+        of = np.full(size, POOLS)
         of[: batch.stop - batch.start] = pool[drawn[batch]]
         counts += np.asarray(_shifted_bins(x, y, allowed, of))[:-1]
     as_large = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
     return (1 + as_large[pool, np.asarray(_bin(r))]) / (1 + counts.sum(axis=1)[pool])
-
-
-def _smooth(n: int) -> int:
-    """The largest length up to n without a prime factor above 5: others are slow to transform."""
-    for length in range(n, 1, -1):
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-    return n
-
-
-def _spread(pool: np.ndarray, *, most: int) -> np.ndarray:
-    """The places of at most ``most`` members of each pool, evenly spread."""
-    members = [np.flatnonzero(pool == p) for p in np.unique(pool)]
-    kept = [m[np.linspace(0, len(m) - 1, min(len(m), most)).astype(np.int64)] for m in members]
-    return np.concatenate([np.zeros(0, np.int64), *kept])
-
-
-def _standardised(codes: Codes, size: int) -> np.ndarray:
-    """Rows [size, n] of mean 0 and norm 1, one for each column of the codes, then rows of 0."""
-    moments = Moments.of(codes)
-    dense = (codes.toarray().T - moments.mean[:, None]) * moments.scale()[:, None]
-    out = np.zeros((size, codes.shape[0]), np.float32)
-    out[: len(dense)] = dense
-    return out
 
 
 def _bin(r):

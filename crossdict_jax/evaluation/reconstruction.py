@@ -12,91 +12,78 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import dictionaries, models, modules, stats
-from crossdict_jax.activations.splice import (
-    Effect,
-    Splicer,
-    loss_recovered,
-    select_passages,
-    train_mean,
-)
+from crossdict_jax.activations.passages import select_passages, train_mean
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config
+from crossdict_jax.config import Config, EvaluationConfig
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
+from crossdict_jax.maps.base import exact_matmul, padded, slices
 from crossdict_jax.models import Site
-from crossdict_jax.stats import Estimate, Resamples
+from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
 COSINE_EDGES = np.linspace(0, 1, 21)  # of a decoder row to the one most like it
 ROW_SUMS = ("error", "variance", "along", "power", "overlap")  # of a row, see ``measure``
-LEAST_KL = 0.05  # nats: where an ablation does less, what is recovered of it means nothing
+MIN_KL = 0.05  # nats: where an ablation does less, what is recovered of it means nothing
 
 
-def reconstruct(config: Config, store: Store, work: Workdir) -> tuple[list[dict], list[dict]]:
+def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[dict]]:
     """Returns the rows of reconstruction.jsonl and of features.jsonl, one per dictionary each.
 
-    - site_output: what is reconstructed, x below: the site itself, or what a transcoder writes
-      (MODEL:SITE in another model). Edits are made there.
-    - l0: active features per row; fvu = sum ||x - x_hat||^2 / sum ||x - mean_train(x)||^2: over
-      the n_rows kept test rows.
-    - dead_fraction: the share of features that are active in none of the n_rows_dead kept rows of
-      training and test together.
-    - shrinkage = sum (x - m).(x_hat - m) / sum ||x - m||^2 with m = mean_train(x): 1 is none, below
-      1 reconstructions are too short.
-    - relative_bias = sum ||x_hat||^2 / sum x.x_hat: 1 is none (Rajamanoharan et al. 2024, arXiv
-      2404.16014).
-    - decoder_cosine: mean over features of the cosine of their decoder row to the one most like it.
-    - ce_*: cross-entropy in nats of the token after each of n_positions paired positions of
-      n_documents_ce test documents, with the model's own activations there (clean), zeros, the
-      training mean, or the reconstruction (sae); kl_* = KL(clean || *).
-    - loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce_clean), null where zeros cost less than
-      0.05 nats; loss_recovered_mean: the same with the mean in place of zeros.
-    - kl_recovered = 1 - kl_sae / kl_zero, null where zeros cost less than 0.05 nats;
-      kl_recovered_mean: the same with the mean in place of zeros.
+    A transcoder is measured where it writes: its site_output, in whichever model that is, is what
+    x stands for below, and is edited. Losses are of paired positions of test documents with the
+    model's own activations there (clean), zeros, the training mean, or the reconstruction (sae).
 
     Raises:
       UserError: a model and site of the store has no dictionary, or one is damaged.
     """
     from tqdm import tqdm
 
-    places = [(m, site) for m in store.models for site in store.sites_of(m)]
-    members = {place: member_folders(work, *place) for place in places}
-    into: dict[str, list] = {}  # the model that is written: its places are edited in one splicer
-    for place in places:
-        into.setdefault(store.output_of(*place)[0], []).append(place)
+    settings, seed = config.evaluation, config.seed
+    sites = [(model, site) for model in store.models for site in store.sites_of(model)]
+    edited: dict[str, list] = {}  # by the model that is written, run once
+    for model, site in sites:
+        edited.setdefault(store.output_of(model, site)[0], []).append((model, site))
     rows, densities = [], []
-    with tqdm(total=sum(map(len, members.values())), desc="dictionaries", unit="sae") as progress:
-        for edited, here in into.items():
-            splicer = _splicer(config, store, edited, here)
-            for model, site in here:
-                found = {f: dictionaries.load(f) for f in members[model, site]}
-                losses = _losses(config, store, splicer, model, site, list(found.values()))
-                for (folder, dictionary), loss in zip(found.items(), losses):
-                    where = {
+    n = sum(len(member_folders(work, *end)) for end in sites)
+    with tqdm(total=n, desc="dictionaries", unit="sae") as progress:
+        for written_model, ends in edited.items():
+            runner = Runner(
+                models.load(store.paths[store.models.index(written_model)]),
+                batch_size=config.intervention.batch_size,
+                dtype=config.extract.matmul_dtype,
+            )
+            documents = config.intervention.documents
+            passages = select_passages(store, written_model, documents=documents, seed=seed)
+            for model, site in ends:
+                folders = member_folders(work, model, site)
+                members = [dictionaries.load(folder) for folder in folders]
+                where = passages, store, model, site
+                losses = _losses(members, runner, *where, settings, seed=seed)
+                other, output = store.output_of(model, site)
+                for folder, dictionary, loss in zip(folders, members, losses):
+                    columns = {
                         "model": model,
                         "site": str(site),
-                        "site_output": _name_of_output(store, model, site),
+                        "site_output": str(output) if other == model else f"{other}:{output}",
                         "seed": seed_of(folder),
                         "member": folder.name,
                     }
-                    figures, histograms = _figures(config, store, model, site, dictionary)
-                    rows.append(where | figures | loss)
-                    densities.append(where | histograms)
+                    numbers, histograms = figures(
+                        dictionary, store, model, site, settings, seed=seed
+                    )
+                    rows.append(columns | numbers | loss)
+                    densities.append(columns | histograms)
                     progress.update()
-    return rows, densities
-
-
-def _name_of_output(store: Store, model: str, site: Site) -> str:
-    other, written = store.output_of(model, site)
-    return str(written) if other == model else f"{other}:{written}"
+    return {"reconstruction.jsonl": rows, "features.jsonl": densities}
 
 
 def member_folders(work: Workdir, model: str, site: Site) -> list[Path]:
-    """Returns the dictionary folders of a model and site, by seed; the default one at least."""
+    """Returns the dictionary folders of a model and site, by seed; always the default one."""
     default = work.dictionary(model, site)
-    found = {p for p in default.parent.glob("*") if p.is_dir()} | {default}
-    return sorted(found, key=lambda p: (seed_of(p), p.name))
+    folders = {p for p in default.parent.glob("*") if p.is_dir()} | {default}
+    return sorted(folders, key=lambda p: (seed_of(p), p.name))
 
 
 def seed_of(folder: Path) -> int:
@@ -107,29 +94,41 @@ def seed_of(folder: Path) -> int:
     return int(match[1])
 
 
-def _figures(
-    config: Config, store: Store, model: str, site: Site, dictionary: Dictionary
-) -> tuple[dict[str, Any], dict]:
-    """What the stored rows say of a dictionary: (columns, histograms)."""
-    train, test = store.select("train"), store.select("test")
-    written = store.output_of(model, site)
-    how = {"mean": train_mean(store, *written), "size": config.evaluation.batch_size}
+def figures(
+    dictionary: Dictionary,
+    store: Store,
+    model: str,
+    site: Site,
+    settings: EvaluationConfig,
+    *,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what the stored rows say of a dictionary: (columns, histograms).
+
+    With m the training mean: fvu = sum ||x - x_hat||^2 / sum ||x - m||^2, shrinkage =
+    sum (x - m).(x_hat - m) / sum ||x - m||^2, relative_bias = sum ||x_hat||^2 / sum x.x_hat
+    (Rajamanoharan et al. 2024, arXiv 2404.16014), of test rows; dead features are active in no row
+    of training and test together.
+    """
+    output = store.output_of(model, site)
+    mean, rows = train_mean(store, *output), {s: store.select(s) for s in ("train", "test")}
     in_train, in_test = (
         measure(
             dictionary,
-            store.read(model, site, split),
-            y=store.read(*written, split) if dictionary.transcodes else None,
-            **how,
+            store.read(model, site, numbers),
+            y=store.read(*output, numbers) if dictionary.transcodes else None,
+            mean=mean,
+            size=settings.batch_size,
         )
-        for split in (train, test)
+        for numbers in rows.values()
     )
-    draws = _draw(config, store.rows.document[test])
-    fires, n = in_train["fires"] + in_test["fires"], len(train) + len(test)
+    draws = stats.draw(store.rows.document[rows["test"]], count=settings.bootstrap, seed=seed)
+    fires, n = in_train["fires"] + in_test["fires"], sum(map(len, rows.values()))
     frequencies = np.log10(fires[fires > 0] / n)
     cosines = nearest_cosines(dictionary.W_dec[...])
     columns = {
         "width": dictionary.width,
-        "n_rows": len(test),
+        "n_rows": len(rows["test"]),
         "n_documents": draws.n_documents,
         **stats.columns("l0", draws.mean(in_test["l0"])),
         **stats.columns("fvu", draws.estimate(in_test["error"], in_test["variance"])),
@@ -139,16 +138,14 @@ def _figures(
         "n_rows_dead": n,
         "decoder_cosine": None if len(cosines) < 2 else float(cosines.mean(dtype=np.float64)),
     }
-    return columns, {
-        "log10_frequency_histogram": _histogram(frequencies, FREQUENCY_EDGES),
-        "decoder_cosine_histogram": _histogram(cosines, COSINE_EDGES),
-    }
-
-
-def _histogram(values: np.ndarray, edges: np.ndarray) -> dict[str, list]:
-    """Counts between edges; what lies beyond the ends is counted in the first and last."""
-    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+    histograms = {}
+    for name, values, edges in (
+        ("log10_frequency_histogram", frequencies, FREQUENCY_EDGES),
+        ("decoder_cosine_histogram", cosines, COSINE_EDGES),
+    ):  # what lies beyond the ends is counted in the first and last bin
+        counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+        histograms[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return columns, histograms
 
 
 def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
@@ -163,25 +160,12 @@ def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
     if len(W) < 2:
         return np.zeros(0, np.float32)
     norms = np.linalg.norm(W, axis=1, keepdims=True)
-    unit = W / np.where(norms > 0, norms, 1)
-    padded = np.pad(unit, ((0, -len(unit) % block), (0, 0)))
-    parts = [
-        np.asarray(_nearest(padded[at : at + block], unit, at))
-        for at in range(0, len(padded), block)
-    ]
-    return np.concatenate(parts)[: len(W)]
-
-
-@jax.jit
-def _nearest(rows, everyone, start):
-    """The largest cosine [block] of rows ``start``, ``start + 1`` ... to any row but themselves."""
-    cosines = jnp.matmul(rows, everyone.T, precision=jax.lax.Precision.HIGHEST)
-    own = start + jnp.arange(len(rows))[:, None] == jnp.arange(len(everyone))[None, :]
-    return jnp.where(own, -jnp.inf, cosines).max(axis=1)
-
-
-def _draw(config: Config, documents: np.ndarray) -> Resamples:
-    return stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
+    unit, nearest = W / np.where(norms > 0, norms, 1), []
+    for rows in slices(len(unit), block):
+        cosines = np.array(exact_matmul(unit[rows], unit.T))
+        cosines[np.arange(len(cosines)), np.arange(len(unit))[rows]] = -np.inf  # themselves
+        nearest.append(cosines.max(axis=1))
+    return np.concatenate(nearest)
 
 
 def measure(
@@ -203,13 +187,10 @@ def measure(
     """
     graphdef, params = modules.split(dictionary)
     parts, fires = [], 0
-    for at in range(0, len(x), size):
-        count = min(size, len(x) - at)
-        padded = [
-            None if a is None else np.pad(a[at : at + size], ((0, size - count), (0, 0)))
-            for a in (x, y)
-        ]
-        active, *values = _measure_batch(graphdef, params, *padded, mean, count)
+    for rows in slices(len(x), size):
+        count = rows.stop - rows.start
+        both = [None if a is None else padded(a[rows], size) for a in (x, y)]
+        active, *values = _measure_batch(graphdef, params, *both, mean, count)
         fires = fires + np.asarray(active, np.int64)
         parts.append([np.asarray(v)[:count] for v in values])
     columns = map(np.concatenate, zip(*parts))
@@ -230,57 +211,44 @@ def _measure_batch(graphdef, params, x, y, mean, count):
     return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), *sums
 
 
-def _splicer(config: Config, store: Store, model: str, places: list[tuple[str, Site]]) -> Splicer:
-    """The model that dictionaries of these places write, read once at all that they write."""
-    passages = select_passages(
-        store, model, documents=config.intervention.documents, seed=config.seed
-    )
-    return Splicer(
-        models.load(store.paths[store.models.index(model)]),
-        passages,
-        sites=tuple(dict.fromkeys(store.output_of(*place)[1] for place in places)),
-        batch_size=config.intervention.batch_size,
-        dtype=config.extract.matmul_dtype,
-    )
-
-
 def _losses(
-    config: Config,
+    members: list[Dictionary],
+    runner: Runner,
+    passages: Passages,
     store: Store,
-    splicer: Splicer,
     model: str,
     site: Site,
-    members: list[Dictionary],
+    settings: EvaluationConfig,
+    *,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """The loss columns of each dictionary, all from one clean pass."""
-    x, written = store.read(model, site, splicer.passages.rows), store.output_of(model, site)
-    whole = partial(modules.over_rows, method="__call__", size=config.evaluation.batch_size)
-    reconstructions = {f"sae {i}": whole(d, x) for i, d in enumerate(members)}
-    mean = train_mean(store, *written)
-    references = {"zero": np.zeros_like(mean), "mean": mean}
-    effects = splicer.effects(written[1], references | reconstructions)
-    draws = _draw(config, splicer.passages.document[splicer.passages.scored])
-    return [_loss_columns(effects, effects[name], draws) for name in reconstructions]
-
-
-def _loss_columns(effects: dict[str, Effect], sae: Effect, draws: Resamples) -> dict[str, Any]:
-    row = {"n_positions": len(sae.ce), "n_documents_ce": draws.n_documents}
-    for name in ("clean", "zero", "mean"):
-        row |= stats.columns(f"ce_{name}", draws.mean(effects[name].ce))
-    row |= stats.columns("ce_sae", draws.mean(sae.ce))
-    row |= stats.columns("kl_sae", draws.mean(sae.kl))
-    for suffix, name in (("", "zero"), ("_mean", "mean")):
-        row |= stats.columns(f"kl_{name}", draws.mean(effects[name].kl))
-        row |= stats.columns(f"kl_recovered{suffix}", _kl_recovered(sae, effects[name], draws))
-    for name, baseline in (("loss_recovered", "zero"), ("loss_recovered_mean", "mean")):
-        share = loss_recovered(
-            sae, clean=effects["clean"], baseline=effects[baseline], resamples=draws
-        )
-        row |= stats.columns(name, share)
-    return row
-
-
-def _kl_recovered(sae: Effect, baseline: Effect, draws: Resamples) -> Estimate | None:
-    if draws.mean(baseline.kl).value < LEAST_KL:
-        return None
-    return 1 - draws.estimate(sae.kl, baseline.kl)
+    output = store.output_of(model, site)
+    x, mean = store.read(model, site, passages.rows), train_mean(store, *output)
+    replacements = {"zero": np.zeros_like(mean), "mean": mean}
+    for i, dictionary in enumerate(members):
+        x_hat = modules.over_rows(dictionary, x, method="__call__", size=settings.batch_size)
+        replacements[f"sae {i}"] = x_hat
+    effects = runner.splice(passages, output[1], replacements)
+    documents = passages.document[passages.scored]
+    draws = stats.draw(documents, count=settings.bootstrap, seed=seed)
+    rows = []
+    for i in range(len(members)):
+        sae = effects[f"sae {i}"]
+        row = {"n_positions": len(sae.ce), "n_documents_ce": draws.n_documents}
+        for name in ("clean", "zero", "mean"):
+            row |= stats.columns(f"ce_{name}", draws.mean(effects[name].ce))
+        row |= stats.columns("ce_sae", draws.mean(sae.ce))
+        row |= stats.columns("kl_sae", draws.mean(sae.kl))
+        for suffix, name in (("", "zero"), ("_mean", "mean")):
+            baseline, kl = effects[name], draws.mean(effects[name].kl)
+            row |= stats.columns(f"kl_{name}", kl)
+            share = None if kl.value < MIN_KL else 1 - draws.estimate(sae.kl, baseline.kl)
+            row |= stats.columns(f"kl_recovered{suffix}", share)
+            clean = effects["clean"]
+            share = stats.loss_recovered(
+                sae.ce, clean=clean.ce, baseline=baseline.ce, resamples=draws
+            )
+            row |= stats.columns(f"loss_recovered{suffix}", share)
+        rows.append(row)
+    return rows

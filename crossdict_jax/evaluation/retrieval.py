@@ -14,21 +14,13 @@ LARGEST_DEFAULT_POOL = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Candidate targets, one entry per distinct direction.
+    """Candidate targets, one entry per distinct direction; zero rows fill up to the pool's size."""
 
-    Attributes:
-      rows: int [pool], the rows whose targets are candidates; their predictions are the queries.
-      units: float32 [pool, width], distinct unit vectors first, zero rows behind them.
-      entries: int32 [pool], how many candidates point in each direction (0 for padding).
-      own: int32 [pool], the direction of each query's true target.
-      identical: int [pool], how many candidates are bit-identical to the true target (itself too).
-    """
-
-    rows: np.ndarray
-    units: np.ndarray
-    entries: np.ndarray
-    own: np.ndarray
-    identical: np.ndarray
+    rows: np.ndarray  # int [pool], whose targets are candidates and whose predictions are queries
+    units: np.ndarray  # float32 [pool, width], distinct unit vectors
+    entries: np.ndarray  # float32 [pool], how many candidates point in each direction
+    direction: np.ndarray  # int32 [pool], the direction of each query's true target
+    identical: np.ndarray  # int [pool], candidates that are the true target to the bit (itself too)
 
 
 def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
@@ -38,16 +30,24 @@ def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
     rows = np.sort(generator.choice(n, size, replace=False)) if size < n else np.arange(n)
     candidates = target[rows] + 0.0  # -0.0 becomes 0.0
     units = unit_rows(candidates)
-    own, first, entries = _distinct(units)
+    direction, first, entries = _distinct(units)
     same, _, copies = _distinct(candidates)
     padding = size - len(first)
     return Pool(
         rows=rows,
         units=np.pad(units[first], ((0, padding), (0, 0))),
-        entries=np.pad(entries, (0, padding)).astype(np.int32),
-        own=own.astype(np.int32),
+        entries=np.pad(entries, (0, padding)).astype(np.float32),
+        direction=direction.astype(np.int32),
         identical=copies[same],
     )
+
+
+def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(each row's class, each class's first row, each class's size) by the rows' bits."""
+    classes: dict[bytes, int] = {}
+    label = np.array([classes.setdefault(row.tobytes(), len(classes)) for row in x])
+    _, first, size = np.unique(label, return_index=True, return_counts=True)
+    return label, first, size
 
 
 def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
@@ -63,20 +63,20 @@ def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
     units, entries = jnp.asarray(pool.units), jnp.asarray(pool.entries)
     counts = []
     for at in range(0, len(queries), size):
-        chunk, own = queries[at : at + size], pool.own[at : at + size]
+        chunk, direction = queries[at : at + size], pool.direction[at : at + size]
         short = size - len(chunk)
-        padded = np.pad(chunk, ((0, short), (0, 0)))
-        count = _not_below(padded, np.pad(own, (0, short)), units, entries)
-        counts.append(np.asarray(count)[: len(chunk)])
+        padded = np.pad(chunk, ((0, short), (0, 0))), np.pad(direction, (0, short))
+        counts.append(np.asarray(_at_least_as_similar(*padded, units, entries))[: len(chunk)])
     return np.concatenate(counts).astype(np.int64) - pool.identical + 1
 
 
 @jax.jit
-def _not_below(queries, own, units, entries):
-    """How many candidates are at least as similar as the true one, int32 [chunk]."""
+def _at_least_as_similar(queries, direction, units, entries):
+    """How many candidates are at least as similar as the true one, [chunk]: exact below 2^24."""
     similarity = jnp.matmul(queries, units.T, precision="highest")  # [chunk, directions]
-    true = jnp.take_along_axis(similarity, own[:, None], axis=1)
-    return jnp.sum(jnp.where(similarity >= true, entries[None, :], 0), axis=1)
+    true = similarity[jnp.arange(len(queries)), direction]
+    above = similarity >= true[:, None]
+    return jnp.matmul(above.astype(jnp.float32), entries, precision="highest")
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:
@@ -87,11 +87,3 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
         norm = np.sqrt(np.einsum("ij,ij->i", chunk, chunk))[:, None]
         out[at : at + CHUNK] = chunk / np.where(norm == 0, 1.0, norm)
     return out
-
-
-def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(each row's class, each class's first row, each class's size) by the rows' bits."""
-    classes: dict[bytes, int] = {}
-    label = np.array([classes.setdefault(row.tobytes(), len(classes)) for row in x])
-    _, first, size = np.unique(label, return_index=True, return_counts=True)
-    return label, first, size

@@ -7,56 +7,49 @@ feature is *active* where it is above zero, and *live* if it is active in some r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
-from crossdict_jax.evaluation.correlation import Moments, correlation, mean_over
+from crossdict_jax.maps.base import slices
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
-CHUNK_ELEMENTS = 2**17  # of a block of rows: its temporaries stay in the processor's cache
-ROUNDING = 1e-5  # a vector within this share of the mean's length from the mean is the mean
+ROW_BLOCK = 2**17  # values of some rows: their temporaries stay in the processor's cache
+FEATURE_BLOCK = 2**20  # values of some features
+MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
+ROUNDING = 1e-12  # a variance below this share of the second moment is float64 rounding
 
+MEANS = (  # metrics that are means over rows
+    *("cosine", "cosine_mean_predictor", "cosine_centered"),
+    *("l0_target", "l0_predicted", "sparsity_similarity"),
+)
 NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # that have a null near 0
-MARGIN = 0.05  # a skyline less than this above the null leaves no room to place a score in
+MARGIN = 0.05  # a ceiling less than this above the null leaves no room to place a score in
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenMeans:
-    """Means over training rows that end in the same source token: what token identity explains.
+    """Means over training rows that end in the same source token: what token identity explains."""
 
-    Attributes:
-      index: int [n], each held-out row's place in the tables; -1 if no training row has its token.
-      target: [tokens, width], means of B's features.
-      predicted: [tokens, width], means of the map's predictions.
-    """
-
-    index: np.ndarray
-    target: np.ndarray
-    predicted: np.ndarray
+    index: np.ndarray  # int [n], each held-out row's row in the tables; -1: no training row has it
+    target: np.ndarray  # [tokens, width], means of B's features
+    predicted: np.ndarray  # [tokens, width], means of the map's predictions
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """B's features on held-out rows, and everything that all predictions share.
+    """B's features on held-out rows, and everything that all predictions share."""
 
-    Attributes:
-      target: [n, width].
-      train_mean: float64 [width], the mean of B's features over training rows.
-      resamples: of the documents of these rows.
-      pool: the retrieval candidates.
-    """
-
-    target: np.ndarray
-    train_mean: np.ndarray
-    resamples: Resamples
+    target: np.ndarray  # [n, width]
+    train_mean: np.ndarray  # float64 [width], of B's features over training rows
+    resamples: Resamples  # of the documents of these rows
     pool: retrieval.Pool
 
     @cached_property
@@ -67,19 +60,12 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """All metrics of one prediction.
+    """All metrics of one prediction."""
 
-    Attributes:
-      plain: {key: number or None}, without intervals.
-      estimates: {key: Estimate or None}, with them.
-      correlations: [width], per feature, NaN where the target is not live.
-      feature_r2: [width], likewise.
-    """
-
-    plain: dict[str, Any]
-    estimates: dict[str, Estimate | None]
-    correlations: np.ndarray
-    feature_r2: np.ndarray
+    plain: dict[str, Any]  # without intervals
+    estimates: dict[str, Estimate | None]  # with intervals
+    correlations: np.ndarray  # [width], per feature, NaN where the target is not live
+    feature_r2: np.ndarray  # [width], likewise
 
     def row(self) -> dict[str, Any]:
         """Returns the columns of transfer.jsonl: every estimate with its _low and _high."""
@@ -138,88 +124,71 @@ def transfer_metrics(
       UserError: shapes disagree, there is no row, a value is not finite, or the pool is larger
         than n.
     """
-    predicted, target = _floats("predicted", predicted), _floats("target", target)
     documents = np.arange(len(target)) if documents is None else np.asarray(documents)
-    held_out = hold_out(
-        target,
-        train_mean=train_mean,
-        documents=documents,
-        pool=pool,
-        bootstrap=bootstrap,
-        seed=seed,
-    )
+    settings = {"pool": pool, "bootstrap": bootstrap, "seed": seed}
+    held_out = hold_out(target, train_mean=train_mean, documents=documents, **settings)
     return measure(predicted, held_out, l0_source=l0_source, token_means=token_means).row()
 
 
-def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: int) -> HeldOut:
-    """Returns what all predictions of ``target`` share; arguments as in ``transfer_metrics``."""
-    target, train_mean = _floats("target", target), _floats("train_mean", train_mean)
-    if target.ndim != 2 or not target.size:
-        raise UserError(
-            f"target has shape {list(target.shape)}; it must be [rows, width], not empty."
-        )
-    n, width = target.shape
-    _check_shape("train_mean", train_mean, (width,), "one number per feature")
-    _check_shape("documents", documents, (n,), "one document per row")
-    if not 0 <= pool <= n:
-        raise UserError(f"pool={pool} is not between 1 and the {n} rows; lower it, or 0 for all.")
-    size = pool or min(retrieval.LARGEST_DEFAULT_POOL, n)
-    return HeldOut(
-        target=target,
-        train_mean=train_mean.astype(np.float64),
-        resamples=_resamples(documents, bootstrap, seed),
-        pool=retrieval.make_pool(target, size=size, seed=seed),
-    )
-
-
-def _resamples(documents: np.ndarray, count: int, seed: int) -> Resamples:
-    if count < 0:
-        raise UserError(f"bootstrap={count} must not be negative; 0 leaves intervals out.")
-    return stats.draw(documents, count=count, seed=seed)
-
-
-def _floats(name: str, values) -> np.ndarray:
-    """``values`` as float32 or float64; UserError if one is not finite."""
+def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: str = "") -> Any:
+    """``values`` as float32 or float64; UserError if one is not finite, or the shape is another."""
     values = np.asarray(values)
     if values.dtype not in (np.float32, np.float64):
         values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds NaN or infinite values; look at what made it.")
+    if shape is not None and values.shape != shape:
+        raise UserError(f"{name} has shape {list(values.shape)}, not {list(shape)} ({meaning}).")
     return values
 
 
-def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], meaning: str) -> None:
-    if array.shape != shape:
-        raise UserError(f"{name} has shape {list(array.shape)}, not {list(shape)} ({meaning}).")
+def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: int) -> HeldOut:
+    """Returns what all predictions of ``target`` share; arguments as in ``transfer_metrics``."""
+    target = _checked("target", target)
+    if target.ndim != 2 or not target.size:
+        raise UserError(
+            f"target has shape {list(target.shape)}; it must be [rows, width], not empty."
+        )
+    n, width = target.shape
+    train_mean = _checked("train_mean", train_mean, (width,), "one number per feature")
+    if np.shape(documents) != (n,):
+        raise UserError(f"documents has shape {list(np.shape(documents))}, not [{n}].")
+    if not 0 <= pool <= n:
+        raise UserError(f"pool={pool} is not between 1 and the {n} rows; lower it, or 0 for all.")
+    if bootstrap < 0:
+        raise UserError(f"bootstrap={bootstrap} must not be negative; 0 leaves intervals out.")
+    size = pool or min(retrieval.LARGEST_DEFAULT_POOL, n)
+    return HeldOut(
+        target=target,
+        train_mean=train_mean.astype(np.float64),
+        resamples=stats.draw(documents, count=bootstrap, seed=seed),
+        pool=retrieval.make_pool(target, size=size, seed=seed),
+    )
 
 
 def measure(
     predicted, held_out: HeldOut, *, l0_source=None, token_means: TokenMeans | None = None
 ) -> Score:
     """Returns all metrics of ``predicted`` [n, width]; see ``transfer_metrics``."""
-    predicted = _floats("predicted", predicted)
-    _check_shape("predicted", predicted, held_out.target.shape, "that of the target")
+    predicted = _checked("predicted", predicted, held_out.target.shape, "that of the target")
     draws, live = held_out.resamples, held_out.live
-    rows, columns, moments = _sums(predicted, held_out)
+    rows, features = _row_values(predicted, held_out), _feature_values(predicted, held_out)
     rank = retrieval.ranks(predicted, held_out.pool)
-    correlations = moments.correlations()
+    correlations = features["correlations"]
     fvu = draws.estimate(rows["error"], rows["variance"])
-    feature_r2 = np.where(live, 1 - stats.ratio(columns["error"], columns["variance"]), np.nan)
+    feature_r2 = np.where(live, 1 - stats.ratio(features["error"], features["variance"]), np.nan)
     in_pool = dataclasses.replace(draws, index=draws.index[held_out.pool.rows])
     estimates = {
         "fvu": fvu,
         "r2": 1.0 - fvu,
-        "cosine": draws.mean(rows["cosine"]),
-        "cosine_mean_predictor": draws.mean(rows["cosine_mean_predictor"]),
-        "cosine_centered": draws.mean(rows["cosine_centered"]),
+        **{name: draws.mean(rows[name]) for name in MEANS},
         "top1": in_pool.mean(rank == 1),
         "mean_rank": in_pool.mean(rank),
-        "feature_correlation": mean_over(correlations, live),
-        "l0_target": draws.mean(rows["l0_target"]),
-        "l0_predicted": draws.mean(rows["l0_predicted"]),
-        "sparsity_similarity": draws.mean(rows["jaccard"]),
+        "feature_correlation": _mean_correlation(correlations, live),
         "context_gain": _context_gain(predicted, held_out, token_means),
     }
+    rates = np.stack([features["active_predicted"], features["active_target"]])
+    vary = np.ptp(rates, axis=1).all()
     plain = {
         "n_rows": len(predicted),
         "n_documents": draws.n_documents,
@@ -227,7 +196,7 @@ def measure(
         "pool": len(held_out.pool.rows),
         "l0_source": None if l0_source is None else float(np.mean(l0_source)),
         "r2_per_feature_median": float(np.median(feature_r2[live])) if live.any() else None,
-        "rate_correlation": correlation(columns["active_predicted"], columns["active_target"]),
+        "rate_correlation": float(np.corrcoef(rates)[0, 1]) if vary else None,
         "n_context_rows": 0 if token_means is None else int((token_means.index >= 0).sum()),
     }
     return Score(plain, estimates, np.where(live, correlations[0], np.nan), feature_r2)
@@ -237,10 +206,10 @@ def verdict(score: Score, token: Score | None) -> str:
     """Returns what may be said of a map, from paired bootstrap differences over documents.
 
     It beats the mean if both its R^2 (the mean's is 0) and its centred cosine are surely above
-    0, and the token rung if moreover its R^2 is surely above the token rung's.
+    0, and the token baseline if moreover its R^2 is surely above that of the token map.
 
     Args:
-      token: the token rung's score on the same held-out rows and resamples; None if there is none,
+      token: the token map's score on the same held-out rows and resamples; None if there is none,
         and then nothing can be said to beat it.
     """
     r2, centered = score.estimates["r2"], score.estimates["cosine_centered"]
@@ -251,96 +220,61 @@ def verdict(score: Score, token: Score | None) -> str:
     return BEATS_MEAN
 
 
-def normalized(
-    score: Score, null: Score | None, skyline: Score | None
-) -> dict[str, Estimate | None]:
-    """Returns {key_normalized: (score - null) / (skyline - null)} of the NORMALIZED keys.
+def normalized(score: Score, null: Score | None, ceiling: Score | None) -> dict[str, float | None]:
+    """Returns the columns key_normalized = (score - null) / (ceiling - null) of NORMALIZED keys.
 
-    None where the null or the skyline is not there, or the skyline is not MARGIN above the null.
+    None where the null or the ceiling is missing, or the ceiling is not MARGIN above the null.
     All three must come from the same resamples.
     """
-    return {f"{name}_normalized": _placed(name, score, null, skyline) for name in NORMALIZED}
+    columns = {}
+    for name in NORMALIZED:
+        value, low, high = (s and s.estimates[name] for s in (score, null, ceiling))
+        share = None
+        if None not in (value, low, high) and high.value - low.value >= MARGIN:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                samples = (value.samples - low.samples) / (high.samples - low.samples)
+            share = Estimate((value.value - low.value) / (high.value - low.value), samples)
+        columns |= stats.columns(f"{name}_normalized", share)
+    return columns
 
 
-def _placed(name: str, score: Score, *ends: Score | None) -> Estimate | None:
-    if None in ends:
-        return None
-    here, low, high = (s.estimates[name] for s in (score, *ends))
-    if None in (here, low, high) or high.value - low.value < MARGIN:
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        samples = (here.samples - low.samples) / (high.samples - low.samples)
-    return Estimate((here.value - low.value) / (high.value - low.value), samples)
+# ---------------------------------------------------------------- sums over rows and features
 
 
-def _sums(predicted: np.ndarray, held_out: HeldOut) -> tuple[dict, dict, Moments]:
-    """Per-row values {name: [n]}, per-feature sums {name: [width]} and moments, in float64.
+def _row_values(predicted: np.ndarray, held_out: HeldOut) -> dict[str, np.ndarray]:
+    """What each row gives, {name: [n]}, in float64."""
+    mean = held_out.train_mean
+    length_m = np.sqrt(mean @ mean)
 
-    Blocks are worked on by threads and added up in their order: the same bits on any machine size.
-    """
-    mean, moments = held_out.train_mean, Moments(held_out.resamples, predicted.shape[1])
-    rows, columns = [], []
-
-    def look(block: slice):
-        p, t = (x[block].astype(np.float64) for x in (predicted, held_out.target))
+    def look(rows: slice) -> dict[str, np.ndarray]:
+        p, t = (x[rows].astype(np.float64) for x in (predicted, held_out.target))
         p_c, t_c = p - mean[None, :], t - mean[None, :]
-        values = _row_values(p, t, p_c, t_c, mean=mean)
-        return values, _column_sums(p, t, t_c), moments.by_document(block, p_c, t_c)
+        length_p, length_t, length_p_c = (np.sqrt(_dot(x, x)) for x in (p, t, p_c))
+        variance, active_p, active_t = _dot(t_c, t_c), p > 0, t > 0
+        l0_p, l0_t = active_p.sum(axis=1), active_t.sum(axis=1)
+        both = (active_p & active_t).sum(axis=1)
+        either = l0_p + l0_t - both
+        # A vector within rounding of the mean is the mean, whose centred cosine is 0.
+        centered = _cosine(_dot(p_c, t_c), length_p_c, np.sqrt(variance), zero=MEAN * length_m)
+        return {
+            "error": _dot(t - p, t - p),
+            "variance": variance,
+            "cosine": _cosine(_dot(p, t), length_p, length_t),
+            "cosine_mean_predictor": _cosine(t @ mean, length_m, length_t),
+            "cosine_centered": centered,
+            "l0_target": l0_t,
+            "l0_predicted": l0_p,
+            "sparsity_similarity": np.where(either == 0, 1.0, both / np.maximum(either, 1)),
+        }
 
+    n, width = predicted.shape
     with ThreadPoolExecutor() as threads:
-        for row, column, sums in threads.map(look, _blocks(*predicted.shape)):
-            rows.append(row)
-            columns.append(column)
-            moments.add(*sums)
-    return (
-        {name: np.concatenate([r[name] for r in rows]) for name in rows[0]},
-        {name: np.sum([c[name] for c in columns], axis=0) for name in columns[0]},
-        moments,
-    )
-
-
-def _blocks(n: int, width: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // width)
-    for at in range(0, n, size):
-        yield slice(at, min(at + size, n))
-
-
-def _row_values(p, t, p_c, t_c, *, mean: np.ndarray) -> dict[str, np.ndarray]:
-    """What each row gives; p_c and t_c are p and t less the training mean."""
-    length_p, length_t, length_m = _length(p), _length(t), np.sqrt(mean @ mean)
-    length_p_c, variance = _length(p_c), _dot(t_c, t_c)
-    active_p, active_t = p > 0, t > 0
-    l0_p, l0_t = active_p.sum(1), active_t.sum(1)
-    both = (active_p & active_t).sum(1)
-    rounding = ROUNDING * length_m
-    return {
-        "error": _dot(t - p, t - p),
-        "variance": variance,
-        "cosine": _cosine(_dot(p, t), length_p, length_t),
-        "cosine_mean_predictor": _cosine(t @ mean, length_m, length_t),
-        "cosine_centered": _cosine(_dot(p_c, t_c), length_p_c, np.sqrt(variance), zero=rounding),
-        "l0_target": l0_t,
-        "l0_predicted": l0_p,
-        "jaccard": _jaccard(both, l0_p + l0_t - both),
-    }
-
-
-def _column_sums(p, t, t_c) -> dict[str, np.ndarray]:
-    error = t - p
-    return {
-        "error": np.einsum("ij,ij->j", error, error),
-        "variance": np.einsum("ij,ij->j", t_c, t_c),
-        "active_predicted": (p > 0).sum(0),
-        "active_target": (t > 0).sum(0),
-    }
+        blocks = list(threads.map(look, slices(n, max(1, ROW_BLOCK // width))))
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", a, b)
-
-
-def _length(a: np.ndarray) -> np.ndarray:
-    return np.sqrt(_dot(a, a))
 
 
 def _cosine(dot: np.ndarray, length_a, length_b, zero: float = 0.0) -> np.ndarray:
@@ -349,8 +283,55 @@ def _cosine(dot: np.ndarray, length_a, length_b, zero: float = 0.0) -> np.ndarra
     return np.where(defined, dot / np.where(defined, length_a * length_b, 1.0), 0.0)
 
 
-def _jaccard(both: np.ndarray, either: np.ndarray) -> np.ndarray:
-    return np.where(either == 0, 1.0, both / np.maximum(either, 1))
+def _feature_values(predicted: np.ndarray, held_out: HeldOut) -> dict[str, np.ndarray]:
+    """Sums over rows of each feature, {name: [width]}, and its Pearson correlations.
+
+    "correlations" [1 + count, width] are those of the whole split and of every bootstrap resample:
+    0 for a constant prediction, NaN for a constant target. They come from sums over each document
+    of p, t, p^2, t^2 and p t about the training mean, some features at a time.
+    """
+    mean, draws = held_out.train_mean, held_out.resamples
+    n, width = predicted.shape
+    weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
+    by_document = sparse.csr_array((np.ones(n), (draws.index, np.arange(n))))
+    n_rows = weights @ by_document.sum(axis=1)
+
+    def look(features: slice) -> dict[str, np.ndarray]:
+        p, t = (x[:, features].astype(np.float64) for x in (predicted, held_out.target))
+        sums = {
+            "error": np.square(t - p).sum(axis=0),
+            "active_predicted": (p > 0).sum(axis=0),
+            "active_target": (t > 0).sum(axis=0),
+        }
+        p, t = (x - mean[None, features] for x in (p, t))
+        sums["variance"] = np.square(t).sum(axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no row
+            moments = (weights @ (by_document @ z) for z in (p, t, p * p, t * t, p * t))
+            p, t, pp, tt, pt = (moment / n_rows[:, None] for moment in moments)
+        variance_p, variance_t = pp - p * p, tt - t * t
+        varies_p, varies_t = variance_p > ROUNDING * pp, variance_t > ROUNDING * tt
+        both = varies_p & varies_t
+        scale = np.sqrt(np.where(both, variance_p * variance_t, 1.0))
+        r = np.where(both, np.clip((pt - p * t) / scale, -1, 1), 0.0)
+        return sums | {"correlations": np.where(varies_t, r, np.nan)}
+
+    with ThreadPoolExecutor() as threads:
+        blocks = list(threads.map(look, slices(width, max(16, FEATURE_BLOCK // n))))
+    return {name: np.concatenate([b[name] for b in blocks], axis=-1) for name in blocks[0]}
+
+
+def _mean_correlation(correlations: np.ndarray, live: np.ndarray) -> Estimate | None:
+    """The mean over the live features [width], or None if there is none.
+
+    In a resample, features whose target is constant there are left out.
+    """
+    if not live.any():
+        return None
+    r = correlations[:, live]
+    defined = np.isfinite(r)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(defined, r, 0.0).sum(axis=1) / defined.sum(axis=1)
+    return Estimate(float(means[0]), means[1:])
 
 
 def _context_gain(
@@ -358,12 +339,12 @@ def _context_gain(
 ) -> Estimate | None:
     if means is None or not (means.index >= 0).any():
         return None
-    known = np.flatnonzero(means.index >= 0)
+    rows = np.flatnonzero(means.index >= 0)
     error, variance = np.zeros(len(predicted)), np.zeros(len(predicted))
-    for block in _blocks(len(known), predicted.shape[1]):
-        rows = known[block]
-        token = means.index[rows]
-        t = held_out.target[rows].astype(np.float64) - means.target[token]
-        p = predicted[rows].astype(np.float64) - means.predicted[token]
-        error[rows], variance[rows] = _dot(t - p, t - p), _dot(t, t)
+    for block in slices(len(rows), max(1, ROW_BLOCK // predicted.shape[1])):
+        index = rows[block]
+        token = means.index[index]
+        t = held_out.target[index].astype(np.float64) - means.target[token]
+        p = predicted[index].astype(np.float64) - means.predicted[token]
+        error[index], variance[index] = _dot(t - p, t - p), _dot(t, t)
     return 1.0 - held_out.resamples.estimate(error, variance)

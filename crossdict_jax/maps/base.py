@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.config.settings import map_kinds
+from crossdict_jax.config import map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.compact import Compact, compact
@@ -296,16 +296,16 @@ def own_parameters(params: modules.Params) -> modules.Params:
     return {name: value for name, value in params.items() if name != "dictionary"}
 
 
-def rung(kind: str) -> ModuleType:
+def map_module(kind: str) -> ModuleType:
     """Returns the module of a rung; UserError listing the allowed names if there is none."""
     if kind not in map_kinds():
-        raise UserError(f"map.kinds={kind} is no rung; use {', '.join(map_kinds())}.")
+        raise UserError(f"map.kinds={kind} is no map; use {', '.join(map_kinds())}.")
     return importlib.import_module(f"{__package__}.kinds.{kind}")
 
 
 def map_class(kind: str) -> type[Map]:
     """Returns the Map subclass of a rung."""
-    found = vars(rung(kind)).values()
+    found = vars(map_module(kind)).values()
     return next(c for c in found if isinstance(c, type) and getattr(c, "kind", None) == kind)
 
 
@@ -340,28 +340,33 @@ def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None 
     save_module(Path(path), own_parameters(params), meta)
 
 
-def load(path: Path | str) -> Map:
+def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
     """Returns the map in a checkpoint folder, with B's dictionary.
+
+    Args:
+      dictionary: B's, where it is loaded already; it must be the one in the checkpoint's folder.
 
     Raises:
       UserError: there is no finished map, it is damaged, or B's dictionary is missing, damaged
         or another one than the map was fitted with.
     """
     meta = load_meta(Path(path))
-    dictionary = _target_dictionary(Path(path), meta)
+    dictionary = _target_dictionary(Path(path), meta, dictionary)
     cls, arguments = map_class(meta["kind"]), meta["arguments"]
     _, abstract = _abstract(cls, dictionary, arguments)
     return build(cls, dictionary, arguments, load_params(Path(path), abstract))
 
 
-def _target_dictionary(path: Path, meta: dict[str, Any]) -> Dictionary:
+def _target_dictionary(
+    path: Path, meta: dict[str, Any], dictionary: Dictionary | None
+) -> Dictionary:
     place = Path(os.path.normpath(path / meta["target_dictionary"]))
     if not place.is_dir():
         raise UserError(
             f"Map {path} needs the target's dictionary {place}, which is missing; "
             "restore it or train dictionaries and maps again."
         )
-    dictionary = dictionaries.load(place)
+    dictionary = dictionaries.load(place) if dictionary is None else dictionary
     if fingerprint(dictionary) != meta["target_fingerprint"]:
         raise UserError(
             f"Map {path} was fitted with another dictionary than {place} holds; "

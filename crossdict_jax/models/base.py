@@ -198,13 +198,15 @@ class LanguageModel(nnx.Module):
     """A causal language model with float32 parameters and residual stream.
 
     Families fill ``blocks`` (an nnx.List of Block) and ``final_norm``, and say how positions
-    enter: through ``embed`` or through ``rotary``. Static: ``config``, ``name``, ``path``.
+    enter: through ``embed`` or through ``rotary``. Static: ``config``, ``name``, ``path`` and
+    ``dtype``.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.name = config.model_type
         self.path = ""  # the folder it was loaded from
+        self.dtype = "float32"  # of the inputs of matrix products, where a call names none
         shape = (config.vocab_size, config.d_model)
         self.W_E = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
         if config.tied:
@@ -259,7 +261,7 @@ class LanguageModel(nnx.Module):
 
     def _read(self, x, rotary, tap: Tap | None, dtype, memories: list) -> jax.Array:
         tap = tap or (lambda site, x: x)
-        dtype = jnp.dtype(dtype or jnp.float32)
+        dtype = jnp.dtype(dtype or self.dtype)
         for block, memory in zip(self.blocks, memories):
             x = block(x, rotary, tap, dtype, memory)
         W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
@@ -283,20 +285,23 @@ def capture(lm: LanguageModel, tokens, sites: Iterable[Site], dtype=None) -> dic
         check_site(lm.config, site, lm.name)
     tokens = check_tokens(lm.config, tokens, lm.name)
     graphdef, state = nnx.split(lm)
-    return dict(
-        zip(sites, _captured(graphdef, state, tokens, sites, jnp.dtype(dtype or "float32")))
-    )
+    return dict(zip(sites, _capture(graphdef, state, tokens, sites, jnp.dtype(dtype or lm.dtype))))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sites", "dtype"))
-def _captured(graphdef, state, tokens, sites, dtype) -> tuple[jax.Array, ...]:
+def _capture(graphdef, state, tokens, sites, dtype) -> tuple[jax.Array, ...]:
+    return captured(nnx.merge(graphdef, state), sites, tokens, dtype)
+
+
+def captured(lm: LanguageModel, sites: tuple[Site, ...], tokens, dtype=None):
+    """``capture`` inside a compiled program: a tuple, in the order of the sites."""
     seen = {}
 
     def tap(site, x):
         seen[site] = x
         return x
 
-    nnx.merge(graphdef, state).logits(tokens, tap=tap, dtype=dtype)
+    lm.logits(tokens, tap=tap, dtype=dtype)
     return tuple(seen[site] for site in sites)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
@@ -18,6 +17,7 @@ from crossdict_jax import models, modules
 from crossdict_jax.activations.text import Corpus, load_corpus
 from crossdict_jax.config import PretrainConfig
 from crossdict_jax.errors import UserError
+from crossdict_jax.models.run import Runner
 from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
@@ -213,18 +213,8 @@ def held_out_loss(lm, tokens: np.ndarray, *, batch_size: int = 32) -> float:
     if n == 0:
         raise UserError(f"{len(tokens)} held-out tokens are fewer than one context of {context}.")
     windows = tokens[: n * context].reshape(n, context)
-    graphdef, params = modules.split(lm)
-
-    @functools.partial(jax.jit)
-    def losses(params, batch):
-        return next_token_loss(modules.merge(graphdef, params).logits(batch), batch).mean(-1)
-
-    total = 0.0
-    for at in range(0, n, batch_size):
-        batch = windows[at : at + batch_size]
-        padded = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
-        total += float(np.sum(np.asarray(losses(params, padded))[: len(batch)], dtype=np.float64))
-    return total / n
+    losses = Runner(lm, batch_size=batch_size).token_losses(windows)
+    return float(losses.mean(axis=1, dtype=np.float64).mean())
 
 
 def _save(config, params, tokenizer, tokens, corpus, directory) -> dict:

@@ -7,8 +7,8 @@ from pathlib import Path
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import to_dict
+from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
-from crossdict_jax.evaluation.scoring import encode
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check, Gate
 from crossdict_jax.workdir import open_workdir, read_json

@@ -12,8 +12,8 @@ from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import transfer_metrics
+from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
-from crossdict_jax.evaluation.scoring import encode
 from crossdict_jax.maps import Pairs
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check, Gate

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import Store, open_store, write_store
@@ -23,7 +22,8 @@ from crossdict_jax.config import (
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import transfer_metrics
-from crossdict_jax.evaluation.scoring import score_ladder
+from crossdict_jax.evaluation.codes import SideCodes
+from crossdict_jax.evaluation.scoring import score_maps
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import Pairs, Problem, Side, Task
 from crossdict_jax.maps.fit import Loader, fit_tasks
@@ -130,10 +130,10 @@ def transfer_rows(
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
     loader = Loader(store, work, config.seed)
     fit_tasks(tasks, config, loader, work, directory=work.maps / "training")
+    settings = {"settings": config.evaluation, "seed": config.seed, "codes": SideCodes()}
     rows = []
-    with tqdm(disable=True) as progress:
-        for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-            rows += score_ladder(list(group), config, store, work, progress).rows({})
+    for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
+        rows += score_maps(list(group), loader, config.map, **settings).rows({})
     return rows
 
 
@@ -178,7 +178,7 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
 
     train, validation, test = map(pairs, SPLITS)
     problem = Problem(kind, train, validation)
-    (fitted,) = maps.rung(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
+    (fitted,) = maps.map_module(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
         token_sums(train.source.tokens, lambda rows, x=x: x[rows], size=x.shape[1])

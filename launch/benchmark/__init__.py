@@ -1,1 +1,1 @@
-"""Comparisons with other libraries; ``python -m launch.benchmark`` says which there are."""
+"""Measurements of speed, and of quality beside SAELens."""

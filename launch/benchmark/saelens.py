@@ -14,14 +14,15 @@ from launch import command
 
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.activations.store import open_store
-    from crossdict_jax.benchmark import compare_saelens
-    from crossdict_jax.benchmark.saelens import PYTHON, tables
+    from crossdict_jax.benchmark.peer import VARIABLES
+    from crossdict_jax.benchmark.saelens import compare_saelens, comparison
     from crossdict_jax.report.tables import show
 
-    if not os.environ.get(PYTHON):
-        print(f"skipped: {PYTHON} is not set; name the python of an environment with sae-lens.")
+    variable = VARIABLES["sae-lens"]
+    if not os.environ.get(variable):
+        print(f"skipped: {variable} is not set; name the python of an environment with sae-lens.")
         return
-    show(tables(compare_saelens(config, open_store(work.activations), work)))
+    show([comparison(compare_saelens(config, open_store(work.activations), work))])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ returns (run, what to say of itself); the answer is the latter. ``{"run": n}`` c
 answer is ``{"seconds": s, "cpu_seconds": s}``.
 """
 
+import itertools
 import json
 import os
 import runpy
 import sys
 import time
+from pathlib import Path
 
 
 def main(file: str) -> None:
@@ -29,6 +31,38 @@ def main(file: str) -> None:
             seconds = time.perf_counter() - started
             answer = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_started}
         print(json.dumps(answer), file=answers)
+
+
+# ---------------------------------------------------------------- for the files that use torch
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def training_rows(folder: str):
+    """Returns rows.npy on the device, and its batches in the order of order.npy, for ever."""
+    import numpy as np
+    import torch
+
+    rows = torch.from_numpy(np.load(Path(folder) / "rows.npy")).to(device())
+    order = torch.from_numpy(np.load(Path(folder) / "order.npy")).long().to(device())
+    return rows, (rows[index] for index in itertools.cycle(order))
+
+
+def repeated(step):
+    """Returns run(count): takes so many steps, and waits for them."""
+    import torch
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            step()
+        if device() == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 if __name__ == "__main__":

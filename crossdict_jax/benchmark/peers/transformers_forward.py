@@ -8,37 +8,25 @@ import numpy as np
 def make(folder: str, layers: list[int], batch_size: int, cut: bool):
     import torch
     import transformers
+    from serve import device, repeated
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = transformers.GPT2Model.from_pretrained(Path(folder) / "model")  # no dropout
     if cut:  # the highest layer asked for is the last hidden state
         model.h, model.ln_f = model.h[: max(layers)], torch.nn.Identity()
-    model.to(device)
-    windows = _windows(Path(folder))
-
-    def forward(some):
-        longest = max(map(len, some))
-        tokens = torch.zeros(len(some), longest, dtype=torch.long)
-        for row, window in zip(tokens, some):
-            row[: len(window)] = torch.from_numpy(window)
-        # Padding is on the right, and attention looks to the left: no mask changes what counts.
-        return model(tokens.to(device), output_hidden_states=True, use_cache=False).hidden_states
+    model.to(device())
+    with np.load(Path(folder) / "windows.npz", allow_pickle=False) as file:
+        windows = np.split(file["tokens"].astype(np.int64), np.cumsum(file["lengths"])[:-1])
 
     @torch.inference_mode()
-    def run(times: int) -> None:
-        for _ in range(times):
-            for at in range(0, len(windows), batch_size):
-                hidden = forward(windows[at : at + batch_size])
-                kept = [hidden[layer].to(torch.bfloat16).cpu() for layer in layers]
-        del kept
+    def read() -> None:
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+            for row, window in zip(tokens, batch):
+                row[: len(window)] = torch.from_numpy(window)
+            # Padding is on the right, and attention looks to the left: no mask changes what counts.
+            hidden = model(tokens.to(device()), output_hidden_states=True, use_cache=False)
+            for layer in layers:
+                hidden.hidden_states[layer].to(torch.bfloat16).cpu()
 
-    with torch.inference_mode():
-        hidden = forward(windows[:1])
-        first = torch.stack([hidden[layer][0] for layer in layers]).float().cpu().numpy()
-    np.save(Path(folder) / "captured.npy", first)
-    return run, {"version": transformers.__version__, "torch": torch.__version__}
-
-
-def _windows(folder: Path) -> list[np.ndarray]:
-    with np.load(folder / "windows.npz", allow_pickle=False) as file:
-        return np.split(file["tokens"].astype(np.int64), np.cumsum(file["lengths"])[:-1])
+    return repeated(read), {"version": transformers.__version__, "torch": torch.__version__}

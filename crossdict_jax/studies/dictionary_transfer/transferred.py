@@ -1,18 +1,22 @@
-"""A dictionary of B made from A's and two affine maps, in closed form."""
+"""A dictionary of B made from A's and a stitch, two affine maps, in closed form."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules
-from crossdict_jax.config.settings import architectures
+from crossdict_jax.config import MapConfig, architectures
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.base import Dictionary
+from crossdict_jax.dictionaries.crosscoder_training import moments, rotation
 from crossdict_jax.errors import UserError
+from crossdict_jax.maps import Pairs, Problem
+from crossdict_jax.maps.base import map_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,39 @@ class Affine:
         return x @ self.W + self.b[None, :]
 
 
+@dataclasses.dataclass(frozen=True)
+class Stitch:
+    """The affine maps between two models, from A to B and from B to A."""
+
+    forth: Affine
+    back: Affine
+
+
+def fit_stitch(problem: Problem, settings: MapConfig, kind: str = "ridge") -> Stitch:
+    """Returns the affine maps of a kind, ridge or procrustes, from A to B and from B to A."""
+    train, validation = (
+        dataclasses.replace(pairs, source=pairs.target, target=pairs.source)
+        for pairs in (problem.train, problem.validation)
+    )
+    both = [problem, Problem(problem.label, train, validation)]
+    affine = []
+    for fitted in map_module(kind).fit(both, settings, seed=0, directory=Path()):  # closed forms
+        m = fitted.map
+        W, mean_a, mean_b = (np.asarray(p[...], np.float64) for p in (m.W, m.mean_a, m.mean_b))
+        affine.append(Affine(W, mean_b - mean_a @ W))
+    return Stitch(*affine)
+
+
+def random_stitch(train: Pairs, seed: int) -> Stitch:
+    """Returns a random rotation from A to B, and back, that keeps means and mean power."""
+    (mean_a, power_a), (mean_b, power_b) = (moments(s.x) for s in (train.source, train.target))
+    d_a, d_b = len(mean_a), len(mean_b)
+    Q = rotation(max(d_a, d_b), seed).astype(np.float64)[:d_a, :d_b]
+    stretch = np.sqrt(max(power_b, 1e-12) / max(power_a, 1e-12))
+    forth, back = stretch * Q, Q.T / stretch
+    return Stitch(Affine(forth, mean_b - mean_a @ forth), Affine(back, mean_a - mean_b @ back))
+
+
 def is_ours(dictionary: Dictionary) -> bool:
     """Whether a dictionary is of an architecture of this project, and can be transferred."""
     return (
@@ -39,11 +76,9 @@ def is_ours(dictionary: Dictionary) -> bool:
     )
 
 
-def transferred(
-    dictionary: Dictionary, *, to_source: Affine, to_target: Affine, scale: float | None = None
-) -> Dictionary:
-    """Returns the dictionary of B with ``encode(x_B) = dictionary.encode(to_source(x_B))`` and
-    ``decode(f) = to_target(dictionary.decode(f))``, of the same architecture (Chen et al. 2025,
+def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = None) -> Dictionary:
+    """Returns the dictionary of B with ``encode(x_B) = dictionary.encode(stitch.back(x_B))`` and
+    ``decode(f) = stitch.forth(dictionary.decode(f))``, of the same architecture (Chen et al. 2025,
     arXiv 2506.06609).
 
     W_enc' = W_ba W_enc and W_dec' = W_dec W_ab, in scaled units; biases take up the constants, and
@@ -52,8 +87,6 @@ def transferred(
 
     Args:
       dictionary: of A.
-      to_source: from B to A.
-      to_target: from A to B.
       scale: of B's activations inside the new dictionary; None: as in A's. No number that callers
         see depends on it; training does.
 
@@ -67,12 +100,12 @@ def transferred(
     old = {name: np.asarray(params[name], np.float64) for name in ("W_enc", "W_dec", "b_enc")}
     s, b_dec = float(params["scale"]), np.asarray(params["b_dec"], np.float64)
     new_s = s if scale is None else float(scale)
-    W_ba, W_ab = to_source.W.astype(np.float64), to_target.W.astype(np.float64)
+    W_ba, W_ab = stitch.back.W.astype(np.float64), stitch.forth.W.astype(np.float64)
     W_enc = s / new_s * W_ba @ old["W_enc"]
     W_dec = new_s / s * old["W_dec"] @ W_ab
-    new_b_dec = new_s * (b_dec / s @ W_ab + to_target.b)
-    # z = u W_enc + (b_enc - b_dec W_enc): the constant of to_source, and the old bias, are added.
-    constant = s * to_source.b.astype(np.float64) - b_dec
+    new_b_dec = new_s * (b_dec / s @ W_ab + stitch.forth.b)
+    # z = u W_enc + (b_enc - b_dec W_enc): the way back adds its constant, and takes the old bias.
+    constant = s * stitch.back.b.astype(np.float64) - b_dec
     b_enc = old["b_enc"] + constant @ old["W_enc"] + new_b_dec @ W_enc
     changed = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": new_b_dec, "scale": new_s}
     if "b_mag" in params:  # magnitudes of gated ones start from z - b_enc

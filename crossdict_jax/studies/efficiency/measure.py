@@ -1,317 +1,282 @@
-"""What a map is worth in paired rows: every rung fitted on few of them, a hypernetwork on none."""
+"""What a map is worth in paired rows: every map fitted on few of them, a hypernetwork on none."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import maps, stats
+from crossdict_jax import maps, results, stats
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.config import Config, crosscoder_settings, layer_pairs
-from crossdict_jax.config.settings import refuse_transcoders
+from crossdict_jax.config import (
+    Config,
+    crosscoder_settings,
+    identity,
+    layer_pairs,
+    refuse_transcoders,
+)
 from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.codes import encode
+from crossdict_jax.evaluation.scoring import pair_columns, take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
-from crossdict_jax.maps.base import build, encode_rows, map_class, slices
+from crossdict_jax.maps.base import build, map_class, map_module
 from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.joint import with_own_codes
 from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, train_network
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.maps.moments import Products, RidgePath, activation_moments
+from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Resamples
-from crossdict_jax.training.stage import device_figures
-from crossdict_jax.workdir import Workdir, write_jsonl
+from crossdict_jax.studies.efficiency.section import curves, r2_table
+from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.workdir import Workdir
 
+FILE = "efficiency.jsonl"
+HIDDEN_FEATURES = 0.2  # share of every dictionary's features that a hypernetwork never sees
 NETWORK = Hypernetwork.kind
 PROFILES = "token_profiles"  # the part of the hypernetwork's weights that needs no training
 ELSEWHERE = "ridge_elsewhere"  # ridge of the other layer pairs, about this one's means
 ALL, HIDDEN = "all", "hidden"  # what is scored: all target features, or those never trained on
 
 
-def measure_efficiency(config: Config, work: Workdir) -> None:
-    """Writes efficiency.jsonl in ``work.results``: R^2 by the number of paired rows, and with none.
-
-    At one layer pair, in every direction, on the test rows: every rung of ``map.kinds`` fitted on
-    the first n training rows of documents in a seeded random order, its hyper-parameters chosen
-    on all validation rows (a rung that refuses so few rows has none in the file); and zero-shot,
-    with no paired row of this layer pair (held_out "layer") or of these features (held_out
-    "features"): a hypernetwork trained on everything else, the ridge of the other layer pairs,
-    and token profiles, which need no pairs at all. The means and scales of either model's
-    features are of all training rows and need no pairs. Rungs that are trained read batches of all
-    rows where there are fewer than one.
-
-    Raises:
-      UserError: the store or the dictionaries are missing, there is one layer pair only, or a
-        setting asks for a layer pair or for rows that are not there.
-    """
-    started = time.perf_counter()
-    refuse_transcoders(config, "The hypernetwork of launch.efficiency")
-    store = open_store(work.activations)
-    asked, others = _tasks(config, store)
-    counts = _counts(config, len(store.select("train")))
-    loader = Loader(store, work, config.seed)
-    rows = list(_Study(config, work, loader, asked, others).rows(counts))
-    write_jsonl(work.result("efficiency.jsonl"), rows)
-    wall = time.perf_counter() - started
-    work.record_timing("efficiency", wall_s=wall, maps=len(rows), **device_figures())
-
-
-def _tasks(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
-    """Returns the aligned directions of the layer pair that is left out, and of all others."""
-    pairs = layer_pairs(config)
-    if len(pairs) < 2:
-        raise UserError(
-            f"layers give one layer pair, {_spelled(pairs[0])}: none can be left out of the "
-            "hypernetwork's training; give two layers or more."
-        )
-    chosen = pairs[len(pairs) // 2]
-    if config.efficiency.layer_pair:
-        named = {_spelled(pair): pair for pair in pairs}
-        if config.efficiency.layer_pair not in named:
-            raise UserError(
-                f"efficiency.layer_pair={config.efficiency.layer_pair} is no layer pair of this "
-                f"run; use one of {', '.join(named)}."
-            )
-        chosen = named[config.efficiency.layer_pair]
-    both = []
-    for few in ((chosen,), tuple(pair for pair in pairs if pair != chosen)):
-        text = ",".join(map(_spelled, few))
-        kinds = dataclasses.replace(config.map, kinds=(NETWORK,))
-        part = dataclasses.replace(config, layer_pairs=text, map=kinds)
-        both.append([task for task in maps.tasks(part, store) if task.pairing == "aligned"])
-    asked, others = both
-    return asked, [task for task in others if task not in asked]
-
-
-def _spelled(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}:{pair[1]}"
-
-
-def _counts(config: Config, n: int) -> list[int]:
-    for rows in config.efficiency.rows:
-        if rows > n:
-            raise UserError(
-                f"efficiency.rows={rows} is more than the {n} paired training rows of this run; "
-                "leave it out or raise text.documents."
-            )
-    return sorted({*config.efficiency.rows, n})
-
-
 @dataclasses.dataclass(frozen=True)
-class _Question:
-    """One direction at the layer pair that is left out, and what its answers are scored on.
-
-    Attributes:
-      hidden: bool [width], target features that the hypernetwork of features never sees.
-      target: [n, width], B's features on test rows.
-      order: int [train rows], documents in a seeded order, rows of each as they come.
-    """
+class Question:
+    """One direction at the layer pair that is left out, and what its answers are scored on."""
 
     task: Task
     problem: Problem
     test: Pairs
-    hidden: np.ndarray
-    target: np.ndarray
+    hidden: np.ndarray  # bool [width], target features that the hypernetwork never sees
+    target: np.ndarray  # [n, width], B's features on test rows
     resamples: Resamples
-    order: np.ndarray
-    seed: int
-    batch_size: int
+    order: np.ndarray  # int [train rows], documents in a seeded order, rows of each as they come
 
     def first(self, n: int) -> Problem:
         """Returns the problem of the first n training rows and all validation rows."""
-        train, rows = self.problem.train, np.sort(self.order[:n])
-        sides = (
-            dataclasses.replace(side, x=side.x[rows], tokens=side.tokens[rows])
-            for side in (train.source, train.target)
-        )
-        few = Pairs(*sides, train.documents[rows])
+        few = take(self.problem.train, np.sort(self.order[:n]))
         return Problem(f"{self.problem.label} on {n} rows", few, self.problem.validation)
 
-    def rows(
-        self, m: Map, kind: str, *, n: int, scored: Sequence[str], held_out: str | None = None
-    ):
-        """Yields the result rows of a map: one for each set of features that is scored."""
-        predicted = maps.predict(m, self.test, self.batch_size)
-        mean = self.problem.train.target.feature_moments[0]
-        for what in scored:
-            columns = self.hidden if what == HIDDEN else np.ones_like(self.hidden)
-            t, p = self.target[:, columns].astype(np.float64), predicted[:, columns]
-            error, variance = np.square(t - p).sum(1), np.square(t - mean[None, columns]).sum(1)
-            fvu = self.resamples.estimate(error, variance)
-            yield {
-                "source": self.task.source,
-                "target": self.task.target,
-                "site_source": str(self.task.site_source),
-                "site_target": str(self.task.site_target),
+
+def run(config: Config, work: Workdir) -> None:
+    """Writes efficiency.jsonl, R^2 by the number of paired rows and with none, and prints it.
+
+    At the middle layer pair, in every direction, on the test rows: every map of ``map.kinds``
+    fitted on the first n training rows of documents in a seeded random order, its hyper-parameters
+    chosen on all validation rows (a map that refuses so few rows has none in the file); and
+    zero-shot, with no paired row of this layer pair (held_out "layer") or of these features
+    (held_out "features"): a hypernetwork trained on everything else, the ridge of the other layer
+    pairs, and token profiles, which need no pairs at all. Maps that are trained read batches of all
+    rows where there are fewer than one.
+
+    Raises:
+      UserError: the store or the dictionaries are missing, there is one layer pair only, or a
+        setting asks for rows that do not exist.
+    """
+    refuse_transcoders(config, "The hypernetwork of launch.efficiency")
+    store = open_store(work.activations)
+    asked, others = left_out(config, store)
+    n_train = len(store.select("train"))
+    for n in config.efficiency.rows:
+        if n > n_train:
+            raise UserError(
+                f"efficiency.rows={n} is more than the {n_train} paired training rows of this run; "
+                "leave it out or raise text.documents."
+            )
+    inputs = input_digests(
+        work,
+        settings=[identity(config), list(config.efficiency.rows)],
+        store_meta=store.meta,
+        folders=[work.dictionary(task.target, task.site_target) for task in asked + others],
+    )
+    stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
+    if not stage.finished:
+        folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
+        loader = Loader(store, work, config.seed)
+        generator = np.random.Generator(np.random.Philox(key=config.seed))
+        seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
+        for task in asked + others:
+            width = loader.side(task.target, task.site_target, "train").dictionary.width
+            hidden = generator.permutation(width)[: max(1, round(HIDDEN_FEATURES * width))]
+            mask = ~np.isin(np.arange(width), hidden)
+            seen.setdefault((task.target, task.site_target.layer), mask)
+        questions = []
+        for task in asked:
+            problem, test = loader.problem(task), loader.pairs(task, "test")
+            draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
+            hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
+            order = document_order(problem.train.documents, config.seed)
+            questions.append(Question(task, problem, test, hidden, target.toarray(), draws, order))
+        counts = sorted({*config.efficiency.rows, n_train})
+        rows = _few_rows(questions, counts, config, stage, folder)
+        problems = {task: loader.problem(task) for task in others}
+        rows += stage.part((NETWORK,), lambda: _no_rows(questions, problems, seen, config, folder))
+        for row in rows:
+            row["seed"] = config.seed
+        stage.finish({FILE: rows}, maps=len(rows))
+    show(r2_table(group) for group in curves(results.read(work, FILE)))
+
+
+def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
+    """Returns the aligned directions of the middle layer pair, which is left out, and of others.
+
+    Raises:
+      UserError: there is one layer pair only.
+    """
+    pairs = [f"{a}:{b}" for a, b in layer_pairs(config)]
+    if len(pairs) < 2:
+        raise UserError(
+            f"layers give one layer pair, {pairs[0]}: none can be left out of the "
+            "hypernetwork's training; give two layers or more."
+        )
+    middle, directions = pairs[len(pairs) // 2], []
+    settings = dataclasses.replace(config.map, kinds=(NETWORK,))
+    for text in (middle, ",".join(pair for pair in pairs if pair != middle)):
+        part = dataclasses.replace(config, layer_pairs=text, map=settings)
+        directions.append([task for task in maps.tasks(part, store) if task.pairing == "aligned"])
+    asked, others = directions
+    return asked, [task for task in others if task not in asked]
+
+
+def document_order(documents: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the rows' numbers by document, documents in one seeded random order."""
+    names, index = np.unique(documents, return_inverse=True)
+    rank = np.random.Generator(np.random.Philox(key=seed)).permutation(len(names))
+    return np.argsort(rank[index], kind="stable")
+
+
+def _score(
+    m: Map,
+    kind: str,
+    question: Question,
+    *,
+    n: int,
+    scored: Sequence[str] = (ALL,),
+    held_out: str | None = None,
+) -> list[dict[str, Any]]:
+    """The result rows of a map: one for each set of features that is scored."""
+    predicted, rows = maps.predict(m, question.test), []
+    mean = question.problem.train.target.feature_moments[0]
+    for features in scored:
+        mask = question.hidden if features == HIDDEN else np.ones_like(question.hidden)
+        t, p = question.target[:, mask].astype(np.float64), predicted[:, mask]
+        error, variance = np.square(t - p).sum(1), np.square(t - mean[None, mask]).sum(1)
+        fvu = question.resamples.estimate(error, variance)
+        rows.append(
+            {
+                **pair_columns(question.task),
                 "map": kind,
                 "n": n,
-                "seed": self.seed,
                 "zero_shot": held_out is not None,
                 "held_out": held_out,
-                "scored": what,
-                "n_features": int(columns.sum()),
+                "scored": features,
+                "n_features": int(mask.sum()),
                 "n_rows": len(t),
-                "n_documents": self.resamples.n_documents,
+                "n_documents": question.resamples.n_documents,
                 **stats.columns("fvu", fvu),
                 **stats.columns("r2", 1.0 - fvu),
                 "l0_target": float((t > 0).sum(1).mean()),
                 "l0_predicted": float((p > 0).sum(1).mean()),
             }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Study:
-    """Everything that is fitted and asked, in the order of the result rows."""
-
-    config: Config
-    work: Workdir
-    loader: Loader
-    asked: list[Task]
-    others: list[Task]
-
-    def rows(self, counts: list[int]) -> Iterator[dict[str, Any]]:
-        from tqdm import tqdm
-
-        known = self._known()
-        questions = [self._question(task, known) for task in self.asked]
-        kinds = [kind for kind in self.config.map.kinds if kind != NETWORK]
-        with tqdm(total=len(questions) * len(kinds) * len(counts), desc="few rows") as bar:
-            for question in questions:
-                for kind in kinds:
-                    for n in counts:
-                        yield from self._few(question, kind, n)
-                        bar.update()
-        yield from self._none(questions, known)
-
-    def _known(self) -> dict[tuple[str, int], np.ndarray]:
-        """(model, layer) -> bool [width]: features that the hypernetwork of features may see."""
-        known = {}
-        generator = np.random.Generator(np.random.Philox(key=self.config.seed))
-        for task in (*self.asked, *self.others):
-            side = self.loader.side(task.target, task.site_target, "train")
-            order = generator.permutation(side.dictionary.width)
-            hidden = order[: max(1, round(self.config.efficiency.hidden_features * len(order)))]
-            mask = ~np.isin(np.arange(len(order)), hidden)
-            known.setdefault((task.target, task.site_target.layer), mask)
-        return known
-
-    def _question(self, task: Task, known) -> _Question:
-        test = self.loader.pairs(task, "test")
-        problem, seed = self.loader.problem(task), self.config.seed
-        target = [encode_rows(test.target.dictionary, test.target.x[r]) for r in slices(len(test))]
-        evaluation = self.config.evaluation
-        return _Question(
-            task=task,
-            problem=problem,
-            test=test,
-            hidden=~known[task.target, task.site_target.layer],
-            target=np.concatenate(target),
-            resamples=stats.draw(test.documents, count=evaluation.bootstrap, seed=seed),
-            order=document_order(problem.train.documents, seed),
-            seed=seed,
-            batch_size=evaluation.batch_size,
         )
+    return rows
 
-    def _few(self, question: _Question, kind: str, n: int) -> Iterator[dict]:
-        batch = min(self.config.map.batch_size, n)
-        settings = dataclasses.replace(self.config.map, batch_size=batch)
-        task = question.task
-        folder = self._folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
-        few = question.first(n)
+
+def _few_rows(
+    questions: list[Question], counts: list[int], config: Config, stage: Stage, folder: Path
+) -> list[dict]:
+    """Answers of every map fitted on few rows; a crosscoder is trained on these alone."""
+    from tqdm import tqdm
+
+    def answer(question: Question, kind: str, n: int) -> list[dict]:
+        settings = dataclasses.replace(config.map, batch_size=min(config.map.batch_size, n))
+        few, task = question.first(n), question.task
+        how = {"seed": config.seed}
+        how["directory"] = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
         try:
             if map_class(kind).through_joint:
-                joint = crosscoder_settings(self.config)
+                joint = crosscoder_settings(config)
                 joint = dataclasses.replace(joint, batch_size=min(joint.batch_size, n))
-                (few,) = with_own_codes([few], joint, seed=self.config.seed, directory=folder)
-            (fitted,) = maps.rung(kind).fit(
-                [few], settings, seed=self.config.seed, directory=folder
-            )
+                (few,) = with_own_codes([few], joint, **how)
+            (fitted,) = map_module(kind).fit([few], settings, **how)
         except UserError:
-            if n == len(question.order):
+            if n == counts[-1]:
                 raise  # not for want of rows
-            return
-        yield from question.rows(fitted.map, kind, n=n, scored=(ALL, HIDDEN))
+            return []
+        return _score(fitted.map, kind, question, n=n, scored=(ALL, HIDDEN))
 
-    @property
-    def _folder(self) -> Path:
-        task, share = self.asked[0], self.config.efficiency.hidden_features
-        place = f"{task.site_source}--{task.site_target}-hidden-{share:g}"
-        return self.work.root / "efficiency" / place
+    kinds = [kind for kind in config.map.kinds if kind != NETWORK]
+    rows = []
+    for key in tqdm([*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"):
+        question, kind, n = key
+        rows += stage.part((question.task.label, kind, n), partial(answer, *key))
+    return rows
 
-    def _none(self, questions: list[_Question], known) -> Iterator[dict]:
-        """Answers without paired rows; last the hypernetwork that was trained on everything."""
-        describer = Describer()
-        of_others = [self.loader.problem(task) for task in self.others]
-        everything = of_others + [question.problem for question in questions]
+
+def _no_rows(
+    questions: list[Question],
+    problems: dict[Task, Problem],
+    seen: dict[tuple[str, int], np.ndarray],
+    config: Config,
+    folder: Path,
+) -> list[dict]:
+    """Answers without paired rows; last the hypernetwork that was trained on everything."""
+    describer, shape, rows = Describer(), config.map.hypernetwork, []
+    for q in questions:
+        m = from_profiles(q.problem, shape, describer)
+        rows += _score(m, PROFILES, q, n=0, held_out="layer")
+        rows += _score(m, PROFILES, q, n=0, held_out="features", scored=(HIDDEN,))
+        direction = q.task.source, q.task.target
+        near = [p for t, p in problems.items() if (t.source, t.target) == direction]
+        if near:
+            m = ridge_elsewhere(near, q.problem, config.map.ridge_penalties)
+            rows += _score(m, ELSEWHERE, q, n=0, held_out="layer")
+    others = list(problems.values())
+    everything = others + [question.problem for question in questions]
+    for held_out, trained_on, features, scored in (
+        ("layer", others, None, ALL),
+        ("features", everything, seen, HIDDEN),
+        (None, everything, None, ALL),
+    ):
+        how = {"seed": config.seed, "describer": describer}
+        how["directory"] = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
+        network, _ = train_network(trained_on, shape, known=features, **how)
         for q in questions:
-            m = from_profiles(q.problem, self.config.map.hypernetwork, describer)
-            yield from q.rows(m, PROFILES, n=0, scored=(ALL,), held_out="layer")
-            yield from q.rows(m, PROFILES, n=0, scored=(HIDDEN,), held_out="features")
-            near = [
-                p for p, task in zip(of_others, self.others) if _direction(task) == _direction(q)
-            ]
-            if near:
-                m = _ridge_elsewhere(near, q.problem, self.config.map.ridge_penalties)
-                yield from q.rows(m, ELSEWHERE, n=0, scored=(ALL,), held_out="layer")
-        for held_out, problems, seen, scored in (
-            ("layer", of_others, None, ALL),
-            ("features", everything, known, HIDDEN),
-            (None, everything, None, ALL),
-        ):
-            network, _ = train_network(
-                problems,
-                self.config.map.hypernetwork,
-                seed=self.config.seed,
-                directory=self._folder / f"{NETWORK}-without-{held_out or 'nothing'}",
-                describer=describer,
-                known=seen,
-            )
-            for q in questions:
-                n = 0 if held_out else len(q.problem.train)
-                m = network.write(q.problem, describer)
-                yield from q.rows(m, NETWORK, n=n, scored=(scored,), held_out=held_out)
+            n = 0 if held_out else len(q.problem.train)
+            m = network.write(q.problem, describer)
+            rows += _score(m, NETWORK, q, n=n, scored=(scored,), held_out=held_out)
+    return rows
 
 
-def _direction(of: Task | _Question) -> tuple[str, str]:
-    task = of.task if isinstance(of, _Question) else of
-    return task.source, task.target
-
-
-def document_order(documents: np.ndarray, seed: int) -> np.ndarray:
-    """Returns the rows' numbers by document, documents in one seeded random order."""
-    names, place = np.unique(documents, return_inverse=True)
-    rank = np.random.Generator(np.random.Philox(key=seed)).permutation(len(names))
-    return np.argsort(rank[place], kind="stable")
-
-
-def _ridge_elsewhere(near: list[Problem], asked: Problem, penalties: Sequence[float]) -> Ridge:
-    """Returns the ridge of other layer pairs together, each about its own means, moved to this one.
+def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence[float]) -> Ridge:
+    """Returns the ridge of other layer pairs together, each about its means, moved to this one.
 
     Its penalty is the one that is best on the validation rows of the others.
     """
     fitted, held_out = [], []
     for problem in near:
-        train = activation_moments(problem.train.source.x, problem.train.target.x)
-        rows = problem.validation
+        train, rows = problem.train, problem.validation
+        fitted.append(activation_moments(train.source.x, train.target.x))
         validation = activation_moments(rows.source.x, rows.target.x)
-        fitted.append(train)
-        held_out.append(validation.about(train.centre_a, train.centre_b))
+        held_out.append(validation.about(fitted[-1].centre_a, fitted[-1].centre_b))
     train, validation = (
         Products(
-            sum(p.n for p in all_), *(sum(getattr(p, k) for p in all_) for k in ("aa", "ab", "bb"))
+            sum(p.n for p in parts),
+            *(sum(getattr(p, name) for p in parts) for name in ("aa", "ab", "bb")),
         )
-        for all_ in (fitted, held_out)
+        for parts in (fitted, held_out)
     )
     path = RidgePath(train)
     best = min(penalties, key=lambda penalty: validation.error(path.solution(penalty)))
-    means = (
-        np.asarray(side.x, np.float32).mean(0) for side in (asked.train.source, asked.train.target)
-    )
-    values = dict(zip(("mean_a", "mean_b"), means)) | {"W": path.solution(best)}
+    values = {
+        name: np.asarray(side.x, np.float32).mean(0)
+        for name, side in (("mean_a", asked.train.source), ("mean_b", asked.train.target))
+    }
+    values["W"] = path.solution(best)
     arguments = {"d_a": len(values["W"])}
     return build(Ridge, asked.train.target.dictionary, arguments, values)

@@ -8,9 +8,8 @@ import math
 
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import Figure, line_figure, map_line
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number, show
+from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import PAIR, map_order, site_words
-from crossdict_jax.workdir import Workdir, read_jsonl
 
 TITLE = "Worth in paired rows"
 TEXT = (
@@ -33,37 +32,22 @@ TASKS = {"all": "a layer pair never trained on", "hidden": "features never train
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Rows of efficiency.jsonl of one direction that are scored on the same target features.
+    """Rows of efficiency.jsonl of one direction that are scored on the same target features."""
 
-    Attributes:
-      scored: "all" target features, or those "hidden" from the hypernetwork.
-      few: rung -> its rows by ascending n.
-      none: the zero-shot rows, in the order of the file.
-    """
-
-    source: str
-    target: str
-    sites: str
-    scored: str
-    few: dict[str, list[dict]]
-    none: list[dict]
-
-    @property
-    def title(self) -> str:
-        return f"{self.source} → {self.target}, {self.sites}: {TASKS[self.scored]}"
+    title: str
+    few: dict[str, list[dict]]  # kind of map -> its rows by ascending n
+    none: list[dict]  # the zero-shot rows, in the order of the file
 
 
 def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of efficiency.jsonl."""
     groups = curves(rows)
-    caption = "R² on held-out documents by the number of paired training rows. Level lines: maps "
-    return html(
-        [
-            TEXT,
-            Panels(list(map(figure, groups)), f"{caption}that have seen none.", "large"),
-            *map(table, groups),
-        ]
+    caption = (
+        "R² on held-out documents by the number of paired training rows. Level lines: maps that "
+        "have seen none."
     )
+    panels = Panels([figure(group) for group in groups], caption, "large")
+    return html([TEXT, panels, *(r2_table(group) for group in groups)])
 
 
 def curves(rows: list[dict]) -> list[Curves]:
@@ -71,21 +55,20 @@ def curves(rows: list[dict]) -> list[Curves]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((*(row[key] for key in PAIR), row["scored"]), []).append(row)
-    return [_curves(key, group) for key, group in groups.items()]
-
-
-def _curves(key: tuple, rows: list[dict]) -> Curves:
-    few: dict[str, list[dict]] = {}
-    for row in sorted((r for r in rows if not r["zero_shot"]), key=lambda row: row["n"]):
-        few.setdefault(row["map"], []).append(row)
-    few = {kind: few[kind] for kind in sorted(few, key=map_order)}
-    source, target, site_source, site_target, scored = key
-    none = [row for row in rows if row["zero_shot"]]
-    return Curves(source, target, site_words(site_source, site_target), scored, few, none)
+    made = []
+    for (source, target, *sites, scored), group in groups.items():
+        few: dict[str, list[dict]] = {}
+        ordered = sorted(group, key=lambda row: (map_order(row["map"]), row["map"], row["n"]))
+        for row in ordered:
+            if not row["zero_shot"]:
+                few.setdefault(row["map"], []).append(row)
+        title = f"{source} → {target}, {site_words(*sites)}: {TASKS[scored]}"
+        made.append(Curves(title, few, [row for row in group if row["zero_shot"]]))
+    return made
 
 
 def worth(r2: float, points: list[dict]) -> str:
-    """Returns how many paired rows a rung needs for an R², read off its curve, log n in between."""
+    """Returns how many paired rows a map needs for an R², read off its curve, log n in between."""
     if r2 <= points[0]["r2"]:
         return f"< {number(points[0]['n'])}"
     for low, high in itertools.pairwise(points):
@@ -96,40 +79,33 @@ def worth(r2: float, points: list[dict]) -> str:
     return f"> {number(points[-1]['n'])}"
 
 
-def table(group: Curves) -> Table:
-    """Returns R² by paired rows, a row for each rung; zero-shot maps with what they are worth."""
+def r2_table(group: Curves) -> Table:
+    """Returns R² by paired rows, a row for each map; zero-shot maps with what they are worth."""
     counts = sorted({row["n"] for rows in group.few.values() for row in rows})
-    columns = [Column("map", numeric=False), Column("0 rows"), *(Column(number(n)) for n in counts)]
     compared = [kind for kind, rows in group.few.items() if len(rows) > 1 and kind != "mean"]
-    columns.append(Column("worth in rows", numeric=False))
     lines = []
     for row in group.none:
         worths = (f"{kind} {worth(row['r2'], group.few[kind])}" for kind in compared)
-        name = Cell(WORDS.get(row["map"], row["map"]))
-        score = Cell(number(row["r2"]), interval(row, "r2", 2))
-        lines.append([name, score, *(Cell("") for _ in counts), Cell(", ".join(worths))])
+        line = {"map": WORDS.get(row["map"], row["map"]), "0 rows": score(row, "r2")}
+        lines.append(line | {number(n): "" for n in counts} | {"worth in rows": ", ".join(worths)})
     for kind, rows in group.few.items():
-        known = {row["n"]: row for row in rows}
-        cells = [Cell(number(known[n]["r2"]) if n in known else "") for n in counts]
-        lines.append([Cell(kind), Cell(""), *cells, Cell("")])
-    return Table(f"R², {group.title}", columns, lines)
+        by_n = {row["n"]: Cell(number(row["r2"])) for row in rows}
+        cells = {number(n): by_n.get(n, "") for n in counts}
+        lines.append({"map": kind, "0 rows": "", **cells, "worth in rows": ""})
+    return table(f"R², {group.title}", lines)
 
 
 def figure(group: Curves) -> Figure:
     """Returns R² against the number of paired rows; zero-shot maps as level lines."""
-    lines = {
-        kind: (
-            [row["n"] for row in rows],
-            [row["r2"] for row in rows],
-            {"marker": "o", "markersize": 3, **map_line(kind)},
-        )
-        for kind, rows in group.few.items()
-        if kind != "mean"
-    }
+    lines = {}
+    for kind, rows in group.few.items():
+        if kind != "mean":
+            style = {"marker": "o", "markersize": 3, **map_line(kind)}
+            lines[kind] = ([row["n"] for row in rows], [row["r2"] for row in rows], style)
     scores = ", ".join(f"{row['map']} {number(row['r2'], 2)}" for row in group.none)
     return line_figure(
         lines,
-        title=f"{group.sites}: {TASKS[group.scored]}",
+        title=group.title,
         x="paired training rows",
         y="R² on held-out documents",
         words=f"R² by paired rows, {group.title}; without paired rows: {scores}.",
@@ -137,12 +113,3 @@ def figure(group: Curves) -> Figure:
         bottom=-0.2,
         legend=2,
     )
-
-
-def print_table(work: Workdir) -> None:
-    """Prints R² by paired rows for every direction, zero-shot maps on top.
-
-    Raises:
-      UserError: results/efficiency.jsonl is missing or damaged.
-    """
-    show(table(group) for group in curves(read_jsonl(work.result("efficiency.jsonl"))))

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator
 
-from crossdict_jax import maps
+from crossdict_jax import maps, results
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import Config, LossWeights
+from crossdict_jax.activations.text import SPLITS
+from crossdict_jax.config import Config, LossWeights, identity
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.scoring import Bench, where
-from crossdict_jax.maps import Task
+from crossdict_jax.evaluation.codes import SideCodes
+from crossdict_jax.evaluation.scoring import columns, make_bench, score
+from crossdict_jax.maps.base import map_module
 from crossdict_jax.maps.fit import Loader
-from crossdict_jax.training.stage import device_figures
-from crossdict_jax.workdir import Workdir, write_jsonl
+from crossdict_jax.report.tables import show
+from crossdict_jax.studies.loss_ablation.section import tables
+from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.workdir import Workdir
 
+FILE = "ablation.jsonl"
 KIND = "mlp"
 BASELINES = ("mean", "ridge")
-COLUMNS = ("r2", "cosine", "cosine_centered", "l0_predicted")  # with intervals
-PLAIN = ("l0_target", "rate_correlation", "cosine_mean_predictor", "n_rows", "n_documents")
 
 
 def ablations(weights: LossWeights) -> dict[str, LossWeights]:
@@ -28,21 +29,21 @@ def ablations(weights: LossWeights) -> dict[str, LossWeights]:
     Raises:
       UserError: fewer than two losses have a weight, so that there is nothing to compare.
     """
-    given = {name: w for name, w in dataclasses.asdict(weights).items() if w}
-    if len(given) < 2:
+    used = {name: w for name, w in dataclasses.asdict(weights).items() if w}
+    if len(used) < 2:
         raise UserError(
-            f"map.loss_weights has {len(given)} losses above 0; give two or more, to compare them."
+            f"map.loss_weights has {len(used)} losses above 0; give two or more, to compare them."
         )
     nothing = LossWeights(**dict.fromkeys(dataclasses.asdict(weights), 0.0))
-    found = {"all": weights}
-    found |= {f"only {n}": dataclasses.replace(nothing, **{n: w}) for n, w in given.items()}
-    if len(given) > 2:
-        found |= {f"without {n}": dataclasses.replace(weights, **{n: 0.0}) for n in given}
-    return found
+    made = {"all": weights}
+    made |= {f"only {n}": dataclasses.replace(nothing, **{n: w}) for n, w in used.items()}
+    if len(used) > 2:
+        made |= {f"without {n}": dataclasses.replace(weights, **{n: 0.0}) for n in used}
+    return made
 
 
-def ablate_losses(config: Config, work: Workdir) -> None:
-    """Trains the mlp of aligned pairs once per ablation and writes results/ablation.jsonl.
+def run(config: Config, work: Workdir) -> None:
+    """Trains the mlp of aligned pairs once per ablation, writes ablation.jsonl, and prints it.
 
     A row for each direction, pair of sites and ablation, and of the mean and of ridge beside
     them. Everything but the weights is the run's; the thresholds of a jumprelu head stay where
@@ -51,41 +52,33 @@ def ablate_losses(config: Config, work: Workdir) -> None:
     Raises:
       UserError: the store or a dictionary is missing or damaged.
     """
-    start, store = time.perf_counter(), open_store(work.activations)
-    kinds = dataclasses.replace(config.map, kinds=(KIND,))
-    everything = maps.tasks(dataclasses.replace(config, map=kinds), store)
-    tasks = [task for task in everything if task.pairing == "aligned"]
-    loader = Loader(store, work, config.seed)
-    benches = [_bench(loader, task, config) for task in tasks]
-    rows: dict[Task, list[dict]] = {task: [] for task in tasks}
-    for name, kind, fitted in _fitted(config, work, [loader.problem(task) for task in tasks]):
-        for task, bench, m in zip(tasks, benches, fitted):
-            rows[task].append(where(task, kind, "aligned") | {"losses": name} | _score(bench, m))
-    write_jsonl(work.result("ablation.jsonl"), [row for one in rows.values() for row in one])
-    wall = time.perf_counter() - start
-    work.record_timing("ablate_losses", wall_s=wall, maps=len(tasks), **device_figures())
-
-
-def _fitted(config: Config, work: Workdir, problems) -> Iterator[tuple[str, str, list]]:
-    """Yields (losses, rung, maps in the order of the problems)."""
-    directory, seed = work.maps / "ablation", config.seed
-    for kind in BASELINES:
-        fitted = maps.rung(kind).fit(problems, config.map, seed=seed, directory=directory)
-        yield "none", kind, [f.map for f in fitted]
-    for name, weights in ablations(config.map.loss_weights).items():
-        settings = dataclasses.replace(config.map, loss_weights=weights)
-        folder = directory / name.replace(" ", "-")
-        fitted = maps.rung(KIND).fit(problems, settings, seed=seed, directory=folder)
-        yield name, KIND, [f.map for f in fitted]
-
-
-def _bench(loader: Loader, task: Task, config: Config) -> Bench:
-    splits = {s: loader.pairs(task, s) for s in ("train", "validation", "test")}
-    train_mean, _ = splits["train"].target.feature_moments
-    return Bench.make(splits, train_mean=train_mean, config=config)
-
-
-def _score(bench: Bench, m: maps.Map) -> dict:
-    row = bench.score(m).row()
-    intervals = [f"{name}_{end}" for name in COLUMNS for end in ("low", "high")]
-    return {name: row[name] for name in (*COLUMNS, *PLAIN, *intervals)}
+    store, seed = open_store(work.activations), config.seed
+    kinds = dataclasses.replace(config, map=dataclasses.replace(config.map, kinds=(KIND,)))
+    tasks = [task for task in maps.tasks(kinds, store) if task.pairing == "aligned"]
+    inputs = input_digests(
+        work,
+        settings=identity(config),
+        store_meta=store.meta,
+        folders=[work.dictionary(m, site) for m in store.models for site in store.sites_of(m)],
+    )
+    stage = Stage(work, "ablate_losses", files=(FILE,), inputs=inputs)
+    if not stage.finished:
+        loader, codes = Loader(store, work, seed), SideCodes()
+        problems = [loader.problem(task) for task in tasks]
+        benches = []
+        for task in tasks:
+            splits = {split: loader.pairs(task, split) for split in SPLITS}
+            benches.append(make_bench(splits, config.evaluation, seed=seed, codes=codes))
+        directory, rows = work.maps / "ablation", {task: [] for task in tasks}
+        fits = [("none", kind, config.map, directory) for kind in BASELINES]
+        for name, weights in ablations(config.map.loss_weights).items():
+            settings = dataclasses.replace(config.map, loss_weights=weights)
+            fits.append((name, KIND, settings, directory / name.replace(" ", "-")))
+        kept = results.table_of(FILE).columns
+        for name, kind, settings, folder in fits:
+            fitted = map_module(kind).fit(problems, settings, seed=seed, directory=folder)
+            for task, bench, one in zip(tasks, benches, fitted):
+                row = columns(task, kind) | {"losses": name} | score(one.map, bench).row()
+                rows[task].append({n: row[n] for column in kept for n in column.names})
+        stage.finish({FILE: [row for task in tasks for row in rows[task]]}, maps=len(tasks))
+    show(tables(results.read(work, FILE)))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from crossdict_jax.report.blocks import html
-from crossdict_jax.report.tables import Cell, Column, Table, interval, number, show
+from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import by_pair
-from crossdict_jax.workdir import Workdir, read_jsonl
 
 TITLE = "Losses of the trained map"
 TEXT = (
@@ -13,13 +12,12 @@ TEXT = (
     "left out, scored on held-out rows; the mean of the target’s features and ridge regression "
     "beside it."
 )
-SHOWN = {  # column of ablation.jsonl: (its title, whether it has an interval)
-    "r2": ("R²", True),
-    "cosine": ("cosine", False),
-    "cosine_centered": ("centred cosine", False),
-    "l0_predicted": ("L0", False),
-    "l0_target": ("of the target", False),
-    "rate_correlation": ("rates, correlation", False),
+SHOWN = {  # column of ablation.jsonl: its title
+    "cosine": "cosine",
+    "cosine_centered": "centred cosine",
+    "l0_predicted": "L0",
+    "l0_target": "of the target",
+    "rate_correlation": "rates, correlation",
 }
 
 
@@ -30,29 +28,12 @@ def section(rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns a table for each direction and pair of sites."""
-    return [_table(pair, group) for pair, group in by_pair(rows).items()]
-
-
-def _table(place: tuple[str, ...], rows: list[dict]) -> Table:
-    source, target, site_source, site_target = place
-    caption = f"{source} {site_source} → {target} {site_target}"
-    columns = [Column("losses", numeric=False)] + [Column(title) for title, _ in SHOWN.values()]
-    return Table(caption, columns, [_row(row) for row in rows])
-
-
-def _row(row: dict) -> list[Cell]:
-    name = row["losses"] if row["map"] == "mlp" else f"({row['map']})"
-    cells = [
-        Cell(number(row[key]), note=interval(row, key, 2) if has_interval else "")
-        for key, (_, has_interval) in SHOWN.items()
-    ]
-    return [Cell(name), *cells]
-
-
-def print_ablation(work: Workdir) -> None:
-    """Prints results/ablation.jsonl as a table per direction and pair of sites.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
-    show(tables(read_jsonl(work.result("ablation.jsonl"))))
+    made = []
+    for (source, target, site_source, site_target), group in by_pair(rows).items():
+        cells = []
+        for row in group:
+            name = row["losses"] if row["map"] == "mlp" else f"({row['map']})"
+            scores = {title: Cell(number(row[key])) for key, title in SHOWN.items()}
+            cells.append({"losses": name, "R²": score(row, "r2"), **scores})
+        made.append(table(f"{source} {site_source} → {target} {site_target}", cells))
+    return made

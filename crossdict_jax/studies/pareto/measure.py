@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, stats
-from crossdict_jax.activations.splice import train_mean
+from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, SAEConfig, unswept
-from crossdict_jax.config.settings import architectures, has_k
+from crossdict_jax.config import Config, architectures, has_k, unswept
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.train import Member, train_members, usual_rate
 from crossdict_jax.errors import UserError
@@ -49,11 +48,11 @@ def curves(
     draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
     for architecture in config.pareto.architectures or architectures():
         sae = dataclasses.replace(config.sae, architecture=architecture)
-        one, there = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
-        everyone = members(one, model=model, site=site)
-        train_members(one, store, there, everyone)
-        for member in everyone:
-            dictionary = dictionaries.load(there.dictionary(model, site, member.name))
+        settings, folder = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
+        made = members(settings, model=model, site=site)
+        train_members(settings, store, folder, made)
+        for member in made:
+            dictionary = dictionaries.load(folder.dictionary(model, site, member.name))
             seen = measure(dictionary, x, mean=mean, size=size)
             row = {
                 "model": model,
@@ -84,7 +83,8 @@ def members(config: Config, *, model: str, site: Site) -> list[Member]:
     usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}
     usual |= {"model": model, "site": site, "learning_rate": rate}
     if has_k(sae.architecture):
-        asked = config.pareto.k or _usual_ks(sae)
+        usual_ks = {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}
+        asked = config.pareto.k or usual_ks
         if max(asked) > sae.width:
             raise UserError(
                 f"pareto.k={max(asked)} is more than sae.width={sae.width}; leave it out."
@@ -99,7 +99,3 @@ def members(config: Config, *, model: str, site: Site) -> list[Member]:
         for seed in range(sae.seeds)
         for point in points
     ]
-
-
-def _usual_ks(sae: SAEConfig) -> set[int]:
-    return {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}

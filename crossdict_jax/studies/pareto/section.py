@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import SERIES, Figure, line_figure
-from crossdict_jax.report.tables import Cell, Column, Table, number, show
-from crossdict_jax.workdir import Workdir, read_jsonl
+from crossdict_jax.report.tables import Table, number, table
 
 TITLE = "Sparsity against what is explained"
 TEXT = (
@@ -22,149 +21,106 @@ TEXT = (
     "features of the cosine to the decoder row most like it."
 )
 MARKS = "os^vDP"
-LEAST_L0 = 0.1  # what a logarithmic axis shows in place of 0
+SMALLEST_L0 = 0.1  # what a logarithmic axis shows in place of 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of an architecture; means over seeds.
-
-    Attributes:
-      cosines: of each seed, to planted directions; empty where nothing is planted.
-    """
+    """One setting of an architecture; means over seeds."""
 
     setting: str
     k: int | None
     l0: float
     fvu: float
     dead_fraction: float
-    cosines: list[float]
+    cosines: list[float]  # of each seed, to planted directions
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """What was measured on the same rows: per architecture its points, by ascending L0.
+    """What was measured on the same rows: per architecture its points, by ascending L0."""
 
-    Attributes:
-      planted: active features a row that were planted, where any were.
-    """
-
-    place: str
-    planted: float | None
+    title: str
+    planted: float | None  # active features a row that were planted, where any were
     points: dict[str, list[Point]]
     n_rows: int
-
-    @property
-    def inner_ks(self) -> list[int]:
-        """The values of k between the least and the greatest, which other curves pass too."""
-        ks = sorted({p.k for points in self.points.values() for p in points if p.k})
-        return ks[1:-1] or ks
 
 
 def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of pareto.jsonl."""
     groups = curves(rows)
     caption = "FVU against L0 on held-out rows, means over seeds."
-    listed = [t for group in groups for t in tables(group)]
-    return html([TEXT, Panels(list(map(figure, groups)), caption, "large"), *listed])
+    return html([TEXT, Panels([figure(g) for g in groups], caption, "large"), *tables(groups)])
 
 
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of pareto.jsonl by the data that they are of."""
-    return [_curves(list(group)) for _, group in itertools.groupby(rows, key=_data)]
-
-
-def _data(row: dict) -> tuple:
-    return row["data"], row["model"], row["site"], row["width"]
-
-
-def _curves(rows: list[dict]) -> Curves:
-    first = rows[0]
-    same: dict[str, dict[tuple, list[dict]]] = {}
-    for row in rows:
-        setting = row["k"], row["l1_coefficient"]
-        same.setdefault(row["architecture"], {}).setdefault(setting, []).append(row)
-    where = f"{first['model']} {first['site']}" if first["planted"] is None else "planted features"
-    return Curves(
-        place=f"{where}, width {first['width']}",
-        planted=first["planted"],
-        points={
-            name: sorted(map(_point, settings.values()), key=lambda point: point.l0)
-            for name, settings in same.items()
-        },
-        n_rows=first["n_rows"],
-    )
-
-
-def _point(rows: list[dict]) -> Point:
-    k, penalty = rows[0]["k"], rows[0]["l1_coefficient"]
-    means = (statistics.fmean(row[key] for row in rows) for key in ("l0", "fvu", "dead_fraction"))
-    cosines = [row["cosine"] for row in rows if row["cosine"] is not None]
-    return Point(f"k {k}" if k else f"penalty {penalty:g}", k, *means, cosines)
+    made = []
+    same_data = itertools.groupby(rows, key=lambda r: [r[k] for k in ("data", "model", "site")])
+    for _, group in same_data:
+        settings: dict[tuple, list[dict]] = {}
+        for row in group:
+            key = row["architecture"], row["k"], row["l1_coefficient"]
+            settings.setdefault(key, []).append(row)
+        points: dict[str, list[Point]] = {}
+        for (architecture, k, penalty), seeds in settings.items():
+            means = (statistics.fmean(row[n] for row in seeds) for n in ("l0", "fvu"))
+            dead = statistics.fmean(row["dead_fraction"] for row in seeds)
+            cosines = [row["cosine"] for row in seeds if row["cosine"] is not None]
+            setting = f"k {k}" if k else f"penalty {penalty:g}"
+            point = Point(setting, k, *means, dead, cosines)
+            points.setdefault(architecture, []).append(point)
+        first = seeds[0]
+        title = "planted features" if first["planted"] else f"{first['model']} {first['site']}"
+        points = {name: sorted(p, key=lambda p: p.l0) for name, p in points.items()}
+        title = f"{title}, width {first['width']}"
+        made.append(Curves(title, first["planted"], points, first["n_rows"]))
+    return made
 
 
 def fvu_at(l0: Sequence[float], fvu: Sequence[float], k: float) -> float | None:
     """Returns the FVU of a curve at k active features, linear in log L0; None beyond its ends."""
     points = sorted((math.log(max(x, 1e-9)), y) for x, y in zip(l0, fvu))
-    place = math.log(k)
+    x = math.log(k)
     for (left, low), (right, high) in itertools.pairwise(points):
-        if left <= place <= right:
-            share = (place - left) / (right - left) if right > left else 0.0
+        if left <= x <= right:
+            share = (x - left) / (right - left) if right > left else 0.0
             return low + share * (high - low)
     return None
 
 
-# ---------------------------------------------------------------- tables
+def tables(groups: list[Curves]) -> list[Table]:
+    """Returns FVU at equal L0 and every point, and of planted features how well they are found.
 
-
-def tables(group: Curves) -> list[Table]:
-    """Returns every point, FVU at equal L0, and of planted features how well they are found."""
-    found = [_at_equal_l0(group), _all_points(group)]
-    return [_recovery(group), *found] if group.planted else found
-
-
-def _recovery(group: Curves) -> Table:
-    """Of each architecture the setting whose L0 is nearest to what was planted."""
-    columns = [Column("architecture", numeric=False), Column("setting", numeric=False)]
-    columns += [Column("L0"), Column("FVU"), Column("cosine"), Column("each seed", numeric=False)]
-    rows = []
-    for name, points in group.points.items():
-        best = min(points, key=lambda p: abs(math.log(max(p.l0, 1e-9) / group.planted)))
-        seeds = " ".join(number(value) for value in best.cosines)
-        scores = (best.l0, best.fvu, statistics.fmean(best.cosines))
-        rows.append([Cell(name), Cell(best.setting), *map(_cell, scores), Cell(seeds)])
-    caption = f"Recovery at an L0 near the {group.planted:g} features a row of {group.place}"
-    return Table(caption, columns, rows)
-
-
-def _at_equal_l0(group: Curves) -> Table:
-    columns = [Column("architecture", numeric=False)]
-    asked = group.inner_ks
-    columns += [Column(f"L0 = {k}") for k in asked]
-    rows = []
-    for name, points in group.points.items():
-        curve = [p.l0 for p in points], [p.fvu for p in points]
-        rows.append([Cell(name), *(_cell(fvu_at(*curve, k)) for k in asked)])
-    return Table(f"FVU at equal L0, {group.place}; – beyond a curve’s ends", columns, rows)
-
-
-def _all_points(group: Curves) -> Table:
-    columns = [Column("architecture", numeric=False), Column("setting", numeric=False)]
-    columns += [Column("L0"), Column("FVU"), Column("dead")]
-    rows = [
-        [Cell(name), Cell(p.setting), *map(_cell, (p.l0, p.fvu, p.dead_fraction))]
-        for name, points in group.points.items()
-        for p in points
-    ]
-    return Table(f"Every setting, {group.place}, {number(group.n_rows)} held-out rows",
-                 columns, rows)  # fmt: skip
-
-
-def _cell(value: float | None) -> Cell:
-    return Cell(number(value))
-
-
-# ---------------------------------------------------------------- the figure
+    The last for the setting of each architecture whose L0 is nearest to what was planted.
+    """
+    made = []
+    for group in groups:
+        ks = sorted({p.k for points in group.points.values() for p in points if p.k})
+        recovered, equal, every = [], [], []
+        for name, points in group.points.items():
+            curve = [p.l0 for p in points], [p.fvu for p in points]
+            at = {f"L0 = {k}": number(fvu_at(*curve, k)) for k in ks[1:-1] or ks}  # all pass these
+            equal.append({"architecture": name} | at)
+            for p in points:
+                scores = {"L0": p.l0, "FVU": p.fvu, "dead": p.dead_fraction}
+                line = {"architecture": name, "setting": p.setting}
+                every.append(line | {title: number(value) for title, value in scores.items()})
+            if group.planted:
+                best = min(points, key=lambda p: abs(math.log(max(p.l0, 1e-9) / group.planted)))
+                scores = {"L0": best.l0, "FVU": best.fvu, "cosine": statistics.fmean(best.cosines)}
+                line = {"architecture": name, "setting": best.setting}
+                line |= {title: number(value) for title, value in scores.items()}
+                recovered.append(line | {"each seed": " ".join(map(number, best.cosines))})
+        if recovered:
+            caption = (
+                f"Recovery at an L0 near the {group.planted:g} features a row of {group.title}"
+            )
+            made.append(table(caption, recovered))
+        made.append(table(f"FVU at equal L0, {group.title}; – beyond a curve’s ends", equal))
+        n = number(group.n_rows)
+        made.append(table(f"Every setting, {group.title}, {n} held-out rows", every))
+    return made
 
 
 def figure(group: Curves) -> Figure:
@@ -172,24 +128,14 @@ def figure(group: Curves) -> Figure:
     lines, told = {}, []
     for i, (name, points) in enumerate(group.points.items()):
         style = {"color": SERIES[i % len(SERIES)], "marker": MARKS[i % len(MARKS)]}
-        l0, fvu = [max(p.l0, LEAST_L0) for p in points], [p.fvu for p in points]
+        l0, fvu = [max(p.l0, SMALLEST_L0) for p in points], [p.fvu for p in points]
         lines[name] = (l0, fvu, {**style, "markersize": 3.5})
         told.append(f"{name} " + ", ".join(f"{number(p.l0, 1)}: {number(p.fvu)}" for p in points))
     return line_figure(
         lines,
-        title=group.place,
+        title=group.title,
         x="L0: active features a row",
         y="FVU of held-out rows",
-        words=f"FVU by L0, {group.place}: {'; '.join(told)}.",
+        words=f"FVU by L0, {group.title}: {'; '.join(told)}.",
         bottom=0,
     )
-
-
-def print_tables(work: Workdir) -> None:
-    """Prints the tables of ``section``.
-
-    Raises:
-      UserError: results/pareto.jsonl is missing or damaged.
-    """
-    rows = read_jsonl(work.result("pareto.jsonl"))
-    show(table for group in curves(rows) for table in tables(group))

@@ -14,14 +14,14 @@ from crossdict_jax.causal.directions import best_matches, feature_directions, ma
 from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import Translation, translation
-from crossdict_jax.config import Config
-from crossdict_jax.config.settings import refuse_transcoders
+from crossdict_jax.config import Config, refuse_transcoders
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import map_class
+from crossdict_jax.models.run import Starts
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Resamples, columns, draw
-from crossdict_jax.studies.steering.generation import Starts, Writer
+from crossdict_jax.studies.steering.generation import Writer
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.section import answers, facts, sentence, side_by_side, tables
 from crossdict_jax.studies.steering.source_feature import Feature, Source, choose

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.activations.pairing import byte_ends, byte_ends_batch, normalize
-from crossdict_jax.activations.splice import select_passages
+from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError

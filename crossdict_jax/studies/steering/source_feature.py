@@ -9,8 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from crossdict_jax.activations.contexts import Contexts
-from crossdict_jax.activations.splice import passages_of
+from crossdict_jax.activations.passages import Contexts, passages_of
 from crossdict_jax.causal.directions import feature_directions, strengths
 from crossdict_jax.causal.effects import (
     choose_contexts,

@@ -1,4 +1,4 @@
-"""Splicing: edits reach the paired positions alone, and effects are those of the plain model."""
+"""The runner of language models: edits reach the positions alone, and do what they do there."""
 
 import dataclasses
 
@@ -9,11 +9,12 @@ import pytest
 import tiny_run
 
 from crossdict_jax import models, stats
-from crossdict_jax.activations import splice
-from crossdict_jax.activations.splice import Effect, Passages, Splicer, loss_recovered
+from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.models import Site
+from crossdict_jax.models import Site, run
+from crossdict_jax.models.run import Passages, Runner
 
+call = run._call
 SHAPE = {
     "model_type": "gpt2",
     "vocab_size": 40,
@@ -40,15 +41,14 @@ def passages():
     window, position = np.array(positions).T
     return Passages(
         tokens=tokens,
-        rows=np.arange(len(positions)) + 100,
         window=window,
         position=position,
-        document=window // 2,
     )
 
 
-def splicer(lm, passages, site, batch_size=2):
-    return Splicer(lm, passages, sites=(site,), batch_size=batch_size)
+@pytest.fixture(scope="module")
+def runner(lm):
+    return Runner(lm, batch_size=2)
 
 
 def slow(lm, passages, values):
@@ -84,53 +84,52 @@ def slow(lm, passages, values):
 
 def values_of(passages, seed):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(len(passages.rows), 8)).astype(np.float32)
+    return rng.normal(size=(len(passages.position), 8)).astype(np.float32)
 
 
 @pytest.mark.parametrize("layers", [(1,), (2, 0)])  # several in any order
 @pytest.mark.parametrize("kind", ["resid_pre", "mlp_out"])
-def test_effects_are_those_of_the_plain_model(lm, passages, kind, layers):
+def test_effects_are_those_of_the_plain_model(lm, runner, passages, kind, layers):
     sites = tuple(Site(layer, kind) for layer in layers)
     values = {site: values_of(passages, site.layer) for site in sites}
-    run = Splicer(lm, passages, sites=sites, batch_size=2)
-    effect = run.effects(sites, {"noise": values})["noise"]
+    effect = runner.splice(passages, sites, {"noise": values})["noise"]
     expected = slow(lm, passages, values)
     np.testing.assert_allclose(effect.ce, expected["ce"], atol=1e-4)
     np.testing.assert_allclose(effect.kl, expected["kl"], atol=1e-4)
     assert effect.kl.max() > 0.1
     for site in sites if len(sites) > 1 else ():
-        alone = run.effects(site, {"noise": values[site]})["noise"]
+        alone = runner.splice(passages, site, {"noise": values[site]})["noise"]
         assert np.abs(alone.ce - effect.ce).max() > 0.05
 
 
-def test_the_models_activations_change_nothing(lm, passages):
+def test_the_models_activations_change_nothing(runner, passages):
     site = Site(1)
-    run = splicer(lm, passages, site)
-    effects = run.effects(site, {"clean again": run.clean(site), "zero": np.zeros(8, np.float32)})
+    x = runner.read_at(passages, [site])[0]
+    replacements = {"clean again": x, "zero": np.zeros(8, np.float32)}
+    effects = runner.splice(passages, site, replacements)
     clean = effects["clean"]
     np.testing.assert_allclose(effects["clean again"].ce, clean.ce, atol=1e-6)
     np.testing.assert_allclose(effects["clean again"].kl, 0, atol=1e-6)
     assert np.abs(effects["zero"].ce - clean.ce).max() > 0.1
     assert (clean.kl == 0).all()
     ends = sum(passages.position == np.array(LENGTHS)[passages.window] - 1)
-    assert len(clean.ce) == len(passages.rows) - ends  # there no next token is known
+    assert len(clean.ce) == len(passages.position) - ends  # there no next token is known
 
 
-def test_only_paired_positions_are_edited(lm, passages):
+def test_only_paired_positions_are_edited(runner, passages):
     """What comes before the first edit of a window stays; an edit of no row is no edit."""
     site = Site(1)
-    run = splicer(lm, passages, site)
-    values = run.clean(site)
+    values = runner.read_at(passages, [site])[0]
     last = np.flatnonzero((passages.window == 0) & (passages.position == 9))
     values[last, 0] += 3  # one direction alone: a norm would take out a shift of all
-    effect = run.effects(site, {"one": values})["one"]
+    effect = runner.splice(passages, site, {"one": values})["one"]
     scored = np.flatnonzero(passages.scored)
     reached = (passages.window == 0) & (passages.position >= 9)
     np.testing.assert_allclose(effect.kl[~reached[scored]], 0, atol=1e-6)
     assert effect.kl[reached[scored]].min() > 1e-4
 
 
-def test_whole_spans_take_what_is_put_at_their_end(lm, passages):
+def test_whole_spans_take_what_is_put_at_their_end(runner, passages):
     """As passages with one more row for every token inside a span."""
     site, position, n = Site(1), passages.position, len(passages.position)
     first = np.where(position % 2 == 1, np.maximum(position - 1, 1), position)
@@ -138,24 +137,22 @@ def test_whole_spans_take_what_is_put_at_their_end(lm, passages):
     rows = np.concatenate([np.arange(n), inner])
     more = dataclasses.replace(
         passages,
-        rows=np.arange(len(rows)),
         window=passages.window[rows],
         position=np.concatenate([position, first[inner]]),
-        document=passages.document[rows],
     )
     spans, values = dataclasses.replace(passages, first=first), values_of(passages, 3)
-    effects = splicer(lm, spans, site).effects(site, {"x": values, "v": values[0]})
-    expected = splicer(lm, more, site).effects(site, {"x": values[rows], "v": values[0]})
+    effects = runner.splice(spans, site, {"x": values, "v": values[0]})
+    expected = runner.splice(more, site, {"x": values[rows], "v": values[0]})
     for name, effect in effects.items():
         np.testing.assert_allclose(effect.ce, expected[name].ce[: len(effect.ce)], atol=1e-5)
-    alone = splicer(lm, passages, site).effects(site, {"x": values})["x"]
+    alone = runner.splice(passages, site, {"x": values})["x"]
     assert len(inner) > 5 and np.abs(effects["x"].ce - alone.ce).max() > 0.01
 
 
 def test_the_size_of_a_batch_changes_nothing(lm, passages):
     site, values = Site(1), np.zeros(8, np.float32)
     small, large = (
-        splicer(lm, passages, site, size).effects(site, {"zero": values})["zero"]
+        Runner(lm, batch_size=size).splice(passages, site, {"zero": values})["zero"]
         for size in (1, 20)
     )
     np.testing.assert_allclose(small.ce, large.ce, atol=1e-5)
@@ -170,47 +167,45 @@ def test_the_size_of_a_batch_changes_nothing(lm, passages):
         ([7], 4, [(1, 7)]),
     ],
 )
-def test_windows_are_padded_little(lengths, size, shapes):
-    tokens = tuple(np.full(n, i, np.int32) for i, n in enumerate(lengths))
-    window, position = np.array([(i, 0) for i in range(len(lengths))]).T
-    passages = Passages(tokens, np.arange(len(lengths)), window, position, window)
-    batches = splice.batches(passages, size=size, devices=1)
+def test_windows_are_padded_little(lm, lengths, size, shapes):
+    batches = Runner(lm, batch_size=size).batches(
+        [np.full(n, i, np.int32) for i, n in enumerate(lengths)]
+    )
     assert [b.tokens.shape for b in batches] == shapes
-    assert sorted(np.concatenate([b.rows for b in batches])) == list(range(len(lengths)))
+    assert sorted(np.concatenate([b.texts for b in batches])) == list(range(len(lengths)))
     for batch in batches:
-        assert (batch.tokens[batch.at] == batch.rows).all()
+        assert (batch.tokens[: len(batch.texts), 0] == batch.texts).all()
 
 
 @pytest.mark.mesh
-def test_no_large_array_is_gathered_across_devices(lm, passages):
-    run = splicer(lm, passages, Site(1))
-    tokens, x = run._put(run._batches[-1].tokens), run._put(run._clean[Site(1)][-1])
-    how = (run._graphdef, Site(1), run._dtype, run._params, tokens, x)
-    assert jax.device_count() > 1
-    assert "all-gather" not in splice._clean_pass.lower(*how).compile().as_text()
+def test_no_large_array_is_gathered_across_devices(runner, passages, monkeypatch):
+    called = []
+    monkeypatch.setattr(run, "_call", lambda *args: called.append(args) or call(*args))
+    runner.splice(passages, Site(1), {"zero": np.zeros(8, np.float32)})
+    assert jax.device_count() > 1 and len(called) > 1
+    for args in called[:2]:
+        assert "all-gather" not in call.lower(*args).compile().as_text()
 
 
 def test_loss_recovered_is_a_share_and_undefined_where_nothing_is_lost():
-    clean, zero = Effect(np.array([1.0, 2, 3]), np.zeros(3)), Effect(np.full(3, 4.0), np.ones(3))
-    edited = Effect(np.array([1.0, 3, 4]), np.ones(3))
+    clean, zero, edited = np.array([1.0, 2, 3]), np.full(3, 4.0), np.array([1.0, 3, 4])
     draws = stats.draw(np.array([0, 0, 1]), count=20, seed=0)
-    found = loss_recovered(edited, clean=clean, baseline=zero, resamples=draws)
+    found = stats.loss_recovered(edited, clean=clean, baseline=zero, resamples=draws)
     assert found.value == pytest.approx((12 - 8) / (12 - 6))
     assert set(np.round(found.samples, 9)) <= {0.0, round(4 / 5, 9), round(4 / 6, 9)}
-    harmless = Effect(clean.ce + 0.04, np.zeros(3))
-    assert loss_recovered(edited, clean=clean, baseline=harmless, resamples=draws) is None
+    harmless = clean + 0.04
+    assert stats.loss_recovered(edited, clean=clean, baseline=harmless, resamples=draws) is None
 
 
-def test_where_all_positions_are_paired_the_highest_layer_decides(lm):
+def test_where_all_positions_are_paired_the_highest_layer_decides(runner):
     rng = np.random.default_rng(2)
     tokens = tuple(rng.integers(0, 40, n).astype(np.int32) for n in (9, 5))
     window, position = np.array([(w, p) for w, t in enumerate(tokens) for p in range(len(t))]).T
-    every = Passages(tokens, np.arange(len(window)), window, position, window)
+    every = Passages(tokens, window, position)
     sites = (Site(0), Site(1), Site(2))
     values = {site: values_of(every, site.layer) for site in sites}
-    run = Splicer(lm, every, sites=sites, batch_size=2)
-    together = run.effects(sites, {"noise": values})["noise"]
-    highest = run.effects(sites[-1], {"noise": values[sites[-1]]})["noise"]
+    together = runner.splice(every, sites, {"noise": values})["noise"]
+    highest = runner.splice(every, sites[-1], {"noise": values[sites[-1]]})["noise"]
     np.testing.assert_allclose(together.ce, highest.ce, atol=1e-5)
 
 
@@ -225,22 +220,22 @@ def store(tmp_path_factory):
 
 def test_passages_are_test_rows_with_the_tokens_that_end_there(store):
     for name in store.models:
-        found = splice.select_passages(store, name, documents=4, seed=0)
+        found = select_passages(store, name, documents=4, seed=0)
         assert len(set(found.document)) == 4
         assert set(found.rows) <= set(store.select("test"))
         assert (store.rows.document[found.rows] == found.document).all()
         ended = [found.tokens[w][p] for w, p in zip(found.window, found.position)]
         assert ended == store.tokens(name, found.rows).tolist()
-    first, second = (splice.select_passages(store, n, documents=4, seed=0) for n in "ab")
+    first, second = (select_passages(store, n, documents=4, seed=0) for n in "ab")
     assert (first.rows == second.rows).all()
-    other = splice.select_passages(store, "a", documents=4, seed=1)
+    other = select_passages(store, "a", documents=4, seed=1)
     assert set(other.document) != set(first.document)
 
 
 def test_a_bos_stands_in_front_of_every_window(store, monkeypatch):
-    plain = splice.select_passages(store, "a", documents=2, seed=0)
+    plain = select_passages(store, "a", documents=2, seed=0)
     monkeypatch.setattr(type(store), "has_bos", lambda self, model: 7)
-    with_bos = splice.select_passages(store, "a", documents=2, seed=0)
+    with_bos = select_passages(store, "a", documents=2, seed=0)
     assert all(t[0] == 7 for t in with_bos.tokens)
     assert all((t[1:] == u).all() for t, u in zip(with_bos.tokens, plain.tokens))
     assert (with_bos.position == plain.position + 1).all()

@@ -1,0 +1,107 @@
+"""The text around rows of a store: the windows that a model reads, as tokens and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from crossdict_jax.activations.store import Store
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.models.run import Passages
+
+BEFORE, AFTER = 12, 4  # tokens of a context
+
+
+def select_passages(
+    store: Store, model: str, *, documents: int, seed: int, split: str = "test"
+) -> Passages:
+    """Returns the windows and kept rows of at most ``documents`` documents of a split.
+
+    Which documents is a function of the seed, the same for every model of the store.
+    """
+    if documents < 1:
+        raise UserError(f"intervention.documents={documents} must be at least 1.")
+    rows = store.select(split)
+    present = np.unique(store.rows.document[rows])
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    rows = rows[np.isin(store.rows.document[rows], generator.permutation(present)[:documents])]
+    if not len(rows):
+        raise UserError(f"No {split} document holds a paired position; use more text.")
+    return passages_of(store, model, rows)
+
+
+def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:
+    """Returns the windows that a model reads at row numbers [n] of the store, and where."""
+    windows, window = np.unique(store.rows.window[rows], return_inverse=True)
+    bos = store.has_bos(model)
+    front = [] if bos is None else [bos]
+    position = store.rows.position[rows, store.models.index(model)] + len(front)
+    tokens = (np.concatenate([front, store.window_tokens(model, w)]) for w in windows)
+    return Passages(
+        tokens=tuple(t.astype(np.int32) for t in tokens),
+        window=window.reshape(-1),
+        position=position,
+        rows=rows,
+        document=store.rows.document[rows],
+    )
+
+
+def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
+    """Returns the passages with all of each span edited, back to the common end before it.
+
+    The tokens inside a span belong to one model alone; left as they are, they would let what was
+    there before shine through. They take what is put at the span's end. Common ends that were
+    dropped as outliers bound spans too, and a window's first token is never edited.
+    """
+    position = store.rows.position[:, store.models.index(model)]
+    same = store.rows.window[1:] == store.rows.window[:-1]
+    before = np.zeros(len(position), np.int64)
+    before[1:][same] = position[:-1][same]
+    front = passages.position - position[passages.rows]  # 1 where there is a BOS
+    first = np.minimum(before[passages.rows] + 1 + front, passages.position)
+    return dataclasses.replace(passages, first=first)
+
+
+def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
+    """Returns the mean activation float32 [d_model] over the kept training rows."""
+    x = store.read(model, site, store.select("train"))
+    return np.mean(x, axis=0, dtype=np.float64).astype(np.float32)
+
+
+class Contexts:
+    """The tokens before, at and after rows of a store, as text."""
+
+    def __init__(self, store: Store, model: str, pieces: Sequence[bytes]):
+        """Args:
+        pieces: by token id, the bytes that a token of this model stands for.
+        """
+        self._store, self._model, self._pieces = store, model, pieces
+
+    def snippet(self, row: int) -> dict[str, str]:
+        """Returns the text "before", the "token" and the text "after" a row number."""
+        parts = zip(("before", "token", "after"), self._ids(row))
+        return {name: self._bytes(ids).decode(errors="replace") for name, ids in parts}
+
+    def text(self, row: int) -> bytes:
+        """Returns the bytes around a row number, its own token among them."""
+        return self._bytes(np.concatenate(self._ids(row)))
+
+    def first_tokens(self, text: bytes, row: int) -> list[int]:
+        """Returns the tokens around a row number in which the text begins."""
+        ids = np.concatenate(self._ids(row))
+        ends = np.cumsum([len(self._pieces[i]) for i in ids])
+        context, at, tokens = self._bytes(ids), -1, []
+        while (at := context.find(text, at + 1)) >= 0:
+            tokens.append(int(ids[np.searchsorted(ends, at, side="right")]))
+        return tokens
+
+    def _ids(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens = self._store.window_tokens(self._model, self._store.rows.window[row])
+        at = int(self._store.rows.position[row, self._store.models.index(self._model)])
+        return tokens[max(0, at - BEFORE) : at], tokens[at : at + 1], tokens[at + 1 :][:AFTER]
+
+    def _bytes(self, ids: np.ndarray) -> bytes:
+        return b"".join(self._pieces[i] for i in ids)

@@ -1,0 +1,28 @@
+"""One training step of the mlp map: ours, beside that of another checkout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from crossdict_jax.benchmark import workloads
+from crossdict_jax.benchmark.harness import OURS, Bench
+from crossdict_jax.benchmark.peer import peers
+
+# Those of the large preset, with 32 active features a row.
+SHAPE = {"d_model": 1024, "width": 4096, "k": 32, "hidden": 512, "batch_size": 128}
+SIZES = {"cpu": (SHAPE, 5), "gpu": (SHAPE, 50)}  # and the steps in one measurement
+
+
+def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yields a row per contender; each is handed the rows, and encodes them on its way."""
+    shape, steps = SIZES[bench.suite]
+    settings = shape | {"seed": bench.seed}
+    contenders = {OURS: workloads.map_steps(bench.folder, **settings).run}
+    about = {}
+    with peers({}) as running:
+        for name, peer in running.items():
+            about[name] = peer.make(workload="map_steps", folder=str(bench.folder), **settings)
+            contenders[name] = peer.run
+        rows, case = steps * shape["batch_size"], f"{shape['width']} to {shape['width']}"
+        yield from bench.compare(case, contenders, rows, count=steps, about=about)

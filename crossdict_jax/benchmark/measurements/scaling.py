@@ -1,0 +1,54 @@
+"""How the cost of a training step grows with width, d, k, batch, members and the store's size."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from crossdict_jax.benchmark import workloads
+from crossdict_jax.benchmark.harness import OURS, Bench
+
+# A topk dictionary of half of GPT-2 Medium's residual stream; on two cores, a step in a second.
+CPU = {"d_model": 512, "width": 4096, "k": 32, "batch_size": 1024, "seeds": 1, "rows": 8192}
+SIZES = {  # suite: (the base, the dtype of its products' inputs, steps in one measurement)
+    "cpu": (CPU, "float32", 1),
+    "gpu": (CPU | {"d_model": 1024, "batch_size": 4096, "rows": 65_536}, "bfloat16", 10),
+}
+POINTS = {  # what differs from the base: smaller and larger by factors of four or so
+    "width": (1024, 8192, 32_768, 131_072),
+    "d_model": (256, 1024, 2048),
+    "k": (8, 128),
+    "batch_size": (256, 4096),
+    "seeds": (2, 6),  # dictionaries in one step
+    "rows": (65_536, 524_288),  # of the store, on the device and on the host
+}
+
+
+def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yields a row per point: one thing differs from the base, with which the point takes turns.
+
+    The ratio is of its seconds for a step to those of the base; rows of all members count.
+    """
+    sizes, dtype, steps = SIZES[bench.suite]
+    base = _training(bench, sizes, dtype, steps)
+    points = [(name, value, None) for name, values in POINTS.items() for value in values]
+    points += [("rows", value, False) for value in POINTS["rows"]]
+    for name, value, resident in points:
+        point = sizes | {name: value}
+        training = _training(bench, point, dtype, steps, resident=resident)
+        rows = steps * point["seeds"] * point["batch_size"]
+        case = f"{name} {value:,}" + (", on the host" if resident is False else "")
+        contenders = {"base": base.run, OURS: training.run}
+        yield bench.compare(case, contenders, rows, count=steps, reference="base")[1]
+        del training, contenders  # their memory, before the next is made
+
+
+def _training(bench: Bench, sizes: dict, dtype: str, steps: int, *, resident: bool | None = None):
+    """Returns the training of a point, on a store of its own."""
+    sae = {name: value for name, value in sizes.items() if name not in ("d_model", "rows")}
+    rows, folder = max(sizes["rows"], sizes["batch_size"]), bench.folder / "store"
+    shutil.rmtree(folder, ignore_errors=True)
+    workloads.made_up_store(folder, rows, sizes["d_model"], seed=bench.seed)
+    sae |= {"matmul_dtype": dtype, "k": min(sizes["k"], sizes["width"])}
+    return workloads.dictionary_steps(folder, resident=resident, longest=steps, **sae)

@@ -1,0 +1,131 @@
+"""The work that is timed, as the stages do it: steps of trainings, and reading a language model.
+
+Each function makes its work ready in a folder; ``run(count)`` of what it returns does it so often.
+Another checkout of this project is asked for the same by name (``peers/checkout.py``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from crossdict_jax import models
+from crossdict_jax.activations.extract import Reader
+from crossdict_jax.activations.store import Store, open_store, write_store
+from crossdict_jax.config import ExtractConfig, MapConfig, SAEConfig
+from crossdict_jax.dictionaries.base import build
+from crossdict_jax.dictionaries.train import members, prepare
+from crossdict_jax.maps.base import Pairs, Problem, Side
+from crossdict_jax.maps.ensemble import Ensemble
+from crossdict_jax.maps.kinds.mlp import MLP
+from crossdict_jax.models import Site
+from crossdict_jax.training.loop import MAX_CHUNK, Chunks, Feed, Trainable, initial
+
+MODEL, SITE = "made-up", Site(0)
+DIRECTIONS, SHARE, NOISE = 512, 0.05, 0.1  # of made-up rows: how many, how often active, noise
+PART = 2**14  # rows that are made at a time
+LONG = 1_000_000  # steps of the schedules: none is at its end while it is timed
+BATCHES = 8  # of training rows of a map
+
+
+class Training:
+    """A training that stands still between runs of a few steps, in the loop's own program.
+
+    Args:
+      longest: steps of one run at most: rows that come from the host are sent for so many.
+    """
+
+    def __init__(
+        self, trainable: Trainable, feed: Feed, state_shardings, *, longest: int = MAX_CHUNK
+    ):
+        root = jax.random.key(0)
+        self._chunks = Chunks(trainable, feed, root, most=longest)
+        self.state = jax.block_until_ready(initial(trainable, root, state_shardings))
+        self._done = 0
+
+    def run(self, count: int) -> None:
+        """Takes so many steps."""
+        self.state, metrics = self._chunks(self.state, self._done, count)
+        self._done += count
+        jax.block_until_ready((self.state, metrics))
+
+    def memory(self) -> int | None:
+        """Returns the bytes that a training says at its start it will hold."""
+        return self._chunks.memory(self.state)
+
+
+def dictionary_steps(
+    folder: Path, *, resident: bool | None = None, longest: int = MAX_CHUNK, **sae
+) -> Training:
+    """Returns the training of dictionaries on the store in ``folder``, as one ensemble.
+
+    Args:
+      resident: whether rows stay on the devices; None: if they fit.
+      sae: settings of the dictionaries.
+    """
+    config, store = SAEConfig(steps=LONG, **sae), open_store(folder)
+    group = members(config, [(MODEL, SITE)])
+    ensemble = prepare(config, store, group, store.select("train"), resident=resident)
+    return Training(ensemble.trainable, ensemble.feed, ensemble.by_member, longest=longest)
+
+
+def map_steps(
+    folder: Path, *, d_model: int, width: int, k: int, hidden: int, batch_size: int, seed: int
+) -> Training:
+    """Returns the training of an ``mlp`` map between made-up rows with a random dictionary each."""
+    n, sides = BATCHES * batch_size, []
+    for key in (seed, seed + 1):
+        dictionary = build("topk", d_model=d_model, width=width, k=k, key=jax.random.key(key))
+        x = made_up_rows(n, d_model, seed=key)
+        sides.append(Side(x, np.zeros(n, np.int32), dictionary))
+    pairs = Pairs(*sides, np.zeros(n, np.int32))
+    config = MapConfig(hidden=hidden, dropout=0.1, batch_size=batch_size, steps=LONG)
+    config.validate_every = LONG  # validation is between the steps that are timed
+    ensemble = Ensemble(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
+    return Training(ensemble.trainable(), ensemble.feed(), ensemble.by_member)
+
+
+class Extraction:
+    """Layers of the language model in ``folder``/model, read of the windows in windows.npz."""
+
+    def __init__(self, folder: Path, *, layers: list[int], batch_size: int, matmul_dtype: str):
+        config = ExtractConfig(batch_size=batch_size, matmul_dtype=matmul_dtype)
+        lm = models.load(folder / "model")
+        self._reader = Reader(config, lm, [Site(layer) for layer in layers], None)
+        with np.load(folder / "windows.npz", allow_pickle=False) as file:
+            tokens = file["tokens"].astype(np.int32)
+            self._windows = np.split(tokens, np.cumsum(file["lengths"])[:-1])
+
+    def run(self, count: int) -> None:
+        """Reads all windows so many times."""
+        for _ in range(count):
+            for _ in self._reader.read(self._windows):
+                pass
+
+
+# ---------------------------------------------------------------- made-up rows
+
+
+def made_up_rows(n: int, d_model: int, *, seed: int) -> np.ndarray:
+    """Returns bfloat16 rows [n, d_model]: each a sparse sum of about 26 of 512 directions."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(DIRECTIONS, d_model)).astype(np.float32) / d_model**0.5
+    parts = []
+    for start in range(0, n, PART):
+        size = min(PART, n - start)
+        active = rng.random((size, DIRECTIONS), np.float32) < SHARE
+        codes = active * rng.standard_exponential((size, DIRECTIONS), np.float32)
+        noise = NOISE * rng.standard_normal((size, d_model), np.float32)
+        parts.append((codes @ directions + noise).astype(ml_dtypes.bfloat16))
+    return np.concatenate(parts)
+
+
+def made_up_store(folder: Path, n: int, d_model: int, *, seed: int) -> Store:
+    """Writes n training rows of one model and site as a store, and opens it."""
+    zeros = np.zeros(n, np.int32)
+    x = {MODEL: made_up_rows(n, d_model, seed=seed)}
+    split = zeros.astype(np.int8)
+    return write_store(folder, x, site=SITE, document=zeros, tokens=(zeros,), split=split)

@@ -1,0 +1,693 @@
+"""The one runner of language models: reads texts, replaces or adds to activations, generates.
+
+Whoever puts text through a model does it here. The parameters lie on all devices, rows of tokens
+are cut into batches of few shapes, and what is asked of a model is an argument of a compiled
+program, not a new one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from crossdict_jax import modules
+from crossdict_jax.models.base import KINDS, LanguageModel, Past, Site, captured, check_site
+from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
+
+AT_ONCE = 16  # added vectors whose predictions lie in memory together
+LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Texts that a model reads, and the positions in them at which it is read or edited.
+
+    Attributes:
+      tokens: per text int32 [length], with the BOS in front where the model wants one.
+      window: int [n], index into ``tokens``.
+      position: int [n], index into the text's tokens.
+      first: int [n], the first token of what is edited up to the position; without it the
+        position alone.
+      end: int [n], the last token of the continuation that is scored; ``position`` where there is
+        none.
+      rows: int64 [n], row numbers of the store that the positions come from, if any.
+      document: int [n].
+    """
+
+    tokens: Sequence[np.ndarray]
+    window: np.ndarray
+    position: np.ndarray
+    first: np.ndarray | None = None
+    end: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    document: np.ndarray | None = None
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool [n]: the text holds the token after the position, so its loss is known."""
+        lengths = np.array([len(t) for t in self.tokens])
+        return self.position + 1 < lengths[self.window]
+
+    def take(self, index: np.ndarray | slice) -> Passages:
+        """Returns the same texts with some of the positions."""
+        names = ("window", "position", "first", "end", "rows", "document")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: v[index] for k, v in values.items() if v is not None})
+
+    def within(self, texts: np.ndarray) -> Within:
+        """Returns the positions that lie in some of the texts, which form a batch."""
+        in_batch = np.full(len(self.tokens), -1)
+        in_batch[texts] = np.arange(len(texts))
+        index = np.flatnonzero(in_batch[self.window] >= 0)
+        at = in_batch[self.window[index]], self.position[index]
+        first = at[1] if self.first is None else self.first[index]
+        lengths = at[1] - first + 1
+        edited_by = np.repeat(index, lengths)
+        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        edited = in_batch[self.window[edited_by]], np.repeat(first, lengths) + steps
+        return Within(index, at, edited, edited_by)
+
+
+class Within(NamedTuple):
+    """The positions of passages that lie in a batch of texts."""
+
+    index: np.ndarray  # int [m], among all positions of the passages
+    at: tuple[np.ndarray, np.ndarray]  # (row of the batch [m], position [m])
+    edited: tuple[np.ndarray, np.ndarray]  # (row of the batch, position) of every edited token
+    edited_by: np.ndarray  # int, among the passages' positions: whose replacement a token takes
+
+
+class Batch(NamedTuple):
+    """Texts of similar length as one array, padded on the right and with further rows."""
+
+    texts: np.ndarray  # int [m], which ones; the rows behind them are padding
+    tokens: np.ndarray  # int32 [batch, seq]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit does to the prediction of the token after each scored position.
+
+    Attributes:
+      ce: float64 [scored], cross-entropy in nats.
+      kl: float64 [scored], KL(clean || edited) in nats.
+    """
+
+    ce: np.ndarray
+    kl: np.ndarray
+
+
+class Chunk(NamedTuple):
+    """The few tokens at every position that are read again for each vector that is added."""
+
+    tokens: jax.Array  # int32 [n, seq], from the first edited one on
+    x: jax.Array  # [n, seq, d_model], the site's activations without an edit
+    edited: jax.Array  # float32 [n, seq], 1 where the vector is added
+    start: jax.Array  # int32 [n], position of the first token
+    read: jax.Array  # int32 [n, reads], indices into the chunk
+    following: jax.Array  # int32 [n, reads], the token after each
+    scored: jax.Array  # float32 [n, reads], 1 where that token belongs to the continuation
+
+
+class Held(NamedTuple):
+    """A model that has read texts up to n positions: keys and values, and what comes next."""
+
+    n: int
+    site: Site
+    layers: dict
+    chunk: Chunk
+
+
+class Starts(NamedTuple):
+    """Texts to be continued, as arrays with a row for each.
+
+    Attributes:
+      tokens: int32 [n, longest], the prompts, filled up on the right with anything.
+      length: int32 [n], tokens of each prompt, 1 or more.
+      vector: float32 [n, d_model], added wherever a new token is predicted: from the prompt's last
+        token on.
+      prompt, sample: int32 [n], which random numbers are drawn: those of equal ones are equal.
+    """
+
+    tokens: np.ndarray
+    length: np.ndarray
+    vector: np.ndarray
+    prompt: np.ndarray
+    sample: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Starts:
+        return Starts(*(column[rows] for column in self))
+
+
+class Runner:
+    """A language model on the devices.
+
+    Attributes:
+      config, name: of the model.
+      mesh: over all devices; texts are shared out among them.
+    """
+
+    def __init__(self, lm: LanguageModel, *, batch_size: int, dtype: str = "float32"):
+        """Puts the parameters on every device.
+
+        Args:
+          batch_size: texts per forward, at most (but for one on every device).
+          dtype: of the inputs of matrix products.
+        """
+        self.config, self.name, self.mesh = lm.config, lm.name, make_mesh()
+        graphdef, params = modules.split(lm)
+        self._model = graphdef, jnp.dtype(dtype)
+        self._params = jax.device_put(params, shard(self.mesh))
+        self._batch_size = batch_size
+
+    # ------------------------------------------------------------ batches and programs
+
+    def dispatch(self, function: Callable, *arrays, static=(), shared=()) -> PyTree:
+        """Returns what ``function(lm, *static, *shared, *arrays)`` gives, still on the devices.
+
+        Args:
+          function: of a module, not made anew for each call: another one is another program. It
+            calls ``lm.logits`` or ``lm.extend``, whose dtype is the runner's.
+          arrays: pytrees as ``put`` returns them, shared out among the devices.
+          static: hashable; other values are another program.
+          shared: pytrees of arrays, and modules, that every device holds whole.
+        """
+        split = [modules.split(s) if isinstance(s, nnx.Module) else (None, s) for s in shared]
+        whole = shard(self.mesh)
+        values = jax.tree.map(lambda a: put(a, whole), tuple(value for _, value in split))
+        graphs = tuple(graph for graph, _ in split)
+        return _call(function, self._model, tuple(static), graphs, self._params, values, arrays)
+
+    def run(
+        self, function: Callable, *arrays: np.ndarray, static=(), shared=(), group: int = 1
+    ) -> PyTree:
+        """Returns what ``dispatch`` does of arrays [n, ...], a batch of their rows at a time.
+
+        The last batch is filled up with its last row. The next one is on the devices before one
+        is read back.
+
+        Args:
+          function: its results have a row for each row of the arrays, or for each group.
+          group: rows that must lie in one batch, as the two texts of a pair.
+
+        Returns:
+          A pytree of numpy arrays.
+        """
+        n, size = len(arrays[0]), self._size(len(arrays[0]), group)
+
+        def batches():
+            for start in range(0, n, size):
+                rows = np.minimum(np.arange(start, start + size), n - 1)
+                batch = (self.put(array[rows]) for array in arrays)
+                yield self.dispatch(function, *batch, static=static, shared=shared)
+
+        def join(*parts):
+            return np.concatenate(parts)[: n // (size // len(parts[0]))]
+
+        return jax.tree.map(join, *(jax.tree.map(np.asarray, b) for b in _ahead(batches())))
+
+    def batches(self, tokens: Sequence[np.ndarray], *, length_step: int = 0) -> list[Batch]:
+        """Returns texts by length, in batches of few shapes.
+
+        In at most two groups of equally large and equally long batches: each group is compiled
+        once, so there is a second one only where it saves much padding. With a ``length_step``,
+        for texts that come in many portions, a batch is as long as its longest, up to a multiple.
+        """
+        lengths = np.array([len(t) for t in tokens])
+        order, size = np.argsort(lengths, kind="stable"), self._size()
+        if length_step:
+            parts = [order[at : at + size] for at in range(0, len(order), size)]
+            longest = (math.ceil(lengths[p].max() / length_step) * length_step for p in parts)
+            shapes = [(size, min(length, self.config.context)) for length in longest]
+        else:
+            short, by_length = np.arange(1, len(order) + 1), lengths[order]
+            # Tokens with padding, if the first ``short`` texts are a group of their own.
+            padded = short * by_length + (len(order) - short) * by_length[-1]
+            best = int(padded.argmin())
+            cut = best + 1 if padded[best] < 0.8 * len(order) * by_length[-1] else 0
+            parts, shapes = [], []
+            for group in filter(len, (order[:cut], order[cut:])):
+                parts += (new := np.array_split(group, math.ceil(len(group) / size)))
+                rows = self._size(max(map(len, new)))
+                shapes += [(rows, lengths[group].max())] * len(new)
+        return [Batch(p, pad([tokens[i] for i in p], s)) for p, s in zip(parts, shapes)]
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """Returns an array [batch, ...] with its rows shared out among the devices."""
+        return put(array, shard(self.mesh, DATA))
+
+    def _size(self, n: int | None = None, group: int = 1) -> int:
+        """Rows of a batch: no more than asked or needed, equally many for each device."""
+        size, unit = self._batch_size, group * self.mesh.size
+        return math.ceil((size if n is None else min(size, n)) / unit) * unit
+
+    # ------------------------------------------------------------ reading
+
+    def read(self, tokens: Sequence[np.ndarray], sites: Iterable[Site]) -> dict[Site, np.ndarray]:
+        """Returns {site: activations, float32 [texts, seq, d_model]}, padded as ``pad`` does."""
+        sites = self._checked(sites)
+        return dict(zip(sites, self.run(captured, pad(tokens), static=(sites,))))
+
+    def read_at(self, passages: Passages, sites: Iterable[Site]) -> np.ndarray:
+        """Returns the activations at the positions alone, float32 [sites, n, d_model].
+
+        Nothing else of them leaves the devices.
+        """
+        sites, batches = self._checked(sites), self.batches(passages.tokens)
+        within = [passages.within(batch.texts) for batch in batches]
+        longest = max(len(w.index) for w in within)  # one shape for all batches
+        out = np.empty((len(sites), len(passages.position), self.config.d_model), np.float32)
+        for batch, w in zip(batches, within):
+            at = tuple(np.resize(a, longest) for a in w.at)
+            x = self.dispatch(_captured_at, self.put(batch.tokens), static=(sites,), shared=at)
+            out[:, w.index] = np.asarray(x)[:, : len(w.index)]
+        return out
+
+    def stream(
+        self, tokens: Sequence[np.ndarray], sites: Iterable[Site], dtype=jnp.bfloat16
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Yields (index of a text, per site its activations [length, d_model]), by length.
+
+        The next batch is on the devices before one is read back.
+
+        Args:
+          dtype: of the activations.
+        """
+        batches = self.batches(tokens, length_step=LENGTH_STEP)
+        static = self._checked(sites), jnp.dtype(dtype)
+        dispatched = (
+            (batch.texts, self.dispatch(_captured_as, self.put(batch.tokens), static=static))
+            for batch in batches
+        )
+        for texts, x in _ahead(dispatched):
+            x = [np.asarray(of_site) for of_site in x]
+            for row, text in enumerate(texts):
+                yield int(text), [of_site[row, : len(tokens[text])] for of_site in x]
+
+    def token_losses(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns -log p of every token after the first, [n, seq - 1] nats, of tokens [n, seq]."""
+        return self.run(_token_losses, tokens)
+
+    def _checked(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        sites = tuple(sites)
+        for site in sites:
+            check_site(self.config, site, self.name)
+        return sites
+
+    # ------------------------------------------------------------ replacing
+
+    def splice(
+        self,
+        passages: Passages,
+        site: Site | tuple[Site, ...],
+        replacements: Mapping[Any, np.ndarray | Mapping[Site, np.ndarray]],
+        progress=None,
+    ) -> dict[Any, Effect]:
+        """Returns what each replacement of activations does, and under "clean" what no edit does.
+
+        The text is read once; every edited pass starts from the clean activations at the lowest
+        site, so that nothing below is computed again. Several sites are replaced in one pass, in
+        the order of execution: what an earlier replacement makes of a later site at the positions
+        is replaced there in its turn, and lives on at the other positions alone.
+
+        Args:
+          site: where activations are replaced; a tuple for several sites at once.
+          replacements: {name: [n, d_model]}, the activation at every position; everything else of
+            the activations stays as it was. A vector [d_model] stands for all positions. For a
+            tuple of sites, {name: {site: one of these}}.
+          progress: a tqdm bar, updated by the number of texts for every replacement.
+        """
+        if isinstance(site, Site):
+            replacements = {name: {site: values} for name, values in replacements.items()}
+            site = (site,)
+        sites = tuple(sorted(self._checked(site), key=lambda s: (s.layer, KINDS.index(s.kind))))
+        ce = {name: np.empty(len(passages.position)) for name in ("clean", *replacements)}
+        kl = {name: np.zeros(len(passages.position)) for name in ("clean", *replacements)}
+        for batch in self.batches(passages.tokens):
+            within, tokens = passages.within(batch.texts), self.put(batch.tokens)
+            loss, *clean = self.dispatch(_clean, tokens, static=(sites[0],))
+            ce["clean"][within.index] = np.asarray(loss)[within.at]
+            edited = np.zeros(batch.tokens.shape, bool)
+            edited[within.edited] = True
+            for name, by_site in replacements.items():
+                edits = []
+                for s in sites:
+                    values = by_site[s]
+                    edits.append(np.zeros((*edited.shape, values.shape[-1]), np.float32))
+                    edits[-1][within.edited] = (
+                        values if values.ndim == 1 else values[within.edited_by]
+                    )
+                edits = self.put(edited), *map(self.put, edits)
+                results = self.dispatch(_edited, tokens, *clean, *edits, static=(sites,))
+                for values, result in zip((ce, kl), results):
+                    values[name][within.index] = np.asarray(result)[within.at]
+                if progress is not None:
+                    progress.update(len(batch.texts))
+        scored = passages.scored
+        return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
+
+    # ------------------------------------------------------------ adding
+
+    def hold(
+        self,
+        site: Site,
+        passages: Passages,
+        x: np.ndarray,
+        *,
+        size: int,
+        span: int | None,
+        reads: int = 1,
+        same_texts: Held | None = None,
+    ) -> Held:
+        """Reads the texts up to the positions; returns what the three methods below take.
+
+        Attention looks back on keys that are kept, so that a vector costs a few tokens and not a
+        text. All vectors at all doses are arguments of one program.
+
+        Args:
+          site: where vectors are added.
+          passages: with ``first`` and ``end``; the prediction after ``position`` is read.
+          x: [texts, seq, d_model], the activations of all texts at the site (``read``).
+          size: the positions are filled up to this number: one program for all features.
+          span: edited tokens of a position, at most (the last ones of more); None: all of the text
+            before it but its first token.
+          reads: predictions read from ``position`` on, at most; 1 is the one after it.
+          same_texts: of the same positions and size with another span or reads: nothing is read
+            again.
+        """
+        tokens = pad(passages.tokens)
+        n, length = len(passages.position), tokens.shape[1]
+        size = math.ceil(size / self.mesh.size) * self.mesh.size
+        filled = passages.take(np.minimum(np.arange(size), n - 1))
+        text, first, last, end = filled.window, filled.first, filled.position, filled.end
+        if span is None:
+            first, span = np.minimum(1, last), length
+        first = np.maximum(first, last - span + 1)
+        at = first[:, None] + np.arange(span + reads - 1)[None, :]
+        inside = np.minimum(at, length - 1)
+        after = last[:, None] + np.arange(reads)[None, :]
+        chunk = Chunk(
+            tokens=tokens[text[:, None], inside],
+            x=x[text[:, None], inside],
+            edited=(at <= last[:, None]).astype(np.float32),
+            start=first.astype(np.int32),
+            read=(after - first[:, None]).astype(np.int32),
+            following=tokens[text[:, None], np.minimum(after + 1, length - 1)],
+            scored=(after < end[:, None]).astype(np.float32),
+        )
+        if same_texts is not None:
+            layers = same_texts.layers
+        else:
+            arrays = self.put(tokens[text]), self.put(x[text])
+            layers = self.dispatch(_look_back, *arrays, static=(site,))
+        return Held(n, site, layers, Chunk(*map(self.put, chunk)))
+
+    def log_probs(self, held: Held, vectors: np.ndarray) -> np.ndarray:
+        """Returns log p of every token after each position, float32 [1 + vectors, n, vocab].
+
+        The first entry is without an edit, the others with one vector [d_model] added.
+        """
+        vectors = np.concatenate([np.zeros_like(vectors[:1]), vectors])
+        return np.asarray(self._added(_log_probs, held, vectors))[:, : held.n]
+
+    def changes(
+        self, held: Held, vectors: np.ndarray, watched: Mapping[int, float], *, limit: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (mean change of log p of the watched tokens, KL(clean || edited)).
+
+        Both float32 [vectors, n], in nats, of the prediction after each position.
+
+        Args:
+          vectors: [vectors, d_model], each added alone.
+          watched: {token: weight in the mean}, 1 to ``limit`` of them.
+          limit: what ``watched`` is filled up to: one program for all features.
+        """
+        ids = np.resize(np.array(list(watched), np.int32), limit)
+        weight = np.zeros(limit, np.float32)
+        weight[: len(watched)] = list(watched.values())
+        weight /= weight.sum()
+        out = self._added(_changes, held, _filled(vectors), ids, weight)
+        return tuple(np.asarray(part)[: len(vectors), : held.n] for part in out)
+
+    def continuations(self, held: Held, vectors: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        """Returns the change of log p of each position's continuation, float32 [vectors, n].
+
+        Args:
+          vectors: [vectors, d_model].
+          strength: [vectors, n], by which a vector is multiplied at each position.
+        """
+        strength = np.pad(strength, ((0, 0), (0, len(held.chunk.start) - held.n)))
+        out = self._added(_continuations, held, *map(_filled, (vectors, strength)))
+        return np.asarray(out)[: len(vectors), : held.n]
+
+    def _added(self, function: Callable, held: Held, *shared: np.ndarray) -> PyTree:
+        static = (held.site,)
+        return self.dispatch(function, held.layers, held.chunk, static=static, shared=shared)
+
+    # ------------------------------------------------------------ generating
+
+    def generate(
+        self, starts: Starts, site: Site, *, count: int, temperature: float, top_p: float, seed: int
+    ) -> np.ndarray:
+        """Returns continuations with a vector added at the site, int32 [n, count].
+
+        The prompt is read once and its keys are kept. The draw of a text depends on the seed, its
+        prompt, its sample and its own logits alone, not on what is written beside it.
+
+        Args:
+          count: new tokens of every text; with the prompt no more than the model reads.
+          temperature: 0 takes the likeliest token.
+          top_p: tokens are drawn among the likeliest that hold this share of the probability
+            (Holtzman et al. 2020, section 3.1).
+        """
+        (site,) = self._checked([site])
+        sampling = np.float32(temperature), np.float32(top_p), np.uint32(seed)
+        return self.run(_generate, *starts, static=(site, count), shared=sampling)
+
+
+def pad(tokens: Sequence[np.ndarray], shape: tuple[int, int] | None = None) -> np.ndarray:
+    """Returns texts as one array, int32 [texts, seq], zeros on the right (and below).
+
+    Args:
+      shape: of the array; without it, all texts and the longest.
+    """
+    out = np.zeros(shape or (len(tokens), max(map(len, tokens), default=0)), np.int32)
+    for row, text in zip(out, tokens):
+        row[: len(text)] = text
+    return out
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """The rows as float32, and zeros up to a multiple of AT_ONCE."""
+    return np.pad(rows.astype(np.float32), ((0, -len(rows) % AT_ONCE), (0, 0)))
+
+
+def _ahead(dispatched: Iterator) -> Iterator:
+    """Yields what an iterator gives, each only after the next one has been asked for.
+
+    That bounds the work in flight: the consumer waits for one while the next one is computed.
+    """
+    pending = None
+    for item in dispatched:
+        if pending is not None:
+            yield pending
+        pending = item
+    if pending is not None:
+        yield pending
+
+
+# ---------------------------------------------------------------- compiled programs
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _call(function, model, static, graphs, params, shared, arrays) -> PyTree:
+    graphdef, dtype = model
+    lm = modules.merge(graphdef, params)
+    lm.dtype = dtype
+    shared = [s if g is None else modules.merge(g, s) for g, s in zip(graphs, shared)]
+    return function(lm, *static, *shared, *arrays)
+
+
+def _captured_as(lm, sites, dtype, tokens) -> tuple[jax.Array, ...]:
+    return tuple(x.astype(dtype) for x in captured(lm, sites, tokens))
+
+
+def _captured_at(lm, sites, text, position, tokens) -> jax.Array:
+    return jnp.stack([x[text, position] for x in captured(lm, sites, tokens)])
+
+
+def _token_losses(lm, tokens) -> jax.Array:
+    logits = lm.logits(tokens)[:, :-1]
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _clean(lm, site, tokens):
+    """(loss [batch, seq], x at the site, probabilities, sum p log p [batch, seq])."""
+    seen = {}
+
+    def tap(at, y):
+        seen[at] = y
+        return y
+
+    logits = lm.logits(tokens, tap=tap)
+    loss, normaliser = _next_token_loss(logits, tokens)
+    p = jnp.exp(logits - normaliser[..., None])
+    return loss, seen[site], p, jnp.sum(p * logits, axis=-1) - normaliser
+
+
+def _edited(lm, sites, tokens, x, p, negative_entropy, edited, *values):
+    """(loss, KL(clean || edited)), both [batch, seq], with values where ``edited`` says so.
+
+    x are the clean activations at the lowest site: what made them is not computed.
+    """
+
+    def tap(at, y):
+        y = x if at == sites[0] else y
+        new = dict(zip(sites, values)).get(at)
+        return y if new is None else jnp.where(edited[..., None], new, y)
+
+    logits = lm.logits(tokens, tap=tap)
+    loss, normaliser = _next_token_loss(logits, tokens)
+    kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
+    return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
+
+
+def _next_token_loss(logits, tokens) -> tuple[jax.Array, jax.Array]:
+    """(-log p(next token), log of the softmax's denominator), both [batch, seq].
+
+    The last position has no next token in the array; its loss means nothing and is never read.
+    """
+    following = jnp.roll(tokens, -1, axis=1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
+    return normaliser - chosen, normaliser
+
+
+def _look_back(lm, site, tokens, x) -> dict:
+    """Keys and values of every layer that an edit at the site can reach."""
+    _, layers = lm.extend(tokens, tap=lambda at, y: x if at == site else y)
+    lowest = {"resid_pre": site.layer, "resid_post": site.layer + 1}.get(site.kind, 0)
+    return {layer: kept for layer, kept in layers.items() if layer >= lowest}
+
+
+def _editor(lm, site, layers, chunk: Chunk):
+    """Returns (vector [d_model], strength [n]) -> log p, [n, reads, vocab]."""
+    top = Site(lm.config.n_layers - 1, "resid_post")
+    past = Past(layers, chunk.start) if layers else None
+
+    def edit(vector, strength=None):
+        scale = chunk.edited if strength is None else chunk.edited * strength[:, None]
+        delta = scale[:, :, None] * vector[None, None, :]
+
+        def tap(at, y):
+            if at == site:
+                y = chunk.x + delta
+            if at == top:  # what is not read needs no logits
+                y = jnp.take_along_axis(y, chunk.read[:, :, None], axis=1)
+            return y
+
+        logits, _ = lm.extend(chunk.tokens, past, tap=tap)
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    return edit
+
+
+def _log_probs(lm, site, vectors, layers, chunk) -> jax.Array:
+    edit = _editor(lm, site, layers, chunk)
+    return jax.lax.map(lambda v: edit(v)[:, 0], vectors)
+
+
+def _changes(lm, site, vectors, watched, weight, layers, chunk):
+    edit = _editor(lm, site, layers, chunk)
+    clean = edit(jnp.zeros_like(vectors[0]))[:, 0]  # [n, vocab]
+    p = jnp.exp(clean)
+
+    def change(vector):
+        difference = edit(vector)[:, 0] - clean
+        kl = -jnp.sum(p * difference, axis=-1)
+        return difference[:, watched] @ weight, jnp.maximum(kl, 0.0)  # below zero it is rounding
+
+    return jax.lax.map(change, vectors, batch_size=AT_ONCE)
+
+
+def _continuations(lm, site, vectors, strength, layers, chunk):
+    edit = _editor(lm, site, layers, chunk)
+
+    def score(log_probs):
+        chosen = jnp.take_along_axis(log_probs, chunk.following[..., None], axis=-1)[..., 0]
+        return jnp.sum(chosen * chunk.scored, axis=-1)
+
+    clean = score(edit(jnp.zeros_like(vectors[0])))
+    return jax.lax.map(
+        lambda pair: score(edit(*pair)) - clean, (vectors, strength), batch_size=AT_ONCE
+    )
+
+
+def _generate(lm, site, count, temperature, top_p, seed, *starts) -> jax.Array:
+    starts = Starts(*starts)
+    top = Site(lm.config.n_layers - 1, "resid_post")
+    row = jnp.arange(len(starts.length))
+
+    def read(tokens, position, past, last):
+        """The logits after one token of each row, [n, vocab], and the keys of all of them."""
+        edited = position >= starts.length[:, None] - 1
+        added = edited[..., None] * starts.vector[:, None, :]
+
+        def tap(at, y):
+            if at == site:
+                y = y + added
+            if at == top:  # what is not read needs no logits
+                y = jnp.take_along_axis(y, last[:, None, None], axis=1)
+            return y
+
+        logits, layers = lm.extend(tokens, past, tap=tap)
+        return logits[:, 0], layers
+
+    def key(i, prompt, sample):
+        key = jax.random.fold_in(jax.random.key(seed), prompt)
+        return jax.random.fold_in(jax.random.fold_in(key, sample), i)
+
+    def step(carry, i):
+        logits, layers, length = carry
+        keys = jax.vmap(partial(key, i))(starts.prompt, starts.sample)
+        token = draw(logits, keys, temperature, top_p)
+        past = Past(layers, length)
+        logits, new = read(token[:, None], length[:, None], past, jnp.zeros_like(length))
+        layers = {
+            layer: tuple(old.at[row, length].set(k[:, 0]) for old, k in zip(both, new[layer]))
+            for layer, both in layers.items()
+        }
+        return (logits, layers, length + 1), token
+
+    positions = jnp.arange(starts.tokens.shape[1])[None, :]
+    logits, layers = read(starts.tokens, positions, None, starts.length - 1)
+    room = ((0, 0), (0, count), (0, 0), (0, 0))
+    layers = jax.tree.map(lambda kept: jnp.pad(kept, room), layers)
+    _, tokens = jax.lax.scan(step, (logits, layers, starts.length), jnp.arange(count))
+    return tokens.T
+
+
+def draw(logits: jax.Array, keys: jax.Array, temperature, top_p) -> jax.Array:
+    """Returns a token of every row, int32 [n], of logits [n, vocab]; see ``Runner.generate``."""
+
+    def sample():
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+        p = jax.nn.softmax(ranked, axis=-1)
+        ranked = jnp.where(jnp.cumsum(p, axis=-1) - p < top_p, ranked, -jnp.inf)
+        rank = jax.vmap(jax.random.categorical)(keys, ranked)
+        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    return jax.lax.cond(
+        temperature == 0, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), sample
+    )
