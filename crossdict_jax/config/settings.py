@@ -108,22 +108,22 @@ def parse(kind: Any, text: str) -> Any:
     Raises:
       ValueError: the text spells no such value; the message says what would.
     """
-    one, several, words = WORDS[kind]
+    type_, several, words = WORDS[kind]
     if kind is str:
         return text
     parts = [text]
     if several:
         # (5,6,7) and [5, 6, 7] are what Python users type; a path may hold brackets of its own.
-        bracketed = one is not str and re.fullmatch(r"\s*[(\[](.*?),?\s*[)\]]\s*", text)
+        bracketed = type_ is not str and re.fullmatch(r"\s*[(\[](.*?),?\s*[)\]]\s*", text)
         parts = [part.strip() for part in (bracketed[1] if bracketed else text).split(",")]
         if not text.strip():
             return ()  # for whoever checks the setting to allow or refuse
     values = []
     for part in parts:
         try:
-            if one is str and not part:
+            if type_ is str and not part:
                 raise ValueError
-            values.append(one(part))
+            values.append(type_(part))
         except ValueError:
             raise ValueError(f"{part!r} is not {words}") from None
     return (
@@ -157,12 +157,12 @@ def _groups(config: Any) -> Iterator[Any]:
 
 
 def _check_value(name: str, value: Any, field: dataclasses.Field) -> None:
-    one, may_be_several, words = WORDS[field.type]
+    type_, may_be_several, words = WORDS[field.type]
     several = isinstance(value, tuple)
     values = value if several else (value,)
-    types = (int, float) if one is float else (one,)
+    types = (int, float) if type_ is float else (type_,)
     fits = several == may_be_several or field.type in (Number, Count)
-    if not fits or not all(type(v) in types and (one is str or math.isfinite(v)) for v in values):
+    if not fits or not all(type(v) in types and (type_ is str or math.isfinite(v)) for v in values):
         raise UserError(f"{name}={spell(value)} is not {words}.")
     rule = field.metadata["rule"]
     for each in values:
