@@ -191,6 +191,7 @@ def script(monkeypatch):
     return run_script
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_script_tells_mistakes_and_shows_its_flags(name, script, capfd):
     wrong, right = ("sorce", "source") if name in OWN_SETTINGS else ("sed", "seed")
