@@ -336,6 +336,7 @@ def small(tiny: Path, **changes) -> list[str]:
     asked = {
         "models": f"{tiny}/a,{tiny}/b",
         "layers": "1",
+        "control_kinds": "ridge",
         "text__source": f"{tiny}/text.jsonl",
         "text__documents": 80,
         "text__max_bytes": 400,
