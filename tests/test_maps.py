@@ -379,6 +379,7 @@ def test_members_train_as_if_alone(kind, nonlinear, fitted_on, trained):
     assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02 * ours.std()
 
 
+@pytest.mark.mesh
 def test_members_on_their_own_devices_never_talk(nonlinear):
     eight = ensemble.Ensemble(mlp.MLP, [nonlinear[0]] * 8, CONFIG, seed=0)
     trainable, feed = eight.trainable(), eight.feed()
