@@ -342,7 +342,6 @@ RESULTS = (
     "similarity.jsonl",
     "causal.jsonl",
     "crosscoder.jsonl",
-    "dictionary_transfer.jsonl",
     "feature_causal.jsonl",
     "feature_causal_summary.jsonl",
     "timing.json",

@@ -14,7 +14,7 @@ from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
 from crossdict_jax.evaluation.codes import Moments, SideCodes, correlation_matrix
-from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, columns, take
+from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, pair_columns, take
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.fit import Loader
@@ -101,17 +101,18 @@ def feature_rows(
             errors[kind] = errors[kind] + np.square(t - predicted).sum(axis=0)
     best = min(errors, key=lambda kind: errors[kind].sum())
     scores = FeatureScores(
-        r2=scored.scores["aligned"][best].feature_r2,
+        r2=scored.scores[best].feature_r2,
         r2_validation=1 - errors[best] / np.where(variance > 0, variance, np.nan),
-        correlation=scored.scores["aligned"][best].correlations,
-        token_share=scored.scores["aligned"]["token_target"].feature_r2,
+        correlation=scored.scores[best].correlations,
+        token_share=scored.scores["token_target"].feature_r2,
         firings=(held_out.target > 0).sum(axis=0),
         n_rows=len(held_out.target),
     )
     shown = scores.extremes(SHOWN)
     described = _described(scored, best, [i for i, _ in shown], reseeded, loader, codes)
     rows = [scores.row(i, rank) | more for (i, rank), more in zip(shown, described)]
-    return [columns(scored.task, best) | row for row in rows + scores.binned()]
+    start = pair_columns(scored.task) | {"map": best, "pairing": scored.task.pairing}
+    return [start | row for row in rows + scores.binned()]
 
 
 def _described(
