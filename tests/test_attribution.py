@@ -11,9 +11,9 @@ from flax import nnx
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import attribution, evaluate, features
 from crossdict_jax.maps import Map, Pairs, Side
-from crossdict_jax.verify.lab import lossless
 from crossdict_jax.workdir import read_jsonl
 
 D, N = 5, 700  # activations' dimensions, and rows that fill no whole number of blocks
@@ -21,7 +21,9 @@ D, N = 5, 700  # activations' dimensions, and rows that fill no whole number of 
 
 def signed():
     """The dictionary f = relu([x, -x]): its features are the signed coordinates."""
-    return lossless(D)
+    both = np.concatenate([np.eye(D), -np.eye(D)])
+    zeros = {"b_enc": np.zeros(2 * D), "b_dec": np.zeros(D)}
+    return from_arrays(find("relu"), {"W_enc": both.T, "W_dec": both} | zeros)
 
 
 class Affine(Map):
