@@ -202,13 +202,13 @@ def problem():
 
 def trained_map(config):
     """What is asked of the loop for the `mlp`."""
-    fit = partial(maps.rung("mlp").fit, seed=config.seed, directory=place() / "m")
+    fit = partial(maps.map_module("mlp").fit, seed=config.seed, directory=place() / "m")
     return asked(ensemble, fit, [problem()], config.map)
 
 
 def network(config):
     """What is asked of the loop for the `hypernetwork`."""
-    fit = partial(maps.rung("hypernetwork").fit, seed=config.seed, directory=place() / "h")
+    fit = partial(maps.map_module("hypernetwork").fit, seed=config.seed, directory=place() / "h")
     return asked(hypernetwork, fit, [problem()], config.map)
 
 

@@ -120,6 +120,7 @@ def test_rows_come_back_in_order():
     np.testing.assert_array_equal(parts.join(split), x)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_rows_stay_on_their_devices(architecture):
     mesh = make_mesh(members=2)

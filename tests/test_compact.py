@@ -109,6 +109,7 @@ def test_a_step_on_codes_is_one_on_rows(monkeypatch):
         np.testing.assert_allclose(ours, plain, atol=1e-4 * max(1e-6, float(np.abs(plain).max())))
 
 
+@pytest.mark.mesh
 def test_no_device_asks_another_for_its_rows():
     step, _ = one_step(problem())
     program = step.func.lower(*step.args).compile().as_text()

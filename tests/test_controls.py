@@ -11,7 +11,7 @@ import tiny_run
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.store import digest, open_store
-from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, twin_names
+from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, untrained_names
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import train
@@ -93,7 +93,7 @@ def test_every_parameter_of_a_re_initialised_model_is_drawn_anew():
 def test_re_initialised_models_are_read_at_the_rows_of_the_run(finished):
     config, work = finished
     store, controls = open_store(work.activations), open_store(work.controls.activations)
-    names = twin_names(store)
+    names = untrained_names(store)
     assert controls.models == (*store.models, *names) == ("a", "b", "a-untrained", "b-untrained")
     for key in KEYS:
         assert (getattr(controls.rows, key) == getattr(store.rows, key)).all()

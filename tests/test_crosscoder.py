@@ -404,6 +404,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.mesh
 @every
 def test_no_all_gather_of_rows_on_a_mesh(variant, monkeypatch):
     monkeypatch.setattr(training, "make_mesh", make_mesh)
@@ -421,6 +422,7 @@ def test_no_all_gather_of_rows_on_a_mesh(variant, monkeypatch):
     assert not [shape for shape in gathered if "256" in shape], gathered
 
 
+@pytest.mark.mesh
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_mesh", make_mesh)
     with pytest.raises(UserError, match=r"crosscoder.batch_size=128 is more than the 96"):

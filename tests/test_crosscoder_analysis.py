@@ -1,7 +1,6 @@
 """The analysis of crosscoders: Latent Scaling against its slow formula, planted owners, nulls."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +41,10 @@ def planted(*, hide=(), seed=0):
     return c, [rows.astype(np.float32) for rows in x]
 
 
-def by_hand(c, x, *, alone):
+def by_hand(c, x, *, alone, shift=0):
     """Latent Scaling as it is defined: latent after latent, model after model, in float64."""
     f = np.asarray(c.encode(x), np.float64)
-    found = np.zeros((len(x), c.width))
+    moved, shares = np.roll(f, shift, axis=0), np.zeros((len(x), c.width))
     for m, x_hat in enumerate(c.decode(f)):
         scale = float(c.scale[...][m])
         error = scale * (np.asarray(x[m], np.float64) - np.asarray(x_hat, np.float64))
@@ -53,35 +52,28 @@ def by_hand(c, x, *, alone):
         for j in range(c.width):
             y = error + alone * f[:, j : j + 1] * W[j : j + 1]
             y = y - y.mean(axis=0)
-            d = y.T @ f[:, j] / (f[:, j] @ f[:, j])
-            found[m, j] = (d @ d) * (f[:, j] @ f[:, j]) / np.square(y).sum()
-    return found
+            d = y.T @ moved[:, j] / (moved[:, j] @ moved[:, j])
+            shares[m, j] = (d @ d) * (moved[:, j] @ moved[:, j]) / np.square(y).sum()
+    return shares
 
 
-def test_latent_scaling_is_its_definition():
+def test_latent_scaling_and_its_null_are_their_definition(monkeypatch):
     c, x = planted(hide=(4,))
     c.scale[...] = jnp.asarray([0.5, 2.0])
     c.W_dec[...] = 0.8 * c.W_dec[...]
     scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=0)
     np.testing.assert_allclose(scaling.error, by_hand(c, x, alone=False), atol=1e-4)
     np.testing.assert_allclose(scaling.alone, by_hand(c, x, alone=True), atol=1e-4)
-
-
-def test_the_shifted_null_is_the_shifted_code():
-    c, x = planted()
-    u, f = analysis.scaled_and_coded(c, x)
-    belongs = jnp.asarray(np.repeat(np.eye(2, dtype=np.float32), c.d_models, axis=1))
-    error, own = analysis.explained(u, f, c.W_dec[...], c.b_dec[...], belongs, 37)
-    moved, f = np.roll(np.asarray(f, np.float64), 37, axis=0), np.asarray(f, np.float64)
-    for m, x_hat in enumerate(c.decode(f)):
-        residual = np.asarray(x[m], np.float64) - np.asarray(x_hat, np.float64)
-        W = np.asarray(c.W_dec[...], np.float64)[:, c.part(m)]
-        for j in (0, 5, 9):
-            for y, found in ((residual, error), (residual + f[:, j : j + 1] * W[j : j + 1], own)):
-                y = y - y.mean(axis=0)
-                product, power = y.T @ moved[:, j], moved[:, j] @ moved[:, j]
-                expected = (product @ product) / (power * np.square(y).sum())
-                np.testing.assert_allclose(found[m, j], expected, atol=1e-4)
+    monkeypatch.setattr(analysis, "SHIFTS", 2)
+    scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=3)
+    shifts = analysis.admissible_shifts(DOCUMENTS, seed=3)
+    for value, above, alone in (
+        (scaling.error, scaling.error_above, False),
+        (scaling.alone, scaling.alone_above, True),
+    ):
+        nulls = [by_hand(c, x, alone=alone, shift=int(shift)) for shift in shifts]
+        sure = abs(value - np.max(nulls, axis=0)) > 1e-4
+        assert (above == (value > np.max(nulls, axis=0)))[sure].all() and sure.mean() > 0.9
 
 
 def test_planted_owners_are_confirmed_and_a_hidden_one_is_refuted():
@@ -105,17 +97,14 @@ def test_the_null_is_exceeded_as_rarely_as_it_says():
     above = []
     for seed in range(12):
         c, x = planted(seed=seed)
-        rng = np.random.default_rng(100 + seed)
-        noise = [rng.standard_normal(rows.shape).astype(np.float32) for rows in x]
-        u = jnp.asarray(np.concatenate(noise, axis=1))
-        _, f = analysis.scaled_and_coded(c, x)
-        belongs = jnp.asarray(np.repeat(np.eye(2, dtype=np.float32), c.d_models, axis=1))
-        nothing = jnp.zeros_like(c.W_dec[...])
-        shares = partial(analysis.explained, u, f, nothing, c.b_dec[...], belongs)
-        shifts = analysis.admissible_shifts(DOCUMENTS, seed=seed)
-        nulls = [np.asarray(shares(int(shift))[0]) for shift in shifts]
-        above.append(np.asarray(shares(0)[0]) > np.max(nulls, axis=0))
-    assert 0.01 < np.mean(above) < 0.11  # 240 draws at 0.05
+        # Half of the code's input is another model's noise, of which nothing is reconstructed.
+        d, rng = x[0].shape[1], np.random.default_rng(100 + seed)
+        c.W_enc[...] = jnp.concatenate([2 * c.W_enc[...][:d], 0 * c.W_enc[...][d:]])
+        c.W_dec[...] = 0 * c.W_dec[...]
+        x = [x[0], rng.standard_normal(x[1].shape).astype(np.float32)]
+        scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=seed)
+        above.append(scaling.error_above[1])
+    assert 0.01 < np.mean(above) < 0.12  # 120 draws at 0.05
 
 
 @pytest.mark.parametrize("n_documents", [1, 0])

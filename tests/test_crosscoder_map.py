@@ -176,7 +176,7 @@ def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):
     config, pairs = run[0], score(run, "a", "b")[2]
     problem = maps.Problem("A to B", pairs, pairs)
     with pytest.raises(ValueError, match="A to B has no joint code"):
-        maps.rung("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
+        maps.map_module("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
 
 
 def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path, monkeypatch):
@@ -188,6 +188,6 @@ def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path, monkeypatch):
     problem = maps.Problem("a to b (control)", train, held_out)
     task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
     (joined,) = with_codes([problem], [task], config, store, work, directory=tmp_path)
-    (fitted,) = maps.rung("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
+    (fitted,) = maps.map_module("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
     x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)
     assert np.square(x - x_b).sum() < 0.6 * np.square(x - x.mean(0)).sum()

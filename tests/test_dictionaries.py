@@ -520,6 +520,7 @@ def trainable_of(**sae):
     return training._trainable(sae, graphdef, group, sizes, starts, make_mesh(members=2))
 
 
+@pytest.mark.mesh
 @every
 def test_no_all_gather_of_rows_on_a_mesh(architecture):
     """Members and rows stay where they are: selection must not gather a sharded batch."""

@@ -1,5 +1,6 @@
 """Held-out metrics: against slow definitions, on planted answers, and from a finished run."""
 
+import importlib
 import json
 import math
 import shutil
@@ -24,32 +25,14 @@ from crossdict_jax.evaluation.transfer import (
     measure,
     verdict,
 )
+from crossdict_jax.results import SCORES
 from crossdict_jax.workdir import Workdir, read_jsonl
-
-WITH_BOUNDS = (
-    "fvu",
-    "r2",
-    "cosine",
-    "cosine_mean_predictor",
-    "cosine_centered",
-    "top1",
-    "mean_rank",
-    "feature_correlation",
-    "l0_target",
-    "l0_predicted",
-    "sparsity_similarity",
-    "context_gain",
-)
-COLUMNS = {
-    *(name + end for name in WITH_BOUNDS for end in ("", "_low", "_high")),
-    *("n_rows", "n_documents", "n_live", "n_context_rows", "pool"),
-    *("l0_source", "r2_per_feature_median", "rate_correlation"),
-}
-
 
 NORMALIZED_COLUMNS = {
     f"{name}_normalized{end}" for name in NORMALIZED for end in ("", "_low", "_high")
 }
+COLUMNS = {name for column in SCORES for name in column.names} - NORMALIZED_COLUMNS - {"verdict"}
+SPLITS = ("train", "test")
 
 
 def codes(rng, n=60, width=9, share=0.3):
@@ -210,16 +193,12 @@ def test_all_columns_are_plain_numbers_or_none():
     assert none == {"l0_source", "context_gain", "context_gain_low", "context_gain_high"}
 
 
-def test_jax_and_numpy_arrays_give_the_same():
+def test_arrays_of_jax_and_bfloat16_are_read():
     predicted, target, mean, _ = example(0)
-    there = transfer_metrics(jnp.asarray(predicted), jnp.asarray(target), train_mean=mean)
-    assert there == transfer_metrics(predicted, target, train_mean=mean)
-
-
-def test_bfloat16_is_read():
-    _, target, mean, _ = example(0)
-    found = transfer_metrics(jnp.asarray(target, jnp.bfloat16), target, train_mean=mean)
-    assert 0.999 < found["r2"] < 1
+    of_jax = transfer_metrics(jnp.asarray(predicted), jnp.asarray(target), train_mean=mean)
+    assert of_jax == transfer_metrics(predicted, target, train_mean=mean)
+    rounded = transfer_metrics(jnp.asarray(target, jnp.bfloat16), target, train_mean=mean)
+    assert 0.999 < rounded["r2"] < 1
 
 
 def test_a_perfect_prediction():
@@ -585,29 +564,20 @@ def test_dictionary_figures_are_their_definitions(finished):
     d = maps.base.dictionaries.load(work.dictionary("a", tiny_run.SITE))
     x = {s: store.read("a", tiny_run.SITE, store.select(s)).astype(np.float32) for s in SPLITS}
     f = {s: np.asarray(d.encode(x[s])) for s in SPLITS}
-    error = np.sum((x["test"] - np.asarray(d.decode(f["test"]))) ** 2)
-    assert row["fvu"] == pytest.approx(
-        error / np.sum((x["test"] - x["train"].mean(0)) ** 2), rel=1e-4
-    )
-    dead = ~((f["train"] > 0).any(0) | (f["test"] > 0).any(0))
-    assert row["dead_fraction"] == pytest.approx(dead.mean())
-    x_hat, mean = np.asarray(d.decode(f["test"])), x["train"].mean(0)
-    along = np.sum((x["test"] - mean) * (x_hat - mean)) / np.sum((x["test"] - mean) ** 2)
-    assert row["shrinkage"] == pytest.approx(along, rel=1e-4)
-    bias = np.sum(x_hat**2) / np.sum(x["test"] * x_hat)
-    assert row["relative_bias"] == pytest.approx(bias, rel=1e-4)
+    x, mean, x_hat = x["test"], x["train"].mean(0), np.asarray(d.decode(f["test"]))
+    variance = np.sum((x - mean) ** 2)
+    expected = {
+        "fvu": np.sum((x - x_hat) ** 2) / variance,
+        "shrinkage": np.sum((x - mean) * (x_hat - mean)) / variance,
+        "relative_bias": np.sum(x_hat**2) / np.sum(x * x_hat),
+        "dead_fraction": 1 - ((f["train"] > 0).any(0) | (f["test"] > 0).any(0)).mean(),
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert row["relative_bias_low"] <= row["relative_bias"] <= row["relative_bias_high"]
-
-
-def test_shrunken_reconstructions_are_told(finished):
-    _, work = finished
-    store = open_store(work.activations)
-    d = maps.base.dictionaries.load(work.dictionary("a", tiny_run.SITE))
-    x = store.read("a", tiny_run.SITE, store.select("test")).astype(np.float32)
     how = {"mean": np.zeros(x.shape[1], np.float32), "size": 512}
     d.b_dec[...] = 0 * d.b_dec[...]
     before = reconstruction.measure(d, x, **how)
-    d.W_dec[...] = 0.5 * d.W_dec[...]
+    d.W_dec[...] = 0.5 * d.W_dec[...]  # shrunken reconstructions are told
     after = reconstruction.measure(d, x, **how)
     np.testing.assert_allclose(after["along"], 0.5 * before["along"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after["power"], 0.25 * before["power"], rtol=1e-4)
@@ -625,9 +595,6 @@ def test_nearest_cosines_are_those_of_the_whole_matrix():
         np.testing.assert_allclose(found, cosines.max(1), atol=1e-6)
     assert found[3] == pytest.approx(1) and found[5] == 0
     assert reconstruction.nearest_cosines(W[:1]).shape == (0,)
-
-
-SPLITS = ("train", "test")
 
 
 def test_feature_tables_count_every_live_feature(finished):
@@ -682,18 +649,23 @@ def test_without_a_token_map_maps_are_still_compared_with_one(copy, finished):
     assert all(r == before[r["source"], r["pairing"], r["map"]] for r in rows)
 
 
-def test_a_missing_map_is_one_line(copy):
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (
+            lambda work: work.map("a", "b", *2 * (tiny_run.SITE,), "ridge"),
+            "ridge holds no finished",
+        ),
+        (lambda work: work.dictionary("b", tiny_run.SITE), "seed-0"),
+        (lambda work: work.activations, "extract_activations"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(copy, gone, message):
     config, work = copy
-    shutil.rmtree(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
-    with pytest.raises(UserError, match="ridge holds no finished map; run train_hypernetworks"):
+    shutil.rmtree(gone(work))
+    with pytest.raises(UserError, match=message) as error:
         evaluate(config, work)
-
-
-def test_a_missing_dictionary_is_one_line(copy):
-    config, work = copy
-    shutil.rmtree(work.dictionary("b", tiny_run.SITE))
-    with pytest.raises(UserError, match="seed-0"):
-        evaluate(config, work)
+    assert "\n" not in str(error.value)
 
 
 def test_an_altered_dictionary_is_named(copy):
@@ -705,8 +677,24 @@ def test_an_altered_dictionary_is_named(copy):
         evaluate(config, work)
 
 
-def test_a_missing_store_is_one_line(copy):
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def test_killed_it_goes_on_behind_the_last_part(copy, monkeypatch):
     config, work = copy
-    shutil.rmtree(work.activations)
-    with pytest.raises(UserError, match="extract_activations"):
+    stage = importlib.import_module("crossdict_jax.evaluation.evaluate")
+    files = {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")}
+    shutil.rmtree(work.results)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "shared_features", killed)
+        with pytest.raises(Killed):
+            evaluate(config, work)
+    with monkeypatch.context() as patch:  # what was measured is not measured again
+        patch.setattr(stage, "score_maps", killed)
         evaluate(config, work)
+    assert {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")} == files
+
+
+def killed(*_, **__):
+    raise Killed

@@ -177,6 +177,7 @@ def test_flags_are_of_all_members():
     np.testing.assert_array_equal(jax.vmap(jax.vmap(losses.for_all))(flags), np.zeros((2, 2)))
 
 
+@pytest.mark.mesh
 def test_every_device_has_room_of_its_own():
     """In all rows together few features are active; but in one device's, in the end, too many."""
     mesh = make_mesh(members=2)

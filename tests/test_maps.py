@@ -254,7 +254,7 @@ def ensemble_of_two(nonlinear):
         original = loop._compile
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "_compile", once)
-            return maps.rung(kind).fit(problems, CONFIG, seed=0, directory=directory)
+            return maps.map_module(kind).fit(problems, CONFIG, seed=0, directory=directory)
 
     return train_both
 
@@ -379,6 +379,7 @@ def test_members_train_as_if_alone(kind, nonlinear, fitted_on, trained):
     assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02 * ours.std()
 
 
+@pytest.mark.mesh
 def test_members_on_their_own_devices_never_talk(nonlinear):
     eight = ensemble.Ensemble(mlp.MLP, [nonlinear[0]] * 8, CONFIG, seed=0)
     trainable, feed = eight.trainable(), eight.feed()
@@ -643,7 +644,7 @@ def test_an_unknown_rung_is_refused_with_those_that_exist(tmp_path):
     store = FakeStore({"a": 6, "b": 5})
     config = Config(layers=(1,), map=MapConfig(kinds=("mean", "rigde")))
     with pytest.raises(
-        UserError, match=r"map.kinds=rigde is no rung; use .*ridge, ridge_codes, token"
+        UserError, match=r"map.kinds=rigde is no map; use .*ridge, ridge_codes, token"
     ):
         fit.fit_maps(config, store, Workdir(tmp_path))
 

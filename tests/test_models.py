@@ -311,6 +311,7 @@ def test_bfloat16_products_are_close_and_sums_stay_float32(variant):
     assert 1e-5 < relative_error(x, golden["resid_pre.1"]) < 0.1
 
 
+@pytest.mark.mesh
 @each_family
 def test_eight_devices_read_as_one_does(variant):
     golden, lm = golden_model(variant)

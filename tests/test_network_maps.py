@@ -19,8 +19,7 @@ from map_problems import (
 )
 
 from crossdict_jax import maps, modules
-from crossdict_jax.config import LossWeights
-from crossdict_jax.config.settings import MAP_HEADS
+from crossdict_jax.config import MAP_HEADS, LossWeights
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads, losses
 from crossdict_jax.maps.base import encode_rows

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crossdict_jax.training import parts
 from crossdict_jax.training.mesh import DATA, MEMBER, in_turn, make_mesh
 
+pytestmark = pytest.mark.mesh
 ROWS = 48
 MESHES = [1, 2, 4, 8]
 

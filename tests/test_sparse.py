@@ -279,6 +279,7 @@ def test_inner_products_of_rows_of_any_length(d):
     assert (np.asarray(ours[sums.ENTRIES * 2 :]) == 0).all()  # none of them is used
 
 
+@pytest.mark.mesh
 @both
 def test_rows_stay_on_their_devices_and_the_sums_are_the_same(choice):
     mesh = make_mesh(members=2)

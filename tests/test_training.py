@@ -148,6 +148,7 @@ def test_every_epoch_is_a_permutation_and_a_pure_function_of_place():
     assert (epoch_order(6, start=0, count=N, n=N) != whole[:N]).any()
 
 
+@pytest.mark.mesh
 def test_parameters_restore_alone_onto_another_mesh(tmp_path):
     params = {"W": np.arange(32.0, dtype=np.float32).reshape(8, 4)}
     checkpoint.save_module(tmp_path / "m", params, {"kind": "toy"})
@@ -160,6 +161,7 @@ def test_parameters_restore_alone_onto_another_mesh(tmp_path):
     assert checkpoint.load_meta(tmp_path / "m")["kind"] == "toy"
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     ("members", "shape"), [(1, (1, 8)), (6, (2, 4)), (8, (8, 1)), (12, (4, 2)), (5, (1, 8))]
 )

@@ -268,7 +268,7 @@ def test_features_are_stitched_where_they_are_written(finished, capsys):
 
 def test_an_untrained_twin_writes_where_its_model_does(finished):
     _, store, _ = finished
-    twins = untrained.twin_names(store)
+    twins = untrained.untrained_names(store)
     assert untrained._outputs(store, twins, [(tiny_run.SITE,)] * 2) == {
         ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
         ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),

@@ -45,7 +45,7 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     if (directory / "meta.json").exists():
         return open_controls(config, work, store)
     started = time.perf_counter()
-    names = twin_names(store)
+    names = untrained_names(store)
     lms = [draw_again(models.load(p), config.seed, i) for i, p in enumerate(store.paths)]
     inputs = [tuple(Site(i, config.site) for i in layers) for layers in controlled_layers(config)]
     written = _outputs(store, names, inputs)
@@ -62,7 +62,7 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     return open_controls(config, work, store)
 
 
-def twin_names(store: Store) -> list[str]:
+def untrained_names(store: Store) -> list[str]:
     """Returns what the untrained twin of each model is called."""
     twins = [f"{name}-untrained" for name in store.models]
     return model_names([*store.models, *twins])[len(store.models) :]

@@ -27,22 +27,13 @@ EXACT = 1e-4  # a Jacobian that varies by less than this share of its largest en
 
 @dataclasses.dataclass(frozen=True)
 class Drivers:
-    """What k predicted features do when each source feature is turned up.
+    """What k predicted features do when each source feature is turned up."""
 
-    Attributes:
-      through: "features", or "decoder" where the map reads activations and source features reach
-        it through the source's own decoder.
-      weight: [k, width_a], mean of d f_B / d f_A over the rows on which the map predicts f_B > 0.
-      effect: [k, width_a], the same in standard deviations of both.
-      rows: [k], on how many rows that is.
-      exact: bool [k], whether the Jacobian is the same on all of them.
-    """
-
-    through: str
-    weight: np.ndarray
-    effect: np.ndarray
-    rows: np.ndarray
-    exact: np.ndarray
+    through: str  # features, or decoder: source features reach a map of activations through it
+    weight: np.ndarray  # [k, width_a], mean of d f_B / d f_A over rows with a predicted f_B > 0
+    effect: np.ndarray  # [k, width_a], the same in standard deviations of both
+    rows: np.ndarray  # [k], on how many rows that is
+    exact: np.ndarray  # bool [k], whether the Jacobian is the same on all of them
 
     def order(self, i: int) -> np.ndarray:
         """Returns the source features by the size of their effect on feature i, largest first."""

@@ -58,14 +58,11 @@ class SideCodes:
 
 @dataclass(frozen=True)
 class Moments:
-    """Per feature, each [width]: in how many rows it is active, its mean, its norm about it.
+    """Sums over the rows of codes, each [width]."""
 
-    The norm, the square root of n times the variance, is 0 for a feature that never varies.
-    """
-
-    firings: np.ndarray
+    firings: np.ndarray  # in how many rows a feature is active
     mean: np.ndarray
-    norm: np.ndarray
+    norm: np.ndarray  # the square root of n times the variance; 0 for one that never varies
 
     @classmethod
     def of(cls, codes: Codes) -> Moments:
@@ -108,6 +105,11 @@ def paired_correlations(a: Codes, b: Codes, products: np.ndarray | None = None) 
     of_a, of_b = Moments.of(a), Moments.of(b)
     centred = products - a.shape[0] * of_a.mean * of_b.mean
     return np.clip(centred * of_a.scale() * of_b.scale(), -1, 1)
+
+
+def correlation_matrix(a: Codes, b: Codes) -> np.ndarray:
+    """Returns all of ``correlations`` at once, float32 [width_a, width_b]."""
+    return np.concatenate([tile for _, tile in correlations(a, b)])
 
 
 def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:

@@ -33,20 +33,13 @@ class Scaling:
 
     With Y [n, d_m] centred and a latent's code f [n], the best direction is d = Y'f / |f|^2 and
     the explained share |Y'f|^2 / (|f|^2 |Y|^2) (Minder et al. 2025, arXiv 2504.02922, in a form
-    that needs no common space).
-
-    Attributes:
-      error: [N, width], of the crosscoder's error: above the null, the latent is needed where the
-        decoder does not use it (complete shrinkage).
-      alone: [N, width], of the error with the latent's contribution put back: what the latent
-        explains where no other one does.
-      error_above, alone_above: bool [N, width], larger than under every circular shift; None where
-        no shift longer than a document is possible.
+    that needs no common space). Above the null is what is larger than under every circular shift;
+    None where no shift longer than a document is possible.
     """
 
-    error: np.ndarray
-    alone: np.ndarray
-    error_above: np.ndarray | None
+    error: np.ndarray  # [N, width], of the error: above the null, the decoder misses the latent
+    alone: np.ndarray  # [N, width], of the error with the latent's contribution put back
+    error_above: np.ndarray | None  # bool [N, width]
     alone_above: np.ndarray | None
 
 
@@ -59,16 +52,13 @@ def latent_scaling(
       x: per model raw activations [n, d_m], in the order of the text.
       documents: [n], the document of each row; shifts are longer than the longest.
     """
-    u, f = scaled_and_coded(joint, x)
+    graphdef, params = modules.split(joint)
+    rows = jnp.concatenate([jnp.asarray(view, jnp.float32) for view in x], axis=1)
     belongs = jnp.asarray(np.repeat(np.eye(joint.n_models, dtype=np.float32), joint.d_models, 1))
-    shares = partial(explained, u, f, joint.W_dec[...], joint.b_dec[...], belongs)
-    error, alone = map(np.asarray, shares(0))
-    shifts = admissible_shifts(documents, seed=seed)
-    if not len(shifts):
-        return Scaling(error, alone, None, None)
-    nulls = [[np.asarray(share) for share in shares(int(shift))] for shift in shifts]
-    highest = [np.max([null[i] for null in nulls], axis=0) for i in (0, 1)]
-    return Scaling(error, alone, error > highest[0], alone > highest[1])
+    shifts = np.concatenate([[0], admissible_shifts(documents, seed=seed)])
+    error, alone = map(np.asarray, _explained(graphdef, params, rows, belongs, shifts))
+    above = [s[0] > s[1:].max(axis=0) if len(shifts) > 1 else None for s in (error, alone)]
+    return Scaling(error[0], alone[0], *above)
 
 
 def admissible_shifts(documents: np.ndarray, *, seed: int) -> np.ndarray:
@@ -80,46 +70,36 @@ def admissible_shifts(documents: np.ndarray, *, seed: int) -> np.ndarray:
     return generator.integers(longest, n - longest + 1, SHIFTS)
 
 
-def scaled_and_coded(joint: Crosscoder, x: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """Returns scaled rows [n, D] and their code [n, width]."""
-    graphdef, params = modules.split(joint)
-    rows = jnp.concatenate([jnp.asarray(view, jnp.float32) for view in x], axis=1)
-    return _code(graphdef, params, rows, jnp.ones((len(rows), joint.n_models), bool))
-
-
 @partial(jax.jit, static_argnums=0)
-def _code(graphdef, params, rows, present):
-    joint = modules.merge(graphdef, params)
-    u = joint.scaled(rows)
-    return u, joint.activate(joint.pre_activations(u, present))
-
-
-@jax.jit
-def explained(u, f, W_dec, b_dec, belongs, shift) -> tuple[jax.Array, jax.Array]:
-    """Returns the shares (error, alone) of ``Scaling``, of the code moved on by ``shift`` rows.
+def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.Array]:
+    """The shares (error, alone) of ``Scaling``, [shifts, N, width], of the code moved on by rows.
 
     The contribution of a latent is of rank one, so one product with the error serves both.
 
     Args:
-      u, f: scaled rows [n, D] and their code [n, width].
-      belongs: [N, D], 1 where a column is of a model.
+      rows: raw activations [n, D] of all models; belongs: [N, D], 1 where a column is of a model.
     """
-    error = u - exact_matmul(f, W_dec) - b_dec[None, :]
+    joint = modules.merge(graphdef, params)
+    u, W = joint.scaled(rows), joint.W_dec[...].T
+    f = joint.activate(joint.pre_activations(u, jnp.ones((len(rows), len(belongs)), bool)))
+    error = u - exact_matmul(f, W.T) - joint.b_dec[...][None, :]
     error = error - error.mean(axis=0, keepdims=True)
-    moved, centred = jnp.roll(f, shift, axis=0), f - f.mean(axis=0, keepdims=True)
-    power = jnp.maximum(jnp.sum(jnp.square(moved), axis=0), 1e-30)[None, :]
-    G = exact_matmul(error.T, moved)  # [D, width]
+    centred = f - f.mean(axis=0, keepdims=True)
     variance = exact_matmul(belongs, jnp.sum(jnp.square(error), axis=0))[:, None]  # [N, 1]
-    W = W_dec.T
-    put_back = G + W * jnp.sum(centred * moved, axis=0)[None, :]
     cross = exact_matmul(belongs, W * exact_matmul(error.T, f))
     added = exact_matmul(belongs, jnp.square(W)) * jnp.sum(jnp.square(centred), axis=0)[None, :]
 
-    def share(product, total):
-        total = jnp.maximum(total, 1e-30)
-        return exact_matmul(belongs, jnp.square(product)) / (power * total)
+    def of_shift(shift):
+        moved = jnp.roll(f, shift, axis=0)
+        power = jnp.maximum(jnp.sum(jnp.square(moved), axis=0), 1e-30)[None, :]
+        G = exact_matmul(error.T, moved)  # [D, width]
+        put_back = G + W * jnp.sum(centred * moved, axis=0)[None, :]
+        return tuple(
+            exact_matmul(belongs, jnp.square(product)) / (power * jnp.maximum(total, 1e-30))
+            for product, total in ((G, variance), (put_back, variance + 2 * cross + added))
+        )
 
-    return share(G, variance), share(put_back, variance + 2 * cross + added)
+    return jax.lax.map(of_shift, shifts)
 
 
 # ---------------------------------------------------------------- rows of results

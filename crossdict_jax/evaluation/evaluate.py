@@ -23,7 +23,7 @@ from crossdict_jax.evaluation.representations import representation_rows
 from crossdict_jax.evaluation.scoring import pair_columns, score_maps
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.controls import ControlLoader, control_tasks, skyline_of
+from crossdict_jax.maps.controls import ControlLoader, ceiling_task, control_tasks
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import Stage, input_digests
@@ -93,7 +93,7 @@ def _parts(
         reseeded = [dataclasses.replace(task, control="reseeded") for task in aligned]
         again = [task for task in reseeded if task in controls]
         by_control = {
-            "ceiling": [skyline_of(task) for task in aligned],
+            "ceiling": [ceiling_task(task) for task in aligned],
             "untrained": [dataclasses.replace(task, control="untrained") for task in aligned],
         }
         scores: dict[str, ControlScores] = {}

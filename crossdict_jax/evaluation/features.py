@@ -13,7 +13,7 @@ from crossdict_jax import maps, models
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
-from crossdict_jax.evaluation.codes import Codes, Moments, SideCodes, correlations
+from crossdict_jax.evaluation.codes import Codes, Moments, SideCodes, correlation_matrix
 from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, columns, take
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import slices
@@ -27,11 +27,7 @@ SHARE_EDGES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # of variance that the feature'
 
 @dataclasses.dataclass(frozen=True)
 class FeatureScores:
-    """One number of every feature of B each, [width], for the best map.
-
-    Attributes:
-      firings: on test rows, of which there are ``n_rows``.
-    """
+    """Numbers of every feature of B, [width] each, for the best map; n_rows are test rows."""
 
     r2: np.ndarray
     r2_validation: np.ndarray
@@ -55,17 +51,11 @@ class FeatureScores:
 
     def row(self, i: int, rank: str) -> dict[str, Any]:
         """Returns the columns of one feature."""
-        return {
-            "row": "feature",
-            "rank": rank,
-            "feature": i,
-            "r2": float(self.r2[i]),
-            "r2_validation": float(self.r2_validation[i]),
-            "correlation": float(self.correlation[i]),
-            "token_share": float(self.token_share[i]),
-            "firings": int(self.firings[i]),
-            "frequency": float(self.firings[i] / self.n_rows),
-        }
+        names = ("r2", "r2_validation", "correlation", "token_share")
+        numbers = {name: float(getattr(self, name)[i]) for name in names}
+        fires = int(self.firings[i])
+        numbers |= {"firings": fires, "frequency": fires / self.n_rows}
+        return {"row": "feature", "rank": rank, "feature": i, **numbers}
 
     def binned(self) -> list[dict[str, Any]]:
         """Returns means and medians of the ranked features by frequency and by token share."""
@@ -146,9 +136,7 @@ def _described(
     store, splits = loader.store, scored.bench.splits
     test, index = splits["test"], np.asarray(features)
     on_train, on_test = (
-        np.concatenate(
-            [r for _, r in correlations(codes(splits[s].target)[:, index], codes(splits[s].source))]
-        )
+        correlation_matrix(codes(splits[s].target)[:, index], codes(splits[s].source))
         for s in ("train", "test")
     )
     matches = on_train.argmax(axis=1)

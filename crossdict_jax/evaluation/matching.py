@@ -13,6 +13,7 @@ from crossdict_jax.evaluation.codes import (
     Codes,
     Moments,
     compress,
+    correlation_matrix,
     correlations,
     paired_correlations,
 )
@@ -26,23 +27,18 @@ IDENTICAL = 1 - 1e-5  # correlation above which two features of one dictionary a
 
 @dataclass(frozen=True)
 class Matching:
-    """Pairs of features that belong together on the rows of one split.
+    """Pairs of features that belong together on the rows of one split, each array [pairs].
 
-    Attributes:
-      features_a, features_b: int64 [pairs], columns of a and of b; each occurs once.
-      r: float64 [pairs], their correlation.
-      firings_a, firings_b: int64 [pairs], in how many rows each is active.
-      width_a, width_b: features in all.
-      live_a, live_b: features that could be matched: active in enough rows and not constant, one
-        of each set of duplicates if they were merged.
+    Features are live that could be matched: active in enough rows and not constant, one of each set
+    of duplicates if these were merged.
     """
 
-    features_a: np.ndarray
-    features_b: np.ndarray
-    r: np.ndarray
-    firings_a: np.ndarray
+    features_a: np.ndarray  # columns of a; each occurs once
+    features_b: np.ndarray  # of b
+    r: np.ndarray  # float64, their correlation
+    firings_a: np.ndarray  # in how many rows each is active
     firings_b: np.ndarray
-    width_a: int
+    width_a: int  # features in all
     width_b: int
     live_a: int
     live_b: int
@@ -53,25 +49,14 @@ class Matching:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the pairs of a matching are worth on the rows of another split, each [pairs].
+    """What the pairs of a matching are worth on the rows of another split, each [pairs]."""
 
-    Attributes:
-      r: float64, their correlation there.
-      p: float64, of r under circular shifts.
-      p_adjusted: float64, the false discovery rate at which the pair would still be a discovery.
-      r_token: float64, the mean correlation after shuffles within equal tokens, None without
-        tokens.
-      beyond_token: bool, whether r beats all those shuffles, None without tokens.
-      confirmed: bool, whether p_adjusted is small enough, r at least LEAST_R, and no shuffle
-        within equal tokens does as well.
-    """
-
-    r: np.ndarray
-    p: np.ndarray
-    p_adjusted: np.ndarray
-    r_token: np.ndarray | None
-    beyond_token: np.ndarray | None
-    confirmed: np.ndarray
+    r: np.ndarray  # float64, their correlation there
+    p: np.ndarray  # float64, of r under circular shifts
+    p_adjusted: np.ndarray  # false discovery rate at which the pair would still be a discovery
+    r_token: np.ndarray | None  # mean correlation after shuffles within equal tokens
+    beyond_token: np.ndarray | None  # bool, whether r beats all those shuffles
+    confirmed: np.ndarray  # bool, p_adjusted small enough, r at least LEAST_R, and beyond the token
 
 
 def match(
@@ -159,7 +144,7 @@ def hungarian(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
             f"evaluation.matching=hungarian takes at most {HUNGARIAN_WIDTH} live features and "
             f"there are {widest}; use mutual_best, or raise evaluation.minimum_firings."
         )
-    r = np.concatenate([tile for _, tile in correlations(a, b)])
+    r = correlation_matrix(a, b)
     i, j = linear_sum_assignment(r, maximize=True)
     positive = r[i, j] > 0
     return i[positive], j[positive]

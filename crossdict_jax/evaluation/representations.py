@@ -31,11 +31,10 @@ def representation_rows(
     """Returns the rows of similarity.jsonl, of three kinds.
 
     "layers": every layer of one model against every layer of another at
-    ``evaluation.similarity_rows`` held-out positions (none for 0, or where there are fewer than
-    LEAST_ROWS); ``*_null`` is the same with the rows of one of them shuffled. "proposal": the layer
-    pairs that this suggests. "decoders": the decoder directions of the confirmed matches of two
-    dictionaries, as in Lan et al. 2024 (arXiv 2410.06981); ``*_null`` is the mean over random
-    matchings of the same features, ``*_p`` the share of them (and this one) that score as high.
+    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled.
+    "proposal": the layer pairs that this suggests. "decoders": the decoder directions of the
+    confirmed matches of two dictionaries, as in Lan et al. 2024 (arXiv 2410.06981), and those of
+    random matchings of the same features.
 
     Memory: about n (5 n + 12 d_model) bytes for every layer of every model, n the positions.
 

@@ -46,12 +46,9 @@ def shared_features(
 ) -> dict[str, list[dict]]:
     """Returns the rows of matching.jsonl and of matches.jsonl of a pair of dictionaries.
 
-    matching.jsonl has two rows, of aligned and of shuffled pairs: how many features there are
-    (width), live, matched on training documents; of those on test documents significant at
-    ``evaluation.fdr``, also correlated LEAST_R or more (strong), and also beyond the tokens
-    (confirmed); ``null`` is the number confirmed on shuffled pairs. matches.jsonl has a row for
-    each aligned match. Features of the source are A's, of the target B's; matches have no
-    direction.
+    matching.jsonl has two rows, of aligned and of shuffled pairs: how many features are matched on
+    training documents and how many of these hold on test documents, by ever stricter tests.
+    matches.jsonl has a row for each aligned match.
 
     Raises:
       UserError: a dictionary is missing, or has too many features for the method.

@@ -29,19 +29,12 @@ class Geometry:
     """Where the rows of a representation [n, d] lie to each other: all that is compared.
 
     n x n matrices, so for some thousand rows; comparing two costs n^2 whatever their sizes.
-
-    Attributes:
-      gram: float32 [n, n], inner products centred without bias, of norm 1 (0 if all are equal).
-      directions: float64 [n, r], the leading principal directions.
-      ranks: float64 [m, m], of the dissimilarities of the first RDM_ROWS rows, less their mean, of
-        norm 1.
-      near: bool [n, n], the nearest neighbours of each row.
     """
 
-    gram: np.ndarray
-    directions: np.ndarray
-    ranks: np.ndarray
-    near: np.ndarray
+    gram: np.ndarray  # float32 [n, n], inner products centred without bias, of norm 1 (or all 0)
+    directions: np.ndarray  # float64 [n, r], the leading principal directions
+    ranks: np.ndarray  # [m, m], of dissimilarities of RDM_ROWS rows, less their mean, of norm 1
+    near: np.ndarray  # bool [n, n], the nearest neighbours of each row
 
     @classmethod
     def of(cls, x: np.ndarray) -> Geometry:

@@ -12,7 +12,7 @@ from crossdict_jax.maps.base import (
     Side,
     load,
     map_kinds,
-    rung,
+    map_module,
     save,
 )
 
@@ -38,7 +38,7 @@ __all__ = [
     "Side",
     "map_kinds",
     "load",
-    "rung",
+    "map_module",
     "save",
     *_OF_THE_STAGE,
 ]

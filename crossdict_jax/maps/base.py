@@ -296,16 +296,16 @@ def own_parameters(params: modules.Params) -> modules.Params:
     return {name: value for name, value in params.items() if name != "dictionary"}
 
 
-def rung(kind: str) -> ModuleType:
+def map_module(kind: str) -> ModuleType:
     """Returns the module of a rung; UserError listing the allowed names if there is none."""
     if kind not in map_kinds():
-        raise UserError(f"map.kinds={kind} is no rung; use {', '.join(map_kinds())}.")
+        raise UserError(f"map.kinds={kind} is no map; use {', '.join(map_kinds())}.")
     return importlib.import_module(f"{__package__}.kinds.{kind}")
 
 
 def map_class(kind: str) -> type[Map]:
     """Returns the Map subclass of a rung."""
-    found = vars(rung(kind)).values()
+    found = vars(map_module(kind)).values()
     return next(c for c in found if isinstance(c, type) and getattr(c, "kind", None) == kind)
 
 

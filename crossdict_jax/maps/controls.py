@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.activations.untrained import open_controls, twin_names
+from crossdict_jax.activations.untrained import open_controls, untrained_names
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.dictionaries.train import SKYLINE_SEED
 from crossdict_jax.maps import fit
@@ -36,7 +36,7 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
     ]
     made = []
     if "ceiling" in config.controls:
-        made += dict.fromkeys(skyline_of(task) for task in ladder)
+        made += dict.fromkeys(ceiling_task(task) for task in ladder)
     if "untrained" in config.controls:
         made += [dataclasses.replace(task, control="untrained") for task in ladder]
     if "reseeded" in config.controls:
@@ -49,7 +49,7 @@ def _reseeds(kind: str) -> bool:
     return cls.fits_together and cls.reads == "features"
 
 
-def skyline_of(task: Task) -> Task:
+def ceiling_task(task: Task) -> Task:
     """Returns the skyline of a map of the ladder: into the same features, from their own model."""
     return Task(task.target, task.target, *2 * (task.site_target,), task.kind, "aligned", "ceiling")
 
@@ -82,7 +82,7 @@ class ControlLoader(Loader):
     def __init__(self, config: Config, store: Store, work: Workdir):
         super().__init__(open_controls(config, work, store), work, config.seed)
         self._own_second = config.sae.seeds > SKYLINE_SEED  # the run has that seed itself
-        self._twins = dict(zip(store.models, twin_names(store)))
+        self._twins = dict(zip(store.models, untrained_names(store)))
         self._replaced: dict[tuple, Side] = {}
 
     def pairs(self, task: Task, split: str) -> Pairs:

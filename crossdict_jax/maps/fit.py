@@ -19,7 +19,7 @@ from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, layer_pairs
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base
-from crossdict_jax.maps.base import ActivationMap, Map, Pairs, Problem, Side, map_class, rung
+from crossdict_jax.maps.base import ActivationMap, Map, Pairs, Problem, Side, map_class, map_module
 from crossdict_jax.maps.joint import with_codes
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
@@ -241,7 +241,7 @@ def _fit(batch: list[Task], config: Config, loader: Loader, work: Workdir, direc
     problems = [loader.problem(task) for task in batch]
     if map_class(kind).through_joint:
         problems = with_codes(problems, batch, config, loader.store, work, directory=directory)
-    fitted = rung(kind).fit(problems, config.map, seed=config.seed, directory=directory)
+    fitted = map_module(kind).fit(problems, config.map, seed=config.seed, directory=directory)
     for task, result in zip(batch, fitted):
         if not is_finished(task.path(work)):
             target = loader.target_dictionary(task)

@@ -32,16 +32,11 @@ TASKS = {"all": "a layer pair never trained on", "hidden": "features never train
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Rows of efficiency.jsonl of one direction that are scored on the same target features.
-
-    Attributes:
-      few: kind of map -> its rows by ascending n.
-      none: the zero-shot rows, in the order of the file.
-    """
+    """Rows of efficiency.jsonl of one direction that are scored on the same target features."""
 
     title: str
-    few: dict[str, list[dict]]
-    none: list[dict]
+    few: dict[str, list[dict]]  # kind of map -> its rows by ascending n
+    none: list[dict]  # the zero-shot rows, in the order of the file
 
 
 def section(rows: list[dict]) -> str:

@@ -11,7 +11,7 @@ from crossdict_jax.config import Config, LossWeights, identity
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.scoring import columns, make_bench, score
-from crossdict_jax.maps.base import rung
+from crossdict_jax.maps.base import map_module
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
 from crossdict_jax.studies.loss_ablation.section import tables
@@ -76,7 +76,7 @@ def run(config: Config, work: Workdir) -> None:
             fits.append((name, KIND, settings, directory / name.replace(" ", "-")))
         kept = results.table_of(FILE).columns
         for name, kind, settings, folder in fits:
-            fitted = rung(kind).fit(problems, settings, seed=seed, directory=folder)
+            fitted = map_module(kind).fit(problems, settings, seed=seed, directory=folder)
             for task, bench, one in zip(tasks, benches, fitted):
                 row = columns(task, kind) | {"losses": name} | score(one.map, bench).row()
                 rows[task].append({n: row[n] for column in kept for n in column.names})

@@ -26,30 +26,22 @@ SMALLEST_L0 = 0.1  # what a logarithmic axis shows in place of 0
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of an architecture; means over seeds.
-
-    Attributes:
-      cosines: of each seed, to planted directions; empty where nothing is planted.
-    """
+    """One setting of an architecture; means over seeds."""
 
     setting: str
     k: int | None
     l0: float
     fvu: float
     dead_fraction: float
-    cosines: list[float]
+    cosines: list[float]  # of each seed, to planted directions
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """What was measured on the same rows: per architecture its points, by ascending L0.
-
-    Attributes:
-      planted: active features a row that were planted, where any were.
-    """
+    """What was measured on the same rows: per architecture its points, by ascending L0."""
 
     title: str
-    planted: float | None
+    planted: float | None  # active features a row that were planted, where any were
     points: dict[str, list[Point]]
     n_rows: int
 
