@@ -489,7 +489,7 @@ DAMAGE = [  # what is done to which file, the stage that reads it, the folder it
     (truncate, SHARD, train_saes, "dictionaries"),
     (alter, SHARD, train_saes, "dictionaries"),
     (Path.unlink, SHARD, train_saes, "dictionaries"),
-    (alter, "activations/rows.npz", train_saes, "dictionaries"),
+    (alter, "activations/rows-document.npy", train_saes, "dictionaries"),
     (truncate, "activations/meta.json", train_saes, "dictionaries"),
     (alter, f"dictionaries/b/{DICTIONARY}", train_hypernetworks, "maps"),
     (truncate, f"dictionaries/a/{DICTIONARY}", evaluate, "report"),

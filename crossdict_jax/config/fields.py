@@ -94,7 +94,6 @@ class ExtractConfig:
         "refuse", "What to do with rows of NaN or infinity", one_of("refuse", "skip")
     )
     matmul_dtype: str = setting("float32", MATMUL, DTYPE)
-    shard_windows: int = setting(512, "Windows in a file of the store", at_least(1))
 
 
 @dataclass
@@ -454,10 +453,6 @@ class PretrainConfig:
     )
     seed: int = setting(0, "Random seed for the split, initialisation and batch order", SEED)
     text: TextConfig = field(default_factory=TextConfig)
-    rotary_fraction: float = setting(0.25, "Share of each head", SHARE_OR_1)
-    warmup_fraction: float = setting(0.03, "Share of the steps", SHARE_OR_0)
-    weight_decay: float = setting(0.1, "On matrices only", at_least(0))
-    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
 
     def check(self) -> None:
         if self.text.window_tokens != TextConfig.window_tokens:

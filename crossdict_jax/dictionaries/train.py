@@ -126,7 +126,7 @@ def control_members(config: Config, store: Store) -> list[Member]:
     """Returns the dictionaries that controls need beside those of the run.
 
     A second seed of every model for the skyline, unless the run has one already, and one for every
-    untrained twin, each at the layers that have controls and with the first value of a sweep.
+    re-initialised model, each at the layers that have controls and with the first value of a sweep.
 
     Args:
       store: the one that controls read (see ``activations.untrained``).
@@ -141,8 +141,8 @@ def control_members(config: Config, store: Store) -> list[Member]:
     if "ceiling" in config.controls and config.sae.seeds <= SKYLINE_SEED:
         places = [(model, site) for model in trained for site in sites[model]]
         found += [m for m in members(sae, places) if m.seed == SKYLINE_SEED]
-    twins = store.models[len(trained) :]
-    places = [(twin, site) for twin in twins for site in store.sites_of(twin)]
+    untrained = store.models[len(trained) :]
+    places = [(model, site) for model in untrained for site in store.sites_of(model)]
     return found + [m for m in members(sae, places) if m.seed == 0]
 
 
