@@ -255,7 +255,7 @@ def usage(kind: type, default: str) -> Iterator[str]:
             if is_dataclass(value):
                 groups.append((f"{prefix}{field.name}.", value))
                 continue
-            rule = field.metadata.get("rule")
+            rule = field.metadata["rule"]
             choices = f" ({rule.words})" if rule and rule.words.startswith("one of") else ""
             flag = f"{prefix}{field.name}={settings.spell(value)}"
-            yield f"  {flag:<45} {field.metadata.get('help', '')}{choices}"
+            yield f"  {flag:<45} {field.metadata['help']}{choices}"

@@ -30,8 +30,7 @@ from crossdict_jax.benchmark.measurements import (
     whole,
 )
 from crossdict_jax.benchmark.measurements import map as map_steps
-from crossdict_jax.config import BenchmarkConfig, SAEConfig, to_dict
-from crossdict_jax.config.settings import measurements
+from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.loop import train
@@ -358,8 +357,8 @@ def finished(tmp_path_factory):
 
 def test_the_table_sets_the_usual_rate_beside_their_best():
     row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
-    row |= {"rows_test": 50, "architecture": "relu"}
-    scores = {OURS: ((0.01, 0.3), (3e-4, 0.1)), "sae-lens": ((0.01, 0.35), (3e-4, 0.25))}
+    row |= {"n_rows": 50, "architecture": "relu"}
+    scores = {OURS: ((0.01, 0.3),), "sae-lens": ((0.01, 0.35), (3e-4, 0.25))}
     rows = [
         row | {"library": library, "learning_rate": rate, "fvu_at_k": fvu}
         for library, pairs in scores.items()
@@ -369,11 +368,6 @@ def test_the_table_sets_the_usual_rate_beside_their_best():
     lines = [[cell.text for cell in line] for line in saelens.comparison(rows).rows]
     assert lines[0] == ["m resid_pre.1", "relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
     assert lines[1] == ["m resid_pre.1", "gated", "0.01", "–", "–", "–", "–"]
-
-
-def test_rates_are_that_usual_here_that_of_topk_and_theirs():
-    assert saelens.rates("relu", 32) == (2.4e-2, 1.2e-2, 3e-4)
-    assert saelens.rates("topk", 32) == (1.2e-2, 3e-4)
 
 
 def test_without_the_peer_one_line_says_so(finished, monkeypatch):
@@ -394,7 +388,7 @@ def test_both_libraries_on_the_same_rows(finished, monkeypatch, tmp_path):
     assert {(r["library"], r["architecture"]) for r in rows} == {
         (library, a) for library in (OURS, "sae-lens") for a in saelens.THEIRS
     }
-    assert all(r["rows_test"] == rows[0]["rows_test"] and r["fvu"] > 0 for r in rows)
+    assert all(r["n_rows"] == rows[0]["n_rows"] and r["fvu"] > 0 for r in rows)
     assert read_jsonl(finished[2].result("benchmark_saelens.jsonl")) == rows
 
 

@@ -280,6 +280,7 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "after", "folder"),
     [

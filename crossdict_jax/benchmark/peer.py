@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crossdict_jax.benchmark.harness import Spent
+from crossdict_jax.benchmark import workloads
+from crossdict_jax.benchmark.harness import OURS, Bench, Spent
 from crossdict_jax.errors import UserError
 
 FOLDER = Path(__file__).with_name("peers")
@@ -106,3 +107,30 @@ def peers(files: dict[str, str]) -> Iterator[dict[str, Peer]]:
             else:
                 print(f"{library} left out: {variable} is not set.")
         yield running
+
+
+def contest(
+    bench: Bench,
+    case: str,
+    workload: str,
+    ours: dict[str, Any],
+    running: dict[str, Peer],
+    theirs: dict[str, dict[str, Any]],
+    amount: float,
+    unit: str = "rows",
+    *,
+    count: int = 1,
+) -> list[dict[str, Any]]:
+    """Returns the rows of a workload of ours beside the peers that can do the same.
+
+    Args:
+      workload: a name in ``workloads``; ``ours`` are its settings, and those of the baseline.
+      running: the peers; those that ``theirs`` has no settings for are left out.
+      amount, unit, count: see ``Bench.compare``.
+    """
+    contenders = {OURS: getattr(workloads, workload)(bench.folder, **ours).run}
+    about, settings = {}, {BASELINE: {"workload": workload} | ours} | theirs
+    for library in filter(settings.get, running):
+        about[library] = running[library].make(folder=str(bench.folder), **settings[library])
+        contenders[library] = running[library].run
+    return bench.compare(case, contenders, amount, unit, count=count, about=about)

@@ -18,8 +18,7 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
-from crossdict_jax.config.settings import has_k
+from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, has_k, unswept
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.accumulation import gradients, whole_of
 from crossdict_jax.dictionaries.start import Start, begin, check_rows, fit_length, start_of
@@ -294,7 +293,7 @@ def _train_ensemble(
         steps=sae.steps,
         seed=config.seed,
         directory=directory,
-        checkpoint_every=sae.checkpoint_every,
+        checkpoint_every=min(config.checkpoint_every, sae.checkpoint_every),
         what=what,
         state_shardings=ensemble.by_member,
         meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},

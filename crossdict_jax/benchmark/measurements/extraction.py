@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.benchmark import workloads
-from crossdict_jax.benchmark.harness import OURS, Bench
-from crossdict_jax.benchmark.peer import BASELINE, peers
+from crossdict_jax.benchmark.harness import Bench
+from crossdict_jax.benchmark.peer import contest, peers
 
-CASES = {"torch": False, "torch, cut short": True}  # only the layers below the highest one read
+KINDS = {"torch": False, "torch, cut short": True}  # only the layers below the highest one read
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,12 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     models.save(lm, folder / "model")
     longest, n = sizes.window_tokens, sizes.windows
     mixed = rng.permutation(np.linspace(max(1, longest // 4), longest, n).astype(int))
-    ours = {"layers": list(sizes.layers), "batch_size": sizes.batch_size}
-    with peers({name: "transformers_forward.py" for name in CASES}) as running:
+    shared = {"layers": list(sizes.layers), "batch_size": sizes.batch_size}
+    ours = shared | {"matmul_dtype": sizes.matmul_dtype}
+    theirs = {name: shared | {"cut": cut} for name, cut in KINDS.items()}
+    with peers({name: "transformers_forward.py" for name in KINDS}) as running:
         for case, lengths in {"equal lengths": np.full(n, longest), "mixed lengths": mixed}.items():
             tokens = rng.integers(0, sizes.vocab_size, lengths.sum())
             np.savez(folder / "windows.npz", tokens=tokens, lengths=lengths)
-            settings = ours | {"matmul_dtype": sizes.matmul_dtype}
-            contenders, about = {OURS: workloads.Extraction(folder, **settings).run}, {}
-            for name, peer in running.items():
-                asked = {"workload": "Extraction"} | settings
-                if name != BASELINE:
-                    asked = ours | {"cut": CASES[name]}
-                about[name] = peer.make(folder=str(folder), **asked)
-                contenders[name] = peer.run
             amount = int(lengths.sum())
-            yield from bench.compare(case, contenders, amount, "tokens", about=about)
+            yield from contest(bench, case, "Extraction", ours, running, theirs, amount, "tokens")

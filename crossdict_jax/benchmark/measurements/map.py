@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from crossdict_jax.benchmark import workloads
-from crossdict_jax.benchmark.harness import OURS, Bench
-from crossdict_jax.benchmark.peer import peers
+from crossdict_jax.benchmark.harness import Bench
+from crossdict_jax.benchmark.peer import contest, peers
 
 # Those of the large preset, with 32 active features a row.
 SHAPE = {"d_model": 1024, "width": 4096, "k": 32, "hidden": 512, "batch_size": 128}
@@ -17,12 +16,7 @@ SIZES = {"cpu": (SHAPE, 5), "gpu": (SHAPE, 50)}  # and the steps in one measurem
 def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     """Yields a row per contender; each is handed the rows, and encodes them on its way."""
     shape, steps = SIZES[bench.suite]
-    settings = shape | {"seed": bench.seed}
-    contenders = {OURS: workloads.map_steps(bench.folder, **settings).run}
-    about = {}
+    settings, rows = shape | {"seed": bench.seed}, steps * shape["batch_size"]
+    case = f"{shape['width']} to {shape['width']}"
     with peers({}) as running:
-        for name, peer in running.items():
-            about[name] = peer.make(workload="map_steps", folder=str(bench.folder), **settings)
-            contenders[name] = peer.run
-        rows, case = steps * shape["batch_size"], f"{shape['width']} to {shape['width']}"
-        yield from bench.compare(case, contenders, rows, count=steps, about=about)
+        yield from contest(bench, case, "map_steps", settings, running, {}, rows, count=steps)

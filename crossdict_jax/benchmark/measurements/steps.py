@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax.benchmark import workloads
-from crossdict_jax.benchmark.harness import OURS, Bench
-from crossdict_jax.benchmark.peer import BASELINE, peers
+from crossdict_jax.benchmark.harness import Bench
+from crossdict_jax.benchmark.peer import contest, peers
 from crossdict_jax.training.loop import epoch_order
 
 PEERS = {  # library: its file
@@ -54,19 +54,11 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     np.save(folder / "rows.npy", x.astype(np.float32))
     np.save(folder / "order.npy", order.reshape(batches, -1))
     with peers(PEERS) as running:
-        for architecture in sizes.architectures:
-            theirs = {"architecture": architecture, "width": sizes.width, "k": sizes.k}
-            ours = theirs | {"batch_size": sizes.batch_size, "matmul_dtype": sizes.matmul_dtype}
-            training = workloads.dictionary_steps(folder, **ours)
-            contenders, about = {OURS: training.run}, {}
-            for library, peer in running.items():
-                if library == BASELINE:
-                    settings = {"workload": "dictionary_steps"} | ours
-                elif architecture in ALONE.get(library, sizes.architectures):
-                    settings = theirs
-                else:
-                    continue
-                about[library] = peer.make(folder=str(folder), **settings)
-                contenders[library] = peer.run
-            rows = sizes.steps * sizes.batch_size
-            yield from bench.compare(architecture, contenders, rows, count=sizes.steps, about=about)
+        for name in sizes.architectures:
+            shape = {"architecture": name, "width": sizes.width, "k": sizes.k}
+            ours = shape | {"batch_size": sizes.batch_size, "matmul_dtype": sizes.matmul_dtype}
+            able = [p for p in PEERS if name in ALONE.get(p, sizes.architectures)]
+            theirs, rows = dict.fromkeys(able, shape), sizes.steps * sizes.batch_size
+            yield from contest(
+                bench, name, "dictionary_steps", ours, running, theirs, rows, count=sizes.steps
+            )
