@@ -66,7 +66,7 @@ def tiny(monkeypatch):
     for module, sizes in TINY.items():
         monkeypatch.setitem(module.SIZES, "cpu", sizes)
     monkeypatch.setattr(memory, "ARCHITECTURES", ("relu",))
-    monkeypatch.setattr(scaling, "POINTS", {"width": (8,), "seeds": (2,), "rows": (80,)})
+    monkeypatch.setattr(scaling, "POINTS", {"seeds": (2,), "rows": (80,)})
 
 
 def measured(name: str, tmp_path) -> list[dict]:
@@ -165,7 +165,7 @@ def test_steps_are_measured_without_any_peer(tiny, tmp_path, capsys):
 def test_another_checkout_does_the_same_in_the_same_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
     monkeypatch.setitem(steps.SIZES, "cpu", steps.Sizes(architectures=("topk",), **DICTIONARY))
-    for name in ("steps", "map", "extraction"):
+    for name in ("steps", "extraction"):
         rows = measured(name, tmp_path / name)
         ours, other = rows[:2]
         assert ours["contender"] == OURS and other["contender"] == peer.BASELINE
@@ -206,7 +206,7 @@ def test_layers_the_map_and_the_store_are_measured(tiny, tmp_path):
 
 def test_growth_is_measured_against_the_base(tiny, tmp_path):
     rows = measured("scaling", tmp_path)
-    cases = ["width 8", "seeds 2", "rows 80", "rows 80, on the host"]
+    cases = ["seeds 2", "rows 80", "rows 80, on the host"]
     assert [row["case"] for row in rows] == cases
     assert {row["contender"] for row in rows} == {OURS}
 
@@ -385,6 +385,9 @@ def test_both_libraries_on_the_same_rows(finished, monkeypatch, tmp_path):
         monkeypatch.setenv(peer.VARIABLES["sae-lens"], sys.executable)
         (tmp_path / "stand_in.py").write_text(STAND_IN)
         monkeypatch.setattr(saelens, "FILE", tmp_path / "stand_in.py")
+    monkeypatch.setattr(saelens, "SHARES", (0.5, 1.0))
+    chosen = {name: saelens.THEIRS[name] for name in ("relu", "topk")}
+    monkeypatch.setattr(saelens, "THEIRS", chosen)
     rows = saelens.compare_saelens(*finished)
     assert {(r["library"], r["architecture"]) for r in rows} == {
         (library, a) for library in (OURS, "sae-lens") for a in saelens.THEIRS
