@@ -107,10 +107,23 @@ def open_workdir(
     """
     work = Workdir(Path(path))
     written = work.root / "config.json"
-    settings = _plain(settings)
+    settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
     if written.exists():
-        bound = [_without(tree, free) for tree in (read_json(written), settings, usual or {})]
-        _refuse_other_settings(work.root, *bound)
+        old, new, defaults = (
+            {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}
+            for tree in (read_json(written), settings, usual)
+        )
+        old = {key: value for key, value in defaults.items() if key in new} | old
+        differences = [
+            f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if differences:
+            raise UserError(
+                f"--workdir={work.root} was made with other settings ({'; '.join(differences)}); "
+                "use those settings or another --workdir."
+            )
         return work
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
@@ -125,31 +138,6 @@ def open_workdir(
             f"--workdir={path} cannot be written ({error.strerror}); name a folder that can."
         ) from error
     return work
-
-
-def _refuse_other_settings(root: Path, before: dict, now: dict, usual: dict) -> None:
-    new = dict(flatten(now))
-    defaults = {key: value for key, value in flatten(_plain(usual)) if key in new}
-    old = defaults | dict(flatten(before))
-    differences = [
-        f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differences:
-        raise UserError(
-            f"--workdir={root} was made with other settings ({'; '.join(differences)}); "
-            "use those settings or another --workdir."
-        )
-
-
-def _without(tree: dict, names: Iterable[str]) -> dict:
-    return {name: value for name, value in tree.items() if name not in set(names)}
-
-
-def _plain(settings: dict) -> dict:
-    """The same as it comes back from a JSON file."""
-    return json.loads(json.dumps(settings))
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -129,10 +129,14 @@ def _set_up_jax() -> None:
     """
     import jax
 
-    from crossdict_jax.activations.docstrings import cache_folder
-
+    if sys.platform == "win32":  # the user's cache folder, by the platform's convention
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crossdict_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # A cache that cannot be used costs time only.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
@@ -251,7 +255,7 @@ def usage(kind: type, default: str) -> Iterator[str]:
             if is_dataclass(value):
                 groups.append((f"{prefix}{field.name}.", value))
                 continue
-            rule = field.metadata.get("rule")
+            rule = field.metadata["rule"]
             choices = f" ({rule.words})" if rule and rule.words.startswith("one of") else ""
             flag = f"{prefix}{field.name}={settings.spell(value)}"
-            yield f"  {flag:<45} {field.metadata.get('help', '')}{choices}"
+            yield f"  {flag:<45} {field.metadata['help']}{choices}"

@@ -14,8 +14,8 @@ from launch import command
 def main(config: ConvertConfig, work: Workdir) -> None:
     from crossdict_jax.dictionaries.formats.convert import convert
 
-    for place in convert(config, work):
-        print(place)
+    for folder in convert(config, work):
+        print(folder)
 
 
 if __name__ == "__main__":

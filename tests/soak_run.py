@@ -9,8 +9,7 @@ is evaluated as soon as it is there.
 
 import dataclasses
 
-from crossdict_jax.config import Config
-from crossdict_jax.config.settings import architectures
+from crossdict_jax.config import Config, architectures
 from crossdict_jax.workdir import Workdir
 from launch import command
 

@@ -31,6 +31,7 @@ def test_losses_without_a_weight_are_not_ablated():
         measure.ablations(LossWeights(1.0, 0.0, 0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_a_row_for_each_direction_and_ablation(tmp_path_factory, capsys):
     config, run = shared_run(tmp_path_factory.getbasetemp())
     work = Workdir(shutil.copytree(run.root, tmp_path_factory.mktemp("ablation") / "run"))

@@ -11,8 +11,7 @@ from flax import nnx
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.dictionaries.architectures.relu import ReLU
-from crossdict_jax.dictionaries.base import from_arrays
+from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import attribution, evaluate, features
 from crossdict_jax.maps import Map, Pairs, Side
 from crossdict_jax.workdir import read_jsonl
@@ -20,11 +19,11 @@ from crossdict_jax.workdir import read_jsonl
 D, N = 5, 700  # activations' dimensions, and rows that fill no whole number of blocks
 
 
-def signed(d_model: int = D):
+def signed():
     """The dictionary f = relu([x, -x]): its features are the signed coordinates."""
-    W_enc = np.concatenate([np.eye(d_model), -np.eye(d_model)], axis=1)
-    zeros = {"b_enc": np.zeros(2 * d_model), "b_dec": np.zeros(d_model)}
-    return from_arrays(ReLU, {"W_enc": W_enc, "W_dec": W_enc.T} | zeros)
+    both = np.concatenate([np.eye(D), -np.eye(D)])
+    zeros = {"b_enc": np.zeros(2 * D), "b_dec": np.zeros(D)}
+    return from_arrays(find("relu"), {"W_enc": both.T, "W_dec": both} | zeros)
 
 
 class Affine(Map):

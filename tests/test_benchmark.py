@@ -30,8 +30,7 @@ from crossdict_jax.benchmark.measurements import (
     whole,
 )
 from crossdict_jax.benchmark.measurements import map as map_steps
-from crossdict_jax.config import BenchmarkConfig, SAEConfig, to_dict
-from crossdict_jax.config.settings import measurements
+from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.loop import train

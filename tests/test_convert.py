@@ -14,8 +14,8 @@ from tiny_run import SITE, shared_run
 
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import ConvertConfig
-from crossdict_jax.config.settings import architectures, validate
+from crossdict_jax.config import ConvertConfig, architectures
+from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.formats import hub, saelens
 from crossdict_jax.dictionaries.formats.convert import convert

@@ -204,6 +204,7 @@ def test_rows_are_what_the_stitches_make_of_test_rows(run, rows):
     assert rows["a", "b", "stitch"]["fvu"] < rows["a", "b", "transferred"]["fvu"]
 
 
+@pytest.mark.slow
 def test_both_starts_are_trained_on_the_rows_of_the_run(run, tmp_path, monkeypatch):
     config, store, work = run
     rows = {row["target"]: row for row in read_jsonl(work.result(measure.TRAINING))}

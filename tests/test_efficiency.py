@@ -26,6 +26,7 @@ from crossdict_jax.studies.efficiency.section import curves, figure, r2_table, s
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import open_workdir, read_jsonl
 
+pytestmark = pytest.mark.slow  # three networks and their maps are compiled and trained
 KINDS = ("mean", "procrustes", "ridge", "crosscoder")
 
 

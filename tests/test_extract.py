@@ -12,20 +12,17 @@ import pytest
 import tiny_run
 
 from crossdict_jax import models
-from crossdict_jax.activations import column, pairing
 from crossdict_jax.activations import extract as stage
+from crossdict_jax.activations import pairing
 from crossdict_jax.activations import plan as planning
-from crossdict_jax.activations.column import columns_of, equal, new_column
-from crossdict_jax.activations.extract import extract
-from crossdict_jax.activations.masking import masked
+from crossdict_jax.activations.extract import extract, masked
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
-from crossdict_jax.activations.store import Rows, open_store, save_rows, save_table, shard_name
+from crossdict_jax.activations.store import Column, open_store, save_index, save_shard, shard_name
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.models import run as run_module
-from crossdict_jax.models.base import captured
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import open_workdir, write_text
 
@@ -33,8 +30,10 @@ from crossdict_jax.workdir import open_workdir, write_text
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     config = tiny_run.make_config(tmp_path_factory.mktemp("text"))
-    config.extract = dataclasses.replace(config.extract, shard_windows=16, batch_size=8)
-    return config
+    config.extract = dataclasses.replace(config.extract, batch_size=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SHARD_WINDOWS", 16)
+        yield config
 
 
 def run(config, root):
@@ -87,13 +86,13 @@ def test_positions_are_those_of_pair(config, finished):
 def arrays(plan):
     """All that a plan knows of rows and windows, as arrays."""
     table = [plan.table.document, *plan.table.offsets, *plan.table.ids]
-    return [column[:] for column in [*vars(plan.rows).values(), *table]] + [plan.shard_starts]
+    return [np.array(a) for a in [*vars(plan.rows).values(), *table, plan.shard_starts]]
 
 
 def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, monkeypatch):
     lms = [models.load(path) for path in config.models]
     whole = planning.make_plan(config, lms, tmp_path)
-    assert len(list(planning._blocks(planning.load_corpus(config.text)))) == 1
+    assert len(list(planning._blocks(planning.load_corpus(config.text).documents))) == 1
     for size in (1, 500):  # a document at a time; several
         monkeypatch.setattr(planning, "BLOCK_BYTES", size)
         plan = planning.make_plan(config, lms, tmp_path)
@@ -110,41 +109,22 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
         assert all(getattr(plan, name) == getattr(whole, name) for name in others)
 
 
-def test_rows_and_windows_are_written_as_numpy_writes_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(column, "STRETCH", 7)
+def test_a_column_grows_in_a_file_without_a_name(tmp_path):
     rng = np.random.default_rng(0)
-    arrays = {
-        name: rng.integers(0, 2, (40, 3) if name in ("position", "token") else 40, np.int32)
-        for name in ("document", "window", "byte_end", "position", "token")
-    } | {"split": np.repeat(np.int8([0, 1, 2]), [30, 4, 6]), "keep": rng.random(40) < 0.5}
-    columns = {}
-    for name, array in arrays.items():
-        columns[name] = new_column(tmp_path, array.dtype, width=3 if array.ndim == 2 else None)
+    for dtype, width in ((np.int8, None), (np.int32, 3), (bool, None)):
+        array = rng.integers(0, 2, 40 if width is None else (40, width))
+        column = Column(tmp_path, dtype, width=width)
+        assert column.array().shape == (0, *array.shape[1:])
         for part in np.array_split(array, 3):
-            columns[name].append(part)
-    np.savez(tmp_path / "numpy.npz", **arrays)
-    for rows in (Rows(**arrays), Rows(**columns)):
-        save_rows(tmp_path / "rows.npz", rows)
-        assert (tmp_path / "rows.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
-    stored = columns_of(tmp_path / "numpy.npz")
-    assert stored.keys() == columns.keys()
-    for name, column_ in stored.items():
-        assert equal(column_, columns[name]) and column_.dtype == arrays[name].dtype
-        np.testing.assert_array_equal(column_[5:30], arrays[name][5:30])
-    assert not equal(stored["token"], stored["position"])
-    assert len(list(tmp_path.iterdir())) == 2  # a column's file has no name
-    assert columns["token"].shape == (40, 3) and len(columns["token"][50:]) == 0
-
-
-def test_a_transposed_array_is_no_column(tmp_path):
-    np.savez(tmp_path / "rows.npz", position=np.ones((3, 4)).T)
-    with pytest.raises(UserError, match=r"rows.npz: position.npy does not lie row by row"):
-        columns_of(tmp_path / "rows.npz")
+            column.append(part)
+        np.testing.assert_array_equal(column.array(), array.astype(dtype))
+        assert len(column) == 40 and column.array().dtype == dtype
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
     """Rows, tokens, norms and text are not held; a name and hashes are, of each document."""
-    monkeypatch.setattr(column, "STRETCH", 256)
+    monkeypatch.setattr(stage, "BLOCK", 256)
     monkeypatch.setattr(planning, "BLOCK_BYTES", 2000)
     lms = [models.load(path) for path in config.models]
     cut = pairing.windows
@@ -159,14 +139,12 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
         plan = planning.make_plan(dataclasses.replace(config, text=text), lms, place)
         for model in "ab":
             for i, (start, stop) in enumerate(itertools.pairwise(plan.shard_starts)):
-                path = place / shard_name(model, str(tiny_run.SITE), i)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path, np.full((stop - start, 4), 0x3F80, np.uint16))  # ones
+                ones = np.full((stop - start, 4), 0x3F80, np.uint16)
+                save_shard(place, shard_name(model, str(tiny_run.SITE), i), ones)
         sites = dict.fromkeys("ab", (tiny_run.SITE,))
-        how = {"shards": len(plan.shard_starts) - 1, "documents": plan.documents}
-        found = masked(config.extract, place, sites, plan.rows, **how)
-        save_rows(place / "rows.npz", dataclasses.replace(plan.rows, keep=found.keep))
-        save_table(place / "windows.npz", plan.table)
+        how = {"shards": plan.shards, "documents": plan.documents}
+        keep, _ = masked(config.extract, place, sites, plan.rows, **how)
+        save_index(place, dataclasses.replace(plan.rows, keep=keep), plan.table)
         return len(plan.rows)
 
     def held(documents):
@@ -201,20 +179,20 @@ def test_splits_are_contiguous_and_share_no_document(finished):
 
 def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, monkeypatch):
     store, _ = finished
-    write, writes = stage._write_shard, []
+    read, reads = stage._read_shard, []
 
     def dying(*args):
-        writes.append(1)
-        if len(writes) == 4:
+        reads.append(1)
+        if len(reads) == 4:
             raise KeyboardInterrupt
-        return write(*args)
+        return read(*args)
 
-    monkeypatch.setattr(stage, "_write_shard", dying)
+    monkeypatch.setattr(stage, "_read_shard", dying)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "w")
     with pytest.raises(UserError, match="no finished store"):
         open_store(tmp_path / "w" / "activations")
-    monkeypatch.setattr(stage, "_write_shard", write)
+    monkeypatch.setattr(stage, "_read_shard", read)
     again, work = run(config, tmp_path / "w")
     assert again.meta == store.meta
     for name, x in everything(store).items():
@@ -229,17 +207,6 @@ def test_batches_and_devices_do_not_change_rows(config, finished, tmp_path, monk
     for name, x in everything(finished[0]).items():
         other_x = everything(store)[name].astype(np.float32)
         np.testing.assert_allclose(other_x, x.astype(np.float32), rtol=1e-2, atol=1e-2)
-
-
-def test_nothing_after_the_highest_site_is_computed(config):
-    lm = models.load(config.models[0])
-    tokens = jax.ShapeDtypeStruct((4, 32), np.int32)
-
-    def flops(layer):
-        run = jax.jit(lambda tokens: captured(lm, (Site(layer),), tokens))
-        return run.lower(tokens).compile().cost_analysis()["flops"]
-
-    assert flops(0) < 0.1 * flops(1)
 
 
 def test_pairing_json_adds_up(finished):
@@ -262,7 +229,9 @@ def test_norm_outliers_are_masked_in_every_model(config, tmp_path):
     assert norms[store.rows.keep].max() <= 1.1 * median * 1.001
 
 
-@pytest.mark.parametrize("name", ["a/resid_pre.1/shard-00001.npy", "rows.npz", "windows.npz"])
+@pytest.mark.parametrize(
+    "name", ["a/resid_pre.1/shard-00001.npy", "rows-keep.npy", "windows-ids-1.npy"]
+)
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
 def test_damage_is_named(finished, tmp_path, name, damage):
     import shutil
@@ -290,12 +259,10 @@ def test_an_unknown_site_or_model_is_refused(finished):
 
 
 def test_changed_text_is_refused(config, tmp_path, monkeypatch):
-    write = stage._write_shard
-    monkeypatch.setattr(stage, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "w")
-    monkeypatch.undo()
-    assert stage._write_shard is write
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "masked", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "w")
     load = planning.load_corpus
     monkeypatch.setattr(
         planning,

@@ -13,8 +13,7 @@ from tiny_run import CONTEXT, SITE, make_models, make_texts
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract, pairing
-from crossdict_jax.config import VerifyConfig
-from crossdict_jax.config.settings import gate_files
+from crossdict_jax.config import VerifyConfig, gate_files
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.kinds import procrustes

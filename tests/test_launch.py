@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -22,6 +23,7 @@ from launch import (
     command,
     contrast,
     evaluate,
+    experiment,
     extract_activations,
     intervene,
     probe,
@@ -35,23 +37,14 @@ ROOT = Path(__file__).parents[1]
 PROGRESS = r"\d+%\||\[\d+:\d+"  # a bar with a known end or an unknown one
 OWN_SETTINGS = {"convert"}  # commands whose settings are not those of a run
 COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("[!_]*.py") if p.stem != "command")
+COMMANDS += ["benchmark", "benchmark.saelens"]
 
 
-def launch(name: str, arguments: str | list[str] = "", *, cwd: Path = ROOT):
-    """Runs a real command in a process of its own."""
-    given = shlex.split(arguments) if isinstance(arguments, str) else arguments
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{name}", *given],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(),
-    )
-
-
-def environment() -> dict[str, str]:
-    """As a user's: one CPU device, and the project importable from any folder."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+def launch(program: list, *arguments: str):
+    """Runs a program in a process of its own: as a user's, from any folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command_line = [*map(str, program), *arguments]
+    return subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def lines_of(stderr: str) -> list[str]:
@@ -70,14 +63,25 @@ def run_here(main, arguments: str | list[str], **how) -> int:
     return command.execute(main, ["test", *given], **how)
 
 
+@pytest.fixture
+def refused(capfd):
+    """(stage, arguments) -> the one line that a mistake gets, with exit code 2."""
+
+    def line_of(main, arguments, **how) -> str:
+        capfd.readouterr()
+        assert run_here(main, arguments, **how) == 2
+        (line,) = lines_of(capfd.readouterr().err)
+        return line
+
+    return line_of
+
+
 # ---------------------------------------------------------------- what a command line means
 
 
-def test_the_default_is_the_quickstart():
-    config, workdir = parse("")
-    assert config == quickstart.get_config()
-    assert config.models == ()
-    assert workdir == "runs/quickstart"
+def test_the_default_is_the_quickstart(tmp_path):
+    assert parse("") == (quickstart.get_config(), "runs/quickstart")
+    assert parse(f"--workdir={tmp_path}/new")[0] == quickstart.get_config()
 
 
 def test_a_config_file_names_its_work_directory():
@@ -103,32 +107,18 @@ def test_every_spelling_of_a_setting_is_the_same(arguments):
     assert (config.layers, config.sae.width, config.seed) == ((1, 2), 64, 3)
 
 
-def test_sweeps_are_one_value_or_several():
-    config, _ = parse("--config.sae.learning_rate=1e-3,3e-3 --config.sae.k=8")
-    assert config.sae.learning_rate == (1e-3, 3e-3)
-    assert config.sae.k == 8
-
-
 def test_an_existing_work_directory_brings_its_settings(tmp_path):
     config, _ = parse("--layers=1 --config.map.loss_weights.cosine=0.5 --models=a,b")
     command.prepare(config, str(tmp_path / "run"))
-    again, workdir = parse(f"--workdir={tmp_path}/run")
-    assert again == config
-    assert workdir == f"{tmp_path}/run"
+    assert parse(f"--workdir={tmp_path}/run") == (config, f"{tmp_path}/run")
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
-
-
-def test_a_new_work_directory_gets_the_default(tmp_path):
-    config, _ = parse(f"--workdir={tmp_path}/new")
-    assert config == parse("")[0]
 
 
 def test_no_models_means_the_embedded_pair(tmp_path):
     from crossdict_jax.models import EMBEDDED
 
-    config, workdir = parse(f"--workdir={tmp_path}/run")
-    command.prepare(config, workdir)
+    command.prepare(*parse(f"--workdir={tmp_path}/run"))
     assert json.loads((tmp_path / "run/config.json").read_text())["models"] == list(EMBEDDED)
 
 
@@ -151,83 +141,87 @@ MISTAKES = [  # arguments, what the line names
     ("--layers=5,x", "--layers=5,x"),
     ("--layers=5, 6", "--layers=5"),
     ("--layers=", "layers is empty"),
-    ("--layers=5,5", "layers=5,5"),
     ("--config.layers=5,x", "--config.layers=5,x"),
-    ("--config.sae.steps=many", "--config.sae.steps=many"),
     ("--config.sae.steps=1.5", "--config.sae.steps=1.5"),
     ("--config.sae.steps=0", "sae.steps=0"),
     ("--config.sae.steps", "--config.sae.steps"),
     ("--config.sae.learning_rate=nan", "sae.learning_rate=nan"),
     ("--config.sae.learning_rate=1e-3;2e-3", "1e-3;2e-3"),
     ("--config.sae.architecture=gatde", "topk"),
-    ("--config.map.kinds=mean,rigde", "rigde must be one of"),
-    ("--config.site=resid_mid", "resid_post"),
-    ("--config.layer_pairs=6-10", "layer_pairs=6-10"),
-    ("--config.records=wandb,wandb", "records=wandb,wandb holds a value twice"),
     ("--config.controls=ceiling,ceiling", "controls=ceiling,ceiling holds a value twice"),
-    ("--expect=README.md", "README.md has no usable get_expectations()"),
     ("--config.contrast.controls=5", "contrast.controls=5 must be 19 or more"),
     ("--config.probe.examples=4,16", "probe.examples=4,16: 4 must be 8 or more"),
-    ("--config.contrast.span=word", "contrast.span=word must be one of last, whole"),
     ("--config.intervention.feature_ids=1,x", "is not whole numbers with commas between"),
     ("--width=16 --config.sae.k=17", "sae.k=17 is larger than sae.width=16"),
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
     ("--models=a,b --config.models=a,c", "--models=a,b and --config.models=a,c"),
     ("--models=one", "models=one is one model"),
     ("--models=a,,b", "--models=a,,b"),
-    ("--seed=-1", "seed=-1"),
     ("--modles=a,b", "did you mean --models?"),
     ("more", "'more' is not a flag"),
+    ("--expect=README.md", "README.md has no usable get_expectations()"),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=", "quickstart"),
     ("--config=configs", "configs: there is no file"),
-    ("--config=README.md", "README.md"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
-    ("--config=configs/docs_gpt2.py --config.sae.steps=3", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),
     ("--flagfile=nowhere", "nowhere"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=[a for a, _ in MISTAKES])
-def test_mistakes_are_told_in_one_line(arguments, named, tmp_path, capfd, monkeypatch):
+def test_mistakes_are_told_in_one_line(arguments, named, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code = run_here(print, f"{arguments} --workdir={tmp_path}/run")
-    (line,) = lines_of(capfd.readouterr().err)
-    assert code == 2
-    assert named in line
+    assert named in refused(print, f"{arguments} --workdir={tmp_path}/run")
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """(name of a command, its arguments) -> exit code, of the real script run in this process."""
+
+    def run_script(name, *arguments):
+        codes = []
+        execute = lambda main, **how: codes.append(  # noqa: E731
+            command.execute(main, [name, *arguments], **how)
+        )
+        monkeypatch.setattr(command, "run", execute)
+        runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+        return codes[0]
+
+    return run_script
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_script_tells_a_mistake_in_one_line(name):
+def test_every_script_tells_mistakes_and_shows_its_flags(name, script, capfd):
     wrong, right = ("sorce", "source") if name in OWN_SETTINGS else ("sed", "seed")
-    done = launch(name, f"--config.{wrong}=1")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"did you mean {right}?" in done.stderr
-    assert done.stdout == ""
+    assert script(name, f"--config.{wrong}=1") == 2
+    out, err = capfd.readouterr()
+    assert f"did you mean {right}?" in err and len(err.splitlines()) == 1 and out == ""
+    assert script(name, "--help") == 0
+    out = capfd.readouterr().out
+    assert f"python -m launch.{name}" in out
+    assert {"  --config ", "  --workdir ", "  --expect "} <= set(
+        re.findall(r"^  --\w+ ", out, re.M)
+    )
+    assert ("  --seed " in out) == (name not in OWN_SETTINGS)
+    if name not in OWN_SETTINGS | {"verify", "benchmark"}:  # which make up their text
+        assert "--config.text.source=docstrings" in out
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_quick_and_shows_the_flags(name):
+def test_help_is_quick():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = launch(name, "--help")
+    done = launch([sys.executable, "-m", "launch.experiment"], "--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--config.sae.width=4096" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # seconds
-    assert done.returncode == 0
-    assert f"python -m launch.{name}" in done.stdout
-    for flag in ("--config ", "--workdir "):
-        assert flag in done.stdout
-    if name not in OWN_SETTINGS:
-        assert "--seed " in done.stdout
-    if name not in OWN_SETTINGS | {"verify"}:  # that plants its text
-        assert "--config.text.source=docstrings" in done.stdout
 
 
-def test_commands_run_from_any_folder(tmp_path):
-    done = launch("extract_activations", "--models=a,./b", cwd=tmp_path)
-    assert done.returncode == 2
+def test_commands_run_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(extract_activations.main, "--models=a,./b") == 2
     assert (tmp_path / "runs/quickstart/config.json").exists()  # found the default config
+    assert run_here(print, "--config=configs/three_models.py") == 0
 
 
 BROKEN = {
@@ -237,61 +231,41 @@ BROKEN = {
     "nothing": "def get_config():\n    pass\n",
     "wrong_type": "from crossdict_jax.config import Config\n"
     "def get_config():\n    return Config(layers=[5, 6])\n",
-    "missing_file": "def get_config():\n    return open('nowhere')\n",
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_config_files_are_told_in_one_line(name, tmp_path, capfd):
+def test_broken_config_files_are_told_in_one_line(name, tmp_path, refused):
     (tmp_path / f"{name}.py").write_text(BROKEN[name])
-    code = run_here(print, f"--config={tmp_path}/{name}.py --workdir={tmp_path}/run")
-    (line,) = lines_of(capfd.readouterr().err)
-    assert code == 2
+    line = refused(print, f"--config={tmp_path}/{name}.py --workdir={tmp_path}/run")
     assert f"{name}.py" in line or "layers=" in line
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------- the work directory
+# ---------------------------------------------------------------- work directories, exit codes
 
 
-def test_other_settings_are_refused_with_a_diff(tmp_path, capfd):
-    def nothing(config, work):
-        del config, work
+def nothing(config, work):
+    del config, work
 
-    assert run_here(nothing, f"--models=a,b --workdir={tmp_path}/run") == 0
+
+def test_other_settings_are_refused_with_a_diff(tmp_path, refused):
     assert run_here(nothing, f"--models=a,b --workdir={tmp_path}/run") == 0
     assert run_here(nothing, f"--workdir={tmp_path}/run") == 0
-    assert run_here(nothing, f"--workdir={tmp_path}/run --width=64 --seed=1") == 2
-    (line,) = lines_of(capfd.readouterr().err)
-    usual = quickstart.get_config().sae.width
-    assert f"sae.width: {usual} there, 64 now" in line
+    line = refused(nothing, f"--workdir={tmp_path}/run --width=64 --seed=1")
+    assert f"sae.width: {quickstart.get_config().sae.width} there, 64 now" in line
     assert "seed: 0 there, 1 now" in line
 
 
-def write_settings(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text('{"sae": ')
-    return folder
-
-
-@pytest.mark.parametrize("place", ["a file", "not a run", "damaged", "not writable"])
-def test_bad_work_directories_are_told_in_one_line(place, tmp_path, capfd):
-    path = tmp_path / place.replace(" ", "-")
-    if place == "a file":
+@pytest.mark.parametrize("kind", ["a file", "not a run", "damaged", "not writable"])
+def test_bad_work_directories_are_told_in_one_line(kind, tmp_path, refused):
+    path = Path("/proc/run") if kind == "not writable" else tmp_path / "run"
+    if kind == "a file":
         path.write_text("")
-    elif place == "not a run":
+    elif kind != "not writable":
         path.mkdir()
-        (path / "photo.jpg").write_text("")
-    elif place == "damaged":
-        write_settings(path)
-    else:
-        path = Path("/proc/run")
-    assert run_here(print, f"--models=a,b --workdir={path}") == 2
-    (line,) = lines_of(capfd.readouterr().err)
-    assert str(path) in line
-
-
-# ---------------------------------------------------------------- exit codes
+        (path / ("photo.jpg" if kind == "not a run" else "config.json")).write_text('{"sae": ')
+    assert str(path) in refused(nothing, f"--models=a,b --workdir={path}")
 
 
 def failing(error: BaseException):
@@ -342,10 +316,8 @@ RESULTS = (
     "similarity.jsonl",
     "causal.jsonl",
     "crosscoder.jsonl",
-    "dictionary_transfer.jsonl",
     "feature_causal.jsonl",
     "feature_causal_summary.jsonl",
-    "timing.json",
 )
 
 
@@ -364,6 +336,7 @@ def small(tiny: Path, **changes) -> list[str]:
     asked = {
         "models": f"{tiny}/a,{tiny}/b",
         "layers": "1",
+        "control_kinds": "ridge",
         "text__source": f"{tiny}/text.jsonl",
         "text__documents": 80,
         "text__max_bytes": 400,
@@ -386,27 +359,24 @@ def small(tiny: Path, **changes) -> list[str]:
 def finished(tiny, tmp_path_factory):
     """(work directory, process) of the main job as users run it."""
     work = tmp_path_factory.mktemp("runs") / "run"
-    return work, launch("experiment", [*small(tiny), f"--workdir={work}"])
-
-
-def test_the_main_job_writes_every_file(finished):
-    work, done = finished
+    program = [sys.executable, "-m", "launch.experiment", f"--workdir={work}"]
+    done = launch(program, *small(tiny))
     assert done.returncode == 0, done.stderr
-    expected = ["config.json", "activations/meta.json", "report/index.html"]
+    return work, done
+
+
+def test_the_main_job_writes_every_file_and_says_what_it_does(finished):
+    work, done = finished
+    expected = ["config.json", "activations/meta.json", "report/index.html", "results/timing.json"]
     expected += [f"results/{name}" for name in RESULTS]
     expected += [f"dictionaries/{m}/resid_pre.1/seed-0" for m in "ab"]
     for kind in Config().map.kinds:
-        for place in ("a-to-b", "b-to-a"):
-            folder = f"maps/{place}/resid_pre.1--resid_pre.1/{kind}"
+        for ends in ("a-to-b", "b-to-a"):
+            folder = f"maps/{ends}/resid_pre.1--resid_pre.1/{kind}"
             expected += [folder, f"{folder}-shuffled"]
-    joint = "crosscoders/resid_pre.1--resid_pre.1"
-    expected += [f"{joint}/aligned", f"{joint}/shuffled"]
-    assert "One code of all models" in (work / "report/index.html").read_text()
+    expected += [f"crosscoders/resid_pre.1--resid_pre.1/{p}" for p in ("aligned", "shuffled")]
     assert not [name for name in expected if not (work / name).exists()]
-
-
-def test_the_main_job_says_what_it_does(finished):
-    work, done = finished
+    assert "One code of all models" in (work / "report/index.html").read_text()
     for number, stage in enumerate(("extract_activations", "train_saes"), start=1):
         assert f"[{number}/6] {stage}" in done.stdout
     assert "token_ridge" in done.stdout
@@ -414,13 +384,12 @@ def test_the_main_job_says_what_it_does(finished):
     assert not lines_of(done.stderr)  # progress bars alone
 
 
-def test_the_main_job_again_keeps_what_is_there(finished, tiny):
+def test_the_main_job_again_keeps_what_is_there(finished):
     work, _ = finished
     files = [p for p in work.rglob("*") if p.is_file() and "results" not in p.parts]
     before = {p: p.stat().st_mtime_ns for p in files if p.suffix != ".html"}
-    results = {name: (work / "results" / name).read_bytes() for name in RESULTS[:-1]}
-    done = launch("experiment", [f"--workdir={work}"])
-    assert done.returncode == 0, done.stderr
+    results = {name: (work / "results" / name).read_bytes() for name in RESULTS}
+    assert run_here(experiment.main, f"--workdir={work}") == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert {name: (work / "results" / name).read_bytes() for name in results} == results
 
@@ -454,14 +423,8 @@ def few_tokens(tiny: Path) -> Path:
 WRONG = {  # name: (changes of a run, what the line names)
     "no folder": (lambda t, tmp: {"models": f"{t}/a,{t}/c"}, "/c"),
     "no network": (lambda t, tmp: {"models": f"{t}/a,some/where"}, "some/where"),
-    "no tokenizer": (
-        lambda t, tmp: {"models": f"{t}/a,{without(t / 'b', 'tok*')}"},
-        "b-w",
-    ),
-    "no weights": (
-        lambda t, tmp: {"models": f"{t}/a,{without(t / 'b', 'model*')}"},
-        "b-w",
-    ),
+    "no tokenizer": (lambda t, tmp: {"models": f"{t}/a,{without(t / 'b', 'tok*')}"}, "b-w"),
+    "no weights": (lambda t, tmp: {"models": f"{t}/a,{without(t / 'b', 'model*')}"}, "b-w"),
     "token id": (lambda t, tmp: {"models": f"{few_tokens(t)},{t}/b"}, "270"),
     "layer": (lambda t, tmp: {"layers": "1,2"}, "resid_pre.2"),
     "layer pair": (lambda t, tmp: {"layer_pairs": "1:9"}, "resid_pre.9"),
@@ -476,50 +439,37 @@ WRONG = {  # name: (changes of a run, what the line names)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, capfd):
+def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, refused):
     changes, named = WRONG[name]
-    arguments = small(tiny, **changes(tiny, tmp_path))
-    capfd.readouterr()
-    code = run_here(extract_activations.main, [*arguments, f"--workdir={tmp_path}/run"])
-    (line,) = lines_of(capfd.readouterr().err)
-    assert code == 2
-    assert named in line
-
-
-@pytest.mark.parametrize(
-    ("stage", "changes", "named"),
-    [
-        (train_saes, {"sae__batch_size": 100_000}, "sae.batch_size=100000"),
-        (train_hypernetworks, {"map__batch_size": 100_000}, "map.batch_size=100000"),
-    ],
-)
-def test_a_batch_larger_than_the_data_is_refused(stage, changes, named, finished, tiny, capfd):
-    work, _ = finished
-    again = copy_of(work, without="maps" if stage is train_hypernetworks else "dictionaries")
-    ask(again, small(tiny, **changes))
-    assert run_here(stage.main, f"--workdir={again}") == 2
-    (line,) = lines_of(capfd.readouterr().err)
-    assert named in line
+    arguments = [*small(tiny, **changes(tiny, tmp_path)), f"--workdir={tmp_path}/run"]
+    assert named in refused(extract_activations.main, arguments)
 
 
 # ---------------------------------------------------------------- what is missing or damaged
 
 
-def copy_of(work: Path, *, without: str = "none") -> Path:
-    """A copy of a work directory that lacks one of its folders."""
+def copy_of(work: Path, *, lacks: str = "none", arguments: list[str] = ()) -> Path:
+    """A copy of a work directory that lacks one of its folders, made with other settings."""
     copy = Path(tempfile.mkdtemp(dir=work.parent)) / "run"
-    shutil.copytree(work, copy, ignore=shutil.ignore_patterns(without))
+    shutil.copytree(work, copy, ignore=shutil.ignore_patterns(lacks))
+    if arguments:
+        config, _ = parse(shlex.join(arguments))
+        (copy / "config.json").write_text(json.dumps(to_dict(config)))
     return copy
 
 
-def ask(work: Path, arguments: list[str]) -> None:
-    """Makes a work directory one of other settings."""
-    config, _ = parse(shlex.join(arguments))
-    (work / "config.json").write_text(json.dumps(to_dict(config)))
-
-
-def largest(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+@pytest.mark.parametrize(
+    ("stage", "lacks", "changes", "named"),
+    [
+        (train_saes, "dictionaries", {"sae__batch_size": 100_000}, "sae.batch_size=100000"),
+        (train_hypernetworks, "maps", {"map__batch_size": 100_000}, "map.batch_size=100000"),
+    ],
+)
+def test_a_batch_larger_than_the_data_is_refused(
+    stage, lacks, changes, named, finished, tiny, refused
+):
+    again = copy_of(finished[0], lacks=lacks, arguments=small(tiny, **changes))
+    assert named in refused(stage.main, f"--workdir={again}")
 
 
 def truncate(file: Path) -> None:
@@ -539,7 +489,7 @@ DAMAGE = [  # what is done to which file, the stage that reads it, the folder it
     (truncate, SHARD, train_saes, "dictionaries"),
     (alter, SHARD, train_saes, "dictionaries"),
     (Path.unlink, SHARD, train_saes, "dictionaries"),
-    (alter, "activations/rows.npz", train_saes, "dictionaries"),
+    (alter, "activations/rows-document.npy", train_saes, "dictionaries"),
     (truncate, "activations/meta.json", train_saes, "dictionaries"),
     (alter, f"dictionaries/b/{DICTIONARY}", train_hypernetworks, "maps"),
     (truncate, f"dictionaries/a/{DICTIONARY}", evaluate, "report"),
@@ -549,16 +499,15 @@ DAMAGE = [  # what is done to which file, the stage that reads it, the folder it
 ]
 
 
-@pytest.mark.parametrize(("harm", "place", "stage", "again"), DAMAGE)
-def test_damage_is_named(harm, place, stage, again, finished, capfd):
-    work, done = finished
-    assert done.returncode == 0, done.stderr
-    copy = copy_of(work, without=again)
-    file = copy / place if (copy / place).suffix else largest(copy / place)
+@pytest.mark.parametrize(("harm", "path", "stage", "again"), DAMAGE)
+def test_damage_is_named(harm, path, stage, again, finished, refused):
+    file = copy_of(finished[0], lacks=again) / path
+    work = file.parents[len(Path(path).parts) - 1]
+    if file.is_dir():
+        inside = (p for p in file.rglob("*") if p.is_file())
+        file = max(inside, key=lambda p: p.stat().st_size)
     harm(file)
-    assert run_here(stage.main, f"--workdir={copy}") == 2
-    (line,) = lines_of(capfd.readouterr().err)
-    assert str(file) in line
+    assert str(file) in refused(stage.main, f"--workdir={work}")
 
 
 @pytest.mark.parametrize(
@@ -566,10 +515,8 @@ def test_damage_is_named(harm, place, stage, again, finished, capfd):
     [train_saes, train_hypernetworks, evaluate, intervene, report],
     ids=lambda s: s.__name__,
 )
-def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd):
-    assert run_here(stage.main, [*small(tiny), f"--workdir={tmp_path}/run"]) == 2
-    (line,) = lines_of(capfd.readouterr().err)
-    assert "run" in line
+def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, refused):
+    assert "run" in refused(stage.main, [*small(tiny), f"--workdir={tmp_path}/work"])
 
 
 @pytest.mark.parametrize(
@@ -581,42 +528,39 @@ def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd)
         (probe, "--config.probe.source=nowhere.jsonl", "nowhere.jsonl is no file"),
     ],
 )
-def test_a_finished_run_is_asked_further_questions(question, changes, named, finished, capfd):
-    work, _ = finished
-    assert run_here(question.main, f"--workdir={work} {changes}") == 2
-    (line,) = lines_of(capfd.readouterr().err)
-    assert named in line
+def test_a_finished_run_is_asked_further_questions(question, changes, named, finished, refused):
+    assert named in refused(question.main, f"--workdir={finished[0]} {changes}")
 
 
 # ---------------------------------------------------------------- a full disk, an interruption
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "again"), [(extract_activations, "activations"), (train_saes, "dictionaries")]
 )
 def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(stage, again, finished):
-    work, _ = finished
-    copy = copy_of(work, without=again)
+    copy = copy_of(finished[0], lacks=again)
     limited = f"ulimit -f 16; exec {sys.executable} -m {stage.__name__} --workdir={copy}"
-    done = subprocess.run(
-        ["bash", "-c", limited], capture_output=True, text=True, cwd=ROOT, env=environment()
-    )
+    done = launch(["bash", "-c", limited])
     assert done.returncode == 2, done.stderr
     (line,) = lines_of(done.stderr)
     assert "free some" in line
     assert run_here(stage.main, f"--workdir={copy}") == 0
 
 
+@pytest.mark.slow
 def test_an_interruption_is_told_in_one_line(finished, tiny):
-    work, _ = finished
-    copy = copy_of(work, without="dictionaries")
-    ask(copy, small(tiny, sae__steps=1_000_000))
+    arguments = small(tiny, sae__steps=1_000_000)
+    copy = copy_of(finished[0], lacks="dictionaries", arguments=arguments)
     # A process started in the background may ignore interruptions, and so do its children.
     listening = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     run = "runpy.run_module('launch.train_saes', run_name='__main__', alter_sys=True)"
-    code = f"import runpy, signal; {listening}; {run}"
-    program = [sys.executable, "-c", code, f"--workdir={copy}"]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, cwd=ROOT, env=environment()) as process:
+    program = [sys.executable, "-c", f"import runpy, signal; {listening}; {run}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    with subprocess.Popen(
+        [*program, f"--workdir={copy}"], stderr=subprocess.PIPE, cwd=ROOT, env=environment
+    ) as process:
         stderr = b""
         while not re.search(rb"[1-9]\d*/1000000 ", stderr):  # it trains
             piece = process.stderr.read1(100)
@@ -635,18 +579,10 @@ def test_an_interruption_is_told_in_one_line(finished, tiny):
 def test_train_lm_prints_its_loss_beside_counting(tiny, tmp_path, capfd):
     from crossdict_jax import models
 
-    asked = {
-        "n_layers": 1,
-        "d_model": 16,
-        "n_heads": 2,
-        "context": 32,
-        "vocab_size": 270,
-        "steps": 3,
-        "batch_size": 8,
-        "text.source": f"{tiny}/text.jsonl",
-    }
-    arguments = [f"--config.{name}={value}" for name, value in asked.items()]
-    given = [*arguments, f"--workdir={tmp_path}/run"]
+    shape = {"n_layers": 1, "d_model": 16, "n_heads": 2, "context": 32, "vocab_size": 270}
+    asked = shape | {"steps": 3, "batch_size": 8, "text.source": f"{tiny}/text.jsonl"}
+    given = [f"--config.{name}={value}" for name, value in asked.items()]
+    given += [f"--workdir={tmp_path}/run"]
     assert run_here(train_lm.main, given, kind=PretrainConfig, default="docs_gpt2") == 0
     out = capfd.readouterr().out
     losses = {name: float(loss) for name, loss in re.findall(r"^  (\w+) +([0-9.]+)$", out, re.M)}

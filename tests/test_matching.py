@@ -1,9 +1,5 @@
 """Matched features: planted answers, honest nulls, and the streamed sums against slow formulas."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import sparse
@@ -290,42 +286,3 @@ def test_wrong_inputs_are_named(monkeypatch):
         match(f, f, method="hungarian")
     with pytest.raises(UserError, match="50, 50, 49, 50 rows"):
         confirm(match(f, f), f, f, documents=np.arange(49), tokens=np.arange(50))
-
-
-# ---------------------------------------------------------------- size
-
-WIDE = """if True:
-    import resource, sys
-    import numpy as np
-    from crossdict_jax.evaluation.codes import compress
-    from crossdict_jax.evaluation.matching import confirm, match
-
-    n, width, k = 2048, 32768, 32
-    order = np.random.default_rng(0).permutation(width)
-
-    def block(rows):
-        rng, m = np.random.default_rng(rows.start), rows.stop - rows.start
-        f = np.zeros((m, width), np.float32)
-        active = rng.integers(0, width, (m, k))
-        f[np.arange(m)[:, None], active] = 0.5 + rng.exponential(size=(m, k))
-        return f
-
-    a, b = compress(block, n), compress(lambda rows: block(rows)[:, order], n)
-    found = match(a, b, minimum_firings=3)
-    worth = confirm(found, a, b, documents=np.arange(n) // 64)
-    right = (order[found.features_b] == found.features_a).mean()
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(found.live_a, len(found), right, worth.confirmed.mean(), gigabytes)
-"""
-
-
-@pytest.mark.soak
-def test_wide_dictionaries_take_little_memory():
-    """32,768 x 32,768 features: the correlations alone would be 4.3 GB."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    live, pairs, right, confirmed, gigabytes = map(float, done.stdout.split())
-    assert live > 10_000 and pairs > 0.99 * live
-    assert right > 0.99 and confirmed > 0.99
-    assert gigabytes < 3

@@ -171,7 +171,17 @@ def check_ends(text, tokenizer):
     return ends
 
 
-def check_pair(text, a, b):
+# ---------------------------------------------------------------- byte ends and pairs
+
+
+@pytest.mark.parametrize("two", ["small", pytest.param("real", marks=needs_data)])
+@given(text=tricky_text)
+@example(text="")
+@example(text="😀")
+@example(text="e\u0301<|endoftext|>   x\n\n   y")
+@settings(max_examples=200, deadline=None)
+def test_pairs_equal_brute_force(small, request, two, text):
+    a, b = small if two == "small" else request.getfixturevalue("real")
     ends_a, ends_b = check_ends(text, a), check_ends(text, b)
     expected, common = oracle_pairs(ends_a, ends_b)
     found = pairing.pair(text, a, b)
@@ -183,26 +193,6 @@ def check_pair(text, a, b):
         last = len(unicodedata.normalize("NFC", text).encode())
         if min(len(ends_a), len(ends_b)) > 1:
             assert found.byte_end[-1] == last  # the end of the text is a pair
-
-
-# ---------------------------------------------------------------- byte ends and pairs
-
-
-@given(text=tricky_text)
-@example(text="")
-@example(text="😀")
-@settings(max_examples=200, deadline=None)
-def test_pairs_equal_brute_force(small, text):
-    check_pair(text, *small)
-
-
-@needs_data
-@given(text=tricky_text)
-@example(text="")
-@example(text="e\u0301<|endoftext|>   x\n\n   y")
-@settings(max_examples=300, deadline=None)
-def test_pairs_of_gpt2_and_pythia_equal_brute_force(real, text):
-    check_pair(text, *real)
 
 
 @given(text=tricky_text)
@@ -222,19 +212,13 @@ def test_empty_text_gives_empty_arrays(small):
             assert array.shape == (0,) and np.issubdtype(array.dtype, np.integer)
 
 
-def test_end_inside_a_character_is_a_pair(small):
+def test_texts_of_known_ends(small):
     found = pairing.pair("a 漢字", *small)  # no merges beyond ASCII: a token a byte
-    assert set(found.byte_end.tolist()) >= {3, 4, 5, 6, 7, 8}
-
-
-def test_text_is_normalised_once_for_both(small):
+    assert set(found.byte_end.tolist()) >= {3, 4, 5, 6, 7, 8}  # also inside a character
     decomposed, composed = "cafe\u0301 the the", "caf\u00e9 the the"
     found, expected = (pairing.pair(text, *small) for text in (decomposed, composed))
-    assert found.byte_end.tolist() == expected.byte_end.tolist()
+    assert found.byte_end.tolist() == expected.byte_end.tolist()  # normalised once for both
     assert found.byte_end[-1] == len(composed.encode())
-
-
-def test_literal_special_tokens_count_their_bytes(small):
     tokens = pairing.byte_ends("the<|endoftext|>the", small[0])
     assert {3, 16} <= set(tokens.ends.tolist())
     assert tokens.ids.tolist().count(0) == 1  # the literal is read as the special token
@@ -319,15 +303,6 @@ def test_dropped_and_changed_characters_drop_the_text():
         pairing.byte_ends("the ▁ axis", LLAMA)  # read as a space: one byte instead of three
 
 
-@given(texts=st.lists(tricky_text, max_size=5))
-@settings(max_examples=40, deadline=None)
-def test_batch_equals_one_by_one(small, texts):
-    for text, tokens in zip(texts, pairing.byte_ends_batch(texts, small[0])):
-        alone = pairing.byte_ends(text, small[0])
-        assert tokens.ids.tolist() == alone.ids.tolist()
-        assert tokens.ends.tolist() == alone.ends.tolist()
-
-
 def test_token_bytes_spell_every_token(small):
     tokens, _ = vocabulary(small[0])
     table = pairing.token_bytes(small[0])
@@ -363,7 +338,9 @@ def test_last_token_at_an_end_and_no_first_position():
     assert pairing.pair_many([np.array([], np.int32), b])[0].tolist() == []
 
 
-def test_statistics_of_a_known_pairing():
+def test_statistics_of_known_pairings():
+    found = pairing.pairing_statistics([np.arange(1, 21), np.array([20])])
+    assert found.span_tokens[0] == (0, 0, 0, 0, 0, 0, 0, 1)  # long spans go to the last bin
     a, b = np.array([1, 3, 4, 6, 7]), np.array([1, 4, 6, 7])
     found = pairing.pairing_statistics([a, b])
     assert (found.ends, found.common, found.first_positions) == ((5, 4), 4, 1)
@@ -390,11 +367,6 @@ def test_statistics_of_a_known_pairing():
             },
         },
     }
-
-
-def test_long_spans_go_to_the_last_bin():
-    found = pairing.pairing_statistics([np.arange(1, 21), np.array([20])])
-    assert found.span_tokens[0] == (0, 0, 0, 0, 0, 0, 0, 1)
 
 
 @given(texts=st.lists(tricky_text, min_size=1, max_size=4))
@@ -437,24 +409,14 @@ def check_windows(texts, tokenizers_, limits):
     return found
 
 
-@given(texts=st.lists(tricky_text, max_size=4), limits=st.tuples(*[st.integers(2, 24)] * 2))
-@example(texts=["\u3000 the"], limits=(2, 2))  # a character of three tokens before whitespace
-@settings(max_examples=150, deadline=None)
-def test_windows_cover_documents_within_limits(small, texts, limits):
-    check_windows(texts, small, limits)
-
-
-@needs_data
-@given(texts=st.lists(tricky_text, max_size=4), limits=st.tuples(*[st.integers(2, 24)] * 2))
-@settings(max_examples=150, deadline=None)
-def test_windows_of_gpt2_and_pythia(real, texts, limits):
-    check_windows(texts, real, limits)
-
-
-@given(texts=st.lists(tricky_text, max_size=3), limits=st.tuples(*[st.integers(2, 24)] * 3))
-@settings(max_examples=60, deadline=None)
-def test_windows_of_other_tokenizers(texts, limits):
-    check_windows(texts, (LLAMA, CHARACTERS, THIRD), limits)
+@pytest.mark.parametrize("kind", ["small", "others", pytest.param("real", marks=needs_data)])
+@given(texts=st.lists(tricky_text, max_size=4), limits=st.tuples(*[st.integers(2, 24)] * 3))
+@example(texts=["\u3000 the"], limits=(2, 2, 2))  # a character of three tokens before whitespace
+@settings(max_examples=100, deadline=None)
+def test_windows_cover_documents_within_limits(small, request, kind, texts, limits):
+    others = (LLAMA, CHARACTERS, THIRD)
+    tokenizers_ = {"small": small, "others": others}.get(kind) or request.getfixturevalue(kind)
+    check_windows(texts, tokenizers_, limits[: len(tokenizers_)])
 
 
 CHARACTERS = characters()
@@ -466,52 +428,9 @@ def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     assert all(window.text[0].isspace() for window in found.windows[1:])
     lengths = [max(len(tokens.ids) for tokens in window.tokens) for window in found.windows]
     assert min(lengths) >= 15
-
-
-def test_windows_are_full_although_each_invents_a_prefix():
-    found = check_windows([ENGLISH], [LLAMA], [40])
+    found = check_windows([ENGLISH], [LLAMA], [40])  # full, although each invents a prefix
     total = sum(len(window.tokens[0].ids) for window in found.windows)
     assert len(found.windows) <= 1.25 * total / 40
-
-
-def across_words():
-    """A tokenizer whose tokens may hold spaces anywhere."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["the axis a " * 9], trainer)
-    return tokenizer
-
-
-def with_prefix_space():
-    tokenizer = train_byte_level(300)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return tokenizer
-
-
-def with_added_token(content, **rules):
-    tokenizer = train_byte_level(300)
-    tokenizer.add_tokens([tokenizers.AddedToken(content, normalized=False, **rules)])
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    "tokenizer",
-    [
-        across_words(),
-        with_prefix_space(),
-        with_added_token("the axis"),
-        with_added_token("axis", rstrip=True),
-        with_added_token("axis", lstrip=True),
-        with_added_token("axis", single_word=True),
-    ],
-    ids=["across words", "prefix", "two words", "rstrip", "lstrip", "single word"],
-)
-@given(words=st.lists(st.sampled_from(["the", "axis", "the axis", "a"]), max_size=16))
-@settings(max_examples=60, deadline=None)
-def test_windows_where_a_seam_could_change_tokens(tokenizer, words):
-    check_windows([" ".join(words), "\n".join(words)], [tokenizer], [4])
 
 
 @pytest.mark.parametrize("limit", range(2, 12))
@@ -532,12 +451,9 @@ def test_dropped_windows_are_counted_per_model(small):
     )
     assert [window.text for window in found.windows] == ["the axis"]
     assert found.not_rebuilt == (0, 1, 2)
-
-
-def test_only_the_window_with_a_strange_character_is_lost(small):
     text = ENGLISH[:300] + " 漢 " + ENGLISH[300:600]
     found = pairing.windows([text], (small[0], CHARACTERS), limits=(64, 32))
-    assert found.not_rebuilt[0] == 0 and found.not_rebuilt[1] == 1
+    assert found.not_rebuilt == (0, 1)  # the others are kept
     assert sum(len(window.text) for window in found.windows) >= len(text) - 32
 
 
@@ -573,13 +489,9 @@ def test_real_small_models_rebuild_or_are_dropped(model, text):
             assert text.encode()[:end].decode() == prefix
 
 
-_loaded = {}
-
-
+@functools.cache
 def load_small(model):
-    if model not in _loaded:
-        _loaded[model] = load("models", model)
-    return _loaded[model]
+    return load("models", model)
 
 
 @needs_data

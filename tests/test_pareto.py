@@ -18,6 +18,7 @@ from crossdict_jax.verify import recovery
 from crossdict_jax.verify.planted import PlantedConfig
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl
 
+pytestmark = pytest.mark.slow  # six ensembles are compiled and trained
 PLANTED = PlantedConfig(rows=400, documents=40, features=8, widths=(6,), exclusive=0, active=2.0)
 SETTINGS = SAEConfig(width=8, k=2, steps=4, batch_size=32, seeds=2)
 

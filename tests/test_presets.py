@@ -14,7 +14,6 @@ import pytest
 from configs import pythia410m_gpt2medium, pythia410m_gpt2medium_small
 from crossdict_jax import models, modules
 from crossdict_jax.activations import extract
-from crossdict_jax.config import settings
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import Pairs, Problem, Side, ensemble
@@ -51,12 +50,6 @@ PRESETS = {
 }
 preset = pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
 architecture = pytest.mark.parametrize("shape", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-
-
-@preset
-def test_the_settings_are_valid(config):
-    settings.validate(config)
-    assert config.layers == (5, 6, 7) and len(config.models) == 2
 
 
 @architecture

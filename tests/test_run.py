@@ -12,6 +12,7 @@ from crossdict_jax import models, stats
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.models import Site, run
+from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
 
 call = run._call
@@ -156,6 +157,39 @@ def test_the_size_of_a_batch_changes_nothing(lm, passages):
         for size in (1, 20)
     )
     np.testing.assert_allclose(small.ce, large.ce, atol=1e-5)
+
+
+def scaled(lm, factor, norm, shift, tokens):
+    return {"x": shift + factor * norm(lm.logits(tokens))}
+
+
+def differences(lm, tokens):
+    logits = lm.logits(tokens)[:, 0]
+    return logits[::2] - logits[1::2]
+
+
+def test_a_function_of_texts_sees_them_in_batches_and_gives_a_row_for_each(lm, runner):
+    tokens = np.random.default_rng(3).integers(0, 40, (5, 6)).astype(np.int32)
+    norm = LayerNorm(40, eps=1e-5)
+    shared = norm, np.ones(40, np.float32)
+    x = runner.run(scaled, tokens, static=(3,), shared=shared)["x"]
+    logits = lm.logits(tokens)
+    np.testing.assert_allclose(x, 1 + 3 * norm(logits), atol=1e-4)
+    pairs = Runner(lm, batch_size=3).run(differences, tokens[:4], group=2)
+    np.testing.assert_allclose(pairs, logits[[0, 2], 0] - logits[[1, 3], 0], atol=1e-5)
+
+
+def test_a_stream_gives_each_text_its_activations(lm, runner):
+    texts = [np.arange(n, dtype=np.int32) for n in LENGTHS]
+    sites = (Site(0, "mlp_out"), Site(2))
+    streamed = dict(runner.stream(texts, sites, dtype=np.float32))
+    assert sorted(streamed) == list(range(len(LENGTHS)))
+    together = runner.read(texts, sites)
+    for i, text in enumerate(texts):
+        alone = models.capture(lm, text[None], sites)
+        for site, x in zip(sites, streamed[i]):
+            np.testing.assert_allclose(x, alone[site][0], atol=1e-5)
+            np.testing.assert_allclose(together[site][i, : len(text)], x, atol=1e-5)
 
 
 @pytest.mark.parametrize(

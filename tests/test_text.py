@@ -1,12 +1,12 @@
 """Documents: sources agree, splits are pure functions of hashes, mistakes get one line."""
 
+import hashlib
 import inspect
-import io
 import json
 import re
 import unicodedata
 import warnings
-from pathlib import Path
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,6 @@ from crossdict_jax.activations.text import (
     SPLITS,
     Document,
     Documents,
-    _paragraphs,
     _pieces,
     cut,
     load_corpus,
@@ -53,19 +52,13 @@ def texts_of(corpus):
 # ---------------------------------------------------------------- splits and cutting
 
 
-@pytest.mark.parametrize(
-    ("key", "split"), [("ast", "train"), ("é", "validation"), ("json", "test")]
-)
-def test_split_of_never_changes(key, split):
+def test_splits_are_pure_functions_of_hashes_with_the_asked_shares():
+    split = partial(split_of, text=TextConfig())
     # Models and results made earlier rest on these.
-    assert split_of(key, validation_fraction=0.1, test_fraction=0.2) == split
-
-
-def test_splits_have_the_asked_shares():
-    keys = [f"key {i}" for i in range(5000)]
-    found = [split_of(k, validation_fraction=0.1, test_fraction=0.2) for k in keys]
-    for split, share in zip(SPLITS, (0.7, 0.1, 0.2)):
-        assert abs(found.count(split) / len(keys) - share) < 0.02
+    assert list(map(split, ("ast", "é", "json"))) == ["train", "validation", "test"]
+    splits = [split(f"key {i}") for i in range(5000)]
+    for name, share in zip(SPLITS, (0.7, 0.1, 0.2)):
+        assert abs(splits.count(name) / len(splits) - share) < 0.02
 
 
 @given(text=st.text(max_size=60), max_bytes=st.integers(1, 40))
@@ -114,32 +107,23 @@ def test_every_source_gives_the_same_documents_and_splits(sources):
     for corpus in corpora.values():
         assert [(d.text, d.split) for d in corpus.documents] == expected
         assert corpus.provenance["sha256"] == corpora["jsonl"].provenance["sha256"]
+    names = {name: {d.name for d in corpus.documents} for name, corpus in corpora.items()}
+    assert names == {
+        "folder": {f"{i:03d}.txt" for i in range(60)},
+        "jsonl": {f"rows.jsonl:{i}" for i in range(1, 61)},
+        "parquet": {f"rows.parquet:{i}" for i in range(1, 61)},
+        "dataset": {f"dataset:{i}" for i in range(60)},
+    }
 
 
 def test_documents_are_ordered_by_split_and_then_as_in_the_source(sources):
-    corpus = load(sources["jsonl"])
-    assert [d.split for d in corpus.documents] == sorted(
-        (d.split for d in corpus.documents), key=SPLITS.index
-    )
+    corpus = load(sources["parquet"], documents=40)  # before the split
+    assert sorted(texts_of(corpus), key=STORIES.index) == STORIES[:40]
+    splits = [d.split for d in corpus.documents]
+    assert splits == sorted(splits, key=SPLITS.index)
     for split in SPLITS:
         order = [STORIES.index(d.text) for d in corpus.split(split)]
         assert order == sorted(order) and order
-
-
-def test_names_tell_where_documents_come_from(sources):
-    def names(source):
-        return {document.name for document in load(sources[source]).documents}
-
-    assert names("folder") == {f"{i:03d}.txt" for i in range(60)}
-    assert names("jsonl") == {f"rows.jsonl:{i}" for i in range(1, 61)}
-    assert names("parquet") == {f"rows.parquet:{i}" for i in range(1, 61)}
-    assert names("dataset") == {f"dataset:{i}" for i in range(60)}
-
-
-def test_documents_counts_before_the_split_and_keeps_source_order(sources):
-    corpus = load(sources["parquet"], documents=40)
-    assert sorted(texts_of(corpus), key=STORIES.index) == STORIES[:40]
-    assert sum(corpus.provenance["documents"].values()) == 40
 
 
 def test_what_is_done_to_documents_is_counted(tmp_path):
@@ -201,17 +185,10 @@ def test_one_text_file_is_cut_at_blank_lines(tmp_path):
 )
 @settings(max_examples=200, deadline=None)
 def test_pieces_lose_no_word(text, max_bytes):
-    pieces = list(_pieces(io.StringIO(text, newline="\n"), max_bytes=max_bytes))
-    assert "".join("".join(pieces).split()) == "".join(unicodedata.normalize("NFC", text).split())
+    text = unicodedata.normalize("NFC", text)
+    pieces = list(_pieces(text, max_bytes=max_bytes))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(len(piece.encode()) <= max_bytes for piece in pieces)
-
-
-@given(st.lists(st.sampled_from([*"\n\n\n \t\r\fab\u2003\x85", "e\u0301", "\u0301"])).map("".join))
-@settings(max_examples=500, deadline=None)
-def test_paragraphs_of_lines_are_those_of_the_whole_text(text):
-    whole = unicodedata.normalize("NFC", text)
-    lines = io.StringIO(text, newline="\n")
-    assert list(_paragraphs(lines)) == re.split(r"\n[ \t\r\f\v]*\n\s*", whole)
 
 
 def test_a_bad_byte_of_a_long_text_is_named_by_its_place(tmp_path):
@@ -303,21 +280,9 @@ def test_unreadable_datasets_get_one_line(tmp_path, source, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("settings_", "message"),
-    [
-        ({"max_bytes": 0}, "max_bytes=0"),
-        ({"max_bytes": -5}, "max_bytes=-5"),
-        ({"documents": 0}, "documents=0"),
-        ({"validation_fraction": 0.0}, "validation_fraction=0.0"),
-        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "less than 1"),
-        ({"test_fraction": float("nan")}, "test_fraction=nan"),
-        ({"documents": 3}, "in the split (validation|test)"),
-    ],
-)
-def test_impossible_settings_get_one_line(sources, settings_, message):
-    with pytest.raises(UserError, match=message):
-        load(sources["jsonl"], **settings_)
+def test_a_split_without_a_document_is_refused(sources):
+    with pytest.raises(UserError, match=r"in the split (validation|test)"):
+        load(sources["jsonl"], documents=3)
 
 
 def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
@@ -330,14 +295,7 @@ def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache folder of this test's own."""
-    monkeypatch.setattr(docstrings, "cache_folder", lambda: tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def modules(cache, tmp_path, monkeypatch):
+def modules(tmp_path, monkeypatch):
     """Replaces the installed modules by given sources; returns the documents' texts by name."""
 
     def read(sources):
@@ -346,7 +304,7 @@ def modules(cache, tmp_path, monkeypatch):
             paths[name] = tmp_path / f"{name}.py"
             paths[name].write_text(source)
         monkeypatch.setattr(docstrings, "_modules", lambda: paths)
-        return {module.name: module.text for module in docstrings.module_texts(100)}
+        return {module.name: module.text for module in docstrings.module_texts()}
 
     return read
 
@@ -389,29 +347,19 @@ def test_a_repeated_paragraph_stays_with_the_smallest_hash(modules):
     sources = {n: document(LONG.replace(" ", "\n", 4), OTHER + n, THIRD + n) for n in "abcdef"}
     sources["b"] = document(LONG, OTHER + "b", THIRD + "b")  # other line breaks
     found = modules(sources)
-    first = min(sources, key=lambda name: docstrings._order((name, Path())))
+    first = min(sources, key=lambda name: hashlib.sha256(name.encode()).digest()[8:])
     holders = [name for name, text in found.items() if LONG in " ".join(text.split())]
     assert holders == [first]
 
 
-def test_copies_with_a_name_changed_are_repetitions(modules):
+def test_copies_short_documents_and_unparsable_modules_are_skipped(modules):
     lines = [LONG, OTHER, THIRD]
     sources = {
         name: document("\n".join([f"Loads the {name} of the model from a given folder.", *lines]))
         for name in ("weights", "tokenizer")
     }
-    assert len(modules(sources)) == 1  # nothing is left of the other one
-
-
-def test_short_documents_and_unparsable_modules_are_skipped(modules):
-    found = modules(
-        {
-            "short": document("One line only, of no use."),
-            "broken": "def (:",
-            "a": document(LONG, OTHER, THIRD),
-        }
-    )
-    assert list(found) == ["a"]
+    sources |= {"short": document("Of no use."), "broken": "def (:"}
+    assert len(modules(sources)) == 1  # one of the copies: nothing is left of the other
 
 
 def test_tests_are_no_documentation(tmp_path):
@@ -437,22 +385,16 @@ def normal_paragraphs(document_):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A corpus of this installation's docstrings, and the folder that caches it."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docstrings, "cache_folder", lambda: folder)
-        corpus = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
-    return corpus, folder
+def installed():
+    """A corpus of this installation's docstrings."""
+    return load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
 
 
 def test_installed_docstrings_make_a_corpus(installed):
-    corpus, _ = installed
+    corpus = installed
     assert len(corpus.documents) == 200
     for document_ in corpus.documents:
-        assert document_.split == split_of(
-            document_.name, validation_fraction=0.1, test_fraction=0.2
-        )
+        assert document_.split == split_of(document_.name, TextConfig())
         assert len(document_.text.encode()) >= 200
     assert len({document_.name.split(".")[0] for document_ in corpus.documents}) > 10
     assert {"python", "numpy", "transformers"} <= set(corpus.provenance["packages"])
@@ -460,82 +402,22 @@ def test_installed_docstrings_make_a_corpus(installed):
 
 
 def test_no_test_paragraph_is_a_training_paragraph(installed):
-    corpus, _ = installed
+    corpus = installed
     train = set().union(*map(normal_paragraphs, corpus.split("train")))
     test = set().union(*map(normal_paragraphs, corpus.split("test")))
     assert len(test) > 200 and not train & test
 
 
-def test_fewer_documents_are_a_part_of_more(installed, cache):
-    corpus, _ = installed
+def test_fewer_documents_are_a_part_of_more(installed):
     fewer = load_corpus(TextConfig(source="docstrings", documents=60, max_bytes=10**9))
-    more = {document_.name: document_ for document_ in corpus.documents}
+    more = {document_.name: document_ for document_ in installed.documents}
     assert all(more[document_.name] == document_ for document_ in fewer.documents)
+    assert fewer.provenance["modules_read"] < installed.provenance["modules_read"]
 
 
-def test_the_cache_gives_the_same_corpus_without_reading_again(installed, monkeypatch):
-    corpus, folder = installed
-    monkeypatch.setattr(docstrings, "cache_folder", lambda: folder)
-    monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
-    again = load_corpus(TextConfig(source="docstrings", documents=200, max_bytes=10**9))
-    assert list(again.documents) == list(corpus.documents)
-    assert again.provenance == corpus.provenance
-    fewer = load_corpus(TextConfig(source="docstrings", documents=60))
-    assert fewer.provenance["modules_read"] < corpus.provenance["modules_read"]
-
-
-SMALL = {name: document(LONG + name, OTHER + name, THIRD + name) for name in "abc"}
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: data[:-20],
-        lambda data: data.replace(b"sentence", b"sentense", 1),
-        lambda data: b"5" + data[data.index(b"\n") :],
-        lambda data: b"\xff\xfe",
-    ],
-)
-def test_a_damaged_cache_is_rebuilt(modules, cache, damage):
-    expected = modules(SMALL)
-    (path,) = cache.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert modules(SMALL) == expected
-    assert path.read_bytes() == whole
-
-
-def test_a_cache_that_holds_too_little_is_extended(modules, cache, monkeypatch):
-    expected = modules(SMALL)
-    (path,) = cache.iterdir()
-    path.unlink()
-    assert len(docstrings.module_texts(2)) == 2
-    assert len(docstrings.module_texts(3)) == 3
-    monkeypatch.setattr(docstrings, "_scan", lambda: pytest.fail("read again"))
-    assert {m.name: m.text for m in docstrings.module_texts(3)} == expected
-
-
-def test_other_package_versions_are_cached_apart(modules, cache, monkeypatch):
-    modules(SMALL)
-    monkeypatch.setattr(docstrings, "package_versions", lambda: {"python": "9.9"})
-    assert list(modules({"z": document(LONG, OTHER, THIRD)})) == ["z"]
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_a_cache_folder_that_cannot_be_written_costs_only_time(modules, cache):
-    cache.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="cannot be written"):
-        assert len(modules(SMALL)) == 3
-
-
-def test_foreign_escapes_do_not_warn(modules):
+def test_docstrings_are_cleaned_as_inspect_does_and_foreign_escapes_do_not_warn(modules):
+    paragraphs = (LONG, OTHER + "\n  indented", THIRD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        modules({"a": document(LONG, OTHER, THIRD) + "x = '\\d'\n"})
-
-
-def test_docstrings_are_cleaned_as_inspect_does(modules):
-    paragraphs = (LONG, OTHER + "\n  indented", THIRD)
-    found = modules({"a": "def f():\n" + document(*paragraphs, indent="    ")})
-    assert found["a"] == inspect.cleandoc("\n\n".join(paragraphs))
+        source = "def f():\n" + document(*paragraphs, indent="    ") + "x = '\\d'\n"
+        assert modules({"a": source})["a"] == inspect.cleandoc("\n\n".join(paragraphs))

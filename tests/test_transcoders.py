@@ -171,7 +171,10 @@ def fvu(d, x, y):
     return error / np.square(y - y.mean(0)).sum()
 
 
-@every
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[] if a == "topk" else pytest.mark.slow) for a in base.architectures()],
+)
 def test_training_learns_a_planted_linear_output_of_another_size(
     architecture, tmp_path, monkeypatch
 ):
@@ -266,10 +269,9 @@ def test_features_are_stitched_where_they_are_written(finished, capsys):
     assert not work.result("feature_causal.jsonl").exists()
 
 
-def test_an_untrained_twin_writes_where_its_model_does(finished):
-    _, store, _ = finished
-    twins = untrained.untrained_names(store)
-    assert untrained._outputs(store, twins, [(tiny_run.SITE,)] * 2) == {
+def test_a_re_initialised_model_writes_where_its_model_does(finished):
+    config, store, _ = finished
+    assert untrained.untrained_outputs(config, store) == {
         ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
         ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
     }

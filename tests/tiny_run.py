@@ -1,6 +1,8 @@
 """A finished run in miniature, for tests of the stages that only read checkpoints."""
 
+import fcntl
 import functools
+import shutil
 from pathlib import Path
 
 import jax
@@ -17,11 +19,12 @@ from crossdict_jax.config import (
     TextConfig,
     to_dict,
 )
+from crossdict_jax.config.settings import from_dict
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
-from crossdict_jax.workdir import Workdir, open_workdir
+from crossdict_jax.workdir import Workdir, open_workdir, read_json
 
 CONTEXT = 64
 SITE = Site(1)
@@ -86,8 +89,20 @@ def make_config(root: Path) -> Config:
 
 @functools.cache
 def shared_run(base: Path) -> tuple[Config, Workdir]:
-    """The run that all tests of one process share; whoever changes it works on a copy."""
-    return make_run(base / "tiny")
+    """The run that all tests share: made once, whatever number of workers; each has its own copy.
+
+    Whoever changes files of it works on a copy of that.
+    """
+    common = base.parent if base.name.startswith("popen-") else base  # of the workers of xdist
+    root, done = common / "tiny", common / "tiny.done"
+    with (common / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make_run(root)
+            done.touch()
+    copy = Workdir(base / "tiny-run")
+    shutil.copytree(root / "run", copy.root)
+    return from_dict(Config, read_json(copy.root / "config.json")), copy
 
 
 def make_run(root: Path) -> tuple[Config, Workdir]:

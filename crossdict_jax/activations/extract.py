@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,26 +13,27 @@ import ml_dtypes
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.activations.column import stretches
-from crossdict_jax.activations.masking import Masked, masked
-from crossdict_jax.activations.outputs import Place, outputs, to_read
 from crossdict_jax.activations.plan import Plan, Reading, make_plan
 from crossdict_jax.activations.store import (
+    BLOCK,
+    Column,
+    End,
     Rows,
     Store,
-    digest,
     open_store,
-    save_rows,
-    save_table,
+    save_index,
+    save_shard,
     shard_name,
 )
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.config import Config, ExtractConfig, model_layers
+from crossdict_jax.config import Config, ExtractConfig, model_layers, output_site
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
+
+Sites = Mapping[str, tuple[Site, ...]]  # by the name of the model
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -44,32 +46,49 @@ def extract(config: Config, work: Workdir) -> Store:
       UserError: a layer outside a model, text that a model cannot read, no room on the disk,
         activations that are not finite, or a retrieval pool larger than the test rows.
     """
-    if (work.activations / "meta.json").exists():
-        store = open_store(work.activations)
-        _check_pool(config, _kept(store.columns()[0])["test"])
+    directory = work.activations
+    if (directory / "meta.json").exists():
+        store = open_store(directory)
+        _check_pool(config, store.rows.kept()["test"])
         return store
     started = time.perf_counter()
-    names = model_names(config.models)
-    lms = [models.load(path) for path in config.models]
-    inputs = [tuple(Site(i, config.site) for i in layers) for layers in model_layers(config)]
-    written = outputs(config, names, inputs)
-    sites = [to_read(name, written) for name in names]
-    for lm, of_model in zip(lms, sites):
-        for site in of_model:
+    lms = dict(zip(model_names(config.models), map(models.load, config.models)))
+    written = outputs(config, list(lms))
+    sites = to_read(list(lms), written)
+    for name, lm in lms.items():
+        for site in sites[name]:
             models.check_site(lm.config, site, lm.name)
-    work.activations.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(config, lms, work.activations)
+    directory.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(config, list(lms.values()), directory)
     _check_pool(config, plan.of_split["test"])
-    check_space(work.activations, lms, sites, rows=len(plan.rows))
-    counts = read_models(config, work.activations, names, lms, sites, plan)
-    kept = _finish(config, work, names, lms, sites, plan, written)
+    counts = read_models(config.extract, directory, lms, sites, plan)
+    counted = {"shards": plan.shards, "documents": plan.documents}
+    keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
+    rows = replace(plan.rows, keep=keep)
+    write_json(work.result("pairing.json"), _pairing(config, plan, rows, left_out))
+    about = {
+        name: {"path": path, "d_model": lm.config.d_model, "bos": bos, **ends_of(name, written)}
+        for path, bos, (name, lm) in zip(config.models, plan.bos, lms.items())
+    }
+    meta = {"models": about, "rows": len(rows), "dtype": "bfloat16"}
+    meta |= {"shard_starts": plan.shard_starts.tolist(), "documents": plan.documents}
+    finish(directory, rows, plan, meta | {"text": plan.provenance})
     seconds = time.perf_counter() - started
-    rows = len(plan.rows)
-    figures = {"rows": rows, "rows_per_s": counts["rows"] / seconds}
+    figures = {"rows": len(rows), "rows_per_s": counts["rows"] / seconds}
     figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
     work.record_timing("extract_activations", wall_s=seconds, **figures, **device_figures())
-    _check_pool(config, kept["test"])  # norm outliers are gone now
-    return open_store(work.activations)
+    _check_pool(config, rows.kept()["test"])  # norm outliers are gone now
+    return open_store(directory)
+
+
+def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
+    """Writes the index of a store whose shards are there and, last, meta.json."""
+    checksums = save_index(directory, rows, reading.table)
+    for i in range(reading.shards):
+        checksums |= read_json(_stamp(directory, i))["files"]
+    checksums = meta.get("checksums", {}) | checksums
+    write_json(directory / "meta.json", meta | {"checksums": checksums})
+    shutil.rmtree(directory / "shards")
 
 
 def _check_pool(config: Config, test_rows: int) -> None:
@@ -81,190 +100,198 @@ def _check_pool(config: Config, test_rows: int) -> None:
         )
 
 
-def check_space(directory: Path, lms, sites, *, rows: int) -> None:
-    """Raises UserError if the disk cannot take the store of these models."""
-    needed = 2 * rows * sum(len(s) * lm.config.d_model for lm, s in zip(lms, sites))
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
-    if needed > free:
+def _pairing(config: Config, plan: Plan, rows: Rows, left_out: dict) -> dict:
+    """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
+    names = model_names(config.models)
+    return plan.statistics.to_json(names) | {
+        "windows": len(plan.table),
+        "rows": rows.kept(),
+        "bos": dict(zip(names, plan.bos)),
+        "norm_mask": config.extract.norm_mask,
+        "dropped": {
+            "first_position": plan.statistics.first_positions,
+            **left_out,
+            "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
+            "characters_too_long": plan.too_long,
+        },
+        "text": plan.provenance,
+    }
+
+
+# ---------------------------------------------------------------- what dictionaries read and write
+
+
+def outputs(config: Config, names: Sequence[str]) -> dict[End, End]:
+    """Returns for each (model, site) that dictionaries read the one that they write.
+
+    The same, but for transcoders.
+
+    Raises:
+      UserError: ``sae.output_site`` names a model that the run has not.
+    """
+    text, written = config.sae.output_site, {}
+    model, kind, layer = output_site(text) if text else (None, None, None)
+    if model and model not in names:
         raise UserError(
-            f"The store needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free; "
-            "free some space or lower text.documents."
+            f"sae.output_site={text}: there is no model {model!r}; this run has {', '.join(names)}."
         )
+    for name, layers in zip(names, model_layers(config)):
+        for i in layers:
+            output = Site(i if layer is None else layer, kind or config.site)
+            written[name, Site(i, config.site)] = model or name, output
+    return written
+
+
+def to_read(names: Sequence[str], written: Mapping[End, End]) -> Sites:
+    """Returns {model: all its sites that dictionaries read or write, ascending}."""
+    both = sorted({*written, *written.values()})
+    return {name: tuple(site for model, site in both if model == name) for name in names}
+
+
+def ends_of(name: str, written: Mapping[End, End]) -> dict:
+    """Returns a model's entries of meta.json that say what its dictionaries read and write."""
+    of_model = {site: end for (model, site), end in written.items() if model == name}
+    other = {str(s): [m, str(o)] for s, (m, o) in of_model.items() if (m, o) != (name, s)}
+    return {"sites": list(map(str, of_model))} | ({"outputs": other} if other else {})
 
 
 # ---------------------------------------------------------------- running the models
 
 
-def read_models(config, directory, names, lms, sites, plan: Reading) -> dict:
+def read_models(
+    settings: ExtractConfig,
+    directory: Path,
+    lms: Mapping[str, LanguageModel],
+    sites: Sites,
+    reading: Reading,
+) -> dict[str, float]:
     """Runs every model over all windows, only as deep as its highest site.
 
     Writes every shard that is not there yet; returns how much was read, and how fast.
+
+    Raises:
+      UserError: the disk cannot take the store, or shards there are of other text.
     """
     from tqdm import tqdm
 
-    counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
-    shards = len(plan.shard_starts) - 1
-    todo = [i for i in range(shards) if not _is_done(directory, i, plan)]
-    readers = [Reader(config.extract, lm, s, bos) for lm, s, bos in zip(lms, sites, plan.bos)]
-    total = len(todo) * len(lms)
-    with tqdm(total=total, desc="extract activations", unit="shard") as progress:
-        for i in todo:
-            started, checksums = time.perf_counter(), {}
-            for m, reader in enumerate(readers):
-                checksums |= _write_shard(directory, names[m], reader, plan, m, i)
-                progress.update()
-            write_json(_done(directory, i), {"text": plan.text, "files": checksums})
-            counts["seconds"] += time.perf_counter() - started
-            first, last = _shard_windows(plan, i)
-            counts["rows"] += int(plan.shard_starts[i + 1] - plan.shard_starts[i])
-            spans = [plan.table.span(m, first, last) for m in range(len(lms))]
-            counts["tokens"] += sum(stop - start for start, stop in spans)
-    return counts
-
-
-def _done(directory: Path, i: int) -> Path:
-    return directory / "shards" / f"{i:05d}.json"
-
-
-def _is_done(directory: Path, i: int, plan: Reading) -> bool:
-    if not _done(directory, i).exists():
-        return False
-    if read_json(_done(directory, i))["text"] != plan.text:
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = sum(len(sites[name]) * lm.config.d_model for name, lm in lms.items())
+    needed, free = 2 * len(reading.rows) * numbers, shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"The store needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free; "
+            "free some space or lower text.documents."
+        )
+    done = [i for i in range(reading.shards) if _stamp(directory, i).exists()]
+    if any(read_json(_stamp(directory, i))["text"] != reading.text for i in done):
         raise UserError(
             f"The text has changed since {directory} was begun; delete it to extract again."
         )
-    return True
+    options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
+    runners = [Runner(lm, **options) for lm in lms.values()]
+    counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
+    todo = [i for i in range(reading.shards) if i not in done]
+    with tqdm(total=len(todo) * len(lms), desc="extract activations", unit="shard") as progress:
+        for i in todo:
+            started, checksums, windows = time.perf_counter(), {}, reading.windows(i)
+            for m, (name, runner) in enumerate(zip(lms, runners)):
+                for site, x in zip(sites[name], _read_shard(runner, sites[name], reading, m, i)):
+                    checksums |= save_shard(directory, shard_name(name, str(site), i), x)
+                offsets = reading.table.offsets[m]
+                counts["tokens"] += int(offsets[windows.stop] - offsets[windows.start])
+                progress.update()
+            write_json(_stamp(directory, i), {"text": reading.text, "files": checksums})
+            counts["seconds"] += time.perf_counter() - started
+            counts["rows"] += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
+    return counts
 
 
-def _shard_windows(plan: Reading, i: int) -> tuple[int, int]:
-    """First window of a shard, and the one after its last."""
-    return i * plan.shard_windows, min((i + 1) * plan.shard_windows, len(plan.table))
+def _stamp(directory: Path, i: int) -> Path:
+    """The file that says a shard is finished, and of what text."""
+    return directory / "shards" / f"{i:05d}.json"
 
 
-class Reader:
-    """Runs one model over windows of tokens, only as deep as its highest site.
+def _read_shard(runner: Runner, sites, reading: Reading, m: int, i: int) -> list[np.ndarray]:
+    """Returns per site the activations of a shard's rows, bfloat16 [rows, d_model]."""
+    windows, (start, stop) = reading.windows(i), reading.shard_starts[i : i + 2]
+    front = np.array([] if reading.bos[m] is None else [reading.bos[m]], np.int32)
+    window = reading.rows.window[start:stop]
+    position = reading.rows.position[start:stop, m] + len(front)
+    out = [np.empty((stop - start, runner.config.d_model), ml_dtypes.bfloat16) for _ in sites]
+    tokens = [np.concatenate([front, reading.table.tokens(m, w)]) for w in windows]
+    for number, captured in runner.stream(tokens, sites):
+        of_window = slice(*np.searchsorted(window, windows[number] + np.arange(2)))
+        for array, x in zip(out, captured):
+            array[of_window] = x[position[of_window]]
+    return out
+
+
+# ---------------------------------------------------------------- rows that are left out
+
+
+def masked(
+    settings: ExtractConfig,
+    directory: Path,
+    sites: Sites,
+    rows: Rows,
+    *,
+    shards: int,
+    documents: Sequence[str],
+) -> tuple[np.ndarray, dict]:
+    """Returns (bool [n]: which rows of a directory of shards are kept, counts of the others).
+
+    Left out are rows that hold NaN or infinity, and outliers: those of a norm far above the median
+    of the training rows that are finite. Attention sinks have such norms, tens of times the
+    others'. Counts are of rows, outliers first, and of rows by model and site.
 
     Args:
-      bos: the id put in front of every window, or None.
+      documents: their names.
+
+    Raises:
+      UserError: a row is not finite and ``extract.nonfinite`` says refuse (it is named), or no
+        training row is finite.
     """
-
-    def __init__(
-        self, config: ExtractConfig, lm: LanguageModel, sites: Sequence[Site], bos: int | None
-    ):
-        self.lm, self.sites = lm, tuple(sites)
-        self._front = np.array([] if bos is None else [bos], np.int32)
-        self._runner = Runner(lm, batch_size=config.batch_size, dtype=config.matmul_dtype)
-
-    def read(self, windows: Sequence[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yields (window's index, per site bfloat16 [tokens, d_model]), in order of length."""
-        tokens = [np.concatenate([self._front, w]) for w in windows]
-        for i, x in self._runner.stream(tokens, self.sites):
-            yield i, [of_site[len(self._front) :] for of_site in x]
-
-
-def _write_shard(directory, name, reader: Reader, plan: Reading, m: int, i: int) -> dict:
-    """Writes one model's files of one shard; returns their checksums."""
-    first, last = _shard_windows(plan, i)
-    start, stop = plan.shard_starts[i : i + 2]
-    rows, position = plan.rows.window[start:stop], plan.rows.position[start:stop][:, m]
-    d_model = reader.lm.config.d_model
-    out = [np.empty((stop - start, d_model), ml_dtypes.bfloat16) for _ in reader.sites]
-    windows = [plan.table.tokens(m, w) for w in range(first, last)]
-    for place, captured in reader.read(windows):
-        here = slice(*np.searchsorted(rows, [first + place, first + place + 1]))
-        positions = position[here]
-        for array, x in zip(out, captured):
-            array[here] = x[positions]
-    checksums = {}
-    for site, array in zip(reader.sites, out):
-        relative = shard_name(name, str(site), i)
-        path = directory / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, array.view(np.uint16))
-        checksums[relative] = digest(path)
-    return checksums
-
-
-# ---------------------------------------------------------------- the end
-
-
-def _finish(config: Config, work: Workdir, names, lms, sites, plan: Plan, written) -> dict:
-    """Masks rows that are left out and writes rows, windows, pairing.json and, last, meta.json.
-
-    Returns how many rows of each split are kept.
-    """
-    directory = work.activations
-    save_table(directory / "windows.npz", plan.table)
-    left_out = masked(
-        config.extract,
-        directory,
-        dict(zip(names, sites)),
-        plan.rows,
-        shards=len(plan.shard_starts) - 1,
-        documents=plan.documents,
-    )
-    rows = replace(plan.rows, keep=left_out.keep)
-    save_rows(directory / "rows.npz", rows)
-    kept = _kept(rows)
-    checksums = checksums_of(directory, plan)
-    write_json(work.result("pairing.json"), _pairing(config, names, plan, kept, left_out))
-    meta = {
-        "models": {
-            name: {
-                "path": path,
-                "d_model": lm.config.d_model,
-                "bos": bos,
-                **dictionary_places(name, written),
-            }
-            for name, path, lm, bos in zip(names, config.models, lms, plan.bos)
-        },
-        "rows": len(rows),
-        "dtype": "bfloat16",
-        "shard_starts": plan.shard_starts.tolist(),
-        "documents": plan.documents,
-        "text": plan.provenance,
-        "checksums": checksums,
-    }
-    write_json(directory / "meta.json", meta)
-    shutil.rmtree(directory / "shards")
-    return kept
-
-
-def _kept(rows: Rows) -> dict[str, int]:
-    """Returns how many rows of each split are kept."""
-    parts = ((rows.split[here], rows.keep[here]) for here in stretches(len(rows)))
-    counts = sum(np.bincount(split[keep], minlength=len(SPLITS)) for split, keep in parts)
-    return dict(zip(SPLITS, counts.tolist()))
-
-
-def dictionary_places(name: str, written: dict[Place, Place]) -> dict:
-    """Returns a model's entries of meta.json that say what its dictionaries read and write."""
-    own = {site: out for (model, site), out in written.items() if model == name}
-    elsewhere = {str(s): [m, str(o)] for s, (m, o) in own.items() if (m, o) != (name, s)}
-    return {"sites": [str(s) for s in own]} | ({"outputs": elsewhere} if elsewhere else {})
-
-
-def checksums_of(directory: Path, plan: Reading) -> dict[str, str]:
-    """Returns the checksums of all files that the finished shards and their rows are in."""
-    checksums = {n: digest(directory / n) for n in ("rows.npz", "windows.npz")}
-    for i in range(len(plan.shard_starts) - 1):
-        checksums |= read_json(_done(directory, i))["files"]
-    return checksums
-
-
-def _pairing(config: Config, names, plan: Plan, kept: dict[str, int], left_out: Masked) -> dict:
-    """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
-    return plan.statistics.to_json(names) | {
-        "windows": len(plan.table),
-        "rows": kept,
-        "bos": dict(zip(names, plan.bos)),
-        "norm_mask": config.extract.norm_mask,
-        "dropped": {
-            "first_position": plan.statistics.first_positions,
-            **left_out.to_json(),
-            "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
-            "characters_too_long": plan.too_long,
-        },
-        "text": plan.provenance,
+    n_train = int(np.searchsorted(rows.split, SPLITS.index("train"), side="right"))
+    norms, highest, nonfinite = {}, {}, {}
+    for model, site in ((model, site) for model, of_model in sites.items() for site in of_model):
+        name, first, column = f"{model} {site}", None, Column(directory, np.float32)
+        training, nonfinite[name] = Column(directory, np.float32), 0
+        for shard in range(shards):
+            file = directory / shard_name(model, str(site), shard)
+            x = np.load(file, mmap_mode="r", allow_pickle=False).view(ml_dtypes.bfloat16)
+            for at in range(0, len(x), BLOCK):
+                block = x[at : at + BLOCK].astype(np.float32)
+                finite, norm = np.isfinite(block).all(axis=1), np.linalg.norm(block, axis=1)
+                in_training = np.arange(len(column), len(column) + len(norm)) < n_train
+                training.append(norm[finite & in_training])
+                if first is None and not finite.all():
+                    first = len(column) + int(np.argmin(finite))
+                nonfinite[name] += int(np.sum(~finite))
+                column.append(np.where(finite, norm, np.nan))
+        if nonfinite[name] and settings.nonfinite == "refuse":
+            raise UserError(
+                f"{name}: row {first} (document {documents[rows.document[first]]}, byte "
+                f"{rows.byte_end[first]}) holds NaN or infinity, the first of {nonfinite[name]} "
+                f"such rows of {len(rows)}; extract.nonfinite=skip leaves them out (in a new "
+                "--workdir)."
+            )
+        if not len(training):
+            raise UserError(f"{name}: no training row is finite; look at the model's weights.")
+        # In place, in the file: nothing is held.
+        median = np.float32(np.median(training.array(), overwrite_input=True))
+        norms[name], highest[name] = column.array(), settings.norm_mask * median
+    keep, counts = Column(directory, bool), Counter()
+    for at in range(0, len(rows), BLOCK):
+        block = {name: column[at : at + BLOCK] for name, column in norms.items()}
+        high = {name: norm > highest[name] for name, norm in block.items()}
+        outlier = np.any(list(high.values()), axis=0)
+        bad = np.any(np.isnan(list(block.values())), axis=0)
+        keep.append(~(outlier | bad))
+        counts.update({name: int(values.sum()) for name, values in high.items()})
+        counts.update(outliers=int(outlier.sum()), nonfinite=int((bad & ~outlier).sum()))
+    return keep.array(), {
+        "norm_outliers": counts["outliers"],
+        "norm_outliers_by_site": {name: counts[name] for name in norms},
+        "nonfinite": counts["nonfinite"],
+        "nonfinite_by_site": nonfinite,
     }

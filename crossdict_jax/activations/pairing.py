@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import operator
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from crossdict_jax.errors import UserError
@@ -28,6 +31,7 @@ class TokenEnds:
 
     ids: np.ndarray  # int32 [n]
     ends: np.ndarray  # int32 [n], non-decreasing; 0 for a token that only holds invented bytes
+    # None inside this module alone, where the tokens do not rebuild the text.
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,6 @@ class _Reader:
     sizes: np.ndarray  # int32 [vocabulary], length of each piece
     added: frozenset[int]  # ids of special and added tokens
     invents_prefix: bool  # whether a space is put before the text, or after an added token
-    cuts_cleanly: bool  # whether cutting a text before whitespace, at a token end, changes no token
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What one tokenizer makes of one text."""
-
-    ids: np.ndarray  # int32 [n]
-    ends: np.ndarray | None  # int32 [n]; None if the tokens do not rebuild the text
 
 
 def token_bytes(tokenizer) -> tuple[bytes, ...]:
@@ -110,47 +105,38 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
         sizes=np.array([len(piece) for piece in pieces], np.int32),
         added=frozenset(added),
         invents_prefix=_invents_prefix(spec),
-        cuts_cleanly=_cuts_cleanly(spec),
     )
 
 
-def _spelling(spec: dict):
+def _spelling(spec: dict) -> Callable[[str], bytes]:
     """Returns the function from a token of the vocabulary to the bytes that it stands for."""
     steps = list(_steps(spec, "normalizer", "pre_tokenizer", "decoder"))
     if any(step["type"] == "ByteLevel" for step in steps):
-        return _byte_level
-    space = next(filter(None, map(_space_mark, steps)), " ")
+        # GPT-2's alphabet: printable bytes as themselves, the others above.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in set(printable)]
+        alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+        def spell(token: str) -> bytes:
+            in_alphabet = all(character in alphabet for character in token)
+            return bytes(alphabet[c] for c in token) if in_alphabet else token.encode()
+
+        return spell
+    marks = [
+        step["replacement"] if step["type"] == "Metaspace" else step["content"]
+        for step in steps
+        if step["type"] == "Metaspace"
+        or (step["type"] == "Replace" and step["pattern"] == {"String": " "})
+    ]
+    space = next(filter(None, marks), " ")
     byte_fallback = bool(spec["model"].get("byte_fallback"))
 
-    def spell(token: str) -> bytes:
+    def spell_spaces(token: str) -> bytes:
         if byte_fallback and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
             return bytes.fromhex(match[1])
         return token.replace(space, " ").encode()
 
-    return spell
-
-
-def _byte_level(token: str) -> bytes:
-    alphabet = _byte_alphabet()
-    if all(character in alphabet for character in token):
-        return bytes(alphabet[character] for character in token)
-    return token.encode()
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's alphabet, character -> byte: printable bytes as themselves, others above."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _space_mark(step: dict) -> str | None:
-    """Returns the character that stands for a space, if this step of a tokenizer sets one."""
-    if step["type"] == "Metaspace":
-        return step["replacement"]
-    is_mark = step["type"] == "Replace" and step["pattern"] == {"String": " "}
-    return step["content"] if is_mark else None
+    return spell_spaces
 
 
 def _invents_prefix(spec: dict) -> bool:
@@ -164,23 +150,6 @@ def _invents_prefix(spec: dict) -> bool:
         ):
             return True
     return False
-
-
-def _cuts_cleanly(spec: dict) -> bool:
-    """Whether the tokenizer is known to read what lies on two sides of a space independently.
-
-    True for GPT-2's splitting into words, which looks behind nowhere and ahead only within
-    whitespace, and for the merges of plain BPE, which never undo a seam between two tokens.
-    """
-    model, words = spec["model"], spec["pre_tokenizer"] or {}
-    rules = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-    return (
-        model["type"] == "BPE"
-        and not any(model.get(rule) for rule in rules)
-        and (spec["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-        and words.get("type") == "ByteLevel"
-        and not words["add_prefix_space"]
-    )
 
 
 def _steps(spec: dict, *parts: str) -> Iterator[dict]:
@@ -214,9 +183,8 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
 
 def byte_ends_batch(texts: Sequence[str], tokenizer) -> list[TokenEnds | None]:
     """Returns `byte_ends` of many texts; None where the tokens do not rebuild the text."""
-    texts = [normalize(text) for text in texts]
-    readings = _read(texts, _reader(tokenizer))
-    return [None if r.ends is None else TokenEnds(r.ids, r.ends) for r in readings]
+    read = _read([normalize(text) for text in texts], _reader(tokenizer))
+    return [None if tokens.ends is None else tokens for tokens in read]
 
 
 def normalize(text: str) -> str:
@@ -224,28 +192,22 @@ def normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _read(texts: Sequence[str], reader: _Reader) -> list[_Reading]:
-    """Returns the reading of each NFC text."""
-    found = []
+def _read(texts: Sequence[str], reader: _Reader) -> list[TokenEnds]:
+    """Returns the tokens of each NFC text; their ends are None if they do not rebuild the text."""
+    read = []
     for start in range(0, len(texts), _ENCODE_BATCH):
         batch = texts[start : start + _ENCODE_BATCH]
         encodings = reader.backend.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings):
-            ids = encoding.ids
-            ends = _ends(reader, text.encode(), ids)
-            found.append(_Reading(np.array(ids, np.int32), ends))
-    return found
-
-
-def _ends(reader: _Reader, text: bytes, ids: list[int]) -> np.ndarray | None:
-    """Returns where each token ends, or None if the tokens' bytes do not add up to `text`."""
-    sizes = reader.sizes[ids]
-    if _join(reader, ids) != text:
-        invented = _invented_spaces(reader, text, ids) if reader.invents_prefix else None
-        if invented is None:
-            return None
-        sizes[invented] -= 1
-    return np.cumsum(sizes, dtype=np.int32)
+            ids, data = encoding.ids, text.encode()
+            sizes, invented = reader.sizes[ids], []
+            if _join(reader, ids) != data:
+                invented = _invented_spaces(reader, data, ids) if reader.invents_prefix else None
+            if invented:
+                sizes[invented] -= 1
+            ends = None if invented is None else np.cumsum(sizes, dtype=np.int32)
+            read.append(TokenEnds(np.array(ids, np.int32), ends))
+    return read
 
 
 def _join(reader: _Reader, ids: Sequence[int]) -> bytes:
@@ -259,30 +221,22 @@ def _invented_spaces(reader: _Reader, text: bytes, ids: list[int]) -> list[int] 
     after each added token.
     """
     invented, offset = [], 0
-    for run in _runs(reader, ids):
-        run_bytes = _join(reader, ids[run])
-        after = _join(reader, ids[run.stop : run.stop + 1])  # the added token behind the run
-        if not _lies_at(text, run_bytes, offset, after):
-            if run_bytes[:1] != b" " or not _lies_at(text, run_bytes[1:], offset, after):
-                return None
-            invented.append(run.start)
-            run_bytes = run_bytes[1:]
-        offset += len(run_bytes) + len(after)
-    return invented if offset == len(text) else None
-
-
-def _lies_at(text: bytes, run: bytes, offset: int, after: bytes) -> bool:
-    stop = offset + len(run)
-    return text[offset:stop] == run and (
-        text[stop : stop + len(after)] == after if after else stop == len(text)
-    )
-
-
-def _runs(reader: _Reader, ids: list[int]) -> Iterator[slice]:
-    """Yields the runs of ordinary tokens, empty ones too, between added tokens."""
     bounds = [i for i, token in enumerate(ids) if token in reader.added]
-    for start, stop in itertools.pairwise([-1, *bounds, len(ids)]):
-        yield slice(start + 1, stop)
+    for before, stop in itertools.pairwise([-1, *bounds, len(ids)]):
+        run, behind = _join(reader, ids[before + 1 : stop]), _join(reader, ids[stop : stop + 1])
+        spellings = [run, run[1:]] if run[:1] == b" " else [run]
+        lie_there = [
+            spelling
+            for spelling in spellings
+            if text.startswith(spelling + behind, offset)
+            and (behind or offset + len(spelling) == len(text))
+        ]
+        if not lie_there:
+            return None
+        if len(lie_there[0]) < len(run):
+            invented.append(before + 1)
+        offset += len(lie_there[0]) + len(behind)
+    return invented if offset == len(text) else None
 
 
 # ---------------------------------------------------------------- pairs
@@ -315,33 +269,17 @@ def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     A position is the last token at that end. Pairs that hold position 0 of any model are left out:
     the first position attends to itself alone and has an outlying norm.
     """
-    common = common_ends(ends)
-    positions = _last_tokens(ends, common)
+    common, positions = _common(ends)
     kept = (positions > 0).all(axis=1)
     return common[kept], positions[kept]
 
 
-def common_ends(ends: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the bytes [n], above 0, at which every model ends a token; the first one included."""
-    common = _distinct(ends[0])
-    for other in ends[1:]:
-        common = common[_contains(other, common)]
-    return common
-
-
-def _distinct(ends: np.ndarray) -> np.ndarray:
-    return ends[np.diff(ends, prepend=np.int32(0)) > 0]
-
-
-def _contains(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Returns which of the non-negative `values` are among the sorted `ends`."""
-    beyond = np.append(ends, np.int32(-1))  # what a value above every end is compared with
-    return beyond[np.searchsorted(ends, values)] == values
-
-
-def _last_tokens(ends: Sequence[np.ndarray], common: np.ndarray) -> np.ndarray:
+def _common(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(ends common to all models, the last token at each): ``pair_many`` masks position 0."""
+    common = functools.reduce(np.intersect1d, ends[1:], np.unique(ends[0]))
+    common = common[common > 0]
     positions = [np.searchsorted(e, common, side="right") - 1 for e in ends]
-    return np.stack(positions, axis=-1).astype(np.int32)  # [n, models]
+    return common, np.stack(positions, axis=-1).astype(np.int32)
 
 
 # ---------------------------------------------------------------- statistics
@@ -363,8 +301,7 @@ class PairingStatistics:
 
     def __add__(self, other: PairingStatistics) -> PairingStatistics:
         """Returns the statistics of both sets of texts together."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return PairingStatistics(*(_add(a, b) for a, b in pairs))
+        return PairingStatistics(*jax.tree.map(operator.add, astuple(self), astuple(other)))
 
     @property
     def coverage(self) -> tuple[float, ...]:
@@ -393,13 +330,12 @@ class PairingStatistics:
 
 def pairing_statistics(ends: Sequence[np.ndarray]) -> PairingStatistics:
     """Returns the statistics of one text, from the token ends of each model."""
-    common = common_ends(ends)
-    positions = _last_tokens(ends, common)  # [spans, models]
+    common, positions = _common(ends)  # [spans], [spans, models]
     lengths = np.diff(positions, axis=0, prepend=np.full((1, len(ends)), -1, np.int32))
     bins = np.minimum(lengths, MAX_SPAN)
     return PairingStatistics(
         texts=1,
-        ends=tuple(len(_distinct(e)) for e in ends),
+        ends=tuple(len(np.unique(e[e > 0])) for e in ends),
         common=len(common),
         first_positions=int((positions == 0).any(axis=1).sum()),
         one_to_one=int((lengths == 1).all(axis=1).sum()),
@@ -407,10 +343,6 @@ def pairing_statistics(ends: Sequence[np.ndarray]) -> PairingStatistics:
             tuple(np.bincount(column, minlength=MAX_SPAN + 1)[1:].tolist()) for column in bins.T
         ),
     )
-
-
-def _add(a, b):
-    return tuple(_add(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple) else a + b
 
 
 # ---------------------------------------------------------------- windows
@@ -437,8 +369,7 @@ class Windows:
     too_long: int  # single characters of more tokens than a model reads
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A stretch of a document that may still be too long for a window."""
 
     document: int
@@ -453,60 +384,49 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
     whitespace where some is near, else between characters. Where a tokenizer does not rebuild a
     window, the window is dropped and counted. A document's windows depend on nothing else.
     """
-    _check_limits(limits)
-    readers = [_reader(tokenizer) for tokenizer in tokenizers]
-    clean = all(reader.cuts_cleanly for reader in readers)
-    pieces = [_Piece(i, 0, normalize(text).encode()) for i, text in enumerate(texts)]
-    kept: list[Window] = []
-    not_rebuilt, too_long = [0] * len(readers), 0
-    while pieces:
-        unread = []
-        for piece, readings in zip(pieces, _read_all(pieces, readers)):
-            if all(len(r.ids) <= limit for r, limit in zip(readings, limits)):
-                not_rebuilt = [n + (r.ends is None) for n, r in zip(not_rebuilt, readings)]
-                kept += _window(piece, readings)
-            elif len(piece.data.decode()) == 1:
-                too_long += 1
-            else:
-                for part in _cut_up(piece, readings, limits=limits):
-                    found = _reuse(part, piece, readings, limits=limits) if clean else []
-                    kept += found
-                    unread += [] if found else [part]
-        pieces = unread
-    kept.sort(key=lambda window: (window.document, window.start))
-    return Windows(tuple(kept), tuple(not_rebuilt), too_long)
-
-
-def _check_limits(limits: Sequence[int]) -> None:
     if min(limits) < 2:
         raise UserError(
             f"A window of {min(limits)} tokens holds no pair, as the first position is masked: "
             "text.window_tokens and every model's context must leave room for 2 or more."
         )
+    readers = [_reader(tokenizer) for tokenizer in tokenizers]
+    pieces = [_Piece(i, 0, normalize(text).encode()) for i, text in enumerate(texts)]
+    kept: list[Window] = []
+    not_rebuilt, too_long = [0] * len(readers), 0
+    while pieces:
+        unread, texts = [], [piece.data.decode() for piece in pieces]
+        for piece, *tokens in zip(pieces, *(_read(texts, reader) for reader in readers)):
+            if all(len(t.ids) <= limit for t, limit in zip(tokens, limits)):
+                not_rebuilt = [n + (t.ends is None) for n, t in zip(not_rebuilt, tokens)]
+                if piece.data and all(t.ends is not None for t in tokens):
+                    text = piece.data.decode()
+                    kept.append(Window(piece.document, piece.start, text, tuple(tokens)))
+            elif len(piece.data.decode()) == 1:
+                too_long += 1
+            else:
+                unread += _cut_up(piece, tokens, limits=limits)
+        pieces = unread
+    kept.sort(key=lambda window: (window.document, window.start))
+    return Windows(tuple(kept), tuple(not_rebuilt), too_long)
 
 
-def _read_all(pieces: list[_Piece], readers: list[_Reader]) -> Iterator[tuple[_Reading, ...]]:
-    """Returns an iterator over the pieces' readings, a tuple of one per model."""
-    texts = [piece.data.decode() for piece in pieces]
-    return zip(*(_read(texts, reader) for reader in readers))
-
-
-def _window(piece: _Piece, readings: Sequence[_Reading]) -> list[Window]:
-    """Returns the window that a piece is, or none if it is empty or not rebuilt."""
-    if not piece.data or any(r.ends is None for r in readings):
-        return []
-    tokens = tuple(TokenEnds(r.ids, r.ends) for r in readings)
-    return [Window(piece.document, piece.start, piece.data.decode(), tokens)]
-
-
-def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits) -> list[_Piece]:
+def _cut_up(piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[_Piece]:
     """Returns a piece in two parts or more that should fit, by the token ends of the piece."""
-    size = len(piece.data)
-    ends = [_even_ends(len(r.ids), size) if r.ends is None else r.ends for r in readings]
+    size, parts, start = len(piece.data), [], 0
+    # Tokens that do not rebuild the text are taken to end at equal distances.
+    ends = [
+        np.linspace(0, size, max(1, len(t.ids)) + 1)[1:].astype(int) if t.ends is None else t.ends
+        for t in tokens
+    ]
     spaces = np.array([match.start() for match in _SPACE.finditer(piece.data)], np.int32)
-    parts, start = [], 0
     while start < size:
-        target = min(_target(e, start=start, limit=n) for e, n in zip(ends, limits))
+        target = size
+        for of_model, limit in zip(ends, limits):
+            first = int(np.searchsorted(of_model, start, side="right"))
+            left = len(of_model) - first
+            # The last two windows share what is left equally, so that none is a mere remainder.
+            last = left if left <= limit else min(limit, (left + 1) // 2)
+            target = min(target, int(of_model[first + last - 1]))
         target = target if start else min(target, size - 1)  # the whole piece does not fit
         stop = _seam(piece.data, spaces, start=start, target=target)
         parts.append(_Piece(piece.document, piece.start + start, piece.data[start:stop]))
@@ -514,59 +434,25 @@ def _cut_up(piece: _Piece, readings: Sequence[_Reading], *, limits) -> list[_Pie
     return parts
 
 
-def _even_ends(tokens: int, size: int) -> np.ndarray:
-    """Returns what to plan with for tokens that do not rebuild a text: ends at equal distances."""
-    return np.linspace(0, size, max(1, tokens) + 1)[1:].astype(np.int32)
-
-
-def _target(ends: np.ndarray, *, start: int, limit: int) -> int:
-    """Returns the byte up to which a window from `start` may reach.
-
-    The last two windows share what is left equally, so that none is a mere remainder.
-    """
-    first = int(np.searchsorted(ends, start, side="right"))
-    left = len(ends) - first
-    return int(ends[-1] if left <= limit else ends[first + min(limit, (left + 1) // 2) - 1])
-
-
 def _seam(data: bytes, spaces: np.ndarray, *, start: int, target: int) -> int:
-    """Returns the last good place to cut at or before `target`, and at least a character on."""
+    """Returns the last good byte to cut at, at or before ``target``, and a character on at least.
+
+    That is where whitespace begins, if it is not too far back, else between two characters.
+    """
     if target >= len(data):
         return len(data)
     before = int(np.searchsorted(spaces, target, side="right")) - 1
     if before >= 0 and spaces[before] > start and 2 * spaces[before] >= start + target:
         return int(spaces[before])
+
+    def inside_character(at: int) -> bool:
+        return at < len(data) and data[at] & 0xC0 == 0x80  # a continuation byte of UTF-8
+
     stop = target
-    while stop > start and _inside_character(data, stop):
+    while stop > start and inside_character(stop):
         stop -= 1
     if stop == start:
         stop += 1
-        while _inside_character(data, stop):
+        while inside_character(stop):
             stop += 1
     return stop
-
-
-def _inside_character(data: bytes, at: int) -> bool:
-    return at < len(data) and data[at] & 0xC0 == 0x80  # a continuation byte of UTF-8
-
-
-def _reuse(part: _Piece, piece: _Piece, readings: Sequence[_Reading], *, limits) -> list[Window]:
-    """Returns a part's window from the tokens of the whole piece, or none if it must be read.
-
-    Reading twice is what costs time. Of tokenizers that cut cleanly, the tokens may be kept where
-    both seams lie before whitespace and at a token end.
-    """
-    start = part.start - piece.start
-    stop = start + len(part.data)
-    seams = [seam for seam in (start, stop) if 0 < seam < len(piece.data)]
-    if not all(_SPACE.match(piece.data, seam) for seam in seams):
-        return []
-    found = []
-    for reading, limit in zip(readings, limits):
-        if reading.ends is None or not _contains(reading.ends, np.array(seams, np.int32)).all():
-            return []
-        first, last = np.searchsorted(reading.ends, (start, stop), side="right")
-        if last - first > limit:  # one character of more tokens
-            return []
-        found.append(_Reading(reading.ids[first:last], reading.ends[first:last] - start))
-    return _window(part, found)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from crossdict_jax.activations import pairing
-from crossdict_jax.activations.column import new_column
-from crossdict_jax.activations.store import Rows, WindowTable
-from crossdict_jax.activations.text import SPLITS, Corpus, Document, load_corpus
+from crossdict_jax.activations.store import Column, Rows, WindowTable
+from crossdict_jax.activations.text import SPLITS, Document, load_corpus
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel
 
 BLOCK_BYTES = 2**16  # of text that is tokenized at a time: bounds what is held
+SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,23 @@ class Reading:
     Attributes:
       text: sha256 of the documents.
       bos: per model the id put in front of every window, or None.
-      shard_windows: windows per shard.
-      shard_starts: first row of every shard, and the end.
+      shard_starts: first row of every shard (of SHARD_WINDOWS windows), and the end.
     """
 
     text: str
     table: WindowTable
     rows: Rows
     bos: tuple[int | None, ...]
-    shard_windows: int
     shard_starts: np.ndarray
+
+    @property
+    def shards(self) -> int:
+        return len(self.shard_starts) - 1
+
+    def windows(self, shard: int) -> range:
+        """Returns the numbers of a shard's windows."""
+        first = shard * SHARD_WINDOWS
+        return range(first, min(first + SHARD_WINDOWS, len(self.table)))
 
 
 @dataclass(frozen=True)
@@ -69,32 +75,70 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
     Raises:
       UserError: text that a model cannot read, or a split without a pair.
     """
-    corpus = load_corpus(config.text, directory=directory)
+    corpus, models = load_corpus(config.text, directory=directory), range(len(lms))
     tokenizers = [lm.tokenizer for lm in lms]
     bos = tuple(bos_id(t) for t in tokenizers)
     limits = [
         min(config.text.window_tokens, lm.config.context) - (b is not None)
         for lm, b in zip(lms, bos)
     ]
-    found = _Found(directory, models=len(lms), shard_windows=config.extract.shard_windows)
-    for first, documents in _blocks(corpus):
+    types = {"split": np.int8, "keep": bool}
+    width = {"position": len(lms), "token": len(lms)}
+    columns = {
+        f.name: Column(directory, types.get(f.name, np.int32), width=width.get(f.name))
+        for f in fields(Rows)
+    }
+    window_document = Column(directory, np.int32)
+    offsets, ids = ([Column(directory, t) for _ in models] for t in (np.int64, np.int32))
+    for column in offsets:
+        column.append([0])
+    statistics, not_rebuilt, too_long = None, np.zeros(len(lms), int), 0
+    of_split, shard_starts = dict.fromkeys(SPLITS, 0), []
+    for first, documents in _blocks(corpus.documents):
         cut = pairing.windows([d.text for d in documents], tokenizers, limits=limits)
-        _check_vocabulary(cut.windows, lms)
-        found.add(cut, documents, first=first)
-    rows = found.rows()
+        not_rebuilt, too_long = not_rebuilt + cut.not_rebuilt, too_long + cut.too_long
+        for window in cut.windows:
+            number, document = len(window_document), first + window.document
+            if number % SHARD_WINDOWS == 0:
+                shard_starts.append(len(columns["keep"]))
+            split = documents[window.document].split
+            rows = _rows_of(window, number, document, split)
+            for name, column in columns.items():
+                column.append(getattr(rows, name))
+            of_split[split] += len(rows)
+            window_document.append([document])
+            for i, tokens in enumerate(window.tokens):
+                if len(tokens.ids) and tokens.ids.max() >= lms[i].config.vocab_size:
+                    raise UserError(
+                        f"The tokenizer of {lms[i].name} gives token id {tokens.ids.max()}, but "
+                        f"the model has only {lms[i].config.vocab_size} (0-"
+                        f"{lms[i].config.vocab_size - 1}); use its own tokenizer."
+                    )
+                ids[i].append(tokens.ids)
+                offsets[i].append([len(ids[i])])
+            counts = pairing.pairing_statistics([tokens.ends for tokens in window.tokens])
+            statistics = counts if statistics is None else statistics + counts
+    if statistics is None:
+        raise UserError("The text gave no window that every model can read; use other text.")
+    for split, count in of_split.items():
+        if not count:
+            raise UserError(f"The {split} documents hold no paired position; use more text.")
     return Plan(
         text=corpus.provenance["sha256"],
-        table=found.table,
-        rows=rows,
+        table=WindowTable(
+            window_document.array(),
+            offsets=tuple(column.array() for column in offsets),
+            ids=tuple(column.array() for column in ids),
+        ),
+        rows=Rows(**{name: column.array() for name, column in columns.items()}),
         bos=bos,
-        shard_windows=config.extract.shard_windows,
-        shard_starts=np.asarray([*found.shard_starts, len(rows)]),
-        of_split=found.of_split,
+        shard_starts=np.asarray([*shard_starts, len(columns["keep"])]),
+        of_split=of_split,
         documents=[d.name for d in corpus.documents],
         provenance=corpus.provenance,
-        statistics=found.statistics,
-        not_rebuilt=tuple(found.not_rebuilt),
-        too_long=found.too_long,
+        statistics=statistics,
+        not_rebuilt=tuple(not_rebuilt.tolist()),
+        too_long=too_long,
     )
 
 
@@ -106,10 +150,24 @@ def bos_id(tokenizer) -> int | None:
     return bos if bos is not None and with_special[:1] == [bos] and plain[:1] != [bos] else None
 
 
-def _blocks(corpus: Corpus) -> Iterator[tuple[int, list[Document]]]:
+def _rows_of(window: pairing.Window, number: int, document: int, split: str) -> Rows:
+    byte_end, position = pairing.pair_many([tokens.ends for tokens in window.tokens])
+    n = len(byte_end)
+    return Rows(
+        document=np.full(n, document),
+        window=np.full(n, number),
+        byte_end=byte_end + window.start,
+        position=position,
+        token=np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1),
+        split=np.full(n, SPLITS.index(split)),
+        keep=np.ones(n, bool),
+    )
+
+
+def _blocks(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
     """Yields (number of the first, consecutive documents) of about BLOCK_BYTES of text."""
     first, block, size = 0, [], 0
-    for document in corpus.documents:
+    for document in documents:
         block.append(document)
         size += len(document.text)
         if size >= BLOCK_BYTES:
@@ -117,99 +175,3 @@ def _blocks(corpus: Corpus) -> Iterator[tuple[int, list[Document]]]:
             first, block, size = first + len(block), [], 0
     if block:
         yield first, block
-
-
-def _check_vocabulary(windows: Sequence[pairing.Window], lms: Sequence[LanguageModel]) -> None:
-    for i, lm in enumerate(lms):
-        highest = max((int(w.tokens[i].ids.max()) for w in windows), default=0)
-        if highest >= lm.config.vocab_size:
-            raise UserError(
-                f"The tokenizer of {lm.name} gives token id {highest}, but the model has only "
-                f"{lm.config.vocab_size} (0-{lm.config.vocab_size - 1}); use its own tokenizer."
-            )
-
-
-class _Found:
-    """Rows and tokens of the blocks so far, and what is counted of their windows."""
-
-    def __init__(self, directory: Path, *, models: int, shard_windows: int):
-        column = partial(new_column, directory)
-        self._rows = Rows(
-            document=column(np.int32),
-            window=column(np.int32),
-            byte_end=column(np.int32),
-            position=column(np.int32, width=models),
-            token=column(np.int32, width=models),
-            split=column(np.int8),
-            keep=column(bool),
-        )
-        self.table = WindowTable(
-            document=column(np.int32),
-            offsets=tuple(column(np.int64) for _ in range(models)),
-            ids=tuple(column(np.int32) for _ in range(models)),
-        )
-        for offsets in self.table.offsets:
-            offsets.append(np.zeros(1))
-        self.statistics: pairing.PairingStatistics | None = None
-        self.not_rebuilt, self.too_long = [0] * models, 0
-        self.of_split = dict.fromkeys(SPLITS, 0)
-        self.shard_starts: list[int] = []
-        self._shard_windows, self._windows = shard_windows, 0
-
-    def add(self, cut: pairing.Windows, documents: Sequence[Document], *, first: int) -> None:
-        """Adds the windows of a block of documents, of which the first has the given number."""
-        self.not_rebuilt = [a + b for a, b in zip(self.not_rebuilt, cut.not_rebuilt)]
-        self.too_long += cut.too_long
-        if not cut.windows:
-            return
-        columns: dict[str, list] = {f.name: [] for f in fields(Rows)}
-        before = len(self._rows)
-        for window in cut.windows:
-            if self._windows % self._shard_windows == 0:
-                self.shard_starts.append(before)
-            split = documents[window.document].split
-            n = self._add_window(columns, window, document=first + window.document, split=split)
-            self.of_split[split] += n
-            before += n
-        for name, parts in columns.items():
-            getattr(self._rows, name).append(np.concatenate(parts))
-        self._add_tokens(cut.windows, first=first)
-
-    def _add_window(self, columns, window: pairing.Window, *, document: int, split: str) -> int:
-        """Adds one window's rows to lists of arrays, and returns how many there are."""
-        ends = [t.ends for t in window.tokens]
-        byte_end, position = pairing.pair_many(ends)
-        n = len(byte_end)
-        columns["window"].append(np.full(n, self._windows))
-        columns["document"].append(np.full(n, document))
-        columns["byte_end"].append(byte_end + window.start)
-        columns["position"].append(position)
-        columns["token"].append(
-            np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1)
-        )
-        columns["split"].append(np.full(n, SPLITS.index(split)))
-        columns["keep"].append(np.ones(n, bool))
-        here = pairing.pairing_statistics(ends)
-        self.statistics = here if self.statistics is None else self.statistics + here
-        self._windows += 1
-        return n
-
-    def _add_tokens(self, windows: Sequence[pairing.Window], *, first: int) -> None:
-        self.table.document.append(np.asarray([first + w.document for w in windows]))
-        for i, (offsets, column) in enumerate(zip(self.table.offsets, self.table.ids)):
-            ids = [w.tokens[i].ids for w in windows]
-            offsets.append(len(column) + np.cumsum([len(x) for x in ids]))
-            column.append(np.concatenate(ids))
-
-    def rows(self) -> Rows:
-        """Returns the rows of all blocks.
-
-        Raises:
-          UserError: there is no window, or a split without a row.
-        """
-        if not self._windows:
-            raise UserError("The text gave no window that every model can read; use other text.")
-        for split, count in self.of_split.items():
-            if not count:
-                raise UserError(f"The {split} documents hold no paired position; use more text.")
-        return self._rows

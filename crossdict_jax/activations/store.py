@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -13,22 +12,24 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax.activations.column import Column, columns_of, stretches
-from crossdict_jax.activations.text import SPLITS
+from crossdict_jax.activations.text import SPLITS, nameless_file
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import read_json, write_json
+
+BLOCK = 2**14  # rows that are gone through at a time where there may be more than memory holds
+End = tuple[str, Site]  # a model's folder name, and a site of it
 
 
 @dataclass(frozen=True)
 class Rows:
     """One entry per paired text position; train rows come first, then validation, then test.
 
-    Arrays, or columns on the disk while they are made.
+    Memory maps where they may be longer than memory.
     """
 
-    document: np.ndarray  # int32 [n], index into Store.document_names
-    window: np.ndarray  # int32 [n], index into Windows
+    document: np.ndarray  # int32 [n], index into the names in meta.json
+    window: np.ndarray  # int32 [n], index into the windows
     byte_end: np.ndarray  # int32 [n], in the document's UTF-8 bytes
     position: np.ndarray  # int32 [n, models], token in the window, a BOS not counted
     token: np.ndarray  # int32 [n, models], the token that ends there
@@ -38,10 +39,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.document)
 
+    def kept(self) -> dict[str, int]:
+        """Returns how many rows of each split are kept."""
+        counts = np.zeros(len(SPLITS), int)
+        for at in range(0, len(self), BLOCK):
+            split, keep = self.split[at : at + BLOCK], self.keep[at : at + BLOCK]
+            counts += np.bincount(split[keep], minlength=len(SPLITS))
+        return dict(zip(SPLITS, counts.tolist()))
+
 
 @dataclass(frozen=True)
 class WindowTable:
-    """The stretches of text that the models read, as their tokens; as arrays or as columns."""
+    """The windows of text that the models read, as their tokens."""
 
     document: np.ndarray  # int32 [windows]
     offsets: tuple[np.ndarray, ...]  # per model int64 [windows + 1], into ids
@@ -52,20 +61,44 @@ class WindowTable:
 
     def tokens(self, model: int, window: int) -> np.ndarray:
         """Returns the token ids [tokens] of one window for the model of that index."""
-        start, stop = self.span(model, window, window + 1)
+        start, stop = self.offsets[model][window : window + 2]
         return self.ids[model][start:stop]
 
-    def span(self, model: int, first: int, last: int) -> tuple[int, int]:
-        """Returns where the tokens of the windows from ``first`` to before ``last`` lie."""
-        offsets = self.offsets[model]
-        return int(offsets[first : first + 1][0]), int(offsets[last : last + 1][0])
+
+class Column:
+    """An array that grows in a nameless file, gone with the process however that ends."""
+
+    def __init__(self, directory: Path, dtype, *, width: int | None = None):
+        """Args:
+        directory: whose file system takes the file.
+        width: numbers of an entry, in an array of two dimensions.
+        """
+        self._file = nameless_file(directory)
+        self._dtype, self._shape = np.dtype(dtype), () if width is None else (width,)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, array: np.ndarray) -> None:
+        """Adds entries at the end, turned into the column's type."""
+        self._file.write(np.asarray(array).astype(self._dtype).tobytes())
+        self._length += len(array)
+
+    def array(self) -> np.ndarray:
+        """Returns all entries as a memory map, which may be written to."""
+        shape = self._length, *self._shape
+        if not self._length:  # an empty file cannot be mapped
+            return np.empty(shape, self._dtype)
+        self._file.flush()
+        return np.memmap(self._file, self._dtype, "r+", shape=shape)
 
 
 @dataclass(frozen=True)
 class Store:
     """Activations of several models at several sites, on the same rows (text positions).
 
-    ``rows`` and ``table`` are read when they are first asked for, and then held.
+    ``rows`` and ``table`` are memory maps.
     """
 
     directory: Path
@@ -76,26 +109,19 @@ class Store:
 
     @cached_property
     def rows(self) -> Rows:
-        with np.load(self.directory / "rows.npz", allow_pickle=False) as file:
-            return _rows(file)
+        return Rows(**{f.name: self._column(f"rows-{f.name}.npy") for f in fields(Rows)})
 
     @cached_property
     def table(self) -> WindowTable:
-        with np.load(self.directory / "windows.npz", allow_pickle=False) as file:
-            return _table(file)
+        per_model = (
+            tuple(self._column(f"windows-{name}-{i}.npy") for i in range(len(self.models)))
+            for name in ("offsets", "ids")
+        )
+        return WindowTable(self._column("windows-document.npy"), *per_model)
 
-    def columns(self) -> tuple[Rows, WindowTable]:
-        """Returns rows and windows as they lie on the disk, to be gone through a part at a time."""
-        rows = columns_of(self.directory / "rows.npz")
-        return _rows(rows), _table(columns_of(self.directory / "windows.npz"))
-
-    @property
-    def document_names(self) -> list[str]:
-        return self.meta["documents"]
-
-    @property
-    def window_document(self) -> np.ndarray:
-        return self.table.document
+    def _column(self, name: str) -> np.ndarray:
+        column = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
+        return column.view(np.ndarray)
 
     def select(self, split: str) -> np.ndarray:
         """Returns the numbers int64 [m] of the kept rows of a split."""
@@ -117,14 +143,10 @@ class Store:
         """Returns the sites of this model that dictionaries read."""
         return tuple(Site.parse(s) for s in self.meta["models"][model]["sites"])
 
-    def output_of(self, model: str, site: Site) -> tuple[str, Site]:
-        """Returns the model and site that this place's dictionaries write: of most, itself."""
+    def output_of(self, model: str, site: Site) -> End:
+        """Returns the model and site that dictionaries of a site write: of most, the same."""
         other = self.meta["models"][model].get("outputs", {}).get(str(site))
         return (other[0], Site.parse(other[1])) if other else (model, site)
-
-    def _has(self, model: str, site: Site) -> bool:
-        places = [(m, s) for m in self.models for s in self.sites_of(m)]
-        return (model, site) in {*places, *(self.output_of(*place) for place in places)}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -147,28 +169,27 @@ class Store:
           UserError: a shard is missing, truncated or altered (it is named), or the store has no
             such model or site.
         """
-        if not self._has(model, site):
-            there = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
+        ends = [(m, s) for m in self.models for s in self.sites_of(m)]
+        if (model, site) not in {*ends, *(self.output_of(*end) for end in ends)}:
+            sites = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
             raise UserError(
-                f"{self.directory} has no {model} at {site}; it has {'; '.join(there)}."
+                f"{self.directory} has no {model} at {site}; it has {'; '.join(sites)}."
             )
         rows = np.asarray(rows, np.int64)
         starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
         shards = np.searchsorted(starts, rows, side="right") - 1
         out = np.empty((len(rows), self.d_model(model)), np.uint16)
         for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._shard(model, str(site), int(shard))[rows[here] - starts[shard]]
+            index = shards == shard
+            name = shard_name(model, str(site), int(shard))
+            elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
+            path = Path(os.path.normpath(self.directory / elsewhere / name))
+            if name not in self._verified:
+                check_file(path, self.meta["checksums"][name])
+                self._verified.add(name)
+            x = np.load(path, mmap_mode="r", allow_pickle=False)
+            out[index] = x[rows[index] - starts[shard]]
         return out.view(ml_dtypes.bfloat16)
-
-    def _shard(self, model: str, site: str, shard: int) -> np.ndarray:
-        name = shard_name(model, site, shard)
-        elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
-        path = Path(os.path.normpath(self.directory / elsewhere / name))
-        if name not in self._verified:
-            check_file(path, self.meta["checksums"][name])
-            self._verified.add(name)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def shard_name(model: str, site: str, shard: int) -> str:
@@ -184,15 +205,11 @@ def digest(path: Path) -> str:
 
 def check_file(path: Path, expected: str) -> None:
     """Raises UserError if the file is not the one whose sha256 was ``expected``."""
+    mend = "delete the activations folder and run extract_activations again"
     if not path.exists():
-        raise UserError(
-            f"{path} is missing; delete the activations folder and run extract_activations again."
-        )
+        raise UserError(f"{path} is missing; {mend}.")
     if digest(path) != expected:
-        raise UserError(
-            f"{path} is altered or cut short (checksum mismatch); delete the activations folder "
-            "and run extract_activations again."
-        )
+        raise UserError(f"{path} is altered or cut short (checksum mismatch); {mend}.")
 
 
 def open_store(directory: Path) -> Store:
@@ -205,14 +222,35 @@ def open_store(directory: Path) -> Store:
     if not (directory / "meta.json").exists():
         raise UserError(f"{directory} holds no finished store; run extract_activations first.")
     meta = read_json(directory / "meta.json")
-    for name in ("rows.npz", "windows.npz"):
-        check_file(directory / name, meta["checksums"][name])
+    index = {name for name in meta["checksums"] if "/" not in name}  # shards: when they are read
+    for name in sorted(index | {"rows-document.npy"}):
+        check_file(directory / name, meta["checksums"].get(name, ""))
     return Store(
         directory=directory,
         models=tuple(meta["models"]),
         paths=tuple(m["path"] for m in meta["models"].values()),
         meta=meta,
     )
+
+
+def save_index(directory: Path, rows: Rows, table: WindowTable) -> dict[str, str]:
+    """Writes a file for each column of rows and windows; returns {file: sha256}."""
+    columns = {f"rows-{f.name}.npy": getattr(rows, f.name) for f in fields(Rows)}
+    columns["windows-document.npy"] = table.document
+    for name in ("offsets", "ids"):
+        of_models = enumerate(getattr(table, name))
+        columns |= {f"windows-{name}-{i}.npy": column for i, column in of_models}
+    for name, column in columns.items():
+        np.save(directory / name, column)
+    return {name: digest(directory / name) for name in columns}
+
+
+def save_shard(directory: Path, name: str, x: np.ndarray) -> dict[str, str]:
+    """Writes bfloat16 rows [n, d_model] as the shard of that name; returns {name: sha256}."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, x.view(np.uint16))
+    return {name: digest(path)}
 
 
 def write_store(
@@ -223,7 +261,7 @@ def write_store(
     document: np.ndarray,
     tokens: Sequence[np.ndarray],
     split: np.ndarray,
-    shard_rows: int = 2**14,
+    shard_rows: int = BLOCK,
 ) -> Store:
     """Writes rows that no language model has read as a finished store, and opens it.
 
@@ -235,23 +273,21 @@ def write_store(
       tokens: per model int32 [n], the token that ends at the row.
       split: int8 [n], index into SPLITS.
     """
-    n, models, files = len(document), len(activations), ["rows.npz", "windows.npz"]
+    n, models = len(document), len(activations)
     directory.mkdir(parents=True, exist_ok=True)
     byte_end, position = np.arange(n, dtype=np.int32), np.ones((n, models), np.int32)
     token, keep = np.stack(tokens, axis=-1), np.ones(n, bool)
     rows = Rows(document, document, byte_end, position, token, split, keep)
-    save_rows(directory / "rows.npz", rows)
     documents = np.arange(int(document.max()) + 1, dtype=np.int32)
     offsets = np.searchsorted(document, np.arange(len(documents) + 1))
-    table = WindowTable(documents, (offsets,) * models, tuple(tokens))
-    save_table(directory / "windows.npz", table)
+    checksums = save_index(
+        directory, rows, WindowTable(documents, (offsets,) * models, tuple(tokens))
+    )
     starts = [*range(0, n, shard_rows), n]
-    for name, x in activations.items():
+    for model, x in activations.items():
         for shard, start in enumerate(starts[:-1]):
-            files.append(shard_name(name, str(site), shard))
-            (directory / files[-1]).parent.mkdir(parents=True, exist_ok=True)
-            part = x[start : start + shard_rows].astype(ml_dtypes.bfloat16).view(np.uint16)
-            np.save(directory / files[-1], part)
+            part = x[start : start + shard_rows].astype(ml_dtypes.bfloat16)
+            checksums |= save_shard(directory, shard_name(model, str(site), shard), part)
     about = {"bos": None, "sites": [str(site)]}
     meta = {
         "models": {
@@ -262,42 +298,7 @@ def write_store(
         "shard_starts": starts,
         "documents": [f"document-{i}" for i in documents],
         "text": {"source": "none"},
-        "checksums": {file: digest(directory / file) for file in files},
+        "checksums": checksums,
     }
     write_json(directory / "meta.json", meta)
     return open_store(directory)
-
-
-def _rows(file: Mapping[str, np.ndarray | Column]) -> Rows:
-    return Rows(**{f.name: file[f.name] for f in fields(Rows)})
-
-
-def _table(file: Mapping[str, np.ndarray | Column]) -> WindowTable:
-    models = range((len(file) - 1) // 2)
-    return WindowTable(
-        document=file["document"],
-        offsets=tuple(file[f"offsets_{i}"] for i in models),
-        ids=tuple(file[f"ids_{i}"] for i in models),
-    )
-
-
-def save_rows(path: Path, rows: Rows) -> None:
-    _save(path, {f.name: getattr(rows, f.name) for f in fields(Rows)})
-
-
-def save_table(path: Path, table: WindowTable) -> None:
-    per_model = {f"offsets_{i}": a for i, a in enumerate(table.offsets)}
-    per_model |= {f"ids_{i}": a for i, a in enumerate(table.ids)}
-    _save(path, {"document": table.document} | per_model)
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray | Column]) -> None:
-    """Writes the file that np.savez would write, a stretch of every array at a time."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                descr = np.lib.format.dtype_to_descr(array.dtype)
-                header = {"descr": descr, "fortran_order": False, "shape": array.shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for here in stretches(len(array)):
-                    file.write(array[here].tobytes())

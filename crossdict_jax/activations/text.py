@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
+import tempfile
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from crossdict_jax.activations.column import nameless_file
-from crossdict_jax.activations.docstrings import ModuleText, module_texts, package_versions
+from crossdict_jax.activations.docstrings import module_texts, package_versions
 from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
 
@@ -29,6 +29,15 @@ class Document:
     name: str  # where it came from: a dotted module, a file, a file and row
     text: str
     split: str  # train | validation | test
+
+
+def nameless_file(directory: Path | None) -> IO[bytes]:
+    """Returns a file to write and read, gone with the process however that ends.
+
+    Args:
+      directory: where it takes its room; None: where temporary files lie.
+    """
+    return tempfile.TemporaryFile(dir=directory)
 
 
 class Documents(Sequence[Document]):
@@ -100,23 +109,41 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     Raises:
       UserError: a bad setting, an unreadable source, or a split left without a document.
     """
-    _check_settings(text)
-    raw, details = _open_source(text)
-    counts = Counter()
-    documents = Documents(directory)
-    for document in _prepare(raw, text=text, counts=counts):
+    counts, details, documents = Counter(), {}, Documents(directory)
+    for document in _prepare(_open_source(text, details), text=text, counts=counts):
         documents.add(document)
-    _check_splits(documents, text=text)
-    provenance = _provenance(documents, text=text, counts=counts) | details()
-    return Corpus(documents=documents, provenance=provenance)
+    if not len(documents):
+        raise UserError(f"text.source={text.source} holds no text: every document is blank.")
+    empty = [split for split, count in documents.counts().items() if not count]
+    if empty:
+        raise UserError(
+            f"text.source={text.source} gave {len(documents)} documents, none of them in the split "
+            f"{' or '.join(empty)}: raise text.documents={text.documents}, the split's fraction, "
+            "or give more text."
+        )
+    digest, bytes_of = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
+    for document in documents:
+        encoded = document.text.encode()
+        bytes_of[document.split] += len(encoded)
+        digest.update(f"{document.split} {len(encoded)}\n".encode() + encoded)
+    provenance = {
+        "source": text.source,
+        "documents": documents.counts(),
+        "bytes": bytes_of,
+        "documents_asked": text.documents,
+        "max_bytes": text.max_bytes,
+        **{k: counts[k] for k in ("changed_by_nfc", "cut_to_max_bytes", "blank", "duplicates")},
+        "sha256": digest.hexdigest(),
+    }
+    return Corpus(documents=documents, provenance=provenance | details)
 
 
-def split_of(key: str, *, validation_fraction: float, test_fraction: float) -> str:
+def split_of(key: str, text: TextConfig) -> str:
     """Returns the split of a document: a pure function of sha256(key) and the two fractions."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-    if share < test_fraction:
+    if share < text.test_fraction:
         return "test"
-    return "validation" if share < test_fraction + validation_fraction else "train"
+    return "validation" if share < text.test_fraction + text.validation_fraction else "train"
 
 
 def cut(text: str, *, max_bytes: int) -> str:
@@ -135,12 +162,13 @@ def cut(text: str, *, max_bytes: int) -> str:
 
 
 def _prepare(raw: Iterator[_Raw], *, text: TextConfig, counts: Counter) -> Iterator[Document]:
+    """Yields NFC documents, cut and without blank ones and duplicates, all of which it counts."""
     seen = set()
     for item in raw:
         normal = unicodedata.normalize("NFC", item.text)
         head = cut(normal, max_bytes=text.max_bytes)
         # Documents equal after the cut are duplicates too: they may lie in two splits.
-        digests = {_digest(normal), _digest(head)}
+        digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
         if not head.strip():
             counts["blank"] += 1
         elif digests & seen:
@@ -150,80 +178,33 @@ def _prepare(raw: Iterator[_Raw], *, text: TextConfig, counts: Counter) -> Itera
             counts["documents"] += 1
             counts["changed_by_nfc"] += normal != item.text
             counts["cut_to_max_bytes"] += head != normal
-            yield Document(name=item.name, text=head, split=_split(item.key or normal, text))
+            yield Document(name=item.name, text=head, split=split_of(item.key or normal, text))
         if counts["documents"] == text.documents:
             return
 
 
-def _split(key: str, text: TextConfig) -> str:
-    return split_of(
-        key, validation_fraction=text.validation_fraction, test_fraction=text.test_fraction
-    )
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _check_settings(text: TextConfig) -> None:
-    if text.max_bytes <= 0:
-        raise UserError(f"text.max_bytes={text.max_bytes} must be 1 or more bytes.")
-    if text.documents <= 0:
-        raise UserError(f"text.documents={text.documents} must be 1 or more (3 splits need 3).")
-    fractions = (text.validation_fraction, text.test_fraction)
-    if not (min(fractions) > 0 and math.fsum(fractions) < 1):
-        raise UserError(
-            f"text.validation_fraction={fractions[0]} and text.test_fraction={fractions[1]} must "
-            "both be above 0 and add up to less than 1."
-        )
-
-
-def _check_splits(documents: Documents, *, text: TextConfig) -> None:
-    if not len(documents):
-        raise UserError(f"text.source={text.source} holds no text: every document is blank.")
-    empty = [split for split, count in documents.counts().items() if not count]
-    if empty:
-        raise UserError(
-            f"text.source={text.source} gave {len(documents)} documents, none of them in the split "
-            f"{' or '.join(empty)}: raise text.documents={text.documents}, the split's fraction, "
-            "or give more text."
-        )
-
-
-def _provenance(documents: Documents, *, text: TextConfig, counts: Counter) -> dict:
-    digest = hashlib.sha256()
-    bytes_of = Counter()
-    for document in documents:
-        encoded = document.text.encode()
-        bytes_of[document.split] += len(encoded)
-        digest.update(f"{document.split} {len(encoded)}\n".encode() + encoded)
-    return {
-        "source": text.source,
-        "documents": documents.counts(),
-        "bytes": {split: bytes_of[split] for split in SPLITS},
-        "documents_asked": text.documents,
-        "max_bytes": text.max_bytes,
-        **{k: counts[k] for k in ("changed_by_nfc", "cut_to_max_bytes", "blank", "duplicates")},
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _open_source(text: TextConfig) -> tuple[Iterator[_Raw], Callable[[], dict]]:
-    """Returns the raw documents, and what gives the source's own provenance once they are read."""
-    if text.source == "docstrings":
-        reader = _Docstrings(text.documents)
-        return reader.read(), reader.details
+def _open_source(text: TextConfig, details: dict) -> Iterator[_Raw]:
+    """Yields the raw documents; what the source says of itself is put into ``details``."""
+    if text.source == "docstrings":  # a document for each module; its name decides on its split
+        details["packages"] = package_versions()
+        for module in module_texts():
+            details["modules_read"] = module.modules_read
+            details["repeated_paragraphs"] = module.repeated_paragraphs
+            yield _Raw(name=module.name, text=module.text, key=module.name)
+        return
     if text.source.startswith("hf:"):
-        return _read_hub(text), dict
-    return _read_path(Path(text.source).expanduser(), text=text), dict
-
-
-# ---------------------------------------------------------------- files and folders
-
-
-def _read_path(path: Path, *, text: TextConfig) -> Iterator[_Raw]:
+        yield from _read_hub(text)
+        return
+    path = Path(text.source).expanduser()
     if path.is_dir():
-        return _read_folder(path, text=text)
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(
+                f"text.source={text.source} holds no file ending in {' '.join(SUFFIXES)}."
+            )
+        for file in files:
+            yield from _read_file(file, path, column=text.column)
+        return
     if not path.is_file():
         raise UserError(
             f"text.source={text.source} does not exist: give docstrings, a file or folder of "
@@ -233,59 +214,32 @@ def _read_path(path: Path, *, text: TextConfig) -> Iterator[_Raw]:
         raise UserError(f"text.source={text.source} must end in one of {' '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise UserError(f"text.source={text.source} is an empty file: give one with text.")
-    if path.suffix == ".txt":
-        return _read_long_text(path, max_bytes=text.max_bytes)
-    return _READERS[path.suffix](path, name=path.name, column=text.column)
-
-
-def _read_folder(folder: Path, *, text: TextConfig) -> Iterator[_Raw]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(f"text.source={text.source} holds no file ending in {' '.join(SUFFIXES)}.")
-    for file in files:
-        name = file.relative_to(folder).as_posix()
-        yield from _READERS[file.suffix](file, name=name, column=text.column)
-
-
-def _read_text(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
-    del column  # a .txt file of a folder is one document
-    yield _Raw(name=name, text=_decode(path.read_bytes(), where=str(path)))
-
-
-def _read_long_text(path: Path, *, max_bytes: int) -> Iterator[_Raw]:
-    """Yields a text file in pieces of at most `max_bytes`, cut at blank lines where possible."""
-    for number, piece in enumerate(_pieces(_lines(path), max_bytes=max_bytes)):
+    if path.suffix != ".txt":
+        yield from _read_file(path, path.parent, column=text.column)
+        return
+    content = unicodedata.normalize("NFC", _decode(path.read_bytes(), where=str(path)))
+    for number, piece in enumerate(_pieces(content, max_bytes=text.max_bytes)):
         yield _Raw(name=f"{path.name}:{number}", text=piece)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    r"""Yields the lines of a text file, each with its \n."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            yield _decode(line, where=str(path), offset=offset)
-            offset += len(line)
+# ---------------------------------------------------------------- files
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the NFC text between blank lines, which are dropped with all whitespace after them."""
-    paragraph: list[str] = []
-    begun = True  # False: only whitespace since the last paragraph
-    for line in lines:
-        line = unicodedata.normalize("NFC", line)  # nothing composes across a line's end
-        if paragraph and line.endswith("\n") and not line.strip(" \t\r\f\v\n"):
-            yield "".join(paragraph)[:-1]
-            paragraph, begun = [], False
-        elif begun or line.lstrip():
-            paragraph.append(line if begun else line.lstrip())
-            begun = True
-    yield "".join(paragraph)
+def _read_file(path: Path, folder: Path, *, column: str) -> Iterator[_Raw]:
+    """Yields the rows of a .jsonl or .parquet file; a .txt file of a folder is one document."""
+    name = path.relative_to(folder).as_posix()
+    if path.suffix == ".txt":
+        yield _Raw(name=name, text=_decode(path.read_bytes(), where=str(path)))
+        return
+    rows = json_lines(path) if path.suffix == ".jsonl" else _parquet_rows(path, column=column)
+    for number, where, row in rows:
+        yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
 
 
-def _pieces(lines: Iterable[str], *, max_bytes: int) -> Iterator[str]:
-    # NFC is made before, or a piece could grow beyond max_bytes later and lose its tail.
+def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
+    """Yields paragraphs of an NFC text together, as many as ``max_bytes`` hold."""
     piece, size = "", 0
-    for paragraph in _paragraphs(lines):
+    for paragraph in re.split(r"\n[ \t\r\f\v]*\n\s*", text):
         length = len(paragraph.encode())
         if piece and size + 2 + length > max_bytes:
             yield piece
@@ -309,16 +263,22 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path} line {number}"
-            if line.strip():
-                yield number, where, _parse_json(_decode(line, where=where), where=where)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(_decode(line, where=where))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where} is not JSON: {error.msg} at column {error.colno}."
+                ) from error
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise UserError(f"{where} is a JSON {kind}; each line must be an object.")
+            yield number, where, row
 
 
-def _read_jsonl(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
-    for number, where, row in json_lines(path):
-        yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
-
-
-def _read_parquet(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
+def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]:
+    """Yields (number of the row, "FILE row N", {column: value})."""
     import pyarrow
     import pyarrow.parquet
 
@@ -332,33 +292,18 @@ def _read_parquet(path: Path, *, name: str, column: str) -> Iterator[_Raw]:
     for batch in file.iter_batches(batch_size=1024, columns=[column]):
         for row in batch.to_pylist():
             number += 1
-            where = f"{path} row {number}"
-            yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
+            yield number, f"{path} row {number}", row
 
 
-_READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _decode(data: bytes, *, where: str, offset: int = 0) -> str:
-    """Returns the text of bytes that begin at an offset of a file; a mark at its start is none."""
+def _decode(data: bytes, *, where: str) -> str:
+    """Returns the text of bytes; a byte order mark at their start is none of it."""
     try:
-        return data.decode("utf-8" if offset else "utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = len(data) - len(error.object) + error.start  # the object is without the mark
         raise UserError(
-            f"{where} is not UTF-8 (byte {data[at]:#04x} at offset {offset + at}): convert it to "
-            "UTF-8."
+            f"{where} is not UTF-8 (byte {data[at]:#04x} at offset {at}): convert it to UTF-8."
         ) from error
-
-
-def _parse_json(line: str, *, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is a JSON {type(row).__name__}; each line must be an object.")
-    return row
 
 
 def _column(row: dict, *, column: str, where: str) -> str:
@@ -411,29 +356,3 @@ def _stream(name: str, *, config: str, split: str, source: str) -> Iterator[dict
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
-
-
-# ---------------------------------------------------------------- docstrings
-
-
-class _Docstrings:
-    """A document per module of the installed packages; split by the module's dotted name."""
-
-    def __init__(self, documents: int):
-        self._documents = documents
-        self._last: ModuleText | None = None
-
-    def read(self) -> Iterator[_Raw]:
-        done, wanted = 0, self._documents
-        while done < len(modules := module_texts(wanted)):  # again if some were duplicates
-            for module in modules[done:]:
-                self._last = module
-                yield _Raw(name=module.name, text=module.text, key=module.name)
-            done, wanted = len(modules), 2 * wanted
-
-    def details(self) -> dict:
-        return {
-            "packages": package_versions(),
-            "modules_read": self._last.modules_read,
-            "repeated_paragraphs": self._last.repeated_paragraphs,
-        }

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 
 from crossdict_jax.benchmark.harness import Bench
-from crossdict_jax.config import BenchmarkConfig
-from crossdict_jax.config.settings import measurements
+from crossdict_jax.config import BenchmarkConfig, measurements
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import markdown
 from crossdict_jax.report.tables import Table, show, table

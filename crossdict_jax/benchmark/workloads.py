@@ -13,15 +13,15 @@ import ml_dtypes
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.activations.extract import Reader
 from crossdict_jax.activations.store import Store, open_store, write_store
-from crossdict_jax.config import ExtractConfig, MapConfig, SAEConfig
+from crossdict_jax.config import MapConfig, SAEConfig
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.maps.base import Pairs, Problem, Side
 from crossdict_jax.maps.ensemble import Ensemble
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Runner
 from crossdict_jax.training.loop import MAX_CHUNK, Chunks, Feed, Trainable, initial
 
 MODEL, SITE = "made-up", Site(0)
@@ -92,9 +92,9 @@ class Extraction:
     """Layers of the language model in ``folder``/model, read of the windows in windows.npz."""
 
     def __init__(self, folder: Path, *, layers: list[int], batch_size: int, matmul_dtype: str):
-        config = ExtractConfig(batch_size=batch_size, matmul_dtype=matmul_dtype)
         lm = models.load(folder / "model")
-        self._reader = Reader(config, lm, [Site(layer) for layer in layers], None)
+        self._runner = Runner(lm, batch_size=batch_size, dtype=matmul_dtype)
+        self._sites = [Site(layer) for layer in layers]
         with np.load(folder / "windows.npz", allow_pickle=False) as file:
             tokens = file["tokens"].astype(np.int32)
             self._windows = np.split(tokens, np.cumsum(file["lengths"])[:-1])
@@ -102,7 +102,7 @@ class Extraction:
     def run(self, count: int) -> None:
         """Reads all windows so many times."""
         for _ in range(count):
-            for _ in self._reader.read(self._windows):
+            for _ in self._runner.stream(self._windows, self._sites):
                 pass
 
 

@@ -73,8 +73,8 @@ class TextConfig:
     documents: int = setting(1000, "Documents in all, before they are split", at_least(3))
     max_bytes: int = setting(2048, "Bytes to read of a document; the rest is cut off", at_least(1))
     window_tokens: int = setting(256, "Tokens per window, or the model's context", at_least(2))
-    validation_fraction: float = setting(0.1, "Share of documents to choose settings on", SHARE)
-    test_fraction: float = setting(0.2, "Share of documents to report numbers on", SHARE)
+    validation_fraction: float = setting(0.1, "Share of documents on which choices are made", SHARE)
+    test_fraction: float = setting(0.2, "Share of documents that reported numbers are of", SHARE)
 
     def check(self) -> None:
         if self.validation_fraction + self.test_fraction >= 1:
@@ -90,9 +90,10 @@ class ExtractConfig:
 
     batch_size: int = setting(32, "Windows of text per forward pass", at_least(1))
     norm_mask: float = setting(10.0, "Drop rows longer than this multiple of the median", ABOVE_0)
-    nonfinite: str = setting("refuse", "Rows with NaN or infinity", one_of("refuse", "skip"))
+    nonfinite: str = setting(
+        "refuse", "What to do with rows of NaN or infinity", one_of("refuse", "skip")
+    )
     matmul_dtype: str = setting("float32", MATMUL, DTYPE)
-    shard_windows: int = setting(512, "Windows in a file of the store", at_least(1))
 
 
 @dataclass
@@ -104,29 +105,31 @@ class SAEConfig:
         "", "Site that transcoders write, as in mlp_out or MODEL:mlp_out.6", SITE_OR_NONE
     )
     sources: tuple[str, ...] = setting(
-        (), f"Per model train, a folder or {HUB}", FILLED, empty=True, repeat=True
+        (), f"Dictionary of each model: train, a folder or {HUB}", FILLED, empty=True, repeat=True
     )
     source_codes: str = setting(
         "own", "Features of sources; relu: without TopK or threshold", one_of("own", "relu")
     )
     width: Count = setting(4096, "Features per dictionary, or several", at_least(1))
     k: Count = setting(
-        32, "Active features per row, or several, where these are fixed", at_least(1)
+        32, "Active features per row of topk, batchtopk and matryoshka, or several", at_least(1)
     )
     l1_coefficient: Number = setting(
         1.0, "Weight of the penalty of relu, gated and jumprelu, or several", at_least(0)
     )
     learning_rate: Number = setting(
-        0.0, "Of Adam, or several; 0: 2e-3 sqrt(4096 / width), L1 twice that", at_least(0)
+        0.0,
+        "Learning rate of Adam, or several; 0: 2e-3 sqrt(4096 / width), L1 twice that",
+        at_least(0),
     )
     steps: int = setting(2500, "Training steps", at_least(1))
     batch_size: int = setting(1024, "Rows per training step", at_least(1))
     accumulate: int = setting(1, "Parts of a batch, one after another, to save memory", at_least(1))
     seeds: int = setting(1, "Dictionaries per model and layer", at_least(1))
     dead_after_rows: int = setting(
-        0, "Rows without firing that make a feature dead; 0: 2 % of all that are read", at_least(0)
+        0, "Rows without firing after which a feature is dead; 0: 2 % of all rows read", at_least(0)
     )
-    l0_target: float = setting(0.0, "Active features jumprelu aims for; 0: no aim", at_least(0))
+    l0_target: float = setting(0.0, "Active features that jumprelu aims for; 0: none", at_least(0))
     nested_fractions: tuple[float, ...] = setting(
         (0.25, 0.5), "Nested widths of matryoshka, as shares of the width", SHARE_OR_1
     )
@@ -174,7 +177,7 @@ class HypernetworkConfig:
 
     rank: int = setting(64, "Rank of the weights that the network writes", at_least(1))
     steps: int = setting(300, "Training steps", at_least(1))
-    learning_rate: float = setting(3e-3, "Of AdamW, with warm-up and cosine decay", ABOVE_0)
+    learning_rate: float = setting(3e-3, "Learning rate of AdamW, with cosine decay", ABOVE_0)
     profile_rank: int = setting(128, "Rank of what token profiles call for", at_least(1))
     hidden: int = setting(128, "Units of a hidden layer", at_least(1))
     dropout: float = setting(0.2, "Share of hidden units", SHARE_OR_0)
@@ -197,7 +200,7 @@ class MapConfig:
     dropout: float = setting(0.0, "Share of hidden units dropped while training", SHARE_OR_0)
     steps: int = setting(1000, "Training steps", at_least(1))
     batch_size: int = setting(128, "Rows per training step", at_least(1))
-    learning_rate: float = setting(3e-3, "Of AdamW, with cosine decay", ABOVE_0)
+    learning_rate: float = setting(3e-3, "Learning rate of AdamW, with cosine decay", ABOVE_0)
     patience: int = setting(5, "Validations without a better score before stopping", at_least(1))
     loss_weights: LossWeights = field(default_factory=LossWeights)
     hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
@@ -222,9 +225,11 @@ class CrosscoderConfig:
         1.0, "Share of latents for all models; the others belong to one each", SHARE_OR_0_OR_1
     )
     drop_probability: float = setting(0.5, "Chance that a row leaves a model out", SHARE_OR_0)
-    learning_rate: float = setting(0.0, "Of Adam; 0: sae.learning_rate", at_least(0))
+    learning_rate: float = setting(0.0, "Learning rate of Adam; 0: sae.learning_rate", at_least(0))
     steps: int = setting(0, "Training steps; 0: sae.steps", at_least(0))
-    self_nulls: int = setting(0, "Layers at which the first model meets its copies", at_least(0))
+    self_nulls: int = setting(
+        0, "Layers at which the first model is paired with itself", at_least(0)
+    )
     k: int = setting(0, "Active latents a row", at_least(0))
     batch_size: int = setting(0, "Rows", at_least(0))
     warmup_fraction: float = setting(0.05, "Share of the steps", SHARE_OR_0)
@@ -246,7 +251,9 @@ class EvaluationConfig:
     matching: str = setting(
         "mutual_best", "How features are matched by correlation", one_of("mutual_best", "hungarian")
     )
-    minimum_firings: int = setting(30, "Training rows a matched feature fires on", at_least(1))
+    minimum_firings: int = setting(
+        30, "Training rows on which a matched feature fires", at_least(1)
+    )
     fdr: float = setting(0.05, "False discovery rate of confirmed matches", SHARE)
     similarity_rows: int = setting(
         2000,
@@ -290,13 +297,15 @@ class InterventionConfig:
         (), "Features of the first model to test instead, as in 3,17", at_least(0), empty=True
     )
     choose: str = setting(
-        "random", "Features that fire, or those matched best", one_of("random", "matched")
+        "random",
+        "Which features: random ones that fire, or the best matched",
+        one_of("random", "matched"),
     )
     layers: str = setting("middle", "Layer pairs to test features at", one_of("middle", "all"))
     maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
     contexts: int = setting(16, "Positions per feature, where it fires", at_least(1))
     positions: str = setting(
-        "firing", "Edit where it fires; prompt: also all before", one_of("firing", "prompt")
+        "firing", "Where to edit; prompt: also at all positions before", one_of("firing", "prompt")
     )
     span: str = setting("last", "Tokens of a span to edit", one_of("last", "whole"))
     norm: str = setting("residual", NORM, one_of("residual", "feature", "mapped"))
@@ -328,17 +337,23 @@ class SteerConfig:
     source: str = setting("", "Name of the model whose feature it is; blank: the first")
     target: str = setting("", "Name of the model that writes; blank: the first other one")
     layer_pair: str = setting("", "Layers of source and target, as in 6:6; blank: the middle pair")
-    feature: int = setting(-1, "Number of the source's feature; -1: see search", at_least(-1))
-    search: str = setting("", "Text; the feature that fires around it and promotes it most")
+    feature: int = setting(
+        -1, "Number of the source's feature; -1: the first of search", at_least(-1)
+    )
+    search: str = setting("", "Text around which to look for features that fire")
     map: str = setting(
-        "ridge", "Map that gives the direction; match: the matched", one_of("match", *map_kinds())
+        "ridge",
+        "Map that gives the direction; match: the matched feature",
+        one_of("match", *map_kinds()),
     )
     alphas: tuple[float, ...] = setting((0.2, 0.4), "Doses; below 0: against the feature", NOT_0)
     norm: str = setting("residual", NORM, one_of("residual", "feature", "mapped"))
     prompts: str = setting("", "One text, or a .txt file of one a line; blank: test documents")
     samples: int = setting(8, "Texts per prompt; at temperature 0 there is one", at_least(1))
     tokens: int = setting(0, "New tokens per text; 0: 48, or the target's context", at_least(0))
-    temperature: float = setting(0.8, "0: always the likeliest token", at_least(0))
+    temperature: float = setting(
+        0.8, "Sampling temperature; 0: always the likeliest token", at_least(0)
+    )
     top_p: float = setting(0.95, "Draw among tokens of this share of probability", SHARE_OR_1)
 
 
@@ -349,7 +364,9 @@ class ProbeConfig:
     source: str = setting("", "File of labelled texts, one JSON object a line")
     text: str = setting("text", "Field that holds the text", FILLED)
     label: str = setting("label", "Field that holds the label: text or a whole number", FILLED)
-    pooling: str = setting("last", "Over the tokens of a text", one_of("last", "max", "mean"))
+    pooling: str = setting(
+        "last", "How features are pooled over a text", one_of("last", "max", "mean")
+    )
     # Two labelled texts of each fold at least.
     examples: tuple[int, ...] = setting((16, 64, 256), "Labelled texts to train on", at_least(8))
     maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
@@ -366,12 +383,16 @@ class Config:
         empty=True,
         repeat=True,
     )
-    layers: tuple[int, ...] = setting((5, 6, 7), "Layers, as in 5,6,7, of all models", at_least(0))
-    layer_pairs: str = setting("", "In place of layers, as in 6:10,7:11: the first model's first")
+    layers: tuple[int, ...] = setting(
+        (5, 6, 7), "Layers to read in every model, as in 5,6,7", at_least(0)
+    )
+    layer_pairs: str = setting(
+        "", "In place of layers, FIRST:OTHERS with commas between, as in 6:10,7:11"
+    )
     site: str = setting("resid_pre", "Where in a layer to read", one_of(*SITES))
     seed: int = setting(0, "Random seed for splits, initialisation, batch order and controls", SEED)
     records: tuple[str, ...] = setting(
-        (), "Who else gets training curves", one_of("tensorboard", "wandb"), empty=True
+        (), "Where training curves go besides files", one_of("tensorboard", "wandb"), empty=True
     )
     controls: tuple[str, ...] = setting(
         CONTROLS[:2], "Controls beside shuffled pairs; blank: none", one_of(*CONTROLS), empty=True
@@ -424,7 +445,7 @@ class PretrainConfig:
     vocab_size: int = setting(4096, "Tokens of the byte-level BPE to train", at_least(257))
     steps: int = setting(1500, "Training steps", at_least(1))
     batch_size: int = setting(16, "Windows per training step", at_least(1))
-    learning_rate: float = setting(4e-3, "Of Muon and Adam, with cosine decay", ABOVE_0)
+    learning_rate: float = setting(4e-3, "Learning rate of Muon and Adam", ABOVE_0)
     matmul_dtype: str = setting("float32", MATMUL, DTYPE)
     checkpoint_every: int = setting(100, CHECKPOINTS, at_least(1))
     save_dtype: str = setting(
@@ -432,10 +453,6 @@ class PretrainConfig:
     )
     seed: int = setting(0, "Random seed for the split, initialisation and batch order", SEED)
     text: TextConfig = field(default_factory=TextConfig)
-    rotary_fraction: float = setting(0.25, "Share of each head", SHARE_OR_1)
-    warmup_fraction: float = setting(0.03, "Share of the steps", SHARE_OR_0)
-    weight_decay: float = setting(0.1, "On matrices only", at_least(0))
-    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
 
     def check(self) -> None:
         if self.text.window_tokens != TextConfig.window_tokens:

@@ -7,29 +7,20 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from crossdict_jax.config.fields import Count, Number, refuse_transcoders
-from crossdict_jax.config.rules import (
-    architectures,
-    gate_files,
-    has_k,
-    map_kinds,
-    measurements,
-    output_site,
+from crossdict_jax.config.fields import (
+    BenchmarkConfig,
+    Config,
+    ConvertConfig,
+    Count,
+    Number,
+    PretrainConfig,
+    VerifyConfig,
 )
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import flatten
-
-__all__ = [
-    "architectures",
-    "gate_files",
-    "has_k",
-    "map_kinds",
-    "measurements",
-    "output_site",
-    "refuse_transcoders",
-]
+from crossdict_jax.workdir import flatten, read_json
 
 WORDS = {  # type of a setting: (the type of one value, whether it may be several, in words)
     int: (int, False, "a whole number, as in 5"),
@@ -102,28 +93,37 @@ def from_dict(kind: type, tree: dict) -> Any:
     return config
 
 
+def read(path: Path) -> Any:
+    """Returns the config that a config.json holds, of the class with most of its settings."""
+    tree = read_json(path)
+    names = set(tree) if isinstance(tree, dict) else set()
+    kinds = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
+    kind = max(kinds, key=lambda kind: len(names & {f.name for f in dataclasses.fields(kind)}))
+    return from_dict(kind, tree)
+
+
 def parse(kind: Any, text: str) -> Any:
     """Returns the value of type ``kind`` that ``text`` spells; several have commas between.
 
     Raises:
       ValueError: the text spells no such value; the message says what would.
     """
-    one, several, words = WORDS[kind]
+    type_, several, words = WORDS[kind]
     if kind is str:
         return text
     parts = [text]
     if several:
         # (5,6,7) and [5, 6, 7] are what Python users type; a path may hold brackets of its own.
-        bracketed = one is not str and re.fullmatch(r"\s*[(\[](.*?),?\s*[)\]]\s*", text)
+        bracketed = type_ is not str and re.fullmatch(r"\s*[(\[](.*?),?\s*[)\]]\s*", text)
         parts = [part.strip() for part in (bracketed[1] if bracketed else text).split(",")]
         if not text.strip():
             return ()  # for whoever checks the setting to allow or refuse
     values = []
     for part in parts:
         try:
-            if one is str and not part:
+            if type_ is str and not part:
                 raise ValueError
-            values.append(one(part))
+            values.append(type_(part))
         except ValueError:
             raise ValueError(f"{part!r} is not {words}") from None
     return (
@@ -157,12 +157,12 @@ def _groups(config: Any) -> Iterator[Any]:
 
 
 def _check_value(name: str, value: Any, field: dataclasses.Field) -> None:
-    one, may_be_several, words = WORDS[field.type]
+    type_, may_be_several, words = WORDS[field.type]
     several = isinstance(value, tuple)
     values = value if several else (value,)
-    types = (int, float) if one is float else (one,)
+    types = (int, float) if type_ is float else (type_,)
     fits = several == may_be_several or field.type in (Number, Count)
-    if not fits or not all(type(v) in types and (one is str or math.isfinite(v)) for v in values):
+    if not fits or not all(type(v) in types and (type_ is str or math.isfinite(v)) for v in values):
         raise UserError(f"{name}={spell(value)} is not {words}.")
     rule = field.metadata["rule"]
     for each in values:

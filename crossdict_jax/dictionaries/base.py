@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.config.settings import architectures
+from crossdict_jax.config import architectures
 from crossdict_jax.errors import UserError
 from crossdict_jax.ops import sparse
 from crossdict_jax.ops.products import matmul

@@ -18,8 +18,7 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
-from crossdict_jax.config.settings import has_k
+from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, has_k, unswept
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.accumulation import gradients, whole_of
 from crossdict_jax.dictionaries.start import Start, begin, check_rows, fit_length, start_of
@@ -127,7 +126,7 @@ def control_members(config: Config, store: Store) -> list[Member]:
     """Returns the dictionaries that controls need beside those of the run.
 
     A second seed of every model for the skyline, unless the run has one already, and one for every
-    untrained twin, each at the layers that have controls and with the first value of a sweep.
+    re-initialised model, each at the layers that have controls and with the first value of a sweep.
 
     Args:
       store: the one that controls read (see ``activations.untrained``).
@@ -142,8 +141,8 @@ def control_members(config: Config, store: Store) -> list[Member]:
     if "ceiling" in config.controls and config.sae.seeds <= SKYLINE_SEED:
         places = [(model, site) for model in trained for site in sites[model]]
         found += [m for m in members(sae, places) if m.seed == SKYLINE_SEED]
-    twins = store.models[len(trained) :]
-    places = [(twin, site) for twin in twins for site in store.sites_of(twin)]
+    untrained = store.models[len(trained) :]
+    places = [(model, site) for model in untrained for site in store.sites_of(model)]
     return found + [m for m in members(sae, places) if m.seed == 0]
 
 
@@ -294,7 +293,7 @@ def _train_ensemble(
         steps=sae.steps,
         seed=config.seed,
         directory=directory,
-        checkpoint_every=sae.checkpoint_every,
+        checkpoint_every=min(config.checkpoint_every, sae.checkpoint_every),
         what=what,
         state_shardings=ensemble.by_member,
         meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},

@@ -15,15 +15,15 @@ from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries.crosscoder_training import planned
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import SideCodes
-from crossdict_jax.evaluation.controls import ControlScores, score_control
+from crossdict_jax.evaluation.controls import control_rows, score_controls
 from crossdict_jax.evaluation.crosscoder import crosscoder_rows, joint_codes
 from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.reconstruction import member_folders, reconstruct
 from crossdict_jax.evaluation.representations import representation_rows
-from crossdict_jax.evaluation.scoring import pair_columns, score_maps
+from crossdict_jax.evaluation.scoring import Scored, pair_columns, score_maps, transfer_rows
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.controls import ControlLoader, ceiling_task, control_tasks
+from crossdict_jax.maps.controls import ControlLoader, control_tasks
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import Stage, input_digests
@@ -85,36 +85,23 @@ def _parts(
     """Yields what each part of the stage adds to the files, measured or kept from before."""
     settings = {"settings": config.evaluation, "seed": config.seed, "codes": SideCodes()}
     work = loader.work
-    scored_controls: dict[Task, ControlScores] = {}  # by their first map: directions may share one
+    scored_controls: dict[Task, Scored] = {}
 
     def layer_pair(group: list[Task]) -> Part:
         scored = score_maps(group, loader, config.map, **settings)
         aligned = [task for task in group if task.pairing == "aligned"]
         reseeded = [dataclasses.replace(task, control="reseeded") for task in aligned]
         again = [task for task in reseeded if task in controls]
-        by_control = {
-            "ceiling": [ceiling_task(task) for task in aligned],
-            "untrained": [dataclasses.replace(task, control="untrained") for task in aligned],
+        of_run = aligned, controls, loader, config.map, scored_controls
+        by_control = score_controls(*of_run, **settings)
+        return {
+            "transfer.jsonl": transfer_rows(scored, by_control.get("ceiling")),
+            "features.jsonl": scored["aligned"].correlation_rows(),
+            "feature_transfer.jsonl": feature_rows(
+                scored["aligned"], again, loader, settings["codes"]
+            ),
+            "controls.jsonl": control_rows(aligned, by_control),
         }
-        scores: dict[str, ControlScores] = {}
-        for control, wanted in by_control.items():
-            made = [task for task in wanted if task in controls]
-            if made and made[0] not in scored_controls:
-                scored_controls[made[0]] = score_control(made, loader, config.map, **settings)
-            if made:
-                scores[control] = scored_controls[made[0]]
-        part = {
-            "transfer.jsonl": scored.rows(scores["ceiling"].scores if "ceiling" in scores else {}),
-            "features.jsonl": scored.correlation_rows(),
-            "feature_transfer.jsonl": feature_rows(scored, again, loader, settings["codes"]),
-            "controls.jsonl": [
-                made.row(control, task)
-                for task in aligned
-                for control, made in scores.items()
-                if task.kind in made.scores
-            ],
-        }
-        return part
 
     yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
     groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]

@@ -13,8 +13,8 @@ from crossdict_jax import maps, models
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
-from crossdict_jax.evaluation.codes import Codes, Moments, SideCodes, correlation_matrix
-from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, columns, take
+from crossdict_jax.evaluation.codes import Moments, SideCodes, correlation_matrix
+from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, pair_columns, take
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.fit import Loader
@@ -91,35 +91,28 @@ def feature_rows(
     Args:
       reseeded: the same maps fitted from another seed, where the run has them.
     """
-    best, r2_validation = _best_on_validation(scored, codes)
-    target = scored.bench.held_out.target
+    pairs, held_out = scored.bench.splits["validation"], scored.bench.held_out
+    variance, errors = 0.0, dict.fromkeys(scored.maps, 0.0)
+    for rows in slices(len(pairs)):
+        t = codes(pairs.target)[rows].toarray().astype(np.float64)
+        variance = variance + np.square(t - held_out.train_mean[None, :]).sum(axis=0)
+        for kind, m in scored.maps.items():
+            predicted = maps.predict(m, take(pairs, rows), scored.bench.batch_size)
+            errors[kind] = errors[kind] + np.square(t - predicted).sum(axis=0)
+    best = min(errors, key=lambda kind: errors[kind].sum())
     scores = FeatureScores(
-        r2=scored.scores["aligned"][best].feature_r2,
-        r2_validation=r2_validation,
-        correlation=scored.scores["aligned"][best].correlations,
-        token_share=scored.scores["aligned"]["token_target"].feature_r2,
-        firings=(target > 0).sum(axis=0),
-        n_rows=len(target),
+        r2=scored.scores[best].feature_r2,
+        r2_validation=1 - errors[best] / np.where(variance > 0, variance, np.nan),
+        correlation=scored.scores[best].correlations,
+        token_share=scored.scores["token_target"].feature_r2,
+        firings=(held_out.target > 0).sum(axis=0),
+        n_rows=len(held_out.target),
     )
     shown = scores.extremes(SHOWN)
     described = _described(scored, best, [i for i, _ in shown], reseeded, loader, codes)
     rows = [scores.row(i, rank) | more for (i, rank), more in zip(shown, described)]
-    return [columns(scored.task, best) | row for row in rows + scores.binned()]
-
-
-def _best_on_validation(scored: Scored, codes: SideCodes) -> tuple[str, np.ndarray]:
-    """(the map with the highest R^2, R^2 of each feature [width]) on validation rows."""
-    pairs = scored.bench.splits["validation"]
-    target, mean = codes(pairs.target), scored.bench.held_out.train_mean
-    variance, errors = 0.0, dict.fromkeys(scored.maps, 0.0)
-    for rows in slices(len(pairs)):
-        block, t = take(pairs, rows), target[rows].toarray().astype(np.float64)
-        variance = variance + np.square(t - mean[None, :]).sum(axis=0)
-        for kind, m in scored.maps.items():
-            predicted = maps.predict(m, block, scored.bench.batch_size)
-            errors[kind] = errors[kind] + np.square(t - predicted).sum(axis=0)
-    best = min(errors, key=lambda kind: errors[kind].sum())
-    return best, 1 - errors[best] / np.where(variance > 0, variance, np.nan)
+    start = pair_columns(scored.task) | {"map": best, "pairing": scored.task.pairing}
+    return [start | row for row in rows + scores.binned()]
 
 
 def _described(
@@ -140,8 +133,9 @@ def _described(
         for s in ("train", "test")
     )
     matches = on_train.argmax(axis=1)
-    scales = [_deviations(codes(side)) for side in (splits["train"].source, splits["train"].target)]
-    scale = scales[0][None, :] / scales[1][index][:, None]
+    norms = [Moments.of(codes(s)).norm for s in (splits["train"].source, splits["train"].target)]
+    a, b = (np.where(n > 0, n / np.sqrt(len(splits["train"])), 1.0) for n in norms)
+    scale = a[None, :] / b[index][:, None]  # of standard deviations, 1 where one is 0
     # Maps that read features say directly what drives them; the best one does in any case.
     attributed = {
         kind: attribution.drivers(m, test.source, index, scale=scale)
@@ -185,9 +179,3 @@ def _described(
             }
         )
     return described
-
-
-def _deviations(codes: Codes) -> np.ndarray:
-    """Standard deviations [width] of features over rows; 1 where one is 0."""
-    deviations = Moments.of(codes).norm / np.sqrt(codes.shape[0])
-    return np.where(deviations > 0, deviations, 1.0)

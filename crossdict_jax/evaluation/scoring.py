@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -28,15 +29,15 @@ from crossdict_jax.evaluation.transfer import (
 )
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.controls import shown
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.kinds import token
 from crossdict_jax.results import PAIR
+from crossdict_jax.workdir import Workdir
 
 CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
 CORRELATION_EDGES = np.linspace(-1, 1, 41).round(2)
 FREQUENCY_EDGES = np.array([0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1])
-
-Scores = dict[str, Score]  # by kind of map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +98,13 @@ def take(pairs: Pairs, rows: np.ndarray | slice) -> Pairs:
     return Pairs(pairs.source.take(rows), pairs.target.take(rows), pairs.documents[rows])
 
 
-def score(m: Map, bench: Bench, shown: tuple[Pairs, Pairs] | None = None) -> Score:
+def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Score:
     """Returns the score of a map.
 
     Args:
-      shown: (test, context) pairs that the map reads in place of the bench's own.
+      reads: (test, context) pairs that the map reads in place of the bench's own.
     """
-    test, context = shown or (bench.splits["test"], bench.context)
+    test, context = reads or (bench.splits["test"], bench.context)
     sums = np.zeros(bench.token_features.shape)
     for rows in slices(len(context)):
         predicted = maps.predict(m, take(context, rows), bench.batch_size)
@@ -136,43 +137,30 @@ def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = Fa
     return score(fitted.map, bench, (read(bench.splits["test"]), read(bench.context)))
 
 
-# ---------------------------------------------------------------- the maps of a layer pair
+# ---------------------------------------------------------------- maps between two sides
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The maps of one direction and pair of sites, scored."""
+    """Maps between the same two sides, scored on one bench."""
 
-    task: Task  # one of its maps
-    bench: Bench  # of the aligned pairs
-    maps: dict[str, Map]  # the aligned ones, by kind
-    scores: dict[str, Scores]  # by pairing; of aligned pairs also "token_target", see below
-    tokens: dict[str, Score]  # by pairing, the token map's, whether or not the run has that map
+    task: Task  # one of them
+    bench: Bench
+    maps: dict[str, Map]  # by kind
+    scores: dict[str, Score]  # by kind; see ``score_maps`` for another one
+    token: Score  # the token map's, whether or not it is among them
 
-    def rows(self, ceiling: Scores) -> list[dict]:
-        """Returns the rows of transfer.jsonl.
-
-        "token_target" is the table of the target's own tokens, which no map knows.
-
-        Args:
-          ceiling: the maps' scores from the target's own second dictionary, where there are any.
-        """
-        rows = []
-        for pairing, scores in self.scores.items():
-            for kind, value in scores.items():
-                row = columns(self.task, kind, pairing) | value.row()
-                row["verdict"] = verdict(value, self.tokens[pairing])
-                if pairing == "aligned":
-                    null = self.scores["shuffled"].get(kind)
-                    row |= normalized(value, null, ceiling.get(kind))
-                rows.append(row)
-        return rows
+    def row(self, kind: str, task: Task) -> dict[str, Any]:
+        """Returns what a result row says of a map; ``task`` is the map that the row is named by."""
+        value = self.scores[kind]
+        row = pair_columns(task) | {"map": kind, "pairing": task.pairing} | value.row()
+        return row | {"verdict": verdict(value, self.token)}
 
     def correlation_rows(self) -> list[dict]:
         """Returns the rows of features.jsonl: correlations of live features, and by frequency."""
         held_out, rows = self.bench.held_out, []
         frequency = (held_out.target > 0).mean(axis=0)[held_out.live]
-        for kind, value in self.scores["aligned"].items():
+        for kind, value in self.scores.items():
             r = value.correlations[held_out.live]
             counts, _ = np.histogram(r, CORRELATION_EDGES)
             bins = []
@@ -181,47 +169,73 @@ class Scored:
                 mean = float(inside.mean()) if len(inside) else None
                 bins.append({"low": low, "high": high, "n": len(inside), "mean": mean})
             histogram = {"edges": CORRELATION_EDGES.tolist(), "counts": counts.tolist()}
-            row = {"correlation_histogram": histogram, "correlation_by_frequency": bins}
-            rows.append(columns(self.task, kind) | row)
+            row = pair_columns(self.task) | {"map": kind, "pairing": self.task.pairing}
+            row |= {"correlation_histogram": histogram, "correlation_by_frequency": bins}
+            rows.append(row)
         return rows
 
 
-def score_maps(
+def score_tasks(
     tasks: Sequence[Task],
-    loader: Loader,
+    splits: dict[str, Pairs],
+    work: Workdir,
     map_settings: MapConfig,
     *,
     settings: EvaluationConfig,
     seed: int,
     codes: SideCodes,
 ) -> Scored:
-    """Returns the scores of every map of one direction and pair of sites.
+    """Returns the scores of maps, or of controls, between the two sides of ``splits``."""
+    bench, test = make_bench(splits, settings, seed=seed, codes=codes), splits["test"]
+    loaded, scores, reads = {}, {}, {}
+    for task in tasks:
+        m = loaded[task.kind] = maps.load(task.path(work), test.target.dictionary)
+        if m.reads not in reads:  # what a control is shown depends on what it reads
+            reads[m.reads] = shown(task, test), shown(task, bench.context)
+        scores[task.kind] = score(m, bench, reads[m.reads])
+    token_score = scores.get("token") or score_token_table(bench, map_settings)
+    return Scored(tasks[0], bench, loaded, scores, token_score)
+
+
+def score_maps(
+    tasks: Sequence[Task], loader: Loader, map_settings: MapConfig, **settings
+) -> dict[str, Scored]:
+    """Returns, by pairing, the scores of every map of one direction and pair of sites.
+
+    Those of aligned pairs hold "token_target", the table of the target's own tokens, as well, which
+    no map knows.
 
     Args:
       tasks: all maps of this direction and these sites, aligned and shuffled.
+      settings: as for ``score_tasks``.
     """
-    benches, scores, tokens, loaded = {}, {}, {}, {}
-    for pairing in ("aligned", "shuffled"):
-        task = dataclasses.replace(tasks[0], pairing=pairing)
-        splits = {split: loader.pairs(task, split) for split in SPLITS}
-        bench = benches[pairing] = make_bench(splits, settings, seed=seed, codes=codes)
-        loaded[pairing] = {
-            task.kind: maps.load(task.path(loader.work), splits["test"].target.dictionary)
-            for task in tasks
-            if task.pairing == pairing
-        }
-        scores[pairing] = {kind: score(m, bench) for kind, m in loaded[pairing].items()}
-        tokens[pairing] = scores[pairing].get("token") or score_token_table(bench, map_settings)
-    bench = benches["aligned"]
-    scores["aligned"]["token_target"] = score_token_table(bench, map_settings, of_target=True)
-    return Scored(tasks[0], bench, loaded["aligned"], scores, tokens)
+    scored = {}
+    for pairing in dict.fromkeys(task.pairing for task in tasks):
+        group = [task for task in tasks if task.pairing == pairing]
+        splits = {split: loader.pairs(group[0], split) for split in SPLITS}
+        scored[pairing] = score_tasks(group, splits, loader.work, map_settings, **settings)
+    aligned = scored["aligned"]
+    table = score_token_table(aligned.bench, map_settings, of_target=True)
+    aligned.scores["token_target"] = table
+    return scored
+
+
+def transfer_rows(scored: dict[str, Scored], ceiling: Scored | None = None) -> list[dict]:
+    """Returns the rows of transfer.jsonl.
+
+    Args:
+      ceiling: the maps' scores from the target's own second dictionary, where there are any.
+    """
+    null, top = (other.scores if other else {} for other in (scored.get("shuffled"), ceiling))
+    rows = []
+    for pairing, some in scored.items():
+        for kind, value in some.scores.items():
+            rows.append(some.row(kind, some.task))
+            if pairing == "aligned":
+                rows[-1] |= normalized(value, null.get(kind), top.get(kind))
+    return rows
 
 
 def pair_columns(pair) -> dict[str, str]:
     """Returns the columns that name a direction and its sites, of a task or a dictionary pair."""
     return {name: str(getattr(pair, name)) for name in PAIR}
-
-
-def columns(task: Task, kind: str, pairing: str = "aligned") -> dict[str, str]:
-    """Returns the columns that say what a row is about."""
-    return pair_columns(task) | {"map": kind, "pairing": pairing}

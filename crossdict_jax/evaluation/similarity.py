@@ -51,7 +51,19 @@ class Geometry:
             )
         if not np.isfinite(x).all():
             raise UserError("A representation holds a number that is not finite; leave it out.")
-        return cls(_centred_gram(x), directions(x), _ranks(x[:RDM_ROWS]), _nearest(x))
+        some = x[:RDM_ROWS]
+        unit = _unit(some - some.mean(axis=1, keepdims=True))
+        i, j = np.triu_indices(len(some), 1)
+        rank = rankdata(np.round(1 - (unit @ unit.T)[i, j], 6))  # what rounding sets apart is equal
+        rank -= rank.mean()
+        ranks = np.zeros((len(some), len(some)))
+        ranks[i, j] = ranks[j, i] = rank / max(np.sqrt(2 * rank @ rank), TINY)
+        k, unit = min(NEIGHBOURS, len(x) - 1), _unit(x)
+        cosine = unit @ unit.T
+        np.fill_diagonal(cosine, -np.inf)  # a row is no neighbour of itself
+        near = np.zeros(cosine.shape, bool)
+        np.put_along_axis(near, np.argpartition(-cosine, k - 1, axis=1)[:, :k], True, axis=1)
+        return cls(_centred_gram(x), directions(x), ranks, near)
 
     def reordered(self, order: np.ndarray) -> Geometry:
         """Returns the geometry of ``x[order]``; the rows that RSA reads stay among themselves."""
@@ -111,27 +123,6 @@ def directions(x: np.ndarray) -> np.ndarray:
     if len(x) <= x.shape[1]:
         return axes[:, :kept]
     return (x @ axes[:, :kept]) / np.sqrt(variances[:kept])[None, :]
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """The ranks [n, n] of dissimilarities; the product of two sums up to Spearman's correlation."""
-    x = _unit(x - x.mean(axis=1, keepdims=True))
-    i, j = np.triu_indices(len(x), 1)
-    rank = rankdata(np.round(1 - (x @ x.T)[i, j], 6))  # what rounding sets apart is equal
-    rank -= rank.mean()
-    ranks = np.zeros((len(x), len(x)))
-    ranks[i, j] = ranks[j, i] = rank / max(np.sqrt(2 * rank @ rank), TINY)
-    return ranks
-
-
-def _nearest(x: np.ndarray) -> np.ndarray:
-    """bool [n, n]: whether row j is among the NEIGHBOURS nearest of row i, itself left out."""
-    k, unit = min(NEIGHBOURS, len(x) - 1), _unit(x)
-    cosine = unit @ unit.T
-    np.fill_diagonal(cosine, -np.inf)
-    among = np.zeros(cosine.shape, bool)
-    np.put_along_axis(among, np.argpartition(-cosine, k - 1, axis=1)[:, :k], True, axis=1)
-    return among
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

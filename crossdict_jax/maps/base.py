@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.config.settings import map_kinds
+from crossdict_jax.config import map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.compact import Compact, compact

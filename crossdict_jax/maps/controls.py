@@ -22,7 +22,7 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
 
     - skyline: from B to B at the target's site, once for every rung; the source is B's dictionary
       of another seed.
-    - untrained: from A to B's untrained twin; the task keeps the name of B.
+    - untrained: from A to B's re-initialised model; the task keeps the name of B.
     - reseeded: the map itself, from another seed; only of rungs that are trained by gradient steps
       and read features, since there is nothing random in the others or nothing to attribute.
     """
@@ -58,8 +58,8 @@ def fit_controls(config: Config, store: Store, work: Workdir) -> None:
     """Fits every control into ``work.controls``, as ``fit_maps`` does the ladder.
 
     Raises:
-      UserError: the untrained twins or the dictionaries of controls are missing or damaged, or
-        see ``fit_maps``.
+      UserError: the re-initialised models or the dictionaries of controls are missing or damaged,
+        or see ``fit_maps``.
     """
     todo = control_tasks(config, store)
     if not todo:
@@ -77,7 +77,7 @@ def fit_controls(config: Config, store: Store, work: Workdir) -> None:
 
 
 class ControlLoader(Loader):
-    """Makes the problems of controls from the run's store and that of its untrained twins."""
+    """Makes the problems of controls from the run's store and that of its re-initialised models."""
 
     def __init__(self, config: Config, store: Store, work: Workdir):
         super().__init__(open_controls(config, work, store), work, config.seed)
@@ -116,7 +116,7 @@ class ControlLoader(Loader):
         return self._kept(("second", task.target, task.site_target, split), make)
 
     def _twin(self, task: Task, split: str) -> Side:
-        """The rows of B's untrained twin, with a dictionary of its own."""
+        """The rows of B's re-initialised model, with a dictionary of its own."""
         place = self._twins[task.target], task.site_target, split
         return self._kept(place, lambda: load_side(self.store, *place, self.work.controls))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.config.settings import has_k
+from crossdict_jax.config import has_k
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import keep_top_k
 from crossdict_jax.errors import UserError

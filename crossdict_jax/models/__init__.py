@@ -11,16 +11,8 @@ from crossdict_jax.models.base import (
     check_site,
     check_tokens,
 )
-from crossdict_jax.models.hf import (
-    ASSETS,
-    EMBEDDED,
-    families,
-    init,
-    load,
-    load_config,
-    load_tokenizer,
-    save,
-)
+from crossdict_jax.models.folders import ASSETS, EMBEDDED, load_tokenizer
+from crossdict_jax.models.hf import families, init, load, load_config, save
 
 __all__ = [
     "ASSETS",

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.models.folders import load_tokenizer
 
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
 ACTIVATIONS = {
@@ -23,7 +24,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in the residual stream: ``resid_pre.6`` is what block 6 reads.
+    """A point of the residual stream: ``resid_pre.6`` is what block 6 reads.
 
     ``resid_pre`` and ``resid_post`` are the stream before and after a block; ``attn_out`` and
     ``mlp_out`` are what the block adds to it.
@@ -107,23 +108,20 @@ class Past:
     Attributes:
       layers: {layer: (keys, values)}, each float32 [batch, capacity, heads, d_head]; a layer that
         is absent looks back on nothing.
-      length: int32 [batch], how many of the capacity's places count.
+      length: int32 [batch], how many of them count.
     """
 
     layers: dict[int, tuple[jax.Array, jax.Array]]
     length: jax.Array
 
-    @property
-    def capacity(self) -> int:
-        return next(iter(self.layers.values()))[0].shape[1]
 
-
+@dataclass
 class Memory:
     """One layer's keys and values during a pass: of the past, and where the new ones are left."""
 
-    def __init__(self, seen: tuple[jax.Array, jax.Array] | None, length: jax.Array | None):
-        self.seen, self.length = seen, length
-        self.new: tuple[jax.Array, jax.Array] | None = None
+    seen: tuple[jax.Array, jax.Array] | None = None
+    length: jax.Array | None = None
+    new: tuple[jax.Array, jax.Array] | None = None
 
 
 class Linear(nnx.Module):
@@ -245,17 +243,19 @@ class LanguageModel(nnx.Module):
         is as in ``logits``: reading a text in pieces or as a whole is the same.
         """
         tokens = check_tokens(self.config, tokens, self.name)
-        layers = range(len(self.blocks))
         if past is None:
             x, rotary = self.embed(tokens), self.rotary(tokens.shape[1])
-            memories = [Memory(None, None) for _ in layers]
+            memories = [Memory() for _ in self.blocks]
         else:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = past.length[:, None] + steps[None, :]
             x = self.embed(tokens, positions)
-            tables = self.rotary(past.capacity + tokens.shape[1])
+            some = next(iter(past.layers.values()))
+            tables = self.rotary(some[0].shape[1] + tokens.shape[1])
             rotary = tables and tuple(jnp.asarray(table)[positions] for table in tables)
-            memories = [Memory(_seen(past, i), past.length) for i in layers]
+            nothing = tuple(kept[:, :0] for kept in some)  # of a layer that looks back on nothing
+            kept = (past.layers.get(i, nothing) for i in range(len(self.blocks)))
+            memories = [Memory(of_layer, past.length) for of_layer in kept]
         logits = self._read(x, rotary, tap, dtype, memories)
         return logits, {i: memory.new for i, memory in enumerate(memories)}
 
@@ -270,9 +270,7 @@ class LanguageModel(nnx.Module):
     @property
     def tokenizer(self):
         """The transformers tokenizer beside the weights; UserError if there is none."""
-        from crossdict_jax.models import hf
-
-        return hf.load_tokenizer(self.path)
+        return load_tokenizer(self.path)
 
 
 def capture(lm: LanguageModel, tokens, sites: Iterable[Site], dtype=None) -> dict[Site, jax.Array]:
@@ -318,7 +316,11 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
             f"A sequence of {tokens.shape[1]} tokens is longer than {name} reads "
             f"({config.context} positions); cut the text first."
         )
-    if tokens.size and _readable(tokens):
+    # Ids can be looked at that are neither traced nor spread over other processes.
+    readable = not isinstance(tokens, jax.core.Tracer)
+    if readable and isinstance(tokens, jax.Array):
+        readable = tokens.is_fully_addressable
+    if readable and tokens.size:
         ids = np.asarray(tokens)  # numpy: under jit, jnp would trace even a known array
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
@@ -327,13 +329,6 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
                 f"{config.vocab_size}: 0-{config.vocab_size - 1}); is this its own tokenizer?"
             )
     return jnp.asarray(tokens)
-
-
-def _readable(tokens) -> bool:
-    """Whether the ids can be looked at: neither traced nor spread over other processes."""
-    if isinstance(tokens, jax.core.Tracer):
-        return False
-    return isinstance(tokens, np.ndarray) or tokens.is_fully_addressable
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -365,14 +360,6 @@ def attend(
     return out.astype(jnp.float32).reshape(*out.shape[:2], -1)
 
 
-def _seen(past: Past, layer: int) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys and values of the past; of the right shape, and none, where it has none."""
-    if layer in past.layers:
-        return past.layers[layer]
-    key, value = next(iter(past.layers.values()))
-    return key[:, :0], value[:, :0]
-
-
 def _attend_past(query, key, value, memory: Memory, *, scale: float, dtype) -> jax.Array:
     """``attend`` with the keys of the past; they stay apart from the new ones.
 
@@ -398,9 +385,9 @@ def _attend_past(query, key, value, memory: Memory, *, scale: float, dtype) -> j
     return sum(parts).reshape(batch, seq, heads * d_head)
 
 
-def _product(how: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _product(axes: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.einsum(
-        how,
+        axes,
         a.astype(dtype),
         b.astype(dtype),
         precision=jax.lax.Precision.HIGHEST,
@@ -419,7 +406,7 @@ def rotary_tables(length: int, *, dims: int, theta: float) -> tuple[np.ndarray, 
 def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired.
 
-    The tables are [seq, dims / 2], or [batch, seq, dims / 2] where rows stand at different places.
+    The tables are [seq, dims / 2], or [batch, seq, dims / 2] where rows differ in position.
     """
     cos, sin = (table[..., None, :] for table in rotary)
     if cos.ndim == 3:

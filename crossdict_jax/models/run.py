@@ -182,8 +182,8 @@ class Runner:
           shared: pytrees of arrays, and modules, that every device holds whole.
         """
         split = [modules.split(s) if isinstance(s, nnx.Module) else (None, s) for s in shared]
-        whole = shard(self.mesh)
-        values = jax.tree.map(lambda a: put(a, whole), tuple(value for _, value in split))
+        everywhere = shard(self.mesh)
+        values = jax.tree.map(lambda a: put(a, everywhere), tuple(value for _, value in split))
         graphs = tuple(graph for graph, _ in split)
         return _call(function, self._model, tuple(static), graphs, self._params, values, arrays)
 

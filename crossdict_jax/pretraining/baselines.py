@@ -29,8 +29,8 @@ def bigram_loss(train: np.ndarray, test: np.ndarray, *, vocab_size: int) -> floa
     unigram /= unigram.sum()
     before, after = test[:-1], test[1:]
     wanted = before.astype(np.int64) * vocab_size + after
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    seen = np.where(keys[place] == wanted, counts[place], 0)
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    seen = np.where(keys[index] == wanted, counts[index], 0)
     weight = np.maximum(total[before] + kinds[before], 1)
     share = np.where(total[before] > 0, kinds[before] / weight, 1.0)
     probability = np.where(total[before] > 0, seen / weight, 0.0) + share * unigram[after]

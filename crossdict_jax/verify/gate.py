@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crossdict_jax.config import VerifyConfig
-from crossdict_jax.config.settings import gate_files
+from crossdict_jax.config import VerifyConfig, gate_files
 from crossdict_jax.report.tables import show, table
 from crossdict_jax.workdir import Workdir, write_json
 

@@ -21,9 +21,8 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
-from crossdict_jax.evaluation import transfer_metrics
+from crossdict_jax.evaluation import scoring, transfer_metrics
 from crossdict_jax.evaluation.codes import SideCodes
-from crossdict_jax.evaluation.scoring import score_maps
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import Pairs, Problem, Side, Task
 from crossdict_jax.maps.fit import Loader, fit_tasks
@@ -133,7 +132,9 @@ def transfer_rows(
     settings = {"settings": config.evaluation, "seed": config.seed, "codes": SideCodes()}
     rows = []
     for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-        rows += score_maps(list(group), loader, config.map, **settings).rows({})
+        rows += scoring.transfer_rows(
+            scoring.score_maps(list(group), loader, config.map, **settings)
+        )
     return rows
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from crossdict_jax import results
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import Config, SAEConfig
-from crossdict_jax.config.settings import refuse_transcoders
+from crossdict_jax.config import Config, SAEConfig, refuse_transcoders
 from crossdict_jax.studies.pareto.measure import curves
 from crossdict_jax.training.stage import timed
 from crossdict_jax.verify.lab import NAMES, SITE, planted_config, save_store

@@ -42,7 +42,7 @@ ALIASES = {
 REFUSED_UNLESS = {"add_cross_attention": False}
 ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."  # absent in files of the model without its head
-# Name in the file -> our place, transform; every matrix is already [d_in, d_out].
+# Name in the file -> our name, transform; every matrix is already [d_in, d_out].
 WEIGHTS = {
     "transformer.wte.weight": ("W_E", "same"),
     "transformer.wpe.weight": ("W_pos", "same"),
@@ -100,20 +100,21 @@ class Model(base.LanguageModel):
         super().__init__(config, rngs)
         shape = (config.context, config.d_model)
         self.W_pos = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
-        self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
+        self.blocks = nnx.List(
+            [
+                Block(
+                    layer,
+                    norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+                    attention=Attention(layer, config, rngs),
+                    norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
+                    mlp=MLP(config, rngs),
+                )
+                for layer in range(config.n_layers)
+            ]
+        )
         self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         W_pos = self.W_pos[...]
         at = W_pos[None, : tokens.shape[1]] if positions is None else W_pos[positions]
         return self.W_E[...][tokens] + at
-
-
-def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
-    return Block(
-        layer,
-        norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
-        attention=Attention(layer, config, rngs),
-        norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
-        mlp=MLP(config, rngs),
-    )

@@ -49,7 +49,7 @@ ALIASES = {}
 REFUSED_UNLESS = {}
 ARCHITECTURE = "GPTNeoXForCausalLM"
 PREFIX = "gpt_neox."  # absent in files of the model without its head
-# Name in the file -> our place, transform; torch keeps matrices as [d_out, d_in].
+# Name in the file -> our name, transform; torch keeps matrices as [d_out, d_in].
 WEIGHTS = {
     "gpt_neox.embed_in.weight": ("W_E", "same"),
     "gpt_neox.final_layer_norm.weight": ("final_norm.scale", "same"),
@@ -106,20 +106,21 @@ class Model(base.LanguageModel):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
+        self.blocks = nnx.List(
+            [
+                Block(
+                    layer,
+                    norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+                    attention=Attention(config, rngs),
+                    norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
+                    mlp=MLP(config, rngs),
+                    parallel=config.parallel_residual,
+                )
+                for layer in range(config.n_layers)
+            ]
+        )
         self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
 
     def rotary(self, length: int):
         config = self.config
         return base.rotary_tables(length, dims=config.rotary_dims, theta=config.rope_theta)
-
-
-def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
-    return Block(
-        layer,
-        norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
-        attention=Attention(config, rngs),
-        norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
-        mlp=MLP(config, rngs),
-        parallel=config.parallel_residual,
-    )

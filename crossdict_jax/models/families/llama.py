@@ -52,7 +52,7 @@ ALIASES = {}
 REFUSED_UNLESS = {"partial_rotary_factor": 1.0}
 ARCHITECTURE = "LlamaForCausalLM"
 PREFIX = "model."  # absent in files of the model without its head
-# Name in the file -> our place, transform; torch keeps matrices as [d_out, d_in].
+# Name in the file -> our name, transform; torch keeps matrices as [d_out, d_in].
 WEIGHTS = {
     "model.embed_tokens.weight": ("W_E", "same"),
     "model.norm.weight": ("final_norm.scale", "same"),
@@ -132,19 +132,20 @@ class Model(base.LanguageModel):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.blocks = nnx.List([_block(layer, config, rngs) for layer in range(config.n_layers)])
+        self.blocks = nnx.List(
+            [
+                Block(
+                    layer,
+                    norm_1=RMSNorm(config.d_model, eps=config.norm_eps),
+                    attention=Attention(config, rngs),
+                    norm_2=RMSNorm(config.d_model, eps=config.norm_eps),
+                    mlp=GatedMLP(config, rngs),
+                )
+                for layer in range(config.n_layers)
+            ]
+        )
         self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
 
     def rotary(self, length: int):
         config = self.config
         return base.rotary_tables(length, dims=config.head_dim, theta=config.rope_theta)
-
-
-def _block(layer: int, config: Config, rngs: nnx.Rngs) -> Block:
-    return Block(
-        layer,
-        norm_1=RMSNorm(config.d_model, eps=config.norm_eps),
-        attention=Attention(config, rngs),
-        norm_2=RMSNorm(config.d_model, eps=config.norm_eps),
-        mlp=GatedMLP(config, rngs),
-    )

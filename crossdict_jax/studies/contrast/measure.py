@@ -25,8 +25,7 @@ from crossdict_jax.causal.directions import (
 )
 from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.config import Config
-from crossdict_jax.config.settings import refuse_transcoders
+from crossdict_jax.config import Config, refuse_transcoders
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.models import Site

@@ -10,7 +10,7 @@ from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, LossWeights, identity
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import SideCodes
-from crossdict_jax.evaluation.scoring import columns, make_bench, score
+from crossdict_jax.evaluation.scoring import make_bench, pair_columns, score
 from crossdict_jax.maps.base import map_module
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
@@ -78,7 +78,8 @@ def run(config: Config, work: Workdir) -> None:
         for name, kind, settings, folder in fits:
             fitted = map_module(kind).fit(problems, settings, seed=seed, directory=folder)
             for task, bench, one in zip(tasks, benches, fitted):
-                row = columns(task, kind) | {"losses": name} | score(one.map, bench).row()
+                row = pair_columns(task) | {"map": kind, "pairing": "aligned", "losses": name}
+                row |= score(one.map, bench).row()
                 rows[task].append({n: row[n] for column in kept for n in column.names})
         stage.finish({FILE: [row for task in tasks for row in rows[task]]}, maps=len(tasks))
     show(tables(results.read(work, FILE)))

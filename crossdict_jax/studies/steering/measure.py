@@ -14,8 +14,7 @@ from crossdict_jax.causal.directions import best_matches, feature_directions, ma
 from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import Translation, translation
-from crossdict_jax.config import Config
-from crossdict_jax.config.settings import refuse_transcoders
+from crossdict_jax.config import Config, refuse_transcoders
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import map_class

@@ -1,0 +1,91 @@
+"""Where a model lies: a folder, a name embedded in the package, or a hub id; and its tokenizer."""
+
+import importlib.util
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from crossdict_jax.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ("docs-gpt2", "docs-neox")  # folders of ASSETS, loaded by their bare names
+CONFIG_FILES = ("config.json",)
+SAFETENSORS_FILES = ("model*.safetensors", "model.safetensors.index.json")
+TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is needed
+TOKENIZER_EXTRAS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
+
+
+def find_folder(path_or_id: str | Path, patterns: tuple[str, ...]) -> Path:
+    """The folder of a path, an embedded model or a hub id; UserError if there is none.
+
+    From the hub (or its local cache) only files that match ``patterns`` are taken.
+    """
+    text = str(path_or_id)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if text in EMBEDDED and (ASSETS / text).is_dir():
+        return ASSETS / text
+    if path.is_file():
+        raise UserError(f"{text} is a file; name the folder that holds config.json.")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
+        raise UserError(f"There is no folder {text!r}; name a folder with config.json or a hub id.")
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(hub.snapshot_download(text, allow_patterns=list(patterns)))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{text!r} is no folder here and no public model on the hub; check the spelling, or "
+            f"use an embedded model ({', '.join(EMBEDDED)})."
+        ) from error
+    except Exception as error:  # offline, proxies, time-outs: each library raises its own
+        raise UserError(
+            f"{text!r} is no folder here, and the hub cannot be reached "
+            f"({type(error).__name__}); give the folder of a downloaded model, or use an embedded "
+            f"one ({', '.join(EMBEDDED)})."
+        ) from error
+
+
+def find_model(path_or_id: str | Path) -> Path:
+    """The folder with config, weights and tokenizer; old torch files only where torch is."""
+    patterns = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
+    folder = find_folder(path_or_id, patterns)
+    if not any(folder.glob("model*.safetensors")) and importlib.util.find_spec("torch"):
+        return find_folder(path_or_id, patterns + TORCH_FILES)
+    return folder
+
+
+def load_tokenizer(path_or_id: str | Path):
+    """The transformers tokenizer of a folder or hub id; UserError if there is none."""
+    folder = find_folder(path_or_id, CONFIG_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise UserError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); only commands that read "
+            "text need it: copy the tokenizer files of its model there."
+        )
+    return _tokenizer(folder, max(file.stat().st_mtime_ns for file in files))
+
+
+@lru_cache(maxsize=16)
+def _tokenizer(folder: Path, changed: int):
+    """``changed`` only keeps a rewritten folder from being answered from the cache."""
+    # transformers would advise to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    except Exception as error:  # the Rust library raises bare exceptions
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"The tokenizer in {folder} cannot be read ({reason}).") from error
