@@ -371,7 +371,13 @@ def test_the_best_look_is_kept():
     ("settings", "message"),
     [
         ({"batch_size": 4096}, "hypernetwork.batch_size=4096 is larger than the 800 training rows"),
-        ({"batch_size": 33}, "hypernetwork.batch_size=33 cannot be shared by 8 devices; use a mul"),
+        pytest.param(
+            *(
+                {"batch_size": 33},
+                "hypernetwork.batch_size=33 cannot be shared by 8 devices; use a mul",
+            ),
+            marks=pytest.mark.mesh,
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message, tmp_path):

@@ -659,7 +659,14 @@ def test_a_layer_that_was_not_extracted_is_refused(tmp_path):
     "kind, settings, message",
     [
         ("mlp", {"batch_size": 4096}, "map.batch_size=4096 is larger than the 1600 training rows"),
-        ("mlp", {"batch_size": 33}, "map.batch_size=33 cannot be shared by 8 devices; use a mult"),
+        pytest.param(
+            *(
+                "mlp",
+                {"batch_size": 33},
+                "map.batch_size=33 cannot be shared by 8 devices; use a mult",
+            ),
+            marks=pytest.mark.mesh,
+        ),
         ("ridge", {"ridge_penalties": ()}, r"map.ridge_penalties=\(\) cannot be tried"),
         ("ridge", {"ridge_penalties": (0.0,)}, "map.ridge_penalties=0.0 .*give numbers above 0"),
         ("token", {"token_pseudocounts": (1.0, -1.0)}, "map.token_pseudocounts=-1.0 cannot"),

@@ -107,7 +107,7 @@ def test_logits_and_every_site_match_hugging_face(variant):
 
 
 def test_goldens_cover_what_they_must():
-    assert models.families() == ("gpt2", "gpt_neox", "llama")
+    assert models.model_types() == ("gpt2", "gpt_neox", "llama")
     configs = [models.load_config(GOLDENS / variant) for variant in VARIANTS]
     seen = {(config.model_type, config.activation) for config in configs}
     assert seen >= {("gpt2", name) for name in ("relu", "gelu", "gelu_new", "silu")}

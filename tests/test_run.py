@@ -160,7 +160,7 @@ def test_the_size_of_a_batch_changes_nothing(lm, passages):
 
 
 def scaled(lm, factor, norm, shift, tokens):
-    return {"x": shift + factor * norm(lm.logits(tokens))}
+    return {"x": shift[None, None] + factor * norm(lm.logits(tokens))}
 
 
 def differences(lm, tokens):

@@ -405,7 +405,7 @@ def test_an_unfinished_training_of_one_is_refused(tmp_path):
                 "sae": SAEConfig(output_site="mlp_out"),
                 "map": MapConfig(kinds=("hypernetwork",)),
             },
-            "takes features to read and write at one site; leave one of the two out",
+            "needs dictionaries that write the site that they read",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from crossdict_jax.models.base import (
     check_tokens,
 )
 from crossdict_jax.models.folders import ASSETS, EMBEDDED, load_tokenizer
-from crossdict_jax.models.hf import families, init, load, load_config, save
+from crossdict_jax.models.hf import init, load, load_config, model_types, save
 
 __all__ = [
     "ASSETS",
@@ -26,10 +26,10 @@ __all__ = [
     "capture",
     "check_site",
     "check_tokens",
-    "families",
     "init",
     "load",
     "load_config",
     "load_tokenizer",
+    "model_types",
     "save",
 ]

@@ -27,7 +27,7 @@ TRANSFORMS = {"same": lambda x: x, "transpose": np.transpose}  # each its own in
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def families() -> tuple[str, ...]:
+def model_types() -> tuple[str, ...]:
     """The model types that can be loaded: the files of their folder."""
     return tuple(sorted(f.stem for f in (Path(__file__).parent / "families").glob("[!_]*.py")))
 
@@ -117,8 +117,8 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
 def read_config(raw: dict) -> ModelConfig:
     """Our settings from those of config.json; UserError on what would change the maths."""
     model_type = raw.get("model_type")
-    if model_type not in families():
-        raise UserError(f"model_type {model_type!r} is not one of {', '.join(families())}.")
+    if model_type not in model_types():
+        raise UserError(f"model_type {model_type!r} is not one of {', '.join(model_types())}.")
     family, raw = _family(model_type), dict(raw)
     rope = raw.pop("rope_scaling", None) or raw.get("rope_parameters") or {}  # the older name
     kind = rope.get("rope_type", rope.get("type", "default"))
