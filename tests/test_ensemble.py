@@ -1,0 +1,264 @@
+"""The one trainer: members, parts, rows, meshes and kills that must not change what is learnt."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from planted_store import (
+    PlantedStore,
+    assert_close,
+    gathered,
+    kill_in_save,
+    planted_rows,
+    run_steps,
+    step_program,
+)
+
+from crossdict_jax.config import SAEConfig, architectures
+from crossdict_jax.dictionaries import train
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint, ensemble
+from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
+from crossdict_jax.training.mesh import make_mesh
+
+every = pytest.mark.parametrize("architecture", architectures())
+STEPS, WIDTH = 6, 20
+
+
+def small(architecture="topk", *, y=None, resident=None, group=slice(None), **sae):
+    """Dictionaries at two sites, whose rows differ in size: parts of a batch differ in variance."""
+    x = np.random.default_rng(0).normal(1.0, 1.0, (96, 6)) * np.linspace(0.3, 2, 96)[:, None]
+    store = PlantedStore(x.astype(np.float32), sites=2, y=y)
+    settings = {"width": WIDTH, "k": 3, "batch_size": 24, "dead_after_rows": 50, "steps": STEPS}
+    settings |= {"l0_target": 4.0} if architecture == "jumprelu" else {}
+    sae = SAEConfig(architecture=architecture, **settings | sae)
+    everyone = train.members(sae, [("planted", site) for site in store.sites_of("planted")])
+    return train.prepare(sae, store, everyone[group], np.arange(96), resident=resident)
+
+
+def half_dead(state):
+    silent = jnp.where(jnp.arange(WIDTH) < 8, 100, state["train"]["memory"])
+    return state | {"train": state["train"] | {"memory": silent}}
+
+
+@functools.cache
+def stepped(architecture):
+    return run_steps(small(architecture), STEPS, change=half_dead)
+
+
+# ---------------------------------------------------------------- dictionaries of every kind
+
+
+@every
+def test_a_batch_in_parts_trains_as_in_one_piece(architecture):
+    parts = run_steps(small(architecture, accumulate=4), STEPS, change=half_dead)
+    assert_close(parts, stepped(architecture), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_a_part_alone_is_another_batch(architecture, monkeypatch):
+    """What the test above would miss: taking every part for a batch of its own."""
+    monkeypatch.setattr(train.SparseObjective, "whole_batch", lambda *_: None)
+    alone, _ = run_steps(small(architecture, accumulate=4), STEPS, change=half_dead)
+    change = np.abs(alone["params"]["W_enc"] - stepped(architecture)[0]["params"]["W_enc"]).max()
+    assert change > 1e-3
+
+
+def test_a_transcoders_parts_too():
+    y = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
+    whole, parts = (
+        run_steps(small("batchtopk", y=y, accumulate=n), STEPS, change=half_dead) for n in (1, 3)
+    )
+    assert_close(parts, whole, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+def test_members_train_as_if_alone(architecture):
+    """Two sites, seeds and penalties or values of k together; each is what it would be alone."""
+    sweep = {"relu": {"l1_coefficient": (1.0, 4.0)}, "batchtopk": {"learning_rate": (1e-3, 5e-3)}}
+    many = {"seeds": 2, **sweep[architecture]}
+    together, _ = run_steps(small(architecture, **many), STEPS)
+    for i in (0, 3, 7):
+        alone, _ = run_steps(small(architecture, **many, group=slice(i, i + 1)), STEPS)
+        member = jax.tree.map(lambda a, i=i: a[i : i + 1], together["params"])
+        assert_close(member, alone["params"], atol=2e-5, rtol=0)
+    decoders = together["params"]["W_dec"]
+    assert min(np.abs(decoders[0] - decoders[i]).max() for i in range(1, 8)) > 1e-4
+
+
+def test_rows_on_the_host_train_to_the_same_dictionaries():
+    host = small(resident=False)
+    assert "rows" not in host.feed.resident
+    assert_close(run_steps(host, STEPS, change=half_dead), stepped("topk"), atol=2e-5, rtol=0)
+
+
+OPTIONS = [
+    ("relu", "learning_rate", 1e-4),
+    ("relu", "l1_coefficient", 3.0),
+    ("gated", "l1_coefficient", 3.0),
+    ("relu", "steps", 60),
+    ("relu", "batch_size", 48),
+    ("relu", "matmul_dtype", "bfloat16"),
+    ("topk", "k", 4),
+    ("topk", "dead_after_rows", 7),
+    ("jumprelu", "l0_target", 2.0),
+    ("matryoshka", "nested_fractions", (0.3,)),
+]
+
+
+@pytest.mark.parametrize(("architecture", "field", "value"), OPTIONS)
+def test_a_setting_changes_what_a_step_computes(architecture, field, value):
+    plain, again = step_program(small(architecture)), step_program(small(architecture))
+    steps = value if field == "steps" else STEPS
+    assert plain == again != step_program(small(architecture, **{field: value}), steps)
+
+
+@pytest.mark.parametrize("dead_after_rows", [200, 10**6])
+def test_auxk_revives_features_that_no_row_activates(dead_after_rows):
+    x, _ = planted_rows(n=2000)
+    sae = SAEConfig(width=48, k=2, batch_size=100, steps=120, dead_after_rows=dead_after_rows)
+    store = PlantedStore(x)
+    group = train.members(sae, [("planted", Site(0))])
+
+    def silence(state):
+        b_enc = state["params"]["b_enc"].at[:, :24].add(-3.0)
+        return state | {"params": state["params"] | {"b_enc": b_enc}}
+
+    state, metrics = run_steps(
+        train.prepare(sae, store, group, np.arange(2000)), sae.steps, change=silence
+    )
+    silent = (state["train"]["memory"][0, :24] >= 2000).sum()
+    assert silent < 5 if dead_after_rows == 200 else silent == 24
+    assert (metrics["dead_fraction"].max() > 0.4) == (dead_after_rows == 200)
+
+
+def fit(made, directory, **changes):
+    how = {"steps": STEPS, "seed": 0, "checkpoint_every": 2, "title": "toy", "meta": {}}
+    return made.fit(directory=directory, **how | changes)
+
+
+@every
+def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path):
+    made = small(architecture)
+    whole = fit(made, tmp_path / "whole")
+    kill_in_save(3, lambda: fit(made, tmp_path / "killed"))
+    assert checkpoint.latest_step(tmp_path / "killed" / "checkpoints") == 4
+    assert_close(fit(made, tmp_path / "killed"), whole)
+
+
+def test_parts_need_less_memory_in_the_prediction():
+    sae = {"architecture": "topk", "batch_size": 4096}
+    parts, whole = (
+        train.member_bytes(SAEConfig(**sae, accumulate=n), d_model=64, width=4096) for n in (8, 1)
+    )
+    assert parts < 0.4 * whole
+
+
+# ---------------------------------------------------------------- on several devices
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("accumulate", [1, 3])
+@every
+def test_no_device_gathers_rows(architecture, accumulate):
+    """Members and rows stay where they are: selection must not gather a sharded batch."""
+    made = small(architecture, accumulate=accumulate)
+    assert dict(made.mesh.shape) == {"member": 2, "data": 4}
+    rows = 24 // accumulate
+    shapes = gathered(made, STEPS)
+    assert not [s for s in shapes if f"{rows}," in s or f"{rows // 4},{WIDTH}" in s], shapes
+
+
+@pytest.mark.mesh
+@every
+def test_another_mesh_changes_little(architecture, monkeypatch):
+    spread, _ = run_steps(small(architecture, steps=10), 10)
+    one = functools.partial(make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(ensemble, "make_mesh", one)
+    alone, _ = run_steps(small(architecture, steps=10), 10)
+    assert_close(spread["params"], alone["params"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.mesh
+def test_a_batch_that_devices_cannot_share_is_refused():
+    with pytest.raises(UserError, match=r"sae.batch_size=26 cannot be shared by 4 devices; use"):
+        small(batch_size=26)
+
+
+# ---------------------------------------------------------------- validation
+
+
+class Walk(Objective):
+    """One number that grows by its rate at every step, and is to stop at a target."""
+
+    validate_every, patience = 2, 3
+
+    def init(self, key, fixed):
+        return {"w": jnp.zeros(()), "still": jnp.zeros(())}
+
+    frozen = ("still",)
+
+    def optimizer(self, fixed):
+        return optax.sgd(fixed["rate"])
+
+    def loss(self, params, rows, context):
+        return -(params["w"] + params["still"]) * rows["x"].mean(), ({}, ())
+
+    def score(self, params, target, fixed):
+        return jnp.abs(params["w"] - target)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    targets = np.asarray([6.0, 1e9, 3.0], np.float32)
+    rates = np.asarray([1.0, 1.0, 0.5], np.float32)
+    made = make_ensemble(
+        Walk(),
+        fixed={"id": np.arange(3, dtype=np.uint32), "rate": rates},
+        labels=("turns", "goes on", "slow"),
+        streams={"x": Stream(np.ones((1, 8), np.float32), np.zeros(3, np.int32))},
+        seeds=(0, 0, 0),
+        batch_size=4,
+        setting="toy.batch_size",
+        validation=targets,
+    )
+    directory = tmp_path_factory.mktemp("walk")
+    return fit(made, directory, steps=30, checkpoint_every=10), directory, made
+
+
+def test_the_parameters_of_the_best_validation_are_the_result(walked):
+    best = {name: [float(m[name]) for m in walked[0]] for name in ("score", "step", "stale")}
+    # Looked at after steps 0, 2, 4, ... and the last one: w is 1, 3, 5, 7 there, twice the slow one.
+    assert [float(m["params"]["w"]) for m in walked[0]] == [5.0, 30.0, 2.5]
+    assert best["score"] == [1.0, pytest.approx(1e9), 0.5] and best["step"] == [4, 29, 4]
+    assert best["stale"] == [3, 0, 3]
+    assert {float(m["params"]["still"]) for m in walked[0]} == {0.0}
+
+
+def test_patience_ends_a_members_updates_and_nobody_elses(walked):
+    state, _ = run_steps(walked[2], 30)
+    np.testing.assert_allclose(state["params"]["w"], [11.0, 30.0, 5.5])
+
+
+def test_a_validated_training_resumes_with_the_same_bits(walked, tmp_path):
+    made = walked[2]
+    kill_in_save(2, lambda: fit(made, tmp_path, steps=30, checkpoint_every=10))
+    assert_close(fit(made, tmp_path, steps=30, checkpoint_every=10), walked[0])
+
+
+def test_metrics_and_labels_of_all_members_are_kept(walked, tmp_path):
+    _, directory, made = walked
+    labels = [row["label"] for row in json.loads((directory / "members.json").read_text())]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert labels == ["turns", "goes on", "slow"]
+    assert [row["step"] for row in rows] == [9, 19, 29]
+    assert {len(row[name]) for row in rows for name in ("loss", "validation")} == {3}
+    pytest.importorskip("tensorboardX")
+    fit(made, tmp_path, steps=2, records=("tensorboard",))
+    (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    assert b"loss/goes on" in events.read_bytes()
