@@ -24,6 +24,7 @@ class ReLU(Dictionary):
     those (``losses.by_activity``): the same function, in another order of float32 sums.
     """
 
+    saelens = "standard"
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
 
     def activate(self, z: jax.Array) -> jax.Array:
