@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper
+from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.ops import sparse
 
@@ -25,4 +25,4 @@ class BatchTopK(BatchSelected):
             "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
-        return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
+        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
