@@ -34,7 +34,7 @@ from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 ROWS = "feature_causal.jsonl"
@@ -58,8 +58,6 @@ def transfer_features(config: Config, work: Workdir) -> None:
         no rows, and a line says why; so in a run of transcoders, whose features are written
         elsewhere than where maps of activations read.
     """
-    from tqdm import tqdm
-
     settings = config.intervention
     if not settings.features and not settings.feature_ids:
         return
@@ -76,7 +74,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
     if stage.finished:
         return
     injector = functools.cache(functools.partial(_injector, run))  # one of each model and site
-    with tqdm(desc="feature transfer", unit="feature", total=0) as bar:
+    with progress_bar(desc="feature transfer", unit="feature", total=0) as bar:
 
         def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
             record = stage.part((label, feature), make)

@@ -17,7 +17,7 @@ from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Effect, Passages, Runner
 from crossdict_jax.stats import Resamples
-from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
@@ -58,8 +58,6 @@ def intervene(config: Config, work: Workdir) -> None:
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
     """
-    from tqdm import tqdm
-
     store = open_store(work.activations)
     tasks = maps.tasks(config, store)
     folders = [folder for task in tasks for folder in task.folders(work)]
@@ -69,7 +67,7 @@ def intervene(config: Config, work: Workdir) -> None:
         return
     todo = bundles_by_sites(_stitchable(tasks, store), store)
     single, together = [], []
-    with tqdm(desc="stitching", unit="window") as progress:
+    with progress_bar(desc="stitching", unit="window") as progress:
         for name, groups in todo.items():
             target = _Target.read(config, work, store, name)
             windows = len(target.passages.tokens)  # equal for all models

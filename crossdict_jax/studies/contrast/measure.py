@@ -36,7 +36,7 @@ from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, read_pairs
 from crossdict_jax.studies.contrast.section import tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "contrast.jsonl"
@@ -54,8 +54,6 @@ def run(config: Config, work: Workdir) -> None:
         read; the run holds transcoders, whose features are written elsewhere than where they are
         read; a file of the run is missing or damaged.
     """
-    from tqdm import tqdm
-
     refuse_transcoders(config, "A contrast set")
     settings = config.contrast
     sets = read_sets(settings.source)
@@ -67,7 +65,7 @@ def run(config: Config, work: Workdir) -> None:
     stage = Stage(work, "contrast", files=(FILE,), inputs=finished.inputs(everywhere, question))
     if not stage.finished:
         rows = []
-        for study in tqdm(_readable(finished, sets), desc="contrast sets", unit="set"):
+        for study in progress_bar(_readable(finished, sets), desc="contrast sets", unit="set"):
             rows += _measure(study, stage)
         pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
         stage.finish({FILE: rows}, pairs=pairs)

@@ -31,7 +31,7 @@ from crossdict_jax.studies.probe.labelled import (
 )
 from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.studies.reading import Reading, read_texts
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "probe.jsonl"
@@ -67,8 +67,6 @@ def _measure(
     run: FinishedRun, texts: Labelled, groups: list[list[Task]], stage: Stage
 ) -> list[dict]:
     """The rows of all directions; what an interrupted run kept is taken from there."""
-    from tqdm import tqdm
-
     config = run.config
     reading, left_out = read(run, texts)
     words = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
@@ -84,7 +82,7 @@ def _measure(
     counts = {"n_classes": len(texts.classes)} | left_out
     rows = []
     parts = [(i, n) for i in range(len(groups)) for n in sorted(config.probe.examples)]
-    for i, n in tqdm(parts, desc="probes", unit="part"):
+    for i, n in progress_bar(parts, desc="probes", unit="part"):
         task = groups[i][0]
         make = partial(probe_rows, features, i, examples, n, config)
         pair = (task.source, task.target, str(task.site_source), str(task.site_target))

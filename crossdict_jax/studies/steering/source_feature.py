@@ -26,6 +26,7 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import encode_rows, slices
+from crossdict_jax.training.stage import progress_bar
 
 CANDIDATES = 8  # features that a search lists
 STRONGEST = 20  # rows by which a search judges a feature
@@ -183,8 +184,6 @@ def search(source: Source, text: str) -> list[dict]:
     Raises:
       UserError: no feature does either.
     """
-    from tqdm import tqdm
-
     config, train = source.run.config, source.run.train
     share, live, base, token = around(text, source.contexts, train, source.codes(train))
     fires = np.any([(f > 0).any(0) for f in source.codes(source.test)], axis=0)
@@ -196,7 +195,7 @@ def search(source: Source, text: str) -> list[dict]:
     dose = injector.median_norm * middle_dose(config.steer.alphas)
     directions = dose * normalised(feature_directions(source.dictionary, live))
     effect: dict[int, float] = {}
-    with tqdm(desc="search", unit="feature", total=len(live)) as progress:
+    with progress_bar(desc="search", unit="feature", total=len(live)) as progress:
         for block in slices(len(live), AT_ONCE):
             change, _ = injector.changes(ready, directions[block], {token: 1.0}, limit=1)
             effect |= zip(live[block].tolist(), change.mean(1, dtype=np.float64).tolist())
