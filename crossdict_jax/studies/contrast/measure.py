@@ -30,7 +30,7 @@ from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, read_pairs
 from crossdict_jax.studies.contrast.section import tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "contrast.jsonl"
@@ -48,8 +48,6 @@ def run(config: Config, work: Workdir) -> None:
         read; the run holds transcoders, whose features are written elsewhere than where they are
         read; a file of the run is missing or damaged.
     """
-    from tqdm import tqdm
-
     refuse_transcoders(config, "A contrast set")
     settings = config.contrast
     sets = read_sets(settings.source)
@@ -68,7 +66,7 @@ def run(config: Config, work: Workdir) -> None:
                 f"contrast.source={','.join(settings.source)} holds no set of which every model "
                 f"can read {LEAST_PAIRS} pairs; give shorter texts."
             )
-        parts = (_measure(s, stage) for s in tqdm(studies, desc="contrast sets", unit="set"))
+        parts = (_measure(s, stage) for s in progress_bar(studies, desc="contrast", unit="set"))
         rows = [row for of_set in parts for row in of_set]
         pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
         stage.finish({FILE: rows}, pairs=pairs)

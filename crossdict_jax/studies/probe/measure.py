@@ -25,7 +25,7 @@ from crossdict_jax.studies.probe import labelled, logistic
 from crossdict_jax.studies.probe.labelled import Labelled, Split, pooled
 from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.studies.reading import Reading, read_texts
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "probe.jsonl"
@@ -58,8 +58,6 @@ def run(config: Config, work: Workdir) -> None:
 
 def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: Stage) -> list[dict]:
     """The rows of all directions; what an interrupted run kept is taken from there."""
-    from tqdm import tqdm
-
     (reading, left_out), config = read(run, texts), run.config
     reasons = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
     left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
@@ -69,7 +67,7 @@ def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: S
     features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
     rows, about = [], {"n_classes": len(texts.classes)} | left_out
     parts = [(i, n) for i in range(len(groups)) for n in sorted(counts)]
-    for i, n in tqdm(parts, desc="probes", unit="part"):
+    for i, n in progress_bar(parts, desc="probes", unit="part"):
         make = partial(probe_rows, features, i, examples, n, config)
         head = groups[i].columns | about
         rows += [head | row for row in stage.part((groups[i].label, n), make)]
