@@ -95,6 +95,8 @@ class Dictionary(nnx.Module):
     measured: tuple[str, ...] = ("scale", "scale_out")
     selects_over_rows: bool = False  # whether training chooses features over the whole batch
     pace: float = 1.0  # of the usual learning rate
+    has_k: bool = False  # whether k fixes the number of active features
+    saelens: str = ""  # what SAELens calls the architecture; empty: it has no such form
 
     def __init__(
         self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs, d_out: int | None = None

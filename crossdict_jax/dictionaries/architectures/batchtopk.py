@@ -14,6 +14,9 @@ class BatchTopK(BatchSelected):
     f = relu(z) 1[z > threshold] (Bussmann et al. 2024, arXiv 2412.06410).
     """
 
+    has_k = True
+    saelens = "jumprelu"
+
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
         f = self.sparse_code(u_in, hyper.whole, dtype)

@@ -28,6 +28,8 @@ class JumpReLU(Dictionary):
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
     """
 
+    saelens = "jumprelu"
+
     def __init__(self, **shape):
         super().__init__(**shape)
         self.threshold = nnx.Param(jnp.full(self.width, INITIAL_THRESHOLD))

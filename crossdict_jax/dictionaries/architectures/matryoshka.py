@@ -25,6 +25,9 @@ class Matryoshka(BatchSelected):
     1 seldom. The dictionary is used whole, as a BatchTopK one.
     """
 
+    has_k = True
+    saelens = "jumprelu"
+
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
         f = self.sparse_code(u_in, hyper.whole, dtype)

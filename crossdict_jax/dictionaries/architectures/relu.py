@@ -17,6 +17,7 @@ class ReLU(Dictionary):
     clipped to norm 1 as there).
     """
 
+    saelens = "standard"
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
 
     def activate(self, z: jax.Array) -> jax.Array:

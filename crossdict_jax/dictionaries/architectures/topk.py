@@ -24,6 +24,9 @@ class TopK(Dictionary):
     by the residual's, so the coefficient has no unit (Gao et al. 2024, arXiv 2406.04093).
     """
 
+    has_k = True
+    saelens = "topk"
+
     def activate(self, z: jax.Array) -> jax.Array:
         return keep_top_k(z, self.k)
 
