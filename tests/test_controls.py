@@ -32,7 +32,7 @@ SITE = tiny_run.SITE
 def begun(tmp_path_factory):
     """(config, work directory) of a run whose controls have not been begun."""
     config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    sae = dataclasses.replace(config.sae, steps=4, batch_size=64, checkpoint_every=2)
+    sae = dataclasses.replace(config.sae, steps=4, batch_size=64)
     return dataclasses.replace(config, controls=BOTH, sae=sae), work
 
 

@@ -1,35 +1,26 @@
 """Crosscoders: planted shared and exclusive latents, formulas, partitions, options, resume."""
 
 import dataclasses
-import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from planted_store import arrays, assert_close, gathered, kill_in_save, run_steps, step_program
 
-from crossdict_jax import modules
 from crossdict_jax.config import Config, CrosscoderConfig, SAEConfig, crosscoder_settings
+from crossdict_jax.config.fields import JointSettings
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries import crosscoder_training as training
-from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders
+from crossdict_jax.dictionaries.base import THRESHOLD_RATE
+from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders, joint_ensemble
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.mesh import make_mesh
 
 KEY = jax.random.key(0)
 D_MODELS = (4, 6, 5)
-HYPER = crosscoder.Hyper(l1_coefficient=0.3, auxk_coefficient=0.5, k_aux=3, most_dead=99)
+HYPER = crosscoder.Hyper(l1_coefficient=0.3, k_aux=3, most_dead=99)
 every = pytest.mark.parametrize("variant", crosscoder.VARIANTS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_one_device():
-    """Programs for one device compile several times faster; the mesh has a test of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-        yield
 
 
 def fresh(variant, *, d_models=D_MODELS, width=14, k=3, shared_fraction=1.0):
@@ -136,9 +127,11 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_their_least():
     kept = np.sort(z, axis=None)[-40 * c.k]
     np.testing.assert_allclose(f, np.where((z >= kept) & (z > 0), z, 0), atol=1e-6)
     before = float(c.threshold[...])
-    c.measure(f)
     least = float(np.asarray(f)[np.asarray(f) > 0].min())
-    np.testing.assert_allclose(c.threshold[...], before + 0.01 * (least - before), rtol=1e-5)
+    c.measure(jnp.asarray(least))
+    np.testing.assert_allclose(
+        c.threshold[...], before + THRESHOLD_RATE * (least - before), rtol=1e-5
+    )
     assert parts["auxk"] == 0  # nothing is dead
 
 
@@ -195,7 +188,7 @@ def test_classes_follow_the_decoder_norms():
 
 # ---------------------------------------------------------------- planted truths
 
-SMALL = CrosscoderConfig(
+SMALL = JointSettings(
     width=48,  # half as many again as the 32 features of two views
     k=4,
     steps=1000,
@@ -203,7 +196,6 @@ SMALL = CrosscoderConfig(
     learning_rate=1e-2,
     drop_probability=0.0,
     dead_after_rows=3000,
-    checkpoint_every=1000,
 )
 
 
@@ -286,9 +278,7 @@ def test_one_model_always_stays_and_others_drop_as_asked(models, drop):
 
 # ---------------------------------------------------------------- training: options, resume
 
-TINY = CrosscoderConfig(
-    width=8, k=2, steps=30, batch_size=32, learning_rate=3e-3, checkpoint_every=15
-)
+TINY = JointSettings(width=8, k=2, steps=30, batch_size=32, learning_rate=3e-3)
 
 
 def tiny_rows(**changes):
@@ -298,54 +288,35 @@ def tiny_rows(**changes):
 
 
 def program(**changes):
-    """What one training step computes of one member, as text: every number that it uses."""
-    ensemble = training._Ensemble([tiny_rows()], dataclasses.replace(TINY, **changes))
-    trainable, feed = ensemble._trainable(), ensemble._feed()
-    state = jax.eval_shape(trainable.init, KEY)
-    places = jax.eval_shape(lambda: jnp.asarray(feed.indices(0, 1)[0]))
-    batch = jax.eval_shape(feed.select, feed.resident, places)
-    return str(jax.make_jaxpr(trainable.step)(state, batch, 0, KEY))
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return {variant: program(variant=variant) for variant in crosscoder.VARIANTS}
+    """What one training step computes of one member, as text."""
+    return step_program(joint_ensemble([tiny_rows()], dataclasses.replace(TINY, **changes)))
 
 
 OPTIONS = {
-    "batchtopk": {
-        "width": 12,
-        "k": 3,
-        "drop_probability": 0.25,
-        "learning_rate": 1e-3,
-        "batch_size": 64,
-        "steps": 60,
-        "warmup_fraction": 0.5,
-        "auxk_coefficient": 1.0,
-        "k_aux": 1,
-        "dead_after_rows": 60_000,
-        "matmul_dtype": "bfloat16",
-    },
-    "l1": {"l1_coefficient": 9.0, "l1_warmup_fraction": 0.9},
+    "width": 12,
+    "k": 3,
+    "drop_probability": 0.25,
+    "learning_rate": 1e-3,
+    "batch_size": 64,
+    "steps": 60,
+    "dead_after_rows": 60_000,
+    "matmul_dtype": "bfloat16",
+    "shared_fraction": 0.5,
+    "variant": "l1",
+    "l1_coefficient": 9.0,
 }
 
 
-@pytest.mark.parametrize(
-    ("variant", "field"), [(v, f) for v, fields in OPTIONS.items() for f in fields]
-)
-def test_every_option_changes_what_a_step_computes(variant, field, plain):
-    assert program(variant=variant) == plain[variant]
-    changed = {field: OPTIONS[variant][field]}
-    assert program(variant=variant, **changed) != plain[variant]
+def test_every_option_changes_what_a_step_computes():
+    plain = program()
+    assert program() == plain and set(OPTIONS) == {f.name for f in dataclasses.fields(TINY)}
+    for field, value in OPTIONS.items():
+        assert program(**{field: value}) != plain, field
 
 
 def test_dedicated_latents_stay_dedicated_through_training():
-    ensemble = training._Ensemble([tiny_rows()], dataclasses.replace(TINY, shared_fraction=0.5))
-    trainable, feed = ensemble._trainable(), ensemble._feed()
-    state = trainable.init(KEY)
-    for number, places in enumerate(feed.indices(0, 3)):
-        state, _ = jax.jit(trainable.step)(state, feed.select(feed.resident, places), number, KEY)
-    W_dec = np.asarray(state["params"]["W_dec"])[0]  # 4 shared ones, 2 of each model
+    ensemble = joint_ensemble([tiny_rows()], dataclasses.replace(TINY, shared_fraction=0.5))
+    W_dec = run_steps(ensemble, 3)[0]["params"]["W_dec"][0]  # 4 shared ones, 2 of each model
     np.testing.assert_array_equal(W_dec[4:6, 4:], 0)
     np.testing.assert_array_equal(W_dec[6:, :4], 0)
     assert (np.abs(W_dec[:4]).max(axis=1) > 0).all() and (np.abs(W_dec[4:6, :4]) > 0).all()
@@ -356,81 +327,53 @@ def test_what_is_0_follows_the_dictionaries():
     settings = crosscoder_settings(Config(sae=sae))
     assert (settings.width, settings.k) == (64, 64)  # no more active ones than there are
     assert (settings.learning_rate, settings.steps, settings.batch_size) == (2e-3, 7, 33)
-    own = CrosscoderConfig(width=10, k=3, learning_rate=1.0, steps=1, batch_size=2)
-    assert crosscoder_settings(Config(sae=sae, crosscoder=own)) == own
+    own = CrosscoderConfig(width=10, learning_rate=1.0, steps=1)
+    settings = crosscoder_settings(Config(sae=sae, crosscoder=own))
+    assert (settings.width, settings.learning_rate, settings.steps) == (10, 1.0, 1)
 
 
-def test_every_setting_is_turned_by_a_test():
-    turned = {"variant", "shared_fraction", *OPTIONS["batchtopk"], *OPTIONS["l1"]}
-    elsewhere = {"checkpoint_every", "self_nulls"}  # below, and with the run
-    assert {f.name for f in dataclasses.fields(CrosscoderConfig)} == turned | elsewhere
-
-
-def test_members_train_as_if_alone(tmp_path):
-    others = [
-        tiny_rows(),
-        tiny_rows(seed=1),
-        tiny_rows(orders=training.shuffles(96, models=2, seed=0)),
-    ]
-    together = fit_crosscoders(others, TINY, directory=tmp_path / "all")
-    for i, rows in list(enumerate(others))[1:]:
-        (alone,) = fit_crosscoders([rows], TINY, directory=tmp_path / str(i))
-        for ours, theirs in zip(
-            *(jax.tree.leaves(modules.split(c)[1]) for c in (together[i], alone))
-        ):
-            np.testing.assert_allclose(ours, theirs, atol=2e-5)
-    decoders = [np.asarray(c.W_dec[...]) for c in together]
+def test_members_train_as_if_alone():
+    shuffled = training.shuffles(96, models=2, seed=0)
+    members = [tiny_rows(), tiny_rows(seed=1), tiny_rows(orders=shuffled)]
+    together = run_steps(joint_ensemble(members, TINY), 30)[0]["params"]
+    for i in (1, 2):
+        alone = run_steps(joint_ensemble(members[i : i + 1], TINY), 30)[0]["params"]
+        assert_close(jax.tree.map(lambda a, i=i: a[i : i + 1], together), alone, atol=2e-5, rtol=0)
+    decoders = together["W_dec"]
     assert np.abs(decoders[0] - decoders[1]).max() > 0.1  # another seed
     assert np.abs(decoders[0] - decoders[2]).max() > 1e-4  # another order
 
 
-def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, monkeypatch):
-    (whole,) = fit_crosscoders([tiny_rows()], TINY, directory=tmp_path / "whole")
-    save, saves = checkpoint.save, []
+def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):
+    def fit(name):
+        how = {"directory": tmp_path / name, "checkpoint_every": 15}
+        return arrays(fit_crosscoders([tiny_rows()], TINY, **how)[0])
 
-    def dying(*args, **kwargs):
-        saves.append(1)
-        if len(saves) == 2:  # of 30 / checkpoint_every
-            raise KeyboardInterrupt
-        save(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "save", dying)
-    with pytest.raises(KeyboardInterrupt):
-        fit_crosscoders([tiny_rows()], TINY, directory=tmp_path / "killed")
-    monkeypatch.setattr(checkpoint, "save", save)
+    kill_in_save(2, lambda: fit("killed"))
     assert checkpoint.latest_step(tmp_path / "killed" / "0" / "checkpoints") == 15
-    (again,) = fit_crosscoders([tiny_rows()], TINY, directory=tmp_path / "killed")
-    for ours, theirs in zip(*(jax.tree.leaves(modules.split(c)[1]) for c in (again, whole))):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_close(fit("killed"), fit("whole"))
 
 
 @pytest.mark.mesh
 @every
-def test_no_all_gather_of_rows_on_a_mesh(variant, monkeypatch):
-    monkeypatch.setattr(training, "make_mesh", make_mesh)
-    members = [tiny_rows(), tiny_rows(seed=1)]
-    trainable = training._Ensemble(members, dataclasses.replace(TINY, variant=variant))._trainable()
-    mesh = make_mesh(members=2)
-    spec = jax.sharding.PartitionSpec
-    member = jax.sharding.NamedSharding(mesh, spec("member"))
-    both = jax.sharding.NamedSharding(mesh, spec("member", "data"))
-    state = jax.eval_shape(trainable.init, KEY)
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=member), state)
-    x = jax.ShapeDtypeStruct((2, 256, 9), jnp.float32, sharding=both)
-    text = jax.jit(trainable.step).lower(state, x, 0, KEY).compile().as_text()
-    gathered = re.findall(r"= (\S+) all-gather", text)
-    assert not [shape for shape in gathered if "256" in shape], gathered
+def test_no_device_gathers_rows(variant):
+    x, y = sparse_rows(0, n=512, d=4), sparse_rows(1, n=512, d=5)
+    members = [Rows("one", (x, y), 0), Rows("other", (x, y), 1)]
+    joint = dataclasses.replace(TINY, variant=variant, batch_size=256)
+    shapes = gathered(joint_ensemble(members, joint))
+    assert not [shape for shape in shapes if "256" in shape or "64,8" in shape], shapes
 
 
 @pytest.mark.mesh
-def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "make_mesh", make_mesh)
-    with pytest.raises(UserError, match=r"crosscoder.batch_size=128 is more than the 96"):
-        fit_crosscoders(
-            [tiny_rows()], dataclasses.replace(TINY, batch_size=128), directory=tmp_path
-        )
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"crosscoder.batch_size=33 cannot be shared by 8 devices"):
         fit_crosscoders([tiny_rows()], dataclasses.replace(TINY, batch_size=33), directory=tmp_path)
+
+
+def test_what_cannot_work_is_refused_in_one_line(tmp_path):
+    large = dataclasses.replace(TINY, batch_size=128)
+    with pytest.raises(UserError, match=r"crosscoder.batch_size=128 is more than the 96"):
+        fit_crosscoders([tiny_rows()], large, directory=tmp_path)
     uneven = tiny_rows(views=(np.zeros((64, 2)), np.zeros((63, 2))))
     with pytest.raises(UserError, match="differ in length"):
         fit_crosscoders([uneven], TINY, directory=tmp_path)

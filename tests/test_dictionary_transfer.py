@@ -159,7 +159,7 @@ def run(tmp_path_factory):
     config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
     copy = Workdir(tmp_path_factory.mktemp("moved") / "run")
     shutil.copytree(work.root, copy.root)
-    sae = SAEConfig(width=32, k=6, steps=60, batch_size=64, checkpoint_every=20)
+    sae = SAEConfig(width=32, k=6, steps=60, batch_size=64)
     config, store = dataclasses.replace(config, sae=sae), open_store(copy.activations)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))

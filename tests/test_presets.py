@@ -19,6 +19,7 @@ from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import Pairs, Problem, Side, ensemble
 from crossdict_jax.maps.kinds import mlp
 from crossdict_jax.models import Site
+from crossdict_jax.training.ensemble import Ensemble
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import read_jsonl
 
@@ -77,17 +78,18 @@ def test_all_dictionaries_in_one_step_at_full_size(config):
     sites = [(m, Site(layer)) for m in ARCHITECTURES for layer in config.layers]
     members = dictionaries.members(config.sae, sites)
     assert len(members) == 6
-    sizes = {"d_model": 1024, "d_out": 0}
-    graphdef, _ = modules.abstract(
-        lambda: dictionaries._build(config.sae, sizes, members[0], jax.random.key(0))
-    )
-    starts = {"scale": np.ones(6), "mean": np.zeros((6, 1024)), "rows": np.ones((6, 4, 1024))}
-    starts = {name: value.astype(np.float32) for name, value in starts.items()}
+    fixed = {"id": np.arange(6, dtype=np.uint32)}
+    fixed |= {name: np.ones(6, np.float32) for name in ("rate", "penalty")}
+    start = {"scale": np.ones(6), "mean": np.zeros((6, 1024)), "rows": np.ones((6, 4, 1024))}
+    fixed["start"] = {name: value.astype(np.float32) for name, value in start.items()}
+    shape = {"d_model": 1024, "d_out": None, "width": members[0].width, "k": members[0].k}
+    objective = dictionaries.DictionaryObjective(config.sae, **shape)
     mesh = make_mesh(members=6, devices=jax.devices()[:1])
-    trainable = dictionaries._trainable(config.sae, graphdef, members, sizes, starts, mesh)
+    trainable = Ensemble(objective, None, fixed, (), mesh).trainable(config.sae.steps)
     state = jax.eval_shape(trainable.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((6, config.sae.batch_size, 1024), jnp.float32)
-    after, metrics = jax.eval_shape(trainable.step, state, (x, None), 0, jax.random.key(0))
+    batch = {"rows": {"x": x}, "fixed": fixed}
+    after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
     assert after == state and metrics["loss"].shape == (6,)
     assert state["params"]["W_enc"].shape == (6, 1024, 4096)
 

@@ -20,7 +20,7 @@ from crossdict_jax.dictionaries.train import SparseObjective, dead_after
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.ensemble import Stream, make_ensemble
+from crossdict_jax.training.ensemble import Ensemble, Stream, make_ensemble
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -115,34 +115,16 @@ def fit_crosscoders(
         groups.setdefault(tuple(view.shape for view in one.views), []).append(i)
     fitted: dict[int, Crosscoder] = {}
     for number, (shapes, indices) in enumerate(groups.items()):
-        members, d_models = [rows[i] for i in indices], tuple(shape[1] for shape in shapes)
-        objective = CrosscoderObjective(joint, d_models)
-        n_members = len(members)
-        statistics = [_statistics(member.views) for member in members]
-        fixed = {
-            "id": np.asarray([member.seed for member in members], np.uint32),
-            "rate": np.full(n_members, joint.learning_rate, np.float32),
-            "penalty": np.full(n_members, joint.l1_coefficient, np.float32),
-            "scale": np.stack([scale for scale, _ in statistics]),
-            "center": np.stack([center for _, center in statistics]),
-        }
-        ensemble = make_ensemble(
-            objective,
-            fixed=fixed,
-            labels=[member.label for member in members],
-            streams={str(m): _stream(members, m) for m in range(len(d_models))},
-            seeds=[member.seed for member in members],
-            batch_size=joint.batch_size,
-            setting="crosscoder.batch_size",
-        )
+        ensemble = joint_ensemble([rows[i] for i in indices], joint)
+        sizes = "+".join(str(d_model) for _, d_model in shapes)
         trained = ensemble.fit(
             steps=joint.steps,
             seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
             directory=Path(directory) / str(number),
             checkpoint_every=checkpoint_every,
-            title=f"{n_members} crosscoders of {'+'.join(map(str, d_models))}",
+            title=f"{len(indices)} crosscoders of {sizes}",
             meta={
-                "seeds": [member.seed for member in members],
+                "seeds": [rows[i].seed for i in indices],
                 "crosscoder": dataclasses.asdict(joint),
                 "rows": list(map(list, shapes)),
             },
@@ -150,11 +132,33 @@ def fit_crosscoders(
         )
         for i, params in zip(indices, trained):
             params = jax.tree.map(jnp.asarray, params)
-            fitted[i] = modules.merge(objective.graphdef, params)
+            fitted[i] = modules.merge(ensemble.objective.graphdef, params)
     return [fitted[i] for i in range(len(rows))]
 
 
-def _stream(members: list[Rows], m: int) -> Stream:
+def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
+    """Returns the crosscoders of some rows, all of equal shapes, ready to be trained."""
+    n_members, d_models = len(members), [view.shape[1] for view in members[0].views]
+    statistics = [_statistics(member.views) for member in members]
+    fixed = {
+        "id": np.asarray([member.seed for member in members], np.uint32),
+        "rate": np.full(n_members, joint.learning_rate, np.float32),
+        "penalty": np.full(n_members, joint.l1_coefficient, np.float32),
+        "scale": np.stack([scale for scale, _ in statistics]),
+        "center": np.stack([center for _, center in statistics]),
+    }
+    return make_ensemble(
+        CrosscoderObjective(joint, d_models),
+        fixed=fixed,
+        labels=[member.label for member in members],
+        streams={str(m): _stream(members, m) for m in range(len(d_models))},
+        seeds=[member.seed for member in members],
+        batch_size=joint.batch_size,
+        setting="crosscoder.batch_size",
+    )
+
+
+def _stream(members: Sequence[Rows], m: int) -> Stream:
     """The rows of model m: every distinct view once, whatever members and orders read it."""
     views = {id(member.views[m]): member.views[m] for member in members}
     source = np.asarray([list(views).index(id(member.views[m])) for member in members])
