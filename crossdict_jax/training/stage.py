@@ -14,7 +14,6 @@ import jax
 from absl import logging
 
 from crossdict_jax import results
-from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
@@ -147,9 +146,7 @@ def input_digests(
     """
     found = {"config": digest(settings), "store": digest(store_meta)}
     for folder in sorted(set(folders)):
-        step = checkpoint.latest_step(folder)
-        if step is None:
-            raise UserError(f"{folder} holds no finished checkpoint; run the stage that writes it.")
+        step = checkpoint.finished_step(folder)
         checkpoint.verify(folder, step)
         seal = (folder / f"{step}.sha256.json").read_text()
         found[str(folder.relative_to(work.root))] = hashlib.sha256(seal.encode()).hexdigest()
