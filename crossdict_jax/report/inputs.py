@@ -84,25 +84,24 @@ def settings(config: Config) -> list[tuple[str, str]]:
     return [(name, spell(value)) for name, value in flatten(to_dict(config))]
 
 
+def coverage(pairing: dict) -> Table:
+    """Returns how many token ends each model has, and how many of them all models share."""
+    rows = [
+        {"model": name, "token ends": score(m, "ends"), "coverage": share(m, "coverage", 1)}
+        for name, m in pairing.get("models", {}).items()
+    ]
+    return table("Token ends that every model shares", rows)
+
+
 def pairing_section(run: Run) -> Section:
     """Returns the coverage of every model, and how many tokens lie between two shared ends."""
     pairing = run.pairing
-    models = [{"model": name, **counts} for name, counts in pairing.get("models", {}).items()]
     blocks: list[Block] = [
         "A row of the data is one position in one document at which every model’s tokenizer ends a "
         "token, so that all of them have read exactly the same text. Coverage says how many of a "
-        "model’s token ends are such positions."
+        "model’s token ends are such positions.",
+        coverage(pairing),
     ]
-    if models:
-        coverage = [
-            {
-                "model": m["model"],
-                "token ends": score(m, "ends"),
-                "coverage": share(m, "coverage", 1),
-            }
-            for m in models
-        ]
-        blocks.append(table("Token ends that every model shares", coverage))
     rest = flatten({key: entry for key, entry in pairing.items() if key != "models"})
     facts = [
         (k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, list) else number(v))

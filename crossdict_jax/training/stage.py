@@ -107,12 +107,10 @@ def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
 
 
 def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
-    """Writes a stage's time and figures into timing.json, and prints them in one line."""
+    """Writes a stage's time and figures into timing.json, and rows and tokens per second."""
     wall = time.perf_counter() - started
     rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
     work.record_timing(name, wall_s=wall, **rates, **figures, **device_figures())
-    shown = [f"{n} {v:,.4g}" if isinstance(v, float) else f"{n} {v:,}" for n, v in figures.items()]
-    print(f"{name}: {', '.join([*shown, f'{wall:.1f} s'])}", flush=True)
 
 
 def progress_bar(parts: Iterable | None = None, **bar: Any):
