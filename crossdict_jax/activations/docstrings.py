@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossdict_jax.training.stage import progress_bar
+
 # Import name -> distribution. The standard library and packages that the project requires, as far
 # as they are installed and document themselves in English.
 PACKAGES = {
@@ -73,13 +75,11 @@ def module_texts() -> Iterator[ModuleText]:
     module that holds it: later ones lose it. So no paragraph is in two splits, and what a module
     keeps does not depend on how many are read. Parses no more than is consumed.
     """
-    from tqdm import tqdm
-
     seen: set[int] = set()
     repeated = 0
     # Other bytes of the hash than split_of reads: else the first N would all be test documents.
     by_hash = sorted(_modules().items(), key=lambda m: hashlib.sha256(m[0].encode()).digest()[8:])
-    progress = tqdm(by_hash, desc="Reading docstrings", unit=" modules", disable=None)
+    progress = progress_bar(by_hash, desc="Reading docstrings", unit=" modules")
     for number, (name, path) in enumerate(progress, start=1):
         paragraphs = [p for text in _docstrings(path) for p in _paragraphs(text)]
         kept = [p for p in paragraphs if _is_new(p, seen)]

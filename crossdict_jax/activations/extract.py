@@ -30,7 +30,7 @@ from crossdict_jax.config import Config, ExtractConfig, model_layers, output_sit
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Runner
-from crossdict_jax.training.stage import device_figures
+from crossdict_jax.training.stage import device_figures, progress_bar
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
 
 Sites = Mapping[str, tuple[Site, ...]]  # by the name of the model
@@ -172,8 +172,6 @@ def read_models(
     Raises:
       UserError: the disk cannot take the store, or shards there are of other text.
     """
-    from tqdm import tqdm
-
     directory.mkdir(parents=True, exist_ok=True)
     numbers = sum(len(sites[name]) * lm.config.d_model for name, lm in lms.items())
     needed, free = 2 * len(reading.rows) * numbers, shutil.disk_usage(directory).free
@@ -191,7 +189,9 @@ def read_models(
     runners = [Runner(lm, **options) for lm in lms.values()]
     counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
     todo = [i for i in range(reading.shards) if i not in done]
-    with tqdm(total=len(todo) * len(lms), desc="extract activations", unit="shard") as progress:
+    with progress_bar(
+        total=len(todo) * len(lms), desc="extract activations", unit="shard"
+    ) as progress:
         for i in todo:
             started, checksums, windows = time.perf_counter(), {}, reading.windows(i)
             for m, (name, runner) in enumerate(zip(lms, runners)):

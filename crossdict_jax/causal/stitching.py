@@ -17,7 +17,7 @@ from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Effect, Passages
 from crossdict_jax.stats import Resamples
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
@@ -35,8 +35,6 @@ def intervene(config: Config, work: Workdir) -> None:
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
     """
-    from tqdm import tqdm
-
     store = open_store(work.activations)
     tasks = maps.tasks(config, store)
     inputs = FinishedRun(config, work, store).inputs(tasks)
@@ -46,7 +44,7 @@ def intervene(config: Config, work: Workdir) -> None:
     todo = bundles_by_sites(_stitchable(tasks, store), store)
     count = sum(len(bundles) for groups in todo.values() for bundles in groups.values())
     single, together = [], []
-    with tqdm(desc="stitching", unit="map", total=count) as progress:
+    with progress_bar(desc="stitching", unit="map", total=count) as progress:
         for name, groups in todo.items():
             target = Target.read(FinishedRun(config, work, store), name)  # one model at a time
             for sites, bundles in groups.items():

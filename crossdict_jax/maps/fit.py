@@ -27,7 +27,7 @@ from crossdict_jax.maps import base
 from crossdict_jax.maps.base import Pairs, Problem, Side, map_class, map_module
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
-from crossdict_jax.training.stage import timed
+from crossdict_jax.training.stage import progress_bar, timed
 from crossdict_jax.workdir import Workdir
 
 MEMBER = "seed-0"  # the dictionary of each site that maps speak about
@@ -218,8 +218,6 @@ def fit_tasks(
       directory: for what training keeps on the way.
       stage: what the time is written down as.
     """
-    from tqdm import tqdm
-
     unfinished = {task for task in todo if not is_finished(task.path(work))}
     if not unfinished:
         return
@@ -228,7 +226,8 @@ def fit_tasks(
         if map_class(kind).fits_together:
             batches.append([task for task in todo if task.kind == kind])
     batches = [batch for batch in batches if unfinished & set(batch)]
-    bar = tqdm(total=len(todo), initial=len(todo) - len(unfinished), desc="maps", unit="map")
+    finished = len(todo) - len(unfinished)
+    bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
     with timed(work.controls if todo[0].control else work, stage) as figures, bar:
         for batch in batches:
             kind = batch[0].kind

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax.activations.passages import Contexts, passages_of
-from crossdict_jax.causal.directions import MapGroup, feature_directions, strengths
+from crossdict_jax.causal.directions import MapGroup, feature_directions
 from crossdict_jax.causal.effects import (
     ModelAtSite,
     choose_contexts,
@@ -47,11 +47,11 @@ class Source:
         """Held-out rows of the store."""
         return self.run.some_rows("test")
 
-    def strength(self, rows: np.ndarray, feature: int) -> np.ndarray:
-        """One feature's activations on some rows, float32 [n]."""
-        a, _ = self.group.ends
-        x = self.run.store.read(*a, rows)
-        return strengths(self.run.dictionary(*a), x, np.array([feature]))[:, 0]
+    @property
+    def dose(self) -> float:
+        """The middle dose, at which what a feature promotes is measured."""
+        doses = sorted(map(abs, self.run.config.steer.alphas))
+        return doses[len(doses) // 2]
 
     def at_rows(self, rows: np.ndarray) -> ModelAtSite:
         """The model on the windows of some rows, ascending."""
@@ -104,7 +104,10 @@ def choose(source: Source) -> Feature:
         raise UserError(
             f"steer.feature={feature}: {site} has features 0 to {dictionary.width - 1}."
         )
-    strength, held_out = (source.strength(rows, feature) for rows in (train, source.test))
+    strength, held_out = (
+        np.concatenate([f[:, feature] for f in run.codes(*group.ends[0], rows)])
+        for rows in (train, source.test)
+    )
     asked = f"steer.feature={feature}: feature {feature} of {site}"
     if not strength.any():
         raise UserError(
@@ -128,7 +131,7 @@ def choose(source: Source) -> Feature:
         direction=direction,
         mapped=direction,
     )
-    dose = norm * middle_dose(settings.alphas) * normalised(direction)
+    dose = norm * source.dose * normalised(direction)
     change = mean_change(model.runner, model.hold(size=count, span=1), dose)
     promoted = most_promoted(change, source.words.has_text)
     below = run.runner(group.target).config.vocab_size
@@ -145,12 +148,6 @@ def choose(source: Source) -> Feature:
         ],
         candidates=candidates,
     )
-
-
-def middle_dose(alphas: Iterable[float]) -> float:
-    """Returns the dose at which what a feature promotes is measured."""
-    sizes = sorted(map(abs, alphas))
-    return sizes[len(sizes) // 2]
 
 
 # ---------------------------------------------------------------- search
@@ -173,15 +170,18 @@ def search(source: Source, text: str) -> list[dict]:
     count = config.intervention.contexts
     model = source.at_rows(np.sort(generator.permutation(source.test)[:count]))
     held = model.hold(size=count, span=1)
-    dose = model.median_norm * middle_dose(config.steer.alphas)
+    dose = model.median_norm * source.dose
     directions = dose * normalised(feature_directions(run.dictionary(*a), live))
-    change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
-    effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
+    effect: dict[int, float] = {}
+    if len(live):
+        change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
+        effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
     by_share = sorted(effect, key=lambda i: -share[i])
+    by_effect = sorted(effect, key=lambda i: -effect[i])
     firing = [i for i in by_share[: CANDIDATES // 2] if share[i] > base]
-    by_effect = [i for i in sorted(effect, key=lambda i: -effect[i]) if effect[i] > 0]
-    rest = [i for i in by_effect if i not in firing][: CANDIDATES - len(firing)]
-    if not firing and not rest:
+    others = [i for i in by_effect if effect[i] > 0 and i not in firing]
+    listed = {*firing, *others[: CANDIDATES - len(firing)]}
+    if not listed:
         raise UserError(
             f"steer.search={text!r} finds no feature: none fires around it or makes it likelier; "
             "search for other text."
@@ -194,7 +194,8 @@ def search(source: Source, text: str) -> list[dict]:
             "token": source.words.text("a", token),
             "promotes": effect[i],
         }
-        for i in sorted((*firing, *rest), key=lambda i: -effect[i])
+        for i in by_effect
+        if i in listed
     ]
 
 
@@ -221,27 +222,17 @@ def around(
             f"steer.search={text!r} stands nowhere in the {len(rows)} training positions read; "
             "search for other text."
         )
-    index, value = strongest(codes, STRONGEST)
-    fires = value > 0  # [STRONGEST, width]
+    start, index, value = 0, None, None  # of each feature's strongest rows, in any order
+    for f in codes:
+        rows_of = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
+        index = rows_of if index is None else np.concatenate([index, rows_of])
+        value = f if value is None else np.concatenate([value, f])
+        start += len(f)
+        if len(value) > STRONGEST:
+            top = np.argpartition(-value, STRONGEST - 1, axis=0)[:STRONGEST]
+            index, value = (np.take_along_axis(a, top, axis=0) for a in (index, value))
+    fires = value > 0  # [STRONGEST or fewer, width]
     firings = fires.sum(0)
     tokens = Counter(t for row in rows[holds] for t in contexts.first_tokens(wanted, row))
     share = (holds[index] & fires).sum(0) / np.maximum(firings, 1)
     return share, firings >= LEAST_FIRINGS, float(holds.mean()), tokens.most_common(1)[0][0]
-
-
-def strongest(codes: Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (rows, activations) where each feature is strongest, both [count or fewer, width].
-
-    In any order.
-    """
-    both, start = None, 0
-    for f in codes:
-        rows = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
-        start += len(f)
-        both = (rows, f) if both is None else map(np.concatenate, zip(both, (rows, f)))
-        index, value = both
-        if len(value) > count:
-            top = np.argpartition(-value, count - 1, axis=0)[:count]
-            index, value = (np.take_along_axis(a, top, axis=0) for a in (index, value))
-        both = index, value
-    return both
