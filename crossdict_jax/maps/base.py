@@ -230,9 +230,9 @@ class Map(nnx.Module):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
     A kind of map is one file of ``maps/kinds``: a subclass with a ``kind`` of the file's name, and
-    ``fit(problems, config, *, seed, directory, checkpoint_every) -> list[Fitted]``, in the order of
-    ``problems``; closed forms need only the first two. B's dictionary is a part of the map; a
-    checkpoint holds the rest and points to it.
+    ``fit(problems, config, *, seed, directory, checkpoint_every, records) -> list[Fitted]``, in the
+    order of ``problems``; closed forms need only the first two. B's dictionary is a part of the
+    map; a checkpoint holds the rest and points to it.
 
     Attributes:
       kind: the name of the kind.

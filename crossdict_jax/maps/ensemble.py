@@ -181,6 +181,7 @@ def fit_together(
     seed: int,
     directory: Path,
     checkpoint_every: int,
+    records: Sequence[str] = (),
 ) -> list[Fitted]:
     """Trains all problems of equal shapes as one ensemble in one compiled step.
 
@@ -212,6 +213,7 @@ def fit_together(
             seed=seed,
             directory=Path(directory) / f"{cls.kind}-{number}",
             checkpoint_every=checkpoint_every,
+            records=records,
             title=f"train {len(members)} maps",
             meta={"config": dataclasses.asdict(config), "seed": seed},
         )

@@ -241,6 +241,7 @@ def fit_tasks(
                 seed=config.seed,
                 directory=directory,
                 checkpoint_every=config.checkpoint_every,
+                records=config.records,
             )
             for task, result in zip(batch, fitted):
                 if task in unfinished:

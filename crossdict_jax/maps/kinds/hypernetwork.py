@@ -330,6 +330,7 @@ def train_network(
     seed: int,
     directory: Path,
     checkpoint_every: int = 500,
+    records: Sequence[str] = (),
     describer: Describer | None = None,
     masks: Masks | None = None,
 ) -> tuple[Network, list[dict[str, Any]]]:
@@ -381,6 +382,7 @@ def train_network(
         seed=seed,
         directory=Path(directory),
         checkpoint_every=checkpoint_every,
+        records=records,
         title=f"train 1 hypernetwork of {len(labels)} maps",
         meta={
             "config": dataclasses.asdict(config),
@@ -393,7 +395,7 @@ def train_network(
     losses = jax.jit(jax.vmap(objective.losses))(
         stack([best["params"]]), resident["validation"], resident["fixed"]
     )
-    records = [
+    chosen = [
         {
             "parameters": "of the best look at validation rows",
             "step": int(best["step"]) + 1,
@@ -402,7 +404,7 @@ def train_network(
         }
         for loss in np.asarray(losses)[0]
     ]
-    return objective.network(jax.tree.map(jnp.asarray, best["params"])), records
+    return objective.network(jax.tree.map(jnp.asarray, best["params"])), chosen
 
 
 def fit(
@@ -412,6 +414,7 @@ def fit(
     seed: int,
     directory: Path,
     checkpoint_every: int = 500,
+    records: Sequence[str] = (),
 ) -> list[Fitted]:
     """Trains one network for all problems on aligned pairs, and one for all on shuffled ones.
 
@@ -428,14 +431,15 @@ def fit(
         shuffled = problem.train.target.reordered_from is not None
         by_pairing.setdefault(shuffled, []).append(i)
     for number, (_, members) in enumerate(sorted(by_pairing.items())):
-        network, records = train_network(
+        network, chosen = train_network(
             [problems[i] for i in members],
             config.hypernetwork,
             seed=seed,
             directory=Path(directory) / f"{Hypernetwork.kind}-{number}",
             checkpoint_every=checkpoint_every,
+            records=records,
             describer=describer,
         )
-        for i, record in zip(members, records):
+        for i, record in zip(members, chosen):
             fitted[i] = Fitted(network.write(problems[i], describer), record)
     return [fitted[i] for i in range(len(problems))]

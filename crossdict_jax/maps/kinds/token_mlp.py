@@ -71,6 +71,7 @@ def fit(
     seed: int,
     directory: Path,
     checkpoint_every: int = 500,
+    records: Sequence[str] = (),
 ) -> list[Fitted]:
     """Trains the maps of all problems as ensembles; see ``fit_together``."""
-    return fit_together(TokenMLP, problems, config, seed, directory, checkpoint_every)
+    return fit_together(TokenMLP, problems, config, seed, directory, checkpoint_every, records)
