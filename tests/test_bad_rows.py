@@ -15,7 +15,7 @@ import tiny_run
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations.extract import extract, masked
-from crossdict_jax.activations.store import Rows, Store, save_shard, shard_name
+from crossdict_jax.activations.store import Rows, Sites, Store, save_shard, shard_name
 from crossdict_jax.config import Config, ExtractConfig, SAEConfig
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import start, train
@@ -42,7 +42,7 @@ def rows_of(n):
 
 def look(settings, directory, n=40):
     how = {"shards": 2, "documents": ["one", "two", "three", "four"]}
-    return masked(settings, directory, {"a": (SITE,)}, rows_of(n), **how)
+    return masked(settings, directory, Sites({("a", SITE): ("a", SITE)}), rows_of(n), **how)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

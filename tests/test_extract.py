@@ -18,7 +18,14 @@ from crossdict_jax.activations import plan as planning
 from crossdict_jax.activations.extract import extract, masked
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
-from crossdict_jax.activations.store import Column, open_store, save_index, save_shard, shard_name
+from crossdict_jax.activations.store import (
+    Column,
+    Sites,
+    open_store,
+    save_index,
+    save_shard,
+    shard_name,
+)
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -99,7 +106,6 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
         jax.tree.map(np.testing.assert_array_equal, arrays(plan), arrays(whole))
         others = (
             "documents",
-            "of_split",
             "provenance",
             "statistics",
             "not_rebuilt",
@@ -141,7 +147,7 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
             for i, (start, stop) in enumerate(itertools.pairwise(plan.shard_starts)):
                 ones = np.full((stop - start, 4), 0x3F80, np.uint16)
                 save_shard(place, shard_name(model, str(tiny_run.SITE), i), ones)
-        sites = dict.fromkeys("ab", (tiny_run.SITE,))
+        sites = Sites({(m, tiny_run.SITE): (m, tiny_run.SITE) for m in "ab"})
         how = {"shards": plan.shards, "documents": plan.documents}
         keep, _ = masked(config.extract, place, sites, plan.rows, **how)
         save_index(place, dataclasses.replace(plan.rows, keep=keep), plan.table)

@@ -295,16 +295,13 @@ def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
 
 
 @pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """Replaces the installed modules by given sources; returns the documents' texts by name."""
+def modules(tmp_path):
+    """Writes sources as modules; returns the documents' texts by name."""
 
     def read(sources):
-        paths = {}
         for name, source in sources.items():
-            paths[name] = tmp_path / f"{name}.py"
-            paths[name].write_text(source)
-        monkeypatch.setattr(docstrings, "_modules", lambda: paths)
-        return {module.name: module.text for module in docstrings.module_texts()}
+            (tmp_path / f"{name}.py").write_text(source)
+        return {module.name: module.text for module in docstrings.module_texts([("", tmp_path)])}
 
     return read
 
@@ -375,7 +372,7 @@ def test_tests_are_no_documentation(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-    found = dict(docstrings._walk(tmp_path, prefix="package."))
+    found = docstrings.find_modules([("package.", tmp_path)])
     assert set(found) == {"package.a", "package.c", "package.c.d"}
 
 

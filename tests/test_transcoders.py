@@ -271,7 +271,7 @@ def test_features_are_stitched_where_they_are_written(finished, capsys):
 
 def test_a_re_initialised_model_writes_where_its_model_does(finished):
     config, store, _ = finished
-    assert untrained.untrained_outputs(config, store) == {
+    assert untrained.untrained_sites(config, store).writes == {
         ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
         ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
     }
