@@ -179,8 +179,8 @@ def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
         seed=0,
         directory=tmp_path / "run",
         checkpoint_every=5,
-        what="toy",
-        state_shardings=ensemble.by_member,
+        title="toy",
+        shardings=ensemble.by_member,
     )
     jax.tree.map(np.testing.assert_array_equal, timed.state, state)
 

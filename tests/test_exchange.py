@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.dictionaries import base
-from crossdict_jax.dictionaries.formats.saelens import gate_bias
+from crossdict_jax.dictionaries import base, formats
+from crossdict_jax.dictionaries.architectures import jumprelu
+from crossdict_jax.dictionaries.pretrained import unselected
 from crossdict_jax.errors import UserError
 
 D, F, K = 8, 20, 3
@@ -95,6 +98,7 @@ NAMES = {
 }
 CASES = [
     {"architecture": a, "apply_b_dec_to_input": b, "normalize_activations": n}
+    | {"rescale_acts_by_decoder_norm": rescaled}
     for a, b, n in [
         *itertools.product(NAMES, (True, False), ("none",)),
         ("standard", None, "expected_average_only_in"),
@@ -102,27 +106,18 @@ CASES = [
         ("topk", False, "constant_norm_rescale"),
         ("gated", False, "layer_norm"),
     ]
-]
-CASES = [
-    case | {"rescale_acts_by_decoder_norm": rescaled}
-    for case in CASES
-    for rescaled in (False, True)[: 1 + ("topk" in case["architecture"])]
+    for rescaled in (False, True)[: 1 + ("topk" in a)]
 ]
 
 
-def spelt(case):
-    return "-".join(str(v) for v in case.values())
-
-
-@pytest.mark.parametrize("case", CASES, ids=spelt)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_a_saelens_folder_means_what_it_means_there(case, tmp_path):
     config = {k: v for k, v in case.items() if v is not None} | {"k": K}
     w = weights(*NAMES[case["architecture"]])
     d = dictionaries.load(saelens_folder(tmp_path / "d", w, **config))
-    f, x_hat = saelens(config, w, rows())
+    means(d, config, w)
+    f, _ = saelens(config, w, rows())
     assert (f != 0).any() and (f == 0).any()
-    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
-    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
     np.testing.assert_allclose(modules.over_rows(d, rows(), method="encode", size=7), f, atol=2e-5)
 
 
@@ -159,9 +154,8 @@ def test_bfloat16_weights_are_widened(tmp_path):
 # ---------------------------------------------------------------- folders of the real library
 
 
+@pytest.mark.skipif(not DATA, reason="CROSSDICT_DATA names no folder")
 def test_there_are_foreign_folders_where_there_is_data():
-    if not DATA:
-        pytest.skip("CROSSDICT_DATA names no folder")
     assert FOREIGN
 
 
@@ -195,53 +189,34 @@ steps = pytest.mark.parametrize(
 )
 
 
-def foreign_step(folder):
-    """(our loss as a function of our parameters, the parameters, the library's numbers)."""
+def arrays_of(step, prefix):
+    """The library's arrays of one kind, in our names."""
+    names = [name for name in step.files if name.startswith(prefix)]
+    return {n.removeprefix(prefix).replace("b_gate", "b_enc"): step[n] for n in names}
+
+
+@steps
+def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(folder, monkeypatch):
     step = np.load(folder / "train_step.npz")
-    arrays = {name[2:]: step[name] for name in step.files if name.startswith("w_")}
-    gate_bias(arrays)
-    details = json.loads((folder / "cfg.json").read_text())["metadata"]
-    hyper = base.Hyper(
-        l1_coefficient=step["coef_l0" if folder.name == "jumprelu" else "coef_l1"],
-        auxk_coefficient=0.0,
-        k_aux=0,
-        bandwidth=details["training_architecture_details"].get("jumprelu_bandwidth", 1.0),
-        l0_target=0.0,
-        nested_fractions=(),
-        nested_balance=0.0,
-        most_dead=0,
-    )
-    graphdef, params = modules.split(base.from_arrays(base.find(STEPS[folder.name]), arrays))
+    coefficient = step["coef_l0" if folder.name == "jumprelu" else "coef_l1"]
+    hyper = base.Hyper(coefficient, most_dead=0, k_aux=0)
+    monkeypatch.setattr(jumprelu, "BANDWIDTH", 0.2)  # as there
+    kind = base.find(STEPS[folder.name])
+    graphdef, params = modules.split(base.from_arrays(kind, arrays_of(step, "w_")))
 
     def loss_of(params):
         dictionary = modules.merge(graphdef, params)
         return dictionary.losses(step["x"], hyper=hyper, dead=step["dead"])[0]
 
-    return loss_of, params, step
-
-
-@steps
-def test_losses_and_gradients_are_those_of_the_real_library(folder):
-    loss_of, params, step = foreign_step(folder)
     loss, grads = jax.value_and_grad(loss_of)(params)
     np.testing.assert_allclose(loss, step["loss"], rtol=1e-5)
-    theirs = {name[2:]: step[name] for name in step.files if name.startswith("g_")}
-    gate_bias(theirs)
-    for name, gradient in theirs.items():
+    for name, gradient in arrays_of(step, "g_").items():
         np.testing.assert_allclose(grads[name], gradient, atol=1e-5, err_msg=name)
-
-
-@steps
-def test_one_clipped_step_of_adam_is_that_of_the_real_library(folder):
-    loss_of, params, step = foreign_step(folder)
-    grads = jax.grad(loss_of)(params) | {"scale": jnp.zeros(())}
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    updates, _ = adam.update(grads, adam.init(params))
-    theirs = {name[6:]: step[name] for name in step.files if name.startswith("after_")}
-    gate_bias(theirs)
+    updates, _ = adam.update(grads | {"scale": jnp.zeros(())}, adam.init(params))
+    theirs = arrays_of(step, "after_") | {"scale": 1.0}
     for name, value in optax.apply_updates(params, updates).items():
-        after = theirs[name] if name != "scale" else 1.0
-        np.testing.assert_allclose(value, after, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
 
 
 # ---------------------------------------------------------------- out
@@ -286,13 +261,21 @@ def test_the_real_library_reads_an_export(architecture, tmp_path):
     assert theirs.cfg.metadata.hook_name == HOOK["hook_name"]
 
 
-def test_what_ours_cannot_say_is_refused_by_save_and_export(tmp_path):
-    folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="abstopk", k=K)
-    d = dictionaries.load(folder)
-    with pytest.raises(UserError, match="AbsTopK dictionaries have no checkpoint of their own"):
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architecture": "abstopk", "k": K}, "AbsTopK"),
+        ({"architecture": "standard", "normalize_activations": "layer_norm"}, "LayerNormed"),
+    ],
+)
+def test_what_ours_cannot_say_is_refused_by_save_and_export(config, name, tmp_path):
+    d = dictionaries.load(saelens_folder(tmp_path / "d", weights("b_enc"), **config))
+    with pytest.raises(UserError, match=f"{name} dictionaries have no checkpoint of their own"):
         dictionaries.save(d, tmp_path / "ours")
-    with pytest.raises(UserError, match="AbsTopK"):
+    with pytest.raises(UserError, match=name):
         dictionaries.save_saelens(d, tmp_path / "theirs", **HOOK)
+    with pytest.raises(UserError, match=name):
+        unselected(d)
 
 
 # ---------------------------------------------------------------- sparsify, Gemma Scope
@@ -311,14 +294,18 @@ def sparsify_folder(path, arrays, **config):
 SPARSIFY = {"activation": "topk", "k": K, "d_in": D, "num_latents": F, "expansion_factor": 32}
 
 
+def means(d, config, w):
+    """Whether a dictionary gives what the definitions of SAELens say of these weights."""
+    f, x_hat = saelens(config, w, rows())
+    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
+    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
+
+
 @pytest.mark.parametrize("transcode", [False, True])
 def test_a_sparsify_folder_means_what_it_means_there(transcode, tmp_path):
     w = weights("b_enc")
     d = dictionaries.load(sparsify_folder(tmp_path / "d", w, transcode=transcode, **SPARSIFY))
-    config = {"architecture": "topk", "k": K, "apply_b_dec_to_input": not transcode}
-    f, x_hat = saelens(config, w, rows())
-    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
-    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
+    means(d, {"architecture": "topk", "k": K, "apply_b_dec_to_input": not transcode}, w)
 
 
 def test_sparsify_widths_may_be_given_as_a_factor(tmp_path):
@@ -333,10 +320,20 @@ def test_gemma_scope_params_are_read(as_file, tmp_path):
     w = weights("b_enc", "threshold")
     np.savez(tmp_path / "params.npz", **w)
     d = dictionaries.load(tmp_path / "params.npz" if as_file else tmp_path)
-    config = {"architecture": "jumprelu", "apply_b_dec_to_input": False}
-    f, x_hat = saelens(config, w, rows())
-    np.testing.assert_allclose(d.encode(rows()), f, atol=2e-5)
-    np.testing.assert_allclose(d(rows()), x_hat, atol=2e-5)
+    means(d, {"architecture": "jumprelu", "apply_b_dec_to_input": False}, w)
+
+
+def test_a_format_is_one_file(tmp_path, monkeypatch):
+    """A module beside the others reads what it recognises, with no entry in any list."""
+    w = weights("b_enc")
+    foreign = SimpleNamespace(
+        recognises=lambda path: path.endswith(".mine"),
+        load=lambda path: base.from_arrays(base.find("relu"), w),
+    )
+    monkeypatch.setitem(sys.modules, "crossdict_jax.dictionaries.formats.mine", foreign)
+    names = formats.files_of("dictionaries/formats")
+    monkeypatch.setattr(formats, "files_of", lambda folder: (*names, "mine"))
+    means(dictionaries.load(tmp_path / "a.mine"), {"architecture": "standard"}, w)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -383,18 +380,18 @@ def test_extra_weights_and_nan_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_truncated_safetensors_are_named(keep, tmp_path):
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json"])
+def test_a_file_cut_short_is_named(name, keep, tmp_path):
     folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
-    file = folder / "sae_weights.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    refused(folder, f"{file} is damaged")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: min(keep, len(content) - 1)])
+    refused(folder, f"{folder / name} is damaged")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
-def test_a_damaged_config_is_named(text, tmp_path):
+def test_a_config_that_is_no_object_is_named(tmp_path):
     folder = saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
-    (folder / "cfg.json").write_text(text)
-    refused(folder, str(folder / "cfg.json"))
+    (folder / "cfg.json").write_text("[1]")
+    refused(folder, f"{folder / 'cfg.json'} holds no JSON object")
 
 
 def test_missing_files_are_named(tmp_path):

@@ -25,7 +25,7 @@ from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import base, start, train
-from crossdict_jax.dictionaries.formats.convert import convert
+from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import reconstruct
@@ -363,7 +363,7 @@ def test_the_real_library_reads_exported_transcoders(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])
 def test_what_saelens_cannot_say_is_refused(architecture, tmp_path):
-    words = f"A {architecture} transcoder has no SAELens form; relu, jumprelu"
+    words = f"A {architecture} transcoder has no SAELens form; batchtopk, jumprelu"
     with pytest.raises(UserError, match=words):
         dictionaries.save_saelens(fresh(architecture), tmp_path / "d", **HOOKS)
 

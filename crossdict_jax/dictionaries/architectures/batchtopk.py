@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper
+from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.ops import sparse
 
@@ -14,6 +14,9 @@ class BatchTopK(BatchSelected):
     f = relu(z) 1[z > threshold] (Bussmann et al. 2024, arXiv 2412.06410).
     """
 
+    has_k = True
+    saelens = "jumprelu"
+
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
         f = self.sparse_code(u_in, hyper.whole, dtype)
@@ -22,4 +25,4 @@ class BatchTopK(BatchSelected):
             "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
-        return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
+        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f

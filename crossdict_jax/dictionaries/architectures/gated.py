@@ -25,6 +25,7 @@ class Gated(Dictionary):
       r_mag, b_mag: [width], log scale and bias of the magnitudes.
     """
 
+    saelens = "gated"
     pace = 2.0  # as of ReLU
 
     def __init__(self, **shape):

@@ -6,7 +6,13 @@ from functools import partial
 
 import jax
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, keep_top_k, unit_rows
+from crossdict_jax.dictionaries.base import (
+    AUXK_COEFFICIENT,
+    Dictionary,
+    Hyper,
+    keep_top_k,
+    unit_rows,
+)
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.ops import sparse
 
@@ -17,6 +23,9 @@ class TopK(Dictionary):
     Unit decoder rows. Both terms are divided by a variance, the first by the batch's, the second
     by the residual's, so the coefficient has no unit (Gao et al. 2024, arXiv 2406.04093).
     """
+
+    has_k = True
+    saelens = "topk"
 
     def activate(self, z: jax.Array) -> jax.Array:
         return keep_top_k(z, self.k)
@@ -29,7 +38,7 @@ class TopK(Dictionary):
             "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
-        return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
+        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
 
     def after_update(self) -> None:
         self.W_dec[...] = unit_rows(self.W_dec[...])
