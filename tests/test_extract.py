@@ -19,7 +19,6 @@ from crossdict_jax.activations.extract import extract, masked
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import (
-    Column,
     Sites,
     open_store,
     save_index,
@@ -113,19 +112,6 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
             "bos",
         )
         assert all(getattr(plan, name) == getattr(whole, name) for name in others)
-
-
-def test_a_column_grows_in_a_file_without_a_name(tmp_path):
-    rng = np.random.default_rng(0)
-    for dtype, width in ((np.int8, None), (np.int32, 3), (bool, None)):
-        array = rng.integers(0, 2, 40 if width is None else (40, width))
-        column = Column(tmp_path, dtype, width=width)
-        assert column.array().shape == (0, *array.shape[1:])
-        for part in np.array_split(array, 3):
-            column.append(part)
-        np.testing.assert_array_equal(column.array(), array.astype(dtype))
-        assert len(column) == 40 and column.array().dtype == dtype
-    assert not list(tmp_path.iterdir())
 
 
 def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):

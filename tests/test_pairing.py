@@ -205,13 +205,6 @@ def test_model_against_itself_pairs_everything(small, text):
     assert found.position_a.tolist() == list(range(1, n))
 
 
-def test_empty_text_gives_empty_arrays(small):
-    for tokenizers_ in (small, (llama_style(), characters())):
-        found = pairing.pair("", *tokenizers_)
-        for array in (found.position_a, found.position_b, found.byte_end):
-            assert array.shape == (0,) and np.issubdtype(array.dtype, np.integer)
-
-
 def test_texts_of_known_ends(small):
     found = pairing.pair("a 漢字", *small)  # no merges beyond ASCII: a token a byte
     assert set(found.byte_end.tolist()) >= {3, 4, 5, 6, 7, 8}  # also inside a character
@@ -433,12 +426,6 @@ def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     assert len(found.windows) <= 1.25 * total / 40
 
 
-@pytest.mark.parametrize("limit", range(2, 12))
-def test_windows_of_long_runs_of_spaces(small, limit):
-    texts = ["the" + " " * n + "漢 the" for n in range(1, 14)]
-    check_windows(texts, small, (limit, limit + 1))
-
-
 def test_windows_of_a_document_do_not_depend_on_the_others(small):
     alone = pairing.windows([ENGLISH], small, limits=(30, 50)).windows
     among = pairing.windows(["the axis", "", ENGLISH], small, limits=(30, 50)).windows
@@ -470,37 +457,6 @@ def test_windows_without_room_for_a_pair_are_refused(small):
 
 
 # ---------------------------------------------------------------- real tokenizers and texts
-
-
-@needs_data
-@pytest.mark.parametrize("model", ["stories260k", "llama2xs", "gpt-tinystories-char"])
-@given(text=st.text(alphabet="The cat's big, red hat!\n\t.é漢😀", max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_real_small_models_rebuild_or_are_dropped(model, text):
-    tokenizer = load_small(model)
-    (found,) = pairing.byte_ends_batch([text], tokenizer)
-    if found is None:
-        assert model == "gpt-tinystories-char"
-        return
-    assert found.ids.tolist() == plain_ids(tokenizer, text)
-    for k, end in enumerate(found.ends.tolist(), start=1):
-        prefix = tokenizer.backend_tokenizer.decode(found.ids[:k].tolist())
-        if "\ufffd" not in prefix:
-            assert text.encode()[:end].decode() == prefix
-
-
-@functools.cache
-def load_small(model):
-    return load("models", model)
-
-
-@needs_data
-def test_context_of_32_positions(real):
-    tokenizers_ = (real[0], load_small("gpt-tinystories-char"), load_small("stories260k"))
-    found = check_windows(
-        [ENGLISH.replace("ï", "i").replace("é", "e")], tokenizers_, (255, 32, 255)
-    )
-    assert len(found.windows) > 20 and not any(found.not_rebuilt)
 
 
 @needs_data

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from crossdict_jax.activations import docstrings
 from crossdict_jax.activations.text import (
     SPLITS,
-    Document,
-    Documents,
     _pieces,
     cut,
     load_corpus,
@@ -189,27 +187,6 @@ def test_pieces_lose_no_word(text, max_bytes):
     pieces = list(_pieces(text, max_bytes=max_bytes))
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(len(piece.encode()) <= max_bytes for piece in pieces)
-
-
-def test_a_bad_byte_of_a_long_text_is_named_by_its_place(tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_bytes(b"\xef\xbb\xbffirst\n" + b"a line\n" * 20 + b"ab\xffc\n")
-    with pytest.raises(UserError, match=r"long.txt is not UTF-8 \(byte 0xff at offset 151\)"):
-        load(path)
-
-
-def test_documents_come_back_by_split_in_the_order_of_adding(tmp_path):
-    documents = Documents(tmp_path)
-    given_ = [
-        Document(name=f"\udcff{i}", text=f"{i}\n日 \u2028", split=SPLITS[-i % 3]) for i in range(9)
-    ]
-    for document in given_:
-        documents.add(document)
-    assert list(documents) == sorted(given_, key=lambda d: SPLITS.index(d.split))
-    assert documents.counts() == dict.fromkeys(SPLITS, 3) and len(documents) == 9
-    with pytest.raises(IndexError):
-        documents[9]
-    assert not list(tmp_path.iterdir())  # nothing is left behind, whenever the process ends
 
 
 def test_byte_order_mark_is_no_text(tmp_path):

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.store import Store
-from crossdict_jax.benchmark.peer import VARIABLES
 from crossdict_jax.benchmark.saelens import compare_saelens
 from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
@@ -132,13 +129,6 @@ def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
         params[d_out] = modules.merge(modules.split(d)[0], begun)
     np.testing.assert_allclose(params[6].W_enc[...], params[None].W_enc[...], atol=0.01)
     np.testing.assert_allclose(params[6](x), params[None](x), atol=0.02)
-
-
-def test_a_start_from_rows_that_never_vary_is_finite():
-    flat = np.ones((50, 6), np.float32)
-    d = base.build("topk", d_model=6, width=20, k=3, key=key(0), d_out=4)
-    begun = start.begin(modules.split(d)[1], start.start_of(flat, np.zeros((50, 4), np.float32)))
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(begun))
 
 
 # ---------------------------------------------------------------- training
@@ -327,35 +317,6 @@ def test_an_exported_transcoder_comes_back(architecture, tmp_path):
     again = dictionaries.load(tmp_path / "d")
     np.testing.assert_allclose(again.encode(x), d.encode(x), atol=1e-5)
     np.testing.assert_allclose(again(x), d(x), atol=1e-5)
-
-
-READ_THERE = """
-import sys, numpy as np, torch
-from sae_lens import SAE
-x = torch.from_numpy(np.load(sys.argv[1] + "/x.npy"))
-for name in sys.argv[2:]:
-    d = SAE.load_from_disk(sys.argv[1] + "/" + name)
-    assert d.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
-    with torch.no_grad():
-        np.savez(sys.argv[1] + "/" + name + ".npz", f=d.encode(x).numpy(), y=d(x).numpy())
-"""
-
-
-PYTHON = VARIABLES["sae-lens"]
-
-
-@pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with sae-lens")
-def test_the_real_library_reads_exported_transcoders(tmp_path):
-    made, x = {architecture: fresh(architecture) for architecture in FORMS}, np.asarray(rows())
-    np.save(tmp_path / "x.npy", x)
-    for architecture, d in made.items():
-        dictionaries.save_saelens(d, tmp_path / architecture, **HOOKS)
-    command = [os.environ[PYTHON], "-c", READ_THERE, str(tmp_path), *FORMS]
-    subprocess.run(command, check=True, capture_output=True)
-    for architecture, d in made.items():
-        theirs = np.load(tmp_path / f"{architecture}.npz")
-        np.testing.assert_allclose(theirs["f"], d.encode(x), atol=1e-5)
-        np.testing.assert_allclose(theirs["y"], d(x), atol=1e-5)
 
 
 # ---------------------------------------------------------------- mistakes
