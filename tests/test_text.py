@@ -1,11 +1,9 @@
 """Documents: sources agree, splits are pure functions of hashes, mistakes get one line."""
 
 import hashlib
-import inspect
 import json
 import re
 import unicodedata
-import warnings
 from functools import partial
 
 import pytest
@@ -127,7 +125,9 @@ def test_documents_are_ordered_by_split_and_then_as_in_the_source(sources):
 def test_what_is_done_to_documents_is_counted(tmp_path):
     extra = ["cafe\u0301", "caf\u00e9", " \n", None, STORIES[3], "x " * 2000]
     rows = [{"text": text} for text in STORIES + extra]
-    corpus = load(write_jsonl(tmp_path / "rows.jsonl", rows))
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no text
+    corpus = load(path)
     provenance = corpus.provenance
     counted = ("changed_by_nfc", "duplicates", "blank", "cut_to_max_bytes")
     assert [provenance[key] for key in counted] == [1, 2, 2, 1]
@@ -140,20 +140,14 @@ def test_what_is_done_to_documents_is_counted(tmp_path):
     assert json.loads(json.dumps(provenance)) == provenance
 
 
-def test_the_split_does_not_depend_on_max_bytes(sources):
-    def splits(max_bytes):
-        corpus = load(sources["jsonl"], max_bytes=max_bytes)
-        return {document.name: document.split for document in corpus.documents}
-
-    whole, short = splits(2048), splits(16)
-    assert whole == short
-
-
-def test_documents_equal_after_the_cut_are_duplicates(tmp_path):
+def test_documents_equal_after_the_cut_are_duplicates_and_splits_are_of_the_whole(tmp_path):
     rows = [{"text": s} for s in STORIES] + [{"text": f"same head {i}"} for i in range(50)]
-    corpus = load(write_jsonl(tmp_path / "rows.jsonl", rows), max_bytes=9)
-    assert texts_of(corpus).count("same head") == 1
-    assert len(set(texts_of(corpus))) == len(corpus.documents)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    long, short = load(path), load(path, max_bytes=9)
+    assert texts_of(short).count("same head") == 1
+    assert len(set(texts_of(short))) == len(short.documents)
+    splits = {d.name: d.split for d in long.documents}
+    assert all(splits[d.name] == d.split for d in short.documents)
 
 
 def test_max_bytes_and_fractions_and_column_take_effect(tmp_path):
@@ -187,14 +181,6 @@ def test_pieces_lose_no_word(text, max_bytes):
     pieces = list(_pieces(text, max_bytes=max_bytes))
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(len(piece.encode()) <= max_bytes for piece in pieces)
-
-
-def test_byte_order_mark_is_no_text(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + "".join(json.dumps({"text": s}) + "\n" for s in STORIES).encode()
-    )
-    assert sorted(texts_of(load(path))) == sorted(STORIES)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -257,12 +243,9 @@ def test_unreadable_datasets_get_one_line(tmp_path, source, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_split_without_a_document_is_refused(sources):
+def test_settings_that_leave_nothing_are_refused(sources, tmp_path):
     with pytest.raises(UserError, match=r"in the split (validation|test)"):
         load(sources["jsonl"], documents=3)
-
-
-def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
     (tmp_path / "book.txt").write_text("日本語 " * 50)
     with pytest.raises(UserError, match="too small for one character"):
         load(tmp_path / "book.txt", max_bytes=2)
@@ -376,9 +359,9 @@ def test_installed_docstrings_make_a_corpus(installed):
 
 
 def test_no_test_paragraph_is_a_training_paragraph(installed):
-    corpus = installed
-    train = set().union(*map(normal_paragraphs, corpus.split("train")))
-    test = set().union(*map(normal_paragraphs, corpus.split("test")))
+    train, test = (
+        set().union(*map(normal_paragraphs, installed.split(split))) for split in ("train", "test")
+    )
     assert len(test) > 200 and not train & test
 
 
@@ -387,11 +370,3 @@ def test_fewer_documents_are_a_part_of_more(installed):
     more = {document_.name: document_ for document_ in installed.documents}
     assert all(more[document_.name] == document_ for document_ in fewer.documents)
     assert fewer.provenance["modules_read"] < installed.provenance["modules_read"]
-
-
-def test_docstrings_are_cleaned_as_inspect_does_and_foreign_escapes_do_not_warn(modules):
-    paragraphs = (LONG, OTHER + "\n  indented", THIRD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        source = "def f():\n" + document(*paragraphs, indent="    ") + "x = '\\d'\n"
-        assert modules({"a": source})["a"] == inspect.cleandoc("\n\n".join(paragraphs))

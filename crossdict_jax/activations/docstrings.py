@@ -17,35 +17,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Import name -> distribution. The standard library and packages that the project requires, as far
-# as they are installed and document themselves in English.
-PACKAGES = {
+# Import name -> distribution, where they differ. Beside the standard library, packages that the
+# project requires are read, as far as they are installed and document themselves in English.
+DISTRIBUTIONS = {
     "PIL": "pillow",
     "_pytest": "pytest",
     "absl": "absl-py",
-    "datasets": "datasets",
-    "etils": "etils",
-    "flax": "flax",
-    "fsspec": "fsspec",
-    "huggingface_hub": "huggingface_hub",
-    "hypothesis": "hypothesis",
-    "jax": "jax",
     "jinja2": "Jinja2",
-    "matplotlib": "matplotlib",
-    "ml_collections": "ml_collections",
-    "numpy": "numpy",
-    "optax": "optax",
     "orbax": "orbax-checkpoint",
-    "packaging": "packaging",
-    "pandas": "pandas",
-    "pyarrow": "pyarrow",
-    "rich": "rich",
-    "scipy": "scipy",
-    "tokenizers": "tokenizers",
-    "tqdm": "tqdm",
-    "transformers": "transformers",
-    "treescope": "treescope",
 }
+PACKAGES = (
+    *("PIL", "_pytest", "absl", "datasets", "etils", "flax", "fsspec", "huggingface_hub"),
+    *("hypothesis", "jax", "jinja2", "matplotlib", "ml_collections", "numpy", "optax", "orbax"),
+    *("packaging", "pandas", "pyarrow", "rich", "scipy", "tokenizers", "tqdm", "transformers"),
+    "treescope",
+)
 MIN_DOCUMENT_BYTES = 200
 MIN_REPEAT = 40  # characters; shorter lines and paragraphs ("Returns") may repeat anywhere
 MIN_LETTERS = 0.7  # of a paragraph's characters other than spaces and ruled lines
@@ -160,7 +146,7 @@ def package_versions() -> dict[str, str]:
     """Returns the version of Python and of every installed package that is read."""
     versions = {"python": platform.python_version()}
     for package in dict.fromkeys(prefix for prefix, _ in installed()[1:]):
-        distribution = PACKAGES[package.rstrip(".")]
+        distribution = DISTRIBUTIONS.get(package := package.rstrip("."), package)
         try:
             versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:  # importable, but not installed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -147,10 +146,10 @@ def read_models(
     lms: Mapping[str, LanguageModel],
     sites: Sites,
     reading: Reading,
-) -> dict[str, float]:
+) -> dict[str, int]:
     """Runs every model over all windows, only as deep as its highest site.
 
-    Writes every shard that is not there yet; returns figures for timing.json.
+    Writes every shard that is not there yet; returns how many rows and tokens were read.
 
     Raises:
       UserError: the disk cannot take the store, or shards there are of other text.
@@ -172,12 +171,7 @@ def read_models(
         )
     options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
     runners = [Runner(lm, **options) for lm in lms.values()]
-    todo, rows, tokens, started = (
-        sorted({*range(reading.shards)} - {*done}),
-        0,
-        0,
-        time.perf_counter(),
-    )
+    todo, counts = sorted({*range(reading.shards)} - {*done}), {"rows": 0, "tokens": 0}
     with tqdm(total=len(todo) * len(lms), desc="extract activations", unit="shard") as progress:
         for i in todo:
             windows, checksums = reading.windows(i), {}
@@ -186,13 +180,11 @@ def read_models(
                 for site, x in zip(stored, _read_shard(runner, stored, reading, m, i)):
                     checksums |= save_shard(directory, shard_name(name, str(site), i), x)
                 offsets = reading.table.offsets[m]
-                tokens += int(offsets[windows.stop] - offsets[windows.start])
+                counts["tokens"] += int(offsets[windows.stop] - offsets[windows.start])
                 progress.update()
             write_json(_stamp(directory, i), {"text": reading.text, "files": checksums})
-            rows += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
-    seconds = max(time.perf_counter() - started, 1e-9)
-    rates = {"rows_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
-    return {"rows": len(reading.rows)} | rates
+            counts["rows"] += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
+    return counts
 
 
 def _stamp(directory: Path, i: int) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from crossdict_jax.activations import pairing
 from crossdict_jax.activations.store import Column, Rows, WindowTable
-from crossdict_jax.activations.text import SPLITS, Document, Documents, load_corpus
+from crossdict_jax.activations.text import SPLITS, load_corpus
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel
 
-BLOCK_BYTES = 2**16  # of text that is tokenized at a time: bounds what is held
+BLOCK_DOCUMENTS = 32  # that are tokenized at a time: bounds what is held
 SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
 
 
@@ -88,7 +88,9 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
     for column in offsets:
         column.append([0])
     statistics, not_rebuilt, too_long = None, np.zeros(len(lms), int), 0
-    for first, documents in _blocks(corpus.documents):
+    for first in range(0, len(corpus.documents), BLOCK_DOCUMENTS):
+        last = min(first + BLOCK_DOCUMENTS, len(corpus.documents))
+        documents = [corpus.documents[i] for i in range(first, last)]
         cut = pairing.windows([d.text for d in documents], tokenizers, limits=limits)
         not_rebuilt, too_long = not_rebuilt + cut.not_rebuilt, too_long + cut.too_long
         for window in cut.windows:
@@ -113,11 +115,11 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
             for i, tokens in enumerate(window.tokens):
                 ids[i].append(tokens.ids)
                 offsets[i].append([len(ids[i])])
-                size, last = lms[i].config.vocab_size, tokens.ids.max(initial=0)
-                if last >= size:
+                size, highest = lms[i].config.vocab_size, tokens.ids.max(initial=0)
+                if highest >= size:
                     raise UserError(
-                        f"The tokenizer of {lms[i].name} gives token id {last}, but the model has "
-                        f"only {size} (0-{size - 1}); use its own tokenizer."
+                        f"The tokenizer of {lms[i].name} gives token id {highest}, but the model "
+                        f"has only {size} (0-{size - 1}); use its own tokenizer."
                     )
             counts = pairing.pairing_statistics(ends)
             statistics = counts if statistics is None else statistics + counts
@@ -148,16 +150,3 @@ def bos_id(tokenizer) -> int | None:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and with_special[:1] == [bos] and plain[:1] != [bos] else None
-
-
-def _blocks(documents: Documents) -> Iterator[tuple[int, list[Document]]]:
-    """Yields (number of the first, consecutive documents) of about BLOCK_BYTES of text."""
-    first, block, size = 0, [], 0
-    for document in documents:
-        block.append(document)
-        size += len(document.text)
-        if size >= BLOCK_BYTES:
-            yield first, block
-            first, block, size = first + len(block), [], 0
-    if block:
-        yield first, block

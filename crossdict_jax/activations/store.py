@@ -145,10 +145,6 @@ class Store:
         """Returns the numbers int64 [m] of the kept rows of a split."""
         return np.flatnonzero((self.rows.split == SPLITS.index(split)) & self.rows.keep)
 
-    def windows(self, split: str) -> np.ndarray:
-        """Returns the numbers of the windows that hold kept rows of a split, ascending."""
-        return np.unique(self.rows.window[self.select(split)])
-
     def window_tokens(self, model: str, window: int) -> np.ndarray:
         """Returns the token ids int32 [tokens] of one window, without a BOS."""
         return self.table.tokens(self.models.index(model), window)

@@ -97,8 +97,23 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     Raises:
       UserError: a bad setting, an unreadable source, or a split left without a document.
     """
-    details, documents = {}, Documents(directory)
-    counts = _read_documents(text, documents, details)
+    counts, seen, details, documents = Counter(), set(), {}, Documents(directory)
+    for name, raw, key in _open_source(text, details):
+        normal = unicodedata.normalize("NFC", raw)
+        head = cut(normal, max_bytes=text.max_bytes)
+        # Documents equal after the cut are duplicates too: they may lie in two splits.
+        digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
+        if not head.strip():
+            counts["blank"] += 1
+        elif digests & seen:
+            counts["duplicates"] += 1
+        else:
+            seen |= digests
+            counts["changed_by_nfc"] += normal != raw
+            counts["cut_to_max_bytes"] += head != normal
+            documents.add(Document(name=name, text=head, split=split_of(key or normal, text)))
+        if len(documents) == text.documents:
+            break
     if not len(documents):
         raise UserError(f"text.source={text.source} holds no text: every document is blank.")
     empty = [split for split, count in documents.counts().items() if not count]
@@ -123,28 +138,6 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
         "sha256": digest.hexdigest(),
     }
     return Corpus(documents=documents, provenance=provenance | details)
-
-
-def _read_documents(text: TextConfig, documents: Documents, details: dict) -> Counter[str]:
-    """Adds NFC documents, cut and without blank ones and duplicates, all of which it counts."""
-    counts, seen = Counter(), set()
-    for name, raw, key in _open_source(text, details):
-        normal = unicodedata.normalize("NFC", raw)
-        head = cut(normal, max_bytes=text.max_bytes)
-        # Documents equal after the cut are duplicates too: they may lie in two splits.
-        digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
-        if not head.strip():
-            counts["blank"] += 1
-        elif digests & seen:
-            counts["duplicates"] += 1
-        else:
-            seen |= digests
-            counts["changed_by_nfc"] += normal != raw
-            counts["cut_to_max_bytes"] += head != normal
-            documents.add(Document(name=name, text=head, split=split_of(key or normal, text)))
-        if len(documents) == text.documents:
-            break
-    return counts
 
 
 def split_of(key: str, text: TextConfig) -> str:

@@ -50,7 +50,7 @@ class FinishedRun:
         """How often each model reads each token in the run's training text."""
         counts = {}
         for model in self.store.models:
-            windows = self.store.windows("train")
+            windows = np.unique(self.store.rows.window[self.store.select("train")])
             tokens = np.concatenate([self.store.window_tokens(model, w) for w in windows])
             counts[model] = np.bincount(tokens, minlength=self.lm(model).config.vocab_size)
         return counts

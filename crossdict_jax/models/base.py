@@ -146,20 +146,6 @@ class Linear(nnx.Module):
         return y if self.b is None else y + self.b[...][None, None, :]
 
 
-class LayerNorm(nnx.Module):
-    """``(x - mean) / sqrt(var + eps) * scale + bias`` over d_model."""
-
-    def __init__(self, d_model: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones(d_model))
-        self.bias = nnx.Param(jnp.zeros(d_model))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x * self.scale[...][None, None, :] + self.bias[...][None, None, :]
-
-
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * scale`` over d_model."""
 
@@ -170,6 +156,17 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return x * self.scale[...][None, None, :]
+
+
+class LayerNorm(RMSNorm):
+    """``(x - mean) / sqrt(var + eps) * scale + bias`` over d_model."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        super().__init__(d_model, eps=eps)
+        self.bias = nnx.Param(jnp.zeros(d_model))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x - x.mean(-1, keepdims=True)) + self.bias[...][None, None, :]
 
 
 class MLP(nnx.Module):
@@ -187,9 +184,10 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One residual block: attention and MLP, one after the other or both on the same input."""
 
-    def __init__(self, layer: int, *, norm_1, attention, norm_2, mlp, parallel: bool = False):
-        self.norm_1, self.attention = norm_1, attention
-        self.norm_2, self.mlp = norm_2, mlp
+    def __init__(self, layer: int, config: ModelConfig, *, norm, attention, mlp, parallel=False):
+        self.norm_1 = norm(config.d_model, eps=config.norm_eps)
+        self.norm_2 = norm(config.d_model, eps=config.norm_eps)
+        self.attention, self.mlp = attention, mlp
         self.layer, self.parallel = layer, parallel
 
     def __call__(self, x, rotary, tap: Tap, dtype: jnp.dtype, memory=None) -> jax.Array:

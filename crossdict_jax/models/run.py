@@ -200,17 +200,16 @@ class Runner:
           A pytree of numpy arrays.
         """
         n, size = len(arrays[0]), self._size(len(arrays[0]), group)
-
-        def batches():
-            for start in range(0, n, size):
-                rows = np.minimum(np.arange(start, start + size), n - 1)
-                batch = (self.put(array[rows]) for array in arrays)
-                yield self.dispatch(function, *batch, static=static, shared=shared)
-
-        def join(*parts):
-            return np.concatenate(parts)[: n // (size // len(parts[0]))]
-
-        return jax.tree.map(join, *(jax.tree.map(np.asarray, b) for b in _ahead(batches())))
+        batches = (np.minimum(np.arange(at, at + size), n - 1) for at in range(0, n, size))
+        dispatched = (
+            self.dispatch(
+                function, *(self.put(a[rows]) for a in arrays), static=static, shared=shared
+            )
+            for rows in batches
+        )
+        parts = [jax.tree.map(np.asarray, batch) for batch in _ahead(dispatched)]
+        per_result = size // len(jax.tree.leaves(parts[0])[0])  # rows of the arrays
+        return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
 
     def batches(self, tokens: Sequence[np.ndarray], *, length_step: int = 0) -> list[Batch]:
         """Returns texts by length, in batches of few shapes.

@@ -104,9 +104,9 @@ class Model(base.LanguageModel):
             [
                 Block(
                     layer,
-                    norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+                    config,
+                    norm=LayerNorm,
                     attention=Attention(layer, config, rngs),
-                    norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
                     mlp=MLP(config, rngs),
                 )
                 for layer in range(config.n_layers)

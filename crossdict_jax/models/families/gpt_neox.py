@@ -100,9 +100,9 @@ class Model(base.LanguageModel):
             [
                 Block(
                     layer,
-                    norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+                    config,
+                    norm=LayerNorm,
                     attention=Attention(config, rngs),
-                    norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
                     mlp=MLP(config, rngs),
                     parallel=config.parallel_residual,
                 )

@@ -139,9 +139,9 @@ class Model(base.LanguageModel):
             [
                 Block(
                     layer,
-                    norm_1=RMSNorm(config.d_model, eps=config.norm_eps),
+                    config,
+                    norm=RMSNorm,
                     attention=Attention(config, rngs),
-                    norm_2=RMSNorm(config.d_model, eps=config.norm_eps),
                     mlp=GatedMLP(config, rngs),
                 )
                 for layer in range(config.n_layers)
