@@ -91,97 +91,70 @@ def test_mistakes_are_told_in_one_line(asked, words, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_what_to_convert_must_be_said():
-    with pytest.raises(UserError, match="source= must be something"):
-        validate(ConvertConfig())
-
-
 # ---------------------------------------------------------------- the hub
 
 
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [
-        ("hub:a/b", ("a/b", "", None)),
-        ("hub:a/b/c/d.e", ("a/b", "c/d.e", None)),
-        ("hub:a/b/c@v1", ("a/b", "c", "v1")),
-    ],
-)
-def test_folders_on_the_hub(text, parsed):
-    assert hub.parse(text) == parsed
+def test_references_to_the_hub():
+    assert hub.parse("hub:a/b") == ("a/b", "", None)
+    assert hub.parse("hub:a/b/c/d.e") == ("a/b", "c/d.e", None)
+    assert hub.parse("hub:a/b/c@v1") == ("a/b", "c", "v1")
 
 
-def command(name, *settings, url, home):
+def convert_there(*settings, url, home):
+    """Runs the command against a hub on this machine; what it printed last."""
     environment = os.environ | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
         "HF_TOKEN": "hf_test",
-        "HF_HUB_OFFLINE": "0",  # the hub is on this machine
+        "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",  # the plain protocol, which the other is a speed-up of
         "XLA_FLAGS": "",
     }
-    asked = [sys.executable, "-m", f"launch.{name}", *settings]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, env=environment)
-
-
-@pytest.fixture(scope="module")
-def pushed(tmp_path_factory):
-    """(hub, folder): a dictionary converted and uploaded by the command."""
-    folder = tmp_path_factory.mktemp("pushed")
-    base.save(trained("jumprelu"), folder / "d")
-    named = [f"--config.{name}={value}" for name, value in NAMED.items()]
-    with FakeHub() as server:
-        done = command(
-            "convert",
-            f"--workdir={folder}/out",
-            f"--config.source={folder}/d",
-            "--config.push=hub:me/dictionaries/layers.1",
-            *named,
-            url=server.url,
-            home=folder / "hf",
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1].startswith(f"{server.url}/me/dictionaries/commit/")
-        yield server, folder
-
-
-def test_an_upload_holds_the_folder_and_nothing_else(pushed):
-    server, _ = pushed
-    (files,) = server.repositories.values()
-    assert set(files) == {"layers.1/d/cfg.json", "layers.1/d/sae_weights.safetensors"}
-
-
-def test_what_was_uploaded_comes_back_the_same(pushed):
-    server, folder = pushed
-    (done, refused) = (
-        command(
-            "convert",
-            f"--workdir={folder}/back-{i}",
-            f"--config.source=hub:me/dictionaries/{inside}",
-            "--config.format=crossdict",
-            url=server.url,
-            home=folder / "elsewhere",
-        )
-        for i, inside in enumerate(("layers.1/d", "layers.2"))
-    )
+    command = [sys.executable, "-m", "launch.convert", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    same_features(base.load(folder / "d"), base.load(done.stdout.strip()))
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("hub:me/dictionaries/layers.2: me/dict")
+    return done.stdout.splitlines()[-1]
+
+
+def test_what_is_uploaded_comes_back_the_same(tmp_path):
+    base.save(trained("jumprelu"), tmp_path / "d")
+    out = [f"--workdir={tmp_path}/out", f"--config.source={tmp_path}/d"]
+    out += ["--config.push=hub:me/dictionaries/layers.1"]
+    out += [f"--config.{name}={value}" for name, value in NAMED.items()]
+    back = [f"--workdir={tmp_path}/back", "--config.source=hub:me/dictionaries/layers.1/d"]
+    back += ["--config.format=crossdict"]
+    with FakeHub() as server:
+        address = convert_there(*out, url=server.url, home=tmp_path / "hf")
+        assert address.startswith(f"{server.url}/me/dictionaries/commit/")
+        (files,) = server.repositories.values()
+        assert set(files) == {"layers.1/d/cfg.json", "layers.1/d/sae_weights.safetensors"}
+        folder = convert_there(*back, url=server.url, home=tmp_path / "elsewhere")
+    same_features(base.load(tmp_path / "d"), base.load(folder))
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(403, "hf auth login"), (500, "status 500"), (404, "no such repository")]
+    ("status", "words"),
+    [
+        (200, "me/dictionaries has no .* in its top folder"),
+        (403, "hf auth login"),
+        (404, "no such repository"),
+        (500, "status 500"),
+        (None, "cannot be reached"),
+    ],
 )
 def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_path):
     from huggingface_hub import errors
 
-    def refuse(*_, **__):
+    def answer(*_, **__):
+        if status == 200:
+            return tmp_path  # which holds nothing
+        if status is None:
+            raise TimeoutError
         response = SimpleNamespace(status_code=status, headers={}, request=None)
         kind = errors.RepositoryNotFoundError if status == 404 else errors.HfHubHTTPError
         raise kind("no", response=response)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
     with pytest.raises(UserError, match=words):
         dictionaries.load("hub:me/dictionaries")
 
@@ -237,7 +210,9 @@ def test_wrong_sources_are_refused(sources, words, tiny, tmp_path):
         adopted(tiny, tmp_path, sources=tuple(path if s == "{path}" else s for s in sources))
 
 
-def test_sources_are_single_dictionaries(tiny):
+def test_settings_that_cannot_be_are_refused(tiny):
+    with pytest.raises(UserError, match="source= must be something"):
+        validate(ConvertConfig())
     config = copy.deepcopy(tiny[0])
     config.sae.sources, config.sae.seeds = ("train", "x"), 2
     with pytest.raises(UserError, match=r"sae\.seeds asks for several"):

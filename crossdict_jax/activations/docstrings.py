@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossdict_jax.training.stage import progress_bar
+
 # Import name -> distribution, where they differ. Beside the standard library, packages that the
 # project requires are read, as far as they are installed and document themselves in English.
 DISTRIBUTIONS = {
@@ -66,13 +68,11 @@ def module_texts(roots: Iterable[tuple[str, Path]] | None = None) -> Iterator[Mo
     Args:
       roots: (prefix of names, folder) of the sources; the installed packages without it.
     """
-    from tqdm import tqdm
-
     seen: set[int] = set()
     modules, repeated = find_modules(installed() if roots is None else roots), 0
     # Other bytes of the hash than split_of reads: else the first N would all be test documents.
     by_hash = sorted(modules.items(), key=lambda m: hashlib.sha256(m[0].encode()).digest()[8:])
-    progress = tqdm(by_hash, desc="Reading docstrings", unit=" modules", disable=None)
+    progress = progress_bar(by_hash, desc="Reading docstrings", unit=" modules")
     for number, (name, path) in enumerate(progress, start=1):
         kept = []
         for paragraph in _paragraphs(path):

@@ -29,7 +29,7 @@ from crossdict_jax.config import Config, ExtractConfig, model_layers, output_sit
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Runner
-from crossdict_jax.training.stage import timed
+from crossdict_jax.training.stage import progress_bar, timed
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
 
 
@@ -154,8 +154,6 @@ def read_models(
     Raises:
       UserError: the disk cannot take the store, or shards there are of other text.
     """
-    from tqdm import tqdm
-
     directory.mkdir(parents=True, exist_ok=True)
     numbers = sum(len(sites.stored(name)) * lm.config.d_model for name, lm in lms.items())
     needed, free = 2 * len(reading.rows) * numbers, shutil.disk_usage(directory).free
@@ -172,7 +170,8 @@ def read_models(
     options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
     runners = [Runner(lm, **options) for lm in lms.values()]
     todo, counts = sorted({*range(reading.shards)} - {*done}), {"rows": 0, "tokens": 0}
-    with tqdm(total=len(todo) * len(lms), desc="extract activations", unit="shard") as progress:
+    total = len(todo) * len(lms)
+    with progress_bar(total=total, desc="extract activations", unit="shard") as progress:
         for i in todo:
             windows, checksums = reading.windows(i), {}
             for m, (name, runner) in enumerate(zip(lms, runners)):

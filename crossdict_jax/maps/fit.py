@@ -23,7 +23,7 @@ from crossdict_jax.maps.base import ActivationMap, Map, Pairs, Problem, Side, ma
 from crossdict_jax.maps.joint import with_codes
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
-from crossdict_jax.training.stage import device_figures
+from crossdict_jax.training.stage import device_figures, progress_bar
 from crossdict_jax.workdir import Workdir
 
 MEMBER = "seed-0"  # the dictionary of each site that maps speak about
@@ -203,13 +203,13 @@ def fit_tasks(
       directory: for what training keeps on the way.
       stage: what the time is written down as.
     """
-    from tqdm import tqdm
-
     unfinished = [task for task in todo if not is_finished(task.path(work))]
     if not unfinished:
         return
     start = time.perf_counter()
-    with tqdm(total=len(todo), initial=len(todo) - len(unfinished), desc="maps", unit="map") as bar:
+    with progress_bar(
+        total=len(todo), initial=len(todo) - len(unfinished), desc="maps", unit="map"
+    ) as bar:
         for batch in _batches(todo, set(unfinished)):
             _fit(batch, config, loader, work, directory, bar)
     wall, rows = time.perf_counter() - start, len(loader.store.select("train"))

@@ -34,7 +34,7 @@ from crossdict_jax.maps.moments import Products, RidgePath, activation_moments
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Resamples
 from crossdict_jax.studies.efficiency.section import curves, r2_table
-from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "efficiency.jsonl"
@@ -191,7 +191,6 @@ def _few_rows(
     questions: list[Question], counts: list[int], config: Config, stage: Stage, folder: Path
 ) -> list[dict]:
     """Answers of every map fitted on few rows; a crosscoder is trained on these alone."""
-    from tqdm import tqdm
 
     def answer(question: Question, kind: str, n: int) -> list[dict]:
         settings = dataclasses.replace(config.map, batch_size=min(config.map.batch_size, n))
@@ -212,7 +211,9 @@ def _few_rows(
 
     kinds = [kind for kind in config.map.kinds if kind != NETWORK]
     rows = []
-    for key in tqdm([*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"):
+    for key in progress_bar(
+        [*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"
+    ):
         question, kind, n = key
         rows += stage.part((question.task.label, kind, n), partial(answer, *key))
     return rows
