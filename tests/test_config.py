@@ -10,7 +10,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crossdict_jax.config import (
-    MAP_HEADS,
     SITES,
     BenchmarkConfig,
     Config,
@@ -67,10 +66,8 @@ def test_every_setting_has_a_help_text_and_a_rule():
 def test_names_found_by_file_are_those_of_the_rooms():
     from crossdict_jax import models
     from crossdict_jax.evaluation.matching import METHODS
-    from crossdict_jax.maps import heads
 
     assert set(SITES) == set(models.KINDS)
-    assert set(MAP_HEADS) == set(heads.HEADS)
     matching = settings.settings(Config)["evaluation.matching"].metadata["rule"]
     assert matching.words == f"one of {', '.join(METHODS)}"
     assert VerifyConfig().gates == tuple(f"G{n}" for n in range(1, 11))

@@ -105,10 +105,10 @@ def test_the_trained_map_at_full_size(config):
         return Side(x=x, tokens=np.zeros(len(x), np.int32), dictionary=d)
 
     pairs = Pairs(side(0), side(1), np.zeros(config.map.batch_size, np.int32))
-    alone = ensemble.Ensemble(mlp.MLP, [Problem("a to b", pairs, pairs)], config.map, seed=0)
-    trainable, feed = alone.trainable(), alone.feed()
+    alone, _ = ensemble.prepare(mlp.MLP, [Problem("a to b", pairs, pairs)], config.map, seed=0)
+    trainable, feed = alone.trainable(config.map.steps), alone.feed
     state = jax.eval_shape(trainable.init, jax.random.key(0))
-    rows = jax.ShapeDtypeStruct((config.map.batch_size,), np.int32)
+    rows = feed.indices(0, 1)[0]
     batch = jax.eval_shape(feed.select, feed.resident, rows)
     after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
     assert after == state and np.isfinite(metrics["loss"].size)

@@ -97,7 +97,8 @@ class Stage:
 def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
     """Times a stage that writes checkpoints; figures put into the yielded dict are recorded too.
 
-    Nothing is recorded if it stays empty: then there was nothing to do.
+    Of ``rows`` and ``tokens`` among them, the number per second is as well. Nothing is recorded if
+    the dict stays empty: then there was nothing to do.
     """
     figures: dict[str, float | int | str] = {}
     started = time.perf_counter()
