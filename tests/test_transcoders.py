@@ -37,6 +37,10 @@ HYPER = base.Hyper(0.1, most_dead=99, k_aux=4, nested_fractions=(0.2, 0.5))
 READ, WRITTEN = ("planted", Site(0)), ("other", Site(0, "mlp_out"))
 SIZES = {"planted": 12, "other": 7}
 every = pytest.mark.parametrize("architecture", base.architectures())
+mostly_slow = pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=[] if a == "topk" else pytest.mark.slow) for a in base.architectures()],
+)
 
 
 def fresh(architecture, *, d_model=6, d_out=4, width=20):
@@ -79,7 +83,7 @@ def test_it_reads_one_size_and_writes_another_each_at_its_own_scale(architecture
     assert (again.d_model, again.d_out, again.transcodes) == (6, 4, True)
 
 
-@every
+@mostly_slow
 def test_the_loss_is_of_what_is_written(architecture):
     d, x, dead = fresh(architecture), rows(), jnp.zeros(20, bool)
     how = {"hyper": HYPER, "dead": dead}
@@ -154,10 +158,7 @@ def fvu(d, x, y):
     return error / np.square(y - y.mean(0)).sum()
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(a, marks=[] if a == "topk" else pytest.mark.slow) for a in base.architectures()],
-)
+@mostly_slow
 def test_training_learns_a_planted_linear_output_of_another_size(architecture, tmp_path):
     store, x = planted_store()
     penalty = {"gated": 0.2, "relu": 0.1, "jumprelu": 0.05}.get(architecture, 1.0)
