@@ -1,4 +1,4 @@
-"""The crosscoder as a rung: one joint code for all directions of a run, saved and found again."""
+"""The map through a crosscoder: one joint code for all directions of a run, saved and loaded."""
 
 import dataclasses
 import json

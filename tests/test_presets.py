@@ -13,12 +13,12 @@ import pytest
 
 from configs import pythia410m_gpt2medium, pythia410m_gpt2medium_small
 from crossdict_jax import models, modules
-from crossdict_jax.activations import extract
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import Pairs, Problem, Side, ensemble
 from crossdict_jax.maps.kinds import mlp
 from crossdict_jax.models import Site
+from crossdict_jax.models.base import captured
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import read_jsonl
 
@@ -66,9 +66,13 @@ def test_language_models_at_full_size(shape, config):
     graphdef, params = modules.abstract(lambda: models.init(shape))
     tokens = jax.ShapeDtypeStruct((config.extract.batch_size, config.text.window_tokens), np.int32)
     sites = tuple(Site(layer, config.site) for layer in config.layers)
-    read = partial(extract._sites_of, graphdef, sites, config.extract.matmul_dtype)
-    assert [x.shape for x in jax.eval_shape(read, params, tokens)] == [(*tokens.shape, 1024)] * 3
-    logits = jax.eval_shape(lambda p, t: modules.merge(graphdef, p).logits(t), params, tokens)
+
+    def read(params, tokens):
+        lm = modules.merge(graphdef, params)
+        return captured(lm, sites, tokens, config.extract.matmul_dtype), lm.logits(tokens)
+
+    x, logits = jax.eval_shape(read, params, tokens)
+    assert [a.shape for a in x] == [(*tokens.shape, 1024)] * 3
     assert logits.shape == (*tokens.shape, shape["vocab_size"])
 
 

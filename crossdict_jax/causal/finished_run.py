@@ -58,7 +58,7 @@ class FinishedRun:
         """How often a model reads each token in the run's training text, int [vocabulary]."""
 
         def make():
-            windows = self.store.windows("train")
+            windows = np.unique(self.store.rows.window[self.store.select("train")])
             tokens = np.concatenate([self.store.window_tokens(model, w) for w in windows])
             return np.bincount(tokens, minlength=self.runner(model).config.vocab_size)
 

@@ -73,9 +73,14 @@ class TransferObjective(Objective):
         # There is a gradient wherever the target fires: the losses read ``rectified(z)``.
         key, dropout = jax.random.split(context.key)[0], self.config.dropout
         z = m.estimate(f_a, tokens=batch["tokens"], key=key, dropout=dropout)
-        weights, how = self.config.loss_weights, {"variance": context.fixed["variance"]}
-        loss, terms = transfer_loss(heads.rectified(z), f_b, weights, fires=m.fires(z), **how)
+        p, fires = heads.rectified(z), m.fires(z)
+        loss, terms = self.weighted(p, f_b, fires, context.fixed)
         return loss, (terms, ())
+
+    def weighted(self, p, t, fires, fixed) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the weighted sum of the losses, and each of them."""
+        weights = self.config.loss_weights
+        return transfer_loss(p, t, weights, variance=fixed["variance"], fires=fires)
 
     def terms(self, params, batches, fixed) -> dict[str, jax.Array]:
         """Returns the losses of a member's features, mean over stacked batches."""
@@ -83,8 +88,7 @@ class TransferObjective(Objective):
         def of_batch(rows):
             m, f_a, f_b = self.inputs(params, rows, fixed)
             p = m(f_a, tokens=rows["tokens"])
-            weights, how = self.config.loss_weights, {"variance": fixed["variance"]}
-            loss, terms = transfer_loss(p, f_b, weights, fires=m.fires(p), **how)
+            loss, terms = self.weighted(p, f_b, m.fires(p), fixed)
             return {"loss": loss} | terms
 
         return jax.tree.map(jnp.mean, jax.lax.map(of_batch, batches))

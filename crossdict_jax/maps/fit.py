@@ -307,4 +307,4 @@ def with_own_codes(
         config,
         directory=directory / "crosscoder",
     )
-    return [dataclasses.replace(p, joint=one.between(0, 1)) for p, one in zip(problems, trained)]
+    return [dataclasses.replace(p, joint=c.between(0, 1)) for p, c in zip(problems, trained)]

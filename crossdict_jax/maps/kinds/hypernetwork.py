@@ -311,8 +311,8 @@ class WritingObjective(Objective):
             if key is not None:
                 keys = jax.random.split(jax.random.fold_in(key, number), len(members))
             x = [jnp.stack([rows[f"{role} {i}"] for i in members]) for role in ROLES]
-            found = jax.vmap(missed)(fixed["stacks"][number], *x, keys)
-            losses = losses.at[np.array(members)].set(found)
+            shares = jax.vmap(missed)(fixed["stacks"][number], *x, keys)
+            losses = losses.at[np.array(members)].set(shares)
         return losses
 
     def loss(self, params, batch, context):

@@ -76,10 +76,10 @@ def residual(
       sums, train: of both sides by A's token, of the split and of the training rows.
     """
     S, T, left = [], [], []
-    for own, fitted, mean in zip(sums, train, means):
-        counts = own.counts[:, None]
-        S.append(own.sums - counts * mean[None, :])
-        T.append(fitted.shrunk(pseudocount)[fitted.positions(own.ids)] - mean[None, :])
+    for split, fitted, mean in zip(sums, train, means):
+        counts = split.counts[:, None]
+        S.append(split.sums - counts * mean[None, :])
+        T.append(fitted.shrunk(pseudocount)[fitted.positions(split.ids)] - mean[None, :])
         left.append(S[-1] - counts * T[-1])
     return Products(
         n=products.n,
