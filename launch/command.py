@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -42,22 +43,25 @@ QUIET = {  # advice that nobody asked for, between the progress bars
 }
 
 
-def run(main: Main, *, kind: type = Config, default: str = "quickstart") -> None:
-    """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``)."""
+def run(main: Main, *, kind: type = Config, default: str = "quickstart", table: str = "") -> None:
+    """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
+
+    Args:
+      table: the function of ``crossdict_jax.report`` that prints what the command ends with.
+    """
 
     @functools.wraps(main)
     def start(config, work):
         _set_up_jax()
         main(config, work)
-
-    def leave_to_execute(argv):
-        # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
-        flags.FLAGS.mark_as_parsed()
-        return argv
+        if table:
+            getattr(importlib.import_module("crossdict_jax.report"), table)(work)
 
     os.environ.update(QUIET | os.environ)
+    # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
+    flags.FLAGS.mark_as_parsed()
     act = functools.partial(execute, start, kind=kind, default=default)
-    app.run(act, flags_parser=leave_to_execute)
+    app.run(act, flags_parser=lambda argv: argv)
 
 
 def execute(

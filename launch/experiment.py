@@ -22,11 +22,7 @@ STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, interv
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report import summary_table
-
     for number, stage in enumerate(STAGES, start=1):
-        if stage is report:
-            summary_table(work)
         print(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}", flush=True)
         stage.main(config, work)
 

@@ -88,7 +88,7 @@ def test_members_train_as_if_alone(architecture):
         member = jax.tree.map(lambda a, i=i: a[i : i + 1], together["params"])
         assert_close(member, alone["params"], atol=2e-5, rtol=0)
     decoders = together["params"]["W_dec"]
-    assert min(np.abs(decoders[0] - decoders[i]).max() for i in range(1, 8)) > 1e-4
+    assert min(np.abs(decoders[0] - decoders[i]).max() for i in (1, 2)) > 1e-4
 
 
 def test_rows_on_the_host_train_to_the_same_dictionaries():
@@ -126,8 +126,8 @@ def test_auxk_revives_features_that_no_row_activates(dead_after_rows):
     group = train.members(sae, [("planted", Site(0))])
 
     def silence(state):
-        b_enc = state["params"]["b_enc"].at[:, :24].add(-3.0)
-        return state | {"params": state["params"] | {"b_enc": b_enc}}
+        W_enc = state["params"]["W_enc"].at[:, :, :24].multiply(0.05)  # never among the k largest
+        return state | {"params": state["params"] | {"W_enc": W_enc}}
 
     state, metrics = run_steps(
         train.prepare(sae, store, group, np.arange(2000)), sae.steps, change=silence
@@ -233,7 +233,7 @@ def walked(tmp_path_factory):
 
 def test_the_parameters_of_the_best_validation_are_the_result(walked):
     best = {name: [float(m[name]) for m in walked[0]] for name in ("score", "step", "stale")}
-    # Looked at after steps 0, 2, 4, ... and the last one: w is 1, 3, 5, 7 there, twice the slow one.
+    # Looked at after steps 0, 2, 4, ... and the last one: there w is 1, 3, 5, ..., and 30.
     assert [float(m["params"]["w"]) for m in walked[0]] == [5.0, 30.0, 2.5]
     assert best["score"] == [1.0, pytest.approx(1e9), 0.5] and best["step"] == [4, 29, 4]
     assert best["stale"] == [3, 0, 3]

@@ -41,7 +41,7 @@ def intervene(config: Config, work: Workdir) -> None:
     stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=inputs)
     if stage.finished:
         return
-    todo = bundles_by_sites(_stitchable(tasks, store), store)
+    todo = bundles_by_sites(tasks, store)
     count = sum(len(bundles) for groups in todo.values() for bundles in groups.values())
     single, together = [], []
     with progress_bar(desc="stitching", unit="map", total=count) as progress:
@@ -57,18 +57,6 @@ def intervene(config: Config, work: Workdir) -> None:
 # ---------------------------------------------------------------- what is put in where
 
 
-def _stitchable(tasks: list[Task], store: Store) -> list[Task]:
-    """The tasks without those whose features are decoded into another model, with lines on it."""
-    outputs = {(t.target, t.site_target): store.output_of(t.target, t.site_target) for t in tasks}
-    for (model, site), (other, written) in outputs.items():
-        dictionary = f"stitching: the dictionary of {model} at {site} writes"
-        if other != model:
-            print(f"{dictionary} {other}, another model: left out")
-        elif written != site:
-            print(f"{dictionary} {written}: there only features are put in, decoded")
-    return [t for t in tasks if outputs[t.target, t.site_target][0] == t.target]
-
-
 def bundles_by_sites(
     tasks: list[Task], store: Store
 ) -> dict[str, dict[tuple[Site, ...], list[Bundle]]]:
@@ -79,11 +67,21 @@ def bundles_by_sites(
     little flows from one replacement to the next: a higher site's replacement overwrites what a
     lower one made of the same position. What the lower ones do reaches the output through
     attention from positions that are not paired; replaced ``attn_out`` and ``mlp_out`` add up.
+
+    Maps to a dictionary that writes another model are left out, and a line says so.
     """
+    outputs = {(t.target, t.site_target): store.output_of(t.target, t.site_target) for t in tasks}
+    for (model, site), (other, written) in outputs.items():
+        dictionary = f"stitching: the dictionary of {model} at {site} writes"
+        if other != model:
+            print(f"{dictionary} {other}, another model: left out")
+        elif written != site:
+            print(f"{dictionary} {written}: there only features are put in, decoded")
+    tasks = [task for task in tasks if outputs[task.target, task.site_target][0] == task.target]
     together: dict[tuple, dict[Site, Task]] = {}
     for task in tasks:
         key = (task.source, task.target, task.kind, task.pairing)
-        _, edited = store.output_of(task.target, task.site_target)
+        _, edited = outputs[task.target, task.site_target]
         together.setdefault(key, {}).setdefault(edited, task)
     bundles = [(task,) for task in tasks]
     bundles += [tuple(at[site] for site in sorted(at)) for at in together.values() if len(at) > 1]

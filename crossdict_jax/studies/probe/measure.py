@@ -30,7 +30,6 @@ from crossdict_jax.workdir import Workdir
 
 FILE = "probe.jsonl"
 DRAWS = 5  # of the examples, averaged over
-Features = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def run(config: Config, work: Workdir) -> None:
@@ -98,7 +97,7 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
     return Side(x, tokens, run.dictionary(model, site))
 
 
-def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> Features:
+def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
     """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
     size, pooling = run.config.evaluation.batch_size, run.config.probe.pooling
     source, target = (side(*end) for end in group.ends)

@@ -160,7 +160,7 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
     directions = {"mapped": mapped, "random": generator.normal(size=(n, len(mapped)))}
     if settings.map != MATCH:
         directions[MATCH] = of_match
-    x = run.store.read(*b, source.test).astype(np.float32)
+    x = run.store.read(*b, run.rows("test")).astype(np.float32)
     _, norm = dose_norms(
         settings.norm,
         (feature.median_norm, float(np.median(np.linalg.norm(x, axis=1)))),

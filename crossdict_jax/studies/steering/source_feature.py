@@ -42,11 +42,6 @@ class Source:
     def contexts(self) -> Contexts:
         return Contexts(self.run.store, self.group.source, self.words.pieces_a)
 
-    @cached_property
-    def test(self) -> np.ndarray:
-        """Held-out rows of the store."""
-        return self.run.some_rows("test")
-
     @property
     def dose(self) -> float:
         """The middle dose, at which what a feature promotes is measured."""
@@ -93,7 +88,8 @@ def choose(source: Source) -> Feature:
     Raises:
       UserError: it does not exist, or fires nowhere; the search finds nothing.
     """
-    run, group, train = source.run, source.group, source.run.train
+    run, group = source.run, source.group
+    train, test = run.rows("train"), run.rows("test")
     config, candidates, dictionary = run.config, [], run.dictionary(*group.ends[0])
     settings, site = config.steer, f"{group.source} at {group.site_source}"
     feature = settings.feature
@@ -106,7 +102,7 @@ def choose(source: Source) -> Feature:
         )
     strength, held_out = (
         np.concatenate([f[:, feature] for f in run.codes(*group.ends[0], rows)])
-        for rows in (train, source.test)
+        for rows in (train, test)
     )
     asked = f"steer.feature={feature}: feature {feature} of {site}"
     if not strength.any():
@@ -116,13 +112,13 @@ def choose(source: Source) -> Feature:
         )
     if not held_out.any():
         raise UserError(
-            f"{asked} fires at none of the {len(source.test)} held-out positions read, so nobody "
+            f"{asked} fires at none of the {len(test)} held-out positions read, so nobody "
             "can say what it promotes; choose another."
         )
     generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
-    documents, count = run.store.rows.document[source.test], config.intervention.contexts
+    documents, count = run.store.rows.document[test], config.intervention.contexts
     rows = choose_contexts(held_out, documents, count, generator)
-    model = source.at_rows(source.test[rows])
+    model = source.at_rows(test[rows])
     direction = feature_directions(dictionary, np.array([feature]))[0]
     norm, _ = dose_norms(
         settings.norm,
@@ -163,12 +159,13 @@ def search(source: Source, text: str) -> list[dict]:
       UserError: no feature does either.
     """
     run, config, (a, _) = source.run, source.run.config, source.group.ends
-    share, live, base, token = around(text, source.contexts, run.train, run.codes(*a))
-    fires = np.any([(f > 0).any(0) for f in run.codes(*a, source.test)], axis=0)
+    train, test = run.rows("train"), run.rows("test")
+    share, live, base, token = around(text, source.contexts, train, run.codes(*a))
+    fires = np.any([(f > 0).any(0) for f in run.codes(*a, test)], axis=0)
     live = np.flatnonzero(live & fires)
     generator = np.random.Generator(np.random.Philox(key=config.seed))
     count = config.intervention.contexts
-    model = source.at_rows(np.sort(generator.permutation(source.test)[:count]))
+    model = source.at_rows(np.sort(generator.permutation(test)[:count]))
     held = model.hold(size=count, span=1)
     dose = model.median_norm * source.dose
     directions = dose * normalised(feature_directions(run.dictionary(*a), live))
