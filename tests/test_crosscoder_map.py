@@ -11,7 +11,7 @@ import pytest
 
 from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.config import Config, CrosscoderConfig, MapConfig
+from crossdict_jax.config import Config, CrosscoderConfig, MapConfig, SAEConfig
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries import crosscoder_training as training
 from crossdict_jax.dictionaries.base import build
@@ -19,19 +19,10 @@ from crossdict_jax.maps import fit
 from crossdict_jax.maps.fit import with_codes
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir, read_json
 
 WIDTHS = {"a": 8, "b": 6, "c": 5}
-SETTINGS = CrosscoderConfig(
-    width=24,
-    k=3,
-    steps=300,
-    batch_size=128,
-    learning_rate=5e-3,
-    checkpoint_every=300,
-    self_nulls=1,
-)
+SETTINGS = CrosscoderConfig(width=24, steps=300, learning_rate=5e-3, self_nulls=1)
 
 
 class Rows:
@@ -77,10 +68,9 @@ def run(tmp_path_factory):
         layer_pairs="1:2",
         map=MapConfig(kinds=("crosscoder",)),
         crosscoder=SETTINGS,
+        sae=SAEConfig(k=3, batch_size=128),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))
-        fit.fit_maps(config, store, work)
+    fit.fit_maps(config, store, work)
     return config, store, work
 
 
@@ -148,9 +138,8 @@ def test_a_model_beside_itself_shares_its_latents(run):
         assert crosscoder.takes_part(joint)[:, live].all()
 
 
-def test_what_is_finished_stays_and_what_is_gone_comes_back_with_the_same_bits(run, monkeypatch):
+def test_what_is_finished_stays_and_what_is_gone_comes_back_with_the_same_bits(run):
     config, store, work = run
-    monkeypatch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))
     gone = work.crosscoder((Site(1), Site(1)), "self")
     before = modules.split(crosscoder.load(gone))[1]
     kept = work.crosscoder((Site(1), Site(1)), "rotated") / "0.sha256.json"
@@ -170,10 +159,9 @@ def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):
         maps.map_module("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
 
 
-def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path, monkeypatch):
+def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path):
     """What has no place in the run's layer tuples is trained on its own rows."""
     config, store, work = run
-    monkeypatch.setattr(training, "make_mesh", lambda members: make_mesh(devices=jax.devices()[:1]))
     where = ("a", "b", Site(1), Site(1))  # a pair of sites that no crosscoder of the run has
     train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
     problem = maps.Problem("a to b (control)", train, held_out)
