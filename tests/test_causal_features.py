@@ -184,21 +184,7 @@ def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monk
     assert files(copy) == files(work)
 
 
-# ---------------------------------------------------------------- every setting turns something
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("features", 3), ("alphas", (0.3, 0.9)), ("norm", "feature")]
-)
-def test_settings_change_the_rows(finished, again, name, value):
-    before = read_jsonl(finished[1].result(stage.ROWS))
-    assert again(**{name: value}) != before
-
-
-def test_documents_bound_the_text(run):
-    config, work = run
-    finished = FinishedRun(settings(config, documents=3), work, open_store(work.activations))
-    assert len(set(finished.passages("a").document)) == 3
+# ---------------------------------------------------------------- settings
 
 
 def test_maps_are_those_that_read_more_than_tokens(finished):

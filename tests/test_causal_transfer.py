@@ -130,6 +130,9 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
         assert row["effect_low"] <= row["effect"] <= row["effect_high"]
         spent = [dose["kl"] for dose in row["doses"]]
         assert spent == sorted(spent)
+    nulls = outcome[2][2]["directions"]["ridge"]
+    assert len(nulls["null_random"]) == effects.RANDOM_DIRECTIONS
+    assert len(nulls["null_shuffled"]) == FEATURES - 1 < effects.OTHER_FEATURES
     # Only tokens that become likelier are promoted: at most so many.
     assert max(len(row["promoted_source"]) for row in rows) == effects.PROMOTED
     json.dumps(rows, allow_nan=False)
@@ -180,12 +183,6 @@ def test_settings_reach_the_models(experiment, change, spans, monkeypatch):
     monkeypatch.setattr(Runner, "hold", recorded)
     record = effects.measure(experiment, settings(**change), 2)
     assert asked == [(record["n_contexts"], 24, span) for span in spans for _ in range(2)]
-
-
-def test_controls_are_as_many_as_they_say(outcome):
-    record = outcome[2][2]["directions"]["ridge"]
-    assert len(record["null_random"]) == effects.RANDOM_DIRECTIONS
-    assert len(record["null_shuffled"]) == FEATURES - 1 < effects.OTHER_FEATURES
 
 
 @pytest.mark.parametrize(
