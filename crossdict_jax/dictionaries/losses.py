@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, Whole, keep_top_k
-from crossdict_jax.ops import sparse
 from crossdict_jax.ops.products import matmul
 
 FEW = 8  # dead features are few up to this part of the width
@@ -91,22 +90,6 @@ def _share_of(n: int, k_aux: int, dtype):
     return share
 
 
-def by_activity(dense, listed, z: jax.Array, parameters, data) -> tuple[jax.Array, Any]:
-    """Returns a loss [] and more, computed from a list of active features where they are few.
-
-    Few in all members of an ensemble (``sparse.few_are_positive``). Where lists are not known to
-    pay (``sparse.lists_pay``) always with dense products.
-
-    Args:
-      dense, listed: two ways to compute the same; see ``one_of``.
-      z: [batch, width]; features are active where it is positive.
-    """
-    if not sparse.lists_pay(*z.shape):
-        return one_of((dense,), 0, parameters, data)
-    few = for_all(sparse.few_are_positive(z))
-    return one_of((dense, listed), few.astype(jnp.int32), parameters, data)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def one_of(functions, which, parameters, data) -> tuple[jax.Array, Any]:
     """Returns functions[which](parameters, data): a loss [] and more, of equal shapes in all.
@@ -116,7 +99,7 @@ def one_of(functions, which, parameters, data) -> tuple[jax.Array, Any]:
     for its gradient, arrays [batch, width], at every step.
 
     Args:
-      which: int []. Under vmap it must be the same of all members, see ``for_all``.
+      which: int []. One for all members of an ensemble: a branch on it stays a branch under vmap.
     """
     return jax.lax.switch(which, functions, parameters, data)
 
@@ -131,17 +114,3 @@ def _one_of_backward(functions, of_parameters, gradient):
 
 
 one_of.defvjp(_one_of_forward, _one_of_backward)
-
-
-@jax.custom_batching.custom_vmap
-def for_all(flag: jax.Array) -> jax.Array:
-    """Returns bool []: whether a flag [] is true of all members of an ensemble.
-
-    That is the same for all: a branch on it stays a branch under vmap. Without vmap the flag.
-    """
-    return flag
-
-
-@for_all.def_vmap
-def _for_all(size, batched, flag):
-    return for_all(flag.all(axis=0)), False
