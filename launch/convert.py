@@ -12,7 +12,7 @@ from launch import command
 
 
 def main(config: ConvertConfig, work: Workdir) -> None:
-    from crossdict_jax.dictionaries.formats.convert import convert
+    from crossdict_jax.dictionaries.convert import convert
 
     for folder in convert(config, work):
         print(folder)

@@ -14,7 +14,7 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal import effects, transfer_features
 from crossdict_jax.causal import feature_transfer as stage
 from crossdict_jax.causal.directions import best_matches, map_groups
-from crossdict_jax.causal.feature_transfer import positions_of
+from crossdict_jax.causal.feature_transfer import with_continuations
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
@@ -122,26 +122,26 @@ def test_spans_lie_between_common_ends(finished):
     seen = 0
     for name in "ab":
         passages = select_passages(store, name, documents=4, seed=0)
-        positions = positions_of(store, name, passages)
+        passages = with_continuations(store, name, passages)
         position = store.rows.position[:, store.models.index(name)]
         for i, row in enumerate(passages.rows):
             window = store.rows.window == store.rows.window[row]
             ends = np.sort(position[window])
             before, behind = ends[ends < position[row]], ends[ends > position[row]]
-            assert positions.first[i] == (before[-1] + 1 if len(before) else 1)
-            assert positions.last[i] == position[row]
-            assert positions.end[i] == (behind[0] if len(behind) else position[row])
-            seen += positions.first[i] < positions.last[i]
+            assert passages.first[i] == (before[-1] + 1 if len(before) else 1)
+            assert passages.position[i] == position[row]
+            assert passages.end[i] == (behind[0] if len(behind) else position[row])
+            seen += passages.first[i] < passages.position[i]
     assert seen  # some spans are of several tokens
 
 
 def test_a_bos_moves_every_position(finished, monkeypatch):
     _, work = finished
     store = open_store(work.activations)
-    plain = positions_of(store, "a", select_passages(store, "a", documents=2, seed=0))
+    plain = with_continuations(store, "a", select_passages(store, "a", documents=2, seed=0))
     monkeypatch.setattr(type(store), "has_bos", lambda self, model: 7)
-    moved = positions_of(store, "a", select_passages(store, "a", documents=2, seed=0))
-    for name in ("first", "last", "end"):
+    moved = with_continuations(store, "a", select_passages(store, "a", documents=2, seed=0))
+    for name in ("first", "position", "end"):
         assert (getattr(moved, name) == getattr(plain, name) + 1).all()
 
 
@@ -198,7 +198,7 @@ def test_settings_change_the_rows(finished, again, name, value):
 def test_documents_bound_the_text(run):
     config, work = run
     finished = FinishedRun(settings(config, documents=3), work, open_store(work.activations))
-    assert len(set(stage.passages_of_test(finished, "a").document)) == 3
+    assert len(set(finished.passages("a").document)) == 3
 
 
 def test_maps_are_those_that_read_more_than_tokens(finished):
@@ -207,7 +207,7 @@ def test_maps_are_those_that_read_more_than_tokens(finished):
     for kinds, expected in ((("all",), {"ridge", "mlp"}), (some, {"mlp"})):
         groups = map_groups(finished[0], store, layers="middle", kinds=kinds)
         assert len(groups) == 2
-        assert all({task.kind for task in tasks} == expected for _, *tasks in groups)
+        assert all({task.kind for task in group.tasks} == expected for group in groups)
 
 
 def test_no_features_no_file(run, tmp_path):
@@ -250,9 +250,9 @@ def test_all_layer_pairs_or_the_middle_one(finished):
         model["sites"] = [str(models.Site(layer)) for layer in config.layers]
     store = dataclasses.replace(store, meta=meta)
     middle = map_groups(config, store, layers="middle", kinds=("all",))
-    assert [(g[0].source, g[0].site_source.layer) for g in middle] == [("a", 1), ("b", 1)]
+    assert [(g.source, g.site_source.layer) for g in middle] == [("a", 1), ("b", 1)]
     assert len(map_groups(config, store, layers="all", kinds=("all",))) == 6
-    assert all(t.pairing == "aligned" for _, *tasks in middle for t in tasks)
+    assert all(task.pairing == "aligned" for group in middle for task in group.tasks)
 
 
 # ---------------------------------------------------------------- bad input
@@ -276,8 +276,8 @@ def test_the_maps_tested_are_the_runs(finished):
     """The direction of ridge, again from the map itself."""
     config, work = finished
     run = FinishedRun(config, work, open_store(work.activations))
-    task, *tasks = map_groups(config, run.store, layers="middle", kinds=("ridge",))[0]
-    experiment, _ = stage.experiment_of(run, task, tasks, lambda model, site: None)
+    group = map_groups(config, run.store, layers="middle", kinds=("ridge",))[0]
+    experiment, _ = stage.experiment_of(run, group, lambda model, site: None)
     m = maps.load(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
     d = dictionaries.load(work.dictionary("a", tiny_run.SITE))
     expected = (d.W_dec[...] / d.scale[...])[experiment.features] @ m.W[...]

@@ -14,13 +14,13 @@ import pytest
 from crossdict_jax import models, stats
 from crossdict_jax.causal import effects
 from crossdict_jax.causal.directions import mapped_directions
-from crossdict_jax.causal.effects import Directions, choose_contexts, conclude
-from crossdict_jax.causal.inject import Injector, Positions
+from crossdict_jax.causal.effects import Directions, ModelAtSite, choose_contexts, conclude
 from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
 from crossdict_jax.models import Site, run
+from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED
 
@@ -112,7 +112,7 @@ def test_a_map_of_features_gives_what_it_adds(planted, experiment):
             return 2 * inputs
 
     m = Double(planted.dictionaries[1], d_a=planted.lms[0].config.d_model)
-    x = experiment.source.clean
+    x = experiment.source.x
     side = Side(x, np.zeros(len(x), np.int32), planted.dictionaries[0])
     found = mapped_directions(m, side, np.arange(FEATURES), experiment.strength, seed=1)
     np.testing.assert_allclose(found, 2 * planted.dictionaries[1].W_dec[...], atol=1e-5)
@@ -162,34 +162,24 @@ def test_the_discovery_rate_decides(outcome):
 
 
 @pytest.mark.parametrize(
-    ("change", "size", "spans"),
+    ("change", "spans"),
     [
-        ({}, 24, [1, 1]),
-        ({"contexts": 7}, 7, [1, 1]),
-        ({"span": "whole"}, 24, [8, 8]),
-        ({"positions": "prompt"}, 24, [None, 1]),
+        ({}, [1, 1]),
+        ({"span": "whole"}, [8, 8]),
+        ({"positions": "prompt"}, [None, 1]),
     ],
 )
-def test_settings_reach_the_models(experiment, change, size, spans):
+def test_settings_reach_the_models(experiment, change, spans, monkeypatch):
     """How many positions are read, and how many tokens edited: at doses, then at removal."""
-    asked = []
+    asked, hold = [], Runner.hold
 
-    class Recorder:
-        def __init__(self, injector):
-            self._injector = injector
+    def recorded(self, site, passages, x, *, size, span, **others):
+        asked.append((len(passages.position), size, span))
+        return hold(self, site, passages, x, size=size, span=1, **others)
 
-        def __getattr__(self, name):
-            return getattr(self._injector, name)
-
-        def ready(self, rows, *, size, span, **others):
-            asked.append((len(rows), size, span))
-            return self._injector.ready(rows, size=size, span=1, **others)
-
-    both = {side: Recorder(getattr(experiment, side)) for side in ("source", "target")}
-    recorded = dataclasses.replace(experiment, **both)
-    record = effects.measure(recorded, settings(**change), 2)
-    assert asked == [(record["n_contexts"], size, span) for span in spans for _ in both]
-    assert record["n_contexts"] <= size
+    monkeypatch.setattr(Runner, "hold", recorded)
+    record = effects.measure(experiment, settings(**change), 2)
+    assert asked == [(record["n_contexts"], 24, span) for span in spans for _ in range(2)]
 
 
 def test_controls_are_as_many_as_they_say(outcome):
@@ -220,10 +210,10 @@ SHAPE = {
     "max_position_embeddings": 32,
     "initializer_range": 0.3,
 }
-LENGTHS = (12, 7, 12, 3)
-POSITIONS = Positions(
-    *np.array([[0, 4, 4, 7], [0, 8, 10, 11], [1, 1, 3, 3], [2, 2, 9, 10], [3, 1, 1, 2]]).T
-)
+RNG = np.random.default_rng(0)
+TEXTS = [RNG.integers(0, 30, n).astype(np.int32) for n in (12, 7, 12, 3)]
+VECTORS = RNG.normal(size=(3, 16)).astype(np.float32)
+AT = np.array([[0, 4, 4, 7], [0, 8, 10, 11], [1, 1, 3, 3], [2, 2, 9, 10], [3, 1, 1, 2]])
 
 
 @pytest.fixture(scope="module")
@@ -231,15 +221,11 @@ def lm():
     return models.init(SHAPE, seed=0)
 
 
-@pytest.fixture(scope="module")
-def texts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 30, n).astype(np.int32) for n in LENGTHS]
-
-
-@pytest.fixture(scope="module")
-def vectors():
-    return np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
+def held(lm, site, **settings):
+    text, first, position, end = AT.T
+    passages = Passages(TEXTS, text, position, first=first, end=end)
+    model = ModelAtSite(Runner(lm, batch_size=2), site, passages)
+    return model.runner, model.hold(size=8, **settings)
 
 
 @functools.cache
@@ -254,12 +240,12 @@ def plain(lm, site):
     return logits
 
 
-def slow(lm, texts, site, position, vector, span):
+def slow(lm, site, row, vector, span):
     """log p [seq, vocab] of one text with a vector added, by the plain model."""
-    text, first, last, _ = position
-    at = np.arange(max(LENGTHS))
+    text, first, last, _ = row
+    at = np.arange(12)
     edited = (at >= max(first, last - span + 1)) & (at <= last)
-    tokens = np.pad(texts[text], (0, len(at) - len(texts[text])))
+    tokens = np.pad(TEXTS[text], (0, len(at) - len(TEXTS[text])))
     logits = np.asarray(plain(lm, site)(tokens, edited, jnp.asarray(vector)), np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -270,57 +256,39 @@ SITES = [Site(1), Site(1, "resid_post"), Site(0, "mlp_out")]
 @pytest.mark.parametrize(
     ("site", "span"), [(SITES[0], 4), (SITES[0], 12), (SITES[1], 4), (SITES[2], 4)], ids=str
 )
-def test_changes_are_those_of_the_plain_model(lm, texts, vectors, site, span):
-    injector = Injector(lm, site, texts, POSITIONS, batch_size=2)
-    ready = injector.ready(size=8, span=span)
-    change, kl = injector.changes(ready, vectors, {3: 0.5, 17: 1.5}, limit=5)
-    for n, position in enumerate(zip(*POSITIONS)):
-        clean = slow(lm, texts, site, position, np.zeros(16), span)[position[2]]
-        for v, vector in enumerate(vectors):
-            edited = slow(lm, texts, site, position, vector, span)[position[2]]
-            expected = (edited - clean)[[3, 17]] @ [0.25, 0.75]
+def test_changes_are_those_of_the_plain_model(lm, site, span):
+    runner, ready = held(lm, site, span=span)
+    change, kl = runner.changes(ready, VECTORS, {3: 0.5, 17: 1.5}, limit=5)
+    log_probs = runner.log_probs(ready, VECTORS)
+    for n, row in enumerate(AT):
+        clean, *edited = (slow(lm, site, row, v, span)[row[2]] for v in [np.zeros(16), *VECTORS])
+        np.testing.assert_allclose(log_probs[:, n], [clean, *edited], atol=2e-5)
+        for v, log_p in enumerate(edited):
+            expected = (log_p - clean)[[3, 17]] @ [0.25, 0.75]
             assert change[v, n] == pytest.approx(expected, abs=5e-5)
-            assert kl[v, n] == pytest.approx(np.exp(clean) @ (clean - edited), abs=5e-5)
+            assert kl[v, n] == pytest.approx(np.exp(clean) @ (clean - log_p), abs=5e-5)
     assert np.abs(change).max() > 0.1
+    alone = runner.changes(ready, VECTORS[1:2], {3: 0.5, 17: 1.5}, limit=5)[0]
+    np.testing.assert_allclose(alone[0], change[1], atol=1e-6)
 
 
-def test_all_of_the_vocabulary_can_be_read(lm, texts, vectors):
-    injector = Injector(lm, Site(1), texts, POSITIONS, batch_size=2)
-    log_probs = injector.log_probs(injector.ready(size=8, span=4), vectors)
-    for n, position in enumerate(zip(*POSITIONS)):
-        for v, vector in enumerate([np.zeros(16), *vectors]):
-            expected = slow(lm, texts, Site(1), position, vector, 4)[position[2]]
-            np.testing.assert_allclose(log_probs[v, n], expected, atol=2e-5)
-
-
-def continuation(lm, texts, position, vector):
-    """log p of the tokens after ``last`` up to ``end``, the last 3 tokens edited."""
-    text, _, last, end = position
-    log_p = slow(lm, texts, Site(1), position, vector, 3)
-    return sum(log_p[at, texts[text][at + 1]] for at in range(last, end))
-
-
-def test_continuations_are_those_of_the_plain_model(lm, texts, vectors):
-    site = Site(1)
-    injector = Injector(lm, site, texts, POSITIONS, batch_size=4)
+def test_continuations_are_those_of_the_plain_model(lm):
     strength = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
-    ready = injector.ready(size=5, span=3, reads=4)
-    found = injector.continuations(ready, vectors, strength)
-    for n, position in enumerate(zip(*POSITIONS)):
-        clean = continuation(lm, texts, position, np.zeros(16))
-        for v, vector in enumerate(vectors):
-            expected = continuation(lm, texts, position, strength[v, n] * vector) - clean
-            assert found[v, n] == pytest.approx(expected, abs=5e-5)
-    assert (found[:, 2] == 0).all()  # a position without a continuation
+    runner, ready = held(lm, Site(1), span=3, reads=4)
+    changes = runner.continuations(ready, VECTORS, strength)
 
+    def continuation(row, vector):
+        """log p of the tokens after the position up to the end, the last 3 tokens edited."""
+        text, _, last, end = row
+        log_p = slow(lm, Site(1), row, vector, 3)
+        return sum(log_p[at, TEXTS[text][at + 1]] for at in range(last, end))
 
-def test_a_sweep_is_many_separate_runs(lm, texts, vectors):
-    injector = Injector(lm, Site(1), texts, POSITIONS, batch_size=2)
-    ready = injector.ready(size=5, span=1)
-    doses = np.concatenate([alpha * vectors for alpha in np.linspace(0.1, 1, 7)])
-    together = np.stack(injector.changes(ready, doses, {1: 1.0}, limit=1))
-    alone = [np.stack(injector.changes(ready, d[None], {1: 1.0}, limit=1)) for d in doses]
-    np.testing.assert_allclose(together, np.concatenate(alone, axis=1), atol=1e-6)
+    for n, row in enumerate(AT):
+        clean = continuation(row, np.zeros(16))
+        for v, vector in enumerate(VECTORS):
+            expected = continuation(row, strength[v, n] * vector) - clean
+            assert changes[v, n] == pytest.approx(expected, abs=5e-5)
+    assert (changes[:, 2] == 0).all()  # a position without a continuation
 
 
 # ---------------------------------------------------------------- statistics

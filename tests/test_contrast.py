@@ -17,6 +17,7 @@ from crossdict_jax.config import ContrastConfig
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.studies.contrast import ablation
 from crossdict_jax.studies.contrast import measure as study
 from crossdict_jax.studies.contrast.ablation import Cut, draw_controls, measure, singles
@@ -51,12 +52,17 @@ def triggered(triggers, planted, n=24, seed=0) -> Reading:
     text, position = np.divmod(np.arange(2 * len(words)), 2)
     position = position + 1  # the first position is never paired, the last one moves nothing
     tokens = {"a": list(words), "b": list(planted.words[words].astype(np.int32))}
-    both = dict.fromkeys("ab", position)
-    return Reading(np.arange(len(words)), tokens, text, both, both)
+    passages = {name: Passages(of_model, text, position) for name, of_model in tokens.items()}
+    return Reading(np.arange(len(words)), passages)
 
 
-def reader_of(planted, reading, name) -> Reader:
-    return Reader(planted.lms["ab".index(name)], reading, name, batch_size=32)
+def reader_of(planted, reading, name, batch_size=32) -> Reader:
+    runner = Runner(planted.lms["ab".index(name)], batch_size=batch_size)
+    return Reader(runner, reading.passages[name])
+
+
+def x_at_rows(reader, site):
+    return reader.x(site)[reader.passages.window, reader.passages.position]
 
 
 CAUSES = [0, 1, 2]
@@ -77,7 +83,7 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
     assert np.abs(np.delete(mean, CAUSES)).max() < 0.2 * mean[CAUSES].min()
     features = np.arange(FEATURES)
     cut = Cut(reader.strength(SITE, dictionary, features), dictionary.W_dec[...], FEATURES)
-    exact = singles(reader, SITE, cut, reader.preference())
+    exact = singles(reader, SITE, cut)
     assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99
     assert (exact[CAUSES].mean(1) > 0.03).all()
 
@@ -89,11 +95,10 @@ def directions_in_b(planted) -> np.ndarray:
 def transferred(planted, readers, vectors, features) -> dict:
     """What is lost in B when vectors stand for A's features, as strongly as these fire in A."""
     order = np.array([*features, *np.setdiff1d(np.arange(FEATURES), features)])
-    f = np.asarray(planted.dictionaries[0].encode(readers["a"].row_activations(SITE)))
+    f = np.asarray(planted.dictionaries[0].encode(x_at_rows(readers["a"], SITE)))
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
-    clean = readers["b"].preference()
-    draws = stats.draw(np.arange(len(clean)), count=100, seed=0)
-    return measure(readers["b"], SITE, cut, clean=clean, controls=24, draws=draws, seed=0)[1]
+    draws = stats.draw(np.arange(len(readers["b"].preference)), count=100, seed=0)
+    return measure(readers["b"], SITE, cut, controls=24, draws=draws, seed=0)[1]
 
 
 def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(planted, readers):
@@ -115,7 +120,7 @@ def test_features_that_do_nothing_in_the_other_model_move_nothing(planted):
     unlinked = list(range(LINKED, LINKED + 3))
     reading = triggered(unlinked, planted)
     both = {name: reader_of(planted, reading, name) for name in "ab"}
-    assert both["a"].preference().mean() > 0.3 > np.abs(both["b"].preference().mean())
+    assert both["a"].preference.mean() > 0.3 > np.abs(both["b"].preference.mean())
     assert transferred(planted, both, directions_in_b(planted), unlinked)["effect"] < 0.1
 
 
@@ -135,16 +140,16 @@ def test_edges_follow_the_way_from_one_layer_to_the_next(planted):
     lower = from_arrays(find("relu"), arrays | {"b_dec": np.zeros(V.shape[1])})
     reading = triggered(CAUSES, planted)
     reading = reading.take_rows(np.arange(1, len(reading.text), 2))  # one row a text
-    reader = Reader(lm, reading, "a", batch_size=32)
-    found = reader.edges((Site(0), lower), (Site(1), upper), CAUSES)
-    assert found.shape == (24, 3, FEATURES)
-    whole = reader.attribution(Site(1), upper, steps=1)[:, CAUSES]
-    f_upper = np.asarray(upper.encode(reader.row_activations(Site(1))))[::2, CAUSES]
-    f_lower = np.asarray(lower.encode(reader.row_activations(Site(0))))[::2]
-    weight = np.divide(whole, f_upper, out=np.zeros_like(whole), where=f_upper > 0)
+    reader = Reader(Runner(lm, batch_size=32), reading.passages["a"])
+    edges = reader.edges((Site(0), lower), (Site(1), upper), CAUSES)
+    assert edges.shape == (24, 3, FEATURES)
+    attribution = reader.attribution(Site(1), upper, steps=1)[:, CAUSES]
+    f_upper = np.asarray(upper.encode(x_at_rows(reader, Site(1))))[::2, CAUSES]
+    f_lower = np.asarray(lower.encode(x_at_rows(reader, Site(0))))[::2]
+    weight = np.divide(attribution, f_upper, out=np.zeros_like(f_upper), where=f_upper > 0)
     expected = weight[:, :, None] * turn.T[None, CAUSES] * f_lower[:, None, :]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(found).max() > 0.05
+    np.testing.assert_allclose(edges, expected, atol=1e-5)
+    assert np.abs(edges).max() > 0.05
 
 
 def test_controls_have_the_norm_of_the_cut():
@@ -260,16 +265,16 @@ def rows_of(work, kind=None):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(run):
-    return dict(zip("ab", map(models.load_tokenizer, run[0].models)))
+def finished(run):
+    config, work = run
+    return FinishedRun(config, work, open_store(work.activations))
 
 
 PAIRS = ContrastSet("s", ("abc de fgh a", "bad cab ab"), ("abc de fgh bb", "bad dab ab"))
-RULES = {"bos": {"a": None, "b": None}, "contexts": {"a": 64, "b": 64}}
 
 
-def test_preference_is_the_difference_of_log_probabilities(run, tokenizers):
-    reading, _ = read_pairs(PAIRS, tokenizers, **RULES)
+def test_preference_is_the_difference_of_log_probabilities(finished):
+    reading, _ = read_pairs(finished, PAIRS)
 
     def log_p(logits, tokenizer, text) -> float:
         """Of a text behind its first token."""
@@ -278,37 +283,37 @@ def test_preference_is_the_difference_of_log_probabilities(run, tokenizers):
         out = jax.nn.log_softmax(logits(filled)[0], axis=-1)
         return float(sum(out[i, t] for i, t in enumerate(ids[1:])))
 
-    for name, path in zip("ab", run[0].models):
-        lm = models.load(path)
-        model = jax.jit(lm.logits), tokenizers[name]
+    for name, path in zip("ab", finished.store.paths):
+        model = jax.jit(models.load(path).logits), finished.tokenizers[name]
         expected = [
             log_p(*model, good) - log_p(*model, bad) for good, bad in zip(PAIRS.good, PAIRS.bad)
         ]
-        found = Reader(lm, reading, name, batch_size=6).preference()
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+        reader = Reader(finished.runner(name), reading.passages[name])
+        np.testing.assert_allclose(reader.preference, expected, atol=1e-4)
 
 
-def test_rows_are_the_same_positions_of_the_text(tokenizers):
+def test_rows_are_the_same_positions_of_the_text(finished, monkeypatch):
     pairs = ContrastSet("s", PAIRS.good[:1], PAIRS.bad[:1])
-    reading, _ = read_pairs(pairs, tokenizers, **RULES | {"bos": {"a": None, "b": 7}})
-    assert all(tokens[0] == 7 for tokens in reading.tokens["b"])
-    for text, whole in enumerate((pairs.good[0], pairs.bad[0])):
-        rows = np.flatnonzero(reading.text == text)
+    monkeypatch.setattr(type(finished.store), "has_bos", lambda _, name: {"b": 7}.get(name))
+    a, b = read_pairs(finished, pairs)[0].passages.values()
+    assert all(tokens[0] == 7 for tokens in b.tokens)
+    for text, words in enumerate((pairs.good[0], pairs.bad[0])):
+        rows = np.flatnonzero(a.window == text)
         assert rows.size
         for row in rows:
             heads = [
-                tokenizers[name].decode(tokens[text][front : reading.position[name][row] + 1])
-                for (name, tokens), front in zip(reading.tokens.items(), (0, 1))
+                finished.tokenizers[name].decode(of.tokens[text][front : of.position[row] + 1])
+                for name, of, front in (("a", a, 0), ("b", b, 1))
             ]
-            assert heads[0] == heads[1] and whole.startswith(heads[0])
-        first, position = reading.first["b"][rows], reading.position["b"][rows]
+            assert heads[0] == heads[1] and words.startswith(heads[0])
+        first, position = b.first[rows], b.position[rows]
         assert (first <= position).all() and (first[1:] == position[:-1] + 1).all()
-        assert not (reading.position["a"][rows] == 0).any()
+        assert not (a.position[rows] == 0).any()
 
 
-def test_pairs_that_say_nothing_or_do_not_fit_are_counted(tokenizers):
+def test_pairs_that_say_nothing_or_do_not_fit_are_counted(finished):
     pairs = ContrastSet("s", ("ab cd", "ab cd ef", "ab " * 70), ("ab ce", "ab cd", "cd " * 70))
-    reading, nested = read_pairs(pairs, tokenizers, **RULES)
+    reading, nested = read_pairs(finished, pairs)
     assert (reading.kept.tolist(), nested, reading.too_long) == ([0, 1], 1, 1)
 
 
@@ -318,7 +323,7 @@ def test_batches_and_devices_change_nothing(planted):
     reading = triggered(CAUSES, planted, n=9)
     d = planted.dictionaries[0]
     parts = [
-        Reader(planted.lms[0], reading, "a", batch_size=size).attribution(SITE, d, steps=2)
+        reader_of(planted, reading, "a", batch_size=size).attribution(SITE, d, steps=2)
         for size in (2, 64)
     ]
     np.testing.assert_allclose(*parts, atol=1e-5)
@@ -370,11 +375,11 @@ def test_a_killed_study_goes_on_behind_its_last_part_and_a_finished_one_is_left(
     copy.result(study.FILE).unlink()
     done, make = [], study._transfer
 
-    def killed(halves, tasks, *rest):
+    def killed(halves, group, *rest):
         if done == ["a"]:
             raise KeyboardInterrupt
-        done.append(tasks[0].source)
-        return make(halves, tasks, *rest)
+        done.append(group.source)
+        return make(halves, group, *rest)
 
     monkeypatch.setattr(study, "_transfer", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -403,7 +408,7 @@ def test_edges_between_the_chosen_features_of_two_sites(run, copy):
     assert {(r["site_lower"], r["site_upper"]) for r in rows} == {("resid_pre.1", "resid_post.1")}
 
 
-@pytest.mark.parametrize("change", [{"features": 1}, {"span": "whole"}, {"pairs": 12}])
+@pytest.mark.parametrize("change", [{"features": 1}, {"span": "whole"}])
 def test_settings_change_the_rows(run, copy, change):
     config, work = run
     asked = dataclasses.replace(config.contrast, **change)

@@ -11,8 +11,7 @@ from tiny_run import SHAPES
 
 from crossdict_jax import models
 from crossdict_jax.models import Site, run
-from crossdict_jax.models.run import Starts
-from crossdict_jax.studies.steering.generation import Writer
+from crossdict_jax.models.run import Runner, Starts
 
 LLAMA = {
     "model_type": "llama",
@@ -65,8 +64,8 @@ def without_cache(lm, site, s: Starts, count: int) -> np.ndarray:
 
 
 def greedy(lm, site, s: Starts, count: int, batch_size: int = 8) -> np.ndarray:
-    writer = Writer(lm, site, batch_size=batch_size)
-    return writer.write(s, count=count, temperature=0.0, top_p=1.0, seed=0)
+    runner = Runner(lm, batch_size=batch_size)
+    return runner.generate(s, site, count=count, temperature=0.0, top_p=1.0, seed=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,16 +94,19 @@ def test_texts_are_written_up_to_the_last_position(lm):
 
 
 def test_a_text_depends_on_its_own_row_alone(lm):
-    s, how = starts(lm.config.d_model), {"count": 8, "temperature": 1.0, "top_p": 0.9, "seed": 3}
-    whole = Writer(lm, Site(1), batch_size=8).write(s, **how)
-    other = Writer(lm, Site(1), batch_size=1).write(s.take(np.array([3, 1, 4, 0, 2])), **how)
-    np.testing.assert_array_equal(whole[[3, 1, 4, 0, 2]], other)
-    again = Writer(lm, Site(1), batch_size=8).write(s, **how)
-    np.testing.assert_array_equal(whole, again)
-    for changed in (how | {"seed": 4}, how | {"temperature": 3.0}, how | {"top_p": 0.3}):
-        assert (Writer(lm, Site(1), batch_size=8).write(s, **changed) != whole).any()
-    sampled = Writer(lm, Site(1), batch_size=8).write(s._replace(sample=s.sample + 1), **how)
-    assert (sampled != whole).any(axis=1).all()
+    s, drawn = starts(lm.config.d_model), {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    together, alone = (Runner(lm, batch_size=size) for size in (8, 1))
+
+    def write(runner, s, **changes):
+        return runner.generate(s, Site(1), count=8, **drawn | changes)
+
+    expected, order = write(together, s), np.array([3, 1, 4, 0, 2])
+    np.testing.assert_array_equal(write(alone, s.take(order)), expected[order])
+    np.testing.assert_array_equal(write(together, s), expected)
+    for changed in ({"seed": 4}, {"temperature": 3.0}, {"top_p": 0.3}):
+        assert (write(together, s, **changed) != expected).any()
+    other_sample = write(together, s._replace(sample=s.sample + 1))
+    assert (other_sample != expected).any(axis=1).all()
 
 
 def test_draws_follow_the_probabilities_and_the_nucleus():
@@ -123,12 +125,12 @@ def test_draws_follow_the_probabilities_and_the_nucleus():
     np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
 
 
-def test_surprise_is_the_plain_model_s(lm):
+def test_losses_are_the_plain_model_s(lm):
     tokens = np.random.default_rng(1).integers(0, 290, (3, 9)).astype(np.int32)
-    found = Writer(lm, Site(1), batch_size=2).surprise(tokens)
+    losses = Runner(lm, batch_size=2).token_losses(tokens)
     log_p = jax.nn.log_softmax(lm.logits(tokens), axis=-1)
     expected = -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
 @pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")

@@ -20,7 +20,6 @@ from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import SteerConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.studies.steering import measure, prompts, source_feature
-from crossdict_jax.studies.steering.generation import Writer
 from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.studies.steering.section import answers, section
 from crossdict_jax.studies.steering.source_feature import Source
@@ -70,8 +69,8 @@ def chosen(run, answered):
     _, work = run
     config, _, _ = answered
     finished = FinishedRun(config, work, open_store(work.activations))
-    task = measure.chosen_task(config, finished.store)
-    source = Source(finished, task, translation(*finished.tokenizers.values()))
+    group = measure.chosen_maps(config, finished.store)
+    source = Source(finished, group, translation(*finished.tokenizers.values()))
     return source, source_feature.choose(source)
 
 
@@ -102,7 +101,7 @@ def test_what_is_counted_stands_in_the_texts(run, chosen):
     config, _ = run
     source, feature = chosen
     finished, words = source.run, source.words
-    lm, pieces = finished.lm("b"), words.pieces_b
+    lm, pieces = models.load(finished.store.paths[1]), words.pieces_b
     ends = {*finished.tokenizers["b"].all_special_ids}
     promoted, end = next(iter(feature.mapped)), next(iter(ends))
     others = [i for i in range(100, 200) if i not in {*feature.mapped, *ends}]
@@ -110,9 +109,8 @@ def test_what_is_counted_stands_in_the_texts(run, chosen):
     tokens[0, 2] = tokens[0, 4] = promoted
     tokens[0, 5] = tokens[1, 3] = end
     texts = prompts.read_prompts(config, finished.store, "b", finished.tokenizers["b"])
-    starts = measure.make_starts(texts, 2, [np.zeros(lm.config.d_model)], lm.config.d_model)
-    writer = Writer(lm, tiny_run.SITE)
-    scored = measure.score_texts(writer, starts, tokens, feature, words, "", ends)
+    starts = measure.make_starts(texts, 2, [np.zeros(lm.config.d_model)])
+    scored = measure.score_texts(source, feature, starts, tokens)
     assert [text["tokens"] for text in scored] == [5, 3, 6, 6]
     assert scored[0]["token_rate"] == pytest.approx(2 / 5) and scored[2]["token_rate"] == 0
     written = b"".join(pieces[t] for t in tokens[0, :5])
@@ -145,15 +143,14 @@ def test_the_mapped_direction_is_put_in_at_the_asked_norm(run, chosen):
     directions, _ = measure.edits(source, feature, n=4)
     ridge = maps.load(work.map("a", "b", tiny_run.SITE, tiny_run.SITE, "ridge"))
     d_a = dictionaries.load(work.dictionary("a", tiny_run.SITE))
-    direction = feature_directions(d_a, np.array([feature.id]))[0]
-    np.testing.assert_allclose(
-        directions["mapped"], direction @ np.asarray(ridge.W[...]), rtol=1e-3, atol=1e-4
-    )
-    assert len(np.unique(directions["random"].round(4), axis=0)) == 4  # another one for every text
+    direction = feature_directions(d_a, np.array([feature.id]))[0] @ np.asarray(ridge.W[...])
     store = open_store(work.activations)
     x = store.read("b", tiny_run.SITE, store.select("test")).astype(np.float32)
-    norm = measure.dose_norm(source, feature, directions["mapped"])
-    assert norm == pytest.approx(np.median(np.linalg.norm(x, axis=1)), rel=1e-5)
+    norm = np.median(np.linalg.norm(x, axis=1))
+    expected = norm * direction / np.linalg.norm(direction)
+    np.testing.assert_allclose(directions["mapped"], expected, rtol=1e-3, atol=1e-3)
+    assert len(np.unique(directions["random"].round(4), axis=0)) == 4  # another one for every text
+    np.testing.assert_allclose(np.linalg.norm(directions["random"], axis=1), norm, rtol=1e-5)
 
 
 def test_a_dose_of_nearly_nothing_changes_no_text_and_greedy_has_one_sample(run, feature):

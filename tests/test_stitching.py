@@ -16,6 +16,7 @@ from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal import intervene, stitching
+from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
@@ -188,12 +189,14 @@ def test_an_altered_map_is_named_even_if_the_results_are_there(copy):
         intervene(config, work)
 
 
-def test_spans_are_edited_as_asked(tmp_path_factory):
-    """Stitching's own passages: the last token of every span, or all of them."""
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    store = open_store(work.activations)
+def test_spans_are_edited_as_asked(finished):
+    """The last token of every span, or all of them."""
+    config, work = finished
     changed = dataclasses.replace(config.intervention, span="whole")
     asked = dataclasses.replace(config, intervention=changed)
-    plain, whole = (stitching.passages_of_test(c, store, "a") for c in (config, asked))
+    plain, whole = (
+        stitching.Target.read(FinishedRun(c, work, open_store(work.activations)), "a").passages
+        for c in (config, asked)
+    )
     assert plain.first is None
     assert (whole.first <= whole.position).all() and (whole.first < whole.position).any()

@@ -56,7 +56,7 @@ def fit(directory, *, steps=130, every=40, meta=None, **kwargs):
         seed=3,
         directory=directory,
         checkpoint_every=every,
-        what="toy",
+        title="toy",
         meta=meta,
     )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from test_exchange import trained
 
 from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations import untrained
@@ -25,7 +26,7 @@ from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import base, start, train
-from crossdict_jax.dictionaries.formats.convert import convert
+from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import reconstruct
@@ -38,7 +39,7 @@ from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.verify.recovery import measure_pareto
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 
-HYPER = base.Hyper(0.1, 0.5, 4, 0.5, 0.0, (0.2, 0.5), 0.25, most_dead=99)
+HYPER = base.Hyper(0.1, most_dead=99, k_aux=4, nested_fractions=(0.2, 0.5))
 READ, WRITTEN = ("planted", Site(0)), ("other", Site(0, "mlp_out"))
 SIZES = {"planted": 12, "other": 7}
 every = pytest.mark.parametrize("architecture", base.architectures())
@@ -335,7 +336,7 @@ from sae_lens import SAE
 x = torch.from_numpy(np.load(sys.argv[1] + "/x.npy"))
 for name in sys.argv[2:]:
     d = SAE.load_from_disk(sys.argv[1] + "/" + name)
-    assert d.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
+    assert d.cfg.metadata.hook_name == "blocks.1.hook_resid_mid"
     with torch.no_grad():
         np.savez(sys.argv[1] + "/" + name + ".npz", f=d.encode(x).numpy(), y=d(x).numpy())
 """
@@ -345,12 +346,13 @@ PYTHON = VARIABLES["sae-lens"]
 
 
 @pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python with sae-lens")
-def test_the_real_library_reads_exported_transcoders(tmp_path):
+def test_the_real_library_reads_exports(tmp_path):
     made, x = {architecture: fresh(architecture) for architecture in FORMS}, np.asarray(rows())
+    made |= {f"plain-{a}": trained(a, d_model=6) for a in base.architectures()}
     np.save(tmp_path / "x.npy", x)
     for architecture, d in made.items():
         dictionaries.save_saelens(d, tmp_path / architecture, **HOOKS)
-    command = [os.environ[PYTHON], "-c", READ_THERE, str(tmp_path), *FORMS]
+    command = [os.environ[PYTHON], "-c", READ_THERE, str(tmp_path), *made]
     subprocess.run(command, check=True, capture_output=True)
     for architecture, d in made.items():
         theirs = np.load(tmp_path / f"{architecture}.npz")
@@ -363,7 +365,7 @@ def test_the_real_library_reads_exported_transcoders(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])
 def test_what_saelens_cannot_say_is_refused(architecture, tmp_path):
-    words = f"A {architecture} transcoder has no SAELens form; relu, jumprelu"
+    words = f"A {architecture} transcoder has no SAELens form; batchtopk, jumprelu"
     with pytest.raises(UserError, match=words):
         dictionaries.save_saelens(fresh(architecture), tmp_path / "d", **HOOKS)
 

@@ -42,7 +42,7 @@ class Training:
         self, trainable: Trainable, feed: Feed, state_shardings, *, longest: int = MAX_CHUNK
     ):
         root = jax.random.key(0)
-        self._chunks = Chunks(trainable, feed, root, most=longest)
+        self._chunks = Chunks(trainable, feed, root, limit=longest)
         self.state = jax.block_until_ready(initial(trainable, root, state_shardings))
         self._done = 0
 
@@ -69,7 +69,7 @@ def dictionary_steps(
     config, store = SAEConfig(steps=LONG, **sae), open_store(folder)
     group = members(config, [(MODEL, SITE)])
     ensemble = prepare(config, store, group, store.select("train"), resident=resident)
-    return Training(ensemble.trainable, ensemble.feed, ensemble.by_member, longest=longest)
+    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.by_member, longest=longest)
 
 
 def map_steps(

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import maps, modules
+from crossdict_jax import maps, modules, results
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import Map, Side, encode_rows, map_class, padded, slices
+from crossdict_jax.models import Site
 
 ROWS_EACH = 32  # at which a feature fires, that its mapped direction is the mean over
 BLOCK = 1024  # rows per forward
+
+
+@dataclass(frozen=True)
+class MapGroup:
+    """A site of one model, a site of another, and maps from the first to the second."""
+
+    source: str
+    target: str
+    site_source: Site
+    site_target: Site
+    tasks: list[Task]
+
+    @property
+    def ends(self) -> tuple[tuple[str, Site], tuple[str, Site]]:
+        return (self.source, self.site_source), (self.target, self.site_target)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of a result row that name the two models and sites."""
+        pair = (self.source, self.target, str(self.site_source), str(self.site_target))
+        return dict(zip(results.PAIR, pair))
+
+    @property
+    def label(self) -> str:
+        return "{source} {site_source} to {target} {site_target}".format(**self.columns)
 
 
 def map_groups(
@@ -27,26 +54,27 @@ def map_groups(
     layers: str,
     kinds: tuple[str, ...],
     of_tokens: bool = False,
-) -> list[list[Task]]:
-    """Returns a group for every layer pair of two models: a task that names it, then its maps.
+) -> list[MapGroup]:
+    """Returns the maps of a run, fitted on true pairs, by layer pair.
 
     Args:
-      layers: "middle" | "all", of the layer pairs.
+      layers: "middle" | "all", of the layer pairs of every two models.
       kinds: "all", or kinds of maps among those of the run.
       of_tokens: whether maps that read tokens alone are among them; these map no direction.
     """
-    groups: dict[tuple, dict[tuple, list[Task]]] = {}  # by models, then by sites
+    by_models: dict[tuple, dict[tuple, MapGroup]] = {}
     for task in maps.tasks(config, store):
-        pairs = groups.setdefault((task.source, task.target), {})
-        group = pairs.setdefault((task.site_source, task.site_target), [task])
-        wanted = "all" in kinds or task.kind in kinds
+        models, sites = (task.source, task.target), (task.site_source, task.site_target)
+        groups = by_models.setdefault(models, {})
+        group = groups.setdefault(sites, MapGroup(*models, *sites, []))
+        chosen = "all" in kinds or task.kind in kinds
         fits = of_tokens or map_class(task.kind).reads != "tokens"
-        if wanted and task.pairing == "aligned" and fits:
-            group.append(task)
-    of_models = [list(pairs.values()) for pairs in groups.values()]
+        if chosen and task.pairing == "aligned" and fits:
+            group.tasks.append(task)
+    groups = [list(groups.values()) for groups in by_models.values()]
     if layers == "middle":
-        of_models = [[pairs[len(pairs) // 2]] for pairs in of_models]
-    return [group for pairs in of_models for group in pairs]
+        groups = [[pairs[len(pairs) // 2]] for pairs in groups]
+    return [group for pairs in groups for group in pairs]
 
 
 def feature_directions(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
 from crossdict_jax import stats
-from crossdict_jax.causal.inject import Injector
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.models.run import Held, Passages, Runner
 from crossdict_jax.stats import Resamples, columns
 
 MATCH = "match"  # in place of a map: B's own feature that correlates best with A's
@@ -35,6 +36,37 @@ FAMILIES = ("random", "shuffled")  # of controls: random directions, other featu
 
 class NothingToTest(UserError):
     """Two dictionaries or texts are too poor for a test of single features."""
+
+
+@dataclass(frozen=True)
+class ModelAtSite:
+    """A language model at a site, and the positions of texts at which vectors are added there.
+
+    Attributes:
+      passages: with ``first`` and ``end``.
+    """
+
+    runner: Runner
+    site: Site
+    passages: Passages
+
+    @cached_property
+    def texts(self) -> np.ndarray:
+        """The activations of all texts, float32 [texts, seq, d_model]."""
+        return self.runner.read(self.passages.tokens, [self.site])[self.site]
+
+    @property
+    def x(self) -> np.ndarray:
+        """The activations at the positions, float32 [n, d_model]."""
+        return self.texts[self.passages.window, self.passages.position]
+
+    @cached_property
+    def median_norm(self) -> float:
+        return float(np.median(np.linalg.norm(self.x, axis=1)))
+
+    def hold(self, rows: np.ndarray | slice = slice(None), **settings) -> Held:
+        """Returns the texts read up to some of the positions; see ``Runner.hold``."""
+        return self.runner.hold(self.site, self.passages.take(rows), self.texts, **settings)
 
 
 @dataclass(frozen=True)
@@ -65,8 +97,8 @@ class Experiment:
       mean: float32 [d_b], the mean activation of B.
     """
 
-    source: Injector
-    target: Injector
+    source: ModelAtSite
+    target: ModelAtSite
     documents: np.ndarray
     features: Sequence[int]
     tested: int
@@ -139,16 +171,16 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     span = LONGEST_SPAN if settings.span == "whole" else 1
     edited = None if settings.positions == "prompt" else span
     sides = e.source, e.target
-    ready = [side.ready(rows, size=settings.contexts, span=edited) for side in sides]
+    held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
 
     added = norm_a * doses[:, None] * normalised(e.directions[i])
-    change = mean_change(e.source, ready[0], added[len(doses) // 2])
+    change = mean_change(e.source.runner, held[0], added[len(doses) // 2])
     promoted = most_promoted(change, words.has_text)
     effect_source = [0.0] * len(doses)
     if promoted:  # none without a direction, or without a dose
-        effects, _ = e.source.changes(ready[0], added, promoted, limit=PROMOTED)
+        effects, _ = e.source.runner.changes(held[0], added, promoted, limit=PROMOTED)
         effect_source = effects.mean(1, dtype=np.float64)
-    in_b, dropped = words.weights_in_b(promoted, below=e.target.vocab_size)
+    in_b, dropped = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
     # The same other features for every direction of this one, whatever else is drawn.
     generator_others = np.random.Generator(np.random.Philox(key=[config.seed + 1, feature]))
@@ -157,16 +189,16 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     directions: dict[str, dict] = {}
     if in_b:
         random = generator.normal(size=(RANDOM_DIRECTIONS, len(e.mean)))
-        effects = _effects(e, i, ready[1], in_b, norm_b, doses, random, others)
+        effects = _effects(e, i, held[1], in_b, norm_b, doses, random, others)
         for name, groups in effects.items():
             cosine = _cosine(e.mapped[name], e.mapped[MATCH], i) if MATCH in e.mapped else None
             scores = _score(groups, draws, settings.alphas)
             directions[name] = {"match_cosine": cosine} | scores
-        ready = [
-            side.ready(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=r)
-            for side, r in zip(sides, ready)
+        held = [
+            side.hold(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=h)
+            for side, h in zip(sides, held)
         ]
-        for name, removal in _removals(e, i, rows, ready, draws, others).items():
+        for name, removal in _removals(e, i, rows, held, draws, others).items():
             directions[name] |= removal
     record = {
         "feature": feature,
@@ -183,7 +215,7 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
 
 
 def _effects(
-    e: Experiment, i: int, ready, tokens: dict[int, float], norm: float, doses, random, others
+    e: Experiment, i: int, held: Held, tokens: dict[int, float], norm: float, doses, random, others
 ) -> dict[str, dict[str, np.ndarray]]:
     """{direction: {"itself", "random", "shuffled", "mean": [2, vectors, doses, contexts]}}.
 
@@ -195,8 +227,9 @@ def _effects(
         groups[name, "shuffled"] = directions.vectors[others]
     unit = normalised(np.concatenate(list(groups.values())))
     vectors = norm * unit[:, None, :] * doses[None, :, None]
-    flat = e.target.changes(ready, vectors.reshape(-1, unit.shape[1]), tokens, limit=PROMOTED)
-    curves = np.stack(flat).astype(np.float64).reshape(2, *vectors.shape[:2], -1)
+    flat = vectors.reshape(-1, unit.shape[1])
+    curves = np.stack(e.target.runner.changes(held, flat, tokens, limit=PROMOTED))
+    curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
     ends = np.cumsum([len(group) for group in groups.values()])
     parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
     return {
@@ -256,7 +289,7 @@ def _score(groups: dict[str, np.ndarray], draws: Resamples, alphas: Sequence[flo
 
 
 def _removals(
-    e: Experiment, i: int, rows, ready, draws: Resamples, others
+    e: Experiment, i: int, rows, held: list[Held], draws: Resamples, others
 ) -> dict[str, dict[str, float | int | None]]:
     """{direction: how its removal from B goes together with the feature's removal from A}.
 
@@ -270,11 +303,12 @@ def _removals(
         vectors += [vector[None], shuffled]
         in_b = strength if directions.strength is None else directions.strength[rows, i]
         by += [np.tile(-in_b, (1 + len(others), 1))]
-    removed = e.source.continuations(ready[0], e.directions[[i]], -strength[None])[0]
-    changes = e.target.continuations(ready[1], np.concatenate(vectors), np.concatenate(by))
+    removed = e.source.runner.continuations(held[0], e.directions[[i]], -strength[None])[0]
+    vectors, by = np.concatenate(vectors), np.concatenate(by)
+    changes = e.target.runner.continuations(held[1], vectors, by)
     # Only where the text goes on in both models is there a continuation to be scored.
-    at = [side.positions.take(rows) for side in (e.source, e.target)]
-    scored = np.all([positions.end > positions.last for positions in at], axis=0)
+    at = [side.passages.take(rows) for side in (e.source, e.target)]
+    scored = np.all([passages.end > passages.position for passages in at], axis=0)
     draws = replace(draws, index=draws.index[scored])
     removed, changes = (a.astype(np.float64)[..., scored] for a in (removed, changes))
     out = {}
@@ -426,9 +460,9 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> tuple[np.nda
     return mixed, low + share * (high - low)
 
 
-def mean_change(injector: Injector, ready, vector: np.ndarray) -> np.ndarray:
+def mean_change(runner: Runner, held: Held, vector: np.ndarray) -> np.ndarray:
     """Returns by how much a vector [d_model] raises log p of every token, mean over positions."""
-    clean, edited = injector.log_probs(ready, vector[None])
+    clean, edited = runner.log_probs(held, vector[None])
     return (edited - clean).mean(0, dtype=np.float64)
 
 

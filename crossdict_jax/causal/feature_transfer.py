@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 
 from crossdict_jax import maps, results
-from crossdict_jax.activations.passages import select_passages, train_mean, whole_spans
+from crossdict_jax.activations.passages import train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.directions import (
+    MapGroup,
     best_matches,
     feature_directions,
     map_groups,
@@ -22,16 +24,14 @@ from crossdict_jax.causal.effects import (
     OTHER_FEATURES,
     Directions,
     Experiment,
+    ModelAtSite,
     NothingToTest,
     transfer,
 )
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.causal.inject import Injector, Positions
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import Task
-from crossdict_jax.maps.base import encode_rows, slices
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages
 from crossdict_jax.training.stage import Stage
@@ -46,17 +46,14 @@ LEAST_DOCUMENTS = 2  # that hold them: fewer give no interval
 def transfer_features(config: Config, work: Workdir) -> None:
     """Writes feature_causal.jsonl, a row per tested feature and direction, and their summary.
 
-    Between every two models, at the layer pairs of ``intervention.layers``, features of the source
-    are drawn among those that fire (or named). What every map makes of them, and their matches (the
-    target's features that correlate best on training rows), are added to the target.
-    feature_causal_summary.jsonl has a row per layer pair and map or match. What single features
-    gave is kept at once: an interrupted stage goes on behind the last of them.
+    Features of the source are drawn among those that fire (or named); what every map makes of them,
+    and their matches (the target's features that correlate best on training rows), are added to the
+    target. Where there is nothing to test between two models there are no rows, and a line says
+    why; so in a run of transcoders, whose features are written elsewhere than where they are read.
 
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged; a named feature
-        does not exist or never fires. Where there is nothing to test between two models there are
-        no rows, and a line says why; so in a run of transcoders, whose features are written
-        elsewhere than where maps of activations read.
+        does not exist or never fires.
     """
     from tqdm import tqdm
 
@@ -69,13 +66,26 @@ def transfer_features(config: Config, work: Workdir) -> None:
     store = open_store(work.activations)
     groups = map_groups(config, store, layers=settings.layers, kinds=settings.maps)
     if settings.feature_ids:  # they are the first model's
-        groups = [tasks for tasks in groups if tasks[0].source == store.models[0]]
+        groups = [group for group in groups if group.source == store.models[0]]
+    chosen_from = None
+    if settings.choose == "matched":
+        if not work.result("matches.jsonl").exists():
+            raise UserError(
+                "intervention.choose=matched needs results/matches.jsonl; run evaluate first, or "
+                "set intervention.choose=random."
+            )
+        chosen_from = results.read(work, "matches.jsonl")
     run, rows, summary = FinishedRun(config, work, store), [], []
-    inputs = run.inputs(groups, _read_matches(work) if settings.choose == "matched" else None)
+    inputs = run.inputs([task for group in groups for task in group.tasks], chosen_from)
     stage = Stage(work, "transfer_features", files=(ROWS, SUMMARY), inputs=inputs)
     if stage.finished:
         return
-    injector = functools.cache(functools.partial(_injector, run))  # one of each model and site
+
+    @cache
+    def at_site(model: str, site: Site) -> ModelAtSite:
+        passages = with_continuations(store, model, run.passages(model))
+        return ModelAtSite(run.runner(model), site, passages)
+
     with tqdm(desc="feature transfer", unit="feature", total=0) as bar:
 
         def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
@@ -83,88 +93,64 @@ def transfer_features(config: Config, work: Workdir) -> None:
             bar.update()
             return record
 
-        for task, *tasks in groups:
+        for group in groups:
             try:
-                experiment, matches = experiment_of(run, task, tasks, injector)
+                experiment, matches = experiment_of(run, group, at_site)
                 bar.total += experiment.tested
-                measured = transfer(experiment, config, part=functools.partial(part, task.label))
+                measured = transfer(experiment, config, part=partial(part, group.label))
             except NothingToTest as reason:
                 if settings.feature_ids:
                     raise
-                print(f"No features of {task.label} are put to work: {reason}", flush=True)
+                print(f"No features of {group.label} are put to work: {reason}", flush=True)
                 continue
-            ends = (task.source, task.target, str(task.site_source), str(task.site_target))
-            pair = dict(zip(results.PAIR, ends))
-            rows += [pair | matches[row["feature"]] | row for row in measured[0]]
-            summary += [pair | row for row in measured[1]]
+            rows += [group.columns | matches[row["feature"]] | row for row in measured[0]]
+            summary += [group.columns | row for row in measured[1]]
     tested = sum(row["n_features"] for row in summary)
     stage.finish({ROWS: rows, SUMMARY: summary}, features=tested)
 
 
-def passages_of_test(run: FinishedRun, model: str) -> Passages:
-    """Returns the test text in which features are tested, as a model reads it."""
-    return select_passages(
-        run.store, model, documents=run.config.intervention.documents, seed=run.config.seed
-    )
+def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
+    """Returns passages whose spans reach back to the common end before, and on to the one behind.
 
-
-def _injector(run: FinishedRun, model: str, site: Site) -> Injector:
-    passages = passages_of_test(run, model)
-    return Injector(
-        run.lm(model),
-        site,
-        passages.tokens,
-        positions_of(run.store, model, passages),
-        batch_size=run.config.intervention.batch_size,
-        dtype=run.config.extract.matmul_dtype,
-    )
-
-
-def positions_of(store: Store, model: str, passages: Passages) -> Positions:
-    """Returns the paired positions of passages: spans reach back to the common end before.
-
-    Continuations reach to the common end behind; a window's last position has none.
+    A window's last position has no continuation.
     """
     position = store.rows.position[:, store.models.index(model)].astype(np.int64)
     same = store.rows.window[1:] == store.rows.window[:-1]
     behind = position.copy()
     behind[:-1][same] = position[1:][same]
     front = passages.position - position[passages.rows]  # 1 where there is a BOS
-    first = whole_spans(store, model, passages).first
-    return Positions(passages.window, first, passages.position, behind[passages.rows] + front)
+    return replace(whole_spans(store, model, passages), end=behind[passages.rows] + front)
 
 
 def experiment_of(
-    run: FinishedRun, task: Task, tasks: list[Task], injector: Callable[[str, Site], Injector]
+    run: FinishedRun, group: MapGroup, at_site: Callable[[str, Site], ModelAtSite]
 ) -> tuple[Experiment, dict[int, dict]]:
     """Returns the experiment at one pair of sites, and {feature: the columns about its match}.
 
     Args:
-      task: names the models and sites.
-      tasks: the maps whose directions are tested.
-      injector: of a model and site.
+      at_site: gives a model at a site, on the run's test text.
 
     Raises:
       NothingToTest: no feature fires often enough.
       UserError: a named feature does not exist or fires too rarely.
     """
-    a, b = (task.source, task.site_source), (task.target, task.site_target)
-    features, tested = choose_features(run, task)
-    rows = passages_of_test(run, task.source).rows
+    a, b = group.ends
+    features, tested = choose_features(run, group)
+    rows = run.passages(group.source).rows
     source, dictionary_b = run.side(*a), run.dictionary(*b)
     trained = strengths(source.dictionary, source.x, features)
     mapped = {}
-    for fitted in tasks:
-        m, seed = maps.load(fitted.path(run.work)), run.config.seed
-        mapped[fitted.kind] = Directions(mapped_directions(m, source, features, trained, seed=seed))
+    for task in group.tasks:
+        m, seed = maps.load(task.path(run.work)), run.config.seed
+        mapped[task.kind] = Directions(mapped_directions(m, source, features, trained, seed=seed))
     matches, match_r = best_matches(run.codes(*b), trained)
     mapped[MATCH] = Directions(
         vectors=feature_directions(dictionary_b, matches),
         strength=strengths(dictionary_b, run.store.read(*b, rows), matches),
     )
     experiment = Experiment(
-        source=injector(*a),
-        target=injector(*b),
+        source=at_site(*a),
+        target=at_site(*b),
         documents=run.store.rows.document[rows],
         features=features,
         tested=tested,
@@ -172,7 +158,7 @@ def experiment_of(
         directions=feature_directions(source.dictionary, features),
         mapped=mapped,
         mean=train_mean(run.store, *b),
-        translation=translation(run.tokenizers[task.source], run.tokenizers[task.target]),
+        translation=translation(run.tokenizers[group.source], run.tokenizers[group.target]),
     )
     about = zip(features.tolist(), matches.tolist(), match_r.tolist())
     return experiment, {feature: {"match": match, "match_r": r} for feature, match, r in about}
@@ -181,16 +167,16 @@ def experiment_of(
 # ---------------------------------------------------------------- which features
 
 
-def choose_features(run: FinishedRun, task: Task) -> tuple[np.ndarray, int]:
+def choose_features(run: FinishedRun, group: MapGroup) -> tuple[np.ndarray, int]:
     """Returns (the features to test, then others that lend their directions; how many are tested).
 
     Raises:
       NothingToTest, UserError: see ``experiment_of``.
     """
-    settings, live = run.config.intervention, live_features(run, task)
+    settings, live = run.config.intervention, live_features(run, group.source, group.site_source)
     generator = np.random.Generator(np.random.Philox(key=run.config.seed))
     drawn = generator.permutation(np.flatnonzero(live))
-    site = f"{task.source} at {task.site_source}"
+    site = f"{group.source} at {group.site_source}"
     if settings.feature_ids:
         chosen = np.array(list(dict.fromkeys(settings.feature_ids)))
         asked = f"intervention.feature_ids={','.join(map(str, settings.feature_ids))}"
@@ -204,11 +190,9 @@ def choose_features(run: FinishedRun, task: Task) -> tuple[np.ndarray, int]:
                     "intervention.documents."
                 )
     elif settings.choose == "matched":
-        _read_matches(run.work)
-        ends = (task.source, task.target, str(task.site_source), str(task.site_target))
         rank = {
             row["feature_source"]: (not row["confirmed"], -row["r_train"])
-            for row in results.read_matches(run.work, *ends)
+            for row in results.read_matches(run.work, *group.columns.values())
         }
         chosen = np.array([i for i in sorted(rank, key=rank.get) if live[i]], np.int64)
         chosen = chosen[: settings.features]
@@ -224,31 +208,20 @@ def choose_features(run: FinishedRun, task: Task) -> tuple[np.ndarray, int]:
     return np.concatenate([chosen, others[:lent]]), len(chosen)
 
 
-def live_features(run: FinishedRun, task: Task) -> np.ndarray:
-    """Returns bool [width]: A's features that fire often enough in the test text, and in training.
+def live_features(run: FinishedRun, model: str, site: Site) -> np.ndarray:
+    """Returns bool [width]: features that fire often enough in the test text, and in training.
 
     Often enough: at LEAST_FIRINGS positions of LEAST_DOCUMENTS documents.
     """
-    passages = passages_of_test(run, task.source)
-    dictionary = run.dictionary(task.source, task.site_source)
+    passages = run.passages(model)
     names, document = np.unique(passages.document, return_inverse=True)
-    in_document = np.zeros((len(names), dictionary.width), bool)
-    fires = np.zeros(dictionary.width, np.int64)
-    for block in slices(len(passages.rows)):
-        x = run.store.read(task.source, task.site_source, passages.rows[block])
-        f = encode_rows(dictionary, x) > 0
-        fires += f.sum(0)
-        for i in np.unique(document[block]):
-            in_document[i] |= f[document[block] == i].any(0)
+    width, start = run.dictionary(model, site).width, 0
+    in_document, fires = np.zeros((len(names), width), bool), np.zeros(width, np.int64)
+    for f in run.codes(model, site, passages.rows):
+        of_rows = document[start : start + len(f)]
+        start += len(f)
+        fires += (f > 0).sum(0)
+        for i in np.unique(of_rows):
+            in_document[i] |= (f[of_rows == i] > 0).any(0)
     live = (fires >= LEAST_FIRINGS) & (in_document.sum(0) >= LEAST_DOCUMENTS)
-    trained = np.isin(np.arange(dictionary.width), run.live(task.source, task.site_source))
-    return live & trained
-
-
-def _read_matches(work: Workdir) -> list[dict]:
-    if not work.result("matches.jsonl").exists():
-        raise UserError(
-            "intervention.choose=matched needs results/matches.jsonl; run evaluate first, or set "
-            "intervention.choose=random."
-        )
-    return results.read(work, "matches.jsonl")
+    return live & np.isin(np.arange(width), run.live(model, site))

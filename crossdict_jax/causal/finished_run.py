@@ -1,20 +1,22 @@
-"""What questions to a finished run share: its models, tokenizers, dictionaries, training rows."""
+"""What questions to a finished run share: its models, tokenizers, dictionaries, rows and texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from crossdict_jax import dictionaries, models
+from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Side, Task
 from crossdict_jax.maps.base import encode_rows, slices
-from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.models import Site
+from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.stage import input_digests
 from crossdict_jax.workdir import Workdir
 
@@ -26,63 +28,75 @@ class FinishedRun:
 
     def __init__(self, config: Config, work: Workdir, store: Store):
         self.config, self.work, self.store = config, work, store
-        self._lms: dict[str, LanguageModel] = {}
-        self._dictionaries: dict[tuple, Dictionary] = {}
-        self._live: dict[tuple, np.ndarray] = {}
-        train = store.select("train")
-        generator = np.random.Generator(np.random.Philox(key=config.seed))
-        self.train = np.sort(generator.permutation(train)[:TRAIN_ROWS])
+        self._read: dict[tuple, Any] = {}
 
-    def path(self, model: str) -> str:
-        return self.store.paths[self.store.models.index(model)]
+    def _once(self, *key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._read:
+            self._read[key] = make()
+        return self._read[key]
 
-    def lm(self, model: str) -> LanguageModel:
-        if model not in self._lms:
-            self._lms[model] = models.load(self.path(model))
-        return self._lms[model]
-
-    @cached_property
-    def tokenizers(self) -> dict[str, object]:
-        return {model: models.load_tokenizer(self.path(model)) for model in self.store.models}
-
-    @cached_property
-    def token_counts(self) -> dict[str, np.ndarray]:
-        """How often each model reads each token in the run's training text."""
-        counts = {}
-        for model in self.store.models:
-            windows = self.store.windows("train")
-            tokens = np.concatenate([self.store.window_tokens(model, w) for w in windows])
-            counts[model] = np.bincount(tokens, minlength=self.lm(model).config.vocab_size)
-        return counts
+    def runner(self, model: str) -> Runner:
+        size, dtype = self.config.intervention.batch_size, self.config.extract.matmul_dtype
+        path = self.store.paths[self.store.models.index(model)]
+        return self._once(
+            "runner", model, make=lambda: Runner(models.load(path), batch_size=size, dtype=dtype)
+        )
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
-        if (model, site) not in self._dictionaries:
-            self._dictionaries[model, site] = dictionaries.load(self.work.dictionary(model, site))
-        return self._dictionaries[model, site]
-
-    def side(self, model: str, site: Site) -> Side:
-        """A model's side of the training rows."""
-        x = self.store.read(model, site, self.train)
-        return Side(x, self.store.tokens(model, self.train), self.dictionary(model, site))
-
-    def codes(self, model: str, site: Site) -> Iterator[np.ndarray]:
-        """A model's features on the training rows, in blocks."""
-        side = self.side(model, site)
-        for block in slices(len(side.x)):
-            yield encode_rows(side.dictionary, side.x[block])
+        path = self.work.dictionary(model, site)
+        return self._once("dictionary", model, site, make=lambda: dictionaries.load(path))
 
     def live(self, model: str, site: Site) -> np.ndarray:
         """The features that fire on training rows, int [m]."""
-        if (model, site) not in self._live:
-            fires = sum((f > 0).any(0) for f in self.codes(model, site))
-            self._live[model, site] = np.flatnonzero(fires)
-        return self._live[model, site]
 
-    def inputs(self, groups: list[list[Task]], question: Any) -> dict[str, str]:
+        def make():
+            return np.flatnonzero(sum((f > 0).any(0) for f in self.codes(model, site)))
+
+        return self._once("live", model, site, make=make)
+
+    def token_counts(self, model: str) -> np.ndarray:
+        """How often a model reads each token in the run's training text, int [vocabulary]."""
+
+        def make():
+            windows = self.store.windows("train")
+            tokens = np.concatenate([self.store.window_tokens(model, w) for w in windows])
+            return np.bincount(tokens, minlength=self.runner(model).config.vocab_size)
+
+        return self._once("token_counts", model, make=make)
+
+    @cached_property
+    def tokenizers(self) -> dict[str, object]:
+        return dict(zip(self.store.models, map(models.load_tokenizer, self.store.paths)))
+
+    @cached_property
+    def train(self) -> np.ndarray:
+        """At most TRAIN_ROWS training rows of the store, ascending."""
+        return self.some_rows("train")
+
+    def some_rows(self, split: str) -> np.ndarray:
+        """Returns at most TRAIN_ROWS row numbers of a split, ascending."""
+        generator = np.random.Generator(np.random.Philox(key=self.config.seed))
+        return np.sort(generator.permutation(self.store.select(split))[:TRAIN_ROWS])
+
+    def passages(self, model: str) -> Passages:
+        """Returns the test text of ``intervention.documents`` documents, as a model reads it."""
+        documents = self.config.intervention.documents
+        return select_passages(self.store, model, documents=documents, seed=self.config.seed)
+
+    def side(self, model: str, site: Site, rows: np.ndarray | None = None) -> Side:
+        """Returns a model's side of some rows of the store; of the training rows by default."""
+        rows = self.train if rows is None else rows
+        x, tokens = self.store.read(model, site, rows), self.store.tokens(model, rows)
+        return Side(x, tokens, self.dictionary(model, site))
+
+    def codes(self, model: str, site: Site, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Yields a model's features on some rows, or on the training rows, in blocks."""
+        rows, dictionary = self.train if rows is None else rows, self.dictionary(model, site)
+        for block in slices(len(rows)):
+            yield encode_rows(dictionary, self.store.read(model, site, rows[block]))
+
+    def inputs(self, tasks: Iterable[Task], question: Any = None) -> dict[str, str]:
         """Returns {input: digest} of a stage that asks these maps a question (a JSON value).
-
-        Args:
-          groups: of ``map_groups``.
 
         Raises:
           UserError: a checkpoint is missing or altered.
@@ -91,5 +105,5 @@ class FinishedRun:
             self.work,
             settings=[identity(self.config), question],
             store_meta=self.store.meta,
-            folders=[f for _, *tasks in groups for task in tasks for f in task.folders(self.work)],
+            folders=[folder for task in tasks for folder in task.folders(self.work)],
         )

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import dictionaries, maps, models, modules, stats
-from crossdict_jax.activations.passages import select_passages, train_mean, whole_spans
+from crossdict_jax import maps, modules, stats
+from crossdict_jax.activations.passages import train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.config import Config, identity
-from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.causal.finished_run import FinishedRun
+from crossdict_jax.config import Config
 from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
-from crossdict_jax.models.run import Effect, Passages, Runner
+from crossdict_jax.models.run import Effect, Passages
 from crossdict_jax.stats import Resamples
-from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.training.stage import Stage
 from crossdict_jax.workdir import Workdir
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
@@ -27,33 +27,10 @@ Bundle = tuple[Task, ...]  # of one kind of map and one direction, a task for ev
 def intervene(config: Config, work: Workdir) -> None:
     """Writes causal.jsonl: what becomes of B's next-token loss when a map's prediction is put in.
 
-    At the paired positions of at most ``config.intervention.documents`` test documents B's
-    activation is replaced by the map's x_B (stitch_kind "activation") or by B's dictionary's
-    decoding of the map's features ("features"). A shuffled map was fitted on shuffled pairs and
-    reads shuffled rows here too. Controls edit the same positions: clean (no edit), zero, mean (of
-    the training rows), own_sae (B's own reconstruction, the best that features can do).
-
-    With ``intervention.span`` "whole" all tokens of a span take what is put at its end, in controls
-    too: B's own tokens inside spans then say nothing.
-
-    Behind these rows stand those of all layer pairs of a direction together, where it has two or
-    more (intervention "stitching_together" and "control_together"; ``sites`` are B's; of pairs
-    that lead into one site of B, the first): B's activations at all the sites are replaced in one
-    pass, each by what the same kind of map predicts from A's site of that pair. In a residual
-    stream little flows from one replacement to the next: at the paired positions a higher site's
-    replacement overwrites whatever a lower one made of it. What the lower ones do reaches the
-    output through attention alone: positions that are not paired read replaced keys and values in
-    the blocks between. Were every position paired, all sites together would be the highest one
-    alone. What is put in at ``attn_out`` and ``mlp_out`` sites, in contrast, adds up.
-
-    A transcoder's decoding is put in, and controls are, at the site that it writes (site_edited);
-    what maps say of the site that it reads is left out, and so is all of a transcoder that writes
-    another model. Lines say so.
-
-    ce and kl are means in nats over the n_positions whose next token is in the window;
-    loss_recovered = (ce_zero - ce) / (ce_zero - ce_clean), null where zeros cost less than 0.05.
-
-    A finished causal.jsonl whose inputs have not changed is left as it is.
+    At the paired positions of some test documents B's activation is replaced by the map's x_B, by
+    B's dictionary's decoding of the map's features, or by what a control says. A shuffled map reads
+    shuffled rows here too. Behind these rows stand those of all layer pairs of a direction
+    together. What a dictionary writes into another model is left out, and a line says so.
 
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
@@ -62,18 +39,16 @@ def intervene(config: Config, work: Workdir) -> None:
 
     store = open_store(work.activations)
     tasks = maps.tasks(config, store)
-    folders = [folder for task in tasks for folder in task.folders(work)]
-    inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
+    inputs = FinishedRun(config, work, store).inputs(tasks)
     stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=inputs)
     if stage.finished:
         return
     todo = bundles_by_sites(_stitchable(tasks, store), store)
+    count = sum(len(bundles) for groups in todo.values() for bundles in groups.values())
     single, together = [], []
-    with tqdm(desc="stitching", unit="window") as progress:
+    with tqdm(desc="stitching", unit="map", total=count) as progress:
         for name, groups in todo.items():
-            target = _Target.read(config, work, store, name)
-            windows = len(target.passages.tokens)  # equal for all models
-            progress.total = windows * sum(_runs(groups, store) for groups in todo.values())
+            target = Target.read(FinishedRun(config, work, store), name)  # one model at a time
             for sites, bundles in groups.items():
                 rows = single if len(sites) == 1 else together
                 rows += _rows_at(target, sites, bundles, progress)
@@ -102,7 +77,10 @@ def bundles_by_sites(
     """Returns {B: {its sites that are replaced in one pass: by what}}.
 
     First every site alone; then, for every kind of map, all layer pairs of a direction that has
-    several. Of layer pairs that lead into one site of B, the first counts.
+    several. Of layer pairs that lead into one site of B, the first counts. In a residual stream
+    little flows from one replacement to the next: a higher site's replacement overwrites what a
+    lower one made of the same position. What the lower ones do reaches the output through
+    attention from positions that are not paired; replaced ``attn_out`` and ``mlp_out`` add up.
     """
     together: dict[tuple, dict[Site, Task]] = {}
     for task in tasks:
@@ -124,75 +102,44 @@ def _stitch_kinds(task: Task, store: Store) -> tuple[str, ...]:
     return ("activation", "features") if both else ("features",)
 
 
-def _runs(groups: dict[tuple[Site, ...], list[Bundle]], store: Store) -> int:
-    """How often all windows are read with an edit."""
-    kinds = (len(_stitch_kinds(b[0], store)) for bundles in groups.values() for b in bundles)
-    return sum(kinds) + (len(CONTROLS) - 1) * len(groups)
-
-
 # ---------------------------------------------------------------- one model that is stitched into
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """A model that is stitched into: its language model on test passages, and the resamples."""
+@dataclass(frozen=True)
+class Target:
+    """A model that is stitched into, the test text that it reads, and resamples of documents."""
 
-    config: Config
-    work: Workdir
-    store: Store
+    run: FinishedRun
     name: str
-    runner: Runner
     passages: Passages
     draws: Resamples
 
     @classmethod
-    def read(cls, config: Config, work: Workdir, store: Store, name: str):
-        """Loads the model and the text that it reads."""
-        passages = passages_of_test(config, store, name)
-        runner = Runner(
-            models.load(store.paths[store.models.index(name)]),
-            batch_size=config.intervention.batch_size,
-            dtype=config.extract.matmul_dtype,
-        )
+    def read(cls, run: FinishedRun, name: str) -> Target:
+        passages, config = run.passages(name), run.config
+        if config.intervention.span == "whole":
+            passages = whole_spans(run.store, name, passages)
         documents, count = passages.document[passages.scored], config.evaluation.bootstrap
-        draws = stats.draw(documents, count=count, seed=config.seed)
-        return cls(config, work, store, name, runner, passages, draws)
+        return cls(run, name, passages, stats.draw(documents, count=count, seed=config.seed))
 
     def edited(self, site: Site) -> Site:
         """Where the dictionary of a site writes: another one for a transcoder."""
-        return self.store.output_of(self.name, site)[1]
-
-    def side(self, model: str, site: Site, dictionary: Dictionary) -> Side:
-        """The rows of a model at the paired positions."""
-        rows = self.passages.rows
-        return Side(self.store.read(model, site, rows), self.store.tokens(model, rows), dictionary)
+        return self.run.store.output_of(self.name, site)[1]
 
 
-def passages_of_test(config: Config, store: Store, model: str) -> Passages:
-    """Returns the test text that a model reads, its spans as ``intervention.span`` says."""
-    passages = select_passages(
-        store, model, documents=config.intervention.documents, seed=config.seed
-    )
-    whole = config.intervention.span == "whole"
-    return whole_spans(store, model, passages) if whole else passages
-
-
-def _rows_at(
-    target: _Target, sites: tuple[Site, ...], bundles: list[Bundle], progress
-) -> list[dict]:
+def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], progress):
     """The rows of the controls and of every map at one site, or at several at once."""
-    loaded = {s: dictionaries.load(target.work.dictionary(target.name, s)) for s in sites}
-    sides = {site: target.side(target.name, site, loaded[site]) for site in sites}
+    run, rows = target.run, target.passages.rows
+    runner, size = run.runner(target.name), run.config.evaluation.batch_size
+    sides = {site: run.side(target.name, site, rows) for site in sites}
     edited = tuple(map(target.edited, sites))
-    size = target.config.evaluation.batch_size
     controls: dict[str, dict[Site, np.ndarray]] = {name: {} for name in CONTROLS[1:]}
-    for site, side in sides.items():
-        at, mean = target.edited(site), train_mean(target.store, target.name, target.edited(site))
-        controls["zero"][at], controls["mean"][at] = np.zeros_like(mean), mean
-        controls["own_sae"][at] = modules.over_rows(
-            side.dictionary, side.x, method="__call__", size=size
-        )
-    references = target.runner.splice(target.passages, edited, controls, progress)
+    for site, at in zip(sites, edited):
+        d, mean = sides[site].dictionary, train_mean(run.store, target.name, at)
+        x_hat = modules.over_rows(d, sides[site].x, method="__call__", size=size)
+        for name, values in zip(CONTROLS[1:], (np.zeros_like(mean), mean, x_hat)):
+            controls[name][at] = values
+    references = runner.splice(target.passages, edited, controls)
     rows = [_row(target, references[c], references, sites, control=c) for c in CONTROLS]
 
     by_source: dict[tuple, list[Bundle]] = {}
@@ -206,38 +153,36 @@ def _rows_at(
         kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
         for kind in dict.fromkeys(kinds):
             predicted = _predicted(target, [b for b, k in zip(group, kinds) if k == kind], pairs)
-            effects |= target.runner.splice(target.passages, edited, predicted, progress)
+            effects |= runner.splice(target.passages, edited, predicted)
         rows += [
             _row(target, effects[bundle, kind], references, sites, bundle=bundle, stitch_kind=kind)
             for bundle in group
-            for kind in _stitch_kinds(bundle[0], target.store)
+            for kind in _stitch_kinds(bundle[0], run.store)
         ]
+        progress.update(len(group))
     return rows
 
 
-def _pairs(target: _Target, task: Task, sides: dict[Site, Side]) -> dict[str, Pairs]:
+def _pairs(target: Target, task: Task, sides: dict[Site, Side]) -> dict[str, Pairs]:
     """{pairing: rows}; shuffled, A's are in a random order across documents, B's stay."""
-    dictionary = dictionaries.load(target.work.dictionary(task.source, task.site_source))
-    pairs = Pairs(
-        source=target.side(task.source, task.site_source, dictionary),
-        target=sides[task.site_target],
-        documents=target.passages.document,
-    )
-    generator = np.random.Generator(np.random.Philox(key=target.config.seed))
-    shuffled = pairs.source.take(generator.permutation(len(pairs)))
-    return {"aligned": pairs, "shuffled": dataclasses.replace(pairs, source=shuffled)}
+    passages = target.passages
+    source = target.run.side(task.source, task.site_source, passages.rows)
+    pairs = Pairs(source, sides[task.site_target], passages.document)
+    generator = np.random.Generator(np.random.Philox(key=target.run.config.seed))
+    shuffled = source.take(generator.permutation(len(pairs)))
+    return {"aligned": pairs, "shuffled": replace(pairs, source=shuffled)}
 
 
 def _predicted(
-    target: _Target, bundles: list[Bundle], pairs: dict[Site, dict[str, Pairs]]
+    target: Target, bundles: list[Bundle], pairs: dict[Site, dict[str, Pairs]]
 ) -> dict[tuple, dict[Site, np.ndarray]]:
     """{(bundle, stitch_kind): {site: what is put in, float32 [n, d_model]}}."""
-    size = target.config.evaluation.batch_size
+    run, size = target.run, target.run.config.evaluation.batch_size
     out: dict[tuple, dict[Site, np.ndarray]] = {}
     for bundle in bundles:
         for task in bundle:
-            m, rows = maps.load(task.path(target.work)), pairs[task.site_target][task.pairing]
-            for kind in _stitch_kinds(task, target.store):
+            m, rows = maps.load(task.path(run.work)), pairs[task.site_target][task.pairing]
+            for kind in _stitch_kinds(task, run.store):
                 if kind == "activation":
                     x = maps.predict_activations(m, rows, size)
                 else:
@@ -248,7 +193,7 @@ def _predicted(
 
 
 def _row(
-    target: _Target,
+    target: Target,
     effect: Effect,
     references: dict[str, Effect],
     sites: tuple[Site, ...],

@@ -17,6 +17,7 @@ from crossdict_jax.config.fields import (
     ExtractConfig,
     HypernetworkConfig,
     InterventionConfig,
+    JointSettings,
     LossWeights,
     MapConfig,
     Number,

@@ -2,6 +2,7 @@
 
 # Annotations stay objects here (no postponed evaluation): parsing and checks read them as types.
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,14 +135,6 @@ class SAEConfig:
         (0.25, 0.5), "Nested widths of matryoshka, as shares of the width", SHARE_OR_1
     )
     matmul_dtype: str = setting("float32", MATMUL, DTYPE)
-    warmup_fraction: float = setting(0.05, "Share of the steps", SHARE_OR_0)
-    l1_warmup_fraction: float = setting(0.1, "Share of the steps", SHARE_OR_0)
-    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
-    auxk_coefficient: float = setting(1 / 32, "Weight of AuxK", at_least(0))
-    k_aux: int = setting(0, "Dead features that AuxK uses", at_least(0))
-    bandwidth: float = setting(0.5, "Of jumprelu's kernel", ABOVE_0)
-    nested_balance: float = setting(0.25, "Weight of a nested loss", SHARE_OR_1)
-    checkpoint_every: int = setting(500, "Steps", at_least(1))
 
     def check(self) -> None:
         swept = [name for name in SWEPT if isinstance(getattr(self, name), tuple)]
@@ -230,15 +223,6 @@ class CrosscoderConfig:
     self_nulls: int = setting(
         0, "Layers at which the first model is paired with itself", at_least(0)
     )
-    k: int = setting(0, "Active latents a row", at_least(0))
-    batch_size: int = setting(0, "Rows", at_least(0))
-    warmup_fraction: float = setting(0.05, "Share of the steps", SHARE_OR_0)
-    l1_warmup_fraction: float = setting(0.1, "Share of the steps", SHARE_OR_0)
-    auxk_coefficient: float = setting(1 / 32, "Weight of AuxK", at_least(0))
-    k_aux: int = setting(0, "Dead latents that AuxK uses", at_least(0))
-    dead_after_rows: int = setting(100_000, "Rows", at_least(1))
-    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
-    checkpoint_every: int = setting(500, "Steps", at_least(1))
 
 
 @dataclass
@@ -423,12 +407,6 @@ class Config:
             )
         if "hypernetwork" in self.map.kinds:
             refuse_transcoders(self, "hypernetwork of map.kinds")
-        joint = crosscoder_settings(self)
-        if joint.variant == "batchtopk" and joint.k > joint.width:
-            raise UserError(
-                f"crosscoder.k={joint.k} is larger than crosscoder.width={joint.width}; k must be "
-                "width or less."
-            )
         layer_pairs(self)
 
 
@@ -524,17 +502,46 @@ def unswept(sae: SAEConfig) -> SAEConfig:
     return dataclasses.replace(sae, **first)
 
 
-def crosscoder_settings(config: Config) -> CrosscoderConfig:
-    """Returns the crosscoders' settings with the dictionaries' in place of every 0 that means them.
+@dataclass(frozen=True)
+class JointSettings:
+    """How crosscoders are trained: their own settings, and those that they share with dictionaries.
+
+    Made by ``crosscoder_settings``.
+    """
+
+    variant: str = "batchtopk"
+    width: int = 4096
+    k: int = 32
+    l1_coefficient: float = 1.0
+    shared_fraction: float = 1.0
+    drop_probability: float = 0.5
+    learning_rate: float = 2e-3
+    steps: int = 2500
+    batch_size: int = 1024
+    dead_after_rows: int = 0
+    matmul_dtype: str = "float32"
+
+
+def crosscoder_settings(config: Config) -> JointSettings:
+    """Returns how a run's crosscoders are trained; 0 stands for the dictionaries' setting.
 
     Of a swept setting of the dictionaries the first value counts.
     """
-    joint, sae = dataclasses.replace(config.crosscoder), unswept(config.sae)
-    for name in ("width", "k", "learning_rate", "steps", "batch_size"):
-        setattr(joint, name, getattr(joint, name) or getattr(sae, name))
-    if not config.crosscoder.k:
-        joint.k = min(joint.k, joint.width)
-    return joint
+    joint, sae = config.crosscoder, unswept(config.sae)
+    width = joint.width or sae.width
+    return JointSettings(
+        variant=joint.variant,
+        width=width,
+        k=min(sae.k, width),
+        l1_coefficient=joint.l1_coefficient,
+        shared_fraction=joint.shared_fraction,
+        drop_probability=joint.drop_probability,
+        learning_rate=joint.learning_rate or sae.learning_rate or 2e-3 * math.sqrt(4096 / width),
+        steps=joint.steps or sae.steps,
+        batch_size=sae.batch_size,
+        dead_after_rows=sae.dead_after_rows,
+        matmul_dtype=sae.matmul_dtype,
+    )
 
 
 def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:

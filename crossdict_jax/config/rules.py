@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from collections.abc import Callable
@@ -69,8 +70,12 @@ def architectures() -> tuple[str, ...]:
 
 
 def has_k(architecture: str) -> bool:
-    """Whether a kind of dictionary fixes the number of active features."""
-    return architecture not in {"relu", "jumprelu", "gated"}
+    """Whether a kind of dictionary fixes the number of active features: ``has_k`` of its class.
+
+    Read from the source, because to import the class is to import jax.
+    """
+    file = ROOM / "dictionaries/architectures" / f"{architecture}.py"
+    return any(ast.unparse(n) == "has_k = True" for n in ast.walk(ast.parse(file.read_text())))
 
 
 def map_kinds() -> tuple[str, ...]:

@@ -4,8 +4,8 @@ An architecture is one file here, found by its name: ``relu.py`` is ``sae.archit
 """
 
 from crossdict_jax.dictionaries.base import Dictionary, architectures, save
-from crossdict_jax.dictionaries.formats.exchange import load
-from crossdict_jax.dictionaries.formats.saelens import save_saelens
+from crossdict_jax.dictionaries.formats import load
+from crossdict_jax.dictionaries.formats.saelens import save as save_saelens
 
 __all__ = [
     "Dictionary",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,18 +14,22 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.config import architectures
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import sparse
-from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.selection import kth_largest
-from crossdict_jax.ops.sparse import Code
+from crossdict_jax.ops import (
+    Code,
+    batch_top_k_code,
+    kth_largest,
+    matmul,
+    nth_largest,
+    threshold_code,
+)
 from crossdict_jax.training import checkpoint
 
-THRESHOLD_RATE = 0.05  # of the running mean of BatchTopK thresholds, a batch; a slower one lags
+THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower one lags behind
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class WholeBatch:
     """Numbers of a whole batch that losses need where its rows come in parts.
 
     Attributes:
@@ -43,45 +46,33 @@ class Whole:
     threshold: jax.Array
     l0: jax.Array
 
+    def replace(self, **values: jax.Array) -> WholeBatch:
+        return dataclasses.replace(self, **values)
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("l1_coefficient", "most_dead", "whole"),
-    meta_fields=(
-        "auxk_coefficient",
-        "k_aux",
-        "bandwidth",
-        "l0_target",
-        "nested_fractions",
-        "nested_balance",
-    ),
-)
+
 @dataclasses.dataclass(frozen=True)
 class Hyper:
-    """One member's training settings.
+    """What a loss reads of the settings and of the state at one step.
 
     Attributes:
       l1_coefficient: weight of the sparsity penalty at this step (after warm-up; traced).
-      auxk_coefficient: weight of the dead features' reconstruction.
-      k_aux: how many dead features take part in it.
-      bandwidth: of the kernel that estimates the gradient of a threshold.
-      l0_target: active features a row to aim for; 0 for none.
-      nested_fractions: of the width, nested dictionaries beside the whole.
-      nested_balance: weight of a nested dictionary's loss relative to the next wider one's.
       most_dead: dead features of the member that has most. One scalar for the whole ensemble, so
         that a branch on it stays a branch under vmap (traced).
+      k_aux: how many dead features take part in their reconstruction.
+      l0_target: active features a row to aim for; 0 for none.
+      nested_fractions: of the width, nested dictionaries beside the whole.
       whole: of the batch that the rows are a part of (traced); None where they are all of it.
     """
 
     l1_coefficient: jax.Array | float
-    auxk_coefficient: float
-    k_aux: int
-    bandwidth: float
-    l0_target: float
-    nested_fractions: tuple[float, ...]
-    nested_balance: float
     most_dead: jax.Array | int
-    whole: Whole | None = None
+    k_aux: int
+    l0_target: float = 0.0
+    nested_fractions: tuple[float, ...] = ()
+    whole: WholeBatch | None = None
+
+
+AUXK_COEFFICIENT = 1 / 32  # weight of the dead features' reconstruction (Gao et al. 2024)
 
 
 class Dictionary(nnx.Module):
@@ -107,6 +98,8 @@ class Dictionary(nnx.Module):
     measured: tuple[str, ...] = ("scale", "scale_out")
     selects_over_rows: bool = False  # whether training chooses features over the whole batch
     pace: float = 1.0  # of the usual learning rate
+    has_k: bool = False  # whether k fixes the number of active features
+    saelens: str = ""  # what SAELens calls the architecture; empty: it has no such form
 
     def __init__(
         self, *, d_model: int, width: int, k: int, rngs: nnx.Rngs, d_out: int | None = None
@@ -162,7 +155,7 @@ class Dictionary(nnx.Module):
         dead: jax.Array,
         y: jax.Array | None = None,
         dtype=None,
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | Code]:
+    ) -> tuple[jax.Array, dict[str, jax.Array], Code]:
         """Returns (loss to minimise, its parts, features [batch, width] or their code).
 
         Args:
@@ -173,7 +166,7 @@ class Dictionary(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define losses.")
 
-    def training_code(self, z: jax.Array, whole: Whole | None) -> jax.Array:
+    def training_code(self, z: jax.Array, whole: WholeBatch | None) -> jax.Array:
         """Returns the features [batch, width] that training takes of pre-activations z."""
         return self.activate(z)
 
@@ -234,8 +227,18 @@ def keep_top_k(z: jax.Array, k: int) -> jax.Array:
 def keep_batch_top_k(z: jax.Array, k: int) -> jax.Array:
     """Returns relu(z) with all but the batch * k largest values of the batch zeroed."""
     z = jax.nn.relu(z)
-    threshold = kth_largest(jax.lax.stop_gradient(z), k * z.shape[0], axis=(0, 1))
+    threshold = nth_largest(jax.lax.stop_gradient(z), k * z.shape[0])
     return jnp.where(z >= threshold, z, 0.0)
+
+
+def running_threshold(threshold: jax.Array, least: jax.Array) -> jax.Array:
+    """Returns the running mean [] of batches' least kept values; the first batch starts it.
+
+    A batch without an active feature (least is infinite) changes nothing.
+    """
+    moved = threshold + THRESHOLD_RATE * (least - threshold)
+    moved = jnp.where(threshold == 0, least, moved)
+    return jnp.where(jnp.isfinite(least), moved, threshold)
 
 
 def unit_rows(W: jax.Array) -> jax.Array:
@@ -262,29 +265,25 @@ class BatchSelected(Dictionary):
     def activate(self, z: jax.Array) -> jax.Array:
         return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
 
-    def training_code(self, z: jax.Array, whole: Whole | None) -> jax.Array:
+    def training_code(self, z: jax.Array, whole: WholeBatch | None) -> jax.Array:
         if whole is None:
             return keep_batch_top_k(z, self.k)
         z = jax.nn.relu(z)
         return jnp.where(z >= whole.threshold, z, 0.0)
 
-    def sparse_code(self, u: jax.Array, whole: Whole | None, dtype=None) -> Code:
+    def sparse_code(self, u: jax.Array, whole: WholeBatch | None, dtype=None) -> Code:
         """Returns the code that training takes of scaled rows u [batch, d_model]."""
         if whole is None:
-            how = ((), partial(sparse.batch_top_k, n=self.k * len(u)))
-        else:
-            how = ((whole.threshold,), partial(sparse.all_from, n=self.k * whole.rows))
-        return sparse.encode(u, *self.encoder(), *how, dtype)
+            return batch_top_k_code(u, *self.encoder(), self.k * len(u), dtype)
+        n = self.k * whole.rows
+        return threshold_code(u, *self.encoder(), whole.threshold, n, dtype)
 
     def batch_threshold(self, z: jax.Array) -> jax.Array:
         """Returns the least [] of the batch * k values that are kept of non-negative z."""
-        return sparse.nth_largest(jax.lax.stop_gradient(z), self.k * len(z))
+        return nth_largest(jax.lax.stop_gradient(z), self.k * len(z))
 
     def measure(self, least: jax.Array) -> None:
-        threshold = self.threshold[...]
-        moved = threshold + THRESHOLD_RATE * (least - threshold)
-        moved = jnp.where(threshold == 0, least, moved)  # the first batch says where to start
-        self.threshold[...] = jnp.where(jnp.isfinite(least), moved, threshold)
+        self.threshold[...] = running_threshold(self.threshold[...], least)
 
     def after_update(self) -> None:
         self.W_dec[...] = unit_rows(self.W_dec[...])

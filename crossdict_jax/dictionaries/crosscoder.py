@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,33 +11,19 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries.base import keep_batch_top_k, unit_rows
+from crossdict_jax.dictionaries.base import (
+    AUXK_COEFFICIENT,
+    Hyper,
+    keep_batch_top_k,
+    running_threshold,
+    unit_rows,
+)
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 from crossdict_jax.training import checkpoint
 
-THRESHOLD_RATE = 0.01  # of the running mean of BatchTopK thresholds, a batch
 TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model takes part in it
-
-
-@dataclasses.dataclass(frozen=True)
-class Hyper:
-    """What a crosscoder's losses read of the settings at one step.
-
-    Attributes:
-      l1_coefficient: weight of the L1 penalty (after warm-up).
-      auxk_coefficient: weight of the dead latents' reconstruction.
-      k_aux: how many dead latents take part in it (static).
-      most_dead: dead latents of the ensemble's member that has most.
-      whole: as of dictionaries (see ``base.Hyper``); batches of joint codes are never cut.
-    """
-
-    l1_coefficient: jax.Array | float
-    auxk_coefficient: float
-    k_aux: int
-    most_dead: jax.Array | int
-    whole: None = None
 
 
 class Crosscoder(nnx.Module):
@@ -214,8 +199,8 @@ class Crosscoder(nnx.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define losses.")
 
-    def measure(self, f: jax.Array) -> None:
-        """Updates what is measured, not optimised, from a training batch's code f."""
+    def measure(self, least: jax.Array) -> None:
+        """Updates what is measured, not optimised, from a batch's least active value []."""
 
     def after_update(self) -> None:
         """Imposes the constraints: dedicated latents stay out of the other models."""
@@ -248,14 +233,10 @@ class BatchTopK(Crosscoder):
                 self, self.seen(u, present), u - u_hat, dead=dead, hyper=hyper, dtype=dtype
             ),
         }
-        return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
+        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
 
-    def measure(self, f: jax.Array) -> None:
-        threshold = self.threshold[...]
-        least = jnp.min(jnp.where(f > 0, f, jnp.inf))
-        moved = threshold + THRESHOLD_RATE * (least - threshold)
-        moved = jnp.where(threshold == 0, least, moved)  # the first batch says where to start
-        self.threshold[...] = jnp.where(jnp.isfinite(least), moved, threshold)
+    def measure(self, least: jax.Array) -> None:
+        self.threshold[...] = running_threshold(self.threshold[...], least)
 
     def after_update(self) -> None:
         super().after_update()

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
-from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries import base, formats
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.formats import exchange
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir
-
-MEMBER = "seed-0"
 
 
 def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     """Saves what ``sae.sources`` names as the run's own; returns the models that have all theirs.
 
     Raises:
-      UserError: there are not as many sources as models, one is no dictionary, or it reads
-        activations of another size.
+      UserError: there are not as many sources as models, one is no dictionary, or it reads or
+        writes activations of another size.
     """
     sources = config.sae.sources
     if sources and len(sources) != len(store.models):
@@ -35,43 +30,46 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     adopted = {m: s for m, s in zip(store.models, sources) if s != "train"}
     for model, source in adopted.items():
         for site in store.sites_of(model):
-            _adopt_one(config, store, model, site, source, work.dictionary(model, site, MEMBER))
+            folder = work.dictionary(model, site)
+            if checkpoint.is_finished(folder):
+                continue
+            path = source.replace("{layer}", str(site.layer))
+            dictionary = formats.load(path)
+            _check_sizes(store, model, site, dictionary, path)
+            if config.sae.source_codes == "relu":
+                dictionary = unselected(dictionary)
+            base.save(dictionary, folder, meta={"source": path, "codes": config.sae.source_codes})
     return set(adopted)
 
 
-def _adopt_one(config: Config, store: Store, model: str, site: Site, source: str, folder: Path):
-    if checkpoint.is_finished(folder):
-        return
-    place = source.replace("{layer}", str(site.layer))
-    dictionary = exchange.load(place)
+def _check_sizes(store: Store, model: str, site: Site, dictionary: Dictionary, path: str) -> None:
+    """Raises UserError where a dictionary does not read this site, or not write its output."""
     if dictionary.d_model != store.d_model(model):
         raise UserError(
-            f"sae.sources: {place} reads rows of {dictionary.d_model}, {model} has "
+            f"sae.sources: {path} reads rows of {dictionary.d_model}, {model} has "
             f"{store.d_model(model)} at {site}; name the dictionary of this model."
         )
-    _check_output(store, model, site, dictionary, place)
-    if config.sae.source_codes == "relu":
-        dictionary = unselected(dictionary)
-    base.save(dictionary, folder, meta={"source": place, "codes": config.sae.source_codes})
-
-
-def _check_output(store: Store, model: str, site: Site, dictionary: Dictionary, place: str) -> None:
     other, written = store.output_of(model, site)
     if dictionary.transcodes != ((other, written) != (model, site)):
         kind = "a transcoder" if dictionary.transcodes else "no transcoder"
         raise UserError(
-            f"sae.sources: {place} is {kind}; sae.output_site must name what it writes, and be "
+            f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and be "
             "empty for dictionaries that write what they read."
         )
     if dictionary.d_out != store.d_model(other):
         raise UserError(
-            f"sae.sources: {place} writes rows of {dictionary.d_out}, {other} has "
+            f"sae.sources: {path} writes rows of {dictionary.d_out}, {other} has "
             f"{store.d_model(other)} at {written}; correct sae.output_site."
         )
 
 
 def unselected(dictionary: Dictionary) -> Dictionary:
-    """Returns the dictionary whose features are relu(z): nothing selected, no threshold."""
+    """Returns the dictionary whose features are relu(z): nothing selected, no threshold.
+
+    Raises:
+      UserError: it does more than that, as some imported ones do.
+    """
+    base.architecture_of(dictionary)
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "scale")
     names += ("scale_out",) if dictionary.transcodes else ()
     arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}

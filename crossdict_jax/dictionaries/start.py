@@ -1,4 +1,4 @@
-"""How a dictionary starts to train: scales, means, and where and how far its encoder points."""
+"""How a dictionary starts to train: scales, means, and the direction and length of its encoder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PROPORTIONAL = ("W_enc", "b_enc", "b_mag")
 Start = dict[str, np.ndarray]
 
 
-def check_rows(x: np.ndarray, place: str, rows: np.ndarray) -> None:
+def check_rows(x: np.ndarray, label: str, rows: np.ndarray) -> None:
     """Raises UserError where training rows x [n, d] hold NaN or infinity, or are all equal.
 
     Args:
-      place: the model and site they are of.
+      label: the model and site they are of.
       rows: [n], their numbers in the store.
     """
     varies = False
@@ -35,47 +35,39 @@ def check_rows(x: np.ndarray, place: str, rows: np.ndarray) -> None:
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             raise UserError(
-                f"{place}: row {rows[at + int(np.argmin(finite))]} of the store holds NaN or "
+                f"{label}: row {rows[at + int(np.argmin(finite))]} of the store holds NaN or "
                 "infinity; extract again with extract.nonfinite=skip."
             )
         varies = varies or bool((block != x[:1].astype(np.float32)).any())
     if not varies:
         raise UserError(
-            f"{place}: all {len(x)} training rows are equal, so there is nothing to explain; "
+            f"{label}: all {len(x)} training rows are equal, so there is nothing to explain; "
             "choose another site, or more text."
         )
 
 
 def activation_scale(x: np.ndarray) -> float:
     """Returns the factor that brings rows x [n, d_model] to a mean norm of sqrt(d_model)."""
-    norms = np.concatenate(
-        [
-            np.linalg.norm(x[i : i + BLOCK].astype(np.float32), axis=1)
-            for i in range(0, len(x), BLOCK)
-        ]
-    )
+    blocks = (x[at : at + BLOCK].astype(np.float32) for at in range(0, len(x), BLOCK))
+    norms = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks])
     return float(math.sqrt(x.shape[1]) / max(norms.mean(dtype=np.float64), 1e-8))
 
 
 def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
-    """Returns what training rows x [n, d_model] say of a dictionary before its first step.
+    """Returns what rows x [n, d_model] and, of a transcoder, y [n, d_out] say before a first step.
 
-    scale [], mean [d_model] and a few rows [256, d_model]; with rows y [n, d_out] that a transcoder
-    is to predict also scale_out [], mean_out [d_out], rows_out [256, d_out] and predictor
-    [d_model, d_out], the ridge regression of scaled y on scaled x.
+    That is scale [], mean [d_model] and rows [256, d_model], a sample; with rows y to predict also
+    scale_out [], mean_out [d_out], rows_out [256, d_out] and predictor [d_model, d_out], the ridge
+    regression of scaled y on scaled x.
     """
-    spread = np.arange(SAMPLE) * len(x) // SAMPLE
-    start = {"scale": np.float32(activation_scale(x)), "mean": x.mean(axis=0, dtype=np.float32)}
-    start |= {"rows": x[spread].astype(np.float32)}
+    start = {}
+    for end, array in (("", x), ("_out", y))[: 1 if y is None else 2]:
+        start[f"scale{end}"] = np.float32(activation_scale(array))
+        start[f"mean{end}"] = array.mean(axis=0, dtype=np.float32)
+        spread = np.arange(SAMPLE) * len(array) // SAMPLE
+        start[f"rows{end}"] = array[spread].astype(np.float32)
     if y is None:
         return start
-    start |= {"scale_out": np.float32(activation_scale(y))}
-    start |= {"mean_out": y.mean(axis=0, dtype=np.float32)}
-    start |= {"rows_out": y[spread].astype(np.float32)}
-    return start | {"predictor": _predictor(x, y, start)}
-
-
-def _predictor(x: np.ndarray, y: np.ndarray, start: Start) -> np.ndarray:
     d_model = x.shape[1]
     C_xx, C_xy = np.zeros((d_model, d_model)), np.zeros((d_model, y.shape[1]))
     for at in range(0, len(x), BLOCK):
@@ -84,7 +76,8 @@ def _predictor(x: np.ndarray, y: np.ndarray, start: Start) -> np.ndarray:
         C_xx += u.T @ u
         C_xy += u.T @ v
     damping = PENALTY * np.trace(C_xx) / d_model or 1.0  # nothing varies: any will do
-    return np.linalg.solve(C_xx + damping * np.eye(d_model), C_xy).astype(np.float32)
+    predictor = np.linalg.solve(C_xx + damping * np.eye(d_model), C_xy)
+    return start | {"predictor": predictor.astype(np.float32)}
 
 
 def begin(params: Params, start: dict[str, jax.Array]) -> Params:

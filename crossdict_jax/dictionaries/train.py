@@ -1,4 +1,4 @@
-"""Trains all dictionaries of a run: members of equal shape as one vmapped ensemble."""
+"""Trains all dictionaries of a run: members of equal shape as one ensemble."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 import math
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,30 +20,179 @@ from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, has_k, unswept
 from crossdict_jax.dictionaries import base, pretrained
-from crossdict_jax.dictionaries.accumulation import gradients, whole_of
-from crossdict_jax.dictionaries.start import Start, begin, check_rows, fit_length, start_of
+from crossdict_jax.dictionaries.base import Dictionary, Hyper
+from crossdict_jax.dictionaries.losses import Fired, whole_batch
+from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.adam import adam
-from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import (
-    DATA,
-    MEMBER,
-    from_bits,
-    in_turn,
-    make_mesh,
-    put,
-    shard,
-    to_bits,
+from crossdict_jax.training.ensemble import (
+    Context,
+    Ensemble,
+    Objective,
+    Stream,
+    make_ensemble,
+    members_at_once,
+    stack,
 )
-from crossdict_jax.training.stage import device_figures
-from crossdict_jax.workdir import Workdir, write_json
+from crossdict_jax.training.stage import timed
+from crossdict_jax.workdir import Workdir
 
-SKYLINE_SEED = 1  # of the dictionary that is compared with that of seed 0
-MOST_RATE = 1.2e-2  # above it narrow dictionaries, too, lose what they found
-ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
-DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK most of the run to revive
+CEILING_SEED = 1  # of the dictionary that is compared with that of seed 0
+LARGEST_RATE = 1.2e-2  # above it narrow dictionaries, too, lose what they found
+DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK the larger part to revive
+WARMUP_FRACTION = 0.05  # of the steps, for the learning rate
+L1_WARMUP_FRACTION = 0.1  # of the steps, for the penalty
+# Losses that sum squares over d have their longest gradients in the first steps. Adam remembers
+# them for 1 / (1 - b2) steps, more than short trainings have, and later steps are too small: at 300
+# steps ReLU then leaves a tenth to a quarter more unexplained at an equal L0.
+GRADIENT_CLIP = 1.0  # largest global norm
+MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+class SparseObjective(Objective):
+    """Trains sparse codes, dictionaries and crosscoders alike: losses, dead features, constraints.
+
+    The step's memory is ``silent`` int [width]: rows since each feature was active.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        *,
+        frozen: Sequence[str],
+        settings: Any,
+        width: int,
+        k_aux: int,
+        dead_after: int,
+    ):
+        """
+        Args:
+          frozen: parameters that are measured, not trained.
+          settings: of the training: steps, batch_size, accumulate, matmul_dtype, l0_target,
+            nested_fractions (``SAEConfig``).
+        """
+        self.graphdef, self.frozen, self.settings = graphdef, tuple(frozen), settings
+        self.width, self.k_aux, self.dead_after = width, k_aux, dead_after
+        self.parts = settings.accumulate
+        dtype = settings.matmul_dtype
+        self.dtype = None if dtype == "float32" else jnp.dtype(dtype)
+        self.rate_factor, self.penalty_factor = schedules(settings.steps)
+
+    def optimizer(self, fixed):
+        def schedule(count):
+            return -fixed["rate"] * self.rate_factor(count)
+
+        return optax.chain(
+            optax.clip_by_global_norm(GRADIENT_CLIP),
+            optax.scale_by_adam(**MOMENTS),
+            optax.scale_by_schedule(schedule),
+        )
+
+    def start(self, params):
+        return jnp.zeros(self.width, jnp.int32)
+
+    def shared(self, memory):
+        return (memory >= self.dead_after).sum(axis=1).max()
+
+    def hyper(self, context: Context) -> Hyper:
+        return Hyper(
+            l1_coefficient=context.fixed["penalty"] * self.penalty_factor(context.number),
+            most_dead=context.shared,
+            k_aux=self.k_aux,
+            l0_target=self.settings.l0_target,
+            nested_fractions=self.settings.nested_fractions,
+            whole=context.whole,
+        )
+
+    def losses(self, module, rows, context, dead):
+        """Returns the module's losses of a batch: see ``Dictionary.losses``."""
+        how = {"hyper": self.hyper(context), "dead": dead, "dtype": self.dtype}
+        return module.losses(rows["x"], y=rows.get("y"), **how)
+
+    def loss(self, params, rows, context):
+        dead = context.memory >= self.dead_after
+        module = modules.merge(self.graphdef, params)
+        loss, terms, f = self.losses(module, rows, context, dead)
+        fired = jax.lax.stop_gradient(Fired.of(f))
+        metrics = {"l0": fired.l0, **terms, "dead_fraction": dead.mean(dtype=jnp.float32)}
+        return loss, (metrics, fired)
+
+    def whole_batch(self, params, parts, context):
+        d = modules.merge(self.graphdef, params)
+        parts = parts["x"], parts.get("y")
+        return whole_batch(d, parts, hyper=self.hyper(context), dtype=self.dtype)
+
+    def join(self, aux: Fired) -> Fired:
+        return aux.join()
+
+    def update(self, params, silent, fired: Fired):
+        module = modules.merge(self.graphdef, params)
+        module.measure(fired.least)
+        module.after_update()
+        silent = jnp.where(fired.active, 0, silent + self.settings.batch_size)
+        return modules.split(module)[1], silent
+
+
+class DictionaryObjective(SparseObjective):
+    """Trains a dictionary or a transcoder from what its rows say before the first step."""
+
+    def __init__(self, sae: SAEConfig, *, d_model: int, d_out: int | None, width: int, k: int):
+        self.shape = {"d_model": d_model, "d_out": d_out, "width": width, "k": k}
+        graphdef, _ = modules.abstract(lambda: self.build(sae.architecture, jax.random.key(0)))
+        super().__init__(
+            graphdef,
+            frozen=base.find(sae.architecture).measured,
+            settings=sae,
+            width=width,
+            k_aux=(d_out or d_model) // 2,
+            dead_after=dead_after(sae),
+        )
+
+    def build(self, architecture: str, key: jax.Array) -> Dictionary:
+        return base.build(architecture, **self.shape, key=key)
+
+    def init(self, key, fixed):
+        fresh = modules.split(self.build(self.settings.architecture, key))[1]
+        d = modules.merge(self.graphdef, begin(fresh, fixed["start"]))
+        fit_length(d, fixed["start"])
+        params = modules.split(d)[1]
+        if "params" not in fixed:
+            return params
+        return jax.tree.map(lambda a, b: jnp.where(fixed["begun"], b, a), params, fixed["params"])
+
+
+def schedules(steps: int) -> tuple[optax.Schedule, optax.Schedule]:
+    """Returns the factors of the rate (warm-up, flat, linear decay) and of L1 (warm-up)."""
+    warm, decay = max(1, round(WARMUP_FRACTION * steps)), max(1, steps // 5)
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(1 / warm, 1.0, warm),
+            optax.constant_schedule(1.0),
+            optax.linear_schedule(1.0, 0.0, decay),
+        ],
+        [warm, max(warm, steps - decay)],
+    )
+    return rate, optax.linear_schedule(0.0, 1.0, max(1, round(L1_WARMUP_FRACTION * steps)))
+
+
+def usual_rate(architecture: str, *, width: int) -> float:
+    """Returns Adam's learning rate: 2e-3 at a width of 4096, falling with its square root.
+
+    The law is that of TopK (Gao et al. 2024, arXiv 2406.04093); a class's ``pace`` multiplies it.
+    """
+    return base.find(architecture).pace * min(LARGEST_RATE, 2e-3 * math.sqrt(4096 / width))
+
+
+def dead_after(sae: SAEConfig) -> int:
+    """Returns how many rows of silence mean that a feature is dead: as set, or a share of all."""
+    return sae.dead_after_rows or max(1, round(DEAD_SHARE * sae.steps * sae.batch_size))
+
+
+# ---------------------------------------------------------------- the members of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +201,7 @@ class Member:
 
     Attributes:
       seed: of its initial parameters and of its data order.
+      name: its folder: seed-N, and the values of swept fields.
     """
 
     model: str
@@ -61,48 +211,59 @@ class Member:
     k: int
     learning_rate: float
     l1_coefficient: float
-    name: str  # its folder: seed-N, and the values of swept fields
+    name: str
 
     @property
     def label(self) -> str:
         return f"{self.model} {self.site} {self.name}"
 
 
-def members(config: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
+def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
     """Returns every dictionary of a run: model and site x seed x sweep, in that order.
 
     The folder of a member is ``seed-N``; of the second and later values of a swept field,
     ``seed-N-FIELD-VALUE``, so that ``seed-0`` always is the first.
     """
-    swept = {
-        field: value if isinstance(value, tuple) else (value,)
-        for field in SWEPT
-        for value in [getattr(config, field)]
-    }
-    found = []
-    for (model, site), seed in itertools.product(sites, range(config.seeds)):
-        for values in itertools.product(*swept.values()):
-            chosen = dict(zip(swept, values))
+    values = {field: getattr(sae, field) for field in SWEPT}
+    swept = {field: v if isinstance(v, tuple) else (v,) for field, v in values.items()}
+    result = []
+    for (model, site), seed in itertools.product(sites, range(sae.seeds)):
+        for combination in itertools.product(*swept.values()):
+            chosen = dict(zip(swept, combination))
             other = [f"{f}-{v:g}" for f, v in chosen.items() if v != swept[f][0]]
-            usual = usual_rate(config.architecture, width=chosen["width"])
+            usual = usual_rate(sae.architecture, width=chosen["width"])
             chosen["learning_rate"] = chosen["learning_rate"] or usual
-            found.append(
-                Member(model, site, seed, name="-".join([f"seed-{seed}", *other]), **chosen)
-            )
-    return found
+            name = "-".join([f"seed-{seed}", *other])
+            result.append(Member(model, site, seed, name=name, **chosen))
+    return result
 
 
-def usual_rate(architecture: str, *, width: int) -> float:
-    """Returns Adam's learning rate: 2e-3 at a width of 4096, falling with its square root.
+def control_members(config: Config, store: Store) -> list[Member]:
+    """Returns the dictionaries that controls need beside those of the run.
 
-    The law is that of TopK (Gao et al. 2024, arXiv 2406.04093); a class's ``pace`` multiplies it.
+    A second seed of every model for the seed-to-seed ceiling, unless the run has one already, and
+    one of every re-initialised model, each at the layers that have controls and with the first
+    value of a sweep.
+
+    Args:
+      store: the one that controls read (see ``activations.untrained``).
     """
-    return base.find(architecture).pace * min(MOST_RATE, 2e-3 * math.sqrt(4096 / width))
+    sae = dataclasses.replace(unswept(config.sae), seeds=CEILING_SEED + 1)
+    trained = store.models[: len(config.models)]
+    sites = [
+        (model, Site(layer, config.site))
+        for model, layers in zip(trained, controlled_layers(config))
+        for layer in layers
+    ]
+    result = []
+    if "ceiling" in config.controls and config.sae.seeds <= CEILING_SEED:
+        result += [m for m in members(sae, sites) if m.seed == CEILING_SEED]
+    untrained = store.models[len(trained) :]
+    sites = [(model, site) for model in untrained for site in store.sites_of(model)]
+    return result + [m for m in members(sae, sites) if m.seed == 0]
 
 
-def dead_after(sae: SAEConfig) -> int:
-    """Returns how many rows of silence mean that a feature is dead: as set, or a share of all."""
-    return sae.dead_after_rows or max(1, round(DEAD_SHARE * sae.steps * sae.batch_size))
+# ---------------------------------------------------------------- stages
 
 
 def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
@@ -122,30 +283,6 @@ def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
     train_members(config, store, work, members(config.sae, sites))
 
 
-def control_members(config: Config, store: Store) -> list[Member]:
-    """Returns the dictionaries that controls need beside those of the run.
-
-    A second seed of every model for the skyline, unless the run has one already, and one for every
-    re-initialised model, each at the layers that have controls and with the first value of a sweep.
-
-    Args:
-      store: the one that controls read (see ``activations.untrained``).
-    """
-    sae = dataclasses.replace(unswept(config.sae), seeds=SKYLINE_SEED + 1)
-    trained = store.models[: len(config.models)]
-    sites = {
-        model: [Site(layer, config.site) for layer in layers]
-        for model, layers in zip(trained, controlled_layers(config))
-    }
-    found = []
-    if "ceiling" in config.controls and config.sae.seeds <= SKYLINE_SEED:
-        places = [(model, site) for model in trained for site in sites[model]]
-        found += [m for m in members(sae, places) if m.seed == SKYLINE_SEED]
-    untrained = store.models[len(trained) :]
-    places = [(model, site) for model in untrained for site in store.sites_of(model)]
-    return found + [m for m in members(sae, places) if m.seed == 0]
-
-
 def train_control_dictionaries(config: Config, store: Store, work: Workdir) -> None:
     """Trains into ``work.controls`` what ``control_members`` names and is not there yet.
 
@@ -156,25 +293,32 @@ def train_control_dictionaries(config: Config, store: Store, work: Workdir) -> N
 
 
 def train_members(config: Config, store: Store, work: Workdir, everyone: list[Member]) -> None:
-    """Trains those of the given dictionaries that are not finished in ``work``."""
-    started = time.perf_counter()
-    base.find(config.sae.architecture)
-    rows = store.select("train")
-    _check(config.sae, rows=len(rows))
-    todo = [m for m in everyone if not checkpoint.is_finished(_folder(work, m))]
-    trained = 0
-    for group in _groups(config.sae, store, todo, rows=len(rows)):
-        _train_group(config, store, work, group, rows)
-        trained += len(group) * config.sae.steps * config.sae.batch_size
-    if todo:
-        seconds = time.perf_counter() - started
-        figures = {"dictionaries": len(todo), "rows_per_s": trained / seconds}
-        work.record_timing("train_saes", wall_s=seconds, **figures, **device_figures())
+    """Trains those of some dictionaries that are not finished in ``work``."""
+    sae, rows = config.sae, store.select("train")
+    _check(sae, rows=len(rows))
+    folders = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}
+    todo = [m for m in everyone if not checkpoint.is_finished(folders[m])]
+    with timed(work, "train_saes") as figures:
+        for group in _groups(sae, store, todo, rows=len(rows)):
+            first = group[0]
+            tag = f"{first.model}-{first.site}-{first.name}-width{first.width}-k{first.k}"
+            directory = work.dictionaries / "training" / tag
+            trained = train_from(config, store, group, directory=directory)
+            for member, dictionary in zip(group, trained):
+                meta = dataclasses.asdict(member) | {"site": str(member.site), "steps": sae.steps}
+                if dictionary.transcodes:
+                    model, site = store.output_of(member.model, member.site)
+                    meta |= {"writes": [model, str(site)]}
+                base.save(dictionary, folders[member], meta=meta)
+            shutil.rmtree(directory / "checkpoints")
+        if todo:
+            figures |= {"dictionaries": len(todo), "rows": len(todo) * sae.steps * sae.batch_size}
 
 
 def _check(sae: SAEConfig, *, rows: int) -> None:
     widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
     ks = sae.k if isinstance(sae.k, tuple) else (sae.k,)
+    base.find(sae.architecture)
     if min(ks) < 1 and has_k(sae.architecture):
         raise UserError(f"sae.k={min(ks)} must be 1 or more; with none no feature is active.")
     if max(ks) > min(widths) and has_k(sae.architecture):
@@ -186,31 +330,28 @@ def _check(sae: SAEConfig, *, rows: int) -> None:
         )
 
 
-def _folder(work: Workdir, member: Member) -> Path:
-    return work.dictionary(member.model, member.site, member.name)
-
-
-# ---------------------------------------------------------------- groups and memory
-
-
 def _groups(sae: SAEConfig, store: Store, todo: list[Member], *, rows: int) -> list[list[Member]]:
     """Ensembles of equal shape, each small enough for the device."""
-    shape = lambda m: (*_sizes(store, m).values(), m.width, m.k)  # noqa: E731
+
+    def shape(member):
+        d_model, d_out = sizes(store, member)
+        return d_model, d_out or 0, member.width, member.k
+
     groups = []
-    for _, same in itertools.groupby(sorted(todo, key=shape), key=shape):
+    for (d_model, d_out, width, _), same in itertools.groupby(sorted(todo, key=shape), key=shape):
         same = list(same)
-        most = _most_members(sae, **_sizes(store, same[0]), width=same[0].width, rows=rows)
-        for at in range(0, len(same), most):
-            groups.append(same[at : at + most])
+        one = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
+        limit = members_at_once(one, rows=2 * rows * (d_model + d_out))
+        groups += [same[at : at + limit] for at in range(0, len(same), limit)]
     return groups
 
 
-def _sizes(store: Store, member: Member) -> dict[str, int]:
-    """What a member reads and, of a transcoder, writes; d_out is 0 where it is no transcoder."""
-    own = (member.model, member.site)
-    model, site = store.output_of(*own)
-    d_out = 0 if (model, site) == own else store.d_model(model)
-    return {"d_model": store.d_model(member.model), "d_out": d_out}
+def sizes(store: Store, member: Member) -> tuple[int, int | None]:
+    """Returns (d_model, d_out) of what a member reads and, of a transcoder, writes; else None."""
+    reads = (member.model, member.site)
+    model, site = store.output_of(*reads)
+    d_out = None if (model, site) == reads else store.d_model(model)
+    return store.d_model(member.model), d_out
 
 
 def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int = 0) -> int:
@@ -230,91 +371,35 @@ def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int = 0) ->
     return 4 * (5 * parameters + live * width + 2 * sae.batch_size * both)
 
 
-def _most_members(sae: SAEConfig, *, d_model: int, width: int, rows: int, d_out: int) -> int:
-    limit = _device_memory()
-    if limit is None:
-        return 1_000_000
-    one = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
-    data = 2 * rows * (d_model + d_out)
-    one += data if _rows_fit(data) else 0
-    return max(1, int(0.8 * limit * jax.device_count() // one))
-
-
-def _rows_fit(size: int) -> bool:
-    """Whether rows of so many bytes stay on every device, and leave room for a training."""
-    limit = _device_memory()
-    return limit is None or size <= ROWS_SHARE * limit
-
-
-def _device_memory() -> int | None:
-    statistics = jax.devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit")
-
-
-# ---------------------------------------------------------------- one group
-
-
-def _train_group(config: Config, store: Store, work: Workdir, group: list[Member], rows) -> None:
-    sae, first = config.sae, group[0]
-    sizes = _sizes(store, first)
-    d = str(sizes["d_model"]) + (f"-to-{sizes['d_out']}" if sizes["d_out"] else "")
-    directory = work.dictionaries / "training" / f"d{d}-width{first.width}-k{first.k}-{_tag(group)}"
-    kind = "transcoders" if sizes["d_out"] else "dictionaries"
-    what = f"{len(group)} {sae.architecture} {kind}, d {d} width {first.width}"
-    labels = [m.label for m in group]
-    trained = _train_ensemble(config, store, group, rows, directory, labels=labels, what=what)
-    _save_members(config, store, work, group, trained)
-    shutil.rmtree(directory / "checkpoints")
-
-
-def _train_ensemble(
+def train_from(
     config: Config,
     store: Store,
     group: list[Member],
-    rows: np.ndarray,
-    directory: Path,
+    starts: Sequence[Dictionary | None] | None = None,
     *,
-    labels: list[str],
-    what: str,
-    given: Callable[[dict], dict] = lambda params: params,
-) -> list[base.Dictionary]:
-    """Returns the trained members of one group, of parameters that start as ``given(random)``."""
-    sae = config.sae
-    write_json(directory / "members.json", [{"label": label} for label in labels])
-    ensemble = prepare(sae, store, group, rows)
+    directory: Path,
+) -> list[Dictionary]:
+    """Returns trained members of equal shape; ``directory`` keeps checkpoints and metrics.
 
-    def init(root):
-        state = ensemble.trainable.init(root)
-        return state | {"params": given(state["params"])}
+    Members with equal seeds see the same rows in the same order, whatever they begin at.
 
-    state = train(
-        Trainable(init, ensemble.trainable.step),
-        feed=ensemble.feed,
+    Args:
+      starts: per member its first parameters, or None for random ones.
+    """
+    sae, rows = config.sae, store.select("train")
+    _check(sae, rows=len(rows))
+    ensemble = prepare(sae, store, group, rows, starts=starts)
+    kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
+    trained = ensemble.fit(
         steps=sae.steps,
         seed=config.seed,
         directory=directory,
-        checkpoint_every=min(config.checkpoint_every, sae.checkpoint_every),
-        what=what,
-        state_shardings=ensemble.by_member,
-        meta={"members": labels, "sae": dataclasses.asdict(sae), "rows": len(rows)},
+        checkpoint_every=config.checkpoint_every,
+        title=f"{len(group)} {sae.architecture} {kind}, width {group[0].width}",
+        meta={"sae": dataclasses.asdict(sae), "rows": len(rows)},
+        records=config.records,
     )
-    params = jax.device_get(state["params"])
-    each = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(len(group))]
-    return [modules.merge(ensemble.graphdef, one) for one in each]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ensemble:
-    """Members of equal shape, as the loop trains them: every array has members in front."""
-
-    graphdef: nnx.GraphDef
-    trainable: Trainable
-    feed: Feed
-    mesh: jax.sharding.Mesh
-
-    def by_member(self, abstract):
-        """Returns the sharding of every array of a stacked tree: members over devices."""
-        return jax.tree.map(lambda _: shard(self.mesh, MEMBER), abstract)
+    return [modules.merge(ensemble.objective.graphdef, params) for params in trained]
 
 
 def prepare(
@@ -323,244 +408,47 @@ def prepare(
     group: list[Member],
     rows: np.ndarray,
     *,
+    starts: Sequence[Dictionary | None] | None = None,
     resident: bool | None = None,
 ) -> Ensemble:
     """Returns members that share d_model, width and k, ready to be trained on these rows [n].
 
     Args:
-      resident: whether the rows stay on the devices, or on the host, which then sends the batches
-        of a chunk of steps at a time; None: on the devices if they fit beside the training.
+      starts: see ``train_from``.
+      resident: see ``row_feed``.
     """
-    sizes, mesh = _sizes(store, group[0]), make_mesh(members=len(group))
-    feed, starts = _feed(sae, store, group, rows, mesh, resident)
-    graphdef, _ = modules.abstract(lambda: _build(sae, sizes, group[0], jax.random.key(0)))
-    trainable = _trainable(sae, graphdef, group, sizes, starts, mesh)
-    return Ensemble(graphdef, trainable, feed, mesh)
-
-
-def train_from(
-    config: Config,
-    store: Store,
-    group: list[Member],
-    starts: Sequence[base.Dictionary | None],
-    *,
-    directory: Path,
-) -> list[base.Dictionary]:
-    """Returns trained members of equal shape that begin at given dictionaries instead of random.
-
-    Members with equal seeds see the same rows in the same order, whatever they begin at. They are
-    not saved; ``directory`` keeps checkpoints and metrics, so that a killed run goes on.
-
-    Args:
-      starts: per member its first parameters, or None for random ones.
-    """
-    rows = store.select("train")
-    _check(config.sae, rows=len(rows))
-
-    def given(params: dict) -> dict:
-        for i, start in enumerate(starts):
-            if start is not None:
-                put_in = lambda all_, one, i=i: all_.at[i].set(one)  # noqa: E731
-                params = jax.tree.map(put_in, params, modules.split(start)[1])
-        return params
-
-    labels = [f"{m.label} {'random' if s is None else 'given'}" for m, s in zip(group, starts)]
-    what = f"{len(group)} dictionaries from two starts"
-    return _train_ensemble(
-        config, store, group, rows, directory, labels=labels, what=what, given=given
-    )
-
-
-def _tag(group: list[Member]) -> str:
-    return f"{group[0].model}-{group[0].site}-{group[0].name}"
-
-
-def _build(sae: SAEConfig, sizes: dict[str, int], member: Member, key: jax.Array):
-    shape = {"d_model": sizes["d_model"], "d_out": sizes["d_out"] or None}
-    return base.build(sae.architecture, **shape, width=member.width, k=member.k, key=key)
-
-
-def _feed(
-    sae: SAEConfig, store: Store, group: list[Member], rows, mesh, resident: bool | None
-) -> tuple[Feed, Start]:
-    """Rows of all the group's sites, where ``prepare`` says; every seed has an order of its own.
-
-    A batch is (x, y): what is read [members, batch, d_model] and, of transcoders, what is to be
-    written [members, batch, d_out], else None.
-
-    Returns the feed, and what rows say before the first step (see ``start_of``), per member.
-    """
+    d_model, d_out = sizes(store, group[0])
     sites = list(dict.fromkeys((m.model, m.site) for m in group))
-    data = {"x": np.stack([store.read(*site, rows) for site in sites])}
-    if _sizes(store, group[0])["d_out"]:
-        data["y"] = np.stack([store.read(*store.output_of(*site), rows) for site in sites])
-    for place, x in zip(sites, data["x"]):
-        check_rows(x, " ".join(map(str, place)), rows)
-    for place, y in zip(sites, data.get("y", ())):
-        check_rows(y, " ".join(map(str, store.output_of(*place))), rows)
+    data = {"x": [store.read(*site, rows) for site in sites]}
+    if d_out:
+        data["y"] = [store.read(*store.output_of(*site), rows) for site in sites]
+    for site, *arrays in zip(sites, *data.values()):
+        for end, array in zip((site, store.output_of(*site)), arrays):
+            check_rows(array, " ".join(map(str, end)), rows)
     start = [start_of(*arrays) for arrays in zip(*data.values())]
-    which = np.asarray([sites.index((m.model, m.site)) for m in group])
-    seeds = sorted({m.seed for m in group})
-    order_of = np.asarray([seeds.index(m.seed) for m in group])
-    if resident is None:
-        resident = _rows_fit(sum(array.nbytes for array in data.values()))
-
-    def orders(first: int, count: int) -> np.ndarray:
-        span = {"start": first * sae.batch_size, "count": count * sae.batch_size, "n": len(rows)}
-        orders = [epoch_order(seed, **span).reshape(count, sae.batch_size) for seed in seeds]
-        return np.stack(orders, axis=1)  # [steps, seeds, batch]
-
-    bits = {name: to_bits(array) for name, array in data.items()}
-
-    def chosen(bits, orders):
-        """Orders [..., seeds, batch] to rows [..., members, batch, d] of every array."""
-        places = (which[:, None], orders[..., order_of, :])
-        return {name: array[places] for name, array in bits.items()}
-
-    def rows_of(bits):
-        return jax.lax.with_sharding_constraint(from_bits(bits), shard(mesh, MEMBER, DATA))
-
-    def select(there, sent):
-        batch = jax.tree.map(rows_of, chosen(there, sent) if resident else sent)
-        return batch["x"], batch.get("y")
-
-    per_member = [start[i] for i in which]
-    starts = {name: np.stack([one[name] for one in per_member]) for name in per_member[0]}
-    if resident:
-        return Feed(put(bits, shard(mesh)), orders, select), starts
-    return Feed({}, lambda first, count: chosen(bits, orders(first, count)), select), starts
-
-
-def _trainable(
-    sae: SAEConfig, graphdef, group: list[Member], sizes: dict[str, int], starts: Start, mesh
-) -> Trainable:
-    rates = jnp.asarray([m.learning_rate for m in group], jnp.float32)
-    penalties = jnp.asarray([m.l1_coefficient for m in group], jnp.float32)
-    keys = jnp.asarray([m.seed for m in group])
-    adam = optimizer(sae)
-
-    def init(root):
-        def one(seed, start):
-            d = _build(sae, sizes, group[0], jax.random.fold_in(root, seed))
-            d = modules.merge(graphdef, begin(modules.split(d)[1], start))
-            fit_length(d, start)
-            params = modules.split(d)[1]
-            silent = jnp.zeros(group[0].width, jnp.int32)
-            return {"params": params, "train": {"adam": adam.init(params), "silent": silent}}
-
-        first = jax.tree.map(jnp.asarray, (keys, starts))
-        if sae.accumulate == 1:
-            return jax.vmap(one)(*first)
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(jax.vmap(one), *first))
-        return in_turn(lambda _, *first: (one(*first), ()), mesh)(nothing, *first)[0]
-
-    def step(state, batch, number, _):
-        most_dead = (state["train"]["silent"] >= dead_after(sae)).sum(axis=1).max()
-        d_out = sizes["d_out"] or sizes["d_model"]
-        member = _member_step(sae, graphdef, adam, number, most_dead, d_out)
-        at_once = sae.accumulate == 1
-        over_members = jax.vmap(member, spmd_axis_name=MEMBER) if at_once else in_turn(member, mesh)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see mesh.on_own_rows
-            return over_members(state, batch, rates, penalties)
-
-    return Trainable(init, step)
-
-
-def _member_step(sae: SAEConfig, graphdef, adam, number, most_dead, d_out):
-    """The step of one member: (state, (x, y), rate, L1 coefficient) -> (state, metrics)."""
-    rate_factor, l1_factor = schedules(sae)
-    dtype = _dtype(sae)
-    measured = base.find(sae.architecture).measured
-
-    def step(state, batch, rate, penalty):
-        (x, y), params, train_state = batch, state["params"], state["train"]
-        hyper = hyper_of(sae, penalty * l1_factor(number), d_out=d_out, most_dead=most_dead)
-        dead = train_state["silent"] >= dead_after(sae)
-
-        if sae.accumulate > 1:
-            d, how = modules.merge(graphdef, params), {"parts": sae.accumulate, "dtype": dtype}
-            whole = whole_of(d, (x, y), hyper=hyper, **how)
-            hyper = dataclasses.replace(hyper, whole=jax.lax.stop_gradient(whole))
-
-        def loss_of(params, x, y, hyper, dead):
-            d = modules.merge(graphdef, params)
-            loss, parts, f = d.losses(x, y=y, hyper=hyper, dead=dead, dtype=dtype)
-            return loss, (parts, f)
-
-        how = (sae.accumulate, hyper, dead)
-        loss, parts, fired, grads = gradients(loss_of, params, (x, y), *how)
-        grads |= {name: jnp.zeros_like(grads[name]) for name in measured if name in grads}
-        updates, adam_state = adam.update(grads, train_state["adam"], params)
-        updates = jax.tree.map(lambda u: -rate * rate_factor(number) * u, updates)
-        params = _updated(graphdef, optax.apply_updates(params, updates), fired.least)
-        silent = jnp.where(fired.active, 0, train_state["silent"] + x.shape[0])
-        metrics = {"loss": loss, "l0": fired.l0}
-        metrics |= parts | {"dead_fraction": dead.mean(dtype=jnp.float32)}
-        return {"params": params, "train": {"adam": adam_state, "silent": silent}}, metrics
-
-    return step
-
-
-def hyper_of(sae: SAEConfig, l1_coefficient, *, d_out: int, most_dead) -> base.Hyper:
-    """Returns what a member's losses read of the settings, with its coefficient at a step."""
-    return base.Hyper(
-        l1_coefficient=l1_coefficient,
-        auxk_coefficient=sae.auxk_coefficient,
-        k_aux=sae.k_aux or d_out // 2,
-        bandwidth=sae.bandwidth,
-        l0_target=sae.l0_target,
-        nested_fractions=sae.nested_fractions,
-        nested_balance=sae.nested_balance,
-        most_dead=most_dead,
+    source = np.asarray([sites.index((m.model, m.site)) for m in group])
+    fixed = {
+        "id": np.asarray([m.seed for m in group], np.uint32),
+        "rate": np.asarray([m.learning_rate for m in group], np.float32),
+        "penalty": np.asarray([m.l1_coefficient for m in group], np.float32),
+        "start": stack([start[i] for i in source]),
+    }
+    labels = [m.label for m in group]
+    objective = DictionaryObjective(
+        sae, d_model=d_model, d_out=d_out, width=group[0].width, k=group[0].k
     )
-
-
-def _dtype(sae: SAEConfig):
-    return None if sae.matmul_dtype == "float32" else jnp.dtype(sae.matmul_dtype)
-
-
-def _updated(graphdef, params, least):
-    d = modules.merge(graphdef, params)
-    d.measure(least)
-    d.after_update()
-    return modules.split(d)[1]
-
-
-def optimizer(sae: SAEConfig) -> optax.GradientTransformation:
-    """Returns Adam behind a limit to the gradient's norm; what it gives is to be times the rate.
-
-    Losses that sum squares over d have their longest gradients in the first steps. Adam remembers
-    them for 1 / (1 - b2) steps, more than short trainings have, and later steps are too small: at
-    300 steps ReLU then leaves a tenth to a quarter more unexplained at an equal L0.
-    """
-    return adam(sae.gradient_clip)
-
-
-def schedules(sae: SAEConfig) -> tuple[optax.Schedule, optax.Schedule]:
-    """Returns the factors of the rate (warm-up, flat, linear decay) and of L1 (warm-up)."""
-    warm = max(1, round(sae.warmup_fraction * sae.steps))
-    decay = max(1, sae.steps // 5)
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(1 / warm, 1.0, warm),
-            optax.constant_schedule(1.0),
-            optax.linear_schedule(1.0, 0.0, decay),
-        ],
-        [warm, max(warm, sae.steps - decay)],
+    if starts is not None:
+        first = [modules.split(d)[1] for d in starts if d is not None]
+        params = [first[0] if d is None else modules.split(d)[1] for d in starts]
+        fixed |= {"params": stack(params), "begun": np.asarray([d is not None for d in starts])}
+        labels = [f"{m} {'random' if d is None else 'begun'}" for m, d in zip(labels, starts)]
+    return make_ensemble(
+        objective,
+        fixed=fixed,
+        labels=labels,
+        streams={name: Stream(np.stack(arrays), source) for name, arrays in data.items()},
+        seeds=[m.seed for m in group],
+        batch_size=sae.batch_size,
+        setting="sae.batch_size",
+        resident=resident,
     )
-    return rate, optax.linear_schedule(0.0, 1.0, max(1, round(sae.l1_warmup_fraction * sae.steps)))
-
-
-def _save_members(
-    config: Config,
-    store: Store,
-    work: Workdir,
-    group: list[Member],
-    trained: list[base.Dictionary],
-) -> None:
-    for member, dictionary in zip(group, trained):
-        meta = dataclasses.asdict(member) | {"site": str(member.site), "steps": config.sae.steps}
-        if dictionary.transcodes:
-            model, site = store.output_of(member.model, member.site)
-            meta |= {"writes": [model, str(site)]}
-        base.save(dictionary, _folder(work, member), meta=meta)

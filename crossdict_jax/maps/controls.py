@@ -10,7 +10,7 @@ from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.store import Store
 from crossdict_jax.activations.untrained import open_controls, untrained_names
 from crossdict_jax.config import Config, controlled_layers
-from crossdict_jax.dictionaries.train import SKYLINE_SEED
+from crossdict_jax.dictionaries.train import CEILING_SEED
 from crossdict_jax.maps import fit
 from crossdict_jax.maps.base import ROWS, Pairs, Side, map_class
 from crossdict_jax.maps.fit import MEMBER, Loader, Task, load_side
@@ -81,7 +81,7 @@ class ControlLoader(Loader):
 
     def __init__(self, config: Config, store: Store, work: Workdir):
         super().__init__(open_controls(config, work, store), work, config.seed)
-        self._own_second = config.sae.seeds > SKYLINE_SEED  # the run has that seed itself
+        self._own_second = config.sae.seeds > CEILING_SEED  # the run has that seed itself
         self._twins = dict(zip(store.models, untrained_names(store)))
         self._replaced: dict[tuple, Side] = {}
 
@@ -107,7 +107,7 @@ class ControlLoader(Loader):
     def _second(self, task: Task, split: str) -> Side:
         """B's rows, with B's dictionary of another seed."""
         home = self.work if self._own_second else self.work.controls
-        folder = home.dictionary(task.target, task.site_target, f"seed-{SKYLINE_SEED}")
+        folder = home.dictionary(task.target, task.site_target, f"seed-{CEILING_SEED}")
 
         def make() -> Side:
             side = self.side(task.target, task.site_target, split)

@@ -171,8 +171,8 @@ class Ensemble:
             seed=self.seed,
             directory=directory,
             checkpoint_every=self.config.checkpoint_every,
-            what=f"train {len(labels)} maps",
-            state_shardings=self.by_member,
+            title=f"train {len(labels)} maps",
+            shardings=self.by_member,
             meta={"config": dataclasses.asdict(self.config), "members": labels, "seed": self.seed},
         )
         best = self._gathered(state["train"]["best"])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.config import has_k
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import keep_top_k
 from crossdict_jax.errors import UserError
@@ -84,8 +83,7 @@ def check(name: str, dictionary: Dictionary, label: str) -> None:
     """Raises UserError if a head is unknown or does not fit the target's dictionary."""
     if name not in HEADS:
         raise UserError(f"map.head={name} is no head; use {', '.join(HEADS)}.")
-    architecture = type(dictionary).__module__.rsplit(".", 1)[-1]
-    if name == TopK.name and not (dictionary.k and has_k(architecture)):
+    if name == TopK.name and not dictionary.has_k:
         raise UserError(
             f"map.head=topk keeps as many features as the target's dictionary, and that of {label} "
             f"({type(dictionary).__name__}) fixes no number; use jumprelu."

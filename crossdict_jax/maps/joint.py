@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, CrosscoderConfig, crosscoder_settings
+from crossdict_jax.config import Config, JointSettings, crosscoder_settings
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries.crosscoder_training import (
     Rows,
@@ -57,7 +57,7 @@ def with_codes(
 
 
 def with_own_codes(
-    problems: Sequence[Problem], config: CrosscoderConfig, *, seed: int, directory: Path
+    problems: Sequence[Problem], config: JointSettings, *, seed: int, directory: Path
 ) -> list[Problem]:
     """Returns the problems with the way from A to B through a code of their two sides alone.
 

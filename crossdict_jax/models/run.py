@@ -310,7 +310,6 @@ class Runner:
         passages: Passages,
         site: Site | tuple[Site, ...],
         replacements: Mapping[Any, np.ndarray | Mapping[Site, np.ndarray]],
-        progress=None,
     ) -> dict[Any, Effect]:
         """Returns what each replacement of activations does, and under "clean" what no edit does.
 
@@ -324,7 +323,6 @@ class Runner:
           replacements: {name: [n, d_model]}, the activation at every position; everything else of
             the activations stays as it was. A vector [d_model] stands for all positions. For a
             tuple of sites, {name: {site: one of these}}.
-          progress: a tqdm bar, updated by the number of texts for every replacement.
         """
         if isinstance(site, Site):
             replacements = {name: {site: values} for name, values in replacements.items()}
@@ -350,8 +348,6 @@ class Runner:
                 results = self.dispatch(_edited, tokens, *clean, *edits, static=(sites,))
                 for values, result in zip((ce, kl), results):
                     values[name][within.index] = np.asarray(result)[within.at]
-                if progress is not None:
-                    progress.update(len(batch.texts))
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
 

@@ -1,7 +1,6 @@
 """Matrix products and sparse codes: references, and lists of entries where these are faster."""
 
 from crossdict_jax.ops.codes import (
-    Activity,
     Code,
     activity,
     batch_top_k_code,
@@ -14,7 +13,6 @@ from crossdict_jax.ops.products import matmul
 from crossdict_jax.ops.selection import kth_largest, nth_largest
 
 __all__ = [
-    "Activity",
     "Code",
     "activity",
     "batch_top_k_code",

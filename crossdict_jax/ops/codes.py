@@ -8,34 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from crossdict_jax.ops import lists
 from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.selection import kth_largest, nth_largest, uses_lists
+from crossdict_jax.ops.selection import entries_from, kth_largest, nth_largest, uses_lists
 
 Code = jax.Array | lists.Entries
 
 
-class Activity(NamedTuple):
-    """What a batch's code says of its features.
+def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what a batch's code says of its features.
 
-    Attributes:
-      active: bool [width], whether a feature is active in some row.
-      l0: [], active features a row.
-      smallest: [], the smallest active value; infinity where there is none.
+    Returns:
+      bool [width], whether a feature is active in some row; the number [] of active features a row;
+      and the smallest active value [], infinity where there is none.
     """
-
-    active: jax.Array
-    l0: jax.Array
-    smallest: jax.Array
-
-
-def activity(code: Code) -> Activity:
-    """Returns which features of a code are active, how many a row, and the smallest value."""
     if isinstance(code, lists.Entries):
         values, batch = code.values, len(code.counts)
         active = jnp.zeros(code.width, bool).at[code.features].max(values > 0)
@@ -43,7 +33,7 @@ def activity(code: Code) -> Activity:
         values, batch = code, len(code)
         active = jnp.any(values > 0, axis=0)
     l0 = jnp.sum(values > 0, dtype=jnp.float32) / batch
-    return Activity(active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf)))
+    return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
 
 
 def top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, k: int, dtype=None) -> Code:
@@ -59,17 +49,14 @@ def top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, k: int, dtype=No
 
 
 def batch_top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, n: int, dtype=None) -> Code:
-    """Returns the n largest of all rows of relu(u W_enc + bias), and all that equal the n-th.
-
-    Args: see ``top_k_code``.
-    """
+    """Returns the n largest of all rows of relu(u W_enc + bias), and all that equal the n-th."""
     return _code(u, W_enc, bias, n, dtype, lambda z: nth_largest(z, n))
 
 
 def threshold_code(
     u: jax.Array, W_enc: jax.Array, bias: jax.Array, threshold: jax.Array, n: int, dtype=None
 ) -> Code:
-    """Returns what reaches a threshold [] in relu(u W_enc + bias), of rows that are part of a batch.
+    """Returns what reaches a threshold [] in relu(u W_enc + bias), of a part of a batch's rows.
 
     Args: see ``top_k_code``, and
       n: how many values of the whole batch reach it, but for equal ones.
@@ -80,11 +67,14 @@ def threshold_code(
 def _code(u, W_enc, bias, n: int, dtype, threshold: Callable[[jax.Array], jax.Array]) -> Code:
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
-    limit = jax.lax.stop_gradient(threshold(fixed))
-    if uses_lists():
-        return lists.encode(fixed, limit, u, W_enc, bias, n)
-    z = jax.nn.relu(z)
-    return jnp.where(z < limit.reshape(-1, 1), 0.0, z)  # what is not a number stays visible
+    lowest = jax.lax.stop_gradient(threshold(fixed))
+    if not uses_lists():
+        z = jax.nn.relu(z)
+        return jnp.where(z < lowest.reshape(-1, 1), 0.0, z)  # not a number: stays visible
+    limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
+    rows, features, counts = entries_from(fixed, lowest, limit=limit)
+    values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)
+    return lists.encoded(lists.Entries(values, features, rows, counts, z.shape[1]), u, W_enc, bias)
 
 
 def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:

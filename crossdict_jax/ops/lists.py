@@ -15,7 +15,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.ops.selection import entries_from
 from crossdict_jax.ops.sums import dots, sum_by_group, sum_by_key
 
 
@@ -38,49 +37,32 @@ class Entries:
     counts: jax.Array
     width: int = dataclasses.field(metadata={"static": True})
 
-    @property
-    def batch(self) -> int:
-        """How many rows there are."""
-        return len(self.counts)
 
+@jax.custom_vjp
+def encoded(code: Entries, u: jax.Array, W_enc: jax.Array, bias: jax.Array) -> Entries:
+    """Returns a code of u W_enc + bias, found before; now with gradients in u, W_enc and bias.
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def encode(z, threshold, u, W_enc, bias, n: int) -> Entries:
-    """Returns the values from a threshold on of z = u W_enc + bias [batch, width], computed before.
-
-    What would be z's gradient goes to u, W_enc and bias, through the active entries alone.
-
-    Args:
-      threshold: of all rows [], or of each [batch].
-      n: how many values reach it, but for equal ones: so many and one more for each row are kept.
+    They pass through the active entries alone.
     """
-    limit = min(n + len(z), z.size)
-    rows, features, counts = entries_from(z, threshold, limit=limit)
-    values = jnp.where(jnp.arange(limit) < counts.sum(), z[rows, features], 0.0)
-    return Entries(values, features, rows, counts, z.shape[1])
+    return code
 
 
-def _encode_forward(z, threshold, u, W_enc, bias, n):
-    code = encode(z, threshold, u, W_enc, bias, n)
-    return code, (code, u, W_enc)
-
-
-def _encode_backward(n, saved, gradient: Entries):
+def _encode_backward(saved, gradient: Entries):
     code, u, W_enc = saved
-    active, width = code.values > 0, code.width
+    active, width = code.values > 0, code.width  # values that are not numbers have no gradient
     weights = jnp.where(active, gradient.values, 0.0)
     u_gradient = sum_by_group(*_rows(code), weights, code.features, W_enc.T)
     keys = jnp.where(active, code.features, width)
     W_gradient = sum_by_key(keys, width, weights, code.rows, u).T
     bias_gradient = jnp.zeros(width).at[code.features].add(weights)
-    return None, None, u_gradient, W_gradient, bias_gradient
+    return None, u_gradient, W_gradient, bias_gradient
 
 
-encode.defvjp(_encode_forward, _encode_backward)
+encoded.defvjp(lambda code, u, W_enc, bias: (code, (code, u, W_enc)), _encode_backward)
 
 
 def _rows(code: Entries, ends: tuple[int, ...] = (0,)) -> tuple[jax.Array, int]:
-    """Returns in which part of which row entries are, row * parts + part [entries], and of how many.
+    """Returns where entries are, row * parts + part [entries], and how many of these there are.
 
     Args:
       ends: rising, where each part of the width ends and the next begins.

@@ -30,9 +30,10 @@ def _product(a: jax.Array, b: jax.Array, dtype, *, axes: tuple[int, int]) -> jax
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _backward(dtype, saved, gradient):
-    a, b = saved
-    return _product(gradient, b, dtype, axes=(1, 1)), _product(a, gradient, dtype, axes=(0, 0))
-
-
-matmul.defvjp(lambda a, b, dtype: (matmul(a, b, dtype), (a, b)), _backward)
+matmul.defvjp(
+    lambda a, b, dtype: (matmul(a, b, dtype), (a, b)),
+    lambda dtype, saved, gradient: (
+        _product(gradient, saved[1], dtype, axes=(1, 1)),
+        _product(saved[0], gradient, dtype, axes=(0, 0)),
+    ),
+)

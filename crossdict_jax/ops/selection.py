@@ -34,14 +34,12 @@ def bits_of(z: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.nn.relu(z), jnp.int32) & (2**BITS - 1)
 
 
-def kth_largest(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1) -> jax.Array:
+def kth_largest(z: jax.Array, k: int) -> jax.Array:
     """Returns the k-th largest value [batch] of each row of relu(z) [batch, width], exactly.
 
     With lists, rows are read in groups of about sqrt(width / k) neighbours. The k-th largest of
     their maxima is a lower bound; what exceeds it lies in the fewer than k groups that do.
     """
-    if axis != 1:
-        return nth_largest(z, k)
     batch, width = z.shape
     size = _group_size(width, limit=int((width / k) ** 0.5))
     if size < 4 or not uses_lists():
@@ -69,17 +67,16 @@ def nth_largest(z: jax.Array, n: int) -> jax.Array:
     width, limit = z.shape[1], min(n + max(n, z.shape[1]), z.size)
     size = _group_size(width, limit=min(GROUP, z.size // (2 * n)))
     maxima = z.reshape(-1, width // size, size).max(axis=2)
-    low = bits_of(_by_bits(maxima, n, axis=(0, 1), bits=ROUGH))
 
     def raised(bounds):
-        low, high, count = bounds  # n values or more are from low on, fewer from high on
+        low, high, count = bounds  # n values or more (count) reach low, fewer reach high
         middle = low + (high - low) // 2
         new_count = _count(bits_of(z) >= middle).sum()
         enough = new_count >= n
         low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
         return low, high, jnp.where(enough, new_count, count)
 
-    low = jnp.maximum(low, 1)
+    low = jnp.maximum(bits_of(_by_bits(maxima, n, axis=(0, 1), bits=ROUGH)), 1)
     start = low, jnp.int32(2**BITS - 1), _count(bits_of(z) >= low).sum()
     low, _, count = jax.lax.while_loop(
         lambda bounds: (bounds[2] > limit) & (bounds[1] - bounds[0] > 1), raised, start
@@ -110,8 +107,7 @@ def entries_from(
     reached = (bits_of(z) >= low[:, None]).reshape(batch, width // size, size)
     bits = reached.astype(jnp.uint32) << jnp.arange(size, dtype=jnp.uint32)[None, None, :]
     masks = jnp.sum(bits, axis=2, dtype=jnp.uint32).reshape(-1)
-    ends = jnp.cumsum(jax.lax.population_count(masks).astype(jnp.int32))
-    ends = jnp.minimum(ends, limit)
+    ends = jnp.minimum(jnp.cumsum(jax.lax.population_count(masks).astype(jnp.int32)), limit)
     counts = jnp.diff(ends, prepend=0)
     group = jnp.repeat(jnp.arange(len(masks)), counts, total_repeat_length=limit)
     # Each entry finds its own bit in its group's mask: the lower or the upper half, and so on.

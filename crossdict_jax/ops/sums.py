@@ -125,8 +125,7 @@ def dots(a: jax.Array, a_index: jax.Array, b: jax.Array, b_index: jax.Array) -> 
             sums = sums + _at(a[:, lanes], index[0]) * _at(b[:, lanes], index[1])
         return sums
 
-    sums = jax.lax.fori_loop(0, turns, add, jnp.zeros((len(a_index), LANES)))
-    lanes = LANES
+    sums, lanes = jax.lax.fori_loop(0, turns, add, jnp.zeros((len(a_index), LANES))), LANES
     while lanes > 1:
         lanes //= 2
         sums = sums[:, :lanes] + sums[:, lanes:]

@@ -180,8 +180,8 @@ def _train(config: PretrainConfig, tokens: np.ndarray, directory: Path):
         seed=config.seed,
         directory=directory,
         checkpoint_every=config.checkpoint_every,
-        what=f"train {config.model_type}",
-        state_shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh), abstract),
+        title=f"train {config.model_type}",
+        shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh), abstract),
         meta=dataclasses.asdict(config),
     )
     return state["params"]

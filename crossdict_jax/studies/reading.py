@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from crossdict_jax.activations import pairing
+from crossdict_jax.causal.finished_run import FinishedRun
+from crossdict_jax.models.run import Passages
 
 
 @dataclass(frozen=True)
@@ -17,66 +18,51 @@ class Reading:
 
     Attributes:
       kept: int [texts], which of the texts that were asked for these are.
-      tokens: model name -> per text int32 [tokens], with the BOS where the model wants one.
-      text: int [rows], of each row its text, ascending.
-      position: model name -> int [rows].
-      first: model name -> int [rows], where the span of tokens begins that ends at the position.
+      passages: {model: the texts in its tokens}, rows by text, with the spans that end at them.
       too_long, not_rebuilt: texts left out: longer than a context, or with characters that a
         tokenizer changes.
     """
 
     kept: np.ndarray
-    tokens: Mapping[str, list[np.ndarray]]
-    text: np.ndarray
-    position: Mapping[str, np.ndarray]
-    first: Mapping[str, np.ndarray]
+    passages: Mapping[str, Passages]
     too_long: int = 0
     not_rebuilt: int = 0
 
+    @property
+    def text(self) -> np.ndarray:
+        """int [rows], ascending: of each row its text."""
+        return next(iter(self.passages.values())).window
+
     def take(self, texts: np.ndarray) -> Reading:
         """Returns the reading of some texts alone, int [m] ascending."""
-        rows = np.flatnonzero(np.isin(self.text, texts))
-        tokens = {model: [of_model[i] for i in texts] for model, of_model in self.tokens.items()}
-        text = np.searchsorted(texts, self.text)
-        chosen = dataclasses.replace(self, kept=self.kept[texts], tokens=tokens, text=text)
-        return chosen.take_rows(rows)
+        reading = self.take_rows(np.flatnonzero(np.isin(self.text, texts)))
+        window, passages = np.searchsorted(texts, reading.text), {}
+        for model, rows in reading.passages.items():
+            passages[model] = replace(rows, tokens=[rows.tokens[i] for i in texts], window=window)
+        return replace(self, kept=self.kept[texts], passages=passages)
 
     def take_rows(self, rows: np.ndarray) -> Reading:
         """Returns the same texts with these rows alone."""
-        position, first = (
-            {model: column[rows] for model, column in columns.items()}
-            for columns in (self.position, self.first)
-        )
-        return dataclasses.replace(self, text=self.text[rows], position=position, first=first)
+        passages = {model: passages.take(rows) for model, passages in self.passages.items()}
+        return replace(self, passages=passages)
 
 
-def read_texts(
-    texts: Sequence[str],
-    tokenizers: Mapping[str, object],
-    *,
-    bos: Mapping[str, int | None],
-    contexts: Mapping[str, int],
-    group: int = 1,
-) -> Reading:
-    """Returns what all models read of texts.
+def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Reading:
+    """Returns what all models of a run read of texts.
 
     Args:
-      bos: per model the id put in front of every text, or None.
-      contexts: per model its positions, the BOS among them.
       group: so many neighbouring texts are kept or left out, and counted, together.
     """
-    cut = {model: pairing.byte_ends_batch(texts, t) for model, t in tokenizers.items()}
-    fronts = {model: [] if bos[model] is None else [bos[model]] for model in tokenizers}
+    cut = {model: pairing.byte_ends_batch(texts, t) for model, t in run.tokenizers.items()}
+    bos = {model: run.store.has_bos(model) for model in cut}
+    front = {model: [] if token is None else [token] for model, token in bos.items()}
+    room = {model: run.runner(model).config.context - len(front[model]) for model in cut}
     kept, too_long, not_rebuilt = [], 0, 0
     for start in range(0, len(texts), group):
         members = range(start, start + group)
         if any(of_model[i] is None for of_model in cut.values() for i in members):
             not_rebuilt += 1
-        elif any(
-            len(fronts[model]) + len(of_model[i].ids) > contexts[model]
-            for model, of_model in cut.items()
-            for i in members
-        ):
+        elif any(len(of_model[i].ids) > room[m] for m, of_model in cut.items() for i in members):
             too_long += 1
         else:
             kept += members
@@ -87,16 +73,9 @@ def read_texts(
     same = text[1:] == text[:-1]
     before[1:][same] = positions[:-1][same]
     first = np.minimum(before + 1, positions)  # the first token of a text is in no span
-    front = np.array([len(fronts[model]) for model in cut])
-    return Reading(
-        np.array(kept, int),
-        {
-            model: [np.append(fronts[model], of_model[i].ids).astype(np.int32) for i in kept]
-            for model, of_model in cut.items()
-        },
-        text,
-        dict(zip(cut, (positions + front[None, :]).T)),
-        dict(zip(cut, (first + front[None, :]).T)),
-        too_long,
-        not_rebuilt,
-    )
+    passages = {}
+    for column, (model, of_model) in enumerate(cut.items()):
+        tokens = [np.append(front[model], of_model[i].ids).astype(np.int32) for i in kept]
+        at = (a[:, column] + len(front[model]) for a in (positions, first))
+        passages[model] = Passages(tokens, text, *at)
+    return Reading(np.array(kept, int), passages, too_long, not_rebuilt)

@@ -20,53 +20,64 @@ OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
 
 
-def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+def _manager(directory: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
     return ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
 
 def _seal(directory: Path, step: int) -> Path:
     """The checksum file; it is written last, so a checkpoint without one was never finished."""
-    return directory / f"{step}.sha256.json"
+    return Path(directory) / f"{step}.sha256.json"
 
 
 def _digests(folder: Path) -> dict[str, str]:
+    """{name: sha256} of all files below a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def sealed_steps(directory: Path) -> list[int]:
-    """Returns the steps of all finished checkpoints in ``directory``, ascending."""
-    seals = Path(directory).glob("*.sha256.json") if Path(directory).is_dir() else []
-    steps = (int(seal.name.split(".")[0]) for seal in seals)
-    return sorted(s for s in steps if (Path(directory) / str(s)).is_dir())
-
-
 def latest_step(directory: Path) -> int | None:
     """Returns the newest finished step, or None if there is none."""
-    return max(sealed_steps(directory), default=None)
+    seals = Path(directory).glob("*.sha256.json")
+    steps = [int(seal.name.split(".")[0]) for seal in seals]
+    return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
+
+
+def finished_step(directory: Path) -> int:
+    """Returns the newest finished step; UserError if there is none."""
+    step = latest_step(directory)
+    if step is None:
+        raise UserError(f"{directory} holds no finished checkpoint; run the stage that writes it.")
+    return step
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether ``directory`` holds a sealed checkpoint."""
+    return latest_step(directory) is not None
 
 
 def verify(directory: Path, step: int) -> None:
     """Raises UserError naming the first file that is missing, truncated or altered."""
     folder = Path(directory) / str(step)
-    written, found = read_json(_seal(Path(directory), step)), _digests(folder)
-    for name, digest in written.items():
-        if found.get(name) != digest:
-            what = "altered or cut short" if name in found else "missing"
+    digests = _digests(folder)
+    for name, digest in read_json(_seal(directory, step)).items():
+        if digests.get(name) != digest:
+            state = "altered or cut short" if name in digests else "missing"
             raise UserError(
-                f"Checkpoint file {folder / name} is {what} (checksum mismatch); "
+                f"Checkpoint file {folder / name} is {state} (checksum mismatch); "
                 f"delete {directory} and run its stage again."
             )
 
 
-def save(directory: Path, step: int, *, keep: int = 1, meta: dict | None = None, **trees) -> None:
+def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> None:
     """Writes pytrees (``params=``, ``train=``) and ``meta`` (JSON) as checkpoint ``step``.
 
-    Older checkpoints beyond ``keep`` are deleted once the new one is sealed.
+    Older checkpoints are deleted once the new one is sealed.
     """
     directory = Path(directory)
-    drop_unsealed(directory)
+    for path in directory.glob("*"):
+        if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
+            shutil.rmtree(path)  # a kill left it half written
     # Asked for first: orbax writes in threads that print their own tracebacks when they fail.
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
     check_space(directory, arrays + OVERHEAD)
@@ -80,17 +91,10 @@ def save(directory: Path, step: int, *, keep: int = 1, meta: dict | None = None,
         raise UserError(
             f"Cannot write checkpoint {directory} ({error}); free some space."
         ) from error
-    for old in sealed_steps(directory)[:-keep]:
-        _seal(directory, old).unlink()
-        shutil.rmtree(directory / str(old))
-
-
-def drop_unsealed(directory: Path) -> None:
-    """Deletes what a kill left half written."""
-    sealed = {str(s) for s in sealed_steps(directory)}
-    for path in Path(directory).glob("*") if Path(directory).is_dir() else ():
-        if path.is_dir() and path.name not in sealed:
-            shutil.rmtree(path)
+    for seal in directory.glob("*.sha256.json"):
+        if seal != _seal(directory, step):
+            seal.unlink()
+            shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
 
 
 def restore(directory: Path, step: int, **abstract: Any) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def restore(directory: Path, step: int, **abstract: Any) -> dict[str, Any]:
     verify(directory, step)
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     try:
-        with _manager(Path(directory)) as manager:
+        with _manager(directory) as manager:
             restored = manager.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError) as error:
         raise UserError(
@@ -120,23 +124,11 @@ def save_module(directory: Path, params: Any, meta: dict, *, step: int = 0) -> N
     save(directory, step, params=jax.tree.map(np.asarray, params), meta=meta)
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether ``directory`` holds a sealed checkpoint."""
-    return latest_step(directory) is not None
-
-
-def _finished_step(directory: Path) -> int:
-    step = latest_step(directory)
-    if step is None:
-        raise UserError(f"{directory} holds no finished checkpoint; run the stage that writes it.")
-    return step
-
-
 def load_meta(directory: Path) -> dict:
     """Returns the ``meta`` of the newest finished checkpoint in ``directory``."""
-    step = _finished_step(directory)
+    step = finished_step(directory)
     verify(directory, step)
-    with _manager(Path(directory)) as manager:
+    with _manager(directory) as manager:
         return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
@@ -148,10 +140,10 @@ def load_params(directory: Path, abstract: Any) -> Any:
         first device.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=getattr(a, "sharding", None) or device
-        ),
-        abstract,
-    )
-    return restore(directory, _finished_step(directory), params=placed)["params"]
+
+    def on_device(leaf):
+        sharding = getattr(leaf, "sharding", None) or device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = jax.tree.map(on_device, abstract)
+    return restore(directory, finished_step(directory), params=params)["params"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
+from crossdict_jax.training.metrics import MetricsWriter
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -65,16 +66,16 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
-    """Returns places ``start .. start + count`` of an endless order of 0..n-1, shuffled per epoch.
+    """Returns entries ``start .. start + count`` of an endless order of 0..n-1, shuffled per epoch.
 
     A pure function of its arguments: no iterator state, the same on any number of devices.
     """
-    places = np.arange(start, start + count, dtype=np.int64)
-    epochs = places // n
+    positions = np.arange(start, start + count, dtype=np.int64)
+    epochs = positions // n
     order = np.empty(count, np.int32)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        order[here] = _permutation(seed, int(epoch), n)[places[here] % n]
+        inside = epochs == epoch
+        order[inside] = _permutation(seed, int(epoch), n)[positions[inside] % n]
     return order
 
 
@@ -86,17 +87,20 @@ def train(
     seed: int,
     directory: Path,
     checkpoint_every: int,
-    what: str,
-    state_shardings: Callable[[PyTree], PyTree] | None = None,
+    title: str,
+    shardings: Callable[[PyTree], PyTree] | None = None,
     meta: dict | None = None,
+    records: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> PyTree:
     """Trains for ``steps`` steps and returns the final state; goes on where an earlier run stopped.
 
     Args:
       directory: gets ``checkpoints/`` and ``metrics.jsonl``.
-      what: the name on the progress bar and in error messages.
-      state_shardings: abstract state -> pytree of shardings; default: everything on one device.
+      title: the name on the progress bar and in error messages.
+      shardings: abstract state -> pytree of shardings; default: everything on one device.
       meta: what the run depends on; a checkpoint with another meta is refused.
+      records, labels: see ``MetricsWriter``.
 
     Raises:
       UserError: a metric is not finite (the step and the metric are named), or the checkpoint
@@ -104,51 +108,52 @@ def train(
     """
     from tqdm import tqdm
 
-    checkpoints = Path(directory) / "checkpoints"
+    checkpoints, meta = Path(directory) / "checkpoints", meta or {}
     root = jax.random.key(seed)
-    state, done = _restore_or_init(trainable, checkpoints, root, state_shardings, meta or {})
+    state, done = _restore_or_init(trainable, checkpoints, root, shardings, meta)
     run_chunk = Chunks(trainable, feed, root)
-    if done < steps and (held := run_chunk.memory(state, done)):
-        print(f"{what}: about {held / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
-    log = _MetricsLog(Path(directory) / "metrics.jsonl", what=what, start=done)
-    progress = tqdm(total=steps, initial=done, desc=what, unit="step", mininterval=0.5)
+    if done < steps and (size := run_chunk.memory(state, done)):
+        print(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
+    metrics_file = Path(directory) / "metrics.jsonl"
+    writer = MetricsWriter(metrics_file, start=done, records=records, labels=labels)
     pending: tuple[int, int, dict] | None = None
-    with progress:
+    with tqdm(total=steps, initial=done, desc=title, unit="step", mininterval=0.5) as progress:
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
             state, metrics = run_chunk(state, done, count)
             if pending:
-                log.write(*pending, progress)
+                _report(*pending, title=title, writer=writer, progress=progress)
             pending, done = (done, count, metrics), done + count
             if done % checkpoint_every == 0 or done == steps:
-                log.write(*pending, progress)
+                _report(*pending, title=title, writer=writer, progress=progress)
                 pending = None
-                checkpoint.save(checkpoints, done, meta=meta or {}, **state)
+                checkpoint.save(checkpoints, done, meta=meta, **state)
+    writer.close()
     return state
 
 
-def _restore_or_init(trainable, checkpoints, root, state_shardings, meta):
-    abstract = jax.eval_shape(trainable.init, root)
-    shardings = (state_shardings or _one_device)(abstract)
+def _restore_or_init(trainable, checkpoints, root, shardings, meta) -> tuple[PyTree, int]:
+    """The state to go on from, and how many steps it has behind it."""
     done = checkpoint.latest_step(checkpoints)
     if done is None:
-        return initial(trainable, root, state_shardings), 0
+        return initial(trainable, root, shardings), 0
     if checkpoint.load_meta(checkpoints) != json.loads(json.dumps(meta)):
         raise UserError(
             f"{checkpoints} was written with other settings or data; delete it to start again."
         )
-    placed = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    abstract = jax.eval_shape(trainable.init, root)
+    laid_out = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        abstract,
+        (shardings or _one_device)(abstract),
     )
-    return checkpoint.restore(checkpoints, done, **placed), done
+    return checkpoint.restore(checkpoints, done, **laid_out), done
 
 
 def initial(
-    trainable: Trainable,
-    root: jax.Array,
-    state_shardings: Callable[[PyTree], PyTree] | None = None,
+    trainable: Trainable, root: jax.Array, shardings: Callable[[PyTree], PyTree] | None = None
 ) -> PyTree:
-    """Returns the state before the first step, laid out as ``state_shardings`` says.
+    """Returns the state before the first step, laid out as ``shardings`` says.
 
     No array of it has a weak type, as those that steps return: else the program of a chunk would be
     compiled again for the second.
@@ -159,8 +164,8 @@ def initial(
             lambda a: jax.lax.convert_element_type(a, a.dtype), trainable.init(root)
         )
 
-    shardings = (state_shardings or _one_device)(jax.eval_shape(init, root))
-    return jax.jit(init, out_shardings=shardings)(root)
+    layout = (shardings or _one_device)(jax.eval_shape(init, root))
+    return jax.jit(init, out_shardings=layout)(root)
 
 
 def _one_device(abstract: PyTree) -> PyTree:
@@ -168,32 +173,24 @@ def _one_device(abstract: PyTree) -> PyTree:
     return jax.tree.map(lambda _: device, abstract)
 
 
-def _padded(indices: PyTree, length: int) -> PyTree:
-    """Pads the leading axis, so that one compiled program serves every chunk length."""
-
-    def pad(array):
-        array = np.asarray(array)
-        return np.concatenate([array, np.repeat(array[-1:], length - len(array), axis=0)])
-
-    return jax.tree.map(pad, indices)
-
-
 class Chunks:
-    """Steps of a training, up to ``most`` in one call: one compiled program for any number.
+    """Steps of a training, up to ``limit`` in one call: one compiled program for any number.
 
     Called with (state, first step, number of steps) it returns (state, metrics). The state that is
-    handed in is gone; the metrics are [most, ...], whatever was run.
+    handed in is gone; the metrics are [limit, ...], whatever was run.
     """
 
-    def __init__(self, trainable: Trainable, feed: Feed, root: jax.Array, *, most: int = MAX_CHUNK):
-        self._feed, self._root, self._most = feed, root, most
+    def __init__(
+        self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
+    ):
+        self._feed, self._root, self._limit = feed, root, limit
         self._run = _compile(trainable, feed)
 
     def __call__(self, state: PyTree, first: int, count: int) -> tuple[PyTree, dict]:
         return self._run(*self._arguments(state, first, count))
 
     def memory(self, state: PyTree, first: int = 0) -> int | None:
-        """Returns the bytes that one device holds at most while steps run, as compiled.
+        """Returns the bytes that one device holds at its peak while steps run, as compiled.
 
         The state, the feed's resident arrays, and all that is live in between. Compiles what the
         first call would. None where the compiler does not tell.
@@ -206,7 +203,12 @@ class Chunks:
         return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
 
     def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
-        indices = _padded(self._feed.indices(first, count), self._most)
+        def pad(array):  # so that one compiled program serves every chunk length
+            array = np.asarray(array)
+            missing = self._limit - len(array)
+            return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+        indices = jax.tree.map(pad, self._feed.indices(first, count))
         return state, self._feed.resident, indices, first, count, self._root
 
 
@@ -222,44 +224,26 @@ def _compile(trainable: Trainable, feed: Feed):
     def run_chunk(state, resident, indices, first, count, root):
         batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
         _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
-        most = len(jax.tree.leaves(indices)[0])
-        empty = jax.tree.map(lambda m: jnp.zeros((most, *m.shape), m.dtype), shapes)
+        limit = len(jax.tree.leaves(indices)[0])
+        empty = jax.tree.map(lambda m: jnp.zeros((limit, *m.shape), m.dtype), shapes)
         body = functools.partial(one_step, resident, indices, first, root)
         return jax.lax.fori_loop(0, count, body, (state, empty))
 
     return run_chunk
 
 
-class _MetricsLog:
-    """Appends metrics to a jsonl file; what lies beyond the restored step is cut off first."""
-
-    def __init__(self, path: Path, *, what: str, start: int):
-        self._path, self._what = path, what
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in old if _step_of(line) < start]
-        path.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, first: int, count: int, metrics: dict, progress) -> None:
-        values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
-        for name, value in values.items():
-            bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)
-            if bad.any():
-                raise UserError(
-                    f"{self._what}: {name} is not finite at step {first + int(bad.argmax())}; "
-                    "lower the learning rate or look at the data."
-                )
-        row = {"step": first + count - 1}
-        row |= {name: np.mean(v, axis=0).tolist() for name, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if "loss" in values:
-            progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
-        progress.update(count)
-
-
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return 2**62  # a line that a kill cut short
+def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:
+    """Checks every step's metrics, and writes their mean over the chunk."""
+    values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
+    for name, value in values.items():
+        bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)
+        if bad.any():
+            raise UserError(
+                f"{title}: {name} is not finite at step {first + int(bad.argmax())}; "
+                "lower the learning rate or look at the data."
+            )
+    row = {name: np.mean(value, axis=0).tolist() for name, value in values.items()}
+    writer(first + count - 1, row)
+    if "loss" in values:
+        progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
+    progress.update(count)

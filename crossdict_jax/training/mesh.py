@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -54,10 +53,10 @@ def to_bits(array: np.ndarray) -> np.ndarray:
 
 
 def from_bits(array: jax.Array) -> jax.Array:
-    """Returns rows that went through ``to_bits`` as float32."""
+    """Returns rows that went through ``to_bits``: those that were bfloat16 as float32."""
     if array.dtype == jnp.uint16:
-        array = jax.lax.bitcast_convert_type(array, jnp.bfloat16)
-    return array.astype(jnp.float32)
+        return jax.lax.bitcast_convert_type(array, jnp.bfloat16).astype(jnp.float32)
+    return array
 
 
 def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = False) -> PyTree:
@@ -96,40 +95,3 @@ def is_shared() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and DATA not in mesh.manual_axes
-
-
-def in_turn(step: Callable, mesh: Mesh) -> Callable:
-    """Returns ``step`` over stacked members as vmap would, but one member at a time on each device.
-
-    A member's bits then do not depend on how many others a device holds, and no more memory is
-    taken than by one of them. The state is overwritten where it lies.
-
-    Args:
-      step: (state, *others) of one member -> (new state of the same shapes, pytree).
-    """
-    devices = mesh.shape[MEMBER]
-    at_once = jax.vmap(step, spmd_axis_name=MEMBER)
-    alone = jax.lax.optimization_barrier  # what is fused with what decides the last bits, too
-
-    def run(state, *others):
-        def apart(a):
-            return a.reshape(devices, -1, *a.shape[1:])
-
-        def taken(tree, i):
-            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 1, False), tree)
-
-        def put_in(all_, one, i):
-            return jax.lax.dynamic_update_index_in_dim(all_, one, i, 1)
-
-        def turn(i, carry):
-            new = alone(at_once(*alone(taken((carry[0], *others), i))))
-            return jax.tree.map(partial(put_in, i=i), carry, new)
-
-        state, others = jax.tree.map(apart, (state, others))
-        like = jax.eval_shape(lambda *first: at_once(*first)[1], *taken((state, *others), 0))
-        count = len(jax.tree.leaves(state)[0][0])
-        empty = jax.tree.map(lambda a: jnp.zeros((devices, count, *a.shape[1:]), a.dtype), like)
-        done = jax.lax.fori_loop(0, count, turn, (state, empty))
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), done)
-
-    return run

@@ -79,9 +79,7 @@ class Stage:
             results.write(self.work, file, rows)
         write_json(self._stamp, self._inputs)
         self._kept_file.unlink(missing_ok=True)
-        wall = time.perf_counter() - self._started
-        rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
-        self.work.record_timing(self.name, wall_s=wall, **rates, **figures, **device_figures())
+        _record(self.work, self.name, self._started, figures)
 
     def _read_parts(self) -> dict[tuple, Any]:
         """The parts of an earlier run with these inputs; its last line may be cut off."""
@@ -105,8 +103,14 @@ def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
     started = time.perf_counter()
     yield figures
     if figures:
-        wall = time.perf_counter() - started
-        work.record_timing(name, wall_s=wall, **figures, **device_figures())
+        _record(work, name, started, figures)
+
+
+def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
+    """Writes a stage's time and figures into timing.json, and rows and tokens per second."""
+    wall = time.perf_counter() - started
+    rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
+    work.record_timing(name, wall_s=wall, **rates, **figures, **device_figures())
 
 
 def device_figures() -> dict[str, str | int]:

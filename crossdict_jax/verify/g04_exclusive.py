@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.config import CrosscoderConfig
+from crossdict_jax.config import JointSettings
 from crossdict_jax.dictionaries.crosscoder import Crosscoder, takes_part
 from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders
 from crossdict_jax.verify.gate import Check, Gate
@@ -19,7 +19,7 @@ SEEDS = 5
 PLANTED = PlantedConfig(rows=16_000, documents=160)
 # Half as many latents again as features. No model is left out of a row: a code of all views is
 # asked for, and what one view owns cannot be read from another.
-SETTINGS = CrosscoderConfig(
+SETTINGS = JointSettings(
     width=96,
     k=4,
     steps=1000,
@@ -27,7 +27,6 @@ SETTINGS = CrosscoderConfig(
     learning_rate=3e-3,
     drop_probability=0.0,
     dead_after_rows=5000,
-    checkpoint_every=1000,
 )
 L1 = {"variant": "l1", "l1_coefficient": 0.3}  # SETTINGS with the published penalty in its place
 SAME = 0.5  # least correlation at which a latent and a planted feature are the same
@@ -52,7 +51,7 @@ def gate(*, seed: int, directory: Path) -> Gate:
 
 
 def ownership(
-    settings: CrosscoderConfig, planted: PlantedConfig, seeds: Sequence[int], *, directory: Path
+    settings: JointSettings, planted: PlantedConfig, seeds: Sequence[int], *, directory: Path
 ) -> list[dict[str, float]]:
     """Returns what ``score_owners`` says of each seed; all seeds are trained as one ensemble."""
     splits = [views(planted, seed).split() for seed in seeds]

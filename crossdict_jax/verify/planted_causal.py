@@ -9,14 +9,14 @@ import numpy as np
 
 from crossdict_jax import models
 from crossdict_jax.causal.directions import feature_directions, mapped_directions
-from crossdict_jax.causal.effects import MATCH, Directions, Experiment
-from crossdict_jax.causal.inject import Injector, Positions
+from crossdict_jax.causal.effects import MATCH, Directions, Experiment, ModelAtSite
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.maps.base import Map, Side, build
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import LanguageModel, Site
+from crossdict_jax.models.run import Passages, Runner
 
 SITE = Site(1)
 FEATURES = 12
@@ -71,23 +71,23 @@ class Planted:
         pieces = [f"word{i} ".encode() for i in range(WORDS)]
         return Translation(tuple(pieces), tuple(pieces[i] for i in np.argsort(self.words)))
 
-    def sides(self, source: Injector, target: Injector) -> tuple[Side, Side]:
+    def sides(self, source: ModelAtSite, target: ModelAtSite) -> tuple[Side, Side]:
         """Returns both models' activations and tokens at the positions that they have read."""
-        positions = source.positions
-        words = self.texts[positions.text, positions.last]
+        words = self.texts[source.passages.window, source.passages.position]
         tokens = (words, self.words[words].astype(np.int32))
         each = zip((source, target), tokens, self.dictionaries)
-        return tuple(Side(injector.clean, t, dictionary) for injector, t, dictionary in each)
+        return tuple(Side(model.x, t, dictionary) for model, t, dictionary in each)
 
     def experiment(self, *, tested: int = FEATURES) -> Experiment:
         """Returns the planted features put to the test, by the ridge map and by the match."""
         n, seq = self.texts.shape
         text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
         last = position + 1  # the first position is never paired
-        positions = Positions(text, last, last, np.minimum(last + 1, seq - 1))
+        at = {"window": text, "position": last, "first": last, "end": np.minimum(last + 1, seq - 1)}
         texts = self.texts, self.words[self.texts].astype(np.int32)
         source, target = (
-            Injector(lm, SITE, list(t), positions, batch_size=64) for lm, t in zip(self.lms, texts)
+            ModelAtSite(Runner(lm, batch_size=64), SITE, Passages(list(t), **at))
+            for lm, t in zip(self.lms, texts)
         )
         sides = self.sides(source, target)
         f_a, f_b = (np.asarray(side.dictionary.encode(side.x)) for side in sides)
@@ -105,7 +105,7 @@ class Planted:
                 "ridge": Directions(vectors),
                 MATCH: Directions(feature_directions(self.dictionaries[1], features), f_b),
             },
-            mean=target.clean.mean(0),
+            mean=target.x.mean(0),
             translation=self.translation,
         )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 
 class Gated(Dictionary):
@@ -25,6 +25,7 @@ class Gated(Dictionary):
       r_mag, b_mag: [width], log scale and bias of the magnitudes.
     """
 
+    saelens = "gated"
     pace = 2.0  # as of ReLU
 
     def __init__(self, **shape):

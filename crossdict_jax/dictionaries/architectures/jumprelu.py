@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
+from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, Dictionary, Hyper, unit_rows
 from crossdict_jax.dictionaries.losses import auxk
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 # Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
 INITIAL_THRESHOLD = 0.5
+BANDWIDTH = 0.5  # of that kernel, in pre-activations
 
 
 class JumpReLU(Dictionary):
@@ -27,6 +28,8 @@ class JumpReLU(Dictionary):
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
     """
 
+    saelens = "jumprelu"
+
     def __init__(self, **shape):
         super().__init__(**shape)
         self.threshold = nnx.Param(jnp.full(self.width, INITIAL_THRESHOLD))
@@ -37,7 +40,7 @@ class JumpReLU(Dictionary):
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         (u_in, u), threshold = self.scaled_pair(x, y), self.threshold[...][None, :]
         z = self.pre_activations(u_in, dtype)
-        gate = step(z, threshold, bandwidth=hyper.bandwidth)
+        gate = step(z, threshold, bandwidth=BANDWIDTH)
         fixed = jax.lax.stop_gradient
         f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
@@ -46,7 +49,7 @@ class JumpReLU(Dictionary):
             "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
-        revival = hyper.auxk_coefficient * self.d_out * parts["auxk"]
+        revival = AUXK_COEFFICIENT * self.d_out * parts["auxk"]
         return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f
 
     def _penalty(self, l0: jax.Array, hyper: Hyper) -> jax.Array:

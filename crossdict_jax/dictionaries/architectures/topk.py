@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, keep_top_k, unit_rows
+from crossdict_jax.dictionaries.base import (
+    AUXK_COEFFICIENT,
+    Dictionary,
+    Hyper,
+    keep_top_k,
+    unit_rows,
+)
 from crossdict_jax.dictionaries.losses import auxk, fvu
-from crossdict_jax.ops import sparse
+from crossdict_jax.ops import decode, top_k_code
 
 
 class TopK(Dictionary):
@@ -18,18 +22,21 @@ class TopK(Dictionary):
     by the residual's, so the coefficient has no unit (Gao et al. 2024, arXiv 2406.04093).
     """
 
+    has_k = True
+    saelens = "topk"
+
     def activate(self, z: jax.Array) -> jax.Array:
         return keep_top_k(z, self.k)
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
-        f = sparse.encode(u_in, *self.encoder(), (), partial(sparse.top_k, k=self.k), dtype)
-        u_hat = sparse.decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        f = top_k_code(u_in, *self.encoder(), self.k, dtype)
+        u_hat = decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
-        return parts["fvu"] + hyper.auxk_coefficient * parts["auxk"], parts, f
+        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
 
     def after_update(self) -> None:
         self.W_dec[...] = unit_rows(self.W_dec[...])

@@ -9,28 +9,31 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.formats.imported import check_arrays
-from crossdict_jax.dictionaries.formats.saelens import keep_b_dec_out
+from crossdict_jax.dictionaries.folders import centred, check_arrays
 from crossdict_jax.errors import UserError
 
-WEIGHTS = "params.npz"
+TOOL, WEIGHTS = "Gemma Scope", "params.npz"
 DAMAGED = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def load(file: Path) -> Dictionary:
+def recognises(path: str) -> bool:
+    """Whether ``path`` is a .npz file, or a folder with params.npz."""
+    return (Path(path) / WEIGHTS).is_file() or (path.endswith(".npz") and Path(path).is_file())
+
+
+def load(path: str) -> Dictionary:
     """Returns the dictionary in a params.npz: f = z 1[z > threshold] of z = x W_enc + b_enc.
 
     Raises:
       UserError: the file is damaged or holds other arrays.
     """
+    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            found = dict(arrays)
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
     except DAMAGED as error:
         raise UserError(f"{file} is damaged or holds objects ({error}); copy it again.") from error
-    width, d_model = found["W_dec"].shape if np.ndim(found.get("W_dec")) == 2 else (0, 0)
+    width, d_model = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
     shapes = {"W_enc": (d_model, width), "b_enc": (width,), "threshold": (width,)}
     shapes |= {"W_dec": (width, d_model), "b_dec": (d_model,)}
-    arrays = check_arrays(found, shapes, file)
-    keep_b_dec_out(arrays)
-    return from_arrays(find("jumprelu"), arrays)
+    return from_arrays(find("jumprelu"), centred(check_arrays(arrays, shapes, file)))

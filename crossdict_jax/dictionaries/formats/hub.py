@@ -2,63 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from crossdict_jax.dictionaries import formats
+from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
 
 PREFIX = "hub:"
 READ = ("*.json", "*.safetensors", "*.npz")  # what formats of dictionaries consist of, no code
 
 
-@dataclass(frozen=True)
-class Place:
-    """A folder of a hub repository: ``hub:OWNER/NAME[/FOLDER][@REVISION]``."""
-
-    repository: str
-    folder: str
-    revision: str | None
+def recognises(path: str) -> bool:
+    """Whether ``path`` names a folder on the hub."""
+    return path.startswith(PREFIX)
 
 
-def parse(reference: str) -> Place:
-    """Returns the place that ``hub:OWNER/NAME[/FOLDER][@REVISION]`` names; UserError if none."""
-    path, _, revision = reference.removeprefix(PREFIX).partition("@")
+def parse(text: str) -> tuple[str, str, str | None]:
+    """Returns repository, folder and revision of ``hub:OWNER/NAME[/FOLDER][@REVISION]``.
+
+    Raises:
+      UserError: it is written otherwise.
+    """
+    path, _, revision = text.removeprefix(PREFIX).partition("@")
     parts = path.strip("/").split("/")
-    if not reference.startswith(PREFIX) or len(parts) < 2 or not all(parts) or ".." in parts:
+    if not recognises(text) or len(parts) < 2 or not all(parts) or ".." in parts:
         raise UserError(
-            f"{reference!r} is no place on the hub; write hub:OWNER/NAME or hub:OWNER/NAME/FOLDER, "
+            f"{text!r} is no place on the hub; write hub:OWNER/NAME or hub:OWNER/NAME/FOLDER, "
             "with @REVISION behind it for an older one."
         )
-    return Place("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
+    return "/".join(parts[:2]), "/".join(parts[2:]), revision or None
 
 
-def pull(reference: str) -> Path:
-    """Returns the local copy of a folder on the hub; json, safetensors and npz files alone.
+def load(path: str) -> Dictionary:
+    """Returns the dictionary in a folder on the hub; only json, safetensors and npz are fetched.
 
     Raises:
       UserError: there is no such repository or folder, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
-    place = parse(reference)
-    inside = f"{place.folder}/" if place.folder else ""
-    patterns = [inside + kind for kind in READ]
-    root = _asked(
-        reference,
-        lambda: snapshot_download(
-            place.repository, revision=place.revision, allow_patterns=patterns
-        ),
-    )
-    folder = Path(root) / place.folder
+    repository, inner, revision = parse(path)
+    patterns = [f"{inner}/{kind}" if inner else kind for kind in READ]
+    with _errors_in_one_line(path):
+        root = snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    folder = Path(root) / inner
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(
-            f"{reference}: {place.repository} has no {', '.join(READ)} in "
-            f"{place.folder or 'its top folder'}; correct the folder."
+            f"{path}: {repository} has no {', '.join(READ)} in {inner or 'its top folder'}; "
+            "correct the folder."
         )
-    return folder
+    return formats.load(folder)
 
 
-def push(folder: Path, reference: str) -> str:
+def push(folder: Path, text: str) -> str:
     """Uploads a folder in one commit, and returns where it can be looked at.
 
     The repository is made, private, if it is not there. Who uploads is what ``hf auth login`` or
@@ -69,46 +67,40 @@ def push(folder: Path, reference: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    place, api = parse(reference), HfApi()
-    _asked(reference, lambda: api.create_repo(place.repository, private=True, exist_ok=True))
-    commit = _asked(
-        reference,
-        lambda: api.upload_folder(
-            repo_id=place.repository,
+    repository, inner, revision = parse(text)
+    with _errors_in_one_line(text):
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        commit = HfApi().upload_folder(
+            repo_id=repository,
             folder_path=folder,
-            path_in_repo=place.folder or None,
-            revision=place.revision,
+            path_in_repo=inner or None,
+            revision=revision,
             allow_patterns=[pattern for kind in READ for pattern in (kind, f"**/{kind}")],
             commit_message="Upload sparse dictionaries",
-        ),
-    )
+        )
     return str(commit.commit_url)
 
 
-def _asked(reference: str, ask):
-    """What the hub answers; every library below raises its own errors, all become one line."""
+@contextlib.contextmanager
+def _errors_in_one_line(text: str) -> Iterator[None]:
+    """Turns what the hub answers into a UserError; every library below raises its own errors."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return ask()
+        yield
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{reference}: there is no such repository, or it is private; check the spelling and "
+            f"{text}: there is no such repository, or it is private; check the spelling and "
             "`hf auth login`."
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        raise UserError(
-            f"{reference}: the hub refuses with status {status}; {_mend(status)}"
-        ) from error
+        mend = "check the repository and the revision, or try again later."
+        if status in (401, 403):
+            mend = "log in with `hf auth login` as somebody who may write there."
+        raise UserError(f"{text}: the hub refuses with status {status}; {mend}") from error
     except Exception as error:  # offline, proxies, time-outs
         raise UserError(
-            f"{reference}: the hub cannot be reached ({type(error).__name__}); give a local folder "
+            f"{text}: the hub cannot be reached ({type(error).__name__}); give a local folder "
             "or try again online."
         ) from error
-
-
-def _mend(status: int) -> str:
-    if status in (401, 403):
-        return "log in with `hf auth login` as somebody who may write there."
-    return "check the repository and the revision, or try again later."

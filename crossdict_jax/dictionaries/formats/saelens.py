@@ -8,26 +8,26 @@ from typing import Any
 
 import numpy as np
 
+from crossdict_jax.config import architectures
 from crossdict_jax.dictionaries.base import Dictionary, architecture_of, find, from_arrays
-from crossdict_jax.dictionaries.formats.imported import (
-    NORMS,
-    AbsTopK,
-    Normed,
-    Skip,
+from crossdict_jax.dictionaries.folders import (
+    Arrays,
+    Shapes,
+    centred,
     read_config,
     read_safetensors,
     require,
     require_count,
 )
+from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import check_space, read_json, write_json
 
-CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
+SCALER = "activation_scaler.json"
 VERSION = "6.54.12"  # of the format written; hook and model names are dropped below 6
 
-Arrays = dict[str, np.ndarray]
-
-OURS = {  # SAELens architecture: ours; the last two exist in folders of unfinished training only
+OURS = {  # SAELens architecture: ours; batchtopk and matryoshka lie in unfinished trainings only
     "standard": "relu",
     "topk": "topk",
     "abstopk": "",  # none of ours
@@ -40,27 +40,20 @@ OURS = {  # SAELens architecture: ours; the last two exist in folders of unfinis
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-THEIRS = {  # ours: SAELens architecture that says the same
-    "relu": "standard",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "batchtopk": "jumprelu",
-    "matryoshka": "jumprelu",
-}
-THEIR_TRANSCODERS = {  # ours, where one site is read and another written
-    "relu": "transcoder",
-    "jumprelu": "jumprelu_transcoder",
-    "batchtopk": "jumprelu_transcoder",
-    "matryoshka": "jumprelu_transcoder",
-}
+TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
+NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 BATCH = ("batchtopk", "matryoshka_batchtopk")
+
+
+def recognises(path: str) -> bool:
+    """Whether ``path`` is a folder with sae_weights.safetensors."""
+    return (Path(path) / WEIGHTS).is_file()
 
 
 # ---------------------------------------------------------------- in
 
 
-def load(folder: Path) -> Dictionary:
+def load(path: str) -> Dictionary:
     """Returns the dictionary of a SAELens folder, finished or from the midst of training.
 
     Everything that is linear is folded into the weights, so that it becomes one of ours: the
@@ -69,49 +62,47 @@ def load(folder: Path) -> Dictionary:
     Raises:
       UserError: a key or weight is missing, damaged, or means something that ours cannot do.
     """
-    file = folder / CONFIG
+    folder, file = Path(path), Path(path) / CONFIG
     config = read_config(file)
     theirs = require(config, "architecture", file)
     if theirs not in OURS:
         raise UserError(f"{file}: architecture={theirs!r} is unknown; it may be {', '.join(OURS)}.")
     require(config, "dtype", file)
     arrays = read_safetensors(folder / WEIGHTS, _shapes(config, theirs, file))
-    norm = _norm(config, file)
-    if _transcodes(theirs):
-        _check_transcoder(config, norm, folder)
-        dictionary = _dictionary(config, theirs, arrays, file)
-        return Skip(dictionary, arrays["W_skip"]) if "W_skip" in arrays else dictionary
-    _fold_scale(arrays, _scale(folder), rescaled=_rescales(config, theirs))
-    if _rescales(config, theirs):
-        _fold_decoder_norms(arrays)
-    gate_bias(arrays)
-    if not config.get("apply_b_dec_to_input", True):
-        keep_b_dec_out(arrays)
-    dictionary = _dictionary(config, theirs, arrays, file)
-    return Normed(dictionary, norm=norm) if norm in NORMS else dictionary
-
-
-def _transcodes(theirs: str) -> bool:
-    return theirs.endswith("transcoder")
-
-
-def _check_transcoder(config: dict[str, Any], norm: str, folder: Path) -> None:
-    """Refuses what SAELens itself leaves undone, or does not do, for a transcoder."""
-    file = folder / CONFIG
-    if config.get("apply_b_dec_to_input"):
-        raise UserError(f"{file}: apply_b_dec_to_input must be false for a transcoder.")
+    # expected_average_only_in is folded already, or is what activation_scaler.json says.
+    norms = ("none", "expected_average_only_in", *NORMS)
+    norm = config.get("normalize_activations") or "none"
+    if norm not in norms:
+        raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(norms)}.")
+    transcodes = theirs.endswith("transcoder")
+    if transcodes:  # what SAELens itself leaves undone, or does not do, is refused
+        if config.get("apply_b_dec_to_input"):
+            raise UserError(f"{file}: apply_b_dec_to_input must be false for a transcoder.")
+        if norm in NORMS:
+            raise UserError(
+                f"{file}: normalize_activations={norm!r} of a transcoder is not supported."
+            )
+        if _scale(folder) != 1:
+            raise UserError(
+                f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish "
+                "the training where it was begun."
+            )
+    else:
+        arrays = _folded(arrays, config, theirs, _scale(folder))
+    kind = AbsTopK if theirs == "abstopk" else find(OURS[theirs])
+    if "W_skip" in arrays:
+        kind = around(Skip, kind)
     if norm in NORMS:
-        raise UserError(f"{file}: normalize_activations={norm!r} of a transcoder is not supported.")
-    if _scale(folder) != 1:
-        raise UserError(
-            f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish the "
-            "training where it was begun."
-        )
+        kind = around(NORMS[norm], kind)
+    has_k = theirs in ("topk", "abstopk")
+    k = require_count(config, "k", file, limit=len(arrays["W_dec"])) if has_k else 0
+    return from_arrays(kind, arrays, k=k, transcodes=transcodes)
 
 
-def _shapes(config: dict[str, Any], theirs: str, file: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(config: dict[str, Any], theirs: str, file: Path) -> Shapes:
+    """Returns the weights that a config announces."""
     d_model, width = (require_count(config, key, file) for key in ("d_in", "d_sae"))
-    d_out = require_count(config, "d_out", file) if _transcodes(theirs) else d_model
+    d_out = require_count(config, "d_out", file) if theirs.endswith("transcoder") else d_model
     shapes = {"W_enc": (d_model, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
     kind = "jumprelu" if theirs.startswith("jumprelu") else theirs
@@ -121,82 +112,43 @@ def _shapes(config: dict[str, Any], theirs: str, file: Path) -> dict[str, tuple[
     return shapes | ({"topk_threshold": ()} if theirs in BATCH else {})
 
 
-def _norm(config: dict[str, Any], file: Path) -> str:
-    # expected_average_only_in is folded already, or is what activation_scaler.json says.
-    known = ("none", "expected_average_only_in", *NORMS)
-    norm = config.get("normalize_activations") or "none"
-    if norm not in known:
-        raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(known)}.")
-    return norm
-
-
-def _rescales(config: dict[str, Any], theirs: str) -> bool:
-    """Whether features are multiplied by their decoder norms before the largest are chosen."""
-    return theirs in ("topk", "abstopk", *BATCH) and bool(
-        config.get("rescale_acts_by_decoder_norm", theirs in BATCH)
-    )
-
-
 def _scale(folder: Path) -> float:
-    """The factor that rows were multiplied with in training, where weights are not folded yet."""
-    if not (folder / SCALER).is_file():
-        return 1.0
-    scaler = read_json(folder / SCALER)
+    """Returns what rows were multiplied with in training, where weights are not folded yet."""
+    file = folder / SCALER
+    scaler = read_json(file) if file.is_file() else {}
     if scaler.get("has_whitening"):
-        raise UserError(
-            f"{folder / SCALER}: has_whitening is not supported; finish the training in SAELens."
-        )
+        raise UserError(f"{file}: has_whitening is not supported; finish the training in SAELens.")
     scale = scaler.get("scaling_factor")
     scale = 1.0 if scale is None else scale
     if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-        raise UserError(f"{folder / SCALER}: scaling_factor={scale!r} must be a number above 0.")
+        raise UserError(f"{file}: scaling_factor={scale!r} must be a number above 0.")
     return float(scale)
 
 
-def _fold_scale(arrays: Arrays, scale: float, *, rescaled: bool) -> None:
+def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -> Arrays:
+    """Returns the weights of a dictionary of ours that reads and writes raw rows."""
+    arrays = dict(arrays)
     arrays["W_enc"] = arrays["W_enc"] * scale
-    arrays["W_dec"] = arrays["W_dec"] / scale
-    arrays["b_dec"] = arrays["b_dec"] / scale
-    if "topk_threshold" in arrays and rescaled:  # decoder norms are in raw units from here on
-        arrays["topk_threshold"] = arrays["topk_threshold"] / scale
-
-
-def _fold_decoder_norms(arrays: Arrays) -> None:
-    norms = np.linalg.norm(arrays["W_dec"], axis=1)
-    arrays["W_enc"] = arrays["W_enc"] * norms[None, :]
-    arrays["b_enc"] = arrays["b_enc"] * norms
-    arrays["W_dec"] = arrays["W_dec"] / np.where(norms > 0, norms, 1)[:, None]
-
-
-def gate_bias(arrays: Arrays) -> None:
-    """Renames the gate's bias, which is what b_enc is in ours."""
+    arrays |= {name: arrays[name] / scale for name in ("W_dec", "b_dec")}
     if "b_gate" in arrays:
         arrays["b_enc"] = arrays.pop("b_gate")
-
-
-def keep_b_dec_out(arrays: Arrays) -> None:
-    """Makes z = x W_enc + b_enc of our z = (x - b_dec) W_enc + b_enc, through the bias."""
-    shift = arrays["b_dec"] @ arrays["W_enc"]
-    arrays["b_enc"] = arrays["b_enc"] + shift
-    if "b_mag" in arrays:
-        arrays["b_mag"] = arrays["b_mag"] + shift * np.exp(arrays["r_mag"])
-
-
-def _dictionary(config: dict[str, Any], theirs: str, arrays: Arrays, file: Path) -> Dictionary:
-    width = len(arrays["W_dec"])
     if "topk_threshold" in arrays:
-        arrays["threshold"] = np.full(width, arrays.pop("topk_threshold"))
-    kind = AbsTopK if theirs == "abstopk" else find(OURS[theirs])
-    has_k = theirs in ("topk", "abstopk")
-    k = require_count(config, "k", file, most=width) if has_k else 0
-    ours = {name: array for name, array in arrays.items() if name != "W_skip"}
-    return from_arrays(kind, ours, k=k, transcodes=_transcodes(theirs))
+        arrays["threshold"] = np.full(len(arrays["W_dec"]), arrays.pop("topk_threshold"))
+    if theirs in ("topk", "abstopk", *BATCH) and config.get(
+        "rescale_acts_by_decoder_norm", theirs in BATCH
+    ):  # features are multiplied by their decoder norms before the largest are chosen
+        norms = np.linalg.norm(arrays["W_dec"], axis=1)  # in raw units, as the threshold from here
+        arrays |= {name: arrays[name] * norms for name in ("W_enc", "b_enc")}
+        arrays["W_dec"] = arrays["W_dec"] / np.where(norms > 0, norms, 1)[:, None]
+        if "threshold" in arrays:
+            arrays["threshold"] = arrays["threshold"] / scale
+    return arrays if config.get("apply_b_dec_to_input", True) else centred(arrays)
 
 
 # ---------------------------------------------------------------- out
 
 
-def save_saelens(
+def save(
     dictionary: Dictionary,
     path: str | Path,
     *,
@@ -215,14 +167,17 @@ def save_saelens(
       model_name: of the language model.
       hook_name_out: of a transcoder: where the activations belong that it writes.
     """
-    forms = THEIR_TRANSCODERS if dictionary.transcodes else THEIRS
-    theirs = forms.get(architecture_of(dictionary))
-    if theirs is None:
-        kind = "transcoder" if dictionary.transcodes else "dictionary"
-        raise UserError(
-            f"A {architecture_of(dictionary)} {kind} has no SAELens form; {', '.join(forms)} "
-            "have one."
-        )
+    name, kind = (
+        architecture_of(dictionary),
+        "transcoder" if dictionary.transcodes else "dictionary",
+    )
+    forms = {a: find(a).saelens for a in architectures()}
+    if dictionary.transcodes:
+        forms = {a: TRANSCODERS.get(form, "") for a, form in forms.items()}
+    theirs = forms[name]
+    if not theirs:
+        able = ", ".join(a for a, form in forms.items() if form)
+        raise UserError(f"A {name} {kind} has no SAELens form; {able} have one.")
     config = {
         "architecture": theirs,
         "d_in": dictionary.d_model,
@@ -232,33 +187,29 @@ def save_saelens(
         "apply_b_dec_to_input": not dictionary.transcodes,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": VERSION,
-            "model_name": model_name,
-            "hook_name": hook_name,
-        },
     }
+    names = {"model_name": model_name, "hook_name": hook_name}
     if dictionary.transcodes:
         config |= {"d_out": dictionary.d_out}
-        config["metadata"] |= {"hook_name_out": hook_name_out} if hook_name_out else {}
+        names |= {"hook_name_out": hook_name_out} if hook_name_out else {}
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
+    config |= {"metadata": {"sae_lens_version": VERSION, **names}}
     _write(Path(path), config, _in_raw_units(dictionary, theirs))
 
 
 def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
+    """Returns the weights in the names of SAELens, with the activation scale folded in."""
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *(("b_mag", "r_mag") if theirs == "gated" else ()))
+    arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
     scale = np.asarray(dictionary.scale[...])
-    arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in ("W_enc", "W_dec")}
-    arrays |= {name: np.asarray(getattr(dictionary, name)[...]) for name in ("b_enc", "b_dec")}
-    _fold_scale(arrays, scale, rescaled=False)
-    if dictionary.transcodes:  # what is written has a scale of its own
-        ratio = scale / np.asarray(dictionary.scale_out[...])
-        arrays |= {name: arrays[name] * ratio for name in ("W_dec", "b_dec")}
+    scale_out = np.asarray(dictionary.scale_out[...]) if dictionary.transcodes else scale
+    arrays["W_enc"] = arrays["W_enc"] * scale
+    arrays |= {name: arrays[name] / scale_out for name in ("W_dec", "b_dec")}
     if theirs.startswith("jumprelu"):
         arrays["threshold"] = np.broadcast_to(dictionary.threshold[...], dictionary.width)
     if theirs == "gated":
         arrays["b_gate"] = arrays.pop("b_enc")
-        arrays |= {name: np.asarray(getattr(dictionary, name)[...]) for name in ("b_mag", "r_mag")}
     return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.formats.imported import read_config, read_safetensors, require_count
+from crossdict_jax.dictionaries.folders import read_config, read_safetensors, require_count
 from crossdict_jax.errors import UserError
 
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+TOOL, CONFIG, WEIGHTS = "sparsify", "cfg.json", "sae.safetensors"
 ONLY = {"activation": "topk", "signed": False, "skip_connection": False}
 
 
-def load(folder: Path) -> Dictionary:
+def recognises(path: str) -> bool:
+    """Whether ``path`` is a folder with sae.safetensors."""
+    return (Path(path) / WEIGHTS).is_file()
+
+
+def load(path: str) -> Dictionary:
     """Returns the TopK dictionary of a sparsify folder.
 
     Its hook is a module's output: ``layers.N`` is our ``resid_post.N``.
@@ -20,7 +25,7 @@ def load(folder: Path) -> Dictionary:
     Raises:
       UserError: a key or weight is missing, damaged, or means something that ours cannot do.
     """
-    file = folder / CONFIG
+    file = Path(path) / CONFIG
     config = read_config(file)
     for key, only in ONLY.items():
         if config.get(key, only) != only:
@@ -30,8 +35,8 @@ def load(folder: Path) -> Dictionary:
     width = require_count(config, size, file) * (1 if size == "num_latents" else d_model)
     shapes = {"encoder.weight": (width, d_model), "encoder.bias": (width,)}
     shapes |= {"W_dec": (width, d_model), "b_dec": (d_model,)}
-    arrays = read_safetensors(folder / WEIGHTS, shapes)
+    arrays = read_safetensors(Path(path) / WEIGHTS, shapes)
     arrays["W_enc"] = arrays.pop("encoder.weight").T
     arrays["b_enc"] = arrays.pop("encoder.bias")
-    k = require_count(config, "k", file, most=width)
+    k = require_count(config, "k", file, limit=width)
     return from_arrays(find("topk"), arrays, k=k, transcodes=bool(config.get("transcode")))

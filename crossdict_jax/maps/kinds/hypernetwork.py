@@ -307,8 +307,8 @@ def train_network(
         seed=seed,
         directory=Path(directory),
         checkpoint_every=shape.checkpoint_every,
-        what=f"train 1 hypernetwork of {len(labels)} maps",
-        state_shardings=lambda abstract: jax.tree.map(lambda _: shard(trainer.mesh), abstract),
+        title=f"train 1 hypernetwork of {len(labels)} maps",
+        shardings=lambda abstract: jax.tree.map(lambda _: shard(trainer.mesh), abstract),
         meta=trainer.meta(labels),
     )
     best = jax.tree.map(np.asarray, state["train"]["best"])

@@ -42,14 +42,7 @@ class Cut:
 
 
 def measure(
-    reader: Reader,
-    site: Site,
-    cut: Cut,
-    *,
-    clean: np.ndarray,
-    controls: int,
-    draws: Resamples,
-    seed: int,
+    reader: Reader, site: Site, cut: Cut, *, controls: int, draws: Resamples, seed: int
 ) -> tuple[np.ndarray, dict]:
     """Returns what a cut takes from the preference of each pair [pairs], and a result row.
 
@@ -61,20 +54,17 @@ def measure(
     of their members. A family without members says nothing, and leaves no verdict.
 
     Args:
-      clean: [pairs], the preference without a cut.
       controls: of each family.
       draws: resamples of the pairs.
     """
+    clean = reader.preference
     generator = np.random.Generator(np.random.Philox(key=seed))
     families = draw_controls(cut, controls, generator)
     itself = np.zeros((1, *cut.vectors.shape), np.float32)
     itself[0, : cut.n] = cut.vectors[: cut.n]
     vectors = np.concatenate([itself, *families.values()])
-    drop, *nulls = np.split(
-        clean[None] - reader.ablated(site, cut.strength, vectors),
-        np.cumsum([1, *map(len, families.values())])[:-1],
-    )
-    drop = drop[0]
+    drops = clean[None] - reader.ablated(site, cut.strength, vectors)
+    (drop,), *nulls = np.split(drops, np.cumsum([1, *map(len, families.values())])[:-1])
     row = {
         "n_features": cut.n,
         "n_pairs": len(drop),
@@ -94,10 +84,10 @@ def measure(
     return drop, row | {"moves": None if None in specific else all(specific)}
 
 
-def singles(reader: Reader, site: Site, cut: Cut, clean: np.ndarray) -> np.ndarray:
+def singles(reader: Reader, site: Site, cut: Cut) -> np.ndarray:
     """Returns what each of the first n vectors costs alone, float64 [n, pairs]."""
     alone = np.eye(cut.n, len(cut.vectors), dtype=np.float32)[:, :, None] * cut.vectors[None]
-    return clean[None] - reader.ablated(site, cut.strength, alone)
+    return reader.preference[None] - reader.ablated(site, cut.strength, alone)
 
 
 def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[str, np.ndarray]:

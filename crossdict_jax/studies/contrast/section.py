@@ -23,6 +23,7 @@ VERDICTS = {  # of ``moves``: (style, sign and words)
     False: ("none", "○ like controls"),
     None: ("", "– nothing to bear"),
 }
+KINDS = ("preference", "ablation", "transfer")
 CONTROLS = {
     "random": "random directions, p",
     "shuffled": "other features’, p",
@@ -76,7 +77,7 @@ def sentences(transfers: list[dict]) -> Iterator[str]:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns what is asked of a set: preferences, their features, and mapped directions."""
-    name = rows[0]["set"]
+    name, of = rows[0]["set"], {kind: [r for r in rows if r["what"] == kind] for kind in KINDS}
     preferences = [
         {
             "model": row["model"],
@@ -89,34 +90,24 @@ def tables(rows: list[dict]) -> list[Table]:
             "preference, nats": score(row, "preference"),
             "verdict": "above chance" if row["prefers"] else "no preference to move",
         }
-        for row in rows
-        if row["what"] == "preference"
+        for row in of["preference"]
     ]
     made = [table(f"{name}: which text of a pair is likelier", preferences)]
-    ablations = [row for row in rows if row["what"] == "ablation"]
-    for model in dict.fromkeys(row["model"] for row in ablations):
-        cells = [
-            {"site": row["site"], "features": number(row["n_features"])}
-            | _costs(row, {"attribution and cost, r": score(row, "attribution_r", 2)})
-            for row in ablations
-            if row["model"] == model
-        ]
-        made.append(table(f"{name}: top features of {model} taken out together", cells))
-    transfers = [row for row in rows if row["what"] == "transfer"]
-    for (source, target, *sites), group in by_pair(transfers).items():
-        cells = [
-            {"direction": row["direction"]}
-            | _costs(
-                row,
-                {
-                    "of own features’": share(row, "share_of_own"),
-                    "same pairs, r": score(row, "pair_r", 2),
-                },
-            )
-            for row in group
-        ]
+    ablations: dict[str, list[dict]] = {}
+    for row in of["ablation"]:
+        line = {"site": row["site"], "features": number(row["n_features"])}
+        line |= _costs(row, {"attribution and cost, r": score(row, "attribution_r", 2)})
+        ablations.setdefault(row["model"], []).append(line)
+    for model, lines in ablations.items():
+        made.append(table(f"{name}: top features of {model} taken out together", lines))
+    for (source, target, *sites), group in by_pair(of["transfer"]).items():
+        lines = []
+        for row in group:
+            compared = {"of own features’": share(row, "share_of_own")}
+            compared |= {"same pairs, r": score(row, "pair_r", 2)}
+            lines.append({"direction": row["direction"]} | _costs(row, compared))
         where = f"directions of {source}’s top features taken out of {target}, {site_words(*sites)}"
-        made.append(table(f"{name}: {where}", cells))
+        made.append(table(f"{name}: {where}", lines))
     return made
 
 
@@ -128,37 +119,32 @@ def _costs(row: dict, more: dict[str, Cell]) -> dict[str, Cell]:
     }
     accuracy = Cell(percent(row["accuracy"], 0), percent(row["accuracy_ablated"], 0))
     style, words = VERDICTS[row["moves"]]
-    verdict = Cell(words, style=style)
     cost = {"cost, nats": score(row, "effect")} | controls | {"accuracy, then": accuracy}
-    return cost | more | {"verdict": verdict}
+    return cost | more | {"verdict": Cell(words, style=style)}
 
 
 def circuits(rows: list[dict]) -> list[Table]:
     """Returns each model's chosen features by layer, with what reaches them from the one before."""
-    edges: dict[tuple, list[dict]] = {}
-    for row in sorted(
-        (r for r in rows if r["what"] == "edge"), key=lambda r: -abs(r["attribution"])
-    ):
+    edges = [row for row in rows if row["what"] == "edge"]
+    edges.sort(key=lambda row: -abs(row["attribution"]))
+    through: dict[tuple, list[str]] = {}
+    for row in edges:
+        words = f"{row['feature_lower']} ({number(row['attribution'])})"
         upper = row["model"], row["site_upper"], row["feature_upper"]
-        edges.setdefault(upper, []).append(row)
-    features = [row for row in rows if row["what"] == "feature" and row["chosen"] == "top"]
-    made = []
-    for model in dict.fromkeys(row["model"] for row in features):
-        cells = [
-            {
+        through.setdefault(upper, []).append(words)
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["what"] == "feature" and row["chosen"] == "top":
+            line = {
                 "site": row["site"],
                 "feature": str(row["feature"]),
                 "attribution, train half": score(row, "attribution_train"),
                 "attribution, test half": score(row, "attribution"),
                 "cost alone": score(row, "effect"),
                 "fires at tokens": number(row["firings"]),
-                "through it, from the site before": ", ".join(
-                    f"{edge['feature_lower']} ({number(edge['attribution'])})"
-                    for edge in edges.get((model, row["site"], row["feature"]), ())
-                ),
             }
-            for row in features
-            if row["model"] == model
-        ]
-        made.append(table(f"{rows[0]['set']}: circuit of the top features of {model}", cells))
-    return made
+            upper = row["model"], row["site"], row["feature"]
+            line["through it, from the site before"] = ", ".join(through.get(upper, ()))
+            lines.setdefault(row["model"], []).append(line)
+    title = f"{rows[0]['set']}: circuit of the top features of"
+    return [table(f"{title} {model}", of_model) for model, of_model in lines.items()]

@@ -11,13 +11,14 @@ from functools import cache, lru_cache, partial
 
 import numpy as np
 
-from crossdict_jax import maps, models, modules, results, stats
+from crossdict_jax import maps, modules, results, stats
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal.directions import map_groups
+from crossdict_jax.causal.directions import MapGroup, map_groups
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
-from crossdict_jax.maps import Pairs, Side, Task
+from crossdict_jax.maps import Pairs, Side
 from crossdict_jax.models import Site
+from crossdict_jax.models.run import pad
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns
 from crossdict_jax.studies.probe import logistic
@@ -36,7 +37,6 @@ from crossdict_jax.workdir import Workdir
 
 FILE = "probe.jsonl"
 DRAWS = 5  # of the examples, averaged over
-BATCH_SIZE = 32  # texts per forward
 Features = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -56,52 +56,36 @@ def run(config: Config, work: Workdir) -> None:
     finished = FinishedRun(config, work, store)
     question = dataclasses.asdict(dataclasses.replace(settings, source=""))
     question = [question, texts.texts, texts.labels.tolist(), texts.classes]
-    stage = Stage(work, "probe", files=(FILE,), inputs=finished.inputs(groups, question))
+    inputs = finished.inputs([task for group in groups for task in group.tasks], question)
+    stage = Stage(work, "probe", files=(FILE,), inputs=inputs)
     if not stage.finished:
-        rows = _measure(finished, texts, groups, stage)
-        stage.finish({FILE: rows}, texts=len(texts.texts))
+        stage.finish({FILE: _measure(finished, texts, groups, stage)}, texts=len(texts.texts))
     show(tables(results.read(work, FILE)))
 
 
-def _measure(
-    run: FinishedRun, texts: Labelled, groups: list[list[Task]], stage: Stage
-) -> list[dict]:
+def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: Stage) -> list[dict]:
     """The rows of all directions; what an interrupted run kept is taken from there."""
     from tqdm import tqdm
 
-    config = run.config
-    reading, left_out = read(run, texts)
-    words = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
-    examples = split(
-        texts.labels[reading.kept],
-        texts.classes,
-        examples=config.probe.examples,
-        seed=config.seed,
-        left=f"{len(reading.kept)} of {len(texts.texts)} texts are left ({words})",
-    )
+    (reading, left_out), config = read(run, texts), run.config
+    reasons = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
+    left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
+    counts, asked = config.probe.examples, {"seed": config.seed, "left": left}
+    examples = split(texts.labels[reading.kept], texts.classes, examples=counts, **asked)
     side = cache(partial(side_of, run, reading))
     features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
-    counts = {"n_classes": len(texts.classes)} | left_out
-    rows = []
-    parts = [(i, n) for i in range(len(groups)) for n in sorted(config.probe.examples)]
+    rows, about = [], {"n_classes": len(texts.classes)} | left_out
+    parts = [(i, n) for i in range(len(groups)) for n in sorted(counts)]
     for i, n in tqdm(parts, desc="probes", unit="part"):
-        task = groups[i][0]
         make = partial(probe_rows, features, i, examples, n, config)
-        pair = (task.source, task.target, str(task.site_source), str(task.site_target))
-        head = dict(zip(results.PAIR, pair)) | counts
-        rows += [head | row for row in stage.part((task.label, n), make)]
+        head = groups[i].columns | about
+        rows += [head | row for row in stage.part((groups[i].label, n), make)]
     return rows
 
 
 def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
     """Returns what all models read, and how many texts were left out for which reason."""
-    store = run.store
-    reading = read_texts(
-        texts.texts,
-        run.tokenizers,
-        bos={model: store.has_bos(model) for model in store.models},
-        contexts={model: run.lm(model).config.context for model in store.models},
-    )
+    reading = read_texts(run, texts.texts)
     paired = np.unique(reading.text)
     unpaired = len(reading.kept) - len(paired)
     reading = reading.take(paired)
@@ -117,40 +101,31 @@ def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
 
 def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
     """Returns a model's side of the rows of all texts."""
-    texts, position = reading.tokens[model], reading.position[model]
-    tokens = np.zeros((len(texts) + -len(texts) % BATCH_SIZE, max(map(len, texts))), np.int32)
-    for row, text in zip(tokens, texts):
-        row[: len(text)] = text
-    lm, dtype, parts = run.lm(model), run.config.extract.matmul_dtype, []
-    for start in range(0, len(tokens), BATCH_SIZE):
-        batch = tokens[start : start + BATCH_SIZE]
-        x = np.asarray(models.capture(lm, batch, (site,), dtype=dtype)[site])
-        rows = np.flatnonzero((reading.text >= start) & (reading.text < start + BATCH_SIZE))
-        parts.append(x[reading.text[rows] - start, position[rows]])
-    x = np.concatenate(parts)
-    return Side(x, tokens[reading.text, position], run.dictionary(model, site))
+    passages = reading.passages[model]
+    x = run.runner(model).read_at(passages, [site])[0]
+    tokens = pad(passages.tokens)[passages.window, passages.position]
+    return Side(x, tokens, run.dictionary(model, site))
 
 
-def _features(run: FinishedRun, reading: Reading, side, tasks: list[Task]) -> Features:
+def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> Features:
     """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
-    task, size = tasks[0], run.config.evaluation.batch_size
-    source, target = side(task.source, task.site_source), side(task.target, task.site_target)
-
-    def of_texts(f: np.ndarray) -> np.ndarray:
-        return pooled(f, reading.text, run.config.probe.pooling)
-
+    size, pooling = run.config.evaluation.batch_size, run.config.probe.pooling
+    source, target = (side(*end) for end in group.ends)
+    pairs = Pairs(source, target, reading.text)
     own_a, own_b = (
-        of_texts(modules.over_rows(s.dictionary, s.x, method="encode", size=size))
+        pooled(
+            modules.over_rows(s.dictionary, s.x, method="encode", size=size),
+            pairs.documents,
+            pooling,
+        )
         for s in (source, target)
     )
-    pairs = Pairs(source, target, reading.text)
     features = {}
-    for each in tasks[1:]:
-        m = maps.load(each.path(run.work))
-        features[each.kind] = of_texts(maps.predict(m, pairs, size)), own_b
-    counts = token_counts(reading.tokens[task.source])
-    features |= {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
-    return features
+    for task in group.tasks:
+        f = maps.predict(maps.load(task.path(run.work)), pairs, size)
+        features[task.kind] = pooled(f, pairs.documents, pooling), own_b
+    counts = token_counts(reading.passages[group.source].tokens)
+    return features | {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
 
 
 def probe_rows(features, i: int, examples: Split, n: int, config: Config) -> list[dict]:

@@ -23,6 +23,10 @@ RATES = {  # column of the file: (its title, by how much it is multiplied)
     "search_rate": ("searched text, per 100 bytes", 1),
     "nll": ("cost, nats a token", 1),
 }
+COUNTED = {
+    "token_rate": "promoted tokens, in % of the new tokens,",
+    "piece_rate": "occurrences of promoted text, per 100 bytes,",
+}
 NORMS = {
     "residual": "the median norm of the target’s activations",
     "feature": "what the feature adds in the source, as a share of the norm",
@@ -109,13 +113,9 @@ def _quoted(tokens: list[str]) -> str:
 
 def sentence(answer: Answer) -> str:
     """Returns what the largest dose does to the promoted tokens, whatever it is."""
-    dose = answer.doses[-1]
+    dose, compared = answer.doses[-1], []
     row = next(r for r in answer.conditions if (r["condition"], r["alpha"]) == ("mapped", dose))
-    compared = []
-    for rate, title in (
-        ("token_rate", "promoted tokens, in % of the new tokens,"),
-        ("piece_rate", "occurrences of promoted text, per 100 bytes,"),
-    ):
+    for rate, title in COUNTED.items():
         low, high = (row[f"{rate}_over_random_{end}"] for end in ("low", "high"))
         if low is None:
             verdict = "one text alone shows nothing"
@@ -124,8 +124,8 @@ def sentence(answer: Answer) -> str:
         else:
             verdict = "surely less" if high < 0 else "not surely more: nothing is shown"
         value, times = row[rate], RATES[rate][1]
-        plain, random = (value - row[f"{rate}_{other}"] for other in ("more", "over_random"))
-        with_it, without, at_random = (number(times * v, 2) for v in (value, plain, random))
+        others = (row[f"{rate}_{other}"] for other in ("more", "over_random"))
+        with_it, without, at_random = (number(times * (value - v), 2) for v in (0, *others))
         bounds = _scaled(row, f"{rate}_over_random", times).note
         compared.append(
             f"{title} are {with_it}, {without} without the edit and {at_random} with a random "

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from crossdict_jax.activations.passages import Contexts, passages_of
-from crossdict_jax.causal.directions import feature_directions, strengths
+from crossdict_jax.causal.directions import MapGroup, feature_directions, strengths
 from crossdict_jax.causal.effects import (
+    ModelAtSite,
     choose_contexts,
     dose_norms,
     mean_change,
     most_promoted,
     normalised,
 )
-from crossdict_jax.causal.feature_transfer import positions_of
-from crossdict_jax.causal.finished_run import TRAIN_ROWS, FinishedRun
-from crossdict_jax.causal.inject import Injector
+from crossdict_jax.causal.feature_transfer import with_continuations
+from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import Translation
-from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import Task
-from crossdict_jax.maps.base import encode_rows, slices
 
 CANDIDATES = 8  # features that a search lists
 STRONGEST = 20  # rows by which a search judges a feature
 LEAST_FIRINGS = 4  # rows, for a feature to be judged at all
-AT_ONCE = 256  # features between two moves of the progress bar
 SHOWN = 3  # strongest contexts of the feature
 
 
@@ -39,48 +35,29 @@ class Source:
     """A at a site, and how its features are looked at: on rows of the store, in words."""
 
     run: FinishedRun
-    task: Task
+    group: MapGroup
     words: Translation
 
     @cached_property
-    def dictionary(self) -> Dictionary:
-        return self.run.dictionary(self.task.source, self.task.site_source)
-
-    @cached_property
     def contexts(self) -> Contexts:
-        return Contexts(self.run.store, self.task.source, self.words.pieces_a)
+        return Contexts(self.run.store, self.group.source, self.words.pieces_a)
 
     @cached_property
     def test(self) -> np.ndarray:
-        """Held-out rows, at most TRAIN_ROWS."""
-        rows = self.run.store.select("test")
-        generator = np.random.Generator(np.random.Philox(key=self.run.config.seed))
-        return np.sort(generator.permutation(rows)[:TRAIN_ROWS])
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        return self.run.store.read(self.task.source, self.task.site_source, rows)
-
-    def codes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The features on some rows, in blocks."""
-        for block in slices(len(rows)):
-            yield encode_rows(self.dictionary, self.read(rows[block]))
+        """Held-out rows of the store."""
+        return self.run.some_rows("test")
 
     def strength(self, rows: np.ndarray, feature: int) -> np.ndarray:
         """One feature's activations on some rows, float32 [n]."""
-        return strengths(self.dictionary, self.read(rows), np.array([feature]))[:, 0]
+        a, _ = self.group.ends
+        x = self.run.store.read(*a, rows)
+        return strengths(self.run.dictionary(*a), x, np.array([feature]))[:, 0]
 
-    def injector(self, rows: np.ndarray) -> Injector:
+    def at_rows(self, rows: np.ndarray) -> ModelAtSite:
         """The model on the windows of some rows, ascending."""
-        config, store, model = self.run.config, self.run.store, self.task.source
-        passages = passages_of(store, model, rows)
-        return Injector(
-            self.run.lm(model),
-            self.task.site_source,
-            passages.tokens,
-            positions_of(store, model, passages),
-            batch_size=config.intervention.batch_size,
-            dtype=config.extract.matmul_dtype,
-        )
+        store, (model, site) = self.run.store, self.group.ends[0]
+        passages = with_continuations(store, model, passages_of(store, model, rows))
+        return ModelAtSite(self.run.runner(model), site, passages)
 
 
 @dataclass(frozen=True)
@@ -116,53 +93,58 @@ def choose(source: Source) -> Feature:
     Raises:
       UserError: it does not exist, or fires nowhere; the search finds nothing.
     """
-    config, task, train = source.run.config, source.task, source.run.train
-    settings, candidates = config.steer, []
+    run, group, train = source.run, source.group, source.run.train
+    config, candidates, dictionary = run.config, [], run.dictionary(*group.ends[0])
+    settings, site = config.steer, f"{group.source} at {group.site_source}"
     feature = settings.feature
     if settings.search:
         candidates = search(source, settings.search)
         feature = candidates[0]["feature"]
-    elif feature >= source.dictionary.width:
+    elif feature >= dictionary.width:
         raise UserError(
-            f"steer.feature={feature}: {task.source} at {task.site_source} has features 0 to "
-            f"{source.dictionary.width - 1}."
+            f"steer.feature={feature}: {site} has features 0 to {dictionary.width - 1}."
         )
     strength, held_out = (source.strength(rows, feature) for rows in (train, source.test))
-    where = f"feature {feature} of {task.source} at {task.site_source}"
+    asked = f"steer.feature={feature}: feature {feature} of {site}"
     if not strength.any():
         raise UserError(
-            f"steer.feature={feature}: {where} is dead, it fires at none of the {len(train)} "
-            "training positions read; choose another, or find one by steer.search."
+            f"{asked} is dead, it fires at none of the {len(train)} training positions read; "
+            "choose another, or find one by steer.search."
         )
     if not held_out.any():
         raise UserError(
-            f"steer.feature={feature}: {where} fires at none of the {len(source.test)} held-out "
-            "positions read, so nobody can say what it promotes; choose another."
+            f"{asked} fires at none of the {len(source.test)} held-out positions read, so nobody "
+            "can say what it promotes; choose another."
         )
     generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
-    documents = source.run.store.rows.document[source.test]
-    count = config.intervention.contexts
+    documents, count = run.store.rows.document[source.test], config.intervention.contexts
     rows = choose_contexts(held_out, documents, count, generator)
-    injector = source.injector(source.test[rows])
-    direction = feature_directions(source.dictionary, np.array([feature]))[0]
+    model = source.at_rows(source.test[rows])
+    direction = feature_directions(dictionary, np.array([feature]))[0]
     norm, _ = dose_norms(
         settings.norm,
-        (injector.median_norm, injector.median_norm),
+        (model.median_norm, model.median_norm),
         strength=float(held_out[rows].mean()),
         direction=direction,
         mapped=direction,
     )
     dose = norm * middle_dose(settings.alphas) * normalised(direction)
-    change = mean_change(injector, injector.ready(size=count, span=1), dose)
+    change = mean_change(model.runner, model.hold(size=count, span=1), dose)
     promoted = most_promoted(change, source.words.has_text)
-    below = source.run.lm(task.target).config.vocab_size
-    mapped, _ = source.words.weights_in_b(promoted, below=below)
+    below = run.runner(group.target).config.vocab_size
     top = [row for row in np.argsort(-strength, kind="stable")[:SHOWN] if strength[row] > 0]
-    contexts = [
-        source.contexts.snippet(train[row]) | {"activation": float(strength[row])} for row in top
-    ]
-    median = injector.median_norm
-    return Feature(feature, strength, direction, median, promoted, mapped, contexts, candidates)
+    return Feature(
+        id=feature,
+        strength=strength,
+        direction=direction,
+        median_norm=model.median_norm,
+        promoted=promoted,
+        mapped=source.words.weights_in_b(promoted, below=below)[0],
+        contexts=[
+            source.contexts.snippet(train[i]) | {"activation": float(strength[i])} for i in top
+        ],
+        candidates=candidates,
+    )
 
 
 def middle_dose(alphas: Iterable[float]) -> float:
@@ -183,24 +165,18 @@ def search(source: Source, text: str) -> list[dict]:
     Raises:
       UserError: no feature does either.
     """
-    from tqdm import tqdm
-
-    config, train = source.run.config, source.run.train
-    share, live, base, token = around(text, source.contexts, train, source.codes(train))
-    fires = np.any([(f > 0).any(0) for f in source.codes(source.test)], axis=0)
+    run, config, (a, _) = source.run, source.run.config, source.group.ends
+    share, live, base, token = around(text, source.contexts, run.train, run.codes(*a))
+    fires = np.any([(f > 0).any(0) for f in run.codes(*a, source.test)], axis=0)
     live = np.flatnonzero(live & fires)
     generator = np.random.Generator(np.random.Philox(key=config.seed))
     count = config.intervention.contexts
-    injector = source.injector(np.sort(generator.permutation(source.test)[:count]))
-    ready = injector.ready(size=count, span=1)
-    dose = injector.median_norm * middle_dose(config.steer.alphas)
-    directions = dose * normalised(feature_directions(source.dictionary, live))
-    effect: dict[int, float] = {}
-    with tqdm(desc="search", unit="feature", total=len(live)) as progress:
-        for block in slices(len(live), AT_ONCE):
-            change, _ = injector.changes(ready, directions[block], {token: 1.0}, limit=1)
-            effect |= zip(live[block].tolist(), change.mean(1, dtype=np.float64).tolist())
-            progress.update(len(change))
+    model = source.at_rows(np.sort(generator.permutation(source.test)[:count]))
+    held = model.hold(size=count, span=1)
+    dose = model.median_norm * middle_dose(config.steer.alphas)
+    directions = dose * normalised(feature_directions(run.dictionary(*a), live))
+    change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
+    effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
     by_share = sorted(effect, key=lambda i: -share[i])
     firing = [i for i in by_share[: CANDIDATES // 2] if share[i] > base]
     by_effect = [i for i in sorted(effect, key=lambda i: -effect[i]) if effect[i] > 0]
@@ -254,15 +230,18 @@ def around(
 
 
 def strongest(codes: Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (rows, activations) where each feature is strongest, both [count or fewer, width]."""
-    index, value, start = None, None, 0
+    """Returns (rows, activations) where each feature is strongest, both [count or fewer, width].
+
+    In any order.
+    """
+    both, start = None, 0
     for f in codes:
         rows = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
         start += len(f)
-        value = f if value is None else np.concatenate([value, f])
-        index = rows if index is None else np.concatenate([index, rows])
+        both = (rows, f) if both is None else map(np.concatenate, zip(both, (rows, f)))
+        index, value = both
         if len(value) > count:
             top = np.argpartition(-value, count - 1, axis=0)[:count]
-            value, index = (np.take_along_axis(a, top, axis=0) for a in (value, index))
-    order = np.argsort(-value, axis=0, kind="stable")
-    return tuple(np.take_along_axis(a, order, axis=0) for a in (index, value))
+            index, value = (np.take_along_axis(a, top, axis=0) for a in (index, value))
+        both = index, value
+    return both

@@ -1,0 +1,82 @@
+"""Dictionaries from one format into another, one by one or all of a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from crossdict_jax.config import ConvertConfig
+from crossdict_jax.dictionaries import base, formats
+from crossdict_jax.dictionaries.formats import hub, saelens
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
+from crossdict_jax.workdir import Workdir, model_names, read_json
+
+Item = tuple[str, str, dict[str, str]]  # where it lies, its folder in the result, its names
+
+
+def hook_name(site: Site) -> str:
+    """Returns a site's name in TransformerLens terms, as in ``blocks.6.hook_resid_pre``."""
+    return f"blocks.{site.layer}.hook_{site.kind}"
+
+
+def convert(config: ConvertConfig, work: Workdir) -> list[str]:
+    """Writes ``config.source`` in ``config.format`` below ``work.dictionaries``.
+
+    Every format is read into the same dictionary of raw activation units first, so what is
+    written means exactly what was read.
+
+    Returns:
+      The folders that were written, and last the address of the upload, if there was one.
+
+    Raises:
+      UserError: the source is no run and no dictionary, or it has no such form.
+    """
+    if config.push and config.format != "saelens":
+        raise UserError(
+            f"push={config.push} with format={config.format}: only SAELens folders are uploaded, "
+            "which every tool reads; leave format out."
+        )
+    if config.push:
+        hub.parse(config.push)
+    root, written = Path(config.source), []
+    if (root / "dictionaries").is_dir() and (root / "config.json").is_file():
+        items = list(_items_of_run(config, root))
+        if not items:
+            raise UserError(f"{root} has no finished dictionary; run train_saes first.")
+    else:
+        inner = hub.parse(config.source)[1] if hub.recognises(config.source) else root
+        names = {"hook_name": config.hook_name, "model_name": config.model_name}
+        items = [(config.source, Path(inner).name or "dictionary", names)]
+    for source, name, names in items:
+        dictionary, folder = formats.load(source), work.dictionaries / name
+        if config.format == "crossdict":
+            if folder.exists():
+                shutil.rmtree(folder)  # of an earlier conversion with these settings
+            base.save(dictionary, folder, meta={"source": source})
+        elif names["hook_name"] and names["model_name"]:
+            saelens.save(dictionary, folder, **names)
+        else:
+            raise UserError(
+                "A SAELens folder says which model and place it reads; give --config.model_name "
+                "and --config.hook_name, as in blocks.6.hook_resid_pre."
+            )
+        written.append(str(folder))
+    return written + ([hub.push(work.dictionaries, config.push)] if config.push else [])
+
+
+def _items_of_run(config: ConvertConfig, root: Path) -> Iterator[Item]:
+    """Every finished dictionary of a run."""
+    models = read_json(root / "config.json")["models"]
+    for model, path in zip(model_names(models), models):
+        for folder in sorted((root / "dictionaries" / model).glob("*/seed-*")):
+            if checkpoint.is_finished(folder):
+                written = checkpoint.load_meta(folder).get("writes")  # (model, site): a transcoder
+                names = {
+                    "hook_name": config.hook_name or hook_name(Site.parse(folder.parent.name)),
+                    "model_name": config.model_name or path,
+                    "hook_name_out": hook_name(Site.parse(written[1])) if written else "",
+                }
+                yield str(folder), str(folder.relative_to(root / "dictionaries")), names

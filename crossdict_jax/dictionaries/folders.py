@@ -1,0 +1,93 @@
+"""Reading the files of dictionary folders of other tools, or an error that names the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossdict_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Returns the JSON object in a folder's cfg.json."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no JSON object; copy it again.")
+    return config
+
+
+def require(config: dict[str, Any], key: str, file: Path) -> Any:
+    """Returns a value that a config must have."""
+    if config.get(key) is None:
+        raise UserError(f"{file} lacks the required key {key!r}; add it as it was in training.")
+    return config[key]
+
+
+def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | None = None) -> int:
+    """Returns a whole number from 1 to ``limit`` that a config must have."""
+    value = require(config, key, file)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or value != int(value) or not 1 <= value <= (limit or 2**31):
+        allowed = f"to {limit}" if limit else "or more"
+        raise UserError(f"{file}: {key}={value!r} must be a whole number, 1 {allowed}.")
+    return int(value)
+
+
+def read_safetensors(file: Path, shapes: Shapes) -> Arrays:
+    """Returns the tensors of a safetensors file as float32; see ``check_arrays``."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            arrays = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
+    except (SafetensorError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again.") from error
+    return check_arrays(arrays, shapes, file)
+
+
+def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
+    """Returns a file's arrays as float32, which must be exactly those that ``shapes`` names.
+
+    Raises:
+      UserError: there is one too many or too few, or one has another shape or holds NaN.
+    """
+    if arrays.keys() != shapes.keys():
+        missing = ", ".join(sorted(shapes.keys() - arrays.keys()))
+        unknown = ", ".join(sorted(arrays.keys() - shapes.keys()))
+        wrong = [f"lacks {missing}"] * bool(missing)
+        wrong += [f"holds {unknown}, which it should not"] * bool(unknown)
+        raise UserError(f"{file} {' and '.join(wrong)}; its weights must be {', '.join(shapes)}.")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise UserError(
+                f"{file}: {name} has shape {arrays[name].shape}, where {shape} is expected; "
+                "cfg.json or the weights are of another dictionary."
+            )
+        if not np.isfinite(arrays[name].astype(np.float32)).all():
+            raise UserError(f"{file}: {name} holds NaN or infinity; copy it again.")
+    return {name: np.asarray(arrays[name], np.float32) for name in shapes}
+
+
+def centred(arrays: Arrays) -> Arrays:
+    """Returns arrays of z = x W_enc + b_enc as those of our z = (x - b_dec) W_enc + b_enc.
+
+    The bias takes up the difference, of gated dictionaries the bias of the magnitudes too.
+    """
+    shift = arrays["b_dec"] @ arrays["W_enc"]
+    arrays = arrays | {"b_enc": arrays["b_enc"] + shift}
+    if "b_mag" in arrays:
+        arrays["b_mag"] = arrays["b_mag"] + shift * np.exp(arrays["r_mag"])
+    return arrays
