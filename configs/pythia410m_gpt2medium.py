@@ -41,8 +41,6 @@ def get_config() -> Config:
             # predictions several times too dense.
             learning_rate=3e-3,
             head="jumprelu",
-            weight_decay=1e-4,
-            gradient_clip=1.0,
             # The usual sparsity loss compares (p == 0) with (t == 0) and has no gradient; ours of
             # the same weight has one.
             loss_weights=LossWeights(mse=1.0, cosine=1.0, correlation=0.05, sparsity=0.01),

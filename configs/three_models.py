@@ -21,7 +21,6 @@ def get_config() -> Config:
         map=MapConfig(kinds=("mean", "token", "ridge", "crosscoder")),
         crosscoder=CrosscoderConfig(
             width=768,  # what two different models have to say, and their common part
-            k=24,
             steps=1500,
             learning_rate=3e-3,
             drop_probability=0.25,  # rows without a model blur whose a latent is

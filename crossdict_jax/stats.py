@@ -13,7 +13,7 @@ class Resamples:
     """Which documents each bootstrap resample holds, and which document each row belongs to.
 
     Attributes:
-      index: int [n], each row's document as a place in 0 .. n_documents - 1.
+      index: int [n], each row's document, a number from 0 to n_documents - 1.
       weights: float64 [count, n_documents], how often a resample holds a document. Empty
         (count 0) where no interval exists: fewer than two documents, or none was asked for.
     """

@@ -37,38 +37,18 @@ class Workdir:
 
     root: Path
 
-    @property
-    def activations(self) -> Path:
-        return self.root / "activations"
-
-    @property
-    def dictionaries(self) -> Path:
-        return self.root / "dictionaries"
-
-    @property
-    def maps(self) -> Path:
-        return self.root / "maps"
-
-    @property
-    def crosscoders(self) -> Path:
-        return self.root / "crosscoders"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "results"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report"
+    activations = property(lambda self: self.root / "activations")
+    dictionaries = property(lambda self: self.root / "dictionaries")
+    maps = property(lambda self: self.root / "maps")
+    crosscoders = property(lambda self: self.root / "crosscoders")
+    results = property(lambda self: self.root / "results")
+    report = property(lambda self: self.root / "report")
+    timing = property(lambda self: self.results / "timing.json")
 
     @property
     def controls(self) -> Workdir:
         """What controls need beside the run, laid out as a run of its own."""
         return Workdir(self.root / "controls")
-
-    @property
-    def timing(self) -> Path:
-        return self.results / "timing.json"
 
     def dictionary(self, model: str, site: Any, member: str = "seed-0") -> Path:
         """Returns the checkpoint directory of one dictionary."""
@@ -87,9 +67,14 @@ class Workdir:
         return self.results / name
 
     def record_timing(self, stage: str, **figures: float | int | str) -> None:
-        """Merges one stage's figures (wall_s, rows_per_s, ...) into results/timing.json."""
+        """Merges one stage's figures (wall_s, ...) into results/timing.json, and prints a line."""
         timing = read_json(self.timing) if self.timing.exists() else {}
         write_json(self.timing, timing | {stage: figures})
+        said = [f"{stage}: {figures['wall_s']:.1f} s"]
+        for name, figure in figures.items():
+            if name not in ("wall_s", "device", "devices"):
+                said.append(f"{name} {f'{figure:,.4g}' if isinstance(figure, float) else figure}")
+        print(*said, sep=", ", flush=True)
 
 
 def open_workdir(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {  # flags that are not settings, and their help texts
     "config": "Python file with get_config(); default: configs/{}.py, or what made --workdir",
     "workdir": "Folder of the run; default: runs/{}, or runs/NAME of --config",
+    "verbosity": "How much is said, as of absl: 1, 0, -1 (default); -2: no progress bars",
     "expect": "A file of configs/ with published numbers to compare with at the end",
 }
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
@@ -41,26 +43,25 @@ QUIET = {  # advice that nobody asked for, between the progress bars
 }
 
 
-def run(main: Main, *, kind: type = Config, default: str = "quickstart") -> None:
-    """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``)."""
+def run(main: Main, *, kind: type = Config, default: str = "quickstart", table: str = "") -> None:
+    """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
+
+    Args:
+      table: the function of ``crossdict_jax.report`` that prints what the command ends with.
+    """
 
     @functools.wraps(main)
     def start(config, work):
-        from crossdict_jax.report.records import following
-
         _set_up_jax()
-        with following(work, getattr(config, "records", ())):
-            main(config, work)
-
-    def leave_to_execute(argv):
-        # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
-        flags.FLAGS.mark_as_parsed()
-        flags.FLAGS.verbosity = -1  # warnings and worse: some libraries narrate every file
-        return argv
+        main(config, work)
+        if table:
+            getattr(importlib.import_module("crossdict_jax.report"), table)(work)
 
     os.environ.update(QUIET | os.environ)
+    # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
+    flags.FLAGS.mark_as_parsed()
     act = functools.partial(execute, start, kind=kind, default=default)
-    app.run(act, flags_parser=leave_to_execute)
+    app.run(act, flags_parser=lambda argv: argv)
 
 
 def execute(
@@ -169,7 +170,8 @@ def parse(
     names = settings.settings(kind)
     types = {f"config.{name}": field.type for name, field in names.items()}
     types |= {flag: names[name].type if name in names else str for flag, name in SHORT.items()}
-    for flag, type_ in (dict.fromkeys(FILES, str) | types).items():
+    types |= dict.fromkeys(FILES, str) | {"verbosity": int}
+    for flag, type_ in types.items():
         flags.DEFINE(_Setting(type_), flag, None, "", flag_values=values)
     try:
         positional = values(argv)[1:]
@@ -184,6 +186,8 @@ def parse(
         )
     asked = {flag: values[flag].value for flag in values if values[flag].value is not None}
     expected = _load(asked["expect"], "get_expectations") if "expect" in asked else ()
+    # Warnings and worse by default: some libraries narrate every file.
+    flags.FLAGS["verbosity"].value = asked.get("verbosity", -1)
     workdir = asked.get("workdir")
     stored = workdir is not None and (Path(workdir) / "config.json").exists()
     usual = f"{ROOT}/configs/stored.py:{workdir}" if stored else f"{ROOT}/configs/{default}.py"

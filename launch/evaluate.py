@@ -14,12 +14,5 @@ def main(config: Config, work: Workdir) -> None:
     evaluate(config, work)
 
 
-def main_and_table(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report import summary_table
-
-    main(config, work)
-    summary_table(work)
-
-
 if __name__ == "__main__":
-    command.run(main_and_table)
+    command.run(main, table="summary_table")

@@ -6,8 +6,6 @@ python -m launch.experiment --models=a,b --layers=5,6,7 --width=4096 --workdir=r
 It can be interrupted and run again: what is finished is kept.
 """
 
-import time
-
 from crossdict_jax.config import Config
 from crossdict_jax.workdir import Workdir
 from launch import (
@@ -20,21 +18,13 @@ from launch import (
     train_saes,
 )
 
-STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, intervene)
+STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, intervene, report)
 
 
 def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.report import summary_table
-
     for number, stage in enumerate(STAGES, start=1):
-        name = stage.__name__.rpartition(".")[2]
-        print(f"[{number}/{len(STAGES) + 1}] {name}", flush=True)
-        start = time.perf_counter()
+        print(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}", flush=True)
         stage.main(config, work)
-        print(f"[{number}/{len(STAGES) + 1}] {name} took {time.perf_counter() - start:.1f} s")
-    summary_table(work)
-    print(f"[{len(STAGES) + 1}/{len(STAGES) + 1}] report", flush=True)
-    report.main(config, work)
 
 
 if __name__ == "__main__":

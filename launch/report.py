@@ -10,8 +10,9 @@ from launch import command
 
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax import studies
-    from crossdict_jax.report import write_report
+    from crossdict_jax.report import summary_table, write_report
 
+    summary_table(work)
     print(write_report(config, work, sections=studies.sections(work)))
 
 

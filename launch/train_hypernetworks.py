@@ -19,4 +19,4 @@ def main(config: Config, work: Workdir) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, table="map_table")

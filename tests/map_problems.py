@@ -19,10 +19,7 @@ CONFIG = MapConfig(
     batch_size=64,
     learning_rate=1e-2,
     dropout=0.05,
-    checkpoint_every=100,
-    hypernetwork=HypernetworkConfig(
-        rank=8, profile_rank=4, hidden=16, steps=60, batch_size=64, checkpoint_every=30
-    ),
+    hypernetwork=HypernetworkConfig(rank=8, steps=60),
 )
 
 
@@ -73,6 +70,13 @@ def shuffled_problem(problem: Problem) -> Problem:
 def fit_one(kind: str, problem: Problem, tmp_path, config: MapConfig = CONFIG) -> base.Fitted:
     (fitted,) = maps.map_module(kind).fit([problem], config, seed=0, directory=tmp_path)
     return fitted
+
+
+def inputs_of(m, pairs: Pairs):
+    """What a map reads of A's side, for all rows."""
+    source = pairs.source
+    inputs = {"tokens": source.tokens, "activations": source.x}.get(m.reads)
+    return source.features(slice(None)) if inputs is None else inputs
 
 
 def activation_r2(m, problem: Problem, test: Pairs) -> float:

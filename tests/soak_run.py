@@ -3,7 +3,7 @@
 PYTHONPATH=. python tests/soak_run.py --workdir=WORKDIR
 
 WORKDIR holds config.json and a store; dictionaries go to WORKDIR/ARCHITECTURE. With
-``config.records`` the run is watched: curves are handed on while it trains, and every dictionary
+``config.records`` the run is watched: curves go to other tools too, and every dictionary
 is evaluated as soon as it is there.
 """
 

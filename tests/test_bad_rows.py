@@ -4,9 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from functools import partial
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,13 +13,12 @@ import tiny_run
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations.extract import extract, masked
-from crossdict_jax.activations.store import Rows, Store, save_shard, shard_name
+from crossdict_jax.activations.store import Rows, Sites, Store, save_shard, shard_name
 from crossdict_jax.config import Config, ExtractConfig, SAEConfig
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import start, train
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import Workdir
 
 SITE = Site(2)
@@ -42,7 +39,7 @@ def rows_of(n):
 
 def look(settings, directory, n=40):
     how = {"shards": 2, "documents": ["one", "two", "three", "four"]}
-    return masked(settings, directory, {"a": (SITE,)}, rows_of(n), **how)
+    return masked(settings, directory, Sites({("a", SITE): ("a", SITE)}), rows_of(n), **how)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -167,8 +164,7 @@ def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
 @pytest.mark.parametrize(
     "architecture", ["topk", pytest.param("matryoshka", marks=pytest.mark.slow)]
 )
-def test_one_feature_is_enough(architecture, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+def test_one_feature_is_enough(architecture, tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 5)) + 2
     d = trained(x, tmp_path, architecture=architecture, width=1, k=1)
     assert d.encode(x).shape == (50, 1) and np.isfinite(d(x)).all()

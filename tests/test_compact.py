@@ -27,21 +27,21 @@ def features(rng, counts, width=11):
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0], [11]], ids=["some", "none", "all"])
 def test_codes_hold_the_features(counts):
     batches = [features(np.random.default_rng(seed), counts) for seed in range(3)]
-    code = compact.compact(batches, most=11)
+    code = compact.compact(batches, limit=11)
     assert code.features.shape == (3 * len(counts), max(1, *counts))
     np.testing.assert_array_equal(jax.tree.map(jnp.asarray, code).dense(), np.concatenate(batches))
 
 
 def test_a_row_with_too_many_features_has_no_code():
     f = features(np.random.default_rng(0), [2, 4, 1])
-    assert compact.compact([f], most=4) is not None
-    assert compact.compact([f, f], most=3) is None
+    assert compact.compact([f], limit=4) is not None
+    assert compact.compact([f, f], limit=3) is None
 
 
 def test_codes_alike_have_equal_places_and_the_same_features():
     rng = np.random.default_rng(1)
     all_features = [features(rng, counts) for counts in ([2, 1], [0, 4])]
-    codes = compact.alike([compact.compact([f], most=11) for f in all_features])
+    codes = compact.alike([compact.compact([f], limit=11) for f in all_features])
     assert {code.values.shape for code in codes} == {(2, 4)}
     for code, f in zip(codes, all_features):
         np.testing.assert_array_equal(jax.tree.map(jnp.asarray, code).dense(), f)
@@ -86,8 +86,8 @@ def problem():
 
 def one_step(given, *, batch: int = 64):
     config = MapConfig(hidden=16, batch_size=batch, steps=10)
-    made = ensemble.Ensemble(mlp.MLP, [given], config, seed=0)
-    trainable, feed = made.trainable(), made.feed()
+    made, _ = ensemble.prepare(mlp.MLP, [given], config, seed=0)
+    trainable, feed = made.trainable(10), made.feed
     state = initial(trainable, jax.random.key(0), made.by_member)
     chosen = feed.indices(0, 1)[0]
     step = jax.jit(lambda s, r, i: trainable.step(s, feed.select(r, i), 1, jax.random.key(1)))
@@ -107,12 +107,3 @@ def test_a_step_on_codes_is_one_on_rows(monkeypatch):
     moments = (s["train"]["optimizer"] for s in (state, state_of_rows))
     for ours, plain in zip(*map(jax.tree.leaves, moments), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4 * max(1e-6, float(np.abs(plain).max())))
-
-
-@pytest.mark.mesh
-def test_no_device_asks_another_for_its_rows():
-    step, _ = one_step(problem())
-    program = step.func.lower(*step.args).compile().as_text()
-    assert jax.device_count() == 8
-    assert "all-reduce(" in program
-    assert "all-to-all(" not in program and "collective-permute(" not in program

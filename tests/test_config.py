@@ -1,6 +1,8 @@
 """Settings: their names, their spelling on the command line, and what each may be."""
 
+import ast
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -9,8 +11,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from crossdict_jax import config as config_room
 from crossdict_jax.config import (
-    MAP_HEADS,
     SITES,
     BenchmarkConfig,
     Config,
@@ -27,7 +29,8 @@ from crossdict_jax.config import to_dict as as_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import write_json
 
-PRESETS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 PRESETS.remove("stored")  # it reads a work directory
 PRESETS.remove("convert")  # it says nothing about what to convert
 KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
@@ -64,13 +67,33 @@ def test_every_setting_has_a_help_text_and_a_rule():
             assert field.metadata["rule"] or name in free, name
 
 
+def reads(tree: ast.Module) -> set[str]:
+    """Every attribute that a module reads, and every name; not those of classes of settings."""
+    body = [n for n in tree.body if not (isinstance(n, ast.ClassDef) and "Config" in n.name)]
+    nodes = list(itertools.chain.from_iterable(map(ast.walk, body)))
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    return read | {n.id for n in nodes if isinstance(n, ast.Name)}
+
+
+def test_every_setting_is_read_somewhere():
+    """By a file that also names the group of the setting, or a class of settings."""
+    classes = {name for name in vars(config_room) if name.endswith("Config")}
+    sources = [p for d in ("crossdict_jax", "launch") for p in (ROOT / d).rglob("*.py")]
+    files = [reads(ast.parse(path.read_text())) for path in sources]
+    unread = []
+    for name in itertools.chain.from_iterable(map(settings.settings, KINDS)):
+        group, last = (["", *name.split(".")])[-2:]
+        near = {group or "config", "settings", *classes}
+        if not any(last in read and read & near for read in files):
+            unread.append(name)
+    assert not unread, f"Nothing reads {', '.join(unread)}: drop them, or let them act."
+
+
 def test_names_found_by_file_are_those_of_the_rooms():
     from crossdict_jax import models
     from crossdict_jax.evaluation.matching import METHODS
-    from crossdict_jax.maps import heads
 
     assert set(SITES) == set(models.KINDS)
-    assert set(MAP_HEADS) == set(heads.HEADS)
     matching = settings.settings(Config)["evaluation.matching"].metadata["rule"]
     assert matching.words == f"one of {', '.join(METHODS)}"
     assert VerifyConfig().gates == tuple(f"G{n}" for n in range(1, 11))

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import tiny_run
 
-from crossdict_jax import models, results, stats
+from crossdict_jax import models, results
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun
-from crossdict_jax.config import ContrastConfig
+from crossdict_jax.config import Config, ContrastConfig, EvaluationConfig
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
-from crossdict_jax.studies.contrast import ablation
 from crossdict_jax.studies.contrast import measure as study
 from crossdict_jax.studies.contrast.ablation import Cut, draw_controls, measure, singles
 from crossdict_jax.studies.contrast.preference import Reader, read_pairs
@@ -97,15 +96,16 @@ def transferred(planted, readers, vectors, features) -> dict:
     order = np.array([*features, *np.setdiff1d(np.arange(FEATURES), features)])
     f = np.asarray(planted.dictionaries[0].encode(x_at_rows(readers["a"], SITE)))
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
-    draws = stats.draw(np.arange(len(readers["b"].preference)), count=100, seed=0)
-    return measure(readers["b"], SITE, cut, controls=24, draws=draws, seed=0)[1]
+    asked = ContrastConfig(controls=24)
+    config = Config(contrast=asked, evaluation=EvaluationConfig(bootstrap=100))
+    return measure(readers["b"], SITE, cut, config)[1]
 
 
 def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(planted, readers):
     row = transferred(planted, readers, directions_in_b(planted), CAUSES)
     assert row["moves"] is True
     assert row["effect"] > 0.15 and row["accuracy"] > row["accuracy_ablated"]
-    assert max(row[f"p_{family}"] for family in ablation.FAMILIES) <= 0.05
+    assert max(row[f"p_{family}"] for family in ("random", "shuffled", "others")) <= 0.05
 
 
 @pytest.mark.parametrize("wrong", ["random", "another"])
@@ -189,44 +189,37 @@ def write(path, lines):
     return str(path)
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: next(iter(line)))
-def test_every_spelling_of_a_pair_is_the_same(line, tmp_path):
-    (found,) = read_sets([write(tmp_path / "dogs.json", [line, line])])
-    assert found == ContrastSet("dogs", ("The dogs are",), ("The dogs is",), duplicates=1)
+def test_every_spelling_of_a_pair_is_the_same_and_a_folder_is_all_its_files(tmp_path):
+    for i, line in enumerate(LINES):
+        write(tmp_path / f"{i}.{('json', 'jsonl')[i % 2]}", [line, line])
+    write(tmp_path / "SOURCE.txt", LINES)
+    good, bad = ("The dogs are",), ("The dogs is",)
+    expected = [ContrastSet(str(i), good, bad, duplicates=1) for i in range(len(LINES))]
+    assert read_sets([str(tmp_path)]) == expected
 
 
-def test_a_folder_is_all_its_files(tmp_path):
-    for name in ("b.jsonl", "a.json", "SOURCE.txt"):
-        write(tmp_path / name, [LINES[3]])
-    assert [s.name for s in read_sets([str(tmp_path)])] == ["a", "b"]
+BAD = (  # what is written, what the line names
+    ([{"yes": "a", "no": "b"}], "line 1 has fields yes, no; known are clean_prefix"),
+    ([{"good": "a", "bad": "a"}], "good and bad are the same text"),
+    ([{"good": "a", "bad": " "}], "line 1: bad is not text, or blank"),
+    ([{"good": 1, "bad": "a"}], "good is not text"),
+    ([{"good": "a\ud800", "bad": "a"}], "good has half a character"),
+    ([], "holds no pair"),
+)
 
 
-BAD = {  # what is written, what the line names
-    "fields": ([{"yes": "a", "no": "b"}], "line 1 has fields yes, no; known are clean_prefix"),
-    "equal": ([{"good": "a", "bad": "a"}], "good and bad are the same text"),
-    "blank": ([{"good": "a", "bad": " "}], "line 1: bad is not text, or blank"),
-    "number": ([{"good": 1, "bad": "a"}], "good is not text"),
-    "surrogate": ([{"good": "a\ud800", "bad": "a"}], "good has half a character"),
-    "list": ([[1]], "line 1 is a JSON list"),
-    "empty": ([], "holds no pair"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_pairs_are_named(name, tmp_path):
-    lines, words = BAD[name]
-    with pytest.raises(UserError, match=words):
-        read_sets([write(tmp_path / "set.jsonl", lines)])
-
-
-def test_missing_sources_are_named(tmp_path):
+def test_bad_pairs_and_missing_sources_are_named(tmp_path):
+    for i, (lines, words) in enumerate(BAD):
+        (tmp_path / str(i)).mkdir()
+        with pytest.raises(UserError, match=words):
+            read_sets([write(tmp_path / str(i) / "set.jsonl", lines)])
     with pytest.raises(UserError, match="source is empty; name files"):
         read_sets([])
     with pytest.raises(UserError, match="nowhere"):
         read_sets([str(tmp_path / "nowhere.jsonl")])
-    with pytest.raises(UserError, match="holds no file ending in"):
-        read_sets([str(tmp_path)])
     (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="holds no file ending in"):
+        read_sets([str(tmp_path / "x")])
     twice = [write(tmp_path / name, [LINES[3]]) for name in ("s.json", "x/s.jsonl")]
     with pytest.raises(UserError, match="two sets called s"):
         read_sets(twice)
@@ -408,12 +401,14 @@ def test_edges_between_the_chosen_features_of_two_sites(run, copy):
     assert {(r["site_lower"], r["site_upper"]) for r in rows} == {("resid_pre.1", "resid_post.1")}
 
 
-@pytest.mark.parametrize("change", [{"features": 1}, {"span": "whole"}])
-def test_settings_change_the_rows(run, copy, change):
+def test_whole_spans_are_ablated_where_that_is_asked(run, copy):
     config, work = run
-    asked = dataclasses.replace(config.contrast, **change)
+    asked = dataclasses.replace(config.contrast, span="whole", features=1)
     study.run(dataclasses.replace(config, contrast=asked), copy)
-    assert rows_of(copy) != rows_of(work)
+    firings = [{r["feature"]: r["firings"] for r in rows_of(w, "feature")} for w in (copy, work)]
+    both = firings[0].keys() & firings[1].keys()
+    assert both and all(firings[0][i] >= firings[1][i] for i in both)
+    assert any(firings[0][i] > firings[1][i] for i in both)
 
 
 def test_texts_that_no_model_can_read_are_refused(run, copy, tmp_path, capsys):

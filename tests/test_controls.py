@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from map_problems import inputs_of
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.store import digest, open_store
@@ -32,8 +33,8 @@ SITE = tiny_run.SITE
 def begun(tmp_path_factory):
     """(config, work directory) of a run whose controls have not been begun."""
     config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    sae = dataclasses.replace(config.sae, steps=4, batch_size=64, checkpoint_every=2)
-    return dataclasses.replace(config, controls=BOTH, sae=sae), work
+    sae = dataclasses.replace(config.sae, steps=4, batch_size=64)
+    return dataclasses.replace(config, controls=BOTH, sae=sae, checkpoint_every=2), work
 
 
 def run_controls(config: Config, work: Workdir) -> None:
@@ -200,7 +201,7 @@ def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished
             continue
         pairs = shown(task, loader.rows(task, "test"))
         reads = maps.base.map_class(task.kind).reads
-        inputs = maps.source_inputs(maps.load(task.path(work)), pairs)
+        inputs = inputs_of(maps.load(task.path(work)), pairs)
         if reads == "activations":
             assert np.allclose(inputs, second(x), atol=1e-4)
         elif reads == "features":

@@ -1,4 +1,4 @@
-"""The crosscoder as a rung: one joint code for all directions of a run, saved and found again."""
+"""The map through a crosscoder: one joint code for all directions of a run, saved and loaded."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries import crosscoder_training as training
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import fit
-from crossdict_jax.maps.joint import sites_of, with_codes
+from crossdict_jax.maps.fit import with_codes
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.mesh import make_mesh
@@ -163,15 +163,6 @@ def test_what_is_finished_stays_and_what_is_gone_comes_back_with_the_same_bits(r
     assert kept.stat().st_mtime_ns == then
 
 
-def test_a_task_finds_the_layer_tuple_that_holds_its_sites():
-    store = Rows()
-    config = Config(layer_pairs="1:2,2:1", map=MapConfig(kinds=("crosscoder",)))
-    for task in maps.tasks(config, store):
-        sites = sites_of(task, config, store)
-        ends = [store.models.index(name) for name in (task.source, task.target)]
-        assert [sites[i] for i in ends] == [task.site_source, task.site_target]
-
-
 def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):
     config, pairs = run[0], score(run, "a", "b")[2]
     problem = maps.Problem("A to B", pairs, pairs)
@@ -187,7 +178,7 @@ def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path, monkeypatch):
     train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
     problem = maps.Problem("a to b (control)", train, held_out)
     task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
-    (joined,) = with_codes([problem], [task], config, store, work, directory=tmp_path)
+    (joined,) = with_codes([problem], [task], config, store, work, tmp_path)
     (fitted,) = maps.map_module("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
     x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)
     assert np.square(x - x_b).sum() < 0.6 * np.square(x - x.mean(0)).sum()

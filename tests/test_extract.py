@@ -18,7 +18,13 @@ from crossdict_jax.activations import plan as planning
 from crossdict_jax.activations.extract import extract, masked
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
-from crossdict_jax.activations.store import Column, open_store, save_index, save_shard, shard_name
+from crossdict_jax.activations.store import (
+    Sites,
+    open_store,
+    save_index,
+    save_shard,
+    shard_name,
+)
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -92,14 +98,12 @@ def arrays(plan):
 def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, monkeypatch):
     lms = [models.load(path) for path in config.models]
     whole = planning.make_plan(config, lms, tmp_path)
-    assert len(list(planning._blocks(planning.load_corpus(config.text).documents))) == 1
-    for size in (1, 500):  # a document at a time; several
-        monkeypatch.setattr(planning, "BLOCK_BYTES", size)
+    for size in (1, 7):
+        monkeypatch.setattr(planning, "BLOCK_DOCUMENTS", size)
         plan = planning.make_plan(config, lms, tmp_path)
         jax.tree.map(np.testing.assert_array_equal, arrays(plan), arrays(whole))
         others = (
             "documents",
-            "of_split",
             "provenance",
             "statistics",
             "not_rebuilt",
@@ -109,23 +113,10 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
         assert all(getattr(plan, name) == getattr(whole, name) for name in others)
 
 
-def test_a_column_grows_in_a_file_without_a_name(tmp_path):
-    rng = np.random.default_rng(0)
-    for dtype, width in ((np.int8, None), (np.int32, 3), (bool, None)):
-        array = rng.integers(0, 2, 40 if width is None else (40, width))
-        column = Column(tmp_path, dtype, width=width)
-        assert column.array().shape == (0, *array.shape[1:])
-        for part in np.array_split(array, 3):
-            column.append(part)
-        np.testing.assert_array_equal(column.array(), array.astype(dtype))
-        assert len(column) == 40 and column.array().dtype == dtype
-    assert not list(tmp_path.iterdir())
-
-
 def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
     """Rows, tokens, norms and text are not held; a name and hashes are, of each document."""
     monkeypatch.setattr(stage, "BLOCK", 256)
-    monkeypatch.setattr(planning, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(planning, "BLOCK_DOCUMENTS", 8)
     lms = [models.load(path) for path in config.models]
     cut = pairing.windows
 
@@ -141,7 +132,7 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
             for i, (start, stop) in enumerate(itertools.pairwise(plan.shard_starts)):
                 ones = np.full((stop - start, 4), 0x3F80, np.uint16)
                 save_shard(place, shard_name(model, str(tiny_run.SITE), i), ones)
-        sites = dict.fromkeys("ab", (tiny_run.SITE,))
+        sites = Sites({(m, tiny_run.SITE): (m, tiny_run.SITE) for m in "ab"})
         how = {"shards": plan.shards, "documents": plan.documents}
         keep, _ = masked(config.extract, place, sites, plan.rows, **how)
         save_index(place, dataclasses.replace(plan.rows, keep=keep), plan.table)
@@ -174,7 +165,6 @@ def test_splits_are_contiguous_and_share_no_document(finished):
     assert (np.diff(store.rows.split) >= 0).all()
     documents = [set(store.rows.document[store.select(s)]) for s in ("train", "validation", "test")]
     assert all(documents) and not documents[0] & documents[2] and not documents[0] & documents[1]
-    assert set(store.windows("test")) == set(store.rows.window[store.select("test")])
 
 
 def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, monkeypatch):

@@ -7,26 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_causal_transfer import SHAPE as LLAMA
 from tiny_run import SHAPES
 
 from crossdict_jax import models
 from crossdict_jax.models import Site, run
 from crossdict_jax.models.run import Runner, Starts
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 FAMILIES = {"gpt2": SHAPES["a"], "gpt_neox": SHAPES["b"], "llama": LLAMA}
 LENGTHS = (5, 2, 7, 1, 3)
 GOLDENS = Path(__file__).parent / "goldens"
@@ -38,7 +25,7 @@ def starts(d_model: int, *, scale: float = 3.0) -> Starts:
     length = np.array(LENGTHS, np.int32)
     n = len(length)
     return Starts(
-        tokens=rng.integers(0, 60, (n, max(LENGTHS))).astype(np.int32),
+        tokens=rng.integers(0, 30, (n, max(LENGTHS))).astype(np.int32),
         length=length,
         vector=(scale * rng.normal(size=(n, d_model))).astype(np.float32),
         prompt=np.arange(n, dtype=np.int32),

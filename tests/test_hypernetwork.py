@@ -16,20 +16,9 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions
 from crossdict_jax.maps.descriptions import Describer, profile_weights
 from crossdict_jax.maps.kinds import hypernetwork
-from crossdict_jax.training import loop
 
 ROWS = {"train": 800, "validation": 160, "test": 400}
-SHAPE = HypernetworkConfig(
-    rank=12,
-    profile_rank=4,
-    hidden=16,
-    dropout=0.1,
-    feature_dropout=0.1,
-    steps=120,
-    batch_size=64,
-    learning_rate=1e-2,
-    checkpoint_every=120,
-)
+SHAPE = HypernetworkConfig(rank=12, steps=120, learning_rate=1e-2)
 D_MODEL = {"a": 6, "b": 8}
 WIDTH = {"a": 48, "b": 64}
 
@@ -94,24 +83,6 @@ def feature_r2(m, splits, columns=slice(None)) -> float:
     return 1 - np.sum(error**2) / np.sum((truth - mean) ** 2)
 
 
-def train(problems, directory, **how):
-    return hypernetwork.train_network(problems, SHAPE, seed=0, directory=directory, **how)[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_program():
-    """Trainings of the same problems share a compiled program: they differ in its arguments."""
-    programs, original = {}, loop._compile
-
-    def once(trainable, feed):
-        key = str(jax.tree.map(jnp.shape, feed.resident))
-        return programs.setdefault(key, original(trainable, feed))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_compile", once)
-        yield
-
-
 @functools.cache
 def unknown_fifth() -> dict[tuple[str, int], np.ndarray]:
     rng = np.random.default_rng(5)
@@ -123,11 +94,15 @@ def unknown_fifth() -> dict[tuple[str, int], np.ndarray]:
     return known
 
 
+def train(problems, directory, **how):
+    return hypernetwork.train_network(problems, SHAPE, seed=0, directory=directory, **how)[0]
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """Trained on layers 1 and 3, both directions, without a fifth of all features."""
     folder = tmp_path_factory.mktemp("network")
-    return train(problems_of(1, 3), folder, known=unknown_fifth())
+    return train(problems_of(1, 3), folder, masks=unknown_fifth())
 
 
 # ---------------------------------------------------------------- zero-shot
@@ -153,7 +128,7 @@ def test_descriptions_of_other_features_say_nothing(tmp_path, monkeypatch):
         return {name: rows[order] for name, rows in honest(self).items()}
 
     monkeypatch.setattr(descriptions.Description, "directions", property(of_others))
-    network = train(problems_of(1, 3), tmp_path, known=unknown_fifth())
+    network = train(problems_of(1, 3), tmp_path, masks=unknown_fifth())
     splits = planted()[1]
     m = network.write(problem_of(splits, "asked"))
     assert feature_r2(m, splits, ~unknown_fifth()["b", 1]) < 0.3
@@ -174,21 +149,22 @@ def test_shuffled_pairs_teach_a_network_of_their_own_nothing(tmp_path):
 
 def test_unknown_features_are_not_read_in_training():
     known = unknown_fifth()
-    trainer = hypernetwork._Trainer(problems_of(1)[:1], SHAPE, 0, Describer(), known)
-    fixed, rows = (trainer.feed().resident[name] for name in ("fixed", "look"))
-    params = trainer.trainable().init(jax.random.key(0))["params"]
+    problem = problems_of(1)[0]
+    objective = hypernetwork.WritingObjective([problem], SHAPE, Describer(), known)
+    fixed = jax.tree.map(lambda a: jnp.asarray(a)[None], objective.fixed(0))
+    params = objective.init(jax.random.key(0), {})
+    rows = {"source 0": problem.train.source.x[:128], "target 0": problem.train.target.x[:128]}
 
     @jax.jit
     @jax.grad
-    def slopes(given):
-        changed = {"stack_0": fixed["stack_0"] | {"given": given}}
-        return trainer._losses(params, changed, rows, None).sum()
+    def slopes(reads):
+        return objective.losses(params, rows, {"stacks": [fixed | {"reads": reads}]}).sum()
 
-    found = slopes(fixed["stack_0"]["given"])
-    for model, read in (("a", found["source"]["moves"]), ("b", found["target"]["reads"])):
+    slope = slopes(fixed["reads"])
+    for model, read in (("a", slope["source"]["moves"]), ("b", slope["target"]["reads"])):
         moved = np.abs(np.asarray(read[0])).max(axis=1) > 0
         np.testing.assert_array_equal(moved, known[model, 1])
-    assert not np.asarray(fixed["stack_0"]["given"]["U"])[0, ~known["a", 1]].any()
+    assert not np.asarray(fixed["reads"]["U"])[0, ~known["a", 1]].any()
 
 
 # ---------------------------------------------------------------- token profiles
@@ -225,7 +201,7 @@ def lexical(names_b: bool):
 def test_token_profiles_alone_give_a_map_if_names_are_true(same_names, least, most):
     splits = lexical(same_names)
     a, b = Describer().both(splits["train"], "a to b")
-    U, V = profile_weights(a, b, rank=24, known=np.ones(48, bool))
+    U, V = profile_weights(a, b, rank=24, mask=np.ones(48, bool))
     test = splits["test"]
     f_a, f_b = (base.encode_rows(s.dictionary, s.x) for s in (test.source, test.target))
     predicted = (f_a - a.mean) @ U @ V.T + b.mean
@@ -240,9 +216,9 @@ def test_profiles_are_of_texts_that_the_other_role_never_reads():
     assert len(a.rows) + len(b.rows) == len(pairs)
     f = base.encode_rows(pairs.source.dictionary, pairs.source.x)
     mine, token = f[a.rows], pairs.source.tokens[a.rows]
-    place = a.profile.names.index(int(token[0]))
+    index = a.profile.names.index(int(token[0]))
     expected = mine[token == token[0]].mean(0) - mine.mean(0)
-    np.testing.assert_allclose(a.profile.means[place], expected, atol=1e-5)
+    np.testing.assert_allclose(a.profile.means[index], expected, atol=1e-5)
     np.testing.assert_allclose(a.profile.covariance, np.cov(mine.T, bias=True), atol=1e-4)
     np.testing.assert_allclose(a.rate, (f > 0).mean(0), atol=1e-6)
     np.testing.assert_allclose(a.variance, f.var(0), rtol=1e-3)
@@ -289,101 +265,29 @@ def test_a_written_map_is_an_explicit_product(network):
     f = base.encode_rows(splits["test"].source.dictionary, splits["test"].source.x)
     W = np.asarray(m.U[...], np.float64) @ np.asarray(m.V[...], np.float64).T
     assert W.shape == (WIDTH["a"], WIDTH["b"])
-    assert m.U.shape[1] == SHAPE.rank + SHAPE.profile_rank
+    assert m.U.shape[1] == SHAPE.rank + hypernetwork.PROFILE_RANK
     z = (f - np.asarray(m.mean_a[...])) @ W + np.asarray(m.bias[...])
     np.testing.assert_allclose(m(f), np.maximum(z, 0), atol=1e-4)
     assert 0.2 < np.mean(np.asarray(m(f)) == 0) < 0.8  # silence is exact
 
 
 def test_layers_in_between_are_blended():
-    np.testing.assert_allclose(hypernetwork.place(6, (5, 7)), [0.5, 0.5])
-    np.testing.assert_allclose(hypernetwork.place(6, (4, 7, 9)), [1 / 3, 2 / 3, 0])
-    np.testing.assert_allclose(hypernetwork.place(3, (5, 7)), [1, 0])
-    np.testing.assert_allclose(hypernetwork.place(9, (5,)), [1])
-
-
-def trainer_of(**settings):
-    shape = dataclasses.replace(SHAPE, **settings)
-    return hypernetwork._Trainer(problems_of(1)[:1], shape, 0, Describer(), {})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "leaf", "shape"),
-    [
-        ("rank", 5, "last", (16, 5)),
-        ("hidden", 7, "last", (7, 12)),
-    ],
-)
-def test_sizes_are_as_asked(name, value, leaf, shape):
-    trainer = trainer_of(**{name: value})
-    params = jax.eval_shape(trainer.trainable().init, jax.random.key(0))["params"]
-    assert params["target b"][leaf]["kernel"].shape == shape
-    assert trainer.feed().indices(0, 3)["stack_0"].shape == (3, SHAPE.batch_size)
-
-
-def test_every_way_of_dropping_changes_the_loss():
-    losses = []
-    for settings in ({}, {"dropout": 0.5}, {"feature_dropout": 0.6}, {"profile_rank": 1}):
-        trainer = trainer_of(**settings)
-        fixed, rows = (trainer.feed().resident[name] for name in ("fixed", "look"))
-        state = trainer.trainable().init(jax.random.key(0))
-        shaken = jax.tree.map(
-            lambda p: p + 0.05 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), state["params"]
-        )
-        losses.append(float(jax.jit(trainer._losses)(shaken, fixed, rows, jax.random.key(1))[0]))
-    assert len(set(np.round(losses, 5))) == 4
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"learning_rate": 1e-3}, {"steps": 5}, {"weight_decay": 1.0}],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_every_option_of_the_optimizer_changes_the_update(settings):
-    def after_three_steps(shape):
-        optimizer, params = hypernetwork._optimizer(shape), {"kernel": np.ones((3, 2), np.float32)}
-        state = optimizer.init(params)
-        for step in range(3):
-            updates, state = optimizer.update(
-                {"kernel": np.cos(step + params["kernel"])}, state, params
-            )
-            params = jax.tree.map(np.add, params, updates)
-        return params["kernel"]
-
-    changed = dataclasses.replace(SHAPE, **settings)
-    assert not np.allclose(after_three_steps(SHAPE), after_three_steps(changed), rtol=1e-7)
-
-
-def test_the_best_look_is_kept():
-    trainer = trainer_of()
-    worse, better = ({"w": np.float32(v)} for v in (1, 2))
-    trainer._losses = lambda params, *_: jnp.array([1.0 / params["w"]])
-    best = {"params": worse, "losses": jnp.array([jnp.inf]), "step": jnp.int32(0)}
-    for step, params in enumerate((worse, better, worse), start=1):
-        best = trainer._look(best, params, {"fixed": None, "look": None}, step)
-    assert (int(best["step"]), float(best["params"]["w"])) == (2, 2)
+    np.testing.assert_allclose(hypernetwork.nearness(6, (5, 7)), [0.5, 0.5])
+    np.testing.assert_allclose(hypernetwork.nearness(6, (4, 7, 9)), [1 / 3, 2 / 3, 0])
+    np.testing.assert_allclose(hypernetwork.nearness(3, (5, 7)), [1, 0])
+    np.testing.assert_allclose(hypernetwork.nearness(9, (5,)), [1])
 
 
 # ---------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 4096}, "hypernetwork.batch_size=4096 is larger than the 800 training rows"),
-        pytest.param(
-            *(
-                {"batch_size": 33},
-                "hypernetwork.batch_size=33 cannot be shared by 8 devices; use a mul",
-            ),
-            marks=pytest.mark.mesh,
-        ),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings, message, tmp_path):
-    config = MapConfig(hypernetwork=dataclasses.replace(SHAPE, **settings))
-    with pytest.raises(UserError, match=message):
-        hypernetwork.fit(problems_of(1), config, seed=0, directory=tmp_path)
+def test_fewer_rows_than_a_batch_are_refused(tmp_path):
+    few = {
+        s: Pairs(p.source.take(slice(100)), p.target.take(slice(100)), p.documents[:100])
+        for s, p in planted()[1].items()
+    }
+    with pytest.raises(UserError, match="a to b has 100 training rows and hypernetwork needs a ba"):
+        train([problem_of(few, "a to b")], tmp_path)
 
 
 def test_one_document_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,6 @@ from launch import (
 )
 
 ROOT = Path(__file__).parents[1]
-PROGRESS = r"\d+%\||\[\d+:\d+"  # a bar with a known end or an unknown one
 OWN_SETTINGS = {"convert"}  # commands whose settings are not those of a run
 COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("[!_]*.py") if p.stem != "command")
 COMMANDS += ["benchmark", "benchmark.saelens"]
@@ -45,11 +45,6 @@ def launch(program: list, *arguments: str):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command_line = [*map(str, program), *arguments]
     return subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, env=environment)
-
-
-def lines_of(stderr: str) -> list[str]:
-    """What stands on stderr beside progress bars."""
-    return [line for line in stderr.splitlines() if line.strip() and not re.search(PROGRESS, line)]
 
 
 def parse(arguments: str, *, kind: type = Config, default: str = "quickstart"):
@@ -70,7 +65,7 @@ def refused(capfd):
     def line_of(main, arguments, **how) -> str:
         capfd.readouterr()
         assert run_here(main, arguments, **how) == 2
-        (line,) = lines_of(capfd.readouterr().err)
+        (line,) = capfd.readouterr().err.splitlines()
         return line
 
     return line_of
@@ -140,14 +135,7 @@ MISTAKES = [  # arguments, what the line names
     ("--noconfig.seed", "config.seed"),
     ("--layers=5,x", "--layers=5,x"),
     ("--layers=5, 6", "--layers=5"),
-    ("--layers=", "layers is empty"),
-    ("--config.layers=5,x", "--config.layers=5,x"),
-    ("--config.sae.steps=1.5", "--config.sae.steps=1.5"),
-    ("--config.sae.steps=0", "sae.steps=0"),
     ("--config.sae.steps", "--config.sae.steps"),
-    ("--config.sae.learning_rate=nan", "sae.learning_rate=nan"),
-    ("--config.sae.learning_rate=1e-3;2e-3", "1e-3;2e-3"),
-    ("--config.sae.architecture=gatde", "topk"),
     ("--config.controls=ceiling,ceiling", "controls=ceiling,ceiling holds a value twice"),
     ("--config.contrast.controls=5", "contrast.controls=5 must be 19 or more"),
     ("--config.probe.examples=4,16", "probe.examples=4,16: 4 must be 8 or more"),
@@ -155,8 +143,6 @@ MISTAKES = [  # arguments, what the line names
     ("--width=16 --config.sae.k=17", "sae.k=17 is larger than sae.width=16"),
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
     ("--models=a,b --config.models=a,c", "--models=a,b and --config.models=a,c"),
-    ("--models=one", "models=one is one model"),
-    ("--models=a,,b", "--models=a,,b"),
     ("--modles=a,b", "did you mean --models?"),
     ("more", "'more' is not a flag"),
     ("--expect=README.md", "README.md has no usable get_expectations()"),
@@ -181,7 +167,7 @@ def script(monkeypatch):
 
     def run_script(name, *arguments):
         codes = []
-        execute = lambda main, **how: codes.append(  # noqa: E731
+        execute = lambda main, table="", **how: codes.append(  # noqa: E731
             command.execute(main, [name, *arguments], **how)
         )
         monkeypatch.setattr(command, "run", execute)
@@ -294,7 +280,7 @@ def wrapped(error: BaseException) -> Exception:
 )
 def test_exit_codes(error, code, words, tmp_path, capfd):
     assert run_here(failing(error), f"--models=a,b --workdir={tmp_path}/run") == code
-    (line,) = lines_of(capfd.readouterr().err)
+    (line,) = capfd.readouterr().err.splitlines()
     assert words in line
 
 
@@ -305,6 +291,7 @@ def test_bugs_show_their_traceback(tmp_path):
 
 # ---------------------------------------------------------------- whole runs, on two tiny models
 
+KINDS = ("mean", "token", "ridge", "mlp", "crosscoder")
 RESULTS = (
     "pairing.json",
     "reconstruction.jsonl",
@@ -336,6 +323,7 @@ def small(tiny: Path, **changes) -> list[str]:
     asked = {
         "models": f"{tiny}/a,{tiny}/b",
         "layers": "1",
+        "map__kinds": ",".join(KINDS),
         "control_kinds": "ridge",
         "text__source": f"{tiny}/text.jsonl",
         "text__documents": 80,
@@ -370,7 +358,7 @@ def test_the_main_job_writes_every_file_and_says_what_it_does(finished):
     expected = ["config.json", "activations/meta.json", "report/index.html", "results/timing.json"]
     expected += [f"results/{name}" for name in RESULTS]
     expected += [f"dictionaries/{m}/resid_pre.1/seed-0" for m in "ab"]
-    for kind in Config().map.kinds:
+    for kind in KINDS:
         for ends in ("a-to-b", "b-to-a"):
             folder = f"maps/{ends}/resid_pre.1--resid_pre.1/{kind}"
             expected += [folder, f"{folder}-shuffled"]
@@ -379,9 +367,9 @@ def test_the_main_job_writes_every_file_and_says_what_it_does(finished):
     assert "One code of all models" in (work / "report/index.html").read_text()
     for number, stage in enumerate(("extract_activations", "train_saes"), start=1):
         assert f"[{number}/6] {stage}" in done.stdout
-    assert "token_ridge" in done.stdout
+    assert "best linear" in done.stdout
     assert done.stdout.splitlines()[-1] == str(work / "report/index.html")
-    assert not lines_of(done.stderr)  # progress bars alone
+    assert not done.stderr  # nothing is redrawn where nobody looks
 
 
 def test_the_main_job_again_keeps_what_is_there(finished):
@@ -458,11 +446,14 @@ def copy_of(work: Path, *, lacks: str = "none", arguments: list[str] = ()) -> Pa
     return copy
 
 
+ONLY_LARGE = {"map__batch_size": 100_000, "map__kinds": "mlp", "control_kinds": "mlp"}
+
+
 @pytest.mark.parametrize(
     ("stage", "lacks", "changes", "named"),
     [
         (train_saes, "dictionaries", {"sae__batch_size": 100_000}, "sae.batch_size=100000"),
-        (train_hypernetworks, "maps", {"map__batch_size": 100_000}, "map.batch_size=100000"),
+        (train_hypernetworks, "maps", ONLY_LARGE, "map.batch_size=100000"),
     ],
 )
 def test_a_batch_larger_than_the_data_is_refused(
@@ -544,7 +535,7 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(stage, again, finis
     limited = f"ulimit -f 16; exec {sys.executable} -m {stage.__name__} --workdir={copy}"
     done = launch(["bash", "-c", limited])
     assert done.returncode == 2, done.stderr
-    (line,) = lines_of(done.stderr)
+    (line,) = done.stderr.splitlines()
     assert "free some" in line
     assert run_here(stage.main, f"--workdir={copy}") == 0
 
@@ -561,21 +552,20 @@ def test_an_interruption_is_told_in_one_line(finished, tiny):
     with subprocess.Popen(
         [*program, f"--workdir={copy}"], stderr=subprocess.PIPE, cwd=ROOT, env=environment
     ) as process:
-        stderr = b""
-        while not re.search(rb"[1-9]\d*/1000000 ", stderr):  # it trains
-            piece = process.stderr.read1(100)
-            assert piece, stderr.decode()
-            stderr += piece
+        while not any(p.stat().st_size for p in copy.rglob("metrics.jsonl")):  # until it trains
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        stderr += process.stderr.read()
+        stderr = process.stderr.read()
     assert process.returncode == 130
-    (line,) = lines_of(stderr.decode())
+    (line,) = stderr.decode().splitlines()
     assert "the same command again" in line
 
 
 # ---------------------------------------------------------------- training a language model
 
 
+@pytest.mark.slow
 def test_train_lm_prints_its_loss_beside_counting(tiny, tmp_path, capfd):
     from crossdict_jax import models
 

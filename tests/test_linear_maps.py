@@ -1,4 +1,4 @@
-"""Ridge on codes and reduced-rank regression: planted maps and ranks found, grids as direct."""
+"""Closed forms: moments as of whole arrays, planted truths found, grids as computed directly."""
 
 import dataclasses
 
@@ -19,9 +19,81 @@ from map_problems import (
 from crossdict_jax import maps
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base, moments
-from crossdict_jax.maps.kinds import low_rank
+from crossdict_jax.maps.kinds import low_rank, token_ridge
 
 N = sum(ROWS.values())
+
+
+# ---------------------------------------------------------------- moments
+
+
+def test_streamed_products_equal_those_of_the_whole_array():
+    rng = np.random.default_rng(0)
+    a = (rng.normal(size=(9000, 5)) + 300).astype(np.float32)
+    b = (a[:, :3] + rng.normal(size=(9000, 3))).astype(np.float32)
+    other = rng.normal(size=5) + 300, rng.normal(size=3) + 300
+    for means in (None, other):
+        batches = ((a[rows], b[rows]) for rows in moments.slices(9000))
+        products, used = moments.moments(batches, means)
+        expected = means or (a.mean(0, np.float64), b.mean(0, np.float64))
+        ca, cb = a - expected[0][None, :], b - expected[1][None, :]
+        assert products.n == 9000
+        for ours, theirs in zip(used, expected):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-7)
+        np.testing.assert_allclose(products.aa, ca.T @ ca, rtol=1e-5, atol=0.05)
+        np.testing.assert_allclose(products.ab, ca.T @ cb, rtol=1e-5, atol=0.05)
+        np.testing.assert_allclose(products.bb, np.sum(cb**2), rtol=1e-5)
+        W = rng.normal(size=(5, 3))
+        np.testing.assert_allclose(products.error(W), np.mean((cb - ca @ W) ** 2), rtol=1e-5)
+
+
+def test_one_eigendecomposition_gives_the_direct_ridge_solutions():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 6)) * np.arange(1, 7), rng.normal(size=(40, 3))
+    products = moments.Products(n=40, aa=a.T @ a, ab=a.T @ b, bb=float(np.sum(b**2)))
+    path = moments.RidgePath(products)
+    for penalty in (1e-3, 0.5, 10.0):
+        damped = a.T @ a + penalty * np.trace(a.T @ a) / 6 * np.eye(6)
+        np.testing.assert_allclose(path.solution(penalty), np.linalg.solve(damped, a.T @ b))
+
+
+def test_sums_by_token_visit_every_row_once():
+    rng = np.random.default_rng(0)
+    tokens, rows = rng.zipf(1.5, size=9000) % 40000, rng.normal(size=(9000, 3)).astype(np.float32)
+    found = moments.token_sums(tokens, lambda numbers: rows[numbers])
+    assert len(found.ids) == len(np.unique(tokens)) < 1000  # seen tokens only, not a vocabulary
+    for place in (0, len(found.ids) // 2, -1):
+        of_token = rows[tokens == found.ids[place]]
+        assert found.counts[place] == len(of_token)
+        np.testing.assert_allclose(found.sums[place], of_token.sum(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.square, np.sum(rows.astype(np.float64) ** 2))
+    np.testing.assert_allclose(found.mean, rows.mean(0), atol=1e-5)
+    shrunk = found.shrunk(2.0)
+    np.testing.assert_allclose(
+        shrunk[0], (found.sums[0] + 2 * found.mean) / (found.counts[0] + 2), rtol=1e-6
+    )
+    assert list(found.positions(np.array([found.ids[3], 10**6, -1]))) == [3] + [len(found.ids)] * 2
+
+
+def test_what_the_token_tables_leave_is_computed_from_sums_alone():
+    rng = np.random.default_rng(0)
+    x_a, x_b = rows_like_a_stream(rng, 5), rows_like_a_stream(rng, 4)
+    problem, _ = make_problem(x_a, x_b, tokens=rng.integers(0, 60, len(x_a)))
+    regression = problem.regression
+
+    def sums(pairs):
+        return [pairs.by_token(side.activations) for side in (pairs.source, pairs.target)]
+
+    train = sums(problem.train)
+    for split in ("train", "validation"):
+        pairs, products = getattr(problem, split), getattr(regression, split)
+        left = token_ridge.residual(products, sums(pairs), train, regression.means, 3.0)
+        index = train[0].positions(pairs.source.tokens)
+        a = pairs.source.x.astype(np.float64) - train[0].shrunk(3.0)[index]
+        b = pairs.target.x.astype(np.float64) - train[1].shrunk(3.0)[index]
+        np.testing.assert_allclose(left.aa, a.T @ a, rtol=1e-3, atol=0.05)
+        np.testing.assert_allclose(left.ab, a.T @ b, rtol=1e-3, atol=0.05)
+        np.testing.assert_allclose(left.bb, np.sum(b**2), rtol=1e-3)
 
 
 def centred(rng, n=50, d_a=7, d_b=5, rank=None):
@@ -30,15 +102,14 @@ def centred(rng, n=50, d_a=7, d_b=5, rank=None):
     return a, b, moments.Products(n=n, aa=a.T @ a, ab=a.T @ b, bb=float(np.sum(b**2)))
 
 
-# ------------------------------------------------------------------------ the ridge path
-
-
 def test_all_penalties_together_give_each_ones_error():
     rng = np.random.default_rng(0)
     path = moments.RidgePath(centred(rng)[2])
     held_out, penalties = centred(rng, n=30)[2], (1e-3, 0.1, 5.0)
     one_by_one = [held_out.error(path.solution(p)) for p in penalties]
-    np.testing.assert_allclose(path.errors(held_out, penalties), one_by_one, rtol=1e-9)
+    np.testing.assert_allclose(
+        list(path.errors(held_out, penalties).values()), one_by_one, rtol=1e-9
+    )
 
 
 def test_a_constant_source_says_nothing():
@@ -47,7 +118,7 @@ def test_a_constant_source_says_nothing():
     path = moments.RidgePath(nothing)
     assert not path.solution(0.1).any()
     variance = products.bb / (products.n * 5)
-    np.testing.assert_allclose(path.errors(products, [0.1]), [variance])
+    np.testing.assert_allclose(path.errors(products, [0.1])[0.1], variance)
 
 
 def test_directions_are_those_of_the_fitted_values_with_the_penalty_as_rows():
@@ -61,16 +132,88 @@ def test_directions_are_those_of_the_fitted_values_with_the_penalty_as_rows():
     np.testing.assert_allclose(np.abs(np.sum(found * expected, axis=0)), 1, rtol=1e-6)
 
 
-def test_errors_of_all_ranks_equal_those_of_the_products():
+# ---------------------------------------------------------------- planted truths
+
+
+@pytest.mark.parametrize("d_a, d_b", [(12, 12), (10, 14)])
+def test_procrustes_finds_a_planted_rotation(tmp_path, d_a, d_b):
+    rng = np.random.default_rng(1)
+    Q = np.linalg.qr(rng.normal(size=(d_b, d_b)))[0][:d_a]
+    x_a = rows_like_a_stream(rng, d_a)
+    x_b = 2.5 * (x_a - x_a.mean(0)) @ Q + rng.normal(size=d_b)
+    problem, test = make_problem(
+        x_a, x_b, dictionaries_ab=(identity_dictionary(d_a), random_dictionary("topk", d_b, 30))
+    )
+    fitted = fit_one("procrustes", problem, tmp_path)
+    assert fitted.record["scale"] == pytest.approx(2.5, rel=0.02)
+    np.testing.assert_allclose(fitted.map.W[...], 2.5 * Q, atol=0.05)
+    assert activation_r2(fitted.map, problem, test) > 0.99
+    assert feature_r2(fitted.map, problem, test) > 0.9  # TopK may pick another feature at a tie
+
+
+def test_procrustes_to_a_narrower_model_is_semi_orthogonal(tmp_path):
+    rng = np.random.default_rng(1)
+    x_a = rows_like_a_stream(rng, 14)
+    problem, _ = make_problem(x_a, x_a[:, :9])
+    fitted = fit_one("procrustes", problem, tmp_path)
+    Q = np.asarray(fitted.map.W[...]) / fitted.record["scale"]
+    np.testing.assert_allclose(Q.T @ Q, np.eye(9), atol=1e-5)
+
+
+def test_ridge_finds_a_planted_affine_map(tmp_path):
     rng = np.random.default_rng(2)
-    path = moments.RidgePath(centred(rng)[2])
-    held_out = centred(rng, n=30)[2]
-    W, V = path.solution(0.2), path.directions(0.2)
-    direct = [held_out.error(W @ V[:, :r] @ V[:, :r].T) for r in range(6)]
-    np.testing.assert_allclose(low_rank._errors(W, V, held_out), direct, rtol=1e-9)
+    x_a, W = rows_like_a_stream(rng, 12), rng.normal(size=(12, 7))
+    x_b = x_a @ W + 5 + 0.1 * rng.normal(size=(len(x_a), 7))
+    problem, test = make_problem(x_a, x_b)
+    fitted = fit_one("ridge", problem, tmp_path)
+    assert activation_r2(fitted.map, problem, test) > 0.99
+    assert activation_r2(fit_one("procrustes", problem, tmp_path).map, problem, test) < 0.9
+    scores = {row["penalty"]: row["mse"] for row in fitted.record["validation_mse"]}
+    assert set(scores) == set(CONFIG.ridge_penalties)
+    assert scores[fitted.record["penalty"]] == min(scores.values())
 
 
-# ------------------------------------------------------------------------------ low_rank
+def test_token_finds_a_target_that_the_token_determines(tmp_path):
+    rng = np.random.default_rng(3)
+    tokens = 40_000 + rng.integers(0, 30, sum(ROWS.values()))
+    table = rng.exponential(size=(30, 8))
+    x_b = table[tokens - 40_000] + 0.05 * rng.normal(size=(len(tokens), 8))
+    problem, test = make_problem(rng.normal(size=(len(tokens), 5)), x_b, tokens=tokens)
+    fitted = fit_one("token", problem, tmp_path)
+    assert feature_r2(fitted.map, problem, test) > 0.99
+    assert feature_r2(fit_one("mean", problem, tmp_path).map, problem, test) <= 0
+    assert fitted.record["pseudocount"] == 0  # 50 clean rows a token want no shrinking
+    unseen = fitted.map(np.array([7, 40_000], np.int32))
+    np.testing.assert_allclose(unseen[0], problem.train.target.x.astype(np.float32).mean(0), 0.02)
+    np.testing.assert_allclose(unseen[1], table[0], atol=0.1)
+
+
+def test_token_tables_shrink_where_rows_are_few_and_noisy(tmp_path):
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 800, sum(ROWS.values()))  # two rows a token
+    problem, _ = make_problem(
+        rng.normal(size=(len(tokens), 5)), 3 + rng.normal(size=(len(tokens), 8)), tokens=tokens
+    )
+    record = fit_one("token", problem, tmp_path).record
+    assert record["pseudocount"] == max(moments.PSEUDOCOUNTS)
+    scores = {row["pseudocount"]: row["mse"] for row in record["validation_mse"]}
+    assert list(scores) == list(moments.PSEUDOCOUNTS)
+    assert scores[0.0] > 1.2 * scores[16.0]
+
+
+def test_token_ridge_beats_token_and_ridge_where_both_matter(tmp_path):
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(0, 40, sum(ROWS.values()))
+    x_a = rng.normal(size=(len(tokens), 8)) + rng.normal(size=(40, 8))[tokens]
+    left = x_a - np.array([x_a[tokens == t].mean(0) for t in range(40)])[tokens]
+    x_b = 2 * rng.normal(size=(40, 6))[tokens] + left @ rng.normal(size=(8, 6))
+    problem, test = make_problem(x_a, x_b, tokens=tokens)
+    scores = {
+        kind: feature_r2(fit_one(kind, problem, tmp_path).map, problem, test)
+        for kind in ("token", "ridge", "token_ridge")
+    }
+    assert scores["token_ridge"] > 0.98
+    assert max(scores["token"], scores["ridge"]) < 0.8
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +225,10 @@ def three_shared_directions():
     return planted, *make_problem(x_a, x_a @ planted + 3 * rng.normal(size=(N, 9)))
 
 
-def test_low_rank_finds_the_planted_rank_and_map(three_shared_directions, tmp_path):
+def test_low_rank_finds_the_planted_rank_and_map(three_shared_directions, tmp_path, monkeypatch):
     planted, problem, _ = three_shared_directions
-    config = dataclasses.replace(CONFIG, ranks=tuple(range(1, 10)))
-    fitted = fit_one("low_rank", problem, tmp_path, config)
+    monkeypatch.setattr(low_rank, "RANKS", (*range(1, 10), 64))  # of which 64 cannot be
+    fitted = fit_one("low_rank", problem, tmp_path)
     assert fitted.record["rank"] == 3
     W = np.asarray(fitted.map.W[...])
     assert np.linalg.matrix_rank(W, tol=1e-4) == 3
@@ -94,39 +237,16 @@ def test_low_rank_finds_the_planted_rank_and_map(three_shared_directions, tmp_pa
     assert error < 0.05 * np.linalg.norm(planted)
     assert error < 0.75 * np.linalg.norm(full - planted)  # the other directions are noise
     scores = {(r["penalty"], r["rank"]): r["mse"] for r in fitted.record["validation_mse"]}
-    assert len(scores) == 9 * len(config.ridge_penalties)
+    assert len(scores) == 9 * len(CONFIG.ridge_penalties)
     assert scores[fitted.record["penalty"], 3] == min(scores.values())
 
 
-def test_the_score_of_a_rank_is_the_held_out_error_of_what_it_predicts(
-    three_shared_directions, tmp_path
-):
+def test_the_whole_rank_is_ridge(three_shared_directions, tmp_path, monkeypatch):
     _, problem, _ = three_shared_directions
-    fitted = fit_one("low_rank", problem, tmp_path)
-    predicted = maps.predict_activations(fitted.map, problem.validation)
-    error = np.mean((predicted - problem.validation.target.x.astype(np.float32)) ** 2)
-    best = min(row["mse"] for row in fitted.record["validation_mse"])
-    assert best == pytest.approx(error, rel=1e-3)
-
-
-def test_the_whole_rank_is_ridge(three_shared_directions, tmp_path):
-    _, problem, _ = three_shared_directions
-    config = dataclasses.replace(CONFIG, ranks=(9,), ridge_penalties=(0.1,))
+    monkeypatch.setattr(low_rank, "RANKS", (9,))
+    config = dataclasses.replace(CONFIG, ridge_penalties=(0.1,))
     ours, ridge = (fit_one(kind, problem, tmp_path, config).map for kind in ("low_rank", "ridge"))
     np.testing.assert_allclose(ours.W[...], ridge.W[...], atol=1e-5)
-
-
-def test_ranks_that_no_map_can_have_are_left_out_or_refused(three_shared_directions, tmp_path):
-    _, problem, _ = three_shared_directions
-    config = dataclasses.replace(CONFIG, ranks=(2, 64))
-    record = fit_one("low_rank", problem, tmp_path, config).record
-    assert {row["rank"] for row in record["validation_mse"]} == {2}
-    config = dataclasses.replace(CONFIG, ranks=(10, 64))
-    with pytest.raises(UserError, match=r"map\.ranks=10,64: every rank is above the 9 dimensions"):
-        fit_one("low_rank", problem, tmp_path, config)
-
-
-# --------------------------------------------------------------------------- ridge_codes
 
 
 def codes(rng, n, width, rate=0.3):
@@ -166,6 +286,21 @@ def test_ridge_codes_is_the_rectified_direct_solution(tmp_path):
     np.testing.assert_allclose(maps.predict(m, test), expected, atol=1e-4)
 
 
+# ---------------------------------------------------------------- scores, few rows, constants
+
+
+def test_ridge_scores_are_held_out_errors_of_what_it_predicts(tmp_path):
+    rng = np.random.default_rng(2)
+    x_a = rows_like_a_stream(rng, 6)
+    problem, _ = make_problem(x_a, x_a @ rng.normal(size=(6, 5)) + rng.normal(size=(len(x_a), 5)))
+    for kind in ("ridge", "procrustes", "low_rank", "token_ridge"):
+        fitted = fit_one(kind, problem, tmp_path)
+        predicted = maps.predict_activations(fitted.map, problem.validation)
+        error = np.mean((predicted - problem.validation.target.x.astype(np.float32)) ** 2)
+        best = min(row["mse"] for row in fitted.record["validation_mse"])
+        assert best == pytest.approx(error, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["ridge", "ridge_codes", "low_rank"])
 def test_fewer_rows_than_dimensions_are_what_a_penalty_is_for(kind, tmp_path):
     rng = np.random.default_rng(6)
@@ -181,14 +316,14 @@ def test_fewer_rows_than_dimensions_are_what_a_penalty_is_for(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ridge", "ridge_codes", "low_rank", "procrustes"])
-def test_constant_features_and_dimensions_do_no_harm(kind, tmp_path):
+def test_constant_features_and_dimensions_do_no_harm(kind, tmp_path, monkeypatch):
     rng = np.random.default_rng(7)
     x_a = codes(rng, N, 8)
     x_b = x_a[:, :6] + 1.0
     x_a[:, 7], x_b[:, 5] = 0.0, 2.0
     problem, test = make_problem(x_a, x_b)
-    config = dataclasses.replace(CONFIG, ranks=(1, 5))  # five vary
-    m = fit_one(kind, problem, tmp_path, config).map
+    monkeypatch.setattr(low_rank, "RANKS", (1, 5))  # five vary
+    m = fit_one(kind, problem, tmp_path).map
     predicted = maps.predict(m, test)
     np.testing.assert_allclose(predicted[:, 5], 2.0, atol=0.02)
     assert feature_r2(m, problem, test) > 0.9

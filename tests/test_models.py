@@ -22,21 +22,6 @@ GOLDENS = Path(__file__).parent / "goldens"
 VARIANTS = sorted(file.parent.name for file in GOLDENS.glob("*/config.json"))
 EACH_FAMILY = ("gpt2-inverse-layer", "gpt_neox-parallel-quarter-old", "llama-grouped-untied-new")
 REAL = ("gpt-tinystories-char", "llama2xs", "stories260k")
-GPT2_MEDIUM = dict(
-    model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=1024, n_layer=24, n_head=16
-)
-PYTHIA_410M = dict(
-    model_type="gpt_neox",
-    vocab_size=50304,
-    max_position_embeddings=2048,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    rotary_pct=0.25,
-    rotary_emb_base=10000,
-    use_parallel_residual=True,
-)
 NARROW_LLAMA = dict(
     model_type="llama",
     vocab_size=64,
@@ -124,16 +109,11 @@ def test_goldens_cover_what_they_must():
 def test_real_models_give_the_loss_of_hugging_face(name):
     golden = np.load(GOLDENS / f"loss-{name}.npz", allow_pickle=False)
     lm = models.load(Path(os.environ["CROSSDICT_DATA"]) / "models" / name)
-    loss, state = loss_of(lm)
-    assert lm.name == name
-    assert abs(float(jax.jit(loss)(state, golden["tokens"]) - golden["loss"])) < 1e-4
+    tokens = golden["tokens"]
+    log_p = jax.nn.log_softmax(lm.logits(tokens)[:, :-1])
+    loss = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean()
+    assert lm.name == name and abs(loss - golden["loss"]) < 1e-4
     assert lm.tokenizer.decode(golden["tokens"][0]).startswith("Once upon a time")
-
-
-@pytest.mark.parametrize("raw, parameters", [(GPT2_MEDIUM, 354823168), (PYTHIA_410M, 405334016)])
-def test_full_size_models_have_their_published_parameter_counts(raw, parameters):
-    lm = jax.eval_shape(lambda: models.init(raw))
-    assert sum(leaf.size for leaf in jax.tree.leaves(lm)) == parameters
 
 
 # Sites and taps
@@ -165,28 +145,19 @@ def test_edits_reach_everything_downstream(variant):
     golden, lm = golden_model(variant)
     replacement = jax.random.normal(jax.random.key(0), golden["resid_pre.1"].shape)
 
-    def logits_with(edits):
-        return lm.logits(golden["tokens"], tap=lambda site, x: edits.get(str(site), x))
-
-    def resid_post_with(edits, layer):
+    def read_with(edits):
         seen = {}
 
         def tap(site, x):
-            seen[str(site)] = edits.get(str(site), x)
-            return seen[str(site)]
+            return seen.setdefault(str(site), edits.get(str(site), x))
 
-        lm.logits(golden["tokens"], tap=tap)
-        return seen[f"resid_post.{layer}"]
+        return lm.logits(golden["tokens"], tap=tap), seen["resid_post.1"]
 
-    clean = lm.logits(golden["tokens"])
-    post = logits_with({"resid_post.0": replacement})
-    assert np.array_equal(post, logits_with({"resid_pre.1": replacement}))
-    assert relative_error(post, clean) > 0.01
-    for kind in ("attn_out", "mlp_out"):
-        assert relative_error(logits_with({f"{kind}.1": replacement}), clean) > 0.01, kind
-    both = {"attn_out.1": replacement, "mlp_out.1": 2 * replacement}
-    expected = golden["resid_pre.1"] + 3 * replacement
-    assert relative_error(resid_post_with(both, 1), expected) < 1e-5
+    post, _ = read_with({"resid_post.0": replacement})
+    assert np.array_equal(post, read_with({"resid_pre.1": replacement})[0])
+    assert relative_error(post, golden["logits"]) > 0.01
+    _, x = read_with({"attn_out.1": replacement, "mlp_out.1": 2 * replacement})
+    assert relative_error(x, golden["resid_pre.1"] + 3 * replacement) < 1e-5
 
 
 @pytest.mark.parametrize("variant", [*EACH_FAMILY, "gpt_neox-sequential-full-old"])
@@ -225,17 +196,6 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once(variant):
         assert relative_error(key, own) < 1e-5
 
 
-def test_an_edit_after_the_past_needs_no_layer_below_it():
-    _, lm = golden_model("gpt_neox-parallel-quarter-old")
-    tokens = np.arange(8, dtype=np.int32)[None]
-    site, top = Site(lm.config.n_layers - 1), lm.config.n_layers - 1
-    x = capture(lm, tokens, [site])[site]
-    _, layers = lm.extend(tokens)
-    past = models.Past({top: layers[top]}, jnp.array([5]))
-    logits, _ = lm.extend(tokens[:, 5:], past, tap=lambda s, y: x[:, 5:] if s == site else y)
-    assert relative_error(logits, np.asarray(lm.logits(tokens))[:, 5:]) < 1e-5
-
-
 def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
     raw = dict(model_type="gpt2", vocab_size=8, n_positions=16, n_embd=32, n_layer=4, n_head=2)
     graphdef, state = nnx.split(models.init(raw))
@@ -253,26 +213,6 @@ def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
 
 
 # Contracts of the module
-
-
-def loss_of(lm):
-    """The mean loss as a function of (state, tokens), and the state."""
-    graphdef, state = nnx.split(lm)
-
-    def loss(state, tokens):
-        log_p = jax.nn.log_softmax(nnx.merge(graphdef, state).logits(tokens)[:, :-1])
-        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
-
-    return loss, state
-
-
-@each_family
-def test_every_parameter_has_a_finite_gradient(variant):
-    golden, lm = golden_model(variant)
-    loss, state = loss_of(lm)
-    gradient = jax.jit(jax.grad(loss))(state, golden["tokens"])
-    for path, leaf in nnx.to_flat_state(gradient):
-        assert 0 < np.linalg.norm(np.asarray(leaf[...])) < np.inf, path
 
 
 @each_family
@@ -330,15 +270,9 @@ def test_a_saved_folder_loads_bit_for_bit(variant, tmp_path):
     theirs = load_file(GOLDENS / variant / "model.safetensors")
     ours = load_file(tmp_path / "again" / "model.safetensors")
     assert theirs.keys() == ours.keys()
-
-
-@pytest.mark.parametrize("dtype, error", [("float16", 1e-3), ("bfloat16", 1e-2)])
-def test_compact_folders_are_widened(dtype, error, tmp_path):
-    lm = models.init(NARROW_LLAMA)
-    models.save(lm, tmp_path, dtype=dtype)
-    again = models.load(tmp_path)
-    assert again.W_E[...].dtype == jnp.float32
-    assert 0 < relative_error(again.W_E[...], np.asarray(lm.W_E[...])) < error
+    models.save(lm, tmp_path / "compact", dtype="bfloat16")
+    W_E = models.load(tmp_path / "compact").W_E[...]
+    assert W_E.dtype == jnp.float32 and 0 < relative_error(W_E, np.asarray(lm.W_E[...])) < 1e-2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -411,13 +345,6 @@ def test_hub_ids_come_from_the_local_cache(tmp_path, monkeypatch):
     assert leaves_equal(lm, models.load(GOLDENS / "gpt2-untied"))
 
 
-def test_embedded_models_are_found_by_name(tmp_path, monkeypatch):
-    assert models.ASSETS.parent.name == "models"
-    copy_of("gpt2-untied", tmp_path / models.EMBEDDED[0])
-    monkeypatch.setattr("crossdict_jax.models.folders.ASSETS", tmp_path)
-    assert models.load(models.EMBEDDED[0]).name == models.EMBEDDED[0]
-
-
 def test_tokenizers_are_saved_and_loaded(tmp_path):
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
@@ -445,12 +372,10 @@ def test_tokenizers_are_saved_and_loaded(tmp_path):
     "path, message",
     [
         ("./nowhere", "no folder './nowhere'"),
-        ("/no/such/folder", "no folder '/no/such/folder'"),
         ("a/b/c", "no folder 'a/b/c'"),
         (" ", "name a folder"),
         (str(GOLDENS / "gpt2-relu" / "config.json"), "is a file; name the folder"),
         ("no-such-model", "hub cannot be reached.*docs-gpt2"),
-        ("someone/no-such-model", "hub cannot be reached"),
         ("not an id!", "no public model on the hub; check the spelling"),
     ],
 )
@@ -464,7 +389,6 @@ def test_models_that_are_not_there(path, message):
     "variant, settings, message",
     [
         ("gpt2-relu", {"model_type": "bert"}, "'bert' is not one of gpt2, gpt_neox, llama"),
-        ("gpt2-relu", {"model_type": None}, "None is not one of"),
         ("gpt2-relu", {"activation_function": "tanh"}, "'tanh' is not implemented, only relu"),
         ("gpt2-relu", {"add_cross_attention": True}, "add_cross_attention True"),
         ("gpt2-relu", {"n_embd": 33}, "33 does not divide into 4 heads"),
@@ -475,12 +399,10 @@ def test_models_that_are_not_there(path, message):
         ("gpt2-relu", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama-grouped-tied-old", {"is_causal": False}, "is_causal False"),
         ("llama-grouped-tied-old", {"rope_scaling": {"type": "linear"}}, "rope type 'linear'"),
-        ("llama-grouped-tied-old", {"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
         ("llama-grouped-tied-old", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama-grouped-tied-old", {"num_key_value_heads": 3}, "cannot share 3"),
         ("llama-grouped-tied-old", {"head_dim": 7}, "must be even"),
         ("gpt_neox-parallel-quarter-old", {"rotary_pct": 0.2}, "Rotary dims 3 must be even"),
-        ("gpt_neox-parallel-quarter-old", {"rotary_pct": 1.5}, "between 2 and d_head 16"),
         ("gpt2-relu", {"n_layer": 4}, "lacks the weight 'transformer.h.3.ln_1.weight' and 11 more"),
         ("gpt2-relu", {"n_layer": 2}, "unknown weight 'transformer.h.2"),
         ("gpt2-relu", {"n_inner": 48}, r"c_fc.*shape \[.*config.json asks for"),
@@ -525,9 +447,7 @@ def test_weights_that_do_not_fit(change, message, tmp_path):
         ("config.json", b"{", "not valid JSON"),
         ("config.json", b"[]", "must hold a JSON object"),
         ("model.safetensors", None, "has no model.safetensors"),
-        ("model.safetensors", b"", "is damaged"),
         ("model.safetensors", CUT_SHORT, "is damaged"),
-        ("model.safetensors", b"not safetensors at all", "is damaged"),
     ],
 )
 def test_files_that_are_missing_or_damaged(file, content, message, tmp_path):
@@ -540,16 +460,13 @@ def test_files_that_are_missing_or_damaged(file, content, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_missing_shards(tmp_path):
+def test_missing_shards_and_folders_that_cannot_be_written(tmp_path):
     folder = copy_of("gpt2-relu", tmp_path / "model")
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="lacks the shard 'model-00001-of-00002"):
         models.load(folder)
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "model.part").mkdir()
     with pytest.raises(UserError, match=r"model.safetensors cannot be written \(.*; free space"):
         models.save(models.init(NARROW_LLAMA), tmp_path)
@@ -568,13 +485,11 @@ def test_a_model_without_tokenizer_is_read_until_text_is_needed():
             lambda lm: capture(lm, [[1]], [Site(31)]),
             r"Site resid_pre.31 is outside gpt2-relu \(3 layers: 0-2\).",
         ),
-        (lambda lm: capture(lm, [[1]], [Site(-1)]), "resid_pre.-1 is outside"),
         (lambda lm: Site(1, "resid_mid"), "'resid_mid' is unknown; use one of resid_pre"),
         (lambda lm: Site.parse("6"), "'6' is not KIND.LAYER"),
         (lambda lm: Site.parse("resid_pre.x"), "not KIND.LAYER, as in resid_pre.6"),
         (lambda lm: lm.logits([[0, 61]]), r"Token id 61 is outside gpt2-relu \(vocabulary of 61"),
         (lambda lm: lm.logits([[-1]]), "Token id -1 is outside"),
-        (lambda lm: capture(lm, [[99]], [Site(0)]), "Token id 99"),
         (lambda lm: lm.logits([0, 1]), r"must be integers \[batch, seq\]"),
         (lambda lm: lm.logits([[0.5]]), "must be integers"),
         (lambda lm: lm.logits(np.zeros((1, 25), int)), r"25 tokens is longer.*\(24 positions\)"),

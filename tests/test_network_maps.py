@@ -1,4 +1,4 @@
-"""The trained rungs: heads, gradients of every loss, sparse targets, early stopping, tokens."""
+"""The trained maps: heads, gradients of every loss, sparse targets, early stopping, tokens."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from map_problems import (
     feature_r2,
     fit_one,
     identity_dictionary,
+    inputs_of,
     make_problem,
     random_dictionary,
     shuffled_problem,
@@ -22,9 +23,10 @@ from crossdict_jax import maps, modules
 from crossdict_jax.config import MAP_HEADS, LossWeights
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads, losses
-from crossdict_jax.maps.base import encode_rows
-from crossdict_jax.maps.ensemble import Ensemble
+from crossdict_jax.maps.base import encode_rows, look_up
 from crossdict_jax.maps.kinds import mlp, token_mlp
+from crossdict_jax.maps.network import dropped, initial
+from crossdict_jax.workdir import read_jsonl
 
 N = sum(ROWS.values())
 K = 3
@@ -64,24 +66,28 @@ def fitted(sparse, tmp_path_factory):
     return with_head
 
 
-# ----------------------------------------------------------------------------------- heads
+def untrained(problem, cls=mlp.MLP, head="relu"):
+    """The map of a problem before training."""
+    source, target = problem.train.source.dictionary, problem.train.target.dictionary
+    shape = {"width_a": source.width, "hidden": 16, "width_b": target.width}
+    trained = initial(0, **shape, head=head)
+    return cls(target, trained | cls.measure(problem)[0], head=head)
 
 
-def test_settings_know_the_heads():
-    assert tuple(heads.HEADS) == MAP_HEADS
+# ---------------------------------------------------------------- heads
 
 
 @pytest.mark.parametrize("name", MAP_HEADS)
 def test_heads_select_as_they_say(name):
-    d = top_k_identity(20)
-    head, z = heads.build(name, d), np.random.default_rng(0).normal(size=(9, 20)).astype("f4")
-    scale = np.linspace(0.1, 2, 20).astype("f4")
+    z = np.random.default_rng(0).normal(size=(9, 20)).astype("f4")
+    threshold = np.linspace(0.1, 2, 20).astype("f4")
     kept = {
         "relu": z > 0,
         "topk": z >= np.sort(z, axis=1)[:, -K][:, None],
-        "jumprelu": z > heads.INITIAL_THRESHOLD * scale,
+        "jumprelu": z > threshold,
     }[name]
-    np.testing.assert_array_equal(head(z, scale), np.where(kept, np.maximum(z, 0), 0))
+    f = heads.select(name, z, k=K, threshold=threshold)
+    np.testing.assert_array_equal(f, np.where(kept, np.maximum(z, 0), 0))
 
 
 def test_a_feature_that_is_off_can_be_switched_on():
@@ -100,63 +106,78 @@ def test_thresholds_get_the_gradient_of_the_kernel():
     np.testing.assert_allclose(up, jnp.array([[1, 1, 1, 0]]).T / width)
 
 
-# ------------------------------------------------------------------------------- gradients
-
-
-def ensemble(problems, cls=mlp.MLP, **settings) -> Ensemble:
-    config = {"dropout": 0.0, "hidden": 16} | settings
-    return Ensemble(cls, problems, dataclasses.replace(CONFIG, **config), seed=0)
-
-
-def one_member(made: Ensemble):
-    """Parameters away from their start, what is fixed, and a batch, of the first member."""
-    state = made.trainable().init(jax.random.key(0))
-    take = functools.partial(jax.tree.map, lambda a: a[0])
-    params, fixed = take(state["params"]), take(made.fixed)
-    kernel = params["network"]["last"]["kernel"]
-    params["network"]["last"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) / 4
-    feed = made.feed()
-    rows = jax.tree.map(lambda a: a[0, :64], feed.resident["rows"])
-    return params, fixed, rows
+# ---------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("head", MAP_HEADS)
 def test_every_loss_moves_the_network_under_every_head(head, sparse):
-    made = ensemble([sparse[0]], head=head)
-    params, fixed, rows = one_member(made)
+    problem, _ = sparse
+    graphdef, params = modules.split(untrained(problem, head=head))
+    names = ("network", "threshold") if head == "jumprelu" else ("network",)
+    trained = {name: params[name] for name in names}
+    kernel = trained["network"]["last"]["kernel"]
+    trained["network"]["last"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape) / 4
+    f_a, f_b = (
+        side.features(slice(0, 64)) for side in (problem.train.source, problem.train.target)
+    )
 
     @jax.jit
-    def gradients(params):
-        def terms(params):
-            return made._training_loss(params, fixed, rows, jax.random.key(0))[1]
+    @jax.jacrev
+    def gradients(trained):
+        m = modules.merge(graphdef, params | trained)
+        z = m.estimate(f_a)
+        p, fires = heads.rectified(z), m.fires(z)
+        return losses.transfer_loss(p, f_b, LossWeights(), variance=1.0, fires=fires)[1]
 
-        return jax.jacrev(terms)(params)
-
-    found = gradients(params)
+    slopes = gradients(trained)
     for term in TERMS:
-        live = jax.tree.map(lambda g: float(np.mean(g != 0)), found[term]["network"])
+        live = jax.tree.map(lambda g: float(np.mean(g != 0)), slopes[term]["network"])
         assert min(jax.tree.leaves(live)) > 0.3, term
-        assert all(np.isfinite(g).all() for g in jax.tree.leaves(found[term]))
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes[term]))
         if head == "jumprelu":  # the firing of features alone moves thresholds
-            moved = np.mean(found[term]["head"]["threshold"] != 0)
+            moved = np.mean(slopes[term]["threshold"] != 0)
             assert moved > 0.5 if term == "sparsity" else moved == 0
 
 
-def test_the_correlation_of_some_features_is_of_others_each_step(sparse):
-    made = ensemble([sparse[0]], correlation_features=8)
-    params, fixed, rows = one_member(made)
-    loss = jax.jit(lambda key: made._training_loss(params, fixed, rows, key)[1])
-    some = [loss(jax.random.key(seed)) for seed in range(12)]
-    assert len({float(terms["correlation"]) for terms in some}) == 12
-    assert len({float(terms["mse"]) for terms in some}) == 1
-    p, t = np.random.default_rng(0).random((2, 30, 20))
-    drawn = np.array([4, 17, 2])
-    _, terms = losses.transfer_loss(p, t, LossWeights(), variance=1.0, features=drawn)
-    expected = losses.correlation(p[:, drawn], t[:, drawn])
-    np.testing.assert_allclose(terms["correlation"], expected, rtol=1e-6)
+def test_mlp_starts_as_the_mean_predictor_with_live_gradients(sparse):
+    problem, test = sparse
+    m, target = untrained(problem), problem.train.target
+    mean = target.feature_moments[0]
+    predicted = maps.predict(m, test)
+    np.testing.assert_allclose(predicted, np.broadcast_to(mean, predicted.shape), atol=1e-4)
+    graphdef, params = modules.split(m)
+    f_a, f_b = inputs_of(m, test)[:64], test.target.features(slice(0, 64))
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained):
+        m = modules.merge(graphdef, params | {"network": trained})
+        p = heads.rectified(m.estimate(f_a))
+        return losses.transfer_loss(p, f_b, LossWeights(), variance=1.0)[0]
+
+    last = gradient(params["network"])["last"]
+    np.testing.assert_array_equal(last["bias"] != 0, mean > 0)  # all that ever fire
+    assert np.mean(last["kernel"][:, mean > 0] != 0) > 0.9
 
 
-# -------------------------------------------------------------------------- sparse targets
+def test_dropout_drops_in_training_only(sparse):
+    m = untrained(sparse[0])
+    m.network.last.kernel[...] = jnp.ones((16, 20))
+    f_a = inputs_of(m, sparse[1])[:32]
+
+    def estimate(seed=None):
+        key = None if seed is None else jax.random.key(seed)
+        return m.estimate(f_a, key=key, dropout=0.3)
+
+    np.testing.assert_array_equal(estimate(0), estimate(0))
+    assert not np.array_equal(estimate(0), estimate(1))
+    np.testing.assert_array_equal(jax.nn.relu(estimate()), m(f_a))
+    h = dropped(jnp.ones((1000, 16)), 0.3, jax.random.key(0))
+    assert np.mean(np.asarray(h) == 0) == pytest.approx(0.3, abs=0.02)
+    assert np.mean(h) == pytest.approx(1.0, abs=0.03)
+
+
+# ---------------------------------------------------------------- sparse targets
 
 
 @pytest.mark.parametrize("head", ["topk", "jumprelu"])
@@ -173,55 +194,30 @@ def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_pat
 
 def test_without_its_head_the_same_network_predicts_more_features(sparse, fitted):
     m, test = fitted("topk").map, sparse[1]
-    dense = np.maximum(m.estimate(maps.source_inputs(m, test), tokens=None, key=None), 0)
+    dense = np.maximum(m.estimate(inputs_of(m, test)), 0)
     selected = maps.predict(m, test)
     assert (dense > 0).sum(1).mean() > 1.1 * (selected > 0).sum(1).mean()
     np.testing.assert_allclose(selected[selected > 0], dense[selected > 0], rtol=1e-4, atol=1e-4)
 
 
-# --------------------------------------------------------------------------- early stopping
+# ---------------------------------------------------------------- early stopping
 
 
-def steps_of(made: Ensemble, count: int) -> list[dict]:
-    """The states after each of the first steps, on the host."""
-    trainable, feed = made.trainable(), made.feed()
-    state, orders = trainable.init(jax.random.key(0)), feed.indices(0, count)
-
-    @jax.jit
-    def step(state, resident, rows, number):
-        key = jax.random.fold_in(jax.random.key(0), number)
-        return trainable.step(state, feed.select(resident, rows), number, key)[0]
-
-    states = []
-    for number in range(count):
-        state = step(state, feed.resident, orders[number], number)
-        states.append(jax.device_get(state))
-    return states
-
-
-def test_the_best_is_kept_and_patience_ends_one_members_updates(sparse):
+def test_the_best_is_kept_and_patience_ends_one_members_updates(sparse, tmp_path):
     """On pairs that teach nothing a fast learner gets worse; the other member goes on."""
     problems = [shuffled_problem(sparse[0]), sparse[0]]
-    settings = {"validate_every": 3, "patience": 2, "steps": 200, "learning_rate": 0.03}
-    states = steps_of(ensemble(problems, **settings), 40)
-    kernels = np.array([s["params"]["network"]["second"]["kernel"] for s in states])
-    looks = range(0, 40, 3)
-    scores = np.array([states[i]["train"]["best"]["latest"] for i in looks])
-    best = states[-1]["train"]["best"]
-    assert best["stale"][0] == 2 and best["stale"][1] < 2
-    last = int(np.argmin(scores[:, 0]))
-    assert best["step"][0] == looks[last]
-    assert best["score"][0] == scores[last, 0]
-    np.testing.assert_array_equal(
-        best["params"]["network"]["second"]["kernel"][0], kernels[best["step"][0], 0]
-    )
-    stop = looks[last + 2]
-    assert stop < 36
-    np.testing.assert_array_equal(
-        kernels[stop:, 0], np.broadcast_to(kernels[stop, 0], (40 - stop, 16, 16))
-    )
-    assert all((kernels[1:, 1] != kernels[:-1, 1]).any((1, 2)))
-    assert all((kernels[1 : stop + 1, 0] != kernels[:stop, 0]).any((1, 2)))
+    settings = {"patience": 2, "steps": 400, "learning_rate": 0.03, "hidden": 16, "dropout": 0.0}
+    config = dataclasses.replace(CONFIG, **settings)
+    stopped, other = mlp.fit(problems, config, seed=0, directory=tmp_path)
+    assert stopped.record["stopped"] and not other.record["stopped"]
+    assert stopped.record["steps"] < other.record["steps"]
+    rows = read_jsonl(tmp_path / "mlp-0" / "metrics.jsonl")
+    scores = np.array([row["validation"] for row in rows])
+    assert scores[-1, 0] > scores[:, 0].min()  # it got worse, and the best was kept
+    best = stopped.record["validation"]["loss"]
+    assert best == pytest.approx(scores[:, 0].min(), rel=1e-3)
+    losses_after = [row["loss"][0] for row in rows[-2:]]
+    assert abs(losses_after[0] - losses_after[1]) < 0.2  # of other batches, by the same network
 
 
 def test_the_record_says_when_and_how_good(sparse, fitted):
@@ -234,7 +230,7 @@ def test_the_record_says_when_and_how_good(sparse, fitted):
     assert terms["loss"] == pytest.approx(total, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------ token_mlp
+# ---------------------------------------------------------------- token_mlp
 
 
 @pytest.fixture(scope="module")
@@ -260,46 +256,40 @@ def test_token_mlp_beats_what_it_stands_on_and_the_linear_rival(tokens_matter, t
     assert score["token_mlp"] > score["token_ridge"] + 0.02 > score["token"]
 
 
-def test_token_mlp_starts_as_the_token_rung(tokens_matter, tmp_path):
+def test_token_mlp_starts_as_the_token_map(tokens_matter, tmp_path):
     problem, test = tokens_matter
-    made = ensemble([problem], token_mlp.TokenMLP, head="relu", token_pseudocounts=(4.0,))
-    state = made.trainable().init(jax.random.key(0))
-    own = jax.tree.map(lambda a: a[0], state["params"]) | made.standards[0].values
-    m = made._map(made.standards[0])
-    m = maps.base.build(type(m), problem.train.target.dictionary, m.arguments, own)
-    config = dataclasses.replace(CONFIG, token_pseudocounts=(4.0,))
-    token = fit_one("token", problem, tmp_path, config).map
-    ours, theirs = (maps.predict(rung, test) for rung in (m, token))
+    m = untrained(problem, token_mlp.TokenMLP)
+    token = fit_one("token", problem, tmp_path)
+    ours, theirs = (maps.predict(one, test) for one in (m, token.map))
     np.testing.assert_allclose(ours, np.maximum(theirs, 0), atol=1e-5)
-    tables = made.standards[0].values
-    left = encode_rows(problem.train.target.dictionary, problem.train.target.x)
-    left = (
-        left
-        - tables["table_b"]["rows"][
-            np.searchsorted(tables["table_b"]["ids"], problem.train.source.tokens)
-        ]
-    )
+    values, record = token_mlp.TokenMLP.measure(problem)
+    assert record == {"pseudocount": token.record["pseudocount"]}
+    table = values["table_b"]
+    f = encode_rows(problem.train.target.dictionary, problem.train.target.x)
+    left = f - table["rows"][np.searchsorted(table["ids"], problem.train.source.tokens)]
     expected = np.sqrt(np.mean(left**2, axis=0) + 0.01 * np.mean(left**2))
-    np.testing.assert_allclose(tables["scale_b"], expected, rtol=1e-3)
+    np.testing.assert_allclose(values["scale_b"], expected, rtol=1e-3)
 
 
-def test_tables_of_unequal_lengths_train_together_unchanged(tokens_matter):
+def test_tables_of_unequal_lengths_are_made_equal_and_say_the_same(tokens_matter):
     problem, _ = tokens_matter
     fewer = dataclasses.replace(problem.train.source, tokens=problem.train.source.tokens % 11)
     other = dataclasses.replace(problem, train=dataclasses.replace(problem.train, source=fewer))
-    made = ensemble([problem, other], token_mlp.TokenMLP)
-    assert [s.arguments["seen"] for s in made.standards] == [25, 11]
-    padded = made.alike[1].values
-    assert padded["table_a"]["rows"].shape == (26, 35)
+    measured = [token_mlp.TokenMLP.measure(p)[0] for p in (problem, other)]
+    alike = token_mlp.TokenMLP.alike(measured)
+    assert [len(values["table_a"]["ids"]) for values in measured] == [25, 11]
+    assert alike[1]["table_a"]["rows"].shape == (26, 35)
     tokens = np.array([0, 10, 11, 99, -1], np.int32)
-    for name, size in (("table_a", 35), ("table_b", 8)):
-        short, long = (maps.base.TokenTable(seen, size) for seen in (11, 25))
-        for table, values in ((short, made.standards[1].values), (long, padded)):
-            table.ids[...], table.rows[...] = values[name]["ids"], values[name]["rows"]
-        np.testing.assert_array_equal(short(tokens, 5), long(tokens, 5))
+    tables = [
+        token_mlp.TokenMLP(problem.train.target.dictionary, values, head="relu")
+        for values in (measured[1], alike[1])
+    ]
+    for name in ("table_a", "table_b"):
+        short, long = (look_up(getattr(m, name), tokens, 5) for m in tables)
+        np.testing.assert_array_equal(short, long)
 
 
-# ------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -307,7 +297,6 @@ def test_tables_of_unequal_lengths_train_together_unchanged(tokens_matter):
     [
         ({"head": "softmax"}, "map.head=softmax is no head; use relu, topk, jumprelu"),
         ({"head": "topk"}, r"map.head=topk .*that of A to B \(ReLU\) fixes no number; use jump"),
-        ({"correlation_features": 9}, "map.correlation_features=9 is more than the 8 features"),
     ],
 )
 def test_settings_that_do_not_fit_the_target_are_refused(

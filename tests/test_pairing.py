@@ -195,23 +195,6 @@ def test_pairs_equal_brute_force(small, request, two, text):
             assert found.byte_end[-1] == last  # the end of the text is a pair
 
 
-@given(text=tricky_text)
-@settings(max_examples=60, deadline=None)
-def test_model_against_itself_pairs_everything(small, text):
-    found = pairing.pair(text, small[0], small[0])
-    assert found.coverage_a == found.coverage_b == 1.0
-    assert found.position_a.tolist() == found.position_b.tolist()
-    n = len(plain_ids(small[0], unicodedata.normalize("NFC", text)))
-    assert found.position_a.tolist() == list(range(1, n))
-
-
-def test_empty_text_gives_empty_arrays(small):
-    for tokenizers_ in (small, (llama_style(), characters())):
-        found = pairing.pair("", *tokenizers_)
-        for array in (found.position_a, found.position_b, found.byte_end):
-            assert array.shape == (0,) and np.issubdtype(array.dtype, np.integer)
-
-
 def test_texts_of_known_ends(small):
     found = pairing.pair("a 漢字", *small)  # no merges beyond ASCII: a token a byte
     assert set(found.byte_end.tolist()) >= {3, 4, 5, 6, 7, 8}  # also inside a character
@@ -240,14 +223,11 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
 
 
-def test_tokens_added_later_are_known():
+def test_tokens_added_later_are_known_and_slow_tokenizers_refused():
     tokenizer = train_byte_level(300)
     assert pairing.byte_ends("[new]", tokenizer).ends[-1] == 5
     tokenizer.add_tokens(["[new]"])
     assert pairing.byte_ends("[new]", tokenizer).ends.tolist() == [5]
-
-
-def test_slow_tokenizer_is_refused():
     with pytest.raises(UserError, match="not a fast tokenizer"):
         pairing.byte_ends("text", object())
 
@@ -348,42 +328,18 @@ def test_statistics_of_known_pairings():
     assert found.one_to_one == 3  # 1, 4-6 and 6-7; 1-4 is two tokens of A
     assert found.span_tokens[0][:3] == (3, 1, 0)
     assert found.span_tokens[1][:3] == (4, 0, 0)
-    assert found.to_json(["gpt2", "pythia"]) == {
-        "texts": 1,
-        "common_ends": 4,
-        "first_positions_masked": 1,
-        "pairs": 3,
-        "one_to_one_spans": 0.75,
-        "models": {
-            "gpt2": {
-                "ends": 5,
-                "coverage": 0.8,
-                "tokens_per_span": {"1": 3, "2": 1, **dict.fromkeys("34567", 0), "8+": 0},
-            },
-            "pythia": {
-                "ends": 4,
-                "coverage": 1.0,
-                "tokens_per_span": {"1": 4, "2": 0, **dict.fromkeys("34567", 0), "8+": 0},
-            },
-        },
+    in_json = (found + found).to_json(["gpt2", "pythia"])
+    assert {key: in_json[key] for key in ("texts", "common_ends", "pairs")} == {
+        "texts": 2,
+        "common_ends": 8,
+        "pairs": 6,
     }
-
-
-@given(texts=st.lists(tricky_text, min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
-def test_statistics_add_up(small, texts):
-    all_ends = [[pairing.byte_ends(text, t).ends for t in small] for text in texts]
-    total = pairing.pairing_statistics(all_ends[0])
-    for ends in all_ends[1:]:
-        total += pairing.pairing_statistics(ends)
-    assert total.texts == len(texts)
-    assert total.common - total.first_positions == sum(
-        len(pairing.pair_many(ends)[0]) for ends in all_ends
-    )
-    for bins, model in zip(total.span_tokens, range(2)):
-        assert sum(bins) == total.common
-        tokens = sum(len(ends[model]) for ends in all_ends)
-        assert sum(n * length for length, n in enumerate(bins, start=1)) <= tokens
+    assert in_json["one_to_one_spans"] == 0.75 and in_json["first_positions_masked"] == 2
+    assert in_json["models"]["gpt2"] == {
+        "ends": 10,
+        "coverage": 0.8,
+        "tokens_per_span": {"1": 6, "2": 2, **dict.fromkeys("34567", 0), "8+": 0},
+    }
 
 
 # ---------------------------------------------------------------- windows
@@ -433,12 +389,6 @@ def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     assert len(found.windows) <= 1.25 * total / 40
 
 
-@pytest.mark.parametrize("limit", range(2, 12))
-def test_windows_of_long_runs_of_spaces(small, limit):
-    texts = ["the" + " " * n + "漢 the" for n in range(1, 14)]
-    check_windows(texts, small, (limit, limit + 1))
-
-
 def test_windows_of_a_document_do_not_depend_on_the_others(small):
     alone = pairing.windows([ENGLISH], small, limits=(30, 50)).windows
     among = pairing.windows(["the axis", "", ENGLISH], small, limits=(30, 50)).windows
@@ -460,47 +410,12 @@ def test_dropped_windows_are_counted_per_model(small):
 def test_a_character_too_long_for_a_window_is_dropped(small):
     found = check_windows(["the 😀 axis"], small, (3, 3))
     assert found.too_long == 1
-    assert "😀" not in "".join(window.text for window in found.windows)
-    assert len("".join(window.text for window in found.windows)) == len("the 😀 axis") - 1
-
-
-def test_windows_without_room_for_a_pair_are_refused(small):
+    assert "".join(window.text for window in found.windows) == "the  axis"
     with pytest.raises(UserError, match="window_tokens"):
         pairing.windows(["the"], small, limits=(1, 8))
 
 
 # ---------------------------------------------------------------- real tokenizers and texts
-
-
-@needs_data
-@pytest.mark.parametrize("model", ["stories260k", "llama2xs", "gpt-tinystories-char"])
-@given(text=st.text(alphabet="The cat's big, red hat!\n\t.é漢😀", max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_real_small_models_rebuild_or_are_dropped(model, text):
-    tokenizer = load_small(model)
-    (found,) = pairing.byte_ends_batch([text], tokenizer)
-    if found is None:
-        assert model == "gpt-tinystories-char"
-        return
-    assert found.ids.tolist() == plain_ids(tokenizer, text)
-    for k, end in enumerate(found.ends.tolist(), start=1):
-        prefix = tokenizer.backend_tokenizer.decode(found.ids[:k].tolist())
-        if "\ufffd" not in prefix:
-            assert text.encode()[:end].decode() == prefix
-
-
-@functools.cache
-def load_small(model):
-    return load("models", model)
-
-
-@needs_data
-def test_context_of_32_positions(real):
-    tokenizers_ = (real[0], load_small("gpt-tinystories-char"), load_small("stories260k"))
-    found = check_windows(
-        [ENGLISH.replace("ï", "i").replace("é", "e")], tokenizers_, (255, 32, 255)
-    )
-    assert len(found.windows) > 20 and not any(found.not_rebuilt)
 
 
 @needs_data

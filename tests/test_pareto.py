@@ -10,6 +10,7 @@ import tiny_run
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
+from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.studies.pareto import measure
@@ -43,7 +44,7 @@ def test_every_setting_has_a_row(run):
     _, work, _, rows = run
     keys = ("data", "architecture", "seed", "k", "l1_coefficient")
     settings = [tuple(row[key] for key in keys) for row in rows]
-    usual = measure.COEFFICIENTS["relu"]
+    usual = base.find("relu").usual_l1
     expected = {("activations", "topk", 0, k, None) for k in (2, 8)}
     expected |= {("activations", "relu", 0, None, share * usual) for share in (0.1, 4.0)}
     for seed in range(2):  # the widths differ, so planted rows have values of k of their own

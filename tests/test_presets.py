@@ -13,12 +13,12 @@ import pytest
 
 from configs import pythia410m_gpt2medium, pythia410m_gpt2medium_small
 from crossdict_jax import models, modules
-from crossdict_jax.activations import extract
 from crossdict_jax.dictionaries import train as dictionaries
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import Pairs, Problem, Side, ensemble
 from crossdict_jax.maps.kinds import mlp
 from crossdict_jax.models import Site
+from crossdict_jax.models.base import captured
 from crossdict_jax.training.mesh import make_mesh
 from crossdict_jax.workdir import read_jsonl
 
@@ -66,9 +66,13 @@ def test_language_models_at_full_size(shape, config):
     graphdef, params = modules.abstract(lambda: models.init(shape))
     tokens = jax.ShapeDtypeStruct((config.extract.batch_size, config.text.window_tokens), np.int32)
     sites = tuple(Site(layer, config.site) for layer in config.layers)
-    read = partial(extract._sites_of, graphdef, sites, config.extract.matmul_dtype)
-    assert [x.shape for x in jax.eval_shape(read, params, tokens)] == [(*tokens.shape, 1024)] * 3
-    logits = jax.eval_shape(lambda p, t: modules.merge(graphdef, p).logits(t), params, tokens)
+
+    def read(params, tokens):
+        lm = modules.merge(graphdef, params)
+        return captured(lm, sites, tokens, config.extract.matmul_dtype), lm.logits(tokens)
+
+    x, logits = jax.eval_shape(read, params, tokens)
+    assert [a.shape for a in x] == [(*tokens.shape, 1024)] * 3
     assert logits.shape == (*tokens.shape, shape["vocab_size"])
 
 
@@ -101,10 +105,10 @@ def test_the_trained_map_at_full_size(config):
         return Side(x=x, tokens=np.zeros(len(x), np.int32), dictionary=d)
 
     pairs = Pairs(side(0), side(1), np.zeros(config.map.batch_size, np.int32))
-    alone = ensemble.Ensemble(mlp.MLP, [Problem("a to b", pairs, pairs)], config.map, seed=0)
-    trainable, feed = alone.trainable(), alone.feed()
+    alone, _ = ensemble.prepare(mlp.MLP, [Problem("a to b", pairs, pairs)], config.map, seed=0)
+    trainable, feed = alone.trainable(config.map.steps), alone.feed
     state = jax.eval_shape(trainable.init, jax.random.key(0))
-    rows = jax.ShapeDtypeStruct((config.map.batch_size,), np.int32)
+    rows = feed.indices(0, 1)[0]
     batch = jax.eval_shape(feed.select, feed.resident, rows)
     after, metrics = jax.eval_shape(trainable.step, state, batch, 0, jax.random.key(0))
     assert after == state and np.isfinite(metrics["loss"].size)

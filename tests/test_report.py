@@ -9,11 +9,11 @@ import pytest
 
 from crossdict_jax.config import Config, settings
 from crossdict_jax.errors import UserError
-from crossdict_jax.report import answer, inputs, summary_table, tables, transfer, write_report
+from crossdict_jax.report import answer, inputs, summary_table, transfer, write_report
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
-from crossdict_jax.report.tables import flat_table, number, table
-from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR, VERDICTS
+from crossdict_jax.report.tables import number
+from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 MODELS = ("docs-gpt2", "docs-neox")
@@ -539,26 +539,3 @@ def test_far_below_zero_stays_on_the_axis():
 )
 def test_numbers_as_text(value, digits, text):
     assert number(value, digits) == text
-
-
-def test_tables_set_numbers_to_the_right_and_split_hints_off():
-    columns = table("c", [{"map": "ridge", "top-1|chance 0.1": "−0.5"}]).columns
-    assert [(c.title, c.numeric, c.hint) for c in columns] == [
-        ("map", False, ""),
-        ("top-1", True, "chance 0.1"),
-    ]
-
-
-def test_a_flat_table_folds_intervals_into_their_value():
-    rows = [{"a": 1, "x": 0.25, "x_low": 0.2, "x_high": 0.3}, {"a": 2, "x": None, "b": "w"}]
-    flat = flat_table(rows, "c", first=("b",))
-    assert [c.title for c in flat.columns] == ["b", "a", "x"]
-    assert [(c.text, c.note) for c in flat.rows[0]] == [
-        ("–", ""),
-        ("1", ""),
-        ("0.25", "[0.2000, 0.3000]"),
-    ]
-
-
-def test_every_verdict_has_a_colour_and_a_sign():
-    assert set(VERDICTS) == tables.VERDICTS.keys()

@@ -8,6 +8,7 @@ import test_report
 from crossdict_jax.config import Config
 from crossdict_jax.report import causal, write_report
 from crossdict_jax.report.blocks import Details, Heading, Panels
+from crossdict_jax.report.results import Run
 from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import write_jsonl
 
@@ -76,8 +77,12 @@ ROWS = [row(f, i, transfers=i == "ridge" and f == 7) for i in ("ridge", "match")
 SUMMARY = [summary("ridge", 1), summary("match", 0)]
 
 
+def run_of(rows, over) -> Run:
+    return Run({}, {}, [], {"feature_causal": rows, "feature_causal_summary": over})
+
+
 def blocks(rows, over, kind) -> list:
-    section = causal.feature_causal_section(rows, over)
+    section = causal.feature_causal_section(run_of(rows, over))
     return [block for block in section.blocks if isinstance(block, kind)]
 
 
@@ -107,12 +112,12 @@ def test_the_figure_says_what_it_draws():
 
 
 def test_the_sentence_counts_and_admits():
-    ((_, sentence),) = causal.answer(SUMMARY)
+    ((_, sentence),) = causal.answer(run_of([], SUMMARY))
     assert sentence.startswith("Put into neox, the directions to which ridge maps 1 of 2 tested")
     assert sentence.endswith("the target’s best matching features: 0 of 2.")
-    ((_, nothing),) = causal.answer([summary("ridge", 0)])
+    ((_, nothing),) = causal.answer(run_of([], [summary("ridge", 0)]))
     assert nothing.startswith("Negative result: put into neox")
-    assert causal.answer([]) == []
+    assert causal.answer(run_of([], [])) == []
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -122,7 +127,7 @@ def test_the_page_shows_it_or_says_what_is_missing(tmp_path, there):
         write_jsonl(work.result("feature_causal.jsonl"), ROWS)
         write_jsonl(work.result("feature_causal_summary.jsonl"), SUMMARY)
     page = write_report(Config(models=("a", "b")), work).read_text()
-    part = re.search(r'<section id="feature-causes">.*?</section>', page, re.DOTALL)[0]
-    assert ("gpt → neox" in part) == there
-    assert ("results/feature_causal.jsonl is not" in part) == (not there)
-    assert "<b>" not in part  # a token is text, not markup
+    part = re.search(r'<section id="feature-causes">.*?</section>', page, re.DOTALL)
+    assert bool(part) == there == ("feature_causal.jsonl, feature_causal_summary" not in page)
+    assert not there or "gpt → neox" in part[0]
+    assert "<b>" not in page  # a token is text, not markup

@@ -8,6 +8,7 @@ from test_report import MODELS, Page, write_required
 from crossdict_jax.config import Config
 from crossdict_jax.report import shared, summary_table, write_report
 from crossdict_jax.report.blocks import Note
+from crossdict_jax.report.results import Run
 from crossdict_jax.report.shared import MEASURES
 from crossdict_jax.report.tables import Table
 from crossdict_jax.workdir import write_jsonl
@@ -138,8 +139,7 @@ def test_decoder_directions_stand_beside_random_matchings(page):
 def test_what_is_missing_is_said(tmp_path):
     work = write_required(tmp_path, layers=(6,))
     text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
-    assert "matching.jsonl is not there" in text
-    assert "similarity.jsonl has none" in text
+    assert re.search(r"Not there, so not shown .*matching.jsonl, .*similarity.jsonl", text)
     assert "Which features" not in text
 
 
@@ -154,7 +154,7 @@ def crosscoder_row(pairing, model, shared=0.4) -> dict:
 def test_crosscoders_show_every_row_and_what_shuffled_ones_invent(by_luck, notes):
     rows = [crosscoder_row("aligned", m) for m in "ab"]
     rows += [crosscoder_row("shuffled", m, by_luck) for m in "ab"]
-    blocks = shared.crosscoder_section(rows).blocks
+    blocks = shared.crosscoder_section(Run({}, {}, [], {"crosscoder": rows})).blocks
     (table,) = (block for block in blocks if isinstance(block, Table))
     assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
     heads = [row[0].text + row[1].text for row in table.rows]

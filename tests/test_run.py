@@ -150,15 +150,6 @@ def test_whole_spans_take_what_is_put_at_their_end(runner, passages):
     assert len(inner) > 5 and np.abs(effects["x"].ce - alone.ce).max() > 0.01
 
 
-def test_the_size_of_a_batch_changes_nothing(lm, passages):
-    site, values = Site(1), np.zeros(8, np.float32)
-    small, large = (
-        Runner(lm, batch_size=size).splice(passages, site, {"zero": values})["zero"]
-        for size in (1, 20)
-    )
-    np.testing.assert_allclose(small.ce, large.ce, atol=1e-5)
-
-
 def scaled(lm, factor, norm, shift, tokens):
     return {"x": shift[None, None] + factor * norm(lm.logits(tokens))}
 
@@ -229,18 +220,6 @@ def test_loss_recovered_is_a_share_and_undefined_where_nothing_is_lost():
     assert set(np.round(found.samples, 9)) <= {0.0, round(4 / 5, 9), round(4 / 6, 9)}
     harmless = clean + 0.04
     assert stats.loss_recovered(edited, clean=clean, baseline=harmless, resamples=draws) is None
-
-
-def test_where_all_positions_are_paired_the_highest_layer_decides(runner):
-    rng = np.random.default_rng(2)
-    tokens = tuple(rng.integers(0, 40, n).astype(np.int32) for n in (9, 5))
-    window, position = np.array([(w, p) for w, t in enumerate(tokens) for p in range(len(t))]).T
-    every = Passages(tokens, window, position)
-    sites = (Site(0), Site(1), Site(2))
-    values = {site: values_of(every, site.layer) for site in sites}
-    together = runner.splice(every, sites, {"noise": values})["noise"]
-    highest = runner.splice(every, sites[-1], {"noise": values[sites[-1]]})["noise"]
-    np.testing.assert_allclose(together.ce, highest.ce, atol=1e-5)
 
 
 # ---------------------------------------------------------------- passages of a store

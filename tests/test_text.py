@@ -1,11 +1,9 @@
 """Documents: sources agree, splits are pure functions of hashes, mistakes get one line."""
 
 import hashlib
-import inspect
 import json
 import re
 import unicodedata
-import warnings
 from functools import partial
 
 import pytest
@@ -15,8 +13,6 @@ from hypothesis import strategies as st
 from crossdict_jax.activations import docstrings
 from crossdict_jax.activations.text import (
     SPLITS,
-    Document,
-    Documents,
     _pieces,
     cut,
     load_corpus,
@@ -129,7 +125,9 @@ def test_documents_are_ordered_by_split_and_then_as_in_the_source(sources):
 def test_what_is_done_to_documents_is_counted(tmp_path):
     extra = ["cafe\u0301", "caf\u00e9", " \n", None, STORIES[3], "x " * 2000]
     rows = [{"text": text} for text in STORIES + extra]
-    corpus = load(write_jsonl(tmp_path / "rows.jsonl", rows))
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no text
+    corpus = load(path)
     provenance = corpus.provenance
     counted = ("changed_by_nfc", "duplicates", "blank", "cut_to_max_bytes")
     assert [provenance[key] for key in counted] == [1, 2, 2, 1]
@@ -142,20 +140,14 @@ def test_what_is_done_to_documents_is_counted(tmp_path):
     assert json.loads(json.dumps(provenance)) == provenance
 
 
-def test_the_split_does_not_depend_on_max_bytes(sources):
-    def splits(max_bytes):
-        corpus = load(sources["jsonl"], max_bytes=max_bytes)
-        return {document.name: document.split for document in corpus.documents}
-
-    whole, short = splits(2048), splits(16)
-    assert whole == short
-
-
-def test_documents_equal_after_the_cut_are_duplicates(tmp_path):
+def test_documents_equal_after_the_cut_are_duplicates_and_splits_are_of_the_whole(tmp_path):
     rows = [{"text": s} for s in STORIES] + [{"text": f"same head {i}"} for i in range(50)]
-    corpus = load(write_jsonl(tmp_path / "rows.jsonl", rows), max_bytes=9)
-    assert texts_of(corpus).count("same head") == 1
-    assert len(set(texts_of(corpus))) == len(corpus.documents)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    long, short = load(path), load(path, max_bytes=9)
+    assert texts_of(short).count("same head") == 1
+    assert len(set(texts_of(short))) == len(short.documents)
+    splits = {d.name: d.split for d in long.documents}
+    assert all(splits[d.name] == d.split for d in short.documents)
 
 
 def test_max_bytes_and_fractions_and_column_take_effect(tmp_path):
@@ -189,35 +181,6 @@ def test_pieces_lose_no_word(text, max_bytes):
     pieces = list(_pieces(text, max_bytes=max_bytes))
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(len(piece.encode()) <= max_bytes for piece in pieces)
-
-
-def test_a_bad_byte_of_a_long_text_is_named_by_its_place(tmp_path):
-    path = tmp_path / "long.txt"
-    path.write_bytes(b"\xef\xbb\xbffirst\n" + b"a line\n" * 20 + b"ab\xffc\n")
-    with pytest.raises(UserError, match=r"long.txt is not UTF-8 \(byte 0xff at offset 151\)"):
-        load(path)
-
-
-def test_documents_come_back_by_split_in_the_order_of_adding(tmp_path):
-    documents = Documents(tmp_path)
-    given_ = [
-        Document(name=f"\udcff{i}", text=f"{i}\n日 \u2028", split=SPLITS[-i % 3]) for i in range(9)
-    ]
-    for document in given_:
-        documents.add(document)
-    assert list(documents) == sorted(given_, key=lambda d: SPLITS.index(d.split))
-    assert documents.counts() == dict.fromkeys(SPLITS, 3) and len(documents) == 9
-    with pytest.raises(IndexError):
-        documents[9]
-    assert not list(tmp_path.iterdir())  # nothing is left behind, whenever the process ends
-
-
-def test_byte_order_mark_is_no_text(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + "".join(json.dumps({"text": s}) + "\n" for s in STORIES).encode()
-    )
-    assert sorted(texts_of(load(path))) == sorted(STORIES)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -280,12 +243,9 @@ def test_unreadable_datasets_get_one_line(tmp_path, source, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_split_without_a_document_is_refused(sources):
+def test_settings_that_leave_nothing_are_refused(sources, tmp_path):
     with pytest.raises(UserError, match=r"in the split (validation|test)"):
         load(sources["jsonl"], documents=3)
-
-
-def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
     (tmp_path / "book.txt").write_text("日本語 " * 50)
     with pytest.raises(UserError, match="too small for one character"):
         load(tmp_path / "book.txt", max_bytes=2)
@@ -295,16 +255,13 @@ def test_one_byte_pieces_of_wider_characters_are_refused(tmp_path):
 
 
 @pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """Replaces the installed modules by given sources; returns the documents' texts by name."""
+def modules(tmp_path):
+    """Writes sources as modules; returns the documents' texts by name."""
 
     def read(sources):
-        paths = {}
         for name, source in sources.items():
-            paths[name] = tmp_path / f"{name}.py"
-            paths[name].write_text(source)
-        monkeypatch.setattr(docstrings, "_modules", lambda: paths)
-        return {module.name: module.text for module in docstrings.module_texts()}
+            (tmp_path / f"{name}.py").write_text(source)
+        return {module.name: module.text for module in docstrings.module_texts([("", tmp_path)])}
 
     return read
 
@@ -375,7 +332,7 @@ def test_tests_are_no_documentation(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-    found = dict(docstrings._walk(tmp_path, prefix="package."))
+    found = docstrings.find_modules([("package.", tmp_path)])
     assert set(found) == {"package.a", "package.c", "package.c.d"}
 
 
@@ -402,9 +359,9 @@ def test_installed_docstrings_make_a_corpus(installed):
 
 
 def test_no_test_paragraph_is_a_training_paragraph(installed):
-    corpus = installed
-    train = set().union(*map(normal_paragraphs, corpus.split("train")))
-    test = set().union(*map(normal_paragraphs, corpus.split("test")))
+    train, test = (
+        set().union(*map(normal_paragraphs, installed.split(split))) for split in ("train", "test")
+    )
     assert len(test) > 200 and not train & test
 
 
@@ -413,11 +370,3 @@ def test_fewer_documents_are_a_part_of_more(installed):
     more = {document_.name: document_ for document_ in installed.documents}
     assert all(more[document_.name] == document_ for document_ in fewer.documents)
     assert fewer.provenance["modules_read"] < installed.provenance["modules_read"]
-
-
-def test_docstrings_are_cleaned_as_inspect_does_and_foreign_escapes_do_not_warn(modules):
-    paragraphs = (LONG, OTHER + "\n  indented", THIRD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        source = "def f():\n" + document(*paragraphs, indent="    ") + "x = '\\d'\n"
-        assert modules({"a": source})["a"] == inspect.cleandoc("\n\n".join(paragraphs))

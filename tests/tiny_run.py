@@ -22,6 +22,7 @@ from crossdict_jax.config import (
 from crossdict_jax.config.settings import from_dict
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps.kinds.mlp import MLP
+from crossdict_jax.maps.network import initial
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
 from crossdict_jax.workdir import Workdir, open_workdir, read_json
@@ -124,6 +125,8 @@ def make_run(root: Path) -> tuple[Config, Workdir]:
 
 def network(folder: Path) -> MLP:
     """An untrained network that predicts a constant, some features of which are silent."""
-    m = MLP(dictionaries.load(folder), width_a=32, hidden=8, dropout=0.0)
-    m.mean_b[...] = jax.numpy.maximum(jax.random.normal(jax.random.key(5), (32,)), 0)
-    return m
+    trained = initial(0, width_a=32, hidden=8, width_b=32, head="relu")
+    mean_b = jax.numpy.maximum(jax.random.normal(jax.random.key(5), (32,)), 0)
+    ones = jax.numpy.ones(32)
+    measured = {"mean_a": 0 * ones, "mean_b": mean_b, "scale_a": ones, "scale_b": ones}
+    return MLP(dictionaries.load(folder), trained | measured, head="relu")

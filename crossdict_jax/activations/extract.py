@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +12,12 @@ import ml_dtypes
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.activations.plan import Plan, Reading, make_plan
+from crossdict_jax.activations.plan import Reading, make_plan
 from crossdict_jax.activations.store import (
     BLOCK,
     Column,
-    End,
     Rows,
+    Sites,
     Store,
     open_store,
     save_index,
@@ -30,10 +29,8 @@ from crossdict_jax.config import Config, ExtractConfig, model_layers, output_sit
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Runner
-from crossdict_jax.training.stage import device_figures
+from crossdict_jax.training.stage import progress_bar, timed
 from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
-
-Sites = Mapping[str, tuple[Site, ...]]  # by the name of the model
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -49,36 +46,75 @@ def extract(config: Config, work: Workdir) -> Store:
     directory = work.activations
     if (directory / "meta.json").exists():
         store = open_store(directory)
-        _check_pool(config, store.rows.kept()["test"])
+        _check_pool(config, store.rows)
         return store
-    started = time.perf_counter()
-    lms = dict(zip(model_names(config.models), map(models.load, config.models)))
-    written = outputs(config, list(lms))
-    sites = to_read(list(lms), written)
-    for name, lm in lms.items():
-        for site in sites[name]:
-            models.check_site(lm.config, site, lm.name)
-    directory.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(config, list(lms.values()), directory)
-    _check_pool(config, plan.of_split["test"])
-    counts = read_models(config.extract, directory, lms, sites, plan)
-    counted = {"shards": plan.shards, "documents": plan.documents}
-    keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
-    rows = replace(plan.rows, keep=keep)
-    write_json(work.result("pairing.json"), _pairing(config, plan, rows, left_out))
-    about = {
-        name: {"path": path, "d_model": lm.config.d_model, "bos": bos, **ends_of(name, written)}
-        for path, bos, (name, lm) in zip(config.models, plan.bos, lms.items())
-    }
-    meta = {"models": about, "rows": len(rows), "dtype": "bfloat16"}
-    meta |= {"shard_starts": plan.shard_starts.tolist(), "documents": plan.documents}
-    finish(directory, rows, plan, meta | {"text": plan.provenance})
-    seconds = time.perf_counter() - started
-    figures = {"rows": len(rows), "rows_per_s": counts["rows"] / seconds}
-    figures["tokens_per_s"] = counts["tokens"] / max(counts["seconds"], 1e-9)
-    work.record_timing("extract_activations", wall_s=seconds, **figures, **device_figures())
-    _check_pool(config, rows.kept()["test"])  # norm outliers are gone now
+    with timed(work, "extract_activations") as figures:
+        names = model_names(config.models)
+        lms = dict(zip(names, map(models.load, config.models)))
+        sites = dictionary_sites(config, names)
+        for name, lm in lms.items():
+            for site in sites.stored(name):
+                models.check_site(lm.config, site, lm.name)
+        directory.mkdir(parents=True, exist_ok=True)
+        plan = make_plan(config, list(lms.values()), directory)
+        _check_pool(config, plan.rows)
+        figures |= read_models(config.extract, directory, lms, sites, plan)
+        counted = {"shards": plan.shards, "documents": plan.documents}
+        keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
+        rows = replace(plan.rows, keep=keep)
+        dropped = {
+            "first_position": plan.statistics.first_positions,
+            **left_out,
+            "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
+            "characters_too_long": plan.too_long,
+        }
+        pairing = plan.statistics.to_json(names) | {
+            "windows": len(plan.table),
+            "rows": rows.kept(),
+            "bos": dict(zip(names, plan.bos)),
+            "norm_mask": config.extract.norm_mask,
+            "dropped": dropped,
+            "text": plan.provenance,
+        }
+        write_json(work.result("pairing.json"), pairing)
+        meta = {
+            "models": meta_of_models(config.models, plan, lms, sites),
+            "rows": len(rows),
+            "dtype": "bfloat16",
+            "shard_starts": plan.shard_starts.tolist(),
+            "documents": plan.documents,
+            "text": plan.provenance,
+        }
+        finish(directory, rows, plan, meta)
+    _check_pool(config, rows)  # norm outliers are gone now
     return open_store(directory)
+
+
+def dictionary_sites(config: Config, names: Sequence[str]) -> Sites:
+    """Returns what the dictionaries of the models of these names read and write.
+
+    Raises:
+      UserError: ``sae.output_site`` names a model that the run has not.
+    """
+    text, writes = config.sae.output_site, {}
+    model, kind, layer = output_site(text) if text else (None, None, None)
+    if model and model not in names:
+        raise UserError(
+            f"sae.output_site={text}: there is no model {model!r}; this run has {', '.join(names)}."
+        )
+    for name, layers in zip(names, model_layers(config)):
+        for i in layers:
+            output = Site(i if layer is None else layer, kind or config.site)
+            writes[name, Site(i, config.site)] = model or name, output
+    return Sites(writes)
+
+
+def meta_of_models(paths, reading: Reading, lms: Mapping[str, LanguageModel], sites: Sites) -> dict:
+    """Returns what meta.json says of models that have been read."""
+    return {
+        name: {"path": path, "d_model": lm.config.d_model, "bos": bos, **sites.to_meta(name)}
+        for path, bos, (name, lm) in zip(paths, reading.bos, lms.items())
+    }
 
 
 def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
@@ -91,68 +127,14 @@ def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
     shutil.rmtree(directory / "shards")
 
 
-def _check_pool(config: Config, test_rows: int) -> None:
+def _check_pool(config: Config, rows: Rows) -> None:
     """Refuses before anything is trained what evaluation could not draw."""
+    test_rows = rows.kept()["test"]
     if config.evaluation.pool > test_rows:
         raise UserError(
             f"evaluation.pool={config.evaluation.pool} is more than the {test_rows} test rows; "
             "lower it, use 0 for min(8192, rows), or raise text.documents."
         )
-
-
-def _pairing(config: Config, plan: Plan, rows: Rows, left_out: dict) -> dict:
-    """The contents of results/pairing.json: coverage, rows kept and dropped, and why."""
-    names = model_names(config.models)
-    return plan.statistics.to_json(names) | {
-        "windows": len(plan.table),
-        "rows": rows.kept(),
-        "bos": dict(zip(names, plan.bos)),
-        "norm_mask": config.extract.norm_mask,
-        "dropped": {
-            "first_position": plan.statistics.first_positions,
-            **left_out,
-            "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
-            "characters_too_long": plan.too_long,
-        },
-        "text": plan.provenance,
-    }
-
-
-# ---------------------------------------------------------------- what dictionaries read and write
-
-
-def outputs(config: Config, names: Sequence[str]) -> dict[End, End]:
-    """Returns for each (model, site) that dictionaries read the one that they write.
-
-    The same, but for transcoders.
-
-    Raises:
-      UserError: ``sae.output_site`` names a model that the run has not.
-    """
-    text, written = config.sae.output_site, {}
-    model, kind, layer = output_site(text) if text else (None, None, None)
-    if model and model not in names:
-        raise UserError(
-            f"sae.output_site={text}: there is no model {model!r}; this run has {', '.join(names)}."
-        )
-    for name, layers in zip(names, model_layers(config)):
-        for i in layers:
-            output = Site(i if layer is None else layer, kind or config.site)
-            written[name, Site(i, config.site)] = model or name, output
-    return written
-
-
-def to_read(names: Sequence[str], written: Mapping[End, End]) -> Sites:
-    """Returns {model: all its sites that dictionaries read or write, ascending}."""
-    both = sorted({*written, *written.values()})
-    return {name: tuple(site for model, site in both if model == name) for name in names}
-
-
-def ends_of(name: str, written: Mapping[End, End]) -> dict:
-    """Returns a model's entries of meta.json that say what its dictionaries read and write."""
-    of_model = {site: end for (model, site), end in written.items() if model == name}
-    other = {str(s): [m, str(o)] for s, (m, o) in of_model.items() if (m, o) != (name, s)}
-    return {"sites": list(map(str, of_model))} | ({"outputs": other} if other else {})
 
 
 # ---------------------------------------------------------------- running the models
@@ -164,18 +146,16 @@ def read_models(
     lms: Mapping[str, LanguageModel],
     sites: Sites,
     reading: Reading,
-) -> dict[str, float]:
+) -> dict[str, int]:
     """Runs every model over all windows, only as deep as its highest site.
 
-    Writes every shard that is not there yet; returns how much was read, and how fast.
+    Writes every shard that is not there yet; returns how many rows and tokens were read.
 
     Raises:
       UserError: the disk cannot take the store, or shards there are of other text.
     """
-    from tqdm import tqdm
-
     directory.mkdir(parents=True, exist_ok=True)
-    numbers = sum(len(sites[name]) * lm.config.d_model for name, lm in lms.items())
+    numbers = sum(len(sites.stored(name)) * lm.config.d_model for name, lm in lms.items())
     needed, free = 2 * len(reading.rows) * numbers, shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
@@ -189,19 +169,19 @@ def read_models(
         )
     options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
     runners = [Runner(lm, **options) for lm in lms.values()]
-    counts = {"rows": 0, "tokens": 0, "seconds": 0.0}
-    todo = [i for i in range(reading.shards) if i not in done]
-    with tqdm(total=len(todo) * len(lms), desc="extract activations", unit="shard") as progress:
+    todo, counts = sorted({*range(reading.shards)} - {*done}), {"rows": 0, "tokens": 0}
+    total = len(todo) * len(lms)
+    with progress_bar(total=total, desc="extract activations", unit="shard") as progress:
         for i in todo:
-            started, checksums, windows = time.perf_counter(), {}, reading.windows(i)
+            windows, checksums = reading.windows(i), {}
             for m, (name, runner) in enumerate(zip(lms, runners)):
-                for site, x in zip(sites[name], _read_shard(runner, sites[name], reading, m, i)):
+                stored = sites.stored(name)
+                for site, x in zip(stored, _read_shard(runner, stored, reading, m, i)):
                     checksums |= save_shard(directory, shard_name(name, str(site), i), x)
                 offsets = reading.table.offsets[m]
                 counts["tokens"] += int(offsets[windows.stop] - offsets[windows.start])
                 progress.update()
             write_json(_stamp(directory, i), {"text": reading.text, "files": checksums})
-            counts["seconds"] += time.perf_counter() - started
             counts["rows"] += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
     return counts
 
@@ -252,8 +232,10 @@ def masked(
         training row is finite.
     """
     n_train = int(np.searchsorted(rows.split, SPLITS.index("train"), side="right"))
+    readers = dict.fromkeys(model for model, _ in sites.writes)
+    ends = [(model, site) for model in readers for site in sites.stored(model)]
     norms, highest, nonfinite = {}, {}, {}
-    for model, site in ((model, site) for model, of_model in sites.items() for site in of_model):
+    for model, site in ends:
         name, first, column = f"{model} {site}", None, Column(directory, np.float32)
         training, nonfinite[name] = Column(directory, np.float32), 0
         for shard in range(shards):

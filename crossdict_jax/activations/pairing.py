@@ -95,61 +95,55 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
     copy.encode_special_tokens = split_special
     spec = json.loads(description)
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    pieces = [b""] * (1 + max(backend.get_vocab(with_added_tokens=True).values(), default=0))
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    pieces = [b""] * (1 + max(vocabulary.values(), default=0))
     spell = _spelling(spec)
-    for token, index in backend.get_vocab(with_added_tokens=True).items():
+    for token, index in vocabulary.items():
         pieces[index] = added[index].encode() if index in added else spell(token)
+    prefixes = [
+        step["type"] == "Prepend"
+        or (step["type"] == "ByteLevel" and step.get("add_prefix_space", False))
+        or (
+            step["type"] == "Metaspace"
+            and step.get("prepend_scheme", step.get("add_prefix_space", False))
+            not in ("never", False)
+        )
+        for step in _steps(spec, "normalizer", "pre_tokenizer")
+    ]
     return _Reader(
         backend=copy,
         pieces=tuple(pieces),
         sizes=np.array([len(piece) for piece in pieces], np.int32),
         added=frozenset(added),
-        invents_prefix=_invents_prefix(spec),
+        invents_prefix=any(prefixes),
     )
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:
     """Returns the function from a token of the vocabulary to the bytes that it stands for."""
-    steps = list(_steps(spec, "normalizer", "pre_tokenizer", "decoder"))
+    steps, alphabet = list(_steps(spec, "normalizer", "pre_tokenizer", "decoder")), {}
     if any(step["type"] == "ByteLevel" for step in steps):
         # GPT-2's alphabet: printable bytes as themselves, the others above.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in set(printable)]
         alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-        def spell(token: str) -> bytes:
-            in_alphabet = all(character in alphabet for character in token)
-            return bytes(alphabet[c] for c in token) if in_alphabet else token.encode()
-
-        return spell
     marks = [
         step["replacement"] if step["type"] == "Metaspace" else step["content"]
         for step in steps
         if step["type"] == "Metaspace"
         or (step["type"] == "Replace" and step["pattern"] == {"String": " "})
     ]
-    space = next(filter(None, marks), " ")
-    byte_fallback = bool(spec["model"].get("byte_fallback"))
+    space = " " if alphabet else next(filter(None, marks), " ")
+    byte_fallback = not alphabet and spec["model"].get("byte_fallback")
 
-    def spell_spaces(token: str) -> bytes:
+    def spell(token: str) -> bytes:
+        if alphabet and all(character in alphabet for character in token):
+            return bytes(alphabet[c] for c in token)
         if byte_fallback and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
             return bytes.fromhex(match[1])
         return token.replace(space, " ").encode()
 
-    return spell_spaces
-
-
-def _invents_prefix(spec: dict) -> bool:
-    for step in _steps(spec, "normalizer", "pre_tokenizer"):
-        old_flag = step.get("add_prefix_space", False)
-        if step["type"] == "Prepend" or (step["type"] == "ByteLevel" and old_flag):
-            return True
-        if step["type"] == "Metaspace" and step.get("prepend_scheme", old_flag) not in (
-            "never",
-            False,
-        ):
-            return True
-    return False
+    return spell
 
 
 def _steps(spec: dict, *parts: str) -> Iterator[dict]:
@@ -200,9 +194,12 @@ def _read(texts: Sequence[str], reader: _Reader) -> list[TokenEnds]:
         encodings = reader.backend.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings):
             ids, data = encoding.ids, text.encode()
+            pieces = [reader.pieces[i] for i in ids]
             sizes, invented = reader.sizes[ids], []
-            if _join(reader, ids) != data:
-                invented = _invented_spaces(reader, data, ids) if reader.invents_prefix else None
+            if b"".join(pieces) != data:
+                bounds = [i for i, token in enumerate(ids) if token in reader.added]
+                may_invent = reader.invents_prefix
+                invented = _invented_spaces(data, pieces, bounds) if may_invent else None
             if invented:
                 sizes[invented] -= 1
             ends = None if invented is None else np.cumsum(sizes, dtype=np.int32)
@@ -210,32 +207,27 @@ def _read(texts: Sequence[str], reader: _Reader) -> list[TokenEnds]:
     return read
 
 
-def _join(reader: _Reader, ids: Sequence[int]) -> bytes:
-    return b"".join(map(reader.pieces.__getitem__, ids))
-
-
-def _invented_spaces(reader: _Reader, text: bytes, ids: list[int]) -> list[int] | None:
+def _invented_spaces(text: bytes, pieces: list[bytes], bounds: list[int]) -> list[int] | None:
     """Returns the tokens whose first byte is an invented space, or None if that explains nothing.
 
     A space is invented at most before each run of ordinary tokens: at the start of the text and
-    after each added token.
+    after each added token (``bounds``).
     """
     invented, offset = [], 0
-    bounds = [i for i, token in enumerate(ids) if token in reader.added]
-    for before, stop in itertools.pairwise([-1, *bounds, len(ids)]):
-        run, behind = _join(reader, ids[before + 1 : stop]), _join(reader, ids[stop : stop + 1])
+    for before, stop in itertools.pairwise([-1, *bounds, len(pieces)]):
+        run, behind = b"".join(pieces[before + 1 : stop]), b"".join(pieces[stop : stop + 1])
         spellings = [run, run[1:]] if run[:1] == b" " else [run]
-        lie_there = [
+        matching = [
             spelling
             for spelling in spellings
             if text.startswith(spelling + behind, offset)
             and (behind or offset + len(spelling) == len(text))
         ]
-        if not lie_there:
+        if not matching:
             return None
-        if len(lie_there[0]) < len(run):
+        if len(matching[0]) < len(run):
             invented.append(before + 1)
-        offset += len(lie_there[0]) + len(behind)
+        offset += len(matching[0]) + len(behind)
     return invented if offset == len(text) else None
 
 
@@ -411,7 +403,11 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
 
 
 def _cut_up(piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[_Piece]:
-    """Returns a piece in two parts or more that should fit, by the token ends of the piece."""
+    """Returns a piece in two parts or more that should fit, by the token ends of the piece.
+
+    It is cut at or before where a model's tokens are too many: where whitespace begins, if that is
+    not too far back, else between two characters, and a character on at least.
+    """
     size, parts, start = len(piece.data), [], 0
     # Tokens that do not rebuild the text are taken to end at equal distances.
     ends = [
@@ -419,40 +415,23 @@ def _cut_up(piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[_Piec
         for t in tokens
     ]
     spaces = np.array([match.start() for match in _SPACE.finditer(piece.data)], np.int32)
+    is_inside = np.frombuffer(piece.data, np.uint8) & 0xC0 == 0x80  # a continuation byte of UTF-8
+    characters = np.append(np.flatnonzero(~is_inside), size)
     while start < size:
-        target = size
+        stop = size
         for of_model, limit in zip(ends, limits):
             first = int(np.searchsorted(of_model, start, side="right"))
             left = len(of_model) - first
             # The last two windows share what is left equally, so that none is a mere remainder.
             last = left if left <= limit else min(limit, (left + 1) // 2)
-            target = min(target, int(of_model[first + last - 1]))
-        target = target if start else min(target, size - 1)  # the whole piece does not fit
-        stop = _seam(piece.data, spaces, start=start, target=target)
+            stop = min(stop, int(of_model[first + last - 1]))
+        stop = stop if start else min(stop, size - 1)  # the piece as it is does not fit
+        if stop < size:
+            after_start = int(np.searchsorted(characters, start, side="right"))
+            character = max(after_start, int(np.searchsorted(characters, stop, side="right")) - 1)
+            space = int(np.searchsorted(spaces, stop, side="right")) - 1
+            near = space >= 0 and spaces[space] > start and 2 * spaces[space] >= start + stop
+            stop = int(spaces[space] if near else characters[character])
         parts.append(_Piece(piece.document, piece.start + start, piece.data[start:stop]))
         start = stop
     return parts
-
-
-def _seam(data: bytes, spaces: np.ndarray, *, start: int, target: int) -> int:
-    """Returns the last good byte to cut at, at or before ``target``, and a character on at least.
-
-    That is where whitespace begins, if it is not too far back, else between two characters.
-    """
-    if target >= len(data):
-        return len(data)
-    before = int(np.searchsorted(spaces, target, side="right")) - 1
-    if before >= 0 and spaces[before] > start and 2 * spaces[before] >= start + target:
-        return int(spaces[before])
-
-    def inside_character(at: int) -> bool:
-        return at < len(data) and data[at] & 0xC0 == 0x80  # a continuation byte of UTF-8
-
-    stop = target
-    while stop > start and inside_character(stop):
-        stop -= 1
-    if stop == start:
-        stop += 1
-        while inside_character(stop):
-            stop += 1
-    return stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,37 +72,37 @@ def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
     return np.mean(x, axis=0, dtype=np.float64).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
 class Contexts:
-    """The tokens before, at and after rows of a store, as text."""
+    """The tokens before, at and after rows of a store, as text.
 
-    def __init__(self, store: Store, model: str, pieces: Sequence[bytes]):
-        """Args:
-        pieces: by token id, the bytes that a token of this model stands for.
-        """
-        self._store, self._model, self._pieces = store, model, pieces
+    Attributes:
+      pieces: by token id, the bytes that a token of this model stands for.
+    """
+
+    store: Store
+    model: str
+    pieces: Sequence[bytes]
+
+    def around(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the ids of the tokens before, at and after a row number."""
+        tokens = self.store.window_tokens(self.model, self.store.rows.window[row])
+        at = int(self.store.rows.position[row, self.store.models.index(self.model)])
+        return tokens[max(0, at - BEFORE) : at], tokens[at : at + 1], tokens[at + 1 :][:AFTER]
 
     def snippet(self, row: int) -> dict[str, str]:
         """Returns the text "before", the "token" and the text "after" a row number."""
-        parts = zip(("before", "token", "after"), self._ids(row))
-        return {name: self._bytes(ids).decode(errors="replace") for name, ids in parts}
+        parts = (b"".join(self.pieces[i] for i in ids) for ids in self.around(row))
+        names = ("before", "token", "after")
+        return {name: part.decode(errors="replace") for name, part in zip(names, parts)}
 
     def text(self, row: int) -> bytes:
         """Returns the bytes around a row number, its own token among them."""
-        return self._bytes(np.concatenate(self._ids(row)))
+        return b"".join(self.pieces[i] for i in np.concatenate(self.around(row)))
 
     def first_tokens(self, text: bytes, row: int) -> list[int]:
         """Returns the tokens around a row number in which the text begins."""
-        ids = np.concatenate(self._ids(row))
-        ends = np.cumsum([len(self._pieces[i]) for i in ids])
-        context, at, tokens = self._bytes(ids), -1, []
-        while (at := context.find(text, at + 1)) >= 0:
-            tokens.append(int(ids[np.searchsorted(ends, at, side="right")]))
-        return tokens
-
-    def _ids(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        tokens = self._store.window_tokens(self._model, self._store.rows.window[row])
-        at = int(self._store.rows.position[row, self._store.models.index(self._model)])
-        return tokens[max(0, at - BEFORE) : at], tokens[at : at + 1], tokens[at + 1 :][:AFTER]
-
-    def _bytes(self, ids: np.ndarray) -> bytes:
-        return b"".join(self._pieces[i] for i in ids)
+        ids, context = np.concatenate(self.around(row)), self.text(row)
+        ends = np.cumsum([len(self.pieces[i]) for i in ids])
+        starts = [match.start() for match in re.finditer(b"(?=%b)" % re.escape(text), context)]
+        return [int(ids[i]) for i in np.searchsorted(ends, starts, side="right")]

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 
 import ml_dtypes
@@ -19,6 +18,38 @@ from crossdict_jax.workdir import read_json, write_json
 
 BLOCK = 2**14  # rows that are gone through at a time where there may be more than memory holds
 End = tuple[str, Site]  # a model's folder name, and a site of it
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What dictionaries read and write.
+
+    Attributes:
+      writes: {(model, site) that one reads: what it writes}; the same, but for transcoders.
+    """
+
+    writes: Mapping[End, End]
+
+    @classmethod
+    def of_meta(cls, models: Mapping[str, dict]) -> Sites:
+        """Returns what ``to_meta`` said of every model of a store."""
+        writes = {}
+        for name, about in models.items():
+            for site in about["sites"]:
+                model, output = about.get("outputs", {}).get(site, (name, site))
+                writes[name, Site.parse(site)] = model, Site.parse(output)
+        return cls(writes)
+
+    def to_meta(self, name: str) -> dict:
+        """Returns a model's entries of meta.json."""
+        writes = {site: end for (model, site), end in self.writes.items() if model == name}
+        other = {str(s): [m, str(o)] for s, (m, o) in writes.items() if (m, o) != (name, s)}
+        return {"sites": list(map(str, writes))} | ({"outputs": other} if other else {})
+
+    def stored(self, name: str) -> tuple[Site, ...]:
+        """Returns the sites of a model that are read or written, ascending."""
+        ends = {*self.writes, *self.writes.values()}
+        return tuple(sorted(site for model, site in ends if model == name))
 
 
 @dataclass(frozen=True)
@@ -105,31 +136,14 @@ class Store:
     models: tuple[str, ...]  # folder names
     paths: tuple[str, ...]  # the paths or ids that were read
     meta: dict
+    rows: Rows
+    table: WindowTable
+    ends: Sites
     _verified: set = field(default_factory=set, repr=False)
-
-    @cached_property
-    def rows(self) -> Rows:
-        return Rows(**{f.name: self._column(f"rows-{f.name}.npy") for f in fields(Rows)})
-
-    @cached_property
-    def table(self) -> WindowTable:
-        per_model = (
-            tuple(self._column(f"windows-{name}-{i}.npy") for i in range(len(self.models)))
-            for name in ("offsets", "ids")
-        )
-        return WindowTable(self._column("windows-document.npy"), *per_model)
-
-    def _column(self, name: str) -> np.ndarray:
-        column = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
-        return column.view(np.ndarray)
 
     def select(self, split: str) -> np.ndarray:
         """Returns the numbers int64 [m] of the kept rows of a split."""
         return np.flatnonzero((self.rows.split == SPLITS.index(split)) & self.rows.keep)
-
-    def windows(self, split: str) -> np.ndarray:
-        """Returns the numbers of the windows that hold kept rows of a split, ascending."""
-        return np.unique(self.rows.window[self.select(split)])
 
     def window_tokens(self, model: str, window: int) -> np.ndarray:
         """Returns the token ids int32 [tokens] of one window, without a BOS."""
@@ -141,17 +155,16 @@ class Store:
 
     def sites_of(self, model: str) -> tuple[Site, ...]:
         """Returns the sites of this model that dictionaries read."""
-        return tuple(Site.parse(s) for s in self.meta["models"][model]["sites"])
+        return tuple(site for name, site in self.ends.writes if name == model)
 
     def output_of(self, model: str, site: Site) -> End:
         """Returns the model and site that dictionaries of a site write: of most, the same."""
-        other = self.meta["models"][model].get("outputs", {}).get(str(site))
-        return (other[0], Site.parse(other[1])) if other else (model, site)
+        return self.ends.writes[model, site]
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites at which some model's dictionaries read, ascending."""
-        return tuple(sorted({site for m in self.models for site in self.sites_of(m)}))
+        return tuple(sorted({site for _, site in self.ends.writes}))
 
     def d_model(self, model: str) -> int:
         return self.meta["models"][model]["d_model"]
@@ -169,8 +182,7 @@ class Store:
           UserError: a shard is missing, truncated or altered (it is named), or the store has no
             such model or site.
         """
-        ends = [(m, s) for m in self.models for s in self.sites_of(m)]
-        if (model, site) not in {*ends, *(self.output_of(*end) for end in ends)}:
+        if site not in self.ends.stored(model):
             sites = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
             raise UserError(
                 f"{self.directory} has no {model} at {site}; it has {'; '.join(sites)}."
@@ -225,11 +237,22 @@ def open_store(directory: Path) -> Store:
     index = {name for name in meta["checksums"] if "/" not in name}  # shards: when they are read
     for name in sorted(index | {"rows-document.npy"}):
         check_file(directory / name, meta["checksums"].get(name, ""))
+
+    def column(name: str) -> np.ndarray:
+        return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(
+            np.ndarray
+        )
+
+    models = range(len(meta["models"]))
+    offsets, ids = (tuple(column(f"windows-{n}-{i}") for i in models) for n in ("offsets", "ids"))
     return Store(
         directory=directory,
         models=tuple(meta["models"]),
         paths=tuple(m["path"] for m in meta["models"].values()),
         meta=meta,
+        rows=Rows(**{f.name: column(f"rows-{f.name}") for f in fields(Rows)}),
+        table=WindowTable(column("windows-document"), offsets, ids),
+        ends=Sites.of_meta(meta["models"]),
     )
 
 

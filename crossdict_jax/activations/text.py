@@ -84,18 +84,6 @@ class Corpus:
         return tuple(d for d in self.documents if d.split == name)
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """A document as its source gives it."""
-
-    name: str
-    text: str
-    key: str = ""  # what the split is drawn from; "" means the NFC text
-
-
-# ---------------------------------------------------------------- loading
-
-
 def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     """Returns the first `text.documents` documents of `text.source`, cut and split.
 
@@ -109,9 +97,23 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     Raises:
       UserError: a bad setting, an unreadable source, or a split left without a document.
     """
-    counts, details, documents = Counter(), {}, Documents(directory)
-    for document in _prepare(_open_source(text, details), text=text, counts=counts):
-        documents.add(document)
+    counts, seen, details, documents = Counter(), set(), {}, Documents(directory)
+    for name, raw, key in _open_source(text, details):
+        normal = unicodedata.normalize("NFC", raw)
+        head = cut(normal, max_bytes=text.max_bytes)
+        # Documents equal after the cut are duplicates too: they may lie in two splits.
+        digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
+        if not head.strip():
+            counts["blank"] += 1
+        elif digests & seen:
+            counts["duplicates"] += 1
+        else:
+            seen |= digests
+            counts["changed_by_nfc"] += normal != raw
+            counts["cut_to_max_bytes"] += head != normal
+            documents.add(Document(name=name, text=head, split=split_of(key or normal, text)))
+        if len(documents) == text.documents:
+            break
     if not len(documents):
         raise UserError(f"text.source={text.source} holds no text: every document is blank.")
     empty = [split for split, count in documents.counts().items() if not count]
@@ -161,79 +163,55 @@ def cut(text: str, *, max_bytes: int) -> str:
     return head[:last] if 2 * last >= len(head) else head
 
 
-def _prepare(raw: Iterator[_Raw], *, text: TextConfig, counts: Counter) -> Iterator[Document]:
-    """Yields NFC documents, cut and without blank ones and duplicates, all of which it counts."""
-    seen = set()
-    for item in raw:
-        normal = unicodedata.normalize("NFC", item.text)
-        head = cut(normal, max_bytes=text.max_bytes)
-        # Documents equal after the cut are duplicates too: they may lie in two splits.
-        digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
-        if not head.strip():
-            counts["blank"] += 1
-        elif digests & seen:
-            counts["duplicates"] += 1
-        else:
-            seen |= digests
-            counts["documents"] += 1
-            counts["changed_by_nfc"] += normal != item.text
-            counts["cut_to_max_bytes"] += head != normal
-            yield Document(name=item.name, text=head, split=split_of(item.key or normal, text))
-        if counts["documents"] == text.documents:
-            return
+# ---------------------------------------------------------------- sources
 
 
-def _open_source(text: TextConfig, details: dict) -> Iterator[_Raw]:
-    """Yields the raw documents; what the source says of itself is put into ``details``."""
+def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, text, what the split is drawn from: "" for the NFC text) of raw documents.
+
+    What the source says of itself is put into ``details``.
+    """
+    path = Path(text.source).expanduser()
     if text.source == "docstrings":  # a document for each module; its name decides on its split
         details["packages"] = package_versions()
         for module in module_texts():
             details["modules_read"] = module.modules_read
             details["repeated_paragraphs"] = module.repeated_paragraphs
-            yield _Raw(name=module.name, text=module.text, key=module.name)
+            yield module.name, module.text, module.name
         return
     if text.source.startswith("hf:"):
-        yield from _read_hub(text)
+        yield from _hub_rows(text)
         return
-    path = Path(text.source).expanduser()
+    files = [path]
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise UserError(
                 f"text.source={text.source} holds no file ending in {' '.join(SUFFIXES)}."
             )
-        for file in files:
-            yield from _read_file(file, path, column=text.column)
-        return
-    if not path.is_file():
+    elif not path.is_file():
         raise UserError(
             f"text.source={text.source} does not exist: give docstrings, a file or folder of "
             f"{' '.join(SUFFIXES)}, or hf:NAME."
         )
-    if path.suffix not in SUFFIXES:
+    elif path.suffix not in SUFFIXES:
         raise UserError(f"text.source={text.source} must end in one of {' '.join(SUFFIXES)}.")
-    if path.stat().st_size == 0:
+    elif path.stat().st_size == 0:
         raise UserError(f"text.source={text.source} is an empty file: give one with text.")
-    if path.suffix != ".txt":
-        yield from _read_file(path, path.parent, column=text.column)
-        return
-    content = unicodedata.normalize("NFC", _decode(path.read_bytes(), where=str(path)))
-    for number, piece in enumerate(_pieces(content, max_bytes=text.max_bytes)):
-        yield _Raw(name=f"{path.name}:{number}", text=piece)
-
-
-# ---------------------------------------------------------------- files
-
-
-def _read_file(path: Path, folder: Path, *, column: str) -> Iterator[_Raw]:
-    """Yields the rows of a .jsonl or .parquet file; a .txt file of a folder is one document."""
-    name = path.relative_to(folder).as_posix()
-    if path.suffix == ".txt":
-        yield _Raw(name=name, text=_decode(path.read_bytes(), where=str(path)))
-        return
-    rows = json_lines(path) if path.suffix == ".jsonl" else _parquet_rows(path, column=column)
-    for number, where, row in rows:
-        yield _Raw(f"{name}:{number}", _column(row, column=column, where=where))
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        if file.suffix == ".txt":
+            content = _decode(file.read_bytes(), where=str(file))
+            if file == path:
+                pieces = _pieces(unicodedata.normalize("NFC", content), max_bytes=text.max_bytes)
+                yield from ((f"{name}:{i}", piece, "") for i, piece in enumerate(pieces))
+            else:
+                yield name, content, ""
+        else:
+            jsonl = file.suffix == ".jsonl"
+            rows = json_lines(file) if jsonl else _parquet_rows(file, column=text.column)
+            for number, where, row in rows:
+                yield f"{name}:{number}", _column(row, column=text.column, where=where), ""
 
 
 def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
@@ -288,11 +266,33 @@ def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]
         raise UserError(f"{path} is not a parquet file: {_one_line(error)}") from error
     if column not in file.schema_arrow.names:
         _column(dict.fromkeys(file.schema_arrow.names), column=column, where=str(path))
-    number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=[column]):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, f"{path} row {number}", row
+    batches = file.iter_batches(batch_size=1024, columns=[column])
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((number, f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, text, "") of hf:NAME[:CONFIG[:SPLIT[:COLUMN]]] in their order, streamed."""
+    import datasets
+
+    source = text.source
+    parts = source.removeprefix("hf:").split(":")
+    if len(parts) > 4 or not parts[0]:
+        raise UserError(f"text.source={source} must be hf:NAME[:CONFIG[:SPLIT[:COLUMN]]].")
+    name, config, split, column = (*parts, "", "", "")[:4]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows):
+            where = f"text.source={source} row {number}"
+            value = _column(row, column=column or text.column, where=where)
+            yield f"{Path(name).name}:{number}", value, ""
+    except UserError:
+        raise
+    except Exception as error:  # the library's, the network's, a file's: all mean "unreadable"
+        raise UserError(
+            f"text.source={source} cannot be read ({_one_line(error)}): check the name, the "
+            "config, the split and the network, or use docstrings or a file."
+        ) from error
 
 
 def _decode(data: bytes, *, where: str) -> str:
@@ -324,34 +324,6 @@ def _column(row: dict, *, column: str, where: str) -> str:
             f"character {error.start}: remove or repair that row."
         ) from error
     return value
-
-
-# ---------------------------------------------------------------- the Hugging Face hub
-
-
-def _read_hub(text: TextConfig) -> Iterator[_Raw]:
-    """Yields the rows of hf:NAME[:CONFIG[:SPLIT[:COLUMN]]] in their order, streamed."""
-    parts = text.source.removeprefix("hf:").split(":")
-    if len(parts) > 4 or not parts[0]:
-        raise UserError(f"text.source={text.source} must be hf:NAME[:CONFIG[:SPLIT[:COLUMN]]].")
-    name, config, split, column = (*parts, "", "", "")[:4]
-    rows = _stream(name, config=config, split=split or "train", source=text.source)
-    for number, row in enumerate(rows):
-        where = f"text.source={text.source} row {number}"
-        value = _column(row, column=column or text.column, where=where)
-        yield _Raw(f"{Path(name).name}:{number}", value)
-
-
-def _stream(name: str, *, config: str, split: str, source: str) -> Iterator[dict]:
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(name, config or None, split=split, streaming=True)
-    except Exception as error:  # the library's, the network's, a file's: all mean "unreadable"
-        raise UserError(
-            f"text.source={source} cannot be read ({_one_line(error)}): check the name, the "
-            "config, the split and the network, or use docstrings or a file."
-        ) from error
 
 
 def _one_line(error: Exception) -> str:

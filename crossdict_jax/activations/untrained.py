@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import replace
 
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.activations.extract import ends_of, finish, read_models, to_read
+from crossdict_jax.activations.extract import finish, meta_of_models, read_models
 from crossdict_jax.activations.plan import Reading
-from crossdict_jax.activations.store import BLOCK, Column, End, Store, open_store
+from crossdict_jax.activations.store import BLOCK, Column, Sites, Store, open_store
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
-from crossdict_jax.training.stage import device_figures
+from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir, model_names
 
 KEYS = ("document", "window", "byte_end", "split", "keep")  # what a row is, in any model
@@ -35,39 +34,32 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     directory = work.controls.activations
     if (directory / "meta.json").exists():
         return open_controls(config, work, store)
-    started = time.perf_counter()
-    names = untrained_names(store)
-    trained = enumerate(map(models.load, store.paths))
-    lms = {name: draw_again(lm, config.seed, i) for name, (i, lm) in zip(names, trained)}
-    reading = Reading(
-        text=store.meta["text"]["sha256"],
-        table=store.table,
-        rows=store.rows,
-        bos=tuple(store.has_bos(name) for name in store.models),
-        shard_starts=np.asarray(store.meta["shard_starts"]),
-    )
-    written = untrained_outputs(config, store)
-    counts = read_models(config.extract, directory, lms, to_read(names, written), reading)
-    elsewhere = os.path.relpath(store.directory, directory)
-    about = {name: m | {"directory": elsewhere} for name, m in store.meta["models"].items()}
-    for path, bos, (name, lm) in zip(store.paths, reading.bos, lms.items()):
-        about[name] = {"path": path, "d_model": lm.config.d_model, "bos": bos}
-        about[name] |= ends_of(name, written)
-    # Positions and tokens of re-initialised models are those of their models.
-    columns = {}
-    for name in ("position", "token"):
-        of_models = getattr(store.rows, name)
-        columns[name] = Column(directory, of_models.dtype, width=2 * of_models.shape[1])
-        for at in range(0, len(of_models), BLOCK):
-            columns[name].append(np.tile(of_models[at : at + BLOCK], 2))
-    rows = replace(store.rows, **{name: column.array() for name, column in columns.items()})
-    table = replace(store.table, offsets=2 * store.table.offsets, ids=2 * store.table.ids)
-    finish(directory, rows, replace(reading, table=table), store.meta | {"models": about})
-    seconds = time.perf_counter() - started
-    figures = {"rows": len(rows), "tokens_per_s": counts["tokens"] / max(counts["seconds"], 1e-9)}
-    work.controls.record_timing(
-        "extract_activations", wall_s=seconds, **figures, **device_figures()
-    )
+    with timed(work.controls, "extract_activations") as figures:
+        trained = enumerate(map(models.load, store.paths))
+        drawn = (draw_again(lm, config.seed, i) for i, lm in trained)
+        lms = dict(zip(untrained_names(store), drawn))
+        reading = Reading(
+            text=store.meta["text"]["sha256"],
+            table=store.table,
+            rows=store.rows,
+            bos=tuple(store.has_bos(name) for name in store.models),
+            shard_starts=np.asarray(store.meta["shard_starts"]),
+        )
+        sites = untrained_sites(config, store)
+        figures |= read_models(config.extract, directory, lms, sites, reading)
+        elsewhere = os.path.relpath(store.directory, directory)
+        about = {name: m | {"directory": elsewhere} for name, m in store.meta["models"].items()}
+        about |= meta_of_models(store.paths, reading, lms, sites)
+        # Positions and tokens of re-initialised models are those of their models.
+        columns = {}
+        for name in ("position", "token"):
+            of_models = getattr(store.rows, name)
+            columns[name] = Column(directory, of_models.dtype, width=2 * of_models.shape[1])
+            for at in range(0, len(of_models), BLOCK):
+                columns[name].append(np.tile(of_models[at : at + BLOCK], 2))
+        rows = replace(store.rows, **{name: column.array() for name, column in columns.items()})
+        table = replace(store.table, offsets=2 * store.table.offsets, ids=2 * store.table.ids)
+        finish(directory, rows, replace(reading, table=table), store.meta | {"models": about})
     return open_controls(config, work, store)
 
 
@@ -77,17 +69,17 @@ def untrained_names(store: Store) -> list[str]:
     return model_names([*store.models, *names])[len(store.models) :]
 
 
-def untrained_outputs(config: Config, store: Store) -> dict[End, End]:
-    """Returns what dictionaries of re-initialised models write, by the (model, site) they read.
+def untrained_sites(config: Config, store: Store) -> Sites:
+    """Returns what dictionaries of re-initialised models read and write.
 
     As their models' do, in the re-initialised model where that is the model itself.
     """
-    names, written = untrained_names(store), {}
+    names, writes = untrained_names(store), {}
     for name, model, layers in zip(names, store.models, controlled_layers(config)):
         for site in (Site(i, config.site) for i in layers):
             other, output = store.output_of(model, site)
-            written[name, site] = name if other == model else other, output
-    return written
+            writes[name, site] = name if other == model else other, output
+    return Sites(writes)
 
 
 def draw_again(lm: LanguageModel, seed: int, number: int) -> LanguageModel:

@@ -20,11 +20,12 @@ from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS
 from crossdict_jax.benchmark.peer import Peer
-from crossdict_jax.config import Config, SAEConfig, refuse_transcoders, unswept
+from crossdict_jax.config import Config, SAEConfig, has_k, refuse_transcoders, unswept
+from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import usual_rate
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.report.tables import Table, number, table
-from crossdict_jax.studies.pareto.measure import COEFFICIENTS, curves
+from crossdict_jax.studies.pareto.measure import curves
 from crossdict_jax.studies.pareto.section import fvu_at
 from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
@@ -81,7 +82,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
         one_curve = ("model", "library", "architecture", "learning_rate")
         curve = [r for r in rows if all(r[key] == row[key] for key in one_curve)]
         on_curve = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], sae.k)
-        row["fvu_at_k"] = on_curve if row["architecture"] in COEFFICIENTS else row["fvu"]
+        row["fvu_at_k"] = row["fvu"] if has_k(row["architecture"]) else on_curve
     write_jsonl(work.result("benchmark_saelens.jsonl"), rows)
     return rows
 
@@ -98,8 +99,8 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
     with Peer("sae-lens", FILE) as peer:
         for architecture, theirs in THEIRS.items():
             usual = [usual_rate(name, width=sae.width) for name in (architecture, "topk")]
-            coefficients = [share * COEFFICIENTS.get(architecture, 0) for share in SHARES]
-            if architecture not in COEFFICIENTS:
+            coefficients = [share * find(architecture).usual_l1 for share in SHARES]
+            if has_k(architecture):
                 coefficients = [None]
             rates = dict.fromkeys((*usual, THEIR_RATE))
             for rate, coefficient in itertools.product(rates, coefficients):

@@ -18,7 +18,7 @@ from crossdict_jax.config import MapConfig, SAEConfig
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.maps.base import Pairs, Problem, Side
-from crossdict_jax.maps.ensemble import Ensemble
+from crossdict_jax.maps.ensemble import prepare as prepare_maps
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Runner
@@ -83,9 +83,9 @@ def map_steps(
         sides.append(Side(x, np.zeros(n, np.int32), dictionary))
     pairs = Pairs(*sides, np.zeros(n, np.int32))
     config = MapConfig(hidden=hidden, dropout=0.1, batch_size=batch_size, steps=LONG)
-    config.validate_every = LONG  # validation is between the steps that are timed
-    ensemble = Ensemble(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
-    return Training(ensemble.trainable(), ensemble.feed(), ensemble.by_member)
+    ensemble, _ = prepare_maps(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
+    ensemble.objective.validate_every = LONG  # validation is between the steps that are timed
+    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.by_member)
 
 
 class Extraction:

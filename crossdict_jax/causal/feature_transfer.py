@@ -34,7 +34,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 ROWS = "feature_causal.jsonl"
@@ -55,8 +55,6 @@ def transfer_features(config: Config, work: Workdir) -> None:
       UserError: a model, the store, a dictionary or a map is missing or damaged; a named feature
         does not exist or never fires.
     """
-    from tqdm import tqdm
-
     settings = config.intervention
     if not settings.features and not settings.feature_ids:
         return
@@ -86,7 +84,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
         passages = with_continuations(store, model, run.passages(model))
         return ModelAtSite(run.runner(model), site, passages)
 
-    with tqdm(desc="feature transfer", unit="feature", total=0) as bar:
+    with progress_bar(desc="feature transfer", unit="feature", total=0) as bar:
 
         def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
             record = stage.part((label, feature), make)

@@ -20,7 +20,7 @@ from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.stage import input_digests
 from crossdict_jax.workdir import Workdir
 
-TRAIN_ROWS = 20_000  # at most, for mapped directions and matches
+SOME_ROWS = 20_000  # at most, for mapped directions and matches
 
 
 class FinishedRun:
@@ -58,7 +58,7 @@ class FinishedRun:
         """How often a model reads each token in the run's training text, int [vocabulary]."""
 
         def make():
-            windows = self.store.windows("train")
+            windows = np.unique(self.store.rows.window[self.store.select("train")])
             tokens = np.concatenate([self.store.window_tokens(model, w) for w in windows])
             return np.bincount(tokens, minlength=self.runner(model).config.vocab_size)
 
@@ -68,15 +68,14 @@ class FinishedRun:
     def tokenizers(self) -> dict[str, object]:
         return dict(zip(self.store.models, map(models.load_tokenizer, self.store.paths)))
 
-    @cached_property
-    def train(self) -> np.ndarray:
-        """At most TRAIN_ROWS training rows of the store, ascending."""
-        return self.some_rows("train")
+    def rows(self, split: str) -> np.ndarray:
+        """Returns at most SOME_ROWS row numbers of a split, ascending."""
 
-    def some_rows(self, split: str) -> np.ndarray:
-        """Returns at most TRAIN_ROWS row numbers of a split, ascending."""
-        generator = np.random.Generator(np.random.Philox(key=self.config.seed))
-        return np.sort(generator.permutation(self.store.select(split))[:TRAIN_ROWS])
+        def make():
+            generator = np.random.Generator(np.random.Philox(key=self.config.seed))
+            return np.sort(generator.permutation(self.store.select(split))[:SOME_ROWS])
+
+        return self._once("rows", split, make=make)
 
     def passages(self, model: str) -> Passages:
         """Returns the test text of ``intervention.documents`` documents, as a model reads it."""
@@ -85,13 +84,16 @@ class FinishedRun:
 
     def side(self, model: str, site: Site, rows: np.ndarray | None = None) -> Side:
         """Returns a model's side of some rows of the store; of the training rows by default."""
-        rows = self.train if rows is None else rows
+        rows = self.rows("train") if rows is None else rows
         x, tokens = self.store.read(model, site, rows), self.store.tokens(model, rows)
         return Side(x, tokens, self.dictionary(model, site))
 
     def codes(self, model: str, site: Site, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Yields a model's features on some rows, or on the training rows, in blocks."""
-        rows, dictionary = self.train if rows is None else rows, self.dictionary(model, site)
+        rows, dictionary = (
+            self.rows("train") if rows is None else rows,
+            self.dictionary(model, site),
+        )
         for block in slices(len(rows)):
             yield encode_rows(dictionary, self.store.read(model, site, rows[block]))
 

@@ -17,7 +17,7 @@ from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Effect, Passages
 from crossdict_jax.stats import Resamples
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
@@ -35,18 +35,16 @@ def intervene(config: Config, work: Workdir) -> None:
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
     """
-    from tqdm import tqdm
-
     store = open_store(work.activations)
     tasks = maps.tasks(config, store)
     inputs = FinishedRun(config, work, store).inputs(tasks)
     stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=inputs)
     if stage.finished:
         return
-    todo = bundles_by_sites(_stitchable(tasks, store), store)
+    todo = bundles_by_sites(tasks, store)
     count = sum(len(bundles) for groups in todo.values() for bundles in groups.values())
     single, together = [], []
-    with tqdm(desc="stitching", unit="map", total=count) as progress:
+    with progress_bar(desc="stitching", unit="map", total=count) as progress:
         for name, groups in todo.items():
             target = Target.read(FinishedRun(config, work, store), name)  # one model at a time
             for sites, bundles in groups.items():
@@ -59,18 +57,6 @@ def intervene(config: Config, work: Workdir) -> None:
 # ---------------------------------------------------------------- what is put in where
 
 
-def _stitchable(tasks: list[Task], store: Store) -> list[Task]:
-    """The tasks without those whose features are decoded into another model, with lines on it."""
-    outputs = {(t.target, t.site_target): store.output_of(t.target, t.site_target) for t in tasks}
-    for (model, site), (other, written) in outputs.items():
-        dictionary = f"stitching: the dictionary of {model} at {site} writes"
-        if other != model:
-            print(f"{dictionary} {other}, another model: left out")
-        elif written != site:
-            print(f"{dictionary} {written}: there only features are put in, decoded")
-    return [t for t in tasks if outputs[t.target, t.site_target][0] == t.target]
-
-
 def bundles_by_sites(
     tasks: list[Task], store: Store
 ) -> dict[str, dict[tuple[Site, ...], list[Bundle]]]:
@@ -81,11 +67,21 @@ def bundles_by_sites(
     little flows from one replacement to the next: a higher site's replacement overwrites what a
     lower one made of the same position. What the lower ones do reaches the output through
     attention from positions that are not paired; replaced ``attn_out`` and ``mlp_out`` add up.
+
+    Maps to a dictionary that writes another model are left out, and a line says so.
     """
+    outputs = {(t.target, t.site_target): store.output_of(t.target, t.site_target) for t in tasks}
+    for (model, site), (other, written) in outputs.items():
+        dictionary = f"stitching: the dictionary of {model} at {site} writes"
+        if other != model:
+            print(f"{dictionary} {other}, another model: left out")
+        elif written != site:
+            print(f"{dictionary} {written}: there only features are put in, decoded")
+    tasks = [task for task in tasks if outputs[task.target, task.site_target][0] == task.target]
     together: dict[tuple, dict[Site, Task]] = {}
     for task in tasks:
         key = (task.source, task.target, task.kind, task.pairing)
-        _, edited = store.output_of(task.target, task.site_target)
+        _, edited = outputs[task.target, task.site_target]
         together.setdefault(key, {}).setdefault(edited, task)
     bundles = [(task,) for task in tasks]
     bundles += [tuple(at[site] for site in sorted(at)) for at in together.values() if len(at) > 1]

@@ -171,13 +171,6 @@ class HypernetworkConfig:
     rank: int = setting(64, "Rank of the weights that the network writes", at_least(1))
     steps: int = setting(300, "Training steps", at_least(1))
     learning_rate: float = setting(3e-3, "Learning rate of AdamW, with cosine decay", ABOVE_0)
-    profile_rank: int = setting(128, "Rank of what token profiles call for", at_least(1))
-    hidden: int = setting(128, "Units of a hidden layer", at_least(1))
-    dropout: float = setting(0.2, "Share of hidden units", SHARE_OR_0)
-    feature_dropout: float = setting(0.2, "Share of source features", SHARE_OR_0)
-    batch_size: int = setting(128, "Rows of every problem", at_least(1))
-    weight_decay: float = setting(1e-4, "AdamW", at_least(0))
-    checkpoint_every: int = setting(500, "Steps", at_least(1))
 
 
 @dataclass
@@ -197,13 +190,6 @@ class MapConfig:
     patience: int = setting(5, "Validations without a better score before stopping", at_least(1))
     loss_weights: LossWeights = field(default_factory=LossWeights)
     hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
-    ranks: tuple[int, ...] = setting((1, 4, 16, 64, 128, 256), "Of low_rank", at_least(1))
-    token_pseudocounts: tuple[float, ...] = setting((0.0, 1.0, 4.0, 16.0), "Shrinkage", at_least(0))
-    validate_every: int = setting(50, "Steps", at_least(1))
-    correlation_features: int = setting(0, "Drawn each step", at_least(0))
-    weight_decay: float = setting(1e-4, "AdamW", at_least(0))
-    gradient_clip: float = setting(1.0, "Largest norm", ABOVE_0)
-    checkpoint_every: int = setting(500, "Steps", at_least(1))
 
 
 @dataclass

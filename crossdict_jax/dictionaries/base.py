@@ -98,6 +98,7 @@ class Dictionary(nnx.Module):
     measured: tuple[str, ...] = ("scale", "scale_out")
     selects_over_rows: bool = False  # whether training chooses features over the whole batch
     pace: float = 1.0  # of the usual learning rate
+    usual_l1: float = 1.0  # l1_coefficient at which about a sixth of the dimensions are active
     has_k: bool = False  # whether k fixes the number of active features
     saelens: str = ""  # what SAELens calls the architecture; empty: it has no such form
 

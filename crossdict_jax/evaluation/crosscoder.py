@@ -17,6 +17,7 @@ from crossdict_jax.config import Config, EvaluationConfig
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
 from crossdict_jax.maps.base import exact_matmul, map_class, padded, slices
+from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import Workdir
 
 NORM_EDGES = np.linspace(0, 1, 21)  # of relative decoder norms
@@ -121,12 +122,10 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
     Raises:
       UserError: a crosscoder is missing or damaged.
     """
-    from tqdm import tqdm
-
     rows: list[dict] = []
     numbers = store.select("test")
     planned = [ends for ends, _ in crosscoder_training.planned(config, store, with_rows=False)]
-    for sites, name in tqdm(planned, desc="evaluate crosscoders", unit="crosscoder"):
+    for sites, name in progress_bar(planned, desc="evaluate crosscoders", unit="crosscoder"):
         if name in crosscoder_training.CONTROLS:
             names = [store.models[0], f"{store.models[0]} ({name})"]
             x = store.read(store.models[0], sites[0], numbers)

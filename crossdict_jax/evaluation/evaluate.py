@@ -7,8 +7,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from tqdm import tqdm
-
 from crossdict_jax import maps
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.config import Config, identity
@@ -26,7 +24,7 @@ from crossdict_jax.maps import Task
 from crossdict_jax.maps.controls import ControlLoader, control_tasks
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.checkpoint import is_finished
-from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILES = (
@@ -105,11 +103,11 @@ def _parts(
 
     yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
     groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
-    for group in tqdm(groups, desc="evaluate maps", unit="layer pair"):
+    for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
         key = ("maps", *pair_columns(group[0]).values())
         yield stage.part(key, partial(layer_pair, group))
     pairs, matches = dictionary_pairs(config, store), []
-    for pair in tqdm(pairs, desc="match features", unit="layer pair"):
+    for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
         measure = partial(shared_features, pair, loader, **settings)
         part = stage.part(("matches", *pair_columns(pair).values()), measure)
         matches += part["matches.jsonl"]

@@ -20,6 +20,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import exact_matmul, padded, slices
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
+from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
@@ -38,8 +39,6 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[d
     Raises:
       UserError: a model and site of the store has no dictionary, or one is damaged.
     """
-    from tqdm import tqdm
-
     settings, seed = config.evaluation, config.seed
     sites = [(model, site) for model in store.models for site in store.sites_of(model)]
     edited: dict[str, list] = {}  # by the model that is written, run once
@@ -47,7 +46,7 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[d
         edited.setdefault(store.output_of(model, site)[0], []).append((model, site))
     rows, densities = [], []
     n = sum(len(member_folders(work, *end)) for end in sites)
-    with tqdm(total=n, desc="dictionaries", unit="sae") as progress:
+    with progress_bar(total=n, desc="dictionaries", unit="sae") as progress:
         for written_model, ends in edited.items():
             runner = Runner(
                 models.load(store.paths[store.models.index(written_model)]),

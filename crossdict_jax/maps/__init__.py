@@ -1,6 +1,6 @@
-"""Maps from one model's side to another's features: the ladder of rungs, each one file.
+"""Maps from one model's side to another's features, each kind of them one file.
 
-A rung is found by its file's name: ``ridge.py`` is ``map.kinds=ridge``.
+A kind is found by its file's name: ``kinds/ridge.py`` is ``map.kinds=ridge``.
 """
 
 from crossdict_jax.maps.base import (
@@ -13,22 +13,20 @@ from crossdict_jax.maps.base import (
     load,
     map_kinds,
     map_module,
+    predict,
+    predict_activations,
     save,
 )
-
-_OF_THE_STAGE = (
-    "Task",
-    "fit_maps",
-    "layer_pairs",
-    "load_pairs",
-    "load_side",
-    "predict",
-    "predict_activations",
-    "shuffle_seed",
-    "shuffled",
-    "source_inputs",
-    "tasks",
+from crossdict_jax.maps.fit import (
+    Task,
+    fit_maps,
+    layer_pairs,
+    load_pairs,
+    shuffle_seed,
+    shuffled,
+    tasks,
 )
+
 __all__ = [
     "ActivationMap",
     "Fitted",
@@ -36,17 +34,17 @@ __all__ = [
     "Pairs",
     "Problem",
     "Side",
-    "map_kinds",
+    "Task",
+    "fit_maps",
+    "layer_pairs",
     "load",
+    "load_pairs",
+    "map_kinds",
     "map_module",
+    "predict",
+    "predict_activations",
     "save",
-    *_OF_THE_STAGE,
+    "shuffle_seed",
+    "shuffled",
+    "tasks",
 ]
-
-
-def __getattr__(name: str):
-    if name in _OF_THE_STAGE:  # imported late: the stage needs the store, loading a map does not
-        from crossdict_jax.maps import fit
-
-        return getattr(fit, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What every rung shares: paired rows, the map protocol, and map checkpoints."""
+"""What every map shares: paired rows, the protocol, closed forms, predictions, checkpoints."""
 
 from __future__ import annotations
 
@@ -23,9 +23,19 @@ from crossdict_jax.config import map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.compact import Compact, compact
+from crossdict_jax.maps.moments import (
+    ROWS,
+    Regression,
+    TokenSums,
+    exact_matmul,
+    find_tokens,
+    padded,
+    slices,
+    token_sums,
+)
 from crossdict_jax.training import load_meta, load_params, save_module
 
-ROWS = 4096  # rows per dispatch of the closed forms
+# ---------------------------------------------------------------- paired rows
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,13 @@ class Side:
       x: activations [n, d_model], bfloat16 or float32, on the host.
       tokens: int32 [n], the model's own token that ends at the position.
       dictionary: the sparse dictionary of this model at this site.
-      model, layer: what was read; a rung that is asked about other layers needs to know.
+      model, layer: what was read; a map that is asked about other layers needs to know.
       token_bytes: gives, by token id, the bytes of text that a token stands for; None where all
         sides count tokens in one vocabulary.
       reordered_from: the side that holds the same rows in another order, if there is one.
       order: int [n], where in that side each row stands.
       keys: int [n, 2], (document, byte end) of each row, by which ``Pairs`` sees that both sides
-        are the same places of the same text; None where nobody says.
+        are the same positions of the same text; None where nobody says.
     """
 
     x: np.ndarray
@@ -55,13 +65,21 @@ class Side:
     order: np.ndarray | None = None
     keys: np.ndarray | None = None
 
+    def activations(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Returns the activations float32 [m, d_model] of some rows."""
+        return self.x[rows].astype(np.float32)
+
+    def features(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Returns the features float32 [m, width] of at most ROWS rows."""
+        return encode_rows(self.dictionary, self.x[rows])
+
     @cached_property
     def bad_row(self) -> int | None:
         """The first row that holds NaN or infinity, before any reordering; None if none does."""
         if self.reordered_from is not None:
             return self.reordered_from.bad_row
         for rows in slices(len(self.x)):
-            bad = ~np.isfinite(self.x[rows].astype(np.float32)).all(axis=1)
+            bad = ~np.isfinite(self.activations(rows)).all(axis=1)
             if bad.any():
                 return rows.start + int(bad.argmax())
         return None
@@ -73,7 +91,7 @@ class Side:
             return self.reordered_from.feature_moments
         total, square = np.zeros((2, self.dictionary.width))
         for rows in slices(len(self.x)):
-            f = encode_rows(self.dictionary, self.x[rows])
+            f = self.features(rows)
             total += f.sum(0, dtype=np.float64)
             square += np.square(f).sum(0, dtype=np.float64)
         mean = total / len(self.x)
@@ -88,17 +106,16 @@ class Side:
         if self.reordered_from is not None:
             code = self.reordered_from.code
             return jax.tree.map(lambda a: a[self.order], code)
-        encoded = (encode_rows(self.dictionary, self.x[rows]) for rows in slices(len(self.x)))
-        return compact(encoded, most=self.x.shape[1] // 2)
+        return compact(map(self.features, slices(len(self.x))), limit=self.x.shape[1] // 2)
 
     def take(self, rows: np.ndarray | slice) -> Side:
         """Returns the side with these rows alone."""
         keys = None if self.keys is None else self.keys[rows]
-        own = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
-        return dataclasses.replace(self, **own, reordered_from=None, order=None)
+        some = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
+        return dataclasses.replace(self, **some, reordered_from=None, order=None)
 
     def reordered(self, order: np.ndarray) -> Side:
-        """Returns the side with its rows in the given order."""
+        """Returns the side with its rows in another order."""
         rows = {"x": self.x[order], "tokens": self.tokens[order]}
         return dataclasses.replace(self, **rows, reordered_from=self, order=order, keys=None)
 
@@ -127,22 +144,31 @@ class Pairs:
         if a.keys is None or b.keys is None or np.array_equal(a.keys, b.keys):
             return
         row = int(np.argmax((a.keys != b.keys).any(axis=1)))
-        places = [f"document {d}, byte {end}" for d, end in (a.keys[row], b.keys[row])]
+        ends = [f"document {d}, byte {end}" for d, end in (a.keys[row], b.keys[row])]
         raise UserError(
-            f"Row {row} is {places[0]} in the source and {places[1]} in the target: these are not "
+            f"Row {row} is {ends[0]} in the source and {ends[1]} in the target: these are not "
             "the same places of the same text; take both sides from one store."
         )
 
     def __len__(self) -> int:
         return len(self.source.x)
 
+    def by_token(self, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
+        """Returns the sums by the source's token of what ``read`` gives of numbered rows."""
+        return token_sums(self.source.tokens, read)
+
+    @cached_property
+    def target_by_token(self) -> TokenSums:
+        """The sums of the target's features by the source's token, once for all maps."""
+        return self.by_token(self.target.features)
+
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rung is fitted on; ``label`` names it on progress bars and in errors.
+    """What a map is fitted on; ``label`` names it on progress bars and in errors.
 
     Attributes:
-      joint: for rungs that go through one, the way from A to B through a joint code of the models:
+      joint: for maps that go through one, the way from A to B through a joint code of the models:
         W_enc [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
     """
 
@@ -151,23 +177,71 @@ class Problem:
     validation: Pairs
     joint: dict[str, jax.Array] | None = None
 
+    def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
+        """Returns the regression of B on A; ``read`` is Side.activations or Side.features."""
+
+        def batches(pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for rows in slices(len(pairs)):
+                yield read(pairs.source, rows), read(pairs.target, rows)
+
+        return Regression.of(batches(self.train), batches(self.validation))
+
+    @cached_property
+    def regression(self) -> Regression:
+        """The regression of activations, once for all maps that are fitted on it."""
+        return self.regress(Side.activations)
+
+
+def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
+    """Returns features float32 [m, width] of at most ROWS activations [m, d_model]."""
+    graphdef, params = modules.split(dictionary)
+    return np.asarray(_encode(graphdef, params, padded(x, ROWS)))[: len(x)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graphdef, params, x) -> jax.Array:
+    return modules.merge(graphdef, params).encode(x.astype(jnp.float32))
+
+
+def check_rows(problem: Problem, kind: str, *, train: int = 2, validation: int = 1) -> None:
+    """Raises UserError if a problem has fewer rows than the map needs, or one is not finite."""
+    for split, minimum in (("train", train), ("validation", validation)):
+        rows = len(getattr(problem, split))
+        if rows < minimum:
+            raise UserError(
+                f"{problem.label} has {rows} paired {split} rows and {kind} needs {minimum} or "
+                "more; raise text.documents."
+            )
+    for split in ("train", "validation"):
+        pairs = getattr(problem, split)
+        for name, side in (("source", pairs.source), ("target", pairs.target)):
+            if side.bad_row is not None:
+                raise UserError(
+                    f"{problem.label}: row {side.bad_row} of the {name}'s {split} rows (document "
+                    f"{pairs.documents[side.bad_row]}) holds NaN or infinity; extract activations "
+                    "again or look at the model."
+                )
+
+
+# ---------------------------------------------------------------- the protocol
+
 
 class Map(nnx.Module):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
-    A rung is one file of this package: a subclass with a ``kind`` of the file's name, and
-    ``fit(problems, config, *, seed, directory) -> list[Fitted]`` in the order of ``problems``.
-    Its constructor takes B's dictionary and what ``arguments`` returns (JSON values that fix
-    every shape). B's dictionary is a part of the map; a checkpoint holds the rest and points
-    to it.
+    A kind of map is one file of ``maps/kinds``: a subclass with a ``kind`` of the file's name, and
+    ``fit(problems, config, *, seed, directory, checkpoint_every, records) -> list[Fitted]``, in the
+    order of ``problems``; closed forms need only the first two. B's dictionary is a part of the
+    map; a checkpoint holds the rest and points to it.
 
     Attributes:
-      kind: the rung's name.
+      kind: the name of the kind.
       reads: what ``inputs`` are: "features" [batch, width_a], "activations" [batch, d_a] or
         "tokens" int [batch], all of A.
       predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b] as well.
       fits_together: whether ``fit`` must get all problems of a run at once.
       through_joint: whether its problems must hold a joint code.
+      settings: names of the attributes, JSON values, that are not arrays.
     """
 
     kind: ClassVar[str]
@@ -175,24 +249,37 @@ class Map(nnx.Module):
     predicts_activation: ClassVar[bool] = False
     fits_together: ClassVar[bool] = False
     through_joint: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, dictionary: Dictionary):
+    def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
+        """
+        Args:
+          dictionary: B's.
+          values: nested names -> arrays, which become parameters of these names.
+          settings: see the attribute.
+        """
         self.dictionary = dictionary
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments beside the dictionary, as JSON values."""
-        return {}
+        for name, value in (values or {}).items():
+            setattr(self, name, _parameters(value))
+        for name in self.settings:
+            setattr(self, name, settings[name])
 
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         """Returns B's features [batch, width_b].
 
         Args:
           inputs: what ``reads`` says.
-          tokens: A's tokens [batch], for rungs that read them besides; without them every row
+          tokens: A's tokens [batch], for maps that read them besides; without them every row
             takes the back-off.
         """
         raise NotImplementedError
+
+
+def _parameters(value: Any) -> nnx.Dict | nnx.Param:
+    """Arrays as parameters: float32 or int32, whatever they were computed in."""
+    if isinstance(value, dict):
+        return nnx.Dict({name: _parameters(inner) for name, inner in value.items()})
+    return nnx.Param(jnp.asarray(value))
 
 
 class ActivationMap(Map):
@@ -212,50 +299,22 @@ class ActivationMap(Map):
 class AffineMap(ActivationMap):
     """``x_B = (x_A - mean_a) W + mean_b``."""
 
-    def __init__(self, dictionary: Dictionary, *, d_a: int):
-        super().__init__(dictionary)
-        self.mean_a = nnx.Param(jnp.zeros(d_a))
-        self.W = nnx.Param(jnp.zeros((d_a, dictionary.d_model)))
-        self.mean_b = nnx.Param(jnp.zeros(dictionary.d_model))
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"d_a": self.W.shape[0]}
-
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         x = inputs.astype(jnp.float32) - self.mean_a[...][None, :]
         return exact_matmul(x, self.W[...]) + self.mean_b[...][None, :]
 
 
-class TokenTable(nnx.Module):
-    """One row per token seen in training; every other token takes the last row, the back-off.
+def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
+    """Returns the rows [batch, size] of a token table for tokens [batch].
 
-    ``ids`` are the seen tokens in ascending order: the table grows with the text, not with the
-    vocabulary.
+    A table is {"ids": int32 [seen], ascending; "rows": [seen + 1, size]}: it grows with the text,
+    not with the vocabulary. The last row, the back-off, is for all other tokens, and for every row
+    without ``tokens``.
     """
-
-    def __init__(self, seen: int, size: int):
-        self.ids = nnx.Variable(jnp.zeros(seen, jnp.int32))
-        self.rows = nnx.Param(jnp.zeros((seen + 1, size)))
-
-    def __call__(self, tokens: jax.Array | None, batch: int) -> jax.Array:
-        """Returns rows [batch, size] of tokens [batch]; without tokens, the back-off."""
-        rows = self.rows[...]
-        if tokens is None:
-            return jnp.broadcast_to(rows[-1:], (batch, rows.shape[1]))
-        return rows[find_tokens(self.ids[...], tokens)]
-
-
-def find_tokens(ids: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the place of each token in the ascending ``ids``, or ``len(ids)`` if it is absent."""
-    place = jnp.searchsorted(ids, tokens)
-    found = jnp.asarray(ids)[jnp.minimum(place, len(ids) - 1)] == tokens
-    return jnp.where(found, place, len(ids))
-
-
-def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
-    """Returns ``x W`` in float32 on any device (some multiply in fewer bits by default)."""
-    return jnp.matmul(x, W, precision=jax.lax.Precision.HIGHEST)
+    rows = table.rows[...]
+    if tokens is None:
+        return jnp.broadcast_to(rows[-1:], (batch, rows.shape[1]))
+    return rows[find_tokens(table.ids[...], tokens)]
 
 
 @dataclass(frozen=True)
@@ -266,47 +325,83 @@ class Fitted:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def build(
-    cls: type[Map], dictionary: Dictionary, arguments: dict[str, Any], values: modules.Params
-) -> Map:
-    """Returns the map of class ``cls`` whose own parameters are ``values``, all of them.
+Solve = Callable[[Problem], tuple[dict[tuple, float], Callable[..., modules.Params]]]
+
+
+def fit_closed_form(
+    cls: type[Map], problems: Sequence[Problem], solve: Solve, *names: str, rows: int = 2
+) -> list[Fitted]:
+    """Returns the map of each problem, its hyper-parameters chosen by validation error.
 
     Args:
-      arguments: of its constructor, beside B's dictionary.
-      values: nested names -> arrays, of the shapes that the constructor gives.
+      solve: problem -> ({values of ``names``: validation MSE}, a function of these values that
+        gives the map's arrays).
+      names: of the hyper-parameters, as the record spells them.
+      rows: training rows that it needs.
     """
-    graphdef, own = _abstract(cls, dictionary, arguments)
-
-    def checked(abstract, value):
-        if abstract.shape != value.shape:
-            raise ValueError(f"{cls.kind}: shape {value.shape} in place of {abstract.shape}")
-        return jnp.asarray(value, abstract.dtype)
-
-    values = jax.tree.map(checked, own, values)
-    return modules.merge(graphdef, values | {"dictionary": modules.split(dictionary)[1]})
-
-
-def _abstract(cls: type[Map], dictionary: Dictionary, arguments: dict[str, Any]):
-    graphdef, params = modules.abstract(lambda: cls(dictionary, **arguments))
-    return graphdef, own_parameters(params)
-
-
-def own_parameters(params: modules.Params) -> modules.Params:
-    """Returns a map's parameters without those of B's dictionary."""
-    return {name: value for name, value in params.items() if name != "dictionary"}
+    fitted = []
+    for problem in problems:
+        check_rows(problem, cls.kind, train=rows)
+        errors, arrays = solve(problem)
+        best = min(errors, key=errors.get)
+        grid = [dict(zip(names, values)) | {"mse": mse} for values, mse in errors.items()]
+        m = cls(problem.train.target.dictionary, arrays(*best))
+        fitted.append(Fitted(m, dict(zip(names, best)) | {"validation_mse": grid}))
+    return fitted
 
 
 def map_module(kind: str) -> ModuleType:
-    """Returns the module of a rung; UserError listing the allowed names if there is none."""
+    """Returns the module of a kind; UserError listing the allowed names if there is none."""
     if kind not in map_kinds():
         raise UserError(f"map.kinds={kind} is no map; use {', '.join(map_kinds())}.")
     return importlib.import_module(f"{__package__}.kinds.{kind}")
 
 
 def map_class(kind: str) -> type[Map]:
-    """Returns the Map subclass of a rung."""
-    found = vars(map_module(kind)).values()
-    return next(c for c in found if isinstance(c, type) and getattr(c, "kind", None) == kind)
+    """Returns the Map subclass of a kind."""
+    members = vars(map_module(kind)).values()
+    return next(c for c in members if isinstance(c, type) and getattr(c, "kind", None) == kind)
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"):
+    """Returns B's predicted features float32 [n, width_b], a batch at a time.
+
+    Args:
+      method: of the map, which gives what is returned.
+    """
+    graph, params = modules.split(m)
+    source_graph, source_params = modules.split(pairs.source.dictionary)
+    parts = []
+    for rows in slices(len(pairs), batch_size):
+        x, tokens = (padded(a[rows], batch_size) for a in (pairs.source.x, pairs.source.tokens))
+        out = _predict(graph, source_graph, method, params, source_params, x, tokens)
+        parts.append(np.asarray(out)[: rows.stop - rows.start])
+    return np.concatenate(parts)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _predict(graph, source_graph, method, params, source_params, x, tokens):
+    m = modules.merge(graph, params)
+    inputs = {"activations": x, "tokens": tokens}.get(m.reads)
+    if inputs is None:
+        inputs = modules.merge(source_graph, source_params).encode(x)
+    return getattr(m, method)(inputs, tokens=tokens)
+
+
+def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:
+    """Returns B's predicted activations float32 [n, d_b] of a map that predicts them."""
+    return predict(m, pairs, batch_size, method="activation")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def own_parameters(params: modules.Params) -> modules.Params:
+    """Returns a map's parameters without those of B's dictionary."""
+    return {name: value for name, value in params.items() if name != "dictionary"}
 
 
 def fingerprint(dictionary: Dictionary) -> str:
@@ -321,23 +416,24 @@ def fingerprint(dictionary: Dictionary) -> str:
 
 
 def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None = None) -> None:
-    """Writes a map's own parameters; B's dictionary is remembered by place and checksum.
+    """Writes a map's own parameters; B's dictionary is remembered by its folder and checksum.
 
     Args:
       path: a new folder.
       dictionary: the folder of B's dictionary; a relative path to it is stored.
       record: how the map was fitted (JSON values).
     """
-    _, params = modules.split(m)
+    params = own_parameters(modules.split(m)[1])
     meta = {
         "kind": m.kind,
         "reads": m.reads,
-        "arguments": m.arguments,
+        "settings": {name: getattr(m, name) for name in m.settings},
+        "shapes": jax.tree.map(lambda a: f"{a.dtype} {' '.join(map(str, a.shape))}", params),
         "target_dictionary": os.path.relpath(Path(dictionary).absolute(), Path(path).absolute()),
         "target_fingerprint": fingerprint(m.dictionary),
         "record": record or {},
     }
-    save_module(Path(path), own_parameters(params), meta)
+    save_module(Path(path), params, meta)
 
 
 def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
@@ -350,76 +446,24 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
       UserError: there is no finished map, it is damaged, or B's dictionary is missing, damaged
         or another one than the map was fitted with.
     """
-    meta = load_meta(Path(path))
-    dictionary = _target_dictionary(Path(path), meta, dictionary)
-    cls, arguments = map_class(meta["kind"]), meta["arguments"]
-    _, abstract = _abstract(cls, dictionary, arguments)
-    return build(cls, dictionary, arguments, load_params(Path(path), abstract))
-
-
-def _target_dictionary(
-    path: Path, meta: dict[str, Any], dictionary: Dictionary | None
-) -> Dictionary:
-    place = Path(os.path.normpath(path / meta["target_dictionary"]))
-    if not place.is_dir():
+    path = Path(path)
+    meta = load_meta(path)
+    folder = Path(os.path.normpath(path / meta["target_dictionary"]))
+    if not folder.is_dir():
         raise UserError(
-            f"Map {path} needs the target's dictionary {place}, which is missing; "
+            f"Map {path} needs the target's dictionary {folder}, which is missing; "
             "restore it or train dictionaries and maps again."
         )
-    dictionary = dictionaries.load(place) if dictionary is None else dictionary
+    dictionary = dictionaries.load(folder) if dictionary is None else dictionary
     if fingerprint(dictionary) != meta["target_fingerprint"]:
         raise UserError(
-            f"Map {path} was fitted with another dictionary than {place} holds; "
+            f"Map {path} was fitted with another dictionary than {folder} holds; "
             "restore that one or delete the map and fit it again."
         )
-    return dictionary
 
+    def abstract(shape: str) -> jax.ShapeDtypeStruct:
+        dtype, *sizes = shape.split()
+        return jax.ShapeDtypeStruct(tuple(map(int, sizes)), dtype)
 
-def check_rows(problem: Problem, kind: str, *, train: int = 2, validation: int = 1) -> None:
-    """Raises UserError if a problem has fewer rows than the rung needs, or one is not finite."""
-    for split, least in (("train", train), ("validation", validation)):
-        rows = len(getattr(problem, split))
-        if rows < least:
-            raise UserError(
-                f"{problem.label} has {rows} paired {split} rows and {kind} needs {least} or "
-                "more; raise text.documents."
-            )
-    for split in ("train", "validation"):
-        pairs = getattr(problem, split)
-        for name, side in (("source", pairs.source), ("target", pairs.target)):
-            if side.bad_row is not None:
-                raise UserError(
-                    f"{problem.label}: row {side.bad_row} of the {name}'s {split} rows (document "
-                    f"{pairs.documents[side.bad_row]}) holds NaN or infinity; extract activations "
-                    "again or look at the model."
-                )
-
-
-def check_grid(name: str, values: Sequence[float], *, positive: bool) -> None:
-    """Raises UserError unless a grid of hyper-parameters has values, all finite and in range."""
-    bad = [v for v in values if not np.isfinite(v) or v < 0 or (positive and v == 0)]
-    if bad or not values:
-        value, allowed = bad[0] if bad else "()", "above 0" if positive else "0 or above"
-        raise UserError(f"{name}={value} cannot be tried; give numbers {allowed}.")
-
-
-def slices(n: int, size: int = ROWS) -> Iterator[slice]:
-    """Yields consecutive slices that cover ``n`` rows."""
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
-
-
-def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """Returns ``rows`` lengthened to ``size`` with its last row: one compiled shape for all."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-
-
-def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
-    """Returns features float32 [m, width] of at most ROWS activations [m, d_model]."""
-    graphdef, params = modules.split(dictionary)
-    return np.asarray(_encode(graphdef, params, padded(x, ROWS)))[: len(x)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, x) -> jax.Array:
-    return modules.merge(graphdef, params).encode(x.astype(jnp.float32))
+    values = load_params(path, jax.tree.map(abstract, meta["shapes"]))
+    return map_class(meta["kind"])(dictionary, values, **meta["settings"])

@@ -1,15 +1,15 @@
-"""What is known of a model's features without any paired row: directions, statistics, tokens."""
+"""What a model's features are without any paired row: directions, statistics, tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import Pairs, Side, encode_rows, slices
+from crossdict_jax.maps.base import Pairs, Side, slices
 from crossdict_jax.maps.moments import moments, token_sums
 
 RARE = 0.01  # of the mean variance, added to each: keeps a rare feature from drowning the others
@@ -80,7 +80,8 @@ class Description:
         enc = np.asarray(self.side.dictionary.W_enc[...], np.float64).T
         dec = np.asarray(self.side.dictionary.W_dec[...], np.float64)
         moves = self.scale[:, None] * dec
-        enc, dec = _unit(enc), _unit(dec)
+        lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
+        enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
         facts = [
             np.log10(self.rate + 1e-5) + 2,
             self.mean / self.scale,
@@ -88,61 +89,43 @@ class Description:
             np.sum(enc * dec, axis=1),
         ]
         size = np.sqrt(dec.shape[1])
-        found = {
+        arrays = {
             "moves": moves / (np.sqrt(np.mean(moves**2)) or 1.0),
             "reads": size * enc,
             "writes": size * dec,
             "facts": np.stack(facts, axis=1),
         }
-        return {name: value.astype(np.float32) for name, value in found.items()}
+        return {name: value.astype(np.float32) for name, value in arrays.items()}
 
     @cached_property
     def rate(self) -> np.ndarray:
         """The share of training rows in which each feature is active, [width]."""
-        everything = np.arange(len(self.side.x))
-        return sum((f > 0).sum(0) for f in _features(self.side, everything)) / len(everything)
+        fires = sum((self.side.features(r) > 0).sum(0) for r in slices(len(self.side.x)))
+        return fires / len(self.side.x)
 
     @cached_property
     def profile(self) -> Profile:
         """The features by the bytes of the model's own token, on this role's documents."""
         side, rows, width = self.side, self.rows, self.side.dictionary.width
-        tokens = side.tokens[rows]
-        sums = token_sums(
-            tokens, lambda part: encode_rows(side.dictionary, side.x[rows[part]]), size=width
-        )
-        both = moments((f, f[:, :1]) for f in _features(side, rows))
+        sums = token_sums(side.tokens[rows], lambda part: side.features(rows[part]))
+        batches = (side.features(rows[part]) for part in slices(len(rows)))
+        products, _ = moments((f, f[:, :1]) for f in batches)
         spelled = side.token_bytes() if side.token_bytes else None
+        index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
         names = [int(i) if spelled is None else spelled[i] for i in sums.ids]
-        unique, place = _distinct(names)  # several ids may stand for the same bytes
-        counts, totals = np.zeros(len(unique)), np.zeros((len(unique), width))
-        np.add.at(counts, place, sums.counts)
-        np.add.at(totals, place, sums.sums)
+        of_name = np.array([index.setdefault(name, len(index)) for name in names])
+        counts, totals = np.zeros(len(index)), np.zeros((len(index), width))
+        np.add.at(counts, of_name, sums.counts)
+        np.add.at(totals, of_name, sums.sums)
         means = totals / counts[:, None] - sums.mean[None, :]
-        return Profile(unique, counts, means, both.aa / both.n)
-
-
-def _distinct(names: list[Hashable]) -> tuple[tuple[Hashable, ...], np.ndarray]:
-    places: dict[Hashable, int] = {}
-    place = np.array([places.setdefault(name, len(places)) for name in names])
-    return tuple(places), place
-
-
-def _features(side: Side, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields features [m, width] of the numbered rows, a batch at a time."""
-    for part in slices(len(rows)):
-        yield encode_rows(side.dictionary, side.x[rows[part]])
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 0, length, 1.0)
+        return Profile(tuple(index), counts, means, products.aa / products.n)
 
 
 class Describer:
     """Describes sides; those that several problems share are described once."""
 
     def __init__(self):
-        self._known: dict[tuple[int, str], Description] = {}
+        self._described: dict[tuple[int, str], Description] = {}
 
     def both(self, pairs: Pairs, label: str) -> tuple[Description, Description]:
         """Returns (source, target); shuffling pairs changes neither.
@@ -150,26 +133,24 @@ class Describer:
         Raises:
           UserError: the rows are of one document only.
         """
-        documents, place = np.unique(pairs.documents, return_inverse=True)
+        documents, index = np.unique(pairs.documents, return_inverse=True)
         if len(documents) < 2:
             raise UserError(
                 f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
                 "more, one to describe each side by; raise text.documents."
             )
-        odd = place % 2 == 1
-        return (
-            self._describe(pairs.source, "source", np.flatnonzero(~odd)),
-            self._describe(pairs.target, "target", np.flatnonzero(odd)),
-        )
-
-    def _describe(self, side: Side, role: str, rows: np.ndarray) -> Description:
-        side = side.reordered_from or side
-        # The description holds the side, so its id stays its own.
-        return self._known.setdefault((id(side), role), Description(side, rows))
+        result = []
+        for parity, role in enumerate(("source", "target")):
+            side = getattr(pairs, role)
+            side = side.reordered_from or side
+            # The description holds the side, so its id stays its own.
+            description = Description(side, np.flatnonzero(index % 2 == parity))
+            result.append(self._described.setdefault((id(side), role), description))
+        return tuple(result)
 
 
 def profile_weights(
-    source: Description, target: Description, *, rank: int, known: np.ndarray
+    source: Description, target: Description, *, rank: int, mask: np.ndarray
 ) -> Weights:
     """Returns weights that token profiles alone call for, of ``rank`` at most, for raw features.
 
@@ -179,28 +160,21 @@ def profile_weights(
     within a token, of which the profiles say nothing of B's. No row of A meets one of B.
 
     Args:
-      known: bool [width_a]; the others are taken for silent and get rows of zeros.
+      mask: bool [width_a]; the other features are taken for silent and get rows of zeros.
     """
-    X, Y, n = _shared_tokens(source.profile, target.profile)
-    X = X[:, known]
-    K = (1 - SPREAD) * X.T @ X + SPREAD * n * source.profile.covariance[np.ix_(known, known)]
+    a, b = source.profile, target.profile
+    index_b = {name: j for j, name in enumerate(b.names)}
+    shared = [(i, index_b[name]) for i, name in enumerate(a.names) if name in index_b]
+    i, j = np.array(shared, np.int64).reshape(-1, 2).T
+    weights = 2 / (1 / a.counts[i] + 1 / b.counts[j])
+    root = np.sqrt(weights)[:, None]
+    X, Y = a.means[i][:, mask] * root, b.means[j] * root  # [tokens, width_a], [tokens, width_b]
+    within = weights.sum() * a.covariance[np.ix_(mask, mask)]
+    K = (1 - SPREAD) * X.T @ X + SPREAD * within
     penalty = DAMPING * np.trace(K) / max(len(K), 1) or 1.0  # nothing varies: any will do
-    W = np.zeros((len(known), Y.shape[1]))
-    W[known] = np.linalg.solve(K + penalty * np.eye(len(K)), X.T @ Y)
+    W = np.zeros((len(mask), Y.shape[1]))
+    W[mask] = np.linalg.solve(K + penalty * np.eye(len(K)), X.T @ Y)
     return cut(W, rank)
-
-
-def _shared_tokens(a: Profile, b: Profile) -> tuple[np.ndarray, np.ndarray, float]:
-    """Returns both models' means of the tokens that both have read, weighed, and the weights' sum.
-
-    [tokens, width_a], [tokens, width_b].
-    """
-    place_b = {name: i for i, name in enumerate(b.names)}
-    pairs = [(i, place_b[name]) for i, name in enumerate(a.names) if name in place_b]
-    i, j = np.array(pairs, np.int64).reshape(-1, 2).T
-    weight = 2 / (1 / a.counts[i] + 1 / b.counts[j])
-    root = np.sqrt(weight)[:, None]
-    return a.means[i] * root, b.means[j] * root, float(weight.sum())
 
 
 def cut(W: np.ndarray, rank: int) -> Weights:

@@ -1,89 +1,43 @@
-"""Heads of trained maps: from a network's estimates to features that can be exactly zero."""
+"""Heads of trained maps: from a network's estimates to features that can be exactly zero.
+
+An estimate z [batch, width] is of the mean of each feature given A's side. The best prediction of
+a sparse feature under squared error keeps the largest estimates and drops the rest, so the network
+is trained on what comes before the selection, ``rectified(z)``.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from crossdict_jax.config import MAP_HEADS
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import keep_top_k
 from crossdict_jax.errors import UserError
 
-INITIAL_THRESHOLD = 1.0  # in standard units of a feature: near where most of them end
+INITIAL_THRESHOLD = 1.0  # in standard units of a feature: near where they end in training
 BANDWIDTH = 0.5  # in the same units, of the kernel that trains thresholds
 
 
-class Head(nnx.Module):
-    """``f = relu(z)``; z [batch, width] estimates the mean of each feature given A's side.
+def select(head: str, z: jax.Array, *, k: int, threshold: jax.Array | None) -> jax.Array:
+    """Returns features [batch, width], >= 0, of estimates in raw units.
 
-    The best prediction of a sparsity under squared error keeps the largest estimates and drops
-    the rest, so the network is trained on what comes before the selection, ``rectified(z)``.
+    relu: ``relu(z)``; topk: its k largest values in a row; jumprelu: ``z 1[z > threshold]``.
+
+    Args:
+      threshold: [width], in raw units.
     """
-
-    name = "relu"
-
-    def __init__(self, dictionary: Dictionary):
-        self.k = dictionary.k
-
-    def __call__(self, z: jax.Array, scale: jax.Array) -> jax.Array:
-        """Returns features [batch, width], >= 0, of estimates in raw units.
-
-        Args:
-          scale: [width], the standard unit of each feature.
-        """
-        return jax.nn.relu(z)
-
-    def fires(self, z: jax.Array, scale: jax.Array) -> jax.Array | None:
-        """Returns 1 where a feature fires and 0 elsewhere, with a gradient; None: by its value."""
-        return None
-
-
-class TopK(Head):
-    """``f`` = the k largest of relu(z) in a row, k of the target's dictionary."""
-
-    name = "topk"
-
-    def __call__(self, z: jax.Array, scale: jax.Array) -> jax.Array:
-        return keep_top_k(z, self.k)
-
-
-class JumpReLU(Head):
-    """``f = z 1[z > threshold scale]``; the loss of firing rates alone trains the thresholds.
-
-    Squared error would have them at 0, where the estimates of the whole target are kept.
-
-    Attributes:
-      threshold: float32 [width], in standard units, so that one rate of learning suits all.
-    """
-
-    name = "jumprelu"
-
-    def __init__(self, dictionary: Dictionary):
-        super().__init__(dictionary)
-        self.threshold = nnx.Param(jnp.full(dictionary.width, INITIAL_THRESHOLD, jnp.float32))
-
-    def __call__(self, z: jax.Array, scale: jax.Array) -> jax.Array:
-        above = z > self.threshold[...][None, :] * scale[None, :]
-        return jnp.where(above, jax.nn.relu(z), 0.0)
-
-    def fires(self, z: jax.Array, scale: jax.Array) -> jax.Array:
-        return gate(z / scale[None, :], self.threshold[...][None, :]) * (z > 0)
-
-
-HEADS = {head.name: head for head in (Head, TopK, JumpReLU)}
-
-
-def build(name: str, dictionary: Dictionary) -> Head:
-    """Returns a fresh head of that name for the features of the target's dictionary."""
-    return HEADS[name](dictionary)
+    if head == "topk":
+        return keep_top_k(z, k)
+    f = jax.nn.relu(z)
+    return f if head == "relu" else jnp.where(z > threshold[None, :], f, 0.0)
 
 
 def check(name: str, dictionary: Dictionary, label: str) -> None:
     """Raises UserError if a head is unknown or does not fit the target's dictionary."""
-    if name not in HEADS:
-        raise UserError(f"map.head={name} is no head; use {', '.join(HEADS)}.")
-    if name == TopK.name and not dictionary.has_k:
+    if name not in MAP_HEADS:
+        raise UserError(f"map.head={name} is no head; use {', '.join(MAP_HEADS)}.")
+    if name == "topk" and not dictionary.has_k:
         raise UserError(
             f"map.head=topk keeps as many features as the target's dictionary, and that of {label} "
             f"({type(dictionary).__name__}) fixes no number; use jumprelu."

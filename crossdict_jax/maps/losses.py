@@ -88,7 +88,6 @@ def transfer_loss(
     *,
     variance: jax.Array | float,
     fires: jax.Array | None = None,
-    features: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (weighted sum, terms) of the four losses.
 
@@ -98,20 +97,14 @@ def transfer_loss(
         units, so that the weights mean the same for any scale of the activations. The terms
         hold the raw error as ``mse`` and the weighed one as ``nmse``.
       fires: see ``sparsity``.
-      features: int [some], the features between which correlations are compared; None: all.
     """
-    some = (p, t) if features is None else (p[:, features], t[:, features])
     terms = {
         "mse": mse(p, t),
         "nmse": mse(p, t, variance=variance),
         "cosine": cosine(p, t),
-        "correlation": correlation(*some),
+        "correlation": correlation(p, t),
         "sparsity": sparsity(p, t, fires=fires),
     }
-    loss = (
-        weights.mse * terms["nmse"]
-        + weights.cosine * terms["cosine"]
-        + weights.correlation * terms["correlation"]
-        + weights.sparsity * terms["sparsity"]
-    )
-    return loss, terms
+    names = {"mse": "nmse"}
+    weighted = (w * terms[names.get(name, name)] for name, w in vars(weights).items())
+    return sum(weighted), terms

@@ -1,24 +1,35 @@
-"""Streamed moments: covariances of paired rows, and sums of rows by token."""
+"""Streamed moments: covariances of paired rows, ridge regression from them, sums by token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax.maps.base import (
-    ROWS,
-    Pairs,
-    Side,
-    encode_rows,
-    exact_matmul,
-    find_tokens,
-    padded,
-    slices,
-)
+ROWS = 4096  # rows per dispatch
+
+
+def slices(n: int, size: int = ROWS) -> Iterator[slice]:
+    """Yields consecutive slices that cover ``n`` rows."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """Returns ``rows`` lengthened to ``size`` with its last row: one compiled shape for all."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
+def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
+    """Returns ``x W`` in float32 on any device (some multiply in fewer bits by default)."""
+    return jnp.matmul(x, W, precision=jax.lax.Precision.HIGHEST)
+
+
+# ---------------------------------------------------------------- covariances
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Products:
 
     Attributes:
       n: rows.
-      aa: sum a a', [d_a, d_a].
+      aa: sum a a', float64 [d_a, d_a].
       ab: sum a b', [d_a, d_b].
       bb: sum |b|^2.
     """
@@ -43,54 +54,34 @@ class Products:
         return float(total / (self.n * self.ab.shape[1]))
 
 
-@dataclass(frozen=True)
-class Moments(Products):
-    """Products about one centre for each side, in float64.
-
-    Attributes:
-      centre_a, centre_b: [d_a], [d_b]; as first made, the means.
-      sum_a, sum_b: sum of what rows differ from the centres by; 0 about the means.
-    """
-
-    centre_a: np.ndarray
-    centre_b: np.ndarray
-    sum_a: np.ndarray
-    sum_b: np.ndarray
-
-    def about(self, centre_a: np.ndarray, centre_b: np.ndarray) -> Moments:
-        """Returns the moments of the same rows about other centres."""
-        shift_a, shift_b = self.centre_a - centre_a, self.centre_b - centre_b
-        sum_a, sum_b = self.sum_a + self.n * shift_a, self.sum_b + self.n * shift_b
-        return Moments(
-            n=self.n,
-            aa=self.aa + np.outer(self.sum_a, shift_a) + np.outer(shift_a, sum_a),
-            ab=self.ab + np.outer(self.sum_a, shift_b) + np.outer(shift_a, sum_b),
-            bb=self.bb + float((self.sum_b + sum_b) @ shift_b),
-            centre_a=centre_a,
-            centre_b=centre_b,
-            sum_a=sum_a,
-            sum_b=sum_b,
-        )
+Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
+Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m at most ROWS
 
 
-def moments(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
-    """Returns the moments about the means of batches a [m, d_a], b [m, d_b], m at most ROWS.
+def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Means]:
+    """Returns the products of rows about ``means``, or about their own, and these means.
 
-    Products are float32 on the device, about the first batch's means, so that nothing cancels;
+    Products are float32 on the device, about means of rows like these, so that nothing cancels;
     sums over batches are float64 on the host.
     """
     total, centres, n = None, None, 0
     for a, b in batches:
         if centres is None:
-            centres = tuple(np.asarray(rows, np.float32).mean(0) for rows in (a, b))
+            centres = [
+                np.float32(m) for m in means or (rows.mean(0, np.float64) for rows in (a, b))
+            ]
         sums = _products(padded(a, ROWS), padded(b, ROWS), len(a), *centres)
         sums = [np.asarray(s, np.float64) for s in sums]
         total = sums if total is None else [t + s for t, s in zip(total, sums)]
         n += len(a)
     aa, ab, bb, sum_a, sum_b = total
-    start_a, start_b = (c.astype(np.float64) for c in centres)
-    raw = Moments(n, aa, ab, float(bb), start_a, start_b, sum_a, sum_b)
-    return raw.about(start_a + sum_a / n, start_b + sum_b / n)
+    centres = [np.float64(c) for c in centres]
+    means = means or (centres[0] + sum_a / n, centres[1] + sum_b / n)
+    # From products about the float32 centres to those about the means.
+    s_a, s_b = (mean - centre for mean, centre in zip(means, centres))
+    aa = aa - np.outer(sum_a, s_a) - np.outer(s_a, sum_a) + n * np.outer(s_a, s_a)
+    ab = ab - np.outer(sum_a, s_b) - np.outer(s_a, sum_b) + n * np.outer(s_a, s_b)
+    return Products(n, aa, ab, float(bb - 2 * sum_b @ s_b + n * s_b @ s_b)), means
 
 
 @jax.jit
@@ -101,18 +92,36 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
     return exact_matmul(a.T, a), exact_matmul(a.T, b), jnp.sum(b * b), a.sum(0), b.sum(0)
 
 
-def activation_moments(a: np.ndarray, b: np.ndarray) -> Moments:
-    """Returns the moments of paired activations [n, d_a] and [n, d_b]."""
-    return moments((a[rows], b[rows]) for rows in slices(len(a)))
+# ---------------------------------------------------------------- ridge regression
 
 
-def feature_moments(pairs: Pairs) -> Moments:
-    """Returns the moments of both sides' features, encoded a batch at a time."""
-    sides = pairs.source, pairs.target
-    return moments(
-        tuple(encode_rows(side.dictionary, side.x[rows]) for side in sides)
-        for rows in slices(len(pairs))
-    )
+@dataclass(frozen=True)
+class Regression:
+    """All that a linear map from a to b is fitted on and chosen by.
+
+    Attributes:
+      means: of the training rows.
+      train, validation: products about these means.
+    """
+
+    means: Means
+    train: Products
+    validation: Products
+
+    @classmethod
+    def of(cls, train: Batches, validation: Batches) -> Regression:
+        """Returns the regression of paired rows."""
+        products, means = moments(train)
+        return cls(means, products, moments(validation, means)[0])
+
+    @cached_property
+    def path(self) -> RidgePath:
+        """All ridge solutions on the training rows."""
+        return RidgePath(self.train)
+
+    def affine(self, W: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the values of an affine map with these weights."""
+        return {"mean_a": self.means[0], "W": W, "mean_b": self.means[1]}
 
 
 class RidgePath:
@@ -126,25 +135,29 @@ class RidgePath:
         eigenvalues, self._basis = np.linalg.eigh(products.aa)
         self._eigenvalues = np.maximum(eigenvalues, 0.0)
         self._projected = self._basis.T @ products.ab
-        self._mean = self._eigenvalues.mean()
+
+    def _damped(self, penalty: float) -> np.ndarray:
+        """The eigenvalues with the penalty added; where nothing varies all are 1."""
+        return self._eigenvalues + (penalty * self._eigenvalues.mean() or 1.0)
 
     def solution(self, penalty: float) -> np.ndarray:
         """Returns W [d_a, d_b] for a penalty in multiples of the mean variance (above 0)."""
         return self._basis @ (self._projected / self._damped(penalty)[:, None])
 
-    def errors(self, held_out: Products, penalties: Sequence[float]) -> list[float]:
-        """Returns ``held_out.error(solution(p))`` of every penalty p.
+    def errors(self, validation: Products, penalties: Sequence[float]) -> dict[float, float]:
+        """Returns {p: ``validation.error(solution(p))``} of every penalty p.
 
         All of them share four products of matrices: with P the projected ab and D the damped
         eigenvalues, |a W|^2 sums to sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j).
         """
-        explained = np.sum(self._projected * (self._basis.T @ held_out.ab), axis=1)
-        squared = self._basis.T @ held_out.aa @ self._basis
+        explained = np.sum(self._projected * (self._basis.T @ validation.ab), axis=1)
+        squared = self._basis.T @ validation.aa @ self._basis
         squared *= self._projected @ self._projected.T
-        errors = []
-        for inverse in (1 / self._damped(p) for p in penalties):
-            total = held_out.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
-            errors.append(float(total / (held_out.n * held_out.ab.shape[1])))
+        errors = {}
+        for penalty in penalties:
+            inverse = 1 / self._damped(penalty)
+            total = validation.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
+            errors[penalty] = float(total / (validation.n * validation.ab.shape[1]))
         return errors
 
     def directions(self, penalty: float) -> np.ndarray:
@@ -153,12 +166,15 @@ class RidgePath:
         The right singular vectors of the fitted values, in descending order, with the penalty
         taken as rows of A: the eigenvectors of W' (aa + n v penalty I) W.
         """
-        weighed = self._projected / np.sqrt(self._damped(penalty))[:, None]
-        _, V = np.linalg.eigh(weighed.T @ weighed)
+        weighted = self._projected / np.sqrt(self._damped(penalty))[:, None]
+        _, V = np.linalg.eigh(weighted.T @ weighted)
         return V[:, ::-1]
 
-    def _damped(self, penalty: float) -> np.ndarray:
-        return self._eigenvalues + (penalty * self._mean or 1.0)  # nothing varies: divide by 1
+
+# ---------------------------------------------------------------- sums by token
+
+# Rows of the overall mean that are added to a token's own: it is tried which number is best.
+PSEUDOCOUNTS = (0.0, 1.0, 4.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -191,42 +207,47 @@ class TokenSums:
         rows = (self.sums + pseudocount * self.mean[None, :]) / (counts + pseudocount)
         return np.concatenate([rows, self.mean[None, :]])
 
-    def places(self, tokens: np.ndarray) -> np.ndarray:
+    def table(self, pseudocount: float) -> dict[str, np.ndarray]:
+        """Returns the values of a token table; see ``maps.base.look_up``."""
+        return {"ids": self.ids, "rows": self.shrunk(pseudocount)}
+
+    def positions(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the row of ``shrunk`` for each token."""
         return np.asarray(find_tokens(self.ids, tokens))
 
+    def table_errors(self, validation: TokenSums) -> dict[float, float]:
+        """Returns, by pseudocount, the mean over validation rows and features of (f - table)^2.
 
-def token_sums(
-    tokens: np.ndarray, rows: Callable[[np.ndarray], np.ndarray], *, size: int
-) -> TokenSums:
-    """Returns the sums by token of ``rows(numbers)`` -> float32 [m, size], m at most ROWS.
+        From sums by token alone: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
+        """
+        errors, positions = {}, self.positions(validation.ids)
+        for pseudocount in PSEUDOCOUNTS:
+            rows = self.shrunk(pseudocount)[positions]  # [validation tokens, size]
+            total = validation.square - 2 * np.sum(rows * validation.sums)
+            total += np.sum(validation.counts * np.sum(np.square(rows), axis=1))
+            errors[pseudocount] = float(total / (validation.counts.sum() * rows.shape[1]))
+        return errors
+
+
+def find_tokens(ids: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the index of each token in the ascending ``ids``, or ``len(ids)`` if it is absent."""
+    index = jnp.searchsorted(ids, tokens)
+    present = jnp.asarray(ids)[jnp.minimum(index, len(ids) - 1)] == tokens
+    return jnp.where(present, index, len(ids))
+
+
+def token_sums(tokens: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
+    """Returns the sums by token of ``read(row numbers)`` -> float32 [m, size], m at most ROWS.
 
     Rows are visited token by token, so each batch is a few runs and nothing is scattered.
     """
     order = np.argsort(tokens, kind="stable")
     ids, counts = np.unique(tokens, return_counts=True)
-    sums, square = np.zeros((len(ids), size)), 0.0
+    sums, square = None, 0.0
     for part in slices(len(order)):
-        batch, here = rows(order[part]), np.searchsorted(ids, tokens[order[part]])
-        starts = np.flatnonzero(np.diff(here, prepend=-1))
-        sums[here[starts]] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
+        batch, index = read(order[part]), np.searchsorted(ids, tokens[order[part]])
+        sums = np.zeros((len(ids), batch.shape[1])) if sums is None else sums
+        starts = np.flatnonzero(np.diff(index, prepend=-1))
+        sums[index[starts]] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
         square += float(np.sum(np.square(batch), dtype=np.float64))
     return TokenSums(ids.astype(np.int32), counts, sums, square)
-
-
-def feature_sums(tokens: np.ndarray, side: Side) -> TokenSums:
-    """Returns the sums of a side's features by the given tokens [n]."""
-    return token_sums(
-        tokens, lambda rows: encode_rows(side.dictionary, side.x[rows]), size=side.dictionary.width
-    )
-
-
-def table_error(table: np.ndarray, train: TokenSums, held_out: TokenSums) -> float:
-    """Returns the mean over held-out rows and features of (f - table[token])^2.
-
-    From sums by token alone: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
-    """
-    rows = table[train.places(held_out.ids)]  # [tokens held out, width]
-    total = held_out.square - 2 * np.sum(rows * held_out.sums)
-    total += np.sum(held_out.counts * np.sum(np.square(rows), axis=1))
-    return float(total / (held_out.counts.sum() * rows.shape[1]))

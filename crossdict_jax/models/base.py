@@ -67,6 +67,8 @@ class ModelConfig:
     norm_eps: float
     tied: bool  # the head is the embedding, transposed
     init_std: float = 0.02
+    rotary_fraction: float | None = None  # of each head that turns with position; None: no rotary
+    rope_theta: float = 10000.0
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
 
@@ -80,16 +82,24 @@ class ModelConfig:
             )
         if self.d_model % self.n_heads:
             raise UserError(f"d_model {self.d_model} does not divide into {self.n_heads} heads.")
+        dims = self.rotary_dims
+        if dims is not None and (dims % 2 or not 0 < dims <= self.d_head):
+            raise UserError(
+                f"Rotary dims {dims} must be even and between 2 and d_head {self.d_head}."
+            )
 
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_heads
 
+    @property
+    def rotary_dims(self) -> int | None:
+        return None if self.rotary_fraction is None else int(self.d_head * self.rotary_fraction)
 
-def check_rotary_dims(dims: int, d_head: int) -> None:
-    """Raises UserError unless ``dims`` of a head can be turned in pairs."""
-    if dims % 2 or not 0 < dims <= d_head:
-        raise UserError(f"Rotary dims {dims} must be even and between 2 and d_head {d_head}.")
+    @property
+    def output_std(self) -> float:
+        """Initial scale of what is added to the stream (Radford et al. 2019, section 2.3)."""
+        return self.init_std / (2 * self.n_layers) ** 0.5
 
 
 def check_site(config: ModelConfig, site: Site, name: str) -> None:
@@ -136,20 +146,6 @@ class Linear(nnx.Module):
         return y if self.b is None else y + self.b[...][None, None, :]
 
 
-class LayerNorm(nnx.Module):
-    """``(x - mean) / sqrt(var + eps) * scale + bias`` over d_model."""
-
-    def __init__(self, d_model: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones(d_model))
-        self.bias = nnx.Param(jnp.zeros(d_model))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x * self.scale[...][None, None, :] + self.bias[...][None, None, :]
-
-
 class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * scale`` over d_model."""
 
@@ -162,12 +158,23 @@ class RMSNorm(nnx.Module):
         return x * self.scale[...][None, None, :]
 
 
+class LayerNorm(RMSNorm):
+    """``(x - mean) / sqrt(var + eps) * scale + bias`` over d_model."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        super().__init__(d_model, eps=eps)
+        self.bias = nnx.Param(jnp.zeros(d_model))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x - x.mean(-1, keepdims=True)) + self.bias[...][None, None, :]
+
+
 class MLP(nnx.Module):
     """``activation(x W_up + b_up) W_down + b_down``."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.up = Linear(config.d_model, config.d_mlp, rngs, std=config.init_std)
-        self.down = Linear(config.d_mlp, config.d_model, rngs, std=output_std(config))
+        self.down = Linear(config.d_mlp, config.d_model, rngs, std=config.output_std)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -177,9 +184,10 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One residual block: attention and MLP, one after the other or both on the same input."""
 
-    def __init__(self, layer: int, *, norm_1, attention, norm_2, mlp, parallel: bool = False):
-        self.norm_1, self.attention = norm_1, attention
-        self.norm_2, self.mlp = norm_2, mlp
+    def __init__(self, layer: int, config: ModelConfig, *, norm, attention, mlp, parallel=False):
+        self.norm_1 = norm(config.d_model, eps=config.norm_eps)
+        self.norm_2 = norm(config.d_model, eps=config.norm_eps)
+        self.attention, self.mlp = attention, mlp
         self.layer, self.parallel = layer, parallel
 
     def __call__(self, x, rotary, tap: Tap, dtype: jnp.dtype, memory=None) -> jax.Array:
@@ -195,9 +203,9 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """A causal language model with float32 parameters and residual stream.
 
-    Families fill ``blocks`` (an nnx.List of Block) and ``final_norm``, and say how positions
-    enter: through ``embed`` or through ``rotary``. Static: ``config``, ``name``, ``path`` and
-    ``dtype``.
+    Families fill ``blocks`` (an nnx.List of Block) and ``final_norm``; positions enter through
+    ``embed``, or through ``rotary`` where the config has rotary dims. Static: ``config``,
+    ``name``, ``path`` and ``dtype``.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -217,8 +225,17 @@ class LanguageModel(nnx.Module):
         return self.W_E[...][tokens]
 
     def rotary(self, length: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The tables for ``rotate`` of every position, or None where positions are embedded."""
-        return None
+        """cos and sin [length, dims / 2] of position x frequency (Su et al. 2021, section 3.2).
+
+        The tables for ``rotate``; None where positions are embedded.
+        """
+        dims, theta = self.config.rotary_dims, self.config.rope_theta
+        if dims is None:
+            return None
+        exponent = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+        frequency = 1 / np.float32(theta) ** exponent
+        angle = np.arange(length, dtype=np.float32)[:, None] * frequency[None, :]
+        return np.cos(angle), np.sin(angle)
 
     def logits(self, tokens, tap: Tap | None = None, dtype=None) -> jax.Array:
         """Next-token logits, float32 [batch, seq, vocab_size], of int tokens [batch, seq].
@@ -228,9 +245,7 @@ class LanguageModel(nnx.Module):
         Attention is causal, so padding on the right changes nothing before it. ``dtype`` is
         that of the inputs of matrix products (sums stay float32); float32 is exact everywhere.
         """
-        tokens = check_tokens(self.config, tokens, self.name)
-        x, rotary = self.embed(tokens), self.rotary(tokens.shape[1])
-        return self._read(x, rotary, tap, dtype, [None] * len(self.blocks))
+        return self.extend(tokens, tap=tap, dtype=dtype)[0]
 
     def extend(
         self, tokens, past: Past | None = None, *, tap: Tap | None = None, dtype=None
@@ -253,19 +268,15 @@ class LanguageModel(nnx.Module):
             some = next(iter(past.layers.values()))
             tables = self.rotary(some[0].shape[1] + tokens.shape[1])
             rotary = tables and tuple(jnp.asarray(table)[positions] for table in tables)
-            nothing = tuple(kept[:, :0] for kept in some)  # of a layer that looks back on nothing
-            kept = (past.layers.get(i, nothing) for i in range(len(self.blocks)))
-            memories = [Memory(of_layer, past.length) for of_layer in kept]
-        logits = self._read(x, rotary, tap, dtype, memories)
-        return logits, {i: memory.new for i, memory in enumerate(memories)}
-
-    def _read(self, x, rotary, tap: Tap | None, dtype, memories: list) -> jax.Array:
-        tap = tap or (lambda site, x: x)
-        dtype = jnp.dtype(dtype or self.dtype)
+            nothing = tuple(seen[:, :0] for seen in some)  # of a layer that looks back on nothing
+            layers = (past.layers.get(i, nothing) for i in range(len(self.blocks)))
+            memories = [Memory(seen, past.length) for seen in layers]
+        tap, dtype = tap or (lambda site, x: x), jnp.dtype(dtype or self.dtype)
         for block, memory in zip(self.blocks, memories):
             x = block(x, rotary, tap, dtype, memory)
         W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
-        return matmul(self.final_norm(x), W_U, dtype)
+        logits = matmul(self.final_norm(x), W_U, dtype)
+        return logits, {i: memory.new for i, memory in enumerate(memories)}
 
     @property
     def tokenizer(self):
@@ -293,13 +304,8 @@ def _capture(graphdef, state, tokens, sites, dtype) -> tuple[jax.Array, ...]:
 
 def captured(lm: LanguageModel, sites: tuple[Site, ...], tokens, dtype=None):
     """``capture`` inside a compiled program: a tuple, in the order of the sites."""
-    seen = {}
-
-    def tap(site, x):
-        seen[site] = x
-        return x
-
-    lm.logits(tokens, tap=tap, dtype=dtype)
+    seen: dict[Site, jax.Array] = {}
+    lm.logits(tokens, tap=seen.setdefault, dtype=dtype)
     return tuple(seen[site] for site in sites)
 
 
@@ -316,12 +322,11 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
             f"A sequence of {tokens.shape[1]} tokens is longer than {name} reads "
             f"({config.context} positions); cut the text first."
         )
-    # Ids can be looked at that are neither traced nor spread over other processes.
-    readable = not isinstance(tokens, jax.core.Tracer)
-    if readable and isinstance(tokens, jax.Array):
-        readable = tokens.is_fully_addressable
-    if readable and tokens.size:
-        ids = np.asarray(tokens)  # numpy: under jit, jnp would trace even a known array
+    # Ids can be looked at that are neither traced nor spread over other processes; by numpy, as
+    # under jit jnp would trace even a known array.
+    traced = isinstance(tokens, jax.core.Tracer)
+    if tokens.size and not traced and getattr(tokens, "is_fully_addressable", True):
+        ids = np.asarray(tokens)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             raise UserError(
@@ -349,58 +354,32 @@ def attend(
     query is [batch, seq, heads, d_head]; key and value may have fewer heads, each then serving
     an equal run of query heads. A memory adds what was seen before, and is left the new keys.
     """
+    batch, seq, heads, d_head = query.shape
     if memory is not None:
         memory.new = key, value
-        if memory.seen is not None:
-            return _attend_past(query, key, value, memory, scale=scale, dtype=dtype)
-    with jax.default_matmul_precision("highest"):
-        out = jax.nn.dot_product_attention(
-            query.astype(dtype), key.astype(dtype), value.astype(dtype), scale=scale, is_causal=True
-        )
-    return out.astype(jnp.float32).reshape(*out.shape[:2], -1)
+    if memory is None or memory.seen is None:
+        q, k, v = (x.astype(dtype) for x in (query, key, value))
+        with jax.default_matmul_precision("highest"):
+            out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
+        return out.astype(jnp.float32).reshape(batch, seq, -1)
 
+    def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        a, b, exact = a.astype(dtype), b.astype(dtype), jax.lax.Precision.HIGHEST
+        return jnp.einsum(axes, a, b, precision=exact, preferred_element_type=jnp.float32)
 
-def _attend_past(query, key, value, memory: Memory, *, scale: float, dtype) -> jax.Array:
-    """``attend`` with the keys of the past; they stay apart from the new ones.
-
-    Copied together they would be copied for every edit of a batch of edits (under vmap).
-    """
-    batch, seq, heads, d_head = query.shape
+    # The keys of the past stay apart from the new ones: copied together they would be copied for
+    # every edit of a batch of edits (under vmap).
     query = query.reshape(batch, seq, key.shape[2], -1, d_head) * scale
     sides = memory.seen, (key, value)
-    scores = [_product("bskgd,btkd->bkgst", query, keys, dtype) for keys, _ in sides]
+    scores = [product("bskgd,btkd->bkgst", query, keys) for keys, _ in sides]
     old = jnp.arange(scores[0].shape[-1])[None, :] < memory.length[:, None]  # [batch, capacity]
     new = jnp.tril(jnp.ones((seq, seq), bool))
-    scores = jnp.concatenate(
-        [
-            jnp.where(old[:, None, None, None, :], scores[0], -jnp.inf),
-            jnp.where(new[None, None, None], scores[1], -jnp.inf),
-        ],
-        axis=-1,
-    )
-    weights = jnp.split(jax.nn.softmax(scores, axis=-1), (old.shape[1],), axis=-1)
-    parts = (
-        _product("bkgst,btkd->bskgd", w, values, dtype) for w, (_, values) in zip(weights, sides)
-    )
-    return sum(parts).reshape(batch, seq, heads * d_head)
-
-
-def _product(axes: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.einsum(
-        axes,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def rotary_tables(length: int, *, dims: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [length, dims / 2] of position x frequency (Su et al. 2021, section 3.2)."""
-    exponent = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
-    frequency = 1 / np.float32(theta) ** exponent
-    angle = np.arange(length, dtype=np.float32)[:, None] * frequency[None, :]
-    return np.cos(angle), np.sin(angle)
+    visible = old[:, None, None, None, :], new[None, None, None]
+    scores = [jnp.where(seen, score, -jnp.inf) for seen, score in zip(visible, scores)]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    weights = jnp.split(weights, (old.shape[1],), axis=-1)
+    out = sum(product("bkgst,btkd->bskgd", w, values) for w, (_, values) in zip(weights, sides))
+    return out.reshape(batch, seq, heads * d_head)
 
 
 def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
@@ -414,8 +393,3 @@ def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     half = cos.shape[-1]
     first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-
-
-def output_std(config: ModelConfig) -> float:
-    """Initial scale of what is added to the stream (Radford et al. 2019, section 2.3)."""
-    return config.init_std / (2 * config.n_layers) ** 0.5

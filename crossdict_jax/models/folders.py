@@ -19,12 +19,14 @@ TOKENIZER_EXTRAS = (
     "added_tokens.json",
     "merges.txt",
 )
+MODEL_FILES = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
 
 
-def find_folder(path_or_id: str | Path, patterns: tuple[str, ...]) -> Path:
+def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """The folder of a path, an embedded model or a hub id; UserError if there is none.
 
-    From the hub (or its local cache) only files that match ``patterns`` are taken.
+    From the hub (or its local cache) only files that match ``patterns`` are taken, and old torch
+    files where torch is and weights of no other kind are.
     """
     text = str(path_or_id)
     path = Path(text).expanduser()
@@ -40,7 +42,11 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(hub.snapshot_download(text, allow_patterns=list(patterns)))
+        folder = Path(hub.snapshot_download(text, allow_patterns=list(patterns)))
+        with_weights = patterns == MODEL_FILES and not any(folder.glob("model*.safetensors"))
+        if with_weights and importlib.util.find_spec("torch"):
+            hub.snapshot_download(text, allow_patterns=[*patterns, *TORCH_FILES])
+        return folder
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"{text!r} is no folder here and no public model on the hub; check the spelling, or "
@@ -52,15 +58,6 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...]) -> Path:
             f"({type(error).__name__}); give the folder of a downloaded model, or use an embedded "
             f"one ({', '.join(EMBEDDED)})."
         ) from error
-
-
-def find_model(path_or_id: str | Path) -> Path:
-    """The folder with config, weights and tokenizer; old torch files only where torch is."""
-    patterns = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
-    folder = find_folder(path_or_id, patterns)
-    if not any(folder.glob("model*.safetensors")) and importlib.util.find_spec("torch"):
-        return find_folder(path_or_id, patterns + TORCH_FILES)
-    return folder
 
 
 def load_tokenizer(path_or_id: str | Path):

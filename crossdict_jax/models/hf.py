@@ -14,7 +14,7 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
-from crossdict_jax.models.folders import CONFIG_FILES, find_folder, find_model
+from crossdict_jax.models.folders import CONFIG_FILES, find_folder
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -42,16 +42,16 @@ def load(path_or_id: str | Path) -> LanguageModel:
     Names in ``EMBEDDED`` are found in the package itself. UserError if there is no such model
     or if anything in its files is not understood.
     """
-    folder = find_model(path_or_id)
+    folder = find_folder(path_or_id)
     config = load_config(folder)
     lm = nnx.eval_shape(lambda: init(config))
     lm.name = Path(os.path.abspath(Path(path_or_id).expanduser())).name
     lm.path = str(folder)
     graphdef, state = nnx.split(lm)
-    flat = nnx.to_flat_state(state)
-    weights = _read_weights(folder, config, {_name(key): leaf.shape for key, leaf in flat})
-    flat = [(key, leaf.replace(weights[_name(key)])) for key, leaf in flat]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    flat = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
+    weights = _read_weights(folder, config, {name: leaf.shape for name, (_, leaf) in flat.items()})
+    filled = [(key, leaf.replace(weights[name])) for name, (key, leaf) in flat.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def init(config: ModelConfig | dict, seed: int = 0) -> LanguageModel:
@@ -71,15 +71,14 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
 
     if dtype not in DTYPES:
         raise UserError(f"Weights cannot be saved as {dtype!r}, only as {', '.join(DTYPES)}.")
-    path = Path(path)
+    path, config = Path(path), lm.config
     path.mkdir(parents=True, exist_ok=True)
-    flat = nnx.to_flat_state(nnx.state(lm))
-    values = {_name(key): np.asarray(leaf[...]).astype(DTYPES[dtype]) for key, leaf in flat}
-    tensors = {
-        in_file: np.ascontiguousarray(TRANSFORMS[transform](values[name]))
-        for in_file, (name, transform) in _table(lm.config).items()
-        if name in values
-    }
+    flat = {".".join(map(str, key)): leaf for key, leaf in nnx.to_flat_state(nnx.state(lm))}
+    tensors = {}
+    for in_file, (name, transform) in _table(config).items():
+        if name in flat:
+            value = np.asarray(flat[name][...]).astype(DTYPES[dtype])
+            tensors[in_file] = np.ascontiguousarray(TRANSFORMS[transform](value))
     # Under another name first, so that a killed save leaves no half file to be loaded.
     file, part = path / "model.safetensors", path / "model.part"
     try:
@@ -89,11 +88,10 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
             f"{file} cannot be written ({error}); free space or go elsewhere."
         ) from error
     os.replace(part, file)
-    family = _family(lm.config.model_type)
-    raw = {"model_type": lm.config.model_type, "architectures": [family.ARCHITECTURE]}
-    raw |= {key: getattr(lm.config, field) for key, (field, *_) in family.KEYS.items()}
-    raw |= {key: getattr(lm.config, key) for key in ("bos_token_id", "eos_token_id")}
-    raw |= {"dtype": dtype}
+    family = _family(config.model_type)
+    raw = {"model_type": config.model_type, "architectures": [family.ARCHITECTURE], "dtype": dtype}
+    raw |= {key: getattr(config, field) for key, (field, *_) in family.KEYS.items()}
+    raw |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
     (path / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -133,22 +131,20 @@ def read_config(raw: dict) -> ModelConfig:
     for key, allowed in refused.items():
         if raw.get(key) is not None and raw[key] != allowed:
             raise UserError(f"{key} {raw[key]!r} is not implemented, only {allowed!r}.")
-    values = {field: _value(raw, key, *default) for key, (field, *default) in family.KEYS.items()}
+    values = {}
+    for key, (field, *default) in family.KEYS.items():
+        value = raw.get(key)
+        if value is None and not default:
+            raise UserError(f"{key} is missing.")
+        expected = type(default[0]) if default else int
+        value = default[0] if value is None else value
+        value = float(value) if expected is float and type(value) is int else value
+        if type(value) is not expected:
+            raise UserError(f"{key} {value!r} must be {expected.__name__}.")
+        values[field] = value
     for key in ("bos_token_id", "eos_token_id"):
         values[key] = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
     return family.Config(model_type=model_type, **values)
-
-
-def _value(raw: dict, key: str, *default):
-    if raw.get(key) is None:
-        if not default:
-            raise UserError(f"{key} is missing.")
-        return default[0]
-    expected = type(default[0]) if default else int
-    value = float(raw[key]) if expected is float and type(raw[key]) is int else raw[key]
-    if type(value) is not expected:
-        raise UserError(f"{key} {raw[key]!r} must be {expected.__name__}.")
-    return value
 
 
 def _read_json(file: Path) -> dict:
@@ -175,31 +171,31 @@ def _table(config: ModelConfig) -> dict[str, tuple[str, str]]:
     return table
 
 
-def _name(key: tuple) -> str:
-    return ".".join(map(str, key))
-
-
 def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, jax.Array]:
     """{our name: float32 array} from the folder's files for every {our name: shape}, once each."""
     prefix = _family(config.model_type).PREFIX
     table = _table(config)
     weights, tied_head = {}, None
-    for in_file, read in _tensors(folder):
-        if f".{in_file}".endswith(BUFFERS):
-            continue
+    for file, in_file, value in _tensors(folder):
         name, transform = table.get(in_file) or table.get(prefix + in_file) or (None, None)
-        if name == "W_U" and config.tied:
-            tied_head = read()
-            continue
-        if name not in shapes:
+        is_tied_head = name == "W_U" and config.tied
+        if name not in shapes and not is_tied_head:
             raise UserError(
                 f"{folder} holds the unknown weight {in_file!r}; nothing here reads it."
             )
+        if value.dtype.name not in DTYPES:
+            raise UserError(
+                f"{file}: weight {in_file!r} is {value.dtype.name}, not one of {', '.join(DTYPES)}."
+            )
+        value = value.astype(np.float32)
+        if is_tied_head:
+            tied_head = value
+            continue
         if name in weights:
             raise UserError(
                 f"{folder} holds the weight {in_file!r} twice, once as {prefix + in_file!r}."
             )
-        value = TRANSFORMS[transform](read())
+        value = TRANSFORMS[transform](value)
         if value.shape != shapes[name]:
             raise UserError(
                 f"{folder}: weight {in_file!r} has shape {list(value.shape)} where config.json "
@@ -218,9 +214,12 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
     return weights
 
 
-def _tensors(folder: Path) -> Iterator[tuple]:
-    """(name, function that reads it as float32 numpy) for every tensor of the folder."""
-    for stem, reader in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch)):
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
+    """(file, name, array) of every weight of the folder, known buffers left out."""
+    from safetensors import SafetensorError, safe_open
+
+    files = []
+    for stem in ("model.safetensors", "pytorch_model.bin"):
         files, index = [folder / stem], folder / f"{stem}.index.json"
         if not files[0].is_file() and index.is_file():
             names = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -231,34 +230,29 @@ def _tensors(folder: Path) -> Iterator[tuple]:
                     )
             files = [folder / name for name in names]
         if files and files[0].is_file():
-            return (item for file in files for item in reader(file))
-    raise UserError(
-        f"{folder} has no model.safetensors; if its hub page offers only pytorch_model.bin, "
-        "install torch, which alone reads that."
-    )
+            break
+    else:
+        raise UserError(
+            f"{folder} has no model.safetensors; if its hub page offers only pytorch_model.bin, "
+            "install torch, which alone reads that."
+        )
+    for file in files:
+        if file.suffix == ".bin":
+            tensors = _read_torch(file)
+            yield from ((file, n, a) for n, a in tensors.items() if not f".{n}".endswith(BUFFERS))
+            continue
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                names = tensors.keys()
+                for name in names:
+                    if not f".{name}".endswith(BUFFERS):
+                        yield file, name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}); copy it again.") from error
 
 
-def _safetensors(file: Path) -> Iterator[tuple]:
-    from safetensors import SafetensorError, safe_open
-
-    def read(name: str) -> np.ndarray:
-        value = tensors.get_tensor(name)
-        if value.dtype.name not in DTYPES:
-            raise UserError(
-                f"{file}: weight {name!r} is {value.dtype.name}, not one of {', '.join(DTYPES)}."
-            )
-        return value.astype(np.float32)
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            names = tensors.keys()
-            for name in names:
-                yield name, lambda name=name: read(name)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}); copy it again.") from error
-
-
-def _torch(file: Path) -> Iterator[tuple]:
+def _read_torch(file: Path) -> dict[str, np.ndarray]:
+    """{name: float32 array} of a file of torch's own kind."""
     try:
         import torch
     except ImportError as error:
@@ -272,5 +266,4 @@ def _torch(file: Path) -> Iterator[tuple]:
         raise UserError(
             f"{file} is damaged or holds more than weights ({type(error).__name__}); copy it again."
         ) from error
-    for name, tensor in tensors.items():
-        yield name, lambda tensor=tensor: tensor.to(torch.float32).numpy()
+    return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}

@@ -144,9 +144,6 @@ class Starts(NamedTuple):
     prompt: np.ndarray
     sample: np.ndarray
 
-    def take(self, rows: np.ndarray) -> Starts:
-        return Starts(*(column[rows] for column in self))
-
 
 class Runner:
     """A language model on the devices.
@@ -203,17 +200,16 @@ class Runner:
           A pytree of numpy arrays.
         """
         n, size = len(arrays[0]), self._size(len(arrays[0]), group)
-
-        def batches():
-            for start in range(0, n, size):
-                rows = np.minimum(np.arange(start, start + size), n - 1)
-                batch = (self.put(array[rows]) for array in arrays)
-                yield self.dispatch(function, *batch, static=static, shared=shared)
-
-        def join(*parts):
-            return np.concatenate(parts)[: n // (size // len(parts[0]))]
-
-        return jax.tree.map(join, *(jax.tree.map(np.asarray, b) for b in _ahead(batches())))
+        batches = (np.minimum(np.arange(at, at + size), n - 1) for at in range(0, n, size))
+        dispatched = (
+            self.dispatch(
+                function, *(self.put(a[rows]) for a in arrays), static=static, shared=shared
+            )
+            for rows in batches
+        )
+        parts = [jax.tree.map(np.asarray, batch) for batch in _ahead(dispatched)]
+        per_result = size // len(jax.tree.leaves(parts[0])[0])  # rows of the arrays
+        return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
 
     def batches(self, tokens: Sequence[np.ndarray], *, length_step: int = 0) -> list[Batch]:
         """Returns texts by length, in batches of few shapes.
@@ -266,10 +262,11 @@ class Runner:
         within = [passages.within(batch.texts) for batch in batches]
         longest = max(len(w.index) for w in within)  # one shape for all batches
         out = np.empty((len(sites), len(passages.position), self.config.d_model), np.float32)
+        static = sites, jnp.dtype(np.float32)
         for batch, w in zip(batches, within):
             at = tuple(np.resize(a, longest) for a in w.at)
-            x = self.dispatch(_captured_at, self.put(batch.tokens), static=(sites,), shared=at)
-            out[:, w.index] = np.asarray(x)[:, : len(w.index)]
+            x = self.dispatch(_captured, self.put(batch.tokens), static=static, shared=(at,))
+            out[:, w.index] = np.stack(x)[:, : len(w.index)]
         return out
 
     def stream(
@@ -285,8 +282,8 @@ class Runner:
         batches = self.batches(tokens, length_step=LENGTH_STEP)
         static = self._checked(sites), jnp.dtype(dtype)
         dispatched = (
-            (batch.texts, self.dispatch(_captured_as, self.put(batch.tokens), static=static))
-            for batch in batches
+            (b.texts, self.dispatch(_captured, self.put(b.tokens), static=static, shared=(None,)))
+            for b in batches
         )
         for texts, x in _ahead(dispatched):
             x = [np.asarray(of_site) for of_site in x]
@@ -413,7 +410,7 @@ class Runner:
         The first entry is without an edit, the others with one vector [d_model] added.
         """
         vectors = np.concatenate([np.zeros_like(vectors[:1]), vectors])
-        return np.asarray(self._added(_log_probs, held, vectors))[:, : held.n]
+        return self._added(_log_p, held, vectors, at_once=1)
 
     def changes(
         self, held: Held, vectors: np.ndarray, watched: Mapping[int, float], *, limit: int
@@ -430,9 +427,7 @@ class Runner:
         ids = np.resize(np.array(list(watched), np.int32), limit)
         weight = np.zeros(limit, np.float32)
         weight[: len(watched)] = list(watched.values())
-        weight /= weight.sum()
-        out = self._added(_changes, held, _filled(vectors), ids, weight)
-        return tuple(np.asarray(part)[: len(vectors), : held.n] for part in out)
+        return self._added(_watched_change, held, vectors, extra=(ids, weight / weight.sum()))
 
     def continuations(self, held: Held, vectors: np.ndarray, strength: np.ndarray) -> np.ndarray:
         """Returns the change of log p of each position's continuation, float32 [vectors, n].
@@ -441,13 +436,20 @@ class Runner:
           vectors: [vectors, d_model].
           strength: [vectors, n], by which a vector is multiplied at each position.
         """
-        strength = np.pad(strength, ((0, 0), (0, len(held.chunk.start) - held.n)))
-        out = self._added(_continuations, held, *map(_filled, (vectors, strength)))
-        return np.asarray(out)[: len(vectors), : held.n]
+        return self._added(_continuation_change, held, vectors, strength)
 
-    def _added(self, function: Callable, held: Held, *shared: np.ndarray) -> PyTree:
-        static = (held.site,)
-        return self.dispatch(function, held.layers, held.chunk, static=static, shared=shared)
+    def _added(
+        self, measure, held: Held, vectors, strength=None, *, extra=(), at_once: int = AT_ONCE
+    ) -> PyTree:
+        """What ``measure`` gives of the predictions under each vector, [vectors, n, ...]."""
+        n, size = len(vectors), len(held.chunk.start)
+        strength = np.ones((n, held.n)) if strength is None else strength
+        more = -n % at_once  # one program for any few vectors
+        vectors = np.pad(vectors.astype(np.float32), ((0, more), (0, 0)))
+        strength = np.pad(strength.astype(np.float32), ((0, more), (0, size - held.n)))
+        static, shared = (held.site, measure, at_once), (vectors, strength, extra)
+        out = self.dispatch(_measured, held.layers, held.chunk, static=static, shared=shared)
+        return jax.tree.map(lambda a: np.asarray(a)[:n, : held.n], out)
 
     # ------------------------------------------------------------ generating
 
@@ -482,11 +484,6 @@ def pad(tokens: Sequence[np.ndarray], shape: tuple[int, int] | None = None) -> n
     return out
 
 
-def _filled(rows: np.ndarray) -> np.ndarray:
-    """The rows as float32, and zeros up to a multiple of AT_ONCE."""
-    return np.pad(rows.astype(np.float32), ((0, -len(rows) % AT_ONCE), (0, 0)))
-
-
 def _ahead(dispatched: Iterator) -> Iterator:
     """Yields what an iterator gives, each only after the next one has been asked for.
 
@@ -513,29 +510,20 @@ def _call(function, model, static, graphs, params, shared, arrays) -> PyTree:
     return function(lm, *static, *shared, *arrays)
 
 
-def _captured_as(lm, sites, dtype, tokens) -> tuple[jax.Array, ...]:
-    return tuple(x.astype(dtype) for x in captured(lm, sites, tokens))
-
-
-def _captured_at(lm, sites, text, position, tokens) -> jax.Array:
-    return jnp.stack([x[text, position] for x in captured(lm, sites, tokens)])
+def _captured(lm, sites, dtype, at, tokens) -> tuple[jax.Array, ...]:
+    """Per site the activations as ``dtype``; of all positions, or at (row [m], position [m])."""
+    captured_ = (x.astype(dtype) for x in captured(lm, sites, tokens))
+    return tuple(captured_ if at is None else (x[at] for x in captured_))
 
 
 def _token_losses(lm, tokens) -> jax.Array:
-    logits = lm.logits(tokens)[:, :-1]
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return _next_token_loss(lm.logits(tokens), tokens)[0][:, :-1]
 
 
 def _clean(lm, site, tokens):
     """(loss [batch, seq], x at the site, probabilities, sum p log p [batch, seq])."""
-    seen = {}
-
-    def tap(at, y):
-        seen[at] = y
-        return y
-
-    logits = lm.logits(tokens, tap=tap)
+    seen: dict[Site, jax.Array] = {}
+    logits = lm.logits(tokens, tap=seen.setdefault)
     loss, normaliser = _next_token_loss(logits, tokens)
     p = jnp.exp(logits - normaliser[..., None])
     return loss, seen[site], p, jnp.sum(p * logits, axis=-1) - normaliser
@@ -546,11 +534,11 @@ def _edited(lm, sites, tokens, x, p, negative_entropy, edited, *values):
 
     x are the clean activations at the lowest site: what made them is not computed.
     """
+    new = dict(zip(sites, values))
 
     def tap(at, y):
         y = x if at == sites[0] else y
-        new = dict(zip(sites, values)).get(at)
-        return y if new is None else jnp.where(edited[..., None], new, y)
+        return jnp.where(edited[..., None], new[at], y) if at in new else y
 
     logits = lm.logits(tokens, tap=tap)
     loss, normaliser = _next_token_loss(logits, tokens)
@@ -576,14 +564,13 @@ def _look_back(lm, site, tokens, x) -> dict:
     return {layer: kept for layer, kept in layers.items() if layer >= lowest}
 
 
-def _editor(lm, site, layers, chunk: Chunk):
-    """Returns (vector [d_model], strength [n]) -> log p, [n, reads, vocab]."""
+def _measured(lm, site, measure, at_once, vectors, strength, extra, layers, chunk: Chunk):
+    """``measure(log p, clean log p [n, reads, vocab], chunk, *extra)`` for every added vector."""
     top = Site(lm.config.n_layers - 1, "resid_post")
     past = Past(layers, chunk.start) if layers else None
 
-    def edit(vector, strength=None):
-        scale = chunk.edited if strength is None else chunk.edited * strength[:, None]
-        delta = scale[:, :, None] * vector[None, None, :]
+    def edit(vector, strength):
+        delta = (chunk.edited * strength[:, None])[:, :, None] * vector[None, None, :]
 
         def tap(at, y):
             if at == site:
@@ -595,42 +582,34 @@ def _editor(lm, site, layers, chunk: Chunk):
         logits, _ = lm.extend(chunk.tokens, past, tap=tap)
         return jax.nn.log_softmax(logits, axis=-1)
 
-    return edit
-
-
-def _log_probs(lm, site, vectors, layers, chunk) -> jax.Array:
-    edit = _editor(lm, site, layers, chunk)
-    return jax.lax.map(lambda v: edit(v)[:, 0], vectors)
-
-
-def _changes(lm, site, vectors, watched, weight, layers, chunk):
-    edit = _editor(lm, site, layers, chunk)
-    clean = edit(jnp.zeros_like(vectors[0]))[:, 0]  # [n, vocab]
-    p = jnp.exp(clean)
-
-    def change(vector):
-        difference = edit(vector)[:, 0] - clean
-        kl = -jnp.sum(p * difference, axis=-1)
-        return difference[:, watched] @ weight, jnp.maximum(kl, 0.0)  # below zero it is rounding
-
-    return jax.lax.map(change, vectors, batch_size=AT_ONCE)
-
-
-def _continuations(lm, site, vectors, strength, layers, chunk):
-    edit = _editor(lm, site, layers, chunk)
-
-    def score(log_probs):
-        chosen = jnp.take_along_axis(log_probs, chunk.following[..., None], axis=-1)[..., 0]
-        return jnp.sum(chosen * chunk.scored, axis=-1)
-
-    clean = score(edit(jnp.zeros_like(vectors[0])))
+    clean = edit(jnp.zeros_like(vectors[0]), jnp.zeros_like(strength[0]))
     return jax.lax.map(
-        lambda pair: score(edit(*pair)) - clean, (vectors, strength), batch_size=AT_ONCE
+        lambda pair: measure(edit(*pair), clean, chunk, *extra),
+        (vectors, strength),
+        batch_size=at_once,
     )
+
+
+def _log_p(log_p, clean, chunk) -> jax.Array:
+    return log_p[:, 0]
+
+
+def _watched_change(log_p, clean, chunk, watched, weight) -> tuple[jax.Array, jax.Array]:
+    difference = log_p[:, 0] - clean[:, 0]
+    kl = -jnp.sum(jnp.exp(clean[:, 0]) * difference, axis=-1)
+    return difference[:, watched] @ weight, jnp.maximum(kl, 0.0)  # below zero it is rounding
+
+
+def _continuation_change(log_p, clean, chunk) -> jax.Array:
+    chosen = jnp.take_along_axis(log_p - clean, chunk.following[..., None], axis=-1)[..., 0]
+    return jnp.sum(chosen * chunk.scored, axis=-1)
 
 
 def _generate(lm, site, count, temperature, top_p, seed, *starts) -> jax.Array:
     starts = Starts(*starts)
+    fold_in = jax.vmap(jax.random.fold_in)
+    root = jax.random.key(seed)
+    keys = fold_in(jax.vmap(partial(jax.random.fold_in, root))(starts.prompt), starts.sample)
     top = Site(lm.config.n_layers - 1, "resid_post")
     row = jnp.arange(len(starts.length))
 
@@ -649,14 +628,9 @@ def _generate(lm, site, count, temperature, top_p, seed, *starts) -> jax.Array:
         logits, layers = lm.extend(tokens, past, tap=tap)
         return logits[:, 0], layers
 
-    def key(i, prompt, sample):
-        key = jax.random.fold_in(jax.random.key(seed), prompt)
-        return jax.random.fold_in(jax.random.fold_in(key, sample), i)
-
     def step(carry, i):
         logits, layers, length = carry
-        keys = jax.vmap(partial(key, i))(starts.prompt, starts.sample)
-        token = draw(logits, keys, temperature, top_p)
+        token = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), temperature, top_p)
         past = Past(layers, length)
         logits, new = read(token[:, None], length[:, None], past, jnp.zeros_like(length))
         layers = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,13 +14,14 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from crossdict_jax import models, modules
-from crossdict_jax.activations.text import Corpus, load_corpus
+from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.config import PretrainConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Runner
 from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
-from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
-from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
+from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, saved_tokenizer
+from crossdict_jax.training.ensemble import Ensemble, Objective, put_tree
+from crossdict_jax.training.loop import Feed, epoch_order
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
 from crossdict_jax.workdir import read_json, write_json
 
@@ -38,7 +40,9 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
       Held-out nats per token of the model, a bigram and a unigram (test documents), and counts.
     """
     corpus, directory = load_corpus(config.text), Path(directory)
-    tokenizer = _tokenizer(config, corpus, directory)
+    path, is_neox = directory / "tokenizer.json", config.model_type == "gpt_neox"
+    texts = (d.text for d in corpus.split("train"))
+    tokenizer = saved_tokenizer(path, texts, vocab_size=config.vocab_size, nfc=is_neox)
     end, tokens = tokenizer.token_to_id(END_OF_TEXT), {}
     for split in ("train", "test"):  # all documents in one row, each ended by the same token
         encoded = tokenizer.encode_batch([d.text for d in corpus.split(split)])
@@ -54,10 +58,18 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
         raise UserError(
             f"{len(held_out)} held-out tokens are fewer than one context of {config.context}."
         )
-    params = _train(config, fit, directory)
-    graphdef, _ = modules.split(models.init(hf_config(config), seed=config.seed))
+    objective, mesh, fixed = NextToken(config), make_mesh(), {"id": np.zeros(1, np.int32)}
+    feed, label = _window_feed(config, fit, mesh, fixed), config.model_type
+    (params,) = Ensemble(objective, feed, fixed, (label,), mesh).fit(
+        steps=config.steps,
+        seed=config.seed,
+        directory=directory,
+        checkpoint_every=config.checkpoint_every,
+        title=f"train {label}",
+        meta=dataclasses.asdict(config),
+    )
     out = directory / "model"
-    models.save(modules.merge(graphdef, params), out, dtype=config.save_dtype)
+    models.save(modules.merge(objective.graphdef, params), out, dtype=config.save_dtype)
     save_tokenizer(tokenizer, out, context=config.context)
     runner = Runner(models.load(out), batch_size=32)
     losses = runner.token_losses(windows.reshape(-1, config.context))
@@ -100,94 +112,56 @@ def hf_config(config: PretrainConfig) -> dict:
     raise UserError(f"model_type={config.model_type} cannot be trained; use gpt2 or gpt_neox.")
 
 
-def _tokenizer(config: PretrainConfig, corpus: Corpus, directory: Path):
-    from tokenizers import Tokenizer
+class NextToken(Objective):
+    """Training of a language model to predict the next token of windows of text.
 
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        texts = (d.text for d in corpus.split("train"))
-        nfc = config.model_type == "gpt_neox"
-        tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size, nfc=nfc)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(path))
-    tokenizer = Tokenizer.from_file(str(path))
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        raise UserError(
-            f"vocab_size={config.vocab_size} needs more text: the corpus gave "
-            f"{tokenizer.get_vocab_size()} entries; lower vocab_size."
-        )
-    return tokenizer
-
-
-def _optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Muon for the blocks' matrices, Adam for embeddings, head, norms and biases.
-
-    Muon (Jordan 2024), scaled to Adam's update size (Liu et al. 2025, arXiv 2502.16982) so that
-    one rate serves both, reaches in 50 steps of the embedded GPT-2 shape what AdamW needs several
-    times as many for.
+    Muon (Jordan 2024) for the blocks' matrices, scaled to Adam's update size (Liu et al. 2025,
+    arXiv 2502.16982) so that one rate serves both, and Adam for embeddings, head, norms and biases.
+    It reaches in 50 steps of the embedded GPT-2 shape what AdamW needs several times as many for.
     """
 
-    def muon_matrices(params):
-        def choose(path, p):
-            in_block = path[0].key == "blocks"
-            return MuonDimensionNumbers() if in_block and p.ndim == 2 else None
+    def __init__(self, config: PretrainConfig):
+        self.config = config
+        self.graphdef, _ = modules.abstract(lambda: models.init(hf_config(config)))
 
-        return jax.tree_util.tree_map_with_path(choose, params)
+    def init(self, key, fixed):
+        return modules.split(models.init(hf_config(self.config), seed=self.config.seed))[1]
 
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        warmup_steps=math.ceil(WARMUP * config.steps),
-        decay_steps=config.steps,
-        end_value=config.learning_rate / 10,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(GRADIENT_CLIP),
-        muon(
-            rate,
-            weight_decay=WEIGHT_DECAY,
-            weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-            adam_b2=0.95,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=muon_matrices,
-        ),
-    )
+    def optimizer(self, fixed) -> optax.GradientTransformation:
+        config = self.config
 
+        def muon_matrices(path, p):
+            return MuonDimensionNumbers() if path[0].key == "blocks" and p.ndim == 2 else None
 
-def _train(config: PretrainConfig, tokens: np.ndarray, directory: Path):
-    mesh, optimizer = make_mesh(), _optimizer(config)
-    graphdef, _ = modules.split(models.init(hf_config(config), seed=config.seed))
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0,
+            config.learning_rate,
+            warmup_steps=math.ceil(WARMUP * config.steps),
+            decay_steps=config.steps,
+            end_value=config.learning_rate / 10,
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(GRADIENT_CLIP),
+            muon(
+                rate,
+                weight_decay=WEIGHT_DECAY,
+                weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+                adam_b2=0.95,
+                consistent_rms=0.2,
+                muon_weight_dimension_numbers=partial(
+                    jax.tree_util.tree_map_with_path, muon_matrices
+                ),
+            ),
+        )
 
-    def init(key):
-        _, params = modules.split(models.init(hf_config(config), seed=key))
-        return {"params": params, "train": optimizer.init(params)}
-
-    def loss_of(params, batch):
-        logits = modules.merge(graphdef, params).logits(batch, dtype=config.matmul_dtype)
+    def loss(self, params, batch, context):
+        lm = modules.merge(self.graphdef, params)
+        logits = lm.logits(batch, dtype=self.config.matmul_dtype)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:])
-        return losses.mean()
-
-    def step(state, batch, _, __):
-        loss, grads = jax.value_and_grad(loss_of)(state["params"], batch)
-        updates, train_state = optimizer.update(grads, state["train"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "train": train_state}, {"loss": loss}
-
-    state = train(
-        Trainable(init, step),
-        feed=_feed(config, tokens, mesh),
-        steps=config.steps,
-        seed=config.seed,
-        directory=directory,
-        checkpoint_every=config.checkpoint_every,
-        title=f"train {config.model_type}",
-        shardings=lambda abstract: jax.tree.map(lambda _: shard(mesh), abstract),
-        meta=dataclasses.asdict(config),
-    )
-    return state["params"]
+        return losses.mean(), ({}, None)
 
 
-def _feed(config: PretrainConfig, tokens: np.ndarray, mesh) -> Feed:
+def _window_feed(config: PretrainConfig, tokens: np.ndarray, mesh, fixed: dict) -> Feed:
     """Windows of ``context`` tokens; each epoch cuts the text at another offset."""
     context = config.context
     n = max((len(tokens) - context) // context, 1)
@@ -200,7 +174,10 @@ def _feed(config: PretrainConfig, tokens: np.ndarray, mesh) -> Feed:
         return starts.reshape(count, config.batch_size).astype(np.int32)
 
     def select(resident, starts):
-        batch = resident[starts[:, None] + jnp.arange(context)[None, :]]
-        return jax.lax.with_sharding_constraint(batch.astype(jnp.int32), shard(mesh, DATA))
+        batch = resident["tokens"][starts[:, None] + jnp.arange(context)[None, :]]
+        batch = jax.lax.with_sharding_constraint(batch.astype(jnp.int32), shard(mesh, DATA))
+        return {"rows": batch[None], "fixed": resident["fixed"]}
 
-    return Feed(put(tokens, shard(mesh)), indices, select)
+    everywhere = shard(mesh)
+    resident = {"tokens": put(tokens, everywhere), "fixed": put_tree(fixed, everywhere)}
+    return Feed(resident, indices, select)

@@ -1,6 +1,19 @@
 """Results of a run, shown to people: one self-contained html page and a table on the terminal."""
 
 from crossdict_jax.report.page import write_report
-from crossdict_jax.report.terminal import summary_table
+from crossdict_jax.report.terminal import (
+    map_table,
+    pairing_table,
+    stitching_table,
+    summary_table,
+    training_table,
+)
 
-__all__ = ["summary_table", "write_report"]
+__all__ = [
+    "map_table",
+    "pairing_table",
+    "stitching_table",
+    "summary_table",
+    "training_table",
+    "write_report",
+]

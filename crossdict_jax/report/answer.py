@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crossdict_jax.report import causal, shared
 from crossdict_jax.report.results import Comparison, Run, at_least
 from crossdict_jax.report.tables import interval, number, percent, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
@@ -19,11 +20,13 @@ def question(models: list[str]) -> str:
 
 
 def answer(run: Run) -> list[tuple[str, str]]:
-    """Returns three sentences, each with a heading."""
+    """Returns the sentences at the head of the page, each with a heading."""
     return [
         ("How well", _how_well(run.comparisons)),
         ("Against what", _against_what(run.comparisons)),
         ("To what effect", to_what_effect(run.stitchings())),
+        *causal.answer(run),
+        *shared.answer(run),
     ]
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 
-from crossdict_jax.report.html import SHARED, fill
 from crossdict_jax.report.plots import Figure
 from crossdict_jax.report.tables import Table
 
@@ -73,4 +73,19 @@ class Section:
 
 def html(blocks: Iterable[Block]) -> str:
     """Returns the html of blocks; texts are escaped."""
-    return fill(SHARED / "blocks.html.j2", blocks=list(blocks))
+    block = template("macros.html.j2").module.block
+    return "".join(str(block(b)) for b in blocks)
+
+
+def template(name: str):
+    """Returns a template of this folder; what is put in is escaped, and nothing may be missing."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from crossdict_jax.report.blocks import Block, Details, Heading, Note, Panels, Section
-from crossdict_jax.report.plots import (
-    INK,
-    MUTED,
-    NONE,
-    STRONG,
-    Figure,
-    draw,
-    score_figure,
-)
+from crossdict_jax.report.blocks import Block, Details, Heading, Panels, Section
+from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
 from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, share, table
 from crossdict_jax.results import by_pair, pair_of, site_words
@@ -24,11 +16,7 @@ MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
 def stitching_section(run: Run) -> Section:
     """Returns what becomes of the target's loss when a map's prediction is put in."""
     if not run.rows["causal"]:
-        note = (
-            "No causal test: results/causal.jsonl is not there. Without it nothing shows that a "
-            "predicted activation does the same work."
-        )
-        return Section("stitching", "Stitching", [Note(note)])
+        return Section("stitching", "Stitching", [])
     blocks: list[Block] = [
         "The target reads held-out text, and at the paired positions its activation is replaced by "
         "what a map predicts from the source: by the predicted activation itself, or by the "
@@ -84,12 +72,12 @@ def stitching_figure(stitching: Comparison) -> Figure:
 # ---------------------------------------------------------------- single features
 
 
-def feature_causal_section(rows: list[dict], summary: list[dict]) -> Section:
+def feature_causal_section(run: Run) -> Section:
     """Returns dose curves, verdicts and tokens of single features put into the other model."""
-    title = "Features put to work"
+    title, rows = "Features put to work", run.rows["feature_causal"]
+    summary = run.rows["feature_causal_summary"]
     if not summary:
-        note = "No feature was put into another model: results/feature_causal.jsonl is not there."
-        return Section("feature-causes", title, [Note(note)])
+        return Section("feature-causes", title, [])
     blocks: list[Block] = [
         "A feature of the source is added to the source where it fires; the tokens that become "
         "likelier are what it promotes. Then its mapped direction is added to the target at the "
@@ -199,8 +187,9 @@ def dose_figure(rows: list[dict]) -> Figure:
     return draw(paint, told, legend=3)
 
 
-def answer(summary: list[dict]) -> list[tuple[str, str]]:
+def answer(run: Run) -> list[tuple[str, str]]:
     """Returns the sentence about single features, with its heading; none without a test."""
+    summary = run.rows["feature_causal_summary"]
     maps = [row for row in summary if row["direction"] != "match"]
     if not maps:
         return []

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from crossdict_jax import models, results
 from crossdict_jax.config import Config
-from crossdict_jax.report import answer, causal, shared
-from crossdict_jax.report.html import SHARED
-from crossdict_jax.report.results import Comparison, Run, read_run
+from crossdict_jax.report import answer
+from crossdict_jax.report.page import STYLE
+from crossdict_jax.report.results import Comparison, read_run
 from crossdict_jax.report.tables import Table, number, table
 from crossdict_jax.report.terminal import main_table
 from crossdict_jax.report.transfer import r2_figure, r2_limits
@@ -42,12 +42,14 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
     run = read_run(work)
     command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    measured = work.root.parent / "benchmark/results/benchmark.md"  # names its machine and commit
     blocks = {
-        "result": main_result(run, commit),
-        "answer": "\n\n".join(f"**{head}.** {text}" for head, text in sentences(run)),
+        "result": f"`python -m launch.experiment`, commit {commit}; R² on held-out documents "
+        f"[95 %]:\n\n{markdown(main_table(run))}",
+        "answer": "\n\n".join(f"**{head}.** {text}" for head, text in answer.answer(run)),
         "models": markdown(models_table()),
         "gates": _gates(work.root.parent / "verify" / "results", commit),
-        "benchmark": _benchmark(work.root.parent / "benchmark" / "results"),
+        "benchmark": measured.read_text("utf-8").strip() if measured.exists() else "",
     }
     write_text(docs / "transfer.svg", chart(run.comparisons))
     written = [docs / "results.md", docs / "transfer.svg"]
@@ -60,18 +62,6 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
             write_text(path, filled)
             written.append(path)
     return written
-
-
-def main_result(run: Run, commit: str) -> str:
-    """Returns the table of the main result, with the command and commit that made it."""
-    made = f"`python -m launch.experiment`, commit {commit}; R² on held-out documents [95 %]"
-    return f"{made}:\n\n{markdown(main_table(run))}"
-
-
-def sentences(run: Run) -> list[tuple[str, str]]:
-    """Returns (heading, sentence) of what the run says, as at the head of its report."""
-    summary = run.rows["feature_causal_summary"]
-    return [*answer.answer(run), *causal.answer(summary), *shared.answer(run)]
 
 
 def models_table() -> Table:
@@ -113,11 +103,6 @@ def _gates(folder: Path, commit: str) -> str:
     return f"`python -m launch.verify`, commit {commit}:\n\n{markdown(table('', rows))}"
 
 
-def _benchmark(folder: Path) -> str:
-    path = folder / "benchmark.md"  # which names its machine and commit
-    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
-
-
 def markdown(table: Table) -> str:
     """Returns a table in Markdown, intervals beside their values."""
     lines = [[column.title for column in table.columns]]
@@ -131,7 +116,7 @@ def chart(comparisons: list[Comparison]) -> str:
     first = comparisons[0]
     same = [c for c in comparisons if (c.source, c.target) == (first.source, first.target)]
     figure = r2_figure(same[len(same) // 2], r2_limits(same))
-    style = (SHARED / "style.css").read_text(encoding="utf-8").partition("@media")[0]
+    style = STYLE.read_text(encoding="utf-8").partition("@media")[0]
     colours = dict(re.findall(r"(--[\w-]+): (#\w+);", style))
     svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)
     paper = f'style="background: {colours["--paper"]}" font-family="sans-serif" width="520"'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import operator
 import re
 import shlex
 from pathlib import Path
@@ -11,19 +10,12 @@ from pathlib import Path
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.config.settings import spell
 from crossdict_jax.report.answer import dictionary_name
-from crossdict_jax.report.blocks import Block, Code, Details, Facts, Note, Panels, Section
+from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels, Section
 from crossdict_jax.report.plots import SERIES, Figure, histogram_figure, line_figure
 from crossdict_jax.report.results import Curves, Run
-from crossdict_jax.report.tables import (
-    Table,
-    flat_table,
-    heading,
-    number,
-    score,
-    share,
-    table,
-)
-from crossdict_jax.results import SCORES, map_order
+from crossdict_jax.report.tables import Table, flat_table, heading, number, score, share, table
+from crossdict_jax.results import SCORES, SPINE, map_order
+from crossdict_jax.workdir import flatten
 
 MAX_POINTS = 200  # of a curve: more cannot be seen
 LIMITS = (
@@ -54,6 +46,9 @@ def run_section(config: Config, run: Run, root: Path) -> Section:
         held_out.append(f"{' to '.join(map(number, ends))} {name}")
     stages = [stage for stage in run.timing.values() if isinstance(stage, dict)]
     devices = {f"{s['devices']} × {s['device']}" for s in stages if {"device", "devices"} <= {*s}}
+    missing = [t.file for t in SPINE if not rows[t.file.removesuffix(".jsonl")]]
+    missing += [] if run.curves else ["metrics.jsonl of trainings"]
+    missing += [] if stages else ["timing.json"]
     facts = {
         "Models": ", ".join(run.models),
         "Sites": ", ".join(dict.fromkeys(str(r["site"]) for r in rows["reconstruction"])),
@@ -66,6 +61,7 @@ def run_section(config: Config, run: Run, root: Path) -> Section:
         "Seed": str(config.seed),
         "Intervals": f"95 %, {config.evaluation.bootstrap} resamples of held-out documents",
         "Devices": ", ".join(sorted(devices)) or "not recorded",
+        "Not there, so not shown": ", ".join(missing) or "nothing",
     }
     stored = shlex.quote(f"configs/stored.py:{root}")
     again = (
@@ -85,38 +81,28 @@ def _by_split(counts: dict | None) -> str:
 
 def settings(config: Config) -> list[tuple[str, str]]:
     """Returns every setting as it is written on a command line."""
-    return [(name, spell(operator.attrgetter(name)(config))) for name, _ in nested(to_dict(config))]
+    return [(name, spell(value)) for name, value in flatten(to_dict(config))]
 
 
-def nested(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
-    """Returns (dotted name, value) of every leaf."""
-    leaves = []
-    for key, entry in tree.items():
-        path = f"{prefix}.{key}" if prefix else key
-        leaves += nested(entry, path) if isinstance(entry, dict) else [(path, entry)]
-    return leaves
+def coverage(pairing: dict) -> Table:
+    """Returns how many token ends each model has, and how many of them all models share."""
+    rows = [
+        {"model": name, "token ends": score(m, "ends"), "coverage": share(m, "coverage", 1)}
+        for name, m in pairing.get("models", {}).items()
+    ]
+    return table("Token ends that every model shares", rows)
 
 
 def pairing_section(run: Run) -> Section:
     """Returns the coverage of every model, and how many tokens lie between two shared ends."""
     pairing = run.pairing
-    models = [{"model": name, **counts} for name, counts in pairing.get("models", {}).items()]
     blocks: list[Block] = [
         "A row of the data is one position in one document at which every model’s tokenizer ends a "
         "token, so that all of them have read exactly the same text. Coverage says how many of a "
-        "model’s token ends are such positions."
+        "model’s token ends are such positions.",
+        coverage(pairing),
     ]
-    if models:
-        coverage = [
-            {
-                "model": m["model"],
-                "token ends": score(m, "ends"),
-                "coverage": share(m, "coverage", 1),
-            }
-            for m in models
-        ]
-        blocks.append(table("Token ends that every model shares", coverage))
-    rest = nested({key: entry for key, entry in pairing.items() if key != "models"})
+    rest = flatten({key: entry for key, entry in pairing.items() if key != "models"})
     facts = [
         (k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, list) else number(v))
         for k, v in rest
@@ -166,31 +152,25 @@ def dictionaries_section(run: Run) -> Section:
         ),
     }
     for key, (axis, caption) in histograms.items():
-        if figures := [_histogram(row, key, axis) for row in run.rows["features"] if key in row]:
-            blocks.append(Panels(figures, caption, "small"))
-    if not run.rows["features"]:
-        blocks.append(Note("No histograms of features: results/features.jsonl is not there."))
+        figures = []
+        for row in run.rows["features"]:
+            if key in row:
+                name = f"{row['model']} {row['site']} {dictionary_name(row)}"
+                total = number(int(sum(row[key]["counts"])))
+                words = f"Histogram of the {axis} of {total} features of {name}."
+                figures.append(
+                    histogram_figure(row[key], title=name, x=axis, y="features", words=words)
+                )
+        blocks += [Panels(figures, caption, "small")] if figures else []
     raw = flat_table(rows, "Every column of reconstruction.jsonl", ("model", "site"))
     blocks.append(Details(raw.caption, [raw]))
     return Section("dictionaries", "Dictionaries", blocks)
 
 
-def _histogram(row: dict, key: str, axis: str) -> Figure:
-    name = f"{row['model']} {row['site']} {dictionary_name(row)}"
-    total = number(int(sum(row[key]["counts"])))
-    return histogram_figure(
-        row[key],
-        title=name,
-        x=axis,
-        y="features",
-        words=f"Histogram of the {axis} of {total} features of {name}.",
-    )
-
-
 def training_section(run: Run) -> Section:
     """Returns the training losses of all that was trained by gradient steps."""
     if not run.curves:
-        return Section("training", "Training", [Note("No curves: no metrics.jsonl was written.")])
+        return Section("training", "Training", [])
     caption = "Training losses, one line per member; dashed: shuffled pairs."
     panels = Panels([_losses(curves) for curves in run.curves], caption, "large")
     return Section("training", "Training", [panels])
@@ -223,7 +203,7 @@ def time_section(run: Run) -> Section:
     timing = run.timing.items()
     rows = [{"stage": k, **v} for k, v in timing if isinstance(v, dict) and "wall_s" in v]
     if not rows:
-        return Section("time", "Time", [Note("No times: results/timing.json is not there.")])
+        return Section("time", "Time", [])
     total = number(sum(row["wall_s"] for row in rows), 1)
     stages: Table = flat_table(rows, f"Wall time of each stage: {total} s in all", ("stage",))
     return Section("time", "Time", [stages])

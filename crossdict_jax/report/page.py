@@ -8,9 +8,11 @@ from pathlib import Path
 
 from crossdict_jax.config import Config
 from crossdict_jax.report import answer, causal, inputs, shared, transfer
-from crossdict_jax.report.html import SHARED, fill
-from crossdict_jax.report.results import Run, read_run
+from crossdict_jax.report.blocks import template
+from crossdict_jax.report.results import read_run
 from crossdict_jax.workdir import Workdir, write_text
+
+STYLE = Path(__file__).with_name("style.css")
 
 
 def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, str]] = ()) -> Path:
@@ -25,18 +27,9 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
     Raises:
       UserError: a needed file is missing (the stage to run is named) or any file is damaged.
     """
-    page = work.report / "index.html"
-    write_text(page, render(config, read_run(work), root=work.root, sections=sections))
-    return page
-
-
-def render(
-    config: Config, run: Run, *, root: Path, sections: Sequence[tuple[str, str]] = ()
-) -> str:
-    """Returns the html of the run in the folder ``root``."""
-    rows = run.rows
+    run = read_run(work)
     stages = [
-        inputs.run_section(config, run, root),
+        inputs.run_section(config, run, work.root),
         inputs.pairing_section(run),
         inputs.dictionaries_section(run),
         transfer.transfer_section(run),
@@ -45,27 +38,22 @@ def render(
         shared.matching_section(run),
         shared.layers_section(run),
         causal.stitching_section(run),
-        causal.feature_causal_section(rows["feature_causal"], rows["feature_causal_summary"]),
-        *([shared.crosscoder_section(rows["crosscoder"])] if rows["crosscoder"] else []),
+        causal.feature_causal_section(run),
+        shared.crosscoder_section(run),
     ]
     closing = [inputs.training_section(run), inputs.time_section(run), inputs.words_section(run)]
     closing += inputs.closing_sections(config)
-    parts = [{"id": s.id, "title": s.title, "html": s.html} for s in stages]
-    for title, html in sections:
-        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        parts.append({"id": name, "title": title, "html": html})
-    parts += [{"id": s.id, "title": s.title, "html": s.html} for s in closing]
-    return fill(
-        SHARED / "page.html.j2",
-        style=(SHARED / "style.css").read_text(encoding="utf-8"),
-        name=root.resolve().name,
+    studies = [(re.sub(r"[^a-z0-9]+", "-", t.lower()).strip("-"), t, html) for t, html in sections]
+    before, after = ([(s.id, s.title, s.html) for s in x if s.blocks] for x in (stages, closing))
+    html = template("page.html.j2").render(
+        style=STYLE.read_text(encoding="utf-8"),
+        name=work.root.resolve().name,
         models=answer.names(run.models),
         question=answer.question(run.models),
-        answer=[
-            *answer.answer(run),
-            *causal.answer(rows["feature_causal_summary"]),
-            *shared.answer(run),
-        ],
+        answer=answer.answer(run),
         cautions=answer.cautions(run),
-        sections=parts,
+        sections=[*before, *studies, *after],
     )
+    path = work.report / "index.html"
+    write_text(path, html)
+    return path

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from crossdict_jax.report.blocks import Block, Code, Details, Note, Panels, Section
-from crossdict_jax.report.plots import (
-    INK,
-    PAPER,
-    STRONG,
-    Figure,
-    draw,
-)
+from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, draw
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.tables import Cell, flat_table, number, percent, score, share, table
 from crossdict_jax.results import PAIR, pair_of, site_words
@@ -71,10 +65,8 @@ def matching_section(run: Run) -> Section:
     """Returns how many features are matched one to one, and what is left on held-out text."""
     rows = funnels(run)
     if not rows:
-        note = Note("No matched features: results/matching.jsonl is not there.")
-        return Section("matching", "Shared features", [note])
+        return Section("matching", "Shared features", [])
     row = rows[0]
-
     titles = {
         "matched": f"matched|{row['method'].replace('_', ' ')}",
         "significant": f"dependent|FDR {percent(row['fdr'], 0)}",
@@ -140,8 +132,7 @@ def layers_section(run: Run) -> Section:
     """Returns how alike the layers of two models are, and which pairs of layers to take."""
     rows = [row for row in run.rows["similarity"] if row["kind"] == "layers"]
     if not rows:
-        note = "No comparison of layers: results/similarity.jsonl has none."
-        return Section("layers", "Layers", [Note(note)])
+        return Section("layers", "Layers", [])
     blocks: list[Block] = [
         "How alike are the models’ activations at the same held-out positions, layer by layer? "
         "These measures need no dictionary and no map. They do not change (RSA hardly) when a "
@@ -216,8 +207,11 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
 # ---------------------------------------------------------------- crosscoders
 
 
-def crosscoder_section(rows: list[dict]) -> Section:
+def crosscoder_section(run: Run) -> Section:
     """Returns what joint codes of all models explain, and whose their latents are."""
+    rows = run.rows["crosscoder"]
+    if not rows:
+        return Section("joint", "Joint codes", [])
     worst = {
         row["sites"]: row["shared"]
         for row in rows

@@ -128,25 +128,19 @@ def flat_table(rows: list[dict], caption: str, first: Iterable[str] = ()) -> Tab
 def show(tables: Iterable[Table], width: int = 160) -> None:
     """Prints tables on the terminal; ``width`` characters wide where it has no width."""
     from rich.console import Console
+    from rich.table import Table as Printed
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=width)
-    for printed in tables:
-        console.print(printable(printed))
-
-
-def printable(table: Table):
-    """Returns a table as rich prints it, notes beside their values."""
-    from rich.table import Table as Printed
-    from rich.text import Text
-
-    printed = Printed(title=Text(table.caption), title_justify="left", box=None)
-    for column in table.columns:
-        printed.add_column(column.title, justify="right" if column.numeric else "left")
-    for row in table.rows:
-        printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
-    return printed
+    for table in tables:
+        printed = Printed(title=Text(table.caption), title_justify="left", box=None)
+        for column in table.columns:
+            printed.add_column(column.title, justify="right" if column.numeric else "left")
+        for row in table.rows:  # notes beside their values
+            printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
+        console.print(printed)
 
 
 # ---------------------------------------------------------------- numbers as text

@@ -1,24 +1,69 @@
-"""The main result of a run on the terminal: one table that fits a screen."""
+"""What the commands end with on the terminal: one small table each."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from crossdict_jax.report import shared
 from crossdict_jax.report.answer import best
-from crossdict_jax.report.results import Run, read_run
+from crossdict_jax.report.inputs import coverage
+from crossdict_jax.report.results import Run, read_run, stitchings
 from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
     Table,
+    flat_table,
     interval,
     number,
     percent,
+    share,
     show,
     table,
 )
-from crossdict_jax.results import LINEAR_MAPS
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.results import LINEAR_MAPS, map_order, read_if_there
+from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 WIDTH = 118  # characters, where the output is no terminal
+
+
+def pairing_table(work: Workdir) -> None:
+    """Prints how many token ends of each model are rows."""
+    show([coverage(read_json(work.result("pairing.json")))], WIDTH)
+
+
+def training_table(work: Workdir, folder: str = "dictionaries") -> None:
+    """Prints the last metrics of everything that was trained by steps for a folder of a run."""
+    rows = []
+    for path in sorted((work.root / folder / "training").glob("*/metrics.jsonl")):
+        labels = [member["label"] for member in read_json(path.with_name("members.json"))]
+        for row in read_jsonl(path)[-1:]:
+            for i, label in enumerate(labels):
+                values = {k: v[i] if isinstance(v, list) else v for k, v in row.items()}
+                rows.append({"member": label} | values)
+    show([flat_table(rows, f"Last training metrics: {folder}", ("member",))] if rows else [], WIDTH)
+
+
+def map_table(work: Workdir) -> None:
+    """Prints how many maps of each kind there are, and the last metrics of the trained ones."""
+    folders = [f for f in work.maps.glob("*-to-*/*/*") if f.is_dir()]
+    kinds = Counter(folder.name.removesuffix("-shuffled") for folder in folders)
+    counts = [{"map": kind, "fitted": number(kinds[kind])} for kind in sorted(kinds, key=map_order)]
+    training_table(work, "maps")
+    show([table("Maps, half of them on shuffled pairs", counts)], WIDTH)
+
+
+def stitching_table(work: Workdir) -> None:
+    """Prints the best stitched map of every direction and layer pair, beside its controls."""
+    rows = []
+    for s in stitchings(read_if_there(work, "causal.jsonl")):
+        if pick := best([s], "loss_recovered"):
+            cells = {"direction": s.name, "best map": pick[1]["map"]}
+            cells["loss recovered"] = share(pick[1], "loss_recovered", 1)
+            cells["shuffled"] = share(pick[1], "shuffled.loss_recovered", 1)
+            ends = {"mean": "mean", "own_sae": "own dictionary"}
+            cells |= {title: percent(s.reference(name)) for name, title in ends.items()}
+            rows.append(cells)
+    show([table("Loss recovered in the target by what is predicted [95 %]", rows)], WIDTH)
 
 
 def summary_table(work: Workdir) -> None:

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from crossdict_jax.report.blocks import Block, Details, Facts, Heading, Note, Panels, Section
-from crossdict_jax.report.plots import (
-    MUTED,
-    NONE,
-    STRONG,
-    WEAK,
-    Figure,
-    score_figure,
-)
+from crossdict_jax.report.blocks import Block, Details, Facts, Heading, Panels, Section
+from crossdict_jax.report.plots import MUTED, NONE, STRONG, WEAK, Figure, score_figure
 from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import (
     VERDICTS,
@@ -128,8 +121,7 @@ def features_section(run: Run) -> Section:
     """Returns which of the target’s features are predicted best and worst, and in which bins."""
     rows = run.rows["feature_transfer"]
     if not rows:
-        note = "No single features: results/feature_transfer.jsonl is not there, or is empty."
-        return Section("features", "Single features", [Note(note)])
+        return Section("features", "Single features", [])
     single = by_pair(row for row in rows if row["row"] == "feature")
     bins = [{k: v for k, v in row.items() if v is not None} for row in rows if "low" in row]
     binned = flat_table(bins, "Features in bins of firing frequency and of token share", ("row",))
@@ -196,8 +188,7 @@ def _drivers(attributions: list[dict]) -> str:
 def controls_section(run: Run) -> Section:
     """Returns every map beside its ceiling and the re-initialised target."""
     if not run.rows["controls"]:
-        note = "No ceiling and no re-initialised model: results/controls.jsonl is not there."
-        return Section("controls", "Controls", [Note(note)])
+        return Section("controls", "Controls", [])
     tables = []
     for c in run.comparisons:
         rows = [

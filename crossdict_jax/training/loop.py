@@ -26,6 +26,7 @@ import numpy as np
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.metrics import MetricsWriter
+from crossdict_jax.training.stage import progress_bar
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -106,8 +107,6 @@ def train(
       UserError: a metric is not finite (the step and the metric are named), or the checkpoint
         is damaged.
     """
-    from tqdm import tqdm
-
     checkpoints, meta = Path(directory) / "checkpoints", meta or {}
     root = jax.random.key(seed)
     state, done = _restore_or_init(trainable, checkpoints, root, shardings, meta)
@@ -117,7 +116,9 @@ def train(
     metrics_file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(metrics_file, start=done, records=records, labels=labels)
     pending: tuple[int, int, dict] | None = None
-    with tqdm(total=steps, initial=done, desc=title, unit="step", mininterval=0.5) as progress:
+    with progress_bar(
+        total=steps, initial=done, desc=title, unit="step", mininterval=0.5
+    ) as progress:
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
             state, metrics = run_chunk(state, done, count)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from crossdict_jax import results
-from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
@@ -97,7 +97,8 @@ class Stage:
 def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
     """Times a stage that writes checkpoints; figures put into the yielded dict are recorded too.
 
-    Nothing is recorded if it stays empty: then there was nothing to do.
+    Of ``rows`` and ``tokens`` among them, the number per second is as well. Nothing is recorded if
+    the dict stays empty: then there was nothing to do.
     """
     figures: dict[str, float | int | str] = {}
     started = time.perf_counter()
@@ -111,6 +112,17 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
     wall = time.perf_counter() - started
     rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
     work.record_timing(name, wall_s=wall, **rates, **figures, **device_figures())
+
+
+def progress_bar(parts: Iterable | None = None, **bar: Any):
+    """Returns a progress bar (of tqdm) over ``parts``, or one that is updated by hand.
+
+    Drawn on a terminal alone, and not with ``--verbosity=-2`` or below.
+    """
+    from tqdm import tqdm
+
+    quiet = logging.get_verbosity() < logging.WARNING
+    return tqdm(parts, disable=True if quiet else None, **bar)
 
 
 def device_figures() -> dict[str, str | int]:
@@ -133,9 +145,7 @@ def input_digests(
     """
     found = {"config": digest(settings), "store": digest(store_meta)}
     for folder in sorted(set(folders)):
-        step = checkpoint.latest_step(folder)
-        if step is None:
-            raise UserError(f"{folder} holds no finished checkpoint; run the stage that writes it.")
+        step = checkpoint.finished_step(folder)
         checkpoint.verify(folder, step)
         seal = (folder / f"{step}.sha256.json").read_text()
         found[str(folder.relative_to(work.root))] = hashlib.sha256(seal.encode()).hexdigest()

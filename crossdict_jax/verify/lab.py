@@ -182,10 +182,10 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
     (fitted,) = maps.map_module(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
-        token_sums(train.source.tokens, lambda rows, x=x: x[rows], size=x.shape[1])
+        token_sums(train.source.tokens, lambda rows, x=x: x[rows])
         for x in (x, maps.predict_activations(fitted.map, train))
     ]
-    index = sums[0].places(test.source.tokens)
+    index = sums[0].positions(test.source.tokens)
     return transfer_metrics(
         maps.predict_activations(fitted.map, test),
         np.asarray(test.target.x, np.float32),

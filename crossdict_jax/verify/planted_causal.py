@@ -13,7 +13,7 @@ from crossdict_jax.causal.effects import MATCH, Directions, Experiment, ModelAtS
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
-from crossdict_jax.maps.base import Map, Side, build
+from crossdict_jax.maps.base import Map, Side
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Passages, Runner
@@ -132,7 +132,7 @@ def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
     return Planted(
         lms=tuple(lms),
         dictionaries=dictionaries,
-        map=build(Ridge, dictionaries[1], {"d_a": d_a}, values),
+        map=Ridge(dictionaries[1], values),
         texts=_texts(generator, texts, length),
         words=words,
     )

@@ -28,6 +28,7 @@ class JumpReLU(Dictionary):
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
     """
 
+    usual_l1 = 0.75
     saelens = "jumprelu"
 
     def __init__(self, **shape):

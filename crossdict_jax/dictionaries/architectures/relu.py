@@ -17,6 +17,7 @@ class ReLU(Dictionary):
     clipped to norm 1 as there).
     """
 
+    usual_l1 = 3.0
     saelens = "standard"
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
 

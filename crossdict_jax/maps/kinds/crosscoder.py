@@ -1,14 +1,12 @@
-"""The rung through a joint dictionary: a code that all models share, computed from A alone."""
+"""Through a joint dictionary: a code that all models share, computed from A alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
@@ -16,9 +14,7 @@ from crossdict_jax.maps.base import (
     ROWS,
     ActivationMap,
     Fitted,
-    Pairs,
     Problem,
-    build,
     check_rows,
     exact_matmul,
 )
@@ -35,20 +31,6 @@ class Crosscoder(ActivationMap):
     through_joint = True
     fits_together = True  # where the joint codes are still to be trained, in one ensemble
 
-    def __init__(self, dictionary, *, d_a: int, width: int):
-        super().__init__(dictionary)
-        d_b = dictionary.d_model
-        self.W_enc = nnx.Param(jnp.zeros((d_a, width)))
-        self.b_enc = nnx.Param(jnp.zeros(width))
-        self.threshold = nnx.Variable(jnp.zeros(()))
-        self.W_dec = nnx.Param(jnp.zeros((width, d_b)))
-        self.b_dec = nnx.Param(jnp.zeros(d_b))
-
-    @property
-    def arguments(self) -> dict:
-        d_a, width = self.W_enc.shape
-        return {"d_a": d_a, "width": width}
-
     def code(self, inputs: jax.Array) -> jax.Array:
         """Returns the joint code [batch, width] of A's activations [batch, d_a]."""
         z = exact_matmul(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
@@ -58,31 +40,24 @@ class Crosscoder(ActivationMap):
         return exact_matmul(self.code(inputs), self.W_dec[...]) + self.b_dec[...][None, :]
 
 
-def fit(
-    problems: Sequence[Problem], config: MapConfig, *, seed: int, directory: Path
-) -> list[Fitted]:
+def fit(problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitted]:
     """Returns each problem's way through its joint code; the code itself is trained before.
+
+    The record holds the mean squared error of x_B on validation rows, and how many latents are
+    active a row.
 
     Raises:
       ValueError: a problem has no joint code.
     """
-    return [_fit(problem) for problem in problems]
-
-
-def _fit(problem: Problem) -> Fitted:
-    check_rows(problem, Crosscoder.kind)
-    if problem.joint is None:
-        raise ValueError(f"{problem.label} has no joint code")
-    values = {name: np.asarray(value) for name, value in problem.joint.items()}
-    d_a, width = values["W_enc"].shape
-    shape = {"d_a": d_a, "width": width}
-    m = build(Crosscoder, problem.train.target.dictionary, shape, values)
-    return Fitted(m, {"validation": _validation(m, problem.validation)})
-
-
-def _validation(m: Crosscoder, pairs: Pairs) -> dict[str, float]:
-    """Returns the mean squared error of x_B, and how many latents are active a row."""
-    x_b = modules.over_rows(m, pairs.source.x, method="activation", size=ROWS)
-    code = modules.over_rows(m, pairs.source.x, method="code", size=ROWS)
-    error = np.square(pairs.target.x.astype(np.float64) - x_b).mean()
-    return {"mse": float(error), "l0": float((code > 0).sum(1).mean())}
+    fitted = []
+    for problem in problems:
+        check_rows(problem, Crosscoder.kind)
+        if problem.joint is None:
+            raise ValueError(f"{problem.label} has no joint code")
+        m, pairs = Crosscoder(problem.train.target.dictionary, problem.joint), problem.validation
+        x_b = modules.over_rows(m, pairs.source.x, method="activation", size=ROWS)
+        code = modules.over_rows(m, pairs.source.x, method="code", size=ROWS)
+        error = np.square(pairs.target.x.astype(np.float64) - x_b).mean()
+        validation = {"mse": float(error), "l0": float((code > 0).sum(1).mean())}
+        fitted.append(Fitted(m, {"validation": validation}))
+    return fitted

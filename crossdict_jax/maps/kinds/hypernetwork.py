@@ -16,17 +16,24 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import Fitted, Map, Problem, Side, build, check_rows, exact_matmul
+from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows, exact_matmul
 from crossdict_jax.maps.descriptions import Describer, Description, profile_weights
-from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
-from crossdict_jax.workdir import write_json
+from crossdict_jax.maps.network import dropped
+from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
+from crossdict_jax.training.mesh import from_bits, to_bits
 
+PROFILE_RANK = 128  # of the weights that token profiles call for
+HIDDEN = 128  # units of the target's hidden layer
+DROPOUT = 0.2  # of hidden units
+FEATURE_DROPOUT = 0.2  # of the source's features: the network learns to do without any of them
+BATCH_SIZE = 128  # rows of every problem
+WEIGHT_DECAY = 1e-4
 START = 0.1  # of what the learned part of the weights says at first, in standard deviations
-LOOKS = 10  # at validation rows during training; the best network is kept
-LOOK_ROWS = 1024  # validation rows that are looked at, at most, evenly spread
+LOOKS = 10  # validations during training; the best network is kept
+LOOK_ROWS = 1024  # validation rows, at most, evenly spread
 
-Known = Mapping[tuple[str, int], np.ndarray]  # (model, layer): bool [width], what training may use
+Masks = Mapping[tuple[str, int], np.ndarray]  # (model, layer): bool [width], what training may use
+ROLES = ("source", "target")
 
 
 class Hypernetwork(Map):
@@ -41,21 +48,9 @@ class Hypernetwork(Map):
     reads = "features"
     fits_together = True
 
-    def __init__(self, dictionary, *, width_a: int, rank: int):
-        super().__init__(dictionary)
-        self.mean_a = nnx.Param(jnp.zeros(width_a))
-        self.U = nnx.Param(jnp.zeros((width_a, rank)))
-        self.V = nnx.Param(jnp.zeros((dictionary.width, rank)))
-        self.bias = nnx.Param(jnp.zeros(dictionary.width))
-
-    @property
-    def arguments(self) -> dict:
-        width_a, rank = self.U.shape
-        return {"width_a": width_a, "rank": rank}
-
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        own = {name: getattr(self, name)[...] for name in ("U", "V", "bias")}
-        return _apply(own, inputs - self.mean_a[...][None, :])
+        weights = {name: getattr(self, name)[...] for name in ("U", "V", "bias")}
+        return _apply(weights, inputs - self.mean_a[...][None, :])
 
 
 def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
@@ -71,114 +66,105 @@ class Tower(nnx.Module):
     """Turns the direction of every feature of one model, in one role, into ``rank`` numbers.
 
     ``u = g (L + sum_l e_l L_l)``. Directions g lie in the model's own residual stream, which
-    neighbouring layers share: so one tower serves all layers of a model, and e, the layer's place
-    between those of training, blends in what is particular to each. Linear, since what features
+    neighbouring layers share: so one tower serves all layers of a model, and e, how near the layer
+    is to those of training, blends in what is particular to each. Linear, since what features
     say together is a sum: one that was never seen adds its part as all others do.
     """
 
-    def __init__(self, *, d_model: int, layers: int, shape: HypernetworkConfig, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(d_model, shape.rank, use_bias=False, rngs=rngs)
-        self.by_layer = nnx.Param(jnp.zeros((layers, d_model, shape.rank)))
+    def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(d_model, rank, use_bias=False, rngs=rngs)
+        self.by_layer = nnx.Param(jnp.zeros((layers, d_model, rank)))
 
-    def rows(self, directions: jax.Array, place: jax.Array) -> jax.Array:
-        """Returns u [width, rank] of directions [width, d_model] at ``place`` [layers]."""
-        own = jnp.einsum("l,ldr->dr", place, self.by_layer[...])
-        return self.linear(directions) + directions @ own
+    def rows(self, directions: jax.Array, nearness: jax.Array) -> jax.Array:
+        """Returns u [width, rank] of directions [width, d_model]; ``nearness`` is e [layers]."""
+        blended = jnp.einsum("l,ldr->dr", nearness, self.by_layer[...])
+        return self.linear(directions) + directions @ blended
 
 
 class TargetTower(Tower):
     """A tower that may also bend what it says, and tells how each feature of the target is used.
 
-    ``v = u(reads) + h A``, with h a hidden layer on all that is known of the feature. Three more
-    numbers of h say how strong the feature is, where it starts, and how far the token profiles
-    can be trusted.
+    ``v = u(reads) + h A``, with h a hidden layer on the whole description of the feature. Three
+    more numbers of h say how strong the feature is, where it starts, and how far the token
+    profiles can be trusted.
     """
 
-    def __init__(self, *, d_model: int, layers: int, shape: HypernetworkConfig, rngs: nnx.Rngs):
-        super().__init__(d_model=d_model, layers=layers, shape=shape, rngs=rngs)
+    def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
+        super().__init__(d_model=d_model, layers=layers, rank=rank, rngs=rngs)
         small = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         zeros = nnx.initializers.zeros_init()
-        hidden = shape.hidden
-        self.first = nnx.Linear(2 * d_model + 4, hidden, rngs=rngs)
-        self.layer_bias = nnx.Param(jnp.zeros((layers, hidden)))
-        self.last = nnx.Linear(hidden, shape.rank, use_bias=False, kernel_init=small, rngs=rngs)
-        self.numbers = nnx.Linear(hidden, 3, kernel_init=zeros, rngs=rngs)
-        self.dropout = shape.dropout
+        self.first = nnx.Linear(2 * d_model + 4, HIDDEN, rngs=rngs)
+        self.layer_bias = nnx.Param(jnp.zeros((layers, HIDDEN)))
+        self.last = nnx.Linear(HIDDEN, rank, use_bias=False, kernel_init=small, rngs=rngs)
+        self.numbers = nnx.Linear(HIDDEN, 3, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, b: dict[str, jax.Array], key: jax.Array | None):
-        """Returns (v [width, rank], strength [width], start [width], trust [width])."""
-        known = jnp.concatenate([b[name] for name in ("reads", "writes", "facts")], axis=1)
-        h = self.first(known) + (b["place"] @ self.layer_bias[...])[None, :]
-        h = _dropped(jax.nn.gelu(h), self.dropout, key)
-        numbers = self.numbers(h)
-        v = self.rows(b["reads"], b["place"]) + self.last(h)
-        return v, numbers[:, 0], numbers[:, 1], numbers[:, 2]
+        """Returns v [width, rank] and [width, 3]: strength, start, trust."""
+        description = jnp.concatenate([b[name] for name in ("reads", "writes", "facts")], axis=1)
+        h = self.first(description) + (b["nearness"] @ self.layer_bias[...])[None, :]
+        h = dropped(jax.nn.gelu(h), DROPOUT, key)
+        return self.rows(b["reads"], b["nearness"]) + self.last(h), self.numbers(h)
 
 
-TOWERS = {"source": Tower, "target": TargetTower}
-
-
-def _dropped(h: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of h and scales the rest up; without a key nothing is dropped."""
-    if key is None or rate == 0:
-        return h
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, h.shape), h / (1 - rate), 0.0)
-
-
-def written(source: Tower, target: TargetTower, given: dict, key: jax.Array | None = None) -> dict:
+def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | None = None) -> dict:
     """Returns the weights U, V and bias that two towers write for one pair of dictionaries.
 
     Args:
-      given: what ``_given`` says of the pair.
+      pair: see ``Network.read``.
       key: of the dropout.
     """
-    a, b = given["source"], given["target"]
-    u = source.rows(a["moves"], a["place"])
-    v, strength, start, trust = target(b, key)
+    a, b = pair["source"], pair["target"]
+    u = source.rows(a["moves"], a["nearness"])
+    v, numbers = target(b, key)
+    strength, start, trust = numbers.T
     v = START / np.sqrt(u.shape[1]) * jnp.exp(strength)[:, None] * v
-    scale_a, scale_b = a["scale"][:, None], b["scale"][:, None]
-    profiles = jnp.exp(trust)[:, None] * given["V"]
     return {
-        "U": jnp.concatenate([u / scale_a, given["U"]], axis=1),
-        "V": jnp.concatenate([v * scale_b, profiles], axis=1),
+        "U": jnp.concatenate([u / a["scale"][:, None], pair["U"]], axis=1),
+        "V": jnp.concatenate(
+            [v * b["scale"][:, None], jnp.exp(trust)[:, None] * pair["V"]], axis=1
+        ),
         "bias": b["mean"] + b["scale"] * start,
     }
 
 
-def _given(
-    source: Description,
-    target: Description,
-    shape: HypernetworkConfig,
-    places: dict[str, np.ndarray],
-    known: np.ndarray,
-) -> dict[str, Any]:
-    """Returns all that the network reads of a pair of dictionaries, arrays float32."""
-    U, V = profile_weights(source, target, rank=shape.profile_rank, known=known)
-    given = {"U": U, "V": V}
-    for role, side in (("source", source), ("target", target)):
-        given[role] = side.directions | {
-            "mean": side.mean,
-            "scale": side.scale,
-            "place": places[role],
-        }
-    return jax.tree.map(lambda a: np.asarray(a, np.float32), given)
-
-
-# ---------------------------------------------------------------- a trained network
+# ---------------------------------------------------------------- the network
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A trained network, to be asked about any dictionaries of the models that it knows.
+    """A network, to be asked about any dictionaries of the models that it was trained with.
 
     Attributes:
-      towers: ("source" | "target", model) -> its tower.
-      layers: ("source" | "target", model) -> layers that it has seen, ascending.
+      layers: (role, model) -> layers that it has seen, ascending.
+      towers: (role, model) -> its tower.
     """
 
-    shape: HypernetworkConfig
-    towers: dict[tuple[str, str], Tower]
     layers: dict[tuple[str, str], tuple[int, ...]]
+    towers: dict[tuple[str, str], Tower]
+
+    def read(self, pair: Sequence[Description], mask: np.ndarray | None = None) -> dict[str, Any]:
+        """Returns what the network reads of a pair of dictionaries, arrays float32.
+
+        Args:
+          mask: bool [width_a], source features that may be used; None: all.
+
+        Raises:
+          UserError: the network knows no such model in this role.
+        """
+        mask = np.ones(pair[0].side.dictionary.width, bool) if mask is None else mask
+        U, V = profile_weights(*pair, rank=PROFILE_RANK, mask=mask)
+        reads = {"U": U, "V": V}
+        for role, of_role in zip(ROLES, pair):
+            model, layer = of_role.side.model, of_role.side.layer
+            if (role, model) not in self.layers:
+                models = ", ".join(model for r, model in self.layers if r == role)
+                raise UserError(
+                    f"The hypernetwork was not trained with {model} as {role}; it knows {models}."
+                )
+            numbers = {"mean": of_role.mean, "scale": of_role.scale}
+            numbers["nearness"] = nearness(layer, self.layers[role, model])
+            reads[role] = of_role.directions | numbers
+        return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
 
     def write(self, problem: Problem, describer: Describer | None = None) -> Hypernetwork:
         """Returns the map from one dictionary to another, seen in training or not.
@@ -187,378 +173,273 @@ class Network:
         with which of B.
 
         Raises:
-          UserError: the network knows no such model in this role.
+          UserError: see ``read``.
         """
-        source, target = (describer or Describer()).both(problem.train, problem.label)
-        known = np.ones(source.side.dictionary.width, bool)
-        places = {
-            role: self._place(role, side.side)
-            for role, side in (("source", source), ("target", target))
-        }
-        given = _given(source, target, self.shape, places, known)
-        towers = [
-            self.towers["source", source.side.model],
-            self.towers["target", target.side.model],
-        ]
-        own = dict(written(*towers, given)) | {"mean_a": given["source"]["mean"]}
-        return build(Hypernetwork, target.side.dictionary, _arguments(source, self.shape), own)
-
-    def _place(self, role: str, side: Side) -> np.ndarray:
-        if (role, side.model) not in self.layers:
-            there = ", ".join(model for r, model in self.layers if r == role)
-            raise UserError(
-                f"The hypernetwork was not trained with {side.model} as {role}; it knows {there}."
-            )
-        return place(side.layer, self.layers[role, side.model])
+        pair = (describer or Describer()).both(problem.train, problem.label)
+        reads = self.read(pair)
+        towers = [self.towers[role, side.side.model] for role, side in zip(ROLES, pair)]
+        values = written(*towers, reads) | {"mean_a": reads["source"]["mean"]}
+        return Hypernetwork(pair[1].side.dictionary, values)
 
 
-def from_profiles(
-    problem: Problem, shape: HypernetworkConfig, describer: Describer | None = None
-) -> Hypernetwork:
-    """Returns the map that token profiles call for, without any training or any paired row."""
-    source, target = (describer or Describer()).both(problem.train, problem.label)
-    known = np.ones(source.side.dictionary.width, bool)
-    U, V = profile_weights(source, target, rank=shape.profile_rank, known=known)
-    own = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
-    arguments = {"width_a": len(known), "rank": shape.profile_rank}
-    return build(Hypernetwork, target.side.dictionary, arguments, own)
-
-
-def _arguments(source: Description, shape: HypernetworkConfig) -> dict[str, int]:
-    return {
-        "width_a": source.side.dictionary.width,
-        "rank": shape.rank + shape.profile_rank,
-    }
-
-
-def place(layer: int, layers: Sequence[int]) -> np.ndarray:
+def nearness(layer: int, layers: Sequence[int]) -> np.ndarray:
     """Returns how near a layer is to each of ``layers`` (ascending), [len(layers)], of sum 1.
 
     A layer in between is blended from its two neighbours, one outside is the outermost.
     """
-    return np.array([np.interp(layer, layers, one) for one in np.eye(len(layers))])
+    return np.array([np.interp(layer, layers, unit) for unit in np.eye(len(layers))])
+
+
+def from_profiles(problem: Problem, describer: Describer | None = None) -> Hypernetwork:
+    """Returns the map that token profiles call for, without any training or any paired row."""
+    source, target = (describer or Describer()).both(problem.train, problem.label)
+    every = np.ones(source.side.dictionary.width, bool)
+    U, V = profile_weights(source, target, rank=PROFILE_RANK, mask=every)
+    values = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
+    return Hypernetwork(target.side.dictionary, values)
 
 
 # ---------------------------------------------------------------- training
 
 
+class WritingObjective(Objective):
+    """Trains one network on all problems: the mean of their shares of variance that are missed.
+
+    Problems of one direction and of equal shapes are stacked, so that one vmapped program serves
+    them. The best validation gives the network.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        config: HypernetworkConfig,
+        describer: Describer,
+        masks: Masks,
+    ):
+        self.config, self.masks = config, masks
+        self.validate_every = max(1, config.steps // LOOKS)
+        self.described = [describer.both(p.train, p.label) for p in problems]
+        layers: dict[tuple[str, str], set[int]] = {}
+        groups: dict[tuple, list[int]] = {}
+        for i, pair in enumerate(self.described):
+            for role, side in zip(ROLES, pair):
+                layers.setdefault((role, side.side.model), set()).add(side.side.layer)
+            sides = [side.side for side in pair]
+            graphs = tuple(modules.split(side.dictionary)[0] for side in sides)
+            shapes = tuple((side.x.shape[1], side.dictionary.width, side.model) for side in sides)
+            groups.setdefault((shapes, graphs), []).append(i)
+        self.layers = {key: tuple(sorted(some)) for key, some in layers.items()}
+        self.stacks = list(groups.values())
+        self.graphs = {}  # (role, model): of its tower
+        jax.eval_shape(self.init, jax.random.key(0), {})
+
+    def init(self, key, fixed):
+        params = {}
+        for number, (name, layers) in enumerate(self.layers.items()):
+            d_model = next(
+                side.side.dictionary.W_dec.shape[1]
+                for pair in self.described
+                for role, side in zip(ROLES, pair)
+                if (role, side.side.model) == name
+            )
+            tower = (Tower if name[0] == "source" else TargetTower)(
+                d_model=d_model,
+                layers=len(layers),
+                rank=self.config.rank,
+                rngs=nnx.Rngs(params=jax.random.fold_in(key, number)),
+            )
+            self.graphs[name], params[" ".join(name)] = modules.split(tower)
+        return params
+
+    def optimizer(self, fixed):
+        """Clipped AdamW, warmed up over a tenth of the steps, cosine decay to 0."""
+        steps, peak = self.config.steps, self.config.learning_rate
+        warm = max(1, steps // 10)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warm, max(steps, warm + 1))
+        adam = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+        return optax.chain(optax.clip_by_global_norm(1.0), adam)
+
+    def network(self, params) -> Network:
+        towers = {n: modules.merge(g, params[" ".join(n)]) for n, g in self.graphs.items()}
+        return Network(self.layers, towers)
+
+    def fixed(self, i: int) -> dict:
+        """Returns what a problem's loss reads and does not train."""
+        pair = self.described[i]
+        masks = [
+            self.masks.get((s.side.model, s.side.layer), np.ones(s.side.dictionary.width, bool))
+            for s in pair
+        ]
+        # Where none of B's features varies, the error stays in raw units.
+        variance = np.float32(np.sum(pair[1].variance * masks[1]) or 1.0)
+        return {
+            "dictionaries": [modules.split(side.side.dictionary)[1] for side in pair],
+            "masks": [np.float32(mask) for mask in masks],
+            "reads": Network(self.layers, {}).read(pair, masks[0]),
+            "variance": variance,
+        }
+
+    def losses(self, params, rows, fixed, key=None) -> jax.Array:
+        """Returns every problem's share of variance that is missed, [problems].
+
+        Args:
+          rows: {"source 0": activations [batch, d_model] of problem 0's source, ...}.
+          key: of what is dropped; None: nothing is.
+        """
+        towers = self.network(params).towers
+        losses = jnp.zeros(len(self.described))
+        for number, members in enumerate(self.stacks):
+            pair = self.described[members[0]]
+            graphs = [modules.split(side.side.dictionary)[0] for side in pair]
+            own_towers = [towers[role, side.side.model] for role, side in zip(ROLES, pair)]
+
+            def missed(fixed, x_a, x_b, key, graphs=graphs, own_towers=own_towers):
+                keys = (None, None) if key is None else jax.random.split(key)
+                f_a, f_b = (
+                    modules.merge(*dictionary).encode(from_bits(x))  # made here, never stored
+                    for dictionary, x in zip(zip(graphs, fixed["dictionaries"]), (x_a, x_b))
+                )
+                mean = fixed["reads"]["source"]["mean"]
+                # Whole features go, the same ones in all rows.
+                used = fixed["masks"][0] * dropped(jnp.ones(len(mean)), FEATURE_DROPOUT, keys[0])
+                weights = written(*own_towers, fixed["reads"], keys[1])
+                p = _apply(weights, (f_a - mean[None, :]) * used[None, :])
+                error = (p - f_b) * fixed["masks"][1][None, :]
+                return jnp.sum(jnp.square(error)) / (len(x_b) * fixed["variance"])
+
+            keys = key
+            if key is not None:
+                keys = jax.random.split(jax.random.fold_in(key, number), len(members))
+            x = [jnp.stack([rows[f"{role} {i}"] for i in members]) for role in ROLES]
+            shares = jax.vmap(missed)(fixed["stacks"][number], *x, keys)
+            losses = losses.at[np.array(members)].set(shares)
+        return losses
+
+    def loss(self, params, batch, context):
+        losses = self.losses(params, batch, context.fixed, context.key)
+        return losses.mean(), ({"problems": losses}, ())
+
+    def score(self, params, batch, fixed):
+        return self.losses(params, batch, fixed).mean()
+
+
+def train_network(
+    problems: Sequence[Problem],
+    config: HypernetworkConfig,
+    *,
+    seed: int,
+    directory: Path,
+    checkpoint_every: int = 500,
+    records: Sequence[str] = (),
+    describer: Describer | None = None,
+    masks: Masks | None = None,
+) -> tuple[Network, list[dict[str, Any]]]:
+    """Returns a network trained on all problems together, and a record for each of them.
+
+    Args:
+      directory: gets checkpoints and metrics.
+      masks: features that training may use; of the others neither the values as source nor as
+        target are read, nor are they described. By default all are used.
+
+    Raises:
+      UserError: see ``fit``.
+    """
+    n = len(problems[0].train)
+    for problem in problems:
+        check_rows(problem, Hypernetwork.kind)
+        if len(problem.train) < BATCH_SIZE:
+            raise UserError(
+                f"{problem.label} has {len(problem.train)} training rows and hypernetwork needs a "
+                f"batch of {BATCH_SIZE}; raise text.documents."
+            )
+        if len(problem.train) != n:
+            raise ValueError("problems that train one network need equally many rows")
+    objective = WritingObjective(problems, config, describer or Describer(), masks or {})
+    fixed = [stack([objective.fixed(i) for i in members]) for members in objective.stacks]
+    labels = [problem.label for problem in problems]
+    streams, validation = {}, {}
+    for i, problem in enumerate(problems):
+        for role in ROLES:
+            train, held_out = (getattr(p, role) for p in (problem.train, problem.validation))
+            streams[f"{role} {i}"] = Stream(train.x[None], np.zeros(1, np.int64))
+            rows = np.linspace(0, len(held_out.x) - 1, min(len(held_out.x), LOOK_ROWS))
+            validation[f"{role} {i}"] = to_bits(held_out.x[rows.astype(np.int64)])[None]
+    ensemble = make_ensemble(
+        objective,
+        fixed=stack([{"id": np.uint32(0), "stacks": fixed}]),
+        labels=[f"{len(labels)} maps"],
+        streams=streams,
+        seeds=[seed],
+        batch_size=BATCH_SIZE,
+        setting="hypernetwork.BATCH_SIZE",
+        validation=validation,
+    )
+    unused = {
+        f"{m} {layer}": np.flatnonzero(~mask).tolist() for (m, layer), mask in (masks or {}).items()
+    }
+    (best,) = ensemble.fit(
+        steps=config.steps,
+        seed=seed,
+        directory=Path(directory),
+        checkpoint_every=checkpoint_every,
+        records=records,
+        title=f"train 1 hypernetwork of {len(labels)} maps",
+        meta={
+            "config": dataclasses.asdict(config),
+            "problems": labels,
+            "seed": seed,
+            "unused": unused,
+        },
+    )
+    resident = ensemble.feed.resident
+    losses = jax.jit(jax.vmap(objective.losses))(
+        stack([best["params"]]), resident["validation"], resident["fixed"]
+    )
+    chosen = [
+        {
+            "parameters": "of the best look at validation rows",
+            "step": int(best["step"]) + 1,
+            "validation_fvu": float(loss),
+            "trained_with": labels,
+        }
+        for loss in np.asarray(losses)[0]
+    ]
+    return objective.network(jax.tree.map(jnp.asarray, best["params"])), chosen
+
+
 def fit(
-    problems: Sequence[Problem], config: MapConfig, *, seed: int, directory: Path
+    problems: Sequence[Problem],
+    config: MapConfig,
+    *,
+    seed: int,
+    directory: Path,
+    checkpoint_every: int = 500,
+    records: Sequence[str] = (),
 ) -> list[Fitted]:
     """Trains one network for all problems on aligned pairs, and one for all on shuffled ones.
 
     The squared error of B's features, in units of their variance, is minimised on training rows;
-    the network of the best of ten looks at validation rows writes the maps. A killed run goes on
-    and ends with the same bits: ``directory/hypernetwork-N`` keeps checkpoints and metrics.
+    the network of the best of ten validations writes the maps. A killed run goes on and ends with
+    the same bits: ``directory/hypernetwork-N`` keeps checkpoints and metrics.
 
     Raises:
       UserError: a batch is larger than the training rows or does not divide over the devices.
     """
     fitted: dict[int, Fitted] = {}
-    describer = Describer()
-    for number, members in enumerate(_by_pairing(problems)):
-        chosen = [problems[i] for i in members]
-        folder = Path(directory) / f"{Hypernetwork.kind}-{number}"
-        network, records = train_network(
-            chosen, config.hypernetwork, seed=seed, directory=folder, describer=describer
-        )
-        maps = [network.write(problem, describer) for problem in chosen]
-        fitted |= {i: Fitted(m, r) for i, m, r in zip(members, maps, records)}
-    return [fitted[i] for i in range(len(problems))]
-
-
-def _by_pairing(problems: Sequence[Problem]) -> list[list[int]]:
-    groups: dict[bool, list[int]] = {}
+    describer, by_pairing = Describer(), {}
     for i, problem in enumerate(problems):
         shuffled = problem.train.target.reordered_from is not None
-        groups.setdefault(shuffled, []).append(i)
-    return [groups[shuffled] for shuffled in sorted(groups)]
-
-
-def train_network(
-    problems: Sequence[Problem],
-    shape: HypernetworkConfig,
-    *,
-    seed: int,
-    directory: Path,
-    describer: Describer | None = None,
-    known: Known | None = None,
-) -> tuple[Network, list[dict[str, Any]]]:
-    """Returns a network trained on all problems together, and a record for each of them.
-
-    Args:
-      directory: gets checkpoints, metrics and the problems' labels.
-      known: features that training may use; of the others neither the values as source nor as
-        target are read, nor are they described. By default all are known.
-
-    Raises:
-      UserError: see ``fit``.
-    """
-    for problem in problems:
-        check_rows(problem, Hypernetwork.kind)
-        _check_batch(problem, shape)
-    trainer = _Trainer(list(problems), shape, seed, describer or Describer(), known or {})
-    labels = [problem.label for problem in problems]
-    write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
-    state = train(
-        trainer.trainable(),
-        feed=trainer.feed(),
-        steps=shape.steps,
-        seed=seed,
-        directory=Path(directory),
-        checkpoint_every=shape.checkpoint_every,
-        title=f"train 1 hypernetwork of {len(labels)} maps",
-        shardings=lambda abstract: jax.tree.map(lambda _: shard(trainer.mesh), abstract),
-        meta=trainer.meta(labels),
-    )
-    best = jax.tree.map(np.asarray, state["train"]["best"])
-    return trainer.network(best["params"]), trainer.records(best, labels)
-
-
-def _check_batch(problem: Problem, shape: HypernetworkConfig) -> None:
-    rows, devices = len(problem.train), jax.device_count()
-    if shape.batch_size > rows:
-        raise UserError(
-            f"map.hypernetwork.batch_size={shape.batch_size} is larger than the {rows} training "
-            f"rows of {problem.label}; lower it or raise text.documents."
+        by_pairing.setdefault(shuffled, []).append(i)
+    for number, (_, members) in enumerate(sorted(by_pairing.items())):
+        network, chosen = train_network(
+            [problems[i] for i in members],
+            config.hypernetwork,
+            seed=seed,
+            directory=Path(directory) / f"{Hypernetwork.kind}-{number}",
+            checkpoint_every=checkpoint_every,
+            records=records,
+            describer=describer,
         )
-    if shape.batch_size % devices:
-        raise UserError(
-            f"map.hypernetwork.batch_size={shape.batch_size} cannot be shared by {devices} "
-            f"devices; use a multiple of {devices}."
-        )
-
-
-class _Trainer:
-    """All problems of one pairing; those of one direction and equal shapes are stacked."""
-
-    def __init__(self, problems, shape, seed: int, describer: Describer, known: Known):
-        self.problems, self.shape, self.seed, self.known = problems, shape, seed, known
-        self.mesh = make_mesh()
-        self.described = [describer.both(p.train, p.label) for p in problems]
-        self.layers = self._layers()
-        self.stacks = self._stacks()
-        self.graphs, _ = self._towers(jax.random.key(0), abstract=True)
-
-    def _layers(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        found: dict[tuple[str, str], set[int]] = {}
-        for pair in self.described:
-            for role, side in zip(("source", "target"), pair):
-                found.setdefault((role, side.side.model), set()).add(side.side.layer)
-        return {key: tuple(sorted(layers)) for key, layers in found.items()}
-
-    def _stacks(self) -> dict[str, list[int]]:
-        """Names and members of the groups that one vmapped program serves."""
-        groups: dict[tuple, list[int]] = {}
-        for i, (problem, pair) in enumerate(zip(self.problems, self.described)):
-            graphs = [modules.split(side.side.dictionary)[0] for side in pair]
-            shapes = [(s.side.x.shape, s.side.dictionary.width, s.side.model) for s in pair]
-            key = (*shapes, len(problem.validation), *graphs)
-            groups.setdefault(key, []).append(i)
-        return {f"stack_{n}": members for n, members in enumerate(groups.values())}
-
-    def _towers(self, key: jax.Array, *, abstract: bool = False) -> tuple[dict, dict]:
-        """Returns (static graphs, parameters) by role and model."""
-        graphs, params = {}, {}
-        d_model = {
-            (role, side.side.model): side.side.dictionary.W_dec.shape[1]
-            for pair in self.described
-            for role, side in zip(("source", "target"), pair)
-        }
-        for number, (name, layers) in enumerate(self.layers.items()):
-            own = jax.random.fold_in(key, number)
-            size = {"d_model": d_model[name], "layers": len(layers), "shape": self.shape}
-
-            def make(own=own, size=size, tower=TOWERS[name[0]]):
-                return tower(**size, rngs=nnx.Rngs(params=own))
-
-            split = modules.abstract(make) if abstract else modules.split(make())
-            graphs[name], params[_spelled(name)] = split
-        return graphs, params
-
-    def meta(self, labels: list[str]) -> dict:
-        unknown = {
-            f"{model} {layer}": np.flatnonzero(~mask).tolist()
-            for (model, layer), mask in self.known.items()
-        }
-        config = dataclasses.asdict(self.shape)
-        return {"config": config, "members": labels, "seed": self.seed, "unknown": unknown}
-
-    # ------------------------------------------------------------ one step
-
-    def trainable(self) -> Trainable:
-        optimizer = _optimizer(self.shape)
-        every = max(1, self.shape.steps // LOOKS)
-
-        def init(key):
-            params = self._towers(key)[1]
-            best = {"params": params, "losses": jnp.full(len(self.problems), jnp.inf)}
-            best["step"] = jnp.zeros((), jnp.int32)
-            return {"params": params, "train": {"optimizer": optimizer.init(params), "best": best}}
-
-        def step(state, batch, number, key):
-            def loss_of(params):
-                losses = self._losses(params, batch["fixed"], batch["rows"], key)
-                return losses.mean(), losses
-
-            grads, losses = jax.grad(loss_of, has_aux=True)(state["params"])
-            memory = state["train"]["optimizer"]
-            updates, memory = optimizer.update(grads, memory, state["params"])
-            params = optax.apply_updates(state["params"], updates)
-            last = number + 1
-            look = (last % every == 0) | (last == self.shape.steps)
-            best = jax.lax.cond(
-                look, self._look, lambda best, *_: best, state["train"]["best"], params, batch, last
-            )
-            new = {"params": params, "train": {"optimizer": memory, "best": best}}
-            return new, {"loss": losses}
-
-        return Trainable(init, step)
-
-    def _look(self, best, params, batch, step):
-        losses = self._losses(params, batch["fixed"], batch["look"], None)
-        better = losses.mean() < best["losses"].mean()
-        found = {"params": params, "losses": losses, "step": step}
-        return jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
-
-    def _losses(self, params, fixed, rows, key) -> jax.Array:
-        """Returns every problem's share of variance that is missed, [problems]."""
-        losses = jnp.zeros(len(self.problems))
-        for number, (name, members) in enumerate(self.stacks.items()):
-            source, target = self.described[members[0]]
-            towers = [
-                modules.merge(self.graphs[tower], params[_spelled(tower)])
-                for tower in (("source", source.side.model), ("target", target.side.model))
-            ]
-            graphs = [modules.split(side.side.dictionary)[0] for side in (source, target)]
-            own = None if key is None else jax.random.fold_in(key, number)
-            losses = losses.at[np.array(members)].set(
-                self._stack_losses(towers, graphs, fixed[name], rows[name], own)
-            )
-        return losses
-
-    def _stack_losses(self, towers, graphs, fixed, rows, key) -> jax.Array:
-        def one(fixed, x_a, x_b, key):
-            keys = (None, None) if key is None else jax.random.split(key)
-            f_a, f_b = (
-                modules.merge(graph, fixed[name]).encode(x)  # made here, never stored
-                for graph, name, x in zip(graphs, ("dictionary_a", "dictionary_b"), (x_a, x_b))
-            )
-            centred = (f_a - fixed["given"]["source"]["mean"][None, :]) * fixed["known_a"][None, :]
-            rate = self.shape.feature_dropout
-            # Whole features go, so that the network learns to do without any of them.
-            kept = _dropped(jnp.ones(centred.shape[1]), rate, keys[0])
-            weights = written(*towers, fixed["given"], keys[1])
-            error = (_apply(weights, centred * kept[None, :]) - f_b) * fixed["known_b"][None, :]
-            return jnp.sum(jnp.square(error)) / (len(x_b) * fixed["variance"])
-
-        if key is None:
-            return jax.vmap(lambda *each: one(*each, None))(fixed, rows["x_a"], rows["x_b"])
-        keys = jax.random.split(key, len(rows["x_a"]))
-        return jax.vmap(one)(fixed, rows["x_a"], rows["x_b"], keys)
-
-    # ------------------------------------------------------------ what a step reads
-
-    def feed(self) -> Feed:
-        batch, halves = self.shape.batch_size, {"train": {}, "look": {}}
-        for name, members in self.stacks.items():
-            for split, rows in halves.items():
-                rows[name] = self._rows(members, split)
-        fixed = {
-            name: self._stacked([self._fixed(i) for i in members])
-            for name, members in self.stacks.items()
-        }
-        by_row = shard(self.mesh, None, DATA)
-
-        def indices(first: int, count: int) -> dict[str, np.ndarray]:
-            places = {"start": first * batch, "count": count * batch}
-            return {
-                name: epoch_order(self.seed, n=rows["x_a"].shape[1], **places).reshape(count, batch)
-                for name, rows in halves["train"].items()
-            }
-
-        def select(resident, numbers):
-            def pick(name):
-                def rows(x):
-                    return jax.lax.with_sharding_constraint(x[:, numbers[name]], by_row)
-
-                return jax.tree.map(rows, resident["train"][name])
-
-            return {
-                "rows": {name: pick(name) for name in numbers},
-                "look": resident["look"],
-                "fixed": resident["fixed"],
-            }
-
-        return Feed(halves | {"fixed": fixed}, indices, select)
-
-    def _rows(self, members: list[int], split: str) -> dict[str, jax.Array]:
-        pairs = [
-            self.problems[i].train if split == "train" else self.problems[i].validation
-            for i in members
-        ]
-        n = len(pairs[0])
-        some = np.arange(n) if split == "train" else np.linspace(0, n - 1, min(n, LOOK_ROWS))
-        some = some.astype(np.int64)
-        return self._stacked([{"x_a": p.source.x[some], "x_b": p.target.x[some]} for p in pairs])
-
-    def _stacked(self, trees: list) -> dict:
-        """Copies on every device: each of them works on a part of the batch's rows."""
-        everywhere = shard(self.mesh)
-        return jax.tree.map(
-            lambda *leaves: put(np.stack([np.asarray(a) for a in leaves]), everywhere), *trees
-        )
-
-    def _fixed(self, i: int) -> dict:
-        """What a problem's loss reads and does not train."""
-        pair = self.described[i]
-        known = [self._known(side) for side in pair]
-        places = {
-            role: place(side.side.layer, self.layers[role, side.side.model])
-            for role, side in zip(("source", "target"), pair)
-        }
-        # Where none of B's features varies, the error stays in raw units.
-        variance = np.float32(np.sum(pair[1].variance * known[1]) or 1.0)
-        a, b = (modules.split(side.side.dictionary)[1] for side in pair)
-        masks = {"known_a": np.float32(known[0]), "known_b": np.float32(known[1])}
-        given = _given(*pair, self.shape, places, known[0])
-        dictionaries = {"dictionary_a": a, "dictionary_b": b}
-        return masks | dictionaries | {"given": given, "variance": variance}
-
-    def _known(self, side: Description) -> np.ndarray:
-        everything = np.ones(side.side.dictionary.width, bool)
-        return self.known.get((side.side.model, side.side.layer), everything)
-
-    # ------------------------------------------------------------ what comes out
-
-    def network(self, params) -> Network:
-        towers = {
-            name: modules.merge(graph, params[_spelled(name)])
-            for name, graph in self.graphs.items()
-        }
-        return Network(self.shape, towers, self.layers)
-
-    def records(self, best, labels: list[str]) -> list[dict[str, Any]]:
-        return [
-            {
-                "parameters": "of the best look at validation rows",
-                "step": int(best["step"]),
-                "validation_fvu": float(loss),
-                "trained_with": labels,
-            }
-            for loss in best["losses"]
-        ]
-
-
-def _spelled(name: tuple[str, str]) -> str:
-    return " ".join(name)
-
-
-def _optimizer(shape: HypernetworkConfig) -> optax.GradientTransformation:
-    """Clipped AdamW, warmed up over a tenth of the steps, cosine decay to 0."""
-    warm = max(1, shape.steps // 10)
-    peak = shape.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warm, max(shape.steps, warm + 1))
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=shape.weight_decay)
-    )
+        for i, record in zip(members, chosen):
+            fitted[i] = Fitted(network.write(problems[i], describer), record)
+    return [fitted[i] for i in range(len(problems))]

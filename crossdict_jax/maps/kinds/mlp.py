@@ -1,4 +1,4 @@
-"""The trained rung, called hypernetwork by its users: a three-layer MLP on features."""
+"""A three-layer network on features, trained by gradient steps; users call it the hypernetwork."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import Fitted, Problem
 from crossdict_jax.maps.ensemble import fit_together
-from crossdict_jax.maps.network import NetworkMap, Standards, damped_scale
+from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 
 class MLP(NetworkMap):
@@ -25,26 +24,27 @@ class MLP(NetworkMap):
 
     kind = "mlp"
 
-    def __init__(self, dictionary, *, width_a: int, **how):
-        super().__init__(dictionary, width_a=width_a, **how)
-        self.mean_a = nnx.Variable(jnp.zeros(width_a))
-        self.mean_b = nnx.Variable(jnp.zeros(dictionary.width))
-
     def baselines(self, tokens: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
         return self.mean_a[...][None, :], self.mean_b[...][None, :]
 
     @classmethod
-    def standards(cls, problem: Problem, config: MapConfig) -> Standards:
+    def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
         values = {}
         for name, side in (("a", problem.train.source), ("b", problem.train.target)):
             mean, variance = side.feature_moments
             values[f"mean_{name}"] = mean.astype(np.float32)
             values[f"scale_{name}"] = damped_scale(variance)
-        return Standards(values)
+        return values, {}
 
 
 def fit(
-    problems: Sequence[Problem], config: MapConfig, *, seed: int, directory: Path
+    problems: Sequence[Problem],
+    config: MapConfig,
+    *,
+    seed: int,
+    directory: Path,
+    checkpoint_every: int = 500,
+    records: Sequence[str] = (),
 ) -> list[Fitted]:
     """Trains the maps of all problems as ensembles; see ``fit_together``."""
-    return fit_together(MLP, problems, config, seed=seed, directory=directory)
+    return fit_together(MLP, problems, config, seed, directory, checkpoint_every, records)

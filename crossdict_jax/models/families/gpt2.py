@@ -80,7 +80,7 @@ class Attention(nnx.Module):
     def __init__(self, layer: int, config: Config, rngs: nnx.Rngs):
         d_model = config.d_model
         self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std)
-        self.out = Linear(d_model, d_model, rngs, std=base.output_std(config))
+        self.out = Linear(d_model, d_model, rngs, std=config.output_std)
         self.n_heads = config.n_heads
         self.scale = config.d_head**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -104,9 +104,9 @@ class Model(base.LanguageModel):
             [
                 Block(
                     layer,
-                    norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+                    config,
+                    norm=LayerNorm,
                     attention=Attention(layer, config, rngs),
-                    norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
                     mlp=MLP(config, rngs),
                 )
                 for layer in range(config.n_layers)

@@ -12,20 +12,10 @@ from crossdict_jax.models.base import MLP, Block, LayerNorm, Linear
 
 @dataclass(frozen=True, kw_only=True)
 class Config(base.ModelConfig):
-    """GPT-NeoX's own settings: rotary positions and the kind of residual."""
+    """GPT-NeoX's own settings: the kind of residual, and biases."""
 
     parallel_residual: bool = True
-    rotary_fraction: float = 0.25  # of each head that turns with position
-    rope_theta: float = 10000.0
     attention_bias: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check_rotary_dims(self.rotary_dims, self.d_head)
-
-    @property
-    def rotary_dims(self) -> int:
-        return int(self.d_head * self.rotary_fraction)
 
 
 # Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
@@ -89,7 +79,7 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         d_model, bias = config.d_model, config.attention_bias
         self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std, bias=bias)
-        self.out = Linear(d_model, d_model, rngs, std=base.output_std(config), bias=bias)
+        self.out = Linear(d_model, d_model, rngs, std=config.output_std, bias=bias)
         self.n_heads = config.n_heads
 
     def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, memory=None) -> jax.Array:
@@ -110,9 +100,9 @@ class Model(base.LanguageModel):
             [
                 Block(
                     layer,
-                    norm_1=LayerNorm(config.d_model, eps=config.norm_eps),
+                    config,
+                    norm=LayerNorm,
                     attention=Attention(config, rngs),
-                    norm_2=LayerNorm(config.d_model, eps=config.norm_eps),
                     mlp=MLP(config, rngs),
                     parallel=config.parallel_residual,
                 )
@@ -120,7 +110,3 @@ class Model(base.LanguageModel):
             ]
         )
         self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
-
-    def rotary(self, length: int):
-        config = self.config
-        return base.rotary_tables(length, dims=config.rotary_dims, theta=config.rope_theta)

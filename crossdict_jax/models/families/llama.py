@@ -13,11 +13,11 @@ from crossdict_jax.models.base import ACTIVATIONS, Block, Linear, RMSNorm
 
 @dataclass(frozen=True, kw_only=True)
 class Config(base.ModelConfig):
-    """Llama's own settings: heads of keys and values, their size, biases, rotary base."""
+    """Llama's own settings: heads of keys and values, their size, biases."""
 
     n_kv_heads: int
     head_dim: int  # its own number: heads together may be wider than d_model
-    rope_theta: float = 10000.0
+    rotary_fraction: float = 1.0
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -27,7 +27,10 @@ class Config(base.ModelConfig):
             raise UserError(
                 f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads evenly."
             )
-        base.check_rotary_dims(self.head_dim, self.head_dim)
+
+    @property
+    def d_head(self) -> int:
+        return self.head_dim
 
 
 # Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
@@ -94,12 +97,12 @@ class Attention(nnx.Module):
     """Attention in which each key-value head serves a run of query heads (Ainslie et al. 2023)."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        d_model, d_head, bias = config.d_model, config.head_dim, config.attention_bias
+        d_model, d_head, bias = config.d_model, config.d_head, config.attention_bias
         d_query, d_key = config.n_heads * d_head, config.n_kv_heads * d_head
         self.query = Linear(d_model, d_query, rngs, std=config.init_std, bias=bias)
         self.key = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
         self.value = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
-        self.out = Linear(d_query, d_model, rngs, std=base.output_std(config), bias=bias)
+        self.out = Linear(d_query, d_model, rngs, std=config.output_std, bias=bias)
         self.d_head = d_head
 
     def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, memory=None) -> jax.Array:
@@ -119,7 +122,7 @@ class GatedMLP(nnx.Module):
         d_model, d_mlp, bias = config.d_model, config.d_mlp, config.mlp_bias
         self.gate = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
         self.up = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
-        self.down = Linear(d_mlp, d_model, rngs, std=base.output_std(config), bias=bias)
+        self.down = Linear(d_mlp, d_model, rngs, std=config.output_std, bias=bias)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -136,16 +139,12 @@ class Model(base.LanguageModel):
             [
                 Block(
                     layer,
-                    norm_1=RMSNorm(config.d_model, eps=config.norm_eps),
+                    config,
+                    norm=RMSNorm,
                     attention=Attention(config, rngs),
-                    norm_2=RMSNorm(config.d_model, eps=config.norm_eps),
                     mlp=GatedMLP(config, rngs),
                 )
                 for layer in range(config.n_layers)
             ]
         )
         self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-
-    def rotary(self, length: int):
-        config = self.config
-        return base.rotary_tables(length, dims=config.head_dim, theta=config.rope_theta)

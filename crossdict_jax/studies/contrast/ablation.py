@@ -7,12 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
+from crossdict_jax import stats
+from crossdict_jax.config import Config
 from crossdict_jax.models import Site
-from crossdict_jax.stats import Resamples, columns
+from crossdict_jax.stats import columns
 from crossdict_jax.studies.contrast.preference import Reader
 
 LEVEL = 0.05  # of the share of controls that may do as much
-FAMILIES = ("random", "shuffled", "others")  # of controls
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class Cut:
         return float(np.sqrt(max(self.overlaps[np.ix_(rows, rows)].sum(), 0.0)))
 
 
-def measure(
-    reader: Reader, site: Site, cut: Cut, *, controls: int, draws: Resamples, seed: int
-) -> tuple[np.ndarray, dict]:
+def measure(reader: Reader, site: Site, cut: Cut, config: Config) -> tuple[np.ndarray, dict]:
     """Returns what a cut takes from the preference of each pair [pairs], and a result row.
 
     Controls put other directions in place of each vector, at its norm and its strength: random
@@ -52,14 +51,11 @@ def measure(
     controls, the cut among them, that cost as much. A cut is specific ("moves") where it costs
     more than the mean of every family, the 95 % intervals over pairs lying above 0, and than 95 %
     of their members. A family without members says nothing, and leaves no verdict.
-
-    Args:
-      controls: of each family.
-      draws: resamples of the pairs.
     """
-    clean = reader.preference
+    clean, seed = reader.preference, config.seed
+    draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=seed)
     generator = np.random.Generator(np.random.Philox(key=seed))
-    families = draw_controls(cut, controls, generator)
+    families = draw_controls(cut, config.contrast.controls, generator)
     itself = np.zeros((1, *cut.vectors.shape), np.float32)
     itself[0, : cut.n] = cut.vectors[: cut.n]
     vectors = np.concatenate([itself, *families.values()])
@@ -111,4 +107,4 @@ def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[
     for row in elsewhere:
         drawn = generator.choice(firing, min(n, len(firing)), replace=False)
         row[drawn] = cut.vectors[drawn] * (size / max(cut.size(drawn), 1e-30))
-    return dict(zip(FAMILIES, (random, shuffled, elsewhere)))
+    return {"random": random, "shuffled": shuffled, "others": elsewhere}

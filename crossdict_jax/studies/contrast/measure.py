@@ -16,14 +16,8 @@ import numpy as np
 
 from crossdict_jax import maps, results, stats
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal.directions import (
-    MapGroup,
-    best_matches,
-    feature_directions,
-    map_groups,
-    mapped_directions,
-    strengths,
-)
+from crossdict_jax.causal import directions
+from crossdict_jax.causal.directions import MapGroup, map_groups, strengths
 from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, refuse_transcoders
@@ -36,7 +30,7 @@ from crossdict_jax.studies.contrast.ablation import Cut
 from crossdict_jax.studies.contrast.preference import Reader, read_pairs
 from crossdict_jax.studies.contrast.section import tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "contrast.jsonl"
@@ -54,8 +48,6 @@ def run(config: Config, work: Workdir) -> None:
         read; the run holds transcoders, whose features are written elsewhere than where they are
         read; a file of the run is missing or damaged.
     """
-    from tqdm import tqdm
-
     refuse_transcoders(config, "A contrast set")
     settings = config.contrast
     sets = read_sets(settings.source)
@@ -74,7 +66,7 @@ def run(config: Config, work: Workdir) -> None:
                 f"contrast.source={','.join(settings.source)} holds no set of which every model "
                 f"can read {LEAST_PAIRS} pairs; give shorter texts."
             )
-        parts = (_measure(s, stage) for s in tqdm(studies, desc="contrast sets", unit="set"))
+        parts = (_measure(s, stage) for s in progress_bar(studies, desc="contrast", unit="set"))
         rows = [row for of_set in parts for row in of_set]
         pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
         stage.finish({FILE: rows}, pairs=pairs)
@@ -125,15 +117,11 @@ class Halves:
         others = self.others(model, site, features) if others is None else others
         dictionary, ids = self.run.dictionary(model, site), np.concatenate([features, others])
         strength = self.reader(model, "test").strength(site, dictionary, ids)
-        return Cut(strength, feature_directions(dictionary, ids), len(features))
+        return Cut(strength, directions.feature_directions(dictionary, ids), len(features))
 
     def ablate(self, model: str, site: Site, cut: Cut, prefers: bool) -> tuple[np.ndarray, dict]:
         """What a cut costs each pair, and its row; no verdict where there is no preference."""
-        reader, controls = self.reader(model, "test"), self.run.config.contrast.controls
-        draws = self.draws(len(reader.preference))
-        drop, row = ablation.measure(
-            reader, site, cut, controls=controls, draws=draws, seed=self.seed
-        )
+        drop, row = ablation.measure(self.reader(model, "test"), site, cut, self.run.config)
         return drop, row if prefers else row | {"moves": None}
 
 
@@ -299,9 +287,9 @@ def _cuts(study: Halves, group: MapGroup, top: np.ndarray) -> dict[str, Cut]:
     cuts = {}
     for task in group.tasks:
         m = maps.load(task.path(run.work))
-        vectors = mapped_directions(m, side, features, trained, seed=study.seed)
+        vectors = directions.mapped_directions(m, side, features, trained, seed=study.seed)
         cuts[task.kind] = Cut(strength, vectors, n)
-    matches, _ = best_matches(run.codes(*b), trained)
+    matches, _ = directions.best_matches(run.codes(*b), trained)
     matched = np.array(list(dict.fromkeys(matches[:n].tolist())))  # two may have one match
     others = [i for i in dict.fromkeys(matches[n:].tolist()) if i not in matched]
     return cuts | {MATCH: study.cut(*b, matched, np.array(others, int))}

@@ -28,7 +28,7 @@ from crossdict_jax.studies.dictionary_transfer.transferred import (
     transferred,
 )
 from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
-from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE, TRAINING = "dictionary_transfer.jsonl", "dictionary_training.jsonl"
@@ -106,8 +106,6 @@ def transfer_rows(
 
     Nothing is put in of the stitch alone: its losses and l0 are null.
     """
-    from tqdm import tqdm
-
     settings, seed, target = config.evaluation, config.seed, next(iter(problems)).target
     passages = select_passages(store, target, documents=config.intervention.documents, seed=seed)
     runner = Runner(
@@ -126,7 +124,7 @@ def transfer_rows(
         return modules.over_rows(way, x, method=method, size=settings.batch_size)
 
     rows = []
-    for task, problem in tqdm(problems.items(), desc=f"dictionaries used for {target}"):
+    for task, problem in progress_bar(problems.items(), desc=f"dictionaries used for {target}"):
         site = task.site_target
         x, at_passages = (store.read(target, site, n) for n in (numbers, passages.rows))
         x, made = x.astype(np.float32), ways(problem, config)

@@ -24,17 +24,16 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.scoring import pair_columns, take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
-from crossdict_jax.maps.base import build, map_class, map_module
+from crossdict_jax.maps.base import map_class, map_module
 from crossdict_jax.maps.descriptions import Describer
-from crossdict_jax.maps.fit import Loader
-from crossdict_jax.maps.joint import with_own_codes
+from crossdict_jax.maps.fit import Loader, with_own_codes
 from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, train_network
 from crossdict_jax.maps.kinds.ridge import Ridge
-from crossdict_jax.maps.moments import Products, RidgePath, activation_moments
+from crossdict_jax.maps.moments import Products, RidgePath
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Resamples
 from crossdict_jax.studies.efficiency.section import curves, r2_table
-from crossdict_jax.training.stage import Stage, input_digests
+from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "efficiency.jsonl"
@@ -191,7 +190,6 @@ def _few_rows(
     questions: list[Question], counts: list[int], config: Config, stage: Stage, folder: Path
 ) -> list[dict]:
     """Answers of every map fitted on few rows; a crosscoder is trained on these alone."""
-    from tqdm import tqdm
 
     def answer(question: Question, kind: str, n: int) -> list[dict]:
         settings = dataclasses.replace(config.map, batch_size=min(config.map.batch_size, n))
@@ -212,7 +210,9 @@ def _few_rows(
 
     kinds = [kind for kind in config.map.kinds if kind != NETWORK]
     rows = []
-    for key in tqdm([*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"):
+    for key in progress_bar(
+        [*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"
+    ):
         question, kind, n = key
         rows += stage.part((question.task.label, kind, n), partial(answer, *key))
     return rows
@@ -228,7 +228,7 @@ def _no_rows(
     """Answers without paired rows; last the hypernetwork that was trained on everything."""
     describer, shape, rows = Describer(), config.map.hypernetwork, []
     for q in questions:
-        m = from_profiles(q.problem, shape, describer)
+        m = from_profiles(q.problem, describer)
         rows += _score(m, PROFILES, q, n=0, held_out="layer")
         rows += _score(m, PROFILES, q, n=0, held_out="features", scored=(HIDDEN,))
         direction = q.task.source, q.task.target
@@ -245,7 +245,7 @@ def _no_rows(
     ):
         how = {"seed": config.seed, "describer": describer}
         how["directory"] = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
-        network, _ = train_network(trained_on, shape, known=features, **how)
+        network, _ = train_network(trained_on, shape, masks=features, **how)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
             m = network.write(q.problem, describer)
@@ -258,25 +258,14 @@ def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence
 
     Its penalty is the one that is best on the validation rows of the others.
     """
-    fitted, held_out = [], []
-    for problem in near:
-        train, rows = problem.train, problem.validation
-        fitted.append(activation_moments(train.source.x, train.target.x))
-        validation = activation_moments(rows.source.x, rows.target.x)
-        held_out.append(validation.about(fitted[-1].centre_a, fitted[-1].centre_b))
     train, validation = (
         Products(
             sum(p.n for p in parts),
             *(sum(getattr(p, name) for p in parts) for name in ("aa", "ab", "bb")),
         )
-        for parts in (fitted, held_out)
+        for parts in zip(*((p.regression.train, p.regression.validation) for p in near))
     )
     path = RidgePath(train)
-    best = min(penalties, key=lambda penalty: validation.error(path.solution(penalty)))
-    values = {
-        name: np.asarray(side.x, np.float32).mean(0)
-        for name, side in (("mean_a", asked.train.source), ("mean_b", asked.train.target))
-    }
-    values["W"] = path.solution(best)
-    arguments = {"d_a": len(values["W"])}
-    return build(Ridge, asked.train.target.dictionary, arguments, values)
+    errors = path.errors(validation, penalties)
+    values = asked.regression.affine(path.solution(min(errors, key=errors.get)))
+    return Ridge(asked.train.target.dictionary, values)

@@ -13,6 +13,7 @@ from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, architectures, has_k, unswept
 from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import Member, train_members, usual_rate
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
@@ -20,8 +21,6 @@ from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir
 
 SHARES = (0.25, 0.5, 1.0, 2.0)  # of sae.k: the curve of an architecture that fixes k
-# Where a penalty decides: a coefficient at which about a sixth of the dimensions are active.
-COEFFICIENTS = {"relu": 3.0, "gated": 4.0, "jumprelu": 0.75}
 
 
 def curves(
@@ -91,7 +90,7 @@ def members(config: Config, *, model: str, site: Site) -> list[Member]:
             )
         points = [{"k": k, "name": f"k-{k}"} for k in sorted(set(asked), reverse=True)]
     else:
-        coefficient = COEFFICIENTS[sae.architecture]
+        coefficient = find(sae.architecture).usual_l1
         penalties = sorted({share * coefficient for share in config.pareto.penalties})
         points = [{"l1_coefficient": c, "name": f"l1-{c:g}"} for c in penalties]
     return [

@@ -21,23 +21,15 @@ from crossdict_jax.models import Site
 from crossdict_jax.models.run import pad
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns
-from crossdict_jax.studies.probe import logistic
-from crossdict_jax.studies.probe.labelled import (
-    Labelled,
-    Split,
-    pooled,
-    read_labelled,
-    split,
-    token_counts,
-)
+from crossdict_jax.studies.probe import labelled, logistic
+from crossdict_jax.studies.probe.labelled import Labelled, Split, pooled
 from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.studies.reading import Reading, read_texts
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "probe.jsonl"
 DRAWS = 5  # of the examples, averaged over
-Features = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def run(config: Config, work: Workdir) -> None:
@@ -48,7 +40,7 @@ def run(config: Config, work: Workdir) -> None:
         examples, or fewer examples than labels; a file of the run is missing or damaged.
     """
     settings = config.probe
-    texts = read_labelled(settings.source, text=settings.text, label=settings.label)
+    texts = labelled.read_labelled(settings.source, text=settings.text, label=settings.label)
     store = open_store(work.activations)
     groups = map_groups(
         config, store, layers=config.intervention.layers, kinds=settings.maps, of_tokens=True
@@ -65,18 +57,16 @@ def run(config: Config, work: Workdir) -> None:
 
 def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: Stage) -> list[dict]:
     """The rows of all directions; what an interrupted run kept is taken from there."""
-    from tqdm import tqdm
-
     (reading, left_out), config = read(run, texts), run.config
     reasons = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
     left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
     counts, asked = config.probe.examples, {"seed": config.seed, "left": left}
-    examples = split(texts.labels[reading.kept], texts.classes, examples=counts, **asked)
+    examples = labelled.split(texts.labels[reading.kept], texts.classes, examples=counts, **asked)
     side = cache(partial(side_of, run, reading))
     features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
     rows, about = [], {"n_classes": len(texts.classes)} | left_out
     parts = [(i, n) for i in range(len(groups)) for n in sorted(counts)]
-    for i, n in tqdm(parts, desc="probes", unit="part"):
+    for i, n in progress_bar(parts, desc="probes", unit="part"):
         make = partial(probe_rows, features, i, examples, n, config)
         head = groups[i].columns | about
         rows += [head | row for row in stage.part((groups[i].label, n), make)]
@@ -107,7 +97,7 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
     return Side(x, tokens, run.dictionary(model, site))
 
 
-def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> Features:
+def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
     """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
     size, pooling = run.config.evaluation.batch_size, run.config.probe.pooling
     source, target = (side(*end) for end in group.ends)
@@ -124,7 +114,7 @@ def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> Feat
     for task in group.tasks:
         f = maps.predict(maps.load(task.path(run.work)), pairs, size)
         features[task.kind] = pooled(f, pairs.documents, pooling), own_b
-    counts = token_counts(reading.passages[group.source].tokens)
+    counts = labelled.token_counts(reading.passages[group.source].tokens)
     return features | {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
 
 

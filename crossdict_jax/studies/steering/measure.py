@@ -71,23 +71,20 @@ def steer(config: Config, work: Workdir) -> str:
     finished = FinishedRun(config, work, open_store(work.activations))
     group = chosen_maps(config, finished.store)
     runner, tokenizer = finished.runner(group.target), finished.tokenizers[group.target]
-    lm = runner.config
     with timed(work, "steer") as figures:
         prompts = read_prompts(config, finished.store, group.target, tokenizer)
-        count = new_tokens(settings.tokens, prompts, lm.context, group.target)
+        count = new_tokens(settings.tokens, prompts, runner.config.context, group.target)
         words = translation(finished.tokenizers[group.source], tokenizer)
         source = Source(finished, group, words)
         feature = choose(source)
         samples = settings.samples if settings.temperature else 1
         directions, about = edits(source, feature, n=len(prompts) * samples)
         doses = [("none", 0.0), *((name, a) for a in settings.alphas for name in directions)]
-        nothing = np.zeros(lm.d_model)
+        nothing = np.zeros(runner.config.d_model)
         vectors = [alpha * directions.get(name, nothing) for name, alpha in doses]
         starts = make_starts(prompts, samples, vectors)
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-        tokens = runner.generate(
-            starts, group.site_target, count=count, seed=config.seed, **sampling
-        )
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "count": count}
+        tokens = runner.generate(starts, group.site_target, seed=config.seed, **sampling)
         texts = score_texts(source, feature, starts, tokens)
         by = dict(zip(doses, map(list, np.array_split(np.array(texts, object), len(doses)))))
         n, bootstrap = len(prompts) * samples, config.evaluation.bootstrap
@@ -96,9 +93,7 @@ def steer(config: Config, work: Workdir) -> str:
         rows += [condition_row(by, name, alpha, draws) for name, alpha in doses]
         for (name, alpha), of_dose in by.items():
             rows += [{"row": "text", "condition": name, "alpha": alpha} | text for text in of_dose]
-        ends = (
-            f"{group.source}.{group.site_source.layer}-to-{group.target}.{group.site_target.layer}"
-        )
+        ends = "-to-".join(f"{model}.{site.layer}" for model, site in group.ends)
         asked = digest([asdict(settings), config.seed])[:8]
         name = f"{ends}-{feature.id}-{settings.map}-{asked}"
         results.write(work, f"{FOLDER}/{name}.jsonl", rows)
@@ -165,7 +160,7 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
     directions = {"mapped": mapped, "random": generator.normal(size=(n, len(mapped)))}
     if settings.map != MATCH:
         directions[MATCH] = of_match
-    x = run.store.read(*b, source.test).astype(np.float32)
+    x = run.store.read(*b, run.rows("test")).astype(np.float32)
     _, norm = dose_norms(
         settings.norm,
         (feature.median_norm, float(np.median(np.linalg.norm(x, axis=1)))),

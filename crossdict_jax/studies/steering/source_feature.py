@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax.activations.passages import Contexts, passages_of
-from crossdict_jax.causal.directions import MapGroup, feature_directions, strengths
+from crossdict_jax.causal.directions import MapGroup, feature_directions
 from crossdict_jax.causal.effects import (
     ModelAtSite,
     choose_contexts,
@@ -42,16 +42,11 @@ class Source:
     def contexts(self) -> Contexts:
         return Contexts(self.run.store, self.group.source, self.words.pieces_a)
 
-    @cached_property
-    def test(self) -> np.ndarray:
-        """Held-out rows of the store."""
-        return self.run.some_rows("test")
-
-    def strength(self, rows: np.ndarray, feature: int) -> np.ndarray:
-        """One feature's activations on some rows, float32 [n]."""
-        a, _ = self.group.ends
-        x = self.run.store.read(*a, rows)
-        return strengths(self.run.dictionary(*a), x, np.array([feature]))[:, 0]
+    @property
+    def dose(self) -> float:
+        """The middle dose, at which what a feature promotes is measured."""
+        doses = sorted(map(abs, self.run.config.steer.alphas))
+        return doses[len(doses) // 2]
 
     def at_rows(self, rows: np.ndarray) -> ModelAtSite:
         """The model on the windows of some rows, ascending."""
@@ -93,7 +88,8 @@ def choose(source: Source) -> Feature:
     Raises:
       UserError: it does not exist, or fires nowhere; the search finds nothing.
     """
-    run, group, train = source.run, source.group, source.run.train
+    run, group = source.run, source.group
+    train, test = run.rows("train"), run.rows("test")
     config, candidates, dictionary = run.config, [], run.dictionary(*group.ends[0])
     settings, site = config.steer, f"{group.source} at {group.site_source}"
     feature = settings.feature
@@ -104,7 +100,10 @@ def choose(source: Source) -> Feature:
         raise UserError(
             f"steer.feature={feature}: {site} has features 0 to {dictionary.width - 1}."
         )
-    strength, held_out = (source.strength(rows, feature) for rows in (train, source.test))
+    strength, held_out = (
+        np.concatenate([f[:, feature] for f in run.codes(*group.ends[0], rows)])
+        for rows in (train, test)
+    )
     asked = f"steer.feature={feature}: feature {feature} of {site}"
     if not strength.any():
         raise UserError(
@@ -113,13 +112,13 @@ def choose(source: Source) -> Feature:
         )
     if not held_out.any():
         raise UserError(
-            f"{asked} fires at none of the {len(source.test)} held-out positions read, so nobody "
+            f"{asked} fires at none of the {len(test)} held-out positions read, so nobody "
             "can say what it promotes; choose another."
         )
     generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
-    documents, count = run.store.rows.document[source.test], config.intervention.contexts
+    documents, count = run.store.rows.document[test], config.intervention.contexts
     rows = choose_contexts(held_out, documents, count, generator)
-    model = source.at_rows(source.test[rows])
+    model = source.at_rows(test[rows])
     direction = feature_directions(dictionary, np.array([feature]))[0]
     norm, _ = dose_norms(
         settings.norm,
@@ -128,7 +127,7 @@ def choose(source: Source) -> Feature:
         direction=direction,
         mapped=direction,
     )
-    dose = norm * middle_dose(settings.alphas) * normalised(direction)
+    dose = norm * source.dose * normalised(direction)
     change = mean_change(model.runner, model.hold(size=count, span=1), dose)
     promoted = most_promoted(change, source.words.has_text)
     below = run.runner(group.target).config.vocab_size
@@ -147,12 +146,6 @@ def choose(source: Source) -> Feature:
     )
 
 
-def middle_dose(alphas: Iterable[float]) -> float:
-    """Returns the dose at which what a feature promotes is measured."""
-    sizes = sorted(map(abs, alphas))
-    return sizes[len(sizes) // 2]
-
-
 # ---------------------------------------------------------------- search
 
 
@@ -166,22 +159,26 @@ def search(source: Source, text: str) -> list[dict]:
       UserError: no feature does either.
     """
     run, config, (a, _) = source.run, source.run.config, source.group.ends
-    share, live, base, token = around(text, source.contexts, run.train, run.codes(*a))
-    fires = np.any([(f > 0).any(0) for f in run.codes(*a, source.test)], axis=0)
+    train, test = run.rows("train"), run.rows("test")
+    share, live, base, token = around(text, source.contexts, train, run.codes(*a))
+    fires = np.any([(f > 0).any(0) for f in run.codes(*a, test)], axis=0)
     live = np.flatnonzero(live & fires)
     generator = np.random.Generator(np.random.Philox(key=config.seed))
     count = config.intervention.contexts
-    model = source.at_rows(np.sort(generator.permutation(source.test)[:count]))
+    model = source.at_rows(np.sort(generator.permutation(test)[:count]))
     held = model.hold(size=count, span=1)
-    dose = model.median_norm * middle_dose(config.steer.alphas)
+    dose = model.median_norm * source.dose
     directions = dose * normalised(feature_directions(run.dictionary(*a), live))
-    change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
-    effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
+    effect: dict[int, float] = {}
+    if len(live):
+        change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
+        effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
     by_share = sorted(effect, key=lambda i: -share[i])
+    by_effect = sorted(effect, key=lambda i: -effect[i])
     firing = [i for i in by_share[: CANDIDATES // 2] if share[i] > base]
-    by_effect = [i for i in sorted(effect, key=lambda i: -effect[i]) if effect[i] > 0]
-    rest = [i for i in by_effect if i not in firing][: CANDIDATES - len(firing)]
-    if not firing and not rest:
+    others = [i for i in by_effect if effect[i] > 0 and i not in firing]
+    listed = {*firing, *others[: CANDIDATES - len(firing)]}
+    if not listed:
         raise UserError(
             f"steer.search={text!r} finds no feature: none fires around it or makes it likelier; "
             "search for other text."
@@ -194,7 +191,8 @@ def search(source: Source, text: str) -> list[dict]:
             "token": source.words.text("a", token),
             "promotes": effect[i],
         }
-        for i in sorted((*firing, *rest), key=lambda i: -effect[i])
+        for i in by_effect
+        if i in listed
     ]
 
 
@@ -221,27 +219,17 @@ def around(
             f"steer.search={text!r} stands nowhere in the {len(rows)} training positions read; "
             "search for other text."
         )
-    index, value = strongest(codes, STRONGEST)
-    fires = value > 0  # [STRONGEST, width]
+    start, index, value = 0, None, None  # of each feature's strongest rows, in any order
+    for f in codes:
+        rows_of = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
+        index = rows_of if index is None else np.concatenate([index, rows_of])
+        value = f if value is None else np.concatenate([value, f])
+        start += len(f)
+        if len(value) > STRONGEST:
+            top = np.argpartition(-value, STRONGEST - 1, axis=0)[:STRONGEST]
+            index, value = (np.take_along_axis(a, top, axis=0) for a in (index, value))
+    fires = value > 0  # [STRONGEST or fewer, width]
     firings = fires.sum(0)
     tokens = Counter(t for row in rows[holds] for t in contexts.first_tokens(wanted, row))
     share = (holds[index] & fires).sum(0) / np.maximum(firings, 1)
     return share, firings >= LEAST_FIRINGS, float(holds.mean()), tokens.most_common(1)[0][0]
-
-
-def strongest(codes: Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (rows, activations) where each feature is strongest, both [count or fewer, width].
-
-    In any order.
-    """
-    both, start = None, 0
-    for f in codes:
-        rows = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
-        start += len(f)
-        both = (rows, f) if both is None else map(np.concatenate, zip(both, (rows, f)))
-        index, value = both
-        if len(value) > count:
-            top = np.argpartition(-value, count - 1, axis=0)[:count]
-            index, value = (np.take_along_axis(a, top, axis=0) for a in (index, value))
-        both = index, value
-    return both
