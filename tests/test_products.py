@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 
 def operands(seed, *, members=()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,10 +14,14 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.config import architectures
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import sparse
-from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.selection import kth_largest
-from crossdict_jax.ops.sparse import Code
+from crossdict_jax.ops import (
+    Code,
+    batch_top_k_code,
+    kth_largest,
+    matmul,
+    nth_largest,
+    threshold_code,
+)
 from crossdict_jax.training import checkpoint
 
 THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower one lags behind
@@ -153,7 +156,7 @@ class Dictionary(nnx.Module):
         dead: jax.Array,
         y: jax.Array | None = None,
         dtype=None,
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | Code]:
+    ) -> tuple[jax.Array, dict[str, jax.Array], Code]:
         """Returns (loss to minimise, its parts, features [batch, width] or their code).
 
         Args:
@@ -225,7 +228,7 @@ def keep_top_k(z: jax.Array, k: int) -> jax.Array:
 def keep_batch_top_k(z: jax.Array, k: int) -> jax.Array:
     """Returns relu(z) with all but the batch * k largest values of the batch zeroed."""
     z = jax.nn.relu(z)
-    threshold = kth_largest(jax.lax.stop_gradient(z), k * z.shape[0], axis=(0, 1))
+    threshold = nth_largest(jax.lax.stop_gradient(z), k * z.shape[0])
     return jnp.where(z >= threshold, z, 0.0)
 
 
@@ -272,14 +275,13 @@ class BatchSelected(Dictionary):
     def sparse_code(self, u: jax.Array, whole: WholeBatch | None, dtype=None) -> Code:
         """Returns the code that training takes of scaled rows u [batch, d_model]."""
         if whole is None:
-            how = ((), partial(sparse.batch_top_k, n=self.k * len(u)))
-        else:
-            how = ((whole.threshold,), partial(sparse.all_from, n=self.k * whole.rows))
-        return sparse.encode(u, *self.encoder(), *how, dtype)
+            return batch_top_k_code(u, *self.encoder(), self.k * len(u), dtype)
+        n = self.k * whole.rows
+        return threshold_code(u, *self.encoder(), whole.threshold, n, dtype)
 
     def batch_threshold(self, z: jax.Array) -> jax.Array:
         """Returns the least [] of the batch * k values that are kept of non-negative z."""
-        return sparse.nth_largest(jax.lax.stop_gradient(z), self.k * len(z))
+        return nth_largest(jax.lax.stop_gradient(z), self.k * len(z))
 
     def measure(self, least: jax.Array) -> None:
         self.threshold[...] = running_threshold(self.threshold[...], least)

@@ -20,7 +20,7 @@ from crossdict_jax.dictionaries.base import (
 )
 from crossdict_jax.dictionaries.losses import auxk, fvu
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 from crossdict_jax.training import checkpoint
 
 TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model takes part in it

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, WholeBatch, keep_top_k
-from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.sparse import Code, active_rows
+from crossdict_jax.ops import Code, activity, matmul
 
 FEW = 8  # dead features are few up to this part of the width
 
@@ -128,12 +127,9 @@ class Fired(NamedTuple):
     least: jax.Array
 
     @classmethod
-    def of(cls, f: jax.Array | Code) -> Fired:
-        """Returns it of features f [batch, width], or of their code."""
-        rows = active_rows(f)
-        values, batch = (f.values, f.batch) if isinstance(f, Code) else (f, len(f))
-        least = jnp.min(jnp.where(values > 0, values, jnp.inf))
-        return cls(rows > 0, rows.sum(dtype=jnp.float32) / batch, least)
+    def of(cls, code: Code) -> Fired:
+        """Returns it of features [batch, width], or of their code."""
+        return cls(*activity(code))
 
     def join(self) -> Fired:
         """Returns that of a batch from those of its parts, stacked on a leading axis."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary
-from crossdict_jax.ops.selection import kth_largest
+from crossdict_jax.ops import kth_largest
 
 LAYER_NORM_EPSILON = 1e-5
 

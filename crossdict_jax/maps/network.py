@@ -10,7 +10,7 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Map, Problem
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 RARE = 0.01  # of the mean variance, added to each: keeps a rare input from drowning its row
 

@@ -19,44 +19,21 @@ def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     Args:
       dtype: of the inputs of all three products (None: as they are); sums are float32.
     """
-    return _product(a, b, dtype, over=(1, 0))
+    return _product(a, b, dtype, axes=(1, 0))
 
 
-def _forward(a, b, dtype):
-    return matmul(a, b, dtype), (a, b)
-
-
-def _backward(dtype, kept, gradient):
-    a, b = kept
-    return _product(gradient, b, dtype, over=(1, 1)), _product(a, gradient, dtype, over=(0, 0))
-
-
-matmul.defvjp(_forward, _backward)
-
-
-def _product(a: jax.Array, b: jax.Array, dtype, *, over: tuple[int, int]) -> jax.Array:
-    """Returns the sum over axis ``over[0]`` of a [., .] and ``over[1]`` of b [., .]."""
+def _product(a: jax.Array, b: jax.Array, dtype, *, axes: tuple[int, int]) -> jax.Array:
+    """Returns the product of a and b, summed over axis ``axes[0]`` of a and ``axes[1]`` of b."""
     if dtype is not None:
         a, b = a.astype(dtype), b.astype(dtype)
-    contracted = tuple((axis,) for axis in over)
+    contracted = tuple((axis,) for axis in axes)
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def computed(z, a, b, bias, dtype=None) -> jax.Array:
-    """Returns z, which is ``matmul(a, b, dtype)`` + bias [m], computed before; with its gradients.
-
-    z itself gets none.
-    """
-    return z
-
-
-def _computed_forward(z, a, b, bias, dtype):
-    return z, (a, b)
-
-
-def _computed_backward(dtype, kept, gradient):
-    return None, *_backward(dtype, kept, gradient), jnp.sum(gradient, axis=0)
-
-
-computed.defvjp(_computed_forward, _computed_backward)
+matmul.defvjp(
+    lambda a, b, dtype: (matmul(a, b, dtype), (a, b)),
+    lambda dtype, saved, gradient: (
+        _product(gradient, saved[1], dtype, axes=(1, 1)),
+        _product(saved[0], gradient, dtype, axes=(0, 0)),
+    ),
+)

@@ -1,6 +1,6 @@
 """Sums of a few rows of a table: what sparse codes need in place of products of matrices.
 
-All have a fixed order, on any device: no atomics, the same bits from run to run.
+All have a fixed order: no atomics, the same bits from run to run.
 """
 
 from __future__ import annotations
@@ -12,72 +12,79 @@ TERMS = 16  # added up in one fused loop: more compile longer, fewer write the s
 LANES = 16  # floats that a CPU's widest registers hold
 GROUPS = 256  # summed together, in as many turns as the largest of them needs
 CHUNK = 64  # entries of one group at most, where groups are too unequal to be summed as they are
-ENTRIES = 8192  # whose inner products are taken together
 
 
 def sum_by_group(
-    starts: jax.Array, counts: jax.Array, weights: jax.Array, index: jax.Array, table: jax.Array
+    group: jax.Array, n_groups: int, weights: jax.Array, index: jax.Array, table: jax.Array
 ) -> jax.Array:
     """Returns, for each group of neighbouring entries, the sum of weight * table[index].
 
-    Groups of about equal size are summed together: what is added in vain is little.
+    For groups of about equal size: those of one size are summed together.
 
     Args:
-      starts: int [groups], the first entry of each.
-      counts: int [groups], how many entries it has.
+      group: int [entries], rising; ``n_groups`` for entries that belong to none.
       weights: [entries].
       index: int [entries], rows of the table.
       table: [rows, d].
 
     Returns:
-      float32 [groups, d].
+      float32 [n_groups, d].
     """
-    order, place = _by_size(counts)
-    return _at(_sums(starts[order], counts[order], weights, index, table), place)
+    starts = jnp.searchsorted(group, jnp.arange(n_groups + 1)).astype(jnp.int32)
+    sums, position = _sums(starts[:-1], jnp.diff(starts), weights, index, table)
+    return _at(sums, position)
 
 
-def sum_by_unequal_group(
-    starts: jax.Array, counts: jax.Array, weights: jax.Array, index: jax.Array, table: jax.Array
+def sum_by_key(
+    keys: jax.Array, n_keys: int, weights: jax.Array, index: jax.Array, table: jax.Array
 ) -> jax.Array:
-    """Returns what ``sum_by_group`` does, at a cost that no few large groups can drive up.
+    """Returns what ``sum_by_group`` does, of entries in any order and groups of any size.
 
-    Groups are cut into chunks of ``CHUNK`` entries; these are summed, then the sums of each group.
+    Entries are sorted by key and cut into chunks of ``CHUNK`` with one key at most; these are
+    summed, then the sums of each key: no few large groups can drive up the cost.
     """
-    n = -(-counts // CHUNK)
-    n_chunks = len(weights) // CHUNK + len(counts)  # at most, and some of them hold nothing
-    first = jnp.cumsum(n) - n
-    group = jnp.repeat(jnp.arange(len(counts)), n, total_repeat_length=n_chunks)
-    within = (jnp.arange(n_chunks) - first[group]) * CHUNK
-    sizes = jnp.clip(counts[group] - within, 0, CHUNK)
-    order, place = _by_size(sizes)
-    parts = _sums((starts[group] + within)[order], sizes[order], weights, index, table)
-    return sum_by_group(first, n, jnp.ones(n_chunks), place, parts)
-
-
-def _by_size(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the order of groups from large to small, and each group's place in it."""
-    order = jnp.argsort(counts, descending=True)
-    return order, jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+    n = len(keys)
+    if (n_keys + 1) * n < 2**32:  # key and position in one integer sort much faster than a pair
+        packed = keys.astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32)
+        order = (jnp.sort(packed) % n).astype(jnp.int32)
+    else:
+        order = jnp.argsort(keys)
+    starts = jnp.searchsorted(keys[order], jnp.arange(n_keys + 1)).astype(jnp.int32)
+    starts, counts, weights, index = starts[:-1], jnp.diff(starts), weights[order], index[order]
+    chunks = -(-counts // CHUNK)  # of each key
+    n_chunks = n // CHUNK + n_keys  # at most, and some of them hold nothing
+    first = jnp.cumsum(chunks) - chunks
+    key = jnp.repeat(jnp.arange(n_keys), chunks, total_repeat_length=n_chunks)
+    offset = (jnp.arange(n_chunks) - first[key]) * CHUNK
+    sizes = jnp.clip(counts[key] - offset, 0, CHUNK)
+    parts, part = _sums(starts[key] + offset, sizes, weights, index, table)
+    sums, position = _sums(first, chunks, jnp.ones(n_chunks), part, parts)
+    return _at(sums, position)
 
 
 def _sums(
     starts: jax.Array, counts: jax.Array, weights: jax.Array, index: jax.Array, table: jax.Array
-) -> jax.Array:
-    """See ``sum_by_group``: ``GROUPS`` groups together, as many turns as the largest needs.
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of groups from large to small, and each group's position among them.
 
-    In each turn ``TERMS`` gathers stand side by side in one loop over the output, so that none is
-    written out. Groups without entries cost nothing where they come together.
+    ``GROUPS`` groups together, in as many turns as the largest needs. In each turn ``TERMS``
+    gathers stand side by side in one loop over the output, so that none is written out. Groups
+    without entries cost nothing where they come together.
+
+    Args:
+      starts, counts: int [groups], the first entry of each and how many it has.
     """
-    n, d, size = len(starts), table.shape[1], min(GROUPS, len(starts))
-    last = len(weights) - 1
+    n, d, size, last = len(starts), table.shape[1], min(GROUPS, len(starts)), len(weights) - 1
+    order = jnp.argsort(counts, descending=True)
+    position = jnp.zeros_like(order).at[order].set(jnp.arange(n), unique_indices=True)
 
     def block(groups):
         starts, counts = groups
 
         def add(turn, total):
-            within = turn * TERMS + jnp.arange(TERMS)[None, :]
-            entries = jnp.minimum(starts[:, None] + within, last)
-            weight = jnp.where(within < counts[:, None], _at(weights, entries), 0)
+            offset = turn * TERMS + jnp.arange(TERMS)[None, :]
+            entries = jnp.minimum(starts[:, None] + offset, last)
+            weight = jnp.where(offset < counts[:, None], _at(weights, entries), 0)
             # Else the compiler looks up weights and indices anew for every element of the output.
             weight, row = jax.lax.optimization_barrier((weight, _at(index, entries)))
             for j in range(TERMS):
@@ -88,59 +95,41 @@ def _sums(
         turns = -(-jnp.max(counts) // TERMS)
         return jax.lax.fori_loop(0, turns, add, jnp.zeros((size, d)))
 
-    blocks = tuple(_in_blocks(a, size) for a in (starts, counts))
-    return jax.lax.map(block, blocks).reshape(-1, d)[:n]
+    blocks = [jnp.pad(a[order], (0, -n % size)).reshape(-1, size) for a in (starts, counts)]
+    return jax.lax.map(block, blocks).reshape(-1, d)[:n], position
 
 
-def dots(a: jax.Array, of_a: jax.Array, b: jax.Array, of_b: jax.Array, used: jax.Array):
-    """Returns the inner products, float32 [entries], of a[of_a] with b[of_b].
+def dots(a: jax.Array, a_index: jax.Array, b: jax.Array, b_index: jax.Array) -> jax.Array:
+    """Returns the inner products, float32 [entries], of a[a_index] with b[b_index].
 
     Computed as ``LANES`` running sums side by side, one in each lane of a register, that are added
     up at the end: a loop over one running sum would take one element at a time.
 
     Args:
       a, b: [rows, d], of any number of rows each.
-      of_a, of_b: int [entries].
-      used: bool [entries]; of neighbours that all are not, nothing is computed.
+      a_index, b_index: int [entries].
     """
-    n, size, span = len(of_a), min(ENTRIES, len(of_a)), LANES * TERMS
-    spans = -(-a.shape[1] // span)  # of a row
-    a, b = (_spans(table, spans) for table in (a, b))
+    span = LANES * TERMS  # of a row: what one turn reads
+    turns = -(-a.shape[1] // span)
+    missing = turns * span - a.shape[1]
+    a, b = (
+        jnp.pad(table.astype(jnp.float32), ((0, 0), (0, missing))).reshape(-1, span)
+        for table in (a, b)
+    )
 
-    def block(entries):
-        of_a, of_b, used = entries
+    def add(turn, sums):
+        index = jax.lax.optimization_barrier((a_index * turns + turn, b_index * turns + turn))
+        # One index for all lookups of a turn: of many, reading them costs more than the sums.
+        for first in range(0, span, LANES):
+            lanes = slice(first, first + LANES)
+            sums = sums + _at(a[:, lanes], index[0]) * _at(b[:, lanes], index[1])
+        return sums
 
-        def add(turn, sums):
-            at_a, at_b = jax.lax.optimization_barrier((of_a * spans + turn, of_b * spans + turn))
-            # One index for all lookups of a turn: of many, reading them costs more than the sums.
-            for first in range(0, span, LANES):
-                lanes = slice(first, first + LANES)
-                sums = sums + _at(a[:, lanes], at_a) * _at(b[:, lanes], at_b)
-            return sums
-
-        turns = jnp.where(used.any(), spans, 0)
-        sums, lanes = jax.lax.fori_loop(0, turns, add, jnp.zeros((size, LANES))), LANES
-        while lanes > 1:
-            lanes //= 2
-            sums = sums[:, :lanes] + sums[:, lanes:]
-        return sums[:, 0]
-
-    blocks = tuple(_in_blocks(e, size) for e in (of_a, of_b, used))
-    return jax.lax.map(block, blocks).reshape(-1)[:n]
-
-
-def _spans(table: jax.Array, spans: int) -> jax.Array:
-    """Returns the rows [n, d] cut into ``spans``, zeros after the last: float32 [n * spans, span].
-
-    A span is what one turn of ``dots`` reads of a row: TERMS pieces of LANES each.
-    """
-    missing = spans * LANES * TERMS - table.shape[1]
-    return jnp.pad(table.astype(jnp.float32), ((0, 0), (0, missing))).reshape(-1, LANES * TERMS)
-
-
-def _in_blocks(a: jax.Array, size: int) -> jax.Array:
-    """Returns [n] as [blocks, size], with zeros after the last."""
-    return jnp.pad(a, (0, -len(a) % size)).reshape(-1, size)
+    sums, lanes = jax.lax.fori_loop(0, turns, add, jnp.zeros((len(a_index), LANES))), LANES
+    while lanes > 1:
+        lanes //= 2
+        sums = sums[:, :lanes] + sums[:, lanes:]
+    return sums[:, 0]
 
 
 def _at(table: jax.Array, index: jax.Array) -> jax.Array:

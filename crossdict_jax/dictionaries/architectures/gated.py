@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 
 class Gated(Dictionary):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, Dictionary, Hyper, unit_rows
 from crossdict_jax.dictionaries.losses import auxk
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 # Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
 INITIAL_THRESHOLD = 0.5

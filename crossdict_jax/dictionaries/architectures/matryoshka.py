@@ -8,8 +8,7 @@ import jax
 
 from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import auxk, fvu
-from crossdict_jax.ops import sparse
-from crossdict_jax.ops.sparse import Code
+from crossdict_jax.ops import Code, decode_parts
 
 NESTED_BALANCE = 0.25  # weight of a nested loss relative to that of the next wider one
 
@@ -46,7 +45,7 @@ class Matryoshka(BatchSelected):
 
         Each adds its own slice to the one before: together as dear as one decode.
         """
-        slices = sparse.decode_parts(f, self.W_dec[...], self._widths(hyper), dtype)
+        slices = decode_parts(f, self.W_dec[...], self._widths(hyper), dtype)
         u_hat = self.b_dec[...][None, :]
         for i in range(slices.shape[1]):
             u_hat = u_hat + slices[:, i]

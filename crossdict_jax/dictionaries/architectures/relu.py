@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops import matmul
 
 
 class ReLU(Dictionary):

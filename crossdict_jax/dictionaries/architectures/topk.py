@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 
 from crossdict_jax.dictionaries.base import (
@@ -14,7 +12,7 @@ from crossdict_jax.dictionaries.base import (
     unit_rows,
 )
 from crossdict_jax.dictionaries.losses import auxk, fvu
-from crossdict_jax.ops import sparse
+from crossdict_jax.ops import decode, top_k_code
 
 
 class TopK(Dictionary):
@@ -32,8 +30,8 @@ class TopK(Dictionary):
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)
-        f = sparse.encode(u_in, *self.encoder(), (), partial(sparse.top_k, k=self.k), dtype)
-        u_hat = sparse.decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        f = top_k_code(u_in, *self.encoder(), self.k, dtype)
+        u_hat = decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
         parts = {
             "fvu": fvu(u, u_hat, hyper.whole),
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),

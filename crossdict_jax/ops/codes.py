@@ -1,0 +1,99 @@
+"""Sparse codes of rows, and what they decode to: a reference of dense products, or lists.
+
+A code is an array of features [batch, width], or ``lists.Entries`` where ``uses_lists`` says that
+they are faster. Both have the same values and the same gradients, but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from crossdict_jax.ops import lists
+from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops.selection import entries_from, kth_largest, nth_largest, uses_lists
+
+Code = jax.Array | lists.Entries
+
+
+def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what a batch's code says of its features.
+
+    Returns:
+      bool [width], whether a feature is active in some row; the number [] of active features a row;
+      and the smallest active value [], infinity where there is none.
+    """
+    if isinstance(code, lists.Entries):
+        values, batch = code.values, len(code.counts)
+        active = jnp.zeros(code.width, bool).at[code.features].max(values > 0)
+    else:
+        values, batch = code, len(code)
+        active = jnp.any(values > 0, axis=0)
+    l0 = jnp.sum(values > 0, dtype=jnp.float32) / batch
+    return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
+
+
+def top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, k: int, dtype=None) -> Code:
+    """Returns the k largest of each row of relu(u W_enc + bias), and all that equal the k-th.
+
+    Args:
+      u: rows [batch, d].
+      W_enc: [d, width].
+      bias: [width].
+      dtype: of the product's inputs; sums stay float32.
+    """
+    return _code(u, W_enc, bias, k * len(u), dtype, lambda z: kth_largest(z, k))
+
+
+def batch_top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, n: int, dtype=None) -> Code:
+    """Returns the n largest of all rows of relu(u W_enc + bias), and all that equal the n-th."""
+    return _code(u, W_enc, bias, n, dtype, lambda z: nth_largest(z, n))
+
+
+def threshold_code(
+    u: jax.Array, W_enc: jax.Array, bias: jax.Array, threshold: jax.Array, n: int, dtype=None
+) -> Code:
+    """Returns what reaches a threshold [] in relu(u W_enc + bias), of a part of a batch's rows.
+
+    Args: see ``top_k_code``, and
+      n: how many values of the whole batch reach it, but for equal ones.
+    """
+    return _code(u, W_enc, bias, n, dtype, lambda z: threshold)
+
+
+def _code(u, W_enc, bias, n: int, dtype, threshold: Callable[[jax.Array], jax.Array]) -> Code:
+    z = matmul(u, W_enc, dtype) + bias[None, :]
+    fixed = jax.lax.stop_gradient(z)
+    lowest = jax.lax.stop_gradient(threshold(fixed))
+    if not uses_lists():
+        z = jax.nn.relu(z)
+        return jnp.where(z < lowest.reshape(-1, 1), 0.0, z)  # not a number: stays visible
+    limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
+    rows, features, counts = entries_from(fixed, lowest, limit=limit)
+    values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)
+    return lists.encoded(lists.Entries(values, features, rows, counts, z.shape[1]), u, W_enc, bias)
+
+
+def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:
+    """Returns the sums [batch, d] of the active features' rows of W_dec [width, d].
+
+    Args:
+      dtype: that values and W_dec are rounded to; sums stay float32.
+    """
+    return decode_parts(code, W_dec, (len(W_dec),), dtype)[:, 0]
+
+
+def decode_parts(code: Code, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
+    """Returns what each part of the width adds to the decoding, float32 [batch, parts, d].
+
+    Args:
+      ends: rising, where each part ends and the next begins; the last is the width.
+      dtype: see ``decode``.
+    """
+    if isinstance(code, lists.Entries):
+        return lists.decode_parts(code, W_dec, ends, dtype)
+    slices = [slice(a, b) for a, b in itertools.pairwise((0, *ends))]
+    return jnp.stack([matmul(code[:, part], W_dec[part], dtype) for part in slices], axis=1)
