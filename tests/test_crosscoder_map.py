@@ -69,7 +69,6 @@ def run(tmp_path_factory):
         map=MapConfig(kinds=("crosscoder",)),
         sae=SAEConfig(k=3, batch_size=128),
         crosscoder=SETTINGS,
-        sae=SAEConfig(k=3, batch_size=128),
     )
     fit.fit_maps(config, store, work)
     return config, store, work
