@@ -173,14 +173,14 @@ def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
     group = members(sae, [(workloads.MODEL, workloads.SITE)])
     ensemble = prepare(sae, rows, group, rows.select("train"))
     state = train(
-        ensemble.trainable,
+        ensemble.trainable(workloads.LONG),
         feed=ensemble.feed,
         steps=5,
         seed=0,
         directory=tmp_path / "run",
         checkpoint_every=5,
         title="toy",
-        shardings=ensemble.by_member,
+        layout=ensemble.layout,
     )
     jax.tree.map(np.testing.assert_array_equal, timed.state, state)
 

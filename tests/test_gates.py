@@ -304,7 +304,7 @@ def test_g4_misses_any_low_median_of_batchtopk(low, missed, monkeypatch, tmp_pat
 def test_scores_count_what_is_called_shared_and_exclusive():
     """Of latents that are the planted features, three moved to other owners."""
     test = planted.views(planted.PlantedConfig(features=40, noise=0.0), seed=0)
-    c = crosscoder.build(
+    c = crosscoder.Crosscoder(
         "l1", d_models=(24, 32), width=40, k=0, shared_fraction=1.0, key=jax.random.key(0)
     )
     x = np.concatenate(test.x, axis=1)
