@@ -11,7 +11,7 @@ import numpy as np
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.modules import Params
-from crossdict_jax.ops import decode
+from crossdict_jax.ops import keep_top_k
 
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
 BLOCK = 8192  # rows at a time
@@ -112,7 +112,10 @@ def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
     u = start["scale"] * start["rows"]
     v = start["scale_out"] * start["rows_out"] if "rows_out" in start else u
     v = v - dictionary.b_dec[...][None, :]
-    w = decode(dictionary.training_code(u), dictionary.W_dec[...])
+    z = dictionary.pre_activations(u)
+    over_rows = dictionary.selects_over_rows
+    f = keep_top_k(z, dictionary.k, over_rows=True) if over_rows else dictionary.activate(z)
+    w = f @ dictionary.W_dec[...]
     along, power = jnp.sum(v * w), jnp.sum(jnp.square(w))
     c = jnp.where(along > 0, along / jnp.maximum(power, 1e-8), 1.0)
     for name in PROPORTIONAL:
