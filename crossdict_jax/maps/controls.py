@@ -52,12 +52,7 @@ def ceiling_task(task: Task) -> Task:
 
 
 def fit_controls(config: Config, store: Store, work: Workdir) -> None:
-    """Fits every control into ``work.controls``, as ``fit_maps`` does the run's maps.
-
-    Raises:
-      UserError: the re-initialised models or the dictionaries of controls are missing or damaged,
-        or see ``fit_maps``.
-    """
+    """Fits every control into ``work.controls``, as ``fit_maps`` does the run's maps."""
     todo = control_tasks(config, store)
     if not todo:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,9 +213,8 @@ def fit_tasks(
     if not unfinished:
         return
     batches = [[task] for task in todo if not map_class(task.kind).fits_together]
-    for kind in dict.fromkeys(task.kind for task in todo):
-        if map_class(kind).fits_together:
-            batches.append([task for task in todo if task.kind == kind])
+    together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
+    batches += [[task for task in todo if task.kind == kind] for kind in together]
     batches = [batch for batch in batches if unfinished & set(batch)]
     finished = len(todo) - len(unfinished)
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
@@ -225,14 +225,9 @@ def fit_tasks(
             problems = [loader.problem(task) for task in batch]
             if map_class(kind).through_joint:
                 problems = with_codes(problems, batch, config, loader.store, work, directory)
-            fitted = map_class(kind).fit(
-                problems,
-                config.map,
-                seed=config.seed,
-                directory=directory,
-                checkpoint_every=config.checkpoint_every,
-                records=config.records,
-            )
+            how = {"seed": config.seed, "directory": directory, "records": config.records}
+            how["checkpoint_every"] = config.checkpoint_every
+            fitted = map_class(kind).fit(problems, config.map, **how)
             for task, result in zip(batch, fitted):
                 if task in unfinished:
                     target = loader.target_dictionary(task)
@@ -258,23 +253,17 @@ def with_codes(
     One crosscoder of all models for each layer tuple serves all directions of the run; shuffled
     problems get the one that was trained on shuffled rows, a control one of its own two sides.
     """
-    controls = [problem for problem, task in zip(problems, batch) if task.control]
-    settings = crosscoder_settings(config)
-    of_controls = iter(with_own_codes(controls, settings, seed=config.seed, directory=directory))
-    if len(controls) < len(problems):
-        train_crosscoders(config, store, work)
-    loaded, result = {}, []
+    if batch[0].control:  # a batch is of one control, or of the run's own maps
+        settings = crosscoder_settings(config)
+        return with_own_codes(problems, settings, seed=config.seed, directory=directory)
+    train_crosscoders(config, store, work)
+    load, result = functools.cache(crosscoder.load), []
     for problem, task in zip(problems, batch):
-        if task.control:
-            result.append(next(of_controls))
-            continue
         a, b = store.models.index(task.source), store.models.index(task.target)
-        wanted = task.site_source, task.site_target
-        sites = next(s for s in joint_sites(config, store) if (s[a], s[b]) == wanted)
-        folder = work.crosscoder(sites, task.pairing)
-        if folder not in loaded:
-            loaded[folder] = crosscoder.load(folder)
-        result.append(dataclasses.replace(problem, joint=loaded[folder].between(a, b)))
+        ends = task.site_source, task.site_target
+        sites = next(s for s in joint_sites(config, store) if (s[a], s[b]) == ends)
+        joint = load(work.crosscoder(sites, task.pairing))
+        result.append(dataclasses.replace(problem, joint=joint.between(a, b)))
     return result
 
 

@@ -138,9 +138,7 @@ class TargetTower(Tower):
 def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | None = None) -> dict:
     """Returns the weights U, V and bias that two towers write for one pair of dictionaries.
 
-    Args:
-      pair: see ``Network.read``.
-      key: of the dropout.
+    ``pair`` is what ``Network.read`` gives; ``key`` is that of the dropout.
     """
     a, b = pair["source"], pair["target"]
     u = source.rows(a["moves"], a["nearness"])
@@ -199,9 +197,6 @@ class Network:
 
         Of the problem's rows it uses what each model does on its own, never which row of A goes
         with which of B.
-
-        Raises:
-          UserError: see ``read``.
         """
         pair = (describer or Describer()).both(problem.train, problem.label)
         reads = self.read(pair)
@@ -363,9 +358,6 @@ def train_network(
       directory: gets checkpoints and metrics.
       masks: features that training may use; of the others neither the values as source nor as
         target are read, nor are they described. By default all are used.
-
-    Raises:
-      UserError: see ``fit``.
     """
     n = len(problems[0].train)
     for problem in problems:
