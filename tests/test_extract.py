@@ -252,12 +252,6 @@ def test_changed_text_is_refused(config, tmp_path, monkeypatch):
         run(config, tmp_path / "w")
 
 
-def test_a_layer_outside_a_model_is_refused(config, tmp_path):
-    deep = dataclasses.replace(config, layers=(1, 9))
-    with pytest.raises(UserError, match=r"resid_pre.9 is outside .* \(2 layers: 0-1\)"):
-        run(deep, tmp_path / "w")
-
-
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):
     assert bos_id(models.load(config.models[0]).tokenizer) is None
 
