@@ -15,7 +15,7 @@ from crossdict_jax.activations import pairing
 from crossdict_jax.config import VerifyConfig
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.maps.fit import Loader
-from crossdict_jax.maps.kinds import procrustes
+from crossdict_jax.maps.moments import Regression
 from crossdict_jax.verify import (
     g01_identity,
     g02_rotation,
@@ -161,8 +161,8 @@ def late(patch):
 
 
 def rotated(patch):
-    true = procrustes.rotation
-    patch.setattr(procrustes, "rotation", lambda m: (true(m)[0][::-1], true(m)[1]))
+    true = Regression.affine
+    patch.setattr(Regression, "affine", lambda self, W: true(self, W[::-1]))
 
 
 def rolled(patch):

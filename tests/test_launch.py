@@ -476,7 +476,7 @@ def test_an_interruption_is_told_in_one_line(finished, tiny):
     with subprocess.Popen(
         [*program, f"--workdir={copy}"], stderr=subprocess.PIPE, cwd=ROOT, env=environment
     ) as process:
-        while not any(p.stat().st_size for p in copy.rglob("metrics.jsonl")):  # until it trains
+        while not any(p.stat().st_size for p in (copy / "dictionaries").rglob("metrics.jsonl")):
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
