@@ -156,7 +156,7 @@ def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
     group = members(sae, [(workloads.MODEL, workloads.SITE)])
     ensemble = prepare(sae, rows, group, rows.select("train"))
     state = train(
-        ensemble.trainable,
+        ensemble.trainable(workloads.LONG),
         feed=ensemble.feed,
         steps=5,
         seed=0,
@@ -267,7 +267,8 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
 
 
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
-    done = launch("benchmark", f"--workdir={tmp_path / 'run'} --config.benchmarks=luck")
+    program = [sys.executable, "-m", "launch.benchmark", f"--workdir={tmp_path / 'run'}"]
+    done = launch(program, "--config.benchmarks=luck")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert f"benchmarks=luck: luck must be one of {', '.join(measurements())}" in done.stderr
     config = BenchmarkConfig(benchmarks=("whole",))
@@ -304,7 +305,8 @@ def test_the_table_sets_the_usual_rate_beside_their_best():
 
 def test_without_the_peer_one_line_says_so(finished, monkeypatch):
     monkeypatch.delenv(peer.VARIABLES["sae-lens"], raising=False)
-    done = launch("benchmark.saelens", f"--workdir={finished[2].root}")
+    program = [sys.executable, "-m", "launch.benchmark.saelens"]
+    done = launch(program, f"--workdir={finished[2].root}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
 
