@@ -30,24 +30,14 @@ from crossdict_jax.config.rules import (
     setting,
 )
 from crossdict_jax.errors import UserError
+from crossdict_jax.results import MAP_ORDER
 
 # A sweepable setting takes one number or a tuple of them; each value becomes ensemble members.
 Number = float | tuple[float, ...]
 Count = int | tuple[int, ...]
 SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # of SAEConfig
 
-DEFAULT_MAPS = (
-    "mean",
-    "token",
-    "procrustes",
-    "ridge",
-    "ridge_codes",
-    "low_rank",
-    "token_ridge",
-    "mlp",
-    "token_mlp",
-    "crosscoder",
-)
+DEFAULT_MAPS = tuple(kind for kind in MAP_ORDER if kind not in ("token_target", "hypernetwork"))
 # ceiling: from a second dictionary of the target itself, the most that a map can reach.
 # untrained: to the target with all its weights drawn anew, what training has nothing to do with.
 # reseeded: trained maps that read features once more from another seed: are their weights stable?
@@ -490,10 +480,7 @@ def unswept(sae: SAEConfig) -> SAEConfig:
 
 @dataclass(frozen=True)
 class JointSettings:
-    """How crosscoders are trained: their own settings, and those that they share with dictionaries.
-
-    Made by ``crosscoder_settings``.
-    """
+    """How crosscoders are trained: their own settings, and those that dictionaries share."""
 
     variant: str = "batchtopk"
     width: int = 4096
@@ -515,19 +502,11 @@ def crosscoder_settings(config: Config) -> JointSettings:
     """
     joint, sae = config.crosscoder, unswept(config.sae)
     width = joint.width or sae.width
-    return JointSettings(
-        variant=joint.variant,
-        width=width,
-        k=min(sae.k, width),
-        l1_coefficient=joint.l1_coefficient,
-        shared_fraction=joint.shared_fraction,
-        drop_probability=joint.drop_probability,
-        learning_rate=joint.learning_rate or sae.learning_rate or 2e-3 * math.sqrt(4096 / width),
-        steps=joint.steps or sae.steps,
-        batch_size=sae.batch_size,
-        dead_after_rows=sae.dead_after_rows,
-        matmul_dtype=sae.matmul_dtype,
-    )
+    names = {field.name for field in dataclasses.fields(JointSettings)}
+    settings = {k: v for group in (sae, joint) for k, v in vars(group).items() if k in names}
+    rate = joint.learning_rate or sae.learning_rate or 2e-3 * math.sqrt(4096 / width)
+    chosen = {"learning_rate": rate, "steps": joint.steps or sae.steps}
+    return JointSettings(**settings | chosen | {"width": width, "k": min(sae.k, width)})
 
 
 def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
@@ -553,11 +532,7 @@ def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
 
 
 def model_layers(config: Config) -> tuple[tuple[int, ...], ...]:
-    """Returns per model the layers that are read: ``layers``, or what ``layer_pairs`` names.
-
-    In ``layer_pairs`` the first number is a layer of the first model, the second one of every
-    other model.
-    """
+    """Returns per model the layers that are read: ``layers``, or what ``layer_pairs`` names."""
     if not config.layer_pairs:
         return tuple(tuple(config.layers) for _ in config.models)
     return _layers_of(config, layer_pairs(config))

@@ -66,6 +66,27 @@ def stitching_table(work: Workdir) -> None:
     show([table("Loss recovered in the target by what is predicted [95 %]", rows)], WIDTH)
 
 
+def gates_table(gates: list[dict]) -> Table:
+    """Returns the gates of verify.json: a head for each, its numbers and bounds, its note."""
+    lines = []
+
+    def add(gate: str, label: str, passed: bool | None, value: str = "", bound: str = "") -> None:
+        verdict = {True: "yes", False: "MISS", None: ""}[passed]
+        lines.append(
+            {"gate": gate, "number": label, "value": value, "bound": bound, "pass": verdict}
+        )
+
+    for gate in gates:
+        add(gate["gate"], gate["what"], gate["passed"])
+        for check in gate["checks"]:
+            value = "–" if check["value"] is None else f"{check['value']:.4g}"
+            bound = f"{check['relation']} {check['bound']:.4g}" if check["relation"] else ""
+            add("", check["what"], check["passed"] if bound else None, value, bound)
+        if gate["note"]:
+            add("", gate["note"], None)
+    return table("gates", lines)
+
+
 def summary_table(work: Workdir) -> None:
     """Prints baselines, the best maps and the ceiling of every direction and layer pair.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crossdict_jax.report.blocks import Block, Details, Heading, html
+from crossdict_jax.report.blocks import Block, Details, Heading, hidden, html
 from crossdict_jax.report.tables import (
     Cell,
     Table,
@@ -51,7 +51,7 @@ def section(rows: list[dict]) -> str:
         summary = "Circuits: features by layer, and what reaches them from the layer before"
         raw = flat_table(transfers, "Every column of the mapped directions’ rows", ("source",))
         blocks += [Heading(name), *sentences(transfers), *tables(of_set)]
-        blocks += [Details(summary, circuits(of_set)), Details(raw.caption, [raw])]
+        blocks += [Details(summary, circuits(of_set)), hidden(raw)]
     return html(blocks)
 
 
