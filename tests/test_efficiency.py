@@ -18,7 +18,7 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import map_module
+from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
 from crossdict_jax.studies.efficiency import measure
@@ -84,7 +84,7 @@ def test_maps_on_all_rows_are_those_of_the_run(run):
     loader = Loader(store, work, config.seed)
     task = next(t for t in maps.tasks(config, store) if t.site_source.layer == 1)
     problem, test = loader.problem(task), loader.pairs(task, "test")
-    (fitted,) = map_module("ridge").fit([problem], config.map, seed=0, directory=work.root)
+    (fitted,) = map_class("ridge").fit([problem], config.map, seed=0, directory=work.root)
     truth = maps.base.encode_rows(test.target.dictionary, test.target.x)
     mean = problem.train.target.feature_moments[0]
     error = np.square(truth - maps.predict(fitted.map, test)).sum()

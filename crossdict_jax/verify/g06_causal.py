@@ -10,7 +10,7 @@ import numpy as np
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
-from crossdict_jax.maps import Pairs, Problem, map_module
+from crossdict_jax.maps import Pairs, Problem, map_class
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
 
@@ -68,7 +68,7 @@ def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path
 
     train = documents < TEXTS * 2 // 3
     problem = Problem("planted causes", pairs(train), pairs(~train))
-    (fitted,) = map_module(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
+    (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
     vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)
     rng = np.random.Generator(np.random.Philox(key=seed))

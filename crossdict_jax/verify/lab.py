@@ -173,7 +173,7 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
 
     train, validation, test = map(pairs, SPLITS)
     problem = Problem(kind, train, validation)
-    (fitted,) = maps.map_module(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
+    (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
         token_sums(train.source.tokens, lambda rows, x=x: x[rows])
