@@ -217,8 +217,8 @@ def takes_part(crosscoder: Crosscoder) -> np.ndarray:
     """Returns bool [N, width]: the models that a latent belongs to.
 
     The rule: a model takes part in a latent if its decoder norm is at least a quarter of the
-    largest one (units of equal variance). For two models that is a relative norm between 0.2 and
-    0.8. All take part: the latent is shared. One does: it is exclusive to that one.
+    largest one; for two models, a relative norm between 0.2 and 0.8. All take part: the latent is
+    shared. One does: it is exclusive to that one.
     """
     norms = np.asarray(crosscoder.decoder_norms())
     largest = norms.max(axis=0, keepdims=True)

@@ -76,8 +76,8 @@ def auxk(
     """Returns the share [] of the residual that the k_aux strongest dead features leave; else 0.
 
     Divided by the residual's variance (Gao et al. 2024, arXiv 2406.04093, section A.2). Costs
-    nothing while everything is alive, 10 B d n operations while at most n = width / FEW features
-    are dead, and as much as a dense step while more are.
+    nothing while all are alive, 10 B d n operations while at most n = width / FEW features are
+    dead, and as much as a dense step while more are.
 
     Args:
       dictionary: gives ``encoder()``, W_dec and width.

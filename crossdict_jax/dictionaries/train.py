@@ -136,7 +136,7 @@ class SparseObjective(Objective):
         totals = {"variance": variance(t)}
         if d.selects_over_rows:
             z = over(lambda part: jax.nn.relu(d.pre_activations(part, dtype)), u)
-            z = z.reshape(-1, d.width)
+            z = z.swapaxes(0, 1).reshape(-1, d.width)  # rows stay on their devices
             totals["threshold"] = nth_largest(z, d.k * len(z))
         hyper = dataclasses.replace(self.hyper(context), **totals)
 

@@ -69,7 +69,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
     """Returns entries ``start .. start + count`` of an endless order of 0..n-1, shuffled per epoch.
 
-    A pure function of its arguments: no iterator state, the same on any number of devices.
+    A pure function of its arguments, the same on any number of devices.
     """
     positions = np.arange(start, start + count, dtype=np.int64)
     epochs = positions // n
