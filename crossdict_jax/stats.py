@@ -8,6 +8,11 @@ import numpy as np
 import scipy.stats
 
 
+def generator(*key: int) -> np.random.Generator:
+    """Returns random numbers that depend on one or two whole numbers alone."""
+    return np.random.Generator(np.random.Philox(key=key if len(key) > 1 else key[0]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Resamples:
     """Which documents each bootstrap resample holds, and which document each row belongs to.

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.causal.directions import feature_directions, mapped_directions
+from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import MATCH, Directions, Experiment, ModelAtSite
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.dictionaries.base import find, from_arrays
+from crossdict_jax.dictionaries.base import decoder_rows, find, from_arrays
 from crossdict_jax.maps.base import Map, Side
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import LanguageModel, Site
@@ -100,12 +100,11 @@ class Planted:
             features=features,
             tested=tested,
             strength=f_a,
-            directions=feature_directions(self.dictionaries[0], features),
+            directions=decoder_rows(self.dictionaries[0], features),
             mapped={
                 "ridge": Directions(vectors),
-                MATCH: Directions(feature_directions(self.dictionaries[1], features), f_b),
+                MATCH: Directions(decoder_rows(self.dictionaries[1], features), f_b),
             },
-            mean=target.x.mean(0),
             translation=self.translation,
         )
 

@@ -1,16 +1,6 @@
 """Dictionary transfer: one model's dictionary used for another, and as a start of training."""
 
-from crossdict_jax.results import (
-    COUNTS,
-    PAIR_COLUMNS,
-    POSITIONS,
-    Column,
-    Table,
-    intervals,
-    nats,
-    plain,
-    register,
-)
+from crossdict_jax.results import COUNTS, PAIR_COLUMNS, Table, intervals, nats, plain, register
 from crossdict_jax.studies.dictionary_transfer.section import TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
@@ -20,17 +10,15 @@ TABLE = register(
         "one way to reconstruct the target with a dictionary that was not trained on it",
         (
             *PAIR_COLUMNS,
-            Column(
-                "dictionary",
-                "own: the target's; transferred: the source's through ridge and back; orthogonal: "
-                "through a rotation and back; as_is: unchanged; rotated: through a random "
-                "rotation; stitch: there and back with no dictionary between",
-                values=("own", "transferred", "orthogonal", "as_is", "rotated", "stitch"),
+            *plain(
+                dictionary="own: the target's; transferred: the source's through ridge and back; "
+                "orthogonal: through a rotation and back; as_is: unchanged; rotated: through a "
+                "random rotation; stitch: there and back with no dictionary between",
+                l0="active features per row",
+                n_positions="text positions whose next token is scored",
             ),
             *COUNTS,
             *intervals(fvu="share of the variance that the reconstruction misses"),
-            Column("l0", "active features per row"),
-            POSITIONS,
             *nats(
                 ce="cross-entropy of the next token with the reconstruction put in",
                 delta_ce="ce, less that of the untouched target",
@@ -44,8 +32,8 @@ TRAINING = register(
         "the target's dictionary trained from random parameters and from the source's",
         (
             *PAIR_COLUMNS,
-            Column("error", "which training error the curves show", values=("fvu", "mse")),
             *plain(
+                error="which training error the curves show, fvu or mse",
                 steps="training steps, one per point of the curves",
                 random="error from random parameters",
                 transferred="error from the source's dictionary",

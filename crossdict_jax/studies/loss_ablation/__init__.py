@@ -5,15 +5,8 @@ from crossdict_jax.studies.loss_ablation.section import TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
 KEPT = (
-    "r2",
-    "cosine",
-    "cosine_centered",
-    "cosine_mean_predictor",
-    "l0_target",
-    "l0_predicted",
-    "rate_correlation",
-    "n_rows",
-    "n_documents",
+    *("r2", "cosine", "cosine_centered", "cosine_mean_predictor", "l0_target", "l0_predicted"),
+    *("rate_correlation", "n_rows", "n_documents"),
 )
 TABLE = register(
     Table(

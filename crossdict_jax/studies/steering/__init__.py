@@ -10,6 +10,11 @@ RATES = {
     "search_rate": ("occurrences of the searched text", "per 100 bytes"),
     "nll": ("-log p of the new tokens under the unedited target", "nats a token"),
 }
+ENDS = {
+    "": "",
+    "_more": ", less that without an edit",
+    "_over_random": ", less that with a random direction of the same dose",
+}
 TABLE = register(
     Table(
         "steering/*.jsonl",
@@ -22,7 +27,6 @@ TABLE = register(
                 firings="of n_rows training rows on which it fires",
                 n_rows="training rows that were read",
                 promoted_source="tokens that it makes likelier in the source",
-                promoted_by="by how much, in nats",
                 promoted_target="the same text in the target's tokens",
                 contexts="texts around its strongest firings",
                 candidates="features that the search found",
@@ -32,13 +36,7 @@ TABLE = register(
                 settings="the values of config.steer",
                 new_tokens="tokens written at most",
                 seed="of the random numbers",
-            ),
-            Column(
-                "condition",
-                "no edit, the mapped direction, a random direction of equal norm, the match",
-                values=("none", "mapped", "random", "match"),
-            ),
-            *plain(
+                condition="no edit, the mapped direction, a random one of equal norm, the match",
                 alpha="dose",
                 n_texts="texts of this edit",
                 tokens="new tokens",
@@ -50,11 +48,7 @@ TABLE = register(
             *(
                 Column(name + end, words + more, unit, interval=True)
                 for name, (words, unit) in RATES.items()
-                for end, more in {
-                    "": "",
-                    "_more": ", less that without an edit",
-                    "_over_random": ", less that with a random direction of the same dose",
-                }.items()
+                for end, more in ENDS.items()
             ),
         ),
     )
