@@ -197,7 +197,7 @@ def test_both_starts_are_trained_on_the_rows_of_the_run(run, tmp_path):
     rows = {row["target"]: row for row in read_jsonl(work.result(measure.TRAINING))}
     assert set(rows) == {"a", "b"}
     for row in rows.values():
-        assert row["steps"] == [20, 40, 60] and row["error"] == "fvu"
+        assert row["steps"][-1] == 60 and row["error"] == "fvu"
         assert row["random"][-1] < row["random"][0]
         assert 0 < row["fvu_transferred"] < 2 and row["random"] != row["transferred"]
     # What begins at random ends as train_saes would have it.

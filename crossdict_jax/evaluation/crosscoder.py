@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -129,16 +129,16 @@ def figures(
     settings, seed = config.evaluation, config.seed
     draws = stats.draw(documents, count=settings.bootstrap, seed=seed)
     everyone, some = range(joint.n_models), slice(0, SCALING_ROWS)
-    measure = partial(_measure, joint, x, size=settings.batch_size)
-    together = measure(present=everyone)
+    measure = cache(partial(_measure, joint, x, settings.batch_size))
+    together = measure(tuple(everyone))
     live = together["fires"] > 0
     scaling = latent_scaling(joint, [view[some] for view in x], documents[some], seed=seed)
     rows = []
     for m in everyone:
-        others = [other for other in everyone if other != m]
+        others = tuple(other for other in everyone if other != m)
         columns = {"n_rows": len(documents), "n_documents": draws.n_documents}
         columns |= {"width": joint.width, "variant": joint.variant}
-        alone, from_others = measure(present=[m]), measure(present=others)
+        alone, from_others = measure((m,)), measure(others)
         for name, sums in zip(("", "_alone", "_from_others"), (together, alone, from_others)):
             fvu = draws.estimate(sums["error"][:, m], sums["variance"][:, m])
             columns |= stats.columns(f"fvu{name}", fvu)
@@ -177,7 +177,7 @@ def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> 
 
 
 def _measure(
-    joint: Crosscoder, x: Sequence[np.ndarray], *, present: Sequence[int], size: int
+    joint: Crosscoder, x: Sequence[np.ndarray], size: int, present: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
     """{error, variance: [n, N], l0: [n], fires: [width]} with the code of the present models."""
     graphdef, params = modules.split(joint)
