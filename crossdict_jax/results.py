@@ -40,6 +40,9 @@ MAP_ORDER = (
 LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
 
 
+TABLES: dict[str, Table] = {}  # by file, or pattern of files
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a result file.
@@ -141,6 +144,11 @@ def register(table: Table) -> Table:
     """Adds the table of a study's file to ``TABLES`` and returns it."""
     TABLES[table.file] = table
     return table
+
+
+def describe(file: str, meaning: str, *columns: Column) -> Table:
+    """Adds the table of a file, or of files that a pattern names, to ``TABLES`` and returns it."""
+    return register(Table(file, meaning, columns))
 
 
 def read_matches(
@@ -267,298 +275,280 @@ SPECIFIC = nats(
 
 # ---------------------------------------------------------------- the files of the stages
 
-SPINE = (
-    Table(
-        "reconstruction.jsonl",
-        "one dictionary, on held-out text",
-        (
-            *plain(
-                model="the model that is read",
-                site="where it is read",
-                site_output="what is reconstructed: the site, or what a transcoder predicts",
-                seed="of the dictionary",
-                member="folder of the dictionary",
-                width="number of features",
-            ),
-            *COUNTS,
-            *intervals(
-                l0="active features per row",
-                fvu="share of the variance of the activations, about the training mean, left over",
-            ),
-            *plain(dead_fraction="share of features that fire in no kept row of training and test"),
-            POSITIONS,
-            *nats(
-                ce_clean="cross-entropy of the next token with the model's own activations",
-                ce_zero="with zeros in their place",
-                ce_mean="with their training mean in their place",
-                ce_sae="with the reconstruction in their place",
-                kl_sae="KL divergence of the clean prediction to that with the reconstruction",
-            ),
-            *intervals(
-                loss_recovered="(ce_zero - ce_sae) / (ce_zero - ce_clean); null: zeros cost < 0.05",
-                loss_recovered_mean="the same with the mean in place of zeros",
-                kl_recovered="1 - kl_sae / that of zeros; null: zeros cost < 0.05",
-                kl_recovered_mean="the same with the mean in place of zeros",
-            ),
-        ),
+describe(
+    "reconstruction.jsonl",
+    "one dictionary, on held-out text",
+    *plain(
+        model="the model that is read",
+        site="where it is read",
+        site_output="what is reconstructed: the site, or what a transcoder predicts",
+        seed="of the dictionary",
+        member="folder of the dictionary",
+        width="number of features",
     ),
-    Table(
-        "transfer.jsonl",
-        "one map at one layer pair, on held-out rows",
-        (*PAIR_COLUMNS, MAP, PAIRING, *SCORES),
+    *COUNTS,
+    *intervals(
+        l0="active features per row",
+        fvu="share of the variance of the activations, about the training mean, left over",
     ),
-    Table(
-        "controls.jsonl",
-        "a control of one map. ceiling: from a second dictionary seed of the target itself, the "
-        "most that can be reached; untrained: into the re-initialised target",
-        (
-            Column("control", "which", values=("ceiling", "untrained")),
-            *PAIR_COLUMNS,
-            MAP,
-            PAIRING,
-            *SCORES,
-        ),
+    *plain(
+        dead_fraction="share of features that fire in no kept row of training and test",
     ),
-    Table(
-        "features.jsonl",
-        "histograms over the features of one dictionary, or over those that one map predicts",
-        (
-            *plain(
-                model="of a dictionary: the model",
-                site="where it is read",
-                site_output="what is reconstructed",
-                seed="of the dictionary",
-                member="folder of the dictionary",
-                log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
-                decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
-            ),
-            *PAIR_COLUMNS,
-            MAP,
-            PAIRING,
-            *plain(correlation_by_frequency="of prediction and truth, in bins of firing frequency"),
-        ),
+    POSITIONS,
+    *nats(
+        ce_clean="cross-entropy of the next token with the model's own activations",
+        ce_zero="with zeros in their place",
+        ce_mean="with their training mean in their place",
+        ce_sae="with the reconstruction in their place",
+        kl_sae="KL divergence of the clean prediction to that with the reconstruction",
     ),
-    Table(
-        "feature_transfer.jsonl",
-        "one feature of the target that is predicted best or worst, or a bin of features by firing "
-        "frequency or by how much their token explains",
-        (
-            *PAIR_COLUMNS,
-            MAP,
-            PAIRING,
-            Column("row", "what it is about", values=("feature", "frequency", "token_share")),
-            Column("rank", "which end of the ranking", values=("most", "least")),
-            *plain(
-                feature="its number in the target's dictionary",
-                r2="of the feature, on test rows, by which it was chosen",
-                r2_validation="on validation rows, which had no part in the choice",
-                correlation="of prediction and truth",
-                token_share="R² of the map from the target's own token",
-                firings="test rows on which it fires",
-                frequency="share of the test rows on which it fires",
-                match="the source's feature that correlates best: its number and correlation",
-                attributions="features of the source that drive it, by map",
-                contexts="texts around its strongest firings",
-                low="lower end of a bin; null: none",
-                high="upper end of a bin",
-                n_features="features in the bin",
-                r2_median="their median R²",
-            ),
-        ),
-    ),
-    Table(
-        "matching.jsonl",
-        "two dictionaries: features matched one to one, and what is left on held-out text",
-        (
-            *PAIR_COLUMNS,
-            PAIRING,
-            Column("method", "of matching", values=("mutual_best", "hungarian")),
-            *plain(
-                width_source="features of the source",
-                width_target="features of the target",
-                live_source="of these, those with at least minimum_firings",
-                live_target="of these, those with at least minimum_firings",
-                matched="pairs by correlation on training rows",
-                significant="of these, correlated beyond circular shifts on held-out rows at fdr",
-                strong="of these, correlated by at least minimum_r",
-                confirmed="of these, correlated beyond shuffles among rows with equal tokens",
-                fdr="false discovery rate",
-                minimum_firings="on training rows",
-                minimum_r="correlation that a strong match reaches",
-                r_train="mean correlation of the matches on training rows",
-                r_test="on held-out rows",
-                r_token="of the means for the current tokens alone",
-                r_test_confirmed="r_test of the confirmed",
-                null="confirmed on shuffled pairs",
-                n_rows_train="rows on which features were matched",
-                n_rows_test="rows on which matches were confirmed",
-            ),
-        ),
-    ),
-    Table(
-        "matches.jsonl",
-        "one matched pair of features; a match has no direction",
-        (
-            *PAIR_COLUMNS,
-            *plain(
-                feature_source="number in the source's dictionary",
-                feature_target="number in the target's dictionary",
-                confirmed="whether held-out text confirms it",
-                r_train="correlation on training rows",
-                r_test="on held-out rows",
-                r_token="of the means for the current tokens alone",
-                beyond_token="whether it beats every shuffle among rows with equal tokens",
-                p="share of circular shifts that correlate as much",
-                p_adjusted="p by Benjamini and Hochberg",
-            ),
-        ),
-    ),
-    Table(
-        "similarity.jsonl",
-        "how alike the activations of two layers are (layers), the layer pairs that these propose, "
-        "or how alike the decoder directions of confirmed matches are (decoders)",
-        (
-            Column("kind", "of row", values=("layers", "proposal", "decoders")),
-            *PAIR_COLUMNS,
-            *plain(
-                cka="linear CKA, unbiased; 0 for independent rows",
-                svcca="mean canonical correlation of the leading components",
-                rsa="rank correlation of the distances between rows",
-                mutual_knn="share of nearest neighbours that both have",
-                **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
-                **{
-                    f"{name}_p": "share of random matchings that score as high"
-                    for name in SIMILARITY
-                },
-                n_rows="held-out rows that are compared",
-                layer_pairs="of a proposal: the value of --config.layer_pairs",
-                cka_of_run="mean CKA of the run's layer pairs",
-                n_features="confirmed matches",
-            ),
-        ),
-    ),
-    Table(
-        "crosscoder.jsonl",
-        "one model in a joint code of all models, trained on aligned or shuffled rows, or on the "
-        "first model and a copy or a rotated copy of itself",
-        (
-            *plain(sites="the site of every model"),
-            Column("pairing", "what it was trained on", values=(*PAIRINGS, "self", "rotated")),
-            *plain(model="whose activations are reconstructed", site="its site"),
-            *COUNTS,
-            *plain(width="number of latents", variant="of the crosscoder"),
-            *intervals(
-                fvu="share of the variance left over when all models are shown",
-                fvu_alone="when this model alone is shown",
-                fvu_from_others="when all others are shown",
-                l0="active latents per row",
-            ),
-            *plain(
-                dead_fraction="share of latents that never fire",
-                n_live="latents that fire",
-                shared="share of live latents, each model's decoder norm a quarter of the largest",
-                exclusive="share whose decoder norm is that large in this model alone",
-                shared_confirmed="share of the shared that explain every model beyond shifts",
-                exclusive_refuted="share of the exclusive that explain another model too",
-                relative_norms="histogram of this model's share of each latent's decoder norms",
-            ),
-        ),
-    ),
-    Table(
-        "causal.jsonl",
-        "the target's prediction with its activations replaced at paired text positions, by what a "
-        "map predicts (stitching) or by a control; at one layer pair or at several together",
-        (
-            Column(
-                "intervention",
-                "what is done",
-                values=("stitching", "control", "stitching_together", "control_together"),
-            ),
-            Column(
-                "control",
-                "no edit, zeros, the training mean, the target's own reconstruction",
-                values=("clean", "zero", "mean", "own_sae"),
-            ),
-            *PAIR_COLUMNS,
-            Column("site_edited", "where the target is edited"),
-            Column("sites", "of several layers together: the target's sites"),
-            MAP,
-            PAIRING,
-            Column(
-                "stitch_kind",
-                "the predicted activation, or the predicted features, decoded",
-                values=("activation", "features"),
-            ),
-            POSITIONS,
-            Column("n_documents", "documents of these positions"),
-            *nats(
-                ce="cross-entropy of the next token",
-                kl="KL divergence of the target's own prediction to the edited one",
-            ),
-            *intervals(
-                loss_recovered="(ce_zero - ce) / (ce_zero - ce_clean); null: zeros cost < 0.05"
-            ),
-        ),
-    ),
-    Table(
-        "feature_causal.jsonl",
-        "one feature of the source, and one mapped direction of it that is added to the target",
-        (
-            *PAIR_COLUMNS,
-            DIRECTION,
-            *plain(
-                feature="its number in the source's dictionary",
-                match="the target's best matching feature",
-                match_r="correlation of the two on training rows",
-                match_cosine="cosine of the mapped direction and the match's decoder row",
-                n_contexts="texts in which it is tested",
-                n_documents="their documents",
-                firings="paired positions at which it fires",
-                promoted_source="tokens that it makes likelier in the source",
-                promoted_target="the same text in the target's tokens",
-            ),
-            *nats(
-                effect="mean change of log p of the promoted tokens, at the middle dose",
-                effect_at_kl="the same where the edit has spent the KL budget",
-            ),
-            *SPECIFIC,
-            *plain(
-                kl="KL divergence that the edit causes, in nats",
-                doses="effect and kl by dose alpha, beside the controls and their range",
-            ),
-            *intervals(ablation_r=ABLATION),
-            *plain(
-                ablation_r_shuffled="the same for other features' mapped directions",
-                p_random="p-value against random directions",
-                p_shuffled="p-value against other features' mapped directions",
-                p="the larger of the two",
-                q="p by Benjamini and Hochberg over the features of this direction",
-                transfers="whether q is within evaluation.fdr",
-            ),
-        ),
-    ),
-    Table(
-        "feature_causal_summary.jsonl",
-        "what holds over all tested features of a kind of direction; intervals over features",
-        (
-            *PAIR_COLUMNS,
-            DIRECTION,
-            *plain(
-                n_features="features that are tested",
-                n_scored="of these, those with a token that the target has",
-                n_transferring="of these, those that transfer",
-            ),
-            *intervals(share_transferring="n_transferring / n_features"),
-            *nats(effect="mean of the features' effects", kl="mean KL divergence"),
-            *SPECIFIC,
-            *intervals(
-                ablation_r=ABLATION, ablation_r_shuffled="of other features' mapped directions"
-            ),
-            Column("of_match", "specific_random, as a share of the matching features'"),
-        ),
+    *intervals(
+        loss_recovered="(ce_zero - ce_sae) / (ce_zero - ce_clean); null: zeros cost < 0.05",
+        loss_recovered_mean="the same with the mean in place of zeros",
+        kl_recovered="1 - kl_sae / that of zeros; null: zeros cost < 0.05",
+        kl_recovered_mean="the same with the mean in place of zeros",
     ),
 )
-TABLES: dict[str, Table] = {table.file: table for table in SPINE}  # by file, or pattern of files
+describe(
+    "transfer.jsonl",
+    "one map at one layer pair, on held-out rows",
+    *PAIR_COLUMNS,
+    MAP,
+    PAIRING,
+    *SCORES,
+)
+describe(
+    "controls.jsonl",
+    "a control of one map. ceiling: from a second dictionary seed of the target itself, the "
+    "most that can be reached; untrained: into the re-initialised target",
+    Column("control", "which", values=("ceiling", "untrained")),
+    *PAIR_COLUMNS,
+    MAP,
+    PAIRING,
+    *SCORES,
+)
+describe(
+    "features.jsonl",
+    "histograms over the features of one dictionary, or over those that one map predicts",
+    *plain(
+        model="of a dictionary: the model",
+        site="where it is read",
+        site_output="what is reconstructed",
+        seed="of the dictionary",
+        member="folder of the dictionary",
+        log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
+        decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
+    ),
+    *PAIR_COLUMNS,
+    MAP,
+    PAIRING,
+    *plain(
+        correlation_by_frequency="of prediction and truth, in bins of firing frequency",
+    ),
+)
+describe(
+    "feature_transfer.jsonl",
+    "one feature of the target that is predicted best or worst, or a bin of features by firing "
+    "frequency or by how much their token explains",
+    *PAIR_COLUMNS,
+    MAP,
+    PAIRING,
+    Column("row", "what it is about", values=("feature", "frequency", "token_share")),
+    Column("rank", "which end of the ranking", values=("most", "least")),
+    *plain(
+        feature="its number in the target's dictionary",
+        r2="of the feature, on test rows, by which it was chosen",
+        r2_validation="on validation rows, which had no part in the choice",
+        correlation="of prediction and truth",
+        token_share="R² of the map from the target's own token",
+        firings="test rows on which it fires",
+        frequency="share of the test rows on which it fires",
+        match="the source's feature that correlates best: its number and correlation",
+        attributions="features of the source that drive it, by map",
+        contexts="texts around its strongest firings",
+        low="lower end of a bin; null: none",
+        high="upper end of a bin",
+        n_features="features in the bin",
+        r2_median="their median R²",
+    ),
+)
+describe(
+    "matching.jsonl",
+    "two dictionaries: features matched one to one, and what is left on held-out text",
+    *PAIR_COLUMNS,
+    PAIRING,
+    Column("method", "of matching", values=("mutual_best", "hungarian")),
+    *plain(
+        width_source="features of the source",
+        width_target="features of the target",
+        live_source="of these, those with at least minimum_firings",
+        live_target="of these, those with at least minimum_firings",
+        matched="pairs by correlation on training rows",
+        significant="of these, correlated beyond circular shifts on held-out rows at fdr",
+        strong="of these, correlated by at least minimum_r",
+        confirmed="of these, correlated beyond shuffles among rows with equal tokens",
+        fdr="false discovery rate",
+        minimum_firings="on training rows",
+        minimum_r="correlation that a strong match reaches",
+        r_train="mean correlation of the matches on training rows",
+        r_test="on held-out rows",
+        r_token="of the means for the current tokens alone",
+        r_test_confirmed="r_test of the confirmed",
+        null="confirmed on shuffled pairs",
+        n_rows_train="rows on which features were matched",
+        n_rows_test="rows on which matches were confirmed",
+    ),
+)
+describe(
+    "matches.jsonl",
+    "one matched pair of features; a match has no direction",
+    *PAIR_COLUMNS,
+    *plain(
+        feature_source="number in the source's dictionary",
+        feature_target="number in the target's dictionary",
+        confirmed="whether held-out text confirms it",
+        r_train="correlation on training rows",
+        r_test="on held-out rows",
+        r_token="of the means for the current tokens alone",
+        beyond_token="whether it beats every shuffle among rows with equal tokens",
+        p="share of circular shifts that correlate as much",
+        p_adjusted="p by Benjamini and Hochberg",
+    ),
+)
+describe(
+    "similarity.jsonl",
+    "how alike the activations of two layers are (layers), the layer pairs that these propose, "
+    "or how alike the decoder directions of confirmed matches are (decoders)",
+    Column("kind", "of row", values=("layers", "proposal", "decoders")),
+    *PAIR_COLUMNS,
+    *plain(
+        cka="linear CKA, unbiased; 0 for independent rows",
+        svcca="mean canonical correlation of the leading components",
+        rsa="rank correlation of the distances between rows",
+        mutual_knn="share of nearest neighbours that both have",
+        **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
+        **{f"{name}_p": "share of random matchings that score as high" for name in SIMILARITY},
+        n_rows="held-out rows that are compared",
+        layer_pairs="of a proposal: the value of --config.layer_pairs",
+        cka_of_run="mean CKA of the run's layer pairs",
+        n_features="confirmed matches",
+    ),
+)
+describe(
+    "crosscoder.jsonl",
+    "one model in a joint code of all models, trained on aligned or shuffled rows, or on the "
+    "first model and a copy or a rotated copy of itself",
+    *plain(sites="the site of every model"),
+    Column("pairing", "what it was trained on", values=(*PAIRINGS, "self", "rotated")),
+    *plain(model="whose activations are reconstructed", site="its site"),
+    *COUNTS,
+    *plain(width="number of latents", variant="of the crosscoder"),
+    *intervals(
+        fvu="share of the variance left over when all models are shown",
+        fvu_alone="when this model alone is shown",
+        fvu_from_others="when all others are shown",
+        l0="active latents per row",
+    ),
+    *plain(
+        dead_fraction="share of latents that never fire",
+        n_live="latents that fire",
+        shared="share of live latents, each model's decoder norm a quarter of the largest",
+        exclusive="share whose decoder norm is that large in this model alone",
+        shared_confirmed="share of the shared that explain every model beyond shifts",
+        exclusive_refuted="share of the exclusive that explain another model too",
+        relative_norms="histogram of this model's share of each latent's decoder norms",
+    ),
+)
+describe(
+    "causal.jsonl",
+    "the target's prediction with its activations replaced at paired text positions, by what a "
+    "map predicts (stitching) or by a control; at one layer pair or at several together",
+    Column(
+        "intervention",
+        "what is done",
+        values=("stitching", "control", "stitching_together", "control_together"),
+    ),
+    Column(
+        "control",
+        "no edit, zeros, the training mean, the target's own reconstruction",
+        values=("clean", "zero", "mean", "own_sae"),
+    ),
+    *PAIR_COLUMNS,
+    Column("site_edited", "where the target is edited"),
+    Column("sites", "of several layers together: the target's sites"),
+    MAP,
+    PAIRING,
+    Column(
+        "stitch_kind",
+        "the predicted activation, or the predicted features, decoded",
+        values=("activation", "features"),
+    ),
+    POSITIONS,
+    Column("n_documents", "documents of these positions"),
+    *nats(
+        ce="cross-entropy of the next token",
+        kl="KL divergence of the target's own prediction to the edited one",
+    ),
+    *intervals(loss_recovered="(ce_zero - ce) / (ce_zero - ce_clean); null: zeros cost < 0.05"),
+)
+describe(
+    "feature_causal.jsonl",
+    "one feature of the source, and one mapped direction of it that is added to the target",
+    *PAIR_COLUMNS,
+    DIRECTION,
+    *plain(
+        feature="its number in the source's dictionary",
+        match="the target's best matching feature",
+        match_r="correlation of the two on training rows",
+        match_cosine="cosine of the mapped direction and the match's decoder row",
+        n_contexts="texts in which it is tested",
+        n_documents="their documents",
+        firings="paired positions at which it fires",
+        promoted_source="tokens that it makes likelier in the source",
+        promoted_target="the same text in the target's tokens",
+    ),
+    *nats(
+        effect="mean change of log p of the promoted tokens, at the middle dose",
+        effect_at_kl="the same where the edit has spent the KL budget",
+    ),
+    *SPECIFIC,
+    *plain(
+        kl="KL divergence that the edit causes, in nats",
+        doses="effect and kl by dose alpha, beside the controls and their range",
+    ),
+    *intervals(ablation_r=ABLATION),
+    *plain(
+        ablation_r_shuffled="the same for other features' mapped directions",
+        p_random="p-value against random directions",
+        p_shuffled="p-value against other features' mapped directions",
+        p="the larger of the two",
+        q="p by Benjamini and Hochberg over the features of this direction",
+        transfers="whether q is within evaluation.fdr",
+    ),
+)
+describe(
+    "feature_causal_summary.jsonl",
+    "what holds over all tested features of a kind of direction; intervals over features",
+    *PAIR_COLUMNS,
+    DIRECTION,
+    *plain(
+        n_features="features that are tested",
+        n_scored="of these, those with a token that the target has",
+        n_transferring="of these, those that transfer",
+    ),
+    *intervals(share_transferring="n_transferring / n_features"),
+    *nats(
+        effect="mean of the features' effects",
+        kl="mean KL divergence",
+    ),
+    *SPECIFIC,
+    *intervals(
+        ablation_r=ABLATION,
+        ablation_r_shuffled="of other features' mapped directions",
+    ),
+    Column("of_match", "specific_random, as a share of the matching features'"),
+)
+SPINE = tuple(TABLES.values())
 
 
 # ---------------------------------------------------------------- the page about them

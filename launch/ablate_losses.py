@@ -6,16 +6,9 @@ Prints a table per direction and pair of sites, writes results/ablation.jsonl, a
 report when that is made again.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
-
-def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.loss_ablation.measure import run
-
-    run(config, work)
-
+main = command.study("loss_ablation")
 
 if __name__ == "__main__":
     command.run(main)

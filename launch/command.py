@@ -6,7 +6,6 @@ import difflib
 import errno
 import functools
 import importlib
-import inspect
 import os
 import re
 import runpy
@@ -21,7 +20,7 @@ from typing import Any
 from absl import app, flags
 
 from crossdict_jax.config import FREE, Config, settings, to_dict
-from crossdict_jax.config.expectations import Expectation, compare
+from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, open_workdir
 
@@ -64,6 +63,15 @@ def run(main: Main, *, kind: type = Config, default: str = "quickstart", table: 
     app.run(act, flags_parser=lambda argv: argv)
 
 
+def study(name: str) -> Main:
+    """Returns the main of a study: ``run`` of its ``measure`` module, imported when it starts."""
+
+    def main(config, work):
+        importlib.import_module(f"crossdict_jax.studies.{name}.measure").run(config, work)
+
+    return main
+
+
 def execute(
     main: Main, argv: Sequence[str], *, kind: type = Config, default: str = "quickstart"
 ) -> int:
@@ -74,19 +82,19 @@ def execute(
     is a bug.
 
     Args:
-      main: the verb; what its module says stands above its ``--help``.
+      main: the verb; what the program says of itself stands above its ``--help``.
       argv: the program's name and its arguments.
       kind: its class of settings.
       default: its file in configs/ without ``--config``.
     """
     try:
         if HELP & {arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")}:
-            print(inspect.getdoc(sys.modules[main.__module__]), *usage(kind, default), sep="\n")
+            print(sys.modules["__main__"].__doc__, *usage(kind, default), sep="\n")
             return 0
         config, workdir, expected = parse(argv, kind=kind, default=default)
         work = prepare(config, workdir)
         main(config, work)
-        return 1 if expected and compare(expected, work) else 0
+        return 1 if expected and missed(expected, work) else 0
     except UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
@@ -99,6 +107,21 @@ def execute(
         message = f"No space left on the disk ({error}); free some and run the same command again."
     print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
     return code
+
+
+def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
+    """Prints every number as published and as obtained; returns how many are not near enough."""
+    from crossdict_jax.report.tables import show, table
+
+    rows = []
+    for expected in expectations:
+        value = expected.obtained(work)
+        met = "met" if expected.low <= value <= expected.high else "MISSED"
+        allowed = f"{expected.low:g} to {expected.high:g}"
+        cells = {"what": expected.words, "published": expected.published, "allowed": allowed}
+        rows.append(cells | {"obtained": f"{value:.4g}", "": met, "source": expected.source})
+    show([table("Expected", rows)])
+    return sum(row[""] == "MISSED" for row in rows)
 
 
 def prepare(config: Any, workdir: str) -> Workdir:
@@ -130,12 +153,7 @@ def _set_up_jax() -> None:
     """
     import jax
 
-    if sys.platform == "win32":  # the user's cache folder, by the platform's convention
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crossdict_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -7,16 +7,9 @@ sentence_good and sentence_bad, agreement's clean_prefix, clean_answer and patch
 bad.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
-
-def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.contrast.measure import run
-
-    run(config, work)
-
+main = command.study("contrast")
 
 if __name__ == "__main__":
     command.run(main)

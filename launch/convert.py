@@ -7,11 +7,10 @@ The result lies in WORKDIR/dictionaries; --config.push=hub:OWNER/NAME uploads it
 """
 
 from crossdict_jax.config import ConvertConfig
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: ConvertConfig, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.dictionaries.convert import convert
 
     for folder in convert(config, work):

@@ -6,12 +6,10 @@ python -m launch.docs --workdir=runs/quickstart
 import importlib
 import pkgutil
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax import studies
     from crossdict_jax.report.docs import write_docs
 

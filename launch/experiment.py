@@ -6,8 +6,6 @@ python -m launch.experiment --models=a,b --layers=5,6,7 --width=4096 --workdir=r
 It can be interrupted and run again: what is finished is kept.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import (
     command,
     evaluate,
@@ -21,7 +19,7 @@ from launch import (
 STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, intervene, report)
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     for number, stage in enumerate(STAGES, start=1):
         print(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}", flush=True)
         stage.main(config, work)

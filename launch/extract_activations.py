@@ -3,12 +3,10 @@
 python -m launch.extract_activations --models=a,b --layers=5,6,7 --workdir=runs/ab
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.activations.extract import extract
     from crossdict_jax.activations.untrained import extract_untrained
 

@@ -4,12 +4,10 @@ with single features of another model put in.
 python -m launch.intervene --workdir=runs/ab
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.causal import intervene, transfer_features
 
     intervene(config, work)

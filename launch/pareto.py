@@ -6,12 +6,10 @@ Needs the activations of a run (launch.extract_activations). launch.report shows
 curves on its page.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.report.tables import show
     from crossdict_jax.studies.pareto.section import curves, tables
     from crossdict_jax.verify.recovery import measure_pareto

@@ -6,16 +6,9 @@ Needs a run with dictionaries and maps (launch.experiment). Texts are lines of J
 text and label; --config.probe.text and --config.probe.label name others.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
-
-def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.probe.measure import run
-
-    run(config, work)
-
+main = command.study("probe")
 
 if __name__ == "__main__":
     command.run(main)

@@ -3,12 +3,10 @@
 python -m launch.report --workdir=runs/ab
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax import studies
     from crossdict_jax.report import summary_table, write_report
 

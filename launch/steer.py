@@ -8,16 +8,9 @@ that the feature promotes occur in each; all of it lies in results/steering/, an
 shows it on its page.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
-
-def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.steering.measure import run
-
-    run(config, work)
-
+main = command.study("steering")
 
 if __name__ == "__main__":
     command.run(main)

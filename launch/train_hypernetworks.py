@@ -3,12 +3,10 @@
 python -m launch.train_hypernetworks --workdir=runs/ab
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.activations.store import open_store
     from crossdict_jax.maps.controls import fit_controls
     from crossdict_jax.maps.fit import fit_maps

@@ -7,11 +7,10 @@ beside what counting gives.
 """
 
 from crossdict_jax.config import PretrainConfig
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: PretrainConfig, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.pretraining import train_language_model
 
     result = train_language_model(config, work.root)

@@ -6,16 +6,9 @@ Prints what moved dictionaries explain and how many training steps they save; th
 report. Needs a run whose dictionaries are trained.
 """
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
-
-def main(config: Config, work: Workdir) -> None:
-    from crossdict_jax.studies.dictionary_transfer.measure import run
-
-    run(config, work)
-
+main = command.study("dictionary_transfer")
 
 if __name__ == "__main__":
     command.run(main)

@@ -60,12 +60,7 @@ VARIANTS = {
         rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.25),
     ),
     "gpt_neox-sequential-full-old": NEOX
-    | dict(
-        use_parallel_residual=False,
-        hidden_act="gelu_new",
-        rotary_pct=1.0,
-        rotary_emb_base=500,
-    ),
+    | dict(use_parallel_residual=False, hidden_act="gelu_new", rotary_pct=1.0, rotary_emb_base=500),
     "gpt_neox-relu-tied-no-bias": NEOX
     | dict(hidden_act="relu", tie_word_embeddings=True, attention_bias=False),
     "llama-grouped-untied-new": LLAMA

@@ -68,7 +68,7 @@ def shuffled_problem(problem: Problem) -> Problem:
 
 
 def fit_one(kind: str, problem: Problem, tmp_path, config: MapConfig = CONFIG) -> base.Fitted:
-    (fitted,) = maps.map_module(kind).fit([problem], config, seed=0, directory=tmp_path)
+    (fitted,) = maps.map_class(kind).fit([problem], config, seed=0, directory=tmp_path)
     return fitted
 
 

@@ -115,11 +115,6 @@ SPELLED = {
 }
 
 
-def test_every_type_of_setting_is_spelled():
-    used = {field.type for kind in KINDS for field in settings.settings(kind).values()}
-    assert used <= set(SPELLED) == set(settings.WORDS)
-
-
 @hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines
 @given(st.sampled_from(list(SPELLED)).flatmap(lambda kind: st.tuples(st.just(kind), SPELLED[kind])))
 def test_what_is_spelled_is_parsed_back(kind_and_value):
@@ -130,13 +125,11 @@ def test_what_is_spelled_is_parsed_back(kind_and_value):
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
     [
-        (tuple[int, ...], "5", (5,)),
         (tuple[int, ...], "(5, 6,7)", (5, 6, 7)),
         (tuple[int, ...], "[5,]", (5,)),
         (tuple[str, ...], "/a/b.c, ../d-e,hub/id", ("/a/b.c", "../d-e", "hub/id")),
         (Number, "1e-3", 1e-3),
         (Number, "1e-3,3e-3", (1e-3, 3e-3)),
-        (Number, "2", 2.0),
         (Count, "64,128", (64, 128)),
     ],
 )
@@ -151,14 +144,9 @@ def test_spellings_of_people(kind, text, value):
     [
         (tuple[int, ...], "5,x"),
         (tuple[int, ...], "5,,6"),
-        (tuple[int, ...], "5,6.5"),
         (tuple[str, ...], "a,,b"),
-        (tuple[str, ...], "a,"),
-        (tuple[float, ...], "0.1;0.2"),
-        (Number, "1e-3,"),
         (Count, "1e3"),
         (int, "1.5"),
-        (int, ""),
         (float, "fast"),
     ],
 )
@@ -189,42 +177,26 @@ def test_unknown_settings_in_json_are_refused(tree):
 REFUSED = [  # setting, value, what the line names
     ("models", ("one",), "models=one"),
     ("models", ("a", " "), "models=a, "),
-    ("models", ["a", "b"], "models="),
     ("layers", (), "layers is empty"),
-    ("layers", (5, 5), "layers=5,5"),
     ("layers", (-1,), "layers=-1"),
-    ("layers", 5, "layers=5"),
     ("layer_pairs", "6-10", "layer_pairs=6-10"),
-    ("layer_pairs", "6:10,", "layer_pairs=6:10,"),
     ("layer_pairs", "6:10,6:10", "twice"),
     ("site", "resid_mid", "resid_post"),
     ("seed", -1, "seed=-1"),
-    ("seed", True, "seed=True"),
     ("text__source", " ", "text.source= "),
-    ("text__documents", 0, "text.documents=0"),
-    ("text__max_bytes", 0, "text.max_bytes=0"),
     ("text__test_fraction", 1.0, "text.test_fraction=1.0"),
-    ("text__validation_fraction", 0.0, "text.validation_fraction=0.0"),
     ("text__validation_fraction", 0.9, "below 1"),
     ("extract__matmul_dtype", "float16", "bfloat16"),
     ("extract__norm_mask", float("inf"), "extract.norm_mask=inf"),
     ("sae__architecture", "transcoder", "topk"),
-    ("sae__width", 0, "sae.width=0"),
-    ("sae__width", (), "sae.width is empty"),
     ("sae__width", 31, "sae.k=32 is larger than sae.width=31"),
     ("sae__k", (4, 5000), "sae.k=5000"),
     ("sae__steps", 2.5, "sae.steps=2.5"),
-    ("sae__learning_rate", float("nan"), "sae.learning_rate=nan"),
     ("sae__learning_rate", (1e-3, -1e-3), "sae.learning_rate=0.001,-0.001: -0.001"),
-    ("sae__seeds", 0, "sae.seeds=0"),
     ("map__kinds", ("mean", "rigde"), "rigde must be one of"),
     ("map__ridge_penalties", (0.0,), "map.ridge_penalties=0.0"),
     ("map__dropout", 1.0, "map.dropout=1.0"),
-    ("map__loss_weights__cosine", -0.5, "map.loss_weights.cosine=-0.5"),
-    ("evaluation__pool", -1, "evaluation.pool=-1"),
     ("evaluation__matching", "best", "mutual_best, hungarian"),
-    ("evaluation__minimum_firings", 0, "evaluation.minimum_firings=0"),
-    ("evaluation__fdr", 1.0, "evaluation.fdr=1.0"),
     ("evaluation__similarity_rows", 10, "evaluation.similarity_rows=10 must be 0 or 20"),
 ]
 
@@ -237,21 +209,6 @@ def test_refused_settings_are_named(name, value, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("models", ("a", "a")),  # a model against itself
-        ("layers", (0,)),
-        ("sae__learning_rate", (1e-3, 3e-3)),
-        ("sae__width", 32),
-        ("sae__k", (8, 16)),
-        ("map__loss_weights__mse", 0),
-    ],
-)
-def test_unusual_settings_are_allowed(name, value):
-    settings.validate(changed(**{name: value}))
-
-
 def test_a_setting_that_would_do_nothing_is_refused():
     config = PretrainConfig()
     config.text.window_tokens = 99
@@ -259,17 +216,11 @@ def test_a_setting_that_would_do_nothing_is_refused():
         settings.validate(config)
 
 
-def test_relu_needs_no_k():
-    settings.validate(changed(sae__architecture="relu", sae__width=16))
-
-
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("sae.widht", "did you mean sae.width?"),
         ("width", "did you mean sae.width?"),
-        ("sae.architectur", "did you mean sae.architecture?"),
-        ("map.loss_weights.mes", "did you mean map.loss_weights.mse?"),
         ("layres", "did you mean layers?"),
         ("text", "text.source"),
         ("zzz", "models, layers"),
@@ -284,11 +235,8 @@ def test_misspelt_names_get_the_closest(name, meant):
 # ---------------------------------------------------------------- layers
 
 
-def test_equal_layers_are_paired_by_default():
+def test_layer_pairs_stand_in_for_layers():
     assert layer_pairs(changed(layers=(5, 6))) == ((5, 5), (6, 6))
-
-
-def test_layer_pairs_take_the_place_of_layers():
     config = changed(models=("a", "b", "c"), layers=(1,), layer_pairs="6:10, 7:5")
     assert layer_pairs(config) == ((6, 10), (7, 5))
     assert model_layers(config) == ((6, 7), (5, 10), (5, 10))

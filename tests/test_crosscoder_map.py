@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, CrosscoderConfig, MapConfig, SAEConfig
 from crossdict_jax.dictionaries import crosscoder
@@ -123,7 +122,7 @@ def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
     assert len(list((work.crosscoders / "training").glob("*/metrics.jsonl"))) == 2
     assert read_json(work.timing)["train_crosscoders"]["crosscoders"] == 4
     record = checkpoint.load_meta(maps.tasks(*run[:2])[0].path(work))["record"]
-    assert 0 < record["validation"]["l0"] < 24
+    assert record["validation_mse"][0]["mse"] > 0
     json.dumps(record, allow_nan=False)
 
 
@@ -138,25 +137,11 @@ def test_a_model_beside_itself_shares_its_latents(run):
         assert crosscoder.takes_part(joint)[:, live].all()
 
 
-def test_what_is_finished_stays_and_what_is_gone_comes_back_with_the_same_bits(run):
-    config, store, work = run
-    gone = work.crosscoder((Site(1), Site(1)), "self")
-    before = modules.split(crosscoder.load(gone))[1]
-    kept = work.crosscoder((Site(1), Site(1)), "rotated") / "0.sha256.json"
-    then = kept.stat().st_mtime_ns
-    shutil.rmtree(gone)
-    training.train_crosscoders(config, store, work)
-    training.train_crosscoders(config, store, work)  # nothing left to do
-    after = modules.split(crosscoder.load(gone))[1]
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert kept.stat().st_mtime_ns == then
-
-
 def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):
     config, pairs = run[0], score(run, "a", "b")[2]
     problem = maps.Problem("A to B", pairs, pairs)
     with pytest.raises(ValueError, match="A to B has no joint code"):
-        maps.map_module("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
+        maps.map_class("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
 
 
 def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path):
@@ -167,6 +152,6 @@ def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path):
     problem = maps.Problem("a to b (control)", train, held_out)
     task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
     (joined,) = with_codes([problem], [task], config, store, work, tmp_path)
-    (fitted,) = maps.map_module("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
+    (fitted,) = maps.map_class("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
     x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)
     assert np.square(x - x_b).sum() < 0.6 * np.square(x - x.mean(0)).sum()

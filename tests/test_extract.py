@@ -18,13 +18,7 @@ from crossdict_jax.activations import plan as planning
 from crossdict_jax.activations.extract import extract, masked
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
-from crossdict_jax.activations.store import (
-    Sites,
-    open_store,
-    save_index,
-    save_shard,
-    shard_name,
-)
+from crossdict_jax.activations.store import Sites, open_store, save_index, save_shard, shard_name
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -102,14 +96,7 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
         monkeypatch.setattr(planning, "BLOCK_DOCUMENTS", size)
         plan = planning.make_plan(config, lms, tmp_path)
         jax.tree.map(np.testing.assert_array_equal, arrays(plan), arrays(whole))
-        others = (
-            "documents",
-            "provenance",
-            "statistics",
-            "not_rebuilt",
-            "too_long",
-            "bos",
-        )
+        others = ("documents", "provenance", "statistics", "not_rebuilt", "too_long", "bos")
         assert all(getattr(plan, name) == getattr(whole, name) for name in others)
 
 
@@ -263,12 +250,6 @@ def test_changed_text_is_refused(config, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="text has changed"):
         run(config, tmp_path / "w")
-
-
-def test_a_layer_outside_a_model_is_refused(config, tmp_path):
-    deep = dataclasses.replace(config, layers=(1, 9))
-    with pytest.raises(UserError, match=r"resid_pre.9 is outside .* \(2 layers: 0-1\)"):
-        run(deep, tmp_path / "w")
 
 
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):

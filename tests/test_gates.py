@@ -1,9 +1,7 @@
 """Gates pass at a small size, miss when what they watch is broken, and the command says so."""
 
 import dataclasses
-import importlib
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from tiny_run import CONTEXT, SITE, make_models, make_texts
 
 from crossdict_jax import models
 from crossdict_jax.activations import pairing
-from crossdict_jax.config import VerifyConfig, gate_files
+from crossdict_jax.config import VerifyConfig
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.moments import Regression
@@ -31,7 +29,7 @@ from crossdict_jax.verify import (
     lab,
     planted,
 )
-from crossdict_jax.verify.gate import Check, Gate
+from crossdict_jax.verify.gate import Check
 from launch import command
 from launch import verify as script
 
@@ -46,13 +44,6 @@ def test_a_bound_is_kept_or_missed():
     assert not any(Check("", *check).passed for check in missed)
 
 
-def test_a_gate_without_a_bound_proves_nothing():
-    shown = Check("", 1.0)
-    assert not Gate("G0", "", (shown,)).passed
-    assert not Gate("G0", "", ()).passed
-    assert Gate("G0", "", (shown, Check("", 1, ">=", 0))).passed
-
-
 def execute(arguments):
     given = ["verify", *arguments]
     return command.execute(script.main, given, kind=VerifyConfig, default="verify")
@@ -60,31 +51,28 @@ def execute(arguments):
 
 @pytest.fixture
 def gates(monkeypatch):
-    """G1 passes, G2 misses, G3 raises."""
-
-    def fake(name, check):
-        return lambda seed, directory: Gate(name, f"seed {seed}", (check,), note="[a note]")
+    """G1 passes, G2 misses, G3 raises, G4 bounds nothing and so proves nothing."""
 
     def broken(seed, directory):
         raise RuntimeError("lost")
 
-    monkeypatch.setattr(g01_identity, "gate", fake("G1", Check("number", 1, ">=", 0)))
-    monkeypatch.setattr(g02_rotation, "gate", fake("G2", Check("number", 0, ">=", 1)))
+    checks = Check("number", 7, ">=", 0), Check("number", 0, ">=", 1), Check("shown", 1.0)
+    for module, check in zip((g01_identity, g02_rotation, g04_exclusive), checks):
+        monkeypatch.setattr(module, "gate", lambda seed, directory, check=check: [check])
     monkeypatch.setattr(g03_independence, "gate", broken)
 
 
 def test_all_gates_passing_is_success(gates, tmp_path, capsys):
     assert execute(["--config.gates=G1", "--seed=7", f"--workdir={tmp_path}/run"]) == 0
-    assert "seed 7" in capsys.readouterr().out
+    assert "a model against itself" in capsys.readouterr().out
     row = json.loads((tmp_path / "run/results/verify.json").read_text())
-    expected = {"what": "number", "value": 1, "relation": ">=", "bound": 0, "passed": True}
+    expected = {"what": "number", "value": 7, "relation": ">=", "bound": 0, "passed": True}
     assert row["seed"] == 7 and row["gates"][0]["checks"] == [expected]
-    assert "seconds" not in json.dumps(row)
     timing = json.loads((tmp_path / "run/results/timing.json").read_text())
     assert timing["verify"].keys() == {"wall_s", "G1"}
 
 
-@pytest.mark.parametrize("missing", ["G1,G2", "G3,G1"])
+@pytest.mark.parametrize("missing", ["G1,G2", "G3,G1", "G1,G4"])
 def test_a_miss_or_an_exception_exits_with_1(missing, gates, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         execute([f"--config.gates={missing}", f"--workdir={tmp_path}/run"])
@@ -100,12 +88,6 @@ def test_a_miss_or_an_exception_exits_with_1(missing, gates, tmp_path, capsys):
 def test_an_unknown_gate_is_a_mistake_of_the_user(tmp_path, capsys):
     assert execute(["--config.gates=G1,G77", f"--workdir={tmp_path}/run"]) == 2
     assert "G77" in capsys.readouterr().err
-
-
-def test_every_gate_has_a_file_that_runs_it():
-    assert tuple(gate_files()) == VerifyConfig().gates
-    for file in gate_files().values():
-        assert callable(importlib.import_module(f"crossdict_jax.verify.{file}").gate)
 
 
 # ---------------------------------------------------------------- small, and sabotaged
@@ -144,9 +126,9 @@ def judge(module, monkeypatch, tmp_path) -> set[str]:
         if dataclasses.is_dataclass(full):
             value = dataclasses.replace(full, **value)
         monkeypatch.setattr(module, name, value)
-    gate = module.gate(seed=0, directory=tmp_path / "gate")
-    missed = {check.label for check in gate.checks if not check.passed}
-    assert gate.passed is not bool(missed)
+    checks = module.gate(seed=0, directory=tmp_path / "gate")
+    assert any(check.relation for check in checks)
+    missed = {check.label for check in checks if not check.passed}
     return missed - {"live features"}  # a small size has fewer
 
 
@@ -249,9 +231,9 @@ def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
-NETWORK = "network less ridge, bent truth: low end less high end of their intervals"
-LABELLED = "maps that the report labels “no better than the mean”, of 1"
-TEXTS_DIFFER = "random texts whose pairs differ from a brute-force count, of 20"
+NETWORK = "low end of the network less high end of ridge"
+LABELLED = "labelled “no better than the mean” by the report"
+TEXTS_DIFFER = "of 20 random texts, pairs differ from a brute-force count in"
 CONFIRMED = "share of seeds with a confirmed match"
 LINKED = f"linked features that transfer by fitted {g06_causal.KIND}, of {g06_causal.LINKED}"
 
@@ -284,23 +266,6 @@ def test_a_gate_misses_what_is_broken_alone(gate, sabotage, expected, tiny, monk
     assert expected or not missed
 
 
-SCORES = [
-    f"{kind}_{score}" for kind in ("shared", "exclusive") for score in ("precision", "recall")
-]
-
-
-@pytest.mark.parametrize(("low", "missed"), [(None, 0), *((name, 1) for name in SCORES)])
-def test_g4_misses_any_low_median_of_batchtopk(low, missed, monkeypatch, tmp_path):
-    def scored(settings, config, seeds, *, directory):
-        bad = settings.variant == "l1"
-        medians = {name: 0.1 if bad or name == low else 0.9 for name in SCORES}
-        lucky, unlucky = dict.fromkeys(SCORES, 1.0), dict.fromkeys(SCORES, 0.0)
-        return [medians, lucky, unlucky, lucky | medians, unlucky | medians]
-
-    monkeypatch.setattr(g04_exclusive, "ownership", scored)
-    assert len(judge(g04_exclusive, monkeypatch, tmp_path)) == missed
-
-
 def test_scores_count_what_is_called_shared_and_exclusive():
     """Of latents that are the planted features, three moved to other owners."""
     test = planted.views(planted.PlantedConfig(features=40, noise=0.0), seed=0)
@@ -321,27 +286,6 @@ def test_scores_count_what_is_called_shared_and_exclusive():
     assert scores["shared_recall"] == pytest.approx(28 / 30)
     assert scores["exclusive_precision"] == pytest.approx(9 / 11)
     assert scores["exclusive_recall"] == pytest.approx(9 / 10)
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong", "lead", "missed"),
-    [(8, 0, 0.05, 0), (7, 0, 0.05, 1), (8, 1, 0.05, 3), (8, 0, -0.01, 2)],
-)
-def test_g6_misses_too_few_and_the_wrong_ones(right, wrong, lead, missed, monkeypatch, tmp_path):
-    """Of the map's directions ``wrong`` unlinked features transfer, and as many by controls."""
-    names = (g06_causal.KIND, *g06_causal.CONTROLS)
-    hits = {name: [11] * wrong for name in names} | {names[0]: [*range(right)] + [11] * wrong}
-    rows = [{"direction": n, "feature": f, "transfers": True} for n in names for f in hits[n]]
-    leads = {names[0]: lead, "random": -0.01, "shuffled": -0.01}
-    summary = [
-        {"direction": n, "effect": 0, "specific_random_low": at, "specific_shuffled_low": at}
-        for n, at in leads.items()
-    ]
-    made = types.SimpleNamespace(experiment=lambda: None)
-    monkeypatch.setattr(g06_causal, "plant", lambda **settings: made)
-    monkeypatch.setattr(g06_causal, "_mapped", lambda *arguments: None)
-    monkeypatch.setattr(g06_causal, "transfer", lambda *arguments: (rows, summary))
-    assert len(judge(g06_causal, monkeypatch, tmp_path)) == missed
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from map_problems import (
 from crossdict_jax import maps
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base, moments
-from crossdict_jax.maps.kinds import low_rank, token_ridge
+from crossdict_jax.maps.kinds import low_rank
 
 N = sum(ROWS.values())
 
@@ -47,16 +47,6 @@ def test_streamed_products_equal_those_of_the_whole_array():
         np.testing.assert_allclose(products.error(W), np.mean((cb - ca @ W) ** 2), rtol=1e-5)
 
 
-def test_one_eigendecomposition_gives_the_direct_ridge_solutions():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(40, 6)) * np.arange(1, 7), rng.normal(size=(40, 3))
-    products = moments.Products(n=40, aa=a.T @ a, ab=a.T @ b, bb=float(np.sum(b**2)))
-    path = moments.RidgePath(products)
-    for penalty in (1e-3, 0.5, 10.0):
-        damped = a.T @ a + penalty * np.trace(a.T @ a) / 6 * np.eye(6)
-        np.testing.assert_allclose(path.solution(penalty), np.linalg.solve(damped, a.T @ b))
-
-
 def test_sums_by_token_visit_every_row_once():
     rng = np.random.default_rng(0)
     tokens, rows = rng.zipf(1.5, size=9000) % 40000, rng.normal(size=(9000, 3)).astype(np.float32)
@@ -73,63 +63,6 @@ def test_sums_by_token_visit_every_row_once():
         shrunk[0], (found.sums[0] + 2 * found.mean) / (found.counts[0] + 2), rtol=1e-6
     )
     assert list(found.positions(np.array([found.ids[3], 10**6, -1]))) == [3] + [len(found.ids)] * 2
-
-
-def test_what_the_token_tables_leave_is_computed_from_sums_alone():
-    rng = np.random.default_rng(0)
-    x_a, x_b = rows_like_a_stream(rng, 5), rows_like_a_stream(rng, 4)
-    problem, _ = make_problem(x_a, x_b, tokens=rng.integers(0, 60, len(x_a)))
-    regression = problem.regression
-
-    def sums(pairs):
-        return [pairs.by_token(side.activations) for side in (pairs.source, pairs.target)]
-
-    train = sums(problem.train)
-    for split in ("train", "validation"):
-        pairs, products = getattr(problem, split), getattr(regression, split)
-        left = token_ridge.residual(products, sums(pairs), train, regression.means, 3.0)
-        index = train[0].positions(pairs.source.tokens)
-        a = pairs.source.x.astype(np.float64) - train[0].shrunk(3.0)[index]
-        b = pairs.target.x.astype(np.float64) - train[1].shrunk(3.0)[index]
-        np.testing.assert_allclose(left.aa, a.T @ a, rtol=1e-3, atol=0.05)
-        np.testing.assert_allclose(left.ab, a.T @ b, rtol=1e-3, atol=0.05)
-        np.testing.assert_allclose(left.bb, np.sum(b**2), rtol=1e-3)
-
-
-def centred(rng, n=50, d_a=7, d_b=5, rank=None):
-    a, b = rng.normal(size=(n, d_a)) * np.arange(1, d_a + 1), rng.normal(size=(n, d_b))
-    a, b = a - a.mean(0), b - b.mean(0)
-    return a, b, moments.Products(n=n, aa=a.T @ a, ab=a.T @ b, bb=float(np.sum(b**2)))
-
-
-def test_all_penalties_together_give_each_ones_error():
-    rng = np.random.default_rng(0)
-    path = moments.RidgePath(centred(rng)[2])
-    held_out, penalties = centred(rng, n=30)[2], (1e-3, 0.1, 5.0)
-    one_by_one = [held_out.error(path.solution(p)) for p in penalties]
-    np.testing.assert_allclose(
-        list(path.errors(held_out, penalties).values()), one_by_one, rtol=1e-9
-    )
-
-
-def test_a_constant_source_says_nothing():
-    _, _, products = centred(np.random.default_rng(0))
-    nothing = dataclasses.replace(products, aa=0 * products.aa, ab=0 * products.ab)
-    path = moments.RidgePath(nothing)
-    assert not path.solution(0.1).any()
-    variance = products.bb / (products.n * 5)
-    np.testing.assert_allclose(path.errors(products, [0.1])[0.1], variance)
-
-
-def test_directions_are_those_of_the_fitted_values_with_the_penalty_as_rows():
-    a, b, products = centred(np.random.default_rng(1))
-    path, penalty = moments.RidgePath(products), 0.3
-    strength = penalty * np.trace(products.aa) / 7
-    rows = np.vstack([a, np.sqrt(strength) * np.eye(7)])  # ridge is least squares on these
-    fitted = rows @ np.linalg.lstsq(rows, np.vstack([b, np.zeros((7, 5))]), rcond=None)[0]
-    expected = np.linalg.svd(fitted)[2].T
-    found = path.directions(penalty)
-    np.testing.assert_allclose(np.abs(np.sum(found * expected, axis=0)), 1, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- planted truths
@@ -239,14 +172,6 @@ def test_low_rank_finds_the_planted_rank_and_map(three_shared_directions, tmp_pa
     scores = {(r["penalty"], r["rank"]): r["mse"] for r in fitted.record["validation_mse"]}
     assert len(scores) == 9 * len(CONFIG.ridge_penalties)
     assert scores[fitted.record["penalty"], 3] == min(scores.values())
-
-
-def test_the_whole_rank_is_ridge(three_shared_directions, tmp_path, monkeypatch):
-    _, problem, _ = three_shared_directions
-    monkeypatch.setattr(low_rank, "RANKS", (9,))
-    config = dataclasses.replace(CONFIG, ridge_penalties=(0.1,))
-    ours, ridge = (fit_one(kind, problem, tmp_path, config).map for kind in ("low_rank", "ridge"))
-    np.testing.assert_allclose(ours.W[...], ridge.W[...], atol=1e-5)
 
 
 def codes(rng, n, width, rate=0.3):

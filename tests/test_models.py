@@ -77,6 +77,7 @@ def leaves_equal(a, b) -> bool:
 @every_variant
 def test_logits_and_every_site_match_hugging_face(variant):
     golden, lm = golden_model(variant)
+    assert lm.config.model_type in models.model_types()
     graphdef, state = nnx.split(lm)
 
     @jax.jit
@@ -89,19 +90,6 @@ def test_logits_and_every_site_match_hugging_face(variant):
     for name, x in (seen | {"logits": logits}).items():
         assert relative_error(x, golden[name]) < 1e-5, name
     assert golden.keys() == seen.keys() | {"logits", "tokens"}
-
-
-def test_goldens_cover_what_they_must():
-    assert models.model_types() == ("gpt2", "gpt_neox", "llama")
-    configs = [models.load_config(GOLDENS / variant) for variant in VARIANTS]
-    seen = {(config.model_type, config.activation) for config in configs}
-    assert seen >= {("gpt2", name) for name in ("relu", "gelu", "gelu_new", "silu")}
-    neox = [config for config in configs if config.model_type == "gpt_neox"]
-    kinds = {(config.parallel_residual, config.rotary_fraction) for config in neox}
-    assert kinds == {(True, 0.25), (True, 1.0), (False, 0.25), (False, 1.0)}
-    llama = [config for config in configs if config.model_type == "llama"]
-    assert {config.tied for config in llama} == {True, False}
-    assert all(config.n_kv_heads < config.n_heads for config in llama)
 
 
 @pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
@@ -160,23 +148,6 @@ def test_edits_reach_everything_downstream(variant):
     assert relative_error(x, golden["resid_pre.1"] + 3 * replacement) < 1e-5
 
 
-@pytest.mark.parametrize("variant", [*EACH_FAMILY, "gpt_neox-sequential-full-old"])
-def test_an_edited_attention_output_feeds_the_mlp_only_in_sequence(variant):
-    """And padding on the right is harmless."""
-    golden, lm = golden_model(variant)
-    parallel = getattr(lm.config, "parallel_residual", False)
-    seen, length = {}, golden["tokens"].shape[1]
-
-    def tap(site, x):
-        seen[str(site)] = x[:, :length]
-        return jnp.zeros_like(x) if str(site) == "attn_out.0" else x
-
-    lm.logits(np.pad(golden["tokens"], ((0, 0), (0, 5))), tap=tap)
-    same = relative_error(seen["mlp_out.0"], golden["mlp_out.0"]) < 1e-5
-    assert same == parallel
-    assert relative_error(seen["attn_out.0"], golden["attn_out.0"]) < 1e-5
-
-
 @every_variant
 def test_a_text_read_in_pieces_is_the_text_read_at_once(variant):
     """Rows stop at different places; what stands behind a row's length is not seen."""
@@ -216,36 +187,12 @@ def test_the_compiler_drops_the_blocks_after_the_last_captured_site():
 
 
 @each_family
-def test_only_parameters_are_leaves(variant):
-    lm = models.load(GOLDENS / variant)
-    graphdef, state = nnx.split(lm)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    assert nnx.merge(graphdef, state).config == lm.config
-    assert hash(graphdef) == hash(nnx.split(models.load(GOLDENS / variant))[0])
-
-
-@each_family
 def test_bfloat16_products_are_close_and_sums_stay_float32(variant):
     golden, lm = golden_model(variant)
     x = capture(lm, golden["tokens"], [Site(1)], dtype="bfloat16")[Site(1)]
     logits = jax.eval_shape(lambda: lm.logits(golden["tokens"], dtype=jnp.bfloat16))
     assert x.dtype == logits.dtype == jnp.float32
     assert 1e-5 < relative_error(x, golden["resid_pre.1"]) < 0.1
-
-
-@pytest.mark.mesh
-@each_family
-def test_eight_devices_read_as_one_does(variant):
-    golden, lm = golden_model(variant)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    tokens = np.tile(golden["tokens"], (4, 1))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    graphdef, state = nnx.split(lm)
-    spread = nnx.merge(graphdef, jax.device_put(state, everywhere))
-    captured = capture(spread, jax.device_put(tokens, rows), [Site(1)])[Site(1)]
-    assert len(captured.sharding.device_set) == 8
-    assert relative_error(captured[:2], golden["resid_pre.1"]) < 1e-5
 
 
 @pytest.mark.parametrize("raw", [NARROW_GPT2, NARROW_NEOX, NARROW_LLAMA])
@@ -404,11 +351,7 @@ def test_models_that_are_not_there(path, message):
         ("llama-grouped-tied-old", {"head_dim": 7}, "must be even"),
         ("gpt_neox-parallel-quarter-old", {"rotary_pct": 0.2}, "Rotary dims 3 must be even"),
         ("gpt2-relu", {"n_layer": 4}, "lacks the weight 'transformer.h.3.ln_1.weight' and 11 more"),
-        ("gpt2-relu", {"n_layer": 2}, "unknown weight 'transformer.h.2"),
         ("gpt2-relu", {"n_inner": 48}, r"c_fc.*shape \[.*config.json asks for"),
-        ("gpt2-relu", {"tie_word_embeddings": False}, "lacks the weight 'lm_head.weight'"),
-        ("gpt2-untied", {"tie_word_embeddings": True}, "differs from its embedding"),
-        ("llama-grouped-tied-old", {"attention_bias": True}, "lacks the weight .*q_proj.bias"),
         ("llama-biases-wide-heads", {"mlp_bias": False}, "unknown weight .*mlp.*bias"),
     ],
 )
@@ -419,16 +362,11 @@ def test_settings_that_do_not_fit(variant, settings, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def drop(name):
-    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda x: x | {"transformer.extra": np.zeros(3)}, "unknown weight 'transformer.extra'"),
         (lambda x: x | {"ln_f.bias": np.zeros(32, np.float32)}, "ln_f.bias' twice"),
-        (drop("transformer.wpe.weight"), "lacks the weight 'transformer.wpe.weight'"),
         (lambda x: x | {"transformer.wpe.weight": np.zeros((24, 8), np.float32)}, "wpe.*shape"),
         (lambda x: x | {"transformer.wpe.weight": np.zeros((24, 32), np.int8)}, "is int8, not one"),
     ],

@@ -256,30 +256,18 @@ def test_invented_prefix_counts_no_byte(build, text, tokens, ends):
     assert found.ends.tolist() == ends
 
 
-@given(text=st.text(alphabet=sorted(set(ENGLISH)) + ["é", "漢", "😀", "\u2028"], max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_llama_style_ends_equal_decoded_prefixes(text):
-    tokenizer = LLAMA
-    text = unicodedata.normalize("NFC", text)
-    found = pairing.byte_ends(text, tokenizer)
-    for k, end in enumerate(found.ends.tolist(), start=1):
-        prefix = tokenizer.decode(found.ids[:k].tolist(), skip_special_tokens=False)
-        if "\ufffd" not in prefix:  # a whole number of characters
-            assert text.encode()[:end].decode() == prefix
-
-
 LLAMA = llama_style()
 
 
 def test_dropped_and_changed_characters_drop_the_text():
     plain = characters()
     assert pairing.byte_ends("the axis", plain).ends.tolist() == list(range(1, 9))
-    with pytest.raises(pairing.RebuildError, match="drops or changes"):
+    with pytest.raises(UserError, match="drops or changes"):
         pairing.byte_ends("the 漢 axis", plain)
     lower = train_byte_level(300, normalizer=normalizers.Lowercase())
     found = pairing.byte_ends_batch(["small", "Large", ""], lower)
     assert [tokens is None for tokens in found] == [False, True, False]
-    with pytest.raises(pairing.RebuildError):
+    with pytest.raises(UserError):
         pairing.byte_ends("the ▁ axis", LLAMA)  # read as a space: one byte instead of three
 
 
@@ -293,16 +281,6 @@ def test_token_bytes_spell_every_token(small):
 
 
 # ---------------------------------------------------------------- many models, statistics
-
-
-@given(text=tricky_text)
-@settings(max_examples=60, deadline=None)
-def test_three_models_equal_brute_force(small, text):
-    ends = [pairing.byte_ends(text, t).ends for t in (*small, THIRD)]
-    byte_end, positions = pairing.pair_many(ends)
-    expected, _ = oracle_pairs(*(e.tolist() for e in ends))
-    assert list(zip(byte_end.tolist(), positions.tolist())) == expected
-    assert positions.shape == (len(expected), 3)
 
 
 THIRD = train_byte_level(280)
@@ -345,22 +323,27 @@ def test_statistics_of_known_pairings():
 # ---------------------------------------------------------------- windows
 
 
+def text_of(window, texts):
+    """The bytes that a window holds, by the ends of its tokens."""
+    document = unicodedata.normalize("NFC", texts[window.document]).encode()
+    return document[window.start :][: window.tokens[0].ends[-1]].decode()
+
+
 def check_windows(texts, tokenizers_, limits):
     found = pairing.windows(texts, tokenizers_, limits=limits)
     for window in found.windows:
-        document = unicodedata.normalize("NFC", texts[window.document]).encode()
-        data = window.text.encode()
-        assert data and document[window.start : window.start + len(data)] == data
+        text = text_of(window, texts)
+        assert text
         for tokenizer, tokens, limit in zip(tokenizers_, window.tokens, limits):
             assert len(tokens.ids) <= limit
-            alone = pairing.byte_ends(window.text, tokenizer)  # cut first, then tokenized
+            alone = pairing.byte_ends(text, tokenizer)  # cut first, then tokenized
             assert tokens.ids.tolist() == alone.ids.tolist()
             assert tokens.ends.tolist() == alone.ends.tolist()
     order = [(window.document, window.start) for window in found.windows]
     assert order == sorted(set(order))
     if not any(found.not_rebuilt) and not found.too_long:
         for number, text in enumerate(texts):
-            parts = [w.text for w in found.windows if w.document == number]
+            parts = [text_of(w, texts) for w in found.windows if w.document == number]
             assert "".join(parts) == unicodedata.normalize("NFC", text)
     return found
 
@@ -381,7 +364,7 @@ CHARACTERS = characters()
 def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     found = check_windows([ENGLISH], small, (40, 40))
     assert not any(found.not_rebuilt)
-    assert all(window.text[0].isspace() for window in found.windows[1:])
+    assert all(text_of(w, [ENGLISH])[0].isspace() for w in found.windows[1:])
     lengths = [max(len(tokens.ids) for tokens in window.tokens) for window in found.windows]
     assert min(lengths) >= 15
     found = check_windows([ENGLISH], [LLAMA], [40])  # full, although each invents a prefix
@@ -392,25 +375,24 @@ def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
 def test_windows_of_a_document_do_not_depend_on_the_others(small):
     alone = pairing.windows([ENGLISH], small, limits=(30, 50)).windows
     among = pairing.windows(["the axis", "", ENGLISH], small, limits=(30, 50)).windows
-    assert [w.text for w in alone] == [w.text for w in among if w.document == 2]
+    assert [w.start for w in alone] == [w.start for w in among if w.document == 2]
 
 
 def test_dropped_windows_are_counted_per_model(small):
-    found = pairing.windows(
-        ["the axis", "漢", "▁"], (small[0], LLAMA, CHARACTERS), limits=(9, 9, 9)
-    )
-    assert [window.text for window in found.windows] == ["the axis"]
+    texts = ["the axis", "漢", "▁"]
+    found = pairing.windows(texts, (small[0], LLAMA, CHARACTERS), limits=(9, 9, 9))
+    assert [text_of(window, texts) for window in found.windows] == ["the axis"]
     assert found.not_rebuilt == (0, 1, 2)
     text = ENGLISH[:300] + " 漢 " + ENGLISH[300:600]
     found = pairing.windows([text], (small[0], CHARACTERS), limits=(64, 32))
     assert found.not_rebuilt == (0, 1)  # the others are kept
-    assert sum(len(window.text) for window in found.windows) >= len(text) - 32
+    assert sum(len(text_of(window, [text])) for window in found.windows) >= len(text) - 32
 
 
 def test_a_character_too_long_for_a_window_is_dropped(small):
     found = check_windows(["the 😀 axis"], small, (3, 3))
     assert found.too_long == 1
-    assert "".join(window.text for window in found.windows) == "the  axis"
+    assert "".join(text_of(w, ["the 😀 axis"]) for w in found.windows) == "the  axis"
     with pytest.raises(UserError, match="window_tokens"):
         pairing.windows(["the"], small, limits=(1, 8))
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import test_report
+from test_report import bounded
 
 from crossdict_jax.config import Config
 from crossdict_jax.report import causal, write_report
@@ -15,32 +16,10 @@ from crossdict_jax.workdir import write_jsonl
 WHERE = dict(zip(PAIR, ("gpt", "neox", "resid_pre.6", "resid_pre.6")))
 
 
-def bounded(**values):
-    return {
-        f"{key}{end}": value + shift
-        for key, value in values.items()
-        for end, shift in (("", 0), ("_low", -0.1), ("_high", 0.1))
-    }
-
-
 def row(feature, direction, *, transfers):
     effect = 1.0 if transfers else 0.05
-    doses = [
-        {
-            "alpha": alpha,
-            "effect": alpha * effect,
-            "kl": alpha**2,
-            "random": 0.01,
-            "random_low": -0.05,
-            "random_high": 0.07,
-            "random_kl": 0.1,
-            "shuffled": 0.02,
-            "shuffled_low": -0.1,
-            "shuffled_high": 0.1,
-            "shuffled_kl": 0.1,
-        }
-        for alpha in (0.1, 0.5)
-    ]
+    controls = {"random": 0.01, "random_low": -0.05, "random_high": 0.07, "shuffled": 0.02}
+    doses = [{"alpha": a, "effect": a * effect} | controls for a in (0.1, 0.5)]
     return {
         **WHERE,
         "direction": direction,
@@ -49,11 +28,13 @@ def row(feature, direction, *, transfers):
         "match_r": 0.5,
         "promoted_source": [" the", "\n", "<b>"],
         "promoted_target": [" the", "\n"],
-        **bounded(effect=effect, specific_random=effect - 0.01, specific_shuffled=effect - 0.02),
+        **bounded(
+            0.1, effect=effect, specific_random=effect - 0.01, specific_shuffled=effect - 0.02
+        ),
         "kl": 0.25,
         "q": 0.01 if transfers else 0.6,
         "transfers": transfers,
-        **bounded(ablation_r=0.7),
+        **bounded(0.1, ablation_r=0.7),
         "ablation_r_shuffled": 0.03,
         "doses": doses,
     }
@@ -66,9 +47,9 @@ def summary(direction, hits):
         "n_features": 2,
         "n_scored": 2,
         "n_transferring": hits,
-        **bounded(share_transferring=hits / 2, effect=0.5, specific_random=0.4 + hits),
-        **bounded(specific_shuffled=0.3, specific_random_at_kl=0.6, kl=0.25),
-        **bounded(ablation_r=0.7, ablation_r_shuffled=0.02),
+        **bounded(0.1, share_transferring=hits / 2, effect=0.5, specific_random=0.4 + hits),
+        **bounded(0.1, specific_shuffled=0.3, specific_random_at_kl=0.6, kl=0.25),
+        **bounded(0.1, ablation_r=0.7, ablation_r_shuffled=0.02),
         "of_match": 1.5,
     }
 
@@ -83,11 +64,11 @@ def run_of(rows, over) -> Run:
 
 def blocks(rows, over, kind) -> list:
     section = causal.feature_causal_section(run_of(rows, over))
-    return [block for block in section.blocks if isinstance(block, kind)]
+    return [block for block in section if isinstance(block, kind)]
 
 
 def test_every_direction_has_its_curves_and_tables():
-    assert [block.text for block in blocks(ROWS, SUMMARY, Heading)] == ["gpt → neox, resid_pre.6"]
+    assert blocks(ROWS, SUMMARY, Heading) == ["gpt → neox, resid_pre.6"]
     (panels,) = blocks(ROWS, SUMMARY, Panels)
     assert len(panels.figures) == 2
     ridge, match, raw = (block.blocks[0] for block in blocks(ROWS, SUMMARY, Details))
@@ -127,7 +108,7 @@ def test_the_page_shows_it_or_says_what_is_missing(tmp_path, there):
         write_jsonl(work.result("feature_causal.jsonl"), ROWS)
         write_jsonl(work.result("feature_causal_summary.jsonl"), SUMMARY)
     page = write_report(Config(models=("a", "b")), work).read_text()
-    part = re.search(r'<section id="feature-causes">.*?</section>', page, re.DOTALL)
+    part = re.search(r'<section id="features-put-to-work">.*?</section>', page, re.DOTALL)
     assert bool(part) == there == ("feature_causal.jsonl, feature_causal_summary" not in page)
     assert not there or "gpt → neox" in part[0]
     assert "<b>" not in page  # a token is text, not markup

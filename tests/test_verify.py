@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from crossdict_jax import maps
-from crossdict_jax.errors import UserError
 from crossdict_jax.verify import lab, planted
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, plant, streams, views
 
@@ -28,11 +27,10 @@ def test_features_are_active_as_often_as_planted(related):
     assert (np.abs(rates(related.codes) - frequency) < 5 * error).all()
     assert frequency.sum() == pytest.approx(RELATED.active)
     assert frequency[3] / frequency[12] == pytest.approx((13 / 4) ** RELATED.zipf)
-
-
-def test_no_feature_is_nearly_always_active():
-    frequency = plant(PlantedConfig(active=10, zipf=2.0), seed=0).frequency
-    assert frequency.max() == 0.5 and frequency.sum() == pytest.approx(10)
+    active = related.codes[related.codes > 0]
+    assert active.mean() == pytest.approx(1, abs=0.02)
+    capped = plant(PlantedConfig(active=10, zipf=2.0), seed=0).frequency
+    assert capped.max() == 0.5 and capped.sum() == pytest.approx(10)
 
 
 def test_views_are_superpositions_of_their_codes(related):
@@ -59,13 +57,6 @@ def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
         assert free.any() and np.abs(r).max() < 5 / np.sqrt(len(related))
 
 
-@pytest.mark.parametrize(("widths", "share", "each"), [((24, 32), 1.0, 32), ((8, 9, 10), 0.75, 16)])
-def test_exclusive_features_are_dealt_out_evenly(widths, share, each):
-    truth = plant(PlantedConfig(widths=widths, exclusive=share), seed=0)
-    assert truth.shared.sum() == round(64 * (1 - share))
-    assert [int(truth.exclusive(v).sum()) for v in range(len(widths))] == [each] * len(widths)
-
-
 def test_a_child_fires_only_with_its_parent(related):
     children = np.flatnonzero(related.truth.parent >= 0)
     active = related.codes > 0
@@ -87,12 +78,6 @@ def test_partners_fire_together_and_strangers_do_not(related):
     strangers = np.roll(second, 1)
     apart = (active[:, first] & active[:, strangers]).mean(0)
     assert (np.abs(apart - p * related.truth.frequency[strangers]) < 0.02).all()
-
-
-def test_amplitudes_have_mean_one(related):
-    active = related.codes[related.codes > 0]
-    assert active.mean() == pytest.approx(1, abs=0.02)
-    assert np.log(active).std() == pytest.approx(planted.SPREAD, abs=0.01)
 
 
 def test_bursts_are_between_documents():
@@ -127,28 +112,6 @@ def test_every_setting_changes_something():
         assert bits(dataclasses.replace(base, **{name: value})) != bits(base), name
 
 
-def test_splits_are_by_document(related):
-    train, test = related.split(0.25)
-    assert len(train) + len(test) == len(related)
-    assert not set(train.document) & set(test.document)
-    assert len(np.unique(test.document)) == RELATED.documents // 4
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"active": 40.0}, "active=40.0 must be above 0 and at most 32"),
-        ({"widths": ()}, r"widths=\(\) must be one number or more"),
-        ({"exclusive": 1.5}, "exclusive=1.5 must be between 0 and 1"),
-        ({"children": 30, "correlated": 3}, "hold only 32"),
-        ({"documents": 9000}, "documents=9000 must be 1 or more"),
-    ],
-)
-def test_what_cannot_be_planted_is_refused(wrong, message):
-    with pytest.raises(UserError, match=message):
-        plant(PlantedConfig(**wrong), seed=0)
-
-
 # ---------------------------------------------------------------- text
 
 SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
@@ -177,31 +140,22 @@ def test_pairs_are_rows_with_one_truth(spoken):
 
 def variance_of_token_means(codes, tokens):
     """Share of each feature's variance that the means of tokens explain, in-sample."""
-    _, place = np.unique(tokens, return_inverse=True)
-    counts = np.bincount(place)
+    _, index = np.unique(tokens, return_inverse=True)
+    counts = np.bincount(index)
     sums = np.zeros((len(counts), codes.shape[1]))
-    np.add.at(sums, place, codes)
-    residual = codes - (sums / counts[:, None])[place]
+    np.add.at(sums, index, codes)
+    residual = codes - (sums / counts[:, None])[index]
     return 1 - residual.var(0) / np.maximum(codes.var(0), 1e-12), len(counts)
 
 
 def test_the_token_determines_its_features_and_says_nothing_of_others(spoken):
-    paired = spoken
-    varies = paired.codes.std(0) > 0
-    for tokens in paired.tokens:
-        share, seen = variance_of_token_means(paired.codes, tokens)
-        token, context = paired.truth.from_token & varies, ~paired.truth.from_token
+    varies = spoken.codes.std(0) > 0
+    for tokens in spoken.tokens:
+        share, seen = variance_of_token_means(spoken.codes, tokens)
+        token, context = spoken.truth.from_token & varies, ~spoken.truth.from_token
         np.testing.assert_allclose(share[token], 1, atol=1e-5)
-        chance = seen / len(paired)  # what so many means explain of noise
+        chance = seen / len(spoken)  # what so many means explain of noise
         assert share[context].mean() == pytest.approx(chance, rel=0.3)
-
-
-def test_rows_without_text_hold_features_of_the_token_too():
-    v = views(PlantedConfig(from_token=0.5), seed=0)
-    share, _ = variance_of_token_means(v.codes, v.tokens[0])
-    varies = v.codes.std(0) > 0
-    np.testing.assert_allclose(share[v.truth.from_token & varies], 1, atol=1e-5)
-    assert share[~v.truth.from_token].max() < 0.05
 
 
 # ---------------------------------------------------------------- scoring

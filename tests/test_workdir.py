@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from crossdict_jax.config import FREE, Config, identity, to_dict
-from crossdict_jax.config.settings import settings
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import model_names, open_workdir, read_json
 
@@ -56,12 +54,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         opened(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         opened(tmp_path / "notes.txt")
-
-
-def test_only_questions_and_records_are_free():
-    assert set(FREE) <= set(to_dict(Config()))
-    assert identity(Config()).keys() == to_dict(Config()).keys() - set(FREE)
-    assert {name.partition(".")[0] for name in settings(Config)} >= set(FREE)
 
 
 def test_names_of_models_collide_in_order():

@@ -14,7 +14,6 @@ import sysconfig
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from crossdict_jax.training.stage import progress_bar
@@ -45,49 +44,35 @@ _RULE = re.compile(r"[-=~*#^_]{3,}|\s+")
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@dataclass(frozen=True)
-class ModuleText:
-    """The documentation of one module, and running totals of the scan up to it."""
+def module_texts(roots: Iterable[tuple[str, Path]] | None = None) -> Iterator[tuple[str, str]]:
+    """Yields (name, documentation) of modules that have enough, in the hash order of their names.
 
-    name: str
-    text: str
-    modules_read: int
-    repeated_paragraphs: int
-
-
-def module_texts(roots: Iterable[tuple[str, Path]] | None = None) -> Iterator[ModuleText]:
-    """Yields the modules with enough documentation, in the hash order of their names.
-
-    In that order the first N modules are a random sample, and a paragraph belongs to the first
-    module that holds it: later ones lose it. So no paragraph is in two splits, and what a module
-    keeps does not depend on how many are read. Parses no more than is consumed.
-
-    A repetition is a paragraph seen before, whatever its line breaks, or one with more than half
-    of its (long) lines seen before: copies with a name changed.
+    In that order the first N modules are a random sample. A paragraph belongs to the first module
+    that holds it, so none is in two splits, and what a module keeps does not depend on how many
+    are read. A repetition is a paragraph seen before, whatever its line breaks, or one with more
+    than half of its (long) lines seen before: copies with a name changed.
 
     Args:
       roots: (prefix of names, folder) of the sources; the installed packages without it.
     """
     seen: set[int] = set()
-    modules, repeated = find_modules(installed() if roots is None else roots), 0
+    modules = find_modules(installed() if roots is None else roots)
     # Other bytes of the hash than split_of reads: else the first N would all be test documents.
     by_hash = sorted(modules.items(), key=lambda m: hashlib.sha256(m[0].encode()).digest()[8:])
     progress = progress_bar(by_hash, desc="Reading docstrings", unit=" modules")
-    for number, (name, path) in enumerate(progress, start=1):
+    for name, path in progress:
         kept = []
         for paragraph in _paragraphs(path):
             lines = [" ".join(line.split()) for line in paragraph.splitlines()]
             joined = " ".join(" ".join(lines).split())
             long = [line for line in lines if len(line) >= MIN_REPEAT]
             old = sum(len(line) for line in long if hash(line) in seen)
-            if hash(joined) in seen or 2 * old > sum(map(len, long)):
-                repeated += 1
-            else:
+            if hash(joined) not in seen and 2 * old <= sum(map(len, long)):
                 kept.append(paragraph)
             seen.update(hash(text) for text in (*long, joined) if len(text) >= MIN_REPEAT)
         text = "\n\n".join(kept)
         if len(text.encode()) >= MIN_DOCUMENT_BYTES:
-            yield ModuleText(name, text, modules_read=number, repeated_paragraphs=repeated)
+            yield name, text
 
 
 def installed() -> list[tuple[str, Path]]:

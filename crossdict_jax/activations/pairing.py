@@ -21,10 +21,6 @@ MAX_SPAN = 8  # the last bin of a span-length histogram holds this many tokens o
 _ENCODE_BATCH = 1024  # texts per call of a tokenizer: bounds the memory of its answers
 
 
-class RebuildError(UserError):
-    """The bytes of a text's tokens do not add up to the text: its byte ends are unknown."""
-
-
 @dataclass(frozen=True)
 class TokenEnds:
     """The tokens of one text, and where in the UTF-8 bytes of the NFC text each of them ends."""
@@ -164,11 +160,11 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
     Ends may lie inside a character. A prefix that the tokenizer invents counts 0 bytes.
 
     Raises:
-      RebuildError: the tokenizer drops or changes characters of this text.
+      UserError: the tokenizer drops or changes characters of this text.
     """
     (tokens,) = byte_ends_batch([text], tokenizer)
     if tokens is None:
-        raise RebuildError(
+        raise UserError(
             f"{type(tokenizer).__name__} drops or changes characters of {text[:40]!r}: positions "
             "of this text cannot be paired; use other text or another tokenizer."
         )
@@ -241,7 +237,7 @@ def pair(text: str, tokenizer_a, tokenizer_b) -> Pairing:
     inside a character; position 0 of either model is never part of a pair.
 
     Raises:
-      RebuildError: a tokenizer drops or changes characters of this text.
+      UserError: a tokenizer drops or changes characters of this text.
     """
     ends = [byte_ends(text, tokenizer).ends for tokenizer in (tokenizer_a, tokenizer_b)]
     byte_end, positions = pair_many(ends)
@@ -348,7 +344,6 @@ class Window:
 
     document: int  # index into the documents given
     start: int  # byte of the NFC document at which it begins
-    text: str
     tokens: tuple[TokenEnds, ...]  # per model; ends count from the window's first byte
 
 
@@ -372,9 +367,8 @@ class _Piece(NamedTuple):
 def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]) -> Windows:
     """Returns consecutive windows of the NFC documents, each at most `limits` tokens per model.
 
-    Limits leave room for a BOS. The text is cut first and then tokenized, at the start of
-    whitespace where some is near, else between characters. Where a tokenizer does not rebuild a
-    window, the window is dropped and counted. A document's windows depend on nothing else.
+    The text is cut first and then tokenized, at the start of whitespace where some is near, else
+    between characters. A window that a tokenizer does not rebuild is dropped and counted.
     """
     if min(limits) < 2:
         raise UserError(
@@ -391,8 +385,7 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
             if all(len(t.ids) <= limit for t, limit in zip(tokens, limits)):
                 not_rebuilt = [n + (t.ends is None) for n, t in zip(not_rebuilt, tokens)]
                 if piece.data and all(t.ends is not None for t in tokens):
-                    text = piece.data.decode()
-                    kept.append(Window(piece.document, piece.start, text, tuple(tokens)))
+                    kept.append(Window(piece.document, piece.start, tuple(tokens)))
             elif len(piece.data.decode()) == 1:
                 too_long += 1
             else:

@@ -16,21 +16,19 @@ from crossdict_jax.models.run import Passages
 BEFORE, AFTER = 12, 4  # tokens of a context
 
 
-def select_passages(
-    store: Store, model: str, *, documents: int, seed: int, split: str = "test"
-) -> Passages:
-    """Returns the windows and kept rows of at most ``documents`` documents of a split.
+def select_passages(store: Store, model: str, *, documents: int, seed: int) -> Passages:
+    """Returns the windows and kept rows of at most ``documents`` test documents.
 
     Which documents is a function of the seed, the same for every model of the store.
     """
     if documents < 1:
         raise UserError(f"intervention.documents={documents} must be at least 1.")
-    rows = store.select(split)
+    rows = store.select("test")
     present = np.unique(store.rows.document[rows])
     generator = np.random.Generator(np.random.Philox(key=seed))
     rows = rows[np.isin(store.rows.document[rows], generator.permutation(present)[:documents])]
     if not len(rows):
-        raise UserError(f"No {split} document holds a paired position; use more text.")
+        raise UserError("No test document holds a paired position; use more text.")
     return passages_of(store, model, rows)
 
 

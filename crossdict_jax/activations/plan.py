@@ -67,8 +67,7 @@ class Plan(Reading):
 def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> Plan:
     """Reads the text, cuts it into windows and pairs their positions.
 
-    Some documents are tokenized at a time. Texts, rows and tokens lie in nameless files of
-    ``directory``: what is held does not grow with them.
+    Texts, rows and tokens lie in nameless files of ``directory``: memory does not grow with them.
 
     Raises:
       UserError: text that a model cannot read, or a split without a pair.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax.activations.text import SPLITS, nameless_file
+from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import read_json, write_json
@@ -100,11 +101,8 @@ class Column:
     """An array that grows in a nameless file, gone with the process however that ends."""
 
     def __init__(self, directory: Path, dtype, *, width: int | None = None):
-        """Args:
-        directory: whose file system takes the file.
-        width: numbers of an entry, in an array of two dimensions.
-        """
-        self._file = nameless_file(directory)
+        """``directory`` takes the file; ``width`` is the length of an entry that is an array."""
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
         self._dtype, self._shape = np.dtype(dtype), () if width is None else (width,)
         self._length = 0
 
@@ -284,7 +282,6 @@ def write_store(
     document: np.ndarray,
     tokens: Sequence[np.ndarray],
     split: np.ndarray,
-    shard_rows: int = BLOCK,
 ) -> Store:
     """Writes rows that no language model has read as a finished store, and opens it.
 
@@ -306,10 +303,10 @@ def write_store(
     checksums = save_index(
         directory, rows, WindowTable(documents, (offsets,) * models, tuple(tokens))
     )
-    starts = [*range(0, n, shard_rows), n]
+    starts = [*range(0, n, BLOCK), n]
     for model, x in activations.items():
         for shard, start in enumerate(starts[:-1]):
-            part = x[start : start + shard_rows].astype(ml_dtypes.bfloat16)
+            part = x[start : start + BLOCK].astype(ml_dtypes.bfloat16)
             checksums |= save_shard(directory, shard_name(model, str(site), shard), part)
     about = {"bos": None, "sites": [str(site)]}
     meta = {

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from crossdict_jax.activations.docstrings import module_texts, package_versions
 from crossdict_jax.config import TextConfig
@@ -31,24 +30,15 @@ class Document:
     split: str  # train | validation | test
 
 
-def nameless_file(directory: Path | None) -> IO[bytes]:
-    """Returns a file to write and read, gone with the process however that ends.
-
-    Args:
-      directory: where it takes its room; None: where temporary files lie.
-    """
-    return tempfile.TemporaryFile(dir=directory)
-
-
 class Documents(Sequence[Document]):
     """Documents in a nameless file: train, validation, test, each in the order of adding.
 
-    Args:
-      directory: where the file takes its room; None: where temporary files lie.
+    The file takes its room in ``directory`` (None: where temporary files lie) and is gone with the
+    process however that ends.
     """
 
     def __init__(self, directory: Path | None = None):
-        self._file = nameless_file(directory)
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
         self._starts = {split: array("q") for split in SPLITS}  # bytes of the file
 
     def add(self, document: Document) -> None:
@@ -87,12 +77,9 @@ class Corpus:
 def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     """Returns the first `text.documents` documents of `text.source`, cut and split.
 
-    They lie in a nameless file of `directory` (None: where temporary files lie) and are read from
-    it one at a time. What is held of each is 8 bytes, and the hashes that find duplicates.
-
-    Blank documents and duplicates are skipped and counted; they do not count as documents. The
-    split is drawn from the dotted module name (docstrings) or the whole NFC text (everything
-    else), so it depends neither on `max_bytes` nor on what else is read.
+    They lie in a nameless file of `directory` (see ``Documents``). Blank documents and duplicates
+    are skipped and counted. The split is drawn from the dotted module name (docstrings) or the
+    whole NFC text (all else): it depends neither on `max_bytes` nor on what else is read.
 
     Raises:
       UserError: a bad setting, an unreadable source, or a split left without a document.
@@ -174,10 +161,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
     path = Path(text.source).expanduser()
     if text.source == "docstrings":  # a document for each module; its name decides on its split
         details["packages"] = package_versions()
-        for module in module_texts():
-            details["modules_read"] = module.modules_read
-            details["repeated_paragraphs"] = module.repeated_paragraphs
-            yield module.name, module.text, module.name
+        yield from ((name, documentation, name) for name, documentation in module_texts())
         return
     if text.source.startswith("hf:"):
         yield from _hub_rows(text)

@@ -23,9 +23,8 @@ KEYS = ("document", "window", "byte_end", "split", "keep")  # what a row is, in 
 def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     """Returns the store in ``work.controls`` of the run's models and of them re-initialised.
 
-    A re-initialised model has its model's shape and tokenizer and reads the same windows; all its
-    weights are drawn anew, as before any training. The rows are those of ``store`` to the byte,
-    norm outliers of the trained models included; the trained models' shards stay where they are.
+    A re-initialised model has its model's shape and tokenizer and reads the same windows and rows,
+    norm outliers of the trained models included. The trained models' shards stay where they are.
     Killed and run again, it goes on with the first shard that is not there.
 
     Raises:

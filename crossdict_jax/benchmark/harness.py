@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import resource
 import statistics
@@ -61,10 +62,10 @@ class Bench:
         """Returns a result row per contender; all run once in each round.
 
         One run each goes before and does not count: it compiles. Every second round goes backwards,
-        so that none always follows the same one. ``seconds`` and ``cpu_seconds`` are medians.
-        ``ratio`` is the median over rounds of the contender's seconds over those of ``reference``
-        (above 1: the reference is faster), with its least and its greatest; ``cpu_ratio`` the same
-        of processor seconds, which other work on the machine disturbs less.
+        so that none always follows the same one. ``ratio`` is the median over rounds of the
+        contender's seconds over those of ``reference`` (above 1: the reference is faster), with its
+        least and its greatest; ``cpu_ratio`` that of processor seconds, which other work on the
+        machine disturbs less.
 
         Args:
           amount: how much of ``unit`` one run of every contender does.
@@ -86,37 +87,19 @@ class Bench:
             cpu_ratios = [a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in both]
             seconds = statistics.median(run.seconds for run in runs)
             row = {"benchmark": self.name, "case": case, "contender": name}
-            row |= (about or {}).get(name) or {}
-            rows.append(
-                row
-                | {
-                    "repeats": len(runs),
-                    "seconds": seconds,
-                    "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
-                    "unit": unit,
-                    "per_s": amount / seconds,
-                    "ratio": statistics.median(ratios),
-                    "ratio_low": min(ratios),
-                    "ratio_high": max(ratios),
-                    "cpu_ratio": statistics.median(cpu_ratios),
-                }
-            )
+            row |= {"seconds": seconds, "unit": unit, "per_s": amount / seconds}
+            row |= {"ratio": statistics.median(ratios), "cpu_ratio": statistics.median(cpu_ratios)}
+            row |= {"ratio_low": min(ratios), "ratio_high": max(ratios)}
+            rows.append(row | (about or {}).get(name, {}))
         return rows
 
 
 def timed(run: Callable[[], Any]) -> Spent:
-    """Returns what ``run()`` takes, the processes it starts with it, or what it says it took.
-
-    Arrays that it returns are waited for.
-    """
-
-    def cpu() -> float:
-        both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(usage.ru_utime + usage.ru_stime for usage in both)
-
-    started, before = time.perf_counter(), cpu()
+    """Returns what ``run()`` takes with all that it starts, or what it says that it took."""
+    started, cpu_started = time.perf_counter(), time.process_time() + sum(os.times()[2:4])
     result = jax.block_until_ready(run())
-    spent = Spent(time.perf_counter() - started, cpu() - before)
+    cpu_seconds = time.process_time() + sum(os.times()[2:4]) - cpu_started  # children's too
+    spent = Spent(time.perf_counter() - started, cpu_seconds)
     return result if isinstance(result, Spent) else spent
 
 

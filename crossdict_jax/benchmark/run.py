@@ -39,28 +39,25 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
 
     A measurement is a file of ``measurements`` with ``SIZES`` by suite and ``benchmark(bench)``,
     which yields rows; none named: all that have sizes for ``config.suite``. results/benchmark.json
-    holds the machine, a row per contender, and what failed; results/benchmark.md the
-    same as tables. Both are written after every row, so that whatever ends a run leaves the rows
-    before. A measurement that fails does not keep the others from being taken.
+    holds the machine, a row per contender, and what failed; benchmark.md the same as tables. Both
+    are written after every row. A measurement that fails does not stop the others.
 
     Raises:
       UserError: a measurement has no sizes for the suite; or at the end, if any has failed.
     """
     # Contenders in other processes need room on the device too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    names = config.benchmarks or measurements()
-    package = f"{__package__}.measurements"
+    names, package = config.benchmarks or measurements(), f"{__package__}.measurements"
     modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
-    if not config.benchmarks:
-        modules = {name: m for name, m in modules.items() if config.suite in m.SIZES}
-    for name, module in modules.items():
-        if config.suite not in module.SIZES:
-            suites = ", ".join(module.SIZES)
+    sized = {name: m for name, m in modules.items() if config.suite in m.SIZES}
+    for name in config.benchmarks:
+        if name not in sized:
+            suites = ", ".join(modules[name].SIZES)
             raise UserError(f"{name} has no sizes for suite={config.suite}, only for {suites}.")
     rows, failed = [], {}
     outcome = {"machine": describe(), "suite": config.suite, "rows": rows, "failed": failed}
     print(heading(outcome))
-    for name, module in modules.items():
+    for name, module in sized.items():
         folder = work.root / "benchmark" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -96,12 +93,8 @@ def describe() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     # The commit is marked if files differ from it, and None outside git.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return device_figures() | {
-        "platform": jax.default_backend(),
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # processes that wanted to run in the last minute

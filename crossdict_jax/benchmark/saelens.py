@@ -123,7 +123,7 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
 
 def comparison(rows: list[dict[str, Any]]) -> Table:
     """Returns the table of ours at the usual rate beside theirs at the best of all rates."""
-    lines = []
+    lines, first = [], rows[0]
     for model, architecture in dict.fromkeys((r["model"], r["architecture"]) for r in rows):
         both = [r for r in rows if (r["model"], r["architecture"]) == (model, architecture)]
         ours = next(row for row in both if row["library"] == OURS)
@@ -141,10 +141,9 @@ def comparison(rows: list[dict[str, Any]]) -> Table:
                 "difference": number(None if None in pair else pair[0] - pair[1]),
             }
         )
-    first = rows[0]
-    return table(
+    caption = (
         f"FVU of {number(first['n_rows'])} test rows at k = {first['k']}, width "
         f"{first['width']}, {number(first['steps'])} steps of {first['batch_size']}: ours at the "
-        "usual rate, theirs at the best of those tried; below 0 ours leave less unexplained",
-        lines,
+        "usual rate, theirs at the best of those tried"
     )
+    return table(caption, lines)

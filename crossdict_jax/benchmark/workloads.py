@@ -32,11 +32,7 @@ BATCHES = 8  # of training rows of a map
 
 
 class Training:
-    """A training that stands still between runs of a few steps, in the loop's own program.
-
-    Args:
-      longest: steps of one run at most: rows that come from the host are sent for so many.
-    """
+    """A training that stands still between runs of at most ``longest`` steps: the loop's code."""
 
     def __init__(
         self, trainable: Trainable, feed: Feed, state_shardings, *, longest: int = MAX_CHUNK
@@ -62,9 +58,7 @@ def dictionary_steps(
 ) -> Training:
     """Returns the training of dictionaries on the store in ``folder``, as one ensemble.
 
-    Args:
-      resident: whether rows stay on the devices; None: if they fit.
-      sae: settings of the dictionaries.
+    ``resident``: whether rows stay on the devices; None: if they fit.
     """
     config, store = SAEConfig(steps=LONG, **sae), open_store(folder)
     group = members(config, [(MODEL, SITE)])
@@ -95,9 +89,8 @@ class Extraction:
         lm = models.load(folder / "model")
         self._runner = Runner(lm, batch_size=batch_size, dtype=matmul_dtype)
         self._sites = [Site(layer) for layer in layers]
-        with np.load(folder / "windows.npz", allow_pickle=False) as file:
-            tokens = file["tokens"].astype(np.int32)
-            self._windows = np.split(tokens, np.cumsum(file["lengths"])[:-1])
+        file = np.load(folder / "windows.npz", allow_pickle=False)
+        self._windows = np.split(file["tokens"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
 
     def run(self, count: int) -> None:
         """Reads all windows so many times."""

@@ -1,13 +1,12 @@
 """Published numbers, and how near a run comes to them.
 
 A file of configs/ that reproduces a paper has a ``get_expectations()`` beside its
-``get_config()``; ``--expect=FILE`` compares after the work is done.
+``get_config()``; with ``--expect=FILE`` a command compares after its work.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,24 +53,3 @@ class Expectation:
                 "stage with the settings of the file that expects it."
             )
         return statistics.fmean(values)
-
-
-def compare(expectations: Sequence[Expectation], work: Workdir) -> int:
-    """Prints every number as published and as obtained; returns how many are not near enough."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Expected", title_justify="left", box=None)
-    for name in ("what", "published", "allowed", "obtained", "", "source"):
-        table.add_column(name)
-    missed = 0
-    for expected in expectations:
-        value = expected.obtained(work)
-        met = expected.low <= value <= expected.high
-        missed += not met
-        allowed = f"{expected.low:g} to {expected.high:g}"
-        result = [f"{value:.4g}", "met" if met else "MISSED"]
-        table.add_row(expected.words, expected.published, allowed, *result, expected.source)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
-    return missed

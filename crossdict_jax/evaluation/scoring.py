@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.controls import shown
 from crossdict_jax.maps.fit import Loader
-from crossdict_jax.maps.kinds import token
+from crossdict_jax.maps.kinds.token import Token
 from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import Workdir
 
@@ -109,7 +108,7 @@ def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = Fa
         return dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, tokens=tokens))
 
     problem = Problem("token table", *(read(bench.splits[s]) for s in ("train", "validation")))
-    (fitted,) = token.fit([problem], settings, seed=0, directory=Path())
+    (fitted,) = Token.fit([problem], settings)
     return score(fitted.map, bench, (read(bench.splits["test"]), read(bench.context)))
 
 

@@ -4,15 +4,13 @@ A kind is found by its file's name: ``kinds/ridge.py`` is ``map.kinds=ridge``.
 """
 
 from crossdict_jax.maps.base import (
-    ActivationMap,
-    Fitted,
     Map,
     Pairs,
     Problem,
     Side,
     load,
+    map_class,
     map_kinds,
-    map_module,
     predict,
     predict_activations,
     save,
@@ -20,7 +18,6 @@ from crossdict_jax.maps.base import (
 from crossdict_jax.maps.fit import (
     Task,
     fit_maps,
-    layer_pairs,
     load_pairs,
     shuffle_seed,
     shuffled,
@@ -28,19 +25,16 @@ from crossdict_jax.maps.fit import (
 )
 
 __all__ = [
-    "ActivationMap",
-    "Fitted",
     "Map",
     "Pairs",
     "Problem",
     "Side",
     "Task",
     "fit_maps",
-    "layer_pairs",
     "load",
     "load_pairs",
+    "map_class",
     "map_kinds",
-    "map_module",
     "predict",
     "predict_activations",
     "save",

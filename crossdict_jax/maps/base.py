@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.config import map_kinds
+from crossdict_jax.config import MapConfig, map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.compact import Compact, compact
@@ -29,6 +28,7 @@ from crossdict_jax.maps.moments import (
     TokenSums,
     exact_matmul,
     find_tokens,
+    moments,
     padded,
     slices,
     token_sums,
@@ -46,13 +46,11 @@ class Side:
       x: activations [n, d_model], bfloat16 or float32, on the host.
       tokens: int32 [n], the model's own token that ends at the position.
       dictionary: the sparse dictionary of this model at this site.
-      model, layer: what was read; a map that is asked about other layers needs to know.
-      token_bytes: gives, by token id, the bytes of text that a token stands for; None where all
-        sides count tokens in one vocabulary.
+      model, layer: what was read.
+      token_bytes: gives the bytes of each token id; None where all sides have one vocabulary.
       reordered_from: the side that holds the same rows in another order, if there is one.
-      order: int [n], where in that side each row stands.
-      keys: int [n, 2], (document, byte end) of each row, by which ``Pairs`` sees that both sides
-        are the same positions of the same text; None where nobody says.
+      order: int [n], the index in that side of each row.
+      keys: int [n, 2], (document, byte end) of each row, which ``Pairs`` compares; or None.
     """
 
     x: np.ndarray
@@ -99,9 +97,9 @@ class Side:
 
     @cached_property
     def code(self) -> Compact | None:
-        """The active features of all rows, on the host; None where the rows take less memory.
+        """The active features of all rows; None if a row has more than d_model / 2 of them.
 
-        That is where some row has more than d_model / 2 active features.
+        Then the activations take less memory.
         """
         if self.reordered_from is not None:
             code = self.reordered_from.code
@@ -180,11 +178,11 @@ class Problem:
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
         """Returns the regression of B on A; ``read`` is Side.activations or Side.features."""
 
-        def batches(pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for rows in slices(len(pairs)):
-                yield read(pairs.source, rows), read(pairs.target, rows)
+        def batches(pairs: Pairs):
+            return ((read(pairs.source, i), read(pairs.target, i)) for i in slices(len(pairs)))
 
-        return Regression.of(batches(self.train), batches(self.validation))
+        products, means = moments(batches(self.train))
+        return Regression(means, products, moments(batches(self.validation), means)[0])
 
     @cached_property
     def regression(self) -> Regression:
@@ -193,19 +191,13 @@ class Problem:
 
 
 def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
-    """Returns features float32 [m, width] of at most ROWS activations [m, d_model]."""
-    graphdef, params = modules.split(dictionary)
-    return np.asarray(_encode(graphdef, params, padded(x, ROWS)))[: len(x)]
+    """Returns features float32 [m, width] of activations [m, d_model]."""
+    return modules.over_rows(dictionary, x, method="encode", size=ROWS)
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, x) -> jax.Array:
-    return modules.merge(graphdef, params).encode(x.astype(jnp.float32))
-
-
-def check_rows(problem: Problem, kind: str, *, train: int = 2, validation: int = 1) -> None:
-    """Raises UserError if a problem has fewer rows than the map needs, or one is not finite."""
-    for split, minimum in (("train", train), ("validation", validation)):
+def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
+    """Raises UserError with fewer training rows than the map needs, or one that is not finite."""
+    for split, minimum in (("train", fewest), ("validation", 1)):
         rows = len(getattr(problem, split))
         if rows < minimum:
             raise UserError(
@@ -230,9 +222,8 @@ class Map(nnx.Module):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
     A kind of map is one file of ``maps/kinds``: a subclass with a ``kind`` of the file's name, and
-    ``fit(problems, config, *, seed, directory, checkpoint_every, records) -> list[Fitted]``, in the
-    order of ``problems``; closed forms need only the first two. B's dictionary is a part of the
-    map; a checkpoint holds the rest and points to it.
+    ``solve``, or a ``fit`` of its own. B's dictionary is a part of the map; a checkpoint holds the
+    rest and points to it.
 
     Attributes:
       kind: the name of the kind.
@@ -242,6 +233,8 @@ class Map(nnx.Module):
       fits_together: whether ``fit`` must get all problems of a run at once.
       through_joint: whether its problems must hold a joint code.
       settings: names of the attributes, JSON values, that are not arrays.
+      chosen: names of the hyper-parameters that a closed form chooses.
+      fewest_rows: training rows that it needs.
     """
 
     kind: ClassVar[str]
@@ -250,6 +243,8 @@ class Map(nnx.Module):
     fits_together: ClassVar[bool] = False
     through_joint: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
+    chosen: ClassVar[tuple[str, ...]] = ()
+    fewest_rows: ClassVar[int] = 2
 
     def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
         """
@@ -273,6 +268,35 @@ class Map(nnx.Module):
             takes the back-off.
         """
         raise NotImplementedError
+
+    @classmethod
+    def solve(
+        cls, problem: Problem, config: MapConfig
+    ) -> tuple[dict[tuple, float], Callable[..., modules.Params]]:
+        """Returns ({values of ``chosen``: validation MSE}, these values -> the map's arrays)."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(cls, problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitted]:
+        """Returns the map of each problem, its hyper-parameters chosen by validation error.
+
+        Args:
+          training: for kinds that are trained: ``seed``, ``directory`` for checkpoints and
+            metrics, ``checkpoint_every`` and ``records``.
+
+        Raises:
+          UserError: too few rows, or rows that are not finite.
+        """
+        fitted = []
+        for problem in problems:
+            check_rows(problem, cls.kind, cls.fewest_rows)
+            errors, arrays = cls.solve(problem, config)
+            best = min(errors, key=errors.get)
+            grid = [dict(zip(cls.chosen, v)) | {"mse": mse} for v, mse in errors.items()]
+            m = cls(problem.train.target.dictionary, arrays(*best))
+            record = dict(zip(cls.chosen, best)) | {"validation_mse": grid}
+            fitted.append(Fitted(m, record))
+        return fitted
 
 
 def _parameters(value: Any) -> nnx.Dict | nnx.Param:
@@ -307,9 +331,8 @@ class AffineMap(ActivationMap):
 def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
     """Returns the rows [batch, size] of a token table for tokens [batch].
 
-    A table is {"ids": int32 [seen], ascending; "rows": [seen + 1, size]}: it grows with the text,
-    not with the vocabulary. The last row, the back-off, is for all other tokens, and for every row
-    without ``tokens``.
+    A table is {"ids": int32 [seen], ascending; "rows": [seen + 1, size]}. Its last row, the
+    back-off, is for all other tokens, and for every row without ``tokens``.
     """
     rows = table.rows[...]
     if tokens is None:
@@ -325,41 +348,11 @@ class Fitted:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-Solve = Callable[[Problem], tuple[dict[tuple, float], Callable[..., modules.Params]]]
-
-
-def fit_closed_form(
-    cls: type[Map], problems: Sequence[Problem], solve: Solve, *names: str, rows: int = 2
-) -> list[Fitted]:
-    """Returns the map of each problem, its hyper-parameters chosen by validation error.
-
-    Args:
-      solve: problem -> ({values of ``names``: validation MSE}, a function of these values that
-        gives the map's arrays).
-      names: of the hyper-parameters, as the record spells them.
-      rows: training rows that it needs.
-    """
-    fitted = []
-    for problem in problems:
-        check_rows(problem, cls.kind, train=rows)
-        errors, arrays = solve(problem)
-        best = min(errors, key=errors.get)
-        grid = [dict(zip(names, values)) | {"mse": mse} for values, mse in errors.items()]
-        m = cls(problem.train.target.dictionary, arrays(*best))
-        fitted.append(Fitted(m, dict(zip(names, best)) | {"validation_mse": grid}))
-    return fitted
-
-
-def map_module(kind: str) -> ModuleType:
-    """Returns the module of a kind; UserError listing the allowed names if there is none."""
+def map_class(kind: str) -> type[Map]:
+    """Returns the Map subclass of a kind; UserError listing the allowed names if there is none."""
     if kind not in map_kinds():
         raise UserError(f"map.kinds={kind} is no map; use {', '.join(map_kinds())}.")
-    return importlib.import_module(f"{__package__}.kinds.{kind}")
-
-
-def map_class(kind: str) -> type[Map]:
-    """Returns the Map subclass of a kind."""
-    members = vars(map_module(kind)).values()
+    members = vars(importlib.import_module(f"{__package__}.kinds.{kind}")).values()
     return next(c for c in members if isinstance(c, type) and getattr(c, "kind", None) == kind)
 
 

@@ -32,10 +32,7 @@ class Compact:
 
 
 def compact(batches: Iterable[np.ndarray], *, limit: int) -> Compact | None:
-    """Returns the code, on the host, of features [m, width] that come in batches.
-
-    None where a row has more than ``limit`` active features. Slots are used in the features' order.
-    """
+    """Returns the code of batches of features [m, width]; None if a row has more than ``limit``."""
     parts = []
     for f in batches:
         rows, features = np.nonzero(f)

@@ -52,12 +52,7 @@ def ceiling_task(task: Task) -> Task:
 
 
 def fit_controls(config: Config, store: Store, work: Workdir) -> None:
-    """Fits every control into ``work.controls``, as ``fit_maps`` does the run's maps.
-
-    Raises:
-      UserError: the re-initialised models or the dictionaries of controls are missing or damaged,
-        or see ``fit_maps``.
-    """
+    """Fits every control into ``work.controls``, as ``fit_maps`` does the run's maps."""
     todo = control_tasks(config, store)
     if not todo:
         return
@@ -84,17 +79,13 @@ class ControlLoader(Loader):
 
     def rows(self, task: Task, split: str) -> Pairs:
         """Returns the paired rows of a split; a ceiling's source are B's own activations."""
-        pairs = super().rows(task, split)
-        target = task.target, task.site_target
+        pairs, site = super().rows(task, split), task.site_target
         if task.control == "ceiling":
-            return dataclasses.replace(
-                pairs, source=self.side(*target, split, self._second(*target))
-            )
+            side = self.side(task.target, site, split, self._second(task.target, site))
+            return dataclasses.replace(pairs, source=side)
         if task.control == "untrained":
-            model = self._untrained[task.target]
-            folder = self.target_dictionary(task)
-            side = self.side(model, task.site_target, split, folder)
-            return dataclasses.replace(pairs, target=side)
+            model, folder = self._untrained[task.target], self.target_dictionary(task)
+            return dataclasses.replace(pairs, target=self.side(model, site, split, folder))
         return pairs
 
     def pairs(self, task: Task, split: str) -> Pairs:

@@ -11,10 +11,11 @@ import numpy as np
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Pairs, Side, slices
 from crossdict_jax.maps.moments import moments, token_sums
+from crossdict_jax.maps.network import damped_scale
 
-RARE = 0.01  # of the mean variance, added to each: keeps a rare feature from drowning the others
 SPREAD = 0.3  # weight of all of A's covariance against that of its token means
 DAMPING = 0.1  # ridge penalty of the token profiles, in multiples of the mean of the diagonal
+PROFILE_RANK = 128  # of the weights that token profiles call for
 TURNS = 3  # of the subspace iteration that cuts a matrix down to a rank
 
 Weights = tuple[np.ndarray, np.ndarray]  # U [width_a, rank], V [width_b, rank]: W = U V'
@@ -41,9 +42,8 @@ class Profile:
 class Description:
     """One dictionary as a hypernetwork sees it, in the role of source or of target.
 
-    Everything is of this model alone: of its dictionary, and of what its features do on training
-    rows. Means, rates and scales are of all training rows; the profile is of every second training
-    document, and of the other ones where the role is the other: no text is in both profiles.
+    Everything is of this model alone. Means, rates and scales are of all training rows; the
+    profile is of every second document, of the others in the other role: it shares no text.
 
     Attributes:
       side: the rows in their own order.
@@ -66,8 +66,7 @@ class Description:
     @cached_property
     def scale(self) -> np.ndarray:
         """Standard deviation of the features, damped where it is small, [width]."""
-        damped = np.sqrt(self.variance + RARE * self.variance.mean())
-        return np.where(damped > 0, damped, 1.0)
+        return damped_scale(self.variance)
 
     @cached_property
     def directions(self) -> dict[str, np.ndarray]:
@@ -82,8 +81,9 @@ class Description:
         moves = self.scale[:, None] * dec
         lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
         enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
+        fires = sum((self.side.features(r) > 0).sum(0) for r in slices(len(self.side.x)))
         facts = [
-            np.log10(self.rate + 1e-5) + 2,
+            np.log10(fires / len(self.side.x) + 1e-5) + 2,
             self.mean / self.scale,
             np.log(self.scale / self.scale.mean()),
             np.sum(enc * dec, axis=1),
@@ -96,12 +96,6 @@ class Description:
             "facts": np.stack(facts, axis=1),
         }
         return {name: value.astype(np.float32) for name, value in arrays.items()}
-
-    @cached_property
-    def rate(self) -> np.ndarray:
-        """The share of training rows in which each feature is active, [width]."""
-        fires = sum((self.side.features(r) > 0).sum(0) for r in slices(len(self.side.x)))
-        return fires / len(self.side.x)
 
     @cached_property
     def profile(self) -> Profile:
@@ -150,7 +144,7 @@ class Describer:
 
 
 def profile_weights(
-    source: Description, target: Description, *, rank: int, mask: np.ndarray
+    source: Description, target: Description, mask: np.ndarray | None = None, *, rank=PROFILE_RANK
 ) -> Weights:
     """Returns weights that token profiles alone call for, of ``rank`` at most, for raw features.
 
@@ -160,9 +154,10 @@ def profile_weights(
     within a token, of which the profiles say nothing of B's. No row of A meets one of B.
 
     Args:
-      mask: bool [width_a]; the other features are taken for silent and get rows of zeros.
+      mask: bool [width_a]; other features are taken for silent and get rows of zeros; None: all.
     """
     a, b = source.profile, target.profile
+    mask = np.ones(len(a.covariance), bool) if mask is None else mask
     index_b = {name: j for j, name in enumerate(b.names)}
     shared = [(i, index_b[name]) for i, name in enumerate(a.names) if name in index_b]
     i, j = np.array(shared, np.int64).reshape(-1, 2).T

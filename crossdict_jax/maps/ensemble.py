@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
-from crossdict_jax.maps.base import Fitted, Problem, Side, check_rows
+from crossdict_jax.maps.base import Map, Problem, Side
 from crossdict_jax.maps.compact import Compact, alike
 from crossdict_jax.maps.losses import transfer_loss
-from crossdict_jax.maps.network import NetworkMap, initial
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, on_own_rows, to_bits
 
@@ -37,7 +34,7 @@ class TransferObjective(Objective):
 
     validate_every = 50
 
-    def __init__(self, cls: type[NetworkMap], problem: Problem, values, config: MapConfig):
+    def __init__(self, cls: type[Map], problem: Problem, values, config: MapConfig):
         source, target = problem.train.source.dictionary, problem.train.target.dictionary
         self.config, self.patience = config, config.patience
         self.shape = {"width_a": source.width, "hidden": config.hidden, "width_b": target.width}
@@ -60,7 +57,7 @@ class TransferObjective(Objective):
             ),
         )
 
-    def inputs(self, params, rows, fixed) -> tuple[NetworkMap, jax.Array, jax.Array]:
+    def inputs(self, params, rows, fixed) -> tuple[Map, jax.Array, jax.Array]:
         """Returns the map, and both sides' features [batch, width] of codes or activations."""
         m = modules.merge(
             self.graph, fixed["values"] | params | {"dictionary": fixed["dictionary_b"]}
@@ -97,6 +94,26 @@ class TransferObjective(Objective):
         return self.terms(params, batch, fixed)["loss"]
 
 
+def initial(
+    key: jax.Array | int, *, width_a: int, hidden: int, width_b: int, head: str
+) -> modules.Params:
+    """Returns the trained parameters of a network map before the first step."""
+    xavier, rngs = nnx.initializers.xavier_uniform(), nnx.Rngs(params=key)
+    # Zeros, so that the map starts at its baseline and every live output has a gradient.
+    zeros = nnx.initializers.zeros_init()
+    network = {
+        "first": nnx.Linear(width_a, hidden, kernel_init=xavier, rngs=rngs),
+        "norm_1": nnx.LayerNorm(hidden, rngs=rngs),
+        "second": nnx.Linear(hidden, hidden, kernel_init=xavier, rngs=rngs),
+        "norm_2": nnx.LayerNorm(hidden, rngs=rngs),
+        "last": nnx.Linear(hidden, width_b, kernel_init=zeros, rngs=rngs),
+    }
+    trained = {"network": {name: modules.split(layer)[1] for name, layer in network.items()}}
+    if head == "jumprelu":
+        trained["threshold"] = jnp.full(width_b, heads.INITIAL_THRESHOLD, jnp.float32)
+    return trained
+
+
 def _dense(rows: jax.Array | Compact, dictionary: Dictionary) -> jax.Array:
     """Returns features [batch, width] of codes, or of activations."""
     if isinstance(rows, Compact):
@@ -105,7 +122,7 @@ def _dense(rows: jax.Array | Compact, dictionary: Dictionary) -> jax.Array:
 
 
 def prepare(
-    cls: type[NetworkMap], problems: Sequence[Problem], config: MapConfig, *, seed: int
+    cls: type[Map], problems: Sequence[Problem], config: MapConfig, *, seed: int
 ) -> tuple[Ensemble, list[tuple[modules.Params, dict]]]:
     """Returns the ensemble of problems of equal shapes, and what ``cls.measure`` says of each.
 
@@ -176,65 +193,3 @@ def _streams(members: Sequence) -> dict[str, Stream]:
         streams[name] = Stream(stacked, source, orders)
     tokens = np.stack([pairs.source.tokens for pairs in members])
     return streams | {"tokens": Stream(tokens, np.arange(len(members)))}
-
-
-def fit_together(
-    cls: type[NetworkMap],
-    problems: Sequence[Problem],
-    config: MapConfig,
-    seed: int,
-    directory: Path,
-    checkpoint_every: int,
-    records: Sequence[str] = (),
-) -> list[Fitted]:
-    """Trains all problems of equal shapes as one ensemble in one compiled step.
-
-    Each map has the parameters of its best validation. ``directory/KIND-N`` keeps checkpoints,
-    metrics and member labels, so that a killed run goes on and ends with the same bits.
-
-    Raises:
-      UserError: a batch is larger than the training rows or does not divide over the devices, or
-        a setting does not fit a target's dictionary.
-    """
-    groups: dict[tuple, list[int]] = {}
-    for i, problem in enumerate(problems):
-        check_rows(problem, cls.kind)
-        heads.check(config.head, problem.train.target.dictionary, problem.label)
-        if config.batch_size > len(problem.train):
-            raise UserError(
-                f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
-                f"training rows of {problem.label}; lower it or raise text.documents."
-            )
-        sides = problem.train.source, problem.train.target
-        shapes = [(s.x.shape, s.dictionary.width, modules.split(s.dictionary)[0]) for s in sides]
-        groups.setdefault((*shapes, len(problem.validation)), []).append(i)
-    fitted: dict[int, Fitted] = {}
-    for number, members in enumerate(groups.values()):
-        group = [problems[i] for i in members]
-        ensemble, measured = prepare(cls, group, config, seed=seed)
-        best = ensemble.fit(
-            steps=config.steps,
-            seed=seed,
-            directory=Path(directory) / f"{cls.kind}-{number}",
-            checkpoint_every=checkpoint_every,
-            records=records,
-            title=f"train {len(members)} maps",
-            meta={"config": dataclasses.asdict(config), "seed": seed},
-        )
-        resident = ensemble.feed.resident
-        terms = jax.jit(jax.vmap(ensemble.objective.terms))(
-            stack([member["params"] for member in best]), resident["validation"], resident["fixed"]
-        )
-        validation_rows = int(np.prod(resident["validation"]["tokens"].shape[1:]))
-        for j, i in enumerate(members):
-            values, record = measured[j]
-            record |= {
-                "steps": int(best[j]["step"]) + 1,  # after which the parameters are those kept
-                "stopped": bool(best[j]["stale"] >= config.patience),
-                "validation": {name: float(value[j]) for name, value in terms.items()},
-                "validation_rows": validation_rows,
-            }
-            target = problems[i].train.target.dictionary
-            m = cls(target, values | best[j]["params"], head=config.head)
-            fitted[i] = Fitted(m, record)
-    return [fitted[i] for i in range(len(problems))]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from crossdict_jax.dictionaries.crosscoder_training import (
 )
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base
-from crossdict_jax.maps.base import Pairs, Problem, Side, map_class, map_module
+from crossdict_jax.maps.base import Pairs, Problem, Side, map_class
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import progress_bar, timed
@@ -83,10 +83,8 @@ def tasks(config: Config, store: Store) -> list[Task]:
     A layer pair is (layer of the first model, layer of every other).
 
     Raises:
-      UserError: a kind is unknown, or a layer was not extracted.
+      UserError: a layer was not extracted.
     """
-    for kind in config.map.kinds:
-        map_class(kind)
     result = []
     for ends in itertools.permutations(range(len(store.models)), 2):
         for pair in layer_pairs(config):
@@ -131,18 +129,17 @@ class Loader:
         folder = dictionary or self.work.dictionary(model, site, MEMBER)
         key = (model, site, split, folder)
         if key not in self._sides:
-            rows = self.store.select(split)
+            store, number = self.store, self.store.models.index(model)
+            rows = store.select(split)
             same_rows = [side for other, side in self._sides.items() if other[:3] == key[:3]]
             self._sides[key] = Side(
-                x=same_rows[0].x if same_rows else self.store.read(model, site, rows),
-                tokens=self.store.tokens(model, rows),
+                x=same_rows[0].x if same_rows else store.read(model, site, rows),
+                tokens=store.tokens(model, rows),
                 dictionary=dictionaries.load(folder),
                 model=model,
                 layer=site.layer,
-                token_bytes=partial(_token_bytes, self.store, model),
-                keys=np.stack(
-                    [self.store.rows.document[rows], self.store.rows.byte_end[rows]], axis=1
-                ),
+                token_bytes=lambda: token_bytes(models.load_tokenizer(store.paths[number])),
+                keys=np.stack([store.rows.document[rows], store.rows.byte_end[rows]], axis=1),
             )
         return self._sides[key]
 
@@ -174,11 +171,6 @@ class Loader:
         return self.work.dictionary(task.target, task.site_target, MEMBER)
 
 
-def _token_bytes(store: Store, model: str) -> tuple[bytes, ...]:
-    tokenizer = models.load_tokenizer(store.paths[store.models.index(model)])
-    return token_bytes(tokenizer)
-
-
 def load_pairs(
     store: Store, a: str, b: str, site_a: Site, site_b: Site, split: str, work: Workdir
 ) -> Pairs:
@@ -190,14 +182,7 @@ def load_pairs(
 
 
 def fit_maps(config: Config, store: Store, work: Workdir) -> None:
-    """Fits every map of the run that has no finished checkpoint yet.
-
-    Closed forms are fitted one at a time; kinds that train together are trained together, or
-    not at all where all their maps are there. Equal runs end with the same bits, killed or not.
-
-    Raises:
-      UserError: see ``tasks``; or a map has too few rows, or a batch is larger than the data.
-    """
+    """Fits every map of the run that has no finished checkpoint yet; see ``fit_tasks``."""
     loader = Loader(store, work, config.seed)
     fit_tasks(tasks(config, store), config, loader, work, directory=work.maps / "training")
 
@@ -213,18 +198,23 @@ def fit_tasks(
 ) -> None:
     """Fits those of some maps that are not finished.
 
+    Closed forms are fitted one at a time; kinds that train together are trained together, or
+    not at all where all their maps are there. Equal runs end with the same bits, killed or not.
+
     Args:
       work: of the run; maps of controls go to ``work.controls``.
       directory: for what training keeps on the way.
       stage: what the time is written down as.
+
+    Raises:
+      UserError: a map has too few rows, or a batch is larger than the data.
     """
     unfinished = {task for task in todo if not is_finished(task.path(work))}
     if not unfinished:
         return
     batches = [[task] for task in todo if not map_class(task.kind).fits_together]
-    for kind in dict.fromkeys(task.kind for task in todo):
-        if map_class(kind).fits_together:
-            batches.append([task for task in todo if task.kind == kind])
+    together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
+    batches += [[task for task in todo if task.kind == kind] for kind in together]
     batches = [batch for batch in batches if unfinished & set(batch)]
     finished = len(todo) - len(unfinished)
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
@@ -235,14 +225,9 @@ def fit_tasks(
             problems = [loader.problem(task) for task in batch]
             if map_class(kind).through_joint:
                 problems = with_codes(problems, batch, config, loader.store, work, directory)
-            fitted = map_module(kind).fit(
-                problems,
-                config.map,
-                seed=config.seed,
-                directory=directory,
-                checkpoint_every=config.checkpoint_every,
-                records=config.records,
-            )
+            how = {"seed": config.seed, "directory": directory, "records": config.records}
+            how["checkpoint_every"] = config.checkpoint_every
+            fitted = map_class(kind).fit(problems, config.map, **how)
             for task, result in zip(batch, fitted):
                 if task in unfinished:
                     target = loader.target_dictionary(task)
@@ -263,41 +248,29 @@ def with_codes(
     work: Workdir,
     directory: Path,
 ) -> list[Problem]:
-    """Returns the problems with the way from A to B through a joint code.
+    """Returns the problems with the way from A to B through a joint code, trained if need be.
 
     One crosscoder of all models for each layer tuple serves all directions of the run; shuffled
-    problems get the one that was trained on shuffled rows. Those that are not there yet are
-    trained. A control has two sides of its own, and gets a code of these two.
-
-    Args:
-      directory: for what training the controls' codes keeps on the way.
+    problems get the one that was trained on shuffled rows, a control one of its own two sides.
     """
-    controls = [problem for problem, task in zip(problems, batch) if task.control]
-    settings = crosscoder_settings(config)
-    of_controls = iter(with_own_codes(controls, settings, seed=config.seed, directory=directory))
-    if len(controls) < len(problems):
-        train_crosscoders(config, store, work)
-    loaded, result = {}, []
+    if batch[0].control:  # a batch is of one control, or of the run's own maps
+        settings = crosscoder_settings(config)
+        return with_own_codes(problems, settings, seed=config.seed, directory=directory)
+    train_crosscoders(config, store, work)
+    load, result = functools.cache(crosscoder.load), []
     for problem, task in zip(problems, batch):
-        if task.control:
-            result.append(next(of_controls))
-            continue
         a, b = store.models.index(task.source), store.models.index(task.target)
-        wanted = task.site_source, task.site_target
-        sites = next(s for s in joint_sites(config, store) if (s[a], s[b]) == wanted)
-        folder = work.crosscoder(sites, task.pairing)
-        if folder not in loaded:
-            loaded[folder] = crosscoder.load(folder)
-        result.append(dataclasses.replace(problem, joint=loaded[folder].between(a, b)))
+        ends = task.site_source, task.site_target
+        sites = next(s for s in joint_sites(config, store) if (s[a], s[b]) == ends)
+        joint = load(work.crosscoder(sites, task.pairing))
+        result.append(dataclasses.replace(problem, joint=joint.between(a, b)))
     return result
 
 
 def with_own_codes(
     problems: Sequence[Problem], config: JointSettings, *, seed: int, directory: Path
 ) -> list[Problem]:
-    """Returns the problems with the way from A to B through a code of their two sides alone.
-
-    It is trained on their training rows.
+    """Returns the problems with the way through a code trained on their own training rows.
 
     Raises:
       UserError: these are fewer than a batch.

@@ -61,8 +61,7 @@ Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m a
 def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Means]:
     """Returns the products of rows about ``means``, or about their own, and these means.
 
-    Products are float32 on the device, about means of rows like these, so that nothing cancels;
-    sums over batches are float64 on the host.
+    Products are float32 about means of rows like these: nothing cancels; sums are float64.
     """
     total, centres, n = None, None, 0
     for a, b in batches:
@@ -97,27 +96,22 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
 
 @dataclass(frozen=True)
 class Regression:
-    """All that a linear map from a to b is fitted on and chosen by.
-
-    Attributes:
-      means: of the training rows.
-      train, validation: products about these means.
-    """
+    """A linear regression of b on a: products of two splits about the training rows' means."""
 
     means: Means
     train: Products
     validation: Products
 
-    @classmethod
-    def of(cls, train: Batches, validation: Batches) -> Regression:
-        """Returns the regression of paired rows."""
-        products, means = moments(train)
-        return cls(means, products, moments(validation, means)[0])
-
     @cached_property
     def path(self) -> RidgePath:
         """All ridge solutions on the training rows."""
         return RidgePath(self.train)
+
+    def ridge(self, penalties: Sequence[float]):
+        """Returns ({(penalty,): validation MSE}, penalty -> the values of its affine map)."""
+        errors = self.path.errors(self.validation, penalties)
+        values = {(penalty,): error for penalty, error in errors.items()}
+        return values, lambda penalty: self.affine(self.path.solution(penalty))
 
     def affine(self, W: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the values of an affine map with these weights."""

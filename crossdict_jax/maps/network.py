@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
+from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
-from crossdict_jax.maps.base import Map, Problem
+from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
+from crossdict_jax.maps.ensemble import prepare
 from crossdict_jax.ops import matmul
+from crossdict_jax.training.ensemble import stack
 
 RARE = 0.01  # of the mean variance, added to each: keeps a rare input from drowning its row
 
@@ -77,25 +83,58 @@ class NetworkMap(Map):
         z = self.estimate(inputs, tokens=tokens)
         return heads.select(self.head, z, k=self.dictionary.k, threshold=raw)
 
+    @classmethod
+    def fit(
+        cls, problems, config, *, seed, directory, checkpoint_every: int = 500, records=()
+    ) -> list[Fitted]:
+        """Trains all problems of equal shapes as one ensemble in one compiled step.
 
-def initial(
-    key: jax.Array | int, *, width_a: int, hidden: int, width_b: int, head: str
-) -> modules.Params:
-    """Returns the trained parameters of a network map before the first step."""
-    xavier, rngs = nnx.initializers.xavier_uniform(), nnx.Rngs(params=key)
-    # Zeros, so that the map starts at its baseline and every live output has a gradient.
-    zeros = nnx.initializers.zeros_init()
-    network = {
-        "first": nnx.Linear(width_a, hidden, kernel_init=xavier, rngs=rngs),
-        "norm_1": nnx.LayerNorm(hidden, rngs=rngs),
-        "second": nnx.Linear(hidden, hidden, kernel_init=xavier, rngs=rngs),
-        "norm_2": nnx.LayerNorm(hidden, rngs=rngs),
-        "last": nnx.Linear(hidden, width_b, kernel_init=zeros, rngs=rngs),
-    }
-    trained = {"network": {name: modules.split(layer)[1] for name, layer in network.items()}}
-    if head == "jumprelu":
-        trained["threshold"] = jnp.full(width_b, heads.INITIAL_THRESHOLD, jnp.float32)
-    return trained
+        Each map has the parameters of its best validation. ``directory/KIND-N`` keeps checkpoints,
+        metrics and member labels, so that a killed run goes on and ends with the same bits.
+
+        Raises:
+          UserError: a batch is larger than the training rows or does not divide over the devices,
+            or a setting does not fit a target's dictionary.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for i, problem in enumerate(problems):
+            check_rows(problem, cls.kind)
+            heads.check(config.head, problem.train.target.dictionary, problem.label)
+            if config.batch_size > len(problem.train):
+                raise UserError(
+                    f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
+                    f"training rows of {problem.label}; lower it or raise text.documents."
+                )
+            sides = problem.train.source, problem.train.target
+            shapes = [(s.x.shape, modules.split(s.dictionary)[0]) for s in sides]
+            groups.setdefault((*shapes, len(problem.validation)), []).append(i)
+        fitted: dict[int, Fitted] = {}
+        for number, members in enumerate(groups.values()):
+            ensemble, measured = prepare(cls, [problems[i] for i in members], config, seed=seed)
+            best = ensemble.fit(
+                steps=config.steps,
+                seed=seed,
+                directory=Path(directory) / f"{cls.kind}-{number}",
+                checkpoint_every=checkpoint_every,
+                records=records,
+                title=f"train {len(members)} maps",
+                meta={"config": dataclasses.asdict(config), "seed": seed},
+            )
+            resident = ensemble.feed.resident
+            held_out, params = resident["validation"], stack([m["params"] for m in best])
+            evaluate = jax.jit(jax.vmap(ensemble.objective.terms))
+            terms = evaluate(params, held_out, resident["fixed"])
+            for j, (i, (values, record)) in enumerate(zip(members, measured)):
+                record |= {
+                    "steps": int(best[j]["step"]) + 1,  # after which the parameters are those kept
+                    "stopped": bool(best[j]["stale"] >= config.patience),
+                    "validation": {name: float(value[j]) for name, value in terms.items()},
+                    "validation_rows": int(np.prod(held_out["tokens"].shape[1:])),
+                }
+                target = problems[i].train.target.dictionary
+                m = cls(target, values | best[j]["params"], head=config.head)
+                fitted[i] = Fitted(m, record)
+        return [fitted[i] for i in range(len(problems))]
 
 
 def _linear(layer: nnx.Dict, h: jax.Array) -> jax.Array:

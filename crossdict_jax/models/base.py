@@ -203,9 +203,8 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """A causal language model with float32 parameters and residual stream.
 
-    Families fill ``blocks`` (an nnx.List of Block) and ``final_norm``; positions enter through
-    ``embed``, or through ``rotary`` where the config has rotary dims. Static: ``config``,
-    ``name``, ``path`` and ``dtype``.
+    Families call ``add_blocks``; positions enter through ``embed``, or through ``rotary`` where
+    the config has rotary dims. Static: ``config``, ``name``, ``path`` and ``dtype``.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -219,6 +218,15 @@ class LanguageModel(nnx.Module):
             self.W_U = None
         else:
             self.W_U = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape[::-1]))
+
+    def add_blocks(self, rngs: nnx.Rngs, *, norm, attention, mlp=MLP, parallel=False) -> None:
+        """Makes all blocks and the last norm of these classes; every layer draws from ``rngs``."""
+        config, blocks = self.config, []
+        for layer in range(config.n_layers):
+            parts = {"attention": attention(config, layer, rngs), "mlp": mlp(config, rngs)}
+            blocks.append(Block(layer, config, norm=norm, parallel=parallel, **parts))
+        self.blocks = nnx.List(blocks)
+        self.final_norm = norm(config.d_model, eps=config.norm_eps)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Returns [batch, seq, d_model]; positions int [batch, seq] are 0, 1, ... if not given."""

@@ -23,7 +23,6 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attention.masked_bias",
     ".rotary_emb.inv_freq",
 )
-TRANSFORMS = {"same": lambda x: x, "transpose": np.transpose}  # each its own inverse
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -75,10 +74,10 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
     path.mkdir(parents=True, exist_ok=True)
     flat = {".".join(map(str, key)): leaf for key, leaf in nnx.to_flat_state(nnx.state(lm))}
     tensors = {}
-    for in_file, (name, transform) in _table(config).items():
+    for in_file, (name, transposed) in _table(config).items():
         if name in flat:
             value = np.asarray(flat[name][...]).astype(DTYPES[dtype])
-            tensors[in_file] = np.ascontiguousarray(TRANSFORMS[transform](value))
+            tensors[in_file] = np.ascontiguousarray(value.T if transposed else value)
     # Under another name first, so that a killed save leaves no half file to be loaded.
     file, part = path / "model.safetensors", path / "model.part"
     try:
@@ -160,14 +159,17 @@ def _read_json(file: Path) -> dict:
 # Weights
 
 
-def _table(config: ModelConfig) -> dict[str, tuple[str, str]]:
-    """{name in the file: (our name, transform)} for every layer of ``config``."""
+def _table(config: ModelConfig) -> dict[str, tuple[str, bool]]:
+    """{name in the file: (our name, whether it is transposed)} for every layer of ``config``."""
     family = _family(config.model_type)
-    table = dict(family.WEIGHTS)
+    table = {name: (ours, ours == "W_U") for name, ours in family.WEIGHTS.items()}
     for layer in range(config.n_layers):
-        prefix = family.BLOCK_PREFIX.format(layer=layer)
-        for name, (ours, transform) in family.BLOCK_WEIGHTS.items():
-            table[prefix + name] = (f"blocks.{layer}.{ours}", transform)
+        for part, ours in family.BLOCK_PARTS.items():
+            name = family.BLOCK_PREFIX.format(layer=layer) + part
+            weight, bias = ("scale", "bias") if ours.startswith("norm") else ("W", "b")
+            transposed = weight == "W" and family.TRANSPOSED
+            table[f"{name}.weight"] = f"blocks.{layer}.{ours}.{weight}", transposed
+            table[f"{name}.bias"] = f"blocks.{layer}.{ours}.{bias}", False
     return table
 
 
@@ -177,7 +179,7 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
     table = _table(config)
     weights, tied_head = {}, None
     for file, in_file, value in _tensors(folder):
-        name, transform = table.get(in_file) or table.get(prefix + in_file) or (None, None)
+        name, transposed = table.get(in_file) or table.get(prefix + in_file) or (None, False)
         is_tied_head = name == "W_U" and config.tied
         if name not in shapes and not is_tied_head:
             raise UserError(
@@ -195,7 +197,7 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
             raise UserError(
                 f"{folder} holds the weight {in_file!r} twice, once as {prefix + in_file!r}."
             )
-        value = TRANSFORMS[transform](value)
+        value = value.T if transposed else value
         if value.shape != shapes[name]:
             raise UserError(
                 f"{folder}: weight {in_file!r} has shape {list(value.shape)} where config.json "

@@ -1,8 +1,7 @@
 """The one runner of language models: reads texts, replaces or adds to activations, generates.
 
-Whoever puts text through a model does it here. The parameters lie on all devices, rows of tokens
-are cut into batches of few shapes, and what is asked of a model is an argument of a compiled
-program, not a new one.
+The parameters lie on all devices, rows of tokens are cut into batches of few shapes, and what is
+asked of a model is an argument of a compiled program, not a new one.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ class Passages:
       tokens: per text int32 [length], with the BOS in front where the model wants one.
       window: int [n], index into ``tokens``.
       position: int [n], index into the text's tokens.
-      first: int [n], the first token of what is edited up to the position; without it the
-        position alone.
-      end: int [n], the last token of the continuation that is scored; ``position`` where there is
-        none.
+      first: int [n], where an edit up to the position begins; without it the position alone.
+      end: int [n], the last token of the continuation that is scored, ``position`` for none.
       rows: int64 [n], row numbers of the store that the positions come from, if any.
       document: int [n].
     """
@@ -146,16 +143,10 @@ class Starts(NamedTuple):
 
 
 class Runner:
-    """A language model on the devices.
-
-    Attributes:
-      config, name: of the model.
-      mesh: over all devices; texts are shared out among them.
-    """
+    """A language model on all devices, among which texts are shared out."""
 
     def __init__(self, lm: LanguageModel, *, batch_size: int, dtype: str = "float32"):
-        """Puts the parameters on every device.
-
+        """
         Args:
           batch_size: texts per forward, at most (but for one on every device).
           dtype: of the inputs of matrix products.
@@ -172,8 +163,7 @@ class Runner:
         """Returns what ``function(lm, *static, *shared, *arrays)`` gives, still on the devices.
 
         Args:
-          function: of a module, not made anew for each call: another one is another program. It
-            calls ``lm.logits`` or ``lm.extend``, whose dtype is the runner's.
+          function: of a module: one made anew for each call would be compiled for each.
           arrays: pytrees as ``put`` returns them, shared out among the devices.
           static: hashable; other values are another program.
           shared: pytrees of arrays, and modules, that every device holds whole.
@@ -187,17 +177,11 @@ class Runner:
     def run(
         self, function: Callable, *arrays: np.ndarray, static=(), shared=(), group: int = 1
     ) -> PyTree:
-        """Returns what ``dispatch`` does of arrays [n, ...], a batch of their rows at a time.
-
-        The last batch is filled up with its last row. The next one is on the devices before one
-        is read back.
+        """Returns numpy arrays of what ``dispatch`` does of arrays [n, ...], a batch at a time.
 
         Args:
           function: its results have a row for each row of the arrays, or for each group.
           group: rows that must lie in one batch, as the two texts of a pair.
-
-        Returns:
-          A pytree of numpy arrays.
         """
         n, size = len(arrays[0]), self._size(len(arrays[0]), group)
         batches = (np.minimum(np.arange(at, at + size), n - 1) for at in range(0, n, size))
@@ -214,9 +198,9 @@ class Runner:
     def batches(self, tokens: Sequence[np.ndarray], *, length_step: int = 0) -> list[Batch]:
         """Returns texts by length, in batches of few shapes.
 
-        In at most two groups of equally large and equally long batches: each group is compiled
-        once, so there is a second one only where it saves much padding. With a ``length_step``,
-        for texts that come in many portions, a batch is as long as its longest, up to a multiple.
+        That is in one group of equally large and equally long batches, or in two where that saves
+        much padding: each is compiled once. With a ``length_step``, for texts that come in many
+        portions, a batch is as long as its longest, up to a multiple.
         """
         lengths = np.array([len(t) for t in tokens])
         order, size = np.argsort(lengths, kind="stable"), self._size()
@@ -254,10 +238,7 @@ class Runner:
         return dict(zip(sites, self.run(captured, pad(tokens), static=(sites,))))
 
     def read_at(self, passages: Passages, sites: Iterable[Site]) -> np.ndarray:
-        """Returns the activations at the positions alone, float32 [sites, n, d_model].
-
-        Nothing else of them leaves the devices.
-        """
+        """Returns the activations at the positions alone, float32 [sites, n, d_model]."""
         sites, batches = self._checked(sites), self.batches(passages.tokens)
         within = [passages.within(batch.texts) for batch in batches]
         longest = max(len(w.index) for w in within)  # one shape for all batches
@@ -272,13 +253,7 @@ class Runner:
     def stream(
         self, tokens: Sequence[np.ndarray], sites: Iterable[Site], dtype=jnp.bfloat16
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yields (index of a text, per site its activations [length, d_model]), by length.
-
-        The next batch is on the devices before one is read back.
-
-        Args:
-          dtype: of the activations.
-        """
+        """Yields (index of a text, per site its activations [length, d_model]), by length."""
         batches = self.batches(tokens, length_step=LENGTH_STEP)
         static = self._checked(sites), jnp.dtype(dtype)
         dispatched = (
@@ -311,9 +286,8 @@ class Runner:
         """Returns what each replacement of activations does, and under "clean" what no edit does.
 
         The text is read once; every edited pass starts from the clean activations at the lowest
-        site, so that nothing below is computed again. Several sites are replaced in one pass, in
-        the order of execution: what an earlier replacement makes of a later site at the positions
-        is replaced there in its turn, and lives on at the other positions alone.
+        site. Several sites are replaced in one pass, in the order of execution: what an earlier
+        replacement makes of a later site is replaced there in its turn at the positions.
 
         Args:
           site: where activations are replaced; a tuple for several sites at once.
@@ -363,8 +337,7 @@ class Runner:
     ) -> Held:
         """Reads the texts up to the positions; returns what the three methods below take.
 
-        Attention looks back on keys that are kept, so that a vector costs a few tokens and not a
-        text. All vectors at all doses are arguments of one program.
+        Attention looks back on keys that are kept: a vector costs a few tokens and not a text.
 
         Args:
           site: where vectors are added.

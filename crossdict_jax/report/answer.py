@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby
+
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.results import Comparison, Run, at_least
 from crossdict_jax.report.tables import interval, number, percent, share
@@ -35,7 +38,7 @@ def names(models: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(models[:-1]), models[-1]]))
 
 
-def best(comparisons: list[Comparison], key: str) -> Pick | None:
+def best(comparisons: Iterable[Comparison], key: str) -> Pick | None:
     """Returns the map with the highest aligned score, and its layer pair."""
     scored = [(c, line) for c in comparisons for line in c.fitted if line.get(key) is not None]
     return max(scored, key=lambda pick: pick[1][key], default=None)
@@ -49,10 +52,8 @@ def _score(line: dict, key: str, name: str) -> str:
 
 
 def _how_well(comparisons: list[Comparison]) -> str:
-    directions: dict[tuple, list[Comparison]] = {}
-    for comparison in comparisons:
-        directions.setdefault((comparison.source, comparison.target), []).append(comparison)
-    picks = [pick for group in directions.values() if (pick := best(group, "r2"))]
+    groups = groupby(comparisons, key=lambda c: (c.source, c.target))  # as they stand
+    picks = [pick for _, group in groups if (pick := best(group, "r2"))]
     if not picks:
         return "No map was fitted, so nothing is said about shared features."
     if len(picks) > 2:
@@ -60,8 +61,7 @@ def _how_well(comparisons: list[Comparison]) -> str:
         picks = [ends[0], ends[-1]]
     sentences = []
     for comparison, line in picks:
-        start = f"from {comparison.source} to {comparison.target}"
-        score = _score(line, "r2", "R²")
+        start, score = f"from {comparison.source} to {comparison.target}", _score(line, "r2", "R²")
         token = comparison.score("token", "r2")
         if line.get("verdict") == NO_BETTER:
             sentences.append(
@@ -81,19 +81,18 @@ def _how_well(comparisons: list[Comparison]) -> str:
 def _against_what(comparisons: list[Comparison]) -> str:
     verdicts = [line.get("verdict") for c in comparisons for line in c.fitted]
     token, mean = verdicts.count(BEATS_TOKEN), verdicts.count(BEATS_MEAN)
+    n_maps = len(verdicts)
     if token + mean == 0:
         return (
-            f"Negative result: none of the {len(verdicts)} fitted maps beats the mean of the "
-            "target’s features, so this run shows no shared features."
+            f"Negative result: none of the {n_maps} fitted maps beats the mean of the target’s "
+            "features, so this run shows no shared features."
         )
-    rest = {"beat the mean only": mean, "do no better than the mean": len(verdicts) - token - mean}
+    rest = {"beat the mean only": mean, "do no better than the mean": n_maps - token - mean}
     counted = ", ".join(f"{n} {verdict}" for verdict, n in rest.items() if n)
-    head = f"{token} of {len(verdicts)} fitted maps beat the table of token means"
+    who = f"{token} of {n_maps} fitted maps beat"
     if token == 0:
-        head = (
-            f"Negative result against the strong baseline: none of the {len(verdicts)} fitted maps "
-            "beats the table of token means"
-        )
+        who = f"Negative result against the strong baseline: none of the {n_maps} fitted maps beats"
+    head = f"{who} the table of token means"
     tail = "the context gain is undefined"
     if pick := best(comparisons, "context_gain"):
         comparison, line = pick
@@ -112,24 +111,19 @@ def to_what_effect(stitchings: list[Comparison]) -> str:
         return "No causal test was run, so nothing here says that a predicted activation works."
 
     def of_mean(pick: Pick) -> float:
-        """The share of what the mean costs that a map wins back (of zero, without a mean).
-
-        Where the mean alone recovers most of the loss, every map looks good against zero.
-        """
+        """The share of what the mean costs that a map wins back (of zero, without a mean)."""
+        # Where the mean alone recovers most of the loss, every map looks good against zero.
         mean, value = pick[0].reference("mean"), pick[1]["loss_recovered"]
         return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
 
-    scored = [
-        (s, line) for s in stitchings for line in s.fitted if line["loss_recovered"] is not None
-    ]
+    scored = [(s, n) for s in stitchings for n in s.fitted if n["loss_recovered"] is not None]
     if not scored:
         return (
             "The causal test says nothing: at these sites the target hardly needs what was "
             "replaced (zeroing it costs too little loss)."
         )
     pick = max(scored, key=lambda pick: (pick[0].above_controls(pick[1]), of_mean(pick)))
-    stitching, line = pick
-    cell = share(line, "loss_recovered", 1)
+    (stitching, line), cell = pick, share(pick[1], "loss_recovered", 1)
     form = " (its features, decoded)" if line["stitch_kind"] == "features" else ""
     activation = f"{line['map']}{form} of {stitching.source} {stitching.site_source} put into "
     activation += f"{stitching.target} {stitching.site_target}"

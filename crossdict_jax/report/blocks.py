@@ -1,7 +1,4 @@
-"""What a section of the page is made of, and its html.
-
-A section is a list of blocks: a text is a paragraph, a ``Table`` a table, and the rest stands here.
-"""
+"""What a section of the page is made of, and its html: a text is a paragraph, a table a table."""
 
 from __future__ import annotations
 
@@ -13,21 +10,12 @@ from crossdict_jax.report.plots import Figure
 from crossdict_jax.report.tables import Table
 
 
-@dataclasses.dataclass(frozen=True)
-class Heading:
-    text: str
+class Heading(str):
+    """A heading inside a section."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """A paragraph in small print, such as what is missing."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Code:
-    text: str
+class Code(str):
+    """Text to copy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +43,12 @@ class Details:
     blocks: list
 
 
-Block = str | Table | Heading | Note | Code | Facts | Panels | Details
+Block = str | Table | Facts | Panels | Details
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of the page; ``id`` is its address in it."""
-
-    id: str
-    title: str
-    blocks: list[Block]
-
-    @property
-    def html(self) -> str:
-        return html(self.blocks)
+def hidden(table: Table) -> Details:
+    """Returns a table that is shown on request."""
+    return Details(table.caption, [table])
 
 
 def html(blocks: Iterable[Block]) -> str:
@@ -81,11 +61,8 @@ def template(name: str):
     """Returns a template of this folder; what is put in is escaped, and nothing may be missing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    folder, trim = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True}
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=folder, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, **trim
     )
     return environment.get_template(name)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from crossdict_jax.report.blocks import Block, Details, Heading, Panels, Section
+from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
 from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
 from crossdict_jax.report.results import Comparison, Run
-from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, share, table
+from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, scores, share, table
 from crossdict_jax.results import by_pair, pair_of, site_words
 
 MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
 
 
-def stitching_section(run: Run) -> Section:
+def stitching_section(run: Run) -> list[Block]:
     """Returns what becomes of the target's loss when a map's prediction is put in."""
     if not run.rows["causal"]:
-        return Section("stitching", "Stitching", [])
+        return []
     blocks: list[Block] = [
         "The target reads held-out text, and at the paired positions its activation is replaced by "
         "what a map predicts from the source: by the predicted activation itself, or by the "
@@ -36,15 +36,14 @@ def stitching_section(run: Run) -> Section:
         ]
     if together := run.stitchings(together=True):
         text = (
-            "All these layers of the target are replaced in one pass, each by what the map "
-            "predicts from the source’s layer. At the paired positions a higher layer’s "
-            "replacement overwrites what a lower one made of it; the lower ones reach the output "
-            "through the positions that are not paired, which read them by attention."
+            "All these layers of the target are replaced in one pass. At the paired positions a "
+            "higher layer’s replacement overwrites what a lower one made of it; the lower ones "
+            "reach the output through the positions that are not paired, by attention."
         )
         blocks.append(Heading("Several layers at once"))
         blocks.append(Panels(list(map(stitching_figure, together)), text))
     raw = flat_table(run.rows["causal"], "Every row of causal.jsonl", ("control",))
-    return Section("stitching", "Stitching", [*blocks, Details(raw.caption, [raw])])
+    return [*blocks, hidden(raw)]
 
 
 def stitching_figure(stitching: Comparison) -> Figure:
@@ -72,21 +71,20 @@ def stitching_figure(stitching: Comparison) -> Figure:
 # ---------------------------------------------------------------- single features
 
 
-def feature_causal_section(run: Run) -> Section:
+def feature_causal_section(run: Run) -> list[Block]:
     """Returns dose curves, verdicts and tokens of single features put into the other model."""
-    title, rows = "Features put to work", run.rows["feature_causal"]
-    summary = run.rows["feature_causal_summary"]
+    rows, summary = run.rows["feature_causal"], run.rows["feature_causal_summary"]
     if not summary:
-        return Section("feature-causes", title, [])
+        return []
     blocks: list[Block] = [
         "A feature of the source is added to the source where it fires; the tokens that become "
         "likelier are what it promotes. Then its mapped direction is added to the target at the "
-        "same positions of the text, and the change of the log-probability of the same text is "
-        "measured there. Random directions and other features’ mapped directions of equal norm are "
-        "the controls; a feature transfers where it beats both, at the false discovery rate of the "
-        "settings. A large change alone shows nothing. “match” is the target’s own feature that "
-        "correlates best. Removal r says how well taking the feature out of the source, and its "
-        "mapped direction out of the target, changes the prediction of the following text alike."
+        "same positions, and the change of the log-probability of the same text is measured there. "
+        "Random directions and other features’ mapped directions of equal norm are the controls; a "
+        "feature transfers where it beats both, at the false discovery rate of the settings. "
+        "“match” is the target’s own feature that correlates best. Removal r: how well taking the "
+        "feature out of the source, and its mapped direction out of the target, changes the "
+        "prediction of the following text alike."
     ]
     tested = by_pair(rows)
     for pair, group in by_pair(summary).items():
@@ -105,9 +103,8 @@ def feature_causal_section(run: Run) -> Section:
             Panels([dose_figure(kept) for kept in by_kind], caption),
             summary_table(group),
         ]
-        tables = [features_table(kept) for kept in by_kind]
-        blocks += [Details(t.caption, [t]) for t in (*tables, raw)]
-    return Section("feature-causes", title, blocks)
+        blocks += map(hidden, (*map(features_table, by_kind), raw))
+    return blocks
 
 
 def summary_table(rows: list[dict]) -> Table:
@@ -115,13 +112,10 @@ def summary_table(rows: list[dict]) -> Table:
     cells = [
         {
             "mapped by": row["direction"],
-            "features": score(row, "n_features"),
+            **scores(row, "n_features"),
             "transfer": share(row, "share_transferring"),
             "effect, nats": score(row, "effect"),
-            "over random": score(row, "specific_random"),
-            "over other features": score(row, "specific_shuffled"),
-            "over random, equal KL": score(row, "specific_random_at_kl"),
-            "KL": score(row, "kl"),
+            **scores(row, "specific_random", "specific_shuffled", "specific_random_at_kl", "kl"),
             "of the match’s": share(row, "of_match"),
             "removal r": score(row, "ablation_r", null="ablation_r_shuffled"),
         }
@@ -147,10 +141,7 @@ def features_table(rows: list[dict]) -> Table:
                 "feature": Cell(str(row["feature"]), verdict, style=style),
                 **promoted,
                 "effect, nats": score(row, "effect"),
-                "over random": score(row, "specific_random"),
-                "over other features": score(row, "specific_shuffled"),
-                "KL": score(row, "kl"),
-                "q": score(row, "q"),
+                **scores(row, "specific_random", "specific_shuffled", "kl", "q"),
                 "removal r": score(row, "ablation_r", 2, null="ablation_r_shuffled"),
                 "match|r": Cell(str(row["match"]), number(row["match_r"], 2)),
             }

@@ -18,7 +18,7 @@ from crossdict_jax.report import answer
 from crossdict_jax.report.page import STYLE
 from crossdict_jax.report.results import Comparison, read_run
 from crossdict_jax.report.tables import Table, number, table
-from crossdict_jax.report.terminal import main_table
+from crossdict_jax.report.terminal import gates_table, main_table
 from crossdict_jax.report.transfer import r2_figure, r2_limits
 from crossdict_jax.workdir import Workdir, read_json, write_text
 
@@ -48,9 +48,13 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
         f"[95 %]:\n\n{markdown(main_table(run))}",
         "answer": "\n\n".join(f"**{head}.** {text}" for head, text in answer.answer(run)),
         "models": markdown(models_table()),
-        "gates": _gates(work.root.parent / "verify" / "results", commit),
+        "gates": "",
         "benchmark": measured.read_text("utf-8").strip() if measured.exists() else "",
     }
+    gates = work.root.parent / "verify/results/verify.json"
+    if gates.exists():
+        told = markdown(gates_table(read_json(gates)["gates"]))
+        blocks["gates"] = f"`python -m launch.verify`, commit {commit}:\n\n{told}"
     write_text(docs / "transfer.svg", chart(run.comparisons))
     written = [docs / "results.md", docs / "transfer.svg"]
     for path in (root / "README.md", *sorted(docs.glob("*.md"))):
@@ -70,37 +74,13 @@ def models_table() -> Table:
     for name in models.EMBEDDED:
         config = models.load_config(name)
         training = read_json(models.ASSETS / name / "training.json")
-        rows.append(
-            {
-                "model": name,
-                "shape": f"{config.n_layers} layers of {config.d_model}, vocabulary "
-                f"{config.vocab_size}",
-                "parameters": f"{training['parameters'] / 1e6:.2f} M",
-                "tokens seen": f"{training['tokens_seen'] / 1e6:.1f} M",
-                "held out": number(training["loss"]),
-                "bigram": number(training["bigram_loss"]),
-                "unigram": number(training["unigram_loss"]),
-            }
-        )
+        shape = f"{config.n_layers} layers of {config.d_model}, vocabulary {config.vocab_size}"
+        cells = {"model": name, "shape": shape}
+        cells["parameters"] = f"{training['parameters'] / 1e6:.2f} M"
+        cells["tokens seen"] = f"{training['tokens_seen'] / 1e6:.1f} M"
+        losses = {"held out": "loss", "bigram": "bigram_loss", "unigram": "unigram_loss"}
+        rows.append(cells | {title: number(training[key]) for title, key in losses.items()})
     return table("", rows)
-
-
-def _gates(folder: Path, commit: str) -> str:
-    """The planted truths and what came out, nothing where no gates were run."""
-    path = folder / "verify.json"
-    if not path.exists():
-        return ""
-    rows = [
-        {
-            "gate": f"{gate['gate']}: {gate['what']}" if i == 0 else "",
-            "number": check["what"],
-            "value": number(check["value"]),
-            "bound": f"{check['relation']} {check['bound']}" if check["relation"] else "",
-        }
-        for gate in read_json(path)["gates"]
-        for i, check in enumerate(gate["checks"])
-    ]
-    return f"`python -m launch.verify`, commit {commit}:\n\n{markdown(table('', rows))}"
 
 
 def markdown(table: Table) -> str:
@@ -116,8 +96,8 @@ def chart(comparisons: list[Comparison]) -> str:
     first = comparisons[0]
     same = [c for c in comparisons if (c.source, c.target) == (first.source, first.target)]
     figure = r2_figure(same[len(same) // 2], r2_limits(same))
-    style = STYLE.read_text(encoding="utf-8").partition("@media")[0]
-    colours = dict(re.findall(r"(--[\w-]+): (#\w+);", style))
+    style = STYLE.read_text(encoding="utf-8")
+    colours = dict(re.findall(r"(--[\w-]+): light-dark\((#\w+),", style))
     svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)
     paper = f'style="background: {colours["--paper"]}" font-family="sans-serif" width="520"'
     return svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" {paper}', 1) + "\n"

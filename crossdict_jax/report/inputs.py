@@ -10,10 +10,19 @@ from pathlib import Path
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.config.settings import spell
 from crossdict_jax.report.answer import dictionary_name
-from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels, Section
+from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels, hidden
 from crossdict_jax.report.plots import SERIES, Figure, histogram_figure, line_figure
 from crossdict_jax.report.results import Curves, Run
-from crossdict_jax.report.tables import Table, flat_table, heading, number, score, share, table
+from crossdict_jax.report.tables import (
+    Table,
+    flat_table,
+    heading,
+    number,
+    score,
+    scores,
+    share,
+    table,
+)
 from crossdict_jax.results import SCORES, SPINE, map_order
 from crossdict_jax.workdir import flatten
 
@@ -34,16 +43,15 @@ LIMITS = (
 )
 
 
-def run_section(config: Config, run: Run, root: Path) -> Section:
+def run_section(config: Config, run: Run, root: Path) -> list[Block]:
     """Returns what was run, and how to run it again."""
     sae, rows = config.sae, run.rows
     read = run.pairing.get("text", {})
     sizes = [f"{kind} {_by_split(read[kind])}" for kind in ("documents", "bytes") if kind in read]
     held_out = []
-    for key, name in (("n_rows", "rows"), ("n_documents", "documents")):
-        counts = [row[key] for row in rows["transfer"] if row.get(key) is not None] or [0]
-        ends = dict.fromkeys((min(counts), max(counts)))
-        held_out.append(f"{' to '.join(map(number, ends))} {name}")
+    for name in ("rows", "documents"):
+        counts = [row.get(f"n_{name}") or 0 for row in rows["transfer"]] or [0]
+        held_out.append(f"{' to '.join(map(number, sorted({min(counts), max(counts)})))} {name}")
     stages = [stage for stage in run.timing.values() if isinstance(stage, dict)]
     devices = {f"{s['devices']} × {s['device']}" for s in stages if {"device", "devices"} <= {*s}}
     missing = [t.file for t in SPINE if not rows[t.file.removesuffix(".jsonl")]]
@@ -67,8 +75,7 @@ def run_section(config: Config, run: Run, root: Path) -> Section:
     again = (
         f"python -m launch.experiment --config={stored} --workdir={shlex.quote(f'{root}-again')}"
     )
-    blocks = [Facts(list(facts.items())), "To run it again with the same settings:", Code(again)]
-    return Section("run", "What was run", blocks)
+    return [Facts(list(facts.items())), "To run it again with the same settings:", Code(again)]
 
 
 def _by_split(counts: dict | None) -> str:
@@ -93,25 +100,23 @@ def coverage(pairing: dict) -> Table:
     return table("Token ends that every model shares", rows)
 
 
-def pairing_section(run: Run) -> Section:
+def pairing_section(run: Run) -> list[Block]:
     """Returns the coverage of every model, and how many tokens lie between two shared ends."""
-    pairing = run.pairing
-    blocks: list[Block] = [
-        "A row of the data is one position in one document at which every model’s tokenizer ends a "
-        "token, so that all of them have read exactly the same text. Coverage says how many of a "
-        "model’s token ends are such positions.",
-        coverage(pairing),
-    ]
-    rest = flatten({key: entry for key, entry in pairing.items() if key != "models"})
+    rest = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
     facts = [
         (k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, list) else number(v))
         for k, v in rest
     ]
-    blocks.append(Details("Counts of texts, rows kept and rows dropped", [Facts(facts)]))
-    return Section("pairing", "Pairing", blocks)
+    return [
+        "A row of the data is one position in one document at which every model’s tokenizer ends a "
+        "token, so that all of them have read exactly the same text. Coverage says how many of a "
+        "model’s token ends are such positions.",
+        coverage(run.pairing),
+        Details("Counts of texts, rows kept and rows dropped", [Facts(facts)]),
+    ]
 
 
-def dictionaries_section(run: Run) -> Section:
+def dictionaries_section(run: Run) -> list[Block]:
     """Returns the quality of every dictionary."""
     rows = run.rows["reconstruction"]
     quality = [
@@ -119,16 +124,10 @@ def dictionaries_section(run: Run) -> Section:
             "model": str(row["model"]),
             "site": str(row["site"]),
             "dictionary": dictionary_name(row),
-            "features": score(row, "width"),
-            "L0": score(row, "l0", 1),
-            "FVU": score(row, "fvu"),
+            **scores(row, "width", "l0", "fvu"),
             "dead": share(row, "dead_fraction", 1),
-            "CE clean": score(row, "ce_clean"),
-            "CE zero": score(row, "ce_zero"),
-            "CE mean": score(row, "ce_mean"),
-            "CE dictionary": score(row, "ce_sae"),
-            "loss recovered|0: zeros": score(row, "loss_recovered"),
-            "loss recovered|0: the mean": score(row, "loss_recovered_mean"),
+            **scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae"),
+            **scores(row, "loss_recovered", "loss_recovered_mean"),
         }
         for row in rows
     ]
@@ -163,17 +162,13 @@ def dictionaries_section(run: Run) -> Section:
                 )
         blocks += [Panels(figures, caption, "small")] if figures else []
     raw = flat_table(rows, "Every column of reconstruction.jsonl", ("model", "site"))
-    blocks.append(Details(raw.caption, [raw]))
-    return Section("dictionaries", "Dictionaries", blocks)
+    return [*blocks, hidden(raw)]
 
 
-def training_section(run: Run) -> Section:
+def training_section(run: Run) -> list[Block]:
     """Returns the training losses of all that was trained by gradient steps."""
-    if not run.curves:
-        return Section("training", "Training", [])
     caption = "Training losses, one line per member; dashed: shuffled pairs."
-    panels = Panels([_losses(curves) for curves in run.curves], caption, "large")
-    return Section("training", "Training", [panels])
+    return [Panels(list(map(_losses, run.curves)), caption, "large")] if run.curves else []
 
 
 def _losses(curves: Curves) -> Figure:
@@ -198,18 +193,16 @@ def _losses(curves: Curves) -> Figure:
     )
 
 
-def time_section(run: Run) -> Section:
+def time_section(run: Run) -> list[Block]:
     """Returns what each stage took; other entries of timing.json are not stages."""
     timing = run.timing.items()
     rows = [{"stage": k, **v} for k, v in timing if isinstance(v, dict) and "wall_s" in v]
-    if not rows:
-        return Section("time", "Time", [])
     total = number(sum(row["wall_s"] for row in rows), 1)
-    stages: Table = flat_table(rows, f"Wall time of each stage: {total} s in all", ("stage",))
-    return Section("time", "Time", [stages])
+    stages = flat_table(rows, f"Wall time of each stage: {total} s in all", ("stage",))
+    return [stages] if rows else []
 
 
-def words_section(run: Run) -> Section:
+def words_section(run: Run) -> list[Block]:
     """Returns what the names of scores and maps on this page mean."""
     meanings = {heading(column.name): f"{column.meaning}." for column in SCORES}
     meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
@@ -218,10 +211,4 @@ def words_section(run: Run) -> Section:
         if importlib.util.find_spec(module):
             first_line, _, _ = importlib.import_module(module).__doc__.partition("\n")
             meanings[f"map {kind}"] = first_line
-    return Section("words", "Words", [Facts(list(meanings.items()), "words")])
-
-
-def closing_sections(config: Config) -> list[Section]:
-    """Returns the limits of what the page says, and all settings of the run."""
-    listed = Details("All settings of the run", [Facts(settings(config))])
-    return [Section("limits", "Limits", list(LIMITS)), Section("settings", "Settings", [listed])]
+    return [Facts(list(meanings.items()), "words")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crossdict_jax.config import Config
 from crossdict_jax.report import answer, causal, inputs, shared, transfer
-from crossdict_jax.report.blocks import template
+from crossdict_jax.report.blocks import Details, Facts, html, template
 from crossdict_jax.report.results import read_run
 from crossdict_jax.workdir import Workdir, write_text
 
@@ -28,32 +28,40 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
       UserError: a needed file is missing (the stage to run is named) or any file is damaged.
     """
     run = read_run(work)
-    stages = [
-        inputs.run_section(config, run, work.root),
-        inputs.pairing_section(run),
-        inputs.dictionaries_section(run),
-        transfer.transfer_section(run),
-        transfer.features_section(run),
-        transfer.controls_section(run),
-        shared.matching_section(run),
-        shared.layers_section(run),
-        causal.stitching_section(run),
-        causal.feature_causal_section(run),
-        shared.crosscoder_section(run),
-    ]
-    closing = [inputs.training_section(run), inputs.time_section(run), inputs.words_section(run)]
-    closing += inputs.closing_sections(config)
-    studies = [(re.sub(r"[^a-z0-9]+", "-", t.lower()).strip("-"), t, html) for t, html in sections]
-    before, after = ([(s.id, s.title, s.html) for s in x if s.blocks] for x in (stages, closing))
-    html = template("page.html.j2").render(
+    results = {
+        "What was run": inputs.run_section(config, run, work.root),
+        "Pairing": inputs.pairing_section(run),
+        "Dictionaries": inputs.dictionaries_section(run),
+        "Transfer": transfer.transfer_section(run),
+        "Single features": transfer.features_section(run),
+        "Controls": transfer.controls_section(run),
+        "Shared features": shared.matching_section(run),
+        "Layers": shared.layers_section(run),
+        "Stitching": causal.stitching_section(run),
+        "Features put to work": causal.feature_causal_section(run),
+        "Joint codes": shared.crosscoder_section(run),
+    }
+    closing = {
+        "Training": inputs.training_section(run),
+        "Time": inputs.time_section(run),
+        "Words": inputs.words_section(run),
+        "Limits": inputs.LIMITS,
+        "Settings": [Details("All settings of the run", [Facts(inputs.settings(config))])],
+    }
+    before, after = ([(t, html(b)) for t, b in x.items() if b] for x in (results, closing))
+    text = template("page.html.j2").render(
         style=STYLE.read_text(encoding="utf-8"),
         name=work.root.resolve().name,
         models=answer.names(run.models),
         question=answer.question(run.models),
         answer=answer.answer(run),
         cautions=answer.cautions(run),
-        sections=[*before, *studies, *after],
+        sections=[(_address(t), t, part) for t, part in (*before, *sections, *after)],
     )
     path = work.report / "index.html"
-    write_text(path, html)
+    write_text(path, text)
     return path
+
+
+def _address(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from crossdict_jax.report.blocks import Block, Code, Details, Note, Panels, Section
+from crossdict_jax.report.blocks import Block, Code, Panels, hidden
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, draw
 from crossdict_jax.report.results import Run
-from crossdict_jax.report.tables import Cell, flat_table, number, percent, score, share, table
+from crossdict_jax.report.tables import (
+    Cell,
+    flat_table,
+    number,
+    percent,
+    score,
+    scores,
+    share,
+    table,
+)
 from crossdict_jax.results import PAIR, pair_of, site_words
 
 MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
+LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
 INVENTED = 0.2  # share of latents that pass as shared on shuffled rows, from which on it is told
 
@@ -61,11 +71,11 @@ def answer(run: Run) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- matched features
 
 
-def matching_section(run: Run) -> Section:
+def matching_section(run: Run) -> list[Block]:
     """Returns how many features are matched one to one, and what is left on held-out text."""
     rows = funnels(run)
     if not rows:
-        return Section("matching", "Shared features", [])
+        return []
     row = rows[0]
     titles = {
         "matched": f"matched|{row['method'].replace('_', ' ')}",
@@ -97,10 +107,9 @@ def matching_section(run: Run) -> Section:
         "correlation over the same rows of training text. On held-out text a match is dependent "
         "when its correlation beats circular shifts of one feature against the other, at the "
         "stated false discovery rate; strong when it also reaches the stated size; and confirmed "
-        "when, besides, it beats every shuffle among rows with the same tokens. What fails only "
-        "there is the word, not what the models made of it.",
+        "when, besides, it beats every shuffle among rows with the same tokens.",
         table(caption, counts),
-        Details(raw.caption, [raw]),
+        hidden(raw),
     ]
     if decoders := [row for row in run.rows["similarity"] if row["kind"] == "decoders"]:
         directions = [
@@ -122,22 +131,21 @@ def matching_section(run: Run) -> Section:
             "random matchings counts.",
             table(caption, directions),
         ]
-    return Section("matching", "Shared features", blocks)
+    return blocks
 
 
 # ---------------------------------------------------------------- layers
 
 
-def layers_section(run: Run) -> Section:
+def layers_section(run: Run) -> list[Block]:
     """Returns how alike the layers of two models are, and which pairs of layers to take."""
     rows = [row for row in run.rows["similarity"] if row["kind"] == "layers"]
     if not rows:
-        return Section("layers", "Layers", [])
+        return []
     blocks: list[Block] = [
         "How alike are the models’ activations at the same held-out positions, layer by layer? "
         "These measures need no dictionary and no map. They do not change (RSA hardly) when a "
-        "model’s space is rotated, so they cannot tell a copy from a rotated one; they say nothing "
-        "about single features, and a high score at a layer is no promise that features match."
+        "model’s space is rotated, and a high score is no promise that features match."
     ]
     for models in dict.fromkeys((row["source"], row["target"]) for row in rows):
         group = [row for row in rows if (row["source"], row["target"]) == models]
@@ -157,7 +165,7 @@ def layers_section(run: Run) -> Section:
             Code(f"--config.layer_pairs={row['layer_pairs']}"),
         ]
     raw = flat_table(rows, "Every pair of layers", PAIR)
-    return Section("layers", "Layers", [*blocks, Details(raw.caption, [raw])])
+    return [*blocks, hidden(raw)]
 
 
 def proposals(run: Run) -> list[dict]:
@@ -207,11 +215,11 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
 # ---------------------------------------------------------------- crosscoders
 
 
-def crosscoder_section(run: Run) -> Section:
+def crosscoder_section(run: Run) -> list[Block]:
     """Returns what joint codes of all models explain, and whose their latents are."""
     rows = run.rows["crosscoder"]
     if not rows:
-        return Section("joint", "Joint codes", [])
+        return []
     worst = {
         row["sites"]: row["shared"]
         for row in rows
@@ -221,38 +229,29 @@ def crosscoder_section(run: Run) -> Section:
         "A crosscoder writes the activations of all models as one sparse code. FVU is what it "
         "leaves of a model’s held-out variance when all models are shown to it, the model alone, "
         "or all others. A latent is shared when its decoder norm in every model is at least a "
-        "quarter of its largest, exclusive when only one model’s is. Both are checked by Latent "
-        "Scaling against circular shifts: confirmed, of the shared ones, that it explains every "
-        "model; refuted, of the exclusive ones, that another model shows it too. On shuffled rows "
-        "nothing is shared, and between a model and its copy everything is: what those rows say "
-        "besides is what the method invents."
+        "quarter of its largest, exclusive when only one model’s is. By Latent Scaling against "
+        "circular shifts a shared latent is confirmed when it explains every model, an exclusive "
+        "one refuted when another model shows it too. On shuffled rows nothing is shared, between "
+        "a model and its copy everything is: what those rows say besides is what the method "
+        "invents."
     ]
-    for sites, invented in worst.items():
-        blocks.append(
-            Note(
-                f"Trained on shuffled rows, where nothing is shared, {percent(invented, 0)} of the "
-                f"latents still pass as shared ({sites}): decoder norms say little here. More "
-                "steps, or a lower drop probability, separate them."
-            )
-        )
+    blocks += [
+        f"Trained on shuffled rows, where nothing is shared, {percent(invented, 0)} of the latents "
+        f"still pass as shared ({sites}): decoder norms say little here. More steps, or a lower "
+        "drop probability, separate them."
+        for sites, invented in worst.items()
+    ]
     for sites in dict.fromkeys(row["sites"] for row in rows):
         codes = [
             {
                 "model": row["model"],
                 "trained on": row["pairing"],
-                "FVU": score(row, "fvu"),
-                "from it alone": score(row, "fvu_alone"),
-                "from the others": score(row, "fvu_from_others"),
-                "L0": score(row, "l0", 1),
-                "dead": share(row, "dead_fraction"),
-                "shared": share(row, "shared"),
-                "confirmed": share(row, "shared_confirmed"),
-                "exclusive": share(row, "exclusive"),
-                "refuted": share(row, "exclusive_refuted"),
+                **scores(row, "fvu", "fvu_alone", "fvu_from_others", "l0"),
+                **scores(row, "dead_fraction", *LATENTS, cell=share),
             }
             for row in rows
             if row["sites"] == sites
         ]
         caption = f"One code of all models, {', '.join(dict.fromkeys(sites.split()))}"
         blocks.append(table(caption, codes))
-    return Section("joint", "Joint codes", blocks)
+    return blocks

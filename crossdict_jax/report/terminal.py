@@ -66,6 +66,19 @@ def stitching_table(work: Workdir) -> None:
     show([table("Loss recovered in the target by what is predicted [95 %]", rows)], WIDTH)
 
 
+def gates_table(gates: list[dict]) -> Table:
+    """Returns the gates of verify.json: a head for each, then its numbers and their bounds."""
+    lines, verdicts = [], {True: "yes", False: "MISS", None: ""}
+    for gate in gates:
+        lines.append((gate["gate"], f"{gate['what']} {gate['note']}", "", "", gate["passed"]))
+        for check in gate["checks"]:
+            value = "–" if check["value"] is None else f"{check['value']:.4g}"
+            bound = f"{check['relation']} {check['bound']:.4g}" if check["relation"] else ""
+            lines.append(("", check["what"], value, bound, check["passed"] if bound else None))
+    titles = ("gate", "number", "value", "bound", "pass")
+    return table("gates", (dict(zip(titles, (*line, verdicts[p]))) for *line, p in lines))
+
+
 def summary_table(work: Workdir) -> None:
     """Prints baselines, the best maps and the ceiling of every direction and layer pair.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from crossdict_jax.report.blocks import Block, Details, Facts, Heading, Panels, Section
+from crossdict_jax.report.blocks import Block, Facts, Heading, Panels, hidden
 from crossdict_jax.report.plots import MUTED, NONE, STRONG, WEAK, Figure, score_figure
 from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import (
@@ -14,12 +14,14 @@ from crossdict_jax.report.tables import (
     flat_table,
     number,
     score,
+    scores,
     share,
     table,
 )
 from crossdict_jax.results import BASELINES, by_pair, site_words
 
 COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
+CONTROLS = ("ceiling.", "untrained.")
 COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
 
 
@@ -31,15 +33,15 @@ def verdict(line: dict) -> tuple[str, str, str]:
     return *VERDICTS.get(words, ("", "")), words
 
 
-def transfer_section(run: Run) -> Section:
+def transfer_section(run: Run) -> list[Block]:
     """Returns every score of every map, direction by direction, beside its null."""
     key = [(f"{sign} {words}", COLOUR_NAMES[style]) for words, (style, sign) in VERDICTS.items()]
     blocks: list[Block] = [
         "Every map predicts the target’s features from the source at the same position of the "
-        "text. It is fitted on training documents and scored on held-out ones. Below each score "
-        "stands the null (×): the same map fitted and scored on shuffled pairs, where nothing can "
-        "be shared. The verdict, from paired bootstrap differences, compares each map with the two "
-        "that need no activations: the mean, and the table of token means.",
+        "text, fitted on training documents and scored on held-out ones. The null (×) is the same "
+        "map fitted and scored on shuffled pairs, where nothing can be shared. The verdict, from "
+        "paired bootstrap differences, compares each map with the two that need no activations: "
+        "the mean, and the table of token means.",
         Facts(key),
     ]
     for (source, target), group in groupby(run.comparisons, key=lambda c: (c.source, c.target)):
@@ -57,7 +59,7 @@ def transfer_section(run: Run) -> Section:
         ]
     first = ("source", "target", "map")
     raw = flat_table(run.rows["transfer"], "Every column of transfer.jsonl", first)
-    return Section("transfer", "Transfer", [*blocks, Details(raw.caption, [raw])])
+    return [*blocks, hidden(raw)]
 
 
 def transfer_table(comparison: Comparison) -> Table:
@@ -117,30 +119,26 @@ def r2_figure(comparison: Comparison, limits: tuple[float, float]) -> Figure:
 # ---------------------------------------------------------------- single features
 
 
-def features_section(run: Run) -> Section:
+def features_section(run: Run) -> list[Block]:
     """Returns which of the target’s features are predicted best and worst, and in which bins."""
     rows = run.rows["feature_transfer"]
     if not rows:
-        return Section("features", "Single features", [])
+        return []
     single = by_pair(row for row in rows if row["row"] == "feature")
     bins = [{k: v for k, v in row.items() if v is not None} for row in rows if "low" in row]
     binned = flat_table(bins, "Features in bins of firing frequency and of token share", ("row",))
-    return Section(
-        "features",
-        "Single features",
-        [
-            "Which of the target’s features can be computed from the source, and which cannot, by "
-            "the map with the highest R² on validation rows. Only features that fire on at least "
-            "20 held-out rows are ranked. The extremes of many are flattered by the choice: the "
-            "small number beside each R² is that of the validation rows, which had no part in it. "
-            "The token that fires is in angle quotes; ⏎ is a line’s end. A driver’s number is its "
-            "effect: by how many standard deviations the feature moves with the source feature, "
-            "from the mean Jacobian of the map over held-out rows (exact where the map is affine); "
-            "a map that reads activations is looked at through the source’s decoder.",
-            *map(features_table, single.values()),
-            Details(binned.caption, [binned]),
-        ],
-    )
+    return [
+        "Which of the target’s features can be computed from the source, and which cannot, by "
+        "the map with the highest R² on validation rows. Only features that fire on at least "
+        "20 held-out rows are ranked. The extremes of many are flattered by the choice: the "
+        "small number beside each R² is that of the validation rows, which had no part in it. "
+        "The token that fires is in angle quotes; ⏎ is a line’s end. A driver’s number is its "
+        "effect: by how many standard deviations the feature moves with the source feature, "
+        "from the mean Jacobian of the map over held-out rows (exact where the map is affine); "
+        "a map that reads activations is looked at through the source’s decoder.",
+        *map(features_table, single.values()),
+        hidden(binned),
+    ]
 
 
 def features_table(rows: list[dict]) -> Table:
@@ -185,37 +183,31 @@ def _drivers(attributions: list[dict]) -> str:
 # ---------------------------------------------------------------- controls
 
 
-def controls_section(run: Run) -> Section:
+def controls_section(run: Run) -> list[Block]:
     """Returns every map beside its ceiling and the re-initialised target."""
     if not run.rows["controls"]:
-        return Section("controls", "Controls", [])
+        return []
     tables = []
     for c in run.comparisons:
         rows = [
             {
                 "map": line["map"],
-                "R²": score(line, "r2"),
-                "shuffled": score(line, "shuffled.r2"),
-                "ceiling": score(line, "ceiling.r2"),
-                "normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
-                "top-1, normalised": score(line, "top1_normalized", 2),
-                "context gain": score(line, "context_gain"),
-                "context gain, ceiling": score(line, "ceiling.context_gain"),
-                "context gain, re-initialised": score(line, "untrained.context_gain"),
-                "R², re-initialised": score(line, "untrained.r2"),
+                **scores(line, "r2", "shuffled.r2", "ceiling.r2", "untrained.r2"),
+                "R² normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
+                "top-1 normalised": score(line, "top1_normalized", 2),
+                **scores(line, *(f"{control}context_gain" for control in ("", *CONTROLS))),
             }
             for line in c.lines
-            if {"ceiling.map", "untrained.map"} & line.keys()
+            if any(f"{control}map" in line for control in CONTROLS)
         ]
         tables += [table(f"Controls, {c.name}", rows)] if rows else []
     raw = flat_table(run.rows["controls"], "Every column of controls.jsonl", ("control",))
     text = (
         "The seed-to-seed ceiling is the same map from a second dictionary of the target itself, "
-        "trained from another seed. It is what two dictionaries of one model share, and no map "
-        "between models can be asked for more. The normalised score is 0 at the shuffled pairs and "
-        "1 at the ceiling, and undefined where the two lie closer than 0.05. The re-initialised "
-        "target has the same shape and tokenizer, all weights drawn anew, and a dictionary of its "
-        "own: tokens explain most of it, so its R² may be high, but context gain beyond zero there "
-        "is not something that training made."
+        "trained from another seed: no map between models can be asked for more. The normalised "
+        "score is 0 at the shuffled pairs and 1 at the ceiling, and undefined where the two lie "
+        "closer than 0.05. The re-initialised target has the same shape and tokenizer, all weights "
+        "drawn anew, and a dictionary of its own: tokens explain most of it, so its R² may be "
+        "high, but context gain there is not something that training made."
     )
-    return Section("controls", "Controls", [text, *tables, Details(raw.caption, [raw])])
+    return [text, *tables, hidden(raw)]

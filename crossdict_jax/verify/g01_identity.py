@@ -10,14 +10,14 @@ from crossdict_jax.config import to_dict
 from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.verify import lab
-from crossdict_jax.verify.gate import Check, Gate
+from crossdict_jax.verify.gate import Check
 from crossdict_jax.workdir import open_workdir, read_json
 
 DOCUMENTS = 60
 MINIMUM_FIRINGS = 30  # test rows in which a feature must be active to count
 
 
-def gate(*, seed: int, directory: Path) -> Gate:
+def gate(*, seed: int, directory: Path) -> list[Check]:
     name = models.EMBEDDED[0]
     config = lab.lm_config((name, name), documents=DOCUMENTS, kinds=("ridge",), seed=seed)
     work = open_workdir(directory, to_dict(config))
@@ -27,24 +27,15 @@ def gate(*, seed: int, directory: Path) -> Gate:
     a, b = store.models
     ridge = lab.pick(rows, "ridge", source=a)
     test = maps.load_pairs(store, a, b, lab.LM_SITE, lab.LM_SITE, "test", work)
-    matched = match(
-        encode(test.source),
-        encode(test.target),
-        minimum_firings=MINIMUM_FIRINGS,
-        merge_duplicates=True,
-    )
+    codes = (encode(side) for side in (test.source, test.target))
+    matched = match(*codes, minimum_firings=MINIMUM_FIRINGS, merge_duplicates=True)
     coverage = [m["coverage"] for m in read_json(work.result("pairing.json"))["models"].values()]
     activations = lab.activation_scores("ridge", store, work, a, b)
-    return Gate(
-        "G1",
-        f"{name} against itself",
-        (
-            Check("coverage of the pairing, the lower one", min(coverage), "==", 1.0),
-            Check("FVU of ridge on activations", activations["fvu"], "<=", 1e-4),
-            Check("top-1 of ridge", ridge["top1"], "==", 1.0),
-            Check("pool of the top-1", ridge["pool"]),
-            Check("live features", matched.live_a, ">=", 50),
-            Check("matched less live features", len(matched) - matched.live_a, "==", 0),
-            Check("correlation of the worst match", matched.r.min(initial=1.0), ">=", 0.999),
-        ),
-    )
+    return [
+        Check("coverage of the pairing, the lower one", min(coverage), "==", 1.0),
+        Check("FVU of ridge on activations", activations["fvu"], "<=", 1e-4),
+        Check("top-1 of ridge", ridge["top1"], "==", 1.0),
+        Check("live features", matched.live_a, ">=", 50),
+        Check("matched less live features", len(matched) - matched.live_a, "==", 0),
+        Check("correlation of the worst match", matched.r.min(initial=1.0), ">=", 0.999),
+    ]

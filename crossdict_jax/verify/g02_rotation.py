@@ -16,7 +16,7 @@ from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.maps import Pairs
 from crossdict_jax.verify import lab
-from crossdict_jax.verify.gate import Check, Gate
+from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
 from crossdict_jax.workdir import Workdir
 
@@ -26,7 +26,7 @@ SAE = SAEConfig(width=128, k=6, steps=600, batch_size=512)
 MINIMUM_FIRINGS = 30  # test rows in which a feature must be active to count
 
 
-def gate(*, seed: int, directory: Path) -> Gate:
+def gate(*, seed: int, directory: Path) -> list[Check]:
     rng = np.random.Generator(np.random.Philox(key=seed))
     planted, (a, b) = views(PLANTED, seed), lab.NAMES[:2]
     config = replace(lab.planted_config(kinds=("procrustes",), seed=seed), sae=SAE)
@@ -54,17 +54,13 @@ def gate(*, seed: int, directory: Path) -> Gate:
         for rows in (x, translated)
     )
     matched, live, direct = _recovered(test, order)
-    return Gate(
-        "G2",
-        f"a rotated, shifted copy in {COPY} in place of {PLANTED.widths[0]} dimensions",
-        (
-            Check("variance explained of its own rows", itself),
-            Check("share of it after Procrustes from the copy", moved / itself, ">=", 0.999),
-            Check("live features", live, ">=", 50),
-            Check("share of the planted permutation that matching recovers", matched, ">=", 0.99),
-            Check("share that direct cosines of decoders recover", direct, "<=", 0.1),
-        ),
-    )
+    return [
+        Check("variance explained of its own rows", itself),
+        Check("share of it after Procrustes from the copy", moved / itself, ">=", 0.999),
+        Check("live features", live, ">=", 50),
+        Check("share of the planted permutation that matching recovers", matched, ">=", 0.99),
+        Check("share that direct cosines of decoders recover", direct, "<=", 0.1),
+    ]
 
 
 def _moved(d: Dictionary, Q: np.ndarray, offset: np.ndarray, order: np.ndarray) -> Dictionary:

@@ -11,7 +11,7 @@ import numpy as np
 from crossdict_jax.config import JointSettings
 from crossdict_jax.dictionaries.crosscoder import Crosscoder, takes_part
 from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders
-from crossdict_jax.verify.gate import Check, Gate
+from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, Views, views
 
 SEEDS = 5
@@ -19,20 +19,13 @@ SEEDS = 5
 PLANTED = PlantedConfig(rows=16_000, documents=160)
 # Half as many latents again as features. No model is left out of a row: a code of all views is
 # asked for, and what one view owns cannot be read from another.
-SETTINGS = JointSettings(
-    width=96,
-    k=4,
-    steps=1000,
-    batch_size=256,
-    learning_rate=3e-3,
-    drop_probability=0.0,
-    dead_after_rows=5000,
-)
+TRAINING = {"steps": 1000, "batch_size": 256, "learning_rate": 3e-3, "dead_after_rows": 5000}
+SETTINGS = JointSettings(width=96, k=4, drop_probability=0.0, **TRAINING)
 L1 = {"variant": "l1", "l1_coefficient": 0.3}  # SETTINGS with the published penalty in its place
 SAME = 0.5  # least correlation at which a latent and a planted feature are the same
 
 
-def gate(*, seed: int, directory: Path) -> Gate:
+def gate(*, seed: int, directory: Path) -> list[Check]:
     checks = []
     for name, changes in (("BatchTopK", {}), ("L1", L1)):
         settings, seeds = dataclasses.replace(SETTINGS, **changes), range(seed, seed + SEEDS)
@@ -42,12 +35,7 @@ def gate(*, seed: int, directory: Path) -> Gate:
             label = f"{name}: {score} of {kind} features"
             median = float(np.median([row[column] for row in scores]))
             checks.append(Check(label, median) if changes else Check(label, median, ">=", 0.9))
-    return Gate(
-        "G4",
-        f"shared and exclusive features in superposition, median of {SEEDS} seeds",
-        tuple(checks),
-        note=f"{PLANTED.features} features in {PLANTED.widths} dimensions",
-    )
+    return checks
 
 
 def ownership(

@@ -12,7 +12,7 @@ from crossdict_jax.report import answer, results
 from crossdict_jax.report.transfer import verdict
 from crossdict_jax.results import NO_BETTER
 from crossdict_jax.verify import lab
-from crossdict_jax.verify.gate import Check, Gate
+from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, views
 from crossdict_jax.workdir import open_workdir, write_json, write_jsonl
 
@@ -23,7 +23,7 @@ SHIFT = 0.1
 RECIPE = {"hidden": 96, "steps": 600, "batch_size": 128, "head": "relu"}
 
 
-def gate(*, seed: int, directory: Path) -> Gate:
+def gate(*, seed: int, directory: Path) -> list[Check]:
     config = lab.planted_config(kinds=("mean", "mlp"), seed=seed, **RECIPE)
     work = open_workdir(directory / "run", to_dict(config))
     # Codes of two dictionaries, about half dense, that know nothing of each other.
@@ -41,20 +41,12 @@ def gate(*, seed: int, directory: Path) -> Gate:
     words = dict(answer.answer(run))["Against what"]
     mlp = lab.pick(rows, "mlp")
     lead = mlp["cosine"] - mlp["cosine_mean_predictor"]
-    return Gate(
-        "G8",
-        "a network on independent codes: cosine about 0.6, labelled no better than the mean",
-        (
-            Check("cosine", mlp["cosine"], ">=", 0.5),
-            Check("cosine less that of the mean", lead, "<=", 0.01),
-            Check("cosine of the mean", mlp["cosine_mean_predictor"]),
-            Check("centred cosine", mlp["cosine_centered"]),
-            Check("R²", mlp["r2"]),
-            Check(
-                f"maps that the report labels “{NO_BETTER}”, of 1", labels.count(NO_BETTER), "==", 1
-            ),
-            Check(
-                "the report's answer is a negative result", words.startswith("Negative"), "==", 1
-            ),
-        ),
-    )
+    return [
+        Check("cosine", mlp["cosine"], ">=", 0.5),
+        Check("cosine less that of the mean", lead, "<=", 0.01),
+        Check("cosine of the mean", mlp["cosine_mean_predictor"]),
+        Check("centred cosine", mlp["cosine_centered"]),
+        Check("R²", mlp["r2"]),
+        Check(f"labelled “{NO_BETTER}” by the report", labels == [NO_BETTER], "==", 1),
+        Check("the report's answer is negative", words.startswith("Negative"), "==", 1),
+    ]

@@ -85,31 +85,25 @@ def save_store(views: Views, directory: Path) -> Store:
     )
 
 
+def made(kind: str, W_enc: np.ndarray, W_dec: np.ndarray, **arrays: np.ndarray) -> Dictionary:
+    """Returns a dictionary with these parameters; biases that are not given are 0."""
+    biases = {"b_enc": np.zeros(W_enc.shape[1]), "b_dec": np.zeros(W_dec.shape[1])}
+    return from_arrays(find(kind), biases | {"W_enc": W_enc, "W_dec": W_dec} | arrays)
+
+
 def positive(d_model: int) -> Dictionary:
     """Returns the dictionary whose features are a row's positive entries, each one itself."""
-    arrays = {"W_enc": np.eye(d_model), "W_dec": np.eye(d_model)}
-    biases = {"b_enc": np.zeros(d_model), "b_dec": np.zeros(d_model)}
-    return from_arrays(find("relu"), arrays | biases)
+    return made("relu", np.eye(d_model), np.eye(d_model))
 
 
 def exact(directions: np.ndarray, *, threshold: float = 0.2) -> Dictionary:
     """Returns the dictionary whose features are the codes behind ``codes @ directions``.
 
-    Only without superposition: as many dimensions as features or more.
-
-    Args:
-      directions: [features, d_model].
-      threshold: what noise must not pass.
+    Only without superposition: ``directions`` [features, d_model] has as many dimensions as
+    features or more. Noise must not pass the threshold.
     """
-    features, d_model = directions.shape
-    arrays = {
-        "W_enc": np.linalg.pinv(directions),
-        "W_dec": directions,
-        "b_enc": np.zeros(features),
-        "b_dec": np.zeros(d_model),
-        "threshold": np.full(features, threshold),
-    }
-    return from_arrays(find("jumprelu"), arrays)
+    limits = np.full(len(directions), threshold)
+    return made("jumprelu", np.linalg.pinv(directions), directions, threshold=limits)
 
 
 def save_dictionaries(made: Sequence[Dictionary], work: Workdir) -> None:
@@ -176,7 +170,7 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
 
     train, validation, test = map(pairs, SPLITS)
     problem = Problem(kind, train, validation)
-    (fitted,) = maps.map_module(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
+    (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
         token_sums(train.source.tokens, lambda rows, x=x: x[rows])

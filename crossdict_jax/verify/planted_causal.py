@@ -12,11 +12,12 @@ from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import MATCH, Directions, Experiment, ModelAtSite
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.dictionaries.base import decoder_rows, find, from_arrays
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.maps.base import Map, Side
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Passages, Runner
+from crossdict_jax.verify.lab import made
 
 SITE = Site(1)
 FEATURES = 12
@@ -124,7 +125,8 @@ def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
         write_features(lm, V, number, pushing=pushing)
         lms.append(lm)
         directions.append(V)
-    dictionaries = tuple(map(_dictionary, directions))
+    fires_above = {"b_enc": np.full(FEATURES, -THRESHOLD)}
+    dictionaries = tuple(made("relu", V.T, V, **fires_above) for V in directions)
     d_a, d_b = (lm.config.d_model for lm in lms)
     W = directions[0].T @ directions[1]
     values = {"mean_a": np.zeros(d_a), "W": W, "mean_b": np.zeros(d_b)}
@@ -158,13 +160,3 @@ def write_features(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, push
     lm.W_E[...] = lm.W_E[...].at[jnp.asarray(triggers)].add(TRIGGER * V)
     W_U = QUIET * lm.W_U[...]
     lm.W_U[...] = W_U.at[:, jnp.asarray(targets)].add(PUSH * V[:pushing].T)
-
-
-def _dictionary(V: np.ndarray) -> Dictionary:
-    arrays = {
-        "W_enc": V.T,
-        "b_enc": np.full(FEATURES, -THRESHOLD),
-        "W_dec": V,
-        "b_dec": np.zeros(V.shape[1]),
-    }
-    return from_arrays(find("relu"), arrays)

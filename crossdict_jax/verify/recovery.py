@@ -20,14 +20,7 @@ from crossdict_jax.workdir import Workdir
 # Twice as many features as dimensions; frequencies as of words, the rarest in one row of 40; eight
 # pairs of which the second fires in half of the rows of the first.
 PLANTED = PlantedConfig(
-    rows=30_000,
-    documents=300,
-    features=64,
-    widths=(32,),
-    exclusive=0,
-    active=4.0,
-    zipf=0.7,
-    correlated=8,
+    rows=30_000, documents=300, widths=(32,), exclusive=0, zipf=0.7, correlated=8
 )
 SETTINGS = SAEConfig(width=64, k=4, steps=2000, batch_size=256, seeds=3)
 

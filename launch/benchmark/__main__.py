@@ -11,11 +11,10 @@ those of SAELens: python -m launch.benchmark.saelens.
 """
 
 from crossdict_jax.config import BenchmarkConfig
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: BenchmarkConfig, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.benchmark.run import run_benchmarks
 
     run_benchmarks(config, work)

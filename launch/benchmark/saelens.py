@@ -7,12 +7,10 @@ ENV is an environment of its own (pip install sae-lens); without the variable no
 
 import os
 
-from crossdict_jax.config import Config
-from crossdict_jax.workdir import Workdir
 from launch import command
 
 
-def main(config: Config, work: Workdir) -> None:
+def main(config, work):
     from crossdict_jax.activations.store import open_store
     from crossdict_jax.benchmark.peer import VARIABLES
     from crossdict_jax.benchmark.saelens import compare_saelens, comparison

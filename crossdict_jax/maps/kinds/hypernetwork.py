@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.config import HypernetworkConfig, MapConfig
+from crossdict_jax.config import HypernetworkConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows, exact_matmul
 from crossdict_jax.maps.descriptions import Describer, Description, profile_weights
@@ -22,7 +22,6 @@ from crossdict_jax.maps.network import dropped
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, to_bits
 
-PROFILE_RANK = 128  # of the weights that token profiles call for
 HIDDEN = 128  # units of the target's hidden layer
 DROPOUT = 0.2  # of hidden units
 FEATURE_DROPOUT = 0.2  # of the source's features: the network learns to do without any of them
@@ -39,9 +38,8 @@ ROLES = ("source", "target")
 class Hypernetwork(Map):
     """``f_B = relu(bias + (f_A - mean_a) U V')``, every number of it written by a network.
 
-    The checkpoint holds what was written, low-rank weights, and neither the network nor the
-    descriptions: they predict without A's dictionary, and are smaller than what wrote them. The
-    network itself stays in the training folder's checkpoint.
+    The checkpoint holds the low-rank weights that were written. The network itself stays in the
+    training folder's checkpoint.
     """
 
     kind = "hypernetwork"
@@ -51,6 +49,38 @@ class Hypernetwork(Map):
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         weights = {name: getattr(self, name)[...] for name in ("U", "V", "bias")}
         return _apply(weights, inputs - self.mean_a[...][None, :])
+
+    @classmethod
+    def fit(
+        cls, problems, config, *, seed, directory, checkpoint_every: int = 500, records=()
+    ) -> list[Fitted]:
+        """Trains one network for all problems on aligned pairs, and one for all on shuffled ones.
+
+        The squared error of B's features, in units of their variance, is minimised on training
+        rows; the network of the best of ten validations writes the maps. A killed run goes on and
+        ends with the same bits: ``directory/hypernetwork-N`` keeps checkpoints and metrics.
+
+        Raises:
+          UserError: a batch is larger than the training rows or does not divide over the devices.
+        """
+        fitted: dict[int, Fitted] = {}
+        describer, by_pairing = Describer(), {}
+        for i, problem in enumerate(problems):
+            shuffled = problem.train.target.reordered_from is not None
+            by_pairing.setdefault(shuffled, []).append(i)
+        for number, (_, members) in enumerate(sorted(by_pairing.items())):
+            network, chosen = train_network(
+                [problems[i] for i in members],
+                config.hypernetwork,
+                seed=seed,
+                directory=Path(directory) / f"{cls.kind}-{number}",
+                checkpoint_every=checkpoint_every,
+                records=records,
+                describer=describer,
+            )
+            for i, record in zip(members, chosen):
+                fitted[i] = Fitted(network.write(problems[i], describer), record)
+        return [fitted[i] for i in range(len(problems))]
 
 
 def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
@@ -65,10 +95,9 @@ def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
 class Tower(nnx.Module):
     """Turns the direction of every feature of one model, in one role, into ``rank`` numbers.
 
-    ``u = g (L + sum_l e_l L_l)``. Directions g lie in the model's own residual stream, which
-    neighbouring layers share: so one tower serves all layers of a model, and e, how near the layer
-    is to those of training, blends in what is particular to each. Linear, since what features
-    say together is a sum: one that was never seen adds its part as all others do.
+    ``u = g (L + sum_l e_l L_l)``, g the directions. One tower serves all layers of a model; e, how
+    near the layer is to those of training, blends in what is particular to each. Linear, so that
+    a feature that was never seen adds its part as all others do.
     """
 
     def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
@@ -109,9 +138,7 @@ class TargetTower(Tower):
 def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | None = None) -> dict:
     """Returns the weights U, V and bias that two towers write for one pair of dictionaries.
 
-    Args:
-      pair: see ``Network.read``.
-      key: of the dropout.
+    ``pair`` is what ``Network.read`` gives; ``key`` is that of the dropout.
     """
     a, b = pair["source"], pair["target"]
     u = source.rows(a["moves"], a["nearness"])
@@ -151,8 +178,7 @@ class Network:
         Raises:
           UserError: the network knows no such model in this role.
         """
-        mask = np.ones(pair[0].side.dictionary.width, bool) if mask is None else mask
-        U, V = profile_weights(*pair, rank=PROFILE_RANK, mask=mask)
+        U, V = profile_weights(*pair, mask)
         reads = {"U": U, "V": V}
         for role, of_role in zip(ROLES, pair):
             model, layer = of_role.side.model, of_role.side.layer
@@ -171,9 +197,6 @@ class Network:
 
         Of the problem's rows it uses what each model does on its own, never which row of A goes
         with which of B.
-
-        Raises:
-          UserError: see ``read``.
         """
         pair = (describer or Describer()).both(problem.train, problem.label)
         reads = self.read(pair)
@@ -193,8 +216,7 @@ def nearness(layer: int, layers: Sequence[int]) -> np.ndarray:
 def from_profiles(problem: Problem, describer: Describer | None = None) -> Hypernetwork:
     """Returns the map that token profiles call for, without any training or any paired row."""
     source, target = (describer or Describer()).both(problem.train, problem.label)
-    every = np.ones(source.side.dictionary.width, bool)
-    U, V = profile_weights(source, target, rank=PROFILE_RANK, mask=every)
+    U, V = profile_weights(source, target)
     values = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
     return Hypernetwork(target.side.dictionary, values)
 
@@ -221,9 +243,11 @@ class WritingObjective(Objective):
         self.described = [describer.both(p.train, p.label) for p in problems]
         layers: dict[tuple[str, str], set[int]] = {}
         groups: dict[tuple, list[int]] = {}
+        self.d_models = {}  # (role, model)
         for i, pair in enumerate(self.described):
             for role, side in zip(ROLES, pair):
                 layers.setdefault((role, side.side.model), set()).add(side.side.layer)
+                self.d_models[role, side.side.model] = side.side.x.shape[1]
             sides = [side.side for side in pair]
             graphs = tuple(modules.split(side.dictionary)[0] for side in sides)
             shapes = tuple((side.x.shape[1], side.dictionary.width, side.model) for side in sides)
@@ -236,14 +260,8 @@ class WritingObjective(Objective):
     def init(self, key, fixed):
         params = {}
         for number, (name, layers) in enumerate(self.layers.items()):
-            d_model = next(
-                side.side.dictionary.W_dec.shape[1]
-                for pair in self.described
-                for role, side in zip(ROLES, pair)
-                if (role, side.side.model) == name
-            )
             tower = (Tower if name[0] == "source" else TargetTower)(
-                d_model=d_model,
+                d_model=self.d_models[name],
                 layers=len(layers),
                 rank=self.config.rank,
                 rngs=nnx.Rngs(params=jax.random.fold_in(key, number)),
@@ -340,9 +358,6 @@ def train_network(
       directory: gets checkpoints and metrics.
       masks: features that training may use; of the others neither the values as source nor as
         target are read, nor are they described. By default all are used.
-
-    Raises:
-      UserError: see ``fit``.
     """
     n = len(problems[0].train)
     for problem in problems:
@@ -354,7 +369,8 @@ def train_network(
             )
         if len(problem.train) != n:
             raise ValueError("problems that train one network need equally many rows")
-    objective = WritingObjective(problems, config, describer or Describer(), masks or {})
+    masks = masks or {}
+    objective = WritingObjective(problems, config, describer or Describer(), masks)
     fixed = [stack([objective.fixed(i) for i in members]) for members in objective.stacks]
     labels = [problem.label for problem in problems]
     streams, validation = {}, {}
@@ -374,9 +390,6 @@ def train_network(
         setting="hypernetwork.BATCH_SIZE",
         validation=validation,
     )
-    unused = {
-        f"{m} {layer}": np.flatnonzero(~mask).tolist() for (m, layer), mask in (masks or {}).items()
-    }
     (best,) = ensemble.fit(
         steps=config.steps,
         seed=seed,
@@ -388,58 +401,16 @@ def train_network(
             "config": dataclasses.asdict(config),
             "problems": labels,
             "seed": seed,
-            "unused": unused,
+            "unused": {f"{m} {i}": np.flatnonzero(~v).tolist() for (m, i), v in masks.items()},
         },
     )
     resident = ensemble.feed.resident
     losses = jax.jit(jax.vmap(objective.losses))(
         stack([best["params"]]), resident["validation"], resident["fixed"]
     )
+    step = int(best["step"]) + 1
     chosen = [
-        {
-            "parameters": "of the best look at validation rows",
-            "step": int(best["step"]) + 1,
-            "validation_fvu": float(loss),
-            "trained_with": labels,
-        }
+        {"step": step, "validation_fvu": float(loss), "trained_with": labels}
         for loss in np.asarray(losses)[0]
     ]
     return objective.network(jax.tree.map(jnp.asarray, best["params"])), chosen
-
-
-def fit(
-    problems: Sequence[Problem],
-    config: MapConfig,
-    *,
-    seed: int,
-    directory: Path,
-    checkpoint_every: int = 500,
-    records: Sequence[str] = (),
-) -> list[Fitted]:
-    """Trains one network for all problems on aligned pairs, and one for all on shuffled ones.
-
-    The squared error of B's features, in units of their variance, is minimised on training rows;
-    the network of the best of ten validations writes the maps. A killed run goes on and ends with
-    the same bits: ``directory/hypernetwork-N`` keeps checkpoints and metrics.
-
-    Raises:
-      UserError: a batch is larger than the training rows or does not divide over the devices.
-    """
-    fitted: dict[int, Fitted] = {}
-    describer, by_pairing = Describer(), {}
-    for i, problem in enumerate(problems):
-        shuffled = problem.train.target.reordered_from is not None
-        by_pairing.setdefault(shuffled, []).append(i)
-    for number, (_, members) in enumerate(sorted(by_pairing.items())):
-        network, chosen = train_network(
-            [problems[i] for i in members],
-            config.hypernetwork,
-            seed=seed,
-            directory=Path(directory) / f"{Hypernetwork.kind}-{number}",
-            checkpoint_every=checkpoint_every,
-            records=records,
-            describer=describer,
-        )
-        for i, record in zip(members, chosen):
-            fitted[i] = Fitted(network.write(problems[i], describer), record)
-    return [fitted[i] for i in range(len(problems))]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import AffineMap, Fitted, Problem, fit_closed_form
+from crossdict_jax.maps.base import AffineMap, Problem
 
 RANKS = (1, 4, 16, 64, 128, 256)  # those up to the smaller d_model of a problem are tried
 
@@ -17,16 +15,15 @@ class LowRank(AffineMap):
 
     W is the ridge solution and V the leading right singular vectors of its fitted values, those
     of the rows that stand for the penalty included: the best map of its rank under squared error
-    plus penalty (Izenman 1975; Mukherjee and Zhu 2011). Stored is the product W V V'.
+    plus penalty (Izenman 1975; Mukherjee and Zhu 2011). Stored is the product W V V'. Penalty and
+    rank are chosen by validation MSE of x_B.
     """
 
     kind = "low_rank"
+    chosen = ("penalty", "rank")
 
-
-def fit(problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitted]:
-    """Returns each problem's map; penalty and rank are chosen by validation MSE of x_B."""
-
-    def solve(problem: Problem):
+    @classmethod
+    def solve(cls, problem: Problem, config: MapConfig):
         regression, errors = problem.regression, {}
         path, validation = regression.path, regression.validation
         for penalty in config.ridge_penalties:
@@ -45,5 +42,3 @@ def fit(problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitt
             return regression.affine(path.solution(penalty) @ V @ V.T)
 
         return errors, values
-
-    return fit_closed_form(LowRank, problems, solve, "penalty", "rank")

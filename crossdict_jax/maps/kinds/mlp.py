@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import jax
 import numpy as np
 
 from crossdict_jax import modules
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import Fitted, Problem
-from crossdict_jax.maps.ensemble import fit_together
+from crossdict_jax.maps.base import Problem
 from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 
@@ -35,16 +30,3 @@ class MLP(NetworkMap):
             values[f"mean_{name}"] = mean.astype(np.float32)
             values[f"scale_{name}"] = damped_scale(variance)
         return values, {}
-
-
-def fit(
-    problems: Sequence[Problem],
-    config: MapConfig,
-    *,
-    seed: int,
-    directory: Path,
-    checkpoint_every: int = 500,
-    records: Sequence[str] = (),
-) -> list[Fitted]:
-    """Trains the maps of all problems as ensembles; see ``fit_together``."""
-    return fit_together(MLP, problems, config, seed, directory, checkpoint_every, records)

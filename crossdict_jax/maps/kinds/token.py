@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import Fitted, Map, Problem, fit_closed_form, look_up
+from crossdict_jax.maps.base import Map, Problem, look_up
 
 
 class Token(Map):
     """``f_B = table[token_A]``, the training mean of B's features after that token, shrunk.
 
-    A token seen n times weighs its own mean by n and the overall mean by the pseudocount.
+    A token seen n times weighs its own mean by n and the overall mean by the pseudocount, which
+    is chosen by validation MSE of f_B.
     """
 
     kind = "token"
     reads = "tokens"
+    chosen = ("pseudocount",)
+    fewest_rows = 1
 
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         return look_up(self.table, inputs, len(inputs))
 
-
-def fit(problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitted]:
-    """Returns each problem's token table, its pseudocount chosen by validation MSE of f_B."""
-
-    def solve(problem: Problem):
+    @classmethod
+    def solve(cls, problem: Problem, config: MapConfig):
         train, validation = (p.target_by_token for p in (problem.train, problem.validation))
         errors = {(p,): mse for p, mse in train.table_errors(validation).items()}
         return errors, lambda pseudocount: {"table": train.table(pseudocount)}
-
-    return fit_closed_form(Token, problems, solve, "pseudocount", rows=1)

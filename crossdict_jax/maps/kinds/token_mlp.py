@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import jax
 import numpy as np
 
 from crossdict_jax import modules
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import Fitted, Problem, look_up
-from crossdict_jax.maps.ensemble import fit_together
+from crossdict_jax.maps.base import Problem, look_up
 from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 NO_TOKEN = np.iinfo(np.int32).max  # fills up tables to one length; no token equals it
@@ -62,16 +57,3 @@ class TokenMLP(NetworkMap):
                 tables[name] = {"ids": ids, "rows": rows}
             result.append(values | tables)
         return result
-
-
-def fit(
-    problems: Sequence[Problem],
-    config: MapConfig,
-    *,
-    seed: int,
-    directory: Path,
-    checkpoint_every: int = 500,
-    records: Sequence[str] = (),
-) -> list[Fitted]:
-    """Trains the maps of all problems as ensembles; see ``fit_together``."""
-    return fit_together(TokenMLP, problems, config, seed, directory, checkpoint_every, records)

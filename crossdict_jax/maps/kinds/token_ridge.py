@@ -9,14 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import (
-    ActivationMap,
-    Fitted,
-    Problem,
-    exact_matmul,
-    fit_closed_form,
-    look_up,
-)
+from crossdict_jax.maps.base import ActivationMap, Problem, exact_matmul, look_up
 from crossdict_jax.maps.moments import PSEUDOCOUNTS, Means, Products, RidgePath, TokenSums
 
 
@@ -25,19 +18,18 @@ class TokenRidge(ActivationMap):
 
     T_A and T_B hold the training means of x_A and x_B after each token of A, shrunk to the
     overall means by one pseudocount. Without tokens both take their back-off, the overall means.
+    Pseudocount and penalty are chosen by validation MSE of x_B.
     """
 
     kind = "token_ridge"
+    chosen = ("pseudocount", "penalty")
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         left = inputs.astype(jnp.float32) - look_up(self.table_a, tokens, len(inputs))
         return look_up(self.table_b, tokens, len(inputs)) + exact_matmul(left, self.W[...])
 
-
-def fit(problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitted]:
-    """Returns each problem's map; pseudocount and penalty are chosen by validation MSE of x_B."""
-
-    def solve(problem: Problem):
+    @classmethod
+    def solve(cls, problem: Problem, config: MapConfig):
         regression, errors, paths = problem.regression, {}, {}
         train, validation = (
             [pairs.by_token(side.activations) for side in (pairs.source, pairs.target)]
@@ -55,8 +47,6 @@ def fit(problems: Sequence[Problem], config: MapConfig, **training) -> list[Fitt
             return tables | {"W": paths[pseudocount].solution(penalty)}
 
         return errors, values
-
-    return fit_closed_form(TokenRidge, problems, solve, "pseudocount", "penalty")
 
 
 def residual(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.models import base
-from crossdict_jax.models.base import MLP, Block, LayerNorm, Linear
+from crossdict_jax.models.base import LayerNorm, Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +42,23 @@ ALIASES = {
 REFUSED_UNLESS = {"add_cross_attention": False}
 ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."  # absent in files of the model without its head
-# Name in the file -> our name, transform; every matrix is already [d_in, d_out].
+# Name in the file -> our name.
 WEIGHTS = {
-    "transformer.wte.weight": ("W_E", "same"),
-    "transformer.wpe.weight": ("W_pos", "same"),
-    "transformer.ln_f.weight": ("final_norm.scale", "same"),
-    "transformer.ln_f.bias": ("final_norm.bias", "same"),
-    "lm_head.weight": ("W_U", "transpose"),
+    "transformer.wte.weight": "W_E",
+    "transformer.wpe.weight": "W_pos",
+    "transformer.ln_f.weight": "final_norm.scale",
+    "transformer.ln_f.bias": "final_norm.bias",
+    "lm_head.weight": "W_U",
 }
+TRANSPOSED = False  # every matrix of a block is already [d_in, d_out]
 BLOCK_PREFIX = "transformer.h.{layer}."
-BLOCK_WEIGHTS = {  # the same inside a block
-    "ln_1.weight": ("norm_1.scale", "same"),
-    "ln_1.bias": ("norm_1.bias", "same"),
-    "attn.c_attn.weight": ("attention.qkv.W", "same"),
-    "attn.c_attn.bias": ("attention.qkv.b", "same"),
-    "attn.c_proj.weight": ("attention.out.W", "same"),
-    "attn.c_proj.bias": ("attention.out.b", "same"),
-    "ln_2.weight": ("norm_2.scale", "same"),
-    "ln_2.bias": ("norm_2.bias", "same"),
-    "mlp.c_fc.weight": ("mlp.up.W", "same"),
-    "mlp.c_fc.bias": ("mlp.up.b", "same"),
-    "mlp.c_proj.weight": ("mlp.down.W", "same"),
-    "mlp.c_proj.bias": ("mlp.down.b", "same"),
+BLOCK_PARTS = {  # weight and bias of each part of a block
+    "ln_1": "norm_1",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.out",
+    "ln_2": "norm_2",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
 }
 
 
@@ -77,7 +72,7 @@ def prepare(raw: dict) -> dict:
 class Attention(nnx.Module):
     """Multi-head attention whose query, key and value share one matrix."""
 
-    def __init__(self, layer: int, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
         d_model = config.d_model
         self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std)
         self.out = Linear(d_model, d_model, rngs, std=config.output_std)
@@ -100,19 +95,7 @@ class Model(base.LanguageModel):
         super().__init__(config, rngs)
         shape = (config.context, config.d_model)
         self.W_pos = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
-        self.blocks = nnx.List(
-            [
-                Block(
-                    layer,
-                    config,
-                    norm=LayerNorm,
-                    attention=Attention(layer, config, rngs),
-                    mlp=MLP(config, rngs),
-                )
-                for layer in range(config.n_layers)
-            ]
-        )
-        self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
+        self.add_blocks(rngs, norm=LayerNorm, attention=Attention)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         W_pos = self.W_pos[...]

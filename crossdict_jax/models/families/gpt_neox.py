@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.models import base
-from crossdict_jax.models.base import MLP, Block, LayerNorm, Linear
+from crossdict_jax.models.base import LayerNorm, Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +39,22 @@ ALIASES = {}
 REFUSED_UNLESS = {}
 ARCHITECTURE = "GPTNeoXForCausalLM"
 PREFIX = "gpt_neox."  # absent in files of the model without its head
-# Name in the file -> our name, transform; torch keeps matrices as [d_out, d_in].
+# Name in the file -> our name.
 WEIGHTS = {
-    "gpt_neox.embed_in.weight": ("W_E", "same"),
-    "gpt_neox.final_layer_norm.weight": ("final_norm.scale", "same"),
-    "gpt_neox.final_layer_norm.bias": ("final_norm.bias", "same"),
-    "embed_out.weight": ("W_U", "transpose"),
+    "gpt_neox.embed_in.weight": "W_E",
+    "gpt_neox.final_layer_norm.weight": "final_norm.scale",
+    "gpt_neox.final_layer_norm.bias": "final_norm.bias",
+    "embed_out.weight": "W_U",
 }
+TRANSPOSED = True  # torch keeps matrices as [d_out, d_in]
 BLOCK_PREFIX = "gpt_neox.layers.{layer}."
-BLOCK_WEIGHTS = {  # the same inside a block
-    "input_layernorm.weight": ("norm_1.scale", "same"),
-    "input_layernorm.bias": ("norm_1.bias", "same"),
-    "attention.query_key_value.weight": ("attention.qkv.W", "transpose"),
-    "attention.query_key_value.bias": ("attention.qkv.b", "same"),
-    "attention.dense.weight": ("attention.out.W", "transpose"),
-    "attention.dense.bias": ("attention.out.b", "same"),
-    "post_attention_layernorm.weight": ("norm_2.scale", "same"),
-    "post_attention_layernorm.bias": ("norm_2.bias", "same"),
-    "mlp.dense_h_to_4h.weight": ("mlp.up.W", "transpose"),
-    "mlp.dense_h_to_4h.bias": ("mlp.up.b", "same"),
-    "mlp.dense_4h_to_h.weight": ("mlp.down.W", "transpose"),
-    "mlp.dense_4h_to_h.bias": ("mlp.down.b", "same"),
+BLOCK_PARTS = {  # weight and bias of each part of a block
+    "input_layernorm": "norm_1",
+    "attention.query_key_value": "attention.qkv",
+    "attention.dense": "attention.out",
+    "post_attention_layernorm": "norm_2",
+    "mlp.dense_h_to_4h": "mlp.up",
+    "mlp.dense_4h_to_h": "mlp.down",
 }
 
 
@@ -76,7 +71,7 @@ def prepare(raw: dict) -> dict:
 class Attention(nnx.Module):
     """Multi-head attention; the shared matrix holds query, key, value head by head."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
         d_model, bias = config.d_model, config.attention_bias
         self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std, bias=bias)
         self.out = Linear(d_model, d_model, rngs, std=config.output_std, bias=bias)
@@ -96,17 +91,5 @@ class Model(base.LanguageModel):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.blocks = nnx.List(
-            [
-                Block(
-                    layer,
-                    config,
-                    norm=LayerNorm,
-                    attention=Attention(config, rngs),
-                    mlp=MLP(config, rngs),
-                    parallel=config.parallel_residual,
-                )
-                for layer in range(config.n_layers)
-            ]
-        )
-        self.final_norm = LayerNorm(config.d_model, eps=config.norm_eps)
+        parallel = config.parallel_residual
+        self.add_blocks(rngs, norm=LayerNorm, attention=Attention, parallel=parallel)

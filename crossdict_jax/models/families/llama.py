@@ -8,7 +8,7 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import base
-from crossdict_jax.models.base import ACTIVATIONS, Block, Linear, RMSNorm
+from crossdict_jax.models.base import ACTIVATIONS, Linear, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,30 +55,24 @@ ALIASES = {}
 REFUSED_UNLESS = {"partial_rotary_factor": 1.0}
 ARCHITECTURE = "LlamaForCausalLM"
 PREFIX = "model."  # absent in files of the model without its head
-# Name in the file -> our name, transform; torch keeps matrices as [d_out, d_in].
+# Name in the file -> our name.
 WEIGHTS = {
-    "model.embed_tokens.weight": ("W_E", "same"),
-    "model.norm.weight": ("final_norm.scale", "same"),
-    "lm_head.weight": ("W_U", "transpose"),
+    "model.embed_tokens.weight": "W_E",
+    "model.norm.weight": "final_norm.scale",
+    "lm_head.weight": "W_U",
 }
+TRANSPOSED = True  # torch keeps matrices as [d_out, d_in]
 BLOCK_PREFIX = "model.layers.{layer}."
-BLOCK_WEIGHTS = {  # the same inside a block
-    "input_layernorm.weight": ("norm_1.scale", "same"),
-    "self_attn.q_proj.weight": ("attention.query.W", "transpose"),
-    "self_attn.q_proj.bias": ("attention.query.b", "same"),
-    "self_attn.k_proj.weight": ("attention.key.W", "transpose"),
-    "self_attn.k_proj.bias": ("attention.key.b", "same"),
-    "self_attn.v_proj.weight": ("attention.value.W", "transpose"),
-    "self_attn.v_proj.bias": ("attention.value.b", "same"),
-    "self_attn.o_proj.weight": ("attention.out.W", "transpose"),
-    "self_attn.o_proj.bias": ("attention.out.b", "same"),
-    "post_attention_layernorm.weight": ("norm_2.scale", "same"),
-    "mlp.gate_proj.weight": ("mlp.gate.W", "transpose"),
-    "mlp.gate_proj.bias": ("mlp.gate.b", "same"),
-    "mlp.up_proj.weight": ("mlp.up.W", "transpose"),
-    "mlp.up_proj.bias": ("mlp.up.b", "same"),
-    "mlp.down_proj.weight": ("mlp.down.W", "transpose"),
-    "mlp.down_proj.bias": ("mlp.down.b", "same"),
+BLOCK_PARTS = {  # weight and, if it has one, bias of each part of a block
+    "input_layernorm": "norm_1",
+    "self_attn.q_proj": "attention.query",
+    "self_attn.k_proj": "attention.key",
+    "self_attn.v_proj": "attention.value",
+    "self_attn.o_proj": "attention.out",
+    "post_attention_layernorm": "norm_2",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
 }
 
 
@@ -96,7 +90,7 @@ def prepare(raw: dict) -> dict:
 class Attention(nnx.Module):
     """Attention in which each key-value head serves a run of query heads (Ainslie et al. 2023)."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
         d_model, d_head, bias = config.d_model, config.d_head, config.attention_bias
         d_query, d_key = config.n_heads * d_head, config.n_kv_heads * d_head
         self.query = Linear(d_model, d_query, rngs, std=config.init_std, bias=bias)
@@ -135,16 +129,4 @@ class Model(base.LanguageModel):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.blocks = nnx.List(
-            [
-                Block(
-                    layer,
-                    config,
-                    norm=RMSNorm,
-                    attention=Attention(config, rngs),
-                    mlp=GatedMLP(config, rngs),
-                )
-                for layer in range(config.n_layers)
-            ]
-        )
-        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.add_blocks(rngs, norm=RMSNorm, attention=Attention, mlp=GatedMLP)

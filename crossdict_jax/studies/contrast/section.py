@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crossdict_jax.report.blocks import Block, Details, Heading, html
+from crossdict_jax.report.blocks import Block, Details, Heading, hidden, html
 from crossdict_jax.report.tables import (
     Cell,
     Table,
@@ -48,8 +48,7 @@ def section(rows: list[dict]) -> str:
         transfers = [row for row in of_set if row["what"] == "transfer"]
         raw = flat_table(transfers, "Every column of the mapped directions’ rows", ("source",))
         blocks += [Heading(name), *sentences(transfers), *tables(of_set)]
-        blocks += [Details("Top features by layer", top_features(of_set))]
-        blocks += [Details(raw.caption, [raw])]
+        blocks += [Details("Top features by layer", top_features(of_set)), hidden(raw)]
     return html(blocks)
 
 

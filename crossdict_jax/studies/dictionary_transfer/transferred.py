@@ -16,7 +16,7 @@ from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.dictionaries.crosscoder_training import moments, rotation
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Problem
-from crossdict_jax.maps.base import map_module
+from crossdict_jax.maps.base import map_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def fit_stitch(problem: Problem, settings: MapConfig, kind: str = "ridge") -> St
     )
     both = [problem, Problem(problem.label, train, validation)]
     affine = []
-    for fitted in map_module(kind).fit(both, settings, seed=0, directory=Path()):  # closed forms
+    for fitted in map_class(kind).fit(both, settings, seed=0, directory=Path()):  # closed forms
         m = fitted.map
         W, mean_a, mean_b = (np.asarray(p[...], np.float64) for p in (m.W, m.mean_a, m.mean_b))
         affine.append(Affine(W, mean_b - mean_a @ W))

@@ -24,7 +24,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.scoring import pair_columns, take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
-from crossdict_jax.maps.base import map_class, map_module
+from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader, with_own_codes
 from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, train_network
@@ -181,7 +181,7 @@ def _few_rows(
                 joint = crosscoder_settings(config)
                 joint = dataclasses.replace(joint, batch_size=min(joint.batch_size, n))
                 (few,) = with_own_codes([few], joint, **asked)
-            (fitted,) = map_module(kind).fit([few], settings, **asked)
+            (fitted,) = map_class(kind).fit([few], settings, **asked)
         except UserError:
             if n == counts[-1]:
                 raise  # not for want of rows

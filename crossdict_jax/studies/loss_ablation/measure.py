@@ -11,7 +11,7 @@ from crossdict_jax.config import Config, LossWeights, identity
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.scoring import make_bench, pair_columns, score
-from crossdict_jax.maps.base import map_module
+from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
 from crossdict_jax.studies.loss_ablation.section import tables
@@ -68,7 +68,7 @@ def run(config: Config, work: Workdir) -> None:
             fits.append((name, KIND, settings, directory / name.replace(" ", "-")))
         kept = results.table_of(FILE).columns
         for name, kind, settings, folder in fits:
-            fitted = map_module(kind).fit(problems, settings, seed=seed, directory=folder)
+            fitted = map_class(kind).fit(problems, settings, seed=seed, directory=folder)
             for task, bench, result in zip(tasks, benches, fitted):
                 row = pair_columns(task) | {"map": kind, "pairing": "aligned", "losses": name}
                 row |= score(result.map, bench).row()
