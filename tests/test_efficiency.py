@@ -85,6 +85,9 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
     assert len(layer["problems"]) == 2
     assert all("resid_pre.1" not in label for label in layer["problems"])
     assert len(features["problems"]) == len(nothing["problems"]) == 4
+    assert {len(hidden) for hidden in features["unused"].values()} == {6}
+    assert set(features["unused"]) == {"a 0", "a 1", "b 0", "b 1"}
+    assert nothing["unused"] == layer["unused"] == {}
 
 
 @pytest.mark.parametrize(
