@@ -1,7 +1,5 @@
 """The text around rows of a store: the windows that a model reads, as tokens and as text."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

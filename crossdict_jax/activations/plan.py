@@ -1,7 +1,5 @@
 """What models will read and which positions become rows: known before any model runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -307,14 +307,13 @@ def _parameters(value: Any) -> nnx.Dict | nnx.Param:
 
 
 class ActivationMap(Map):
-    """A map that predicts x_B from x_A and encodes it with B's dictionary."""
+    """A map whose ``activation(inputs, tokens=None)`` predicts x_B [batch, d_b] of x_A.
+
+    B's dictionary encodes what it predicts.
+    """
 
     reads = "activations"
     predicts_activation = True
-
-    def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        """Returns B's activations [batch, d_b] of A's [batch, d_a]."""
-        raise NotImplementedError
 
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         return self.dictionary.encode(self.activation(inputs, tokens=tokens))

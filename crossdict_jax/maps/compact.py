@@ -1,7 +1,5 @@
 """Features of all rows, encoded once and kept as what is active in each."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """What a model's features are without any paired row: directions, statistics, tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The stage that fits every map: both directions, every layer pair, aligned and shuffled."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
