@@ -39,16 +39,9 @@ def expected(
     words: str, published: float, near: float, *, file: str, key: str, **where: Any
 ) -> Expectation:
     """Returns an expectation of this paper: the published number, give or take ``near``."""
-    return Expectation(
-        words,
-        file=file,
-        key=key,
-        low=published - near,
-        high=published + near,
-        published=f"{published}",
-        source="Chen et al. 2025, arXiv 2506.06609",
-        where=where,
-    )
+    ends = {"low": published - near, "high": published + near, "published": f"{published}"}
+    paper = "Chen et al. 2025, arXiv 2506.06609"
+    return Expectation(words, file=file, key=key, source=paper, where=where, **ends)
 
 
 def stitched(words: str, published: float, near: float, *, source: str, target: str) -> Expectation:

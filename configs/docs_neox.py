@@ -3,20 +3,18 @@
 python -m launch.train_lm --config=configs/docs_neox.py --workdir=runs/docs-neox
 """
 
-from crossdict_jax.config import PretrainConfig, TextConfig
+import dataclasses
+
+from configs import docs_gpt2
+from crossdict_jax.config import PretrainConfig
 
 
 def get_config() -> PretrainConfig:
-    return PretrainConfig(
+    return dataclasses.replace(
+        docs_gpt2.get_config(),
         model_type="gpt_neox",
-        d_model=128,  # another width and another tokenizer than the GPT-2 shape
-        n_layers=8,
-        n_heads=4,  # of 32, a quarter of it rotated
-        context=128,
+        d_model=128,  # another width and another tokenizer than the GPT-2 shape; heads of 32
         vocab_size=1024,
-        steps=2400,  # times 16 x 128 tokens: 4.9M tokens, 1.1 epochs
-        batch_size=16,
-        learning_rate=4e-3,
+        steps=2400,  # 4.9M tokens, 1.1 epochs
         seed=1,
-        text=TextConfig(source="docstrings", documents=1_000_000, max_bytes=1_000_000),  # all
     )

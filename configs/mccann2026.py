@@ -36,16 +36,9 @@ def get_expectations() -> tuple[Expectation, ...]:
         ("as_is", "of another seed's dictionary as it is", 0.25, 3.11, "0.25 to 3.11"),
         ("orthogonal", "through one rotation", 0.0, 0.2, "0.01 to 0.15"),
     )
+    file, mean = "dictionary_transfer.jsonl", "mean over the pairs of seeds"
     return tuple(
-        Expectation(
-            f"FVU {words}, mean over the pairs of seeds",
-            file="dictionary_transfer.jsonl",
-            key="fvu",
-            where={"dictionary": dictionary},
-            low=low,
-            high=high,
-            published=published,
-            source=SOURCE,
-        )
+        Expectation(f"FVU {words}, {mean}", file, "fvu", low, high, published, SOURCE, where)
         for dictionary, words, low, high, published in fvus
+        for where in ({"dictionary": dictionary},)
     )

@@ -54,11 +54,7 @@ def test_every_number_is_printed_and_misses_are_counted(work, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [
-        ({"where": {"map": "mlp"}}, "no row with map=mlp"),
-        ({"key": "fvu"}, "no row with  and a fvu|a fvu"),
-        ({"file": "none.jsonl"}, "none.jsonl is missing"),
-    ],
+    [({"where": {"map": "mlp"}}, "no row with map=mlp"), ({"file": "none.jsonl"}, "is missing")],
 )
 def test_a_number_that_is_not_there_is_told(changes, words, work):
     with pytest.raises(UserError, match=words):
@@ -73,28 +69,27 @@ def get_expectations():
 """
 
 
-def run(tmp_path, capfd, *, expect):
+def run(tmp_path, capfd, expect):
     def main(config, work):
         (work.root / "results").mkdir()
         (work.root / "results/r.jsonl").write_text('{"v": 1}\n')
 
-    argv = ["test", "--models=a,b", f"--workdir={tmp_path}/run", *expect]
-    code = command.execute(main, argv)
-    return code, capfd.readouterr()
+    argv = ["test", "--models=a,b", f"--workdir={tmp_path}/run", f"--expect={expect}"]
+    return command.execute(main, argv), capfd.readouterr()
 
 
 @pytest.mark.parametrize(("low", "code"), [(0, 0), (1.5, 1)])
 def test_the_exit_code_says_whether_all_were_met(low, code, tmp_path, capfd):
     file = tmp_path / "expected.py"
     file.write_text(FILE.format(low=low))
-    got, streams = run(tmp_path, capfd, expect=[f"--expect={file}"])
+    got, streams = run(tmp_path, capfd, file)
     assert got == code
     assert ("MISSED" in streams.out) == bool(code)
 
 
-@pytest.mark.parametrize("expect", ["--expect=nowhere.py", "--expect=configs/quickstart.py"])
+@pytest.mark.parametrize("expect", ["nowhere.py", "configs/quickstart.py"])
 def test_a_file_that_expects_nothing_is_told_before_any_work(expect, tmp_path, capfd):
-    code, streams = run(tmp_path, capfd, expect=[expect])
+    code, streams = run(tmp_path, capfd, expect)
     assert code == 2
     assert len(streams.err.splitlines()) == 1
     assert not (tmp_path / "run").exists()

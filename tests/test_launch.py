@@ -183,7 +183,6 @@ def test_help_is_quick():
 
 BROKEN = {
     "no_function": "x = 1\n",
-    "syntax": "def get_config(:\n",
     "raises": "def get_config():\n    raise ValueError('two\\nlines')\n",
     "nothing": "def get_config():\n    pass\n",
     "wrong_type": "from crossdict_jax.config import Config\n"

@@ -163,9 +163,8 @@ def write_run(root) -> Workdir:
     work = write_required(root)
     write_jsonl(work.result("causal.jsonl"), causal_rows(transfer_rows()))
     names = ("log10_frequency_histogram", "decoder_cosine_histogram")
-    keys = ("model", "site", "seed")
     features = [
-        {key: row[key] for key in keys} | dict.fromkeys(names, HISTOGRAM)
+        {key: row[key] for key in ("model", "site", "seed")} | dict.fromkeys(names, HISTOGRAM)
         for row in reconstruction_rows()
     ]
     write_jsonl(work.result("features.jsonl"), features)
@@ -246,9 +245,8 @@ def page(html) -> Page:
     return Page(html)
 
 
-def small_page(root, *, config=None, models=MODELS, **how) -> Page:
-    work = write_required(root, models=models, layers=(6,), **how)
-    return Page(write_report(config or Config(models=models), work).read_text(encoding="utf-8"))
+def page_of(work, models=MODELS) -> Page:
+    return Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------- the page of a whole run
@@ -310,12 +308,8 @@ def test_the_answer_is_made_from_the_numbers(page):
     assert "Negative result" not in page.text
 
 
-def test_equal_results_give_equal_pages(tmp_path):
-    pages = [
-        write_report(Config(), write_required(tmp_path / n / "run", layers=(6,))).read_text()
-        for n in "ab"
-    ]
-    assert pages[0].replace(f"{tmp_path}/a", "") == pages[1].replace(f"{tmp_path}/b", "")
+def test_equal_results_give_equal_pages(run, html):
+    assert write_report(Config(models=MODELS), run).read_text(encoding="utf-8") == html
 
 
 def test_every_setting_is_shown_as_it_is_typed():
@@ -359,15 +353,10 @@ def test_the_documentation_is_filled_from_a_run(run, tmp_path):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    text = small_page(tmp_path).text
-    for name in (
-        "controls.jsonl",
-        "causal.jsonl",
-        "features.jsonl",
-        "metrics.jsonl",
-        "timing.json",
-    ):
-        assert name in text
+    text = page_of(write_required(tmp_path, layers=(6,))).text
+    for name in ("controls", "causal", "matching", "similarity", "features", "metrics"):
+        assert f"{name}.jsonl" in text
+    assert "timing.json" in text and "Which features" not in text
     assert "No causal test was run" in text
     assert "--config=configs/stored.py:" in text
 
@@ -386,7 +375,7 @@ def test_special_characters_are_escaped(tmp_path):
     write_jsonl(work.result("causal.jsonl"), causal_rows(read_run(work).rows["transfer"]))
     controls = [{"control": "ceiling", "map": "<script>alert(1)</script>"}]
     write_jsonl(work.result("controls.jsonl"), controls)
-    page = Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
+    page = page_of(work, models)
     assert not page.tags & {"b", "script"}
     assert 'What do a<b>&"c and $x_1$ --> share?' in page.text
     assert "<script>alert(1)</script>" in page.text
@@ -435,7 +424,7 @@ def test_layers_stitched_together_stand_apart(tmp_path):
     assert run.stitchings() == stitchings(rows)
     first, _ = run.stitchings(together=True)
     assert first.sites == both and first.reference("mean") == 0.55
-    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
+    text = page_of(work).text
     assert f"docs-neox {both} at once" in text and "Several layers at once" in text
 
 
@@ -464,7 +453,7 @@ def test_undefined_numbers_are_dashes(tmp_path):
     for name, file in (("transfer", rows), ("causal", causal_rows(rows))):
         blank = [{k: v if k in keep else None for k, v in row.items()} for row in file]
         write_jsonl(work.result(f"{name}.jsonl"), blank)
-    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
+    page = page_of(work)
     assert "The causal test says nothing" in page.text
     assert "None" not in page.text and "nan" not in page.text
 
@@ -478,11 +467,11 @@ def test_controls_and_single_features_get_their_sections(tmp_path):
     controls += [row | {"control": "untrained", "r2": 0.31, "context_gain": 0.017}]
     write_jsonl(work.result("controls.jsonl"), controls)
     write_jsonl(work.result("feature_transfer.jsonl"), single_feature_rows())
-    page = Page(write_report(Config(), work).read_text(encoding="utf-8"))
+    page = page_of(work)
     title, ridge = page.tables["Controls, docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
     shown = dict(zip((t.split("  ")[0].strip() for t in title), (c.split()[0] for c in ridge)))
     assert shown["map"] == "ridge" and shown["R²"] == number(row["r2"])
-    assert (shown["ceiling"], shown["R², re-initialised"]) == ("0.710", "0.310")
+    assert (shown["R², ceiling"], shown["R², re-initialised"]) == ("0.710", "0.310")
     assert any(c.split()[0] == "0.017" for c in ridge) and any("0.62" in c for c in ridge)
     assert len(page.tables["Every column of controls.jsonl"]) == 3
     caption = next(c for c in page.tables if c.startswith("Most and least transferable"))

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_report import MODELS, Page, write_required
+from test_report import MODELS, Page, page_of, write_required
 
 from crossdict_jax.config import Config
 from crossdict_jax.report import shared, summary_table, write_report
@@ -96,7 +96,7 @@ def test_the_answer_counts_confirmed_features(page):
 def test_no_more_than_luck_is_called_a_negative_result(tmp_path):
     work = write_required(tmp_path, layers=(2,))
     write_jsonl(work.result("matching.jsonl"), matching_rows(2, 3, 3))
-    text = Page(write_report(Config(), work).read_text(encoding="utf-8")).text
+    text = page_of(work).text
     assert "Negative result: held-out text confirms no more one-to-one pairs" in text
     assert "(3 against 3)" in text
 

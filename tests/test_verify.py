@@ -112,13 +112,6 @@ def test_every_setting_changes_something():
         assert bits(dataclasses.replace(base, **{name: value})) != bits(base), name
 
 
-def test_splits_are_by_document(related):
-    train, test = related.split(0.25)
-    assert len(train) + len(test) == len(related)
-    assert not set(train.document) & set(test.document)
-    assert len(np.unique(test.document)) == RELATED.documents // 4
-
-
 # ---------------------------------------------------------------- text
 
 SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import resource
 import statistics
@@ -94,18 +95,11 @@ class Bench:
 
 
 def timed(run: Callable[[], Any]) -> Spent:
-    """Returns what ``run()`` takes, the processes it starts with it, or what it says it took.
-
-    Arrays that it returns are waited for.
-    """
-
-    def cpu() -> float:
-        both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(usage.ru_utime + usage.ru_stime for usage in both)
-
-    started, before = time.perf_counter(), cpu()
+    """Returns what ``run()`` takes with all that it starts, or what it says that it took."""
+    started, cpu_started = time.perf_counter(), time.process_time() + sum(os.times()[2:4])
     result = jax.block_until_ready(run())
-    spent = Spent(time.perf_counter() - started, cpu() - before)
+    cpu_seconds = time.process_time() + sum(os.times()[2:4]) - cpu_started  # children's too
+    spent = Spent(time.perf_counter() - started, cpu_seconds)
     return result if isinstance(result, Spent) else spent
 
 

@@ -32,18 +32,12 @@ BATCHES = 8  # of training rows of a map
 
 
 class Training:
-    """A training that stands still between runs of a few steps, in the loop's own program.
+    """A training that stands still between runs of at most ``longest`` steps: the loop's code."""
 
-    Args:
-      longest: steps of one run at most: rows that come from the host are sent for so many.
-    """
-
-    def __init__(
-        self, trainable: Trainable, feed: Feed, state_shardings, *, longest: int = MAX_CHUNK
-    ):
+    def __init__(self, trainable: Trainable, feed: Feed, layout, *, longest: int = MAX_CHUNK):
         root = jax.random.key(0)
         self._chunks = Chunks(trainable, feed, root, limit=longest)
-        self.state = jax.block_until_ready(initial(trainable, root, state_shardings))
+        self.state = jax.block_until_ready(initial(trainable, root, layout))
         self._done = 0
 
     def run(self, count: int) -> None:
@@ -62,14 +56,12 @@ def dictionary_steps(
 ) -> Training:
     """Returns the training of dictionaries on the store in ``folder``, as one ensemble.
 
-    Args:
-      resident: whether rows stay on the devices; None: if they fit.
-      sae: settings of the dictionaries.
+    ``resident``: whether rows stay on the devices; None: if they fit.
     """
     config, store = SAEConfig(steps=LONG, **sae), open_store(folder)
     group = members(config, [(MODEL, SITE)])
     ensemble = prepare(config, store, group, store.select("train"), resident=resident)
-    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.by_member, longest=longest)
+    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.layout, longest=longest)
 
 
 def map_steps(
@@ -85,7 +77,7 @@ def map_steps(
     config = MapConfig(hidden=hidden, dropout=0.1, batch_size=batch_size, steps=LONG)
     ensemble, _ = prepare_maps(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
     ensemble.objective.validate_every = LONG  # validation is between the steps that are timed
-    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.by_member)
+    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.layout)
 
 
 class Extraction:
@@ -95,9 +87,8 @@ class Extraction:
         lm = models.load(folder / "model")
         self._runner = Runner(lm, batch_size=batch_size, dtype=matmul_dtype)
         self._sites = [Site(layer) for layer in layers]
-        with np.load(folder / "windows.npz", allow_pickle=False) as file:
-            tokens = file["tokens"].astype(np.int32)
-            self._windows = np.split(tokens, np.cumsum(file["lengths"])[:-1])
+        file = np.load(folder / "windows.npz", allow_pickle=False)
+        self._windows = np.split(file["tokens"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
 
     def run(self, count: int) -> None:
         """Reads all windows so many times."""

@@ -9,9 +9,10 @@ from typing import Any
 
 from crossdict_jax.config.rules import (
     ABOVE_0,
-    DTYPE,
+    DTYPES,
     FILLED,
     NOT_0,
+    ROWS_OR_0,
     SEED,
     SHARE,
     SHARE_OR_0,
@@ -19,14 +20,15 @@ from crossdict_jax.config.rules import (
     SHARE_OR_1,
     SITE_OR_NONE,
     SITES,
-    Rule,
     architectures,
     at_least,
+    choice,
     gate_files,
     has_k,
     map_kinds,
     measurements,
     one_of,
+    optional,
     setting,
 )
 from crossdict_jax.errors import UserError
@@ -42,6 +44,7 @@ DEFAULT_MAPS = tuple(kind for kind in MAP_ORDER if kind not in ("token_target", 
 # untrained: to the target with all its weights drawn anew, what training has nothing to do with.
 # reseeded: trained maps that read features once more from another seed: are their weights stable?
 CONTROLS = ("ceiling", "untrained", "reseeded")
+Names, Ints, Numbers = tuple[str, ...], tuple[int, ...], tuple[float, ...]
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
 MATMUL = "Type of the inputs of matrix products; bfloat16 is faster on accelerators"
 CHECKPOINTS = "Training steps between checkpoints, which is what a kill can lose"
@@ -55,10 +58,7 @@ class TextConfig:
     """Where documents come from and how they are cut and split."""
 
     source: str = setting(
-        "docstrings",
-        "docstrings, a file or folder of .txt, .jsonl or .parquet, or "
-        "hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]",
-        FILLED,
+        "docstrings", "docstrings, a file or folder, or hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]", FILLED
     )
     column: str = setting("text", "Field of .jsonl and .parquet rows that holds the text", FILLED)
     documents: int = setting(1000, "Documents in all, before they are split", at_least(3))
@@ -81,10 +81,8 @@ class ExtractConfig:
 
     batch_size: int = setting(32, "Windows of text per forward pass", at_least(1))
     norm_mask: float = setting(10.0, "Drop rows longer than this multiple of the median", ABOVE_0)
-    nonfinite: str = setting(
-        "refuse", "What to do with rows of NaN or infinity", one_of("refuse", "skip")
-    )
-    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    nonfinite: str = choice("What to do with rows of NaN or infinity", "refuse", "skip")
+    matmul_dtype: str = choice(MATMUL, *DTYPES)
 
 
 @dataclass
@@ -92,26 +90,16 @@ class SAEConfig:
     """One ensemble of dictionaries: every model, layer and seed."""
 
     architecture: str = setting("topk", "Kind of dictionary", one_of(*architectures()))
-    output_site: str = setting(
-        "", "Site that transcoders write, as in mlp_out or MODEL:mlp_out.6", SITE_OR_NONE
-    )
-    sources: tuple[str, ...] = setting(
+    output_site: str = setting("", "What transcoders write, as in mlp_out", SITE_OR_NONE)
+    sources: Names = setting(
         (), f"Dictionary of each model: train, a folder or {HUB}", FILLED, empty=True, repeat=True
     )
-    source_codes: str = setting(
-        "own", "Features of sources; relu: without TopK or threshold", one_of("own", "relu")
-    )
+    source_codes: str = choice("Features of sources; relu: without TopK", "own", "relu")
     width: Count = setting(4096, "Features per dictionary, or several", at_least(1))
-    k: Count = setting(
-        32, "Active features per row of topk, batchtopk and matryoshka, or several", at_least(1)
-    )
-    l1_coefficient: Number = setting(
-        1.0, "Weight of the penalty of relu, gated and jumprelu, or several", at_least(0)
-    )
+    k: Count = setting(32, "Active features per row of topk kinds, or several", at_least(1))
+    l1_coefficient: Number = setting(1.0, "Weight of the sparsity penalty, or several", at_least(0))
     learning_rate: Number = setting(
-        0.0,
-        "Learning rate of Adam, or several; 0: 2e-3 sqrt(4096 / width), L1 twice that",
-        at_least(0),
+        0.0, "Learning rate of Adam, or several; 0: 2e-3 sqrt(4096 / width)", at_least(0)
     )
     steps: int = setting(2500, "Training steps", at_least(1))
     batch_size: int = setting(1024, "Rows per training step", at_least(1))
@@ -121,10 +109,10 @@ class SAEConfig:
         0, "Rows without firing after which a feature is dead; 0: 2 % of all rows read", at_least(0)
     )
     l0_target: float = setting(0.0, "Active features that jumprelu aims for; 0: none", at_least(0))
-    nested_fractions: tuple[float, ...] = setting(
-        (0.25, 0.5), "Nested widths of matryoshka, as shares of the width", SHARE_OR_1
+    nested_fractions: Numbers = setting(
+        (0.25, 0.5), "Nested widths of matryoshka, as shares", SHARE_OR_1
     )
-    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    matmul_dtype: str = choice(MATMUL, *DTYPES)
 
     def check(self) -> None:
         swept = [name for name in SWEPT if isinstance(getattr(self, name), tuple)]
@@ -167,9 +155,9 @@ class HypernetworkConfig:
 class MapConfig:
     """The maps, and how the trained ones are trained."""
 
-    kinds: tuple[str, ...] = setting(DEFAULT_MAPS, "Maps to fit", one_of(*map_kinds()))
-    ridge_penalties: tuple[float, ...] = setting(
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "Penalties to choose from, times the variance", ABOVE_0
+    kinds: Names = setting(DEFAULT_MAPS, "Maps to fit", one_of(*map_kinds()))
+    ridge_penalties: Numbers = setting(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "To choose from, times the variance", ABOVE_0
     )
     hidden: int = setting(512, "Units per hidden layer of mlp and token_mlp", at_least(1))
     head: str = setting("jumprelu", "What makes features exactly zero", one_of(*MAP_HEADS))
@@ -187,18 +175,14 @@ class CrosscoderConfig:
     """Joint dictionaries: one code of all models for each layer tuple, and its controls."""
 
     # l1 invents latents that belong to one model.
-    variant: str = setting("batchtopk", "Kind of crosscoder", one_of("batchtopk", "l1"))
+    variant: str = choice("Kind of crosscoder", "batchtopk", "l1")
     width: int = setting(0, "Latents; 0: sae.width", at_least(0))
     l1_coefficient: float = setting(1.0, "Weight of the penalty of variant l1", at_least(0))
-    shared_fraction: float = setting(
-        1.0, "Share of latents for all models; the others belong to one each", SHARE_OR_0_OR_1
-    )
+    shared_fraction: float = setting(1.0, "Share of latents for all models", SHARE_OR_0_OR_1)
     drop_probability: float = setting(0.5, "Chance that a row leaves a model out", SHARE_OR_0)
     learning_rate: float = setting(0.0, "Learning rate of Adam; 0: sae.learning_rate", at_least(0))
     steps: int = setting(0, "Training steps; 0: sae.steps", at_least(0))
-    self_nulls: int = setting(
-        0, "Layers at which the first model is paired with itself", at_least(0)
-    )
+    self_nulls: int = setting(0, "Layers at which a model meets itself", at_least(0))
 
 
 @dataclass
@@ -208,42 +192,26 @@ class EvaluationConfig:
     bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(1))
     pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", at_least(0))
     batch_size: int = setting(1024, "Rows per pass of a map or dictionary", at_least(1))
-    matching: str = setting(
-        "mutual_best", "How features are matched by correlation", one_of("mutual_best", "hungarian")
-    )
-    minimum_firings: int = setting(
-        30, "Training rows on which a matched feature fires", at_least(1)
-    )
+    matching: str = choice("How features are matched by correlation", "mutual_best", "hungarian")
+    minimum_firings: int = setting(30, "Training rows on which it fires", at_least(1))
     fdr: float = setting(0.05, "False discovery rate of confirmed matches", SHARE)
-    similarity_rows: int = setting(
-        2000,
-        "Held-out rows on which all layers are compared; 0: no comparison",
-        Rule("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000),
-    )
+    similarity_rows: int = setting(2000, "Rows on which layers are compared; 0: none", ROWS_OR_0)
 
 
 @dataclass
 class EfficiencyConfig:
     """How much paired data a map is worth: launch.efficiency."""
 
-    rows: tuple[int, ...] = setting(
-        (32, 128, 512, 2048, 8192), "Numbers of paired rows to fit on, before all", at_least(2)
-    )
+    rows: Ints = setting((32, 128, 512, 2048, 8192), "Paired rows to fit on", at_least(2))
 
 
 @dataclass
 class ParetoConfig:
     """Which dictionaries make the curves of L0 against FVU: launch.pareto."""
 
-    architectures: tuple[str, ...] = setting(
-        (), "Kinds of dictionary; blank: all", one_of(*architectures()), empty=True
-    )
-    k: tuple[int, ...] = setting(
-        (), "Values of k; blank: 1/4, 1/2, 1 and 2 times sae.k", at_least(1), empty=True
-    )
-    penalties: tuple[float, ...] = setting(
-        (0.25, 0.5, 1.0, 2.0, 4.0), "Multiples of the usual sparsity penalty", ABOVE_0
-    )
+    architectures: Names = optional("Kinds of dictionary; blank: all", one_of(*architectures()))
+    k: Ints = optional("Values of k; blank: 1/4, 1/2, 1 and 2 times sae.k", at_least(1))
+    penalties: Numbers = setting((0.25, 0.5, 1.0, 2.0, 4.0), "Shares of the usual penalty", ABOVE_0)
 
 
 @dataclass
@@ -253,41 +221,29 @@ class InterventionConfig:
     documents: int = setting(64, "Test documents to read at most", at_least(1))
     batch_size: int = setting(16, "Windows of text per forward pass", at_least(1))
     features: int = setting(16, "Source features to test per direction; 0: none", at_least(0))
-    feature_ids: tuple[int, ...] = setting(
-        (), "Features of the first model to test instead, as in 3,17", at_least(0), empty=True
-    )
-    choose: str = setting(
-        "random",
-        "Which features: random ones that fire, or the best matched",
-        one_of("random", "matched"),
-    )
-    layers: str = setting("middle", "Layer pairs to test features at", one_of("middle", "all"))
-    maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
+    feature_ids: Ints = optional("Features of the first model to test, as in 3,17", at_least(0))
+    choose: str = choice("Random features that fire, or the best matched", "random", "matched")
+    layers: str = choice("Layer pairs to test features at", "middle", "all")
+    maps: Names = setting(("all",), MAPS, one_of("all", *map_kinds()))
     contexts: int = setting(16, "Positions per feature, where it fires", at_least(1))
-    positions: str = setting(
-        "firing", "Where to edit; prompt: also at all positions before", one_of("firing", "prompt")
-    )
-    span: str = setting("last", "Tokens of a span to edit", one_of("last", "whole"))
-    norm: str = setting("residual", NORM, one_of("residual", "feature", "mapped"))
-    alphas: tuple[float, ...] = setting(
-        (0.05, 0.1, 0.2, 0.4, 0.8), "Doses; scores are of the middle one", ABOVE_0
-    )
+    positions: str = choice("Where to edit; prompt: also all before", "firing", "prompt")
+    span: str = choice("Tokens of a span to edit", "last", "whole")
+    norm: str = choice(NORM, "residual", "feature", "mapped")
+    alphas: Numbers = setting((0.05, 0.1, 0.2, 0.4, 0.8), "Doses; the middle one counts", ABOVE_0)
 
 
 @dataclass
 class ContrastConfig:
     """Minimal pairs of sentences, and the features on which a preference rests: launch.contrast."""
 
-    source: tuple[str, ...] = setting(
-        (), "Files or folders of sentence pairs, .jsonl or .json", FILLED, empty=True
-    )
+    source: Names = optional("Files or folders of sentence pairs, .jsonl or .json", FILLED)
     # Features are chosen on one half of the pairs and tested on the other; each has an interval.
     pairs: int = setting(200, "Sentence pairs of each set at most", at_least(4))
     features: int = setting(8, "Features of largest effect to ablate together", at_least(1))
     # Fewer than 19 never show p = 0.05.
     controls: int = setting(32, "Random directions, and directions of other features", at_least(19))
-    maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
-    span: str = setting("last", "Tokens of a span to ablate at", one_of("last", "whole"))
+    maps: Names = setting(("all",), MAPS, one_of("all", *map_kinds()))
+    span: str = choice("Tokens of a span to ablate at", "last", "whole")
 
 
 @dataclass
@@ -297,23 +253,15 @@ class SteerConfig:
     source: str = setting("", "Name of the model whose feature it is; blank: the first")
     target: str = setting("", "Name of the model that writes; blank: the first other one")
     layer_pair: str = setting("", "Layers of source and target, as in 6:6; blank: the middle pair")
-    feature: int = setting(
-        -1, "Number of the source's feature; -1: the first of search", at_least(-1)
-    )
+    feature: int = setting(-1, "Number of the source feature; -1: by search", at_least(-1))
     search: str = setting("", "Text around which to look for features that fire")
-    map: str = setting(
-        "ridge",
-        "Map that gives the direction; match: the matched feature",
-        one_of("match", *map_kinds()),
-    )
-    alphas: tuple[float, ...] = setting((0.2, 0.4), "Doses; below 0: against the feature", NOT_0)
-    norm: str = setting("residual", NORM, one_of("residual", "feature", "mapped"))
+    map: str = setting("ridge", "What gives the direction", one_of("match", *map_kinds()))
+    alphas: Numbers = setting((0.2, 0.4), "Doses; below 0: against the feature", NOT_0)
+    norm: str = choice(NORM, "residual", "feature", "mapped")
     prompts: str = setting("", "One text, or a .txt file of one a line; blank: test documents")
     samples: int = setting(8, "Texts per prompt; at temperature 0 there is one", at_least(1))
     tokens: int = setting(0, "New tokens per text; 0: 48, or the target's context", at_least(0))
-    temperature: float = setting(
-        0.8, "Sampling temperature; 0: always the likeliest token", at_least(0)
-    )
+    temperature: float = setting(0.8, "Sampling temperature; 0: the likeliest", at_least(0))
     top_p: float = setting(0.95, "Draw among tokens of this share of probability", SHARE_OR_1)
 
 
@@ -324,42 +272,32 @@ class ProbeConfig:
     source: str = setting("", "File of labelled texts, one JSON object a line")
     text: str = setting("text", "Field that holds the text", FILLED)
     label: str = setting("label", "Field that holds the label: text or a whole number", FILLED)
-    pooling: str = setting(
-        "last", "How features are pooled over a text", one_of("last", "max", "mean")
-    )
+    pooling: str = choice("How features are pooled over a text", "last", "max", "mean")
     # Two labelled texts of each fold at least.
-    examples: tuple[int, ...] = setting((16, 64, 256), "Labelled texts to train on", at_least(8))
-    maps: tuple[str, ...] = setting(("all",), MAPS, one_of("all", *map_kinds()))
+    examples: Ints = setting((16, 64, 256), "Labelled texts to train on", at_least(8))
+    maps: Names = setting(("all",), MAPS, one_of("all", *map_kinds()))
 
 
 @dataclass
 class Config:
     """A whole run: the models, their layers, and each stage's settings."""
 
-    models: tuple[str, ...] = setting(
+    models: Names = setting(
         (),
         "Two or more folders or hub ids; blank: the embedded pair",
         FILLED,
         empty=True,
         repeat=True,
     )
-    layers: tuple[int, ...] = setting(
-        (5, 6, 7), "Layers to read in every model, as in 5,6,7", at_least(0)
-    )
-    layer_pairs: str = setting(
-        "", "In place of layers, FIRST:OTHERS with commas between, as in 6:10,7:11"
-    )
+    layers: Ints = setting((5, 6, 7), "Layers to read in every model", at_least(0))
+    layer_pairs: str = setting("", "In place of layers, FIRST:OTHERS, as in 6:10,7:11")
     site: str = setting("resid_pre", "Where in a layer to read", one_of(*SITES))
     seed: int = setting(0, "Random seed for splits, initialisation, batch order and controls", SEED)
-    records: tuple[str, ...] = setting(
-        (), "Where training curves go besides files", one_of("tensorboard", "wandb"), empty=True
+    records: Names = optional("Where curves go besides files", one_of("tensorboard", "wandb"))
+    controls: Names = setting(
+        CONTROLS[:2], "Controls beside shuffled pairs", one_of(*CONTROLS), empty=True
     )
-    controls: tuple[str, ...] = setting(
-        CONTROLS[:2], "Controls beside shuffled pairs; blank: none", one_of(*CONTROLS), empty=True
-    )
-    control_kinds: tuple[str, ...] = setting(
-        (), "Maps that get controls; blank: all of map.kinds", one_of(*map_kinds()), empty=True
-    )
+    control_kinds: Names = optional("Maps that get controls; blank: all", one_of(*map_kinds()))
     control_pairs: int = setting(0, "Layer pairs that get controls; 0: all", at_least(0))
     checkpoint_every: int = setting(500, CHECKPOINTS, at_least(1))
     text: TextConfig = field(default_factory=TextConfig)
@@ -390,7 +328,7 @@ class Config:
 class PretrainConfig:
     """A small language model of our own: its shape, its tokenizer, its training."""
 
-    model_type: str = setting("gpt2", "Architecture", one_of("gpt2", "gpt_neox"))
+    model_type: str = choice("Architecture", "gpt2", "gpt_neox")
     d_model: int = setting(128, "Width of the residual stream", at_least(1))
     n_layers: int = setting(8, "Number of layers", at_least(1))
     n_heads: int = setting(4, "Attention heads; they must divide d_model", at_least(1))
@@ -400,7 +338,7 @@ class PretrainConfig:
     steps: int = setting(1500, "Training steps", at_least(1))
     batch_size: int = setting(16, "Windows per training step", at_least(1))
     learning_rate: float = setting(4e-3, "Learning rate of Muon and Adam", ABOVE_0)
-    matmul_dtype: str = setting("float32", MATMUL, DTYPE)
+    matmul_dtype: str = choice(MATMUL, *DTYPES)
     checkpoint_every: int = setting(100, CHECKPOINTS, at_least(1))
     save_dtype: str = setting(
         "float16", "Type of the saved weights", one_of("float32", "float16", "bfloat16")
@@ -421,7 +359,7 @@ class ConvertConfig:
     """What is converted, and into which format."""
 
     source: str = setting("", "A run, a dictionary of any known format, or " + HUB, FILLED)
-    format: str = setting("saelens", "Format to write", one_of("saelens", "crossdict"))
+    format: str = choice("Format to write", "saelens", "crossdict")
     hook_name: str = setting("", "Hook name to write for SAELens; a run knows its own")
     model_name: str = setting("", "Model name to write for SAELens; a run knows its own")
     push: str = setting("", f"Where to upload the result, as in {HUB}; blank: nowhere")
@@ -431,7 +369,7 @@ class ConvertConfig:
 class VerifyConfig:
     """Which known answers the whole machine must give."""
 
-    gates: tuple[str, ...] = setting(tuple(gate_files()), "Gates to run", one_of(*gate_files()))
+    gates: Names = setting(tuple(gate_files()), "Gates to run", one_of(*gate_files()))
     seed: int = setting(0, "Random seed of everything planted, drawn and trained", SEED)
 
 
@@ -439,10 +377,8 @@ class VerifyConfig:
 class BenchmarkConfig:
     """What launch.benchmark measures."""
 
-    suite: str = setting("cpu", "Sizes for two CPU cores or a large GPU", one_of("cpu", "gpu"))
-    benchmarks: tuple[str, ...] = setting(
-        (), "Measurements; blank: all of the suite", one_of(*measurements()), empty=True
-    )
+    suite: str = choice("Sizes for two CPU cores or a large GPU", "cpu", "gpu")
+    benchmarks: Names = optional("Measurements; blank: all of the suite", one_of(*measurements()))
     repeats: int = setting(5, "Rounds in which every contender runs once", at_least(1))
     seed: int = setting(0, "Random seed of made-up rows, texts and weights", SEED)
 

@@ -56,7 +56,18 @@ SITE_OR_NONE = Rule(
     f"nothing, or [MODEL:]KIND[.LAYER] with a kind of {', '.join(SITES)}",
     lambda value: not value or OUTPUT_SITE.fullmatch(value) is not None,
 )
-DTYPE = one_of("float32", "bfloat16")
+ROWS_OR_0 = Rule("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000)
+DTYPES = ("float32", "bfloat16")
+
+
+def choice(help: str, *names: str) -> Any:
+    """Returns a setting that is one of several names, by default the first."""
+    return setting(names[0], help, one_of(*names))
+
+
+def optional(help: str, rule: Rule) -> Any:
+    """Returns a setting of no value or several, by default none."""
+    return setting((), help, rule, empty=True)
 
 
 def files_of(folder: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +125,8 @@ def parse(kind: Any, text: str) -> Any:
             values.append(type_(part))
         except ValueError:
             raise ValueError(f"{part!r} is not {words}") from None
-    return (
-        values[0] if not several or (len(values) == 1 and kind in (Number, Count)) else (*values,)
-    )
+    single = not several or (len(values) == 1 and kind in (Number, Count))
+    return values[0] if single else tuple(values)
 
 
 def spell(value: Any) -> str:
@@ -143,33 +141,25 @@ def validate(config: Any) -> None:
     that must fit each other, the ``check`` of their class knows.
     """
     for name, field in settings(type(config)).items():
-        _check_value(name, get(config, name), field)
-    for group in _groups(config):
+        value, (type_, may_be_several, words) = get(config, name), WORDS[field.type]
+        several, rule = isinstance(value, tuple), field.metadata["rule"]
+        values, types = value if several else (value,), (int, float) if type_ is float else (type_,)
+        fits = several == may_be_several or field.type in (Number, Count)
+        finite = (type(v) in types and (type_ is str or math.isfinite(v)) for v in values)
+        if not fits or not all(finite):
+            raise UserError(f"{name}={spell(value)} is not {words}.")
+        for each in values:
+            if rule and not rule.allows(each):
+                wrong = f": {spell(each)}" if several else ""
+                raise UserError(f"{name}={spell(value)}{wrong} must be {rule.words}.")
+        if not values and not field.metadata["empty"]:
+            raise UserError(f"{name} is empty; give one value or more, with commas between.")
+        if len(set(values)) < len(values) and not field.metadata["repeat"]:
+            raise UserError(f"{name}={spell(value)} holds a value twice; give each once.")
+    groups = [config]
+    for group in groups:  # grows by the groups inside
+        inner = [getattr(group, f.name) for f in dataclasses.fields(group)]
+        groups += [value for value in inner if dataclasses.is_dataclass(value)]
+    for group in reversed(groups):
         if hasattr(group, "check"):
             group.check()
-
-
-def _groups(config: Any) -> Iterator[Any]:
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(field.type):
-            yield from _groups(getattr(config, field.name))
-    yield config
-
-
-def _check_value(name: str, value: Any, field: dataclasses.Field) -> None:
-    type_, may_be_several, words = WORDS[field.type]
-    several = isinstance(value, tuple)
-    values = value if several else (value,)
-    types = (int, float) if type_ is float else (type_,)
-    fits = several == may_be_several or field.type in (Number, Count)
-    if not fits or not all(type(v) in types and (type_ is str or math.isfinite(v)) for v in values):
-        raise UserError(f"{name}={spell(value)} is not {words}.")
-    rule = field.metadata["rule"]
-    for each in values:
-        if rule and not rule.allows(each):
-            wrong = f": {spell(each)}" if several else ""
-            raise UserError(f"{name}={spell(value)}{wrong} must be {rule.words}.")
-    if not values and not field.metadata["empty"]:
-        raise UserError(f"{name} is empty; give one value or more, with commas between.")
-    if len(set(values)) < len(values) and not field.metadata["repeat"]:
-        raise UserError(f"{name}={spell(value)} holds a value twice; give each once.")

@@ -7,7 +7,7 @@ from itertools import groupby
 from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
 from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
 from crossdict_jax.report.results import Comparison, Run
-from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, share, table
+from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, scores, share, table
 from crossdict_jax.results import by_pair, pair_of, site_words
 
 MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
@@ -112,13 +112,10 @@ def summary_table(rows: list[dict]) -> Table:
     cells = [
         {
             "mapped by": row["direction"],
-            "features": score(row, "n_features"),
+            **scores(row, "n_features"),
             "transfer": share(row, "share_transferring"),
             "effect, nats": score(row, "effect"),
-            "over random": score(row, "specific_random"),
-            "over other features": score(row, "specific_shuffled"),
-            "over random, equal KL": score(row, "specific_random_at_kl"),
-            "KL": score(row, "kl"),
+            **scores(row, "specific_random", "specific_shuffled", "specific_random_at_kl", "kl"),
             "of the match’s": share(row, "of_match"),
             "removal r": score(row, "ablation_r", null="ablation_r_shuffled"),
         }
@@ -144,10 +141,7 @@ def features_table(rows: list[dict]) -> Table:
                 "feature": Cell(str(row["feature"]), verdict, style=style),
                 **promoted,
                 "effect, nats": score(row, "effect"),
-                "over random": score(row, "specific_random"),
-                "over other features": score(row, "specific_shuffled"),
-                "KL": score(row, "kl"),
-                "q": score(row, "q"),
+                **scores(row, "specific_random", "specific_shuffled", "kl", "q"),
                 "removal r": score(row, "ablation_r", 2, null="ablation_r_shuffled"),
                 "match|r": Cell(str(row["match"]), number(row["match_r"], 2)),
             }

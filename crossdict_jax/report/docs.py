@@ -74,18 +74,12 @@ def models_table() -> Table:
     for name in models.EMBEDDED:
         config = models.load_config(name)
         training = read_json(models.ASSETS / name / "training.json")
-        rows.append(
-            {
-                "model": name,
-                "shape": f"{config.n_layers} layers of {config.d_model}, vocabulary "
-                f"{config.vocab_size}",
-                "parameters": f"{training['parameters'] / 1e6:.2f} M",
-                "tokens seen": f"{training['tokens_seen'] / 1e6:.1f} M",
-                "held out": number(training["loss"]),
-                "bigram": number(training["bigram_loss"]),
-                "unigram": number(training["unigram_loss"]),
-            }
-        )
+        shape = f"{config.n_layers} layers of {config.d_model}, vocabulary {config.vocab_size}"
+        cells = {"model": name, "shape": shape}
+        cells["parameters"] = f"{training['parameters'] / 1e6:.2f} M"
+        cells["tokens seen"] = f"{training['tokens_seen'] / 1e6:.1f} M"
+        losses = {"held out": "loss", "bigram": "bigram_loss", "unigram": "unigram_loss"}
+        rows.append(cells | {title: number(training[key]) for title, key in losses.items()})
     return table("", rows)
 
 

@@ -13,7 +13,16 @@ from crossdict_jax.report.answer import dictionary_name
 from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels, hidden
 from crossdict_jax.report.plots import SERIES, Figure, histogram_figure, line_figure
 from crossdict_jax.report.results import Curves, Run
-from crossdict_jax.report.tables import Table, flat_table, heading, number, score, share, table
+from crossdict_jax.report.tables import (
+    Table,
+    flat_table,
+    heading,
+    number,
+    score,
+    scores,
+    share,
+    table,
+)
 from crossdict_jax.results import SCORES, SPINE, map_order
 from crossdict_jax.workdir import flatten
 
@@ -40,10 +49,9 @@ def run_section(config: Config, run: Run, root: Path) -> list[Block]:
     read = run.pairing.get("text", {})
     sizes = [f"{kind} {_by_split(read[kind])}" for kind in ("documents", "bytes") if kind in read]
     held_out = []
-    for key, name in (("n_rows", "rows"), ("n_documents", "documents")):
-        counts = [row[key] for row in rows["transfer"] if row.get(key) is not None] or [0]
-        ends = dict.fromkeys((min(counts), max(counts)))
-        held_out.append(f"{' to '.join(map(number, ends))} {name}")
+    for name in ("rows", "documents"):
+        counts = [row.get(f"n_{name}") or 0 for row in rows["transfer"]] or [0]
+        held_out.append(f"{' to '.join(map(number, sorted({min(counts), max(counts)})))} {name}")
     stages = [stage for stage in run.timing.values() if isinstance(stage, dict)]
     devices = {f"{s['devices']} × {s['device']}" for s in stages if {"device", "devices"} <= {*s}}
     missing = [t.file for t in SPINE if not rows[t.file.removesuffix(".jsonl")]]
@@ -116,16 +124,10 @@ def dictionaries_section(run: Run) -> list[Block]:
             "model": str(row["model"]),
             "site": str(row["site"]),
             "dictionary": dictionary_name(row),
-            "features": score(row, "width"),
-            "L0": score(row, "l0", 1),
-            "FVU": score(row, "fvu"),
+            **scores(row, "width", "l0", "fvu"),
             "dead": share(row, "dead_fraction", 1),
-            "CE clean": score(row, "ce_clean"),
-            "CE zero": score(row, "ce_zero"),
-            "CE mean": score(row, "ce_mean"),
-            "CE dictionary": score(row, "ce_sae"),
-            "loss recovered|0: zeros": score(row, "loss_recovered"),
-            "loss recovered|0: the mean": score(row, "loss_recovered_mean"),
+            **scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae"),
+            **scores(row, "loss_recovered", "loss_recovered_mean"),
         }
         for row in rows
     ]

@@ -5,10 +5,20 @@ from __future__ import annotations
 from crossdict_jax.report.blocks import Block, Code, Panels, hidden
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, draw
 from crossdict_jax.report.results import Run
-from crossdict_jax.report.tables import Cell, flat_table, number, percent, score, share, table
+from crossdict_jax.report.tables import (
+    Cell,
+    flat_table,
+    number,
+    percent,
+    score,
+    scores,
+    share,
+    table,
+)
 from crossdict_jax.results import PAIR, pair_of, site_words
 
 MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
+LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
 INVENTED = 0.2  # share of latents that pass as shared on shuffled rows, from which on it is told
 
@@ -236,15 +246,8 @@ def crosscoder_section(run: Run) -> list[Block]:
             {
                 "model": row["model"],
                 "trained on": row["pairing"],
-                "FVU": score(row, "fvu"),
-                "from it alone": score(row, "fvu_alone"),
-                "from the others": score(row, "fvu_from_others"),
-                "L0": score(row, "l0", 1),
-                "dead": share(row, "dead_fraction"),
-                "shared": share(row, "shared"),
-                "confirmed": share(row, "shared_confirmed"),
-                "exclusive": share(row, "exclusive"),
-                "refuted": share(row, "exclusive_refuted"),
+                **scores(row, "fvu", "fvu_alone", "fvu_from_others", "l0"),
+                **scores(row, "dead_fraction", *LATENTS, cell=share),
             }
             for row in rows
             if row["sites"] == sites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
@@ -16,17 +16,16 @@ VERDICTS = {
     NO_BETTER: ("none", "○"),
 }
 TITLES = {
-    "r2": "R²",
-    "fvu": "FVU",
-    "l0": "L0",
-    "ce": "CE",
-    "kl": "KL",
-    "top1": "top-1",
     "width": "features",
-    "fdr": "FDR",
+    "n_features": "features",
     "cosine_mean_predictor": "cosine of the mean",
     "cosine_centered": "centred cosine",
+    "specific_random": "over random",
+    "specific_shuffled": "over other features",
+    "specific_random_at_kl": "over random, equal KL",
+    "untrained": "re-initialised",
 }
+ABBREVIATIONS = {"r2": "R²", "top1": "top-1"} | {x.lower(): x for x in ("FVU", "L0", "CE", "KL")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +95,11 @@ def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
     text, low, high = (percent(row.get(key + end), digits) for end in ("", "_low", "_high"))
     bounds = f"[{low}, {high}]" if row.get(f"{key}_low") is not None else ""
     return Cell(text, bounds, percent(row.get(null), digits) if null else "")
+
+
+def scores(row: dict, *keys: str, cell: Callable = score) -> dict[str, Cell]:
+    """Returns some columns of a result row as cells by their titles."""
+    return {heading(key): cell(row, key) for key in keys}
 
 
 def flat_table(rows: list[dict], caption: str, first: Iterable[str] = ()) -> Table:
@@ -173,5 +177,8 @@ def interval(row: dict, key: str, digits: int = 3) -> str:
 
 
 def heading(key: str) -> str:
-    """Returns the title of a column of a result file."""
-    return TITLES.get(key, key.replace("_", " "))
+    """Returns the title of a column of a result file, or of CONTROL.COLUMN."""
+    control, _, column = key.rpartition(".")
+    words = [ABBREVIATIONS.get(word, word) for word in column.split("_")]
+    title = TITLES.get(column) or " ".join(words)
+    return f"{title}, {TITLES.get(control, control)}" if control else title

@@ -67,24 +67,16 @@ def stitching_table(work: Workdir) -> None:
 
 
 def gates_table(gates: list[dict]) -> Table:
-    """Returns the gates of verify.json: a head for each, its numbers and bounds, its note."""
-    lines = []
-
-    def add(gate: str, label: str, passed: bool | None, value: str = "", bound: str = "") -> None:
-        verdict = {True: "yes", False: "MISS", None: ""}[passed]
-        lines.append(
-            {"gate": gate, "number": label, "value": value, "bound": bound, "pass": verdict}
-        )
-
+    """Returns the gates of verify.json: a head for each, then its numbers and their bounds."""
+    lines, verdicts = [], {True: "yes", False: "MISS", None: ""}
     for gate in gates:
-        add(gate["gate"], gate["what"], gate["passed"])
+        lines.append((gate["gate"], f"{gate['what']} {gate['note']}", "", "", gate["passed"]))
         for check in gate["checks"]:
             value = "–" if check["value"] is None else f"{check['value']:.4g}"
             bound = f"{check['relation']} {check['bound']:.4g}" if check["relation"] else ""
-            add("", check["what"], check["passed"] if bound else None, value, bound)
-        if gate["note"]:
-            add("", gate["note"], None)
-    return table("gates", lines)
+            lines.append(("", check["what"], value, bound, check["passed"] if bound else None))
+    titles = ("gate", "number", "value", "bound", "pass")
+    return table("gates", (dict(zip(titles, (*line, verdicts[p]))) for *line, p in lines))
 
 
 def summary_table(work: Workdir) -> None:

@@ -14,12 +14,14 @@ from crossdict_jax.report.tables import (
     flat_table,
     number,
     score,
+    scores,
     share,
     table,
 )
 from crossdict_jax.results import BASELINES, by_pair, site_words
 
 COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
+CONTROLS = ("ceiling.", "untrained.")
 COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
 
 
@@ -190,18 +192,13 @@ def controls_section(run: Run) -> list[Block]:
         rows = [
             {
                 "map": line["map"],
-                "R²": score(line, "r2"),
-                "shuffled": score(line, "shuffled.r2"),
-                "ceiling": score(line, "ceiling.r2"),
-                "normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
-                "top-1, normalised": score(line, "top1_normalized", 2),
-                "context gain": score(line, "context_gain"),
-                "context gain, ceiling": score(line, "ceiling.context_gain"),
-                "context gain, re-initialised": score(line, "untrained.context_gain"),
-                "R², re-initialised": score(line, "untrained.r2"),
+                **scores(line, "r2", "shuffled.r2", "ceiling.r2", "untrained.r2"),
+                "R² normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
+                "top-1 normalised": score(line, "top1_normalized", 2),
+                **scores(line, *(f"{control}context_gain" for control in ("", *CONTROLS))),
             }
             for line in c.lines
-            if {"ceiling.map", "untrained.map"} & line.keys()
+            if any(f"{control}map" in line for control in CONTROLS)
         ]
         tables += [table(f"Controls, {c.name}", rows)] if rows else []
     raw = flat_table(run.rows["controls"], "Every column of controls.jsonl", ("control",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 import operator
@@ -25,12 +24,12 @@ class Check:
     """One number of a gate.
 
     Attributes:
-      what: the number in words.
+      label: the number in words.
       value: None where it could not be had, which keeps no bound.
       relation: to ``bound``, one of RELATIONS; "" for a number that is shown and bounds nothing.
     """
 
-    what: str
+    label: str
     value: float | None
     relation: str = ""
     bound: float | None = None
@@ -57,7 +56,7 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
         print(f"{name} ...", flush=True)
         started = time.perf_counter()
         module = importlib.import_module(f"{__package__}.{files[name]}")
-        what, checks, note = module.__doc__.splitlines()[0].partition(": ")[2], [], ""
+        title, checks, note = module.__doc__.splitlines()[0].partition(": ")[2], [], ""
         with tempfile.TemporaryDirectory(prefix="crossdict-") as directory:
             try:
                 checks = module.gate(seed=config.seed, directory=Path(directory))
@@ -67,8 +66,13 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
         seconds[name] = time.perf_counter() - started
         passed = any(c.relation for c in checks) and all(c.passed for c in checks)
         print(f"{name} {'passes' if passed else 'MISSES'}, {seconds[name]:.1f} s")
-        told = [dataclasses.asdict(check) | {"passed": check.passed} for check in checks]
-        rows.append({"gate": name, "what": what, "passed": passed, "checks": told, "note": note})
+        bounds = [{"value": c.value, "relation": c.relation, "bound": c.bound} for c in checks]
+        numbers = [
+            {"what": check.label} | bound | {"passed": check.passed}
+            for check, bound in zip(checks, bounds)
+        ]
+        row = {"gate": name, "what": title, "passed": passed, "checks": numbers, "note": note}
+        rows.append(row)
     write_json(work.result("verify.json"), {"seed": config.seed, "gates": rows})
     work.record_timing("verify", wall_s=sum(seconds.values()), **seconds)
     show([gates_table(rows)])

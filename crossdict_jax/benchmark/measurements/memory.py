@@ -31,14 +31,9 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     for architecture, width in itertools.product(ARCHITECTURES, widths):
         sae = {"architecture": architecture, "batch_size": batch_size}
         (before, predicted), peak = apart(train, bench.folder, width, sae)
-        yield {
-            "benchmark": bench.name,
-            "case": f"{architecture}, width {width:,}",
-            "contender": OURS,
-            "memory": peak - before,
-            "predicted": predicted,
-            "ratio": (peak - before) / predicted,
-        }
+        row = {"benchmark": bench.name, "case": f"{architecture}, width {width:,}"}
+        row |= {"contender": OURS, "memory": peak - before, "predicted": predicted}
+        yield row | {"ratio": (peak - before) / predicted}
 
 
 def train(folder: Path, width: int, sae: dict) -> tuple[int, int]:
