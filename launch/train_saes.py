@@ -9,11 +9,10 @@ from launch import command
 def main(config, work):
     from crossdict_jax.activations.store import open_store
     from crossdict_jax.activations.untrained import open_controls
-    from crossdict_jax.dictionaries.train import train_control_dictionaries, train_dictionaries
+    from crossdict_jax.dictionaries.train import train_dictionaries
 
     store = open_store(work.activations)
-    train_dictionaries(config, store, work)
-    train_control_dictionaries(config, open_controls(config, work, store), work)
+    train_dictionaries(config, store, work, open_controls(config, work, store))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,21 @@ import pytest
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, SAEConfig
+from crossdict_jax.config import Config, SAEConfig, architectures
 from crossdict_jax.dictionaries import train
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.workdir import Workdir
 
 KEY = jax.random.key(0)
+
+
+def slow_but(*quick):
+    """Every architecture, those that are not named in the slow tests."""
+    marks = {a: [] if a in quick else [pytest.mark.slow] for a in architectures()}
+    return pytest.mark.parametrize(
+        "architecture", [pytest.param(a, marks=marks[a]) for a in architectures()]
+    )
 
 
 class PlantedStore(Store):
@@ -73,7 +81,7 @@ def arrays(module):
 def run_steps(ensemble, steps, *, change=lambda state: state):
     """(state, metrics) after the first steps of a training, from a changed initial state."""
     trainable = ensemble.trainable(steps)
-    state = change(loop.initial(trainable, KEY, ensemble.by_member))
+    state = change(loop.initial(trainable, KEY, ensemble.layout))
     run = loop.Chunks(trainable, ensemble.feed, KEY, limit=steps)
     return jax.tree.map(np.asarray, run(state, 0, steps))
 
@@ -90,11 +98,9 @@ def step_program(ensemble, steps=30):
 def gathered(ensemble, steps=30):
     """The shapes that devices gather from each other in one step."""
     trainable, feed = ensemble.trainable(steps), ensemble.feed
-    abstract = jax.eval_shape(trainable.init, KEY)
     state = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract,
-        ensemble.by_member(abstract),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=ensemble.layout),
+        jax.eval_shape(trainable.init, KEY),
     )
 
     def step(state, held, rows):

@@ -9,14 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_run
+from planted_store import PlantedStore, train_on, trained
 
-from crossdict_jax import dictionaries, models
+from crossdict_jax import models
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations.extract import extract, masked
-from crossdict_jax.activations.store import Rows, Sites, Store, save_shard, shard_name
+from crossdict_jax.activations.store import Rows, Sites, save_shard, shard_name
 from crossdict_jax.config import Config, ExtractConfig, SAEConfig
 from crossdict_jax.config.settings import validate
-from crossdict_jax.dictionaries import start, train
+from crossdict_jax.dictionaries import start
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir
@@ -120,42 +121,23 @@ def test_a_model_that_gives_nan_after_a_rare_token(tmp_path):
 # ---------------------------------------------------------------- training
 
 
-def stored(x):
-    """A store of one model and site with these training rows."""
-
-    class Stored(Store):
-        def __init__(self):
-            pass
-
-        models = ("a",)
-        sites_of = staticmethod(lambda model: (SITE,))
-        output_of = staticmethod(lambda model, site: (model, site))
-        d_model = staticmethod(lambda model: x.shape[1])
-        select = staticmethod(lambda split: np.arange(5, 5 + len(x)))
-        read = staticmethod(lambda model, site, rows: x[rows - 5].astype(ml_dtypes.bfloat16))
-
-    return Stored()
-
-
-def trained(x, root, **sae):
-    sae = SAEConfig(**{"width": 8, "k": 2, "steps": 4, "batch_size": 16} | sae)
-    work = Workdir(root)
-    train.train_dictionaries(Config(sae=sae), stored(x), work)
-    return dictionaries.load(work.dictionary("a", SITE))
+def train_rows(x, root, **sae):
+    settings = {"width": 8, "k": 2, "steps": 4, "batch_size": 16} | sae
+    return trained(train_on(PlantedStore(x), root, **settings))
 
 
 def test_training_names_a_row_that_is_not_finite(tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 5))
     x[17, 4] = np.inf
-    words = r"a resid_pre\.2: row 22 of the store holds NaN or infinity; extract again"
+    words = r"planted resid_pre\.0: row 17 of the store holds NaN or infinity; extract again"
     with pytest.raises(UserError, match=words):
-        trained(x, tmp_path)
+        train_rows(x, tmp_path)
 
 
 def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
-    words = r"a resid_pre\.2: all 50 training rows are equal, so there is nothing to explain"
+    words = r"planted resid_pre\.0: all 50 training rows are equal, so there is nothing to explain"
     with pytest.raises(UserError, match=words):
-        trained(np.full((50, 5), 3.0), tmp_path)
+        train_rows(np.full((50, 5), 3.0), tmp_path)
     one_differs = np.full((start.BLOCK + 2, 1), 3.0)
     one_differs[-1] = 4
     start.check_rows(one_differs, "a", np.arange(len(one_differs)))
@@ -166,7 +148,7 @@ def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
 )
 def test_one_feature_is_enough(architecture, tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 5)) + 2
-    d = trained(x, tmp_path, architecture=architecture, width=1, k=1)
+    d = train_rows(x, tmp_path, architecture=architecture, width=1, k=1)
     assert d.encode(x).shape == (50, 1) and np.isfinite(d(x)).all()
 
 
@@ -175,8 +157,3 @@ def test_none_at_all_is_refused_in_one_line(name):
     config = Config(models=("a", "b"), sae=SAEConfig(**{name: 0}))
     with pytest.raises(UserError, match=f"sae.{name}=0 must be 1 or more"):
         validate(config)
-
-
-def test_training_refuses_a_k_of_0_too(tmp_path):
-    with pytest.raises(UserError, match=r"sae\.k=0 must be 1 or more"):
-        trained(np.eye(50), tmp_path, k=0)

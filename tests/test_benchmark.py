@@ -153,7 +153,7 @@ def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
         directory=tmp_path / "run",
         checkpoint_every=5,
         title="toy",
-        shardings=ensemble.by_member,
+        layout=ensemble.layout,
     )
     jax.tree.map(np.testing.assert_array_equal, timed.state, state)
 

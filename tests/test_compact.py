@@ -88,10 +88,10 @@ def one_step(given, *, batch: int = 64):
     config = MapConfig(hidden=16, batch_size=batch, steps=10)
     made, _ = ensemble.prepare(mlp.MLP, [given], config, seed=0)
     trainable, feed = made.trainable(10), made.feed
-    state = initial(trainable, jax.random.key(0), made.by_member)
+    state = initial(trainable, jax.random.key(0), made.layout)
     chosen = feed.indices(0, 1)[0]
     step = jax.jit(lambda s, r, i: trainable.step(s, feed.select(r, i), 1, jax.random.key(1)))
-    return functools.partial(step, state, feed.resident, chosen), feed.resident["rows"]
+    return functools.partial(step, state, feed.resident, chosen), feed.resident["data"]["rows"]
 
 
 def test_a_step_on_codes_is_one_on_rows(monkeypatch):

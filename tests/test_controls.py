@@ -42,7 +42,7 @@ def run_controls(config: Config, work: Workdir) -> None:
     """What the commands do for controls, up to the evaluation; networks are not trained."""
     store = open_store(work.activations)
     controls = extract_untrained(config, work, store)
-    train.train_control_dictionaries(config, controls, work)
+    train.train_dictionaries(config, store, work, controls)
     loader = ControlLoader(config, store, work)
     for task in control_tasks(config, store):
         if task.kind == "mlp" and not is_finished(task.path(work)):

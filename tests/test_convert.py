@@ -21,6 +21,7 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.formats import hub
 from crossdict_jax.dictionaries.pretrained import adopt, unselected
+from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_json
 
@@ -181,7 +182,7 @@ def test_a_source_takes_the_place_of_training(tiny, tmp_path):
     d, path = source_for(tiny, tmp_path)
     config, work = copy.deepcopy(tiny[0]), Workdir(tmp_path / "run")
     config.sae.sources, config.sae.steps, config.sae.batch_size = (path, "train"), 2, 32
-    dictionaries.train_dictionaries(config, open_store(tiny[1].activations), work)
+    train_dictionaries(config, open_store(tiny[1].activations), work)
     same_features(d, base.load(work.dictionary("a", SITE)))
     assert base.load(work.dictionary("b", SITE)).d_model == 24  # trained
 

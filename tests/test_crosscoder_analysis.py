@@ -31,7 +31,7 @@ def planted(*, hide=(), seed=0):
     seen[1, list(hide)] = True
     noise = [0.1 * rng.standard_normal((n, d)) for d in d_models]
     x = [codes @ (show * s[:, None]) + e for show, s, e in zip(shows, seen, noise)]
-    c = crosscoder.build(
+    c = crosscoder.Crosscoder(
         "l1", d_models=d_models, width=width, k=0, shared_fraction=1.0, key=jax.random.key(0)
     )
     c.W_dec[...] = jnp.asarray(np.concatenate(decoders, axis=1), jnp.float32)

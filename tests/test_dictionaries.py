@@ -1,39 +1,35 @@
 """Dictionaries: every architecture's contract, its formulas, recovery of planted features."""
 
 import dataclasses
-import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
-from planted_store import KEY, PlantedStore, arrays, assert_close, planted_rows, train_on, trained
+from planted_store import (
+    KEY,
+    PlantedStore,
+    arrays,
+    assert_close,
+    planted_rows,
+    slow_but,
+    train_on,
+    trained,
+)
 
-from crossdict_jax import dictionaries, modules
-from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import SAEConfig, architectures, to_dict
+from crossdict_jax import dictionaries, modules, ops
+from crossdict_jax.config import SAEConfig, architectures
 from crossdict_jax.dictionaries import base, start, train
 from crossdict_jax.dictionaries.architectures import jumprelu
-from crossdict_jax.dictionaries.losses import Fired
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, ensemble
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
-from crossdict_jax.workdir import open_workdir
 
 MANY = 99  # dead features, more than there are: the branch of many
 HYPER = base.Hyper(0.1, most_dead=MANY, k_aux=4, nested_fractions=(0.2, 0.5))
 every = pytest.mark.parametrize("architecture", architectures())
-
-
-def slow_but(*quick):
-    """Every architecture, those that are not named in the slow tests."""
-    marks = {a: [] if a in quick else [pytest.mark.slow] for a in architectures()}
-    return pytest.mark.parametrize(
-        "architecture", [pytest.param(a, marks=marks[a]) for a in architectures()]
-    )
 
 
 def fresh(architecture):
@@ -46,33 +42,6 @@ def fresh(architecture):
 
 def rows(n=32):
     return 2 + jax.random.normal(jax.random.key(3), (n, 6))
-
-
-# ---------------------------------------------------------------- selection
-
-
-@pytest.mark.parametrize("k", [1, 7, 64])
-def test_kth_largest_is_exact(k):
-    z = jax.nn.relu(jax.random.normal(KEY, (50, 64))) * 10.0 ** jnp.linspace(-30, 30, 64)[None, :]
-    np.testing.assert_array_equal(base.kth_largest(z, k), np.sort(np.asarray(z))[:, -k])
-
-
-def test_keep_top_k_keeps_the_k_largest_positive_ones():
-    z = np.asarray(jax.random.normal(KEY, (40, 30)) - jnp.linspace(0, 3, 40)[:, None])
-    least = np.maximum(np.sort(z)[:, -5:-4], 0)  # the last rows have few positive values or none
-    np.testing.assert_array_equal(base.keep_top_k(jnp.asarray(z), 5), np.where(z >= least, z, 0))
-
-
-@pytest.mark.parametrize("largest", [2, 50, -1])
-def test_keep_batch_top_k_keeps_the_largest_of_all_rows(largest):
-    """Of rows about alike; where one row holds more than is looked at first; of few positives."""
-    scale = jnp.geomspace(0.1, abs(largest), 40)[:, None]
-    z = np.asarray(jax.random.normal(KEY, (40, 64)) * scale - (largest < 0) * 2.0)
-    kept = np.asarray(base.keep_batch_top_k(jnp.asarray(z), 5))
-    counts = (kept > 0).sum(axis=1)
-    assert largest != 50 or counts.max() > 20
-    assert counts.sum() == min(200, (z > 0).sum()) > 0 and len(set(counts)) > 1
-    np.testing.assert_array_equal(kept, np.where(z >= max(np.sort(z, axis=None)[-200], 0), z, 0))
 
 
 # ---------------------------------------------------------------- contract
@@ -110,7 +79,7 @@ def test_gradients_are_finite_and_constraints_hold_after_an_update(architecture)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert np.abs(grads[name]).max() > 0, name
     d.W_dec[...] = 3 * d.W_dec[...]
-    d.after_update()
+    d.after_update(jnp.inf)
     norms = np.linalg.norm(d.W_dec[...], axis=1)
     np.testing.assert_allclose(norms, 3.0 if architecture == "relu" else 1.0, rtol=1e-6)
 
@@ -129,10 +98,10 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     d, x = fresh("topk"), rows()
     dead = jnp.arange(20) < 8
     _, parts, f = d.losses(x, hyper=HYPER, dead=dead)
-    u, f = 0.7 * np.asarray(x), f.dense()
+    u, f = 0.7 * np.asarray(x), ops.decode(f, jnp.eye(20))
     residual = u - (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...]))
     z = np.asarray(d.pre_activations(jnp.asarray(u)))
-    aux = np.asarray(base.keep_top_k(jnp.asarray(np.where(np.asarray(dead), z, 0)), 4))
+    aux = np.asarray(ops.keep_top_k(jnp.asarray(np.where(np.asarray(dead), z, 0)), 4))
     left = residual - aux @ np.asarray(d.W_dec[...])
     by_hand = (left**2).sum() / ((residual - residual.mean(0)) ** 2).sum()
     np.testing.assert_allclose(parts["auxk"], by_hand, rtol=1e-4)
@@ -145,11 +114,10 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
 def test_the_threshold_follows_the_smallest_value_that_batches_keep(architecture):
     d, f = fresh(architecture), jnp.asarray([[0.0, 3.0], [0.5, 0.0]])
-    d.measure(Fired.of(jnp.zeros((2, 2))).least)
-    assert d.threshold[...] == 0
-    d.measure(Fired.of(f).least)
-    assert d.threshold[...] == 0.5
-    d.measure(Fired.of(2 * f).least)
+    for code, threshold in ((jnp.zeros((2, 2)), 0.0), (f, 0.5)):
+        d.after_update(ops.activity(code)[2])
+        assert d.threshold[...] == threshold
+    d.after_update(ops.activity(2 * f)[2])
     np.testing.assert_allclose(d.threshold[...], 0.5 + base.THRESHOLD_RATE * 0.5, rtol=1e-6)
     kept = d.activate(d.threshold[...] + jnp.asarray([[0.0, 1e-3, -1e-3]]))
     np.testing.assert_array_equal(np.asarray(kept) > 0, [[False, True, False]])
@@ -165,7 +133,7 @@ def test_a_jumprelu_threshold_has_the_gradient_of_its_kernel():
     np.testing.assert_allclose(jax.grad(active)(threshold), [[-2.0, -2.0, 0.0]])
     d = fresh("jumprelu")
     d.threshold[...] = jnp.linspace(-1, 1, 20)
-    d.after_update()
+    d.after_update(jnp.inf)
     assert d.threshold[...].min() == 0
 
 
@@ -195,18 +163,9 @@ def test_the_encoder_starts_at_the_length_that_reconstructs_best(architecture):
     for factor in (0.9, 1.0, 1.1):
         longer = {n: factor * params[n] for n in start.PROPORTIONAL if n in params}
         d = modules.merge(graphdef, params | longer)
-        f = d.training_code(d.pre_activations(u), None)
-        errors.append(np.square(u - (f @ d.W_dec[...] + d.b_dec[...][None, :])).sum())
+        u_hat = ops.decode(d.training_code(u), d.W_dec[...]) + d.b_dec[...][None, :]
+        errors.append(np.square(u - u_hat).sum())
     assert errors[1] < min(errors[0], errors[2]), errors
-
-
-def test_an_encoder_that_explains_nothing_keeps_its_length():
-    graphdef, params = modules.split(base.build("topk", d_model=6, width=20, k=3, key=KEY))
-    begun = start.start_of(np.ones((50, 6), np.float32))
-    d = modules.merge(graphdef, start.begin(params, begun))
-    before = np.asarray(d.W_enc[...])
-    start.fit_length(d, begun)
-    np.testing.assert_array_equal(d.W_enc[...], before)
 
 
 def test_the_usual_rate_falls_with_the_square_root_of_the_width():
@@ -218,8 +177,9 @@ def test_the_usual_rate_falls_with_the_square_root_of_the_width():
 
 
 def test_silence_means_death_after_a_share_of_the_run_or_as_many_rows_as_asked():
-    assert train.dead_after(SAEConfig(steps=1000, batch_size=100)) == 2000
-    assert train.dead_after(SAEConfig(dead_after_rows=7)) == 7
+    for settings, rows in (({"steps": 1000, "batch_size": 100}, 2000), ({"dead_after_rows": 7}, 7)):
+        shape = {"d_model": 6, "d_out": None, "width": 20, "k": 3}
+        assert train.DictionaryObjective(SAEConfig(**settings), **shape).dead_after == rows
 
 
 # ---------------------------------------------------------------- planted truths
@@ -312,28 +272,12 @@ def test_a_sweep_has_a_folder_each_and_what_is_finished_is_left_alone(tmp_path):
     assert before and [p.stat().st_mtime_ns for p in stamps] == before
 
 
-def test_the_stage_runs_on_a_real_store(tmp_path):
-    config = tiny_run.make_config(tmp_path)
-    config.sae = SAEConfig(width=32, k=4, steps=20, batch_size=64)
-    work = open_workdir(tmp_path / "run", to_dict(config))
-    store = extract(config, work)
-    train.train_dictionaries(config, store, work)
-    for name in store.models:
-        d = dictionaries.load(work.dictionary(name, tiny_run.SITE))
-        x = store.read(name, tiny_run.SITE, store.select("test")).astype(np.float32)
-        fvu = np.square(x - np.asarray(d(x))).sum() / np.square(x - x.mean(0)).sum()
-        assert 0 < fvu < 1
-    timing = json.loads(work.timing.read_text())
-    assert timing["train_saes"]["dictionaries"] == 2
-
-
 # ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 49}, "sae.k=49 is more than sae.width=48"),
         ({"batch_size": 7000}, "sae.batch_size=7000 is more than the 6000 training rows"),
         ({"architecture": "sigmoid"}, "sae.architecture=sigmoid is unknown; use one of batchtopk"),
         ({"learning_rate": 1e30, "steps": 300}, "not finite"),

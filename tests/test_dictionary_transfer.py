@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 from flax import nnx
 
-from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax import dictionaries, maps, modules, ops
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import base
@@ -87,10 +87,10 @@ def test_unit_rows_change_no_reconstruction_where_features_do_not_compete(archit
 
 def test_unit_rows_let_features_compete_by_what_they_reconstruct():
     d, x = fresh("topk"), normal_rows(D_A)
-    z = jax.nn.relu(d.pre_activations(d._scaled(x)))
+    z = jax.nn.relu(d.pre_activations(d.scaled_pair(x)[0]))
     contribution = z * jnp.linalg.norm(d.W_dec[...], axis=1)[None, :]
     unit = with_unit_rows(d)
-    np.testing.assert_allclose(unit.encode(x), base.keep_top_k(contribution, 3), atol=2e-5)
+    np.testing.assert_allclose(unit.encode(x), ops.keep_top_k(contribution, 3), atol=2e-5)
 
 
 def test_dictionaries_of_others_are_told_apart():

@@ -15,6 +15,7 @@ from planted_store import (
     kill_in_save,
     planted_rows,
     run_steps,
+    slow_but,
     step_program,
 )
 
@@ -27,6 +28,9 @@ from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
 from crossdict_jax.training.mesh import make_mesh
 
 every = pytest.mark.parametrize("architecture", architectures())
+
+
+SLOW = pytest.mark.slow
 STEPS, WIDTH = 6, 20
 
 
@@ -54,16 +58,16 @@ def stepped(architecture):
 # ---------------------------------------------------------------- dictionaries of every kind
 
 
-@every
+@slow_but("topk", "batchtopk", "jumprelu")
 def test_a_batch_in_parts_trains_as_in_one_piece(architecture):
     parts = run_steps(small(architecture, accumulate=4), STEPS, change=half_dead)
     assert_close(parts, stepped(architecture), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
 def test_a_part_alone_is_another_batch(architecture, monkeypatch):
     """What the test above would miss: taking every part for a batch of its own."""
-    monkeypatch.setattr(train.SparseObjective, "whole_batch", lambda *_: None)
+    monkeypatch.setattr(train.SparseObjective, "totals", lambda *_: None)
     alone, _ = run_steps(small(architecture, accumulate=4), STEPS, change=half_dead)
     change = np.abs(alone["params"]["W_enc"] - stepped(architecture)[0]["params"]["W_enc"]).max()
     assert change > 1e-3
@@ -77,7 +81,7 @@ def test_a_transcoders_parts_too():
     assert_close(parts, whole, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["relu", pytest.param("batchtopk", marks=SLOW)])
 def test_members_train_as_if_alone(architecture):
     """Two sites, seeds and penalties or values of k together; each is what it would be alone."""
     sweep = {"relu": {"l1_coefficient": (1.0, 4.0)}, "batchtopk": {"learning_rate": (1e-3, 5e-3)}}
@@ -93,7 +97,7 @@ def test_members_train_as_if_alone(architecture):
 
 def test_rows_on_the_host_train_to_the_same_dictionaries():
     host = small(resident=False)
-    assert "rows" not in host.feed.resident
+    assert "data" not in host.feed.resident
     assert_close(run_steps(host, STEPS, change=half_dead), stepped("topk"), atol=2e-5, rtol=0)
 
 
@@ -126,14 +130,14 @@ def test_auxk_revives_features_that_no_row_activates(dead_after_rows):
     group = train.members(sae, [("planted", Site(0))])
 
     def silence(state):
-        W_enc = state["params"]["W_enc"].at[:, :, :24].multiply(0.05)  # never among the k largest
+        W_enc = state["params"]["W_enc"].at[:, :, :36].multiply(0.05)  # never among the k largest
         return state | {"params": state["params"] | {"W_enc": W_enc}}
 
     state, metrics = run_steps(
         train.prepare(sae, store, group, np.arange(2000)), sae.steps, change=silence
     )
-    silent = (state["train"]["memory"][0, :24] >= 2000).sum()
-    assert silent < 5 if dead_after_rows == 200 else silent == 24
+    silent = (state["train"]["memory"][0, :36] >= 2000).sum()
+    assert silent < 20 if dead_after_rows == 200 else silent > 30
     assert (metrics["dead_fraction"].max() > 0.4) == (dead_after_rows == 200)
 
 
@@ -142,7 +146,7 @@ def fit(made, directory, **changes):
     return made.fit(directory=directory, **how | changes)
 
 
-@every
+@slow_but("topk", "jumprelu")
 def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path):
     made = small(architecture)
     whole = fit(made, tmp_path / "whole")
@@ -215,7 +219,7 @@ class Walk(Objective):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    targets = np.asarray([6.0, 1e9, 3.0], np.float32)
+    targets = np.asarray([6.0, 1000.0, 3.0], np.float32)
     rates = np.asarray([1.0, 1.0, 0.5], np.float32)
     made = make_ensemble(
         Walk(),
@@ -235,7 +239,7 @@ def test_the_parameters_of_the_best_validation_are_the_result(walked):
     best = {name: [float(m[name]) for m in walked[0]] for name in ("score", "step", "stale")}
     # Looked at after steps 0, 2, 4, ... and the last one: there w is 1, 3, 5, ..., and 30.
     assert [float(m["params"]["w"]) for m in walked[0]] == [5.0, 30.0, 2.5]
-    assert best["score"] == [1.0, pytest.approx(1e9), 0.5] and best["step"] == [4, 29, 4]
+    assert best["score"] == [1.0, 970.0, 0.5] and best["step"] == [4, 29, 4]
     assert best["stale"] == [3, 0, 3]
     assert {float(m["params"]["still"]) for m in walked[0]} == {0.0}
 

@@ -269,7 +269,7 @@ def test_a_gate_misses_what_is_broken_alone(gate, sabotage, expected, tiny, monk
 def test_scores_count_what_is_called_shared_and_exclusive():
     """Of latents that are the planted features, three moved to other owners."""
     test = planted.views(planted.PlantedConfig(features=40, noise=0.0), seed=0)
-    c = crosscoder.build(
+    c = crosscoder.Crosscoder(
         "l1", d_models=(24, 32), width=40, k=0, shared_fraction=1.0, key=jax.random.key(0)
     )
     x = np.concatenate(test.x, axis=1)

@@ -37,29 +37,19 @@ def direct_correlation(p, t):
 GRADIENT = {term: jax.jit(jax.value_and_grad(term)) for term in (*TERMS, direct_correlation)}
 
 
-def test_mse_is_the_mean_square_in_units_of_the_variance():
+def test_mse_and_cosine_are_their_formulas():
     p, t = features(0), features(1)
     np.testing.assert_allclose(losses.mse(p, t), np.mean((p - t) ** 2), rtol=1e-6)
     np.testing.assert_allclose(losses.mse(p, t, variance=4.0), np.mean((p - t) ** 2) / 4, rtol=1e-6)
-
-
-def test_cosine_is_one_minus_the_mean_over_rows():
-    p, t = features(0), features(1)
     cosines = np.sum(p * t, 1) / (np.linalg.norm(p, axis=1) * np.linalg.norm(t, axis=1))
     np.testing.assert_allclose(losses.cosine(p, t), 1 - cosines.mean(), rtol=1e-5)
+    silent = np.array([[1.0, 2.0], [0.0, 0.0]], np.float32)  # cosines with nothing: 0 and 1
+    assert float(losses.cosine(np.zeros_like(silent), silent)) == pytest.approx(0.5)
 
 
-def test_cosine_of_silent_rows():
-    t = np.array([[1.0, 2.0], [0.0, 0.0]], np.float32)
-    nothing = np.zeros_like(t)
-    assert float(losses.cosine(nothing, t)) == pytest.approx(0.5)  # cosines 0 and 1
-    assert float(losses.cosine(t, t)) == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [(24, 17), (8, 40)])
-def test_correlation_through_gram_matrices_equals_the_direct_form(seed, shape):
-    p, t = (features(2 * seed + i, batch=shape[0], width=shape[1]) for i in (0, 1))
+def test_correlation_through_gram_matrices_equals_the_direct_form(shape):
+    p, t = (features(i, batch=shape[0], width=shape[1]) for i in (0, 1))
     value, gradient = GRADIENT[losses.correlation](p, t)
     direct, direct_gradient = GRADIENT[direct_correlation](p, t)
     np.testing.assert_allclose(value, direct, rtol=2e-5)
@@ -109,11 +99,6 @@ def test_sparsity_pulls_firing_towards_the_target():
     _, gradient_up = GRADIENT[losses.sparsity](too_sparse, t)
     assert (gradient_down[t == 0] > 0).all()  # descent switches them off
     assert (gradient_up[t > 0] < 0).all()  # descent switches them on
-
-
-def test_sparsity_has_no_unit():
-    p, t = features(0), features(1)
-    np.testing.assert_allclose(losses.sparsity(100 * p, 100 * t), losses.sparsity(p, t), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(LossWeights)])

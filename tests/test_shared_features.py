@@ -200,7 +200,7 @@ def test_decoder_rows_are_what_a_feature_adds():
     d.scale[...] = tiny_run.jax.numpy.asarray(4.0)
     d.b_dec[...] = tiny_run.jax.numpy.arange(5.0)
     expected = np.asarray(d.W_dec[...])[[6, 2, 3]] / 4
-    np.testing.assert_allclose(decoder_rows(d, np.array([6, 2, 3]), size=2), expected, atol=1e-6)
+    np.testing.assert_allclose(decoder_rows(d, np.array([6, 2, 3])), expected, atol=1e-6)
     assert decoder_rows(d, np.zeros(0, int)).shape == (0, 5)
 
 

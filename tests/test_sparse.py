@@ -11,17 +11,15 @@ import pytest
 from crossdict_jax import ops
 from crossdict_jax.dictionaries import base, losses
 from crossdict_jax.dictionaries.architectures import batchtopk, matryoshka, topk
-from crossdict_jax.ops import codes, lists, selection, sums
+from crossdict_jax.ops import codes, selection, sums
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
 # batch, d, width, k: one index; no even number; several blocks of terms; groups of neighbours
 SHAPES = [(3, 1, 1, 1), (40, 7, 21, 5), (300, 6, 64, 37), (30, 5, 128, 3)]
 CHOICES = {
-    "per_row": lambda u, W, b, k, dtype: ops.top_k_code(u, W, b, k, dtype),
-    "over_rows": lambda u, W, b, k, dtype: ops.batch_top_k_code(u, W, b, k * len(u), dtype),
-    "threshold": lambda u, W, b, k, dtype: ops.threshold_code(
-        u, W, b, jnp.float32(1.0), b.size * len(u), dtype
-    ),
+    "per_row": lambda k, n: (lambda z: ops.kth_largest(z, k), k * n),
+    "over_rows": lambda k, n: (lambda z: ops.nth_largest(z, k * n), k * n),
+    "threshold": lambda k, n: (lambda z: jnp.float32(1.0), 64 * n),
 }
 HYPER = base.Hyper(l1_coefficient=0.1, most_dead=1, k_aux=4, nested_fractions=(0.2, 0.5))
 each_choice = pytest.mark.parametrize("choice", CHOICES)
@@ -49,7 +47,7 @@ def slopes(choice, weight, k, ends=None, dtype=None):
     """A function of rows, encoder, bias and decoder: a loss of their code, and four gradients."""
 
     def loss(u, W_enc, bias, W_dec):
-        code = CHOICES[choice](u, W_enc, bias, k, dtype)
+        code = ops.sparse_code(u, W_enc, bias, *CHOICES[choice](k, len(u)), dtype)
         parts = ops.decode_parts(code, W_dec, ends or (len(W_dec),), dtype).cumsum(axis=1)
         error = jnp.sum(weight * jnp.square(parts - u[:, None]).sum(axis=1))
         return error, (parts, ops.activity(code))
@@ -135,7 +133,7 @@ def test_architectures_train_alike(monkeypatch, architecture):
 # ---------------------------------------------------------------- thresholds
 
 
-def awkward(name, batch, width, k):
+def awkward(batch, width, k):
     """Pre-activations [batch, width] that a search for thresholds may stumble over."""
     z = jax.random.normal(jax.random.key(7), (batch, width))
     rows = jnp.arange(batch)[:, None]
@@ -150,11 +148,7 @@ def awkward(name, batch, width, k):
         "tiny ones": z * 1e-39,
         "far apart": jnp.exp(9 * z),
         "pairs of rows": z[rows[:, 0] // 2],
-    }[name]
-
-
-NAMES = ["random", "few positive", "none positive", "all in two rows", "neighbours"]
-NAMES += ["few values", "one value", "tiny ones", "far apart", "pairs of rows"]
+    }
 
 
 @pytest.mark.parametrize("lists", [True, False])
@@ -162,21 +156,31 @@ NAMES += ["few values", "one value", "tiny ones", "far apart", "pairs of rows"]
 def test_thresholds_are_exact(monkeypatch, width, k, lists):
     use_lists(monkeypatch, lists)
     batch = 30
-    found = jax.jit(lambda z: (ops.kth_largest(z, k), ops.nth_largest(z, k * batch)))
-    together = jax.vmap(found)(jnp.stack([awkward(name, batch, width, k) for name in NAMES]))
-    for i, name in enumerate(NAMES):
-        z = np.maximum(awkward(name, batch, width, k), 0)
-        np.testing.assert_array_equal(together[0][i], np.sort(z)[:, -k], err_msg=name)
-        assert together[1][i] == np.sort(z, axis=None)[-k * batch], name
+
+    def largest(z):
+        kept = [ops.keep_top_k(z, k, over_rows=over_rows) for over_rows in (False, True)]
+        return ops.kth_largest(z, k), ops.nth_largest(z, k * batch), *kept
+
+    cases = awkward(batch, width, k)
+    results = jax.jit(jax.vmap(largest))(jnp.stack(list(cases.values())))
+    for i, (name, z) in enumerate(cases.items()):
+        z = np.maximum(z, 0)
+        of_rows, of_batch = np.sort(z)[:, -k], np.sort(z, axis=None)[-k * batch]
+        kept = [np.where(z >= least, z, 0) for least in (of_rows[:, None], of_batch)]
+        for ours, true in zip(results, (of_rows, of_batch, *kept)):
+            np.testing.assert_array_equal(ours[i], true, err_msg=name)
 
 
 def test_equals_of_the_last_are_all_kept_while_there_is_room():
-    z, identity = awkward("pairs of rows", 30, 48, 4), jnp.eye(48)
-    code = ops.batch_top_k_code(z, identity, jnp.zeros(48), 119)  # the 119th has an equal
+    z, identity = awkward(30, 48, 4)["pairs of rows"], jnp.eye(48)
+    largest = lambda z, n: ops.sparse_code(  # noqa: E731
+        z, identity, jnp.zeros(48), lambda z: ops.nth_largest(z, n), n
+    )
+    code = largest(z, 119)  # the 119th has an equal
     kept = dense(code, 48)
     assert (kept > 0).sum() == 120
     np.testing.assert_array_equal(kept, np.where(z >= np.sort(z, axis=None)[-119], z, 0))
-    full = dense(ops.batch_top_k_code(jnp.ones((30, 48)), identity, jnp.zeros(48), 120), 48)
+    full = dense(largest(jnp.ones((30, 48)), 120), 48)
     assert (full.sum(axis=1) > 0).tolist() == [True] * 4 + [False] * 26  # the first rows'
 
 
@@ -187,19 +191,6 @@ def test_what_is_not_a_number_stays_visible(monkeypatch, lists):
         (u, W_enc, bias, W_dec), weight, k = problem(SHAPES[3])
         arguments = (u, W_enc, bias.at[3].set(jnp.copysign(jnp.nan, sign)), W_dec)
         assert np.isnan(jax.jit(slopes(choice, weight, k))(*arguments)[0][0])
-
-
-@pytest.mark.parametrize("code", ["lists", "reference"])
-def test_activity_of_a_code(code):
-    f = jnp.zeros((50, 30)).at[3, 7].set(0.5).at[4, 7].set(2.0).at[4, 29].set(1.0)
-    made = f
-    if code == "lists":
-        made = ops.threshold_code(f, jnp.eye(30), jnp.zeros(30), jnp.float32(0.1), 9)
-        assert isinstance(made, lists.Entries)
-    active, l0, smallest = ops.activity(made)
-    assert np.flatnonzero(active).tolist() == [7, 29]
-    assert float(l0) == pytest.approx(3 / 50) and float(smallest) == 0.5
-    assert ops.activity(jnp.zeros((2, 3)))[2] == np.inf
 
 
 # ---------------------------------------------------------------- sums

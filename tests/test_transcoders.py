@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from planted_store import PlantedStore, slow_but, train_on, trained
 
-from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax import dictionaries, maps, modules, ops
 from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.saelens import compare_saelens
 from crossdict_jax.causal import intervene, transfer_features
 from crossdict_jax.config import Config, ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
@@ -34,13 +34,7 @@ from crossdict_jax.verify.recovery import measure_pareto
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 
 HYPER = base.Hyper(0.1, most_dead=99, k_aux=4, nested_fractions=(0.2, 0.5))
-READ, WRITTEN = ("planted", Site(0)), ("other", Site(0, "mlp_out"))
-SIZES = {"planted": 12, "other": 7}
 every = pytest.mark.parametrize("architecture", base.architectures())
-mostly_slow = pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(a, marks=[] if a == "topk" else pytest.mark.slow) for a in base.architectures()],
-)
 
 
 def fresh(architecture, *, d_model=6, d_out=4, width=20):
@@ -83,7 +77,7 @@ def test_it_reads_one_size_and_writes_another_each_at_its_own_scale(architecture
     assert (again.d_model, again.d_out, again.transcodes) == (6, 4, True)
 
 
-@mostly_slow
+@slow_but("topk")
 def test_the_loss_is_of_what_is_written(architecture):
     d, x, dead = fresh(architecture), rows(), jnp.zeros(20, bool)
     how = {"hyper": HYPER, "dead": dead}
@@ -95,23 +89,13 @@ def test_the_loss_is_of_what_is_written(architecture):
     far, near = rows(4, seed=9), jnp.asarray(d(x))
     if architecture in ("batchtopk", "matryoshka"):  # which in training use no threshold
         d.threshold[...] = jnp.zeros(())
-        near = d.decode(base.keep_batch_top_k(d.pre_activations(0.7 * x), d.k))
+        near = d.decode(ops.keep_top_k(d.pre_activations(0.7 * x), d.k, over_rows=True))
     _, parts, _ = d.losses(x, y=near, **how)
     assert parts.get("fvu", parts.get("mse")) < 1e-8
     assert loss_of(params, far) > loss_of(params, near)
     grads = jax.grad(loss_of)(params, far)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert np.isfinite(grads[name]).all() and np.abs(grads[name]).max() > 0, name
-
-
-def test_an_autoencoder_is_no_transcoder_even_of_equal_sizes():
-    shape = {"d_model": 6, "width": 20, "k": 3, "key": key(0)}
-    plain, other = base.build("topk", **shape), base.build("topk", **shape, d_out=6)
-    assert not plain.transcodes and plain.d_out == 6 and other.transcodes
-    x = rows()
-    plain.b_dec[...] = other.b_dec[...] = jnp.ones(6)
-    other.W_enc[...] = plain.W_enc[...]
-    assert np.abs(np.asarray(plain.encode(x) - other.encode(x))).max() > 0.1
 
 
 # ---------------------------------------------------------------- where it starts
@@ -131,56 +115,23 @@ def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
 # ---------------------------------------------------------------- training
 
 
-def planted_store(*, n=4000, truths=16, active=2):
-    """Rows read are sums of planted directions, rows written the same sums of other ones."""
-    rng = np.random.default_rng(0)
-    codes = np.zeros((n, truths))
-    for row in codes:
-        row[rng.choice(truths, active, replace=False)] = rng.uniform(1, 2, active)
-    x = {model: 3 + codes @ rng.normal(size=(truths, size)) for model, size in SIZES.items()}
-
-    class Stored(Store):
-        def __init__(self):
-            pass
-
-        models = ("planted",)
-        sites_of = staticmethod(lambda model: (READ[1],))
-        output_of = staticmethod(lambda model, site: WRITTEN)
-        d_model = staticmethod(SIZES.__getitem__)
-        select = staticmethod(lambda split: np.arange(n))
-        read = staticmethod(lambda model, site, rows: x[model][rows].astype(jnp.bfloat16))
-
-    return Stored(), x
-
-
-def fvu(d, x, y):
-    error = np.square(y - np.asarray(d(x.astype(np.float32)))).sum()
-    return error / np.square(y - y.mean(0)).sum()
-
-
-@mostly_slow
+@slow_but("topk")
 def test_training_learns_a_planted_linear_output_of_another_size(architecture, tmp_path):
-    store, x = planted_store()
+    """Rows read are sums of planted directions, rows written the same sums of other ones."""
+    rng, codes = np.random.default_rng(0), np.zeros((4000, 16))
+    for row in codes:
+        row[rng.choice(16, 2, replace=False)] = rng.uniform(1, 2, 2)
+    x, y = (3 + codes @ rng.normal(size=(16, size)) for size in (12, 7))
     penalty = {"gated": 0.2, "relu": 0.1, "jumprelu": 0.05}.get(architecture, 1.0)
-    sae = SAEConfig(
-        architecture=architecture,
-        output_site="other:mlp_out",
-        width=32,
-        k=3,
-        steps=300,
-        batch_size=128,
-        l1_coefficient=penalty,
-    )
-    work = Workdir(tmp_path)
-    train.train_dictionaries(Config(sae=sae), store, work)
-    trained = dictionaries.load(work.dictionary(*READ))
-    assert (trained.d_model, trained.d_out) == (12, 7)
+    settings = {"architecture": architecture, "l1_coefficient": penalty, "width": 32, "k": 3}
+    work = train_on(PlantedStore(x, y=y), tmp_path, steps=300, batch_size=128, **settings)
+    d = trained(work)
+    assert (d.d_model, d.d_out) == (12, 7)
     shape = {"d_model": 12, "d_out": 7, "width": 32, "k": 3}
-    untrained = base.build(architecture, **shape, key=jax.random.fold_in(key(0), 0))
-    graphdef, params = modules.split(untrained)
-    begun = modules.merge(graphdef, start.begin(params, start.start_of(x["planted"], x["other"])))
-    after, before = (fvu(d, x["planted"], x["other"]) for d in (trained, begun))
-    assert after < 0.2 and after < 0.5 * before, (before, after)
+    graphdef, params = modules.split(base.build(architecture, **shape, key=key(0)))
+    begun = modules.merge(graphdef, start.begin(params, start.start_of(x, y)))
+    after, before = (np.square(y - d(x.astype(np.float32))).sum() for d in (d, begun))
+    assert after < 0.2 * np.square(y - y.mean(0)).sum() and after < 0.5 * before, (before, after)
 
 
 # ---------------------------------------------------------------- a run
@@ -344,21 +295,17 @@ def test_a_wrong_folder_is_refused_in_one_line(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("output_site", "kinds", "message"),
     [
-        ({"sae": SAEConfig(output_site="mlp_out.x")}, "nothing, or [MODEL:]KIND[.LAYER]"),
-        (
-            {
-                "sae": SAEConfig(output_site="mlp_out"),
-                "map": MapConfig(kinds=("hypernetwork",)),
-            },
-            "needs dictionaries that write the site that they read",
-        ),
+        ("mlp_out.x", ("mean",), "nothing, or [MODEL:]KIND[.LAYER]"),
+        ("mlp_out", ("hypernetwork",), "needs dictionaries that write the site that they read"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_in_one_line(settings, message):
+def test_settings_that_cannot_work_are_refused_in_one_line(output_site, kinds, message):
+    config = Config(models=("a", "b"), sae=SAEConfig(output_site=output_site))
+    config.map = MapConfig(kinds=kinds)
     with pytest.raises(UserError, match=re.escape(message)):
-        validate(Config(models=("a", "b"), **settings))
+        validate(config)
 
 
 @pytest.mark.parametrize(

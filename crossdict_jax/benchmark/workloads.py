@@ -34,12 +34,10 @@ BATCHES = 8  # of training rows of a map
 class Training:
     """A training that stands still between runs of at most ``longest`` steps: the loop's code."""
 
-    def __init__(
-        self, trainable: Trainable, feed: Feed, state_shardings, *, longest: int = MAX_CHUNK
-    ):
+    def __init__(self, trainable: Trainable, feed: Feed, layout, *, longest: int = MAX_CHUNK):
         root = jax.random.key(0)
         self._chunks = Chunks(trainable, feed, root, limit=longest)
-        self.state = jax.block_until_ready(initial(trainable, root, state_shardings))
+        self.state = jax.block_until_ready(initial(trainable, root, layout))
         self._done = 0
 
     def run(self, count: int) -> None:
@@ -63,7 +61,7 @@ def dictionary_steps(
     config, store = SAEConfig(steps=LONG, **sae), open_store(folder)
     group = members(config, [(MODEL, SITE)])
     ensemble = prepare(config, store, group, store.select("train"), resident=resident)
-    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.by_member, longest=longest)
+    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.layout, longest=longest)
 
 
 def map_steps(
@@ -79,7 +77,7 @@ def map_steps(
     config = MapConfig(hidden=hidden, dropout=0.1, batch_size=batch_size, steps=LONG)
     ensemble, _ = prepare_maps(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
     ensemble.objective.validate_every = LONG  # validation is between the steps that are timed
-    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.by_member)
+    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.layout)
 
 
 class Extraction:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from crossdict_jax.config import ConvertConfig
@@ -14,12 +13,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, model_names, read_json
 
-Item = tuple[str, str, dict[str, str]]  # where it lies, its folder in the result, its names
-
-
-def hook_name(site: Site) -> str:
-    """Returns a site's name in TransformerLens terms, as in ``blocks.6.hook_resid_pre``."""
-    return f"blocks.{site.layer}.hook_{site.kind}"
+HOOK = "blocks.{0.layer}.hook_{0.kind}"  # a site in TransformerLens terms
 
 
 def convert(config: ConvertConfig, work: Workdir) -> list[str]:
@@ -41,15 +35,26 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         )
     if config.push:
         hub.parse(config.push)
-    root, written = Path(config.source), []
+    root, written, items = Path(config.source), [], []
     if (root / "dictionaries").is_dir() and (root / "config.json").is_file():
-        items = list(_items_of_run(config, root))
+        models = read_json(root / "config.json")["models"]
+        folders = sorted((root / "dictionaries").glob("*/*/seed-*"))
+        paths = dict(zip(model_names(models), models))
+        for folder in filter(checkpoint.is_finished, folders):
+            inner = folder.relative_to(root / "dictionaries")
+            output = checkpoint.load_meta(folder).get("writes")  # (model, site): a transcoder
+            names = {
+                "hook_name": config.hook_name or HOOK.format(Site.parse(inner.parts[1])),
+                "model_name": config.model_name or paths[inner.parts[0]],
+                "hook_name_out": HOOK.format(Site.parse(output[1])) if output else "",
+            }
+            items.append((str(folder), str(inner), names))
         if not items:
             raise UserError(f"{root} has no finished dictionary; run train_saes first.")
     else:
         inner = hub.parse(config.source)[1] if hub.recognises(config.source) else root
         names = {"hook_name": config.hook_name, "model_name": config.model_name}
-        items = [(config.source, Path(inner).name or "dictionary", names)]
+        items.append((config.source, Path(inner).name or "dictionary", names))
     for source, name, names in items:
         dictionary, folder = formats.load(source), work.dictionaries / name
         if config.format == "crossdict":
@@ -60,23 +65,8 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
             saelens.save(dictionary, folder, **names)
         else:
             raise UserError(
-                "A SAELens folder says which model and place it reads; give --config.model_name "
+                "A SAELens folder says which model and site it reads; give --config.model_name "
                 "and --config.hook_name, as in blocks.6.hook_resid_pre."
             )
         written.append(str(folder))
     return written + ([hub.push(work.dictionaries, config.push)] if config.push else [])
-
-
-def _items_of_run(config: ConvertConfig, root: Path) -> Iterator[Item]:
-    """Every finished dictionary of a run."""
-    models = read_json(root / "config.json")["models"]
-    for model, path in zip(model_names(models), models):
-        for folder in sorted((root / "dictionaries" / model).glob("*/seed-*")):
-            if checkpoint.is_finished(folder):
-                written = checkpoint.load_meta(folder).get("writes")  # (model, site): a transcoder
-                names = {
-                    "hook_name": config.hook_name or hook_name(Site.parse(folder.parent.name)),
-                    "model_name": config.model_name or path,
-                    "hook_name_out": hook_name(Site.parse(written[1])) if written else "",
-                }
-                yield str(folder), str(folder.relative_to(root / "dictionaries")), names

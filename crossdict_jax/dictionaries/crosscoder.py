@@ -11,18 +11,14 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries.base import (
-    AUXK_COEFFICIENT,
-    Hyper,
-    keep_batch_top_k,
-    running_threshold,
-    unit_rows,
-)
-from crossdict_jax.dictionaries.losses import auxk, fvu
+from crossdict_jax.dictionaries.base import running_threshold, unit_rows
+from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu, power
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import matmul
+from crossdict_jax.ops import keep_top_k, matmul
 from crossdict_jax.training import checkpoint
 
+SHAPE = ("d_models", "width", "k", "shared_fraction")  # what a checkpoint says to build it
+VARIANTS = ("batchtopk", "l1")
 TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model takes part in it
 
 
@@ -32,79 +28,73 @@ class Crosscoder(nnx.Module):
     S are the models that are given: a code can be computed from some of the N alone, and the factor
     makes up for those that are missing. s_m brings every model to the same variance, that of the
     mean d_model, so that decoder norms of models of unequal widths can be compared; c_m are the
-    training means. Callers speak raw units. Subclasses say what ``act`` is and how the loss is
-    made (Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing").
+    training means. Callers speak raw units (Lindsey et al. 2024, "Sparse Crosscoders for
+    Cross-Layer Features and Model Diffing"). act keeps what is above both 0 and ``threshold``.
+
+    Variant ``batchtopk``: in training f = the batch * k largest of relu(z) in the whole batch, and
+    loss = FVU + auxk * dead FVU. A latent's decoder rows of all models together have norm 1, so
+    that a large f is a large share of what is reconstructed, whoever it belongs to. Free of the
+    shrinkage by which L1 invents latents that belong to one model (Minder et al. 2025, arXiv
+    2504.02922). ``threshold`` is the running mean of the smallest value that a batch kept.
+
+    Variant ``l1``: loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i sum_m ||W_dec_m,i||, as
+    published; decoder rows are free, and ``threshold`` is 0.
 
     With ``shared_fraction`` below 1 the other latents are dedicated, equally many to each model:
     their rows in every other model's encoder and decoder are zero and stay so.
 
     Attributes:
       W_enc [D, width], W_dec [width, D], b_dec [D], center [D]: all models' side by side, with
-        D = sum of d_models; ``part`` gives one model's place.
+        D = sum of d_models; ``part`` says where one model's lie.
       b_enc [width], scale [N], threshold [].
+      n_models: N.
       measured: names of the variables that no gradient updates.
     """
 
-    variant: str
     measured = ("scale", "center", "threshold")
 
     def __init__(
         self,
+        variant: str,
         *,
         d_models: Sequence[int],
         width: int,
         k: int,
         shared_fraction: float = 1.0,
-        rngs: nnx.Rngs,
+        key: jax.Array,
     ):
-        self.d_models, self.width, self.k = tuple(d_models), width, k
+        self.variant, self.width, self.k = variant, width, k
+        self.d_models, self.n_models = tuple(d_models), len(d_models)
         self.shared_fraction = shared_fraction
         total = sum(self.d_models)
-        rows = jax.random.normal(rngs.params(), (width, total)) * self.allowed().T
-        W_dec = unit_rows(rows)
+        rows = jax.random.normal(nnx.Rngs(params=key).params(), (width, total))
+        W_dec = unit_rows(rows * self.allowed().T)
         self.W_dec = nnx.Param(W_dec)
         self.W_enc = nnx.Param(W_dec.T)
         self.b_enc = nnx.Param(jnp.zeros(width))
         self.b_dec = nnx.Param(jnp.zeros(total))
         self.center = nnx.Variable(jnp.zeros(total))
-        self.scale = nnx.Variable(jnp.ones(len(self.d_models)))
+        self.scale = nnx.Variable(jnp.ones(self.n_models))
         self.threshold = nnx.Variable(jnp.zeros(()))
-
-    # ------------------------------------------------------------ models and latents
-
-    @property
-    def n_models(self) -> int:
-        return len(self.d_models)
 
     def part(self, model: int) -> slice:
         """Returns where a model's dimensions lie among all D."""
         start = sum(self.d_models[:model])
         return slice(start, start + self.d_models[model])
 
-    def owners(self) -> np.ndarray:
-        """Returns int [width]: the model that a latent is dedicated to, -1 where it is free."""
-        shared = round(self.shared_fraction * self.width)
-        dedicated = np.arange(self.width - shared) * self.n_models // max(self.width - shared, 1)
-        return np.concatenate([np.full(shared, -1), dedicated]).astype(np.int32)
-
     def allowed(self) -> jax.Array:
         """Returns float32 [D, width]: 1 where a weight may differ from zero."""
-        owner = jnp.asarray(self.owners())[None, :]
-        model = self._over_dimensions(jnp.arange(self.n_models))[:, None]
-        return ((owner < 0) | (owner == model)).astype(jnp.float32)
+        shared = round(self.shared_fraction * self.width)
+        dedicated = np.arange(self.width - shared) * self.n_models // max(self.width - shared, 1)
+        owner = np.concatenate([np.full(shared, -1), dedicated])[None, :]
+        model = np.repeat(np.arange(self.n_models), self.d_models)[:, None]
+        return jnp.asarray((owner < 0) | (owner == model), jnp.float32)
 
     def decoder_norms(self) -> jax.Array:
         """Returns [N, width], each latent's decoder norm per model, in units of equal variance."""
         W_dec = self.W_dec[...]
         parts = [W_dec[:, self.part(m)] for m in range(self.n_models)]
         return jnp.stack([jnp.linalg.norm(part, axis=1) for part in parts])
-
-    def _over_dimensions(self, per_model: jax.Array) -> jax.Array:
-        """Repeats [..., N] to [..., D]."""
-        repeats = np.asarray(self.d_models)
-        return jnp.repeat(per_model, repeats, axis=-1, total_repeat_length=int(repeats.sum()))
-
-    # ------------------------------------------------------------ encode and decode
 
     def encode(self, x: Sequence[jax.Array | None]) -> jax.Array:
         """Returns the code f, float32 [batch, width].
@@ -115,26 +105,22 @@ class Crosscoder(nnx.Module):
         Raises:
           ValueError: none is given, or not one entry per model.
         """
-        given = [m for m, rows in enumerate(x) if rows is not None]
-        if len(x) != self.n_models or not given:
-            raise ValueError(f"{len(x)} entries, {len(given)} given, of {self.n_models} models")
-        z = jnp.zeros((1, self.width)) + self.b_enc[...][None, :]
-        for m in given:
-            z = z + len(x) / len(given) * (self._centred(x[m], m) @ self.W_enc[...][self.part(m)])
-        return self.activate(z)
+        present = np.array([rows is not None for rows in x])
+        if len(x) != self.n_models or not present.any():
+            raise ValueError(f"{len(x)} entries, {present.sum()} given, of {self.n_models} models")
+        batch = len(x[present.argmax()])
+        parts = [jnp.zeros((batch, d)) if r is None else r for r, d in zip(x, self.d_models)]
+        u = self.scaled(jnp.concatenate(parts, axis=1))
+        return self.activate(self.pre_activations(u, present[None, :]))
 
     def decode(self, f: jax.Array) -> tuple[jax.Array, ...]:
         """Returns per model raw activations x_hat [batch, d_m] of a code f [batch, width]."""
-        u_hat = jnp.asarray(f, jnp.float32) @ self.W_dec[...] + self.b_dec[...][None, :]
+        u_hat = self.reconstruction(jnp.asarray(f, jnp.float32))
         return tuple(u_hat[:, self.part(m)] / self.scale[...][m] for m in range(self.n_models))
 
     def __call__(self, x: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
         """Returns every model's x_hat [batch, d_m], also of those that are not given."""
         return self.decode(self.encode(x))
-
-    def _centred(self, x: jax.Array, model: int) -> jax.Array:
-        scaled = jnp.asarray(x, jnp.float32) * self.scale[...][model]
-        return scaled - self.center[...][self.part(model)][None, :]
 
     def between(self, source: int, target: int) -> dict[str, jax.Array]:
         """Returns the way from one model to another, in raw units of both.
@@ -152,25 +138,14 @@ class Crosscoder(nnx.Module):
             "b_dec": self.b_dec[...][b] / self.scale[...][target],
         }
 
-    # ------------------------------------------------------------ training
-
     def activate(self, z: jax.Array) -> jax.Array:
         """Returns the code [batch, width] of pre-activations z: what exceeds 0 and threshold."""
         return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
 
     def scaled(self, x: jax.Array) -> jax.Array:
         """Returns u = s x [batch, D] of all models' raw rows side by side."""
-        scale = self._over_dimensions(jax.lax.stop_gradient(self.scale[...]))
+        scale = jnp.repeat(jax.lax.stop_gradient(self.scale[...]), np.asarray(self.d_models))
         return jnp.asarray(x, jnp.float32) * scale[None, :]
-
-    def pre_activations(self, u: jax.Array, present: jax.Array, dtype=None) -> jax.Array:
-        """Returns z [batch, width] of scaled rows u [batch, D]; see ``seen``."""
-        W_enc, bias = self.encoder()
-        return matmul(self.seen(u, present), W_enc, dtype) + bias[None, :]
-
-    def encoder(self) -> tuple[jax.Array, jax.Array]:
-        """Returns W_enc [D, width] and the bias [width] of what is seen of rows."""
-        return self.W_enc[...], self.b_enc[...]
 
     def seen(self, u: jax.Array, present: jax.Array) -> jax.Array:
         """Returns what is seen of scaled rows u [batch, D]: centred, 0 of absent models.
@@ -180,7 +155,16 @@ class Crosscoder(nnx.Module):
         """
         share = present / present.sum(axis=1, keepdims=True) * self.n_models
         centred = u - jax.lax.stop_gradient(self.center[...])[None, :]
-        return centred * self._over_dimensions(share)
+        return centred * jnp.repeat(share, np.asarray(self.d_models), axis=1)
+
+    def encoder(self) -> tuple[jax.Array, jax.Array]:
+        """Returns W_enc [D, width] and the bias [width] of what is seen of rows."""
+        return self.W_enc[...], self.b_enc[...]
+
+    def pre_activations(self, u: jax.Array, present: jax.Array, dtype=None) -> jax.Array:
+        """Returns z [batch, width] of scaled rows u [batch, D]; see ``seen``."""
+        W_enc, bias = self.encoder()
+        return matmul(self.seen(u, present), W_enc, dtype) + bias[None, :]
 
     def reconstruction(self, f: jax.Array, dtype=None) -> jax.Array:
         """Returns u_hat [batch, D] of a code."""
@@ -197,71 +181,27 @@ class Crosscoder(nnx.Module):
           dead: bool [width], latents that have been silent too long.
           dtype: of the matmul inputs; sums stay float32.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define losses.")
+        u = self.scaled(x)
+        z = self.pre_activations(u, present, dtype)
+        f = self.activate(z) if self.variant == "l1" else keep_top_k(z, self.k, over_rows=True)
+        u_hat = self.reconstruction(f, dtype)
+        parts = {"fvu": fvu(u, u_hat)}
+        if self.variant == "l1":
+            l1 = jnp.mean(f @ self.decoder_norms().sum(axis=0))
+            parts |= {"mse": power(u - u_hat), "l1": l1}
+            return parts["mse"] + hyper.l1_coefficient * l1, parts, f
+        seen = self.seen(u, present)
+        parts["auxk"] = auxk(self, seen, u - u_hat, dead=dead, hyper=hyper, dtype=dtype)
+        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
 
-    def measure(self, least: jax.Array) -> None:
-        """Updates what is measured, not optimised, from a batch's least active value []."""
-
-    def after_update(self) -> None:
-        """Imposes the constraints: dedicated latents stay out of the other models."""
+    def after_update(self, smallest: jax.Array) -> None:
+        """Imposes the constraints, and updates the threshold; see ``Dictionary.after_update``."""
         allowed = self.allowed()
         self.W_enc[...] = self.W_enc[...] * allowed
         self.W_dec[...] = self.W_dec[...] * allowed.T
-
-
-class BatchTopK(Crosscoder):
-    """f = the batch * k largest of relu(z) in the whole batch;  loss = FVU + auxk * dead FVU.
-
-    A latent's decoder rows of all models together have norm 1, so that a large f is a large share
-    of what is reconstructed, whoever it belongs to. Free of the shrinkage by which L1 invents
-    latents that belong to one model (Minder et al. 2025, arXiv 2504.02922). At inference
-    f = relu(z) 1[z > threshold].
-
-    Attributes:
-      threshold: [], the running mean of the smallest value that a batch kept.
-    """
-
-    variant = "batchtopk"
-
-    def losses(self, x, *, present, hyper: Hyper, dead, dtype=None):
-        u = self.scaled(x)
-        f = keep_batch_top_k(self.pre_activations(u, present, dtype), self.k)
-        u_hat = self.reconstruction(f, dtype)
-        parts = {
-            "fvu": fvu(u, u_hat),
-            "auxk": auxk(
-                self, self.seen(u, present), u - u_hat, dead=dead, hyper=hyper, dtype=dtype
-            ),
-        }
-        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
-
-    def measure(self, least: jax.Array) -> None:
-        self.threshold[...] = running_threshold(self.threshold[...], least)
-
-    def after_update(self) -> None:
-        super().after_update()
-        self.W_dec[...] = unit_rows(self.W_dec[...])
-
-
-class L1(Crosscoder):
-    """f = relu(z);  loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i sum_m ||W_dec_m,i||.
-
-    The published loss; decoder rows are free (Lindsey et al. 2024).
-    """
-
-    variant = "l1"
-
-    def losses(self, x, *, present, hyper: Hyper, dead, dtype=None):
-        u = self.scaled(x)
-        f = self.activate(self.pre_activations(u, present, dtype))
-        u_hat = self.reconstruction(f, dtype)
-        mse = jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
-        l1 = jnp.mean(f @ self.decoder_norms().sum(axis=0))
-        parts = {"mse": mse, "l1": l1, "fvu": fvu(u, u_hat)}
-        return mse + hyper.l1_coefficient * l1, parts, f
-
-
-VARIANTS = {kind.variant: kind for kind in (BatchTopK, L1)}
+        if self.variant == "batchtopk":
+            self.W_dec[...] = unit_rows(self.W_dec[...])
+            self.threshold[...] = running_threshold(self.threshold[...], smallest)
 
 
 # ---------------------------------------------------------------- classes of latents
@@ -288,29 +228,10 @@ def takes_part(crosscoder: Crosscoder) -> np.ndarray:
 # ---------------------------------------------------------------- checkpoints
 
 
-def build(
-    variant: str,
-    *,
-    d_models: Sequence[int],
-    width: int,
-    k: int,
-    shared_fraction: float,
-    key: jax.Array,
-) -> Crosscoder:
-    """Returns a freshly initialised crosscoder."""
-    shape = {"d_models": d_models, "width": width, "k": k, "shared_fraction": shared_fraction}
-    return VARIANTS[variant](**shape, rngs=nnx.Rngs(params=key))
-
-
 def save(crosscoder: Crosscoder, path: Path, *, meta: dict | None = None) -> None:
     """Writes a checkpoint that ``load`` reads: parameters, and what is needed to build."""
-    shape = {
-        "crosscoder": crosscoder.variant,
-        "d_models": list(crosscoder.d_models),
-        "width": crosscoder.width,
-        "k": crosscoder.k,
-        "shared_fraction": crosscoder.shared_fraction,
-    }
+    shape = {name: getattr(crosscoder, name) for name in SHAPE}
+    shape |= {"crosscoder": crosscoder.variant}
     checkpoint.save_module(path, modules.split(crosscoder)[1], (meta or {}) | shape)
 
 
@@ -322,12 +243,10 @@ def load(path: str | Path) -> Crosscoder:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} is no crosscoder; run train_hypernetworks with that rung first.")
+        raise UserError(f"{path} is no crosscoder; run train_hypernetworks with that map first.")
     meta = checkpoint.load_meta(path)
     if "crosscoder" not in meta:
         raise UserError(f"{path} holds another checkpoint than a crosscoder's; correct the path.")
-    shape = {name: meta[name] for name in ("d_models", "width", "k", "shared_fraction")}
-    graphdef, abstract = modules.abstract(
-        lambda: build(meta["crosscoder"], **shape, key=jax.random.key(0))
-    )
+    shape = {name: meta[name] for name in SHAPE} | {"key": jax.random.key(0)}
+    graphdef, abstract = modules.abstract(lambda: Crosscoder(meta["crosscoder"], **shape))
     return modules.merge(graphdef, checkpoint.load_params(path, abstract))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, JointSettings, SAEConfig, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries.crosscoder import Crosscoder
-from crossdict_jax.dictionaries.train import SparseObjective, dead_after
+from crossdict_jax.dictionaries.train import SparseObjective
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
@@ -50,26 +51,15 @@ class CrosscoderObjective(SparseObjective):
 
     def __init__(self, joint: JointSettings, d_models: Sequence[int]):
         self.joint, self.d_models = joint, tuple(d_models)
-        graphdef, _ = modules.abstract(lambda: self.build(jax.random.key(0)))
+        shape = {"width": joint.width, "k": joint.k, "shared_fraction": joint.shared_fraction}
+        build = functools.partial(Crosscoder, joint.variant, d_models=self.d_models, **shape)
         settings = SAEConfig(
             steps=joint.steps,
             batch_size=joint.batch_size,
             dead_after_rows=joint.dead_after_rows,
             matmul_dtype=joint.matmul_dtype,
         )
-        super().__init__(
-            graphdef,
-            frozen=Crosscoder.measured,
-            settings=settings,
-            width=joint.width,
-            k_aux=sum(self.d_models) // 2,
-            dead_after=dead_after(settings),
-        )
-
-    def build(self, key: jax.Array) -> Crosscoder:
-        joint = self.joint
-        shape = {"width": joint.width, "k": joint.k, "shared_fraction": joint.shared_fraction}
-        return crosscoder.build(joint.variant, d_models=self.d_models, **shape, key=key)
+        super().__init__(lambda key: build(key=key), settings, k_aux=sum(d_models) // 2)
 
     def init(self, key, fixed):
         # b_dec starts at the mean, so that latents need not spend themselves on it.
@@ -79,8 +69,8 @@ class CrosscoderObjective(SparseObjective):
     def losses(self, module, rows, context, dead):
         x = jnp.concatenate([rows[str(m)] for m in range(len(self.d_models))], axis=-1)
         present = draw_present(context.key, len(x), len(self.d_models), self.joint.drop_probability)
-        how = {"hyper": self.hyper(context), "dead": dead, "dtype": self.dtype}
-        return module.losses(x, present=present, **how)
+        hyper = self.hyper(context)
+        return module.losses(x, present=present, hyper=hyper, dead=dead, dtype=self.dtype)
 
 
 def fit_crosscoders(
@@ -101,18 +91,14 @@ def fit_crosscoders(
         is not finite.
     """
     groups: dict[tuple, list[int]] = {}
-    for i, one in enumerate(rows):
-        n = len(one.views[0])
+    for i, member in enumerate(rows):
+        n = len(member.views[0])
         if joint.batch_size > n:
             raise UserError(
                 f"crosscoder.batch_size={joint.batch_size} is more than the {n} training rows of "
-                f"{one.label}; lower it or raise text.documents."
+                f"{member.label}; lower it or raise text.documents."
             )
-        if any(len(view) != n for view in one.views):
-            raise UserError(
-                f"The views of {one.label} differ in length; row i must be one position."
-            )
-        groups.setdefault(tuple(view.shape for view in one.views), []).append(i)
+        groups.setdefault(tuple(view.shape for view in member.views), []).append(i)
     fitted: dict[int, Crosscoder] = {}
     for number, (shapes, indices) in enumerate(groups.items()):
         ensemble = joint_ensemble([rows[i] for i in indices], joint)
@@ -126,60 +112,55 @@ def fit_crosscoders(
             meta={
                 "seeds": [rows[i].seed for i in indices],
                 "crosscoder": dataclasses.asdict(joint),
-                "rows": list(map(list, shapes)),
+                "rows": shapes,
             },
             records=records,
         )
         for i, params in zip(indices, trained):
-            params = jax.tree.map(jnp.asarray, params)
             fitted[i] = modules.merge(ensemble.objective.graphdef, params)
     return [fitted[i] for i in range(len(rows))]
 
 
 def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
-    """Returns the crosscoders of some rows, all of equal shapes, ready to be trained."""
-    n_members, d_models = len(members), [view.shape[1] for view in members[0].views]
-    statistics = [_statistics(member.views) for member in members]
-    fixed = {
-        "id": np.asarray([member.seed for member in members], np.uint32),
-        "rate": np.full(n_members, joint.learning_rate, np.float32),
-        "penalty": np.full(n_members, joint.l1_coefficient, np.float32),
-        "scale": np.stack([scale for scale, _ in statistics]),
-        "center": np.stack([center for _, center in statistics]),
-    }
+    """Returns the crosscoders of some rows, all of equal shapes, ready to be trained.
+
+    Their scales give every model the mean d_model as its variance.
+    """
+    d_models = [view.shape[1] for view in members[0].views]
+    measured = [[moments(view) for view in member.views] for member in members]
+    scale = np.sqrt(
+        [[np.mean(d_models) / max(power, 1e-12) for _, power in member] for member in measured]
+    )
+    center = [
+        np.concatenate([s * mean for s, (mean, _) in zip(scales, member)])
+        for scales, member in zip(scale, measured)
+    ]
+    streams = {}
+    for m in range(len(d_models)):  # every distinct view once, whatever members and orders read it
+        views = {id(member.views[m]): member.views[m] for member in members}
+        source = np.asarray([list(views).index(id(member.views[m])) for member in members])
+        orders = [member.orders and member.orders[m] for member in members]
+        straight = np.arange(len(members[0].views[m]), dtype=np.int32)
+        stacked = np.stack([straight if order is None else order for order in orders])
+        shuffled = any(order is not None for order in orders)
+        streams[str(m)] = Stream(
+            np.stack(list(views.values())), source, stacked if shuffled else None
+        )
     return make_ensemble(
         CrosscoderObjective(joint, d_models),
-        fixed=fixed,
+        fixed={
+            "id": np.asarray([member.seed for member in members], np.uint32),
+            "rate": np.full(len(members), joint.learning_rate, np.float32),
+            "penalty": np.full(len(members), joint.l1_coefficient, np.float32),
+            "scale": np.asarray(scale, np.float32),
+            "center": np.asarray(center, np.float32),
+        },
         labels=[member.label for member in members],
-        streams={str(m): _stream(members, m) for m in range(len(d_models))},
+        streams=streams,
         seeds=[member.seed for member in members],
         batch_size=joint.batch_size,
         setting="crosscoder.batch_size",
     )
-
-
-def _stream(members: Sequence[Rows], m: int) -> Stream:
-    """The rows of model m: every distinct view once, whatever members and orders read it."""
-    views = {id(member.views[m]): member.views[m] for member in members}
-    source = np.asarray([list(views).index(id(member.views[m])) for member in members])
-    orders = [member.orders and member.orders[m] for member in members]
-    if any(order is not None for order in orders):
-        straight = np.arange(len(members[0].views[m]), dtype=np.int32)
-        orders = np.stack([straight if order is None else order for order in orders])
-    else:
-        orders = None
-    return Stream(np.stack(list(views.values())), source, orders)
-
-
-def _statistics(views: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scale [N] and scaled mean [D]: all models get the mean d_model as their variance."""
-    variance = np.mean([view.shape[1] for view in views])
-    scales, centers = [], []
-    for view in views:
-        mean, power = moments(view)
-        scales.append(np.sqrt(variance / max(power, 1e-12)))
-        centers.append(scales[-1] * mean)
-    return np.asarray(scales, np.float32), np.concatenate(centers).astype(np.float32)
 
 
 def moments(view: np.ndarray) -> tuple[np.ndarray, float]:
@@ -208,23 +189,45 @@ def joint_sites(config: Config, store: Store) -> list[tuple[Site, ...]]:
     ]
 
 
-def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
-    """Trains the run's crosscoders that are not there yet; each gets a folder of its own.
+def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
+    """Returns (sites, name) of every crosscoder of a run.
 
     For every layer tuple one of all models on aligned rows, and its control on shuffled rows; for
     the first ``crosscoder.self_nulls`` layer tuples also the first model beside itself, and beside
-    a rotated copy of itself. Killed and run again, it ends with the same bits.
+    a rotated copy of itself.
+    """
+    plan = []
+    for index, sites in enumerate(joint_sites(config, store)):
+        plan += [(sites, "aligned"), (sites, "shuffled")]
+        if index < config.crosscoder.self_nulls:
+            plan += [((sites[0], sites[0]), name) for name in CONTROLS]
+    return plan
+
+
+def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
+    """Trains the run's crosscoders that are not there yet; each gets a folder of its own.
+
+    Killed and run again, it ends with the same bits.
 
     Raises:
       UserError: see ``fit_crosscoders``.
     """
-    folders = [work.crosscoder(*ends) for ends, _ in planned(config, store, with_rows=False)]
+    folders = {work.crosscoder(*ends): ends for ends in planned(config, store)}
     todo = [folder for folder in folders if not checkpoint.is_finished(folder)]
     if not todo:
         return
     directory, joint = work.crosscoders / "training", crosscoder_settings(config)
     with timed(work, "train_crosscoders") as figures:
-        rows = [rows for _, rows in planned(config, store, with_rows=True)]
+        numbers = store.select("train")
+        orders = shuffles(len(numbers), models=len(store.models), seed=config.seed)
+        read = functools.cache(lambda model, site: store.read(model, site, numbers))
+        rows = []
+        for sites, name in folders.values():
+            models = store.models[:1] if name in CONTROLS else store.models
+            label = " ".join([*(f"{m} {s}" for m, s in zip(models, sites)), name])
+            views = tuple(map(read, models, sites))
+            views = copies(views[0], name, config.seed) if name in CONTROLS else views
+            rows.append(Rows(label, views, config.seed, orders if name == "shuffled" else None))
         fitted = fit_crosscoders(
             rows,
             joint,
@@ -239,28 +242,6 @@ def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
             shutil.rmtree(finished)
         seen = len(folders) * joint.steps * joint.batch_size
         figures |= {"crosscoders": len(folders), "rows": seen}
-
-
-def planned(
-    config: Config, store: Store, *, with_rows: bool
-) -> Iterator[tuple[tuple[tuple[Site, ...], str], Rows | None]]:
-    """Yields ((sites, name), training rows) of every crosscoder of a run."""
-    numbers, seed = store.select("train"), config.seed
-    order = shuffles(len(numbers), models=len(store.models), seed=seed) if with_rows else None
-    for index, sites in enumerate(joint_sites(config, store)):
-        views = tuple(
-            store.read(model, site, numbers) if with_rows else None
-            for model, site in zip(store.models, sites)
-        )
-        label = " ".join(f"{m} {s}" for m, s in zip(store.models, sites))
-        for name, orders in (("aligned", None), ("shuffled", order)):
-            rows = Rows(f"{label} {name}", views, seed, orders) if with_rows else None
-            yield (sites, name), rows
-        if index < config.crosscoder.self_nulls:
-            for name in CONTROLS:
-                label = f"{store.models[0]} {sites[0]} {name}"
-                rows = Rows(label, copies(views[0], name, seed), seed) if with_rows else None
-                yield ((sites[0], sites[0]), name), rows
 
 
 def shuffles(n: int, *, models: int, seed: int) -> tuple[np.ndarray | None, ...]:

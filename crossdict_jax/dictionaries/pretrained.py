@@ -9,7 +9,6 @@ from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import base, formats
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir
 
@@ -18,8 +17,7 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     """Saves what ``sae.sources`` names as the run's own; returns the models that have all theirs.
 
     Raises:
-      UserError: there are not as many sources as models, one is no dictionary, or it reads or
-        writes activations of another size.
+      UserError: a source is missing, is no dictionary, or reads or writes rows of another size.
     """
     sources = config.sae.sources
     if sources and len(sources) != len(store.models):
@@ -35,32 +33,27 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
                 continue
             path = source.replace("{layer}", str(site.layer))
             dictionary = formats.load(path)
-            _check_sizes(store, model, site, dictionary, path)
+            other, written = store.output_of(model, site)
+            if dictionary.d_model != store.d_model(model):
+                raise UserError(
+                    f"sae.sources: {path} reads rows of {dictionary.d_model}, {model} has "
+                    f"{store.d_model(model)} at {site}; name the dictionary of this model."
+                )
+            if dictionary.transcodes != ((other, written) != (model, site)):
+                kind = "a transcoder" if dictionary.transcodes else "no transcoder"
+                raise UserError(
+                    f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and "
+                    "be empty for dictionaries that write what they read."
+                )
+            if dictionary.d_out != store.d_model(other):
+                raise UserError(
+                    f"sae.sources: {path} writes rows of {dictionary.d_out}, {other} has "
+                    f"{store.d_model(other)} at {written}; correct sae.output_site."
+                )
             if config.sae.source_codes == "relu":
                 dictionary = unselected(dictionary)
             base.save(dictionary, folder, meta={"source": path, "codes": config.sae.source_codes})
     return set(adopted)
-
-
-def _check_sizes(store: Store, model: str, site: Site, dictionary: Dictionary, path: str) -> None:
-    """Raises UserError where a dictionary does not read this site, or not write its output."""
-    if dictionary.d_model != store.d_model(model):
-        raise UserError(
-            f"sae.sources: {path} reads rows of {dictionary.d_model}, {model} has "
-            f"{store.d_model(model)} at {site}; name the dictionary of this model."
-        )
-    other, written = store.output_of(model, site)
-    if dictionary.transcodes != ((other, written) != (model, site)):
-        kind = "a transcoder" if dictionary.transcodes else "no transcoder"
-        raise UserError(
-            f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and be "
-            "empty for dictionaries that write what they read."
-        )
-    if dictionary.d_out != store.d_model(other):
-        raise UserError(
-            f"sae.sources: {path} writes rows of {dictionary.d_out}, {other} has "
-            f"{store.d_model(other)} at {written}; correct sae.output_site."
-        )
 
 
 def unselected(dictionary: Dictionary) -> Dictionary:

@@ -11,6 +11,7 @@ import numpy as np
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.modules import Params
+from crossdict_jax.ops import keep_top_k
 
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
 BLOCK = 8192  # rows at a time
@@ -26,7 +27,7 @@ def check_rows(x: np.ndarray, label: str, rows: np.ndarray) -> None:
     """Raises UserError where training rows x [n, d] hold NaN or infinity, or are all equal.
 
     Args:
-      label: the model and site they are of.
+      label: their model and site.
       rows: [n], their numbers in the store.
     """
     varies = False
@@ -54,11 +55,10 @@ def activation_scale(x: np.ndarray) -> float:
 
 
 def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
-    """Returns what rows x [n, d_model] and, of a transcoder, y [n, d_out] say before a first step.
+    """Returns scale [], mean [d_model] and a sample of rows [256, d_model] of x [n, d_model].
 
-    That is scale [], mean [d_model] and rows [256, d_model], a sample; with rows y to predict also
-    scale_out [], mean_out [d_out], rows_out [256, d_out] and predictor [d_model, d_out], the ridge
-    regression of scaled y on scaled x.
+    With rows y [n, d_out] that a transcoder is to predict also those of y, NAME_out, and predictor
+    [d_model, d_out], the ridge regression of scaled y on scaled x.
     """
     start = {}
     for end, array in (("", x), ("_out", y))[: 1 if y is None else 2]:
@@ -106,14 +106,16 @@ def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
     """Makes a dictionary's encoder as long as lets its first reconstructions err least.
 
     An encoder c times as long has features c f: c = sum v.w / sum w.w, least squares, for scaled
-    rows v less b_dec and w = f W_dec. At c = 1, the length of the decoder's rows, active features
-    that overlap overshoot together, the more the more of them there are, and training would first
-    have to unlearn that. Where no length explains anything, it stays.
+    rows v less b_dec and w = f W_dec. At c = 1 active features that overlap overshoot together, and
+    training would first have to unlearn that. Where no length explains anything, it stays.
     """
     u = start["scale"] * start["rows"]
     v = start["scale_out"] * start["rows_out"] if "rows_out" in start else u
     v = v - dictionary.b_dec[...][None, :]
-    w = dictionary.training_code(dictionary.pre_activations(u), None) @ dictionary.W_dec[...]
+    z = dictionary.pre_activations(u)
+    over_rows = dictionary.selects_over_rows
+    f = keep_top_k(z, dictionary.k, over_rows=True) if over_rows else dictionary.activate(z)
+    w = f @ dictionary.W_dec[...]
     along, power = jnp.sum(v * w), jnp.sum(jnp.square(w))
     c = jnp.where(along > 0, along / jnp.maximum(power, 1e-8), 1.0)
     for name in PROPORTIONAL:

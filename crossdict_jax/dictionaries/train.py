@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, has_k, unswept
+from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
-from crossdict_jax.dictionaries.base import Dictionary, Hyper
-from crossdict_jax.dictionaries.losses import Fired, whole_batch
+from crossdict_jax.dictionaries.base import Dictionary
+from crossdict_jax.dictionaries.losses import Hyper, power
 from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.ops import activity, decode, nth_largest
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.ensemble import (
     Context,
@@ -56,84 +57,104 @@ MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 class SparseObjective(Objective):
     """Trains sparse codes, dictionaries and crosscoders alike: losses, dead features, constraints.
 
-    The step's memory is ``silent`` int [width]: rows since each feature was active.
+    The memory is int [width]: rows since each feature was active.
     """
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        *,
-        frozen: Sequence[str],
-        settings: Any,
-        width: int,
-        k_aux: int,
-        dead_after: int,
-    ):
+    def __init__(self, build: Callable[[jax.Array], nnx.Module], settings: SAEConfig, k_aux: int):
         """
         Args:
-          frozen: parameters that are measured, not trained.
-          settings: of the training: steps, batch_size, accumulate, matmul_dtype, l0_target,
-            nested_fractions (``SAEConfig``).
+          build: key -> a fresh module.
+          k_aux: see ``Hyper``.
         """
-        self.graphdef, self.frozen, self.settings = graphdef, tuple(frozen), settings
-        self.width, self.k_aux, self.dead_after = width, k_aux, dead_after
-        self.parts = settings.accumulate
+        module = nnx.eval_shape(lambda: build(jax.random.key(0)))
+        self.build, self.settings, self.k_aux = build, settings, k_aux
+        self.graphdef, self.frozen = nnx.split(module)[0], module.measured
+        self.memory, self.parts = np.zeros(module.width, np.int32), settings.accumulate
         dtype = settings.matmul_dtype
         self.dtype = None if dtype == "float32" else jnp.dtype(dtype)
-        self.rate_factor, self.penalty_factor = schedules(settings.steps)
+        seen = settings.steps * settings.batch_size
+        self.dead_after = settings.dead_after_rows or max(1, round(DEAD_SHARE * seen))
 
     def optimizer(self, fixed):
-        def schedule(count):
-            return -fixed["rate"] * self.rate_factor(count)
-
+        """Clipped Adam; the rate warms up, stays, and falls to 0 over the last fifth of steps."""
+        steps = self.settings.steps
+        warm, decay = max(1, round(WARMUP_FRACTION * steps)), max(1, steps // 5)
+        factor = optax.join_schedules(
+            [
+                optax.linear_schedule(1 / warm, 1.0, warm),
+                optax.constant_schedule(1.0),
+                optax.linear_schedule(1.0, 0.0, decay),
+            ],
+            [warm, max(warm, steps - decay)],
+        )
         return optax.chain(
             optax.clip_by_global_norm(GRADIENT_CLIP),
             optax.scale_by_adam(**MOMENTS),
-            optax.scale_by_schedule(schedule),
+            optax.scale_by_schedule(lambda count: -fixed["rate"] * factor(count)),
         )
 
-    def start(self, params):
-        return jnp.zeros(self.width, jnp.int32)
-
-    def shared(self, memory):
-        return (memory >= self.dead_after).sum(axis=1).max()
-
     def hyper(self, context: Context) -> Hyper:
+        warm = max(1, round(L1_WARMUP_FRACTION * self.settings.steps))
+        factor = optax.linear_schedule(0.0, 1.0, warm)(context.number)
         return Hyper(
-            l1_coefficient=context.fixed["penalty"] * self.penalty_factor(context.number),
-            most_dead=context.shared,
+            l1_coefficient=context.fixed["penalty"] * factor,
+            most_dead=(context.memories >= self.dead_after).sum(axis=1).max(),
             k_aux=self.k_aux,
             l0_target=self.settings.l0_target,
             nested_fractions=self.settings.nested_fractions,
-            whole=context.whole,
+            rows=self.settings.batch_size,
+            **context.totals or {},
         )
 
     def losses(self, module, rows, context, dead):
         """Returns the module's losses of a batch: see ``Dictionary.losses``."""
-        how = {"hyper": self.hyper(context), "dead": dead, "dtype": self.dtype}
-        return module.losses(rows["x"], y=rows.get("y"), **how)
+        hyper = self.hyper(context)
+        return module.losses(rows["x"], y=rows.get("y"), hyper=hyper, dead=dead, dtype=self.dtype)
 
     def loss(self, params, rows, context):
         dead = context.memory >= self.dead_after
         module = modules.merge(self.graphdef, params)
         loss, terms, f = self.losses(module, rows, context, dead)
-        fired = jax.lax.stop_gradient(Fired.of(f))
-        metrics = {"l0": fired.l0, **terms, "dead_fraction": dead.mean(dtype=jnp.float32)}
-        return loss, (metrics, fired)
+        active, l0, smallest = jax.lax.stop_gradient(activity(f))
+        metrics = {"l0": l0, **terms, "dead_fraction": dead.mean(dtype=jnp.float32)}
+        return loss, (metrics, (active, smallest))
 
-    def whole_batch(self, params, parts, context):
-        d = modules.merge(self.graphdef, params)
-        parts = parts["x"], parts.get("y")
-        return whole_batch(d, parts, hyper=self.hyper(context), dtype=self.dtype)
+    def totals(self, params, parts, context):
+        """Returns what ``Hyper`` says of a batch that comes in parts.
 
-    def join(self, aux: Fired) -> Fired:
-        return aux.join()
+        Losses are not means over rows alone: they divide by the variance of a batch, choose
+        features over all of its rows, or compare its mean L0 with a target. Holds no [batch, width]
+        array, but for architectures that choose features over the batch one.
+        """
+        d, over, dtype = modules.merge(self.graphdef, params), jax.lax.map, self.dtype
+        u, t = over(lambda part: d.scaled_pair(part["x"], part.get("y")), parts)
 
-    def update(self, params, silent, fired: Fired):
-        module = modules.merge(self.graphdef, params)
-        module.measure(fired.least)
-        module.after_update()
-        silent = jnp.where(fired.active, 0, silent + self.settings.batch_size)
+        def variance(x):
+            mean = x.mean(axis=(0, 1))
+            return over(lambda part: power(part - mean[None, :]), x).mean()
+
+        totals = {"variance": variance(t)}
+        if d.selects_over_rows:
+            z = over(lambda part: jax.nn.relu(d.pre_activations(part, dtype)), u)
+            z = z.reshape(-1, d.width)
+            totals["threshold"] = nth_largest(z, d.k * len(z))
+        hyper = dataclasses.replace(self.hyper(context), **totals)
+
+        def residual(pair):
+            u, t = pair
+            u_hat = decode(d.training_code(u, hyper, dtype), d.W_dec[...], dtype)
+            return t - u_hat - d.b_dec[...][None, :]
+
+        totals["residual_variance"] = jax.lax.cond(
+            hyper.most_dead > 0, lambda: variance(over(residual, (u, t))), lambda: jnp.ones(())
+        )
+        l0 = over(lambda part: activity(d.training_code(part, hyper, dtype))[1], u)
+        return totals | {"l0": l0.mean()}
+
+    def after_step(self, params, silent, aux):
+        module, (active, smallest) = modules.merge(self.graphdef, params), aux
+        module.after_update(smallest.min())
+        silent = jnp.where(active.any(axis=0), 0, silent + self.settings.batch_size)
         return modules.split(module)[1], silent
 
 
@@ -141,22 +162,12 @@ class DictionaryObjective(SparseObjective):
     """Trains a dictionary or a transcoder from what its rows say before the first step."""
 
     def __init__(self, sae: SAEConfig, *, d_model: int, d_out: int | None, width: int, k: int):
-        self.shape = {"d_model": d_model, "d_out": d_out, "width": width, "k": k}
-        graphdef, _ = modules.abstract(lambda: self.build(sae.architecture, jax.random.key(0)))
-        super().__init__(
-            graphdef,
-            frozen=base.find(sae.architecture).measured,
-            settings=sae,
-            width=width,
-            k_aux=(d_out or d_model) // 2,
-            dead_after=dead_after(sae),
-        )
-
-    def build(self, architecture: str, key: jax.Array) -> Dictionary:
-        return base.build(architecture, **self.shape, key=key)
+        shape = {"d_model": d_model, "d_out": d_out, "width": width, "k": k}
+        build = partial(base.build, sae.architecture, **shape)
+        super().__init__(lambda key: build(key=key), sae, k_aux=(d_out or d_model) // 2)
 
     def init(self, key, fixed):
-        fresh = modules.split(self.build(self.settings.architecture, key))[1]
+        fresh = modules.split(self.build(key))[1]
         d = modules.merge(self.graphdef, begin(fresh, fixed["start"]))
         fit_length(d, fixed["start"])
         params = modules.split(d)[1]
@@ -165,31 +176,12 @@ class DictionaryObjective(SparseObjective):
         return jax.tree.map(lambda a, b: jnp.where(fixed["begun"], b, a), params, fixed["params"])
 
 
-def schedules(steps: int) -> tuple[optax.Schedule, optax.Schedule]:
-    """Returns the factors of the rate (warm-up, flat, linear decay) and of L1 (warm-up)."""
-    warm, decay = max(1, round(WARMUP_FRACTION * steps)), max(1, steps // 5)
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(1 / warm, 1.0, warm),
-            optax.constant_schedule(1.0),
-            optax.linear_schedule(1.0, 0.0, decay),
-        ],
-        [warm, max(warm, steps - decay)],
-    )
-    return rate, optax.linear_schedule(0.0, 1.0, max(1, round(L1_WARMUP_FRACTION * steps)))
-
-
 def usual_rate(architecture: str, *, width: int) -> float:
     """Returns Adam's learning rate: 2e-3 at a width of 4096, falling with its square root.
 
     The law is that of TopK (Gao et al. 2024, arXiv 2406.04093); a class's ``pace`` multiplies it.
     """
     return base.find(architecture).pace * min(LARGEST_RATE, 2e-3 * math.sqrt(4096 / width))
-
-
-def dead_after(sae: SAEConfig) -> int:
-    """Returns how many rows of silence mean that a feature is dead: as set, or a share of all."""
-    return sae.dead_after_rows or max(1, round(DEAD_SHARE * sae.steps * sae.batch_size))
 
 
 # ---------------------------------------------------------------- the members of a run
@@ -213,9 +205,7 @@ class Member:
     l1_coefficient: float
     name: str
 
-    @property
-    def label(self) -> str:
-        return f"{self.model} {self.site} {self.name}"
+    label = property(lambda self: f"{self.model} {self.site} {self.name}")
 
 
 def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
@@ -229,12 +219,12 @@ def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
     result = []
     for (model, site), seed in itertools.product(sites, range(sae.seeds)):
         for combination in itertools.product(*swept.values()):
-            chosen = dict(zip(swept, combination))
-            other = [f"{f}-{v:g}" for f, v in chosen.items() if v != swept[f][0]]
-            usual = usual_rate(sae.architecture, width=chosen["width"])
-            chosen["learning_rate"] = chosen["learning_rate"] or usual
+            fields = dict(zip(swept, combination))
+            other = [f"{f}-{v:g}" for f, v in fields.items() if v != swept[f][0]]
+            usual = usual_rate(sae.architecture, width=fields["width"])
+            fields["learning_rate"] = fields["learning_rate"] or usual
             name = "-".join([f"seed-{seed}", *other])
-            result.append(Member(model, site, seed, name=name, **chosen))
+            result += [Member(model, site, seed, name=name, **fields)]
     return result
 
 
@@ -266,7 +256,9 @@ def control_members(config: Config, store: Store) -> list[Member]:
 # ---------------------------------------------------------------- stages
 
 
-def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
+def train_dictionaries(
+    config: Config, store: Store, work: Workdir, controls: Store | None = None
+) -> None:
     """Trains what is not there yet; each finished dictionary gets a folder of its own.
 
     Models that ``sae.sources`` gives a dictionary of somebody else train none.
@@ -274,32 +266,38 @@ def train_dictionaries(config: Config, store: Store, work: Workdir) -> None:
     Members that share d_model, width and k are one ensemble in one compiled step; an ensemble
     too large for the device's memory is split. Killed and run again, it ends with the same bits.
 
+    Args:
+      controls: the store that controls read; what ``control_members`` names is trained too, into
+        ``work.controls``.
+
     Raises:
-      UserError: k above the width, a batch larger than the training rows, rows that are not finite
-        or never vary, or a loss that is not finite.
+      UserError: a batch larger than the training rows, rows that are not finite or never vary, or
+        a loss that is not finite.
     """
     adopted = pretrained.adopt(config, store, work)
     sites = [(m, s) for m in store.models if m not in adopted for s in store.sites_of(m)]
-    train_members(config, store, work, members(config.sae, sites))
-
-
-def train_control_dictionaries(config: Config, store: Store, work: Workdir) -> None:
-    """Trains into ``work.controls`` what ``control_members`` names and is not there yet.
-
-    Raises:
-      UserError: see ``train_dictionaries``.
-    """
-    train_members(config, store, work.controls, control_members(config, store))
+    jobs = [(store, work, members(config.sae, sites))]
+    if controls:
+        jobs += [(controls, work.controls, control_members(config, controls))]
+    for source, folder, everyone in jobs:
+        train_members(config, source, folder, everyone)
 
 
 def train_members(config: Config, store: Store, work: Workdir, everyone: list[Member]) -> None:
     """Trains those of some dictionaries that are not finished in ``work``."""
-    sae, rows = config.sae, store.select("train")
-    _check(sae, rows=len(rows))
+    sae, n_rows = config.sae, len(store.select("train"))
     folders = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}
     todo = [m for m in everyone if not checkpoint.is_finished(folders[m])]
+    alike = {member: (*sizes(store, member), member.width, member.k) for member in todo}
+    groups = []
+    for shape in dict.fromkeys(alike.values()):
+        same = [member for member in todo if alike[member] == shape]
+        d_model, d_out, width, _ = shape
+        size = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
+        limit = members_at_once(size, rows=2 * n_rows * (d_model + (d_out or 0)))
+        groups += [same[at : at + limit] for at in range(0, len(same), limit)]
     with timed(work, "train_saes") as figures:
-        for group in _groups(sae, store, todo, rows=len(rows)):
+        for group in groups:
             first = group[0]
             tag = f"{first.model}-{first.site}-{first.name}-width{first.width}-k{first.k}"
             directory = work.dictionaries / "training" / tag
@@ -315,37 +313,6 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
             figures |= {"dictionaries": len(todo), "rows": len(todo) * sae.steps * sae.batch_size}
 
 
-def _check(sae: SAEConfig, *, rows: int) -> None:
-    widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
-    ks = sae.k if isinstance(sae.k, tuple) else (sae.k,)
-    base.find(sae.architecture)
-    if min(ks) < 1 and has_k(sae.architecture):
-        raise UserError(f"sae.k={min(ks)} must be 1 or more; with none no feature is active.")
-    if max(ks) > min(widths) and has_k(sae.architecture):
-        raise UserError(f"sae.k={max(ks)} is more than sae.width={min(widths)}; lower k.")
-    if sae.batch_size > rows:
-        raise UserError(
-            f"sae.batch_size={sae.batch_size} is more than the {rows} training rows; lower it or "
-            "raise text.documents."
-        )
-
-
-def _groups(sae: SAEConfig, store: Store, todo: list[Member], *, rows: int) -> list[list[Member]]:
-    """Ensembles of equal shape, each small enough for the device."""
-
-    def shape(member):
-        d_model, d_out = sizes(store, member)
-        return d_model, d_out or 0, member.width, member.k
-
-    groups = []
-    for (d_model, d_out, width, _), same in itertools.groupby(sorted(todo, key=shape), key=shape):
-        same = list(same)
-        one = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
-        limit = members_at_once(one, rows=2 * rows * (d_model + d_out))
-        groups += [same[at : at + limit] for at in range(0, len(same), limit)]
-    return groups
-
-
 def sizes(store: Store, member: Member) -> tuple[int, int | None]:
     """Returns (d_model, d_out) of what a member reads and, of a transcoder, writes; else None."""
     reads = (member.model, member.site)
@@ -354,21 +321,20 @@ def sizes(store: Store, member: Member) -> tuple[int, int | None]:
     return store.d_model(member.model), d_out
 
 
-def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int = 0) -> int:
+def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int | None = None) -> int:
     """Returns what one member may take of a device's memory: by it ensembles are cut to size.
 
-    A bound for all architectures, known before anything is compiled; what the compiler then says
-    of the ensemble is printed at its start. Four float32 copies of the parameters (themselves, two
-    moments, gradients), one more while they are updated, and about six [batch, width] arrays live
-    at the widest point of a step, of a part of the batch where ``sae.accumulate`` cuts it; what
-    chooses features over all rows holds one of the whole batch then.
+    A bound for all architectures, known before anything is compiled. Four float32 copies of the
+    parameters (themselves, two moments, gradients), one more while they are updated, and about six
+    [batch, width] arrays at the widest point of a step, of a part of the batch where
+    ``sae.accumulate`` cuts it; what chooses features over all rows holds one of all rows then.
     """
-    both = d_model + (d_out or d_model)
-    parameters = both * width + width + (d_out or d_model)
+    d_out = d_out or d_model
+    parameters = (d_model + d_out) * width + width + d_out
     live = 6 * sae.batch_size // sae.accumulate
     if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
         live += sae.batch_size
-    return 4 * (5 * parameters + live * width + 2 * sae.batch_size * both)
+    return 4 * (5 * parameters + live * width + 2 * sae.batch_size * (d_model + d_out))
 
 
 def train_from(
@@ -387,7 +353,6 @@ def train_from(
       starts: per member its first parameters, or None for random ones.
     """
     sae, rows = config.sae, store.select("train")
-    _check(sae, rows=len(rows))
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
     trained = ensemble.fit(
@@ -415,15 +380,19 @@ def prepare(
 
     Args:
       starts: see ``train_from``.
-      resident: see ``row_feed``.
+      resident: see ``make_ensemble``.
     """
+    if sae.batch_size > len(rows):
+        raise UserError(
+            f"sae.batch_size={sae.batch_size} is more than the {len(rows)} training rows; lower it "
+            "or raise text.documents."
+        )
     d_model, d_out = sizes(store, group[0])
     sites = list(dict.fromkeys((m.model, m.site) for m in group))
-    data = {"x": [store.read(*site, rows) for site in sites]}
-    if d_out:
-        data["y"] = [store.read(*store.output_of(*site), rows) for site in sites]
-    for site, *arrays in zip(sites, *data.values()):
-        for end, array in zip((site, store.output_of(*site)), arrays):
+    ends = {"x": sites} | ({"y": [store.output_of(*site) for site in sites]} if d_out else {})
+    data = {name: [store.read(*end, rows) for end in those] for name, those in ends.items()}
+    for name, those in ends.items():
+        for end, array in zip(those, data[name]):
             check_rows(array, " ".join(map(str, end)), rows)
     start = [start_of(*arrays) for arrays in zip(*data.values())]
     source = np.asarray([sites.index((m.model, m.site)) for m in group])
@@ -434,14 +403,13 @@ def prepare(
         "start": stack([start[i] for i in source]),
     }
     labels = [m.label for m in group]
-    objective = DictionaryObjective(
-        sae, d_model=d_model, d_out=d_out, width=group[0].width, k=group[0].k
-    )
     if starts is not None:
         first = [modules.split(d)[1] for d in starts if d is not None]
         params = [first[0] if d is None else modules.split(d)[1] for d in starts]
         fixed |= {"params": stack(params), "begun": np.asarray([d is not None for d in starts])}
         labels = [f"{m} {'random' if d is None else 'begun'}" for m, d in zip(labels, starts)]
+    shape = {"d_model": d_model, "d_out": d_out, "width": group[0].width, "k": group[0].k}
+    objective = DictionaryObjective(sae, **shape)
     return make_ensemble(
         objective,
         fixed=fixed,

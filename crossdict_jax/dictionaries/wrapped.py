@@ -43,7 +43,8 @@ class Normed(Dictionary):
     """A dictionary of rows that are normalised one by one; only ``d(x)`` can undo that.
 
     ``encode`` takes raw rows; ``decode`` returns normalised ones, because features do not say what
-    the norm of their row was.
+    the norm of their row was. Subclasses define ``row_norm(x)``, which returns per row [batch, 1]
+    what is subtracted, what is then multiplied, and what undoes that.
     """
 
     def encode(self, x: jax.Array) -> jax.Array:
@@ -53,10 +54,6 @@ class Normed(Dictionary):
     def __call__(self, x: jax.Array) -> jax.Array:
         mean, _, undo = self.row_norm(jnp.asarray(x, jnp.float32))
         return self.decode(self.encode(x)) * undo + mean
-
-    def row_norm(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns per row [batch, 1] what is subtracted, then multiplied, and multiplied back."""
-        raise NotImplementedError(f"{type(self).__name__} must define row_norm.")
 
 
 class LayerNormed(Normed):

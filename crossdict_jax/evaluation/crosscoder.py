@@ -124,7 +124,7 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
     """
     rows: list[dict] = []
     numbers = store.select("test")
-    planned = [ends for ends, _ in crosscoder_training.planned(config, store, with_rows=False)]
+    planned = crosscoder_training.planned(config, store)
     for sites, name in progress_bar(planned, desc="evaluate crosscoders", unit="crosscoder"):
         if name in crosscoder_training.CONTROLS:
             names = [store.models[0], f"{store.models[0]} ({name})"]

@@ -58,7 +58,7 @@ def evaluate(config: Config, work: Workdir) -> None:
     files = [*FILES, *(["controls.jsonl"] if config.controls else [])]
     if joint_codes(config.map.kinds):
         files.append("crosscoder.jsonl")
-        folders += [work.crosscoder(*end) for end, _ in planned(config, store, with_rows=False)]
+        folders += [work.crosscoder(*ends) for ends in planned(config, store)]
     loader = ControlLoader(config, store, work) if controls else Loader(store, work, config.seed)
     meta = [store.meta, loader.store.meta]
     inputs = input_digests(work, settings=identity(config), store_meta=meta, folders=folders)

@@ -33,7 +33,7 @@ from crossdict_jax.maps.moments import (
     slices,
     token_sums,
 )
-from crossdict_jax.training import load_meta, load_params, save_module
+from crossdict_jax.training.checkpoint import load_meta, load_params, save_module
 
 # ---------------------------------------------------------------- paired rows
 

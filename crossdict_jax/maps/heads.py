@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.dictionaries.base import keep_top_k
 from crossdict_jax.errors import UserError
+from crossdict_jax.ops import keep_top_k
 
 INITIAL_THRESHOLD = 1.0  # in standard units of a feature: near where they end in training
 BANDWIDTH = 0.5  # in the same units, of the kernel that trains thresholds

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from crossdict_jax.ops import lists
 from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.selection import entries_from, kth_largest, nth_largest, uses_lists
+from crossdict_jax.ops.selection import entries_from, uses_lists
 
 Code = jax.Array | lists.Entries
 
@@ -36,35 +36,24 @@ def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
     return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
 
 
-def top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, k: int, dtype=None) -> Code:
-    """Returns the k largest of each row of relu(u W_enc + bias), and all that equal the k-th.
+def sparse_code(
+    u: jax.Array,
+    W_enc: jax.Array,
+    bias: jax.Array,
+    threshold: Callable[[jax.Array], jax.Array],
+    n: int,
+    dtype=None,
+) -> Code:
+    """Returns what reaches a threshold in relu(z) with z = u W_enc + bias.
 
     Args:
       u: rows [batch, d].
       W_enc: [d, width].
       bias: [width].
+      threshold: of z [batch, width], without a gradient: one [] for all rows, or one [batch] each.
+      n: how many values reach it, but for equal ones.
       dtype: of the product's inputs; sums stay float32.
     """
-    return _code(u, W_enc, bias, k * len(u), dtype, lambda z: kth_largest(z, k))
-
-
-def batch_top_k_code(u: jax.Array, W_enc: jax.Array, bias: jax.Array, n: int, dtype=None) -> Code:
-    """Returns the n largest of all rows of relu(u W_enc + bias), and all that equal the n-th."""
-    return _code(u, W_enc, bias, n, dtype, lambda z: nth_largest(z, n))
-
-
-def threshold_code(
-    u: jax.Array, W_enc: jax.Array, bias: jax.Array, threshold: jax.Array, n: int, dtype=None
-) -> Code:
-    """Returns what reaches a threshold [] in relu(u W_enc + bias), of a part of a batch's rows.
-
-    Args: see ``top_k_code``, and
-      n: how many values of the whole batch reach it, but for equal ones.
-    """
-    return _code(u, W_enc, bias, n, dtype, lambda z: threshold)
-
-
-def _code(u, W_enc, bias, n: int, dtype, threshold: Callable[[jax.Array], jax.Array]) -> Code:
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))

@@ -2,9 +2,8 @@
 
 With B rows, d dimensions, F features and k active ones, a step through dense matrices takes five
 products of 2 B d F operations: the encoder, the decoder, and the gradients of the code and of both
-weights. Here only the encoder's stays; each of the other four is 2 B k d: a sum of weighted rows
-for each row's entries or for each feature's, or an inner product for each entry (``sums``). No
-[B, F] array but the pre-activations is formed.
+weights. Here only the encoder's stays; each of the other four is 2 B k d (``sums``). No [B, F]
+array but the pre-activations is formed.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ MASK = 32  # neighbours whose selection is written into one integer
 def uses_lists() -> bool:
     """Returns whether lists of a few entries are used in place of whole arrays [batch, width].
 
-    They are measured to be faster on CPU. For accelerators the compilers estimate them several
-    times slower, and rows that several devices share would have to be gathered.
+    They are measured to be faster on CPU. For accelerators compilers estimate them several times
+    slower, and rows that several devices share would have to be gathered.
     """
     return jax.default_backend() == "cpu" and devices_of_rows() == 1
 
@@ -88,6 +88,22 @@ def nth_largest(z: jax.Array, n: int) -> jax.Array:
     return jnp.where(count > limit, low, _by_bits(values[:, None], n, axis=(0, 1)))
 
 
+def keep_top_k(z: jax.Array, k: int, *, over_rows: bool = False) -> jax.Array:
+    """Returns relu(z) [batch, width] with all but each row's k largest values zeroed.
+
+    Values that equal the last of these are all kept, so L0 can exceed k there.
+
+    Args:
+      over_rows: the batch * k largest values of the batch are kept instead.
+    """
+    z = jax.nn.relu(z)
+    if k >= z.shape[1]:
+        return z
+    fixed = jax.lax.stop_gradient(z)
+    threshold = nth_largest(fixed, k * len(z)) if over_rows else kth_largest(fixed, k)[:, None]
+    return jnp.where(z >= threshold, z, 0.0)
+
+
 def entries_from(
     z: jax.Array, threshold: jax.Array, *, limit: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -126,8 +142,7 @@ def entries_from(
 def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS) -> jax.Array:
     """Returns the k-th largest of relu(z) along ``axis``, by halving the range of integers.
 
-    Compares and sums alone: several times faster than a sort on CPU, and, unlike ``lax.top_k``,
-    rows that are spread over devices stay where they are.
+    Several times faster than a sort on CPU; unlike ``lax.top_k``, rows stay on their devices.
 
     Args:
       bits: how many leading bits are found; of fewer than all, the result is a lower bound.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Runner
 from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, saved_tokenizer
-from crossdict_jax.training.ensemble import Ensemble, Objective, put_tree
+from crossdict_jax.training.ensemble import Ensemble, Objective
 from crossdict_jax.training.loop import Feed, epoch_order
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
 from crossdict_jax.workdir import read_json, write_json
@@ -28,6 +27,16 @@ from crossdict_jax.workdir import read_json, write_json
 WARMUP = 0.03  # of the steps; then cosine decay to a tenth of the rate
 WEIGHT_DECAY = 0.1  # of matrices
 GRADIENT_CLIP = 1.0  # norm, as in GPT-3 and Pythia
+MATRIX = MuonDimensionNumbers()
+NAMES = {  # of d_model, n_layers, n_heads and context
+    "gpt2": ("n_embd", "n_layer", "n_head", "n_positions"),
+    "gpt_neox": (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ),
+}
 OFFSET = 97  # tokens by which each epoch cuts the text further on; prime, so that cuts differ
 
 
@@ -92,24 +101,14 @@ def hf_config(config: PretrainConfig) -> dict:
 
     What it does not say is as Hugging Face has it where config.json does not say it.
     """
-    shared = {"model_type": config.model_type, "vocab_size": config.vocab_size}
-    shared |= {"bos_token_id": 0, "eos_token_id": 0}
-    if config.model_type == "gpt2":
-        return shared | {
-            "n_embd": config.d_model,
-            "n_layer": config.n_layers,
-            "n_head": config.n_heads,
-            "n_positions": config.context,
-        }
+    if config.model_type not in NAMES:
+        raise UserError(f"model_type={config.model_type} cannot be trained; use gpt2 or gpt_neox.")
+    sizes = ("d_model", "n_layers", "n_heads", "context")
+    theirs = {n: getattr(config, size) for n, size in zip(NAMES[config.model_type], sizes)}
     if config.model_type == "gpt_neox":
-        return shared | {
-            "hidden_size": config.d_model,
-            "num_hidden_layers": config.n_layers,
-            "num_attention_heads": config.n_heads,
-            "intermediate_size": 4 * config.d_model,
-            "max_position_embeddings": config.context,
-        }
-    raise UserError(f"model_type={config.model_type} cannot be trained; use gpt2 or gpt_neox.")
+        theirs["intermediate_size"] = 4 * config.d_model
+    same = {name: getattr(config, name) for name in ("model_type", "vocab_size")}
+    return same | theirs | {"bos_token_id": 0, "eos_token_id": 0}
 
 
 class NextToken(Objective):
@@ -130,9 +129,6 @@ class NextToken(Objective):
     def optimizer(self, fixed) -> optax.GradientTransformation:
         config = self.config
 
-        def muon_matrices(path, p):
-            return MuonDimensionNumbers() if path[0].key == "blocks" and p.ndim == 2 else None
-
         rate = optax.warmup_cosine_decay_schedule(
             0.0,
             config.learning_rate,
@@ -148,8 +144,9 @@ class NextToken(Objective):
                 weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
                 adam_b2=0.95,
                 consistent_rms=0.2,
-                muon_weight_dimension_numbers=partial(
-                    jax.tree_util.tree_map_with_path, muon_matrices
+                muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+                    lambda path, p: MATRIX if path[0].key == "blocks" and p.ndim == 2 else None,
+                    params,
                 ),
             ),
         )
@@ -178,6 +175,4 @@ def _window_feed(config: PretrainConfig, tokens: np.ndarray, mesh, fixed: dict) 
         batch = jax.lax.with_sharding_constraint(batch.astype(jnp.int32), shard(mesh, DATA))
         return {"rows": batch[None], "fixed": resident["fixed"]}
 
-    everywhere = shard(mesh)
-    resident = {"tokens": put(tokens, everywhere), "fixed": put_tree(fixed, everywhere)}
-    return Feed(resident, indices, select)
+    return Feed(put({"tokens": tokens, "fixed": fixed}, shard(mesh)), indices, select)

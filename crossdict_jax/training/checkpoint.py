@@ -25,11 +25,6 @@ def _manager(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
 
-def _seal(directory: Path, step: int) -> Path:
-    """The checksum file; it is written last, so a checkpoint without one was never finished."""
-    return Path(directory) / f"{step}.sha256.json"
-
-
 def _digests(folder: Path) -> dict[str, str]:
     """{name: sha256} of all files below a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -37,36 +32,39 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def latest_step(directory: Path) -> int | None:
-    """Returns the newest finished step, or None if there is none."""
+    """Returns the newest finished step, or None if there is none.
+
+    STEP.sha256.json is written last: a checkpoint without its checksums was never finished.
+    """
     seals = Path(directory).glob("*.sha256.json")
     steps = [int(seal.name.split(".")[0]) for seal in seals]
     return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
 
 
-def finished_step(directory: Path) -> int:
-    """Returns the newest finished step; UserError if there is none."""
-    step = latest_step(directory)
-    if step is None:
-        raise UserError(f"{directory} holds no finished checkpoint; run the stage that writes it.")
-    return step
-
-
 def is_finished(directory: Path) -> bool:
-    """Whether ``directory`` holds a sealed checkpoint."""
+    """Whether ``directory`` holds a finished checkpoint."""
     return latest_step(directory) is not None
 
 
-def verify(directory: Path, step: int) -> None:
-    """Raises UserError naming the first file that is missing, truncated or altered."""
+def finished_step(directory: Path) -> int:
+    """Returns the newest finished step, whole and unaltered.
+
+    Raises:
+      UserError: there is none, or a file of it is missing, truncated or altered (it is named).
+    """
+    step = latest_step(directory)
+    if step is None:
+        raise UserError(f"{directory} holds no finished checkpoint; run the stage that writes it.")
     folder = Path(directory) / str(step)
     digests = _digests(folder)
-    for name, digest in read_json(_seal(directory, step)).items():
+    for name, digest in read_json(Path(directory) / f"{step}.sha256.json").items():
         if digests.get(name) != digest:
             state = "altered or cut short" if name in digests else "missing"
             raise UserError(
                 f"Checkpoint file {folder / name} is {state} (checksum mismatch); "
                 f"delete {directory} and run its stage again."
             )
+    return step
 
 
 def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> None:
@@ -86,27 +84,27 @@ def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> No
         with _manager(directory) as manager:
             manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta or {}), **items))
             manager.wait_until_finished()
-        write_json(_seal(directory, step), _digests(directory / str(step)))
+        digests = _digests(directory / str(step))
+        write_json(directory / f"{step}.sha256.json", digests)
     except OSError as error:
         raise UserError(
             f"Cannot write checkpoint {directory} ({error}); free some space."
         ) from error
-    for seal in directory.glob("*.sha256.json"):
-        if seal != _seal(directory, step):
-            seal.unlink()
-            shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
+    for seal in set(directory.glob("*.sha256.json")) - {directory / f"{step}.sha256.json"}:
+        seal.unlink()
+        shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
 
 
-def restore(directory: Path, step: int, **abstract: Any) -> dict[str, Any]:
-    """Returns the named trees of checkpoint ``step``, laid out as their abstract trees say.
+def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
+    """Returns named trees of the newest finished checkpoint, as their abstract trees lay them out.
 
     Args:
       abstract: per tree, a pytree of ``jax.ShapeDtypeStruct`` with shardings.
 
     Raises:
-      UserError: the checkpoint is damaged or of another shape.
+      UserError: there is none, or it is damaged or of another shape.
     """
-    verify(directory, step)
+    step = finished_step(directory)
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     try:
         with _manager(directory) as manager:
@@ -119,31 +117,26 @@ def restore(directory: Path, step: int, **abstract: Any) -> dict[str, Any]:
     return {name: restored[name] for name in abstract}
 
 
-def save_module(directory: Path, params: Any, meta: dict, *, step: int = 0) -> None:
+def save_module(directory: Path, params: Any, meta: dict) -> None:
     """Writes a finished module: its parameters (pure nested dict of arrays) and ``meta``."""
-    save(directory, step, params=jax.tree.map(np.asarray, params), meta=meta)
+    save(directory, 0, params=jax.tree.map(np.asarray, params), meta=meta)
 
 
 def load_meta(directory: Path) -> dict:
     """Returns the ``meta`` of the newest finished checkpoint in ``directory``."""
     step = finished_step(directory)
-    verify(directory, step)
     with _manager(directory) as manager:
         return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def load_params(directory: Path, abstract: Any) -> Any:
-    """Returns the parameters alone of the newest finished checkpoint, onto any mesh.
+    """Returns the parameters alone of the newest finished checkpoint, on the first device.
 
     Args:
-      abstract: pytree of ``jax.ShapeDtypeStruct``; where a leaf has no sharding it goes to the
-        first device.
+      abstract: pytree of what has the shapes and dtypes of the parameters.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def on_device(leaf):
-        sharding = getattr(leaf, "sharding", None) or device
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    params = jax.tree.map(on_device, abstract)
-    return restore(directory, finished_step(directory), params=params)["params"]
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract
+    )
+    return restore(directory, params=params)["params"]

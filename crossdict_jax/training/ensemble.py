@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put,
 from crossdict_jax.workdir import write_json
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
+TRAINING_SHARE = 0.8  # of a device's memory, for members beside the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,18 @@ class Context:
 
     Attributes:
       fixed: pytree of this member that training does not change.
-      memory: what the objective carries from step to step (``Objective.start``).
-      shared: what ``Objective.shared`` made of all members.
-      whole: what ``Objective.whole_batch`` says of a batch that comes in parts; else None.
-      number: the step's number.
+      memory: what the objective carries from step to step.
+      memories: of all members, stacked. A branch on a scalar made of them, the same for all
+        members, stays a branch under vmap.
+      totals: what ``Objective.totals`` says of a batch that comes in parts; else None.
+      number: of the step.
       key: this member's random key at this step.
     """
 
     fixed: PyTree
     memory: PyTree
-    shared: PyTree
-    whole: PyTree
+    memories: PyTree
+    totals: PyTree
     number: jax.Array
     key: jax.Array
 
@@ -50,8 +51,16 @@ class Context:
 class Objective:
     """What one member of an ensemble is trained to do, in pure functions.
 
+    A subclass defines ``init(key, fixed)``, which returns the parameters before the first step;
+    ``optimizer(fixed)``, which returns an ``optax.GradientTransformation``; and
+    ``loss(params, batch, context)``, which returns (loss [], ({metric: array}, aux)). If it
+    validates, also ``score(params, validation, fixed)`` [], lower is better; and if it cuts batches
+    into parts, ``totals(params, parts, context)``: what a part's loss must know of the batch, whose
+    arrays have a leading axis of parts. Of that there is no gradient.
+
     Attributes:
       frozen: top-level parameters that no gradient updates.
+      memory: pytree that is carried from step to step, before the first one.
       parts: into how many a batch is cut, one after another: less memory, the same gradients.
       validate_every: steps between validations; the parameters of the best one are the result. 0:
         no validation, the last parameters are.
@@ -59,61 +68,27 @@ class Objective:
     """
 
     frozen: tuple[str, ...] = ()
+    memory: PyTree = ()
     parts: int = 1
     validate_every: int = 0
     patience: float = math.inf
 
-    def init(self, key: jax.Array, fixed: PyTree) -> PyTree:
-        """Returns the parameters before the first step."""
-        raise NotImplementedError
-
-    def optimizer(self, fixed: PyTree) -> optax.GradientTransformation:
-        """Returns what turns gradients into what is added to the parameters."""
-        raise NotImplementedError
-
-    def loss(self, params: PyTree, batch: PyTree, context: Context) -> tuple[jax.Array, tuple]:
-        """Returns (loss [], ({metric: array}, aux)); ``aux`` is for ``update``."""
-        raise NotImplementedError
-
-    def start(self, params: PyTree) -> PyTree:
-        """Returns the memory before the first step."""
-        return ()
-
-    def shared(self, memory: PyTree) -> PyTree:
-        """Returns what every member's loss reads of all members' stacked memory.
-
-        A scalar of it is the same for all members: a branch on it stays a branch under vmap.
-        """
-        return ()
-
-    def whole_batch(self, params: PyTree, parts: PyTree, context: Context) -> PyTree:
-        """Returns what a part's loss must know of the whole batch; gets no gradient.
+    def after_step(self, params: PyTree, memory: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns parameters and memory after a step: constraints, and what is measured.
 
         Args:
-          parts: the batch with a leading axis of parts.
+          aux: of the loss, with a leading axis of parts.
         """
-        return None
-
-    def join(self, aux: PyTree) -> PyTree:
-        """Returns the ``aux`` of a batch from that of its parts, stacked on a leading axis."""
-        return jax.tree.map(lambda a: a.mean(axis=0), aux)
-
-    def update(self, params: PyTree, memory: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
-        """Returns parameters and memory after a step: constraints, and what is measured."""
         return params, memory
-
-    def score(self, params: PyTree, batch: PyTree, fixed: PyTree) -> jax.Array:
-        """Returns the validation score [], lower is better, on the member's validation batch."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """An objective, its members, and where their rows come from.
+    """An objective, its members, and where their rows come from; see ``make_ensemble``.
 
     Attributes:
       feed: gives batches {"rows": [members, batch, ...], "fixed": [members, ...] and, with
-        validation, "validation": [members, ...]}; see ``row_feed``.
+        validation, "validation": [members, ...]}.
       fixed: pytree of arrays stacked over members; ``fixed["id"]`` int [members] tells members'
         random keys apart, so that the others trained beside a member change nothing.
       labels: of the members, in order.
@@ -125,9 +100,7 @@ class Ensemble:
     labels: tuple[str, ...]
     mesh: jax.sharding.Mesh
 
-    def by_member(self, abstract: PyTree) -> PyTree:
-        """Returns the sharding of every array of a stacked tree: members over devices."""
-        return jax.tree.map(lambda _: shard(self.mesh, MEMBER), abstract)
+    layout = property(lambda self: shard(self.mesh, MEMBER))
 
     def trainable(self, steps: int) -> Trainable:
         """Returns the step of the whole ensemble, and its state before the first."""
@@ -137,23 +110,41 @@ class Ensemble:
             def member(fixed):
                 params = objective.init(jax.random.fold_in(root, fixed["id"]), fixed)
                 train = {"optimizer": objective.optimizer(fixed).init(params)}
-                train["memory"] = objective.start(params)
+                train["memory"] = jax.tree.map(jnp.asarray, objective.memory)
                 if objective.validate_every:
-                    train["best"] = _nothing_validated(params)
+                    train["best"] = {
+                        "params": params,
+                        "score": jnp.full((), jnp.inf, jnp.float32),  # any other is better
+                        "latest": jnp.zeros(()),
+                        "step": jnp.zeros((), jnp.int32),  # of the best validation
+                        "stale": jnp.zeros((), jnp.int32),  # validations since then
+                    }
                 return {"params": params, "train": train}
 
             return jax.vmap(member)(jax.tree.map(jnp.asarray, fixed))
 
         def step(state, batch, number, key):
-            shared = objective.shared(state["train"]["memory"])
+            memories = state["train"]["memory"]
 
             def member(state, rows, fixed):
-                own_key = jax.random.fold_in(key, fixed["id"])
-                memory = state["train"]["memory"]
-                context = Context(fixed, memory, shared, None, number, own_key)
-                return _member_step(objective, state, rows, context)
+                params, train = state["params"], state["train"]
+                member_key = jax.random.fold_in(key, fixed["id"])
+                context = Context(fixed, train["memory"], memories, None, number, member_key)
+                (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
+                frozen = {name: grads[name] for name in objective.frozen if name in grads}
+                grads |= jax.tree.map(jnp.zeros_like, frozen)
+                optimizer = objective.optimizer(fixed)
+                updates, slots = optimizer.update(grads, train["optimizer"], params)
+                moved = optax.apply_updates(params, updates)
+                moved, memory = objective.after_step(moved, train["memory"], aux)
+                train = train | {"optimizer": slots, "memory": memory}
+                new = {"params": moved, "train": train}
+                if objective.validate_every:
+                    stopped = train["best"]["stale"] >= objective.patience
+                    new = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), state, new)
+                return new, {"loss": loss} | metrics
 
-            # See mesh.on_own_rows: code inside speaks of a member's rows as whole.
+            # See mesh.on_own_rows: code inside speaks of a member's rows as a whole.
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 over_members = jax.vmap(member, spmd_axis_name=MEMBER)
                 state, metrics = over_members(state, batch["rows"], batch["fixed"])
@@ -183,96 +174,55 @@ class Ensemble:
         Args:
           meta: JSON values that the result depends on; a checkpoint with others is refused.
         """
-        labels = list(self.labels)
-        write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
+        labels, everywhere = list(self.labels), shard(self.mesh)
+        trainable = self.trainable(steps)
         state = train(
-            self.trainable(steps),
+            trainable,
             feed=self.feed,
             steps=steps,
             seed=seed,
             directory=directory,
             checkpoint_every=checkpoint_every,
             title=title,
-            shardings=self.by_member,
+            layout=self.layout,
             meta={"members": labels, **meta},
             records=records,
             labels=labels,
         )
         result = state["train"]["best"] if self.objective.validate_every else state["params"]
-        everywhere = jax.jit(lambda tree: tree, out_shardings=shard(self.mesh))(result)
-        stacked = jax.tree.map(np.asarray, everywhere)
+        result = jax.jit(lambda tree: tree, out_shardings=everywhere)(result)
+        stacked = jax.tree.map(np.asarray, result)
+        write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
         return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
-
-
-# ---------------------------------------------------------------- one member's step
-
-
-def _member_step(objective: Objective, state: PyTree, rows: PyTree, context: Context):
-    """(new state, metrics) of one member; nothing moves where its patience is over."""
-    params, train = state["params"], state["train"]
-    (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
-    if objective.frozen:
-        zeros = {name: grads[name] for name in objective.frozen if name in grads}
-        grads = grads | jax.tree.map(jnp.zeros_like, zeros)
-    updates, optimizer = objective.optimizer(context.fixed).update(
-        grads, train["optimizer"], params
-    )
-    new_params, memory = objective.update(
-        optax.apply_updates(params, updates), train["memory"], aux
-    )
-    new_train = train | {"optimizer": optimizer, "memory": memory}
-    if objective.validate_every:
-        stopped = train["best"]["stale"] >= objective.patience
-        old, new = (params, train), (new_params, new_train)
-        new_params, new_train = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), old, new)
-    return {"params": new_params, "train": new_train}, {"loss": loss} | metrics
 
 
 def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Context):
     """((loss, metrics, aux), gradients) of a batch, in parts if the objective asks for them.
 
-    A first pass without gradients takes what a part's loss must know of the whole batch; given
-    that, the loss of the whole is the mean of the parts' losses, and so is its gradient.
+    A first pass without gradients takes what a part's loss must know of the batch; given that, the
+    loss of the batch is the mean of the parts' losses, and so is its gradient.
     """
-
-    def value_and_grad(rows, context):
-        loss_of = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, (metrics, aux)), grads = loss_of(params, rows, context)
-        return (loss, metrics, grads), aux
-
+    loss_of = jax.value_and_grad(objective.loss, has_aux=True)
     if objective.parts == 1:
-        (loss, metrics, grads), aux = value_and_grad(rows, context)
-        return (loss, metrics, aux), grads
+        (loss, (metrics, aux)), grads = loss_of(params, rows, context)
+        return (loss, metrics, jax.tree.map(lambda a: a[None], aux)), grads
     # Part j has rows j, j + parts, ...: rows that are spread over devices stay where they are.
     parts = jax.tree.map(
         lambda a: a.reshape(-1, objective.parts, *a.shape[1:]).swapaxes(0, 1), rows
     )
-    whole = jax.lax.stop_gradient(objective.whole_batch(params, parts, context))
-    context = dataclasses.replace(context, whole=whole)
+    totals = jax.lax.stop_gradient(objective.totals(params, parts, context))
+    context = dataclasses.replace(context, totals=totals)
 
     def add(total, part):
-        result, aux = value_and_grad(part, context)
-        return jax.tree.map(jnp.add, total, result), aux
+        (loss, (metrics, aux)), grads = loss_of(params, part, context)
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), aux
 
     first = jax.tree.map(lambda a: a[0], parts)
-    like, _ = jax.eval_shape(lambda part: value_and_grad(part, context), first)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    (loss, (metrics, _)), grads = jax.eval_shape(lambda part: loss_of(params, part, context), first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (loss, metrics, grads))
     total, aux = jax.lax.scan(add, zeros, parts)
     loss, metrics, grads = jax.tree.map(lambda a: a / objective.parts, total)
-    return (loss, metrics, objective.join(aux)), grads
-
-
-# ---------------------------------------------------------------- validation
-
-
-def _nothing_validated(params: PyTree) -> dict[str, PyTree]:
-    return {
-        "params": params,
-        "score": jnp.full((), jnp.inf, jnp.float32),  # any other is better
-        "latest": jnp.zeros(()),
-        "step": jnp.zeros((), jnp.int32),  # the number of the best validation's step
-        "stale": jnp.zeros((), jnp.int32),  # validations since then
-    }
+    return (loss, metrics, aux), grads
 
 
 def _validated(objective, state, metrics, batch, number, steps):
@@ -320,23 +270,24 @@ class Stream:
     order: np.ndarray | None = None
 
 
-def row_feed(
-    streams: Mapping[str, Stream],
+def make_ensemble(
+    objective: Objective,
     *,
-    mesh: jax.sharding.Mesh,
-    fixed: PyTree,
+    fixed: dict[str, PyTree],
+    labels: Sequence[str],
+    streams: Mapping[str, Stream],
     seeds: Sequence[int],
     batch_size: int,
     setting: str,
     validation: PyTree = None,
     resident: bool | None = None,
-) -> Feed:
-    """Returns the feed of an ensemble: batch_size rows of every stream for every member and step.
+) -> Ensemble:
+    """Returns an ensemble that reads batch_size rows of every stream for every member and step.
 
     Members of equal seeds read the same rows in the same order, whoever else is trained.
 
     Args:
-      fixed: stacked over members; handed on with every batch, as ``validation`` is.
+      fixed: stacked over members; see ``Ensemble``. Handed on with every batch, as ``validation``.
       seeds: per member, of its order of rows.
       setting: the name of the batch size's setting, for error messages.
       resident: whether rows stay on the devices, or on the host, which then sends the batches of a
@@ -345,54 +296,52 @@ def row_feed(
     Raises:
       UserError: the batch does not divide over the devices.
     """
+    mesh = make_mesh(members=len(labels))
     devices = mesh.shape[DATA]
     if batch_size % devices:
         raise UserError(
             f"{setting}={batch_size} cannot be shared by {devices} devices; use a multiple of "
             f"{devices}."
         )
-    data = {name: jax.tree.map(to_bits, stream.rows) for name, stream in streams.items()}
-    n = jax.tree.leaves(data)[0].shape[1]
     distinct = sorted(set(seeds))
     order_of = np.asarray([distinct.index(seed) for seed in seeds])
+    members = np.arange(len(seeds))[:, None]
+    data = {
+        "rows": {name: jax.tree.map(to_bits, stream.rows) for name, stream in streams.items()},
+        "orders": {name: s.order for name, s in streams.items() if s.order is not None},
+    }
+    arrays = jax.tree.leaves(data["rows"])
+    n = arrays[0].shape[1]
     if resident is None:
-        resident = rows_fit(sum(a.nbytes for a in jax.tree.leaves(data)))
-    orders = {name: s.order for name, s in streams.items() if s.order is not None}
+        limit = device_memory()
+        resident = limit is None or sum(a.nbytes for a in arrays) <= ROWS_SHARE * limit
 
     def indices(first: int, count: int) -> np.ndarray:
         span = {"start": first * batch_size, "count": count * batch_size, "n": n}
-        chosen = [epoch_order(seed, **span).reshape(count, batch_size) for seed in distinct]
-        return np.stack(chosen, axis=1)  # [steps, distinct seeds, batch]
+        orders = [epoch_order(seed, **span).reshape(count, batch_size) for seed in distinct]
+        return np.stack(orders, axis=1)  # [steps, distinct seeds, batch]
 
-    def gather(data, orders, index):
+    def gather(data, index):
         """Rows [..., members, batch, ...] of every stream, on the device or on the host."""
-        index = index[..., order_of, :]
-        members = np.arange(len(seeds))[:, None]
+        index, batch = index[..., order_of, :], {}
+        for name, stream in streams.items():
+            orders = data["orders"].get(name)
+            at = (stream.source[:, None], index if orders is None else orders[members, index])
+            batch[name] = jax.tree.map(lambda a, at=at: a[at], data["rows"][name])
+        return batch
 
-        def pick(name, array):
-            rows = orders[name][members, index] if name in orders else index
-            return array[streams[name].source[:, None], rows]
-
-        return {n: jax.tree.map(lambda a, n=n: pick(n, a), tree) for n, tree in data.items()}
-
-    def select(there, sent):
-        rows = gather(there["rows"], there["orders"], sent) if resident else sent
+    def select(held, sent):
+        rows = gather(held["data"], sent) if resident else sent
         spread = shard(mesh, MEMBER, DATA)
         rows = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(from_bits(a), spread), rows)
-        return {"rows": rows, "fixed": there["fixed"], "validation": there["validation"]}
+        return {"rows": rows, "fixed": held["fixed"], "validation": held["validation"]}
 
-    by_member = shard(mesh, MEMBER)
-    held = {"fixed": put_tree(fixed, by_member), "validation": put_tree(validation, by_member)}
+    held = put({"fixed": fixed, "validation": validation}, shard(mesh, MEMBER))
     if resident:
-        everywhere = shard(mesh)
-        held |= {"rows": put_tree(data, everywhere), "orders": put_tree(orders, everywhere)}
-        return Feed(held, indices, select)
-    return Feed(held, lambda first, count: gather(data, orders, indices(first, count)), select)
-
-
-def put_tree(tree: PyTree, sharding: jax.sharding.NamedSharding) -> PyTree:
-    """Returns a pytree of arrays on the devices."""
-    return jax.tree.map(lambda a: put(np.asarray(a), sharding), tree)
+        feed = Feed(held | {"data": put(data, shard(mesh))}, indices, select)
+    else:
+        feed = Feed(held, lambda first, count: gather(data, indices(first, count)), select)
+    return Ensemble(objective, feed, fixed, tuple(labels), mesh)
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
@@ -400,29 +349,15 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(a) for a in leaves]), *trees)
 
 
-def members_at_once(one: int, rows: int) -> int:
-    """Returns how many members of ``one`` byte each fit the devices beside resident rows."""
+def members_at_once(member: int, rows: int) -> int:
+    """Returns how many members of so many bytes each fit the devices beside resident rows."""
     limit = device_memory()
     if limit is None:
         return 1_000_000
-    return max(1, int(0.8 * limit * jax.device_count() // (one + (rows if rows_fit(rows) else 0))))
-
-
-def rows_fit(size: int) -> bool:
-    """Whether rows of so many bytes stay on every device, and leave room for a training."""
-    limit = device_memory()
-    return limit is None or size <= ROWS_SHARE * limit
+    rows = rows if rows <= ROWS_SHARE * limit else 0
+    return max(1, int(TRAINING_SHARE * limit * jax.device_count() // (member + rows)))
 
 
 def device_memory() -> int | None:
     """Returns the bytes of a device's memory; None where it does not tell."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def make_ensemble(
-    objective: Objective, *, fixed: dict[str, Any], labels: Sequence[str], **rows: Any
-) -> Ensemble:
-    """Returns an ensemble whose rows come from ``row_feed(**rows)``, on a mesh of its own."""
-    mesh = make_mesh(members=len(labels))
-    feed = row_feed(**rows, mesh=mesh, fixed=fixed)
-    return Ensemble(objective, feed, fixed, tuple(labels), mesh)

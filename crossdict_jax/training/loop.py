@@ -89,7 +89,7 @@ def train(
     directory: Path,
     checkpoint_every: int,
     title: str,
-    shardings: Callable[[PyTree], PyTree] | None = None,
+    layout: jax.sharding.Sharding | None = None,
     meta: dict | None = None,
     records: Sequence[str] = (),
     labels: Sequence[str] = (),
@@ -99,7 +99,7 @@ def train(
     Args:
       directory: gets ``checkpoints/`` and ``metrics.jsonl``.
       title: the name on the progress bar and in error messages.
-      shardings: abstract state -> pytree of shardings; default: everything on one device.
+      layout: see ``initial``.
       meta: what the run depends on; a checkpoint with another meta is refused.
       records, labels: see ``MetricsWriter``.
 
@@ -107,9 +107,21 @@ def train(
       UserError: a metric is not finite (the step and the metric are named), or the checkpoint
         is damaged.
     """
-    checkpoints, meta = Path(directory) / "checkpoints", meta or {}
-    root = jax.random.key(seed)
-    state, done = _restore_or_init(trainable, checkpoints, root, shardings, meta)
+    checkpoints, meta, root = Path(directory) / "checkpoints", meta or {}, jax.random.key(seed)
+    done = checkpoint.latest_step(checkpoints) or 0
+    if not done:
+        state = initial(trainable, root, layout)
+    elif checkpoint.load_meta(checkpoints) != json.loads(json.dumps(meta)):
+        raise UserError(
+            f"{checkpoints} was written with other settings or data; delete it to start again."
+        )
+    else:
+        layout = layout or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout),
+            jax.eval_shape(trainable.init, root),
+        )
+        state = checkpoint.restore(checkpoints, **abstract)
     run_chunk = Chunks(trainable, feed, root)
     if done < steps and (size := run_chunk.memory(state, done)):
         print(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
@@ -133,62 +145,53 @@ def train(
     return state
 
 
-def _restore_or_init(trainable, checkpoints, root, shardings, meta) -> tuple[PyTree, int]:
-    """The state to go on from, and how many steps it has behind it."""
-    done = checkpoint.latest_step(checkpoints)
-    if done is None:
-        return initial(trainable, root, shardings), 0
-    if checkpoint.load_meta(checkpoints) != json.loads(json.dumps(meta)):
-        raise UserError(
-            f"{checkpoints} was written with other settings or data; delete it to start again."
-        )
-    abstract = jax.eval_shape(trainable.init, root)
-    laid_out = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract,
-        (shardings or _one_device)(abstract),
-    )
-    return checkpoint.restore(checkpoints, done, **laid_out), done
-
-
 def initial(
-    trainable: Trainable, root: jax.Array, shardings: Callable[[PyTree], PyTree] | None = None
+    trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding | None = None
 ) -> PyTree:
-    """Returns the state before the first step, laid out as ``shardings`` says.
+    """Returns the state before the first step.
 
     No array of it has a weak type, as those that steps return: else the program of a chunk would be
     compiled again for the second.
+
+    Args:
+      layout: the sharding of every array; None: all on the first device.
     """
 
-    def init(root):
-        return jax.tree.map(
-            lambda a: jax.lax.convert_element_type(a, a.dtype), trainable.init(root)
-        )
-
-    layout = (shardings or _one_device)(jax.eval_shape(init, root))
-    return jax.jit(init, out_shardings=layout)(root)
-
-
-def _one_device(abstract: PyTree) -> PyTree:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda _: device, abstract)
+    layout = layout or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    strong = functools.partial(jax.tree.map, lambda a: jax.lax.convert_element_type(a, a.dtype))
+    return jax.jit(lambda root: strong(trainable.init(root)), out_shardings=layout)(root)
 
 
 class Chunks:
     """Steps of a training, up to ``limit`` in one call: one compiled program for any number.
 
-    Called with (state, first step, number of steps) it returns (state, metrics). The state that is
-    handed in is gone; the metrics are [limit, ...], whatever was run.
+    Called with (state, first step, number of steps) it returns (state, metrics [limit, ...]). The
+    state that is handed in is gone.
     """
 
     def __init__(
         self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
     ):
         self._feed, self._root, self._limit = feed, root, limit
-        self._run = _compile(trainable, feed)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def run_chunk(state, resident, indices, first, count, root):
+            def one_step(j, carry):
+                state, metrics = carry
+                batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
+                key = jax.random.fold_in(root, first + j)
+                state, new = trainable.step(state, batch, first + j, key)
+                return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), metrics, new)
+
+            batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
+            _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
+            empty = jax.tree.map(lambda m: jnp.zeros((limit, *m.shape), m.dtype), shapes)
+            return jax.lax.fori_loop(0, count, one_step, (state, empty))
+
+        self.run = run_chunk
 
     def __call__(self, state: PyTree, first: int, count: int) -> tuple[PyTree, dict]:
-        return self._run(*self._arguments(state, first, count))
+        return self.run(*self._arguments(state, first, count))
 
     def memory(self, state: PyTree, first: int = 0) -> int | None:
         """Returns the bytes that one device holds at its peak while steps run, as compiled.
@@ -196,7 +199,7 @@ class Chunks:
         The state, the feed's resident arrays, and all that is live in between. Compiles what the
         first call would. None where the compiler does not tell.
         """
-        compiled = self._run.lower(*self._arguments(state, first, 1)).compile()
+        compiled = self.run.lower(*self._arguments(state, first, 1)).compile()
         sizes = compiled.memory_analysis()
         if sizes is None:
             return None
@@ -204,33 +207,10 @@ class Chunks:
         return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
 
     def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
-        def pad(array):  # so that one compiled program serves every chunk length
-            array = np.asarray(array)
-            missing = self._limit - len(array)
-            return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-
-        indices = jax.tree.map(pad, self._feed.indices(first, count))
+        """With indices repeated up to ``limit``: one compiled program serves every length."""
+        index = np.minimum(np.arange(self._limit), count - 1)
+        indices = jax.tree.map(lambda a: a[index], self._feed.indices(first, count))
         return state, self._feed.resident, indices, first, count, self._root
-
-
-def _compile(trainable: Trainable, feed: Feed):
-    def one_step(resident, indices, first, root, j, carry):
-        state, metrics = carry
-        batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
-        step = first + j
-        state, new = trainable.step(state, batch, step, jax.random.fold_in(root, step))
-        return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), metrics, new)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run_chunk(state, resident, indices, first, count, root):
-        batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
-        _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
-        limit = len(jax.tree.leaves(indices)[0])
-        empty = jax.tree.map(lambda m: jnp.zeros((limit, *m.shape), m.dtype), shapes)
-        body = functools.partial(one_step, resident, indices, first, root)
-        return jax.lax.fori_loop(0, count, body, (state, empty))
-
-    return run_chunk
 
 
 def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:

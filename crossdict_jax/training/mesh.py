@@ -19,8 +19,8 @@ PyTree = Any
 def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
     """Returns a (member, data) mesh over all devices.
 
-    As many devices as divide both the ensemble and the machine hold different members, because
-    members never talk to each other; the others share the batch.
+    As many as divide both the ensemble and the machine hold different members, because members
+    never talk to each other; the others share the batch.
     """
     devices = jax.devices() if devices is None else devices
     over_members = math.gcd(members, len(devices))
@@ -37,11 +37,13 @@ def shard(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Returns ``array`` as a global array; each process hands over only the rows it holds."""
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Returns a pytree of arrays on the devices; each process hands over only the rows it holds."""
     if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), tree
+    )
 
 
 def to_bits(array: np.ndarray) -> np.ndarray:
@@ -59,39 +61,26 @@ def from_bits(array: jax.Array) -> jax.Array:
     return array
 
 
-def on_own_rows(function: Callable, *rows: PyTree, table=None, total: bool = False) -> PyTree:
-    """Returns function(*rows, [table=table]), where each device computes on its own rows alone.
+def on_own_rows(function: Callable, rows: PyTree) -> PyTree:
+    """Returns function(rows), rows of which each device computes those of its own rows alone.
 
     Under a mesh (``jax.set_mesh``) whose data axis has more than one device; else a plain call.
     For what the partitioner would gather all rows for: selection, sorting, gathers.
 
     Args:
-      rows: pytrees of arrays with a leading axis of rows.
-      table: what all devices have whole.
-      total: whether results are sums over rows, to be summed over devices; else they are rows.
+      rows: pytree of arrays with a leading axis of rows.
     """
-
-    def own(rows, table):
-        result = function(*rows) if table is None else function(*rows, table=table)
-        return jax.lax.psum(result, DATA) if total else result
-
     if devices_of_rows() == 1:
-        return function(*rows) if table is None else function(*rows, table=table)
-    spread, whole = PartitionSpec(DATA), PartitionSpec()
-    specs = {"in_specs": (spread, whole), "out_specs": whole if total else spread}
+        return function(rows)
+    spread = PartitionSpec(DATA)
     # Unchecked: loops inside start from constants, which the check holds to be the same everywhere.
-    return jax.shard_map(own, **specs, check_vma=False)(rows, table)
+    return jax.shard_map(function, in_specs=(spread,), out_specs=spread, check_vma=False)(rows)
 
 
 def devices_of_rows() -> int:
-    """Returns over how many devices the rows of arrays are spread that code speaks of as whole."""
-    return jax.sharding.get_abstract_mesh().shape[DATA] if is_shared() else 1
+    """Returns over how many devices the rows of arrays are spread that code speaks of as a whole.
 
-
-def is_shared() -> bool:
-    """Returns whether code speaks of arrays as whole that several devices share.
-
-    Not without a mesh, nor within what each device computes on its own.
+    1 without a mesh, and within what each device computes by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1 and DATA not in mesh.manual_axes
+    return 1 if mesh.empty or DATA in mesh.manual_axes else mesh.shape[DATA]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from crossdict_jax.errors import UserError
@@ -23,11 +24,9 @@ class MetricsWriter:
     def __init__(
         self, path: Path, *, start: int, records: Sequence[str] = (), labels: Sequence[str] = ()
     ):
-        """Opens the file; rows of step ``start`` and later, and a torn last line, are cut off.
+        """Opens the jsonl file; rows of step ``start`` and later and a torn last line are cut off.
 
         Args:
-          path: of the jsonl file.
-          start: the first step that will be written.
           records: "tensorboard", "wandb", both or none.
           labels: of the members of an ensemble, else their numbers.
 
@@ -43,8 +42,11 @@ class MetricsWriter:
         self._path, self._labels = Path(path), list(labels)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step(line) < start]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        kept = []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut short
+                kept += [line + "\n"] if json.loads(line)["step"] < start else []
+        self._path.write_text("".join(kept))
         self._events = self._run = None
         if "tensorboard" in records:
             from tensorboardX import SummaryWriter
@@ -60,7 +62,14 @@ class MetricsWriter:
         """Adds the metrics of a step; they reach the other tools at once."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
-        curves = dict(self._curves(row))
+        curves = {}
+        for name, values in row.items():
+            if not isinstance(values, list):
+                curves[name] = values
+                continue
+            labels = [*self._labels, *range(len(self._labels), len(values))]
+            of_members = zip(labels, values)
+            curves |= {f"{name}/{i}": v for i, v in of_members if not isinstance(v, list)}
         if self._events:
             for name, value in curves.items():
                 self._events.add_scalar(name, value, step)
@@ -74,19 +83,3 @@ class MetricsWriter:
             self._events.close()
         if self._run:
             self._run.finish()
-
-    def _curves(self, row: dict) -> Iterator[tuple[str, float]]:
-        for name, value in row.items():
-            if not isinstance(value, list):
-                yield name, value
-                continue
-            for i, member in enumerate(value):
-                if isinstance(member, (int, float)):
-                    yield f"{name}/{self._labels[i] if i < len(self._labels) else i}", member
-
-
-def _step(line: str) -> int | float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line that a kill cut short

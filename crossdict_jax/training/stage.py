@@ -21,10 +21,8 @@ from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 class Stage:
     """A stage that writes result files, made of parts that are kept as soon as they are done.
 
-    A stage is finished if its files are there and were made from the same inputs; a stage that was
-    interrupted goes on behind the last part it kept.
-
-    ::
+    It is finished if its files are there and were made from the same inputs; if it was interrupted,
+    it goes on behind the last part it kept::
 
         stage = Stage(work, "probe", files=("probe.jsonl",), inputs=inputs)
         if not stage.finished:
@@ -45,60 +43,48 @@ class Stage:
         self._stamp = work.result(f"{name}.inputs.json")
         self._kept_file = work.result(f"{name}.parts.jsonl")
         self._started = time.perf_counter()
-        self._parts: dict[tuple, Any] | None = None  # read when the first part is asked for
+        self._parts: dict[tuple, Any] | None = None  # {key: value}, read with the first part
 
     @property
     def finished(self) -> bool:
-        """Whether all its files were made from these inputs."""
-        there = all(self.work.result(file).exists() for file in self._files)
-        return there and self._stamp.exists() and read_json(self._stamp) == self._inputs
-
-    def kept(self) -> dict[tuple, Any]:
-        """Returns {key: value} of the parts that an interrupted run has kept."""
-        if self._parts is None:
-            self._parts = self._read_parts()
-        return self._parts
-
-    def keep(self, key: tuple, value: Any) -> Any:
-        """Keeps a part's JSON value under a key of texts and numbers, and returns the value."""
-        self.kept()[key] = value
-        with self._kept_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "value": value}) + "\n")
-        return value
+        """Whether all its files are there, made from these inputs."""
+        files = [self._stamp, *map(self.work.result, self._files)]
+        return all(f.exists() for f in files) and read_json(self._stamp) == self._inputs
 
     def part(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Returns a part's JSON value: as it was kept, or as ``make`` gives it now."""
-        return self.kept()[key] if key in self.kept() else self.keep(key, make())
+        """Returns a part's JSON value: as an interrupted run kept it, or as ``make`` gives it now.
+
+        Args:
+          key: of texts and numbers.
+        """
+        if self._parts is None:
+            head, lines = {"inputs": digest(self._inputs)}, []
+            if self._kept_file.exists():  # the last line may be cut off
+                text = self._kept_file.read_text("utf-8")
+                lines = [json.loads(line) for line in text.split("\n")[:-1]]
+            lines = lines if lines[:1] == [head] else [head]
+            write_jsonl(self._kept_file, lines)
+            self._parts = {tuple(line["key"]): line["value"] for line in lines[1:]}
+        if key not in self._parts:
+            self._parts[key] = make()
+            with self._kept_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": self._parts[key]}) + "\n")
+        return self._parts[key]
 
     def finish(self, tables: Mapping[str, list[dict]], **figures: float | int | str) -> None:
-        """Writes the rows of every file, and says what they were made from and how long it took.
-
-        Of ``rows`` and ``tokens`` among the figures, the number per second is recorded too.
-        """
+        """Writes the rows of every file, what they were made from and how long it took."""
         for file, rows in tables.items():
             results.write(self.work, file, rows)
         write_json(self._stamp, self._inputs)
         self._kept_file.unlink(missing_ok=True)
         _record(self.work, self.name, self._started, figures)
 
-    def _read_parts(self) -> dict[tuple, Any]:
-        """The parts of an earlier run with these inputs; its last line may be cut off."""
-        head = {"inputs": digest(self._inputs)}
-        whole: list[dict] = []
-        if self._kept_file.exists():
-            whole = [json.loads(t) for t in self._kept_file.read_text("utf-8").split("\n")[:-1]]
-        if whole[:1] != [head]:
-            whole = [head]
-        write_jsonl(self._kept_file, whole)
-        return {tuple(line["key"]): line["value"] for line in whole[1:]}
-
 
 @contextlib.contextmanager
 def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
     """Times a stage that writes checkpoints; figures put into the yielded dict are recorded too.
 
-    Of ``rows`` and ``tokens`` among them, the number per second is as well. Nothing is recorded if
-    the dict stays empty: then there was nothing to do.
+    Nothing is recorded if the dict stays empty: then there was nothing to do.
     """
     figures: dict[str, float | int | str] = {}
     started = time.perf_counter()
@@ -143,10 +129,8 @@ def input_digests(
     Raises:
       UserError: a checkpoint is missing or altered: its own checksum is verified.
     """
-    found = {"config": digest(settings), "store": digest(store_meta)}
+    inputs = {"config": digest(settings), "store": digest(store_meta)}
     for folder in sorted(set(folders)):
-        step = checkpoint.finished_step(folder)
-        checkpoint.verify(folder, step)
-        seal = (folder / f"{step}.sha256.json").read_text()
-        found[str(folder.relative_to(work.root))] = hashlib.sha256(seal.encode()).hexdigest()
-    return found
+        seal = folder / f"{checkpoint.finished_step(folder)}.sha256.json"
+        inputs[str(folder.relative_to(work.root))] = hashlib.sha256(seal.read_bytes()).hexdigest()
+    return inputs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crossdict_jax import dictionaries, maps, models
+from crossdict_jax import maps, models
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import to_dict
+from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.verify import lab
@@ -22,7 +23,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     config = lab.lm_config((name, name), documents=DOCUMENTS, kinds=("ridge",), seed=seed)
     work = open_workdir(directory, to_dict(config))
     store = extract(config, work)
-    dictionaries.train_dictionaries(config, store, work)
+    train_dictionaries(config, store, work)
     rows = lab.transfer_rows(config, work)
     a, b = store.models
     ridge = lab.pick(rows, "ridge", source=a)

@@ -11,6 +11,7 @@ from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
+from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation import transfer_metrics
 from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
@@ -31,7 +32,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     planted, (a, b) = views(PLANTED, seed), lab.NAMES[:2]
     config = replace(lab.planted_config(kinds=("procrustes",), seed=seed), sae=SAE)
     work = Workdir(directory / "one")
-    dictionaries.train_dictionaries(config, lab.save_store(planted, work.activations), work)
+    train_dictionaries(config, lab.save_store(planted, work.activations), work)
     dictionary = dictionaries.load(work.dictionary(a, lab.SITE))
 
     Q = np.linalg.qr(rng.standard_normal((COPY, PLANTED.widths[0])))[0].T

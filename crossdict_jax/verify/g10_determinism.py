@@ -11,6 +11,7 @@ import numpy as np
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import extract
+from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.maps.base import fingerprint, own_parameters
 from crossdict_jax.modules import split
 from crossdict_jax.verify import lab
@@ -44,7 +45,7 @@ def _bits(seed: int, directory: Path) -> dict[str, str]:
     config.map.steps, config.map.hidden = 40, 32
     work = Workdir(directory)
     store = extract(config, work)
-    dictionaries.train_dictionaries(config, store, work)
+    train_dictionaries(config, store, work)
     write_jsonl(work.result("transfer.jsonl"), lab.transfer_rows(config, work))
     folders = [work.dictionary(m, s) for m in store.models for s in store.sites_of(m)]
     trained = (maps.load(task.path(work)) for task in maps.tasks(config, store))

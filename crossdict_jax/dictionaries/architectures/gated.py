@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper, unit_rows
+from crossdict_jax.dictionaries.base import Dictionary, Hyper
+from crossdict_jax.dictionaries.losses import power
 from crossdict_jax.ops import matmul
 
 
@@ -39,22 +40,14 @@ class Gated(Dictionary):
         return jnp.where(z > 0, jax.nn.relu(magnitude + self.b_mag[...][None, :]), 0.0)
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
-        u = self._targets(x, y)
-        z = self.pre_activations(self._scaled(x), dtype)
+        u_in, u = self.scaled_pair(x, y)
+        z = self.pre_activations(u_in, dtype)
         f, gate = self.activate(z), jax.nn.relu(z)
-        W_dec, b_dec = self.W_dec[...], self.b_dec[...]
+        W_dec, b_dec = self.W_dec[...], self.b_dec[...][None, :]
         parts = {
-            "mse": self._error(u, f, W_dec, b_dec, dtype),
+            "mse": power(u - (matmul(f, W_dec, dtype) + b_dec)),
             "l1": jnp.mean(gate @ jnp.linalg.norm(W_dec, axis=1)),
-            "gate_mse": self._error(u, gate, W_dec, b_dec, dtype),
+            "gate_mse": power(u - (matmul(gate, W_dec, dtype) + b_dec)),
         }
         loss = parts["mse"] + hyper.l1_coefficient * parts["l1"] + parts["gate_mse"]
         return loss, parts, f
-
-    @staticmethod
-    def _error(u, f, W_dec, b_dec, dtype) -> jax.Array:
-        u_hat = matmul(f, W_dec, dtype) + b_dec[None, :]
-        return jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
-
-    def after_update(self) -> None:
-        self.W_dec[...] = unit_rows(self.W_dec[...])

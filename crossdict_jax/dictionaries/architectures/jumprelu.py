@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, Dictionary, Hyper, unit_rows
-from crossdict_jax.dictionaries.losses import auxk
+from crossdict_jax.dictionaries.base import Dictionary, Hyper
+from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, auxk, power
 from crossdict_jax.ops import matmul
 
 # Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
@@ -45,23 +45,21 @@ class JumpReLU(Dictionary):
         fixed = jax.lax.stop_gradient
         f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
         u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        l0 = penalty = jnp.mean(jnp.sum(gate, axis=1))
+        if hyper.l0_target:
+            if hyper.l0 is not None:  # the L0 of the batch, with the gradient of this part's
+                l0 = hyper.l0 + l0 - fixed(l0)
+            penalty = self.d_out * jnp.square(l0 / hyper.l0_target - 1)
         parts = {
-            "mse": jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1)),
-            "l0_penalty": self._penalty(jnp.mean(jnp.sum(gate, axis=1)), hyper),
+            "mse": power(u - u_hat),
+            "l0_penalty": penalty,
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         revival = AUXK_COEFFICIENT * self.d_out * parts["auxk"]
-        return parts["mse"] + hyper.l1_coefficient * parts["l0_penalty"] + revival, parts, f
+        return parts["mse"] + hyper.l1_coefficient * penalty + revival, parts, f
 
-    def _penalty(self, l0: jax.Array, hyper: Hyper) -> jax.Array:
-        if not hyper.l0_target:
-            return l0
-        if hyper.whole is not None:  # the whole batch's L0, with the gradient of this part's
-            l0 = hyper.whole.l0 + l0 - jax.lax.stop_gradient(l0)
-        return self.d_out * jnp.square(l0 / hyper.l0_target - 1)
-
-    def after_update(self) -> None:
-        self.W_dec[...] = unit_rows(self.W_dec[...])
+    def after_update(self, smallest: jax.Array) -> None:
+        super().after_update(smallest)
         self.threshold[...] = jnp.maximum(self.threshold[...], 0.0)
 
 

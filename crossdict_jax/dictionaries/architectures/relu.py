@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper
+from crossdict_jax.dictionaries.losses import power
 from crossdict_jax.ops import matmul
 
 
@@ -19,6 +20,7 @@ class ReLU(Dictionary):
 
     usual_l1 = 3.0
     saelens = "standard"
+    unit_decoder = False
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
 
     def activate(self, z: jax.Array) -> jax.Array:
@@ -29,6 +31,6 @@ class ReLU(Dictionary):
         f = self.activate(self.pre_activations(u_in, dtype))
         W_dec = self.W_dec[...]
         u_hat = matmul(f, W_dec, dtype) + self.b_dec[...][None, :]
-        mse = jnp.mean(jnp.sum(jnp.square(u - u_hat), axis=1))
+        mse = power(u - u_hat)
         l1 = jnp.mean(f @ jnp.linalg.norm(W_dec, axis=1))
         return mse + hyper.l1_coefficient * l1, {"mse": mse, "l1": l1}, f

@@ -1,7 +1,7 @@
 """Folders of dictionaries, one file a format, found by lying here.
 
-A format is a module with ``recognises(path)`` and ``load(path)``. Those of other tools name the
-file that holds the weights (``WEIGHTS``) and the tool (``TOOL``).
+A format is a module with ``load(path)`` and, of a tool's folders, ``WEIGHTS``, the file by which
+they are recognised, and ``TOOL``; or else with ``recognises(path)``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ def load(path: str | Path) -> base.Dictionary:
       UserError: there is none, it is damaged (the file is named), or it is of an unknown kind.
     """
     formats = [importlib.import_module(f"{__name__}.{n}") for n in files_of("dictionaries/formats")]
-    for module in formats:
-        if module.recognises(str(path)):
-            return module.load(str(path))
     folder = Path(path)
+    for module in formats:
+        recognises = getattr(
+            module, "recognises", lambda path, m=module: (folder / m.WEIGHTS).is_file()
+        )
+        if recognises(str(path)):
+            return module.load(str(path))
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
     if closed or (folder / "cfg.json").is_file():
         files = {module.WEIGHTS: module.TOOL for module in formats if hasattr(module, "WEIGHTS")}

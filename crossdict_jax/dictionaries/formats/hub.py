@@ -59,8 +59,7 @@ def load(path: str) -> Dictionary:
 def push(folder: Path, text: str) -> str:
     """Uploads a folder in one commit, and returns where it can be looked at.
 
-    The repository is made, private, if it is not there. Who uploads is what ``hf auth login`` or
-    HF_TOKEN says.
+    The repository is made, private, if it is not there.
 
     Raises:
       UserError: the hub cannot be reached or refuses.
@@ -94,8 +93,7 @@ def _errors_in_one_line(text: str) -> Iterator[None]:
             "`hf auth login`."
         ) from error
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        mend = "check the repository and the revision, or try again later."
+        status, mend = error.response.status_code, "check the revision, or try again later."
         if status in (401, 403):
             mend = "log in with `hf auth login` as somebody who may write there."
         raise UserError(f"{text}: the hub refuses with status {status}; {mend}") from error

@@ -12,7 +12,6 @@ from crossdict_jax.config import architectures
 from crossdict_jax.dictionaries.base import Dictionary, architecture_of, find, from_arrays
 from crossdict_jax.dictionaries.folders import (
     Arrays,
-    Shapes,
     centred,
     read_config,
     read_safetensors,
@@ -45,19 +44,14 @@ NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 BATCH = ("batchtopk", "matryoshka_batchtopk")
 
 
-def recognises(path: str) -> bool:
-    """Whether ``path`` is a folder with sae_weights.safetensors."""
-    return (Path(path) / WEIGHTS).is_file()
-
-
 # ---------------------------------------------------------------- in
 
 
 def load(path: str) -> Dictionary:
     """Returns the dictionary of a SAELens folder, finished or from the midst of training.
 
-    Everything that is linear is folded into the weights, so that it becomes one of ours: the
-    scale of ``activation_scaler.json``, decoder norms, a bias that is not subtracted.
+    What is linear is folded into the weights: the scale of ``activation_scaler.json``, decoder
+    norms, a bias that is not subtracted.
 
     Raises:
       UserError: a key or weight is missing, damaged, or means something that ours cannot do.
@@ -68,48 +62,41 @@ def load(path: str) -> Dictionary:
     if theirs not in OURS:
         raise UserError(f"{file}: architecture={theirs!r} is unknown; it may be {', '.join(OURS)}.")
     require(config, "dtype", file)
-    arrays = read_safetensors(folder / WEIGHTS, _shapes(config, theirs, file))
-    # expected_average_only_in is folded already, or is what activation_scaler.json says.
-    norms = ("none", "expected_average_only_in", *NORMS)
-    norm = config.get("normalize_activations") or "none"
-    if norm not in norms:
-        raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(norms)}.")
     transcodes = theirs.endswith("transcoder")
-    if transcodes:  # what SAELens itself leaves undone, or does not do, is refused
-        if config.get("apply_b_dec_to_input"):
-            raise UserError(f"{file}: apply_b_dec_to_input must be false for a transcoder.")
-        if norm in NORMS:
-            raise UserError(
-                f"{file}: normalize_activations={norm!r} of a transcoder is not supported."
-            )
-        if _scale(folder) != 1:
-            raise UserError(
-                f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish "
-                "the training where it was begun."
-            )
-    else:
-        arrays = _folded(arrays, config, theirs, _scale(folder))
-    kind = AbsTopK if theirs == "abstopk" else find(OURS[theirs])
-    if "W_skip" in arrays:
-        kind = around(Skip, kind)
-    if norm in NORMS:
-        kind = around(NORMS[norm], kind)
-    has_k = theirs in ("topk", "abstopk")
-    k = require_count(config, "k", file, limit=len(arrays["W_dec"])) if has_k else 0
-    return from_arrays(kind, arrays, k=k, transcodes=transcodes)
-
-
-def _shapes(config: dict[str, Any], theirs: str, file: Path) -> Shapes:
-    """Returns the weights that a config announces."""
     d_model, width = (require_count(config, key, file) for key in ("d_in", "d_sae"))
-    d_out = require_count(config, "d_out", file) if theirs.endswith("transcoder") else d_model
+    d_out = require_count(config, "d_out", file) if transcodes else d_model
     shapes = {"W_enc": (d_model, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
     kind = "jumprelu" if theirs.startswith("jumprelu") else theirs
     shapes |= {name: (width,) for name in biases.get(kind, ("b_enc",))}
-    if "skip" in theirs:
-        shapes["W_skip"] = (d_out, d_model)
-    return shapes | ({"topk_threshold": ()} if theirs in BATCH else {})
+    shapes |= {"W_skip": (d_out, d_model)} if "skip" in theirs else {}
+    shapes |= {"topk_threshold": ()} if theirs in BATCH else {}
+    arrays = read_safetensors(folder / WEIGHTS, shapes)
+    # expected_average_only_in is folded already, or is what activation_scaler.json says.
+    norms = ("none", "expected_average_only_in", *NORMS)
+    norm, scale = config.get("normalize_activations") or "none", _scale(folder)
+    if norm not in norms:
+        raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(norms)}.")
+    if not transcodes:
+        arrays = _folded(arrays, config, theirs, scale)
+    # What SAELens itself leaves undone, or does not do, is refused.
+    elif config.get("apply_b_dec_to_input"):
+        raise UserError(f"{file}: apply_b_dec_to_input must be false for a transcoder.")
+    elif norm in NORMS:
+        raise UserError(f"{file}: normalize_activations={norm!r} of a transcoder is not supported.")
+    elif scale != 1:
+        raise UserError(
+            f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish "
+            "the training where it was begun."
+        )
+    architecture = AbsTopK if theirs == "abstopk" else find(OURS[theirs])
+    if "W_skip" in arrays:
+        architecture = around(Skip, architecture)
+    if norm in NORMS:
+        architecture = around(NORMS[norm], architecture)
+    has_k = theirs in ("topk", "abstopk")
+    k = require_count(config, "k", file, limit=len(arrays["W_dec"])) if has_k else 0
+    return from_arrays(architecture, arrays, k=k, transcodes=transcodes)
 
 
 def _scale(folder: Path) -> float:
@@ -167,17 +154,19 @@ def save(
       model_name: of the language model.
       hook_name_out: of a transcoder: where the activations belong that it writes.
     """
-    name, kind = (
-        architecture_of(dictionary),
-        "transcoder" if dictionary.transcodes else "dictionary",
-    )
+    from safetensors.numpy import save_file
+
+    name = architecture_of(dictionary)
+    kind = "transcoder" if dictionary.transcodes else "dictionary"
     forms = {a: find(a).saelens for a in architectures()}
     if dictionary.transcodes:
         forms = {a: TRANSCODERS.get(form, "") for a, form in forms.items()}
-    theirs = forms[name]
+    theirs, folder = forms[name], Path(path)
     if not theirs:
         able = ", ".join(a for a, form in forms.items() if form)
         raise UserError(f"A {name} {kind} has no SAELens form; {able} have one.")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder, new or of an earlier export.")
     config = {
         "architecture": theirs,
         "d_in": dictionary.d_model,
@@ -195,7 +184,14 @@ def save(
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": {"sae_lens_version": VERSION, **names}}
-    _write(Path(path), config, _in_raw_units(dictionary, theirs))
+    arrays = _in_raw_units(dictionary, theirs)
+    # The config last: a folder without one was never finished.
+    (folder / CONFIG).unlink(missing_ok=True)
+    check_space(folder, sum(array.nbytes for array in arrays.values()) + 4096)
+    part = folder / f".{WEIGHTS}.part"
+    save_file(arrays, part)
+    os.replace(part, folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
 
 
 def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
@@ -211,17 +207,3 @@ def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
     if theirs == "gated":
         arrays["b_gate"] = arrays.pop("b_enc")
     return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-
-
-def _write(folder: Path, config: dict[str, Any], arrays: Arrays) -> None:
-    """The config last: a folder without one was never finished."""
-    from safetensors.numpy import save_file
-
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name a folder, new or of an earlier export.")
-    (folder / CONFIG).unlink(missing_ok=True)
-    check_space(folder, sum(array.nbytes for array in arrays.values()) + 4096)
-    part = folder / f".{WEIGHTS}.part"
-    save_file(arrays, part)
-    os.replace(part, folder / WEIGHTS)
-    write_json(folder / CONFIG, config)

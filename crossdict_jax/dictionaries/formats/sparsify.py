@@ -12,11 +12,6 @@ TOOL, CONFIG, WEIGHTS = "sparsify", "cfg.json", "sae.safetensors"
 ONLY = {"activation": "topk", "signed": False, "skip_connection": False}
 
 
-def recognises(path: str) -> bool:
-    """Whether ``path`` is a folder with sae.safetensors."""
-    return (Path(path) / WEIGHTS).is_file()
-
-
 def load(path: str) -> Dictionary:
     """Returns the TopK dictionary of a sparsify folder.
 
