@@ -156,9 +156,9 @@ def read_matches(
 ) -> list[dict]:
     """Returns the matched features of two dictionaries, in either order of the models.
 
-    Each is a row of matches.jsonl without the names of the models and sites: feature_source and
-    feature_target are the numbers in the dictionaries that were asked for as source and target.
-    Confirmed ones say so. Empty where the run did not match these two.
+    Rows of matches.jsonl without the names of models and sites; feature_source and feature_target
+    are of the dictionaries asked for as source and target. Empty where the run did not match these
+    two.
 
     Raises:
       UserError: matches.jsonl is missing or damaged.

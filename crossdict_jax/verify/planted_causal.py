@@ -150,11 +150,9 @@ def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
 
 
 def write_features(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, pushing: int) -> None:
-    """Lets word i write direction i of V [FEATURES, d_model], and the first ones push their words.
+    """Lets word i, ``number[i]`` in the model, write direction i of V [FEATURES, d_model].
 
-    Args:
-      number: int [WORDS], what the model calls each word.
-      pushing: how many directions raise the logit of their target.
+    The first ``pushing`` directions raise the logit of their target.
     """
     triggers, targets = number[:FEATURES], number[FEATURES : FEATURES + pushing]
     lm.W_E[...] = lm.W_E[...].at[jnp.asarray(triggers)].add(TRIGGER * V)
