@@ -1,8 +1,6 @@
 """Which features do two language models share? Dictionaries, maps between them, and proof.
 
-Rooms, from the bottom up: ``models``, ``training``, ``activations``, ``dictionaries``, ``maps``,
-``evaluation`` and ``causal``; ``report`` shows what they wrote. They are imported on first use, so
-that ``import crossdict_jax`` stays quick.
+Rooms are imported on first use, so that ``import crossdict_jax`` stays quick.
 """
 
 import importlib

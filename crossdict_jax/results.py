@@ -156,9 +156,9 @@ def read_matches(
 ) -> list[dict]:
     """Returns the matched features of two dictionaries, in either order of the models.
 
-    Each is a row of matches.jsonl without the names of the models and sites: feature_source and
-    feature_target are the numbers in the dictionaries that were asked for as source and target.
-    Confirmed ones say so. Empty where the run did not match these two.
+    Rows of matches.jsonl without the names of models and sites; feature_source and feature_target
+    are of the dictionaries asked for as source and target. Empty where the run did not match these
+    two.
 
     Raises:
       UserError: matches.jsonl is missing or damaged.
@@ -290,29 +290,22 @@ describe(
     *intervals(
         l0="active features per row",
         fvu="share of the variance of the activations, about the training mean, left over",
-        shrinkage="length of the reconstruction along the activation; 1: not shortened",
-        relative_bias="1 without systematic shrinkage (Rajamanoharan et al. 2024)",
     ),
     *plain(
-        dead_fraction="share of features that never fire in the n_rows_dead rows",
-        n_rows_dead="kept rows of training and test together",
-        decoder_cosine="mean cosine of a decoder row to the one most like it",
+        dead_fraction="share of features that fire in no kept row of training and test",
     ),
     POSITIONS,
-    Column("n_documents_ce", "documents of these positions"),
     *nats(
         ce_clean="cross-entropy of the next token with the model's own activations",
         ce_zero="with zeros in their place",
         ce_mean="with their training mean in their place",
         ce_sae="with the reconstruction in their place",
-        kl_zero="KL divergence of the clean prediction to that with zeros",
-        kl_mean="to that with the mean",
-        kl_sae="to that with the reconstruction",
+        kl_sae="KL divergence of the clean prediction to that with the reconstruction",
     ),
     *intervals(
         loss_recovered="(ce_zero - ce_sae) / (ce_zero - ce_clean); null: zeros cost < 0.05",
         loss_recovered_mean="the same with the mean in place of zeros",
-        kl_recovered="1 - kl_sae / kl_zero; null: zeros cost < 0.05",
+        kl_recovered="1 - kl_sae / that of zeros; null: zeros cost < 0.05",
         kl_recovered_mean="the same with the mean in place of zeros",
     ),
 )
@@ -350,8 +343,7 @@ describe(
     MAP,
     PAIRING,
     *plain(
-        correlation_histogram="of the correlation of a feature, predicted and true",
-        correlation_by_frequency="the same in bins of firing frequency: low, high, n, mean",
+        correlation_by_frequency="of prediction and truth, in bins of firing frequency",
     ),
 )
 describe(
@@ -377,9 +369,7 @@ describe(
         low="lower end of a bin; null: none",
         high="upper end of a bin",
         n_features="features in the bin",
-        r2_mean="their mean R²",
         r2_median="their median R²",
-        correlation_mean="their mean correlation",
     ),
 )
 describe(
@@ -403,9 +393,7 @@ describe(
         r_train="mean correlation of the matches on training rows",
         r_test="on held-out rows",
         r_token="of the means for the current tokens alone",
-        r_train_confirmed="r_train of the confirmed",
         r_test_confirmed="r_test of the confirmed",
-        r_token_confirmed="r_token of the confirmed",
         null="confirmed on shuffled pairs",
         n_rows_train="rows on which features were matched",
         n_rows_test="rows on which matches were confirmed",
@@ -425,10 +413,6 @@ describe(
         beyond_token="whether it beats every shuffle among rows with equal tokens",
         p="share of circular shifts that correlate as much",
         p_adjusted="p by Benjamini and Hochberg",
-        firings_source="training rows on which it fires",
-        firings_target="training rows on which it fires",
-        decoder_norm_source="length of its decoder row",
-        decoder_norm_target="length of its decoder row",
     ),
 )
 describe(
@@ -466,14 +450,12 @@ describe(
         l0="active latents per row",
     ),
     *plain(
-        l0_alone="active latents per row when this model alone is shown",
         dead_fraction="share of latents that never fire",
         n_live="latents that fire",
         shared="share of live latents, each model's decoder norm a quarter of the largest",
         exclusive="share whose decoder norm is that large in this model alone",
         shared_confirmed="share of the shared that explain every model beyond shifts",
         exclusive_refuted="share of the exclusive that explain another model too",
-        scaling_ratio="what exclusive latents explain of others, relative to this model",
         relative_norms="histogram of this model's share of each latent's decoder norms",
     ),
 )
@@ -524,8 +506,6 @@ describe(
         firings="paired positions at which it fires",
         promoted_source="tokens that it makes likelier in the source",
         promoted_target="the same text in the target's tokens",
-        promoted_dropped="promoted tokens that the target's vocabulary does not have",
-        effect_source="mean change of log p of the promoted tokens in the source, by dose",
     ),
     *nats(
         effect="mean change of log p of the promoted tokens, at the middle dose",
@@ -534,14 +514,7 @@ describe(
     *SPECIFIC,
     *plain(
         kl="KL divergence that the edit causes, in nats",
-        kl_spent="KL divergence at effect_at_kl",
-        effect_mean_direction="effect of the target's mean activation as a direction",
-        effect_random="effect of random directions",
-        kl_random="KL divergence of random directions",
-        effect_shuffled="effect of other features' mapped directions",
-        kl_shuffled="KL divergence of other features' mapped directions",
         doses="effect and kl by dose alpha, beside the controls and their range",
-        ablation_n="text positions of ablation_r",
     ),
     *intervals(ablation_r=ABLATION),
     *plain(
@@ -567,8 +540,6 @@ describe(
     *nats(
         effect="mean of the features' effects",
         kl="mean KL divergence",
-        effect_random="mean effect of random directions",
-        effect_shuffled="mean effect of other features' mapped directions",
     ),
     *SPECIFIC,
     *intervals(

@@ -8,6 +8,11 @@ import numpy as np
 import scipy.stats
 
 
+def generator(*key: int) -> np.random.Generator:
+    """Returns random numbers that depend on one or two whole numbers alone."""
+    return np.random.Generator(np.random.Philox(key=key if len(key) > 1 else key[0]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Resamples:
     """Which documents each bootstrap resample holds, and which document each row belongs to.
@@ -124,10 +129,7 @@ def loss_recovered(
 ) -> Estimate | None:
     """Returns (CE_baseline - CE_edited) / (CE_baseline - CE_clean): 1 is harmless, 0 the baseline.
 
-    None if the baseline (zeros, or the mean) does less than LEAST_DAMAGE nats of harm.
-
-    Args:
-      edited, clean, baseline: cross-entropies in nats, [n] positions.
+    Cross-entropies in nats [n]; None if the baseline does less than LEAST_DAMAGE nats of harm.
     """
     if resamples.mean(baseline - clean).value < LEAST_DAMAGE:
         return None
@@ -152,15 +154,11 @@ def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | No
 
 
 def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:
-    """Returns one-sided p-values [features]: how often a control does as much.
+    """Returns one-sided p-values of effects [features] among nulls [features, 3 or more].
 
     Each feature's effect is standardised by its controls, each control by the other ones of its
     feature; these are then pooled over features, so that p can be small: (1 + how many controls
     reach the effect) / (1 + controls).
-
-    Args:
-      effects: [features].
-      nulls: [features, controls], 3 controls or more.
     """
     n = nulls.shape[1]
     total, square = nulls.sum(1, keepdims=True), np.square(nulls).sum(1, keepdims=True)

@@ -15,11 +15,7 @@ from crossdict_jax.errors import UserError
 
 
 def model_names(models: Iterable[str]) -> list[str]:
-    """Returns a unique folder name per model: the last part of its path, -2, -3 on collision.
-
-    Args:
-      models: Paths or hub ids, in order.
-    """
+    """Returns a unique folder name per model: the last part of its path, -2, -3 on collision."""
     names: list[str] = []
     for model in models:
         base = re.sub(r"[^A-Za-z0-9._-]", "-", str(model).rstrip("/").split("/")[-1]) or "model"

@@ -45,8 +45,7 @@ QUIET = {  # advice that nobody asked for, between the progress bars
 def run(main: Main, *, kind: type = Config, default: str = "quickstart", table: str = "") -> None:
     """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
 
-    Args:
-      table: the function of ``crossdict_jax.report`` that prints what the command ends with.
+    ``table`` is the function of ``crossdict_jax.report`` that prints what the command ends with.
     """
 
     @functools.wraps(main)
@@ -75,16 +74,13 @@ def study(name: str) -> Main:
 def execute(
     main: Main, argv: Sequence[str], *, kind: type = Config, default: str = "quickstart"
 ) -> int:
-    """Does what ``argv`` asks for and returns the exit code.
+    """Does what ``argv`` (the program's name and its arguments) asks for and returns the exit code.
 
-    0: done. 1: a number of --expect was missed. 2: the user got something wrong; one line on
-    stderr says what and how to mend it. 130: interrupted. Any other exception passes through: it
-    is a bug.
+    0: done. 1: a number of --expect was missed. 2: the user got something wrong; one line on stderr
+    says what and how to mend it. 130: interrupted. Any other exception passes through: it is a bug.
 
     Args:
-      main: the verb; what the program says of itself stands above its ``--help``.
-      argv: the program's name and its arguments.
-      kind: its class of settings.
+      kind: the class of settings of the verb.
       default: its file in configs/ without ``--config``.
     """
     try:

@@ -1,16 +1,15 @@
 """The ablation of losses: what is left out is, rows are of the same documents, tables show them."""
 
 import dataclasses
-import shutil
 
 import pytest
-from tiny_run import shared_run
+from tiny_run import private_run
 
 from crossdict_jax.config import LossWeights
 from crossdict_jax.errors import UserError
 from crossdict_jax.studies.loss_ablation import measure
 from crossdict_jax.studies.loss_ablation.section import section, tables
-from crossdict_jax.workdir import Workdir, read_jsonl
+from crossdict_jax.workdir import read_jsonl
 
 LOSSES = [f.name for f in dataclasses.fields(LossWeights)]
 
@@ -33,8 +32,7 @@ def test_losses_without_a_weight_are_not_ablated():
 
 @pytest.mark.slow
 def test_a_row_for_each_direction_and_ablation(tmp_path_factory, capsys):
-    config, run = shared_run(tmp_path_factory.getbasetemp())
-    work = Workdir(shutil.copytree(run.root, tmp_path_factory.mktemp("ablation") / "run"))
+    config, work = private_run(tmp_path_factory)
     weights = LossWeights(correlation=0.0, sparsity=0.0)
     settings = {"steps": 20, "hidden": 8, "batch_size": 64, "head": "topk"}
     settings = dataclasses.replace(config.map, loss_weights=weights, **settings)

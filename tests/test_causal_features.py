@@ -13,12 +13,11 @@ from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal import effects, transfer_features
 from crossdict_jax.causal import feature_transfer as stage
-from crossdict_jax.causal.directions import best_matches, map_groups
+from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.causal.feature_transfer import with_continuations
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import slices
 from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
 
 SMALL = {"features": 2, "contexts": 6, "alphas": (0.3, 1.0), "maps": ("ridge", "mlp")}
@@ -31,19 +30,11 @@ def settings(config: Config, **changes) -> Config:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    copy = Workdir(tmp_path_factory.mktemp("features") / "run")
-    shutil.copytree(work.root, copy.root)
-    copy.result("matches.jsonl").unlink(missing_ok=True)  # where others' tests have evaluated
-    return settings(config), copy
-
-
-@pytest.fixture(scope="module")
-def finished(run):
-    config, work = run
-    transfer_features(config, work)
-    return config, work
+def finished(tmp_path_factory):
+    config, work = tiny_run.private_run(tmp_path_factory)
+    work.result("matches.jsonl").unlink(missing_ok=True)  # where others' tests have evaluated
+    transfer_features(settings(config), work)
+    return settings(config), work
 
 
 def files(work):
@@ -104,17 +95,6 @@ def test_a_match_is_the_best_correlated_feature_and_its_direction(finished):
             assert row["match_cosine"] == pytest.approx(1)
 
 
-def test_best_matches_stream_over_rows():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(50, 3)), rng.normal(size=(50, 7))
-    b[:, 4] = a[:, 1] + 0.1 * b[:, 4]
-    b[:, 2] = 0  # a dead feature
-    best, r = best_matches((b[rows] for rows in slices(50, 8)), a)
-    expected = np.corrcoef(a.T, np.delete(b, 2, axis=1).T)[:3, 3:]
-    assert best[1] == 4
-    np.testing.assert_allclose(r, expected.max(1), atol=1e-9)
-
-
 def test_spans_lie_between_common_ends(finished):
     """Spans and continuations of both models stand for the same bytes."""
     _, work = finished
@@ -133,30 +113,6 @@ def test_spans_lie_between_common_ends(finished):
             assert passages.end[i] == (behind[0] if len(behind) else position[row])
             seen += passages.first[i] < passages.position[i]
     assert seen  # some spans are of several tokens
-
-
-def test_a_bos_moves_every_position(finished, monkeypatch):
-    _, work = finished
-    store = open_store(work.activations)
-    plain = with_continuations(store, "a", select_passages(store, "a", documents=2, seed=0))
-    monkeypatch.setattr(type(store), "has_bos", lambda self, model: 7)
-    moved = with_continuations(store, "a", select_passages(store, "a", documents=2, seed=0))
-    for name in ("first", "position", "end"):
-        assert (getattr(moved, name) == getattr(plain, name) + 1).all()
-
-
-# ---------------------------------------------------------------- killed and run again
-
-
-def test_a_finished_file_is_left_and_another_setting_is_seen(finished, tmp_path):
-    config, work = finished
-    copy = Workdir(tmp_path / "run")
-    shutil.copytree(work.root, copy.root)
-    before = copy.result(stage.ROWS).stat().st_mtime_ns
-    transfer_features(config, copy)
-    assert copy.result(stage.ROWS).stat().st_mtime_ns == before
-    transfer_features(settings(config, alphas=(0.1, 1.0)), copy)
-    assert copy.result(stage.ROWS).stat().st_mtime_ns > before
 
 
 def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monkeypatch):
@@ -182,25 +138,6 @@ def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monk
     transfer_features(config, copy)
     assert len(done) == 1
     assert files(copy) == files(work)
-
-
-# ---------------------------------------------------------------- settings
-
-
-def test_maps_are_those_that_read_more_than_tokens(finished):
-    store = open_store(finished[1].activations)
-    some = ("mlp", "procrustes")  # the second is not of this run
-    for kinds, expected in ((("all",), {"ridge", "mlp"}), (some, {"mlp"})):
-        groups = map_groups(finished[0], store, layers="middle", kinds=kinds)
-        assert len(groups) == 2
-        assert all({task.kind for task in group.tasks} == expected for group in groups)
-
-
-def test_no_features_no_file(run, tmp_path):
-    config, _ = run
-    empty = Workdir(tmp_path / "run")
-    transfer_features(settings(config, features=0), empty)
-    assert not empty.root.exists()
 
 
 def test_named_features_are_the_first_models(finished, again):
@@ -234,14 +171,11 @@ def test_all_layer_pairs_or_the_middle_one(finished):
     meta = json.loads(json.dumps(store.meta))
     for model in meta["models"].values():
         model["sites"] = [str(models.Site(layer)) for layer in config.layers]
-    store = dataclasses.replace(store, meta=meta)
+    store = dataclasses.replace(store, ends=type(store.ends).of_meta(meta["models"]))
     middle = map_groups(config, store, layers="middle", kinds=("all",))
     assert [(g.source, g.site_source.layer) for g in middle] == [("a", 1), ("b", 1)]
     assert len(map_groups(config, store, layers="all", kinds=("all",))) == 6
     assert all(task.pairing == "aligned" for group in middle for task in group.tasks)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_named_features_that_cannot_be_tested(again, monkeypatch):

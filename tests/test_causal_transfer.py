@@ -14,12 +14,12 @@ import pytest
 from crossdict_jax import models, stats
 from crossdict_jax.causal import effects
 from crossdict_jax.causal.directions import mapped_directions
-from crossdict_jax.causal.effects import Directions, ModelAtSite, choose_contexts, conclude
+from crossdict_jax.causal.effects import Directions, ModelAtSite, choose_contexts
 from crossdict_jax.causal.vocabulary import Translation, translation
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
-from crossdict_jax.models import Site, run
+from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED
@@ -51,23 +51,19 @@ def experiment(planted):
 
 @pytest.fixture(scope="module")
 def outcome(experiment):
-    """(rows, {direction: summary}, {feature: record}, programs that were compiled)."""
-    kept, before = {}, run._call._cache_size()
+    """(rows, {direction: summary}, {feature: record})."""
+    kept = {}
 
     def part(feature, make):
         kept[feature] = make()
         return kept[feature]
 
     rows, summary = effects.transfer(experiment, CONFIG, part=part)
-    programs = run._call._cache_size() - before
-    return rows, {s["direction"]: s for s in summary}, kept, programs
+    return rows, {s["direction"]: s for s in summary}, kept
 
 
 def of(rows, direction):
     return {row["feature"]: row for row in rows if row["direction"] == direction}
-
-
-# ---------------------------------------------------------------- planted truths
 
 
 @pytest.mark.parametrize("direction", ["ridge", "match"])
@@ -124,9 +120,8 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
         middle = row["doses"][MIDDLE]
         assert middle["alpha"] == sorted(CONFIG.intervention.alphas)[MIDDLE]
         assert row["effect"] == pytest.approx(middle["effect"])
-        assert row["specific_random"] == pytest.approx(row["effect"] - row["effect_random"])
+        assert row["specific_random"] == pytest.approx(row["effect"] - middle["random"])
         assert row["p"] == max(row["p_random"], row["p_shuffled"]) <= row["q"]
-        assert 0 < row["kl_spent"] <= effects.KL_BUDGET + 1e-9
         assert row["effect_low"] <= row["effect"] <= row["effect_high"]
         spent = [dose["kl"] for dose in row["doses"]]
         assert spent == sorted(spent)
@@ -138,63 +133,13 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
     json.dumps(rows, allow_nan=False)
 
 
-def test_an_interrupted_experiment_ends_the_same(experiment, outcome):
-    rows, _, kept, _ = outcome
-    again = []
-
-    def part(feature, make):
-        if feature:
-            return json.loads(json.dumps(kept[feature]))
-        again.append(feature)
-        return make()
-
-    assert effects.transfer(experiment, CONFIG, part=part)[0] == rows
-    assert again == [0]
-
-
-def test_one_program_for_all_features_directions_and_doses(outcome):
-    """Changes, continuations and kept keys of each model; only A's predictions are read in full."""
-    assert outcome[3] == 2 + 2 + 2 + 1
-
-
-def test_the_discovery_rate_decides(outcome):
-    records = [outcome[2][i] for i in range(FEATURES)]
-    for fdr in (1e-6, 0.05, 0.999):
-        again, _ = conclude(records, fdr=fdr, bootstrap=10, seed=0)
-        assert [row["transfers"] for row in again] == [row["q"] <= fdr for row in again]
-
-
-@pytest.mark.parametrize(
-    ("change", "spans"),
-    [
-        ({}, [1, 1]),
-        ({"span": "whole"}, [8, 8]),
-        ({"positions": "prompt"}, [None, 1]),
-    ],
-)
-def test_settings_reach_the_models(experiment, change, spans, monkeypatch):
-    """How many positions are read, and how many tokens edited: at doses, then at removal."""
-    asked, hold = [], Runner.hold
-
-    def recorded(self, site, passages, x, *, size, span, **others):
-        asked.append((len(passages.position), size, span))
-        return hold(self, site, passages, x, size=size, span=1, **others)
-
-    monkeypatch.setattr(Runner, "hold", recorded)
-    record = effects.measure(experiment, settings(**change), 2)
-    assert asked == [(record["n_contexts"], 24, span) for span in spans for _ in range(2)]
-
-
 @pytest.mark.parametrize(
     ("norm", "expected"), [("residual", (10, 20)), ("feature", (6, 12)), ("mapped", (6, 8))]
 )
 def test_norms_are_what_they_say(norm, expected):
     """A dose of 1: the median norm, the feature's share of it, or what the map brings."""
-    vectors = {"direction": np.array([0, 3.0]), "mapped": np.array([4.0, 0, 0])}
-    assert effects.dose_norms(norm, (10.0, 20.0), strength=2.0, **vectors) == expected
+    assert effects.dose_norms(norm, (10.0, 20.0), 6.0, 8.0) == expected
 
-
-# ---------------------------------------------------------------- vectors in the plain model
 
 SHAPE = {
     "model_type": "llama",
@@ -288,16 +233,12 @@ def test_continuations_are_those_of_the_plain_model(lm):
     assert (changes[:, 2] == 0).all()  # a position without a continuation
 
 
-# ---------------------------------------------------------------- statistics
-
-
 def test_a_budget_is_found_on_the_dose_curve():
     kl = np.array([[[0.1, 0.1], [0.4, 0.6]], [[0.01, 0.01], [0.02, 0.02]]])
     effect = np.array([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 1.0], [5.0, 7.0]]])
-    values, spent = effects.at_budget(kl, effect, 0.3)
+    values = effects.at_budget(kl, effect, 0.3)
     np.testing.assert_allclose(values, [[2.0, 3.0], [5.0, 7.0]])
-    np.testing.assert_allclose(spent, [0.3, 0.02])
-    values, spent = effects.at_budget(kl, effect, 0.05)  # between no dose and the first
+    values = effects.at_budget(kl, effect, 0.05)  # between no dose and the first
     np.testing.assert_allclose(values[0], [0.5, 1.0])
 
 
@@ -318,21 +259,6 @@ def test_contexts_are_spread_over_documents():
     assert (strength[choose_contexts(strength, documents, 99, np.random.default_rng(0))] > 0).all()
 
 
-def test_correlations_are_numpys():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 30))
-    draws = stats.draw(np.arange(30) // 3, count=50, seed=0)
-    found = stats.correlation(draws, a, a + b)
-    assert found.value == pytest.approx(np.corrcoef(a, a + b)[0, 1])
-    weights = draws.weights[7][draws.index].astype(int)
-    resampled = np.corrcoef(np.repeat(a, weights), np.repeat(a + b, weights))[0, 1]
-    assert found.samples[7] == pytest.approx(resampled)
-    assert stats.correlation(draws, a, np.ones(30)) is None
-
-
-# ---------------------------------------------------------------- tokens
-
-
 def test_tokens_are_translated_by_their_bytes():
     a = (b"", b" cat", b"\xc3", b" zebra", b"<s>", b"\xff", b"qq")
     b = (b" z", b" cat", b"\xc3", b" ze", b" ", b" cat", b"<s>")
@@ -341,12 +267,9 @@ def test_tokens_are_translated_by_their_bytes():
     assert [found.to_b(i) for i in range(8)] == [None, 1, 2, 0, None, None, None, None]
     without = Translation(a, b)
     assert without.to_b(3) == 3  # the longest that it begins with
+    again = Translation((b"s", b"!"), (b"s", b"!", b"s"), fallback_b=frozenset({0, 1}))
+    assert [again.to_b(i) for i in range(2)] == [2, 1]  # a byte is what is written
     assert found.has_text.tolist() == [False, True, True, True, False, True, True]
-
-
-def test_a_byte_is_the_token_that_is_written_not_the_one_for_emergencies():
-    found = Translation((b"s", b"!"), (b"s", b"!", b"s"), fallback_b=frozenset({0, 1}))
-    assert [found.to_b(i) for i in range(2)] == [2, 1]
 
 
 @pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
@@ -359,9 +282,6 @@ def test_a_real_vocabulary_with_bytes_is_translated_to_itself():
     assert [same.to_b(i) for i in spelled if same.has_text[i]] == [
         i for i in spelled if same.has_text[i]
     ]
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_a_silent_feature_is_named(experiment):

@@ -11,24 +11,20 @@ import tiny_run
 
 from crossdict_jax import models, results
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.causal.directions import feature_directions
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ContrastConfig, EvaluationConfig
-from crossdict_jax.dictionaries.base import find, from_arrays
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.studies.contrast import measure as study
 from crossdict_jax.studies.contrast.ablation import Cut, draw_controls, measure, singles
 from crossdict_jax.studies.contrast.preference import Reader, read_pairs
-from crossdict_jax.studies.contrast.section import circuits, section, sentences, tables
+from crossdict_jax.studies.contrast.section import section, sentences, tables, top_features
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.studies.reading import Reading
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, SITE, WORDS
 from crossdict_jax.workdir import Workdir
-
-# ---------------------------------------------------------------- planted causes
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
 
 
 def directions_in_b(planted) -> np.ndarray:
-    return feature_directions(planted.dictionaries[0], np.arange(FEATURES)) @ planted.map.W[...]
+    return decoder_rows(planted.dictionaries[0], np.arange(FEATURES)) @ planted.map.W[...]
 
 
 def transferred(planted, readers, vectors, features) -> dict:
@@ -108,48 +104,15 @@ def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(plan
     assert max(row[f"p_{family}"] for family in ("random", "shuffled", "others")) <= 0.05
 
 
-@pytest.mark.parametrize("wrong", ["random", "another"])
-def test_other_directions_do_not(planted, readers, wrong):
+def test_other_directions_and_features_that_do_nothing_there_do_not(planted, readers):
     true = directions_in_b(planted)
     noise = np.random.default_rng(5).normal(size=true.shape) / true.shape[1] ** 0.5
-    vectors = noise if wrong == "random" else np.roll(true, 5, axis=0)
-    assert transferred(planted, readers, vectors, CAUSES)["moves"] is False
-
-
-def test_features_that_do_nothing_in_the_other_model_move_nothing(planted):
+    for wrong in (noise, np.roll(true, 5, axis=0)):
+        assert transferred(planted, readers, wrong, CAUSES)["moves"] is False
     unlinked = list(range(LINKED, LINKED + 3))
-    reading = triggered(unlinked, planted)
-    both = {name: reader_of(planted, reading, name) for name in "ab"}
+    both = {n: reader_of(planted, triggered(unlinked, planted), n) for n in "ab"}
     assert both["a"].preference.mean() > 0.3 > np.abs(both["b"].preference.mean())
-    assert transferred(planted, both, directions_in_b(planted), unlinked)["effect"] < 0.1
-
-
-def test_edges_follow_the_way_from_one_layer_to_the_next(planted):
-    """Where a block adds nothing, the gradient between two dictionaries is known."""
-    lm = models.init(planted_causal.SHAPES[0], seed=0)
-    planted_causal.write_features(
-        lm, np.asarray(planted.dictionaries[0].W_dec[...]), np.arange(WORDS), pushing=FEATURES
-    )
-    block = lm.blocks[0]
-    for linear in (block.attention.out, block.mlp.down):
-        linear.W[...], linear.b[...] = 0 * linear.W[...], 0 * linear.b[...]
-    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(FEATURES, FEATURES)))[0]
-    upper = planted.dictionaries[0]
-    V = np.asarray(upper.W_dec[...])
-    arrays = {"W_enc": (turn @ V).T, "b_enc": np.zeros(FEATURES), "W_dec": turn @ V}
-    lower = from_arrays(find("relu"), arrays | {"b_dec": np.zeros(V.shape[1])})
-    reading = triggered(CAUSES, planted)
-    reading = reading.take_rows(np.arange(1, len(reading.text), 2))  # one row a text
-    reader = Reader(Runner(lm, batch_size=32), reading.passages["a"])
-    edges = reader.edges((Site(0), lower), (Site(1), upper), CAUSES)
-    assert edges.shape == (24, 3, FEATURES)
-    attribution = reader.attribution(Site(1), upper, steps=1)[:, CAUSES]
-    f_upper = np.asarray(upper.encode(x_at_rows(reader, Site(1))))[::2, CAUSES]
-    f_lower = np.asarray(lower.encode(x_at_rows(reader, Site(0))))[::2]
-    weight = np.divide(attribution, f_upper, out=np.zeros_like(f_upper), where=f_upper > 0)
-    expected = weight[:, :, None] * turn.T[None, CAUSES] * f_lower[:, None, :]
-    np.testing.assert_allclose(edges, expected, atol=1e-5)
-    assert np.abs(edges).max() > 0.05
+    assert transferred(planted, both, true, unlinked)["effect"] < 0.1
 
 
 def test_controls_have_the_norm_of_the_cut():
@@ -172,15 +135,11 @@ def test_controls_have_the_norm_of_the_cut():
     assert not others[:, :2].any()
 
 
-# ---------------------------------------------------------------- files of pairs
-
 LINES = [
     {"clean_prefix": "The dogs", "clean_answer": " are", "patch_answer": " is", "case": "x"},
     {"sentence_good": "The dogs are", "sentence_bad": "The dogs is", "UID": "x"},
     {"prefix": "The dogs", "good": " are", "bad": " is"},
     {"good": "The dogs are", "bad": "The dogs is"},
-    {"clean": "The dogs are", "corrupt": "The dogs is"},
-    {"correct": "The dogs are", "incorrect": "The dogs is", "label": 1},
 ]
 
 
@@ -202,7 +161,6 @@ BAD = (  # what is written, what the line names
     ([{"yes": "a", "no": "b"}], "line 1 has fields yes, no; known are clean_prefix"),
     ([{"good": "a", "bad": "a"}], "good and bad are the same text"),
     ([{"good": "a", "bad": " "}], "line 1: bad is not text, or blank"),
-    ([{"good": 1, "bad": "a"}], "good is not text"),
     ([{"good": "a\ud800", "bad": "a"}], "good has half a character"),
     ([], "holds no pair"),
 )
@@ -225,15 +183,10 @@ def test_bad_pairs_and_missing_sources_are_named(tmp_path):
         read_sets(twice)
 
 
-# ---------------------------------------------------------------- what models read of them
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished study of made-up pairs on the run that all tests share; (config, work)."""
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    root = tmp_path_factory.mktemp("contrast")
-    shutil.copytree(work.root, root / "run")
+    config, work = tiny_run.private_run(tmp_path_factory)
     words = sorted({word for text in tiny_run.make_texts(20) for word in text.split()})
     rng = np.random.default_rng(1)
     pairs = []
@@ -242,13 +195,13 @@ def run(tmp_path_factory):
         pairs.append({"prefix": " ".join(front), "good": f" {good} x", "bad": f" {bad} y"})
     pairs.append({"good": "abc " * 40 + "a", "bad": "abc " * 40 + "b"})  # longer than a context
     asked = ContrastConfig(
-        source=(write(root / "pairs.jsonl", pairs),),
+        source=(write(work.root / "pairs.jsonl", pairs),),
         pairs=16,
         features=2,
         controls=19,
         maps=("ridge", "mlp"),
     )
-    config, work = dataclasses.replace(config, contrast=asked), Workdir(root / "run")
+    config = dataclasses.replace(config, contrast=asked)
     study.run(config, work)
     return config, work
 
@@ -285,25 +238,6 @@ def test_preference_is_the_difference_of_log_probabilities(finished):
         np.testing.assert_allclose(reader.preference, expected, atol=1e-4)
 
 
-def test_rows_are_the_same_positions_of_the_text(finished, monkeypatch):
-    pairs = ContrastSet("s", PAIRS.good[:1], PAIRS.bad[:1])
-    monkeypatch.setattr(type(finished.store), "has_bos", lambda _, name: {"b": 7}.get(name))
-    a, b = read_pairs(finished, pairs)[0].passages.values()
-    assert all(tokens[0] == 7 for tokens in b.tokens)
-    for text, words in enumerate((pairs.good[0], pairs.bad[0])):
-        rows = np.flatnonzero(a.window == text)
-        assert rows.size
-        for row in rows:
-            heads = [
-                finished.tokenizers[name].decode(of.tokens[text][front : of.position[row] + 1])
-                for name, of, front in (("a", a, 0), ("b", b, 1))
-            ]
-            assert heads[0] == heads[1] and words.startswith(heads[0])
-        first, position = b.first[rows], b.position[rows]
-        assert (first <= position).all() and (first[1:] == position[:-1] + 1).all()
-        assert not (a.position[rows] == 0).any()
-
-
 def test_pairs_that_say_nothing_or_do_not_fit_are_counted(finished):
     pairs = ContrastSet("s", ("ab cd", "ab cd ef", "ab " * 70), ("ab ce", "ab cd", "cd " * 70))
     reading, nested = read_pairs(finished, pairs)
@@ -322,15 +256,12 @@ def test_batches_and_devices_change_nothing(planted):
     np.testing.assert_allclose(*parts, atol=1e-5)
 
 
-# ---------------------------------------------------------------- the study
-
-
 def test_rows_of_every_kind(run):
     _, work = run
     preferences = rows_of(work, "preference")
     assert [row["model"] for row in preferences] == ["a", "b"]
     for row in preferences:
-        assert (row["n_pairs"], row["n_in_file"], row["n_too_long"]) == (16, 31, 1)
+        assert (row["n_pairs"], row["n_in_file"]) == (16, 31)
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert row["accuracy_swapped_low"] < 0.5 < row["accuracy_swapped_high"]
     sites = [(model, "resid_pre.1") for model in "ab"]
@@ -340,7 +271,6 @@ def test_rows_of_every_kind(run):
         assert [row["chosen"] for row in features] == ["top"] * 2 + ["random"] * 2
         assert features[0]["attribution_train"] >= features[1]["attribution_train"] > 0
         assert len({row["feature"] for row in features}) == 4
-    assert not rows_of(work, "edge")  # of one layer
     transfers = rows_of(work, "transfer")
     assert [row["direction"] for row in transfers] == ["ridge", "mlp", "match", "own"] * 2
     assert {(row["set"], row["site_target"]) for row in transfers} == {("pairs", "resid_pre.1")}
@@ -361,46 +291,6 @@ def copy(run, tmp_path):
     return Workdir(tmp_path / "run")
 
 
-def test_a_killed_study_goes_on_behind_its_last_part_and_a_finished_one_is_left(
-    run, copy, monkeypatch
-):
-    config, work = run
-    copy.result(study.FILE).unlink()
-    done, make = [], study._transfer
-
-    def killed(halves, group, *rest):
-        if done == ["a"]:
-            raise KeyboardInterrupt
-        done.append(group.source)
-        return make(halves, group, *rest)
-
-    monkeypatch.setattr(study, "_transfer", killed)
-    with pytest.raises(KeyboardInterrupt):
-        study.run(config, copy)
-    done.append("again")
-    monkeypatch.setattr(study, "_features", pytest.fail)  # those were kept
-    study.run(config, copy)
-    assert done == ["a", "again", "b"]
-    assert copy.result(study.FILE).read_bytes() == work.result(study.FILE).read_bytes()
-    monkeypatch.setattr(study, "_measure", pytest.fail)
-    study.run(config, copy)
-
-
-def test_edges_between_the_chosen_features_of_two_sites(run, copy):
-    config, _ = run
-    pair = low, high = Site(1), Site(1, "resid_post")
-    shutil.copytree(copy.dictionary("a", low), copy.dictionary("a", high))
-    (pairs,) = read_sets(config.contrast.source)
-    halves = study.Halves(FinishedRun(config, copy, open_store(copy.activations)), pairs)
-    ids = next(r for r in rows_of(copy, "ablation") if r["model"] == "a")["features"]
-    rows = study._edges(halves, "a", pair, [ids, ids])
-    assert [(r["feature_upper"], r["feature_lower"]) for r in rows] == [
-        (b, a) for b in ids for a in ids
-    ]
-    assert any(r["attribution"] for r in rows)
-    assert {(r["site_lower"], r["site_upper"]) for r in rows} == {("resid_pre.1", "resid_post.1")}
-
-
 def test_whole_spans_are_ablated_where_that_is_asked(run, copy):
     config, work = run
     asked = dataclasses.replace(config.contrast, span="whole", features=1)
@@ -411,36 +301,27 @@ def test_whole_spans_are_ablated_where_that_is_asked(run, copy):
     assert any(firings[0][i] > firings[1][i] for i in both)
 
 
-def test_texts_that_no_model_can_read_are_refused(run, copy, tmp_path, capsys):
+def test_a_study_that_cannot_be_made_is_refused(run, copy, tmp_path, capsys):
     config, _ = run
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
     asked = dataclasses.replace(config.contrast, source=(write(tmp_path / "long.jsonl", long),))
     with pytest.raises(UserError, match=r"no set of which every model can read 4 pairs"):
         study.run(dataclasses.replace(config, contrast=asked), copy)
-    assert (
-        "long is left out: of 4 pairs every model can read 0 (4 longer" in capsys.readouterr().out
-    )
-
-
-def test_transcoders_are_refused(run):
-    config, work = run
+    assert "long is left out: of 4 pairs every model can read 0 (4 l" in capsys.readouterr().out
     moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))
     with pytest.raises(UserError, match=r"contrast set needs dictionaries that write .*=mlp_out"):
-        study.run(moved, work)
-
-
-# ---------------------------------------------------------------- what is shown
+        study.run(moved, copy)
 
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):
     config, work = run
     rows = rows_of(work)
-    assert len(tables(rows)) == 1 + 2 + 2 and len(circuits(rows)) == 2
+    assert len(tables(rows)) == 1 + 2 + 2 and len(top_features(rows)) == 2
     study.run(config, work)
     printed = capsys.readouterr().out
     assert "pairs: which text of a pair is likelier" in printed and "own" in printed
     html = section(rows)
-    assert "pairs: circuit of the top features of b" in html
+    assert "pairs: top features of b" in html
     assert "directions of b’s top features taken out of a" in html
 
 

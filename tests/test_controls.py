@@ -1,4 +1,4 @@
-"""Controls of maps: ceiling and re-initialised models, planted, resumed, and turned off."""
+"""Controls of maps: ceiling and re-initialised models, planted, and turned off."""
 
 import dataclasses
 import json
@@ -267,60 +267,6 @@ def test_re_initialised_models_share_no_context(finished):
         if (r["control"], r["map"]) == ("untrained", "ridge")
     }
     assert max(gain.values()) < 0.3
-
-
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "after", "folder"),
-    [
-        ("crossdict_jax.activations.extract._read_shard", 1, "activations"),
-        ("crossdict_jax.training.checkpoint.save", 1, "dictionaries"),
-        ("crossdict_jax.maps.base.save", 3, "maps"),
-    ],
-)
-def test_killed_and_run_again_gives_the_same_bits(place, after, folder, copy, monkeypatch):
-    config, work = copy
-    before = bits(work)
-    shutil.rmtree(work.controls.root / folder)
-    with monkeypatch.context() as patch:
-        calls, original = iter(range(1000)), resolve(place)
-
-        def dying(*args, **kwargs):
-            if next(calls) == after:
-                raise Killed
-            return original(*args, **kwargs)
-
-        patch.setattr(place, dying)
-        with pytest.raises(Killed):
-            run_controls(config, work)
-    run_controls(config, work)
-    assert bits(work) == before
-
-
-def resolve(place: str):
-    import importlib
-
-    module, _, name = place.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def bits(work: Workdir) -> dict[str, list]:
-    """All parameters of the controls' dictionaries and maps, and the checksums of their store."""
-    root = work.controls.root
-    store = open_store(work.controls.activations)
-    found = {"store": [store.meta["checksums"], store.meta["models"]]}
-    for seal in sorted(root.rglob("*.sha256.json")):
-        if "training" in seal.parts:
-            continue
-        load = dictionaries.load if "dictionaries" in seal.parts else maps.load
-        params = modules.split(load(seal.parent))[1]
-        leaves = jax.tree.leaves(params)
-        found[str(seal.parent.relative_to(root))] = [np.asarray(a).tobytes() for a in leaves]
-    return found
 
 
 def test_finished_controls_are_left_alone(copy):

@@ -86,7 +86,6 @@ def test_planted_owners_are_confirmed_and_a_hidden_one_is_refuted():
     assert first["shared_confirmed"] == 1.0
     assert first["exclusive_refuted"] == pytest.approx(2 / 3)  # what is hidden, no more
     assert second["exclusive_refuted"] == 0.0
-    assert first["scaling_ratio"] > 0.5 and second["scaling_ratio"] < 0.1
     assert scaling.error_above[1, [4, 5]].all() and not scaling.error_above[1, list(SHARED)].all()
     assert sum(first["relative_norms"]["counts"]) == 10
     assert first["relative_norms"]["counts"][-1] == 3 and first["relative_norms"]["counts"][0] == 3
@@ -107,15 +106,11 @@ def test_the_null_is_exceeded_as_rarely_as_it_says():
     assert 0.01 < np.mean(above) < 0.12  # 120 draws at 0.05
 
 
-@pytest.mark.parametrize("n_documents", [1, 0])
-def test_without_room_for_a_shift_nothing_is_said(n_documents):
-    documents = np.zeros(20 * n_documents, int)
-    assert len(analysis.admissible_shifts(documents, seed=0)) == 0
-
-
 def test_shifts_are_longer_than_any_document():
     shifts = analysis.admissible_shifts(DOCUMENTS, seed=3)
-    assert len(shifts) == analysis.SHIFTS
+    assert len(shifts) == analysis.SHIFTS and not len(
+        analysis.admissible_shifts(0 * DOCUMENTS, seed=0)
+    )
     assert shifts.min() >= 20 and shifts.max() <= len(DOCUMENTS) - 20
 
 
@@ -124,7 +119,7 @@ def test_figures_are_sums_over_the_whole_split():
     c.center[...] = jnp.asarray(np.concatenate([rows.mean(0) for rows in x]))
     c.b_enc[...] = c.center[...] @ c.W_enc[...]  # as without a centre
     config = Config(evaluation=EvaluationConfig(bootstrap=20, batch_size=128))
-    rows = analysis.figures(c, x, DOCUMENTS, config.evaluation, seed=0)
+    rows = analysis.figures(c, x, DOCUMENTS, config)
     for m, row in enumerate(rows):
         json.dumps(row, allow_nan=False)
         alone = [rows_ if i == m else None for i, rows_ in enumerate(x)]
@@ -138,9 +133,3 @@ def test_figures_are_sums_over_the_whole_split():
         f = np.asarray(c.encode(x))
         assert row["l0"] == pytest.approx((f > 0).sum(1).mean())
         assert row["n_live"] == (f > 0).any(0).sum()
-        assert row["l0_alone"] == pytest.approx((np.asarray(c.encode(alone)) > 0).sum(1).mean())
-
-
-def test_only_runs_with_the_rung_have_rows():
-    assert analysis.joint_codes(("mean", "crosscoder"))
-    assert not analysis.joint_codes(("mean", "ridge"))

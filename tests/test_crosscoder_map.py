@@ -12,7 +12,6 @@ from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, CrosscoderConfig, MapConfig, SAEConfig
 from crossdict_jax.dictionaries import crosscoder
-from crossdict_jax.dictionaries import crosscoder_training as training
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.maps import fit
 from crossdict_jax.maps.fit import with_codes
@@ -124,17 +123,6 @@ def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
     record = checkpoint.load_meta(maps.tasks(*run[:2])[0].path(work))["record"]
     assert record["validation_mse"][0]["mse"] > 0
     json.dumps(record, allow_nan=False)
-
-
-def test_a_model_beside_itself_shares_its_latents(run):
-    """The self-diff null: neither a copy nor a rotated one has latents of its own."""
-    _, store, work = run
-    x = store.read("a", Site(1), store.select("train")).astype(np.float32)
-    for name in training.CONTROLS:
-        joint = crosscoder.load(work.crosscoder((Site(1), Site(1)), name))
-        views = training.copies(x, name, 0)
-        live = (np.asarray(joint.encode(views)) > 0).mean(0) > 0.005
-        assert crosscoder.takes_part(joint)[:, live].all()
 
 
 def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):

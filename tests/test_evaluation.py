@@ -12,7 +12,6 @@ import tiny_run
 
 from crossdict_jax import maps, stats
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, reconstruction, transfer_metrics
 from crossdict_jax.evaluation.transfer import (
@@ -58,9 +57,6 @@ def example(seed, n=60, width=9):
 def defined(row):
     """The row without its columns that are None."""
     return {name: value for name, value in row.items() if value is not None}
-
-
-# ---------------------------------------------------------------- slow definitions
 
 
 def slow_cosine(a, b):
@@ -153,17 +149,6 @@ def test_intervals_are_percentiles_of_the_metric_on_resampled_documents():
         assert found[f"{name}_high"] == pytest.approx(high, abs=1e-6)
 
 
-def test_the_size_of_a_block_changes_nothing(monkeypatch):
-    predicted, target, mean, documents = example(1)
-    give = {"train_mean": mean, "documents": documents, "bootstrap": 20}
-    whole = transfer_metrics(predicted, target, **give)
-    monkeypatch.setattr("crossdict_jax.evaluation.transfer.ROW_BLOCK", 40)
-    monkeypatch.setattr("crossdict_jax.evaluation.transfer.FEATURE_BLOCK", 1)
-    monkeypatch.setattr("crossdict_jax.evaluation.retrieval.CHUNK", 7)
-    blocks = transfer_metrics(predicted, target, **give)
-    assert defined(blocks) == pytest.approx(defined(whole), rel=1e-9)
-
-
 def test_context_gain_is_its_definition():
     rng = np.random.default_rng(0)
     predicted, target, mean, _ = example(2)
@@ -180,9 +165,6 @@ def test_context_gain_is_its_definition():
     assert found["n_context_rows"] == (index >= 0).sum()
 
 
-# ---------------------------------------------------------------- planted answers
-
-
 def test_all_columns_are_plain_numbers_or_none():
     predicted, target, mean, documents = example(0)
     found = transfer_metrics(predicted, target, train_mean=mean, documents=documents)
@@ -193,14 +175,6 @@ def test_all_columns_are_plain_numbers_or_none():
     assert none == {"l0_source", "context_gain", "context_gain_low", "context_gain_high"}
 
 
-def test_arrays_of_jax_and_bfloat16_are_read():
-    predicted, target, mean, _ = example(0)
-    of_jax = transfer_metrics(jnp.asarray(predicted), jnp.asarray(target), train_mean=mean)
-    assert of_jax == transfer_metrics(predicted, target, train_mean=mean)
-    rounded = transfer_metrics(jnp.asarray(target, jnp.bfloat16), target, train_mean=mean)
-    assert 0.999 < rounded["r2"] < 1
-
-
 def test_a_perfect_prediction():
     target = codes(np.random.default_rng(0), share=0.8)
     found = transfer_metrics(target, target, train_mean=codes(np.random.default_rng(1)).mean(0))
@@ -208,6 +182,8 @@ def test_a_perfect_prediction():
     assert {name: found[name] for name in ones} == pytest.approx(dict.fromkeys(ones, 1))
     assert found["fvu"] == 0
     assert found["cosine_centered"] == pytest.approx(1)
+    rounded = transfer_metrics(jnp.asarray(target, jnp.bfloat16), target, train_mean=target[0])
+    assert 0.999 < rounded["r2"] < 1
 
 
 def test_the_mean_predictor_scores_nothing_but_cosine():
@@ -223,21 +199,8 @@ def test_the_mean_predictor_scores_nothing_but_cosine():
     assert found["feature_correlation"] == 0
     assert found["top1"] <= 2 / 400
     assert found["mean_rank"] == pytest.approx(200.5, abs=1)
-
-
-def test_a_mean_that_differs_by_rounding_has_no_centred_cosine():
-    rng = np.random.default_rng(0)
-    target = codes(rng, 50)
-    mean = target.mean(0, dtype=np.float64)
-    nearly = np.broadcast_to((mean * (1 + 3e-7)).astype(np.float32), target.shape)
+    nearly = np.broadcast_to((mean * (1 + 3e-7)).astype(np.float32), target.shape)  # by rounding
     assert transfer_metrics(nearly, target, train_mean=mean)["cosine_centered"] == 0
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_constant_predictor_never_retrieves_everything(value):
-    target = codes(np.random.default_rng(0), 50)
-    found = transfer_metrics(np.full_like(target, value), target, train_mean=target.mean(0))
-    assert found["top1"] <= 0.02
 
 
 def test_ties_count_against_but_equal_targets_are_one():
@@ -246,54 +209,20 @@ def test_ties_count_against_but_equal_targets_are_one():
     # Row 2 points where rows 0 and 1 do; those two are each other's copies, row 2 is not.
     assert found["mean_rank"] == pytest.approx((2 + 2 + 3 + 1) / 4)
     assert found["top1"] == 0.25
-
-
-def test_the_pool_is_fixed_and_as_large_as_asked():
-    predicted, target, mean, _ = example(0)
-    small = transfer_metrics(predicted, target, train_mean=mean, pool=10, bootstrap=0)
-    again = transfer_metrics(predicted, target, train_mean=mean, pool=10, bootstrap=0)
-    other = transfer_metrics(predicted, target, train_mean=mean, pool=10, bootstrap=0, seed=1)
-    assert small == again
-    assert small["pool"] == 10
-    assert small["mean_rank"] != other["mean_rank"]
+    many = codes(np.random.default_rng(0), 50)
+    assert transfer_metrics(0 * many, many, train_mean=many.mean(0))["top1"] <= 0.02
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_a_target_that_never_varies_has_a_finite_r2(value):
     target = np.full((6, 3), value, np.float32)
     perfect = transfer_metrics(target, target, train_mean=target[0])
-    wrong = transfer_metrics(target + 0.1, target, train_mean=target[0])
+    wrong = transfer_metrics(target + 0.1, target, train_mean=target[0], documents=np.zeros(6))
+    assert wrong["n_documents"] == 1 and wrong["r2_low"] is wrong["r2_high"] is None
     assert (perfect["r2"], perfect["fvu"]) == (1, 0)
     assert (wrong["r2"], wrong["fvu"]) == (0, 1)
     assert wrong["feature_correlation"] is None
     assert wrong["n_live"] == 0
-
-
-def test_r2_stays_finite_far_out():
-    target = codes(np.random.default_rng(0))
-    found = transfer_metrics(target + 1e30, target, train_mean=target.mean(0))
-    assert -math.inf < found["r2"] < -1e50
-
-
-def test_one_document_has_no_interval():
-    predicted, target, mean, _ = example(0)
-    found = transfer_metrics(predicted, target, train_mean=mean, documents=np.zeros(len(target)))
-    assert found["n_documents"] == 1
-    assert found["r2_low"] is found["r2_high"] is None
-
-
-def test_resamples_are_drawn_with_replacement_and_depend_on_the_seed_alone():
-    documents = np.array([5, 5, 9, 2, 9])
-    draws = stats.draw(documents, count=50, seed=1)
-    assert (draws.weights.sum(1) == 3).all()
-    assert draws.weights.mean() == pytest.approx(1)
-    assert (draws.weights > 1).any()
-    assert draws.per_document(np.array([1.0, 2, 3, 4, 5])).tolist() == [4, 3, 8]
-    assert (draws.weights == stats.draw(documents, count=50, seed=1).weights).all()
-    assert (draws.weights != stats.draw(documents, count=50, seed=2).weights).any()
-
-
-# ---------------------------------------------------------------- verdicts and context
 
 
 def planted(*, token_share, context_share, n=1500, width=12, documents=30):
@@ -334,15 +263,6 @@ def test_the_verdict_needs_more_than_the_token():
     assert verdict(mean, tokens) == NO_BETTER
 
 
-def test_differences_are_paired():
-    """Two maps, one a little better everywhere: their intervals overlap, the verdict is sure."""
-    target, by_token, context, _ = planted(token_share=1.0, context_share=1.0)
-    first = scored(by_token + 0.5 + 0.40 * (context - 0.5), target)
-    second = scored(by_token + 0.5 + 0.39 * (context - 0.5), target)
-    assert first.estimates["r2"].interval[0] < second.estimates["r2"].interval[1]
-    assert (first.estimates["r2"] - second.estimates["r2"]).surely_positive
-
-
 def test_context_gain_sees_what_is_shared_beyond_the_token():
     """A map of the context alone loses to the token table and still gains all of the context."""
     target, by_token, context, token = planted(token_share=1.0, context_share=0.3)
@@ -360,23 +280,15 @@ def test_context_gain_sees_what_is_shared_beyond_the_token():
     assert gain(by_token + noise).estimates["context_gain"].value < 0
 
 
-# ---------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"predicted": np.full((60, 9), np.nan)}, "predicted holds NaN"),
-        ({"target": np.full((60, 9), np.inf)}, "target holds NaN or infinite"),
         ({"train_mean": np.full(9, np.nan)}, "train_mean holds NaN"),
         ({"predicted": np.zeros((60, 8))}, r"predicted has shape \[60, 8\], not \[60, 9\]"),
-        ({"predicted": np.zeros((1, 9))}, r"predicted has shape \[1, 9\]"),
-        ({"train_mean": np.zeros(1)}, r"train_mean has shape \[1\]"),
-        ({"target": np.zeros(9)}, r"target has shape \[9\]"),
         ({"target": np.zeros((0, 9))}, "not empty"),
         ({"documents": np.zeros(59)}, r"documents has shape \[59\]"),
         ({"pool": 61}, "pool=61 is not between 1 and the 60 rows"),
-        ({"pool": -1}, "pool=-1"),
         ({"bootstrap": -1}, "bootstrap=-1"),
     ],
 )
@@ -386,9 +298,6 @@ def test_bad_input_is_refused(change, message):
     with pytest.raises(UserError, match=message) as error:
         transfer_metrics(given.pop("predicted"), given.pop("target"), **given)
     assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------- the stage
 
 
 @pytest.fixture(scope="module")
@@ -409,12 +318,11 @@ def copy(finished, tmp_path):
 def test_every_map_has_its_row_in_order(finished):
     config, work = finished
     rows = read_jsonl(work.result("transfer.jsonl"))
-    found = [(r["source"], r["target"], r["pairing"], r["map"]) for r in rows]
     kinds = config.map.kinds
-    aligned = [("aligned", kind) for kind in (*kinds, "token_target")]
-    shuffled = [("shuffled", kind) for kind in kinds]
-    directions = [("a", "b"), ("b", "a")]
-    assert found == [(*d, *rest) for d in directions for rest in (*aligned, *shuffled)]
+    every = [("aligned", kind) for kind in (*kinds, "token_target")]
+    every += [("shuffled", kind) for kind in kinds]
+    found = [(r["source"], r["target"], r["pairing"], r["map"]) for r in rows]
+    assert found == [(*d, *rest) for d in ("ab", "ba") for rest in every]
     for row in rows:
         placed = NORMALIZED_COLUMNS if row["pairing"] == "aligned" else set()
         assert set(row) - COLUMNS - placed == {
@@ -488,21 +396,15 @@ def test_baselines_and_nulls_of_the_run(finished):
 def test_reconstruction_rows(finished):
     config, work = finished
     rows = read_jsonl(work.result("reconstruction.jsonl"))
-    assert [(r["model"], r["site"], r["seed"]) for r in rows] == [
-        ("a", str(tiny_run.SITE), 0),
-        ("b", str(tiny_run.SITE), 0),
-    ]
+    ends = [("a", str(tiny_run.SITE), 0), ("b", str(tiny_run.SITE), 0)]
+    assert [(r["model"], r["site"], r["seed"]) for r in rows] == ends
     store = open_store(work.activations)
     for row in rows:
         assert row["n_rows"] == len(store.select("test"))
         assert row["l0"] == pytest.approx(config.sae.k)
         assert 0 < row["fvu_low"] < row["fvu"] < row["fvu_high"]
         assert row["kl_sae"] > 0
-        for suffix, name in (("", "kl_zero"), ("_mean", "kl_mean")):
-            recovered = row[f"kl_recovered{suffix}"]
-            assert (recovered is None) == (row[name] < 0.05)
-            if recovered is not None:
-                assert recovered == pytest.approx(1 - row["kl_sae"] / row[name])
+        assert all(row[f"kl_recovered{suffix}"] <= 1 for suffix in ("", "_mean"))
         for name, baseline in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
             gap = row[baseline] - row["ce_clean"]
             assert (row[name] is None) == (gap < 0.05)
@@ -521,20 +423,9 @@ def test_dictionary_figures_are_their_definitions(finished):
     variance = np.sum((x - mean) ** 2)
     expected = {
         "fvu": np.sum((x - x_hat) ** 2) / variance,
-        "shrinkage": np.sum((x - mean) * (x_hat - mean)) / variance,
-        "relative_bias": np.sum(x_hat**2) / np.sum(x * x_hat),
         "dead_fraction": 1 - ((f["train"] > 0).any(0) | (f["test"] > 0).any(0)).mean(),
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    assert row["relative_bias_low"] <= row["relative_bias"] <= row["relative_bias_high"]
-    how = {"mean": np.zeros(x.shape[1], np.float32), "size": 512}
-    d.b_dec[...] = 0 * d.b_dec[...]
-    before = reconstruction.measure(d, x, **how)
-    d.W_dec[...] = 0.5 * d.W_dec[...]  # shrunken reconstructions are told
-    after = reconstruction.measure(d, x, **how)
-    np.testing.assert_allclose(after["along"], 0.5 * before["along"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(after["power"], 0.25 * before["power"], rtol=1e-4)
-    assert (before["along"] == before["overlap"]).all()
 
 
 def test_nearest_cosines_are_those_of_the_whole_matrix():
@@ -564,10 +455,8 @@ def test_feature_tables_count_every_live_feature(finished):
         alive = config.sae.width * (1 - dictionary["dead_fraction"])
         assert sum(row["log10_frequency_histogram"]["counts"]) == pytest.approx(alive)
         assert sum(row["decoder_cosine_histogram"]["counts"]) == config.sae.width
-        assert -1 <= dictionary["decoder_cosine"] <= 1
     for row in (r for r in rows if "map" in r):
         n_live = transfer.pop((row["source"], row["map"]))["n_live"]
-        assert sum(row["correlation_histogram"]["counts"]) == n_live
         assert sum(b["n"] for b in row["correlation_by_frequency"]) == n_live
     assert not transfer
 
@@ -588,50 +477,12 @@ def test_equal_runs_write_equal_files_without_paths_or_times(finished):
             json.loads(line, parse_constant=pytest.fail)
 
 
-def test_without_a_token_map_maps_are_still_compared_with_one(copy, finished):
+def test_what_is_missing_is_named_in_one_line(copy):
     config, work = copy
-    given = tiny_run.Config(**{**vars(config)})
-    given.map = tiny_run.MapConfig(**{**to_dict(config)["map"], "kinds": ("mean", "ridge")})
-    evaluate(given, work)
-    before = {
-        (r["source"], r["pairing"], r["map"]): r
-        for r in read_jsonl(finished[1].result("transfer.jsonl"))
-    }
-    rows = read_jsonl(work.result("transfer.jsonl"))
-    assert {r["map"] for r in rows} == {"mean", "ridge", "token_target"}
-    assert all(r == before[r["source"], r["pairing"], r["map"]] for r in rows)
-
-
-@pytest.mark.parametrize(
-    ("gone", "message"),
-    [
-        (
-            lambda work: work.map("a", "b", *2 * (tiny_run.SITE,), "ridge"),
-            "ridge holds no finished",
-        ),
-        (lambda work: work.dictionary("b", tiny_run.SITE), "seed-0"),
-        (lambda work: work.activations, "extract_activations"),
-    ],
-)
-def test_what_is_missing_is_named_in_one_line(copy, gone, message):
-    config, work = copy
-    shutil.rmtree(gone(work))
-    with pytest.raises(UserError, match=message) as error:
+    shutil.rmtree(work.map("a", "b", *2 * (tiny_run.SITE,), "ridge"))
+    with pytest.raises(UserError, match="ridge holds no finished map; run train") as error:
         evaluate(config, work)
     assert "\n" not in str(error.value)
-
-
-def test_an_altered_dictionary_is_named(copy):
-    config, work = copy
-    files = [p for p in work.dictionary("b", tiny_run.SITE).rglob("*") if p.is_file()]
-    largest = max(files, key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match="altered or cut short"):
-        evaluate(config, work)
-
-
-class Killed(Exception):
-    """Stands for a kill."""
 
 
 def test_killed_it_goes_on_behind_the_last_part(copy, monkeypatch):
@@ -639,15 +490,15 @@ def test_killed_it_goes_on_behind_the_last_part(copy, monkeypatch):
     stage = importlib.import_module("crossdict_jax.evaluation.evaluate")
     files = {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")}
     shutil.rmtree(work.results)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(stage, "shared_features", killed)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             evaluate(config, work)
     with monkeypatch.context() as patch:  # what was measured is not measured again
-        patch.setattr(stage, "score_maps", killed)
+        patch.setattr(stage.scoring, "score_maps", killed)
         evaluate(config, work)
     assert {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")} == files
-
-
-def killed(*_, **__):
-    raise Killed

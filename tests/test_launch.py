@@ -201,14 +201,10 @@ def test_broken_config_files_are_told_in_one_line(name, tmp_path, refused):
 # ---------------------------------------------------------------- work directories, exit codes
 
 
-def nothing(config, work):
-    del config, work
-
-
 def test_other_settings_are_refused_with_a_diff(tmp_path, refused):
-    assert run_here(nothing, f"--models=a,b --workdir={tmp_path}/run") == 0
-    assert run_here(nothing, f"--workdir={tmp_path}/run") == 0
-    line = refused(nothing, f"--workdir={tmp_path}/run --width=64 --seed=1")
+    assert run_here(print, f"--models=a,b --workdir={tmp_path}/run") == 0
+    assert run_here(print, f"--workdir={tmp_path}/run") == 0
+    line = refused(print, f"--workdir={tmp_path}/run --width=64 --seed=1")
     assert f"sae.width: {quickstart.get_config().sae.width} there, 64 now" in line
     assert "seed: 0 there, 1 now" in line
 
@@ -221,14 +217,7 @@ def test_bad_work_directories_are_told_in_one_line(kind, tmp_path, refused):
     elif kind != "not writable":
         path.mkdir()
         (path / ("photo.jpg" if kind == "not a run" else "config.json")).write_text('{"sae": ')
-    assert str(path) in refused(nothing, f"--models=a,b --workdir={path}")
-
-
-def failing(error: BaseException):
-    def main(config, work):
-        raise error
-
-    return main
+    assert str(path) in refused(print, f"--models=a,b --workdir={path}")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +231,10 @@ def failing(error: BaseException):
     ],
 )
 def test_exit_codes(error, code, words, tmp_path, capfd):
-    assert run_here(failing(error), f"--models=a,b --workdir={tmp_path}/run") == code
+    def failing(config, work):
+        raise error
+
+    assert run_here(failing, f"--models=a,b --workdir={tmp_path}/run") == code
     (line,) = capfd.readouterr().err.splitlines()
     assert words in line
 

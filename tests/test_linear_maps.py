@@ -47,24 +47,6 @@ def test_streamed_products_equal_those_of_the_whole_array():
         np.testing.assert_allclose(products.error(W), np.mean((cb - ca @ W) ** 2), rtol=1e-5)
 
 
-def test_sums_by_token_visit_every_row_once():
-    rng = np.random.default_rng(0)
-    tokens, rows = rng.zipf(1.5, size=9000) % 40000, rng.normal(size=(9000, 3)).astype(np.float32)
-    found = moments.token_sums(tokens, lambda numbers: rows[numbers])
-    assert len(found.ids) == len(np.unique(tokens)) < 1000  # seen tokens only, not a vocabulary
-    for place in (0, len(found.ids) // 2, -1):
-        of_token = rows[tokens == found.ids[place]]
-        assert found.counts[place] == len(of_token)
-        np.testing.assert_allclose(found.sums[place], of_token.sum(0), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found.square, np.sum(rows.astype(np.float64) ** 2))
-    np.testing.assert_allclose(found.mean, rows.mean(0), atol=1e-5)
-    shrunk = found.shrunk(2.0)
-    np.testing.assert_allclose(
-        shrunk[0], (found.sums[0] + 2 * found.mean) / (found.counts[0] + 2), rtol=1e-6
-    )
-    assert list(found.positions(np.array([found.ids[3], 10**6, -1]))) == [3] + [len(found.ids)] * 2
-
-
 # ---------------------------------------------------------------- planted truths
 
 

@@ -106,6 +106,12 @@ def shared_run(base: Path) -> tuple[Config, Workdir]:
     return from_dict(Config, read_json(copy.root / "config.json")), copy
 
 
+def private_run(tmp_path_factory) -> tuple[Config, Workdir]:
+    """A copy of the shared run that a module may write into."""
+    config, work = shared_run(tmp_path_factory.getbasetemp())
+    return config, Workdir(shutil.copytree(work.root, tmp_path_factory.mktemp("private") / "run"))
+
+
 def make_run(root: Path) -> tuple[Config, Workdir]:
     """Extracts, draws random dictionaries and networks, and fits the closed forms."""
     config = make_config(root)

@@ -1,7 +1,5 @@
 """The English documentation inside installed packages: a text per module, read with `ast`."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.metadata

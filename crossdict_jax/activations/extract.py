@@ -1,7 +1,5 @@
 """Extraction: every model reads every window once, and its paired rows go into the store."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The text around rows of a store: the windows that a model reads, as tokens and as text."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -72,15 +70,11 @@ def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Contexts:
-    """The tokens before, at and after rows of a store, as text.
-
-    Attributes:
-      pieces: by token id, the bytes that a token of this model stands for.
-    """
+    """The tokens before, at and after rows of a store, as text."""
 
     store: Store
     model: str
-    pieces: Sequence[bytes]
+    pieces: Sequence[bytes]  # by token id, the bytes that a token of this model stands for
 
     def around(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the ids of the tokens before, at and after a row number."""

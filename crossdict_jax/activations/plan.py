@@ -1,7 +1,5 @@
 """What models will read and which positions become rows: known before any model runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,19 +19,13 @@ SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
 
 @dataclass(frozen=True)
 class Reading:
-    """What models read, and which of their positions are rows of the store.
+    """What models read, and which of their positions are rows of the store."""
 
-    Attributes:
-      text: sha256 of the documents.
-      bos: per model the id put in front of every window, or None.
-      shard_starts: first row of every shard (of SHARD_WINDOWS windows), and the end.
-    """
-
-    text: str
+    text: str  # sha256 of the documents
     table: WindowTable
     rows: Rows
-    bos: tuple[int | None, ...]
-    shard_starts: np.ndarray
+    bos: tuple[int | None, ...]  # per model the id put in front of every window, or None
+    shard_starts: np.ndarray  # first row of every shard (of SHARD_WINDOWS windows), and the end
 
     @property
     def shards(self) -> int:
@@ -47,21 +39,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Plan(Reading):
-    """All that is known before a model runs: what is read, and what was dropped.
+    """All that is known before a model runs: what is read, and what was dropped."""
 
-    Attributes:
-      documents: their names.
-      provenance: of the text.
-      statistics: of all windows together.
-      not_rebuilt: per model, windows whose tokens' bytes are not the text.
-      too_long: single characters of more tokens than a model reads.
-    """
-
-    documents: list[str]
-    provenance: dict
-    statistics: pairing.PairingStatistics
-    not_rebuilt: tuple[int, ...]
-    too_long: int
+    documents: list[str]  # their names
+    provenance: dict  # of the text
+    statistics: pairing.PairingStatistics  # of all windows together
+    not_rebuilt: tuple[int, ...]  # per model, windows whose tokens' bytes are not the text
+    too_long: int  # single characters of more tokens than a model reads
 
 
 def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> Plan:

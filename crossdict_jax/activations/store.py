@@ -23,13 +23,9 @@ End = tuple[str, Site]  # a model's folder name, and a site of it
 
 @dataclass(frozen=True)
 class Sites:
-    """What dictionaries read and write.
+    """What dictionaries read and write."""
 
-    Attributes:
-      writes: {(model, site) that one reads: what it writes}; the same, but for transcoders.
-    """
-
-    writes: Mapping[End, End]
+    writes: Mapping[End, End]  # {what one reads: what it writes}; the same, but for transcoders
 
     @classmethod
     def of_meta(cls, models: Mapping[str, dict]) -> Sites:

@@ -1,7 +1,5 @@
 """Documents: read from docstrings, files or the hub, NFC-normalised, cut, and split by hash."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The untrained control: every model with its weights drawn anew, read at the rows of a run."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 

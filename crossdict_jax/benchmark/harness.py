@@ -34,13 +34,7 @@ Run = Callable[[int], Any]  # does its work so many times, to the end; others sa
 
 @dataclass(frozen=True)
 class Bench:
-    """One benchmark of a run.
-
-    Attributes:
-      folder: its own, empty at the start.
-      suite: which of its sizes.
-      repeats: rounds.
-    """
+    """One benchmark of a run: its empty folder, which of its sizes, and how many rounds."""
 
     name: str
     folder: Path
@@ -59,13 +53,12 @@ class Bench:
         reference: str = OURS,
         about: dict[str, dict] | None = None,
     ) -> list[dict[str, Any]]:
-        """Returns a result row per contender; all run once in each round.
+        """Returns a result row per contender; all run once in each round, every second backwards.
 
-        One run each goes before and does not count: it compiles. Every second round goes backwards,
-        so that none always follows the same one. ``ratio`` is the median over rounds of the
-        contender's seconds over those of ``reference`` (above 1: the reference is faster), with its
-        least and its greatest; ``cpu_ratio`` that of processor seconds, which other work on the
-        machine disturbs less.
+        One run each goes before and does not count: it compiles. ``ratio`` is the median over
+        rounds of the contender's seconds over those of ``reference`` (above 1: the reference is
+        faster), with its least and its greatest; ``cpu_ratio`` that of processor seconds, which
+        other work disturbs less.
 
         Args:
           amount: how much of ``unit`` one run of every contender does.

@@ -94,9 +94,7 @@ class Peer:
 def peers(files: dict[str, str]) -> Iterator[dict[str, Peer]]:
     """Starts a peer for every library of ``files`` whose variable is set, and the baseline.
 
-    A library that runs in two ways has two names, as in "torch" and "torch, cut short".
-
-    Says which are left out; all end with the context.
+    Says which are left out; all end with the context. In "torch, cut short" the library is torch.
     """
     with contextlib.ExitStack() as stack:
         running = {}
@@ -123,10 +121,8 @@ def contest(
 ) -> list[dict[str, Any]]:
     """Returns the rows of a workload of ours beside the peers that can do the same.
 
-    Args:
-      workload: a name in ``workloads``; ``ours`` are its settings, and those of the baseline.
-      running: the peers; those that ``theirs`` has no settings for are left out.
-      amount, unit, count: see ``Bench.compare``.
+    ``ours`` are the settings of a name in ``workloads``, and those of the baseline; peers that
+    ``theirs`` has no settings for are left out.
     """
     contenders = {OURS: getattr(workloads, workload)(bench.folder, **ours).run}
     about, settings = {}, {BASELINE: {"workload": workload} | ours} | theirs

@@ -38,9 +38,8 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
     """Measures anew what ``config.benchmarks`` names, and returns what benchmark.json then holds.
 
     A measurement is a file of ``measurements`` with ``SIZES`` by suite and ``benchmark(bench)``,
-    which yields rows; none named: all that have sizes for ``config.suite``. results/benchmark.json
-    holds the machine, a row per contender, and what failed; benchmark.md the same as tables. Both
-    are written after every row. A measurement that fails does not stop the others.
+    which yields rows. benchmark.json and .md are written after every row; a measurement that fails
+    does not stop the others.
 
     Raises:
       UserError: a measurement has no sizes for the suite; or at the end, if any has failed.

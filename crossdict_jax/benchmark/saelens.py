@@ -1,8 +1,7 @@
 """Dictionaries of ours and of SAELens, trained on the same rows of a run and measured by one code.
 
-Equal: training rows, batch, steps, width, active features a row. Ours are trained at the learning
-rate usual here; theirs at that, at the one usual for a TopK of the width, and at their default, and
-the best of them counts. All else is as each library has it by default.
+Equal: training rows, batch, steps, width, active features a row. Theirs are trained at our usual
+learning rate, at that of a TopK of the width and at their default; the best of them counts.
 """
 
 from __future__ import annotations
@@ -48,10 +47,9 @@ SHARES = (0.17, 0.24, 0.33, 0.47, 0.67, 0.95, 1.33)
 def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
     """Writes benchmark_saelens.jsonl: a row per model, architecture, library and setting.
 
-    Every model at its middle site. Rows hold library, architecture, learning_rate, l1_coefficient
-    (of the penalty, else null), l0 and fvu on the test rows, and fvu_at_k: the FVU at ``sae.k``
-    active features, interpolated in log L0 where a penalty decides L0; null if the penalties tried
-    do not bracket it. Killed and run again, it goes on. Returns the rows.
+    Every model at its middle site, on the test rows. ``fvu_at_k`` is the FVU at ``sae.k`` active
+    features, interpolated in log L0 where a penalty decides L0; null if the penalties tried do not
+    bracket it. Killed and run again, it goes on. Returns the rows.
 
     Raises:
       UserError: no interpreter with SAELens is named, or its training failed.

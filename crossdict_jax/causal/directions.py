@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import maps, modules, results
+from crossdict_jax import maps, modules, results, stats
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import Map, Side, encode_rows, map_class, padded, slices
 from crossdict_jax.models import Site
@@ -48,12 +49,7 @@ class MapGroup:
 
 
 def map_groups(
-    config: Config,
-    store: Store,
-    *,
-    layers: str,
-    kinds: tuple[str, ...],
-    of_tokens: bool = False,
+    config: Config, store: Store, *, layers: str, kinds: tuple[str, ...], of_tokens: bool = False
 ) -> list[MapGroup]:
     """Returns the maps of a run, fitted on true pairs, by layer pair.
 
@@ -77,13 +73,6 @@ def map_groups(
     return [group for pairs in groups for group in pairs]
 
 
-def feature_directions(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
-    """Returns what one unit of each feature adds to the activation, float32 [features, d_model]."""
-    f = np.zeros((len(features), dictionary.width), np.float32)
-    f[np.arange(len(features)), features] = 1
-    return np.asarray(dictionary.decode(f) - dictionary.decode(np.zeros_like(f)))
-
-
 def strengths(dictionary: Dictionary, x: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Returns the activations of some features on rows x [n, d_model], float32 [n, features]."""
     parts = [encode_rows(dictionary, x[block])[:, features] for block in slices(len(x))]
@@ -95,21 +84,16 @@ def mapped_directions(
 ) -> np.ndarray:
     """Returns what a map makes of features of A, float32 [features, d_b] per unit of activation.
 
-    The mean, over rows at which a feature fires, of what the map predicts less what it predicts
-    without the feature, in B's activations (features of B are decoded by B's dictionary). Of an
-    affine map with matrix W and a feature of direction d this is d W. Zero where a feature does not
-    fire at all, and for maps that read tokens alone.
-
-    Args:
-      source: A's rows [n].
-      strength: [n, features], the features' activations there.
+    The mean, over rows of A's side at which a feature fires (strength [n, features]), of what the
+    map predicts less what it predicts without it, in B's activations: d W of an affine map and a
+    direction d. Zero where a feature does not fire, and for maps of tokens alone.
     """
 
     def some(column: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(column > 0)
-        return np.random.Generator(np.random.Philox(key=seed)).permutation(rows)[:ROWS_EACH]
+        return stats.generator(seed).permutation(rows)[:ROWS_EACH]
 
-    directions = feature_directions(source.dictionary, features)
+    directions = decoder_rows(source.dictionary, features)
     rows = [some(column) for column in strength.T]
     index = np.repeat(np.arange(len(features)), list(map(len, rows)))  # which feature a row is for
     row = np.concatenate(rows)
@@ -153,9 +137,7 @@ def best_matches(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (B's feature that correlates best with each of A's, the correlation), [features].
 
-    Args:
-      codes: B's features in blocks of rows [m, width_b].
-      strength: A's features on all the rows, [n, features].
+    A's features are strength [n, features], B's come in blocks of rows [m, width_b].
     """
     n, start = len(strength), 0
     strength = strength.astype(np.float64)

@@ -1,9 +1,8 @@
 """Feature transfer: does one model's feature, mapped into the other, do the same there?
 
 A feature of A is added to A where it fires: the tokens that become likelier are what it promotes.
-Its mapped direction is added to B at the same positions of the text: do B's tokens of the same text
-become likelier, more than under other directions of the same norm? Everything here works on arrays
-and models; ``causal.feature_transfer`` makes them from a run.
+Its mapped direction is added to B at the same positions: do B's tokens of the same text become
+likelier, more than under other directions of the same norm?
 """
 
 from __future__ import annotations
@@ -40,15 +39,11 @@ class NothingToTest(UserError):
 
 @dataclass(frozen=True)
 class ModelAtSite:
-    """A language model at a site, and the positions of texts at which vectors are added there.
-
-    Attributes:
-      passages: with ``first`` and ``end``.
-    """
+    """A language model at a site, and the positions of texts at which vectors are added there."""
 
     runner: Runner
     site: Site
-    passages: Passages
+    passages: Passages  # with ``first`` and ``end``
 
     @cached_property
     def texts(self) -> np.ndarray:
@@ -71,41 +66,24 @@ class ModelAtSite:
 
 @dataclass(frozen=True)
 class Directions:
-    """What a map, or the match, makes of A's features in B.
+    """What a map, or the match, makes of A's features in B."""
 
-    Attributes:
-      vectors: float32 [features, d_b], per unit of A's activation.
-      strength: float32 [n, features] B's own activations, of the match alone; else None.
-    """
-
-    vectors: np.ndarray
-    strength: np.ndarray | None = None
+    vectors: np.ndarray  # float32 [features, d_b], per unit of A's activation
+    strength: np.ndarray | None = None  # float32 [n, features] B's activations, of the match alone
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Features of A, their directions in B, and the paired positions at which they are tested.
+    """Features of A, their directions in B, and the n paired positions at which they are tested."""
 
-    Attributes:
-      source, target: A and B; position i of both is one position of the text.
-      documents: int [n], of every paired position.
-      features: ids of A's features, tested ones first; the others only lend their directions.
-      tested: how many of them are tested.
-      strength: float32 [n, features], A's activations: 0 where a feature does not fire.
-      directions: float32 [features, d_a], what a feature adds to A per unit of activation.
-      mapped: what each map, and the match, makes of the features in B.
-      mean: float32 [d_b], the mean activation of B.
-    """
-
-    source: ModelAtSite
-    target: ModelAtSite
-    documents: np.ndarray
-    features: Sequence[int]
+    source: ModelAtSite  # A
+    target: ModelAtSite  # B; position i of both is one position of the text
+    documents: np.ndarray  # int [n]
+    features: Sequence[int]  # of A, tested ones first; the others only lend their directions
     tested: int
-    strength: np.ndarray
-    directions: np.ndarray
-    mapped: Mapping[str, Directions]
-    mean: np.ndarray
+    strength: np.ndarray  # float32 [n, features], A's activations: 0 where one does not fire
+    directions: np.ndarray  # float32 [features, d_a], what a feature adds to A per unit
+    mapped: Mapping[str, Directions]  # by each map, and by the match
     translation: Translation
 
 
@@ -117,13 +95,11 @@ def transfer(
 ) -> tuple[list[dict], list[dict]]:
     """Returns (a row per tested feature and direction, a summary row per direction).
 
-    Args:
-      config: its ``intervention``, seed, ``evaluation.bootstrap`` and ``evaluation.fdr``.
-      part: (feature, what makes its record) -> the record; may give one that was kept.
+    Raises NothingToTest where too few other features lend their directions, or no promoted token
+    exists in the target's vocabulary.
 
-    Raises:
-      NothingToTest: too few other features to borrow directions from, or no promoted token exists
-        in the target's vocabulary.
+    Args:
+      part: (feature, what makes its record) -> the record; may give one that was kept.
     """
     others = len(experiment.features) - 1
     if others < LEAST_OTHERS:
@@ -140,60 +116,42 @@ def transfer(
             "No token that the features promote in the source exists in the target's vocabulary; "
             "test other features."
         )
-    evaluation = config.evaluation
-    return conclude(records, fdr=evaluation.fdr, bootstrap=evaluation.bootstrap, seed=config.seed)
+    return conclude(records, config)
 
 
 # ---------------------------------------------------------------- one feature
 
 
 def measure(e: Experiment, config: Config, i: int) -> dict:
-    """Returns the record of the i-th feature, JSON values: what it promotes, and its effects in B.
-
-    Raises:
-      UserError: it fires at none of the positions.
-    """
+    """Returns the i-th feature's record, JSON values; UserError if it fires at no position."""
     settings, feature = config.intervention, int(e.features[i])
-    generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
+    generator = stats.generator(config.seed, feature)
     rows = choose_contexts(e.strength[:, i], e.documents, settings.contexts, generator)
     if not len(rows):
         raise UserError(f"Feature {feature} does not fire at any of the positions read.")
     strength, words = e.strength[rows, i], e.translation
     draws = stats.draw(e.documents[rows], count=config.evaluation.bootstrap, seed=config.seed)
     doses = np.array(sorted(settings.alphas))
-    norm_a, norm_b = dose_norms(
-        settings.norm,
-        (e.source.median_norm, e.target.median_norm),
-        strength=float(strength.mean()),
-        direction=e.directions[i],
-        mapped=next(iter(e.mapped.values())).vectors[i],
-    )
+    mapped = next(iter(e.mapped.values())).vectors[i]
+    added = (float(strength.mean() * np.linalg.norm(v)) for v in (e.directions[i], mapped))
+    medians = e.source.median_norm, e.target.median_norm
+    norm_a, norm_b = dose_norms(settings.norm, medians, *added)
     span = LONGEST_SPAN if settings.span == "whole" else 1
     edited = None if settings.positions == "prompt" else span
     sides = e.source, e.target
     held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
-
-    added = norm_a * doses[:, None] * normalised(e.directions[i])
-    change = mean_change(e.source.runner, held[0], added[len(doses) // 2])
-    promoted = most_promoted(change, words.has_text)
-    effect_source = [0.0] * len(doses)
-    if promoted:  # none without a direction, or without a dose
-        effects, _ = e.source.runner.changes(held[0], added, promoted, limit=PROMOTED)
-        effect_source = effects.mean(1, dtype=np.float64)
-    in_b, dropped = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
+    added = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
+    promoted = most_promoted(mean_change(e.source.runner, held[0], added), words.has_text)
+    in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
     # The same other features for every direction of this one, whatever else is drawn.
-    generator_others = np.random.Generator(np.random.Philox(key=[config.seed + 1, feature]))
+    generator_others = stats.generator(config.seed + 1, feature)
     others = np.delete(np.arange(len(e.features)), i)
     others = generator_others.permutation(others)[:OTHER_FEATURES]
     directions: dict[str, dict] = {}
     if in_b:
-        random = generator.normal(size=(RANDOM_DIRECTIONS, len(e.mean)))
-        effects = _effects(e, i, held[1], in_b, norm_b, doses, random, others)
-        for name, groups in effects.items():
-            cosine = _cosine(e.mapped[name], e.mapped[MATCH], i) if MATCH in e.mapped else None
-            scores = _score(groups, draws, settings.alphas)
-            directions[name] = {"match_cosine": cosine} | scores
+        random = generator.normal(size=(RANDOM_DIRECTIONS, e.target.runner.config.d_model))
+        directions = _effects(e, i, held[1], in_b, norm_b, doses, random, others, draws)
         held = [
             side.hold(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=h)
             for side, h in zip(sides, held)
@@ -207,100 +165,85 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
         "firings": int((e.strength[:, i] > 0).sum()),
         "promoted_source": [words.text("a", token) for token in promoted],
         "promoted_target": [words.text("b", token) for token in in_b],
-        "promoted_dropped": dropped,
-        "effect_source": effect_source,
         "directions": directions,
     }
     return json.loads(json.dumps(record, default=lambda array: array.tolist()))
 
 
 def _effects(
-    e: Experiment, i: int, held: Held, tokens: dict[int, float], norm: float, doses, random, others
-) -> dict[str, dict[str, np.ndarray]]:
-    """{direction: {"itself", "random", "shuffled", "mean": [2, vectors, doses, contexts]}}.
-
-    The first axis is (change of log p of the tokens, KL), in nats.
-    """
-    groups = {"random": random, "mean": e.mean[None]}
+    e: Experiment,
+    i: int,
+    held: Held,
+    tokens: dict[int, float],
+    norm: float,
+    doses: np.ndarray,
+    random: np.ndarray,
+    others: np.ndarray,
+    draws: Resamples,
+) -> dict[str, dict]:
+    """{direction: its numbers beside controls}, at the middle dose and at a KL budget."""
+    groups = {"random": random}
     for name, directions in e.mapped.items():
         groups[name, "itself"] = directions.vectors[[i]]
         groups[name, "shuffled"] = directions.vectors[others]
     unit = normalised(np.concatenate(list(groups.values())))
     vectors = norm * unit[:, None, :] * doses[None, :, None]
     flat = vectors.reshape(-1, unit.shape[1])
+    # [change of log p of the tokens and KL, in nats; vectors, doses, contexts]
     curves = np.stack(e.target.runner.changes(held, flat, tokens, limit=PROMOTED))
     curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
     ends = np.cumsum([len(group) for group in groups.values()])
     parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
-    return {
-        name: {
-            "itself": parts[name, "itself"],
-            "random": parts["random"],
-            "shuffled": parts[name, "shuffled"],
-            "mean": parts["mean"],
+    scores, middle = {}, len(doses) // 2
+    for name in e.mapped:
+        change, kl = parts[name, "itself"]
+        (effect,), (cost,), (at_kl,) = change, kl, at_budget(kl, change, KL_BUDGET)
+        out = {
+            "match_cosine": _cosine(e, name, i),
+            **columns("effect", draws.mean(effect[middle])),
+            "kl": cost[middle].mean(),
+            **columns("effect_at_kl", draws.mean(at_kl)),
+            "doses": [
+                {"alpha": alpha, "effect": effect[d].mean(), "kl": cost[d].mean()}
+                for d, alpha in enumerate(doses)
+            ],
         }
-        for name in e.mapped
-    }
+        families = zip(FAMILIES, (parts["random"], parts[name, "shuffled"]))
+        for family, (change, kl) in families:  # [controls, doses, contexts]
+            lead = effect[middle] - change[:, middle].mean(0)
+            lead_at_kl = at_kl - at_budget(kl, change, KL_BUDGET).mean(0)
+            out |= columns(f"specific_{family}", draws.mean(lead))
+            out |= columns(f"specific_{family}_at_kl", draws.mean(lead_at_kl))
+            out[f"null_{family}"] = change[:, middle].mean(1)
+            for d, dose in enumerate(out["doses"]):
+                effects = change[:, d].mean(1)
+                low, high = np.percentile(effects, (2.5, 97.5))
+                dose |= {family: effects.mean(), f"{family}_low": low, f"{family}_high": high}
+        scores[name] = out
+    return scores
 
 
-def _cosine(a: Directions, b: Directions, i: int) -> float | None:
-    """The cosine of two directions of the i-th feature; None where one is zero."""
-    x, y = (directions.vectors[i].astype(np.float64) for directions in (a, b))
+def _cosine(e: Experiment, name: str, i: int) -> float | None:
+    """The cosine of a direction of the i-th feature and its match; None where one is zero."""
+    if MATCH not in e.mapped:
+        return None
+    x, y = (e.mapped[key].vectors[i].astype(np.float64) for key in (name, MATCH))
     norms = np.linalg.norm(x) * np.linalg.norm(y)
     return float(x @ y / norms) if norms else None
 
 
-def _score(groups: dict[str, np.ndarray], draws: Resamples, alphas: Sequence[float]) -> dict:
-    """The numbers of one direction beside its controls, from what ``_effects`` returns.
-
-    They are taken at the middle dose, which is fixed before anything is seen, and at a KL budget.
-    """
-    middle = len(alphas) // 2
-    effect, kl = groups["itself"][:, 0]  # [doses, contexts]
-    spent, spent_kl = at_budget(groups["itself"][1], groups["itself"][0], KL_BUDGET)
-    out = {
-        **columns("effect", draws.mean(effect[middle])),
-        "kl": kl[middle].mean(),
-        "effect_mean_direction": groups["mean"][0, 0, middle].mean(),
-        **columns("effect_at_kl", draws.mean(spent[0])),
-        "kl_spent": spent_kl[0],
-        "doses": [
-            {"alpha": alpha, "effect": effect[d].mean(), "kl": kl[d].mean()}
-            for d, alpha in enumerate(sorted(alphas))
-        ],
-    }
-    for family in FAMILIES:
-        change, kl_control = groups[family]  # [controls, doses, contexts]
-        null = change[:, middle].mean(0)
-        null_at_kl = at_budget(kl_control, change, KL_BUDGET)[0].mean(0)
-        out |= {
-            f"effect_{family}": null.mean(),
-            f"kl_{family}": kl_control[:, middle].mean(),
-            **columns(f"specific_{family}", draws.mean(effect[middle] - null)),
-            **columns(f"specific_{family}_at_kl", draws.mean(spent[0] - null_at_kl)),
-            f"null_{family}": change[:, middle].mean(1),
-        }
-        for d, dose in enumerate(out["doses"]):
-            effects = change[:, d].mean(1)
-            low, high = np.percentile(effects, (2.5, 97.5))
-            dose |= {family: effects.mean(), f"{family}_low": low, f"{family}_high": high}
-            dose[f"{family}_kl"] = kl_control[:, d].mean()
-    return out
-
-
 def _removals(
     e: Experiment, i: int, rows, held: list[Held], draws: Resamples, others
-) -> dict[str, dict[str, float | int | None]]:
+) -> dict[str, dict[str, float | None]]:
     """{direction: how its removal from B goes together with the feature's removal from A}.
 
-    That is Pearson's r, over positions, of the changes of log p of each position's continuation.
+    Pearson's r, over positions, of the changes of log p of each position's continuation.
     """
     strength, others = e.strength[rows, i], others[:ABLATED_CONTROLS]
     vectors, by = [], []
     for directions in e.mapped.values():
         vector = directions.vectors[i]
-        shuffled = np.linalg.norm(vector) * normalised(directions.vectors[others])
-        vectors += [vector[None], shuffled]
+        vectors += [vector[None], np.linalg.norm(vector) * normalised(directions.vectors[others])]
         in_b = strength if directions.strength is None else directions.strength[rows, i]
         by += [np.tile(-in_b, (1 + len(others), 1))]
     removed = e.source.runner.continuations(held[0], e.directions[[i]], -strength[None])[0]
@@ -315,30 +258,22 @@ def _removals(
     for name, each in zip(e.mapped, np.split(changes, len(e.mapped))):
         r, *shuffled = (stats.correlation(draws, removed, change) for change in each)
         defined = [estimate.value for estimate in shuffled if estimate is not None]
-        out[name] = {
-            "ablation_n": len(removed),
-            **columns("ablation_r", r),
-            "ablation_r_shuffled": np.mean(defined) if defined else None,
-        }
+        mean = np.mean(defined) if defined else None
+        out[name] = columns("ablation_r", r) | {"ablation_r_shuffled": mean}
     return out
 
 
 # ---------------------------------------------------------------- over all features
 
 
-def conclude(
-    records: Sequence[dict], *, fdr: float, bootstrap: int, seed: int
-) -> tuple[list[dict], list[dict]]:
-    """Returns (a row per feature and direction, a summary row per direction).
+def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[dict]]:
+    """Returns (a row per feature and direction, a summary row per direction) of records.
 
     A feature transfers where its direction beats both families of controls: its p is the larger of
     the two p-values, and the false discovery rate over all features of the direction is at most
-    fdr. Intervals of summaries are over features.
-
-    Args:
-      records: what ``measure`` returns of every tested feature.
+    ``evaluation.fdr``. Intervals of summaries are over features.
     """
-    all_rows, summary = [], []
+    all_rows, summaries, settings = [], [], config.evaluation
     for name in dict.fromkeys(name for record in records for name in record["directions"]):
         rows = [
             {"direction": name} | record | record["directions"][name]
@@ -355,34 +290,29 @@ def conclude(
         for i, row in enumerate(rows):
             del row["directions"]
             row |= {f"p_{family}": float(values[i]) for family, values in p.items()}
-            row |= {"p": float(worst[i]), "q": float(q[i]), "transfers": bool(q[i] <= fdr)}
+            row |= {"p": float(worst[i]), "q": float(q[i]), "transfers": bool(q[i] <= settings.fdr)}
         all_rows += rows
-        summary.append(_summary(name, rows, len(records), bootstrap, seed))
-    match = next((s["specific_random"] for s in summary if s["direction"] == MATCH), None)
-    for row in summary:
+        hits, tested = sum(row["transfers"] for row in rows), len(records)
+        low, high = stats.wilson(hits, tested)
+        summary = {
+            "direction": name,
+            "n_features": tested,
+            "n_scored": len(rows),
+            "n_transferring": hits,
+            "share_transferring": hits / tested,
+            "share_transferring_low": low,
+            "share_transferring_high": high,
+        }
+        leads = [f"specific_{family}{at}" for at in ("", "_at_kl") for family in FAMILIES]
+        for key in ("effect", "kl", *leads, "ablation_r", "ablation_r_shuffled"):
+            values = np.array([row[key] for row in rows if row[key] is not None])
+            draws = stats.draw(np.arange(len(values)), count=settings.bootstrap, seed=config.seed)
+            summary |= columns(key, draws.mean(values) if len(values) else None)
+        summaries.append(summary)
+    match = next((s["specific_random"] for s in summaries if s["direction"] == MATCH), None)
+    for row in summaries:
         row["of_match"] = row["specific_random"] / match if match and match > 0 else None
-    return all_rows, summary
-
-
-def _summary(name: str, rows: list[dict], tested: int, bootstrap: int, seed: int) -> dict:
-    hits = sum(row["transfers"] for row in rows)
-    low, high = stats.wilson(hits, tested)
-    out = {
-        "direction": name,
-        "n_features": tested,
-        "n_scored": len(rows),
-        "n_transferring": hits,
-        "share_transferring": hits / tested,
-        "share_transferring_low": low,
-        "share_transferring_high": high,
-    }
-    over_controls = [f"{kind}_{family}" for kind in ("effect", "specific") for family in FAMILIES]
-    at_kl = [f"specific_{family}_at_kl" for family in FAMILIES]
-    for key in ("effect", "kl", *over_controls, *at_kl, "ablation_r", "ablation_r_shuffled"):
-        values = np.array([row[key] for row in rows if row.get(key) is not None])
-        draws = stats.draw(np.arange(len(values)), count=bootstrap, seed=seed)
-        out |= columns(key, draws.mean(values) if len(values) else None)
-    return out
+    return all_rows, summaries
 
 
 # ---------------------------------------------------------------- contexts, doses, tokens
@@ -391,12 +321,7 @@ def _summary(name: str, rows: list[dict], tested: int, bootstrap: int, seed: int
 def choose_contexts(
     strength: np.ndarray, documents: np.ndarray, count: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Returns at most ``count`` rows at which a feature fires, from as many documents as can be.
-
-    Args:
-      strength: [n], the feature's activations.
-      documents: int [n].
-    """
+    """Returns at most ``count`` rows at which a feature fires, from as many documents as can be."""
     rows = generator.permutation(np.flatnonzero(strength > 0))
     order = np.argsort(documents[rows], kind="stable")
     grouped = documents[rows][order]
@@ -407,44 +332,26 @@ def choose_contexts(
 
 
 def dose_norms(
-    norm: str,
-    medians: tuple[float, float],
-    *,
-    strength: float,
-    direction: np.ndarray,
-    mapped: np.ndarray,
+    norm: str, medians: tuple[float, float], in_a: float, in_b: float
 ) -> tuple[float, float]:
     """Returns the norms of what a dose of 1 adds to A and to B.
 
     Args:
-      norm: "residual" (the median norm of the activations), "feature" (what the feature adds to A
-        on average, in B at the same share of the median norm) or "mapped" (likewise, in B the
-        mapped direction at its own norm).
-      medians: norms of A's and of B's activations.
-      strength: A's mean activation of the feature where it fires.
-      direction, mapped: [d_a] and [d_b], per unit of activation.
+      norm: "residual" (the medians), "feature" (what the feature adds to A on average, in B at the
+        same share of the median) or "mapped" (in B what its mapped direction adds).
+      medians: of the norms of A's and of B's activations.
+      in_a, in_b: norms of what the feature, where it fires, and its mapped direction add.
     """
     if norm == "residual":
         return medians
-    in_a = float(strength * np.linalg.norm(direction))
-    if norm == "feature":
-        return in_a, in_a / medians[0] * medians[1]
-    return in_a, float(strength * np.linalg.norm(mapped))
+    return in_a, in_a / medians[0] * medians[1] if norm == "feature" else in_b
 
 
-def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (values, KL) of every direction at the dose that spends a KL budget.
+def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
+    """Returns the values of every direction at the dose that spends a KL budget, [directions, n].
 
-    The dose curve starts at no dose, no KL and no effect, and is taken to be straight between
-    doses. A direction that never spends the budget is taken at its largest dose.
-
-    Args:
-      kl: [directions, doses, n], nats; its mean over n is what is spent.
-      values: [directions, doses, n].
-      budget: nats.
-
-    Returns:
-      [directions, n] and [directions].
+    kl, whose mean over n is spent, and values are [directions, doses, n]. The dose curve starts at
+    nothing and is straight between doses; one that spends less is taken at its largest dose.
     """
     kl, values = (np.pad(a, ((0, 0), (1, 0), (0, 0))) for a in (kl, values))
     spent = kl.mean(-1)  # [directions, 1 + doses]
@@ -454,10 +361,8 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> tuple[np.nda
     low, high = spent[rows, after - 1], spent[rows, after]
     share = np.clip((budget - low) / np.maximum(high - low, 1e-30), 0, 1)
     share = np.where(reached.any(1), share, 1.0)
-    mixed = values[rows, after - 1] + share[:, None] * (
-        values[rows, after] - values[rows, after - 1]
-    )
-    return mixed, low + share * (high - low)
+    low, high = values[rows, after - 1], values[rows, after]
+    return low + share[:, None] * (high - low)
 
 
 def mean_change(runner: Runner, held: Held, vector: np.ndarray) -> np.ndarray:
@@ -466,17 +371,10 @@ def mean_change(runner: Runner, held: Held, vector: np.ndarray) -> np.ndarray:
     return (edited - clean).mean(0, dtype=np.float64)
 
 
-def most_promoted(
-    change: np.ndarray, has_text: np.ndarray, *, count: int = PROMOTED
-) -> dict[int, float]:
-    """Returns {token: change of its log p} of the tokens with text that are raised the most.
-
-    Args:
-      change: [vocabulary], which may be padded beyond the tokenizer's.
-      has_text: bool [tokens].
-    """
+def most_promoted(change: np.ndarray, has_text: np.ndarray) -> dict[int, float]:
+    """Returns {token: change of its log p [vocabulary]} of those with text that rise the most."""
     change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
-    top = np.argsort(-change, kind="stable")[:count]
+    top = np.argsort(-change, kind="stable")[:PROMOTED]
     return {int(t): float(change[t]) for t in top if change[t] > 0}
 
 

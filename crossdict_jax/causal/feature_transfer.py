@@ -8,29 +8,14 @@ from functools import cache, partial
 
 import numpy as np
 
-from crossdict_jax import maps, results
-from crossdict_jax.activations.passages import train_mean, whole_spans
+from crossdict_jax import maps, results, stats
+from crossdict_jax.activations.passages import whole_spans
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import (
-    MapGroup,
-    best_matches,
-    feature_directions,
-    map_groups,
-    mapped_directions,
-    strengths,
-)
-from crossdict_jax.causal.effects import (
-    MATCH,
-    OTHER_FEATURES,
-    Directions,
-    Experiment,
-    ModelAtSite,
-    NothingToTest,
-    transfer,
-)
+from crossdict_jax.causal import directions, effects
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages
@@ -47,13 +32,11 @@ def transfer_features(config: Config, work: Workdir) -> None:
     """Writes feature_causal.jsonl, a row per tested feature and direction, and their summary.
 
     Features of the source are drawn among those that fire (or named); what every map makes of them,
-    and their matches (the target's features that correlate best on training rows), are added to the
-    target. Where there is nothing to test between two models there are no rows, and a line says
-    why; so in a run of transcoders, whose features are written elsewhere than where they are read.
+    and their matches, are added to the target. Where there is nothing to test, as in a run of
+    transcoders, there are no rows, and a line says why.
 
     Raises:
-      UserError: a model, the store, a dictionary or a map is missing or damaged; a named feature
-        does not exist or never fires.
+      UserError: a file of the run is missing or damaged; a named feature cannot be tested.
     """
     settings = config.intervention
     if not settings.features and not settings.feature_ids:
@@ -62,7 +45,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
         print("single features: left out, since transcoders read one site and write another")
         return
     store = open_store(work.activations)
-    groups = map_groups(config, store, layers=settings.layers, kinds=settings.maps)
+    groups = directions.map_groups(config, store, layers=settings.layers, kinds=settings.maps)
     if settings.feature_ids:  # they are the first model's
         groups = [group for group in groups if group.source == store.models[0]]
     chosen_from = None
@@ -80,9 +63,9 @@ def transfer_features(config: Config, work: Workdir) -> None:
         return
 
     @cache
-    def at_site(model: str, site: Site) -> ModelAtSite:
+    def at_site(model: str, site: Site) -> effects.ModelAtSite:
         passages = with_continuations(store, model, run.passages(model))
-        return ModelAtSite(run.runner(model), site, passages)
+        return effects.ModelAtSite(run.runner(model), site, passages)
 
     with progress_bar(desc="feature transfer", unit="feature", total=0) as bar:
 
@@ -95,8 +78,8 @@ def transfer_features(config: Config, work: Workdir) -> None:
             try:
                 experiment, matches = experiment_of(run, group, at_site)
                 bar.total += experiment.tested
-                measured = transfer(experiment, config, part=partial(part, group.label))
-            except NothingToTest as reason:
+                measured = effects.transfer(experiment, config, part=partial(part, group.label))
+            except effects.NothingToTest as reason:
                 if settings.feature_ids:
                     raise
                 print(f"No features of {group.label} are put to work: {reason}", flush=True)
@@ -108,10 +91,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
 
 
 def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
-    """Returns passages whose spans reach back to the common end before, and on to the one behind.
-
-    A window's last position has no continuation.
-    """
+    """Returns passages with spans from the common end before on, and up to the one behind."""
     position = store.rows.position[:, store.models.index(model)].astype(np.int64)
     same = store.rows.window[1:] == store.rows.window[:-1]
     behind = position.copy()
@@ -121,58 +101,60 @@ def with_continuations(store: Store, model: str, passages: Passages) -> Passages
 
 
 def experiment_of(
-    run: FinishedRun, group: MapGroup, at_site: Callable[[str, Site], ModelAtSite]
-) -> tuple[Experiment, dict[int, dict]]:
+    run: FinishedRun,
+    group: directions.MapGroup,
+    at_site: Callable[[str, Site], effects.ModelAtSite],
+) -> tuple[effects.Experiment, dict[int, dict]]:
     """Returns the experiment at one pair of sites, and {feature: the columns about its match}.
 
-    Args:
-      at_site: gives a model at a site, on the run's test text.
-
-    Raises:
-      NothingToTest: no feature fires often enough.
-      UserError: a named feature does not exist or fires too rarely.
+    Raises NothingToTest where no feature fires often enough, UserError for a named feature.
     """
     a, b = group.ends
     features, tested = choose_features(run, group)
-    rows = run.passages(group.source).rows
+    rows, seed = run.passages(group.source).rows, run.config.seed
     source, dictionary_b = run.side(*a), run.dictionary(*b)
-    trained = strengths(source.dictionary, source.x, features)
+    trained = directions.strengths(source.dictionary, source.x, features)
     mapped = {}
     for task in group.tasks:
-        m, seed = maps.load(task.path(run.work)), run.config.seed
-        mapped[task.kind] = Directions(mapped_directions(m, source, features, trained, seed=seed))
-    matches, match_r = best_matches(run.codes(*b), trained)
-    mapped[MATCH] = Directions(
-        vectors=feature_directions(dictionary_b, matches),
-        strength=strengths(dictionary_b, run.store.read(*b, rows), matches),
-    )
-    experiment = Experiment(
+        m = maps.load(task.path(run.work))
+        mapped[task.kind] = effects.Directions(
+            directions.mapped_directions(m, source, features, trained, seed=seed)
+        )
+    matches, match_r = directions.best_matches(run.codes(*b), trained)
+    in_b = directions.strengths(dictionary_b, run.store.read(*b, rows), matches)
+    mapped[effects.MATCH] = effects.Directions(decoder_rows(dictionary_b, matches), in_b)
+    experiment = effects.Experiment(
         source=at_site(*a),
         target=at_site(*b),
         documents=run.store.rows.document[rows],
         features=features,
         tested=tested,
-        strength=strengths(source.dictionary, run.store.read(*a, rows), features),
-        directions=feature_directions(source.dictionary, features),
+        strength=directions.strengths(source.dictionary, run.store.read(*a, rows), features),
+        directions=decoder_rows(source.dictionary, features),
         mapped=mapped,
-        mean=train_mean(run.store, *b),
         translation=translation(run.tokenizers[group.source], run.tokenizers[group.target]),
     )
     about = zip(features.tolist(), matches.tolist(), match_r.tolist())
     return experiment, {feature: {"match": match, "match_r": r} for feature, match, r in about}
 
 
-# ---------------------------------------------------------------- which features
-
-
-def choose_features(run: FinishedRun, group: MapGroup) -> tuple[np.ndarray, int]:
+def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.ndarray, int]:
     """Returns (the features to test, then others that lend their directions; how many are tested).
 
-    Raises:
-      NothingToTest, UserError: see ``experiment_of``.
+    All fire on training rows, and often enough in the test text.
     """
-    settings, live = run.config.intervention, live_features(run, group.source, group.site_source)
-    generator = np.random.Generator(np.random.Philox(key=run.config.seed))
+    settings, end = run.config.intervention, group.ends[0]
+    passages = run.passages(group.source)
+    names, document = np.unique(passages.document, return_inverse=True)
+    start, live = 0, np.isin(np.arange(run.dictionary(*end).width), run.live(*end))
+    fires, in_document = np.zeros(len(live), int), np.zeros((len(names), len(live)), bool)
+    for f in run.codes(*end, passages.rows):
+        row, feature = np.nonzero(f > 0)
+        in_document[document[start + row], feature] = True
+        fires += (f > 0).sum(0)
+        start += len(f)
+    live &= (fires >= LEAST_FIRINGS) & (in_document.sum(0) >= LEAST_DOCUMENTS)
+    generator = stats.generator(run.config.seed)
     drawn = generator.permutation(np.flatnonzero(live))
     site = f"{group.source} at {group.site_source}"
     if settings.feature_ids:
@@ -197,29 +179,10 @@ def choose_features(run: FinishedRun, group: MapGroup) -> tuple[np.ndarray, int]
     else:
         chosen = drawn[: settings.features]
     if not len(chosen):
-        raise NothingToTest(
+        raise effects.NothingToTest(
             f"No feature of {site} fires at {LEAST_FIRINGS} positions of {LEAST_DOCUMENTS} "
             "documents; raise intervention.documents or train the dictionary for longer."
         )
     others = drawn[~np.isin(drawn, chosen)]
-    lent = max(0, OTHER_FEATURES + 1 - len(chosen))
+    lent = max(0, effects.OTHER_FEATURES + 1 - len(chosen))
     return np.concatenate([chosen, others[:lent]]), len(chosen)
-
-
-def live_features(run: FinishedRun, model: str, site: Site) -> np.ndarray:
-    """Returns bool [width]: features that fire often enough in the test text, and in training.
-
-    Often enough: at LEAST_FIRINGS positions of LEAST_DOCUMENTS documents.
-    """
-    passages = run.passages(model)
-    names, document = np.unique(passages.document, return_inverse=True)
-    width, start = run.dictionary(model, site).width, 0
-    in_document, fires = np.zeros((len(names), width), bool), np.zeros(width, np.int64)
-    for f in run.codes(model, site, passages.rows):
-        of_rows = document[start : start + len(f)]
-        start += len(f)
-        fires += (f > 0).sum(0)
-        for i in np.unique(of_rows):
-            in_document[i] |= (f[of_rows == i] > 0).any(0)
-    live = (fires >= LEAST_FIRINGS) & (in_document.sum(0) >= LEAST_DOCUMENTS)
-    return live & np.isin(np.arange(width), run.live(model, site))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import dictionaries, models
+from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, identity
@@ -38,9 +38,8 @@ class FinishedRun:
     def runner(self, model: str) -> Runner:
         size, dtype = self.config.intervention.batch_size, self.config.extract.matmul_dtype
         path = self.store.paths[self.store.models.index(model)]
-        return self._once(
-            "runner", model, make=lambda: Runner(models.load(path), batch_size=size, dtype=dtype)
-        )
+        make = partial(Runner, batch_size=size, dtype=dtype)
+        return self._once("runner", model, make=lambda: make(models.load(path)))
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
         path = self.work.dictionary(model, site)
@@ -48,21 +47,8 @@ class FinishedRun:
 
     def live(self, model: str, site: Site) -> np.ndarray:
         """The features that fire on training rows, int [m]."""
-
-        def make():
-            return np.flatnonzero(sum((f > 0).any(0) for f in self.codes(model, site)))
-
-        return self._once("live", model, site, make=make)
-
-    def token_counts(self, model: str) -> np.ndarray:
-        """How often a model reads each token in the run's training text, int [vocabulary]."""
-
-        def make():
-            windows = np.unique(self.store.rows.window[self.store.select("train")])
-            tokens = np.concatenate([self.store.window_tokens(model, w) for w in windows])
-            return np.bincount(tokens, minlength=self.runner(model).config.vocab_size)
-
-        return self._once("token_counts", model, make=make)
+        fires = lambda: sum((f > 0).any(0) for f in self.codes(model, site))  # noqa: E731
+        return np.flatnonzero(self._once("live", model, site, make=fires))
 
     @cached_property
     def tokenizers(self) -> dict[str, object]:
@@ -70,12 +56,8 @@ class FinishedRun:
 
     def rows(self, split: str) -> np.ndarray:
         """Returns at most SOME_ROWS row numbers of a split, ascending."""
-
-        def make():
-            generator = np.random.Generator(np.random.Philox(key=self.config.seed))
-            return np.sort(generator.permutation(self.store.select(split))[:SOME_ROWS])
-
-        return self._once("rows", split, make=make)
+        drawn = stats.generator(self.config.seed).permutation(self.store.select(split))
+        return np.sort(drawn[:SOME_ROWS])
 
     def passages(self, model: str) -> Passages:
         """Returns the test text of ``intervention.documents`` documents, as a model reads it."""
@@ -90,19 +72,13 @@ class FinishedRun:
 
     def codes(self, model: str, site: Site, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Yields a model's features on some rows, or on the training rows, in blocks."""
-        rows, dictionary = (
-            self.rows("train") if rows is None else rows,
-            self.dictionary(model, site),
-        )
+        rows = self.rows("train") if rows is None else rows
         for block in slices(len(rows)):
-            yield encode_rows(dictionary, self.store.read(model, site, rows[block]))
+            x = self.store.read(model, site, rows[block])
+            yield encode_rows(self.dictionary(model, site), x)
 
     def inputs(self, tasks: Iterable[Task], question: Any = None) -> dict[str, str]:
-        """Returns {input: digest} of a stage that asks these maps a question (a JSON value).
-
-        Raises:
-          UserError: a checkpoint is missing or altered.
-        """
+        """Returns {input: digest} of a stage that asks these maps a question (a JSON value)."""
         return input_digests(
             self.work,
             settings=[identity(self.config), question],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,10 @@ from crossdict_jax.activations.passages import train_mean, whole_spans
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
-from crossdict_jax.maps import Pairs, Side, Task
+from crossdict_jax.maps import Pairs, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
-from crossdict_jax.models.run import Effect, Passages
-from crossdict_jax.stats import Resamples
+from crossdict_jax.models.run import Effect
 from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
@@ -28,9 +27,8 @@ def intervene(config: Config, work: Workdir) -> None:
     """Writes causal.jsonl: what becomes of B's next-token loss when a map's prediction is put in.
 
     At the paired positions of some test documents B's activation is replaced by the map's x_B, by
-    B's dictionary's decoding of the map's features, or by what a control says. A shuffled map reads
-    shuffled rows here too. Behind these rows stand those of all layer pairs of a direction
-    together. What a dictionary writes into another model is left out, and a line says so.
+    the decoding of the map's features, or by a control. Shuffled maps read shuffled rows here too.
+    Behind these rows stand those of all layer pairs together.
 
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
@@ -46,15 +44,12 @@ def intervene(config: Config, work: Workdir) -> None:
     single, together = [], []
     with progress_bar(desc="stitching", unit="map", total=count) as progress:
         for name, groups in todo.items():
-            target = Target.read(FinishedRun(config, work, store), name)  # one model at a time
+            target = Target(FinishedRun(config, work, store), name)  # one model at a time
             for sites, bundles in groups.items():
                 rows = single if len(sites) == 1 else together
                 rows += _rows_at(target, sites, bundles, progress)
     rows = single + together
     stage.finish({"causal.jsonl": rows}, rows=sum(row["n_positions"] for row in rows))
-
-
-# ---------------------------------------------------------------- what is put in where
 
 
 def bundles_by_sites(
@@ -63,10 +58,9 @@ def bundles_by_sites(
     """Returns {B: {its sites that are replaced in one pass: by what}}.
 
     First every site alone; then, for every kind of map, all layer pairs of a direction that has
-    several. Of layer pairs that lead into one site of B, the first counts. In a residual stream
-    little flows from one replacement to the next: a higher site's replacement overwrites what a
-    lower one made of the same position. What the lower ones do reaches the output through
-    attention from positions that are not paired; replaced ``attn_out`` and ``mlp_out`` add up.
+    several, the first of those that lead into one site of B. In a residual stream a higher
+    replacement overwrites what a lower one made of the same position; that one acts through
+    attention alone.
 
     Maps to a dictionary that writes another model are left out, and a line says so.
     """
@@ -98,28 +92,19 @@ def _stitch_kinds(task: Task, store: Store) -> tuple[str, ...]:
     return ("activation", "features") if both else ("features",)
 
 
-# ---------------------------------------------------------------- one model that is stitched into
-
-
-@dataclass(frozen=True)
 class Target:
     """A model that is stitched into, the test text that it reads, and resamples of documents."""
 
-    run: FinishedRun
-    name: str
-    passages: Passages
-    draws: Resamples
-
-    @classmethod
-    def read(cls, run: FinishedRun, name: str) -> Target:
-        passages, config = run.passages(name), run.config
-        if config.intervention.span == "whole":
-            passages = whole_spans(run.store, name, passages)
-        documents, count = passages.document[passages.scored], config.evaluation.bootstrap
-        return cls(run, name, passages, stats.draw(documents, count=count, seed=config.seed))
+    def __init__(self, run: FinishedRun, name: str):
+        self.run, self.name, self.passages = run, name, run.passages(name)
+        if run.config.intervention.span == "whole":
+            self.passages = whole_spans(run.store, name, self.passages)
+        documents = self.passages.document[self.passages.scored]
+        count, seed = run.config.evaluation.bootstrap, run.config.seed
+        self.draws = stats.draw(documents, count=count, seed=seed)
 
     def edited(self, site: Site) -> Site:
-        """Where the dictionary of a site writes: another one for a transcoder."""
+        """Returns where the dictionary of a site writes: another one for a transcoder."""
         return self.run.store.output_of(self.name, site)[1]
 
 
@@ -144,11 +129,24 @@ def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], pro
         by_source.setdefault(sources, []).append(bundle)
     for group in by_source.values():
         effects: dict[tuple, Effect] = {}
-        pairs = {task.site_target: _pairs(target, task, sides) for task in group[0]}
+        pairs: dict[Site, dict[str, Pairs]] = {}
+        for task in group[0]:  # shuffled, A's rows are in a random order across documents
+            source = run.side(task.source, task.site_source, target.passages.rows)
+            aligned = Pairs(source, sides[task.site_target], target.passages.document)
+            generator = stats.generator(run.config.seed)
+            shuffled = replace(aligned, source=source.take(generator.permutation(len(aligned))))
+            pairs[task.site_target] = {"aligned": aligned, "shuffled": shuffled}
         # What lies in memory together: at one site all predictions, at several those of one kind.
         kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
         for kind in dict.fromkeys(kinds):
-            predicted = _predicted(target, [b for b, k in zip(group, kinds) if k == kind], pairs)
+            predicted: dict[tuple, dict[Site, np.ndarray]] = {}
+            for bundle in (b for b, k in zip(group, kinds) if k == kind):
+                for task in bundle:
+                    m, rows_of = maps.load(task.path(run.work)), pairs[task.site_target]
+                    at = target.edited(task.site_target)
+                    for form in _stitch_kinds(task, run.store):
+                        x = _put_in(m, rows_of[task.pairing], form, size)
+                        predicted.setdefault((bundle, form), {})[at] = x
             effects |= runner.splice(target.passages, edited, predicted)
         rows += [
             _row(target, effects[bundle, kind], references, sites, bundle=bundle, stitch_kind=kind)
@@ -159,33 +157,12 @@ def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], pro
     return rows
 
 
-def _pairs(target: Target, task: Task, sides: dict[Site, Side]) -> dict[str, Pairs]:
-    """{pairing: rows}; shuffled, A's are in a random order across documents, B's stay."""
-    passages = target.passages
-    source = target.run.side(task.source, task.site_source, passages.rows)
-    pairs = Pairs(source, sides[task.site_target], passages.document)
-    generator = np.random.Generator(np.random.Philox(key=target.run.config.seed))
-    shuffled = source.take(generator.permutation(len(pairs)))
-    return {"aligned": pairs, "shuffled": replace(pairs, source=shuffled)}
-
-
-def _predicted(
-    target: Target, bundles: list[Bundle], pairs: dict[Site, dict[str, Pairs]]
-) -> dict[tuple, dict[Site, np.ndarray]]:
-    """{(bundle, stitch_kind): {site: what is put in, float32 [n, d_model]}}."""
-    run, size = target.run, target.run.config.evaluation.batch_size
-    out: dict[tuple, dict[Site, np.ndarray]] = {}
-    for bundle in bundles:
-        for task in bundle:
-            m, rows = maps.load(task.path(run.work)), pairs[task.site_target][task.pairing]
-            for kind in _stitch_kinds(task, run.store):
-                if kind == "activation":
-                    x = maps.predict_activations(m, rows, size)
-                else:
-                    f = maps.predict(m, rows, size)
-                    x = modules.over_rows(rows.target.dictionary, f, method="decode", size=size)
-                out.setdefault((bundle, kind), {})[target.edited(task.site_target)] = x
-    return out
+def _put_in(m: maps.Map, rows: Pairs, form: str, size: int) -> np.ndarray:
+    """What takes the place of B's activations, float32 [n, d_model]."""
+    if form == "activation":
+        return maps.predict_activations(m, rows, size)
+    f = maps.predict(m, rows, size)
+    return modules.over_rows(rows.target.dictionary, f, method="decode", size=size)
 
 
 def _row(
@@ -195,24 +172,20 @@ def _row(
     sites: tuple[Site, ...],
     *,
     control: str | None = None,
-    bundle: Bundle | None = None,
+    bundle: Bundle = (),
     stitch_kind: str | None = None,
 ) -> dict[str, Any]:
     """A row of causal.jsonl: of a control, or of a map's predictions."""
-    task = bundle and bundle[0]
-    recovered = stats.loss_recovered(
-        effect.ce,
-        clean=references["clean"].ce,
-        baseline=references["zero"].ce,
-        resamples=target.draws,
-    )
+    task, draws = bundle[0] if bundle else None, target.draws
+    losses = {"clean": references["clean"].ce, "baseline": references["zero"].ce}
+    recovered = stats.loss_recovered(effect.ce, **losses, resamples=draws)
     intervention = "control" if control else "stitching"
     return {
         "intervention": intervention if len(sites) == 1 else f"{intervention}_together",
         "control": control,
         "source": task and task.source,
         "target": target.name,
-        "site_source": bundle and "+".join(str(t.site_source) for t in bundle),
+        "site_source": "+".join(str(t.site_source) for t in bundle) or None,
         "site_target": "+".join(map(str, sites)),
         "site_edited": "+".join(str(target.edited(site)) for site in sites),
         **({} if len(sites) == 1 else {"sites": list(map(str, sites))}),
@@ -220,8 +193,8 @@ def _row(
         "pairing": task and task.pairing,
         "stitch_kind": stitch_kind,
         "n_positions": len(effect.ce),
-        "n_documents": target.draws.n_documents,
-        **stats.columns("ce", target.draws.mean(effect.ce)),
-        **stats.columns("kl", target.draws.mean(effect.kl)),
+        "n_documents": draws.n_documents,
+        **stats.columns("ce", draws.mean(effect.ce)),
+        **stats.columns("kl", draws.mean(effect.kl)),
         **stats.columns("loss_recovered", recovered),
     }

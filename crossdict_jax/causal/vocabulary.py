@@ -17,22 +17,14 @@ BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how a token of a single byte is spell
 
 @dataclass(frozen=True)
 class Translation:
-    """Takes tokens of A to tokens of B that stand for the same text, or for its beginning.
+    """Takes tokens of A to tokens of B that stand for the same text, or for its beginning."""
 
-    Attributes:
-      pieces_a, pieces_b: by token id, the bytes that a token stands for.
-      special_a, special_b: ids that stand for no text (BOS, padding ...).
-      fallback_b: ids that stand for single bytes which no other token holds; where another one
-        holds the same byte, the model reads and writes that.
-      first_token: text -> B's first token of it, None where B's tokenizer cannot say.
-    """
-
-    pieces_a: tuple[bytes, ...]
+    pieces_a: tuple[bytes, ...]  # by token id, the bytes that it stands for
     pieces_b: tuple[bytes, ...]
-    special_a: frozenset[int] = frozenset()
+    special_a: frozenset[int] = frozenset()  # ids that stand for no text (BOS, padding ...)
     special_b: frozenset[int] = frozenset()
-    fallback_b: frozenset[int] = frozenset()
-    first_token: Callable[[str], int | None] = lambda text: None
+    fallback_b: frozenset[int] = frozenset()  # of single bytes, written where no other token is it
+    first_token: Callable[[str], int | None] = lambda text: None  # B's first one of a text, if any
     _ids: dict[bytes, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -49,8 +41,8 @@ class Translation:
     def to_b(self, token: int) -> int | None:
         """Returns B's token for one of A's; None if no token of B begins as its text does.
 
-        The token of the same bytes, where B has one. Otherwise B's first token when its own
-        tokenizer reads that text; for bytes that are no text, the longest token they begin with.
+        The token of the same bytes; else B's first token when its tokenizer reads that text; for
+        bytes that are no text, the longest token they begin with.
         """
         if token >= len(self.pieces_a) or not self.has_text[token]:
             return None
@@ -66,24 +58,17 @@ class Translation:
         starts = (piece[:size] for size in range(len(piece) - 1, 0, -1))
         return next((self._ids[start] for start in starts if start in self._ids), None)
 
-    def weights_in_b(
-        self, weights: dict[int, float], *, below: int
-    ) -> tuple[dict[int, float], int]:
-        """Returns ({token of B: sum of the weights}, how many tokens of A B does not have).
+    def weights_in_b(self, weights: dict[int, float], *, below: int) -> dict[int, float]:
+        """Returns {token of B below ``below``: sum of the weights} for {token of A: weight}.
 
-        Args:
-          weights: {token of A: weight}; those that begin alike in B share one token.
-          below: B's vocabulary size; a tokenizer may know more tokens than its model.
+        Tokens that begin alike in B share one there; those that B does not have are dropped.
         """
         in_b: dict[int, float] = {}
-        dropped = 0
         for token, weight in weights.items():
             token_b = self.to_b(token)
-            if token_b is None or token_b >= below:
-                dropped += 1
-            else:
+            if token_b is not None and token_b < below:
                 in_b[token_b] = in_b.get(token_b, 0.0) + weight
-        return in_b, dropped
+        return in_b
 
     def text(self, side: str, token: int) -> str:
         """Returns a token of side "a" or "b" as text; bytes that are none as \\xNN."""

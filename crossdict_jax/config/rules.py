@@ -26,11 +26,8 @@ def setting(
 ) -> Any:
     """Returns a dataclass field that is a setting.
 
-    Args:
-      help: one line for ``--help``: what to type, and what it does.
-      rule: of the value; where several are given, of each of them.
-      empty: whether a tuple may hold no value at all.
-      repeat: whether a tuple may hold a value twice.
+    ``help`` is its line in ``--help``; the rule is of the value, or of each where several are
+    given. ``empty``, ``repeat``: whether a tuple may hold no value at all, or one twice.
     """
     metadata = {"help": help, "rule": rule, "empty": empty, "repeat": repeat}
     return dataclasses.field(default=default, metadata=metadata)

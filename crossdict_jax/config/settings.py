@@ -76,9 +76,7 @@ def check_name(kind: type, name: str) -> None:
 
 
 def from_dict(kind: type, tree: dict) -> Any:
-    """Returns the config of class ``kind`` that ``to_dict`` turned into ``tree``.
-
-    A setting that the tree lacks keeps its default.
+    """Returns the config of class ``kind`` that ``to_dict`` turned into ``tree``; else defaults.
 
     Raises:
       UserError: the tree is no such tree, or holds a setting that ``kind`` has not.

@@ -1,8 +1,4 @@
-"""Which source features drive a predicted feature: the mean Jacobian of a map, over held-out rows.
-
-An affine map's Jacobian is its weights, the same on every row where the feature is on, so one
-method serves maps that are exact and maps that are not.
-"""
+"""Which source features drive a predicted feature: the mean Jacobian of a map over rows."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Map, Side
 from crossdict_jax.maps.base import padded, slices
 
@@ -29,59 +24,39 @@ EXACT = 1e-4  # a Jacobian that varies by less than this share of its largest en
 class Drivers:
     """What k predicted features do when each source feature is turned up."""
 
-    through: str  # features, or decoder: source features reach a map of activations through it
     weight: np.ndarray  # [k, width_a], mean of d f_B / d f_A over rows with a predicted f_B > 0
     effect: np.ndarray  # [k, width_a], the same in standard deviations of both
     rows: np.ndarray  # [k], on how many rows that is
     exact: np.ndarray  # bool [k], whether the Jacobian is the same on all of them
 
-    def order(self, i: int) -> np.ndarray:
-        """Returns the source features by the size of their effect on feature i, largest first."""
-        return np.argsort(-np.abs(self.effect[i]), kind="stable")
-
-
-def can_attribute(m: Map, source: Dictionary) -> bool:
-    """Whether source features reach a map at all: token tables read none.
-
-    Maps of activations are reached through the decoder, which of a transcoder writes elsewhere.
-    """
-    return m.reads == "features" or (m.reads == "activations" and not source.transcodes)
-
 
 def drivers(m: Map, source: Side, features: np.ndarray, *, scale: np.ndarray) -> Drivers:
     """Returns what drives the features [k] of B, from at most ROWS of the source's rows.
 
-    Args:
-      scale: [k, width_a], standard deviations of source features per one of each feature of B.
+    Source features reach a map of activations through the decoder. Effects are weights times scale
+    [k, width_a], standard deviations of source features per one of each feature of B.
     """
-    graphs = modules.split(m), modules.split(source.dictionary)
+    graphs, params = zip(modules.split(m), modules.split(source.dictionary))
     total, count, low, high = 0.0, 0, np.inf, -np.inf
     n = len(source.x)
     chosen = np.unique(np.linspace(0, n - 1, min(ROWS, n)).astype(np.int64))
     for part in slices(len(chosen), BLOCK):
         rows = chosen[part]
         inputs = padded(source.x[rows], BLOCK), padded(source.tokens[rows], BLOCK)
-        made = _jacobians(
-            *(graph for graph, _ in graphs), *(p for _, p in graphs), *inputs, features, len(rows)
-        )
-        sums, on, lowest, highest = map(np.asarray, made)
+        block = map(np.asarray, _jacobians(graphs, params, *inputs, features, len(rows)))
+        sums, on, lowest, highest = block
         total, count = total + sums.astype(np.float64), count + on.astype(np.int64)
         low, high = np.minimum(low, lowest), np.maximum(high, highest)
     weight = total / np.maximum(count, 1)[:, None]
     varies = np.where(count > 0, (high - low).max(axis=1), 0.0)
-    return Drivers(
-        through="features" if m.reads == "features" else "decoder",
-        weight=weight,
-        effect=weight * scale,
-        rows=count,
-        exact=varies <= EXACT * np.abs(weight).max(axis=1),
-    )
+    exact = varies <= EXACT * np.abs(weight).max(axis=1)
+    return Drivers(weight, weight * scale, count, exact)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _jacobians(graph, source_graph, params, source_params, x, tokens, features, count):
+@partial(jax.jit, static_argnums=0)
+def _jacobians(graphs, params, x, tokens, features, count):
     """Over the rows with f_B > 0: sum [k, width_a], number [k], lowest, highest [k, width_a]."""
-    m, source = modules.merge(graph, params), modules.merge(source_graph, source_params)
+    m, source = map(modules.merge, graphs, params)
 
     def predict(f):
         inputs = f if m.reads == "features" else source.decode(f)
@@ -101,31 +76,16 @@ def _jacobians(graph, source_graph, params, source_params, x, tokens, features, 
     return total, on.sum(axis=0), low, high
 
 
-def describe(of_map: Drivers, i: int, match: int, again: Drivers | None) -> dict[str, Any]:
-    """Returns what a result row says of feature i's drivers in one map.
-
-    Args:
-      match: the source feature that correlates best with feature i.
-      again: the same of the map fitted from another seed.
-    """
-    order, predicted = of_map.order(i), of_map.rows[i] > 0
-    stability = None
+def describe(of_map: Drivers, i: int, again: Drivers | None) -> dict[str, Any]:
+    """Returns what a row says of feature i's drivers in a map, and again from another seed."""
+    effect, predicted, stability = of_map.effect[i], of_map.rows[i] > 0, None
     if again is not None and predicted and again.rows[i] > 0:
-        a, b = of_map.effect[i], again.effect[i]
-        length = np.sqrt((a @ a) * (b @ b))
-        stability = float(a @ b / length) if length else None
+        other = again.effect[i]
+        length = np.sqrt((effect @ effect) * (other @ other))
+        stability = float(effect @ other / length) if length else None
+    top = np.argsort(-np.abs(effect), kind="stable")[: TOP if predicted else 0]
     return {
-        "through": of_map.through,
-        "n_rows": int(of_map.rows[i]),
         "exact": bool(of_map.exact[i]) if predicted else None,
-        "drivers": [
-            {
-                "feature": int(a),
-                "weight": float(of_map.weight[i, a]),
-                "effect": float(of_map.effect[i, a]),
-            }
-            for a in (order[:TOP] if predicted else ())
-        ],
-        "rank_of_match": int(np.flatnonzero(order == match)[0]) + 1 if predicted else None,
+        "drivers": [{"feature": int(a), "effect": float(effect[a])} for a in top],
         "stability": stability,
     }

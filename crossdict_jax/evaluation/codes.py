@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -20,30 +20,19 @@ ROUNDING = 1e-9  # a variance below this share of the second moment is rounding
 Codes = sparse.csr_array  # float32 [n, width]
 
 
-def compress(features: np.ndarray | Codes | Callable[[slice], np.ndarray], rows: int = 0) -> Codes:
-    """Returns features as compressed rows: 8 bytes for each active feature of a row.
-
-    Args:
-      features: [n, width], or a function that gives the features of a slice of rows.
-      rows: how many rows there are, for a function.
-    """
-    if sparse.issparse(features):
-        return sparse.csr_array(features, dtype=np.float32)
-    read, n = (features, rows) if callable(features) else (features.__getitem__, len(features))
-    blocks = (np.asarray(read(part), np.float32) for part in slices(n, ROWS))
-    return sparse.vstack([sparse.csr_array(block) for block in blocks], format="csr")
+def compress(features: np.ndarray | Codes) -> Codes:
+    """Returns features [n, width] as compressed rows: 8 bytes for each active feature of a row."""
+    return sparse.csr_array(features, dtype=np.float32)
 
 
 def encode(side: Side) -> Codes:
     """Returns the features [n, width] of a side."""
-    return compress(lambda rows: encode_rows(side.dictionary, side.x[rows]), len(side.x))
+    blocks = (encode_rows(side.dictionary, side.x[rows]) for rows in slices(len(side.x), ROWS))
+    return sparse.vstack([compress(block) for block in blocks], format="csr")
 
 
 class SideCodes:
-    """Features of sides, each side encoded once: ``codes(side)`` is [n, width].
-
-    A side that holds the rows of another one in a new order takes them from there.
-    """
+    """Features of sides, each encoded once: ``codes(side)`` is [n, width], in its order of rows."""
 
     def __init__(self):
         self._kept: dict[int, tuple[Side, Codes]] = {}  # the side is held: its id stays its own
@@ -94,9 +83,7 @@ def paired_products(a: Codes, b: Codes) -> np.ndarray:
 
 
 def paired_correlations(a: Codes, b: Codes, products: np.ndarray | None = None) -> np.ndarray:
-    """Returns the correlation of column j of a with column j of b, float64 [width].
-
-    0 where one of them never varies.
+    """Returns the correlation of column j of a with column j of b, float64 [width]; 0 if constant.
 
     Args:
       products: what ``paired_products`` gives, for rows in another order than these.
@@ -115,12 +102,8 @@ def correlation_matrix(a: Codes, b: Codes) -> np.ndarray:
 def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (columns of a, their correlations with all columns of b, float32 [tile, width_b]).
 
-    0 where one of two features never varies. Products are those of scipy's sparse matrices, or,
-    where codes are so dense that this costs more, dense ones of blocks of rows on the device.
-
-    Memory in bytes: 8 (a.nnz + b.nnz) for the codes, 8 a.nnz for a by columns, 20 TILE for
-    products, and on the dense way 8 ROWS (tile + width_b). Time: a product for each pair of
-    features that are active in a row, or n width_a width_b multiply-adds.
+    0 where a feature never varies. Products are sparse, or, where codes are so dense that this
+    costs more, dense ones of blocks of rows on the device.
     """
     of_a, of_b = Moments.of(a), Moments.of(b)
     pairs = np.diff(a.indptr).astype(np.int64) @ np.diff(b.indptr)

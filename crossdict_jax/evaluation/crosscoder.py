@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,10 +13,10 @@ import numpy as np
 
 from crossdict_jax import modules, stats
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, EvaluationConfig
+from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
-from crossdict_jax.maps.base import exact_matmul, map_class, padded, slices
+from crossdict_jax.maps.base import exact_matmul, padded, slices
 from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import Workdir
 
@@ -25,17 +25,13 @@ SHIFTS = 19  # of the codes against the errors: to exceed them all by chance has
 SCALING_ROWS = 2**15  # of the test split at most: what is held at once
 
 
-# ---------------------------------------------------------------- Latent Scaling
-
-
 @dataclasses.dataclass(frozen=True)
 class Scaling:
     """How much of each model's activations every latent explains along its best direction.
 
-    With Y [n, d_m] centred and a latent's code f [n], the best direction is d = Y'f / |f|^2 and
-    the explained share |Y'f|^2 / (|f|^2 |Y|^2) (Minder et al. 2025, arXiv 2504.02922, in a form
-    that needs no common space). Above the null is what is larger than under every circular shift;
-    None where no shift longer than a document is possible.
+    With Y [n, d_m] centred and a latent's code f [n], that is |Y'f|^2 / (|f|^2 |Y|^2) (Minder et
+    al. 2025, arXiv 2504.02922, in a form that needs no common space). Above the null is what is
+    larger than under every circular shift; None where none longer than a document is possible.
     """
 
     error: np.ndarray  # [N, width], of the error: above the null, the decoder misses the latent
@@ -47,11 +43,9 @@ class Scaling:
 def latent_scaling(
     joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, *, seed: int
 ) -> Scaling:
-    """Returns the Latent Scaling of rows, held at once.
+    """Returns the Latent Scaling of all models' raw rows [n, d_m], in the order of the text.
 
-    Args:
-      x: per model raw activations [n, d_m], in the order of the text.
-      documents: [n], the document of each row; shifts are longer than the longest.
+    Shifts are longer than the longest of the rows' documents [n].
     """
     graphdef, params = modules.split(joint)
     rows = jnp.concatenate([jnp.asarray(view, jnp.float32) for view in x], axis=1)
@@ -67,18 +61,15 @@ def admissible_shifts(documents: np.ndarray, *, seed: int) -> np.ndarray:
     n, longest = len(documents), np.unique(documents, return_counts=True)[1].max(initial=0)
     if n < 2 * longest or n == 0:
         return np.zeros(0, np.int64)
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    return generator.integers(longest, n - longest + 1, SHIFTS)
+    return stats.generator(seed).integers(longest, n - longest + 1, SHIFTS)
 
 
 @partial(jax.jit, static_argnums=0)
 def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.Array]:
     """The shares (error, alone) of ``Scaling``, [shifts, N, width], of the code moved on by rows.
 
-    The contribution of a latent is of rank one, so one product with the error serves both.
-
-    Args:
-      rows: raw activations [n, D] of all models; belongs: [N, D], 1 where a column is of a model.
+    rows are [n, D] of all models; belongs [N, D] is 1 where a column is of a model. The
+    contribution of a latent is of rank one, so one product with the error serves both.
     """
     joint = modules.merge(graphdef, params)
     u, W = joint.scaled(rows), joint.W_dec[...].T
@@ -103,24 +94,11 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     return jax.lax.map(of_shift, shifts)
 
 
-# ---------------------------------------------------------------- rows of results
-
-
-def joint_codes(kinds: Sequence[str]) -> bool:
-    """Whether a run with these maps has crosscoders: whether one of them goes through them."""
-    return any(map_class(kind).through_joint for kind in kinds)
-
-
 def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
     """Returns the rows of crosscoder.jsonl: one per layer tuple, training and model.
 
-    What shuffled pairs share is shared by nothing; what is exclusive between a model and a copy
-    of itself (self, rotated) is exclusive to nothing. An exclusive latent is refuted where, by
-    Latent Scaling, it belongs to another model too; a shared one is confirmed where it explains
-    more than any shift does in every model.
-
-    Raises:
-      UserError: a crosscoder is missing or damaged.
+    What shuffled pairs share is shared by nothing; what is exclusive between a model and a copy of
+    itself (self, rotated) is exclusive to nothing.
     """
     rows: list[dict] = []
     numbers = store.select("test")
@@ -137,7 +115,7 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
             orders = crosscoder_training.shuffles(len(numbers), models=len(x), seed=config.seed)
             x = tuple(view if o is None else view[o] for view, o in zip(x, orders))
         joint, documents = crosscoder.load(work.crosscoder(sites, name)), store.rows.document
-        made = figures(joint, x, documents[numbers], config.evaluation, seed=config.seed)
+        made = figures(joint, x, documents[numbers], config)
         for model, site, columns in zip(names, sites, made):
             of = {"sites": " ".join(map(str, sites)), "pairing": name}
             rows.append(of | {"model": model, "site": str(site)} | columns)
@@ -145,52 +123,41 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
 
 
 def figures(
-    joint: Crosscoder,
-    x: Sequence[np.ndarray],
-    documents: np.ndarray,
-    settings: EvaluationConfig,
-    *,
-    seed: int,
+    joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, config: Config
 ) -> list[dict[str, Any]]:
-    """Returns per model what crosscoder.jsonl says of it.
-
-    Args:
-      x: per model raw activations [n, d_m].
-      documents: [n], the document of each row.
-    """
+    """Returns what crosscoder.jsonl says of each model, by raw rows [n, d_m] of documents [n]."""
+    settings, seed = config.evaluation, config.seed
     draws = stats.draw(documents, count=settings.bootstrap, seed=seed)
-    everyone = range(joint.n_models)
-    together = _measure(joint, x, present=tuple(everyone), size=settings.batch_size)
+    everyone, some = range(joint.n_models), slice(0, SCALING_ROWS)
+    measure = cache(partial(_measure, joint, x, settings.batch_size))
+    together = measure(tuple(everyone))
     live = together["fires"] > 0
-    some = slice(0, SCALING_ROWS)
     scaling = latent_scaling(joint, [view[some] for view in x], documents[some], seed=seed)
     rows = []
     for m in everyone:
         others = tuple(other for other in everyone if other != m)
-        alone = _measure(joint, x, present=(m,), size=settings.batch_size)
         columns = {"n_rows": len(documents), "n_documents": draws.n_documents}
         columns |= {"width": joint.width, "variant": joint.variant}
-        for name, sums in (
-            ("fvu", together),
-            ("fvu_alone", alone),
-            ("fvu_from_others", _measure(joint, x, present=others, size=settings.batch_size)),
-        ):
+        alone, from_others = measure((m,)), measure(others)
+        for name, sums in zip(("", "_alone", "_from_others"), (together, alone, from_others)):
             fvu = draws.estimate(sums["error"][:, m], sums["variance"][:, m])
-            columns |= stats.columns(name, fvu)
+            columns |= stats.columns(f"fvu{name}", fvu)
         columns |= stats.columns("l0", draws.mean(together["l0"]))
-        columns |= {"l0_alone": float(alone["l0"].mean())}
         columns |= {"dead_fraction": float(np.mean(~live)), "n_live": int(live.sum())}
         rows.append(columns | ownership(joint, m, live, scaling))
     return rows
 
 
 def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict[str, Any]:
-    """Returns whose the live latents are, seen from one model, and what Latent Scaling says."""
+    """Returns whose the live latents are, seen from one model, and what Latent Scaling says.
+
+    An exclusive latent is refuted where it explains another model too, above every shift; a shared
+    one is confirmed where it explains more than any shift does in every model.
+    """
     part = crosscoder.takes_part(joint) & live[None, :]
     shared, exclusive = part.all(axis=0), part[m] & (part.sum(axis=0) == 1)
     counts, _ = np.histogram(crosscoder.relative_norms(joint)[m, live], NORM_EDGES)
     others = np.arange(joint.n_models) != m
-    elsewhere = scaling.alone[others].max(axis=0) / np.maximum(scaling.alone[m], 1e-30)
     confirmed_share = refuted_share = None
     if scaling.alone_above is not None:
         # Shares go as squares of norms: the rule of ``takes_part``, with best directions as norms.
@@ -205,13 +172,12 @@ def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> 
         "exclusive": float(exclusive.sum() / n_live),
         "shared_confirmed": confirmed_share,
         "exclusive_refuted": refuted_share,
-        "scaling_ratio": float(np.median(elsewhere[exclusive])) if exclusive.any() else None,
         "relative_norms": {"edges": NORM_EDGES.tolist(), "counts": counts.tolist()},
     }
 
 
 def _measure(
-    joint: Crosscoder, x: Sequence[np.ndarray], *, present: tuple[int, ...], size: int
+    joint: Crosscoder, x: Sequence[np.ndarray], size: int, present: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
     """{error, variance: [n, N], l0: [n], fires: [width]} with the code of the present models."""
     graphdef, params = modules.split(joint)
@@ -241,7 +207,5 @@ def _measure_batch(graphdef, params, x, present, count):
         parts = [values[:, joint.part(m)].sum(axis=1) for m in range(joint.n_models)]
         return jnp.stack(parts, axis=1)
 
-    real = jnp.arange(len(x)) < count
-    active = f > 0
-    fires = jnp.sum(active & real[:, None], axis=0)
-    return fires, per_model(error), per_model(variance), active.sum(axis=1)
+    real, active = (jnp.arange(len(x)) < count)[:, None], f > 0
+    return (active & real).sum(axis=0), per_model(error), per_model(variance), active.sum(axis=1)

@@ -9,19 +9,21 @@ from functools import partial
 
 from crossdict_jax import maps
 from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries.crosscoder_training import planned
 from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation import scoring
 from crossdict_jax.evaluation.codes import SideCodes
-from crossdict_jax.evaluation.controls import control_rows, score_controls
-from crossdict_jax.evaluation.crosscoder import crosscoder_rows, joint_codes
+from crossdict_jax.evaluation.crosscoder import crosscoder_rows
 from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.reconstruction import member_folders, reconstruct
 from crossdict_jax.evaluation.representations import representation_rows
-from crossdict_jax.evaluation.scoring import Scored, pair_columns, score_maps, transfer_rows
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
+from crossdict_jax.evaluation.transfer import normalized
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.controls import ControlLoader, control_tasks
+from crossdict_jax.maps.base import map_class
+from crossdict_jax.maps.controls import ControlLoader, ceiling_task, control_tasks
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
@@ -39,12 +41,10 @@ def evaluate(config: Config, work: Workdir) -> None:
     """Writes what dictionaries, maps and their controls score into ``work.results``.
 
     The files are FILES, controls.jsonl where the run has controls, and crosscoder.jsonl where it
-    has crosscoders. Reads the language models, the store and the checkpoints of dictionaries and
-    maps, nothing else. Equal inputs give equal files. Interrupted, it goes on behind the last part
-    that was done; finished, it does nothing until an input changes.
+    has crosscoders. Equal inputs give equal files.
 
     Raises:
-      UserError: one of them is missing or damaged.
+      UserError: a language model, the store, a dictionary or a map is missing or damaged.
     """
     store = open_store(work.activations)
     tasks, controls = maps.tasks(config, store), control_tasks(config, store)
@@ -56,7 +56,7 @@ def evaluate(config: Config, work: Workdir) -> None:
         for site in store.sites_of(model):
             folders += member_folders(work, model, site)
     files = [*FILES, *(["controls.jsonl"] if config.controls else [])]
-    if joint_codes(config.map.kinds):
+    if joint := any(map_class(kind).through_joint for kind in config.map.kinds):
         files.append("crosscoder.jsonl")
         folders += [work.crosscoder(*ends) for ends in planned(config, store)]
     loader = ControlLoader(config, store, work) if controls else Loader(store, work, config.seed)
@@ -69,6 +69,9 @@ def evaluate(config: Config, work: Workdir) -> None:
     for part in _parts(config, store, stage, loader, tasks, controls):
         for file, made in part.items():
             rows.get(file, []).extend(made)
+    if joint:
+        make = partial(crosscoder_rows, config, store, work)
+        rows["crosscoder.jsonl"] = stage.part(("crosscoders",), make)
     stage.finish(rows, rows=len(store.select("test")), maps=len(tasks))
 
 
@@ -81,39 +84,52 @@ def _parts(
     controls: Sequence[Task],
 ) -> Iterator[Part]:
     """Yields what each part of the stage adds to the files, measured or kept from before."""
-    settings = {"settings": config.evaluation, "seed": config.seed, "codes": SideCodes()}
-    work = loader.work
-    scored_controls: dict[Task, Scored] = {}
+    work, codes = loader.work, SideCodes()
+    scored_controls: dict[Task, scoring.Scored] = {}  # by a first map: directions share ceilings
+
+    def score_controls(tasks: list[Task]) -> scoring.Scored | None:
+        """The scores of those controls that the run has."""
+        tasks = [task for task in tasks if task in controls]
+        if tasks and tasks[0] not in scored_controls:
+            splits = {split: loader.rows(tasks[0], split) for split in SPLITS}
+            scored_controls[tasks[0]] = scoring.score_tasks(tasks, splits, work, config, codes)
+        return scored_controls[tasks[0]] if tasks else None
 
     def layer_pair(group: list[Task]) -> Part:
-        scored = score_maps(group, loader, config.map, **settings)
+        scored = scoring.score_maps(group, loader, config, codes)
         aligned = [task for task in group if task.pairing == "aligned"]
         reseeded = [dataclasses.replace(task, control="reseeded") for task in aligned]
         again = [task for task in reseeded if task in controls]
-        of_run = aligned, controls, loader, config.map, scored_controls
-        by_control = score_controls(*of_run, **settings)
+        untrained = [dataclasses.replace(task, control="untrained") for task in aligned]
+        by_control = {
+            "ceiling": score_controls([ceiling_task(task) for task in aligned]),
+            "untrained": score_controls(untrained),
+        }
+        nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
+        control_rows = [  # each named by the map that it controls
+            {"control": control} | value.row(task.kind, task) | nowhere
+            for task in aligned
+            for control, value in by_control.items()
+            if value and task.kind in value.scores
+        ]
+        features = feature_rows(scored["aligned"], again, loader, codes)
         return {
-            "transfer.jsonl": transfer_rows(scored, by_control.get("ceiling")),
+            "transfer.jsonl": scoring.transfer_rows(scored, by_control["ceiling"]),
             "features.jsonl": scored["aligned"].correlation_rows(),
-            "feature_transfer.jsonl": feature_rows(
-                scored["aligned"], again, loader, settings["codes"]
-            ),
-            "controls.jsonl": control_rows(aligned, by_control),
+            "feature_transfer.jsonl": features,
+            "controls.jsonl": control_rows,
         }
 
     yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
-    groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
+    groups = [list(group) for _, group in itertools.groupby(tasks, key=scoring.pair_columns)]
     for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
-        key = ("maps", *pair_columns(group[0]).values())
+        key = ("maps", *scoring.pair_columns(group[0]).values())
         yield stage.part(key, partial(layer_pair, group))
     pairs, matches = dictionary_pairs(config, store), []
     for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
-        measure = partial(shared_features, pair, loader, **settings)
-        part = stage.part(("matches", *pair_columns(pair).values()), measure)
+        measure = partial(shared_features, pair, loader, config, codes)
+        part = stage.part(("matches", *scoring.pair_columns(pair).values()), measure)
         matches += part["matches.jsonl"]
         yield part
     similarity = partial(representation_rows, config, store, work, pairs, matches)
     yield {"similarity.jsonl": stage.part(("similarity",), similarity)}
-    if joint_codes(config.map.kinds):
-        crosscoders = partial(crosscoder_rows, config, store, work)
-        yield {"crosscoder.jsonl": stage.part(("crosscoders",), crosscoders)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -25,68 +24,14 @@ CONTEXTS = 3  # of each feature, from different documents
 SHARE_EDGES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # of variance that the feature's token explains
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureScores:
-    """Numbers of every feature of B, [width] each, for the best map; n_rows are test rows."""
-
-    r2: np.ndarray
-    r2_validation: np.ndarray
-    correlation: np.ndarray
-    token_share: np.ndarray
-    firings: np.ndarray
-    n_rows: int
-
-    @property
-    def ranking(self) -> np.ndarray:
-        """The features that are live and fire often enough, by R^2, highest first."""
-        enough = np.flatnonzero(np.isfinite(self.r2) & (self.firings >= MIN_FIRINGS))
-        return enough[np.argsort(-self.r2[enough], kind="stable")]
-
-    def extremes(self, count: int) -> list[tuple[int, str]]:
-        """Returns (feature, "most" or "least") of at most ``count`` at either end."""
-        order = self.ranking
-        count = min(count, len(order) // 2)
-        ends = (("most", order[:count]), ("least", order[::-1][:count]))
-        return [(int(i), rank) for rank, features in ends for i in features]
-
-    def row(self, i: int, rank: str) -> dict[str, Any]:
-        """Returns the columns of one feature."""
-        names = ("r2", "r2_validation", "correlation", "token_share")
-        numbers = {name: float(getattr(self, name)[i]) for name in names}
-        fires = int(self.firings[i])
-        numbers |= {"firings": fires, "frequency": fires / self.n_rows}
-        return {"row": "feature", "rank": rank, "feature": i, **numbers}
-
-    def binned(self) -> list[dict[str, Any]]:
-        """Returns means and medians of the ranked features by frequency and by token share."""
-        ranked, rows = self.ranking, []
-        for name, edges, values in (
-            ("frequency", FREQUENCY_EDGES.tolist(), self.firings[ranked] / self.n_rows),
-            ("token_share", SHARE_EDGES, self.token_share[ranked]),
-        ):
-            for low, high in itertools.pairwise(edges):
-                inside = ranked[(values <= high) & (values > (-np.inf if low is None else low))]
-                if len(inside):
-                    summary = {
-                        "n_features": len(inside),
-                        "r2_mean": float(np.mean(self.r2[inside])),
-                        "r2_median": float(np.median(self.r2[inside])),
-                        "correlation_mean": float(np.mean(self.correlation[inside])),
-                    }
-                    rows.append({"row": name, "low": low, "high": high} | summary)
-        return rows
-
-
 def feature_rows(
     scored: Scored, reseeded: Sequence[Task], loader: Loader, codes: SideCodes
 ) -> list[dict]:
     """Returns the rows of feature_transfer.jsonl of one direction and pair of sites.
 
-    The map is the aligned one with the highest R^2 on validation rows. Features are live, fire on
-    at least MIN_FIRINGS test rows, and are ranked by their own R^2 there: the extremes of many, so
-    each comes with its R^2 on validation rows as well. token_share is the R^2 of the table of the
-    target's own tokens. Beside them, all such features in bins of firing frequency and of
-    token_share.
+    The map is the aligned one with the highest R^2 on validation rows. Features are ranked by their
+    own R^2 on test rows: the extremes of many, so each comes with its R^2 on validation rows as
+    well. token_share is the R^2 of the table of the target's own tokens.
 
     Args:
       reseeded: the same maps fitted from another seed, where the run has them.
@@ -100,19 +45,47 @@ def feature_rows(
             predicted = maps.predict(m, take(pairs, rows), scored.bench.batch_size)
             errors[kind] = errors[kind] + np.square(t - predicted).sum(axis=0)
     best = min(errors, key=lambda kind: errors[kind].sum())
-    scores = FeatureScores(
-        r2=scored.scores[best].feature_r2,
-        r2_validation=1 - errors[best] / np.where(variance > 0, variance, np.nan),
-        correlation=scored.scores[best].correlations,
-        token_share=scored.scores["token_target"].feature_r2,
-        firings=(held_out.target > 0).sum(axis=0),
-        n_rows=len(held_out.target),
-    )
-    shown = scores.extremes(SHOWN)
+    firings = (held_out.target > 0).sum(axis=0)
+    columns = {
+        "r2": scored.scores[best].feature_r2,
+        "r2_validation": 1 - errors[best] / np.where(variance > 0, variance, np.nan),
+        "correlation": scored.scores[best].correlations,
+        "token_share": scored.scores["token_target"].feature_r2,
+        "firings": firings,
+        "frequency": firings / len(held_out.target),
+    }
+    ranked = ranking(columns["r2"], firings)
+    shown = extremes(ranked, SHOWN)
     described = _described(scored, best, [i for i, _ in shown], reseeded, loader, codes)
-    rows = [scores.row(i, rank) | more for (i, rank), more in zip(shown, described)]
+    rows = [
+        {"row": "feature", "rank": rank, "feature": i}
+        | {name: values[i].item() for name, values in columns.items()}
+        | more
+        for (i, rank), more in zip(shown, described)
+    ]
+    for name, edges in (("frequency", FREQUENCY_EDGES.tolist()), ("token_share", SHARE_EDGES)):
+        values = columns[name][ranked]
+        for low, high in itertools.pairwise(edges):
+            inside = ranked[(values <= high) & (values > (-np.inf if low is None else low))]
+            if len(inside):
+                median = float(np.median(columns["r2"][inside]))
+                summary = {"n_features": len(inside), "r2_median": median}
+                rows.append({"row": name, "low": low, "high": high} | summary)
     start = pair_columns(scored.task) | {"map": best, "pairing": scored.task.pairing}
-    return [start | row for row in rows + scores.binned()]
+    return [start | row for row in rows]
+
+
+def ranking(r2: np.ndarray, firings: np.ndarray) -> np.ndarray:
+    """Returns the features that are live and fire MIN_FIRINGS times, by R^2, highest first."""
+    enough = np.flatnonzero(np.isfinite(r2) & (firings >= MIN_FIRINGS))
+    return enough[np.argsort(-r2[enough], kind="stable")]
+
+
+def extremes(ranked: np.ndarray, count: int) -> list[tuple[int, str]]:
+    """Returns (feature, "most" or "least") of at most ``count`` at either end of a ranking."""
+    count = min(count, len(ranked) // 2)
+    ends = (("most", ranked[:count]), ("least", ranked[::-1][:count]))
+    return [(int(i), rank) for rank, features in ends for i in features]
 
 
 def _described(
@@ -132,23 +105,23 @@ def _described(
         correlation_matrix(codes(splits[s].target)[:, index], codes(splits[s].source))
         for s in ("train", "test")
     )
-    matches = on_train.argmax(axis=1)
     norms = [Moments.of(codes(s)).norm for s in (splits["train"].source, splits["train"].target)]
     a, b = (np.where(n > 0, n / np.sqrt(len(splits["train"])), 1.0) for n in norms)
     scale = a[None, :] / b[index][:, None]  # of standard deviations, 1 where one is 0
-    # Maps that read features say directly what drives them; the best one does in any case.
+
+    def drivers(m: maps.Map) -> attribution.Drivers:
+        return attribution.drivers(m, test.source, index, scale=scale)
+
+    # Maps that read features say directly what drives them. The best one does too, but for token
+    # tables, and for activations of a transcoder, whose decoder writes elsewhere.
+    seen = {"features"} if test.source.dictionary.transcodes else {"features", "activations"}
     attributed = {
-        kind: attribution.drivers(m, test.source, index, scale=scale)
+        kind: drivers(m)
         for kind, m in scored.maps.items()
-        if m.reads == "features"
-        or (kind == best and attribution.can_attribute(m, test.source.dictionary))
+        if m.reads == "features" or (kind == best and m.reads in seen)
     }
     again = {
-        task.kind: attribution.drivers(
-            maps.load(task.path(loader.work), test.target.dictionary),
-            *(test.source, index),
-            scale=scale,
-        )
+        task.kind: drivers(maps.load(task.path(loader.work), test.target.dictionary))
         for task in reseeded
     }
     path = store.paths[store.models.index(scored.task.target)]
@@ -156,26 +129,20 @@ def _described(
     numbers, described = store.select("test"), []
     for i, feature in enumerate(features):
         f = scored.bench.held_out.target[:, feature]
-        chosen: dict[int, int] = {}  # document -> its strongest row
+        strongest: dict[int, int] = {}  # document -> its strongest row
         for row in np.argsort(-f, kind="stable"):
-            if len(chosen) == CONTEXTS or f[row] <= 0:
+            if len(strongest) == CONTEXTS or f[row] <= 0:
                 break
-            chosen.setdefault(int(test.documents[row]), int(row))
-        rows = np.array([*chosen.values()])
-        predicted = maps.predict(scored.maps[best], take(test, rows), scored.bench.batch_size)
-        match = int(matches[i])
-        described.append(
-            {
-                "match": {"feature": match, "correlation": float(on_test[i, match])},
-                "attributions": [
-                    {"map": kind} | attribution.describe(drivers, i, match, again.get(kind))
-                    for kind, drivers in attributed.items()
-                ],
-                "contexts": [
-                    around.snippet(numbers[row])
-                    | {"activation": float(f[row]), "predicted": float(p)}
-                    for row, p in zip(rows, predicted[:, feature])
-                ],
-            }
-        )
+            strongest.setdefault(int(test.documents[row]), int(row))
+        match = int(on_train[i].argmax())
+        contexts = [
+            around.snippet(numbers[row]) | {"activation": float(f[row])}
+            for row in strongest.values()
+        ]
+        attributions = [
+            {"map": kind} | attribution.describe(of_map, i, again.get(kind))
+            for kind, of_map in attributed.items()
+        ]
+        correlation = {"feature": match, "correlation": float(on_test[i, match])}
+        described.append({"match": correlation, "attributions": attributions, "contexts": contexts})
     return described

@@ -29,15 +29,12 @@ IDENTICAL = 1 - 1e-5  # correlation above which two features of one dictionary a
 class Matching:
     """Pairs of features that belong together on the rows of one split, each array [pairs].
 
-    Features are live that could be matched: active in enough rows and not constant, one of each set
-    of duplicates if these were merged.
+    Live features are active in enough rows and not constant, duplicates merged if that was asked.
     """
 
     features_a: np.ndarray  # columns of a; each occurs once
     features_b: np.ndarray  # of b
     r: np.ndarray  # float64, their correlation
-    firings_a: np.ndarray  # in how many rows each is active
-    firings_b: np.ndarray
     width_a: int  # features in all
     width_b: int
     live_a: int
@@ -70,53 +67,40 @@ def match(
     """Returns one-to-one pairs of features by their Pearson correlation over the same rows.
 
     "mutual_best" pairs two features that are each other's best; "hungarian" takes the assignment
-    with the largest sum of correlations. Only positive correlations count. See ``correlations``
-    for memory and time.
+    with the largest sum of correlations. Only positive correlations count.
 
     Args:
       a, b: features [n, width] of two dictionaries, arrays or what ``compress`` returns.
-      minimum_firings: rows in which a feature must be active to be live. The best of thousands
-        of independent candidates correlates 0.36 on average with a feature that fires 3 times.
+      minimum_firings: rows in which a feature must be active to be live. The best of thousands of
+        independent candidates correlates 0.36 on average with a feature that fires 3 times.
       merge_duplicates: whether features of one side that never differ count once, as the first.
 
     Raises:
-      UserError: the rows of a and b differ, the method is unknown, or "hungarian" has more live
-        features than HUNGARIAN_WIDTH.
+      UserError: the rows differ, the method is unknown, or "hungarian" has too many features.
     """
     a, b = compress(a), compress(b)
     if a.shape[0] != b.shape[0]:
         raise UserError(f"Features of {a.shape[0]} and of {b.shape[0]} rows are not paired rows.")
     if method not in METHODS:
         raise UserError(f"evaluation.matching={method} must be one of {', '.join(METHODS)}.")
-    (live_a, firings_a), (live_b, firings_b) = (
-        _live(codes, minimum_firings, merge_duplicates) for codes in (a, b)
-    )
+    live_a, live_b = (_live(codes, minimum_firings, merge_duplicates) for codes in (a, b))
     i = j = np.zeros(0, np.int64)
     if len(live_a) and len(live_b):
         i, j = METHODS[method](a[:, live_a], b[:, live_b])
     i, j = live_a[i], live_b[j]
-    return Matching(
-        features_a=i,
-        features_b=j,
-        r=paired_correlations(a[:, i], b[:, j]),
-        firings_a=firings_a[i],
-        firings_b=firings_b[j],
-        width_a=a.shape[1],
-        width_b=b.shape[1],
-        live_a=len(live_a),
-        live_b=len(live_b),
-    )
+    r, widths = paired_correlations(a[:, i], b[:, j]), (a.shape[1], b.shape[1])
+    return Matching(i, j, r, *widths, len(live_a), len(live_b))
 
 
-def _live(codes: Codes, minimum: int, merge: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(live features, ascending; how often every feature fires)."""
+def _live(codes: Codes, minimum: int, merge: bool) -> np.ndarray:
+    """The live features, ascending."""
     moments = Moments.of(codes)
     live = np.flatnonzero((moments.firings >= minimum) & (moments.norm > 0))
     if merge and len(live):
         codes = codes[:, live]
         first = [np.argmax(r >= IDENTICAL, axis=1) for _, r in correlations(codes, codes)]
         live = live[np.concatenate(first) == np.arange(len(live))]  # no earlier one is identical
-    return live, moments.firings
+    return live
 
 
 def mutual_best(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
@@ -133,11 +117,7 @@ def mutual_best(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hungarian(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (columns of a, columns of b), the assignment with the largest sum of correlations.
-
-    Raises:
-      UserError: there are more features than HUNGARIAN_WIDTH.
-    """
+    """Returns (columns of a, columns of b), the assignment with the largest sum of correlations."""
     widest = max(a.shape[1], b.shape[1])
     if widest > HUNGARIAN_WIDTH:
         raise UserError(
@@ -165,10 +145,8 @@ def confirm(
 ) -> Confirmation:
     """Returns what a matching is worth on rows that it was not made on.
 
-    Tests every pair against circular shifts (``shift_p_values``), controls the false discovery
-    rate (Benjamini and Hochberg 1995), and asks for r >= LEAST_R and, given tokens, for more than
-    token identity (``token_shuffles``). One-to-one matching of features by activation follows
-    Lan et al. 2024 (arXiv 2410.06981), which has no such test.
+    Tests every pair against circular shifts, controls the false discovery rate (Benjamini and
+    Hochberg 1995), and asks for r >= LEAST_R and, given tokens, for more than token identity.
 
     Args:
       a, b: features [n, width] as for ``match``, rows in the order of the text.

@@ -1,4 +1,4 @@
-"""What correlations are worth: circular shifts, shuffles within equal tokens, false discoveries."""
+"""What correlations are worth: circular shifts, and shuffles within equal tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.fft import prev_fast_len
 
+from crossdict_jax import stats
 from crossdict_jax.evaluation.codes import Codes, Moments, paired_products
 from crossdict_jax.maps.base import slices
 
@@ -23,15 +24,12 @@ def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> 
 
     Shifting b against a by more than a document keeps the firing pattern of both (bursts, long
     silences) and takes away what they have to do with each other. One FFT gives all shifts. The
-    pairs that fire similarly often (the rarer feature's count, by octaves) share one null, so
-    that p can be far below 1 / rows. Where no shift is admissible (one document) p is 1.
-
-    Memory in bytes: about 40 BATCH, whatever the number of pairs.
+    pairs that fire similarly often (the rarer feature's count, by octaves) share one null, so that
+    p can be far below 1 / rows. Where no shift is admissible (one document) p is 1.
 
     Args:
       r: the correlations [pairs] of the columns of a with those of b.
-      a, b: [n, pairs], rows in the order of the text.
-      documents: [n], the document of each row.
+      a, b: [n, pairs], rows in the order of the text, of documents [n].
     """
     firings = np.minimum(Moments.of(a).firings, Moments.of(b).firings)
     pool = np.log2(np.maximum(firings, 1)).astype(np.int64)
@@ -75,13 +73,10 @@ def token_shuffles(
     """Returns what is left when rows of b are permuted among rows with the same tokens.
 
     Of each pair of columns: the mean of the shuffled products' sums, float64 [pairs], and whether
-    the true sum is larger than all SHUFFLES of them, bool [pairs]. A pair that co-fires because
-    of the token alone loses nothing by the shuffle.
-
-    Args:
-      tokens: [n] or [n, models], the token (of each model) that ends at the row.
+    the true sum is larger than all SHUFFLES of them. A pair that co-fires because of the token
+    alone loses nothing. tokens are [n] or [n, models].
     """
-    generator = np.random.Generator(np.random.Philox(key=seed))
+    generator = stats.generator(seed)
     tokens = tokens.reshape(len(tokens), -1)
     _, group = np.unique(tokens, axis=0, return_inverse=True)
     by_group = np.argsort(group.reshape(-1), kind="stable")

@@ -14,7 +14,7 @@ import numpy as np
 from crossdict_jax import dictionaries, models, modules, stats
 from crossdict_jax.activations.passages import select_passages, train_mean
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, EvaluationConfig
+from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import exact_matmul, padded, slices
@@ -25,42 +25,36 @@ from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
 COSINE_EDGES = np.linspace(0, 1, 21)  # of a decoder row to the one most like it
-ROW_SUMS = ("error", "variance", "along", "power", "overlap")  # of a row, see ``measure``
 MIN_KL = 0.05  # nats: where an ablation does less, what is recovered of it means nothing
 
 
 def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[dict]]:
     """Returns the rows of reconstruction.jsonl and of features.jsonl, one per dictionary each.
 
-    A transcoder is measured where it writes: its site_output, in whichever model that is, is what
-    x stands for below, and is edited. Losses are of paired positions of test documents with the
-    model's own activations there (clean), zeros, the training mean, or the reconstruction (sae).
+    A transcoder is measured where it writes: its site_output, in whichever model that is. Losses
+    are of paired positions of test documents with the model's own activations there (clean), zeros,
+    the training mean, or the reconstruction (sae).
 
     Raises:
       UserError: a model and site of the store has no dictionary, or one is damaged.
     """
-    settings, seed = config.evaluation, config.seed
-    sites = [(model, site) for model in store.models for site in store.sites_of(model)]
     edited: dict[str, list] = {}  # by the model that is written, run once
-    for model, site in sites:
-        edited.setdefault(store.output_of(model, site)[0], []).append((model, site))
+    for model in store.models:
+        for site in store.sites_of(model):
+            edited.setdefault(store.output_of(model, site)[0], []).append((model, site))
     rows, densities = [], []
-    n = sum(len(member_folders(work, *end)) for end in sites)
+    n = sum(len(member_folders(work, *end)) for ends in edited.values() for end in ends)
     with progress_bar(total=n, desc="dictionaries", unit="sae") as progress:
-        for written_model, ends in edited.items():
-            runner = Runner(
-                models.load(store.paths[store.models.index(written_model)]),
-                batch_size=config.intervention.batch_size,
-                dtype=config.extract.matmul_dtype,
-            )
-            documents = config.intervention.documents
-            passages = select_passages(store, written_model, documents=documents, seed=seed)
+        for other, ends in edited.items():
+            lm = models.load(store.paths[store.models.index(other)])
+            dtype, documents = config.extract.matmul_dtype, config.intervention.documents
+            runner = Runner(lm, batch_size=config.intervention.batch_size, dtype=dtype)
+            passages = select_passages(store, other, documents=documents, seed=config.seed)
             for model, site in ends:
                 folders = member_folders(work, model, site)
                 members = [dictionaries.load(folder) for folder in folders]
-                where = passages, store, model, site
-                losses = _losses(members, runner, *where, settings, seed=seed)
-                other, output = store.output_of(model, site)
+                losses = _losses(members, runner, passages, store, model, site, config)
+                _, output = store.output_of(model, site)
                 for folder, dictionary, loss in zip(folders, members, losses):
                     columns = {
                         "model": model,
@@ -69,9 +63,7 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[d
                         "seed": seed_of(folder),
                         "member": folder.name,
                     }
-                    numbers, histograms = figures(
-                        dictionary, store, model, site, settings, seed=seed
-                    )
+                    numbers, histograms = figures(dictionary, store, model, site, config)
                     rows.append(columns | numbers | loss)
                     densities.append(columns | histograms)
                     progress.update()
@@ -94,20 +86,12 @@ def seed_of(folder: Path) -> int:
 
 
 def figures(
-    dictionary: Dictionary,
-    store: Store,
-    model: str,
-    site: Site,
-    settings: EvaluationConfig,
-    *,
-    seed: int,
+    dictionary: Dictionary, store: Store, model: str, site: Site, config: Config
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what the stored rows say of a dictionary: (columns, histograms).
 
-    With m the training mean: fvu = sum ||x - x_hat||^2 / sum ||x - m||^2, shrinkage =
-    sum (x - m).(x_hat - m) / sum ||x - m||^2, relative_bias = sum ||x_hat||^2 / sum x.x_hat
-    (Rajamanoharan et al. 2024, arXiv 2404.16014), of test rows; dead features are active in no row
-    of training and test together.
+    fvu = sum ||x - x_hat||^2 / sum ||x - m||^2 of test rows, m the training mean; dead features are
+    active in no row of training and test together.
     """
     output = store.output_of(model, site)
     mean, rows = train_mean(store, *output), {s: store.select(s) for s in ("train", "test")}
@@ -117,11 +101,12 @@ def figures(
             store.read(model, site, numbers),
             y=store.read(*output, numbers) if dictionary.transcodes else None,
             mean=mean,
-            size=settings.batch_size,
+            size=config.evaluation.batch_size,
         )
         for numbers in rows.values()
     )
-    draws = stats.draw(store.rows.document[rows["test"]], count=settings.bootstrap, seed=seed)
+    documents, count = store.rows.document[rows["test"]], config.evaluation.bootstrap
+    draws = stats.draw(documents, count=count, seed=config.seed)
     fires, n = in_train["fires"] + in_test["fires"], sum(map(len, rows.values()))
     frequencies = np.log10(fires[fires > 0] / n)
     cosines = nearest_cosines(dictionary.W_dec[...])
@@ -131,11 +116,7 @@ def figures(
         "n_documents": draws.n_documents,
         **stats.columns("l0", draws.mean(in_test["l0"])),
         **stats.columns("fvu", draws.estimate(in_test["error"], in_test["variance"])),
-        **stats.columns("shrinkage", draws.estimate(in_test["along"], in_test["variance"])),
-        **stats.columns("relative_bias", draws.estimate(in_test["power"], in_test["overlap"])),
         "dead_fraction": float(np.mean(fires == 0)),
-        "n_rows_dead": n,
-        "decoder_cosine": None if len(cosines) < 2 else float(cosines.mean(dtype=np.float64)),
     }
     histograms = {}
     for name, values, edges in (
@@ -148,12 +129,9 @@ def figures(
 
 
 def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
-    """Returns the cosine [width] of every decoder row to the other row that is most like it.
+    """Returns the cosine [width] of every row of W_dec [width, d_model] to the row most like it.
 
     A row of zeros is like none (0); of width 1 there is no other row, and nothing is returned.
-
-    Args:
-      W_dec: [width, d_model].
     """
     W = np.asarray(W_dec, np.float32)
     if len(W) < 2:
@@ -175,14 +153,10 @@ def measure(
     size: int,
     y: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns what every row x [n, d_model] says of a dictionary, ``size`` rows at a time.
+    """Returns what rows x [n, d_model] say of a dictionary, ``size`` rows at a time.
 
-    l0, error = ||x - x_hat||^2, variance = ||x - mean||^2, along = (x - mean).(x_hat - mean),
-    power = ||x_hat||^2, overlap = x.x_hat: all [n]; fires [width]: rows in which a feature is
-    active.
-
-    Args:
-      y: [n, d_out], what a transcoder is to write: x of the formulas, and ``mean`` is its mean.
+    l0, error = ||x - x_hat||^2, variance = ||x - mean||^2: all [n]; fires [width]: rows in which a
+    feature is active. A transcoder is to write y [n, d_out]: x of the formulas.
     """
     graphdef, params = modules.split(dictionary)
     parts, fires = [], 0
@@ -192,22 +166,20 @@ def measure(
         active, *values = _measure_batch(graphdef, params, *both, mean, count)
         fires = fires + np.asarray(active, np.int64)
         parts.append([np.asarray(v)[:count] for v in values])
-    columns = map(np.concatenate, zip(*parts))
-    return dict(zip(("l0", *ROW_SUMS), columns), fires=fires)
+    return dict(zip(("l0", "error", "variance"), map(np.concatenate, zip(*parts))), fires=fires)
 
 
 @partial(jax.jit, static_argnums=0)
 def _measure_batch(graphdef, params, x, y, mean, count):
-    """Over the first ``count`` rows how often each feature fires; per row l0 and ROW_SUMS."""
+    """How often each feature fires in the first ``count`` rows; per row l0, error, variance."""
     dictionary, x = modules.merge(graphdef, params), x.astype(jnp.float32)
     f = dictionary.encode(x)  # [batch, width]
-    active = f > 0
-    real = jnp.arange(len(x)) < count
     x = x if y is None else y.astype(jnp.float32)
-    x_hat, m = dictionary.decode(f), mean[None, :]
-    products = ((x - x_hat,) * 2, (x - m,) * 2, (x - m, x_hat - m), (x_hat,) * 2, (x, x_hat))
-    sums = [jnp.sum(a * b, axis=1) for a, b in products]
-    return jnp.sum(active & real[:, None], axis=0), jnp.sum(active, axis=1), *sums
+    active, real = f > 0, (jnp.arange(len(x)) < count)[:, None]
+    error, variance = (
+        jnp.sum(jnp.square(x - other), axis=1) for other in (dictionary.decode(f), mean[None, :])
+    )
+    return jnp.sum(active & real, axis=0), jnp.sum(active, axis=1), error, variance
 
 
 def _losses(
@@ -217,37 +189,29 @@ def _losses(
     store: Store,
     model: str,
     site: Site,
-    settings: EvaluationConfig,
-    *,
-    seed: int,
+    config: Config,
 ) -> list[dict[str, Any]]:
     """The loss columns of each dictionary, all from one clean pass."""
     output = store.output_of(model, site)
     x, mean = store.read(model, site, passages.rows), train_mean(store, *output)
     replacements = {"zero": np.zeros_like(mean), "mean": mean}
+    size, count = config.evaluation.batch_size, config.evaluation.bootstrap
     for i, dictionary in enumerate(members):
-        x_hat = modules.over_rows(dictionary, x, method="__call__", size=settings.batch_size)
-        replacements[f"sae {i}"] = x_hat
+        replacements[i] = modules.over_rows(dictionary, x, method="__call__", size=size)
     effects = runner.splice(passages, output[1], replacements)
-    documents = passages.document[passages.scored]
-    draws = stats.draw(documents, count=settings.bootstrap, seed=seed)
+    draws = stats.draw(passages.document[passages.scored], count=count, seed=config.seed)
     rows = []
     for i in range(len(members)):
-        sae = effects[f"sae {i}"]
-        row = {"n_positions": len(sae.ce), "n_documents_ce": draws.n_documents}
-        for name in ("clean", "zero", "mean"):
-            row |= stats.columns(f"ce_{name}", draws.mean(effects[name].ce))
-        row |= stats.columns("ce_sae", draws.mean(sae.ce))
+        sae, row = effects[i], {"n_positions": len(effects[i].ce)}
+        for name, of in (("clean", "clean"), ("zero", "zero"), ("mean", "mean"), ("sae", i)):
+            row |= stats.columns(f"ce_{name}", draws.mean(effects[of].ce))
         row |= stats.columns("kl_sae", draws.mean(sae.kl))
         for suffix, name in (("", "zero"), ("_mean", "mean")):
-            baseline, kl = effects[name], draws.mean(effects[name].kl)
-            row |= stats.columns(f"kl_{name}", kl)
-            share = None if kl.value < MIN_KL else 1 - draws.estimate(sae.kl, baseline.kl)
+            baseline, undefined = effects[name], draws.mean(effects[name].kl).value < MIN_KL
+            share = None if undefined else 1 - draws.estimate(sae.kl, baseline.kl)
             row |= stats.columns(f"kl_recovered{suffix}", share)
-            clean = effects["clean"]
-            share = stats.loss_recovered(
-                sae.ce, clean=clean.ce, baseline=baseline.ce, resamples=draws
-            )
-            row |= stats.columns(f"loss_recovered{suffix}", share)
+            ce = {"clean": effects["clean"].ce, "baseline": baseline.ce}
+            recovered = stats.loss_recovered(sae.ce, **ce, resamples=draws)
+            row |= stats.columns(f"loss_recovered{suffix}", recovered)
         rows.append(row)
     return rows

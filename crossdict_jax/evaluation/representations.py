@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import dictionaries, models
+from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation.scoring import pair_columns
-from crossdict_jax.evaluation.shared_features import DictionaryPair
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
+from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import MEMBER
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Runner
+from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import Workdir
 
 RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05
@@ -26,65 +27,49 @@ LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost grows
 
 
 def representation_rows(
-    config: Config, store: Store, work: Workdir, pairs: list[DictionaryPair], matches: list[dict]
+    config: Config, store: Store, work: Workdir, pairs: list[Task], matches: list[dict]
 ) -> list[dict]:
     """Returns the rows of similarity.jsonl, of three kinds.
 
-    "layers": every layer of one model against every layer of another at
-    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled.
-    "proposal": the layer pairs that this suggests. "decoders": the decoder directions of the
-    confirmed matches of two dictionaries, as in Lan et al. 2024 (arXiv 2410.06981), and those of
-    random matchings of the same features.
-
-    Memory: about n (5 n + 12 d_model) bytes for every layer of every model, n the positions.
-
-    Args:
-      matches: the rows of matches.jsonl.
+    "layers": every layer of one model against every layer of another at n =
+    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled:
+    about n (5 n + 12 d_model) bytes a layer. "proposal": the layer pairs that this suggests.
+    "decoders": the decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan
+    et al. 2024 (arXiv 2410.06981), and those of random matchings of the same features.
     """
-    generator = np.random.Generator(np.random.Philox(key=config.seed))
+    generator = stats.generator(config.seed)
     drawn = generator.permutation(store.select("test"))[: config.evaluation.similarity_rows]
     rows: list[dict] = []
     if len(drawn) >= LEAST_ROWS:
-        layers = {name: _geometries(config, store, name, np.sort(drawn)) for name in store.models}
-        for source, target in itertools.combinations(store.models, 2):
-            compared = _layer_rows(config, {m: layers[m] for m in (source, target)})
-            paired = [pair for pair in pairs if (pair.source, pair.target) == (source, target)]
-            rows += [*compared, _proposal(store.sites_of(source), paired, compared)]
+        layers = {}
+        settings = {"batch_size": config.extract.batch_size, "dtype": config.extract.matmul_dtype}
+        mixed = stats.generator(config.seed + 1).permutation(len(drawn))
+        for name, path in zip(store.models, store.paths):
+            lm, passages = models.load(path), passages_of(store, name, np.sort(drawn))
+            sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
+            x = Runner(lm, **settings).read_at(passages, sites)
+            layers[name] = {site: Geometry.of(layer[mixed]) for site, layer in zip(sites, x)}
+        order = stats.generator(config.seed).permutation(len(drawn))
+        for ends in itertools.combinations(store.models, 2):
+            shuffled = {site: b.reordered(order) for site, b in layers[ends[1]].items()}
+            compared = [
+                {"kind": "layers"}
+                | dict(zip(PAIR, (*ends, str(site_a), str(site_b))))
+                | {"n_rows": len(drawn)}
+                | _beside(a.compared(b), a.compared(shuffled[site_b]))
+                for site_b, b in layers[ends[1]].items()
+                for site_a, a in layers[ends[0]].items()
+            ]
+            paired = [pair for pair in pairs if (pair.source, pair.target) == ends]
+            rows += [*compared, _proposal(store.sites_of(ends[0]), paired, compared)]
     return rows + [_decoder_row(pair, matches, config.seed, work) for pair in pairs]
-
-
-# ---------------------------------------------------------------- all layers
-
-
-def _geometries(config: Config, store: Store, name: str, rows: np.ndarray) -> dict[Site, Geometry]:
-    """The geometry of every layer of a model, its rows in an order drawn by the seed."""
-    lm = models.load(store.paths[store.models.index(name)])
-    sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
-    settings = {"batch_size": config.extract.batch_size, "dtype": config.extract.matmul_dtype}
-    x = Runner(lm, **settings).read_at(passages_of(store, name, rows), sites)
-    order = np.random.Generator(np.random.Philox(key=config.seed + 1)).permutation(len(rows))
-    return {site: Geometry.of(layer[order]) for site, layer in zip(sites, x)}
-
-
-def _layer_rows(config: Config, layers: dict[str, dict[Site, Geometry]]) -> list[dict]:
-    (source, layers_a), (target, layers_b) = layers.items()
-    n = len(next(iter(layers_a.values())).gram)
-    order = np.random.Generator(np.random.Philox(key=config.seed)).permutation(n)
-    rows = []
-    for site_b, b in layers_b.items():
-        shuffled = b.reordered(order)
-        for site_a, a in layers_a.items():
-            pair = DictionaryPair(source, target, site_a, site_b)
-            scores = _beside(a.compared(b), a.compared(shuffled))
-            rows.append({"kind": "layers"} | pair_columns(pair) | {"n_rows": n} | scores)
-    return rows
 
 
 def _beside(scores: dict[str, float], null: dict[str, float]) -> dict[str, float]:
     return {key: value for m in MEASURES for key, value in ((m, scores[m]), (f"{m}_null", null[m]))}
 
 
-def _proposal(sites: Sequence[Site], pairs: list[DictionaryPair], rows: list[dict]) -> dict:
+def _proposal(sites: Sequence[Site], pairs: list[Task], rows: list[dict]) -> dict:
     """The layers of the target that suit these sites of the source best, in their order."""
     cka = {(row["site_source"], row["site_target"]): row["cka"] for row in rows}
     targets = list(dict.fromkeys(site for _, site in cka))
@@ -121,12 +106,7 @@ def monotone_assignment(scores: np.ndarray) -> np.ndarray:
     return np.array(columns[::-1])
 
 
-# ---------------------------------------------------------------- decoder directions
-
-
-def _decoder_row(
-    pair: DictionaryPair, matches: list[dict], seed: int, work: Workdir
-) -> dict[str, Any]:
+def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> dict[str, Any]:
     """How alike the decoder directions of confirmed matches lie in both models."""
     columns = pair_columns(pair)
     confirmed = [m for m in matches if m["confirmed"] and columns.items() <= m.items()]
@@ -134,7 +114,7 @@ def _decoder_row(
     if len(confirmed) <= NEIGHBOURS + 1:  # too few to have neighbours
         empty = dict.fromkeys(MEASURES)
         return row | _beside(empty, empty) | {f"{m}_p": None for m in MEASURES}
-    generator = np.random.Generator(np.random.Philox(key=seed))
+    generator = stats.generator(seed)
     drawn = generator.permutation(len(confirmed))[:LARGEST_MATCHING]
     geometries = []
     for model, site, feature in (

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crossdict_jax import stats
+
 CHUNK = 1024  # predictions compared at once: bounds the similarity matrix to CHUNK x pool
 LARGEST_DEFAULT_POOL = 8192
 
@@ -26,7 +28,7 @@ class Pool:
 def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
     """Returns ``size`` rows of ``target`` [n, width] as candidates; all of them in order if n."""
     n = len(target)
-    generator = np.random.Generator(np.random.Philox(key=seed))
+    generator = stats.generator(seed)
     rows = np.sort(generator.choice(n, size, replace=False)) if size < n else np.arange(n)
     candidates = target[rows] + 0.0  # -0.0 becomes 0.0
     units = unit_rows(candidates)
@@ -53,10 +55,8 @@ def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
     """Returns the rank, from 1, of each query's true target by cosine, int [pool].
 
-    Candidates that tie with the true target stand before it, unless they are the same vector.
-
-    Args:
-      predicted: [n, width]; the rows of ``pool.rows`` are the queries.
+    Queries are rows of predicted [n, width]. Candidates that tie with the true target stand before
+    it, unless they are the same vector.
     """
     queries = unit_rows(predicted[pool.rows])
     size = min(CHUNK, len(queries))

@@ -1,7 +1,4 @@
-"""Scores maps on held-out rows: one way for the maps of a run, for their controls and for studies.
-
-A bench holds the paired rows of one direction and pair of sites; every map is scored on the same.
-"""
+"""Scores maps on held-out rows: one way for those of a run, their controls and studies."""
 
 from __future__ import annotations
 
@@ -15,17 +12,10 @@ from scipy import sparse
 
 from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.config import EvaluationConfig, MapConfig
+from crossdict_jax.config import Config, MapConfig
+from crossdict_jax.evaluation import transfer
 from crossdict_jax.evaluation.codes import Moments, SideCodes
-from crossdict_jax.evaluation.transfer import (
-    HeldOut,
-    Score,
-    TokenMeans,
-    hold_out,
-    measure,
-    normalized,
-    verdict,
-)
+from crossdict_jax.evaluation.transfer import HeldOut, Score, TokenMeans
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.controls import shown
@@ -35,7 +25,6 @@ from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import Workdir
 
 CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
-CORRELATION_EDGES = np.linspace(-1, 1, 41).round(2)
 FREQUENCY_EDGES = np.array([0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1])
 
 
@@ -53,22 +42,17 @@ class Bench:
     batch_size: int  # rows per forward
 
 
-def make_bench(
-    splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: int, codes: SideCodes
-) -> Bench:
-    """Returns a bench of paired rows {"train", "validation", "test": pairs}.
-
-    Args:
-      codes: keeps what is encoded, for benches that share sides.
-    """
+def make_bench(splits: dict[str, Pairs], config: Config, codes: SideCodes) -> Bench:
+    """Returns a bench of paired rows {"train", "validation", "test": pairs}; ``codes`` is kept."""
+    settings = config.evaluation
     train, test = splits["train"], splits["test"]
-    held_out = hold_out(
+    held_out = transfer.hold_out(
         codes(test.target).toarray(),
         train_mean=Moments.of(codes(train.target)).mean,
         documents=test.documents,
         pool=settings.pool,
         bootstrap=settings.bootstrap,
-        seed=seed,
+        seed=config.seed,
     )
     rows = np.flatnonzero(np.isin(train.source.tokens, test.source.tokens))
     if len(rows) > CONTEXT_ROWS:
@@ -98,17 +82,13 @@ def take(pairs: Pairs, rows: np.ndarray | slice) -> Pairs:
 
 
 def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Score:
-    """Returns the score of a map.
-
-    Args:
-      reads: (test, context) pairs that the map reads in place of the bench's own.
-    """
+    """Returns a map's score, on the bench's (test, context) pairs or as it reads others."""
     test, context = reads or (bench.splits["test"], bench.context)
     sums = np.zeros(bench.token_features.shape)
     for rows in slices(len(context)):
         predicted = maps.predict(m, take(context, rows), bench.batch_size)
         sums += bench.by_token[:, rows] @ predicted
-    return measure(
+    return transfer.measure(
         maps.predict(m, test, bench.batch_size),
         bench.held_out,
         l0_source=bench.l0_source,
@@ -121,11 +101,7 @@ def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Sco
 
 
 def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = False) -> Score:
-    """Returns the score of the token map, fitted on the bench's training and validation rows.
-
-    Args:
-      of_target: whether it reads the target's own tokens, which no map knows.
-    """
+    """Returns the score of the source's token table, or of the target's, which no map knows."""
 
     def read(pairs: Pairs) -> Pairs:
         tokens = (pairs.target if of_target else pairs.source).tokens
@@ -134,9 +110,6 @@ def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = Fa
     problem = Problem("token table", *(read(bench.splits[s]) for s in ("train", "validation")))
     (fitted,) = Token.fit([problem], settings)
     return score(fitted.map, bench, (read(bench.splits["test"]), read(bench.context)))
-
-
-# ---------------------------------------------------------------- maps between two sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,85 +126,64 @@ class Scored:
         """Returns what a result row says of a map; ``task`` is the map that the row is named by."""
         value = self.scores[kind]
         row = pair_columns(task) | {"map": kind, "pairing": task.pairing} | value.row()
-        return row | {"verdict": verdict(value, self.token)}
+        return row | {"verdict": transfer.verdict(value, self.token)}
 
     def correlation_rows(self) -> list[dict]:
-        """Returns the rows of features.jsonl: correlations of live features, and by frequency."""
+        """Returns the rows of features.jsonl: correlations of live features by frequency."""
         held_out, rows = self.bench.held_out, []
         frequency = (held_out.target > 0).mean(axis=0)[held_out.live]
         for kind, value in self.scores.items():
-            r = value.correlations[held_out.live]
-            counts, _ = np.histogram(r, CORRELATION_EDGES)
-            bins = []
+            r, bins = value.correlations[held_out.live], []
             for low, high in itertools.pairwise(FREQUENCY_EDGES.tolist()):
                 inside = r[(frequency > low) & (frequency <= high)]
                 mean = float(inside.mean()) if len(inside) else None
                 bins.append({"low": low, "high": high, "n": len(inside), "mean": mean})
-            histogram = {"edges": CORRELATION_EDGES.tolist(), "counts": counts.tolist()}
             row = pair_columns(self.task) | {"map": kind, "pairing": self.task.pairing}
-            row |= {"correlation_histogram": histogram, "correlation_by_frequency": bins}
-            rows.append(row)
+            rows.append(row | {"correlation_by_frequency": bins})
         return rows
 
 
 def score_tasks(
-    tasks: Sequence[Task],
-    splits: dict[str, Pairs],
-    work: Workdir,
-    map_settings: MapConfig,
-    *,
-    settings: EvaluationConfig,
-    seed: int,
-    codes: SideCodes,
+    tasks: Sequence[Task], splits: dict[str, Pairs], work: Workdir, config: Config, codes: SideCodes
 ) -> Scored:
     """Returns the scores of maps, or of controls, between the two sides of ``splits``."""
-    bench, test = make_bench(splits, settings, seed=seed, codes=codes), splits["test"]
+    bench, test = make_bench(splits, config, codes), splits["test"]
     loaded, scores, reads = {}, {}, {}
     for task in tasks:
         m = loaded[task.kind] = maps.load(task.path(work), test.target.dictionary)
         if m.reads not in reads:  # what a control is shown depends on what it reads
             reads[m.reads] = shown(task, test), shown(task, bench.context)
         scores[task.kind] = score(m, bench, reads[m.reads])
-    token_score = scores.get("token") or score_token_table(bench, map_settings)
+    token_score = scores.get("token") or score_token_table(bench, config.map)
     return Scored(tasks[0], bench, loaded, scores, token_score)
 
 
 def score_maps(
-    tasks: Sequence[Task], loader: Loader, map_settings: MapConfig, **settings
+    tasks: Sequence[Task], loader: Loader, config: Config, codes: SideCodes
 ) -> dict[str, Scored]:
     """Returns, by pairing, the scores of every map of one direction and pair of sites.
 
-    Those of aligned pairs hold "token_target", the table of the target's own tokens, as well, which
-    no map knows.
-
-    Args:
-      tasks: all maps of this direction and these sites, aligned and shuffled.
-      settings: as for ``score_tasks``.
+    Those of aligned pairs hold "token_target" too, the table of the target's own tokens.
     """
     scored = {}
     for pairing in dict.fromkeys(task.pairing for task in tasks):
         group = [task for task in tasks if task.pairing == pairing]
         splits = {split: loader.pairs(group[0], split) for split in SPLITS}
-        scored[pairing] = score_tasks(group, splits, loader.work, map_settings, **settings)
-    aligned = scored["aligned"]
-    table = score_token_table(aligned.bench, map_settings, of_target=True)
-    aligned.scores["token_target"] = table
+        scored[pairing] = score_tasks(group, splits, loader.work, config, codes)
+    table = score_token_table(scored["aligned"].bench, config.map, of_target=True)
+    scored["aligned"].scores["token_target"] = table
     return scored
 
 
 def transfer_rows(scored: dict[str, Scored], ceiling: Scored | None = None) -> list[dict]:
-    """Returns the rows of transfer.jsonl.
-
-    Args:
-      ceiling: the maps' scores from the target's own second dictionary, where there are any.
-    """
+    """Returns the rows of transfer.jsonl, placed between shuffled pairs and the ceiling."""
     null, top = (other.scores if other else {} for other in (scored.get("shuffled"), ceiling))
     rows = []
     for pairing, some in scored.items():
         for kind, value in some.scores.items():
             rows.append(some.row(kind, some.task))
             if pairing == "aligned":
-                rows[-1] |= normalized(value, null.get(kind), top.get(kind))
+                rows[-1] |= transfer.normalized(value, null.get(kind), top.get(kind))
     return rows
 
 

@@ -1,8 +1,7 @@
 """How alike two representations of the same rows are: CKA, SVCCA, RSA, mutual nearest neighbours.
 
-All are 1 for a representation against itself. CKA, SVCCA and the neighbours do not change when a
-representation is rotated or scaled, RSA hardly: they cannot tell a copy from a rotated copy, so a
-high score says nothing about single features or directions.
+They do not change (RSA hardly) when a representation is rotated or scaled, so a high score says
+nothing about single features or directions.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ TINY = np.finfo(np.float64).tiny
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the rows of a representation [n, d] lie to each other: all that is compared.
-
-    n x n matrices, so for some thousand rows; comparing two costs n^2 whatever their sizes.
-    """
+    """Where the rows of a representation [n, d] lie to each other: all that is compared, n x n."""
 
     gram: np.ndarray  # float32 [n, n], inner products centred without bias, of norm 1 (or all 0)
     directions: np.ndarray  # float64 [n, r], the leading principal directions
@@ -38,11 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, x: np.ndarray) -> Geometry:
-        """Returns the geometry of x [n, d]; for RSA its rows should be in random order.
-
-        Raises:
-          UserError: too few rows, or numbers that are not finite.
-        """
+        """Returns the geometry of x [n, d], whose order should be random for RSA."""
         x = np.asarray(x, np.float32)
         if x.ndim != 2 or len(x) < LEAST_ROWS:
             raise UserError(
@@ -63,7 +55,15 @@ class Geometry:
         np.fill_diagonal(cosine, -np.inf)  # a row is no neighbour of itself
         near = np.zeros(cosine.shape, bool)
         np.put_along_axis(near, np.argpartition(-cosine, k - 1, axis=1)[:, :k], True, axis=1)
-        return cls(_centred_gram(x), directions(x), ranks, near)
+        n = len(x)  # U-centred, inner products of two Gram matrices are unbiased HSIC (Song et al.)
+        centred = (x - x.mean(axis=0, dtype=np.float64)[None, :]).astype(np.float32)
+        gram = np.asarray(exact_matmul(centred, centred.T), np.float64)
+        np.fill_diagonal(gram, 0)
+        rows = gram.sum(axis=0) / (n - 2)
+        gram += rows.sum() / (n - 1) - rows[:, None] - rows[None, :]
+        np.fill_diagonal(gram, 0)
+        gram = (gram / max(np.linalg.norm(gram), TINY)).astype(np.float32)
+        return cls(gram, directions(x), ranks, near)
 
     def reordered(self, order: np.ndarray) -> Geometry:
         """Returns the geometry of ``x[order]``; the rows that RSA reads stay among themselves."""
@@ -78,14 +78,13 @@ class Geometry:
     def compared(self, other: Geometry) -> dict[str, float]:
         """Returns {measure: number} of two representations of the same rows, as in MEASURES.
 
-        - cka: linear CKA, the normalised HSIC (Kornblith et al. 2019), HSIC the unbiased estimate
-          (Song et al. 2012): independent rows give 0 on average however many columns there are.
+        - cka: linear CKA (Kornblith et al. 2019) of the unbiased HSIC (Song et al. 2012):
+          independent rows give 0 on average however many columns there are.
         - svcca: mean canonical correlation of the fewest principal directions that hold VARIANCE
-          (Raghu et al. 2017), over as many as the smaller side has. It is not corrected for
-          chance: with r_x and r_y directions, independent rows give up to about
-          (sqrt(r_x) + sqrt(r_y)) / sqrt(n), and 1 where r_x + r_y > n. Read it beside its null.
-        - rsa: Spearman correlation of the rows' dissimilarities (Kriegeskorte et al. 2008), 1 minus
-          the Pearson correlation of two rows over columns.
+          (Raghu et al. 2017), over as many as the smaller side has. Not corrected for chance: with
+          r_x and r_y directions, independent rows give up to (sqrt(r_x) + sqrt(r_y)) / sqrt(n).
+        - rsa: Spearman correlation of the rows' dissimilarities, 1 minus the Pearson correlation of
+          two rows over columns (Kriegeskorte et al. 2008).
         - mutual_knn: mean share of a row's nearest rows by cosine in x that are so in y (Huh et
           al. 2024); independent representations share NEIGHBOURS / (n - 1).
         """
@@ -98,18 +97,6 @@ class Geometry:
             "rsa": float(np.vdot(self.ranks, other.ranks)),
             "mutual_knn": float((self.near & other.near).sum() / self.near.sum()),
         }
-
-
-def _centred_gram(x: np.ndarray) -> np.ndarray:
-    """The Gram matrix, U-centred: inner products of two such are unbiased HSIC (Song et al.)."""
-    n = len(x)
-    x = (x - x.mean(axis=0, dtype=np.float64)[None, :]).astype(np.float32)
-    gram = np.asarray(exact_matmul(x, x.T), np.float64)
-    np.fill_diagonal(gram, 0)
-    rows = gram.sum(axis=0) / (n - 2)
-    gram += rows.sum() / (n - 1) - rows[:, None] - rows[None, :]
-    np.fill_diagonal(gram, 0)
-    return (gram / max(np.linalg.norm(gram), TINY)).astype(np.float32)
 
 
 def directions(x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """How well features predicted from model A fit model B's own, on held-out documents.
 
-Every number is defined over the whole split, from sums; none is a mean of per-batch ratios. A
-feature is *active* where it is above zero, and *live* if it is active in some row and varies.
+A feature is *active* where it is above zero, and *live* if it is active in some row and varies.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def transfer_metrics(
     With p and t the rows of ``predicted`` and ``target`` and m the training mean:
 
     - fvu = sum ||t - p||^2 / sum ||t - m||^2 over all rows, r2 = 1 - fvu (variance-weighted). If
-      every target equals m, fvu is 0 for a perfect prediction and 1 (r2 = 0) for any other.
+      every target equals m, fvu is 0 for a perfect prediction and 1 for any other.
     - r2_per_feature_median: the same per feature, median over the n_live live features.
     - cosine, and cosine_mean_predictor, that of m; cosine_centered of p - m and t - m. A zero
       vector has cosine 0, and so has a p that equals m up to float32 rounding.
@@ -103,15 +102,13 @@ def transfer_metrics(
     - l0_source, l0_target, l0_predicted: active features per row; sparsity_similarity: mean
       Jaccard index of the active sets, 1 where both are empty.
     - context_gain = 1 - sum ||(t - T) - (p - P)||^2 / sum ||t - T||^2, with T and P the training
-      means of target and prediction for the row's source token, over the rows whose source token
-      occurs in training. Mean and token tables gain exactly 0.
+      means of target and prediction for the row's source token, where it occurs in training.
 
     The main ones come with _low and _high: 95 % bootstrap percentiles over documents, None with
     fewer than two documents. A number that is undefined is None; r2 is always finite.
 
     Args:
-      predicted: numpy or jax array [n, width].
-      target: [n, width].
+      predicted, target: arrays [n, width].
       train_mean: [width], of the target over the training rows.
       documents: [n], the document of each row; by default every row is its own.
       pool: retrieval candidates; 0 means min(8192, n).
@@ -121,8 +118,7 @@ def transfer_metrics(
       token_means: needed for context_gain.
 
     Raises:
-      UserError: shapes disagree, there is no row, a value is not finite, or the pool is larger
-        than n.
+      UserError: shapes disagree, there is no row, a value is not finite, or the pool is above n.
     """
     documents = np.arange(len(target)) if documents is None else np.asarray(documents)
     settings = {"pool": pool, "bootstrap": bootstrap, "seed": seed}
@@ -202,29 +198,26 @@ def measure(
     return Score(plain, estimates, np.where(live, correlations[0], np.nan), feature_r2)
 
 
-def verdict(score: Score, token: Score | None) -> str:
+def verdict(score: Score, token: Score) -> str:
     """Returns what may be said of a map, from paired bootstrap differences over documents.
 
-    It beats the mean if both its R^2 (the mean's is 0) and its centred cosine are surely above
-    0, and the token baseline if moreover its R^2 is surely above that of the token map.
-
-    Args:
-      token: the token map's score on the same held-out rows and resamples; None if there is none,
-        and then nothing can be said to beat it.
+    It beats the mean if both its R^2 (the mean's is 0) and its centred cosine are surely above 0,
+    and the token baseline if moreover its R^2 is surely above that of the token map.
     """
     r2, centered = score.estimates["r2"], score.estimates["cosine_centered"]
     if not (r2.surely_positive and centered.surely_positive):
         return NO_BETTER
-    if token is not None and (r2 - token.estimates["r2"]).surely_positive:
+    if (r2 - token.estimates["r2"]).surely_positive:
         return BEATS_TOKEN
     return BEATS_MEAN
 
 
-def normalized(score: Score, null: Score | None, ceiling: Score | None) -> dict[str, float | None]:
+def normalized(
+    score: Score | None, null: Score | None, ceiling: Score | None
+) -> dict[str, float | None]:
     """Returns the columns key_normalized = (score - null) / (ceiling - null) of NORMALIZED keys.
 
-    None where the null or the ceiling is missing, or the ceiling is not MARGIN above the null.
-    All three must come from the same resamples.
+    None where one is missing, or the ceiling is not MARGIN above the null.
     """
     columns = {}
     for name in NORMALIZED:
@@ -286,9 +279,9 @@ def _cosine(dot: np.ndarray, length_a, length_b, zero: float = 0.0) -> np.ndarra
 def _feature_values(predicted: np.ndarray, held_out: HeldOut) -> dict[str, np.ndarray]:
     """Sums over rows of each feature, {name: [width]}, and its Pearson correlations.
 
-    "correlations" [1 + count, width] are those of the whole split and of every bootstrap resample:
-    0 for a constant prediction, NaN for a constant target. They come from sums over each document
-    of p, t, p^2, t^2 and p t about the training mean, some features at a time.
+    "correlations" [1 + count, width] are those of the whole split and of every bootstrap resample,
+    by sums over each document about the training mean: 0 for a constant prediction, NaN for a
+    constant target.
     """
     mean, draws = held_out.train_mean, held_out.resamples
     n, width = predicted.shape

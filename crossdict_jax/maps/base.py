@@ -40,28 +40,18 @@ from crossdict_jax.training.checkpoint import load_meta, load_params, save_modul
 
 @dataclass(frozen=True)
 class Side:
-    """One model's half of paired rows.
+    """One model's half of paired rows."""
 
-    Attributes:
-      x: activations [n, d_model], bfloat16 or float32, on the host.
-      tokens: int32 [n], the model's own token that ends at the position.
-      dictionary: the sparse dictionary of this model at this site.
-      model, layer: what was read.
-      token_bytes: gives the bytes of each token id; None where all sides have one vocabulary.
-      reordered_from: the side that holds the same rows in another order, if there is one.
-      order: int [n], the index in that side of each row.
-      keys: int [n, 2], (document, byte end) of each row, which ``Pairs`` compares; or None.
-    """
-
-    x: np.ndarray
-    tokens: np.ndarray
-    dictionary: Dictionary
+    x: np.ndarray  # activations [n, d_model], bfloat16 or float32, on the host
+    tokens: np.ndarray  # int32 [n], the model's own token that ends at the position
+    dictionary: Dictionary  # of this model at this site
     model: str = ""
     layer: int = 0
+    # Gives the bytes of each token id; None where all sides have one vocabulary.
     token_bytes: Callable[[], Sequence[bytes]] | None = None
-    reordered_from: Side | None = None
-    order: np.ndarray | None = None
-    keys: np.ndarray | None = None
+    reordered_from: Side | None = None  # the side that holds the same rows in another order
+    order: np.ndarray | None = None  # int [n], the index in that side of each row
+    keys: np.ndarray | None = None  # int [n, 2], (document, byte end), which ``Pairs`` compares
 
     def activations(self, rows: np.ndarray | slice) -> np.ndarray:
         """Returns the activations float32 [m, d_model] of some rows."""
@@ -120,15 +110,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of A (source) and B (target); row i of both is one text position, unless shuffled.
-
-    Attributes:
-      documents: int32 [n], the document of the source row.
-    """
+    """Rows of A (source) and B (target); row i of both is one text position, unless shuffled."""
 
     source: Side
     target: Side
-    documents: np.ndarray
+    documents: np.ndarray  # int32 [n], the document of the source row
 
     def __post_init__(self):
         a, b = self.source, self.target
@@ -307,14 +293,13 @@ def _parameters(value: Any) -> nnx.Dict | nnx.Param:
 
 
 class ActivationMap(Map):
-    """A map that predicts x_B from x_A and encodes it with B's dictionary."""
+    """A map whose ``activation(inputs, tokens=None)`` predicts x_B [batch, d_b] of x_A.
+
+    B's dictionary encodes what it predicts.
+    """
 
     reads = "activations"
     predicts_activation = True
-
-    def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        """Returns B's activations [batch, d_b] of A's [batch, d_a]."""
-        raise NotImplementedError
 
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         return self.dictionary.encode(self.activation(inputs, tokens=tokens))

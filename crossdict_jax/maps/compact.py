@@ -1,7 +1,5 @@
 """Features of all rows, encoded once and kept as what is active in each."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 
@@ -13,16 +11,10 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Compact:
-    """The active features of rows, in equally many slots of each: rows can be taken out of it.
+    """The active features of rows, in equally many slots of each: rows can be taken out of it."""
 
-    Attributes:
-      values: float32 [batch, slots], never negative; 0 says that a slot is not used.
-      features: int32 [batch, slots], which feature; none twice in a row among the used.
-      width: how many features there are (static).
-    """
-
-    values: jax.Array
-    features: jax.Array
+    values: jax.Array  # float32 [batch, slots], never negative; 0 says that a slot is not used
+    features: jax.Array  # int32 [batch, slots]; none twice in a row among the used
     width: int = dataclasses.field(metadata={"static": True})
 
     def dense(self) -> jax.Array:

@@ -1,7 +1,5 @@
 """Controls of maps: from a second dictionary of B, into a re-initialised B, from another seed."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a model's features are without any paired row: directions, statistics, tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,19 +21,12 @@ Weights = tuple[np.ndarray, np.ndarray]  # U [width_a, rank], V [width_b, rank]:
 
 @dataclass(frozen=True)
 class Profile:
-    """How one dictionary's features respond to what the model has just read.
+    """How one dictionary's features respond to what the model has just read."""
 
-    Attributes:
-      names: what each token stands for, the same in every model: its bytes.
-      counts: [tokens], rows that end in it.
-      means: [tokens, width], mean features of these rows, less the mean of all rows.
-      covariance: [width, width], of the features over all rows.
-    """
-
-    names: tuple[Hashable, ...]
-    counts: np.ndarray
-    means: np.ndarray
-    covariance: np.ndarray
+    names: tuple[Hashable, ...]  # what each token stands for, the same in every model: its bytes
+    counts: np.ndarray  # [tokens], rows that end in it
+    means: np.ndarray  # [tokens, width], mean features of these rows, less the mean of all rows
+    covariance: np.ndarray  # [width, width], of the features over all rows
 
 
 @dataclass(frozen=True)
@@ -44,14 +35,10 @@ class Description:
 
     Everything is of this model alone. Means, rates and scales are of all training rows; the
     profile is of every second document, of the others in the other role: it shares no text.
-
-    Attributes:
-      side: the rows in their own order.
-      rows: the numbers of those that the profile is taken from.
     """
 
-    side: Side
-    rows: np.ndarray
+    side: Side  # the rows in their own order
+    rows: np.ndarray  # the numbers of those that the profile is taken from
 
     @cached_property
     def mean(self) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Trains the network maps of all problems together: those of equal shapes in one compiled step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax

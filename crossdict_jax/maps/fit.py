@@ -1,7 +1,5 @@
 """The stage that fits every map: both directions, every layer pair, aligned and shuffled."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -225,9 +223,9 @@ def fit_tasks(
             problems = [loader.problem(task) for task in batch]
             if map_class(kind).through_joint:
                 problems = with_codes(problems, batch, config, loader.store, work, directory)
-            how = {"seed": config.seed, "directory": directory, "records": config.records}
-            how["checkpoint_every"] = config.checkpoint_every
-            fitted = map_class(kind).fit(problems, config.map, **how)
+            options = {"seed": config.seed, "directory": directory, "records": config.records}
+            options["checkpoint_every"] = config.checkpoint_every
+            fitted = map_class(kind).fit(problems, config.map, **options)
             for task, result in zip(batch, fitted):
                 if task in unfinished:
                     target = loader.target_dictionary(task)

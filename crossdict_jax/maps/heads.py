@@ -4,8 +4,6 @@ An estimate z [batch, width] is of the mean of each feature given A's side. The 
 on what comes before the selection, ``rectified(z)``.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -4,8 +4,6 @@ Each is a mean, so that its weight means the same at any batch size and width, a
 where the prediction equals the target.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -34,19 +34,12 @@ def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Products:
-    """Sums over ``n`` paired rows of products of what each side differs from its baseline by.
-
-    Attributes:
-      n: rows.
-      aa: sum a a', float64 [d_a, d_a].
-      ab: sum a b', [d_a, d_b].
-      bb: sum |b|^2.
-    """
+    """Sums over ``n`` paired rows of products of what each side differs from its baseline by."""
 
     n: int
-    aa: np.ndarray
-    ab: np.ndarray
-    bb: float
+    aa: np.ndarray  # sum a a', float64 [d_a, d_a]
+    ab: np.ndarray  # sum a b', float64 [d_a, d_b]
+    bb: float  # sum |b|^2
 
     def error(self, W: np.ndarray) -> float:
         """Returns the mean over rows and dimensions of (b - a W)^2."""
@@ -173,19 +166,12 @@ PSEUDOCOUNTS = (0.0, 1.0, 4.0, 16.0)
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums of rows [n, size] by token, in float64.
+    """Sums of rows [n, size] by token, in float64."""
 
-    Attributes:
-      ids: int32 [seen], ascending.
-      counts: [seen], rows of each token.
-      sums: [seen, size].
-      square: sum of |row|^2 over all rows.
-    """
-
-    ids: np.ndarray
-    counts: np.ndarray
-    sums: np.ndarray
-    square: float
+    ids: np.ndarray  # int32 [seen], ascending
+    counts: np.ndarray  # [seen], rows of each token
+    sums: np.ndarray  # [seen, size]
+    square: float  # sum of |row|^2 over all rows
 
     @property
     def mean(self) -> np.ndarray:

@@ -1,7 +1,5 @@
 """The network of the trained maps, and what is measured, not trained, beside it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -25,8 +23,9 @@ class NetworkMap(Map):
     """``f_B = head(base_b + scale_b * network((f_A - base_a) / scale_a))``.
 
     The network is ``h -> linear -> LN -> ReLU -> dropout``, twice, then linear. It sees and gives
-    standard units. Baselines and scales are measured on the training rows, not trained; what the
-    baselines are is what a subclass says. It starts at base_b.
+    standard units. Baselines and scales are measured on the training rows, not trained; a subclass
+    measures them, and its ``baselines(tokens, batch)`` gives what f_A and f_B are taken to differ
+    from, [batch or 1, width] each. It starts at base_b.
 
     Trained are ``network`` and, of a jumprelu head, ``threshold`` [width], in standard units, so
     that one rate of learning suits all features: the loss of firing rates alone trains it, because
@@ -46,10 +45,6 @@ class NetworkMap(Map):
     def alike(cls, measured: list[modules.Params]) -> list[modules.Params]:
         """Returns the same baselines in arrays of equal shapes, for one compiled step."""
         return measured
-
-    def baselines(self, tokens: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
-        """Returns what f_A and f_B are taken to differ from, [batch or 1, width] each."""
-        raise NotImplementedError
 
     def estimate(
         self,

@@ -113,16 +113,12 @@ def check_site(config: ModelConfig, site: Site, name: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Past:
-    """What attention keeps of tokens that were read before.
+    """What attention keeps of tokens that were read before."""
 
-    Attributes:
-      layers: {layer: (keys, values)}, each float32 [batch, capacity, heads, d_head]; a layer that
-        is absent looks back on nothing.
-      length: int32 [batch], how many of them count.
-    """
-
+    # {layer: (keys, values)}, each float32 [batch, capacity, heads, d_head]; a layer that is
+    # absent looks back on nothing.
     layers: dict[int, tuple[jax.Array, jax.Array]]
-    length: jax.Array
+    length: jax.Array  # int32 [batch], how many of them count
 
 
 @dataclass

@@ -28,25 +28,15 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class Passages:
-    """Texts that a model reads, and the positions in them at which it is read or edited.
+    """Texts that a model reads, and the positions in them at which it is read or edited."""
 
-    Attributes:
-      tokens: per text int32 [length], with the BOS in front where the model wants one.
-      window: int [n], index into ``tokens``.
-      position: int [n], index into the text's tokens.
-      first: int [n], where an edit up to the position begins; without it the position alone.
-      end: int [n], the last token of the continuation that is scored, ``position`` for none.
-      rows: int64 [n], row numbers of the store that the positions come from, if any.
-      document: int [n].
-    """
-
-    tokens: Sequence[np.ndarray]
-    window: np.ndarray
-    position: np.ndarray
-    first: np.ndarray | None = None
-    end: np.ndarray | None = None
-    rows: np.ndarray | None = None
-    document: np.ndarray | None = None
+    tokens: Sequence[np.ndarray]  # per text int32 [length], with a BOS where the model wants one
+    window: np.ndarray  # int [n], index into ``tokens``
+    position: np.ndarray  # int [n], index into the text's tokens
+    first: np.ndarray | None = None  # int [n], where an edit begins; None: at the position
+    end: np.ndarray | None = None  # int [n], last token of the continuation; ``position`` for none
+    rows: np.ndarray | None = None  # int64 [n], row numbers of the store, if they come from one
+    document: np.ndarray | None = None  # int [n]
 
     @property
     def scored(self) -> np.ndarray:
@@ -92,15 +82,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to the prediction of the token after each scored position.
+    """What an edit does to the prediction of the token after each scored position, in nats."""
 
-    Attributes:
-      ce: float64 [scored], cross-entropy in nats.
-      kl: float64 [scored], KL(clean || edited) in nats.
-    """
-
-    ce: np.ndarray
-    kl: np.ndarray
+    ce: np.ndarray  # float64 [scored], cross-entropy
+    kl: np.ndarray  # float64 [scored], KL(clean || edited)
 
 
 class Chunk(NamedTuple):
@@ -125,21 +110,13 @@ class Held(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Texts to be continued, as arrays with a row for each.
+    """Texts to be continued, as arrays with a row for each."""
 
-    Attributes:
-      tokens: int32 [n, longest], the prompts, filled up on the right with anything.
-      length: int32 [n], tokens of each prompt, 1 or more.
-      vector: float32 [n, d_model], added wherever a new token is predicted: from the prompt's last
-        token on.
-      prompt, sample: int32 [n], which random numbers are drawn: those of equal ones are equal.
-    """
-
-    tokens: np.ndarray
-    length: np.ndarray
-    vector: np.ndarray
-    prompt: np.ndarray
-    sample: np.ndarray
+    tokens: np.ndarray  # int32 [n, longest], the prompts, filled up on the right with anything
+    length: np.ndarray  # int32 [n], tokens of each prompt, 1 or more
+    vector: np.ndarray  # float32 [n, d_model], added from the prompt's last token on
+    prompt: np.ndarray  # int32 [n]; equal prompts and samples draw equal random numbers
+    sample: np.ndarray  # int32 [n]
 
 
 class Runner:

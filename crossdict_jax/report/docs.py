@@ -1,9 +1,8 @@
 """The generated parts of README.md and of the pages in docs/: no number in them is typed by hand.
 
-A page marks what is generated: what stands between ``<!-- generated: NAME -->`` and
-``<!-- end -->`` is written anew. Beside the run, the results of ``launch.verify`` and
-``launch.benchmark`` are looked for in the folders ``verify`` and ``benchmark`` next to it; a block
-whose numbers are not there stays as it is.
+What stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is written anew. Results of
+``launch.verify`` and ``launch.benchmark`` are looked for in ``verify`` and ``benchmark`` beside the
+run; a block whose numbers are not there stays as it is.
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
-    """Writes docs/results.md, the chart and every generated block; returns the paths.
-
-    Args:
-      config: the settings of the run.
-      work: a finished run.
-      root: the folder of the project.
+    """Writes docs/results.md, the chart and every generated block from a run; returns the paths.
 
     Raises:
       UserError: a file of the run is missing or damaged.

@@ -18,11 +18,8 @@ STYLE = Path(__file__).with_name("style.css")
 def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, str]] = ()) -> Path:
     """Writes ``report/index.html``, complete in itself, and returns its path.
 
-    Args:
-      config: the settings of the run.
-      work: its directory; needs results/{pairing.json, reconstruction.jsonl, transfer.jsonl},
-        shows what else is there.
-      sections: (title, html) of what others have to say of the run: its studies.
+    Needs results/{pairing.json, reconstruction.jsonl, transfer.jsonl} and shows what else is there.
+    ``sections`` are (title, html) of the studies.
 
     Raises:
       UserError: a needed file is missing (the stage to run is named) or any file is damaged.

@@ -64,12 +64,10 @@ class Figure:
 def draw(
     paint: Callable, words: str, *, width: float = 3.4, height: float = 2.0, legend: int = 0
 ) -> Figure:
-    """Returns what ``paint(axes)`` draws.
+    """Returns what ``paint(axes)`` draws, ``width`` and ``height`` in inches.
 
-    Args:
-      words: what the drawing says; it also keeps ids inside it apart from those of others.
-      width, height: in inches, without the legend.
-      legend: columns of a legend below the axes; 0 for none.
+    ``words`` say what the drawing says, and keep ids inside it apart from those of others. A legend
+    of ``legend`` columns stands below the axes; 0 for none.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
@@ -136,7 +134,6 @@ def line_figure(
 
     Args:
       lines: name -> (x values, y values, what ``plot`` takes besides).
-      x, y: names of the axes.
       log: which of the axes are logarithmic: "x", "y", "xy" or "".
       levels: name -> y value of a level line.
       bottom: what lies below it is cut off.
@@ -181,10 +178,9 @@ def score_figure(
 ) -> Figure:
     """Returns scores with their intervals, one below the other, and their nulls as crosses.
 
-    Args:
-      scores: name -> (the row that holds the score, its interval and ``shuffled.KEY``; colour).
-      limits: of the x axis; a score below it is written at its edge.
-      references: name -> score of a vertical line, its name above it.
+    ``scores`` is name -> (the row that holds the score, its interval and ``shuffled.KEY``; colour);
+    a score below the ``limits`` of the x axis is written at its edge. ``references`` are vertical
+    lines.
     """
     low = limits[0]
 

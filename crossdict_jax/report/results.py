@@ -89,11 +89,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything the stages of a run have written.
-
-    Attributes:
-      rows: name of a result file without its ending -> its rows, none where it is not there.
-    """
+    """Everything the stages of a run have written; ``rows`` by file name without its ending."""
 
     pairing: dict
     timing: dict
@@ -119,8 +115,7 @@ def read_run(work: Workdir) -> Run:
     """Returns the results in a work directory.
 
     Raises:
-      UserError: a file that every report needs is missing (the stage to run is named), or any
-        file is damaged.
+      UserError: a file that every report needs is missing (its stage is named), or one is damaged.
     """
     for name, stage in WRITTEN_BY.items():
         if not work.result(name).exists():

@@ -1,8 +1,7 @@
 """Questions asked of a finished run; nothing below knows them.
 
-A study is a folder here, and no list holds its name. Its package describes its result files
-(``TABLE``) and gives ``TITLE`` and ``section(rows) -> html`` for the report; its
-``measure.run(config, work)`` measures, writes the file and prints a table.
+A study is a folder here: it describes its result file (``TABLE``), gives ``TITLE`` and
+``section(rows) -> html`` for the report, and its ``measure.run(config, work)`` writes and prints.
 """
 
 from __future__ import annotations
@@ -15,11 +14,7 @@ from crossdict_jax.workdir import Workdir
 
 
 def sections(work: Workdir) -> list[tuple[str, str]]:
-    """Returns (title, html) of every study that has results in a run, for the report's page.
-
-    Raises:
-      UserError: a result file is damaged.
-    """
+    """Returns (title, html) of every study that has results in a run, for the report's page."""
     shown = []
     for module in pkgutil.iter_modules(__path__):
         study = importlib.import_module(f"{__name__}.{module.name}")

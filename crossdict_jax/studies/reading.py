@@ -14,19 +14,12 @@ from crossdict_jax.models.run import Passages
 
 @dataclass(frozen=True)
 class Reading:
-    """Texts that every model can read; a row is a paired position, the same in all models.
+    """Texts that every model can read; a row is a paired position, the same in all models."""
 
-    Attributes:
-      kept: int [texts], which of the texts that were asked for these are.
-      passages: {model: the texts in its tokens}, rows by text, with the spans that end at them.
-      too_long, not_rebuilt: texts left out: longer than a context, or with characters that a
-        tokenizer changes.
-    """
-
-    kept: np.ndarray
-    passages: Mapping[str, Passages]
-    too_long: int = 0
-    not_rebuilt: int = 0
+    kept: np.ndarray  # int [texts], which of the texts that were asked for these are
+    passages: Mapping[str, Passages]  # by model, rows by text, with the spans that end at them
+    too_long: int = 0  # texts left out: longer than a context
+    not_rebuilt: int = 0  # left out: with characters that a tokenizer changes
 
     @property
     def text(self) -> np.ndarray:
@@ -48,11 +41,7 @@ class Reading:
 
 
 def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Reading:
-    """Returns what all models of a run read of texts.
-
-    Args:
-      group: so many neighbouring texts are kept or left out, and counted, together.
-    """
+    """Returns what all models read; ``group`` neighbours are kept or left out together."""
     cut = {model: pairing.byte_ends_batch(texts, t) for model, t in run.tokenizers.items()}
     bos = {model: run.store.has_bos(model) for model in cut}
     front = {model: [] if token is None else [token] for model, token in bos.items()}

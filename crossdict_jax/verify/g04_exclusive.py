@@ -52,9 +52,8 @@ def score_owners(joint: Crosscoder, test: Views) -> dict[str, float]:
     """Returns precision and recall of shared latents and of exclusive ones, on held-out rows.
 
     A latent stands for the planted feature with which it correlates most, if that is SAME or more.
-    Precision: of the live latents that ``takes_part`` calls shared (exclusive to a view), those
-    that stand for a feature which is; none called so: 0. Recall: of the shared (exclusive)
-    features, those whose most correlated latent is called so.
+    Precision is of the live latents that ``takes_part`` calls shared (exclusive to a view), recall
+    of the features that are.
     """
     codes = np.asarray(joint.encode(test.x), np.float64)
     live = codes.std(axis=0) > 0

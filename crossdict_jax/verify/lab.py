@@ -123,12 +123,9 @@ def transfer_rows(
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
     loader = Loader(store, work, config.seed)
     fit_tasks(tasks, config, loader, work, directory=work.maps / "training")
-    settings = {"settings": config.evaluation, "seed": config.seed, "codes": SideCodes()}
-    rows = []
+    rows, codes = [], SideCodes()
     for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-        rows += scoring.transfer_rows(
-            scoring.score_maps(list(group), loader, config.map, **settings)
-        )
+        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader, config, codes))
     return rows
 
 

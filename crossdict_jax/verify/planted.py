@@ -2,15 +2,7 @@
 
 A row is a text position. Its *codes* say which of ``features`` true features are active and how
 strongly; view m shows ``x_m = codes @ directions_m + noise``, in fewer dimensions than there are
-features. Each feature is shared by all views or exclusive to one. Everything that methods of this
-field claim to find (directions, partners across views, exclusivity, what lies beyond the current
-token) can therefore be scored against what was planted.
-
-    planted = views(PlantedConfig(), seed=0)
-    planted.x[0], planted.x[1]            # [rows, 24], [rows, 32]
-    planted.codes, planted.truth.shared   # [rows, 64], bool [64]
-
-``streams`` plants the same in a text that every view cuts into tokens of its own.
+features. ``streams`` plants the same in a text that every view cuts into tokens of its own.
 """
 
 from __future__ import annotations
@@ -224,11 +216,10 @@ def _show(config: PlantedConfig, codes: np.ndarray, directions: np.ndarray, rng)
 def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
     """Returns planted rows where the tokens of all views end together in a text, as it is paired.
 
-    Each view cuts the words of the text into tokens by a table of its own; ends of words are
-    common, ends within words partly. Every token has two bytes or more, and the features of the
-    token are functions of the last two bytes: whatever view reads them, its current token
-    determines them, and its context does not matter. All other features are drawn anew at every
-    byte: no token determines them.
+    Each view cuts the words of the text into tokens of two bytes or more by a table of its own;
+    ends of words are common, ends within words partly. Features of the token are functions of the
+    last two bytes, so the current token of any view determines them; all others are drawn anew at
+    every byte.
 
     Args:
       config: ``rows`` follow from the text; ``documents`` is their number.
@@ -298,11 +289,7 @@ def _tokenize(words: list[np.ndarray], lexicon: list[bytes], table: list[np.ndar
 def best_cosines(decoder: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (cosine [features], row [features]) of the decoder row nearest to each direction.
 
-    A direction of length zero, a feature that the view does not see, gives NaN and -1.
-
-    Args:
-      decoder: [width, d].
-      directions: [features, d].
+    ``decoder`` is [width, d], ``directions`` [features, d]; one of length zero gives NaN and -1.
     """
     unit = [
         rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)

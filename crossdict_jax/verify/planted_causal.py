@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.causal.directions import feature_directions, mapped_directions
+from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import MATCH, Directions, Experiment, ModelAtSite
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.maps.base import Map, Side
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import LanguageModel, Site
@@ -100,12 +101,11 @@ class Planted:
             features=features,
             tested=tested,
             strength=f_a,
-            directions=feature_directions(self.dictionaries[0], features),
+            directions=decoder_rows(self.dictionaries[0], features),
             mapped={
                 "ridge": Directions(vectors),
-                MATCH: Directions(feature_directions(self.dictionaries[1], features), f_b),
+                MATCH: Directions(decoder_rows(self.dictionaries[1], features), f_b),
             },
-            mean=target.x.mean(0),
             translation=self.translation,
         )
 
@@ -150,11 +150,9 @@ def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
 
 
 def write_features(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, pushing: int) -> None:
-    """Lets word i write direction i of V [FEATURES, d_model], and the first ones push their words.
+    """Lets word i, ``number[i]`` in the model, write direction i of V [FEATURES, d_model].
 
-    Args:
-      number: int [WORDS], what the model calls each word.
-      pushing: how many directions raise the logit of their target.
+    The first ``pushing`` directions raise the logit of their target.
     """
     triggers, targets = number[:FEATURES], number[FEATURES : FEATURES + pushing]
     lm.W_E[...] = lm.W_E[...].at[jnp.asarray(triggers)].add(TRIGGER * V)

@@ -28,15 +28,10 @@ SETTINGS = SAEConfig(width=64, k=4, steps=2000, batch_size=256, seeds=3)
 def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
     """Writes pareto.jsonl: a row per dictionary of every architecture's curve; returns the rows.
 
-    Columns are those of ``studies.pareto.measure.curves``, and
-
-    - data: "planted", or "activations" of the run's first model at its middle site;
-    - planted: active features a row that were planted; null for activations;
-    - cosine: mean over planted features of the cosine to the decoder row most like it; null for
-      activations, whose features nobody knows.
-
-    Dictionaries are kept in WORKDIR/pareto, so that nothing is trained twice. On activations they
-    have the run's settings but for the architecture and what decides L0. Seconds go to timing.json.
+    Columns are those of ``studies.pareto.measure.curves`` and, of planted features, the active ones
+    a row (``planted``) and the mean cosine to the decoder row most like each. On activations of the
+    first model at its middle site dictionaries have the run's settings but for the architecture and
+    what decides L0. Dictionaries are kept in WORKDIR/pareto.
 
     Raises:
       UserError: the store is missing, or a setting asks for what cannot be.
@@ -57,11 +52,7 @@ def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
 
 
 def recovery(config: Config, work: Workdir) -> list[dict[str, Any]]:
-    """Returns the rows of ``measure_pareto`` on planted features.
-
-    Args:
-      work: keeps the planted rows and the dictionaries.
-    """
+    """Returns ``measure_pareto``'s rows of planted features; ``work`` keeps the dictionaries."""
     planted = views(PLANTED, seed=config.seed)
     if not work.activations.exists():
         part = work.root / "activations.part"

@@ -22,9 +22,9 @@ SMALL = 64  # features of the dictionary whose compilation is not counted
 def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     """Yields a row per architecture and width, each trained for two steps in a fresh process.
 
-    ``predicted`` is what a training prints at its start. ``memory`` is beyond what the process held
-    after training a small dictionary, without what compiling the large one left behind: on a CPU
-    JAX and its compiler live in the same memory. ``ratio`` is of it to ``predicted``.
+    ``predicted`` is what a training prints at its start; ``memory`` is beyond what the process held
+    after training a small dictionary and compiling the large one. ``ratio`` is of it to
+    ``predicted``.
     """
     d_model, batch_size, widths = SIZES[bench.suite]
     workloads.made_up_store(bench.folder, batch_size, d_model, seed=bench.seed)

@@ -1,7 +1,5 @@
 """Through a joint dictionary: a code that all models share, computed from A alone."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

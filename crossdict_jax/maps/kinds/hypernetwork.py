@@ -1,7 +1,5 @@
 """A network that writes the weights of a map from descriptions of both dictionaries."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reduced-rank ridge regression on activations: how many directions do the models share?"""
 
-from __future__ import annotations
-
 import numpy as np
 
 from crossdict_jax.config import MapConfig

@@ -1,7 +1,5 @@
 """The training mean of B's features, whatever A says: what every map must beat."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

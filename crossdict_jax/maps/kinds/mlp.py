@@ -1,7 +1,5 @@
 """A three-layer network on features, trained by gradient steps; users call it the hypernetwork."""
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 

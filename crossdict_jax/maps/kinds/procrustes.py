@@ -1,7 +1,5 @@
 """Orthogonal Procrustes on activations: B's stream as A's, only rotated, moved and scaled."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from crossdict_jax.config import MapConfig

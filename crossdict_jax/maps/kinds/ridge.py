@@ -1,7 +1,5 @@
 """Ridge regression of B's activations on A's, in closed form."""
 
-from __future__ import annotations
-
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import AffineMap, Problem
 

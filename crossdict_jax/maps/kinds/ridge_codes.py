@@ -1,7 +1,5 @@
 """Ridge regression of B's features on A's, in closed form: the linear map that reads codes."""
 
-from __future__ import annotations
-
 import jax
 
 from crossdict_jax.config import MapConfig

@@ -1,7 +1,5 @@
 """The mean of B's features after the source's token: what token identity alone says."""
 
-from __future__ import annotations
-
 import jax
 
 from crossdict_jax.config import MapConfig

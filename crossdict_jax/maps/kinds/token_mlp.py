@@ -1,7 +1,5 @@
 """The token's mean, and a network on what it leaves: the trained rival of token_ridge."""
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 

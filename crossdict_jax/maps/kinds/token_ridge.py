@@ -1,7 +1,5 @@
 """The token's mean, and ridge on what it leaves: the strongest linear map."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax

@@ -18,17 +18,11 @@ LEVEL = 0.05  # of the share of controls that may do as much
 
 @dataclass(frozen=True)
 class Cut:
-    """Directions that are taken out of a model together, and others for controls.
+    """Directions that are taken out of a model together, and others for controls."""
 
-    Attributes:
-      strength: float32 [texts, seq, all], how strongly each is there.
-      vectors: float32 [all, d_model], what one unit of each adds.
-      n: how many of them are taken out, the first; the others only serve controls.
-    """
-
-    strength: np.ndarray
-    vectors: np.ndarray
-    n: int
+    strength: np.ndarray  # float32 [texts, seq, all], how strongly each is there
+    vectors: np.ndarray  # float32 [all, d_model], what one unit of each adds
+    n: int  # how many are taken out, the first; the others only serve controls
 
     @cached_property
     def overlaps(self) -> np.ndarray:
@@ -48,13 +42,12 @@ def measure(reader: Reader, site: Site, cut: Cut, config: Config) -> tuple[np.nd
     Controls put other directions in place of each vector, at its norm and its strength: random
     ones ("random"), and those of other features ("shuffled"); or take out as many other features
     where they fire themselves, scaled to an edit of equal norm ("others"). p is the share of
-    controls, the cut among them, that cost as much. A cut is specific ("moves") where it costs
-    more than the mean of every family, the 95 % intervals over pairs lying above 0, and than 95 %
-    of their members. A family without members says nothing, and leaves no verdict.
+    controls, the cut among them, that cost as much. A cut is specific ("moves") where it surely
+    costs more than the mean of every family, and than 95 % of their members.
     """
     clean, seed = reader.preference, config.seed
     draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=seed)
-    generator = np.random.Generator(np.random.Philox(key=seed))
+    generator = stats.generator(seed)
     families = draw_controls(cut, config.contrast.controls, generator)
     itself = np.zeros((1, *cut.vectors.shape), np.float32)
     itself[0, : cut.n] = cut.vectors[: cut.n]
@@ -71,11 +64,11 @@ def measure(reader: Reader, site: Site, cut: Cut, config: Config) -> tuple[np.nd
     }
     specific = []
     for family, null in zip(families, nulls):
-        lead = draws.mean(drop - null.mean(0)) if len(null) else None
-        p = (1 + int((null.mean(1) >= drop.mean()).sum())) / (1 + len(null))
-        row[f"effect_{family}"] = float(null.mean()) if len(null) else None
-        row |= columns(f"specific_{family}", lead)
-        row[f"p_{family}"] = p if len(null) else None
+        lead = mean = p = None
+        if len(null):
+            lead, mean = draws.mean(drop - null.mean(0)), float(null.mean())
+            p = (1 + int((null.mean(1) >= drop.mean()).sum())) / (1 + len(null))
+        row |= {f"effect_{family}": mean, f"p_{family}": p} | columns(f"specific_{family}", lead)
         specific.append(lead and lead.surely_positive and p <= LEVEL)
     return drop, row | {"moves": None if None in specific else all(specific)}
 

@@ -1,7 +1,6 @@
 """The study of contrast sets: which features a preference rests on, in both models.
 
-Pairs are split in two. Features are chosen by attribution on the train half; everything that is
-ablated is ablated on the test half.
+Features are chosen by attribution on one half of the pairs, and ablated on the other.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from crossdict_jax.causal.directions import MapGroup, map_groups, strengths
 from crossdict_jax.causal.effects import MATCH
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, refuse_transcoders
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.report.tables import show
@@ -37,26 +37,23 @@ FILE = "contrast.jsonl"
 OWN = "own"  # B's own features of largest attribution: the most that a mapped direction can do
 LEAST_PAIRS = 4  # that all models can read: two for each half
 OTHERS = 32  # features at most that lend their directions to controls
-EDGES = 4  # top features of each layer that are traced back to the layer before
 
 
 def run(config: Config, work: Workdir) -> None:
     """Writes contrast.jsonl, what models prefer and on which features it rests, and prints it.
 
     Raises:
-      UserError: a file of pairs is missing or not understood; no set has pairs that all models can
-        read; the run holds transcoders, whose features are written elsewhere than where they are
-        read; a file of the run is missing or damaged.
+      UserError: pairs are missing or not understood, or too few of them can be read by all models;
+        the run holds transcoders; a file of the run is missing or damaged.
     """
     refuse_transcoders(config, "A contrast set")
     settings = config.contrast
     sets = read_sets(settings.source)
-    store = open_store(work.activations)
-    finished = FinishedRun(config, work, store)
+    finished = FinishedRun(config, work, open_store(work.activations))
     question = dataclasses.asdict(dataclasses.replace(settings, source=()))
-    question = [question, *map(dataclasses.asdict, sets)]
-    groups = map_groups(config, store, layers="all", kinds=settings.maps)
-    inputs = finished.inputs([task for group in groups for task in group.tasks], question)
+    groups = map_groups(config, finished.store, layers="all", kinds=settings.maps)
+    tasks = [task for group in groups for task in group.tasks]
+    inputs = finished.inputs(tasks, [question, *map(dataclasses.asdict, sets)])
     stage = Stage(work, "contrast", files=(FILE,), inputs=inputs)
     if not stage.finished:
         studies = [Halves(finished, pairs) for pairs in sets]
@@ -68,8 +65,7 @@ def run(config: Config, work: Workdir) -> None:
             )
         parts = (_measure(s, stage) for s in progress_bar(studies, desc="contrast", unit="set"))
         rows = [row for of_set in parts for row in of_set]
-        pairs = sum(row["n_pairs"] for row in rows if row["what"] == "preference")
-        stage.finish({FILE: rows}, pairs=pairs)
+        stage.finish({FILE: rows}, pairs=sum(study.n_pairs for study in studies))
     for _, of_set in itertools.groupby(results.read(work, FILE), key=itemgetter("set")):
         show(tables(list(of_set)))
 
@@ -79,21 +75,20 @@ class Halves:
 
     def __init__(self, run: FinishedRun, pairs: ContrastSet):
         self.run, self.pairs, self.seed = run, pairs, run.config.seed
-        self.reading, self.nested = read_pairs(run, pairs)
+        self.reading, nested = read_pairs(run, pairs)
         readable = len(self.reading.kept) // 2
         self.n_pairs = min(readable, run.config.contrast.pairs)
-        drawn = np.random.Generator(np.random.Philox(key=self.seed)).permutation(readable)
+        drawn = stats.generator(self.seed).permutation(readable)
         drawn = drawn[: self.n_pairs]
         self.half = {"train": drawn[: len(drawn) // 2], "test": drawn[len(drawn) // 2 :]}
         self.reader = cache(self._reader)
-        if self.n_pairs < LEAST_PAIRS:
-            print(
-                f"{pairs.name} is left out: of {len(pairs)} pairs every model can read {readable} "
-                f"({self.reading.too_long} longer than a context, {self.reading.not_rebuilt} with "
-                f"characters that a tokenizer changes, {self.nested} of which one begins the "
-                "other).",
-                flush=True,
-            )
+        print(
+            f"{pairs.name}{' is left out' if self.n_pairs < LEAST_PAIRS else ''}: of {len(pairs)} "
+            f"pairs every model can read {readable} ({self.reading.too_long} longer than a "
+            f"context, {self.reading.not_rebuilt} with characters that a tokenizer changes, "
+            f"{nested} of which one begins the other).",
+            flush=True,
+        )
 
     def _reader(self, model: str, half: str) -> Reader:
         chosen = np.sort(self.half[half])
@@ -109,7 +104,7 @@ class Halves:
     def others(self, model: str, site: Site, top: np.ndarray) -> np.ndarray:
         """Live features beside some, which lend their directions to controls."""
         others = np.setdiff1d(self.run.live(model, site), top)
-        generator = np.random.Generator(np.random.Philox(key=self.seed + 1))
+        generator = stats.generator(self.seed + 1)
         return np.sort(generator.permutation(others)[:OTHERS])
 
     def cut(self, model: str, site: Site, features: np.ndarray, others=None) -> Cut:
@@ -117,7 +112,7 @@ class Halves:
         others = self.others(model, site, features) if others is None else others
         dictionary, ids = self.run.dictionary(model, site), np.concatenate([features, others])
         strength = self.reader(model, "test").strength(site, dictionary, ids)
-        return Cut(strength, directions.feature_directions(dictionary, ids), len(features))
+        return Cut(strength, decoder_rows(dictionary, ids), len(features))
 
     def ablate(self, model: str, site: Site, cut: Cut, prefers: bool) -> tuple[np.ndarray, dict]:
         """What a cut costs each pair, and its row; no verdict where there is no preference."""
@@ -132,22 +127,18 @@ def _measure(study: Halves, stage: Stage) -> list[dict]:
         return stage.part((study.pairs.name, *key), partial(make, study, *arguments))
 
     run = study.run
-    models, settings = run.store.models, run.config.contrast
+    models, config = run.store.models, run.config
     preferences = {m: part(("preference", m), _preference, m) for m in models}
     prefers = {model: row["prefers"] for model, row in preferences.items()}
-    sites_of = {model: sorted(run.store.sites_of(model)) for model in models}
-    sites, edges, transfers = {}, [], []
-    for model, site in ((m, site) for m in models for site in sites_of[m]):
+    sites, transfers = {}, []
+    for model, site in ((m, site) for m in models for site in sorted(run.store.sites_of(m))):
         key = "site", model, str(site)
         sites[model, site] = part(key, _features, model, site, prefers[model])
-    for model, pair in ((m, pair) for m in models for pair in itertools.pairwise(sites_of[m])):
-        tops = [sites[model, site]["top"][:EDGES] for site in pair]
-        edges += part(("edges", model, *map(str, pair)), _edges, model, pair, tops)
-    layers = run.config.intervention.layers
-    for group in map_groups(run.config, run.store, layers=layers, kinds=settings.maps):
+    layers, kinds = config.intervention.layers, config.contrast.maps
+    for group in map_groups(config, run.store, layers=layers, kinds=kinds):
         transfers += part(("transfer", group.label), _transfer, group, sites, prefers)
     features = [row for site in sites.values() for row in site["rows"]]
-    rows = [*preferences.values(), *features, *edges, *transfers]
+    rows = [*preferences.values(), *features, *transfers]
     return [{"set": study.pairs.name} | row for row in rows]
 
 
@@ -156,11 +147,14 @@ def _preference(study: Halves, model: str) -> dict:
     config, pairs = study.run.config, study.pairs
     readers = [study.reader(model, half) for half in ("train", "test")]
     values = np.concatenate([reader.preference for reader in readers])
-    counts = study.run.token_counts(model)
+    store = study.run.store
+    windows = np.unique(store.rows.window[store.select("train")])
+    tokens = np.concatenate([store.window_tokens(model, w) for w in windows])
+    counts = np.bincount(tokens, minlength=study.run.runner(model).config.vocab_size)
     unigram = np.concatenate([reader.unigram_preference(counts) for reader in readers])
     draws = study.draws(len(values))
     accuracy = draws.mean(values > 0)
-    generator = np.random.Generator(np.random.Philox(key=study.seed))
+    generator = stats.generator(study.seed)
     signs = generator.choice([-1, 1], (max(config.evaluation.bootstrap, 1), len(values)))
     swapped = (signs * values[None] > 0).mean(1)
     return {
@@ -168,10 +162,6 @@ def _preference(study: Halves, model: str) -> dict:
         "model": model,
         "n_pairs": len(values),
         "n_in_file": len(pairs) + pairs.duplicates,
-        "n_duplicates": pairs.duplicates,
-        "n_too_long": study.reading.too_long,
-        "n_not_rebuilt": study.reading.not_rebuilt,
-        "n_nested": study.nested,
         **columns("accuracy", accuracy),
         **columns("accuracy_swapped", stats.Estimate(float(swapped.mean()), swapped)),
         **columns("accuracy_unigram", draws.mean(unigram > 0)),
@@ -181,11 +171,7 @@ def _preference(study: Halves, model: str) -> dict:
 
 
 def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
-    """Which features a model's preference rests on at a site, and what they cost.
-
-    Chosen are those of largest attribution above 0 on the train half, and as many random others
-    that fire.
-    """
+    """The features of largest attribution on the train half, random others, and their costs."""
     count, dictionary = study.run.config.contrast.features, study.run.dictionary(model, site)
     readers = [study.reader(model, half) for half in ("train", "test")]
     train, test = (r.attribution(site, dictionary).astype(np.float64) for r in readers)
@@ -193,7 +179,7 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     order = np.argsort(-mean, kind="stable")[:count]
     top = order[mean[order] > 0]
     others = np.setdiff1d(np.flatnonzero(train.any(0)), top)
-    generator = np.random.Generator(np.random.Philox(key=study.seed))
+    generator = stats.generator(study.seed)
     features = np.concatenate([top, np.sort(generator.permutation(others)[:count])])
     cut = study.cut(model, site, features)
     exact = ablation.singles(readers[1], site, cut)
@@ -216,34 +202,10 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     if len(top):
         drop, row = study.ablate(model, site, study.cut(model, site, top), prefers)
         once = stats.draw(np.arange(len(features)), count=0, seed=0)
-        means = {"attribution_r_train": mean[features], "attribution_r": test[:, features].mean(0)}
-        r = {name: correlation(once, values, exact.mean(1)) for name, values in means.items()}
-        agreement = {name: estimate and estimate.value for name, estimate in r.items()}
-        rows.append({"what": "ablation", **head, "features": top.tolist()} | row | agreement)
+        r = correlation(once, test[:, features].mean(0), exact.mean(1))
+        row |= {"features": top.tolist(), "attribution_r": r and r.value}
+        rows.append({"what": "ablation", **head} | row)
     return {"rows": rows, "top": top.tolist(), "drop": drop.tolist()}
-
-
-def _edges(study: Halves, model: str, pair: tuple[Site, Site], tops: list[list[int]]) -> list[dict]:
-    """What the chosen features of a site add through those of the next one."""
-    lower, upper = tops
-    if not lower or not upper:
-        return []
-    sides = ((site, study.run.dictionary(model, site)) for site in pair)
-    through = study.reader(model, "test").edges(*sides, upper)[:, :, lower].astype(np.float64)
-    draws = study.draws(len(through))
-    return [
-        {
-            "what": "edge",
-            "model": model,
-            "site_lower": str(pair[0]),
-            "feature_lower": low,
-            "site_upper": str(pair[1]),
-            "feature_upper": high,
-            **columns("attribution", draws.mean(through[:, j, i])),
-        }
-        for j, high in enumerate(upper)
-        for i, low in enumerate(lower)
-    ]
 
 
 def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> list[dict]:
@@ -265,8 +227,6 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
             "what": "transfer",
             **group.columns,
             "direction": name,
-            "prefers_source": prefers[group.source],
-            "prefers_target": prefers[group.target],
             **row,
             "share_of_own": at_best and row["effect"] / at_best,
             **columns("pair_r", correlation(draws, lost, drop)),

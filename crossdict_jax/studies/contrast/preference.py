@@ -1,12 +1,8 @@
-"""What a language model prefers of two texts, and how much of it rests on features at a site.
-
-The text up to a site is read once; what follows starts from the site's activations, changed or not.
-"""
+"""What a language model prefers of two texts, and how much of it rests on features at a site."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cached_property
 
 import jax
@@ -24,14 +20,12 @@ from crossdict_jax.studies.reading import Reading, read_texts
 SEQ_STEP = 8  # lengths are filled up to a multiple: few programs for many sets
 AT_ONCE = 16  # draws, and features of a draw, are filled up to a multiple: one program for all
 STEPS = 8  # of integrated gradients; 1 would be gradient times activation
-Coded = tuple[Site, Dictionary]
 
 
 def read_pairs(run: FinishedRun, pairs: ContrastSet) -> tuple[Reading, int]:
     """Returns what all models read, texts 2i and 2i + 1 a pair, and how many pairs are nested.
 
-    Nested pairs are left out: of them one text's tokens begin the other's ("do" and "does" letter
-    by letter), so that the shorter cannot be less likely.
+    Those are left out: one text's tokens begin the other's, so that it cannot be less likely.
     """
     texts = [text for both in zip(pairs.good, pairs.bad) for text in both]
     reading = read_texts(run, texts, group=2)
@@ -48,11 +42,10 @@ class Reader:
     """A language model and the texts of pairs: 2i is the good text of pair i, 2i + 1 the bad.
 
     Attributes:
-      passages: of the texts; features are read and ablated at the tokens that are edited.
       tokens: int32 [texts, seq], filled up behind.
       scored: bool [texts, seq], tokens whose log-probability counts: from the first one in which
-        the texts of a pair differ. A model without a BOS says nothing about its first token.
-      edited: bool [texts, seq].
+        the texts of a pair differ, but not a text's first.
+      edited: bool [texts, seq], where features are read and ablated.
     """
 
     def __init__(self, runner: Runner, passages: Passages):
@@ -93,22 +86,16 @@ class Reader:
         return self.runner.run(_prefers, self.tokens, self.scored, group=2).astype(np.float64)
 
     def unigram_preference(self, counts: np.ndarray) -> np.ndarray:
-        """Returns log p(good) - log p(bad), float64 [pairs], by how often tokens occur alone.
-
-        Args:
-          counts: [vocabulary], of each token in other text; one is added to each.
-        """
+        """Returns the same, float64 [pairs], by how often tokens occur: counts [vocabulary]."""
         log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
         sums = np.sum(log_p[self.tokens] * self.scored, axis=1)
         return sums[::2] - sums[1::2]
 
     def ablated(self, site: Site, strength: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """Returns the preference without features, float64 [draws, pairs].
+        """Returns the preference without the directions of each draw, float64 [draws, pairs].
 
-        Args:
-          strength: [texts, seq, features], how strongly each is there (``strength``, ``spread``).
-          vectors: [draws, features, d_model]: every draw's directions, taken out together, each
-            times its strength.
+        A draw's vectors, of [draws, features, d_model], are taken out together, each times its
+        strength [texts, seq, features].
         """
         count, rest = len(vectors), -vectors.shape[1] % AT_ONCE
         vectors = np.pad(vectors.astype(np.float32), ((0, -count % AT_ONCE), (0, rest), (0, 0)))
@@ -123,30 +110,13 @@ class Reader:
     def attribution(self, site: Site, dictionary: Dictionary, *, steps: int = STEPS) -> np.ndarray:
         """Returns what each feature adds to the preference, float32 [pairs, width], in nats.
 
-        The integrated gradient (``steps`` equal ones from no feature at all to what is there) of
-        the preference, times the feature, summed over the edited tokens of both texts: a linear
-        approximation of what ablating the feature takes away. x = x_hat + error, and the error
-        stays as it is (Marks et al. 2024, arXiv 2403.19647, section 3).
+        The integrated gradient of the preference, from no feature to what is there, times the
+        feature, summed over both texts. x = x_hat + error, and the error stays as it is (Marks et
+        al. 2024, arXiv 2403.19647, section 3).
         """
         arrays = self.tokens, self.scored, self.edited, self.x(site)
         settings = {"static": (site, steps), "shared": (dictionary,), "group": 2}
         return self.runner.run(_attribution, *arrays, **settings)
-
-    def edges(self, lower: Coded, upper: Coded, features: Sequence[int]) -> np.ndarray:
-        """Returns what features of a lower site add through some of a higher one.
-
-        Float32 [pairs, features, width of the lower]: the gradient of the preference with respect
-        to the upper feature, times that of the upper feature with respect to the lower one, times
-        the lower one, summed over tokens (Marks et al. 2024, section 3.2). Paths that go round
-        the upper dictionary, through its error, are not in it.
-        """
-        sites, dictionaries = zip(lower, upper)
-        arrays = self.tokens, self.scored, self.edited, *map(self.x, sites)
-        shared = *dictionaries, np.array(features, np.int32)
-        return self.runner.run(_edges, *arrays, static=(sites,), shared=shared, group=2)
-
-
-# ---------------------------------------------------------------- compiled programs
 
 
 def _prefers(lm, tokens, scored, tap=None) -> jax.Array:
@@ -172,28 +142,13 @@ def _ablated(lm, site, vectors, tokens, scored, x, strength) -> jax.Array:
     return jax.lax.map(without, vectors).T
 
 
-def _coded(dictionary: Dictionary, x: jax.Array):
-    """(features [texts, seq, width] of x, what decodes them with the error of x_hat left in)."""
-
-    def decoded(f):
-        return dictionary.decode(f.reshape(-1, f.shape[-1])).reshape(x.shape)
-
-    f = dictionary.encode(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-    error = x - decoded(f)
-    return f, lambda f: decoded(f) + error
-
-
-def _of_pairs(contributions: jax.Array, edited: jax.Array) -> jax.Array:
-    """Sums over the edited tokens of both texts of each pair, [pairs, width]."""
-    of_texts = jnp.sum(jnp.where(edited[..., None], contributions, 0.0), axis=1)
-    return of_texts[::2] + of_texts[1::2]
-
-
 def _attribution(lm, site, steps, dictionary, tokens, scored, edited, x) -> jax.Array:
-    f, decoded = _coded(dictionary, x)
+    rows = x.reshape(-1, x.shape[-1])
+    f = dictionary.encode(rows)
+    error, edited = rows - dictionary.decode(f), edited.reshape(-1)[:, None]
 
     def total(f):
-        y = jnp.where(edited[..., None], decoded(f), x)
+        y = jnp.where(edited, dictionary.decode(f) + error, rows).reshape(x.shape)
         return _prefers_with(lm, site, tokens, scored, y).sum()
 
     def add(sums, alpha):
@@ -201,33 +156,5 @@ def _attribution(lm, site, steps, dictionary, tokens, scored, edited, x) -> jax.
 
     alphas = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     sums, _ = jax.lax.scan(add, jnp.zeros_like(f), alphas)
-    return _of_pairs(f * sums / steps, edited)
-
-
-def _edges(lm, sites, d_low, d_high, features, tokens, scored, edited, low, high) -> jax.Array:
-    at_edit = edited[..., None]
-    f_low, decoded_low = _coded(d_low, low)
-    f_high, decoded_high = _coded(d_high, high)
-
-    def total(f):
-        y = jnp.where(at_edit, decoded_high(f), high)
-        return _prefers_with(lm, sites[1], tokens, scored, y).sum()
-
-    weight = jnp.where(at_edit, jax.grad(total)(f_high), 0.0)  # [texts, seq, width of the upper]
-
-    def through(f, feature):
-        seen = {}
-        x = jnp.where(at_edit, decoded_low(f), low)
-
-        def tap(site, y):
-            seen[site] = x if site == sites[0] else y
-            return seen[site]
-
-        lm.logits(tokens, tap=tap)
-        upper, _ = _coded(d_high, seen[sites[1]])
-        return jnp.sum(weight[..., feature] * upper[..., feature])
-
-    def of(feature):
-        return _of_pairs(f_low * jax.grad(through)(f_low, feature), edited)
-
-    return jnp.moveaxis(jax.lax.map(of, features), 0, 1)
+    shares = jnp.where(edited, f * sums / steps, 0.0)
+    return shares.reshape(len(x) // 2, -1, f.shape[-1]).sum(axis=1)  # of both texts of a pair

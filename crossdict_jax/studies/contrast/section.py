@@ -36,22 +36,19 @@ def section(rows: list[dict]) -> str:
     blocks: list[Block] = [
         "Of two texts that differ in one point, which does a model find likelier, and on which "
         "features does that rest? Features are chosen on one half of the pairs, by integrated "
-        "gradients of the preference; the other half says what it costs to take them out. Controls "
-        "take out as much, in equal norm: random directions and other features’ directions at the "
-        "same positions, and other features where they fire themselves; p is the share of each "
-        "kind that cost as much. Then the features’ mapped directions are taken out of the other "
-        "model, while it reads the same texts, at the positions and as strongly as the features "
-        "fire in the first. “own” are the other model’s own top features: the most that a mapped "
-        "direction can do. Where a model does no better than chance there is no preference to "
-        "move, and no verdict."
+        "gradients of the preference; the other half says what it costs to take them out, beside "
+        "edits of equal norm: random directions and other features’ directions at the same "
+        "positions, and other features where they fire; p is the share of each kind that cost as "
+        "much. Then the features’ mapped directions are taken out of the other model, as strongly "
+        "as they fire in the first. “own” are its own top features: the most that a mapped "
+        "direction can do. Where a model does no better than chance there is no verdict."
     ]
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]
         transfers = [row for row in of_set if row["what"] == "transfer"]
-        summary = "Circuits: features by layer, and what reaches them from the layer before"
         raw = flat_table(transfers, "Every column of the mapped directions’ rows", ("source",))
         blocks += [Heading(name), *sentences(transfers), *tables(of_set)]
-        blocks += [Details(summary, circuits(of_set)), hidden(raw)]
+        blocks += [Details("Top features by layer", top_features(of_set)), hidden(raw)]
     return html(blocks)
 
 
@@ -78,37 +75,30 @@ def sentences(transfers: list[dict]) -> Iterator[str]:
 def tables(rows: list[dict]) -> list[Table]:
     """Returns what is asked of a set: preferences, their features, and mapped directions."""
     name, of = rows[0]["set"], {kind: [r for r in rows if r["what"] == kind] for kind in KINDS}
-    preferences = [
-        {
-            "model": row["model"],
-            "pairs, left out": Cell(
-                number(row["n_pairs"]), number(row["n_in_file"] - row["n_pairs"])
-            ),
-            "accuracy": share(row, "accuracy"),
-            "labels swapped": share(row, "accuracy_swapped"),
-            "token counts": share(row, "accuracy_unigram"),
-            "preference, nats": score(row, "preference"),
-            "verdict": "above chance" if row["prefers"] else "no preference to move",
-        }
-        for row in of["preference"]
-    ]
-    made = [table(f"{name}: which text of a pair is likelier", preferences)]
-    ablations: dict[str, list[dict]] = {}
+    preferences = []
+    for row in of["preference"]:
+        left_out = number(row["n_in_file"] - row["n_pairs"])
+        line = {"model": row["model"], "pairs, left out": Cell(number(row["n_pairs"]), left_out)}
+        line |= {"accuracy": share(row, "accuracy")}
+        line |= {"labels swapped": share(row, "accuracy_swapped")}
+        line |= {"token counts": share(row, "accuracy_unigram")}
+        line |= {"preference, nats": score(row, "preference")}
+        verdict = "above chance" if row["prefers"] else "no preference to move"
+        preferences.append(line | {"verdict": verdict})
+    lines = {f"{name}: which text of a pair is likelier": preferences}
     for row in of["ablation"]:
         line = {"site": row["site"], "features": number(row["n_features"])}
         line |= _costs(row, {"attribution and cost, r": score(row, "attribution_r", 2)})
-        ablations.setdefault(row["model"], []).append(line)
-    for model, lines in ablations.items():
-        made.append(table(f"{name}: top features of {model} taken out together", lines))
+        caption = f"{name}: top features of {row['model']} taken out together"
+        lines.setdefault(caption, []).append(line)
     for (source, target, *sites), group in by_pair(of["transfer"]).items():
-        lines = []
+        where = f"{source}’s top features taken out of {target}, {site_words(*sites)}"
         for row in group:
             compared = {"of own features’": share(row, "share_of_own")}
             compared |= {"same pairs, r": score(row, "pair_r", 2)}
-            lines.append({"direction": row["direction"]} | _costs(row, compared))
-        where = f"directions of {source}’s top features taken out of {target}, {site_words(*sites)}"
-        made.append(table(f"{name}: {where}", lines))
-    return made
+            line = {"direction": row["direction"]} | _costs(row, compared)
+            lines.setdefault(f"{name}: directions of {where}", []).append(line)
+    return [table(caption, cells) for caption, cells in lines.items()]
 
 
 def _costs(row: dict, more: dict[str, Cell]) -> dict[str, Cell]:
@@ -123,15 +113,8 @@ def _costs(row: dict, more: dict[str, Cell]) -> dict[str, Cell]:
     return cost | more | {"verdict": Cell(words, style=style)}
 
 
-def circuits(rows: list[dict]) -> list[Table]:
-    """Returns each model's chosen features by layer, with what reaches them from the one before."""
-    edges = [row for row in rows if row["what"] == "edge"]
-    edges.sort(key=lambda row: -abs(row["attribution"]))
-    through: dict[tuple, list[str]] = {}
-    for row in edges:
-        words = f"{row['feature_lower']} ({number(row['attribution'])})"
-        upper = row["model"], row["site_upper"], row["feature_upper"]
-        through.setdefault(upper, []).append(words)
+def top_features(rows: list[dict]) -> list[Table]:
+    """Returns each model's chosen features by layer."""
     lines: dict[str, list[dict]] = {}
     for row in rows:
         if row["what"] == "feature" and row["chosen"] == "top":
@@ -143,8 +126,6 @@ def circuits(rows: list[dict]) -> list[Table]:
                 "cost alone": score(row, "effect"),
                 "fires at tokens": number(row["firings"]),
             }
-            upper = row["model"], row["site"], row["feature"]
-            line["through it, from the site before"] = ", ".join(through.get(upper, ()))
             lines.setdefault(row["model"], []).append(line)
-    title = f"{rows[0]['set']}: circuit of the top features of"
+    title = f"{rows[0]['set']}: top features of"
     return [table(f"{title} {model}", of_model) for model, of_model in lines.items()]

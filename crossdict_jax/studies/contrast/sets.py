@@ -20,31 +20,17 @@ SPELLINGS = (
     ("", "good", "bad"),
     ("prefix", "clean", "corrupt"),
     ("", "clean", "corrupt"),
-    ("", "clean", "corrupted"),
-    ("", "good_sentence", "bad_sentence"),
-    ("", "correct", "incorrect"),
-    ("", "grammatical", "ungrammatical"),
 )
 
 
 @dataclass(frozen=True)
 class ContrastSet:
-    """A file of pairs of whole texts, NFC.
+    """A file of pairs of whole texts, NFC; what both begin with says nothing about a preference."""
 
-    What both texts of a pair begin with says nothing about which is preferred, so an answer after
-    a prefix and a whole sentence are one case: log p(good) - log p(bad) of the texts.
-
-    Attributes:
-      name: of the file, without its ending.
-      good, bad: texts [pairs].
-      duplicates: pairs of the file that stood in it before, left out: a pair that is in both
-        halves of a split would be no test.
-    """
-
-    name: str
+    name: str  # of the file, without its ending
     good: tuple[str, ...]
     bad: tuple[str, ...]
-    duplicates: int = 0
+    duplicates: int = 0  # left out: in both halves of a split they would be no test
 
     def __len__(self) -> int:
         return len(self.good)
@@ -54,8 +40,7 @@ def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
     """Returns a set for each file of ``sources``: files of JSON lines, or folders of them.
 
     Raises:
-      UserError: there is none, a file holds no pair, a line is not understood, both texts of a
-        pair are equal, or two files have one name.
+      UserError: there is none, or a file, a line or a name is not as it must be.
     """
     if not sources:
         raise UserError(

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import maps, models, modules, results, stats
-from crossdict_jax.activations.passages import select_passages, train_mean
+from crossdict_jax import maps, modules, results, stats
+from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, identity, refuse_transcoders
 from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.start import activation_scale
+from crossdict_jax.dictionaries.train import members, train_from
 from crossdict_jax.errors import UserError
+from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader
-from crossdict_jax.models.run import Runner
 from crossdict_jax.report.tables import show
+from crossdict_jax.studies.dictionary_transfer import transferred as transfer
 from crossdict_jax.studies.dictionary_transfer.section import savings_table, tables
-from crossdict_jax.studies.dictionary_transfer.transferred import (
-    Affine,
-    Stitch,
-    fit_stitch,
-    is_ours,
-    random_stitch,
-    transferred,
-)
-from crossdict_jax.studies.dictionary_transfer.warm_start import compare_starts
+from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch, transferred
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, read_jsonl
 
 FILE, TRAINING = "dictionary_transfer.jsonl", "dictionary_training.jsonl"
+ERRORS = ("fvu", "mse")  # what the losses of an architecture log of their reconstruction
 
 
 def run(config: Config, work: Workdir) -> None:
     """Writes dictionary_transfer.jsonl and dictionary_training.jsonl, and prints both.
 
-    The first holds, in every direction whose source dictionary is of this project's architectures,
-    the ways of ``ways`` to reconstruct the target: on all test rows, and put into the target at
-    paired positions of test documents. The second compares training the target's dictionaries from
-    random parameters and from the source's.
+    The first holds the ways of ``ways`` to reconstruct the target, on all test rows and put into
+    the target; the second compares training the target's dictionaries from random parameters and
+    from the source's.
 
     Raises:
       UserError: dictionaries are transcoders, since a stitch of what they read says nothing of what
@@ -53,7 +50,7 @@ def run(config: Config, work: Workdir) -> None:
         dataclasses.replace(task, kind="")
         for task in maps.tasks(config, store)
         if task.pairing == "aligned"
-        and is_ours(loader.side(task.source, task.site_source, "train").dictionary)
+        and transfer.is_ours(loader.side(task.source, task.site_source, "train").dictionary)
     )
     if not directions:
         raise UserError(
@@ -65,14 +62,13 @@ def run(config: Config, work: Workdir) -> None:
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     stage = Stage(work, "transfer_dictionaries", files=(FILE, TRAINING), inputs=inputs)
     if not stage.finished:
-        rows, training = [], []
+        rows: dict[str, list[dict]] = {FILE: [], TRAINING: []}
         for target in dict.fromkeys(task.target for task in directions):
             problems = {t: loader.problem(t) for t in directions if t.target == target}
-            rows += stage.part((target, FILE), lambda p=problems: transfer_rows(p, config, store))
-            training += stage.part(
-                (target, TRAINING), lambda p=problems: compare_starts(p, config, store, work)
-            )
-        stage.finish({FILE: rows, TRAINING: training}, directions=len(directions))
+            for file, make in ((FILE, transfer_rows), (TRAINING, compare_starts)):
+                made = partial(make, problems, config, store, work)
+                rows[file] += stage.part((target, file), made)
+        stage.finish(rows, directions=len(directions))
     show([*tables(results.read(work, FILE)), savings_table(results.read(work, TRAINING))])
 
 
@@ -81,77 +77,111 @@ def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
 
     own, B's dictionary; transferred, A's through ridge from B to A and back; orthogonal, through
     one rotation and back (McCann 2026, arXiv 2605.24577), where there are rows enough for one;
-    as_is, A's on B's activations as if they were A's, where both have one size; rotated, through a
-    random rotation and back, at the same scales; stitch, from B to A and back with no dictionary
-    between: what no transferred one can exceed.
+    as_is, A's on B's activations, where both have one size; rotated, through a random rotation and
+    back, at the same scales; stitch, from B to A and back with no dictionary between: what no
+    transferred one can exceed.
     """
     train = problem.train
     d_a, d_b = (side.x.shape[1] for side in (train.source, train.target))
-    stitches = {"transferred": fit_stitch(problem, config.map)}
+    stitches = {"transferred": transfer.fit_stitch(problem, config.map)}
     if len(train) > max(d_a, d_b):
-        stitches["orthogonal"] = fit_stitch(problem, config.map, "procrustes")
+        stitches["orthogonal"] = transfer.fit_stitch(problem, config.map, "procrustes")
     if d_a == d_b:
         same = Affine(np.eye(d_a), np.zeros(d_a))
         stitches["as_is"] = Stitch(same, same)
-    stitches["rotated"] = random_stitch(train, config.seed)
+    stitches["rotated"] = transfer.random_stitch(train, config.seed)
     a = train.source.dictionary
     through = {name: transferred(a, stitch) for name, stitch in stitches.items()}
     return {"own": train.target.dictionary, **through, "stitch": stitches["transferred"]}
 
 
 def transfer_rows(
-    problems: dict[Task, Problem], config: Config, store: Store
+    problems: dict[Task, Problem], config: Config, store: Store, work: Workdir
 ) -> list[dict[str, Any]]:
     """Returns the rows of dictionary_transfer.jsonl of the directions into one target.
 
     Nothing is put in of the stitch alone: its losses and l0 are null.
     """
-    settings, seed, target = config.evaluation, config.seed, next(iter(problems)).target
-    passages = select_passages(store, target, documents=config.intervention.documents, seed=seed)
-    runner = Runner(
-        models.load(store.paths[store.models.index(target)]),
-        batch_size=config.intervention.batch_size,
-        dtype=config.extract.matmul_dtype,
-    )
-    numbers = store.select("test")
+    settings, target = config.evaluation, next(iter(problems)).target
+    finished, numbers = FinishedRun(config, work, store), store.select("test")
+    passages, runner = finished.passages(target), finished.runner(target)
     draws, draws_ce = (
-        stats.draw(documents, count=settings.bootstrap, seed=seed)
+        stats.draw(documents, count=settings.bootstrap, seed=config.seed)
         for documents in (store.rows.document[numbers], passages.document[passages.scored])
     )
 
     def over_rows(way: Dictionary, x: np.ndarray, method: str = "__call__") -> np.ndarray:
-        x = x.astype(np.float32)
         return modules.over_rows(way, x, method=method, size=settings.batch_size)
 
     rows = []
     for task, problem in progress_bar(problems.items(), desc=f"dictionaries used for {target}"):
-        site = task.site_target
-        x, at_passages = (store.read(target, site, n) for n in (numbers, passages.rows))
-        x, made = x.astype(np.float32), ways(problem, config)
+        site, made = task.site_target, ways(problem, config)
+        x, at_passages = (
+            store.read(target, site, n).astype(np.float32) for n in (numbers, passages.rows)
+        )
         variance = np.square(x - train_mean(store, target, site)[None, :]).sum(axis=1)
-        dictionaries = {name: way for name, way in made.items() if name != "stitch"}
-        put_in = {name: over_rows(way, at_passages) for name, way in dictionaries.items()}
+        put_in = {name: over_rows(d, at_passages) for name, d in made.items() if name != "stitch"}
         effects = runner.splice(passages, site, put_in)
-        clean = effects["clean"]
         for name, way in made.items():
-            effect, l0 = effects.get(name), None
+            effect, ce, l0 = effects.get(name), None, None
             if isinstance(way, Stitch):
                 x_hat = way.forth(way.back(x.astype(np.float64))).astype(np.float32)
             else:
-                x_hat = over_rows(way, x)
+                x_hat, ce = over_rows(way, x), effect.ce
                 l0 = float((over_rows(way, x, "encode") > 0).sum(axis=1).mean())
-            error = np.square(x - x_hat).sum(axis=1)
+            fvu = draws.estimate(np.square(x - x_hat).sum(axis=1), variance)
+            more = effect and draws_ce.mean(ce - effects["clean"].ce)
             rows.append(
                 {
                     **pair_columns(task),
                     "dictionary": name,
                     "n_rows": len(x),
                     "n_documents": draws.n_documents,
-                    **stats.columns("fvu", draws.estimate(error, variance)),
+                    **stats.columns("fvu", fvu),
                     "l0": l0,
-                    "n_positions": None if effect is None else len(effect.ce),
-                    **stats.columns("ce", effect and draws_ce.mean(effect.ce)),
-                    **stats.columns("delta_ce", effect and draws_ce.mean(effect.ce - clean.ce)),
+                    "n_positions": effect and len(ce),
+                    **stats.columns("ce", effect and draws_ce.mean(ce)),
+                    **stats.columns("delta_ce", more),
                 }
             )
     return rows
+
+
+def compare_starts(
+    problems: dict[Task, Problem], config: Config, store: Store, work: Workdir
+) -> list[dict[str, Any]]:
+    """Returns what dictionary_training.jsonl says of one target's directions and sites.
+
+    The target's dictionary of seed 0 is trained from random parameters and from the source's, with
+    the same rows in the same order, in one ensemble.
+    """
+    group, starts = [], []
+    for task, problem in problems.items():
+        stitch = transfer.fit_stitch(problem, config.map)
+        scale = activation_scale(problem.train.target.x)
+        moved = transferred(problem.train.source.dictionary, stitch, scale)
+        group += 2 * members(config.sae, [(task.target, task.site_target)])[:1]
+        starts += [None, transfer.with_unit_rows(moved)]
+    directory = work.dictionaries / "transfer" / group[0].model
+    trained = train_from(config, store, group, starts, directory=directory)
+    log = read_jsonl(directory / "metrics.jsonl")
+    error = next(name for name in ERRORS if name in log[0])
+    steps, rows = [row["step"] + 1 for row in log], []
+    for i, task in enumerate(problems):
+        random, moved = ([row[error][2 * i + j] for row in log] for j in (0, 1))
+        end = task.target, task.site_target
+        x = store.read(*end, store.select("test")).astype(np.float32)
+        seen = {"mean": train_mean(store, *end), "size": config.evaluation.batch_size}
+        sums = [measure(d, x, **seen) for d in trained[2 * i :][:2]]
+        fvus = [float(each["error"].sum() / each["variance"].sum()) for each in sums]
+        curves = {"error": error, "steps": steps, "random": random, "transferred": moved}
+        scores = {"fvu_random": fvus[0], "fvu_transferred": fvus[1]}
+        rows.append(pair_columns(task) | curves | scores | steps_saved(steps, random, moved))
+    return rows
+
+
+def steps_saved(steps: list[int], random: list[float], moved: list[float]) -> dict[str, Any]:
+    """Returns when the moved start is first as good as the random one is in the end, if ever."""
+    reached = np.flatnonzero(np.asarray(moved) <= random[-1])
+    first = steps[int(reached[0])] if len(reached) else None
+    return {"steps_to_reach": first, "saved": first and 1 - first / steps[-1]}

@@ -16,8 +16,8 @@ def section(rows: list[dict]) -> str:
     blocks: list[Block] = [
         "A model’s dictionary used for another model, with no training: activations go through an "
         "affine map into its space, are written as its features, and come back through another. "
-        "The stitch alone, there and back with no dictionary between, is the most that this can "
-        "reach; a random rotation in place of the maps is what it must beat.",
+        "The stitch alone, with no dictionary between, is the most that this can reach; a random "
+        "rotation in place of the maps is what it must beat.",
         *tables([row for row in rows if "steps" not in row]),
     ]
     if training:
@@ -28,24 +28,14 @@ def section(rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns what each way of reconstructing the target explains, a table for each direction."""
-    return [
-        table(
-            f"Dictionaries of {source}, used for {target}",
-            [
-                {
-                    "sites": site_words(row["site_source"], row["site_target"]),
-                    "dictionary": row["dictionary"],
-                    "FVU": score(row, "fvu"),
-                    "L0": score(row, "l0", 1),
-                    "CE": score(row, "ce"),
-                    "more than clean": score(row, "delta_ce"),
-                }
-                for row in rows
-                if (row["source"], row["target"]) == (source, target)
-            ],
-        )
-        for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows)
-    ]
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        line = {"sites": site_words(row["site_source"], row["site_target"])}
+        line |= {"dictionary": row["dictionary"], "FVU": score(row, "fvu")}
+        line |= {"L0": score(row, "l0", 1), "CE": score(row, "ce")}
+        caption = f"Dictionaries of {row['source']}, used for {row['target']}"
+        lines.setdefault(caption, []).append(line | {"more than clean": score(row, "delta_ce")})
+    return [table(caption, of_direction) for caption, of_direction in lines.items()]
 
 
 def savings_table(rows: list[dict]) -> Table:
@@ -70,14 +60,9 @@ def curves(row: dict) -> Figure:
     """Returns the training errors from either start."""
     name = f"{row['source']} to {row['target']}, {row['site_target']}"
     saved = "no steps" if row["saved"] is None else f"{percent(row['saved'], 0)} of the steps"
-    return line_figure(
-        {
-            "random": (row["steps"], row["random"], {"color": SERIES[0], "linestyle": "--"}),
-            "moved": (row["steps"], row["transferred"], {"color": SERIES[0]}),
-        },
-        title=name,
-        x="step",
-        y=f"training {row['error'].upper()}",
-        log="",
-        words=f"{name}: the moved start saves {saved}.",
-    )
+    lines = {
+        "random": (row["steps"], row["random"], {"color": SERIES[0], "linestyle": "--"}),
+        "moved": (row["steps"], row["transferred"], {"color": SERIES[0]}),
+    }
+    words, y = f"{name}: the moved start saves {saved}.", f"training {row['error'].upper()}"
+    return line_figure(lines, title=name, x="step", y=y, log="", words=words)

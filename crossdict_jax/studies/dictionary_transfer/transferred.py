@@ -21,12 +21,7 @@ from crossdict_jax.maps.base import map_class
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """x W + b, from raw activations [batch, d_in] to raw activations [batch, d_out].
-
-    Attributes:
-      W: [d_in, d_out].
-      b: [d_out].
-    """
+    """x W + b, from raw activations [batch, d_in] to raw activations [batch, d_out]."""
 
     W: np.ndarray
     b: np.ndarray
@@ -79,16 +74,11 @@ def is_ours(dictionary: Dictionary) -> bool:
 def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = None) -> Dictionary:
     """Returns the dictionary of B with ``encode(x_B) = dictionary.encode(stitch.back(x_B))`` and
     ``decode(f) = stitch.forth(dictionary.decode(f))``, of the same architecture (Chen et al. 2025,
-    arXiv 2506.06609).
-
-    W_enc' = W_ba W_enc and W_dec' = W_dec W_ab, in scaled units; biases take up the constants, and
-    pre-activations, thresholds and features are those of A's dictionary. Its decoder rows need
-    not have length 1 (see ``with_unit_rows``).
+    arXiv 2506.06609). Its decoder rows need not have length 1.
 
     Args:
       dictionary: of A.
-      scale: of B's activations inside the new dictionary; None: as in A's. No number that callers
-        see depends on it; training does.
+      scale: of B's activations inside the new dictionary; None: as in A's. Only training sees it.
 
     Raises:
       UserError: the dictionary is none of ours, or a transcoder.

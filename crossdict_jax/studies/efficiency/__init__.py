@@ -1,41 +1,23 @@
 """Efficiency: how many paired rows a map needs, and what a hypernetwork does without any."""
 
-from crossdict_jax.results import (
-    COUNTS,
-    MAP,
-    PAIR_COLUMNS,
-    Column,
-    Table,
-    intervals,
-    plain,
-    register,
-)
+from crossdict_jax.results import COUNTS, MAP, PAIR_COLUMNS, Column, describe, intervals
 from crossdict_jax.studies.efficiency.section import TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
-TABLE = register(
-    Table(
-        "efficiency.jsonl",
-        "one map fitted on n paired rows of the layer pair that is left out, or on none of them",
-        (
-            *PAIR_COLUMNS,
-            MAP,
-            Column("n", "paired training rows it was fitted on"),
-            Column("seed", "of the order of documents"),
-            Column("zero_shot", "whether it was fitted without them"),
-            Column("held_out", "what a zero-shot map has not seen", values=("layer", "features")),
-            Column(
-                "scored",
-                "all features of the target, or those that the hypernetwork has not seen",
-                values=("all", "hidden"),
-            ),
-            *plain(n_features="features that are scored"),
-            *COUNTS,
-            *intervals(fvu="share of their variance that is missed", r2="1 - fvu"),
-            *plain(
-                l0_target="active features per row, of those scored",
-                l0_predicted="active features per row of the prediction",
-            ),
-        ),
-    )
+TABLE = describe(
+    "efficiency.jsonl",
+    "one map fitted on n paired rows of the layer pair that is left out, or on none of them",
+    *PAIR_COLUMNS,
+    MAP,
+    Column("n", "paired training rows it was fitted on"),
+    Column("zero_shot", "whether it was fitted without them"),
+    Column("held_out", "what a zero-shot map has not seen", values=("layer", "features")),
+    Column(
+        "scored",
+        "all features of the target, or those that the hypernetwork has not seen",
+        values=("all", "hidden"),
+    ),
+    Column("n_features", "features that are scored"),
+    *COUNTS,
+    *intervals(fvu="share of their variance that is missed", r2="1 - fvu"),
 )

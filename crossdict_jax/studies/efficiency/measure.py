@@ -39,8 +39,6 @@ from crossdict_jax.workdir import Workdir
 FILE = "efficiency.jsonl"
 HIDDEN_FEATURES = 0.2  # share of every dictionary's features that a hypernetwork never sees
 NETWORK = Hypernetwork.kind
-PROFILES = "token_profiles"  # the part of the hypernetwork's weights that needs no training
-ELSEWHERE = "ridge_elsewhere"  # ridge of the other layer pairs, about this one's means
 ALL, HIDDEN = "all", "hidden"  # what is scored: all target features, or those never trained on
 
 
@@ -65,13 +63,11 @@ class Question:
 def run(config: Config, work: Workdir) -> None:
     """Writes efficiency.jsonl, R^2 by the number of paired rows and with none, and prints it.
 
-    At the middle layer pair, in every direction, on the test rows: every map of ``map.kinds``
-    fitted on the first n training rows of documents in a seeded random order, its hyper-parameters
-    chosen on all validation rows (a map that refuses so few rows has none in the file); and
-    zero-shot, with no paired row of this layer pair (held_out "layer") or of these features
-    (held_out "features"): a hypernetwork trained on everything else, the ridge of the other layer
-    pairs, and token profiles, which need no pairs at all. Maps that are trained read batches of all
-    rows where there are fewer than one.
+    At the middle layer pair, on the test rows: every map of ``map.kinds`` fitted on the first n
+    training rows of documents in a random order, its hyper-parameters chosen on all validation
+    rows; and zero-shot, with no paired row of this layer pair (held_out "layer") or of these
+    features ("features"): a hypernetwork trained on everything else, the ridge of the other layer
+    pairs, and token profiles, which need no pairs at all.
 
     Raises:
       UserError: the store or the dictionaries are missing, there is one layer pair only, or a
@@ -80,16 +76,15 @@ def run(config: Config, work: Workdir) -> None:
     refuse_transcoders(config, "The hypernetwork of launch.efficiency")
     store = open_store(work.activations)
     asked, others = left_out(config, store)
-    n_train = len(store.select("train"))
-    for n in config.efficiency.rows:
-        if n > n_train:
-            raise UserError(
-                f"efficiency.rows={n} is more than the {n_train} paired training rows of this run; "
-                "leave it out or raise text.documents."
-            )
+    n_train, counts = len(store.select("train")), config.efficiency.rows
+    if max(counts) > n_train:
+        raise UserError(
+            f"efficiency.rows={max(counts)} is more than the {n_train} paired training rows of "
+            "this run; leave it out or raise text.documents."
+        )
     inputs = input_digests(
         work,
-        settings=[identity(config), list(config.efficiency.rows)],
+        settings=[identity(config), list(counts)],
         store_meta=store.meta,
         folders=[work.dictionary(task.target, task.site_target) for task in asked + others],
     )
@@ -97,7 +92,7 @@ def run(config: Config, work: Workdir) -> None:
     if not stage.finished:
         folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
         loader = Loader(store, work, config.seed)
-        generator = np.random.Generator(np.random.Philox(key=config.seed))
+        generator = stats.generator(config.seed)
         seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
         for task in asked + others:
             width = loader.side(task.target, task.site_target, "train").dictionary.width
@@ -109,53 +104,40 @@ def run(config: Config, work: Workdir) -> None:
             problem, test = loader.problem(task), loader.pairs(task, "test")
             draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
             hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
-            order = document_order(problem.train.documents, config.seed)
+            names, index = np.unique(problem.train.documents, return_inverse=True)
+            rank = stats.generator(config.seed).permutation(len(names))
+            order = np.argsort(rank[index], kind="stable")
             questions.append(Question(task, problem, test, hidden, target.toarray(), draws, order))
-        counts = sorted({*config.efficiency.rows, n_train})
-        rows = _few_rows(questions, counts, config, stage, folder)
+        rows = _few_rows(questions, sorted({*counts, n_train}), config, stage, folder)
         problems = {task: loader.problem(task) for task in others}
         rows += stage.part((NETWORK,), lambda: _no_rows(questions, problems, seen, config, folder))
-        for row in rows:
-            row["seed"] = config.seed
         stage.finish({FILE: rows}, maps=len(rows))
     show(r2_table(group) for group in curves(results.read(work, FILE)))
 
 
 def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
-    """Returns the aligned directions of the middle layer pair, which is left out, and of others.
-
-    Raises:
-      UserError: there is one layer pair only.
-    """
+    """Returns the aligned directions of the middle layer pair, which is left out, and of others."""
     pairs = [f"{a}:{b}" for a, b in layer_pairs(config)]
     if len(pairs) < 2:
         raise UserError(
             f"layers give one layer pair, {pairs[0]}: none can be left out of the "
             "hypernetwork's training; give two layers or more."
         )
-    middle, directions = pairs[len(pairs) // 2], []
-    settings = dataclasses.replace(config.map, kinds=(NETWORK,))
-    for text in (middle, ",".join(pair for pair in pairs if pair != middle)):
-        part = dataclasses.replace(config, layer_pairs=text, map=settings)
-        directions.append([task for task in maps.tasks(part, store) if task.pairing == "aligned"])
-    asked, others = directions
+    every = dataclasses.replace(config, map=dataclasses.replace(config.map, kinds=(NETWORK,)))
+    middle = dataclasses.replace(every, layer_pairs=pairs[len(pairs) // 2])
+    asked, others = (
+        [task for task in maps.tasks(part, store) if task.pairing == "aligned"]
+        for part in (middle, every)
+    )
     return asked, [task for task in others if task not in asked]
-
-
-def document_order(documents: np.ndarray, seed: int) -> np.ndarray:
-    """Returns the rows' numbers by document, documents in one seeded random order."""
-    names, index = np.unique(documents, return_inverse=True)
-    rank = np.random.Generator(np.random.Philox(key=seed)).permutation(len(names))
-    return np.argsort(rank[index], kind="stable")
 
 
 def _score(
     m: Map,
     kind: str,
     question: Question,
-    *,
     n: int,
-    scored: Sequence[str] = (ALL,),
+    scored: Sequence[str],
     held_out: str | None = None,
 ) -> list[dict[str, Any]]:
     """The result rows of a map: one for each set of features that is scored."""
@@ -179,8 +161,6 @@ def _score(
                 "n_documents": question.resamples.n_documents,
                 **stats.columns("fvu", fvu),
                 **stats.columns("r2", 1.0 - fvu),
-                "l0_target": float((t > 0).sum(1).mean()),
-                "l0_predicted": float((p > 0).sum(1).mean()),
             }
         )
     return rows
@@ -194,27 +174,26 @@ def _few_rows(
     def answer(question: Question, kind: str, n: int) -> list[dict]:
         settings = dataclasses.replace(config.map, batch_size=min(config.map.batch_size, n))
         few, task = question.first(n), question.task
-        how = {"seed": config.seed}
-        how["directory"] = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
+        directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
+        asked = {"seed": config.seed, "directory": directory}
         try:
             if map_class(kind).through_joint:
                 joint = crosscoder_settings(config)
                 joint = dataclasses.replace(joint, batch_size=min(joint.batch_size, n))
-                (few,) = with_own_codes([few], joint, **how)
-            (fitted,) = map_class(kind).fit([few], settings, **how)
+                (few,) = with_own_codes([few], joint, **asked)
+            (fitted,) = map_class(kind).fit([few], settings, **asked)
         except UserError:
             if n == counts[-1]:
                 raise  # not for want of rows
             return []
-        return _score(fitted.map, kind, question, n=n, scored=(ALL, HIDDEN))
+        return _score(fitted.map, kind, question, n, (ALL, HIDDEN))
 
     kinds = [kind for kind in config.map.kinds if kind != NETWORK]
     rows = []
-    for key in progress_bar(
-        [*itertools.product(questions, kinds, counts)], desc="few rows", unit="map"
-    ):
-        question, kind, n = key
-        rows += stage.part((question.task.label, kind, n), partial(answer, *key))
+    keys = [*itertools.product(questions, kinds, counts)]
+    for question, kind, n in progress_bar(keys, desc="few rows", unit="map"):
+        make = partial(answer, question, kind, n)
+        rows += stage.part((question.task.label, kind, n), make)
     return rows
 
 
@@ -226,44 +205,38 @@ def _no_rows(
     folder: Path,
 ) -> list[dict]:
     """Answers without paired rows; last the hypernetwork that was trained on everything."""
-    describer, shape, rows = Describer(), config.map.hypernetwork, []
+    describer, rows = Describer(), []
     for q in questions:
-        m = from_profiles(q.problem, describer)
-        rows += _score(m, PROFILES, q, n=0, held_out="layer")
-        rows += _score(m, PROFILES, q, n=0, held_out="features", scored=(HIDDEN,))
+        profiles = from_profiles(q.problem, describer)  # the part that needs no training
+        rows += _score(profiles, "token_profiles", q, 0, (ALL,), "layer")
+        rows += _score(profiles, "token_profiles", q, 0, (HIDDEN,), "features")
         direction = q.task.source, q.task.target
-        near = [p for t, p in problems.items() if (t.source, t.target) == direction]
-        if near:
+        if near := [p for t, p in problems.items() if (t.source, t.target) == direction]:
             m = ridge_elsewhere(near, q.problem, config.map.ridge_penalties)
-            rows += _score(m, ELSEWHERE, q, n=0, held_out="layer")
+            rows += _score(m, "ridge_elsewhere", q, 0, (ALL,), "layer")
     others = list(problems.values())
     everything = others + [question.problem for question in questions]
-    for held_out, trained_on, features, scored in (
+    for held_out, trained_on, masks, scored in (
         ("layer", others, None, ALL),
         ("features", everything, seen, HIDDEN),
         (None, everything, None, ALL),
     ):
-        how = {"seed": config.seed, "describer": describer}
-        how["directory"] = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
-        network, _ = train_network(trained_on, shape, masks=features, **how)
+        directory = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
+        asked = {"seed": config.seed, "describer": describer, "directory": directory}
+        network, _ = train_network(trained_on, config.map.hypernetwork, masks=masks, **asked)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
             m = network.write(q.problem, describer)
-            rows += _score(m, NETWORK, q, n=n, scored=(scored,), held_out=held_out)
+            rows += _score(m, NETWORK, q, n, (scored,), held_out)
     return rows
 
 
 def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence[float]) -> Ridge:
-    """Returns the ridge of other layer pairs together, each about its means, moved to this one.
-
-    Its penalty is the one that is best on the validation rows of the others.
-    """
+    """Returns the ridge of other layer pairs together, each about its means, moved to this one."""
+    splits = zip(*((p.regression.train, p.regression.validation) for p in near))
     train, validation = (
-        Products(
-            sum(p.n for p in parts),
-            *(sum(getattr(p, name) for p in parts) for name in ("aa", "ab", "bb")),
-        )
-        for parts in zip(*((p.regression.train, p.regression.validation) for p in near))
+        Products(*(sum(getattr(p, name) for p in parts) for name in ("n", "aa", "ab", "bb")))
+        for parts in splits
     )
     path = RidgePath(train)
     errors = path.errors(validation, penalties)

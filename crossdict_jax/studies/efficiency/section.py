@@ -9,18 +9,16 @@ import math
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Table, number, score, table
-from crossdict_jax.results import PAIR, map_order, site_words
+from crossdict_jax.results import map_order, pair_of, site_words
 
 TITLE = "Worth in paired rows"
 TEXT = (
     "How much paired text does a map need? Every map is fitted on the first rows of documents in a "
-    "random order. The hypernetwork writes its map from descriptions of both dictionaries: "
-    "zero-shot, it was trained without any paired row of this layer pair, or without these "
-    "features. Token profiles are its part that needs no training: what each model’s features do "
-    "after a token, on texts that the other model’s profiles never read. The ridge of the other "
-    "layer pairs is the plain way to do without rows of this one. Means and scales of each model’s "
-    "features need no pairs; the maps choose their settings on all validation rows, which are "
-    "paired."
+    "random order; it chooses its settings on all validation rows. The hypernetwork writes its map "
+    "from descriptions of both dictionaries: zero-shot, it was trained without any paired row of "
+    "this layer pair, or without these features. Token profiles, what each model’s features do "
+    "after a token, are its part that needs no training; the ridge of the other layer pairs is the "
+    "plain way to do without rows of this one."
 )
 WORDS = {
     "token_profiles": "token profiles, no pairs at all",
@@ -47,19 +45,18 @@ def section(rows: list[dict]) -> str:
         "have seen none."
     )
     panels = Panels([figure(group) for group in groups], caption, "large")
-    return html([TEXT, panels, *(r2_table(group) for group in groups)])
+    return html([TEXT, panels, *map(r2_table, groups)])
 
 
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of efficiency.jsonl by direction and by what is scored."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((*(row[key] for key in PAIR), row["scored"]), []).append(row)
+        groups.setdefault((*pair_of(row), row["scored"]), []).append(row)
     made = []
     for (source, target, *sites, scored), group in groups.items():
         few: dict[str, list[dict]] = {}
-        ordered = sorted(group, key=lambda row: (map_order(row["map"]), row["map"], row["n"]))
-        for row in ordered:
+        for row in sorted(group, key=lambda row: (map_order(row["map"]), row["map"], row["n"])):
             if not row["zero_shot"]:
                 few.setdefault(row["map"], []).append(row)
         title = f"{source} → {target}, {site_words(*sites)}: {TASKS[scored]}"
@@ -97,19 +94,17 @@ def r2_table(group: Curves) -> Table:
 
 def figure(group: Curves) -> Figure:
     """Returns R² against the number of paired rows; zero-shot maps as level lines."""
-    lines = {}
-    for kind, rows in group.few.items():
-        if kind != "mean":
-            style = {"marker": "o", "markersize": 3, **map_line(kind)}
-            lines[kind] = ([row["n"] for row in rows], [row["r2"] for row in rows], style)
+    lines = {
+        kind: (
+            [row["n"] for row in rows],
+            [row["r2"] for row in rows],
+            {"marker": "o", "markersize": 3, **map_line(kind)},
+        )
+        for kind, rows in group.few.items()
+        if kind != "mean"
+    }
+    levels = {f"{row['map']}, 0 rows": row["r2"] for row in group.none}
     scores = ", ".join(f"{row['map']} {number(row['r2'], 2)}" for row in group.none)
-    return line_figure(
-        lines,
-        title=group.title,
-        x="paired training rows",
-        y="R² on held-out documents",
-        words=f"R² by paired rows, {group.title}; without paired rows: {scores}.",
-        levels={f"{row['map']}, 0 rows": row["r2"] for row in group.none},
-        bottom=-0.2,
-        legend=2,
-    )
+    words = f"R² by paired rows, {group.title}; without paired rows: {scores}."
+    axes = {"x": "paired training rows", "y": "R² on held-out documents", "bottom": -0.2}
+    return line_figure(lines, title=group.title, words=words, levels=levels, legend=2, **axes)

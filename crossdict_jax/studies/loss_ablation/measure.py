@@ -24,11 +24,7 @@ BASELINES = ("mean", "ridge")
 
 
 def ablations(weights: LossWeights) -> dict[str, LossWeights]:
-    """Returns {name: weights}: all losses, each alone, and all but each.
-
-    Raises:
-      UserError: fewer than two losses have a weight, so that there is nothing to compare.
-    """
+    """Returns {name: weights}: all losses, each alone, and all but each."""
     used = {name: w for name, w in dataclasses.asdict(weights).items() if w}
     if len(used) < 2:
         raise UserError(
@@ -45,12 +41,8 @@ def ablations(weights: LossWeights) -> dict[str, LossWeights]:
 def run(config: Config, work: Workdir) -> None:
     """Trains the mlp of aligned pairs once per ablation, writes ablation.jsonl, and prints it.
 
-    A row for each direction, pair of sites and ablation, and of the mean and of ridge beside
-    them. Everything but the weights is the run's; the thresholds of a jumprelu head stay where
-    they start where the sparsity loss is left out, because nothing else trains them.
-
-    Raises:
-      UserError: the store or a dictionary is missing or damaged.
+    Beside them the mean and ridge. Everything but the weights is the run's; the thresholds of a
+    jumprelu head, which the sparsity loss alone trains, stay where they start without it.
     """
     store, seed = open_store(work.activations), config.seed
     kinds = dataclasses.replace(config, map=dataclasses.replace(config.map, kinds=(KIND,)))
@@ -68,7 +60,7 @@ def run(config: Config, work: Workdir) -> None:
         benches = []
         for task in tasks:
             splits = {split: loader.pairs(task, split) for split in SPLITS}
-            benches.append(make_bench(splits, config.evaluation, seed=seed, codes=codes))
+            benches.append(make_bench(splits, config, codes))
         directory, rows = work.maps / "ablation", {task: [] for task in tasks}
         fits = [("none", kind, config.map, directory) for kind in BASELINES]
         for name, weights in ablations(config.map.loss_weights).items():
@@ -77,9 +69,9 @@ def run(config: Config, work: Workdir) -> None:
         kept = results.table_of(FILE).columns
         for name, kind, settings, folder in fits:
             fitted = map_class(kind).fit(problems, settings, seed=seed, directory=folder)
-            for task, bench, one in zip(tasks, benches, fitted):
+            for task, bench, result in zip(tasks, benches, fitted):
                 row = pair_columns(task) | {"map": kind, "pairing": "aligned", "losses": name}
-                row |= score(one.map, bench).row()
+                row |= score(result.map, bench).row()
                 rows[task].append({n: row[n] for column in kept for n in column.names})
         stage.finish({FILE: [row for task in tasks for row in rows[task]]}, maps=len(tasks))
     show(tables(results.read(work, FILE)))

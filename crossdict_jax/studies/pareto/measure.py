@@ -29,14 +29,8 @@ def curves(
     """Trains and yields every dictionary of every curve, with its row on the test rows.
 
     Of an architecture the members differ in k (``pareto.k``) or in the coefficient of the penalty
-    (``pareto.penalties``), and in the seed; those of equal shape are one ensemble. A row holds
-    model, site, architecture, seed, k and l1_coefficient (null where the architecture has none),
-    width, steps, n_rows, n_documents, l0 and fvu with _low and _high, and dead_fraction (of the
-    test rows).
-
-    Args:
-      work: gets a folder for every architecture, with a dictionary per member; those that are
-        there are not trained again.
+    (``pareto.penalties``), and in the seed. ``work`` gets a folder for every architecture;
+    dictionaries that are there are kept.
 
     Raises:
       UserError: k above the width, or a batch larger than the training rows.
@@ -53,30 +47,28 @@ def curves(
         for member in made:
             dictionary = dictionaries.load(folder.dictionary(model, site, member.name))
             seen = measure(dictionary, x, mean=mean, size=size)
-            row = {
-                "model": model,
-                "site": str(site),
-                "architecture": architecture,
-                "seed": member.seed,
-                "k": member.k if has_k(architecture) else None,
-                "l1_coefficient": None if has_k(architecture) else member.l1_coefficient,
-                "width": member.width,
-                "steps": sae.steps,
-                "n_rows": len(x),
-                "n_documents": draws.n_documents,
-                **stats.columns("l0", draws.mean(seen["l0"])),
-                **stats.columns("fvu", draws.estimate(seen["error"], seen["variance"])),
-                "dead_fraction": float(np.mean(seen["fires"] == 0)),
-            }
-            yield row, dictionary
+            yield (
+                {
+                    "model": model,
+                    "site": str(site),
+                    "architecture": architecture,
+                    "seed": member.seed,
+                    "k": member.k if has_k(architecture) else None,
+                    "l1_coefficient": None if has_k(architecture) else member.l1_coefficient,
+                    "width": member.width,
+                    "steps": sae.steps,
+                    "n_rows": len(x),
+                    "n_documents": draws.n_documents,
+                    **stats.columns("l0", draws.mean(seen["l0"])),
+                    **stats.columns("fvu", draws.estimate(seen["error"], seen["variance"])),
+                    "dead_fraction": float(np.mean(seen["fires"] == 0)),
+                },
+                dictionary,
+            )
 
 
 def members(config: Config, *, model: str, site: Site) -> list[Member]:
-    """Returns the dictionaries of the curve of ``sae.architecture``, by seed, the densest first.
-
-    A member's name says all in which it differs from the others, so that what is finished stays
-    what it is when other points of the curve are asked for.
-    """
+    """Returns the dictionaries of the curve of ``sae.architecture``, named by what differs."""
     sae = unswept(config.sae)
     rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)
     usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}

@@ -14,11 +14,10 @@ from crossdict_jax.report.tables import Table, number, table
 
 TITLE = "Sparsity against what is explained"
 TEXT = (
-    "Dictionaries of every architecture, equal in width, rows and steps. Along a curve only k or "
+    "Dictionaries of every architecture, equal in width, rows and steps; along a curve only k or "
     "the coefficient of the penalty differs. FVU is the share of the variance of held-out rows "
-    "that is left unexplained, L0 the number of active features a row: lower and further left is "
-    "better. Of planted rows every feature’s direction is known: recovery is the mean over "
-    "features of the cosine to the decoder row most like it."
+    "that is left unexplained, L0 the number of active features a row. Of planted rows every "
+    "feature’s direction is known: recovery is the mean cosine to the decoder row most like it."
 )
 MARKS = "os^vDP"
 SMALLEST_L0 = 0.1  # what a logarithmic axis shows in place of 0
@@ -34,6 +33,12 @@ class Point:
     fvu: float
     dead_fraction: float
     cosines: list[float]  # of each seed, to planted directions
+
+    def cells(self, name: str, **others: float) -> dict[str, str]:
+        """Returns its line of a table."""
+        scores = {"L0": self.l0, "FVU": self.fvu} | others
+        shown = {title: number(value) for title, value in scores.items()}
+        return {"architecture": name, "setting": self.setting} | shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +61,20 @@ def section(rows: list[dict]) -> str:
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of pareto.jsonl by the data that they are of."""
     made = []
-    same_data = itertools.groupby(rows, key=lambda r: [r[k] for k in ("data", "model", "site")])
-    for _, group in same_data:
+    for _, group in itertools.groupby(
+        rows, key=lambda r: [r[k] for k in ("data", "model", "site")]
+    ):
         settings: dict[tuple, list[dict]] = {}
         for row in group:
             key = row["architecture"], row["k"], row["l1_coefficient"]
             settings.setdefault(key, []).append(row)
         points: dict[str, list[Point]] = {}
         for (architecture, k, penalty), seeds in settings.items():
-            means = (statistics.fmean(row[n] for row in seeds) for n in ("l0", "fvu"))
-            dead = statistics.fmean(row["dead_fraction"] for row in seeds)
+            means = (
+                statistics.fmean(row[n] for row in seeds) for n in ("l0", "fvu", "dead_fraction")
+            )
             cosines = [row["cosine"] for row in seeds if row["cosine"] is not None]
-            setting = f"k {k}" if k else f"penalty {penalty:g}"
-            point = Point(setting, k, *means, dead, cosines)
+            point = Point(f"k {k}" if k else f"penalty {penalty:g}", k, *means, cosines)
             points.setdefault(architecture, []).append(point)
         first = seeds[0]
         title = "planted features" if first["planted"] else f"{first['model']} {first['site']}"
@@ -102,21 +108,14 @@ def tables(groups: list[Curves]) -> list[Table]:
             curve = [p.l0 for p in points], [p.fvu for p in points]
             at = {f"L0 = {k}": number(fvu_at(*curve, k)) for k in ks[1:-1] or ks}  # all pass these
             equal.append({"architecture": name} | at)
-            for p in points:
-                scores = {"L0": p.l0, "FVU": p.fvu, "dead": p.dead_fraction}
-                line = {"architecture": name, "setting": p.setting}
-                every.append(line | {title: number(value) for title, value in scores.items()})
+            every += [p.cells(name, dead=p.dead_fraction) for p in points]
             if group.planted:
                 best = min(points, key=lambda p: abs(math.log(max(p.l0, 1e-9) / group.planted)))
-                scores = {"L0": best.l0, "FVU": best.fvu, "cosine": statistics.fmean(best.cosines)}
-                line = {"architecture": name, "setting": best.setting}
-                line |= {title: number(value) for title, value in scores.items()}
+                line = best.cells(name, cosine=statistics.fmean(best.cosines))
                 recovered.append(line | {"each seed": " ".join(map(number, best.cosines))})
         if recovered:
-            caption = (
-                f"Recovery at an L0 near the {group.planted:g} features a row of {group.title}"
-            )
-            made.append(table(caption, recovered))
+            near = f"{group.planted:g} features a row of {group.title}"
+            made.append(table(f"Recovery at an L0 near the {near}", recovered))
         made.append(table(f"FVU at equal L0, {group.title}; – beyond a curve’s ends", equal))
         n = number(group.n_rows)
         made.append(table(f"Every setting, {group.title}, {n} held-out rows", every))
@@ -131,11 +130,6 @@ def figure(group: Curves) -> Figure:
         l0, fvu = [max(p.l0, SMALLEST_L0) for p in points], [p.fvu for p in points]
         lines[name] = (l0, fvu, {**style, "markersize": 3.5})
         told.append(f"{name} " + ", ".join(f"{number(p.l0, 1)}: {number(p.fvu)}" for p in points))
-    return line_figure(
-        lines,
-        title=group.title,
-        x="L0: active features a row",
-        y="FVU of held-out rows",
-        words=f"FVU by L0, {group.title}: {'; '.join(told)}.",
-        bottom=0,
-    )
+    words = f"FVU by L0, {group.title}: {'; '.join(told)}."
+    axes = {"x": "L0: active features a row", "y": "FVU of held-out rows"}
+    return line_figure(lines, title=group.title, words=words, bottom=0, **axes)

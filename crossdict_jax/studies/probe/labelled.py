@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.activations import pairing
 from crossdict_jax.activations.text import json_lines
 from crossdict_jax.errors import UserError
@@ -16,15 +17,7 @@ TEST_FRACTION = 0.3  # of the texts: accuracies are of them
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts (NFC, each once) and their labels.
-
-    Attributes:
-      texts: [n].
-      labels: int [n], index into ``classes``.
-      classes: the labels as text, sorted.
-      duplicates: lines left out because their text stood in the file before: in both halves of a
-        split it would be no test.
-    """
+    """Texts (NFC, each once), and their labels int [n] as indices into ``classes``."""
 
     texts: tuple[str, ...]
     labels: np.ndarray
@@ -35,12 +28,8 @@ class Labelled:
 def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     """Returns the texts of a file of JSON lines; a label is text, a whole number, true or false.
 
-    Args:
-      text, label: the names of the two fields.
-
     Raises:
-      UserError: there is no such file, a line lacks a field or has another type in it, or all
-        labels are one.
+      UserError: there is no such file, a line is not understood, or all labels are one.
     """
     if not source:
         raise UserError(
@@ -50,37 +39,31 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"probe.source={source} is no file; name one of JSON lines.")
+
+    def field(row: dict, name: str, where: str, setting: str, kinds: tuple[type, ...]):
+        if name not in row:
+            raise UserError(f"{where} has no field {name}, only {', '.join(row)}; set {setting}.")
+        if not isinstance(row[name], kinds) or not str(row[name]).strip():
+            words = " or a whole number" if int in kinds else ""
+            raise UserError(f"{where}: {name} is not text{words}, or blank; mend that line.")
+        return row[name]
+
     label_of: dict[str, str] = {}
-    lines = 0
-    for _, where, row in json_lines(path):
-        words = pairing.normalize(_field(row, text, where, "probe.text", (str,)))
-        label_of.setdefault(words, str(_field(row, label, where, "probe.label", (str, int))))
-        lines += 1
+    lines = list(json_lines(path))
+    for _, where, row in lines:
+        words = pairing.normalize(field(row, text, where, "probe.text", (str,)))
+        label_of.setdefault(words, str(field(row, label, where, "probe.label", (str, int))))
     classes = tuple(sorted(set(label_of.values())))
     if len(classes) < 2:
         reason = f"every label is {classes[0]}" if classes else "it is empty"
         raise UserError(f"{path} has nothing to tell apart: {reason}.")
     labels = np.array([classes.index(c) for c in label_of.values()])
-    return Labelled(tuple(label_of), labels, classes, lines - len(label_of))
-
-
-def _field(row: dict, name: str, where: str, setting: str, kinds: tuple[type, ...]):
-    if name not in row:
-        raise UserError(f"{where} has no field {name}, only {', '.join(row)}; set {setting}.")
-    if not isinstance(row[name], kinds) or not str(row[name]).strip():
-        words = " or a whole number" if int in kinds else ""
-        raise UserError(f"{where}: {name} is not text{words}, or blank; mend that line.")
-    return row[name]
+    return Labelled(tuple(label_of), labels, classes, len(lines) - len(label_of))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts to learn from and texts to be told.
-
-    Attributes:
-      labels: int [n], of all texts.
-      train, test: int, which of them.
-    """
+    """Labels int [n] of all texts, and which of them to learn from and which to tell."""
 
     labels: np.ndarray
     train: np.ndarray
@@ -89,7 +72,7 @@ class Split:
 
     def examples(self, n: int, draw: int) -> np.ndarray:
         """Returns n training texts, of every label about its share and one at least."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, draw]))
+        generator = stats.generator(self.seed, draw)
         order = generator.permutation(self.train)
         _, first = np.unique(self.labels[order], return_index=True)
         others = np.delete(np.arange(len(order)), first)
@@ -104,12 +87,8 @@ def split(
     Args:
       examples: numbers of training texts that will be asked for.
       left: how many texts of how many these are, and why, for errors.
-
-    Raises:
-      UserError: there are too few texts for the examples or for a test, fewer examples than
-        labels, or a label that no training text has.
     """
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(labels))
+    order = stats.generator(seed).permutation(len(labels))
     held_out = round(TEST_FRACTION * len(labels))
     test, train = np.sort(order[:held_out]), np.sort(order[held_out:])
     if len(train) < max(examples):
@@ -122,8 +101,7 @@ def split(
             f"probe.examples={min(examples)} is less than the {len(classes)} different labels; ask "
             "for more, or is probe.label not the field of a label?"
         )
-    missing = set(range(len(classes))) - set(labels[train].tolist())
-    if missing:
+    if missing := set(range(len(classes))) - set(labels[train].tolist()):
         raise UserError(
             f"No text to train on has the label {classes[min(missing)]}: {left}; give more texts "
             "of that label."
@@ -132,19 +110,18 @@ def split(
 
 
 def pooled(f: np.ndarray, text: np.ndarray, pooling: str) -> np.ndarray:
-    """Returns one row for each text, [texts, width], of features [rows, width].
+    """Returns one row for each text, [texts, width]: the "last", "max" or "mean" of its rows of f.
 
-    Args:
-      text: int [rows], ascending, every text once or more.
-      pooling: "last" (of a text's rows), "max" or "mean" over them.
+    ``text`` is int [rows], ascending, every text once or more.
     """
     first = np.flatnonzero(np.diff(text, prepend=-1))
+    ends = np.append(first[1:], len(f))
     if pooling == "last":
-        return f[np.append(first[1:], len(f)) - 1]
+        return f[ends - 1]
     if pooling == "max":
         return np.maximum.reduceat(f, first)
-    counts = np.diff(np.append(first, len(f)))
-    return (np.add.reduceat(f, first, dtype=np.float64) / counts[:, None]).astype(np.float32)
+    sums = np.add.reduceat(f, first, dtype=np.float64)
+    return (sums / (ends - first)[:, None]).astype(np.float32)
 
 
 def token_counts(tokens: list[np.ndarray]) -> np.ndarray:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
+import scipy.special
+
+from crossdict_jax import stats
 
 FOLDS = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of rows of mean square norm 1: from hardly any to strong
@@ -21,7 +24,6 @@ class Probe:
     penalty: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Returns the class int [n] of each row [n, d]."""
         return np.argmax(x @ self.W + self.b[None, :], axis=1)
 
 
@@ -33,22 +35,17 @@ def train(
     seed: int,
     penalties: Sequence[float] = PENALTIES,
 ) -> list[Probe]:
-    """Returns a probe for each row of labels.
+    """Returns a probe for each row of labels, int [variants, n], of rows x [n, d].
 
     Least mean cross-entropy + penalty / 2 ||W||^2, where rows are scaled to a mean square norm of
-    1. The penalty is the one of least held-out cross-entropy over FOLDS folds of the same
-    examples; no others are needed.
-
-    Args:
-      x: [n, d].
-      labels: int [variants, n].
+    1. The penalty is the one of least held-out cross-entropy over FOLDS folds of the examples.
     """
     n = len(x)
     scale = 1 / max(np.sqrt(np.square(x.astype(np.float64)).sum(1).mean()), 1e-30)
     # The solution lies in the span of the rows: n columns say as much as d do.
     U, s, V = np.linalg.svd(x.astype(np.float64) * scale, full_matrices=False)
     z = np.concatenate([U * s, np.ones((n, 1))], axis=1)  # [n, r + 1]
-    fold = np.random.Generator(np.random.Philox(key=seed)).permutation(n) % FOLDS
+    fold = stats.generator(seed).permutation(n) % FOLDS
     nothing, probes = np.zeros((z.shape[1], classes)), []
     for y in labels:
         held_out = dict.fromkeys(penalties, 0.0)
@@ -84,10 +81,7 @@ def _fit(z: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.
 
 def _loss(W: np.ndarray, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cross-entropy of each row [n], the gradient of their sum [r + 1, classes])."""
-    scores = z @ W
-    scores -= scores.max(axis=1, keepdims=True)
-    log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    rows = np.arange(len(y))
+    log_p, rows = scipy.special.log_softmax(z @ W, axis=1), np.arange(len(y))
     error = np.exp(log_p)
     error[rows, y] -= 1
     return -log_p[rows, y], z.T @ error

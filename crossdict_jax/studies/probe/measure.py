@@ -1,7 +1,7 @@
 """The study of probes: what was learned of A's features from labels, used on B without any.
 
-A map says what B's features would be where A's are known. A probe is trained on that prediction for
-n labelled texts, which B need not have read, and used on B's own features of other texts.
+A probe is trained on what a map predicts of B's features for n labelled texts, which B need not
+have read, and used on B's own features of other texts.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def run(config: Config, work: Workdir) -> None:
     """Writes probe.jsonl, how well labels are told from B's features, and prints it.
 
     Raises:
-      UserError: the file of texts is missing or not understood; there are fewer texts than
-        examples, or fewer examples than labels; a file of the run is missing or damaged.
+      UserError: the texts are missing or too few; a file of the run is missing or damaged.
     """
     settings = config.probe
     texts = labelled.read_labelled(settings.source, text=settings.text, label=settings.label)
@@ -57,36 +56,33 @@ def run(config: Config, work: Workdir) -> None:
 
 def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: Stage) -> list[dict]:
     """The rows of all directions; what an interrupted run kept is taken from there."""
-    (reading, left_out), config = read(run, texts), run.config
-    reasons = ", ".join(f"{v} {k[2:].replace('_', ' ')}" for k, v in left_out.items())
+    (reading, reasons), config = read(run, texts), run.config
     left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
+    print(f"probe: {left}", flush=True)
     counts, asked = config.probe.examples, {"seed": config.seed, "left": left}
     examples = labelled.split(texts.labels[reading.kept], texts.classes, examples=counts, **asked)
     side = cache(partial(side_of, run, reading))
     features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
-    rows, about = [], {"n_classes": len(texts.classes)} | left_out
-    parts = [(i, n) for i in range(len(groups)) for n in sorted(counts)]
+    rows, parts = [], [(i, n) for i in range(len(groups)) for n in sorted(counts)]
     for i, n in progress_bar(parts, desc="probes", unit="part"):
         make = partial(probe_rows, features, i, examples, n, config)
-        head = groups[i].columns | about
+        head = groups[i].columns | {"n_classes": len(texts.classes)}
         rows += [head | row for row in stage.part((groups[i].label, n), make)]
     return rows
 
 
-def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, dict[str, int]]:
-    """Returns what all models read, and how many texts were left out for which reason."""
+def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, str]:
+    """Returns what all models read, and in words how many texts were left out and why."""
     reading = read_texts(run, texts.texts)
     paired = np.unique(reading.text)
-    unpaired = len(reading.kept) - len(paired)
+    reasons = (
+        f"{texts.duplicates} duplicates, {reading.too_long} too long, {reading.not_rebuilt} not "
+        f"rebuilt, {len(reading.kept) - len(paired)} unpaired"
+    )
     reading = reading.take(paired)
     if run.config.probe.pooling == "last":  # other rows need not be encoded
         reading = reading.take_rows(np.flatnonzero(np.diff(reading.text, append=-1)))
-    return reading, {
-        "n_duplicates": texts.duplicates,
-        "n_too_long": reading.too_long,
-        "n_not_rebuilt": reading.not_rebuilt,
-        "n_unpaired": unpaired,
-    }
+    return reading, reasons
 
 
 def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
@@ -100,14 +96,11 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
 def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
     """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
     size, pooling = run.config.evaluation.batch_size, run.config.probe.pooling
+    encode = {"method": "encode", "size": size}
     source, target = (side(*end) for end in group.ends)
     pairs = Pairs(source, target, reading.text)
     own_a, own_b = (
-        pooled(
-            modules.over_rows(s.dictionary, s.x, method="encode", size=size),
-            pairs.documents,
-            pooling,
-        )
+        pooled(modules.over_rows(s.dictionary, s.x, **encode), pairs.documents, pooling)
         for s in (source, target)
     )
     features = {}
@@ -125,7 +118,7 @@ def probe_rows(features, i: int, examples: Split, n: int, config: Config) -> lis
     majority = np.zeros((1, len(test)))
     for draw in range(DRAWS):
         rows = examples.examples(n, draw)
-        generator = np.random.Generator(np.random.Philox(key=[config.seed + 1, draw]))
+        generator = stats.generator(config.seed + 1, draw)
         taught = np.stack([labels[rows], generator.permutation(labels[rows])])
         for name, (trained_on, used_on) in features(i).items():
             probes = logistic.train(
@@ -140,7 +133,6 @@ def probe_rows(features, i: int, examples: Split, n: int, config: Config) -> lis
         {
             "probe": name,
             "n": n,
-            "n_draws": DRAWS,
             "n_texts": len(test),
             **columns("accuracy", accuracy[name]),
             "accuracy_shuffled": float(hits[1].mean() / DRAWS) if len(hits) > 1 else None,

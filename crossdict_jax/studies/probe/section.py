@@ -20,12 +20,11 @@ def section(rows: list[dict]) -> str:
     """Returns the html of the page's section, from the rows of probe.jsonl."""
     caption = "Accuracy on held-out texts by the number of labelled examples."
     text = (
-        "A linear probe is trained to tell the labels of a few texts from what a map predicts of "
-        "the target’s features, which it does from the source’s features alone, and is then used "
-        "on the target’s own features of held-out texts: the target needs no labelled text. “own” "
-        "probes are trained on the target’s own features of the same texts, “source” ones are "
-        "trained and used on the source’s; “tokens” know only how often each of the source’s "
-        "tokens stands in a text. Small numbers: the same probe on shuffled labels."
+        "A linear probe is trained to tell labels of a few texts from what a map predicts of the "
+        "target’s features, and used on the target’s own features of held-out texts: the target "
+        "needs no labelled text. “own” probes are trained on the target’s own features of the same "
+        "texts, “source” ones are trained and used on the source’s; “tokens” know only how often "
+        "each of the source’s tokens stands in a text. Small numbers: trained on shuffled labels."
     )
     figures = [figure(group) for group in by_pair(rows).values()]
     return html([text, Panels(figures, caption, "large"), *tables(rows)])
@@ -53,21 +52,14 @@ def tables(rows: list[dict]) -> list[Table]:
 
 def figure(rows: list[dict]) -> Figure:
     """Returns accuracy against the number of labelled examples, of one direction."""
-    title, lines, largest = _title(rows[0]), {}, max(row["n"] for row in rows)
-    scores = []
+    title, lines, scores = _title(rows[0]), {}, []
     for name, by_n in _by_probe(rows).items():
-        style = REFERENCES.get(name) or map_line(name)
-        accuracies = [row["accuracy"] for row in by_n.values()]
-        lines[name] = (list(by_n), accuracies, {"marker": "o", "markersize": 3, **style})
-        scores.append(f"{name} {percent(by_n[largest]['accuracy'], 0)}")
-    return line_figure(
-        lines,
-        title=title,
-        x="labelled examples",
-        y="accuracy on held-out texts",
-        words=f"Accuracy of probes by labelled examples, {title}; at {largest}: "
-        f"{', '.join(scores)}.",
-    )
+        style = {"marker": "o", "markersize": 3, **(REFERENCES.get(name) or map_line(name))}
+        lines[name] = (list(by_n), [row["accuracy"] for row in by_n.values()], style)
+        scores.append(f"{name} {percent(by_n[max(by_n)]['accuracy'], 0)}")
+    words = f"Accuracy of probes by labelled examples, {title}; at most: {', '.join(scores)}."
+    axes = {"x": "labelled examples", "y": "accuracy on held-out texts"}
+    return line_figure(lines, title=title, words=words, **axes)
 
 
 def _by_probe(rows: list[dict]) -> dict[str, dict[int, dict]]:

@@ -7,19 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import maps, results
+from crossdict_jax import maps, results, stats
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import (
-    MapGroup,
-    best_matches,
-    feature_directions,
-    map_groups,
-    mapped_directions,
-)
+from crossdict_jax.causal.directions import MapGroup, best_matches, map_groups, mapped_directions
 from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config, refuse_transcoders
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Starts, pad
 from crossdict_jax.report.tables import show
@@ -33,7 +28,7 @@ from crossdict_jax.studies.steering.section import (
     side_by_side,
     tables,
 )
-from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
+from crossdict_jax.studies.steering.source_feature import SHOWN, Feature, Source, choose
 from crossdict_jax.training.stage import digest, timed
 from crossdict_jax.workdir import Workdir
 
@@ -52,16 +47,14 @@ def steer(config: Config, work: Workdir) -> str:
     """Writes results/steering/NAME.jsonl and returns NAME, which speaks of what was asked.
 
     B (``steer.target``) continues prompts; the mapped direction of a feature of A is added to its
-    activations at the target's layer, from the last token of the prompt on, so that every new token
-    is predicted under it. Beside it, with the same random numbers and the same norm: no edit, a
-    random direction (another one for every text), and the feature of B that correlates best with
-    A's on training rows (its match).
+    activations from the last token of the prompt on. Beside it, with the same random numbers and
+    the same norm: no edit, a random direction (another one for every text), and the feature of B
+    that correlates best with A's on training rows (its match).
 
     Raises:
-      UserError: anything that was asked for does not exist, is dead, or does not fit, or the run
-        holds transcoders.
+      UserError: what was asked for does not exist, is dead, or does not fit; transcoders.
     """
-    settings = config.steer
+    settings, seed = config.steer, config.seed
     if (settings.feature < 0) == (not settings.search):
         raise UserError(
             "steer.feature and steer.search: give one of them, as in --config.steer.feature=17 or "
@@ -78,23 +71,23 @@ def steer(config: Config, work: Workdir) -> str:
         source = Source(finished, group, words)
         feature = choose(source)
         samples = settings.samples if settings.temperature else 1
-        directions, about = edits(source, feature, n=len(prompts) * samples)
+        n = len(prompts) * samples
+        directions, about = edits(source, feature, n=n)
         doses = [("none", 0.0), *((name, a) for a in settings.alphas for name in directions)]
         nothing = np.zeros(runner.config.d_model)
         vectors = [alpha * directions.get(name, nothing) for name, alpha in doses]
         starts = make_starts(prompts, samples, vectors)
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "count": count}
-        tokens = runner.generate(starts, group.site_target, seed=config.seed, **sampling)
+        tokens = runner.generate(starts, group.site_target, seed=seed, **sampling)
         texts = score_texts(source, feature, starts, tokens)
         by = dict(zip(doses, map(list, np.array_split(np.array(texts, object), len(doses)))))
-        n, bootstrap = len(prompts) * samples, config.evaluation.bootstrap
-        draws = draw(np.arange(n), count=bootstrap, seed=config.seed)
+        draws = draw(np.arange(n), count=config.evaluation.bootstrap, seed=seed)
         rows = [about | {"new_tokens": count}]
         rows += [condition_row(by, name, alpha, draws) for name, alpha in doses]
         for (name, alpha), of_dose in by.items():
             rows += [{"row": "text", "condition": name, "alpha": alpha} | text for text in of_dose]
         ends = "-to-".join(f"{model}.{site.layer}" for model, site in group.ends)
-        asked = digest([asdict(settings), config.seed])[:8]
+        asked = digest([asdict(settings), seed])[:8]
         name = f"{ends}-{feature.id}-{settings.map}-{asked}"
         results.write(work, f"{FOLDER}/{name}.jsonl", rows)
         figures["tokens"] = tokens.size
@@ -102,11 +95,7 @@ def steer(config: Config, work: Workdir) -> str:
 
 
 def chosen_maps(config: Config, store: Store) -> MapGroup:
-    """Returns the layer pair that is asked for, with the map alone; for the match without one.
-
-    Raises:
-      UserError: the run has no such model, layer pair or map.
-    """
+    """Returns the layer pair that is asked for, with the map alone; for the match without one."""
     settings = config.steer
     source = settings.source or store.models[0]
     target = settings.target or next(m for m in store.models if m != source)
@@ -135,19 +124,13 @@ def chosen_maps(config: Config, store: Store) -> MapGroup:
     return replace(groups[asked], tasks=kinds[settings.map])
 
 
-# ---------------------------------------------------------------- what is put in
-
-
 def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns {edit: what a dose of 1 adds to B [d_b], or to each text [n, d_b]}, and a row.
-
-    The row says what the feature is.
-    """
+    """Returns {edit: what a dose of 1 adds, [d_b] or to each text [n, d_b]}, and the first row."""
     run, group, words = source.run, source.group, source.words
     settings, seed, (a, b) = run.config.steer, run.config.seed, group.ends
     strength = feature.strength[:, None]
     match, r = best_matches(run.codes(*b), strength)
-    of_match = mapped = feature_directions(run.dictionary(*b), match)[0]
+    of_match = mapped = decoder_rows(run.dictionary(*b), match)[0]
     for task in group.tasks:
         m, ids = maps.load(task.path(run.work)), np.array([feature.id])
         mapped = mapped_directions(m, run.side(*a), ids, strength, seed=seed)[0]
@@ -156,18 +139,15 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
             f"steer.map={settings.map} makes nothing of feature {feature.id}: its direction in "
             f"{group.target} is zero; choose another feature or map."
         )
-    generator = np.random.Generator(np.random.Philox(key=[seed, feature.id]))
+    generator = stats.generator(seed, feature.id)
     directions = {"mapped": mapped, "random": generator.normal(size=(n, len(mapped)))}
     if settings.map != MATCH:
         directions[MATCH] = of_match
     x = run.store.read(*b, run.rows("test")).astype(np.float32)
-    _, norm = dose_norms(
-        settings.norm,
-        (feature.median_norm, float(np.median(np.linalg.norm(x, axis=1)))),
-        strength=float(strength[strength > 0].mean()),
-        direction=feature.direction,
-        mapped=mapped,
-    )
+    medians = feature.median_norm, float(np.median(np.linalg.norm(x, axis=1)))
+    mean = strength[strength > 0].mean()
+    added = (float(mean * np.linalg.norm(v)) for v in (feature.direction, mapped))
+    _, norm = dose_norms(settings.norm, medians, *added)
     return {name: norm * normalised(vectors) for name, vectors in directions.items()}, {
         "row": "feature",
         **group.columns,
@@ -175,9 +155,13 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
         "firings": int((feature.strength > 0).sum()),
         "n_rows": len(feature.strength),
         "promoted_source": [words.text("a", token) for token in feature.promoted],
-        "promoted_by": list(feature.promoted.values()),
         "promoted_target": [words.text("b", token) for token in feature.mapped],
-        "contexts": feature.contexts,
+        "contexts": [
+            source.contexts.snippet(run.rows("train")[i])
+            | {"activation": float(feature.strength[i])}
+            for i in np.argsort(-feature.strength, kind="stable")[:SHOWN]
+            if feature.strength[i] > 0
+        ],
         "candidates": feature.candidates,
         "match": int(match[0]),
         "match_r": float(r[0]),
@@ -188,37 +172,29 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
 
 
 def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarray]) -> Starts:
-    """Returns all texts under the first vector, then under the second, and so on.
+    """Returns ``samples`` texts of every prompt under the first vector, then the second, and so on.
 
-    Args:
-      samples: texts of every prompt.
-      vectors: each what all texts share [d_model], or another for each [texts, d_model].
+    A vector is what all texts share [d_model], or another for each [texts, d_model].
     """
     prompt = np.repeat(np.arange(len(prompts), dtype=np.int32), samples)
     n, times = len(prompt), len(vectors)
-    length = np.array(list(map(len, prompts)), np.int32)[prompt]
     vectors = [np.broadcast_to(vector, (n, vector.shape[-1])) for vector in vectors]
+    lengths = np.array(list(map(len, prompts)), np.int32)
     return Starts(
         tokens=np.tile(pad(prompts)[prompt], (times, 1)),
-        length=np.tile(length, times),
+        length=np.tile(lengths[prompt], times),
         vector=np.concatenate(vectors).astype(np.float32),
         prompt=np.tile(prompt, times),
         sample=np.tile(np.arange(n, dtype=np.int32) % samples, times),
     )
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 def score_texts(
     source: Source, feature: Feature, starts: Starts, tokens: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Returns what was written, and what is counted in it, a dict for each text.
+    """Returns what was written, int32 [n, count], and what is counted in it, a dict for each text.
 
-    What stands in a text from the first token on that ends it is not counted.
-
-    Args:
-      tokens: int32 [n, count], the new ones.
+    What stands behind a token that ends a text is not counted.
     """
     run, target, words = source.run, source.group.target, source.words
     runner, searched = run.runner(target), run.config.steer.search.encode()
@@ -235,34 +211,29 @@ def score_texts(
         return b"".join(words.pieces_b[i] for i in spelled)
 
     texts = []
-    for i, new in enumerate(tokens):
+    for i, (new, length) in enumerate(zip(tokens, starts.length)):
         kept = next((k for k, t in enumerate(new) if t in ends), len(new))
-        scored = min(kept + 1, len(new))  # the end mark is predicted too
-        start = starts.length[i] - 1
-        written, before = as_bytes(new[:kept]), as_bytes(text_tokens[i][: start + 1])
+        scored = losses[i, length - 1 :][: min(kept + 1, len(new))]  # the end mark is predicted too
+        written = as_bytes(new[:kept])
         per_100 = 100 / max(len(written), 1)
         texts.append(
             {
                 "prompt": int(starts.prompt[i]),
                 "sample": int(starts.sample[i]),
-                "before": before.decode(errors="replace"),
+                "before": as_bytes(text_tokens[i][:length]).decode(errors="replace"),
                 "text": written.decode(errors="replace"),
                 "tokens": kept,
                 "token_rate": sum(int(t) in feature.mapped for t in new[:kept]) / max(kept, 1),
                 "piece_rate": per_100 * sum(map(written.count, pieces)),
                 "search_rate": per_100 * written.count(searched) if searched else None,
-                "nll": float(losses[i, start : start + scored].mean()),
+                "nll": float(scored.mean()),
             }
         )
     return texts
 
 
 def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict[str, Any]:
-    """Returns what holds over the texts of an edit, and its paired differences to other texts.
-
-    Args:
-      by: {(edit, dose): its texts}.
-    """
+    """Returns what holds over the texts of an edit, and its paired differences to other texts."""
     others = {"more": ("none", 0.0), "over_random": ("random", alpha)}
     texts = by[name, alpha]
 

@@ -21,16 +21,15 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
     """Returns the prompts as tokens int32 [length] each, with a BOS where the model wants one.
 
     Raises:
-      UserError: a prompt is blank, holds what the model's tokenizer has no tokens for, or the
-        file of prompts cannot be read.
+      UserError: a prompt is blank or cannot be spelled, or the file of prompts cannot be read.
     """
     front = [] if store.has_bos(model) is None else [store.has_bos(model)]
     text = config.steer.prompts
     if not text:
         passages = select_passages(store, model, documents=DOCUMENTS, seed=config.seed)
         _, first = np.unique(passages.document, return_index=True)
-        windows = [passages.tokens[w] for w in passages.window[first]]
-        return [tokens[: len(front) + PROMPT_TOKENS] for tokens in windows]
+        length = len(front) + PROMPT_TOKENS
+        return [passages.tokens[w][:length] for w in passages.window[first]]
     prompts = [text]
     if text.endswith(".txt"):
         try:
@@ -40,7 +39,7 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
                 f"steer.prompts={text} cannot be read ({error}); name a UTF-8 file with a prompt a "
                 "line, or give one prompt."
             ) from error
-    if not prompts or not all(prompt.strip() for prompt in prompts):
+    if not all(prompt.strip() for prompt in prompts or [""]):
         raise UserError(f"steer.prompts={text!r} holds a blank prompt; write something in each.")
     return [np.array([*front, *tokens_of(p, model, tokenizer)], np.int32) for p in prompts]
 
@@ -60,11 +59,7 @@ def tokens_of(text: str, model: str, tokenizer) -> np.ndarray:
 
 
 def new_tokens(asked: int, prompts: list[np.ndarray], context: int, model: str) -> int:
-    """Returns how many tokens are written behind every prompt; ``asked`` 0 means what fits.
-
-    Raises:
-      UserError: a prompt is longer than the model reads, or with the new tokens it is.
-    """
+    """Returns how many tokens are written behind every prompt; 0 asks for what fits."""
     longest = max(map(len, prompts))
     if longest >= context:
         raise UserError(

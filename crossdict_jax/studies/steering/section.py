@@ -11,12 +11,7 @@ from crossdict_jax.results import site_words
 
 TITLE = "Steered text"
 PROMPTS, SAMPLES = 4, 2  # shown of each question; all of them are in its file
-WORDS = {
-    "none": "no edit",
-    "mapped": "mapped direction",
-    "random": "random direction",
-    "match": "match",
-}
+WORDS = {"none": "no edit", "mapped": "mapped direction", "random": "random direction"}
 RATES = {  # column of the file: (its title, by how much it is multiplied)
     "token_rate": ("promoted tokens, %", 100),
     "piece_rate": ("promoted text, per 100 bytes", 1),
@@ -84,26 +79,18 @@ def facts(answer: Answer) -> list[tuple[str, str]]:
     f, settings = answer.feature, answer.feature["settings"]
     way = "the target’s own match" if settings["map"] == "match" else f"through {settings['map']}"
     sampling = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
+    cosine = f"cosine with the mapped direction {number(f['match_cosine'], 2)}"
+    written = f"{f['new_tokens']} new tokens, {sampling}, seed {f['seed']}"
+    contexts = (f"{c['before']}»{c['token']}«{c['after']}" for c in f["contexts"])
     return [
         ("Fires at", f"{number(f['firings'])} of {number(f['n_rows'])} training rows"),
         ("Promotes in the source", _quoted(f["promoted_source"])),
         ("Counted in the target", _quoted(f["promoted_target"]) or "nothing"),
         ("Put in", f"{way}, wherever a new token is predicted"),
         ("A dose of 1", NORMS[settings["norm"]]),
-        (
-            "Match in the target",
-            f"feature {f['match']}, r {number(f['match_r'], 2)}; cosine with the mapped direction "
-            f"{number(f['match_cosine'], 2)}",
-        ),
-        (
-            "Texts",
-            f"{f['new_tokens']} new tokens, {sampling}, seed {f['seed']}; equal random numbers "
-            "under every edit",
-        ),
-        *(
-            ("Strong at", " ".join(f"{c['before']}»{c['token']}«{c['after']}".split()))
-            for c in f["contexts"]
-        ),
+        ("Match in the target", f"feature {f['match']}, r {number(f['match_r'], 2)}; {cosine}"),
+        ("Texts", f"{written}; equal random numbers under every edit"),
+        *(("Strong at", " ".join(text.split())) for text in contexts),
     ]
 
 
@@ -123,9 +110,9 @@ def sentence(answer: Answer) -> str:
             verdict = "surely more"
         else:
             verdict = "surely less" if high < 0 else "not surely more: nothing is shown"
-        value, times = row[rate], RATES[rate][1]
-        others = (row[f"{rate}_{other}"] for other in ("more", "over_random"))
-        with_it, without, at_random = (number(times * (value - v), 2) for v in (0, *others))
+        times = RATES[rate][1]
+        less = (0, row[f"{rate}_more"], row[f"{rate}_over_random"])
+        with_it, without, at_random = (number(times * (row[rate] - v), 2) for v in less)
         bounds = _scaled(row, f"{rate}_over_random", times).note
         compared.append(
             f"{title} are {with_it}, {without} without the edit and {at_random} with a random "
@@ -150,7 +137,7 @@ def tables(answer: Answer) -> list[Table]:
     searched = f"Features around ‘{answer.feature['settings']['search']}’, and what they promote"
     rates = []
     for row in answer.conditions:
-        line = {"edit": WORDS[row["condition"]], "dose": f"{row['alpha']:g}"}
+        line = {"edit": WORDS.get(row["condition"], "match"), "dose": f"{row['alpha']:g}"}
         for key, (title, times) in RATES.items():
             if row[key] is not None:
                 line[title] = _scaled(row, key, times)
@@ -175,7 +162,7 @@ def side_by_side(answer: Answer, alpha: float) -> Table:
         prompt, sample, edit = text["prompt"], text["sample"], text["condition"]
         if prompt < PROMPTS and sample < SAMPLES and edits.get(edit) == text["alpha"]:
             line = lines.setdefault((prompt, sample), {"prompt": _one_line(text["before"])})
-            line[WORDS[edit]] = _one_line(text["text"])
+            line[WORDS.get(edit, "match")] = _one_line(text["text"])
     return table(f"Dose {alpha:g}", lines.values())
 
 

@@ -9,19 +9,14 @@ from functools import cached_property
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.activations.passages import Contexts, passages_of
-from crossdict_jax.causal.directions import MapGroup, feature_directions
-from crossdict_jax.causal.effects import (
-    ModelAtSite,
-    choose_contexts,
-    dose_norms,
-    mean_change,
-    most_promoted,
-    normalised,
-)
+from crossdict_jax.causal import effects
+from crossdict_jax.causal.directions import MapGroup
 from crossdict_jax.causal.feature_transfer import with_continuations
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import Translation
+from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 
 CANDIDATES = 8  # features that a search lists
@@ -48,51 +43,36 @@ class Source:
         doses = sorted(map(abs, self.run.config.steer.alphas))
         return doses[len(doses) // 2]
 
-    def at_rows(self, rows: np.ndarray) -> ModelAtSite:
+    def at_rows(self, rows: np.ndarray) -> effects.ModelAtSite:
         """The model on the windows of some rows, ascending."""
         store, (model, site) = self.run.store, self.group.ends[0]
         passages = with_continuations(store, model, passages_of(store, model, rows))
-        return ModelAtSite(self.run.runner(model), site, passages)
+        return effects.ModelAtSite(self.run.runner(model), site, passages)
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature of A that is put into B.
-
-    Attributes:
-      strength: float32 [n], its activations on the training rows.
-      direction: float32 [d_a], what a unit of it adds to A.
-      median_norm: of A's activations where it was measured.
-      promoted: {token of A: change of its log p, nats}.
-      mapped: the same in B's tokens.
-      contexts: text around the rows where it is strongest.
-      candidates: all that the search found, this one first; empty without a search.
-    """
+    """A feature of A that is put into B."""
 
     id: int
-    strength: np.ndarray
-    direction: np.ndarray
-    median_norm: float
-    promoted: dict[int, float]
-    mapped: dict[int, float]
-    contexts: list[dict]
-    candidates: list[dict]
+    strength: np.ndarray  # float32 [n], its activations on the training rows
+    direction: np.ndarray  # float32 [d_a], what a unit of it adds to A
+    median_norm: float  # of A's activations where it was measured
+    promoted: dict[int, float]  # {token of A: change of its log p, nats}
+    mapped: dict[int, float]  # the same in B's tokens
+    candidates: list[dict]  # all that the search found, this one first; empty without a search
 
 
 def choose(source: Source) -> Feature:
     """Returns the feature that was named, or the first of those that a search finds.
 
     It is added to A at the middle dose where it fires in held-out text: the tokens that become
-    likelier are what it promotes.
-
-    Raises:
-      UserError: it does not exist, or fires nowhere; the search finds nothing.
+    likelier are what it promotes. UserError if it does not exist, or fires nowhere.
     """
-    run, group = source.run, source.group
+    run, group, a = source.run, source.group, source.group.ends[0]
     train, test = run.rows("train"), run.rows("test")
-    config, candidates, dictionary = run.config, [], run.dictionary(*group.ends[0])
-    settings, site = config.steer, f"{group.source} at {group.site_source}"
-    feature = settings.feature
+    config, settings, dictionary = run.config, run.config.steer, run.dictionary(*a)
+    feature, candidates, site = settings.feature, [], f"{group.source} at {group.site_source}"
     if settings.search:
         candidates = search(source, settings.search)
         feature = candidates[0]["feature"]
@@ -101,8 +81,7 @@ def choose(source: Source) -> Feature:
             f"steer.feature={feature}: {site} has features 0 to {dictionary.width - 1}."
         )
     strength, held_out = (
-        np.concatenate([f[:, feature] for f in run.codes(*group.ends[0], rows)])
-        for rows in (train, test)
+        np.concatenate([f[:, feature] for f in run.codes(*a, rows)]) for rows in (train, test)
     )
     asked = f"steer.feature={feature}: feature {feature} of {site}"
     if not strength.any():
@@ -115,62 +94,38 @@ def choose(source: Source) -> Feature:
             f"{asked} fires at none of the {len(test)} held-out positions read, so nobody "
             "can say what it promotes; choose another."
         )
-    generator = np.random.Generator(np.random.Philox(key=[config.seed, feature]))
+    generator = stats.generator(config.seed, feature)
     documents, count = run.store.rows.document[test], config.intervention.contexts
-    rows = choose_contexts(held_out, documents, count, generator)
+    rows = effects.choose_contexts(held_out, documents, count, generator)
     model = source.at_rows(test[rows])
-    direction = feature_directions(dictionary, np.array([feature]))[0]
-    norm, _ = dose_norms(
-        settings.norm,
-        (model.median_norm, model.median_norm),
-        strength=float(held_out[rows].mean()),
-        direction=direction,
-        mapped=direction,
-    )
-    dose = norm * source.dose * normalised(direction)
-    change = mean_change(model.runner, model.hold(size=count, span=1), dose)
-    promoted = most_promoted(change, source.words.has_text)
+    direction = decoder_rows(dictionary, np.array([feature]))[0]
+    added = float(held_out[rows].mean() * np.linalg.norm(direction))
+    norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
+    dose = norm * source.dose * effects.normalised(direction)
+    change = effects.mean_change(model.runner, model.hold(size=count, span=1), dose)
+    promoted = effects.most_promoted(change, source.words.has_text)
     below = run.runner(group.target).config.vocab_size
-    top = [row for row in np.argsort(-strength, kind="stable")[:SHOWN] if strength[row] > 0]
-    return Feature(
-        id=feature,
-        strength=strength,
-        direction=direction,
-        median_norm=model.median_norm,
-        promoted=promoted,
-        mapped=source.words.weights_in_b(promoted, below=below)[0],
-        contexts=[
-            source.contexts.snippet(train[i]) | {"activation": float(strength[i])} for i in top
-        ],
-        candidates=candidates,
-    )
-
-
-# ---------------------------------------------------------------- search
+    mapped = source.words.weights_in_b(promoted, below=below)
+    return Feature(feature, strength, direction, model.median_norm, promoted, mapped, candidates)
 
 
 def search(source: Source, text: str) -> list[dict]:
     """Returns features that fire around a text in training text, or make its first token likelier.
 
-    The latter all at one norm, the middle dose, at the same held-out positions; who does it the
-    most comes first.
-
-    Raises:
-      UserError: no feature does either.
+    The latter at one norm, the middle dose, at the same held-out positions; who does it the most
+    comes first. UserError if no feature does either.
     """
-    run, config, (a, _) = source.run, source.run.config, source.group.ends
+    run, a, count = source.run, source.group.ends[0], source.run.config.intervention.contexts
     train, test = run.rows("train"), run.rows("test")
     share, live, base, token = around(text, source.contexts, train, run.codes(*a))
-    fires = np.any([(f > 0).any(0) for f in run.codes(*a, test)], axis=0)
-    live = np.flatnonzero(live & fires)
-    generator = np.random.Generator(np.random.Philox(key=config.seed))
-    count = config.intervention.contexts
+    live = np.flatnonzero(live & np.any([(f > 0).any(0) for f in run.codes(*a, test)], axis=0))
+    generator = stats.generator(run.config.seed)
     model = source.at_rows(np.sort(generator.permutation(test)[:count]))
-    held = model.hold(size=count, span=1)
     dose = model.median_norm * source.dose
-    directions = dose * normalised(feature_directions(run.dictionary(*a), live))
     effect: dict[int, float] = {}
     if len(live):
+        directions = dose * effects.normalised(decoder_rows(run.dictionary(*a), live))
+        held = model.hold(size=count, span=1)
         change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
         effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
     by_share = sorted(effect, key=lambda i: -share[i])
@@ -183,14 +138,9 @@ def search(source: Source, text: str) -> list[dict]:
             f"steer.search={text!r} finds no feature: none fires around it or makes it likelier; "
             "search for other text."
         )
+    about = {"base": base, "token": source.words.text("a", token)}
     return [
-        {
-            "feature": i,
-            "share": float(share[i]),
-            "base": base,
-            "token": source.words.text("a", token),
-            "promotes": effect[i],
-        }
+        {"feature": i, "share": float(share[i]), "promotes": effect[i]} | about
         for i in by_effect
         if i in listed
     ]
@@ -202,15 +152,12 @@ def around(
     """Returns which features fire around a text: (share, live, base, token).
 
     share [width]: of each feature's strongest rows, how many have the text around them; live
-    [width]: it fires often enough to be judged; base: the share of all rows, what a feature that
-    has nothing to do with the text would have; token: the commonest one in which the text begins.
+    [width]: it fires often enough to be judged; base: the share of all rows; token: the commonest
+    one in which the text begins. UserError if it stands around none.
 
     Args:
       rows: int [n], row numbers of the store.
       codes: the features [m, width] of these rows, in blocks.
-
-    Raises:
-      UserError: the text stands around none of the rows.
     """
     wanted = text.encode()
     holds = np.array([wanted in contexts.text(row) for row in rows])
