@@ -32,7 +32,7 @@ LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", 
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
 TOOLS = {"pytest-xdist", "ruff"}  # run, not imported
 NOT_REQUIRED = {  # used where somebody has it
-    "torch",  # reads old weights and makes goldens
+    "torch",  # of the benchmark's peers, and to make goldens
     "tensorboardX",
     "tensorboard",
     "wandb",

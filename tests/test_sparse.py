@@ -27,7 +27,7 @@ each_choice = pytest.mark.parametrize("choice", CHOICES)
 
 def use_lists(monkeypatch, lists):
     for module in (selection, codes):
-        monkeypatch.setattr(module, "uses_lists", lambda: lists)
+        monkeypatch.setattr(module, "uses_lists", lambda size, **minimum: lists)
 
 
 def problem(shape, *, seed=0, busy=0.0):
@@ -171,7 +171,8 @@ def test_thresholds_are_exact(monkeypatch, width, k, lists):
             np.testing.assert_array_equal(ours[i], true, err_msg=name)
 
 
-def test_equals_of_the_last_are_all_kept_while_there_is_room():
+def test_equals_of_the_last_are_all_kept_while_there_is_room(monkeypatch):
+    use_lists(monkeypatch, True)
     z, identity = awkward(30, 48, 4)["pairs of rows"], jnp.eye(48)
     largest = lambda z, n: ops.sparse_code(  # noqa: E731
         z, identity, jnp.zeros(48), lambda z: ops.nth_largest(z, n), n
@@ -241,7 +242,7 @@ def test_rows_stay_on_their_devices_and_the_sums_are_the_same(choice):
 
     def spread(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            assert not selection.uses_lists()
+            assert not selection.uses_lists(selection.LARGE)
             return over_members(*arguments)
 
     compiled = jax.jit(spread).lower(*arguments).compile()

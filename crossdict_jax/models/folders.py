@@ -1,6 +1,5 @@
 """Where a model lies: a folder, a name embedded in the package, or a hub id; and its tokenizer."""
 
-import importlib.util
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,6 @@ ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("docs-gpt2", "docs-neox")  # folders of ASSETS, loaded by their bare names
 CONFIG_FILES = ("config.json",)
 SAFETENSORS_FILES = ("model*.safetensors", "model.safetensors.index.json")
-TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is needed
 TOKENIZER_EXTRAS = (
     "tokenizer_config.json",
@@ -25,8 +23,7 @@ MODEL_FILES = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXT
 def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """The folder of a path, an embedded model or a hub id; UserError if there is none.
 
-    From the hub (or its local cache) only files that match ``patterns`` are taken, and old torch
-    files where torch is and weights of no other kind are.
+    From the hub (or its local cache) only files that match ``patterns`` are taken.
     """
     text = str(path_or_id)
     path = Path(text).expanduser()
@@ -42,11 +39,7 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES)
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        folder = Path(hub.snapshot_download(text, allow_patterns=list(patterns)))
-        with_weights = patterns == MODEL_FILES and not any(folder.glob("model*.safetensors"))
-        if with_weights and importlib.util.find_spec("torch"):
-            hub.snapshot_download(text, allow_patterns=[*patterns, *TORCH_FILES])
-        return folder
+        return Path(hub.snapshot_download(text, allow_patterns=list(patterns)))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"{text!r} is no folder here and no public model on the hub; check the spelling, or "

@@ -220,52 +220,26 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
     """(file, name, array) of every weight of the folder, known buffers left out."""
     from safetensors import SafetensorError, safe_open
 
-    files = []
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        files, index = [folder / stem], folder / f"{stem}.index.json"
-        if not files[0].is_file() and index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            for name in names:
-                if Path(name).name != name or not (folder / name).is_file():
-                    raise UserError(
-                        f"{folder} lacks the shard {name!r} that its index names; copy it again."
-                    )
-            files = [folder / name for name in names]
-        if files and files[0].is_file():
-            break
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
     else:
         raise UserError(
-            f"{folder} has no model.safetensors; if its hub page offers only pytorch_model.bin, "
-            "install torch, which alone reads that."
+            f"{folder} has no model.safetensors; if it has pytorch_model.bin alone, save the model "
+            "again with transformers, which writes safetensors."
         )
-    for file in files:
-        if file.suffix == ".bin":
-            tensors = _read_torch(file)
-            yield from ((file, n, a) for n, a in tensors.items() if not f".{n}".endswith(BUFFERS))
-            continue
+    for name in names:
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(
+                f"{folder} lacks the shard {name!r} that its index names; copy it again."
+            )
         try:
             with safe_open(file, framework="numpy") as tensors:
-                names = tensors.keys()
-                for name in names:
-                    if not f".{name}".endswith(BUFFERS):
-                        yield file, name, tensors.get_tensor(name)
+                for weight in tensors.keys():  # noqa: SIM118, it is no dict
+                    if not f".{weight}".endswith(BUFFERS):
+                        yield file, weight, tensors.get_tensor(weight)
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); copy it again.") from error
-
-
-def _read_torch(file: Path) -> dict[str, np.ndarray]:
-    """{name: float32 array} of a file of torch's own kind."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{file.parent} has only pytorch_model.bin, which torch alone reads: install torch, "
-            "or save the model again as model.safetensors."
-        ) from error
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for files that are not plain weights
-        raise UserError(
-            f"{file} is damaged or holds more than weights ({type(error).__name__}); copy it again."
-        ) from error
-    return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}

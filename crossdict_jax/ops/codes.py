@@ -57,7 +57,7 @@ def sparse_code(
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
-    if not uses_lists():
+    if not uses_lists(z.size):
         z = jax.nn.relu(z)
         return jnp.where(z < lowest.reshape(-1, 1), 0.0, z)  # not a number: stays visible
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
