@@ -1,7 +1,5 @@
 """NNX modules at jit boundaries: a static graph and a plain nested dict of arrays."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

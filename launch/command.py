@@ -1,7 +1,5 @@
 """What every command shares: flags, settings, one line for every mistake, and exit codes."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import functools

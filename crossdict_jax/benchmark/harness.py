@@ -1,7 +1,5 @@
 """Timing that is fair on a busy machine: contenders in turn, every ratio within one round."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

@@ -1,7 +1,5 @@
 """Takes the measurements that are asked for, one file each, and writes them down as they come."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform

@@ -4,8 +4,6 @@ Equal: training rows, batch, steps, width, active features a row. Theirs are tra
 learning rate, at that of a TopK of the width and at their default; the best of them counts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Each function makes its work ready in a folder; ``run(count)`` of what it return
 Another checkout of this project is asked for the same by name (``peers/checkout.py``).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jax

@@ -1,7 +1,5 @@
 """What maps make of single features of A: directions in B's activations; and their matches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ Its mapped direction is added to B at the same positions: do B's tokens of the s
 likelier, more than under other directions of the same norm?
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

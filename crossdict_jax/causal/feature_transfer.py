@@ -1,7 +1,5 @@
 """The stage that puts single features of one model into the other: feature_causal.jsonl."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """What questions to a finished run share: its models, tokenizers, dictionaries, rows and texts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any

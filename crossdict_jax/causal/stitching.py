@@ -1,7 +1,5 @@
 """Stitching: model B goes on from an activation that was predicted from model A."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokens of one vocabulary in another: the same bytes of text."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A file of configs/ that reproduces a paper has a ``get_expectations()`` beside i
 ``get_config()``; with ``--expect=FILE`` a command compares after its work.
 """
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass, field
 from typing import Any

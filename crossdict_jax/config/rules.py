@@ -1,7 +1,5 @@
 """What a setting may be: its rule and its help text, as metadata of the dataclass field."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import re

@@ -1,7 +1,5 @@
 """Settings by dotted name: listed, read from text and JSON, and checked before anything starts."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

@@ -1,7 +1,5 @@
 """What every sparse dictionary is: encode, decode, a loss to train it, and how it is stored."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

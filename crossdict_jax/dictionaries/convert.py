@@ -1,7 +1,5 @@
 """Dictionaries from one format into another, one by one or all of a run."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Crosscoders: one sparse code of N models' activations, whatever their widths and tokenizers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Trains crosscoders: of arrays, and of a run's paired rows, members of equal shape together."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """Reading the files of dictionary folders of other tools, or an error that names the file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the losses of several architectures share: explained variance, and dead features."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from functools import partial

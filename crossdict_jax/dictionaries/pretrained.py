@@ -1,7 +1,5 @@
 """Dictionaries that others trained, put where a run keeps its own."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from crossdict_jax.activations.store import Store

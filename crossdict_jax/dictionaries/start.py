@@ -1,7 +1,5 @@
 """How a dictionary starts to train: scales, means, and the direction and length of its encoder."""
 
-from __future__ import annotations
-
 import math
 
 import jax

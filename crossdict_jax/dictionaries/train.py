@@ -1,7 +1,5 @@
 """Trains all dictionaries of a run: members of equal shape as one ensemble."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What dictionaries of other tools do that no architecture of ours does."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -1,7 +1,5 @@
 """Which source features drive a predicted feature: the mean Jacobian of a map over rows."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

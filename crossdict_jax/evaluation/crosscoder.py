@@ -1,7 +1,5 @@
 """What a run's crosscoders explain, whose their latents are, and whether that survives a check."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """The stage that measures a finished run: dictionaries, maps and controls on held-out documents."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Which features transfer best: single features of B, their contexts, and what drives them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Features that two dictionaries share: matched on one split, confirmed on another."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

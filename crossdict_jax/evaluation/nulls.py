@@ -1,7 +1,5 @@
 """What correlations are worth: circular shifts, and shuffles within equal tokens."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """How good each dictionary is: what it explains, how sparse it is, and what it costs the model."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

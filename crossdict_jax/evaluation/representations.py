@@ -1,7 +1,5 @@
 """All layers of two models against each other, and the directions of their matched features."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any

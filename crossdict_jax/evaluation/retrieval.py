@@ -1,7 +1,5 @@
 """Retrieval: does a prediction find its own target among a fixed pool of targets?"""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """Scores maps on held-out rows: one way for those of a run, their controls and studies."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

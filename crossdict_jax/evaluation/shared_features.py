@@ -1,7 +1,5 @@
 """From all features to confirmed matches, for every pair of dictionaries of two models."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

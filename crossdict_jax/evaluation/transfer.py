@@ -3,8 +3,6 @@
 A feature is *active* where it is above zero, and *live* if it is active in some row and varies.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property

@@ -4,8 +4,6 @@ A code is an array of features [batch, width], or ``lists.Entries`` where ``uses
 they are faster. Both have the same values and the same gradients, but for the order of sums.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ weights. Here only the encoder's stays; each of the other four is 2 B k d (``sum
 array but the pre-activations is formed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

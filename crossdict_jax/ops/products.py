@@ -1,7 +1,5 @@
 """Matrix products of training, forward and backward in the number format that is asked for."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

@@ -4,8 +4,6 @@ Non-negative floats order as their bit patterns do, so a threshold is found as a
 bit. On CPU only the few candidates that a first bound leaves are looked at closely.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -3,8 +3,6 @@
 All have a fixed order: no atomics, the same bits from run to run.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

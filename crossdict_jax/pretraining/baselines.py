@@ -1,7 +1,5 @@
 """Count-based language models: what a trained one must beat."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Trains a GPT-2 or GPT-NeoX from nothing on the train split of a corpus."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

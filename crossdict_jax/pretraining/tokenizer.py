@@ -1,7 +1,5 @@
 """Byte-level BPE tokenizers, trained on a corpus and saved for ``transformers``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

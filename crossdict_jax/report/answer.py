@@ -1,7 +1,5 @@
 """The answer of a run in words: sentences made from its numbers, negative results included."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """What a section of the page is made of, and its html: a text is a paragraph, a table a table."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path

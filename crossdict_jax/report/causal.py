@@ -1,7 +1,5 @@
 """Sections about causal tests: stitching, several layers at once, single features."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 from crossdict_jax.report.blocks import Block, Heading, Panels, hidden

@@ -5,8 +5,6 @@ What stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is written
 run; a block whose numbers are not there stays as it is.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path

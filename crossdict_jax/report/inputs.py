@@ -1,7 +1,5 @@
 """Sections about what was run: settings, pairing, dictionaries, training, time, limits, words."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shlex

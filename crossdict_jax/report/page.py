@@ -1,7 +1,5 @@
 """The page of a run: one html file that needs no other."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures as inline SVG, coloured by CSS variables: one drawing serves light and dark."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import re

@@ -1,7 +1,5 @@
 """The result files of a run, brought into order: maps at layer pairs, beside their controls."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from itertools import groupby, zip_longest

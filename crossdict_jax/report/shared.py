@@ -1,7 +1,5 @@
 """Sections about what dictionaries share: matched features, layers, crosscoders."""
 
-from __future__ import annotations
-
 from crossdict_jax.report.blocks import Block, Code, Panels, hidden
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, draw
 from crossdict_jax.report.results import Run

@@ -1,7 +1,5 @@
 """Tables of the page and of the terminal: columns that know how to make their cells."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterable

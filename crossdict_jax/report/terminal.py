@@ -1,7 +1,5 @@
 """What the commands end with on the terminal: one small table each."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from crossdict_jax.report import shared

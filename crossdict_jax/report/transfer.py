@@ -1,7 +1,5 @@
 """Sections about maps between models: transfer, single features, controls."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 from crossdict_jax.report.blocks import Block, Facts, Heading, Panels, hidden

@@ -4,8 +4,6 @@ A study is a folder here: it describes its result file (``TABLE``), gives ``TITL
 ``section(rows) -> html`` for the report, and its ``measure.run(config, work)`` writes and prints.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

@@ -1,7 +1,5 @@
 """Orbax checkpoints with checksums: whole and unaltered, or refused with the file's name."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

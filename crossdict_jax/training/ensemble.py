@@ -5,8 +5,6 @@ Dictionaries, crosscoders, trained maps, the hypernetwork and small language mod
 order, accumulation, validation, checkpoints, unstacking) is done here, once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

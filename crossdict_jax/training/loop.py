@@ -10,8 +10,6 @@ The order of one turn, where it binds:
 Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

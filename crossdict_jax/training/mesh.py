@@ -1,7 +1,5 @@
 """The device mesh: ensemble members over one axis, batch rows over the other."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Training metrics: a line of metrics.jsonl per chunk of steps, and the same for other tools."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

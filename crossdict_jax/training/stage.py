@@ -1,7 +1,5 @@
 """What stages share: is one finished, what its parts left behind, how long it took."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """G1: a model against itself is itself: pairs, activations, features, matches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from crossdict_jax import maps, models

@@ -1,7 +1,5 @@
 """G2: a rotated copy in another width, its features permuted, is found again by what finds it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

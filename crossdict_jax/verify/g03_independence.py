@@ -1,7 +1,5 @@
 """G3: independent views give chance: no score, no retrieval, no more confirmed matches than q."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

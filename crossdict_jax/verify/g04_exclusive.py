@@ -1,7 +1,5 @@
 """G4: a crosscoder tells planted features that two views share from those that one view owns."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

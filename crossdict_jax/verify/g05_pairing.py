@@ -1,7 +1,5 @@
 """G5: two tokenizers pair exactly where both end a token; one token late, nothing is gained."""
 
-from __future__ import annotations
-
 import unicodedata
 from pathlib import Path
 

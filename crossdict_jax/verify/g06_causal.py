@@ -1,7 +1,5 @@
 """G6: a planted cause, carried over by a fitted map, does its work in the other model."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """G7: ridge wins or ties where the truth is linear, the network where it is not, on equal rows."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

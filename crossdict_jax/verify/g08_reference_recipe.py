@@ -1,7 +1,5 @@
 """G8: a high cosine between independent dense codes is called what it is."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """G9: trained models share context, an untrained one shares nothing beyond the token."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from crossdict_jax import models

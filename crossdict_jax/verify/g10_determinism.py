@@ -1,7 +1,5 @@
 """G10: the same seed gives the same bits, from reading text to scoring maps; another does not."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a gate is, and the run of all of them: known answers, each a number with its bound."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import operator

@@ -1,7 +1,5 @@
 """The pipeline at a gate's size: planted rows where it looks for a run's, and short real runs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two language models in which known directions do known things, and a map between them."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp

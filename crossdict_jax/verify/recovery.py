@@ -1,7 +1,5 @@
 """Every architecture on planted features and on a run's activations: recovery, L0 against FVU."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from typing import Any

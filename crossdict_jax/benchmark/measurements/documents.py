@@ -1,7 +1,5 @@
 """Memory of extraction against the number of documents: what is read is not kept."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Reading layers of a language model: ours beside torch, the whole model and cut short."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

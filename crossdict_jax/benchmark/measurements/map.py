@@ -1,7 +1,5 @@
 """One training step of the mlp map: ours, beside that of another checkout."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

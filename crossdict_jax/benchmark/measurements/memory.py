@@ -1,7 +1,5 @@
 """Memory of a training: the most that was held, beside what is predicted at its start."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How the cost of a training step grows with width, d, k, batch, members and the store's size."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from typing import Any

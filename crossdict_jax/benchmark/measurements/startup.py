@@ -1,7 +1,5 @@
 """Starting a command: its help beside Python's own start, and a run with and without the cache."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """One training step of a dictionary: ours, through the loop, beside three other libraries'."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reading the store: all rows of a site, in order and shuffled, beside a copy in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A whole run of the large preset: the exact architectures with random weights, every stage."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,7 +1,5 @@
 """BatchTopK dictionaries: k features a row on average, one threshold at inference."""
 
-from __future__ import annotations
-
 from crossdict_jax.dictionaries.base import BatchSelected
 
 

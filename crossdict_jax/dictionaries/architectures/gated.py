@@ -1,7 +1,5 @@
 """Gated dictionaries: one path decides which features are active, another how strongly."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -1,7 +1,5 @@
 """JumpReLU dictionaries: a learnt threshold per feature, and an L0 penalty that can train it."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

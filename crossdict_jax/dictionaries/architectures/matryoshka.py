@@ -1,7 +1,5 @@
 """Matryoshka dictionaries: nested BatchTopK, whose first features must do without the later."""
 
-from __future__ import annotations
-
 from crossdict_jax.dictionaries.base import BatchSelected, Hyper
 from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, auxk, fvu
 from crossdict_jax.ops import decode_parts

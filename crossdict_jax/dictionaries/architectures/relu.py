@@ -1,7 +1,5 @@
 """ReLU dictionaries with an L1 penalty weighted by decoder norms."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

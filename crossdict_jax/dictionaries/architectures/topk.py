@@ -1,7 +1,5 @@
 """TopK dictionaries with the AuxK loss against dead features."""
 
-from __future__ import annotations
-
 import jax
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper

@@ -4,8 +4,6 @@ A format is a module with ``load(path)`` and, of a tool's folders, ``WEIGHTS``, 
 they are recognised, and ``TOOL``; or else with ``recognises(path)``.
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

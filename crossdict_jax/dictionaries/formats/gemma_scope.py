@@ -1,7 +1,5 @@
 """Gemma Scope folders, in: params.npz, a JumpReLU dictionary of raw activations."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from pathlib import Path

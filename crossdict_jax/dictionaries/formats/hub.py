@@ -1,7 +1,5 @@
 """The Hugging Face hub: folders of dictionaries, in and out."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

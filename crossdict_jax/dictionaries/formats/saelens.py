@@ -1,7 +1,5 @@
 """SAELens folders (6.x), in and out: cfg.json and sae_weights.safetensors."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """sparsify folders (EleutherAI), in: cfg.json and sae.safetensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays

@@ -1,7 +1,5 @@
 """Takes directions out of a model: what its preference loses, beside controls of equal norm."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

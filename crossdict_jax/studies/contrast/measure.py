@@ -3,8 +3,6 @@
 Features are chosen by attribution on one half of the pairs, and ablated on the other.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable

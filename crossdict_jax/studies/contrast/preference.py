@@ -1,7 +1,5 @@
 """What a language model prefers of two texts, and how much of it rests on features at a site."""
 
-from __future__ import annotations
-
 import math
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Contrast sets: what models prefer, on which features it rests, and whether these carry over."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from crossdict_jax.report.blocks import Block, Details, Heading, hidden, html

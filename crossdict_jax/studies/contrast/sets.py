@@ -1,7 +1,5 @@
 """Files of minimal pairs: two texts of which a language model should find one likelier."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Dictionaries of one model used for another through an affine stitch, and as a training start."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Dictionaries of one model used for another: what they explain there, and what they spare."""
 
-from __future__ import annotations
-
 from crossdict_jax.report.blocks import Block, Panels, html
 from crossdict_jax.report.plots import SERIES, Figure, line_figure
 from crossdict_jax.report.tables import Table, number, percent, score, share, table

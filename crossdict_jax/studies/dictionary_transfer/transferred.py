@@ -1,7 +1,5 @@
 """A dictionary of B made from A's and a stitch, two affine maps, in closed form."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

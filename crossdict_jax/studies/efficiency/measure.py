@@ -1,7 +1,5 @@
 """What a map is worth in paired rows: every map fitted on few of them, a hypernetwork on none."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What maps are worth in paired rows: the section of the report, and its table on the terminal."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What each loss of the trained map is good for: alone, left out, and all, at equal budget."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from crossdict_jax import maps, results

@@ -1,7 +1,5 @@
 """The losses of the trained map, alone and left out, as tables for the page and the terminal."""
 
-from __future__ import annotations
-
 from crossdict_jax.report.blocks import html
 from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import by_pair

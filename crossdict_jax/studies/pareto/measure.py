@@ -1,7 +1,5 @@
 """How much of the rows each architecture explains with how few features: L0 against FVU, swept."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

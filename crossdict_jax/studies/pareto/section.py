@@ -1,7 +1,5 @@
 """L0 against FVU of every architecture: the section of the report, and its tables."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

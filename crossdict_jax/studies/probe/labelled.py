@@ -1,7 +1,5 @@
 """Files of labelled texts, split into texts to learn from and texts to be told."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

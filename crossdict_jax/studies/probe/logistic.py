@@ -1,7 +1,5 @@
 """Linear probes: multinomial logistic regression, its penalty chosen by cross-validation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

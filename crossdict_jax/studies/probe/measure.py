@@ -4,8 +4,6 @@ A probe is trained on what a map predicts of B's features for n labelled texts, 
 have read, and used on B's own features of other texts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cache, lru_cache, partial
 

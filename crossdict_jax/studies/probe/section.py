@@ -1,7 +1,5 @@
 """Probes carried from one model to the other: accuracy by labelled examples."""
 
-from __future__ import annotations
-
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import INK, MUTED, Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Table, number, percent, share, table

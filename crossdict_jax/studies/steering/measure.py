@@ -1,7 +1,5 @@
 """The question that launch.steer asks: what does B write with a feature of A put into it?"""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from typing import Any
 

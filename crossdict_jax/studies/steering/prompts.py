@@ -1,7 +1,5 @@
 """Prompts for a language model: as a user gave them, or the beginnings of held-out documents."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Steered text: what was written with a feature put in, beside what was written without."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """A feature of A: named by its number or found by a text, and what it promotes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
