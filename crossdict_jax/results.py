@@ -140,15 +140,10 @@ def table_of(file: str) -> Table:
     raise ValueError(f"{file} is no result file; there are {', '.join(TABLES)}.")
 
 
-def register(table: Table) -> Table:
-    """Adds the table of a study's file to ``TABLES`` and returns it."""
-    TABLES[table.file] = table
-    return table
-
-
 def describe(file: str, meaning: str, *columns: Column) -> Table:
     """Adds the table of a file, or of files that a pattern names, to ``TABLES`` and returns it."""
-    return register(Table(file, meaning, columns))
+    TABLES[file] = Table(file, meaning, columns)
+    return TABLES[file]
 
 
 def read_matches(

@@ -51,12 +51,11 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
         question=answer.question(run.models),
         answer=answer.answer(run),
         cautions=answer.cautions(run),
-        sections=[(_address(t), t, part) for t, part in (*before, *sections, *after)],
+        sections=[
+            (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), title, part)
+            for title, part in (*before, *sections, *after)
+        ],
     )
     path = work.report / "index.html"
     write_text(path, text)
     return path
-
-
-def _address(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
