@@ -11,7 +11,6 @@ from pathlib import Path
 
 from crossdict_jax import models, results
 from crossdict_jax.config import Config
-from crossdict_jax.report import answer
 from crossdict_jax.report.page import STYLE
 from crossdict_jax.report.results import Comparison, read_run
 from crossdict_jax.report.tables import Table, number, table
@@ -38,7 +37,6 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
     blocks = {
         "result": f"`python -m launch.experiment`, commit {commit}; R² on held-out documents "
         f"[95 %]:\n\n{markdown(main_table(run))}",
-        "answer": "\n\n".join(f"**{head}.** {text}" for head, text in answer.answer(run)),
         "models": markdown(models_table()),
         "gates": "",
         "benchmark": measured.read_text("utf-8").strip() if measured.exists() else "",
