@@ -179,6 +179,11 @@ def map_order(kind: str) -> int:
     return MAP_ORDER.index(kind) if kind in MAP_ORDER else len(MAP_ORDER)
 
 
+def pair_columns(pair) -> dict[str, str]:
+    """Returns the columns that name a direction and its sites, of a map or a group of maps."""
+    return {name: str(getattr(pair, name)) for name in PAIR}
+
+
 def pair_of(row: dict) -> tuple:
     """Returns (source, target, site of the source, site of the target) of a row."""
     return tuple(row.get(key) for key in PAIR)
@@ -451,6 +456,7 @@ describe(
         exclusive="share whose decoder norm is that large in this model alone",
         shared_confirmed="share of the shared that explain every model beyond shifts",
         exclusive_refuted="share of the exclusive that explain another model too",
+        exclusive_missed="share of the exclusive that explain what is left of another model",
         relative_norms="histogram of this model's share of each latent's decoder norms",
     ),
 )

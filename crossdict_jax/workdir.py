@@ -29,17 +29,37 @@ def model_names(models: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """The files of one run (DESIGN: a run's files)."""
+    """The files of one run, all below ``root``; docs/design.md lists them."""
 
     root: Path
 
-    activations = property(lambda self: self.root / "activations")
-    dictionaries = property(lambda self: self.root / "dictionaries")
-    maps = property(lambda self: self.root / "maps")
-    crosscoders = property(lambda self: self.root / "crosscoders")
-    results = property(lambda self: self.root / "results")
-    report = property(lambda self: self.root / "report")
-    timing = property(lambda self: self.results / "timing.json")
+    @property
+    def activations(self) -> Path:
+        return self.root / "activations"
+
+    @property
+    def dictionaries(self) -> Path:
+        return self.root / "dictionaries"
+
+    @property
+    def maps(self) -> Path:
+        return self.root / "maps"
+
+    @property
+    def crosscoders(self) -> Path:
+        return self.root / "crosscoders"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def timing(self) -> Path:
+        return self.results / "timing.json"
 
     @property
     def controls(self) -> Workdir:

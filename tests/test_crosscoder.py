@@ -20,7 +20,7 @@ from crossdict_jax.training import checkpoint
 KEY = jax.random.key(0)
 D_MODELS = (4, 6, 5)
 HYPER = crosscoder.Hyper(l1_coefficient=0.3, k_aux=3, most_dead=99)
-every = pytest.mark.parametrize("variant", crosscoder.VARIANTS)
+every = pytest.mark.parametrize("variant", ("batchtopk", "l1"))
 
 
 def fresh(variant, *, d_models=D_MODELS, width=14, k=3, shared_fraction=1.0):

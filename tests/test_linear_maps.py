@@ -75,6 +75,12 @@ def test_procrustes_to_a_narrower_model_is_semi_orthogonal(tmp_path):
     np.testing.assert_allclose(Q.T @ Q, np.eye(9), atol=1e-5)
 
 
+def assert_chosen_on_validation(record):
+    scores = {row["penalty"]: row["mse"] for row in record["validation_mse"]}
+    assert set(scores) == set(CONFIG.ridge_penalties)
+    assert scores[record["penalty"]] == min(scores.values())
+
+
 def test_ridge_finds_a_planted_affine_map(tmp_path):
     rng = np.random.default_rng(2)
     x_a, W = rows_like_a_stream(rng, 12), rng.normal(size=(12, 7))
@@ -83,9 +89,7 @@ def test_ridge_finds_a_planted_affine_map(tmp_path):
     fitted = fit_one("ridge", problem, tmp_path)
     assert activation_r2(fitted.map, problem, test) > 0.99
     assert activation_r2(fit_one("procrustes", problem, tmp_path).map, problem, test) < 0.9
-    scores = {row["penalty"]: row["mse"] for row in fitted.record["validation_mse"]}
-    assert set(scores) == set(CONFIG.ridge_penalties)
-    assert scores[fitted.record["penalty"]] == min(scores.values())
+    assert_chosen_on_validation(fitted.record)
 
 
 def test_token_finds_a_target_that_the_token_determines(tmp_path):
@@ -172,9 +176,7 @@ def test_ridge_codes_finds_a_planted_map_of_codes(tmp_path):
     np.testing.assert_allclose(fitted.map.W[...], W, atol=0.05)
     assert feature_r2(fitted.map, problem, test) > 0.98
     assert feature_r2(fit_one("ridge", problem, tmp_path).map, problem, test) < 0.9
-    scores = {row["penalty"]: row["mse"] for row in fitted.record["validation_mse"]}
-    assert set(scores) == set(CONFIG.ridge_penalties)
-    assert scores[fitted.record["penalty"]] == min(scores.values())
+    assert_chosen_on_validation(fitted.record)
 
 
 def test_ridge_codes_is_the_rectified_direct_solution(tmp_path):

@@ -13,13 +13,12 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, matching
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.representations import representation_rows
-from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
-from crossdict_jax.results import read_matches
+from crossdict_jax.results import pair_columns, read_matches
 from crossdict_jax.workdir import Workdir
 
 SITE = tiny_run.SITE

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import maps, modules, results, stats
+from crossdict_jax import maps, modules, stats
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
@@ -36,14 +36,8 @@ class MapGroup:
         return (self.source, self.site_source), (self.target, self.site_target)
 
     @property
-    def columns(self) -> dict[str, str]:
-        """The columns of a result row that name the two models and sites."""
-        pair = (self.source, self.target, str(self.site_source), str(self.site_target))
-        return dict(zip(results.PAIR, pair))
-
-    @property
     def label(self) -> str:
-        return "{source} {site_source} to {target} {site_target}".format(**self.columns)
+        return f"{self.source} {self.site_source} to {self.target} {self.site_target}"
 
 
 def map_groups(

@@ -17,6 +17,7 @@ from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages
+from crossdict_jax.results import pair_columns
 from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
@@ -82,8 +83,8 @@ def transfer_features(config: Config, work: Workdir) -> None:
                     raise
                 print(f"No features of {group.label} are put to work: {reason}", flush=True)
                 continue
-            rows += [group.columns | matches[row["feature"]] | row for row in measured[0]]
-            summary += [group.columns | row for row in measured[1]]
+            rows += [pair_columns(group) | matches[row["feature"]] | row for row in measured[0]]
+            summary += [pair_columns(group) | row for row in measured[1]]
     tested = sum(row["n_features"] for row in summary)
     stage.finish({ROWS: rows, SUMMARY: summary}, features=tested)
 
@@ -170,7 +171,7 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
     elif settings.choose == "matched":
         rank = {
             row["feature_source"]: (not row["confirmed"], -row["r_train"])
-            for row in results.read_matches(run.work, *group.columns.values())
+            for row in results.read_matches(run.work, *pair_columns(group).values())
         }
         chosen = np.array([i for i in sorted(rank, key=rank.get) if live[i]], np.int64)
         chosen = chosen[: settings.features]

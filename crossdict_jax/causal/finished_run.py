@@ -45,7 +45,10 @@ class FinishedRun:
 
     def live(self, model: str, site: Site) -> np.ndarray:
         """The features that fire on training rows, int [m]."""
-        fires = lambda: sum((f > 0).any(0) for f in self.codes(model, site))  # noqa: E731
+
+        def fires() -> np.ndarray:
+            return sum((f > 0).any(0) for f in self.codes(model, site))
+
         return np.flatnonzero(self._once("live", model, site, make=fires))
 
     @cached_property

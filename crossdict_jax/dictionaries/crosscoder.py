@@ -16,7 +16,6 @@ from crossdict_jax.ops import keep_top_k, matmul
 from crossdict_jax.training import checkpoint
 
 SHAPE = ("d_models", "width", "k", "shared_fraction")  # what a checkpoint says to build it
-VARIANTS = ("batchtopk", "l1")
 TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model takes part in it
 
 

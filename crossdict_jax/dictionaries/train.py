@@ -203,7 +203,9 @@ class Member:
     l1_coefficient: float
     name: str
 
-    label = property(lambda self: f"{self.model} {self.site} {self.name}")
+    @property
+    def label(self) -> str:
+        return f"{self.model} {self.site} {self.name}"
 
 
 def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:

@@ -149,27 +149,31 @@ def figures(
 def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict[str, Any]:
     """Returns whose the live latents are, seen from one model, and what Latent Scaling says.
 
-    An exclusive latent is refuted where it explains another model too, above every shift; a shared
-    one is confirmed where it explains more than any shift does in every model.
+    An exclusive latent is refuted where it explains another model too, above every shift, and
+    missed where it explains what the reconstruction leaves of one; a shared latent is confirmed
+    where it explains more than any shift does in every model.
     """
     part = crosscoder.takes_part(joint) & live[None, :]
     shared, exclusive = part.all(axis=0), part[m] & (part.sum(axis=0) == 1)
     counts, _ = np.histogram(crosscoder.relative_norms(joint)[m, live], NORM_EDGES)
     others = np.arange(joint.n_models) != m
-    confirmed_share = refuted_share = None
+    confirmed_share = refuted_share = missed_share = None
     if scaling.alone_above is not None:
         # Shares go as squares of norms: the rule of ``takes_part``, with best directions as norms.
         also = scaling.alone >= TAKES_PART**2 * scaling.alone[m][None, :]
         refuted = (also & scaling.alone_above)[others].any(axis=0)
         confirmed = scaling.alone_above.all(axis=0)
         confirmed_share = float(confirmed[shared].mean()) if shared.any() else None
-        refuted_share = float(refuted[exclusive].mean()) if exclusive.any() else None
+        missed = scaling.error_above[others].any(axis=0)
+        if exclusive.any():
+            refuted_share, missed_share = (float(x[exclusive].mean()) for x in (refuted, missed))
     n_live = max(int(live.sum()), 1)
     return {
         "shared": float(shared.sum() / n_live),
         "exclusive": float(exclusive.sum() / n_live),
         "shared_confirmed": confirmed_share,
         "exclusive_refuted": refuted_share,
+        "exclusive_missed": missed_share,
         "relative_norms": {"edges": NORM_EDGES.tolist(), "counts": counts.tolist()},
     }
 

@@ -23,6 +23,7 @@ from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.controls import ControlLoader, ceiling_task, control_tasks
 from crossdict_jax.maps.fit import Loader
+from crossdict_jax.results import pair_columns
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
@@ -119,14 +120,14 @@ def _parts(
         }
 
     yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
-    groups = [list(group) for _, group in itertools.groupby(tasks, key=scoring.pair_columns)]
+    groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
     for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
-        key = ("maps", *scoring.pair_columns(group[0]).values())
+        key = ("maps", *pair_columns(group[0]).values())
         yield stage.part(key, partial(layer_pair, group))
     pairs, matches = dictionary_pairs(config, store), []
     for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
         measure = partial(shared_features, pair, loader, config, codes)
-        part = stage.part(("matches", *scoring.pair_columns(pair).values()), measure)
+        part = stage.part(("matches", *pair_columns(pair).values()), measure)
         matches += part["matches.jsonl"]
         yield part
     similarity = partial(representation_rows, config, store, work, pairs, matches)

@@ -11,10 +11,11 @@ from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
 from crossdict_jax.evaluation.codes import Moments, SideCodes, correlation_matrix
-from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, pair_columns, take
+from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, take
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.fit import Loader
+from crossdict_jax.results import pair_columns
 
 SHOWN = 5  # features of each end of the ranking: as many as a reader looks at
 MIN_FIRINGS = 20  # held-out rows on which a feature must fire for its R^2 to say something

@@ -11,13 +11,12 @@ from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
-from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import MEMBER
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Runner
-from crossdict_jax.results import PAIR
+from crossdict_jax.results import PAIR, pair_columns
 from crossdict_jax.workdir import Workdir
 
 RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05

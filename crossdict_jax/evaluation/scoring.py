@@ -19,7 +19,7 @@ from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.controls import shown
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.kinds.token import Token
-from crossdict_jax.results import PAIR
+from crossdict_jax.results import pair_columns
 from crossdict_jax.workdir import Workdir
 
 CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
@@ -183,8 +183,3 @@ def transfer_rows(scored: dict[str, Scored], ceiling: Scored | None = None) -> l
             if pairing == "aligned":
                 rows[-1] |= transfer.normalized(value, null.get(kind), top.get(kind))
     return rows
-
-
-def pair_columns(pair) -> dict[str, str]:
-    """Returns the columns that name a direction and its sites, of a task or a dictionary pair."""
-    return {name: str(getattr(pair, name)) for name in PAIR}

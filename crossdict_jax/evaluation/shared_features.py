@@ -9,10 +9,10 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, layer_pairs
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.matching import LEAST_R, confirm, match
-from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
+from crossdict_jax.results import pair_columns
 
 SPLITS = ("train", "test")  # matched on the first, confirmed on the second
 

@@ -16,7 +16,7 @@ from crossdict_jax.report.tables import (
 from crossdict_jax.results import PAIR, pair_of, site_words
 
 MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
-LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted")
+LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted", "exclusive_missed")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
 INVENTED = 0.2  # share of latents that pass as shared on shuffled rows, from which on it is told
 

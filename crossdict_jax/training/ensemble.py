@@ -98,7 +98,10 @@ class Ensemble:
     labels: tuple[str, ...]
     mesh: jax.sharding.Mesh
 
-    layout = property(lambda self: shard(self.mesh, MEMBER))
+    @property
+    def layout(self) -> jax.sharding.NamedSharding:
+        """Where arrays that are stacked over members lie."""
+        return shard(self.mesh, MEMBER)
 
     def trainable(self, steps: int) -> Trainable:
         """Returns the step of the whole ensemble, and its state before the first."""

@@ -223,7 +223,7 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
     return [
         {
             "what": "transfer",
-            **group.columns,
+            **results.pair_columns(group),
             "direction": name,
             **row,
             "share_of_own": at_best and row["effect"] / at_best,

@@ -16,10 +16,10 @@ from crossdict_jax.dictionaries.start import activation_scale
 from crossdict_jax.dictionaries.train import members, train_from
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
-from crossdict_jax.evaluation.scoring import pair_columns
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
+from crossdict_jax.results import pair_columns
 from crossdict_jax.studies.dictionary_transfer import transferred as transfer
 from crossdict_jax.studies.dictionary_transfer.section import savings_table, tables
 from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch, transferred

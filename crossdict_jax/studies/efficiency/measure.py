@@ -20,7 +20,7 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import encode
-from crossdict_jax.evaluation.scoring import pair_columns, take
+from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.descriptions import Describer
@@ -29,6 +29,7 @@ from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, t
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.maps.moments import Products, RidgePath
 from crossdict_jax.report.tables import show
+from crossdict_jax.results import pair_columns
 from crossdict_jax.stats import Resamples
 from crossdict_jax.studies.efficiency.section import curves, r2_table
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar

@@ -8,10 +8,11 @@ from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, LossWeights, identity
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import SideCodes
-from crossdict_jax.evaluation.scoring import make_bench, pair_columns, score
+from crossdict_jax.evaluation.scoring import make_bench, score
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
+from crossdict_jax.results import pair_columns
 from crossdict_jax.studies.loss_ablation.section import tables
 from crossdict_jax.training.stage import Stage, input_digests
 from crossdict_jax.workdir import Workdir

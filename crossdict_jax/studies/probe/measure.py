@@ -64,7 +64,7 @@ def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: S
     rows, parts = [], [(i, n) for i in range(len(groups)) for n in sorted(counts)]
     for i, n in progress_bar(parts, desc="probes", unit="part"):
         make = partial(probe_rows, features, i, examples, n, config)
-        head = groups[i].columns | {"n_classes": len(texts.classes)}
+        head = results.pair_columns(groups[i]) | {"n_classes": len(texts.classes)}
         rows += [head | row for row in stage.part((groups[i].label, n), make)]
     return rows
 

@@ -148,7 +148,7 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
     _, norm = dose_norms(settings.norm, medians, *added)
     return {name: norm * normalised(vectors) for name, vectors in directions.items()}, {
         "row": "feature",
-        **group.columns,
+        **results.pair_columns(group),
         "feature": feature.id,
         "firings": int((feature.strength > 0).sum()),
         "n_rows": len(feature.strength),
