@@ -61,8 +61,7 @@ def make_problem(x_a, x_b, *, tokens=None, dictionaries_ab=None):
 
 def shuffled_problem(problem: Problem) -> Problem:
     train, validation = (
-        maps.shuffled(getattr(problem, split), maps.shuffle_seed(0, split))
-        for split in ("train", "validation")
+        maps.shuffled(getattr(problem, split), 0, split) for split in ("train", "validation")
     )
     return Problem(f"{problem.label} (shuffled)", train, validation)
 

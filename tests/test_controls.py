@@ -13,7 +13,13 @@ from map_problems import inputs_of
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import digest, open_store
-from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, untrained_names
+from crossdict_jax.activations.untrained import (
+    KEYS,
+    draw_again,
+    extract_untrained,
+    open_controls,
+    untrained_names,
+)
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.dictionaries import train
 from crossdict_jax.dictionaries.architectures import relu
@@ -21,7 +27,8 @@ from crossdict_jax.dictionaries.base import from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate
 from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
-from crossdict_jax.maps.controls import ControlLoader, control_tasks, fit_controls, shown
+from crossdict_jax.maps.controls import control_tasks, fit_controls
+from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, read_jsonl
@@ -43,10 +50,10 @@ def run_controls(config: Config, work: Workdir) -> None:
     store = open_store(work.activations)
     controls = extract_untrained(config, work, store)
     train.train_dictionaries(config, store, work, controls)
-    loader = ControlLoader(config, store, work)
+    loader = Loader(open_controls(config, work, store), work, config.seed)
     for task in control_tasks(config, store):
         if task.kind == "mlp" and not is_finished(task.path(work)):
-            folder = loader.target_dictionary(task)
+            folder = loader.ends(task)[1][2]
             maps.save(tiny_run.network(folder), task.path(work), dictionary=folder)
     fit_controls(config, store, work)
 
@@ -185,7 +192,7 @@ def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, 
 def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished):
     config, work = finished
     store = open_store(work.activations)
-    loader = ControlLoader(config, store, work)
+    loader = Loader(open_controls(config, work, store), work, config.seed)
     second = dictionaries.load(work.controls.dictionary("b", SITE, "seed-1"))
     x = store.read("b", SITE, store.select("test")).astype(np.float32)
     for task in control_tasks(config, store):

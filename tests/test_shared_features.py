@@ -11,7 +11,6 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, matching
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.representations import representation_rows
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
@@ -31,15 +30,14 @@ class Run:
     work: Workdir
 
     def __post_init__(self):
-        self.store, self.codes = open_store(self.work.activations), SideCodes()
+        self.store = open_store(self.work.activations)
         self.loader = Loader(self.store, self.work, 0)
 
     def matched(self, **changes):
         """The rows by file, under other settings."""
         changes = {"minimum_firings": 10} | changes
         settings = dataclasses.replace(self.config.evaluation, **changes)
-        config = dataclasses.replace(self.config, evaluation=settings)
-        return shared_features(PAIR, self.loader, config, self.codes)
+        return shared_features(PAIR, self.loader, settings)
 
     def similar(self, matches, **changes):
         settings = dataclasses.replace(self.config.evaluation, similarity_rows=150, **changes)

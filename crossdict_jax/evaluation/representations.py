@@ -34,29 +34,27 @@ def representation_rows(
     "decoders": the decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan
     et al. 2024 (arXiv 2410.06981), and those of random matchings of the same features.
     """
-    generator = stats.generator(config.seed)
-    drawn = generator.permutation(store.select("test"))[: config.evaluation.similarity_rows]
+    drawn = stats.generator(config.seed).permutation(store.select("test"))
+    drawn = np.sort(drawn[: config.evaluation.similarity_rows])
     rows: list[dict] = []
     if len(drawn) >= LEAST_ROWS:
-        layers = {}
-        settings = {"batch_size": config.extract.batch_size, "dtype": config.extract.matmul_dtype}
+        layers, settings = {}, config.extract
         mixed = stats.generator(config.seed + 1).permutation(len(drawn))
         for name, path in zip(store.models, store.paths):
-            lm, passages = models.load(path), passages_of(store, name, np.sort(drawn))
+            lm = models.load(path)
+            runner = Runner(lm, batch_size=settings.batch_size, dtype=settings.matmul_dtype)
             sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
-            x = Runner(lm, **settings).read_at(passages, sites)
-            layers[name] = {site: Geometry.of(layer[mixed]) for site, layer in zip(sites, x)}
+            x = runner.read_at(passages_of(store, name, drawn), sites)
+            layers[name] = {str(site): Geometry.of(of[mixed]) for site, of in zip(sites, x)}
         order = stats.generator(config.seed).permutation(len(drawn))
         for ends in itertools.combinations(store.models, 2):
-            shuffled = {site: b.reordered(order) for site, b in layers[ends[1]].items()}
-            compared = [
-                {"kind": "layers"}
-                | dict(zip(PAIR, (*ends, str(site_a), str(site_b))))
-                | {"n_rows": len(drawn)}
-                | _beside(a.compared(b), a.compared(shuffled[site_b]))
-                for site_b, b in layers[ends[1]].items()
-                for site_a, a in layers[ends[0]].items()
-            ]
+            compared = []
+            for site_b, b in layers[ends[1]].items():
+                shuffled = b.reordered(order)
+                for site_a, a in layers[ends[0]].items():
+                    names = dict(zip(PAIR, (*ends, site_a, site_b)))
+                    scores = _beside(a.compared(b), a.compared(shuffled))
+                    compared.append({"kind": "layers"} | names | {"n_rows": len(drawn)} | scores)
             paired = [pair for pair in pairs if (pair.source, pair.target) == ends]
             rows += [*compared, _proposal(store.sites_of(ends[0]), paired, compared)]
     return rows + [_decoder_row(pair, matches, config.seed, work) for pair in pairs]
@@ -124,10 +122,11 @@ def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> d
         geometries.append(Geometry.of(directions / np.maximum(norms, 1e-30)))
     a, b = geometries
     scores = a.compared(b)
-    random = [
-        a.compared(b.reordered(generator.permutation(len(drawn)))) for _ in range(RANDOM_MATCHINGS)
-    ]
+    orders = [generator.permutation(len(drawn)) for _ in range(RANDOM_MATCHINGS)]
+    random = [a.compared(b.reordered(order)) for order in orders]
     null = {m: float(np.mean([r[m] for r in random])) for m in MEASURES}
-    above = {m: sum(r[m] >= scores[m] for r in random) for m in MEASURES}
-    p = {f"{m}_p": (1 + n) / (1 + RANDOM_MATCHINGS) for m, n in above.items()}
+    p = {
+        f"{m}_p": (1 + sum(r[m] >= scores[m] for r in random)) / (1 + RANDOM_MATCHINGS)
+        for m in MEASURES
+    }
     return row | _beside(scores, null) | p

@@ -95,7 +95,7 @@ class Geometry:
             "cka": float(np.vdot(self.gram, other.gram)),
             "svcca": float(np.sqrt(squares.clip(0, 1)).mean()),
             "rsa": float(np.vdot(self.ranks, other.ranks)),
-            "mutual_knn": float((self.near & other.near).sum() / self.near.sum()),
+            "mutual_knn": np.count_nonzero(self.near & other.near) / np.count_nonzero(self.near),
         }
 
 

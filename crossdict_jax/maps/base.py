@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy import sparse
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.config import MapConfig, map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.compact import Compact, compact
+from crossdict_jax.maps.codes import Codes, Moments, compress
 from crossdict_jax.maps.moments import (
     ROWS,
     Regression,
@@ -57,9 +58,30 @@ class Side:
         """Returns the activations float32 [m, d_model] of some rows."""
         return self.x[rows].astype(np.float32)
 
+    @cached_property
+    def codes(self) -> Codes:
+        """The features [n, width] of all rows, encoded once."""
+        if self.reordered_from is not None:
+            return self.reordered_from.codes[self.order]
+        blocks = (encode_rows(self.dictionary, self.x[rows]) for rows in slices(len(self.x)))
+        width = self.dictionary.width
+        return sparse.vstack([Codes((0, width), dtype=np.float32), *map(compress, blocks)], "csr")
+
     def features(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the features float32 [m, width] of at most ROWS rows."""
-        return encode_rows(self.dictionary, self.x[rows])
+        """Returns the features float32 [m, width] of some rows."""
+        return self.codes[rows].toarray()
+
+    @cached_property
+    def feature_moments(self) -> Moments:
+        """Mean and variance of the features over all rows."""
+        return (
+            self.reordered_from.feature_moments if self.reordered_from else Moments.of(self.codes)
+        )
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What a hypernetwork reads of it by role, made once; see ``descriptions.describe``."""
+        return self.reordered_from.described if self.reordered_from else {}
 
     @cached_property
     def bad_row(self) -> int | None:
@@ -71,30 +93,6 @@ class Side:
             if bad.any():
                 return rows.start + int(bad.argmax())
         return None
-
-    @cached_property
-    def feature_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance, float64 [width], of the features; encoded once, in batches."""
-        if self.reordered_from is not None:
-            return self.reordered_from.feature_moments
-        total, square = np.zeros((2, self.dictionary.width))
-        for rows in slices(len(self.x)):
-            f = self.features(rows)
-            total += f.sum(0, dtype=np.float64)
-            square += np.square(f).sum(0, dtype=np.float64)
-        mean = total / len(self.x)
-        return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
-
-    @cached_property
-    def code(self) -> Compact | None:
-        """The active features of all rows; None if a row has more than d_model / 2 of them.
-
-        Then the activations take less memory.
-        """
-        if self.reordered_from is not None:
-            code = self.reordered_from.code
-            return jax.tree.map(lambda a: a[self.order], code)
-        return compact(map(self.features, slices(len(self.x))), limit=self.x.shape[1] // 2)
 
     def take(self, rows: np.ndarray | slice) -> Side:
         """Returns the side with these rows alone."""
@@ -137,14 +135,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source.x)
 
-    def by_token(self, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
-        """Returns the sums by the source's token of what ``read`` gives of numbered rows."""
-        return token_sums(self.source.tokens, read)
+    def take(self, rows: np.ndarray | slice) -> Pairs:
+        """Returns some of the rows."""
+        return Pairs(self.source.take(rows), self.target.take(rows), self.documents[rows])
 
     @cached_property
     def target_by_token(self) -> TokenSums:
         """The sums of the target's features by the source's token, once for all maps."""
-        return self.by_token(self.target.features)
+        return token_sums(self.source.tokens, self.target.features)
 
 
 @dataclass(frozen=True)
@@ -350,24 +348,23 @@ def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__ca
     Args:
       method: of the map, which gives what is returned.
     """
-    graph, params = modules.split(m)
-    source_graph, source_params = modules.split(pairs.source.dictionary)
-    parts = []
+    if m.predicts_activation and method == "__call__":  # all of them share B's encoder
+        x = predict(m, pairs, batch_size, method="activation")
+        return modules.over_rows(m.dictionary, x, method="encode", size=batch_size)
+    (graph, params), source, parts = modules.split(m), pairs.source, []
+    read = {"tokens": source.tokens.__getitem__, "activations": source.x.__getitem__}
     for rows in slices(len(pairs), batch_size):
-        x, tokens = (padded(a[rows], batch_size) for a in (pairs.source.x, pairs.source.tokens))
-        out = predict_batch(graph, source_graph, method, params, source_params, x, tokens)
+        inputs = read.get(m.reads, source.features)(rows)
+        batch = [padded(a, batch_size) for a in (inputs, source.tokens[rows])]
+        out = predict_batch(graph, method, params, *batch)
         parts.append(np.asarray(out)[: rows.stop - rows.start])
     return np.concatenate(parts)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def predict_batch(graph, source_graph, method, params, source_params, x, tokens):
+@partial(jax.jit, static_argnums=(0, 1))
+def predict_batch(graph, method, params, inputs, tokens):
     """Returns a method's result of one batch; see ``predict``."""
-    m = modules.merge(graph, params)
-    inputs = {"activations": x, "tokens": tokens}.get(m.reads)
-    if inputs is None:
-        inputs = modules.merge(source_graph, source_params).encode(x)
-    return getattr(m, method)(inputs, tokens=tokens)
+    return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
 def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:

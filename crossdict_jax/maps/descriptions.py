@@ -43,12 +43,12 @@ class Description:
     @cached_property
     def mean(self) -> np.ndarray:
         """Mean features, float64 [width]."""
-        return self.side.feature_moments[0]
+        return self.side.feature_moments.mean
 
     @cached_property
     def variance(self) -> np.ndarray:
         """Variance of the features, float64 [width]."""
-        return self.side.feature_moments[1]
+        return self.side.feature_moments.variance
 
     @cached_property
     def scale(self) -> np.ndarray:
@@ -68,9 +68,8 @@ class Description:
         moves = self.scale[:, None] * dec
         lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
         enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
-        fires = sum((self.side.features(r) > 0).sum(0) for r in slices(len(self.side.x)))
         facts = [
-            np.log10(fires / len(self.side.x) + 1e-5) + 2,
+            np.log10(self.side.feature_moments.firings / len(self.side.x) + 1e-5) + 2,
             self.mean / self.scale,
             np.log(self.scale / self.scale.mean()),
             np.sum(enc * dec, axis=1),
@@ -102,32 +101,22 @@ class Description:
         return Profile(tuple(index), counts, means, products.aa / products.n)
 
 
-class Describer:
-    """Describes sides; those that several problems share are described once."""
+def describe(pairs: Pairs, label: str) -> tuple[Description, Description]:
+    """Returns (source, target), described once for all problems; shuffling pairs changes neither.
 
-    def __init__(self):
-        self._described: dict[tuple[int, str], Description] = {}
-
-    def both(self, pairs: Pairs, label: str) -> tuple[Description, Description]:
-        """Returns (source, target); shuffling pairs changes neither.
-
-        Raises:
-          UserError: the rows are of one document only.
-        """
-        documents, index = np.unique(pairs.documents, return_inverse=True)
-        if len(documents) < 2:
-            raise UserError(
-                f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
-                "more, one to describe each side by; raise text.documents."
-            )
-        result = []
-        for parity, role in enumerate(("source", "target")):
-            side = getattr(pairs, role)
-            side = side.reordered_from or side
-            # The description holds the side, so its id stays its own.
-            description = Description(side, np.flatnonzero(index % 2 == parity))
-            result.append(self._described.setdefault((id(side), role), description))
-        return tuple(result)
+    Raises:
+      UserError: the rows are of one document only.
+    """
+    documents, index = np.unique(pairs.documents, return_inverse=True)
+    if len(documents) < 2:
+        raise UserError(
+            f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
+            "more, one to describe each side by; raise text.documents."
+        )
+    for parity, (role, side) in enumerate((("source", pairs.source), ("target", pairs.target))):
+        description = Description(side.reordered_from or side, np.flatnonzero(index % 2 == parity))
+        side.described.setdefault(role, description)
+    return pairs.source.described["source"], pairs.target.described["target"]
 
 
 def profile_weights(

@@ -10,14 +10,14 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
-from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Map, Problem, Side
-from crossdict_jax.maps.compact import Compact, alike
+from crossdict_jax.maps.codes import Compact, compact
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, on_own_rows, to_bits
 
+SLOTS = 0.5  # active features of a row, of d_model: with more, codes take more memory than rows
 VALIDATION_ROWS = 4096  # at most, evenly spread, on which a member in training is scored
 WEIGHT_DECAY = 1e-4  # of matrices
 GRADIENT_CLIP = 1.0  # largest norm of a member's gradient
@@ -55,38 +55,38 @@ class TransferObjective(Objective):
             ),
         )
 
-    def inputs(self, params, rows, fixed) -> tuple[Map, jax.Array, jax.Array]:
-        """Returns the map, and both sides' features [batch, width] of codes or activations."""
-        m = modules.merge(
-            self.graph, fixed["values"] | params | {"dictionary": fixed["dictionary_b"]}
-        )
+    def losses(self, params, rows, fixed, key=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the weighted sum of the losses, and each of them, of a batch of rows.
+
+        Without a key, of the features as they will be used.
+        """
+        own = {"dictionary": fixed["dictionary_b"]}
+        m = modules.merge(self.graph, fixed["values"] | params | own)
         source = modules.merge(self.source_graph, fixed["dictionary_a"])
-        return m, _dense(rows["a"], source), _dense(rows["b"], m.dictionary)
+        f_a, f_b = (  # both sides' features [batch, width] of codes or activations
+            on_own_rows(Compact.dense, rows[name])
+            if isinstance(rows[name], Compact)
+            else dictionary.encode(from_bits(rows[name]).astype(jnp.float32))
+            for name, dictionary in (("a", source), ("b", m.dictionary))
+        )
+        if key is None:
+            z = p = m(f_a, tokens=rows["tokens"])
+        else:  # there is a gradient wherever the target fires: the losses read ``rectified(z)``
+            settings = {"key": key, "dropout": self.config.dropout}
+            z = m.estimate(f_a, tokens=rows["tokens"], **settings)
+            p = heads.rectified(z)
+        weights, variance = self.config.loss_weights, fixed["variance"]
+        return transfer_loss(p, f_b, weights, variance=variance, fires=m.fires(z))
 
     def loss(self, params, batch, context):
-        m, f_a, f_b = self.inputs(params, batch, context.fixed)
-        # There is a gradient wherever the target fires: the losses read ``rectified(z)``.
-        key, dropout = jax.random.split(context.key)[0], self.config.dropout
-        z = m.estimate(f_a, tokens=batch["tokens"], key=key, dropout=dropout)
-        p, fires = heads.rectified(z), m.fires(z)
-        loss, terms = self.weighted(p, f_b, fires, context.fixed)
+        key = jax.random.split(context.key)[0]
+        loss, terms = self.losses(params, batch, context.fixed, key)
         return loss, (terms, ())
-
-    def weighted(self, p, t, fires, fixed) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the weighted sum of the losses, and each of them."""
-        weights = self.config.loss_weights
-        return transfer_loss(p, t, weights, variance=fixed["variance"], fires=fires)
 
     def terms(self, params, batches, fixed) -> dict[str, jax.Array]:
         """Returns the losses of a member's features, mean over stacked batches."""
-
-        def of_batch(rows):
-            m, f_a, f_b = self.inputs(params, rows, fixed)
-            p = m(f_a, tokens=rows["tokens"])
-            loss, terms = self.weighted(p, f_b, m.fires(p), fixed)
-            return {"loss": loss} | terms
-
-        return jax.tree.map(jnp.mean, jax.lax.map(of_batch, batches))
+        loss, terms = jax.lax.map(lambda rows: self.losses(params, rows, fixed), batches)
+        return jax.tree.map(jnp.mean, {"loss": loss} | terms)
 
     def score(self, params, batch, fixed):
         return self.terms(params, batch, fixed)["loss"]
@@ -112,13 +112,6 @@ def initial(
     return trained
 
 
-def _dense(rows: jax.Array | Compact, dictionary: Dictionary) -> jax.Array:
-    """Returns features [batch, width] of codes, or of activations."""
-    if isinstance(rows, Compact):
-        return on_own_rows(Compact.dense, rows)
-    return dictionary.encode(from_bits(rows).astype(jnp.float32))
-
-
 def prepare(
     cls: type[Map], problems: Sequence[Problem], config: MapConfig, *, seed: int
 ) -> tuple[Ensemble, list[tuple[modules.Params, dict]]]:
@@ -136,7 +129,7 @@ def prepare(
             "dictionary_b": modules.split(problem.train.target.dictionary)[1],
             "values": values[i],
             # Where none of B's features varies, the error stays in raw units.
-            "variance": np.float32(problem.train.target.feature_moments[1].mean() or 1.0),
+            "variance": np.float32(problem.train.target.feature_moments.variance.mean() or 1.0),
         }
         for i, problem in enumerate(problems)
     ]
@@ -181,8 +174,9 @@ def _streams(members: Sequence) -> dict[str, Stream]:
         straight = [side if side.reordered_from is None else side.reordered_from for side in sides]
         distinct: dict[int, Side] = {id(side): side for side in straight}
         source = np.array([list(distinct).index(id(side)) for side in straight])
-        codes = [side.code for side in distinct.values()]
-        rows = [side.x for side in distinct.values()] if None in codes else alike(codes)
+        slots = max(int(np.diff(side.codes.indptr).max(initial=0)) for side in distinct.values())
+        few = slots <= SLOTS * sides[0].x.shape[1]
+        rows = [compact(side.codes, slots) if few else side.x for side in distinct.values()]
         plain, orders = np.arange(len(sides[0].x)), None
         if any(side.order is not None for side in sides):
             orders = np.stack([plain if s.order is None else s.order for s in sides])

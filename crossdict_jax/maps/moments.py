@@ -89,62 +89,45 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
 
 @dataclass(frozen=True)
 class Regression:
-    """A linear regression of b on a: products of two splits about the training rows' means."""
+    """All ridge solutions ``W = (aa + n v penalty I)^-1 ab`` of b on a, on the training rows.
+
+    v is the mean variance of a, so that a penalty means the same at any scale. One
+    eigendecomposition of aa serves every penalty. Products are about the training rows' means.
+    """
 
     means: Means
     train: Products
     validation: Products
 
     @cached_property
-    def path(self) -> RidgePath:
-        """All ridge solutions on the training rows."""
-        return RidgePath(self.train)
-
-    def ridge(self, penalties: Sequence[float]):
-        """Returns ({(penalty,): validation MSE}, penalty -> the values of its affine map)."""
-        errors = self.path.errors(self.validation, penalties)
-        values = {(penalty,): error for penalty, error in errors.items()}
-        return values, lambda penalty: self.affine(self.path.solution(penalty))
-
-    def affine(self, W: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the values of an affine map with these weights."""
-        return {"mean_a": self.means[0], "W": W, "mean_b": self.means[1]}
-
-
-class RidgePath:
-    """All ridge solutions of one problem: ``W = (aa + n v penalty I)^-1 ab``.
-
-    v is the mean variance of a, so that a penalty means the same at any scale. One
-    eigendecomposition of aa serves every penalty.
-    """
-
-    def __init__(self, products: Products):
-        eigenvalues, self._basis = np.linalg.eigh(products.aa)
-        self._eigenvalues = np.maximum(eigenvalues, 0.0)
-        self._projected = self._basis.T @ products.ab
+    def _decomposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues [d_a] and eigenvectors V of aa, and V' ab."""
+        eigenvalues, basis = np.linalg.eigh(self.train.aa)
+        return np.maximum(eigenvalues, 0.0), basis, basis.T @ self.train.ab
 
     def _damped(self, penalty: float) -> np.ndarray:
         """The eigenvalues with the penalty added; where nothing varies all are 1."""
-        return self._eigenvalues + (penalty * self._eigenvalues.mean() or 1.0)
+        eigenvalues = self._decomposed[0]
+        return eigenvalues + (penalty * eigenvalues.mean() or 1.0)
 
     def solution(self, penalty: float) -> np.ndarray:
         """Returns W [d_a, d_b] for a penalty in multiples of the mean variance (above 0)."""
-        return self._basis @ (self._projected / self._damped(penalty)[:, None])
+        _, basis, projected = self._decomposed
+        return basis @ (projected / self._damped(penalty)[:, None])
 
-    def errors(self, validation: Products, penalties: Sequence[float]) -> dict[float, float]:
+    def errors(self, penalties: Sequence[float]) -> dict[float, float]:
         """Returns {p: ``validation.error(solution(p))``} of every penalty p.
 
         All of them share four products of matrices: with P the projected ab and D the damped
         eigenvalues, |a W|^2 sums to sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j).
         """
-        explained = np.sum(self._projected * (self._basis.T @ validation.ab), axis=1)
-        squared = self._basis.T @ validation.aa @ self._basis
-        squared *= self._projected @ self._projected.T
-        errors = {}
+        (_, basis, projected), held_out, errors = self._decomposed, self.validation, {}
+        explained = np.sum(projected * (basis.T @ held_out.ab), axis=1)
+        squared = basis.T @ held_out.aa @ basis * (projected @ projected.T)
         for penalty in penalties:
             inverse = 1 / self._damped(penalty)
-            total = validation.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
-            errors[penalty] = float(total / (validation.n * validation.ab.shape[1]))
+            total = held_out.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
+            errors[penalty] = float(total / (held_out.n * held_out.ab.shape[1]))
         return errors
 
     def directions(self, penalty: float) -> np.ndarray:
@@ -153,9 +136,17 @@ class RidgePath:
         The right singular vectors of the fitted values, in descending order, with the penalty
         taken as rows of A: the eigenvectors of W' (aa + n v penalty I) W.
         """
-        weighted = self._projected / np.sqrt(self._damped(penalty))[:, None]
-        _, V = np.linalg.eigh(weighted.T @ weighted)
-        return V[:, ::-1]
+        weighted = self._decomposed[2] / np.sqrt(self._damped(penalty))[:, None]
+        return np.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
+
+    def ridge(self, penalties: Sequence[float]):
+        """Returns ({(penalty,): validation MSE}, penalty -> the values of its affine map)."""
+        errors = {(penalty,): error for penalty, error in self.errors(penalties).items()}
+        return errors, lambda penalty: self.affine(self.solution(penalty))
+
+    def affine(self, W: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the values of an affine map with these weights."""
+        return {"mean_a": self.means[0], "W": W, "mean_b": self.means[1]}
 
 
 # ---------------------------------------------------------------- sums by token

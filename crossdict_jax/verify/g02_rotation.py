@@ -11,7 +11,6 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation import transfer_metrics
-from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.maps import Pairs
 from crossdict_jax.verify import lab
@@ -81,7 +80,7 @@ def _recovered(test: Pairs, order: np.ndarray) -> tuple[float, int, float]:
     The direct share is that of features whose nearest decoder row, zeros appended, is the right
     one.
     """
-    pairs = match(encode(test.source), encode(test.target), minimum_firings=MINIMUM_FIRINGS)
+    pairs = match(test.source.codes, test.target.codes, minimum_firings=MINIMUM_FIRINGS)
     right = order[pairs.features_a] == pairs.features_b
     copy, original = (np.asarray(s.dictionary.W_dec[...]) for s in (test.source, test.target))
     original = np.pad(original, ((0, 0), (0, copy.shape[1] - original.shape[1])))

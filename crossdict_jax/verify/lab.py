@@ -20,7 +20,6 @@ from crossdict_jax.config import (
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import scoring, transfer_metrics
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import Pairs, Problem, Side, Task
 from crossdict_jax.maps.fit import Loader, fit_tasks
@@ -120,10 +119,10 @@ def transfer_rows(
     store = open_store(work.activations)
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
     loader = Loader(store, work, config.seed)
-    fit_tasks(tasks, config, loader, work, directory=work.maps / "training")
-    rows, codes = [], SideCodes()
+    fit_tasks(tasks, config, loader)
+    rows = []
     for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader, config, codes))
+        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader, config.evaluation))
     return rows
 
 

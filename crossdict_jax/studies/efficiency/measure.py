@@ -19,15 +19,12 @@ from crossdict_jax.config import (
     refuse_transcoders,
 )
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.codes import encode
-from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import map_class
-from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader, with_own_codes
 from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, train_network
 from crossdict_jax.maps.kinds.ridge import Ridge
-from crossdict_jax.maps.moments import Products, RidgePath
+from crossdict_jax.maps.moments import Products, Regression
 from crossdict_jax.report.tables import show
 from crossdict_jax.results import pair_columns
 from crossdict_jax.stats import Resamples
@@ -55,7 +52,7 @@ class Question:
 
     def first(self, n: int) -> Problem:
         """Returns the problem of the first n training rows and all validation rows."""
-        few = take(self.problem.train, np.sort(self.order[:n]))
+        few = self.problem.train.take(np.sort(self.order[:n]))
         return Problem(f"{self.problem.label} on {n} rows", few, self.problem.validation)
 
 
@@ -100,9 +97,9 @@ def run(config: Config, work: Workdir) -> None:
             seen.setdefault((task.target, task.site_target.layer), mask)
         questions = []
         for task in asked:
-            problem, test = loader.problem(task), loader.pairs(task, "test")
+            problem, test = loader.problem(task), loader.rows(task, "test")
             draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
-            hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
+            hidden, target = ~seen[task.target, task.site_target.layer], test.target.codes
             names, index = np.unique(problem.train.documents, return_inverse=True)
             rank = stats.generator(config.seed).permutation(len(names))
             order = np.argsort(rank[index], kind="stable")
@@ -141,7 +138,7 @@ def _score(
 ) -> list[dict[str, Any]]:
     """The result rows of a map: one for each set of features that is scored."""
     predicted, rows = maps.predict(m, question.test), []
-    mean = question.problem.train.target.feature_moments[0]
+    mean = question.problem.train.target.feature_moments.mean
     for features in scored:
         mask = question.hidden if features == HIDDEN else np.ones_like(question.hidden)
         t, p = question.target[:, mask].astype(np.float64), predicted[:, mask]
@@ -204,9 +201,9 @@ def _no_rows(
     folder: Path,
 ) -> list[dict]:
     """Answers without paired rows; last the hypernetwork that was trained on everything."""
-    describer, rows = Describer(), []
+    rows = []
     for q in questions:
-        profiles = from_profiles(q.problem, describer)  # the part that needs no training
+        profiles = from_profiles(q.problem)  # the part that needs no training
         rows += _score(profiles, "token_profiles", q, 0, (ALL,), "layer")
         rows += _score(profiles, "token_profiles", q, 0, (HIDDEN,), "features")
         direction = q.task.source, q.task.target
@@ -221,11 +218,11 @@ def _no_rows(
         (None, everything, None, ALL),
     ):
         directory = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
-        asked = {"seed": config.seed, "describer": describer, "directory": directory}
+        asked = {"seed": config.seed, "directory": directory}
         network, _ = train_network(trained_on, config.map.hypernetwork, masks=masks, **asked)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
-            m = network.write(q.problem, describer)
+            m = network.write(q.problem)
             rows += _score(m, NETWORK, q, n, (scored,), held_out)
     return rows
 
@@ -237,7 +234,7 @@ def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence
         Products(*(sum(getattr(p, name) for p in parts) for name in ("n", "aa", "ab", "bb")))
         for parts in splits
     )
-    path = RidgePath(train)
-    errors = path.errors(validation, penalties)
-    values = asked.regression.affine(path.solution(min(errors, key=errors.get)))
+    elsewhere = Regression(asked.regression.means, train, validation)
+    errors = elsewhere.errors(penalties)
+    values = elsewhere.affine(elsewhere.solution(min(errors, key=errors.get)))
     return Ridge(asked.train.target.dictionary, values)
