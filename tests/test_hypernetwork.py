@@ -206,8 +206,8 @@ def test_token_profiles_alone_give_a_map_if_names_are_true(same_names, least, mo
     U, V = profile_weights(a, b, rank=24)
     test = splits["test"]
     f_a, f_b = (base.encode_rows(s.dictionary, s.x) for s in (test.source, test.target))
-    predicted = (f_a - a.mean) @ U @ V.T + b.mean
-    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.mean) ** 2)
+    predicted = (f_a - a.moments.mean) @ U @ V.T + b.moments.mean
+    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.moments.mean) ** 2)
     assert least < r2 < most
 
 
@@ -222,7 +222,7 @@ def test_profiles_are_of_texts_that_the_other_role_never_reads():
     expected = mine[token == token[0]].mean(0) - mine.mean(0)
     np.testing.assert_allclose(a.profile.means[index], expected, atol=1e-5)
     np.testing.assert_allclose(a.profile.covariance, np.cov(mine.T, bias=True), atol=1e-4)
-    np.testing.assert_allclose(a.variance, f.var(0), rtol=1e-3)
+    np.testing.assert_allclose(a.moments.variance, f.var(0), rtol=1e-3)
 
 
 def test_shuffling_pairs_changes_no_description():

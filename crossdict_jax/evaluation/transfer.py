@@ -38,10 +38,6 @@ class TokenMeans:
     target: np.ndarray  # [tokens, width], means of B's features
     predicted: np.ndarray  # [tokens, width], means of the map's predictions
 
-    def of_rows(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the means [m, width] of the tokens of some rows, any where there is none."""
-        return self.target[self.index[rows]], self.predicted[self.index[rows]]
-
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
@@ -168,48 +164,52 @@ def measure(
 ) -> Score:
     """Returns all metrics of ``predicted`` [n, width]; see ``transfer_metrics``."""
     predicted = _checked("predicted", predicted, held_out.target.shape, "that of the target")
-    draws, live, mean = held_out.resamples, held_out.live, held_out.train_mean
+    draws, live = held_out.resamples, held_out.live
     rows, sums = _sums(predicted, held_out, token_means)
     of_split = {name: values[0] for name, values in sums.items()}
-    length_p, length_t, length_p_c, length_t_c = (
-        np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance")
+    length_p, length_t, length_p_c, length_t_c, length_m = (
+        np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance", "mm")
     )
-    length_m, either = np.sqrt(mean @ mean), rows["l0_predicted"] + rows["l0_target"] - rows["both"]
+    either = rows["l0_predicted"] + rows["l0_target"] - rows["both"]
     # A vector within rounding of the mean is the mean, whose centred cosine is 0.
-    near = {"zero": MEAN * length_m}
     rows |= {
         "cosine": _cosine(rows["pt"], length_p, length_t),
         "cosine_mean_predictor": _cosine(rows["mt"], length_m, length_t),
-        "cosine_centered": _cosine(rows["pt_centred"], length_p_c, length_t_c, **near),
+        "cosine_centered": _cosine(rows["pt_centred"], length_p_c, length_t_c, MEAN * length_m),
         "sparsity_similarity": np.where(either == 0, 1.0, rows["both"] / np.maximum(either, 1)),
     }
-    rank = retrieval.ranks(predicted, held_out.pool)
-    in_pool = dataclasses.replace(draws, index=draws.index[held_out.pool.rows])
+    rank, in_pool = retrieval.ranks(predicted, held_out.pool), held_out.pool.rows
+    in_pool = dataclasses.replace(draws, index=draws.index[in_pool])
     fvu, r = draws.estimate(rows["error"], rows["variance"]), _correlations(sums)
     feature_r2 = np.where(live, 1 - stats.ratio(of_split["error"], of_split["tt"]), np.nan)
     gain, seen = None, np.zeros(len(predicted), bool)
     if token_means is not None and (seen := token_means.index >= 0).any():
         gain = 1.0 - draws.estimate(rows["token_error"] * seen, rows["token_variance"] * seen)
+    correlation = None
+    if live.any():  # in a resample, those features alone whose target varies there
+        defined = np.isfinite(r[:, live])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(defined, r[:, live], 0.0).sum(axis=1) / defined.sum(axis=1)
+        correlation = Estimate(float(means[0]), means[1:])
     estimates = {
         "fvu": fvu,
         "r2": 1.0 - fvu,
         **{name: draws.mean(rows[name]) for name in MEANS},
         "top1": in_pool.mean(rank == 1),
         "mean_rank": in_pool.mean(rank),
-        "feature_correlation": _mean_correlation(r, live),
+        "feature_correlation": correlation,
         "context_gain": gain,
     }
     rates = np.stack([of_split["active_predicted"], of_split["active_target"]])
+    vary = np.ptp(rates, axis=1).all()
     plain = {
         "n_rows": len(predicted),
         "n_documents": draws.n_documents,
         "n_live": int(live.sum()),
-        "pool": len(held_out.pool.rows),
+        "pool": len(rank),
         "l0_source": None if l0_source is None else float(np.mean(l0_source)),
         "r2_per_feature_median": float(np.median(feature_r2[live])) if live.any() else None,
-        "rate_correlation": float(np.corrcoef(rates)[0, 1])
-        if np.ptp(rates, axis=1).all()
-        else None,
+        "rate_correlation": float(np.corrcoef(rates)[0, 1]) if vary else None,
         "n_context_rows": int(seen.sum()),
     }
     return Score(plain, estimates, np.where(live, r[0], np.nan), feature_r2)
@@ -224,9 +224,7 @@ def verdict(score: Score, token: Score) -> str:
     r2, centered = score.estimates["r2"], score.estimates["cosine_centered"]
     if not (r2.surely_positive and centered.surely_positive):
         return NO_BETTER
-    if (r2 - token.estimates["r2"]).surely_positive:
-        return BEATS_TOKEN
-    return BEATS_MEAN
+    return BEATS_TOKEN if (r2 - token.estimates["r2"]).surely_positive else BEATS_MEAN
 
 
 def normalized(
@@ -256,30 +254,29 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
 
     The latter are [1 + count, width], of the whole split and of every bootstrap resample.
     """
-    draws = held_out.resamples
+    draws, parts, totals = held_out.resamples, [], {}
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
-    blocks = list(slices(len(predicted), BLOCK))
+    blocks, size = list(slices(len(predicted), BLOCK)), min(BLOCK, len(predicted))
     documents = [np.unique(draws.index[rows], return_inverse=True) for rows in blocks]
-    size = min(BLOCK, len(predicted))
     longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
-    parts, totals = [], {}
     for rows, (numbers, local) in zip(blocks, documents):
-        arrays = predicted[rows], held_out.target[rows]
-        arrays += means.of_rows(rows) if means and len(means.target) else arrays  # any will do
+        arrays = 2 * (predicted[rows], held_out.target[rows])
+        if means and len(means.target):  # those of a row without its token are not used
+            index = means.index[rows]
+            arrays = *arrays[:2], means.predicted[index], means.target[index]
         belongs = np.zeros((longest, size), np.float32)  # nothing to the padding
         belongs[local, np.arange(len(local))] = 1
-        of_rows, of_documents = _sums_of_block(
-            *(padded(a, size) for a in arrays), held_out.train_mean, belongs
-        )
+        arrays = [padded(a, size) for a in arrays]
+        of_rows, of_documents = _sums_of_block(*arrays, held_out.train_mean, belongs)
         parts.append({name: np.asarray(v, np.float64)[: len(local)] for name, v in of_rows.items()})
-        for name, sums in of_documents.items():
-            sums = np.asarray(sums, np.float64)[: len(numbers)]
-            totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ sums
+        for name, values in of_documents.items():
+            values = np.asarray(values, np.float64)[: len(numbers)]
+            totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ values
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, totals
 
 
 @jax.jit
-def _sums_of_block(p, t, T, P, mean, belongs):
+def _sums_of_block(p, t, P, T, mean, belongs):
     """Sums over features of each row, {name: [batch]}, and over rows, {name: [documents, width]}.
 
     Centred is what has the training mean subtracted.
@@ -289,40 +286,28 @@ def _sums_of_block(p, t, T, P, mean, belongs):
       mean: of the target's training rows [width].
       belongs: [documents, batch], 1 where a row is of a document.
     """
-    p_c, t_c, error = p - mean[None, :], t - mean[None, :], t - p
-    active_p, active_t = (x > 0 for x in (p, t))
-    products = {
+    mean = jnp.broadcast_to(mean[None, :], p.shape)
+    p_c, t_c, error, active_p, active_t = p - mean, t - mean, t - p, p > 0, t > 0
+    of_rows = {
+        **{"pp": p * p, "tt": t * t, "pt": p * t, "mt": mean * t, "mm": mean * mean},
+        **{"pp_centred": p_c * p_c, "pt_centred": p_c * t_c, "variance": t_c * t_c},
+        **{"l0_predicted": active_p, "l0_target": active_t, "both": active_p & active_t},
         "error": error * error,
-        "variance": t_c * t_c,
-        "pp": p * p,
-        "tt": t * t,
-        "pt": p * t,
-        "mt": t * mean[None, :],
-        "pp_centred": p_c * p_c,
-        "pt_centred": p_c * t_c,
-        "l0_predicted": active_p,
-        "l0_target": active_t,
-        "both": active_p & active_t,
         "token_error": jnp.square((t - T) - (p - P)),
         "token_variance": jnp.square(t - T),
     }
     of_features = {
-        "n": jnp.ones_like(p),
-        "error": products["error"],
-        "active_predicted": active_p,
-        "active_target": active_t,
-        **{"p": p_c, "t": t_c, "pp": p_c * p_c, "tt": t_c * t_c, "pt": p_c * t_c},
+        **{"n": jnp.ones(p.shape), "p": p_c, "t": t_c},
+        **{"pp": p_c * p_c, "tt": t_c * t_c, "pt": p_c * t_c, "error": error * error},
+        **{"active_predicted": active_p * 1.0, "active_target": active_t * 1.0},
     }
     return (
-        {name: jnp.sum(values, axis=1) for name, values in products.items()},
-        {
-            name: exact_matmul(belongs, values.astype(p.dtype))
-            for name, values in of_features.items()
-        },
+        {name: jnp.sum(values, axis=1) for name, values in of_rows.items()},
+        {name: exact_matmul(belongs, values) for name, values in of_features.items()},
     )
 
 
-def _cosine(dot: np.ndarray, length_a, length_b, zero: float = 0.0) -> np.ndarray:
+def _cosine(dot: np.ndarray, length_a, length_b, zero=0.0) -> np.ndarray:
     """Cosine of each row; 0 where a length is at most ``zero``."""
     defined = (length_a > zero) & (length_b > zero)
     return np.where(defined, dot / np.where(defined, length_a * length_b, 1.0), 0.0)
@@ -340,17 +325,3 @@ def _correlations(sums: dict[str, np.ndarray]) -> np.ndarray:
     both = varies_p & varies_t
     scale = np.sqrt(np.where(both, variance_p * variance_t, 1.0))
     return np.where(varies_t, np.where(both, np.clip((pt - p * t) / scale, -1, 1), 0.0), np.nan)
-
-
-def _mean_correlation(correlations: np.ndarray, live: np.ndarray) -> Estimate | None:
-    """The mean over the live features [width], or None if there is none.
-
-    In a resample, features whose target is constant there are left out.
-    """
-    if not live.any():
-        return None
-    r = correlations[:, live]
-    defined = np.isfinite(r)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.where(defined, r, 0.0).sum(axis=1) / defined.sum(axis=1)
-    return Estimate(float(means[0]), means[1:])

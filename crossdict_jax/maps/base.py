@@ -55,7 +55,7 @@ class Side:
     keys: np.ndarray | None = None  # int [n, 2], (document, byte end), which ``Pairs`` compares
 
     def activations(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the activations float32 [m, d_model] of some rows."""
+        """Returns float32 [m, d_model]."""
         return self.x[rows].astype(np.float32)
 
     @cached_property
@@ -68,7 +68,7 @@ class Side:
         return sparse.vstack([Codes((0, width), dtype=np.float32), *map(compress, blocks)], "csr")
 
     def features(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the features float32 [m, width] of some rows."""
+        """Returns float32 [m, width]."""
         return self.codes[rows].toarray()
 
     @cached_property
@@ -116,8 +116,7 @@ class Pairs:
 
     def __post_init__(self):
         a, b = self.source, self.target
-        rows = {len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}
-        if len(rows) > 1:
+        if len({len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}) > 1:
             raise UserError(
                 f"Pairs need equally many rows: the source has {len(a.x)} and {len(a.tokens)} "
                 f"tokens, the target {len(b.x)} and {len(b.tokens)}, with {len(self.documents)} "
@@ -147,16 +146,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a map is fitted on; ``label`` names it on progress bars and in errors.
+    """What a map is fitted on."""
 
-    Attributes:
-      joint: for maps that go through one, the way from A to B through a joint code of the models:
-        W_enc [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
-    """
-
-    label: str
+    label: str  # on progress bars and in errors
     train: Pairs
     validation: Pairs
+    # The way from A to B through a joint code of the models, for maps that go through one: W_enc
+    # [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
     joint: dict[str, jax.Array] | None = None
 
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
@@ -182,14 +178,12 @@ def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
     """Raises UserError with fewer training rows than the map needs, or one that is not finite."""
     for split, minimum in (("train", fewest), ("validation", 1)):
-        rows = len(getattr(problem, split))
-        if rows < minimum:
-            raise UserError(
-                f"{problem.label} has {rows} paired {split} rows and {kind} needs {minimum} or "
-                "more; raise text.documents."
-            )
-    for split in ("train", "validation"):
         pairs = getattr(problem, split)
+        if len(pairs) < minimum:
+            raise UserError(
+                f"{problem.label} has {len(pairs)} paired {split} rows and {kind} needs {minimum} "
+                "or more; raise text.documents."
+            )
         for name, side in (("source", pairs.source), ("target", pairs.target)):
             if side.bad_row is not None:
                 raise UserError(
@@ -231,12 +225,7 @@ class Map(nnx.Module):
     fewest_rows: ClassVar[int] = 2
 
     def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
-        """
-        Args:
-          dictionary: B's.
-          values: nested names -> arrays, which become parameters of these names.
-          settings: see the attribute.
-        """
+        """``dictionary`` is B's; ``values`` are nested names -> arrays, which become parameters."""
         self.dictionary = dictionary
         for name, value in (values or {}).items():
             setattr(self, name, _parameters(value))

@@ -8,6 +8,7 @@ import numpy as np
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Pairs, Side, slices
+from crossdict_jax.maps.codes import Moments
 from crossdict_jax.maps.moments import moments, token_sums
 from crossdict_jax.maps.network import damped_scale
 
@@ -40,20 +41,15 @@ class Description:
     side: Side  # the rows in their own order
     rows: np.ndarray  # the numbers of those that the profile is taken from
 
-    @cached_property
-    def mean(self) -> np.ndarray:
-        """Mean features, float64 [width]."""
-        return self.side.feature_moments.mean
-
-    @cached_property
-    def variance(self) -> np.ndarray:
-        """Variance of the features, float64 [width]."""
-        return self.side.feature_moments.variance
+    @property
+    def moments(self) -> Moments:
+        """Mean and variance of the features, on all rows."""
+        return self.side.feature_moments
 
     @cached_property
     def scale(self) -> np.ndarray:
         """Standard deviation of the features, damped where it is small, [width]."""
-        return damped_scale(self.variance)
+        return damped_scale(self.moments.variance)
 
     @cached_property
     def directions(self) -> dict[str, np.ndarray]:
@@ -69,8 +65,8 @@ class Description:
         lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
         enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
         facts = [
-            np.log10(self.side.feature_moments.firings / len(self.side.x) + 1e-5) + 2,
-            self.mean / self.scale,
+            np.log10(self.moments.firings / self.moments.n + 1e-5) + 2,
+            self.moments.mean / self.scale,
             np.log(self.scale / self.scale.mean()),
             np.sum(enc * dec, axis=1),
         ]
@@ -86,19 +82,18 @@ class Description:
     @cached_property
     def profile(self) -> Profile:
         """The features by the bytes of the model's own token, on this role's documents."""
-        side, rows, width = self.side, self.rows, self.side.dictionary.width
-        sums = token_sums(side.tokens[rows], lambda part: side.features(rows[part]))
+        side, rows = self.side, self.rows
+        ids, at = np.unique(side.tokens[rows], return_inverse=True)
+        names = (
+            ids.tolist() if side.token_bytes is None else map(side.token_bytes().__getitem__, ids)
+        )
+        index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
+        label = np.array([index.setdefault(name, len(index)) for name in names])[at]
+        sums = token_sums(label, lambda part: side.features(rows[part]))
         batches = (side.features(rows[part]) for part in slices(len(rows)))
         products, _ = moments((f, f[:, :1]) for f in batches)
-        spelled = side.token_bytes() if side.token_bytes else None
-        index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
-        names = [int(i) if spelled is None else spelled[i] for i in sums.ids]
-        of_name = np.array([index.setdefault(name, len(index)) for name in names])
-        counts, totals = np.zeros(len(index)), np.zeros((len(index), width))
-        np.add.at(counts, of_name, sums.counts)
-        np.add.at(totals, of_name, sums.sums)
-        means = totals / counts[:, None] - sums.mean[None, :]
-        return Profile(tuple(index), counts, means, products.aa / products.n)
+        means = sums.sums / sums.counts[:, None] - sums.mean[None, :]
+        return Profile(tuple(index), sums.counts, means, products.aa / products.n)
 
 
 def describe(pairs: Pairs, label: str) -> tuple[Description, Description]:

@@ -183,7 +183,7 @@ class Network:
                 raise UserError(
                     f"The hypernetwork was not trained with {model} as {role}; it knows {models}."
                 )
-            numbers = {"mean": of_role.mean, "scale": of_role.scale}
+            numbers = {"mean": of_role.moments.mean, "scale": of_role.scale}
             numbers["nearness"] = nearness(layer, self.layers[role, model])
             reads[role] = of_role.directions | numbers
         return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
@@ -213,7 +213,7 @@ def from_profiles(problem: Problem) -> Hypernetwork:
     """Returns the map that token profiles call for, without any training or any paired row."""
     source, target = describe(problem.train, problem.label)
     U, V = profile_weights(source, target)
-    values = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
+    values = {"U": U, "V": V, "mean_a": source.moments.mean, "bias": target.moments.mean}
     return Hypernetwork(target.side.dictionary, values)
 
 
@@ -279,7 +279,7 @@ class WritingObjective(Objective):
             for s in pair
         ]
         # Where none of B's features varies, the error stays in raw units.
-        variance = np.float32(np.sum(pair[1].variance * masks[1]) or 1.0)
+        variance = np.float32(np.sum(pair[1].moments.variance * masks[1]) or 1.0)
         return {
             "dictionaries": [modules.split(side.side.dictionary)[1] for side in pair],
             "masks": [np.float32(mask) for mask in masks],
