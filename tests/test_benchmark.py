@@ -253,11 +253,10 @@ def test_both_libraries_on_the_same_rows(monkeypatch, tmp_path):
         (tmp_path / "stand_in.py").write_text(STAND_IN)
         monkeypatch.setattr(saelens, "FILE", tmp_path / "stand_in.py")
     monkeypatch.setattr(saelens, "SHARES", (0.5, 1.0))
-    chosen = {name: saelens.THEIRS[name] for name in ("relu", "topk")}
-    monkeypatch.setattr(saelens, "THEIRS", chosen)
+    monkeypatch.setattr(saelens, "ARCHITECTURES", ("relu", "topk"))
     rows = saelens.compare_saelens(config, extract(config, work), work)
     assert {(r["library"], r["architecture"]) for r in rows} == {
-        (library, a) for library in (OURS, "sae-lens") for a in saelens.THEIRS
+        (library, a) for library in (OURS, "sae-lens") for a in saelens.ARCHITECTURES
     }
     assert all(r["n_rows"] == rows[0]["n_rows"] and r["fvu"] > 0 for r in rows)
     assert read_jsonl(work.result("benchmark_saelens.jsonl")) == rows
@@ -267,13 +266,13 @@ STAND_IN = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 
-def make(folder, name, architecture, dictionary, trainer):
+def make(folder, name, width, **settings):
     import jax, numpy as np
     from pathlib import Path
     from crossdict_jax import dictionaries
     from crossdict_jax.dictionaries.base import build
     d_model = np.load(Path(folder) / "rows.npy").shape[1]
-    made = build("topk", d_model=d_model, width=dictionary["d_sae"], k=4, key=jax.random.key(0))
+    made = build("topk", d_model=d_model, width=width, k=4, key=jax.random.key(0))
     dictionaries.save_saelens(made, Path(folder) / name, hook_name="a", model_name="b")
     return None, {{"version": "stand-in"}}
 """
