@@ -501,7 +501,6 @@ describe(
         feature="its number in the source's dictionary",
         match="the target's best matching feature",
         match_r="correlation of the two on training rows",
-        match_cosine="cosine of the mapped direction and the match's decoder row",
         n_contexts="texts in which it is tested",
         n_documents="their documents",
         firings="paired positions at which it fires",

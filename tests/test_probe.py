@@ -10,7 +10,6 @@ import tiny_run
 from scipy.optimize import minimize
 
 from crossdict_jax import models, results, studies
-from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ProbeConfig
 from crossdict_jax.errors import UserError
@@ -179,7 +178,7 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones():
         "tokens": (useless, useless),
     }
     parts = Split(y, np.arange(63), np.arange(63, 90), seed=0)
-    rows = study.probe_rows(lambda i: features, 0, parts, 32, Config())
+    rows = study.probe_rows(features, parts, 32, Config())
     rows = {row["probe"]: row for row in rows}
     assert rows["own"]["accuracy"] > 0.8
     assert rows["right"]["accuracy"] > rows["own"]["accuracy"] - 0.1
@@ -190,7 +189,7 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones():
 
 def test_rows_are_what_the_models_read_there(run):
     config, work = run
-    finished = FinishedRun(config, work, open_store(work.activations))
+    finished = FinishedRun(config, work)
     texts = read_labelled(config.probe.source, text="text", label="label")
     reading, reasons = study.read(finished, texts)
     assert reasons == "1 duplicates, 1 too long, 0 not rebuilt, 0 unpaired"

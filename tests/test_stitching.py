@@ -177,9 +177,6 @@ def test_spans_are_edited_as_asked(finished):
     config, work = finished
     changed = dataclasses.replace(config.intervention, span="whole")
     asked = dataclasses.replace(config, intervention=changed)
-    plain, whole = (
-        stitching.Target(FinishedRun(c, work, open_store(work.activations)), "a").passages
-        for c in (config, asked)
-    )
+    plain, whole = (stitching.Target(FinishedRun(c, work), "a").passages for c in (config, asked))
     assert plain.first is None
     assert (whole.first <= whole.position).all() and (whole.first < whole.position).any()
