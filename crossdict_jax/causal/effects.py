@@ -138,7 +138,7 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     edited = None if settings.positions == "prompt" else span
     held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
     dose = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
-    promoted = most_promoted(mean_change(e.source.runner, held[0], dose), words.has_text)
+    promoted = promoted_tokens(e.source.runner, held[0], dose, words.has_text)
     in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
     # The same other features for every direction of this one, whatever else is drawn.
@@ -339,14 +339,15 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
     return low + share[:, None] * (high - low)
 
 
-def mean_change(runner: Runner, held: Held, vector: np.ndarray) -> np.ndarray:
-    """Returns by how much a vector [d_model] raises log p of every token, mean over positions."""
+def promoted_tokens(
+    runner: Runner, held: Held, vector: np.ndarray, has_text: np.ndarray
+) -> dict[int, float]:
+    """Returns {token: nats} of the tokens with text whose log p a vector [d_model] raises most.
+
+    The mean over the positions; ``has_text`` is bool [vocabulary].
+    """
     clean, edited = runner.log_probs(held, vector[None])
-    return (edited - clean).mean(0, dtype=np.float64)
-
-
-def most_promoted(change: np.ndarray, has_text: np.ndarray) -> dict[int, float]:
-    """Returns {token: change of its log p [vocabulary]} of those with text that rise the most."""
+    change = (edited - clean).mean(0, dtype=np.float64)
     change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
     top = np.argsort(-change, kind="stable")[:PROMOTED]
     return {int(t): float(change[t]) for t in top if change[t] > 0}

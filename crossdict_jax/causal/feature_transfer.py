@@ -1,22 +1,17 @@
 """The stage that puts single features of one model into the other: feature_causal.jsonl."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
 from crossdict_jax import results, stats
-from crossdict_jax.activations.passages import whole_spans
-from crossdict_jax.activations.store import Store
 from crossdict_jax.causal import directions, effects
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
-from crossdict_jax.models.run import Passages
 from crossdict_jax.results import pair_columns
 from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
@@ -60,48 +55,27 @@ def transfer_features(config: Config, work: Workdir) -> None:
     if stage.finished:
         return
 
-    @cache
-    def at_site(model: str, site: Site) -> effects.ModelAtSite:
-        passages = with_continuations(run.store, model, run.passages(model))
-        return effects.ModelAtSite(run.runner(model), site, passages)
+    def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
+        return stage.part((label, feature), make)
 
-    with progress_bar(desc="feature transfer", unit="feature", total=0) as bar:
-
-        def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
-            record = stage.part((label, feature), make)
-            bar.update()
-            return record
-
-        for group in groups:
-            try:
-                experiment, matches = experiment_of(run, group, at_site)
-                bar.total += experiment.tested
-                measured = effects.transfer(experiment, config, part=partial(part, group.label))
-            except effects.NothingToTest as reason:
-                if settings.feature_ids:
-                    raise
-                print(f"No features of {group.label} are put to work: {reason}", flush=True)
-                continue
-            rows += [pair_columns(group) | matches[row["feature"]] | row for row in measured[0]]
-            summary += [pair_columns(group) | row for row in measured[1]]
+    for group in progress_bar(groups, desc="feature transfer", unit="direction"):
+        try:
+            experiment, matches = experiment_of(run, group)
+            kept = partial(part, group.label)
+            of_features, of_directions = effects.transfer(experiment, config, part=kept)
+        except effects.NothingToTest as reason:
+            if settings.feature_ids:
+                raise
+            print(f"No features of {group.label} are put to work: {reason}", flush=True)
+            continue
+        rows += [pair_columns(group) | matches[row["feature"]] | row for row in of_features]
+        summary += [pair_columns(group) | row for row in of_directions]
     files = {ROWS: rows, SUMMARY: summary}
     stage.finish(files, features=sum(row["n_features"] for row in summary))
 
 
-def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
-    """Returns passages with spans from the common end before on, and up to the one behind."""
-    position = store.rows.position[:, store.models.index(model)].astype(np.int64)
-    same = store.rows.window[1:] == store.rows.window[:-1]
-    behind = position.copy()
-    behind[:-1][same] = position[1:][same]
-    front = passages.position - position[passages.rows]  # 1 where there is a BOS
-    return replace(whole_spans(store, model, passages), end=behind[passages.rows] + front)
-
-
 def experiment_of(
-    run: FinishedRun,
-    group: directions.MapGroup,
-    at_site: Callable[[str, Site], effects.ModelAtSite],
+    run: FinishedRun, group: directions.MapGroup
 ) -> tuple[effects.Experiment, dict[int, dict]]:
     """Returns the experiment at one pair of sites, and {feature: the columns about its match}.
 
@@ -115,8 +89,8 @@ def experiment_of(
     in_b = directions.strengths(target, run.store.read(*b, rows), matches)
     mapped[effects.MATCH] = effects.Directions(decoder_rows(target, matches), in_b)
     experiment = effects.Experiment(
-        source=at_site(*a),
-        target=at_site(*b),
+        source=run.at_site(*a),
+        target=run.at_site(*b),
         documents=run.store.rows.document[rows],
         features=features,
         tested=tested,

@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models, stats
-from crossdict_jax.activations.passages import select_passages
+from crossdict_jax.activations.passages import (
+    passages_of,
+    select_passages,
+    with_continuations,
+)
 from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.directions import (
     MapGroup,
@@ -15,6 +19,7 @@ from crossdict_jax.causal.directions import (
     mapped_directions,
     strengths,
 )
+from crossdict_jax.causal.effects import ModelAtSite
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Side, Task
@@ -73,6 +78,15 @@ class FinishedRun:
         """Returns the test text of ``intervention.documents`` documents, as a model reads it."""
         documents = self.config.intervention.documents
         return select_passages(self.store, model, documents=documents, seed=self.config.seed)
+
+    def at_site(self, model: str, site: Site, rows: np.ndarray | None = None) -> ModelAtSite:
+        """Returns a model at a site, on the windows of rows of the store; on the test text else."""
+        if rows is not None:
+            passages = passages_of(self.store, model, rows)
+            passages = with_continuations(self.store, model, passages)
+            return ModelAtSite(self.runner(model), site, passages)
+        rows = self.passages(model).rows
+        return self._once("at", model, site, make=lambda: self.at_site(model, site, rows))
 
     def side(self, model: str, site: Site, rows: np.ndarray | None = None) -> Side:
         """Returns a model's side of some rows of the store; of the training rows by default."""

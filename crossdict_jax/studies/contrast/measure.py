@@ -3,7 +3,6 @@
 Features are chosen by attribution on one half of the pairs, and ablated on the other.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, partial
 
@@ -57,7 +56,8 @@ def run(config: Config, work: Workdir) -> None:
             )
         rows = []
         for study in progress_bar(studies, desc="contrast", unit="set"):
-            rows += [{"set": study.pairs.name} | row for row in _measure(study, stage)]
+            of_set = stage.part((study.pairs.name,), partial(_measure, study))
+            rows += [{"set": study.pairs.name} | row for row in of_set]
         stage.finish({FILE: rows}, pairs=sum(study.n_pairs for study in studies))
     rows = results.read(work, FILE)
     for name in dict.fromkeys(row["set"] for row in rows):
@@ -115,26 +115,19 @@ class Halves:
         return Cut(strength, decoder_rows(dictionary, features), n)
 
 
-def _measure(study: Halves, stage: Stage) -> list[dict]:
-    """The rows of one set; what an interrupted run kept of it is taken from there."""
-
-    def part(key: tuple, make: Callable, *arguments):
-        return stage.part((study.pairs.name, *key), partial(make, study, *arguments))
-
+def _measure(study: Halves) -> list[dict]:
+    """The rows of one set."""
     store, config = study.run.store, study.run.config
-    preferences = {m: part(("preference", m), _preference, m) for m in store.models}
-    prefers = {model: row["prefers"] for model, row in preferences.items()}
-    sites, transfers = {}, []
-    for model, site in ((m, site) for m in store.models for site in sorted(store.sites_of(m))):
-        key = "site", model, str(site)
-        sites[model, site] = part(key, _features, model, site, prefers[model])
-    layers, kinds = config.intervention.layers, config.contrast.maps
-    for group in map_groups(config, store, layers=layers, kinds=kinds):
-        transfers += part(("transfer", group.label), _transfer, group, sites, prefers)
-    rows = list(preferences.values())
-    for (model, site), of_site in sites.items():
-        rows += [{"model": model, "site": str(site)} | row for row in of_site["rows"]]
-    return rows + transfers
+    rows = [_preference(study, model) for model in store.models]
+    prefers = {row["model"]: row["prefers"] for row in rows}
+    sites, layers = {}, config.intervention.layers
+    for end in ((model, site) for model in store.models for site in sorted(store.sites_of(model))):
+        sites[end] = _features(study, *end, prefers[end[0]])
+        head = {"model": end[0], "site": str(end[1])}
+        rows += [head | row for row in sites[end]["rows"]]
+    for group in map_groups(config, store, layers=layers, kinds=config.contrast.maps):
+        rows += _transfer(study, group, sites, prefers)
+    return rows
 
 
 def _preference(study: Halves, model: str) -> dict:
@@ -168,7 +161,7 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     order = np.argsort(-mean, kind="stable")[: study.run.config.contrast.features]
     top = order[mean[order] > 0]
     if not len(top):
-        return {"rows": [], "top": [], "drop": []}
+        return {"rows": [], "top": top}
     cut = study.cut(model, site, study.with_others(model, site, top), len(top))
     alone = ablation.singles(reader, site, cut)
     draws = study.draws(len(test))
@@ -185,13 +178,13 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
         for i, feature in enumerate(top)
     ]
     drop, row = ablation.measure(reader, site, cut, study.run.config, judged=prefers)
-    return {"rows": [*rows, {"what": "ablation"} | row], "top": top.tolist(), "drop": drop.tolist()}
+    return {"rows": [*rows, {"what": "ablation"} | row], "top": top, "drop": drop}
 
 
 def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> list[dict]:
     """What the mapped directions of A's chosen features, taken out of B, cost B's preference."""
     a, b = group.ends
-    top, reader = np.array(sites[a]["top"], int), study.reader(b[0], "test")
+    top, reader = sites[a]["top"], study.reader(b[0], "test")
     if not len(top):
         return []
     judged = prefers[group.source] and prefers[group.target]
@@ -201,10 +194,10 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
     }
     best = None  # that a mapped direction could cost, where it surely costs anything
     if sites[b]["rows"]:
-        *_, own = sites[b]["rows"]
-        ablated[OWN] = np.array(sites[b]["drop"]), own | ({} if judged else {"moves": None})
-        best = own["effect"] if (own["effect_low"] or 0) > 0 else None
-    lost = np.array(sites[a]["drop"])
+        *_, row = sites[b]["rows"]
+        ablated[OWN] = sites[b]["drop"], row | ({} if judged else {"moves": None})
+        best = row["effect"] if (row["effect_low"] or 0) > 0 else None
+    lost = sites[a]["drop"]
     draws = study.draws(len(lost))
     return [
         {

@@ -66,7 +66,6 @@ class Question:
                     **pair_columns(self.task),
                     "map": kind,
                     "n": n,
-                    "zero_shot": held_out is not None,
                     "held_out": held_out,
                     "scored": features,
                     "n_features": int(mask.sum()),

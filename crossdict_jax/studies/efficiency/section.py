@@ -7,7 +7,7 @@ import math
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Table, number, score, table
-from crossdict_jax.results import by_pair, map_order, site_words
+from crossdict_jax.results import by_pair, map_order, pair_words
 
 TITLE = "Worth in paired rows"
 TEXT = (
@@ -48,15 +48,15 @@ def section(rows: list[dict]) -> str:
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of efficiency.jsonl by direction and by what is scored."""
     made = []
-    for (source, target, *sites), of_pair in by_pair(rows).items():
+    for of_pair in by_pair(rows).values():
         for scored, task in TASKS.items():
             few: dict[str, list[dict]] = {}
             group = [row for row in of_pair if row["scored"] == scored]
             for row in sorted(group, key=lambda row: (map_order(row["map"]), row["map"], row["n"])):
-                if not row["zero_shot"]:
+                if row["n"]:
                     few.setdefault(row["map"], []).append(row)
-            title = f"{source} → {target}, {site_words(*sites)}: {task}"
-            made.append(Curves(title, few, [row for row in group if row["zero_shot"]]))
+            title = f"{pair_words(of_pair[0])}: {task}"
+            made.append(Curves(title, few, [row for row in group if not row["n"]]))
     return made
 
 

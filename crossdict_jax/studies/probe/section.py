@@ -3,7 +3,7 @@
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import INK, MUTED, Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Table, number, percent, share, table
-from crossdict_jax.results import MAP_ORDER, by_pair, map_order, site_words
+from crossdict_jax.results import MAP_ORDER, by_pair, map_order, pair_words
 
 TITLE = "Probes"
 REFERENCES = {  # how the probes that no map carries are drawn
@@ -44,13 +44,13 @@ def tables(rows: list[dict]) -> list[Table]:
             line["behind the target’s own"] = share(row, "behind_own", 1)
             cells.append(line)
         told = f"{row['n_classes']} labels, {number(row['n_texts'])} held-out texts"
-        made.append(table(f"Accuracy of probes, {_title(row)}: {told}", cells))
+        made.append(table(f"Accuracy of probes, {pair_words(row)}: {told}", cells))
     return made
 
 
 def figure(rows: list[dict]) -> Figure:
     """Returns accuracy against the number of labelled examples, of one direction."""
-    title, lines, scores = _title(rows[0]), {}, []
+    title, lines, scores = pair_words(rows[0]), {}, []
     for name, of_probe in _by_probe(rows).items():
         n, accuracy = ([row[key] for row in of_probe] for key in ("n", "accuracy"))
         style = REFERENCES.get(name) or map_line(name)
@@ -68,8 +68,3 @@ def _by_probe(rows: list[dict]) -> dict[str, list[dict]]:
     for row in sorted(rows, key=lambda r: (order.get(r["probe"], map_order(r["probe"])), r["n"])):
         by.setdefault(row["probe"], []).append(row)
     return by
-
-
-def _title(row: dict) -> str:
-    sites = site_words(row["site_source"], row["site_target"])
-    return f"{row['source']} → {row['target']}, {sites}"

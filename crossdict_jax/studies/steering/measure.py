@@ -195,11 +195,11 @@ def score_texts(
     runner, searched = run.runner(target), run.config.steer.search.encode()
     end = runner.config.eos_token_id
     ends = {*np.atleast_1d([] if end is None else end), *run.tokenizers[target].all_special_ids}
-    whole = [
+    sequences = [
         np.concatenate([row[:length], new])
         for row, length, new in zip(starts.tokens, starts.length, tokens)
     ]
-    losses = runner.token_losses(pad(whole)).astype(np.float64)
+    losses = runner.token_losses(pad(sequences)).astype(np.float64)
 
     def as_bytes(ids: np.ndarray) -> bytes:
         spelled = (i for i in ids if i < len(words.pieces_b) and i not in words.special_b)
@@ -210,16 +210,16 @@ def score_texts(
         kept = next((k for k, t in enumerate(new) if t in ends), len(new))
         scored = losses[i, length - 1 :][: min(kept + 1, len(new))]  # the end mark is predicted too
         written, hits = as_bytes(new[:kept]), sum(int(t) in feature.mapped for t in new[:kept])
-        found = 100 * written.count(searched) / max(len(written), 1) if searched else None
+        per_100_bytes = 100 * written.count(searched) / max(len(written), 1)
         texts.append(
             {
                 "prompt": int(starts.prompt[i]),
                 "sample": int(starts.sample[i]),
-                "before": as_bytes(whole[i][:length]).decode(errors="replace"),
+                "before": as_bytes(sequences[i][:length]).decode(errors="replace"),
                 "text": written.decode(errors="replace"),
                 "tokens": kept,
                 "token_rate": hits / max(kept, 1),
-                "search_rate": found,
+                "search_rate": per_100_bytes if searched else None,
                 "nll": float(scored.mean()),
             }
         )

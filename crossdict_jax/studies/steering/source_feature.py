@@ -8,10 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax import stats
-from crossdict_jax.activations.passages import Contexts, passages_of
+from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.causal import effects
 from crossdict_jax.causal.directions import MapGroup, strengths
-from crossdict_jax.causal.feature_transfer import with_continuations
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries.base import decoder_rows
@@ -38,12 +37,6 @@ class Source:
         """The middle dose, at which what a feature promotes is measured."""
         doses = sorted(map(abs, self.run.config.steer.alphas))
         return doses[len(doses) // 2]
-
-    def at_rows(self, rows: np.ndarray) -> effects.ModelAtSite:
-        """The model on the windows of some rows, ascending."""
-        store, (model, site) = self.run.store, self.group.ends[0]
-        passages = with_continuations(store, model, passages_of(store, model, rows))
-        return effects.ModelAtSite(self.run.runner(model), site, passages)
 
 
 @dataclass(frozen=True)
@@ -90,15 +83,14 @@ def choose(source: Source) -> Feature:
     generator = stats.generator(config.seed, feature)
     documents, count = run.store.rows.document[test], config.intervention.contexts
     rows = effects.choose_contexts(held_out, documents, count, generator)
-    model = source.at_rows(test[rows])
+    model = run.at_site(*a, test[rows])
     direction = decoder_rows(dictionary, np.array([feature]))[0]
     added = float(held_out[rows].mean() * np.linalg.norm(direction))
     norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
     dose = norm * source.dose * effects.normalised(direction)
-    change = effects.mean_change(model.runner, model.hold(size=count, span=1), dose)
-    promoted = effects.most_promoted(change, source.words.has_text)
-    below = run.runner(group.target).config.vocab_size
-    mapped = source.words.weights_in_b(promoted, below=below)
+    held, words = model.hold(size=count, span=1), source.words
+    promoted = effects.promoted_tokens(model.runner, held, dose, words.has_text)
+    mapped = words.weights_in_b(promoted, below=run.runner(group.target).config.vocab_size)
     return Feature(feature, strength, direction, model.median_norm, promoted, mapped, candidates)
 
 
@@ -119,18 +111,17 @@ def search(source: Source, text: str) -> list[dict]:
             "search for other text."
         )
     drawn = stats.generator(run.config.seed).permutation(test)[:count]
-    model = source.at_rows(np.sort(drawn))
+    model = run.at_site(*a, np.sort(drawn))
     directions = effects.normalised(decoder_rows(run.dictionary(*a), ids))
     directions *= model.median_norm * source.dose
     held = model.hold(size=count, span=1)
     change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
-    effect = change.mean(1, dtype=np.float64)
     about = {"base": base, "token": source.words.text("a", token)}
-    return [
-        {"feature": int(ids[i]), "share": float(share[ids[i]]), "promotes": float(effect[i])}
-        | about
-        for i in np.argsort(-effect, kind="stable")
+    candidates = [
+        {"feature": int(i), "share": float(share[i]), "promotes": float(nats)} | about
+        for i, nats in zip(ids, change.mean(1, dtype=np.float64))
     ]
+    return sorted(candidates, key=lambda candidate: -candidate["promotes"])
 
 
 def around(
