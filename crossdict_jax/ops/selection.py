@@ -7,7 +7,7 @@ bit. On CPU only the few candidates that a first bound leaves are looked at clos
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.training.mesh import devices_of_rows
+from crossdict_jax.training.mesh import devices_of_rows, platform
 
 BITS = 31  # of a non-negative float
 ROUGH = 16  # leading bits of a batch's first bound: two or three digits of a value
@@ -24,7 +24,7 @@ def uses_lists(size: int, *, minimum: int = LARGE) -> bool:
     dense products take one. For accelerators compilers estimate lists several times slower, and
     rows that several devices share would have to be gathered.
     """
-    return size >= minimum and jax.default_backend() == "cpu" and devices_of_rows() == 1
+    return size >= minimum and platform() == "cpu" and devices_of_rows() == 1
 
 
 def bits_of(z: jax.Array) -> jax.Array:
