@@ -25,7 +25,7 @@ def regression(*, batch=8, poison_at=None):
     def init(key):
         return {"params": {"w": jax.random.normal(key, (D,))}, "train": {"momentum": jnp.zeros(D)}}
 
-    def step(state, x, number, key):
+    def step(state, x, number, key, variant=0):
         def loss_of(w):
             return jnp.mean(jnp.square(x @ w - x @ jnp.asarray(TRUTH)))
 

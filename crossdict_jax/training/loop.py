@@ -3,17 +3,19 @@
 The order of one turn, where it binds:
 
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
-2. dispatch a chunk of steps: one compiled program for any number of steps;
+2. dispatch a chunk of steps: one compiled program for any number of steps. Where a training has
+   several, the state before the chunk says which;
 3. only then read the metrics of the chunk before (bounds the work in flight, checks every step);
 4. checkpoint between chunks, never inside one.
 
-Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
+Data order is a pure function of (seed, step), so a run that was killed ends with the same bits, as
+long as ``checkpoint_every`` leaves chunks as they were.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,19 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """What the loop trains: two pure functions over pytrees.
+    """What the loop trains: pure functions over pytrees.
 
     Attributes:
       init: key -> {"params": pytree, "train": pytree}; ``train`` is what only training needs.
-      step: (state, batch, step number, key) -> (state, {name: array}); metrics have fixed shapes.
+      step: (state, batch, step number, key, variant) -> (state, {name: array}); metrics have fixed
+        shapes.
+      variant: state -> what is static in the next chunk of steps, hashable. A program of its own
+        is compiled for each.
     """
 
     init: Callable[[jax.Array], PyTree]
-    step: Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
+    step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+    variant: Callable[[PyTree], Hashable] = lambda state: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,19 +176,20 @@ class Chunks:
     def __init__(
         self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
     ):
-        self._feed, self._root, self._limit = feed, root, limit
+        self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def run_chunk(state, resident, indices, first, count, root):
+        @functools.partial(jax.jit, donate_argnums=0, static_argnums=6)
+        def run_chunk(state, resident, indices, first, count, root, variant):
             def one_step(j, carry):
                 state, metrics = carry
                 batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
                 key = jax.random.fold_in(root, first + j)
-                state, new = trainable.step(state, batch, first + j, key)
+                state, new = trainable.step(state, batch, first + j, key, variant)
                 return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), metrics, new)
 
             batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
-            _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
+            step = functools.partial(trainable.step, variant=variant)
+            _, shapes = jax.eval_shape(step, state, batch, first, root)
             empty = jax.tree.map(lambda m: jnp.zeros((limit, *m.shape), m.dtype), shapes)
             return jax.lax.fori_loop(0, count, one_step, (state, empty))
 
@@ -205,10 +212,14 @@ class Chunks:
         return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
 
     def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
-        """With indices repeated up to ``limit``: one compiled program serves every length."""
+        """With indices repeated up to ``limit``: one compiled program serves every length.
+
+        The variant last: reading the state waits for the steps before.
+        """
         index = np.minimum(np.arange(self._limit), count - 1)
         indices = jax.tree.map(lambda a: a[index], self._feed.indices(first, count))
-        return state, self._feed.resident, indices, first, count, self._root
+        fixed = (self._feed.resident, indices, first, count, self._root)
+        return state, *fixed, self._trainable.variant(state)
 
 
 def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:

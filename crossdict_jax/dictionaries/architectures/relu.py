@@ -18,7 +18,7 @@ class ReLU(Dictionary):
 
     usual_l1 = 3.0
     saelens = "standard"
-    unit_decoder = False
+    unit_decoder = revives = False
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
 
     def activate(self, z: jax.Array) -> jax.Array:
