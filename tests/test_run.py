@@ -15,7 +15,7 @@ from crossdict_jax.models import Site, run
 from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
 
-call = run._call
+call = run.run_model
 SHAPE = {
     "model_type": "gpt2",
     "vocab_size": 40,
@@ -186,7 +186,7 @@ def test_windows_are_padded_little(lm, lengths, size, shapes):
 @pytest.mark.mesh
 def test_no_large_array_is_gathered_across_devices(runner, passages, monkeypatch):
     called = []
-    monkeypatch.setattr(run, "_call", lambda *args: called.append(args) or call(*args))
+    monkeypatch.setattr(run, "run_model", lambda *args: called.append(args) or call(*args))
     runner.splice(passages, Site(1), {"zero": np.zeros(8, np.float32)})
     assert jax.device_count() > 1 and len(called) > 1
     for args in called[:2]:

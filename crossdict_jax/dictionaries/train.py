@@ -275,16 +275,8 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
     sae, n_rows = config.sae, len(store.select("train"))
     folders = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}
     todo = [m for m in everyone if not checkpoint.is_finished(folders[m])]
-    alike = {member: (*sizes(store, member), member.width, member.k) for member in todo}
-    groups = []
-    for shape in dict.fromkeys(alike.values()):
-        same = [member for member in todo if alike[member] == shape]
-        d_model, d_out, width, _ = shape
-        size = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
-        limit = members_at_once(size, rows=2 * n_rows * (d_model + (d_out or 0)))
-        groups += [same[at : at + limit] for at in range(0, len(same), limit)]
     with timed(work, "train_saes") as figures:
-        for group in groups:
+        for group in grouped(sae, store, todo, n_rows):
             first = group[0]
             tag = f"{first.model}-{first.site}-{first.name}-width{first.width}-k{first.k}"
             directory = work.dictionaries / "training" / tag
@@ -298,6 +290,19 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
             shutil.rmtree(directory / "checkpoints")
         if todo:
             figures |= {"dictionaries": len(todo), "rows": len(todo) * sae.steps * sae.batch_size}
+
+
+def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> list[list[Member]]:
+    """Returns the members in groups of equal shapes, none too large for the devices' memory."""
+    alike = {member: (*sizes(store, member), member.width, member.k) for member in todo}
+    groups = []
+    for shape in dict.fromkeys(alike.values()):
+        same = [member for member in todo if alike[member] == shape]
+        d_model, d_out, width, _ = shape
+        size = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
+        limit = members_at_once(size, rows=2 * n_rows * (d_model + (d_out or 0)))
+        groups += [same[at : at + limit] for at in range(0, len(same), limit)]
+    return groups
 
 
 def sizes(store: Store, member: Member) -> tuple[int, int | None]:

@@ -161,15 +161,15 @@ def measure(
     for rows in slices(len(x), size):
         count = rows.stop - rows.start
         both = [None if a is None else padded(a[rows], size) for a in (x, y)]
-        active, *values = _measure_batch(graphdef, params, *both, mean, count)
+        active, *values = measure_batch(graphdef, params, *both, mean, count)
         fires = fires + np.asarray(active, np.int64)
         parts.append([np.asarray(v)[:count] for v in values])
     return dict(zip(("l0", "error", "variance"), map(np.concatenate, zip(*parts))), fires=fires)
 
 
 @partial(jax.jit, static_argnums=0)
-def _measure_batch(graphdef, params, x, y, mean, count):
-    """How often each feature fires in the first ``count`` rows; per row l0, error, variance."""
+def measure_batch(graphdef, params, x, y, mean, count):
+    """Returns how often each feature fires in ``count`` rows; per row l0, error, variance."""
     dictionary, x = modules.merge(graphdef, params), x.astype(jnp.float32)
     f = dictionary.encode(x)  # [batch, width]
     x = x if y is None else y.astype(jnp.float32)

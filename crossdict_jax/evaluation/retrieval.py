@@ -64,13 +64,16 @@ def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
         chunk, direction = queries[at : at + size], pool.direction[at : at + size]
         short = size - len(chunk)
         padded = np.pad(chunk, ((0, short), (0, 0))), np.pad(direction, (0, short))
-        counts.append(np.asarray(_at_least_as_similar(*padded, units, entries))[: len(chunk)])
+        counts.append(np.asarray(at_least_as_similar(*padded, units, entries))[: len(chunk)])
     return np.concatenate(counts).astype(np.int64) - pool.identical + 1
 
 
 @jax.jit
-def _at_least_as_similar(queries, direction, units, entries):
-    """How many candidates are at least as similar as the true one, [chunk]: exact below 2^24."""
+def at_least_as_similar(queries, direction, units, entries):
+    """Returns how many candidates are as similar as the true one, or more, [chunk].
+
+    Exact below 2^24.
+    """
     similarity = jnp.matmul(queries, units.T, precision="highest")  # [chunk, directions]
     true = similarity[jnp.arange(len(queries)), direction]
     above = similarity >= true[:, None]

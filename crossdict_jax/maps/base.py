@@ -355,13 +355,14 @@ def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__ca
     parts = []
     for rows in slices(len(pairs), batch_size):
         x, tokens = (padded(a[rows], batch_size) for a in (pairs.source.x, pairs.source.tokens))
-        out = _predict(graph, source_graph, method, params, source_params, x, tokens)
+        out = predict_batch(graph, source_graph, method, params, source_params, x, tokens)
         parts.append(np.asarray(out)[: rows.stop - rows.start])
     return np.concatenate(parts)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _predict(graph, source_graph, method, params, source_params, x, tokens):
+def predict_batch(graph, source_graph, method, params, source_params, x, tokens):
+    """Returns a method's result of one batch; see ``predict``."""
     m = modules.merge(graph, params)
     inputs = {"activations": x, "tokens": tokens}.get(m.reads)
     if inputs is None:

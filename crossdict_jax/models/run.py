@@ -131,7 +131,7 @@ class Runner:
         self.config, self.name, self.mesh = lm.config, lm.name, make_mesh()
         graphdef, params = modules.split(lm)
         self._model = graphdef, jnp.dtype(dtype)
-        self._params = jax.device_put(params, shard(self.mesh))
+        self._params = put(params, shard(self.mesh))
         self._batch_size = batch_size
 
     # ------------------------------------------------------------ batches and programs
@@ -145,11 +145,15 @@ class Runner:
           static: hashable; other values are another program.
           shared: pytrees of arrays, and modules, that every device holds whole.
         """
+        return run_model(*self.arguments(function, arrays, static, shared))
+
+    def arguments(self, function: Callable, arrays=(), static=(), shared=()) -> tuple:
+        """Returns what ``run_model`` takes; see ``dispatch``."""
         split = [modules.split(s) if isinstance(s, nnx.Module) else (None, s) for s in shared]
         everywhere = shard(self.mesh)
         values = jax.tree.map(lambda a: put(a, everywhere), tuple(value for _, value in split))
         graphs = tuple(graph for graph, _ in split)
-        return _call(function, self._model, tuple(static), graphs, self._params, values, arrays)
+        return function, self._model, tuple(static), graphs, self._params, values, arrays
 
     def run(
         self, function: Callable, *arrays: np.ndarray, static=(), shared=(), group: int = 1
@@ -452,7 +456,8 @@ def _ahead(dispatched: Iterator) -> Iterator:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _call(function, model, static, graphs, params, shared, arrays) -> PyTree:
+def run_model(function, model, static, graphs, params, shared, arrays) -> PyTree:
+    """Returns what ``Runner.dispatch`` does."""
     graphdef, dtype = model
     lm = modules.merge(graphdef, params)
     lm.dtype = dtype

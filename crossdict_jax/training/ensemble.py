@@ -16,7 +16,17 @@ import optax
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.loop import Feed, PyTree, Trainable, epoch_order, train
-from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
+from crossdict_jax.training.mesh import (
+    DATA,
+    MEMBER,
+    all_devices,
+    device_memory,
+    from_bits,
+    make_mesh,
+    put,
+    shard,
+    to_bits,
+)
 from crossdict_jax.workdir import write_json
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
@@ -353,9 +363,4 @@ def members_at_once(member: int, rows: int) -> int:
     if limit is None:
         return 1_000_000
     rows = rows if rows <= ROWS_SHARE * limit else 0
-    return max(1, int(TRAINING_SHARE * limit * jax.device_count() // (member + rows)))
-
-
-def device_memory() -> int | None:
-    """Returns the bytes of a device's memory; None where it does not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return max(1, int(TRAINING_SHARE * limit * len(all_devices()) // (member + rows)))

@@ -1,7 +1,9 @@
 """The device mesh: ensemble members over one axis, batch rows over the other."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -12,6 +14,40 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MEMBER, DATA = "member", "data"
 PyTree = Any
+_PLANNED: ContextVar[tuple[list, int] | None] = ContextVar("planned machine", default=None)
+
+
+@contextlib.contextmanager
+def planned(devices: Sequence[Any], memory: int) -> Iterator[None]:
+    """Within, meshes are of devices that need not be here, and ``put`` gives shapes for them.
+
+    Args:
+      devices: as a topology of ``jax.experimental.topologies`` has them.
+      memory: bytes of each.
+    """
+    token = _PLANNED.set((list(devices), memory))
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def all_devices() -> list:
+    """Returns the devices to work on: all that there are, or those that are ``planned``."""
+    return _PLANNED.get()[0] if _PLANNED.get() else jax.devices()
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of a device's memory; None where it does not tell."""
+    if _PLANNED.get():
+        return _PLANNED.get()[1]
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def platform() -> str:
+    """Returns what kind of device is traced for: that of the mesh, or else the usual one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
@@ -20,7 +56,7 @@ def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
     As many as divide both the ensemble and the machine hold different members, because members
     never talk to each other; the others share the batch.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     over_members = math.gcd(members, len(devices))
     return jax.make_mesh(
         (over_members, len(devices) // over_members),
@@ -37,6 +73,10 @@ def shard(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Returns a pytree of arrays on the devices; each process hands over only the rows it holds."""
+    if _PLANNED.get():
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(
@@ -70,12 +110,6 @@ def on_own_rows(function: Callable, rows: PyTree) -> PyTree:
     spread = PartitionSpec(DATA)
     # Unchecked: loops inside start from constants, which the check holds to be the same everywhere.
     return jax.shard_map(function, in_specs=(spread,), out_specs=spread, check_vma=False)(rows)
-
-
-def platform() -> str:
-    """Returns what runs the code: the mesh's kind of device (``cpu``), else jax's first."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def devices_of_rows() -> int:
