@@ -23,7 +23,7 @@ from crossdict_jax.config import SAEConfig, architectures
 from crossdict_jax.dictionaries import train
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.training import checkpoint, ensemble
+from crossdict_jax.training import checkpoint, ensemble, loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
 from crossdict_jax.training.mesh import make_mesh
 
@@ -142,7 +142,7 @@ def test_auxk_revives_features_that_no_row_activates(dead_after_rows):
 
 def fit(made, directory, **changes):
     how = {"steps": STEPS, "seed": 0, "checkpoint_every": 2, "title": "toy", "meta": {}}
-    return made.fit(directory=directory, **how | changes)
+    return loop.train(made, directory=directory, **how | changes)
 
 
 @slow_but("topk", "jumprelu")

@@ -22,8 +22,7 @@ class Dictionary(nnx.Module):
     """f = act((x s) W_enc + b_enc - (b_dec W_enc)),  x_hat = (f W_dec + b_dec) / s.
 
     ``s`` is the activation scale: training sees rows of mean norm sqrt(d_model), callers always
-    speak raw activation units. An architecture defines ``act`` as ``activate(z)``, which returns
-    features [batch, width] of pre-activations z, and its loss.
+    speak raw activation units. An architecture defines ``act`` as ``activate(z)``, and its loss.
 
     With ``d_out`` it is a transcoder, which reads one site and predicts another:
     f = act((x s) W_enc + b_enc),  y_hat = (f W_dec + b_dec) / s_out  (Dunefsky et al. 2024, arXiv
@@ -74,6 +73,14 @@ class Dictionary(nnx.Module):
         """Returns [batch, width] of scaled rows u [batch, d_model], before the nonlinearity."""
         W_enc, bias = self.encoder()
         return matmul(u, W_enc, dtype) + bias[None, :]
+
+    def activate(self, z: jax.Array) -> jax.Array:
+        """Returns features [batch, width] of pre-activations: relu(z) above a threshold, if any.
+
+        What is not a number stays.
+        """
+        threshold = jnp.reshape(self.threshold[...], (1, -1)) if hasattr(self, "threshold") else 0.0
+        return jnp.where(z <= threshold, 0.0, jax.nn.relu(z))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Returns features, float32 [batch, width], of raw activations x [batch, d_model]."""
@@ -176,9 +183,6 @@ class BatchSelected(Dictionary):
     def __init__(self, **shape):
         super().__init__(**shape)
         self.threshold = nnx.Variable(jnp.zeros(()))
-
-    def activate(self, z: jax.Array) -> jax.Array:
-        return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
 
     def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
         in_parts = hyper is not None and hyper.threshold is not None

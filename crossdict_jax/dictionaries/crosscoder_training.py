@@ -20,6 +20,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.ensemble import Ensemble, Stream, make_ensemble
+from crossdict_jax.training.loop import train
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -96,7 +97,8 @@ def fit_crosscoders(
     for number, (shapes, indices) in enumerate(groups.items()):
         ensemble = joint_ensemble([rows[i] for i in indices], joint)
         sizes = "+".join(str(d_model) for _, d_model in shapes)
-        trained = ensemble.fit(
+        trained = train(
+            ensemble,
             steps=joint.steps,
             seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
             directory=Path(directory) / str(number),
@@ -216,8 +218,8 @@ def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
             views = tuple(map(read, models, sites))
             views = copies(views[0], name, config.seed) if name in CONTROLS else views
             rows.append(Rows(label, views, config.seed, orders if name == "shuffled" else None))
-        how = {"checkpoint_every": config.checkpoint_every, "records": config.records}
-        fitted = fit_crosscoders(rows, joint, directory=directory, **how)
+        options = {"checkpoint_every": config.checkpoint_every, "records": config.records}
+        fitted = fit_crosscoders(rows, joint, directory=directory, **options)
         for folder, result in zip(folders, fitted):
             if folder in todo:
                 base.save(result, folder, meta={"steps": joint.steps})

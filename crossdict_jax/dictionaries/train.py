@@ -24,7 +24,7 @@ from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, star
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.ops import activity, decode, nth_largest
-from crossdict_jax.training import checkpoint
+from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import (
     Context,
     Ensemble,
@@ -82,8 +82,8 @@ class SparseObjective(Objective):
     def variant(self, memories):
         if not self.revives:
             return 0
-        most = int((memories >= self.dead_after).sum(axis=1).max())
-        return next(n for n in (0, self.width // FEW, self.width) if most <= n)
+        n_dead = int((memories >= self.dead_after).sum(axis=1).max())
+        return next(n for n in (0, self.width // FEW, self.width) if n_dead <= n)
 
     def optimizer(self, fixed):
         """Clipped Adam; the rate warms up, stays, and falls to 0 over the last fifth of steps."""
@@ -117,8 +117,8 @@ class SparseObjective(Objective):
 
     def loss(self, params, rows, context):
         (x, y), dead = self.pair(rows, context), context.memory >= self.dead_after
-        module, how = modules.merge(self.graphdef, params), {"dead": dead, "dtype": self.dtype}
-        loss, terms, f = module.losses(x, y=y, hyper=self.hyper(context), **how)
+        module, hyper = modules.merge(self.graphdef, params), self.hyper(context)
+        loss, terms, f = module.losses(x, y=y, hyper=hyper, dead=dead, dtype=self.dtype)
         active, l0, smallest = jax.lax.stop_gradient(activity(f))
         metrics = {"l0": l0, **terms, "dead_fraction": dead.mean(dtype=jnp.float32)}
         return loss, (metrics, (active, smallest))
@@ -344,7 +344,8 @@ def train_from(
     sae, rows = config.sae, store.select("train")
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
-    trained = ensemble.fit(
+    trained = loop.train(
+        ensemble,
         steps=sae.steps,
         seed=config.seed,
         directory=directory,

@@ -7,7 +7,6 @@ Dictionaries, crosscoders, trained maps, the hypernetwork and small language mod
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.training.loop import Feed, PyTree, Trainable, epoch_order, train
+from crossdict_jax.training.loop import Feed, PyTree, Trainable, epoch_order
 from crossdict_jax.training.mesh import (
     DATA,
     MEMBER,
@@ -27,7 +26,6 @@ from crossdict_jax.training.mesh import (
     shard,
     to_bits,
 )
-from crossdict_jax.workdir import write_json
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
 TRAINING_SHARE = 0.8  # of a device's memory, for members beside the rows
@@ -97,7 +95,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """An objective, its members, and where their rows come from; see ``make_ensemble``.
+    """An objective, its members, and where their rows come from; ``loop.train`` trains them.
 
     Attributes:
       feed: gives batches {"rows": [members, batch, ...], "fixed": [members, ...] and, with
@@ -163,46 +161,6 @@ class Ensemble:
             return state, metrics
 
         return Trainable(init, step, lambda state: objective.variant(state["train"]["memory"]))
-
-    def fit(
-        self,
-        *,
-        steps: int,
-        seed: int,
-        directory: Path,
-        checkpoint_every: int,
-        title: str,
-        meta: dict,
-        records: Sequence[str] = (),
-    ) -> list[PyTree]:
-        """Returns every member's trained parameters, as arrays on the host.
-
-        With validation those of its best score, as {"params", "score", "step", "stale"}. A killed
-        run goes on and ends with the same bits: ``directory`` keeps checkpoints, metrics and the
-        members' labels.
-
-        Args:
-          meta: JSON values that the result depends on; a checkpoint with others is refused.
-        """
-        labels = list(self.labels)
-        state = train(
-            self.trainable(steps),
-            feed=self.feed,
-            steps=steps,
-            seed=seed,
-            directory=directory,
-            checkpoint_every=checkpoint_every,
-            title=title,
-            layout=self.layout,
-            meta={"members": labels, **meta},
-            records=records,
-            labels=labels,
-        )
-        result = state["train"]["best"] if self.objective.validate_every else state["params"]
-        result = jax.jit(lambda tree: tree, out_shardings=shard(self.mesh))(result)
-        stacked = jax.tree.map(np.asarray, result)
-        write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
-        return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
 
 
 def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Context):
