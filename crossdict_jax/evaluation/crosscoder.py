@@ -67,8 +67,8 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     contribution of a latent is of rank one, so one product with the error serves both.
     """
     joint = modules.merge(graphdef, params)
-    u, W = joint.scaled(rows), joint.W_dec[...].T
-    f = joint.activate(joint.pre_activations(u, jnp.ones((len(rows), len(belongs)), bool)))
+    seen, u = joint.scaled_pair(rows, jnp.ones((1, len(belongs)), bool))
+    f, W = joint.activate(joint.pre_activations(seen)), joint.W_dec[...].T
     error = u - exact_matmul(f, W.T) - joint.b_dec[...][None, :]
     error = error - error.mean(axis=0, keepdims=True)
     centred = f - f.mean(axis=0, keepdims=True)
@@ -191,8 +191,8 @@ def _measure(
 def _measure_batch(graphdef, params, x, present):
     """The code, and of each row error, variance (of each model) and l0."""
     joint = modules.merge(graphdef, params)
-    u = joint.scaled(x)
-    f = joint.activate(joint.pre_activations(u, jnp.tile(present, (len(x), 1))))
+    seen, u = joint.scaled_pair(x, present[None, :])
+    f = joint.activate(joint.pre_activations(seen))
     squares = (jnp.square(u - v) for v in (joint.reconstruction(f), joint.center[...][None, :]))
     of_model = np.repeat(np.eye(joint.n_models, dtype=np.float32), joint.d_models, axis=0)
     return f, *(exact_matmul(s, of_model) for s in squares), (f > 0).sum(axis=1)

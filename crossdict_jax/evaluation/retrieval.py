@@ -9,7 +9,7 @@ import numpy as np
 from crossdict_jax import stats
 from crossdict_jax.maps.base import padded, slices
 
-CHUNK = 1024  # predictions compared at once: bounds the similarity matrix to CHUNK x pool
+CHUNK = 512  # predictions compared at once: bounds the similarity matrix to CHUNK x pool
 LARGEST_DEFAULT_POOL = 8192
 
 
@@ -82,6 +82,5 @@ def at_least_as_similar(similarity, query, direction, entries):
 
     Exact below 2^24.
     """
-    own = similarity[query]
-    above = own >= own[jnp.arange(len(query)), direction][:, None]
-    return jnp.matmul(above.astype(jnp.float32), entries, precision="highest")
+    above = similarity[query] >= similarity[query, direction][:, None]
+    return jnp.sum(jnp.where(above, entries[None, :], 0), axis=1)

@@ -65,7 +65,7 @@ def make_bench(splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: in
         context=train.take(rows),
         by_token=by_token,
         token_index=np.where(seen, position, -1),
-        token_features=sums / by_token.sum(axis=1)[:, None],
+        token_features=(sums / by_token.sum(axis=1)[:, None]).astype(np.float32),
         batch_size=settings.batch_size,
     )
 
@@ -77,7 +77,7 @@ def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Sco
     predicted = maps.predict(m, context, bench.batch_size) if len(context) else sums
     for rows in slices(len(context)):
         sums += bench.by_token[:, rows] @ predicted[rows]
-    means = sums / bench.by_token.sum(axis=1)[:, None]
+    means = (sums / bench.by_token.sum(axis=1)[:, None]).astype(np.float32)
     return transfer.measure(
         maps.predict(m, test, bench.batch_size),
         bench.held_out,

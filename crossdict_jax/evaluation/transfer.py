@@ -20,7 +20,7 @@ from crossdict_jax.stats import Estimate, Resamples
 
 BLOCK = 1024  # rows that are compared at a time
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
-ROUNDING = 1e-5  # a variance below this share of the second moment is float32 rounding
+ROUNDING = 1e-6  # a variance below this share of the second moment is float32 rounding
 
 MEANS = (  # metrics that are means over rows
     *("cosine", "cosine_mean_predictor", "cosine_centered"),
@@ -267,7 +267,8 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
         belongs = np.zeros((longest, size), np.float32)  # nothing to the padding
         belongs[local, np.arange(len(local))] = 1
         arrays = [padded(a, size) for a in arrays]
-        of_rows, of_documents = _sums_of_block(*arrays, held_out.train_mean, belongs)
+        centres = held_out.train_mean, predicted[0]
+        of_rows, of_documents = _sums_of_block(*arrays, *centres, belongs)
         parts.append({name: np.asarray(v, np.float64)[: len(local)] for name, v in of_rows.items()})
         for name, values in of_documents.items():
             values = np.asarray(values, np.float64)[: len(numbers)]
@@ -276,7 +277,7 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
 
 
 @jax.jit
-def _sums_of_block(p, t, P, T, mean, belongs):
+def _sums_of_block(p, t, P, T, mean, first, belongs):
     """Sums over features of each row, {name: [batch]}, and over rows, {name: [documents, width]}.
 
     Centred is what has the training mean subtracted.
@@ -284,6 +285,7 @@ def _sums_of_block(p, t, P, T, mean, belongs):
     Args:
       p, t: predicted and target features [batch, width]; P, T: their means after the row's token.
       mean: of the target's training rows [width].
+      first: any prediction [width]: correlations are of what predictions differ from it.
       belongs: [documents, batch], 1 where a row is of a document.
     """
     mean = jnp.broadcast_to(mean[None, :], p.shape)
@@ -296,9 +298,10 @@ def _sums_of_block(p, t, P, T, mean, belongs):
         "token_error": jnp.square((t - T) - (p - P)),
         "token_variance": jnp.square(t - T),
     }
+    moved = p - first[None, :]
     of_features = {
-        **{"n": jnp.ones(p.shape), "p": p_c, "t": t_c},
-        **{"pp": p_c * p_c, "tt": t_c * t_c, "pt": p_c * t_c, "error": error * error},
+        **{"n": jnp.ones(p.shape), "p": moved, "t": t_c},
+        **{"pp": moved * moved, "tt": t_c * t_c, "pt": moved * t_c, "error": error * error},
         **{"active_predicted": active_p * 1.0, "active_target": active_t * 1.0},
     }
     return (
@@ -314,7 +317,7 @@ def _cosine(dot: np.ndarray, length_a, length_b, zero=0.0) -> np.ndarray:
 
 
 def _correlations(sums: dict[str, np.ndarray]) -> np.ndarray:
-    """Pearson's r of each feature by its sums about the training mean, [1 + count, width].
+    """Pearson's r of each feature by the sums of ``_sums``, [1 + count, width].
 
     0 for a constant prediction, NaN for a constant target.
     """

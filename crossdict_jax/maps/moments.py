@@ -21,7 +21,8 @@ def slices(n: int, size: int = ROWS) -> Iterator[slice]:
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Returns ``rows`` lengthened to ``size`` with its last row: one compiled shape for all."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+    missing = size - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
 def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
