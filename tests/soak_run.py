@@ -18,6 +18,7 @@ def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.activations.store import open_store
     from crossdict_jax.dictionaries.train import train_dictionaries
     from crossdict_jax.evaluation.reconstruction import reconstruct
+    from crossdict_jax.maps.fit import Loader
 
     store = open_store(work.activations)
     for architecture in architectures():
@@ -25,7 +26,7 @@ def main(config: Config, work: Workdir) -> None:
         one, folder = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
         train_dictionaries(one, store, folder)
         if config.records:
-            reconstruct(one, store, folder)
+            reconstruct(Loader(one, store, folder))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def run_controls(config: Config, work: Workdir) -> None:
     store = open_store(work.activations)
     controls = extract_untrained(config, work, store)
     train.train_dictionaries(config, store, work, controls)
-    loader = Loader(open_controls(config, work, store), work, config.seed)
+    loader = Loader(config, open_controls(config, work, store), work)
     for task in control_tasks(config, store):
         if task.kind == "mlp" and not is_finished(task.path(work)):
             folder = loader.ends(task)[1][2]
@@ -160,9 +160,9 @@ def planted(begun, root, second) -> dict[tuple, dict]:
         dictionaries.save(signed(d_model, np.arange(2 * d_model)), work.dictionary(name, SITE))
         dictionaries.save(second(d_model), work.controls.dictionary(name, SITE, "seed-1"))
     fit_controls(config, store, work)
-    tasks, loader, rows = control_tasks(config, store), Loader(store, work, config.seed), {}
+    tasks, loader, rows = control_tasks(config, store), Loader(config, store, work), {}
     for target in "ab":
-        scored = score_tasks([t for t in tasks if t.target == target], loader, config.evaluation)
+        scored = score_tasks([t for t in tasks if t.target == target], loader)
         rows |= {(target, kind): score.row() for kind, score in scored.scores.items()}
     return rows
 
@@ -191,7 +191,7 @@ def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, 
 def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished):
     config, work = finished
     store = open_store(work.activations)
-    loader = Loader(open_controls(config, work, store), work, config.seed)
+    loader = Loader(config, open_controls(config, work, store), work)
     second = dictionaries.load(work.controls.dictionary("b", SITE, "seed-1"))
     x = store.read("b", SITE, store.select("test")).astype(np.float32)
     for task in control_tasks(config, store):

@@ -108,7 +108,7 @@ def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path):
     train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
     problem = maps.Problem("a to b (control)", train, held_out)
     task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
-    (joined,) = with_codes([problem], [task], config, fit.Loader(store, work, 0), tmp_path)
+    (joined,) = with_codes([problem], [task], fit.Loader(config, store, work), 0, tmp_path)
     (fitted,) = maps.map_class("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
     x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)
     assert np.square(x - x_b).sum() < 0.6 * np.square(x - x.mean(0)).sum()

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules, stats
-from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
 from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import Workdir
 
 NORM_EDGES = np.linspace(0, 1, 21)  # of relative decoder norms
 SHIFTS = 19  # of the codes against the errors: to exceed them all by chance has p = 0.05
@@ -89,13 +88,13 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     return jax.lax.map(of_shift, shifts)
 
 
-def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
+def crosscoder_rows(run: Loader) -> list[dict[str, Any]]:
     """Returns the rows of crosscoder.jsonl: one per layer tuple, training and model.
 
     What shuffled pairs share is shared by nothing; what is exclusive between a model and a copy of
     itself (self, rotated) is exclusive to nothing.
     """
-    rows: list[dict] = []
+    config, store, rows = run.config, run.store, []
     numbers = store.select("test")
     planned = crosscoder_training.planned(config, store)
     for sites, name in progress_bar(planned, desc="evaluate crosscoders", unit="crosscoder"):
@@ -109,7 +108,7 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
         if name == "shuffled":
             orders = crosscoder_training.shuffles(len(numbers), models=len(x), seed=config.seed)
             x = tuple(view if o is None else view[o] for view, o in zip(x, orders))
-        joint, documents = crosscoder.load(work.crosscoder(sites, name)), store.rows.document
+        joint, documents = crosscoder.load(run.work.crosscoder(sites, name)), store.rows.document
         made = figures(joint, x, documents[numbers], config)
         for model, site, columns in zip(names, sites, made):
             of = {"sites": " ".join(map(str, sites)), "pairing": name}

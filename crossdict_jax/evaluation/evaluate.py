@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from functools import cache, partial
 
 from crossdict_jax import maps
@@ -30,6 +31,7 @@ FILES = (
     *("reconstruction.jsonl", "transfer.jsonl", "features.jsonl", "feature_transfer.jsonl"),
     *("matching.jsonl", "matches.jsonl", "similarity.jsonl"),
 )
+SCORED_CONTROLS = ("ceiling", "untrained")
 
 
 def evaluate(config: Config, work: Workdir) -> None:
@@ -41,7 +43,7 @@ def evaluate(config: Config, work: Workdir) -> None:
     Raises:
       UserError: a language model, the store, a dictionary or a map is missing or damaged.
     """
-    store, settings = open_store(work.activations), config.evaluation
+    store = open_store(work.activations)
     tasks, controls = maps.tasks(config, store), control_tasks(config, store)
     folders = [task.path(work) for task in tasks + controls]
     for folder in folders:
@@ -54,61 +56,61 @@ def evaluate(config: Config, work: Workdir) -> None:
     if joint := any(map_class(kind).through_joint for kind in config.map.kinds):
         files.append("crosscoder.jsonl")
         folders += [work.crosscoder(*ends) for ends in planned(config, store)]
-    every = open_controls(config, work, store) if controls else store
-    loader = Loader(every, work, config.seed)
-    meta = [store.meta, every.meta]
+    run, every = Loader(config, store, work), open_controls(config, work, store)
+    meta, loader = [store.meta, every.meta], Loader(config, every, work)
     inputs = input_digests(work, settings=identity(config), store_meta=meta, folders=folders)
     stage = Stage(work, "evaluate", files=files, inputs=inputs)
     if stage.finished:
         return
     rows: dict[str, list[dict]] = {file: [] for file in files}
 
-    def add(key: tuple, make) -> dict[str, list[dict]]:
-        """Adds the rows by file that a part gives, now or as it was kept."""
-        for file, made in (part := stage.part(key, make)).items():
+    def add(key: tuple, make: Callable[[], dict[str, list[dict]]]) -> None:
+        """Adds the rows by file that a part of the stage gives, now or as they were kept."""
+        for file, made in stage.part(key, make).items():
             rows.get(file, []).extend(made)
-        return part
 
-    add(("dictionaries",), lambda: reconstruct(config, store, work))
-    # Directions share ceilings.
-    score_controls = cache(lambda *tasks: scoring.score_tasks(tasks, loader, settings))
+    add(("dictionaries",), lambda: reconstruct(run))
+    score_controls = cache(lambda *some: scoring.score_tasks(some, loader))  # ceilings are shared
     groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
     for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
-
-        def layer_pair(group: list[Task] = group) -> dict[str, list[dict]]:
-            scored = scoring.score_maps(group, loader, settings)
-            aligned = [task for task in group if task.pairing == "aligned"]
-            of = {c: [dataclasses.replace(t, control=c) for t in aligned] for c in config.controls}
-            of |= {"ceiling": [ceiling_task(task) for task in aligned]}
-            of = {c: [task for task in some if task in controls] for c, some in of.items()}
-            by_control = {c: score_controls(*of[c]) for c in ("ceiling", "untrained") if of.get(c)}
-            nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
-            return {
-                "transfer.jsonl": scoring.transfer_rows(scored, by_control.get("ceiling")),
-                "features.jsonl": scored["aligned"].correlation_rows(),
-                "feature_transfer.jsonl": feature_rows(
-                    scored["aligned"], of.get("reseeded", []), loader
-                ),
-                "controls.jsonl": [  # each named by the map that it controls
-                    {"control": control} | value.row(task.kind, task) | nowhere
-                    for task in aligned
-                    for control, value in by_control.items()
-                    if task.kind in value.scores
-                ],
-            }
-
-        add(("maps", *pair_columns(group[0]).values()), layer_pair)
+        make = partial(layer_pair, group, controls, loader, score_controls)
+        add(("maps", *pair_columns(group[0]).values()), make)
     pairs = dictionary_pairs(config, store)
     for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
-        make = partial(shared_features, pair, loader, settings)
-        add(("matches", *pair_columns(pair).values()), make)
-
-    def similarity() -> dict[str, list[dict]]:
-        matches = rows["matches.jsonl"]
-        return {"similarity.jsonl": representation_rows(config, store, work, pairs, matches)}
-
-    add(("similarity",), similarity)
+        add(("matches", *pair_columns(pair).values()), partial(shared_features, pair, loader))
+    matches = rows["matches.jsonl"]
+    add(("similarity",), lambda: {"similarity.jsonl": representation_rows(run, pairs, matches)})
     if joint:
-        make = partial(crosscoder_rows, config, store, work)
-        add(("crosscoders",), lambda: {"crosscoder.jsonl": make()})
+        add(("crosscoders",), lambda: {"crosscoder.jsonl": crosscoder_rows(run)})
     stage.finish(rows, rows=len(store.select("test")), maps=len(tasks))
+
+
+def layer_pair(
+    group: list[Task], controls: list[Task], loader: Loader, score_controls: Callable
+) -> dict[str, list[dict]]:
+    """Returns the rows by file of all maps of one direction and pair of sites.
+
+    Args:
+      controls: those that the run has.
+      score_controls: of some controls, which directions may share.
+    """
+    scored = scoring.score_maps(group, loader)
+    aligned = [task for task in group if task.pairing == "aligned"]
+    of_control = {"ceiling": list(map(ceiling_task, aligned))}
+    for name in ("untrained", "reseeded"):
+        of_control[name] = [dataclasses.replace(task, control=name) for task in aligned]
+    made = {name: [t for t in some if t in controls] for name, some in of_control.items()}
+    by_control = {name: score_controls(*made[name]) for name in SCORED_CONTROLS if made[name]}
+    nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
+    control_rows = [  # each named by the map that it controls
+        {"control": name} | value.row(task.kind, task) | nowhere
+        for task in aligned
+        for name, value in by_control.items()
+        if task.kind in value.scores
+    ]
+    return {
+        "transfer.jsonl": scoring.transfer_rows(scored, by_control.get("ceiling")),
+        "features.jsonl": scored["aligned"].correlation_rows(),
+        "feature_transfer.jsonl": feature_rows(scored["aligned"], made["reseeded"], loader),
+        "controls.jsonl": control_rows,
+    }

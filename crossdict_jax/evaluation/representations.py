@@ -8,12 +8,10 @@ import numpy as np
 
 from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.passages import passages_of
-from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.fit import MEMBER
+from crossdict_jax.maps.fit import MEMBER, Loader
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Runner
 from crossdict_jax.results import PAIR, pair_columns
@@ -23,9 +21,7 @@ RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05
 LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost grows with their square
 
 
-def representation_rows(
-    config: Config, store: Store, work: Workdir, pairs: list[Task], matches: list[dict]
-) -> list[dict]:
+def representation_rows(run: Loader, pairs: list[Task], matches: list[dict]) -> list[dict]:
     """Returns the rows of similarity.jsonl, of three kinds.
 
     "layers": every layer of one model against every layer of another at n =
@@ -34,6 +30,7 @@ def representation_rows(
     "decoders": the decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan
     et al. 2024 (arXiv 2410.06981), and those of random matchings of the same features.
     """
+    config, store = run.config, run.store
     drawn = stats.generator(config.seed).permutation(store.select("test"))
     drawn = np.sort(drawn[: config.evaluation.similarity_rows])
     rows: list[dict] = []
@@ -57,7 +54,7 @@ def representation_rows(
                     compared.append({"kind": "layers"} | names | {"n_rows": len(drawn)} | scores)
             paired = [pair for pair in pairs if (pair.source, pair.target) == ends]
             rows += [*compared, _proposal(store.sites_of(ends[0]), paired, compared)]
-    return rows + [_decoder_row(pair, matches, config.seed, work) for pair in pairs]
+    return rows + [_decoder_row(pair, matches, config.seed, run.work) for pair in pairs]
 
 
 def _beside(scores: dict[str, float], null: dict[str, float]) -> dict[str, float]:

@@ -129,10 +129,11 @@ class Scored:
         return rows
 
 
-def score_tasks(tasks: Sequence[Task], loader: Loader, settings: EvaluationConfig) -> Scored:
+def score_tasks(tasks: Sequence[Task], loader: Loader) -> Scored:
     """Returns the scores of maps, or of controls, between the same two sides."""
     splits = {split: loader.rows(tasks[0], split) for split in SPLITS}
-    bench, test = make_bench(splits, settings, seed=loader.seed), splits["test"]
+    config, test = loader.config, splits["test"]
+    bench = make_bench(splits, config.evaluation, seed=config.seed)
     loaded, scores, reads = {}, {}, {}
     for task in tasks:
         m = loaded[task.kind] = maps.load(task.path(loader.work), test.target.dictionary)
@@ -143,16 +144,14 @@ def score_tasks(tasks: Sequence[Task], loader: Loader, settings: EvaluationConfi
     return Scored(tasks[0], bench, loaded, scores, token_score)
 
 
-def score_maps(
-    tasks: Sequence[Task], loader: Loader, settings: EvaluationConfig
-) -> dict[str, Scored]:
+def score_maps(tasks: Sequence[Task], loader: Loader) -> dict[str, Scored]:
     """Returns, by pairing, the scores of every map of one direction and pair of sites.
 
     Those of aligned pairs hold "token_target" too, the table of the target's own tokens.
     """
     scored = {}
     for pairing, group in itertools.groupby(tasks, key=lambda task: task.pairing):
-        scored[pairing] = score_tasks(list(group), loader, settings)
+        scored[pairing] = score_tasks(list(group), loader)
     aligned = scored["aligned"]
     aligned.scores["token_target"] = score_token_table(aligned.bench, of_target=True)
     return scored

@@ -7,7 +7,7 @@ import numpy as np
 
 from crossdict_jax import maps
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, EvaluationConfig, layer_pairs
+from crossdict_jax.config import Config, layer_pairs
 from crossdict_jax.evaluation.matching import LEAST_R, confirm, match
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
@@ -27,15 +27,13 @@ def dictionary_pairs(config: Config, store: Store) -> list[Task]:
     return list(dict.fromkeys(pairs))
 
 
-def shared_features(
-    pair: Task, loader: Loader, settings: EvaluationConfig
-) -> dict[str, list[dict]]:
+def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
     """Returns the rows of matching.jsonl and of matches.jsonl of a pair of dictionaries.
 
     matching.jsonl has two rows, of aligned and of shuffled pairs: how many features are matched on
     training documents and how many of these hold on test documents, by ever stricter tests.
     """
-    names, funnels, matches = pair_columns(pair), [], []
+    names, funnels, matches, settings = pair_columns(pair), [], [], loader.config.evaluation
     for pairing in maps.fit.PAIRINGS:
         task = dataclasses.replace(pair, pairing=pairing)
         train, test = (loader.rows(task, split) for split in SPLITS)
@@ -48,7 +46,7 @@ def shared_features(
             documents=test.documents,
             tokens=np.stack([side.tokens for side in sides], axis=1),
             fdr=settings.fdr,
-            seed=loader.seed,
+            seed=loader.config.seed,
         )
         significant, confirmed = worth.p_adjusted <= settings.fdr, worth.confirmed
         correlations = {"r_train": matched.r, "r_test": worth.r, "r_token": worth.r_token}

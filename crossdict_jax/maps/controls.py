@@ -49,8 +49,7 @@ def ceiling_task(task: Task) -> Task:
 def fit_controls(config: Config, store: Store, work: Workdir) -> None:
     """Fits every control into ``work.controls``, as ``fit_maps`` does the run's maps."""
     todo = control_tasks(config, store)
-    loader = Loader(open_controls(config, work, store) if todo else store, work, config.seed)
+    loader = Loader(config, open_controls(config, work, store) if todo else store, work)
     for name in config.controls:  # apart, since some kinds learn from all that they are fitted on
         seed = (config.seed + (name == "reseeded")) % 2**32
-        of_control = [task for task in todo if task.control == name]
-        fit.fit_tasks(of_control, dataclasses.replace(config, seed=seed), loader)
+        fit.fit_tasks([task for task in todo if task.control == name], loader, seed=seed)

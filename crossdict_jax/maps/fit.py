@@ -134,8 +134,8 @@ class Loader:
     For controls the store is that of ``open_controls``, with re-initialised models.
     """
 
-    def __init__(self, store: Store, work: Workdir, seed: int):
-        self.store, self.work, self.seed = store, work, seed
+    def __init__(self, config: Config, store: Store, work: Workdir):
+        self.config, self.store, self.work = config, store, work
         self._sides: dict[tuple, Side] = {}
         self._problems: dict[tuple, Problem] = {}  # of one direction, layer pair and pairing
 
@@ -184,7 +184,7 @@ class Loader:
         documents = self.store.rows.document[self.store.select(split)]
         sides = (self.side(model, site, split, path) for model, site, path in self.ends(task))
         pairs = Pairs(*sides, documents)
-        return pairs if task.pairing == "aligned" else shuffled(pairs, self.seed, split)
+        return pairs if task.pairing == "aligned" else shuffled(pairs, self.config.seed, split)
 
     def problem(self, task: Task) -> Problem:
         """Returns what the task's map is fitted on; kinds that follow each other share it."""
@@ -201,7 +201,7 @@ def load_pairs(
     store: Store, a: str, b: str, site_a: Site, site_b: Site, split: str, work: Workdir
 ) -> Pairs:
     """Returns the paired rows of a split ("train", "validation", "test") of models a and b."""
-    return Loader(store, work, seed=0).rows(Task(a, b, site_a, site_b, "", "aligned"), split)
+    return Loader(Config(), store, work).rows(Task(a, b, site_a, site_b, "", "aligned"), split)
 
 
 # ---------------------------------------------------------------- the stage
@@ -209,10 +209,10 @@ def load_pairs(
 
 def fit_maps(config: Config, store: Store, work: Workdir) -> None:
     """Fits every map of the run that has no finished checkpoint yet; see ``fit_tasks``."""
-    fit_tasks(tasks(config, store), config, Loader(store, work, config.seed))
+    fit_tasks(tasks(config, store), Loader(config, store, work), seed=config.seed)
 
 
-def fit_tasks(todo: list[Task], config: Config, loader: Loader) -> None:
+def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     """Fits those of some maps, all of a run or all of one control, that are not finished.
 
     Closed forms are fitted one at a time; kinds that train together are trained together, or
@@ -230,8 +230,9 @@ def fit_tasks(todo: list[Task], config: Config, loader: Loader) -> None:
     batches = [batch for batch in batches if unfinished & set(batch)]
     control, finished = todo[0].control, len(todo) - len(unfinished)
     work = loader.work.controls if control else loader.work
+    config = loader.config
     options = {
-        "seed": config.seed,
+        "seed": seed,
         "directory": work.maps / "training" / control,
         "records": config.records,
         "checkpoint_every": config.checkpoint_every,
@@ -244,7 +245,7 @@ def fit_tasks(todo: list[Task], config: Config, loader: Loader) -> None:
             bar.set_postfix_str(f"{kind}: {batch[0].label}", refresh=True)
             problems = [loader.problem(task) for task in batch]
             if map_class(kind).through_joint:
-                problems = with_codes(problems, batch, config, loader, options["directory"])
+                problems = with_codes(problems, batch, loader, seed, options["directory"])
             fitted = map_class(kind).fit(problems, config.map, **options)
             for task, result in zip(batch, fitted):
                 if task in unfinished:
@@ -259,21 +260,17 @@ def fit_tasks(todo: list[Task], config: Config, loader: Loader) -> None:
 
 
 def with_codes(
-    problems: Sequence[Problem],
-    batch: Sequence[Task],
-    config: Config,
-    loader: Loader,
-    directory: Path,
+    problems: Sequence[Problem], batch: Sequence[Task], loader: Loader, seed: int, directory: Path
 ) -> list[Problem]:
     """Returns the problems with the way from A to B through a joint code, trained if need be.
 
     One crosscoder of all models for each layer tuple serves all directions of the run; shuffled
     problems get the one that was trained on shuffled rows, a control one of its own two sides.
     """
+    config, store, work = loader.config, loader.store, loader.work
     if batch[0].control:  # a batch is of one control, or of the run's own maps
         settings = crosscoder_settings(config)
-        return with_own_codes(problems, settings, seed=config.seed, directory=directory)
-    store, work = loader.store, loader.work
+        return with_own_codes(problems, settings, seed=seed, directory=directory)
     train_crosscoders(config, store, work)
     load, result = functools.cache(crosscoder.load), []
     for problem, task in zip(problems, batch):

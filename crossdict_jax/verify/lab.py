@@ -118,11 +118,11 @@ def transfer_rows(
     """Fits the maps of a run that are chosen, and returns their rows of transfer.jsonl."""
     store = open_store(work.activations)
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
-    loader = Loader(store, work, config.seed)
-    fit_tasks(tasks, config, loader)
+    loader = Loader(config, store, work)
+    fit_tasks(tasks, loader, seed=config.seed)
     rows = []
     for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader, config.evaluation))
+        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader))
     return rows
 
 

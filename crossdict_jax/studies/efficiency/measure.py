@@ -103,7 +103,7 @@ def run(config: Config, work: Workdir) -> None:
     stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
     if not stage.finished:
         folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
-        loader, generator = Loader(store, work, config.seed), stats.generator(config.seed)
+        loader, generator = Loader(config, store, work), stats.generator(config.seed)
         seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
         for task in asked + others:
             width = loader.side(task.target, task.site_target, "train").dictionary.width

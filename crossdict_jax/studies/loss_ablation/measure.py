@@ -49,7 +49,7 @@ def run(config: Config, work: Workdir) -> None:
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     stage = Stage(work, "ablate_losses", files=(FILE,), inputs=inputs)
     if not stage.finished:
-        loader = Loader(store, work, config.seed)
+        loader = Loader(config, store, work)
         problems = [loader.problem(task) for task in tasks]
         splits = [{split: loader.rows(task, split) for split in SPLITS} for task in tasks]
         benches = [make_bench(some, config.evaluation, seed=config.seed) for some in splits]
