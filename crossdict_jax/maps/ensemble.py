@@ -1,5 +1,7 @@
 """Trains the network maps of all problems together: those of equal shapes in one compiled step."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +13,7 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps import heads
-from crossdict_jax.maps.base import Map, Problem, Side
+from crossdict_jax.maps.base import Map, Pairs, Problem, Side
 from crossdict_jax.maps.codes import Compact, compact
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
@@ -23,6 +25,13 @@ WEIGHT_DECAY = 1e-4  # of matrices
 GRADIENT_CLIP = 1.0  # largest norm of a member's gradient
 
 
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """What a map in training asks of its dictionary where rows are codes: how many fire, or 0."""
+
+    k: int
+
+
 class TransferObjective(Objective):
     """Trains a network map on the losses of what its head selects from.
 
@@ -32,11 +41,15 @@ class TransferObjective(Objective):
 
     validate_every = 50
 
-    def __init__(self, cls: type[Map], problem: Problem, values, config: MapConfig):
+    def __init__(
+        self, cls: type[Map], problem: Problem, values, config: MapConfig, *, codes: bool = False
+    ):
+        """``codes``: whether rows hold codes; then dictionaries of any d_model train together."""
         source, target = problem.train.source.dictionary, problem.train.target.dictionary
         self.config, self.patience = config, config.patience
         self.shape = {"width_a": source.width, "hidden": config.hidden, "width_b": target.width}
-        self.source_graph, _ = modules.split(source)
+        self.source_graph = None if codes else modules.split(source)[0]
+        target = Selected(target.k) if codes else target
         self.graph, _ = modules.abstract(
             lambda: cls(target, self.init(jax.random.key(0), {}) | values, head=config.head)
         )
@@ -60,15 +73,15 @@ class TransferObjective(Objective):
 
         Without a key, of the features as they will be used.
         """
-        own = {"dictionary": fixed["dictionary_b"]}
-        m = modules.merge(self.graph, fixed["values"] | params | own)
-        source = modules.merge(self.source_graph, fixed["dictionary_a"])
-        f_a, f_b = (  # both sides' features [batch, width] of codes or activations
-            on_own_rows(Compact.dense, rows[name])
-            if isinstance(rows[name], Compact)
-            else dictionary.encode(from_bits(rows[name]).astype(jnp.float32))
-            for name, dictionary in (("a", source), ("b", m.dictionary))
-        )
+        values = fixed["values"] | params
+        if self.source_graph is None:
+            m = modules.merge(self.graph, values)
+            f_a, f_b = (on_own_rows(Compact.dense, rows[name]) for name in "ab")
+        else:
+            m = modules.merge(self.graph, values | {"dictionary": fixed["dictionary_b"]})
+            source = modules.merge(self.source_graph, fixed["dictionary_a"])
+            x_a, x_b = (from_bits(rows[name]).astype(jnp.float32) for name in "ab")
+            f_a, f_b = source.encode(x_a), m.dictionary.encode(x_b)
         if key is None:
             z = p = m(f_a, tokens=rows["tokens"])
         else:  # there is a gradient wherever the target fires: the losses read ``rectified(z)``
@@ -112,6 +125,17 @@ def initial(
     return trained
 
 
+def on_codes(problem: Problem) -> bool:
+    """Whether the codes of a problem's rows take less memory than its activations."""
+    pairs = problem.train, problem.validation
+    sides = [side for p in pairs for side in (p.source, p.target)]
+    return all(_slots(side) <= SLOTS * side.x.shape[1] for side in sides)
+
+
+def _slots(side: Side) -> int:
+    return int(np.diff((side.reordered_from or side).codes.indptr).max(initial=0))
+
+
 def prepare(
     cls: type[Map], problems: Sequence[Problem], config: MapConfig, *, seed: int
 ) -> tuple[Ensemble, list[tuple[modules.Params, dict]]]:
@@ -122,17 +146,18 @@ def prepare(
     """
     measured = [cls.measure(problem) for problem in problems]
     values = cls.alike([values for values, _ in measured])
-    fixed = [
-        {
-            "id": np.uint32(i),
-            "dictionary_a": modules.split(problem.train.source.dictionary)[1],
-            "dictionary_b": modules.split(problem.train.target.dictionary)[1],
-            "values": values[i],
-            # Where none of B's features varies, the error stays in raw units.
-            "variance": np.float32(problem.train.target.feature_moments.variance.mean() or 1.0),
-        }
-        for i, problem in enumerate(problems)
-    ]
+    codes, fixed, alike = on_codes(problems[0]), [], Counter()
+    for problem, of_problem in zip(problems, values):
+        source, target = problem.train.source, problem.train.target
+        shapes = source.x.shape, target.x.shape
+        member = {"id": np.uint32(alike[shapes]), "values": of_problem}  # others change no start
+        alike[shapes] += 1
+        # Where none of B's features varies, the error stays in raw units.
+        member["variance"] = np.float32(target.feature_moments.variance.mean() or 1.0)
+        if not codes:
+            for name, side in (("a", source), ("b", target)):
+                member[f"dictionary_{name}"] = modules.split(side.dictionary)[1]
+        fixed.append(member)
     n = min(len(problems[0].validation), VALIDATION_ROWS)
     size = min(config.batch_size, n)
     rows = np.linspace(0, len(problems[0].validation) - 1, n // size * size).astype(np.int64)
@@ -149,22 +174,24 @@ def prepare(
         return jax.tree.map(take, stream.rows)
 
     ensemble = make_ensemble(
-        TransferObjective(cls, problems[0], values[0], config),
+        TransferObjective(cls, problems[0], values[0], config, codes=codes),
         fixed=stack(fixed),
         labels=[problem.label for problem in problems],
-        streams=_streams([problem.train for problem in problems]),
+        streams=_streams([problem.train for problem in problems], codes),
         seeds=[seed] * len(problems),
         batch_size=config.batch_size,
         setting="map.batch_size",
         validation={
             name: batches(stream)
-            for name, stream in _streams([problem.validation for problem in problems]).items()
+            for name, stream in _streams(
+                [problem.validation for problem in problems], codes
+            ).items()
         },
     )
     return ensemble, measured
 
 
-def _streams(members: Sequence) -> dict[str, Stream]:
+def _streams(members: Sequence[Pairs], codes: bool) -> dict[str, Stream]:
     """What a step reads of each member's pairs: both sides' codes or activations, and tokens.
 
     Rows that several members read, in whatever order, are held once.
@@ -174,9 +201,8 @@ def _streams(members: Sequence) -> dict[str, Stream]:
         straight = [side if side.reordered_from is None else side.reordered_from for side in sides]
         distinct: dict[int, Side] = {id(side): side for side in straight}
         source = np.array([list(distinct).index(id(side)) for side in straight])
-        slots = max(int(np.diff(side.codes.indptr).max(initial=0)) for side in distinct.values())
-        few = slots <= SLOTS * sides[0].x.shape[1]
-        rows = [compact(side.codes, slots) if few else side.x for side in distinct.values()]
+        slots = max(map(_slots, straight)) if codes else 0
+        rows = [compact(side.codes, slots) if codes else side.x for side in distinct.values()]
         plain, orders = np.arange(len(sides[0].x)), None
         if any(side.order is not None for side in sides):
             orders = np.stack([plain if s.order is None else s.order for s in sides])

@@ -35,20 +35,15 @@ PAIRINGS = ("aligned", "shuffled")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One map of a run: a direction, its two sites, a kind, and what it is fitted on.
-
-    Attributes:
-      pairing: "aligned" or "shuffled".
-      control: "" for the run's own maps, or the control that stands for the target or the source.
-    """
+    """One map of a run: a direction, its two sites, a kind, and what it is fitted on."""
 
     source: str
     target: str
     site_source: Site
     site_target: Site
     kind: str
-    pairing: str
-    control: str = ""
+    pairing: str  # of PAIRINGS
+    control: str = ""  # the one that stands for the target or the source of the run's own map
 
     def path(self, work: Workdir) -> Path:
         """Returns the checkpoint folder of the map."""
@@ -58,11 +53,8 @@ class Task:
 
     def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
         """Returns the checkpoints that it is about: both dictionaries and the map."""
-        return (
-            work.dictionary(self.source, self.site_source),
-            work.dictionary(self.target, self.site_target),
-            self.path(work),
-        )
+        ends = (self.source, self.site_source), (self.target, self.site_target)
+        return *(work.dictionary(*end) for end in ends), self.path(work)
 
     @property
     def marks(self) -> list[str]:

@@ -32,6 +32,9 @@ def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
 
 # ---------------------------------------------------------------- covariances
 
+Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
+Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m at most ROWS
+
 
 @dataclass(frozen=True)
 class Products:
@@ -48,10 +51,6 @@ class Products:
         return float(total / (self.n * self.ab.shape[1]))
 
 
-Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
-Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m at most ROWS
-
-
 def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Means]:
     """Returns the products of rows about ``means``, or about their own, and these means.
 
@@ -60,9 +59,8 @@ def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Mea
     total, centres, n = None, None, 0
     for a, b in batches:
         if centres is None:
-            centres = [
-                np.float32(m) for m in means or (rows.mean(0, np.float64) for rows in (a, b))
-            ]
+            centres = means or (rows.mean(0, np.float64) for rows in (a, b))
+            centres = [np.float32(mean) for mean in centres]
         sums = _products(padded(a, ROWS), padded(b, ROWS), len(a), *centres)
         sums = [np.asarray(s, np.float64) for s in sums]
         total = sums if total is None else [t + s for t, s in zip(total, sums)]
@@ -196,7 +194,7 @@ class TokenSums:
         for pseudocount in PSEUDOCOUNTS:
             rows = self.shrunk(pseudocount)[positions]  # [validation tokens, size]
             total = validation.square - 2 * np.sum(rows * validation.sums)
-            total += np.sum(validation.counts * np.sum(np.square(rows), axis=1))
+            total += validation.counts @ np.sum(np.square(rows), axis=1)
             errors[pseudocount] = float(total / (validation.counts.sum() * rows.shape[1]))
         return errors
 
@@ -213,13 +211,12 @@ def token_sums(tokens: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> 
 
     Rows are visited token by token, so each batch is a few runs and nothing is scattered.
     """
-    order = np.argsort(tokens, kind="stable")
-    ids, counts = np.unique(tokens, return_counts=True)
-    sums, square = None, 0.0
+    ids, index, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    order, sums, square = np.argsort(index, kind="stable"), 0.0, 0.0
     for part in slices(len(order)):
-        batch, index = read(order[part]), np.searchsorted(ids, tokens[order[part]])
-        sums = np.zeros((len(ids), batch.shape[1])) if sums is None else sums
-        starts = np.flatnonzero(np.diff(index, prepend=-1))
-        sums[index[starts]] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
+        batch = read(order[part])
+        runs, starts = np.unique(index[order[part]], return_index=True)
+        sums = np.zeros((len(ids), batch.shape[1])) if part.start == 0 else sums
+        sums[runs] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
         square += float(np.sum(np.square(batch), dtype=np.float64))
     return TokenSums(ids.astype(np.int32), counts, sums, square)
