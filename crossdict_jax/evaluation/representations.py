@@ -25,8 +25,8 @@ def representation_rows(run: Loader, pairs: list[Task], matches: list[dict]) -> 
     """Returns the rows of similarity.jsonl, of three kinds.
 
     "layers": every layer of one model against every layer of another at n =
-    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled:
-    about n (5 n + 12 d_model) bytes a layer. "proposal": the layer pairs that this suggests.
+    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled.
+    "proposal": the layer pairs that this suggests.
     "decoders": the decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan
     et al. 2024 (arXiv 2410.06981), and those of random matchings of the same features.
     """

@@ -2,11 +2,10 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS
@@ -14,7 +13,7 @@ from crossdict_jax.config import EvaluationConfig, MapConfig
 from crossdict_jax.evaluation import transfer
 from crossdict_jax.evaluation.transfer import HeldOut, Score, TokenMeans
 from crossdict_jax.maps import Map, Pairs, Problem, Task
-from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.base import predictions, slices
 from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.maps.kinds.token import Token
 from crossdict_jax.results import pair_columns
@@ -31,8 +30,8 @@ class Bench:
     held_out: HeldOut  # the test pairs' target features
     l0_source: float  # mean active source features per test row
     context: Pairs  # training pairs whose source token occurs in the test pairs, token by token
-    by_token: sparse.csc_array  # [tokens, context rows], 1 where a row ends in the token
-    token_index: np.ndarray  # int [n], each test row's row of ``by_token``; -1 where it has none
+    context_index: np.ndarray  # int [context], which of those tokens a row ends in
+    token_index: np.ndarray  # int [n], the same of test rows; -1 where the context has none
     token_features: np.ndarray  # [tokens, width], means of the target's features after each token
     batch_size: int  # rows per forward
 
@@ -53,9 +52,7 @@ def make_bench(splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: in
         rows = rows[np.linspace(0, len(rows) - 1, CONTEXT_ROWS).astype(np.int64)]
     rows = rows[np.argsort(train.source.tokens[rows], kind="stable")]
     ids, index = np.unique(train.source.tokens[rows], return_inverse=True)
-    once = np.ones(len(rows)), index, np.arange(len(rows) + 1)
-    by_token = sparse.csc_array(once, shape=(len(ids), len(rows)))
-    sums = (by_token @ train.target.codes[rows]).toarray()
+    features = ((part, train.target.features(rows[part])) for part in slices(len(rows)))
     position = np.minimum(np.searchsorted(ids, test.source.tokens), max(len(ids) - 1, 0))
     seen = ids[position] == test.source.tokens if len(ids) else np.zeros(len(test), bool)
     return Bench(
@@ -63,21 +60,32 @@ def make_bench(splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: in
         held_out=held_out,
         l0_source=test.source.codes.nnz / len(test),
         context=train.take(rows),
-        by_token=by_token,
+        context_index=index,
         token_index=np.where(seen, position, -1),
-        token_features=(sums / by_token.sum(axis=1)[:, None]).astype(np.float32),
+        token_features=means_by_token(index, features, held_out.target.shape[1]),
         batch_size=settings.batch_size,
     )
+
+
+def means_by_token(index: np.ndarray, batches: Iterable[tuple], width: int) -> np.ndarray:
+    """Returns float32 [tokens, width], means of rows of equal ``index`` [n], ascending.
+
+    Args:
+      batches: (slice of the rows, their values [m, width]).
+    """
+    counts = np.bincount(index)
+    sums = np.zeros((len(counts), width))
+    for rows, values in batches:
+        tokens, starts = np.unique(index[rows], return_index=True)
+        sums[tokens] += np.add.reduceat(values, starts, axis=0, dtype=np.float64)
+    return (sums / counts[:, None]).astype(np.float32)
 
 
 def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Score:
     """Returns a map's score, on the bench's (test, context) pairs or as it reads others."""
     test, context = reads or (bench.splits["test"], bench.context)
-    sums = np.zeros(bench.token_features.shape)
-    predicted = maps.predict(m, context, bench.batch_size) if len(context) else sums
-    for rows in slices(len(context)):
-        sums += bench.by_token[:, rows] @ predicted[rows]
-    means = (sums / bench.by_token.sum(axis=1)[:, None]).astype(np.float32)
+    predicted = predictions(m, context, bench.batch_size)
+    means = means_by_token(bench.context_index, predicted, bench.held_out.target.shape[1])
     return transfer.measure(
         maps.predict(m, test, bench.batch_size),
         bench.held_out,

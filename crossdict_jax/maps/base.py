@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -331,28 +331,34 @@ def map_class(kind: str) -> type[Map]:
 # ---------------------------------------------------------------- predictions
 
 
-def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"):
-    """Returns B's predicted features float32 [n, width_b], a batch at a time.
+def predictions(
+    m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (rows, B's predicted features float32 [m, width_b] of them), a batch at a time.
 
     Args:
-      method: of the map, which gives what is returned.
+      method: of the map, which gives what is yielded.
     """
-    if m.predicts_activation and method == "__call__":  # all of them share B's encoder
-        x = predict(m, pairs, batch_size, method="activation")
-        return modules.over_rows(m.dictionary, x, method="encode", size=batch_size)
-    (graph, params), source, parts = modules.split(m), pairs.source, []
+    (graph, params), source, encoder = modules.split(m), pairs.source, None
+    if m.predicts_activation and method == "__call__":  # all these kinds share B's encoder
+        encoder, method = modules.split(m.dictionary), "activation"
     read = {"tokens": source.tokens.__getitem__, "activations": source.x.__getitem__}
     for rows in slices(len(pairs), batch_size):
         inputs = read.get(m.reads, source.features)(rows)
         batch = [padded(a, batch_size) for a in (inputs, source.tokens[rows])]
         out = predict_batch(graph, method, params, *batch)
-        parts.append(np.asarray(out)[: rows.stop - rows.start])
-    return np.concatenate(parts)
+        out = modules.call(encoder[0], "encode", encoder[1], out) if encoder else out
+        yield rows, np.asarray(out)[: rows.stop - rows.start]
+
+
+def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"):
+    """Returns B's predicted features float32 [n, width_b]; see ``predictions``."""
+    return np.concatenate([out for _, out in predictions(m, pairs, batch_size, method=method)])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def predict_batch(graph, method, params, inputs, tokens):
-    """Returns a method's result of one batch; see ``predict``."""
+    """Returns a method's result of one batch; see ``predictions``."""
     return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
