@@ -17,7 +17,7 @@ from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS
 from crossdict_jax.benchmark.peer import Peer
-from crossdict_jax.config import Config, SAEConfig, has_k, refuse_transcoders, unswept
+from crossdict_jax.config import Config, SAEConfig, refuse_transcoders, unswept
 from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import usual_rate
 from crossdict_jax.evaluation.reconstruction import measure
@@ -78,7 +78,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
         one_curve = ("model", "library", "architecture", "learning_rate")
         curve = [r for r in rows if all(r[key] == row[key] for key in one_curve)]
         on_curve = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], sae.k)
-        row["fvu_at_k"] = row["fvu"] if has_k(row["architecture"]) else on_curve
+        row["fvu_at_k"] = row["fvu"] if "k" in find(row["architecture"]).reads else on_curve
     write_jsonl(work.result("benchmark_saelens.jsonl"), rows)
     return rows
 
@@ -96,7 +96,7 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
         for architecture, theirs in THEIRS.items():
             usual = [usual_rate(name, width=sae.width) for name in (architecture, "topk")]
             coefficients = [share * find(architecture).usual_l1 for share in SHARES]
-            if has_k(architecture):
+            if "k" in find(architecture).reads:
                 coefficients = [None]
             rates = dict.fromkeys((*usual, THEIR_RATE))
             for rate, coefficient in itertools.product(rates, coefficients):

@@ -139,7 +139,7 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     sides = e.source, e.target
     held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
     added = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
-    promoted = most_promoted(mean_change(e.source.runner, held[0], added), words.has_text)
+    promoted = most_promoted(mean_change(held[0], added), words.has_text)
     in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
     # The same other features for every direction of this one, whatever else is drawn.
@@ -188,7 +188,7 @@ def _effects(
     vectors = norm * unit[:, None, :] * doses[None, :, None]
     flat = vectors.reshape(-1, unit.shape[1])
     # [change of log p of the tokens and KL, in nats; vectors, doses, contexts]
-    curves = np.stack(e.target.runner.changes(held, flat, tokens, limit=PROMOTED))
+    curves = np.stack(held.changes(flat, tokens, limit=PROMOTED))
     curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
     ends = np.cumsum([len(group) for group in groups.values()])
     parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
@@ -244,9 +244,9 @@ def _removals(
         vectors += [vector[None], np.linalg.norm(vector) * normalised(directions.vectors[others])]
         in_b = strength if directions.strength is None else directions.strength[rows, i]
         by += [np.tile(-in_b, (1 + len(others), 1))]
-    removed = e.source.runner.continuations(held[0], e.directions[[i]], -strength[None])[0]
+    removed = held[0].continuations(e.directions[[i]], -strength[None])[0]
     vectors, by = np.concatenate(vectors), np.concatenate(by)
-    changes = e.target.runner.continuations(held[1], vectors, by)
+    changes = held[1].continuations(vectors, by)
     # Only where the text goes on in both models is there a continuation to be scored.
     at = [side.passages.take(rows) for side in (e.source, e.target)]
     scored = np.all([passages.end > passages.position for passages in at], axis=0)
@@ -363,9 +363,9 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
     return low + share[:, None] * (high - low)
 
 
-def mean_change(runner: Runner, held: Held, vector: np.ndarray) -> np.ndarray:
+def mean_change(held: Held, vector: np.ndarray) -> np.ndarray:
     """Returns by how much a vector [d_model] raises log p of every token, mean over positions."""
-    clean, edited = runner.log_probs(held, vector[None])
+    clean, edited = held.log_probs(vector[None])
     return (edited - clean).mean(0, dtype=np.float64)
 
 

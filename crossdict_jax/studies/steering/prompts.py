@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.activations.pairing import byte_ends, byte_ends_batch, normalize
+from crossdict_jax.activations.pairing import byte_ends_batch, normalize
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
@@ -44,11 +44,12 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
 
 def tokens_of(text: str, model: str, tokenizer) -> np.ndarray:
     """Returns the tokens of a text; UserError naming characters that the vocabulary lacks."""
-    if byte_ends_batch([text], tokenizer)[0] is not None:
-        return byte_ends(text, tokenizer).ids
+    (tokens,) = byte_ends_batch([text], tokenizer)
+    if tokens.ends is not None:
+        return tokens.ids
     characters = list(dict.fromkeys(normalize(text)))
     read = byte_ends_batch(characters, tokenizer)
-    unknown = [repr(c) for c, tokens in zip(characters, read) if tokens is None]
+    unknown = [repr(c) for c, tokens in zip(characters, read) if tokens.ends is None]
     lack = f"no tokens for {', '.join(unknown)}" if unknown else "other text for it"
     raise UserError(
         f"steer.prompts: the vocabulary of {model} has {lack} in {text!r}; write the prompt "

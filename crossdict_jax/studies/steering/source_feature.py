@@ -100,7 +100,7 @@ def choose(source: Source) -> Feature:
     added = float(held_out[rows].mean() * np.linalg.norm(direction))
     norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
     dose = norm * source.dose * effects.normalised(direction)
-    change = effects.mean_change(model.runner, model.hold(size=count, span=1), dose)
+    change = effects.mean_change(model.hold(size=count, span=1), dose)
     promoted = effects.most_promoted(change, source.words.has_text)
     below = run.runner(group.target).config.vocab_size
     mapped = source.words.weights_in_b(promoted, below=below)
@@ -124,7 +124,7 @@ def search(source: Source, text: str) -> list[dict]:
     if len(live):
         directions = dose * effects.normalised(decoder_rows(run.dictionary(*a), live))
         held = model.hold(size=count, span=1)
-        change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
+        change, _ = held.changes(directions, {token: 1.0}, limit=1)
         effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
     by_share = sorted(effect, key=lambda i: -share[i])
     by_effect = sorted(effect, key=lambda i: -effect[i])
