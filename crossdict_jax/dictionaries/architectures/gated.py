@@ -26,6 +26,7 @@ class Gated(Dictionary):
 
     reads = ("l1_coefficient",)
     usual_l1 = 4.0
+    revives = False
     saelens = "gated"
     pace = 2.0  # as of ReLU
 
