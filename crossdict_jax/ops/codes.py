@@ -20,9 +20,8 @@ Code = jax.Array | lists.Entries
 def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what a batch's code says of its features.
 
-    Returns:
-      bool [width], whether a feature is active in some row; the number [] of active features a row;
-      and the smallest active value [], infinity where there is none.
+    That is bool [width], whether each is active in some row; the number [] of active features a
+    row; and the smallest active value [], infinity where there is none.
     """
     if isinstance(code, lists.Entries):
         values, batch = code.values, len(code.counts)
