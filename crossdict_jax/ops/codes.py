@@ -28,7 +28,7 @@ def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
         active = jnp.zeros(code.width, bool).at[code.features].max(values > 0)
     else:
         values, batch = code, len(code)
-        active = jnp.any(values > 0, axis=0)
+        active = jnp.max(values, axis=0) > 0
     l0 = jnp.sum(values > 0, dtype=jnp.float32) / batch
     return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
 
@@ -55,8 +55,8 @@ def sparse_code(
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
     if not uses_lists(z.size):
-        z = jax.nn.relu(z)
-        return jnp.where(z < lowest.reshape(-1, 1), 0.0, z)  # not a number: stays visible
+        # One mask: accelerators write no array between. What is not a number stays visible.
+        return jnp.where((z < lowest.reshape(-1, 1)) | (z <= 0), 0.0, z)
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
     rows, features, counts = entries_from(fixed, lowest, limit=limit)
     values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)

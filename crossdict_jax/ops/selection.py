@@ -41,7 +41,7 @@ def kth_largest(z: jax.Array, k: int) -> jax.Array:
     their maxima is a lower bound; what exceeds it lies in the fewer than k groups that do.
     """
     if platform() != "cpu":
-        return on_own_rows(_by_top_k(k), jax.nn.relu(z))
+        return jax.nn.relu(on_own_rows(_by_top_k(k), z))
     batch, width = z.shape
     size = _group_size(width, limit=int((width / k) ** 0.5))
     if size < 4 or not uses_lists(z.size, minimum=GROUPED):

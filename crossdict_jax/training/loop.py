@@ -162,8 +162,8 @@ class Chunks:
     ):
         self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
 
-        @functools.partial(jax.jit, donate_argnums=0, static_argnums=6)
-        def run_chunk(state, resident, indices, first, count, root, variant):
+        @functools.partial(jax.jit, donate_argnums=0, static_argnames="variant")
+        def run_chunk(state, resident, indices, first, count, root, variant=0):
             def one_step(j, carry):
                 state, metrics = carry
                 batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))

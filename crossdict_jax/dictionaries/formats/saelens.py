@@ -84,7 +84,7 @@ def load(path: str) -> Dictionary:
             "the training where it was begun."
         )
     architecture = find(OURS[theirs]) if OURS[theirs] else AbsTopK
-    for wrapper in [Skip] * ("W_skip" in arrays) + [NORMS[norm]] * (norm in NORMS):
+    for wrapper in filter(None, ("W_skip" in arrays and Skip, NORMS.get(norm))):
         architecture = around(wrapper, architecture)
     k = require_count(config, "k", file, limit=width) if architecture.has_k else 0
     return from_arrays(architecture, arrays, k=k, transcodes=transcodes)
