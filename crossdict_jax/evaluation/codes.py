@@ -32,11 +32,6 @@ def paired_correlations(a: Codes, b: Codes, products: np.ndarray | None = None) 
     return np.clip(centred * of_a.scale * of_b.scale, -1, 1)
 
 
-def correlation_matrix(a: Codes, b: Codes) -> np.ndarray:
-    """Returns all of ``correlations`` at once, float32 [width_a, width_b]."""
-    return np.concatenate([tile for _, tile in correlations(a, b)])
-
-
 def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (columns of a, their correlations with all columns of b, float32 [tile, width_b]).
 

@@ -1,6 +1,5 @@
 """The stage that measures a finished run: dictionaries, maps and controls on held-out documents."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,7 +19,7 @@ from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_fe
 from crossdict_jax.evaluation.transfer import normalized
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import map_class
-from crossdict_jax.maps.controls import ceiling_task, control_tasks
+from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.results import pair_columns
 from crossdict_jax.training.checkpoint import is_finished
@@ -31,7 +30,6 @@ FILES = (
     *("reconstruction.jsonl", "transfer.jsonl", "features.jsonl", "feature_transfer.jsonl"),
     *("matching.jsonl", "matches.jsonl", "similarity.jsonl"),
 )
-SCORED_CONTROLS = ("ceiling", "untrained")
 
 
 def evaluate(config: Config, work: Workdir) -> None:
@@ -96,11 +94,11 @@ def layer_pair(
     """
     scored = scoring.score_maps(group, loader)
     aligned = [task for task in group if task.pairing == "aligned"]
-    of_control = {"ceiling": list(map(ceiling_task, aligned))}
-    for name in ("untrained", "reseeded"):
-        of_control[name] = [dataclasses.replace(task, control=name) for task in aligned]
-    made = {name: [t for t in some if t in controls] for name, some in of_control.items()}
-    by_control = {name: score_controls(*made[name]) for name in SCORED_CONTROLS if made[name]}
+    made = {
+        name: [c for task in aligned if (c := task.controlled(name)) in controls]
+        for name in ("ceiling", "untrained", "reseeded")
+    }
+    by_control = {n: score_controls(*made[n]) for n in ("ceiling", "untrained") if made[n]}
     nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
     control_rows = [  # each named by the map that it controls
         {"control": name} | value.row(task.kind, task) | nowhere

@@ -10,7 +10,7 @@ from crossdict_jax import maps, models
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
-from crossdict_jax.evaluation.codes import correlation_matrix
+from crossdict_jax.evaluation.codes import correlations
 from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import slices
@@ -92,7 +92,9 @@ def _described(
     store, splits = loader.store, scored.bench.splits
     train, test, index = splits["train"], splits["test"], np.asarray(features)
     on_train, on_test = (
-        correlation_matrix(pairs.target.codes[:, index], pairs.source.codes)
+        np.concatenate(
+            [r for _, r in correlations(pairs.target.codes[:, index], pairs.source.codes)]
+        )
         for pairs in (train, test)
     )
     deviations = (np.sqrt(s.feature_moments.variance) for s in (train.source, train.target))

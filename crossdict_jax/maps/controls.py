@@ -1,7 +1,5 @@
 """Controls of maps: from a second dictionary of B, into a re-initialised B, from another seed."""
 
-import dataclasses
-
 from crossdict_jax.activations.store import Store
 from crossdict_jax.activations.untrained import open_controls
 from crossdict_jax.config import Config, controlled_layers
@@ -28,22 +26,13 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
         and task.site_target.layer in layers[task.target]
         and task.kind in (config.control_kinds or config.map.kinds)
     ]
-    result = []
-    if "ceiling" in config.controls:
-        result += dict.fromkeys(ceiling_task(task) for task in controlled)
-    if "untrained" in config.controls:
-        result += [dataclasses.replace(task, control="untrained") for task in controlled]
-    if "reseeded" in config.controls:
-        classes = {task.kind: map_class(task.kind) for task in controlled}
-        random = {k for k, c in classes.items() if c.fits_together and c.reads == "features"}
-        again = [task for task in controlled if task.kind in random]
-        result += [dataclasses.replace(task, control="reseeded") for task in again]
+    result, classes = [], {task.kind: map_class(task.kind) for task in controlled}
+    random = {k for k, c in classes.items() if c.fits_together and c.reads == "features"}
+    for control in ("ceiling", "untrained", "reseeded"):
+        if control in config.controls:
+            kinds = random if control == "reseeded" else classes
+            result += dict.fromkeys(t.controlled(control) for t in controlled if t.kind in kinds)
     return result
-
-
-def ceiling_task(task: Task) -> Task:
-    """Returns the ceiling of a map: into the same features, from their own model."""
-    return Task(task.target, task.target, *2 * (task.site_target,), task.kind, "aligned", "ceiling")
 
 
 def fit_controls(config: Config, store: Store, work: Workdir) -> None:

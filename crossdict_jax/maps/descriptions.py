@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Pairs, Side, slices
 from crossdict_jax.maps.codes import Moments
@@ -140,16 +141,10 @@ def profile_weights(
     penalty = DAMPING * np.trace(K) / max(len(K), 1) or 1.0  # nothing varies: any will do
     W = np.zeros((len(mask), Y.shape[1]))
     W[mask] = np.linalg.solve(K + penalty * np.eye(len(K)), X.T @ Y)
-    return cut(W, rank)
-
-
-def cut(W: np.ndarray, rank: int) -> Weights:
-    """Returns U, V whose product U V' is W, or nearly its best approximation of that rank.
-
-    Subspace iteration from a fixed start: a wide W is never decomposed as a whole.
-    """
+    # Nearly the best approximation of that rank, by subspace iteration from a fixed start: a wide W
+    # is never decomposed as a whole.
     size = min(rank, *W.shape)
-    V = np.random.Generator(np.random.Philox(key=0)).standard_normal((W.shape[1], size))
+    V = stats.generator(0).standard_normal((W.shape[1], size))
     for _ in range(TURNS):
         V = np.linalg.qr(W.T @ (W @ V))[0]
     U = np.zeros((len(W), rank))

@@ -1,5 +1,7 @@
 """The stage that fits every map: both directions, every layer pair, aligned and shuffled."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
@@ -48,8 +50,16 @@ class Task:
     def path(self, work: Workdir) -> Path:
         """Returns the checkpoint folder of the map."""
         work = work.controls if self.control else work
-        name = "-".join([self.kind, *self.marks])
+        mark = self.control or self.pairing
+        name = self.kind if mark == "aligned" else f"{self.kind}-{mark}"
         return work.map(self.source, self.target, self.site_source, self.site_target, name)
+
+    def controlled(self, control: str) -> Task:
+        """Returns a control of the map; a ceiling's source is the target's own model."""
+        task = dataclasses.replace(self, control=control)
+        if control != "ceiling":
+            return task
+        return dataclasses.replace(task, source=task.target, site_source=task.site_target)
 
     def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
         """Returns the checkpoints that it is about: both dictionaries and the map."""
@@ -57,15 +67,11 @@ class Task:
         return *(work.dictionary(*end) for end in ends), self.path(work)
 
     @property
-    def marks(self) -> list[str]:
-        """What sets a map apart from the aligned one of its kind: "shuffled", or its control."""
-        return [word for word in (self.pairing, self.control) if word not in ("", "aligned")]
-
-    @property
     def label(self) -> str:
-        """``A resid_pre.6 to B resid_pre.6``, and the pairing where it is not the true one."""
+        """``A resid_pre.6 to B resid_pre.6``, and what sets it apart from aligned pairs."""
         name = f"{self.source} {self.site_source} to {self.target} {self.site_target}"
-        return f"{name} ({', '.join(self.marks)})" if self.marks else name
+        mark = self.control or self.pairing
+        return name if mark == "aligned" else f"{name} ({mark})"
 
 
 def tasks(config: Config, store: Store) -> list[Task]:

@@ -95,7 +95,12 @@ class NetworkMap(Map):
         groups: dict[tuple, list[int]] = {}
         for i, problem in enumerate(problems):
             check_rows(problem, cls.kind)
-            heads.check(config.head, problem.train.target.dictionary, problem.label)
+            dictionary = problem.train.target.dictionary
+            if config.head == "topk" and not dictionary.has_k:
+                raise UserError(
+                    "map.head=topk keeps as many features as the target's dictionary, and that of "
+                    f"{problem.label} ({type(dictionary).__name__}) fixes no number; use jumprelu."
+                )
             if config.batch_size > len(problem.train):
                 raise UserError(
                     f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
