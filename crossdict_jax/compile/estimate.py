@@ -1,11 +1,9 @@
 """Compiles programs and estimates what they take of a machine."""
 
-from __future__ import annotations
-
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 
@@ -19,42 +17,47 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run of a program, or one step of a training, takes on each device.
+    """What one run of a program, or one step of a training, takes of each device.
 
     Attributes:
-      memory: bytes at its peak; ``held`` are those of its arguments.
+      memory: bytes at its peak; ``held`` are those of what it is given and what it returns.
       flops, bytes: of matrix products, and through the memory.
-      ms: estimated; the largest of what ``compute_ms`` and ``memory_ms`` would take alone and of
-        the operations one after another, and then what is sent and waited for.
-      bound: "compute", "memory", "network", or "operations": many small ones.
-      collectives: {kind: bytes}.
-      host: operations that send to the host or receive from it.
+      ms: by the roofline: {"compute", "memory", "operations" one after another, "network"}.
+      sent: {kind of collective: bytes}.
+      host: exchanges with the host.
       seconds: of compiling.
     """
 
     program: Program
     memory: float
     held: float
+    seconds: float
     flops: float = 0.0
     bytes: float = 0.0
-    ms: float = 0.0
-    compute_ms: float = 0.0
-    memory_ms: float = 0.0
-    network_ms: float = 0.0
-    collectives: Mapping[str, float] | None = None
+    ms: dict[str, float] = field(default_factory=dict)
+    sent: dict[str, float] = field(default_factory=dict)
     host: tuple[str, ...] = ()
-    seconds: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """The longest of what goes on at once, and then what is sent."""
+        return max((v for k, v in self.ms.items() if k != "network"), default=0) + self.network_ms
+
+    @property
+    def network_ms(self) -> float:
+        return self.ms.get("network", 0.0)
 
     @property
     def bound(self) -> str:
-        parts = {"compute": self.compute_ms, "memory": self.memory_ms, "network": self.network_ms}
-        largest = max(parts, key=parts.get)
-        return largest if parts[largest] > 0.4 * self.ms else "operations"
+        """What takes the largest part of it; "operations" where none takes two fifths."""
+        parts = {k: v for k, v in self.ms.items() if k != "operations"}
+        largest = max(parts, key=parts.get, default="")
+        return largest if largest and parts[largest] > 0.4 * self.total_ms else "operations"
 
     @property
-    def total_s(self) -> float:
+    def run_s(self) -> float:
         """Seconds of all its runs."""
-        return self.ms / 1e3 * max(1, self.program.steps) * self.program.runs
+        return self.total_ms / 1e3 * max(1, self.program.steps) * self.program.runs
 
 
 def estimate(program: Program, machine: Machine) -> Estimate:
@@ -70,35 +73,36 @@ def estimate(program: Program, machine: Machine) -> Estimate:
         if not needed:
             raise
         size = float(needed[1]) * UNITS[needed[2]]
-        return Estimate(program, size, size, seconds=time.perf_counter() - began)
+        return Estimate(program, size, size, time.perf_counter() - began)
     seconds, sizes = time.perf_counter() - began, compiled.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    steps = max(1, program.steps)
+    steps, device = max(1, program.steps), machine.device
     cost = hlo.cost(compiled.as_text(), machine, steps)
-    device = machine.device
-    sent = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in cost.sent.items())
-    memory_s, network_s = cost.bytes / device.bandwidth, sent / machine.network
-    busy = max(cost.compute, memory_s, cost.busy) + network_s + cost.waits * device.wait
+    sent = {k.removeprefix("sent "): v / steps for k, v in cost.items() if k.startswith("sent ")}
+    hops = sum(size * (1 + (kind == "all-reduce")) for kind, size in sent.items())
+    times = {
+        "compute": cost["compute"] / steps,
+        "memory": cost["bytes"] / steps / device.bandwidth,
+        "operations": (cost["busy"] + cost["waits"] * device.wait) / steps,
+        "network": hops / machine.network,
+    }
     return Estimate(
         program,
         memory=max(held + sizes.temp_size_in_bytes, sizes.peak_memory_in_bytes),
         held=held,
-        flops=cost.flops / steps,
-        bytes=cost.bytes / steps,
-        ms=1e3 * busy / steps,
-        compute_ms=1e3 * cost.compute / steps,
-        memory_ms=1e3 * memory_s / steps,
-        network_ms=1e3 * network_s / steps,
-        collectives={kind: size / steps for kind, size in cost.sent.items()},
-        host=tuple(cost.host),
         seconds=seconds,
+        flops=cost["flops"] / steps,
+        bytes=cost["bytes"] / steps,
+        ms={name: 1e3 * value for name, value in times.items()},
+        sent=sent,
+        host=tuple(k.removeprefix("host ") for k in cost if k.startswith("host ")),
     )
 
 
 def largest(e: Estimate, machine: Machine) -> dict[str, int]:
     """Returns the largest power of two of each setting that fits: by proportion, not compiled.
 
-    With a batch grows what is neither argument nor result; with a width all but resident rows.
+    With a batch grows what is neither given nor returned; with a width all but resident rows.
     """
     result = {}
     for name, value in e.program.changes.items():
@@ -116,7 +120,7 @@ def refuse_too_large(estimates: Sequence[Estimate], machine: Machine) -> None:
         smaller = {n: v for n, v in largest(e, machine).items() if 0 < v < e.program.changes[n]}
         mend = " or ".join(f"{name}={value}" for name, value in smaller.items())
         raise UserError(
-            f"{e.program.stage}, {e.program.name}: {e.memory / 1e9:.1f} GB are needed on each "
-            f"device, and those of {machine.name} give {machine.device.memory / 1e9:.1f} GB; try "
+            f"{e.program.stage}, {e.program.name}: {e.memory / 1e9:.3g} GB are needed on each "
+            f"device, and those of {machine.name} give {machine.device.memory / 1e9:.3g} GB; try "
             f"{mend or 'fewer text.documents or larger devices'}."
         )

@@ -1,8 +1,8 @@
 """Machines that programs can be compiled for: facts with their sources, and their devices."""
 
 import importlib.util
+import math
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,15 @@ from crossdict_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """What one device can do: bytes, and operations, bytes and seconds that programs reach.
+    """What one device has and what programs reach on it, in bytes, seconds, and these a second.
 
     Attributes:
-      platform: as JAX names it.
-      memory: bytes that JAX takes of it.
-      bfloat16, float32: operations a second of matrix products, float32 ones at full precision.
-      bandwidth: bytes a second of its memory.
-      network, outside: bytes a second that leave it in a ring of its host or pod, or of several.
-      launch: seconds that any operation takes at least.
-      wait: seconds that it stands still where the host reads the condition of a loop or branch.
-      host: how many share a host.
+      memory: what JAX takes of it.
+      bfloat16, float32: operations of matrix products, float32 ones at full precision.
+      bandwidth: of its memory.
+      network, outside: what leaves it in a ring of its own host or pod, or of several hosts.
+      launch: that any operation takes at least.
+      wait: that it stands still where the host reads the condition of a loop or branch.
     """
 
     platform: str
@@ -33,33 +31,18 @@ class Device:
     outside: float
     launch: float
     wait: float
-    host: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """So many devices of a kind, as a name like v5e-8 says."""
-
-    name: str
-    device: Device
-    count: int
-    topology: str
-
-    @property
-    def network(self) -> float:
-        """Bytes a second that leave a device in a ring through the whole machine."""
-        return self.device.network if self.count <= self.device.host else self.device.outside
+    per_host: int
 
 
 # TPUs: https://docs.cloud.google.com/tpu/docs/v5e (and v5p, v6e): peaks of 197, 459 and 918 TFLOP/s
 # in bfloat16; 16 GB, 95 GiB and 32 GB, of which the compiler gives away what stands here; 819, 2765
 # and 1638 GB/s; links of 400, 1200 and 800 GB/s in both directions of 4, 6 and 4 ports, of which a
 # ring uses two. Assumed: 80 % of a peak is reached, float32 takes six bfloat16 products (XLA's
-# precision "highest"), and no operation takes less than 1.3 us (its estimates on v5e).
+# precision "highest"), and no operation takes less than 1.3 us.
 # H100 SXM5, NVIDIA's data sheet: 80 GB, of which JAX takes three quarters; 3.35 TB/s, of which nine
-# tenths are reached; 989 TFLOP/s in bfloat16, of which 790 have been measured, 67 in float32, of
-# which 50 are assumed; NVLink of 450 GB/s one way, an adapter of 400 Gbit/s each to other hosts.
-# Assumed: 1.5 us a kernel, 15 us where the host reads a condition.
+# tenths are reached; 989 TFLOP/s in bfloat16, of which 790 have been measured by others, 67 in
+# float32; NVLink of 450 GB/s one way, an adapter of 400 Gbit/s each to other hosts. Assumed: 50 of
+# the 67 TFLOP/s, 1.5 us a kernel, 15 us where the host reads a condition.
 # cpu: this computer's own, at guessed rates, to try the command.
 DEVICES = {
     "v5e": Device("tpu", 15.75 * 2**30, 158e12, 26e12, 819e9, 100e9, 100e9, 1.3e-6, 0, 8),
@@ -70,13 +53,9 @@ DEVICES = {
 }
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 DEEP = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
-SIZES = {  # number in the name -> shape
-    "v5e": FLAT,
-    "v5p": DEEP,  # as Google names them: two cores of a chip count, which compute as one device
-    "v6e": FLAT,
-    "h100": {n: f"1x{-(-n // 8)}x{min(n, 8)}" for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
-    "cpu": {1: "1"},
-}
+GPUS = {n: f"1x{math.ceil(n / 8)}x{min(n, 8)}" for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
+# {number in the name: shape}; Google's v5p counts cores, of which two are one device.
+SHAPES = {"v5e": FLAT, "v5p": DEEP, "v6e": FLAT, "h100": GPUS, "cpu": {1: "1"}}
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -90,45 +69,61 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-QUIET = {  # without it libtpu asks the cloud where it runs
+ENVIRONMENT = {  # without it compilers look for the devices
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
-COMPILERS = {  # platform -> (modules, any of which has the compiler, what installs it)
+INSTALL = {  # platform -> (modules, any of which has its compiler, and what installs one)
     "tpu": (("libtpu",), "pip install libtpu"),
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "jax[cuda13]"'),
 }
 
 
-def parse(name: str) -> Machine:
-    """Returns the machine of a name, DEVICE-COUNT; UserError that says which there are."""
-    kind, _, count = name.partition("-")
-    sizes = SIZES.get(kind, {})
-    if not re.fullmatch("[0-9]+", count) or int(count) not in sizes:
-        known = (f"{k}-{{{','.join(map(str, counts))}}}" for k, counts in SIZES.items())
-        raise UserError(f"--machine={name} is none of {', '.join(known)}.")
-    shape = sizes[int(count)]
-    chips = 1
-    for side in shape.split("x"):
-        chips *= int(side)
-    return Machine(name, DEVICES[kind], chips, shape)
+@dataclass(frozen=True)
+class Machine:
+    """Devices of a kind, as many as a name like v5e-8 says; UserError if there is none of it."""
 
+    name: str
 
-def devices(machine: Machine) -> list[Any]:
-    """Returns the devices of a machine, which need not be here; UserError without its compiler."""
-    platform = machine.device.platform
-    modules, install = COMPILERS.get(platform, ((), ""))
-    if modules and not any(map(importlib.util.find_spec, modules)):
-        raise UserError(f"--machine={machine.name} needs the compiler of its devices: {install}.")
-    os.environ.update(QUIET | os.environ)
-    import jax
-    from jax.experimental import topologies
+    def __post_init__(self):
+        kind, _, number = self.name.partition("-")
+        if number not in map(str, SHAPES.get(kind, ())):
+            known = ", ".join(f"{k}-{'|'.join(map(str, n))}" for k, n in SHAPES.items())
+            raise UserError(f"--machine={self.name} is none of {known}.")
 
-    if not modules:
-        return jax.devices()[: machine.count]
-    kind = machine.name.partition("-")[0]
-    options = {"tpu": {"topology_name": f"{kind}:{machine.topology}"}}
-    options["cuda"] = {"topology_name": kind, "target_config": H100, "topology": machine.topology}
-    return list(topologies.get_topology_desc(platform=platform, **options[platform]).devices)
+    @property
+    def device(self) -> Device:
+        return DEVICES[self.name.partition("-")[0]]
+
+    @property
+    def shape(self) -> str:
+        kind, _, number = self.name.partition("-")
+        return SHAPES[kind][int(number)]
+
+    @property
+    def count(self) -> int:
+        return math.prod(map(int, self.shape.split("x")))
+
+    @property
+    def network(self) -> float:
+        """Bytes a second that leave a device in a ring through the whole machine."""
+        return self.device.network if self.count <= self.device.per_host else self.device.outside
+
+    def devices(self) -> list[Any]:
+        """Returns its devices, which need not be here; UserError without their compiler."""
+        platform, (kind, *_) = self.device.platform, self.name.split("-")
+        modules, install = INSTALL.get(platform, ((), ""))
+        if modules and not any(map(importlib.util.find_spec, modules)):
+            raise UserError(f"--machine={self.name} needs a compiler that is not here: {install}.")
+        os.environ.update(ENVIRONMENT | os.environ)
+        import jax
+        from jax.experimental import topologies
+
+        if not modules:
+            return jax.devices()[: self.count]
+        options = {"topology_name": f"{kind}:{self.shape}"}
+        if platform == "cuda":
+            options = {"topology_name": kind, "target_config": H100, "topology": self.shape}
+        return list(topologies.get_topology_desc(platform=platform, **options).devices)
