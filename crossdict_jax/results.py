@@ -203,6 +203,12 @@ def site_words(site_source: str, site_target: str) -> str:
     return site_source if site_source == site_target else f"{site_source} → {site_target}"
 
 
+def pair_words(row: dict) -> str:
+    """Returns the direction and the sites of a row in words."""
+    sites = site_words(row["site_source"], row["site_target"])
+    return f"{row['source']} → {row['target']}, {sites}"
+
+
 # ---------------------------------------------------------------- columns of several files
 
 
@@ -501,7 +507,6 @@ describe(
         feature="its number in the source's dictionary",
         match="the target's best matching feature",
         match_r="correlation of the two on training rows",
-        match_cosine="cosine of the mapped direction and the match's decoder row",
         n_contexts="texts in which it is tested",
         n_documents="their documents",
         firings="paired positions at which it fires",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import tiny_run
 
 from crossdict_jax import models, results
-from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ContrastConfig, EvaluationConfig
 from crossdict_jax.dictionaries.base import decoder_rows
@@ -24,7 +22,6 @@ from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.studies.reading import Reading
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, SITE, WORDS
-from crossdict_jax.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +117,16 @@ def test_controls_have_the_norm_of_the_cut():
     strength = np.abs(rng.normal(size=(4, 5, 7))).astype(np.float32)
     cut = Cut(strength, rng.normal(size=(7, 3)).astype(np.float32), 2)
     random, shuffled, others = draw_controls(cut, 6, rng).values()
-
-    def added(vectors):
-        return np.linalg.norm(np.einsum("tsf,fd->tsd", strength, vectors))
-
     for family in (random, shuffled):
         norms = np.linalg.norm(family, axis=2)
-        np.testing.assert_allclose(
-            norms[:, :2], np.tile(np.linalg.norm(cut.vectors[:2], axis=1), (6, 1)), rtol=1e-5
-        )
+        expected = np.tile(np.linalg.norm(cut.vectors[:2], axis=1), (6, 1))
+        np.testing.assert_allclose(norms[:, :2], expected, rtol=1e-5)
         assert not norms[:, 2:].any()
     itself = np.concatenate([cut.vectors[:2], np.zeros((5, 3))])
-    np.testing.assert_allclose([added(v) for v in others], added(itself), rtol=1e-4)
+    size, *sizes = (
+        np.linalg.norm(np.einsum("tsf,fd->tsd", strength, v)) for v in (itself, *others)
+    )
+    np.testing.assert_allclose(sizes, size, rtol=1e-4)
     assert not others[:, :2].any()
 
 
@@ -194,26 +189,20 @@ def run(tmp_path_factory):
         *front, good, bad = rng.choice(words, 6, replace=False)
         pairs.append({"prefix": " ".join(front), "good": f" {good} x", "bad": f" {bad} y"})
     pairs.append({"good": "abc " * 40 + "a", "bad": "abc " * 40 + "b"})  # longer than a context
-    asked = ContrastConfig(
-        source=(write(work.root / "pairs.jsonl", pairs),),
-        pairs=16,
-        features=2,
-        controls=19,
-        maps=("ridge", "mlp"),
-    )
+    few = {"pairs": 16, "features": 2, "controls": 19, "maps": ("ridge",)}
+    asked = ContrastConfig(source=(write(work.root / "pairs.jsonl", pairs),), **few)
     config = dataclasses.replace(config, contrast=asked)
     study.run(config, work)
     return config, work
 
 
-def rows_of(work, kind=None):
-    return [row for row in results.read(work, study.FILE) if kind in (None, row["what"])]
+def rows_of(work, kind):
+    return [row for row in results.read(work, study.FILE) if row["what"] == kind]
 
 
 @pytest.fixture(scope="module")
 def finished(run):
-    config, work = run
-    return FinishedRun(config, work, open_store(work.activations))
+    return FinishedRun(*run)
 
 
 PAIRS = ContrastSet("s", ("abc de fgh a", "bad cab ab"), ("abc de fgh bb", "bad dab ab"))
@@ -263,16 +252,14 @@ def test_rows_of_every_kind(run):
     for row in preferences:
         assert (row["n_pairs"], row["n_in_file"]) == (16, 31)
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
-        assert row["accuracy_swapped_low"] < 0.5 < row["accuracy_swapped_high"]
     sites = [(model, "resid_pre.1") for model in "ab"]
     assert [(row["model"], row["site"]) for row in rows_of(work, "ablation")] == sites
     for site in sites:
         features = [r for r in rows_of(work, "feature") if (r["model"], r["site"]) == site]
-        assert [row["chosen"] for row in features] == ["top"] * 2 + ["random"] * 2
+        assert len(features) == 2
         assert features[0]["attribution_train"] >= features[1]["attribution_train"] > 0
-        assert len({row["feature"] for row in features}) == 4
     transfers = rows_of(work, "transfer")
-    assert [row["direction"] for row in transfers] == ["ridge", "mlp", "match", "own"] * 2
+    assert [row["direction"] for row in transfers] == ["ridge", "match", "own"] * 2
     assert {(row["set"], row["site_target"]) for row in transfers} == {("pairs", "resid_pre.1")}
     ablated = {row["model"]: row for row in rows_of(work, "ablation")}
     prefers = {row["model"]: row["prefers"] for row in preferences}
@@ -284,43 +271,36 @@ def test_rows_of_every_kind(run):
         assert (row["moves"] is None) == (not judged)  # no verdict without a preference
 
 
-@pytest.fixture
-def copy(run, tmp_path):
-    _, work = run
-    shutil.copytree(work.root, tmp_path / "run")
-    return Workdir(tmp_path / "run")
-
-
-def test_whole_spans_are_ablated_where_that_is_asked(run, copy):
-    config, work = run
-    asked = dataclasses.replace(config.contrast, span="whole", features=1)
-    study.run(dataclasses.replace(config, contrast=asked), copy)
-    firings = [{r["feature"]: r["firings"] for r in rows_of(w, "feature")} for w in (copy, work)]
-    both = firings[0].keys() & firings[1].keys()
-    assert both and all(firings[0][i] >= firings[1][i] for i in both)
-    assert any(firings[0][i] > firings[1][i] for i in both)
-
-
-def test_a_study_that_cannot_be_made_is_refused(run, copy, tmp_path, capsys):
+def test_whole_spans_are_ablated_where_that_is_asked(run, finished):
     config, _ = run
+    pairs = read_sets(config.contrast.source)[0]
+    whole = dataclasses.replace(config.contrast, span="whole")
+    edited = [study.Halves(finished, pairs).reader("a", "test").edited]
+    finished.config = dataclasses.replace(config, contrast=whole)
+    edited.append(study.Halves(finished, pairs).reader("a", "test").edited)
+    finished.config = config
+    assert (edited[0] <= edited[1]).all() and edited[0].sum() < edited[1].sum()
+
+
+def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
+    config, work = run
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
     asked = dataclasses.replace(config.contrast, source=(write(tmp_path / "long.jsonl", long),))
     with pytest.raises(UserError, match=r"no set of which every model can read 4 pairs"):
-        study.run(dataclasses.replace(config, contrast=asked), copy)
+        study.run(dataclasses.replace(config, contrast=asked), work)
     assert "long is left out: of 4 pairs every model can read 0 (4 l" in capsys.readouterr().out
     moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))
     with pytest.raises(UserError, match=r"contrast set needs dictionaries that write .*=mlp_out"):
-        study.run(moved, copy)
+        study.run(moved, work)
 
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):
     config, work = run
-    rows = rows_of(work)
+    rows = results.read(work, study.FILE)
     assert len(tables(rows)) == 1 + 2 + 2 and len(top_features(rows)) == 2
     study.run(config, work)
-    printed = capsys.readouterr().out
+    printed, html = capsys.readouterr().out, section(rows)
     assert "pairs: which text of a pair is likelier" in printed and "own" in printed
-    html = section(rows)
     assert "pairs: top features of b" in html
     assert "directions of b’s top features taken out of a" in html
 

@@ -17,6 +17,7 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import reconstruction
+from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Pairs, Problem, Side
 from crossdict_jax.studies.dictionary_transfer import measure
 from crossdict_jax.studies.dictionary_transfer.section import section
@@ -100,17 +101,10 @@ def test_dictionaries_of_others_are_told_apart():
 
 def problem(x_a, x_b, width, k):
     """All rows for training, the last third for validation, with random dictionaries."""
-    d = [
-        base.build("topk", d_model=x.shape[1], width=width, k=k, key=jax.random.key(0))
-        for x in (x_a, x_b)
-    ]
-
-    def pairs(rows):
-        sides = [Side(x[rows], np.zeros(len(x), np.int32)[rows], one) for x, one in zip(both, d)]
-        return Pairs(*sides, np.arange(len(x_a))[rows])
-
-    both = x_a, x_b
-    return Problem("A to B", pairs(slice(None)), pairs(slice(len(x_a) * 2 // 3, None)))
+    none, shape = np.zeros(len(x_a), np.int32), {"width": width, "k": k, "key": jax.random.key(0)}
+    sides = [Side(x, none, base.build("topk", d_model=x.shape[1], **shape)) for x in (x_a, x_b)]
+    pairs = Pairs(*sides, np.arange(len(x_a)))
+    return Problem("A to B", pairs, take(pairs, slice(len(x_a) * 2 // 3, None)))
 
 
 @pytest.mark.parametrize(

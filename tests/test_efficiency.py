@@ -72,7 +72,7 @@ def test_every_map_is_scored_at_every_number_of_rows(run):
     # The middle layer pair is left out.
     assert {(r["site_source"], r["site_target"]) for r in rows} == {("resid_pre.1", "resid_pre.1")}
     assert {r["n_features"] for r in rows if r["scored"] == "hidden"} == {6}  # a fifth of 32
-    assert all(r["zero_shot"] == (r["n"] == 0) for r in rows)
+    assert all((r["held_out"] is not None) == (r["n"] == 0) for r in rows)
     assert all(r["r2_low"] <= r["r2"] <= r["r2_high"] for r in rows)
 
 

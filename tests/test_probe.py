@@ -10,7 +10,6 @@ import tiny_run
 from scipy.optimize import minimize
 
 from crossdict_jax import models, results, studies
-from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ProbeConfig
 from crossdict_jax.errors import UserError
@@ -108,14 +107,14 @@ def test_examples_hold_every_label_and_no_held_out_text():
     assert set(parts.examples(12, 0)) != set(parts.examples(12, 1))
 
 
-@pytest.mark.parametrize(
-    ("labels", "examples", "words"),
-    [
-        ([0, 1] * 45, (16, 500), "examples=500 is more than the 63 texts to train on: why"),
-        (range(32), (16,), "examples=16 is less than the 32 different labels"),
-        ([0] * 99 + [1], (16,), "No text to train on has the label 1: why"),
-    ],
-)
+TOO_FEW = [
+    ([0, 1] * 45, (16, 500), "examples=500 is more than the 63 texts to train on: why"),
+    (range(32), (16,), "examples=16 is less than the 32 different labels"),
+    ([0] * 99 + [1], (16,), "No text to train on has the label 1: why"),
+]
+
+
+@pytest.mark.parametrize(("labels", "examples", "words"), TOO_FEW)
 def test_too_few_texts_are_refused(labels, examples, words):
     classes = tuple(map(str, sorted(set(labels))))
     with pytest.raises(UserError, match=words):
@@ -133,9 +132,8 @@ def run(tmp_path_factory):
     words = [text.split()[:6] for text in tiny_run.make_texts(90)]
     lines = [{"text": " ".join(w), "label": "early" if w[-1] < "d" else "late"} for w in words]
     lines += [lines[0], {"text": "abc " * 40, "label": "late"}]
-    asked = ProbeConfig(
-        source=write(work.root / "texts.jsonl", lines), examples=(12, 16), maps=("mean", "ridge")
-    )
+    few = {"examples": (12, 16), "maps": ("mean", "ridge")}
+    asked = ProbeConfig(source=write(work.root / "texts.jsonl", lines), **few)
     config = dataclasses.replace(config, probe=asked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "DRAWS", 2)
@@ -144,13 +142,9 @@ def run(tmp_path_factory):
         yield config, work
 
 
-def rows_of(work):
-    return results.read(work, study.FILE)
-
-
 def test_a_row_for_every_probe_and_number_of_examples(run):
     config, work = run
-    rows = rows_of(work)
+    rows = results.read(work, study.FILE)
     probes = [*config.probe.maps, "own", "source", "tokens", "majority"]
     expected = [(a, b, n, p) for a, b in ("ab", "ba") for n in (12, 16) for p in probes]
     assert [(r["source"], r["target"], r["n"], r["probe"]) for r in rows] == expected
@@ -172,14 +166,10 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones():
     f, y = planted(90, 2)
     noise = np.random.default_rng(2).normal(scale=0.1, size=f.shape)
     useless = np.zeros((90, 3), np.float32)
-    features = {
-        "right": (np.maximum(f + noise, 0), f),
-        "wrong": (np.roll(f, 7, axis=1), f),
-        "own": (f, f),
-        "tokens": (useless, useless),
-    }
+    features = {"own": (f, f), "tokens": (useless, useless)}
+    features |= {"right": (np.maximum(f + noise, 0), f), "wrong": (np.roll(f, 7, axis=1), f)}
     parts = Split(y, np.arange(63), np.arange(63, 90), seed=0)
-    rows = study.probe_rows(lambda i: features, 0, parts, 32, Config())
+    rows = study.probe_rows(features, parts, 32, Config())
     rows = {row["probe"]: row for row in rows}
     assert rows["own"]["accuracy"] > 0.8
     assert rows["right"]["accuracy"] > rows["own"]["accuracy"] - 0.1
@@ -190,7 +180,7 @@ def test_what_is_learned_of_the_predicted_features_is_used_on_the_true_ones():
 
 def test_rows_are_what_the_models_read_there(run):
     config, work = run
-    finished = FinishedRun(config, work, open_store(work.activations))
+    finished = FinishedRun(config, work)
     texts = read_labelled(config.probe.source, text="text", label="label")
     reading, reasons = study.read(finished, texts)
     assert reasons == "1 duplicates, 1 too long, 0 not rebuilt, 0 unpaired"
@@ -206,7 +196,7 @@ def test_rows_are_what_the_models_read_there(run):
 
 def test_tables_and_the_page_show_every_probe_and_its_null(run, tmp_path, capsys):
     config, work = run
-    made = tables(rows_of(work))
+    made = tables(results.read(work, study.FILE))
     assert len(made) == 2
     for table in made:
         assert len(table.rows) == len(config.probe.maps) + 4

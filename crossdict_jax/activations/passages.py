@@ -62,6 +62,16 @@ def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
     return dataclasses.replace(passages, first=first)
 
 
+def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
+    """Returns passages with spans from the common end before on, and up to the one behind."""
+    position = store.rows.position[:, store.models.index(model)].astype(np.int64)
+    same = store.rows.window[1:] == store.rows.window[:-1]
+    behind = position.copy()
+    behind[:-1][same] = position[1:][same]
+    more = (behind - position)[passages.rows]
+    return dataclasses.replace(whole_spans(store, model, passages), end=passages.position + more)
+
+
 def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
     """Returns the mean activation float32 [d_model] over the kept training rows."""
     x = store.read(model, site, store.select("train"))

@@ -81,27 +81,20 @@ def mapped_directions(
     direction d. Zero where a feature does not fire, and for maps of tokens alone.
     """
 
-    def some(column: np.ndarray) -> np.ndarray:
-        rows = np.flatnonzero(column > 0)
-        return stats.generator(seed).permutation(rows)[:ROWS_EACH]
-
+    firing = (np.flatnonzero(column > 0) for column in strength.T)
+    rows = [stats.generator(seed).permutation(r)[:ROWS_EACH] for r in firing]
     directions = decoder_rows(source.dictionary, features)
-    rows = [some(column) for column in strength.T]
     index = np.repeat(np.arange(len(features)), list(map(len, rows)))  # which feature a row is for
     row = np.concatenate(rows)
     by = strength[row, index]
     graphs, params = zip(*map(modules.split, (m, source.dictionary)))
     total = np.zeros((len(features), m.dictionary.d_model))
     for block in slices(len(row), BLOCK):
-        inputs = (
-            source.x[row[block]],
-            source.tokens[row[block]],
-            by[block, None] * directions[index[block]],
-            features[index[block]],
-        )
+        of, added = index[block], by[block, None] * directions[index[block]]
+        inputs = source.x[row[block]], source.tokens[row[block]], added, features[of]
         inputs = (padded(a, BLOCK) for a in inputs)
-        change = np.asarray(_contribution(graphs, params, *inputs))[: len(row[block])]
-        np.add.at(total, index[block], change)
+        change = np.asarray(_contribution(graphs, params, *inputs))[: len(of)]
+        np.add.at(total, of, change)
     sums = np.bincount(index, weights=by, minlength=len(features))
     return (total / np.maximum(sums, 1e-30)[:, None]).astype(np.float32)
 
@@ -131,10 +124,9 @@ def best_matches(
 
     A's features are strength [n, features], B's come in blocks of rows [m, width_b].
     """
-    n, start = len(strength), 0
-    strength = strength.astype(np.float64)
-    centered = strength - strength.mean(0, keepdims=True)
-    cross, total, square = 0.0, 0.0, 0.0
+    n, start, cross, total, square = len(strength), 0, 0.0, 0.0, 0.0
+    centered = strength.astype(np.float64)
+    centered -= centered.mean(0, keepdims=True)
     for f in codes:
         f = f.astype(np.float64)
         cross = cross + centered[start : start + len(f)].T @ f  # [features, width_b]
@@ -143,5 +135,4 @@ def best_matches(
     variance = np.maximum(square / n - np.square(total / n), 0)
     spread = np.sqrt(variance[None, :] * centered.var(0)[:, None])
     r = np.divide(cross / n, spread, out=np.zeros_like(cross), where=spread > 1e-12)
-    best = r.argmax(1)
-    return best, r[np.arange(len(r)), best]
+    return r.argmax(1), r.max(1)

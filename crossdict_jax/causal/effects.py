@@ -93,11 +93,12 @@ def transfer(
 ) -> tuple[list[dict], list[dict]]:
     """Returns (a row per tested feature and direction, a summary row per direction).
 
-    Raises NothingToTest where too few other features lend their directions, or no promoted token
-    exists in the target's vocabulary.
-
     Args:
       part: (feature, what makes its record) -> the record; may give one that was kept.
+
+    Raises:
+      NothingToTest: too few other features lend their directions, or no promoted token exists in
+        the target's vocabulary.
     """
     others = len(experiment.features) - 1
     if others < LEAST_OTHERS:
@@ -127,35 +128,45 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     rows = choose_contexts(e.strength[:, i], e.documents, settings.contexts, generator)
     if not len(rows):
         raise UserError(f"Feature {feature} does not fire at any of the positions read.")
-    strength, words = e.strength[rows, i], e.translation
     draws = stats.draw(e.documents[rows], count=config.evaluation.bootstrap, seed=config.seed)
-    doses = np.array(sorted(settings.alphas))
+    doses, words, sides = np.array(sorted(settings.alphas)), e.translation, (e.source, e.target)
     mapped = next(iter(e.mapped.values())).vectors[i]
-    added = (float(strength.mean() * np.linalg.norm(v)) for v in (e.directions[i], mapped))
-    medians = e.source.median_norm, e.target.median_norm
-    norm_a, norm_b = dose_norms(settings.norm, medians, *added)
+    mean = e.strength[rows, i].mean()
+    added = (float(mean * np.linalg.norm(v)) for v in (e.directions[i], mapped))
+    norm_a, norm_b = dose_norms(settings.norm, tuple(s.median_norm for s in sides), *added)
     span = LONGEST_SPAN if settings.span == "whole" else 1
     edited = None if settings.positions == "prompt" else span
-    sides = e.source, e.target
     held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
-    added = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
-    promoted = most_promoted(mean_change(e.source.runner, held[0], added), words.has_text)
+    dose = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
+    promoted = promoted_tokens(e.source.runner, held[0], dose, words.has_text)
     in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
     # The same other features for every direction of this one, whatever else is drawn.
-    generator_others = stats.generator(config.seed + 1, feature)
     others = np.delete(np.arange(len(e.features)), i)
-    others = generator_others.permutation(others)[:OTHER_FEATURES]
+    others = stats.generator(config.seed + 1, feature).permutation(others)[:OTHER_FEATURES]
     directions: dict[str, dict] = {}
     if in_b:
-        random = generator.normal(size=(RANDOM_DIRECTIONS, e.target.runner.config.d_model))
-        directions = _effects(e, i, held[1], in_b, norm_b, doses, random, others, draws)
+        groups = {"random": generator.normal(size=(RANDOM_DIRECTIONS, len(mapped)))}
+        for name, of_map in e.mapped.items():
+            groups[name, "itself"] = of_map.vectors[[i]]
+            groups[name, "shuffled"] = of_map.vectors[others]
+        unit = normalised(np.concatenate(list(groups.values())))
+        vectors = norm_b * unit[:, None, :] * doses[None, :, None]
+        flat = vectors.reshape(-1, len(mapped))
+        # [change of log p of the tokens and KL, in nats; vectors, doses, contexts]
+        curves = np.stack(e.target.runner.changes(held[1], flat, in_b, limit=PROMOTED))
+        curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
+        ends = np.cumsum([len(group) for group in groups.values()])
+        parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
         held = [
             side.hold(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=h)
             for side, h in zip(sides, held)
         ]
-        for name, removal in _removals(e, i, rows, held, draws, others).items():
-            directions[name] |= removal
+        removals = _removals(e, i, rows, held, draws, others[:ABLATED_CONTROLS])
+        for name, removal in removals.items():
+            controls = {"random": parts["random"], "shuffled": parts[name, "shuffled"]}
+            effects = _effects(parts[name, "itself"][:, 0], controls, doses, draws)
+            directions[name] = effects | removal
     record = {
         "feature": feature,
         "n_contexts": len(rows),
@@ -169,65 +180,34 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
 
 
 def _effects(
-    e: Experiment,
-    i: int,
-    held: Held,
-    tokens: dict[int, float],
-    norm: float,
-    doses: np.ndarray,
-    random: np.ndarray,
-    others: np.ndarray,
-    draws: Resamples,
-) -> dict[str, dict]:
-    """{direction: its numbers beside controls}, at the middle dose and at a KL budget."""
-    groups = {"random": random}
-    for name, directions in e.mapped.items():
-        groups[name, "itself"] = directions.vectors[[i]]
-        groups[name, "shuffled"] = directions.vectors[others]
-    unit = normalised(np.concatenate(list(groups.values())))
-    vectors = norm * unit[:, None, :] * doses[None, :, None]
-    flat = vectors.reshape(-1, unit.shape[1])
-    # [change of log p of the tokens and KL, in nats; vectors, doses, contexts]
-    curves = np.stack(e.target.runner.changes(held, flat, tokens, limit=PROMOTED))
-    curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
-    ends = np.cumsum([len(group) for group in groups.values()])
-    parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
-    scores, middle = {}, len(doses) // 2
-    for name in e.mapped:
-        change, kl = parts[name, "itself"]
-        (effect,), (cost,), (at_kl,) = change, kl, at_budget(kl, change, KL_BUDGET)
-        out = {
-            "match_cosine": _cosine(e, name, i),
-            **columns("effect", draws.mean(effect[middle])),
-            "kl": cost[middle].mean(),
-            **columns("effect_at_kl", draws.mean(at_kl)),
-            "doses": [
-                {"alpha": alpha, "effect": effect[d].mean(), "kl": cost[d].mean()}
-                for d, alpha in enumerate(doses)
-            ],
-        }
-        families = zip(FAMILIES, (parts["random"], parts[name, "shuffled"]))
-        for family, (change, kl) in families:  # [controls, doses, contexts]
-            lead = effect[middle] - change[:, middle].mean(0)
-            lead_at_kl = at_kl - at_budget(kl, change, KL_BUDGET).mean(0)
-            out |= columns(f"specific_{family}", draws.mean(lead))
-            out |= columns(f"specific_{family}_at_kl", draws.mean(lead_at_kl))
-            out[f"null_{family}"] = change[:, middle].mean(1)
-            for d, dose in enumerate(out["doses"]):
-                effects = change[:, d].mean(1)
-                low, high = np.percentile(effects, (2.5, 97.5))
-                dose |= {family: effects.mean(), f"{family}_low": low, f"{family}_high": high}
-        scores[name] = out
-    return scores
+    itself: np.ndarray, controls: dict[str, np.ndarray], doses: np.ndarray, draws: Resamples
+) -> dict:
+    """A direction's numbers beside its controls, at the middle dose and at a KL budget.
 
-
-def _cosine(e: Experiment, name: str, i: int) -> float | None:
-    """The cosine of a direction of the i-th feature and its match; None where one is zero."""
-    if MATCH not in e.mapped:
-        return None
-    x, y = (e.mapped[key].vectors[i].astype(np.float64) for key in (name, MATCH))
-    norms = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / norms) if norms else None
+    itself is (change, KL) [2, doses, contexts], each family of controls [2, n, doses, contexts].
+    """
+    (effect, kl), middle = itself, len(doses) // 2
+    (at_kl,) = at_budget(kl[None], effect[None], KL_BUDGET)
+    out = {
+        **columns("effect", draws.mean(effect[middle])),
+        "kl": kl[middle].mean(),
+        **columns("effect_at_kl", draws.mean(at_kl)),
+        "doses": [
+            {"alpha": alpha, "effect": effect[d].mean(), "kl": kl[d].mean()}
+            for d, alpha in enumerate(doses)
+        ],
+    }
+    for family, (change, spent) in controls.items():
+        lead = effect[middle] - change[:, middle].mean(0)
+        lead_at_kl = at_kl - at_budget(spent, change, KL_BUDGET).mean(0)
+        out |= columns(f"specific_{family}", draws.mean(lead))
+        out |= columns(f"specific_{family}_at_kl", draws.mean(lead_at_kl))
+        out[f"null_{family}"] = change[:, middle].mean(1)
+        for d, dose in enumerate(out["doses"]):
+            effects = change[:, d].mean(1)
+            low, high = np.percentile(effects, (2.5, 97.5))
+            dose |= {family: effects.mean(), f"{family}_low": low, f"{family}_high": high}
+    return out
 
 
 def _removals(
@@ -237,8 +217,7 @@ def _removals(
 
     Pearson's r, over positions, of the changes of log p of each position's continuation.
     """
-    strength, others = e.strength[rows, i], others[:ABLATED_CONTROLS]
-    vectors, by = [], []
+    strength, vectors, by = e.strength[rows, i], [], []
     for directions in e.mapped.values():
         vector = directions.vectors[i]
         vectors += [vector[None], np.linalg.norm(vector) * normalised(directions.vectors[others])]
@@ -265,7 +244,7 @@ def _removals(
 
 
 def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[dict]]:
-    """Returns (a row per feature and direction, a summary row per direction) of records.
+    """Returns the rows and summaries of ``transfer`` from the features' records.
 
     A feature transfers where its direction beats both families of controls: its p is the larger of
     the two p-values, and the false discovery rate over all features of the direction is at most
@@ -278,28 +257,25 @@ def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[
             for record in records
             if name in record["directions"]
         ]
-        effects = np.array([row["effect"] for row in rows])
-        p = {
-            family: stats.pooled_p(effects, np.array([row.pop(f"null_{family}") for row in rows]))
-            for family in FAMILIES
-        }
-        worst = np.maximum(*p.values())
-        q = stats.benjamini_hochberg(worst)
+        effects, p = np.array([row["effect"] for row in rows]), {}
+        for family in FAMILIES:
+            nulls = np.array([row.pop(f"null_{family}") for row in rows])
+            p[f"p_{family}"] = stats.pooled_p(effects, nulls)
+        p["p"] = np.maximum(*p.values())
+        p["q"] = stats.benjamini_hochberg(p["p"])
         for i, row in enumerate(rows):
             del row["directions"]
-            row |= {f"p_{family}": float(values[i]) for family, values in p.items()}
-            row |= {"p": float(worst[i]), "q": float(q[i]), "transfers": bool(q[i] <= settings.fdr)}
+            row |= {key: float(values[i]) for key, values in p.items()}
+            row["transfers"] = row["q"] <= settings.fdr
         all_rows += rows
         hits, tested = sum(row["transfers"] for row in rows), len(records)
-        low, high = stats.wilson(hits, tested)
+        share = dict(zip(("", "_low", "_high"), (hits / tested, *stats.wilson(hits, tested))))
         summary = {
             "direction": name,
             "n_features": tested,
             "n_scored": len(rows),
             "n_transferring": hits,
-            "share_transferring": hits / tested,
-            "share_transferring_low": low,
-            "share_transferring_high": high,
+            **{f"share_transferring{end}": value for end, value in share.items()},
         }
         leads = [f"specific_{family}{at}" for at in ("", "_at_kl") for family in FAMILIES]
         for key in ("effect", "kl", *leads, "ablation_r", "ablation_r_shuffled"):
@@ -363,14 +339,15 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
     return low + share[:, None] * (high - low)
 
 
-def mean_change(runner: Runner, held: Held, vector: np.ndarray) -> np.ndarray:
-    """Returns by how much a vector [d_model] raises log p of every token, mean over positions."""
+def promoted_tokens(
+    runner: Runner, held: Held, vector: np.ndarray, has_text: np.ndarray
+) -> dict[int, float]:
+    """Returns {token: nats} of the tokens with text whose log p a vector [d_model] raises most.
+
+    The mean over the positions; ``has_text`` is bool [vocabulary].
+    """
     clean, edited = runner.log_probs(held, vector[None])
-    return (edited - clean).mean(0, dtype=np.float64)
-
-
-def most_promoted(change: np.ndarray, has_text: np.ndarray) -> dict[int, float]:
-    """Returns {token: change of its log p [vocabulary]} of those with text that rise the most."""
+    change = (edited - clean).mean(0, dtype=np.float64)
     change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
     top = np.argsort(-change, kind="stable")[:PROMOTED]
     return {int(t): float(change[t]) for t in top if change[t] > 0}

@@ -1,22 +1,17 @@
 """The stage that puts single features of one model into the other: feature_causal.jsonl."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
-from crossdict_jax import maps, results, stats
-from crossdict_jax.activations.passages import whole_spans
-from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax import results, stats
 from crossdict_jax.causal import directions, effects
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
-from crossdict_jax.models.run import Passages
 from crossdict_jax.results import pair_columns
 from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
@@ -43,10 +38,10 @@ def transfer_features(config: Config, work: Workdir) -> None:
     if config.sae.output_site:
         print("single features: left out, since transcoders read one site and write another")
         return
-    store = open_store(work.activations)
-    groups = directions.map_groups(config, store, layers=settings.layers, kinds=settings.maps)
+    run, rows, summary = FinishedRun(config, work), [], []
+    groups = directions.map_groups(config, run.store, layers=settings.layers, kinds=settings.maps)
     if settings.feature_ids:  # they are the first model's
-        groups = [group for group in groups if group.source == store.models[0]]
+        groups = [group for group in groups if group.source == run.store.models[0]]
     chosen_from = None
     if settings.choose == "matched":
         if not work.result("matches.jsonl").exists():
@@ -55,54 +50,32 @@ def transfer_features(config: Config, work: Workdir) -> None:
                 "set intervention.choose=random."
             )
         chosen_from = results.read(work, "matches.jsonl")
-    run, rows, summary = FinishedRun(config, work, store), [], []
     inputs = run.inputs([task for group in groups for task in group.tasks], chosen_from)
     stage = Stage(work, "transfer_features", files=(ROWS, SUMMARY), inputs=inputs)
     if stage.finished:
         return
 
-    @cache
-    def at_site(model: str, site: Site) -> effects.ModelAtSite:
-        passages = with_continuations(store, model, run.passages(model))
-        return effects.ModelAtSite(run.runner(model), site, passages)
+    def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
+        return stage.part((label, feature), make)
 
-    with progress_bar(desc="feature transfer", unit="feature", total=0) as bar:
-
-        def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
-            record = stage.part((label, feature), make)
-            bar.update()
-            return record
-
-        for group in groups:
-            try:
-                experiment, matches = experiment_of(run, group, at_site)
-                bar.total += experiment.tested
-                measured = effects.transfer(experiment, config, part=partial(part, group.label))
-            except effects.NothingToTest as reason:
-                if settings.feature_ids:
-                    raise
-                print(f"No features of {group.label} are put to work: {reason}", flush=True)
-                continue
-            rows += [pair_columns(group) | matches[row["feature"]] | row for row in measured[0]]
-            summary += [pair_columns(group) | row for row in measured[1]]
-    tested = sum(row["n_features"] for row in summary)
-    stage.finish({ROWS: rows, SUMMARY: summary}, features=tested)
-
-
-def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
-    """Returns passages with spans from the common end before on, and up to the one behind."""
-    position = store.rows.position[:, store.models.index(model)].astype(np.int64)
-    same = store.rows.window[1:] == store.rows.window[:-1]
-    behind = position.copy()
-    behind[:-1][same] = position[1:][same]
-    front = passages.position - position[passages.rows]  # 1 where there is a BOS
-    return replace(whole_spans(store, model, passages), end=behind[passages.rows] + front)
+    for group in progress_bar(groups, desc="feature transfer", unit="direction"):
+        try:
+            experiment, matches = experiment_of(run, group)
+            kept = partial(part, group.label)
+            of_features, of_directions = effects.transfer(experiment, config, part=kept)
+        except effects.NothingToTest as reason:
+            if settings.feature_ids:
+                raise
+            print(f"No features of {group.label} are put to work: {reason}", flush=True)
+            continue
+        rows += [pair_columns(group) | matches[row["feature"]] | row for row in of_features]
+        summary += [pair_columns(group) | row for row in of_directions]
+    files = {ROWS: rows, SUMMARY: summary}
+    stage.finish(files, features=sum(row["n_features"] for row in summary))
 
 
 def experiment_of(
-    run: FinishedRun,
-    group: directions.MapGroup,
-    at_site: Callable[[str, Site], effects.ModelAtSite],
+    run: FinishedRun, group: directions.MapGroup
 ) -> tuple[effects.Experiment, dict[int, dict]]:
     """Returns the experiment at one pair of sites, and {feature: the columns about its match}.
 
@@ -110,31 +83,24 @@ def experiment_of(
     """
     a, b = group.ends
     features, tested = choose_features(run, group)
-    rows, seed = run.passages(group.source).rows, run.config.seed
-    source, dictionary_b = run.side(*a), run.dictionary(*b)
-    trained = directions.strengths(source.dictionary, source.x, features)
-    mapped = {}
-    for task in group.tasks:
-        m = maps.load(task.path(run.work))
-        mapped[task.kind] = effects.Directions(
-            directions.mapped_directions(m, source, features, trained, seed=seed)
-        )
-    matches, match_r = directions.best_matches(run.codes(*b), trained)
-    in_b = directions.strengths(dictionary_b, run.store.read(*b, rows), matches)
-    mapped[effects.MATCH] = effects.Directions(decoder_rows(dictionary_b, matches), in_b)
+    rows, source, target = run.passages(group.source).rows, run.dictionary(*a), run.dictionary(*b)
+    vectors, matches, match_r = run.map_features(group, features)
+    mapped = {kind: effects.Directions(of_map) for kind, of_map in vectors.items()}
+    in_b = directions.strengths(target, run.store.read(*b, rows), matches)
+    mapped[effects.MATCH] = effects.Directions(decoder_rows(target, matches), in_b)
     experiment = effects.Experiment(
-        source=at_site(*a),
-        target=at_site(*b),
+        source=run.at_site(*a),
+        target=run.at_site(*b),
         documents=run.store.rows.document[rows],
         features=features,
         tested=tested,
-        strength=directions.strengths(source.dictionary, run.store.read(*a, rows), features),
-        directions=decoder_rows(source.dictionary, features),
+        strength=directions.strengths(source, run.store.read(*a, rows), features),
+        directions=decoder_rows(source, features),
         mapped=mapped,
         translation=translation(run.tokenizers[group.source], run.tokenizers[group.target]),
     )
     about = zip(features.tolist(), matches.tolist(), match_r.tolist())
-    return experiment, {feature: {"match": match, "match_r": r} for feature, match, r in about}
+    return experiment, {i: {"match": match, "match_r": r} for i, match, r in about}
 
 
 def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.ndarray, int]:
@@ -142,19 +108,17 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
 
     All fire on training rows, and often enough in the test text.
     """
-    settings, end = run.config.intervention, group.ends[0]
-    passages = run.passages(group.source)
+    settings, end, passages = run.config.intervention, group.ends[0], run.passages(group.source)
     names, document = np.unique(passages.document, return_inverse=True)
-    start, live = 0, np.isin(np.arange(run.dictionary(*end).width), run.live(*end))
-    fires, in_document = np.zeros(len(live), int), np.zeros((len(names), len(live)), bool)
+    firings = np.zeros((len(names), run.dictionary(*end).width), int)  # by document and feature
+    start = 0
     for f in run.codes(*end, passages.rows):
         row, feature = np.nonzero(f > 0)
-        in_document[document[start + row], feature] = True
-        fires += (f > 0).sum(0)
+        np.add.at(firings, (document[start + row], feature), 1)
         start += len(f)
-    live &= (fires >= LEAST_FIRINGS) & (in_document.sum(0) >= LEAST_DOCUMENTS)
-    generator = stats.generator(run.config.seed)
-    drawn = generator.permutation(np.flatnonzero(live))
+    live = (firings.sum(0) >= LEAST_FIRINGS) & ((firings > 0).sum(0) >= LEAST_DOCUMENTS)
+    live &= np.isin(np.arange(len(live)), run.live(*end))
+    drawn = stats.generator(run.config.seed).permutation(np.flatnonzero(live))
     site = f"{group.source} at {group.site_source}"
     if settings.feature_ids:
         chosen = np.array(list(dict.fromkeys(settings.feature_ids)))
@@ -173,8 +137,8 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
             row["feature_source"]: (not row["confirmed"], -row["r_train"])
             for row in results.read_matches(run.work, *pair_columns(group).values())
         }
-        chosen = np.array([i for i in sorted(rank, key=rank.get) if live[i]], np.int64)
-        chosen = chosen[: settings.features]
+        chosen = [i for i in sorted(rank, key=rank.get) if live[i]]
+        chosen = np.array(chosen[: settings.features], np.int64)
     else:
         chosen = drawn[: settings.features]
     if not len(chosen):

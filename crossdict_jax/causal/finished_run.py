@@ -1,14 +1,25 @@
 """What questions to a finished run share: its models, tokenizers, dictionaries, rows and texts."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from crossdict_jax import dictionaries, models, stats
-from crossdict_jax.activations.passages import select_passages
-from crossdict_jax.activations.store import Store
+from crossdict_jax import dictionaries, maps, models, stats
+from crossdict_jax.activations.passages import (
+    passages_of,
+    select_passages,
+    with_continuations,
+)
+from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.causal.directions import (
+    MapGroup,
+    best_matches,
+    mapped_directions,
+    strengths,
+)
+from crossdict_jax.causal.effects import ModelAtSite
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import Side, Task
@@ -24,8 +35,8 @@ SOME_ROWS = 20_000  # at most, for mapped directions and matches
 class FinishedRun:
     """Language models, tokenizers, dictionaries and training rows of a run, each read once."""
 
-    def __init__(self, config: Config, work: Workdir, store: Store):
-        self.config, self.work, self.store = config, work, store
+    def __init__(self, config: Config, work: Workdir, store: Store | None = None):
+        self.config, self.work, self.store = config, work, store or open_store(work.activations)
         self._read: dict[tuple, Any] = {}
 
     def _once(self, *key: Any, make: Callable[[], Any]) -> Any:
@@ -36,8 +47,11 @@ class FinishedRun:
     def runner(self, model: str) -> Runner:
         size, dtype = self.config.intervention.batch_size, self.config.extract.matmul_dtype
         path = self.store.paths[self.store.models.index(model)]
-        make = partial(Runner, batch_size=size, dtype=dtype)
-        return self._once("runner", model, make=lambda: make(models.load(path)))
+
+        def make() -> Runner:
+            return Runner(models.load(path), batch_size=size, dtype=dtype)
+
+        return self._once("runner", model, make=make)
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
         path = self.work.dictionary(model, site)
@@ -46,10 +60,10 @@ class FinishedRun:
     def live(self, model: str, site: Site) -> np.ndarray:
         """The features that fire on training rows, int [m]."""
 
-        def fires() -> np.ndarray:
-            return sum((f > 0).any(0) for f in self.codes(model, site))
+        def make() -> np.ndarray:
+            return np.flatnonzero(sum((f > 0).any(0) for f in self.codes(model, site)))
 
-        return np.flatnonzero(self._once("live", model, site, make=fires))
+        return self._once("live", model, site, make=make)
 
     @cached_property
     def tokenizers(self) -> dict[str, object]:
@@ -65,6 +79,15 @@ class FinishedRun:
         documents = self.config.intervention.documents
         return select_passages(self.store, model, documents=documents, seed=self.config.seed)
 
+    def at_site(self, model: str, site: Site, rows: np.ndarray | None = None) -> ModelAtSite:
+        """Returns a model at a site, on the windows of rows of the store; on the test text else."""
+        if rows is not None:
+            passages = passages_of(self.store, model, rows)
+            passages = with_continuations(self.store, model, passages)
+            return ModelAtSite(self.runner(model), site, passages)
+        rows = self.passages(model).rows
+        return self._once("at", model, site, make=lambda: self.at_site(model, site, rows))
+
     def side(self, model: str, site: Site, rows: np.ndarray | None = None) -> Side:
         """Returns a model's side of some rows of the store; of the training rows by default."""
         rows = self.rows("train") if rows is None else rows
@@ -77,6 +100,21 @@ class FinishedRun:
         for block in slices(len(rows)):
             x = self.store.read(model, site, rows[block])
             yield encode_rows(self.dictionary(model, site), x)
+
+    def map_features(
+        self, group: MapGroup, features: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Returns ({kind of map: directions of A's features in B}, B's best matches, their r).
+
+        Directions are float32 [features, d_b]; see ``mapped_directions`` and ``best_matches``.
+        """
+        side, seed = self.side(*group.ends[0]), self.config.seed
+        strength = strengths(side.dictionary, side.x, features)
+        mapped = {}
+        for task in group.tasks:
+            m = maps.load(task.path(self.work))
+            mapped[task.kind] = mapped_directions(m, side, features, strength, seed=seed)
+        return mapped, *best_matches(self.codes(*group.ends[1]), strength)
 
     def inputs(self, tasks: Iterable[Task], question: Any = None) -> dict[str, str]:
         """Returns {input: digest} of a stage that asks these maps a question (a JSON value)."""

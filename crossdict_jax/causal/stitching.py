@@ -7,7 +7,7 @@ import numpy as np
 
 from crossdict_jax import maps, modules, stats
 from crossdict_jax.activations.passages import train_mean, whole_spans
-from crossdict_jax.activations.store import Store, open_store
+from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
 from crossdict_jax.maps import Pairs, Task
@@ -31,18 +31,17 @@ def intervene(config: Config, work: Workdir) -> None:
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
     """
-    store = open_store(work.activations)
-    tasks = maps.tasks(config, store)
-    inputs = FinishedRun(config, work, store).inputs(tasks)
-    stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=inputs)
+    run = FinishedRun(config, work)
+    tasks = maps.tasks(config, run.store)
+    stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=run.inputs(tasks))
     if stage.finished:
         return
-    todo = bundles_by_sites(tasks, store)
+    todo = bundles_by_sites(tasks, run.store)
     count = sum(len(bundles) for groups in todo.values() for bundles in groups.values())
     single, together = [], []
     with progress_bar(desc="stitching", unit="map", total=count) as progress:
         for name, groups in todo.items():
-            target = Target(FinishedRun(config, work, store), name)  # one model at a time
+            target = Target(FinishedRun(config, work, run.store), name)  # one model at a time
             for sites, bundles in groups.items():
                 rows = single if len(sites) == 1 else together
                 rows += _rows_at(target, sites, bundles, progress)
@@ -84,9 +83,9 @@ def bundles_by_sites(
     return by_sites
 
 
-def _stitch_kinds(task: Task, store: Store) -> tuple[str, ...]:
-    site = (task.target, task.site_target)
-    both = map_class(task.kind).predicts_activation and store.output_of(*site) == site
+def _forms(task: Task, store: Store) -> tuple[str, ...]:
+    end = (task.target, task.site_target)
+    both = map_class(task.kind).predicts_activation and store.output_of(*end) == end
     return ("activation", "features") if both else ("features",)
 
 
@@ -108,88 +107,85 @@ class Target:
 
 def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], progress):
     """The rows of the controls and of every map at one site, or at several at once."""
-    run, rows = target.run, target.passages.rows
+    run, passages = target.run, target.passages
     runner, size = run.runner(target.name), run.config.evaluation.batch_size
-    sides = {site: run.side(target.name, site, rows) for site in sites}
+    sides = {site: run.side(target.name, site, passages.rows) for site in sites}
     edited = tuple(map(target.edited, sites))
     controls: dict[str, dict[Site, np.ndarray]] = {name: {} for name in CONTROLS[1:]}
     for site, at in zip(sites, edited):
-        d, mean = sides[site].dictionary, train_mean(run.store, target.name, at)
-        x_hat = modules.over_rows(d, sides[site].x, method="__call__", size=size)
-        for name, values in zip(CONTROLS[1:], (np.zeros_like(mean), mean, x_hat)):
-            controls[name][at] = values
-    references = runner.splice(target.passages, edited, controls)
-    rows = [_row(target, references[c], references, sites, control=c) for c in CONTROLS]
+        mean = train_mean(run.store, target.name, at)
+        x_hat = modules.over_rows(
+            sides[site].dictionary, sides[site].x, method="__call__", size=size
+        )
+        for of_control, values in zip(controls.values(), (np.zeros_like(mean), mean, x_hat)):
+            of_control[at] = values
+    references = runner.splice(passages, edited, controls)
+    rows = [_row(target, sites, references[c], references, control=c) for c in CONTROLS]
 
     by_source: dict[tuple, list[Bundle]] = {}
     for bundle in bundles:
         sources = tuple((task.source, task.site_source) for task in bundle)
         by_source.setdefault(sources, []).append(bundle)
     for group in by_source.values():
-        effects: dict[tuple, Effect] = {}
-        pairs: dict[Site, dict[str, Pairs]] = {}
+        pairs: dict[tuple, Pairs] = {}
         for task in group[0]:  # shuffled, A's rows are in a random order across documents
-            source = run.side(task.source, task.site_source, target.passages.rows)
-            aligned = Pairs(source, sides[task.site_target], target.passages.document)
-            generator = stats.generator(run.config.seed)
-            shuffled = replace(aligned, source=source.take(generator.permutation(len(aligned))))
-            pairs[task.site_target] = {"aligned": aligned, "shuffled": shuffled}
+            source = run.side(task.source, task.site_source, passages.rows)
+            aligned = Pairs(source, sides[task.site_target], passages.document)
+            order = stats.generator(run.config.seed).permutation(len(aligned))
+            pairs[task.site_target, "aligned"] = aligned
+            pairs[task.site_target, "shuffled"] = replace(aligned, source=source.take(order))
+        effects: dict[tuple, Effect] = {}
         # What lies in memory together: at one site all predictions, at several those of one kind.
         kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
         for kind in dict.fromkeys(kinds):
             predicted: dict[tuple, dict[Site, np.ndarray]] = {}
-            for bundle in (b for b, k in zip(group, kinds) if k == kind):
-                for task in bundle:
-                    m, rows_of = maps.load(task.path(run.work)), pairs[task.site_target]
+            for bundle, task in ((b, t) for b, k in zip(group, kinds) if k == kind for t in b):
+                m, rows_of = maps.load(task.path(run.work)), pairs[task.site_target, task.pairing]
+                for form in _forms(task, run.store):
+                    if form == "activation":
+                        x = maps.predict_activations(m, rows_of, size)
+                    else:
+                        f, d = maps.predict(m, rows_of, size), rows_of.target.dictionary
+                        x = modules.over_rows(d, f, method="decode", size=size)
                     at = target.edited(task.site_target)
-                    for form in _stitch_kinds(task, run.store):
-                        x = _put_in(m, rows_of[task.pairing], form, size)
-                        predicted.setdefault((bundle, form), {})[at] = x
-            effects |= runner.splice(target.passages, edited, predicted)
+                    predicted.setdefault((bundle, form), {})[at] = x
+            effects |= runner.splice(passages, edited, predicted)
         rows += [
-            _row(target, effects[bundle, kind], references, sites, bundle=bundle, stitch_kind=kind)
+            _row(target, sites, effects[bundle, form], references, bundle, stitch_kind=form)
             for bundle in group
-            for kind in _stitch_kinds(bundle[0], run.store)
+            for form in _forms(bundle[0], run.store)
         ]
         progress.update(len(group))
     return rows
 
 
-def _put_in(m: maps.Map, rows: Pairs, form: str, size: int) -> np.ndarray:
-    """What takes the place of B's activations, float32 [n, d_model]."""
-    if form == "activation":
-        return maps.predict_activations(m, rows, size)
-    f = maps.predict(m, rows, size)
-    return modules.over_rows(rows.target.dictionary, f, method="decode", size=size)
-
-
 def _row(
     target: Target,
+    sites: tuple[Site, ...],
     effect: Effect,
     references: dict[str, Effect],
-    sites: tuple[Site, ...],
-    *,
-    control: str | None = None,
     bundle: Bundle = (),
-    stitch_kind: str | None = None,
+    **about: str,
 ) -> dict[str, Any]:
     """A row of causal.jsonl: of a control, or of a map's predictions."""
     task, draws = bundle[0] if bundle else None, target.draws
     losses = {"clean": references["clean"].ce, "baseline": references["zero"].ce}
     recovered = stats.loss_recovered(effect.ce, **losses, resamples=draws)
-    intervention = "control" if control else "stitching"
+    intervention = "stitching" if bundle else "control"
+    together = {"sites": list(map(str, sites))} if len(sites) > 1 else {}
     return {
-        "intervention": intervention if len(sites) == 1 else f"{intervention}_together",
-        "control": control,
+        "intervention": f"{intervention}_together" if together else intervention,
+        "control": None,
         "source": task and task.source,
         "target": target.name,
         "site_source": "+".join(str(t.site_source) for t in bundle) or None,
         "site_target": "+".join(map(str, sites)),
         "site_edited": "+".join(str(target.edited(site)) for site in sites),
-        **({} if len(sites) == 1 else {"sites": list(map(str, sites))}),
+        **together,
         "map": task and task.kind,
         "pairing": task and task.pairing,
-        "stitch_kind": stitch_kind,
+        "stitch_kind": None,
+        **about,
         "n_positions": len(effect.ce),
         "n_documents": draws.n_documents,
         **stats.columns("ce", draws.mean(effect.ce)),

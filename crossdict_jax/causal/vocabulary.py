@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -23,13 +23,12 @@ class Translation:
     special_b: frozenset[int] = frozenset()
     fallback_b: frozenset[int] = frozenset()  # of single bytes, written where no other token is it
     first_token: Callable[[str], int | None] = lambda text: None  # B's first one of a text, if any
-    _ids: dict[bytes, int] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self):
-        by_worth = sorted(range(len(self.pieces_b)), key=lambda i: (i in self.fallback_b, i))
-        for i in reversed(by_worth):  # of equal ones the first stays
-            if self.pieces_b[i] and i not in self.special_b:
-                self._ids[self.pieces_b[i]] = i
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        """B's token of each piece: of equal ones the first, a fallback where no other is."""
+        ids = reversed(sorted(range(len(self.pieces_b)), key=lambda i: (i in self.fallback_b, i)))
+        return {self.pieces_b[i]: i for i in ids if self.pieces_b[i] and i not in self.special_b}
 
     @cached_property
     def has_text(self) -> np.ndarray:
@@ -63,9 +62,9 @@ class Translation:
         """
         in_b: dict[int, float] = {}
         for token, weight in weights.items():
-            token_b = self.to_b(token)
-            if token_b is not None and token_b < below:
-                in_b[token_b] = in_b.get(token_b, 0.0) + weight
+            token = self.to_b(token)
+            if token is not None and token < below:
+                in_b[token] = in_b.get(token, 0.0) + weight
         return in_b
 
     def text(self, side: str, token: int) -> str:

@@ -6,7 +6,7 @@ from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
 from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
 from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, scores, share, table
-from crossdict_jax.results import by_pair, pair_of, site_words
+from crossdict_jax.results import by_pair, pair_of, pair_words
 
 MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
 
@@ -97,7 +97,7 @@ def feature_causal_section(run: Run) -> list[Block]:
         flat = [{k: v for k, v in row.items() if k != "doses"} for row in features]
         raw = flat_table(flat, "Every column of feature_causal.jsonl but the dose curves")
         blocks += [
-            Heading(f"{pair[0]} → {pair[1]}, {site_words(*pair[2:])}"),
+            Heading(pair_words(group[0])),
             Panels([dose_figure(kept) for kept in by_kind], caption),
             summary_table(group),
         ]

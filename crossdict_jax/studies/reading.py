@@ -49,9 +49,10 @@ def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Rea
     kept, too_long, not_rebuilt = [], 0, 0
     for start in range(0, len(texts), group):
         members = range(start, start + group)
-        if any(of_model[i] is None for of_model in cut.values() for i in members):
+        read = [(model, of_model[i]) for model, of_model in cut.items() for i in members]
+        if any(tokens is None for _, tokens in read):
             not_rebuilt += 1
-        elif any(len(of_model[i].ids) > room[m] for m, of_model in cut.items() for i in members):
+        elif any(len(tokens.ids) > room[model] for model, tokens in read):
             too_long += 1
         else:
             kept += members

@@ -1,15 +1,9 @@
 """Contrast sets: on which features a preference between two texts rests, in both models."""
 
 from crossdict_jax.results import PAIR_COLUMNS, Column, describe, intervals, nats, plain
-from crossdict_jax.studies.contrast.section import TITLE, section
+from crossdict_jax.studies.contrast.section import FAMILIES, KINDS, TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
-KINDS = ("preference", "feature", "ablation", "transfer")
-FAMILIES = {
-    "random": "random directions",
-    "shuffled": "other features' directions",
-    "others": "other features where they fire",
-}
 TABLE = describe(
     "contrast.jsonl",
     "a model's preference, one feature, all chosen features taken out together, or mapped "
@@ -25,13 +19,10 @@ TABLE = describe(
         n_in_file="pairs in the file",
         accuracy_ablated="accuracy after the features are taken out",
         prefers="whether the model does better than chance",
-        feature="number of a feature",
-        chosen="top: by attribution on the training half; random: among the others",
-        features="the chosen features",
+        feature="number of a feature, chosen by attribution on the training half",
         n_features="how many",
         firings="tokens at which it fires",
         attribution_train="integrated gradients on the training half",
-        attribution_r="correlation of attribution and effect over features",
         moves="whether the effect is above every kind of control; null: no verdict",
         share_of_own="effect, as a share of that of the target's own top features",
         **{f"effect_{f}": f"what taking out {w} costs" for f, w in FAMILIES.items()},
@@ -39,7 +30,6 @@ TABLE = describe(
     ),
     *intervals(
         accuracy="share of pairs whose good text is likelier",
-        accuracy_swapped="the same with labels swapped at random",
         accuracy_unigram="the same by token counts alone",
         pair_r="correlation over pairs of what source and target lose",
     ),

@@ -34,24 +34,24 @@ class Cut:
         return float(np.sqrt(max(self.overlaps[np.ix_(rows, rows)].sum(), 0.0)))
 
 
-def measure(reader: Reader, site: Site, cut: Cut, config: Config) -> tuple[np.ndarray, dict]:
+def measure(
+    reader: Reader, site: Site, cut: Cut, config: Config, *, judged: bool = True
+) -> tuple[np.ndarray, dict]:
     """Returns what a cut takes from the preference of each pair [pairs], and a result row.
 
     Controls put other directions in place of each vector, at its norm and its strength: random
     ones ("random"), and those of other features ("shuffled"); or take out as many other features
     where they fire themselves, scaled to an edit of equal norm ("others"). p is the share of
     controls, the cut among them, that cost as much. A cut is specific ("moves") where it surely
-    costs more than the mean of every family, and than 95 % of their members.
+    costs more than the mean of every family, and than 95 % of their members; null if not judged.
     """
-    clean, seed = reader.preference, config.seed
-    draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=seed)
-    generator = stats.generator(seed)
-    families = draw_controls(cut, config.contrast.controls, generator)
-    itself = np.zeros((1, *cut.vectors.shape), np.float32)
-    itself[0, : cut.n] = cut.vectors[: cut.n]
-    vectors = np.concatenate([itself, *families.values()])
-    drops = clean[None] - reader.ablated(site, cut.strength, vectors)
-    (drop,), *nulls = np.split(drops, np.cumsum([1, *map(len, families.values())])[:-1])
+    clean = reader.preference
+    draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=config.seed)
+    families = draw_controls(cut, config.contrast.controls, stats.generator(config.seed))
+    taken = np.arange(len(cut.vectors)) < cut.n
+    itself = np.where(taken[:, None], cut.vectors, 0.0).astype(np.float32)
+    vectors = np.concatenate([itself[None], *families.values()])
+    drop, *nulls = clean[None] - reader.ablated(site, cut.strength, vectors)
     row = {
         "n_features": cut.n,
         "n_pairs": len(drop),
@@ -60,8 +60,9 @@ def measure(reader: Reader, site: Site, cut: Cut, config: Config) -> tuple[np.nd
         "accuracy": float((clean > 0).mean()),
         "accuracy_ablated": float((clean - drop > 0).mean()),
     }
-    specific = []
-    for family, null in zip(families, nulls):
+    specific = [judged or None]
+    for family, controls in families.items():
+        null, nulls = np.array(nulls[: len(controls)]), nulls[len(controls) :]
         lead = mean = p = None
         if len(null):
             lead, mean = draws.mean(drop - null.mean(0)), float(null.mean())
@@ -79,19 +80,18 @@ def singles(reader: Reader, site: Site, cut: Cut) -> np.ndarray:
 
 def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Returns vectors float32 [count, all, d_model] of each family; none where others are few."""
-    n, (total, d_model) = cut.n, cut.vectors.shape
-    norms = np.linalg.norm(cut.vectors, axis=1)
+    n, norms = cut.n, np.linalg.norm(cut.vectors, axis=1)
     others = n + np.flatnonzero(norms[n:] > 0)
     firing = [i for i in others if cut.size(np.array([i])) > 0]
     random, shuffled, elsewhere = (
-        np.zeros((count if possible else 0, total, d_model), np.float32)
+        np.zeros((count if possible else 0, *cut.vectors.shape), np.float32)
         for possible in (True, len(others) > 1, len(firing) > 1)
     )
 
     def with_norms(directions: np.ndarray) -> np.ndarray:
         return directions * (norms[:n] / np.linalg.norm(directions, axis=-1))[..., None]
 
-    random[:, :n] = with_norms(generator.standard_normal((count, n, d_model)))
+    random[:, :n] = with_norms(generator.standard_normal((count, n, cut.vectors.shape[1])))
     for row in shuffled:
         row[:n] = with_norms(cut.vectors[generator.choice(others, n, replace=n > len(others))])
     size = cut.size(np.arange(n))

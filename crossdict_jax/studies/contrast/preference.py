@@ -1,7 +1,7 @@
 """What a language model prefers of two texts, and how much of it rests on features at a site."""
 
 import math
-from functools import cached_property
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,7 @@ class Reader:
     """
 
     def __init__(self, runner: Runner, passages: Passages):
-        self.runner, self.passages = runner, passages
-        self._x: dict[Site, np.ndarray] = {}
-        texts = passages.tokens
+        self.runner, self.passages, texts = runner, passages, passages.tokens
         self._within = passages.within(np.arange(len(texts)))
         seq = math.ceil(max(map(len, texts)) / SEQ_STEP) * SEQ_STEP
         self.tokens = pad(texts, (len(texts), min(seq, runner.config.context)))
@@ -59,18 +57,14 @@ class Reader:
             other = texts[i ^ 1][: len(text)]
             differs = int(np.argmax(text[: len(other)] != other))
             self.scored[i, max(differs, 1) : len(text)] = True
+        # float32 [texts, seq, d_model], the activations at a site.
+        self.x = cache(lambda site: runner.read(self.tokens, [site])[site])
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Returns values [rows, n] at the edited tokens of each row, [texts, seq, n]; else 0."""
         dense = np.zeros((*self.tokens.shape, values.shape[1]), values.dtype)
         dense[self._within.edited] = values[self._within.edited_by]
         return dense
-
-    def x(self, site: Site) -> np.ndarray:
-        """Returns the activations at a site, float32 [texts, seq, d_model]."""
-        if site not in self._x:
-            self._x |= self.runner.read(self.tokens, [site])
-        return self._x[site]
 
     def strength(self, site: Site, dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
         """Returns the model's own features at the edited tokens, float32 [texts, seq, features]."""
@@ -117,17 +111,13 @@ class Reader:
         return self.runner.run(_attribution, *arrays, **settings)
 
 
-def _prefers(lm, tokens, scored, tap=None) -> jax.Array:
-    """The preference [pairs]."""
-    log_p = jax.nn.log_softmax(lm.logits(tokens, tap=tap)[:, :-1], axis=-1)
+def _prefers(lm, tokens, scored, site=None, x=None) -> jax.Array:
+    """The preference [pairs], with x [texts, seq, d_model] in place of a site's activations."""
+    logits = lm.logits(tokens, tap=lambda at, y: x if at == site else y)
+    log_p = jax.nn.log_softmax(logits[:, :-1], axis=-1)
     chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
     of_texts = jnp.sum(jnp.where(scored[:, 1:], chosen, 0.0), axis=1)
     return of_texts[::2] - of_texts[1::2]
-
-
-def _prefers_with(lm, site, tokens, scored, x) -> jax.Array:
-    """The preference [pairs] with x [texts, seq, d_model] in place of the site's activations."""
-    return _prefers(lm, tokens, scored, lambda at, y: x if at == site else y)
 
 
 def _ablated(lm, site, vectors, tokens, scored, x, strength) -> jax.Array:
@@ -135,7 +125,7 @@ def _ablated(lm, site, vectors, tokens, scored, x, strength) -> jax.Array:
 
     def without(directions):  # [features, d_model]
         taken = jnp.einsum("tsf,fd->tsd", strength, directions, precision="highest")
-        return _prefers_with(lm, site, tokens, scored, x - taken)
+        return _prefers(lm, tokens, scored, site, x - taken)
 
     return jax.lax.map(without, vectors).T
 
@@ -147,7 +137,7 @@ def _attribution(lm, site, steps, dictionary, tokens, scored, edited, x) -> jax.
 
     def total(f):
         y = jnp.where(edited, dictionary.decode(f) + error, rows).reshape(x.shape)
-        return _prefers_with(lm, site, tokens, scored, y).sum()
+        return _prefers(lm, tokens, scored, site, y).sum()
 
     def add(sums, alpha):
         return sums + jax.grad(total)(alpha * f), None

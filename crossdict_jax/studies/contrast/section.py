@@ -16,16 +16,16 @@ from crossdict_jax.report.tables import (
 from crossdict_jax.results import by_pair, site_words
 
 TITLE = "Contrast sets"
-VERDICTS = {  # of ``moves``: (style, sign and words)
-    True: ("strong", "● bears it"),
-    False: ("none", "○ like controls"),
-    None: ("", "– nothing to bear"),
+VERDICTS = {  # of ``moves``
+    True: Cell("● bears it", style="strong"),
+    False: Cell("○ like controls", style="none"),
+    None: Cell("– nothing to bear"),
 }
-KINDS = ("preference", "ablation", "transfer")
-CONTROLS = {
-    "random": "random directions, p",
-    "shuffled": "other features’, p",
-    "others": "other features, p",
+KINDS = ("preference", "feature", "ablation", "transfer")
+FAMILIES = {  # of controls
+    "random": "random directions",
+    "shuffled": "other features' directions",
+    "others": "other features where they fire",
 }
 
 
@@ -72,58 +72,57 @@ def sentences(transfers: list[dict]) -> Iterator[str]:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns what is asked of a set: preferences, their features, and mapped directions."""
-    name, of = rows[0]["set"], {kind: [r for r in rows if r["what"] == kind] for kind in KINDS}
-    preferences = []
-    for row in of["preference"]:
-        left_out = number(row["n_in_file"] - row["n_pairs"])
-        line = {"model": row["model"], "pairs, left out": Cell(number(row["n_pairs"]), left_out)}
-        line |= {"accuracy": share(row, "accuracy")}
-        line |= {"labels swapped": share(row, "accuracy_swapped")}
-        line |= {"token counts": share(row, "accuracy_unigram")}
-        line |= {"preference, nats": score(row, "preference")}
-        verdict = "above chance" if row["prefers"] else "no preference to move"
-        preferences.append(line | {"verdict": verdict})
-    lines = {f"{name}: which text of a pair is likelier": preferences}
-    for row in of["ablation"]:
-        line = {"site": row["site"], "features": number(row["n_features"])}
-        line |= _costs(row, {"attribution and cost, r": score(row, "attribution_r", 2)})
-        caption = f"{name}: top features of {row['model']} taken out together"
-        lines.setdefault(caption, []).append(line)
-    for (source, target, *sites), group in by_pair(of["transfer"]).items():
-        where = f"{source}’s top features taken out of {target}, {site_words(*sites)}"
-        for row in group:
-            compared = {"of own features’": share(row, "share_of_own")}
-            compared |= {"same pairs, r": score(row, "pair_r", 2)}
-            line = {"direction": row["direction"]} | _costs(row, compared)
-            lines.setdefault(f"{name}: directions of {where}", []).append(line)
+    name, lines = rows[0]["set"], {}
+    for row in rows:
+        if row["what"] == "preference":
+            caption = "which text of a pair is likelier"
+            left_out = number(row["n_in_file"] - row["n_pairs"])
+            line = {
+                "model": row["model"],
+                "pairs, left out": Cell(number(row["n_pairs"]), left_out),
+                "accuracy": share(row, "accuracy"),
+                "token counts": share(row, "accuracy_unigram"),
+                "preference, nats": score(row, "preference"),
+                "verdict": "above chance" if row["prefers"] else "no preference to move",
+            }
+        elif row["what"] == "ablation":
+            caption = f"top features of {row['model']} taken out together"
+            line = {"site": row["site"], "features": number(row["n_features"])} | _costs(row)
+        elif row["what"] == "transfer":
+            where = site_words(row["site_source"], row["site_target"])
+            caption = f"directions of {row['source']}’s top features taken out of {row['target']}"
+            caption = f"{caption}, {where}"
+            more = {"of own features’": share(row, "share_of_own")}
+            more |= {"same pairs, r": score(row, "pair_r", 2)}
+            line = {"direction": row["direction"]} | more | _costs(row)
+        else:
+            continue
+        lines.setdefault(f"{name}: {caption}", []).append(line)
     return [table(caption, cells) for caption, cells in lines.items()]
 
 
-def _costs(row: dict, more: dict[str, Cell]) -> dict[str, Cell]:
+def _costs(row: dict) -> dict[str, Cell]:
     """What taking out costs, beside controls, with the verdict at the end."""
     controls = {
-        title: Cell(number(row[f"effect_{family}"]), number(row[f"p_{family}"], 2))
-        for family, title in CONTROLS.items()
+        f"{words}, p": Cell(number(row[f"effect_{family}"]), number(row[f"p_{family}"], 2))
+        for family, words in FAMILIES.items()
     }
     accuracy = Cell(percent(row["accuracy"], 0), percent(row["accuracy_ablated"], 0))
-    style, words = VERDICTS[row["moves"]]
-    cost = {"cost, nats": score(row, "effect")} | controls | {"accuracy, then": accuracy}
-    return cost | more | {"verdict": Cell(words, style=style)}
+    cost = {"cost, nats": score(row, "effect")} | controls
+    return cost | {"accuracy, then": accuracy, "verdict": VERDICTS[row["moves"]]}
 
 
 def top_features(rows: list[dict]) -> list[Table]:
     """Returns each model's chosen features by layer."""
     lines: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["what"] == "feature" and row["chosen"] == "top":
-            line = {
-                "site": row["site"],
-                "feature": str(row["feature"]),
-                "attribution, train half": score(row, "attribution_train"),
-                "attribution, test half": score(row, "attribution"),
-                "cost alone": score(row, "effect"),
-                "fires at tokens": number(row["firings"]),
-            }
-            lines.setdefault(row["model"], []).append(line)
-    title = f"{rows[0]['set']}: top features of"
-    return [table(f"{title} {model}", of_model) for model, of_model in lines.items()]
+    for row in (row for row in rows if row["what"] == "feature"):
+        line = {
+            "site": row["site"],
+            "feature": str(row["feature"]),
+            "attribution, train half": score(row, "attribution_train"),
+            "attribution, test half": score(row, "attribution"),
+            "cost alone": score(row, "effect"),
+            "fires at tokens": number(row["firings"]),
+        }
+        lines.setdefault(f"{row['set']}: top features of {row['model']}", []).append(line)
+    return [table(caption, cells) for caption, cells in lines.items()]

@@ -1,6 +1,6 @@
 """Dictionaries of one model used for another through an affine stitch, and as a training start."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,29 +44,28 @@ def run(config: Config, work: Workdir) -> None:
     refuse_transcoders(config, "Starting from another model's dictionaries")
     store = open_store(work.activations)
     loader = Loader(store, work, config.seed)
-    directions = dict.fromkeys(
-        dataclasses.replace(task, kind="")
+    tasks = dict.fromkeys(
+        replace(task, kind="")
         for task in maps.tasks(config, store)
         if task.pairing == "aligned"
         and transfer.is_ours(loader.side(task.source, task.site_source, "train").dictionary)
     )
-    if not directions:
+    if not tasks:
         raise UserError(
             "No dictionary of this run can be transferred: all are imported ones; leave "
             "sae.sources empty and train_saes again."
         )
-    folders = [work.dictionary(t.source, t.site_source) for t in directions]
-    folders += [work.dictionary(t.target, t.site_target) for t in directions]
+    folders = [folder for task in tasks for folder in task.folders(work)[:2]]
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     stage = Stage(work, "transfer_dictionaries", files=(FILE, TRAINING), inputs=inputs)
     if not stage.finished:
         rows: dict[str, list[dict]] = {FILE: [], TRAINING: []}
-        for target in dict.fromkeys(task.target for task in directions):
-            problems = {t: loader.problem(t) for t in directions if t.target == target}
+        for target in dict.fromkeys(task.target for task in tasks):
+            problems = {task: loader.problem(task) for task in tasks if task.target == target}
             for file, make in ((FILE, transfer_rows), (TRAINING, compare_starts)):
                 made = partial(make, problems, config, store, work)
                 rows[file] += stage.part((target, file), made)
-        stage.finish(rows, directions=len(directions))
+        stage.finish(rows, directions=len(tasks))
     show([*tables(results.read(work, FILE)), savings_table(results.read(work, TRAINING))])
 
 
@@ -80,7 +79,7 @@ def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
     transferred one can exceed.
     """
     train = problem.train
-    d_a, d_b = (side.x.shape[1] for side in (train.source, train.target))
+    a, d_a, d_b = train.source.dictionary, train.source.x.shape[1], train.target.x.shape[1]
     stitches = {"transferred": transfer.fit_stitch(problem, config.map)}
     if len(train) > max(d_a, d_b):
         stitches["orthogonal"] = transfer.fit_stitch(problem, config.map, "procrustes")
@@ -88,7 +87,6 @@ def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
         same = Affine(np.eye(d_a), np.zeros(d_a))
         stitches["as_is"] = Stitch(same, same)
     stitches["rotated"] = transfer.random_stitch(train, config.seed)
-    a = train.source.dictionary
     through = {name: transferred(a, stitch) for name, stitch in stitches.items()}
     return {"own": train.target.dictionary, **through, "stitch": stitches["transferred"]}
 
@@ -107,38 +105,35 @@ def transfer_rows(
         stats.draw(documents, count=settings.bootstrap, seed=config.seed)
         for documents in (store.rows.document[numbers], passages.document[passages.scored])
     )
-
-    def over_rows(way: Dictionary, x: np.ndarray, method: str = "__call__") -> np.ndarray:
-        return modules.over_rows(way, x, method=method, size=settings.batch_size)
-
-    rows = []
+    rows, size = [], settings.batch_size
     for task, problem in progress_bar(problems.items(), desc=f"dictionaries used for {target}"):
         site, made = task.site_target, ways(problem, config)
         x, at_passages = (
             store.read(target, site, n).astype(np.float32) for n in (numbers, passages.rows)
         )
-        variance = np.square(x - train_mean(store, target, site)[None, :]).sum(axis=1)
-        put_in = {name: over_rows(d, at_passages) for name, d in made.items() if name != "stitch"}
+        mean, stitch = train_mean(store, target, site), made.pop("stitch")
+        x_hat = stitch.forth(stitch.back(x.astype(np.float64))).astype(np.float32)
+        alone = {"error": x - x_hat, "variance": x - mean[None, :]}
+        seen = {n: measure(d, x, mean=mean, size=size) for n, d in made.items()}
+        seen["stitch"] = {key: np.square(rest).sum(axis=1) for key, rest in alone.items()}
+        put_in = {
+            name: modules.over_rows(d, at_passages, method="__call__", size=size)
+            for name, d in made.items()
+        }
         effects = runner.splice(passages, site, put_in)
-        for name, way in made.items():
-            effect, ce, l0 = effects.get(name), None, None
-            if isinstance(way, Stitch):
-                x_hat = way.forth(way.back(x.astype(np.float64))).astype(np.float32)
-            else:
-                x_hat, ce = over_rows(way, x), effect.ce
-                l0 = float((over_rows(way, x, "encode") > 0).sum(axis=1).mean())
-            fvu = draws.estimate(np.square(x - x_hat).sum(axis=1), variance)
-            more = effect and draws_ce.mean(ce - effects["clean"].ce)
+        for name, values in seen.items():
+            effect = effects.get(name)
+            more = effect and draws_ce.mean(effect.ce - effects["clean"].ce)
             rows.append(
                 {
                     **pair_columns(task),
                     "dictionary": name,
                     "n_rows": len(x),
                     "n_documents": draws.n_documents,
-                    **stats.columns("fvu", fvu),
-                    "l0": l0,
-                    "n_positions": effect and len(ce),
-                    **stats.columns("ce", effect and draws_ce.mean(ce)),
+                    **stats.columns("fvu", draws.estimate(values["error"], values["variance"])),
+                    "l0": effect and float(values["l0"].mean()),
+                    "n_positions": effect and len(effect.ce),
+                    **stats.columns("ce", effect and draws_ce.mean(effect.ce)),
                     **stats.columns("delta_ce", more),
                 }
             )
@@ -155,8 +150,8 @@ def compare_starts(
     """
     group, starts = [], []
     for task, problem in problems.items():
-        stitch = transfer.fit_stitch(problem, config.map)
         scale = activation_scale(problem.train.target.x)
+        stitch = transfer.fit_stitch(problem, config.map)
         moved = transferred(problem.train.source.dictionary, stitch, scale)
         group += 2 * members(config.sae, [(task.target, task.site_target)])[:1]
         starts += [None, transfer.with_unit_rows(moved)]
@@ -169,8 +164,8 @@ def compare_starts(
         random, moved = ([row[error][2 * i + j] for row in log] for j in (0, 1))
         end = task.target, task.site_target
         x = store.read(*end, store.select("test")).astype(np.float32)
-        seen = {"mean": train_mean(store, *end), "size": config.evaluation.batch_size}
-        sums = [measure(d, x, **seen) for d in trained[2 * i :][:2]]
+        settings = {"mean": train_mean(store, *end), "size": config.evaluation.batch_size}
+        sums = [measure(d, x, **settings) for d in trained[2 * i :][:2]]
         fvus = [float(each["error"].sum() / each["variance"].sum()) for each in sums]
         curves = {"error": error, "steps": steps, "random": random, "transferred": moved}
         scores = {"fvu_random": fvus[0], "fvu_transferred": fvus[1]}
@@ -180,6 +175,5 @@ def compare_starts(
 
 def steps_saved(steps: list[int], random: list[float], moved: list[float]) -> dict[str, Any]:
     """Returns when the moved start is first as good as the random one is in the end, if ever."""
-    reached = np.flatnonzero(np.asarray(moved) <= random[-1])
-    first = steps[int(reached[0])] if len(reached) else None
+    first = next((step for step, error in zip(steps, moved) if error <= random[-1]), None)
     return {"steps_to_reach": first, "saved": first and 1 - first / steps[-1]}

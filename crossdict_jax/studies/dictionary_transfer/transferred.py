@@ -43,9 +43,9 @@ def fit_stitch(problem: Problem, settings: MapConfig, kind: str = "ridge") -> St
         for pairs in (problem.train, problem.validation)
     )
     both = [problem, Problem(problem.label, train, validation)]
+    closed_forms = map_class(kind).fit(both, settings, seed=0, directory=Path())
     affine = []
-    for fitted in map_class(kind).fit(both, settings, seed=0, directory=Path()):  # closed forms
-        m = fitted.map
+    for m in (fitted.map for fitted in closed_forms):
         W, mean_a, mean_b = (np.asarray(p[...], np.float64) for p in (m.W, m.mean_a, m.mean_b))
         affine.append(Affine(W, mean_b - mean_a @ W))
     return Stitch(*affine)
@@ -63,10 +63,7 @@ def random_stitch(train: Pairs, seed: int) -> Stitch:
 
 def is_ours(dictionary: Dictionary) -> bool:
     """Whether a dictionary is of an architecture of this project, and can be transferred."""
-    return (
-        not dictionary.transcodes
-        and type(dictionary).__module__.rsplit(".", 1)[-1] in architectures()
-    )
+    return type(dictionary).__module__.rsplit(".", 1)[-1] in architectures()
 
 
 def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = None) -> Dictionary:
@@ -84,24 +81,22 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     architecture = base.architecture_of(dictionary)
     if dictionary.transcodes:
         raise UserError("A transcoder reads one site and writes another: it cannot be transferred.")
-    graphdef, params = modules.split(dictionary)
-    old = {name: np.asarray(params[name], np.float64) for name in ("W_enc", "W_dec", "b_enc")}
-    s, b_dec = float(params["scale"]), np.asarray(params["b_dec"], np.float64)
-    new_s = s if scale is None else float(scale)
-    W_ba, W_ab = stitch.back.W.astype(np.float64), stitch.forth.W.astype(np.float64)
-    W_enc = s / new_s * W_ba @ old["W_enc"]
-    W_dec = new_s / s * old["W_dec"] @ W_ab
-    new_b_dec = new_s * (b_dec / s @ W_ab + stitch.forth.b)
+    _, params = modules.split(dictionary)
+    old = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    s, (ba, ab) = float(old["scale"]), (stitch.back, stitch.forth)
+    new = {"scale": np.float64(s if scale is None else scale)}
+    new["W_enc"] = s / new["scale"] * ba.W @ old["W_enc"]
+    new["W_dec"] = new["scale"] / s * old["W_dec"] @ ab.W
+    new["b_dec"] = new["scale"] * (old["b_dec"] / s @ ab.W + ab.b)
     # z = u W_enc + (b_enc - b_dec W_enc): the way back adds its constant, and takes the old bias.
-    constant = s * stitch.back.b.astype(np.float64) - b_dec
-    b_enc = old["b_enc"] + constant @ old["W_enc"] + new_b_dec @ W_enc
-    changed = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": new_b_dec, "scale": new_s}
-    if "b_mag" in params:  # magnitudes of gated ones start from z - b_enc
-        moved = (b_enc - old["b_enc"]) * np.exp(np.asarray(params["r_mag"], np.float64))
-        changed["b_mag"] = np.asarray(params["b_mag"], np.float64) + moved
-    shape = {"d_model": W_ba.shape[0], "width": dictionary.width, "k": dictionary.k}
+    constant = (s * ba.b - old["b_dec"]) @ old["W_enc"]
+    new["b_enc"] = old["b_enc"] + constant + new["b_dec"] @ new["W_enc"]
+    if "b_mag" in old:  # magnitudes of gated ones start from z - b_enc
+        moved = (new["b_enc"] - old["b_enc"]) * np.exp(old["r_mag"])
+        new["b_mag"] = old["b_mag"] + moved
+    shape = {"d_model": len(ba.W), "width": dictionary.width, "k": dictionary.k}
     graphdef, _ = modules.abstract(lambda: base.build(architecture, **shape, key=jax.random.key(0)))
-    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in changed.items()}
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in new.items()}
     return modules.merge(graphdef, params | arrays)
 
 

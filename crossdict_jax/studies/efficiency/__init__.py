@@ -9,8 +9,7 @@ TABLE = describe(
     "one map fitted on n paired rows of the layer pair that is left out, or on none of them",
     *PAIR_COLUMNS,
     MAP,
-    Column("n", "paired training rows it was fitted on"),
-    Column("zero_shot", "whether it was fitted without them"),
+    Column("n", "paired training rows it was fitted on; 0: none of this layer pair or feature"),
     Column("held_out", "what a zero-shot map has not seen", values=("layer", "features")),
     Column(
         "scored",

@@ -1,11 +1,10 @@
 """What a map is worth in paired rows: every map fitted on few of them, a hypernetwork on none."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,23 +24,22 @@ from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader, with_own_codes
-from crossdict_jax.maps.kinds.hypernetwork import Hypernetwork, from_profiles, train_network
+from crossdict_jax.maps.kinds.hypernetwork import Masks, from_profiles, train_network
 from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.maps.moments import Products, RidgePath
 from crossdict_jax.report.tables import show
 from crossdict_jax.results import pair_columns
-from crossdict_jax.stats import Resamples
 from crossdict_jax.studies.efficiency.section import curves, r2_table
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "efficiency.jsonl"
 HIDDEN_FEATURES = 0.2  # share of every dictionary's features that a hypernetwork never sees
-NETWORK = Hypernetwork.kind
+NETWORK = "hypernetwork"
 ALL, HIDDEN = "all", "hidden"  # what is scored: all target features, or those never trained on
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Question:
     """One direction at the layer pair that is left out, and what its answers are scored on."""
 
@@ -50,13 +48,34 @@ class Question:
     test: Pairs
     hidden: np.ndarray  # bool [width], target features that the hypernetwork never sees
     target: np.ndarray  # [n, width], B's features on test rows
-    resamples: Resamples
-    order: np.ndarray  # int [train rows], documents in a seeded order, rows of each as they come
+    draws: stats.Resamples
 
-    def first(self, n: int) -> Problem:
-        """Returns the problem of the first n training rows and all validation rows."""
-        few = take(self.problem.train, np.sort(self.order[:n]))
-        return Problem(f"{self.problem.label} on {n} rows", few, self.problem.validation)
+    def score(
+        self, m: Map, kind: str, n: int, scored: Sequence[str], held_out: str | None = None
+    ) -> list[dict]:
+        """Returns the result rows of a map: one for each set of features that is scored."""
+        predicted, rows = maps.predict(m, self.test), []
+        mean = self.problem.train.target.feature_moments[0]
+        for features in scored:
+            mask = self.hidden | (features == ALL)
+            t, p = self.target[:, mask].astype(np.float64), predicted[:, mask]
+            error, variance = np.square(t - p).sum(1), np.square(t - mean[None, mask]).sum(1)
+            fvu = self.draws.estimate(error, variance)
+            rows.append(
+                {
+                    **pair_columns(self.task),
+                    "map": kind,
+                    "n": n,
+                    "held_out": held_out,
+                    "scored": features,
+                    "n_features": int(mask.sum()),
+                    "n_rows": len(t),
+                    "n_documents": self.draws.n_documents,
+                    **stats.columns("fvu", fvu),
+                    **stats.columns("r2", 1.0 - fvu),
+                }
+            )
+        return rows
 
 
 def run(config: Config, work: Workdir) -> None:
@@ -75,23 +94,19 @@ def run(config: Config, work: Workdir) -> None:
     refuse_transcoders(config, "The hypernetwork of launch.efficiency")
     store = open_store(work.activations)
     asked, others = left_out(config, store)
-    n_train, counts = len(store.select("train")), config.efficiency.rows
-    if max(counts) > n_train:
+    documents, counts = store.rows.document[store.select("train")], config.efficiency.rows
+    if max(counts) > len(documents):
         raise UserError(
-            f"efficiency.rows={max(counts)} is more than the {n_train} paired training rows of "
-            "this run; leave it out or raise text.documents."
+            f"efficiency.rows={max(counts)} is more than the {len(documents)} paired training rows "
+            "of this run; leave it out or raise text.documents."
         )
-    inputs = input_digests(
-        work,
-        settings=[identity(config), list(counts)],
-        store_meta=store.meta,
-        folders=[work.dictionary(task.target, task.site_target) for task in asked + others],
-    )
+    settings = [identity(config), list(counts)]
+    folders = [work.dictionary(task.target, task.site_target) for task in asked + others]
+    inputs = input_digests(work, settings=settings, store_meta=store.meta, folders=folders)
     stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
     if not stage.finished:
         folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
-        loader = Loader(store, work, config.seed)
-        generator = stats.generator(config.seed)
+        loader, generator = Loader(store, work, config.seed), stats.generator(config.seed)
         seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
         for task in asked + others:
             width = loader.side(task.target, task.site_target, "train").dictionary.width
@@ -103,11 +118,15 @@ def run(config: Config, work: Workdir) -> None:
             problem, test = loader.problem(task), loader.pairs(task, "test")
             draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
             hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
-            names, index = np.unique(problem.train.documents, return_inverse=True)
-            rank = stats.generator(config.seed).permutation(len(names))
-            order = np.argsort(rank[index], kind="stable")
-            questions.append(Question(task, problem, test, hidden, target.toarray(), draws, order))
-        rows = _few_rows(questions, sorted({*counts, n_train}), config, stage, folder)
+            questions.append(Question(task, problem, test, hidden, target.toarray(), draws))
+        names, index = np.unique(documents, return_inverse=True)
+        rank = stats.generator(config.seed).permutation(len(names))
+        order = np.argsort(rank[index], kind="stable")  # of rows, those of a document together
+        rows, kinds = [], [kind for kind in config.map.kinds if kind != NETWORK]
+        keys = [*itertools.product(questions, kinds, sorted({*counts, len(order)}))]
+        for question, kind, n in progress_bar(keys, desc="few rows", unit="map"):
+            make = partial(_few_rows, question, kind, order[:n], config, folder)
+            rows += stage.part((question.task.label, kind, n), make)
         problems = {task: loader.problem(task) for task in others}
         rows += stage.part((NETWORK,), lambda: _no_rows(questions, problems, seen, config, folder))
         stage.finish({FILE: rows}, maps=len(rows))
@@ -122,8 +141,8 @@ def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
             f"layers give one layer pair, {pairs[0]}: none can be left out of the "
             "hypernetwork's training; give two layers or more."
         )
-    every = dataclasses.replace(config, map=dataclasses.replace(config.map, kinds=(NETWORK,)))
-    middle = dataclasses.replace(every, layer_pairs=pairs[len(pairs) // 2])
+    every = replace(config, map=replace(config.map, kinds=(NETWORK,)))
+    middle = replace(every, layer_pairs=pairs[len(pairs) // 2])
     asked, others = (
         [task for task in maps.tasks(part, store) if task.pairing == "aligned"]
         for part in (middle, every)
@@ -131,75 +150,33 @@ def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
     return asked, [task for task in others if task not in asked]
 
 
-def _score(
-    m: Map,
-    kind: str,
-    question: Question,
-    n: int,
-    scored: Sequence[str],
-    held_out: str | None = None,
-) -> list[dict[str, Any]]:
-    """The result rows of a map: one for each set of features that is scored."""
-    predicted, rows = maps.predict(m, question.test), []
-    mean = question.problem.train.target.feature_moments[0]
-    for features in scored:
-        mask = question.hidden if features == HIDDEN else np.ones_like(question.hidden)
-        t, p = question.target[:, mask].astype(np.float64), predicted[:, mask]
-        error, variance = np.square(t - p).sum(1), np.square(t - mean[None, mask]).sum(1)
-        fvu = question.resamples.estimate(error, variance)
-        rows.append(
-            {
-                **pair_columns(question.task),
-                "map": kind,
-                "n": n,
-                "zero_shot": held_out is not None,
-                "held_out": held_out,
-                "scored": features,
-                "n_features": int(mask.sum()),
-                "n_rows": len(t),
-                "n_documents": question.resamples.n_documents,
-                **stats.columns("fvu", fvu),
-                **stats.columns("r2", 1.0 - fvu),
-            }
-        )
-    return rows
-
-
 def _few_rows(
-    questions: list[Question], counts: list[int], config: Config, stage: Stage, folder: Path
+    question: Question, kind: str, rows: np.ndarray, config: Config, folder: Path
 ) -> list[dict]:
-    """Answers of every map fitted on few rows; a crosscoder is trained on these alone."""
-
-    def answer(question: Question, kind: str, n: int) -> list[dict]:
-        settings = dataclasses.replace(config.map, batch_size=min(config.map.batch_size, n))
-        few, task = question.first(n), question.task
-        directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
-        asked = {"seed": config.seed, "directory": directory}
-        try:
-            if map_class(kind).through_joint:
-                joint = crosscoder_settings(config)
-                joint = dataclasses.replace(joint, batch_size=min(joint.batch_size, n))
-                (few,) = with_own_codes([few], joint, **asked)
-            (fitted,) = map_class(kind).fit([few], settings, **asked)
-        except UserError:
-            if n == counts[-1]:
-                raise  # not for want of rows
-            return []
-        return _score(fitted.map, kind, question, n, (ALL, HIDDEN))
-
-    kinds = [kind for kind in config.map.kinds if kind != NETWORK]
-    rows = []
-    keys = [*itertools.product(questions, kinds, counts)]
-    for question, kind, n in progress_bar(keys, desc="few rows", unit="map"):
-        make = partial(answer, question, kind, n)
-        rows += stage.part((question.task.label, kind, n), make)
-    return rows
+    """The answer of a map that is fitted on few rows; a crosscoder is trained on these alone."""
+    n, task, problem = len(rows), question.task, question.problem
+    train = take(problem.train, np.sort(rows))
+    few = Problem(f"{problem.label} on {n} rows", train, problem.validation)
+    settings = replace(config.map, batch_size=min(config.map.batch_size, n))
+    directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
+    asked = {"seed": config.seed, "directory": directory}
+    try:
+        if map_class(kind).through_joint:
+            joint = crosscoder_settings(config)
+            joint = replace(joint, batch_size=min(joint.batch_size, n))
+            (few,) = with_own_codes([few], joint, **asked)
+        (fitted,) = map_class(kind).fit([few], settings, **asked)
+    except UserError:
+        if n == len(problem.train):
+            raise  # not for want of rows
+        return []
+    return question.score(fitted.map, kind, n, (ALL, HIDDEN))
 
 
 def _no_rows(
     questions: list[Question],
     problems: dict[Task, Problem],
-    seen: dict[tuple[str, int], np.ndarray],
+    seen: Masks,
     config: Config,
     folder: Path,
 ) -> list[dict]:
@@ -207,14 +184,14 @@ def _no_rows(
     describer, rows = Describer(), []
     for q in questions:
         profiles = from_profiles(q.problem, describer)  # the part that needs no training
-        rows += _score(profiles, "token_profiles", q, 0, (ALL,), "layer")
-        rows += _score(profiles, "token_profiles", q, 0, (HIDDEN,), "features")
+        rows += q.score(profiles, "token_profiles", 0, (ALL,), "layer")
+        rows += q.score(profiles, "token_profiles", 0, (HIDDEN,), "features")
         direction = q.task.source, q.task.target
         if near := [p for t, p in problems.items() if (t.source, t.target) == direction]:
             m = ridge_elsewhere(near, q.problem, config.map.ridge_penalties)
-            rows += _score(m, "ridge_elsewhere", q, 0, (ALL,), "layer")
+            rows += q.score(m, "ridge_elsewhere", 0, (ALL,), "layer")
     others = list(problems.values())
-    everything = others + [question.problem for question in questions]
+    everything = others + [q.problem for q in questions]
     for held_out, trained_on, masks, scored in (
         ("layer", others, None, ALL),
         ("features", everything, seen, HIDDEN),
@@ -225,8 +202,7 @@ def _no_rows(
         network, _ = train_network(trained_on, config.map.hypernetwork, masks=masks, **asked)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
-            m = network.write(q.problem, describer)
-            rows += _score(m, NETWORK, q, n, (scored,), held_out)
+            rows += q.score(network.write(q.problem, describer), NETWORK, n, (scored,), held_out)
     return rows
 
 

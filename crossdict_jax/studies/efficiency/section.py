@@ -7,7 +7,7 @@ import math
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Table, number, score, table
-from crossdict_jax.results import map_order, pair_of, site_words
+from crossdict_jax.results import by_pair, map_order, pair_words
 
 TITLE = "Worth in paired rows"
 TEXT = (
@@ -21,7 +21,6 @@ TEXT = (
 WORDS = {
     "token_profiles": "token profiles, no pairs at all",
     "ridge_elsewhere": "ridge of the other layer pairs",
-    "hypernetwork": "hypernetwork",
 }
 TASKS = {"all": "a layer pair never trained on", "hidden": "features never trained on"}
 
@@ -48,17 +47,16 @@ def section(rows: list[dict]) -> str:
 
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of efficiency.jsonl by direction and by what is scored."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((*pair_of(row), row["scored"]), []).append(row)
     made = []
-    for (source, target, *sites, scored), group in groups.items():
-        few: dict[str, list[dict]] = {}
-        for row in sorted(group, key=lambda row: (map_order(row["map"]), row["map"], row["n"])):
-            if not row["zero_shot"]:
-                few.setdefault(row["map"], []).append(row)
-        title = f"{source} → {target}, {site_words(*sites)}: {TASKS[scored]}"
-        made.append(Curves(title, few, [row for row in group if row["zero_shot"]]))
+    for of_pair in by_pair(rows).values():
+        for scored, task in TASKS.items():
+            few: dict[str, list[dict]] = {}
+            group = [row for row in of_pair if row["scored"] == scored]
+            for row in sorted(group, key=lambda row: (map_order(row["map"]), row["map"], row["n"])):
+                if row["n"]:
+                    few.setdefault(row["map"], []).append(row)
+            title = f"{pair_words(of_pair[0])}: {task}"
+            made.append(Curves(title, few, [row for row in group if not row["n"]]))
     return made
 
 
@@ -80,9 +78,9 @@ def r2_table(group: Curves) -> Table:
     compared = [kind for kind, rows in group.few.items() if len(rows) > 1 and kind != "mean"]
     lines = []
     for row in group.none:
-        worths = (f"{kind} {worth(row['r2'], group.few[kind])}" for kind in compared)
+        worths = ", ".join(f"{kind} {worth(row['r2'], group.few[kind])}" for kind in compared)
         line = {"map": WORDS.get(row["map"], row["map"]), "0 rows": score(row, "r2")}
-        lines.append(line | {number(n): "" for n in counts} | {"worth in rows": ", ".join(worths)})
+        lines.append(line | {number(n): "" for n in counts} | {"worth in rows": worths})
     for kind, rows in group.few.items():
         by_n = {row["n"]: Cell(number(row["r2"])) for row in rows}
         cells = {number(n): by_n.get(n, "") for n in counts}
@@ -92,15 +90,11 @@ def r2_table(group: Curves) -> Table:
 
 def figure(group: Curves) -> Figure:
     """Returns R² against the number of paired rows; zero-shot maps as level lines."""
-    lines = {
-        kind: (
-            [row["n"] for row in rows],
-            [row["r2"] for row in rows],
-            {"marker": "o", "markersize": 3, **map_line(kind)},
-        )
-        for kind, rows in group.few.items()
-        if kind != "mean"
-    }
+    lines = {}
+    for kind, rows in group.few.items():
+        if kind != "mean":
+            style = {"marker": "o", "markersize": 3, **map_line(kind)}
+            lines[kind] = ([row["n"] for row in rows], [row["r2"] for row in rows], style)
     levels = {f"{row['map']}, 0 rows": row["r2"] for row in group.none}
     scores = ", ".join(f"{row['map']} {number(row['r2'], 2)}" for row in group.none)
     words = f"R² by paired rows, {group.title}; without paired rows: {scores}."

@@ -1,6 +1,6 @@
 """What each loss of the trained map is good for: alone, left out, and all, at equal budget."""
 
-import dataclasses
+from dataclasses import asdict, replace
 
 from crossdict_jax import maps, results
 from crossdict_jax.activations.store import open_store
@@ -24,16 +24,16 @@ BASELINES = ("mean", "ridge")
 
 def ablations(weights: LossWeights) -> dict[str, LossWeights]:
     """Returns {name: weights}: all losses, each alone, and all but each."""
-    used = {name: w for name, w in dataclasses.asdict(weights).items() if w}
+    used = {name: w for name, w in asdict(weights).items() if w}
     if len(used) < 2:
         raise UserError(
             f"map.loss_weights has {len(used)} losses above 0; give two or more, to compare them."
         )
-    nothing = LossWeights(**dict.fromkeys(dataclasses.asdict(weights), 0.0))
+    nothing = LossWeights(**dict.fromkeys(asdict(weights), 0.0))
     made = {"all": weights}
-    made |= {f"only {n}": dataclasses.replace(nothing, **{n: w}) for n, w in used.items()}
+    made |= {f"only {n}": replace(nothing, **{n: w}) for n, w in used.items()}
     if len(used) > 2:
-        made |= {f"without {n}": dataclasses.replace(weights, **{n: 0.0}) for n in used}
+        made |= {f"without {n}": replace(weights, **{n: 0.0}) for n in used}
     return made
 
 
@@ -43,31 +43,25 @@ def run(config: Config, work: Workdir) -> None:
     Beside them the mean and ridge. Everything but the weights is the run's; the thresholds of a
     jumprelu head, which the sparsity loss alone trains, stay where they start without it.
     """
-    store, seed = open_store(work.activations), config.seed
-    kinds = dataclasses.replace(config, map=dataclasses.replace(config.map, kinds=(KIND,)))
+    store = open_store(work.activations)
+    kinds = replace(config, map=replace(config.map, kinds=(KIND,)))
     tasks = [task for task in maps.tasks(kinds, store) if task.pairing == "aligned"]
-    inputs = input_digests(
-        work,
-        settings=identity(config),
-        store_meta=store.meta,
-        folders=[work.dictionary(m, site) for m in store.models for site in store.sites_of(m)],
-    )
+    folders = [folder for task in tasks for folder in task.folders(work)[:2]]
+    inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     stage = Stage(work, "ablate_losses", files=(FILE,), inputs=inputs)
     if not stage.finished:
-        loader, codes = Loader(store, work, seed), SideCodes()
+        loader, codes = Loader(store, work, config.seed), SideCodes()
         problems = [loader.problem(task) for task in tasks]
-        benches = []
-        for task in tasks:
-            splits = {split: loader.pairs(task, split) for split in SPLITS}
-            benches.append(make_bench(splits, config, codes))
+        splits = [{split: loader.pairs(task, split) for split in SPLITS} for task in tasks]
+        benches = [make_bench(of_task, config, codes) for of_task in splits]
         directory, rows = work.maps / "ablation", {task: [] for task in tasks}
         fits = [("none", kind, config.map, directory) for kind in BASELINES]
         for name, weights in ablations(config.map.loss_weights).items():
-            settings = dataclasses.replace(config.map, loss_weights=weights)
+            settings = replace(config.map, loss_weights=weights)
             fits.append((name, KIND, settings, directory / name.replace(" ", "-")))
         kept = results.table_of(FILE).columns
         for name, kind, settings, folder in fits:
-            fitted = map_class(kind).fit(problems, settings, seed=seed, directory=folder)
+            fitted = map_class(kind).fit(problems, settings, seed=config.seed, directory=folder)
             for task, bench, result in zip(tasks, benches, fitted):
                 row = pair_columns(task) | {"map": kind, "pairing": "aligned", "losses": name}
                 row |= score(result.map, bench).row()

@@ -2,7 +2,7 @@
 
 from crossdict_jax.report.blocks import html
 from crossdict_jax.report.tables import Cell, Table, number, score, table
-from crossdict_jax.results import by_pair
+from crossdict_jax.results import by_pair, pair_words
 
 TITLE = "Losses of the trained map"
 TEXT = (
@@ -27,11 +27,11 @@ def section(rows: list[dict]) -> str:
 def tables(rows: list[dict]) -> list[Table]:
     """Returns a table for each direction and pair of sites."""
     made = []
-    for (source, target, site_source, site_target), group in by_pair(rows).items():
+    for group in by_pair(rows).values():
         cells = []
         for row in group:
             name = row["losses"] if row["map"] == "mlp" else f"({row['map']})"
             scores = {title: Cell(number(row[key])) for key, title in SHOWN.items()}
             cells.append({"losses": name, "R²": score(row, "r2"), **scores})
-        made.append(table(f"{source} {site_source} → {target} {site_target}", cells))
+        made.append(table(pair_words(group[0]), cells))
     return made

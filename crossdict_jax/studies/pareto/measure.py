@@ -26,9 +26,7 @@ def curves(
 ) -> Iterator[tuple[dict[str, Any], Dictionary]]:
     """Trains and yields every dictionary of every curve, with its row on the test rows.
 
-    Of an architecture the members differ in k (``pareto.k``) or in the coefficient of the penalty
-    (``pareto.penalties``), and in the seed. ``work`` gets a folder for every architecture;
-    dictionaries that are there are kept.
+    ``work`` gets a folder for every architecture; dictionaries that are there are kept.
 
     Raises:
       UserError: k above the width, or a batch larger than the training rows.
@@ -66,25 +64,25 @@ def curves(
 
 
 def members(config: Config, *, model: str, site: Site) -> list[Member]:
-    """Returns the dictionaries of the curve of ``sae.architecture``, named by what differs."""
-    sae = unswept(config.sae)
+    """Returns the dictionaries of the curve of ``sae.architecture``, named by what differs.
+
+    That is k (``pareto.k``) or the coefficient of the penalty (``pareto.penalties``), and the seed.
+    """
+    sae, pareto = unswept(config.sae), config.pareto
     rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)
     usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}
     usual |= {"model": model, "site": site, "learning_rate": rate}
     if has_k(sae.architecture):
         usual_ks = {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}
-        asked = config.pareto.k or usual_ks
-        if max(asked) > sae.width:
-            raise UserError(
-                f"pareto.k={max(asked)} is more than sae.width={sae.width}; leave it out."
-            )
-        points = [{"k": k, "name": f"k-{k}"} for k in sorted(set(asked), reverse=True)]
+        ks = sorted({*(pareto.k or usual_ks)}, reverse=True)
+        if ks[0] > sae.width:
+            raise UserError(f"pareto.k={ks[0]} is more than sae.width={sae.width}; leave it out.")
+        points = {f"k-{k}": {"k": k} for k in ks}
     else:
-        coefficient = find(sae.architecture).usual_l1
-        penalties = sorted({share * coefficient for share in config.pareto.penalties})
-        points = [{"l1_coefficient": c, "name": f"l1-{c:g}"} for c in penalties]
+        penalties = sorted({share * find(sae.architecture).usual_l1 for share in pareto.penalties})
+        points = {f"l1-{c:g}": {"l1_coefficient": c} for c in penalties}
     return [
-        Member(**usual | point | {"seed": seed, "name": f"seed-{seed}-{point['name']}"})
+        Member(**usual | point | {"seed": seed, "name": f"seed-{seed}-{name}"})
         for seed in range(sae.seeds)
-        for point in points
+        for name, point in points.items()
     ]

@@ -1,10 +1,11 @@
 """L0 against FVU of every architecture: the section of the report, and its tables."""
 
 import dataclasses
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
+
+import numpy as np
 
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import SERIES, Figure, line_figure
@@ -22,31 +23,15 @@ SMALLEST_L0 = 0.1  # what a logarithmic axis shows in place of 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """One setting of an architecture; means over seeds."""
-
-    setting: str
-    k: int | None
-    l0: float
-    fvu: float
-    dead_fraction: float
-    cosines: list[float]  # of each seed, to planted directions
-
-    def cells(self, name: str, **others: float) -> dict[str, str]:
-        """Returns its line of a table."""
-        scores = {"L0": self.l0, "FVU": self.fvu} | others
-        shown = {title: number(value) for title, value in scores.items()}
-        return {"architecture": name, "setting": self.setting} | shown
-
-
-@dataclasses.dataclass(frozen=True)
 class Curves:
-    """What was measured on the same rows: per architecture its points, by ascending L0."""
+    """What was measured on the same rows."""
 
     title: str
     planted: float | None  # active features a row that were planted, where any were
-    points: dict[str, list[Point]]
     n_rows: int
+    # Per architecture its settings by ascending L0: setting, k, and means over seeds of l0, fvu,
+    # dead_fraction and cosine, whose values of each seed are "cosines".
+    points: dict[str, list[dict]]
 
 
 def section(rows: list[dict]) -> str:
@@ -58,39 +43,32 @@ def section(rows: list[dict]) -> str:
 
 def curves(rows: list[dict]) -> list[Curves]:
     """Groups rows of pareto.jsonl by the data that they are of."""
+    groups: dict[tuple, dict[tuple, list[dict]]] = {}
+    for row in rows:
+        settings = groups.setdefault((row["data"], row["model"], row["site"]), {})
+        key = row["architecture"], row["k"], row["l1_coefficient"]
+        settings.setdefault(key, []).append(row)
     made = []
-    for _, group in itertools.groupby(
-        rows, key=lambda r: [r[k] for k in ("data", "model", "site")]
-    ):
-        settings: dict[tuple, list[dict]] = {}
-        for row in group:
-            key = row["architecture"], row["k"], row["l1_coefficient"]
-            settings.setdefault(key, []).append(row)
-        points: dict[str, list[Point]] = {}
+    for (_, model, site), settings in groups.items():
+        points: dict[str, list[dict]] = {}
         for (architecture, k, penalty), seeds in settings.items():
-            means = (
-                statistics.fmean(row[n] for row in seeds) for n in ("l0", "fvu", "dead_fraction")
-            )
-            cosines = [row["cosine"] for row in seeds if row["cosine"] is not None]
-            point = Point(f"k {k}" if k else f"penalty {penalty:g}", k, *means, cosines)
-            points.setdefault(architecture, []).append(point)
-        first = seeds[0]
-        title = "planted features" if first["planted"] else f"{first['model']} {first['site']}"
-        points = {name: sorted(p, key=lambda p: p.l0) for name, p in points.items()}
+            first, setting = seeds[0], f"k {k}" if k else f"penalty {penalty:g}"
+            numbers = ("l0", "fvu", "dead_fraction")
+            means = {name: statistics.fmean(row[name] for row in seeds) for name in numbers}
+            point = {"setting": setting, "k": k, "cosines": [row["cosine"] for row in seeds]}
+            points.setdefault(architecture, []).append(point | means)
+        points = {name: sorted(p, key=lambda point: point["l0"]) for name, p in points.items()}
+        title = "planted features" if first["planted"] else f"{model} {site}"
         title = f"{title}, width {first['width']}"
-        made.append(Curves(title, first["planted"], points, first["n_rows"]))
+        made.append(Curves(title, first["planted"], first["n_rows"], points))
     return made
 
 
 def fvu_at(l0: Sequence[float], fvu: Sequence[float], k: float) -> float | None:
     """Returns the FVU of a curve at k active features, linear in log L0; None beyond its ends."""
-    points = sorted((math.log(max(x, 1e-9)), y) for x, y in zip(l0, fvu))
-    x = math.log(k)
-    for (left, low), (right, high) in itertools.pairwise(points):
-        if left <= x <= right:
-            share = (x - left) / (right - left) if right > left else 0.0
-            return low + share * (high - low)
-    return None
+    x, order = np.log(np.maximum(l0, 1e-9)), np.argsort(l0)
+    value = np.interp(math.log(k), x[order], np.array(fvu)[order], left=np.nan, right=np.nan)
+    return None if math.isnan(value) else float(value)
 
 
 def tables(groups: list[Curves]) -> list[Table]:
@@ -100,17 +78,26 @@ def tables(groups: list[Curves]) -> list[Table]:
     """
     made = []
     for group in groups:
-        ks = sorted({p.k for points in group.points.values() for p in points if p.k})
+        ks = sorted({p["k"] for points in group.points.values() for p in points if p["k"]})
         recovered, equal, every = [], [], []
         for name, points in group.points.items():
-            curve = [p.l0 for p in points], [p.fvu for p in points]
+            curve = [p["l0"] for p in points], [p["fvu"] for p in points]
             at = {f"L0 = {k}": number(fvu_at(*curve, k)) for k in ks[1:-1] or ks}  # all pass these
             equal.append({"architecture": name} | at)
-            every += [p.cells(name, dead=p.dead_fraction) for p in points]
+            lines = [
+                {"architecture": name, "setting": p["setting"]}
+                | {"L0": number(p["l0"]), "FVU": number(p["fvu"])}
+                for p in points
+            ]
+            every += [x | {"dead": number(p["dead_fraction"])} for x, p in zip(lines, points)]
             if group.planted:
-                best = min(points, key=lambda p: abs(math.log(max(p.l0, 1e-9) / group.planted)))
-                line = best.cells(name, cosine=statistics.fmean(best.cosines))
-                recovered.append(line | {"each seed": " ".join(map(number, best.cosines))})
+                off = [abs(math.log(max(l0, 1e-9) / group.planted)) for l0 in curve[0]]
+                best = off.index(min(off))
+                cosines = points[best]["cosines"]
+                cells = {"cosine": number(statistics.fmean(cosines))}
+                recovered.append(
+                    lines[best] | cells | {"each seed": " ".join(map(number, cosines))}
+                )
         if recovered:
             near = f"{group.planted:g} features a row of {group.title}"
             made.append(table(f"Recovery at an L0 near the {near}", recovered))
@@ -124,10 +111,10 @@ def figure(group: Curves) -> Figure:
     """Returns FVU against L0, a curve for every architecture."""
     lines, told = {}, []
     for i, (name, points) in enumerate(group.points.items()):
+        l0, fvu = [max(p["l0"], SMALLEST_L0) for p in points], [p["fvu"] for p in points]
         style = {"color": SERIES[i % len(SERIES)], "marker": MARKS[i % len(MARKS)]}
-        l0, fvu = [max(p.l0, SMALLEST_L0) for p in points], [p.fvu for p in points]
-        lines[name] = (l0, fvu, {**style, "markersize": 3.5})
-        told.append(f"{name} " + ", ".join(f"{number(p.l0, 1)}: {number(p.fvu)}" for p in points))
+        lines[name] = (l0, fvu, style | {"markersize": 3.5})
+        told.append(f"{name} " + ", ".join(f"{number(x, 1)}: {number(y)}" for x, y in zip(l0, fvu)))
     words = f"FVU by L0, {group.title}: {'; '.join(told)}."
     axes = {"x": "L0: active features a row", "y": "FVU of held-out rows"}
     return line_figure(lines, title=group.title, words=words, bottom=0, **axes)

@@ -29,28 +29,23 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     Raises:
       UserError: there is no such file, a line is not understood, or all labels are one.
     """
-    if not source:
-        raise UserError(
-            "probe.source is empty; name a file of labelled texts, as in "
-            "--config.probe.source=labelled.jsonl."
-        )
     path = Path(source).expanduser()
     if not path.is_file():
-        raise UserError(f"probe.source={source} is no file; name one of JSON lines.")
-
-    def field(row: dict, name: str, where: str, setting: str, kinds: tuple[type, ...]):
-        if name not in row:
-            raise UserError(f"{where} has no field {name}, only {', '.join(row)}; set {setting}.")
-        if not isinstance(row[name], kinds) or not str(row[name]).strip():
-            words = " or a whole number" if int in kinds else ""
-            raise UserError(f"{where}: {name} is not text{words}, or blank; mend that line.")
-        return row[name]
-
+        raise UserError(
+            f"probe.source={source} is no file; name one of labelled texts, as in "
+            "--config.probe.source=labelled.jsonl."
+        )
     label_of: dict[str, str] = {}
     lines = list(json_lines(path))
     for _, where, row in lines:
-        words = pairing.normalize(field(row, text, where, "probe.text", (str,)))
-        label_of.setdefault(words, str(field(row, label, where, "probe.label", (str, int))))
+        for name, setting, words in ((text, "text", ""), (label, "label", " or a whole number")):
+            if name not in row:
+                fields = ", ".join(row)
+                raise UserError(f"{where} has no field {name}, only {fields}; set probe.{setting}.")
+            kinds = (str, int) if words else str
+            if not isinstance(row[name], kinds) or not str(row[name]).strip():
+                raise UserError(f"{where}: {name} is not text{words}, or blank; mend that line.")
+        label_of.setdefault(pairing.normalize(row[text]), str(row[label]))
     classes = tuple(sorted(set(label_of.values())))
     if len(classes) < 2:
         reason = f"every label is {classes[0]}" if classes else "it is empty"
@@ -70,8 +65,7 @@ class Split:
 
     def examples(self, n: int, draw: int) -> np.ndarray:
         """Returns n training texts, of every label about its share and one at least."""
-        generator = stats.generator(self.seed, draw)
-        order = generator.permutation(self.train)
+        order = stats.generator(self.seed, draw).permutation(self.train)
         _, first = np.unique(self.labels[order], return_index=True)
         others = np.delete(np.arange(len(order)), first)
         return order[np.concatenate([first, others[: n - len(first)]])]
@@ -124,8 +118,6 @@ def pooled(f: np.ndarray, text: np.ndarray, pooling: str) -> np.ndarray:
 
 def token_counts(tokens: list[np.ndarray]) -> np.ndarray:
     """Returns how often each token stands in each text, float32 [texts, tokens that occur]."""
-    ids, column = np.unique(np.concatenate(tokens), return_inverse=True)
-    text = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))
-    counts = np.zeros((len(tokens), len(ids)), np.float32)
-    np.add.at(counts, (text, column.reshape(-1)), 1)
-    return counts
+    n = 1 + max(int(text.max()) for text in tokens)
+    counts = np.stack([np.bincount(text, minlength=n) for text in tokens])
+    return counts[:, counts.any(0)].astype(np.float32)

@@ -38,10 +38,10 @@ def train(
     Least mean cross-entropy + penalty / 2 ||W||^2, where rows are scaled to a mean square norm of
     1. The penalty is the one of least held-out cross-entropy over FOLDS folds of the examples.
     """
-    n = len(x)
-    scale = 1 / max(np.sqrt(np.square(x.astype(np.float64)).sum(1).mean()), 1e-30)
+    n, x = len(x), x.astype(np.float64)
+    scale = 1 / max(np.sqrt(np.square(x).sum(1).mean()), 1e-30)
     # The solution lies in the span of the rows: n columns say as much as d do.
-    U, s, V = np.linalg.svd(x.astype(np.float64) * scale, full_matrices=False)
+    U, s, V = np.linalg.svd(x * scale, full_matrices=False)
     z = np.concatenate([U * s, np.ones((n, 1))], axis=1)  # [n, r + 1]
     fold = stats.generator(seed).permutation(n) % FOLDS
     nothing, probes = np.zeros((z.shape[1], classes)), []
@@ -51,7 +51,8 @@ def train(
             W, rest = nothing, fold != i
             for penalty in sorted(penalties, reverse=True):  # each starts where the last one ended
                 W = _fit(z[rest], y[rest], penalty, W)
-                held_out[penalty] += _loss(W, z[~rest], y[~rest])[0].sum()
+                log_p = scipy.special.log_softmax(z[~rest] @ W, axis=1)
+                held_out[penalty] -= np.take_along_axis(log_p, y[~rest, None], axis=1).sum()
         best = min(penalties, key=held_out.get)
         W = _fit(z, y, best, nothing)
         probes.append(Probe(scale * (V.T @ W[:-1]), W[-1], best))
@@ -60,14 +61,16 @@ def train(
 
 def _fit(z: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.ndarray:
     """W [r + 1, classes] of least loss; its last row, the constant, is not penalised."""
-    penalties = np.full((z.shape[1], 1), penalty)
+    penalties, rows = np.full((z.shape[1], 1), penalty), np.arange(len(y))
     penalties[-1] = 0
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
         W = w.reshape(start.shape)
-        loss, gradient = _loss(W, z, y)
-        gradient = gradient / len(z) + penalties * W
-        return loss.mean() + 0.5 * np.sum(penalties * W * W), gradient.ravel()
+        log_p = scipy.special.log_softmax(z @ W, axis=1)
+        error = np.exp(log_p)
+        error[rows, y] -= 1
+        gradient = z.T @ error / len(z) + penalties * W
+        return 0.5 * np.sum(penalties * W * W) - log_p[rows, y].mean(), gradient.ravel()
 
     # Conjugate gradients: L-BFGS-B makes so many tiny LAPACK calls that their threads, on a shared
     # machine, cost ten times the work.
@@ -75,11 +78,3 @@ def _fit(z: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.
         objective, start.ravel(), jac=True, method="CG", options={"gtol": 1e-5, "maxiter": 500}
     )
     return solution.x.reshape(start.shape)
-
-
-def _loss(W: np.ndarray, z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cross-entropy of each row [n], the gradient of their sum [r + 1, classes])."""
-    log_p, rows = scipy.special.log_softmax(z @ W, axis=1), np.arange(len(y))
-    error = np.exp(log_p)
-    error[rows, y] -= 1
-    return -log_p[rows, y], z.T @ error

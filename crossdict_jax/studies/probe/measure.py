@@ -4,13 +4,12 @@ A probe is trained on what a map predicts of B's features for n labelled texts, 
 have read, and used on B's own features of other texts.
 """
 
-import dataclasses
-from functools import cache, lru_cache, partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 
 import numpy as np
 
 from crossdict_jax import maps, modules, results, stats
-from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.directions import MapGroup, map_groups
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
@@ -36,37 +35,34 @@ def run(config: Config, work: Workdir) -> None:
     Raises:
       UserError: the texts are missing or too few; a file of the run is missing or damaged.
     """
-    settings = config.probe
+    settings, counts = config.probe, sorted(config.probe.examples)
     texts = labelled.read_labelled(settings.source, text=settings.text, label=settings.label)
-    store = open_store(work.activations)
-    groups = map_groups(
-        config, store, layers=config.intervention.layers, kinds=settings.maps, of_tokens=True
+    finished, layers = FinishedRun(config, work), config.intervention.layers
+    kinds = {"kinds": settings.maps, "of_tokens": True}
+    groups = map_groups(config, finished.store, layers=layers, **kinds)
+    question = [asdict(replace(settings, source="")), texts.texts, texts.labels.tolist()]
+    tasks = [task for group in groups for task in group.tasks]
+    stage = Stage(
+        work, "probe", files=(FILE,), inputs=finished.inputs(tasks, [*question, texts.classes])
     )
-    finished = FinishedRun(config, work, store)
-    question = dataclasses.asdict(dataclasses.replace(settings, source=""))
-    question = [question, texts.texts, texts.labels.tolist(), texts.classes]
-    inputs = finished.inputs([task for group in groups for task in group.tasks], question)
-    stage = Stage(work, "probe", files=(FILE,), inputs=inputs)
     if not stage.finished:
-        stage.finish({FILE: _measure(finished, texts, groups, stage)}, texts=len(texts.texts))
+        reading, reasons = read(finished, texts)
+        left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
+        print(f"probe: {left}", flush=True)
+        asked = {"examples": counts, "seed": config.seed, "left": left}
+        examples = labelled.split(texts.labels[reading.kept], texts.classes, **asked)
+        side = cache(partial(side_of, finished, reading))
+        rows = []
+        for group in progress_bar(groups, desc="probes", unit="direction"):
+            head = results.pair_columns(group) | {"n_classes": len(texts.classes)}
+
+            def make(group=group):
+                features = _features(finished, reading, side, group)
+                return [row for n in counts for row in probe_rows(features, examples, n, config)]
+
+            rows += [head | row for row in stage.part((group.label,), make)]
+        stage.finish({FILE: rows}, texts=len(texts.texts))
     show(tables(results.read(work, FILE)))
-
-
-def _measure(run: FinishedRun, texts: Labelled, groups: list[MapGroup], stage: Stage) -> list[dict]:
-    """The rows of all directions; what an interrupted run kept is taken from there."""
-    (reading, reasons), config = read(run, texts), run.config
-    left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
-    print(f"probe: {left}", flush=True)
-    counts, asked = config.probe.examples, {"seed": config.seed, "left": left}
-    examples = labelled.split(texts.labels[reading.kept], texts.classes, examples=counts, **asked)
-    side = cache(partial(side_of, run, reading))
-    features = lru_cache(maxsize=1)(lambda i: _features(run, reading, side, groups[i]))
-    rows, parts = [], [(i, n) for i in range(len(groups)) for n in sorted(counts)]
-    for i, n in progress_bar(parts, desc="probes", unit="part"):
-        make = partial(probe_rows, features, i, examples, n, config)
-        head = results.pair_columns(groups[i]) | {"n_classes": len(texts.classes)}
-        rows += [head | row for row in stage.part((groups[i].label, n), make)]
-    return rows
 
 
 def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, str]:
@@ -93,38 +89,34 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
 
 def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
     """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
-    size, pooling = run.config.evaluation.batch_size, run.config.probe.pooling
-    encode = {"method": "encode", "size": size}
-    source, target = (side(*end) for end in group.ends)
-    pairs = Pairs(source, target, reading.text)
+    size, pool = run.config.evaluation.batch_size, run.config.probe.pooling
+    pairs = Pairs(*(side(*end) for end in group.ends), reading.text)
     own_a, own_b = (
-        pooled(modules.over_rows(s.dictionary, s.x, **encode), pairs.documents, pooling)
-        for s in (source, target)
+        pooled(modules.over_rows(s.dictionary, s.x, method="encode", size=size), reading.text, pool)
+        for s in (pairs.source, pairs.target)
     )
     features = {}
     for task in group.tasks:
         f = maps.predict(maps.load(task.path(run.work)), pairs, size)
-        features[task.kind] = pooled(f, pairs.documents, pooling), own_b
+        features[task.kind] = pooled(f, reading.text, pool), own_b
     counts = labelled.token_counts(reading.passages[group.source].tokens)
     return features | {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
 
 
-def probe_rows(features, i: int, examples: Split, n: int, config: Config) -> list[dict]:
-    """Returns the rows of n labelled examples in direction i."""
+def probe_rows(features: dict, examples: Split, n: int, config: Config) -> list[dict]:
+    """Returns the rows of n labelled examples; features are (trained on, used on) by probe."""
     labels, test = examples.labels, examples.test
-    right = {name: np.zeros((2, len(test))) for name in features(i)}  # by true and shuffled labels
-    majority = np.zeros((1, len(test)))
+    right = {name: np.zeros((2, len(test))) for name in features}  # by true and shuffled labels
+    right["majority"] = np.zeros((1, len(test)))
     for draw in range(DRAWS):
         rows = examples.examples(n, draw)
         generator = stats.generator(config.seed + 1, draw)
         taught = np.stack([labels[rows], generator.permutation(labels[rows])])
-        for name, (trained_on, used_on) in features(i).items():
-            probes = logistic.train(
-                trained_on[rows], taught, classes=labels.max() + 1, seed=config.seed
-            )
+        asked = {"classes": labels.max() + 1, "seed": config.seed}
+        for name, (trained_on, used_on) in features.items():
+            probes = logistic.train(trained_on[rows], taught, **asked)
             right[name] += np.stack([probe(used_on[test]) == labels[test] for probe in probes])
-        majority += labels[test] == np.bincount(labels[rows]).argmax()
-    right["majority"] = majority
+        right["majority"] += labels[test] == np.bincount(labels[rows]).argmax()
     draws = stats.draw(np.arange(len(test)), count=config.evaluation.bootstrap, seed=config.seed)
     accuracy = {name: draws.mean(hits[0] / DRAWS) for name, hits in right.items()}
     return [

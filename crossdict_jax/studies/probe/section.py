@@ -3,7 +3,7 @@
 from crossdict_jax.report.blocks import Panels, html
 from crossdict_jax.report.plots import INK, MUTED, Figure, line_figure, map_line
 from crossdict_jax.report.tables import Cell, Table, number, percent, share, table
-from crossdict_jax.results import by_pair, map_order, site_words
+from crossdict_jax.results import MAP_ORDER, by_pair, map_order, pair_words
 
 TITLE = "Probes"
 REFERENCES = {  # how the probes that no map carries are drawn
@@ -33,44 +33,38 @@ def tables(rows: list[dict]) -> list[Table]:
     made = []
     for group in by_pair(rows).values():
         cells = []
-        for name, by_n in _by_probe(group).items():
-            line, last = {"probe": name}, by_n[max(by_n)]
-            for n, row in sorted(by_n.items()):
+        for name, of_probe in _by_probe(group).items():
+            line = {"probe": name}
+            for row in of_probe:
                 true, shuffled = share(row, "accuracy"), row["accuracy_shuffled"]
                 note = "" if shuffled is None else percent(shuffled, 0)
-                title = f"{number(n)} examples, shuffled labels"
+                title = f"{number(row['n'])} examples, shuffled labels"
                 line[title] = Cell(f"{true.text} {true.note}".strip(), note)
-            line["over tokens, at most examples"] = share(last, "lead_tokens", 1)
-            line["behind the target’s own"] = share(last, "behind_own", 1)
+            line["over tokens, at most examples"] = share(row, "lead_tokens", 1)
+            line["behind the target’s own"] = share(row, "behind_own", 1)
             cells.append(line)
-        told = f"{group[0]['n_classes']} labels, {number(group[0]['n_texts'])} held-out texts"
-        made.append(table(f"Accuracy of probes, {_title(group[0])}: {told}", cells))
+        told = f"{row['n_classes']} labels, {number(row['n_texts'])} held-out texts"
+        made.append(table(f"Accuracy of probes, {pair_words(row)}: {told}", cells))
     return made
 
 
 def figure(rows: list[dict]) -> Figure:
     """Returns accuracy against the number of labelled examples, of one direction."""
-    title, lines, scores = _title(rows[0]), {}, []
-    for name, by_n in _by_probe(rows).items():
-        style = {"marker": "o", "markersize": 3, **(REFERENCES.get(name) or map_line(name))}
-        lines[name] = (list(by_n), [row["accuracy"] for row in by_n.values()], style)
-        scores.append(f"{name} {percent(by_n[max(by_n)]['accuracy'], 0)}")
+    title, lines, scores = pair_words(rows[0]), {}, []
+    for name, of_probe in _by_probe(rows).items():
+        n, accuracy = ([row[key] for row in of_probe] for key in ("n", "accuracy"))
+        style = REFERENCES.get(name) or map_line(name)
+        lines[name] = (n, accuracy, {"marker": "o", "markersize": 3, **style})
+        scores.append(f"{name} {percent(accuracy[-1], 0)}")
     words = f"Accuracy of probes by labelled examples, {title}; at most: {', '.join(scores)}."
     axes = {"x": "labelled examples", "y": "accuracy on held-out texts"}
     return line_figure(lines, title=title, words=words, **axes)
 
 
-def _by_probe(rows: list[dict]) -> dict[str, dict[int, dict]]:
-    """{probe: {n: row}}, those that a map carries first."""
-    references = list(REFERENCES)
-
-    def order(name: str) -> tuple:
-        return (1, references.index(name)) if name in references else (0, map_order(name))
-
-    names = sorted(dict.fromkeys(row["probe"] for row in rows), key=order)
-    return {name: {row["n"]: row for row in rows if row["probe"] == name} for name in names}
-
-
-def _title(row: dict) -> str:
-    sites = site_words(row["site_source"], row["site_target"])
-    return f"{row['source']} → {row['target']}, {sites}"
+def _by_probe(rows: list[dict]) -> dict[str, list[dict]]:
+    """{probe: its rows by ascending n}, those that a map carries first."""
+    order = {name: i for i, name in enumerate(REFERENCES, start=len(MAP_ORDER) + 1)}
+    by: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda r: (order.get(r["probe"], map_order(r["probe"])), r["n"])):
+        by.setdefault(row["probe"], []).append(row)
+    return by

@@ -1,15 +1,9 @@
 """Steering: what one model writes with a feature of another put into it."""
 
 from crossdict_jax.results import PAIR_COLUMNS, Column, describe, plain
-from crossdict_jax.studies.steering.section import TITLE, section
+from crossdict_jax.studies.steering.section import RATES, TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
-RATES = {
-    "token_rate": ("share of new tokens that the feature promotes in the source", ""),
-    "piece_rate": ("occurrences of the promoted text", "per 100 bytes"),
-    "search_rate": ("occurrences of the searched text", "per 100 bytes"),
-    "nll": ("-log p of the new tokens under the unedited target", "nats a token"),
-}
 ENDS = {
     "": "",
     "_more": ", less that without an edit",
@@ -44,8 +38,8 @@ TABLE = describe(
         text="what was written",
     ),
     *(
-        Column(name + end, words + more, unit, interval=True)
-        for name, (words, unit) in RATES.items()
+        Column(name + end, meaning + more, unit, interval=True)
+        for name, (meaning, unit, *_) in RATES.items()
         for end, more in ENDS.items()
     ),
 )

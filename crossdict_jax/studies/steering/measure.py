@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from crossdict_jax import maps, results, stats
-from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import MapGroup, best_matches, map_groups, mapped_directions
+from crossdict_jax import results, stats
+from crossdict_jax.activations.store import Store
+from crossdict_jax.causal.directions import MapGroup, map_groups
 from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
@@ -16,7 +16,7 @@ from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Starts, pad
 from crossdict_jax.report.tables import show
-from crossdict_jax.stats import Estimate, Resamples, columns, draw
+from crossdict_jax.stats import Estimate, Resamples, columns
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.section import (
     RATES,
@@ -26,17 +26,18 @@ from crossdict_jax.studies.steering.section import (
     side_by_side,
     tables,
 )
-from crossdict_jax.studies.steering.source_feature import SHOWN, Feature, Source, choose
+from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
 from crossdict_jax.training.stage import digest, timed
 from crossdict_jax.workdir import Workdir
 
 FOLDER = "steering"  # of results/
+SHOWN = 3  # strongest contexts of the feature
 
 
 def run(config: Config, work: Workdir) -> None:
     """Writes the texts and their rates (see ``steer``), and prints them side by side."""
     (answer,) = answers(results.read(work, f"{FOLDER}/{steer(config, work)}.jsonl"))
-    print("\n".join([answer.title, *(f"{key}: {words}" for key, words in facts(answer))]))
+    print(answer.title, *(f"{key}: {words}" for key, words in facts(answer)), sep="\n")
     show([side_by_side(answer, answer.doses[-1]), *tables(answer)])
     print(sentence(answer))
 
@@ -59,7 +60,7 @@ def steer(config: Config, work: Workdir) -> str:
             "--config.steer.search=himself."
         )
     refuse_transcoders(config, "Steering")
-    finished = FinishedRun(config, work, open_store(work.activations))
+    finished = FinishedRun(config, work)
     group = chosen_maps(config, finished.store)
     runner, tokenizer = finished.runner(group.target), finished.tokenizers[group.target]
     with timed(work, "steer") as figures:
@@ -78,8 +79,8 @@ def steer(config: Config, work: Workdir) -> str:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "count": count}
         tokens = runner.generate(starts, group.site_target, seed=seed, **sampling)
         texts = score_texts(source, feature, starts, tokens)
-        by = dict(zip(doses, map(list, np.array_split(np.array(texts, object), len(doses)))))
-        draws = draw(np.arange(n), count=config.evaluation.bootstrap, seed=seed)
+        by = {dose: texts[i * n : (i + 1) * n] for i, dose in enumerate(doses)}
+        draws = stats.draw(np.arange(n), count=config.evaluation.bootstrap, seed=seed)
         rows = [about | {"new_tokens": count}]
         rows += [condition_row(by, name, alpha, draws) for name, alpha in doses]
         for (name, alpha), of_dose in by.items():
@@ -94,12 +95,11 @@ def steer(config: Config, work: Workdir) -> str:
 
 def chosen_maps(config: Config, store: Store) -> MapGroup:
     """Returns the layer pair that is asked for, with the map alone; for the match without one."""
-    settings = config.steer
+    settings, names = config.steer, ", ".join(store.models)
     source = settings.source or store.models[0]
     target = settings.target or next(m for m in store.models if m != source)
     for name, model in (("source", source), ("target", target)):
         if model not in store.models:
-            names = ", ".join(store.models)
             raise UserError(f"steer.{name}={model} is no model of this run; use one of {names}.")
     if source == target:
         raise UserError(f"steer.source and steer.target are both {source}; name two models.")
@@ -125,27 +125,25 @@ def chosen_maps(config: Config, store: Store) -> MapGroup:
 def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns {edit: what a dose of 1 adds, [d_b] or to each text [n, d_b]}, and the first row."""
     run, group, words = source.run, source.group, source.words
-    settings, seed, (a, b) = run.config.steer, run.config.seed, group.ends
-    strength = feature.strength[:, None]
-    match, r = best_matches(run.codes(*b), strength)
-    of_match = mapped = decoder_rows(run.dictionary(*b), match)[0]
-    for task in group.tasks:
-        m, ids = maps.load(task.path(run.work)), np.array([feature.id])
-        mapped = mapped_directions(m, run.side(*a), ids, strength, seed=seed)[0]
+    settings, seed, b = run.config.steer, run.config.seed, group.ends[1]
+    vectors, match, r = run.map_features(group, np.array([feature.id]))
+    of_match = decoder_rows(run.dictionary(*b), match)[0]
+    mapped = vectors[settings.map][0] if vectors else of_match
     if not mapped.any():
         raise UserError(
             f"steer.map={settings.map} makes nothing of feature {feature.id}: its direction in "
             f"{group.target} is zero; choose another feature or map."
         )
-    generator = stats.generator(seed, feature.id)
-    directions = {"mapped": mapped, "random": generator.normal(size=(n, len(mapped)))}
+    random = stats.generator(seed, feature.id).normal(size=(n, len(mapped)))
+    directions = {"mapped": mapped, "random": random}
     if settings.map != MATCH:
         directions[MATCH] = of_match
     x = run.store.read(*b, run.rows("test")).astype(np.float32)
     medians = feature.median_norm, float(np.median(np.linalg.norm(x, axis=1)))
-    mean = strength[strength > 0].mean()
+    mean = feature.strength[feature.strength > 0].mean()
     added = (float(mean * np.linalg.norm(v)) for v in (feature.direction, mapped))
     _, norm = dose_norms(settings.norm, medians, *added)
+    strongest = np.argsort(-feature.strength, kind="stable")[:SHOWN]
     return {name: norm * normalised(vectors) for name, vectors in directions.items()}, {
         "row": "feature",
         **results.pair_columns(group),
@@ -156,8 +154,7 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
         "promoted_target": [words.text("b", token) for token in feature.mapped],
         "contexts": [
             source.contexts.snippet(run.rows("train")[i])
-            | {"activation": float(feature.strength[i])}
-            for i in np.argsort(-feature.strength, kind="stable")[:SHOWN]
+            for i in strongest
             if feature.strength[i] > 0
         ],
         "candidates": feature.candidates,
@@ -198,11 +195,11 @@ def score_texts(
     runner, searched = run.runner(target), run.config.steer.search.encode()
     end = runner.config.eos_token_id
     ends = {*np.atleast_1d([] if end is None else end), *run.tokenizers[target].all_special_ids}
-    text_tokens = np.pad(starts.tokens, ((0, 0), (0, tokens.shape[1])))
-    for row, length, new in zip(text_tokens, starts.length, tokens):
-        row[length : length + len(new)] = new
-    losses = runner.token_losses(text_tokens).astype(np.float64)
-    pieces = [words.pieces_a[token] for token in feature.promoted]
+    sequences = [
+        np.concatenate([row[:length], new])
+        for row, length, new in zip(starts.tokens, starts.length, tokens)
+    ]
+    losses = runner.token_losses(pad(sequences)).astype(np.float64)
 
     def as_bytes(ids: np.ndarray) -> bytes:
         spelled = (i for i in ids if i < len(words.pieces_b) and i not in words.special_b)
@@ -212,18 +209,17 @@ def score_texts(
     for i, (new, length) in enumerate(zip(tokens, starts.length)):
         kept = next((k for k, t in enumerate(new) if t in ends), len(new))
         scored = losses[i, length - 1 :][: min(kept + 1, len(new))]  # the end mark is predicted too
-        written = as_bytes(new[:kept])
-        per_100 = 100 / max(len(written), 1)
+        written, hits = as_bytes(new[:kept]), sum(int(t) in feature.mapped for t in new[:kept])
+        per_100_bytes = 100 * written.count(searched) / max(len(written), 1)
         texts.append(
             {
                 "prompt": int(starts.prompt[i]),
                 "sample": int(starts.sample[i]),
-                "before": as_bytes(text_tokens[i][:length]).decode(errors="replace"),
+                "before": as_bytes(sequences[i][:length]).decode(errors="replace"),
                 "text": written.decode(errors="replace"),
                 "tokens": kept,
-                "token_rate": sum(int(t) in feature.mapped for t in new[:kept]) / max(kept, 1),
-                "piece_rate": per_100 * sum(map(written.count, pieces)),
-                "search_rate": per_100 * written.count(searched) if searched else None,
+                "token_rate": hits / max(kept, 1),
+                "search_rate": per_100_bytes if searched else None,
                 "nll": float(scored.mean()),
             }
         )

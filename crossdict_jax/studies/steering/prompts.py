@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.activations.pairing import byte_ends, byte_ends_batch, normalize
+from crossdict_jax.activations.pairing import byte_ends_batch, normalize
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
@@ -44,11 +44,12 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
 
 def tokens_of(text: str, model: str, tokenizer) -> np.ndarray:
     """Returns the tokens of a text; UserError naming characters that the vocabulary lacks."""
-    if byte_ends_batch([text], tokenizer)[0] is not None:
-        return byte_ends(text, tokenizer).ids
+    (read,) = byte_ends_batch([text], tokenizer)
+    if read is not None:
+        return read.ids
     characters = list(dict.fromkeys(normalize(text)))
-    read = byte_ends_batch(characters, tokenizer)
-    unknown = [repr(c) for c, tokens in zip(characters, read) if tokens is None]
+    alone = zip(characters, byte_ends_batch(characters, tokenizer))
+    unknown = [repr(character) for character, tokens in alone if tokens is None]
     lack = f"no tokens for {', '.join(unknown)}" if unknown else "other text for it"
     raise UserError(
         f"steer.prompts: the vocabulary of {model} has {lack} in {text!r}; write the prompt "
@@ -59,15 +60,10 @@ def tokens_of(text: str, model: str, tokenizer) -> np.ndarray:
 def new_tokens(asked: int, prompts: list[np.ndarray], context: int, model: str) -> int:
     """Returns how many tokens are written behind every prompt; 0 asks for what fits."""
     longest = max(map(len, prompts))
-    if longest >= context:
+    if longest + max(asked, 1) > context:
         raise UserError(
-            f"A prompt of steer.prompts has {longest} tokens and {model} reads {context} "
-            f"positions: nothing fits behind it; give prompts of at most {context - 1} tokens."
-        )
-    if longest + asked > context:
-        raise UserError(
-            f"A prompt of {longest} tokens and steer.tokens={asked} are {longest + asked} "
-            f"positions, and {model} reads {context}; steer.tokens can be {context - longest} at "
-            "most."
+            f"A prompt of steer.prompts has {longest} tokens, and {max(asked, 1)} behind it "
+            f"(steer.tokens={asked}) do not fit into the {context} positions that {model} reads; "
+            "give shorter prompts or ask for fewer tokens."
         )
     return asked or min(MOST_TOKENS, context - longest)

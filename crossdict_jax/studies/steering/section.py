@@ -1,7 +1,7 @@
 """Steered text: what was written with a feature put in, beside what was written without."""
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from crossdict_jax.report.blocks import Block, Details, Facts, Heading, html
 from crossdict_jax.report.tables import Cell, Table, number, score, table
@@ -10,16 +10,6 @@ from crossdict_jax.results import site_words
 TITLE = "Steered text"
 PROMPTS, SAMPLES = 4, 2  # shown of each question; all of them are in its file
 WORDS = {"none": "no edit", "mapped": "mapped direction", "random": "random direction"}
-RATES = {  # column of the file: (its title, by how much it is multiplied)
-    "token_rate": ("promoted tokens, %", 100),
-    "piece_rate": ("promoted text, per 100 bytes", 1),
-    "search_rate": ("searched text, per 100 bytes", 1),
-    "nll": ("cost, nats a token", 1),
-}
-COUNTED = {
-    "token_rate": "promoted tokens, in % of the new tokens,",
-    "piece_rate": "occurrences of promoted text, per 100 bytes,",
-}
 NORMS = {
     "residual": "the median norm of the target’s activations",
     "feature": "what the feature adds in the source, as a share of the norm",
@@ -27,7 +17,19 @@ NORMS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+RATES = {  # column of the file: (its meaning, unit, title on the page, and factor there)
+    "token_rate": ("share of new tokens that the feature promotes", "", "promoted tokens, %", 100),
+    "search_rate": (
+        "occurrences of the searched text",
+        "per 100 bytes",
+        "searched text, per 100 bytes",
+        1,
+    ),
+    "nll": ("-log p under the unedited target", "nats a token", "cost, nats a token", 1),
+}
+
+
+@dataclass(frozen=True)
 class Answer:
     """What one file of results/steering says: the feature, the edits, and the texts."""
 
@@ -98,26 +100,23 @@ def _quoted(tokens: list[str]) -> str:
 
 def sentence(answer: Answer) -> str:
     """Returns what the largest dose does to the promoted tokens, whatever it is."""
-    dose, compared = answer.doses[-1], []
+    dose = answer.doses[-1]
     row = next(r for r in answer.conditions if (r["condition"], r["alpha"]) == ("mapped", dose))
-    for rate, title in COUNTED.items():
-        low, high = (row[f"{rate}_over_random_{end}"] for end in ("low", "high"))
-        if low is None:
-            verdict = "one text alone shows nothing"
-        elif low > 0:
-            verdict = "surely more"
-        else:
-            verdict = "surely less" if high < 0 else "not surely more: nothing is shown"
-        times = RATES[rate][1]
-        less = (0, row[f"{rate}_more"], row[f"{rate}_over_random"])
-        with_it, without, at_random = (number(times * (row[rate] - v), 2) for v in less)
-        bounds = _scaled(row, f"{rate}_over_random", times).note
-        compared.append(
-            f"{title} are {with_it}, {without} without the edit and {at_random} with a random "
-            f"direction of equal norm ({verdict}; difference {bounds})"
-        )
-    cost = number(row["nll_more"], 2)
-    return f"At dose {dose:g} {'; '.join(compared)}. It costs {cost} nats a token."
+    low, high = (row[f"token_rate_over_random_{end}"] for end in ("low", "high"))
+    if low is None:
+        verdict = "one text alone shows nothing"
+    elif low > 0:
+        verdict = "surely more"
+    else:
+        verdict = "surely less" if high < 0 else "not surely more: nothing is shown"
+    less = (0, row["token_rate_more"], row["token_rate_over_random"])
+    with_it, without, at_random = (number(100 * (row["token_rate"] - v), 2) for v in less)
+    bounds = _scaled(row, "token_rate_over_random", 100).note
+    return (
+        f"At dose {dose:g} promoted tokens are {with_it} % of the new tokens, {without} % without "
+        f"the edit and {at_random} % with a random direction of equal norm ({verdict}; difference "
+        f"{bounds}). It costs {number(row['nll_more'], 2)} nats a token."
+    )
 
 
 def tables(answer: Answer) -> list[Table]:
@@ -125,7 +124,7 @@ def tables(answer: Answer) -> list[Table]:
     candidates = [
         {
             "feature": str(row["feature"]),
-            "of its strongest rows": score(row, "share", 2),
+            "of its activation": score(row, "share", 2),
             "of all rows": score(row, "base", 2),
             "raises log p, nats": score(row, "promotes", 2),
             "of the token": _quoted([row["token"]]),
@@ -133,32 +132,31 @@ def tables(answer: Answer) -> list[Table]:
         for row in answer.feature["candidates"]
     ]
     searched = f"Features around ‘{answer.feature['settings']['search']}’, and what they promote"
-    rates = []
+    lines = []
     for row in answer.conditions:
         line = {"edit": WORDS.get(row["condition"], "match"), "dose": f"{row['alpha']:g}"}
-        for key, (title, times) in RATES.items():
+        for key, (*_, title, times) in RATES.items():
             if row[key] is not None:
                 line[title] = _scaled(row, key, times)
                 line[f"{title}, more"] = _scaled(row, f"{key}_more", times)
-        rates.append(line)
+        lines.append(line)
     n = answer.conditions[0]["n_texts"]
-    made = [table(f"{n} texts of every edit, 95 % intervals over texts", rates)]
+    made = [table(f"{n} texts of every edit, 95 % intervals over texts", lines)]
     return [table(searched, candidates), *made] if candidates else made
 
 
 def _scaled(row: dict, key: str, times: float) -> Cell:
     keys = (key, f"{key}_low", f"{key}_high")
-    return score({k: None if row[k] is None else times * row[k] for k in keys}, key, 2)
+    return score({k: row[k] and times * row[k] for k in keys}, key, 2)
 
 
 def side_by_side(answer: Answer, alpha: float) -> Table:
     """Returns some texts of some prompts at one dose, a column for each edit."""
-    edits = {"none": 0.0}
-    edits |= {row["condition"]: alpha for row in answer.conditions if row["alpha"] == alpha}
     lines: dict[tuple, dict[str, str]] = {}
     for text in answer.texts:
         prompt, sample, edit = text["prompt"], text["sample"], text["condition"]
-        if prompt < PROMPTS and sample < SAMPLES and edits.get(edit) == text["alpha"]:
+        shown = prompt < PROMPTS and sample < SAMPLES
+        if shown and (edit == "none" or text["alpha"] == alpha):
             line = lines.setdefault((prompt, sample), {"prompt": _one_line(text["before"])})
             line[WORDS.get(edit, "match")] = _one_line(text["text"])
     return table(f"Dose {alpha:g}", lines.values())

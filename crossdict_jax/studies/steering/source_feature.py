@@ -8,19 +8,16 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax import stats
-from crossdict_jax.activations.passages import Contexts, passages_of
+from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.causal import effects
-from crossdict_jax.causal.directions import MapGroup
-from crossdict_jax.causal.feature_transfer import with_continuations
+from crossdict_jax.causal.directions import MapGroup, strengths
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 
 CANDIDATES = 8  # features that a search lists
-STRONGEST = 20  # rows by which a search judges a feature
 LEAST_FIRINGS = 4  # rows, for a feature to be judged at all
-SHOWN = 3  # strongest contexts of the feature
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,6 @@ class Source:
         """The middle dose, at which what a feature promotes is measured."""
         doses = sorted(map(abs, self.run.config.steer.alphas))
         return doses[len(doses) // 2]
-
-    def at_rows(self, rows: np.ndarray) -> effects.ModelAtSite:
-        """The model on the windows of some rows, ascending."""
-        store, (model, site) = self.run.store, self.group.ends[0]
-        passages = with_continuations(store, model, passages_of(store, model, rows))
-        return effects.ModelAtSite(self.run.runner(model), site, passages)
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,6 @@ def choose(source: Source) -> Feature:
     likelier are what it promotes. UserError if it does not exist, or fires nowhere.
     """
     run, group, a = source.run, source.group, source.group.ends[0]
-    train, test = run.rows("train"), run.rows("test")
     config, settings, dictionary = run.config, run.config.steer, run.dictionary(*a)
     feature, candidates, site = settings.feature, [], f"{group.source} at {group.site_source}"
     if settings.search:
@@ -78,80 +68,70 @@ def choose(source: Source) -> Feature:
         raise UserError(
             f"steer.feature={feature}: {site} has features 0 to {dictionary.width - 1}."
         )
+    train, test = run.rows("train"), run.rows("test")
     strength, held_out = (
-        np.concatenate([f[:, feature] for f in run.codes(*a, rows)]) for rows in (train, test)
+        strengths(dictionary, run.store.read(*a, rows), np.array([feature]))[:, 0]
+        for rows in (train, test)
     )
-    asked = f"steer.feature={feature}: feature {feature} of {site}"
-    if not strength.any():
-        raise UserError(
-            f"{asked} is dead, it fires at none of the {len(train)} training positions read; "
-            "choose another, or find one by steer.search."
-        )
-    if not held_out.any():
-        raise UserError(
-            f"{asked} fires at none of the {len(test)} held-out positions read, so nobody "
-            "can say what it promotes; choose another."
-        )
+    for fires, n, kind in ((strength, len(train), "training"), (held_out, len(test), "held-out")):
+        if not fires.any():
+            raise UserError(
+                f"steer.feature={feature}: feature {feature} of {site} fires at none of the {n} "
+                f"{kind} positions read, so nobody can say what it promotes; choose another, or "
+                "find one by steer.search."
+            )
     generator = stats.generator(config.seed, feature)
     documents, count = run.store.rows.document[test], config.intervention.contexts
     rows = effects.choose_contexts(held_out, documents, count, generator)
-    model = source.at_rows(test[rows])
+    model = run.at_site(*a, test[rows])
     direction = decoder_rows(dictionary, np.array([feature]))[0]
     added = float(held_out[rows].mean() * np.linalg.norm(direction))
     norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
     dose = norm * source.dose * effects.normalised(direction)
-    change = effects.mean_change(model.runner, model.hold(size=count, span=1), dose)
-    promoted = effects.most_promoted(change, source.words.has_text)
-    below = run.runner(group.target).config.vocab_size
-    mapped = source.words.weights_in_b(promoted, below=below)
+    held, words = model.hold(size=count, span=1), source.words
+    promoted = effects.promoted_tokens(model.runner, held, dose, words.has_text)
+    mapped = words.weights_in_b(promoted, below=run.runner(group.target).config.vocab_size)
     return Feature(feature, strength, direction, model.median_norm, promoted, mapped, candidates)
 
 
 def search(source: Source, text: str) -> list[dict]:
-    """Returns features that fire around a text in training text, or make its first token likelier.
+    """Returns the features that fire most around a text in training text, by what they promote.
 
-    The latter at one norm, the middle dose, at the same held-out positions; who does it the most
-    comes first. UserError if no feature does either.
+    First comes who makes the text's first token likelier than the others do, at one norm, the
+    middle dose, and the same held-out positions. UserError if none fires there more than anywhere.
     """
     run, a, count = source.run, source.group.ends[0], source.run.config.intervention.contexts
     train, test = run.rows("train"), run.rows("test")
-    share, live, base, token = around(text, source.contexts, train, run.codes(*a))
-    live = np.flatnonzero(live & np.any([(f > 0).any(0) for f in run.codes(*a, test)], axis=0))
-    generator = stats.generator(run.config.seed)
-    model = source.at_rows(np.sort(generator.permutation(test)[:count]))
-    dose = model.median_norm * source.dose
-    effect: dict[int, float] = {}
-    if len(live):
-        directions = dose * effects.normalised(decoder_rows(run.dictionary(*a), live))
-        held = model.hold(size=count, span=1)
-        change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
-        effect = dict(zip(live.tolist(), change.mean(1, dtype=np.float64).tolist()))
-    by_share = sorted(effect, key=lambda i: -share[i])
-    by_effect = sorted(effect, key=lambda i: -effect[i])
-    firing = [i for i in by_share[: CANDIDATES // 2] if share[i] > base]
-    others = [i for i in by_effect if effect[i] > 0 and i not in firing]
-    listed = {*firing, *others[: CANDIDATES - len(firing)]}
-    if not listed:
+    share, base, token = around(text, source.contexts, train, run.codes(*a))
+    live = np.any([(f > 0).any(0) for f in run.codes(*a, test)], axis=0) & (share > base)
+    ids = np.argsort(np.where(live, -share, 0), kind="stable")[: min(CANDIDATES, live.sum())]
+    if not len(ids):
         raise UserError(
-            f"steer.search={text!r} finds no feature: none fires around it or makes it likelier; "
+            f"steer.search={text!r} finds no feature: none fires around it more than elsewhere; "
             "search for other text."
         )
+    drawn = stats.generator(run.config.seed).permutation(test)[:count]
+    model = run.at_site(*a, np.sort(drawn))
+    directions = effects.normalised(decoder_rows(run.dictionary(*a), ids))
+    directions *= model.median_norm * source.dose
+    held = model.hold(size=count, span=1)
+    change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
     about = {"base": base, "token": source.words.text("a", token)}
-    return [
-        {"feature": i, "share": float(share[i]), "promotes": effect[i]} | about
-        for i in by_effect
-        if i in listed
+    candidates = [
+        {"feature": int(i), "share": float(share[i]), "promotes": float(nats)} | about
+        for i, nats in zip(ids, change.mean(1, dtype=np.float64))
     ]
+    return sorted(candidates, key=lambda candidate: -candidate["promotes"])
 
 
 def around(
     text: str, contexts: Contexts, rows: np.ndarray, codes: Iterable[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, float, int]:
-    """Returns which features fire around a text: (share, live, base, token).
+) -> tuple[np.ndarray, float, int]:
+    """Returns which features fire around a text: (share, base, token).
 
-    share [width]: of each feature's strongest rows, how many have the text around them; live
-    [width]: it fires often enough to be judged; base: the share of all rows; token: the commonest
-    one in which the text begins. UserError if it stands around none.
+    share [width]: of each feature's activation over all rows, how much is at those with the text
+    around them, 0 of one that fires at less than LEAST_FIRINGS; base: their share of the rows;
+    token: the commonest one in which the text begins. UserError if it stands around no row.
 
     Args:
       rows: int [n], row numbers of the store.
@@ -164,17 +144,12 @@ def around(
             f"steer.search={text!r} stands nowhere in the {len(rows)} training positions read; "
             "search for other text."
         )
-    start, index, value = 0, None, None  # of each feature's strongest rows, in any order
+    start, sums = 0, 0.0  # over rows: of activations around the text, of all, and of firings
     for f in codes:
-        rows_of = np.broadcast_to(np.arange(start, start + len(f))[:, None], f.shape)
-        index = rows_of if index is None else np.concatenate([index, rows_of])
-        value = f if value is None else np.concatenate([value, f])
+        mask = holds[start : start + len(f), None]
+        sums += np.stack([(f * mask).sum(0), f.sum(0), (f > 0).sum(0)], dtype=np.float64)
         start += len(f)
-        if len(value) > STRONGEST:
-            top = np.argpartition(-value, STRONGEST - 1, axis=0)[:STRONGEST]
-            index, value = (np.take_along_axis(a, top, axis=0) for a in (index, value))
-    fires = value > 0  # [STRONGEST or fewer, width]
-    firings = fires.sum(0)
+    inside, total, firings = sums
+    share = np.where(firings >= LEAST_FIRINGS, inside / np.maximum(total, 1e-30), 0.0)
     tokens = Counter(t for row in rows[holds] for t in contexts.first_tokens(wanted, row))
-    share = (holds[index] & fires).sum(0) / np.maximum(firings, 1)
-    return share, firings >= LEAST_FIRINGS, float(holds.mean()), tokens.most_common(1)[0][0]
+    return share, float(holds.mean()), tokens.most_common(1)[0][0]
