@@ -215,7 +215,8 @@ def _training(
     )
     held = ensemble.feed.resident
     chunks = Chunks(ensemble.trainable(settings.steps), ensemble.feed, root)
-    lowered = chunks.run.lower(state, held, sent, 0, 1, root)
+    usual = 0  # variant of the step: none that revives dead features
+    lowered = chunks.run.lower(state, held, sent, 0, 1, root, usual)
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held.get("data", ())))
     runs = share * settings.steps / MAX_CHUNK
     return Program(stage, name, lowered, runs, changes, MAX_CHUNK, size)
