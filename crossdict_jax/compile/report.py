@@ -15,7 +15,8 @@ Estimates, all of them: nothing has been measured on this machine. A program tak
 its matrix products, its memory traffic and its operations one after another, then what it sends.
 Products reach {products:.3g} TFLOP/s in bfloat16 and {exact:.3g} in float32, memory {memory:.0f}
 GB/s, a ring {ring:.0f} GB/s; an operation takes {launch:.1f} us or more; of branches the shortest
-counts, and of steps those that revive no dead features. Not counted: compiling, text, disk, closed forms and statistics, tests of single features.
+counts, and of steps those that revive no dead feature. Not counted: compiling, text, disk, closed
+forms and statistics, tests of single features.
 """
 
 
