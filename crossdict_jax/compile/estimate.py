@@ -106,7 +106,7 @@ def largest(e: Estimate, machine: Machine) -> dict[str, int]:
     """
     result = {}
     for name, value in e.program.changes.items():
-        fixed = e.program.rows if name.endswith((".width", ".hidden")) else e.held
+        fixed = e.program.rows if name.endswith(".width") else e.held
         share = (machine.device.memory - fixed) / max(e.memory - fixed, 1.0)
         result[name] = 2 ** int(value * max(0.0, share)).bit_length() // 2
     return result

@@ -173,24 +173,22 @@ def stitching(plan: Plan) -> Iterator[Program]:
 
 
 def _training(
-    name: str,
     objective: Objective,
     fixed: dict,
     streams: dict[str, Stream],
     seeds: Sequence[int],
-    validation: Any = None,
-    *,
     settings: Any,
-    stage: str = "train_hypernetworks",
-    changes: dict[str, int],
     share: float,
+    validation: Any = None,
+    **about,
 ) -> Program:
-    """A chunk of steps of an ensemble.
+    """A chunk of steps of an ensemble, of the usual variant, which revives no dead features.
 
     Args:
       fixed: of one member.
       settings: with ``steps`` and ``batch_size``.
-      share: how much as often it runs, because controls are trained as well.
+      share: how much as often it runs because controls are trained as well.
+      about: stage, name and changes of the program.
     """
     ensemble = make_ensemble(
         objective,
@@ -207,19 +205,16 @@ def _training(
         whole = dataclasses.replace(ensemble, fixed=fixed)
         return whole.trainable(settings.steps).init(root)
 
-    root = jax.eval_shape(_key)
+    root, held = jax.eval_shape(_key), ensemble.feed.resident
     state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
-    sent = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((MAX_CHUNK, *a.shape[1:]), a.dtype),
-        ensemble.feed.indices(0, 1),
-    )
-    held = ensemble.feed.resident
+    one_step = ensemble.feed.indices(0, 1)
+    sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
     chunks = Chunks(ensemble.trainable(settings.steps), ensemble.feed, root)
-    usual = 0  # variant of the step: none that revives dead features
-    lowered = chunks.run.lower(state, held, sent, 0, 1, root, usual)
-    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held.get("data", ())))
+    lowered = chunks.run.lower(state, held, sent, 0, 1, root, 0)
+    data = jax.tree.leaves(held.get("data", ()))
+    rows = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in data)
     runs = share * settings.steps / MAX_CHUNK
-    return Program(stage, name, lowered, runs, changes, MAX_CHUNK, size)
+    return Program(lowered=lowered, runs=runs, steps=MAX_CHUNK, rows=rows, **about)
 
 
 def dictionaries(plan: Plan) -> Iterator[Program]:
@@ -238,15 +233,15 @@ def dictionaries(plan: Plan) -> Iterator[Program]:
         shape = {"d_model": d_model, "d_out": d_out, "width": first.width, "k": first.k}
         rows = {n: blank((len(sites), n_rows, d), ml_dtypes.bfloat16) for n, d in sizes.items()}
         yield _training(
-            f"{len(group)} {sae.architecture} of width {first.width}, d {d_model}",
             train.DictionaryObjective(sae, **shape),
             {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0), "start": start},
             {name: Stream(array, source) for name, array in rows.items()},
             [member.seed for member in group],
-            settings=sae,
+            sae,
+            1 + controls,
             stage="train_saes",
+            name=f"{len(group)} {sae.architecture} of width {first.width}, d {d_model}",
             changes={"sae.width": first.width, "sae.batch_size": sae.batch_size},
-            share=1 + controls,
         )
 
 
@@ -267,14 +262,15 @@ def crosscoders(plan: Plan) -> Iterator[Program]:
     fixed |= {"scale": blank((len(d_models),)), "center": blank((sum(d_models),))}
     controls = [task for task in control_tasks(config, store) if map_class(task.kind).through_joint]
     yield _training(
-        f"{n} crosscoders of width {joint.width}, d {'+'.join(map(str, d_models))}",
         crosscoder_training.CrosscoderObjective(joint, d_models),
         fixed,
         streams,
         [0] * n,
-        settings=joint,
+        joint,
+        1 + len(controls) / n,
+        stage="train_hypernetworks",
+        name=f"{n} crosscoders of width {joint.width}, d {'+'.join(map(str, d_models))}",
         changes={"crosscoder.width": joint.width, "sae.batch_size": joint.batch_size},
-        share=1 + len(controls) / n,
     )
 
 
@@ -303,18 +299,19 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
             order = None if name == "a" else blank((n, n_rows), np.int32)
             streams[name] = Stream(rows, np.zeros(n, np.int64), order)
             validation[name] = _codes(plan, model, (n, *batches))
-        changes = {"sae.width": unswept(plan.config.sae).width, "map.hidden": settings.hidden}
+        changes = {"sae.width": unswept(plan.config.sae).width}
         all_of_kind = sum(len(group) for key, group in groups.items() if key[0] == kind)
         yield _training(
-            f"{n} maps {kind}",
             objective,
             fixed,
             streams,
             [0] * n,
+            settings,
+            1 + controls.count(kind) / all_of_kind,
             validation,
-            settings=settings,
+            stage="train_hypernetworks",
+            name=f"{n} maps {kind}",
             changes=changes | {"map.batch_size": settings.batch_size},
-            share=1 + controls.count(kind) / all_of_kind,
         )
 
 

@@ -72,7 +72,7 @@ def limits(estimates: Sequence[Estimate], machine: Machine) -> Table:
         for name, value in largest(e, machine).items():
             fits[name] = min(value, fits.get(name, value))
         if e.program.stage == "extract_activations":
-            free = (machine.device.memory - (e.memory - e.held)) / 4
+            free = max(0.0, machine.device.memory - (e.memory - e.held)) / 4  # float32
             fits["parameters of a model"] = min(free, fits.get("parameters of a model", free))
     rows = [{"setting": name, "fits": number(round(value))} for name, value in fits.items()]
     return table("The largest that fit, each alone: by proportion, not compiled", rows)
