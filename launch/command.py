@@ -121,10 +121,12 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
 def prepare(config: Any, workdir: str) -> Workdir:
     """Returns the work directory of a config, checked and with its models named."""
     settings.validate(config)
-    if isinstance(config, Config) and not config.models:
+    if isinstance(config, Config):
+        from crossdict_jax.dictionaries.base import check_settings
         from crossdict_jax.models import EMBEDDED
 
-        config.models = EMBEDDED
+        check_settings(config.sae)
+        config.models = config.models or EMBEDDED
     usual = to_dict(type(config)())
     return open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
 

@@ -24,7 +24,6 @@ from crossdict_jax.config.rules import (
     at_least,
     choice,
     gate_files,
-    has_k,
     map_kinds,
     measurements,
     one_of,
@@ -126,10 +125,6 @@ class SAEConfig:
                 f"sae.accumulate={self.accumulate} must divide sae.batch_size={self.batch_size}: "
                 "parts are of equal size."
             )
-        k = max(self.k) if isinstance(self.k, tuple) else self.k
-        width = min(self.width) if isinstance(self.width, tuple) else self.width
-        if has_k(self.architecture) and k > width:
-            raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
 
 
 @dataclass
