@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {  # flags that are not settings, and their help texts
     "config": "Python file with get_config(); default: configs/{}.py, or what made --workdir",
     "workdir": "Folder of the run; default: runs/{}, or runs/NAME of --config",
-    "verbosity": "How much is said, as of absl: 1, 0, -1 (default); -2: no progress bars",
+    "verbosity": "How much is said: 0 adds memory, -1 (default) stages and bars, -2 results alone",
     "expect": "A file of configs/ with published numbers to compare with at the end",
 }
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
