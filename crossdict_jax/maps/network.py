@@ -101,7 +101,7 @@ class NetworkMap(Map):
         for i, problem in enumerate(problems):
             check_rows(problem, cls.kind)
             dictionary = problem.train.target.dictionary
-            if config.head == "topk" and not dictionary.has_k:
+            if config.head == "topk" and "k" not in dictionary.reads:
                 raise UserError(
                     "map.head=topk keeps as many features as the target's dictionary, and that of "
                     f"{problem.label} ({type(dictionary).__name__}) fixes no number; use jumprelu."
