@@ -255,18 +255,6 @@ def test_scores_are_placed_between_null_and_ceiling(finished):
     assert placed > 4
 
 
-def test_without_controls_every_other_column_keeps_its_bits(finished, tmp_path):
-    config, work = finished
-    shutil.copytree(work.root, tmp_path / "run", ignore=shutil.ignore_patterns("controls*"))
-    evaluate(dataclasses.replace(config, controls=()), Workdir(tmp_path / "run"))
-    off = rows_of(Workdir(tmp_path / "run"), "transfer.jsonl")
-    for before, after in zip(rows_of(work, "transfer.jsonl"), off, strict=True):
-        assert before.keys() == after.keys()
-        for name in before:
-            assert after[name] == (None if "normalized" in name else before[name]), name
-    assert not (tmp_path / "run/results/controls.jsonl").exists()
-
-
 def test_finished_controls_are_left_alone(copy):
     config, work = copy
     files = [p for p in work.controls.root.rglob("*") if p.is_file()]

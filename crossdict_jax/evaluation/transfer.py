@@ -167,9 +167,10 @@ def measure(
     draws, live = held_out.resamples, held_out.live
     rows, sums = _sums(predicted, held_out, token_means)
     of_split = {name: values[0] for name, values in sums.items()}
-    length_p, length_t, length_p_c, length_t_c, length_m = (
-        np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance", "mm")
+    length_p, length_t, length_p_c, length_t_c = (
+        np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance")
     )
+    length_m = np.linalg.norm(held_out.train_mean)
     either = rows["l0_predicted"] + rows["l0_target"] - rows["both"]
     # A vector within rounding of the mean is the mean, whose centred cosine is 0.
     rows |= {
@@ -254,8 +255,9 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
 
     The latter are [1 + count, width], of the whole split and of every bootstrap resample.
     """
-    draws, parts, totals = held_out.resamples, [], {}
+    draws, parts = held_out.resamples, []
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
+    totals = {"n": weights @ np.bincount(draws.index)[:, None]}
     blocks, size = list(slices(len(predicted), BLOCK)), min(BLOCK, len(predicted))
     documents = [np.unique(draws.index[rows], return_inverse=True) for rows in blocks]
     longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
@@ -291,7 +293,7 @@ def _sums_of_block(p, t, P, T, mean, first, belongs):
     mean = jnp.broadcast_to(mean[None, :], p.shape)
     p_c, t_c, error, active_p, active_t = p - mean, t - mean, t - p, p > 0, t > 0
     of_rows = {
-        **{"pp": p * p, "tt": t * t, "pt": p * t, "mt": mean * t, "mm": mean * mean},
+        **{"pp": p * p, "tt": t * t, "pt": p * t, "mt": mean * t},
         **{"pp_centred": p_c * p_c, "pt_centred": p_c * t_c, "variance": t_c * t_c},
         **{"l0_predicted": active_p, "l0_target": active_t, "both": active_p & active_t},
         "error": error * error,
@@ -300,7 +302,7 @@ def _sums_of_block(p, t, P, T, mean, first, belongs):
     }
     moved = p - first[None, :]
     of_features = {
-        **{"n": jnp.ones(p.shape), "p": moved, "t": t_c},
+        **{"p": moved, "t": t_c},
         **{"pp": moved * moved, "tt": t_c * t_c, "pt": moved * t_c, "error": error * error},
         **{"active_predicted": active_p * 1.0, "active_target": active_t * 1.0},
     }

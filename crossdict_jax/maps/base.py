@@ -141,7 +141,7 @@ class Pairs:
     @cached_property
     def target_by_token(self) -> TokenSums:
         """The sums of the target's features by the source's token, once for all maps."""
-        return token_sums(self.source.tokens, self.target.features)
+        return token_sums(self.source.tokens, self.target.codes)
 
 
 @dataclass(frozen=True)

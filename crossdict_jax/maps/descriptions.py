@@ -90,7 +90,7 @@ class Description:
         )
         index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
         label = np.array([index.setdefault(name, len(index)) for name in names])[at]
-        sums = token_sums(label, lambda part: side.features(rows[part]))
+        sums = token_sums(label, side.codes[rows])
         batches = (side.features(rows[part]) for part in slices(len(rows)))
         products, _ = moments((f, f[:, :1]) for f in batches)
         means = sums.sums / sums.counts[:, None] - sums.mean[None, :]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from crossdict_jax.maps.codes import Codes
 
 ROWS = 4096  # rows per dispatch
 
@@ -183,7 +185,7 @@ class TokenSums:
 
     def positions(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the row of ``shrunk`` for each token."""
-        return np.asarray(find_tokens(self.ids, tokens))
+        return find_tokens(self.ids, tokens, np)
 
     def table_errors(self, validation: TokenSums) -> dict[float, float]:
         """Returns, by pseudocount, the mean over validation rows and features of (f - table)^2.
@@ -199,24 +201,28 @@ class TokenSums:
         return errors
 
 
-def find_tokens(ids: jax.Array, tokens: jax.Array) -> jax.Array:
+def find_tokens(ids, tokens, xp=jnp):
     """Returns the index of each token in the ascending ``ids``, or ``len(ids)`` if it is absent."""
-    index = jnp.searchsorted(ids, tokens)
-    present = jnp.asarray(ids)[jnp.minimum(index, len(ids) - 1)] == tokens
-    return jnp.where(present, index, len(ids))
+    index = xp.searchsorted(ids, tokens)
+    present = xp.asarray(ids)[xp.minimum(index, len(ids) - 1)] == tokens
+    return xp.where(present, index, len(ids))
 
 
-def token_sums(tokens: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
-    """Returns the sums by token of ``read(row numbers)`` -> float32 [m, size], m at most ROWS.
+def token_sums(tokens: np.ndarray, rows: np.ndarray | Codes) -> TokenSums:
+    """Returns the sums by token [n] of rows [n, size], an array or codes.
 
-    Rows are visited token by token, so each batch is a few runs and nothing is scattered.
+    Rows of an array are visited token by token, so each batch is a few runs, nothing is scattered.
     """
     ids, index, counts = np.unique(tokens, return_inverse=True, return_counts=True)
-    order, sums, square = np.argsort(index, kind="stable"), 0.0, 0.0
+    if isinstance(rows, Codes):
+        rows, n = rows.astype(np.float64), len(tokens)
+        belongs = Codes((np.ones(n), (index, np.arange(n))), shape=(len(ids), n))
+        sums, square = (belongs @ rows).toarray(), float(rows.data @ rows.data)
+        return TokenSums(ids.astype(np.int32), counts, sums, square)
+    order, sums, square = np.argsort(index, kind="stable"), np.zeros((len(ids), rows.shape[1])), 0.0
     for part in slices(len(order)):
-        batch = read(order[part])
+        batch = rows[order[part]].astype(np.float32)
         runs, starts = np.unique(index[order[part]], return_index=True)
-        sums = np.zeros((len(ids), batch.shape[1])) if part.start == 0 else sums
         sums[runs] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
         square += float(np.sum(np.square(batch), dtype=np.float64))
     return TokenSums(ids.astype(np.int32), counts, sums, square)

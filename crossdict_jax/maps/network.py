@@ -138,7 +138,6 @@ class NetworkMap(Map):
                     "steps": int(best[j]["step"]) + 1,  # after which the parameters are those kept
                     "stopped": bool(best[j]["stale"] >= config.patience),
                     "validation": {name: float(value[j]) for name, value in terms.items()},
-                    "validation_rows": int(np.prod(held_out["tokens"].shape[1:])),
                 }
                 target = problems[i].train.target.dictionary
                 m = cls(target, values | best[j]["params"], head=config.head)

@@ -164,8 +164,7 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
     (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
-        token_sums(train.source.tokens, lambda rows, x=x: x[rows])
-        for x in (x, maps.predict_activations(fitted.map, train))
+        token_sums(train.source.tokens, x) for x in (x, maps.predict_activations(fitted.map, train))
     ]
     index = sums[0].positions(test.source.tokens)
     return transfer_metrics(

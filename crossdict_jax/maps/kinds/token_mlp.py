@@ -40,7 +40,7 @@ class TokenMLP(NetworkMap):
         train, values = problem.train, {}
         errors = train.target_by_token.table_errors(problem.validation.target_by_token)
         best = min(errors, key=errors.get)
-        by_token = token_sums(train.source.tokens, train.source.features), train.target_by_token
+        by_token = token_sums(train.source.tokens, train.source.codes), train.target_by_token
         for name, side, sums in zip("ab", (train.source, train.target), by_token):
             values[f"table_{name}"] = sums.table(best)
             # What the table leaves: sum f^2 - 2 sum_t T_t S_t + sum_t n_t T_t^2, over rows.

@@ -37,7 +37,7 @@ class TokenRidge(ActivationMap):
     def solve(cls, problem: Problem, config: MapConfig):
         regression, errors, left = problem.regression, {}, {}
         train, validation = (
-            [token_sums(p.source.tokens, side.activations) for side in (p.source, p.target)]
+            [token_sums(p.source.tokens, side.x) for side in (p.source, p.target)]
             for p in (problem.train, problem.validation)
         )
         for pseudocount in PSEUDOCOUNTS:
