@@ -25,6 +25,7 @@ ROOMS = (  # from the ground up: a room may use those of lower floors, and itsel
     ("report",),
     ("studies",),
     ("benchmark", "verify"),
+    ("compile",),
     ("launch",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

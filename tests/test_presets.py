@@ -18,14 +18,8 @@ from crossdict_jax.models.base import captured
 from crossdict_jax.training.ensemble import Ensemble
 from crossdict_jax.training.mesh import make_mesh
 
-# The config.json of the two models, as far as it fixes shapes and maths.
-ARCHITECTURES = {
-    "pythia-410m-deduped": {"model_type": "gpt_neox", "hidden_size": 1024, "vocab_size": 50304}
-    | {"num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    | {"max_position_embeddings": 2048, "rotary_pct": 0.25, "use_parallel_residual": True},
-    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16}
-    | {"n_positions": 1024, "vocab_size": 50257},
-}
+MODELS = ("EleutherAI/pythia-410m-deduped", "openai-community/gpt2-medium")
+ARCHITECTURES = {name.partition("/")[2]: models.known_config(name) for name in MODELS}
 PRESETS = {
     "small": pythia410m_gpt2medium_small.get_config(),
     "full": pythia410m_gpt2medium.get_config(),
@@ -38,7 +32,7 @@ architecture = pytest.mark.parametrize("shape", ARCHITECTURES.values(), ids=ARCH
 def test_parameters_are_as_many_as_published(shape):
     _, params = modules.abstract(lambda: models.init(shape))
     millions = sum(np.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6
-    published = {"gpt_neox": 405.3, "gpt2": 354.8}[shape["model_type"]]
+    published = {"gpt_neox": 405.3, "gpt2": 354.8}[shape.model_type]
     assert millions == pytest.approx(published, abs=0.1)
 
 
@@ -55,7 +49,7 @@ def test_language_models_at_full_size(shape, config):
 
     x, logits = jax.eval_shape(read, params, tokens)
     assert [a.shape for a in x] == [(*tokens.shape, 1024)] * 3
-    assert logits.shape == (*tokens.shape, shape["vocab_size"])
+    assert logits.shape == (*tokens.shape, shape.vocab_size)
 
 
 @preset
