@@ -16,7 +16,7 @@ from crossdict_jax import models, modules
 from crossdict_jax.activations.extract import dictionary_sites
 from crossdict_jax.activations.store import End, Sites, Store
 from crossdict_jax.activations.untrained import untrained_names, untrained_sites
-from crossdict_jax.config import Config, crosscoder_settings, has_k, unswept
+from crossdict_jax.config import Config, crosscoder_settings, unswept
 from crossdict_jax.dictionaries import Dictionary, base, crosscoder_training, train
 from crossdict_jax.dictionaries.start import start_of
 from crossdict_jax.evaluation.reconstruction import measure_batch
@@ -329,7 +329,7 @@ def _dictionary(plan: Plan, end: End) -> Dictionary:
 def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
     """What trained maps read of a model's rows: codes of k slots, or activations."""
     sae = unswept(plan.config.sae)
-    if not has_k(sae.architecture):
+    if "k" not in base.find(sae.architecture).reads:
         return blank((*rows, plan.store.d_model(model)), ml_dtypes.bfloat16)
     shape = (*rows, sae.k)
     return Compact(blank(shape), blank(shape, np.int32), sae.width)
