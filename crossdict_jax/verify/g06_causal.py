@@ -63,7 +63,7 @@ def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path
         Pairs(source, target, experiment.documents),
         experiment.documents < TEXTS * 2 // 3,
     )
-    problem = Problem("planted causes", pairs.take(train), take(pairs, ~train))
+    problem = Problem("planted causes", pairs.take(train), pairs.take(~train))
     (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
     vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)
