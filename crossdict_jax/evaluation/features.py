@@ -13,7 +13,7 @@ from crossdict_jax.evaluation import attribution
 from crossdict_jax.evaluation.codes import correlations
 from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.base import predictions
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.results import pair_columns
 
@@ -34,13 +34,15 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
       reseeded: the same maps fitted from another seed, where the run has them.
     """
     pairs, held_out = scored.bench.splits["validation"], scored.bench.held_out
-    variance, errors = 0.0, dict.fromkeys(scored.maps, 0.0)
-    for rows in slices(len(pairs)):
-        t = pairs.target.features(rows).astype(np.float64)
-        variance = variance + np.square(t - held_out.train_mean[None, :]).sum(axis=0)
-        for kind, m in scored.maps.items():
-            predicted = maps.predict(m, pairs.take(rows), scored.bench.batch_size)
-            errors[kind] = errors[kind] + np.square(t - predicted).sum(axis=0)
+    moments = pairs.target.feature_moments
+    variance = moments.n * (moments.variance + (moments.mean - held_out.train_mean) ** 2)
+    errors = {
+        kind: sum(
+            np.square(pairs.target.features(rows) - p).sum(axis=0, dtype=np.float64)
+            for rows, p in predictions(m, pairs, scored.bench.batch_size)
+        )
+        for kind, m in scored.maps.items()
+    }
     best = min(errors, key=lambda kind: errors[kind].sum())
     firings = (held_out.target > 0).sum(axis=0)
     columns = {

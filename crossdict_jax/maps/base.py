@@ -98,7 +98,10 @@ class Side:
         """Returns the side with these rows alone."""
         keys = None if self.keys is None else self.keys[rows]
         some = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
-        return dataclasses.replace(self, **some, reordered_from=None, order=None)
+        taken = dataclasses.replace(self, **some, reordered_from=None, order=None)
+        if "codes" in vars(self):  # encoded already
+            vars(taken)["codes"] = self.codes[rows]
+        return taken
 
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in another order."""

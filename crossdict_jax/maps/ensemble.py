@@ -125,11 +125,15 @@ def initial(
     return trained
 
 
-def on_codes(problem: Problem) -> bool:
-    """Whether the codes of a problem's rows take less memory than its activations."""
-    pairs = problem.train, problem.validation
-    sides = [side for p in pairs for side in (p.source, p.target)]
-    return all(_slots(side) <= SLOTS * side.x.shape[1] for side in sides)
+def shapes(problem: Problem) -> tuple:
+    """Returns what problems must share to be trained in one step; first, whether rows are codes.
+
+    They are where that takes less memory than activations. Of dictionaries little is asked then.
+    """
+    sides = [s for p in (problem.train, problem.validation) for s in (p.source, p.target)]
+    if all(_slots(s) <= SLOTS * s.x.shape[1] for s in sides):
+        return True, *((len(s.x), s.dictionary.width, s.dictionary.k) for s in sides)
+    return False, *((s.x.shape, modules.split(s.dictionary)[0]) for s in sides)
 
 
 def _slots(side: Side) -> int:
@@ -146,12 +150,12 @@ def prepare(
     """
     measured = [cls.measure(problem) for problem in problems]
     values = cls.alike([values for values, _ in measured])
-    codes, fixed, alike = on_codes(problems[0]), [], Counter()
+    codes, fixed, alike = shapes(problems[0])[0], [], Counter()
     for problem, of_problem in zip(problems, values):
         source, target = problem.train.source, problem.train.target
-        shapes = source.x.shape, target.x.shape
-        member = {"id": np.uint32(alike[shapes]), "values": of_problem}  # others change no start
-        alike[shapes] += 1
+        sizes = source.x.shape, target.x.shape
+        member = {"id": np.uint32(alike[sizes]), "values": of_problem}  # others change no start
+        alike[sizes] += 1
         # Where none of B's features varies, the error stays in raw units.
         member["variance"] = np.float32(target.feature_moments.variance.mean() or 1.0)
         if not codes:

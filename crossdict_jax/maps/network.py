@@ -12,7 +12,7 @@ from crossdict_jax import modules
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
-from crossdict_jax.maps.ensemble import on_codes, prepare
+from crossdict_jax.maps.ensemble import prepare, shapes
 from crossdict_jax.ops import matmul
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import stack
@@ -111,11 +111,7 @@ class NetworkMap(Map):
                     f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
                     f"training rows of {problem.label}; lower it or raise text.documents."
                 )
-            sides = problem.train.source, problem.train.target
-            shapes = [(s.x.shape, modules.split(s.dictionary)[0]) for s in sides]
-            if on_codes(problem):  # nothing else of the dictionaries is asked
-                shapes = [(len(s.x), s.dictionary.width, s.dictionary.k) for s in sides]
-            groups.setdefault((*shapes, len(problem.validation)), []).append(i)
+            groups.setdefault(shapes(problem), []).append(i)
         fitted: dict[int, Fitted] = {}
         for number, members in enumerate(groups.values()):
             ensemble, measured = prepare(cls, [problems[i] for i in members], config, seed=seed)
