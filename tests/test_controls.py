@@ -269,11 +269,15 @@ def test_finished_controls_are_left_alone(copy):
 def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
     config, work = finished
     controls = open_store(work.controls.activations)
-    named = [m.label for m in train.control_members(config, controls)]
+
+    def named(config):
+        members = train.control_members(config, controls)
+        return [f"{m.model} {m.site} {m.name}" for m in members]
+
     untrained = [f"{m}-untrained {SITE} seed-0" for m in "ab"]
-    assert named == [f"{m} {SITE} seed-1" for m in "ab"] + untrained
+    assert named(config) == [f"{m} {SITE} seed-1" for m in "ab"] + untrained
     two = dataclasses.replace(config, sae=dataclasses.replace(config.sae, seeds=2))
-    assert [m.label for m in train.control_members(two, controls)] == untrained
+    assert named(two) == untrained
     swept = dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=(6, 3)))
     assert {m.k for m in train.control_members(swept, controls)} == {6}
 
