@@ -179,22 +179,6 @@ def test_ridge_codes_finds_a_planted_map_of_codes(tmp_path):
     assert_chosen_on_validation(fitted.record)
 
 
-def test_ridge_codes_is_the_rectified_direct_solution(tmp_path):
-    rng = np.random.default_rng(5)
-    f_a, f_b = codes(rng, N, 6), codes(rng, N, 4)
-    problem, test = make_problem(f_a, f_b)
-    config = dataclasses.replace(CONFIG, ridge_penalties=(0.5,))
-    m = fit_one("ridge_codes", problem, tmp_path, config).map
-    sides = problem.train.source, problem.train.target, test.source
-    a, b, held_out = (s.x.astype(np.float64) for s in sides)
-    aa = (a - a.mean(0)).T @ (a - a.mean(0))
-    W = np.linalg.solve(
-        aa + 0.5 * np.trace(aa) / 6 * np.eye(6), (a - a.mean(0)).T @ (b - b.mean(0))
-    )
-    expected = np.maximum((held_out - a.mean(0)) @ W + b.mean(0), 0)
-    np.testing.assert_allclose(maps.predict(m, test), expected, atol=1e-4)
-
-
 # ---------------------------------------------------------------- scores, few rows, constants
 
 

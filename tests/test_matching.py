@@ -79,15 +79,6 @@ def test_independent_features_are_not_confirmed():
     assert np.mean(any_confirmed) <= q + 2 * np.sqrt(q * (1 - q) / 20)
 
 
-def test_p_values_of_bursty_independent_features_are_honest():
-    rng = np.random.default_rng(2)
-    (a, documents), (b, _) = bursty(rng, 200, 20, 400), bursty(rng, 200, 20, 400)
-    pairs = compress(a), compress(b)
-    p = nulls.shift_p_values(codes_module.paired_correlations(*pairs), *pairs, documents)
-    for level in (0.01, 0.05, 0.2):
-        assert abs(np.mean(p <= level) - level) <= 3 * np.sqrt(level * (1 - level) / 400)
-
-
 def test_shared_bursts_alone_do_not_pass_the_threshold_of_effect():
     rng = np.random.default_rng(3)
     on = np.repeat(rng.random((200, 30)) < 0.3, 20, axis=0)  # both read the same documents
@@ -150,16 +141,6 @@ def test_streamed_correlations_are_those_of_the_formula(monkeypatch, cost, sizes
         r[at] = tile
     np.testing.assert_allclose(r, slow_correlations(a, b), atol=2e-6)
     np.testing.assert_array_equal(compress(sparse.csr_array(a)).toarray(), a)
-
-
-def test_mutual_best_is_what_the_matrix_says():
-    rng = np.random.default_rng(9)
-    a, b = codes(rng, 300, 20, 0.3), codes(rng, 300, 25, 0.3)
-    r = slow_correlations(a, b)
-    pairs = [(i, j) for i in range(20) for j in range(25) if r[i, j] == max(*r[i], *r[:, j])]
-    found = match(a, b)
-    assert list(zip(found.features_a, found.features_b)) == pairs
-    np.testing.assert_allclose(found.r, [r[pair] for pair in pairs], atol=1e-12)
 
 
 def test_shift_p_values_are_those_of_every_shift():

@@ -53,7 +53,8 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
         "firings": firings,
         "frequency": firings / len(held_out.target),
     }
-    ranked = ranking(columns["r2"], firings)
+    ranked = np.flatnonzero(np.isfinite(columns["r2"]) & (firings >= MIN_FIRINGS))
+    ranked = ranked[np.argsort(-columns["r2"][ranked], kind="stable")]
     shown = extremes(ranked, SHOWN)
     described = _described(scored, best, [i for i, _ in shown], reseeded, loader) if shown else []
     rows = [
@@ -72,12 +73,6 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
                 rows.append({"row": name, "low": low, "high": high} | summary)
     start = pair_columns(scored.task) | {"map": best, "pairing": scored.task.pairing}
     return [start | row for row in rows]
-
-
-def ranking(r2: np.ndarray, firings: np.ndarray) -> np.ndarray:
-    """Returns the features that are live and fire MIN_FIRINGS times, by R^2, highest first."""
-    enough = np.flatnonzero(np.isfinite(r2) & (firings >= MIN_FIRINGS))
-    return enough[np.argsort(-r2[enough], kind="stable")]
 
 
 def extremes(ranked: np.ndarray, count: int) -> list[tuple[int, str]]:
