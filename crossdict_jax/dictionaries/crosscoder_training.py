@@ -15,7 +15,7 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, JointSettings, SAEConfig, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.crosscoder import Crosscoder
-from crossdict_jax.dictionaries.train import SparseObjective
+from crossdict_jax.dictionaries.train import SparseObjective, with_products
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
@@ -48,7 +48,7 @@ class CrosscoderObjective(SparseObjective):
         self.joint, self.d_models = joint, tuple(d_models)
         shape = {"width": joint.width, "k": joint.k, "shared_fraction": joint.shared_fraction}
         build = functools.partial(Crosscoder, joint.variant, d_models=self.d_models, **shape)
-        names = ("steps", "batch_size", "dead_after_rows", "matmul_dtype")
+        names = ("steps", "batch_size", "dead_after_rows", "matmul_dtype", "products")
         settings = SAEConfig(**{name: getattr(joint, name) for name in names})
         super().__init__(lambda key: build(key=key), settings, k_aux=sum(d_models) // 2)
 
@@ -91,18 +91,20 @@ def fit_crosscoders(
         groups.setdefault(tuple(view.shape for view in member.views), []).append(i)
     fitted: dict[int, Crosscoder] = {}
     for number, (shapes, indices) in enumerate(groups.items()):
-        ensemble = joint_ensemble([rows[i] for i in indices], joint)
+        folder, size = Path(directory) / str(number), joint.batch_size * joint.width
+        settings = with_products(joint, size=size, members=len(indices), directory=folder)
+        ensemble = joint_ensemble([rows[i] for i in indices], settings)
         sizes = "+".join(str(d_model) for _, d_model in shapes)
         trained = train(
             ensemble,
             steps=joint.steps,
             seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
-            directory=Path(directory) / str(number),
+            directory=folder,
             checkpoint_every=checkpoint_every,
             title=f"{len(indices)} crosscoders of {sizes}",
             meta={
                 "seeds": [rows[i].seed for i in indices],
-                "crosscoder": dataclasses.asdict(joint),
+                "settings": dataclasses.asdict(settings),
                 "rows": shapes,
             },
             records=records,

@@ -24,6 +24,7 @@ class Hyper:
       l0_target: active features a row to aim for; 0 for none.
       nested_fractions: of the width, nested dictionaries beside that of all features.
       rows: of the batch that may come in parts (static).
+      lists: whether codes are lists of entries (static); None: where these are faster.
       variance: [], of the rows to reconstruct.
       residual_variance: [], of what is left of them.
       threshold: [], of architectures that choose features over the batch: the least value kept.
@@ -36,6 +37,7 @@ class Hyper:
     l0_target: float = 0.0
     nested_fractions: tuple[float, ...] = ()
     rows: int = 0
+    lists: bool | None = None
     variance: jax.Array | None = None
     residual_variance: jax.Array | None = None
     threshold: jax.Array | None = None

@@ -16,14 +16,21 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
+from crossdict_jax.config import (
+    SWEPT,
+    Config,
+    JointSettings,
+    SAEConfig,
+    controlled_layers,
+    unswept,
+)
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.dictionaries.losses import Hyper, power
 from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.ops import activity, decode, nth_largest
+from crossdict_jax.ops import activity, decode, nth_largest, uses_lists
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import (
     Context,
@@ -34,6 +41,7 @@ from crossdict_jax.training.ensemble import (
     members_at_once,
     stack,
 )
+from crossdict_jax.training.mesh import DATA, make_mesh
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -105,6 +113,7 @@ class SparseObjective(Objective):
             l0_target=self.settings.l0_target,
             nested_fractions=self.settings.nested_fractions,
             rows=self.settings.batch_size,
+            lists={"dense": False, "lists": True}.get(self.settings.products),
             **context.totals or {},
         )
 
@@ -329,7 +338,9 @@ def train_from(
     Args:
       starts: per member its first parameters, or None for random ones.
     """
-    sae, rows = config.sae, store.select("train")
+    rows, sae = store.select("train"), config.sae
+    size = sae.batch_size // sae.accumulate * group[0].width
+    sae = with_products(sae, size=size, members=len(group), directory=directory)
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
     trained = loop.train(
@@ -339,10 +350,33 @@ def train_from(
         directory=directory,
         checkpoint_every=config.checkpoint_every,
         title=f"{len(group)} {sae.architecture} {kind}, width {group[0].width}",
-        meta={"sae": dataclasses.asdict(sae), "rows": len(rows)},
+        meta={"settings": dataclasses.asdict(sae), "rows": len(rows)},
         records=config.records,
     )
     return [modules.merge(ensemble.objective.graphdef, params) for params in trained]
+
+
+def with_products(
+    settings: SAEConfig | JointSettings, *, size: int, members: int, directory: Path
+) -> SAEConfig | JointSettings:
+    """Returns settings whose products are dense or lists: as asked, or chosen and then kept.
+
+    The choice depends on the machine, so a training that goes on reads its own off the checkpoint.
+
+    Args:
+      size: of an array [batch, width] or of a part of it.
+    """
+    checkpoints, mesh = directory / "checkpoints", make_mesh(members=members)
+    if settings.products == "lists" and mesh.shape[DATA] > 1:
+        raise UserError("sae.products=lists is for one device to a dictionary; use auto or dense.")
+    if settings.products != "auto":
+        return settings
+    if checkpoint.is_finished(checkpoints):
+        chosen = checkpoint.load_meta(checkpoints).get("settings", {}).get("products", "dense")
+    else:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            chosen = "lists" if uses_lists(size) else "dense"
+    return dataclasses.replace(settings, products=chosen)
 
 
 def prepare(

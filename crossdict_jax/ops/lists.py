@@ -57,7 +57,7 @@ encoded.defvjp(lambda code, u, W_enc, bias: (code, (code, u)), _encode_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def decode_parts(code: Entries, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
+def decode_entries(code: Entries, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
     """Returns what each part of the width adds to the decoding, float32 [batch, parts, d]."""
     return _decode_forward(code, W_dec, ends, dtype)[0]
 
@@ -81,4 +81,4 @@ def _decode_backward(ends, dtype, saved, gradient):
     return Entries(values_gradient, None, None, None, code.width), W_gradient
 
 
-decode_parts.defvjp(_decode_forward, _decode_backward)
+decode_entries.defvjp(_decode_forward, _decode_backward)

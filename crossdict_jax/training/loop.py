@@ -26,7 +26,7 @@ from absl import logging
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.mesh import shard
+from crossdict_jax.training.mesh import compiler_options, shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import say, write_json
@@ -165,7 +165,9 @@ class Chunks:
     ):
         self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
 
-        @functools.partial(jax.jit, donate_argnums=0, static_argnames="variant")
+        options = {"donate_argnums": 0, "compiler_options": compiler_options()}
+
+        @functools.partial(jax.jit, static_argnames="variant", **options)
         def run_chunk(state, resident, indices, first, count, root, variant=0):
             def one_step(j, carry):
                 state, metrics = carry
