@@ -3,7 +3,7 @@
 import itertools
 import operator
 import re
-from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,15 +17,8 @@ from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 MODELS = ("docs-gpt2", "docs-neox")
-R2 = {
-    "mean": -0.002,
-    "token": 0.46,
-    "token_target": 0.5,
-    "procrustes": 0.31,
-    "ridge": 0.43,
-    "token_ridge": 0.58,
-    "mlp": 0.49,
-}
+R2 = {"mean": -0.002, "token": 0.46, "token_target": 0.5, "procrustes": 0.31, "ridge": 0.43}
+R2 |= {"token_ridge": 0.58, "mlp": 0.49}
 HISTOGRAM = {"edges": [-5, -3, -1, 0], "counts": [10, 300, 40]}
 
 
@@ -39,20 +32,15 @@ def bounded(half=0.012, **scores) -> dict:
 
 def transfer_row(kind, pairing, pair, r2) -> dict:
     positive, shuffled = max(r2, 0), pairing == "shuffled"
-    scores = bounded(
-        r2=r2,
-        cosine=0.61 + 0.3 * positive,
-        cosine_centered=positive,
-        top1=1 / 8192 if shuffled else 0.6 * positive,
-        feature_correlation=0.9 * positive,
-        context_gain=r2 - 0.3 if r2 > 0.3 else -0.004,
-        mean_rank=4096.5 * (1 - positive),
-    )
     better = BEATS_TOKEN if r2 > 0.46 else BEATS_MEAN
     return {
         **dict(zip(PAIR, pair)),
         **{"map": kind, "pairing": pairing, "n_rows": 8500, "n_documents": 201, "pool": 8192},
-        **scores,
+        **bounded(r2=r2, cosine=0.61 + 0.3 * positive, cosine_centered=positive),
+        **bounded(
+            top1=1 / 8192 if shuffled else 0.6 * positive, feature_correlation=0.9 * positive
+        ),
+        **bounded(context_gain=r2 - 0.3 if r2 > 0.3 else -0.004, mean_rank=4096.5 * (1 - positive)),
         **{"fvu": 1 - r2, "cosine_mean_predictor": 0.612, "sparsity_similarity": 0.4 * positive},
         **{"l0_source": 32.0, "l0_target": 31.7, "l0_predicted": 28.4},
         "verdict": NO_BETTER if r2 < 0.1 else better,
@@ -128,18 +116,9 @@ def causal_rows(transfer: list[dict]) -> list[dict]:
 
 PAIRING = {
     "texts": 1000,
-    "models": {
-        "docs-gpt2": {"ends": 34000, "coverage": 0.941},
-        "docs-neox": {"ends": 36000, "coverage": 0.889},
-    },
+    "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
     "rows": {"train": 21762, "validation": 2100, "test": 8500},
-    "bos": {"docs-gpt2": None, "docs-neox": None},
-    "dropped": {"first_position": 1000, "norm_outliers": 12},
-    "text": {
-        "source": "docstrings",
-        "documents": {"train": 699, "validation": 100, "test": 201},
-        "bytes": {"train": 699_000, "validation": 100_000, "test": 201_000},
-    },
+    "text": {"documents": {"train": 699, "validation": 100, "test": 201}},
 }
 
 
@@ -178,56 +157,22 @@ def write_run(root) -> Workdir:
 # ---------------------------------------------------------------- reading a page
 
 
-class Page(HTMLParser):
-    """The tables, the words and the addresses of a page; refuses tags that do not close."""
-
-    CLOSED = frozenset({"meta", "path", "use", "br"})
+class Page:
+    """The tables, the words and the addresses of a page, whose tags all close."""
 
     def __init__(self, html: str):
-        super().__init__()
-        self.open, self.ids, self.addresses, self.tags = [], [], [], set()
-        self.tables, self.words = {}, []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        values = dict(attributes)
-        self.ids += [values["id"]] if "id" in values else []
-        self.addresses += [values[k] for k in ("href", "src", "xlink:href") if k in values]
-        if tag == "table":
-            self.rows = []
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in self.CLOSED:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if self.open and self.open[-1] == tag and tag not in self.CLOSED:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in self.CLOSED:
-            assert self.open.pop() == tag
-        if tag == "table":
-            self.tables[self.caption] = self.rows
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.words.append(data)
-        if self.open and self.open[-1] == "caption":
-            self.caption = data
-        elif "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += f"{data} "
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        root = ElementTree.fromstring(re.sub(r"<!doctype html>|<meta[^>]*>", "", html))
+        root.find(".//style").text = ""
+        self.tags = {element.tag for element in root.iter()}
+        self.ids = [e.get("id") for e in root.iter() if e.get("id")]
+        self.addresses = [e.get(k) for e in root.iter() for k in ("href", "src") if e.get(k)]
+        self.text = " ".join(" ".join(root.itertext()).split())
+        self.tables = {
+            table.findtext("caption"): [
+                [" ".join(cell.itertext()) for cell in row] for row in table.iter("tr")
+            ]
+            for table in root.iter("table")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -278,19 +223,15 @@ def test_the_page_needs_no_other_file(html, page):
     assert len(html) < 3_000_000
 
 
-def test_every_figure_is_there_and_has_words(html, page):
+def test_every_figure_has_words_and_the_readers_colours(html, page):
     # densities, cosines; r2, stitching of each direction and layer; curves
     figures = 12 + 2 * 6 + 2
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Lines: the mean (R² 0)" in page.text
-
-
-def test_colours_follow_the_readers_mode(html):
     style, drawings = html.split("</style>", 1)
     assert not re.search(r"(fill|stroke): ?#", drawings)
-    used = set(re.findall(r"var\((--[\w-]+)\)", html))
-    fonts = {"--prose", "--plain", "--code"}
-    assert all(f"{name}: light-dark(" in style for name in used - fonts)
+    used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code"}
+    assert all(f"{name}: light-dark(" in style for name in used)
 
 
 def test_the_answer_is_made_from_the_numbers(page):
@@ -316,14 +257,18 @@ def test_every_setting_is_shown_as_it_is_typed():
     }
 
 
-def test_the_terminal_table_fits_a_screen(run, capsys):
+def test_the_terminal_table_fits_a_screen(run, tmp_path, capsys):
     summary_table(run)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 30 and max(map(len, lines[:-1])) <= 120  # the last names a folder
     out = "\n".join(lines)
     assert out.count("resid_pre.") == 6
-    assert re.search(r"-0?.*0.460 +0.580 token_ridge ● +0.490 mlp ● +−0.021", out)
+    assert re.search(r"0.460 +0.580 token_ridge ● +0.490 mlp ● +−0.021", out)
     assert "results.md" in lines[-1]
+    # Of many layer pairs each direction's best one.
+    summary_table(write_required(tmp_path, models=("a", "b", "c"), layers=range(12)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 30 and "\n".join(lines).count("resid_pre.11") == 6
 
 
 def test_the_documentation_is_filled_from_a_run(run, tmp_path):
@@ -454,6 +399,20 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     assert "Only 12 held-out documents" in documents
     assert "2 of 2 dictionaries (docs-gpt2 resid_pre.6 seed-0" in dead
     assert "docs-neox resid_pre.6" in missed
+
+
+def test_a_diverged_dictionary_is_a_warning_everywhere(tmp_path, capsys):
+    work = write_required(tmp_path, layers=(5, 6))
+    rows = reconstruction_rows(layers=(5, 6))
+    rows[0]["fvu"] = 812.5  # docs-gpt2 resid_pre.5
+    write_jsonl(work.result("reconstruction.jsonl"), rows)
+    page = page_of(work)
+    assert "Training has diverged (FVU far above 1)" in page.text
+    first = page.tables["Every dictionary on held-out text"][1]
+    assert "812.5 ⚠ diverged" in " ".join(" ".join(first).split())
+    summary_table(work)
+    out = capsys.readouterr().out
+    assert "⚠ diverged dictionary" in " ".join(out.split()) and out.count("⚠ docs-") == 2
 
 
 def test_undefined_numbers_are_dashes(tmp_path):

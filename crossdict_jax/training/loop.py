@@ -14,6 +14,7 @@ Data order is a pure function of (seed, step), so a run that was killed ends wit
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.mesh import shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import write_json
+from crossdict_jax.workdir import say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -117,11 +119,12 @@ def train(
         )
         state = checkpoint.restore(checkpoints, **abstract)
     run_chunk = Chunks(trainable, ensemble.feed, root)
-    if done < steps and (size := run_chunk.memory(state, done)):
-        print(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
-    file, bar = Path(directory) / "metrics.jsonl", {"unit": "step", "mininterval": 0.5}
+    if done < steps and logging.get_verbosity() >= logging.INFO:
+        size = run_chunk.memory(state, done) or math.nan
+        say(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
+    file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
-    with progress_bar(total=steps, initial=done, desc=title, **bar) as progress:
+    with progress_bar(total=steps, initial=done, desc=title, unit="step") as progress:
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
