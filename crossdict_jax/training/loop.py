@@ -5,15 +5,18 @@ The order of one turn, where it binds:
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
 2. dispatch a chunk of steps: one compiled program for any number of steps;
 3. only then read the metrics of the chunk before (bounds the work in flight, checks every step);
-4. checkpoint between chunks, never inside one.
+4. checkpoint between chunks, never inside one, and when somebody asks the process to stop.
 
 Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
+from crossdict_jax.workdir import check_space
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -102,8 +106,9 @@ def train(
       records, labels: see ``MetricsWriter``.
 
     Raises:
-      UserError: a metric is not finite (the step and the metric are named), or the checkpoint
-        is damaged.
+      UserError: a metric or a parameter is not finite (it and the step are named; the checkpoint
+        before is kept), the checkpoint is damaged, or the directory cannot be written.
+      KeyboardInterrupt: SIGINT or SIGTERM came; what was trained is saved.
     """
     checkpoints, meta, root = Path(directory) / "checkpoints", meta or {}, jax.random.key(seed)
     done = checkpoint.latest_step(checkpoints) or 0
@@ -121,26 +126,52 @@ def train(
         )
         state = checkpoint.restore(checkpoints, **abstract)
     run_chunk = Chunks(trainable, feed, root)
+    if done < steps:
+        check_space(Path(directory))
     if done < steps and (size := run_chunk.memory(state, done)):
         print(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
     metrics_file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(metrics_file, start=done, records=records, labels=labels)
     pending: tuple[int, int, dict] | None = None
-    with progress_bar(
-        total=steps, initial=done, desc=title, unit="step", mininterval=0.5
-    ) as progress:
+    bar = {"initial": done, "desc": title, "unit": "step", "mininterval": 0.5}
+    with progress_bar(total=steps, **bar) as progress, interruptions() as received:
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
             state, metrics = run_chunk(state, done, count)
             if pending:
                 _report(*pending, title=title, writer=writer, progress=progress)
             pending, done = (done, count, metrics), done + count
-            if done % checkpoint_every == 0 or done == steps:
+            if done % checkpoint_every == 0 or done == steps or received:
                 _report(*pending, title=title, writer=writer, progress=progress)
                 pending = None
+                _check_params(state["params"], done, title)
                 checkpoint.save(checkpoints, done, meta=meta, **state)
+            if received:
+                raise KeyboardInterrupt
     writer.close()
     return state
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Puts SIGINT and SIGTERM off: yields a list to which they are added, for a better moment.
+
+    The second one interrupts at once. Outside of the main thread, where no signal comes, it does
+    nothing.
+    """
+    received: list[int] = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, note) or signal.SIG_DFL
+                stack.callback(signal.signal, number, before)
+        yield received
 
 
 def initial(
@@ -226,3 +257,13 @@ def _report(first: int, count: int, metrics: dict, *, title: str, writer, progre
     if "loss" in values:
         progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
     progress.update(count)
+
+
+def _check_params(params: PyTree, done: int, title: str) -> None:
+    """Raises UserError if a parameter is not finite: the last step's gradient was not."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
+            raise UserError(
+                f"{title}: parameter {jax.tree_util.keystr(path)} is not finite after step "
+                f"{done - 1}; lower the learning rate or look at the data."
+            )
