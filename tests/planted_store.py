@@ -1,6 +1,7 @@
 """Stores whose rows have planted directions, ensembles trained on them, and a kill in between."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -78,24 +79,28 @@ def arrays(module):
     return jax.tree.map(np.asarray, modules.split(module)[1])
 
 
-def run_steps(ensemble, steps, *, change=lambda state: state):
+def run_steps(ensemble, steps, *, change=lambda state: state, chunk=None):
     """(state, metrics) after the first steps of a training, from a changed initial state."""
-    trainable = ensemble.trainable(steps)
-    state = change(loop.initial(trainable, KEY, ensemble.layout))
-    run = loop.Chunks(trainable, ensemble.feed, KEY, limit=steps)
-    return jax.tree.map(np.asarray, run(state, 0, steps))
+    trainable, size = ensemble.trainable(steps), chunk or steps
+    state, metrics = change(loop.initial(trainable, KEY, ensemble.layout)), []
+    run = loop.Chunks(trainable, ensemble.feed, KEY, limit=size)
+    for first in range(0, steps, size):
+        state, new = run(state, first, size)
+        metrics.append(jax.device_get(new))
+    return jax.device_get(state), jax.tree.map(lambda *all_: np.concatenate(all_), *metrics)
 
 
-def step_program(ensemble, steps=30):
+def step_program(ensemble, steps=30, variant=0):
     """What one step computes, as text: every number that it uses."""
     trainable, feed = ensemble.trainable(steps), ensemble.feed
     state = jax.eval_shape(trainable.init, KEY)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), feed.indices(0, 1))
     batch = jax.eval_shape(feed.select, feed.resident, rows)
-    return f"{jax.make_jaxpr(trainable.step)(state, batch, 0, KEY)} {ensemble.fixed}"
+    step = partial(trainable.step, variant=variant)
+    return f"{jax.make_jaxpr(step)(state, batch, 0, KEY)} {ensemble.fixed}"
 
 
-def gathered(ensemble, steps=30):
+def gathered(ensemble, steps=30, variant=0):
     """The shapes that devices gather from each other in one step."""
     trainable, feed = ensemble.trainable(steps), ensemble.feed
     state = jax.tree.map(
@@ -104,7 +109,7 @@ def gathered(ensemble, steps=30):
     )
 
     def step(state, held, rows):
-        return trainable.step(state, feed.select(held, rows), 0, KEY)
+        return trainable.step(state, feed.select(held, rows), 0, KEY, variant)
 
     rows = jax.tree.map(lambda a: a[0], feed.indices(0, 1))
     text = jax.jit(step).lower(state, feed.resident, rows).compile().as_text()

@@ -10,7 +10,7 @@ from planted_store import arrays, assert_close, gathered, kill_in_save, run_step
 
 from crossdict_jax.config import Config, CrosscoderConfig, SAEConfig, crosscoder_settings
 from crossdict_jax.config.fields import JointSettings
-from crossdict_jax.dictionaries import crosscoder
+from crossdict_jax.dictionaries import base, crosscoder
 from crossdict_jax.dictionaries import crosscoder_training as training
 from crossdict_jax.dictionaries.base import THRESHOLD_RATE
 from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders, joint_ensemble
@@ -19,7 +19,7 @@ from crossdict_jax.training import checkpoint
 
 KEY = jax.random.key(0)
 D_MODELS = (4, 6, 5)
-HYPER = crosscoder.Hyper(l1_coefficient=0.3, k_aux=3, most_dead=99)
+HYPER = base.Hyper(l1_coefficient=0.3, k_aux=3, revived=14)
 every = pytest.mark.parametrize("variant", ("batchtopk", "l1"))
 
 
@@ -89,7 +89,7 @@ def test_training_sees_what_encode_sees(variant):
     c, x = fresh(variant), views()
     present = np.zeros((40, 3), bool)
     present[:20, 1] = present[20:] = True
-    z = c.pre_activations(c.scaled(jnp.concatenate(x, axis=1)), jnp.asarray(present))
+    z = c.pre_activations(c.scaled_pair(jnp.concatenate(x, axis=1), jnp.asarray(present))[0])
     f = c.activate(z)
     np.testing.assert_allclose(f[:20], c.encode([None, x[1], None])[:20], atol=1e-5)
     np.testing.assert_allclose(f[20:], c.encode(x)[20:], atol=1e-5)
@@ -99,7 +99,7 @@ def test_the_l1_loss_is_its_formula():
     c, x = fresh("l1"), views()
     present = jnp.ones((40, 3), bool)
     loss, _, f = c.losses(
-        jnp.concatenate(x, axis=1), present=present, hyper=HYPER, dead=jnp.zeros(14, bool)
+        jnp.concatenate(x, axis=1), y=present, hyper=HYPER, dead=jnp.zeros(14, bool)
     )
     code, x_hat = by_hand(c, x, (0, 1, 2))
     np.testing.assert_allclose(f, code, atol=1e-5)
@@ -113,10 +113,8 @@ def test_the_l1_loss_is_its_formula():
 
 def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_their_least():
     c, x = fresh("batchtopk"), jnp.concatenate(views(), axis=1)
-    z = np.asarray(c.pre_activations(c.scaled(x), jnp.ones((40, 3), bool)))
-    _, parts, f = c.losses(
-        x, present=jnp.ones((40, 3), bool), hyper=HYPER, dead=jnp.zeros(14, bool)
-    )
+    z = np.asarray(c.pre_activations(c.scaled_pair(x, jnp.ones((40, 3), bool))[0]))
+    _, parts, f = c.losses(x, y=jnp.ones((40, 3), bool), hyper=HYPER, dead=jnp.zeros(14, bool))
     kept = np.sort(z, axis=None)[-40 * c.k]
     np.testing.assert_allclose(f, np.where((z >= kept) & (z > 0), z, 0), atol=1e-6)
     before = float(c.threshold[...])
@@ -131,7 +129,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_their_least():
 @every
 def test_saved_and_loaded_gives_the_same_bits(variant, tmp_path):
     c, x = fresh(variant, shared_fraction=0.5), views()
-    crosscoder.save(c, tmp_path / "c", meta={"note": "kept"})
+    base.save(c, tmp_path / "c", meta={"note": "kept"})
     again = crosscoder.load(tmp_path / "c")
     assert type(again) is type(c) and again.d_models == D_MODELS and again.shared_fraction == 0.5
     for ours, theirs in zip(again(x), c(x)):

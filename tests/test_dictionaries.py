@@ -27,8 +27,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, ensemble
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
 
-MANY = 99  # dead features, more than there are: the branch of many
-HYPER = base.Hyper(0.1, most_dead=MANY, k_aux=4, nested_fractions=(0.2, 0.5))
+HYPER = base.Hyper(0.1, revived=20, k_aux=4, nested_fractions=(0.2, 0.5))
 every = pytest.mark.parametrize("architecture", architectures())
 
 
@@ -107,7 +106,7 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     np.testing.assert_allclose(parts["auxk"], by_hand, rtol=1e-4)
     _, parts, _ = d.losses(x, hyper=HYPER, dead=jnp.zeros(20, bool))
     assert parts["auxk"] == 0
-    asleep = dataclasses.replace(HYPER, most_dead=0)
+    asleep = dataclasses.replace(HYPER, revived=0)
     assert d.losses(x, hyper=asleep, dead=dead)[1]["auxk"] == 0
 
 

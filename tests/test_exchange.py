@@ -189,7 +189,7 @@ def arrays_of(step, prefix):
 def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(name, monkeypatch):
     step = np.load(FOREIGN[0].parent / name / "train_step.npz")
     coefficient = step["coef_l0" if name == "jumprelu" else "coef_l1"]
-    hyper = base.Hyper(coefficient, most_dead=0, k_aux=1)
+    hyper = base.Hyper(coefficient, revived=0, k_aux=1)
     monkeypatch.setattr(jumprelu, "BANDWIDTH", 0.2)  # as there
     kind = base.find(STEPS[name])
     graphdef, params = modules.split(base.from_arrays(kind, arrays_of(step, "w_")))

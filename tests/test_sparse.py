@@ -1,5 +1,7 @@
 """Sparse codes: lists equal the reference of dense products, which equals plain code."""
 
+import contextlib
+import functools
 import re
 from functools import partial
 
@@ -8,126 +10,143 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossdict_jax import ops
+from crossdict_jax import modules, ops
 from crossdict_jax.dictionaries import base, losses
-from crossdict_jax.dictionaries.architectures import batchtopk, matryoshka, topk
 from crossdict_jax.ops import codes, selection, sums
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
-# batch, d, width, k: one index; no even number; several blocks of terms; groups of neighbours
-SHAPES = [(3, 1, 1, 1), (40, 7, 21, 5), (300, 6, 64, 37), (30, 5, 128, 3)]
-CHOICES = {
-    "per_row": lambda k, n: (lambda z: ops.kth_largest(z, k), k * n),
-    "over_rows": lambda k, n: (lambda z: ops.nth_largest(z, k * n), k * n),
-    "threshold": lambda k, n: (lambda z: jnp.float32(1.0), 64 * n),
-}
-HYPER = base.Hyper(l1_coefficient=0.1, most_dead=1, k_aux=4, nested_fractions=(0.2, 0.5))
-each_choice = pytest.mark.parametrize("choice", CHOICES)
+# batch, d, width, k: no even number, several turns of terms and lanes; groups of neighbours
+SHAPES = [(40, 7, 21, 5), (30, 5, 128, 3)]
+HYPER = base.Hyper(l1_coefficient=0.1, revived=0, k_aux=4, nested_fractions=(0.2, 0.5))
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+# Compiling is what takes long here; code that runs once need not be fast.
+fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def use_lists(monkeypatch, lists):
-    for module in (selection, codes):
-        monkeypatch.setattr(module, "uses_lists", lambda size, **minimum: lists)
+@contextlib.contextmanager
+def traced(lists):
+    """What is traced inside takes lists or not; of few terms a turn, which compile faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (selection, codes):
+            patch.setattr(module, "uses_lists", lambda size, **minimum: lists)
+        patch.setattr(sums, "TERMS", 2)
+        patch.setattr(sums, "LANES", 4)
+        yield
 
 
-def problem(shape, *, seed=0, busy=0.0):
-    """Rows, encoder, bias, decoder and what the reconstruction's error is weighted with.
-
-    Args:
-      busy: added to the bias of the first feature; if large, it is active in every row.
-    """
-    batch, d, width, k = shape
+def problem(shape, *, seed=0):
+    """Two members' rows, encoder, bias, decoder, and what the error is weighted with."""
+    batch, d, width, _ = shape
     keys = jax.random.split(jax.random.key(seed), 5)
     sizes = [(batch, d), (d, width), (width,), (width, d), (batch, d)]
-    u, W_enc, bias, W_dec, weight = (jax.random.normal(*one) for one in zip(keys, sizes))
-    return (u, W_enc, bias.at[0].add(busy), W_dec), weight, k
+    return [np.array(jax.random.normal(key, (2, *size))) for key, size in zip(keys, sizes)]
 
 
-def slopes(choice, weight, k, ends=None, dtype=None):
-    """A function of rows, encoder, bias and decoder: a loss of their code, and four gradients."""
+def slopes(u, W_enc, bias, W_dec, weight, lowest, *, k, dtype=None):
+    """A loss of rows' code of what reaches ``lowest``, in parts of the width; three gradients."""
+    width = len(bias)
 
-    def loss(u, W_enc, bias, W_dec):
-        code = ops.sparse_code(u, W_enc, bias, *CHOICES[choice](k, len(u)), dtype)
-        parts = ops.decode_parts(code, W_dec, ends or (len(W_dec),), dtype).cumsum(axis=1)
+    def loss(W_enc, bias, W_dec):
+        n = k * len(u)
+        code = ops.sparse_code(u, W_enc, bias, lambda z: lowest, n, dtype)
+        parts = ops.decode_parts(code, W_dec, (1, 6, width - 1, width), dtype).cumsum(axis=1)
         error = jnp.sum(weight * jnp.square(parts - u[:, None]).sum(axis=1))
         return error, (parts, ops.activity(code))
 
-    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(W_enc, bias, W_dec)
 
 
-def dense(code, width):
-    """The features [batch, width] of a code."""
-    return np.asarray(ops.decode(code, jnp.eye(width)))
+@functools.cache
+def compiled(lists, shape, dtype=None):
+    """``slopes`` of two members, compiled once for all rows."""
+    arguments = problem(shape)
+    lowest = jax.ShapeDtypeStruct(arguments[0].shape[:2], jnp.float32)
+    with traced(lists):
+        one = jax.vmap(partial(slopes, k=shape[3], dtype=dtype))
+        return fast_jit(one).lower(*arguments, lowest).compile()
 
 
-def assert_lists_are_the_reference(monkeypatch, function, arguments, *, tolerance=2e-5):
-    results = []
-    for lists_ in (True, False):
-        use_lists(monkeypatch, lists_)
-        results.append(jax.jit(lambda *given: function(*given))(*arguments))
-    for ours, true in zip(*map(jax.tree.leaves, results), strict=True):
-        scale = float(np.abs(np.where(np.isfinite(true), true, 0)).max())
-        np.testing.assert_allclose(ours, true, atol=tolerance * scale)
-    return results[1]
+def least_of_rows(arguments, k):
+    """Each row's k-th largest pre-activation, or the smallest number above 0."""
+    u, W_enc, bias = (a.astype(np.float64) for a in arguments[:3])
+    z = np.sort(u @ W_enc + bias[:, None, :], axis=2)[:, :, -k]
+    return np.maximum(z - 1e-5, 1e-30).astype(np.float32)  # as it comes out in float32
 
 
-@each_choice
-@pytest.mark.parametrize("shape", SHAPES)
-def test_lists_equal_dense_products_in_value_and_gradients(monkeypatch, shape, choice):
-    arguments, weight, k = problem(shape, busy=100.0)
-    true = assert_lists_are_the_reference(monkeypatch, slopes(choice, weight, k), arguments)
+def assert_alike(ours, true, *, tolerance=2e-5):
+    for a, b in zip(*map(jax.tree.leaves, (ours, true)), strict=True):
+        scale = float(np.abs(np.where(np.isfinite(b), b, 0)).max())
+        np.testing.assert_allclose(a, b, atol=tolerance * scale)
+
+
+@every_shape
+@pytest.mark.parametrize("rows", ["busy", "few"])
+def test_lists_equal_dense_products_in_value_and_gradients(shape, rows):
+    """Of two members: a feature of one is active in every row, or two are left, not everywhere."""
+    arguments, width = problem(shape), shape[2]
+    arguments[2][0, 0] += 100.0
+    if rows == "few":
+        arguments[2] -= np.where(np.arange(width) < width - 2, 1e3, 3.0).astype(np.float32)
+    arguments.append(least_of_rows(arguments, shape[3]))
+    true = compiled(False, shape)(*arguments)
+    assert_alike(compiled(True, shape)(*arguments), true)
     assert all(np.abs(g).max() > 0 for g in true[1])
+    active, l0, _ = true[0][1][1]
+    if rows == "few":
+        assert (l0 > 0).all() and (l0 < 2).all() and active[:, : width - 2].sum() == 0
+    else:
+        np.testing.assert_allclose(l0, shape[3])
 
 
-@each_choice
-def test_members_of_an_ensemble_in_parts_of_the_width(monkeypatch, choice):
-    many = [problem(SHAPES[1], seed=s)[0] for s in range(2)]
-    stacked = [jnp.stack(one) for one in zip(*many)]
-    _, weight, k = problem(SHAPES[1])
-    function = jax.vmap(slopes(choice, weight, k, ends=(1, 6, 20, 21)))
-    assert_lists_are_the_reference(monkeypatch, function, stacked)
+def test_equals_of_the_last_are_all_kept_while_there_is_room():
+    arguments, (batch, _, width, k) = problem(SHAPES[0]), SHAPES[0]
+    arguments[0][:], arguments[2][:] = 0.0, 1.0
+    lowest = np.ones((2, batch), np.float32)
+    parts = compiled(True, SHAPES[0])(*arguments, lowest)[0][1][0]
+    kept = np.arange(batch * width).reshape(batch, width) < (k + 1) * batch  # the first rows'
+    np.testing.assert_allclose(parts[0, :, -1], kept @ arguments[3][0], atol=1e-4)
 
 
-@each_choice
-def test_rows_with_few_or_no_positive_values(monkeypatch, choice):
-    (u, W_enc, bias, W_dec), weight, k = problem(SHAPES[1])
-    bias = bias - jnp.where(jnp.arange(21) < 19, 1e3, 3.0)  # two features are left, not everywhere
-    arguments = (u, W_enc, bias, W_dec)
-    (_, (_, (active, l0, _))), _ = assert_lists_are_the_reference(
-        monkeypatch, slopes(choice, weight, k), arguments
-    )
-    assert 0 < l0 < 2 and active[:19].sum() == 0
+@pytest.mark.parametrize("lists", [True, False])
+def test_what_is_not_a_number_stays_visible(lists):
+    arguments = problem(SHAPES[1])
+    lowest = least_of_rows(arguments, SHAPES[1][3])
+    for sign in (1, -1):
+        arguments[2][:, 3] = np.copysign(np.nan, sign)
+        assert np.isnan(compiled(lists, SHAPES[1])(*arguments, lowest)[0][0]).all()
 
 
-@each_choice
-def test_bfloat16_rounds_what_is_multiplied_and_no_sum(monkeypatch, choice):
-    arguments, weight, k = problem((40, 32, 20, 20))  # all features: rounding changes no choice
-    rounded = slopes(choice, weight, k, dtype=jnp.bfloat16)
-    assert_lists_are_the_reference(monkeypatch, rounded, arguments, tolerance=3e-2)
-    for lists_ in (True, False):
-        use_lists(monkeypatch, lists_)
-        exact, near = (jax.jit(f)(*arguments)[0][0] for f in (slopes(choice, weight, k), rounded))
-        assert 1e-6 < abs(near / exact - 1) < 3e-2
+def test_bfloat16_rounds_what_is_multiplied_and_no_sum():
+    shape = (40, 32, 20, 20)  # all features: rounding changes no choice
+    arguments = [*problem(shape), np.zeros((2, 40), np.float32)]
+    exact = compiled(False, shape)(*arguments)[0][0]
+    near = [compiled(lists, shape, jnp.bfloat16)(*arguments) for lists in (True, False)]
+    assert_alike(*near, tolerance=3e-2)
+    for (value, _), _ in near:
+        change = np.abs(value / exact - 1)
+        assert (change > 1e-6).all() and (change < 3e-2).all()
 
 
-@pytest.mark.parametrize("architecture", [topk.TopK, batchtopk.BatchTopK, matryoshka.Matryoshka])
-def test_architectures_train_alike(monkeypatch, architecture):
-    """The loss and all gradients of two members, with and without dead features."""
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka"])
+def test_architectures_train_alike(architecture):
+    """The loss and all gradients of two members."""
 
-    def step(key, x, dead):
-        d = architecture(d_model=6, width=64, k=4, rngs=base.nnx.Rngs(params=key))
-        graphdef, params = base.modules.split(d)
+    def step(key, x):
+        d = base.build(architecture, d_model=6, width=64, k=4, key=key)
+        graphdef, params = modules.split(d)
 
         def loss(params):
-            d = base.modules.merge(graphdef, params)
-            loss, parts, _ = d.losses(x, hyper=HYPER, dead=dead)
-            return loss, parts
+            how = {"hyper": HYPER, "dead": jnp.zeros(64, bool)}
+            return modules.merge(graphdef, params).losses(x, **how)[:2]
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     keys, x = jax.random.split(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 40, 6))
-    dead = jnp.zeros((2, 64), bool).at[1, 9].set(True)
-    assert_lists_are_the_reference(monkeypatch, jax.vmap(step), (keys, x, dead))
+    results = []
+    for lists in (True, False):
+        with traced(lists):
+            results.append(fast_jit(jax.vmap(lambda *given: step(*given)))(keys, x))
+    assert_alike(*results)
 
 
 # ---------------------------------------------------------------- thresholds
@@ -151,47 +170,32 @@ def awkward(batch, width, k):
     }
 
 
-@pytest.mark.parametrize("lists", [True, False])
-@pytest.mark.parametrize(("width", "k"), [(21, 5), (48, 2), (96, 40), (1024, 4)])
-def test_thresholds_are_exact(monkeypatch, width, k, lists):
-    use_lists(monkeypatch, lists)
-    batch = 30
+WAYS = [("lists", *sizes) for sizes in [(21, 5), (48, 2), (96, 40), (1024, 4)]]
+
+
+@pytest.mark.parametrize(("way", "width", "k"), [*WAYS, ("bits", 21, 5), ("accelerator", 21, 5)])
+def test_thresholds_are_exact(monkeypatch, way, width, k):
+    monkeypatch.setattr(selection, "platform", lambda: "gpu" if way == "accelerator" else "cpu")
+    batch, cases = 30, awkward(30, width, k)
 
     def largest(z):
-        kept = [ops.keep_top_k(z, k, over_rows=over_rows) for over_rows in (False, True)]
-        return ops.kth_largest(z, k), ops.nth_largest(z, k * batch), *kept
+        return ops.kth_largest(z, k), ops.nth_largest(z, k * batch)
 
-    cases = awkward(batch, width, k)
-    results = jax.jit(jax.vmap(largest))(jnp.stack(list(cases.values())))
+    with traced(way == "lists"):
+        results = fast_jit(jax.vmap(largest))(jnp.stack(list(cases.values())))
     for i, (name, z) in enumerate(cases.items()):
         z = np.maximum(z, 0)
-        of_rows, of_batch = np.sort(z)[:, -k], np.sort(z, axis=None)[-k * batch]
-        kept = [np.where(z >= least, z, 0) for least in (of_rows[:, None], of_batch)]
-        for ours, true in zip(results, (of_rows, of_batch, *kept)):
+        for ours, true in zip(results, (np.sort(z)[:, -k], np.sort(z, axis=None)[-k * batch])):
             np.testing.assert_array_equal(ours[i], true, err_msg=name)
 
 
-def test_equals_of_the_last_are_all_kept_while_there_is_room(monkeypatch):
-    use_lists(monkeypatch, True)
-    z, identity = awkward(30, 48, 4)["pairs of rows"], jnp.eye(48)
-    largest = lambda z, n: ops.sparse_code(  # noqa: E731
-        z, identity, jnp.zeros(48), lambda z: ops.nth_largest(z, n), n
-    )
-    code = largest(z, 119)  # the 119th has an equal
-    kept = dense(code, 48)
-    assert (kept > 0).sum() == 120
-    np.testing.assert_array_equal(kept, np.where(z >= np.sort(z, axis=None)[-119], z, 0))
-    full = dense(largest(jnp.ones((30, 48)), 120), 48)
-    assert (full.sum(axis=1) > 0).tolist() == [True] * 4 + [False] * 26  # the first rows'
-
-
-@pytest.mark.parametrize("lists", [True, False])
-def test_what_is_not_a_number_stays_visible(monkeypatch, lists):
-    use_lists(monkeypatch, lists)
-    for sign, choice in zip((1, -1, 1), CHOICES):
-        (u, W_enc, bias, W_dec), weight, k = problem(SHAPES[3])
-        arguments = (u, W_enc, bias.at[3].set(jnp.copysign(jnp.nan, sign)), W_dec)
-        assert np.isnan(jax.jit(slopes(choice, weight, k))(*arguments)[0][0])
+@pytest.mark.parametrize("over_rows", [False, True])
+def test_what_equals_the_least_is_kept(over_rows):
+    z = awkward(30, 21, 5)["few values"]
+    least = np.sort(z, axis=None)[-150] if over_rows else np.sort(z)[:, -5:-4]
+    kept = np.where((z >= least) & (z > 0), z, 0)
+    np.testing.assert_array_equal(ops.keep_top_k(z, 5, over_rows=over_rows), kept)
+    np.testing.assert_array_equal(ops.keep_top_k(z, 21), np.maximum(z, 0))
 
 
 # ---------------------------------------------------------------- sums
@@ -211,7 +215,7 @@ def test_groups_of_any_size_are_summed(summed, big):
     table = rng.normal(size=(50, 3)).astype(np.float32)
     expected = np.zeros((n_groups + 1, 3))
     np.add.at(expected, group, weights[:, None] * table[index])
-    ours = jax.jit(summed, static_argnums=1)(jnp.asarray(group), n_groups, weights, index, table)
+    ours = fast_jit(summed, static_argnums=1)(jnp.asarray(group), n_groups, weights, index, table)
     np.testing.assert_allclose(ours, expected[:-1], atol=1e-4)
 
 
@@ -220,7 +224,7 @@ def test_inner_products_of_rows_of_any_length(d):
     rng, n = np.random.default_rng(0), 2000
     a, b = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (50, 30))
     a_index, b_index = rng.integers(0, 50, n), rng.integers(0, 30, n)
-    ours = sums.dots(*map(jnp.asarray, (a, a_index, b, b_index)))
+    ours = fast_jit(sums.dots)(*map(jnp.asarray, (a, a_index, b, b_index)))
     np.testing.assert_allclose(ours, np.einsum("nd,nd->n", a[a_index], b[b_index]), atol=1e-4)
 
 
@@ -228,46 +232,51 @@ def test_inner_products_of_rows_of_any_length(d):
 
 
 @pytest.mark.mesh
-@each_choice
-def test_rows_stay_on_their_devices_and_the_sums_are_the_same(choice):
-    mesh = make_mesh(members=2)
-    shape = (64, 8, 32, 4)
-    many = [problem(shape, seed=s)[0] for s in range(2)]
-    stacked = [jnp.stack(one) for one in zip(*many)]
-    _, weight, k = problem(shape)
-    over_members = jax.vmap(slopes(choice, weight, k), spmd_axis_name=MEMBER)
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_rows_stay_on_their_devices_and_the_sums_are_the_same(architecture, on, monkeypatch):
+    mesh, shape = make_mesh(members=2), (64, 8, 32, 4)
+    monkeypatch.setattr(selection, "platform", lambda: on)
+    W_dec, u = problem(shape)[3], problem(shape)[0]
+
+    def code(u, W_dec):
+        d = base.build(architecture, d_model=8, width=32, k=4, key=jax.random.key(0))
+        d.W_enc[...] = W_dec.T
+        return ops.decode(d.training_code(u), W_dec)
+
     P, sharding = jax.sharding.PartitionSpec, partial(jax.sharding.NamedSharding, mesh)
-    specs = [P(MEMBER, DATA), P(MEMBER), P(MEMBER), P(MEMBER)]
-    arguments = [jax.device_put(a, sharding(s)) for a, s in zip(stacked, specs)]
+    arguments = [jax.device_put(u, sharding(P(MEMBER, DATA)))]
+    arguments += [jax.device_put(W_dec, sharding(P(MEMBER)))]
 
     def spread(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             assert not selection.uses_lists(selection.LARGE)
-            return over_members(*arguments)
+            return jax.vmap(code, spmd_axis_name=MEMBER)(*arguments)
 
-    compiled = jax.jit(spread).lower(*arguments).compile()
-    gathered = re.findall(r"= (\S+) all-gather", compiled.as_text())
+    program = jax.jit(spread).lower(*arguments).compile()
+    gathered = re.findall(r"= (\S+) all-gather", program.as_text())
     assert not [g for g in gathered if "64" in g or "16,32" in g], gathered
-    ours, true = compiled(*arguments), over_members(*stacked)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(true)):
-        np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
+    true = jax.vmap(code)(u, W_dec)
+    np.testing.assert_allclose(program(*arguments), true, atol=2e-5 * float(np.abs(true).max()))
 
 
-def test_few_dead_features_are_revived_as_among_all(monkeypatch):
+def test_few_dead_features_are_revived_as_among_all():
     """AuxK of the dead alone against AuxK through all features: the loss and its gradients."""
     width, d = 64, 12
     key, *keys = jax.random.split(jax.random.key(3), 3)
     dictionary = base.build("topk", d_model=d, width=width, k=3, key=key)
-    graphdef, params = base.modules.split(dictionary)
+    graphdef, params = modules.split(dictionary)
     rows, residual = (jax.random.normal(key, (40, d)) for key in keys)
 
-    def share(params, dead, most_dead):
-        hyper = base.Hyper(l1_coefficient=0.1, most_dead=most_dead, k_aux=5)
-        d = base.modules.merge(graphdef, params)
+    @partial(fast_jit, static_argnums=2)
+    @partial(jax.value_and_grad, argnums=0)
+    def share(params, dead, revived):
+        hyper = base.Hyper(l1_coefficient=0.1, revived=revived, k_aux=5)
+        d = modules.merge(graphdef, params)
         return losses.auxk(d, rows, residual, dead=dead, hyper=hyper)
 
     for positions in ([7], [0, 3, 31, 60, 63], [1, 2, 4, 8, 16, 32, 62, 63]):
         dead = jnp.zeros(width, bool).at[jnp.asarray(positions)].set(True)
-        few, among_all = (jax.value_and_grad(share)(params, dead, n) for n in (8, 9))
+        few, among_all = (share(params, dead, n) for n in (8, width))
         assert among_all[0] > 0 and np.abs(among_all[1]["W_dec"]).max() > 0
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), few, among_all)

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from planted_store import assert_close, kill_in_save
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import loop
-from crossdict_jax.training.loop import Feed, Trainable, epoch_order, train
+from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
+from crossdict_jax.training.loop import epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 
 N, D = 96, 3
@@ -19,43 +21,39 @@ TRUTH = np.array([1.0, -2.0, 0.5], np.float32)
 X = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
 
 
-def regression(*, batch=8, poison_at=None):
+class Regression(Objective):
     """Noisy gradient descent on y = x w: a small model whose end depends on every step."""
 
-    def init(key):
-        return {"params": {"w": jax.random.normal(key, (D,))}, "train": {"momentum": jnp.zeros(D)}}
+    def __init__(self, poison_at=None):
+        self.poison_at = poison_at
 
-    def step(state, x, number, key):
-        def loss_of(w):
-            return jnp.mean(jnp.square(x @ w - x @ jnp.asarray(TRUTH)))
+    def init(self, key, fixed):
+        return {"w": jax.random.normal(key, (D,))}
 
-        loss, gradient = jax.value_and_grad(loss_of)(state["params"]["w"])
-        if poison_at is not None:
-            loss = jnp.where(number == poison_at, jnp.nan, loss)
-        noise = 1e-3 * jax.random.normal(key, (D,))
-        momentum = 0.9 * state["train"]["momentum"] + gradient + noise
-        w = state["params"]["w"] - 0.02 * momentum
-        return {"params": {"w": w}, "train": {"momentum": momentum}}, {"loss": loss}
+    def optimizer(self, fixed):
+        return optax.sgd(0.02, momentum=0.9)
 
-    def indices(first, count):
-        order = epoch_order(7, start=first * batch, count=count * batch, n=N)
-        return order.reshape(count, batch)
-
-    return Trainable(init, step), Feed(jnp.asarray(X), indices, lambda rows, i: rows[i])
+    def loss(self, params, rows, context):
+        x, noise = rows["x"], 1e-3 * jax.random.normal(context.key, (D,))
+        loss = jnp.mean(jnp.square(x @ params["w"] - x @ TRUTH)) + noise @ params["w"]
+        return jnp.where(context.number == self.poison_at, jnp.nan, loss), ({}, ())
 
 
-def fit(directory, *, steps=130, every=40, meta=None, **kwargs):
-    trainable, feed = regression(**kwargs)
-    return train(
-        trainable,
-        feed=feed,
-        steps=steps,
-        seed=3,
-        directory=directory,
-        checkpoint_every=every,
-        title="toy",
-        meta=meta,
+def regression(**changes):
+    return make_ensemble(
+        Regression(**changes),
+        fixed={"id": np.zeros(1, np.uint32)},
+        labels=("one",),
+        streams={"x": Stream(X[None], np.zeros(1, np.int64))},
+        seeds=(7,),
+        batch_size=8,
+        setting="toy.batch_size",
     )
+
+
+def fit(directory, *, steps=130, every=40, meta=None, **changes):
+    how = {"steps": steps, "seed": 3, "checkpoint_every": every, "title": "toy"}
+    return train(regression(**changes), directory=directory, meta=meta or {}, **how)[0]
 
 
 def metrics(directory):
@@ -63,7 +61,7 @@ def metrics(directory):
 
 
 def test_recovers_the_planted_weights(tmp_path):
-    np.testing.assert_allclose(fit(tmp_path, steps=300)["params"]["w"], TRUTH, atol=0.01)
+    np.testing.assert_allclose(fit(tmp_path, steps=300)["w"], TRUTH, atol=0.01)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -76,7 +74,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, number):
 
 def test_checkpoint_rhythm_changes_no_bit_and_a_finished_run_trains_nothing_more(tmp_path):
     often, seldom = fit(tmp_path / "a", every=7), fit(tmp_path / "b", every=1000)
-    np.testing.assert_array_equal(often["params"]["w"], seldom["params"]["w"])
+    assert_close(often, seldom)
     assert_close(fit(tmp_path / "a"), often)
     assert metrics(tmp_path / "a")[-1]["step"] == 129
 
@@ -87,7 +85,7 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
     half = tmp_path / "b" / "checkpoints" / "120"
     half.mkdir()
     (half / "garbage").write_text("cut short")
-    np.testing.assert_array_equal(fit(tmp_path / "b")["params"]["w"], whole["params"]["w"])
+    assert_close(fit(tmp_path / "b"), whole)
 
 
 @pytest.mark.parametrize("damage", [None, lambda data: data[:-1], lambda data: data + b"x"])
@@ -134,10 +132,12 @@ def test_members_take_devices_before_data_does(members, shape):
 
 
 def test_memory_is_told_before_the_first_step_and_compiles_nothing_twice():
-    (trainable, feed), key = regression(), jax.random.key(0)
-    run, state = loop.Chunks(trainable, feed, key), loop.initial(trainable, key)
+    made, key = regression(), jax.random.key(0)
+    trainable = made.trainable(130)
+    state = loop.initial(trainable, key, made.layout)
+    run = loop.Chunks(trainable, made.feed, key)
     held = run.memory(state)
-    size = sum(a.nbytes for a in jax.tree.leaves((state, feed.resident)))
+    size = sum(a.nbytes for a in jax.tree.leaves(state)) + X.nbytes
     assert size < held < size + 1_000_000
     compiled = []
 
@@ -170,14 +170,11 @@ def test_rows_are_gathered_as_they_are_stored():
 
 def test_a_chunk_is_compiled_once_whatever_the_first_state_is_made_of():
     """A number without a dtype has a weak type, and what steps make of it a strong one."""
-    trainable, feed = regression()
-
-    def weak(key):
-        return trainable.init(key) | {"train": {"momentum": jnp.full(D, 0.0)}}
-
-    assert jax.eval_shape(weak, jax.random.key(0))["train"]["momentum"].weak_type
-    run = loop.Chunks(Trainable(weak, trainable.step), feed, jax.random.key(0))
-    state = loop.initial(Trainable(weak, trainable.step), jax.random.key(0))
+    made, key = regression(), jax.random.key(0)
+    made.objective.init = lambda key, fixed: {"w": jnp.full(D, 0.0)}
+    trainable = made.trainable(130)
+    assert jax.eval_shape(trainable.init, key)["params"]["w"].weak_type
+    run, state = loop.Chunks(trainable, made.feed, key), loop.initial(trainable, key, made.layout)
     for first in (0, 2, 4):
         state, _ = run(state, first, 2)
     assert run.run._cache_size() == 1

@@ -33,7 +33,7 @@ from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.verify.recovery import measure_pareto
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 
-HYPER = base.Hyper(0.1, most_dead=99, k_aux=4, nested_fractions=(0.2, 0.5))
+HYPER = base.Hyper(0.1, revived=20, k_aux=4, nested_fractions=(0.2, 0.5))
 every = pytest.mark.parametrize("architecture", base.architectures())
 
 

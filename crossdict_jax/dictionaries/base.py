@@ -22,13 +22,11 @@ class Dictionary(nnx.Module):
     """f = act((x s) W_enc + b_enc - (b_dec W_enc)),  x_hat = (f W_dec + b_dec) / s.
 
     ``s`` is the activation scale: training sees rows of mean norm sqrt(d_model), callers always
-    speak raw activation units. An architecture defines ``act`` as ``activate(z)``, which returns
-    features [batch, width] of pre-activations z, and its loss.
+    speak raw activation units. An architecture defines ``act`` as ``activate(z)``, and its loss.
 
     With ``d_out`` it is a transcoder, which reads one site and predicts another:
     f = act((x s) W_enc + b_enc),  y_hat = (f W_dec + b_dec) / s_out  (Dunefsky et al. 2024, arXiv
-    2406.11944). b_dec lives in the space of y and is not taken from x; what that would have done,
-    centring, is left to b_enc.
+    2406.11944). b_dec lives in the space of y and is not taken from x: centring is left to b_enc.
 
     Attributes:
       W_enc [d_model, width], b_enc [width], W_dec [width, d_out], b_dec [d_out], scale [].
@@ -41,6 +39,7 @@ class Dictionary(nnx.Module):
     measured: tuple[str, ...] = ("scale", "scale_out")  # variables that no gradient updates
     selects_over_rows: bool = False  # whether training chooses features over the whole batch
     unit_decoder: bool = True  # whether decoder rows are kept at norm 1
+    revives: bool = True  # whether the loss has a term for dead features
     pace: float = 1.0  # of the usual learning rate
     usual_l1: float = 1.0  # l1_coefficient at which about a sixth of the dimensions are active
     has_k: bool = False  # whether k fixes the number of active features
@@ -75,6 +74,14 @@ class Dictionary(nnx.Module):
         W_enc, bias = self.encoder()
         return matmul(u, W_enc, dtype) + bias[None, :]
 
+    def activate(self, z: jax.Array) -> jax.Array:
+        """Returns features [batch, width] of pre-activations: relu(z) above a threshold, if any.
+
+        What is not a number stays.
+        """
+        threshold = jnp.reshape(self.threshold[...], (1, -1)) if hasattr(self, "threshold") else 0.0
+        return jnp.where(z <= threshold, 0.0, jax.nn.relu(z))
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Returns features, float32 [batch, width], of raw activations x [batch, d_model]."""
         return self.activate(self.pre_activations(self.scaled_pair(x)[0]))
@@ -92,18 +99,18 @@ class Dictionary(nnx.Module):
     # ------------------------------------------------------------ training
 
     def scaled_pair(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Returns scaled rows: what is read [batch, d_model], and what is to be written."""
+        """Returns scaled rows: what is read [batch, d_model], and what is to be written.
+
+        Args:
+          y: raw rows [batch, d_out] that a transcoder is to predict.
+        """
         u = jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
         if y is None:
             return u, u
         return u, jnp.asarray(y, jnp.float32) * jax.lax.stop_gradient(self.scale_out[...])
 
     def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
-        """Returns the code that training takes of scaled rows u [batch, d_model].
-
-        Args:
-          hyper: with the threshold of a batch that the rows are a part of.
-        """
+        """Returns the code of scaled rows u [batch, d_model], a part of the batch of ``hyper``."""
         return self.activate(self.pre_activations(u, dtype))
 
     def losses(
@@ -111,14 +118,13 @@ class Dictionary(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array], Code]:
         """Returns (loss to minimise, its parts, features [batch, width] or their code).
 
-        FVU + auxk * (residual FVU of k_aux dead features), where an architecture defines no other.
-        Both terms are divided by a variance, the first by the batch's, the second by the
-        residual's, so the coefficient has no unit (Gao et al. 2024, arXiv 2406.04093).
+        FVU + auxk * (residual FVU of k_aux dead features), where an architecture defines no other
+        (Gao et al. 2024, arXiv 2406.04093).
 
         Args:
           x: raw rows [batch, d_model].
           dead: bool [width], features that have been silent too long.
-          y: raw rows [batch, d_out] that a transcoder is to predict.
+          y: what belongs to the rows: see ``scaled_pair``.
           dtype: of the matmul inputs; sums stay float32.
         """
         u_in, u = self.scaled_pair(x, y)
@@ -129,6 +135,17 @@ class Dictionary(nnx.Module):
             "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
         }
         return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
+
+    @property
+    def meta(self) -> dict:
+        """What a checkpoint must say to build it.
+
+        Raises:
+          UserError: it is none of ours, as some imported ones are.
+        """
+        sizes = {"d_model": self.d_model, "width": self.width, "k": self.k}
+        d_out = self.d_out if self.transcodes else None
+        return sizes | {"architecture": architecture_of(self), "d_out": d_out}
 
     def after_update(self, smallest: jax.Array) -> None:
         """Imposes constraints on the parameters, and updates what is measured, not optimised.
@@ -146,16 +163,6 @@ def decoder_rows(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
     return np.asarray(dictionary.W_dec[...])[features] / np.asarray(scale[...])
 
 
-def running_threshold(threshold: jax.Array, smallest: jax.Array) -> jax.Array:
-    """Returns the running mean [] of batches' least kept values; the first batch starts it.
-
-    A batch without an active feature (smallest is infinite) changes nothing.
-    """
-    moved = threshold + THRESHOLD_RATE * (smallest - threshold)
-    moved = jnp.where(threshold == 0, smallest, moved)
-    return jnp.where(jnp.isfinite(smallest), moved, threshold)
-
-
 def unit_rows(W: jax.Array) -> jax.Array:
     """Returns W [width, d_out] with every row at norm 1."""
     return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-8)
@@ -167,7 +174,7 @@ class BatchSelected(Dictionary):
     At inference f = relu(z) 1[z > threshold].
 
     Attributes:
-      threshold: [], the running mean of the smallest value that a batch kept.
+      threshold: [], the running mean of the smallest value that a batch kept, from the first on.
     """
 
     measured = (*Dictionary.measured, "threshold")
@@ -177,9 +184,6 @@ class BatchSelected(Dictionary):
         super().__init__(**shape)
         self.threshold = nnx.Variable(jnp.zeros(()))
 
-    def activate(self, z: jax.Array) -> jax.Array:
-        return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
-
     def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
         in_parts = hyper is not None and hyper.threshold is not None
         n = self.k * (hyper.rows if in_parts else len(u))
@@ -188,7 +192,9 @@ class BatchSelected(Dictionary):
 
     def after_update(self, smallest: jax.Array) -> None:
         super().after_update(smallest)
-        self.threshold[...] = running_threshold(self.threshold[...], smallest)
+        old = self.threshold[...]
+        new = jnp.where(old == 0, smallest, old + THRESHOLD_RATE * (smallest - old))
+        self.threshold[...] = jnp.where(jnp.isfinite(smallest), new, old)
 
 
 def find(architecture: str) -> type[Dictionary]:
@@ -241,11 +247,8 @@ def from_arrays(
 
 
 def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> None:
-    """Writes an orbax checkpoint that ``load`` reads: parameters, and what is needed to build."""
-    shape = {name: getattr(dictionary, name) for name in ("d_model", "width", "k")}
-    shape["architecture"] = architecture_of(dictionary)
-    shape["d_out"] = dictionary.d_out if dictionary.transcodes else None
-    checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | shape)
+    """Writes a checkpoint that ``load`` reads: parameters, and what is needed to build."""
+    checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | dictionary.meta)
 
 
 def load(path: str | Path) -> Dictionary:

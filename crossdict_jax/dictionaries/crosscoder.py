@@ -9,17 +9,17 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries.base import running_threshold, unit_rows
-from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu, power
+from crossdict_jax.dictionaries.base import BatchSelected, unit_rows
+from crossdict_jax.dictionaries.losses import fvu, power
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import keep_top_k, matmul
+from crossdict_jax.ops import matmul
 from crossdict_jax.training import checkpoint
 
 SHAPE = ("d_models", "width", "k", "shared_fraction")  # what a checkpoint says to build it
 TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model takes part in it
 
 
-class Crosscoder(nnx.Module):
+class Crosscoder(BatchSelected):
     """f = act(N / |S| sum_{m in S} (s_m x_m - c_m) W_enc_m + b_enc), x_m = (f W_dec_m + b_m) / s_m.
 
     S are the models that are given: a code can be computed from some of the N alone, and the factor
@@ -28,11 +28,10 @@ class Crosscoder(nnx.Module):
     training means. Callers speak raw units (Lindsey et al. 2024, "Sparse Crosscoders for
     Cross-Layer Features and Model Diffing"). act keeps what is above both 0 and ``threshold``.
 
-    Variant ``batchtopk``: in training f = the batch * k largest of relu(z) in the whole batch, and
-    loss = FVU + auxk * dead FVU. A latent's decoder rows of all models together have norm 1, so
-    that a large f is a large share of what is reconstructed, whoever it belongs to. Free of the
-    shrinkage by which L1 invents latents that belong to one model (Minder et al. 2025, arXiv
-    2504.02922). ``threshold`` is the running mean of the smallest value that a batch kept.
+    Variant ``batchtopk`` trains as BatchTopK dictionaries do. A latent's decoder rows of all models
+    together have norm 1, so that a large f is a large share of what is reconstructed, whoever it
+    belongs to. Free of the shrinkage by which L1 invents latents that belong to one model (Minder
+    et al. 2025, arXiv 2504.02922).
 
     Variant ``l1``: loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i sum_m ||W_dec_m,i||, as
     published; decoder rows are free, and ``threshold`` is 0.
@@ -45,7 +44,6 @@ class Crosscoder(nnx.Module):
         D = sum of d_models; ``part`` says where one model's lie.
       b_enc [width], scale [N], threshold [].
       n_models: N.
-      measured: names of the variables that no gradient updates.
     """
 
     measured = ("scale", "center", "threshold")
@@ -60,19 +58,20 @@ class Crosscoder(nnx.Module):
         shared_fraction: float = 1.0,
         key: jax.Array,
     ):
-        self.variant, self.width, self.k = variant, width, k
+        self.variant, self.shared_fraction = variant, shared_fraction
         self.d_models, self.n_models = tuple(d_models), len(d_models)
-        self.shared_fraction = shared_fraction
         total = sum(self.d_models)
-        rows = jax.random.normal(nnx.Rngs(params=key).params(), (width, total))
-        W_dec = unit_rows(rows * self.allowed().T)
-        self.W_dec = nnx.Param(W_dec)
-        self.W_enc = nnx.Param(W_dec.T)
-        self.b_enc = nnx.Param(jnp.zeros(width))
-        self.b_dec = nnx.Param(jnp.zeros(total))
+        super().__init__(d_model=total, d_out=total, width=width, k=k, rngs=nnx.Rngs(params=key))
+        self.unit_decoder = self.revives = variant == "batchtopk"
+        W_dec = unit_rows(self.W_dec[...] * self.allowed().T)
+        self.W_dec, self.W_enc = nnx.Param(W_dec), nnx.Param(W_dec.T)
         self.center = nnx.Variable(jnp.zeros(total))
         self.scale = nnx.Variable(jnp.ones(self.n_models))
-        self.threshold = nnx.Variable(jnp.zeros(()))
+        del self.scale_out
+
+    @property
+    def meta(self) -> dict:
+        return {name: getattr(self, name) for name in SHAPE} | {"crosscoder": self.variant}
 
     def part(self, model: int) -> slice:
         """Returns where a model's dimensions lie among all D."""
@@ -107,17 +106,17 @@ class Crosscoder(nnx.Module):
             raise ValueError(f"{len(x)} entries, {present.sum()} given, of {self.n_models} models")
         batch = len(x[present.argmax()])
         parts = [jnp.zeros((batch, d)) if r is None else r for r, d in zip(x, self.d_models)]
-        u = self.scaled(jnp.concatenate(parts, axis=1))
-        return self.activate(self.pre_activations(u, present[None, :]))
+        seen, _ = self.scaled_pair(jnp.concatenate(parts, axis=1), present[None, :])
+        return self.activate(self.pre_activations(seen))
 
     def decode(self, f: jax.Array) -> tuple[jax.Array, ...]:
         """Returns per model raw activations x_hat [batch, d_m] of a code f [batch, width]."""
         u_hat = self.reconstruction(jnp.asarray(f, jnp.float32))
         return tuple(u_hat[:, self.part(m)] / self.scale[...][m] for m in range(self.n_models))
 
-    def __call__(self, x: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
-        """Returns every model's x_hat [batch, d_m], also of those that are not given."""
-        return self.decode(self.encode(x))
+    def reconstruction(self, f: jax.Array, dtype=None) -> jax.Array:
+        """Returns u_hat [batch, D] of a code."""
+        return matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
 
     def between(self, source: int, target: int) -> dict[str, jax.Array]:
         """Returns the way from one model to another, in raw units of both.
@@ -135,73 +134,36 @@ class Crosscoder(nnx.Module):
             "b_dec": self.b_dec[...][b] / self.scale[...][target],
         }
 
-    def activate(self, z: jax.Array) -> jax.Array:
-        """Returns the code [batch, width] of pre-activations z: what exceeds 0 and threshold."""
-        return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
-
-    def scaled(self, x: jax.Array) -> jax.Array:
-        """Returns u = s x [batch, D] of all models' raw rows side by side."""
-        scale = jnp.repeat(jax.lax.stop_gradient(self.scale[...]), np.asarray(self.d_models))
-        return jnp.asarray(x, jnp.float32) * scale[None, :]
-
-    def seen(self, u: jax.Array, present: jax.Array) -> jax.Array:
-        """Returns what is seen of scaled rows u [batch, D]: centred, 0 of absent models.
+    def scaled_pair(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns what is seen of rows, centred and 0 of absent models, and u = s x: [batch, D].
 
         Args:
-          present: bool [batch, N], the models that each row is seen of; one at least.
+          x: raw rows of all models side by side [batch, D].
+          y: bool [batch, N] or [1, N], the models that the code is computed from; one at least.
         """
-        share = present / present.sum(axis=1, keepdims=True) * self.n_models
-        centred = u - jax.lax.stop_gradient(self.center[...])[None, :]
-        return centred * jnp.repeat(share, np.asarray(self.d_models), axis=1)
+        sizes, fixed = np.asarray(self.d_models), jax.lax.stop_gradient
+        u = jnp.asarray(x, jnp.float32) * jnp.repeat(fixed(self.scale[...]), sizes)[None, :]
+        share = y / y.sum(axis=1, keepdims=True) * self.n_models
+        return (u - fixed(self.center[...])[None, :]) * jnp.repeat(share, sizes, axis=1), u
 
-    def encoder(self) -> tuple[jax.Array, jax.Array]:
-        """Returns W_enc [D, width] and the bias [width] of what is seen of rows."""
-        return self.W_enc[...], self.b_enc[...]
-
-    def pre_activations(self, u: jax.Array, present: jax.Array, dtype=None) -> jax.Array:
-        """Returns z [batch, width] of scaled rows u [batch, D]; see ``seen``."""
-        W_enc, bias = self.encoder()
-        return matmul(self.seen(u, present), W_enc, dtype) + bias[None, :]
-
-    def reconstruction(self, f: jax.Array, dtype=None) -> jax.Array:
-        """Returns u_hat [batch, D] of a code."""
-        return matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
-
-    def losses(
-        self, x: jax.Array, *, present: jax.Array, hyper: Hyper, dead: jax.Array, dtype=None
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-        """Returns (loss to minimise, its parts, code [batch, width]).
-
-        Args:
-          x: raw rows of all models side by side [batch, D]; all are to be reconstructed.
-          present: bool [batch, N], the models that the code is computed from.
-          dead: bool [width], latents that have been silent too long.
-          dtype: of the matmul inputs; sums stay float32.
-        """
-        u = self.scaled(x)
-        z = self.pre_activations(u, present, dtype)
-        f = self.activate(z) if self.variant == "l1" else keep_top_k(z, self.k, over_rows=True)
+    def losses(self, x, *, hyper, dead, y=None, dtype=None):
+        """Returns what ``Dictionary.losses`` does; all models are to be reconstructed."""
+        if self.variant == "batchtopk":
+            return super().losses(x, hyper=hyper, dead=dead, y=y, dtype=dtype)
+        seen, u = self.scaled_pair(x, y)
+        f = self.activate(self.pre_activations(seen, dtype))
         u_hat = self.reconstruction(f, dtype)
-        parts = {"fvu": fvu(u, u_hat)}
-        if self.variant == "l1":
-            l1 = jnp.mean(f @ self.decoder_norms().sum(axis=0))
-            parts |= {"mse": power(u - u_hat), "l1": l1}
-            return parts["mse"] + hyper.l1_coefficient * l1, parts, f
-        seen = self.seen(u, present)
-        parts["auxk"] = auxk(self, seen, u - u_hat, dead=dead, hyper=hyper, dtype=dtype)
-        return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
+        l1 = jnp.mean(f @ self.decoder_norms().sum(axis=0))
+        parts = {"fvu": fvu(u, u_hat), "mse": power(u - u_hat), "l1": l1}
+        return parts["mse"] + hyper.l1_coefficient * l1, parts, f
 
     def after_update(self, smallest: jax.Array) -> None:
-        """Imposes the constraints, and updates the threshold; see ``Dictionary.after_update``."""
-        allowed = self.allowed()
-        self.W_enc[...] = self.W_enc[...] * allowed
-        self.W_dec[...] = self.W_dec[...] * allowed.T
+        if self.shared_fraction < 1:
+            allowed = self.allowed()
+            self.W_enc[...] = self.W_enc[...] * allowed
+            self.W_dec[...] = self.W_dec[...] * allowed.T
         if self.variant == "batchtopk":
-            self.W_dec[...] = unit_rows(self.W_dec[...])
-            self.threshold[...] = running_threshold(self.threshold[...], smallest)
-
-
-# ---------------------------------------------------------------- classes of latents
+            super().after_update(smallest)
 
 
 def relative_norms(crosscoder: Crosscoder) -> np.ndarray:
@@ -213,27 +175,17 @@ def relative_norms(crosscoder: Crosscoder) -> np.ndarray:
 def takes_part(crosscoder: Crosscoder) -> np.ndarray:
     """Returns bool [N, width]: the models that a latent belongs to.
 
-    The rule: a model takes part in a latent if its decoder norm is at least a quarter of the
-    largest one; for two models, a relative norm between 0.2 and 0.8. All take part: the latent is
-    shared. One does: it is exclusive to that one.
+    A model takes part in a latent if its decoder norm is at least a quarter of the largest one; for
+    two models, a relative norm between 0.2 and 0.8. All take part: the latent is shared. One does:
+    it is exclusive to that one.
     """
     norms = np.asarray(crosscoder.decoder_norms())
     largest = norms.max(axis=0, keepdims=True)
     return (norms >= TAKES_PART * largest) & (largest > 0)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-def save(crosscoder: Crosscoder, path: Path, *, meta: dict | None = None) -> None:
-    """Writes a checkpoint that ``load`` reads: parameters, and what is needed to build."""
-    shape = {name: getattr(crosscoder, name) for name in SHAPE}
-    shape |= {"crosscoder": crosscoder.variant}
-    checkpoint.save_module(path, modules.split(crosscoder)[1], (meta or {}) | shape)
-
-
 def load(path: str | Path) -> Crosscoder:
-    """Returns the crosscoder in a checkpoint folder.
+    """Returns the crosscoder in a checkpoint folder, which ``dictionaries.save`` wrote.
 
     Raises:
       UserError: there is none, or a file of it is damaged (it is named).

@@ -13,13 +13,14 @@ import numpy as np
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, JointSettings, SAEConfig, crosscoder_settings, layer_pairs
-from crossdict_jax.dictionaries import crosscoder
+from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.crosscoder import Crosscoder
 from crossdict_jax.dictionaries.train import SparseObjective
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.ensemble import Ensemble, Stream, make_ensemble
+from crossdict_jax.training.loop import train
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -51,12 +52,8 @@ class CrosscoderObjective(SparseObjective):
         self.joint, self.d_models = joint, tuple(d_models)
         shape = {"width": joint.width, "k": joint.k, "shared_fraction": joint.shared_fraction}
         build = functools.partial(Crosscoder, joint.variant, d_models=self.d_models, **shape)
-        settings = SAEConfig(
-            steps=joint.steps,
-            batch_size=joint.batch_size,
-            dead_after_rows=joint.dead_after_rows,
-            matmul_dtype=joint.matmul_dtype,
-        )
+        names = ("steps", "batch_size", "dead_after_rows", "matmul_dtype")
+        settings = SAEConfig(**{name: getattr(joint, name) for name in names})
         super().__init__(lambda key: build(key=key), settings, k_aux=sum(d_models) // 2)
 
     def init(self, key, fixed):
@@ -64,11 +61,10 @@ class CrosscoderObjective(SparseObjective):
         measured = {"scale": fixed["scale"], "center": fixed["center"], "b_dec": fixed["center"]}
         return modules.split(self.build(key))[1] | measured
 
-    def losses(self, module, rows, context, dead):
+    def pair(self, rows, context):
         x = jnp.concatenate([rows[str(m)] for m in range(len(self.d_models))], axis=-1)
-        present = draw_present(context.key, len(x), len(self.d_models), self.joint.drop_probability)
-        hyper = self.hyper(context)
-        return module.losses(x, present=present, hyper=hyper, dead=dead, dtype=self.dtype)
+        drop = self.joint.drop_probability
+        return x, draw_present(context.key, len(x), len(self.d_models), drop)
 
 
 def fit_crosscoders(
@@ -81,8 +77,8 @@ def fit_crosscoders(
 ) -> list[Crosscoder]:
     """Returns a trained crosscoder for each of ``rows``, in their order.
 
-    All of equal shapes are one ensemble in one compiled step. ``directory/N`` keeps checkpoints,
-    metrics and labels of each group, so that a killed run goes on and ends with the same bits.
+    All of equal shapes are one ensemble in one compiled step, whose checkpoints and metrics
+    ``directory/N`` keeps: a killed run goes on and ends with the same bits.
 
     Raises:
       UserError: a batch is larger than the rows or does not divide over the devices, or a loss
@@ -101,7 +97,8 @@ def fit_crosscoders(
     for number, (shapes, indices) in enumerate(groups.items()):
         ensemble = joint_ensemble([rows[i] for i in indices], joint)
         sizes = "+".join(str(d_model) for _, d_model in shapes)
-        trained = ensemble.fit(
+        trained = train(
+            ensemble,
             steps=joint.steps,
             seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
             directory=Path(directory) / str(number),
@@ -125,15 +122,11 @@ def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
     Their scales give every model the mean d_model as its variance.
     """
     d_models = [view.shape[1] for view in members[0].views]
-    measured = [[moments(view) for view in member.views] for member in members]
-    scale = np.sqrt(
-        [[np.mean(d_models) / max(power, 1e-12) for _, power in member] for member in measured]
-    )
-    center = [
-        np.concatenate([s * mean for s, (mean, _) in zip(scales, member)])
-        for scales, member in zip(scale, measured)
-    ]
-    streams = {}
+    scale, center, streams = [], [], {}
+    for member in members:
+        means, powers = zip(*map(moments, member.views))
+        scale.append(np.sqrt(np.mean(d_models) / np.maximum(powers, 1e-12)))
+        center.append(np.concatenate([s * mean for s, mean in zip(scale[-1], means)]))
     for m in range(len(d_models)):  # every distinct view once, whatever members and orders read it
         views = {id(member.views[m]): member.views[m] for member in members}
         source = np.asarray([list(views).index(id(member.views[m])) for member in members])
@@ -141,9 +134,8 @@ def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
         straight = np.arange(len(members[0].views[m]), dtype=np.int32)
         stacked = np.stack([straight if order is None else order for order in orders])
         shuffled = any(order is not None for order in orders)
-        streams[str(m)] = Stream(
-            np.stack(list(views.values())), source, stacked if shuffled else None
-        )
+        x = np.stack(list(views.values()))
+        streams[str(m)] = Stream(x, source, stacked if shuffled else None)
     return make_ensemble(
         CrosscoderObjective(joint, d_models),
         fixed={
@@ -226,16 +218,11 @@ def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
             views = tuple(map(read, models, sites))
             views = copies(views[0], name, config.seed) if name in CONTROLS else views
             rows.append(Rows(label, views, config.seed, orders if name == "shuffled" else None))
-        fitted = fit_crosscoders(
-            rows,
-            joint,
-            directory=directory,
-            checkpoint_every=config.checkpoint_every,
-            records=config.records,
-        )
+        options = {"checkpoint_every": config.checkpoint_every, "records": config.records}
+        fitted = fit_crosscoders(rows, joint, directory=directory, **options)
         for folder, result in zip(folders, fitted):
             if folder in todo:
-                crosscoder.save(result, folder, meta={"steps": joint.steps})
+                base.save(result, folder, meta={"steps": joint.steps})
         for finished in directory.glob("*/checkpoints"):
             shutil.rmtree(finished)
         seen = len(folders) * joint.steps * joint.batch_size

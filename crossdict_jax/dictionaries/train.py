@@ -24,7 +24,7 @@ from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, star
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.ops import activity, decode, nth_largest
-from crossdict_jax.training import checkpoint
+from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import (
     Context,
     Ensemble,
@@ -40,6 +40,7 @@ from crossdict_jax.workdir import Workdir
 CEILING_SEED = 1  # of the dictionary that is compared with that of seed 0
 LARGEST_RATE = 1.2e-2  # above it narrow dictionaries, too, lose what they found
 DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK the larger part to revive
+FEW = 8  # dead features are few up to this part of the width: then AuxK takes these alone
 WARMUP_FRACTION = 0.05  # of the steps, for the learning rate
 L1_WARMUP_FRACTION = 0.1  # of the steps, for the penalty
 # Losses that sum squares over d have their longest gradients in the first steps. Adam remembers
@@ -55,10 +56,14 @@ MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 class SparseObjective(Objective):
     """Trains sparse codes, dictionaries and crosscoders alike: losses, dead features, constraints.
 
-    The memory is int [width]: rows since each feature was active.
+    The memory is int [width]: rows since each feature was active. A variant of the step says how
+    many dead features AuxK makes room for. In parts of a batch, ``totals`` are what ``Hyper`` says
+    of the batch: losses divide by its variance, choose features over all of its rows, or compare
+    its mean L0 with a target. No [batch, width] array is held for them, but for architectures that
+    choose features over the batch one.
     """
 
-    def __init__(self, build: Callable[[jax.Array], nnx.Module], settings: SAEConfig, k_aux: int):
+    def __init__(self, build: Callable[[jax.Array], Dictionary], settings: SAEConfig, k_aux: int):
         """
         Args:
           build: key -> a fresh module.
@@ -67,36 +72,42 @@ class SparseObjective(Objective):
         module = nnx.eval_shape(lambda: build(jax.random.key(0)))
         self.build, self.settings, self.k_aux = build, settings, k_aux
         self.graphdef, self.frozen = nnx.split(module)[0], module.measured
+        self.revives, self.width = module.revives, module.width
         self.memory, self.parts = np.zeros(module.width, np.int32), settings.accumulate
         dtype = settings.matmul_dtype
         self.dtype = None if dtype == "float32" else jnp.dtype(dtype)
         seen = settings.steps * settings.batch_size
         self.dead_after = settings.dead_after_rows or max(1, round(DEAD_SHARE * seen))
 
+    def variant(self, memories):
+        if not self.revives:
+            return 0
+        n_dead = int((memories >= self.dead_after).sum(axis=1).max())
+        return next(n for n in (0, self.width // FEW, self.width) if n_dead <= n)
+
     def optimizer(self, fixed):
         """Clipped Adam; the rate warms up, stays, and falls to 0 over the last fifth of steps."""
         steps = self.settings.steps
         warm, decay = max(1, round(WARMUP_FRACTION * steps)), max(1, steps // 5)
-        factor = optax.join_schedules(
-            [
-                optax.linear_schedule(1 / warm, 1.0, warm),
-                optax.constant_schedule(1.0),
-                optax.linear_schedule(1.0, 0.0, decay),
-            ],
-            [warm, max(warm, steps - decay)],
-        )
+        rise, fall = (1 / warm, 1.0, warm), (1.0, 0.0, decay)
+        schedules = [optax.linear_schedule(*rise), optax.linear_schedule(*fall)]
+        factor = optax.join_schedules(schedules, [max(warm, steps - decay)])
         return optax.chain(
             optax.clip_by_global_norm(GRADIENT_CLIP),
             optax.scale_by_adam(**MOMENTS),
             optax.scale_by_schedule(lambda count: -fixed["rate"] * factor(count)),
         )
 
+    def pair(self, rows, context) -> tuple:
+        """Returns what ``Dictionary.losses`` takes of a batch: x, and what belongs to it."""
+        return rows["x"], rows.get("y")
+
     def hyper(self, context: Context) -> Hyper:
         warm = max(1, round(L1_WARMUP_FRACTION * self.settings.steps))
         factor = optax.linear_schedule(0.0, 1.0, warm)(context.number)
         return Hyper(
             l1_coefficient=context.fixed["penalty"] * factor,
-            most_dead=(context.memories >= self.dead_after).sum(axis=1).max(),
+            revived=context.variant,
             k_aux=self.k_aux,
             l0_target=self.settings.l0_target,
             nested_fractions=self.settings.nested_fractions,
@@ -104,26 +115,15 @@ class SparseObjective(Objective):
             **context.totals or {},
         )
 
-    def losses(self, module, rows, context, dead):
-        """Returns the module's losses of a batch: see ``Dictionary.losses``."""
-        hyper = self.hyper(context)
-        return module.losses(rows["x"], y=rows.get("y"), hyper=hyper, dead=dead, dtype=self.dtype)
-
     def loss(self, params, rows, context):
-        dead = context.memory >= self.dead_after
-        module = modules.merge(self.graphdef, params)
-        loss, terms, f = self.losses(module, rows, context, dead)
+        (x, y), dead = self.pair(rows, context), context.memory >= self.dead_after
+        module, hyper = modules.merge(self.graphdef, params), self.hyper(context)
+        loss, terms, f = module.losses(x, y=y, hyper=hyper, dead=dead, dtype=self.dtype)
         active, l0, smallest = jax.lax.stop_gradient(activity(f))
         metrics = {"l0": l0, **terms, "dead_fraction": dead.mean(dtype=jnp.float32)}
         return loss, (metrics, (active, smallest))
 
     def totals(self, params, parts, context):
-        """Returns what ``Hyper`` says of a batch that comes in parts.
-
-        Losses are not means over rows alone: they divide by the variance of a batch, choose
-        features over all of its rows, or compare its mean L0 with a target. Holds no [batch, width]
-        array, but for architectures that choose features over the batch one.
-        """
         d, over, dtype = modules.merge(self.graphdef, params), jax.lax.map, self.dtype
         u, t = over(lambda part: d.scaled_pair(part["x"], part.get("y")), parts)
 
@@ -131,21 +131,19 @@ class SparseObjective(Objective):
             mean = x.mean(axis=(0, 1))
             return over(lambda part: power(part - mean[None, :]), x).mean()
 
+        def residual(pair):
+            u, t = pair
+            u_hat = decode(d.training_code(u, hyper, dtype), d.W_dec[...], dtype)
+            return t - u_hat - d.b_dec[...][None, :]
+
         totals = {"variance": variance(t)}
         if d.selects_over_rows:
             z = over(lambda part: jax.nn.relu(d.pre_activations(part, dtype)), u)
             z = z.swapaxes(0, 1).reshape(-1, d.width)  # rows stay on their devices
             totals["threshold"] = nth_largest(z, d.k * len(z))
         hyper = dataclasses.replace(self.hyper(context), **totals)
-
-        def residual(pair):
-            u, t = pair
-            u_hat = decode(d.training_code(u, hyper, dtype), d.W_dec[...], dtype)
-            return t - u_hat - d.b_dec[...][None, :]
-
-        totals["residual_variance"] = jax.lax.cond(
-            hyper.most_dead > 0, lambda: variance(over(residual, (u, t))), lambda: jnp.ones(())
-        )
+        if hyper.revived:
+            totals["residual_variance"] = variance(over(residual, (u, t)))
         l0 = over(lambda part: activity(d.training_code(part, hyper, dtype))[1], u)
         return totals | {"l0": l0.mean()}
 
@@ -203,16 +201,11 @@ class Member:
     l1_coefficient: float
     name: str
 
-    @property
-    def label(self) -> str:
-        return f"{self.model} {self.site} {self.name}"
-
 
 def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
     """Returns every dictionary of a run: model and site x seed x sweep, in that order.
 
-    The folder of a member is ``seed-N``; of the second and later values of a swept field,
-    ``seed-N-FIELD-VALUE``, so that ``seed-0`` always is the first.
+    Later values of a swept field are ``seed-N-FIELD-VALUE``: ``seed-0`` always is the first.
     """
     values = {field: getattr(sae, field) for field in SWEPT}
     swept = {field: v if isinstance(v, tuple) else (v,) for field, v in values.items()}
@@ -239,17 +232,12 @@ def control_members(config: Config, store: Store) -> list[Member]:
       store: the one that controls read (see ``activations.untrained``).
     """
     sae = dataclasses.replace(unswept(config.sae), seeds=CEILING_SEED + 1)
-    trained = store.models[: len(config.models)]
-    sites = [
-        (model, Site(layer, config.site))
-        for model, layers in zip(trained, controlled_layers(config))
-        for layer in layers
-    ]
-    result = []
+    n, result = len(config.models), []
     if "ceiling" in config.controls and config.sae.seeds <= CEILING_SEED:
+        layers = zip(store.models[:n], controlled_layers(config))
+        sites = [(model, Site(layer, config.site)) for model, those in layers for layer in those]
         result += [m for m in members(sae, sites) if m.seed == CEILING_SEED]
-    untrained = store.models[len(trained) :]
-    sites = [(model, site) for model in untrained for site in store.sites_of(model)]
+    sites = [(model, site) for model in store.models[n:] for site in store.sites_of(model)]
     return result + [m for m in members(sae, sites) if m.seed == 0]
 
 
@@ -261,10 +249,9 @@ def train_dictionaries(
 ) -> None:
     """Trains what is not there yet; each finished dictionary gets a folder of its own.
 
-    Models that ``sae.sources`` gives a dictionary of somebody else train none.
-
-    Members that share d_model, width and k are one ensemble in one compiled step; an ensemble
-    too large for the device's memory is split. Killed and run again, it ends with the same bits.
+    Models that ``sae.sources`` gives a dictionary of somebody else train none. Members that share
+    d_model, width and k are one ensemble in one compiled step; one too large for the device's
+    memory is split. Killed and run again, it ends with the same bits.
 
     Args:
       controls: the store that controls read; what ``control_members`` names is trained too, into
@@ -321,18 +308,17 @@ def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> li
 def sizes(store: Store, member: Member) -> tuple[int, int | None]:
     """Returns (d_model, d_out) of what a member reads and, of a transcoder, writes; else None."""
     reads = (member.model, member.site)
-    model, site = store.output_of(*reads)
-    d_out = None if (model, site) == reads else store.d_model(model)
-    return store.d_model(member.model), d_out
+    writes = store.output_of(*reads)
+    return store.d_model(member.model), None if writes == reads else store.d_model(writes[0])
 
 
 def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int | None = None) -> int:
     """Returns what one member may take of a device's memory: by it ensembles are cut to size.
 
-    A bound for all architectures, known before anything is compiled. Four float32 copies of the
-    parameters (themselves, two moments, gradients), one more while they are updated, and about six
-    [batch, width] arrays at the widest point of a step, of a part of the batch where
-    ``sae.accumulate`` cuts it; what chooses features over all rows holds one of all rows then.
+    A bound for all architectures: five float32 copies of the parameters (themselves, two moments,
+    gradients, one while they are updated), and about six [batch, width] arrays at the widest point
+    of a step, of a part of the batch where ``sae.accumulate`` cuts it; what chooses features over
+    all rows holds one of all rows then.
     """
     d_out = d_out or d_model
     parameters = (d_model + d_out) * width + width + d_out
@@ -352,15 +338,14 @@ def train_from(
 ) -> list[Dictionary]:
     """Returns trained members of equal shape; ``directory`` keeps checkpoints and metrics.
 
-    Members with equal seeds see the same rows in the same order, whatever they begin at.
-
     Args:
       starts: per member its first parameters, or None for random ones.
     """
     sae, rows = config.sae, store.select("train")
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
-    trained = ensemble.fit(
+    trained = loop.train(
+        ensemble,
         steps=sae.steps,
         seed=config.seed,
         directory=directory,
@@ -396,9 +381,8 @@ def prepare(
     sites = list(dict.fromkeys((m.model, m.site) for m in group))
     ends = {"x": sites} | ({"y": [store.output_of(*site) for site in sites]} if d_out else {})
     data = {name: [store.read(*end, rows) for end in those] for name, those in ends.items()}
-    for name, those in ends.items():
-        for end, array in zip(those, data[name]):
-            check_rows(array, " ".join(map(str, end)), rows)
+    for end, array in zip(*(itertools.chain(*part.values()) for part in (ends, data))):
+        check_rows(array, " ".join(map(str, end)), rows)
     start = [start_of(*arrays) for arrays in zip(*data.values())]
     source = np.asarray([sites.index((m.model, m.site)) for m in group])
     fixed = {
@@ -407,7 +391,7 @@ def prepare(
         "penalty": np.asarray([m.l1_coefficient for m in group], np.float32),
         "start": stack([start[i] for i in source]),
     }
-    labels = [m.label for m in group]
+    labels = [f"{m.model} {m.site} {m.name}" for m in group]
     if starts is not None:
         first = [modules.split(d)[1] for d in starts if d is not None]
         params = [first[0] if d is None else modules.split(d)[1] for d in starts]

@@ -70,8 +70,8 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     contribution of a latent is of rank one, so one product with the error serves both.
     """
     joint = modules.merge(graphdef, params)
-    u, W = joint.scaled(rows), joint.W_dec[...].T
-    f = joint.activate(joint.pre_activations(u, jnp.ones((len(rows), len(belongs)), bool)))
+    seen, u = joint.scaled_pair(rows, jnp.ones((1, len(belongs)), bool))
+    f, W = joint.activate(joint.pre_activations(seen)), joint.W_dec[...].T
     error = u - exact_matmul(f, W.T) - joint.b_dec[...][None, :]
     error = error - error.mean(axis=0, keepdims=True)
     centred = f - f.mean(axis=0, keepdims=True)
@@ -199,9 +199,8 @@ def _measure(
 def _measure_batch(graphdef, params, x, present, count):
     """How often each latent fires in the first ``count`` rows; per row error, variance, l0."""
     joint = modules.merge(graphdef, params)
-    u = joint.scaled(x)
-    rows = jnp.broadcast_to(present[None, :], (len(x), joint.n_models))
-    f = joint.activate(joint.pre_activations(u, rows))
+    seen, u = joint.scaled_pair(x, present[None, :])
+    f = joint.activate(joint.pre_activations(seen))
     error = jnp.square(u - joint.reconstruction(f))
     variance = jnp.square(u - joint.center[...][None, :])
 

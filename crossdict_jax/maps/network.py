@@ -14,6 +14,7 @@ from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
 from crossdict_jax.maps.ensemble import prepare
 from crossdict_jax.ops import matmul
+from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import stack
 
 RARE = 0.01  # of the mean variance, added to each: keeps a rare input from drowning its row
@@ -106,7 +107,8 @@ class NetworkMap(Map):
         fitted: dict[int, Fitted] = {}
         for number, members in enumerate(groups.values()):
             ensemble, measured = prepare(cls, [problems[i] for i in members], config, seed=seed)
-            best = ensemble.fit(
+            best = loop.train(
+                ensemble,
                 steps=config.steps,
                 seed=seed,
                 directory=Path(directory) / f"{cls.kind}-{number}",

@@ -1,7 +1,7 @@
 """Sparse codes of rows, and what they decode to: a reference of dense products, or lists.
 
 A code is an array of features [batch, width], or ``lists.Entries`` where ``uses_lists`` says that
-they are faster. Both have the same values and the same gradients, but for the order of sums.
+they are faster: the same values and gradients, but for the order of sums.
 """
 
 import itertools
@@ -45,13 +45,13 @@ def sparse_code(
     """Returns what reaches a threshold in relu(z) with z = u W_enc + bias.
 
     Args:
-      u: rows [batch, d].
-      W_enc: [d, width].
-      bias: [width].
+      u: rows [batch, d]; they get no gradient.
+      W_enc, bias: [d, width] and [width].
       threshold: of z [batch, width], without a gradient: one [] for all rows, or one [batch] each.
       n: how many values reach it, but for equal ones.
       dtype: of the product's inputs; sums stay float32.
     """
+    u = jax.lax.stop_gradient(u)
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))

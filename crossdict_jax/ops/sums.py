@@ -65,9 +65,8 @@ def _sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of groups from large to small, and each group's position among them.
 
-    ``GROUPS`` groups together, in as many turns as the largest needs. In each turn ``TERMS``
-    gathers stand side by side in one loop over the output, so that none is written out. Groups
-    without entries cost nothing where they come together.
+    ``GROUPS`` groups together, in as many turns as the largest needs (none, if all are empty). In
+    each turn ``TERMS`` gathers stand side by side in one loop over the output: none is written out.
 
     Args:
       starts, counts: int [groups], the first entry of each and how many it has.
@@ -100,20 +99,17 @@ def _sums(
 def dots(a: jax.Array, a_index: jax.Array, b: jax.Array, b_index: jax.Array) -> jax.Array:
     """Returns the inner products, float32 [entries], of a[a_index] with b[b_index].
 
-    Computed as ``LANES`` running sums side by side, one in each lane of a register, that are added
-    up at the end: a loop over one running sum would take one element at a time.
+    ``LANES`` running sums side by side, one in each lane of a register, are added up at the end: a
+    loop over one running sum would take one element at a time.
 
     Args:
       a, b: [rows, d], of any number of rows each.
       a_index, b_index: int [entries].
     """
-    span = LANES * TERMS  # of a row: what one turn reads
-    turns = -(-a.shape[1] // span)
-    missing = turns * span - a.shape[1]
-    a, b = (
-        jnp.pad(table.astype(jnp.float32), ((0, 0), (0, missing))).reshape(-1, span)
-        for table in (a, b)
-    )
+    span, missing = LANES * TERMS, -a.shape[1] % (LANES * TERMS)  # of a row: what one turn reads
+    turns = (a.shape[1] + missing) // span
+    padded = (jnp.pad(table.astype(jnp.float32), ((0, 0), (0, missing))) for table in (a, b))
+    a, b = (table.reshape(-1, span) for table in padded)
 
     def add(turn, sums):
         index = jax.lax.optimization_barrier((a_index * turns + turn, b_index * turns + turn))

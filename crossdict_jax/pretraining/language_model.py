@@ -18,7 +18,7 @@ from crossdict_jax.models.run import Runner
 from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, saved_tokenizer
 from crossdict_jax.training.ensemble import Ensemble, Objective
-from crossdict_jax.training.loop import Feed, epoch_order
+from crossdict_jax.training.loop import Feed, epoch_order, train
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
 from crossdict_jax.workdir import read_json, write_json
 
@@ -26,15 +26,9 @@ WARMUP = 0.03  # of the steps; then cosine decay to a tenth of the rate
 WEIGHT_DECAY = 0.1  # of matrices
 GRADIENT_CLIP = 1.0  # norm, as in GPT-3 and Pythia
 MATRIX = MuonDimensionNumbers()
-NAMES = {  # of d_model, n_layers, n_heads and context
-    "gpt2": ("n_embd", "n_layer", "n_head", "n_positions"),
-    "gpt_neox": (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    ),
-}
+SIZES = ("d_model", "n_layers", "n_heads", "context")
+NEOX = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+NAMES = {"gpt2": ("n_embd", "n_layer", "n_head", "n_positions"), "gpt_neox": NEOX}  # of SIZES
 OFFSET = 97  # tokens by which each epoch cuts the text further on; prime, so that cuts differ
 
 
@@ -46,15 +40,18 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     Returns:
       Held-out nats per token of the model, a bigram and a unigram (test documents), and counts.
     """
-    corpus, directory = load_corpus(config.text), Path(directory)
-    path, is_neox = directory / "tokenizer.json", config.model_type == "gpt_neox"
-    texts = (d.text for d in corpus.split("train"))
-    tokenizer = saved_tokenizer(path, texts, vocab_size=config.vocab_size, nfc=is_neox)
-    end, tokens = tokenizer.token_to_id(END_OF_TEXT), {}
+    corpus, directory, tokens = load_corpus(config.text), Path(directory), []
+    tokenizer = saved_tokenizer(
+        directory / "tokenizer.json",
+        (d.text for d in corpus.split("train")),
+        vocab_size=config.vocab_size,
+        nfc=config.model_type == "gpt_neox",
+    )
+    end = tokenizer.token_to_id(END_OF_TEXT)
     for split in ("train", "test"):  # all documents in one row, each ended by the same token
         encoded = tokenizer.encode_batch([d.text for d in corpus.split(split)])
-        tokens[split] = np.concatenate([np.array([*e.ids, end], np.int32) for e in encoded])
-    fit, held_out = tokens["train"], tokens["test"]
+        tokens.append(np.concatenate([np.array([*e.ids, end], np.int32) for e in encoded]))
+    fit, held_out = tokens
     if len(fit) < config.context + 1:
         raise UserError(
             f"text.source={config.text.source} gives {len(fit)} training tokens, fewer "
@@ -67,7 +64,8 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
         )
     objective, mesh, fixed = NextToken(config), make_mesh(), {"id": np.zeros(1, np.int32)}
     feed, label = _window_feed(config, fit, mesh, fixed), config.model_type
-    (params,) = Ensemble(objective, feed, fixed, (label,), mesh).fit(
+    (params,) = train(
+        Ensemble(objective, feed, fixed, (label,), mesh),
         steps=config.steps,
         seed=config.seed,
         directory=directory,
@@ -94,21 +92,6 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     return read_json(out / "training.json")
 
 
-def hf_config(config: PretrainConfig) -> dict:
-    """Returns the Hugging Face ``config.json`` of the model that ``config`` describes.
-
-    What it does not say is as Hugging Face has it where config.json does not say it.
-    """
-    if config.model_type not in NAMES:
-        raise UserError(f"model_type={config.model_type} cannot be trained; use gpt2 or gpt_neox.")
-    sizes = ("d_model", "n_layers", "n_heads", "context")
-    theirs = {n: getattr(config, size) for n, size in zip(NAMES[config.model_type], sizes)}
-    if config.model_type == "gpt_neox":
-        theirs["intermediate_size"] = 4 * config.d_model
-    same = {name: getattr(config, name) for name in ("model_type", "vocab_size")}
-    return same | theirs | {"bos_token_id": 0, "eos_token_id": 0}
-
-
 class NextToken(Objective):
     """Training of a language model to predict the next token of windows of text.
 
@@ -118,15 +101,23 @@ class NextToken(Objective):
     """
 
     def __init__(self, config: PretrainConfig):
-        self.config = config
-        self.graphdef, _ = modules.abstract(lambda: models.init(hf_config(config)))
+        if config.model_type not in NAMES:
+            raise UserError(
+                f"model_type={config.model_type} cannot be trained; use gpt2 or gpt_neox."
+            )
+        # What config.json does not say is as Hugging Face has it.
+        raw = {name: getattr(config, name) for name in ("model_type", "vocab_size")}
+        raw |= {n: getattr(config, size) for n, size in zip(NAMES[config.model_type], SIZES)}
+        raw |= {"bos_token_id": 0, "eos_token_id": 0}
+        raw |= {"intermediate_size": 4 * config.d_model} if "hidden_size" in raw else {}
+        self.config, self.raw = config, raw
+        self.graphdef, _ = modules.abstract(lambda: models.init(raw))
 
     def init(self, key, fixed):
-        return modules.split(models.init(hf_config(self.config), seed=self.config.seed))[1]
+        return modules.split(models.init(self.raw, seed=self.config.seed))[1]
 
     def optimizer(self, fixed) -> optax.GradientTransformation:
         config = self.config
-
         rate = optax.warmup_cosine_decay_schedule(
             0.0,
             config.learning_rate,

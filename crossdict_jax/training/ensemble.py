@@ -1,14 +1,12 @@
 """The one trainer: members of equal shape, stacked on a leading axis, in one compiled step.
 
 Dictionaries, crosscoders, trained maps, the hypernetwork and small language models are each an
-``Objective``: what one member is trained to do. Everything else (stacking, optimiser state, data
-order, accumulation, validation, checkpoints, unstacking) is done here, once.
+``Objective``, what one member is trained to do; everything else is done here, once.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ import numpy as np
 import optax
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.training.loop import Feed, PyTree, Trainable, epoch_order, train
+from crossdict_jax.training.loop import Feed, PyTree, Trainable, epoch_order
 from crossdict_jax.training.mesh import (
     DATA,
     MEMBER,
@@ -28,7 +26,6 @@ from crossdict_jax.training.mesh import (
     shard,
     to_bits,
 )
-from crossdict_jax.workdir import write_json
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
 TRAINING_SHARE = 0.8  # of a device's memory, for members beside the rows
@@ -41,8 +38,7 @@ class Context:
     Attributes:
       fixed: pytree of this member that training does not change.
       memory: what the objective carries from step to step.
-      memories: of all members, stacked. A branch on a scalar made of them, the same for all
-        members, stays a branch under vmap.
+      variant: of the step (static); see ``Objective.variant``.
       totals: what ``Objective.totals`` says of a batch that comes in parts; else None.
       number: of the step.
       key: this member's random key at this step.
@@ -50,7 +46,7 @@ class Context:
 
     fixed: PyTree
     memory: PyTree
-    memories: PyTree
+    variant: Hashable
     totals: PyTree
     number: jax.Array
     key: jax.Array
@@ -63,8 +59,8 @@ class Objective:
     ``optimizer(fixed)``, which returns an ``optax.GradientTransformation``; and
     ``loss(params, batch, context)``, which returns (loss [], ({metric: array}, aux)). If it
     validates, also ``score(params, validation, fixed)`` [], lower is better; and if it cuts batches
-    into parts, ``totals(params, parts, context)``: what a part's loss must know of the batch, whose
-    arrays have a leading axis of parts. Of that there is no gradient.
+    into parts, ``totals(params, parts, context)``: what a part's loss must know, without a
+    gradient, of the batch, whose arrays have a leading axis of parts.
 
     Attributes:
       frozen: top-level parameters that no gradient updates.
@@ -81,6 +77,13 @@ class Objective:
     validate_every: int = 0
     patience: float = math.inf
 
+    def variant(self, memories: PyTree) -> Hashable:
+        """Returns which of several programs the next steps need, of all members' memories.
+
+        Asked before each chunk of steps. Each is compiled when it is needed first.
+        """
+        return 0
+
     def after_step(self, params: PyTree, memory: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
         """Returns parameters and memory after a step: constraints, and what is measured.
 
@@ -92,7 +95,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """An objective, its members, and where their rows come from; see ``make_ensemble``.
+    """An objective, its members, and where their rows come from; ``loop.train`` trains them.
 
     Attributes:
       feed: gives batches {"rows": [members, batch, ...], "fixed": [members, ...] and, with
@@ -122,25 +125,19 @@ class Ensemble:
                 params = objective.init(jax.random.fold_in(root, fixed["id"]), fixed)
                 train = {"optimizer": objective.optimizer(fixed).init(params)}
                 train["memory"] = jax.tree.map(jnp.asarray, objective.memory)
-                if objective.validate_every:
-                    train["best"] = {
-                        "params": params,
-                        "score": jnp.full((), jnp.inf, jnp.float32),  # any other is better
-                        "latest": jnp.zeros(()),
-                        "step": jnp.zeros((), jnp.int32),  # of the best validation
-                        "stale": jnp.zeros((), jnp.int32),  # validations since then
-                    }
+                if objective.validate_every:  # the best one's step, and validations since then
+                    train["best"] = {"params": params, "score": jnp.full((), jnp.inf, jnp.float32)}
+                    train["best"] |= {name: jnp.zeros((), jnp.int32) for name in ("step", "stale")}
+                    train["best"]["latest"] = jnp.zeros(())
                 return {"params": params, "train": train}
 
             return jax.vmap(member)(jax.tree.map(jnp.asarray, fixed))
 
-        def step(state, batch, number, key):
-            memories = state["train"]["memory"]
-
+        def step(state, batch, number, key, variant=0):
             def member(state, rows, fixed):
                 params, train = state["params"], state["train"]
                 member_key = jax.random.fold_in(key, fixed["id"])
-                context = Context(fixed, train["memory"], memories, None, number, member_key)
+                context = Context(fixed, train["memory"], variant, None, number, member_key)
                 (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
                 frozen = {name: grads[name] for name in objective.frozen if name in grads}
                 grads |= jax.tree.map(jnp.zeros_like, frozen)
@@ -163,55 +160,13 @@ class Ensemble:
                     state, metrics = _validated(objective, state, metrics, batch, number, steps)
             return state, metrics
 
-        return Trainable(init, step)
-
-    def fit(
-        self,
-        *,
-        steps: int,
-        seed: int,
-        directory: Path,
-        checkpoint_every: int,
-        title: str,
-        meta: dict,
-        records: Sequence[str] = (),
-    ) -> list[PyTree]:
-        """Returns every member's trained parameters, as arrays on the host.
-
-        With validation those of its best score, as {"params", "score", "step", "stale"}. A killed
-        run goes on and ends with the same bits: ``directory`` keeps checkpoints, metrics and the
-        members' labels.
-
-        Args:
-          meta: JSON values that the result depends on; a checkpoint with others is refused.
-        """
-        labels, everywhere = list(self.labels), shard(self.mesh)
-        trainable = self.trainable(steps)
-        state = train(
-            trainable,
-            feed=self.feed,
-            steps=steps,
-            seed=seed,
-            directory=directory,
-            checkpoint_every=checkpoint_every,
-            title=title,
-            layout=self.layout,
-            meta={"members": labels, **meta},
-            records=records,
-            labels=labels,
-        )
-        result = state["train"]["best"] if self.objective.validate_every else state["params"]
-        result = jax.jit(lambda tree: tree, out_shardings=everywhere)(result)
-        stacked = jax.tree.map(np.asarray, result)
-        write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
-        return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
+        return Trainable(init, step, lambda state: objective.variant(state["train"]["memory"]))
 
 
 def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Context):
     """((loss, metrics, aux), gradients) of a batch, in parts if the objective asks for them.
 
-    A first pass without gradients takes what a part's loss must know of the batch; given that, the
-    loss of the batch is the mean of the parts' losses, and so is its gradient.
+    Given its totals, the loss of a batch is the mean of its parts' losses, and so is its gradient.
     """
     loss_of = jax.value_and_grad(objective.loss, has_aux=True)
     if objective.parts == 1:
@@ -301,8 +256,8 @@ def make_ensemble(
       fixed: stacked over members; see ``Ensemble``. Handed on with every batch, as ``validation``.
       seeds: per member, of its order of rows.
       setting: the name of the batch size's setting, for error messages.
-      resident: whether rows stay on the devices, or on the host, which then sends the batches of a
-        chunk of steps at a time; None: on the devices if they fit beside the training.
+      resident: whether rows stay on the devices, or on the host, which then sends a chunk's batches
+        at a time; None: on the devices if they fit beside the training.
 
     Raises:
       UserError: the batch does not divide over the devices.

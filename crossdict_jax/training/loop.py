@@ -3,7 +3,8 @@
 The order of one turn, where it binds:
 
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
-2. dispatch a chunk of steps: one compiled program for any number of steps;
+2. dispatch a chunk of steps: one compiled program for any number of steps, or where there are
+   several variants the one that the state before it asks for;
 3. only then read the metrics of the chunk before (bounds the work in flight, checks every step);
 4. checkpoint between chunks, never inside one, and when somebody asks the process to stop.
 
@@ -16,7 +17,7 @@ import functools
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ import numpy as np
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
+from crossdict_jax.training.mesh import shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import check_space
+from crossdict_jax.workdir import check_space, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -36,15 +38,19 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """What the loop trains: two pure functions over pytrees.
+    """What the loop trains: pure functions over pytrees.
 
     Attributes:
       init: key -> {"params": pytree, "train": pytree}; ``train`` is what only training needs.
-      step: (state, batch, step number, key) -> (state, {name: array}); metrics have fixed shapes.
+      step: (state, batch, step number, key, variant) -> (state, {name: array}); metrics have fixed
+        shapes.
+      variant: state -> what is static in the next chunk of steps, hashable. A program of its own
+        is compiled for each.
     """
 
     init: Callable[[jax.Array], PyTree]
-    step: Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
+    step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+    variant: Callable[[PyTree], Hashable] = lambda state: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,73 +89,79 @@ def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
 
 
 def train(
-    trainable: Trainable,
+    ensemble: Any,
     *,
-    feed: Feed,
     steps: int,
     seed: int,
     directory: Path,
     checkpoint_every: int,
     title: str,
-    layout: jax.sharding.Sharding | None = None,
-    meta: dict | None = None,
+    meta: dict,
     records: Sequence[str] = (),
-    labels: Sequence[str] = (),
-) -> PyTree:
-    """Trains for ``steps`` steps and returns the final state; goes on where an earlier run stopped.
+) -> list[PyTree]:
+    """Returns the trained parameters of every member of an ensemble, as arrays on the host.
+
+    With validation those of its best score, as {"params", "score", "step", "stale"}. Goes on where
+    an earlier run stopped.
 
     Args:
-      directory: gets ``checkpoints/`` and ``metrics.jsonl``.
+      ensemble: see ``Ensemble``.
+      directory: keeps checkpoints, metrics.jsonl and the members' labels.
       title: the name on the progress bar and in error messages.
-      layout: see ``initial``.
-      meta: what the run depends on; a checkpoint with another meta is refused.
-      records, labels: see ``MetricsWriter``.
+      meta: JSON values that the result depends on; a checkpoint with others is refused.
+      records: see ``MetricsWriter``.
 
     Raises:
       UserError: a metric or a parameter is not finite (it and the step are named; the checkpoint
-        before is kept), the checkpoint is damaged, or the directory cannot be written.
+        before is kept), the directory cannot be written, or the checkpoint is damaged or of other
+        settings.
       KeyboardInterrupt: SIGINT or SIGTERM came; what was trained is saved.
     """
-    checkpoints, meta, root = Path(directory) / "checkpoints", meta or {}, jax.random.key(seed)
-    done = checkpoint.latest_step(checkpoints) or 0
+    labels, layout, root = list(ensemble.labels), ensemble.layout, jax.random.key(seed)
+    checkpoints, trainable = Path(directory) / "checkpoints", ensemble.trainable(steps)
+    meta = json.loads(json.dumps({"members": labels, **meta}))
+    done, pending = checkpoint.latest_step(checkpoints) or 0, None
     if not done:
         state = initial(trainable, root, layout)
-    elif checkpoint.load_meta(checkpoints) != json.loads(json.dumps(meta)):
+    elif checkpoint.load_meta(checkpoints) != meta:
         raise UserError(
             f"{checkpoints} was written with other settings or data; delete it to start again."
         )
     else:
-        layout = layout or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout),
             jax.eval_shape(trainable.init, root),
         )
         state = checkpoint.restore(checkpoints, **abstract)
-    run_chunk = Chunks(trainable, feed, root)
+    run_chunk = Chunks(trainable, ensemble.feed, root)
     if done < steps:
         check_space(Path(directory))
     if done < steps and (size := run_chunk.memory(state, done)):
         print(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
-    metrics_file = Path(directory) / "metrics.jsonl"
-    writer = MetricsWriter(metrics_file, start=done, records=records, labels=labels)
-    pending: tuple[int, int, dict] | None = None
-    bar = {"initial": done, "desc": title, "unit": "step", "mininterval": 0.5}
-    with progress_bar(total=steps, **bar) as progress, interruptions() as received:
+    file, bar = Path(directory) / "metrics.jsonl", {"unit": "step", "mininterval": 0.5}
+    writer = MetricsWriter(file, start=done, records=records, labels=labels)
+    bar |= {"total": steps, "initial": done, "desc": title}
+    with progress_bar(**bar) as progress, interruptions() as received:
+        report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
             state, metrics = run_chunk(state, done, count)
             if pending:
-                _report(*pending, title=title, writer=writer, progress=progress)
+                report(*pending)
             pending, done = (done, count, metrics), done + count
             if done % checkpoint_every == 0 or done == steps or received:
-                _report(*pending, title=title, writer=writer, progress=progress)
+                report(*pending)
                 pending = None
                 _check_params(state["params"], done, title)
                 checkpoint.save(checkpoints, done, meta=meta, **state)
             if received:
                 raise KeyboardInterrupt
     writer.close()
-    return state
+    result = state["train"].get("best", state["params"])
+    result = jax.jit(lambda tree: tree, out_shardings=shard(ensemble.mesh))(result)
+    stacked = jax.tree.map(np.asarray, result)
+    write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
+    return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
 
 
 @contextlib.contextmanager
@@ -174,19 +186,12 @@ def interruptions() -> Iterator[list[int]]:
         yield received
 
 
-def initial(
-    trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding | None = None
-) -> PyTree:
-    """Returns the state before the first step.
+def initial(trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding) -> PyTree:
+    """Returns the state before the first step, every array laid out so.
 
-    No array of it has a weak type, as those that steps return: else the program of a chunk would be
-    compiled again for the second.
-
-    Args:
-      layout: the sharding of every array; None: all on the first device.
+    None has a weak type, as those that steps return: else the program of a chunk would be compiled
+    again for the second.
     """
-
-    layout = layout or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     strong = functools.partial(jax.tree.map, lambda a: jax.lax.convert_element_type(a, a.dtype))
     return jax.jit(lambda root: strong(trainable.init(root)), out_shardings=layout)(root)
 
@@ -201,19 +206,20 @@ class Chunks:
     def __init__(
         self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
     ):
-        self._feed, self._root, self._limit = feed, root, limit
+        self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def run_chunk(state, resident, indices, first, count, root):
+        @functools.partial(jax.jit, donate_argnums=0, static_argnums=6)
+        def run_chunk(state, resident, indices, first, count, root, variant):
             def one_step(j, carry):
                 state, metrics = carry
                 batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
                 key = jax.random.fold_in(root, first + j)
-                state, new = trainable.step(state, batch, first + j, key)
+                state, new = trainable.step(state, batch, first + j, key, variant)
                 return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), metrics, new)
 
             batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
-            _, shapes = jax.eval_shape(trainable.step, state, batch, first, root)
+            step = functools.partial(trainable.step, variant=variant)
+            _, shapes = jax.eval_shape(step, state, batch, first, root)
             empty = jax.tree.map(lambda m: jnp.zeros((limit, *m.shape), m.dtype), shapes)
             return jax.lax.fori_loop(0, count, one_step, (state, empty))
 
@@ -236,10 +242,14 @@ class Chunks:
         return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
 
     def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
-        """With indices repeated up to ``limit``: one compiled program serves every length."""
+        """With indices repeated up to ``limit``: one compiled program serves every length.
+
+        The variant last: reading the state waits for the steps before.
+        """
         index = np.minimum(np.arange(self._limit), count - 1)
         indices = jax.tree.map(lambda a: a[index], self._feed.indices(first, count))
-        return state, self._feed.resident, indices, first, count, self._root
+        fixed = (self._feed.resident, indices, first, count, self._root)
+        return state, *fixed, self._trainable.variant(state)
 
 
 def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:

@@ -100,13 +100,10 @@ def from_bits(array: jax.Array) -> jax.Array:
 
 
 def on_own_rows(function: Callable, rows: PyTree) -> PyTree:
-    """Returns function(rows), rows of which each device computes those of its own rows alone.
+    """Returns function(rows) of a pytree of rows, of which each device computes its own alone.
 
-    Under a mesh (``jax.set_mesh``) whose data axis has more than one device; else a plain call.
-    For what the partitioner would gather all rows for: selection, sorting, gathers.
-
-    Args:
-      rows: pytree of arrays with a leading axis of rows.
+    Under a mesh whose data axis has more than one device; else a plain call. For what the
+    partitioner would gather all rows for: selection, sorting, gathers.
     """
     if devices_of_rows() == 1:
         return function(rows)
@@ -116,7 +113,7 @@ def on_own_rows(function: Callable, rows: PyTree) -> PyTree:
 
 
 def devices_of_rows() -> int:
-    """Returns over how many devices the rows of arrays are spread that code speaks of as a whole.
+    """Returns over how many devices the rows are spread that code speaks of as a whole.
 
     1 without a mesh, and within what each device computes by itself.
     """

@@ -25,6 +25,7 @@ class Gated(Dictionary):
     """
 
     usual_l1 = 4.0
+    revives = False
     saelens = "gated"
     pace = 2.0  # as of ReLU
 

@@ -33,9 +33,6 @@ class JumpReLU(Dictionary):
         super().__init__(**shape)
         self.threshold = nnx.Param(jnp.full(self.width, INITIAL_THRESHOLD))
 
-    def activate(self, z: jax.Array) -> jax.Array:
-        return jnp.where(z > self.threshold[...][None, :], jax.nn.relu(z), 0.0)
-
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         (u_in, u), threshold = self.scaled_pair(x, y), self.threshold[...][None, :]
         z = self.pre_activations(u_in, dtype)

@@ -1,6 +1,5 @@
 """ReLU dictionaries with an L1 penalty weighted by decoder norms."""
 
-import jax
 import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper
@@ -18,11 +17,8 @@ class ReLU(Dictionary):
 
     usual_l1 = 3.0
     saelens = "standard"
-    unit_decoder = False
+    unit_decoder = revives = False
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
-
-    def activate(self, z: jax.Array) -> jax.Array:
-        return jax.nn.relu(z)
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
         u_in, u = self.scaled_pair(x, y)

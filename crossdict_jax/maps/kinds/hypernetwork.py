@@ -17,6 +17,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows, exact_matmul
 from crossdict_jax.maps.descriptions import Describer, Description, profile_weights
 from crossdict_jax.maps.network import dropped
+from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, to_bits
 
@@ -388,7 +389,8 @@ def train_network(
         setting="hypernetwork.BATCH_SIZE",
         validation=validation,
     )
-    (best,) = ensemble.fit(
+    (best,) = loop.train(
+        ensemble,
         steps=config.steps,
         seed=seed,
         directory=Path(directory),
