@@ -21,7 +21,7 @@ from absl import app, flags
 from crossdict_jax.config import FREE, Config, settings, to_dict
 from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import READ_ONLY, Workdir, alone, disk_words, open_workdir
+from crossdict_jax.workdir import READ_ONLY, Workdir, alone, open_workdir
 
 Main = Callable[[Any, Workdir], None]
 ROOT = Path(__file__).parents[1]
@@ -141,8 +141,8 @@ def _machine_words(error: BaseException | None) -> str:
         number, text = getattr(error, "errno", None), str(error)
         if number in full or re.search("|".join(disk), text):
             return f"No space left on the disk ({first}); free some and run the same command again."
-        if number in READ_ONLY:
-            return disk_words(error.filename or "A file", error)
+        if isinstance(error, OSError) and number in READ_ONLY:
+            return f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
         if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
             return (
                 f"Out of memory ({text.splitlines()[0][:200] if text else 'on the host'}); lower a "

@@ -97,7 +97,7 @@ def test_a_finished_run_may_lie_where_nothing_can_be_written(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(30, "Read-only file system", "x"), "x cannot be written (Read-only file system)"),
+        (OSError(30, "Read-only file system", "x"), "x cannot be read or written (Read-only"),
         (MemoryError(), "lower a batch_size"),
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"),

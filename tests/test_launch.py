@@ -204,6 +204,7 @@ def test_broken_config_files_are_told_in_one_line(name, tmp_path, refused):
 def test_other_settings_are_refused_with_a_diff(tmp_path, refused):
     assert run_here(print, f"--models=a,b --workdir={tmp_path}/run") == 0
     assert run_here(print, f"--workdir={tmp_path}/run") == 0
+    (tmp_path / "run/computed").touch()
     line = refused(print, f"--workdir={tmp_path}/run --width=64 --seed=1")
     assert f"sae.width: {quickstart.get_config().sae.width} there, 64 now" in line
     assert "seed: 0 there, 1 now" in line

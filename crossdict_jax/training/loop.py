@@ -269,10 +269,15 @@ def _report(first: int, count: int, metrics: dict, *, title: str, writer, progre
     progress.update(count)
 
 
+@jax.jit
+def _finite(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)
+
+
 def _check_params(params: PyTree, done: int, title: str) -> None:
     """Raises UserError if a parameter is not finite: the last step's gradient was not."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
+    for path, finite in jax.tree_util.tree_leaves_with_path(_finite(params)):
+        if not finite:
             raise UserError(
                 f"{title}: parameter {jax.tree_util.keystr(path)} is not finite after step "
                 f"{done - 1}; lower the learning rate or look at the data."
