@@ -50,8 +50,6 @@ class Column:
     """One column of a result file.
 
     Attributes:
-      name: as in the file.
-      meaning: one line.
       unit: of its numbers; empty for shares, counts and texts.
       values: the texts that it may hold; empty where any may stand.
       interval: whether NAME_low and NAME_high (95 % over documents unless the table says otherwise)
@@ -73,15 +71,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One file of WORKDIR/results: JSON lines, a row each.
+    """One file of WORKDIR/results: JSON lines, a row each."""
 
-    Attributes:
-      file: its name, such as ``transfer.jsonl``; a pattern with ``*`` for several files.
-      meaning: what a row is.
-    """
-
-    file: str
-    meaning: str
+    file: str  # its name, such as ``transfer.jsonl``; a pattern with ``*`` for several files
+    meaning: str  # of a row
     columns: tuple[Column, ...]
 
     def problem(self, row: dict) -> str | None:
@@ -311,9 +304,7 @@ describe(
         l0="active features per row",
         fvu="share of the variance of the activations, about the training mean, left over",
     ),
-    *plain(
-        dead_fraction="share of features that fire in no kept row of training and test",
-    ),
+    *plain(dead_fraction="share of features that fire in no kept row of training and test"),
     POSITIONS,
     *nats(
         ce_clean="cross-entropy of the next token with the model's own activations",
@@ -329,22 +320,14 @@ describe(
         kl_recovered_mean="the same with the mean in place of zeros",
     ),
 )
-describe(
-    "transfer.jsonl",
-    "one map at one layer pair, on held-out rows",
-    *PAIR_COLUMNS,
-    MAP,
-    PAIRING,
-    *SCORES,
-)
+MAP_COLUMNS = (*PAIR_COLUMNS, MAP, PAIRING)
+describe("transfer.jsonl", "one map at one layer pair, on held-out rows", *MAP_COLUMNS, *SCORES)
 describe(
     "controls.jsonl",
     "a control of one map. ceiling: from a second dictionary seed of the target itself, the "
     "most that can be reached; untrained: into the re-initialised target",
     Column("control", "which", values=("ceiling", "untrained")),
-    *PAIR_COLUMNS,
-    MAP,
-    PAIRING,
+    *MAP_COLUMNS,
     *SCORES,
 )
 describe(
@@ -359,20 +342,14 @@ describe(
         log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
         decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
     ),
-    *PAIR_COLUMNS,
-    MAP,
-    PAIRING,
-    *plain(
-        correlation_by_frequency="of prediction and truth, in bins of firing frequency",
-    ),
+    *MAP_COLUMNS,
+    *plain(correlation_by_frequency="of prediction and truth, in bins of firing frequency"),
 )
 describe(
     "feature_transfer.jsonl",
     "one feature of the target that is predicted best or worst, or a bin of features by firing "
     "frequency or by how much their token explains",
-    *PAIR_COLUMNS,
-    MAP,
-    PAIRING,
+    *MAP_COLUMNS,
     Column("row", "what it is about", values=("feature", "frequency", "token_share")),
     Column("rank", "which end of the ranking", values=("most", "least")),
     *plain(
@@ -557,10 +534,7 @@ describe(
         n_transferring="of these, those that transfer",
     ),
     *intervals(share_transferring="n_transferring / n_features"),
-    *nats(
-        effect="mean of the features' effects",
-        kl="mean KL divergence",
-    ),
+    *nats(effect="mean of the features' effects", kl="mean KL divergence"),
     *SPECIFIC,
     *intervals(
         ablation_r=ABLATION,
@@ -576,19 +550,18 @@ SPINE = tuple(TABLES.values())
 
 def page() -> str:
     """Returns ``docs/results.md``: every table that is registered, a line per column."""
-    parts = [
+    lines = [
         "# Result files\n",
         "JSON lines in `WORKDIR/results`. Undefined numbers are null. ± says that `NAME_low` and "
         "`NAME_high` stand beside a column: 95 % bootstrap intervals over documents, unless the "
         "table says otherwise. This page is generated: `python -m launch.docs`.\n",
     ]
-    for file in sorted(TABLES):
-        table = TABLES[file]
-        parts.append(f"## {file}\n\nA row: {table.meaning}.\n")
-        lines = ["| column | meaning | unit or values |", "|---|---|---|"]
+    for file, table in sorted(TABLES.items()):
+        lines += [f"## {file}\n\nA row: {table.meaning}.\n"]
+        lines += ["| column | meaning | unit or values |", "|---|---|---|"]
         for column in table.columns:
             name = f"`{column.name}`{' ±' if column.interval else ''}"
             allowed = ", ".join(f"`{value}`" for value in column.values) or column.unit
             lines.append(f"| {name} | {column.meaning} | {allowed} |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+        lines[-1] += "\n"
+    return "\n".join(lines)

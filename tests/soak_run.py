@@ -2,9 +2,7 @@
 
 PYTHONPATH=. python tests/soak_run.py --workdir=WORKDIR
 
-WORKDIR holds config.json and a store; dictionaries go to WORKDIR/ARCHITECTURE. With
-``config.records`` the run is watched: curves go to other tools too, and every dictionary
-is evaluated as soon as it is there.
+WORKDIR holds config.json and a store; dictionaries go to WORKDIR/ARCHITECTURE.
 """
 
 import dataclasses
@@ -17,15 +15,12 @@ from launch import command
 def main(config: Config, work: Workdir) -> None:
     from crossdict_jax.activations.store import open_store
     from crossdict_jax.dictionaries.train import train_dictionaries
-    from crossdict_jax.evaluation.reconstruction import reconstruct
 
     store = open_store(work.activations)
     for architecture in architectures():
         sae = dataclasses.replace(config.sae, architecture=architecture)
         one, folder = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
         train_dictionaries(one, store, folder)
-        if config.records:
-            reconstruct(one, store, folder)
 
 
 if __name__ == "__main__":

@@ -9,38 +9,27 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from test_launch import launch
 
-from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.benchmark import harness, peer, run, saelens, workloads
+from crossdict_jax.benchmark import peer, run, saelens, workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
-from crossdict_jax.benchmark.measurements import (
-    documents,
-    extraction,
-    memory,
-    scaling,
-    startup,
-    steps,
-    store,
-    whole,
-)
+from crossdict_jax.benchmark.measurements import extraction, scaling, steps, whole
 from crossdict_jax.benchmark.measurements import map as map_steps
 from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.loop import train
 from crossdict_jax.workdir import Workdir, open_workdir, read_json, read_jsonl
+from launch import command
+from launch.benchmark import __main__ as script
+from launch.benchmark import saelens as quality
 
 DICTIONARY = {"d_model": 8, "width": 16, "k": 2, "batch_size": 32, "rows": 64}
 TINY = {  # the sizes of every measurement
     steps: (DICTIONARY, "float32", 1),
     extraction: (3, 12, 2, "float32"),
     map_steps: ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
-    store: (100, 8),
     scaling: (DICTIONARY | {"seeds": 1}, "float32", 1),
-    memory: (8, 16, (128,)),
-    documents: (20, 40),
 }
 
 
@@ -54,8 +43,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(extraction, "MODEL", tiny_run.SHAPES["a"])
     monkeypatch.setattr(extraction, "LAYERS", [0, 1])
     monkeypatch.setattr(steps, "ARCHITECTURES", ("topk",))
-    monkeypatch.setattr(memory, "ARCHITECTURES", ("relu",))
-    monkeypatch.setattr(scaling, "POINTS", {"seeds": (2,), "rows": (80,)})
+    monkeypatch.setattr(scaling, "POINTS", {"rows": (80,)})
 
 
 def measured(name: str, tmp_path) -> list[dict]:
@@ -100,13 +88,6 @@ def test_ratios_are_taken_within_a_round(tmp_path):
     assert theirs["version"] == "1" and "version" not in ours
 
 
-def test_work_apart_tells_its_memory_and_its_end():
-    kept, small = harness.apart(len, "one")
-    assert kept == 3 and small > 10_000_000
-    with pytest.raises(UserError, match="has been killed; if memory has run out, ask for less"):
-        harness.apart(os._exit, 9)
-
-
 def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, monkeypatch):
     row = {"benchmark": "map", "case": "first", "contender": "ours", "seconds": 1.0}
 
@@ -115,24 +96,16 @@ def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, 
         raise UserError("There is no more.")
 
     monkeypatch.setattr(map_steps, "benchmark", fails)
-    config = BenchmarkConfig(benchmarks=("map", "store"), repeats=1)
+    monkeypatch.setattr(steps, "benchmark", lambda bench: iter([row | {"benchmark": "steps"}]))
+    config = BenchmarkConfig(benchmarks=("map", "steps"), repeats=1)
     with pytest.raises(UserError, match=r"^map failed: There is no more\.$"):
         run.run_benchmarks(config, Workdir(tmp_path))
     written = read_json(tmp_path / "results" / "benchmark.json")
-    assert written["rows"][0] == row and written["rows"][1]["benchmark"] == "store"
+    assert written["rows"] == [row, row | {"benchmark": "steps"}]
     assert written["failed"] == {"map": "There is no more."}
 
 
 # ---------------------------------------------------------------- measurements
-
-
-def test_another_checkout_does_the_same_in_the_same_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
-    for name in ("steps", "extraction"):
-        rows = measured(name, tmp_path / name)
-        ours, other = rows[:2]
-        assert ours["contender"] == OURS and other["contender"] == peer.BASELINE
-        assert ours["case"] == other["case"] and other["version"]
 
 
 def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
@@ -151,49 +124,24 @@ def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, member, params)
 
 
-def test_each_measurement_has_its_rows(tiny, tmp_path, capsys):
+def test_steps_are_measured_and_absent_peers_named(tiny, tmp_path, capsys):
     assert [row["contender"] for row in measured("steps", tmp_path)] == [OURS]
     printed = capsys.readouterr().out
     for library in steps.PEERS:
         assert f"{library} left out: {peer.VARIABLES[library]} is not set" in printed
+
+
+@pytest.mark.slow
+def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
     rows = measured("scaling", tmp_path)
-    assert [row["case"] for row in rows] == ["seeds 2", "rows 80", "rows 80, on the host"]
+    assert [row["case"] for row in rows] == ["rows 80", "rows 80, on the host"]
     rows = measured("extraction", tmp_path)
     assert [row["case"] for row in rows] == ["equal lengths", "mixed lengths"]
-    (row,) = measured("map", tmp_path)
-    assert row["contender"] == OURS and row["case"] == "16 to 16"
-    rows = measured("store", tmp_path)
-    assert [row["contender"] for row in rows] == 3 * [OURS, "numpy copy"]
-
-
-@pytest.mark.slow
-def test_memory_is_measured_beside_its_prediction(tiny, tmp_path):
-    (row,) = measured("memory", tmp_path)
-    assert row["case"] == "relu, width 128"
-    state, rows = 3 * 4 * (2 * 8 * 128 + 128 + 8), 4 * 16 * 128  # two moments beside parameters
-    assert state + 2 * rows < row["predicted"]
-
-
-@pytest.mark.slow
-def test_documents_are_read_in_two_amounts(tiny, tmp_path):
-    few, many = measured("documents", tmp_path)
-    assert few["ratio"] == 1 and many["case"].startswith("40 documents of 600 bytes")
-    assert many["rows"] > 1.5 * few["rows"]
-    assert few["growth"] is None and many["growth"] is not None
-
-
-@pytest.mark.slow
-def test_a_second_run_finds_its_programs_compiled(tmp_path):
-    """And ends with the same bits."""
-    workloads.made_up_store(tmp_path / "store", 256, 32, seed=0)
-    kept, trained = [], []
-    for name in ("first", "again"):
-        startup.train_once(tmp_path, name, cache=tmp_path / "cache")
-        kept.append({p.name for p in (tmp_path / "cache").rglob("*-cache")})
-        folder = Workdir(tmp_path / name).dictionary(workloads.MODEL, workloads.SITE)
-        trained.append(modules.split(dictionaries.load(folder))[1])
-    assert kept[0] and kept[0] == kept[1]
-    jax.tree.map(np.testing.assert_array_equal, *trained)
+    # Another checkout does the same in the same run.
+    monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
+    ours, other = measured("map", tmp_path)
+    assert ours["contender"] == OURS and other["contender"] == peer.BASELINE
+    assert ours["case"] == other["case"] == "16 to 16" and other["version"]
 
 
 def test_a_whole_run_that_fails_says_why(tmp_path, monkeypatch):
@@ -249,26 +197,21 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
             other.run(1)
 
 
-def test_the_command_refuses_what_it_does_not_know(tmp_path):
-    program = [sys.executable, "-m", "launch.benchmark", f"--workdir={tmp_path / 'run'}"]
-    done = launch(program, "--config.benchmarks=luck")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"benchmarks=luck: luck must be one of {', '.join(measurements())}" in done.stderr
+def execute(main, kind, *arguments):
+    return command.execute(main, ["benchmark", *arguments], kind=kind, default="benchmark")
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys):
+    folder = f"--workdir={tmp_path / 'run'}"
+    assert execute(script.main, BenchmarkConfig, folder, "--config.benchmarks=luck") == 2
+    told = capsys.readouterr().err
+    assert f"benchmarks=luck: luck must be one of {', '.join(measurements())}" in told
     config = BenchmarkConfig(benchmarks=("whole",))
     with pytest.raises(UserError, match="whole has no sizes for suite=cpu, only for gpu"):
         run.run_benchmarks(config, Workdir(tmp_path))
 
 
 # ---------------------------------------------------------------- quality beside SAELens
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("benchmark")
-    config = tiny_run.make_config(root)
-    config.sae = SAEConfig(width=32, k=4, steps=4, batch_size=64)
-    work = open_workdir(root / "run", to_dict(config))
-    return config, extract(config, work), work
 
 
 def test_the_table_sets_the_usual_rate_beside_their_best():
@@ -286,43 +229,43 @@ def test_the_table_sets_the_usual_rate_beside_their_best():
     assert lines[1] == ["m resid_pre.1", "gated", "0.01", "–", "–", "–", "–"]
 
 
-def test_without_the_peer_one_line_says_so(finished, monkeypatch):
+def test_without_the_peer_one_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(peer.VARIABLES["sae-lens"], raising=False)
-    program = [sys.executable, "-m", "launch.benchmark.saelens"]
-    done = launch(program, f"--workdir={finished[2].root}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
+    quality.main(None, Workdir(tmp_path))
+    assert capsys.readouterr().out.startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
 
 
 @pytest.mark.slow
-def test_both_libraries_on_the_same_rows(finished, monkeypatch, tmp_path):
+def test_both_libraries_on_the_same_rows(monkeypatch, tmp_path):
     """Where SAELens is not, a stand-in for it saves a dictionary of ours."""
+    config = tiny_run.make_config(tmp_path)
+    config.sae = SAEConfig(width=32, k=4, steps=4, batch_size=64)
+    work = open_workdir(tmp_path / "run", to_dict(config))
     if not os.environ.get(peer.VARIABLES["sae-lens"]):
         monkeypatch.setenv(peer.VARIABLES["sae-lens"], sys.executable)
         (tmp_path / "stand_in.py").write_text(STAND_IN)
         monkeypatch.setattr(saelens, "FILE", tmp_path / "stand_in.py")
     monkeypatch.setattr(saelens, "SHARES", (0.5, 1.0))
-    chosen = {name: saelens.THEIRS[name] for name in ("relu", "topk")}
-    monkeypatch.setattr(saelens, "THEIRS", chosen)
-    rows = saelens.compare_saelens(*finished)
+    monkeypatch.setattr(saelens, "ARCHITECTURES", ("relu", "topk"))
+    rows = saelens.compare_saelens(config, extract(config, work), work)
     assert {(r["library"], r["architecture"]) for r in rows} == {
-        (library, a) for library in (OURS, "sae-lens") for a in saelens.THEIRS
+        (library, a) for library in (OURS, "sae-lens") for a in saelens.ARCHITECTURES
     }
     assert all(r["n_rows"] == rows[0]["n_rows"] and r["fvu"] > 0 for r in rows)
-    assert read_jsonl(finished[2].result("benchmark_saelens.jsonl")) == rows
+    assert read_jsonl(work.result("benchmark_saelens.jsonl")) == rows
 
 
 STAND_IN = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 
-def make(folder, name, architecture, dictionary, trainer):
+def make(folder, name, width, **settings):
     import jax, numpy as np
     from pathlib import Path
     from crossdict_jax import dictionaries
     from crossdict_jax.dictionaries.base import build
     d_model = np.load(Path(folder) / "rows.npy").shape[1]
-    made = build("topk", d_model=d_model, width=dictionary["d_sae"], k=4, key=jax.random.key(0))
+    made = build("topk", d_model=d_model, width=width, k=4, key=jax.random.key(0))
     dictionaries.save_saelens(made, Path(folder) / name, hook_name="a", model_name="b")
     return None, {{"version": "stand-in"}}
 """

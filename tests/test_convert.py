@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_hub import FakeHub
-from test_exchange import rows, trained
+from test_exchange import trained
 from tiny_run import SITE, shared_run
 
 from crossdict_jax import dictionaries
@@ -20,7 +20,7 @@ from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.formats import hub
-from crossdict_jax.dictionaries.pretrained import adopt, unselected
+from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_json
@@ -218,9 +218,3 @@ def test_settings_that_cannot_be_are_refused(tiny):
     config.sae.sources, config.sae.seeds = ("train", "x"), 2
     with pytest.raises(UserError, match=r"sae\.seeds asks for several"):
         validate(config)
-
-
-def test_unselected_drops_nothing_but_the_selection():
-    d, x = trained("jumprelu"), rows()
-    z = d.pre_activations(d.scale[...] * x)
-    np.testing.assert_allclose(unselected(d).encode(x), np.maximum(z, 0), atol=1e-5)

@@ -12,7 +12,6 @@ from crossdict_jax.config import Config, CrosscoderConfig, SAEConfig, crosscoder
 from crossdict_jax.config.fields import JointSettings
 from crossdict_jax.dictionaries import base, crosscoder
 from crossdict_jax.dictionaries import crosscoder_training as training
-from crossdict_jax.dictionaries.base import THRESHOLD_RATE
 from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders, joint_ensemble
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
@@ -109,21 +108,6 @@ def test_the_l1_loss_is_its_formula():
         norms = np.linalg.norm(np.asarray(c.W_dec[...])[:, c.part(m)], axis=1)
         expected += np.square(error).sum(1).mean() + 0.3 * (code @ norms).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-
-
-def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_their_least():
-    c, x = fresh("batchtopk"), jnp.concatenate(views(), axis=1)
-    z = np.asarray(c.pre_activations(c.scaled_pair(x, jnp.ones((40, 3), bool))[0]))
-    _, parts, f = c.losses(x, y=jnp.ones((40, 3), bool), hyper=HYPER, dead=jnp.zeros(14, bool))
-    kept = np.sort(z, axis=None)[-40 * c.k]
-    np.testing.assert_allclose(f, np.where((z >= kept) & (z > 0), z, 0), atol=1e-6)
-    before = float(c.threshold[...])
-    least = float(np.asarray(f)[np.asarray(f) > 0].min())
-    c.after_update(jnp.asarray(least))
-    np.testing.assert_allclose(
-        c.threshold[...], before + THRESHOLD_RATE * (least - before), rtol=1e-5
-    )
-    assert parts["auxk"] == 0  # nothing is dead
 
 
 @every
@@ -318,8 +302,9 @@ def test_what_is_0_follows_the_dictionaries():
 def test_members_train_as_if_alone():
     members = [tiny_rows(), tiny_rows(seed=1)]
     members += [tiny_rows(orders=training.shuffles(96, models=2, seed=0))]
-    together = run_steps(joint_ensemble(members, TINY), 10)[0]["params"]
-    alone = run_steps(joint_ensemble(members[2:], TINY), 10)[0]["params"]
+    together, alone = (
+        run_steps(joint_ensemble(m, TINY), 10)[0]["params"] for m in (members, members[2:])
+    )
     assert_close(jax.tree.map(lambda a: a[2:], together), alone, atol=2e-5, rtol=0)
     decoders = together["W_dec"]
     assert np.abs(decoders[0] - decoders[1]).max() > 0.1  # another seed
@@ -344,12 +329,6 @@ def test_no_device_gathers_rows(variant):
     joint = dataclasses.replace(TINY, variant=variant, batch_size=256)
     shapes = gathered(joint_ensemble(members, joint))
     assert not [shape for shape in shapes if "256" in shape or "64,8" in shape], shapes
-
-
-@pytest.mark.mesh
-def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"crosscoder.batch_size=33 cannot be shared by 8 devices"):
-        fit_crosscoders([tiny_rows()], dataclasses.replace(TINY, batch_size=33), directory=tmp_path)
 
 
 def test_what_cannot_work_is_refused_in_one_line(tmp_path):

@@ -175,12 +175,6 @@ def test_the_usual_rate_falls_with_the_square_root_of_the_width():
     assert train.usual_rate("relu", width=4096) == train.usual_rate("gated", width=4096) == 4e-3
 
 
-def test_silence_means_death_after_a_share_of_the_run_or_as_many_rows_as_asked():
-    for settings, rows in (({"steps": 1000, "batch_size": 100}, 2000), ({"dead_after_rows": 7}, 7)):
-        shape = {"d_model": 6, "d_out": None, "width": 20, "k": 3}
-        assert train.DictionaryObjective(SAEConfig(**settings), **shape).dead_after == rows
-
-
 # ---------------------------------------------------------------- planted truths
 
 X, DIRECTIONS = planted_rows()

@@ -154,14 +154,6 @@ def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path):
     assert_close(fit(made, tmp_path / "killed"), whole)
 
 
-def test_parts_need_less_memory_in_the_prediction():
-    sae = {"architecture": "topk", "batch_size": 4096}
-    parts, whole = (
-        train.member_bytes(SAEConfig(**sae, accumulate=n), d_model=64, width=4096) for n in (8, 1)
-    )
-    assert parts < 0.4 * whole
-
-
 # ---------------------------------------------------------------- on several devices
 
 

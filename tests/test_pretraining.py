@@ -41,7 +41,7 @@ def tiny(text, model_type, **changes):
     config = PretrainConfig(
         model_type=model_type,
         d_model=16,
-        n_layers=2,
+        n_layers=1,  # whose programs compile fast
         n_heads=2,
         context=16,
         vocab_size=280,
@@ -55,27 +55,33 @@ def tiny(text, model_type, **changes):
     return dataclasses.replace(config, **changes)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
-def test_a_trained_model_is_a_folder_that_beats_the_unigram(text, model_type, tmp_path):
-    result = train_language_model(tiny(text, model_type), tmp_path)
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+def trained(request, text, tmp_path_factory):
+    """A shape of models, the folder of one that was trained, and what the training returned."""
+    directory = tmp_path_factory.mktemp("whole")
+    return request.param, directory, train_language_model(tiny(text, request.param), directory)
+
+
+def test_a_trained_model_is_a_folder_that_beats_the_unigram(trained):
+    model_type, directory, result = trained
     assert result["loss"] < result["unigram_loss"] < math.log(280) + 1
-    lm = models.load(str(tmp_path / "model"))
+    lm = models.load(str(directory / "model"))
     assert lm.config.model_type == model_type and lm.config.vocab_size == 280
     ids = lm.tokenizer("abc cab", add_special_tokens=False)["input_ids"]
     assert lm.tokenizer.decode(ids) == "abc cab" and bos_id(lm.tokenizer) is None
     assert lm.logits(np.array([ids])).shape == (1, len(ids), 280)
-    recorded = json.loads((tmp_path / "model" / "training.json").read_text())
+    recorded = json.loads((directory / "model" / "training.json").read_text())
     assert recorded["loss"] == result["loss"] and recorded["text"]["sha256"]
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    losses = [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").open()]
     assert losses[-1] < losses[0]
 
 
-def test_killed_and_resumed_writes_the_same_bits(text, tmp_path):
-    config, file = tiny(text, "gpt2"), "model/model.safetensors"
-    train_language_model(config, tmp_path / "whole")
-    kill_in_save(2, lambda: train_language_model(config, tmp_path / "killed"))
-    train_language_model(config, tmp_path / "killed")
-    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+def test_killed_and_resumed_writes_the_same_bits(trained, text, tmp_path):
+    model_type, directory, _ = trained
+    config, file = tiny(text, model_type), "model/model.safetensors"
+    kill_in_save(2, lambda: train_language_model(config, tmp_path))
+    train_language_model(config, tmp_path)
+    assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -263,16 +263,10 @@ def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
         assert cells[1].split() == [number(row["r2"]), f"[{low},", f"{high}]", "×", "−0.021"]
         assert number(row["cosine_mean_predictor"]) in cells[4]
         assert words.get(row["map"], "") in cells[0]
-    whole = page.tables["Every column of transfer.jsonl"]
-    assert len(whole) == 1 + len(rows)
-    bounds = {k for k in rows[0] if k.endswith(("_low", "_high"))}
-    assert len(whole[0]) == len(rows[0].keys() - bounds)
-
-
-@pytest.mark.parametrize("name", ["reconstruction", "causal"])
-def test_every_other_row_is_shown(run, page, name):
-    caption = next(c for c in page.tables if c.endswith(f"{name}.jsonl"))
-    assert len(page.tables[caption]) == 1 + len(read_run(run).rows[name])
+    stitched = next(t for caption, t in page.tables.items() if caption.startswith("Loss recovered"))
+    lines = [line for s in read_run(run).stitchings() for line in (*s.lines, *s.references)]
+    assert len(stitched) == 1 + len(lines)
+    assert len(page.tables["Every dictionary on held-out text"]) == 1 + 6
 
 
 def test_the_page_needs_no_other_file(html, page):
@@ -369,16 +363,32 @@ def test_a_needed_file_that_is_missing_names_its_stage(tmp_path, name, stage):
         read_run(work)
 
 
-def test_special_characters_are_escaped(tmp_path):
-    models = ('a<b>&"c', "$x_1$ -->")
-    work = write_required(tmp_path, models=models, layers=(6,))
-    write_jsonl(work.result("causal.jsonl"), causal_rows(read_run(work).rows["transfer"]))
-    controls = [{"control": "ceiling", "map": "<script>alert(1)</script>"}]
-    write_jsonl(work.result("controls.jsonl"), controls)
-    page = page_of(work, models)
-    assert not page.tags & {"b", "script"}
-    assert 'What do a<b>&"c and $x_1$ --> share?' in page.text
-    assert "<script>alert(1)</script>" in page.text
+def test_markup_is_shown_as_text(tmp_path):
+    """In names of models, maps, folders and sources, in contexts, and in a study's title."""
+    models, script = ('a<b>&"c', "$x_1$ -->"), "<script>alert(1)</script>"
+    work = write_required(tmp_path / "<i>run", models=models, layers=(6,))
+    rows = [
+        r | {"map": script} if r["map"] == "mlp" else r
+        for r in transfer_rows(models=models, layers=(6,))
+    ]
+    write_jsonl(work.result("transfer.jsonl"), rows)
+    write_jsonl(work.result("causal.jsonl"), causal_rows(rows))
+    single = [
+        row | {"contexts": [{"before": "<u>", "token": "<img src=x>", "after": "</u>"}]}
+        if row["row"] == "feature"
+        else row
+        for row in single_feature_rows()
+    ]
+    write_jsonl(work.result("feature_transfer.jsonl"), single)
+    config = Config(models=models)
+    config.text.source = "<em>text"
+    path = write_report(config, work, sections=[("<title>", "<p>its own html</p>")])
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not page.tags & {"b", "i", "script", "u", "img", "em"}
+    for shown in ('What do a<b>&"c and $x_1$ --> share?', script, "· <i>run", "<em>text"):
+        assert shown in page.text
+    for shown in ("<u>«<img src=x>»</u>", "<title>", "its own html"):
+        assert shown in page.text
 
 
 @pytest.mark.parametrize(
@@ -473,21 +483,12 @@ def test_controls_and_single_features_get_their_sections(tmp_path):
     assert shown["map"] == "ridge" and shown["R²"] == number(row["r2"])
     assert (shown["R², ceiling"], shown["R², re-initialised"]) == ("0.710", "0.310")
     assert any(c.split()[0] == "0.017" for c in ridge) and any("0.62" in c for c in ridge)
-    assert len(page.tables["Every column of controls.jsonl"]) == 3
     caption = next(c for c in page.tables if c.startswith("Most and least transferable"))
     first, last = page.tables[caption][1:]
     assert "#7" in first[0] and "in the «list⏎» of" in first[5]
     assert "mlp: #3 0.80, #1 −0.20 (exact, stability 0.91)" in first[7]
     assert "least" in last[0] and last[7].strip() == "–"
     assert len(page.tables["Features in bins of firing frequency and of token share"]) == 3
-
-
-def test_no_row_is_lost_where_two_are_alike():
-    rows = transfer_rows(layers=(6,))
-    doubled = comparisons([*rows, *rows, rows[0] | {"map": "novel"}])
-    lines = [line for c in doubled for line in c.lines]
-    shown = sum(("pairing" in line) + ("shuffled.pairing" in line) for line in lines)
-    assert shown == 2 * len(rows) + 1
 
 
 def test_far_below_zero_stays_on_the_axis():

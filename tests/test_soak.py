@@ -21,7 +21,7 @@ from planted_store import assert_close
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import SAEConfig, architectures, to_dict
-from crossdict_jax.workdir import open_workdir, read_json, write_json
+from crossdict_jax.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("CROSSDICT_SOAK_KILLS", "20"))  # moments, over all architectures
@@ -43,16 +43,7 @@ def root(tmp_path_factory) -> Path:
 def undisturbed(root) -> tuple[dict, float]:
     """Parameters of a run that nothing disturbed, and the seconds it took."""
     started = time.monotonic()
-    return trained(copied(root, "undisturbed")), time.monotonic() - started
-
-
-def copied(root: Path, name: str, *, records: tuple[str, ...] = ()) -> Path:
-    """A work directory with a copy of the store."""
-    work = root / name
-    shutil.copytree(root / "store", work)
-    config = read_json(work / "config.json")
-    write_json(work / "config.json", config | {"records": records})
-    return work
+    return trained(shutil.copytree(root / "store", root / "whole")), time.monotonic() - started
 
 
 def start(work: Path) -> subprocess.Popen:
@@ -96,7 +87,7 @@ def progress(work: Path) -> str:
 
 def test_killed_at_random_moments(root, undisturbed):
     expected, seconds = undisturbed
-    draw, work, kills = random.Random(0), copied(root, "killed"), 0
+    draw, work, kills = random.Random(0), shutil.copytree(root / "store", root / "killed"), 0
     while True:
         process = start(work)
         patience = draw.uniform(0.1, 0.6) * seconds if kills < KILLS else None
@@ -115,11 +106,3 @@ def test_killed_at_random_moments(root, undisturbed):
             break
         for architecture in architectures():  # done already: begin again, kill again
             shutil.rmtree(work / architecture)
-
-
-def test_watching_a_run_changes_no_bit(root, undisturbed):
-    """Curves go to a writer, and dictionaries are evaluated, between one training and the next."""
-    pytest.importorskip("tensorboardX")
-    work = copied(root, "watched", records=("tensorboard",))
-    assert_close(trained(work), undisturbed[0])
-    assert list(work.rglob("events.out.tfevents.*"))

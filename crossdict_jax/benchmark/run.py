@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,7 @@ from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json, write_text
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
-COLUMNS = {  # of a row: (title, how it is written)
-    "seconds": ("time", "{}s"),
-    "per_s": ("a second", "{}"),
-    "memory": ("memory", "{}B"),
-    "predicted": ("predicted", "{}B"),
-    "ratio": ("ratio", ""),
-    "cpu_ratio": ("of CPU time", ""),
-    "growth": ("bytes a row more", "{}B"),
-}
+COLUMNS = {"seconds": "time", "per_s": "a second", "ratio": "ratio", "cpu_ratio": "of CPU time"}
 
 
 def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
@@ -59,7 +50,6 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
-        started = time.perf_counter()
         bench = Bench(name, folder, config.suite, config.repeats, config.seed)
         try:
             for row in module.benchmark(bench):
@@ -70,7 +60,6 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
             _write(work, outcome)
         shutil.rmtree(folder)
         show(tables([row for row in rows if row["benchmark"] == name]))
-        print(f"{name}: done in {time.perf_counter() - started:.0f} s", flush=True)
     if failed:
         raise UserError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
     return outcome
@@ -78,9 +67,8 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
 
 def _write(work: Workdir, outcome: dict[str, Any]) -> None:
     write_json(work.result("benchmark.json"), outcome)
-    parts = [heading(outcome)]
-    parts += [f"**{t.caption}**\n\n{markdown(t)}" for t in tables(outcome["rows"])]
-    write_text(work.result("benchmark.md"), "\n\n".join(parts) + "\n")
+    parts = [f"**{t.caption}**\n\n{markdown(t)}" for t in tables(outcome["rows"])]
+    write_text(work.result("benchmark.md"), "\n\n".join([heading(outcome), *parts]) + "\n")
 
 
 def describe() -> dict[str, Any]:
@@ -115,25 +103,25 @@ def heading(outcome: dict[str, Any]) -> str:
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
     """Returns a table for each benchmark, with the columns that some of its rows have."""
 
-    def cell(row: dict, key: str, written: str) -> str:
+    def cell(row: dict, key: str) -> str:
         value = row.get(key)
         if value is None:
             return "–"
-        if written:
-            return written.format(si(value)) + (row["unit"] if key == "per_s" else "")
-        bounds = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if "ratio_low" in row else ""
-        return f"{value:.2f}" + (bounds if key == "ratio" else "")
+        if key in ("seconds", "per_s"):
+            return si(value) + ("s" if key == "seconds" else row["unit"])
+        low, high = row["ratio_low"], row["ratio_high"]
+        return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if key == "ratio" else "")
 
     made = []
     for name in dict.fromkeys(row["benchmark"] for row in rows):
         chosen = [row for row in rows if row["benchmark"] == name]
-        columns = {k: v for k, v in COLUMNS.items() if any(r.get(k) is not None for r in chosen)}
+        columns = {k: v for k, v in COLUMNS.items() if any(k in row for row in chosen)}
         lines = [
             {
                 "case": row["case"],
-                "contender": " ".join([row["contender"], row.get("version", "")]).strip(),
-                **{title: cell(row, key, text) for key, (title, text) in columns.items()},
+                "contender": f"{row['contender']} {row.get('version', '')}".strip(),
             }
+            | {title: cell(row, key) for key, title in columns.items()}
             for row in chosen
         ]
         made.append(table(name, lines))

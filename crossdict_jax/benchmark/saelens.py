@@ -27,16 +27,8 @@ from crossdict_jax.studies.pareto.section import fvu_at
 from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
-FILE = "saelens_train.py"  # of peers
-THEIR_RATE = 3e-4  # the default of SAETrainerConfig
-THEIRS = {  # ours: the architecture of SAELens that trains the same kind
-    "relu": "standard",
-    "gated": "gated",
-    "topk": "topk",
-    "batchtopk": "batchtopk",
-    "matryoshka": "matryoshka_batchtopk",
-    "jumprelu": "jumprelu",
-}
+FILE, THEIR_RATE = "saelens.py", 3e-4  # of peers; the default of SAETrainerConfig
+ARCHITECTURES = ("relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu")  # that both have
 # Where L0 follows from a penalty: shares of the usual coefficient. Close together, for a chord of
 # the curve lies above it: by up to 0.01 in FVU where values double.
 SHARES = (0.17, 0.24, 0.33, 0.47, 0.67, 0.95, 1.33)
@@ -55,7 +47,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
     refuse_transcoders(config, "The comparison with SAELens")
     sae = dataclasses.replace(unswept(config.sae), learning_rate=0.0, seeds=1)
     pareto = dataclasses.replace(
-        config.pareto, architectures=tuple(THEIRS), k=(sae.k,), penalties=SHARES
+        config.pareto, architectures=ARCHITECTURES, k=(sae.k,), penalties=SHARES
     )
     config = dataclasses.replace(config, sae=sae, pareto=pareto)
     shape = {key: getattr(sae, key) for key in ("width", "k", "steps", "batch_size")}
@@ -90,31 +82,27 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
     np.save(folder / "rows.npy", rows.astype(np.float32))
     np.save(folder / "order.npy", order.reshape(sae.steps, -1))
     # Scaled as ours, so that penalties mean the same.
-    shape = {"d_sae": sae.width, "normalize_activations": "expected_average_only_in"}
-    nested = {round(share * sae.width) for share in sae.nested_fractions} | {sae.width}
+    shape = {"width": sae.width, "k": sae.k, "normalize_activations": "expected_average_only_in"}
+    nested = sorted({round(share * sae.width) for share in sae.nested_fractions} | {sae.width})
     with Peer("sae-lens", FILE) as peer:
-        for architecture, theirs in THEIRS.items():
+        for architecture in ARCHITECTURES:
+            penalty = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
+            usual_l1 = find(architecture).usual_l1
+            coefficients = [None] if has_k(architecture) else [c * usual_l1 for c in SHARES]
             usual = [usual_rate(name, width=sae.width) for name in (architecture, "topk")]
-            coefficients = [share * find(architecture).usual_l1 for share in SHARES]
-            if has_k(architecture):
-                coefficients = [None]
             rates = dict.fromkeys((*usual, THEIR_RATE))
             for rate, coefficient in itertools.product(rates, coefficients):
-                name, chosen = f"{architecture}-rate-{rate:.3g}", {"k": sae.k}
-                if coefficient is not None:
-                    penalty = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
-                    name, chosen = f"{name}-{coefficient:g}", {penalty: coefficient}
-                if architecture == "matryoshka":
-                    chosen["matryoshka_widths"] = sorted(nested)
+                name = f"{architecture}-rate-{rate:.3g}"
+                name += "" if coefficient is None else f"-{coefficient:g}"
+                chosen = {} if coefficient is None else {penalty: coefficient}
+                chosen |= {"matryoshka_widths": nested} if architecture == "matryoshka" else {}
                 finished = folder / name / "about.json"
                 if not finished.exists():
-                    trainer = {"lr": rate, "steps": sae.steps, "batch": sae.batch_size}
-                    settings = {"architecture": theirs, "dictionary": shape | chosen}
-                    settings |= {"folder": str(folder), "name": name, "trainer": trainer}
-                    write_json(finished, peer.make(**settings))
-                about = {"library": "sae-lens", "architecture": architecture}
-                about |= {"learning_rate": rate, "l1_coefficient": coefficient}
-                yield folder / name, about | read_json(finished)
+                    trained = {"training": {"lr": rate, "steps": sae.steps}, "name": name}
+                    settings = shape | chosen | trained | {"architecture": architecture}
+                    write_json(finished, peer.make(folder=str(folder), **settings))
+                about = {"library": "sae-lens", "architecture": architecture, "learning_rate": rate}
+                yield folder / name, about | {"l1_coefficient": coefficient} | read_json(finished)
 
 
 def comparison(rows: list[dict[str, Any]]) -> Table:
@@ -137,9 +125,9 @@ def comparison(rows: list[dict[str, Any]]) -> Table:
                 "difference": number(None if None in pair else pair[0] - pair[1]),
             }
         )
-    caption = (
-        f"FVU of {number(first['n_rows'])} test rows at k = {first['k']}, width "
-        f"{first['width']}, {number(first['steps'])} steps of {first['batch_size']}: ours at the "
-        "usual rate, theirs at the best of those tried"
+    return table(
+        f"FVU of {number(first['n_rows'])} test rows at k = {first['k']}, width {first['width']}, "
+        f"{number(first['steps'])} steps of {first['batch_size']}: ours at the usual rate, theirs "
+        "at the best of those tried",
+        lines,
     )
-    return table(caption, lines)

@@ -1,7 +1,7 @@
 """The work that is timed, as the stages do it: steps of trainings, and reading a language model.
 
-Each function makes its work ready in a folder; ``run(count)`` of what it returns does it so often.
-Another checkout of this project is asked for the same by name (``peers/checkout.py``).
+Each makes its work ready in a folder; ``run(count)`` does it so often. Another checkout of this
+project is asked for the same by name (``peers/checkout.py``).
 """
 
 from pathlib import Path
@@ -43,10 +43,6 @@ class Training:
         self.state, metrics = self._chunks(self.state, self._done, count)
         self._done += count
         jax.block_until_ready((self.state, metrics))
-
-    def memory(self) -> int | None:
-        """Returns the bytes that a training says at its start it will hold."""
-        return self._chunks.memory(self.state)
 
 
 def dictionary_steps(

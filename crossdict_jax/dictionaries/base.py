@@ -88,9 +88,8 @@ class Dictionary(nnx.Module):
 
     def decode(self, f: jax.Array) -> jax.Array:
         """Returns raw activations x_hat, float32 [batch, d_out], of features [batch, width]."""
-        scale = self.scale_out if self.transcodes else self.scale
-        f = jnp.asarray(f, jnp.float32)
-        return (f @ self.W_dec[...] + self.b_dec[...][None, :]) / scale[...]
+        u_hat = jnp.asarray(f, jnp.float32) @ self.W_dec[...] + self.b_dec[...][None, :]
+        return u_hat / (self.scale_out if self.transcodes else self.scale)[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the reconstruction x_hat [batch, d_out] of x [batch, d_model]."""
@@ -138,11 +137,7 @@ class Dictionary(nnx.Module):
 
     @property
     def meta(self) -> dict:
-        """What a checkpoint must say to build it.
-
-        Raises:
-          UserError: it is none of ours, as some imported ones are.
-        """
+        """What a checkpoint must say to build it; UserError: it is none of ours."""
         sizes = {"d_model": self.d_model, "width": self.width, "k": self.k}
         d_out = self.d_out if self.transcodes else None
         return sizes | {"architecture": architecture_of(self), "d_out": d_out}
@@ -150,8 +145,7 @@ class Dictionary(nnx.Module):
     def after_update(self, smallest: jax.Array) -> None:
         """Imposes constraints on the parameters, and updates what is measured, not optimised.
 
-        Args:
-          smallest: [], the smallest active value of the batch; infinite without one.
+        ``smallest`` [] is the smallest active value of the batch; infinite without one.
         """
         if self.unit_decoder:
             self.W_dec[...] = unit_rows(self.W_dec[...])

@@ -31,17 +31,13 @@ CONTROLS = ("self", "rotated")  # the first model against itself, and against a 
 class Rows:
     """What one crosscoder is trained on.
 
-    Attributes:
-      label: names it in logs and errors.
-      views: per model raw activations [n, d_m]; row i of all is one text position.
-      seed: of its initial parameters, of its data order and of what is dropped.
-      orders: per model the order int [n] in which its rows stand beside the others'; None: as
-        they are. Random orders make shuffled pairs.
+    ``orders`` are those int [n] in which a model's rows stand beside the others'; None: as they
+    are. Random ones make shuffled pairs.
     """
 
-    label: str
-    views: tuple[np.ndarray, ...]
-    seed: int
+    label: str  # names it in logs and errors
+    views: tuple[np.ndarray, ...]  # per model [n, d_m], raw; row i of all is one text position
+    seed: int  # of its initial parameters, of its data order and of what is dropped
     orders: tuple[np.ndarray | None, ...] | None = None
 
 
@@ -182,9 +178,8 @@ def joint_sites(config: Config, store: Store) -> list[tuple[Site, ...]]:
 def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
     """Returns (sites, name) of every crosscoder of a run.
 
-    For every layer tuple one of all models on aligned rows, and its control on shuffled rows; for
-    the first ``crosscoder.self_nulls`` layer tuples also the first model beside itself, and beside
-    a rotated copy of itself.
+    For every layer tuple one of all models on aligned rows, one on shuffled rows, and for the first
+    ``crosscoder.self_nulls`` the first model beside itself and beside a rotated copy of itself.
     """
     plan = []
     for index, sites in enumerate(joint_sites(config, store)):

@@ -62,11 +62,12 @@ def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
     Raises:
       UserError: there is one too many or too few, or one has another shape or holds NaN.
     """
-    if arrays.keys() != shapes.keys():
-        missing = ", ".join(sorted(shapes.keys() - arrays.keys()))
-        unknown = ", ".join(sorted(arrays.keys() - shapes.keys()))
-        wrong = [f"lacks {missing}"] * bool(missing)
-        wrong += [f"holds {unknown}, which it should not"] * bool(unknown)
+    missing, unknown = (
+        sorted(a.keys() - b.keys()) for a, b in ((shapes, arrays), (arrays, shapes))
+    )
+    if missing or unknown:
+        wrong = [f"lacks {', '.join(missing)}"] * bool(missing)
+        wrong += [f"holds {', '.join(unknown)}, which it should not"] * bool(unknown)
         raise UserError(f"{file} {' and '.join(wrong)}; its weights must be {', '.join(shapes)}.")
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
@@ -80,10 +81,7 @@ def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
 
 
 def centred(arrays: Arrays) -> Arrays:
-    """Returns arrays of z = x W_enc + b_enc as those of our z = (x - b_dec) W_enc + b_enc.
-
-    The bias takes up the difference, of gated dictionaries the bias of the magnitudes too.
-    """
+    """Returns arrays of z = x W_enc + b_enc as those of our z = (x - b_dec) W_enc + b_enc."""
     shift = arrays["b_dec"] @ arrays["W_enc"]
     arrays = arrays | {"b_enc": arrays["b_enc"] + shift}
     if "b_mag" in arrays:

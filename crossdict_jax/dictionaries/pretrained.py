@@ -30,8 +30,7 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
             if checkpoint.is_finished(folder):
                 continue
             path = source.replace("{layer}", str(site.layer))
-            dictionary = formats.load(path)
-            other, written = store.output_of(model, site)
+            dictionary, (other, written) = formats.load(path), store.output_of(model, site)
             if dictionary.d_model != store.d_model(model):
                 raise UserError(
                     f"sae.sources: {path} reads rows of {dictionary.d_model}, {model} has "
@@ -61,7 +60,6 @@ def unselected(dictionary: Dictionary) -> Dictionary:
       UserError: it does more than that, as some imported ones do.
     """
     base.architecture_of(dictionary)
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "scale")
-    names += ("scale_out",) if dictionary.transcodes else ()
+    names = ["W_enc", "b_enc", "W_dec", "b_dec", "scale"] + ["scale_out"] * dictionary.transcodes
     arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
     return from_arrays(find("relu"), arrays, transcodes=dictionary.transcodes)

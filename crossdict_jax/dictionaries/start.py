@@ -1,6 +1,6 @@
 """How a dictionary starts to train: scales, means, and the direction and length of its encoder."""
 
-import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +28,15 @@ def check_rows(x: np.ndarray, label: str, rows: np.ndarray) -> None:
       label: their model and site.
       rows: [n], their numbers in the store.
     """
-    varies = False
-    for at in range(0, len(x), BLOCK):
-        block = x[at : at + BLOCK].astype(np.float32)
-        finite = np.isfinite(block).all(axis=1)
+    blocks = range(0, len(x), BLOCK)
+    for at in blocks:
+        finite = np.isfinite(x[at : at + BLOCK].astype(np.float32)).all(axis=1)
         if not finite.all():
             raise UserError(
                 f"{label}: row {rows[at + int(np.argmin(finite))]} of the store holds NaN or "
                 "infinity; extract again with extract.nonfinite=skip."
             )
-        varies = varies or bool((block != x[:1].astype(np.float32)).any())
-    if not varies:
+    if all((x[at : at + BLOCK] == x[:1]).all() for at in blocks):
         raise UserError(
             f"{label}: all {len(x)} training rows are equal, so there is nothing to explain; "
             "choose another site, or more text."
@@ -49,7 +47,7 @@ def activation_scale(x: np.ndarray) -> float:
     """Returns the factor that brings rows x [n, d_model] to a mean norm of sqrt(d_model)."""
     blocks = (x[at : at + BLOCK].astype(np.float32) for at in range(0, len(x), BLOCK))
     norms = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks])
-    return float(math.sqrt(x.shape[1]) / max(norms.mean(dtype=np.float64), 1e-8))
+    return float(x.shape[1] ** 0.5 / max(norms.mean(dtype=np.float64), 1e-8))
 
 
 def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
@@ -82,10 +80,9 @@ def begin(params: Params, start: dict[str, jax.Array]) -> Params:
     """Returns fresh parameters with scales, means and, of a transcoder, the encoder put in.
 
     b_dec starts at the mean of what is written, so that features need not spend themselves on it.
-    Where the same rows are read and written, an encoder starts at the decoder's transpose. A
-    transcoder's starts at that transpose pulled back through the linear predictor P of y from x,
-    W_enc = P W_dec' with columns of length 1: each feature fires on what foretells its own row.
-    With y = x that is the transpose again. Its b_enc takes the mean off what it reads.
+    A transcoder's encoder starts at the decoder's transpose pulled back through the linear
+    predictor P of y from x, W_enc = P W_dec' with columns of length 1: each feature fires on what
+    foretells its own row. Its b_enc takes the mean off what it reads.
     """
     params = params | {"scale": start["scale"]}
     if "predictor" not in start:
@@ -104,8 +101,8 @@ def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
     """Makes a dictionary's encoder as long as lets its first reconstructions err least.
 
     An encoder c times as long has features c f: c = sum v.w / sum w.w, least squares, for scaled
-    rows v less b_dec and w = f W_dec. At c = 1 active features that overlap overshoot together, and
-    training would first have to unlearn that. Where no length explains anything, it stays.
+    rows v less b_dec and w = f W_dec. At c = 1 active features that overlap overshoot together.
+    Where no length explains anything, it stays.
     """
     u = start["scale"] * start["rows"]
     v = start["scale_out"] * start["rows_out"] if "rows_out" in start else u
@@ -116,7 +113,6 @@ def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
     w = f @ dictionary.W_dec[...]
     along, power = jnp.sum(v * w), jnp.sum(jnp.square(w))
     c = jnp.where(along > 0, along / jnp.maximum(power, 1e-8), 1.0)
-    for name in PROPORTIONAL:
-        if hasattr(dictionary, name):
-            variable = getattr(dictionary, name)
-            variable[...] = c * variable[...]
+    for name in filter(partial(hasattr, dictionary), PROPORTIONAL):
+        variable = getattr(dictionary, name)
+        variable[...] = c * variable[...]

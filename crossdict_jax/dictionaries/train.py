@@ -43,10 +43,9 @@ DEAD_SHARE = 0.02  # of the rows that training reads: leaves AuxK the larger par
 FEW = 8  # dead features are few up to this part of the width: then AuxK takes these alone
 WARMUP_FRACTION = 0.05  # of the steps, for the learning rate
 L1_WARMUP_FRACTION = 0.1  # of the steps, for the penalty
-# Losses that sum squares over d have their longest gradients in the first steps. Adam remembers
-# them for 1 / (1 - b2) steps, more than short trainings have, and later steps are too small: at 300
-# steps ReLU then leaves a tenth to a quarter more unexplained at an equal L0.
-GRADIENT_CLIP = 1.0  # largest global norm
+# Largest global norm. Losses that sum squares have their longest gradients in the first steps, and
+# Adam remembers them for 1 / (1 - b2): at 300 steps ReLU would leave a tenth to a quarter more.
+GRADIENT_CLIP = 1.0
 MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 
@@ -57,18 +56,12 @@ class SparseObjective(Objective):
     """Trains sparse codes, dictionaries and crosscoders alike: losses, dead features, constraints.
 
     The memory is int [width]: rows since each feature was active. A variant of the step says how
-    many dead features AuxK makes room for. In parts of a batch, ``totals`` are what ``Hyper`` says
-    of the batch: losses divide by its variance, choose features over all of its rows, or compare
-    its mean L0 with a target. No [batch, width] array is held for them, but for architectures that
-    choose features over the batch one.
+    many dead features AuxK makes room for. ``totals`` are what ``Hyper`` says of a batch in parts:
+    losses divide by its variance, choose features over its rows, or compare its L0 with a target.
+    They hold no [batch, width] array, but for architectures that choose over the batch one.
     """
 
     def __init__(self, build: Callable[[jax.Array], Dictionary], settings: SAEConfig, k_aux: int):
-        """
-        Args:
-          build: key -> a fresh module.
-          k_aux: see ``Hyper``.
-        """
         module = nnx.eval_shape(lambda: build(jax.random.key(0)))
         self.build, self.settings, self.k_aux = build, settings, k_aux
         self.graphdef, self.frozen = nnx.split(module)[0], module.measured
@@ -185,21 +178,16 @@ def usual_rate(architecture: str, *, width: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One dictionary of the ensemble.
-
-    Attributes:
-      seed: of its initial parameters and of its data order.
-      name: its folder: seed-N, and the values of swept fields.
-    """
+    """One dictionary of the ensemble."""
 
     model: str
     site: Site
-    seed: int
+    seed: int  # of its initial parameters and of its data order
     width: int
     k: int
     learning_rate: float
     l1_coefficient: float
-    name: str
+    name: str  # its folder: seed-N, and the values of swept fields
 
 
 def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
@@ -368,9 +356,7 @@ def prepare(
 ) -> Ensemble:
     """Returns members that share d_model, width and k, ready to be trained on these rows [n].
 
-    Args:
-      starts: see ``train_from``.
-      resident: see ``make_ensemble``.
+    For ``starts`` see ``train_from``, for ``resident`` ``make_ensemble``.
     """
     if sae.batch_size > len(rows):
         raise UserError(
@@ -393,10 +379,10 @@ def prepare(
     }
     labels = [f"{m.model} {m.site} {m.name}" for m in group]
     if starts is not None:
-        first = [modules.split(d)[1] for d in starts if d is not None]
-        params = [first[0] if d is None else modules.split(d)[1] for d in starts]
-        fixed |= {"params": stack(params), "begun": np.asarray([d is not None for d in starts])}
-        labels = [f"{m} {'random' if d is None else 'begun'}" for m, d in zip(labels, starts)]
+        anyone = next(d for d in starts if d is not None)
+        params = stack([modules.split(d or anyone)[1] for d in starts])
+        fixed |= {"params": params, "begun": np.asarray([d is not None for d in starts])}
+        labels = [f"{m} {'begun' if d else 'random'}" for m, d in zip(labels, starts)]
     shape = {"d_model": d_model, "d_out": d_out, "width": group[0].width, "k": group[0].k}
     objective = DictionaryObjective(sae, **shape)
     return make_ensemble(

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -43,14 +44,21 @@ def load(path_or_id: str | Path) -> LanguageModel:
     """
     folder = find_folder(path_or_id)
     config = load_config(folder)
-    lm = nnx.eval_shape(lambda: init(config))
-    lm.name = Path(os.path.abspath(Path(path_or_id).expanduser())).name
-    lm.path = str(folder)
-    graphdef, state = nnx.split(lm)
-    flat = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
+    graphdef, leaves = _abstract(config)
+    flat = {".".join(map(str, key)): (key, leaf) for key, leaf in leaves}
     weights = _read_weights(folder, config, {name: leaf.shape for name, (_, leaf) in flat.items()})
     filled = [(key, leaf.replace(weights[name])) for name, (key, leaf) in flat.items()]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    lm = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    lm.name = Path(os.path.abspath(Path(path_or_id).expanduser())).name
+    lm.path = str(folder)
+    return lm
+
+
+@lru_cache
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
+    """Returns (graph, flat state of shapes); kept, for tracing takes longer than reading."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: init(config)))
+    return graphdef, list(nnx.to_flat_state(state))
 
 
 def init(config: ModelConfig | dict, seed: int = 0) -> LanguageModel:

@@ -20,16 +20,15 @@ Code = jax.Array | lists.Entries
 def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns what a batch's code says of its features.
 
-    Returns:
-      bool [width], whether a feature is active in some row; the number [] of active features a row;
-      and the smallest active value [], infinity where there is none.
+    That is bool [width], whether each is active in some row; the number [] of active features a
+    row; and the smallest active value [], infinity where there is none.
     """
     if isinstance(code, lists.Entries):
         values, batch = code.values, len(code.counts)
         active = jnp.zeros(code.width, bool).at[code.features].max(values > 0)
     else:
         values, batch = code, len(code)
-        active = jnp.any(values > 0, axis=0)
+        active = jnp.max(values, axis=0) > 0
     l0 = jnp.sum(values > 0, dtype=jnp.float32) / batch
     return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
 
@@ -56,8 +55,8 @@ def sparse_code(
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
     if not uses_lists(z.size):
-        z = jax.nn.relu(z)
-        return jnp.where(z < lowest.reshape(-1, 1), 0.0, z)  # not a number: stays visible
+        # One mask: accelerators write no array between. What is not a number stays visible.
+        return jnp.where((z < lowest.reshape(-1, 1)) | (z <= 0), 0.0, z)
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
     rows, features, counts = entries_from(fixed, lowest, limit=limit)
     values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     """Returns a b, float32 [n, m], of a [n, l] and b [l, m].
 
-    The two products of the gradient take inputs in the same format. Gradients lie in memory as what
-    they belong to; by JAX's own rule that of ``b`` comes out transposed, and is then turned around
-    once for every use that an optimizer makes of it.
+    Gradients lie in memory as what they belong to; by JAX's own rule that of ``b`` comes out
+    transposed, and is turned around for every use that an optimizer makes of it.
 
     Args:
       dtype: of the inputs of all three products (None: as they are); sums are float32.

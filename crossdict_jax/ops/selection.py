@@ -29,10 +29,8 @@ def uses_lists(size: int, *, minimum: int = LARGE) -> bool:
 
 
 def bits_of(z: jax.Array) -> jax.Array:
-    """Returns int32 that order as relu(z) does; of what is not a number, the greatest.
-
-    The sign is dropped: -0.0 is a zero, and some NaN have one.
-    """
+    """Returns int32 that order as relu(z) does; of what is not a number, the greatest."""
+    # The sign is dropped: -0.0 is a zero, and some NaN have one.
     return jax.lax.bitcast_convert_type(jax.nn.relu(z), jnp.int32) & (2**BITS - 1)
 
 
@@ -43,7 +41,7 @@ def kth_largest(z: jax.Array, k: int) -> jax.Array:
     their maxima is a lower bound; what exceeds it lies in the fewer than k groups that do.
     """
     if platform() != "cpu":
-        return on_own_rows(_by_top_k(k), jax.nn.relu(z))
+        return jax.nn.relu(on_own_rows(_by_top_k(k), z))
     batch, width = z.shape
     size = _group_size(width, limit=int((width / k) ** 0.5))
     if size < 4 or not uses_lists(z.size, minimum=GROUPED):
@@ -63,8 +61,8 @@ def kth_largest(z: jax.Array, k: int) -> jax.Array:
 def nth_largest(z: jax.Array, n: int) -> jax.Array:
     """Returns the n-th largest value [] of relu(z) [batch, width] in all rows, exactly.
 
-    With lists, a first bound is the n-th largest of the maxima of groups, most often a close one.
-    It is raised while too many values exceed it to be listed.
+    With lists, a first bound is the n-th largest of groups' maxima, raised while too many values
+    exceed it to be listed.
     """
     if not uses_lists(z.size):
         return _by_bits(z, n, axis=(0, 1))
@@ -160,10 +158,7 @@ def _by_top_k(k: int):
 def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS) -> jax.Array:
     """Returns the k-th largest of relu(z) along ``axis``, by halving the range of integers.
 
-    Several times faster than a sort on CPU; unlike ``lax.top_k``, rows stay on their devices.
-
-    Args:
-      bits: how many leading bits are found; of fewer than all, the result is a lower bound.
+    Several times faster than a sort on CPU. Of fewer leading ``bits`` than all it is a lower bound.
     """
 
     def halve(i, low):
@@ -177,11 +172,9 @@ def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS
 
 
 def _count(chosen: jax.Array) -> jax.Array:
-    """Returns how many there are in each row of bool [batch, width], int32 [batch, 1].
-
-    Added up in two turns, the first of vectors: XLA's CPU backend writes out what it adds up along
-    a row in one. The barrier keeps the two apart.
-    """
+    """Returns how many there are in each row of bool [batch, width], int32 [batch, 1]."""
+    # In two turns, the first of vectors: XLA's CPU backend writes out what it adds up along a row
+    # in one. The barrier keeps the two apart.
     batch, width = chosen.shape
     size = _group_size(width, limit=MASK)
     parts = jnp.sum(chosen.reshape(batch, size, width // size), axis=1, dtype=jnp.int32)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from crossdict_jax.report import causal, shared
-from crossdict_jax.report.results import Comparison, Run, at_least
+from crossdict_jax.report.results import DIVERGED, Comparison, Run, at_least
 from crossdict_jax.report.tables import interval, number, percent, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
@@ -54,32 +54,27 @@ def _how_well(comparisons: list[Comparison]) -> str:
     picks = [pick for _, group in groups if (pick := best(group, "r2"))]
     if not picks:
         return "No map was fitted, so nothing is said about shared features."
-    if len(picks) > 2:
-        ends = sorted(picks, key=lambda pick: -pick[1]["r2"])
-        picks = [ends[0], ends[-1]]
+    if len(picks) > 2:  # the two ends
+        picks = sorted(picks, key=lambda pick: -pick[1]["r2"])
+        picks = [picks[0], picks[-1]]
     sentences = []
     for comparison, line in picks:
         start, score = f"from {comparison.source} to {comparison.target}", _score(line, "r2", "R²")
-        token = comparison.score("token", "r2")
+        name, token = f"{line['map']} at {comparison.sites}", comparison.score("token", "r2")
         if line.get("verdict") == NO_BETTER:
-            sentences.append(
-                f"{start} no map predicts held-out features better than their mean does (the best, "
-                f"{line['map']} at {comparison.sites}, has {score})"
-            )
+            text = f"{start} no map predicts held-out features better than their mean does (the "
+            sentences.append(f"{text}best, {name}, has {score})")
         else:
             beside = "" if token is None else f"; the source’s token alone {number(token)}"
-            sentences.append(
-                f"{start} the best map, {line['map']} at {comparison.sites}, explains "
-                f"{percent(line['r2'], 0)} of the variance of held-out features ({score}{beside})"
-            )
+            text = f"{start} the best map, {name}, explains {percent(line['r2'], 0)} of the "
+            sentences.append(f"{text}variance of held-out features ({score}{beside})")
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}."
 
 
 def _against_what(comparisons: list[Comparison]) -> str:
     verdicts = [line.get("verdict") for c in comparisons for line in c.fitted]
-    token, mean = verdicts.count(BEATS_TOKEN), verdicts.count(BEATS_MEAN)
-    n_maps = len(verdicts)
+    token, mean, n_maps = *map(verdicts.count, (BEATS_TOKEN, BEATS_MEAN)), len(verdicts)
     if token + mean == 0:
         return (
             f"Negative result: none of the {n_maps} fitted maps beats the mean of the target’s "
@@ -87,10 +82,11 @@ def _against_what(comparisons: list[Comparison]) -> str:
         )
     rest = {"beat the mean only": mean, "do no better than the mean": n_maps - token - mean}
     counted = ", ".join(f"{n} {verdict}" for verdict, n in rest.items() if n)
-    who = f"{token} of {n_maps} fitted maps beat"
+    head = f"{token} of {n_maps} fitted maps beat"
     if token == 0:
-        who = f"Negative result against the strong baseline: none of the {n_maps} fitted maps beats"
-    head = f"{who} the table of token means"
+        head = (
+            f"Negative result against the strong baseline: none of the {n_maps} fitted maps beats"
+        )
     tail = "the context gain is undefined"
     if pick := best(comparisons, "context_gain"):
         comparison, line = pick
@@ -100,7 +96,7 @@ def _against_what(comparisons: list[Comparison]) -> str:
             f"{_score(line, 'context_gain', 'the highest context gain is')} ({line['map']}, "
             f"{comparison.source} to {comparison.target}, {comparison.sites})"
         )
-    return f"{head}{f' ({counted})' if counted else ''}; {tail}."
+    return f"{head} the table of token means{f' ({counted})' if counted else ''}; {tail}."
 
 
 def to_what_effect(stitchings: list[Comparison]) -> str:
@@ -121,23 +117,23 @@ def to_what_effect(stitchings: list[Comparison]) -> str:
             "replaced (zeroing it costs too little loss)."
         )
     pick = max(scored, key=lambda pick: (pick[0].above_controls(pick[1]), of_mean(pick)))
-    (stitching, line), cell = pick, share(pick[1], "loss_recovered", 1)
+    (s, line), cell = pick, share(pick[1], "loss_recovered", 1)
     form = " (its features, decoded)" if line["stitch_kind"] == "features" else ""
-    activation = f"{line['map']}{form} of {stitching.source} {stitching.site_source} put into "
-    activation += f"{stitching.target} {stitching.site_target}"
-    share_of_zero = f"{cell.text} {cell.note}".strip() + " of the loss that zeroing costs"
-    if stitching.above_controls(line):
-        text = f"The best predicted activation, {activation}, recovers {share_of_zero}"
-        token = stitching.score("token", "loss_recovered")
-        if token is not None:
+    stitch = (
+        f"{line['map']}{form} of {s.source} {s.site_source} put into {s.target} {s.site_target}"
+    )
+    of_zero = f"{cell.text} {cell.note}".strip() + " of the loss that zeroing costs"
+    if s.above_controls(line):
+        text = f"The best predicted activation, {stitch}, recovers {of_zero}"
+        if (token := s.score("token", "loss_recovered")) is not None:
             more = "more" if at_least(line, "loss_recovered") > token else "no more"
             text += f", {more} than the table of token means ({percent(token)})"
     else:
-        text = f"Negative result: even the best predicted activation, {activation}, recovers only "
-        text += f"{share_of_zero}, no more than its controls"
+        text = f"Negative result: even the best predicted activation, {stitch}, recovers only "
+        text += f"{of_zero}, no more than its controls"
     beside = {
-        "the target’s own dictionary": stitching.reference("own_sae"),
-        "the mean": stitching.reference("mean"),
+        "the target’s own dictionary": s.reference("own_sae"),
+        "the mean": s.reference("mean"),
         "the same map on shuffled pairs": line.get("shuffled.loss_recovered"),
         "and of what the mean costs it wins back": of_mean(pick),
     }
@@ -160,12 +156,21 @@ def cautions(run: Run) -> list[str]:
         few = f"Only {min(counts)} held-out documents"
         notes.append(f"{few}: the intervals over documents are rough.")
     rows = run.rows["reconstruction"]
-    for key, words in (("dead_fraction", "features are dead in"), ("fvu", "variance is missed by")):
-        over = [r for r in rows if (r.get(key) or 0) > 0.5]
+    kinds = (
+        ("dead_fraction", 0.5, "More than half of the features are dead in"),
+        ("fvu", 0.5, "More than half of the variance is missed by"),
+        (
+            "fvu",
+            DIVERGED,
+            "Training has diverged (FVU far above 1), and no number means anything, of",
+        ),
+    )
+    for key, limit, words in kinds:
+        over = [r for r in rows if (r.get(key) or 0) > limit]
         shown = [f"{r['model']} {r['site']} {dictionary_name(r)}" for r in over[:3]]
         shown += ["…"] if len(over) > 3 else []
         count = f"{len(over)} of {len(rows)} dictionaries ({', '.join(shown)})"
-        notes += [f"More than half of the {words} {count}."] if over else []
+        notes += [f"{words} {count}."] if over else []
     return notes
 
 

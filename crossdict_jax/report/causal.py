@@ -5,7 +5,7 @@ from itertools import groupby
 from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
 from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
 from crossdict_jax.report.results import Comparison, Run
-from crossdict_jax.report.tables import Cell, Table, flat_table, number, score, scores, share, table
+from crossdict_jax.report.tables import Cell, Table, number, score, scores, share, table
 from crossdict_jax.results import by_pair, pair_of, pair_words
 
 MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
@@ -13,7 +13,8 @@ MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
 
 def stitching_section(run: Run) -> list[Block]:
     """Returns what becomes of the target's loss when a map's prediction is put in."""
-    if not run.rows["causal"]:
+    stitchings = run.stitchings()
+    if not stitchings:
         return []
     blocks: list[Block] = [
         "The target reads held-out text, and at the paired positions its activation is replaced by "
@@ -21,42 +22,47 @@ def stitching_section(run: Run) -> list[Block]:
         "predicted features, decoded by the target’s dictionary. Loss recovered is 1 when the "
         "target works as if untouched and 0 when the replacement is as bad as zeros."
     ]
-    for (source, target), group in groupby(run.stitchings(), key=lambda s: (s.source, s.target)):
+    for (source, target), group in groupby(stitchings, key=lambda s: (s.source, s.target)):
         caption = (
             f"Loss recovered in {target} from {source}, with 95 % intervals over documents. "
             "Crosses: the same map on shuffled pairs. Lines: the target with its mean, or its own "
             "dictionary’s reconstruction, in place of its activation. Blue: surely above zero, the "
             "mean and the shuffled pairs."
         )
-        blocks += [
-            Heading(f"{source} → {target}"),
-            Panels(list(map(stitching_figure, group)), caption),
-        ]
+        figures = list(map(stitching_figure, group))
+        blocks += [Heading(f"{source} → {target}"), Panels(figures, caption)]
     if together := run.stitchings(together=True):
         text = (
             "All these layers of the target are replaced in one pass. At the paired positions a "
             "higher layer’s replacement overwrites what a lower one made of it; the lower ones "
             "reach the output through the positions that are not paired, by attention."
         )
-        blocks.append(Heading("Several layers at once"))
-        blocks.append(Panels(list(map(stitching_figure, together)), text))
-    raw = flat_table(run.rows["causal"], "Every row of causal.jsonl", ("control",))
-    return [*blocks, hidden(raw)]
+        figures = list(map(stitching_figure, together))
+        blocks += [Heading("Several layers at once"), Panels(figures, text)]
+    cells = []
+    for s in stitchings + together:
+        named = {name: row | {"map": name} for name, row in s.references.items()}
+        cells += [
+            {"sites": s.name, "map or control": line["map"], "form": line.get("stitch_kind") or "–"}
+            | scores(line, "loss_recovered", "ce", "kl", null="shuffled.")
+            for line in (*s.lines, *named.values())
+        ]
+    title = "Loss recovered, CE and KL of every prediction that is put in; ×: on shuffled pairs"
+    return [*blocks, hidden(table(title, cells))]
 
 
 def stitching_figure(stitching: Comparison) -> Figure:
     """Returns the loss recovered per map, beside the target's own controls."""
-    key, scores = "loss_recovered", {}
+    key, lines = "loss_recovered", {}
     for line in stitching.lines:
         form = ", features" if line.get("stitch_kind") == "features" else ""
         colour = STRONG if stitching.above_controls(line) else NONE
-        scores[f"{line['map']}{form}"] = (line, colour)
+        lines[f"{line['map']}{form}"] = (line, colour)
     keys = (f"{key}_low", f"{key}_high", f"shuffled.{key}")
     ends = [line[k] for line in stitching.lines for k in keys if line.get(k) is not None]
-    names = {"mean": "mean", "own_sae": "own dictionary"}
-    several = "+" in stitching.site_target
+    names, several = {"mean": "mean", "own_sae": "own dictionary"}, "+" in stitching.site_target
     return score_figure(
-        scores,
+        lines,
         key,
         title=f"{stitching.name} at once" if several else stitching.sites,
         x="loss recovered: 0 zeros, 1 untouched",
@@ -84,42 +90,39 @@ def feature_causal_section(run: Run) -> list[Block]:
         "feature out of the source, and its mapped direction out of the target, changes the "
         "prediction of the following text alike."
     ]
+    caption = (
+        "Change of the log-probability of the promoted tokens by dose: every feature (blue where "
+        "it transfers), their mean (dots), random directions (band of 95 % of them) and other "
+        "features’ mapped directions (dashed)."
+    )
     tested = by_pair(rows)
     for pair, group in by_pair(summary).items():
-        features = tested.get(pair, [])
-        by_kind = [[r for r in features if r["direction"] == s["direction"]] for s in group]
-        by_kind = [kept for kept in by_kind if kept]
-        caption = (
-            "Change of the log-probability of the promoted tokens by dose: every feature (blue "
-            "where it transfers), their mean (dots), random directions (band of 95 % of them) and "
-            "other features’ mapped directions (dashed)."
-        )
-        flat = [{k: v for k, v in row.items() if k != "doses"} for row in features]
-        raw = flat_table(flat, "Every column of feature_causal.jsonl but the dose curves")
+        by_kind = {row["direction"]: [] for row in group}
+        for row in tested.get(pair, []):
+            by_kind[row["direction"]].append(row)
+        by_kind = [features for features in by_kind.values() if features]
         blocks += [
             Heading(pair_words(group[0])),
-            Panels([dose_figure(kept) for kept in by_kind], caption),
+            Panels(list(map(dose_figure, by_kind)), caption),
             summary_table(group),
+            *(hidden(features_table(features)) for features in by_kind),
         ]
-        blocks += map(hidden, (*map(features_table, by_kind), raw))
     return blocks
 
 
 def summary_table(rows: list[dict]) -> Table:
     """Returns what holds over the tested features, a line per kind of mapped direction."""
     cells = [
-        {
-            "mapped by": row["direction"],
-            **scores(row, "n_features"),
-            "transfer": share(row, "share_transferring"),
-            "effect, nats": score(row, "effect"),
-            **scores(row, "specific_random", "specific_shuffled", "specific_random_at_kl", "kl"),
-            "of the match’s": share(row, "of_match"),
-            "removal r": score(row, "ablation_r", null="ablation_r_shuffled"),
-        }
+        {"mapped by": row["direction"]}
+        | scores(row, "n_features")
+        | {"transfer": share(row, "share_transferring")}
+        | scores(row, "effect", "specific_random", "specific_shuffled")
+        | scores(row, "specific_random_at_kl", "kl")
+        | {"of the match’s": share(row, "of_match")}
+        | {"removal r": score(row, "ablation_r", null="ablation_r_shuffled")}
         for row in rows
     ]
-    return table("What holds over the tested features", cells)
+    return table("What holds over the tested features; effects in nats", cells)
 
 
 def features_table(rows: list[dict]) -> Table:
@@ -128,30 +131,27 @@ def features_table(rows: list[dict]) -> Table:
     cells = []
     for row in sorted(rows, key=lambda row: (row["q"], -row["specific_random"])):
         style, verdict = ("strong", "● transfers") if row["transfers"] else ("none", "○ not shown")
-        promoted = {
-            f"{title} the {side}": " · ".join(
-                token.translate(signs) for token in row[f"promoted_{side}"][:MAX_TOKENS]
-            )
-            for side, title in (("source", "promotes in"), ("target", "measured in"))
-        }
+        promoted = [
+            " · ".join(token.translate(signs) for token in row[f"promoted_{side}"][:MAX_TOKENS])
+            for side in ("source", "target")
+        ]
         cells.append(
             {
                 "feature": Cell(str(row["feature"]), verdict, style=style),
-                **promoted,
-                "effect, nats": score(row, "effect"),
-                **scores(row, "specific_random", "specific_shuffled", "kl", "q"),
+                "promotes in the source": promoted[0],
+                "measured in the target": promoted[1],
+                **scores(row, "effect", "specific_random", "specific_shuffled", "kl", "q"),
                 "removal r": score(row, "ablation_r", 2, null="ablation_r_shuffled"),
-                "match|r": Cell(str(row["match"]), number(row["match_r"], 2)),
+                "match, r": Cell(str(row["match"]), number(row["match_r"], 2)),
             }
         )
-    return table(f"Single features, by {rows[0]['direction']}", cells)
+    return table(f"Single features, by {rows[0]['direction']}; effects in nats", cells)
 
 
 def dose_figure(rows: list[dict]) -> Figure:
     """Returns dose curves of one kind of direction: every feature, their mean, the controls."""
+    (source, target, *_), kind = pair_of(rows[0]), rows[0]["direction"]
     doses = [dose["alpha"] for dose in rows[0]["doses"]]
-    kind = rows[0]["direction"]
-    source, target, *_ = pair_of(rows[0])
 
     def mean(key: str) -> list[float]:
         return [sum(r["doses"][i][key] for r in rows) / len(rows) for i in range(len(doses))]
@@ -183,16 +183,14 @@ def answer(run: Run) -> list[tuple[str, str]]:
     if not maps:
         return []
     best = max(maps, key=lambda row: (row["share_transferring"], row["specific_random"] or 0))
-    cell, beside = share(best, "share_transferring"), ""
-    for row in summary:
-        if pair_of(row) == pair_of(best) and row["direction"] == "match":
-            hits = f"{row['n_transferring']} of {row['n_features']}"
-            beside = f"; the target’s best matching features: {hits}"
+    cell, hits = share(best, "share_transferring"), "{n_transferring} of {n_features}"
+    match = [r for r in summary if r["direction"] == "match" and pair_of(r) == pair_of(best)]
+    beside = "".join(f"; the target’s best matching features: {hits.format(**r)}" for r in match)
     head = "Put" if best["n_transferring"] else "Negative result: put"
     text = (
         f"{head} into {best['target']}, the directions to which {best['direction']} maps "
-        f"{best['n_transferring']} of {best['n_features']} tested features of {best['source']} "
-        "make the same text likelier, beyond random directions and other features’ "
-        f"({cell.text} {cell.note}; {number(best['specific_random'], 2)} nats over random){beside}."
+        f"{hits.format(**best)} tested features of {best['source']} make the same text likelier, "
+        f"beyond random directions and other features’ ({cell.text} {cell.note}; "
+        f"{number(best['specific_random'], 2)} nats over random){beside}."
     )
     return [("Feature by feature", text)]

@@ -26,21 +26,20 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
 
     Raises:
       UserError: a file of the run is missing or damaged.
-      KeyError: a page names a block that does not exist.
     """
     docs = root / "crossdict_jax/docs"
     write_text(docs / "results.md", results.page())  # needs no run
     run = read_run(work)
     command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    measured = work.root.parent / "benchmark/results/benchmark.md"  # names its machine and commit
     blocks = {
         "result": f"`python -m launch.experiment`, commit {commit}; R² on held-out documents "
         f"[95 %]:\n\n{markdown(main_table(run))}",
         "models": markdown(models_table()),
-        "gates": "",
-        "benchmark": measured.read_text("utf-8").strip() if measured.exists() else "",
     }
+    measured = work.root.parent / "benchmark/results/benchmark.md"  # names its machine and commit
+    if measured.exists():
+        blocks["benchmark"] = measured.read_text("utf-8").strip()
     gates = work.root.parent / "verify/results/verify.json"
     if gates.exists():
         told = markdown(gates_table(read_json(gates)["gates"]))
@@ -49,11 +48,13 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
     written = [docs / "results.md", docs / "transfer.svg"]
     for path in (root / "README.md", *sorted(docs.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        filled = BLOCK.sub(
-            lambda m: f"{m[1]}{blocks[m[2]]}\n{m[3]}" if blocks[m[2]] else m[0], text
-        )
         if BLOCK.search(text):
-            write_text(path, filled)
+            write_text(
+                path,
+                BLOCK.sub(
+                    lambda m: f"{m[1]}{blocks[m[2]]}\n{m[3]}" if m[2] in blocks else m[0], text
+                ),
+            )
             written.append(path)
     return written
 
@@ -66,8 +67,8 @@ def models_table() -> Table:
         training = read_json(models.ASSETS / name / "training.json")
         shape = f"{config.n_layers} layers of {config.d_model}, vocabulary {config.vocab_size}"
         cells = {"model": name, "shape": shape}
-        cells["parameters"] = f"{training['parameters'] / 1e6:.2f} M"
-        cells["tokens seen"] = f"{training['tokens_seen'] / 1e6:.1f} M"
+        for title, key in (("parameters", "parameters"), ("tokens seen", "tokens_seen")):
+            cells[title] = f"{training[key] / 1e6:.2f} M"
         losses = {"held out": "loss", "bigram": "bigram_loss", "unigram": "unigram_loss"}
         rows.append(cells | {title: number(training[key]) for title, key in losses.items()})
     return table("", rows)

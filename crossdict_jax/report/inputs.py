@@ -8,32 +8,23 @@ from pathlib import Path
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.config.settings import spell
 from crossdict_jax.report.answer import dictionary_name
-from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels, hidden
+from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels
 from crossdict_jax.report.plots import SERIES, Figure, histogram_figure, line_figure
-from crossdict_jax.report.results import Curves, Run
-from crossdict_jax.report.tables import (
-    Table,
-    flat_table,
-    heading,
-    number,
-    score,
-    scores,
-    share,
-    table,
-)
+from crossdict_jax.report.results import DIVERGED, Curves, Run
+from crossdict_jax.report.tables import Cell, Table, heading, number, score, scores, share, table
 from crossdict_jax.results import SCORES, SPINE, map_order
 from crossdict_jax.workdir import flatten
 
 MAX_POINTS = 200  # of a curve: more cannot be seen
 LIMITS = (
-    "A high score says that the target’s features can be computed from the source. It does not say "
-    "that both models use them in the same way; stitching comes closer, for whole activations.",
+    "A high score says that the target’s features can be computed from the source, not that both "
+    "models use them in the same way; stitching comes closer, for whole activations.",
     "Token identity explains much of small models and early layers. What beats the mean but not "
     "the token map may be the word and nothing else; the context gain is the part beyond it.",
     "Only features that the dictionaries found are compared. Another seed or width finds others; "
     "the ceiling, where it was run, says how many.",
-    "The best map named at the top is the best of all on the held-out documents, so its score is "
-    "slightly flattered by the choice.",
+    "The best map named at the top was chosen on the held-out documents: its score is slightly "
+    "flattered.",
     "Intervals are over documents of this one text source. They do not cover other text, other "
     "training runs of the models or other seeds of the dictionaries.",
     "Positions at which only one tokenizer ends a token are not compared; neither are first "
@@ -43,13 +34,13 @@ LIMITS = (
 
 def run_section(config: Config, run: Run, root: Path) -> list[Block]:
     """Returns what was run, and how to run it again."""
-    sae, rows = config.sae, run.rows
-    read = run.pairing.get("text", {})
-    sizes = [f"{kind} {_by_split(read[kind])}" for kind in ("documents", "bytes") if kind in read]
+    sae, rows, text = config.sae, run.rows, run.pairing.get("text", {})
+    sizes = [f"{kind} {_by_split(text[kind])}" for kind in ("documents", "bytes") if kind in text]
     held_out = []
     for name in ("rows", "documents"):
-        counts = [row.get(f"n_{name}") or 0 for row in rows["transfer"]] or [0]
-        held_out.append(f"{' to '.join(map(number, sorted({min(counts), max(counts)})))} {name}")
+        counts = {row.get(f"n_{name}") or 0 for row in rows["transfer"]} or {0}
+        ends = dict.fromkeys((min(counts), max(counts)))
+        held_out.append(f"{' to '.join(map(number, ends))} {name}")
     stages = [stage for stage in run.timing.values() if isinstance(stage, dict)]
     devices = {f"{s['devices']} × {s['device']}" for s in stages if {"device", "devices"} <= {*s}}
     missing = [t.file for t in SPINE if not rows[t.file.removesuffix(".jsonl")]]
@@ -64,15 +55,11 @@ def run_section(config: Config, run: Run, root: Path) -> list[Block]:
         "Dictionaries": f"{sae.architecture}, width {spell(sae.width)}, k {spell(sae.k)}, "
         f"{sae.seeds} per model and site; {sae.steps:,} steps of {sae.batch_size:,} rows",
         "Maps": ", ".join(sorted({r["map"] for r in rows["transfer"]}, key=map_order)),
-        "Seed": str(config.seed),
-        "Intervals": f"95 %, {config.evaluation.bootstrap} resamples of held-out documents",
         "Devices": ", ".join(sorted(devices)) or "not recorded",
         "Not there, so not shown": ", ".join(missing) or "nothing",
     }
-    stored = shlex.quote(f"configs/stored.py:{root}")
-    again = (
-        f"python -m launch.experiment --config={stored} --workdir={shlex.quote(f'{root}-again')}"
-    )
+    stored, folder = (shlex.quote(s) for s in (f"configs/stored.py:{root}", f"{root}-again"))
+    again = f"python -m launch.experiment --config={stored} --workdir={folder}"
     return [Facts(list(facts.items())), "To run it again with the same settings:", Code(again)]
 
 
@@ -100,11 +87,8 @@ def coverage(pairing: dict) -> Table:
 
 def pairing_section(run: Run) -> list[Block]:
     """Returns the coverage of every model, and how many tokens lie between two shared ends."""
-    rest = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
-    facts = [
-        (k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, list) else number(v))
-        for k, v in rest
-    ]
+    counts = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
+    facts = [(name.replace("_", " "), number(value)) for name, value in counts]
     return [
         "A row of the data is one position in one document at which every model’s tokenizer ends a "
         "token, so that all of them have read exactly the same text. Coverage says how many of a "
@@ -114,20 +98,22 @@ def pairing_section(run: Run) -> list[Block]:
     ]
 
 
+def diverged(row: dict) -> Cell | None:
+    """Returns the FVU of a dictionary with a warning, None if there is nothing to warn of."""
+    fvu = row.get("fvu") or 0
+    return Cell(f"{number(fvu, 1)} ⚠", "diverged", style="weak") if fvu > DIVERGED else None
+
+
 def dictionaries_section(run: Run) -> list[Block]:
     """Returns the quality of every dictionary."""
-    rows = run.rows["reconstruction"]
     quality = [
-        {
-            "model": str(row["model"]),
-            "site": str(row["site"]),
-            "dictionary": dictionary_name(row),
-            **scores(row, "width", "l0", "fvu"),
-            "dead": share(row, "dead_fraction", 1),
-            **scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae"),
-            **scores(row, "loss_recovered", "loss_recovered_mean"),
-        }
-        for row in rows
+        {"model": str(row["model"]), "site": str(row["site"]), "dictionary": dictionary_name(row)}
+        | scores(row, "width", "l0")
+        | {"FVU": diverged(row) or score(row, "fvu")}
+        | {"dead": share(row, "dead_fraction", 1)}
+        | scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae", "kl_sae")
+        | scores(row, "loss_recovered", "loss_recovered_mean")
+        for row in run.rows["reconstruction"]
     ]
     blocks: list[Block] = [
         "Each model’s activations are written as sparse sums of features. CE is the model’s "
@@ -150,17 +136,16 @@ def dictionaries_section(run: Run) -> list[Block]:
     }
     for key, (axis, caption) in histograms.items():
         figures = []
-        for row in run.rows["features"]:
-            if key in row:
-                name = f"{row['model']} {row['site']} {dictionary_name(row)}"
-                total = number(int(sum(row[key]["counts"])))
-                words = f"Histogram of the {axis} of {total} features of {name}."
-                figures.append(
-                    histogram_figure(row[key], title=name, x=axis, y="features", words=words)
-                )
+        for row in (row for row in run.rows["features"] if key in row):
+            name = f"{row['model']} {row['site']} {dictionary_name(row)}"
+            words = (
+                f"Histogram of the {axis} of the {sum(row[key]['counts']):.0f} features of {name}."
+            )
+            figures.append(
+                histogram_figure(row[key], title=name, x=axis, y="features", words=words)
+            )
         blocks += [Panels(figures, caption, "small")] if figures else []
-    raw = flat_table(rows, "Every column of reconstruction.jsonl", ("model", "site"))
-    return [*blocks, hidden(raw)]
+    return blocks
 
 
 def training_section(run: Run) -> list[Block]:
@@ -172,32 +157,30 @@ def training_section(run: Run) -> list[Block]:
 def _losses(curves: Curves) -> Figure:
     every = -(-len(curves.steps) // MAX_POINTS)
     stems = [re.sub(r"[ -]\(?shuffled\)?", "", label) for label in curves.labels]
-    order = list(dict.fromkeys(stems))
-    lines = {}
+    order, lines = list(dict.fromkeys(stems)), {}
     for label, stem, losses in zip(curves.labels, stems, curves.losses):
-        colour = SERIES[order.index(stem) % len(SERIES)]
-        style = {"color": colour, "linestyle": "-" if stem == label else "--", "linewidth": 1}
+        style = {"color": SERIES[order.index(stem) % len(SERIES)], "linewidth": 1}
+        style["linestyle"] = "-" if stem == label else "--"
         lines[label] = (curves.steps[::every], losses[::every], style)
     low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
     ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(curves.labels, curves.losses))
-    return line_figure(
-        lines,
-        title=curves.title,
-        x="step",
-        y="loss",
-        log="y" if 0 < 5 * low < high else "",
-        words=f"{curves.title}: last training loss {ends}.",
-        legend=2 if max(map(len, curves.labels)) < 36 else 1,
-    )
+    words = f"{curves.title}: last training loss {ends}."
+    legend, log = 2 if max(map(len, lines)) < 36 else 1, "y" if 0 < 5 * low < high else ""
+    shape = {"title": curves.title, "words": words, "log": log, "legend": legend}
+    return line_figure(lines, x="step", y="loss", **shape)
 
 
 def time_section(run: Run) -> list[Block]:
     """Returns what each stage took; other entries of timing.json are not stages."""
-    timing = run.timing.items()
-    rows = [{"stage": k, **v} for k, v in timing if isinstance(v, dict) and "wall_s" in v]
-    total = number(sum(row["wall_s"] for row in rows), 1)
-    stages = flat_table(rows, f"Wall time of each stage: {total} s in all", ("stage",))
-    return [stages] if rows else []
+    rates = {"rows a second": "rows_per_s", "tokens a second": "tokens_per_s"}
+    stages = {k: v for k, v in run.timing.items() if isinstance(v, dict) and "wall_s" in v}
+    rows = [
+        {"stage": name, "seconds": number(stage["wall_s"], 1)}
+        | {title: number(stage.get(rate), 0) for title, rate in rates.items()}
+        for name, stage in stages.items()
+    ]
+    total = number(sum(stage["wall_s"] for stage in stages.values()), 1)
+    return [table(f"Wall time of each stage: {total} s in all", rows)] if rows else []
 
 
 def words_section(run: Run) -> list[Block]:

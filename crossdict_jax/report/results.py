@@ -2,8 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable
-from itertools import groupby, zip_longest
-from pathlib import Path
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.results import (
@@ -17,6 +15,7 @@ from crossdict_jax.results import (
 )
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
+DIVERGED = 2.0  # FVU of a dictionary above which its training has diverged; the mean has 1
 # Which command writes the files without which there is nothing to report.
 WRITTEN_BY = {
     "pairing.json": "extract_activations",
@@ -39,7 +38,7 @@ class Comparison:
     target: str
     site_source: str
     site_target: str
-    lines: tuple[dict, ...]
+    lines: list[dict]
     references: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property
@@ -59,8 +58,9 @@ class Comparison:
         """Returns a score of the first line of a kind of map."""
         return next((line.get(key) for line in self.lines if line["map"] == kind), None)
 
-    def reference(self, name: str, key: str = "loss_recovered") -> float | None:
-        return self.references.get(name, {}).get(key)
+    def reference(self, control: str) -> float | None:
+        """Returns the loss recovered by one of the target's controls."""
+        return self.references.get(control, {}).get("loss_recovered")
 
     def above_controls(self, line: dict) -> bool:
         """Returns whether a stitched map is surely above zeros, the mean and its shuffled null."""
@@ -82,7 +82,7 @@ class Curves:
     title: str
     labels: list[str]
     steps: list[int]
-    losses: list[list[float]]
+    losses: list[tuple[float, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,13 @@ class Run:
 
     def stitchings(self, *, together: bool = False) -> list[Comparison]:
         """Returns those of single layer pairs, or of several at once (sites are joined by +)."""
-        return stitchings(
-            [row for row in self.rows["causal"] if bool(row.get("sites")) == together]
-        )
+        return stitchings([r for r in self.rows["causal"] if bool(r.get("sites")) == together])
+
+    @property
+    def diverged(self) -> set[tuple[str, str]]:
+        """(model, site) of dictionaries that are far worse than the mean."""
+        rows = self.rows["reconstruction"]
+        return {(r["model"], r["site"]) for r in rows if (r["fvu"] or 0) > DIVERGED}
 
     @property
     def models(self) -> list[str]:
@@ -124,44 +128,28 @@ def read_run(work: Workdir) -> Run:
     timing = read_json(work.timing) if work.timing.exists() else {}
     if work.controls.timing.exists():
         timing |= {f"{k}, controls": v for k, v in read_json(work.controls.timing).items()}
-    folders = {
-        "Dictionaries": work.dictionaries,
-        "Maps": work.maps,
-        "Crosscoders": work.crosscoders,
-    }
-    curves = [
-        _curves(path, f"{title}, group {path.parent.name}")
-        for title, folder in folders.items()
-        for path in sorted((folder / "training").glob("*/metrics.jsonl"))
-    ]
+    curves = []
+    for folder in (work.dictionaries, work.maps, work.crosscoders):
+        for path in sorted((folder / "training").glob("*/metrics.jsonl")):
+            points = [row for row in read_jsonl(path) if "loss" in row]
+            losses = [p["loss"] if isinstance(p["loss"], list) else [p["loss"]] for p in points]
+            labels = [member["label"] for member in read_json(path.with_name("members.json"))]
+            title = f"{folder.name.capitalize()}, group {path.parent.name}"
+            if points:
+                curves.append(Curves(title, labels, [p["step"] for p in points], [*zip(*losses)]))
     files = [file for file in TABLES if "*" not in file]
     rows = {file.removesuffix(".jsonl"): read_if_there(work, file) for file in files}
-    curves = [group for group in curves if group.steps]
     return Run(read_json(work.result("pairing.json")), timing, curves, rows)
 
 
-def _curves(path: Path, title: str) -> Curves:
-    rows = [row for row in read_jsonl(path) if "loss" in row]
-    points = [r["loss"] if isinstance(r["loss"], list) else [r["loss"]] for r in rows]
-    losses = [list(member) for member in zip(*points)]
-    members = path.with_name("members.json")
-    labels = [m["label"] for m in read_json(members)] if members.exists() else []
-    labels += [f"member {i}" for i in range(len(labels), len(losses))]
-    return Curves(title, labels, [row["step"] for row in rows], losses)
-
-
 def comparisons(rows: Iterable[dict], controls: Iterable[dict] = ()) -> list[Comparison]:
-    """Groups rows of transfer.jsonl by direction and sites; no row is left out.
-
-    Args:
-      controls: rows of controls.jsonl.
-    """
+    """Groups rows of transfer.jsonl by direction and sites, beside those of controls.jsonl."""
     beside: dict[tuple, dict] = {}
     for row in controls:
         scores = {f"{row['control']}.{key}": score for key, score in row.items()}
         beside.setdefault((*pair_of(row), row.get("map")), {}).update(scores)
     return [
-        Comparison(*pair, tuple(n | beside.get((*pair, n["map"]), {}) for n in _lines(group)))
+        Comparison(*pair, [n | beside.get((*pair, n["map"]), {}) for n in _lines(group)])
         for pair, group in by_pair(rows).items()
     ]
 
@@ -174,20 +162,16 @@ def stitchings(rows: list[dict]) -> list[Comparison]:
             references.setdefault((row["target"], row["site_target"]), {})[row["control"]] = row
     groups = by_pair(row for row in rows if row.get("map"))
     return [
-        Comparison(*pair, tuple(_lines(group)), references.get((pair[1], pair[3]), {}))
+        Comparison(*pair, _lines(group), references.get((pair[1], pair[3]), {}))
         for pair, group in groups.items()
     ]
 
 
-def _lines(rows: list[dict]) -> Iterable[dict]:
-    """Yields a line for each kind of map and stitching; of rows that are there twice, two."""
-
-    def key(row: dict) -> tuple:
-        return map_order(row["map"]), row["map"], row.get("stitch_kind") or ""
-
-    for (_, kind, _), group in groupby(sorted(rows, key=key), key=key):
-        by_pairing: dict[bool, list[dict]] = {True: [], False: []}
-        for row in group:
-            by_pairing[row["pairing"] == "shuffled"].append(row)
-        for aligned, null in zip_longest(by_pairing[False], by_pairing[True], fillvalue={}):
-            yield {"map": kind, **aligned, **{f"shuffled.{k}": v for k, v in null.items()}}
+def _lines(rows: list[dict]) -> list[dict]:
+    """Returns a line for each kind of map and stitching, aligned scores beside their nulls."""
+    lines: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: (map_order(row["map"]), row["map"])):
+        line = lines.setdefault((row["map"], row.get("stitch_kind")), {"map": row["map"]})
+        null = row["pairing"] == "shuffled"
+        line |= {f"shuffled.{k}": v for k, v in row.items()} if null else row
+    return list(lines.values())

@@ -1,7 +1,6 @@
 """Tables of the page and of the terminal: columns that know how to make their cells."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
@@ -18,6 +17,14 @@ TITLES = {
     "n_features": "features",
     "cosine_mean_predictor": "cosine of the mean",
     "cosine_centered": "centred cosine",
+    "live_source": "live, source",
+    "live_target": "live, target",
+    "share": "of live",
+    "r_train": "r, training",
+    "r_test": "r, held out",
+    "r_token": "r by the token",
+    "r2_normalized": "R², normalised",
+    "top1_normalized": "top-1, normalised",
     "specific_random": "over random",
     "specific_shuffled": "over other features",
     "specific_random_at_kl": "over random, equal KL",
@@ -45,11 +52,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: its title, whether it is set to the right, and a small hint below the title."""
+    """A column: its title, and whether it is set to the right."""
 
     title: str
     numeric: bool = True
-    hint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +68,15 @@ class Table:
 
 
 def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
-    """Returns a table whose columns are the keys of the rows: "title" or "title|hint".
+    """Returns a table whose columns are the keys of the rows.
 
     A column is set to the right where all that stands in it are numbers.
     """
-    rows = [
-        {title: Cell(cell) if isinstance(cell, str) else cell for title, cell in row.items()}
-        for row in rows
+    rows = [{t: c if isinstance(c, Cell) else Cell(c) for t, c in row.items()} for row in rows]
+    columns = [
+        Column(title, all(row[title].text[:1] in NUMERIC for row in rows))
+        for title in (rows[0] if rows else ())
     ]
-    columns = []
-    for title in rows[0] if rows else ():
-        numeric = all(row[title].text[:1] in NUMERIC for row in rows)
-        name, _, hint = title.partition("|")
-        columns.append(Column(name, numeric, hint))
     return Table(caption, columns, [list(row.values()) for row in rows])
 
 
@@ -95,36 +97,13 @@ def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
     return Cell(text, bounds, percent(row.get(null), digits) if null else "")
 
 
-def scores(row: dict, *keys: str, cell: Callable = score) -> dict[str, Cell]:
-    """Returns some columns of a result row as cells by their titles."""
-    return {heading(key): cell(row, key) for key in keys}
-
-
-def flat_table(rows: list[dict], caption: str, first: Iterable[str] = ()) -> Table:
-    """Returns every column of result rows; ``x_low`` and ``x_high`` become the interval of x.
+def scores(row: dict, *keys: str, cell: Callable = score, null: str = "") -> dict[str, Cell]:
+    """Returns some columns of a result row as cells by their titles.
 
     Args:
-      first: columns to put in front; the rest follow in the order of the file.
+      null: what the name of a column begins with where nothing is shared.
     """
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    bounds = {f"{key}{end}" for key in keys for end in ("_low", "_high")}
-    shown = [key for key in dict.fromkeys([*first, *keys]) if key in keys and key not in bounds]
-
-    def cell(row: dict, key: str) -> Cell:
-        entry = row.get(key)
-        if isinstance(entry, (list, dict)):
-            return Cell(json.dumps(entry))
-        style = VERDICTS.get(entry, ("", ""))[0] if isinstance(entry, str) else ""
-        if isinstance(entry, float):
-            digits = f"{entry:,.0f}" if abs(entry) >= 1000 else f"{entry:.4g}"
-            return Cell(digits.replace("-", "−"), interval(row, key, digits=4))
-        return Cell(number(entry), style=style)
-
-    columns = [
-        Column(heading(k), all(isinstance(r.get(k), int | float | None) for r in rows))
-        for k in shown
-    ]
-    return Table(caption, columns, [[cell(row, key) for key in shown] for row in rows])
+    return {heading(key): cell(row, key, null=null and f"{null}{key}") for key in keys}
 
 
 def show(tables: Iterable[Table], width: int = 160) -> None:

@@ -1,19 +1,21 @@
 """What the commands end with on the terminal: one small table each."""
 
+import textwrap
 from collections import Counter
+from itertools import groupby
 
-from crossdict_jax.report import shared
+from crossdict_jax.report import causal, shared
 from crossdict_jax.report.answer import best
-from crossdict_jax.report.inputs import coverage
+from crossdict_jax.report.inputs import coverage, diverged
 from crossdict_jax.report.results import Run, read_run, stitchings
 from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
     Table,
-    flat_table,
     interval,
     number,
     percent,
+    scores,
     share,
     show,
     table,
@@ -22,6 +24,7 @@ from crossdict_jax.results import LINEAR_MAPS, map_order, read_if_there
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 WIDTH = 118  # characters, where the output is no terminal
+MAX_PAIRS = 8  # more than fit a screen: then each direction's best one
 
 
 def pairing_table(work: Workdir) -> None:
@@ -30,68 +33,71 @@ def pairing_table(work: Workdir) -> None:
 
 
 def training_table(work: Workdir, folder: str = "dictionaries") -> None:
-    """Prints the last metrics of everything that was trained by steps for a folder of a run."""
-    rows = []
+    """Prints the last metrics, means over what was trained together, of a folder of a run."""
+    rows, keys = [], ("loss", "fvu", "l0", "dead_fraction")
     for path in sorted((work.root / folder / "training").glob("*/metrics.jsonl")):
-        labels = [member["label"] for member in read_json(path.with_name("members.json"))]
-        for row in read_jsonl(path)[-1:]:
-            for i, label in enumerate(labels):
-                values = {k: v[i] if isinstance(v, list) else v for k, v in row.items()}
-                rows.append({"member": label} | values)
-    show([flat_table(rows, f"Last training metrics: {folder}", ("member",))] if rows else [], WIDTH)
+        for last in read_jsonl(path)[-1:]:
+            n = len(read_json(path.with_name("members.json")))
+            means = {key: sum(last[key]) / n for key in keys if isinstance(last.get(key), list)}
+            cells = {"trained together": path.parent.name, "members": number(n)}
+            cells |= {"steps": number(last["step"] + 1)} | scores(means, *keys)
+            rows.append(cells | ({"FVU": cell} if (cell := diverged(means)) else {}))
+    show([table(f"Last training metrics, means: {folder}", rows)] if rows else [], WIDTH)
 
 
 def map_table(work: Workdir) -> None:
-    """Prints how many maps of each kind there are, and the last metrics of the trained ones."""
-    folders = [f for f in work.maps.glob("*-to-*/*/*") if f.is_dir()]
-    kinds = Counter(folder.name.removesuffix("-shuffled") for folder in folders)
-    counts = [{"map": kind, "fitted": number(kinds[kind])} for kind in sorted(kinds, key=map_order)]
-    training_table(work, "maps")
-    show([table("Maps, half of them on shuffled pairs", counts)], WIDTH)
+    """Prints how many maps of each kind were fitted, on aligned and on shuffled pairs."""
+    fitted = Counter(folder.name for folder in work.maps.glob("*-to-*/*/*") if folder.is_dir())
+    kinds = sorted({name.removesuffix("-shuffled") for name in fitted}, key=map_order)
+    counts = [
+        {
+            "map": k,
+            "fitted": number(fitted[k]),
+            "on shuffled pairs": number(fitted[f"{k}-shuffled"]),
+        }
+        for k in kinds
+    ]
+    show([table("Maps", counts)], WIDTH)
 
 
 def stitching_table(work: Workdir) -> None:
     """Prints the best stitched map of every direction and layer pair, beside its controls."""
     rows = []
     for s in stitchings(read_if_there(work, "causal.jsonl")):
-        if pick := best([s], "loss_recovered"):
-            cells = {"direction": s.name, "best map": pick[1]["map"]}
-            cells["loss recovered"] = share(pick[1], "loss_recovered", 1)
-            cells["shuffled"] = share(pick[1], "shuffled.loss_recovered", 1)
+        for _, line in filter(None, [best([s], "loss_recovered")]):
+            cells = {"direction": s.name, "best map": line["map"]}
+            cells |= scores(line, "loss_recovered", "shuffled.loss_recovered", cell=share)
             ends = {"mean": "mean", "own_sae": "own dictionary"}
-            cells |= {title: percent(s.reference(name)) for name, title in ends.items()}
-            rows.append(cells)
+            rows.append(cells | {t: percent(s.reference(name), 0) for name, t in ends.items()})
     show([table("Loss recovered in the target by what is predicted [95 %]", rows)], WIDTH)
 
 
 def gates_table(gates: list[dict]) -> Table:
     """Returns the gates of verify.json: a head for each, then its numbers and their bounds."""
-    lines, verdicts = [], {True: "yes", False: "MISS", None: ""}
+    rows, words = [], {True: "yes", False: "MISS"}
     for gate in gates:
-        lines.append((gate["gate"], f"{gate['what']} {gate['note']}", "", "", gate["passed"]))
+        head = {"gate": gate["gate"], "number": f"{gate['what']} {gate['note']}".strip()}
+        rows.append(head | {"value": "", "bound": "", "pass": words[gate["passed"]]})
         for check in gate["checks"]:
             value = "–" if check["value"] is None else f"{check['value']:.4g}"
-            bound = f"{check['relation']} {check['bound']:.4g}" if check["relation"] else ""
-            lines.append(("", check["what"], value, bound, check["passed"] if bound else None))
-    titles = ("gate", "number", "value", "bound", "pass")
-    return table("gates", (dict(zip(titles, (*line, verdicts[p]))) for *line, p in lines))
+            row = {"gate": "", "number": check["what"], "value": value, "bound": "", "pass": ""}
+            if check["relation"]:
+                row["bound"] = f"{check['relation']} {check['bound']:.4g}"
+                row["pass"] = words[check["passed"]]
+            rows.append(row)
+    return table("gates", rows)
 
 
 def summary_table(work: Workdir) -> None:
-    """Prints baselines, the best maps and the ceiling of every direction and layer pair.
+    """Prints the main result, what else the run says in words, and where the numbers are.
 
     Raises:
       UserError: a result file that it needs is missing or damaged.
     """
     run = read_run(work)
     show([main_table(run)], WIDTH)
-    for row in shared.funnels(run):
-        print(
-            f"{shared.pair_name(row)}: {number(row['matched'])} features matched, "
-            f"{number(row['confirmed'])} confirmed (shuffled pairs: "
-            f"{number(row.get('shuffled.confirmed'))}), {percent(row['share'], 0)} of those that "
-            "could"
-        )
+    for _, sentence in (*shared.answer(run), *causal.answer(run)):
+        print(textwrap.fill(sentence, WIDTH))
     for row in shared.proposals(run):
         print(
             f"{row['source']} ↔ {row['target']}: layers most alike by CKA, "
@@ -102,41 +108,45 @@ def summary_table(work: Workdir) -> None:
 
 
 def main_table(run: Run) -> Table:
-    """Returns the main result, a line per direction and layer pair.
+    """Returns the main result, a line per direction and layer pair, or per direction at its best.
 
     R² of the baselines, of the best linear and nonlinear map, of the best fitted map on shuffled
     pairs and of the best ceiling; and the share of the loss that the best stitched map recovers.
     """
-    stitchings = {s.name: s for s in run.stitchings()}
+
+    def highest(lines: list[dict], key: str, *, named: bool = False) -> Cell:
+        """The highest score of some maps, its interval in a second line."""
+        scored = [line for line in lines if line.get(key) is not None]
+        line = max(scored, key=lambda line: line[key], default={})
+        _, sign = VERDICTS.get(line.get("verdict"), ("", ""))
+        name = f" {line.get('map', '')} {sign}" if named else ""
+        return Cell(f"{number(line.get(key))}{name}\n{interval(line, key, 2)}")
+
+    compared, stitchings = run.comparisons, {s.name: s for s in run.stitchings()}
+    if len(compared) > MAX_PAIRS:
+        groups = groupby(compared, key=lambda c: (c.source, c.target))
+        compared = [pick[0] for _, group in groups if (pick := best(group, "r2"))]
     rows = []
-    for c in run.comparisons:
-        linear = [line for line in c.fitted if line["map"] in LINEAR_MAPS]
-        nonlinear = [line for line in c.fitted if line["map"] not in LINEAR_MAPS]
-        baselines = {line["map"]: line for line in c.lines}
+    for c in compared:
         stitching = stitchings.get(c.name, c)
         pick = best([stitching], "loss_recovered")
-        recovered = pick[1]["loss_recovered"] if pick else None
-        mean = percent(stitching.reference("mean"), 0)
+        recovered, mean = pick[1]["loss_recovered"] if pick else None, stitching.reference("mean")
+        linear = [line for line in c.fitted if line["map"] in LINEAR_MAPS]
+        rest = [line for line in c.fitted if line not in linear]
+        ends = {(c.source, c.site_source), (c.target, c.site_target)}
+        warning = "⚠ " if ends & run.diverged else ""
         rows.append(
             {
-                "direction": f"{c.source} → {c.target}\n{c.sites}",
-                "mean": Cell(number(c.score("mean", "r2"))),
-                "token": _highest([baselines.get("token", {})], "r2"),
-                "best linear": _highest(linear, "r2", named=True),
-                "best nonlinear": _highest(nonlinear, "r2", named=True),
-                "shuffled": Cell(_highest(c.fitted, "shuffled.r2").text.partition("\n")[0]),
-                "ceiling": _highest(c.lines, "ceiling.r2"),
-                "loss rec.": Cell(f"{percent(recovered, 0)}\nmean {mean}"),
+                "direction": f"{warning}{c.source} → {c.target}\n{c.sites}",
+                "mean": number(c.score("mean", "r2")),
+                "token": highest([line for line in c.lines if line["map"] == "token"], "r2"),
+                "best linear": highest(linear, "r2", named=True),
+                "best nonlinear": highest(rest, "r2", named=True),
+                "shuffled": highest(c.fitted, "shuffled.r2").text.partition("\n")[0],
+                "ceiling": highest(c.lines, "ceiling.r2"),
+                "loss rec.": f"{percent(recovered, 0)}\nmean {percent(mean, 0)}",
             }
         )
     signs = ", ".join(f"{sign} {words}" for words, (_, sign) in VERDICTS.items())
+    signs += ", ⚠ a dictionary has diverged" if run.diverged else ""
     return table(f"R² on held-out documents [95 %]; {signs}", rows)
-
-
-def _highest(lines: list[dict], key: str, *, named: bool = False) -> Cell:
-    """The highest score of some maps, its interval in a second line."""
-    scored = [line for line in lines if line.get(key) is not None]
-    line = max(scored, key=lambda line: line[key], default={})
-    _, sign = VERDICTS.get(line.get("verdict"), ("", ""))
-    name = f" {line.get('map', '')} {sign}" if named else ""
-    return Cell(f"{number(line.get(key))}{name}\n{interval(line, key, 2)}")

@@ -9,7 +9,6 @@ from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
     Table,
-    flat_table,
     number,
     score,
     scores,
@@ -19,8 +18,12 @@ from crossdict_jax.report.tables import (
 from crossdict_jax.results import BASELINES, by_pair, site_words
 
 COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
-CONTROLS = ("ceiling.", "untrained.")
 COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
+CONTROLS = ("ceiling.", "untrained.")
+SCORES = (  # of a map, as its table shows them
+    *("r2", "context_gain", "cosine", "cosine_mean_predictor", "cosine_centered", "top1"),
+    *("mean_rank", "feature_correlation", "sparsity_similarity", "l0_predicted"),
+)
 
 
 def verdict(line: dict) -> tuple[str, str, str]:
@@ -44,50 +47,34 @@ def transfer_section(run: Run) -> list[Block]:
     ]
     for (source, target), group in groupby(run.comparisons, key=lambda c: (c.source, c.target)):
         group = list(group)
-        limits = r2_limits(group)
-        blocks += [
-            Heading(f"{source} → {target}"),
-            Panels(
-                [r2_figure(c, limits) for c in group],
+        limits, caption = (
+            r2_limits(group),
+            (
                 f"R² of each map from {source} to {target}, with 95 % intervals over documents. "
                 "Crosses: the same map on shuffled pairs. Lines: the mean (R² 0), and the source’s "
-                "token map, which a map must pass to show shared context. Colours are verdicts.",
+                "token map, which a map must pass to show shared context. Colours are verdicts."
             ),
-            *map(transfer_table, group),
-        ]
-    first = ("source", "target", "map")
-    raw = flat_table(run.rows["transfer"], "Every column of transfer.jsonl", first)
-    return [*blocks, hidden(raw)]
+        )
+        figures = [r2_figure(c, limits) for c in group]
+        blocks += [Heading(f"{source} → {target}"), Panels(figures, caption)]
+        blocks += map(transfer_table, group)
+    return blocks
 
 
 def transfer_table(comparison: Comparison) -> Table:
     """Returns every score of every map at one layer pair, its shuffled null below it."""
-    row = comparison.lines[0]
-    pool = row.get("pool") or row.get("shuffled.pool")
-    top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
-    scores = {
-        "r2": "R²",
-        "context_gain": "context gain",
-        "cosine": "cosine",
-        "cosine_mean_predictor": "cosine of the mean",
-        "cosine_centered": "centred cosine",
-        "top1": f"top-1|chance {top1}",
-        "mean_rank": f"mean rank|chance {rank}",
-        "feature_correlation": "feature correlation",
-        "sparsity_similarity": "sparsity similarity",
-        "l0_predicted": f"L0 predicted|target {number(row.get('l0_target'), 1)}",
-    }
-    digits, rows = {"mean_rank": 0, "l0_predicted": 1}, []
+    row, rows = comparison.lines[0], []
     for line in comparison.lines:
         style, sign, text = verdict(line)
         cells = {"map, verdict": Cell(line["map"], f"{sign} {text}".strip(), style=style)}
-        for key, title in scores.items():
-            cells[title] = score(line, key, digits.get(key, 3), null=f"shuffled.{key}")
-        rows.append(cells)
+        rows.append(cells | scores(line, *SCORES, null="shuffled."))
+    pool = row.get("pool") or row.get("shuffled.pool")
+    top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
     caption = (
         f"{comparison.name}: {number(row.get('n_rows'))} rows of {number(row.get('n_documents'))} "
-        f"held-out documents, retrieval pool {number(pool)}; L0 of the source "
-        f"{number(row.get('l0_source'), 1)}, of the target {number(row.get('l0_target'), 1)}"
+        f"held-out documents; retrieval pool {number(pool)}, by chance top-1 {top1} and mean rank "
+        f"{rank}; L0 of the source {number(row.get('l0_source'), 1)}, of the target "
+        f"{number(row.get('l0_target'), 1)}"
     )
     return table(caption, rows)
 
@@ -123,8 +110,17 @@ def features_section(run: Run) -> list[Block]:
     if not rows:
         return []
     single = by_pair(row for row in rows if row["row"] == "feature")
-    bins = [{k: v for k, v in row.items() if v is not None} for row in rows if "low" in row]
-    binned = flat_table(bins, "Features in bins of firing frequency and of token share", ("row",))
+    bins = [
+        {
+            "direction": f"{row['source']} → {row['target']}",
+            "map": row["map"],
+            "bins of": row["row"],
+        }
+        | {"from": number(row["low"]), "to": number(row["high"])}
+        | scores(row, "n_features", "r2_median")
+        for row in rows
+        if row["row"] != "feature"
+    ]
     return [
         "Which of the target’s features can be computed from the source, and which cannot, by "
         "the map with the highest R² on validation rows. Only features that fire on at least "
@@ -135,47 +131,44 @@ def features_section(run: Run) -> list[Block]:
         "from the mean Jacobian of the map over held-out rows (exact where the map is affine); "
         "a map that reads activations is looked at through the source’s decoder.",
         *map(features_table, single.values()),
-        hidden(binned),
+        hidden(table("Features in bins of firing frequency and of token share", bins)),
     ]
 
 
 def features_table(rows: list[dict]) -> Table:
     """Returns single features of one layer pair: their scores, contexts, matches and drivers."""
-    source, target = rows[0]["source"], rows[0]["target"]
-    cells = []
+    source, target, cells = rows[0]["source"], rows[0]["target"], []
     for row in rows:
         texts = [f"{c['before']}«{c['token']}»{c['after']}" for c in row["contexts"]] or [""]
         first, *others = [text.replace("\n", "⏎").replace("\t", "⇥") for text in texts]
-        style = "strong" if row["rank"] == "most" else "none"
-        r, match = number(row["match"]["correlation"], 2), row["match"]["feature"]
+        style, match = "strong" if row["rank"] == "most" else "none", row["match"]
+        drivers = []
+        for driven in row["attributions"]:
+            effects = ", ".join(
+                f"#{d['feature']} {number(d['effect'], 2)}" for d in driven["drivers"]
+            )
+            notes = ["exact"] if driven["exact"] else []
+            if driven["stability"] is not None:
+                notes.append(f"stability {number(driven['stability'], 2)}")
+            note = f" ({', '.join(notes)})" if notes else ""
+            drivers += [f"{driven['map']}: {effects}{note}"] if effects else []
         cells.append(
             {
                 f"feature of {target}": Cell(f"#{row['feature']}", row["rank"], style=style),
-                "R²|on validation rows": Cell(number(row["r2"]), number(row["r2_validation"])),
+                "R², on validation rows": Cell(number(row["r2"]), number(row["r2_validation"])),
                 "correlation": score(row, "correlation", 2),
                 "fires on": share(row, "frequency", 1),
                 "its token explains": share(row, "token_share"),
                 "where it fires most": Cell(first, " | ".join(others)),
-                f"best match in {source}": Cell(f"#{match}", f"r {r}"),
-                f"driven by, in {source}": _drivers(row["attributions"]),
+                f"best match in {source}": Cell(
+                    f"#{match['feature']}", f"r {number(match['correlation'], 2)}"
+                ),
+                f"driven by, in {source}": "; ".join(drivers) or "–",
             }
         )
     sites = site_words(rows[0]["site_source"], rows[0]["site_target"])
     start = f"Most and least transferable features, {sites}, by {rows[0]['map']}"
     return table(f"{start}, {source} → {target}", cells)
-
-
-def _drivers(attributions: list[dict]) -> str:
-    """Which features of the source drive a feature, by map."""
-    by_map = []
-    for attribution in attributions:
-        effects = [f"#{d['feature']} {number(d['effect'], 2)}" for d in attribution["drivers"]]
-        stability = attribution["stability"]
-        notes = ["exact"] if attribution["exact"] else []
-        notes += [f"stability {number(stability, 2)}"] if stability is not None else []
-        note = f" ({', '.join(notes)})" if notes else ""
-        by_map += [f"{attribution['map']}: {', '.join(effects)}{note}"] if effects else []
-    return "; ".join(by_map) or "–"
 
 
 # ---------------------------------------------------------------- controls
@@ -188,18 +181,14 @@ def controls_section(run: Run) -> list[Block]:
     tables = []
     for c in run.comparisons:
         rows = [
-            {
-                "map": line["map"],
-                **scores(line, "r2", "shuffled.r2", "ceiling.r2", "untrained.r2"),
-                "R² normalised|0 shuffled, 1 ceiling": score(line, "r2_normalized", 2),
-                "top-1 normalised": score(line, "top1_normalized", 2),
-                **scores(line, *(f"{control}context_gain" for control in ("", *CONTROLS))),
-            }
+            {"map": line["map"]}
+            | scores(line, "r2", "shuffled.r2", "ceiling.r2", "untrained.r2")
+            | scores(line, "r2_normalized", "top1_normalized", "context_gain")
+            | scores(line, *(f"{control}context_gain" for control in CONTROLS))
             for line in c.lines
             if any(f"{control}map" in line for control in CONTROLS)
         ]
         tables += [table(f"Controls, {c.name}", rows)] if rows else []
-    raw = flat_table(run.rows["controls"], "Every column of controls.jsonl", ("control",))
     text = (
         "The seed-to-seed ceiling is the same map from a second dictionary of the target itself, "
         "trained from another seed: no map between models can be asked for more. The normalised "
@@ -208,4 +197,4 @@ def controls_section(run: Run) -> list[Block]:
         "drawn anew, and a dictionary of its own: tokens explain most of it, so its R² may be "
         "high, but context gain there is not something that training made."
     )
-    return [text, *tables, hidden(raw)]
+    return [text, *tables]

@@ -30,12 +30,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def latest_step(directory: Path) -> int | None:
-    """Returns the newest finished step, or None if there is none.
-
-    STEP.sha256.json is written last: a checkpoint without its checksums was never finished.
-    """
-    seals = Path(directory).glob("*.sha256.json")
-    steps = [int(seal.name.split(".")[0]) for seal in seals]
+    """Returns the newest finished step: with STEP.sha256.json, which is written last; or None."""
+    steps = [int(seal.name.split(".")[0]) for seal in Path(directory).glob("*.sha256.json")]
     return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
 
 
@@ -75,18 +71,17 @@ def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> No
         if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
             shutil.rmtree(path)  # a kill left it half written
     # Asked for first: orbax writes in threads that print their own tracebacks when they fail.
-    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-    check_space(directory, arrays + OVERHEAD)
+    check_space(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + OVERHEAD)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["meta"], new = ocp.args.JsonSave(meta or {}), directory / f"{step}.sha256.json"
     try:
         with _manager(directory) as manager:
-            manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta or {}), **items))
+            manager.save(step, args=ocp.args.Composite(**items))
             manager.wait_until_finished()
-        digests = _digests(directory / str(step))
-        write_json(directory / f"{step}.sha256.json", digests)
+        write_json(new, _digests(directory / str(step)))
     except OSError as error:
         raise UserError(disk_words(directory, error)) from error
-    for seal in set(directory.glob("*.sha256.json")) - {directory / f"{step}.sha256.json"}:
+    for seal in set(directory.glob("*.sha256.json")) - {new}:
         seal.unlink()
         shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
 
@@ -131,8 +126,6 @@ def load_params(directory: Path, abstract: Any) -> Any:
     Args:
       abstract: pytree of what has the shapes and dtypes of the parameters.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract
-    )
-    return restore(directory, params=params)["params"]
+    first = {"sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+    laid_out = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, **first), abstract)
+    return restore(directory, params=laid_out)["params"]

@@ -33,23 +33,14 @@ TRAINING_SHARE = 0.8  # of a device's memory, for members beside the rows
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a member's loss reads beside its parameters and its batch.
+    """What a member's loss reads beside its parameters and its batch."""
 
-    Attributes:
-      fixed: pytree of this member that training does not change.
-      memory: what the objective carries from step to step.
-      variant: of the step (static); see ``Objective.variant``.
-      totals: what ``Objective.totals`` says of a batch that comes in parts; else None.
-      number: of the step.
-      key: this member's random key at this step.
-    """
-
-    fixed: PyTree
-    memory: PyTree
-    variant: Hashable
-    totals: PyTree
-    number: jax.Array
-    key: jax.Array
+    fixed: PyTree  # of this member, not changed by training
+    memory: PyTree  # what the objective carries from step to step
+    variant: Hashable  # of the step (static); see ``Objective.variant``
+    totals: PyTree  # what ``Objective.totals`` says of a batch that comes in parts; else None
+    number: jax.Array  # of the step
+    key: jax.Array  # this member's at this step
 
 
 class Objective:
@@ -62,20 +53,14 @@ class Objective:
     into parts, ``totals(params, parts, context)``: what a part's loss must know, without a
     gradient, of the batch, whose arrays have a leading axis of parts.
 
-    Attributes:
-      frozen: top-level parameters that no gradient updates.
-      memory: pytree that is carried from step to step, before the first one.
-      parts: into how many a batch is cut, one after another: less memory, the same gradients.
-      validate_every: steps between validations; the parameters of the best one are the result. 0:
-        no validation, the last parameters are.
-      patience: validations without a better score after which a member's updates end.
+    With validation the parameters of the best one are the result, else the last ones.
     """
 
-    frozen: tuple[str, ...] = ()
-    memory: PyTree = ()
-    parts: int = 1
-    validate_every: int = 0
-    patience: float = math.inf
+    frozen: tuple[str, ...] = ()  # top-level parameters that no gradient updates
+    memory: PyTree = ()  # carried from step to step, before the first one
+    parts: int = 1  # of a batch, one after another: less memory, the same gradients
+    validate_every: int = 0  # steps; 0: never
+    patience: float = math.inf  # validations without a better score that end a member's updates
 
     def variant(self, memories: PyTree) -> Hashable:
         """Returns which of several programs the next steps need, of all members' memories.
@@ -139,8 +124,8 @@ class Ensemble:
                 member_key = jax.random.fold_in(key, fixed["id"])
                 context = Context(fixed, train["memory"], variant, None, number, member_key)
                 (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
-                frozen = {name: grads[name] for name in objective.frozen if name in grads}
-                grads |= jax.tree.map(jnp.zeros_like, frozen)
+                frozen = grads.keys() & set(objective.frozen)
+                grads |= {name: jnp.zeros_like(grads[name]) for name in frozen}
                 optimizer = objective.optimizer(fixed)
                 updates, slots = optimizer.update(grads, train["optimizer"], params)
                 moved = optax.apply_updates(params, updates)
@@ -173,22 +158,18 @@ def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Cont
         (loss, (metrics, aux)), grads = loss_of(params, rows, context)
         return (loss, metrics, jax.tree.map(lambda a: a[None], aux)), grads
     # Part j has rows j, j + parts, ...: rows that are spread over devices stay where they are.
-    parts = jax.tree.map(
-        lambda a: a.reshape(-1, objective.parts, *a.shape[1:]).swapaxes(0, 1), rows
-    )
+    cut = lambda a: a.reshape(-1, objective.parts, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    parts = jax.tree.map(cut, rows)
     totals = jax.lax.stop_gradient(objective.totals(params, parts, context))
     context = dataclasses.replace(context, totals=totals)
 
     def add(total, part):
         (loss, (metrics, aux)), grads = loss_of(params, part, context)
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), aux
+        return jax.tree.map(jnp.add, total, grads), ((loss, metrics), aux)
 
-    first = jax.tree.map(lambda a: a[0], parts)
-    (loss, (metrics, _)), grads = jax.eval_shape(lambda part: loss_of(params, part, context), first)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (loss, metrics, grads))
-    total, aux = jax.lax.scan(add, zeros, parts)
-    loss, metrics, grads = jax.tree.map(lambda a: a / objective.parts, total)
-    return (loss, metrics, aux), grads
+    total, (values, aux) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    loss, metrics = jax.tree.map(lambda a: a.mean(axis=0), values)
+    return (loss, metrics, aux), jax.tree.map(lambda a: a / objective.parts, total)
 
 
 def _validated(objective, state, metrics, batch, number, steps):
@@ -196,15 +177,12 @@ def _validated(objective, state, metrics, batch, number, steps):
 
     def member(state, validation, fixed):
         best, params = state["train"]["best"], state["params"]
-        score = objective.score(params, validation, fixed)
-        better = score < best["score"]
+        score, old = objective.score(params, validation, fixed), best["stale"]
         new = {"params": params, "score": score, "step": jnp.asarray(number, jnp.int32)}
-        kept = jax.tree.map(
-            lambda a, b: jnp.where(better, b, a), {name: best[name] for name in new}, new
-        )
-        stopped = best["stale"] >= objective.patience
-        stale = jnp.where(better, 0, best["stale"] + 1)
-        return kept | {"latest": score, "stale": jnp.where(stopped, best["stale"], stale)}
+        better, old_best = score < best["score"], {name: best[name] for name in new}
+        kept = jax.tree.map(lambda a, b: jnp.where(better, b, a), old_best, new)
+        stale = jnp.where(old >= objective.patience, old, jnp.where(better, 0, old + 1))
+        return kept | {"latest": score, "stale": stale}
 
     look = (number % objective.validate_every == 0) | (number == steps - 1)
     # One predicate for the whole ensemble: under vmap a branch would be computed both ways.
@@ -224,16 +202,12 @@ def _validated(objective, state, metrics, batch, number, steps):
 class Stream:
     """Rows that members read: several sources of equal shape, and which of them each member reads.
 
-    Attributes:
-      rows: pytree of arrays [sources, n, ...]; bfloat16 ones come out as float32.
-      source: int [members].
-      order: int [members, n], the order in which a member's rows stand beside the other streams'
-        (shuffled pairs); None: as they are.
+    ``order`` is how a member's rows stand beside the other streams' (shuffled pairs).
     """
 
-    rows: PyTree
-    source: np.ndarray
-    order: np.ndarray | None = None
+    rows: PyTree  # arrays [sources, n, ...]; bfloat16 ones come out as float32
+    source: np.ndarray  # int [members]
+    order: np.ndarray | None = None  # int [members, n]; None: as they are
 
 
 def make_ensemble(
@@ -263,27 +237,23 @@ def make_ensemble(
       UserError: the batch does not divide over the devices.
     """
     mesh = make_mesh(members=len(labels))
-    devices = mesh.shape[DATA]
-    if batch_size % devices:
+    if batch_size % (n := mesh.shape[DATA]):
         raise UserError(
-            f"{setting}={batch_size} cannot be shared by {devices} devices; use a multiple of "
-            f"{devices}."
+            f"{setting}={batch_size} cannot be shared by {n} devices; use a multiple of {n}."
         )
-    distinct = sorted(set(seeds))
+    distinct, members = sorted(set(seeds)), np.arange(len(seeds))[:, None]
     order_of = np.asarray([distinct.index(seed) for seed in seeds])
-    members = np.arange(len(seeds))[:, None]
     data = {
         "rows": {name: jax.tree.map(to_bits, stream.rows) for name, stream in streams.items()},
         "orders": {name: s.order for name, s in streams.items() if s.order is not None},
     }
-    arrays = jax.tree.leaves(data["rows"])
-    n = arrays[0].shape[1]
+    arrays, limit = jax.tree.leaves(data["rows"]), device_memory()
     if resident is None:
-        limit = device_memory()
         resident = limit is None or sum(a.nbytes for a in arrays) <= ROWS_SHARE * limit
 
     def indices(first: int, count: int) -> np.ndarray:
-        span = {"start": first * batch_size, "count": count * batch_size, "n": n}
+        n_rows = arrays[0].shape[1]
+        span = {"start": first * batch_size, "count": count * batch_size, "n": n_rows}
         orders = [epoch_order(seed, **span).reshape(count, batch_size) for seed in distinct]
         return np.stack(orders, axis=1)  # [steps, distinct seeds, batch]
 

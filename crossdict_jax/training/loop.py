@@ -42,10 +42,8 @@ class Trainable:
 
     Attributes:
       init: key -> {"params": pytree, "train": pytree}; ``train`` is what only training needs.
-      step: (state, batch, step number, key, variant) -> (state, {name: array}); metrics have fixed
-        shapes.
-      variant: state -> what is static in the next chunk of steps, hashable. A program of its own
-        is compiled for each.
+      step: (state, batch, step number, key, variant) -> (state, {name: array}).
+      variant: state -> what is static in the next chunk of steps; each has its own program.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -55,17 +53,11 @@ class Trainable:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Where batches come from.
+    """Where batches come from."""
 
-    Attributes:
-      resident: pytree that stays on the devices for the whole run (for example all rows).
-      indices: (first step, number of steps) -> host pytree with a leading axis of steps.
-      select: (resident, one step's indices) -> batch, inside the compiled step.
-    """
-
-    resident: PyTree
-    indices: Callable[[int, int], PyTree]
-    select: Callable[[PyTree, PyTree], PyTree]
+    resident: PyTree  # stays on the devices for the whole run, for example all rows
+    indices: Callable[[int, int], PyTree]  # of (first step, count): arrays [count, ...], host
+    select: Callable[[PyTree, PyTree], PyTree]  # resident, a step's indices -> batch, compiled
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,10 +67,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
-    """Returns entries ``start .. start + count`` of an endless order of 0..n-1, shuffled per epoch.
-
-    A pure function of its arguments, the same on any number of devices.
-    """
+    """Returns ``count`` entries from ``start`` on of an endless order of 0..n-1, epoch by epoch."""
     positions = np.arange(start, start + count, dtype=np.int64)
     epochs = positions // n
     order = np.empty(count, np.int32)
@@ -101,8 +90,7 @@ def train(
 ) -> list[PyTree]:
     """Returns the trained parameters of every member of an ensemble, as arrays on the host.
 
-    With validation those of its best score, as {"params", "score", "step", "stale"}. Goes on where
-    an earlier run stopped.
+    With validation those of its best score, as {"params", "score", "step", "stale"}.
 
     Args:
       ensemble: see ``Ensemble``.
@@ -199,8 +187,7 @@ def initial(trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding
 class Chunks:
     """Steps of a training, up to ``limit`` in one call: one compiled program for any number.
 
-    Called with (state, first step, number of steps) it returns (state, metrics [limit, ...]). The
-    state that is handed in is gone.
+    (state, first step, number of steps) -> (state, metrics [limit, ...]); the old state is gone.
     """
 
     def __init__(
@@ -208,8 +195,8 @@ class Chunks:
     ):
         self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
 
-        @functools.partial(jax.jit, donate_argnums=0, static_argnums=6)
-        def run_chunk(state, resident, indices, first, count, root, variant):
+        @functools.partial(jax.jit, donate_argnums=0, static_argnames="variant")
+        def run_chunk(state, resident, indices, first, count, root, variant=0):
             def one_step(j, carry):
                 state, metrics = carry
                 batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
@@ -229,10 +216,9 @@ class Chunks:
         return self.run(*self._arguments(state, first, count))
 
     def memory(self, state: PyTree, first: int = 0) -> int | None:
-        """Returns the bytes that one device holds at its peak while steps run, as compiled.
+        """Returns the bytes that one device holds at its peak while the first chunk runs.
 
-        The state, the feed's resident arrays, and all that is live in between. Compiles what the
-        first call would. None where the compiler does not tell.
+        Compiles what the first call would. None where the compiler does not tell.
         """
         compiled = self.run.lower(*self._arguments(state, first, 1)).compile()
         sizes = compiled.memory_analysis()

@@ -14,9 +14,9 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by the value of 
 class MetricsWriter:
     """Appends rows to a jsonl file and hands them to TensorBoard or Weights & Biases.
 
-    ``writer(step, row)`` adds one row. Of an ensemble a metric is a list; other tools get a curve
-    for each member, ``METRIC/LABEL``. Event files lie in ``tensorboard/`` beside the jsonl file; a
-    Weights & Biases run of the project ``crossdict_jax`` is named by the file's folder.
+    Of an ensemble a metric is a list; other tools get a curve for each member, ``METRIC/LABEL``.
+    Event files lie in ``tensorboard/`` beside the jsonl file; a Weights & Biases run of the project
+    ``crossdict_jax`` is named by the file's folder.
     """
 
     def __init__(
@@ -37,10 +37,9 @@ class MetricsWriter:
                     f"records={name} needs the package {PACKAGES[name]}, which is not installed; "
                     f"pip install {PACKAGES[name]}, or leave records out."
                 )
-        self._path, self._labels = Path(path), list(labels)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = []
+        self._path, self._labels, folder = Path(path), list(labels), Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        lines, kept = self._path.read_text().splitlines() if self._path.exists() else [], []
         for line in lines:
             with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut short
                 kept += [line + "\n"] if json.loads(line)["step"] < start else []
@@ -49,25 +48,23 @@ class MetricsWriter:
         if "tensorboard" in records:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(self._path.parent / "tensorboard"))
+            self._events = SummaryWriter(str(folder / "tensorboard"))
         if "wandb" in records:
             import wandb
 
-            folder = self._path.parent
             self._run = wandb.init(project="crossdict_jax", name=str(folder), dir=str(folder))
 
     def __call__(self, step: int, row: dict[str, float | list[float]]) -> None:
         """Adds the metrics of a step; they reach the other tools at once."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
-        curves = {}
-        for name, values in row.items():
-            if not isinstance(values, list):
-                curves[name] = values
-                continue
-            labels = [*self._labels, *range(len(self._labels), len(values))]
-            of_members = zip(labels, values)
-            curves |= {f"{name}/{i}": v for i, v in of_members if not isinstance(v, list)}
+        if not self._events and not self._run:
+            return
+        curves = {name: values for name, values in row.items() if not isinstance(values, list)}
+        for name in row.keys() - curves.keys():
+            labels = [*self._labels, *range(len(self._labels), len(row[name]))]
+            members = zip(labels, row[name])
+            curves |= {f"{name}/{i}": v for i, v in members if not isinstance(v, list)}
         if self._events:
             for name, value in curves.items():
                 self._events.add_scalar(name, value, step)

@@ -27,8 +27,8 @@ from crossdict_jax.workdir import (
 class Stage:
     """A stage that writes result files, made of parts that are kept as soon as they are done.
 
-    It is finished if its files are there and were made from the same inputs; if it was interrupted,
-    it goes on behind the last part it kept::
+    It is finished if its files are there, made from the same inputs; interrupted, it goes on behind
+    the last part it kept::
 
         stage = Stage(work, "probe", files=("probe.jsonl",), inputs=inputs)
         if not stage.finished:
@@ -61,11 +61,7 @@ class Stage:
         return False
 
     def part(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Returns a part's JSON value: as an interrupted run kept it, or as ``make`` gives it now.
-
-        Args:
-          key: of texts and numbers.
-        """
+        """Returns a part's JSON value: what an interrupted run kept, or what ``make`` gives now."""
         if self._parts is None:
             head, lines = {"inputs": digest(self._inputs)}, []
             if self._kept_file.exists():
@@ -111,7 +107,7 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
 
 
 def progress_bar(parts: Iterable | None = None, **bar: Any):
-    """Returns a progress bar (of tqdm) over ``parts``, or one that is updated by hand.
+    """Returns a bar of tqdm over ``parts``, or one that is updated by hand.
 
     Drawn on a terminal alone, and not with ``--verbosity=-2`` or below.
     """

@@ -60,8 +60,8 @@ def _rows(planted: Views, seed: int, threshold: float, directory: Path) -> list[
         lab.exact(d[planted.truth.exclusive(v)], threshold=threshold)
         for v, d in enumerate(planted.truth.directions)
     ]
-    config = lab.planted_config(kinds=KINDS, seed=seed)
-    return lab.planted_rows(planted, made, config, directory, pairings=("aligned", "shuffled"))
+    both = ("aligned", "shuffled")
+    return lab.planted_rows(planted, made, directory, seed=seed, kinds=KINDS, pairings=both)
 
 
 def _matches(planted: Views) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """G4: a crosscoder tells planted features that two views share from those that one view owns."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +23,19 @@ SAME = 0.5  # least correlation at which a latent and a planted feature are the 
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    checks = []
+    checks, seeds = [], range(seed, seed + SEEDS)
+    splits = [views(PLANTED, s).split() for s in seeds]
+    rows = [Rows(f"seed {s}", train.x, s) for s, (train, _) in zip(seeds, splits)]
     for name, changes in (("BatchTopK", {}), ("L1", L1)):
-        settings, seeds = dataclasses.replace(SETTINGS, **changes), range(seed, seed + SEEDS)
-        scores = ownership(settings, PLANTED, seeds, directory=directory / name)
+        settings = dataclasses.replace(SETTINGS, **changes)
+        fitted = fit_crosscoders(rows, settings, directory=directory / name)  # as one ensemble
+        scores = [score_owners(joint, test) for joint, (_, test) in zip(fitted, splits)]
         for column in scores[0]:
             kind, _, score = column.partition("_")
             label = f"{name}: {score} of {kind} features"
             median = float(np.median([row[column] for row in scores]))
             checks.append(Check(label, median) if changes else Check(label, median, ">=", 0.9))
     return checks
-
-
-def ownership(
-    settings: JointSettings, planted: PlantedConfig, seeds: Sequence[int], *, directory: Path
-) -> list[dict[str, float]]:
-    """Returns what ``score_owners`` says of each seed; all seeds are trained as one ensemble."""
-    splits = [views(planted, seed).split() for seed in seeds]
-    rows = [Rows(f"seed {s}", train.x, s) for s, (train, _) in zip(seeds, splits)]
-    fitted = fit_crosscoders(rows, settings, directory=directory)
-    return [score_owners(joint, test) for joint, (_, test) in zip(fitted, splits)]
 
 
 def score_owners(joint: Crosscoder, test: Views) -> dict[str, float]:

@@ -41,11 +41,10 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     for shift in (0, 1):
         planted = streams(PLANTED, seed, shift=shift)
         made = [lab.exact(d) for d in planted.truth.directions]
-        both, config = ("aligned", "shuffled"), lab.planted_config(seed=seed)
-        rows = lab.planted_rows(planted, made, config, directory / str(shift), pairings=both)
+        both, folder = ("aligned", "shuffled"), directory / str(shift)
+        rows = lab.planted_rows(planted, made, folder, seed=seed, pairings=both)
         for pairing in both:
-            row = lab.pick(rows, "ridge", pairing=pairing)
-            gains[shift, pairing] = row["context_gain"]
+            gains[shift, pairing] = lab.pick(rows, "ridge", pairing=pairing)["context_gain"]
     return [
         Check(f"of {TEXTS} random texts, pairs differ from a brute-force count in", wrong, "==", 0),
         Check("context gain of ridge on planted streams", gains[0, "aligned"], ">=", 0.9),

@@ -41,6 +41,6 @@ def _scores(codes: Views, y: np.ndarray, seed: int, directory: Path) -> dict[str
     x = (codes.codes, y.astype(np.float32))
     both = dataclasses.replace(codes, x=x, tokens=codes.tokens * 2)
     made = [lab.positive(rows.shape[1]) for rows in x]
-    config = lab.planted_config(kinds=("ridge", "mlp"), seed=seed, **BUDGET)
-    rows = lab.planted_rows(both, made, config, directory)
-    return {kind: lab.pick(rows, kind) for kind in ("ridge", "mlp")}
+    kinds = ("ridge", "mlp")
+    rows = lab.planted_rows(both, made, directory, seed=seed, kinds=kinds, **BUDGET)
+    return {kind: lab.pick(rows, kind) for kind in kinds}

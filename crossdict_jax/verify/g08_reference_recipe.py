@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax.config import to_dict
 from crossdict_jax.report import answer, results
 from crossdict_jax.report.transfer import verdict
 from crossdict_jax.results import NO_BETTER
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, views
-from crossdict_jax.workdir import open_workdir, write_json, write_jsonl
+from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 WIDTH, ROWS = 96, 9000
 # Of the normal numbers before the ReLU: a little more than half of all codes are active.
@@ -22,15 +21,14 @@ RECIPE = {"hidden": 96, "steps": 600, "batch_size": 128, "head": "relu"}
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    config = lab.planted_config(kinds=("mean", "mlp"), seed=seed, **RECIPE)
-    work = open_workdir(directory / "run", to_dict(config))
     # Codes of two dictionaries, about half dense, that know nothing of each other.
     rng = np.random.Generator(np.random.Philox(key=seed))
     base = views(PlantedConfig(rows=ROWS, documents=100, widths=(1, 1)), seed)
     scale = rng.lognormal(0.0, 0.5, (2, 1, WIDTH))
     codes = np.maximum(rng.standard_normal((2, len(base), WIDTH)) + SHIFT, 0) * scale
     independent = dataclasses.replace(base, x=tuple(codes.astype(np.float32)))
-    rows = lab.planted_rows(independent, [lab.positive(WIDTH)] * 2, config, work.root)
+    made, kinds, work = [lab.positive(WIDTH)] * 2, ("mean", "mlp"), Workdir(directory / "run")
+    rows = lab.planted_rows(independent, made, work.root, seed=seed, kinds=kinds, **RECIPE)
     write_json(work.result("pairing.json"), {})
     write_jsonl(work.result("reconstruction.jsonl"), [])
     write_jsonl(work.result("transfer.jsonl"), rows)

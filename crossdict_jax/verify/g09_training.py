@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from crossdict_jax import models
+from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import to_dict
 from crossdict_jax.verify import lab
@@ -22,7 +22,8 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     work = open_workdir(directory / "run", to_dict(config))
     store = extract(config, work)
     a, b, new = store.models
-
+    for name in store.models:
+        dictionaries.save(lab.positive(store.d_model(name)), work.dictionary(name, lab.LM_SITE))
     directions = ((a, b), (b, a), (a, new))
     forth, back, control = (lab.activation_scores("ridge", store, work, *d) for d in directions)
     return [

@@ -64,13 +64,14 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
         seconds[name] = time.perf_counter() - started
         passed = any(c.relation for c in checks) and all(c.passed for c in checks)
         print(f"{name} {'passes' if passed else 'MISSES'}, {seconds[name]:.1f} s")
-        bounds = [{"value": c.value, "relation": c.relation, "bound": c.bound} for c in checks]
         numbers = [
-            {"what": check.label} | bound | {"passed": check.passed}
-            for check, bound in zip(checks, bounds)
+            {"what": c.label, "value": c.value, "relation": c.relation}
+            | {"bound": c.bound, "passed": c.passed}
+            for c in checks
         ]
-        row = {"gate": name, "what": title, "passed": passed, "checks": numbers, "note": note}
-        rows.append(row)
+        rows.append(
+            {"gate": name, "what": title, "passed": passed, "checks": numbers, "note": note}
+        )
     write_json(work.result("verify.json"), {"seed": config.seed, "gates": rows})
     work.record_timing("verify", wall_s=sum(seconds.values()), **seconds)
     show([gates_table(rows)])

@@ -22,7 +22,7 @@ from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import scoring, transfer_metrics
 from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.transfer import TokenMeans
-from crossdict_jax.maps import Pairs, Problem, Side, Task
+from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader, fit_tasks
 from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.models import Site
@@ -130,13 +130,15 @@ def transfer_rows(
 def planted_rows(
     views: Views,
     made: Sequence[Dictionary],
-    config: Config,
     directory: Path,
     *,
+    seed: int,
+    kinds: Sequence[str] = ("ridge",),
     pairings: Sequence[str] = ("aligned",),
+    **map_settings,
 ) -> list[dict]:
     """Returns the rows of transfer.jsonl from the first planted model to the second alone."""
-    work = Workdir(directory)
+    work, config = Workdir(directory), planted_config(kinds=kinds, seed=seed, **map_settings)
     save_store(views, work.activations)
     save_dictionaries(made, work)
     return transfer_rows(
@@ -146,27 +148,19 @@ def planted_rows(
 
 def pick(rows: list[dict], kind: str, *, pairing: str = "aligned", source: str = "a") -> dict:
     """Returns the row of one map, from the first model to the second unless told otherwise."""
-    (row,) = (
-        row
-        for row in rows
-        if (row["map"], row["pairing"], row["source"]) == (kind, pairing, source)
-    )
+    wanted = {"map": kind, "pairing": pairing, "source": source}
+    (row,) = (row for row in rows if wanted.items() <= row.items())
     return row
 
 
 def activation_scores(kind: str, store: Store, work: Workdir, source: str, target: str) -> dict:
-    """Returns the columns of transfer.jsonl of a map onto B's activations in place of features."""
+    """Returns the columns of transfer.jsonl of a map onto B's activations in place of features.
 
-    def pairs(split: str) -> Pairs:
-        rows = store.select(split)
-        sides = []
-        for model in (source, target):
-            x = store.read(model, LM_SITE, rows)
-            # Of the dictionary nothing is asked: the map predicts activations.
-            sides.append(Side(x, store.tokens(model, rows), positive(x.shape[1])))
-        return Pairs(*sides, store.rows.document[rows])
-
-    train, validation, test = map(pairs, SPLITS)
+    The dictionaries of both models must be there, though nothing is asked of them.
+    """
+    train, validation, test = (
+        maps.load_pairs(store, source, target, LM_SITE, LM_SITE, split, work) for split in SPLITS
+    )
     problem = Problem(kind, train, validation)
     (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)

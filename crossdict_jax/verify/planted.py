@@ -128,7 +128,16 @@ def plant(config: PlantedConfig, seed: int) -> Truth:
     seen[:, exclusive] = owners == np.arange(n_views)[:, None]
     from_token = np.zeros(features, bool)
     from_token[rng.permutation(features)[: round(config.from_token * features)]] = True
-    parent, partner = _relatives(config, rng, from_token)
+    # Nobody has two relations, the first of each two is the more frequent one, and both are
+    # functions of the token or both are not.
+    free = rng.permutation(features)
+    kinds = [free[from_token[free] == kind] for kind in (False, True)]
+    twos = np.concatenate([np.sort(k[: len(k) // 2 * 2].reshape(-1, 2), axis=1) for k in kinds])
+    twos = rng.permutation(twos)
+    parent, partner = np.full((2, features), -1)
+    families, couples = twos[: config.children], twos[config.children :][: config.correlated]
+    parent[families[:, 1]] = families[:, 0]
+    partner[couples[:, 1]] = couples[:, 0]
     directions = []
     for width, sees in zip(config.widths, seen):
         rows = rng.standard_normal((features, width))
@@ -152,23 +161,6 @@ def _frequencies(config: PlantedConfig) -> np.ndarray:
         if not over.any():
             return np.where(capped, HIGHEST_FREQUENCY, scaled)
         capped |= over
-
-
-def _relatives(config: PlantedConfig, rng, from_token) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (parent, partner) [features], -1 for none.
-
-    Nobody has two relations, the first of each two is the more frequent one, and both are
-    functions of the token or both are not.
-    """
-    free = rng.permutation(config.features)
-    kinds = [free[from_token[free] == kind] for kind in (False, True)]
-    twos = np.concatenate([np.sort(k[: len(k) // 2 * 2].reshape(-1, 2), axis=1) for k in kinds])
-    twos = rng.permutation(twos)
-    parent, partner = np.full((2, config.features), -1)
-    families, couples = twos[: config.children], twos[config.children :][: config.correlated]
-    parent[families[:, 1]] = families[:, 0]
-    partner[couples[:, 1]] = couples[:, 0]
-    return parent, partner
 
 
 def _zipf_draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
@@ -225,40 +217,46 @@ def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
       config: ``rows`` follow from the text; ``documents`` is their number.
       shift: tokens by which every view but the first is read too late: a mistake to find.
     """
-    truth = plant(config, seed)
+    truth, n_views = plant(config, seed), len(config.widths)
     rng = _generator(seed, _TEXT)
     alphabet = np.arange(ord("a"), ord("a") + LETTERS, dtype=np.uint8)
-    lexicon: dict[bytes, None] = {}  # different words, each with the space before it
-    while len(lexicon) < WORDS:
-        lexicon[b" " + rng.choice(alphabet, rng.integers(3, 10)).tobytes()] = None
-    tables = [[_cuts(len(word), rng) for word in lexicon] for _ in config.widths]
-    words = [_zipf_draws(rng, WORDS, WORDS_PER_DOCUMENT) for _ in range(config.documents)]
-    lexicon = list(lexicon)
-    texts = [b"".join(lexicon[w] for w in document) for document in words]
-    ends, ids = zip(*(_tokenize(words, lexicon, table) for table in tables))
-    positions = []  # per document [pairs, views]
-    for d in range(config.documents):
-        lengths = np.asarray([len(view[d]) for view in ends])
-        late = pair_many([view[d] for view in ends])[1]
-        late = late + shift * (np.arange(len(ends)) > 0)[None, :]
-        positions.append(late[(late < lengths[None, :]).all(1)])
+    words: dict[bytes, None] = {}  # different ones, each with the space before it
+    while len(words) < WORDS:
+        words[b" " + rng.choice(alphabet, rng.integers(3, 10)).tobytes()] = None
+    lexicon = list(words)
+    cuts = [[_cuts(len(word), rng) for word in lexicon] for _ in range(n_views)]
+    documents = [_zipf_draws(rng, WORDS, WORDS_PER_DOCUMENT) for _ in range(config.documents)]
+    texts = [b"".join(lexicon[w] for w in document) for document in documents]
+
+    n_rows, first = [], 0
+    tokens, last_bytes = ([[] for _ in range(n_views)] for _ in range(2))
+    for document, text in zip(documents, texts):
+        begins = np.cumsum([0, *(len(lexicon[w]) for w in document[:-1])])
+        ends = [
+            np.concatenate([begin + table[w] for begin, w in zip(begins, document)])
+            for table in cuts
+        ]
+        positions = pair_many(ends)[1] + shift * (np.arange(n_views) > 0)[None, :]
+        positions = positions[(positions < np.asarray([len(e) for e in ends])[None, :]).all(1)]
+        for view, (end, rows) in enumerate(zip(ends, positions.T)):
+            tokens[view] += [text[end[row - 1] : end[row]] for row in rows]
+            last_bytes[view].append(first + end[rows] - 1)
+        n_rows.append(len(positions))
+        first += len(text)
 
     byte_document = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
     letters = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64)
     _, last_two = np.unique(np.append(0, letters[:-1]) * 256 + letters, return_inverse=True)
     at_bytes = _codes(config, truth, seed, document=byte_document, classes=last_two)
-    first_bytes = np.cumsum([0, *map(len, texts)])
-    rng, x, codes, tokens = _generator(seed, _NOISE), [], [], []
-    for view, directions in enumerate(truth.directions):
-        last_bytes = np.concatenate([e + b - 1 for e, b in zip(ends[view], first_bytes)])
-        first_tokens = np.cumsum([0, *map(len, ends[view])])
-        rows = np.concatenate([p[:, view] + t for p, t in zip(positions, first_tokens)])
-        codes.append(at_bytes[last_bytes])
-        x.append(_show(config, codes[-1], directions, rng)[rows])
-        codes[-1] = codes[-1][rows]
-        tokens.append(np.concatenate(ids[view])[rows])
-    document = np.repeat(np.arange(len(texts), dtype=np.int32), [len(p) for p in positions])
-    return Views(tuple(x), codes[0], tuple(tokens), document, truth)
+    codes = [at_bytes[np.concatenate(rows)] for rows in last_bytes]
+    rng = _generator(seed, _NOISE)
+    return Views(
+        x=tuple(_show(config, *pair, rng) for pair in zip(codes, truth.directions)),
+        codes=codes[0],
+        tokens=tuple(np.unique(t, return_inverse=True)[1].astype(np.int32) for t in tokens),
+        document=np.repeat(np.arange(len(texts), dtype=np.int32), n_rows),
+        truth=truth,
+    )
 
 
 def _cuts(length: int, rng: np.random.Generator) -> np.ndarray:
@@ -266,21 +264,6 @@ def _cuts(length: int, rng: np.random.Generator) -> np.ndarray:
     positions = 2 * np.arange(1, length // 2) + rng.integers(0, 1 + length % 2)
     wanted = rng.integers(0, min(PIECES - 1, len(positions)) + 1)
     return np.append(np.sort(rng.choice(positions, wanted, replace=False)), length)
-
-
-def _tokenize(words: list[np.ndarray], lexicon: list[bytes], table: list[np.ndarray]) -> tuple:
-    """Returns (ends, ids) per document of a text of words, cut by a table."""
-    pieces = [
-        [word[start:stop] for start, stop in zip([0, *cuts[:-1]], cuts)]
-        for word, cuts in zip(lexicon, table)
-    ]
-    number = {piece: i for i, piece in enumerate(sorted({p for word in pieces for p in word}))}
-    ids = [np.asarray([number[p] for p in word], np.int32) for word in pieces]
-    sizes = [np.diff(cuts, prepend=0) for cuts in table]
-    return (
-        tuple(np.cumsum(np.concatenate([sizes[w] for w in d])).astype(np.int32) for d in words),
-        tuple(np.concatenate([ids[w] for w in d]) for d in words),
-    )
 
 
 # ---------------------------------------------------------------- scoring
@@ -291,10 +274,7 @@ def best_cosines(decoder: np.ndarray, directions: np.ndarray) -> tuple[np.ndarra
 
     ``decoder`` is [width, d], ``directions`` [features, d]; one of length zero gives NaN and -1.
     """
-    unit = [
-        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-        for rows in (directions, decoder)
-    ]
-    cosines = unit[0] @ unit[1].T
-    seen = directions.any(1)
+    norms = [np.linalg.norm(rows, axis=1) for rows in (directions, decoder)]
+    scale = np.maximum(norms[0][:, None] * norms[1][None, :], 1e-30)
+    cosines, seen = directions @ decoder.T / scale, norms[0] > 0
     return np.where(seen, cosines.max(1), np.nan), np.where(seen, cosines.argmax(1), -1)

@@ -65,11 +65,6 @@ class Planted:
     texts: np.ndarray  # int32 [texts, seq], in A's words
     words: np.ndarray  # int [WORDS], B's number of each of A's words
 
-    @property
-    def translation(self) -> Translation:
-        pieces = [f"word{i} ".encode() for i in range(WORDS)]
-        return Translation(tuple(pieces), tuple(pieces[i] for i in np.argsort(self.words)))
-
     def sides(self, source: ModelAtSite, target: ModelAtSite) -> tuple[Side, Side]:
         """Returns both models' activations and tokens at the positions that they have read."""
         words = self.texts[source.passages.window, source.passages.position]
@@ -92,6 +87,8 @@ class Planted:
         f_a, f_b = (np.asarray(side.dictionary.encode(side.x)) for side in sides)
         features = np.arange(FEATURES)
         vectors = mapped_directions(self.map, sides[0], features, f_a, seed=0)
+        pieces = [f"word{i} ".encode() for i in range(WORDS)]
+        of_target = [pieces[i] for i in np.argsort(self.words)]
         return Experiment(
             source=source,
             target=target,
@@ -104,7 +101,7 @@ class Planted:
                 "ridge": Directions(vectors),
                 MATCH: Directions(decoder_rows(self.dictionaries[1], features), f_b),
             },
-            translation=self.translation,
+            translation=Translation(tuple(pieces), tuple(of_target)),
         )
 
 
@@ -119,8 +116,12 @@ def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
         rows = generator.normal(size=(FEATURES, lm.config.d_model))
         rows -= rows.mean(1, keepdims=True)
         V = np.linalg.qr(rows.T)[0].T.astype(np.float32)
+        # Word i, number[i] in the model, writes direction i; the first directions raise the logit
+        # of their target.
         number, pushing = ((np.arange(WORDS), FEATURES), (words, LINKED))[m]
-        write_features(lm, V, number, pushing=pushing)
+        lm.W_E[...] = lm.W_E[...].at[jnp.asarray(number[:FEATURES])].add(TRIGGER * V)
+        targets = jnp.asarray(number[FEATURES : FEATURES + pushing])
+        lm.W_U[...] = (QUIET * lm.W_U[...]).at[:, targets].add(PUSH * V[:pushing].T)
         lms.append(lm)
         directions.append(V)
     fires_above = {"b_enc": np.full(FEATURES, -THRESHOLD)}
@@ -145,14 +146,3 @@ def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
     follows = (words[:, :-1] < FEATURES) & (generator.random((n, length - 1)) < 0.5)
     words[:, 1:][follows] = words[:, :-1][follows] + FEATURES
     return words
-
-
-def write_features(lm: LanguageModel, V: np.ndarray, number: np.ndarray, *, pushing: int) -> None:
-    """Lets word i, ``number[i]`` in the model, write direction i of V [FEATURES, d_model].
-
-    The first ``pushing`` directions raise the logit of their target.
-    """
-    triggers, targets = number[:FEATURES], number[FEATURES : FEATURES + pushing]
-    lm.W_E[...] = lm.W_E[...].at[jnp.asarray(triggers)].add(TRIGGER * V)
-    W_U = QUIET * lm.W_U[...]
-    lm.W_U[...] = W_U.at[:, jnp.asarray(targets)].add(PUSH * V[:pushing].T)

@@ -1,7 +1,6 @@
 """Every architecture on planted features and on a run's activations: recovery, L0 against FVU."""
 
 import dataclasses
-import shutil
 from typing import Any
 
 import numpy as np
@@ -37,34 +36,21 @@ def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
     refuse_transcoders(config, "The curve of L0 against FVU")
     store, folder = open_store(work.activations), work.root / "pareto"
     with timed(work, "pareto") as figures:
-        rows = recovery(config, Workdir(folder / "planted"))
+        rows = []
+        planted, of_planted = views(PLANTED, seed=config.seed), Workdir(folder / "planted")
+        pareto = dataclasses.replace(config.pareto, k=())  # which speaks of the run's width
+        settings = planted_config(seed=config.seed)
+        settings = dataclasses.replace(settings, sae=SETTINGS, pareto=pareto)
+        made = save_store(planted, of_planted.activations)
+        for row, d in curves(settings, made, of_planted, model=NAMES[0], site=SITE):
+            best, _ = best_cosines(np.asarray(d.W_dec[...]), planted.truth.directions[0])
+            truth = {"planted": PLANTED.active, "cosine": float(best.mean())}
+            rows.append({"data": "planted"} | row | truth)
         model = store.models[0]
-        sites = store.sites_of(model)
-        at = {"model": model, "site": sites[len(sites) // 2]}
+        sites, of_run = store.sites_of(model), Workdir(folder / "activations")
         unknown = {"planted": None, "cosine": None}
-        for row, _ in curves(config, store, Workdir(folder / "activations"), **at):
+        for row, _ in curves(config, store, of_run, model=model, site=sites[len(sites) // 2]):
             rows.append({"data": "activations"} | row | unknown)
         results.write(work, "pareto.jsonl", rows)
         figures["dictionaries"] = len(rows)
-    return rows
-
-
-def recovery(config: Config, work: Workdir) -> list[dict[str, Any]]:
-    """Returns ``measure_pareto``'s rows of planted features; ``work`` keeps the dictionaries."""
-    planted = views(PLANTED, seed=config.seed)
-    if not work.activations.exists():
-        part = work.root / "activations.part"
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        save_store(planted, part)
-        part.rename(work.activations)
-    pareto = dataclasses.replace(config.pareto, k=())  # which speaks of the run's width
-    planted_run = planted_config(seed=config.seed)
-    config = dataclasses.replace(planted_run, sae=SETTINGS, pareto=pareto)
-    rows = []
-    for row, dictionary in curves(
-        config, open_store(work.activations), work, model=NAMES[0], site=SITE
-    ):
-        best, _ = best_cosines(np.asarray(dictionary.W_dec[...]), planted.truth.directions[0])
-        truth = {"planted": PLANTED.active, "cosine": float(best.mean())}
-        rows.append({"data": "planted"} | row | truth)
     return rows

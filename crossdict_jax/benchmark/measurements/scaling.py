@@ -29,24 +29,23 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     The ratio is of its seconds for a step to those of the base; rows of all members count.
     """
     sizes, dtype, steps = SIZES[bench.suite]
-    base = _training(bench, sizes, dtype, steps)
+
+    def training(point: dict, resident: bool | None = None) -> workloads.Training:
+        """Returns the training of a point, on a store of its own."""
+        sae = {name: value for name, value in point.items() if name not in ("d_model", "rows")}
+        rows, folder = max(point["rows"], point["batch_size"]), bench.folder / "store"
+        shutil.rmtree(folder, ignore_errors=True)
+        workloads.made_up_store(folder, rows, point["d_model"], seed=bench.seed)
+        sae |= {"matmul_dtype": dtype, "k": min(point["k"], point["width"])}
+        return workloads.dictionary_steps(folder, resident=resident, longest=steps, **sae)
+
+    base = training(sizes)
     points = [(name, value, None) for name, values in POINTS.items() for value in values]
     points += [("rows", value, False) for value in POINTS["rows"]]
     for name, value, resident in points:
         point = sizes | {name: value}
-        training = _training(bench, point, dtype, steps, resident=resident)
-        rows = steps * point["seeds"] * point["batch_size"]
+        contenders = {"base": base.run, OURS: training(point, resident).run}
         case = f"{name} {value:,}" + (", on the host" if resident is False else "")
-        contenders = {"base": base.run, OURS: training.run}
+        rows = steps * point["seeds"] * point["batch_size"]
         yield bench.compare(case, contenders, rows, count=steps, reference="base")[1]
-        del training, contenders  # their memory, before the next is made
-
-
-def _training(bench: Bench, sizes: dict, dtype: str, steps: int, *, resident: bool | None = None):
-    """Returns the training of a point, on a store of its own."""
-    sae = {name: value for name, value in sizes.items() if name not in ("d_model", "rows")}
-    rows, folder = max(sizes["rows"], sizes["batch_size"]), bench.folder / "store"
-    shutil.rmtree(folder, ignore_errors=True)
-    workloads.made_up_store(folder, rows, sizes["d_model"], seed=bench.seed)
-    sae |= {"matmul_dtype": dtype, "k": min(sizes["k"], sizes["width"])}
-    return workloads.dictionary_steps(folder, resident=resident, longest=steps, **sae)
+        del contenders  # its memory, before the next is made

@@ -11,7 +11,7 @@ from crossdict_jax.benchmark.peer import contest, peers
 from crossdict_jax.training.loop import epoch_order
 
 PEERS = {  # library: its file
-    "sae-lens": "saelens_steps.py",
+    "sae-lens": "saelens.py",
     "sparsify": "sparsify_steps.py",
     "dictionary_learning": "dictionary_learning_steps.py",
 }

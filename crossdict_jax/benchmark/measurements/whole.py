@@ -4,15 +4,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from crossdict_jax import models
 from crossdict_jax.benchmark.harness import OURS, Bench
-from crossdict_jax.benchmark.measurements.startup import ROOT
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import read_json
 
-PRESET = "configs/pythia410m_gpt2medium.py"
+ROOT, PRESET = Path(__file__).parents[3], "configs/pythia410m_gpt2medium.py"
 # Tokenizer and config.json of Pythia-410m and GPT-2 Medium.
 MODELS = {
     "docs-neox": {
@@ -56,23 +56,21 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: the run failed; its last line is given.
     """
-    folders = []
+    work, folders = bench.folder / "run", []
     for tokenizer, shape in MODELS.items():
         folders.append(str(bench.folder / shape["model_type"]))
         lm = models.init(shape, seed=bench.seed)
         models.save(lm, folders[-1], dtype="bfloat16", tokenizer=models.load_tokenizer(tokenizer))
-    work = bench.folder / "run"
     settings = {"models": ",".join(folders)} | SIZES[bench.suite]
     command = [sys.executable, "-m", "launch.experiment", f"--config={PRESET}"]
     command += [f"--workdir={work}", *(f"--config.{name}={v}" for name, v in settings.items())]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    seconds = time.perf_counter() - started
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"The whole run failed ({last}).")
-    row = {"benchmark": bench.name, "contender": OURS}
-    yield row | {"case": "all stages", "seconds": seconds}
-    for stage, figures in read_json(work / "results" / "timing.json").items():
-        if "wall_s" in figures:
-            yield row | {"case": stage, "seconds": figures["wall_s"]}
+    seconds = {"all stages": time.perf_counter() - started}
+    timing = read_json(work / "results" / "timing.json")
+    seconds |= {name: stage["wall_s"] for name, stage in timing.items() if "wall_s" in stage}
+    for case, value in seconds.items():
+        yield {"benchmark": bench.name, "contender": OURS, "case": case, "seconds": value}

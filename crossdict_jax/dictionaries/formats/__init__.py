@@ -22,7 +22,8 @@ def load(path: str | Path) -> base.Dictionary:
         folder or its params.npz; or ``hub:OWNER/NAME/FOLDER``, where one of these lies.
 
     Raises:
-      UserError: there is none, it is damaged (the file is named), or it is of an unknown kind.
+      UserError: there is none; a key or weight is missing or damaged (the file is named), or means
+        something that ours cannot do.
     """
     formats = [importlib.import_module(f"{__name__}.{n}") for n in files_of("dictionaries/formats")]
     folder = Path(path)

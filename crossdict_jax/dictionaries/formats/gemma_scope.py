@@ -22,8 +22,7 @@ def recognises(path: str) -> bool:
 def load(path: str) -> Dictionary:
     """Returns the dictionary in a params.npz: f = z 1[z > threshold] of z = x W_enc + b_enc.
 
-    Raises:
-      UserError: the file is damaged or holds other arrays.
+    UserError: see ``formats.load``.
     """
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     try:

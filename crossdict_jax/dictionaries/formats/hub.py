@@ -36,8 +36,7 @@ def parse(text: str) -> tuple[str, str, str | None]:
 def load(path: str) -> Dictionary:
     """Returns the dictionary in a folder on the hub; only json, safetensors and npz are fetched.
 
-    Raises:
-      UserError: there is no such repository or folder, or the hub cannot be reached.
+    UserError: there is no such repository or folder, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -57,10 +56,7 @@ def load(path: str) -> Dictionary:
 def push(folder: Path, text: str) -> str:
     """Uploads a folder in one commit, and returns where it can be looked at.
 
-    The repository is made, private, if it is not there.
-
-    Raises:
-      UserError: the hub cannot be reached or refuses.
+    The repository is made, private, if it is not there. UserError: the hub refuses.
     """
     from huggingface_hub import HfApi
 

@@ -39,7 +39,6 @@ OURS = {  # SAELens architecture: ours; batchtopk and matryoshka lie in unfinish
 }
 TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
-BATCH = ("batchtopk", "matryoshka_batchtopk")
 
 
 # ---------------------------------------------------------------- in
@@ -49,10 +48,7 @@ def load(path: str) -> Dictionary:
     """Returns the dictionary of a SAELens folder, finished or from the midst of training.
 
     What is linear is folded into the weights: the scale of ``activation_scaler.json``, decoder
-    norms, a bias that is not subtracted.
-
-    Raises:
-      UserError: a key or weight is missing, damaged, or means something that ours cannot do.
+    norms, a bias that is not subtracted. UserError: see ``formats.load``.
     """
     folder, file = Path(path), Path(path) / CONFIG
     config = read_config(file)
@@ -60,7 +56,7 @@ def load(path: str) -> Dictionary:
     if theirs not in OURS:
         raise UserError(f"{file}: architecture={theirs!r} is unknown; it may be {', '.join(OURS)}.")
     require(config, "dtype", file)
-    transcodes = theirs.endswith("transcoder")
+    transcodes, batch = theirs.endswith("transcoder"), "batchtopk" in theirs
     d_model, width = (require_count(config, key, file) for key in ("d_in", "d_sae"))
     d_out = require_count(config, "d_out", file) if transcodes else d_model
     shapes = {"W_enc": (d_model, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
@@ -68,7 +64,7 @@ def load(path: str) -> Dictionary:
     kind = "jumprelu" if theirs.startswith("jumprelu") else theirs
     shapes |= {name: (width,) for name in biases.get(kind, ("b_enc",))}
     shapes |= {"W_skip": (d_out, d_model)} if "skip" in theirs else {}
-    shapes |= {"topk_threshold": ()} if theirs in BATCH else {}
+    shapes |= {"topk_threshold": ()} if batch else {}
     arrays = read_safetensors(folder / WEIGHTS, shapes)
     # expected_average_only_in is folded already, or is what activation_scaler.json says.
     norms = ("none", "expected_average_only_in", *NORMS)
@@ -87,13 +83,10 @@ def load(path: str) -> Dictionary:
             f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish "
             "the training where it was begun."
         )
-    architecture = AbsTopK if theirs == "abstopk" else find(OURS[theirs])
-    if "W_skip" in arrays:
-        architecture = around(Skip, architecture)
-    if norm in NORMS:
-        architecture = around(NORMS[norm], architecture)
-    has_k = theirs in ("topk", "abstopk")
-    k = require_count(config, "k", file, limit=len(arrays["W_dec"])) if has_k else 0
+    architecture = find(OURS[theirs]) if OURS[theirs] else AbsTopK
+    for wrapper in filter(None, ("W_skip" in arrays and Skip, NORMS.get(norm))):
+        architecture = around(wrapper, architecture)
+    k = require_count(config, "k", file, limit=width) if architecture.has_k else 0
     return from_arrays(architecture, arrays, k=k, transcodes=transcodes)
 
 
@@ -117,15 +110,15 @@ def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -
     arrays |= {name: arrays[name] / scale for name in ("W_dec", "b_dec")}
     if "b_gate" in arrays:
         arrays["b_enc"] = arrays.pop("b_gate")
-    if "topk_threshold" in arrays:
+    batch = "topk_threshold" in arrays
+    if batch:
         arrays["threshold"] = np.full(len(arrays["W_dec"]), arrays.pop("topk_threshold"))
-    if theirs in ("topk", "abstopk", *BATCH) and config.get(
-        "rescale_acts_by_decoder_norm", theirs in BATCH
-    ):  # features are multiplied by their decoder norms before the largest are chosen
+    # Features are multiplied by their decoder norms before the largest are chosen.
+    if theirs.endswith("topk") and config.get("rescale_acts_by_decoder_norm", batch):
         norms = np.linalg.norm(arrays["W_dec"], axis=1)  # in raw units, as the threshold from here
         arrays |= {name: arrays[name] * norms for name in ("W_enc", "b_enc")}
         arrays["W_dec"] = arrays["W_dec"] / np.where(norms > 0, norms, 1)[:, None]
-        if "threshold" in arrays:
+        if batch:
             arrays["threshold"] = arrays["threshold"] / scale
     return arrays if config.get("apply_b_dec_to_input", True) else centred(arrays)
 
@@ -147,10 +140,8 @@ def save(
     relu and jumprelu ones alone, so topk and gated ones are refused.
 
     Args:
-      hook_name: where the activations are from, in TransformerLens terms, such as
-        ``blocks.6.hook_resid_pre``.
-      model_name: of the language model.
-      hook_name_out: of a transcoder: where the activations belong that it writes.
+      hook_name: of what is read, in TransformerLens terms, as ``blocks.6.hook_resid_pre``.
+      hook_name_out: of what a transcoder writes.
     """
     from safetensors.numpy import save_file
 
@@ -175,13 +166,13 @@ def save(
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
-    names = {"model_name": model_name, "hook_name": hook_name}
+    about = {"sae_lens_version": VERSION, "model_name": model_name, "hook_name": hook_name}
     if dictionary.transcodes:
         config |= {"d_out": dictionary.d_out}
-        names |= {"hook_name_out": hook_name_out} if hook_name_out else {}
+        about |= {"hook_name_out": hook_name_out} if hook_name_out else {}
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
-    config |= {"metadata": {"sae_lens_version": VERSION, **names}}
+    config |= {"metadata": about}
     arrays = _in_raw_units(dictionary, theirs)
     # The config last: a folder without one was never finished.
     (folder / CONFIG).unlink(missing_ok=True)

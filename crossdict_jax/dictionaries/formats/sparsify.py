@@ -11,12 +11,9 @@ ONLY = {"activation": "topk", "signed": False, "skip_connection": False}
 
 
 def load(path: str) -> Dictionary:
-    """Returns the TopK dictionary of a sparsify folder.
+    """Returns the TopK dictionary of a sparsify folder, whose ``layers.N`` is our ``resid_post.N``.
 
-    Its hook is a module's output: ``layers.N`` is our ``resid_post.N``.
-
-    Raises:
-      UserError: a key or weight is missing, damaged, or means something that ours cannot do.
+    UserError: see ``formats.load``.
     """
     file = Path(path) / CONFIG
     config = read_config(file)

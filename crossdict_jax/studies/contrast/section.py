@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-from crossdict_jax.report.blocks import Block, Details, Heading, hidden, html
+from crossdict_jax.report.blocks import Block, Details, Heading, html
 from crossdict_jax.report.tables import (
     Cell,
     Table,
-    flat_table,
     number,
     percent,
     score,
@@ -44,9 +43,8 @@ def section(rows: list[dict]) -> str:
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]
         transfers = [row for row in of_set if row["what"] == "transfer"]
-        raw = flat_table(transfers, "Every column of the mapped directions’ rows", ("source",))
         blocks += [Heading(name), *sentences(transfers), *tables(of_set)]
-        blocks += [Details("Top features by layer", top_features(of_set)), hidden(raw)]
+        blocks.append(Details("Top features by layer", top_features(of_set)))
     return html(blocks)
 
 
