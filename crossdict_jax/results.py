@@ -242,6 +242,13 @@ PAIR_COLUMNS = plain(
 )
 MAP = Column("map", "kind of map, such as ridge")
 PAIRING = Column("pairing", "shuffled: fitted and scored on permuted rows", values=PAIRINGS)
+DICTIONARY = plain(
+    model="the model that is read",
+    site="where it is read",
+    site_output="what is reconstructed: the site, or what a transcoder predicts",
+    seed="of the dictionary",
+    member="folder of the dictionary",
+)
 COUNTS = plain(n_rows="held-out rows that are scored", n_documents="their documents")
 POSITIONS = Column("n_positions", "text positions whose next token is scored")
 SCORES = (
@@ -291,14 +298,8 @@ SPECIFIC = nats(
 describe(
     "reconstruction.jsonl",
     "one dictionary, on held-out text",
-    *plain(
-        model="the model that is read",
-        site="where it is read",
-        site_output="what is reconstructed: the site, or what a transcoder predicts",
-        seed="of the dictionary",
-        member="folder of the dictionary",
-        width="number of features",
-    ),
+    *DICTIONARY,
+    *plain(width="number of features"),
     *COUNTS,
     *intervals(
         l0="active features per row",
@@ -333,12 +334,8 @@ describe(
 describe(
     "features.jsonl",
     "histograms over the features of one dictionary, or over those that one map predicts",
+    *DICTIONARY,
     *plain(
-        model="of a dictionary: the model",
-        site="where it is read",
-        site_output="what is reconstructed",
-        seed="of the dictionary",
-        member="folder of the dictionary",
         log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
         decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
     ),

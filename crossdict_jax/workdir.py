@@ -15,10 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from crossdict_jax.errors import UserError
 
 LOCK = ".lock"  # in a work directory: who works there
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def say(text: str, *, level: int = logging.WARNING) -> None:
+    """Prints a line about progress, if ``--verbosity`` is at this level or above."""
+    if logging.get_verbosity() >= level:
+        print(text, flush=True)
 
 
 def model_names(models: Iterable[str]) -> list[str]:
@@ -90,14 +98,17 @@ class Workdir:
         return self.results / name
 
     def record_timing(self, stage: str, **figures: float | int | str) -> None:
-        """Merges one stage's figures (wall_s, ...) into results/timing.json, and prints a line."""
+        """Merges one stage's figures (wall_s, ...) into results/timing.json, and says the main."""
         timing = read_json(self.timing) if self.timing.exists() else {}
         write_json(self.timing, timing | {stage: figures})
-        said = [f"{stage}: {figures['wall_s']:.1f} s"]
+        of = ", controls" if self.root.name == "controls" else ""
+        said = [f"{stage}{of}: {figures['wall_s']:.1f} s"]
         for name, figure in figures.items():
-            if name not in ("wall_s", "device", "devices"):
-                said.append(f"{name} {f'{figure:,.4g}' if isinstance(figure, float) else figure}")
-        print(*said, sep=", ", flush=True)
+            if name.endswith("_per_s"):
+                said.append(f"{figure:,.0f} {name.removesuffix('_per_s')}/s")
+            elif isinstance(figure, int) and name not in ("devices", "rows", "tokens"):
+                said.append(f"{figure:,} {name}")
+        say(", ".join(said))
 
 
 def open_workdir(

@@ -1,5 +1,6 @@
 """What every command shares: flags, settings, one line for every mistake, and exit codes."""
 
+import contextlib
 import difflib
 import errno
 import functools
@@ -28,10 +29,11 @@ ROOT = Path(__file__).parents[1]
 FILES = {  # flags that are not settings, and their help texts
     "config": "Python file with get_config(); default: configs/{}.py, or what made --workdir",
     "workdir": "Folder of the run; default: runs/{}, or runs/NAME of --config",
-    "verbosity": "How much is said, as of absl: 1, 0, -1 (default); -2: no progress bars",
+    "verbosity": "How much is said: 0 adds memory, -1 (default) stages and bars, -2 results alone",
     "expect": "A file of configs/ with published numbers to compare with at the end",
 }
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
+SHORT["machine"] = "machine"  # of launch.compile
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
 QUIET = {  # advice that nobody asked for, between the progress bars
@@ -41,7 +43,14 @@ QUIET = {  # advice that nobody asked for, between the progress bars
 }
 
 
-def run(main: Main, *, kind: type = Config, default: str = "quickstart", table: str = "") -> None:
+def run(
+    main: Main,
+    *,
+    kind: type = Config,
+    default: str = "quickstart",
+    table: str = "",
+    writes: bool = True,
+) -> None:
     """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
 
     ``table`` is the function of ``crossdict_jax.report`` that prints what the command ends with.
@@ -58,7 +67,7 @@ def run(main: Main, *, kind: type = Config, default: str = "quickstart", table: 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
     # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
     flags.FLAGS.mark_as_parsed()
-    act = functools.partial(execute, start, kind=kind, default=default)
+    act = functools.partial(execute, start, kind=kind, default=default, writes=writes)
     app.run(act, flags_parser=lambda argv: argv)
 
 
@@ -72,7 +81,12 @@ def study(name: str) -> Main:
 
 
 def execute(
-    main: Main, argv: Sequence[str], *, kind: type = Config, default: str = "quickstart"
+    main: Main,
+    argv: Sequence[str],
+    *,
+    kind: type = Config,
+    default: str = "quickstart",
+    writes: bool = True,
 ) -> int:
     """Does what ``argv`` (the program's name and its arguments) asks for and returns the exit code.
 
@@ -83,6 +97,7 @@ def execute(
     Args:
       kind: the class of settings of the verb.
       default: its file in configs/ without ``--config``.
+      writes: whether it has a work directory; without one ``main`` gets None.
     """
     try:
         if HELP & {arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")}:
@@ -90,8 +105,8 @@ def execute(
             return 0
         config, workdir, expected = parse(argv, kind=kind, default=default)
         settings.validate(config)
-        with alone(Path(workdir)):
-            work = prepare(config, workdir)
+        with alone(Path(workdir)) if writes else contextlib.nullcontext():
+            work = prepare(config, workdir if writes else None)
             main(config, work)
             return 1 if expected and missed(expected, work) else 0
     except UserError as error:
@@ -122,14 +137,17 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
     return sum(row[""] == "MISSED" for row in rows)
 
 
-def prepare(config: Any, workdir: str) -> Workdir:
-    """Returns the work directory of a config, with its models named."""
-    if isinstance(config, Config) and not config.models:
+def prepare(config: Any, workdir: str | None) -> Workdir | None:
+    """Returns the work directory of a config, if there is one; checks it and names its models."""
+    settings.validate(config)
+    if isinstance(config, Config):
+        from crossdict_jax.dictionaries.base import check_settings
         from crossdict_jax.models import EMBEDDED
 
-        config.models = EMBEDDED
+        check_settings(config.sae)
+        config.models = config.models or EMBEDDED
     usual = to_dict(type(config)())
-    return open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
+    return workdir and open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
 
 
 def _machine_words(error: BaseException | None) -> str:

@@ -6,6 +6,7 @@ python -m launch.experiment --models=a,b --layers=5,6,7 --width=4096 --workdir=r
 It can be interrupted and run again: what is finished is kept.
 """
 
+from crossdict_jax.workdir import say
 from launch import (
     command,
     evaluate,
@@ -21,7 +22,7 @@ STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, interv
 
 def main(config, work):
     for number, stage in enumerate(STAGES, start=1):
-        print(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}", flush=True)
+        say(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}")
         stage.main(config, work)
 
 

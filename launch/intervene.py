@@ -15,4 +15,4 @@ def main(config, work):
 
 
 if __name__ == "__main__":
-    command.run(main, table="stitching_table")
+    command.run(main, table="causal_table")

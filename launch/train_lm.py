@@ -12,11 +12,12 @@ from launch import command
 
 def main(config, work):
     from crossdict_jax.pretraining import train_language_model
+    from crossdict_jax.report.tables import show, table
 
     result = train_language_model(config, work.root)
-    print("Held-out nats per token:")
-    for name in ("loss", "bigram_loss", "unigram_loss"):
-        print(f"  {name.removesuffix('_loss').replace('loss', 'model'):<8} {result[name]:.3f}")
+    losses = {"model": "loss", "bigram": "bigram_loss", "unigram": "unigram_loss"}
+    cells = {title: f"{result[name]:.3f}" for title, name in losses.items()}
+    show([table("Held-out nats per token", [cells])])
     print(work.root / "model")
 
 

@@ -94,25 +94,13 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repository, revision, *, body):
         files = json.loads(body)["files"]
         mode = lambda path: "lfs" if path.endswith(LFS) else "regular"  # noqa: E731
-        self.answer(
-            {
-                "files": [
-                    {"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False}
-                    for f in files
-                ]
-            }
-        )
+        about = lambda f: {"path": f["path"], "uploadMode": mode(f["path"])}  # noqa: E731
+        self.answer({"files": [about(f) | {"shouldIgnore": False} for f in files]})
 
     def batch(self, repository, *, body):
-        asked = json.loads(body)
-        objects = [
-            {
-                "oid": o["oid"],
-                "size": o["size"],
-                "actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}},
-            }
-            for o in asked["objects"]
-        ]
+        objects = json.loads(body)["objects"]
+        for o in objects:
+            o["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}
         self.answer({"transfer": "basic", "objects": objects})
 
     def store(self, oid, *, body):

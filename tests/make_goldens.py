@@ -18,25 +18,11 @@ GOLDENS = Path(__file__).parent / "goldens"
 GPT2 = dict(
     model_type="gpt2", vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4, n_inner=64
 )
-NEOX = dict(
-    model_type="gpt_neox",
-    vocab_size=61,
-    max_position_embeddings=24,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=64,
-)
-LLAMA = dict(
-    model_type="llama",
-    vocab_size=61,
-    max_position_embeddings=24,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-)
+SHAPE = dict(vocab_size=61, max_position_embeddings=24, hidden_size=32, num_hidden_layers=3)
+NEOX = SHAPE | dict(model_type="gpt_neox", num_attention_heads=2, intermediate_size=64)
+LLAMA = SHAPE | dict(model_type="llama", num_attention_heads=4, intermediate_size=48)
+LLAMA |= dict(num_key_value_heads=2)
+ROPE = dict(rope_type="default")
 # The head size of NEOX is 16: a quarter of it is 4 dims, enough for two frequencies.
 VARIANTS = {
     "gpt2-gelu_new": GPT2,
@@ -49,31 +35,21 @@ VARIANTS = {
     "gpt_neox-parallel-quarter-old": NEOX
     | dict(rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True),
     "gpt_neox-parallel-full-new": NEOX
-    | dict(
-        hidden_act="gelu_new",
-        rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=1.0),
-    ),
+    | dict(rope_parameters=ROPE | dict(rope_theta=500.0, partial_rotary_factor=1.0))
+    | dict(hidden_act="gelu_new"),
     "gpt_neox-sequential-quarter-new": NEOX
-    | dict(
-        use_parallel_residual=False,
-        layer_norm_eps=1e-2,
-        rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.25),
-    ),
+    | dict(rope_parameters=ROPE | dict(rope_theta=100.0, partial_rotary_factor=0.25))
+    | dict(use_parallel_residual=False, layer_norm_eps=1e-2),
     "gpt_neox-sequential-full-old": NEOX
     | dict(use_parallel_residual=False, hidden_act="gelu_new", rotary_pct=1.0, rotary_emb_base=500),
     "gpt_neox-relu-tied-no-bias": NEOX
     | dict(hidden_act="relu", tie_word_embeddings=True, attention_bias=False),
     "llama-grouped-untied-new": LLAMA
-    | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0), rms_norm_eps=1e-2),
+    | dict(rope_parameters=ROPE | dict(rope_theta=500.0), rms_norm_eps=1e-2),
     "llama-grouped-tied-old": LLAMA | dict(tie_word_embeddings=True, rope_theta=100.0),
     "llama-biases-wide-heads": LLAMA
-    | dict(
-        attention_bias=True,
-        mlp_bias=True,
-        head_dim=12,
-        num_key_value_heads=1,
-        hidden_act="gelu_pytorch_tanh",
-    ),
+    | dict(attention_bias=True, mlp_bias=True, head_dim=12, num_key_value_heads=1)
+    | dict(hidden_act="gelu_pytorch_tanh"),
 }
 BLOCKS = {  # where each family keeps its blocks, and in them attention and MLP
     "gpt2": ("transformer.h", "attn", "mlp"),

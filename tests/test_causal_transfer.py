@@ -151,7 +151,7 @@ def held(lm, site, **settings):
     text, first, position, end = AT.T
     passages = Passages(TEXTS, text, position, first=first, end=end)
     model = ModelAtSite(Runner(lm, batch_size=2), site, passages)
-    return model.runner, model.hold(size=8, **settings)
+    return model.hold(size=8, **settings)
 
 
 @functools.cache
@@ -183,9 +183,9 @@ SITES = [Site(1), Site(1, "resid_post"), Site(0, "mlp_out")]
     ("site", "span"), [(SITES[0], 4), (SITES[0], 12), (SITES[1], 4), (SITES[2], 4)], ids=str
 )
 def test_changes_are_those_of_the_plain_model(lm, site, span):
-    runner, ready = held(lm, site, span=span)
-    change, kl = runner.changes(ready, VECTORS, {3: 0.5, 17: 1.5}, limit=5)
-    log_probs = runner.log_probs(ready, VECTORS)
+    ready = held(lm, site, span=span)
+    change, kl = ready.changes(VECTORS, {3: 0.5, 17: 1.5}, limit=5)
+    log_probs = ready.log_probs(VECTORS)
     for n, row in enumerate(AT):
         clean, *edited = (slow(lm, site, row, v, span)[row[2]] for v in [np.zeros(16), *VECTORS])
         np.testing.assert_allclose(log_probs[:, n], [clean, *edited], atol=2e-5)
@@ -194,14 +194,14 @@ def test_changes_are_those_of_the_plain_model(lm, site, span):
             assert change[v, n] == pytest.approx(expected, abs=5e-5)
             assert kl[v, n] == pytest.approx(np.exp(clean) @ (clean - log_p), abs=5e-5)
     assert np.abs(change).max() > 0.1
-    alone = runner.changes(ready, VECTORS[1:2], {3: 0.5, 17: 1.5}, limit=5)[0]
+    alone = ready.changes(VECTORS[1:2], {3: 0.5, 17: 1.5}, limit=5)[0]
     np.testing.assert_allclose(alone[0], change[1], atol=1e-6)
 
 
 def test_continuations_are_those_of_the_plain_model(lm):
     strength = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
-    runner, ready = held(lm, Site(1), span=3, reads=4)
-    changes = runner.continuations(ready, VECTORS, strength)
+    ready = held(lm, Site(1), span=3, reads=4)
+    changes = ready.continuations(VECTORS, strength)
 
     def continuation(row, vector):
         """log p of the tokens after the position up to the end, the last 3 tokens edited."""

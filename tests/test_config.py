@@ -44,11 +44,6 @@ def changed(**values) -> Config:
     return config
 
 
-@pytest.mark.parametrize("kind", [Config, PretrainConfig, VerifyConfig, BenchmarkConfig])
-def test_defaults_are_allowed(kind):
-    settings.validate(kind())
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_allowed_and_survive_json(preset):
     module = importlib.import_module(f"configs.{preset}")
@@ -129,30 +124,18 @@ def test_what_is_spelled_is_parsed_back(kind_and_value):
         (tuple[int, ...], "[5,]", (5,)),
         (tuple[str, ...], "/a/b.c, ../d-e,hub/id", ("/a/b.c", "../d-e", "hub/id")),
         (Number, "1e-3", 1e-3),
-        (Number, "1e-3,3e-3", (1e-3, 3e-3)),
         (Count, "64,128", (64, 128)),
+        *((tuple[int, ...], text, None) for text in ("5,x", "5,,6")),
+        *((Count, "1e3", None), (int, "1.5", None), (float, "fast", None)),
     ],
 )
-def test_spellings_of_people(kind, text, value):
-    parsed = settings.parse(kind, text)
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        (tuple[int, ...], "5,x"),
-        (tuple[int, ...], "5,,6"),
-        (tuple[str, ...], "a,,b"),
-        (Count, "1e3"),
-        (int, "1.5"),
-        (float, "fast"),
-    ],
-)
-def test_misspellings_are_refused(kind, text):
-    with pytest.raises(ValueError, match="is not"):
-        settings.parse(kind, text)
+def test_spellings_of_people_are_understood_or_refused(kind, text, value):
+    if value is None:
+        with pytest.raises(ValueError, match="is not"):
+            settings.parse(kind, text)
+    else:
+        parsed = settings.parse(kind, text)
+        assert parsed == value and type(parsed) is type(value)
 
 
 # ---------------------------------------------------------------- json and back
@@ -160,16 +143,12 @@ def test_misspellings_are_refused(kind, text):
 
 @pytest.mark.parametrize("kind", [Config, PretrainConfig, VerifyConfig, BenchmarkConfig])
 def test_a_file_of_settings_tells_its_class(kind, tmp_path):
+    settings.validate(kind())
     write_json(tmp_path / "config.json", as_dict(kind(seed=3)))
     assert settings.read(tmp_path / "config.json") == kind(seed=3)
-
-
-@pytest.mark.parametrize(
-    "tree", [{"sede": 0}, {"sae": 5}, {"sae": {"widht": 5}}, {"seed": {"a": 1}}, []]
-)
-def test_unknown_settings_in_json_are_refused(tree):
-    with pytest.raises(UserError, match=r"[sS]etting"):
-        settings.from_dict(Config, tree)
+    for tree in ({"sede": 0}, {"text": 5}, {"seed": {"a": 1}}, []):
+        with pytest.raises(UserError, match=r"[sS]etting"):
+            settings.from_dict(kind, tree)
 
 
 # ---------------------------------------------------------------- what is allowed
@@ -189,8 +168,6 @@ REFUSED = [  # setting, value, what the line names
     ("extract__matmul_dtype", "float16", "bfloat16"),
     ("extract__norm_mask", float("inf"), "extract.norm_mask=inf"),
     ("sae__architecture", "transcoder", "topk"),
-    ("sae__width", 31, "sae.k=32 is larger than sae.width=31"),
-    ("sae__k", (4, 5000), "sae.k=5000"),
     ("sae__steps", 2.5, "sae.steps=2.5"),
     ("sae__learning_rate", (1e-3, -1e-3), "sae.learning_rate=0.001,-0.001: -0.001"),
     ("map__kinds", ("mean", "rigde"), "rigde must be one of"),
@@ -207,13 +184,6 @@ def test_refused_settings_are_named(name, value, named):
         settings.validate(changed(**{name: value}))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_setting_that_would_do_nothing_is_refused():
-    config = PretrainConfig()
-    config.text.window_tokens = 99
-    with pytest.raises(UserError, match=r"text\.window_tokens=99 means nothing here"):
-        settings.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import dataclasses
 import gc
 import itertools
-import json
+import shutil
 import tracemalloc
 
 import jax
@@ -15,16 +15,15 @@ from crossdict_jax import models
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations import pairing
 from crossdict_jax.activations import plan as planning
-from crossdict_jax.activations.extract import extract, masked
+from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
-from crossdict_jax.activations.store import Sites, open_store, save_index, save_shard, shard_name
+from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import to_dict
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
 from crossdict_jax.models import run as run_module
 from crossdict_jax.training.mesh import make_mesh
-from crossdict_jax.workdir import open_workdir, write_text
+from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_text
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +50,37 @@ def everything(store):
     return {m: store.read(m, tiny_run.SITE, rows) for m in store.models}
 
 
-def test_rows_are_what_the_model_computes_at_the_paired_positions(config, finished):
-    """Each stored row against a forward pass of its own over its window alone."""
-    store, _ = finished
-    for m, name in enumerate(store.models):
-        lm = models.load(store.paths[m])
-        for window in (0, len(store.table) // 2, len(store.table) - 1):
-            here = np.flatnonzero(store.rows.window == window)
-            tokens = store.window_tokens(name, window)
-            x = models.capture(lm, tokens[None], [tiny_run.SITE])[tiny_run.SITE][0]
-            wanted = np.asarray(x)[store.rows.position[here, m]]
-            got = store.read(name, tiny_run.SITE, here).astype(np.float32)
-            np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=1e-2)
-            np.testing.assert_array_equal(
-                store.rows.token[here, m], tokens[store.rows.position[here, m]]
-            )
+def test_rows_of_splits_are_apart_and_counted(finished):
+    store, work = finished
+    assert (np.diff(store.rows.split) >= 0).all()
+    documents = [set(store.rows.document[store.select(s)]) for s in ("train", "validation", "test")]
+    assert all(documents) and not documents[0] & documents[2] and not documents[0] & documents[1]
+    pairing = read_json(work.result("pairing.json"))
+    assert sum(pairing["rows"].values()) + pairing["dropped"]["norm_outliers"] == len(store.rows)
+    assert pairing["pairs"] == len(store.rows)
+    assert pairing["common_ends"] - pairing["dropped"]["first_position"] == len(store.rows)
+    assert set(pairing["models"]) == set(store.models)
+    with pytest.raises(UserError, match="has no nobody at"):
+        store.read("nobody", tiny_run.SITE, np.arange(2))
 
 
-def test_positions_are_those_of_pair(config, finished):
+def test_rows_are_what_the_model_computes_at_the_paired_positions(finished):
+    """Each stored row against a forward pass of its own over its window alone, and ``pair``."""
     store, _ = finished
     lms = [models.load(path) for path in store.paths]
-    for window in range(0, len(store.table), 9):
-        here = np.flatnonzero(store.rows.window == window)
-        texts = [
-            lm.tokenizer.decode(store.window_tokens(name, window))
-            for lm, name in zip(lms, store.models)
-        ]
+    for window in (0, len(store.table) // 2, len(store.table) - 1):
+        rows, texts = np.flatnonzero(store.rows.window == window), []
+        for m, (name, lm) in enumerate(zip(store.models, lms)):
+            tokens, position = store.window_tokens(name, window), store.rows.position[rows, m]
+            x = models.capture(lm, tokens[None], [tiny_run.SITE])[tiny_run.SITE][0]
+            stored = store.read(name, tiny_run.SITE, rows).astype(np.float32)
+            np.testing.assert_allclose(stored, np.asarray(x)[position], rtol=1e-2, atol=1e-2)
+            np.testing.assert_array_equal(store.rows.token[rows, m], tokens[position])
+            texts.append(lm.tokenizer.decode(tokens))
         assert texts[0] == texts[1]
-        wanted = pair(texts[0], lms[0].tokenizer, lms[1].tokenizer)
-        np.testing.assert_array_equal(store.rows.position[here, 0], wanted.position_a)
-        np.testing.assert_array_equal(store.rows.position[here, 1], wanted.position_b)
+        wanted = pair(texts[0], *(lm.tokenizer for lm in lms))
+        expected = np.stack([wanted.position_a, wanted.position_b], axis=1)
+        np.testing.assert_array_equal(store.rows.position[rows], expected)
 
 
 def arrays(plan):
@@ -101,8 +101,7 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
 
 
 def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
-    """Rows, tokens, norms and text are not held; a name and hashes are, of each document."""
-    monkeypatch.setattr(stage, "BLOCK", 256)
+    """Rows, tokens and text are not held; a name and hashes are, of each document."""
     monkeypatch.setattr(planning, "BLOCK_DOCUMENTS", 8)
     lms = [models.load(path) for path in config.models]
     cut = pairing.windows
@@ -113,28 +112,16 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(planning.pairing, "windows", windows)
 
-    def plan_and_finish(place, text):
-        plan = planning.make_plan(dataclasses.replace(config, text=text), lms, place)
-        for model in "ab":
-            for i, (start, stop) in enumerate(itertools.pairwise(plan.shard_starts)):
-                ones = np.full((stop - start, 4), 0x3F80, np.uint16)
-                save_shard(place, shard_name(model, str(tiny_run.SITE), i), ones)
-        sites = Sites({(m, tiny_run.SITE): (m, tiny_run.SITE) for m in "ab"})
-        how = {"shards": plan.shards, "documents": plan.documents}
-        keep, _ = masked(config.extract, place, sites, plan.rows, **how)
-        save_index(place, dataclasses.replace(plan.rows, keep=keep), plan.table)
-        return len(plan.rows)
-
     def held(documents):
-        place = tmp_path / str(documents)
-        source = place / "long.txt"
+        source = tmp_path / str(documents) / "long.txt"
         write_text(source, "\n\n".join(tiny_run.make_texts(documents)))
         changes = {"source": str(source), "documents": documents, "max_bytes": 150}
+        text = dataclasses.replace(config.text, **changes)
         tracemalloc.start()
-        rows = plan_and_finish(place, dataclasses.replace(config.text, **changes))
+        plan = planning.make_plan(dataclasses.replace(config, text=text), lms, tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return peak, rows
+        return peak, len(plan.rows)
 
     gc.freeze()
     try:
@@ -143,38 +130,23 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
         gc.unfreeze()
-    assert many_rows > few_rows + 12_000  # of which each would be 39 bytes and more
+    assert many_rows > few_rows + 12_000  # of which each would be 37 bytes and more
     assert many - few < 500 * (300 - 20)
-
-
-def test_splits_are_contiguous_and_share_no_document(finished):
-    store, _ = finished
-    assert (np.diff(store.rows.split) >= 0).all()
-    documents = [set(store.rows.document[store.select(s)]) for s in ("train", "validation", "test")]
-    assert all(documents) and not documents[0] & documents[2] and not documents[0] & documents[1]
 
 
 def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, monkeypatch):
     store, _ = finished
-    read, reads = stage._read_shard, []
-
-    def dying(*args):
-        reads.append(1)
-        if len(reads) == 4:
-            raise KeyboardInterrupt
-        return read(*args)
-
-    monkeypatch.setattr(stage, "_read_shard", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        save, shards = stage.save_shard, itertools.count()
+        patch.setattr(stage, "save_shard", lambda *a: dying() if next(shards) == 3 else save(*a))
         run(config, tmp_path / "w")
     with pytest.raises(UserError, match="no finished store"):
         open_store(tmp_path / "w" / "activations")
-    monkeypatch.setattr(stage, "_read_shard", read)
     again, work = run(config, tmp_path / "w")
     assert again.meta == store.meta
     for name, x in everything(store).items():
         np.testing.assert_array_equal(everything(again)[name].view(np.uint16), x.view(np.uint16))
-    assert json.loads(work.result("pairing.json").read_text())
+    assert read_json(work.result("pairing.json"))
 
 
 def test_batches_and_devices_do_not_change_rows(config, finished, tmp_path, monkeypatch):
@@ -186,19 +158,10 @@ def test_batches_and_devices_do_not_change_rows(config, finished, tmp_path, monk
         np.testing.assert_allclose(other_x, x.astype(np.float32), rtol=1e-2, atol=1e-2)
 
 
-def test_pairing_json_adds_up(finished):
-    store, work = finished
-    pairing = json.loads(work.result("pairing.json").read_text())
-    assert sum(pairing["rows"].values()) + pairing["dropped"]["norm_outliers"] == len(store.rows)
-    assert pairing["pairs"] == len(store.rows)
-    assert pairing["common_ends"] - pairing["dropped"]["first_position"] == len(store.rows)
-    assert set(pairing["models"]) == set(store.models)
-
-
 def test_norm_outliers_are_masked_in_every_model(config, tmp_path):
     strict = dataclasses.replace(config, extract=dataclasses.replace(config.extract, norm_mask=1.1))
     store, work = run(strict, tmp_path / "w")
-    dropped = json.loads(work.result("pairing.json").read_text())["dropped"]
+    dropped = read_json(work.result("pairing.json"))["dropped"]
     assert dropped["norm_outliers"] == (~store.rows.keep).sum() > 0
     x = everything(store)["a"].astype(np.float32)
     norms = np.linalg.norm(x, axis=1)
@@ -211,8 +174,6 @@ def test_norm_outliers_are_masked_in_every_model(config, tmp_path):
 )
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
 def test_damage_is_named(finished, tmp_path, name, damage):
-    import shutil
-
     shutil.copytree(finished[1].activations, tmp_path / "a")
     victim = tmp_path / "a" / name
     data = bytearray(victim.read_bytes())
@@ -228,28 +189,17 @@ def test_damage_is_named(finished, tmp_path, name, damage):
     assert str(victim) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_site_or_model_is_refused(finished):
-    store, _ = finished
-    for model, site in (("a", Site(0)), ("nobody", tiny_run.SITE)):
-        with pytest.raises(UserError, match=f"has no {model} at {site}"):
-            store.read(model, site, np.arange(2))
-
-
 def test_changed_text_is_refused(config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "masked", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(config, tmp_path / "w")
-    load = planning.load_corpus
-    monkeypatch.setattr(
-        planning,
-        "load_corpus",
-        lambda text, **where: dataclasses.replace(
-            load(text, **where), provenance=load(text).provenance | {"sha256": "other"}
-        ),
-    )
-    with pytest.raises(UserError, match="text has changed"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "masked", dying)
         run(config, tmp_path / "w")
+    text = dataclasses.replace(config.text, max_bytes=100)
+    with pytest.raises(UserError, match="text has changed"):
+        extract(dataclasses.replace(config, text=text), Workdir(tmp_path / "w"))
+
+
+def dying(*_, **settings):
+    raise KeyboardInterrupt
 
 
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):

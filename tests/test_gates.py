@@ -147,9 +147,9 @@ def late(patch):
     pair_many = pairing.pair_many
 
     def shifted(ends):
-        byte_end, positions = pair_many(ends)
+        byte_end, positions, counts = pair_many(ends)
         inside = positions[:, 1] + 1 < len(ends[1])
-        return byte_end[inside], (positions + np.array([[0, 1]]))[inside]
+        return byte_end[inside], (positions + np.array([[0, 1]]))[inside], counts
 
     patch.setattr(pairing, "pair_many", shifted)
     patch.setattr(planted, "pair_many", shifted)

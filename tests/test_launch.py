@@ -181,44 +181,29 @@ def test_help_is_quick():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # seconds
 
 
-BROKEN = {
-    "no_function": "x = 1\n",
-    "raises": "def get_config():\n    raise ValueError('two\\nlines')\n",
-    "nothing": "def get_config():\n    pass\n",
-    "wrong_type": "from crossdict_jax.config import Config\n"
-    "def get_config():\n    return Config(layers=[5, 6])\n",
-}
+BROKEN = [
+    "x = 1",
+    "def get_config():\n    raise ValueError('two\\nlines')",
+    "def get_config():\n    pass",
+    "from crossdict_jax import config\ndef get_config():\n    return config.Config(layers=[5, 6])",
+]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_config_files_are_told_in_one_line(name, tmp_path, refused):
-    (tmp_path / f"{name}.py").write_text(BROKEN[name])
-    line = refused(print, f"--config={tmp_path}/{name}.py --workdir={tmp_path}/run")
-    assert f"{name}.py" in line or "layers=" in line
+@pytest.mark.parametrize("program", BROKEN)
+def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
+    (tmp_path / "own.py").write_text(program)
+    line = refused(print, f"--config={tmp_path}/own.py --workdir={tmp_path}/run")
+    assert "own.py" in line or "layers=" in line
     assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- work directories, exit codes
 
 
-def test_other_settings_are_refused_with_a_diff(tmp_path, refused):
-    assert run_here(print, f"--models=a,b --workdir={tmp_path}/run") == 0
-    assert run_here(print, f"--workdir={tmp_path}/run") == 0
-    (tmp_path / "run/computed").touch()
-    line = refused(print, f"--workdir={tmp_path}/run --width=64 --seed=1")
-    assert f"sae.width: {quickstart.get_config().sae.width} there, 64 now" in line
-    assert "seed: 0 there, 1 now" in line
-
-
-@pytest.mark.parametrize("kind", ["a file", "not a run", "damaged", "not writable"])
-def test_bad_work_directories_are_told_in_one_line(kind, tmp_path, refused):
-    path = Path("/proc/run") if kind == "not writable" else tmp_path / "run"
-    if kind == "a file":
-        path.write_text("")
-    elif kind != "not writable":
-        path.mkdir()
-        (path / ("photo.jpg" if kind == "not a run" else "config.json")).write_text('{"sae": ')
-    assert str(path) in refused(print, f"--models=a,b --workdir={path}")
+def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
+    (tmp_path / "config.json").write_text('{"sae": ')
+    for path in (tmp_path, "/proc/run"):
+        assert str(path) in refused(print, f"--models=a,b --workdir={path}")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +227,7 @@ def test_exit_codes(error, code, words, tmp_path, capfd):
 
 # ---------------------------------------------------------------- whole runs, on two tiny models
 
-KINDS = ("mean", "token", "ridge", "mlp", "crosscoder")
+KINDS = ("mean", "ridge", "mlp", "crosscoder")
 RESULTS = (
     "pairing.json",
     *(table.file for table in results.SPINE if table.file != "features.jsonl"),
@@ -251,11 +236,11 @@ RESULTS = (
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with two untrained models a and b, their tokenizers, and 80 documents."""
+    """A folder with two untrained models a and b of one shape, tokenizers, and 80 documents."""
     folder = tmp_path_factory.mktemp("tiny")
     texts = make_texts(80)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    make_models(folder, texts)
+    make_models(folder, texts, dict.fromkeys("ab", SHAPES["a"]))  # programs are compiled once
     return folder
 
 
@@ -317,10 +302,10 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     work, _ = finished
     files = [p for p in work.rglob("*") if p.is_file() and "results" not in p.parts]
     before = {p: p.stat().st_mtime_ns for p in files if p.suffix != ".html"}
-    results = {name: (work / "results" / name).read_bytes() for name in RESULTS}
+    written = {name: (work / "results" / name).read_bytes() for name in RESULTS}
     assert run_here(experiment.main, f"--workdir={work}") == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert {name: (work / "results" / name).read_bytes() for name in results} == results
+    assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
 
 
 # ---------------------------------------------------------------- mistakes in text and models
@@ -490,9 +475,9 @@ def test_train_lm_prints_its_loss_beside_counting(tiny, tmp_path, capfd):
     given = [f"--config.{name}={value}" for name, value in asked.items()]
     given += [f"--workdir={tmp_path}/run"]
     assert run_here(train_lm.main, given, kind=PretrainConfig, default="docs_gpt2") == 0
-    out = capfd.readouterr().out
-    losses = {name: float(loss) for name, loss in re.findall(r"^  (\w+) +([0-9.]+)$", out, re.M)}
+    *_, names, values, folder = capfd.readouterr().out.splitlines()
+    losses = dict(zip(names.split(), map(float, values.split())))
     assert losses.keys() == {"model", "bigram", "unigram"}
     assert losses["bigram"] < losses["unigram"] < losses["model"]  # after three steps
-    assert out.splitlines()[-1] == f"{tmp_path}/run/model"
+    assert folder == f"{tmp_path}/run/model"
     assert models.load(tmp_path / "run/model").config.d_model == 16

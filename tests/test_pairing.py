@@ -94,12 +94,12 @@ def metaspace():
     return tokenizer
 
 
-def characters():
-    """A vocabulary of single characters that silently drops the others."""
-    vocab = {character: i for i, character in enumerate(sorted(set(ENGLISH)))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
+# A vocabulary of single characters that silently drops the others.
+CHARACTERS = tokenizers.Tokenizer(
+    models.BPE({character: i for i, character in enumerate(sorted(set(ENGLISH)))}, [])
+)
+CHARACTERS.decoder = decoders.Fuse()
+LLAMA, THIRD = llama_style(), train_byte_level(280)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,9 @@ def test_texts_of_known_ends(small):
     tokens = pairing.byte_ends("the<|endoftext|>the", small[0])
     assert {3, 16} <= set(tokens.ends.tolist())
     assert tokens.ids.tolist().count(0) == 1  # the literal is read as the special token
+    table = pairing.token_bytes(small[0])
+    assert len(table) == small[0].get_vocab_size() and table[0] == b"<|endoftext|>"
+    assert {b" the", *(bytes([b]) for b in range(256))} <= set(table)
 
 
 def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
@@ -221,12 +224,7 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
     assert wrapped(ENGLISH, add_special_tokens=False)["input_ids"] == expected
     assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
-
-
-def test_tokens_added_later_are_known_and_slow_tokenizers_refused():
-    tokenizer = train_byte_level(300)
-    assert pairing.byte_ends("[new]", tokenizer).ends[-1] == 5
-    tokenizer.add_tokens(["[new]"])
+    tokenizer.add_tokens(["[new]"])  # known at once
     assert pairing.byte_ends("[new]", tokenizer).ends.tolist() == [5]
     with pytest.raises(UserError, match="not a fast tokenizer"):
         pairing.byte_ends("text", object())
@@ -256,51 +254,44 @@ def test_invented_prefix_counts_no_byte(build, text, tokens, ends):
     assert found.ends.tolist() == ends
 
 
-LLAMA = llama_style()
-
-
-def test_dropped_and_changed_characters_drop_the_text():
-    plain = characters()
+def test_dropped_and_changed_characters_drop_the_text(small):
+    plain = CHARACTERS
     assert pairing.byte_ends("the axis", plain).ends.tolist() == list(range(1, 9))
     with pytest.raises(UserError, match="drops or changes"):
         pairing.byte_ends("the 漢 axis", plain)
     lower = train_byte_level(300, normalizer=normalizers.Lowercase())
     found = pairing.byte_ends_batch(["small", "Large", ""], lower)
-    assert [tokens is None for tokens in found] == [False, True, False]
+    assert [tokens.ends is None for tokens in found] == [False, True, False]
     with pytest.raises(UserError):
         pairing.byte_ends("the ▁ axis", LLAMA)  # read as a space: one byte instead of three
-
-
-def test_token_bytes_spell_every_token(small):
-    tokens, _ = vocabulary(small[0])
-    table = pairing.token_bytes(small[0])
-    assert len(table) == len(tokens)
-    assert table[0] == b"<|endoftext|>"
-    assert {bytes([b]) for b in range(256)} <= set(table)
-    assert b" the" in table
+    texts = ["the axis", "漢", "▁"]
+    found = pairing.windows(texts, (small[0], LLAMA, CHARACTERS), limits=(9, 9, 9))
+    assert [text_of(window, texts) for window in found.windows] == ["the axis"]
+    assert found.not_rebuilt == (0, 1, 2)
+    text = ENGLISH[:300] + " 漢 " + ENGLISH[300:600]
+    found = pairing.windows([text], (small[0], CHARACTERS), limits=(64, 32))
+    assert found.not_rebuilt == (0, 1)  # the others are kept
+    assert sum(len(text_of(window, [text])) for window in found.windows) >= len(text) - 32
 
 
 # ---------------------------------------------------------------- many models, statistics
 
 
-THIRD = train_byte_level(280)
-
-
 def test_last_token_at_an_end_and_no_first_position():
     a, b = np.array([2, 2, 5, 5, 5, 9]), np.array([0, 2, 5, 7, 9])
-    byte_end, positions = pairing.pair_many([a, b])
+    byte_end, positions, _ = pairing.pair_many([a, b])
     assert byte_end.tolist() == [2, 5, 9]
     assert positions.tolist() == [[1, 1], [4, 2], [5, 4]]
-    byte_end, _ = pairing.pair_many([np.array([2, 5]), b])
+    byte_end, *_ = pairing.pair_many([np.array([2, 5]), b])
     assert byte_end.tolist() == [5]  # 2 is position 0 of the first model
     assert pairing.pair_many([np.array([], np.int32), b])[0].tolist() == []
 
 
 def test_statistics_of_known_pairings():
-    found = pairing.pairing_statistics([np.arange(1, 21), np.array([20])])
+    *_, found = pairing.pair_many([np.arange(1, 21), np.array([20])])
     assert found.span_tokens[0] == (0, 0, 0, 0, 0, 0, 0, 1)  # long spans go to the last bin
     a, b = np.array([1, 3, 4, 6, 7]), np.array([1, 4, 6, 7])
-    found = pairing.pairing_statistics([a, b])
+    *_, found = pairing.pair_many([a, b])
     assert (found.ends, found.common, found.first_positions) == ((5, 4), 4, 1)
     assert found.coverage == (0.8, 1.0)
     assert found.one_to_one == 3  # 1, 4-6 and 6-7; 1-4 is two tokens of A
@@ -358,9 +349,6 @@ def test_windows_cover_documents_within_limits(small, request, kind, texts, limi
     check_windows(texts, tokenizers_, limits[: len(tokenizers_)])
 
 
-CHARACTERS = characters()
-
-
 def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     found = check_windows([ENGLISH], small, (40, 40))
     assert not any(found.not_rebuilt)
@@ -370,23 +358,6 @@ def test_windows_are_cut_before_whitespace_and_are_of_similar_size(small):
     found = check_windows([ENGLISH], [LLAMA], [40])  # full, although each invents a prefix
     total = sum(len(window.tokens[0].ids) for window in found.windows)
     assert len(found.windows) <= 1.25 * total / 40
-
-
-def test_windows_of_a_document_do_not_depend_on_the_others(small):
-    alone = pairing.windows([ENGLISH], small, limits=(30, 50)).windows
-    among = pairing.windows(["the axis", "", ENGLISH], small, limits=(30, 50)).windows
-    assert [w.start for w in alone] == [w.start for w in among if w.document == 2]
-
-
-def test_dropped_windows_are_counted_per_model(small):
-    texts = ["the axis", "漢", "▁"]
-    found = pairing.windows(texts, (small[0], LLAMA, CHARACTERS), limits=(9, 9, 9))
-    assert [text_of(window, texts) for window in found.windows] == ["the axis"]
-    assert found.not_rebuilt == (0, 1, 2)
-    text = ENGLISH[:300] + " 漢 " + ENGLISH[300:600]
-    found = pairing.windows([text], (small[0], CHARACTERS), limits=(64, 32))
-    assert found.not_rebuilt == (0, 1)  # the others are kept
-    assert sum(len(text_of(window, [text])) for window in found.windows) >= len(text) - 32
 
 
 def test_a_character_too_long_for_a_window_is_dropped(small):

@@ -1,10 +1,6 @@
-"""The large presets: every stage's shapes at full size, and one real run of the exact shapes."""
+"""The large presets: every stage's shapes at full size."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +17,9 @@ from crossdict_jax.models import Site
 from crossdict_jax.models.base import captured
 from crossdict_jax.training.ensemble import Ensemble
 from crossdict_jax.training.mesh import make_mesh
-from crossdict_jax.workdir import read_jsonl
 
-# The config.json of the two models, as far as it fixes shapes and maths.
-ARCHITECTURES = {
-    "pythia-410m-deduped": {
-        "model_type": "gpt_neox",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "max_position_embeddings": 2048,
-        "vocab_size": 50304,
-        "rotary_pct": 0.25,
-        "use_parallel_residual": True,
-    },
-    "gpt2-medium": {
-        "model_type": "gpt2",
-        "n_embd": 1024,
-        "n_layer": 24,
-        "n_head": 16,
-        "n_positions": 1024,
-        "vocab_size": 50257,
-    },
-}
+MODELS = ("EleutherAI/pythia-410m-deduped", "openai-community/gpt2-medium")
+ARCHITECTURES = {name.partition("/")[2]: models.known_config(name) for name in MODELS}
 PRESETS = {
     "small": pythia410m_gpt2medium_small.get_config(),
     "full": pythia410m_gpt2medium.get_config(),
@@ -57,7 +32,7 @@ architecture = pytest.mark.parametrize("shape", ARCHITECTURES.values(), ids=ARCH
 def test_parameters_are_as_many_as_published(shape):
     _, params = modules.abstract(lambda: models.init(shape))
     millions = sum(np.prod(p.shape) for p in jax.tree.leaves(params)) / 1e6
-    published = {"gpt_neox": 405.3, "gpt2": 354.8}[shape["model_type"]]
+    published = {"gpt_neox": 405.3, "gpt2": 354.8}[shape.model_type]
     assert millions == pytest.approx(published, abs=0.1)
 
 
@@ -74,7 +49,7 @@ def test_language_models_at_full_size(shape, config):
 
     x, logits = jax.eval_shape(read, params, tokens)
     assert [a.shape for a in x] == [(*tokens.shape, 1024)] * 3
-    assert logits.shape == (*tokens.shape, shape["vocab_size"])
+    assert logits.shape == (*tokens.shape, shape.vocab_size)
 
 
 @preset
@@ -116,47 +91,3 @@ def test_the_trained_map_at_full_size(config):
     assert after == state and np.isfinite(metrics["loss"].size)
     last = state["params"]["network"]["last"]["kernel"]
     assert last.shape == (1, config.map.hidden, config.sae.width)
-
-
-@pytest.mark.soak
-def test_the_exact_architectures_run_through(tmp_path):
-    """Random weights, real tokenizers, a few documents, full widths, through the real command."""
-    data = os.environ.get("CROSSDICT_DATA")
-    if not data:
-        pytest.skip("CROSSDICT_DATA is not set")
-    folders = random_models(Path(data), tmp_path)
-    work = tmp_path / "run"
-    settings = {
-        "text.source": f"{data}/text/wikitext2/valid.txt",
-        "text.documents": 60,
-        "sae.steps": 10,
-        "sae.batch_size": 256,
-        "map.steps": 10,
-        "crosscoder.steps": 10,
-        "evaluation.bootstrap": 20,
-        "intervention.documents": 4,
-        "intervention.batch_size": 4,
-    }
-    asked = [f"--config.{name}={value}" for name, value in settings.items()]
-    preset = ["--config=configs/pythia410m_gpt2medium_small.py", f"--models={','.join(folders)}"]
-    preset += ["--layers=6"]  # one pair of layers: a third of the time
-    # One device: each of the eight fake ones would hold both models.
-    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "launch.experiment", f"--workdir={work}", *preset, *asked]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
-    transfer = read_jsonl(work / "results" / "transfer.jsonl")
-    fitted = [r for r in transfer if r["map"] != "token_target"]
-    assert len(fitted) == 2 * len(PRESETS["small"].map.kinds) * 2
-    assert (work / "report" / "index.html").stat().st_size > 10_000
-
-
-def random_models(data: Path, root: Path) -> list[str]:
-    """Writes both architectures with random weights and their real tokenizers; their folders."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizers = {"pythia-410m-deduped": "pythia", "gpt2-medium": "gpt2"}
-    for seed, (name, shape) in enumerate(ARCHITECTURES.items()):
-        models.save(models.init(shape, seed=seed), root / name, dtype="bfloat16")
-        file = data / "tokenizers" / tokenizers[name] / "tokenizer.json"
-        PreTrainedTokenizerFast(tokenizer_file=str(file)).save_pretrained(root / name)
-    return [str(root / name) for name in ARCHITECTURES]

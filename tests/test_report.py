@@ -3,7 +3,7 @@
 import itertools
 import operator
 import re
-from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
@@ -178,56 +178,22 @@ def write_run(root) -> Workdir:
 # ---------------------------------------------------------------- reading a page
 
 
-class Page(HTMLParser):
-    """The tables, the words and the addresses of a page; refuses tags that do not close."""
-
-    CLOSED = frozenset({"meta", "path", "use", "br"})
+class Page:
+    """The tables, the words and the addresses of a page, whose tags all close."""
 
     def __init__(self, html: str):
-        super().__init__()
-        self.open, self.ids, self.addresses, self.tags = [], [], [], set()
-        self.tables, self.words = {}, []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        values = dict(attributes)
-        self.ids += [values["id"]] if "id" in values else []
-        self.addresses += [values[k] for k in ("href", "src", "xlink:href") if k in values]
-        if tag == "table":
-            self.rows = []
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in self.CLOSED:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if self.open and self.open[-1] == tag and tag not in self.CLOSED:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in self.CLOSED:
-            assert self.open.pop() == tag
-        if tag == "table":
-            self.tables[self.caption] = self.rows
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.words.append(data)
-        if self.open and self.open[-1] == "caption":
-            self.caption = data
-        elif "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += f"{data} "
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        root = ElementTree.fromstring(re.sub(r"<!doctype html>|<meta[^>]*>", "", html))
+        root.find(".//style").text = ""
+        self.tags = {element.tag for element in root.iter()}
+        self.ids = [e.get("id") for e in root.iter() if e.get("id")]
+        self.addresses = [e.get(k) for e in root.iter() for k in ("href", "src") if e.get(k)]
+        self.text = " ".join(" ".join(root.itertext()).split())
+        self.tables = {
+            table.findtext("caption"): [
+                [" ".join(cell.itertext()) for cell in row] for row in table.iter("tr")
+            ]
+            for table in root.iter("table")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -278,19 +244,15 @@ def test_the_page_needs_no_other_file(html, page):
     assert len(html) < 3_000_000
 
 
-def test_every_figure_is_there_and_has_words(html, page):
+def test_every_figure_has_words_and_the_readers_colours(html, page):
     # densities, cosines; r2, stitching of each direction and layer; curves
     figures = 12 + 2 * 6 + 2
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Lines: the mean (R² 0)" in page.text
-
-
-def test_colours_follow_the_readers_mode(html):
     style, drawings = html.split("</style>", 1)
     assert not re.search(r"(fill|stroke): ?#", drawings)
-    used = set(re.findall(r"var\((--[\w-]+)\)", html))
-    fonts = {"--prose", "--plain", "--code"}
-    assert all(f"{name}: light-dark(" in style for name in used - fonts)
+    used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code"}
+    assert all(f"{name}: light-dark(" in style for name in used)
 
 
 def test_the_answer_is_made_from_the_numbers(page):
@@ -316,14 +278,18 @@ def test_every_setting_is_shown_as_it_is_typed():
     }
 
 
-def test_the_terminal_table_fits_a_screen(run, capsys):
+def test_the_terminal_table_fits_a_screen(run, tmp_path, capsys):
     summary_table(run)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 30 and max(map(len, lines[:-1])) <= 120  # the last names a folder
     out = "\n".join(lines)
     assert out.count("resid_pre.") == 6
-    assert re.search(r"-0?.*0.460 +0.580 token_ridge ● +0.490 mlp ● +−0.021", out)
+    assert re.search(r"0.460 +0.580 token_ridge ● +0.490 mlp ● +−0.021", out)
     assert "results.md" in lines[-1]
+    # Of many layer pairs each direction's best one.
+    summary_table(write_required(tmp_path, models=("a", "b", "c"), layers=range(12)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 30 and "\n".join(lines).count("resid_pre.11") == 6
 
 
 def test_the_documentation_is_filled_from_a_run(run, tmp_path):
@@ -454,6 +420,20 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     assert "Only 12 held-out documents" in documents
     assert "2 of 2 dictionaries (docs-gpt2 resid_pre.6 seed-0" in dead
     assert "docs-neox resid_pre.6" in missed
+
+
+def test_a_diverged_dictionary_is_a_warning_everywhere(tmp_path, capsys):
+    work = write_required(tmp_path, layers=(5, 6))
+    rows = reconstruction_rows(layers=(5, 6))
+    rows[0]["fvu"] = 812.5  # docs-gpt2 resid_pre.5
+    write_jsonl(work.result("reconstruction.jsonl"), rows)
+    page = page_of(work)
+    assert "Training has diverged (FVU far above 1)" in page.text
+    first = page.tables["Every dictionary on held-out text"][1]
+    assert "812.5 ⚠ diverged" in " ".join(" ".join(first).split())
+    summary_table(work)
+    out = capsys.readouterr().out
+    assert "⚠ diverged dictionary" in " ".join(out.split()) and out.count("⚠ docs-") == 2
 
 
 def test_undefined_numbers_are_dashes(tmp_path):

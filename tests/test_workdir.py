@@ -1,9 +1,11 @@
 """Work directories: whose run lies there, and which settings make it another one."""
 
 import pytest
+from absl import logging
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import model_names, open_workdir, read_json, write_json
+from crossdict_jax.training.stage import progress_bar
+from crossdict_jax.workdir import Workdir, model_names, open_workdir, read_json, write_json
 
 USUAL = {"seed": 0, "sae": {"width": 8, "k": 2}, "efficiency": {"rows": [1, 2]}}
 
@@ -61,3 +63,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_names_of_models_collide_in_order():
     names = model_names(["org/a", "other/a/", "a b", "/"])
     assert names == ["a", "a-2", "a-b", "model"]
+
+
+def test_a_stage_says_one_line_and_bars_are_for_terminals(tmp_path, capfd, monkeypatch):
+    figures = {"wall_s": 12.34, "rows_per_s": 33808.4, "rows": 417_194, "dictionaries": 6}
+    Workdir(tmp_path).record_timing("train_saes", **figures, device="cpu", devices=1)
+    assert sum(progress_bar(range(3), delay=0)) == 3
+    said = capfd.readouterr()
+    assert said.out == "train_saes: 12.3 s, 33,808 rows/s, 6 dictionaries\n" and said.err == ""
+    monkeypatch.setattr(logging, "get_verbosity", lambda: logging.ERROR)
+    Workdir(tmp_path).record_timing("train_saes", **figures)
+    assert capfd.readouterr().out == ""
+    assert read_json(tmp_path / "results/timing.json") == {"train_saes": figures}

@@ -29,27 +29,12 @@ from crossdict_jax.workdir import Workdir, open_workdir, read_json
 
 CONTEXT = 64
 SITE = Site(1)
-SHAPES = {
-    "a": {
-        "model_type": "gpt2",
-        "vocab_size": 290,
-        "n_embd": 16,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": CONTEXT,
-        "initializer_range": 0.3,  # so that edits matter without training
-    },
-    "b": {
-        "model_type": "gpt_neox",
-        "vocab_size": 310,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": CONTEXT,
-        "rotary_pct": 0.5,
-        "initializer_range": 0.3,
-    },
+SHAPES = {  # of a large init, so that edits matter without training
+    "a": {"model_type": "gpt2", "vocab_size": 290, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    | {"n_positions": CONTEXT, "initializer_range": 0.3},
+    "b": {"model_type": "gpt_neox", "vocab_size": 310, "hidden_size": 24, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": CONTEXT}
+    | {"rotary_pct": 0.5, "initializer_range": 0.3},
 }
 
 
@@ -61,13 +46,13 @@ def make_texts(n: int) -> list[str]:
     return [" ".join(rng.choice(words, rng.integers(15, 40))) for _ in range(n)]
 
 
-def make_models(root: Path, texts: list[str]) -> tuple[str, ...]:
-    """Two random language models with tokenizers of different sizes; their folders."""
-    for seed, (name, shape) in enumerate(SHAPES.items()):
+def make_models(root: Path, texts: list[str], shapes: dict = SHAPES) -> tuple[str, ...]:
+    """Random language models of these shapes, with tokenizers of their sizes; their folders."""
+    for seed, (name, shape) in enumerate(shapes.items()):
         tokenizer = train_tokenizer(texts, vocab_size=shape["vocab_size"], nfc=False)
         models.save(models.init(shape, seed=seed), root / name, dtype="float32")
         save_tokenizer(tokenizer, root / name, context=CONTEXT)
-    return tuple(str(root / name) for name in SHAPES)
+    return tuple(str(root / name) for name in shapes)
 
 
 def make_config(root: Path) -> Config:

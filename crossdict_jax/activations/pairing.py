@@ -21,17 +21,16 @@ MAX_SPAN = 8  # the last bin of a span-length histogram holds this many tokens o
 _ENCODE_BATCH = 1024  # texts per call of a tokenizer: bounds the memory of its answers
 
 
-@dataclass(frozen=True)
-class TokenEnds:
+class TokenEnds(NamedTuple):
     """The tokens of one text, and where in the UTF-8 bytes of the NFC text each of them ends."""
 
     ids: np.ndarray  # int32 [n]
-    ends: np.ndarray  # int32 [n], non-decreasing; 0 for a token that only holds invented bytes
-    # None inside this module alone, where the tokens do not rebuild the text.
+    # int32 [n], non-decreasing; 0 for a token that only holds invented bytes. None where the tokens
+    # do not rebuild the text.
+    ends: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Pairing:
+class Pairing(NamedTuple):
     """The positions at which two tokenizers end a token at the same byte of a text."""
 
     position_a: np.ndarray  # int32 [n], into tokenizer_a(text, add_special_tokens=False)
@@ -44,14 +43,13 @@ class Pairing:
 # ---------------------------------------------------------------- the bytes of tokens
 
 
-@dataclass(frozen=True)
-class _Reader:
+class _Reader(NamedTuple):
     """A tokenizer's private copy, and the bytes of the text that each of its tokens stands for."""
 
     backend: object  # tokenizers.Tokenizer, neither truncating nor padding
     pieces: tuple[bytes, ...]  # by token id
     sizes: np.ndarray  # int32 [vocabulary], length of each piece
-    added: frozenset[int]  # ids of special and added tokens
+    added: dict[int, str]  # special and added tokens
     invents_prefix: bool  # whether a space is put before the text, or after an added token
 
 
@@ -96,23 +94,15 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
     spell = _spelling(spec)
     for token, index in vocabulary.items():
         pieces[index] = added[index].encode() if index in added else spell(token)
-    prefixes = [
-        step["type"] == "Prepend"
-        or (step["type"] == "ByteLevel" and step.get("add_prefix_space", False))
-        or (
-            step["type"] == "Metaspace"
-            and step.get("prepend_scheme", step.get("add_prefix_space", False))
-            not in ("never", False)
-        )
+    # Metaspace says so in its newer or its older key; Prepend always does.
+    keys = {"ByteLevel": ("add_prefix_space",), "Metaspace": ("prepend_scheme", "add_prefix_space")}
+    said = [
+        next((step[k] for k in keys.get(step["type"], ()) if k in step), step["type"] == "Prepend")
         for step in _steps(spec, "normalizer", "pre_tokenizer")
     ]
-    return _Reader(
-        backend=copy,
-        pieces=tuple(pieces),
-        sizes=np.array([len(piece) for piece in pieces], np.int32),
-        added=frozenset(added),
-        invents_prefix=any(prefixes),
-    )
+    prefix = any(value not in (False, "never") for value in said)
+    sizes = np.array([len(piece) for piece in pieces], np.int32)
+    return _Reader(copy, tuple(pieces), sizes, added, prefix)
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:
@@ -163,7 +153,7 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
       UserError: the tokenizer drops or changes characters of this text.
     """
     (tokens,) = byte_ends_batch([text], tokenizer)
-    if tokens is None:
+    if tokens.ends is None:
         raise UserError(
             f"{type(tokenizer).__name__} drops or changes characters of {text[:40]!r}: positions "
             "of this text cannot be paired; use other text or another tokenizer."
@@ -171,22 +161,16 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
     return tokens
 
 
-def byte_ends_batch(texts: Sequence[str], tokenizer) -> list[TokenEnds | None]:
-    """Returns `byte_ends` of many texts; None where the tokens do not rebuild the text."""
-    read = _read([normalize(text) for text in texts], _reader(tokenizer))
-    return [None if tokens.ends is None else tokens for tokens in read]
-
-
 def normalize(text: str) -> str:
     """Returns the NFC of `text`: what every tokenizer reads and every byte offset counts in."""
     return unicodedata.normalize("NFC", text)
 
 
-def _read(texts: Sequence[str], reader: _Reader) -> list[TokenEnds]:
-    """Returns the tokens of each NFC text; their ends are None if they do not rebuild the text."""
-    read = []
+def byte_ends_batch(texts: Sequence[str], tokenizer) -> list[TokenEnds]:
+    """Returns `byte_ends` of many texts; `ends` is None where tokens do not rebuild the text."""
+    read, reader = [], _reader(tokenizer)
     for start in range(0, len(texts), _ENCODE_BATCH):
-        batch = texts[start : start + _ENCODE_BATCH]
+        batch = [normalize(text) for text in texts[start : start + _ENCODE_BATCH]]
         encodings = reader.backend.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings):
             ids, data = encoding.ids, text.encode()
@@ -194,8 +178,8 @@ def _read(texts: Sequence[str], reader: _Reader) -> list[TokenEnds]:
             sizes, invented = reader.sizes[ids], []
             if b"".join(pieces) != data:
                 bounds = [i for i, token in enumerate(ids) if token in reader.added]
-                may_invent = reader.invents_prefix
-                invented = _invented_spaces(data, pieces, bounds) if may_invent else None
+                may = reader.invents_prefix
+                invented = _invented_spaces(data, pieces, bounds) if may else None
             if invented:
                 sizes[invented] -= 1
             ends = None if invented is None else np.cumsum(sizes, dtype=np.int32)
@@ -240,37 +224,36 @@ def pair(text: str, tokenizer_a, tokenizer_b) -> Pairing:
       UserError: a tokenizer drops or changes characters of this text.
     """
     ends = [byte_ends(text, tokenizer).ends for tokenizer in (tokenizer_a, tokenizer_b)]
-    byte_end, positions = pair_many(ends)
-    coverage_a, coverage_b = pairing_statistics(ends).coverage
-    return Pairing(
-        position_a=positions[:, 0],
-        position_b=positions[:, 1],
-        byte_end=byte_end,
-        coverage_a=coverage_a,
-        coverage_b=coverage_b,
-    )
+    byte_end, positions, statistics = pair_many(ends)
+    return Pairing(*positions.T, byte_end, *statistics.coverage)
 
 
-def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (byte_end [n], positions [n, models]): the ends common to all models of one text.
+def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, PairingStatistics]:
+    """Returns (byte_end [n], positions [n, models], counts) of the ends common to all models.
 
-    A position is the last token at that end. Pairs that hold position 0 of any model are left out:
-    the first position attends to itself alone and has an outlying norm.
+    Of one text, from each model's token ends. A position is the last token at that end. Pairs that
+    hold position 0 of any model are left out: the first position attends to itself alone and has an
+    outlying norm.
     """
-    common, positions = _common(ends)
-    kept = (positions > 0).all(axis=1)
-    return common[kept], positions[kept]
-
-
-def _common(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(ends common to all models, the last token at each): ``pair_many`` masks position 0."""
     common = functools.reduce(np.intersect1d, ends[1:], np.unique(ends[0]))
     common = common[common > 0]
     positions = [np.searchsorted(e, common, side="right") - 1 for e in ends]
-    return common, np.stack(positions, axis=-1).astype(np.int32)
-
-
-# ---------------------------------------------------------------- statistics
+    positions = np.stack(positions, axis=-1).astype(np.int32)  # [spans, models]
+    kept = (positions > 0).all(axis=1)
+    lengths = np.diff(positions, axis=0, prepend=np.full((1, len(ends)), -1, np.int32))
+    bins = (
+        np.bincount(of_model, minlength=MAX_SPAN + 1)
+        for of_model in np.minimum(lengths, MAX_SPAN).T
+    )
+    statistics = PairingStatistics(
+        texts=1,
+        ends=tuple(len(np.unique(e[e > 0])) for e in ends),
+        common=len(common),
+        first_positions=int((~kept).sum()),
+        one_to_one=int((lengths == 1).all(axis=1).sum()),
+        span_tokens=tuple(tuple(counts[1:].tolist()) for counts in bins),
+    )
+    return common[kept], positions[kept], statistics
 
 
 @dataclass(frozen=True)
@@ -288,7 +271,6 @@ class PairingStatistics:
     span_tokens: tuple[tuple[int, ...], ...]  # [models][MAX_SPAN] spans of 1, 2, .. tokens
 
     def __add__(self, other: PairingStatistics) -> PairingStatistics:
-        """Returns the statistics of both sets of texts together."""
         return PairingStatistics(*jax.tree.map(operator.add, astuple(self), astuple(other)))
 
     @property
@@ -316,30 +298,12 @@ class PairingStatistics:
         }
 
 
-def pairing_statistics(ends: Sequence[np.ndarray]) -> PairingStatistics:
-    """Returns the statistics of one text, from the token ends of each model."""
-    common, positions = _common(ends)  # [spans], [spans, models]
-    lengths = np.diff(positions, axis=0, prepend=np.full((1, len(ends)), -1, np.int32))
-    bins = np.minimum(lengths, MAX_SPAN)
-    return PairingStatistics(
-        texts=1,
-        ends=tuple(len(np.unique(e[e > 0])) for e in ends),
-        common=len(common),
-        first_positions=int((positions == 0).any(axis=1).sum()),
-        one_to_one=int((lengths == 1).all(axis=1).sum()),
-        span_tokens=tuple(
-            tuple(np.bincount(column, minlength=MAX_SPAN + 1)[1:].tolist()) for column in bins.T
-        ),
-    )
-
-
 # ---------------------------------------------------------------- windows
 
 _SPACE = re.compile(rb"(?<!\s)\s")  # where whitespace begins: windows are cut here if possible
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A stretch of a document that every model can read at once."""
 
     document: int  # index into the documents given
@@ -347,8 +311,7 @@ class Window:
     tokens: tuple[TokenEnds, ...]  # per model; ends count from the window's first byte
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """All windows of some documents, in their order, and what had to be dropped."""
 
     windows: tuple[Window, ...]
@@ -375,13 +338,11 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
             f"A window of {min(limits)} tokens holds no pair, as the first position is masked: "
             "text.window_tokens and every model's context must leave room for 2 or more."
         )
-    readers = [_reader(tokenizer) for tokenizer in tokenizers]
     pieces = [_Piece(i, 0, normalize(text).encode()) for i, text in enumerate(texts)]
-    kept: list[Window] = []
-    not_rebuilt, too_long = [0] * len(readers), 0
+    kept, not_rebuilt, too_long = [], [0] * len(tokenizers), 0
     while pieces:
         unread, texts = [], [piece.data.decode() for piece in pieces]
-        for piece, *tokens in zip(pieces, *(_read(texts, reader) for reader in readers)):
+        for piece, *tokens in zip(pieces, *(byte_ends_batch(texts, t) for t in tokenizers)):
             if all(len(t.ids) <= limit for t, limit in zip(tokens, limits)):
                 not_rebuilt = [n + (t.ends is None) for n, t in zip(not_rebuilt, tokens)]
                 if piece.data and all(t.ends is not None for t in tokens):

@@ -71,9 +71,9 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
     for column in offsets:
         column.append([0])
     statistics, not_rebuilt, too_long = None, np.zeros(len(lms), int), 0
-    for first in range(0, len(corpus.documents), BLOCK_DOCUMENTS):
-        last = min(first + BLOCK_DOCUMENTS, len(corpus.documents))
-        documents = [corpus.documents[i] for i in range(first, last)]
+    for first in range(0, len(corpus), BLOCK_DOCUMENTS):
+        last = min(first + BLOCK_DOCUMENTS, len(corpus))
+        documents = [corpus[i] for i in range(first, last)]
         cut = pairing.windows([d.text for d in documents], tokenizers, limits=limits)
         not_rebuilt, too_long = not_rebuilt + cut.not_rebuilt, too_long + cut.too_long
         for window in cut.windows:
@@ -81,7 +81,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
             if number % SHARD_WINDOWS == 0:
                 shard_starts.append(len(columns["keep"]))
             ends = [tokens.ends for tokens in window.tokens]
-            byte_end, position = pairing.pair_many(ends)
+            byte_end, position, counts = pairing.pair_many(ends)
             n, split = len(byte_end), SPLITS.index(documents[window.document].split)
             entries = Rows(
                 document=np.full(n, document),
@@ -104,7 +104,6 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
                         f"The tokenizer of {lms[i].name} gives token id {highest}, but the model "
                         f"has only {size} (0-{size - 1}); use its own tokenizer."
                     )
-            counts = pairing.pairing_statistics(ends)
             statistics = counts if statistics is None else statistics + counts
     if statistics is None:
         raise UserError("The text gave no window that every model can read; use other text.")
@@ -119,7 +118,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
         rows=rows,
         bos=bos,
         shard_starts=np.asarray([*shard_starts, len(rows)]),
-        documents=[d.name for d in corpus.documents],
+        documents=[d.name for d in corpus],
         provenance=corpus.provenance,
         statistics=statistics,
         not_rebuilt=tuple(not_rebuilt.tolist()),

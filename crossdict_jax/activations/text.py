@@ -28,14 +28,15 @@ class Document:
     split: str  # train | validation | test
 
 
-class Documents(Sequence[Document]):
-    """Documents in a nameless file: train, validation, test, each in the order of adding.
+class Corpus(Sequence[Document]):
+    """All documents of a run: train, validation, test, each in the order of the source.
 
-    The file takes its room in ``directory`` (None: where temporary files lie) and is gone with the
-    process however that ends.
+    They lie in a nameless file of ``directory`` (None: where temporary files lie), which is gone
+    with the process however that ends. ``provenance`` says how they came about, as JSON values.
     """
 
     def __init__(self, directory: Path | None = None):
+        self.provenance: dict = {}
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
         self._starts = {split: array("q") for split in SPLITS}  # bytes of the file
 
@@ -47,6 +48,10 @@ class Documents(Sequence[Document]):
         """Returns how many documents each split has."""
         return {split: len(starts) for split, starts in self._starts.items()}
 
+    def split(self, name: str) -> tuple[Document, ...]:
+        """Returns the documents of one split."""
+        return tuple(d for d in self if d.split == name)
+
     def __len__(self) -> int:
         return sum(self.counts().values())
 
@@ -54,35 +59,22 @@ class Documents(Sequence[Document]):
         for split, starts in self._starts.items():
             if 0 <= number < len(starts):
                 self._file.seek(starts[number])
-                name, text = json.loads(self._file.readline())
-                return Document(name=name, text=text, split=split)
+                return Document(*json.loads(self._file.readline()), split)
             number -= len(starts)
         raise IndexError("There are no more documents.")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """All documents of a run, ordered train, validation, test, and how they came about."""
-
-    documents: Documents
-    provenance: dict  # JSON values only
-
-    def split(self, name: str) -> tuple[Document, ...]:
-        """Returns the documents of one split, in source order."""
-        return tuple(d for d in self.documents if d.split == name)
 
 
 def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     """Returns the first `text.documents` documents of `text.source`, cut and split.
 
-    They lie in a nameless file of `directory` (see ``Documents``). Blank documents and duplicates
-    are skipped and counted. The split is drawn from the dotted module name (docstrings) or the
-    whole NFC text (all else): it depends neither on `max_bytes` nor on what else is read.
+    They lie in `directory` (see ``Corpus``). Blank documents and duplicates are skipped and
+    counted. The split is drawn from the dotted module name (docstrings) or the whole NFC text (all
+    else): it depends neither on `max_bytes` nor on what else is read.
 
     Raises:
       UserError: a bad setting, an unreadable source, or a split left without a document.
     """
-    counts, seen, details, documents = Counter(), set(), {}, Documents(directory)
+    counts, seen, details, corpus = Counter(), set(), {}, Corpus(directory)
     for name, raw, key in _open_source(text, details):
         normal = unicodedata.normalize("NFC", raw)
         head = cut(normal, max_bytes=text.max_bytes)
@@ -96,33 +88,34 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
             seen |= digests
             counts["changed_by_nfc"] += normal != raw
             counts["cut_to_max_bytes"] += head != normal
-            documents.add(Document(name=name, text=head, split=split_of(key or normal, text)))
-        if len(documents) == text.documents:
+            corpus.add(Document(name, head, split_of(key or normal, text)))
+        if len(corpus) == text.documents:
             break
-    if not len(documents):
+    if not len(corpus):
         raise UserError(f"text.source={text.source} holds no text: every document is blank.")
-    empty = [split for split, count in documents.counts().items() if not count]
+    empty = [split for split, count in corpus.counts().items() if not count]
     if empty:
         raise UserError(
-            f"text.source={text.source} gave {len(documents)} documents, none of them in the split "
+            f"text.source={text.source} gave {len(corpus)} documents, none of them in the split "
             f"{' or '.join(empty)}: raise text.documents={text.documents}, the split's fraction, "
             "or give more text."
         )
     digest, bytes_of = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
-    for document in documents:
+    for document in corpus:
         encoded = document.text.encode()
         bytes_of[document.split] += len(encoded)
         digest.update(f"{document.split} {len(encoded)}\n".encode() + encoded)
-    provenance = {
+    corpus.provenance = {
         "source": text.source,
-        "documents": documents.counts(),
+        "documents": corpus.counts(),
         "bytes": bytes_of,
         "documents_asked": text.documents,
         "max_bytes": text.max_bytes,
         **{k: counts[k] for k in ("changed_by_nfc", "cut_to_max_bytes", "blank", "duplicates")},
         "sha256": digest.hexdigest(),
+        **details,
     }
-    return Corpus(documents=documents, provenance=provenance | details)
+    return corpus
 
 
 def split_of(key: str, text: TextConfig) -> str:
@@ -164,22 +157,18 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
     if text.source.startswith("hf:"):
         yield from _hub_rows(text)
         return
-    files = [path]
+    files, suffixes = [path], " ".join(SUFFIXES)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise UserError(
-                f"text.source={text.source} holds no file ending in {' '.join(SUFFIXES)}."
-            )
+        wrong = "" if files else f"holds no file ending in {suffixes}."
     elif not path.is_file():
-        raise UserError(
-            f"text.source={text.source} does not exist: give docstrings, a file or folder of "
-            f"{' '.join(SUFFIXES)}, or hf:NAME."
-        )
+        wrong = f"does not exist: give docstrings, a file or folder of {suffixes}, or hf:NAME."
     elif path.suffix not in SUFFIXES:
-        raise UserError(f"text.source={text.source} must end in one of {' '.join(SUFFIXES)}.")
-    elif path.stat().st_size == 0:
-        raise UserError(f"text.source={text.source} is an empty file: give one with text.")
+        wrong = f"must end in one of {suffixes}."
+    else:
+        wrong = "" if path.stat().st_size else "is an empty file: give one with text."
+    if wrong:
+        raise UserError(f"text.source={text.source} {wrong}")
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix == ".txt":

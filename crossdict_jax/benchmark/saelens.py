@@ -17,7 +17,7 @@ from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS
 from crossdict_jax.benchmark.peer import Peer
-from crossdict_jax.config import Config, SAEConfig, has_k, refuse_transcoders, unswept
+from crossdict_jax.config import Config, SAEConfig, refuse_transcoders, unswept
 from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import usual_rate
 from crossdict_jax.evaluation.reconstruction import measure
@@ -70,7 +70,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
         one_curve = ("model", "library", "architecture", "learning_rate")
         curve = [r for r in rows if all(r[key] == row[key] for key in one_curve)]
         on_curve = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], sae.k)
-        row["fvu_at_k"] = row["fvu"] if has_k(row["architecture"]) else on_curve
+        row["fvu_at_k"] = row["fvu"] if "k" in find(row["architecture"]).reads else on_curve
     write_jsonl(work.result("benchmark_saelens.jsonl"), rows)
     return rows
 
@@ -87,8 +87,8 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
     with Peer("sae-lens", FILE) as peer:
         for architecture in ARCHITECTURES:
             penalty = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
-            usual_l1 = find(architecture).usual_l1
-            coefficients = [None] if has_k(architecture) else [c * usual_l1 for c in SHARES]
+            kind = find(architecture)
+            coefficients = [None] if "k" in kind.reads else [c * kind.usual_l1 for c in SHARES]
             usual = [usual_rate(name, width=sae.width) for name in (architecture, "topk")]
             rates = dict.fromkeys((*usual, THEIR_RATE))
             for rate, coefficient in itertools.product(rates, coefficients):

@@ -138,7 +138,7 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     edited = None if settings.positions == "prompt" else span
     held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
     dose = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
-    promoted = promoted_tokens(e.source.runner, held[0], dose, words.has_text)
+    promoted = promoted_tokens(held[0], dose, words.has_text)
     in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
     # The same other features for every direction of this one, whatever else is drawn.
@@ -154,7 +154,7 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
         vectors = norm_b * unit[:, None, :] * doses[None, :, None]
         flat = vectors.reshape(-1, len(mapped))
         # [change of log p of the tokens and KL, in nats; vectors, doses, contexts]
-        curves = np.stack(e.target.runner.changes(held[1], flat, in_b, limit=PROMOTED))
+        curves = np.stack(held[1].changes(flat, in_b, limit=PROMOTED))
         curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
         ends = np.cumsum([len(group) for group in groups.values()])
         parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
@@ -223,9 +223,9 @@ def _removals(
         vectors += [vector[None], np.linalg.norm(vector) * normalised(directions.vectors[others])]
         in_b = strength if directions.strength is None else directions.strength[rows, i]
         by += [np.tile(-in_b, (1 + len(others), 1))]
-    removed = e.source.runner.continuations(held[0], e.directions[[i]], -strength[None])[0]
+    removed = held[0].continuations(e.directions[[i]], -strength[None])[0]
     vectors, by = np.concatenate(vectors), np.concatenate(by)
-    changes = e.target.runner.continuations(held[1], vectors, by)
+    changes = held[1].continuations(vectors, by)
     # Only where the text goes on in both models is there a continuation to be scored.
     at = [side.passages.take(rows) for side in (e.source, e.target)]
     scored = np.all([passages.end > passages.position for passages in at], axis=0)
@@ -339,14 +339,12 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
     return low + share[:, None] * (high - low)
 
 
-def promoted_tokens(
-    runner: Runner, held: Held, vector: np.ndarray, has_text: np.ndarray
-) -> dict[int, float]:
+def promoted_tokens(held: Held, vector: np.ndarray, has_text: np.ndarray) -> dict[int, float]:
     """Returns {token: nats} of the tokens with text whose log p a vector [d_model] raises most.
 
     The mean over the positions; ``has_text`` is bool [vocabulary].
     """
-    clean, edited = runner.log_probs(held, vector[None])
+    clean, edited = held.log_probs(vector[None])
     change = (edited - clean).mean(0, dtype=np.float64)
     change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
     top = np.argsort(-change, kind="stable")[:PROMOTED]

@@ -14,7 +14,7 @@ from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.results import pair_columns
 from crossdict_jax.training.stage import Stage, progress_bar
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, say
 
 ROWS = "feature_causal.jsonl"
 SUMMARY = "feature_causal_summary.jsonl"
@@ -36,7 +36,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
     if not settings.features and not settings.feature_ids:
         return
     if config.sae.output_site:
-        print("single features: left out, since transcoders read one site and write another")
+        say("single features: left out, since transcoders read one site and write another")
         return
     run, rows, summary = FinishedRun(config, work), [], []
     groups = directions.map_groups(config, run.store, layers=settings.layers, kinds=settings.maps)
@@ -66,7 +66,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
         except effects.NothingToTest as reason:
             if settings.feature_ids:
                 raise
-            print(f"No features of {group.label} are put to work: {reason}", flush=True)
+            say(f"No features of {group.label} are put to work: {reason}")
             continue
         rows += [pair_columns(group) | matches[row["feature"]] | row for row in of_features]
         summary += [pair_columns(group) | row for row in of_directions]

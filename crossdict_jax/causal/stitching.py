@@ -15,7 +15,7 @@ from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Effect
 from crossdict_jax.training.stage import Stage, progress_bar
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, say
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
 Bundle = tuple[Task, ...]  # of one kind of map and one direction, a task for every site of B
@@ -65,9 +65,9 @@ def bundles_by_sites(
     for (model, site), (other, written) in outputs.items():
         dictionary = f"stitching: the dictionary of {model} at {site} writes"
         if other != model:
-            print(f"{dictionary} {other}, another model: left out")
+            say(f"{dictionary} {other}, another model: left out")
         elif written != site:
-            print(f"{dictionary} {written}: there only features are put in, decoded")
+            say(f"{dictionary} {written}: there only features are put in, decoded")
     tasks = [task for task in tasks if outputs[task.target, task.site_target][0] == task.target]
     together: dict[tuple, dict[Site, Task]] = {}
     for task in tasks:

@@ -41,7 +41,6 @@ from crossdict_jax.config.rules import (
     SITES,
     architectures,
     gate_files,
-    has_k,
     map_kinds,
     measurements,
     output_site,

@@ -24,7 +24,6 @@ from crossdict_jax.config.rules import (
     at_least,
     choice,
     gate_files,
-    has_k,
     map_kinds,
     measurements,
     one_of,
@@ -126,10 +125,6 @@ class SAEConfig:
                 f"sae.accumulate={self.accumulate} must divide sae.batch_size={self.batch_size}: "
                 "parts are of equal size."
             )
-        k = max(self.k) if isinstance(self.k, tuple) else self.k
-        width = min(self.width) if isinstance(self.width, tuple) else self.width
-        if has_k(self.architecture) and k > width:
-            raise UserError(f"sae.k={k} is larger than sae.width={width}; k must be width or less.")
 
 
 @dataclass
@@ -300,6 +295,7 @@ class Config:
     control_kinds: Names = optional("Maps that get controls; blank: all", one_of(*map_kinds()))
     control_pairs: int = setting(0, "Layer pairs that get controls; 0: all", at_least(0))
     checkpoint_every: int = setting(500, CHECKPOINTS, at_least(1))
+    machine: str = setting("", "Machine to compile for, as in v5e-8 or h100-1: launch.compile")
     text: TextConfig = field(default_factory=TextConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -385,7 +381,7 @@ class BenchmarkConfig:
 
 # Settings of Config on which no file of a run depends but the answer to the question that they ask:
 # a finished run may be asked again with others.
-FREE = ("records", "efficiency", "pareto", "contrast", "steer", "probe")
+FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
 
 
 def to_dict(config: Any) -> dict:

@@ -1,6 +1,5 @@
 """What a setting may be: its rule and its help text, as metadata of the dataclass field."""
 
-import ast
 import dataclasses
 import re
 from collections.abc import Callable
@@ -73,15 +72,6 @@ def files_of(folder: str) -> tuple[str, ...]:
 def architectures() -> tuple[str, ...]:
     """Returns the kinds of dictionary."""
     return files_of("dictionaries/architectures")
-
-
-def has_k(architecture: str) -> bool:
-    """Whether a kind of dictionary fixes the number of active features: ``has_k`` of its class.
-
-    Read from the source, because to import the class is to import jax.
-    """
-    file = ROOM / "dictionaries/architectures" / f"{architecture}.py"
-    return any(ast.unparse(n) == "has_k = True" for n in ast.walk(ast.parse(file.read_text())))
 
 
 def map_kinds() -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.config import architectures
+from crossdict_jax.config import SWEPT, SAEConfig, architectures
+from crossdict_jax.config.settings import spell
 from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu
 from crossdict_jax.errors import UserError
 from crossdict_jax.ops import Code, decode, matmul, nth_largest, sparse_code
@@ -42,7 +43,7 @@ class Dictionary(nnx.Module):
     revives: bool = True  # whether the loss has a term for dead features
     pace: float = 1.0  # of the usual learning rate
     usual_l1: float = 1.0  # l1_coefficient at which about a sixth of the dimensions are active
-    has_k: bool = False  # whether k fixes the number of active features
+    reads: tuple[str, ...] = ()  # settings of SAEConfig that not all architectures read
     saelens: str = ""  # what SAELens calls the architecture; empty: it has no such form
 
     def __init__(
@@ -200,6 +201,28 @@ def find(architecture: str) -> type[Dictionary]:
     module = importlib.import_module(f"{__package__}.architectures.{architecture}")
     ours = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Dictionary))
     return next(c for c in ours if c.__module__ == module.__name__)
+
+
+def check_settings(sae: SAEConfig) -> None:
+    """Raises UserError for settings that the architecture does not read, or cannot fulfil."""
+    reads, usual = find(sae.architecture).reads, SAEConfig()
+    widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
+    for name in ("k", "l1_coefficient", "l0_target", "nested_fractions"):
+        value = getattr(sae, name)
+        # Presets set k and l1_coefficient whatever the architecture is; nobody sweeps by accident.
+        asked = isinstance(value, tuple) if name in SWEPT else value != getattr(usual, name)
+        if asked and name not in reads:
+            able = ", ".join(a for a in architectures() if name in find(a).reads)
+            raise UserError(
+                f"sae.{name}={spell(value)} means nothing to sae.architecture={sae.architecture}, "
+                f"only to {able}; leave it out."
+            )
+        largest = max(value) if isinstance(value, tuple) else value
+        if name in ("k", "l0_target") and name in reads and largest > min(widths):
+            raise UserError(
+                f"sae.{name}={largest} is larger than sae.width={min(widths)}; it must be the "
+                "width or less."
+            )
 
 
 def build(

@@ -15,7 +15,7 @@ LAYER_NORM_EPSILON = 1e-5
 class AbsTopK(Dictionary):
     """f = the k of z that are largest in magnitude, with their signs."""
 
-    has_k = True
+    reads = ("k",)
 
     def activate(self, z: jax.Array) -> jax.Array:
         size = jnp.abs(z)

@@ -31,7 +31,7 @@ def select(head: str, z: jax.Array, *, k: int, threshold: jax.Array | None) -> j
 
 def check(name: str, dictionary: Dictionary, label: str) -> None:
     """Raises UserError if a head does not fit the target's dictionary."""
-    if name == "topk" and not dictionary.has_k:
+    if name == "topk" and "k" not in dictionary.reads:
         raise UserError(
             f"map.head=topk keeps as many features as the target's dictionary, and that of {label} "
             f"({type(dictionary).__name__}) fixes no number; use jumprelu."

@@ -43,6 +43,11 @@ class NetworkMap(Map):
         raise NotImplementedError
 
     @classmethod
+    def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
+        """Returns zeros in the shapes of what ``measure`` gives of rows with so many tokens."""
+        raise NotImplementedError
+
+    @classmethod
     def alike(cls, measured: list[modules.Params]) -> list[modules.Params]:
         """Returns the same baselines in arrays of equal shapes, for one compiled step."""
         return measured

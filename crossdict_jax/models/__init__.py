@@ -12,7 +12,7 @@ from crossdict_jax.models.base import (
     check_tokens,
 )
 from crossdict_jax.models.folders import ASSETS, EMBEDDED, load_tokenizer
-from crossdict_jax.models.hf import init, load, load_config, model_types, save
+from crossdict_jax.models.hf import init, known_config, load, load_config, model_types, save
 
 __all__ = [
     "ASSETS",
@@ -27,6 +27,7 @@ __all__ = [
     "check_site",
     "check_tokens",
     "init",
+    "known_config",
     "load",
     "load_config",
     "load_tokenizer",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,24 +111,15 @@ def check_site(config: ModelConfig, site: Site, name: str) -> None:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Past:
-    """What attention keeps of tokens that were read before."""
+class Past(NamedTuple):
+    """What attention keeps of tokens that were read before.
 
-    # {layer: (keys, values)}, each float32 [batch, capacity, heads, d_head]; a layer that is
-    # absent looks back on nothing.
-    layers: dict[int, tuple[jax.Array, jax.Array]]
+    Keys and values are float32 [batch, capacity, heads, d_head]; an absent layer looks back on
+    nothing.
+    """
+
+    layers: dict[int, tuple[jax.Array, jax.Array]]  # {layer: (keys, values)}
     length: jax.Array  # int32 [batch], how many of them count
-
-
-@dataclass
-class Memory:
-    """One layer's keys and values during a pass: of the past, and where the new ones are left."""
-
-    seen: tuple[jax.Array, jax.Array] | None = None
-    length: jax.Array | None = None
-    new: tuple[jax.Array, jax.Array] | None = None
 
 
 class Linear(nnx.Module):
@@ -186,14 +178,15 @@ class Block(nnx.Module):
         self.attention, self.mlp = attention, mlp
         self.layer, self.parallel = layer, parallel
 
-    def __call__(self, x, rotary, tap: Tap, dtype: jnp.dtype, memory=None) -> jax.Array:
+    def __call__(self, x, rotary, tap: Tap, dtype: jnp.dtype, past):
+        """Returns the stream after the block, and the keys and values of its attention."""
         x = tap(Site(self.layer, "resid_pre"), x)  # [batch, seq, d_model]
-        attn_out = self.attention(self.norm_1(x), rotary, dtype, memory)
+        attn_out, kept = self.attention(self.norm_1(x), rotary, dtype, past)
         attn_out = tap(Site(self.layer, "attn_out"), attn_out)
         middle = x + attn_out
         mlp_out = self.mlp(self.norm_2(x if self.parallel else middle), dtype)
         mlp_out = tap(Site(self.layer, "mlp_out"), mlp_out)
-        return tap(Site(self.layer, "resid_post"), middle + mlp_out)
+        return tap(Site(self.layer, "resid_post"), middle + mlp_out), kept
 
 
 class LanguageModel(nnx.Module):
@@ -262,25 +255,23 @@ class LanguageModel(nnx.Module):
         is as in ``logits``: reading a text in pieces or as a whole is the same.
         """
         tokens = check_tokens(self.config, tokens, self.name)
+        seen, kept = {}, {}
         if past is None:
             x, rotary = self.embed(tokens), self.rotary(tokens.shape[1])
-            memories = [Memory() for _ in self.blocks]
         else:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = past.length[:, None] + steps[None, :]
-            x = self.embed(tokens, positions)
-            some = next(iter(past.layers.values()))
+            x, some = self.embed(tokens, positions), next(iter(past.layers.values()))
             tables = self.rotary(some[0].shape[1] + tokens.shape[1])
             rotary = tables and tuple(jnp.asarray(table)[positions] for table in tables)
-            nothing = tuple(seen[:, :0] for seen in some)  # of a layer that looks back on nothing
-            layers = (past.layers.get(i, nothing) for i in range(len(self.blocks)))
-            memories = [Memory(seen, past.length) for seen in layers]
+            nothing = tuple(keys[:, :0] for keys in some)
+            layers = range(len(self.blocks))
+            seen = {i: (*past.layers.get(i, nothing), past.length) for i in layers}
         tap, dtype = tap or (lambda site, x: x), jnp.dtype(dtype or self.dtype)
-        for block, memory in zip(self.blocks, memories):
-            x = block(x, rotary, tap, dtype, memory)
+        for i, block in enumerate(self.blocks):
+            x, kept[i] = block(x, rotary, tap, dtype, seen.get(i))
         W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
-        logits = matmul(self.final_norm(x), W_U, dtype)
-        return logits, {i: memory.new for i, memory in enumerate(memories)}
+        return matmul(self.final_norm(x), W_U, dtype), kept
 
     @property
     def tokenizer(self):
@@ -350,18 +341,14 @@ def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )
 
 
-def attend(
-    query, key, value, *, scale: float, dtype: jnp.dtype, memory: Memory | None = None
-) -> jax.Array:
+def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Array:
     """Causal softmax attention, float32 [batch, seq, heads * d_head].
 
-    query is [batch, seq, heads, d_head]; key and value may have fewer heads, each then serving
-    an equal run of query heads. A memory adds what was seen before, and is left the new keys.
+    query is [batch, seq, heads, d_head]; key and value may have fewer heads, each then serving an
+    equal run of query heads. ``past`` is (keys, values, length) of what was seen before, or None.
     """
     batch, seq, heads, d_head = query.shape
-    if memory is not None:
-        memory.new = key, value
-    if memory is None or memory.seen is None:
+    if past is None:
         q, k, v = (x.astype(dtype) for x in (query, key, value))
         with jax.default_matmul_precision("highest"):
             out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
@@ -374,9 +361,10 @@ def attend(
     # The keys of the past stay apart from the new ones: copied together they would be copied for
     # every edit of a batch of edits (under vmap).
     query = query.reshape(batch, seq, key.shape[2], -1, d_head) * scale
-    sides = memory.seen, (key, value)
+    *seen, length = past
+    sides = seen, (key, value)
     scores = [product("bskgd,btkd->bkgst", query, keys) for keys, _ in sides]
-    old = jnp.arange(scores[0].shape[-1])[None, :] < memory.length[:, None]  # [batch, capacity]
+    old = jnp.arange(scores[0].shape[-1])[None, :] < length[:, None]  # [batch, capacity]
     new = jnp.tril(jnp.ones((seq, seq), bool))
     visible = old[:, None, None, None, :], new[None, None, None]
     scores = [jnp.where(seen, score, -jnp.inf) for seen, score in zip(visible, scores)]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
-from crossdict_jax.models.folders import CONFIG_FILES, find_folder
+from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -117,6 +118,25 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
         return read_config(raw)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+
+
+def known_config(path_or_id: str | Path) -> ModelConfig:
+    """The settings of a model without its weights and without the hub.
+
+    Of a folder that may hold config.json alone, of an embedded model, or of an id whose shape is in
+    assets/shapes.json; other seeds and texts of a model (-seed3, -deduped) have its shape.
+    """
+    text = str(path_or_id)
+    if text in EMBEDDED or Path(text).expanduser().is_dir():
+        return load_config(text)
+    shapes = _read_json(ASSETS / "shapes.json")
+    raw = shapes.get(re.sub(r"(-deduped|-seed\d+)+$", "", text))
+    if raw is None:
+        raise UserError(
+            f"The shape of {text!r} is not known here (those of {', '.join(shapes)} are); put its "
+            "config.json into a folder and give that folder in models."
+        )
+    return read_config(raw)
 
 
 def read_config(raw: dict) -> ModelConfig:

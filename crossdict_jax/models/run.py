@@ -6,6 +6,7 @@ asked of a model is an argument of a compiled program, not a new one.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -100,13 +101,62 @@ class Chunk(NamedTuple):
     scored: jax.Array  # float32 [n, reads], 1 where that token belongs to the continuation
 
 
-class Held(NamedTuple):
-    """A model that has read texts up to n positions: keys and values, and what comes next."""
+@dataclass(frozen=True)
+class Held:
+    """A model that has read texts up to n positions: what vectors added there do to what follows.
 
+    Attention looks back on keys that are kept: a vector costs a few tokens and not a text.
+    """
+
+    runner: Runner
     n: int
     site: Site
-    layers: dict
+    layers: dict  # keys and values
     chunk: Chunk
+
+    def log_probs(self, vectors: np.ndarray) -> np.ndarray:
+        """Returns log p of every token after each position, float32 [1 + vectors, n, vocab].
+
+        The first entry is without an edit, the others with one vector [d_model] added.
+        """
+        return self._added(_log_p, np.pad(vectors, ((1, 0), (0, 0))), at_once=1)
+
+    def changes(
+        self, vectors: np.ndarray, watched: Mapping[int, float], *, limit: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (mean change of log p of the watched tokens, KL(clean || edited)).
+
+        Both float32 [vectors, n], in nats, of the prediction after each position.
+
+        Args:
+          vectors: [vectors, d_model], each added alone.
+          watched: {token: weight in the mean}, 1 to ``limit`` of them.
+          limit: what ``watched`` is filled up to: one program for all features.
+        """
+        ids = np.resize(np.array(list(watched), np.int32), limit)
+        weight = np.zeros(limit, np.float32)
+        weight[: len(watched)] = list(watched.values())
+        return self._added(_watched_change, vectors, extra=(ids, weight / weight.sum()))
+
+    def continuations(self, vectors: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        """Returns the change of log p of each position's continuation, float32 [vectors, n].
+
+        Args:
+          strength: [vectors, n], by which a vector [d_model] is multiplied at each position.
+        """
+        return self._added(_continuation_change, vectors, strength)
+
+    def _added(self, measure, vectors, strength=None, *, extra=(), at_once=AT_ONCE) -> PyTree:
+        """What ``measure`` gives of the predictions under each vector, [vectors, n, ...]."""
+        n, size = len(vectors), len(self.chunk.start)
+        strength = np.ones((n, self.n)) if strength is None else strength
+        more = -n % at_once  # one program for any few vectors
+        vectors = np.pad(vectors.astype(np.float32), ((0, more), (0, 0)))
+        strength = np.pad(strength.astype(np.float32), ((0, more), (0, size - self.n)))
+        static, shared = (self.site, measure, at_once), (vectors, strength, extra)
+        arrays = self.layers, self.chunk
+        out = self.runner.dispatch(_measured, *arrays, static=static, shared=shared)
+        return jax.tree.map(lambda a: np.asarray(a)[:n, : self.n], out)
 
 
 class Starts(NamedTuple):
@@ -289,14 +339,11 @@ class Runner:
             edited = np.zeros(batch.tokens.shape, bool)
             edited[within.edited] = True
             for name, by_site in replacements.items():
-                edits = []
-                for s in sites:
-                    values = by_site[s]
-                    edits.append(np.zeros((*edited.shape, values.shape[-1]), np.float32))
-                    edits[-1][within.edited] = (
-                        values if values.ndim == 1 else values[within.edited_by]
-                    )
-                edits = self.put(edited), *map(self.put, edits)
+                edits = [self.put(edited)]
+                for values in (by_site[s] for s in sites):
+                    x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
+                    x[within.edited] = values if values.ndim == 1 else values[within.edited_by]
+                    edits.append(self.put(x))
                 results = self.dispatch(_edited, tokens, *clean, *edits, static=(sites,))
                 for values, result in zip((ce, kl), results):
                     values[name][within.index] = np.asarray(result)[within.at]
@@ -316,12 +363,9 @@ class Runner:
         reads: int = 1,
         same_texts: Held | None = None,
     ) -> Held:
-        """Reads the texts up to the positions; returns what the three methods below take.
-
-        Attention looks back on keys that are kept: a vector costs a few tokens and not a text.
+        """Reads the texts up to the positions, where vectors are to be added at the site.
 
         Args:
-          site: where vectors are added.
           passages: with ``first`` and ``end``; the prediction after ``position`` is read.
           x: [texts, seq, d_model], the activations of all texts at the site (``read``).
           size: the positions are filled up to this number: one program for all features.
@@ -351,59 +395,11 @@ class Runner:
             following=tokens[text[:, None], np.minimum(after + 1, length - 1)],
             scored=(after < end[:, None]).astype(np.float32),
         )
-        if same_texts is not None:
-            layers = same_texts.layers
-        else:
+        layers = same_texts and same_texts.layers
+        if layers is None:
             arrays = self.put(tokens[text]), self.put(x[text])
             layers = self.dispatch(_look_back, *arrays, static=(site,))
-        return Held(n, site, layers, Chunk(*map(self.put, chunk)))
-
-    def log_probs(self, held: Held, vectors: np.ndarray) -> np.ndarray:
-        """Returns log p of every token after each position, float32 [1 + vectors, n, vocab].
-
-        The first entry is without an edit, the others with one vector [d_model] added.
-        """
-        vectors = np.concatenate([np.zeros_like(vectors[:1]), vectors])
-        return self._added(_log_p, held, vectors, at_once=1)
-
-    def changes(
-        self, held: Held, vectors: np.ndarray, watched: Mapping[int, float], *, limit: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (mean change of log p of the watched tokens, KL(clean || edited)).
-
-        Both float32 [vectors, n], in nats, of the prediction after each position.
-
-        Args:
-          vectors: [vectors, d_model], each added alone.
-          watched: {token: weight in the mean}, 1 to ``limit`` of them.
-          limit: what ``watched`` is filled up to: one program for all features.
-        """
-        ids = np.resize(np.array(list(watched), np.int32), limit)
-        weight = np.zeros(limit, np.float32)
-        weight[: len(watched)] = list(watched.values())
-        return self._added(_watched_change, held, vectors, extra=(ids, weight / weight.sum()))
-
-    def continuations(self, held: Held, vectors: np.ndarray, strength: np.ndarray) -> np.ndarray:
-        """Returns the change of log p of each position's continuation, float32 [vectors, n].
-
-        Args:
-          vectors: [vectors, d_model].
-          strength: [vectors, n], by which a vector is multiplied at each position.
-        """
-        return self._added(_continuation_change, held, vectors, strength)
-
-    def _added(
-        self, measure, held: Held, vectors, strength=None, *, extra=(), at_once: int = AT_ONCE
-    ) -> PyTree:
-        """What ``measure`` gives of the predictions under each vector, [vectors, n, ...]."""
-        n, size = len(vectors), len(held.chunk.start)
-        strength = np.ones((n, held.n)) if strength is None else strength
-        more = -n % at_once  # one program for any few vectors
-        vectors = np.pad(vectors.astype(np.float32), ((0, more), (0, 0)))
-        strength = np.pad(strength.astype(np.float32), ((0, more), (0, size - held.n)))
-        static, shared = (held.site, measure, at_once), (vectors, strength, extra)
-        out = self.dispatch(_measured, held.layers, held.chunk, static=static, shared=shared)
-        return jax.tree.map(lambda a: np.asarray(a)[:n, : held.n], out)
+        return Held(self, n, site, layers, Chunk(*map(self.put, chunk)))
 
     # ------------------------------------------------------------ generating
 
@@ -443,13 +439,11 @@ def _ahead(dispatched: Iterator) -> Iterator:
 
     That bounds the work in flight: the consumer waits for one while the next one is computed.
     """
-    pending = None
+    first = list(itertools.islice(dispatched, 1))
     for item in dispatched:
-        if pending is not None:
-            yield pending
-        pending = item
-    if pending is not None:
-        yield pending
+        yield first.pop()
+        first.append(item)
+    yield from first
 
 
 # ---------------------------------------------------------------- compiled programs

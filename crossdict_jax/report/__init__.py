@@ -2,17 +2,17 @@
 
 from crossdict_jax.report.page import write_report
 from crossdict_jax.report.terminal import (
+    causal_table,
     map_table,
     pairing_table,
-    stitching_table,
     summary_table,
     training_table,
 )
 
 __all__ = [
+    "causal_table",
     "map_table",
     "pairing_table",
-    "stitching_table",
     "summary_table",
     "training_table",
     "write_report",

@@ -48,13 +48,11 @@ def run_section(config: Config, run: Run, root: Path) -> list[Block]:
     missing += [] if stages else ["timing.json"]
     facts = {
         "Models": ", ".join(run.models),
-        "Sites": ", ".join(dict.fromkeys(str(r["site"]) for r in rows["reconstruction"])),
         "Text": "; ".join([config.text.source, *sizes]),
         "Rows, where all tokenizers end a token": _by_split(run.pairing.get("rows")),
         "Scored on": f"{' of '.join(held_out)} of the test split",
         "Dictionaries": f"{sae.architecture}, width {spell(sae.width)}, k {spell(sae.k)}, "
         f"{sae.seeds} per model and site; {sae.steps:,} steps of {sae.batch_size:,} rows",
-        "Maps": ", ".join(sorted({r["map"] for r in rows["transfer"]}, key=map_order)),
         "Devices": ", ".join(sorted(devices)) or "not recorded",
         "Not there, so not shown": ", ".join(missing) or "nothing",
     }

@@ -116,12 +116,12 @@ def show(tables: Iterable[Table], width: int = 160) -> None:
     if not console.is_terminal:
         console = Console(width=width)
     for table in tables:
-        printed = Printed(title=Text(table.caption), title_justify="left", box=None)
+        printed = Printed(box=None, pad_edge=False)
         for column in table.columns:
             printed.add_column(column.title, justify="right" if column.numeric else "left")
         for row in table.rows:  # notes beside their values
             printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
-        console.print(printed)
+        console.print(Text(table.caption, style="italic"), printed, sep="\n")
 
 
 # ---------------------------------------------------------------- numbers as text

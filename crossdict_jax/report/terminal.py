@@ -7,7 +7,7 @@ from itertools import groupby
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.answer import best
 from crossdict_jax.report.inputs import coverage, diverged
-from crossdict_jax.report.results import Run, read_run, stitchings
+from crossdict_jax.report.results import Comparison, Run, read_run, stitchings
 from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
@@ -20,7 +20,7 @@ from crossdict_jax.report.tables import (
     show,
     table,
 )
-from crossdict_jax.results import LINEAR_MAPS, map_order, read_if_there
+from crossdict_jax.results import LINEAR_MAPS, map_order, pair_of, read_if_there
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 WIDTH = 118  # characters, where the output is no terminal
@@ -60,25 +60,49 @@ def map_table(work: Workdir) -> None:
     show([table("Maps", counts)], WIDTH)
 
 
-def stitching_table(work: Workdir) -> None:
-    """Prints the best stitched map of every direction and layer pair, beside its controls."""
-    rows = []
-    for s in stitchings(read_if_there(work, "causal.jsonl")):
-        for _, line in filter(None, [best([s], "loss_recovered")]):
-            cells = {"direction": s.name, "best map": line["map"]}
-            cells |= scores(line, "loss_recovered", "shuffled.loss_recovered", cell=share)
-            ends = {"mean": "mean", "own_sae": "own dictionary"}
-            rows.append(cells | {t: percent(s.reference(name), 0) for name, t in ends.items()})
-    show([table("Loss recovered in the target by what is predicted [95 %]", rows)], WIDTH)
+def causal_table(work: Workdir) -> None:
+    """Prints the best stitched map beside its controls, and how many single features transfer."""
+    rows, features = [], {}
+    for row in read_if_there(work, "feature_causal_summary.jsonl"):
+        if row["direction"] != "match":
+            other = features.get(pair_of(row), row)
+            features[pair_of(row)] = max(other, row, key=lambda row: row["share_transferring"])
+    stitched = [row for row in read_if_there(work, "causal.jsonl") if not row.get("sites")]
+    for s in fitting(stitchings(stitched), "loss_recovered"):
+        _, line = best([s], "loss_recovered") or (s, {})
+        row = features.get((s.source, s.target, s.site_source, s.site_target))
+        rows.append(
+            {
+                "direction": f"{s.source} → {s.target}\n{s.sites}",
+                "best map": line.get("map", "–"),
+                "recovered": share(line, "loss_recovered"),
+                "shuffled": share(line, "shuffled.loss_recovered"),
+                "mean": percent(s.reference("mean"), 0),
+                "own dictionary": percent(s.reference("own_sae"), 0),
+                "single features": "{n_transferring} of {n_features}, {direction}".format(**row)
+                if row
+                else "–",
+            }
+        )
+    title = "Loss recovered in the target by what is predicted [95 %], and features that transfer"
+    show([table(title, rows)], WIDTH)
 
 
-def gates_table(gates: list[dict]) -> Table:
-    """Returns the gates of verify.json: a head for each, then its numbers and their bounds."""
+def fitting(compared: list[Comparison], key: str) -> list[Comparison]:
+    """Returns all layer pairs if they fit a screen, else each direction's best one."""
+    if len(compared) <= MAX_PAIRS:
+        return compared
+    groups = groupby(compared, key=lambda c: (c.source, c.target))
+    return [pick[0] for _, group in groups if (pick := best(group, key))]
+
+
+def gates_table(gates: list[dict], *, missed: bool = False) -> Table:
+    """Returns the gates of verify.json: a head for each, then its numbers (or those missed)."""
     rows, words = [], {True: "yes", False: "MISS"}
     for gate in gates:
         head = {"gate": gate["gate"], "number": f"{gate['what']} {gate['note']}".strip()}
         rows.append(head | {"value": "", "bound": "", "pass": words[gate["passed"]]})
-        for check in gate["checks"]:
+        for check in (c for c in gate["checks"] if not (missed and c["passed"])):
             value = "–" if check["value"] is None else f"{check['value']:.4g}"
             row = {"gate": "", "number": check["what"], "value": value, "bound": "", "pass": ""}
             if check["relation"]:
@@ -122,10 +146,7 @@ def main_table(run: Run) -> Table:
         name = f" {line.get('map', '')} {sign}" if named else ""
         return Cell(f"{number(line.get(key))}{name}\n{interval(line, key, 2)}")
 
-    compared, stitchings = run.comparisons, {s.name: s for s in run.stitchings()}
-    if len(compared) > MAX_PAIRS:
-        groups = groupby(compared, key=lambda c: (c.source, c.target))
-        compared = [pick[0] for _, group in groups if (pick := best(group, "r2"))]
+    compared, stitchings = fitting(run.comparisons, "r2"), {s.name: s for s in run.stitchings()}
     rows = []
     for c in compared:
         stitching = stitchings.get(c.name, c)
@@ -148,5 +169,7 @@ def main_table(run: Run) -> Table:
             }
         )
     signs = ", ".join(f"{sign} {words}" for words, (_, sign) in VERDICTS.items())
-    signs += ", ⚠ a dictionary has diverged" if run.diverged else ""
+    signs += ", ⚠ diverged dictionary" if run.diverged else ""
+    if len(compared) < len(run.comparisons):
+        signs += f"; each direction at the best of {len(run.comparisons)} layer pairs in all"
     return table(f"R² on held-out documents [95 %]; {signs}", rows)

@@ -50,7 +50,7 @@ def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Rea
     for start in range(0, len(texts), group):
         members = range(start, start + group)
         read = [(model, of_model[i]) for model, of_model in cut.items() for i in members]
-        if any(tokens is None for _, tokens in read):
+        if any(tokens.ends is None for _, tokens in read):
             not_rebuilt += 1
         elif any(len(tokens.ids) > room[model] for model, tokens in read):
             too_long += 1

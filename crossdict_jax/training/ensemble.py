@@ -274,7 +274,13 @@ def make_ensemble(
 
     held = put({"fixed": fixed, "validation": validation}, shard(mesh, MEMBER))
     if resident:
-        feed = Feed(held | {"data": put(data, shard(mesh))}, indices, select)
+        # Where every member reads a source of its own, devices hold those of their members alone;
+        # of rows that all hold, the partitioner would cut these out anew in every step.
+        for name, stream in streams.items():
+            own = np.array_equal(stream.source, np.arange(len(labels)))
+            data["rows"][name] = put(data["rows"][name], shard(mesh, *[MEMBER] * own))
+        data["orders"] = put(data["orders"], shard(mesh, MEMBER))
+        feed = Feed(held | {"data": data}, indices, select)
     else:
         feed = Feed(held, lambda first, count: gather(data, indices(first, count)), select)
     return Ensemble(objective, feed, fixed, tuple(labels), mesh)

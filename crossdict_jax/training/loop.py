@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,13 +25,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.mesh import shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import check_space, write_json
+from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -124,11 +126,12 @@ def train(
     run_chunk = Chunks(trainable, ensemble.feed, root)
     if done < steps:
         check_space(Path(directory))
-    if done < steps and (size := run_chunk.memory(state, done)):
-        print(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
-    file, bar = Path(directory) / "metrics.jsonl", {"unit": "step", "mininterval": 0.5}
+    if done < steps and logging.get_verbosity() >= logging.INFO:
+        size = run_chunk.memory(state, done) or math.nan
+        say(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
+    file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
-    bar |= {"total": steps, "initial": done, "desc": title}
+    bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}
     with progress_bar(**bar) as progress, interruptions() as received:
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:

@@ -23,6 +23,8 @@ from crossdict_jax.workdir import (
     write_jsonl,
 )
 
+BAR_DELAY = 3.0  # seconds of work before a progress bar is drawn
+
 
 class Stage:
     """A stage that writes result files, made of parts that are kept as soon as they are done.
@@ -109,12 +111,14 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
 def progress_bar(parts: Iterable | None = None, **bar: Any):
     """Returns a bar of tqdm over ``parts``, or one that is updated by hand.
 
-    Drawn on a terminal alone, and not with ``--verbosity=-2`` or below.
+    Rate and time left, drawn after a few seconds and wiped off at the end; on a terminal alone, and
+    not with ``--verbosity=-2`` or below.
     """
     from tqdm import tqdm
 
     quiet = logging.get_verbosity() < logging.WARNING
-    return tqdm(parts, disable=True if quiet else None, **bar)
+    shown = {"disable": True if quiet else None, "delay": BAR_DELAY, "leave": False}
+    return tqdm(parts, **shown | {"mininterval": 0.5} | bar)
 
 
 def device_figures() -> dict[str, str | int]:

@@ -8,6 +8,7 @@ import numpy as np
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
+from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Pairs, Problem, map_class
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
@@ -58,14 +59,12 @@ def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path
 
     The map is fitted on both models at the same positions.
     """
-    documents = experiment.documents
     source, target = planted.sides(experiment.source, experiment.target)
-
-    def pairs(rows: np.ndarray) -> Pairs:
-        return Pairs(source.take(rows), target.take(rows), documents[rows])
-
-    train = documents < TEXTS * 2 // 3
-    problem = Problem("planted causes", pairs(train), pairs(~train))
+    pairs, train = (
+        Pairs(source, target, experiment.documents),
+        experiment.documents < TEXTS * 2 // 3,
+    )
+    problem = Problem("planted causes", take(pairs, train), take(pairs, ~train))
     (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
     vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)

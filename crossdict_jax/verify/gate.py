@@ -74,5 +74,6 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
         )
     write_json(work.result("verify.json"), {"seed": config.seed, "gates": rows})
     work.record_timing("verify", wall_s=sum(seconds.values()), **seconds)
-    show([gates_table(rows)])
+    show([gates_table(rows, missed=True)])
+    print(f"Every number and its bound: {work.result('verify.json')}")
     return [row["gate"] for row in rows if not row["passed"]]

@@ -21,6 +21,7 @@ SITE = Site(1)
 FEATURES = 12
 LINKED = 8  # of them do the same in both models; in B the others do nothing
 WORDS = 40  # FEATURES triggers, as many targets, and words without a part in it
+LENGTH = 24  # words of a text
 PUSH = 0.4  # of a feature on the logit of its target, per unit after the last norm
 TRIGGER = 1.0  # how far a feature's own word goes in its direction; the other words: about 0.1
 THRESHOLD = 0.6  # under which a feature does not fire
@@ -72,7 +73,7 @@ class Planted:
         each = zip((source, target), tokens, self.dictionaries)
         return tuple(Side(model.x, t, dictionary) for model, t, dictionary in each)
 
-    def experiment(self, *, tested: int = FEATURES) -> Experiment:
+    def experiment(self) -> Experiment:
         """Returns the planted features put to the test, by the ridge map and by the match."""
         n, seq = self.texts.shape
         text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
@@ -94,7 +95,7 @@ class Planted:
             target=target,
             documents=text,
             features=features,
-            tested=tested,
+            tested=FEATURES,
             strength=f_a,
             directions=decoder_rows(self.dictionaries[0], features),
             mapped={
@@ -105,7 +106,7 @@ class Planted:
         )
 
 
-def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
+def plant(*, texts: int = 24, seed: int = 0) -> Planted:
     """Returns two random models with FEATURES planted directions, and texts of random words."""
     generator = np.random.default_rng(seed)
     words = generator.permutation(WORDS)
@@ -133,16 +134,16 @@ def plant(*, texts: int = 24, length: int = 24, seed: int = 0) -> Planted:
         lms=tuple(lms),
         dictionaries=dictionaries,
         map=Ridge(dictionaries[1], values),
-        texts=_texts(generator, texts, length),
+        texts=_texts(generator, texts),
         words=words,
     )
 
 
-def _texts(generator: np.random.Generator, n: int, length: int) -> np.ndarray:
+def _texts(generator: np.random.Generator, n: int) -> np.ndarray:
     """Returns random words, half of them triggers; half of the triggers' targets follow them."""
-    words = generator.integers(0, WORDS, (n, length)).astype(np.int32)
+    words = generator.integers(0, WORDS, (n, LENGTH)).astype(np.int32)
     triggers = generator.integers(0, FEATURES, words.shape).astype(np.int32)
     words = np.where(generator.random(words.shape) < 0.5, triggers, words)
-    follows = (words[:, :-1] < FEATURES) & (generator.random((n, length - 1)) < 0.5)
+    follows = (words[:, :-1] < FEATURES) & (generator.random((n, LENGTH - 1)) < 0.5)
     words[:, 1:][follows] = words[:, :-1][follows] + FEATURES
     return words

@@ -24,6 +24,7 @@ class Gated(Dictionary):
       r_mag, b_mag: [width], log scale and bias of the magnitudes.
     """
 
+    reads = ("l1_coefficient",)
     usual_l1 = 4.0
     revives = False
     saelens = "gated"

@@ -26,6 +26,7 @@ class JumpReLU(Dictionary):
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
     """
 
+    reads = ("l1_coefficient", "l0_target")
     usual_l1 = 0.75
     saelens = "jumprelu"
 

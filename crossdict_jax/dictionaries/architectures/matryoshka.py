@@ -18,7 +18,7 @@ class Matryoshka(BatchSelected):
     1 seldom.
     """
 
-    has_k = True
+    reads = ("k", "nested_fractions")
     saelens = "jumprelu"
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):

@@ -15,6 +15,7 @@ class ReLU(Dictionary):
     clipped to norm 1 as there).
     """
 
+    reads = ("l1_coefficient",)
     usual_l1 = 3.0
     saelens = "standard"
     unit_decoder = revives = False

@@ -12,7 +12,7 @@ class TopK(Dictionary):
     Unit decoder rows.
     """
 
-    has_k = True
+    reads = ("k",)
     saelens = "topk"
 
     def activate(self, z: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """A three-layer network on features, trained by gradient steps; users call it the hypernetwork."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules
@@ -19,6 +20,11 @@ class MLP(NetworkMap):
 
     def baselines(self, tokens: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
         return self.mean_a[...][None, :], self.mean_b[...][None, :]
+
+    @classmethod
+    def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
+        sizes = {"a": width_a, "b": width_b}
+        return {f"{v}_{name}": jnp.zeros(n) for name, n in sizes.items() for v in ("mean", "scale")}
 
     @classmethod
     def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:

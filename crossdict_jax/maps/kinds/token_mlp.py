@@ -1,6 +1,7 @@
 """The token's mean, and a network on what it leaves: the trained rival of token_ridge."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules
@@ -23,6 +24,15 @@ class TokenMLP(NetworkMap):
 
     def baselines(self, tokens: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
         return look_up(self.table_a, tokens, batch), look_up(self.table_b, tokens, batch)
+
+    @classmethod
+    def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
+        values = {}
+        for name, n in (("a", width_a), ("b", width_b)):
+            rows = jnp.zeros((tokens + 1, n))
+            values[f"table_{name}"] = {"ids": jnp.zeros(tokens, jnp.int32), "rows": rows}
+            values[f"scale_{name}"] = jnp.zeros(n)
+        return values
 
     @classmethod
     def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:

@@ -81,11 +81,11 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def __call__(self, x: jax.Array, rotary: None, dtype: jnp.dtype, memory=None) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary: None, dtype: jnp.dtype, past):
         qkv = self.qkv(x, dtype).reshape(*x.shape[:2], 3, self.n_heads, -1)
         query, key, value = (qkv[:, :, i] for i in range(3))  # [batch, seq, heads, d_head]
-        out = base.attend(query, key, value, scale=self.scale, dtype=dtype, memory=memory)
-        return self.out(out, dtype)
+        out = base.attend(query, key, value, scale=self.scale, dtype=dtype, past=past)
+        return self.out(out, dtype), (key, value)
 
 
 class Model(base.LanguageModel):

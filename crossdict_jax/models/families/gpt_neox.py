@@ -77,13 +77,13 @@ class Attention(nnx.Module):
         self.out = Linear(d_model, d_model, rngs, std=config.output_std, bias=bias)
         self.n_heads = config.n_heads
 
-    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, memory=None) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, past):
         qkv = self.qkv(x, dtype).reshape(*x.shape[:2], self.n_heads, -1)
         query, key, value = jnp.split(qkv, 3, axis=-1)  # [batch, seq, heads, d_head]
         query, key = base.rotate(query, rotary), base.rotate(key, rotary)
         scale = query.shape[-1] ** -0.5
-        out = base.attend(query, key, value, scale=scale, dtype=dtype, memory=memory)
-        return self.out(out, dtype)
+        out = base.attend(query, key, value, scale=scale, dtype=dtype, past=past)
+        return self.out(out, dtype), (key, value)
 
 
 class Model(base.LanguageModel):

@@ -99,14 +99,14 @@ class Attention(nnx.Module):
         self.out = Linear(d_query, d_model, rngs, std=config.output_std, bias=bias)
         self.d_head = d_head
 
-    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, memory=None) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, past):
         shape = (*x.shape[:2], -1, self.d_head)  # [batch, seq, heads, d_head]
         query = base.rotate(self.query(x, dtype).reshape(shape), rotary)
         key = base.rotate(self.key(x, dtype).reshape(shape), rotary)
         value = self.value(x, dtype).reshape(shape)
         scale = self.d_head**-0.5
-        out = base.attend(query, key, value, scale=scale, dtype=dtype, memory=memory)
-        return self.out(out, dtype)
+        out = base.attend(query, key, value, scale=scale, dtype=dtype, past=past)
+        return self.out(out, dtype), (key, value)
 
 
 class GatedMLP(nnx.Module):

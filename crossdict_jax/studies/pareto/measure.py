@@ -9,7 +9,7 @@ import numpy as np
 from crossdict_jax import dictionaries, stats
 from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config, architectures, has_k, unswept
+from crossdict_jax.config import Config, architectures, unswept
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import Member, train_members, usual_rate
@@ -39,6 +39,7 @@ def curves(
         sae = dataclasses.replace(config.sae, architecture=architecture)
         settings, folder = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
         made = members(settings, model=model, site=site)
+        has_k = "k" in find(architecture).reads
         train_members(settings, store, folder, made)
         for member in made:
             dictionary = dictionaries.load(folder.dictionary(model, site, member.name))
@@ -49,8 +50,8 @@ def curves(
                     "site": str(site),
                     "architecture": architecture,
                     "seed": member.seed,
-                    "k": member.k if has_k(architecture) else None,
-                    "l1_coefficient": None if has_k(architecture) else member.l1_coefficient,
+                    "k": member.k if has_k else None,
+                    "l1_coefficient": None if has_k else member.l1_coefficient,
                     "width": member.width,
                     "steps": sae.steps,
                     "n_rows": len(x),
@@ -72,7 +73,7 @@ def members(config: Config, *, model: str, site: Site) -> list[Member]:
     rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)
     usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}
     usual |= {"model": model, "site": site, "learning_rate": rate}
-    if has_k(sae.architecture):
+    if "k" in find(sae.architecture).reads:
         usual_ks = {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}
         ks = sorted({*(pareto.k or usual_ks)}, reverse=True)
         if ks[0] > sae.width:

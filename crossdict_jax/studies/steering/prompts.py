@@ -45,11 +45,11 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
 def tokens_of(text: str, model: str, tokenizer) -> np.ndarray:
     """Returns the tokens of a text; UserError naming characters that the vocabulary lacks."""
     (read,) = byte_ends_batch([text], tokenizer)
-    if read is not None:
+    if read.ends is not None:
         return read.ids
     characters = list(dict.fromkeys(normalize(text)))
     alone = zip(characters, byte_ends_batch(characters, tokenizer))
-    unknown = [repr(character) for character, tokens in alone if tokens is None]
+    unknown = [repr(character) for character, tokens in alone if tokens.ends is None]
     lack = f"no tokens for {', '.join(unknown)}" if unknown else "other text for it"
     raise UserError(
         f"steer.prompts: the vocabulary of {model} has {lack} in {text!r}; write the prompt "

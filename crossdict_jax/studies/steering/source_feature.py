@@ -89,7 +89,7 @@ def choose(source: Source) -> Feature:
     norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
     dose = norm * source.dose * effects.normalised(direction)
     held, words = model.hold(size=count, span=1), source.words
-    promoted = effects.promoted_tokens(model.runner, held, dose, words.has_text)
+    promoted = effects.promoted_tokens(held, dose, words.has_text)
     mapped = words.weights_in_b(promoted, below=run.runner(group.target).config.vocab_size)
     return Feature(feature, strength, direction, model.median_norm, promoted, mapped, candidates)
 
@@ -115,7 +115,7 @@ def search(source: Source, text: str) -> list[dict]:
     directions = effects.normalised(decoder_rows(run.dictionary(*a), ids))
     directions *= model.median_norm * source.dose
     held = model.hold(size=count, span=1)
-    change, _ = model.runner.changes(held, directions, {token: 1.0}, limit=1)
+    change, _ = held.changes(directions, {token: 1.0}, limit=1)
     about = {"base": base, "token": source.words.text("a", token)}
     candidates = [
         {"feature": int(i), "share": float(share[i]), "promotes": float(nats)} | about

@@ -1,0 +1,1 @@
+"""Compiles a run's programs for a machine that need not be here: memory, time and what fits."""

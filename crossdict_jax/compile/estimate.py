@@ -1,0 +1,126 @@
+"""Compiles programs and estimates what they take of a machine."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+
+from crossdict_jax.compile import hlo
+from crossdict_jax.compile.machines import Machine
+from crossdict_jax.compile.programs import Program
+from crossdict_jax.errors import UserError
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one run of a program, or one step of a training, takes of each device.
+
+    Attributes:
+      memory: bytes at its peak; ``held`` are those of what it is given and what it returns.
+      flops, bytes: of matrix products, and through the memory.
+      ms: by the roofline: {"compute", "memory", "operations" one after another, "network"}.
+      sent: {kind of collective: bytes}.
+      host: exchanges with the host.
+      seconds: of compiling.
+    """
+
+    program: Program
+    memory: float
+    held: float
+    seconds: float
+    flops: float = 0.0
+    bytes: float = 0.0
+    ms: dict[str, float] = field(default_factory=dict)
+    sent: dict[str, float] = field(default_factory=dict)
+    host: tuple[str, ...] = ()
+
+    @property
+    def total_ms(self) -> float:
+        """The longest of what goes on at once, and then what is sent."""
+        return max((v for k, v in self.ms.items() if k != "network"), default=0) + self.network_ms
+
+    @property
+    def network_ms(self) -> float:
+        return self.ms.get("network", 0.0)
+
+    @property
+    def bound(self) -> str:
+        """What takes the largest part of it; "operations" where none takes two fifths."""
+        parts = {k: v for k, v in self.ms.items() if k != "operations"}
+        largest = max(parts, key=parts.get, default="")
+        return largest if largest and parts[largest] > 0.4 * self.total_ms else "operations"
+
+    @property
+    def run_s(self) -> float:
+        """Seconds of all its runs."""
+        return self.total_ms / 1e3 * max(1, self.program.steps) * self.program.runs
+
+
+def estimate(program: Program, machine: Machine) -> Estimate:
+    """Returns what a program takes of a machine, for which it is compiled.
+
+    Of one that the compiler finds too large only its memory is known.
+    """
+    began = time.perf_counter()
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", str(error))
+        if not needed:
+            raise
+        size = float(needed[1]) * UNITS[needed[2]]
+        return Estimate(program, size, size, time.perf_counter() - began)
+    seconds, sizes = time.perf_counter() - began, compiled.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    steps, device = max(1, program.steps), machine.device
+    cost = hlo.cost(compiled.as_text(), machine, steps)
+    sent = {k.removeprefix("sent "): v / steps for k, v in cost.items() if k.startswith("sent ")}
+    hops = sum(size * (1 + (kind == "all-reduce")) for kind, size in sent.items())
+    times = {
+        "compute": cost["compute"] / steps,
+        "memory": cost["bytes"] / steps / device.bandwidth,
+        "operations": (cost["busy"] + cost["waits"] * device.wait) / steps,
+        "network": hops / machine.network,
+    }
+    return Estimate(
+        program,
+        memory=max(held + sizes.temp_size_in_bytes, sizes.peak_memory_in_bytes),
+        held=held,
+        seconds=seconds,
+        flops=cost["flops"] / steps,
+        bytes=cost["bytes"] / steps,
+        ms={name: 1e3 * value for name, value in times.items()},
+        sent=sent,
+        host=tuple(k.removeprefix("host ") for k in cost if k.startswith("host ")),
+    )
+
+
+def largest(e: Estimate, machine: Machine) -> dict[str, int]:
+    """Returns the largest power of two of each setting that fits: by proportion, not compiled.
+
+    With a batch grows what is neither given nor returned; with a width all but resident rows.
+    """
+    result = {}
+    for name, value in e.program.changes.items():
+        fixed = e.program.rows if name.endswith(".width") else e.held
+        share = (machine.device.memory - fixed) / max(e.memory - fixed, 1.0)
+        result[name] = 2 ** int(value * max(0.0, share)).bit_length() // 2
+    return result
+
+
+def refuse_too_large(estimates: Sequence[Estimate], machine: Machine) -> None:
+    """Raises UserError with the settings that mend it where a program does not fit."""
+    for e in estimates:
+        if e.memory <= machine.device.memory:
+            continue
+        smaller = {n: v for n, v in largest(e, machine).items() if 0 < v < e.program.changes[n]}
+        mend = " or ".join(f"{name}={value}" for name, value in smaller.items())
+        raise UserError(
+            f"{e.program.stage}, {e.program.name}: {e.memory / 1e9:.3g} GB are needed on each "
+            f"device, and those of {machine.name} give {machine.device.memory / 1e9:.3g} GB; try "
+            f"{mend or 'fewer text.documents or larger devices'}."
+        )

@@ -1,0 +1,396 @@
+"""The programs of a run, from its settings and the shapes of its models alone."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from crossdict_jax import models, modules
+from crossdict_jax.activations.extract import dictionary_sites
+from crossdict_jax.activations.store import End, Sites, Store
+from crossdict_jax.activations.untrained import untrained_names, untrained_sites
+from crossdict_jax.config import Config, crosscoder_settings, unswept
+from crossdict_jax.dictionaries import Dictionary, base, crosscoder_training, train
+from crossdict_jax.dictionaries.start import start_of
+from crossdict_jax.evaluation.reconstruction import measure_batch
+from crossdict_jax.evaluation.retrieval import CHUNK, LARGEST_DEFAULT_POOL, at_least_as_similar
+from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
+from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
+from crossdict_jax.maps.base import predict_batch
+from crossdict_jax.maps.compact import Compact
+from crossdict_jax.maps.controls import control_tasks
+from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective
+from crossdict_jax.maps.network import NetworkMap
+from crossdict_jax.models import LanguageModel
+from crossdict_jax.models.run import Passages, Runner, run_model
+from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
+from crossdict_jax.training.loop import MAX_CHUNK, Chunks
+from crossdict_jax.training.mesh import all_devices, make_mesh, put, shard, to_bits
+from crossdict_jax.workdir import model_names
+
+BYTES_PER_TOKEN = 4.5  # of English text, by the tokenizers of GPT-2 and Pythia
+DISTINCT = 30.0  # times the square root of a text's tokens: different ones among them
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run, ready to be compiled.
+
+    Attributes:
+      stage: the command that runs it.
+      runs: how often it runs in the whole run.
+      changes: {setting: its value}, which take less memory if they are lower.
+      steps: training steps of each run; 0: it does not train.
+      rows: bytes of rows that stay on a device, whatever these settings are.
+    """
+
+    stage: str
+    name: str
+    lowered: jax.stages.Lowered
+    runs: float
+    changes: dict[str, int]
+    steps: int = 0
+    rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will hold, as far as settings and shapes say; see ``make_plan``."""
+
+    config: Config
+    lms: dict[str, LanguageModel]  # shapes in place of arrays
+    store: Store  # without rows
+    controls: Store  # with the re-initialised models
+    windows: int
+    rows: dict[str, int]  # of each split
+
+
+def make_plan(config: Config) -> Plan:
+    """Returns the plan of a run: every token's end is taken to be paired, all windows to be full.
+
+    Raises:
+      UserError: the shape of a model is not known, or it has no such layer.
+    """
+    names = model_names(config.models)
+    shapes = dict(zip(names, map(models.known_config, config.models)))
+    lms = {n: nnx.eval_shape(lambda shape=shape: models.init(shape)) for n, shape in shapes.items()}
+    sites = dictionary_sites(config, names)
+    for name, shape in shapes.items():
+        for site in sites.stored(name):
+            models.check_site(shape, site, name)
+    about = {name: {"d_model": shape.d_model} for name, shape in shapes.items()}
+    run = Store(Path(), tuple(names), config.models, {"models": about}, None, None, sites)
+    controls = run
+    if "untrained" in config.controls:
+        again = untrained_names(run)
+        meta = {"models": about | dict(zip(again, about.values()))}
+        ends = Sites({**sites.writes, **untrained_sites(config, run).writes})
+        controls = dataclasses.replace(run, models=(*names, *again), meta=meta, ends=ends)
+    text = config.text
+    tokens = math.ceil(text.max_bytes / BYTES_PER_TOKEN)
+    shares = {"validation": text.validation_fraction, "test": text.test_fraction}
+    shares["train"] = 1 - sum(shares.values())
+    rows = {split: int(share * text.documents * tokens) for split, share in shares.items()}
+    windows = text.documents * math.ceil(tokens / text.window_tokens)
+    return Plan(config, lms, run, controls, windows, rows)
+
+
+def programs(plan: Plan) -> Iterator[Program]:
+    """Yields every program of a run, in the order of its stages, for devices that are planned."""
+    for stage in (extraction, dictionaries, crosscoders, trained_maps, scoring, stitching):
+        yield from stage(plan)
+
+
+def blank(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Returns zeros that take no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _key() -> jax.Array:
+    return jax.random.key(0)
+
+
+# ---------------------------------------------------------------- language models
+
+
+class Recorder(Runner):
+    """A runner of a model of the plan: lowers what it would dispatch, and answers with zeros."""
+
+    def __init__(self, plan: Plan, name: str, batch_size: int):
+        lm = plan.lms[name]
+        super().__init__(lm, batch_size=batch_size, dtype=plan.config.extract.matmul_dtype)
+        length = min(plan.config.text.window_tokens, lm.config.context)
+        self.texts = [np.zeros(length, np.int32)] * batch_size
+        self.lowered: dict[str, jax.stages.Lowered] = {}
+
+    def dispatch(self, function: Callable, *arrays, static=(), shared=()):
+        lowered = run_model.lower(*self.arguments(function, arrays, static, shared))
+        self.lowered.setdefault(function.__name__.strip("_"), lowered)
+        return jax.tree.map(lambda a: blank(a.shape, a.dtype), lowered.out_info)
+
+
+def extraction(plan: Plan) -> Iterator[Program]:
+    """Yields what reads the sites of each model."""
+    batch_size = plan.config.extract.batch_size
+    twice = 1 + ("untrained" in plan.config.controls)  # at fewer layers, but as deep
+    for name in plan.lms:
+        runner = Recorder(plan, name, batch_size)
+        list(runner.stream(runner.texts, plan.store.ends.stored(name)))
+        runs, changes = twice * plan.windows / batch_size, {"extract.batch_size": batch_size}
+        for lowered in runner.lowered.values():
+            yield Program("extract_activations", f"read {name}", lowered, runs, changes)
+
+
+def stitching(plan: Plan) -> Iterator[Program]:
+    """Yields what puts activations into each model: its reading without them, and with them."""
+    settings, todo = plan.config.intervention, tasks(plan.config, plan.store)
+    documents = plan.config.text.documents
+    tested = min(settings.documents, documents * plan.config.text.test_fraction)
+    batches = tested / documents * plan.windows / settings.batch_size
+    for name, lm in plan.lms.items():
+        runner, sites = Recorder(plan, name, settings.batch_size), plan.store.sites_of(name)
+        last = np.full(settings.batch_size, max(0, len(runner.texts[0]) - 2))
+        passages = Passages(runner.texts, np.arange(settings.batch_size), last)
+        runner.splice(passages, sites[0], {"x": np.zeros(lm.config.d_model, np.float32)})
+        kinds = [map_class(task.kind) for task in todo if task.target == name]
+        edits = sum(1 + cls.predicts_activation for cls in kinds)
+        # The controls of each site: three when dictionaries are evaluated, three here.
+        times = {"clean": 2 * len(sites), "edited": edits + 6 * len(sites)}
+        changes = {"intervention.batch_size": settings.batch_size}
+        for part, lowered in runner.lowered.items():
+            runs = times[part] * batches
+            yield Program("intervene", f"{part} {name}", lowered, runs, changes)
+
+
+# ---------------------------------------------------------------- training
+
+
+def _training(
+    objective: Objective,
+    fixed: dict,
+    streams: dict[str, Stream],
+    seeds: Sequence[int],
+    settings: Any,
+    share: float,
+    validation: Any = None,
+    **about,
+) -> Program:
+    """A chunk of steps of an ensemble, of the usual variant, which revives no dead features.
+
+    Args:
+      fixed: of one member.
+      settings: with ``steps`` and ``batch_size``.
+      share: how much as often it runs because controls are trained as well.
+      about: stage, name and changes of the program.
+    """
+    ensemble = make_ensemble(
+        objective,
+        fixed=jax.tree.map(lambda a: blank((len(seeds), *a.shape), a.dtype), fixed),
+        labels=list(map(str, seeds)),
+        streams=streams,
+        seeds=seeds,
+        batch_size=settings.batch_size,
+        setting="batch_size",
+        validation=jax.tree.map(to_bits, validation),
+    )
+
+    def init(fixed, root):
+        whole = dataclasses.replace(ensemble, fixed=fixed)
+        return whole.trainable(settings.steps).init(root)
+
+    root, held = jax.eval_shape(_key), ensemble.feed.resident
+    state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
+    one_step = ensemble.feed.indices(0, 1)
+    sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
+    chunks = Chunks(ensemble.trainable(settings.steps), ensemble.feed, root)
+    lowered = chunks.run.lower(state, held, sent, 0, 1, root, 0)
+    data = jax.tree.leaves(held.get("data", ()))
+    rows = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in data)
+    runs = share * settings.steps / MAX_CHUNK
+    return Program(lowered=lowered, runs=runs, steps=MAX_CHUNK, rows=rows, **about)
+
+
+def dictionaries(plan: Plan) -> Iterator[Program]:
+    """Yields the step of each group of dictionaries; those of controls count by their number."""
+    store, sae, n_rows = plan.store, plan.config.sae, plan.rows["train"]
+    sources = sae.sources or ("train",) * len(store.models)
+    trained = [model for model, source in zip(store.models, sources) if source == "train"]
+    everyone = train.members(sae, [(m, site) for m in trained for site in store.sites_of(m)])
+    controls = len(train.control_members(plan.config, plan.controls)) / max(1, len(everyone))
+    for group in train.grouped(sae, store, everyone, n_rows):
+        first, (d_model, d_out) = group[0], train.sizes(store, group[0])
+        sites = list(dict.fromkeys((m.model, m.site) for m in group))
+        source = np.asarray([sites.index((m.model, m.site)) for m in group])
+        sizes = {"x": d_model} | ({"y": d_out} if d_out else {})
+        start = start_of(*(np.zeros((1, d), np.float32) for d in sizes.values()))
+        shape = {"d_model": d_model, "d_out": d_out, "width": first.width, "k": first.k}
+        rows = {n: blank((len(sites), n_rows, d), ml_dtypes.bfloat16) for n, d in sizes.items()}
+        yield _training(
+            train.DictionaryObjective(sae, **shape),
+            {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0), "start": start},
+            {name: Stream(array, source) for name, array in rows.items()},
+            [member.seed for member in group],
+            sae,
+            1 + controls,
+            stage="train_saes",
+            name=f"{len(group)} {sae.architecture} of width {first.width}, d {d_model}",
+            changes={"sae.width": first.width, "sae.batch_size": sae.batch_size},
+        )
+
+
+def crosscoders(plan: Plan) -> Iterator[Program]:
+    """Yields the step of the crosscoders, where a map goes through them."""
+    config, store, n_rows = plan.config, plan.store, plan.rows["train"]
+    if not any(map_class(kind).through_joint for kind in config.map.kinds):
+        return
+    joint, d_models = crosscoder_settings(config), [store.d_model(m) for m in store.models]
+    ends = [s for s, name in crosscoder_training.planned(config, store) if len(s) == len(d_models)]
+    streams, n = {}, len(ends)
+    for m, d in enumerate(d_models):
+        sites = list(dict.fromkeys(end[m] for end in ends))
+        source = np.asarray([sites.index(end[m]) for end in ends])
+        rows = blank((len(sites), n_rows, d), ml_dtypes.bfloat16)
+        streams[str(m)] = Stream(rows, source, blank((n, n_rows), np.int32) if m else None)
+    fixed = {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0)}
+    fixed |= {"scale": blank((len(d_models),)), "center": blank((sum(d_models),))}
+    controls = [task for task in control_tasks(config, store) if map_class(task.kind).through_joint]
+    yield _training(
+        crosscoder_training.CrosscoderObjective(joint, d_models),
+        fixed,
+        streams,
+        [0] * n,
+        joint,
+        1 + len(controls) / n,
+        stage="train_hypernetworks",
+        name=f"{n} crosscoders of width {joint.width}, d {'+'.join(map(str, d_models))}",
+        changes={"crosscoder.width": joint.width, "sae.batch_size": joint.batch_size},
+    )
+
+
+def trained_maps(plan: Plan) -> Iterator[Program]:
+    """Yields the step of each kind of map that is a network, of all pairs of equal shapes.
+
+    Where dictionaries have no k, rows are read as activations, as where many features are active.
+    """
+    store, settings = plan.store, plan.config.map
+    controls = [task.kind for task in control_tasks(plan.config, store)]
+    groups: dict[tuple, list[Task]] = {}
+    for task in tasks(plan.config, store):
+        if issubclass(map_class(task.kind), NetworkMap):
+            shape = store.d_model(task.source), store.d_model(task.target)
+            groups.setdefault((task.kind, *shape), []).append(task)
+    for (kind, *_), members in groups.items():
+        n, n_rows, (a, b) = len(members), plan.rows["train"], _ends(members[0])
+        objective, fixed = _map_objective(plan, kind, (a, b))
+        held_out = min(plan.rows["validation"], VALIDATION_ROWS)
+        size = min(settings.batch_size, held_out)
+        batches = held_out // size, size
+        streams = {"tokens": Stream(blank((n, n_rows), np.int32), np.arange(n))}
+        validation = {"tokens": blank((n, *batches), np.int32)}
+        for name, (model, _) in (("a", a), ("b", b)):
+            rows = _codes(plan, model, (len(store.sites_of(model)), n_rows))
+            order = None if name == "a" else blank((n, n_rows), np.int32)
+            streams[name] = Stream(rows, np.zeros(n, np.int64), order)
+            validation[name] = _codes(plan, model, (n, *batches))
+        changes = {"sae.width": unswept(plan.config.sae).width}
+        all_of_kind = sum(len(group) for key, group in groups.items() if key[0] == kind)
+        yield _training(
+            objective,
+            fixed,
+            streams,
+            [0] * n,
+            settings,
+            1 + controls.count(kind) / all_of_kind,
+            validation,
+            stage="train_hypernetworks",
+            name=f"{n} maps {kind}",
+            changes=changes | {"map.batch_size": settings.batch_size},
+        )
+
+
+def _ends(task: Task) -> tuple[End, End]:
+    return (task.source, task.site_source), (task.target, task.site_target)
+
+
+def _dictionary(plan: Plan, end: End) -> Dictionary:
+    sae = unswept(plan.config.sae)
+    d_model, d_out = train.sizes(plan.store, train.members(sae, [end])[0])
+    shape = {"d_model": d_model, "d_out": d_out, "width": sae.width, "k": sae.k}
+    return base.build(sae.architecture, **shape, key=_key())
+
+
+def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
+    """What trained maps read of a model's rows: codes of k slots, or activations."""
+    sae = unswept(plan.config.sae)
+    if not base.find(sae.architecture).has_k:
+        return blank((*rows, plan.store.d_model(model)), ml_dtypes.bfloat16)
+    shape = (*rows, sae.k)
+    return Compact(blank(shape), blank(shape, np.int32), sae.width)
+
+
+def _map_objective(plan: Plan, kind: str, ends: tuple[End, End]) -> tuple[TransferObjective, dict]:
+    """The objective of a kind of map, and the shapes of what is fixed for one member."""
+    built, cls, settings = [], map_class(kind), plan.config.map
+    vocabulary = plan.lms[ends[0][0]].config.vocab_size
+    tokens = min(vocabulary, math.ceil(DISTINCT * math.sqrt(plan.rows["train"])))
+
+    def build():
+        a, b = (_dictionary(plan, end) for end in ends)
+        values = cls.unmeasured(a.width, b.width, tokens)
+        pairs = Pairs(*(Side(blank((1, 1)), np.zeros(1), d) for d in (a, b)), np.zeros(1))
+        built.append(TransferObjective(cls, Problem(kind, pairs, pairs), values, settings))
+        params = {f"dictionary_{name}": modules.split(d)[1] for name, d in (("a", a), ("b", b))}
+        return params | {"id": jnp.uint32(0), "values": values, "variance": jnp.float32(1)}
+
+    fixed = jax.eval_shape(build)
+    return built[0], fixed
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def scoring(plan: Plan) -> Iterator[Program]:
+    """Yields what evaluation does with rows, on one device: dictionaries, maps, retrieval."""
+    config, store, size = plan.config, plan.store, plan.config.evaluation.batch_size
+    mesh, todo = make_mesh(devices=all_devices()[:1]), tasks(config, store)
+    graph, params = modules.abstract(lambda: _dictionary(plan, _ends(todo[0])[1]))
+    d_model, width = params["W_enc"].shape
+    d_out, test = params["W_dec"].shape[1], plan.rows["test"]
+    changes = {"sae.width": width, "evaluation.batch_size": size}
+
+    def program(name: str, function, runs: float, arrays: tuple, static: tuple = ()) -> Program:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = function.lower(*static, *put(arrays, shard(mesh)))
+        return Program("evaluate", name, lowered, runs, changes)
+
+    def rows(d: int) -> np.ndarray:
+        return blank((size, d), ml_dtypes.bfloat16)
+
+    y = rows(d_out) if config.sae.output_site else None
+    runs = len(store.ends.writes) * (plan.rows["train"] + test) / size
+    arrays = params, rows(d_model), y, blank((d_out,)), blank((), np.int32)
+    yield program("measure a dictionary", measure_batch, runs, arrays, (graph,))
+
+    kinds = [kind for kind in config.map.kinds if issubclass(map_class(kind), NetworkMap)]
+    maps = len(todo) + len(control_tasks(config, store))
+    for kind in kinds[:1]:
+        objective, fixed = _map_objective(plan, kind, _ends(todo[0]))
+        trained = jax.eval_shape(lambda o=objective: o.init(_key(), {}))
+        params = fixed["values"] | trained | {"dictionary": fixed["dictionary_b"]}
+        x = rows(store.d_model(todo[0].source))
+        arrays = params, fixed["dictionary_a"], x, blank((size,), np.int32)
+        static = objective.graph, objective.source_graph, "__call__"
+        runs = maps * (test + CONTEXT_ROWS) / size
+        yield program(f"predict by {kind}", predict_batch, runs, arrays, static)
+
+    pool = config.evaluation.pool or min(LARGEST_DEFAULT_POOL, test)
+    queries = blank((min(CHUNK, pool), width)), blank((min(CHUNK, pool),), np.int32)
+    arrays = *queries, blank((pool, width)), blank((pool,))
+    yield program("rank in a pool", at_least_as_similar, maps * pool / len(queries[0]), arrays)

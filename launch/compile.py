@@ -1,0 +1,22 @@
+"""Compiles a run's programs for a machine that need not be here, and says what they take of it.
+
+python -m launch.compile --config=configs/pythia410m_gpt2medium.py --machine=v5e-8
+
+Needs no weights, no text and no accelerator; for TPUs `pip install libtpu`, for NVIDIA's
+`pip install "jax[cuda13]"`. Exits with 2 where a program does not fit.
+"""
+
+from launch import command
+
+
+def main(config, work):
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # compilers of others are asked for programs alone
+    from crossdict_jax.compile.report import compile_run
+
+    compile_run(config)
+
+
+if __name__ == "__main__":
+    command.run(main, writes=False)

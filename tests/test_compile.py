@@ -1,0 +1,213 @@
+"""Programs compiled for machines that are not here: costs read off them, what fits, and limits."""
+
+import dataclasses
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import pythia410m_gpt2medium
+from crossdict_jax.compile import estimate, hlo, machines, programs, report
+from crossdict_jax.compile.machines import Machine
+from crossdict_jax.config import Config, MapConfig, SAEConfig, TextConfig
+from crossdict_jax.errors import UserError
+from crossdict_jax.training.mesh import planned
+from launch import command
+
+CPU = Machine("cpu-1")
+TINY = Config(
+    models=("docs-gpt2", "docs-gpt2"),  # of one shape: fewer programs
+    layers=(2,),
+    text=TextConfig(documents=20, max_bytes=400, window_tokens=32),
+    sae=SAEConfig(width=64, k=4, steps=100, batch_size=64),
+    map=MapConfig(kinds=("ridge", "mlp", "token_mlp", "crosscoder"), hidden=16, steps=50),
+    controls=("ceiling",),
+    machine="cpu-1",
+)
+
+
+# ---------------------------------------------------------------- machines
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "shape"),
+    [
+        ("v5e-8", 8, "2x4"),
+        ("v5p-64", 32, "2x4x4"),  # Google's number counts cores
+        ("v6e-256", 256, "16x16"),
+        ("h100-1", 1, "1x1x1"),
+        ("h100-32", 32, "1x4x8"),
+    ],
+)
+def test_names_of_machines(name, count, shape):
+    machine = Machine(name)
+    assert (machine.count, machine.shape) == (count, shape)
+    assert 1e9 < machine.device.memory < 1e12
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v5e-3", "v5e-08", "a100-8", "h100-eight"])
+def test_an_unknown_machine_is_refused_with_those_there_are(name):
+    with pytest.raises(UserError, match=rf"--machine={name} is none of v5e-1\|4\|8"):
+        Machine(name)
+
+
+def test_between_hosts_the_network_is_slower():
+    assert Machine("h100-8").network > 5 * Machine("h100-32").network
+
+
+@pytest.mark.parametrize(
+    ("name", "install"), [("v5e-8", "pip install libtpu"), ("h100-1", r'pip install "jax\[cuda13')]
+)
+def test_without_a_compiler_one_line_says_what_to_install(name, install, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=install):
+        Machine(name).devices()
+
+
+# ---------------------------------------------------------------- what a program costs
+
+
+def cost_of(function, *shapes, trips: int = 1):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.cost(jax.jit(function).lower(*arrays).compile().as_text(), CPU, trips)
+
+
+def test_a_product_takes_its_operations_and_its_bytes():
+    cost = cost_of(jnp.matmul, (64, 128), (128, 32))
+    assert cost["flops"] == pytest.approx(2 * 64 * 128 * 32)
+    assert cost["bytes"] == 4 * (64 * 128 + 128 * 32 + 64 * 32)
+    assert cost["compute"] == cost["flops"] / CPU.device.float32
+
+
+def test_stacked_products_take_those_of_all_members():
+    cost = cost_of(jax.vmap(jnp.matmul), (3, 64, 128), (3, 128, 32))
+    assert cost["flops"] == pytest.approx(3 * 2 * 64 * 128 * 32)
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    def seven(x, w):
+        return jax.lax.fori_loop(0, 7, lambda _, x: x @ w, x)
+
+    def many(x, w, n):
+        return jax.lax.fori_loop(0, n[0].astype(int), lambda _, x: x @ w, x)
+
+    product = 2 * 64 * 64 * 64
+    assert cost_of(seven, (64, 64), (64, 64))["flops"] == pytest.approx(7 * product)
+    unknown = cost_of(many, (64, 64), (64, 64), (1,), trips=50)
+    assert unknown["flops"] == pytest.approx(50 * product) and unknown["waits"] == 50
+
+
+def test_of_branches_the_shortest_counts():
+    def seldom(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: (x @ w) @ w, lambda: x)
+
+    assert cost_of(seldom, (64, 64), (64, 64)).get("flops", 0) == 0
+
+
+def test_of_a_large_array_only_the_rows_that_are_taken_count():
+    cost = cost_of(lambda x, i: x[i.astype(int)] * 2, (100_000, 64), (8,))
+    assert cost["bytes"] < 100 * 8 * 64
+
+
+def test_collectives_and_exchanges_with_the_host_are_found():
+    text = """
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %sum = f32[8,4]{1,0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+  %all = (f32[8,4]{1,0}, f32[64,4]{1,0}) all-gather-start(%sum), dimensions={0}
+  %done = f32[64,4]{1,0} all-gather-done(%all)
+  %out = token[] outfeed(%sum, %x), outfeed_config=""
+  ROOT %back = f32[8,4]{1,0} custom-call(%sum), custom_call_target="xla_python_cpu_callback"
+}
+"""
+    cost = hlo.cost(text, CPU, 1)
+    assert cost["sent all-reduce"] == 128 and cost["sent all-gather"] == (128 + 1024) / 2
+    assert cost["host outfeed"] == cost["host custom-call"] == 1
+
+
+# ---------------------------------------------------------------- a run's programs
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return report.compile_run(TINY)
+
+
+@pytest.fixture(scope="module")
+def step(tiny):
+    return next(e for e in tiny if "topk" in e.program.name)
+
+
+def test_every_stage_of_a_run_is_compiled(tiny):
+    stages = dict.fromkeys(e.program.stage for e in tiny)
+    assert list(stages) == [
+        *("extract_activations", "train_saes", "train_hypernetworks", "evaluate", "intervene"),
+    ]
+    names = " ".join(e.program.name for e in tiny)
+    words = ("read docs-gpt2", "topk of width 64", "crosscoders", "maps mlp", "maps token_mlp")
+    assert all(word in names for word in (*words, "predict by mlp", "clean", "edited"))
+    assert all(e.memory > 0 and e.total_ms > 0 and e.run_s > 0 for e in tiny)
+    assert not any(e.host or e.sent for e in tiny)
+
+
+def test_a_dictionarys_step_takes_its_five_products(step):
+    members, parameters = 2, 2 * 96 * 64 + 64 + 96
+    assert step.flops == pytest.approx(members * 10 * 64 * 96 * 64, rel=0.1)
+    assert step.memory > members * 3 * 4 * parameters  # with two moments of each
+
+
+def test_what_does_not_fit_is_refused_with_what_mends_it(step, monkeypatch):
+    small = dataclasses.replace(machines.DEVICES["cpu"], memory=0.75 * step.memory)
+    monkeypatch.setitem(machines.DEVICES, "cpu", small)
+    with pytest.raises(UserError, match=r"needed on each device.*try sae\.width=32"):
+        estimate.refuse_too_large([step], CPU)
+    assert "DOES NOT FIT" in [cell.text for cell in report.costs([step], CPU).rows[0]]
+
+
+def test_the_largest_settings_grow_with_what_is_free(step):
+    found = estimate.largest(step, CPU)
+    assert found["sae.width"] > 64 and math.log2(found["sae.width"]).is_integer()
+    tight = dataclasses.replace(step, memory=2 * CPU.device.memory, held=CPU.device.memory / 2)
+    assert estimate.largest(tight, CPU)["sae.batch_size"] < 64
+
+
+def test_the_command_makes_no_work_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    argv = ["compile", "--machine=cpu-1", "--models=docs-gpt2,docs-neox"]
+    assert (
+        command.execute(lambda config, work: seen.append((config, work)), argv, writes=False) == 0
+    )
+    assert seen[0][0].machine == "cpu-1" and seen[0][1] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_shape_is_not_known_is_refused(tmp_path):
+    config = dataclasses.replace(TINY, models=("docs-gpt2", "some/model"))
+    with pytest.raises(UserError, match=r"shape of 'some/model' is not known.*config\.json"):
+        programs.make_plan(config)
+
+
+# ---------------------------------------------------------------- the real steps on a TPU
+
+# As compiled for v5e-8: {program: (GB on a device, estimated ms, collectives)}.
+RECORDED: dict[str, tuple[float, float, set[str]]] = {}
+WIDE = dataclasses.replace(SAEConfig(), width=131_072, batch_size=4096, matmul_dtype="bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.parametrize("name", RECORDED)
+def test_steps_on_a_tpu_take_what_they_took(name):
+    config = pythia410m_gpt2medium.get_config()
+    machine = Machine("v5e-8")
+    with planned(machine.devices(), int(machine.device.memory)):
+        (program,) = (p for p in programs.programs(programs.make_plan(config)) if p.name == name)
+        found = estimate.estimate(program, machine)
+    memory, ms, collectives = RECORDED[name]
+    assert not found.host
+    assert set(found.sent) <= collectives
+    assert found.memory <= 1.1 * memory * 1e9
+    assert found.total_ms <= 1.2 * ms
