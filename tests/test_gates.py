@@ -160,17 +160,6 @@ def rotated(patch):
     patch.setattr(Regression, "affine", lambda self, W: true(self, W[::-1]))
 
 
-def rolled(patch):
-    """Features are matched with the next one's partner."""
-    match = g02_rotation.match
-
-    def wrong(*arguments, **settings):
-        pairs = match(*arguments, **settings)
-        return dataclasses.replace(pairs, features_b=np.roll(pairs.features_b, 1))
-
-    patch.setattr(g02_rotation, "match", wrong)
-
-
 def leaked(patch):
     """The second view shows what the first does."""
 
@@ -247,7 +236,6 @@ LINKED = f"linked features that transfer by fitted {g06_causal.KIND}, of {g06_ca
         slow(g01_identity, late, {"FVU of ridge on activations", "top-1 of ridge"}),
         (g02_rotation, nothing, set()),
         slow(g02_rotation, rotated, {"share of it after Procrustes from the copy"}),
-        slow(g02_rotation, rolled, {"share of the planted permutation that matching recovers"}),
         (g03_independence, leaked, {"R² of ridge", CONFIRMED}),
         slow(g03_independence, in_sample, {"R² of ridge", "centred cosine of ridge, absolute"}),
         slow(g04_exclusive, nothing, set()),

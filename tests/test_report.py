@@ -17,15 +17,8 @@ from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 MODELS = ("docs-gpt2", "docs-neox")
-R2 = {
-    "mean": -0.002,
-    "token": 0.46,
-    "token_target": 0.5,
-    "procrustes": 0.31,
-    "ridge": 0.43,
-    "token_ridge": 0.58,
-    "mlp": 0.49,
-}
+R2 = {"mean": -0.002, "token": 0.46, "token_target": 0.5, "procrustes": 0.31, "ridge": 0.43}
+R2 |= {"token_ridge": 0.58, "mlp": 0.49}
 HISTOGRAM = {"edges": [-5, -3, -1, 0], "counts": [10, 300, 40]}
 
 
@@ -39,20 +32,15 @@ def bounded(half=0.012, **scores) -> dict:
 
 def transfer_row(kind, pairing, pair, r2) -> dict:
     positive, shuffled = max(r2, 0), pairing == "shuffled"
-    scores = bounded(
-        r2=r2,
-        cosine=0.61 + 0.3 * positive,
-        cosine_centered=positive,
-        top1=1 / 8192 if shuffled else 0.6 * positive,
-        feature_correlation=0.9 * positive,
-        context_gain=r2 - 0.3 if r2 > 0.3 else -0.004,
-        mean_rank=4096.5 * (1 - positive),
-    )
     better = BEATS_TOKEN if r2 > 0.46 else BEATS_MEAN
     return {
         **dict(zip(PAIR, pair)),
         **{"map": kind, "pairing": pairing, "n_rows": 8500, "n_documents": 201, "pool": 8192},
-        **scores,
+        **bounded(r2=r2, cosine=0.61 + 0.3 * positive, cosine_centered=positive),
+        **bounded(
+            top1=1 / 8192 if shuffled else 0.6 * positive, feature_correlation=0.9 * positive
+        ),
+        **bounded(context_gain=r2 - 0.3 if r2 > 0.3 else -0.004, mean_rank=4096.5 * (1 - positive)),
         **{"fvu": 1 - r2, "cosine_mean_predictor": 0.612, "sparsity_similarity": 0.4 * positive},
         **{"l0_source": 32.0, "l0_target": 31.7, "l0_predicted": 28.4},
         "verdict": NO_BETTER if r2 < 0.1 else better,
@@ -128,18 +116,9 @@ def causal_rows(transfer: list[dict]) -> list[dict]:
 
 PAIRING = {
     "texts": 1000,
-    "models": {
-        "docs-gpt2": {"ends": 34000, "coverage": 0.941},
-        "docs-neox": {"ends": 36000, "coverage": 0.889},
-    },
+    "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
     "rows": {"train": 21762, "validation": 2100, "test": 8500},
-    "bos": {"docs-gpt2": None, "docs-neox": None},
-    "dropped": {"first_position": 1000, "norm_outliers": 12},
-    "text": {
-        "source": "docstrings",
-        "documents": {"train": 699, "validation": 100, "test": 201},
-        "bytes": {"train": 699_000, "validation": 100_000, "test": 201_000},
-    },
+    "text": {"documents": {"train": 699, "validation": 100, "test": 201}},
 }
 
 

@@ -10,19 +10,15 @@ from crossdict_jax.report import shared, summary_table, write_report
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.shared import MEASURES
 from crossdict_jax.report.tables import Table
+from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import write_jsonl
 
 FUNNEL = "From live features to confirmed pairs (mutual best): matched on 21,000 training rows"
 
 
 def sites(layer, other=None) -> dict:
-    other = layer if other is None else other
-    return {
-        "source": MODELS[0],
-        "target": MODELS[1],
-        "site_source": f"resid_pre.{layer}",
-        "site_target": f"resid_pre.{other}",
-    }
+    ends = (*MODELS, f"resid_pre.{layer}", f"resid_pre.{layer if other is None else other}")
+    return dict(zip(PAIR, ends))
 
 
 def matching_rows(layer, confirmed, by_luck=0) -> list[dict]:

@@ -20,7 +20,8 @@ from crossdict_jax.maps.ensemble import prepare as prepare_maps
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Runner
-from crossdict_jax.training.loop import MAX_CHUNK, Chunks, Feed, Trainable, initial
+from crossdict_jax.training.ensemble import Ensemble
+from crossdict_jax.training.loop import MAX_CHUNK, Chunks, initial
 
 MODEL, SITE = "made-up", Site(0)
 DIRECTIONS, SHARE, NOISE = 512, 0.05, 0.1  # of made-up rows: how many, how often active, noise
@@ -32,10 +33,10 @@ BATCHES = 8  # of training rows of a map
 class Training:
     """A training that stands still between runs of at most ``longest`` steps: the loop's code."""
 
-    def __init__(self, trainable: Trainable, feed: Feed, layout, *, longest: int = MAX_CHUNK):
-        root = jax.random.key(0)
-        self._chunks = Chunks(trainable, feed, root, limit=longest)
-        self.state = jax.block_until_ready(initial(trainable, root, layout))
+    def __init__(self, ensemble: Ensemble, *, longest: int = MAX_CHUNK):
+        trainable, root = ensemble.trainable(LONG), jax.random.key(0)
+        self._chunks = Chunks(trainable, ensemble.feed, root, limit=longest)
+        self.state = jax.block_until_ready(initial(trainable, root, ensemble.layout))
         self._done = 0
 
     def run(self, count: int) -> None:
@@ -55,7 +56,7 @@ def dictionary_steps(
     config, store = SAEConfig(steps=LONG, **sae), open_store(folder)
     group = members(config, [(MODEL, SITE)])
     ensemble = prepare(config, store, group, store.select("train"), resident=resident)
-    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.layout, longest=longest)
+    return Training(ensemble, longest=longest)
 
 
 def map_steps(
@@ -71,7 +72,7 @@ def map_steps(
     config = MapConfig(hidden=hidden, dropout=0.1, batch_size=batch_size, steps=LONG)
     ensemble, _ = prepare_maps(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
     ensemble.objective.validate_every = LONG  # validation is between the steps that are timed
-    return Training(ensemble.trainable(LONG), ensemble.feed, ensemble.layout)
+    return Training(ensemble)
 
 
 class Extraction:

@@ -13,13 +13,8 @@ INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 STRONG, WEAK, NONE = "#050501", "#050502", "#050503"
 SERIES = ("#060601", "#060602", "#060603", "#060604", "#060605", "#060606", "#060607")
 VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--rule",
-    PAPER: "--paper",
-    STRONG: "--strong",
-    WEAK: "--weak",
-    NONE: "--none",
+    **dict(zip((INK, MUTED, GRID, PAPER), ("--ink", "--muted", "--rule", "--paper"))),
+    **dict(zip((STRONG, WEAK, NONE), ("--strong", "--weak", "--none"))),
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
 }
 DASHES = ("-", "--", "-.", ":")
@@ -27,27 +22,15 @@ MAX_NAMES = 24  # in a legend: more cannot be read
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 8,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.titlesize": 8.5,
-    "axes.titlecolor": INK,
+    **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
+    **dict.fromkeys((f"axes.spines.{side}" for side in ("top", "right", "left")), False),
     "axes.titlelocation": "left",
     "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "lines.linewidth": 1.3,
+    **{"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7.5},
+    **{"axes.linewidth": 0.8, "grid.linewidth": 0.6, "lines.linewidth": 1.3},
 }
 
 
