@@ -183,11 +183,14 @@ def alone(root: Path) -> Iterator[None]:
     Raises:
       UserError: another process works there; it is named.
     """
+    path = root / LOCK
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((root / LOCK).open("a+"))
+            file = stack.enter_context(path.open("a+"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # its owner has just ended
+                raise BlockingIOError
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -197,6 +200,7 @@ def alone(root: Path) -> Iterator[None]:
         except OSError:
             pass
         else:
+            stack.callback(path.unlink, missing_ok=True)
             file.truncate(0)
             file.write(f"Process {os.getpid()} on {socket.gethostname()}")
             file.flush()
