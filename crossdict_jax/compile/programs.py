@@ -20,11 +20,16 @@ from crossdict_jax.config import Config, crosscoder_settings, unswept
 from crossdict_jax.dictionaries import Dictionary, base, crosscoder_training, train
 from crossdict_jax.dictionaries.start import start_of
 from crossdict_jax.evaluation.reconstruction import measure_batch
-from crossdict_jax.evaluation.retrieval import CHUNK, LARGEST_DEFAULT_POOL, at_least_as_similar
+from crossdict_jax.evaluation.retrieval import (
+    CHUNK,
+    LARGEST_DEFAULT_POOL,
+    at_least_as_similar,
+    similarities,
+)
 from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
 from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
-from crossdict_jax.maps.compact import Compact
+from crossdict_jax.maps.codes import Compact
 from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective
 from crossdict_jax.maps.network import NetworkMap
@@ -284,18 +289,21 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(plan.config, store):
         if issubclass(map_class(task.kind), NetworkMap):
-            shape = store.d_model(task.source), store.d_model(task.target)
+            # Maps on codes train together, whatever their models' sizes.
+            codes = "k" in base.find(plan.config.sae.architecture).reads
+            shape = () if codes else (store.d_model(task.source), store.d_model(task.target))
             groups.setdefault((task.kind, *shape), []).append(task)
     for (kind, *_), members in groups.items():
         n, n_rows, (a, b) = len(members), plan.rows["train"], _ends(members[0])
-        objective, fixed = _map_objective(plan, kind, (a, b))
+        objective, fixed = _map_objective(plan, kind, (a, b), codes=codes)
         held_out = min(plan.rows["validation"], VALIDATION_ROWS)
         size = min(settings.batch_size, held_out)
         batches = held_out // size, size
         streams = {"tokens": Stream(blank((n, n_rows), np.int32), np.arange(n))}
         validation = {"tokens": blank((n, *batches), np.int32)}
-        for name, (model, _) in (("a", a), ("b", b)):
-            rows = _codes(plan, model, (len(store.sites_of(model)), n_rows))
+        for side, (name, (model, _)) in enumerate((("a", a), ("b", b))):
+            distinct = {_ends(task)[side] for task in members}
+            rows = _codes(plan, model, (len(distinct), n_rows))
             order = None if name == "a" else blank((n, n_rows), np.int32)
             streams[name] = Stream(rows, np.zeros(n, np.int64), order)
             validation[name] = _codes(plan, model, (n, *batches))
@@ -335,7 +343,9 @@ def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarra
     return Compact(blank(shape), blank(shape, np.int32), sae.width)
 
 
-def _map_objective(plan: Plan, kind: str, ends: tuple[End, End]) -> tuple[TransferObjective, dict]:
+def _map_objective(
+    plan: Plan, kind: str, ends: tuple[End, End], *, codes: bool = False
+) -> tuple[TransferObjective, dict]:
     """The objective of a kind of map, and the shapes of what is fixed for one member."""
     built, cls, settings = [], map_class(kind), plan.config.map
     vocabulary = plan.lms[ends[0][0]].config.vocab_size
@@ -345,9 +355,14 @@ def _map_objective(plan: Plan, kind: str, ends: tuple[End, End]) -> tuple[Transf
         a, b = (_dictionary(plan, end) for end in ends)
         values = cls.unmeasured(a.width, b.width, tokens)
         pairs = Pairs(*(Side(blank((1, 1)), np.zeros(1), d) for d in (a, b)), np.zeros(1))
-        built.append(TransferObjective(cls, Problem(kind, pairs, pairs), values, settings))
+        problem = Problem(kind, pairs, pairs)
+        built.append(TransferObjective(cls, problem, values, settings, codes=codes))
         params = {f"dictionary_{name}": modules.split(d)[1] for name, d in (("a", a), ("b", b))}
-        return params | {"id": jnp.uint32(0), "values": values, "variance": jnp.float32(1)}
+        return ({} if codes else params) | {
+            "id": jnp.uint32(0),
+            "values": values,
+            "variance": jnp.float32(1),
+        }
 
     fixed = jax.eval_shape(build)
     return built[0], fixed
@@ -384,13 +399,15 @@ def scoring(plan: Plan) -> Iterator[Program]:
         objective, fixed = _map_objective(plan, kind, _ends(todo[0]))
         trained = jax.eval_shape(lambda o=objective: o.init(_key(), {}))
         params = fixed["values"] | trained | {"dictionary": fixed["dictionary_b"]}
-        x = rows(store.d_model(todo[0].source))
-        arrays = params, fixed["dictionary_a"], x, blank((size,), np.int32)
-        static = objective.graph, objective.source_graph, "__call__"
+        arrays = params, blank((size, width)), blank((size,), np.int32)
+        static = objective.graph, "__call__"
         runs = maps * (test + CONTEXT_ROWS) / size
         yield program(f"predict by {kind}", predict_batch, runs, arrays, static)
 
     pool = config.evaluation.pool or min(LARGEST_DEFAULT_POOL, test)
-    queries = blank((min(CHUNK, pool), width)), blank((min(CHUNK, pool),), np.int32)
-    arrays = *queries, blank((pool, width)), blank((pool,))
-    yield program("rank in a pool", at_least_as_similar, maps * pool / len(queries[0]), arrays)
+    chunk, entries = min(CHUNK, pool), blank((pool,))
+    index, runs = blank((chunk,), np.int32), maps * pool / chunk
+    arrays = blank((chunk, width)), blank((pool, width))
+    yield program("compare with a pool", similarities, runs, arrays)
+    arrays = blank((chunk, pool)), index, index, entries
+    yield program("rank in a pool", at_least_as_similar, runs, arrays)

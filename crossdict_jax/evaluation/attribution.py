@@ -70,7 +70,7 @@ def _jacobians(graphs, params, x, tokens, features, count):
         high = jnp.where(mask, row, -jnp.inf).max(axis=0)
         return jnp.where(mask, row, 0.0).sum(axis=0), low, high
 
-    total, low, high = jax.lax.map(of_feature, jnp.arange(len(features)))
+    total, low, high = jax.vmap(of_feature)(jnp.arange(len(features)))
     return total, on.sum(axis=0), low, high
 
 

@@ -7,15 +7,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.codes import (
-    Codes,
-    Moments,
-    compress,
-    correlation_matrix,
-    correlations,
-    paired_correlations,
-)
+from crossdict_jax.evaluation.codes import correlations, paired_correlations
 from crossdict_jax.evaluation.nulls import shift_p_values, token_shuffles
+from crossdict_jax.maps.codes import Codes, Moments, compress
 from crossdict_jax.stats import benjamini_hochberg
 
 HUNGARIAN_WIDTH = 8192  # live features a side: a dense problem of 0.5 GB, and minutes
@@ -93,7 +87,7 @@ def match(
 def _live(codes: Codes, minimum: int, merge: bool) -> np.ndarray:
     """The live features, ascending."""
     moments = Moments.of(codes)
-    live = np.flatnonzero((moments.firings >= minimum) & (moments.norm > 0))
+    live = np.flatnonzero((moments.firings >= minimum) & (moments.variance > 0))
     if merge and len(live):
         codes = codes[:, live]
         first = [np.argmax(r >= IDENTICAL, axis=1) for _, r in correlations(codes, codes)]
@@ -122,7 +116,7 @@ def hungarian(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
             f"evaluation.matching=hungarian takes at most {HUNGARIAN_WIDTH} live features and "
             f"there are {widest}; use mutual_best, or raise evaluation.minimum_firings."
         )
-    r = correlation_matrix(a, b)
+    r = np.concatenate([tile for _, tile in correlations(a, b)])
     i, j = linear_sum_assignment(r, maximize=True)
     positive = r[i, j] > 0
     return i[positive], j[positive]

@@ -6,8 +6,9 @@ import numpy as np
 from scipy.fft import prev_fast_len
 
 from crossdict_jax import stats
-from crossdict_jax.evaluation.codes import Codes, Moments, paired_products
+from crossdict_jax.evaluation.codes import paired_products
 from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.codes import Codes, Moments
 
 BINS = 2048  # of correlations between -1 and 1; a null in the observed one's bin counts against it
 POOLS = 32  # octaves of how many rows a feature fires in
@@ -83,7 +84,7 @@ def token_shuffles(
     true = paired_products(a, b)
     total, beaten = np.zeros(a.shape[1]), np.ones(a.shape[1], bool)
     for _ in range(SHUFFLES):
-        order = np.lexsort((generator.random(len(group)), group))  # a shuffle of every group
+        order = np.argsort(group + generator.random(len(group)))  # a shuffle of every group
         shuffled = paired_products(a, b[order])
         total += shuffled / SHUFFLES
         beaten &= true > shuffled + TIES * abs(true)

@@ -16,6 +16,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.stage import progress_bar
@@ -26,7 +27,7 @@ COSINE_EDGES = np.linspace(0, 1, 21)  # of a decoder row to the one most like it
 MIN_KL = 0.05  # nats: where an ablation does less, what is recovered of it means nothing
 
 
-def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[dict]]:
+def reconstruct(run: Loader) -> dict[str, list[dict]]:
     """Returns the rows of reconstruction.jsonl and of features.jsonl, one per dictionary each.
 
     A transcoder is measured where it writes: its site_output, in whichever model that is. Losses
@@ -36,6 +37,7 @@ def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[d
     Raises:
       UserError: a model and site of the store has no dictionary, or one is damaged.
     """
+    config, store, work = run.config, run.store, run.work
     edited: dict[str, list] = {}  # by the model that is written, run once
     for model in store.models:
         for site in store.sites_of(model):

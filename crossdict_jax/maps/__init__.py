@@ -15,14 +15,7 @@ from crossdict_jax.maps.base import (
     predict_activations,
     save,
 )
-from crossdict_jax.maps.fit import (
-    Task,
-    fit_maps,
-    load_pairs,
-    shuffle_seed,
-    shuffled,
-    tasks,
-)
+from crossdict_jax.maps.fit import Task, fit_maps, load_pairs, shuffled, tasks
 
 __all__ = [
     "Map",
@@ -38,7 +31,6 @@ __all__ = [
     "predict",
     "predict_activations",
     "save",
-    "shuffle_seed",
     "shuffled",
     "tasks",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy import sparse
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.config import MapConfig, map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.compact import Compact, compact
+from crossdict_jax.maps.codes import Codes, Moments, compress
 from crossdict_jax.maps.moments import (
     ROWS,
     Regression,
@@ -54,12 +55,33 @@ class Side:
     keys: np.ndarray | None = None  # int [n, 2], (document, byte end), which ``Pairs`` compares
 
     def activations(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the activations float32 [m, d_model] of some rows."""
+        """Returns float32 [m, d_model]."""
         return self.x[rows].astype(np.float32)
 
+    @cached_property
+    def codes(self) -> Codes:
+        """The features [n, width] of all rows, encoded once."""
+        if self.reordered_from is not None:
+            return self.reordered_from.codes[self.order]
+        blocks = (encode_rows(self.dictionary, self.x[rows]) for rows in slices(len(self.x)))
+        width = self.dictionary.width
+        return sparse.vstack([Codes((0, width), dtype=np.float32), *map(compress, blocks)], "csr")
+
     def features(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the features float32 [m, width] of at most ROWS rows."""
-        return encode_rows(self.dictionary, self.x[rows])
+        """Returns float32 [m, width]."""
+        return self.codes[rows].toarray()
+
+    @cached_property
+    def feature_moments(self) -> Moments:
+        """Mean and variance of the features over all rows."""
+        return (
+            self.reordered_from.feature_moments if self.reordered_from else Moments.of(self.codes)
+        )
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What a hypernetwork reads of it by role, made once; see ``descriptions.describe``."""
+        return self.reordered_from.described if self.reordered_from else {}
 
     @cached_property
     def bad_row(self) -> int | None:
@@ -72,35 +94,14 @@ class Side:
                 return rows.start + int(bad.argmax())
         return None
 
-    @cached_property
-    def feature_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance, float64 [width], of the features; encoded once, in batches."""
-        if self.reordered_from is not None:
-            return self.reordered_from.feature_moments
-        total, square = np.zeros((2, self.dictionary.width))
-        for rows in slices(len(self.x)):
-            f = self.features(rows)
-            total += f.sum(0, dtype=np.float64)
-            square += np.square(f).sum(0, dtype=np.float64)
-        mean = total / len(self.x)
-        return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
-
-    @cached_property
-    def code(self) -> Compact | None:
-        """The active features of all rows; None if a row has more than d_model / 2 of them.
-
-        Then the activations take less memory.
-        """
-        if self.reordered_from is not None:
-            code = self.reordered_from.code
-            return jax.tree.map(lambda a: a[self.order], code)
-        return compact(map(self.features, slices(len(self.x))), limit=self.x.shape[1] // 2)
-
     def take(self, rows: np.ndarray | slice) -> Side:
         """Returns the side with these rows alone."""
         keys = None if self.keys is None else self.keys[rows]
         some = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
-        return dataclasses.replace(self, **some, reordered_from=None, order=None)
+        taken = dataclasses.replace(self, **some, reordered_from=None, order=None)
+        if "codes" in vars(self):  # encoded already
+            vars(taken)["codes"] = self.codes[rows]
+        return taken
 
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in another order."""
@@ -118,8 +119,7 @@ class Pairs:
 
     def __post_init__(self):
         a, b = self.source, self.target
-        rows = {len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}
-        if len(rows) > 1:
+        if len({len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}) > 1:
             raise UserError(
                 f"Pairs need equally many rows: the source has {len(a.x)} and {len(a.tokens)} "
                 f"tokens, the target {len(b.x)} and {len(b.tokens)}, with {len(self.documents)} "
@@ -137,28 +137,25 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source.x)
 
-    def by_token(self, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
-        """Returns the sums by the source's token of what ``read`` gives of numbered rows."""
-        return token_sums(self.source.tokens, read)
+    def take(self, rows: np.ndarray | slice) -> Pairs:
+        """Returns some of the rows."""
+        return Pairs(self.source.take(rows), self.target.take(rows), self.documents[rows])
 
     @cached_property
     def target_by_token(self) -> TokenSums:
         """The sums of the target's features by the source's token, once for all maps."""
-        return self.by_token(self.target.features)
+        return token_sums(self.source.tokens, self.target.codes)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a map is fitted on; ``label`` names it on progress bars and in errors.
+    """What a map is fitted on."""
 
-    Attributes:
-      joint: for maps that go through one, the way from A to B through a joint code of the models:
-        W_enc [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
-    """
-
-    label: str
+    label: str  # on progress bars and in errors
     train: Pairs
     validation: Pairs
+    # The way from A to B through a joint code of the models, for maps that go through one: W_enc
+    # [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
     joint: dict[str, jax.Array] | None = None
 
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
@@ -184,14 +181,12 @@ def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
     """Raises UserError with fewer training rows than the map needs, or one that is not finite."""
     for split, minimum in (("train", fewest), ("validation", 1)):
-        rows = len(getattr(problem, split))
-        if rows < minimum:
-            raise UserError(
-                f"{problem.label} has {rows} paired {split} rows and {kind} needs {minimum} or "
-                "more; raise text.documents."
-            )
-    for split in ("train", "validation"):
         pairs = getattr(problem, split)
+        if len(pairs) < minimum:
+            raise UserError(
+                f"{problem.label} has {len(pairs)} paired {split} rows and {kind} needs {minimum} "
+                "or more; raise text.documents."
+            )
         for name, side in (("source", pairs.source), ("target", pairs.target)):
             if side.bad_row is not None:
                 raise UserError(
@@ -233,12 +228,7 @@ class Map(nnx.Module):
     fewest_rows: ClassVar[int] = 2
 
     def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
-        """
-        Args:
-          dictionary: B's.
-          values: nested names -> arrays, which become parameters of these names.
-          settings: see the attribute.
-        """
+        """``dictionary`` is B's; ``values`` are nested names -> arrays, which become parameters."""
         self.dictionary = dictionary
         for name, value in (values or {}).items():
             setattr(self, name, _parameters(value))
@@ -344,30 +334,35 @@ def map_class(kind: str) -> type[Map]:
 # ---------------------------------------------------------------- predictions
 
 
-def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"):
-    """Returns B's predicted features float32 [n, width_b], a batch at a time.
+def predictions(
+    m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (rows, B's predicted features float32 [m, width_b] of them), a batch at a time.
 
     Args:
-      method: of the map, which gives what is returned.
+      method: of the map, which gives what is yielded.
     """
-    graph, params = modules.split(m)
-    source_graph, source_params = modules.split(pairs.source.dictionary)
-    parts = []
+    (graph, params), source, encoder = modules.split(m), pairs.source, None
+    if m.predicts_activation and method == "__call__":  # all these kinds share B's encoder
+        encoder, method = modules.split(m.dictionary), "activation"
+    read = {"tokens": source.tokens.__getitem__, "activations": source.x.__getitem__}
     for rows in slices(len(pairs), batch_size):
-        x, tokens = (padded(a[rows], batch_size) for a in (pairs.source.x, pairs.source.tokens))
-        out = predict_batch(graph, source_graph, method, params, source_params, x, tokens)
-        parts.append(np.asarray(out)[: rows.stop - rows.start])
-    return np.concatenate(parts)
+        inputs = read.get(m.reads, source.features)(rows)
+        batch = [padded(a, batch_size) for a in (inputs, source.tokens[rows])]
+        out = predict_batch(graph, method, params, *batch)
+        out = modules.call(encoder[0], "encode", encoder[1], out) if encoder else out
+        yield rows, np.asarray(out)[: rows.stop - rows.start]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def predict_batch(graph, source_graph, method, params, source_params, x, tokens):
-    """Returns a method's result of one batch; see ``predict``."""
-    m = modules.merge(graph, params)
-    inputs = {"activations": x, "tokens": tokens}.get(m.reads)
-    if inputs is None:
-        inputs = modules.merge(source_graph, source_params).encode(x)
-    return getattr(m, method)(inputs, tokens=tokens)
+def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"):
+    """Returns B's predicted features float32 [n, width_b]; see ``predictions``."""
+    return np.concatenate([out for _, out in predictions(m, pairs, batch_size, method=method)])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def predict_batch(graph, method, params, inputs, tokens):
+    """Returns a method's result of one batch; see ``predictions``."""
+    return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
 def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:

@@ -6,8 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Pairs, Side, slices
+from crossdict_jax.maps.codes import Moments
 from crossdict_jax.maps.moments import moments, token_sums
 from crossdict_jax.maps.network import damped_scale
 
@@ -40,20 +42,15 @@ class Description:
     side: Side  # the rows in their own order
     rows: np.ndarray  # the numbers of those that the profile is taken from
 
-    @cached_property
-    def mean(self) -> np.ndarray:
-        """Mean features, float64 [width]."""
-        return self.side.feature_moments[0]
-
-    @cached_property
-    def variance(self) -> np.ndarray:
-        """Variance of the features, float64 [width]."""
-        return self.side.feature_moments[1]
+    @property
+    def moments(self) -> Moments:
+        """Mean and variance of the features, on all rows."""
+        return self.side.feature_moments
 
     @cached_property
     def scale(self) -> np.ndarray:
         """Standard deviation of the features, damped where it is small, [width]."""
-        return damped_scale(self.variance)
+        return damped_scale(self.moments.variance)
 
     @cached_property
     def directions(self) -> dict[str, np.ndarray]:
@@ -68,10 +65,9 @@ class Description:
         moves = self.scale[:, None] * dec
         lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
         enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
-        fires = sum((self.side.features(r) > 0).sum(0) for r in slices(len(self.side.x)))
         facts = [
-            np.log10(fires / len(self.side.x) + 1e-5) + 2,
-            self.mean / self.scale,
+            np.log10(self.moments.firings / self.moments.n + 1e-5) + 2,
+            self.moments.mean / self.scale,
             np.log(self.scale / self.scale.mean()),
             np.sum(enc * dec, axis=1),
         ]
@@ -87,47 +83,36 @@ class Description:
     @cached_property
     def profile(self) -> Profile:
         """The features by the bytes of the model's own token, on this role's documents."""
-        side, rows, width = self.side, self.rows, self.side.dictionary.width
-        sums = token_sums(side.tokens[rows], lambda part: side.features(rows[part]))
+        side, rows = self.side, self.rows
+        ids, at = np.unique(side.tokens[rows], return_inverse=True)
+        names = (
+            ids.tolist() if side.token_bytes is None else map(side.token_bytes().__getitem__, ids)
+        )
+        index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
+        label = np.array([index.setdefault(name, len(index)) for name in names])[at]
+        sums = token_sums(label, side.codes[rows])
         batches = (side.features(rows[part]) for part in slices(len(rows)))
         products, _ = moments((f, f[:, :1]) for f in batches)
-        spelled = side.token_bytes() if side.token_bytes else None
-        index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
-        names = [int(i) if spelled is None else spelled[i] for i in sums.ids]
-        of_name = np.array([index.setdefault(name, len(index)) for name in names])
-        counts, totals = np.zeros(len(index)), np.zeros((len(index), width))
-        np.add.at(counts, of_name, sums.counts)
-        np.add.at(totals, of_name, sums.sums)
-        means = totals / counts[:, None] - sums.mean[None, :]
-        return Profile(tuple(index), counts, means, products.aa / products.n)
+        means = sums.sums / sums.counts[:, None] - sums.mean[None, :]
+        return Profile(tuple(index), sums.counts, means, products.aa / products.n)
 
 
-class Describer:
-    """Describes sides; those that several problems share are described once."""
+def describe(pairs: Pairs, label: str) -> tuple[Description, Description]:
+    """Returns (source, target), described once for all problems; shuffling pairs changes neither.
 
-    def __init__(self):
-        self._described: dict[tuple[int, str], Description] = {}
-
-    def both(self, pairs: Pairs, label: str) -> tuple[Description, Description]:
-        """Returns (source, target); shuffling pairs changes neither.
-
-        Raises:
-          UserError: the rows are of one document only.
-        """
-        documents, index = np.unique(pairs.documents, return_inverse=True)
-        if len(documents) < 2:
-            raise UserError(
-                f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
-                "more, one to describe each side by; raise text.documents."
-            )
-        result = []
-        for parity, role in enumerate(("source", "target")):
-            side = getattr(pairs, role)
-            side = side.reordered_from or side
-            # The description holds the side, so its id stays its own.
-            description = Description(side, np.flatnonzero(index % 2 == parity))
-            result.append(self._described.setdefault((id(side), role), description))
-        return tuple(result)
+    Raises:
+      UserError: the rows are of one document only.
+    """
+    documents, index = np.unique(pairs.documents, return_inverse=True)
+    if len(documents) < 2:
+        raise UserError(
+            f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
+            "more, one to describe each side by; raise text.documents."
+        )
+    for parity, (role, side) in enumerate((("source", pairs.source), ("target", pairs.target))):
+        description = Description(side.reordered_from or side, np.flatnonzero(index % 2 == parity))
+        side.described.setdefault(role, description)
+    return pairs.source.described["source"], pairs.target.described["target"]
 
 
 def profile_weights(
@@ -156,16 +141,10 @@ def profile_weights(
     penalty = DAMPING * np.trace(K) / max(len(K), 1) or 1.0  # nothing varies: any will do
     W = np.zeros((len(mask), Y.shape[1]))
     W[mask] = np.linalg.solve(K + penalty * np.eye(len(K)), X.T @ Y)
-    return cut(W, rank)
-
-
-def cut(W: np.ndarray, rank: int) -> Weights:
-    """Returns U, V whose product U V' is W, or nearly its best approximation of that rank.
-
-    Subspace iteration from a fixed start: a wide W is never decomposed as a whole.
-    """
+    # Nearly the best approximation of that rank, by subspace iteration from a fixed start: a wide W
+    # is never decomposed as a whole.
     size = min(rank, *W.shape)
-    V = np.random.Generator(np.random.Philox(key=0)).standard_normal((W.shape[1], size))
+    V = stats.generator(0).standard_normal((W.shape[1], size))
     for _ in range(TURNS):
         V = np.linalg.qr(W.T @ (W @ V))[0]
     U = np.zeros((len(W), rank))

@@ -7,8 +7,6 @@ on what comes before the selection, ``rectified(z)``.
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.errors import UserError
 from crossdict_jax.ops import keep_top_k
 
 INITIAL_THRESHOLD = 1.0  # in standard units of a feature: near where they end in training
@@ -27,15 +25,6 @@ def select(head: str, z: jax.Array, *, k: int, threshold: jax.Array | None) -> j
         return keep_top_k(z, k)
     f = jax.nn.relu(z)
     return f if head == "relu" else jnp.where(z > threshold[None, :], f, 0.0)
-
-
-def check(name: str, dictionary: Dictionary, label: str) -> None:
-    """Raises UserError if a head does not fit the target's dictionary."""
-    if name == "topk" and "k" not in dictionary.reads:
-        raise UserError(
-            f"map.head=topk keeps as many features as the target's dictionary, and that of {label} "
-            f"({type(dictionary).__name__}) fixes no number; use jumprelu."
-        )
 
 
 def rectified(z: jax.Array) -> jax.Array:

@@ -34,12 +34,11 @@ def correlation(p: jax.Array, t: jax.Array) -> jax.Array:
     width x width. A constant column correlates 0 with every column, itself included.
     """
     Z_p, Z_t = _standardised(p), _standardised(t)
-    total = _gram(Z_p, Z_p) + _gram(Z_t, Z_t) - 2 * _gram(Z_p, Z_t)
-    return total / p.shape[1] ** 2
-
-
-def _gram(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)))
+    pp, tt, pt = (
+        jnp.sum(jnp.square(jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)))
+        for a, b in ((Z_p, Z_p), (Z_t, Z_t), (Z_p, Z_t))
+    )
+    return (pp + tt - 2 * pt) / p.shape[1] ** 2
 
 
 def _standardised(x: jax.Array) -> jax.Array:
@@ -68,15 +67,12 @@ def sparsity(p: jax.Array, t: jax.Array, *, fires: jax.Array | None = None) -> j
         typical = jnp.sum(jnp.maximum(t, 0.0)) / jnp.maximum(jnp.sum(active), 1)
         scale = SOFT_FIRING * jnp.where(active.any(), typical, 1.0)
         fires, active = jnp.tanh(p / scale), jnp.tanh(t / scale)
-    active = active.astype(jnp.float32)
-    rates = _relative(fires.mean(0), active.mean(0))
-    return rates + _relative(fires.mean(1), active.mean(1))
-
-
-def _relative(p: jax.Array, t: jax.Array) -> jax.Array:
-    """Squared distance in units of the squared length of t; in plain units where t is 0."""
-    length = jnp.sum(jnp.square(t))
-    return jnp.sum(jnp.square(p - t)) / jnp.where(length > 0, length, 1.0)
+    mismatch = 0.0
+    for axis in (0, 1):  # rates, then L0, in plain units where nothing fires in the target
+        p, t = fires.mean(axis), active.astype(jnp.float32).mean(axis)
+        length = jnp.sum(jnp.square(t))
+        mismatch += jnp.sum(jnp.square(p - t)) / jnp.where(length > 0, length, 1.0)
+    return mismatch
 
 
 def transfer_loss(

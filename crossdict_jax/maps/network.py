@@ -12,7 +12,7 @@ from crossdict_jax import modules
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
-from crossdict_jax.maps.ensemble import prepare
+from crossdict_jax.maps.ensemble import prepare, shapes
 from crossdict_jax.ops import matmul
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import stack
@@ -100,15 +100,18 @@ class NetworkMap(Map):
         groups: dict[tuple, list[int]] = {}
         for i, problem in enumerate(problems):
             check_rows(problem, cls.kind)
-            heads.check(config.head, problem.train.target.dictionary, problem.label)
+            dictionary = problem.train.target.dictionary
+            if config.head == "topk" and "k" not in dictionary.reads:
+                raise UserError(
+                    "map.head=topk keeps as many features as the target's dictionary, and that of "
+                    f"{problem.label} ({type(dictionary).__name__}) fixes no number; use jumprelu."
+                )
             if config.batch_size > len(problem.train):
                 raise UserError(
                     f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
                     f"training rows of {problem.label}; lower it or raise text.documents."
                 )
-            sides = problem.train.source, problem.train.target
-            shapes = [(s.x.shape, modules.split(s.dictionary)[0]) for s in sides]
-            groups.setdefault((*shapes, len(problem.validation)), []).append(i)
+            groups.setdefault(shapes(problem), []).append(i)
         fitted: dict[int, Fitted] = {}
         for number, members in enumerate(groups.values()):
             ensemble, measured = prepare(cls, [problems[i] for i in members], config, seed=seed)
@@ -131,7 +134,6 @@ class NetworkMap(Map):
                     "steps": int(best[j]["step"]) + 1,  # after which the parameters are those kept
                     "stopped": bool(best[j]["stale"] >= config.patience),
                     "validation": {name: float(value[j]) for name, value in terms.items()},
-                    "validation_rows": int(np.prod(held_out["tokens"].shape[1:])),
                 }
                 target = problems[i].train.target.dictionary
                 m = cls(target, values | best[j]["params"], head=config.head)

@@ -11,7 +11,6 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation import transfer_metrics
-from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
@@ -51,7 +50,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         transfer_metrics(dictionary(rows), x, train_mean=train_mean, bootstrap=0)["r2"]
         for rows in (x, translated)
     )
-    pairs = match(encode(test.source), encode(test.target), minimum_firings=MINIMUM_FIRINGS)
+    pairs = match(test.source.codes, test.target.codes, minimum_firings=MINIMUM_FIRINGS)
     right = (order[pairs.features_a] == pairs.features_b).sum()
     # Without a map: the nearest decoder row, zeros appended.
     decoders = [np.asarray(s.dictionary.W_dec[...]) for s in (test.source, test.target)]

@@ -8,7 +8,6 @@ import numpy as np
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
-from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Pairs, Problem, map_class
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
@@ -64,7 +63,7 @@ def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path
         Pairs(source, target, experiment.documents),
         experiment.documents < TEXTS * 2 // 3,
     )
-    problem = Problem("planted causes", take(pairs, train), take(pairs, ~train))
+    problem = Problem("planted causes", pairs.take(train), pairs.take(~train))
     (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
     vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)

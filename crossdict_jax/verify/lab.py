@@ -20,7 +20,6 @@ from crossdict_jax.config import (
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import scoring, transfer_metrics
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader, fit_tasks
@@ -119,11 +118,11 @@ def transfer_rows(
     """Fits the maps of a run that are chosen, and returns their rows of transfer.jsonl."""
     store = open_store(work.activations)
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
-    loader = Loader(store, work, config.seed)
-    fit_tasks(tasks, config, loader, work, directory=work.maps / "training")
-    rows, codes = [], SideCodes()
+    loader = Loader(config, store, work)
+    fit_tasks(tasks, loader, seed=config.seed)
+    rows = []
     for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader, config, codes))
+        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader))
     return rows
 
 
@@ -165,8 +164,7 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
     (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
-        token_sums(train.source.tokens, lambda rows, x=x: x[rows])
-        for x in (x, maps.predict_activations(fitted.map, train))
+        token_sums(train.source.tokens, x) for x in (x, maps.predict_activations(fitted.map, train))
     ]
     index = sums[0].positions(test.source.tokens)
     return transfer_metrics(

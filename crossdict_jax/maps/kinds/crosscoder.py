@@ -20,13 +20,10 @@ class Crosscoder(ActivationMap):
     through_joint = True
     fits_together = True  # where the joint codes are still to be trained, in one ensemble
 
-    def code(self, inputs: jax.Array) -> jax.Array:
-        """Returns the joint code [batch, width] of A's activations [batch, d_a]."""
-        z = exact_matmul(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
-        return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
-
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        return exact_matmul(self.code(inputs), self.W_dec[...]) + self.b_dec[...][None, :]
+        z = exact_matmul(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
+        f = jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
+        return exact_matmul(f, self.W_dec[...]) + self.b_dec[...][None, :]
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):

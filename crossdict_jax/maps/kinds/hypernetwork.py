@@ -15,7 +15,7 @@ from crossdict_jax import modules
 from crossdict_jax.config import HypernetworkConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows, exact_matmul
-from crossdict_jax.maps.descriptions import Describer, Description, profile_weights
+from crossdict_jax.maps.descriptions import Description, describe, profile_weights
 from crossdict_jax.maps.network import dropped
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
@@ -62,24 +62,22 @@ class Hypernetwork(Map):
         Raises:
           UserError: a batch is larger than the training rows or does not divide over the devices.
         """
-        fitted: dict[int, Fitted] = {}
-        describer, by_pairing = Describer(), {}
-        for i, problem in enumerate(problems):
+        fitted, by_pairing = {}, {}
+        for problem in problems:
             shuffled = problem.train.target.reordered_from is not None
-            by_pairing.setdefault(shuffled, []).append(i)
+            by_pairing.setdefault(shuffled, []).append(problem)
         for number, (_, members) in enumerate(sorted(by_pairing.items())):
             network, chosen = train_network(
-                [problems[i] for i in members],
+                members,
                 config.hypernetwork,
                 seed=seed,
                 directory=Path(directory) / f"{cls.kind}-{number}",
                 checkpoint_every=checkpoint_every,
                 records=records,
-                describer=describer,
             )
-            for i, record in zip(members, chosen):
-                fitted[i] = Fitted(network.write(problems[i], describer), record)
-        return [fitted[i] for i in range(len(problems))]
+            for problem, record in zip(members, chosen):
+                fitted[id(problem)] = Fitted(network.write(problem), record)
+        return [fitted[id(problem)] for problem in problems]
 
 
 def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
@@ -186,18 +184,18 @@ class Network:
                 raise UserError(
                     f"The hypernetwork was not trained with {model} as {role}; it knows {models}."
                 )
-            numbers = {"mean": of_role.mean, "scale": of_role.scale}
+            numbers = {"mean": of_role.moments.mean, "scale": of_role.scale}
             numbers["nearness"] = nearness(layer, self.layers[role, model])
             reads[role] = of_role.directions | numbers
         return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
 
-    def write(self, problem: Problem, describer: Describer | None = None) -> Hypernetwork:
+    def write(self, problem: Problem) -> Hypernetwork:
         """Returns the map from one dictionary to another, seen in training or not.
 
         Of the problem's rows it uses what each model does on its own, never which row of A goes
         with which of B.
         """
-        pair = (describer or Describer()).both(problem.train, problem.label)
+        pair = describe(problem.train, problem.label)
         reads = self.read(pair)
         towers = [self.towers[role, side.side.model] for role, side in zip(ROLES, pair)]
         values = written(*towers, reads) | {"mean_a": reads["source"]["mean"]}
@@ -212,11 +210,11 @@ def nearness(layer: int, layers: Sequence[int]) -> np.ndarray:
     return np.array([np.interp(layer, layers, unit) for unit in np.eye(len(layers))])
 
 
-def from_profiles(problem: Problem, describer: Describer | None = None) -> Hypernetwork:
+def from_profiles(problem: Problem) -> Hypernetwork:
     """Returns the map that token profiles call for, without any training or any paired row."""
-    source, target = (describer or Describer()).both(problem.train, problem.label)
+    source, target = describe(problem.train, problem.label)
     U, V = profile_weights(source, target)
-    values = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
+    values = {"U": U, "V": V, "mean_a": source.moments.mean, "bias": target.moments.mean}
     return Hypernetwork(target.side.dictionary, values)
 
 
@@ -230,16 +228,10 @@ class WritingObjective(Objective):
     them. The best validation gives the network.
     """
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        config: HypernetworkConfig,
-        describer: Describer,
-        masks: Masks,
-    ):
+    def __init__(self, problems: Sequence[Problem], config: HypernetworkConfig, masks: Masks):
         self.config, self.masks = config, masks
         self.validate_every = max(1, config.steps // LOOKS)
-        self.described = [describer.both(p.train, p.label) for p in problems]
+        self.described = [describe(p.train, p.label) for p in problems]
         layers: dict[tuple[str, str], set[int]] = {}
         groups: dict[tuple, list[int]] = {}
         self.d_models = {}  # (role, model)
@@ -288,7 +280,7 @@ class WritingObjective(Objective):
             for s in pair
         ]
         # Where none of B's features varies, the error stays in raw units.
-        variance = np.float32(np.sum(pair[1].variance * masks[1]) or 1.0)
+        variance = np.float32(np.sum(pair[1].moments.variance * masks[1]) or 1.0)
         return {
             "dictionaries": [modules.split(side.side.dictionary)[1] for side in pair],
             "masks": [np.float32(mask) for mask in masks],
@@ -348,7 +340,6 @@ def train_network(
     directory: Path,
     checkpoint_every: int = 500,
     records: Sequence[str] = (),
-    describer: Describer | None = None,
     masks: Masks | None = None,
 ) -> tuple[Network, list[dict[str, Any]]]:
     """Returns a network trained on all problems together, and a record for each of them.
@@ -369,7 +360,7 @@ def train_network(
         if len(problem.train) != n:
             raise ValueError("problems that train one network need equally many rows")
     masks = masks or {}
-    objective = WritingObjective(problems, config, describer or Describer(), masks)
+    objective = WritingObjective(problems, config, masks)
     fixed = [stack([objective.fixed(i) for i in members]) for members in objective.stacks]
     labels = [problem.label for problem in problems]
     streams, validation = {}, {}

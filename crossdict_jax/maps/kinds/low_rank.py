@@ -22,11 +22,11 @@ class LowRank(AffineMap):
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):
-        regression, errors = problem.regression, {}
-        path, validation = regression.path, regression.validation
+        regression, errors, directions = problem.regression, {}, {}
+        validation = regression.validation
         for penalty in config.ridge_penalties:
-            V = path.directions(penalty)
-            fitted = path.solution(penalty) @ V  # [d_a, d_b], a column for each direction
+            V = directions[penalty] = regression.directions(penalty)
+            fitted = regression.solution(penalty) @ V  # [d_a, d_b], a column for each direction
             # |b - W V_r V_r' a|^2 is a sum over directions: |V'b|^2 less what each explains.
             explained = 2 * np.sum(fitted * (validation.ab @ V), axis=0)
             explained -= np.sum(fitted * (validation.aa @ fitted), axis=0)
@@ -36,7 +36,7 @@ class LowRank(AffineMap):
                     errors[penalty, rank] = float(left[rank - 1] / (validation.n * len(V)))
 
         def values(penalty: float, rank: int):
-            V = path.directions(penalty)[:, :rank]
-            return regression.affine(path.solution(penalty) @ V @ V.T)
+            V = directions[penalty][:, :rank]
+            return regression.affine(regression.solution(penalty) @ V @ V.T)
 
         return errors, values

@@ -30,7 +30,6 @@ class MLP(NetworkMap):
     def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
         values = {}
         for name, side in (("a", problem.train.source), ("b", problem.train.target)):
-            mean, variance = side.feature_moments
-            values[f"mean_{name}"] = mean.astype(np.float32)
-            values[f"scale_{name}"] = damped_scale(variance)
+            values[f"mean_{name}"] = side.feature_moments.mean.astype(np.float32)
+            values[f"scale_{name}"] = damped_scale(side.feature_moments.variance)
         return values, {}

@@ -6,6 +6,7 @@ import numpy as np
 
 from crossdict_jax import modules
 from crossdict_jax.maps.base import Problem, look_up
+from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 NO_TOKEN = np.iinfo(np.int32).max  # fills up tables to one length; no token equals it
@@ -39,14 +40,14 @@ class TokenMLP(NetworkMap):
         train, values = problem.train, {}
         errors = train.target_by_token.table_errors(problem.validation.target_by_token)
         best = min(errors, key=errors.get)
-        by_token = train.by_token(train.source.features), train.target_by_token
+        by_token = token_sums(train.source.tokens, train.source.codes), train.target_by_token
         for name, side, sums in zip("ab", (train.source, train.target), by_token):
             values[f"table_{name}"] = sums.table(best)
             # What the table leaves: sum f^2 - 2 sum_t T_t S_t + sum_t n_t T_t^2, over rows.
-            mean, variance = side.feature_moments
+            moments = side.feature_moments
             rows, counts = sums.shrunk(best)[:-1], sums.counts[:, None]
             explained = np.sum(rows * (2 * sums.sums - counts * rows), axis=0) / len(side.x)
-            left = np.maximum(variance + mean**2 - explained, 0.0)
+            left = np.maximum(moments.variance + moments.mean**2 - explained, 0.0)
             values[f"scale_{name}"] = damped_scale(left)
         values = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == float else a, values)
         return values, {"pseudocount": best}

@@ -8,7 +8,14 @@ import numpy as np
 
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import ActivationMap, Problem, exact_matmul, look_up
-from crossdict_jax.maps.moments import PSEUDOCOUNTS, Means, Products, RidgePath, TokenSums
+from crossdict_jax.maps.moments import (
+    PSEUDOCOUNTS,
+    Means,
+    Products,
+    Regression,
+    TokenSums,
+    token_sums,
+)
 
 
 class TokenRidge(ActivationMap):
@@ -28,21 +35,24 @@ class TokenRidge(ActivationMap):
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):
-        regression, errors, paths = problem.regression, {}, {}
+        regression, errors, left = problem.regression, {}, {}
         train, validation = (
-            [pairs.by_token(side.activations) for side in (pairs.source, pairs.target)]
-            for pairs in (problem.train, problem.validation)
+            [token_sums(p.source.tokens, side.x) for side in (p.source, p.target)]
+            for p in (problem.train, problem.validation)
         )
         for pseudocount in PSEUDOCOUNTS:
             tables = train, regression.means, pseudocount
-            path = paths[pseudocount] = RidgePath(residual(regression.train, train, *tables))
-            left = residual(regression.validation, validation, *tables)
-            for penalty, mse in path.errors(left, config.ridge_penalties).items():
+            left[pseudocount] = Regression(
+                regression.means,
+                residual(regression.train, train, *tables),
+                residual(regression.validation, validation, *tables),
+            )
+            for penalty, mse in left[pseudocount].errors(config.ridge_penalties).items():
                 errors[pseudocount, penalty] = mse
 
         def values(pseudocount: float, penalty: float):
             tables = {f"table_{name}": s.table(pseudocount) for name, s in zip("ab", train)}
-            return tables | {"W": paths[pseudocount].solution(penalty)}
+            return tables | {"W": left[pseudocount].solution(penalty)}
 
         return errors, values
 

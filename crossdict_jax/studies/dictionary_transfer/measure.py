@@ -43,7 +43,7 @@ def run(config: Config, work: Workdir) -> None:
     """
     refuse_transcoders(config, "Starting from another model's dictionaries")
     store = open_store(work.activations)
-    loader = Loader(store, work, config.seed)
+    loader = Loader(config, store, work)
     tasks = dict.fromkeys(
         replace(task, kind="")
         for task in maps.tasks(config, store)

@@ -18,15 +18,12 @@ from crossdict_jax.config import (
     refuse_transcoders,
 )
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.codes import encode
-from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import map_class
-from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader, with_own_codes
 from crossdict_jax.maps.kinds.hypernetwork import Masks, from_profiles, train_network
 from crossdict_jax.maps.kinds.ridge import Ridge
-from crossdict_jax.maps.moments import Products, RidgePath
+from crossdict_jax.maps.moments import Products, Regression
 from crossdict_jax.report.tables import show
 from crossdict_jax.results import pair_columns
 from crossdict_jax.studies.efficiency.section import curves, r2_table
@@ -55,7 +52,7 @@ class Question:
     ) -> list[dict]:
         """Returns the result rows of a map: one for each set of features that is scored."""
         predicted, rows = maps.predict(m, self.test), []
-        mean = self.problem.train.target.feature_moments[0]
+        mean = self.problem.train.target.feature_moments.mean
         for features in scored:
             mask = self.hidden | (features == ALL)
             t, p = self.target[:, mask].astype(np.float64), predicted[:, mask]
@@ -106,7 +103,7 @@ def run(config: Config, work: Workdir) -> None:
     stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
     if not stage.finished:
         folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
-        loader, generator = Loader(store, work, config.seed), stats.generator(config.seed)
+        loader, generator = Loader(config, store, work), stats.generator(config.seed)
         seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
         for task in asked + others:
             width = loader.side(task.target, task.site_target, "train").dictionary.width
@@ -115,9 +112,9 @@ def run(config: Config, work: Workdir) -> None:
             seen.setdefault((task.target, task.site_target.layer), mask)
         questions = []
         for task in asked:
-            problem, test = loader.problem(task), loader.pairs(task, "test")
+            problem, test = loader.problem(task), loader.rows(task, "test")
             draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
-            hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
+            hidden, target = ~seen[task.target, task.site_target.layer], test.target.codes
             questions.append(Question(task, problem, test, hidden, target.toarray(), draws))
         names, index = np.unique(documents, return_inverse=True)
         rank = stats.generator(config.seed).permutation(len(names))
@@ -155,7 +152,7 @@ def _few_rows(
 ) -> list[dict]:
     """The answer of a map that is fitted on few rows; a crosscoder is trained on these alone."""
     n, task, problem = len(rows), question.task, question.problem
-    train = take(problem.train, np.sort(rows))
+    train = problem.train.take(np.sort(rows))
     few = Problem(f"{problem.label} on {n} rows", train, problem.validation)
     settings = replace(config.map, batch_size=min(config.map.batch_size, n))
     directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
@@ -181,9 +178,9 @@ def _no_rows(
     folder: Path,
 ) -> list[dict]:
     """Answers without paired rows; last the hypernetwork that was trained on everything."""
-    describer, rows = Describer(), []
+    rows = []
     for q in questions:
-        profiles = from_profiles(q.problem, describer)  # the part that needs no training
+        profiles = from_profiles(q.problem)  # the part that needs no training
         rows += q.score(profiles, "token_profiles", 0, (ALL,), "layer")
         rows += q.score(profiles, "token_profiles", 0, (HIDDEN,), "features")
         direction = q.task.source, q.task.target
@@ -198,11 +195,11 @@ def _no_rows(
         (None, everything, None, ALL),
     ):
         directory = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
-        asked = {"seed": config.seed, "describer": describer, "directory": directory}
+        asked = {"seed": config.seed, "directory": directory}
         network, _ = train_network(trained_on, config.map.hypernetwork, masks=masks, **asked)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
-            rows += q.score(network.write(q.problem, describer), NETWORK, n, (scored,), held_out)
+            rows += q.score(network.write(q.problem), NETWORK, n, (scored,), held_out)
     return rows
 
 
@@ -213,7 +210,7 @@ def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence
         Products(*(sum(getattr(p, name) for p in parts) for name in ("n", "aa", "ab", "bb")))
         for parts in splits
     )
-    path = RidgePath(train)
-    errors = path.errors(validation, penalties)
-    values = asked.regression.affine(path.solution(min(errors, key=errors.get)))
+    elsewhere = Regression(asked.regression.means, train, validation)
+    errors = elsewhere.errors(penalties)
+    values = elsewhere.affine(elsewhere.solution(min(errors, key=errors.get)))
     return Ridge(asked.train.target.dictionary, values)
