@@ -222,7 +222,7 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     unfinished = {task for task in todo if not is_finished(task.path(loader.work))}
     if not unfinished:
         return
-    check_space(directory)
+    check_space(loader.work.maps)
     batches = [[task] for task in todo if not map_class(task.kind).fits_together]
     together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
     batches += [[task for task in todo if task.kind == kind] for kind in together]
