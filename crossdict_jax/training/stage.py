@@ -1,4 +1,4 @@
-"""What stages share: is one finished, what its parts left behind, how long it took."""
+"""Stages: whether one is finished, its kept parts, its time."""
 
 import contextlib
 import hashlib
@@ -27,10 +27,10 @@ BAR_DELAY = 3.0  # seconds of work before a progress bar is drawn
 
 
 class Stage:
-    """A stage that writes result files, made of parts that are kept as soon as they are done.
+    """A stage that writes result files, in parts that are kept as soon as they are done.
 
-    It is finished if its files are there, made from the same inputs; interrupted, it goes on behind
-    the last part it kept::
+    It is finished if its files are there, made from the same inputs; interrupted, it goes on after
+    the last kept part::
 
         stage = Stage(work, "probe", files=("probe.jsonl",), inputs=inputs)
         if not stage.finished:
@@ -41,11 +41,10 @@ class Stage:
     def __init__(
         self, work: Workdir, name: str, *, files: Iterable[str], inputs: Mapping[str, str]
     ):
-        """
-        Args:
-          name: of the stage, in timing.json and in the names of its own two files.
-          files: the result files that it writes.
-          inputs: {what it depends on: digest}; see ``digest`` and ``input_digests``.
+        """Args:
+        name: of the stage, in timing.json and in the names of its own two files.
+        files: the result files that it writes.
+        inputs: {what it depends on: digest}.
         """
         self.work, self.name, self._files, self._inputs = work, name, tuple(files), dict(inputs)
         self._stamp = work.result(f"{name}.inputs.json")
@@ -63,7 +62,7 @@ class Stage:
         return False
 
     def part(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Returns a part's JSON value: what an interrupted run kept, or what ``make`` gives now."""
+        """Returns a part's JSON value: kept by an interrupted run, or ``make()``."""
         if self._parts is None:
             head, lines = {"inputs": digest(self._inputs)}, []
             if self._kept_file.exists():
@@ -80,7 +79,7 @@ class Stage:
         return self._parts[key]
 
     def finish(self, tables: Mapping[str, list[dict]], **figures: float | int | str) -> None:
-        """Writes the rows of every file, what they were made from and how long it took."""
+        """Writes the rows of every file, their inputs and the time."""
         for file, rows in tables.items():
             results.write(self.work, file, rows)
         write_json(self._stamp, self._inputs)
@@ -90,9 +89,9 @@ class Stage:
 
 @contextlib.contextmanager
 def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
-    """Times a stage that writes checkpoints; figures put into the yielded dict are recorded too.
+    """Times a stage that writes checkpoints; figures put into the yielded dict are recorded.
 
-    Nothing is recorded if the dict stays empty: then there was nothing to do.
+    Nothing is recorded if the dict stays empty.
     """
     figures: dict[str, float | int | str] = {}
     started = time.perf_counter()
@@ -102,7 +101,7 @@ def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
 
 
 def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
-    """Writes a stage's time and figures into timing.json, and rows and tokens per second."""
+    """Writes time, figures, and rows and tokens per second into timing.json."""
     wall = time.perf_counter() - started
     rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
     work.record_timing(name, wall_s=wall, **rates, **figures, **device_figures())
@@ -111,8 +110,8 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
 def progress_bar(parts: Iterable | None = None, **bar: Any):
     """Returns a bar of tqdm over ``parts``, or one that is updated by hand.
 
-    Rate and time left, drawn after a few seconds and wiped off at the end; on a terminal alone, and
-    not with ``--verbosity=-2`` or below.
+    Drawn after a few seconds and removed at the end; only on a terminal, and not with
+    ``--verbosity=-2`` or below.
     """
     from tqdm import tqdm
 
@@ -122,7 +121,7 @@ def progress_bar(parts: Iterable | None = None, **bar: Any):
 
 
 def device_figures() -> dict[str, str | int]:
-    """Returns what kind of device and how many of them this process uses."""
+    """Returns the kind and number of devices of this process."""
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
 
 
@@ -137,7 +136,7 @@ def input_digests(
     """Returns {input: digest} of settings, the activation store and checkpoint folders.
 
     Raises:
-      UserError: a checkpoint is missing or altered: its own checksum is verified.
+      UserError: a checkpoint is missing or altered.
     """
     inputs = {"config": digest(settings), "store": digest(store_meta)}
     for folder in sorted(set(folders)):

@@ -1,4 +1,4 @@
-"""What a map is worth in paired rows: every map fitted on few of them, a hypernetwork on none."""
+"""What a map is worth in paired rows: fitted on few of them, or zero-shot."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ from crossdict_jax.workdir import Workdir
 FILE = "efficiency.jsonl"
 HIDDEN_FEATURES = 0.2  # share of every dictionary's features that a hypernetwork never sees
 NETWORK = "hypernetwork"
-ALL, HIDDEN = "all", "hidden"  # what is scored: all target features, or those never trained on
+ALL, HIDDEN = "all", "hidden"  # which target features are scored: all, or those never trained on
 
 
 @dataclass(frozen=True)
 class Question:
-    """One direction at the layer pair that is left out, and what its answers are scored on."""
+    """One direction at the left-out layer pair, and the data that maps are scored on."""
 
     task: Task
     problem: Problem
@@ -50,7 +50,7 @@ class Question:
     def score(
         self, m: Map, kind: str, n: int, scored: Sequence[str], held_out: str | None = None
     ) -> list[dict]:
-        """Returns the result rows of a map: one for each set of features that is scored."""
+        """Returns the map's result rows, one for each scored set of features."""
         predicted, rows = maps.predict(m, self.test), []
         mean = self.problem.train.target.feature_moments.mean
         for features in scored:
@@ -76,17 +76,16 @@ class Question:
 
 
 def run(config: Config, work: Workdir) -> None:
-    """Writes efficiency.jsonl, R^2 by the number of paired rows and with none, and prints it.
+    """Writes efficiency.jsonl, R^2 by the number of paired rows and zero-shot, and prints it.
 
-    At the middle layer pair, on the test rows: every map of ``map.kinds`` fitted on the first n
-    training rows of documents in a random order, its hyper-parameters chosen on all validation
-    rows; and zero-shot, with no paired row of this layer pair (held_out "layer") or of these
-    features ("features"): a hypernetwork trained on everything else, the ridge of the other layer
-    pairs, and token profiles, which need no pairs at all.
+    At the middle layer pair, on test rows: each map of ``map.kinds`` fitted on the first n training
+    rows of documents in a random order, hyper-parameters chosen on all validation rows; and
+    zero-shot, without this layer pair (held_out "layer") or these features ("features"): a
+    hypernetwork trained on all else, ridge of the other layer pairs, and token profiles.
 
     Raises:
-      UserError: the store or the dictionaries are missing, there is one layer pair only, or a
-        setting asks for rows that do not exist.
+      UserError: the store or dictionaries are missing, there is only one layer pair, or a setting
+        asks for rows that do not exist.
     """
     refuse_transcoders(config, "The hypernetwork of launch.efficiency")
     store = open_store(work.activations)
@@ -118,7 +117,7 @@ def run(config: Config, work: Workdir) -> None:
             questions.append(Question(task, problem, test, hidden, target.toarray(), draws))
         names, index = np.unique(documents, return_inverse=True)
         rank = stats.generator(config.seed).permutation(len(names))
-        order = np.argsort(rank[index], kind="stable")  # of rows, those of a document together
+        order = np.argsort(rank[index], kind="stable")  # keeps the rows of a document together
         rows, kinds = [], [kind for kind in config.map.kinds if kind != NETWORK]
         keys = [*itertools.product(questions, kinds, sorted({*counts, len(order)}))]
         for question, kind, n in progress_bar(keys, desc="few rows", unit="map"):
@@ -131,7 +130,7 @@ def run(config: Config, work: Workdir) -> None:
 
 
 def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
-    """Returns the aligned directions of the middle layer pair, which is left out, and of others."""
+    """Returns the aligned directions of the middle layer pair (left out), and all others."""
     pairs = [f"{a}:{b}" for a, b in layer_pairs(config)]
     if len(pairs) < 2:
         raise UserError(
@@ -150,7 +149,7 @@ def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
 def _few_rows(
     question: Question, kind: str, rows: np.ndarray, config: Config, folder: Path
 ) -> list[dict]:
-    """The answer of a map that is fitted on few rows; a crosscoder is trained on these alone."""
+    """A map fitted on few rows; a crosscoder is trained on these alone."""
     n, task, problem = len(rows), question.task, question.problem
     train = problem.train.take(np.sort(rows))
     few = Problem(f"{problem.label} on {n} rows", train, problem.validation)
@@ -165,7 +164,7 @@ def _few_rows(
         (fitted,) = map_class(kind).fit([few], settings, **asked)
     except UserError:
         if n == len(problem.train):
-            raise  # not for want of rows
+            raise  # for another reason than too few rows
         return []
     return question.score(fitted.map, kind, n, (ALL, HIDDEN))
 
@@ -177,7 +176,7 @@ def _no_rows(
     config: Config,
     folder: Path,
 ) -> list[dict]:
-    """Answers without paired rows; last the hypernetwork that was trained on everything."""
+    """Zero-shot answers; last the hypernetwork that was trained on everything."""
     rows = []
     for q in questions:
         profiles = from_profiles(q.problem)  # the part that needs no training
@@ -204,7 +203,7 @@ def _no_rows(
 
 
 def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence[float]) -> Ridge:
-    """Returns the ridge of other layer pairs together, each about its means, moved to this one."""
+    """Returns ridge fitted on the other layer pairs, each centred, moved to this pair's means."""
     splits = zip(*((p.regression.train, p.regression.validation) for p in near))
     train, validation = (
         Products(*(sum(getattr(p, name) for p in parts) for name in ("n", "aa", "ab", "bb")))

@@ -39,8 +39,8 @@ def ablations(weights: LossWeights) -> dict[str, LossWeights]:
 def run(config: Config, work: Workdir) -> None:
     """Trains the mlp of aligned pairs once per ablation, writes ablation.jsonl, and prints it.
 
-    Beside them the mean and ridge. Everything but the weights is the run's; the thresholds of a
-    jumprelu head, which the sparsity loss alone trains, stay where they start without it.
+    Mean and ridge stand beside them. Only the weights differ from the run's settings. Without the
+    sparsity loss the thresholds of a jumprelu head stay at their start: nothing else trains them.
     """
     store = open_store(work.activations)
     kinds = replace(config, map=replace(config.map, kinds=(KIND,)))
