@@ -29,7 +29,7 @@ from crossdict_jax.maps.base import Pairs, Problem, Side, map_class
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import progress_bar, timed
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, check_space
 
 MEMBER = "seed-0"  # the dictionary of each site that maps use
 PAIRINGS = ("aligned", "shuffled")
@@ -214,6 +214,7 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     unfinished = {task for task in todo if not is_finished(task.path(loader.work))}
     if not unfinished:
         return
+    check_space(loader.work.maps)
     batches = [[task] for task in todo if not map_class(task.kind).fits_together]
     together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
     batches += [[task for task in todo if task.kind == kind] for kind in together]
