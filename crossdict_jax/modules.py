@@ -34,10 +34,11 @@ def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> n
     for at in range(0, len(x), size):
         batch = x[at : at + size]
         padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        parts.append(np.asarray(_call(graphdef, method, params, padded))[: len(batch)])
+        parts.append(np.asarray(call(graphdef, method, params, padded))[: len(batch)])
     return np.concatenate(parts)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _call(graphdef, method, params, x):
+def call(graphdef, method, params, x):
+    """Returns ``module.method(x)`` of a split module."""
     return getattr(merge(graphdef, params), method)(x)

@@ -112,6 +112,9 @@ class SAEConfig:
         (0.25, 0.5), "Nested widths of matryoshka, as shares", SHARE_OR_1
     )
     matmul_dtype: str = choice(MATMUL, *DTYPES)
+    products: str = choice(
+        "Sparse codes as matrices or as lists, which are faster on CPU", "auto", "dense", "lists"
+    )
 
     def check(self) -> None:
         swept = [name for name in SWEPT if isinstance(getattr(self, name), tuple)]
@@ -425,6 +428,7 @@ class JointSettings:
     batch_size: int = 1024
     dead_after_rows: int = 0
     matmul_dtype: str = "float32"
+    products: str = "auto"
 
 
 def crosscoder_settings(config: Config) -> JointSettings:
