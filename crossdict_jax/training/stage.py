@@ -41,11 +41,7 @@ class Stage:
     def __init__(
         self, work: Workdir, name: str, *, files: Iterable[str], inputs: Mapping[str, str]
     ):
-        """Args:
-        name: of the stage, in timing.json and in the names of its own two files.
-        files: the result files that it writes.
-        inputs: {what it depends on: digest}.
-        """
+        """``name`` stands in timing.json and its own two files; ``inputs`` are {input: digest}."""
         self.work, self.name, self._files, self._inputs = work, name, tuple(files), dict(inputs)
         self._stamp = work.result(f"{name}.inputs.json")
         self._kept_file = work.result(f"{name}.parts.jsonl")
