@@ -117,7 +117,7 @@ def line_figure(
       lines: name -> (x values, y values, further arguments of ``plot``).
       log: which of the axes are logarithmic: "x", "y", "xy" or "".
       levels: name -> y value of a level line.
-      bottom: lower end of the y axis.
+      bottom: what lies below it is cut off.
     """
 
     def paint(axes):
