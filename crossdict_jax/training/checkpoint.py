@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, read_json, write_json
+from crossdict_jax.workdir import check_space, disk_words, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
 
@@ -24,7 +24,6 @@ def _manager(directory: Path) -> ocp.CheckpointManager:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """{name: sha256} of all files below a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -80,8 +79,7 @@ def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> No
             manager.wait_until_finished()
         write_json(new, _digests(directory / str(step)))
     except OSError as error:
-        message = f"Cannot write checkpoint {directory} ({error}); free some space."
-        raise UserError(message) from error
+        raise UserError(disk_words(directory, error)) from error
     for seal in set(directory.glob("*.sha256.json")) - {new}:
         seal.unlink()
         shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)

@@ -5,16 +5,19 @@ The order of one turn, where it binds:
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
 2. dispatch a chunk of steps: one compiled program for any number of steps, one per variant;
 3. only then read the metrics of the chunk before (bounds the work in flight);
-4. checkpoint between chunks, never inside one.
+4. checkpoint between chunks, never inside one, and when somebody asks the process to stop.
 
 Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Hashable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from crossdict_jax.training import checkpoint
 from crossdict_jax.training.mesh import compiler_options, shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import say, write_json
+from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -97,8 +100,10 @@ def train(
       records: see ``MetricsWriter``.
 
     Raises:
-      UserError: a metric is not finite (step and metric are named), or the checkpoint is
-        damaged or of other settings.
+      UserError: a metric or a parameter is not finite (it and the step are named, the checkpoint
+        before is kept), the directory cannot be written, or the checkpoint is damaged or of other
+        settings.
+      KeyboardInterrupt: SIGINT or SIGTERM came; what was trained is saved.
     """
     labels, layout, root = list(ensemble.labels), ensemble.layout, jax.random.key(seed)
     checkpoints, trainable = Path(directory) / "checkpoints", ensemble.trainable(steps)
@@ -117,12 +122,15 @@ def train(
         )
         state = checkpoint.restore(checkpoints, **abstract)
     run_chunk = Chunks(trainable, ensemble.feed, root)
+    if done < steps:
+        check_space(Path(directory))
     if done < steps and logging.get_verbosity() >= logging.INFO:
         size = run_chunk.memory(state, done) or math.nan
         say(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
     file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
-    with progress_bar(total=steps, initial=done, desc=title, unit="step") as progress:
+    bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}
+    with progress_bar(**bar) as progress, interruptions() as received:
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
@@ -130,16 +138,41 @@ def train(
             if pending:
                 report(*pending)
             pending, done = (done, count, metrics), done + count
-            if done % checkpoint_every == 0 or done == steps:
+            if done % checkpoint_every == 0 or done == steps or received:
                 report(*pending)
                 pending = None
+                _check_params(state["params"], done, title)
                 checkpoint.save(checkpoints, done, meta=meta, **state)
+            if received:
+                raise KeyboardInterrupt
     writer.close()
     result = state["train"].get("best", state["params"])
     result = jax.jit(lambda tree: tree, out_shardings=shard(ensemble.mesh))(result)
     stacked = jax.tree.map(np.asarray, result)
     write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
     return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Puts SIGINT and SIGTERM off: yields a list to which they are added, for a better moment.
+
+    The second one interrupts at once. Outside of the main thread, where no signal comes, it does
+    nothing.
+    """
+    received: list[int] = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, note) or signal.SIG_DFL
+                stack.callback(signal.signal, number, before)
+        yield received
 
 
 def initial(trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding) -> PyTree:
@@ -208,7 +241,6 @@ class Chunks:
 
 
 def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:
-    """Checks every step's metrics, and writes their mean over the chunk."""
     values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
     for name, value in values.items():
         bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)
@@ -222,3 +254,18 @@ def _report(first: int, count: int, metrics: dict, *, title: str, writer, progre
     if "loss" in values:
         progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
     progress.update(count)
+
+
+@jax.jit
+def _finite(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)
+
+
+def _check_params(params: PyTree, done: int, title: str) -> None:
+    """Raises UserError if a parameter is not finite: the last step's gradient was not."""
+    for path, finite in jax.tree_util.tree_leaves_with_path(_finite(params)):
+        if not finite:
+            raise UserError(
+                f"{title}: parameter {jax.tree_util.keystr(path)} is not finite after step "
+                f"{done - 1}; lower the learning rate or look at the data."
+            )

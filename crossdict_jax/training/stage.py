@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,14 @@ from absl import logging
 
 from crossdict_jax import results
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
+from crossdict_jax.workdir import (
+    Workdir,
+    check_space,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 
 BAR_DELAY = 3.0  # seconds of work before a progress bar is drawn
 
@@ -33,11 +41,7 @@ class Stage:
     def __init__(
         self, work: Workdir, name: str, *, files: Iterable[str], inputs: Mapping[str, str]
     ):
-        """Args:
-        name: of the stage, in timing.json and in the names of its own two files.
-        files: the result files that it writes.
-        inputs: {what it depends on: digest}.
-        """
+        """``name`` stands in timing.json and its own two files; ``inputs`` are {input: digest}."""
         self.work, self.name, self._files, self._inputs = work, name, tuple(files), dict(inputs)
         self._stamp = work.result(f"{name}.inputs.json")
         self._kept_file = work.result(f"{name}.parts.jsonl")
@@ -48,15 +52,19 @@ class Stage:
     def finished(self) -> bool:
         """Whether all its files are there, made from these inputs."""
         files = [self._stamp, *map(self.work.result, self._files)]
-        return all(f.exists() for f in files) and read_json(self._stamp) == self._inputs
+        if all(f.exists() for f in files) and read_json(self._stamp) == self._inputs:
+            return True
+        check_space(self.work.results)  # before any work
+        return False
 
     def part(self, key: tuple, make: Callable[[], Any]) -> Any:
         """Returns a part's JSON value: kept by an interrupted run, or ``make()``."""
         if self._parts is None:
             head, lines = {"inputs": digest(self._inputs)}, []
-            if self._kept_file.exists():  # the last line may be cut off
-                text = self._kept_file.read_text("utf-8")
-                lines = [json.loads(line) for line in text.split("\n")[:-1]]
+            if self._kept_file.exists():
+                data = self._kept_file.read_bytes()
+                os.truncate(self._kept_file, data.rfind(b"\n") + 1)  # a kill cut the last line off
+                lines = read_jsonl(self._kept_file)
             lines = lines if lines[:1] == [head] else [head]
             write_jsonl(self._kept_file, lines)
             self._parts = {tuple(line["key"]): line["value"] for line in lines[1:]}
