@@ -495,10 +495,10 @@ def test_killed_it_goes_on_behind_the_last_part(copy, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.scoring, "score_maps", killed)
+        patch.setattr(stage, "shared_features", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config, work)
     with monkeypatch.context() as patch:  # what was measured is not measured again
-        patch.setattr(stage, "shared_features", killed)
+        patch.setattr(stage.scoring, "score_maps", killed)
         evaluate(config, work)
     assert {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")} == files

@@ -33,10 +33,10 @@ FILES = (
 
 
 def evaluate(config: Config, work: Workdir) -> None:
-    """Writes the scores of dictionaries, maps and their controls into ``work.results``.
+    """Writes what dictionaries, maps and their controls score into ``work.results``.
 
-    Files: FILES, and controls.jsonl and crosscoder.jsonl where the run has these. Equal inputs give
-    equal files.
+    The files are FILES, controls.jsonl where the run has controls, and crosscoder.jsonl where it
+    has crosscoders. Equal inputs give equal files.
 
     Raises:
       UserError: a language model, the store, a dictionary or a map is missing or damaged.
@@ -63,21 +63,21 @@ def evaluate(config: Config, work: Workdir) -> None:
     rows: dict[str, list[dict]] = {file: [] for file in files}
 
     def add(key: tuple, make: Callable[[], dict[str, list[dict]]]) -> None:
-        """Adds the rows by file of a part of the stage, new or kept."""
+        """Adds the rows by file that a part of the stage gives, now or as they were kept."""
         for file, made in stage.part(key, make).items():
             rows.get(file, []).extend(made)
 
     add(("dictionaries",), lambda: reconstruct(run))
-    pairs = dictionary_pairs(config, store)
-    for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
-        add(("matches", *pair_columns(pair).values()), partial(shared_features, pair, loader))
-    matches = rows["matches.jsonl"]  # before maps take memory, language models are read again
-    add(("similarity",), lambda: {"similarity.jsonl": representation_rows(run, pairs, matches)})
     score_controls = cache(lambda *some: scoring.score_tasks(some, loader))  # ceilings are shared
     groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
     for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
         make = partial(layer_pair, group, controls, loader, score_controls)
         add(("maps", *pair_columns(group[0]).values()), make)
+    pairs = dictionary_pairs(config, store)
+    for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
+        add(("matches", *pair_columns(pair).values()), partial(shared_features, pair, loader))
+    matches = rows["matches.jsonl"]
+    add(("similarity",), lambda: {"similarity.jsonl": representation_rows(run, pairs, matches)})
     if joint:
         add(("crosscoders",), lambda: {"crosscoder.jsonl": crosscoder_rows(run)})
     stage.finish(rows, rows=len(store.select("test")), maps=len(tasks))
@@ -90,7 +90,7 @@ def layer_pair(
 
     Args:
       controls: those that the run has.
-      score_controls: directions may share its results.
+      score_controls: of some controls, which directions may share.
     """
     scored = scoring.score_maps(group, loader)
     aligned = [task for task in group if task.pairing == "aligned"]
@@ -100,7 +100,7 @@ def layer_pair(
     }
     by_control = {n: score_controls(*made[n]) for n in ("ceiling", "untrained") if made[n]}
     nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
-    control_rows = [  # each named by its map
+    control_rows = [  # each named by the map that it controls
         {"control": name} | value.row(task.kind, task) | nowhere
         for task in aligned
         for name, value in by_control.items()
