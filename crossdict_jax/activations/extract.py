@@ -20,6 +20,7 @@ from crossdict_jax.activations.store import (
     open_store,
     save_index,
     save_shard,
+    seal,
     shard_name,
 )
 from crossdict_jax.activations.text import SPLITS
@@ -28,7 +29,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.stage import progress_bar, timed
-from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
+from crossdict_jax.workdir import Workdir, check_space, model_names, read_json, write_json
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -45,6 +46,7 @@ def extract(config: Config, work: Workdir) -> Store:
         store = open_store(directory)
         _check_pool(config, store.rows)
         return store
+    check_space(directory)
     with timed(work, "extract_activations") as figures:
         names = model_names(config.models)
         lms = dict(zip(names, map(models.load, config.models)))
@@ -121,8 +123,8 @@ def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
     checksums = save_index(directory, rows, reading.table)
     for i in range(reading.shards):
         checksums |= read_json(_stamp(directory, i))["files"]
-    checksums = meta.get("checksums", {}) | checksums
-    write_json(directory / "meta.json", meta | {"checksums": checksums})
+    meta = meta | {"checksums": meta.get("checksums", {}) | checksums}
+    write_json(directory / "meta.json", meta | {"seal": seal(meta)})
     shutil.rmtree(directory / "shards")
 
 

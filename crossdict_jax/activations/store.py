@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.workdir import read_json, write_json
 
 BLOCK = 2**14  # rows that are gone through at a time where there may be more than memory holds
+MEND = "delete the activations folder and run extract_activations again"
 End = tuple[str, Site]  # a model's folder name, and a site of it
 
 
@@ -202,6 +204,11 @@ def shard_name(model: str, site: str, shard: int) -> str:
     return f"{model}/{site}/shard-{shard:05d}.npy"
 
 
+def seal(meta: dict) -> str:
+    """Returns the sha256 of what meta.json says."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def digest(path: Path) -> str:
     """Returns the sha256 of a file."""
     with path.open("rb") as file:
@@ -210,11 +217,10 @@ def digest(path: Path) -> str:
 
 def check_file(path: Path, expected: str) -> None:
     """Raises UserError if the sha256 of the file is not ``expected``."""
-    mend = "delete the activations folder and run extract_activations again"
     if not path.exists():
-        raise UserError(f"{path} is missing; {mend}.")
+        raise UserError(f"{path} is missing; {MEND}.")
     if digest(path) != expected:
-        raise UserError(f"{path} is altered or cut short (checksum mismatch); {mend}.")
+        raise UserError(f"{path} is altered or cut short (checksum mismatch); {MEND}.")
 
 
 def open_store(directory: Path) -> Store:
@@ -223,6 +229,8 @@ def open_store(directory: Path) -> Store:
     if not (directory / "meta.json").exists():
         raise UserError(f"{directory} holds no finished store; run extract_activations first.")
     meta = read_json(directory / "meta.json")
+    if (sealed := meta.pop("seal", None)) and sealed != seal(meta):
+        raise UserError(f"{directory / 'meta.json'} is altered (checksum mismatch); {MEND}.")
     index = {name for name in meta["checksums"] if "/" not in name}  # shards: when they are read
     for name in sorted(index | {"rows-document.npy"}):
         check_file(directory / name, meta["checksums"].get(name, ""))

@@ -3,15 +3,7 @@
 from collections.abc import Iterator
 
 from crossdict_jax.report.blocks import Block, Details, Heading, html
-from crossdict_jax.report.tables import (
-    Cell,
-    Table,
-    number,
-    percent,
-    score,
-    share,
-    table,
-)
+from crossdict_jax.report.tables import Cell, Table, number, percent, score, share, table
 from crossdict_jax.results import by_pair, site_words
 
 TITLE = "Contrast sets"
