@@ -28,10 +28,9 @@ class Crosscoder(BatchSelected):
     training means. Callers speak raw units (Lindsey et al. 2024, "Sparse Crosscoders for
     Cross-Layer Features and Model Diffing"). act keeps what is above both 0 and ``threshold``.
 
-    Variant ``batchtopk`` trains as BatchTopK dictionaries do. A latent's decoder rows of all models
-    together have norm 1, so that a large f is a large share of what is reconstructed, whoever it
-    belongs to. Free of the shrinkage by which L1 invents latents that belong to one model (Minder
-    et al. 2025, arXiv 2504.02922).
+    Variant ``batchtopk`` trains as BatchTopK dictionaries do; a latent's decoder rows of all models
+    together have norm 1. Free of the shrinkage by which L1 invents latents that belong to one model
+    (Minder et al. 2025, arXiv 2504.02922).
 
     Variant ``l1``: loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i sum_m ||W_dec_m,i||, as
     published; decoder rows are free, and ``threshold`` is 0.
@@ -115,7 +114,7 @@ class Crosscoder(BatchSelected):
         return tuple(u_hat[:, self.part(m)] / self.scale[...][m] for m in range(self.n_models))
 
     def reconstruction(self, f: jax.Array, dtype=None) -> jax.Array:
-        """Returns u_hat [batch, D] of a code."""
+        """Returns u_hat [batch, D] of a code, in units of equal variance."""
         return matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
 
     def between(self, source: int, target: int) -> dict[str, jax.Array]:
