@@ -6,13 +6,14 @@ The files of the stages stand in ``TABLES`` below. A study registers its own fil
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
+from crossdict_jax.workdir import Workdir, read_json, read_jsonl, write_json, write_jsonl
 
 # What a row of transfer.jsonl may say in its column "verdict".
 BEATS_TOKEN = "beats token"
@@ -40,6 +41,7 @@ MAP_ORDER = (
 LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
 
 
+SEALS = "checksums.json"  # {result file: its sha256}
 TABLES: dict[str, Table] = {}  # by file, or pattern of files
 
 
@@ -101,16 +103,24 @@ def write(work: Workdir, file: str, rows: list[dict]) -> None:
         if problem := table.problem(row):
             raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
     write_jsonl(work.result(file), rows)
+    seals = work.result(SEALS)
+    known = read_json(seals) if seals.exists() else {}
+    write_json(seals, known | {file: _digest(work, file)})
 
 
 def read(work: Workdir, file: str) -> list[dict]:
     """Returns the rows of a result file.
 
     Raises:
-      UserError: it is missing or damaged, or another version of this project wrote it.
+      UserError: it is missing, damaged or altered, or another version of this project wrote it.
       ValueError: no table describes the file.
     """
-    rows, table = read_jsonl(work.result(file)), table_of(file)
+    rows, table, seals = read_jsonl(work.result(file)), table_of(file), work.result(SEALS)
+    if seals.exists() and read_json(seals).get(file) not in (None, _digest(work, file)):
+        raise UserError(
+            f"{work.result(file)} is altered or cut short (checksum mismatch); delete it and run "
+            "its stage again."
+        )
     for row in rows:
         if problem := table.problem(row):
             raise UserError(
@@ -118,6 +128,10 @@ def read(work: Workdir, file: str) -> list[dict]:
                 "and run its stage again."
             )
     return rows
+
+
+def _digest(work: Workdir, file: str) -> str:
+    return hashlib.sha256(work.result(file).read_bytes()).hexdigest()
 
 
 def read_if_there(work: Workdir, file: str) -> list[dict]:

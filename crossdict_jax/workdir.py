@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
 from crossdict_jax.errors import UserError
+
+LOCK = ".lock"  # in a work directory: who works there
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def say(text: str, *, level: int = logging.WARNING) -> None:
@@ -109,6 +116,8 @@ def open_workdir(
 ) -> Workdir:
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
 
+    One in which nothing has been computed takes new settings: the first command may have failed.
+
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
@@ -120,6 +129,10 @@ def open_workdir(
     work = Workdir(Path(path))
     written = work.root / "config.json"
     settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
+    if work.root.exists() and not work.root.is_dir():
+        raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
+    files = (p.name for p in work.root.rglob("*") if not p.is_dir())
+    computed = any(name not in (written.name, LOCK) for name in files)
     if written.exists():
         old, new, defaults = (
             {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}
@@ -131,15 +144,14 @@ def open_workdir(
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
-        if differences:
+        if differences and computed:
             raise UserError(
                 f"--workdir={work.root} was made with other settings ({'; '.join(differences)}); "
                 "use those settings or another --workdir."
             )
-        return work
-    if work.root.exists() and not work.root.is_dir():
-        raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
-    if work.root.exists() and any(work.root.iterdir()):
+        if not differences:
+            return work
+    elif computed:
         raise UserError(
             f"--workdir={path} is not empty and holds no config.json; name a new folder."
         )
@@ -161,34 +173,83 @@ def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, tree
 
 
-def check_space(directory: Path, needed: int) -> None:
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Keeps other processes from working in a work directory while the block runs.
+
+    The lock is the kernel's: it ends with its process, however that ends. A directory that cannot
+    be written is not locked, nor one whose file system knows no locks.
+
+    Raises:
+      UserError: another process works there; it is named.
+    """
+    path = root / LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # its owner has just ended
+                raise BlockingIOError
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{file.read().strip() or 'Another process'} is working in {root}; wait for it or "
+                "stop it, or name another --workdir."
+            ) from None
+        except OSError:
+            pass
+        else:
+            stack.callback(path.unlink, missing_ok=True)
+            file.truncate(0)
+            file.write(f"Process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def check_space(directory: Path, needed: int = 1) -> None:
     """Raises UserError if ``directory`` cannot take ``needed`` more bytes: a full disk, a quota.
 
     The room is asked for and given back, because only that sees quotas and limits.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".space.part"
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(needed, 1))
     except OSError as error:
-        raise UserError(
-            f"{directory} cannot take {needed / 1e6:.1f} MB more ({error.strerror}); free some "
-            "space and run the same command again."
-        ) from error
+        raise UserError(disk_words(directory, error, needed)) from error
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def disk_words(path: Path | str, error: OSError, needed: int = 0) -> str:
+    """Returns what to do about a file that could not be written, in one line."""
+    if error.errno in READ_ONLY:
+        return f"{path} cannot be written ({error.strerror}); make it writable, or copy the run."
+    room = f"cannot take {needed / 1e6:.1f} MB more" if needed > 1 else "cannot be written"
+    reason = error.strerror or error
+    return f"{path} {room} ({reason}); free some space and run the same command again."
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` so that a reader never sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes ``text`` to ``path`` so that a reader never sees a part of it.
+
+    Where nothing can be written, what says the same already may stay: a finished run.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
+    except OSError as error:
+        same = path.is_file() and path.read_bytes() == text.encode()
+        if not (error.errno in READ_ONLY and same):
+            raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -41,18 +41,15 @@ class Estimate:
     @property
     def total_ms(self) -> float:
         """The longest of what goes on at once, and then what is sent."""
-        return max((v for k, v in self.ms.items() if k != "network"), default=0) + self.network_ms
-
-    @property
-    def network_ms(self) -> float:
-        return self.ms.get("network", 0.0)
+        at_once = [value for name, value in self.ms.items() if name != "network"]
+        return max(at_once, default=0.0) + self.ms.get("network", 0.0)
 
     @property
     def bound(self) -> str:
         """What takes the largest part of it; "operations" where none takes two fifths."""
         parts = {k: v for k, v in self.ms.items() if k != "operations"}
-        largest = max(parts, key=parts.get, default="")
-        return largest if largest and parts[largest] > 0.4 * self.total_ms else "operations"
+        first = max(parts, key=parts.get, default="")
+        return first if parts.get(first, 0) > 0.4 * self.total_ms else "operations"
 
     @property
     def run_s(self) -> float:

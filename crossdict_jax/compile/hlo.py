@@ -51,8 +51,9 @@ class Op(NamedTuple):
 
     def calls(self, *keys: str) -> list[str]:
         """Returns the computations named in attributes of these keys."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))", self.about)
-        names = (name for several, one in found for name in (several or one).split(","))
+        pattern = rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))"
+        lists = (several or single for several, single in re.findall(pattern, self.about))
+        names = (name for names in lists for name in names.split(","))
         return [name.strip().lstrip("%") for name in names]
 
 
@@ -104,14 +105,14 @@ def cost(text: str, machine: Machine, trips: int) -> Counter:
     return _cost_of(entry, computations, machine, trips, {})
 
 
-def _cost_of(name: str, computations, machine: Machine, trips: int, known: dict) -> Counter:
+def _cost_of(name: str, computations, machine: Machine, trips: int, cache: dict) -> Counter:
     """The cost of a computation whose instructions run one after another."""
-    if name in known:
-        return known[name]
-    total = known[name] = Counter()
+    if name in cache:
+        return cache[name]
+    total = cache[name] = Counter()
 
     def add(called: str, times: float = 1.0) -> None:
-        inner = _cost_of(called, computations, machine, trips, known)
+        inner = _cost_of(called, computations, machine, trips, cache)
         total.update({key: value * times for key, value in inner.items()})
 
     for op in computations[name].values():
@@ -128,7 +129,7 @@ def _cost_of(name: str, computations, machine: Machine, trips: int, known: dict)
             total["waits"] += 0 if turns else trips
         elif kind == "conditional":
             branches = op.calls("branch_computations", "true_computation", "false_computation")
-            each = {b: _cost_of(b, computations, machine, trips, known) for b in branches}
+            each = {b: _cost_of(b, computations, machine, trips, cache) for b in branches}
             add(min(each, key=lambda branch: each[branch]["busy"]))
             total["waits"] += 1
         elif kind in ("call", "async"):

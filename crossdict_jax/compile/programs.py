@@ -118,10 +118,6 @@ def blank(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _key() -> jax.Array:
-    return jax.random.key(0)
-
-
 # ---------------------------------------------------------------- language models
 
 
@@ -207,10 +203,9 @@ def _training(
     )
 
     def init(fixed, root):
-        whole = dataclasses.replace(ensemble, fixed=fixed)
-        return whole.trainable(settings.steps).init(root)
+        return dataclasses.replace(ensemble, fixed=fixed).trainable(settings.steps).init(root)
 
-    root, held = jax.eval_shape(_key), ensemble.feed.resident
+    root, held = jax.eval_shape(jax.random.key, 0), ensemble.feed.resident
     state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
     one_step = ensemble.feed.indices(0, 1)
     sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
@@ -331,7 +326,7 @@ def _dictionary(plan: Plan, end: End) -> Dictionary:
     sae = unswept(plan.config.sae)
     d_model, d_out = train.sizes(plan.store, train.members(sae, [end])[0])
     shape = {"d_model": d_model, "d_out": d_out, "width": sae.width, "k": sae.k}
-    return base.build(sae.architecture, **shape, key=_key())
+    return base.build(sae.architecture, **shape, key=jax.random.key(0))
 
 
 def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
@@ -385,19 +380,17 @@ def scoring(plan: Plan) -> Iterator[Program]:
             lowered = function.lower(*static, *put(arrays, shard(mesh)))
         return Program("evaluate", name, lowered, runs, changes)
 
-    def rows(d: int) -> np.ndarray:
-        return blank((size, d), ml_dtypes.bfloat16)
-
-    y = rows(d_out) if config.sae.output_site else None
+    bits = ml_dtypes.bfloat16
+    y = blank((size, d_out), bits) if config.sae.output_site else None
     runs = len(store.ends.writes) * (plan.rows["train"] + test) / size
-    arrays = params, rows(d_model), y, blank((d_out,)), blank((), np.int32)
+    arrays = params, blank((size, d_model), bits), y, blank((d_out,)), blank((), np.int32)
     yield program("measure a dictionary", measure_batch, runs, arrays, (graph,))
 
     kinds = [kind for kind in config.map.kinds if issubclass(map_class(kind), NetworkMap)]
     maps = len(todo) + len(control_tasks(config, store))
     for kind in kinds[:1]:
         objective, fixed = _map_objective(plan, kind, _ends(todo[0]))
-        trained = jax.eval_shape(lambda o=objective: o.init(_key(), {}))
+        trained = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), {}))
         params = fixed["values"] | trained | {"dictionary": fixed["dictionary_b"]}
         arrays = params, blank((size, width)), blank((size,), np.int32)
         static = objective.graph, "__call__"

@@ -23,8 +23,7 @@ def paired_products(a: Codes, b: Codes) -> np.ndarray:
 def paired_correlations(a: Codes, b: Codes, products: np.ndarray | None = None) -> np.ndarray:
     """Returns the correlation of column j of a with column j of b, float64 [width]; 0 if constant.
 
-    Args:
-      products: what ``paired_products`` gives, for rows in another order than these.
+    ``products``: ``paired_products`` of rows in another order.
     """
     products = paired_products(a, b) if products is None else products
     of_a, of_b = Moments.of(a), Moments.of(b)
@@ -35,8 +34,7 @@ def paired_correlations(a: Codes, b: Codes, products: np.ndarray | None = None) 
 def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (columns of a, their correlations with all columns of b, float32 [tile, width_b]).
 
-    0 where a feature never varies. Products are sparse, or, where codes are so dense that this
-    costs more, dense ones of blocks of rows on the device.
+    0 for a constant feature. Products are sparse or, where that costs more, dense on the device.
     """
     of_b, columns = Moments.of(b), sparse.csc_array(a)
     pairs = np.diff(a.indptr).astype(np.int64) @ np.diff(b.indptr)

@@ -1,4 +1,4 @@
-"""What a run's crosscoders explain, whose their latents are, and whether that survives a check."""
+"""What crosscoders explain, whose their latents are, and whether that survives a check."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -17,20 +17,20 @@ from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.stage import progress_bar
 
 NORM_EDGES = np.linspace(0, 1, 21)  # of relative decoder norms
-SHIFTS = 19  # of the codes against the errors: to exceed them all by chance has p = 0.05
-SCALING_ROWS = 2**15  # of the test split at most: what is held at once
+SHIFTS = 19  # of the codes against the errors: exceeding all by chance has p = 0.05
+SCALING_ROWS = 2**15  # of the test split at most: held at once
 
 
 class Scaling(NamedTuple):
     """How much of each model's activations every latent explains along its best direction.
 
-    With Y [n, d_m] centred and a latent's code f [n], that is |Y'f|^2 / (|f|^2 |Y|^2) (Minder et
-    al. 2025, arXiv 2504.02922, in a form that needs no common space). Above the null is what is
-    larger than under every circular shift; None where none longer than a document is possible.
+    |Y'f|^2 / (|f|^2 |Y|^2), Y [n, d_m] centred, f [n] the latent's code (Minder et al. 2025, arXiv
+    2504.02922, in a form without a common space). Above: larger than under every circular shift;
+    None where no shift longer than a document exists.
     """
 
     error: np.ndarray  # [N, width], of the error: above the null, the decoder misses the latent
-    alone: np.ndarray  # [N, width], of the error with the latent's contribution put back
+    alone: np.ndarray  # [N, width], of the error plus the latent's contribution
     error_above: np.ndarray | None  # bool [N, width]
     alone_above: np.ndarray | None
 
@@ -38,7 +38,7 @@ class Scaling(NamedTuple):
 def latent_scaling(
     joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, *, seed: int
 ) -> Scaling:
-    """Returns the Latent Scaling of all models' raw rows [n, d_m], in the order of the text.
+    """Returns Latent Scaling of all models' raw rows [n, d_m], in the order of the text.
 
     Shifts are longer than the longest of the rows' documents [n].
     """
@@ -60,10 +60,10 @@ def admissible_shifts(documents: np.ndarray, *, seed: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.Array]:
-    """The shares (error, alone) of ``Scaling``, [shifts, N, width], of the code moved on by rows.
+    """The shares (error, alone) of ``Scaling``, [shifts, N, width], of shifted codes.
 
-    rows are [n, D] of all models; belongs [N, D] is 1 where a column is of a model. The
-    contribution of a latent is of rank one, so one product with the error serves both.
+    rows are [n, D] of all models; belongs [N, D] is 1 where a column is of a model. A latent's
+    contribution has rank one, so one product with the error serves both.
     """
     joint = modules.merge(graphdef, params)
     seen, u = joint.scaled_pair(rows, jnp.ones((1, len(belongs)), bool))
@@ -91,8 +91,8 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
 def crosscoder_rows(run: Loader) -> list[dict[str, Any]]:
     """Returns the rows of crosscoder.jsonl: one per layer tuple, training and model.
 
-    What shuffled pairs share is shared by nothing; what is exclusive between a model and a copy of
-    itself (self, rotated) is exclusive to nothing.
+    What shuffled pairs share is an artefact, and so is what is exclusive between a model and its
+    copy (self, rotated).
     """
     config, store, rows = run.config, run.store, []
     numbers = store.select("test")
@@ -119,7 +119,7 @@ def crosscoder_rows(run: Loader) -> list[dict[str, Any]]:
 def figures(
     joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, config: Config
 ) -> list[dict[str, Any]]:
-    """Returns what crosscoder.jsonl says of each model, by raw rows [n, d_m] of documents [n]."""
+    """Returns each model's columns of crosscoder.jsonl, from raw rows [n, d_m] of documents [n]."""
     draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
     measure = cache(lambda *present: _measure(joint, x, config.evaluation.batch_size, present))
     models, some = np.eye(joint.n_models, dtype=bool), slice(0, SCALING_ROWS)
@@ -141,11 +141,11 @@ def figures(
 
 
 def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict[str, Any]:
-    """Returns whose the live latents are, seen from one model, and what Latent Scaling says.
+    """Returns whose the live latents are, seen from one model, and Latent Scaling's verdicts.
 
-    An exclusive latent is refuted where it explains another model too, above every shift, and
-    missed where it explains what the reconstruction leaves of one; a shared latent is confirmed
-    where it explains more than any shift does in every model.
+    An exclusive latent is refuted where it explains another model above every shift, and missed
+    where it explains another's error so; a shared latent is confirmed where it explains every
+    model above all shifts.
     """
     part = crosscoder.takes_part(joint) & live[None, :]
     shared, exclusive = part.all(axis=0), part[m] & (part.sum(axis=0) == 1)
@@ -153,7 +153,7 @@ def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> 
     confirmed_share = refuted_share = missed_share = None
     if scaling.alone_above is not None:
         others = np.arange(joint.n_models) != m
-        # Shares go as squares of norms: the rule of ``takes_part``, with best directions as norms.
+        # Shares go as squared norms: the rule of ``takes_part`` for best directions.
         also = scaling.alone >= TAKES_PART**2 * scaling.alone[m][None, :]
         refuted = (also & scaling.alone_above)[others].any(axis=0)
         missed = scaling.error_above[others].any(axis=0)
@@ -188,7 +188,7 @@ def _measure(
 
 @partial(jax.jit, static_argnums=0)
 def _measure_batch(graphdef, params, x, present):
-    """The code, and of each row error, variance (of each model) and l0."""
+    """The code; per row l0 and each model's error and variance."""
     joint = modules.merge(graphdef, params)
     seen, u = joint.scaled_pair(x, present[None, :])
     f = joint.activate(joint.pre_activations(seen))

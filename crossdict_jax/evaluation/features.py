@@ -26,12 +26,12 @@ SHARE_EDGES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # of variance that the feature'
 def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> list[dict]:
     """Returns the rows of feature_transfer.jsonl of one direction and pair of sites.
 
-    The map is the aligned one with the highest R^2 on validation rows. Features are ranked by their
-    own R^2 on test rows: the extremes of many, so each comes with its R^2 on validation rows as
-    well. token_share is the R^2 of the table of the target's own tokens.
+    The map is the aligned one with the highest R^2 on validation rows. Features are ranked by R^2
+    on test rows; the extremes of many, they come with R^2 on validation rows too. token_share is
+    the R^2 of the table of the target's own tokens.
 
     Args:
-      reseeded: the same maps fitted from another seed, where the run has them.
+      reseeded: the same maps fitted from another seed, if the run has them.
     """
     pairs, held_out = scored.bench.splits["validation"], scored.bench.held_out
     moments = pairs.target.feature_moments
@@ -75,7 +75,7 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
 
 
 def ranking(r2: np.ndarray, firings: np.ndarray) -> np.ndarray:
-    """Returns the features that are live and fire MIN_FIRINGS times, by R^2, highest first."""
+    """Returns the live features that fire MIN_FIRINGS times, by R^2, highest first."""
     enough = np.flatnonzero(np.isfinite(r2) & (firings >= MIN_FIRINGS))
     return enough[np.argsort(-r2[enough], kind="stable")]
 
@@ -106,8 +106,8 @@ def _described(
     def drivers(m: maps.Map) -> attribution.Drivers:
         return attribution.drivers(m, test.source, index, scale=scale)
 
-    # Maps that read features say directly what drives them. The best one does too, but for token
-    # tables, and for activations of a transcoder, whose decoder writes elsewhere.
+    # Maps that read features show their drivers, and so does the best map, but for token tables and
+    # for activations of a transcoder, whose decoder writes elsewhere.
     seen = {"features"} if test.source.dictionary.transcodes else {"features", "activations"}
     attributed = {
         kind: drivers(m)

@@ -18,17 +18,17 @@ from crossdict_jax.results import PAIR, pair_columns
 from crossdict_jax.workdir import Workdir
 
 RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05
-LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost grows with their square
+LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost is quadratic
 
 
 def representation_rows(run: Loader, pairs: list[Task], matches: list[dict]) -> list[dict]:
     """Returns the rows of similarity.jsonl, of three kinds.
 
     "layers": every layer of one model against every layer of another at n =
-    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled.
+    ``evaluation.similarity_rows`` held-out positions, also with one side's rows shuffled.
     "proposal": the layer pairs that this suggests.
-    "decoders": the decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan
-    et al. 2024 (arXiv 2410.06981), and those of random matchings of the same features.
+    "decoders": decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan et
+    al. 2024 (arXiv 2410.06981), and of random matchings of the same features.
     """
     config, store = run.config, run.store
     drawn = stats.generator(config.seed).permutation(store.select("test"))
@@ -62,7 +62,7 @@ def _beside(scores: dict[str, float], null: dict[str, float]) -> dict[str, float
 
 
 def _proposal(sites: Sequence[Site], pairs: list[Task], rows: list[dict]) -> dict:
-    """The layers of the target that suit these sites of the source best, in their order."""
+    """The target's layers that suit these source sites best, in their order."""
     cka = {(row["site_source"], row["site_target"]): row["cka"] for row in rows}
     targets = list(dict.fromkeys(site for _, site in cka))
     table = np.array([[cka[str(a), b] for b in targets] for a in sites])
@@ -81,7 +81,7 @@ def _proposal(sites: Sequence[Site], pairs: list[Task], rows: list[dict]) -> dic
 def monotone_assignment(scores: np.ndarray) -> np.ndarray:
     """Returns a column for every row of scores [rows, columns] with the largest sum.
 
-    Columns increase from row to row; where there are more rows than columns, they never decrease.
+    Columns increase from row to row; with more rows than columns they never decrease.
     """
     step = int(len(scores) <= scores.shape[1])
     total, came_from = scores[0], []

@@ -9,19 +9,19 @@ import numpy as np
 from crossdict_jax import stats
 from crossdict_jax.maps.base import padded, slices
 
-CHUNK = 512  # predictions compared at once: bounds the similarity matrix to CHUNK x pool
+CHUNK = 512  # predictions compared at once: the similarity matrix is CHUNK x pool
 LARGEST_DEFAULT_POOL = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Candidate targets, one entry per distinct direction; zero rows fill up to the pool's size."""
+    """Candidate targets, one entry per distinct direction; zero rows pad to the pool's size."""
 
-    rows: np.ndarray  # int [pool], whose targets are candidates and whose predictions are queries
+    rows: np.ndarray  # int [pool], rows of the candidates and queries
     units: jax.Array  # float32 [pool, width], distinct unit vectors
-    entries: jax.Array  # float32 [pool], how many candidates point in each direction
+    entries: jax.Array  # float32 [pool], candidates of each direction
     direction: np.ndarray  # int32 [pool], the direction of each query's true target
-    identical: np.ndarray  # int [pool], candidates that are the true target to the bit (itself too)
+    identical: np.ndarray  # int [pool], candidates bit-identical to the true target, with itself
 
 
 def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
@@ -54,9 +54,8 @@ def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
     """Returns the rank, from 1, of each query's true target by cosine, int [pool].
 
-    Queries are rows of predicted [n, width]; equal ones, as of a token table, are compared with
-    the pool once. Candidates that tie with the true target stand before it, unless they are the
-    same vector.
+    Queries are rows of predicted [n, width]; equal ones (as of a token table) are compared once.
+    Ties count against the true target, unless they are the same vector.
     """
     queries = predicted[pool.rows]
     label, first, _ = _distinct(queries)
@@ -78,9 +77,6 @@ def similarities(queries, units):
 
 @jax.jit
 def at_least_as_similar(similarity, query, direction, entries):
-    """Returns how many candidates are as similar as the true one, or more, [chunk].
-
-    Exact below 2^24.
-    """
+    """Returns how many candidates are at least as similar, [chunk], exact below 2^24."""
     above = similarity[query] >= similarity[query, direction][:, None]
     return jnp.sum(jnp.where(above, entries[None, :], 0), axis=1)

@@ -1,4 +1,4 @@
-"""Scores maps on held-out rows: one way for those of a run, their controls and studies."""
+"""Scores maps of runs, controls and studies on held-out rows."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.maps.kinds.token import Token
 from crossdict_jax.results import pair_columns
 
-CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
+CONTEXT_ROWS = 2**14  # training rows, evenly spread, for the means of context_gain
 FREQUENCY_EDGES = np.array([0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1])
 
 
@@ -30,7 +30,7 @@ class Bench:
     held_out: HeldOut  # the test pairs' target features
     l0_source: float  # mean active source features per test row
     context: Pairs  # training pairs whose source token occurs in the test pairs, token by token
-    context_index: np.ndarray  # int [context], which of those tokens a row ends in
+    context_index: np.ndarray  # int [context], index of the row's token among these
     token_index: np.ndarray  # int [n], the same of test rows; -1 where the context has none
     token_features: np.ndarray  # [tokens, width], means of the target's features after each token
     batch_size: int  # rows per forward
@@ -70,8 +70,7 @@ def make_bench(splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: in
 def means_by_token(index: np.ndarray, batches: Iterable[tuple], width: int) -> np.ndarray:
     """Returns float32 [tokens, width], means of rows of equal ``index`` [n], ascending.
 
-    Args:
-      batches: (slice of the rows, their values [m, width]).
+    ``batches`` are (slice of the rows, their values [m, width]).
     """
     counts = np.bincount(index)
     sums = np.zeros((len(counts), width))
@@ -114,10 +113,10 @@ class Scored:
     bench: Bench
     maps: dict[str, Map]  # by kind
     scores: dict[str, Score]  # by kind; "token_target" is no map
-    token: Score  # the token map's, whether or not it is among them
+    token: Score  # of the token map, even where it is not among them
 
     def row(self, kind: str, task: Task) -> dict[str, Any]:
-        """Returns what a result row says of a map; ``task`` is the map that the row is named by."""
+        """Returns a map's columns of a result row that is named by ``task``."""
         value = self.scores[kind]
         row = pair_columns(task) | {"map": kind, "pairing": task.pairing} | value.row()
         return row | {"verdict": transfer.verdict(value, self.token)}
@@ -155,7 +154,7 @@ def score_tasks(tasks: Sequence[Task], loader: Loader) -> Scored:
 def score_maps(tasks: Sequence[Task], loader: Loader) -> dict[str, Scored]:
     """Returns, by pairing, the scores of every map of one direction and pair of sites.
 
-    Those of aligned pairs hold "token_target" too, the table of the target's own tokens.
+    Aligned ones include "token_target", the table of the target's own tokens.
     """
     scored = {}
     for pairing, group in itertools.groupby(tasks, key=lambda task: task.pairing):

@@ -30,8 +30,8 @@ def dictionary_pairs(config: Config, store: Store) -> list[Task]:
 def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
     """Returns the rows of matching.jsonl and of matches.jsonl of a pair of dictionaries.
 
-    matching.jsonl has two rows, of aligned and of shuffled pairs: how many features are matched on
-    training documents and how many of these hold on test documents, by ever stricter tests.
+    matching.jsonl has two rows, of aligned and of shuffled pairs: features matched on training
+    documents, and how many hold on test documents, by ever stricter tests.
     """
     names, funnels, matches, settings = pair_columns(pair), [], [], loader.config.evaluation
     for pairing in maps.fit.PAIRINGS:

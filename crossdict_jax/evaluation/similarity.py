@@ -1,7 +1,6 @@
 """How alike two representations of the same rows are: CKA, SVCCA, RSA, mutual nearest neighbours.
 
-They do not change (RSA hardly) when a representation is rotated or scaled, so a high score says
-nothing about single features or directions.
+Rotating or scaling does not change them (RSA hardly): they say nothing about single features.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ TINY = np.finfo(np.float64).tiny
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the rows of a representation [n, d] lie to each other: all that is compared."""
+    """Where the rows of a representation [n, d] lie to each other."""
 
     scores: np.ndarray  # float32 [n, min(n, d)], the centred rows in their principal directions
     norms: np.ndarray  # [r], of the leading scores, which hold VARIANCE
-    ranks: np.ndarray  # [m, m], of dissimilarities of RDM_ROWS rows, less their mean, of norm 1
+    ranks: np.ndarray  # [m, m], of dissimilarities of RDM_ROWS rows, centred, of norm 1
     near: np.ndarray  # int [n, k], the nearest neighbours of each row
 
     @classmethod
@@ -45,7 +44,7 @@ class Geometry:
         some = x[:RDM_ROWS]
         unit = _unit(some - some.mean(axis=1, keepdims=True))
         i, j = np.triu_indices(len(some), 1)
-        rank = rankdata(np.round(1 - (unit @ unit.T)[i, j], 6))  # what rounding sets apart is equal
+        rank = rankdata(np.round(1 - (unit @ unit.T)[i, j], 6))  # ties up to rounding
         rank -= rank.mean()
         ranks = np.zeros((len(some), len(some)))
         ranks[i, j] = ranks[j, i] = rank / max(np.sqrt(2 * rank @ rank), TINY)
@@ -63,13 +62,13 @@ class Geometry:
         return cls(scores.astype(np.float32), np.sqrt(variances[:kept]), ranks, near)
 
     def reordered(self, order: np.ndarray) -> Geometry:
-        """Returns the geometry of ``x[order]``; the rows that RSA reads stay among themselves."""
+        """Returns the geometry of ``x[order]``; RSA's rows stay among themselves."""
         first = order[order < len(self.ranks)]
         ranks, near = self.ranks[first][:, first], np.argsort(order)[self.near[order]]
         return replace(self, scores=self.scores[order], ranks=ranks, near=near)
 
     def compared(self, other: Geometry) -> dict[str, float]:
-        """Returns {measure: number} of two representations of the same rows, as in MEASURES.
+        """Returns {measure of MEASURES: number} of two representations of the same rows.
 
         - cka: linear CKA (Kornblith et al. 2019) of the unbiased HSIC (Song et al. 2012):
           independent rows give 0 on average however many columns there are.
@@ -77,9 +76,9 @@ class Geometry:
           (Raghu et al. 2017), over as many as the smaller side has. Not corrected for chance: with
           r_x and r_y directions, independent rows give up to (sqrt(r_x) + sqrt(r_y)) / sqrt(n).
         - rsa: Spearman correlation of the rows' dissimilarities, 1 minus the Pearson correlation of
-          two rows over columns (Kriegeskorte et al. 2008).
-        - mutual_knn: mean share of a row's nearest rows by cosine in x that are so in y (Huh et
-          al. 2024); independent representations share NEIGHBOURS / (n - 1).
+          two rows (Kriegeskorte et al. 2008).
+        - mutual_knn: mean share of a row's nearest rows by cosine that both sides share (Huh et al.
+          2024); independent representations share NEIGHBOURS / (n - 1).
         """
         product = self.scores.T @ other.scores
         u, v = len(self.norms), len(other.norms)
@@ -96,7 +95,7 @@ class Geometry:
         }
 
     def _hsic(self, other: Geometry, product: np.ndarray | None = None) -> float:
-        """The unbiased HSIC, times n (n - 3), of centred rows: no matrix [n, n] is needed.
+        """The unbiased HSIC, times n (n - 3), of centred rows, without a matrix [n, n].
 
         Gram matrices without their diagonals sum to minus the rows' squared lengths in each row.
         """

@@ -1,6 +1,6 @@
 """How well features predicted from model A fit model B's own, on held-out documents.
 
-A feature is *active* where it is above zero, and *live* if it is active in some row and varies.
+A feature is *active* where it is above zero, *live* if it is active in some row and varies.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from crossdict_jax.maps.base import exact_matmul, padded, slices
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
-BLOCK = 1024  # rows that are compared at a time
+BLOCK = 1024  # rows compared at a time
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
 ROUNDING = 1e-6  # a variance below this share of the second moment is float32 rounding
 
-MEANS = (  # metrics that are means over rows
+MEANS = (  # means over rows
     *("cosine", "cosine_mean_predictor", "cosine_centered"),
     *("l0_target", "l0_predicted", "sparsity_similarity"),
 )
-NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # that have a null near 0
+NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # with a null near 0
 MARGIN = 0.05  # a ceiling less than this above the null leaves no room to place a score in
 
 
@@ -41,11 +41,11 @@ class TokenMeans:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """B's features on held-out rows, and everything that all predictions share."""
+    """B's features on held-out rows, and all that predictions share."""
 
     target: np.ndarray  # [n, width]
-    train_mean: np.ndarray  # float64 [width], of B's features over training rows
-    resamples: Resamples  # of the documents of these rows
+    train_mean: np.ndarray  # float64 [width], over training rows
+    resamples: Resamples  # of the rows' documents
     pool: retrieval.Pool
 
     @cached_property
@@ -60,7 +60,7 @@ class Score:
 
     plain: dict[str, Any]  # without intervals
     estimates: dict[str, Estimate | None]  # with intervals
-    correlations: np.ndarray  # [width], per feature, NaN where the target is not live
+    correlations: np.ndarray  # [width], NaN where the target is not live
     feature_r2: np.ndarray  # [width], likewise
 
     def row(self) -> dict[str, Any]:
@@ -101,13 +101,13 @@ def transfer_metrics(
     - context_gain = 1 - sum ||(t - T) - (p - P)||^2 / sum ||t - T||^2, with T and P the training
       means of target and prediction for the row's source token, where it occurs in training.
 
-    The main ones come with _low and _high: 95 % bootstrap percentiles over documents, None with
-    fewer than two documents. A number that is undefined is None; r2 is always finite.
+    The main ones have _low and _high: 95 % bootstrap percentiles over documents, None with fewer
+    than two documents. Undefined numbers are None; r2 is always finite.
 
     Args:
       predicted, target: arrays [n, width].
       train_mean: [width], of the target over the training rows.
-      documents: [n], the document of each row; by default every row is its own.
+      documents: [n], the document of each row (default: one per row).
       pool: retrieval candidates; 0 means min(8192, n).
       bootstrap: resamples.
       seed: of the resamples and of the pool.
@@ -124,7 +124,7 @@ def transfer_metrics(
 
 
 def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: str = "") -> Any:
-    """``values`` as float32 or float64; UserError if one is not finite, or the shape is another."""
+    """``values`` as float32 or float64; UserError if not finite, or of another shape."""
     values = np.asarray(values)
     if values.dtype not in (np.float32, np.float64):
         values = values.astype(np.float32)
@@ -172,7 +172,7 @@ def measure(
     )
     length_m = np.linalg.norm(held_out.train_mean)
     either = rows["l0_predicted"] + rows["l0_target"] - rows["both"]
-    # A vector within rounding of the mean is the mean, whose centred cosine is 0.
+    # A vector within rounding of the mean is the mean: centred cosine 0.
     rows |= {
         "cosine": _cosine(rows["pt"], length_p, length_t),
         "cosine_mean_predictor": _cosine(rows["mt"], length_m, length_t),
@@ -187,7 +187,7 @@ def measure(
     if token_means is not None and (seen := token_means.index >= 0).any():
         gain = 1.0 - draws.estimate(rows["token_error"] * seen, rows["token_variance"] * seen)
     correlation = None
-    if live.any():  # in a resample, those features alone whose target varies there
+    if live.any():  # in a resample, only features that vary there
         defined = np.isfinite(r[:, live])
         with np.errstate(invalid="ignore", divide="ignore"):
             means = np.where(defined, r[:, live], 0.0).sum(axis=1) / defined.sum(axis=1)
@@ -217,10 +217,10 @@ def measure(
 
 
 def verdict(score: Score, token: Score) -> str:
-    """Returns what may be said of a map, from paired bootstrap differences over documents.
+    """Returns a map's verdict from paired bootstrap differences over documents.
 
-    It beats the mean if both its R^2 (the mean's is 0) and its centred cosine are surely above 0,
-    and the token baseline if moreover its R^2 is surely above that of the token map.
+    It beats the mean if its R^2 (the mean's is 0) and its centred cosine are surely above 0, and
+    the token baseline if its R^2 is also surely above the token map's.
     """
     r2, centered = score.estimates["r2"], score.estimates["cosine_centered"]
     if not (r2.surely_positive and centered.surely_positive):
@@ -247,13 +247,10 @@ def normalized(
     return columns
 
 
-# ---------------------------------------------------------------- sums over rows and features
-
-
 def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) -> tuple[dict, dict]:
-    """What ``_sums_of_block`` says of each row, {name: [n]}, and of features, in float64.
+    """``_sums_of_block`` of each row, {name: [n]}, and of features, in float64.
 
-    The latter are [1 + count, width], of the whole split and of every bootstrap resample.
+    The latter are [1 + count, width]: the whole split, then every bootstrap resample.
     """
     draws, parts = held_out.resamples, []
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
@@ -263,10 +260,10 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
     longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
     for rows, (numbers, local) in zip(blocks, documents):
         arrays = 2 * (predicted[rows], held_out.target[rows])
-        if means and len(means.target):  # those of a row without its token are not used
+        if means and len(means.target):  # rows without their token are not used
             index = means.index[rows]
             arrays = *arrays[:2], means.predicted[index], means.target[index]
-        belongs = np.zeros((longest, size), np.float32)  # nothing to the padding
+        belongs = np.zeros((longest, size), np.float32)  # 0 for padding
         belongs[local, np.arange(len(local))] = 1
         arrays = [padded(a, size) for a in arrays]
         centres = held_out.train_mean, predicted[0]
@@ -282,12 +279,12 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
 def _sums_of_block(p, t, P, T, mean, first, belongs):
     """Sums over features of each row, {name: [batch]}, and over rows, {name: [documents, width]}.
 
-    Centred is what has the training mean subtracted.
+    Centred: less the training mean.
 
     Args:
       p, t: predicted and target features [batch, width]; P, T: their means after the row's token.
       mean: of the target's training rows [width].
-      first: any prediction [width]: correlations are of what predictions differ from it.
+      first: any prediction [width], the origin of predictions in correlations.
       belongs: [documents, batch], 1 where a row is of a document.
     """
     mean = jnp.broadcast_to(mean[None, :], p.shape)

@@ -1,7 +1,4 @@
-"""Maps from one model's side to another's features, each kind of them one file.
-
-A kind is found by its file's name: ``kinds/ridge.py`` is ``map.kinds=ridge``.
-"""
+"""Maps from one model's side to another's features: ``kinds/ridge.py`` is ``map.kinds=ridge``."""
 
 from crossdict_jax.maps.base import (
     Map,

@@ -1,4 +1,4 @@
-"""What every map shares: paired rows, the protocol, closed forms, predictions, checkpoints."""
+"""What every map shares: paired rows, the protocol, predictions, checkpoints."""
 
 from __future__ import annotations
 
@@ -36,23 +36,21 @@ from crossdict_jax.maps.moments import (
 )
 from crossdict_jax.training.checkpoint import load_meta, load_params, save_module
 
-# ---------------------------------------------------------------- paired rows
-
 
 @dataclass(frozen=True)
 class Side:
     """One model's half of paired rows."""
 
-    x: np.ndarray  # activations [n, d_model], bfloat16 or float32, on the host
+    x: np.ndarray  # [n, d_model], bfloat16 or float32, on the host
     tokens: np.ndarray  # int32 [n], the model's own token that ends at the position
     dictionary: Dictionary  # of this model at this site
     model: str = ""
     layer: int = 0
-    # Gives the bytes of each token id; None where all sides have one vocabulary.
+    # The bytes of each token id; None where all sides share a vocabulary.
     token_bytes: Callable[[], Sequence[bytes]] | None = None
-    reordered_from: Side | None = None  # the side that holds the same rows in another order
-    order: np.ndarray | None = None  # int [n], the index in that side of each row
-    keys: np.ndarray | None = None  # int [n, 2], (document, byte end), which ``Pairs`` compares
+    reordered_from: Side | None = None  # the side with the same rows in another order
+    order: np.ndarray | None = None  # int [n], each row's index in that side
+    keys: np.ndarray | None = None  # int [n, 2], (document, byte end)
 
     def activations(self, rows: np.ndarray | slice) -> np.ndarray:
         """Returns float32 [m, d_model]."""
@@ -80,12 +78,12 @@ class Side:
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """What a hypernetwork reads of it by role, made once; see ``descriptions.describe``."""
+        """Its description by role, made once; see ``descriptions.describe``."""
         return self.reordered_from.described if self.reordered_from else {}
 
     @cached_property
     def bad_row(self) -> int | None:
-        """The first row that holds NaN or infinity, before any reordering; None if none does."""
+        """The first row with NaN or infinity, before any reordering; None if there is none."""
         if self.reordered_from is not None:
             return self.reordered_from.bad_row
         for rows in slices(len(self.x)):
@@ -143,7 +141,7 @@ class Pairs:
 
     @cached_property
     def target_by_token(self) -> TokenSums:
-        """The sums of the target's features by the source's token, once for all maps."""
+        """Sums of the target's features by the source's token."""
         return token_sums(self.source.tokens, self.target.codes)
 
 
@@ -154,8 +152,8 @@ class Problem:
     label: str  # on progress bars and in errors
     train: Pairs
     validation: Pairs
-    # The way from A to B through a joint code of the models, for maps that go through one: W_enc
-    # [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
+    # From A to B through a joint code, in raw units: W_enc [d_a, width], b_enc, threshold,
+    # W_dec [width, d_b], b_dec.
     joint: dict[str, jax.Array] | None = None
 
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
@@ -169,7 +167,7 @@ class Problem:
 
     @cached_property
     def regression(self) -> Regression:
-        """The regression of activations, once for all maps that are fitted on it."""
+        """The regression of activations, once for all maps."""
         return self.regress(Side.activations)
 
 
@@ -179,7 +177,7 @@ def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
 
 
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
-    """Raises UserError with fewer training rows than the map needs, or one that is not finite."""
+    """Raises UserError for fewer training rows than the map needs, or one that is not finite."""
     for split, minimum in (("train", fewest), ("validation", 1)):
         pairs = getattr(problem, split)
         if len(pairs) < minimum:
@@ -196,21 +194,16 @@ def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
                 )
 
 
-# ---------------------------------------------------------------- the protocol
-
-
 class Map(nnx.Module):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
-    A kind of map is one file of ``maps/kinds``: a subclass with a ``kind`` of the file's name, and
-    ``solve``, or a ``fit`` of its own. B's dictionary is a part of the map; a checkpoint holds the
-    rest and points to it.
+    A kind is a file of ``maps/kinds``: a subclass with that ``kind``, and ``solve`` or its own
+    ``fit``. B's dictionary is part of the map, but checkpoints only point to it.
 
     Attributes:
-      kind: the name of the kind.
       reads: what ``inputs`` are: "features" [batch, width_a], "activations" [batch, d_a] or
         "tokens" int [batch], all of A.
-      predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b] as well.
+      predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b].
       fits_together: whether ``fit`` must get all problems of a run at once.
       through_joint: whether its problems must hold a joint code.
       settings: names of the attributes, JSON values, that are not arrays.
@@ -239,9 +232,8 @@ class Map(nnx.Module):
         """Returns B's features [batch, width_b].
 
         Args:
-          inputs: what ``reads`` says.
-          tokens: A's tokens [batch], for maps that read them besides; without them every row
-            takes the back-off.
+          tokens: A's tokens [batch], for maps that read them too; without them every row takes the
+            back-off.
         """
         raise NotImplementedError
 
@@ -257,8 +249,8 @@ class Map(nnx.Module):
         """Returns the map of each problem, its hyper-parameters chosen by validation error.
 
         Args:
-          training: for kinds that are trained: ``seed``, ``directory`` for checkpoints and
-            metrics, ``checkpoint_every`` and ``records``.
+          training: for trained kinds: ``seed``, ``directory`` (checkpoints and metrics),
+            ``checkpoint_every`` and ``records``.
 
         Raises:
           UserError: too few rows, or rows that are not finite.
@@ -276,17 +268,14 @@ class Map(nnx.Module):
 
 
 def _parameters(value: Any) -> nnx.Dict | nnx.Param:
-    """Arrays as parameters: float32 or int32, whatever they were computed in."""
+    """Arrays as float32 or int32 parameters."""
     if isinstance(value, dict):
         return nnx.Dict({name: _parameters(inner) for name, inner in value.items()})
     return nnx.Param(jnp.asarray(value))
 
 
 class ActivationMap(Map):
-    """A map whose ``activation(inputs, tokens=None)`` predicts x_B [batch, d_b] of x_A.
-
-    B's dictionary encodes what it predicts.
-    """
+    """Predicts x_B: ``activation(inputs, tokens=None)`` [batch, d_b]; B's dictionary encodes it."""
 
     reads = "activations"
     predicts_activation = True
@@ -307,7 +296,7 @@ def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
     """Returns the rows [batch, size] of a token table for tokens [batch].
 
     A table is {"ids": int32 [seen], ascending; "rows": [seen + 1, size]}. Its last row, the
-    back-off, is for all other tokens, and for every row without ``tokens``.
+    back-off, is for other tokens and for rows without tokens.
     """
     rows = table.rows[...]
     if tokens is None:
@@ -331,19 +320,12 @@ def map_class(kind: str) -> type[Map]:
     return next(c for c in members if isinstance(c, type) and getattr(c, "kind", None) == kind)
 
 
-# ---------------------------------------------------------------- predictions
-
-
 def predictions(
     m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields (rows, B's predicted features float32 [m, width_b] of them), a batch at a time.
-
-    Args:
-      method: of the map, which gives what is yielded.
-    """
+    """Yields (rows, B's predicted features float32 [m, width_b]), or what another method gives."""
     (graph, params), source, encoder = modules.split(m), pairs.source, None
-    if m.predicts_activation and method == "__call__":  # all these kinds share B's encoder
+    if m.predicts_activation and method == "__call__":  # these kinds share B's encoder
         encoder, method = modules.split(m.dictionary), "activation"
     read = {"tokens": source.tokens.__getitem__, "activations": source.x.__getitem__}
     for rows in slices(len(pairs), batch_size):
@@ -361,25 +343,22 @@ def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__ca
 
 @partial(jax.jit, static_argnums=(0, 1))
 def predict_batch(graph, method, params, inputs, tokens):
-    """Returns a method's result of one batch; see ``predictions``."""
+    """Returns a method's result of one batch."""
     return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
 def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:
-    """Returns B's predicted activations float32 [n, d_b] of a map that predicts them."""
+    """Returns B's predicted activations float32 [n, d_b]."""
     return predict(m, pairs, batch_size, method="activation")
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 def own_parameters(params: modules.Params) -> modules.Params:
-    """Returns a map's parameters without those of B's dictionary."""
+    """Returns a map's parameters without B's dictionary."""
     return {name: value for name, value in params.items() if name != "dictionary"}
 
 
 def fingerprint(dictionary: Dictionary) -> str:
-    """Returns a checksum of a dictionary's parameters, their names and their shapes."""
+    """Returns a checksum of a dictionary's parameters, names and shapes."""
     _, params = modules.split(dictionary)
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -390,11 +369,11 @@ def fingerprint(dictionary: Dictionary) -> str:
 
 
 def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None = None) -> None:
-    """Writes a map's own parameters; B's dictionary is remembered by its folder and checksum.
+    """Writes a map's own parameters, and the folder and checksum of B's dictionary.
 
     Args:
       path: a new folder.
-      dictionary: the folder of B's dictionary; a relative path to it is stored.
+      dictionary: folder of B's dictionary; stored relative to ``path``.
       record: how the map was fitted (JSON values).
     """
     params = own_parameters(modules.split(m)[1])
@@ -414,11 +393,11 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
     """Returns the map in a checkpoint folder, with B's dictionary.
 
     Args:
-      dictionary: B's, where it is loaded already; it must be the one in the checkpoint's folder.
+      dictionary: B's, if loaded; it must be the one that the checkpoint points to.
 
     Raises:
       UserError: there is no finished map, it is damaged, or B's dictionary is missing, damaged
-        or another one than the map was fitted with.
+        or not the one that the map was fitted with.
     """
     path = Path(path)
     meta = load_meta(path)

@@ -1,4 +1,4 @@
-"""Features of all rows, encoded once and kept as what is active in each."""
+"""Features of all rows, encoded once and stored sparsely."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Codes = sparse.csr_array  # float32 [n, width], on the host
 
 
 def compress(features: np.ndarray | Codes) -> Codes:
-    """Returns features [n, width] as compressed rows: 8 bytes for each active feature of a row."""
+    """Returns features [n, width] as compressed rows: 8 bytes for each active feature."""
     return sparse.csr_array(features, dtype=np.float32)
 
 
 class Moments(NamedTuple):
-    """Sums over n rows of codes, each [width]."""
+    """Moments of n rows of codes, each [width]."""
 
     n: int
-    firings: np.ndarray  # int64, in how many rows a feature is active
+    firings: np.ndarray  # int64, rows in which a feature is active
     mean: np.ndarray  # float64
-    variance: np.ndarray  # float64; 0 for a feature that never varies
+    variance: np.ndarray  # float64; 0 for a constant feature
 
     @classmethod
     def of(cls, codes: Codes) -> Moments:
@@ -43,22 +43,22 @@ class Moments(NamedTuple):
 
     @property
     def scale(self) -> np.ndarray:
-        """1 / the norm of a feature less its mean, 0 for one that never varies."""
+        """1 / the norm of a centred feature; 0 for a constant one."""
         norm = np.sqrt(self.n * self.variance)
         return np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
 
     def standardised(self, codes: Codes) -> np.ndarray:
-        """Returns rows of the codes, dense float32, less their mean and over their norm."""
+        """Returns rows of the codes, dense float32, centred, over the features' norms."""
         return ((codes.toarray() - self.mean[None, :]) * self.scale[None, :]).astype(np.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Compact:
-    """The active features of rows, in equally many slots of each: rows can be taken out of it."""
+    """The active features of rows, in equally many slots each."""
 
-    values: jax.Array  # float32 [batch, slots], never negative; 0 says that a slot is not used
-    features: jax.Array  # int32 [batch, slots]; none twice in a row among the used
+    values: jax.Array  # float32 [batch, slots], >= 0; 0: unused
+    features: jax.Array  # int32 [batch, slots]; used ones are distinct in a row
     width: int = dataclasses.field(metadata={"static": True})
 
     def dense(self) -> jax.Array:
@@ -68,7 +68,7 @@ class Compact:
 
 
 def compact(codes: Codes, slots: int) -> Compact:
-    """Returns codes with ``slots`` slots a row, at least as many as a row has active features."""
+    """Returns codes with ``slots`` slots a row, at least the active features of any row."""
     counts = np.diff(codes.indptr)
     slot = np.arange(codes.nnz) - np.repeat(codes.indptr[:-1], counts)
     at = np.repeat(np.arange(len(counts)), counts), slot

@@ -12,11 +12,10 @@ from crossdict_jax.workdir import Workdir
 def control_tasks(config: Config, store: Store) -> list[Task]:
     """Returns every control of the run's aligned maps, of the kinds and layers that have them.
 
-    - ceiling: from B to B at the target's site, once for every kind; the source is B's dictionary
-      of another seed.
-    - untrained: from A to B's re-initialised model; the task keeps the name of B.
-    - reseeded: the map itself, from another seed; only of kinds that are trained by gradient steps
-      and read features, since there is nothing random in the others or nothing to attribute.
+    - ceiling: B to B at the target's site, for every kind, from B's dictionary of another seed.
+    - untrained: A to B's re-initialised model; the task keeps the name of B.
+    - reseeded: the map from another seed, of trained kinds that read features: others are not
+      random, or have nothing to attribute.
     """
     layers = dict(zip(store.models, controlled_layers(config)))
     controlled = [
@@ -36,9 +35,9 @@ def control_tasks(config: Config, store: Store) -> list[Task]:
 
 
 def fit_controls(config: Config, store: Store, work: Workdir) -> None:
-    """Fits every control into ``work.controls``, as ``fit_maps`` does the run's maps."""
+    """Fits every control into ``work.controls``."""
     todo = control_tasks(config, store)
     loader = Loader(config, open_controls(config, work, store) if todo else store, work)
-    for name in config.controls:  # apart, since some kinds learn from all that they are fitted on
+    for name in config.controls:  # apart: some kinds learn from all problems that they get
         seed = (config.seed + (name == "reseeded")) % 2**32
         fit.fit_tasks([task for task in todo if task.control == name], loader, seed=seed)

@@ -1,4 +1,4 @@
-"""Trains the network maps of all problems together: those of equal shapes in one compiled step."""
+"""Trains the network maps of all problems together, those of equal shapes in one step."""
 
 import dataclasses
 from collections import Counter
@@ -19,8 +19,8 @@ from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, on_own_rows, to_bits
 
-SLOTS = 0.5  # active features of a row, of d_model: with more, codes take more memory than rows
-VALIDATION_ROWS = 4096  # at most, evenly spread, on which a member in training is scored
+SLOTS = 0.5  # active features of a row, times d_model: with more, codes take more memory than rows
+VALIDATION_ROWS = 4096  # at most, evenly spread, for a member's validation
 WEIGHT_DECAY = 1e-4  # of matrices
 GRADIENT_CLIP = 1.0  # largest norm of a member's gradient
 
@@ -33,10 +33,10 @@ class Selected:
 
 
 class TransferObjective(Objective):
-    """Trains a network map on the losses of what its head selects from.
+    """Trains a network map on the losses of its head's input.
 
-    Its validation score is the loss of its features as they will be used, without dropout, mean
-    over whole batches; ``config.patience`` validations without a better one end its updates.
+    Validation is the loss of its final features without dropout, mean over whole batches; after
+    ``config.patience`` validations without a better one a member stops.
     """
 
     validate_every = 50
@@ -44,7 +44,7 @@ class TransferObjective(Objective):
     def __init__(
         self, cls: type[Map], problem: Problem, values, config: MapConfig, *, codes: bool = False
     ):
-        """``codes``: whether rows hold codes; then dictionaries of any d_model train together."""
+        """``codes``: rows hold codes; then dictionaries of any d_model train together."""
         source, target = problem.train.source.dictionary, problem.train.target.dictionary
         self.config, self.patience = config, config.patience
         self.shape = {"width_a": source.width, "hidden": config.hidden, "width_b": target.width}
@@ -69,9 +69,9 @@ class TransferObjective(Objective):
         )
 
     def losses(self, params, rows, fixed, key=None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the weighted sum of the losses, and each of them, of a batch of rows.
+        """Returns the weighted sum of a batch's losses, and each of them.
 
-        Without a key, of the features as they will be used.
+        Without a key they are of the final features.
         """
         values = fixed["values"] | params
         if self.source_graph is None:
@@ -84,7 +84,7 @@ class TransferObjective(Objective):
             f_a, f_b = source.encode(x_a), m.dictionary.encode(x_b)
         if key is None:
             z = p = m(f_a, tokens=rows["tokens"])
-        else:  # there is a gradient wherever the target fires: the losses read ``rectified(z)``
+        else:  # losses read ``rectified(z)``: a gradient wherever the target fires
             settings = {"key": key, "dropout": self.config.dropout}
             z = m.estimate(f_a, tokens=rows["tokens"], **settings)
             p = heads.rectified(z)
@@ -97,7 +97,7 @@ class TransferObjective(Objective):
         return loss, (terms, ())
 
     def terms(self, params, batches, fixed) -> dict[str, jax.Array]:
-        """Returns the losses of a member's features, mean over stacked batches."""
+        """Returns a member's losses, mean over stacked batches."""
         loss, terms = jax.lax.map(lambda rows: self.losses(params, rows, fixed), batches)
         return jax.tree.map(jnp.mean, {"loss": loss} | terms)
 
@@ -110,7 +110,7 @@ def initial(
 ) -> modules.Params:
     """Returns the trained parameters of a network map before the first step."""
     xavier, rngs = nnx.initializers.xavier_uniform(), nnx.Rngs(params=key)
-    # Zeros, so that the map starts at its baseline and every live output has a gradient.
+    # Zeros: the map starts at its baseline and every live output has a gradient.
     zeros = nnx.initializers.zeros_init()
     network = {
         "first": nnx.Linear(width_a, hidden, kernel_init=xavier, rngs=rngs),
@@ -128,7 +128,7 @@ def initial(
 def shapes(problem: Problem) -> tuple:
     """Returns what problems must share to be trained in one step; first, whether rows are codes.
 
-    They are where that takes less memory than activations. Of dictionaries little is asked then.
+    They are where that takes less memory than activations; dictionaries then matter little.
     """
     sides = [s for p in (problem.train, problem.validation) for s in (p.source, p.target)]
     if all(_slots(s) <= SLOTS * s.x.shape[1] for s in sides):
@@ -143,7 +143,7 @@ def _slots(side: Side) -> int:
 def prepare(
     cls: type[Map], problems: Sequence[Problem], config: MapConfig, *, seed: int
 ) -> tuple[Ensemble, list[tuple[modules.Params, dict]]]:
-    """Returns the ensemble of problems of equal shapes, and what ``cls.measure`` says of each.
+    """Returns the ensemble of problems of equal shapes, and ``cls.measure`` of each.
 
     Raises:
       UserError: a batch does not divide over the devices.
@@ -167,7 +167,7 @@ def prepare(
     rows = np.linspace(0, len(problems[0].validation) - 1, n // size * size).astype(np.int64)
 
     def batches(stream: Stream) -> dict:
-        """Every member's validation rows in whole batches [members, batches, size, ...]."""
+        """Members' validation rows in whole batches [members, batches, size, ...]."""
 
         def take(array):
             index = np.broadcast_to(rows, (len(problems), len(rows)))
@@ -198,7 +198,7 @@ def prepare(
 def _streams(members: Sequence[Pairs], codes: bool) -> dict[str, Stream]:
     """What a step reads of each member's pairs: both sides' codes or activations, and tokens.
 
-    Rows that several members read, in whatever order, are held once.
+    Rows that several members read, in any order, are held once.
     """
     streams = {}
     for name, sides in (("a", [p.source for p in members]), ("b", [p.target for p in members])):

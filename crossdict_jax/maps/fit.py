@@ -29,9 +29,9 @@ from crossdict_jax.maps.base import Pairs, Problem, Side, map_class
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import progress_bar, timed
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, check_space
 
-MEMBER = "seed-0"  # the dictionary of each site that maps speak about
+MEMBER = "seed-0"  # the dictionary of each site that maps use
 PAIRINGS = ("aligned", "shuffled")
 
 
@@ -45,7 +45,7 @@ class Task:
     site_target: Site
     kind: str
     pairing: str  # of PAIRINGS
-    control: str = ""  # the one that stands for the target or the source of the run's own map
+    control: str = ""  # its name, if the map is a control
 
     def path(self, work: Workdir) -> Path:
         """Returns the checkpoint folder of the map."""
@@ -62,13 +62,13 @@ class Task:
         return dataclasses.replace(task, source=task.target, site_source=task.site_target)
 
     def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
-        """Returns the checkpoints that it is about: both dictionaries and the map."""
+        """Returns the checkpoints of both dictionaries and the map."""
         ends = (self.source, self.site_source), (self.target, self.site_target)
         return *(work.dictionary(*end) for end in ends), self.path(work)
 
     @property
     def label(self) -> str:
-        """``A resid_pre.6 to B resid_pre.6``, and what sets it apart from aligned pairs."""
+        """``A resid_pre.6 to B resid_pre.6``, and how it differs from aligned pairs."""
         name = f"{self.source} {self.site_source} to {self.target} {self.site_target}"
         mark = self.control or self.pairing
         return name if mark == "aligned" else f"{name} ({mark})"
@@ -99,14 +99,8 @@ def tasks(config: Config, store: Store) -> list[Task]:
     return list(dict.fromkeys(result))
 
 
-# ---------------------------------------------------------------- what maps are fitted on
-
-
 def shuffled(pairs: Pairs, seed: int, split: str = SPLITS[0]) -> Pairs:
-    """Returns the pairs with the target's rows in one seeded random order, across documents.
-
-    The order is another one for each split.
-    """
+    """Returns pairs with the target's rows in a seeded random order per split, across documents."""
     generator = stats.generator(len(SPLITS) * seed + SPLITS.index(split))
     return dataclasses.replace(
         pairs, target=pairs.target.reordered(generator.permutation(len(pairs)))
@@ -116,8 +110,8 @@ def shuffled(pairs: Pairs, seed: int, split: str = SPLITS[0]) -> Pairs:
 def shown(task: Task, pairs: Pairs) -> Pairs:
     """Returns rows as the task's map reads them.
 
-    The source of a ceiling is what its dictionary makes of B: its features and, instead of B's
-    own activations, their reconstruction. Rows of two models stay as they are.
+    The source of a ceiling is its dictionary's features of B and, instead of B's activations, their
+    reconstruction. Rows of two models stay.
     """
     if task.control != "ceiling" or map_class(task.kind).reads != "activations":
         return pairs
@@ -127,7 +121,7 @@ def shown(task: Task, pairs: Pairs) -> Pairs:
 
 
 class Loader:
-    """Makes problems of a store; sides that several problems share are read once.
+    """Makes problems of a store; shared sides are read once.
 
     For controls the store is that of ``open_controls``, with re-initialised models.
     """
@@ -158,9 +152,10 @@ class Loader:
         return self._sides[key]
 
     def ends(self, task: Task) -> tuple[tuple[str, Site, Path], tuple[str, Site, Path]]:
-        """Returns (model, site, folder of the dictionary) of what a map reads and predicts.
+        """Returns (model, site, dictionary folder) of what a map reads and of what it predicts.
 
-        A ceiling reads the target's second dictionary; what is untrained is in the target's place.
+        A ceiling reads the target's second dictionary; an untrained control predicts the
+        re-initialised target.
         """
         ends = (task.source, task.site_source), (task.target, task.site_target)
         source, target = ((*end, self.work.dictionary(*end, MEMBER)) for end in ends)
@@ -185,7 +180,7 @@ class Loader:
         return pairs if task.pairing == "aligned" else shuffled(pairs, self.config.seed, split)
 
     def problem(self, task: Task) -> Problem:
-        """Returns what the task's map is fitted on; kinds that follow each other share it."""
+        """Returns what the task's map is fitted on; successive kinds share it."""
         alike = dataclasses.replace(task, kind="")
         key = alike, task.control and map_class(task.kind).reads  # see ``shown``
         if key not in self._problems:
@@ -202,19 +197,16 @@ def load_pairs(
     return Loader(Config(), store, work).rows(Task(a, b, site_a, site_b, "", "aligned"), split)
 
 
-# ---------------------------------------------------------------- the stage
-
-
 def fit_maps(config: Config, store: Store, work: Workdir) -> None:
-    """Fits every map of the run that has no finished checkpoint yet; see ``fit_tasks``."""
+    """Fits every map of the run that has no finished checkpoint."""
     fit_tasks(tasks(config, store), Loader(config, store, work), seed=config.seed)
 
 
 def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
-    """Fits those of some maps, all of a run or all of one control, that are not finished.
+    """Fits the unfinished maps of a run, or of one control.
 
-    Closed forms are fitted one at a time; kinds that train together are trained together, or
-    not at all where all their maps are there. Equal runs end with the same bits, killed or not.
+    Closed forms are fitted one at a time; kinds that train together are trained together, unless
+    all their maps are finished. Equal runs end with the same bits, killed or not.
 
     Raises:
       UserError: a map has too few rows, or a batch is larger than the data.
@@ -222,6 +214,7 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     unfinished = {task for task in todo if not is_finished(task.path(loader.work))}
     if not unfinished:
         return
+    check_space(loader.work.maps)
     batches = [[task] for task in todo if not map_class(task.kind).fits_together]
     together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
     batches += [[task for task in todo if task.kind == kind] for kind in together]
@@ -254,16 +247,13 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
         figures["rows"] = len(loader.store.select("train")) * len(unfinished)
 
 
-# ---------------------------------------------------------------- joint codes
-
-
 def with_codes(
     problems: Sequence[Problem], batch: Sequence[Task], loader: Loader, seed: int, directory: Path
 ) -> list[Problem]:
-    """Returns the problems with the way from A to B through a joint code, trained if need be.
+    """Returns the problems with the map from A to B through a joint code, trained if need be.
 
-    One crosscoder of all models for each layer tuple serves all directions of the run; shuffled
-    problems get the one that was trained on shuffled rows, a control one of its own two sides.
+    One crosscoder of all models per layer tuple serves all directions of the run; shuffled problems
+    get the one of shuffled rows, a control one of its own two sides.
     """
     config, store, work = loader.config, loader.store, loader.work
     if batch[0].control:  # a batch is of one control, or of the run's own maps
@@ -283,7 +273,7 @@ def with_codes(
 def with_own_codes(
     problems: Sequence[Problem], config: JointSettings, *, seed: int, directory: Path
 ) -> list[Problem]:
-    """Returns the problems with the way through a code trained on their own training rows.
+    """Returns the problems with a code trained on their own training rows.
 
     Raises:
       UserError: these are fewer than a batch.

@@ -22,7 +22,7 @@ def slices(n: int, size: int = ROWS) -> Iterator[slice]:
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """Returns ``rows`` lengthened to ``size`` with its last row: one compiled shape for all."""
+    """Returns ``rows`` padded to ``size`` with its last row: one compiled shape for all."""
     missing = size - len(rows)
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
@@ -32,15 +32,13 @@ def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
     return jnp.matmul(x, W, precision=jax.lax.Precision.HIGHEST)
 
 
-# ---------------------------------------------------------------- covariances
-
 Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m at most ROWS
 
 
 @dataclass(frozen=True)
 class Products:
-    """Sums over ``n`` paired rows of products of what each side differs from its baseline by."""
+    """Sums over ``n`` paired rows of products of both sides, each less its baseline."""
 
     n: int
     aa: np.ndarray  # sum a a', float64 [d_a, d_a]
@@ -54,9 +52,9 @@ class Products:
 
 
 def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Means]:
-    """Returns the products of rows about ``means``, or about their own, and these means.
+    """Returns the products of rows about ``means`` (default: their own), and these means.
 
-    Products are float32 about means of rows like these: nothing cancels; sums are float64.
+    Products are float32 about means of similar rows, so nothing cancels; sums are float64.
     """
     total, centres, n = None, None, 0
     for a, b in batches:
@@ -70,7 +68,7 @@ def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Mea
     aa, ab, bb, sum_a, sum_b = total
     centres = [np.float64(c) for c in centres]
     means = means or (centres[0] + sum_a / n, centres[1] + sum_b / n)
-    # From products about the float32 centres to those about the means.
+    # From the float32 centres to the means.
     s_a, s_b = (mean - centre for mean, centre in zip(means, centres))
     aa = aa - np.outer(sum_a, s_a) - np.outer(s_a, sum_a) + n * np.outer(s_a, s_a)
     ab = ab - np.outer(sum_a, s_b) - np.outer(s_a, sum_b) + n * np.outer(s_a, s_b)
@@ -85,15 +83,12 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
     return exact_matmul(a.T, a), exact_matmul(a.T, b), jnp.sum(b * b), a.sum(0), b.sum(0)
 
 
-# ---------------------------------------------------------------- ridge regression
-
-
 @dataclass(frozen=True)
 class Regression:
     """All ridge solutions ``W = (aa + n v penalty I)^-1 ab`` of b on a, on the training rows.
 
-    v is the mean variance of a, so that a penalty means the same at any scale. One
-    eigendecomposition of aa serves every penalty. Products are about the training rows' means.
+    v is the mean variance of a: a penalty means the same at any scale. One eigendecomposition of aa
+    serves every penalty. Products are about the training rows' means.
     """
 
     means: Means
@@ -107,7 +102,7 @@ class Regression:
         return np.maximum(eigenvalues, 0.0), basis, basis.T @ self.train.ab
 
     def _damped(self, penalty: float) -> np.ndarray:
-        """The eigenvalues with the penalty added; where nothing varies all are 1."""
+        """The eigenvalues plus the penalty; 1 where nothing varies."""
         eigenvalues = self._decomposed[0]
         return eigenvalues + (penalty * eigenvalues.mean() or 1.0)
 
@@ -119,8 +114,8 @@ class Regression:
     def errors(self, penalties: Sequence[float]) -> dict[float, float]:
         """Returns {p: ``validation.error(solution(p))``} of every penalty p.
 
-        All of them share four products of matrices: with P the projected ab and D the damped
-        eigenvalues, |a W|^2 sums to sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j).
+        With P the projected ab and D the damped eigenvalues, |a W|^2 sums to
+        sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j): four matrix products for all penalties.
         """
         (_, basis, projected), held_out, errors = self._decomposed, self.validation, {}
         explained = np.sum(projected * (basis.T @ held_out.ab), axis=1)
@@ -134,8 +129,8 @@ class Regression:
     def directions(self, penalty: float) -> np.ndarray:
         """Returns V [d_b, d_b], orthogonal: B's directions by how much of them the map fits.
 
-        The right singular vectors of the fitted values, in descending order, with the penalty
-        taken as rows of A: the eigenvectors of W' (aa + n v penalty I) W.
+        Right singular vectors of the fitted values, descending, the penalty counted as rows of A:
+        the eigenvectors of W' (aa + n v penalty I) W.
         """
         weighted = self._decomposed[2] / np.sqrt(self._damped(penalty))[:, None]
         return np.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
@@ -150,9 +145,7 @@ class Regression:
         return {"mean_a": self.means[0], "W": W, "mean_b": self.means[1]}
 
 
-# ---------------------------------------------------------------- sums by token
-
-# Rows of the overall mean that are added to a token's own: it is tried which number is best.
+# Tried numbers of rows of the overall mean that are added to a token's own rows.
 PSEUDOCOUNTS = (0.0, 1.0, 4.0, 16.0)
 
 
@@ -190,7 +183,7 @@ class TokenSums:
     def table_errors(self, validation: TokenSums) -> dict[float, float]:
         """Returns, by pseudocount, the mean over validation rows and features of (f - table)^2.
 
-        From sums by token alone: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
+        From sums by token: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
         """
         errors, positions = {}, self.positions(validation.ids)
         for pseudocount in PSEUDOCOUNTS:
@@ -211,7 +204,7 @@ def find_tokens(ids, tokens, xp=jnp):
 def token_sums(tokens: np.ndarray, rows: np.ndarray | Codes) -> TokenSums:
     """Returns the sums by token [n] of rows [n, size], an array or codes.
 
-    Rows of an array are visited token by token, so each batch is a few runs, nothing is scattered.
+    An array is read token by token: each batch is a few runs, and nothing is scattered.
     """
     ids, index, counts = np.unique(tokens, return_inverse=True, return_counts=True)
     if isinstance(rows, Codes):

@@ -1,7 +1,7 @@
-"""Sparse codes of rows, and what they decode to: a reference of dense products, or lists.
+"""Sparse codes of rows, and their decoding: a reference of dense products, or lists.
 
-A code is an array of features [batch, width] or ``Entries``, lists of the active ones: the same
-values and gradients, but for the order of sums.
+A code is an array of features [batch, width] or ``Entries``: the same values and gradients, but
+for the order of sums.
 """
 
 import itertools
@@ -18,10 +18,10 @@ Code = jax.Array | Entries
 
 
 def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what a batch's code says of its features.
+    """Returns (active in some row, bool [width]; active features per row []; smallest active value
+    []).
 
-    That is bool [width], whether each is active in some row; the number [] of active features a
-    row; and the smallest active value [], infinity where there is none.
+    The last is infinity if none is active.
     """
     if isinstance(code, Entries):
         values, batch = code.values, len(code.counts)
@@ -42,22 +42,22 @@ def sparse_code(
     dtype=None,
     lists: bool | None = None,
 ) -> Code:
-    """Returns what reaches a threshold in relu(z) with z = u W_enc + bias.
+    """Returns the values of relu(z), z = u W_enc + bias, that reach a threshold.
 
     Args:
       u: rows [batch, d]; they get no gradient.
       W_enc, bias: [d, width] and [width].
-      threshold: of z [batch, width], without a gradient: one [] for all rows, or one [batch] each.
+      threshold: of z [batch, width], without a gradient: [] for all rows, or [batch].
       n: how many values reach it, but for equal ones.
       dtype: of the product's inputs; sums stay float32.
-      lists: whether to return lists of entries; None: where these are faster.
+      lists: whether to return ``Entries``; None: where they are faster.
     """
     u = jax.lax.stop_gradient(u)
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
     if not (uses_lists(z.size) if lists is None else lists):
-        # One mask: accelerators write no array between. What is not a number stays visible.
+        # One mask: accelerators write no array between. NaN stays visible.
         return jnp.where((z < lowest.reshape(-1, 1)) | (z <= 0), 0.0, z)
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
     rows, features, counts = entries_from(fixed, lowest, limit=limit)
@@ -68,8 +68,7 @@ def sparse_code(
 def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:
     """Returns the sums [batch, d] of the active features' rows of W_dec [width, d].
 
-    Args:
-      dtype: that values and W_dec are rounded to; sums stay float32.
+    ``dtype`` is that of values and W_dec; sums stay float32.
     """
     return decode_parts(code, W_dec, (len(W_dec),), dtype)[:, 0]
 
@@ -77,9 +76,7 @@ def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:
 def decode_parts(code: Code, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
     """Returns what each part of the width adds to the decoding, float32 [batch, parts, d].
 
-    Args:
-      ends: rising, where each part ends and the next begins; the last is the width.
-      dtype: see ``decode``.
+    ``ends`` rise: where each part ends and the next begins; the last is the width.
     """
     if isinstance(code, Entries):
         return decode_entries(code, W_dec, ends, dtype)

@@ -12,7 +12,7 @@ from crossdict_jax.verify.gate import Check
 from crossdict_jax.workdir import open_workdir, read_json
 
 DOCUMENTS = 60
-MINIMUM_FIRINGS = 30  # test rows in which a feature must be active to count
+MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:

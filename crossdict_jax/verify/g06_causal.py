@@ -12,8 +12,8 @@ from crossdict_jax.maps import Pairs, Problem, map_class
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
 
-# A map of codes: the words of so small a language say too little about activations to tell a
-# feature's direction from its word's.
+# A map of codes: in so small a language activations cannot tell a feature's direction from its
+# word's.
 KIND = "ridge_codes"
 CONTEXTS, BOOTSTRAP = 24, 100
 TEXTS = 48  # of 24 words: two thirds to fit the map, the rest to choose its penalty
@@ -54,9 +54,8 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path) -> Experiment:
-    """Returns the experiment with directions by a fitted map, and by two that cannot work.
-
-    The map is fitted on both models at the same positions.
+    """Returns the experiment with directions of a map fitted at the same positions of both models,
+    and of two that cannot work.
     """
     source, target = planted.sides(experiment.source, experiment.target)
     pairs, train = (

@@ -13,7 +13,7 @@ INPUTS, HIDDEN, OUTPUTS = 24, 48, 32
 PLANTED = PlantedConfig(
     rows=6000, documents=100, features=INPUTS, widths=(1,), active=8.0, zipf=0.0
 )
-# Of the network; both see all rows. Nothing of the dense truth is to be selected.
+# Of the network; both see all rows. The dense truth needs no selection.
 BUDGET = {"steps": 800, "hidden": 96, "batch_size": 128, "head": "relu"}
 
 

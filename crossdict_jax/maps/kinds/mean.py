@@ -9,7 +9,7 @@ from crossdict_jax.maps.base import Map, Problem
 
 
 class Mean(Map):
-    """``f_B = mean``; its inputs only say how many rows there are."""
+    """``f_B = mean``; only the number of inputs matters."""
 
     kind = "mean"
     reads = "tokens"

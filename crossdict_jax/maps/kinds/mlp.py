@@ -10,10 +10,9 @@ from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 
 class MLP(NetworkMap):
-    """``f_B = head(mean_b + scale_b * network((f_A - mean_a) / scale_a))``.
+    """``f_B = head(mean_b + scale_b * network((f_A - mean_a) / scale_a))``, never negative.
 
-    Means and scales are those of the training rows. It starts as the mean predictor, and can never
-    give a negative feature.
+    Means and scales are those of the training rows. It starts as the mean predictor.
     """
 
     kind = "mlp"

@@ -21,9 +21,9 @@ from crossdict_jax.maps.moments import (
 class TokenRidge(ActivationMap):
     """``x_B = T_B[token_A] + (x_A - T_A[token_A]) W``.
 
-    T_A and T_B hold the training means of x_A and x_B after each token of A, shrunk to the
-    overall means by one pseudocount. Without tokens both take their back-off, the overall means.
-    Pseudocount and penalty are chosen by validation MSE of x_B.
+    T_A and T_B are the training means of x_A and x_B after each token of A, shrunk to the overall
+    means (used alone without tokens) by one pseudocount. Pseudocount and penalty are chosen by
+    validation MSE of x_B.
     """
 
     kind = "token_ridge"
@@ -64,7 +64,7 @@ def residual(
     means: Means,
     pseudocount: float,
 ) -> Products:
-    """Returns the products of what the training tables leave of a split's rows.
+    """Returns the products of a split's residuals from the training tables.
 
     With S the sums by token and T the tables, both about the training means, and n the counts:
     sum (a - T_a)(b - T_b)' = ab - S_a' T_b - T_a' (S_b - n T_b).
