@@ -7,18 +7,9 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models, stats
-from crossdict_jax.activations.passages import (
-    passages_of,
-    select_passages,
-    with_continuations,
-)
+from crossdict_jax.activations.passages import passages_of, select_passages, with_continuations
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import (
-    MapGroup,
-    best_matches,
-    mapped_directions,
-    strengths,
-)
+from crossdict_jax.causal.directions import MapGroup, best_matches, mapped_directions, strengths
 from crossdict_jax.causal.effects import ModelAtSite
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary

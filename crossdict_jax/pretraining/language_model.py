@@ -1,4 +1,4 @@
-"""Trains a GPT-2 or GPT-NeoX from nothing on the train split of a corpus."""
+"""Trains a GPT-2 or GPT-NeoX from scratch on the train split of a corpus."""
 
 import dataclasses
 import math
@@ -33,12 +33,12 @@ OFFSET = 97  # tokens by which each epoch cuts the text further on; prime, so th
 
 
 def train_language_model(config: PretrainConfig, directory: Path) -> dict:
-    """Trains one model and writes it to ``directory/model`` in Hugging Face format.
+    """Trains a model and writes it to ``directory/model`` in Hugging Face format.
 
-    Killed and run again, it goes on and ends with the same bits.
+    Interrupted, it ends with the same bits.
 
     Returns:
-      Held-out nats per token of the model, a bigram and a unigram (test documents), and counts.
+      Nats per token of the model, a bigram and a unigram on test documents, and counts.
     """
     from tokenizers import Tokenizer
 
@@ -100,11 +100,11 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
 
 
 class NextToken(Objective):
-    """Training of a language model to predict the next token of windows of text.
+    """Next-token prediction on windows of text.
 
     Muon (Jordan 2024) for the blocks' matrices, scaled to Adam's update size (Liu et al. 2025,
     arXiv 2502.16982) so that one rate serves both, and Adam for embeddings, head, norms and biases.
-    It reaches in 50 steps of the embedded GPT-2 shape what AdamW needs several times as many for.
+    On the embedded GPT-2 shape 50 steps reach what AdamW needs several times as many for.
     """
 
     def __init__(self, config: PretrainConfig):

@@ -9,8 +9,7 @@ END_OF_TEXT = "<|endoftext|>"
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, nfc: bool):
     """Returns a byte-level BPE tokenizer with ``vocab_size`` entries; id 0 ends a text.
 
-    Args:
-      nfc: normalise to NFC first, as Pythia's tokenizer does and GPT-2's does not.
+    ``nfc`` normalises to NFC first, as Pythia's tokenizer does and GPT-2's does not.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
