@@ -34,13 +34,13 @@ class Plain(nnx.Module):
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Returns (static graph, nested dict of arrays); the dict is what jit, optax and orbax see."""
+    """Returns (static graph, nested dict of arrays) for jit, optax and orbax."""
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
-    """Returns the module that ``split`` took apart, with these parameters."""
+    """Returns the module of ``split``'s graph with these parameters."""
     return nnx.merge(graphdef, nnx.State(params))
 
 
@@ -63,5 +63,4 @@ def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> n
 
 @partial(jax.jit, static_argnums=(0, 1))
 def call(graphdef, method, params, x):
-    """Returns ``module.method(x)`` of a split module."""
     return getattr(merge(graphdef, params), method)(x)

@@ -1,4 +1,4 @@
-"""Every path of a run, and its json and jsonl files, written whole or not at all."""
+"""The paths of a run, and its json and jsonl files, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def say(text: str, *, level: int = logging.WARNING) -> None:
-    """Prints a line about progress, if ``--verbosity`` is at this level or above."""
+    """Prints a line of progress, if ``--verbosity`` is at this level or above."""
     if logging.get_verbosity() >= level:
         print(text, flush=True)
 
@@ -78,19 +78,19 @@ class Workdir:
 
     @property
     def controls(self) -> Workdir:
-        """What controls need beside the run, laid out as a run of its own."""
+        """The controls' files, laid out as a run of its own."""
         return Workdir(self.root / "controls")
 
     def dictionary(self, model: str, site: Any, member: str = "seed-0") -> Path:
-        """Returns the checkpoint directory of one dictionary."""
+        """Returns the checkpoint directory of a dictionary."""
         return self.dictionaries / model / str(site) / member
 
     def map(self, source: str, target: str, site_source: Any, site_target: Any, kind: str) -> Path:
-        """Returns the checkpoint directory of one map; ``kind`` ends in -shuffled for controls."""
+        """Returns the checkpoint directory of a map; ``kind`` ends in -shuffled for controls."""
         return self.maps / f"{source}-to-{target}" / f"{site_source}--{site_target}" / kind
 
     def crosscoder(self, sites: Iterable[Any], name: str = "aligned") -> Path:
-        """Returns the checkpoint directory of a joint code of all models, each at its site."""
+        """Returns the checkpoint directory of a crosscoder of all models, each at its site."""
         return self.crosscoders / "--".join(map(str, sites)) / name
 
     def result(self, name: str) -> Path:
@@ -98,7 +98,7 @@ class Workdir:
         return self.results / name
 
     def record_timing(self, stage: str, **figures: float | int | str) -> None:
-        """Merges one stage's figures (wall_s, ...) into results/timing.json, and says the main."""
+        """Merges a stage's figures (wall_s, ...) into results/timing.json; prints the main ones."""
         timing = read_json(self.timing) if self.timing.exists() else {}
         write_json(self.timing, timing | {stage: figures})
         of = ", controls" if self.root.name == "controls" else ""
@@ -210,7 +210,7 @@ def alone(root: Path) -> Iterator[None]:
 def check_space(directory: Path, needed: int = 1) -> None:
     """Raises UserError if ``directory`` cannot take ``needed`` more bytes: a full disk, a quota.
 
-    The room is asked for and given back, because only that sees quotas and limits.
+    The space is allocated and freed again, because only that sees quotas and limits.
     """
     probe = directory / ".space.part"
     try:

@@ -1,4 +1,4 @@
-"""What every command shares: flags, settings, one line for every mistake, and exit codes."""
+"""Shared by all commands: flags, settings, one line for every mistake, and exit codes."""
 
 import contextlib
 import difflib
@@ -53,7 +53,7 @@ def run(
 ) -> None:
     """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
 
-    ``table`` is the function of ``crossdict_jax.report`` that prints what the command ends with.
+    ``table`` is the function of ``crossdict_jax.report`` that prints the final table.
     """
 
     @functools.wraps(main)
@@ -88,11 +88,11 @@ def execute(
     default: str = "quickstart",
     writes: bool = True,
 ) -> int:
-    """Does what ``argv`` (the program's name and its arguments) asks for and returns the exit code.
+    """Runs the command ``argv`` (program name and arguments) and returns the exit code.
 
-    0: done. 1: a number of --expect was missed. 2: the user got something wrong, or the disk or the
-    memory is full; one line on stderr says what and how to mend it. 130: interrupted, by Ctrl-C or
-    SIGTERM. Any other exception passes through: it is a bug.
+    0: done. 1: a number of --expect was missed. 2: a mistake of the user, or the disk or the memory
+    is full; one line on stderr says how to mend it. 130: interrupted, by Ctrl-C or SIGTERM. Any
+    other exception passes through: it is a bug.
 
     Args:
       kind: the class of settings of the verb.
@@ -123,7 +123,7 @@ def execute(
 
 
 def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
-    """Prints every number as published and as obtained; returns how many are not near enough."""
+    """Prints every number as published and as obtained; returns how many are missed."""
     from crossdict_jax.report.tables import show, table
 
     rows = []
@@ -138,7 +138,7 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
 
 
 def prepare(config: Any, workdir: str | None) -> Workdir | None:
-    """Returns the work directory of a config, if there is one; checks it and names its models."""
+    """Checks a config and names its models; returns its work directory, if any."""
     settings.validate(config)
     if isinstance(config, Config):
         from crossdict_jax.dictionaries.base import check_settings
@@ -151,7 +151,7 @@ def prepare(config: Any, workdir: str | None) -> Workdir | None:
 
 
 def _machine_words(error: BaseException | None) -> str:
-    """What to do where the machine is at its end, whichever library met it; else nothing."""
+    """Advice for a full disk or memory, whichever library met it; else nothing."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     disk = [*map(os.strerror, full), r"\d+ requested and \d+ written"]  # the last by numpy
     first = error
@@ -198,12 +198,7 @@ def _set_up_jax() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# ---------------------------------------------------------------- the command line
-
-
 class _Setting(flags.ArgumentParser):
-    """Reads a setting of one type."""
-
     def __init__(self, kind: Any):
         self._kind = kind
 
@@ -214,7 +209,7 @@ class _Setting(flags.ArgumentParser):
 def parse(
     argv: Sequence[str], *, kind: type = Config, default: str = "quickstart"
 ) -> tuple[Any, str, Sequence[Expectation]]:
-    """Returns (the config, the path of the work directory, what ``--expect`` expects).
+    """Returns (the config, the path of the work directory, the expectations of ``--expect``).
 
     Raises:
       UserError: a flag, a setting, a value or the config file is not understood.
@@ -280,7 +275,7 @@ def _unknown_flag(kind: type, flag: str) -> str:
 
 
 def _load(path: str, function: str = "get_config") -> Any:
-    """Returns what a function of a config file gives; ``path`` is FILE or FILE:ARGUMENT."""
+    """Returns a config file's ``function()``; ``path`` is FILE or FILE:ARGUMENT."""
     name, _, argument = path.partition(":")
     file = Path(name) if Path(name).is_file() else ROOT / name  # configs/ is there in any folder
     if not file.is_file():

@@ -102,7 +102,7 @@ def find_modules(roots: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def _paragraphs(path: Path) -> Iterator[str]:
     """Yields the English paragraphs of a file's docstrings, without fenced code and doctests.
 
-    None if the file does not parse.
+    Nothing of a file that does not parse.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other people's invalid escapes

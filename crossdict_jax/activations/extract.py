@@ -185,7 +185,6 @@ def read_models(
 
 
 def _stamp(directory: Path, i: int) -> Path:
-    """The file that marks a shard as finished, with a digest of its text."""
     return directory / "shards" / f"{i:05d}.json"
 
 

@@ -212,7 +212,7 @@ def _invented_spaces(text: bytes, pieces: list[bytes], bounds: list[int]) -> lis
     return invented if offset == len(text) else None
 
 
-# ---------------------------------------------------------------- pairs
+# Pairs
 
 
 def pair(text: str, tokenizer_a, tokenizer_b) -> Pairing:
@@ -299,7 +299,7 @@ class PairingStatistics:
         }
 
 
-# ---------------------------------------------------------------- windows
+# Windows
 
 _SPACE = re.compile(rb"(?<!\s)\s")  # where whitespace begins: windows are cut here if possible
 

@@ -149,7 +149,7 @@ def cut(text: str, *, max_bytes: int) -> str:
     return head[:last] if 2 * last >= len(head) else head
 
 
-# ---------------------------------------------------------------- sources
+# Sources
 
 
 def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, str]]:

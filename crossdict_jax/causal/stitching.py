@@ -166,7 +166,6 @@ def _row(
     bundle: Bundle = (),
     **about: str,
 ) -> dict[str, Any]:
-    """A row of causal.jsonl: a control's or a map's."""
     task, draws = bundle[0] if bundle else None, target.draws
     losses = {"clean": references["clean"].ce, "baseline": references["zero"].ce}
     recovered = stats.loss_recovered(effect.ce, **losses, resamples=draws)

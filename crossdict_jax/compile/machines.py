@@ -17,9 +17,9 @@ class Device:
       memory: what JAX takes of it.
       bfloat16, float32: operations of matrix products, float32 ones at full precision.
       bandwidth: of its memory.
-      network, outside: what leaves it in a ring of its own host or pod, or of several hosts.
-      launch: that any operation takes at least.
-      wait: that it stands still where the host reads the condition of a loop or branch.
+      network, outside: out of it, in a ring of its own host or pod, or of several hosts.
+      launch: least time of any operation.
+      wait: idle time where the host reads the condition of a loop or branch.
     """
 
     platform: str
@@ -54,7 +54,7 @@ DEVICES = {
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 DEEP = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
 GPUS = {n: f"1x{math.ceil(n / 8)}x{min(n, 8)}" for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
-# {number in the name: shape}; Google's v5p counts cores, of which two are one device.
+# {number in the name: shape}; Google's v5p counts cores, two per device.
 SHAPES = {"v5e": FLAT, "v5p": DEEP, "v6e": FLAT, "h100": GPUS, "cpu": {1: "1"}}
 H100 = """
 gpu_device_info {

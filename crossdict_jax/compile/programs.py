@@ -41,7 +41,7 @@ from crossdict_jax.training.mesh import all_devices, make_mesh, put, shard, to_b
 from crossdict_jax.workdir import model_names
 
 BYTES_PER_TOKEN = 4.5  # of English text, by the tokenizers of GPT-2 and Pythia
-DISTINCT = 30.0  # times the square root of a text's tokens: different ones among them
+DISTINCT = 30.0  # distinct tokens of a text, times the square root of its tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Program:
     Attributes:
       stage: the command that runs it.
       runs: how often it runs in the whole run.
-      changes: {setting: its value}, which take less memory if they are lower.
+      changes: {setting: its value} that take less memory if lowered.
       steps: training steps of each run; 0: it does not train.
       rows: bytes of rows that stay on a device, whatever these settings are.
     """
@@ -67,7 +67,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will hold, as far as settings and shapes say; see ``make_plan``."""
+    """What a run will hold, as far as settings and shapes say."""
 
     config: Config
     lms: dict[str, LanguageModel]  # shapes in place of arrays
@@ -78,7 +78,7 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """Returns the plan of a run: every token's end is taken to be paired, all windows to be full.
+    """Returns the plan of a run; all token ends are taken to be paired, all windows full.
 
     Raises:
       UserError: the shape of a model is not known, or it has no such layer.
@@ -108,7 +108,7 @@ def make_plan(config: Config) -> Plan:
 
 
 def programs(plan: Plan) -> Iterator[Program]:
-    """Yields every program of a run, in the order of its stages, for devices that are planned."""
+    """Yields every program of a run, in the order of its stages, for planned devices."""
     for stage in (extraction, dictionaries, crosscoders, trained_maps, scoring, stitching):
         yield from stage(plan)
 
@@ -118,11 +118,8 @@ def blank(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-# ---------------------------------------------------------------- language models
-
-
 class Recorder(Runner):
-    """A runner of a model of the plan: lowers what it would dispatch, and answers with zeros."""
+    """A runner of a planned model: lowers what it would dispatch, and answers with zeros."""
 
     def __init__(self, plan: Plan, name: str, batch_size: int):
         lm = plan.lms[name]
@@ -162,15 +159,12 @@ def stitching(plan: Plan) -> Iterator[Program]:
         runner.splice(passages, sites[0], {"x": np.zeros(lm.config.d_model, np.float32)})
         kinds = [map_class(task.kind) for task in todo if task.target == name]
         edits = sum(1 + cls.predicts_activation for cls in kinds)
-        # The controls of each site: three when dictionaries are evaluated, three here.
+        # The controls of each site: three of dictionaries, three of stitching.
         times = {"clean": 2 * len(sites), "edited": edits + 6 * len(sites)}
         changes = {"intervention.batch_size": settings.batch_size}
         for part, lowered in runner.lowered.items():
             runs = times[part] * batches
             yield Program("intervene", f"{part} {name}", lowered, runs, changes)
-
-
-# ---------------------------------------------------------------- training
 
 
 def _training(
@@ -188,7 +182,7 @@ def _training(
     Args:
       fixed: of one member.
       settings: with ``steps`` and ``batch_size``.
-      share: how much as often it runs because controls are trained as well.
+      share: factor on its runs, because controls are trained as well.
       about: stage, name and changes of the program.
     """
     ensemble = make_ensemble(
@@ -275,7 +269,7 @@ def crosscoders(plan: Plan) -> Iterator[Program]:
 
 
 def trained_maps(plan: Plan) -> Iterator[Program]:
-    """Yields the step of each kind of map that is a network, of all pairs of equal shapes.
+    """Yields the step of each kind of network map, of all pairs of equal shapes.
 
     Where dictionaries have no k, rows are read as activations, as where many features are active.
     """
@@ -330,7 +324,6 @@ def _dictionary(plan: Plan, end: End) -> Dictionary:
 
 
 def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
-    """What trained maps read of a model's rows: codes of k slots, or activations."""
     sae = unswept(plan.config.sae)
     if "k" not in base.find(sae.architecture).reads:
         return blank((*rows, plan.store.d_model(model)), ml_dtypes.bfloat16)
@@ -361,9 +354,6 @@ def _map_objective(
 
     fixed = jax.eval_shape(build)
     return built[0], fixed
-
-
-# ---------------------------------------------------------------- scoring
 
 
 def scoring(plan: Plan) -> Iterator[Program]:

@@ -24,8 +24,8 @@ def compile_run(config: Config) -> list[Estimate]:
     """Prints and returns what every program of a run takes of ``config.machine``.
 
     Raises:
-      UserError: there is no such machine, its compiler is not installed, the shape of a model is
-        not known, or a program does not fit (after everything has been printed).
+      UserError: the machine or the shape of a model is unknown, its compiler is not installed, or
+        a program does not fit (after everything has been printed).
     """
     target, plan, estimates = machine(config.machine), make_plan(config), []
     with (
@@ -49,7 +49,7 @@ def compile_run(config: Config) -> list[Estimate]:
 
 
 def costs(estimates: Sequence[Estimate], machine: Machine) -> Table:
-    """Returns a row for each program: memory, work and time of one run of it, or of one step."""
+    """Returns a row per program: memory, work and time of one run or step."""
     rows = []
     for e in estimates:
         p, fits = e.program, e.memory <= machine.device.memory

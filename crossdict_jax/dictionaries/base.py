@@ -93,7 +93,7 @@ class Dictionary(modules.Plain):
         """Returns the reconstruction x_hat [batch, d_out] of x [batch, d_model]."""
         return self.decode(self.encode(x))
 
-    # ------------------------------------------------------------ training
+    # Training
 
     def scaled_pair(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns scaled rows: read [batch, d_model], and to be written.

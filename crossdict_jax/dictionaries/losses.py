@@ -24,7 +24,7 @@ class Hyper:
       l0_target: active features a row to aim for; 0 for none.
       nested_fractions: of the width, nested dictionaries beside that of all features.
       rows: of the whole batch (static).
-      lists: whether codes are lists of entries (static); None: where these are faster.
+      lists: whether codes are ``Entries`` (static); None: where faster.
       variance: [], of the rows to reconstruct.
       residual_variance: [], of their residuals.
       threshold: [], of architectures that choose features over the batch: the least value kept.

@@ -228,7 +228,7 @@ def control_members(config: Config, store: Store) -> list[Member]:
     return result + [m for m in members(sae, sites) if m.seed == 0]
 
 
-# ---------------------------------------------------------------- stages
+# Stages
 
 
 def train_dictionaries(

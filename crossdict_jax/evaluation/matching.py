@@ -85,7 +85,6 @@ def match(
 
 
 def _live(codes: Codes, minimum: int, merge: bool) -> np.ndarray:
-    """The live features, ascending."""
     moments = Moments.of(codes)
     live = np.flatnonzero((moments.firings >= minimum) & (moments.variance > 0))
     if merge and len(live):

@@ -268,7 +268,6 @@ class Map(modules.Plain):
 
 
 def _parameters(value: Any) -> nnx.Dict | nnx.Param:
-    """Arrays as float32 or int32 parameters."""
     if isinstance(value, dict):
         return nnx.Dict({name: _parameters(inner) for name, inner in value.items()})
     return nnx.Param(jnp.asarray(value))

@@ -145,7 +145,6 @@ class Held:
         return self._added(_continuation_change, vectors, strength)
 
     def _added(self, measure, vectors, strength=None, *, extra=(), at_once=AT_ONCE) -> PyTree:
-        """Results of ``measure`` under each vector, [vectors, n, ...]."""
         n, size = len(vectors), len(self.chunk.start)
         strength = np.ones((n, self.n)) if strength is None else strength
         more = -n % at_once  # one program for any few vectors
@@ -259,7 +258,7 @@ class Runner:
         size, unit = self._batch_size, group * self.mesh.size
         return math.ceil((size if n is None else min(size, n)) / unit) * unit
 
-    # ------------------------------------------------------------ reading
+    # Reading
 
     def read(self, tokens: Sequence[np.ndarray], sites: Iterable[Site]) -> dict[Site, np.ndarray]:
         """Returns {site: activations, float32 [texts, seq, d_model]}, padded as ``pad`` does."""
@@ -304,7 +303,7 @@ class Runner:
             check_site(self.config, site, self.name)
         return sites
 
-    # ------------------------------------------------------------ replacing
+    # Replacing
 
     def splice(
         self,
@@ -347,7 +346,7 @@ class Runner:
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
 
-    # ------------------------------------------------------------ adding
+    # Adding
 
     def hold(
         self,
@@ -397,7 +396,7 @@ class Runner:
             layers = self.dispatch(_look_back, *arrays, static=(site,))
         return Held(self, n, site, layers, Chunk(*map(self.put, chunk)))
 
-    # ------------------------------------------------------------ generating
+    # Generating
 
     def generate(
         self, starts: Starts, site: Site, *, count: int, temperature: float, top_p: float, seed: int

@@ -172,7 +172,6 @@ def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS
 
 
 def _count(chosen: jax.Array) -> jax.Array:
-    """Returns the number of True in each row of bool [batch, width], int32 [batch, 1]."""
     # In two turns, the first of vectors: XLA's CPU backend materialises what it sums along a row in
     # one. The barrier keeps the two apart.
     batch, width = chosen.shape
@@ -182,7 +181,6 @@ def _count(chosen: jax.Array) -> jax.Array:
 
 
 def _group_size(width: int, *, limit: int) -> int:
-    """Returns the largest power of two that divides the width and is at most ``limit``."""
     size = 1
     while width % (2 * size) == 0 and 2 * size <= limit:
         size *= 2

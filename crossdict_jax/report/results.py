@@ -1,4 +1,4 @@
-"""The result files of a run, brought into order: maps at layer pairs, beside their controls."""
+"""The result files of a run in order: maps at layer pairs, beside their controls."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from crossdict_jax.results import (
 )
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
-DIVERGED = 2.0  # FVU of a dictionary above which its training has diverged; the mean has 1
-# Which command writes the files without which there is nothing to report.
+DIVERGED = 2.0  # FVU above which a dictionary's training has diverged; the mean has 1
+# Commands that write the files that a report needs.
 WRITTEN_BY = {
     "pairing.json": "extract_activations",
     "reconstruction.jsonl": "evaluate",
@@ -29,8 +29,8 @@ class Comparison:
     """All maps of one ordered pair of models at one pair of sites.
 
     Attributes:
-      lines: the row of each map, with the scores of its controls in the same dict: ``shuffled.r2``
-        is the null of ``r2``, ``ceiling.r2`` and ``untrained.r2`` are those of the controls.
+      lines: the row of each map with its controls' scores: ``shuffled.r2`` is the null of ``r2``,
+        ``ceiling.r2`` and ``untrained.r2`` are of the controls.
       references: of a stitching: the target's controls, clean, zero, mean, own_sae -> row.
     """
 
@@ -70,7 +70,7 @@ class Comparison:
 
 
 def at_least(row: dict, key: str) -> float | None:
-    """Returns the lower end of a score's interval, the score where there is no interval."""
+    """Returns the lower end of a score's interval, or the score without one."""
     low = row.get(f"{key}_low")
     return row.get(key) if low is None else low
 
@@ -87,7 +87,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything the stages of a run have written; ``rows`` by file name without its ending."""
+    """All results of a run; ``rows`` by file name without its ending."""
 
     pairing: dict
     timing: dict
@@ -117,7 +117,7 @@ def read_run(work: Workdir) -> Run:
     """Returns the results in a work directory.
 
     Raises:
-      UserError: a file that every report needs is missing (its stage is named), or one is damaged.
+      UserError: a needed file is missing (its stage is named), or one is damaged.
     """
     for name, stage in WRITTEN_BY.items():
         if not work.result(name).exists():

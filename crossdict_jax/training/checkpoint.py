@@ -24,7 +24,6 @@ def _manager(directory: Path) -> ocp.CheckpointManager:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """{name: sha256} of all files below a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

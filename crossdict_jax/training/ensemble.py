@@ -191,7 +191,7 @@ def _validated(objective, state, metrics, batch, number, steps):
     return state, metrics | {"validation": best["latest"]}
 
 
-# ---------------------------------------------------------------- rows
+# Rows
 
 
 @dataclasses.dataclass(frozen=True)

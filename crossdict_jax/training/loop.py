@@ -241,7 +241,6 @@ class Chunks:
 
 
 def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:
-    """Checks every step's metrics, and writes their mean over the chunk."""
     values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
     for name, value in values.items():
         bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)

@@ -37,7 +37,6 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _scores(codes: Views, y: np.ndarray, seed: int, directory: Path) -> dict[str, dict]:
-    """Returns the rows of ridge and of the network from codes x to y, both non-negative."""
     x = (codes.codes, y.astype(np.float32))
     both = dataclasses.replace(codes, x=x, tokens=codes.tokens * 2)
     made = [lab.positive(rows.shape[1]) for rows in x]

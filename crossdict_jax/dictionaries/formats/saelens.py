@@ -40,7 +40,7 @@ TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # o
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 
 
-# ---------------------------------------------------------------- in
+# In
 
 
 def load(path: str) -> Dictionary:
@@ -161,7 +161,7 @@ def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -
     return arrays if config.get("apply_b_dec_to_input", True) else centred(arrays)
 
 
-# ---------------------------------------------------------------- out
+# Out
 
 
 def save(
@@ -222,7 +222,6 @@ def save(
 
 
 def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
-    """Returns the weights by SAELens' names, the activation scale folded in."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", *(("b_mag", "r_mag") if theirs == "gated" else ()))
     arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
     scale = np.asarray(dictionary.scale[...])

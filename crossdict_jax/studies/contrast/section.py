@@ -21,7 +21,7 @@ FAMILIES = {  # of controls
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the section's html from the rows of contrast.jsonl."""
+    """Returns the section's html."""
     blocks: list[Block] = [
         "Of two texts that differ in one point, which does a model find likelier, and on which "
         "features does that rest? Features are chosen on one half of the pairs, by integrated "
@@ -92,7 +92,6 @@ def tables(rows: list[dict]) -> list[Table]:
 
 
 def _costs(row: dict) -> dict[str, Cell]:
-    """What removal costs, beside controls; the verdict is last."""
     controls = {
         f"{words}, p": Cell(number(row[f"effect_{family}"]), number(row[f"p_{family}"], 2))
         for family, words in FAMILIES.items()
