@@ -63,16 +63,16 @@ class Estimate:
 def estimate(program: Program, machine: Machine) -> Estimate:
     """Returns what a program takes of a machine, for which it is compiled.
 
-    Of one that the compiler finds too large only its memory is known.
+    Of one that the compiler finds too large only a part of its memory is known.
     """
     began = time.perf_counter()
     try:
         compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", str(error))
+        needed = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT])", str(error))
         if not needed:
             raise
-        size = float(needed[1]) * UNITS[needed[2]]
+        size = max(float(needed[1]) * UNITS[needed[2]], machine.device.memory + 1)
         return Estimate(program, size, size, time.perf_counter() - began)
     seconds, sizes = time.perf_counter() - began, compiled.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -119,8 +119,9 @@ def refuse_too_large(estimates: Sequence[Estimate], machine: Machine) -> None:
             continue
         smaller = {n: v for n, v in largest(e, machine).items() if 0 < v < e.program.changes[n]}
         mend = " or ".join(f"{name}={value}" for name, value in smaller.items())
+        size, has = (f"{n / 1e9:.3g} GB" for n in (e.memory, machine.device.memory))
         raise UserError(
-            f"{e.program.stage}, {e.program.name}: {e.memory / 1e9:.3g} GB are needed on each "
-            f"device, and those of {machine.name} give {machine.device.memory / 1e9:.3g} GB; try "
+            f"{e.program.stage}, {e.program.name}: {size}{'' if e.ms else ' or more'} are needed "
+            f"on each device, and those of {machine.name} give {has}; try "
             f"{mend or 'fewer text.documents or larger devices'}."
         )

@@ -329,7 +329,7 @@ def _dictionary(plan: Plan, end: End) -> Dictionary:
 def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
     """What trained maps read of a model's rows: codes of k slots, or activations."""
     sae = unswept(plan.config.sae)
-    if not base.find(sae.architecture).has_k:
+    if "k" not in base.find(sae.architecture).reads:
         return blank((*rows, plan.store.d_model(model)), ml_dtypes.bfloat16)
     shape = (*rows, sae.k)
     return Compact(blank(shape), blank(shape, np.int32), sae.width)

@@ -86,7 +86,7 @@ def load(path: str) -> Dictionary:
     architecture = find(OURS[theirs]) if OURS[theirs] else AbsTopK
     for wrapper in filter(None, ("W_skip" in arrays and Skip, NORMS.get(norm))):
         architecture = around(wrapper, architecture)
-    k = require_count(config, "k", file, limit=width) if architecture.has_k else 0
+    k = require_count(config, "k", file, limit=width) if "k" in architecture.reads else 0
     return from_arrays(architecture, arrays, k=k, transcodes=transcodes)
 
 
