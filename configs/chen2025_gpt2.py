@@ -28,7 +28,7 @@ def get_config() -> Config:
             max_bytes=8192,
             window_tokens=512,
         ),
-        # The dictionaries of the paper are not published with it: ours are of a usual size.
+        # The paper's dictionaries are not published: ours are of a usual size.
         sae=SAEConfig(architecture="topk", width=24576, k=32, steps=20_000, batch_size=4096),
         map=MapConfig(kinds=("mean", "token", "procrustes", "ridge")),
         intervention=InterventionConfig(documents=256),

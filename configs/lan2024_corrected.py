@@ -1,11 +1,11 @@
-"""Feature universality of Lan et al. 2024, with the dictionaries at the place they were trained on.
+"""Feature universality of Lan et al. 2024, with the dictionaries at the site they were trained on.
 
 python -m launch.experiment --config=configs/lan2024_corrected.py \
     --expect=configs/lan2024_corrected.py
 
 `layers.N` of these dictionaries is the output of block N (resid_post.N), and their codes are those
-that TopK leaves. No number was published for this; only the null is expected, and the numbers of
-configs/lan2024_published.py are to be read beside these.
+after TopK. No number was published for this, so only the null is expected; compare with
+configs/lan2024_published.py.
 """
 
 import dataclasses

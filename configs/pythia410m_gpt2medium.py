@@ -16,7 +16,7 @@ def get_config() -> Config:
         site="resid_pre",
         text=TextConfig(
             # A row of WikiText is a paragraph or a heading, so paragraphs of one article can lie in
-            # different splits. Usual is to have no split at all: maps scored on their own rows.
+            # different splits. Usual is no split at all: maps scored on their own rows.
             source="hf:Salesforce/wikitext:wikitext-103-raw-v1:train:text",
             documents=2000,
             max_bytes=1200,  # about 256 tokens; all of their common positions, not 64 words each
@@ -24,7 +24,7 @@ def get_config() -> Config:
         ),
         sae=SAEConfig(
             # Usual is an L1 of 1e-4 on the mean over batch and width, which leaves half of all
-            # features active, so that their mean alone scores a cosine above 0.5. TopK is sparse.
+            # features active: their mean alone scores a cosine above 0.5.
             architecture="topk",
             width=4096,
             k=64,
@@ -37,12 +37,11 @@ def get_config() -> Config:
             dropout=0.1,  # while training only
             steps=1000,
             batch_size=128,
-            # Usual is 1e-3 and ReLU. On small pairs that leaves the network far from done, and its
+            # Usual is 1e-3 and ReLU, which on small pairs leaves the network far from done and its
             # predictions several times too dense.
             learning_rate=3e-3,
             head="jumprelu",
-            # The usual sparsity loss compares (p == 0) with (t == 0) and has no gradient; ours of
-            # the same weight has one.
+            # The usual sparsity loss compares (p == 0) with (t == 0) and has no gradient.
             loss_weights=LossWeights(mse=1.0, cosine=1.0, correlation=0.05, sparsity=0.01),
         ),
     )

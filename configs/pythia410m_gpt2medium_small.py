@@ -2,8 +2,8 @@
 
 python -m launch.experiment --config=configs/pythia410m_gpt2medium_small.py
 
-A few thousand rows cannot fill 4096 features, and 20 test documents give wide intervals: nothing
-that comes out says much about the two models. configs/pythia410m_gpt2medium.py is for that.
+A few thousand rows cannot fill 4096 features, and 20 test documents give wide intervals: to learn
+about the two models, use configs/pythia410m_gpt2medium.py.
 """
 
 import dataclasses

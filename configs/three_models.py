@@ -2,9 +2,9 @@
 
 python -m launch.experiment --config=configs/three_models.py --workdir=runs/three
 
-Offline, a few minutes on two cores. The copy is the null of model diffing inside the run: whatever
-is found to be exclusive to docs-gpt2 or to docs-gpt2-2 alone is invented. Name a third model of
-your own in its place, of any width and with any tokenizer: --models=docs-gpt2,docs-neox,PATH.
+Offline, a few minutes on two cores. The copy is a null of model diffing: a latent exclusive to
+docs-gpt2 or to docs-gpt2-2 is invented. For a third model of your own, of any width and tokenizer:
+--models=docs-gpt2,docs-neox,PATH.
 """
 
 from configs import quickstart

@@ -11,13 +11,13 @@ Params = dict[str, Any]
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Returns (static graph, nested dict of arrays); the dict is what jit, optax and orbax see."""
+    """Returns (static graph, nested dict of arrays) for jit, optax and orbax."""
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
-    """Returns the module that ``split`` took apart, with these parameters."""
+    """Returns the module of ``split``'s graph with these parameters."""
     return nnx.merge(graphdef, nnx.State(params))
 
 
@@ -34,10 +34,10 @@ def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> n
     for at in range(0, len(x), size):
         batch = x[at : at + size]
         padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        parts.append(np.asarray(_call(graphdef, method, params, padded))[: len(batch)])
+        parts.append(np.asarray(call(graphdef, method, params, padded))[: len(batch)])
     return np.concatenate(parts)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _call(graphdef, method, params, x):
+def call(graphdef, method, params, x):
     return getattr(merge(graphdef, params), method)(x)

@@ -1,18 +1,18 @@
-"""Every result file of a run: its columns, what they mean, and how they are read and written.
+"""Result files: their columns, what they mean, and how they are read and written.
 
-The files of the stages stand in ``TABLES`` below. A study registers its own file in the
-``__init__.py`` of its folder, so that whoever imports a part of the study knows the file.
+A study adds its file to ``TABLES`` in the ``__init__.py`` of its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
+from crossdict_jax.workdir import Workdir, read_json, read_jsonl, write_json, write_jsonl
 
 # What a row of transfer.jsonl may say in its column "verdict".
 BEATS_TOKEN = "beats token"
@@ -40,6 +40,7 @@ MAP_ORDER = (
 LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
 
 
+SEALS = "checksums.json"  # {result file: its sha256}
 TABLES: dict[str, Table] = {}  # by file, or pattern of files
 
 
@@ -49,7 +50,7 @@ class Column:
 
     Attributes:
       unit: of its numbers; empty for shares, counts and texts.
-      values: the texts that it may hold; empty where any may stand.
+      values: the texts that it may hold; empty for any.
       interval: whether NAME_low and NAME_high (95 % over documents unless the table says otherwise)
         stand beside it.
     """
@@ -62,21 +63,21 @@ class Column:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The column and the ends of its interval, as they stand in the file."""
+        """The column and the ends of its interval, as in the file."""
         ends = ("", "_low", "_high") if self.interval else ("",)
         return tuple(self.name + end for end in ends)
 
 
 @dataclass(frozen=True)
 class Table:
-    """One file of WORKDIR/results: JSON lines, a row each."""
+    """A file of WORKDIR/results: JSON lines, a row each."""
 
     file: str  # its name, such as ``transfer.jsonl``; a pattern with ``*`` for several files
     meaning: str  # of a row
     columns: tuple[Column, ...]
 
     def problem(self, row: dict) -> str | None:
-        """Returns what a row holds that the table does not describe, None if all is described."""
+        """Returns what a row holds that the table does not describe, or None."""
         columns = {name: column for column in self.columns for name in column.names}
         for key, value in row.items():
             if key not in columns:
@@ -87,11 +88,11 @@ class Table:
         return None
 
 
-# ---------------------------------------------------------------- reading and writing
+# Reading and writing
 
 
 def write(work: Workdir, file: str, rows: list[dict]) -> None:
-    """Writes the rows of a result file, whole or not at all; undefined numbers become null.
+    """Writes a result file, whole or not at all; undefined numbers become null.
 
     Raises:
       ValueError: the file, or a column or value of a row, is not described in its table.
@@ -101,16 +102,24 @@ def write(work: Workdir, file: str, rows: list[dict]) -> None:
         if problem := table.problem(row):
             raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
     write_jsonl(work.result(file), rows)
+    seals = work.result(SEALS)
+    known = read_json(seals) if seals.exists() else {}
+    write_json(seals, known | {file: _digest(work, file)})
 
 
 def read(work: Workdir, file: str) -> list[dict]:
     """Returns the rows of a result file.
 
     Raises:
-      UserError: it is missing or damaged, or another version of this project wrote it.
+      UserError: it is missing, damaged or altered, or another version of this project wrote it.
       ValueError: no table describes the file.
     """
-    rows, table = read_jsonl(work.result(file)), table_of(file)
+    rows, table, seals = read_jsonl(work.result(file)), table_of(file), work.result(SEALS)
+    if seals.exists() and read_json(seals).get(file) not in (None, _digest(work, file)):
+        raise UserError(
+            f"{work.result(file)} is altered or cut short (checksum mismatch); delete it and run "
+            "its stage again."
+        )
     for row in rows:
         if problem := table.problem(row):
             raise UserError(
@@ -120,8 +129,12 @@ def read(work: Workdir, file: str) -> list[dict]:
     return rows
 
 
+def _digest(work: Workdir, file: str) -> str:
+    return hashlib.sha256(work.result(file).read_bytes()).hexdigest()
+
+
 def read_if_there(work: Workdir, file: str) -> list[dict]:
-    """Returns the rows of a result file, none where its stage has not run."""
+    """Returns the rows of a result file, none if its stage has not run."""
     return read(work, file) if work.result(file).exists() else []
 
 
@@ -134,7 +147,7 @@ def table_of(file: str) -> Table:
 
 
 def describe(file: str, meaning: str, *columns: Column) -> Table:
-    """Adds the table of a file, or of files that a pattern names, to ``TABLES`` and returns it."""
+    """Adds the table of a file, or of a pattern of files, to ``TABLES`` and returns it."""
     TABLES[file] = Table(file, meaning, columns)
     return TABLES[file]
 
@@ -145,8 +158,7 @@ def read_matches(
     """Returns the matched features of two dictionaries, in either order of the models.
 
     Rows of matches.jsonl without the names of models and sites; feature_source and feature_target
-    are of the dictionaries asked for as source and target. Empty where the run did not match these
-    two.
+    are of the given source and target. Empty where the run did not match these two.
 
     Raises:
       UserError: matches.jsonl is missing or damaged.
@@ -164,26 +176,26 @@ def read_matches(
     return matches
 
 
-# ---------------------------------------------------------------- rows in order
+# Rows in order
 
 
 def map_order(kind: str) -> int:
-    """Returns the position of a kind of map in tables and figures: a sort key."""
+    """Returns the position of a kind of map in tables and figures."""
     return MAP_ORDER.index(kind) if kind in MAP_ORDER else len(MAP_ORDER)
 
 
 def pair_columns(pair) -> dict[str, str]:
-    """Returns the columns that name a direction and its sites, of a map or a group of maps."""
+    """Returns the columns that name a direction and its sites."""
     return {name: str(getattr(pair, name)) for name in PAIR}
 
 
 def pair_of(row: dict) -> tuple:
-    """Returns (source, target, site of the source, site of the target) of a row."""
+    """Returns (source, target, site_source, site_target) of a row."""
     return tuple(row.get(key) for key in PAIR)
 
 
 def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """Groups rows by layer pair, those of one direction together, else as they stand."""
+    """Groups rows by layer pair, those of one direction together, else in order."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(pair_of(row), []).append(row)
@@ -192,7 +204,7 @@ def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
 
 
 def site_words(site_source: str, site_target: str) -> str:
-    """Returns a pair of sites in words, once where both are the same."""
+    """Returns a pair of sites in words, once if both are the same."""
     return site_source if site_source == site_target else f"{site_source} → {site_target}"
 
 
@@ -202,7 +214,7 @@ def pair_words(row: dict) -> str:
     return f"{row['source']} → {row['target']}, {sites}"
 
 
-# ---------------------------------------------------------------- columns of several files
+# Columns of several files
 
 
 def plain(**meanings: str) -> tuple[Column, ...]:
@@ -279,7 +291,7 @@ SPECIFIC = nats(
 )
 
 
-# ---------------------------------------------------------------- the files of the stages
+# The files of the stages
 
 describe(
     "reconstruction.jsonl",
@@ -528,11 +540,8 @@ describe(
 SPINE = tuple(TABLES.values())
 
 
-# ---------------------------------------------------------------- the page about them
-
-
 def page() -> str:
-    """Returns ``docs/results.md``: every table that is registered, a line per column."""
+    """Returns ``docs/results.md``: every registered table, a line per column."""
     lines = [
         "# Result files\n",
         "JSON lines in `WORKDIR/results`. Undefined numbers are null. ± says that `NAME_low` and "

@@ -1,4 +1,4 @@
-"""Statistics: bootstrap intervals over documents, false discovery rates, intervals of shares."""
+"""Statistics: bootstrap intervals over documents, false discovery rates, shares."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import scipy.stats
 
 
 def generator(*key: int) -> np.random.Generator:
-    """Returns random numbers that depend on one or two whole numbers alone."""
+    """Returns a random generator seeded by one or two whole numbers alone."""
     return np.random.Generator(np.random.Philox(key=key if len(key) > 1 else key[0]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Resamples:
-    """Which documents each bootstrap resample holds, and which document each row belongs to.
+    """Bootstrap resamples of documents, and the document of each row.
 
     Attributes:
-      index: int [n], each row's document, a number from 0 to n_documents - 1.
-      weights: float64 [count, n_documents], how often a resample holds a document. Empty
-        (count 0) where no interval exists: fewer than two documents, or none was asked for.
+      index: int [n], each row's document, from 0 to n_documents - 1.
+      weights: float64 [count, n_documents], how often a resample holds a document. Empty (count 0)
+        with fewer than two documents, or if none was asked for.
     """
 
     index: np.ndarray
@@ -35,10 +35,7 @@ class Resamples:
         return np.bincount(self.index, weights=values, minlength=self.n_documents)
 
     def estimate(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-        """Returns the ratio of two sums over rows, given their values [n] in every row.
-
-        0 / 0 is 0 and x / 0 is 1: see ``ratio``.
-        """
+        """Returns the ratio of two sums over rows, from values [n]; see ``ratio`` for zeros."""
         top, bottom = self.per_document(numerator), self.per_document(denominator)
         samples = ratio(self.weights @ top, self.weights @ bottom)
         return Estimate(float(ratio(top.sum(), bottom.sum())), samples)
@@ -99,8 +96,8 @@ def columns(name: str, estimate: Estimate | None) -> dict[str, float | None]:
 def ratio(numerator, denominator):
     """Returns numerator / denominator; where the denominator is 0, 0 for 0 / 0 and 1 otherwise.
 
-    As a fraction of variance unexplained this says: a target that never varies is explained by
-    a perfect prediction (0), and by no other one (1, so that R^2 is 0).
+    So for unexplained variance a constant target is explained by a perfect prediction alone (0);
+    any other gets 1, an R^2 of 0.
     """
     numerator, denominator = np.asarray(numerator), np.asarray(denominator)
     safe = np.where(denominator == 0, 1.0, denominator)
@@ -108,9 +105,9 @@ def ratio(numerator, denominator):
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Returns p-values [n] adjusted for their number: those at most q are discoveries at FDR q.
+    """Returns adjusted p-values [n]: those at most q are discoveries at FDR q.
 
-    Benjamini and Hochberg 1995: the smallest rate at which the procedure lets each through.
+    Benjamini and Hochberg 1995.
     """
     return scipy.stats.false_discovery_control(p, method="bh") if len(p) else np.asarray(p)
 
@@ -156,9 +153,9 @@ def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | No
 def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:
     """Returns one-sided p-values of effects [features] among nulls [features, 3 or more].
 
-    Each feature's effect is standardised by its controls, each control by the other ones of its
-    feature; these are then pooled over features, so that p can be small: (1 + how many controls
-    reach the effect) / (1 + controls).
+    Effects are standardised by their feature's controls, each control by its feature's others.
+    Controls are then pooled over features, so that p can be small: (1 + controls that reach the
+    effect) / (1 + controls).
     """
     n = nulls.shape[1]
     total, square = nulls.sum(1, keepdims=True), np.square(nulls).sum(1, keepdims=True)

@@ -1,13 +1,17 @@
-"""Every path of a run, and its json and jsonl files, written whole or not at all."""
+"""The paths of a run, and its json and jsonl files, written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,12 @@ from absl import logging
 
 from crossdict_jax.errors import UserError
 
+LOCK = ".lock"  # in a work directory: who works there
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 def say(text: str, *, level: int = logging.WARNING) -> None:
-    """Prints a line about progress, if ``--verbosity`` is at this level or above."""
+    """Prints a line of progress, if ``--verbosity`` is at this level or above."""
     if logging.get_verbosity() >= level:
         print(text, flush=True)
 
@@ -71,19 +78,19 @@ class Workdir:
 
     @property
     def controls(self) -> Workdir:
-        """What controls need beside the run, laid out as a run of its own."""
+        """The controls' files, laid out as a run of its own."""
         return Workdir(self.root / "controls")
 
     def dictionary(self, model: str, site: Any, member: str = "seed-0") -> Path:
-        """Returns the checkpoint directory of one dictionary."""
+        """Returns the checkpoint directory of a dictionary."""
         return self.dictionaries / model / str(site) / member
 
     def map(self, source: str, target: str, site_source: Any, site_target: Any, kind: str) -> Path:
-        """Returns the checkpoint directory of one map; ``kind`` ends in -shuffled for controls."""
+        """Returns the checkpoint directory of a map; ``kind`` ends in -shuffled for controls."""
         return self.maps / f"{source}-to-{target}" / f"{site_source}--{site_target}" / kind
 
     def crosscoder(self, sites: Iterable[Any], name: str = "aligned") -> Path:
-        """Returns the checkpoint directory of a joint code of all models, each at its site."""
+        """Returns the checkpoint directory of a crosscoder of all models, each at its site."""
         return self.crosscoders / "--".join(map(str, sites)) / name
 
     def result(self, name: str) -> Path:
@@ -91,7 +98,7 @@ class Workdir:
         return self.results / name
 
     def record_timing(self, stage: str, **figures: float | int | str) -> None:
-        """Merges one stage's figures (wall_s, ...) into results/timing.json, and says the main."""
+        """Merges a stage's figures (wall_s, ...) into results/timing.json; prints the main ones."""
         timing = read_json(self.timing) if self.timing.exists() else {}
         write_json(self.timing, timing | {stage: figures})
         of = ", controls" if self.root.name == "controls" else ""
@@ -109,6 +116,8 @@ def open_workdir(
 ) -> Workdir:
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
 
+    One in which nothing has been computed takes new settings: the first command may have failed.
+
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
@@ -120,6 +129,10 @@ def open_workdir(
     work = Workdir(Path(path))
     written = work.root / "config.json"
     settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
+    if work.root.exists() and not work.root.is_dir():
+        raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
+    files = (p.name for p in work.root.rglob("*") if not p.is_dir())
+    computed = any(name not in (written.name, LOCK) for name in files)
     if written.exists():
         old, new, defaults = (
             {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}
@@ -131,15 +144,14 @@ def open_workdir(
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
-        if differences:
+        if differences and computed:
             raise UserError(
                 f"--workdir={work.root} was made with other settings ({'; '.join(differences)}); "
                 "use those settings or another --workdir."
             )
-        return work
-    if work.root.exists() and not work.root.is_dir():
-        raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
-    if work.root.exists() and any(work.root.iterdir()):
+        if not differences:
+            return work
+    elif computed:
         raise UserError(
             f"--workdir={path} is not empty and holds no config.json; name a new folder."
         )
@@ -161,34 +173,83 @@ def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, tree
 
 
-def check_space(directory: Path, needed: int) -> None:
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Keeps other processes from working in a work directory while the block runs.
+
+    The lock is the kernel's: it ends with its process, however that ends. A directory that cannot
+    be written is not locked, nor one whose file system knows no locks.
+
+    Raises:
+      UserError: another process works there; it is named.
+    """
+    path = root / LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # its owner has just ended
+                raise BlockingIOError
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{file.read().strip() or 'Another process'} is working in {root}; wait for it or "
+                "stop it, or name another --workdir."
+            ) from None
+        except OSError:
+            pass
+        else:
+            stack.callback(path.unlink, missing_ok=True)
+            file.truncate(0)
+            file.write(f"Process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def check_space(directory: Path, needed: int = 1) -> None:
     """Raises UserError if ``directory`` cannot take ``needed`` more bytes: a full disk, a quota.
 
-    The room is asked for and given back, because only that sees quotas and limits.
+    The space is allocated and freed again, because only that sees quotas and limits.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     probe = directory / ".space.part"
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(needed, 1))
     except OSError as error:
-        raise UserError(
-            f"{directory} cannot take {needed / 1e6:.1f} MB more ({error.strerror}); free some "
-            "space and run the same command again."
-        ) from error
+        raise UserError(disk_words(directory, error, needed)) from error
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def disk_words(path: Path | str, error: OSError, needed: int = 0) -> str:
+    """Returns what to do about a file that could not be written, in one line."""
+    if error.errno in READ_ONLY:
+        return f"{path} cannot be written ({error.strerror}); make it writable, or copy the run."
+    room = f"cannot take {needed / 1e6:.1f} MB more" if needed > 1 else "cannot be written"
+    reason = error.strerror or error
+    return f"{path} {room} ({reason}); free some space and run the same command again."
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` so that a reader never sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes ``text`` to ``path`` so that a reader never sees a part of it.
+
+    Where nothing can be written, what says the same already may stay: a finished run.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
+    except OSError as error:
+        same = path.is_file() and path.read_bytes() == text.encode()
+        if not (error.errno in READ_ONLY and same):
+            raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

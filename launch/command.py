@@ -1,5 +1,6 @@
-"""What every command shares: flags, settings, one line for every mistake, and exit codes."""
+"""Shared by all commands: flags, settings, one line for every mistake, and exit codes."""
 
+import contextlib
 import difflib
 import errno
 import functools
@@ -7,6 +8,7 @@ import importlib
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 import warnings
@@ -20,7 +22,7 @@ from absl import app, flags
 from crossdict_jax.config import FREE, Config, settings, to_dict
 from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import Workdir, open_workdir
+from crossdict_jax.workdir import READ_ONLY, Workdir, alone, open_workdir
 
 Main = Callable[[Any, Workdir], None]
 ROOT = Path(__file__).parents[1]
@@ -51,7 +53,7 @@ def run(
 ) -> None:
     """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
 
-    ``table`` is the function of ``crossdict_jax.report`` that prints what the command ends with.
+    ``table`` is the function of ``crossdict_jax.report`` that prints the final table.
     """
 
     @functools.wraps(main)
@@ -62,6 +64,7 @@ def run(
             getattr(importlib.import_module("crossdict_jax.report"), table)(work)
 
     os.environ.update(QUIET | os.environ)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
     # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
     flags.FLAGS.mark_as_parsed()
     act = functools.partial(execute, start, kind=kind, default=default, writes=writes)
@@ -85,10 +88,11 @@ def execute(
     default: str = "quickstart",
     writes: bool = True,
 ) -> int:
-    """Does what ``argv`` (the program's name and its arguments) asks for and returns the exit code.
+    """Runs the command ``argv`` (program name and arguments) and returns the exit code.
 
-    0: done. 1: a number of --expect was missed. 2: the user got something wrong; one line on stderr
-    says what and how to mend it. 130: interrupted. Any other exception passes through: it is a bug.
+    0: done. 1: a number of --expect was missed. 2: a mistake of the user, or the disk or the memory
+    is full; one line on stderr says how to mend it. 130: interrupted, by Ctrl-C or SIGTERM. Any
+    other exception passes through: it is a bug.
 
     Args:
       kind: the class of settings of the verb.
@@ -100,25 +104,26 @@ def execute(
             print(sys.modules["__main__"].__doc__, *usage(kind, default), sep="\n")
             return 0
         config, workdir, expected = parse(argv, kind=kind, default=default)
-        work = prepare(config, workdir if writes else None)
-        main(config, work)
-        return 1 if expected and missed(expected, work) else 0
+        settings.validate(config)
+        with alone(Path(workdir)) if writes else contextlib.nullcontext():
+            work = prepare(config, workdir if writes else None)
+            main(config, work)
+            return 1 if expected and missed(expected, work) else 0
     except UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
         code = 130
         message = "Interrupted; the same command again goes on from what is finished."
     except Exception as error:
-        if not _is_full_disk(error):
+        code, message = 2, _machine_words(error)
+        if not message:
             raise
-        code = 2
-        message = f"No space left on the disk ({error}); free some and run the same command again."
     print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
     return code
 
 
 def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
-    """Prints every number as published and as obtained; returns how many are not near enough."""
+    """Prints every number as published and as obtained; returns how many are missed."""
     from crossdict_jax.report.tables import show, table
 
     rows = []
@@ -133,7 +138,7 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
 
 
 def prepare(config: Any, workdir: str | None) -> Workdir | None:
-    """Returns the work directory of a config, if there is one; checks it and names its models."""
+    """Checks a config and names its models; returns its work directory, if any."""
     settings.validate(config)
     if isinstance(config, Config):
         from crossdict_jax.dictionaries.base import check_settings
@@ -145,15 +150,25 @@ def prepare(config: Any, workdir: str | None) -> Workdir | None:
     return workdir and open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error comes from a disk that takes no more, whichever library met it."""
-    reasons = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    words = [*map(os.strerror, reasons), r"\d+ requested and \d+ written"]  # the last by numpy
+def _machine_words(error: BaseException | None) -> str:
+    """Advice for a full disk or memory, whichever library met it; else nothing."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    disk = [*map(os.strerror, full), r"\d+ requested and \d+ written"]  # the last by numpy
+    first = error
     while error is not None:
-        if getattr(error, "errno", None) in reasons or re.search("|".join(words), str(error)):
-            return True
+        number, text = getattr(error, "errno", None), str(error)
+        if number in full or re.search("|".join(disk), text):
+            return f"No space left on the disk ({first}); free some and run the same command again."
+        if isinstance(error, OSError) and number in READ_ONLY:
+            return f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
+        if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
+            return (
+                f"Out of memory ({text.splitlines()[0][:200] if text else 'on the host'}); lower a "
+                "batch_size (extract, sae, map, evaluation, intervention), sae.width or the number "
+                "of layers, and run again: what is finished is kept."
+            )
         error = error.__cause__ or error.__context__
-    return False
+    return ""
 
 
 def _set_up_jax() -> None:
@@ -163,8 +178,9 @@ def _set_up_jax() -> None:
     """
     import jax
 
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
+    if not jax.config.jax_compilation_cache_dir and Path(base).is_absolute():
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crossdict_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # A cache that cannot be used costs time only.
@@ -172,12 +188,7 @@ def _set_up_jax() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# ---------------------------------------------------------------- the command line
-
-
 class _Setting(flags.ArgumentParser):
-    """Reads a setting of one type."""
-
     def __init__(self, kind: Any):
         self._kind = kind
 
@@ -188,7 +199,7 @@ class _Setting(flags.ArgumentParser):
 def parse(
     argv: Sequence[str], *, kind: type = Config, default: str = "quickstart"
 ) -> tuple[Any, str, Sequence[Expectation]]:
-    """Returns (the config, the path of the work directory, what ``--expect`` expects).
+    """Returns (the config, the path of the work directory, the expectations of ``--expect``).
 
     Raises:
       UserError: a flag, a setting, a value or the config file is not understood.
@@ -254,7 +265,7 @@ def _unknown_flag(kind: type, flag: str) -> str:
 
 
 def _load(path: str, function: str = "get_config") -> Any:
-    """Returns what a function of a config file gives; ``path`` is FILE or FILE:ARGUMENT."""
+    """Returns a config file's ``function()``; ``path`` is FILE or FILE:ARGUMENT."""
     name, _, argument = path.partition(":")
     file = Path(name) if Path(name).is_file() else ROOT / name  # configs/ is there in any folder
     if not file.is_file():

@@ -12,7 +12,8 @@ from launch import command
 def main(config, work):
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # compilers of others are asked for programs alone
+    jax.config.update("jax_platforms", "cpu")  # compilers of others are asked for programs alone,
+    jax.config.update("jax_enable_compilation_cache", False)  # which only their devices can load
     from crossdict_jax.compile.report import compile_run
 
     compile_run(config)

@@ -1,16 +1,19 @@
 """Problems with planted answers for the tests of maps, and scores of what is fitted on them."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax import maps, modules
+from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
 from crossdict_jax.maps import Pairs, Problem, Side, base
+from crossdict_jax.models import Site
 
 ROWS = {"train": 1600, "validation": 300, "test": 400}
 CONFIG = MapConfig(
@@ -21,6 +24,44 @@ CONFIG = MapConfig(
     dropout=0.05,
     hypernetwork=HypernetworkConfig(rank=8, steps=60),
 )
+
+
+class FakeStore:
+    """The part of a store that the stages of maps read, in memory: rows of a few codes."""
+
+    def __init__(self, widths, *, counts=(180, 40, 40), layers=(1, 2), codes=None):
+        """``widths`` are {model: d_model}; ``counts`` are rows of train, validation and test."""
+        rng, n = np.random.default_rng(7), sum(counts)
+        self.models = self.paths = tuple(widths)
+        self.sites = tuple(map(Site, layers))
+        self.split = np.repeat([0, 1, 2], counts)
+        places = np.arange(n, dtype=np.int32)
+        self.rows = SimpleNamespace(document=places // 10, byte_end=places % 10)
+        self._tokens = {model: rng.integers(0, 9, n).astype(np.int32) for model in widths}
+        codes = rng.normal(size=(n, 4)) if codes is None else codes
+        self.x = {
+            (model, site): (codes @ rng.normal(size=(codes.shape[1], d))).astype(ml_dtypes.bfloat16)
+            for model, d in widths.items()
+            for site in self.sites
+        }
+
+    def select(self, split):
+        return np.flatnonzero(self.split == SPLITS.index(split))
+
+    def tokens(self, model, rows):
+        return self._tokens[model][rows]
+
+    def read(self, model, site, rows):
+        return self.x[model, site][rows]
+
+
+def save_dictionaries(store: FakeStore, work, *, width: int, k: int = 4) -> None:
+    """Saves a random TopK dictionary for every model and site of a store."""
+    for (model, site), x in store.x.items():
+        d = build_dictionary(
+            "topk", d_model=x.shape[1], width=width, k=k, key=jax.random.key(site.layer)
+        )
+        dictionaries.save(d, work.dictionary(model, site))
 
 
 def r2(predicted, target, train_mean) -> float:
@@ -61,8 +102,7 @@ def make_problem(x_a, x_b, *, tokens=None, dictionaries_ab=None):
 
 def shuffled_problem(problem: Problem) -> Problem:
     train, validation = (
-        maps.shuffled(getattr(problem, split), maps.shuffle_seed(0, split))
-        for split in ("train", "validation")
+        maps.shuffled(getattr(problem, split), 0, split) for split in ("train", "validation")
     )
     return Problem(f"{problem.label} (shuffled)", train, validation)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from crossdict_jax import dictionaries, models
+from crossdict_jax import dictionaries, models, results
 from crossdict_jax.activations.passages import select_passages, with_continuations
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal import effects, transfer_features
@@ -16,7 +16,7 @@ from crossdict_jax.causal import feature_transfer as stage
 from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import Workdir, read_jsonl, write_jsonl
+from crossdict_jax.workdir import Workdir, read_jsonl
 
 SMALL = {"features": 2, "contexts": 6, "alphas": (0.3, 1.0), "maps": ("ridge", "mlp")}
 PARTS = "transfer_features.parts.jsonl"
@@ -151,7 +151,7 @@ def test_matched_features_come_from_the_file(finished, again, tmp_path):
     with pytest.raises(UserError, match=r"needs results/matches.jsonl"):
         again(choose="matched")
     rows = [where | dict(zip(keys, match)) for match in listed]
-    write_jsonl(tmp_path / "run" / "results" / "matches.jsonl", rows)
+    results.write(Workdir(tmp_path / "run"), "matches.jsonl", rows)
     found = [r for r in again(choose="matched") if r["direction"] == "ridge"]
     assert [r["feature"] for r in found] == [j, i, m, k]
 

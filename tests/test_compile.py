@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pythia410m_gpt2medium
-from crossdict_jax.compile import estimate, hlo, machines, programs, report
-from crossdict_jax.compile.machines import Machine
+from crossdict_jax.compile import estimate, hlo, programs, report
+from crossdict_jax.compile.machines import machine
 from crossdict_jax.config import Config, MapConfig, SAEConfig, TextConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.mesh import planned
 from launch import command
 
-CPU = Machine("cpu-1")
+CPU = machine("cpu-1")
 TINY = Config(
     models=("docs-gpt2", "docs-gpt2"),  # of one shape: fewer programs
     layers=(2,),
@@ -42,19 +42,19 @@ TINY = Config(
     ],
 )
 def test_names_of_machines(name, count, shape):
-    machine = Machine(name)
-    assert (machine.count, machine.shape) == (count, shape)
-    assert 1e9 < machine.device.memory < 1e12
+    target = machine(name)
+    assert (target.count, target.shape) == (count, shape)
+    assert 1e9 < target.device.memory < 1e12
 
 
 @pytest.mark.parametrize("name", ["", "v5e", "v5e-3", "v5e-08", "a100-8", "h100-eight"])
 def test_an_unknown_machine_is_refused_with_those_there_are(name):
     with pytest.raises(UserError, match=rf"--machine={name} is none of v5e-1\|4\|8"):
-        Machine(name)
+        machine(name)
 
 
 def test_between_hosts_the_network_is_slower():
-    assert Machine("h100-8").network > 5 * Machine("h100-32").network
+    assert machine("h100-8").network > 5 * machine("h100-32").network
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_between_hosts_the_network_is_slower():
 def test_without_a_compiler_one_line_says_what_to_install(name, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=install):
-        Machine(name).devices()
+        machine(name).devices()
 
 
 # ---------------------------------------------------------------- what a program costs
@@ -158,12 +158,12 @@ def test_a_dictionarys_step_takes_its_five_products(step):
     assert step.memory > members * 3 * 4 * parameters  # with two moments of each
 
 
-def test_what_does_not_fit_is_refused_with_what_mends_it(step, monkeypatch):
-    small = dataclasses.replace(machines.DEVICES["cpu"], memory=0.75 * step.memory)
-    monkeypatch.setitem(machines.DEVICES, "cpu", small)
+def test_what_does_not_fit_is_refused_with_what_mends_it(step):
+    device = dataclasses.replace(CPU.device, memory=0.75 * step.memory)
+    small = dataclasses.replace(CPU, device=device)
     with pytest.raises(UserError, match=r"needed on each device.*try sae\.width=32"):
-        estimate.refuse_too_large([step], CPU)
-    assert "DOES NOT FIT" in [cell.text for cell in report.costs([step], CPU).rows[0]]
+        estimate.refuse_too_large([step], small)
+    assert "DOES NOT FIT" in [cell.text for cell in report.costs([step], small).rows[0]]
 
 
 def test_the_largest_settings_grow_with_what_is_free(step):
@@ -206,13 +206,13 @@ RECORDED = {
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 @pytest.mark.parametrize(("stage", "name"), RECORDED)
 def test_programs_for_a_tpu_take_what_they_took(stage, name):
-    config, machine = pythia410m_gpt2medium.get_config(), Machine("v5e-8")
+    config, target = pythia410m_gpt2medium.get_config(), machine("v5e-8")
     config.sae.matmul_dtype = config.extract.matmul_dtype = "bfloat16"
     if "131072" in name:
         config.sae.width, config.layers = 131_072, (6,)
-    with planned(machine.devices(), int(machine.device.memory)):
+    with planned(target.devices(), int(target.device.memory)):
         some = getattr(programs, stage)(programs.make_plan(config))
-        found = estimate.estimate(next(p for p in some if p.name == name), machine)
+        found = estimate.estimate(next(p for p in some if p.name == name), target)
     memory, ms, sent = RECORDED[stage, name]
     assert not found.host
     assert found.sent.keys() <= sent.keys()  # no other collective

@@ -54,7 +54,14 @@ def test_presets_are_allowed_and_survive_json(preset):
 
 
 def test_every_setting_has_a_help_text_and_a_rule():
-    free = {"layer_pairs", "probe.source", "hook_name", "model_name", "push"}  # text of any kind
+    free = {
+        "layer_pairs",
+        "machine",
+        "probe.source",
+        "hook_name",
+        "model_name",
+        "push",
+    }  # text of any kind
     free |= {"steer.source", "steer.target", "steer.layer_pair", "steer.search", "steer.prompts"}
     for kind in KINDS:
         for name, field in settings.settings(kind).items():

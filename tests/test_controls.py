@@ -13,15 +13,23 @@ from map_problems import inputs_of
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import digest, open_store
-from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, untrained_names
+from crossdict_jax.activations.untrained import (
+    KEYS,
+    draw_again,
+    extract_untrained,
+    open_controls,
+    untrained_names,
+)
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.dictionaries import train
 from crossdict_jax.dictionaries.architectures import relu
 from crossdict_jax.dictionaries.base import from_arrays
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate
+from crossdict_jax.evaluation.scoring import score_tasks
 from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
-from crossdict_jax.maps.controls import ControlLoader, control_tasks, fit_controls, shown
+from crossdict_jax.maps.controls import control_tasks, fit_controls
+from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, read_jsonl
@@ -43,10 +51,10 @@ def run_controls(config: Config, work: Workdir) -> None:
     store = open_store(work.activations)
     controls = extract_untrained(config, work, store)
     train.train_dictionaries(config, store, work, controls)
-    loader = ControlLoader(config, store, work)
+    loader = Loader(config, open_controls(config, work, store), work)
     for task in control_tasks(config, store):
         if task.kind == "mlp" and not is_finished(task.path(work)):
-            folder = loader.target_dictionary(task)
+            folder = loader.ends(task)[1][2]
             maps.save(tiny_run.network(folder), task.path(work), dictionary=folder)
     fit_controls(config, store, work)
 
@@ -139,15 +147,11 @@ def blind(d_model: int):
 
 
 def planted(begun, root, second) -> dict[tuple, dict]:
-    """{(target, map): ceiling row} of a run whose second dictionaries are ``second(d_model)``."""
+    """{(target, map): scores of its ceiling} where second dictionaries are ``second(d_model)``."""
     config, work = begun
-    config = dataclasses.replace(
-        config,
-        controls=("ceiling",),
-        map=dataclasses.replace(
-            config.map, kinds=("mean", "token", "ridge", "ridge_codes", "token_ridge")
-        ),
-    )
+    kinds = ("mean", "token", "ridge", "ridge_codes", "token_ridge")
+    settings = dataclasses.replace(config.map, kinds=kinds)
+    config = dataclasses.replace(config, controls=("ceiling",), map=settings)
     shutil.copytree(work.root, root, ignore=shutil.ignore_patterns("maps"))
     work, store = Workdir(root), open_store(work.activations)
     for name in store.models:
@@ -155,10 +159,12 @@ def planted(begun, root, second) -> dict[tuple, dict]:
         shutil.rmtree(work.dictionary(name, SITE))
         dictionaries.save(signed(d_model, np.arange(2 * d_model)), work.dictionary(name, SITE))
         dictionaries.save(second(d_model), work.controls.dictionary(name, SITE, "seed-1"))
-    maps.fit_maps(config, store, work)
     fit_controls(config, store, work)
-    evaluate(config, work)
-    return {(row["target"], row["map"]): row for row in rows_of(work)}
+    tasks, loader, rows = control_tasks(config, store), Loader(config, store, work), {}
+    for target in "ab":
+        scored = score_tasks([t for t in tasks if t.target == target], loader)
+        rows |= {(target, kind): score.row() for kind, score in scored.scores.items()}
+    return rows
 
 
 def test_two_seeds_that_are_one_dictionary_reordered_share_everything(begun, tmp_path):
@@ -185,7 +191,7 @@ def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, 
 def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished):
     config, work = finished
     store = open_store(work.activations)
-    loader = ControlLoader(config, store, work)
+    loader = Loader(config, open_controls(config, work, store), work)
     second = dictionaries.load(work.controls.dictionary("b", SITE, "seed-1"))
     x = store.read("b", SITE, store.select("test")).astype(np.float32)
     for task in control_tasks(config, store):
@@ -216,6 +222,8 @@ def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
     found = rows_of(work)
     assert [(r["control"], *(r[k] for k in keys)) for r in found] == expected
     assert all(set(r) == {*of_maps[0], "control"} for r in found)
+    untrained = [r for r in found if (r["control"], r["map"]) == ("untrained", "ridge")]
+    assert max(r["context_gain"] for r in untrained) < 0.3  # no context is shared
     assert len(rows_of(work, "reconstruction.jsonl")) == 2
     assert sorted(p.name for p in work.dictionaries.glob("*/*/*") if "seed" in p.name) == [
         "seed-0",
@@ -247,28 +255,6 @@ def test_scores_are_placed_between_null_and_ceiling(finished):
     assert placed > 4
 
 
-def test_without_controls_every_other_column_keeps_its_bits(finished, tmp_path):
-    config, work = finished
-    shutil.copytree(work.root, tmp_path / "run", ignore=shutil.ignore_patterns("controls*"))
-    evaluate(dataclasses.replace(config, controls=()), Workdir(tmp_path / "run"))
-    off = rows_of(Workdir(tmp_path / "run"), "transfer.jsonl")
-    for before, after in zip(rows_of(work, "transfer.jsonl"), off, strict=True):
-        assert before.keys() == after.keys()
-        for name in before:
-            assert after[name] == (None if "normalized" in name else before[name]), name
-    assert not (tmp_path / "run/results/controls.jsonl").exists()
-
-
-def test_re_initialised_models_share_no_context(finished):
-    _, work = finished
-    gain = {
-        r["source"]: r["context_gain"]
-        for r in rows_of(work)
-        if (r["control"], r["map"]) == ("untrained", "ridge")
-    }
-    assert max(gain.values()) < 0.3
-
-
 def test_finished_controls_are_left_alone(copy):
     config, work = copy
     files = [p for p in work.controls.root.rglob("*") if p.is_file()]
@@ -283,11 +269,15 @@ def test_finished_controls_are_left_alone(copy):
 def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
     config, work = finished
     controls = open_store(work.controls.activations)
-    named = [m.label for m in train.control_members(config, controls)]
+
+    def named(config):
+        members = train.control_members(config, controls)
+        return [f"{m.model} {m.site} {m.name}" for m in members]
+
     untrained = [f"{m}-untrained {SITE} seed-0" for m in "ab"]
-    assert named == [f"{m} {SITE} seed-1" for m in "ab"] + untrained
+    assert named(config) == [f"{m} {SITE} seed-1" for m in "ab"] + untrained
     two = dataclasses.replace(config, sae=dataclasses.replace(config.sae, seeds=2))
-    assert [m.label for m in train.control_members(two, controls)] == untrained
+    assert named(two) == untrained
     swept = dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=(6, 3)))
     assert {m.k for m in train.control_members(swept, controls)} == {6}
 

@@ -268,6 +268,7 @@ OPTIONS = {
     "steps": 60,
     "dead_after_rows": 60_000,
     "matmul_dtype": "bfloat16",
+    "products": "lists",
     "variant": "l1",
     "l1_coefficient": 9.0,
 }

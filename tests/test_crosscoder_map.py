@@ -3,16 +3,15 @@
 import dataclasses
 import json
 
-import jax
-import ml_dtypes
 import numpy as np
 import pytest
+from map_problems import FakeStore, save_dictionaries
 
-from crossdict_jax import dictionaries, maps
+from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, CrosscoderConfig, MapConfig, SAEConfig
 from crossdict_jax.dictionaries import crosscoder
-from crossdict_jax.dictionaries.base import build
+from crossdict_jax.dictionaries.crosscoder_training import planned
 from crossdict_jax.maps import fit
 from crossdict_jax.maps.fit import with_codes
 from crossdict_jax.models import Site
@@ -20,47 +19,17 @@ from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, read_json
 
 WIDTHS = {"a": 8, "b": 6, "c": 5}
-SETTINGS = CrosscoderConfig(width=24, steps=300, learning_rate=5e-3, self_nulls=1)
-
-
-class Rows:
-    """A store of three models that see the same few features, at two layers."""
-
-    models = tuple(WIDTHS)
-    paths = models
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        n = 2400
-        keys = dataclasses.make_dataclass("Keys", ["document", "byte_end"])
-        self.rows = keys(np.arange(n) // 20, np.arange(n) % 20)
-        self._split = np.repeat([0, 1, 2], [1600, 400, 400])
-        codes = (rng.random((n, 10)) < 0.2) * rng.uniform(0.5, 1.5, (n, 10))
-        self.sites = (Site(1), Site(2))
-        self._x = {
-            (m, site): (codes @ rng.standard_normal((10, d)) + 2).astype(ml_dtypes.bfloat16)
-            for m, d in WIDTHS.items()
-            for site in self.sites
-        }
-
-    def select(self, split):
-        return np.flatnonzero(self._split == SPLITS.index(split))
-
-    def tokens(self, model, rows):
-        return np.zeros(len(rows), np.int32)
-
-    def read(self, model, site, rows):
-        return self._x[model, site][rows]
+SETTINGS = CrosscoderConfig(width=24, steps=120, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(config, store, work) of a finished stage of three models."""
-    store, work = Rows(), Workdir(tmp_path_factory.mktemp("joint"))
-    for model, d_model in WIDTHS.items():
-        for site in store.sites:
-            d = build("topk", d_model=d_model, width=12, k=3, key=jax.random.key(site.layer))
-            dictionaries.save(d, work.dictionary(model, site))
+    rng, n = np.random.default_rng(0), 2400
+    codes = (rng.random((n, 10)) < 0.2) * rng.uniform(0.5, 1.5, (n, 10))
+    store = FakeStore(WIDTHS, counts=(1600, 400, 400), codes=codes)
+    work = Workdir(tmp_path_factory.mktemp("joint"))
+    save_dictionaries(store, work, width=12, k=3)
     config = Config(
         models=store.models,
         layer_pairs="1:2",
@@ -111,16 +80,16 @@ def test_a_map_is_its_crosscoder_given_one_model_alone(run):
 
 
 def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
-    _, _, work = run
+    config, store, work = run
     folders = {str(p.parent.relative_to(work.crosscoders)) for p in work.crosscoders.glob("*/*/0")}
     three = "resid_pre.1--resid_pre.2--resid_pre.2"
-    own = "resid_pre.1--resid_pre.1"
-    expected = {f"{three}/aligned", f"{three}/shuffled", f"{own}/self", f"{own}/rotated"}
-    assert folders == expected
+    assert folders == {f"{three}/aligned", f"{three}/shuffled"}
+    nulls = dataclasses.replace(config, crosscoder=dataclasses.replace(SETTINGS, self_nulls=1))
+    own = ((Site(1), Site(1)), "self"), ((Site(1), Site(1)), "rotated")
+    assert planned(nulls, store) == [*planned(config, store), *own]
     assert not list((work.crosscoders / "training").glob("*/checkpoints"))
-    assert len(list((work.crosscoders / "training").glob("*/metrics.jsonl"))) == 2
-    assert read_json(work.timing)["train_crosscoders"]["crosscoders"] == 4
-    record = checkpoint.load_meta(maps.tasks(*run[:2])[0].path(work))["record"]
+    assert read_json(work.timing)["train_crosscoders"]["crosscoders"] == 2
+    record = checkpoint.load_meta(maps.tasks(config, store)[0].path(work))["record"]
     assert record["validation_mse"][0]["mse"] > 0
     json.dumps(record, allow_nan=False)
 
@@ -139,7 +108,7 @@ def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path):
     train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
     problem = maps.Problem("a to b (control)", train, held_out)
     task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
-    (joined,) = with_codes([problem], [task], config, store, work, tmp_path)
+    (joined,) = with_codes([problem], [task], fit.Loader(config, store, work), 0, tmp_path)
     (fitted,) = maps.map_class("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)
     x, x_b = held_out.target.x.astype(np.float32), maps.predict_activations(fitted.map, held_out)
     assert np.square(x - x_b).sum() < 0.6 * np.square(x - x.mean(0)).sum()

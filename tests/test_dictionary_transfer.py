@@ -17,7 +17,6 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import reconstruction
-from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Pairs, Problem, Side
 from crossdict_jax.studies.dictionary_transfer import measure
 from crossdict_jax.studies.dictionary_transfer.section import section
@@ -104,7 +103,7 @@ def problem(x_a, x_b, width, k):
     none, shape = np.zeros(len(x_a), np.int32), {"width": width, "k": k, "key": jax.random.key(0)}
     sides = [Side(x, none, base.build("topk", d_model=x.shape[1], **shape)) for x in (x_a, x_b)]
     pairs = Pairs(*sides, np.arange(len(x_a)))
-    return Problem("A to B", pairs, take(pairs, slice(len(x_a) * 2 // 3, None)))
+    return Problem("A to B", pairs, pairs.take(slice(len(x_a) * 2 // 3, None)))
 
 
 @pytest.mark.parametrize(

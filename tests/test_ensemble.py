@@ -1,5 +1,6 @@
 """The one trainer: members, parts, rows, meshes and kills that must not change what is learnt."""
 
+import dataclasses
 import functools
 import json
 
@@ -109,6 +110,8 @@ OPTIONS = [
     ("relu", "batch_size", 48),
     ("relu", "matmul_dtype", "bfloat16"),
     ("topk", "k", 4),
+    ("topk", "products", "lists"),
+    ("matryoshka", "products", "lists"),
     ("topk", "dead_after_rows", 7),
     ("jumprelu", "l0_target", 2.0),
     ("matryoshka", "nested_fractions", (0.3,)),
@@ -152,6 +155,20 @@ def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path):
     kill_in_save(3, lambda: fit(made, tmp_path / "killed"))
     assert checkpoint.latest_step(tmp_path / "killed" / "checkpoints") == 4
     assert_close(fit(made, tmp_path / "killed"), whole)
+
+
+def test_the_choice_of_products_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
+    """A training goes on as it began, though another choice would be made by now."""
+    sae = SAEConfig(width=WIDTH, k=3, steps=STEPS)
+
+    def chosen(asked="auto"):
+        settings = dataclasses.replace(sae, products=asked)
+        return train.with_products(settings, size=2**22, members=1, directory=tmp_path).products
+
+    made, meta = small(), {"settings": {"products": chosen()}}
+    fit(made, tmp_path, steps=2, meta=meta)
+    monkeypatch.setattr(train, "uses_lists", lambda size: False)
+    assert chosen() == meta["settings"]["products"] == "lists" and chosen("dense") == "dense"
 
 
 # ---------------------------------------------------------------- on several devices

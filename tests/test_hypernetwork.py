@@ -14,7 +14,7 @@ from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions
-from crossdict_jax.maps.descriptions import Describer, profile_weights
+from crossdict_jax.maps.descriptions import describe, profile_weights
 from crossdict_jax.maps.kinds import hypernetwork
 
 ROWS = {"train": 800, "validation": 160, "test": 400}
@@ -77,7 +77,7 @@ def problems_of(*layers: int) -> list[Problem]:
 
 def feature_r2(m, splits, columns=slice(None)) -> float:
     test, target = splits["test"], splits["train"].target
-    mean = target.feature_moments[0][columns]
+    mean = target.feature_moments.mean[columns]
     truth = base.encode_rows(target.dictionary, test.target.x)[:, columns]
     error = truth - maps.predict(m, test)[:, columns]
     return 1 - np.sum(error**2) / np.sum((truth - mean) ** 2)
@@ -152,7 +152,7 @@ def test_shuffled_pairs_teach_a_network_of_their_own_nothing(tmp_path):
 def test_unknown_features_are_not_read_in_training():
     known = unknown_fifth()
     problem = problems_of(1)[0]
-    objective = hypernetwork.WritingObjective([problem], SHAPE, Describer(), known)
+    objective = hypernetwork.WritingObjective([problem], SHAPE, known)
     fixed = jax.tree.map(lambda a: jnp.asarray(a)[None], objective.fixed(0))
     params = objective.init(jax.random.key(0), {})
     rows = {"source 0": problem.train.source.x[:128], "target 0": problem.train.target.x[:128]}
@@ -202,18 +202,18 @@ def lexical(names_b: bool):
 @pytest.mark.parametrize(("same_names", "least", "most"), [(True, 0.8, 1.0), (False, -9.0, 0.2)])
 def test_token_profiles_alone_give_a_map_if_names_are_true(same_names, least, most):
     splits = lexical(same_names)
-    a, b = Describer().both(splits["train"], "a to b")
+    a, b = describe(splits["train"], "a to b")
     U, V = profile_weights(a, b, rank=24)
     test = splits["test"]
     f_a, f_b = (base.encode_rows(s.dictionary, s.x) for s in (test.source, test.target))
-    predicted = (f_a - a.mean) @ U @ V.T + b.mean
-    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.mean) ** 2)
+    predicted = (f_a - a.moments.mean) @ U @ V.T + b.moments.mean
+    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.moments.mean) ** 2)
     assert least < r2 < most
 
 
 def test_profiles_are_of_texts_that_the_other_role_never_reads():
     pairs = planted()[1]["train"]
-    a, b = Describer().both(pairs, "a to b")
+    a, b = describe(pairs, "a to b")
     assert not set(pairs.documents[a.rows]) & set(pairs.documents[b.rows])
     assert len(a.rows) + len(b.rows) == len(pairs)
     f = base.encode_rows(pairs.source.dictionary, pairs.source.x)
@@ -222,14 +222,12 @@ def test_profiles_are_of_texts_that_the_other_role_never_reads():
     expected = mine[token == token[0]].mean(0) - mine.mean(0)
     np.testing.assert_allclose(a.profile.means[index], expected, atol=1e-5)
     np.testing.assert_allclose(a.profile.covariance, np.cov(mine.T, bias=True), atol=1e-4)
-    np.testing.assert_allclose(a.variance, f.var(0), rtol=1e-3)
+    np.testing.assert_allclose(a.moments.variance, f.var(0), rtol=1e-3)
 
 
 def test_shuffling_pairs_changes_no_description():
     pairs = planted()[1]["train"]
-    for one, other in zip(
-        Describer().both(pairs, ""), Describer().both(maps.shuffled(pairs, 3), "")
-    ):
+    for one, other in zip(describe(pairs, ""), describe(maps.shuffled(pairs, 3), "")):
         np.testing.assert_array_equal(one.profile.means, other.profile.means)
         jax.tree.map(np.testing.assert_array_equal, one.directions, other.directions)
 
@@ -239,7 +237,7 @@ def test_tokens_of_equal_bytes_are_one():
     side = dataclasses.replace(
         pairs.source, token_bytes=lambda: [b"even", b"odd"] * 10, model="a", layer=1
     )
-    a, _ = Describer().both(dataclasses.replace(pairs, source=side), "")
+    a, _ = describe(dataclasses.replace(pairs, source=side), "")
     assert sorted(a.profile.names) == [b"even", b"odd"]
     assert a.profile.counts.sum() == len(a.rows)
 

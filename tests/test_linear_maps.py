@@ -18,7 +18,7 @@ from map_problems import (
 
 from crossdict_jax import maps
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import base, moments
+from crossdict_jax.maps import moments
 from crossdict_jax.maps.kinds import low_rank
 
 N = sum(ROWS.values())
@@ -216,7 +216,7 @@ def test_fewer_rows_than_dimensions_are_what_a_penalty_is_for(kind, tmp_path):
     x_a = rows_like_a_stream(rng, 40)
     both = random_dictionary("topk", 40, 64), random_dictionary("topk", 30, 48)
     problem, test = make_problem(x_a, x_a[:, :30], dictionaries_ab=both)
-    few = dataclasses.replace(problem, train=first(problem.train, 25))
+    few = dataclasses.replace(problem, train=problem.train.take(slice(25)))
     m = fit_one(kind, few, tmp_path).map
     assert np.isfinite(maps.predict(m, test)).all()
     assert feature_r2(m, few, test) > 0.1
@@ -238,17 +238,11 @@ def test_constant_features_and_dimensions_do_no_harm(kind, tmp_path, monkeypatch
     assert feature_r2(m, problem, test) > 0.9
 
 
-def first(pairs, n):
-    sides = (
-        dataclasses.replace(side, x=side.x[:n], tokens=side.tokens[:n])
-        for side in (pairs.source, pairs.target)
-    )
-    return base.Pairs(*sides, pairs.documents[:n])
-
-
 def test_a_rotation_needs_more_rows_than_dimensions(tmp_path):
     problem, _ = make_problem(*(rows_like_a_stream(np.random.default_rng(8), d) for d in (9, 30)))
-    fit_one("procrustes", dataclasses.replace(problem, train=first(problem.train, 10)), tmp_path)
-    few = dataclasses.replace(problem, train=first(problem.train, 9))
+    fit_one(
+        "procrustes", dataclasses.replace(problem, train=problem.train.take(slice(10))), tmp_path
+    )
+    few = dataclasses.replace(problem, train=problem.train.take(slice(9)))
     with pytest.raises(UserError, match="has 9 paired train rows and procrustes needs 10 or more"):
         fit_one("procrustes", few, tmp_path)

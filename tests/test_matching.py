@@ -7,8 +7,9 @@ from scipy import sparse
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import codes as codes_module
 from crossdict_jax.evaluation import matching, nulls
-from crossdict_jax.evaluation.codes import compress, correlations
+from crossdict_jax.evaluation.codes import correlations
 from crossdict_jax.evaluation.matching import confirm, match
+from crossdict_jax.maps.codes import compress
 
 
 def codes(rng, n, width, share=0.05):

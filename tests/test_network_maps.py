@@ -143,7 +143,7 @@ def test_every_loss_moves_the_network_under_every_head(head, sparse):
 def test_mlp_starts_as_the_mean_predictor_with_live_gradients(sparse):
     problem, test = sparse
     m, target = untrained(problem), problem.train.target
-    mean = target.feature_moments[0]
+    mean = target.feature_moments.mean
     predicted = maps.predict(m, test)
     np.testing.assert_allclose(predicted, np.broadcast_to(mean, predicted.shape), atol=1e-4)
     graphdef, params = modules.split(m)

@@ -11,7 +11,6 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, matching
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.representations import representation_rows
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
@@ -31,20 +30,22 @@ class Run:
     work: Workdir
 
     def __post_init__(self):
-        self.store, self.codes = open_store(self.work.activations), SideCodes()
-        self.loader = Loader(self.store, self.work, 0)
+        self.store = open_store(self.work.activations)
+        self.loader = Loader(self.config, self.store, self.work)
 
     def matched(self, **changes):
         """The rows by file, under other settings."""
         changes = {"minimum_firings": 10} | changes
-        settings = dataclasses.replace(self.config.evaluation, **changes)
-        config = dataclasses.replace(self.config, evaluation=settings)
-        return shared_features(PAIR, self.loader, config, self.codes)
+        self.loader.config = self.settings(**changes)
+        return shared_features(PAIR, self.loader)
 
-    def similar(self, matches, **changes):
-        settings = dataclasses.replace(self.config.evaluation, similarity_rows=150, **changes)
-        config = dataclasses.replace(self.config, evaluation=settings)
-        return representation_rows(config, self.store, self.work, [PAIR], matches)
+    def settings(self, **changes):
+        settings = dataclasses.replace(self.config.evaluation, **changes)
+        return dataclasses.replace(self.config, evaluation=settings)
+
+    def similar(self, matches, pair=PAIR, **changes):
+        config = self.settings(**{"similarity_rows": 150} | changes)
+        return representation_rows(Loader(config, self.store, self.work), [pair], matches)
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +168,10 @@ def test_decoders_of_few_matches_are_not_compared(similar, matched):
 def test_decoders_of_one_dictionary_are_alike_beyond_chance(run):
     """Matches made by hand: every feature of a dictionary with itself, then with another."""
     pair, scores = Task("a", "a", SITE, SITE, "", "aligned"), []
-    settings = dataclasses.replace(run.config.evaluation, similarity_rows=0)  # no rows of layers
-    config = dataclasses.replace(run.config, evaluation=settings)
     for shift in (0, 5):
         features = [{"feature_source": i, "feature_target": (i + shift) % 32} for i in range(32)]
         matches = [pair_columns(pair) | row | {"confirmed": True} for row in features]
-        scores += representation_rows(config, run.store, run.work, [pair], matches)
+        scores += run.similar(matches, pair, similarity_rows=0)  # no rows of layers
     same, other = scores
     for m in ("cka", "rsa", "mutual_knn"):
         assert same[m] == pytest.approx(1, abs=1e-5)

@@ -25,6 +25,7 @@ from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import reconstruct
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
 from crossdict_jax.studies.dictionary_transfer import measure as dictionary_transfer
 from crossdict_jax.studies.dictionary_transfer.transferred import transferred
@@ -165,7 +166,7 @@ def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished
 
 def test_evaluation_scores_and_puts_in_what_is_written(finished):
     config, store, work = finished
-    rows = reconstruct(config, store, work)["reconstruction.jsonl"]
+    rows = reconstruct(Loader(config, store, work))["reconstruction.jsonl"]
     assert [(r["model"], r["site"], r["site_output"]) for r in rows] == [
         ("a", "resid_pre.1", "b:mlp_out.1"),
         ("b", "resid_pre.1", "mlp_out.1"),

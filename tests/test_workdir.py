@@ -1,19 +1,20 @@
 """Work directories: whose run lies there, and which settings make it another one."""
 
-import json
-
 import pytest
 from absl import logging
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import Workdir, model_names, open_workdir, read_json
+from crossdict_jax.workdir import Workdir, model_names, open_workdir, read_json, write_json
 
 USUAL = {"seed": 0, "sae": {"width": 8, "k": 2}, "efficiency": {"rows": [1, 2]}}
 
 
 def opened(path, **changes):
-    return open_workdir(path, USUAL | changes, usual=USUAL, free=("efficiency",))
+    """The work directory, in which something is computed from then on."""
+    work = open_workdir(path, USUAL | changes, usual=USUAL, free=("efficiency",))
+    write_json(work.result("pairing.json"), {})
+    return work
 
 
 def test_an_equal_run_goes_on(tmp_path):
@@ -38,14 +39,15 @@ def test_a_finished_run_may_be_asked_other_questions(tmp_path):
 
 def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
     old = {name: value for name, value in USUAL.items() if name != "sae"} | {"sae": {"width": 8}}
-    (tmp_path / "config.json").write_text(json.dumps(old))
+    write_json(tmp_path / "config.json", old)
     opened(tmp_path)
     with pytest.raises(UserError, match=r"sae\.k: 2 there, 5 now"):
         opened(tmp_path, sae={"width": 8, "k": 5})
 
 
 def test_a_setting_that_is_no_more_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(USUAL | {"gone": 1}))
+    opened(tmp_path)
+    write_json(tmp_path / "config.json", USUAL | {"gone": 1})
     with pytest.raises(UserError, match="gone: 1 there, absent now"):
         opened(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The English documentation inside installed packages: a text per module, read with `ast`."""
+"""The English docstrings of installed packages: a text per module, read with `ast`."""
 
 import ast
 import hashlib
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from crossdict_jax.training.stage import progress_bar
 
-# Import name -> distribution, where they differ. Beside the standard library, packages that the
-# project requires are read, as far as they are installed and document themselves in English.
+# Import name -> distribution, where they differ. Read beside the standard library: packages that
+# the project requires, if installed and documented in English.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "_pytest": "pytest",
@@ -43,15 +43,15 @@ _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def module_texts(roots: Iterable[tuple[str, Path]] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields (name, documentation) of modules that have enough, in the hash order of their names.
+    """Yields (module name, documentation) in the hash order of the names.
 
-    In that order the first N modules are a random sample. A paragraph belongs to the first module
-    that holds it, so none is in two splits, and what a module keeps does not depend on how many
-    are read. A repetition is a paragraph seen before, whatever its line breaks, or one with more
-    than half of its (long) lines seen before: copies with a name changed.
+    So the first N modules are a random sample. A paragraph belongs to the first module that holds
+    it, so none is in two splits, and a module's text does not depend on how many are read. Repeated
+    are paragraphs seen before, whatever their line breaks, or with more than half of the (long)
+    lines seen before.
 
     Args:
-      roots: (prefix of names, folder) of the sources; the installed packages without it.
+      roots: (prefix of names, folder); default: the installed packages.
     """
     seen: set[int] = set()
     modules = find_modules(installed() if roots is None else roots)
@@ -74,7 +74,7 @@ def module_texts(roots: Iterable[tuple[str, Path]] | None = None) -> Iterator[tu
 
 
 def installed() -> list[tuple[str, Path]]:
-    """Returns (prefix of names, folder) of the standard library and the packages that are there."""
+    """Returns (prefix of names, folder) of the standard library and the installed packages."""
     roots = [("", Path(sysconfig.get_path("stdlib")))]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)  # of a top-level name: finds, does not import
@@ -84,7 +84,7 @@ def installed() -> list[tuple[str, Path]]:
 
 
 def find_modules(roots: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Returns dotted name -> file of every module, tests left out; imports nothing."""
+    """Returns {dotted name: file} of every module but tests; imports nothing."""
     modules = {}
     for prefix, root in roots:
         for folder, subfolders, files in os.walk(root):
@@ -102,7 +102,7 @@ def find_modules(roots: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def _paragraphs(path: Path) -> Iterator[str]:
     """Yields the English paragraphs of a file's docstrings, without fenced code and doctests.
 
-    In the order of the source; none of a file that does not parse.
+    Nothing of a file that does not parse.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other people's invalid escapes
@@ -126,7 +126,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the version of Python and of every installed package that is read."""
+    """Returns the versions of Python and of the packages that are read."""
     versions = {"python": platform.python_version()}
     for package in dict.fromkeys(prefix for prefix, _ in installed()[1:]):
         distribution = DISTRIBUTIONS.get(package := package.rstrip("."), package)

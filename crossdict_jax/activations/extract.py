@@ -1,4 +1,4 @@
-"""Extraction: every model reads every window once, and its paired rows go into the store."""
+"""Extraction: every model reads every window once; paired rows go into the store."""
 
 import shutil
 from collections import Counter
@@ -20,6 +20,7 @@ from crossdict_jax.activations.store import (
     open_store,
     save_index,
     save_shard,
+    seal,
     shard_name,
 )
 from crossdict_jax.activations.text import SPLITS
@@ -28,14 +29,13 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.stage import progress_bar, timed
-from crossdict_jax.workdir import Workdir, model_names, read_json, write_json
+from crossdict_jax.workdir import Workdir, check_space, model_names, read_json, write_json
 
 
 def extract(config: Config, work: Workdir) -> Store:
-    """Reads the text with every model, writes the store and results/pairing.json, and returns it.
+    """Returns the store, after reading the text with every model; writes results/pairing.json too.
 
-    Killed and run again, it goes on with the first shard that is not there; a finished store is
-    opened as it is.
+    Interrupted, it goes on with the first missing shard; a finished store is only opened.
 
     Raises:
       UserError: a layer outside a model, text that a model cannot read, no room on the disk,
@@ -46,6 +46,7 @@ def extract(config: Config, work: Workdir) -> Store:
         store = open_store(directory)
         _check_pool(config, store.rows)
         return store
+    check_space(directory)
     with timed(work, "extract_activations") as figures:
         names = model_names(config.models)
         lms = dict(zip(names, map(models.load, config.models)))
@@ -89,7 +90,7 @@ def extract(config: Config, work: Workdir) -> Store:
 
 
 def dictionary_sites(config: Config, names: Sequence[str]) -> Sites:
-    """Returns what the dictionaries of the models of these names read and write.
+    """Returns the sites that the dictionaries of the named models read and write.
 
     Raises:
       UserError: ``sae.output_site`` names a model that the run has not.
@@ -108,7 +109,7 @@ def dictionary_sites(config: Config, names: Sequence[str]) -> Sites:
 
 
 def meta_of_models(paths, reading: Reading, lms: Mapping[str, LanguageModel], sites: Sites) -> dict:
-    """Returns what meta.json says of models that have been read."""
+    """Returns the models' entries of meta.json."""
     return {
         name: {"path": path, "d_model": lm.config.d_model, "bos": bos, **sites.to_meta(name)}
         for path, bos, (name, lm) in zip(paths, reading.bos, lms.items())
@@ -116,26 +117,23 @@ def meta_of_models(paths, reading: Reading, lms: Mapping[str, LanguageModel], si
 
 
 def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
-    """Writes the index of a store whose shards are there and, last, meta.json."""
+    """Writes the index of a store and, last, meta.json."""
     checksums = save_index(directory, rows, reading.table)
     for i in range(reading.shards):
         checksums |= read_json(_stamp(directory, i))["files"]
-    checksums = meta.get("checksums", {}) | checksums
-    write_json(directory / "meta.json", meta | {"checksums": checksums})
+    meta = meta | {"checksums": meta.get("checksums", {}) | checksums}
+    write_json(directory / "meta.json", meta | {"seal": seal(meta)})
     shutil.rmtree(directory / "shards")
 
 
 def _check_pool(config: Config, rows: Rows) -> None:
-    """Refuses before anything is trained what evaluation could not draw."""
+    """Refuses a pool that evaluation could not draw, before anything is trained."""
     test_rows = rows.kept()["test"]
     if config.evaluation.pool > test_rows:
         raise UserError(
             f"evaluation.pool={config.evaluation.pool} is more than the {test_rows} test rows; "
             "lower it, use 0 for min(8192, rows), or raise text.documents."
         )
-
-
-# ---------------------------------------------------------------- running the models
 
 
 def read_models(
@@ -145,12 +143,12 @@ def read_models(
     sites: Sites,
     reading: Reading,
 ) -> dict[str, int]:
-    """Runs every model over all windows, only as deep as its highest site.
+    """Writes every missing shard; returns counts of the rows and tokens read for them.
 
-    Writes every shard that is not there yet; returns how many rows and tokens were read.
+    Models run only as deep as their highest site.
 
     Raises:
-      UserError: the disk cannot take the store, or shards there are of other text.
+      UserError: the disk cannot take the store, or its shards are of other text.
     """
     directory.mkdir(parents=True, exist_ok=True)
     numbers = sum(len(sites.stored(name)) * lm.config.d_model for name, lm in lms.items())
@@ -185,7 +183,6 @@ def read_models(
 
 
 def _stamp(directory: Path, i: int) -> Path:
-    """The file that says a shard is finished, and of what text."""
     return directory / "shards" / f"{i:05d}.json"
 
 
@@ -204,9 +201,6 @@ def _read_shard(runner: Runner, sites, reading: Reading, m: int, i: int) -> list
     return out
 
 
-# ---------------------------------------------------------------- rows that are left out
-
-
 def masked(
     settings: ExtractConfig,
     directory: Path,
@@ -216,18 +210,15 @@ def masked(
     shards: int,
     documents: Sequence[str],
 ) -> tuple[np.ndarray, dict]:
-    """Returns (bool [n]: which rows of a directory of shards are kept, counts of the others).
+    """Returns (keep, bool [n], of the rows in a directory of shards; counts of the others).
 
-    Left out are rows that hold NaN or infinity, and outliers: those of a norm far above the median
-    of the training rows that are finite. Attention sinks have such norms, tens of times the
-    others'. Counts are of rows, outliers first, and of rows by model and site.
-
-    Args:
-      documents: their names.
+    Dropped are rows with NaN or infinity, and outliers: a norm far above the median of the finite
+    training rows, as attention sinks have. Counts are of rows, outliers first, and of rows by
+    model and site.
 
     Raises:
-      UserError: a row is not finite and ``extract.nonfinite`` says refuse (it is named), or no
-        training row is finite.
+      UserError: a row is not finite and ``extract.nonfinite`` says refuse, or no training row is
+        finite.
     """
     n_train = int(np.searchsorted(rows.split, SPLITS.index("train"), side="right"))
     readers = dict.fromkeys(model for model, _ in sites.writes)

@@ -1,4 +1,4 @@
-"""Text positions that several tokenizers share: byte ends of tokens, pairs, windows, statistics."""
+"""Text positions that several tokenizers share: byte ends of tokens, pairs, windows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ENCODE_BATCH = 1024  # texts per call of a tokenizer: bounds the memory of its 
 
 
 class TokenEnds(NamedTuple):
-    """The tokens of one text, and where in the UTF-8 bytes of the NFC text each of them ends."""
+    """The tokens of a text, and the byte of its NFC UTF-8 form at which each one ends."""
 
     ids: np.ndarray  # int32 [n]
-    # int32 [n], non-decreasing; 0 for a token that only holds invented bytes. None where the tokens
-    # do not rebuild the text.
+    # int32 [n], non-decreasing; 0 for a token of invented bytes alone. None where the tokens do not
+    # rebuild the text.
     ends: np.ndarray | None
 
 
@@ -40,11 +40,8 @@ class Pairing(NamedTuple):
     coverage_b: float
 
 
-# ---------------------------------------------------------------- the bytes of tokens
-
-
 class _Reader(NamedTuple):
-    """A tokenizer's private copy, and the bytes of the text that each of its tokens stands for."""
+    """A private copy of a tokenizer, and the bytes of text that each token stands for."""
 
     backend: object  # tokenizers.Tokenizer, neither truncating nor padding
     pieces: tuple[bytes, ...]  # by token id
@@ -56,8 +53,8 @@ class _Reader(NamedTuple):
 def token_bytes(tokenizer) -> tuple[bytes, ...]:
     """Returns, by token id, the bytes of text that each token stands for.
 
-    Byte-level tokens through the GPT-2 byte alphabet; "▁" as a space and <0xNN> as one byte where
-    the tokenizer uses them so; added tokens and plain vocabularies as their UTF-8 text.
+    Byte-level tokens through the GPT-2 byte alphabet; "▁" as a space and <0xNN> as a byte where
+    the tokenizer uses them; other tokens as their UTF-8 text.
 
     Raises:
       UserError: `tokenizer` has no `tokenizers` backend.
@@ -79,7 +76,7 @@ def _reader(tokenizer) -> _Reader:
 
 @functools.lru_cache(maxsize=16)
 def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
-    """Reads a tokenizer's description; `vocab_size` renews the entry when tokens are added."""
+    """Reads a tokenizer's description; `vocab_size` renews the cache when tokens are added."""
     import tokenizers
 
     description = backend.to_str()
@@ -106,7 +103,7 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:
-    """Returns the function from a token of the vocabulary to the bytes that it stands for."""
+    """Returns the function from a vocabulary entry to its bytes."""
     steps, alphabet = list(_steps(spec, "normalizer", "pre_tokenizer", "decoder")), {}
     if any(step["type"] == "ByteLevel" for step in steps):
         # GPT-2's alphabet: printable bytes as themselves, the others above.
@@ -141,13 +138,10 @@ def _steps(spec: dict, *parts: str) -> Iterator[dict]:
                 yield from _steps({"inner": inner}, "inner")
 
 
-# ---------------------------------------------------------------- the ends of tokens
-
-
 def byte_ends(text: str, tokenizer) -> TokenEnds:
-    """Returns the tokens of the NFC of `text`, without BOS, and the byte at which each one ends.
+    """Returns the tokens of the NFC of `text`, without BOS, and their byte ends.
 
-    Ends may lie inside a character. A prefix that the tokenizer invents counts 0 bytes.
+    Ends may lie inside a character. An invented prefix counts 0 bytes.
 
     Raises:
       UserError: the tokenizer drops or changes characters of this text.
@@ -162,7 +156,7 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
 
 
 def normalize(text: str) -> str:
-    """Returns the NFC of `text`: what every tokenizer reads and every byte offset counts in."""
+    """Returns the NFC of `text`, which tokenizers read and byte offsets count in."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -188,9 +182,9 @@ def byte_ends_batch(texts: Sequence[str], tokenizer) -> list[TokenEnds]:
 
 
 def _invented_spaces(text: bytes, pieces: list[bytes], bounds: list[int]) -> list[int] | None:
-    """Returns the tokens whose first byte is an invented space, or None if that explains nothing.
+    """Returns the tokens whose first byte is an invented space; None if that explains nothing.
 
-    A space is invented at most before each run of ordinary tokens: at the start of the text and
+    At most one space is invented before each run of ordinary tokens: at the start of the text and
     after each added token (``bounds``).
     """
     invented, offset = [], 0
@@ -211,14 +205,14 @@ def _invented_spaces(text: bytes, pieces: list[bytes], bounds: list[int]) -> lis
     return invented if offset == len(text) else None
 
 
-# ---------------------------------------------------------------- pairs
+# Pairs
 
 
 def pair(text: str, tokenizer_a, tokenizer_b) -> Pairing:
-    """Returns the positions of `text` at which both tokenizers end a token.
+    """Returns the positions of the NFC of `text` at which both tokenizers end a token.
 
-    The text is NFC-normalised once, for both. The end of the text is a pair, and so is an end
-    inside a character; position 0 of either model is never part of a pair.
+    The end of the text is one, and so is an end inside a character; position 0 of either model
+    never is.
 
     Raises:
       UserError: a tokenizer drops or changes characters of this text.
@@ -231,9 +225,9 @@ def pair(text: str, tokenizer_a, tokenizer_b) -> Pairing:
 def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, PairingStatistics]:
     """Returns (byte_end [n], positions [n, models], counts) of the ends common to all models.
 
-    Of one text, from each model's token ends. A position is the last token at that end. Pairs that
-    hold position 0 of any model are left out: the first position attends to itself alone and has an
-    outlying norm.
+    ``ends`` are each model's token ends of one text. A position is the last token at that end.
+    Pairs with position 0 of any model are left out: it attends to itself alone and has an outlying
+    norm.
     """
     common = functools.reduce(np.intersect1d, ends[1:], np.unique(ends[0]))
     common = common[common > 0]
@@ -258,9 +252,9 @@ def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, Pairi
 
 @dataclass(frozen=True)
 class PairingStatistics:
-    """Counts of paired texts; those of several texts add up with `+`.
+    """Counts of paired texts, added with `+`; tuples have an entry per model.
 
-    A span is the text between two neighbouring common ends; tuples have an entry per model.
+    A span is the text between two neighbouring common ends.
     """
 
     texts: int
@@ -279,7 +273,7 @@ class PairingStatistics:
         return tuple(self.common / n if n else 1.0 for n in self.ends)
 
     def to_json(self, models: Sequence[str]) -> dict:
-        """Returns JSON values, the per-model ones by the given names."""
+        """Returns JSON values, per-model ones under the model's name."""
         bins = [str(n) for n in range(1, MAX_SPAN)] + [f"{MAX_SPAN}+"]
         return {
             "texts": self.texts,
@@ -298,7 +292,7 @@ class PairingStatistics:
         }
 
 
-# ---------------------------------------------------------------- windows
+# Windows
 
 _SPACE = re.compile(rb"(?<!\s)\s")  # where whitespace begins: windows are cut here if possible
 
@@ -312,7 +306,7 @@ class Window(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """All windows of some documents, in their order, and what had to be dropped."""
+    """All windows of some documents in order, and counts of what was dropped."""
 
     windows: tuple[Window, ...]
     not_rebuilt: tuple[int, ...]  # per model: windows whose tokens' bytes are not the text
@@ -328,10 +322,10 @@ class _Piece(NamedTuple):
 
 
 def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]) -> Windows:
-    """Returns consecutive windows of the NFC documents, each at most `limits` tokens per model.
+    """Returns consecutive windows of the NFC documents, at most `limits` tokens per model.
 
-    The text is cut first and then tokenized, at the start of whitespace where some is near, else
-    between characters. A window that a tokenizer does not rebuild is dropped and counted.
+    The text is cut first and then tokenized, at whitespace if some is near, else between
+    characters. A window that a tokenizer does not rebuild is dropped and counted.
     """
     if min(limits) < 2:
         raise UserError(
@@ -357,10 +351,10 @@ def windows(texts: Sequence[str], tokenizers: Sequence, *, limits: Sequence[int]
 
 
 def _cut_up(piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[_Piece]:
-    """Returns a piece in two parts or more that should fit, by the token ends of the piece.
+    """Returns a piece in two or more parts that should fit, by its token ends.
 
-    It is cut at or before where a model's tokens are too many: where whitespace begins, if that is
-    not too far back, else between two characters, and a character on at least.
+    Cut at or before where a model's tokens are too many: at nearby whitespace, else between two
+    characters, and a character on at least.
     """
     size, parts, start = len(piece.data), [], 0
     # Tokens that do not rebuild the text are taken to end at equal distances.
@@ -376,7 +370,7 @@ def _cut_up(piece: _Piece, tokens: Sequence[TokenEnds], *, limits) -> list[_Piec
         for of_model, limit in zip(ends, limits):
             first = int(np.searchsorted(of_model, start, side="right"))
             left = len(of_model) - first
-            # The last two windows share what is left equally, so that none is a mere remainder.
+            # The last two windows share the rest equally, so that none is a mere remainder.
             last = left if left <= limit else min(limit, (left + 1) // 2)
             stop = min(stop, int(of_model[first + last - 1]))
         stop = stop if start else min(stop, size - 1)  # the piece as it is does not fit

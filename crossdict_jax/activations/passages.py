@@ -1,4 +1,4 @@
-"""The text around rows of a store: the windows that a model reads, as tokens and as text."""
+"""The text around rows of a store, as tokens and as text."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ BEFORE, AFTER = 12, 4  # tokens of a context
 def select_passages(store: Store, model: str, *, documents: int, seed: int) -> Passages:
     """Returns the windows and kept rows of at most ``documents`` test documents.
 
-    Which documents is a function of the seed, the same for every model of the store.
+    For a seed the documents are the same for every model.
     """
     if documents < 1:
         raise UserError(f"intervention.documents={documents} must be at least 1.")
@@ -31,7 +31,7 @@ def select_passages(store: Store, model: str, *, documents: int, seed: int) -> P
 
 
 def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:
-    """Returns the windows that a model reads at row numbers [n] of the store, and where."""
+    """Returns the windows that a model reads at row numbers [n] of the store."""
     windows, window = np.unique(store.rows.window[rows], return_inverse=True)
     bos = store.has_bos(model)
     front = [] if bos is None else [bos]
@@ -49,9 +49,9 @@ def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:
 def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
     """Returns the passages with all of each span edited, back to the common end before it.
 
-    The tokens inside a span belong to one model alone; left as they are, they would let what was
-    there before shine through. They take what is put at the span's end. Common ends that were
-    dropped as outliers bound spans too, and a window's first token is never edited.
+    The tokens inside a span belong to one model alone; unedited, they would let the clean text
+    show. They take the replacement of the span's end. Ends dropped as outliers bound spans too; a
+    window's first token is never edited.
     """
     position = store.rows.position[:, store.models.index(model)]
     same = store.rows.window[1:] == store.rows.window[:-1]
@@ -63,7 +63,7 @@ def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
 
 
 def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
-    """Returns passages with spans from the common end before on, and up to the one behind."""
+    """Returns passages with spans from the common end before, up to the next one."""
     position = store.rows.position[:, store.models.index(model)].astype(np.int64)
     same = store.rows.window[1:] == store.rows.window[:-1]
     behind = position.copy()
@@ -73,7 +73,7 @@ def with_continuations(store: Store, model: str, passages: Passages) -> Passages
 
 
 def train_mean(store: Store, model: str, site: Site) -> np.ndarray:
-    """Returns the mean activation float32 [d_model] over the kept training rows."""
+    """Returns the mean activation, float32 [d_model], of the kept training rows."""
     x = store.read(model, site, store.select("train"))
     return np.mean(x, axis=0, dtype=np.float64).astype(np.float32)
 
@@ -87,23 +87,23 @@ class Contexts:
     pieces: Sequence[bytes]  # by token id, the bytes that a token of this model stands for
 
     def around(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the ids of the tokens before, at and after a row number."""
+        """Returns the token ids before, at and after a row."""
         tokens = self.store.window_tokens(self.model, self.store.rows.window[row])
         at = int(self.store.rows.position[row, self.store.models.index(self.model)])
         return tokens[max(0, at - BEFORE) : at], tokens[at : at + 1], tokens[at + 1 :][:AFTER]
 
     def snippet(self, row: int) -> dict[str, str]:
-        """Returns the text "before", the "token" and the text "after" a row number."""
+        """Returns the text "before", the "token" and the text "after" a row."""
         parts = (b"".join(self.pieces[i] for i in ids) for ids in self.around(row))
         names = ("before", "token", "after")
         return {name: part.decode(errors="replace") for name, part in zip(names, parts)}
 
     def text(self, row: int) -> bytes:
-        """Returns the bytes around a row number, its own token among them."""
+        """Returns the bytes around a row, its own token included."""
         return b"".join(self.pieces[i] for i in np.concatenate(self.around(row)))
 
     def first_tokens(self, text: bytes, row: int) -> list[int]:
-        """Returns the tokens around a row number in which the text begins."""
+        """Returns the tokens around a row in which ``text`` begins."""
         ids, context = np.concatenate(self.around(row)), self.text(row)
         ends = np.cumsum([len(self.pieces[i]) for i in ids])
         starts = [match.start() for match in re.finditer(b"(?=%b)" % re.escape(text), context)]

@@ -1,4 +1,4 @@
-"""What models will read and which positions become rows: known before any model runs."""
+"""The texts that models will read and the positions that become rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
 
 @dataclass(frozen=True)
 class Reading:
-    """What models read, and which of their positions are rows of the store."""
+    """The texts that models read, and the positions that are rows of the store."""
 
     text: str  # sha256 of the documents
     table: WindowTable
@@ -32,14 +32,14 @@ class Reading:
         return len(self.shard_starts) - 1
 
     def windows(self, shard: int) -> range:
-        """Returns the numbers of a shard's windows."""
+        """Returns the window numbers of a shard."""
         first = shard * SHARD_WINDOWS
         return range(first, min(first + SHARD_WINDOWS, len(self.table)))
 
 
 @dataclass(frozen=True)
 class Plan(Reading):
-    """All that is known before a model runs: what is read, and what was dropped."""
+    """What is read and what was dropped, known before any model runs."""
 
     documents: list[str]  # their names
     provenance: dict  # of the text
@@ -51,7 +51,7 @@ class Plan(Reading):
 def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> Plan:
     """Reads the text, cuts it into windows and pairs their positions.
 
-    Texts, rows and tokens lie in nameless files of ``directory``: memory does not grow with them.
+    All lie in nameless files of ``directory``, so memory does not grow with them.
 
     Raises:
       UserError: text that a model cannot read, or a split without a pair.

@@ -1,8 +1,9 @@
-"""The store: paired rows of bfloat16 activations on disk, with checksums and provenance."""
+"""The store: paired rows of bfloat16 activations on disk, with checksums."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from crossdict_jax.models import Site
 from crossdict_jax.workdir import read_json, write_json
 
 BLOCK = 2**14  # rows that are gone through at a time where there may be more than memory holds
+MEND = "delete the activations folder and run extract_activations again"
 End = tuple[str, Site]  # a model's folder name, and a site of it
 
 
@@ -29,7 +31,7 @@ class Sites:
 
     @classmethod
     def of_meta(cls, models: Mapping[str, dict]) -> Sites:
-        """Returns what ``to_meta`` said of every model of a store."""
+        """Inverse of ``to_meta``, for all models of a store."""
         writes = {}
         for name, about in models.items():
             for site in about["sites"]:
@@ -51,7 +53,7 @@ class Sites:
 
 @dataclass(frozen=True)
 class Rows:
-    """One entry per paired text position; train rows come first, then validation, then test.
+    """An entry per paired text position: train rows, then validation, then test.
 
     Memory maps where they may be longer than memory.
     """
@@ -68,7 +70,7 @@ class Rows:
         return len(self.document)
 
     def kept(self) -> dict[str, int]:
-        """Returns how many rows of each split are kept."""
+        """Returns the number of kept rows per split."""
         counts = np.zeros(len(SPLITS), int)
         for at in range(0, len(self), BLOCK):
             split, keep = self.split[at : at + BLOCK], self.keep[at : at + BLOCK]
@@ -78,7 +80,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class WindowTable:
-    """The windows of text that the models read, as their tokens."""
+    """The windows of text that the models read, as tokens."""
 
     document: np.ndarray  # int32 [windows]
     offsets: tuple[np.ndarray, ...]  # per model int64 [windows + 1], into ids
@@ -88,16 +90,16 @@ class WindowTable:
         return len(self.document)
 
     def tokens(self, model: int, window: int) -> np.ndarray:
-        """Returns the token ids [tokens] of one window for the model of that index."""
+        """Returns the token ids of a window for the model of that index."""
         start, stop = self.offsets[model][window : window + 2]
         return self.ids[model][start:stop]
 
 
 class Column:
-    """An array that grows in a nameless file, gone with the process however that ends."""
+    """An array that grows in a nameless file, which is gone with the process however that ends."""
 
     def __init__(self, directory: Path, dtype, *, width: int | None = None):
-        """``directory`` takes the file; ``width`` is the length of an entry that is an array."""
+        """``width`` is the length of an entry that is an array."""
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
         self._dtype, self._shape = np.dtype(dtype), () if width is None else (width,)
         self._length = 0
@@ -106,12 +108,12 @@ class Column:
         return self._length
 
     def append(self, array: np.ndarray) -> None:
-        """Adds entries at the end, turned into the column's type."""
+        """Adds entries at the end, cast to the column's dtype."""
         self._file.write(np.asarray(array).astype(self._dtype).tobytes())
         self._length += len(array)
 
     def array(self) -> np.ndarray:
-        """Returns all entries as a memory map, which may be written to."""
+        """Returns all entries as a writable memory map."""
         shape = self._length, *self._shape
         if not self._length:  # an empty file cannot be mapped
             return np.empty(shape, self._dtype)
@@ -136,15 +138,15 @@ class Store:
     _verified: set = field(default_factory=set, repr=False)
 
     def select(self, split: str) -> np.ndarray:
-        """Returns the numbers int64 [m] of the kept rows of a split."""
+        """Returns the row numbers int64 [m] of a split, kept rows alone."""
         return np.flatnonzero((self.rows.split == SPLITS.index(split)) & self.rows.keep)
 
     def window_tokens(self, model: str, window: int) -> np.ndarray:
-        """Returns the token ids int32 [tokens] of one window, without a BOS."""
+        """Returns the token ids int32 [tokens] of a window, without a BOS."""
         return self.table.tokens(self.models.index(model), window)
 
     def has_bos(self, model: str) -> int | None:
-        """Returns the id that is put in front of every window of this model, or None."""
+        """Returns the id in front of every window of this model, or None."""
         return self.meta["models"][model]["bos"]
 
     def sites_of(self, model: str) -> tuple[Site, ...]:
@@ -152,7 +154,7 @@ class Store:
         return tuple(site for name, site in self.ends.writes if name == model)
 
     def output_of(self, model: str, site: Site) -> End:
-        """Returns the model and site that dictionaries of a site write: of most, the same."""
+        """Returns the (model, site) that dictionaries of a site write; mostly the same."""
         return self.ends.writes[model, site]
 
     @property
@@ -168,13 +170,12 @@ class Store:
         return self.rows.token[rows, self.models.index(model)]
 
     def read(self, model: str, site: Site, rows: np.ndarray) -> np.ndarray:
-        """Returns bfloat16 activations [m, d_model] of the given row numbers, in their order.
+        """Returns bfloat16 activations [m, d_model] of these row numbers, in their order.
 
-        A shard's checksum is verified when it is first touched.
+        A shard's checksum is verified when it is first read.
 
         Raises:
-          UserError: a shard is missing, truncated or altered (it is named), or the store has no
-            such model or site.
+          UserError: a shard is missing, truncated or altered, or there is no such model or site.
         """
         if site not in self.ends.stored(model):
             sites = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
@@ -203,6 +204,11 @@ def shard_name(model: str, site: str, shard: int) -> str:
     return f"{model}/{site}/shard-{shard:05d}.npy"
 
 
+def seal(meta: dict) -> str:
+    """Returns the sha256 of what meta.json says."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def digest(path: Path) -> str:
     """Returns the sha256 of a file."""
     with path.open("rb") as file:
@@ -210,24 +216,21 @@ def digest(path: Path) -> str:
 
 
 def check_file(path: Path, expected: str) -> None:
-    """Raises UserError if the file is not the one whose sha256 was ``expected``."""
-    mend = "delete the activations folder and run extract_activations again"
+    """Raises UserError if the sha256 of the file is not ``expected``."""
     if not path.exists():
-        raise UserError(f"{path} is missing; {mend}.")
+        raise UserError(f"{path} is missing; {MEND}.")
     if digest(path) != expected:
-        raise UserError(f"{path} is altered or cut short (checksum mismatch); {mend}.")
+        raise UserError(f"{path} is altered or cut short (checksum mismatch); {MEND}.")
 
 
 def open_store(directory: Path) -> Store:
-    """Returns the finished store in ``directory``.
-
-    Raises:
-      UserError: it is missing, unfinished or damaged.
-    """
+    """Returns the finished store in ``directory``; UserError if missing, unfinished or damaged."""
     directory = Path(directory)
     if not (directory / "meta.json").exists():
         raise UserError(f"{directory} holds no finished store; run extract_activations first.")
     meta = read_json(directory / "meta.json")
+    if (sealed := meta.pop("seal", None)) and sealed != seal(meta):
+        raise UserError(f"{directory / 'meta.json'} is altered (checksum mismatch); {MEND}.")
     index = {name for name in meta["checksums"] if "/" not in name}  # shards: when they are read
     for name in sorted(index | {"rows-document.npy"}):
         check_file(directory / name, meta["checksums"].get(name, ""))
@@ -263,7 +266,7 @@ def save_index(directory: Path, rows: Rows, table: WindowTable) -> dict[str, str
 
 
 def save_shard(directory: Path, name: str, x: np.ndarray) -> dict[str, str]:
-    """Writes bfloat16 rows [n, d_model] as the shard of that name; returns {name: sha256}."""
+    """Writes bfloat16 rows [n, d_model] as a shard; returns {name: sha256}."""
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, x.view(np.uint16))
@@ -281,7 +284,7 @@ def write_store(
 ) -> Store:
     """Writes rows that no language model has read as a finished store, and opens it.
 
-    Every document is one window, and the name of a model is its path.
+    Every document is one window; a model's name is its path.
 
     Args:
       activations: {model: [n, d_model]}; bfloat16 is kept.

@@ -1,4 +1,4 @@
-"""Documents: read from docstrings, files or the hub, NFC-normalised, cut, and split by hash."""
+"""Documents: read, NFC-normalised, cut, and split by hash."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Document:
-    """One text (NFC, cut to the configured size) and the split that its hash puts it in."""
+    """A text (NFC, cut to ``max_bytes``) and its split."""
 
     name: str  # where it came from: a dotted module, a file, a file and row
     text: str
@@ -31,8 +31,8 @@ class Document:
 class Corpus(Sequence[Document]):
     """All documents of a run: train, validation, test, each in the order of the source.
 
-    They lie in a nameless file of ``directory`` (None: where temporary files lie), which is gone
-    with the process however that ends. ``provenance`` says how they came about, as JSON values.
+    They lie in a nameless file of ``directory`` (None: the folder of temporary files), which is
+    gone with the process however that ends. ``provenance`` holds JSON values.
     """
 
     def __init__(self, directory: Path | None = None):
@@ -45,11 +45,11 @@ class Corpus(Sequence[Document]):
         self._file.write(json.dumps([document.name, document.text]).encode() + b"\n")
 
     def counts(self) -> dict[str, int]:
-        """Returns how many documents each split has."""
+        """Returns the number of documents per split."""
         return {split: len(starts) for split, starts in self._starts.items()}
 
     def split(self, name: str) -> tuple[Document, ...]:
-        """Returns the documents of one split."""
+        """Returns the documents of a split."""
         return tuple(d for d in self if d.split == name)
 
     def __len__(self) -> int:
@@ -67,12 +67,12 @@ class Corpus(Sequence[Document]):
 def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     """Returns the first `text.documents` documents of `text.source`, cut and split.
 
-    They lie in `directory` (see ``Corpus``). Blank documents and duplicates are skipped and
-    counted. The split is drawn from the dotted module name (docstrings) or the whole NFC text (all
-    else): it depends neither on `max_bytes` nor on what else is read.
+    Blank documents and duplicates are skipped and counted. The split is drawn from the dotted
+    module name (docstrings) or the whole NFC text (all else): neither `max_bytes` nor the other
+    documents change it.
 
     Raises:
-      UserError: a bad setting, an unreadable source, or a split left without a document.
+      UserError: a bad setting, an unreadable source, or a split without a document.
     """
     counts, seen, details, corpus = Counter(), set(), {}, Corpus(directory)
     for name, raw, key in _open_source(text, details):
@@ -119,7 +119,7 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
 
 
 def split_of(key: str, text: TextConfig) -> str:
-    """Returns the split of a document: a pure function of sha256(key) and the two fractions."""
+    """Returns the split of a document, from sha256(key) and the two fractions alone."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     if share < text.test_fraction:
         return "test"
@@ -129,7 +129,7 @@ def split_of(key: str, text: TextConfig) -> str:
 def cut(text: str, *, max_bytes: int) -> str:
     """Returns the longest head of `text` within `max_bytes` UTF-8 bytes.
 
-    Ends at a character, and before the last whitespace when that costs less than half.
+    Ends at a character, and before the last whitespace if that costs less than half.
     """
     encoded = text.encode()
     if len(encoded) <= max_bytes:
@@ -141,13 +141,13 @@ def cut(text: str, *, max_bytes: int) -> str:
     return head[:last] if 2 * last >= len(head) else head
 
 
-# ---------------------------------------------------------------- sources
+# Sources
 
 
 def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, text, what the split is drawn from: "" for the NFC text) of raw documents.
+    """Yields (name, text, key of its split: "" for the NFC text) of raw documents.
 
-    What the source says of itself is put into ``details``.
+    Fills ``details`` with the source's provenance.
     """
     path = Path(text.source).expanduser()
     if text.source == "docstrings":  # a document for each module; its name decides on its split
@@ -204,10 +204,10 @@ def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
-    """Yields (number of the line, "FILE line N", its object) of a file of JSON lines.
+    """Yields (line number, "FILE line N", object) of a file of JSON lines.
 
     Raises:
-      UserError: a line is not UTF-8, or not a JSON object; it is named.
+      UserError: a line is not UTF-8 or not a JSON object.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -227,7 +227,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
 
 
 def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]:
-    """Yields (number of the row, "FILE row N", {column: value})."""
+    """Yields (row number, "FILE row N", {column: value})."""
     import pyarrow
     import pyarrow.parquet
 
@@ -243,7 +243,7 @@ def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]
 
 
 def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, text, "") of hf:NAME[:CONFIG[:SPLIT[:COLUMN]]] in their order, streamed."""
+    """Yields (name, text, "") of hf:NAME[:CONFIG[:SPLIT[:COLUMN]]], streamed in order."""
     import datasets
 
     source = text.source
@@ -267,7 +267,7 @@ def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _decode(data: bytes, *, where: str) -> str:
-    """Returns the text of bytes; a byte order mark at their start is none of it."""
+    """Returns the text of bytes, without a byte order mark at their start."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""The untrained control: every model with its weights drawn anew, read at the rows of a run."""
+"""The untrained control: every model with redrawn weights, read at the rows of a run."""
 
 import os
 from dataclasses import replace
@@ -19,11 +19,11 @@ KEYS = ("document", "window", "byte_end", "split", "keep")  # what a row is, in 
 
 
 def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
-    """Returns the store in ``work.controls`` of the run's models and of them re-initialised.
+    """Returns the store in ``work.controls``: the run's models and their re-initialised ones.
 
-    A re-initialised model has its model's shape and tokenizer and reads the same windows and rows,
-    norm outliers of the trained models included. The trained models' shards stay where they are.
-    Killed and run again, it goes on with the first shard that is not there.
+    A re-initialised model reads the same windows and rows, norm outliers of the trained models
+    included. The trained models' shards stay where they are. Interrupted, it goes on with the
+    first missing shard.
 
     Raises:
       UserError: a model has changed, the stores do not agree, or the disk has no room.
@@ -61,15 +61,15 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
 
 
 def untrained_names(store: Store) -> list[str]:
-    """Returns what the re-initialised model of each model is called."""
+    """Returns the names of the re-initialised models."""
     names = [f"{name}-untrained" for name in store.models]
     return model_names([*store.models, *names])[len(store.models) :]
 
 
 def untrained_sites(config: Config, store: Store) -> Sites:
-    """Returns what dictionaries of re-initialised models read and write.
+    """Returns the sites that dictionaries of re-initialised models read and write.
 
-    As their models' do, in the re-initialised model where that is the model itself.
+    A dictionary that writes its own model writes the re-initialised one; other outputs stay.
     """
     names, writes = untrained_names(store), {}
     for name, model, layers in zip(names, store.models, controlled_layers(config)):
@@ -80,14 +80,10 @@ def untrained_sites(config: Config, store: Store) -> Sites:
 
 
 def draw_again(lm: LanguageModel, seed: int, number: int) -> LanguageModel:
-    """Returns a model of the same shape whose parameters are all drawn anew.
+    """Returns a model of the same shape with all parameters redrawn.
 
-    Matrices and embeddings are normal at the scales that the family starts from (GPT-2's); biases
-    and norms are where training starts them.
-
-    Args:
-      seed: of the run.
-      number: of the model in its run, so that equal models are drawn differently.
+    Matrices and embeddings are normal at the scales of GPT-2's start; biases and norms are where
+    training starts them. ``number`` is the model's in its run, so that equal models differ.
     """
     entropy = np.random.SeedSequence([seed, number, 0x756E])  # apart from seeds that users choose
     drawn = models.init(lm.config, seed=int(entropy.generate_state(1)[0]))
@@ -96,7 +92,7 @@ def draw_again(lm: LanguageModel, seed: int, number: int) -> LanguageModel:
 
 
 def open_controls(config: Config, work: Workdir, store: Store) -> Store:
-    """Returns the store that controls read: with re-initialised models where the run asks for them.
+    """Returns the store that controls read, with re-initialised models if the run asks for them.
 
     Raises:
       UserError: it is missing, damaged, or has other rows than ``store``.

@@ -1,1 +1,1 @@
-"""How fast and how good: the same rows and settings in turns, others in processes of their own."""
+"""How fast and how good: the same rows and settings in turns, others in their own processes."""

@@ -13,18 +13,18 @@ OURS = "ours"
 
 
 class Spent(NamedTuple):
-    """What one run took: seconds on the clock, and of all processor cores together."""
+    """Seconds of one run: on the clock, and of all processor cores together."""
 
     seconds: float
     cpu_seconds: float
 
 
-Run = Callable[[int], Any]  # does its work so many times, to the end; others say what it took
+Run = Callable[[int], Any]  # does its work so many times, to the end; others return their Spent
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One benchmark of a run: its empty folder, which of its sizes, and how many rounds."""
+    """One benchmark of a run: its empty folder, its suite, and the number of rounds."""
 
     name: str
     folder: Path
@@ -43,15 +43,15 @@ class Bench:
         reference: str = OURS,
         about: dict[str, dict] | None = None,
     ) -> list[dict[str, Any]]:
-        """Returns a result row per contender; all run once in each round, every second backwards.
+        """Returns a result row per contender; each runs once a round, every second round backwards.
 
         One run each goes before and does not count: it compiles. ``ratio`` is the median over
         rounds of the contender's seconds over those of ``reference`` (above 1: the reference is
-        faster), with its least and its greatest; ``cpu_ratio`` that of processor seconds, which
+        faster), with its least and greatest; ``cpu_ratio`` is the same of processor seconds, which
         other work disturbs less.
 
         Args:
-          amount: how much of ``unit`` one run of every contender does.
+          amount: how much of ``unit`` one run does.
           count: how often a run does its work.
           about: further columns of a contender.
         """
@@ -81,7 +81,7 @@ class Bench:
 
 
 def timed(run: Run, count: int) -> Spent:
-    """Returns what ``run(count)`` takes, or what it says that it took."""
+    """Returns what ``run(count)`` takes, or says that it took."""
     started, cpu_started = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(run(count))
     spent = Spent(time.perf_counter() - started, time.process_time() - cpu_started)

@@ -1,4 +1,4 @@
-"""Another library as a contender: a long-lived process of its own Python, told what to do."""
+"""Another library as a contender: a long-lived process of its own Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crossdict_jax.errors import UserError
 
 FOLDER = Path(__file__).with_name("peers")
 BASELINE = "baseline"  # another checkout of this project, in this Python
-VARIABLES = {  # library: the environment variable that names a Python which has it, or the checkout
+VARIABLES = {  # library: the environment variable with its Python, or the checkout
     "sae-lens": "CROSSDICT_SAELENS_PYTHON",
     "sparsify": "CROSSDICT_SPARSIFY_PYTHON",
     "dictionary_learning": "CROSSDICT_DICTIONARY_LEARNING_PYTHON",
@@ -28,7 +28,7 @@ VARIABLES = {  # library: the environment variable that names a Python which has
 
 
 class Peer:
-    """A file of ``peers`` in a process of its own; a context manager.
+    """A file of ``peers`` in its own process; a context manager.
 
     Raises:
       UserError: the interpreter cannot be run, or the library fails (its last line is given).
@@ -68,11 +68,11 @@ class Peer:
         self._errors.close()
 
     def make(self, **settings) -> dict[str, Any]:
-        """Sets the peer up anew; returns what it says of itself, its version among it."""
+        """Sets the peer up anew; returns what it says of itself, such as its version."""
         return self._ask({"make": settings})
 
     def run(self, count: int) -> Spent:
-        """Lets the peer do so many of what it does; returns what that took."""
+        """Lets the peer work ``count`` times; returns what that took."""
         return Spent(**self._ask({"run": count}))
 
     def _ask(self, request: dict) -> dict:
@@ -121,8 +121,8 @@ def contest(
 ) -> list[dict[str, Any]]:
     """Returns the rows of a workload of ours beside the peers that can do the same.
 
-    ``ours`` are the settings of a name in ``workloads``, and those of the baseline; peers that
-    ``theirs`` has no settings for are left out.
+    ``ours`` are the settings of a name in ``workloads``, also used for the baseline; peers without
+    settings in ``theirs`` are left out.
     """
     contenders = {OURS: getattr(workloads, workload)(bench.folder, **ours).run}
     about, settings = {}, {BASELINE: {"workload": workload} | ours} | theirs

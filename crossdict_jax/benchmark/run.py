@@ -1,4 +1,4 @@
-"""Takes the measurements that are asked for, one file each, and writes them down as they come."""
+"""Takes measurements, one file each, and writes them down as they come."""
 
 import importlib
 import os
@@ -27,11 +27,11 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
     """Measures anew what ``config.benchmarks`` names, and returns what benchmark.json then holds.
 
     A measurement is a file of ``measurements`` with ``SIZES`` by suite and ``benchmark(bench)``,
-    which yields rows. benchmark.json and .md are written after every row; a measurement that fails
-    does not stop the others.
+    which yields rows. benchmark.json and .md are written after every row; one that fails does not
+    stop the others.
 
     Raises:
-      UserError: a measurement has no sizes for the suite; or at the end, if any has failed.
+      UserError: a measurement has no sizes for the suite; or, at the end, one has failed.
     """
     # Contenders in other processes need room on the device too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -72,11 +72,11 @@ def _write(work: Workdir, outcome: dict[str, Any]) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Returns the device, the host, how busy it is, versions, and the commit of this code."""
+    """Returns the device, the host, its load, versions, and the commit of this code."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    # The commit is marked if files differ from it, and None outside git.
+    # Marked if files differ from the commit; None outside git.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return device_figures() | {

@@ -1,7 +1,7 @@
 """Dictionaries of ours and of SAELens, trained on the same rows of a run and measured by one code.
 
-Equal: training rows, batch, steps, width, active features a row. Theirs are trained at our usual
-learning rate, at that of a TopK of the width and at their default; the best of them counts.
+Equal: rows, batch, steps, width, active features a row. Theirs are trained at our usual learning
+rate, at that of a TopK of the width and at their default; the best of them counts.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 FILE, THEIR_RATE = "saelens.py", 3e-4  # of peers; the default of SAETrainerConfig
 ARCHITECTURES = ("relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu")  # that both have
-# Where L0 follows from a penalty: shares of the usual coefficient. Close together, for a chord of
-# the curve lies above it: by up to 0.01 in FVU where values double.
+# Of the usual coefficient, where L0 follows from a penalty. Close together: a chord lies above the
+# curve, by up to 0.01 in FVU where values double.
 SHARES = (0.17, 0.24, 0.33, 0.47, 0.67, 0.95, 1.33)
 
 
 def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
-    """Writes benchmark_saelens.jsonl: a row per model, architecture, library and setting.
+    """Writes benchmark_saelens.jsonl and returns it: rows by model, architecture, library, setting.
 
     Every model at its middle site, on the test rows. ``fvu_at_k`` is the FVU at ``sae.k`` active
-    features, interpolated in log L0 where a penalty decides L0; null if the penalties tried do not
-    bracket it. Killed and run again, it goes on. Returns the rows.
+    features, interpolated in log L0 where a penalty decides L0; null where the tried penalties do
+    not bracket it. A killed run goes on.
 
     Raises:
       UserError: no interpreter with SAELens is named, or its training failed.
@@ -76,7 +76,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[st
 
 
 def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Path, dict]]:
-    """Trains theirs in one process of its own; what it saved is read as any of its folders."""
+    """Trains theirs in one process; what it saved is read as any of its folders."""
     folder.mkdir(parents=True, exist_ok=True)
     order = epoch_order(0, start=0, count=sae.steps * sae.batch_size, n=len(rows))
     np.save(folder / "rows.npy", rows.astype(np.float32))

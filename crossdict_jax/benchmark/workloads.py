@@ -1,7 +1,7 @@
-"""The work that is timed, as the stages do it: steps of trainings, and reading a language model.
+"""The work that is timed, as the stages do it: training steps, and reading a language model.
 
-Each makes its work ready in a folder; ``run(count)`` does it so often. Another checkout of this
-project is asked for the same by name (``peers/checkout.py``).
+Each is prepared in a folder; ``run(count)`` repeats it. ``peers/checkout.py`` asks another checkout
+for the same by name.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from crossdict_jax.training.loop import MAX_CHUNK, Chunks, initial
 MODEL, SITE = "made-up", Site(0)
 DIRECTIONS, SHARE, NOISE = 512, 0.05, 0.1  # of made-up rows: how many, how often active, noise
 PART = 2**14  # rows that are made at a time
-LONG = 1_000_000  # steps of the schedules: none is at its end while it is timed
+LONG = 1_000_000  # steps of the schedules: none ends while it is timed
 BATCHES = 8  # of training rows of a map
 
 
@@ -40,7 +40,7 @@ class Training:
         self._done = 0
 
     def run(self, count: int) -> None:
-        """Takes so many steps."""
+        """Takes ``count`` steps."""
         self.state, metrics = self._chunks(self.state, self._done, count)
         self._done += count
         jax.block_until_ready((self.state, metrics))
@@ -62,7 +62,7 @@ def dictionary_steps(
 def map_steps(
     folder: Path, *, d_model: int, width: int, k: int, hidden: int, batch_size: int, seed: int
 ) -> Training:
-    """Returns the training of an ``mlp`` map between made-up rows with a random dictionary each."""
+    """Returns the training of an ``mlp`` map between made-up rows with random dictionaries."""
     n, sides = BATCHES * batch_size, []
     for key in (seed, seed + 1):
         dictionary = build("topk", d_model=d_model, width=width, k=k, key=jax.random.key(key))
@@ -71,7 +71,7 @@ def map_steps(
     pairs = Pairs(*sides, np.zeros(n, np.int32))
     config = MapConfig(hidden=hidden, dropout=0.1, batch_size=batch_size, steps=LONG)
     ensemble, _ = prepare_maps(MLP, [Problem("made-up", pairs, pairs)], config, seed=0)
-    ensemble.objective.validate_every = LONG  # validation is between the steps that are timed
+    ensemble.objective.validate_every = LONG  # validation is not timed
     return Training(ensemble)
 
 
@@ -86,17 +86,14 @@ class Extraction:
         self._windows = np.split(file["tokens"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
 
     def run(self, count: int) -> None:
-        """Reads all windows so many times."""
+        """Reads all windows ``count`` times."""
         for _ in range(count):
             for _ in self._runner.stream(self._windows, self._sites):
                 pass
 
 
-# ---------------------------------------------------------------- made-up rows
-
-
 def made_up_rows(n: int, d_model: int, *, seed: int) -> np.ndarray:
-    """Returns bfloat16 rows [n, d_model]: each a sparse sum of about 26 of 512 directions."""
+    """Returns bfloat16 rows [n, d_model]: sparse sums of about 26 of 512 directions."""
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(DIRECTIONS, d_model)).astype(np.float32) / d_model**0.5
     parts = []

@@ -1,4 +1,4 @@
-"""Causal tests: does what was predicted from one model do its work in the other?"""
+"""Causal tests: does what was predicted from one model work in the other?"""
 
 from crossdict_jax.causal.feature_transfer import transfer_features
 from crossdict_jax.causal.stitching import intervene

@@ -1,4 +1,4 @@
-"""What maps make of single features of A: directions in B's activations; and their matches."""
+"""Directions in B's activations that maps make of single features of A; and their matches."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import Map, Side, encode_rows, map_class, padded, slices
 from crossdict_jax.models import Site
 
-ROWS_EACH = 32  # at which a feature fires, that its mapped direction is the mean over
+ROWS_EACH = 32  # rows of a feature that its mapped direction is the mean over
 BLOCK = 1024  # rows per forward
 
 
@@ -48,7 +48,7 @@ def map_groups(
     Args:
       layers: "middle" | "all", of the layer pairs of every two models.
       kinds: "all", or kinds of maps among those of the run.
-      of_tokens: whether maps that read tokens alone are among them; these map no direction.
+      of_tokens: include maps that read tokens alone; these map no direction.
     """
     by_models: dict[tuple, dict[tuple, MapGroup]] = {}
     for task in maps.tasks(config, store):
@@ -66,7 +66,7 @@ def map_groups(
 
 
 def strengths(dictionary: Dictionary, x: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Returns the activations of some features on rows x [n, d_model], float32 [n, features]."""
+    """Returns these features' activations on rows x [n, d_model], float32 [n, features]."""
     parts = [encode_rows(dictionary, x[block])[:, features] for block in slices(len(x))]
     return np.concatenate([np.zeros((0, len(features)), np.float32), *parts])
 
@@ -74,17 +74,17 @@ def strengths(dictionary: Dictionary, x: np.ndarray, features: np.ndarray) -> np
 def mapped_directions(
     m: Map, source: Side, features: np.ndarray, strength: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """Returns what a map makes of features of A, float32 [features, d_b] per unit of activation.
+    """Returns features of A mapped to B, float32 [features, d_b] per unit of activation.
 
-    The mean, over rows of A's side at which a feature fires (strength [n, features]), of what the
-    map predicts less what it predicts without it, in B's activations: d W of an affine map and a
-    direction d. Zero where a feature does not fire, and for maps of tokens alone.
+    The mean, over rows at which a feature fires (strength [n, features]), of the map's prediction
+    less that without the feature: d W of an affine map and a direction d. Zero where a feature
+    does not fire, and for maps of tokens alone.
     """
 
     firing = (np.flatnonzero(column > 0) for column in strength.T)
     rows = [stats.generator(seed).permutation(r)[:ROWS_EACH] for r in firing]
     directions = decoder_rows(source.dictionary, features)
-    index = np.repeat(np.arange(len(features)), list(map(len, rows)))  # which feature a row is for
+    index = np.repeat(np.arange(len(features)), list(map(len, rows)))  # the feature of each row
     row = np.concatenate(rows)
     by = strength[row, index]
     graphs, params = zip(*map(modules.split, (m, source.dictionary)))
@@ -101,7 +101,6 @@ def mapped_directions(
 
 @partial(jax.jit, static_argnums=0)
 def _contribution(graphs, params, x, tokens, added, feature) -> jax.Array:
-    """What the map predicts less what it predicts without a feature, [batch, d_b]."""
     m, source = map(modules.merge, graphs, params)
     x = x.astype(jnp.float32)
     if m.predicts_activation and m.reads == "activations":
@@ -120,9 +119,9 @@ def _contribution(graphs, params, x, tokens, added, feature) -> jax.Array:
 def best_matches(
     codes: Iterable[np.ndarray], strength: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (B's feature that correlates best with each of A's, the correlation), [features].
+    """Returns each A feature's best-correlated B feature and the correlation, each [features].
 
-    A's features are strength [n, features], B's come in blocks of rows [m, width_b].
+    strength is A's [n, features]; codes are B's, in blocks of rows [m, width_b].
     """
     n, start, cross, total, square = len(strength), 0, 0.0, 0.0, 0.0
     centered = strength.astype(np.float64)

@@ -1,8 +1,5 @@
-"""Feature transfer: does one model's feature, mapped into the other, do the same there?
-
-A feature of A is added to A where it fires: the tokens that become likelier are what it promotes.
-Its mapped direction is added to B at the same positions: do B's tokens of the same text become
-likelier, more than under other directions of the same norm?
+"""Feature transfer: a feature of A is added to A where it fires, its mapped direction to B at the
+same positions. Do the tokens that A promotes get likelier in B, beyond controls of equal norm?
 """
 
 import json
@@ -20,19 +17,19 @@ from crossdict_jax.models import Site
 from crossdict_jax.models.run import Held, Passages, Runner
 from crossdict_jax.stats import Resamples, columns
 
-MATCH = "match"  # in place of a map: B's own feature that correlates best with A's
+MATCH = "match"  # B's own feature that correlates best with A's
 PROMOTED = 10  # tokens that a feature makes likelier; the tail of the list is noise
 RANDOM_DIRECTIONS = 16  # a feature, of equal norm; p-values pool those of all features
-OTHER_FEATURES = 16  # whose mapped directions are controls, as many as there are random ones
+OTHER_FEATURES = 16  # their mapped directions are controls, as many as random ones
 LEAST_OTHERS = 3  # fewer have no spread
 ABLATED_CONTROLS = 4  # of the other features: one correlation each, averaged
-KL_BUDGET = 0.1  # nats a token, at which effects are compared too: an edit that leaves most text be
+KL_BUDGET = 0.1  # nats a token, at which effects are compared too; it leaves most text as it is
 LONGEST_SPAN = 8  # tokens between two common ends that are edited, or scored as a continuation
 FAMILIES = ("random", "shuffled")  # of controls: random directions, other features' directions
 
 
 class NothingToTest(UserError):
-    """Two dictionaries or texts are too poor for a test of single features."""
+    """Dictionaries or texts are too poor for a test of single features."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,12 @@ class ModelAtSite:
 
     @cached_property
     def texts(self) -> np.ndarray:
-        """The activations of all texts, float32 [texts, seq, d_model]."""
+        """Activations of all texts, float32 [texts, seq, d_model]."""
         return self.runner.read(self.passages.tokens, [self.site])[self.site]
 
     @property
     def x(self) -> np.ndarray:
-        """The activations at the positions, float32 [n, d_model]."""
+        """Activations at the positions, float32 [n, d_model]."""
         return self.texts[self.passages.window, self.passages.position]
 
     @cached_property
@@ -64,10 +61,10 @@ class ModelAtSite:
 
 @dataclass(frozen=True)
 class Directions:
-    """What a map, or the match, makes of A's features in B."""
+    """A's features in B, by a map or the match."""
 
     vectors: np.ndarray  # float32 [features, d_b], per unit of A's activation
-    strength: np.ndarray | None = None  # float32 [n, features] B's activations, of the match alone
+    strength: np.ndarray | None = None  # float32 [n, features], B's activations; match only
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,13 @@ class Experiment:
     """Features of A, their directions in B, and the n paired positions at which they are tested."""
 
     source: ModelAtSite  # A
-    target: ModelAtSite  # B; position i of both is one position of the text
+    target: ModelAtSite  # B; position i is the same in the text
     documents: np.ndarray  # int [n]
     features: Sequence[int]  # of A, tested ones first; the others only lend their directions
     tested: int
-    strength: np.ndarray  # float32 [n, features], A's activations: 0 where one does not fire
+    strength: np.ndarray  # float32 [n, features], A's activations
     directions: np.ndarray  # float32 [features, d_a], what a feature adds to A per unit
-    mapped: Mapping[str, Directions]  # by each map, and by the match
+    mapped: Mapping[str, Directions]  # by map, and by the match
     translation: Translation
 
 
@@ -94,11 +91,10 @@ def transfer(
     """Returns (a row per tested feature and direction, a summary row per direction).
 
     Args:
-      part: (feature, what makes its record) -> the record; may give one that was kept.
+      part: (feature, function that makes its record) -> the record, perhaps a kept one.
 
     Raises:
-      NothingToTest: too few other features lend their directions, or no promoted token exists in
-        the target's vocabulary.
+      NothingToTest: too few other features, or no promoted token is in the target's vocabulary.
     """
     others = len(experiment.features) - 1
     if others < LEAST_OTHERS:
@@ -116,9 +112,6 @@ def transfer(
             "test other features."
         )
     return conclude(records, config)
-
-
-# ---------------------------------------------------------------- one feature
 
 
 def measure(e: Experiment, config: Config, i: int) -> dict:
@@ -141,7 +134,7 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     promoted = promoted_tokens(held[0], dose, words.has_text)
     in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
-    # The same other features for every direction of this one, whatever else is drawn.
+    # The same other features for every direction, whatever else is drawn.
     others = np.delete(np.arange(len(e.features)), i)
     others = stats.generator(config.seed + 1, feature).permutation(others)[:OTHER_FEATURES]
     directions: dict[str, dict] = {}
@@ -213,7 +206,7 @@ def _effects(
 def _removals(
     e: Experiment, i: int, rows, held: list[Held], draws: Resamples, others
 ) -> dict[str, dict[str, float | None]]:
-    """{direction: how its removal from B goes together with the feature's removal from A}.
+    """{direction: correlation of the effects of its removal from B and the feature's from A}.
 
     Pearson's r, over positions, of the changes of log p of each position's continuation.
     """
@@ -226,7 +219,7 @@ def _removals(
     removed = held[0].continuations(e.directions[[i]], -strength[None])[0]
     vectors, by = np.concatenate(vectors), np.concatenate(by)
     changes = held[1].continuations(vectors, by)
-    # Only where the text goes on in both models is there a continuation to be scored.
+    # A continuation exists where the text goes on in both models.
     at = [side.passages.take(rows) for side in (e.source, e.target)]
     scored = np.all([passages.end > passages.position for passages in at], axis=0)
     draws = replace(draws, index=draws.index[scored])
@@ -240,14 +233,11 @@ def _removals(
     return out
 
 
-# ---------------------------------------------------------------- over all features
-
-
 def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[dict]]:
     """Returns the rows and summaries of ``transfer`` from the features' records.
 
     A feature transfers where its direction beats both families of controls: its p is the larger of
-    the two p-values, and the false discovery rate over all features of the direction is at most
+    the two, and the false discovery rate over the direction's features is at most
     ``evaluation.fdr``. Intervals of summaries are over features.
     """
     all_rows, summaries, settings = [], [], config.evaluation
@@ -289,9 +279,6 @@ def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[
     return all_rows, summaries
 
 
-# ---------------------------------------------------------------- contexts, doses, tokens
-
-
 def choose_contexts(
     strength: np.ndarray, documents: np.ndarray, count: int, generator: np.random.Generator
 ) -> np.ndarray:
@@ -311,8 +298,8 @@ def dose_norms(
     """Returns the norms of what a dose of 1 adds to A and to B.
 
     Args:
-      norm: "residual" (the medians), "feature" (what the feature adds to A on average, in B at the
-        same share of the median) or "mapped" (in B what its mapped direction adds).
+      norm: "residual" (the medians), "feature" (the feature's mean norm in A, the same share of
+        the median in B) or "mapped" (in B the mapped direction's norm).
       medians: of the norms of A's and of B's activations.
       in_a, in_b: norms of what the feature, where it fires, and its mapped direction add.
     """
@@ -324,8 +311,8 @@ def dose_norms(
 def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
     """Returns the values of every direction at the dose that spends a KL budget, [directions, n].
 
-    kl, whose mean over n is spent, and values are [directions, doses, n]. The dose curve starts at
-    nothing and is straight between doses; one that spends less is taken at its largest dose.
+    kl (its mean over n is spent) and values are [directions, doses, n]. Doses are interpolated
+    linearly from 0; a direction that spends less is taken at its largest dose.
     """
     kl, values = (np.pad(a, ((0, 0), (1, 0), (0, 0))) for a in (kl, values))
     spent = kl.mean(-1)  # [directions, 1 + doses]
@@ -340,9 +327,9 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
 
 
 def promoted_tokens(held: Held, vector: np.ndarray, has_text: np.ndarray) -> dict[int, float]:
-    """Returns {token: nats} of the tokens with text whose log p a vector [d_model] raises most.
+    """Returns {token: nats} of the tokens whose log p a vector [d_model] raises most.
 
-    The mean over the positions; ``has_text`` is bool [vocabulary].
+    The mean over positions, of tokens with text; ``has_text`` is bool [vocabulary].
     """
     clean, edited = held.log_probs(vector[None])
     change = (edited - clean).mean(0, dtype=np.float64)
@@ -352,6 +339,6 @@ def promoted_tokens(held: Held, vector: np.ndarray, has_text: np.ndarray) -> dic
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
-    """Returns the rows at norm 1; a zero row stays, and does nothing."""
+    """Returns the rows at norm 1; a zero row stays zero."""
     norm = np.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / np.where(norm > 0, norm, 1.0)

@@ -1,4 +1,4 @@
-"""The stage that puts single features of one model into the other: feature_causal.jsonl."""
+"""The stage that adds single features of one model to the other: feature_causal.jsonl."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,16 +18,15 @@ from crossdict_jax.workdir import Workdir, say
 
 ROWS = "feature_causal.jsonl"
 SUMMARY = "feature_causal_summary.jsonl"
-LEAST_FIRINGS = 4  # positions of the text that is read, for a feature to be drawn
+LEAST_FIRINGS = 4  # positions in the text, for a feature to be drawn
 LEAST_DOCUMENTS = 2  # that hold them: fewer give no interval
 
 
 def transfer_features(config: Config, work: Workdir) -> None:
     """Writes feature_causal.jsonl, a row per tested feature and direction, and their summary.
 
-    Features of the source are drawn among those that fire (or named); what every map makes of them,
-    and their matches, are added to the target. Where there is nothing to test, as in a run of
-    transcoders, there are no rows, and a line says why.
+    Features of the source that fire are drawn (or named); their mapped directions and matches are
+    added to the target. Where there is nothing to test (as with transcoders) a line says why.
 
     Raises:
       UserError: a file of the run is missing or damaged; a named feature cannot be tested.
@@ -40,7 +39,7 @@ def transfer_features(config: Config, work: Workdir) -> None:
         return
     run, rows, summary = FinishedRun(config, work), [], []
     groups = directions.map_groups(config, run.store, layers=settings.layers, kinds=settings.maps)
-    if settings.feature_ids:  # they are the first model's
+    if settings.feature_ids:  # of the first model
         groups = [group for group in groups if group.source == run.store.models[0]]
     chosen_from = None
     if settings.choose == "matched":
@@ -79,7 +78,7 @@ def experiment_of(
 ) -> tuple[effects.Experiment, dict[int, dict]]:
     """Returns the experiment at one pair of sites, and {feature: the columns about its match}.
 
-    Raises NothingToTest where no feature fires often enough, UserError for a named feature.
+    NothingToTest where no feature fires often enough, UserError for a named feature.
     """
     a, b = group.ends
     features, tested = choose_features(run, group)
@@ -104,7 +103,7 @@ def experiment_of(
 
 
 def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.ndarray, int]:
-    """Returns (the features to test, then others that lend their directions; how many are tested).
+    """Returns (features to test, then others that lend their directions; how many are tested).
 
     All fire on training rows, and often enough in the test text.
     """

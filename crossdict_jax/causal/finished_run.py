@@ -1,4 +1,4 @@
-"""What questions to a finished run share: its models, tokenizers, dictionaries, rows and texts."""
+"""A finished run's models, tokenizers, dictionaries, rows and texts."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -7,18 +7,9 @@ from typing import Any
 import numpy as np
 
 from crossdict_jax import dictionaries, maps, models, stats
-from crossdict_jax.activations.passages import (
-    passages_of,
-    select_passages,
-    with_continuations,
-)
+from crossdict_jax.activations.passages import passages_of, select_passages, with_continuations
 from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.causal.directions import (
-    MapGroup,
-    best_matches,
-    mapped_directions,
-    strengths,
-)
+from crossdict_jax.causal.directions import MapGroup, best_matches, mapped_directions, strengths
 from crossdict_jax.causal.effects import ModelAtSite
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries import Dictionary
@@ -29,7 +20,7 @@ from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.stage import input_digests
 from crossdict_jax.workdir import Workdir
 
-SOME_ROWS = 20_000  # at most, for mapped directions and matches
+SOME_ROWS = 20_000  # for mapped directions and matches
 
 
 class FinishedRun:
@@ -80,7 +71,7 @@ class FinishedRun:
         return select_passages(self.store, model, documents=documents, seed=self.config.seed)
 
     def at_site(self, model: str, site: Site, rows: np.ndarray | None = None) -> ModelAtSite:
-        """Returns a model at a site, on the windows of rows of the store; on the test text else."""
+        """Returns a model at a site, on the windows of store rows (default: on the test text)."""
         if rows is not None:
             passages = passages_of(self.store, model, rows)
             passages = with_continuations(self.store, model, passages)
@@ -89,13 +80,13 @@ class FinishedRun:
         return self._once("at", model, site, make=lambda: self.at_site(model, site, rows))
 
     def side(self, model: str, site: Site, rows: np.ndarray | None = None) -> Side:
-        """Returns a model's side of some rows of the store; of the training rows by default."""
+        """Returns a model's side of store rows (default: training rows)."""
         rows = self.rows("train") if rows is None else rows
         x, tokens = self.store.read(model, site, rows), self.store.tokens(model, rows)
         return Side(x, tokens, self.dictionary(model, site))
 
     def codes(self, model: str, site: Site, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """Yields a model's features on some rows, or on the training rows, in blocks."""
+        """Yields a model's features on store rows (default: training rows), in blocks."""
         rows = self.rows("train") if rows is None else rows
         for block in slices(len(rows)):
             x = self.store.read(model, site, rows[block])
@@ -104,9 +95,9 @@ class FinishedRun:
     def map_features(
         self, group: MapGroup, features: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Returns ({kind of map: directions of A's features in B}, B's best matches, their r).
+        """Returns ({map kind: A's features in B, float32 [features, d_b]}, matches, their r).
 
-        Directions are float32 [features, d_b]; see ``mapped_directions`` and ``best_matches``.
+        See ``mapped_directions`` and ``best_matches``.
         """
         side, seed = self.side(*group.ends[0]), self.config.seed
         strength = strengths(side.dictionary, side.x, features)

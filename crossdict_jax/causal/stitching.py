@@ -18,15 +18,15 @@ from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir, say
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
-Bundle = tuple[Task, ...]  # of one kind of map and one direction, a task for every site of B
+Bundle = tuple[Task, ...]  # one kind of map and direction, a task for every site of B
 
 
 def intervene(config: Config, work: Workdir) -> None:
-    """Writes causal.jsonl: what becomes of B's next-token loss when a map's prediction is put in.
+    """Writes causal.jsonl: B's next-token loss when a map's prediction is put in.
 
-    At the paired positions of some test documents B's activation is replaced by the map's x_B, by
-    the decoding of the map's features, or by a control. Shuffled maps read shuffled rows here too.
-    Behind these rows stand those of all layer pairs together.
+    At the paired positions of test documents B's activation is replaced by the map's x_B, by the
+    decoding of its features, or by a control. Shuffled maps read shuffled rows here too. Rows of
+    all layer pairs together are last.
 
     Raises:
       UserError: a model, the store, a dictionary or a map is missing or damaged.
@@ -52,12 +52,11 @@ def intervene(config: Config, work: Workdir) -> None:
 def bundles_by_sites(
     tasks: list[Task], store: Store
 ) -> dict[str, dict[tuple[Site, ...], list[Bundle]]]:
-    """Returns {B: {its sites that are replaced in one pass: by what}}.
+    """Returns {B: {its sites that are replaced in one pass: bundles}}.
 
-    First every site alone; then, for every kind of map, all layer pairs of a direction that has
-    several, the first of those that lead into one site of B. In a residual stream a higher
-    replacement overwrites what a lower one made of the same position; that one acts through
-    attention alone.
+    First every site alone; then, by kind of map, all layer pairs of a direction with several (of
+    those into one site of B the first). In a residual stream a higher replacement overwrites what
+    a lower one made of the same position: that one acts through attention alone.
 
     Maps to a dictionary that writes another model are left out, and a line says so.
     """
@@ -90,7 +89,7 @@ def _forms(task: Task, store: Store) -> tuple[str, ...]:
 
 
 class Target:
-    """A model that is stitched into, the test text that it reads, and resamples of documents."""
+    """A target model, its test text, and resamples of documents."""
 
     def __init__(self, run: FinishedRun, name: str):
         self.run, self.name, self.passages = run, name, run.passages(name)
@@ -101,7 +100,7 @@ class Target:
         self.draws = stats.draw(documents, count=count, seed=seed)
 
     def edited(self, site: Site) -> Site:
-        """Returns where the dictionary of a site writes: another one for a transcoder."""
+        """Returns where a site's dictionary writes: another site for a transcoder."""
         return self.run.store.output_of(self.name, site)[1]
 
 
@@ -128,14 +127,14 @@ def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], pro
         by_source.setdefault(sources, []).append(bundle)
     for group in by_source.values():
         pairs: dict[tuple, Pairs] = {}
-        for task in group[0]:  # shuffled, A's rows are in a random order across documents
+        for task in group[0]:  # shuffled: in a random order across documents
             source = run.side(task.source, task.site_source, passages.rows)
             aligned = Pairs(source, sides[task.site_target], passages.document)
             order = stats.generator(run.config.seed).permutation(len(aligned))
             pairs[task.site_target, "aligned"] = aligned
             pairs[task.site_target, "shuffled"] = replace(aligned, source=source.take(order))
         effects: dict[tuple, Effect] = {}
-        # What lies in memory together: at one site all predictions, at several those of one kind.
+        # In memory together: at one site all predictions, at several those of one kind.
         kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
         for kind in dict.fromkeys(kinds):
             predicted: dict[tuple, dict[Site, np.ndarray]] = {}
@@ -167,7 +166,6 @@ def _row(
     bundle: Bundle = (),
     **about: str,
 ) -> dict[str, Any]:
-    """A row of causal.jsonl: of a control, or of a map's predictions."""
     task, draws = bundle[0] if bundle else None, target.draws
     losses = {"clean": references["clean"].ce, "baseline": references["zero"].ce}
     recovered = stats.loss_recovered(effect.ce, **losses, resamples=draws)

@@ -10,19 +10,19 @@ import numpy as np
 from crossdict_jax.activations import pairing
 from crossdict_jax.errors import UserError
 
-BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how a token of a single byte is spelled
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # the token of a single byte
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Takes tokens of A to tokens of B that stand for the same text, or for its beginning."""
+    """Maps tokens of A to tokens of B with the same text, or its beginning."""
 
-    pieces_a: tuple[bytes, ...]  # by token id, the bytes that it stands for
+    pieces_a: tuple[bytes, ...]  # bytes by token id
     pieces_b: tuple[bytes, ...]
-    special_a: frozenset[int] = frozenset()  # ids that stand for no text (BOS, padding ...)
+    special_a: frozenset[int] = frozenset()  # ids without text (BOS, padding ...)
     special_b: frozenset[int] = frozenset()
-    fallback_b: frozenset[int] = frozenset()  # of single bytes, written where no other token is it
-    first_token: Callable[[str], int | None] = lambda text: None  # B's first one of a text, if any
+    fallback_b: frozenset[int] = frozenset()  # single bytes, written where no other token fits
+    first_token: Callable[[str], int | None] = lambda text: None  # B's first token of a text
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:
@@ -32,14 +32,14 @@ class Translation:
 
     @cached_property
     def has_text(self) -> np.ndarray:
-        """bool [tokens of A]: which stand for text at all."""
+        """bool [tokens of A]: which stand for text."""
         return np.array([bool(p) and i not in self.special_a for i, p in enumerate(self.pieces_a)])
 
     def to_b(self, token: int) -> int | None:
         """Returns B's token for one of A's; None if no token of B begins as its text does.
 
-        The token of the same bytes; else B's first token when its tokenizer reads that text; for
-        bytes that are no text, the longest token they begin with.
+        The token of the same bytes; else the first that B's tokenizer reads in that text; for bytes
+        that are no text, the longest token they begin with.
         """
         if token >= len(self.pieces_a) or not self.has_text[token]:
             return None
@@ -58,7 +58,7 @@ class Translation:
     def weights_in_b(self, weights: dict[int, float], *, below: int) -> dict[int, float]:
         """Returns {token of B below ``below``: sum of the weights} for {token of A: weight}.
 
-        Tokens that begin alike in B share one there; those that B does not have are dropped.
+        Tokens without one in B are dropped.
         """
         in_b: dict[int, float] = {}
         for token, weight in weights.items():
@@ -68,7 +68,7 @@ class Translation:
         return in_b
 
     def text(self, side: str, token: int) -> str:
-        """Returns a token of side "a" or "b" as text; bytes that are none as \\xNN."""
+        """Returns a token of side "a" or "b" as text; bytes that are no text as \\xNN."""
         pieces = self.pieces_a if side == "a" else self.pieces_b
         return pieces[token].decode(errors="backslashreplace")
 

@@ -20,7 +20,7 @@ class Estimate:
     """What one run of a program, or one step of a training, takes of each device.
 
     Attributes:
-      memory: bytes at its peak; ``held`` are those of what it is given and what it returns.
+      memory: bytes at its peak; ``held``: those of arguments and results.
       flops, bytes: of matrix products, and through the memory.
       ms: by the roofline: {"compute", "memory", "operations" one after another, "network"}.
       sent: {kind of collective: bytes}.
@@ -40,19 +40,16 @@ class Estimate:
 
     @property
     def total_ms(self) -> float:
-        """The longest of what goes on at once, and then what is sent."""
-        return max((v for k, v in self.ms.items() if k != "network"), default=0) + self.network_ms
-
-    @property
-    def network_ms(self) -> float:
-        return self.ms.get("network", 0.0)
+        """The longest of the concurrent parts, plus the network."""
+        at_once = [value for name, value in self.ms.items() if name != "network"]
+        return max(at_once, default=0.0) + self.ms.get("network", 0.0)
 
     @property
     def bound(self) -> str:
-        """What takes the largest part of it; "operations" where none takes two fifths."""
+        """The largest part; "operations" where none takes two fifths."""
         parts = {k: v for k, v in self.ms.items() if k != "operations"}
-        largest = max(parts, key=parts.get, default="")
-        return largest if largest and parts[largest] > 0.4 * self.total_ms else "operations"
+        first = max(parts, key=parts.get, default="")
+        return first if parts.get(first, 0) > 0.4 * self.total_ms else "operations"
 
     @property
     def run_s(self) -> float:
@@ -61,9 +58,9 @@ class Estimate:
 
 
 def estimate(program: Program, machine: Machine) -> Estimate:
-    """Returns what a program takes of a machine, for which it is compiled.
+    """Returns what a program takes of the machine for which it is compiled.
 
-    Of one that the compiler finds too large only a part of its memory is known.
+    If the compiler finds it too large only a part of its memory is known.
     """
     began = time.perf_counter()
     try:
@@ -102,7 +99,7 @@ def estimate(program: Program, machine: Machine) -> Estimate:
 def largest(e: Estimate, machine: Machine) -> dict[str, int]:
     """Returns the largest power of two of each setting that fits: by proportion, not compiled.
 
-    With a batch grows what is neither given nor returned; with a width all but resident rows.
+    A batch scales temporaries; a width all but resident rows.
     """
     result = {}
     for name, value in e.program.changes.items():
@@ -113,7 +110,7 @@ def largest(e: Estimate, machine: Machine) -> dict[str, int]:
 
 
 def refuse_too_large(estimates: Sequence[Estimate], machine: Machine) -> None:
-    """Raises UserError with the settings that mend it where a program does not fit."""
+    """Raises UserError with the settings to lower where a program does not fit."""
     for e in estimates:
         if e.memory <= machine.device.memory:
             continue

@@ -24,7 +24,7 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Array(NamedTuple):
-    """An array of a program; ``near``: the compiler keeps it in the chip's own small memory."""
+    """An array of a program; ``near``: kept in the chip's own small memory."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,12 +32,12 @@ class Array(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Its bytes, wherever it lies."""
+        """Bytes, wherever it lies."""
         return math.prod(self.shape) * BYTES.get(self.dtype, 4)
 
     @property
     def bytes(self) -> int:
-        """Those of the device's memory."""
+        """Bytes in the device's memory."""
         return 0 if self.near else self.size
 
 
@@ -51,8 +51,9 @@ class Op(NamedTuple):
 
     def calls(self, *keys: str) -> list[str]:
         """Returns the computations named in attributes of these keys."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))", self.about)
-        names = (name for several, one in found for name in (several or one).split(","))
+        pattern = rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))"
+        lists = (several or single for several, single in re.findall(pattern, self.about))
+        names = (name for names in lists for name in names.split(","))
         return [name.strip().lstrip("%") for name in names]
 
 
@@ -60,7 +61,7 @@ Computation = dict[str, Op]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Returns ({name: computation}, the name of the one that the program begins with)."""
+    """Returns ({name: computation}, the name of the entry)."""
     computations, entry, current = {}, "", {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -94,8 +95,8 @@ def cost(text: str, machine: Machine, trips: int) -> Counter:
     """Returns what the program of this text costs one device.
 
     "flops" of matrix products, "bytes" through its memory; seconds "compute" of products and "busy"
-    of operations one after another; "waits", how often the host reads the condition of a loop or
-    branch; and by kind "sent KIND", bytes of collectives, and "host KIND", exchanges with the host.
+    of operations one after another; "waits", reads by the host of a loop's or branch's condition;
+    by kind "sent KIND", bytes of collectives, and "host KIND", exchanges with the host.
 
     Args:
       trips: of a loop whose number of turns is not in the program: a chunk's steps.
@@ -104,14 +105,14 @@ def cost(text: str, machine: Machine, trips: int) -> Counter:
     return _cost_of(entry, computations, machine, trips, {})
 
 
-def _cost_of(name: str, computations, machine: Machine, trips: int, known: dict) -> Counter:
+def _cost_of(name: str, computations, machine: Machine, trips: int, cache: dict) -> Counter:
     """The cost of a computation whose instructions run one after another."""
-    if name in known:
-        return known[name]
-    total = known[name] = Counter()
+    if name in cache:
+        return cache[name]
+    total = cache[name] = Counter()
 
     def add(called: str, times: float = 1.0) -> None:
-        inner = _cost_of(called, computations, machine, trips, known)
+        inner = _cost_of(called, computations, machine, trips, cache)
         total.update({key: value * times for key, value in inner.items()})
 
     for op in computations[name].values():
@@ -128,7 +129,7 @@ def _cost_of(name: str, computations, machine: Machine, trips: int, known: dict)
             total["waits"] += 0 if turns else trips
         elif kind == "conditional":
             branches = op.calls("branch_computations", "true_computation", "false_computation")
-            each = {b: _cost_of(b, computations, machine, trips, known) for b in branches}
+            each = {b: _cost_of(b, computations, machine, trips, cache) for b in branches}
             add(min(each, key=lambda branch: each[branch]["busy"]))
             total["waits"] += 1
         elif kind in ("call", "async"):
@@ -145,7 +146,7 @@ def _cost_of(name: str, computations, machine: Machine, trips: int, known: dict)
 
 
 def _turns(op: Op, condition: Computation) -> int:
-    """How often a loop turns; 0 where the program does not say so."""
+    """How often a loop turns; 0 if the program does not say."""
     if told := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.about):
         return int(told[1])
     limits = [re.match(r"\d+", o.about) for o in condition.values() if o.kind == "constant"]
@@ -184,7 +185,7 @@ def _cost_alone(op: Op, scope: Computation, computations, machine: Machine) -> C
 
 
 def _traffic(op: Op, scope: Computation, computations):
-    """Yields the bytes of what an instruction reads and writes; of slices only what is taken."""
+    """Yields the bytes that an instruction reads and writes; of slices only what is taken."""
     operands = [scope[name].arrays for name in op.operands if name in scope]
     if op.kind in ("copy-start", "slice-start"):  # both ends are named as results
         yield sum(min(a.size for a in op.arrays[:2]) for a in op.arrays[:2] if not a.near)

@@ -17,9 +17,9 @@ class Device:
       memory: what JAX takes of it.
       bfloat16, float32: operations of matrix products, float32 ones at full precision.
       bandwidth: of its memory.
-      network, outside: what leaves it in a ring of its own host or pod, or of several hosts.
-      launch: that any operation takes at least.
-      wait: that it stands still where the host reads the condition of a loop or branch.
+      network, outside: out of it, in a ring of its own host or pod, or of several hosts.
+      launch: least time of any operation.
+      wait: idle time where the host reads the condition of a loop or branch.
     """
 
     platform: str
@@ -54,7 +54,7 @@ DEVICES = {
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 DEEP = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
 GPUS = {n: f"1x{math.ceil(n / 8)}x{min(n, 8)}" for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
-# {number in the name: shape}; Google's v5p counts cores, of which two are one device.
+# {number in the name: shape}; Google's v5p counts cores, two per device.
 SHAPES = {"v5e": FLAT, "v5p": DEEP, "v6e": FLAT, "h100": GPUS, "cpu": {1: "1"}}
 H100 = """
 gpu_device_info {
@@ -83,24 +83,11 @@ INSTALL = {  # platform -> (modules, any of which has its compiler, and what ins
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices of a kind, as many as a name like v5e-8 says; UserError if there is none of it."""
+    """Devices of a kind, which need not be here."""
 
     name: str
-
-    def __post_init__(self):
-        kind, _, number = self.name.partition("-")
-        if number not in map(str, SHAPES.get(kind, ())):
-            known = ", ".join(f"{k}-{'|'.join(map(str, n))}" for k, n in SHAPES.items())
-            raise UserError(f"--machine={self.name} is none of {known}.")
-
-    @property
-    def device(self) -> Device:
-        return DEVICES[self.name.partition("-")[0]]
-
-    @property
-    def shape(self) -> str:
-        kind, _, number = self.name.partition("-")
-        return SHAPES[kind][int(number)]
+    device: Device
+    shape: str  # in which they are connected
 
     @property
     def count(self) -> int:
@@ -112,7 +99,7 @@ class Machine:
         return self.device.network if self.count <= self.device.per_host else self.device.outside
 
     def devices(self) -> list[Any]:
-        """Returns its devices, which need not be here; UserError without their compiler."""
+        """Returns its devices as JAX knows them; UserError if their compiler is not installed."""
         platform, (kind, *_) = self.device.platform, self.name.split("-")
         modules, install = INSTALL.get(platform, ((), ""))
         if modules and not any(map(importlib.util.find_spec, modules)):
@@ -127,3 +114,12 @@ class Machine:
         if platform == "cuda":
             options = {"topology_name": kind, "target_config": H100, "topology": self.shape}
         return list(topologies.get_topology_desc(platform=platform, **options).devices)
+
+
+def machine(name: str) -> Machine:
+    """Returns the machine of a name like v5e-8; UserError that says which there are."""
+    kind, _, number = name.partition("-")
+    if number not in map(str, SHAPES.get(kind, ())):
+        names = ", ".join(f"{k}-{'|'.join(map(str, sizes))}" for k, sizes in SHAPES.items())
+        raise UserError(f"--machine={name} is none of {names}.")
+    return Machine(name, DEVICES[kind], SHAPES[kind][int(number)])

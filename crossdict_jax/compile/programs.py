@@ -20,11 +20,16 @@ from crossdict_jax.config import Config, crosscoder_settings, unswept
 from crossdict_jax.dictionaries import Dictionary, base, crosscoder_training, train
 from crossdict_jax.dictionaries.start import start_of
 from crossdict_jax.evaluation.reconstruction import measure_batch
-from crossdict_jax.evaluation.retrieval import CHUNK, LARGEST_DEFAULT_POOL, at_least_as_similar
+from crossdict_jax.evaluation.retrieval import (
+    CHUNK,
+    LARGEST_DEFAULT_POOL,
+    at_least_as_similar,
+    similarities,
+)
 from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
 from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
-from crossdict_jax.maps.compact import Compact
+from crossdict_jax.maps.codes import Compact
 from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective
 from crossdict_jax.maps.network import NetworkMap
@@ -36,7 +41,7 @@ from crossdict_jax.training.mesh import all_devices, make_mesh, put, shard, to_b
 from crossdict_jax.workdir import model_names
 
 BYTES_PER_TOKEN = 4.5  # of English text, by the tokenizers of GPT-2 and Pythia
-DISTINCT = 30.0  # times the square root of a text's tokens: different ones among them
+DISTINCT = 30.0  # distinct tokens of a text, times the square root of its tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Program:
     Attributes:
       stage: the command that runs it.
       runs: how often it runs in the whole run.
-      changes: {setting: its value}, which take less memory if they are lower.
+      changes: {setting: its value} that take less memory if lowered.
       steps: training steps of each run; 0: it does not train.
       rows: bytes of rows that stay on a device, whatever these settings are.
     """
@@ -62,7 +67,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will hold, as far as settings and shapes say; see ``make_plan``."""
+    """What a run will hold, as far as settings and shapes say."""
 
     config: Config
     lms: dict[str, LanguageModel]  # shapes in place of arrays
@@ -73,7 +78,7 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """Returns the plan of a run: every token's end is taken to be paired, all windows to be full.
+    """Returns the plan of a run; all token ends are taken to be paired, all windows full.
 
     Raises:
       UserError: the shape of a model is not known, or it has no such layer.
@@ -103,7 +108,7 @@ def make_plan(config: Config) -> Plan:
 
 
 def programs(plan: Plan) -> Iterator[Program]:
-    """Yields every program of a run, in the order of its stages, for devices that are planned."""
+    """Yields every program of a run, in the order of its stages, for planned devices."""
     for stage in (extraction, dictionaries, crosscoders, trained_maps, scoring, stitching):
         yield from stage(plan)
 
@@ -113,15 +118,8 @@ def blank(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _key() -> jax.Array:
-    return jax.random.key(0)
-
-
-# ---------------------------------------------------------------- language models
-
-
 class Recorder(Runner):
-    """A runner of a model of the plan: lowers what it would dispatch, and answers with zeros."""
+    """A runner of a planned model: lowers what it would dispatch, and answers with zeros."""
 
     def __init__(self, plan: Plan, name: str, batch_size: int):
         lm = plan.lms[name]
@@ -161,15 +159,12 @@ def stitching(plan: Plan) -> Iterator[Program]:
         runner.splice(passages, sites[0], {"x": np.zeros(lm.config.d_model, np.float32)})
         kinds = [map_class(task.kind) for task in todo if task.target == name]
         edits = sum(1 + cls.predicts_activation for cls in kinds)
-        # The controls of each site: three when dictionaries are evaluated, three here.
+        # The controls of each site: three of dictionaries, three of stitching.
         times = {"clean": 2 * len(sites), "edited": edits + 6 * len(sites)}
         changes = {"intervention.batch_size": settings.batch_size}
         for part, lowered in runner.lowered.items():
             runs = times[part] * batches
             yield Program("intervene", f"{part} {name}", lowered, runs, changes)
-
-
-# ---------------------------------------------------------------- training
 
 
 def _training(
@@ -187,7 +182,7 @@ def _training(
     Args:
       fixed: of one member.
       settings: with ``steps`` and ``batch_size``.
-      share: how much as often it runs because controls are trained as well.
+      share: factor on its runs, because controls are trained as well.
       about: stage, name and changes of the program.
     """
     ensemble = make_ensemble(
@@ -202,10 +197,9 @@ def _training(
     )
 
     def init(fixed, root):
-        whole = dataclasses.replace(ensemble, fixed=fixed)
-        return whole.trainable(settings.steps).init(root)
+        return dataclasses.replace(ensemble, fixed=fixed).trainable(settings.steps).init(root)
 
-    root, held = jax.eval_shape(_key), ensemble.feed.resident
+    root, held = jax.eval_shape(jax.random.key, 0), ensemble.feed.resident
     state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
     one_step = ensemble.feed.indices(0, 1)
     sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
@@ -275,7 +269,7 @@ def crosscoders(plan: Plan) -> Iterator[Program]:
 
 
 def trained_maps(plan: Plan) -> Iterator[Program]:
-    """Yields the step of each kind of map that is a network, of all pairs of equal shapes.
+    """Yields the step of each kind of network map, of all pairs of equal shapes.
 
     Where dictionaries have no k, rows are read as activations, as where many features are active.
     """
@@ -284,18 +278,21 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(plan.config, store):
         if issubclass(map_class(task.kind), NetworkMap):
-            shape = store.d_model(task.source), store.d_model(task.target)
+            # Maps on codes train together, whatever their models' sizes.
+            codes = "k" in base.find(plan.config.sae.architecture).reads
+            shape = () if codes else (store.d_model(task.source), store.d_model(task.target))
             groups.setdefault((task.kind, *shape), []).append(task)
     for (kind, *_), members in groups.items():
         n, n_rows, (a, b) = len(members), plan.rows["train"], _ends(members[0])
-        objective, fixed = _map_objective(plan, kind, (a, b))
+        objective, fixed = _map_objective(plan, kind, (a, b), codes=codes)
         held_out = min(plan.rows["validation"], VALIDATION_ROWS)
         size = min(settings.batch_size, held_out)
         batches = held_out // size, size
         streams = {"tokens": Stream(blank((n, n_rows), np.int32), np.arange(n))}
         validation = {"tokens": blank((n, *batches), np.int32)}
-        for name, (model, _) in (("a", a), ("b", b)):
-            rows = _codes(plan, model, (len(store.sites_of(model)), n_rows))
+        for side, (name, (model, _)) in enumerate((("a", a), ("b", b))):
+            distinct = {_ends(task)[side] for task in members}
+            rows = _codes(plan, model, (len(distinct), n_rows))
             order = None if name == "a" else blank((n, n_rows), np.int32)
             streams[name] = Stream(rows, np.zeros(n, np.int64), order)
             validation[name] = _codes(plan, model, (n, *batches))
@@ -323,11 +320,10 @@ def _dictionary(plan: Plan, end: End) -> Dictionary:
     sae = unswept(plan.config.sae)
     d_model, d_out = train.sizes(plan.store, train.members(sae, [end])[0])
     shape = {"d_model": d_model, "d_out": d_out, "width": sae.width, "k": sae.k}
-    return base.build(sae.architecture, **shape, key=_key())
+    return base.build(sae.architecture, **shape, key=jax.random.key(0))
 
 
 def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
-    """What trained maps read of a model's rows: codes of k slots, or activations."""
     sae = unswept(plan.config.sae)
     if "k" not in base.find(sae.architecture).reads:
         return blank((*rows, plan.store.d_model(model)), ml_dtypes.bfloat16)
@@ -335,7 +331,9 @@ def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarra
     return Compact(blank(shape), blank(shape, np.int32), sae.width)
 
 
-def _map_objective(plan: Plan, kind: str, ends: tuple[End, End]) -> tuple[TransferObjective, dict]:
+def _map_objective(
+    plan: Plan, kind: str, ends: tuple[End, End], *, codes: bool = False
+) -> tuple[TransferObjective, dict]:
     """The objective of a kind of map, and the shapes of what is fixed for one member."""
     built, cls, settings = [], map_class(kind), plan.config.map
     vocabulary = plan.lms[ends[0][0]].config.vocab_size
@@ -345,15 +343,17 @@ def _map_objective(plan: Plan, kind: str, ends: tuple[End, End]) -> tuple[Transf
         a, b = (_dictionary(plan, end) for end in ends)
         values = cls.unmeasured(a.width, b.width, tokens)
         pairs = Pairs(*(Side(blank((1, 1)), np.zeros(1), d) for d in (a, b)), np.zeros(1))
-        built.append(TransferObjective(cls, Problem(kind, pairs, pairs), values, settings))
+        problem = Problem(kind, pairs, pairs)
+        built.append(TransferObjective(cls, problem, values, settings, codes=codes))
         params = {f"dictionary_{name}": modules.split(d)[1] for name, d in (("a", a), ("b", b))}
-        return params | {"id": jnp.uint32(0), "values": values, "variance": jnp.float32(1)}
+        return ({} if codes else params) | {
+            "id": jnp.uint32(0),
+            "values": values,
+            "variance": jnp.float32(1),
+        }
 
     fixed = jax.eval_shape(build)
     return built[0], fixed
-
-
-# ---------------------------------------------------------------- scoring
 
 
 def scoring(plan: Plan) -> Iterator[Program]:
@@ -370,27 +370,27 @@ def scoring(plan: Plan) -> Iterator[Program]:
             lowered = function.lower(*static, *put(arrays, shard(mesh)))
         return Program("evaluate", name, lowered, runs, changes)
 
-    def rows(d: int) -> np.ndarray:
-        return blank((size, d), ml_dtypes.bfloat16)
-
-    y = rows(d_out) if config.sae.output_site else None
+    bits = ml_dtypes.bfloat16
+    y = blank((size, d_out), bits) if config.sae.output_site else None
     runs = len(store.ends.writes) * (plan.rows["train"] + test) / size
-    arrays = params, rows(d_model), y, blank((d_out,)), blank((), np.int32)
+    arrays = params, blank((size, d_model), bits), y, blank((d_out,)), blank((), np.int32)
     yield program("measure a dictionary", measure_batch, runs, arrays, (graph,))
 
     kinds = [kind for kind in config.map.kinds if issubclass(map_class(kind), NetworkMap)]
     maps = len(todo) + len(control_tasks(config, store))
     for kind in kinds[:1]:
         objective, fixed = _map_objective(plan, kind, _ends(todo[0]))
-        trained = jax.eval_shape(lambda o=objective: o.init(_key(), {}))
+        trained = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), {}))
         params = fixed["values"] | trained | {"dictionary": fixed["dictionary_b"]}
-        x = rows(store.d_model(todo[0].source))
-        arrays = params, fixed["dictionary_a"], x, blank((size,), np.int32)
-        static = objective.graph, objective.source_graph, "__call__"
+        arrays = params, blank((size, width)), blank((size,), np.int32)
+        static = objective.graph, "__call__"
         runs = maps * (test + CONTEXT_ROWS) / size
         yield program(f"predict by {kind}", predict_batch, runs, arrays, static)
 
     pool = config.evaluation.pool or min(LARGEST_DEFAULT_POOL, test)
-    queries = blank((min(CHUNK, pool), width)), blank((min(CHUNK, pool),), np.int32)
-    arrays = *queries, blank((pool, width)), blank((pool,))
-    yield program("rank in a pool", at_least_as_similar, maps * pool / len(queries[0]), arrays)
+    chunk, entries = min(CHUNK, pool), blank((pool,))
+    index, runs = blank((chunk,), np.int32), maps * pool / chunk
+    arrays = blank((chunk, width)), blank((pool, width))
+    yield program("compare with a pool", similarities, runs, arrays)
+    arrays = blank((chunk, pool)), index, index, entries
+    yield program("rank in a pool", at_least_as_similar, runs, arrays)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from crossdict_jax.compile.estimate import Estimate, estimate, largest, refuse_too_large
-from crossdict_jax.compile.machines import Machine
+from crossdict_jax.compile.machines import Machine, machine
 from crossdict_jax.compile.programs import make_plan, programs
 from crossdict_jax.config import Config
 from crossdict_jax.report.tables import Table, number, show, table
@@ -24,33 +24,32 @@ def compile_run(config: Config) -> list[Estimate]:
     """Prints and returns what every program of a run takes of ``config.machine``.
 
     Raises:
-      UserError: there is no such machine, its compiler is not installed, the shape of a model is
-        not known, or a program does not fit (after everything has been printed).
+      UserError: the machine or the shape of a model is unknown, its compiler is not installed, or
+        a program does not fit (after everything has been printed).
     """
-    machine, plan, estimates = Machine(config.machine), make_plan(config), []
-    title = f"compile for {machine.name}"
+    target, plan, estimates = machine(config.machine), make_plan(config), []
     with (
-        planned(machine.devices(), int(machine.device.memory)),
-        progress_bar(desc=title, unit="program") as progress,
+        planned(target.devices(), int(target.device.memory)),
+        progress_bar(desc=f"compile for {target.name}", unit="program") as progress,
     ):
         for program in programs(plan):
             progress.set_postfix_str(program.name, refresh=True)
-            estimates.append(estimate(program, machine))
+            estimates.append(estimate(program, target))
             progress.update()
-    show([costs(estimates, machine), limits(estimates, machine)], 150)
+    show([costs(estimates, target), limits(estimates, target)])
     minutes, seconds = sum(e.run_s for e in estimates) / 60, sum(e.seconds for e in estimates)
     print(f"The run, of at most {number(plan.rows['train'])} training rows: about {minutes:.1f} "
           f"minutes on these devices (estimate). Compiled in {seconds:.0f} s.")  # fmt: skip
-    device = machine.device
+    device = target.device
     rates = {"products": device.bfloat16 / 1e12, "exact": device.float32 / 1e12}
-    rates |= {"memory": device.bandwidth / 1e9, "ring": machine.network / 1e9}
+    rates |= {"memory": device.bandwidth / 1e9, "ring": target.network / 1e9}
     print(ASSUMED.strip().format(**rates, launch=device.launch * 1e6))
-    refuse_too_large(estimates, machine)
+    refuse_too_large(estimates, target)
     return estimates
 
 
 def costs(estimates: Sequence[Estimate], machine: Machine) -> Table:
-    """Returns a row for each program: memory, work and time of one run of it, or of one step."""
+    """Returns a row per program: memory, work and time of one run or step."""
     rows = []
     for e in estimates:
         p, fits = e.program, e.memory <= machine.device.memory

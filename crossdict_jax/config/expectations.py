@@ -1,7 +1,6 @@
 """Published numbers, and how near a run comes to them.
 
-A file of configs/ that reproduces a paper has a ``get_expectations()`` beside its
-``get_config()``; with ``--expect=FILE`` a command compares after its work.
+A file of configs/ for a paper has a ``get_expectations()``, which ``--expect=FILE`` reads.
 """
 
 import statistics
@@ -14,15 +13,14 @@ from crossdict_jax.workdir import Workdir, read_jsonl
 
 @dataclass(frozen=True)
 class Expectation:
-    """One published number: where it stands in the results, and how near is near enough.
+    """One published number: its column in the results, and how near is near enough.
 
     Attributes:
       words: the number in words.
       file: of WORKDIR/results, JSON lines.
       key: the column; ``KEY - OTHER`` is a difference.
-      where: {column: value} that a row must have; the mean over all such rows is compared.
+      where: {column: value} of the rows, whose mean is compared.
       low, high: what is near enough, both included.
-      published: as it was published.
       source: paper and table.
     """
 

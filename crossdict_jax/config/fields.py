@@ -1,6 +1,6 @@
 """Every setting of every command: its default, its help text and its rule in one place."""
 
-# Annotations stay objects here (no postponed evaluation): parsing and checks read them as types.
+# Annotations stay objects (no postponed evaluation): parsing and checks read them as types.
 import dataclasses
 import math
 import re
@@ -33,15 +33,15 @@ from crossdict_jax.config.rules import (
 from crossdict_jax.errors import UserError
 from crossdict_jax.results import MAP_ORDER
 
-# A sweepable setting takes one number or a tuple of them; each value becomes ensemble members.
+# A sweepable setting: each value of a tuple becomes ensemble members.
 Number = float | tuple[float, ...]
 Count = int | tuple[int, ...]
 SWEPT = ("width", "k", "learning_rate", "l1_coefficient")  # of SAEConfig
 
 DEFAULT_MAPS = tuple(kind for kind in MAP_ORDER if kind not in ("token_target", "hypernetwork"))
 # ceiling: from a second dictionary of the target itself, the most that a map can reach.
-# untrained: to the target with all its weights drawn anew, what training has nothing to do with.
-# reseeded: trained maps that read features once more from another seed: are their weights stable?
+# untrained: to the target with all its weights redrawn.
+# reseeded: trained maps that read features, from another seed: are their weights stable?
 CONTROLS = ("ceiling", "untrained", "reseeded")
 Names, Ints, Numbers = tuple[str, ...], tuple[int, ...], tuple[float, ...]
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
@@ -112,6 +112,9 @@ class SAEConfig:
         (0.25, 0.5), "Nested widths of matryoshka, as shares", SHARE_OR_1
     )
     matmul_dtype: str = choice(MATMUL, *DTYPES)
+    products: str = choice(
+        "Sparse codes as matrices or as lists, which are faster on CPU", "auto", "dense", "lists"
+    )
 
     def check(self) -> None:
         swept = [name for name in SWEPT if isinstance(getattr(self, name), tuple)]
@@ -379,8 +382,7 @@ class BenchmarkConfig:
     seed: int = setting(0, "Random seed of made-up rows, texts and weights", SEED)
 
 
-# Settings of Config on which no file of a run depends but the answer to the question that they ask:
-# a finished run may be asked again with others.
+# Settings of Config that no other file of a run depends on: a finished run may change them.
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
 
 
@@ -390,12 +392,12 @@ def to_dict(config: Any) -> dict:
 
 
 def identity(config: Config) -> dict:
-    """Returns the settings that make a run the one that it is: all but those that are ``FREE``."""
+    """Returns the settings that identify a run: all but those in ``FREE``."""
     return {name: value for name, value in to_dict(config).items() if name not in FREE}
 
 
 def refuse_transcoders(config: Config, name: str) -> None:
-    """Raises UserError if dictionaries write another site than they read, which ``name`` needs."""
+    """Raises UserError for transcoders, which ``name`` cannot use."""
     if config.sae.output_site:
         raise UserError(
             f"{name} needs dictionaries that write the site that they read, and sae.output_site="
@@ -404,7 +406,7 @@ def refuse_transcoders(config: Config, name: str) -> None:
 
 
 def unswept(sae: SAEConfig) -> SAEConfig:
-    """Returns the settings with the first value of each that has several."""
+    """Returns the settings with the first value of each swept one."""
     values = {name: getattr(sae, name) for name in SWEPT}
     first = {name: v[0] if isinstance(v, tuple) else v for name, v in values.items()}
     return dataclasses.replace(sae, **first)
@@ -412,7 +414,7 @@ def unswept(sae: SAEConfig) -> SAEConfig:
 
 @dataclass(frozen=True)
 class JointSettings:
-    """How crosscoders are trained: their own settings, and those that dictionaries share."""
+    """The settings of crosscoders: their own, and those shared with dictionaries."""
 
     variant: str = "batchtopk"
     width: int = 4096
@@ -425,10 +427,11 @@ class JointSettings:
     batch_size: int = 1024
     dead_after_rows: int = 0
     matmul_dtype: str = "float32"
+    products: str = "auto"
 
 
 def crosscoder_settings(config: Config) -> JointSettings:
-    """Returns how a run's crosscoders are trained; 0 stands for the dictionaries' setting.
+    """Returns the settings of a run's crosscoders; 0 stands for the dictionaries' setting.
 
     Of a swept setting of the dictionaries the first value counts.
     """
@@ -464,7 +467,7 @@ def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
 
 
 def model_layers(config: Config) -> tuple[tuple[int, ...], ...]:
-    """Returns per model the layers that are read: ``layers``, or what ``layer_pairs`` names."""
+    """Returns per model the layers that are read: ``layers``, or those of ``layer_pairs``."""
     if not config.layer_pairs:
         return tuple(tuple(config.layers) for _ in config.models)
     return _layers_of(config, layer_pairs(config))

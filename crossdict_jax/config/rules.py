@@ -1,4 +1,4 @@
-"""What a setting may be: its rule and its help text, as metadata of the dataclass field."""
+"""Rules and help texts of settings, as metadata of the dataclass field."""
 
 import dataclasses
 import re
@@ -23,8 +23,8 @@ def setting(
 ) -> Any:
     """Returns a dataclass field that is a setting.
 
-    ``help`` is its line in ``--help``; the rule is of the value, or of each where several are
-    given. ``empty``, ``repeat``: whether a tuple may hold no value at all, or one twice.
+    A rule is of each value where several are given. ``empty``, ``repeat``: whether a tuple may hold
+    no value, or one twice.
     """
     metadata = {"help": help, "rule": rule, "empty": empty, "repeat": repeat}
     return dataclasses.field(default=default, metadata=metadata)
@@ -65,7 +65,7 @@ def optional(help: str, rule: Rule) -> Any:
 
 
 def files_of(folder: str) -> tuple[str, ...]:
-    """Returns the names of a family's members: the files of its folder in the package."""
+    """Returns the members of a family: the files of its folder in the package."""
     return tuple(sorted(file.stem for file in (ROOM / folder).glob("[!_]*.py")))
 
 
@@ -80,7 +80,7 @@ def map_kinds() -> tuple[str, ...]:
 
 
 def gate_files() -> dict[str, str]:
-    """Returns {G1: g01_identity, ...}: the gates in order, and the file that holds each."""
+    """Returns {G1: g01_identity, ...}: the gates in order, and their files."""
     files = [name for name in files_of("verify") if re.fullmatch(r"g[0-9][0-9]_.*", name)]
     return {f"G{int(name[1:3])}": name for name in files}
 

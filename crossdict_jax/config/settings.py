@@ -1,4 +1,4 @@
-"""Settings by dotted name: listed, read from text and JSON, and checked before anything starts."""
+"""Settings by dotted name: listed, read from text and JSON, and checked."""
 
 import dataclasses
 import difflib
@@ -32,7 +32,7 @@ WORDS = {  # type of a setting: (the type of one value, whether it may be severa
 
 
 def settings(kind: type) -> dict[str, dataclasses.Field]:
-    """Returns {dotted name: field} of every setting of a config class, as in ``sae.width``."""
+    """Returns {dotted name: field} of a config class, as in ``sae.width``."""
     listed = {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
@@ -44,20 +44,20 @@ def settings(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def get(config: Any, name: str) -> Any:
-    """Returns the value of the setting with a dotted name."""
+    """Returns the value of a setting."""
     for part in name.split("."):
         config = getattr(config, part)
     return config
 
 
 def put(config: Any, name: str, value: Any) -> None:
-    """Sets the setting with a dotted name."""
+    """Sets a setting."""
     group, _, last = name.rpartition(".")
     setattr(get(config, group) if group else config, last, value)
 
 
 def check_name(kind: type, name: str) -> None:
-    """Raises UserError, with the closest name and those beside it, if there is no such setting."""
+    """Raises UserError, with the closest name and its neighbours, if there is no such setting."""
     names = list(settings(kind))
     if name in names:
         return
@@ -74,10 +74,10 @@ def check_name(kind: type, name: str) -> None:
 
 
 def from_dict(kind: type, tree: dict) -> Any:
-    """Returns the config of class ``kind`` that ``to_dict`` turned into ``tree``; else defaults.
+    """Returns the config of class ``kind`` from ``to_dict``'s tree; missing settings are defaults.
 
     Raises:
-      UserError: the tree is no such tree, or holds a setting that ``kind`` has not.
+      UserError: it is no such tree, or holds a setting that ``kind`` has not.
     """
     if not isinstance(tree, dict):
         raise UserError(f"Settings must be a JSON object, not {type(tree).__name__}.")
@@ -89,7 +89,7 @@ def from_dict(kind: type, tree: dict) -> Any:
 
 
 def read(path: Path) -> Any:
-    """Returns the config that a config.json holds, of the class with most of its settings."""
+    """Returns the config in a config.json, of the class with most of its settings."""
     tree = read_json(path)
     names = set(tree) if isinstance(tree, dict) else set()
     kinds = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
@@ -126,15 +126,15 @@ def parse(kind: Any, text: str) -> Any:
 
 
 def spell(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
+    """Returns a value as written on the command line."""
     return ",".join(map(spell, value)) if isinstance(value, tuple) else str(value)
 
 
 def validate(config: Any) -> None:
-    """Raises UserError for the first setting that is of a wrong type or outside what it may be.
+    """Raises UserError for the first setting of a wrong type or value.
 
-    Only what can be said without reading text or models; nothing is imported for it. Of settings
-    that must fit each other, the ``check`` of their class knows.
+    Reads no text, models or modules; settings that must fit each other are checked by their class's
+    ``check``.
     """
     for name, field in settings(type(config)).items():
         value, (type_, may_be_several, words) = get(config, name), WORDS[field.type]

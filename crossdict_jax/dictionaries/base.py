@@ -1,4 +1,4 @@
-"""What every sparse dictionary is: encode, decode, a loss to train it, and how it is stored."""
+"""Sparse dictionaries: encode, decode, a loss, and how they are stored."""
 
 import importlib
 from pathlib import Path
@@ -22,17 +22,17 @@ THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower on
 class Dictionary(nnx.Module):
     """f = act((x s) W_enc + b_enc - (b_dec W_enc)),  x_hat = (f W_dec + b_dec) / s.
 
-    ``s`` is the activation scale: training sees rows of mean norm sqrt(d_model), callers always
-    speak raw activation units. An architecture defines ``act`` as ``activate(z)``, and its loss.
+    ``s`` brings rows to mean norm sqrt(d_model) in training; callers always use raw activation
+    units. An architecture defines ``act`` as ``activate(z)``, and its loss.
 
     With ``d_out`` it is a transcoder, which reads one site and predicts another:
     f = act((x s) W_enc + b_enc),  y_hat = (f W_dec + b_dec) / s_out  (Dunefsky et al. 2024, arXiv
-    2406.11944). b_dec lives in the space of y and is not taken from x: centring is left to b_enc.
+    2406.11944). b_dec lives in the space of y, so it is not subtracted from x: b_enc centres.
 
     Attributes:
       W_enc [d_model, width], b_enc [width], W_dec [width, d_out], b_dec [d_out], scale [].
-      d_out: size of the rows that are written; d_model where the same rows are read.
-      transcodes: whether what is written is not what is read (static).
+      d_out: size of the rows that are written.
+      transcodes: whether other rows are written than read (static).
       scale_out: [], of transcoders: the scale of what they write.
       k: active features a row, for architectures that fix it (static; else 0).
     """
@@ -63,7 +63,7 @@ class Dictionary(nnx.Module):
     def encoder(self) -> tuple[jax.Array, jax.Array]:
         """Returns W_enc [d_model, width] and the bias [width] of scaled rows.
 
-        b_dec is subtracted through the bias: the gradient then costs no product with the rows.
+        Subtracting b_dec through the bias saves a product with the rows in the gradient.
         """
         W_enc, bias = self.W_enc[...], self.b_enc[...]
         if not self.transcodes:
@@ -71,15 +71,12 @@ class Dictionary(nnx.Module):
         return W_enc, bias
 
     def pre_activations(self, u: jax.Array, dtype=None) -> jax.Array:
-        """Returns [batch, width] of scaled rows u [batch, d_model], before the nonlinearity."""
+        """Returns z [batch, width] of scaled rows u [batch, d_model]."""
         W_enc, bias = self.encoder()
         return matmul(u, W_enc, dtype) + bias[None, :]
 
     def activate(self, z: jax.Array) -> jax.Array:
-        """Returns features [batch, width] of pre-activations: relu(z) above a threshold, if any.
-
-        What is not a number stays.
-        """
+        """Returns features [batch, width]: relu(z) above a threshold, if any. NaN stays."""
         threshold = jnp.reshape(self.threshold[...], (1, -1)) if hasattr(self, "threshold") else 0.0
         return jnp.where(z <= threshold, 0.0, jax.nn.relu(z))
 
@@ -96,13 +93,12 @@ class Dictionary(nnx.Module):
         """Returns the reconstruction x_hat [batch, d_out] of x [batch, d_model]."""
         return self.decode(self.encode(x))
 
-    # ------------------------------------------------------------ training
+    # Training
 
     def scaled_pair(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Returns scaled rows: what is read [batch, d_model], and what is to be written.
+        """Returns scaled rows: read [batch, d_model], and to be written.
 
-        Args:
-          y: raw rows [batch, d_out] that a transcoder is to predict.
+        ``y`` are raw rows [batch, d_out] that a transcoder is to predict.
         """
         u = jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
         if y is None:
@@ -118,13 +114,13 @@ class Dictionary(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array], Code]:
         """Returns (loss to minimise, its parts, features [batch, width] or their code).
 
-        FVU + auxk * (residual FVU of k_aux dead features), where an architecture defines no other
-        (Gao et al. 2024, arXiv 2406.04093).
+        By default FVU + auxk * (residual FVU of k_aux dead features) (Gao et al. 2024, arXiv
+        2406.04093).
 
         Args:
           x: raw rows [batch, d_model].
           dead: bool [width], features that have been silent too long.
-          y: what belongs to the rows: see ``scaled_pair``.
+          y: see ``scaled_pair``.
           dtype: of the matmul inputs; sums stay float32.
         """
         u_in, u = self.scaled_pair(x, y)
@@ -138,13 +134,13 @@ class Dictionary(nnx.Module):
 
     @property
     def meta(self) -> dict:
-        """What a checkpoint must say to build it; UserError: it is none of ours."""
+        """A checkpoint's entries to build it again; UserError: it is none of our architectures."""
         sizes = {"d_model": self.d_model, "width": self.width, "k": self.k}
         d_out = self.d_out if self.transcodes else None
         return sizes | {"architecture": architecture_of(self), "d_out": d_out}
 
     def after_update(self, smallest: jax.Array) -> None:
-        """Imposes constraints on the parameters, and updates what is measured, not optimised.
+        """Imposes constraints on the parameters, and updates running statistics.
 
         ``smallest`` [] is the smallest active value of the batch; infinite without one.
         """
@@ -153,23 +149,23 @@ class Dictionary(nnx.Module):
 
 
 def decoder_rows(dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
-    """Returns what one unit of each feature [m] adds to what ``decode`` returns, [m, d_out]."""
+    """Returns each feature's [m] decoder row in raw units, [m, d_out]."""
     scale = dictionary.scale_out if dictionary.transcodes else dictionary.scale
     return np.asarray(dictionary.W_dec[...])[features] / np.asarray(scale[...])
 
 
 def unit_rows(W: jax.Array) -> jax.Array:
-    """Returns W [width, d_out] with every row at norm 1."""
+    """Returns W [width, d_out] with rows of norm 1."""
     return W / jnp.maximum(jnp.linalg.norm(W, axis=1, keepdims=True), 1e-8)
 
 
 class BatchSelected(Dictionary):
-    """What architectures share that choose features over the whole batch in training.
+    """An architecture that chooses features over the whole batch in training.
 
     At inference f = relu(z) 1[z > threshold].
 
     Attributes:
-      threshold: [], the running mean of the smallest value that a batch kept, from the first on.
+      threshold: [], the running mean of the smallest value that a batch kept.
     """
 
     measured = (*Dictionary.measured, "threshold")
@@ -183,7 +179,7 @@ class BatchSelected(Dictionary):
         in_parts = hyper is not None and hyper.threshold is not None
         n = self.k * (hyper.rows if in_parts else len(u))
         threshold = (lambda z: hyper.threshold) if in_parts else (lambda z: nth_largest(z, n))
-        return sparse_code(u, *self.encoder(), threshold, n, dtype)
+        return sparse_code(u, *self.encoder(), threshold, n, dtype, hyper and hyper.lists)
 
     def after_update(self, smallest: jax.Array) -> None:
         super().after_update(smallest)
@@ -204,12 +200,12 @@ def find(architecture: str) -> type[Dictionary]:
 
 
 def check_settings(sae: SAEConfig) -> None:
-    """Raises UserError for settings that the architecture does not read, or cannot fulfil."""
+    """Raises UserError for settings that the architecture does not read or cannot fulfil."""
     reads, usual = find(sae.architecture).reads, SAEConfig()
     widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
     for name in ("k", "l1_coefficient", "l0_target", "nested_fractions"):
         value = getattr(sae, name)
-        # Presets set k and l1_coefficient whatever the architecture is; nobody sweeps by accident.
+        # Presets set k and l1_coefficient for any architecture; a sweep is never by accident.
         asked = isinstance(value, tuple) if name in SWEPT else value != getattr(usual, name)
         if asked and name not in reads:
             able = ", ".join(a for a in architectures() if name in find(a).reads)
@@ -228,20 +224,16 @@ def check_settings(sae: SAEConfig) -> None:
 def build(
     architecture: str, *, d_model: int, width: int, k: int, key: jax.Array, d_out: int | None = None
 ) -> Dictionary:
-    """Returns a freshly initialised dictionary of the named architecture; see ``Dictionary``.
+    """Returns a freshly initialised dictionary; see ``Dictionary``.
 
-    The encoder of a transcoder (``d_out``) starts at zeros: what to put there, data must say.
+    The encoder of a transcoder (``d_out``) starts at zeros, to be set from data.
     """
     shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out}
     return find(architecture)(**shape, rngs=nnx.Rngs(params=key))
 
 
 def architecture_of(dictionary: Dictionary) -> str:
-    """Returns the name that ``find`` knows a dictionary's class by.
-
-    Raises:
-      UserError: it is none of ours, as some imported ones are.
-    """
+    """Returns the name of a dictionary's class for ``find``; UserError for imported kinds."""
     name = type(dictionary).__module__.rsplit(".", 1)[-1]
     if name not in architectures():
         raise UserError(
@@ -254,7 +246,7 @@ def architecture_of(dictionary: Dictionary) -> str:
 def from_arrays(
     kind: type[Dictionary], arrays: dict[str, np.ndarray], *, k: int = 0, transcodes: bool = False
 ) -> Dictionary:
-    """Returns the dictionary of a class with these parameters, which speak raw units."""
+    """Returns the dictionary of a class with these parameters, in raw units."""
     (d_model, width), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
     shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out if transcodes else None}
     graphdef, _ = modules.abstract(lambda: kind(**shape, rngs=nnx.Rngs(params=0)))
@@ -264,15 +256,15 @@ def from_arrays(
 
 
 def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> None:
-    """Writes a checkpoint that ``load`` reads: parameters, and what is needed to build."""
+    """Writes a checkpoint that ``load`` reads."""
     checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | dictionary.meta)
 
 
 def load(path: str | Path) -> Dictionary:
-    """Returns the dictionary in a checkpoint directory, parameters alone, on the first device.
+    """Returns the dictionary in a checkpoint directory, on the first device.
 
     Raises:
-      UserError: there is none, or a file of it is damaged (it is named).
+      UserError: there is none, or a file of it is damaged.
     """
     path = Path(path)
     if not path.is_dir():

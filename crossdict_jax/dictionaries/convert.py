@@ -17,14 +17,13 @@ HOOK = "blocks.{0.layer}.hook_{0.kind}"  # a site in TransformerLens terms
 def convert(config: ConvertConfig, work: Workdir) -> list[str]:
     """Writes ``config.source`` in ``config.format`` below ``work.dictionaries``.
 
-    Every format is read into the same dictionary of raw activation units first, so what is
-    written means exactly what was read.
+    All formats are read into the same dictionary of raw activation units first.
 
     Returns:
       The folders that were written, and last the address of the upload, if there was one.
 
     Raises:
-      UserError: the source is no run and no dictionary, or it has no such form.
+      UserError: the source is no run and no dictionary, or the format cannot hold it.
     """
     if config.push and config.format != "saelens":
         raise UserError(

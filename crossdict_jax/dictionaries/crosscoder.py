@@ -1,4 +1,4 @@
-"""Crosscoders: one sparse code of N models' activations, whatever their widths and tokenizers."""
+"""Crosscoders: one sparse code of the activations of N models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +22,20 @@ TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model ta
 class Crosscoder(BatchSelected):
     """f = act(N / |S| sum_{m in S} (s_m x_m - c_m) W_enc_m + b_enc), x_m = (f W_dec_m + b_m) / s_m.
 
-    S are the models that are given: a code can be computed from some of the N alone, and the factor
-    makes up for those that are missing. s_m brings every model to the same variance, that of the
-    mean d_model, so that decoder norms of models of unequal widths can be compared; c_m are the
-    training means. Callers speak raw units (Lindsey et al. 2024, "Sparse Crosscoders for
-    Cross-Layer Features and Model Diffing"). act keeps what is above both 0 and ``threshold``.
+    S are the models that are given, N / |S| makes up for the missing ones. s_m brings every model
+    to the same variance, the mean d_model, so that decoder norms can be compared; c_m are the
+    training means. Callers use raw units (Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer
+    Features and Model Diffing"). act keeps what is above both 0 and ``threshold``.
 
     Variant ``batchtopk`` trains as BatchTopK dictionaries do. A latent's decoder rows of all models
-    together have norm 1, so that a large f is a large share of what is reconstructed, whoever it
-    belongs to. Free of the shrinkage by which L1 invents latents that belong to one model (Minder
-    et al. 2025, arXiv 2504.02922).
+    together have norm 1, so a large f is a large share of the reconstruction. It is free of the
+    shrinkage by which L1 invents latents of one model (Minder et al. 2025, arXiv 2504.02922).
 
     Variant ``l1``: loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i sum_m ||W_dec_m,i||, as
     published; decoder rows are free, and ``threshold`` is 0.
 
     With ``shared_fraction`` below 1 the other latents are dedicated, equally many to each model:
-    their rows in every other model's encoder and decoder are zero and stay so.
+    their weights in every other model are zero and stay so.
 
     Attributes:
       W_enc [D, width], W_dec [width, D], b_dec [D], center [D]: all models' side by side, with
@@ -74,7 +72,7 @@ class Crosscoder(BatchSelected):
         return {name: getattr(self, name) for name in SHAPE} | {"crosscoder": self.variant}
 
     def part(self, model: int) -> slice:
-        """Returns where a model's dimensions lie among all D."""
+        """Returns the slice of a model's dimensions among all D."""
         start = sum(self.d_models[:model])
         return slice(start, start + self.d_models[model])
 
@@ -119,7 +117,7 @@ class Crosscoder(BatchSelected):
         return matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
 
     def between(self, source: int, target: int) -> dict[str, jax.Array]:
-        """Returns the way from one model to another, in raw units of both.
+        """Returns the weights from one model to another, in raw units of both.
 
         ``f = act(x W_enc + b_enc)``, ``x_hat = f W_dec + b_dec`` with W_enc [d_source, width] and
         W_dec [width, d_target]; act keeps what is above both 0 and ``threshold`` [].
@@ -135,11 +133,11 @@ class Crosscoder(BatchSelected):
         }
 
     def scaled_pair(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns what is seen of rows, centred and 0 of absent models, and u = s x: [batch, D].
+        """Returns centred rows, 0 for absent models, and u = s x: both [batch, D].
 
         Args:
           x: raw rows of all models side by side [batch, D].
-          y: bool [batch, N] or [1, N], the models that the code is computed from; one at least.
+          y: bool [batch, N] or [1, N], the given models, at least one.
         """
         sizes, fixed = np.asarray(self.d_models), jax.lax.stop_gradient
         u = jnp.asarray(x, jnp.float32) * jnp.repeat(fixed(self.scale[...]), sizes)[None, :]
@@ -147,7 +145,7 @@ class Crosscoder(BatchSelected):
         return (u - fixed(self.center[...])[None, :]) * jnp.repeat(share, sizes, axis=1), u
 
     def losses(self, x, *, hyper, dead, y=None, dtype=None):
-        """Returns what ``Dictionary.losses`` does; all models are to be reconstructed."""
+        """Returns as ``Dictionary.losses``; all models are reconstructed."""
         if self.variant == "batchtopk":
             return super().losses(x, hyper=hyper, dead=dead, y=y, dtype=dtype)
         seen, u = self.scaled_pair(x, y)
@@ -167,7 +165,7 @@ class Crosscoder(BatchSelected):
 
 
 def relative_norms(crosscoder: Crosscoder) -> np.ndarray:
-    """Returns [N, width]: each model's share of a latent's decoder norms; 0 of a latent without."""
+    """Returns [N, width]: each model's share of a latent's decoder norms; 0 without any."""
     norms = np.asarray(crosscoder.decoder_norms(), np.float64)
     return norms / np.maximum(norms.sum(axis=0, keepdims=True), 1e-12)
 
@@ -175,9 +173,8 @@ def relative_norms(crosscoder: Crosscoder) -> np.ndarray:
 def takes_part(crosscoder: Crosscoder) -> np.ndarray:
     """Returns bool [N, width]: the models that a latent belongs to.
 
-    A model takes part in a latent if its decoder norm is at least a quarter of the largest one; for
-    two models, a relative norm between 0.2 and 0.8. All take part: the latent is shared. One does:
-    it is exclusive to that one.
+    Those whose decoder norm is at least a quarter of the latent's largest; of two models, a
+    relative norm between 0.2 and 0.8. A latent of all models is shared, of one exclusive.
     """
     norms = np.asarray(crosscoder.decoder_norms())
     largest = norms.max(axis=0, keepdims=True)
@@ -185,10 +182,10 @@ def takes_part(crosscoder: Crosscoder) -> np.ndarray:
 
 
 def load(path: str | Path) -> Crosscoder:
-    """Returns the crosscoder in a checkpoint folder, which ``dictionaries.save`` wrote.
+    """Returns the crosscoder in a checkpoint folder.
 
     Raises:
-      UserError: there is none, or a file of it is damaged (it is named).
+      UserError: there is none, or a file of it is damaged.
     """
     path = Path(path)
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Trains crosscoders: of arrays, and of a run's paired rows, members of equal shape together."""
+"""Trains crosscoders on arrays or on a run's paired rows."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, JointSettings, SAEConfig, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.crosscoder import Crosscoder
-from crossdict_jax.dictionaries.train import SparseObjective
+from crossdict_jax.dictionaries.train import SparseObjective, with_products
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
@@ -29,10 +29,9 @@ CONTROLS = ("self", "rotated")  # the first model against itself, and against a 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What one crosscoder is trained on.
+    """The training rows of one crosscoder.
 
-    ``orders`` are those int [n] in which a model's rows stand beside the others'; None: as they
-    are. Random ones make shuffled pairs.
+    ``orders`` int [n] permute each model's rows (None: as they are), for shuffled pairs.
     """
 
     label: str  # names it in logs and errors
@@ -42,13 +41,13 @@ class Rows:
 
 
 class CrosscoderObjective(SparseObjective):
-    """Trains a crosscoder: a sparse code of all models' rows side by side, some models left out."""
+    """Trains a crosscoder on all models' rows side by side, some models left out at random."""
 
     def __init__(self, joint: JointSettings, d_models: Sequence[int]):
         self.joint, self.d_models = joint, tuple(d_models)
         shape = {"width": joint.width, "k": joint.k, "shared_fraction": joint.shared_fraction}
         build = functools.partial(Crosscoder, joint.variant, d_models=self.d_models, **shape)
-        names = ("steps", "batch_size", "dead_after_rows", "matmul_dtype")
+        names = ("steps", "batch_size", "dead_after_rows", "matmul_dtype", "products")
         settings = SAEConfig(**{name: getattr(joint, name) for name in names})
         super().__init__(lambda key: build(key=key), settings, k_aux=sum(d_models) // 2)
 
@@ -73,8 +72,8 @@ def fit_crosscoders(
 ) -> list[Crosscoder]:
     """Returns a trained crosscoder for each of ``rows``, in their order.
 
-    All of equal shapes are one ensemble in one compiled step, whose checkpoints and metrics
-    ``directory/N`` keeps: a killed run goes on and ends with the same bits.
+    Those of equal shapes are one ensemble, with checkpoints and metrics in ``directory/N``:
+    interrupted, it ends with the same bits.
 
     Raises:
       UserError: a batch is larger than the rows or does not divide over the devices, or a loss
@@ -91,18 +90,20 @@ def fit_crosscoders(
         groups.setdefault(tuple(view.shape for view in member.views), []).append(i)
     fitted: dict[int, Crosscoder] = {}
     for number, (shapes, indices) in enumerate(groups.items()):
-        ensemble = joint_ensemble([rows[i] for i in indices], joint)
+        folder, size = Path(directory) / str(number), joint.batch_size * joint.width
+        settings = with_products(joint, size=size, members=len(indices), directory=folder)
+        ensemble = joint_ensemble([rows[i] for i in indices], settings)
         sizes = "+".join(str(d_model) for _, d_model in shapes)
         trained = train(
             ensemble,
             steps=joint.steps,
             seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
-            directory=Path(directory) / str(number),
+            directory=folder,
             checkpoint_every=checkpoint_every,
             title=f"{len(indices)} crosscoders of {sizes}",
             meta={
                 "seeds": [rows[i].seed for i in indices],
-                "crosscoder": dataclasses.asdict(joint),
+                "settings": dataclasses.asdict(settings),
                 "rows": shapes,
             },
             records=records,
@@ -113,9 +114,9 @@ def fit_crosscoders(
 
 
 def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
-    """Returns the crosscoders of some rows, all of equal shapes, ready to be trained.
+    """Returns the ensemble of crosscoders of equal shapes.
 
-    Their scales give every model the mean d_model as its variance.
+    Scales give every model the mean d_model as its variance.
     """
     d_models = [view.shape[1] for view in members[0].views]
     scale, center, streams = [], [], {}
@@ -158,17 +159,14 @@ def moments(view: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def draw_present(key: jax.Array, batch: int, models: int, drop: float) -> jax.Array:
-    """Returns bool [batch, models]: a random one stays, each other is dropped with that chance."""
+    """Returns bool [batch, models]: one random model stays, others drop with chance ``drop``."""
     stays, others = jax.random.split(key)
     kept = jax.random.randint(stays, (batch, 1), 0, models) == jnp.arange(models)[None, :]
     return kept | jax.random.bernoulli(others, 1 - drop, (batch, models))
 
 
-# ---------------------------------------------------------------- a run's crosscoders
-
-
 def joint_sites(config: Config, store: Store) -> list[tuple[Site, ...]]:
-    """Returns the layer tuples of a run: a site of every model, one tuple for each layer pair."""
+    """Returns the layer tuples of a run: a site of every model per layer pair."""
     return [
         tuple(Site(pair[min(m, 1)], config.site) for m in range(len(store.models)))
         for pair in layer_pairs(config)
@@ -178,8 +176,8 @@ def joint_sites(config: Config, store: Store) -> list[tuple[Site, ...]]:
 def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
     """Returns (sites, name) of every crosscoder of a run.
 
-    For every layer tuple one of all models on aligned rows, one on shuffled rows, and for the first
-    ``crosscoder.self_nulls`` the first model beside itself and beside a rotated copy of itself.
+    Per layer tuple one on aligned rows and one on shuffled rows, and for the first
+    ``crosscoder.self_nulls`` the first model beside itself and beside a rotated copy.
     """
     plan = []
     for index, sites in enumerate(joint_sites(config, store)):
@@ -190,9 +188,9 @@ def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
 
 
 def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
-    """Trains the run's crosscoders that are not there yet; each gets a folder of its own.
+    """Trains the run's missing crosscoders, each into a folder of its own.
 
-    Killed and run again, it ends with the same bits.
+    Interrupted, it ends with the same bits.
 
     Raises:
       UserError: see ``fit_crosscoders``.
@@ -225,7 +223,7 @@ def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
 
 
 def shuffles(n: int, *, models: int, seed: int) -> tuple[np.ndarray | None, ...]:
-    """Returns orders that leave the first model's rows and permute each other one's by itself."""
+    """Returns random orders of each model's rows; None (unpermuted) for the first."""
     generators = [np.random.Generator(np.random.Philox(key=[seed, m])) for m in range(1, models)]
     return (None, *(g.permutation(n).astype(np.int32) for g in generators))
 

@@ -1,4 +1,4 @@
-"""Reading the files of dictionary folders of other tools, or an error that names the file."""
+"""Reads files in dictionary folders of other tools; errors name the file."""
 
 import json
 from pathlib import Path
@@ -57,10 +57,10 @@ def read_safetensors(file: Path, shapes: Shapes) -> Arrays:
 
 
 def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
-    """Returns a file's arrays as float32, which must be exactly those that ``shapes`` names.
+    """Returns arrays as float32; they must be exactly those of ``shapes``.
 
     Raises:
-      UserError: there is one too many or too few, or one has another shape or holds NaN.
+      UserError: one is missing or unknown, has another shape, or holds NaN.
     """
     missing, unknown = (
         sorted(a.keys() - b.keys()) for a, b in ((shapes, arrays), (arrays, shapes))
@@ -81,7 +81,7 @@ def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
 
 
 def centred(arrays: Arrays) -> Arrays:
-    """Returns arrays of z = x W_enc + b_enc as those of our z = (x - b_dec) W_enc + b_enc."""
+    """Turns arrays of z = x W_enc + b_enc into those of our z = (x - b_dec) W_enc + b_enc."""
     shift = arrays["b_dec"] @ arrays["W_enc"]
     arrays = arrays | {"b_enc": arrays["b_enc"] + shift}
     if "b_mag" in arrays:

@@ -1,4 +1,4 @@
-"""What the losses of several architectures share: explained variance, and dead features."""
+"""Shared by the losses of several architectures: explained variance, and dead features."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ AUXK_COEFFICIENT = 1 / 32  # weight of the dead features' reconstruction (Gao et
 class Hyper:
     """What a loss reads of the settings and of the state at one step.
 
-    The last four are of a batch that comes in parts; else None.
+    The last four describe a batch that comes in parts; else None.
 
     Attributes:
       l1_coefficient: weight of the sparsity penalty at this step (after warm-up; traced).
@@ -23,9 +23,10 @@ class Hyper:
       k_aux: how many of them take part in the reconstruction of a row.
       l0_target: active features a row to aim for; 0 for none.
       nested_fractions: of the width, nested dictionaries beside that of all features.
-      rows: of the batch that may come in parts (static).
+      rows: of the whole batch (static).
+      lists: whether codes are ``Entries`` (static); None: where faster.
       variance: [], of the rows to reconstruct.
-      residual_variance: [], of what is left of them.
+      residual_variance: [], of their residuals.
       threshold: [], of architectures that choose features over the batch: the least value kept.
       l0: [], active features a row.
     """
@@ -36,6 +37,7 @@ class Hyper:
     l0_target: float = 0.0
     nested_fractions: tuple[float, ...] = ()
     rows: int = 0
+    lists: bool | None = None
     variance: jax.Array | None = None
     residual_variance: jax.Array | None = None
     threshold: jax.Array | None = None
@@ -48,10 +50,9 @@ def power(x: jax.Array) -> jax.Array:
 
 
 def fvu(x: jax.Array, x_hat: jax.Array, variance: jax.Array | None = None) -> jax.Array:
-    """Returns the fraction [] of the variance of rows x [batch, d] that x_hat leaves unexplained.
+    """Returns the fraction [] of the variance of x [batch, d] that x_hat leaves unexplained.
 
-    Args:
-      variance: [], the mean squared distance of rows to their mean; None: that of x.
+    ``variance`` [] is the rows' mean squared distance to their mean; None: that of x.
     """
     if variance is None:
         variance = power(x - x.mean(axis=0, keepdims=True))

@@ -12,7 +12,7 @@ from crossdict_jax.workdir import Workdir
 
 
 def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
-    """Saves what ``sae.sources`` names as the run's own; returns the models that have all theirs.
+    """Saves the dictionaries of ``sae.sources`` as the run's; returns the models that have all.
 
     Raises:
       UserError: a source is missing, is no dictionary, or reads or writes rows of another size.
@@ -54,7 +54,7 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
 
 
 def unselected(dictionary: Dictionary) -> Dictionary:
-    """Returns the dictionary whose features are relu(z): nothing selected, no threshold.
+    """Returns the dictionary with features relu(z), unselected and without threshold.
 
     Raises:
       UserError: it does more than that, as some imported ones do.

@@ -1,4 +1,4 @@
-"""How a dictionary starts to train: scales, means, and the direction and length of its encoder."""
+"""Start of a dictionary: scales, means, and the direction and length of its encoder."""
 
 from functools import partial
 
@@ -14,19 +14,17 @@ from crossdict_jax.ops import keep_top_k
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
 BLOCK = 8192  # rows at a time
 SAMPLE = 256  # rows, evenly spread, on which the length of the encoder is fitted
-# What features are proportional to, taken together. Not JumpReLU's thresholds: where they start,
-# kernels reach pre-activations, and with a shorter encoder fewer features start active.
+# What features are proportional to. Not JumpReLU's thresholds: at their start kernels reach
+# pre-activations, and with a shorter encoder fewer features would start active.
 PROPORTIONAL = ("W_enc", "b_enc", "b_mag")
 
 Start = dict[str, np.ndarray]
 
 
 def check_rows(x: np.ndarray, label: str, rows: np.ndarray) -> None:
-    """Raises UserError where training rows x [n, d] hold NaN or infinity, or are all equal.
+    """Raises UserError if training rows x [n, d] hold NaN or infinity, or are all equal.
 
-    Args:
-      label: their model and site.
-      rows: [n], their numbers in the store.
+    ``label`` is their model and site, ``rows`` [n] their numbers in the store.
     """
     blocks = range(0, len(x), BLOCK)
     for at in blocks:
@@ -53,8 +51,9 @@ def activation_scale(x: np.ndarray) -> float:
 def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
     """Returns scale [], mean [d_model] and a sample of rows [256, d_model] of x [n, d_model].
 
-    With rows y [n, d_out] that a transcoder is to predict also those of y, NAME_out, and predictor
-    [d_model, d_out], the ridge regression of scaled y on scaled x.
+    With rows y [n, d_out] of a transcoder also those of y, NAME_out, and predictor [d_model,
+    d_out],
+    the ridge regression of scaled y on scaled x.
     """
     start = {}
     for end, array in (("", x), ("_out", y))[: 1 if y is None else 2]:
@@ -77,12 +76,11 @@ def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
 
 
 def begin(params: Params, start: dict[str, jax.Array]) -> Params:
-    """Returns fresh parameters with scales, means and, of a transcoder, the encoder put in.
+    """Returns fresh parameters with scales, means and a transcoder's encoder set.
 
-    b_dec starts at the mean of what is written, so that features need not spend themselves on it.
-    A transcoder's encoder starts at the decoder's transpose pulled back through the linear
-    predictor P of y from x, W_enc = P W_dec' with columns of length 1: each feature fires on what
-    foretells its own row. Its b_enc takes the mean off what it reads.
+    b_dec starts at the mean of what is written, so that features need not spend themselves on it. A
+    transcoder's encoder starts at W_enc = P W_dec' with columns of length 1, for the linear
+    predictor P of y from x: each feature fires on what foretells its own row. Its b_enc centres x.
     """
     params = params | {"scale": start["scale"]}
     if "predictor" not in start:
@@ -98,11 +96,11 @@ def begin(params: Params, start: dict[str, jax.Array]) -> Params:
 
 
 def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
-    """Makes a dictionary's encoder as long as lets its first reconstructions err least.
+    """Gives a dictionary's encoder the length at which its first reconstructions err least.
 
     An encoder c times as long has features c f: c = sum v.w / sum w.w, least squares, for scaled
     rows v less b_dec and w = f W_dec. At c = 1 active features that overlap overshoot together.
-    Where no length explains anything, it stays.
+    It is left alone where no length explains anything.
     """
     u = start["scale"] * start["rows"]
     v = start["scale_out"] * start["rows_out"] if "rows_out" in start else u

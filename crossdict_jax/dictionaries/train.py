@@ -16,14 +16,21 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, SAEConfig, controlled_layers, unswept
+from crossdict_jax.config import (
+    SWEPT,
+    Config,
+    JointSettings,
+    SAEConfig,
+    controlled_layers,
+    unswept,
+)
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.dictionaries.losses import Hyper, power
 from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.ops import activity, decode, nth_largest
+from crossdict_jax.ops import activity, decode, nth_largest, uses_lists
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import (
     Context,
@@ -34,6 +41,7 @@ from crossdict_jax.training.ensemble import (
     members_at_once,
     stack,
 )
+from crossdict_jax.training.mesh import DATA, make_mesh
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -49,16 +57,12 @@ GRADIENT_CLIP = 1.0
 MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 
-# ---------------------------------------------------------------- what is trained
-
-
 class SparseObjective(Objective):
-    """Trains sparse codes, dictionaries and crosscoders alike: losses, dead features, constraints.
+    """Trains sparse codes: losses, dead features, constraints.
 
-    The memory is int [width]: rows since each feature was active. A variant of the step says how
-    many dead features AuxK makes room for. ``totals`` are what ``Hyper`` says of a batch in parts:
-    losses divide by its variance, choose features over its rows, or compare its L0 with a target.
-    They hold no [batch, width] array, but for architectures that choose over the batch one.
+    The memory is int [width]: rows since each feature was active. A step's variant is how many dead
+    features AuxK makes room for. ``totals`` fill ``Hyper`` for a batch in parts, with no [batch,
+    width] array but one for architectures that choose over the batch.
     """
 
     def __init__(self, build: Callable[[jax.Array], Dictionary], settings: SAEConfig, k_aux: int):
@@ -92,7 +96,7 @@ class SparseObjective(Objective):
         )
 
     def pair(self, rows, context) -> tuple:
-        """Returns what ``Dictionary.losses`` takes of a batch: x, and what belongs to it."""
+        """Returns the arguments x and y of ``Dictionary.losses``."""
         return rows["x"], rows.get("y")
 
     def hyper(self, context: Context) -> Hyper:
@@ -105,6 +109,7 @@ class SparseObjective(Objective):
             l0_target=self.settings.l0_target,
             nested_fractions=self.settings.nested_fractions,
             rows=self.settings.batch_size,
+            lists={"dense": False, "lists": True}.get(self.settings.products),
             **context.totals or {},
         )
 
@@ -148,7 +153,7 @@ class SparseObjective(Objective):
 
 
 class DictionaryObjective(SparseObjective):
-    """Trains a dictionary or a transcoder from what its rows say before the first step."""
+    """Trains a dictionary or a transcoder from a start that its rows determine."""
 
     def __init__(self, sae: SAEConfig, *, d_model: int, d_out: int | None, width: int, k: int):
         shape = {"d_model": d_model, "d_out": d_out, "width": width, "k": k}
@@ -168,12 +173,9 @@ class DictionaryObjective(SparseObjective):
 def usual_rate(architecture: str, *, width: int) -> float:
     """Returns Adam's learning rate: 2e-3 at a width of 4096, falling with its square root.
 
-    The law is that of TopK (Gao et al. 2024, arXiv 2406.04093); a class's ``pace`` multiplies it.
+    The law of TopK (Gao et al. 2024, arXiv 2406.04093), times the class's ``pace``.
     """
     return base.find(architecture).pace * min(LARGEST_RATE, 2e-3 * math.sqrt(4096 / width))
-
-
-# ---------------------------------------------------------------- the members of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +214,9 @@ def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
 def control_members(config: Config, store: Store) -> list[Member]:
     """Returns the dictionaries that controls need beside those of the run.
 
-    A second seed of every model for the seed-to-seed ceiling, unless the run has one already, and
-    one of every re-initialised model, each at the layers that have controls and with the first
-    value of a sweep.
-
-    Args:
-      store: the one that controls read (see ``activations.untrained``).
+    A second seed of every model for the seed-to-seed ceiling, unless the run has one, and one of
+    every re-initialised model, at the layers that have controls and with the first value of a
+    sweep.
     """
     sae = dataclasses.replace(unswept(config.sae), seeds=CEILING_SEED + 1)
     n, result = len(config.models), []
@@ -229,20 +228,20 @@ def control_members(config: Config, store: Store) -> list[Member]:
     return result + [m for m in members(sae, sites) if m.seed == 0]
 
 
-# ---------------------------------------------------------------- stages
+# Stages
 
 
 def train_dictionaries(
     config: Config, store: Store, work: Workdir, controls: Store | None = None
 ) -> None:
-    """Trains what is not there yet; each finished dictionary gets a folder of its own.
+    """Trains the missing dictionaries, each into a folder of its own.
 
-    Models that ``sae.sources`` gives a dictionary of somebody else train none. Members that share
-    d_model, width and k are one ensemble in one compiled step; one too large for the device's
-    memory is split. Killed and run again, it ends with the same bits.
+    Models with dictionaries from ``sae.sources`` train none. Members that share d_model, width and
+    k are one ensemble, split if too large for the device's memory. Interrupted, it ends with the
+    same bits.
 
     Args:
-      controls: the store that controls read; what ``control_members`` names is trained too, into
+      controls: the store that controls read; ``control_members`` are trained too, into
         ``work.controls``.
 
     Raises:
@@ -259,7 +258,7 @@ def train_dictionaries(
 
 
 def train_members(config: Config, store: Store, work: Workdir, everyone: list[Member]) -> None:
-    """Trains those of some dictionaries that are not finished in ``work``."""
+    """Trains the members that are not finished in ``work``."""
     sae, n_rows = config.sae, len(store.select("train"))
     folders = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}
     todo = [m for m in everyone if not checkpoint.is_finished(folders[m])]
@@ -281,7 +280,7 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
 
 
 def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> list[list[Member]]:
-    """Returns the members in groups of equal shapes, none too large for the devices' memory."""
+    """Returns members in groups of equal shapes that fit the devices' memory."""
     alike = {member: (*sizes(store, member), member.width, member.k) for member in todo}
     groups = []
     for shape in dict.fromkeys(alike.values()):
@@ -294,19 +293,18 @@ def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> li
 
 
 def sizes(store: Store, member: Member) -> tuple[int, int | None]:
-    """Returns (d_model, d_out) of what a member reads and, of a transcoder, writes; else None."""
+    """Returns (d_model, d_out) of a member; d_out is None unless it is a transcoder."""
     reads = (member.model, member.site)
     writes = store.output_of(*reads)
     return store.d_model(member.model), None if writes == reads else store.d_model(writes[0])
 
 
 def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int | None = None) -> int:
-    """Returns what one member may take of a device's memory: by it ensembles are cut to size.
+    """Returns a bound of the device memory of one member, for all architectures.
 
-    A bound for all architectures: five float32 copies of the parameters (themselves, two moments,
-    gradients, one while they are updated), and about six [batch, width] arrays at the widest point
-    of a step, of a part of the batch where ``sae.accumulate`` cuts it; what chooses features over
-    all rows holds one of all rows then.
+    Five float32 copies of the parameters (themselves, two moments, gradients, one while they are
+    updated), and about six [batch, width] arrays at the widest point of a step, of a part of the
+    batch with ``sae.accumulate``; choosing features over all rows holds one more, of all rows.
     """
     d_out = d_out or d_model
     parameters = (d_model + d_out) * width + width + d_out
@@ -326,10 +324,11 @@ def train_from(
 ) -> list[Dictionary]:
     """Returns trained members of equal shape; ``directory`` keeps checkpoints and metrics.
 
-    Args:
-      starts: per member its first parameters, or None for random ones.
+    ``starts`` are per member its first parameters, or None for random ones.
     """
-    sae, rows = config.sae, store.select("train")
+    rows, sae = store.select("train"), config.sae
+    size = sae.batch_size // sae.accumulate * group[0].width
+    sae = with_products(sae, size=size, members=len(group), directory=directory)
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
     trained = loop.train(
@@ -339,10 +338,31 @@ def train_from(
         directory=directory,
         checkpoint_every=config.checkpoint_every,
         title=f"{len(group)} {sae.architecture} {kind}, width {group[0].width}",
-        meta={"sae": dataclasses.asdict(sae), "rows": len(rows)},
+        meta={"settings": dataclasses.asdict(sae), "rows": len(rows)},
         records=config.records,
     )
     return [modules.merge(ensemble.objective.graphdef, params) for params in trained]
+
+
+def with_products(
+    settings: SAEConfig | JointSettings, *, size: int, members: int, directory: Path
+) -> SAEConfig | JointSettings:
+    """Returns settings with dense products or lists: as asked, or chosen and then kept.
+
+    The choice depends on the machine, so a resumed training reads it from the checkpoint. ``size``
+    is that of an array [batch, width] or of a part of it.
+    """
+    checkpoints, mesh = directory / "checkpoints", make_mesh(members=members)
+    if settings.products == "lists" and mesh.shape[DATA] > 1:
+        raise UserError("sae.products=lists is for one device to a dictionary; use auto or dense.")
+    if settings.products != "auto":
+        return settings
+    if checkpoint.is_finished(checkpoints):
+        chosen = checkpoint.load_meta(checkpoints).get("settings", {}).get("products", "dense")
+    else:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            chosen = "lists" if uses_lists(size) else "dense"
+    return dataclasses.replace(settings, products=chosen)
 
 
 def prepare(
@@ -354,7 +374,7 @@ def prepare(
     starts: Sequence[Dictionary | None] | None = None,
     resident: bool | None = None,
 ) -> Ensemble:
-    """Returns members that share d_model, width and k, ready to be trained on these rows [n].
+    """Returns the ensemble of members that share d_model, width and k, on these rows [n].
 
     For ``starts`` see ``train_from``, for ``resident`` ``make_ensemble``.
     """

@@ -1,4 +1,4 @@
-"""What dictionaries of other tools do that no architecture of ours does."""
+"""Dictionaries of other tools that fit no architecture of ours."""
 
 import functools
 
@@ -40,9 +40,9 @@ class Skip(Dictionary):
 class Normed(Dictionary):
     """A dictionary of rows that are normalised one by one; only ``d(x)`` can undo that.
 
-    ``encode`` takes raw rows; ``decode`` returns normalised ones, because features do not say what
-    the norm of their row was. Subclasses define ``row_norm(x)``, which returns per row [batch, 1]
-    what is subtracted, what is then multiplied, and what undoes that.
+    ``encode`` takes raw rows; ``decode`` returns normalised ones. Subclasses define
+    ``row_norm(x)``:
+    per row [batch, 1] what is subtracted, then multiplied, and what undoes that.
     """
 
     def encode(self, x: jax.Array) -> jax.Array:
@@ -73,5 +73,5 @@ class ConstantNormed(Normed):
 
 @functools.cache  # a class of its own for every call would be compiled again and again
 def around(wrapper: type[Dictionary], architecture: type[Dictionary]) -> type[Dictionary]:
-    """Returns the class that does what ``wrapper`` does around an architecture."""
+    """Returns the class of ``wrapper`` around an architecture."""
     return type(wrapper.__name__, (wrapper, architecture), {"__module__": __name__})

@@ -1,4 +1,4 @@
-"""Which source features drive a predicted feature: the mean Jacobian of a map over rows."""
+"""Which source features drive a predicted feature: a map's mean Jacobian over rows."""
 
 import dataclasses
 from functools import partial
@@ -12,27 +12,27 @@ from crossdict_jax import modules
 from crossdict_jax.maps import Map, Side
 from crossdict_jax.maps.base import padded, slices
 
-ROWS = 2048  # held-out rows, evenly spread, that Jacobians are averaged over
-BLOCK = 256  # rows of one backward pass for each feature
+ROWS = 2048  # held-out rows, evenly spread, in the mean Jacobian
+BLOCK = 256  # rows of one backward pass per feature
 TOP = 3  # source features named
 EXACT = 1e-4  # a Jacobian that varies by less than this share of its largest entry is constant
 
 
 @dataclasses.dataclass(frozen=True)
 class Drivers:
-    """What k predicted features do when each source feature is turned up."""
+    """What source features do to k predicted features."""
 
     weight: np.ndarray  # [k, width_a], mean of d f_B / d f_A over rows with a predicted f_B > 0
     effect: np.ndarray  # [k, width_a], the same in standard deviations of both
-    rows: np.ndarray  # [k], on how many rows that is
+    rows: np.ndarray  # [k], number of these rows
     exact: np.ndarray  # bool [k], whether the Jacobian is the same on all of them
 
 
 def drivers(m: Map, source: Side, features: np.ndarray, *, scale: np.ndarray) -> Drivers:
     """Returns what drives the features [k] of B, from at most ROWS of the source's rows.
 
-    Source features reach a map of activations through the decoder. Effects are weights times scale
-    [k, width_a], standard deviations of source features per one of each feature of B.
+    Source features reach a map of activations through the decoder. scale [k, width_a] turns weights
+    into effects: standard deviations of source features per one of each feature of B.
     """
     graphs, params = zip(modules.split(m), modules.split(source.dictionary))
     total, count, low, high = 0.0, 0, np.inf, -np.inf
@@ -70,12 +70,12 @@ def _jacobians(graphs, params, x, tokens, features, count):
         high = jnp.where(mask, row, -jnp.inf).max(axis=0)
         return jnp.where(mask, row, 0.0).sum(axis=0), low, high
 
-    total, low, high = jax.lax.map(of_feature, jnp.arange(len(features)))
+    total, low, high = jax.vmap(of_feature)(jnp.arange(len(features)))
     return total, on.sum(axis=0), low, high
 
 
 def describe(of_map: Drivers, i: int, again: Drivers | None) -> dict[str, Any]:
-    """Returns what a row says of feature i's drivers in a map, and again from another seed."""
+    """Returns the columns of feature i's drivers, and of those from another seed."""
     effect, predicted, stability = of_map.effect[i], of_map.rows[i] > 0, None
     if again is not None and predicted and again.rows[i] > 0:
         other = again.effect[i]

@@ -1,39 +1,36 @@
-"""What a run's crosscoders explain, whose their latents are, and whether that survives a check."""
+"""What crosscoders explain, whose their latents are, and whether that survives a check."""
 
-import dataclasses
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules, stats
-from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
 from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import Workdir
 
 NORM_EDGES = np.linspace(0, 1, 21)  # of relative decoder norms
-SHIFTS = 19  # of the codes against the errors: to exceed them all by chance has p = 0.05
-SCALING_ROWS = 2**15  # of the test split at most: what is held at once
+SHIFTS = 19  # of the codes against the errors: exceeding all by chance has p = 0.05
+SCALING_ROWS = 2**15  # of the test split at most: held at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaling:
+class Scaling(NamedTuple):
     """How much of each model's activations every latent explains along its best direction.
 
-    With Y [n, d_m] centred and a latent's code f [n], that is |Y'f|^2 / (|f|^2 |Y|^2) (Minder et
-    al. 2025, arXiv 2504.02922, in a form that needs no common space). Above the null is what is
-    larger than under every circular shift; None where none longer than a document is possible.
+    |Y'f|^2 / (|f|^2 |Y|^2), Y [n, d_m] centred, f [n] the latent's code (Minder et al. 2025, arXiv
+    2504.02922, in a form without a common space). Above: larger than under every circular shift;
+    None where no shift longer than a document exists.
     """
 
     error: np.ndarray  # [N, width], of the error: above the null, the decoder misses the latent
-    alone: np.ndarray  # [N, width], of the error with the latent's contribution put back
+    alone: np.ndarray  # [N, width], of the error plus the latent's contribution
     error_above: np.ndarray | None  # bool [N, width]
     alone_above: np.ndarray | None
 
@@ -41,15 +38,14 @@ class Scaling:
 def latent_scaling(
     joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, *, seed: int
 ) -> Scaling:
-    """Returns the Latent Scaling of all models' raw rows [n, d_m], in the order of the text.
+    """Returns Latent Scaling of all models' raw rows [n, d_m], in the order of the text.
 
     Shifts are longer than the longest of the rows' documents [n].
     """
-    graphdef, params = modules.split(joint)
     rows = jnp.concatenate([jnp.asarray(view, jnp.float32) for view in x], axis=1)
     belongs = jnp.asarray(np.repeat(np.eye(joint.n_models, dtype=np.float32), joint.d_models, 1))
     shifts = np.concatenate([[0], admissible_shifts(documents, seed=seed)])
-    error, alone = map(np.asarray, _explained(graphdef, params, rows, belongs, shifts))
+    error, alone = map(np.asarray, _explained(*modules.split(joint), rows, belongs, shifts))
     above = [s[0] > s[1:].max(axis=0) if len(shifts) > 1 else None for s in (error, alone)]
     return Scaling(error[0], alone[0], *above)
 
@@ -64,10 +60,10 @@ def admissible_shifts(documents: np.ndarray, *, seed: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.Array]:
-    """The shares (error, alone) of ``Scaling``, [shifts, N, width], of the code moved on by rows.
+    """The shares (error, alone) of ``Scaling``, [shifts, N, width], of shifted codes.
 
-    rows are [n, D] of all models; belongs [N, D] is 1 where a column is of a model. The
-    contribution of a latent is of rank one, so one product with the error serves both.
+    rows are [n, D] of all models; belongs [N, D] is 1 where a column is of a model. A latent's
+    contribution has rank one, so one product with the error serves both.
     """
     joint = modules.merge(graphdef, params)
     seen, u = joint.scaled_pair(rows, jnp.ones((1, len(belongs)), bool))
@@ -92,13 +88,13 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     return jax.lax.map(of_shift, shifts)
 
 
-def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
+def crosscoder_rows(run: Loader) -> list[dict[str, Any]]:
     """Returns the rows of crosscoder.jsonl: one per layer tuple, training and model.
 
-    What shuffled pairs share is shared by nothing; what is exclusive between a model and a copy of
-    itself (self, rotated) is exclusive to nothing.
+    What shuffled pairs share is an artefact, and so is what is exclusive between a model and its
+    copy (self, rotated).
     """
-    rows: list[dict] = []
+    config, store, rows = run.config, run.store, []
     numbers = store.select("test")
     planned = crosscoder_training.planned(config, store)
     for sites, name in progress_bar(planned, desc="evaluate crosscoders", unit="crosscoder"):
@@ -112,7 +108,7 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
         if name == "shuffled":
             orders = crosscoder_training.shuffles(len(numbers), models=len(x), seed=config.seed)
             x = tuple(view if o is None else view[o] for view, o in zip(x, orders))
-        joint, documents = crosscoder.load(work.crosscoder(sites, name)), store.rows.document
+        joint, documents = crosscoder.load(run.work.crosscoder(sites, name)), store.rows.document
         made = figures(joint, x, documents[numbers], config)
         for model, site, columns in zip(names, sites, made):
             of = {"sites": " ".join(map(str, sites)), "pairing": name}
@@ -123,21 +119,19 @@ def crosscoder_rows(config: Config, store: Store, work: Workdir) -> list[dict[st
 def figures(
     joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, config: Config
 ) -> list[dict[str, Any]]:
-    """Returns what crosscoder.jsonl says of each model, by raw rows [n, d_m] of documents [n]."""
-    settings, seed = config.evaluation, config.seed
-    draws = stats.draw(documents, count=settings.bootstrap, seed=seed)
-    everyone, some = range(joint.n_models), slice(0, SCALING_ROWS)
-    measure = cache(partial(_measure, joint, x, settings.batch_size))
-    together = measure(tuple(everyone))
+    """Returns each model's columns of crosscoder.jsonl, from raw rows [n, d_m] of documents [n]."""
+    draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
+    measure = cache(lambda *present: _measure(joint, x, config.evaluation.batch_size, present))
+    models, some = np.eye(joint.n_models, dtype=bool), slice(0, SCALING_ROWS)
+    together = measure(*models.any(axis=0))
     live = together["fires"] > 0
-    scaling = latent_scaling(joint, [view[some] for view in x], documents[some], seed=seed)
+    scaling = latent_scaling(joint, [view[some] for view in x], documents[some], seed=config.seed)
     rows = []
-    for m in everyone:
-        others = tuple(other for other in everyone if other != m)
+    for m, only in enumerate(models):
+        alone, others = measure(*only), measure(*~only)
         columns = {"n_rows": len(documents), "n_documents": draws.n_documents}
         columns |= {"width": joint.width, "variant": joint.variant}
-        alone, from_others = measure((m,)), measure(others)
-        for name, sums in zip(("", "_alone", "_from_others"), (together, alone, from_others)):
+        for name, sums in (("", together), ("_alone", alone), ("_from_others", others)):
             fvu = draws.estimate(sums["error"][:, m], sums["variance"][:, m])
             columns |= stats.columns(f"fvu{name}", fvu)
         columns |= stats.columns("l0", draws.mean(together["l0"]))
@@ -147,24 +141,24 @@ def figures(
 
 
 def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict[str, Any]:
-    """Returns whose the live latents are, seen from one model, and what Latent Scaling says.
+    """Returns whose the live latents are, seen from one model, and Latent Scaling's verdicts.
 
-    An exclusive latent is refuted where it explains another model too, above every shift, and
-    missed where it explains what the reconstruction leaves of one; a shared latent is confirmed
-    where it explains more than any shift does in every model.
+    An exclusive latent is refuted where it explains another model above every shift, and missed
+    where it explains another's error so; a shared latent is confirmed where it explains every
+    model above all shifts.
     """
     part = crosscoder.takes_part(joint) & live[None, :]
     shared, exclusive = part.all(axis=0), part[m] & (part.sum(axis=0) == 1)
     counts, _ = np.histogram(crosscoder.relative_norms(joint)[m, live], NORM_EDGES)
-    others = np.arange(joint.n_models) != m
     confirmed_share = refuted_share = missed_share = None
     if scaling.alone_above is not None:
-        # Shares go as squares of norms: the rule of ``takes_part``, with best directions as norms.
+        others = np.arange(joint.n_models) != m
+        # Shares go as squared norms: the rule of ``takes_part`` for best directions.
         also = scaling.alone >= TAKES_PART**2 * scaling.alone[m][None, :]
         refuted = (also & scaling.alone_above)[others].any(axis=0)
-        confirmed = scaling.alone_above.all(axis=0)
-        confirmed_share = float(confirmed[shared].mean()) if shared.any() else None
         missed = scaling.error_above[others].any(axis=0)
+        if shared.any():
+            confirmed_share = float(scaling.alone_above.all(axis=0)[shared].mean())
         if exclusive.any():
             refuted_share, missed_share = (float(x[exclusive].mean()) for x in (refuted, missed))
     n_live = max(int(live.sum()), 1)
@@ -179,34 +173,25 @@ def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> 
 
 
 def _measure(
-    joint: Crosscoder, x: Sequence[np.ndarray], size: int, present: tuple[int, ...]
+    joint: Crosscoder, x: Sequence[np.ndarray], size: int, present: tuple[bool, ...]
 ) -> dict[str, np.ndarray]:
-    """{error, variance: [n, N], l0: [n], fires: [width]} with the code of the present models."""
+    """{error, variance: [n, N], l0: [n], fires: [width]} with the code of the models present."""
     graphdef, params = modules.split(joint)
-    mask = np.isin(np.arange(joint.n_models), present)
     parts, fires = [], 0
     for rows in slices(len(x[0]), size):
         batch = np.concatenate([view[rows].astype(np.float32) for view in x], axis=1)
-        n = len(batch)
-        active, *values = _measure_batch(graphdef, params, padded(batch, size), mask, n)
-        fires = fires + np.asarray(active, np.int64)
-        parts.append([np.asarray(v)[:n] for v in values])
-    error, variance, l0 = map(np.concatenate, zip(*parts))
-    return {"error": error, "variance": variance, "l0": l0, "fires": fires}
+        f, *values = _measure_batch(graphdef, params, padded(batch, size), np.array(present))
+        fires = fires + np.count_nonzero(np.asarray(f)[: len(batch)], axis=0)
+        parts.append([np.asarray(v)[: len(batch)] for v in values])
+    return dict(zip(("error", "variance", "l0"), map(np.concatenate, zip(*parts))), fires=fires)
 
 
 @partial(jax.jit, static_argnums=0)
-def _measure_batch(graphdef, params, x, present, count):
-    """How often each latent fires in the first ``count`` rows; per row error, variance, l0."""
+def _measure_batch(graphdef, params, x, present):
+    """The code; per row l0 and each model's error and variance."""
     joint = modules.merge(graphdef, params)
     seen, u = joint.scaled_pair(x, present[None, :])
     f = joint.activate(joint.pre_activations(seen))
-    error = jnp.square(u - joint.reconstruction(f))
-    variance = jnp.square(u - joint.center[...][None, :])
-
-    def per_model(values):
-        parts = [values[:, joint.part(m)].sum(axis=1) for m in range(joint.n_models)]
-        return jnp.stack(parts, axis=1)
-
-    real, active = (jnp.arange(len(x)) < count)[:, None], f > 0
-    return (active & real).sum(axis=0), per_model(error), per_model(variance), active.sum(axis=1)
+    squares = (jnp.square(u - v) for v in (joint.reconstruction(f), joint.center[...][None, :]))
+    of_model = np.repeat(np.eye(joint.n_models, dtype=np.float32), joint.d_models, axis=0)
+    return f, *(exact_matmul(s, of_model) for s in squares), (f > 0).sum(axis=1)

@@ -1,18 +1,16 @@
 """The stage that measures a finished run: dictionaries, maps and controls on held-out documents."""
 
-import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 from crossdict_jax import maps
-from crossdict_jax.activations.store import Store, open_store
-from crossdict_jax.activations.text import SPLITS
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.activations.untrained import open_controls
 from crossdict_jax.config import Config, identity
 from crossdict_jax.dictionaries.crosscoder_training import planned
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import scoring
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.crosscoder import crosscoder_rows
 from crossdict_jax.evaluation.features import feature_rows
 from crossdict_jax.evaluation.reconstruction import member_folders, reconstruct
@@ -21,7 +19,7 @@ from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_fe
 from crossdict_jax.evaluation.transfer import normalized
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import map_class
-from crossdict_jax.maps.controls import ControlLoader, ceiling_task, control_tasks
+from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.results import pair_columns
 from crossdict_jax.training.checkpoint import is_finished
@@ -33,14 +31,12 @@ FILES = (
     *("matching.jsonl", "matches.jsonl", "similarity.jsonl"),
 )
 
-Part = dict[str, list[dict]]  # rows by file
-
 
 def evaluate(config: Config, work: Workdir) -> None:
-    """Writes what dictionaries, maps and their controls score into ``work.results``.
+    """Writes the scores of dictionaries, maps and their controls into ``work.results``.
 
-    The files are FILES, controls.jsonl where the run has controls, and crosscoder.jsonl where it
-    has crosscoders. Equal inputs give equal files.
+    Files: FILES, and controls.jsonl and crosscoder.jsonl where the run has these. Equal inputs give
+    equal files.
 
     Raises:
       UserError: a language model, the store, a dictionary or a map is missing or damaged.
@@ -58,77 +54,61 @@ def evaluate(config: Config, work: Workdir) -> None:
     if joint := any(map_class(kind).through_joint for kind in config.map.kinds):
         files.append("crosscoder.jsonl")
         folders += [work.crosscoder(*ends) for ends in planned(config, store)]
-    loader = ControlLoader(config, store, work) if controls else Loader(store, work, config.seed)
-    meta = [store.meta, loader.store.meta]
+    run, every = Loader(config, store, work), open_controls(config, work, store)
+    meta, loader = [store.meta, every.meta], Loader(config, every, work)
     inputs = input_digests(work, settings=identity(config), store_meta=meta, folders=folders)
     stage = Stage(work, "evaluate", files=files, inputs=inputs)
     if stage.finished:
         return
-    rows: Part = {file: [] for file in files}
-    for part in _parts(config, store, stage, loader, tasks, controls):
-        for file, made in part.items():
+    rows: dict[str, list[dict]] = {file: [] for file in files}
+
+    def add(key: tuple, make: Callable[[], dict[str, list[dict]]]) -> None:
+        """Adds the rows by file of a part of the stage, new or kept."""
+        for file, made in stage.part(key, make).items():
             rows.get(file, []).extend(made)
+
+    add(("dictionaries",), lambda: reconstruct(run))
+    score_controls = cache(lambda *some: scoring.score_tasks(some, loader))  # ceilings are shared
+    groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
+    for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
+        make = partial(layer_pair, group, controls, loader, score_controls)
+        add(("maps", *pair_columns(group[0]).values()), make)
+    pairs = dictionary_pairs(config, store)
+    for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
+        add(("matches", *pair_columns(pair).values()), partial(shared_features, pair, loader))
+    matches = rows["matches.jsonl"]
+    add(("similarity",), lambda: {"similarity.jsonl": representation_rows(run, pairs, matches)})
     if joint:
-        make = partial(crosscoder_rows, config, store, work)
-        rows["crosscoder.jsonl"] = stage.part(("crosscoders",), make)
+        add(("crosscoders",), lambda: {"crosscoder.jsonl": crosscoder_rows(run)})
     stage.finish(rows, rows=len(store.select("test")), maps=len(tasks))
 
 
-def _parts(
-    config: Config,
-    store: Store,
-    stage: Stage,
-    loader: Loader,
-    tasks: Sequence[Task],
-    controls: Sequence[Task],
-) -> Iterator[Part]:
-    """Yields what each part of the stage adds to the files, measured or kept from before."""
-    work, codes = loader.work, SideCodes()
-    scored_controls: dict[Task, scoring.Scored] = {}  # by a first map: directions share ceilings
+def layer_pair(
+    group: list[Task], controls: list[Task], loader: Loader, score_controls: Callable
+) -> dict[str, list[dict]]:
+    """Returns the rows by file of all maps of one direction and pair of sites.
 
-    def score_controls(tasks: list[Task]) -> scoring.Scored | None:
-        """The scores of those controls that the run has."""
-        tasks = [task for task in tasks if task in controls]
-        if tasks and tasks[0] not in scored_controls:
-            splits = {split: loader.rows(tasks[0], split) for split in SPLITS}
-            scored_controls[tasks[0]] = scoring.score_tasks(tasks, splits, work, config, codes)
-        return scored_controls[tasks[0]] if tasks else None
-
-    def layer_pair(group: list[Task]) -> Part:
-        scored = scoring.score_maps(group, loader, config, codes)
-        aligned = [task for task in group if task.pairing == "aligned"]
-        reseeded = [dataclasses.replace(task, control="reseeded") for task in aligned]
-        again = [task for task in reseeded if task in controls]
-        untrained = [dataclasses.replace(task, control="untrained") for task in aligned]
-        by_control = {
-            "ceiling": score_controls([ceiling_task(task) for task in aligned]),
-            "untrained": score_controls(untrained),
-        }
-        nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
-        control_rows = [  # each named by the map that it controls
-            {"control": control} | value.row(task.kind, task) | nowhere
-            for task in aligned
-            for control, value in by_control.items()
-            if value and task.kind in value.scores
-        ]
-        features = feature_rows(scored["aligned"], again, loader, codes)
-        return {
-            "transfer.jsonl": scoring.transfer_rows(scored, by_control["ceiling"]),
-            "features.jsonl": scored["aligned"].correlation_rows(),
-            "feature_transfer.jsonl": features,
-            "controls.jsonl": control_rows,
-        }
-
-    yield stage.part(("dictionaries",), lambda: reconstruct(config, store, work))
-    groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
-    for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
-        key = ("maps", *pair_columns(group[0]).values())
-        yield stage.part(key, partial(layer_pair, group))
-    pairs, matches = dictionary_pairs(config, store), []
-    for pair in progress_bar(pairs, desc="match features", unit="layer pair"):
-        measure = partial(shared_features, pair, loader, config, codes)
-        part = stage.part(("matches", *pair_columns(pair).values()), measure)
-        matches += part["matches.jsonl"]
-        yield part
-    similarity = partial(representation_rows, config, store, work, pairs, matches)
-    yield {"similarity.jsonl": stage.part(("similarity",), similarity)}
+    Args:
+      controls: those that the run has.
+      score_controls: directions may share its results.
+    """
+    scored = scoring.score_maps(group, loader)
+    aligned = [task for task in group if task.pairing == "aligned"]
+    made = {
+        name: [c for task in aligned if (c := task.controlled(name)) in controls]
+        for name in ("ceiling", "untrained", "reseeded")
+    }
+    by_control = {n: score_controls(*made[n]) for n in ("ceiling", "untrained") if made[n]}
+    nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
+    control_rows = [  # each named by its map
+        {"control": name} | value.row(task.kind, task) | nowhere
+        for task in aligned
+        for name, value in by_control.items()
+        if task.kind in value.scores
+    ]
+    return {
+        "transfer.jsonl": scoring.transfer_rows(scored, by_control.get("ceiling")),
+        "features.jsonl": scored["aligned"].correlation_rows(),
+        "feature_transfer.jsonl": feature_rows(scored["aligned"], made["reseeded"], loader),
+        "controls.jsonl": control_rows,
+    }

@@ -10,10 +10,10 @@ from crossdict_jax import maps, models
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.evaluation import attribution
-from crossdict_jax.evaluation.codes import Moments, SideCodes, correlation_matrix
-from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored, take
+from crossdict_jax.evaluation.codes import correlations
+from crossdict_jax.evaluation.scoring import FREQUENCY_EDGES, Scored
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.base import predictions
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.results import pair_columns
 
@@ -23,26 +23,26 @@ CONTEXTS = 3  # of each feature, from different documents
 SHARE_EDGES = (None, 0.0, 0.25, 0.5, 0.75, 1.0)  # of variance that the feature's token explains
 
 
-def feature_rows(
-    scored: Scored, reseeded: Sequence[Task], loader: Loader, codes: SideCodes
-) -> list[dict]:
+def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> list[dict]:
     """Returns the rows of feature_transfer.jsonl of one direction and pair of sites.
 
-    The map is the aligned one with the highest R^2 on validation rows. Features are ranked by their
-    own R^2 on test rows: the extremes of many, so each comes with its R^2 on validation rows as
-    well. token_share is the R^2 of the table of the target's own tokens.
+    The map is the aligned one with the highest R^2 on validation rows. Features are ranked by R^2
+    on test rows; the extremes of many, they come with R^2 on validation rows too. token_share is
+    the R^2 of the table of the target's own tokens.
 
     Args:
-      reseeded: the same maps fitted from another seed, where the run has them.
+      reseeded: the same maps fitted from another seed, if the run has them.
     """
     pairs, held_out = scored.bench.splits["validation"], scored.bench.held_out
-    variance, errors = 0.0, dict.fromkeys(scored.maps, 0.0)
-    for rows in slices(len(pairs)):
-        t = codes(pairs.target)[rows].toarray().astype(np.float64)
-        variance = variance + np.square(t - held_out.train_mean[None, :]).sum(axis=0)
-        for kind, m in scored.maps.items():
-            predicted = maps.predict(m, take(pairs, rows), scored.bench.batch_size)
-            errors[kind] = errors[kind] + np.square(t - predicted).sum(axis=0)
+    moments = pairs.target.feature_moments
+    variance = moments.n * (moments.variance + (moments.mean - held_out.train_mean) ** 2)
+    errors = {
+        kind: sum(
+            np.square(pairs.target.features(rows) - p).sum(axis=0, dtype=np.float64)
+            for rows, p in predictions(m, pairs, scored.bench.batch_size)
+        )
+        for kind, m in scored.maps.items()
+    }
     best = min(errors, key=lambda kind: errors[kind].sum())
     firings = (held_out.target > 0).sum(axis=0)
     columns = {
@@ -55,7 +55,7 @@ def feature_rows(
     }
     ranked = ranking(columns["r2"], firings)
     shown = extremes(ranked, SHOWN)
-    described = _described(scored, best, [i for i, _ in shown], reseeded, loader, codes)
+    described = _described(scored, best, [i for i, _ in shown], reseeded, loader) if shown else []
     rows = [
         {"row": "feature", "rank": rank, "feature": i}
         | {name: values[i].item() for name, values in columns.items()}
@@ -75,7 +75,7 @@ def feature_rows(
 
 
 def ranking(r2: np.ndarray, firings: np.ndarray) -> np.ndarray:
-    """Returns the features that are live and fire MIN_FIRINGS times, by R^2, highest first."""
+    """Returns the live features that fire MIN_FIRINGS times, by R^2, highest first."""
     enough = np.flatnonzero(np.isfinite(r2) & (firings >= MIN_FIRINGS))
     return enough[np.argsort(-r2[enough], kind="stable")]
 
@@ -88,31 +88,26 @@ def extremes(ranked: np.ndarray, count: int) -> list[tuple[int, str]]:
 
 
 def _described(
-    scored: Scored,
-    best: str,
-    features: list[int],
-    reseeded: Sequence[Task],
-    loader: Loader,
-    codes: SideCodes,
+    scored: Scored, best: str, features: list[int], reseeded: Sequence[Task], loader: Loader
 ) -> list[dict[str, Any]]:
     """The columns of each feature that need text or a Jacobian."""
-    if not features:
-        return []
     store, splits = loader.store, scored.bench.splits
-    test, index = splits["test"], np.asarray(features)
+    train, test, index = splits["train"], splits["test"], np.asarray(features)
     on_train, on_test = (
-        correlation_matrix(codes(splits[s].target)[:, index], codes(splits[s].source))
-        for s in ("train", "test")
+        np.concatenate(
+            [r for _, r in correlations(pairs.target.codes[:, index], pairs.source.codes)]
+        )
+        for pairs in (train, test)
     )
-    norms = [Moments.of(codes(s)).norm for s in (splits["train"].source, splits["train"].target)]
-    a, b = (np.where(n > 0, n / np.sqrt(len(splits["train"])), 1.0) for n in norms)
+    deviations = (np.sqrt(s.feature_moments.variance) for s in (train.source, train.target))
+    a, b = (np.where(d > 0, d, 1.0) for d in deviations)
     scale = a[None, :] / b[index][:, None]  # of standard deviations, 1 where one is 0
 
     def drivers(m: maps.Map) -> attribution.Drivers:
         return attribution.drivers(m, test.source, index, scale=scale)
 
-    # Maps that read features say directly what drives them. The best one does too, but for token
-    # tables, and for activations of a transcoder, whose decoder writes elsewhere.
+    # Maps that read features show their drivers, and so does the best map, but for token tables and
+    # for activations of a transcoder, whose decoder writes elsewhere.
     seen = {"features"} if test.source.dictionary.transcodes else {"features", "activations"}
     attributed = {
         kind: drivers(m)

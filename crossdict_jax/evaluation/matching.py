@@ -7,15 +7,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.codes import (
-    Codes,
-    Moments,
-    compress,
-    correlation_matrix,
-    correlations,
-    paired_correlations,
-)
+from crossdict_jax.evaluation.codes import correlations, paired_correlations
 from crossdict_jax.evaluation.nulls import shift_p_values, token_shuffles
+from crossdict_jax.maps.codes import Codes, Moments, compress
 from crossdict_jax.stats import benjamini_hochberg
 
 HUNGARIAN_WIDTH = 8192  # live features a side: a dense problem of 0.5 GB, and minutes
@@ -25,15 +19,15 @@ IDENTICAL = 1 - 1e-5  # correlation above which two features of one dictionary a
 
 @dataclass(frozen=True)
 class Matching:
-    """Pairs of features that belong together on the rows of one split, each array [pairs].
+    """Matched features on the rows of one split, each array [pairs].
 
-    Live features are active in enough rows and not constant, duplicates merged if that was asked.
+    Live features are active in enough rows and not constant; duplicates may be merged.
     """
 
     features_a: np.ndarray  # columns of a; each occurs once
     features_b: np.ndarray  # of b
-    r: np.ndarray  # float64, their correlation
-    width_a: int  # features in all
+    r: np.ndarray  # float64, correlation
+    width_a: int  # all features
     width_b: int
     live_a: int
     live_b: int
@@ -44,11 +38,11 @@ class Matching:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the pairs of a matching are worth on the rows of another split, each [pairs]."""
+    """The pairs of a matching on the rows of another split, each [pairs]."""
 
-    r: np.ndarray  # float64, their correlation there
+    r: np.ndarray  # float64, correlation
     p: np.ndarray  # float64, of r under circular shifts
-    p_adjusted: np.ndarray  # false discovery rate at which the pair would still be a discovery
+    p_adjusted: np.ndarray  # lowest false discovery rate at which the pair is a discovery
     r_token: np.ndarray | None  # mean correlation after shuffles within equal tokens
     beyond_token: np.ndarray | None  # bool, whether r beats all those shuffles
     confirmed: np.ndarray  # bool, p_adjusted small enough, r at least LEAST_R, and beyond the token
@@ -64,14 +58,14 @@ def match(
 ) -> Matching:
     """Returns one-to-one pairs of features by their Pearson correlation over the same rows.
 
-    "mutual_best" pairs two features that are each other's best; "hungarian" takes the assignment
-    with the largest sum of correlations. Only positive correlations count.
+    "mutual_best" pairs features that are each other's best; "hungarian" maximises the sum of
+    correlations. Only positive correlations count.
 
     Args:
       a, b: features [n, width] of two dictionaries, arrays or what ``compress`` returns.
-      minimum_firings: rows in which a feature must be active to be live. The best of thousands of
-        independent candidates correlates 0.36 on average with a feature that fires 3 times.
-      merge_duplicates: whether features of one side that never differ count once, as the first.
+      minimum_firings: active rows of a live feature. The best of thousands of independent
+        candidates correlates 0.36 on average with a feature that fires 3 times.
+      merge_duplicates: count features of one side that never differ once, as the first.
 
     Raises:
       UserError: the rows differ, the method is unknown, or "hungarian" has too many features.
@@ -91,9 +85,8 @@ def match(
 
 
 def _live(codes: Codes, minimum: int, merge: bool) -> np.ndarray:
-    """The live features, ascending."""
     moments = Moments.of(codes)
-    live = np.flatnonzero((moments.firings >= minimum) & (moments.norm > 0))
+    live = np.flatnonzero((moments.firings >= minimum) & (moments.variance > 0))
     if merge and len(live):
         codes = codes[:, live]
         first = [np.argmax(r >= IDENTICAL, axis=1) for _, r in correlations(codes, codes)]
@@ -122,7 +115,7 @@ def hungarian(a: Codes, b: Codes) -> tuple[np.ndarray, np.ndarray]:
             f"evaluation.matching=hungarian takes at most {HUNGARIAN_WIDTH} live features and "
             f"there are {widest}; use mutual_best, or raise evaluation.minimum_firings."
         )
-    r = correlation_matrix(a, b)
+    r = np.concatenate([tile for _, tile in correlations(a, b)])
     i, j = linear_sum_assignment(r, maximize=True)
     positive = r[i, j] > 0
     return i[positive], j[positive]
@@ -143,12 +136,12 @@ def confirm(
 ) -> Confirmation:
     """Returns what a matching is worth on rows that it was not made on.
 
-    Tests every pair against circular shifts, controls the false discovery rate (Benjamini and
+    Tests each pair against circular shifts, controls the false discovery rate (Benjamini and
     Hochberg 1995), and asks for r >= LEAST_R and, given tokens, for more than token identity.
 
     Args:
       a, b: features [n, width] as for ``match``, rows in the order of the text.
-      documents: [n], the document of each row; a document's rows lie together.
+      documents: [n], of each row; a document's rows lie together.
       tokens: [n] or [n, models], the tokens that end at the rows.
       seed: of the shuffles.
 

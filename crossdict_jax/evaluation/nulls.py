@@ -1,4 +1,4 @@
-"""What correlations are worth: circular shifts, and shuffles within equal tokens."""
+"""Nulls of correlations: circular shifts, and shuffles within equal tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -6,24 +6,25 @@ import numpy as np
 from scipy.fft import prev_fast_len
 
 from crossdict_jax import stats
-from crossdict_jax.evaluation.codes import Codes, Moments, paired_products
+from crossdict_jax.evaluation.codes import paired_products
 from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.codes import Codes, Moments
 
-BINS = 2048  # of correlations between -1 and 1; a null in the observed one's bin counts against it
+BINS = 2048  # of correlations in [-1, 1]; nulls in the observed bin count against it
 POOLS = 32  # octaves of how many rows a feature fires in
 NULL_VALUES = 2**24  # correlations of shifted pairs that a pool needs: p down to 6e-8
 BATCH = 2**21  # values of each side that are transformed at a time
 SHUFFLES = 99  # within equal tokens: beating them all by chance has p = 0.01
-TIES = 1e-9  # relative: what two orders of summation may differ by
+TIES = 1e-9  # relative difference of two orders of summation
 
 
 def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> np.ndarray:
     """Returns the p-value of each pair's correlation under circular shifts, float64 [pairs].
 
-    Shifting b against a by more than a document keeps the firing pattern of both (bursts, long
-    silences) and takes away what they have to do with each other. One FFT gives all shifts. The
-    pairs that fire similarly often (the rarer feature's count, by octaves) share one null, so that
-    p can be far below 1 / rows. Where no shift is admissible (one document) p is 1.
+    Shifting b by more than a document keeps the firing patterns (bursts, long silences) and removes
+    their relation. One FFT gives all shifts. Pairs that fire similarly often (the rarer feature's
+    count, by octaves) share one null, so p can be far below 1 / rows. Where no shift is admissible
+    (one document) p is 1.
 
     Args:
       r: the correlations [pairs] of the columns of a with those of b.
@@ -70,9 +71,9 @@ def token_shuffles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what is left when rows of b are permuted among rows with the same tokens.
 
-    Of each pair of columns: the mean of the shuffled products' sums, float64 [pairs], and whether
-    the true sum is larger than all SHUFFLES of them. A pair that co-fires because of the token
-    alone loses nothing. tokens are [n] or [n, models].
+    Per pair of columns: the mean of the shuffled sums of products, float64 [pairs], and whether the
+    true sum exceeds all SHUFFLES. A pair that co-fires because of the token alone loses nothing.
+    tokens are [n] or [n, models].
     """
     generator = stats.generator(seed)
     tokens = tokens.reshape(len(tokens), -1)
@@ -83,7 +84,7 @@ def token_shuffles(
     true = paired_products(a, b)
     total, beaten = np.zeros(a.shape[1]), np.ones(a.shape[1], bool)
     for _ in range(SHUFFLES):
-        order = np.lexsort((generator.random(len(group)), group))  # a shuffle of every group
+        order = np.argsort(group + generator.random(len(group)))  # within every group
         shuffled = paired_products(a, b[order])
         total += shuffled / SHUFFLES
         beaten &= true > shuffled + TIES * abs(true)

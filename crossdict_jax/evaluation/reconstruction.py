@@ -16,6 +16,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.stage import progress_bar
@@ -23,19 +24,20 @@ from crossdict_jax.workdir import Workdir
 
 FREQUENCY_EDGES = np.linspace(-6, 0, 25)  # of log10 firing frequency
 COSINE_EDGES = np.linspace(0, 1, 21)  # of a decoder row to the one most like it
-MIN_KL = 0.05  # nats: where an ablation does less, what is recovered of it means nothing
+MIN_KL = 0.05  # nats: where an ablation does less, the share recovered is meaningless
 
 
-def reconstruct(config: Config, store: Store, work: Workdir) -> dict[str, list[dict]]:
+def reconstruct(run: Loader) -> dict[str, list[dict]]:
     """Returns the rows of reconstruction.jsonl and of features.jsonl, one per dictionary each.
 
-    A transcoder is measured where it writes: its site_output, in whichever model that is. Losses
-    are of paired positions of test documents with the model's own activations there (clean), zeros,
-    the training mean, or the reconstruction (sae).
+    A transcoder is measured at its site_output, in whichever model that is. Losses are of paired
+    positions of test documents with the model's own activations (clean), zeros, the training mean,
+    or the reconstruction (sae).
 
     Raises:
       UserError: a model and site of the store has no dictionary, or one is damaged.
     """
+    config, store, work = run.config, run.store, run.work
     edited: dict[str, list] = {}  # by the model that is written, run once
     for model in store.models:
         for site in store.sites_of(model):
@@ -86,7 +88,7 @@ def seed_of(folder: Path) -> int:
 def figures(
     dictionary: Dictionary, store: Store, model: str, site: Site, config: Config
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what the stored rows say of a dictionary: (columns, histograms).
+    """Returns a dictionary's (columns, histograms) from the stored rows.
 
     fvu = sum ||x - x_hat||^2 / sum ||x - m||^2 of test rows, m the training mean; dead features are
     active in no row of training and test together.
@@ -120,7 +122,7 @@ def figures(
     for name, values, edges in (
         ("log10_frequency_histogram", frequencies, FREQUENCY_EDGES),
         ("decoder_cosine_histogram", cosines, COSINE_EDGES),
-    ):  # what lies beyond the ends is counted in the first and last bin
+    ):  # the first and last bin hold what lies beyond
         counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
         histograms[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return columns, histograms
@@ -129,7 +131,7 @@ def figures(
 def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
     """Returns the cosine [width] of every row of W_dec [width, d_model] to the row most like it.
 
-    A row of zeros is like none (0); of width 1 there is no other row, and nothing is returned.
+    0 for a row of zeros; empty for width 1.
     """
     W = np.asarray(W_dec, np.float32)
     if len(W) < 2:
@@ -151,10 +153,10 @@ def measure(
     size: int,
     y: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns what rows x [n, d_model] say of a dictionary, ``size`` rows at a time.
+    """Returns a dictionary's numbers on rows x [n, d_model], ``size`` rows at a time.
 
-    l0, error = ||x - x_hat||^2, variance = ||x - mean||^2: all [n]; fires [width]: rows in which a
-    feature is active. A transcoder is to write y [n, d_out]: x of the formulas.
+    l0, error = ||x - x_hat||^2, variance = ||x - mean||^2: [n]; fires [width]: active rows. For a
+    transcoder y [n, d_out] is the x of the formulas.
     """
     graphdef, params = modules.split(dictionary)
     parts, fires = [], 0

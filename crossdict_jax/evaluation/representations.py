@@ -8,58 +8,53 @@ import numpy as np
 
 from crossdict_jax import dictionaries, models, stats
 from crossdict_jax.activations.passages import passages_of
-from crossdict_jax.activations.store import Store
-from crossdict_jax.config import Config
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
 from crossdict_jax.maps import Task
-from crossdict_jax.maps.fit import MEMBER
+from crossdict_jax.maps.fit import MEMBER, Loader
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Runner
 from crossdict_jax.results import PAIR, pair_columns
 from crossdict_jax.workdir import Workdir
 
 RANDOM_MATCHINGS = 19  # beating them all by chance has p = 0.05
-LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost grows with their square
+LARGEST_MATCHING = 2000  # matches whose directions are compared: the cost is quadratic
 
 
-def representation_rows(
-    config: Config, store: Store, work: Workdir, pairs: list[Task], matches: list[dict]
-) -> list[dict]:
+def representation_rows(run: Loader, pairs: list[Task], matches: list[dict]) -> list[dict]:
     """Returns the rows of similarity.jsonl, of three kinds.
 
     "layers": every layer of one model against every layer of another at n =
-    ``evaluation.similarity_rows`` held-out positions, and with the rows of one of them shuffled:
-    about n (5 n + 12 d_model) bytes a layer. "proposal": the layer pairs that this suggests.
-    "decoders": the decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan
-    et al. 2024 (arXiv 2410.06981), and those of random matchings of the same features.
+    ``evaluation.similarity_rows`` held-out positions, also with one side's rows shuffled.
+    "proposal": the layer pairs that this suggests.
+    "decoders": decoder directions of the confirmed matches (rows of matches.jsonl), as in Lan et
+    al. 2024 (arXiv 2410.06981), and of random matchings of the same features.
     """
-    generator = stats.generator(config.seed)
-    drawn = generator.permutation(store.select("test"))[: config.evaluation.similarity_rows]
+    config, store = run.config, run.store
+    drawn = stats.generator(config.seed).permutation(store.select("test"))
+    drawn = np.sort(drawn[: config.evaluation.similarity_rows])
     rows: list[dict] = []
     if len(drawn) >= LEAST_ROWS:
-        layers = {}
-        settings = {"batch_size": config.extract.batch_size, "dtype": config.extract.matmul_dtype}
+        layers, settings = {}, config.extract
         mixed = stats.generator(config.seed + 1).permutation(len(drawn))
         for name, path in zip(store.models, store.paths):
-            lm, passages = models.load(path), passages_of(store, name, np.sort(drawn))
+            lm = models.load(path)
+            runner = Runner(lm, batch_size=settings.batch_size, dtype=settings.matmul_dtype)
             sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
-            x = Runner(lm, **settings).read_at(passages, sites)
-            layers[name] = {site: Geometry.of(layer[mixed]) for site, layer in zip(sites, x)}
+            x = runner.read_at(passages_of(store, name, drawn), sites)
+            layers[name] = {str(site): Geometry.of(of[mixed]) for site, of in zip(sites, x)}
         order = stats.generator(config.seed).permutation(len(drawn))
         for ends in itertools.combinations(store.models, 2):
-            shuffled = {site: b.reordered(order) for site, b in layers[ends[1]].items()}
-            compared = [
-                {"kind": "layers"}
-                | dict(zip(PAIR, (*ends, str(site_a), str(site_b))))
-                | {"n_rows": len(drawn)}
-                | _beside(a.compared(b), a.compared(shuffled[site_b]))
-                for site_b, b in layers[ends[1]].items()
-                for site_a, a in layers[ends[0]].items()
-            ]
+            compared = []
+            for site_b, b in layers[ends[1]].items():
+                shuffled = b.reordered(order)
+                for site_a, a in layers[ends[0]].items():
+                    names = dict(zip(PAIR, (*ends, site_a, site_b)))
+                    scores = _beside(a.compared(b), a.compared(shuffled))
+                    compared.append({"kind": "layers"} | names | {"n_rows": len(drawn)} | scores)
             paired = [pair for pair in pairs if (pair.source, pair.target) == ends]
             rows += [*compared, _proposal(store.sites_of(ends[0]), paired, compared)]
-    return rows + [_decoder_row(pair, matches, config.seed, work) for pair in pairs]
+    return rows + [_decoder_row(pair, matches, config.seed, run.work) for pair in pairs]
 
 
 def _beside(scores: dict[str, float], null: dict[str, float]) -> dict[str, float]:
@@ -67,7 +62,7 @@ def _beside(scores: dict[str, float], null: dict[str, float]) -> dict[str, float
 
 
 def _proposal(sites: Sequence[Site], pairs: list[Task], rows: list[dict]) -> dict:
-    """The layers of the target that suit these sites of the source best, in their order."""
+    """The target's layers that suit these source sites best, in their order."""
     cka = {(row["site_source"], row["site_target"]): row["cka"] for row in rows}
     targets = list(dict.fromkeys(site for _, site in cka))
     table = np.array([[cka[str(a), b] for b in targets] for a in sites])
@@ -86,7 +81,7 @@ def _proposal(sites: Sequence[Site], pairs: list[Task], rows: list[dict]) -> dic
 def monotone_assignment(scores: np.ndarray) -> np.ndarray:
     """Returns a column for every row of scores [rows, columns] with the largest sum.
 
-    Columns increase from row to row; where there are more rows than columns, they never decrease.
+    Columns increase from row to row; with more rows than columns they never decrease.
     """
     step = int(len(scores) <= scores.shape[1])
     total, came_from = scores[0], []
@@ -124,10 +119,11 @@ def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> d
         geometries.append(Geometry.of(directions / np.maximum(norms, 1e-30)))
     a, b = geometries
     scores = a.compared(b)
-    random = [
-        a.compared(b.reordered(generator.permutation(len(drawn)))) for _ in range(RANDOM_MATCHINGS)
-    ]
+    orders = [generator.permutation(len(drawn)) for _ in range(RANDOM_MATCHINGS)]
+    random = [a.compared(b.reordered(order)) for order in orders]
     null = {m: float(np.mean([r[m] for r in random])) for m in MEASURES}
-    above = {m: sum(r[m] >= scores[m] for r in random) for m in MEASURES}
-    p = {f"{m}_p": (1 + n) / (1 + RANDOM_MATCHINGS) for m, n in above.items()}
+    p = {
+        f"{m}_p": (1 + sum(r[m] >= scores[m] for r in random)) / (1 + RANDOM_MATCHINGS)
+        for m in MEASURES
+    }
     return row | _beside(scores, null) | p

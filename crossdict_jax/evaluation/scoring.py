@@ -1,28 +1,24 @@
-"""Scores maps on held-out rows: one way for those of a run, their controls and studies."""
+"""Scores maps of runs, controls and studies on held-out rows."""
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.config import Config, MapConfig
+from crossdict_jax.config import EvaluationConfig, MapConfig
 from crossdict_jax.evaluation import transfer
-from crossdict_jax.evaluation.codes import Moments, SideCodes
 from crossdict_jax.evaluation.transfer import HeldOut, Score, TokenMeans
 from crossdict_jax.maps import Map, Pairs, Problem, Task
-from crossdict_jax.maps.base import slices
-from crossdict_jax.maps.controls import shown
-from crossdict_jax.maps.fit import Loader
+from crossdict_jax.maps.base import predictions, slices
+from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.maps.kinds.token import Token
 from crossdict_jax.results import pair_columns
-from crossdict_jax.workdir import Workdir
 
-CONTEXT_ROWS = 2**14  # training rows, evenly spread, that the means of context_gain are taken from
+CONTEXT_ROWS = 2**14  # training rows, evenly spread, for the means of context_gain
 FREQUENCY_EDGES = np.array([0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1])
 
 
@@ -34,71 +30,70 @@ class Bench:
     held_out: HeldOut  # the test pairs' target features
     l0_source: float  # mean active source features per test row
     context: Pairs  # training pairs whose source token occurs in the test pairs, token by token
-    by_token: sparse.csc_array  # [tokens, context rows], 1 where a row ends in the token
-    token_index: np.ndarray  # int [n], each test row's row of ``by_token``; -1 where it has none
+    context_index: np.ndarray  # int [context], index of the row's token among these
+    token_index: np.ndarray  # int [n], the same of test rows; -1 where the context has none
     token_features: np.ndarray  # [tokens, width], means of the target's features after each token
     batch_size: int  # rows per forward
 
 
-def make_bench(splits: dict[str, Pairs], config: Config, codes: SideCodes) -> Bench:
-    """Returns a bench of paired rows {"train", "validation", "test": pairs}; ``codes`` is kept."""
-    settings = config.evaluation
+def make_bench(splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: int) -> Bench:
+    """Returns a bench of paired rows {"train", "validation", "test": pairs}."""
     train, test = splits["train"], splits["test"]
     held_out = transfer.hold_out(
-        codes(test.target).toarray(),
-        train_mean=Moments.of(codes(train.target)).mean,
+        test.target.features(slice(None)),
+        train_mean=train.target.feature_moments.mean,
         documents=test.documents,
         pool=settings.pool,
         bootstrap=settings.bootstrap,
-        seed=config.seed,
+        seed=seed,
     )
     rows = np.flatnonzero(np.isin(train.source.tokens, test.source.tokens))
     if len(rows) > CONTEXT_ROWS:
         rows = rows[np.linspace(0, len(rows) - 1, CONTEXT_ROWS).astype(np.int64)]
     rows = rows[np.argsort(train.source.tokens[rows], kind="stable")]
     ids, index = np.unique(train.source.tokens[rows], return_inverse=True)
-    once = np.ones(len(rows)), index, np.arange(len(rows) + 1)
-    by_token = sparse.csc_array(once, shape=(len(ids), len(rows)))
-    sums = (by_token @ codes(train.target)[rows]).toarray()
+    features = ((part, train.target.features(rows[part])) for part in slices(len(rows)))
     position = np.minimum(np.searchsorted(ids, test.source.tokens), max(len(ids) - 1, 0))
     seen = ids[position] == test.source.tokens if len(ids) else np.zeros(len(test), bool)
     return Bench(
         splits=splits,
         held_out=held_out,
-        l0_source=np.count_nonzero(codes(test.source).data > 0) / len(test),
-        context=take(train, rows),
-        by_token=by_token,
+        l0_source=test.source.codes.nnz / len(test),
+        context=train.take(rows),
+        context_index=index,
         token_index=np.where(seen, position, -1),
-        token_features=sums / by_token.sum(axis=1)[:, None],
+        token_features=means_by_token(index, features, held_out.target.shape[1]),
         batch_size=settings.batch_size,
     )
 
 
-def take(pairs: Pairs, rows: np.ndarray | slice) -> Pairs:
-    """Returns some of the rows of pairs."""
-    return Pairs(pairs.source.take(rows), pairs.target.take(rows), pairs.documents[rows])
+def means_by_token(index: np.ndarray, batches: Iterable[tuple], width: int) -> np.ndarray:
+    """Returns float32 [tokens, width], means of rows of equal ``index`` [n], ascending.
+
+    ``batches`` are (slice of the rows, their values [m, width]).
+    """
+    counts = np.bincount(index)
+    sums = np.zeros((len(counts), width))
+    for rows, values in batches:
+        tokens, starts = np.unique(index[rows], return_index=True)
+        sums[tokens] += np.add.reduceat(values, starts, axis=0, dtype=np.float64)
+    return (sums / counts[:, None]).astype(np.float32)
 
 
 def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Score:
     """Returns a map's score, on the bench's (test, context) pairs or as it reads others."""
     test, context = reads or (bench.splits["test"], bench.context)
-    sums = np.zeros(bench.token_features.shape)
-    for rows in slices(len(context)):
-        predicted = maps.predict(m, take(context, rows), bench.batch_size)
-        sums += bench.by_token[:, rows] @ predicted
+    predicted = predictions(m, context, bench.batch_size)
+    means = means_by_token(bench.context_index, predicted, bench.held_out.target.shape[1])
     return transfer.measure(
         maps.predict(m, test, bench.batch_size),
         bench.held_out,
         l0_source=bench.l0_source,
-        token_means=TokenMeans(
-            index=bench.token_index,
-            target=bench.token_features,
-            predicted=sums / bench.by_token.sum(axis=1)[:, None],
-        ),
+        token_means=TokenMeans(bench.token_index, bench.token_features, means),
     )
 
 
-def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = False) -> Score:
+def score_token_table(bench: Bench, *, of_target: bool = False) -> Score:
     """Returns the score of the source's token table, or of the target's, which no map knows."""
 
     def read(pairs: Pairs) -> Pairs:
@@ -106,7 +101,7 @@ def score_token_table(bench: Bench, settings: MapConfig, *, of_target: bool = Fa
         return dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, tokens=tokens))
 
     problem = Problem("token table", *(read(bench.splits[s]) for s in ("train", "validation")))
-    (fitted,) = Token.fit([problem], settings)
+    (fitted,) = Token.fit([problem], MapConfig())
     return score(fitted.map, bench, (read(bench.splits["test"]), read(bench.context)))
 
 
@@ -117,11 +112,11 @@ class Scored:
     task: Task  # one of them
     bench: Bench
     maps: dict[str, Map]  # by kind
-    scores: dict[str, Score]  # by kind; see ``score_maps`` for another one
-    token: Score  # the token map's, whether or not it is among them
+    scores: dict[str, Score]  # by kind; "token_target" is no map
+    token: Score  # of the token map, even where it is not among them
 
     def row(self, kind: str, task: Task) -> dict[str, Any]:
-        """Returns what a result row says of a map; ``task`` is the map that the row is named by."""
+        """Returns a map's columns of a result row that is named by ``task``."""
         value = self.scores[kind]
         row = pair_columns(task) | {"map": kind, "pairing": task.pairing} | value.row()
         return row | {"verdict": transfer.verdict(value, self.token)}
@@ -141,35 +136,31 @@ class Scored:
         return rows
 
 
-def score_tasks(
-    tasks: Sequence[Task], splits: dict[str, Pairs], work: Workdir, config: Config, codes: SideCodes
-) -> Scored:
-    """Returns the scores of maps, or of controls, between the two sides of ``splits``."""
-    bench, test = make_bench(splits, config, codes), splits["test"]
+def score_tasks(tasks: Sequence[Task], loader: Loader) -> Scored:
+    """Returns the scores of maps, or of controls, between the same two sides."""
+    splits = {split: loader.rows(tasks[0], split) for split in SPLITS}
+    config, test = loader.config, splits["test"]
+    bench = make_bench(splits, config.evaluation, seed=config.seed)
     loaded, scores, reads = {}, {}, {}
     for task in tasks:
-        m = loaded[task.kind] = maps.load(task.path(work), test.target.dictionary)
+        m = loaded[task.kind] = maps.load(task.path(loader.work), test.target.dictionary)
         if m.reads not in reads:  # what a control is shown depends on what it reads
             reads[m.reads] = shown(task, test), shown(task, bench.context)
         scores[task.kind] = score(m, bench, reads[m.reads])
-    token_score = scores.get("token") or score_token_table(bench, config.map)
+    token_score = scores.get("token") or score_token_table(bench)
     return Scored(tasks[0], bench, loaded, scores, token_score)
 
 
-def score_maps(
-    tasks: Sequence[Task], loader: Loader, config: Config, codes: SideCodes
-) -> dict[str, Scored]:
+def score_maps(tasks: Sequence[Task], loader: Loader) -> dict[str, Scored]:
     """Returns, by pairing, the scores of every map of one direction and pair of sites.
 
-    Those of aligned pairs hold "token_target" too, the table of the target's own tokens.
+    Aligned ones include "token_target", the table of the target's own tokens.
     """
     scored = {}
-    for pairing in dict.fromkeys(task.pairing for task in tasks):
-        group = [task for task in tasks if task.pairing == pairing]
-        splits = {split: loader.pairs(group[0], split) for split in SPLITS}
-        scored[pairing] = score_tasks(group, splits, loader.work, config, codes)
-    table = score_token_table(scored["aligned"].bench, config.map, of_target=True)
-    scored["aligned"].scores["token_target"] = table
+    for pairing, group in itertools.groupby(tasks, key=lambda task: task.pairing):
+        scored[pairing] = score_tasks(list(group), loader)
+    aligned = scored["aligned"]
+    aligned.scores["token_target"] = score_token_table(aligned.bench, of_target=True)
     return scored
 
 

@@ -1,5 +1,6 @@
 """From all features to confirmed matches, for every pair of dictionaries of two models."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,7 +8,6 @@ import numpy as np
 from crossdict_jax import maps
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, layer_pairs
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.matching import LEAST_R, confirm, match
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
@@ -27,33 +27,27 @@ def dictionary_pairs(config: Config, store: Store) -> list[Task]:
     return list(dict.fromkeys(pairs))
 
 
-def shared_features(
-    pair: Task, loader: Loader, config: Config, codes: SideCodes
-) -> dict[str, list[dict]]:
+def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
     """Returns the rows of matching.jsonl and of matches.jsonl of a pair of dictionaries.
 
-    matching.jsonl has two rows, of aligned and of shuffled pairs: how many features are matched on
-    training documents and how many of these hold on test documents, by ever stricter tests.
+    matching.jsonl has two rows, of aligned and of shuffled pairs: features matched on training
+    documents, and how many hold on test documents, by ever stricter tests.
     """
-    settings, seed = config.evaluation, config.seed
-    ends = ((pair.source, pair.site_source), (pair.target, pair.site_target))
-    sides = {split: [loader.side(*end, split) for end in ends] for split in SPLITS}
-    names, funnels, matches = pair_columns(pair), [], []
+    names, funnels, matches, settings = pair_columns(pair), [], [], loader.config.evaluation
     for pairing in maps.fit.PAIRINGS:
-        rows = {}
-        for split, (a, b) in sides.items():
-            if pairing == "shuffled":
-                generator = np.random.Generator(
-                    np.random.Philox(key=maps.shuffle_seed(seed, split))
-                )
-                b = b.reordered(generator.permutation(len(b.x)))
-            rows[split] = codes(a), codes(b), np.stack([a.tokens, b.tokens], axis=1)
-        minimum = settings.minimum_firings
-        matched = match(*rows["train"][:2], minimum_firings=minimum, method=settings.matching)
-        a, b, tokens = rows["test"]
-        documents = loader.store.rows.document[loader.store.select("test")]
-        asked = {"documents": documents, "tokens": tokens, "fdr": settings.fdr, "seed": seed}
-        worth = confirm(matched, a, b, **asked)
+        task = dataclasses.replace(pair, pairing=pairing)
+        train, test = (loader.rows(task, split) for split in SPLITS)
+        sides, minimum = (test.source, test.target), settings.minimum_firings
+        codes = train.source.codes, train.target.codes
+        matched = match(*codes, minimum_firings=minimum, method=settings.matching)
+        worth = confirm(
+            matched,
+            *(side.codes for side in sides),
+            documents=test.documents,
+            tokens=np.stack([side.tokens for side in sides], axis=1),
+            fdr=settings.fdr,
+            seed=loader.config.seed,
+        )
         significant, confirmed = worth.p_adjusted <= settings.fdr, worth.confirmed
         correlations = {"r_train": matched.r, "r_test": worth.r, "r_token": worth.r_token}
         means = {
@@ -77,7 +71,8 @@ def shared_features(
                 "minimum_firings": minimum,
                 "minimum_r": LEAST_R,
                 **means,
-                **{f"n_rows_{split}": len(rows[split][2]) for split in SPLITS},
+                "n_rows_train": len(train),
+                "n_rows_test": len(test),
             }
         )
         if pairing == "aligned":

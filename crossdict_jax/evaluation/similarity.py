@@ -1,18 +1,16 @@
 """How alike two representations of the same rows are: CKA, SVCCA, RSA, mutual nearest neighbours.
 
-They do not change (RSA hardly) when a representation is rotated or scaled, so a high score says
-nothing about single features or directions.
+Rotating or scaling does not change them (RSA hardly): they say nothing about single features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import rankdata
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import exact_matmul
 
 RDM_ROWS = 500  # rows whose distances RSA ranks: 124,750 pairs
 VARIANCE = 0.99  # share of it that SVCCA's directions keep
@@ -25,12 +23,12 @@ TINY = np.finfo(np.float64).tiny
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the rows of a representation [n, d] lie to each other: all that is compared, n x n."""
+    """Where the rows of a representation [n, d] lie to each other."""
 
-    gram: np.ndarray  # float32 [n, n], inner products centred without bias, of norm 1 (or all 0)
-    directions: np.ndarray  # float64 [n, r], the leading principal directions
-    ranks: np.ndarray  # [m, m], of dissimilarities of RDM_ROWS rows, less their mean, of norm 1
-    near: np.ndarray  # bool [n, n], the nearest neighbours of each row
+    scores: np.ndarray  # float32 [n, min(n, d)], the centred rows in their principal directions
+    norms: np.ndarray  # [r], of the leading scores, which hold VARIANCE
+    ranks: np.ndarray  # [m, m], of dissimilarities of RDM_ROWS rows, centred, of norm 1
+    near: np.ndarray  # int [n, k], the nearest neighbours of each row
 
     @classmethod
     def of(cls, x: np.ndarray) -> Geometry:
@@ -46,37 +44,31 @@ class Geometry:
         some = x[:RDM_ROWS]
         unit = _unit(some - some.mean(axis=1, keepdims=True))
         i, j = np.triu_indices(len(some), 1)
-        rank = rankdata(np.round(1 - (unit @ unit.T)[i, j], 6))  # what rounding sets apart is equal
+        rank = rankdata(np.round(1 - (unit @ unit.T)[i, j], 6))  # ties up to rounding
         rank -= rank.mean()
         ranks = np.zeros((len(some), len(some)))
         ranks[i, j] = ranks[j, i] = rank / max(np.sqrt(2 * rank @ rank), TINY)
         k, unit = min(NEIGHBOURS, len(x) - 1), _unit(x)
         cosine = unit @ unit.T
         np.fill_diagonal(cosine, -np.inf)  # a row is no neighbour of itself
-        near = np.zeros(cosine.shape, bool)
-        np.put_along_axis(near, np.argpartition(-cosine, k - 1, axis=1)[:, :k], True, axis=1)
-        n = len(x)  # U-centred, inner products of two Gram matrices are unbiased HSIC (Song et al.)
-        centred = (x - x.mean(axis=0, dtype=np.float64)[None, :]).astype(np.float32)
-        gram = np.asarray(exact_matmul(centred, centred.T), np.float64)
-        np.fill_diagonal(gram, 0)
-        rows = gram.sum(axis=0) / (n - 2)
-        gram += rows.sum() / (n - 1) - rows[:, None] - rows[None, :]
-        np.fill_diagonal(gram, 0)
-        gram = (gram / max(np.linalg.norm(gram), TINY)).astype(np.float32)
-        return cls(gram, directions(x), ranks, near)
+        near = np.argpartition(cosine, -k, axis=1)[:, -k:]
+        x = x - x.mean(axis=0, keepdims=True, dtype=np.float64)
+        variances, axes = np.linalg.eigh(x.T @ x if len(x) > x.shape[1] else x @ x.T)
+        variances, axes = np.maximum(variances[::-1], 0), axes[:, ::-1]
+        scores = x @ axes if len(x) > x.shape[1] else axes * np.sqrt(variances)[None, :]
+        share = np.cumsum(variances) / max(variances.sum(), TINY)
+        kept = int(np.searchsorted(share, VARIANCE * (1 - 1e-12))) + 1
+        kept = min(kept, int((variances > ROUNDING * variances[0]).sum()))
+        return cls(scores.astype(np.float32), np.sqrt(variances[:kept]), ranks, near)
 
     def reordered(self, order: np.ndarray) -> Geometry:
-        """Returns the geometry of ``x[order]``; the rows that RSA reads stay among themselves."""
+        """Returns the geometry of ``x[order]``; RSA's rows stay among themselves."""
         first = order[order < len(self.ranks)]
-        return Geometry(
-            self.gram[order][:, order],
-            self.directions[order],
-            self.ranks[first][:, first],
-            self.near[order][:, order],
-        )
+        ranks, near = self.ranks[first][:, first], np.argsort(order)[self.near[order]]
+        return replace(self, scores=self.scores[order], ranks=ranks, near=near)
 
     def compared(self, other: Geometry) -> dict[str, float]:
-        """Returns {measure: number} of two representations of the same rows, as in MEASURES.
+        """Returns {measure of MEASURES: number} of two representations of the same rows.
 
         - cka: linear CKA (Kornblith et al. 2019) of the unbiased HSIC (Song et al. 2012):
           independent rows give 0 on average however many columns there are.
@@ -84,32 +76,33 @@ class Geometry:
           (Raghu et al. 2017), over as many as the smaller side has. Not corrected for chance: with
           r_x and r_y directions, independent rows give up to (sqrt(r_x) + sqrt(r_y)) / sqrt(n).
         - rsa: Spearman correlation of the rows' dissimilarities, 1 minus the Pearson correlation of
-          two rows over columns (Kriegeskorte et al. 2008).
-        - mutual_knn: mean share of a row's nearest rows by cosine in x that are so in y (Huh et
-          al. 2024); independent representations share NEIGHBOURS / (n - 1).
+          two rows (Kriegeskorte et al. 2008).
+        - mutual_knn: mean share of a row's nearest rows by cosine that both sides share (Huh et al.
+          2024); independent representations share NEIGHBOURS / (n - 1).
         """
-        u, v = self.directions, other.directions
-        product = u.T @ v if u.shape[1] <= v.shape[1] else v.T @ u
-        squares = np.linalg.eigvalsh(product @ product.T) if product.size else np.zeros(1)
+        product = self.scores.T @ other.scores
+        u, v = len(self.norms), len(other.norms)
+        canonical = product[:u, :v] / self.norms[:, None] / other.norms[None, :]
+        square = canonical @ canonical.T if u <= v else canonical.T @ canonical
+        squares = np.linalg.eigvalsh(square) if square.size else np.zeros(1)
+        length = np.sqrt(max(self._hsic(self), 0) * max(other._hsic(other), 0))
+        shared = self.near[:, :, None] == other.near[:, None, :]
         return {
-            "cka": float(np.vdot(self.gram, other.gram)),
+            "cka": float(self._hsic(other, product) / max(length, TINY)),
             "svcca": float(np.sqrt(squares.clip(0, 1)).mean()),
             "rsa": float(np.vdot(self.ranks, other.ranks)),
-            "mutual_knn": float((self.near & other.near).sum() / self.near.sum()),
+            "mutual_knn": float(shared.sum() / self.near.size),
         }
 
+    def _hsic(self, other: Geometry, product: np.ndarray | None = None) -> float:
+        """The unbiased HSIC, times n (n - 3), of centred rows, without a matrix [n, n].
 
-def directions(x: np.ndarray) -> np.ndarray:
-    """Returns orthonormal columns [n, r]: the scores of the leading principal directions."""
-    x = x - x.mean(axis=0, keepdims=True, dtype=np.float64)
-    variances, axes = np.linalg.eigh(x.T @ x if len(x) > x.shape[1] else x @ x.T)
-    variances, axes = np.maximum(variances[::-1], 0), axes[:, ::-1]
-    share = np.cumsum(variances) / max(variances.sum(), TINY)
-    kept = int(np.searchsorted(share, VARIANCE * (1 - 1e-12))) + 1
-    kept = min(kept, int((variances > ROUNDING * variances[0]).sum()))
-    if len(x) <= x.shape[1]:
-        return axes[:, :kept]
-    return (x @ axes[:, :kept]) / np.sqrt(variances[:kept])[None, :]
+        Gram matrices without their diagonals sum to minus the rows' squared lengths in each row.
+        """
+        product, n = self.scores.T @ other.scores if product is None else product, len(self.near)
+        a, b = (np.sum(np.square(g.scores), axis=1, dtype=np.float64) for g in (self, other))
+        total = np.sum(np.square(product), dtype=np.float64) - (1 + 2 / (n - 2)) * (a @ b)
+        return float(total + a.sum() * b.sum() / ((n - 1) * (n - 2)))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

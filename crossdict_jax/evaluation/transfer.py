@@ -1,33 +1,32 @@
 """How well features predicted from model A fit model B's own, on held-out documents.
 
-A feature is *active* where it is above zero, and *live* if it is active in some row and varies.
+A feature is *active* where it is above zero, *live* if it is active in some row and varies.
 """
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from scipy import sparse
 
 from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
-from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.base import exact_matmul, padded, slices
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
-ROW_BLOCK = 2**17  # values of some rows: their temporaries stay in the processor's cache
-FEATURE_BLOCK = 2**20  # values of some features
+BLOCK = 1024  # rows compared at a time
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
-ROUNDING = 1e-12  # a variance below this share of the second moment is float64 rounding
+ROUNDING = 1e-6  # a variance below this share of the second moment is float32 rounding
 
-MEANS = (  # metrics that are means over rows
+MEANS = (  # means over rows
     *("cosine", "cosine_mean_predictor", "cosine_centered"),
     *("l0_target", "l0_predicted", "sparsity_similarity"),
 )
-NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # that have a null near 0
+NORMALIZED = ("r2", "cosine_centered", "top1", "feature_correlation")  # with a null near 0
 MARGIN = 0.05  # a ceiling less than this above the null leaves no room to place a score in
 
 
@@ -42,11 +41,11 @@ class TokenMeans:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """B's features on held-out rows, and everything that all predictions share."""
+    """B's features on held-out rows, and all that predictions share."""
 
     target: np.ndarray  # [n, width]
-    train_mean: np.ndarray  # float64 [width], of B's features over training rows
-    resamples: Resamples  # of the documents of these rows
+    train_mean: np.ndarray  # float64 [width], over training rows
+    resamples: Resamples  # of the rows' documents
     pool: retrieval.Pool
 
     @cached_property
@@ -61,7 +60,7 @@ class Score:
 
     plain: dict[str, Any]  # without intervals
     estimates: dict[str, Estimate | None]  # with intervals
-    correlations: np.ndarray  # [width], per feature, NaN where the target is not live
+    correlations: np.ndarray  # [width], NaN where the target is not live
     feature_r2: np.ndarray  # [width], likewise
 
     def row(self) -> dict[str, Any]:
@@ -102,13 +101,13 @@ def transfer_metrics(
     - context_gain = 1 - sum ||(t - T) - (p - P)||^2 / sum ||t - T||^2, with T and P the training
       means of target and prediction for the row's source token, where it occurs in training.
 
-    The main ones come with _low and _high: 95 % bootstrap percentiles over documents, None with
-    fewer than two documents. A number that is undefined is None; r2 is always finite.
+    The main ones have _low and _high: 95 % bootstrap percentiles over documents, None with fewer
+    than two documents. Undefined numbers are None; r2 is always finite.
 
     Args:
       predicted, target: arrays [n, width].
       train_mean: [width], of the target over the training rows.
-      documents: [n], the document of each row; by default every row is its own.
+      documents: [n], the document of each row (default: one per row).
       pool: retrieval candidates; 0 means min(8192, n).
       bootstrap: resamples.
       seed: of the resamples and of the pool.
@@ -125,7 +124,7 @@ def transfer_metrics(
 
 
 def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: str = "") -> Any:
-    """``values`` as float32 or float64; UserError if one is not finite, or the shape is another."""
+    """``values`` as float32 or float64; UserError if not finite, or of another shape."""
     values = np.asarray(values)
     if values.dtype not in (np.float32, np.float64):
         values = values.astype(np.float32)
@@ -166,48 +165,67 @@ def measure(
     """Returns all metrics of ``predicted`` [n, width]; see ``transfer_metrics``."""
     predicted = _checked("predicted", predicted, held_out.target.shape, "that of the target")
     draws, live = held_out.resamples, held_out.live
-    rows, features = _row_values(predicted, held_out), _feature_values(predicted, held_out)
-    rank = retrieval.ranks(predicted, held_out.pool)
-    correlations = features["correlations"]
-    fvu = draws.estimate(rows["error"], rows["variance"])
-    feature_r2 = np.where(live, 1 - stats.ratio(features["error"], features["variance"]), np.nan)
-    in_pool = dataclasses.replace(draws, index=draws.index[held_out.pool.rows])
+    rows, sums = _sums(predicted, held_out, token_means)
+    of_split = {name: values[0] for name, values in sums.items()}
+    length_p, length_t, length_p_c, length_t_c = (
+        np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance")
+    )
+    length_m = np.linalg.norm(held_out.train_mean)
+    either = rows["l0_predicted"] + rows["l0_target"] - rows["both"]
+    # A vector within rounding of the mean is the mean: centred cosine 0.
+    rows |= {
+        "cosine": _cosine(rows["pt"], length_p, length_t),
+        "cosine_mean_predictor": _cosine(rows["mt"], length_m, length_t),
+        "cosine_centered": _cosine(rows["pt_centred"], length_p_c, length_t_c, MEAN * length_m),
+        "sparsity_similarity": np.where(either == 0, 1.0, rows["both"] / np.maximum(either, 1)),
+    }
+    rank, in_pool = retrieval.ranks(predicted, held_out.pool), held_out.pool.rows
+    in_pool = dataclasses.replace(draws, index=draws.index[in_pool])
+    fvu, r = draws.estimate(rows["error"], rows["variance"]), _correlations(sums)
+    feature_r2 = np.where(live, 1 - stats.ratio(of_split["error"], of_split["tt"]), np.nan)
+    gain, seen = None, np.zeros(len(predicted), bool)
+    if token_means is not None and (seen := token_means.index >= 0).any():
+        gain = 1.0 - draws.estimate(rows["token_error"] * seen, rows["token_variance"] * seen)
+    correlation = None
+    if live.any():  # in a resample, only features that vary there
+        defined = np.isfinite(r[:, live])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(defined, r[:, live], 0.0).sum(axis=1) / defined.sum(axis=1)
+        correlation = Estimate(float(means[0]), means[1:])
     estimates = {
         "fvu": fvu,
         "r2": 1.0 - fvu,
         **{name: draws.mean(rows[name]) for name in MEANS},
         "top1": in_pool.mean(rank == 1),
         "mean_rank": in_pool.mean(rank),
-        "feature_correlation": _mean_correlation(correlations, live),
-        "context_gain": _context_gain(predicted, held_out, token_means),
+        "feature_correlation": correlation,
+        "context_gain": gain,
     }
-    rates = np.stack([features["active_predicted"], features["active_target"]])
+    rates = np.stack([of_split["active_predicted"], of_split["active_target"]])
     vary = np.ptp(rates, axis=1).all()
     plain = {
         "n_rows": len(predicted),
         "n_documents": draws.n_documents,
         "n_live": int(live.sum()),
-        "pool": len(held_out.pool.rows),
+        "pool": len(rank),
         "l0_source": None if l0_source is None else float(np.mean(l0_source)),
         "r2_per_feature_median": float(np.median(feature_r2[live])) if live.any() else None,
         "rate_correlation": float(np.corrcoef(rates)[0, 1]) if vary else None,
-        "n_context_rows": 0 if token_means is None else int((token_means.index >= 0).sum()),
+        "n_context_rows": int(seen.sum()),
     }
-    return Score(plain, estimates, np.where(live, correlations[0], np.nan), feature_r2)
+    return Score(plain, estimates, np.where(live, r[0], np.nan), feature_r2)
 
 
 def verdict(score: Score, token: Score) -> str:
-    """Returns what may be said of a map, from paired bootstrap differences over documents.
+    """Returns a map's verdict from paired bootstrap differences over documents.
 
-    It beats the mean if both its R^2 (the mean's is 0) and its centred cosine are surely above 0,
-    and the token baseline if moreover its R^2 is surely above that of the token map.
+    It beats the mean if its R^2 (the mean's is 0) and its centred cosine are surely above 0, and
+    the token baseline if its R^2 is also surely above the token map's.
     """
     r2, centered = score.estimates["r2"], score.estimates["cosine_centered"]
     if not (r2.surely_positive and centered.surely_positive):
         return NO_BETTER
-    if (r2 - token.estimates["r2"]).surely_positive:
-        return BEATS_TOKEN
-    return BEATS_MEAN
+    return BEATS_TOKEN if (r2 - token.estimates["r2"]).surely_positive else BEATS_MEAN
 
 
 def normalized(
@@ -229,113 +247,83 @@ def normalized(
     return columns
 
 
-# ---------------------------------------------------------------- sums over rows and features
+def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) -> tuple[dict, dict]:
+    """``_sums_of_block`` of each row, {name: [n]}, and of features, in float64.
+
+    The latter are [1 + count, width]: the whole split, then every bootstrap resample.
+    """
+    draws, parts = held_out.resamples, []
+    weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
+    totals = {"n": weights @ np.bincount(draws.index)[:, None]}
+    blocks, size = list(slices(len(predicted), BLOCK)), min(BLOCK, len(predicted))
+    documents = [np.unique(draws.index[rows], return_inverse=True) for rows in blocks]
+    longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
+    for rows, (numbers, local) in zip(blocks, documents):
+        arrays = 2 * (predicted[rows], held_out.target[rows])
+        if means and len(means.target):  # rows without their token are not used
+            index = means.index[rows]
+            arrays = *arrays[:2], means.predicted[index], means.target[index]
+        belongs = np.zeros((longest, size), np.float32)  # 0 for padding
+        belongs[local, np.arange(len(local))] = 1
+        arrays = [padded(a, size) for a in arrays]
+        centres = held_out.train_mean, predicted[0]
+        of_rows, of_documents = _sums_of_block(*arrays, *centres, belongs)
+        parts.append({name: np.asarray(v, np.float64)[: len(local)] for name, v in of_rows.items()})
+        for name, values in of_documents.items():
+            values = np.asarray(values, np.float64)[: len(numbers)]
+            totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ values
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, totals
 
 
-def _row_values(predicted: np.ndarray, held_out: HeldOut) -> dict[str, np.ndarray]:
-    """What each row gives, {name: [n]}, in float64."""
-    mean = held_out.train_mean
-    length_m = np.sqrt(mean @ mean)
+@jax.jit
+def _sums_of_block(p, t, P, T, mean, first, belongs):
+    """Sums over features of each row, {name: [batch]}, and over rows, {name: [documents, width]}.
 
-    def look(rows: slice) -> dict[str, np.ndarray]:
-        p, t = (x[rows].astype(np.float64) for x in (predicted, held_out.target))
-        p_c, t_c = p - mean[None, :], t - mean[None, :]
-        length_p, length_t, length_p_c = (np.sqrt(_dot(x, x)) for x in (p, t, p_c))
-        variance, active_p, active_t = _dot(t_c, t_c), p > 0, t > 0
-        l0_p, l0_t = active_p.sum(axis=1), active_t.sum(axis=1)
-        both = (active_p & active_t).sum(axis=1)
-        either = l0_p + l0_t - both
-        # A vector within rounding of the mean is the mean, whose centred cosine is 0.
-        centered = _cosine(_dot(p_c, t_c), length_p_c, np.sqrt(variance), zero=MEAN * length_m)
-        return {
-            "error": _dot(t - p, t - p),
-            "variance": variance,
-            "cosine": _cosine(_dot(p, t), length_p, length_t),
-            "cosine_mean_predictor": _cosine(t @ mean, length_m, length_t),
-            "cosine_centered": centered,
-            "l0_target": l0_t,
-            "l0_predicted": l0_p,
-            "sparsity_similarity": np.where(either == 0, 1.0, both / np.maximum(either, 1)),
-        }
+    Centred: less the training mean.
 
-    n, width = predicted.shape
-    with ThreadPoolExecutor() as threads:
-        blocks = list(threads.map(look, slices(n, max(1, ROW_BLOCK // width))))
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", a, b)
+    Args:
+      p, t: predicted and target features [batch, width]; P, T: their means after the row's token.
+      mean: of the target's training rows [width].
+      first: any prediction [width], the origin of predictions in correlations.
+      belongs: [documents, batch], 1 where a row is of a document.
+    """
+    mean = jnp.broadcast_to(mean[None, :], p.shape)
+    p_c, t_c, error, active_p, active_t = p - mean, t - mean, t - p, p > 0, t > 0
+    of_rows = {
+        **{"pp": p * p, "tt": t * t, "pt": p * t, "mt": mean * t},
+        **{"pp_centred": p_c * p_c, "pt_centred": p_c * t_c, "variance": t_c * t_c},
+        **{"l0_predicted": active_p, "l0_target": active_t, "both": active_p & active_t},
+        "error": error * error,
+        "token_error": jnp.square((t - T) - (p - P)),
+        "token_variance": jnp.square(t - T),
+    }
+    moved = p - first[None, :]
+    of_features = {
+        **{"p": moved, "t": t_c},
+        **{"pp": moved * moved, "tt": t_c * t_c, "pt": moved * t_c, "error": error * error},
+        **{"active_predicted": active_p * 1.0, "active_target": active_t * 1.0},
+    }
+    return (
+        {name: jnp.sum(values, axis=1) for name, values in of_rows.items()},
+        {name: exact_matmul(belongs, values) for name, values in of_features.items()},
+    )
 
 
-def _cosine(dot: np.ndarray, length_a, length_b, zero: float = 0.0) -> np.ndarray:
+def _cosine(dot: np.ndarray, length_a, length_b, zero=0.0) -> np.ndarray:
     """Cosine of each row; 0 where a length is at most ``zero``."""
     defined = (length_a > zero) & (length_b > zero)
     return np.where(defined, dot / np.where(defined, length_a * length_b, 1.0), 0.0)
 
 
-def _feature_values(predicted: np.ndarray, held_out: HeldOut) -> dict[str, np.ndarray]:
-    """Sums over rows of each feature, {name: [width]}, and its Pearson correlations.
+def _correlations(sums: dict[str, np.ndarray]) -> np.ndarray:
+    """Pearson's r of each feature by the sums of ``_sums``, [1 + count, width].
 
-    "correlations" [1 + count, width] are those of the whole split and of every bootstrap resample,
-    by sums over each document about the training mean: 0 for a constant prediction, NaN for a
-    constant target.
+    0 for a constant prediction, NaN for a constant target.
     """
-    mean, draws = held_out.train_mean, held_out.resamples
-    n, width = predicted.shape
-    weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
-    by_document = sparse.csr_array((np.ones(n), (draws.index, np.arange(n))))
-    n_rows = weights @ by_document.sum(axis=1)
-
-    def look(features: slice) -> dict[str, np.ndarray]:
-        p, t = (x[:, features].astype(np.float64) for x in (predicted, held_out.target))
-        sums = {
-            "error": np.square(t - p).sum(axis=0),
-            "active_predicted": (p > 0).sum(axis=0),
-            "active_target": (t > 0).sum(axis=0),
-        }
-        p, t = (x - mean[None, features] for x in (p, t))
-        sums["variance"] = np.square(t).sum(axis=0)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no row
-            moments = (weights @ (by_document @ z) for z in (p, t, p * p, t * t, p * t))
-            p, t, pp, tt, pt = (moment / n_rows[:, None] for moment in moments)
-        variance_p, variance_t = pp - p * p, tt - t * t
-        varies_p, varies_t = variance_p > ROUNDING * pp, variance_t > ROUNDING * tt
-        both = varies_p & varies_t
-        scale = np.sqrt(np.where(both, variance_p * variance_t, 1.0))
-        r = np.where(both, np.clip((pt - p * t) / scale, -1, 1), 0.0)
-        return sums | {"correlations": np.where(varies_t, r, np.nan)}
-
-    with ThreadPoolExecutor() as threads:
-        blocks = list(threads.map(look, slices(width, max(16, FEATURE_BLOCK // n))))
-    return {name: np.concatenate([b[name] for b in blocks], axis=-1) for name in blocks[0]}
-
-
-def _mean_correlation(correlations: np.ndarray, live: np.ndarray) -> Estimate | None:
-    """The mean over the live features [width], or None if there is none.
-
-    In a resample, features whose target is constant there are left out.
-    """
-    if not live.any():
-        return None
-    r = correlations[:, live]
-    defined = np.isfinite(r)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.where(defined, r, 0.0).sum(axis=1) / defined.sum(axis=1)
-    return Estimate(float(means[0]), means[1:])
-
-
-def _context_gain(
-    predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None
-) -> Estimate | None:
-    if means is None or not (means.index >= 0).any():
-        return None
-    rows = np.flatnonzero(means.index >= 0)
-    error, variance = np.zeros(len(predicted)), np.zeros(len(predicted))
-    for block in slices(len(rows), max(1, ROW_BLOCK // predicted.shape[1])):
-        index = rows[block]
-        token = means.index[index]
-        t = held_out.target[index].astype(np.float64) - means.target[token]
-        p = predicted[index].astype(np.float64) - means.predicted[token]
-        error[index], variance[index] = _dot(t - p, t - p), _dot(t, t)
-    return 1.0 - held_out.resamples.estimate(error, variance)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no row
+        p, t, pp, tt, pt = (sums[name] / sums["n"] for name in ("p", "t", "pp", "tt", "pt"))
+    variance_p, variance_t = pp - p * p, tt - t * t
+    varies_p, varies_t = variance_p > ROUNDING * pp, variance_t > ROUNDING * tt
+    both = varies_p & varies_t
+    scale = np.sqrt(np.where(both, variance_p * variance_t, 1.0))
+    return np.where(varies_t, np.where(both, np.clip((pt - p * t) / scale, -1, 1), 0.0), np.nan)

@@ -1,7 +1,4 @@
-"""Maps from one model's side to another's features, each kind of them one file.
-
-A kind is found by its file's name: ``kinds/ridge.py`` is ``map.kinds=ridge``.
-"""
+"""Maps from one model's side to another's features: ``kinds/ridge.py`` is ``map.kinds=ridge``."""
 
 from crossdict_jax.maps.base import (
     Map,
@@ -15,14 +12,7 @@ from crossdict_jax.maps.base import (
     predict_activations,
     save,
 )
-from crossdict_jax.maps.fit import (
-    Task,
-    fit_maps,
-    load_pairs,
-    shuffle_seed,
-    shuffled,
-    tasks,
-)
+from crossdict_jax.maps.fit import Task, fit_maps, load_pairs, shuffled, tasks
 
 __all__ = [
     "Map",
@@ -38,7 +28,6 @@ __all__ = [
     "predict",
     "predict_activations",
     "save",
-    "shuffle_seed",
     "shuffled",
     "tasks",
 ]

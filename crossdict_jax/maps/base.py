@@ -1,4 +1,4 @@
-"""What every map shares: paired rows, the protocol, closed forms, predictions, checkpoints."""
+"""What every map shares: paired rows, the protocol, predictions, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy import sparse
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.config import MapConfig, map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.compact import Compact, compact
+from crossdict_jax.maps.codes import Codes, Moments, compress
 from crossdict_jax.maps.moments import (
     ROWS,
     Regression,
@@ -35,35 +36,54 @@ from crossdict_jax.maps.moments import (
 )
 from crossdict_jax.training.checkpoint import load_meta, load_params, save_module
 
-# ---------------------------------------------------------------- paired rows
-
 
 @dataclass(frozen=True)
 class Side:
     """One model's half of paired rows."""
 
-    x: np.ndarray  # activations [n, d_model], bfloat16 or float32, on the host
+    x: np.ndarray  # [n, d_model], bfloat16 or float32, on the host
     tokens: np.ndarray  # int32 [n], the model's own token that ends at the position
     dictionary: Dictionary  # of this model at this site
     model: str = ""
     layer: int = 0
-    # Gives the bytes of each token id; None where all sides have one vocabulary.
+    # The bytes of each token id; None where all sides share a vocabulary.
     token_bytes: Callable[[], Sequence[bytes]] | None = None
-    reordered_from: Side | None = None  # the side that holds the same rows in another order
-    order: np.ndarray | None = None  # int [n], the index in that side of each row
-    keys: np.ndarray | None = None  # int [n, 2], (document, byte end), which ``Pairs`` compares
+    reordered_from: Side | None = None  # the side with the same rows in another order
+    order: np.ndarray | None = None  # int [n], each row's index in that side
+    keys: np.ndarray | None = None  # int [n, 2], (document, byte end)
 
     def activations(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the activations float32 [m, d_model] of some rows."""
+        """Returns float32 [m, d_model]."""
         return self.x[rows].astype(np.float32)
 
+    @cached_property
+    def codes(self) -> Codes:
+        """The features [n, width] of all rows, encoded once."""
+        if self.reordered_from is not None:
+            return self.reordered_from.codes[self.order]
+        blocks = (encode_rows(self.dictionary, self.x[rows]) for rows in slices(len(self.x)))
+        width = self.dictionary.width
+        return sparse.vstack([Codes((0, width), dtype=np.float32), *map(compress, blocks)], "csr")
+
     def features(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Returns the features float32 [m, width] of at most ROWS rows."""
-        return encode_rows(self.dictionary, self.x[rows])
+        """Returns float32 [m, width]."""
+        return self.codes[rows].toarray()
+
+    @cached_property
+    def feature_moments(self) -> Moments:
+        """Mean and variance of the features over all rows."""
+        return (
+            self.reordered_from.feature_moments if self.reordered_from else Moments.of(self.codes)
+        )
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """Its description by role, made once; see ``descriptions.describe``."""
+        return self.reordered_from.described if self.reordered_from else {}
 
     @cached_property
     def bad_row(self) -> int | None:
-        """The first row that holds NaN or infinity, before any reordering; None if none does."""
+        """The first row with NaN or infinity, before any reordering; None if there is none."""
         if self.reordered_from is not None:
             return self.reordered_from.bad_row
         for rows in slices(len(self.x)):
@@ -72,35 +92,14 @@ class Side:
                 return rows.start + int(bad.argmax())
         return None
 
-    @cached_property
-    def feature_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance, float64 [width], of the features; encoded once, in batches."""
-        if self.reordered_from is not None:
-            return self.reordered_from.feature_moments
-        total, square = np.zeros((2, self.dictionary.width))
-        for rows in slices(len(self.x)):
-            f = self.features(rows)
-            total += f.sum(0, dtype=np.float64)
-            square += np.square(f).sum(0, dtype=np.float64)
-        mean = total / len(self.x)
-        return mean, np.maximum(square / len(self.x) - mean**2, 0.0)
-
-    @cached_property
-    def code(self) -> Compact | None:
-        """The active features of all rows; None if a row has more than d_model / 2 of them.
-
-        Then the activations take less memory.
-        """
-        if self.reordered_from is not None:
-            code = self.reordered_from.code
-            return jax.tree.map(lambda a: a[self.order], code)
-        return compact(map(self.features, slices(len(self.x))), limit=self.x.shape[1] // 2)
-
     def take(self, rows: np.ndarray | slice) -> Side:
         """Returns the side with these rows alone."""
         keys = None if self.keys is None else self.keys[rows]
         some = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
-        return dataclasses.replace(self, **some, reordered_from=None, order=None)
+        taken = dataclasses.replace(self, **some, reordered_from=None, order=None)
+        if "codes" in vars(self):  # encoded already
+            vars(taken)["codes"] = self.codes[rows]
+        return taken
 
     def reordered(self, order: np.ndarray) -> Side:
         """Returns the side with its rows in another order."""
@@ -118,8 +117,7 @@ class Pairs:
 
     def __post_init__(self):
         a, b = self.source, self.target
-        rows = {len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}
-        if len(rows) > 1:
+        if len({len(a.x), len(a.tokens), len(b.x), len(b.tokens), len(self.documents)}) > 1:
             raise UserError(
                 f"Pairs need equally many rows: the source has {len(a.x)} and {len(a.tokens)} "
                 f"tokens, the target {len(b.x)} and {len(b.tokens)}, with {len(self.documents)} "
@@ -137,28 +135,25 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.source.x)
 
-    def by_token(self, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
-        """Returns the sums by the source's token of what ``read`` gives of numbered rows."""
-        return token_sums(self.source.tokens, read)
+    def take(self, rows: np.ndarray | slice) -> Pairs:
+        """Returns some of the rows."""
+        return Pairs(self.source.take(rows), self.target.take(rows), self.documents[rows])
 
     @cached_property
     def target_by_token(self) -> TokenSums:
-        """The sums of the target's features by the source's token, once for all maps."""
-        return self.by_token(self.target.features)
+        """Sums of the target's features by the source's token."""
+        return token_sums(self.source.tokens, self.target.codes)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a map is fitted on; ``label`` names it on progress bars and in errors.
+    """What a map is fitted on."""
 
-    Attributes:
-      joint: for maps that go through one, the way from A to B through a joint code of the models:
-        W_enc [d_a, width], b_enc, threshold, W_dec [width, d_b], b_dec, in raw units.
-    """
-
-    label: str
+    label: str  # on progress bars and in errors
     train: Pairs
     validation: Pairs
+    # From A to B through a joint code, in raw units: W_enc [d_a, width], b_enc, threshold,
+    # W_dec [width, d_b], b_dec.
     joint: dict[str, jax.Array] | None = None
 
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
@@ -172,7 +167,7 @@ class Problem:
 
     @cached_property
     def regression(self) -> Regression:
-        """The regression of activations, once for all maps that are fitted on it."""
+        """The regression of activations, once for all maps."""
         return self.regress(Side.activations)
 
 
@@ -182,16 +177,14 @@ def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
 
 
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
-    """Raises UserError with fewer training rows than the map needs, or one that is not finite."""
+    """Raises UserError for fewer training rows than the map needs, or one that is not finite."""
     for split, minimum in (("train", fewest), ("validation", 1)):
-        rows = len(getattr(problem, split))
-        if rows < minimum:
-            raise UserError(
-                f"{problem.label} has {rows} paired {split} rows and {kind} needs {minimum} or "
-                "more; raise text.documents."
-            )
-    for split in ("train", "validation"):
         pairs = getattr(problem, split)
+        if len(pairs) < minimum:
+            raise UserError(
+                f"{problem.label} has {len(pairs)} paired {split} rows and {kind} needs {minimum} "
+                "or more; raise text.documents."
+            )
         for name, side in (("source", pairs.source), ("target", pairs.target)):
             if side.bad_row is not None:
                 raise UserError(
@@ -201,21 +194,16 @@ def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
                 )
 
 
-# ---------------------------------------------------------------- the protocol
-
-
 class Map(nnx.Module):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
-    A kind of map is one file of ``maps/kinds``: a subclass with a ``kind`` of the file's name, and
-    ``solve``, or a ``fit`` of its own. B's dictionary is a part of the map; a checkpoint holds the
-    rest and points to it.
+    A kind is a file of ``maps/kinds``: a subclass with that ``kind``, and ``solve`` or its own
+    ``fit``. B's dictionary is part of the map, but checkpoints only point to it.
 
     Attributes:
-      kind: the name of the kind.
       reads: what ``inputs`` are: "features" [batch, width_a], "activations" [batch, d_a] or
         "tokens" int [batch], all of A.
-      predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b] as well.
+      predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b].
       fits_together: whether ``fit`` must get all problems of a run at once.
       through_joint: whether its problems must hold a joint code.
       settings: names of the attributes, JSON values, that are not arrays.
@@ -233,12 +221,7 @@ class Map(nnx.Module):
     fewest_rows: ClassVar[int] = 2
 
     def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
-        """
-        Args:
-          dictionary: B's.
-          values: nested names -> arrays, which become parameters of these names.
-          settings: see the attribute.
-        """
+        """``dictionary`` is B's; ``values`` are nested names -> arrays, which become parameters."""
         self.dictionary = dictionary
         for name, value in (values or {}).items():
             setattr(self, name, _parameters(value))
@@ -249,9 +232,8 @@ class Map(nnx.Module):
         """Returns B's features [batch, width_b].
 
         Args:
-          inputs: what ``reads`` says.
-          tokens: A's tokens [batch], for maps that read them besides; without them every row
-            takes the back-off.
+          tokens: A's tokens [batch], for maps that read them too; without them every row takes the
+            back-off.
         """
         raise NotImplementedError
 
@@ -267,8 +249,8 @@ class Map(nnx.Module):
         """Returns the map of each problem, its hyper-parameters chosen by validation error.
 
         Args:
-          training: for kinds that are trained: ``seed``, ``directory`` for checkpoints and
-            metrics, ``checkpoint_every`` and ``records``.
+          training: for trained kinds: ``seed``, ``directory`` (checkpoints and metrics),
+            ``checkpoint_every`` and ``records``.
 
         Raises:
           UserError: too few rows, or rows that are not finite.
@@ -286,17 +268,13 @@ class Map(nnx.Module):
 
 
 def _parameters(value: Any) -> nnx.Dict | nnx.Param:
-    """Arrays as parameters: float32 or int32, whatever they were computed in."""
     if isinstance(value, dict):
         return nnx.Dict({name: _parameters(inner) for name, inner in value.items()})
     return nnx.Param(jnp.asarray(value))
 
 
 class ActivationMap(Map):
-    """A map whose ``activation(inputs, tokens=None)`` predicts x_B [batch, d_b] of x_A.
-
-    B's dictionary encodes what it predicts.
-    """
+    """Predicts x_B: ``activation(inputs, tokens=None)`` [batch, d_b]; B's dictionary encodes it."""
 
     reads = "activations"
     predicts_activation = True
@@ -317,7 +295,7 @@ def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
     """Returns the rows [batch, size] of a token table for tokens [batch].
 
     A table is {"ids": int32 [seen], ascending; "rows": [seen + 1, size]}. Its last row, the
-    back-off, is for all other tokens, and for every row without ``tokens``.
+    back-off, is for other tokens and for rows without tokens.
     """
     rows = table.rows[...]
     if tokens is None:
@@ -341,50 +319,45 @@ def map_class(kind: str) -> type[Map]:
     return next(c for c in members if isinstance(c, type) and getattr(c, "kind", None) == kind)
 
 
-# ---------------------------------------------------------------- predictions
+def predictions(
+    m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (rows, B's predicted features float32 [m, width_b]), or what another method gives."""
+    (graph, params), source, encoder = modules.split(m), pairs.source, None
+    if m.predicts_activation and method == "__call__":  # these kinds share B's encoder
+        encoder, method = modules.split(m.dictionary), "activation"
+    read = {"tokens": source.tokens.__getitem__, "activations": source.x.__getitem__}
+    for rows in slices(len(pairs), batch_size):
+        inputs = read.get(m.reads, source.features)(rows)
+        batch = [padded(a, batch_size) for a in (inputs, source.tokens[rows])]
+        out = predict_batch(graph, method, params, *batch)
+        out = modules.call(encoder[0], "encode", encoder[1], out) if encoder else out
+        yield rows, np.asarray(out)[: rows.stop - rows.start]
 
 
 def predict(m: Map, pairs: Pairs, batch_size: int = ROWS, *, method: str = "__call__"):
-    """Returns B's predicted features float32 [n, width_b], a batch at a time.
-
-    Args:
-      method: of the map, which gives what is returned.
-    """
-    graph, params = modules.split(m)
-    source_graph, source_params = modules.split(pairs.source.dictionary)
-    parts = []
-    for rows in slices(len(pairs), batch_size):
-        x, tokens = (padded(a[rows], batch_size) for a in (pairs.source.x, pairs.source.tokens))
-        out = predict_batch(graph, source_graph, method, params, source_params, x, tokens)
-        parts.append(np.asarray(out)[: rows.stop - rows.start])
-    return np.concatenate(parts)
+    """Returns B's predicted features float32 [n, width_b]; see ``predictions``."""
+    return np.concatenate([out for _, out in predictions(m, pairs, batch_size, method=method)])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def predict_batch(graph, source_graph, method, params, source_params, x, tokens):
-    """Returns a method's result of one batch; see ``predict``."""
-    m = modules.merge(graph, params)
-    inputs = {"activations": x, "tokens": tokens}.get(m.reads)
-    if inputs is None:
-        inputs = modules.merge(source_graph, source_params).encode(x)
-    return getattr(m, method)(inputs, tokens=tokens)
+@partial(jax.jit, static_argnums=(0, 1))
+def predict_batch(graph, method, params, inputs, tokens):
+    """Returns a method's result of one batch."""
+    return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
 def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:
-    """Returns B's predicted activations float32 [n, d_b] of a map that predicts them."""
+    """Returns B's predicted activations float32 [n, d_b]."""
     return predict(m, pairs, batch_size, method="activation")
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 def own_parameters(params: modules.Params) -> modules.Params:
-    """Returns a map's parameters without those of B's dictionary."""
+    """Returns a map's parameters without B's dictionary."""
     return {name: value for name, value in params.items() if name != "dictionary"}
 
 
 def fingerprint(dictionary: Dictionary) -> str:
-    """Returns a checksum of a dictionary's parameters, their names and their shapes."""
+    """Returns a checksum of a dictionary's parameters, names and shapes."""
     _, params = modules.split(dictionary)
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -395,11 +368,11 @@ def fingerprint(dictionary: Dictionary) -> str:
 
 
 def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None = None) -> None:
-    """Writes a map's own parameters; B's dictionary is remembered by its folder and checksum.
+    """Writes a map's own parameters, and the folder and checksum of B's dictionary.
 
     Args:
       path: a new folder.
-      dictionary: the folder of B's dictionary; a relative path to it is stored.
+      dictionary: folder of B's dictionary; stored relative to ``path``.
       record: how the map was fitted (JSON values).
     """
     params = own_parameters(modules.split(m)[1])
@@ -419,11 +392,11 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
     """Returns the map in a checkpoint folder, with B's dictionary.
 
     Args:
-      dictionary: B's, where it is loaded already; it must be the one in the checkpoint's folder.
+      dictionary: B's, if loaded; it must be the one that the checkpoint points to.
 
     Raises:
       UserError: there is no finished map, it is damaged, or B's dictionary is missing, damaged
-        or another one than the map was fitted with.
+        or not the one that the map was fitted with.
     """
     path = Path(path)
     meta = load_meta(path)

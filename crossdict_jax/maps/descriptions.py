@@ -6,72 +6,68 @@ from functools import cached_property
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Pairs, Side, slices
+from crossdict_jax.maps.codes import Moments
 from crossdict_jax.maps.moments import moments, token_sums
 from crossdict_jax.maps.network import damped_scale
 
-SPREAD = 0.3  # weight of all of A's covariance against that of its token means
+SPREAD = 0.3  # weight of A's covariance against that of its token means
 DAMPING = 0.1  # ridge penalty of the token profiles, in multiples of the mean of the diagonal
-PROFILE_RANK = 128  # of the weights that token profiles call for
-TURNS = 3  # of the subspace iteration that cuts a matrix down to a rank
+PROFILE_RANK = 128  # of the token profiles' weights
+TURNS = 3  # of the subspace iteration for a low rank
 
 Weights = tuple[np.ndarray, np.ndarray]  # U [width_a, rank], V [width_b, rank]: W = U V'
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How one dictionary's features respond to what the model has just read."""
+    """How one dictionary's features respond to the token that was just read."""
 
-    names: tuple[Hashable, ...]  # what each token stands for, the same in every model: its bytes
+    names: tuple[Hashable, ...]  # the bytes of each token, the same in every model
     counts: np.ndarray  # [tokens], rows that end in it
     means: np.ndarray  # [tokens, width], mean features of these rows, less the mean of all rows
-    covariance: np.ndarray  # [width, width], of the features over all rows
+    covariance: np.ndarray  # [width, width], over all rows
 
 
 @dataclass(frozen=True)
 class Description:
-    """One dictionary as a hypernetwork sees it, in the role of source or of target.
+    """One dictionary as a hypernetwork sees it, as source or as target, from its model alone.
 
-    Everything is of this model alone. Means, rates and scales are of all training rows; the
-    profile is of every second document, of the others in the other role: it shares no text.
+    Moments are of all training rows, the profile of every second document: the two roles of a
+    dictionary share no text.
     """
 
-    side: Side  # the rows in their own order
-    rows: np.ndarray  # the numbers of those that the profile is taken from
+    side: Side  # in their own order
+    rows: np.ndarray  # row numbers of the profile
 
-    @cached_property
-    def mean(self) -> np.ndarray:
-        """Mean features, float64 [width]."""
-        return self.side.feature_moments[0]
-
-    @cached_property
-    def variance(self) -> np.ndarray:
-        """Variance of the features, float64 [width]."""
-        return self.side.feature_moments[1]
+    @property
+    def moments(self) -> Moments:
+        """Mean and variance of the features, on all rows."""
+        return self.side.feature_moments
 
     @cached_property
     def scale(self) -> np.ndarray:
-        """Standard deviation of the features, damped where it is small, [width]."""
-        return damped_scale(self.variance)
+        """Standard deviation of the features, damped where small, [width]."""
+        return damped_scale(self.moments.variance)
 
     @cached_property
     def directions(self) -> dict[str, np.ndarray]:
-        """What the towers read, float32: of every feature, in numbers of a typical size of 1.
+        """What the towers read, float32, in numbers of a typical size of 1.
 
-        ``moves`` [width, d_model]: by what the feature moves the activation, decoder row times
-        scale; ``reads`` and ``writes``: encoder and decoder row, unit directions; ``facts``
-        [width, 4]: log10 firing rate, mean and log of scale, cosine of encoder and decoder row.
+        ``moves`` [width, d_model]: decoder row times scale; ``reads`` and ``writes``: unit encoder
+        and decoder rows; ``facts`` [width, 4]: log10 firing rate, mean and log of scale, cosine of
+        encoder and decoder row.
         """
         enc = np.asarray(self.side.dictionary.W_enc[...], np.float64).T
         dec = np.asarray(self.side.dictionary.W_dec[...], np.float64)
         moves = self.scale[:, None] * dec
         lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
         enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
-        fires = sum((self.side.features(r) > 0).sum(0) for r in slices(len(self.side.x)))
         facts = [
-            np.log10(fires / len(self.side.x) + 1e-5) + 2,
-            self.mean / self.scale,
+            np.log10(self.moments.firings / self.moments.n + 1e-5) + 2,
+            self.moments.mean / self.scale,
             np.log(self.scale / self.scale.mean()),
             np.sum(enc * dec, axis=1),
         ]
@@ -87,61 +83,50 @@ class Description:
     @cached_property
     def profile(self) -> Profile:
         """The features by the bytes of the model's own token, on this role's documents."""
-        side, rows, width = self.side, self.rows, self.side.dictionary.width
-        sums = token_sums(side.tokens[rows], lambda part: side.features(rows[part]))
+        side, rows = self.side, self.rows
+        ids, at = np.unique(side.tokens[rows], return_inverse=True)
+        names = (
+            ids.tolist() if side.token_bytes is None else map(side.token_bytes().__getitem__, ids)
+        )
+        index: dict[Hashable, int] = {}  # several ids may have the same bytes
+        label = np.array([index.setdefault(name, len(index)) for name in names])[at]
+        sums = token_sums(label, side.codes[rows])
         batches = (side.features(rows[part]) for part in slices(len(rows)))
         products, _ = moments((f, f[:, :1]) for f in batches)
-        spelled = side.token_bytes() if side.token_bytes else None
-        index: dict[Hashable, int] = {}  # several ids may stand for the same bytes
-        names = [int(i) if spelled is None else spelled[i] for i in sums.ids]
-        of_name = np.array([index.setdefault(name, len(index)) for name in names])
-        counts, totals = np.zeros(len(index)), np.zeros((len(index), width))
-        np.add.at(counts, of_name, sums.counts)
-        np.add.at(totals, of_name, sums.sums)
-        means = totals / counts[:, None] - sums.mean[None, :]
-        return Profile(tuple(index), counts, means, products.aa / products.n)
+        means = sums.sums / sums.counts[:, None] - sums.mean[None, :]
+        return Profile(tuple(index), sums.counts, means, products.aa / products.n)
 
 
-class Describer:
-    """Describes sides; those that several problems share are described once."""
+def describe(pairs: Pairs, label: str) -> tuple[Description, Description]:
+    """Returns (source, target), made once for all problems; shuffling pairs changes neither.
 
-    def __init__(self):
-        self._described: dict[tuple[int, str], Description] = {}
-
-    def both(self, pairs: Pairs, label: str) -> tuple[Description, Description]:
-        """Returns (source, target); shuffling pairs changes neither.
-
-        Raises:
-          UserError: the rows are of one document only.
-        """
-        documents, index = np.unique(pairs.documents, return_inverse=True)
-        if len(documents) < 2:
-            raise UserError(
-                f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
-                "more, one to describe each side by; raise text.documents."
-            )
-        result = []
-        for parity, role in enumerate(("source", "target")):
-            side = getattr(pairs, role)
-            side = side.reordered_from or side
-            # The description holds the side, so its id stays its own.
-            description = Description(side, np.flatnonzero(index % 2 == parity))
-            result.append(self._described.setdefault((id(side), role), description))
-        return tuple(result)
+    Raises:
+      UserError: the rows are of one document only.
+    """
+    documents, index = np.unique(pairs.documents, return_inverse=True)
+    if len(documents) < 2:
+        raise UserError(
+            f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
+            "more, one to describe each side by; raise text.documents."
+        )
+    for parity, (role, side) in enumerate((("source", pairs.source), ("target", pairs.target))):
+        description = Description(side.reordered_from or side, np.flatnonzero(index % 2 == parity))
+        side.described.setdefault(role, description)
+    return pairs.source.described["source"], pairs.target.described["target"]
 
 
 def profile_weights(
     source: Description, target: Description, mask: np.ndarray | None = None, *, rank=PROFILE_RANK
 ) -> Weights:
-    """Returns weights that token profiles alone call for, of ``rank`` at most, for raw features.
+    """Returns the weights of token profiles for raw features, of ``rank`` at most.
 
-    Tokens that both models know are taken for rows: A's mean features of a token, X, should give
-    B's, Y, both times the root of how often the token was read (the harmonic mean of both counts).
+    Rows are tokens that both models know: A's mean features X should give B's, Y, both times the
+    root of the token's count (the harmonic mean of both models').
     W = (X'X + s n C_A + penalty)^-1 X'Y is ridge regression that also shrinks what A's features do
-    within a token, of which the profiles say nothing of B's. No row of A meets one of B.
+    within a token, where profiles say nothing of B. No row of A meets one of B.
 
     Args:
-      mask: bool [width_a]; other features are taken for silent and get rows of zeros; None: all.
+      mask: bool [width_a], features used (default: all); others get rows of zeros.
     """
     a, b = source.profile, target.profile
     mask = np.ones(len(a.covariance), bool) if mask is None else mask
@@ -153,19 +138,12 @@ def profile_weights(
     X, Y = a.means[i][:, mask] * root, b.means[j] * root  # [tokens, width_a], [tokens, width_b]
     within = weights.sum() * a.covariance[np.ix_(mask, mask)]
     K = (1 - SPREAD) * X.T @ X + SPREAD * within
-    penalty = DAMPING * np.trace(K) / max(len(K), 1) or 1.0  # nothing varies: any will do
+    penalty = DAMPING * np.trace(K) / max(len(K), 1) or 1.0  # 1 if nothing varies
     W = np.zeros((len(mask), Y.shape[1]))
     W[mask] = np.linalg.solve(K + penalty * np.eye(len(K)), X.T @ Y)
-    return cut(W, rank)
-
-
-def cut(W: np.ndarray, rank: int) -> Weights:
-    """Returns U, V whose product U V' is W, or nearly its best approximation of that rank.
-
-    Subspace iteration from a fixed start: a wide W is never decomposed as a whole.
-    """
+    # Subspace iteration from a fixed start: a nearly best low rank without decomposing a wide W.
     size = min(rank, *W.shape)
-    V = np.random.Generator(np.random.Philox(key=0)).standard_normal((W.shape[1], size))
+    V = stats.generator(0).standard_normal((W.shape[1], size))
     for _ in range(TURNS):
         V = np.linalg.qr(W.T @ (W @ V))[0]
     U = np.zeros((len(W), rank))

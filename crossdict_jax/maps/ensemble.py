@@ -1,5 +1,7 @@
-"""Trains the network maps of all problems together: those of equal shapes in one compiled step."""
+"""Trains the network maps of all problems together, those of equal shapes in one step."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -10,33 +12,44 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
-from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.maps import heads
-from crossdict_jax.maps.base import Map, Problem, Side
-from crossdict_jax.maps.compact import Compact, alike
+from crossdict_jax.maps.base import Map, Pairs, Problem, Side
+from crossdict_jax.maps.codes import Compact, compact
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, on_own_rows, to_bits
 
-VALIDATION_ROWS = 4096  # at most, evenly spread, on which a member in training is scored
+SLOTS = 0.5  # active features of a row, times d_model: with more, codes take more memory than rows
+VALIDATION_ROWS = 4096  # at most, evenly spread, for a member's validation
 WEIGHT_DECAY = 1e-4  # of matrices
 GRADIENT_CLIP = 1.0  # largest norm of a member's gradient
 
 
-class TransferObjective(Objective):
-    """Trains a network map on the losses of what its head selects from.
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """What a map in training asks of its dictionary where rows are codes: how many fire, or 0."""
 
-    Its validation score is the loss of its features as they will be used, without dropout, mean
-    over whole batches; ``config.patience`` validations without a better one end its updates.
+    k: int
+
+
+class TransferObjective(Objective):
+    """Trains a network map on the losses of its head's input.
+
+    Validation is the loss of its final features without dropout, mean over whole batches; after
+    ``config.patience`` validations without a better one a member stops.
     """
 
     validate_every = 50
 
-    def __init__(self, cls: type[Map], problem: Problem, values, config: MapConfig):
+    def __init__(
+        self, cls: type[Map], problem: Problem, values, config: MapConfig, *, codes: bool = False
+    ):
+        """``codes``: rows hold codes; then dictionaries of any d_model train together."""
         source, target = problem.train.source.dictionary, problem.train.target.dictionary
         self.config, self.patience = config, config.patience
         self.shape = {"width_a": source.width, "hidden": config.hidden, "width_b": target.width}
-        self.source_graph, _ = modules.split(source)
+        self.source_graph = None if codes else modules.split(source)[0]
+        target = Selected(target.k) if codes else target
         self.graph, _ = modules.abstract(
             lambda: cls(target, self.init(jax.random.key(0), {}) | values, head=config.head)
         )
@@ -55,38 +68,38 @@ class TransferObjective(Objective):
             ),
         )
 
-    def inputs(self, params, rows, fixed) -> tuple[Map, jax.Array, jax.Array]:
-        """Returns the map, and both sides' features [batch, width] of codes or activations."""
-        m = modules.merge(
-            self.graph, fixed["values"] | params | {"dictionary": fixed["dictionary_b"]}
-        )
-        source = modules.merge(self.source_graph, fixed["dictionary_a"])
-        return m, _dense(rows["a"], source), _dense(rows["b"], m.dictionary)
+    def losses(self, params, rows, fixed, key=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the weighted sum of a batch's losses, and each of them.
+
+        Without a key they are of the final features.
+        """
+        values = fixed["values"] | params
+        if self.source_graph is None:
+            m = modules.merge(self.graph, values)
+            f_a, f_b = (on_own_rows(Compact.dense, rows[name]) for name in "ab")
+        else:
+            m = modules.merge(self.graph, values | {"dictionary": fixed["dictionary_b"]})
+            source = modules.merge(self.source_graph, fixed["dictionary_a"])
+            x_a, x_b = (from_bits(rows[name]).astype(jnp.float32) for name in "ab")
+            f_a, f_b = source.encode(x_a), m.dictionary.encode(x_b)
+        if key is None:
+            z = p = m(f_a, tokens=rows["tokens"])
+        else:  # losses read ``rectified(z)``: a gradient wherever the target fires
+            settings = {"key": key, "dropout": self.config.dropout}
+            z = m.estimate(f_a, tokens=rows["tokens"], **settings)
+            p = heads.rectified(z)
+        weights, variance = self.config.loss_weights, fixed["variance"]
+        return transfer_loss(p, f_b, weights, variance=variance, fires=m.fires(z))
 
     def loss(self, params, batch, context):
-        m, f_a, f_b = self.inputs(params, batch, context.fixed)
-        # There is a gradient wherever the target fires: the losses read ``rectified(z)``.
-        key, dropout = jax.random.split(context.key)[0], self.config.dropout
-        z = m.estimate(f_a, tokens=batch["tokens"], key=key, dropout=dropout)
-        p, fires = heads.rectified(z), m.fires(z)
-        loss, terms = self.weighted(p, f_b, fires, context.fixed)
+        key = jax.random.split(context.key)[0]
+        loss, terms = self.losses(params, batch, context.fixed, key)
         return loss, (terms, ())
 
-    def weighted(self, p, t, fires, fixed) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the weighted sum of the losses, and each of them."""
-        weights = self.config.loss_weights
-        return transfer_loss(p, t, weights, variance=fixed["variance"], fires=fires)
-
     def terms(self, params, batches, fixed) -> dict[str, jax.Array]:
-        """Returns the losses of a member's features, mean over stacked batches."""
-
-        def of_batch(rows):
-            m, f_a, f_b = self.inputs(params, rows, fixed)
-            p = m(f_a, tokens=rows["tokens"])
-            loss, terms = self.weighted(p, f_b, m.fires(p), fixed)
-            return {"loss": loss} | terms
-
-        return jax.tree.map(jnp.mean, jax.lax.map(of_batch, batches))
+        """Returns a member's losses, mean over stacked batches."""
+        loss, terms = jax.lax.map(lambda rows: self.losses(params, rows, fixed), batches)
+        return jax.tree.map(jnp.mean, {"loss": loss} | terms)
 
     def score(self, params, batch, fixed):
         return self.terms(params, batch, fixed)["loss"]
@@ -97,7 +110,7 @@ def initial(
 ) -> modules.Params:
     """Returns the trained parameters of a network map before the first step."""
     xavier, rngs = nnx.initializers.xavier_uniform(), nnx.Rngs(params=key)
-    # Zeros, so that the map starts at its baseline and every live output has a gradient.
+    # Zeros: the map starts at its baseline and every live output has a gradient.
     zeros = nnx.initializers.zeros_init()
     network = {
         "first": nnx.Linear(width_a, hidden, kernel_init=xavier, rngs=rngs),
@@ -112,40 +125,49 @@ def initial(
     return trained
 
 
-def _dense(rows: jax.Array | Compact, dictionary: Dictionary) -> jax.Array:
-    """Returns features [batch, width] of codes, or of activations."""
-    if isinstance(rows, Compact):
-        return on_own_rows(Compact.dense, rows)
-    return dictionary.encode(from_bits(rows).astype(jnp.float32))
+def shapes(problem: Problem) -> tuple:
+    """Returns what problems must share to be trained in one step; first, whether rows are codes.
+
+    They are where that takes less memory than activations; dictionaries then matter little.
+    """
+    sides = [s for p in (problem.train, problem.validation) for s in (p.source, p.target)]
+    if all(_slots(s) <= SLOTS * s.x.shape[1] for s in sides):
+        return True, *((len(s.x), s.dictionary.width, s.dictionary.k) for s in sides)
+    return False, *((s.x.shape, modules.split(s.dictionary)[0]) for s in sides)
+
+
+def _slots(side: Side) -> int:
+    return int(np.diff((side.reordered_from or side).codes.indptr).max(initial=0))
 
 
 def prepare(
     cls: type[Map], problems: Sequence[Problem], config: MapConfig, *, seed: int
 ) -> tuple[Ensemble, list[tuple[modules.Params, dict]]]:
-    """Returns the ensemble of problems of equal shapes, and what ``cls.measure`` says of each.
+    """Returns the ensemble of problems of equal shapes, and ``cls.measure`` of each.
 
     Raises:
       UserError: a batch does not divide over the devices.
     """
     measured = [cls.measure(problem) for problem in problems]
     values = cls.alike([values for values, _ in measured])
-    fixed = [
-        {
-            "id": np.uint32(i),
-            "dictionary_a": modules.split(problem.train.source.dictionary)[1],
-            "dictionary_b": modules.split(problem.train.target.dictionary)[1],
-            "values": values[i],
-            # Where none of B's features varies, the error stays in raw units.
-            "variance": np.float32(problem.train.target.feature_moments[1].mean() or 1.0),
-        }
-        for i, problem in enumerate(problems)
-    ]
+    codes, fixed, alike = shapes(problems[0])[0], [], Counter()
+    for problem, of_problem in zip(problems, values):
+        source, target = problem.train.source, problem.train.target
+        sizes = source.x.shape, target.x.shape
+        member = {"id": np.uint32(alike[sizes]), "values": of_problem}  # others change no start
+        alike[sizes] += 1
+        # Where none of B's features varies, the error stays in raw units.
+        member["variance"] = np.float32(target.feature_moments.variance.mean() or 1.0)
+        if not codes:
+            for name, side in (("a", source), ("b", target)):
+                member[f"dictionary_{name}"] = modules.split(side.dictionary)[1]
+        fixed.append(member)
     n = min(len(problems[0].validation), VALIDATION_ROWS)
     size = min(config.batch_size, n)
     rows = np.linspace(0, len(problems[0].validation) - 1, n // size * size).astype(np.int64)
 
     def batches(stream: Stream) -> dict:
-        """Every member's validation rows in whole batches [members, batches, size, ...]."""
+        """Members' validation rows in whole batches [members, batches, size, ...]."""
 
         def take(array):
             index = np.broadcast_to(rows, (len(problems), len(rows)))
@@ -156,33 +178,35 @@ def prepare(
         return jax.tree.map(take, stream.rows)
 
     ensemble = make_ensemble(
-        TransferObjective(cls, problems[0], values[0], config),
+        TransferObjective(cls, problems[0], values[0], config, codes=codes),
         fixed=stack(fixed),
         labels=[problem.label for problem in problems],
-        streams=_streams([problem.train for problem in problems]),
+        streams=_streams([problem.train for problem in problems], codes),
         seeds=[seed] * len(problems),
         batch_size=config.batch_size,
         setting="map.batch_size",
         validation={
             name: batches(stream)
-            for name, stream in _streams([problem.validation for problem in problems]).items()
+            for name, stream in _streams(
+                [problem.validation for problem in problems], codes
+            ).items()
         },
     )
     return ensemble, measured
 
 
-def _streams(members: Sequence) -> dict[str, Stream]:
+def _streams(members: Sequence[Pairs], codes: bool) -> dict[str, Stream]:
     """What a step reads of each member's pairs: both sides' codes or activations, and tokens.
 
-    Rows that several members read, in whatever order, are held once.
+    Rows that several members read, in any order, are held once.
     """
     streams = {}
     for name, sides in (("a", [p.source for p in members]), ("b", [p.target for p in members])):
         straight = [side if side.reordered_from is None else side.reordered_from for side in sides]
         distinct: dict[int, Side] = {id(side): side for side in straight}
         source = np.array([list(distinct).index(id(side)) for side in straight])
-        codes = [side.code for side in distinct.values()]
-        rows = [side.x for side in distinct.values()] if None in codes else alike(codes)
+        slots = max(map(_slots, straight)) if codes else 0
+        rows = [compact(side.codes, slots) if codes else side.x for side in distinct.values()]
         plain, orders = np.arange(len(sides[0].x)), None
         if any(side.order is not None for side in sides):
             orders = np.stack([plain if s.order is None else s.order for s in sides])

@@ -1,5 +1,7 @@
 """The stage that fits every map: both directions, every layer pair, aligned and shuffled."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax import dictionaries, models
+from crossdict_jax import dictionaries, models, modules, stats
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import Store
 from crossdict_jax.activations.text import SPLITS
@@ -20,59 +22,56 @@ from crossdict_jax.dictionaries.crosscoder_training import (
     joint_sites,
     train_crosscoders,
 )
+from crossdict_jax.dictionaries.train import CEILING_SEED
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base
 from crossdict_jax.maps.base import Pairs, Problem, Side, map_class
 from crossdict_jax.models import Site
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import progress_bar, timed
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, check_space
 
-MEMBER = "seed-0"  # the dictionary of each site that maps speak about
+MEMBER = "seed-0"  # the dictionary of each site that maps use
 PAIRINGS = ("aligned", "shuffled")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One map of a run: a direction, its two sites, a kind, and what it is fitted on.
-
-    Attributes:
-      pairing: "aligned" or "shuffled".
-      control: "" for the run's own maps, or the control that stands for the target or the source.
-    """
+    """One map of a run: a direction, its two sites, a kind, and what it is fitted on."""
 
     source: str
     target: str
     site_source: Site
     site_target: Site
     kind: str
-    pairing: str
-    control: str = ""
+    pairing: str  # of PAIRINGS
+    control: str = ""  # its name, if the map is a control
 
     def path(self, work: Workdir) -> Path:
         """Returns the checkpoint folder of the map."""
         work = work.controls if self.control else work
-        name = "-".join([self.kind, *self.marks])
+        mark = self.control or self.pairing
+        name = self.kind if mark == "aligned" else f"{self.kind}-{mark}"
         return work.map(self.source, self.target, self.site_source, self.site_target, name)
 
-    def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
-        """Returns the checkpoints that it is about: both dictionaries and the map."""
-        return (
-            work.dictionary(self.source, self.site_source),
-            work.dictionary(self.target, self.site_target),
-            self.path(work),
-        )
+    def controlled(self, control: str) -> Task:
+        """Returns a control of the map; a ceiling's source is the target's own model."""
+        task = dataclasses.replace(self, control=control)
+        if control != "ceiling":
+            return task
+        return dataclasses.replace(task, source=task.target, site_source=task.site_target)
 
-    @property
-    def marks(self) -> list[str]:
-        """What sets a map apart from the aligned one of its kind: "shuffled", or its control."""
-        return [word for word in (self.pairing, self.control) if word not in ("", "aligned")]
+    def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
+        """Returns the checkpoints of both dictionaries and the map."""
+        ends = (self.source, self.site_source), (self.target, self.site_target)
+        return *(work.dictionary(*end) for end in ends), self.path(work)
 
     @property
     def label(self) -> str:
-        """``A resid_pre.6 to B resid_pre.6``, and the pairing where it is not the true one."""
+        """``A resid_pre.6 to B resid_pre.6``, and how it differs from aligned pairs."""
         name = f"{self.source} {self.site_source} to {self.target} {self.site_target}"
-        return f"{name} ({', '.join(self.marks)})" if self.marks else name
+        mark = self.control or self.pairing
+        return name if mark == "aligned" else f"{name} ({mark})"
 
 
 def tasks(config: Config, store: Store) -> list[Task]:
@@ -100,25 +99,35 @@ def tasks(config: Config, store: Store) -> list[Task]:
     return list(dict.fromkeys(result))
 
 
-# ---------------------------------------------------------------- what maps are fitted on
+def shuffled(pairs: Pairs, seed: int, split: str = SPLITS[0]) -> Pairs:
+    """Returns pairs with the target's rows in a seeded random order per split, across documents."""
+    generator = stats.generator(len(SPLITS) * seed + SPLITS.index(split))
+    return dataclasses.replace(
+        pairs, target=pairs.target.reordered(generator.permutation(len(pairs)))
+    )
 
 
-def shuffle_seed(seed: int, split: str) -> int:
-    """Returns the seed that shuffles a split's pairs: another one for each split."""
-    return len(SPLITS) * seed + SPLITS.index(split)
+def shown(task: Task, pairs: Pairs) -> Pairs:
+    """Returns rows as the task's map reads them.
 
-
-def shuffled(pairs: Pairs, seed: int) -> Pairs:
-    """Returns the pairs with the target's rows in one seeded random order, across documents."""
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(pairs))
-    return dataclasses.replace(pairs, target=pairs.target.reordered(order))
+    The source of a ceiling is its dictionary's features of B and, instead of B's activations, their
+    reconstruction. Rows of two models stay.
+    """
+    if task.control != "ceiling" or map_class(task.kind).reads != "activations":
+        return pairs
+    source = pairs.source
+    x = modules.over_rows(source.dictionary, source.x, method="__call__", size=base.ROWS)
+    return dataclasses.replace(pairs, source=dataclasses.replace(source, x=x))
 
 
 class Loader:
-    """Makes problems of a store; sides that several problems share are read once."""
+    """Makes problems of a store; shared sides are read once.
 
-    def __init__(self, store: Store, work: Workdir, seed: int):
-        self.store, self.work, self.seed = store, work, seed
+    For controls the store is that of ``open_controls``, with re-initialised models.
+    """
+
+    def __init__(self, config: Config, store: Store, work: Workdir):
+        self.config, self.store, self.work = config, store, work
         self._sides: dict[tuple, Side] = {}
         self._problems: dict[tuple, Problem] = {}  # of one direction, layer pair and pairing
 
@@ -130,10 +139,11 @@ class Loader:
             store, number = self.store, self.store.models.index(model)
             rows = store.select(split)
             same_rows = [side for other, side in self._sides.items() if other[:3] == key[:3]]
+            same_folder = [side for other, side in self._sides.items() if other[3] == folder]
             self._sides[key] = Side(
                 x=same_rows[0].x if same_rows else store.read(model, site, rows),
                 tokens=store.tokens(model, rows),
-                dictionary=dictionaries.load(folder),
+                dictionary=same_folder[0].dictionary if same_folder else dictionaries.load(folder),
                 model=model,
                 layer=site.layer,
                 token_bytes=lambda: token_bytes(models.load_tokenizer(store.paths[number])),
@@ -141,119 +151,114 @@ class Loader:
             )
         return self._sides[key]
 
-    def rows(self, task: Task, split: str) -> Pairs:
-        """Returns the paired rows of a split, in their order."""
-        documents = self.store.rows.document[self.store.select(split)]
-        source = self.side(task.source, task.site_source, split)
-        return Pairs(source, self.side(task.target, task.site_target, split), documents)
+    def ends(self, task: Task) -> tuple[tuple[str, Site, Path], tuple[str, Site, Path]]:
+        """Returns (model, site, dictionary folder) of what a map reads and of what it predicts.
 
-    def pairs(self, task: Task, split: str) -> Pairs:
-        """Returns the task's rows of a split, shuffled if its pairing is."""
-        pairs = self.rows(task, split)
-        if task.pairing == "aligned":
-            return pairs
-        return shuffled(pairs, shuffle_seed(self.seed, split))
+        A ceiling reads the target's second dictionary; an untrained control predicts the
+        re-initialised target.
+        """
+        ends = (task.source, task.site_source), (task.target, task.site_target)
+        source, target = ((*end, self.work.dictionary(*end, MEMBER)) for end in ends)
+        if task.control == "ceiling":
+            second = f"seed-{CEILING_SEED}"
+            folder = self.work.dictionary(*ends[0], second)
+            if not folder.exists():  # the run has one seed
+                folder = self.work.controls.dictionary(*ends[0], second)
+            source = (*ends[0], folder)
+        if task.control == "untrained":
+            trained = len(self.store.models) // 2
+            model = self.store.models[self.store.models.index(task.target) + trained]
+            end = model, task.site_target
+            target = (*end, self.work.controls.dictionary(*end, MEMBER))
+        return source, target
+
+    def rows(self, task: Task, split: str) -> Pairs:
+        """Returns the paired rows of a split, shuffled if the task's pairing is."""
+        documents = self.store.rows.document[self.store.select(split)]
+        sides = (self.side(model, site, split, path) for model, site, path in self.ends(task))
+        pairs = Pairs(*sides, documents)
+        return pairs if task.pairing == "aligned" else shuffled(pairs, self.config.seed, split)
 
     def problem(self, task: Task) -> Problem:
-        """Returns what the task's map is fitted on; kinds that follow each other share it."""
+        """Returns what the task's map is fitted on; successive kinds share it."""
         alike = dataclasses.replace(task, kind="")
-        key = alike, task.control and map_class(task.kind).reads  # see controls.shown
+        key = alike, task.control and map_class(task.kind).reads  # see ``shown``
         if key not in self._problems:
             self._problems = {k: p for k, p in self._problems.items() if k[0] == alike}
-            splits = (self.pairs(task, split) for split in ("train", "validation"))
+            splits = (shown(task, self.rows(task, split)) for split in ("train", "validation"))
             self._problems[key] = Problem(task.label, *splits)
         return self._problems[key]
-
-    def target_dictionary(self, task: Task) -> Path:
-        """Returns the folder of the dictionary that the task's map speaks."""
-        return self.work.dictionary(task.target, task.site_target, MEMBER)
 
 
 def load_pairs(
     store: Store, a: str, b: str, site_a: Site, site_b: Site, split: str, work: Workdir
 ) -> Pairs:
     """Returns the paired rows of a split ("train", "validation", "test") of models a and b."""
-    return Loader(store, work, seed=0).rows(Task(a, b, site_a, site_b, "", "aligned"), split)
-
-
-# ---------------------------------------------------------------- the stage
+    return Loader(Config(), store, work).rows(Task(a, b, site_a, site_b, "", "aligned"), split)
 
 
 def fit_maps(config: Config, store: Store, work: Workdir) -> None:
-    """Fits every map of the run that has no finished checkpoint yet; see ``fit_tasks``."""
-    loader = Loader(store, work, config.seed)
-    fit_tasks(tasks(config, store), config, loader, work, directory=work.maps / "training")
+    """Fits every map of the run that has no finished checkpoint."""
+    fit_tasks(tasks(config, store), Loader(config, store, work), seed=config.seed)
 
 
-def fit_tasks(
-    todo: list[Task],
-    config: Config,
-    loader: Loader,
-    work: Workdir,
-    *,
-    directory: Path,
-    stage: str = "train_hypernetworks",
-) -> None:
-    """Fits those of some maps that are not finished.
+def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
+    """Fits the unfinished maps of a run, or of one control.
 
-    Closed forms are fitted one at a time; kinds that train together are trained together, or
-    not at all where all their maps are there. Equal runs end with the same bits, killed or not.
-
-    Args:
-      work: of the run; maps of controls go to ``work.controls``.
-      directory: for what training keeps on the way.
-      stage: what the time is written down as.
+    Closed forms are fitted one at a time; kinds that train together are trained together, unless
+    all their maps are finished. Equal runs end with the same bits, killed or not.
 
     Raises:
       UserError: a map has too few rows, or a batch is larger than the data.
     """
-    unfinished = {task for task in todo if not is_finished(task.path(work))}
+    unfinished = {task for task in todo if not is_finished(task.path(loader.work))}
     if not unfinished:
         return
+    check_space(loader.work.maps)
     batches = [[task] for task in todo if not map_class(task.kind).fits_together]
     together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
     batches += [[task for task in todo if task.kind == kind] for kind in together]
     batches = [batch for batch in batches if unfinished & set(batch)]
-    finished = len(todo) - len(unfinished)
+    control, finished = todo[0].control, len(todo) - len(unfinished)
+    work = loader.work.controls if control else loader.work
+    config = loader.config
+    options = {
+        "seed": seed,
+        "directory": work.maps / "training" / control,
+        "records": config.records,
+        "checkpoint_every": config.checkpoint_every,
+    }
+    stage = f"train_hypernetworks_{control}" if control else "train_hypernetworks"
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
-    with timed(work.controls if todo[0].control else work, stage) as figures, bar:
+    with timed(work, stage) as figures, bar:
         for batch in batches:
             kind = batch[0].kind
             bar.set_postfix_str(f"{kind}: {batch[0].label}", refresh=True)
             problems = [loader.problem(task) for task in batch]
             if map_class(kind).through_joint:
-                problems = with_codes(problems, batch, config, loader.store, work, directory)
-            options = {"seed": config.seed, "directory": directory, "records": config.records}
-            options["checkpoint_every"] = config.checkpoint_every
+                problems = with_codes(problems, batch, loader, seed, options["directory"])
             fitted = map_class(kind).fit(problems, config.map, **options)
             for task, result in zip(batch, fitted):
                 if task in unfinished:
-                    target = loader.target_dictionary(task)
-                    base.save(result.map, task.path(work), dictionary=target, record=result.record)
+                    path, target = task.path(loader.work), loader.ends(task)[1][2]
+                    base.save(result.map, path, dictionary=target, record=result.record)
                     bar.update()
         figures["maps"] = len(unfinished)
         figures["rows"] = len(loader.store.select("train")) * len(unfinished)
 
 
-# ---------------------------------------------------------------- joint codes
-
-
 def with_codes(
-    problems: Sequence[Problem],
-    batch: Sequence[Task],
-    config: Config,
-    store: Store,
-    work: Workdir,
-    directory: Path,
+    problems: Sequence[Problem], batch: Sequence[Task], loader: Loader, seed: int, directory: Path
 ) -> list[Problem]:
-    """Returns the problems with the way from A to B through a joint code, trained if need be.
+    """Returns the problems with the map from A to B through a joint code, trained if need be.
 
-    One crosscoder of all models for each layer tuple serves all directions of the run; shuffled
-    problems get the one that was trained on shuffled rows, a control one of its own two sides.
+    One crosscoder of all models per layer tuple serves all directions of the run; shuffled problems
+    get the one of shuffled rows, a control one of its own two sides.
     """
+    config, store, work = loader.config, loader.store, loader.work
     if batch[0].control:  # a batch is of one control, or of the run's own maps
         settings = crosscoder_settings(config)
-        return with_own_codes(problems, settings, seed=config.seed, directory=directory)
+        return with_own_codes(problems, settings, seed=seed, directory=directory)
     train_crosscoders(config, store, work)
     load, result = functools.cache(crosscoder.load), []
     for problem, task in zip(problems, batch):
@@ -268,7 +273,7 @@ def with_codes(
 def with_own_codes(
     problems: Sequence[Problem], config: JointSettings, *, seed: int, directory: Path
 ) -> list[Problem]:
-    """Returns the problems with the way through a code trained on their own training rows.
+    """Returns the problems with a code trained on their own training rows.
 
     Raises:
       UserError: these are fewer than a batch.

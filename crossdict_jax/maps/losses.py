@@ -1,7 +1,6 @@
-"""The four losses of a trained map, each of predicted and true features [batch, width].
+"""The four losses of a trained map, of predicted and true features [batch, width].
 
-Each is a mean, so that its weight means the same at any batch size and width, and each is 0
-where the prediction equals the target.
+Each is a mean, so that weights hold at any batch size and width, and 0 for a perfect prediction.
 """
 
 import jax
@@ -34,16 +33,15 @@ def correlation(p: jax.Array, t: jax.Array) -> jax.Array:
     width x width. A constant column correlates 0 with every column, itself included.
     """
     Z_p, Z_t = _standardised(p), _standardised(t)
-    total = _gram(Z_p, Z_p) + _gram(Z_t, Z_t) - 2 * _gram(Z_p, Z_t)
-    return total / p.shape[1] ** 2
-
-
-def _gram(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)))
+    pp, tt, pt = (
+        jnp.sum(jnp.square(jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)))
+        for a, b in ((Z_p, Z_p), (Z_t, Z_t), (Z_p, Z_t))
+    )
+    return (pp + tt - 2 * pt) / p.shape[1] ** 2
 
 
 def _standardised(x: jax.Array) -> jax.Array:
-    """Columns with mean 0 and norm 1, or all 0 where they do not vary beyond rounding."""
+    """Columns with mean 0 and norm 1, or 0 where they vary only by rounding."""
     centred = x - jnp.mean(x, 0, keepdims=True)
     square = jnp.sum(jnp.square(centred), 0, keepdims=True)
     varies = square > 1e-12 * jnp.sum(jnp.square(x), 0, keepdims=True)
@@ -58,25 +56,21 @@ def sparsity(p: jax.Array, t: jax.Array, *, fires: jax.Array | None = None) -> j
     + mean_i (L0_i(p) - L0_i(t))^2 / mean_i L0_i(t)^2, about 2 where nothing fires.
 
     Args:
-      fires: [batch, width], 1 where p fires and 0 elsewhere, with a gradient of its own. Without
-        it counting is made differentiable by a sigmoid surrogate, the same on both sides:
-        fires(x) = 2 sigmoid(2 x / s) - 1 = tanh(x / s), 0 at 0 and 1 well above s, with s a tenth
-        of the mean active value of the target.
+      fires: [batch, width], 1 where p fires, else 0, with its own gradient. Without it both sides
+        use the surrogate 2 sigmoid(2 x / s) - 1 = tanh(x / s), 0 at 0 and 1 well above s, a tenth
+        of the target's mean active value.
     """
     active = t > 0
     if fires is None:
         typical = jnp.sum(jnp.maximum(t, 0.0)) / jnp.maximum(jnp.sum(active), 1)
         scale = SOFT_FIRING * jnp.where(active.any(), typical, 1.0)
         fires, active = jnp.tanh(p / scale), jnp.tanh(t / scale)
-    active = active.astype(jnp.float32)
-    rates = _relative(fires.mean(0), active.mean(0))
-    return rates + _relative(fires.mean(1), active.mean(1))
-
-
-def _relative(p: jax.Array, t: jax.Array) -> jax.Array:
-    """Squared distance in units of the squared length of t; in plain units where t is 0."""
-    length = jnp.sum(jnp.square(t))
-    return jnp.sum(jnp.square(p - t)) / jnp.where(length > 0, length, 1.0)
+    mismatch = 0.0
+    for axis in (0, 1):  # rates, then L0, in plain units where nothing fires in the target
+        p, t = fires.mean(axis), active.astype(jnp.float32).mean(axis)
+        length = jnp.sum(jnp.square(t))
+        mismatch += jnp.sum(jnp.square(p - t)) / jnp.where(length > 0, length, 1.0)
+    return mismatch
 
 
 def transfer_loss(
@@ -91,9 +85,8 @@ def transfer_loss(
 
     Args:
       p, t: predicted and true features [batch, width].
-      variance: mean variance of the target's features; the sum takes the squared error in its
-        units, so that the weights mean the same for any scale of the activations. The terms
-        hold the raw error as ``mse`` and the weighed one as ``nmse``.
+      variance: mean variance of the target's features, the unit of the squared error in the sum
+        (term ``nmse``; ``mse`` is raw), so that weights hold at any scale of the activations.
       fires: see ``sparsity``.
     """
     terms = {

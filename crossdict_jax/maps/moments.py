@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from crossdict_jax.maps.codes import Codes
 
 ROWS = 4096  # rows per dispatch
 
@@ -20,8 +22,9 @@ def slices(n: int, size: int = ROWS) -> Iterator[slice]:
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """Returns ``rows`` lengthened to ``size`` with its last row: one compiled shape for all."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+    """Returns ``rows`` padded to ``size`` with its last row: one compiled shape for all."""
+    missing = size - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
 def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
@@ -29,12 +32,13 @@ def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
     return jnp.matmul(x, W, precision=jax.lax.Precision.HIGHEST)
 
 
-# ---------------------------------------------------------------- covariances
+Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
+Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m at most ROWS
 
 
 @dataclass(frozen=True)
 class Products:
-    """Sums over ``n`` paired rows of products of what each side differs from its baseline by."""
+    """Sums over ``n`` paired rows of products of both sides, each less its baseline."""
 
     n: int
     aa: np.ndarray  # sum a a', float64 [d_a, d_a]
@@ -47,21 +51,16 @@ class Products:
         return float(total / (self.n * self.ab.shape[1]))
 
 
-Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
-Batches = Iterable[tuple[np.ndarray, np.ndarray]]  # a [m, d_a], b [m, d_b], m at most ROWS
-
-
 def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Means]:
-    """Returns the products of rows about ``means``, or about their own, and these means.
+    """Returns the products of rows about ``means`` (default: their own), and these means.
 
-    Products are float32 about means of rows like these: nothing cancels; sums are float64.
+    Products are float32 about means of similar rows, so nothing cancels; sums are float64.
     """
     total, centres, n = None, None, 0
     for a, b in batches:
         if centres is None:
-            centres = [
-                np.float32(m) for m in means or (rows.mean(0, np.float64) for rows in (a, b))
-            ]
+            centres = means or (rows.mean(0, np.float64) for rows in (a, b))
+            centres = [np.float32(mean) for mean in centres]
         sums = _products(padded(a, ROWS), padded(b, ROWS), len(a), *centres)
         sums = [np.asarray(s, np.float64) for s in sums]
         total = sums if total is None else [t + s for t, s in zip(total, sums)]
@@ -69,7 +68,7 @@ def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Mea
     aa, ab, bb, sum_a, sum_b = total
     centres = [np.float64(c) for c in centres]
     means = means or (centres[0] + sum_a / n, centres[1] + sum_b / n)
-    # From products about the float32 centres to those about the means.
+    # From the float32 centres to the means.
     s_a, s_b = (mean - centre for mean, centre in zip(means, centres))
     aa = aa - np.outer(sum_a, s_a) - np.outer(s_a, sum_a) + n * np.outer(s_a, s_a)
     ab = ab - np.outer(sum_a, s_b) - np.outer(s_a, sum_b) + n * np.outer(s_a, s_b)
@@ -84,83 +83,69 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
     return exact_matmul(a.T, a), exact_matmul(a.T, b), jnp.sum(b * b), a.sum(0), b.sum(0)
 
 
-# ---------------------------------------------------------------- ridge regression
-
-
 @dataclass(frozen=True)
 class Regression:
-    """A linear regression of b on a: products of two splits about the training rows' means."""
+    """All ridge solutions ``W = (aa + n v penalty I)^-1 ab`` of b on a, on the training rows.
+
+    v is the mean variance of a: a penalty means the same at any scale. One eigendecomposition of aa
+    serves every penalty. Products are about the training rows' means.
+    """
 
     means: Means
     train: Products
     validation: Products
 
     @cached_property
-    def path(self) -> RidgePath:
-        """All ridge solutions on the training rows."""
-        return RidgePath(self.train)
+    def _decomposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues [d_a] and eigenvectors V of aa, and V' ab."""
+        eigenvalues, basis = np.linalg.eigh(self.train.aa)
+        return np.maximum(eigenvalues, 0.0), basis, basis.T @ self.train.ab
+
+    def _damped(self, penalty: float) -> np.ndarray:
+        """The eigenvalues plus the penalty; 1 where nothing varies."""
+        eigenvalues = self._decomposed[0]
+        return eigenvalues + (penalty * eigenvalues.mean() or 1.0)
+
+    def solution(self, penalty: float) -> np.ndarray:
+        """Returns W [d_a, d_b] for a penalty in multiples of the mean variance (above 0)."""
+        _, basis, projected = self._decomposed
+        return basis @ (projected / self._damped(penalty)[:, None])
+
+    def errors(self, penalties: Sequence[float]) -> dict[float, float]:
+        """Returns {p: ``validation.error(solution(p))``} of every penalty p.
+
+        With P the projected ab and D the damped eigenvalues, |a W|^2 sums to
+        sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j): four matrix products for all penalties.
+        """
+        (_, basis, projected), held_out, errors = self._decomposed, self.validation, {}
+        explained = np.sum(projected * (basis.T @ held_out.ab), axis=1)
+        squared = basis.T @ held_out.aa @ basis * (projected @ projected.T)
+        for penalty in penalties:
+            inverse = 1 / self._damped(penalty)
+            total = held_out.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
+            errors[penalty] = float(total / (held_out.n * held_out.ab.shape[1]))
+        return errors
+
+    def directions(self, penalty: float) -> np.ndarray:
+        """Returns V [d_b, d_b], orthogonal: B's directions by how much of them the map fits.
+
+        Right singular vectors of the fitted values, descending, the penalty counted as rows of A:
+        the eigenvectors of W' (aa + n v penalty I) W.
+        """
+        weighted = self._decomposed[2] / np.sqrt(self._damped(penalty))[:, None]
+        return np.linalg.eigh(weighted.T @ weighted)[1][:, ::-1]
 
     def ridge(self, penalties: Sequence[float]):
         """Returns ({(penalty,): validation MSE}, penalty -> the values of its affine map)."""
-        errors = self.path.errors(self.validation, penalties)
-        values = {(penalty,): error for penalty, error in errors.items()}
-        return values, lambda penalty: self.affine(self.path.solution(penalty))
+        errors = {(penalty,): error for penalty, error in self.errors(penalties).items()}
+        return errors, lambda penalty: self.affine(self.solution(penalty))
 
     def affine(self, W: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the values of an affine map with these weights."""
         return {"mean_a": self.means[0], "W": W, "mean_b": self.means[1]}
 
 
-class RidgePath:
-    """All ridge solutions of one problem: ``W = (aa + n v penalty I)^-1 ab``.
-
-    v is the mean variance of a, so that a penalty means the same at any scale. One
-    eigendecomposition of aa serves every penalty.
-    """
-
-    def __init__(self, products: Products):
-        eigenvalues, self._basis = np.linalg.eigh(products.aa)
-        self._eigenvalues = np.maximum(eigenvalues, 0.0)
-        self._projected = self._basis.T @ products.ab
-
-    def _damped(self, penalty: float) -> np.ndarray:
-        """The eigenvalues with the penalty added; where nothing varies all are 1."""
-        return self._eigenvalues + (penalty * self._eigenvalues.mean() or 1.0)
-
-    def solution(self, penalty: float) -> np.ndarray:
-        """Returns W [d_a, d_b] for a penalty in multiples of the mean variance (above 0)."""
-        return self._basis @ (self._projected / self._damped(penalty)[:, None])
-
-    def errors(self, validation: Products, penalties: Sequence[float]) -> dict[float, float]:
-        """Returns {p: ``validation.error(solution(p))``} of every penalty p.
-
-        All of them share four products of matrices: with P the projected ab and D the damped
-        eigenvalues, |a W|^2 sums to sum_ij (P P')_ij (V' aa V)_ij / (D_i D_j).
-        """
-        explained = np.sum(self._projected * (self._basis.T @ validation.ab), axis=1)
-        squared = self._basis.T @ validation.aa @ self._basis
-        squared *= self._projected @ self._projected.T
-        errors = {}
-        for penalty in penalties:
-            inverse = 1 / self._damped(penalty)
-            total = validation.bb - 2 * (explained @ inverse) + inverse @ squared @ inverse
-            errors[penalty] = float(total / (validation.n * validation.ab.shape[1]))
-        return errors
-
-    def directions(self, penalty: float) -> np.ndarray:
-        """Returns V [d_b, d_b], orthogonal: B's directions by how much of them the map fits.
-
-        The right singular vectors of the fitted values, in descending order, with the penalty
-        taken as rows of A: the eigenvectors of W' (aa + n v penalty I) W.
-        """
-        weighted = self._projected / np.sqrt(self._damped(penalty))[:, None]
-        _, V = np.linalg.eigh(weighted.T @ weighted)
-        return V[:, ::-1]
-
-
-# ---------------------------------------------------------------- sums by token
-
-# Rows of the overall mean that are added to a token's own: it is tried which number is best.
+# Tried numbers of rows of the overall mean that are added to a token's own rows.
 PSEUDOCOUNTS = (0.0, 1.0, 4.0, 16.0)
 
 
@@ -193,41 +178,44 @@ class TokenSums:
 
     def positions(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the row of ``shrunk`` for each token."""
-        return np.asarray(find_tokens(self.ids, tokens))
+        return find_tokens(self.ids, tokens, np)
 
     def table_errors(self, validation: TokenSums) -> dict[float, float]:
         """Returns, by pseudocount, the mean over validation rows and features of (f - table)^2.
 
-        From sums by token alone: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
+        From sums by token: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
         """
         errors, positions = {}, self.positions(validation.ids)
         for pseudocount in PSEUDOCOUNTS:
             rows = self.shrunk(pseudocount)[positions]  # [validation tokens, size]
             total = validation.square - 2 * np.sum(rows * validation.sums)
-            total += np.sum(validation.counts * np.sum(np.square(rows), axis=1))
+            total += validation.counts @ np.sum(np.square(rows), axis=1)
             errors[pseudocount] = float(total / (validation.counts.sum() * rows.shape[1]))
         return errors
 
 
-def find_tokens(ids: jax.Array, tokens: jax.Array) -> jax.Array:
+def find_tokens(ids, tokens, xp=jnp):
     """Returns the index of each token in the ascending ``ids``, or ``len(ids)`` if it is absent."""
-    index = jnp.searchsorted(ids, tokens)
-    present = jnp.asarray(ids)[jnp.minimum(index, len(ids) - 1)] == tokens
-    return jnp.where(present, index, len(ids))
+    index = xp.searchsorted(ids, tokens)
+    present = xp.asarray(ids)[xp.minimum(index, len(ids) - 1)] == tokens
+    return xp.where(present, index, len(ids))
 
 
-def token_sums(tokens: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> TokenSums:
-    """Returns the sums by token of ``read(row numbers)`` -> float32 [m, size], m at most ROWS.
+def token_sums(tokens: np.ndarray, rows: np.ndarray | Codes) -> TokenSums:
+    """Returns the sums by token [n] of rows [n, size], an array or codes.
 
-    Rows are visited token by token, so each batch is a few runs and nothing is scattered.
+    An array is read token by token: each batch is a few runs, and nothing is scattered.
     """
-    order = np.argsort(tokens, kind="stable")
-    ids, counts = np.unique(tokens, return_counts=True)
-    sums, square = None, 0.0
+    ids, index, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    if isinstance(rows, Codes):
+        rows, n = rows.astype(np.float64), len(tokens)
+        belongs = Codes((np.ones(n), (index, np.arange(n))), shape=(len(ids), n))
+        sums, square = (belongs @ rows).toarray(), float(rows.data @ rows.data)
+        return TokenSums(ids.astype(np.int32), counts, sums, square)
+    order, sums, square = np.argsort(index, kind="stable"), np.zeros((len(ids), rows.shape[1])), 0.0
     for part in slices(len(order)):
-        batch, index = read(order[part]), np.searchsorted(ids, tokens[order[part]])
-        sums = np.zeros((len(ids), batch.shape[1])) if sums is None else sums
-        starts = np.flatnonzero(np.diff(index, prepend=-1))
-        sums[index[starts]] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
+        batch = rows[order[part]].astype(np.float32)
+        runs, starts = np.unique(index[order[part]], return_index=True)
+        sums[runs] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
         square += float(np.sum(np.square(batch), dtype=np.float64))
     return TokenSums(ids.astype(np.int32), counts, sums, square)

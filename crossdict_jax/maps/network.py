@@ -1,4 +1,4 @@
-"""The network of the trained maps, and what is measured, not trained, beside it."""
+"""The network of the trained maps, and what is measured beside it."""
 
 import dataclasses
 from pathlib import Path
@@ -12,25 +12,24 @@ from crossdict_jax import modules
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
-from crossdict_jax.maps.ensemble import prepare
+from crossdict_jax.maps.ensemble import prepare, shapes
 from crossdict_jax.ops import matmul
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import stack
 
-RARE = 0.01  # of the mean variance, added to each: keeps a rare input from drowning its row
+RARE = 0.01  # of the mean variance, added to each: keeps a rare input from dominating its row
 
 
 class NetworkMap(Map):
     """``f_B = head(base_b + scale_b * network((f_A - base_a) / scale_a))``.
 
-    The network is ``h -> linear -> LN -> ReLU -> dropout``, twice, then linear. It sees and gives
-    standard units. Baselines and scales are measured on the training rows, not trained; a subclass
-    measures them, and its ``baselines(tokens, batch)`` gives what f_A and f_B are taken to differ
-    from, [batch or 1, width] each. It starts at base_b.
+    The network is ``h -> linear -> LN -> ReLU -> dropout``, twice, then linear, in standard units.
+    Baselines and scales are measured on training rows by a subclass, whose ``baselines(tokens,
+    batch)`` gives base_a and base_b, [batch or 1, width] each. It starts at base_b.
 
     Trained are ``network`` and, of a jumprelu head, ``threshold`` [width], in standard units, so
-    that one rate of learning suits all features: the loss of firing rates alone trains it, because
-    squared error would have it at 0, where the estimates of the whole target are kept.
+    that one learning rate suits all features. The sparsity loss alone trains the threshold: squared
+    error would have it at 0, where the estimates of the whole target are kept.
     """
 
     reads = "features"
@@ -39,12 +38,12 @@ class NetworkMap(Map):
 
     @classmethod
     def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
-        """Returns what a problem's training rows fix, baselines and scales, and a record of it."""
+        """Returns a problem's baselines and scales on training rows, and a record of them."""
         raise NotImplementedError
 
     @classmethod
     def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
-        """Returns zeros in the shapes of what ``measure`` gives of rows with so many tokens."""
+        """Returns zeros in the shapes of ``measure`` for rows with so many tokens."""
         raise NotImplementedError
 
     @classmethod
@@ -60,7 +59,7 @@ class NetworkMap(Map):
         key: jax.Array | None = None,
         dropout: float = 0.0,
     ) -> jax.Array:
-        """Returns what the head selects from [batch, width_b]; with a key, units are dropped."""
+        """Returns the head's input [batch, width_b]; with a key there is dropout."""
         base_a, base_b = self.baselines(tokens, len(f))
         h = (f - base_a) / self.scale_a[...][None, :]
         keys = (None, None) if key is None else jax.random.split(key)
@@ -73,7 +72,7 @@ class NetworkMap(Map):
         return base_b + self.scale_b[...][None, :] * _linear(self.network.last, h)
 
     def fires(self, z: jax.Array) -> jax.Array | None:
-        """Returns 1 where a feature fires and 0 elsewhere, with a gradient; None: by its value."""
+        """Returns 1 where a feature fires, else 0, with a gradient; None: by its value."""
         if self.head != "jumprelu":
             return None
         z_standard = z / self.scale_b[...][None, :]
@@ -91,7 +90,7 @@ class NetworkMap(Map):
         """Trains all problems of equal shapes as one ensemble in one compiled step.
 
         Each map has the parameters of its best validation. ``directory/KIND-N`` keeps checkpoints,
-        metrics and member labels, so that a killed run goes on and ends with the same bits.
+        metrics and member labels: a killed run goes on and ends with the same bits.
 
         Raises:
           UserError: a batch is larger than the training rows or does not divide over the devices,
@@ -100,15 +99,18 @@ class NetworkMap(Map):
         groups: dict[tuple, list[int]] = {}
         for i, problem in enumerate(problems):
             check_rows(problem, cls.kind)
-            heads.check(config.head, problem.train.target.dictionary, problem.label)
+            dictionary = problem.train.target.dictionary
+            if config.head == "topk" and "k" not in dictionary.reads:
+                raise UserError(
+                    "map.head=topk keeps as many features as the target's dictionary, and that of "
+                    f"{problem.label} ({type(dictionary).__name__}) fixes no number; use jumprelu."
+                )
             if config.batch_size > len(problem.train):
                 raise UserError(
                     f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
                     f"training rows of {problem.label}; lower it or raise text.documents."
                 )
-            sides = problem.train.source, problem.train.target
-            shapes = [(s.x.shape, modules.split(s.dictionary)[0]) for s in sides]
-            groups.setdefault((*shapes, len(problem.validation)), []).append(i)
+            groups.setdefault(shapes(problem), []).append(i)
         fitted: dict[int, Fitted] = {}
         for number, members in enumerate(groups.values()):
             ensemble, measured = prepare(cls, [problems[i] for i in members], config, seed=seed)
@@ -128,10 +130,9 @@ class NetworkMap(Map):
             terms = evaluate(params, held_out, resident["fixed"])
             for j, (i, (values, record)) in enumerate(zip(members, measured)):
                 record |= {
-                    "steps": int(best[j]["step"]) + 1,  # after which the parameters are those kept
+                    "steps": int(best[j]["step"]) + 1,  # until the kept parameters
                     "stopped": bool(best[j]["stale"] >= config.patience),
                     "validation": {name: float(value[j]) for name, value in terms.items()},
-                    "validation_rows": int(np.prod(held_out["tokens"].shape[1:])),
                 }
                 target = problems[i].train.target.dictionary
                 m = cls(target, values | best[j]["params"], head=config.head)
@@ -144,7 +145,7 @@ def _linear(layer: nnx.Dict, h: jax.Array) -> jax.Array:
 
 
 def dropped(h: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of h and scales the rest up; without a key (evaluation) nothing is dropped."""
+    """Drops a share of h and scales the rest up; without a key (evaluation) drops nothing."""
     if key is None or rate == 0:
         return h
     return jnp.where(jax.random.bernoulli(key, 1 - rate, h.shape), h / (1 - rate), 0.0)

@@ -1,4 +1,4 @@
-"""Sites and taps, the residual block that every family shares, and the language model itself."""
+"""Sites and taps, the residual block that every family shares, and the language model."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,8 +27,7 @@ ACTIVATIONS = {
 class Site:
     """A point of the residual stream: ``resid_pre.6`` is what block 6 reads.
 
-    ``resid_pre`` and ``resid_post`` are the stream before and after a block; ``attn_out`` and
-    ``mlp_out`` are what the block adds to it.
+    ``attn_out`` and ``mlp_out`` are what the block adds to the stream.
     """
 
     layer: int
@@ -43,7 +42,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> "Site":
-        """The site that ``text`` (as in ``resid_pre.6``) names; UserError if it names none."""
+        """The site of a text as ``resid_pre.6``; UserError if it names none."""
         kind, _, layer = text.rpartition(".")
         if not kind or not layer.isascii() or not layer.isdigit():
             raise UserError(f"Site {text!r} is not KIND.LAYER, as in resid_pre.6.")
@@ -112,10 +111,9 @@ def check_site(config: ModelConfig, site: Site, name: str) -> None:
 
 
 class Past(NamedTuple):
-    """What attention keeps of tokens that were read before.
+    """What attention keeps of tokens read before: float32 [batch, capacity, heads, d_head].
 
-    Keys and values are float32 [batch, capacity, heads, d_head]; an absent layer looks back on
-    nothing.
+    An absent layer looks back on nothing.
     """
 
     layers: dict[int, tuple[jax.Array, jax.Array]]  # {layer: (keys, values)}
@@ -170,7 +168,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One residual block: attention and MLP, one after the other or both on the same input."""
+    """A residual block: attention and MLP in sequence, or both on the same input."""
 
     def __init__(self, layer: int, config: ModelConfig, *, norm, attention, mlp, parallel=False):
         self.norm_1 = norm(config.d_model, eps=config.norm_eps)
@@ -192,8 +190,7 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """A causal language model with float32 parameters and residual stream.
 
-    Families call ``add_blocks``; positions enter through ``embed``, or through ``rotary`` where
-    the config has rotary dims. Static: ``config``, ``name``, ``path`` and ``dtype``.
+    Families call ``add_blocks``. Static: ``config``, ``name``, ``path`` and ``dtype``.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -209,7 +206,7 @@ class LanguageModel(nnx.Module):
             self.W_U = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape[::-1]))
 
     def add_blocks(self, rngs: nnx.Rngs, *, norm, attention, mlp=MLP, parallel=False) -> None:
-        """Makes all blocks and the last norm of these classes; every layer draws from ``rngs``."""
+        """Makes all blocks and the last norm; every layer draws from ``rngs``."""
         config, blocks = self.config, []
         for layer in range(config.n_layers):
             parts = {"attention": attention(config, layer, rngs), "mlp": mlp(config, rngs)}
@@ -218,13 +215,13 @@ class LanguageModel(nnx.Module):
         self.final_norm = norm(config.d_model, eps=config.norm_eps)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Returns [batch, seq, d_model]; positions int [batch, seq] are 0, 1, ... if not given."""
+        """Returns [batch, seq, d_model]; positions int [batch, seq] default to 0, 1, ..."""
         return self.W_E[...][tokens]
 
     def rotary(self, length: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """cos and sin [length, dims / 2] of position x frequency (Su et al. 2021, section 3.2).
+        """cos and sin [length, dims / 2] for ``rotate`` (Su et al. 2021, section 3.2).
 
-        The tables for ``rotate``; None where positions are embedded.
+        None where positions are embedded.
         """
         dims, theta = self.config.rotary_dims, self.config.rope_theta
         if dims is None:
@@ -237,22 +234,20 @@ class LanguageModel(nnx.Module):
     def logits(self, tokens, tap: Tap | None = None, dtype=None) -> jax.Array:
         """Next-token logits, float32 [batch, seq, vocab_size], of int tokens [batch, seq].
 
-        ``tap(site, x) -> x`` is called at every site in execution order, and what it returns
-        is what the rest of the model reads: return x to read, something else to edit.
-        Attention is causal, so padding on the right changes nothing before it. ``dtype`` is
-        that of the inputs of matrix products (sums stay float32); float32 is exact everywhere.
+        ``tap(site, x)`` is called at every site in execution order; the rest of the model reads
+        what it returns. Padding on the right changes nothing before it. ``dtype`` is that of the
+        inputs of matrix products (sums stay float32); float32 is exact on any device.
         """
         return self.extend(tokens, tap=tap, dtype=dtype)[0]
 
     def extend(
         self, tokens, past: Past | None = None, *, tap: Tap | None = None, dtype=None
     ) -> tuple[jax.Array, dict[int, tuple[jax.Array, jax.Array]]]:
-        """Returns the logits of tokens [batch, seq] that follow ``past``, and their own keys.
+        """Logits of tokens [batch, seq] that follow ``past``, and {layer: (keys, values)}.
 
-        The tokens stand at positions ``past.length`` and on (each row its own), or at 0 and on
-        without a past, and see the past and each other causally. The second value, {layer: (keys,
-        values)} [batch, seq, heads, d_head], is what a later ``Past`` is made of. Everything else
-        is as in ``logits``: reading a text in pieces or as a whole is the same.
+        The tokens stand at positions ``past.length`` and on (each row its own), or 0 and on. Keys
+        and values are [batch, seq, heads, d_head] of these tokens alone, to make a later ``Past``
+        of. Reading a text in pieces or as a whole gives the same.
         """
         tokens = check_tokens(self.config, tokens, self.name)
         seen, kept = {}, {}
@@ -282,7 +277,7 @@ class LanguageModel(nnx.Module):
 def capture(lm: LanguageModel, tokens, sites: Iterable[Site], dtype=None) -> dict[Site, jax.Array]:
     """``{site: float32 [batch, seq, d_model]}`` of int tokens [batch, seq].
 
-    One compiled pass, in which the compiler drops everything after the last captured site.
+    Nothing after the last captured site is computed.
     """
     sites = tuple(sites)
     for site in sites:
@@ -305,7 +300,7 @@ def captured(lm: LanguageModel, sites: tuple[Site, ...], tokens, dtype=None):
 
 
 def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
-    """The tokens as an array [batch, seq]; UserError if the model cannot read them."""
+    """Tokens as an array [batch, seq]; UserError if the model cannot read them."""
     if not isinstance(tokens, jax.Array):
         tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -317,8 +312,8 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
             f"A sequence of {tokens.shape[1]} tokens is longer than {name} reads "
             f"({config.context} positions); cut the text first."
         )
-    # Ids can be looked at that are neither traced nor spread over other processes; by numpy, as
-    # under jit jnp would trace even a known array.
+    # Traced ids, or ids of other processes, cannot be looked at. By numpy, as under jit jnp would
+    # trace even a known array.
     traced = isinstance(tokens, jax.core.Tracer)
     if tokens.size and not traced and getattr(tokens, "is_fully_addressable", True):
         ids = np.asarray(tokens)
@@ -332,7 +327,7 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``x W`` with inputs in ``dtype`` and float32 sums; float32 means float32 on any device."""
+    """``x W`` with inputs in ``dtype`` and float32 sums."""
     return jnp.matmul(
         x.astype(dtype),
         W.astype(dtype),
@@ -344,8 +339,8 @@ def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Array:
     """Causal softmax attention, float32 [batch, seq, heads * d_head].
 
-    query is [batch, seq, heads, d_head]; key and value may have fewer heads, each then serving an
-    equal run of query heads. ``past`` is (keys, values, length) of what was seen before, or None.
+    query is [batch, seq, heads, d_head]; key and value may have fewer heads, each serving an
+    equal run of query heads. ``past`` is (keys, values, length) or None.
     """
     batch, seq, heads, d_head = query.shape
     if past is None:
@@ -358,8 +353,8 @@ def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Ar
         a, b, exact = a.astype(dtype), b.astype(dtype), jax.lax.Precision.HIGHEST
         return jnp.einsum(axes, a, b, precision=exact, preferred_element_type=jnp.float32)
 
-    # The keys of the past stay apart from the new ones: copied together they would be copied for
-    # every edit of a batch of edits (under vmap).
+    # The past's keys stay apart: joined with the new ones they would be copied for every edit
+    # (under vmap).
     query = query.reshape(batch, seq, key.shape[2], -1, d_head) * scale
     *seen, length = past
     sides = seen, (key, value)
@@ -377,7 +372,7 @@ def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Ar
 def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired.
 
-    The tables are [seq, dims / 2], or [batch, seq, dims / 2] where rows differ in position.
+    The tables are [seq, dims / 2], or [batch, seq, dims / 2] if rows differ in position.
     """
     cos, sin = (table[..., None, :] for table in rotary)
     if cos.ndim == 3:

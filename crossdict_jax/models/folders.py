@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, a name embedded in the package, or a hub id; and its tokenizer."""
+"""Where a model and its tokenizer lie: a folder, a name embedded in the package, or a hub id."""
 
 import os
 from functools import lru_cache
@@ -23,7 +23,7 @@ MODEL_FILES = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXT
 def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """The folder of a path, an embedded model or a hub id; UserError if there is none.
 
-    From the hub (or its local cache) only files that match ``patterns`` are taken.
+    From the hub only files that match ``patterns`` are taken.
     """
     text = str(path_or_id)
     path = Path(text).expanduser()
@@ -67,7 +67,7 @@ def load_tokenizer(path_or_id: str | Path):
 
 @lru_cache(maxsize=16)
 def _tokenizer(folder: Path, changed: int):
-    """``changed`` only keeps a rewritten folder from being answered from the cache."""
+    """``changed`` keeps a rewritten folder from being answered from the cache."""
     # transformers would advise to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

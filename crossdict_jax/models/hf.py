@@ -29,7 +29,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 
 def model_types() -> tuple[str, ...]:
-    """The model types that can be loaded: the files of their folder."""
+    """The model types that can be loaded: the files in ``families``."""
     return tuple(sorted(f.stem for f in (Path(__file__).parent / "families").glob("[!_]*.py")))
 
 
@@ -38,10 +38,9 @@ def _family(model_type: str):
 
 
 def load(path_or_id: str | Path) -> LanguageModel:
-    """The model in a folder in Hugging Face format, or of a hub id; float32.
+    """The float32 model of a folder in Hugging Face format, an embedded name or a hub id.
 
-    Names in ``EMBEDDED`` are found in the package itself. UserError if there is no such model
-    or if anything in its files is not understood.
+    UserError if there is none or if anything in its files is not understood.
     """
     folder = find_folder(path_or_id)
     config = load_config(folder)
@@ -63,7 +62,7 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
 
 
 def init(config: ModelConfig | dict, seed: int = 0) -> LanguageModel:
-    """An untrained model of ``config`` (ours, or a dict as in config.json)."""
+    """An untrained model of a ``ModelConfig`` or a dict as in config.json."""
     if isinstance(config, dict):
         config = read_config(config)
     return _family(config.model_type).Model(config, nnx.Rngs(params=seed))
@@ -72,7 +71,7 @@ def init(config: ModelConfig | dict, seed: int = 0) -> LanguageModel:
 def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokenizer=None) -> None:
     """Writes a folder that ``load`` and transformers read; with ``tokenizer``, its files too.
 
-    ``dtype`` is that of the file: float32, float16 or bfloat16.
+    ``dtype`` of the file: float32, float16 or bfloat16.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -87,7 +86,7 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
         if name in flat:
             value = np.asarray(flat[name][...]).astype(DTYPES[dtype])
             tensors[in_file] = np.ascontiguousarray(value.T if transposed else value)
-    # Under another name first, so that a killed save leaves no half file to be loaded.
+    # Renamed at the end, so that a killed save leaves no half file.
     file, part = path / "model.safetensors", path / "model.part"
     try:
         save_file(tensors, part, metadata={"format": "pt"})  # transformers asks for the format
@@ -121,10 +120,10 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
 
 
 def known_config(path_or_id: str | Path) -> ModelConfig:
-    """The settings of a model without its weights and without the hub.
+    """The settings of a model, read without its weights and without the hub.
 
-    Of a folder that may hold config.json alone, of an embedded model, or of an id whose shape is in
-    assets/shapes.json; other seeds and texts of a model (-seed3, -deduped) have its shape.
+    For a folder with config.json, an embedded model, or an id in assets/shapes.json; variants of
+    a model (-seed3, -deduped) have its shape.
     """
     text = str(path_or_id)
     if text in EMBEDDED or Path(text).expanduser().is_dir():
@@ -140,7 +139,7 @@ def known_config(path_or_id: str | Path) -> ModelConfig:
 
 
 def read_config(raw: dict) -> ModelConfig:
-    """Our settings from those of config.json; UserError on what would change the maths."""
+    """Our settings from config.json; UserError on what would change the maths."""
     model_type = raw.get("model_type")
     if model_type not in model_types():
         raise UserError(f"model_type {model_type!r} is not one of {', '.join(model_types())}.")
@@ -202,7 +201,7 @@ def _table(config: ModelConfig) -> dict[str, tuple[str, bool]]:
 
 
 def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, jax.Array]:
-    """{our name: float32 array} from the folder's files for every {our name: shape}, once each."""
+    """{our name: float32 array} for every {our name: shape}, each found exactly once."""
     prefix = _family(config.model_type).PREFIX
     table = _table(config)
     weights, tied_head = {}, None

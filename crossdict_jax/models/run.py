@@ -1,7 +1,6 @@
-"""The one runner of language models: reads texts, replaces or adds to activations, generates.
+"""The runner of language models: reads texts, replaces or adds to activations, generates.
 
-The parameters lie on all devices, rows of tokens are cut into batches of few shapes, and what is
-asked of a model is an argument of a compiled program, not a new one.
+What varies from call to call is an argument of a compiled program, so few are compiled.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Passages:
 
     @property
     def scored(self) -> np.ndarray:
-        """bool [n]: the text holds the token after the position, so its loss is known."""
+        """bool [n]: the text holds the token after the position."""
         lengths = np.array([len(t) for t in self.tokens])
         return self.position + 1 < lengths[self.window]
 
@@ -52,7 +51,7 @@ class Passages:
         return replace(self, **{k: v[index] for k, v in values.items() if v is not None})
 
     def within(self, texts: np.ndarray) -> Within:
-        """Returns the positions that lie in some of the texts, which form a batch."""
+        """Returns the positions that lie in a batch of texts."""
         in_batch = np.full(len(self.tokens), -1)
         in_batch[texts] = np.arange(len(texts))
         index = np.flatnonzero(in_batch[self.window] >= 0)
@@ -75,7 +74,7 @@ class Within(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Texts of similar length as one array, padded on the right and with further rows."""
+    """Texts of similar length as one array, padded on the right and below."""
 
     texts: np.ndarray  # int [m], which ones; the rows behind them are padding
     tokens: np.ndarray  # int32 [batch, seq]
@@ -83,14 +82,14 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to the prediction of the token after each scored position, in nats."""
+    """What an edit does to the next-token prediction at each scored position, in nats."""
 
     ce: np.ndarray  # float64 [scored], cross-entropy
     kl: np.ndarray  # float64 [scored], KL(clean || edited)
 
 
 class Chunk(NamedTuple):
-    """The few tokens at every position that are read again for each vector that is added."""
+    """The few tokens at every position that are read again for each added vector."""
 
     tokens: jax.Array  # int32 [n, seq], from the first edited one on
     x: jax.Array  # [n, seq, d_model], the site's activations without an edit
@@ -103,9 +102,9 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """A model that has read texts up to n positions: what vectors added there do to what follows.
+    """A model that has read texts up to n positions, to measure vectors added there.
 
-    Attention looks back on keys that are kept: a vector costs a few tokens and not a text.
+    The keys of the texts are kept: a vector costs a few tokens and not a text.
     """
 
     runner: Runner
@@ -115,9 +114,9 @@ class Held:
     chunk: Chunk
 
     def log_probs(self, vectors: np.ndarray) -> np.ndarray:
-        """Returns log p of every token after each position, float32 [1 + vectors, n, vocab].
+        """Returns next-token log p after each position, float32 [1 + vectors, n, vocab].
 
-        The first entry is without an edit, the others with one vector [d_model] added.
+        Entry 0 is without an edit, each other one with a vector [d_model] added.
         """
         return self._added(_log_p, np.pad(vectors, ((1, 0), (0, 0))), at_once=1)
 
@@ -131,7 +130,7 @@ class Held:
         Args:
           vectors: [vectors, d_model], each added alone.
           watched: {token: weight in the mean}, 1 to ``limit`` of them.
-          limit: what ``watched`` is filled up to: one program for all features.
+          limit: ``watched`` is filled up to it, so that all features share a program.
         """
         ids = np.resize(np.array(list(watched), np.int32), limit)
         weight = np.zeros(limit, np.float32)
@@ -141,13 +140,11 @@ class Held:
     def continuations(self, vectors: np.ndarray, strength: np.ndarray) -> np.ndarray:
         """Returns the change of log p of each position's continuation, float32 [vectors, n].
 
-        Args:
-          strength: [vectors, n], by which a vector [d_model] is multiplied at each position.
+        ``strength`` [vectors, n] multiplies a vector [d_model] at each position.
         """
         return self._added(_continuation_change, vectors, strength)
 
     def _added(self, measure, vectors, strength=None, *, extra=(), at_once=AT_ONCE) -> PyTree:
-        """What ``measure`` gives of the predictions under each vector, [vectors, n, ...]."""
         n, size = len(vectors), len(self.chunk.start)
         strength = np.ones((n, self.n)) if strength is None else strength
         more = -n % at_once  # one program for any few vectors
@@ -170,7 +167,7 @@ class Starts(NamedTuple):
 
 
 class Runner:
-    """A language model on all devices, among which texts are shared out."""
+    """A language model on all devices, which share the texts of a batch."""
 
     def __init__(self, lm: LanguageModel, *, batch_size: int, dtype: str = "float32"):
         """
@@ -184,21 +181,21 @@ class Runner:
         self._params = put(params, shard(self.mesh))
         self._batch_size = batch_size
 
-    # ------------------------------------------------------------ batches and programs
+    # Batches and programs
 
     def dispatch(self, function: Callable, *arrays, static=(), shared=()) -> PyTree:
-        """Returns what ``function(lm, *static, *shared, *arrays)`` gives, still on the devices.
+        """Returns ``function(lm, *static, *shared, *arrays)``, still on the devices.
 
         Args:
           function: of a module: one made anew for each call would be compiled for each.
-          arrays: pytrees as ``put`` returns them, shared out among the devices.
+          arrays: pytrees as ``put`` returns them, split among the devices.
           static: hashable; other values are another program.
           shared: pytrees of arrays, and modules, that every device holds whole.
         """
         return run_model(*self.arguments(function, arrays, static, shared))
 
     def arguments(self, function: Callable, arrays=(), static=(), shared=()) -> tuple:
-        """Returns what ``run_model`` takes; see ``dispatch``."""
+        """Returns the arguments of ``run_model``; see ``dispatch``."""
         split = [modules.split(s) if isinstance(s, nnx.Module) else (None, s) for s in shared]
         everywhere = shard(self.mesh)
         values = jax.tree.map(lambda a: put(a, everywhere), tuple(value for _, value in split))
@@ -208,7 +205,7 @@ class Runner:
     def run(
         self, function: Callable, *arrays: np.ndarray, static=(), shared=(), group: int = 1
     ) -> PyTree:
-        """Returns numpy arrays of what ``dispatch`` does of arrays [n, ...], a batch at a time.
+        """Returns ``dispatch`` of arrays [n, ...] as numpy, a batch at a time.
 
         Args:
           function: its results have a row for each row of the arrays, or for each group.
@@ -227,11 +224,11 @@ class Runner:
         return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
 
     def batches(self, tokens: Sequence[np.ndarray], *, length_step: int = 0) -> list[Batch]:
-        """Returns texts by length, in batches of few shapes.
+        """Returns texts by length, in batches of few shapes (each is compiled once).
 
-        That is in one group of equally large and equally long batches, or in two where that saves
-        much padding: each is compiled once. With a ``length_step``, for texts that come in many
-        portions, a batch is as long as its longest, up to a multiple.
+        All batches are equally large and long, or in two groups where that saves much padding. With
+        a ``length_step``, for texts that come in many portions, a batch is as long as its longest
+        text, up to a multiple.
         """
         lengths = np.array([len(t) for t in tokens])
         order, size = np.argsort(lengths, kind="stable"), self._size()
@@ -253,7 +250,7 @@ class Runner:
         return [Batch(p, pad([tokens[i] for i in p], s)) for p, s in zip(parts, shapes)]
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """Returns an array [batch, ...] with its rows shared out among the devices."""
+        """Returns an array [batch, ...] with its rows split among the devices."""
         return put(array, shard(self.mesh, DATA))
 
     def _size(self, n: int | None = None, group: int = 1) -> int:
@@ -261,7 +258,7 @@ class Runner:
         size, unit = self._batch_size, group * self.mesh.size
         return math.ceil((size if n is None else min(size, n)) / unit) * unit
 
-    # ------------------------------------------------------------ reading
+    # Reading
 
     def read(self, tokens: Sequence[np.ndarray], sites: Iterable[Site]) -> dict[Site, np.ndarray]:
         """Returns {site: activations, float32 [texts, seq, d_model]}, padded as ``pad`` does."""
@@ -269,7 +266,7 @@ class Runner:
         return dict(zip(sites, self.run(captured, pad(tokens), static=(sites,))))
 
     def read_at(self, passages: Passages, sites: Iterable[Site]) -> np.ndarray:
-        """Returns the activations at the positions alone, float32 [sites, n, d_model]."""
+        """Returns activations at the positions, float32 [sites, n, d_model]."""
         sites, batches = self._checked(sites), self.batches(passages.tokens)
         within = [passages.within(batch.texts) for batch in batches]
         longest = max(len(w.index) for w in within)  # one shape for all batches
@@ -284,7 +281,7 @@ class Runner:
     def stream(
         self, tokens: Sequence[np.ndarray], sites: Iterable[Site], dtype=jnp.bfloat16
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yields (index of a text, per site its activations [length, d_model]), by length."""
+        """Yields (text index, per site its activations [length, d_model]), by length."""
         batches = self.batches(tokens, length_step=LENGTH_STEP)
         static = self._checked(sites), jnp.dtype(dtype)
         dispatched = (
@@ -306,7 +303,7 @@ class Runner:
             check_site(self.config, site, self.name)
         return sites
 
-    # ------------------------------------------------------------ replacing
+    # Replacing
 
     def splice(
         self,
@@ -314,17 +311,16 @@ class Runner:
         site: Site | tuple[Site, ...],
         replacements: Mapping[Any, np.ndarray | Mapping[Site, np.ndarray]],
     ) -> dict[Any, Effect]:
-        """Returns what each replacement of activations does, and under "clean" what no edit does.
+        """Returns the effect of each replacement of activations, and under "clean" of no edit.
 
-        The text is read once; every edited pass starts from the clean activations at the lowest
-        site. Several sites are replaced in one pass, in the order of execution: what an earlier
-        replacement makes of a later site is replaced there in its turn at the positions.
+        The text is read once; edited passes start from the clean activations at the lowest site.
+        Several sites are replaced in one pass, in execution order: a later site is replaced, at
+        the positions, in what an earlier replacement makes of it.
 
         Args:
           site: where activations are replaced; a tuple for several sites at once.
-          replacements: {name: [n, d_model]}, the activation at every position; everything else of
-            the activations stays as it was. A vector [d_model] stands for all positions. For a
-            tuple of sites, {name: {site: one of these}}.
+          replacements: {name: [n, d_model]}, the activation at every position, or a vector
+            [d_model] for all. For a tuple of sites, {name: {site: one of these}}.
         """
         if isinstance(site, Site):
             replacements = {name: {site: values} for name, values in replacements.items()}
@@ -350,7 +346,7 @@ class Runner:
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
 
-    # ------------------------------------------------------------ adding
+    # Adding
 
     def hold(
         self,
@@ -363,17 +359,16 @@ class Runner:
         reads: int = 1,
         same_texts: Held | None = None,
     ) -> Held:
-        """Reads the texts up to the positions, where vectors are to be added at the site.
+        """Reads the texts up to the positions, to add vectors at the site.
 
         Args:
           passages: with ``first`` and ``end``; the prediction after ``position`` is read.
-          x: [texts, seq, d_model], the activations of all texts at the site (``read``).
+          x: [texts, seq, d_model], activations of all texts at the site (``read``).
           size: the positions are filled up to this number: one program for all features.
           span: edited tokens of a position, at most (the last ones of more); None: all of the text
             before it but its first token.
-          reads: predictions read from ``position`` on, at most; 1 is the one after it.
-          same_texts: of the same positions and size with another span or reads: nothing is read
-            again.
+          reads: predictions read from ``position`` on, at most.
+          same_texts: of the same positions and size with another span or reads, to reuse.
         """
         tokens = pad(passages.tokens)
         n, length = len(passages.position), tokens.shape[1]
@@ -401,15 +396,15 @@ class Runner:
             layers = self.dispatch(_look_back, *arrays, static=(site,))
         return Held(self, n, site, layers, Chunk(*map(self.put, chunk)))
 
-    # ------------------------------------------------------------ generating
+    # Generating
 
     def generate(
         self, starts: Starts, site: Site, *, count: int, temperature: float, top_p: float, seed: int
     ) -> np.ndarray:
         """Returns continuations with a vector added at the site, int32 [n, count].
 
-        The prompt is read once and its keys are kept. The draw of a text depends on the seed, its
-        prompt, its sample and its own logits alone, not on what is written beside it.
+        The draw of a text depends on the seed, its prompt, its sample and its own logits alone,
+        not on the texts beside it.
 
         Args:
           count: new tokens of every text; with the prompt no more than the model reads.
@@ -423,11 +418,7 @@ class Runner:
 
 
 def pad(tokens: Sequence[np.ndarray], shape: tuple[int, int] | None = None) -> np.ndarray:
-    """Returns texts as one array, int32 [texts, seq], zeros on the right (and below).
-
-    Args:
-      shape: of the array; without it, all texts and the longest.
-    """
+    """Returns texts as one int32 array, [texts, seq] or ``shape``, zeros right and below."""
     out = np.zeros(shape or (len(tokens), max(map(len, tokens), default=0)), np.int32)
     for row, text in zip(out, tokens):
         row[: len(text)] = text
@@ -435,9 +426,9 @@ def pad(tokens: Sequence[np.ndarray], shape: tuple[int, int] | None = None) -> n
 
 
 def _ahead(dispatched: Iterator) -> Iterator:
-    """Yields what an iterator gives, each only after the next one has been asked for.
+    """Yields each item only after the next one has been asked for.
 
-    That bounds the work in flight: the consumer waits for one while the next one is computed.
+    The next item is computed while one is used; no more work is in flight.
     """
     first = list(itertools.islice(dispatched, 1))
     for item in dispatched:
@@ -446,7 +437,7 @@ def _ahead(dispatched: Iterator) -> Iterator:
     yield from first
 
 
-# ---------------------------------------------------------------- compiled programs
+# Compiled programs
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -460,7 +451,7 @@ def run_model(function, model, static, graphs, params, shared, arrays) -> PyTree
 
 
 def _captured(lm, sites, dtype, at, tokens) -> tuple[jax.Array, ...]:
-    """Per site the activations as ``dtype``; of all positions, or at (row [m], position [m])."""
+    """Per site the activations as ``dtype``, of all positions or at (row [m], position [m])."""
     captured_ = (x.astype(dtype) for x in captured(lm, sites, tokens))
     return tuple(captured_ if at is None else (x[at] for x in captured_))
 
@@ -481,7 +472,7 @@ def _clean(lm, site, tokens):
 def _edited(lm, sites, tokens, x, p, negative_entropy, edited, *values):
     """(loss, KL(clean || edited)), both [batch, seq], with values where ``edited`` says so.
 
-    x are the clean activations at the lowest site: what made them is not computed.
+    x are the clean activations at the lowest site; nothing before it is computed.
     """
     new = dict(zip(sites, values))
 
@@ -498,7 +489,7 @@ def _edited(lm, sites, tokens, x, p, negative_entropy, edited, *values):
 def _next_token_loss(logits, tokens) -> tuple[jax.Array, jax.Array]:
     """(-log p(next token), log of the softmax's denominator), both [batch, seq].
 
-    The last position has no next token in the array; its loss means nothing and is never read.
+    The loss of the last position means nothing: its next token is not in the array.
     """
     following = jnp.roll(tokens, -1, axis=1)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -514,7 +505,7 @@ def _look_back(lm, site, tokens, x) -> dict:
 
 
 def _measured(lm, site, measure, at_once, vectors, strength, extra, layers, chunk: Chunk):
-    """``measure(log p, clean log p [n, reads, vocab], chunk, *extra)`` for every added vector."""
+    """``measure(log p, clean log p [n, reads, vocab], chunk, *extra)`` of every added vector."""
     top = Site(lm.config.n_layers - 1, "resid_post")
     past = Past(layers, chunk.start) if layers else None
 
@@ -563,7 +554,7 @@ def _generate(lm, site, count, temperature, top_p, seed, *starts) -> jax.Array:
     row = jnp.arange(len(starts.length))
 
     def read(tokens, position, past, last):
-        """The logits after one token of each row, [n, vocab], and the keys of all of them."""
+        """Logits [n, vocab] after one token of each row, and the keys of all of them."""
         edited = position >= starts.length[:, None] - 1
         added = edited[..., None] * starts.vector[:, None, :]
 
@@ -597,7 +588,7 @@ def _generate(lm, site, count, temperature, top_p, seed, *starts) -> jax.Array:
 
 
 def draw(logits: jax.Array, keys: jax.Array, temperature, top_p) -> jax.Array:
-    """Returns a token of every row, int32 [n], of logits [n, vocab]; see ``Runner.generate``."""
+    """Returns a token int32 [n] of logits [n, vocab]; see ``Runner.generate``."""
 
     def sample():
         order = jnp.argsort(-logits, axis=-1)

@@ -2,7 +2,7 @@
 
 from crossdict_jax.ops.codes import Code, activity, decode, decode_parts, sparse_code
 from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.selection import keep_top_k, kth_largest, nth_largest
+from crossdict_jax.ops.selection import keep_top_k, kth_largest, nth_largest, uses_lists
 
 __all__ = [
     "Code",
@@ -14,4 +14,5 @@ __all__ = [
     "matmul",
     "nth_largest",
     "sparse_code",
+    "uses_lists",
 ]

@@ -1,7 +1,7 @@
-"""Sparse codes of rows, and what they decode to: a reference of dense products, or lists.
+"""Sparse codes of rows, and their decoding: a reference of dense products, or lists.
 
-A code is an array of features [batch, width], or ``lists.Entries`` where ``uses_lists`` says that
-they are faster: the same values and gradients, but for the order of sums.
+A code is an array of features [batch, width] or ``Entries``: the same values and gradients, but
+for the order of sums.
 """
 
 import itertools
@@ -10,25 +10,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.ops import lists
+from crossdict_jax.ops.lists import Entries, decode_entries, encoded
 from crossdict_jax.ops.products import matmul
 from crossdict_jax.ops.selection import entries_from, uses_lists
 
-Code = jax.Array | lists.Entries
+Code = jax.Array | Entries
 
 
 def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what a batch's code says of its features.
+    """Returns (active in some row, bool [width]; active features per row []; smallest active value
+    []).
 
-    That is bool [width], whether each is active in some row; the number [] of active features a
-    row; and the smallest active value [], infinity where there is none.
+    The last is infinity if none is active.
     """
-    if isinstance(code, lists.Entries):
+    if isinstance(code, Entries):
         values, batch = code.values, len(code.counts)
         active = jnp.zeros(code.width, bool).at[code.features].max(values > 0)
     else:
         values, batch = code, len(code)
-        active = jnp.max(values, axis=0) > 0
+        active = jnp.any(values > 0, axis=0)
     l0 = jnp.sum(values > 0, dtype=jnp.float32) / batch
     return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
 
@@ -40,34 +40,35 @@ def sparse_code(
     threshold: Callable[[jax.Array], jax.Array],
     n: int,
     dtype=None,
+    lists: bool | None = None,
 ) -> Code:
-    """Returns what reaches a threshold in relu(z) with z = u W_enc + bias.
+    """Returns the values of relu(z), z = u W_enc + bias, that reach a threshold.
 
     Args:
       u: rows [batch, d]; they get no gradient.
       W_enc, bias: [d, width] and [width].
-      threshold: of z [batch, width], without a gradient: one [] for all rows, or one [batch] each.
+      threshold: of z [batch, width], without a gradient: [] for all rows, or [batch].
       n: how many values reach it, but for equal ones.
       dtype: of the product's inputs; sums stay float32.
+      lists: whether to return ``Entries``; None: where they are faster.
     """
     u = jax.lax.stop_gradient(u)
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
-    if not uses_lists(z.size):
-        # One mask: accelerators write no array between. What is not a number stays visible.
+    if not (uses_lists(z.size) if lists is None else lists):
+        # One mask: accelerators write no array between. NaN stays visible.
         return jnp.where((z < lowest.reshape(-1, 1)) | (z <= 0), 0.0, z)
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
     rows, features, counts = entries_from(fixed, lowest, limit=limit)
     values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)
-    return lists.encoded(lists.Entries(values, features, rows, counts, z.shape[1]), u, W_enc, bias)
+    return encoded(Entries(values, features, rows, counts, z.shape[1]), u, W_enc, bias)
 
 
 def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:
     """Returns the sums [batch, d] of the active features' rows of W_dec [width, d].
 
-    Args:
-      dtype: that values and W_dec are rounded to; sums stay float32.
+    ``dtype`` is that of values and W_dec; sums stay float32.
     """
     return decode_parts(code, W_dec, (len(W_dec),), dtype)[:, 0]
 
@@ -75,11 +76,9 @@ def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:
 def decode_parts(code: Code, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
     """Returns what each part of the width adds to the decoding, float32 [batch, parts, d].
 
-    Args:
-      ends: rising, where each part ends and the next begins; the last is the width.
-      dtype: see ``decode``.
+    ``ends`` rise: where each part ends and the next begins; the last is the width.
     """
-    if isinstance(code, lists.Entries):
-        return lists.decode_parts(code, W_dec, ends, dtype)
+    if isinstance(code, Entries):
+        return decode_entries(code, W_dec, ends, dtype)
     slices = [slice(a, b) for a, b in itertools.pairwise((0, *ends))]
     return jnp.stack([matmul(code[:, part], W_dec[part], dtype) for part in slices], axis=1)

@@ -1,9 +1,8 @@
 """Codes as lists of their active entries: but for the encoder, they cost k, not the width.
 
-With B rows, d dimensions, F features and k active ones, a step through dense matrices takes five
-products of 2 B d F operations: the encoder, the decoder, and the gradients of the code and of both
-weights. Here each but the encoder's is 2 B k d, and no [B, F] array but the pre-activations is
-formed.
+With B rows, d dimensions, F features and k active ones, a dense step takes five products of 2 B d F
+operations: encoder, decoder, and the gradients of the code and both weights. Here each but the
+encoder's is 2 B k d, and the pre-activations are the only [B, F] array.
 """
 
 import dataclasses
@@ -22,10 +21,10 @@ class Entries:
 
     Attributes:
       values: float32 [entries], never negative; 0 after the last row's entries.
-      features: int32 [entries], which feature.
-      rows: int32 [entries], which row; after the last row's entries any.
-      counts: int32 [batch], how many entries each row has.
-      width: how many features there are (static).
+      features: int32 [entries].
+      rows: int32 [entries]; any after the last row's entries.
+      counts: int32 [batch], entries of each row.
+      width: number of features (static).
     """
 
     values: jax.Array
@@ -37,7 +36,7 @@ class Entries:
 
 @jax.custom_vjp
 def encoded(code: Entries, u: jax.Array, W_enc: jax.Array, bias: jax.Array) -> Entries:
-    """Returns a code of u W_enc + bias, found before; now with gradients in W_enc and bias.
+    """Returns a known code of u W_enc + bias with gradients in W_enc and bias.
 
     They pass through the active entries alone.
     """
@@ -57,7 +56,7 @@ encoded.defvjp(lambda code, u, W_enc, bias: (code, (code, u)), _encode_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def decode_parts(code: Entries, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
+def decode_entries(code: Entries, W_dec: jax.Array, ends: tuple[int, ...], dtype=None) -> jax.Array:
     """Returns what each part of the width adds to the decoding, float32 [batch, parts, d]."""
     return _decode_forward(code, W_dec, ends, dtype)[0]
 
@@ -81,4 +80,4 @@ def _decode_backward(ends, dtype, saved, gradient):
     return Entries(values_gradient, None, None, None, code.width), W_gradient
 
 
-decode_parts.defvjp(_decode_forward, _decode_backward)
+decode_entries.defvjp(_decode_forward, _decode_backward)

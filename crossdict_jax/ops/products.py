@@ -1,4 +1,4 @@
-"""Matrix products of training, forward and backward in the number format that is asked for."""
+"""Matrix products of training, forward and backward in a chosen dtype."""
 
 from functools import partial
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     """Returns a b, float32 [n, m], of a [n, l] and b [l, m].
 
-    Gradients lie in memory as what they belong to; by JAX's own rule that of ``b`` comes out
-    transposed, and is turned around for every use that an optimizer makes of it.
+    Gradients have the memory layout of their arrays; JAX's own rule transposes that of ``b``, which
+    every use by an optimizer would turn around again.
 
     Args:
       dtype: of the inputs of all three products (None: as they are); sums are float32.
@@ -20,7 +20,7 @@ def matmul(a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array, dtype, *, axes: tuple[int, int]) -> jax.Array:
-    """Returns the product of a and b, summed over axis ``axes[0]`` of a and ``axes[1]`` of b."""
+    """Returns the product, summed over axis ``axes[0]`` of a and ``axes[1]`` of b."""
     if dtype is not None:
         a, b = a.astype(dtype), b.astype(dtype)
     contracted = tuple((axis,) for axis in axes)

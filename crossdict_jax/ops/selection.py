@@ -1,8 +1,8 @@
-"""The largest values of each row or of a batch: found exactly, without sorting all of them.
+"""The largest values of each row or of a batch: found exactly, without a full sort.
 
 Non-negative floats order as their bit patterns do, so a threshold is found as an integer, bit by
-bit. On CPU only the few candidates that a first bound leaves are looked at closely; accelerators
-have an operation of their own for the largest of a row.
+bit. On CPU a first bound leaves few candidates; accelerators have an operation for the largest
+of a row.
 """
 
 import jax
@@ -19,17 +19,17 @@ MASK = 32  # neighbours whose selection is written into one integer
 
 
 def uses_lists(size: int, *, minimum: int = LARGE) -> bool:
-    """Returns whether lists of a few entries replace an array of ``size`` = batch x width values.
+    """Returns whether lists replace an array of ``size`` = batch x width values.
 
     On CPU large ones are up to 1.6 times faster, and compile in 10 seconds where dense products
-    take one. For accelerators compilers estimate them several times slower, and rows that several
-    devices share would have to be gathered.
+    take one. On accelerators compilers estimate them several times slower, and rows shared by
+    several devices would have to be gathered.
     """
     return size >= minimum and platform() == "cpu" and devices_of_rows() == 1
 
 
 def bits_of(z: jax.Array) -> jax.Array:
-    """Returns int32 that order as relu(z) does; of what is not a number, the greatest."""
+    """Returns int32 that order as relu(z) does, NaN greatest."""
     # The sign is dropped: -0.0 is a zero, and some NaN have one.
     return jax.lax.bitcast_convert_type(jax.nn.relu(z), jnp.int32) & (2**BITS - 1)
 
@@ -38,7 +38,7 @@ def kth_largest(z: jax.Array, k: int) -> jax.Array:
     """Returns the k-th largest value [batch] of each row of relu(z) [batch, width], exactly.
 
     With lists, rows are read in groups of about sqrt(width / k) neighbours. The k-th largest of
-    their maxima is a lower bound; what exceeds it lies in the fewer than k groups that do.
+    their maxima is a lower bound; larger values lie in fewer than k groups.
     """
     if platform() != "cpu":
         return jax.nn.relu(on_own_rows(_by_top_k(k), z))
@@ -86,17 +86,17 @@ def nth_largest(z: jax.Array, n: int) -> jax.Array:
     low = jax.lax.bitcast_convert_type(low, jnp.float32)
     rows, features, counts = entries_from(z, low, limit=limit)
     values = jnp.where(jnp.arange(limit) < counts.sum(), z[rows, features], 0)
-    # More than can be listed are left only if the n-th and many others equal the bound.
+    # Too many to be listed are left only if the n-th and many others equal the bound.
     return jnp.where(count > limit, low, _by_bits(values[:, None], n, axis=(0, 1)))
 
 
 def keep_top_k(z: jax.Array, k: int, *, over_rows: bool = False) -> jax.Array:
     """Returns relu(z) [batch, width] with all but each row's k largest values zeroed.
 
-    Values that equal the last of these are all kept, so L0 can exceed k there.
+    Values equal to the k-th are all kept, so L0 can exceed k.
 
     Args:
-      over_rows: the batch * k largest values of the batch are kept instead.
+      over_rows: keep the batch * k largest values of the batch instead.
     """
     z = jax.nn.relu(z)
     if k >= z.shape[1]:
@@ -109,15 +109,15 @@ def keep_top_k(z: jax.Array, k: int, *, over_rows: bool = False) -> jax.Array:
 def entries_from(
     z: jax.Array, threshold: jax.Array, *, limit: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns which values of z [batch, width] are positive and reach the threshold.
+    """Returns the positions where z [batch, width] is positive and reaches the threshold.
 
     Args:
       threshold: of all rows [], or of each [batch].
-      limit: how many are listed at most; the last rows lose the rest.
+      limit: entries at most; the last rows lose the rest.
 
     Returns:
       int32 rows and columns [limit], row by row and rising along each (after the last entry any
-      that exist), and how many entries each row has [batch].
+      that exist), and the number of entries of each row [batch].
     """
     batch, width = z.shape
     size = _group_size(width, limit=MASK)
@@ -142,9 +142,9 @@ def entries_from(
 
 
 def _by_top_k(k: int):
-    """The k-th largest value [batch] of each row [batch, width], as the accelerator finds it.
+    """The k-th largest value [batch] of each row [batch, width], by accelerators' top k.
 
-    Rows of all members as those of one array: under vmap compilers would sort them whole.
+    Members' rows as one array: under vmap compilers would sort them whole.
     """
 
     @jax.custom_batching.custom_vmap
@@ -156,9 +156,9 @@ def _by_top_k(k: int):
 
 
 def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS) -> jax.Array:
-    """Returns the k-th largest of relu(z) along ``axis``, by halving the range of integers.
+    """The k-th largest of relu(z) along ``axis``, by halving the range of integers.
 
-    Several times faster than a sort on CPU. Of fewer leading ``bits`` than all it is a lower bound.
+    Several times faster than a sort on CPU. With fewer leading ``bits`` it is a lower bound.
     """
 
     def halve(i, low):
@@ -172,9 +172,8 @@ def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS
 
 
 def _count(chosen: jax.Array) -> jax.Array:
-    """Returns how many there are in each row of bool [batch, width], int32 [batch, 1]."""
-    # In two turns, the first of vectors: XLA's CPU backend writes out what it adds up along a row
-    # in one. The barrier keeps the two apart.
+    # In two turns, the first of vectors: XLA's CPU backend materialises what it sums along a row in
+    # one. The barrier keeps the two apart.
     batch, width = chosen.shape
     size = _group_size(width, limit=MASK)
     parts = jnp.sum(chosen.reshape(batch, size, width // size), axis=1, dtype=jnp.int32)
@@ -182,7 +181,6 @@ def _count(chosen: jax.Array) -> jax.Array:
 
 
 def _group_size(width: int, *, limit: int) -> int:
-    """Returns the largest power of two that divides the width and is at most ``limit``."""
     size = 1
     while width % (2 * size) == 0 and 2 * size <= limit:
         size *= 2

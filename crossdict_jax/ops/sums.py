@@ -1,6 +1,6 @@
-"""Sums of a few rows of a table: what sparse codes need in place of products of matrices.
+"""Sums of a few rows of a table, for sparse codes in place of matrix products.
 
-All have a fixed order: no atomics, the same bits from run to run.
+The order of sums is fixed: no atomics, the same bits from run to run.
 """
 
 import jax
@@ -36,10 +36,10 @@ def sum_by_group(
 def sum_by_key(
     keys: jax.Array, n_keys: int, weights: jax.Array, index: jax.Array, table: jax.Array
 ) -> jax.Array:
-    """Returns what ``sum_by_group`` does, of entries in any order and groups of any size.
+    """Returns ``sum_by_group`` of entries in any order and groups of any size.
 
-    Entries are sorted by key and cut into chunks of ``CHUNK`` with one key at most; these are
-    summed, then the sums of each key: no few large groups can drive up the cost.
+    Entries are sorted by key and cut into chunks of at most ``CHUNK`` of one key; chunks are
+    summed, then keys: so a few large groups cannot drive up the cost.
     """
     n = len(keys)
     if (n_keys + 1) * n < 2**32:  # key and position in one integer sort much faster than a pair
@@ -66,10 +66,10 @@ def _sums(
     """Returns the sums of groups from large to small, and each group's position among them.
 
     ``GROUPS`` groups together, in as many turns as the largest needs (none, if all are empty). In
-    each turn ``TERMS`` gathers stand side by side in one loop over the output: none is written out.
+    a turn ``TERMS`` gathers share one loop over the output, so none is written out.
 
     Args:
-      starts, counts: int [groups], the first entry of each and how many it has.
+      starts, counts: int [groups], first entry and number of entries.
     """
     n, d, size, last = len(starts), table.shape[1], min(GROUPS, len(starts)), len(weights) - 1
     order = jnp.argsort(counts, descending=True)
@@ -99,8 +99,8 @@ def _sums(
 def dots(a: jax.Array, a_index: jax.Array, b: jax.Array, b_index: jax.Array) -> jax.Array:
     """Returns the inner products, float32 [entries], of a[a_index] with b[b_index].
 
-    ``LANES`` running sums side by side, one in each lane of a register, are added up at the end: a
-    loop over one running sum would take one element at a time.
+    ``LANES`` running sums, one per lane of a register, are added up at the end: a loop over one
+    running sum would take one element at a time.
 
     Args:
       a, b: [rows, d], of any number of rows each.
@@ -113,7 +113,7 @@ def dots(a: jax.Array, a_index: jax.Array, b: jax.Array, b_index: jax.Array) -> 
 
     def add(turn, sums):
         index = jax.lax.optimization_barrier((a_index * turns + turn, b_index * turns + turn))
-        # One index for all lookups of a turn: of many, reading them costs more than the sums.
+        # One index for all lookups of a turn: reading many costs more than the sums.
         for first in range(0, span, LANES):
             lanes = slice(first, first + LANES)
             sums = sums + _at(a[:, lanes], index[0]) * _at(b[:, lanes], index[1])

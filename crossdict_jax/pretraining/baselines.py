@@ -4,11 +4,7 @@ import numpy as np
 
 
 def unigram_loss(train: np.ndarray, test: np.ndarray, *, vocab_size: int) -> float:
-    """Returns the mean nats per token of ``test`` under add-one unigram counts of ``train``.
-
-    Args:
-      train, test: token ids, one dimension.
-    """
+    """Returns mean nats per token of ``test`` under add-one unigram counts; ids are [n]."""
     counts = np.bincount(train, minlength=vocab_size) + 1.0
     return float(-np.log(counts[test] / counts.sum()).mean())
 
@@ -16,8 +12,8 @@ def unigram_loss(train: np.ndarray, test: np.ndarray, *, vocab_size: int) -> flo
 def bigram_loss(train: np.ndarray, test: np.ndarray, *, vocab_size: int) -> float:
     """Returns nats per token of ``test[1:]`` under an interpolated bigram model of ``train``.
 
-    Each row of counts is interpolated with the unigram by Witten and Bell's rule (1991): the more
-    different successors a token had, the more weight the unigram gets.
+    Interpolated with the unigram by Witten and Bell's rule (1991): the more different successors a
+    token had, the more weight the unigram gets.
     """
     pairs = train[:-1].astype(np.int64) * vocab_size + train[1:]
     keys, counts = np.unique(pairs, return_counts=True)

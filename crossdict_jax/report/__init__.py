@@ -1,4 +1,4 @@
-"""Results of a run, shown to people: one self-contained html page and a table on the terminal."""
+"""Results of a run for people: one self-contained html page, and tables on the terminal."""
 
 from crossdict_jax.report.page import write_report
 from crossdict_jax.report.terminal import (

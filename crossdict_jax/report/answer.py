@@ -1,4 +1,4 @@
-"""The answer of a run in words: sentences made from its numbers, negative results included."""
+"""The answer of a run in words, from its numbers, negative results included."""
 
 from collections.abc import Iterable
 from itertools import groupby
@@ -50,7 +50,7 @@ def _score(line: dict, key: str, name: str) -> str:
 
 
 def _how_well(comparisons: list[Comparison]) -> str:
-    groups = groupby(comparisons, key=lambda c: (c.source, c.target))  # as they stand
+    groups = groupby(comparisons, key=lambda c: (c.source, c.target))  # in their order
     picks = [pick for _, group in groups if (pick := best(group, "r2"))]
     if not picks:
         return "No map was fitted, so nothing is said about shared features."
@@ -100,12 +100,12 @@ def _against_what(comparisons: list[Comparison]) -> str:
 
 
 def to_what_effect(stitchings: list[Comparison]) -> str:
-    """Returns the sentence about activations that were predicted and put into the target."""
+    """Returns the sentence about predicted activations put into the target."""
     if not stitchings:
         return "No causal test was run, so nothing here says that a predicted activation works."
 
     def of_mean(pick: Pick) -> float:
-        """The share of what the mean costs that a map wins back (of zero, without a mean)."""
+        """The share of the mean's cost that a map wins back (of zero's, without a mean)."""
         # Where the mean alone recovers most of the loss, every map looks good against zero.
         mean, value = pick[0].reference("mean"), pick[1]["loss_recovered"]
         return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
@@ -142,7 +142,7 @@ def to_what_effect(stitchings: list[Comparison]) -> str:
 
 
 def cautions(run: Run) -> list[str]:
-    """Returns what a reader must know before believing the numbers, found in the numbers."""
+    """Returns what a reader must know before believing the numbers."""
     notes = [
         f"On shuffled pairs, where nothing is shared, {line['map']} still “{verdict}” (R² "
         f"{number(line['shuffled.r2'])} {interval(line, 'shuffled.r2')}, {c.name}): something "

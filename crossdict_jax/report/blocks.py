@@ -1,4 +1,4 @@
-"""What a section of the page is made of, and its html: a text is a paragraph, a table a table."""
+"""The blocks of a section of the page, and their html: a text is a paragraph."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ def html(blocks: Iterable[Block]) -> str:
 
 
 def template(name: str):
-    """Returns a template of this folder; what is put in is escaped, and nothing may be missing."""
+    """Returns a template of this folder; values are escaped, and none may be missing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder, trim = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True}

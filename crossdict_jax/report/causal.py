@@ -8,11 +8,11 @@ from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import Cell, Table, number, score, scores, share, table
 from crossdict_jax.results import by_pair, pair_of, pair_words
 
-MAX_TOKENS = 5  # of those that a feature promotes, printed in a row
+MAX_TOKENS = 5  # that a feature promotes, printed in a row
 
 
 def stitching_section(run: Run) -> list[Block]:
-    """Returns what becomes of the target's loss when a map's prediction is put in."""
+    """Returns the target's loss when a map's prediction is put in."""
     stitchings = run.stitchings()
     if not stitchings:
         return []
@@ -72,9 +72,6 @@ def stitching_figure(stitching: Comparison) -> Figure:
     )
 
 
-# ---------------------------------------------------------------- single features
-
-
 def feature_causal_section(run: Run) -> list[Block]:
     """Returns dose curves, verdicts and tokens of single features put into the other model."""
     rows, summary = run.rows["feature_causal"], run.rows["feature_causal_summary"]
@@ -111,7 +108,7 @@ def feature_causal_section(run: Run) -> list[Block]:
 
 
 def summary_table(rows: list[dict]) -> Table:
-    """Returns what holds over the tested features, a line per kind of mapped direction."""
+    """Returns the means over tested features, a line per kind of mapped direction."""
     cells = [
         {"mapped by": row["direction"]}
         | scores(row, "n_features")

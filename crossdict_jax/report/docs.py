@@ -1,8 +1,5 @@
-"""The generated parts of README.md and of the pages in docs/: no number in them is typed by hand.
-
-What stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is written anew. Results of
-``launch.verify`` and ``launch.benchmark`` are looked for in ``verify`` and ``benchmark`` beside the
-run; a block whose numbers are not there stays as it is.
+"""The generated parts of README.md and docs/, between ``<!-- generated: NAME -->`` and
+``<!-- end -->``. A block whose numbers are missing stays as it is.
 """
 
 import re
@@ -22,7 +19,10 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
-    """Writes docs/results.md, the chart and every generated block from a run; returns the paths.
+    """Writes docs/results.md, the chart and every generated block; returns the paths.
+
+    Results of ``launch.verify`` and ``launch.benchmark`` are read from ``verify`` and ``benchmark``
+    beside the run.
 
     Raises:
       UserError: a file of the run is missing or damaged.

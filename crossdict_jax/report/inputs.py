@@ -75,7 +75,7 @@ def settings(config: Config) -> list[tuple[str, str]]:
 
 
 def coverage(pairing: dict) -> Table:
-    """Returns how many token ends each model has, and how many of them all models share."""
+    """Returns how many token ends each model has, and how many all models share."""
     rows = [
         {"model": name, "token ends": score(m, "ends"), "coverage": share(m, "coverage", 1)}
         for name, m in pairing.get("models", {}).items()
@@ -84,7 +84,7 @@ def coverage(pairing: dict) -> Table:
 
 
 def pairing_section(run: Run) -> list[Block]:
-    """Returns the coverage of every model, and how many tokens lie between two shared ends."""
+    """Returns the coverage of every model, and the number of tokens between two shared ends."""
     counts = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
     facts = [(name.replace("_", " "), number(value)) for name, value in counts]
     return [
@@ -145,7 +145,7 @@ def dictionaries_section(run: Run) -> list[Block]:
 
 
 def training_section(run: Run) -> list[Block]:
-    """Returns the training losses of all that was trained by gradient steps."""
+    """Returns the losses of all that was trained by gradient steps."""
     caption = "Training losses, one line per member; dashed: shuffled pairs."
     return [Panels(list(map(_losses, run.curves)), caption, "large")] if run.curves else []
 
@@ -180,7 +180,7 @@ def time_section(run: Run) -> list[Block]:
 
 
 def words_section(run: Run) -> list[Block]:
-    """Returns what the names of scores and maps on this page mean."""
+    """Returns the meanings of the names of scores and maps on this page."""
     meanings = {heading(column.name): f"{column.meaning}." for column in SCORES}
     meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
     for kind in sorted({row["map"] for row in run.rows["transfer"]}, key=map_order):

@@ -14,10 +14,9 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, str]] = ()) -> Path:
-    """Writes ``report/index.html``, complete in itself, and returns its path.
+    """Writes ``report/index.html`` with the studies' (title, html) and returns its path.
 
     Needs results/{pairing.json, reconstruction.jsonl, transfer.jsonl} and shows what else is there.
-    ``sections`` are (title, html) of the studies.
 
     Raises:
       UserError: a needed file is missing (the stage to run is named) or any file is damaged.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from crossdict_jax.report.tables import number
 from crossdict_jax.results import map_order
 
-# Stand-ins that matplotlib can write, and what the page replaces them by.
+# Stand-ins that matplotlib can write, and that the page replaces.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 STRONG, WEAK, NONE = "#050501", "#050502", "#050503"
 SERIES = ("#060601", "#060602", "#060603", "#060604", "#060605", "#060606", "#060607")
@@ -36,7 +36,7 @@ STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One panel: the drawing, and the same in words for who cannot see it."""
+    """One panel: the drawing, and its description for who cannot see it."""
 
     svg: str
     words: str
@@ -47,8 +47,8 @@ def draw(
 ) -> Figure:
     """Returns what ``paint(axes)`` draws, ``width`` and ``height`` in inches.
 
-    ``words`` say what the drawing says, and keep ids inside it apart from those of others. A legend
-    of ``legend`` columns stands below the axes; 0 for none.
+    ``words`` describe the drawing, and keep its ids apart from others'. A legend of ``legend``
+    columns stands below the axes; 0 for none.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
@@ -75,7 +75,7 @@ def _inline(svg: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r'\sid="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    # Inside tags only: a number that is printed keeps its digits.
+    # Inside tags only: printed numbers keep their digits.
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -114,7 +114,7 @@ def line_figure(
     """Returns lines in one panel, their names below it.
 
     Args:
-      lines: name -> (x values, y values, what ``plot`` takes besides).
+      lines: name -> (x values, y values, further arguments of ``plot``).
       log: which of the axes are logarithmic: "x", "y", "xy" or "".
       levels: name -> y value of a level line.
       bottom: what lies below it is cut off.
@@ -159,9 +159,8 @@ def score_figure(
 ) -> Figure:
     """Returns scores with their intervals, one below the other, and their nulls as crosses.
 
-    ``scores`` is name -> (the row that holds the score, its interval and ``shuffled.KEY``; colour);
-    a score below the ``limits`` of the x axis is written at its edge. ``references`` are vertical
-    lines.
+    ``scores`` is name -> (row with the score, its interval and ``shuffled.KEY``; colour); a score
+    below the x axis's ``limits`` is written at its edge. ``references`` are vertical lines.
     """
     low = limits[0]
 

@@ -1,4 +1,4 @@
-"""The result files of a run, brought into order: maps at layer pairs, beside their controls."""
+"""The result files of a run in order: maps at layer pairs, beside their controls."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -66,7 +66,7 @@ class Comparison:
 
 
 def at_least(row: dict, key: str) -> float | None:
-    """Returns the lower end of a score's interval, the score where there is no interval."""
+    """Returns the lower end of a score's interval, or the score without one."""
     low = row.get(f"{key}_low")
     return row.get(key) if low is None else low
 
@@ -83,7 +83,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything the stages of a run have written; ``rows`` by file name without its ending."""
+    """All results of a run; ``rows`` by file name without its ending."""
 
     pairing: dict
     timing: dict
@@ -113,7 +113,7 @@ def read_run(work: Workdir) -> Run:
     """Returns the results in a work directory.
 
     Raises:
-      UserError: a file that every report needs is missing (its stage is named), or one is damaged.
+      UserError: a needed file is missing (its stage is named), or one is damaged.
     """
     for name, stage in WRITTEN_BY.items():
         if not work.result(name).exists():

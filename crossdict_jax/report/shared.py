@@ -9,7 +9,7 @@ from crossdict_jax.results import pair_of, site_words
 MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
 LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted", "exclusive_missed")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
-INVENTED = 0.2  # share of latents that pass as shared on shuffled rows, from which on it is told
+INVENTED = 0.2  # least share of latents shared on shuffled rows that is told
 
 
 def pair_name(row: dict) -> str:
@@ -55,11 +55,8 @@ def answer(run: Run) -> list[tuple[str, str]]:
     return [("Which features", text)]
 
 
-# ---------------------------------------------------------------- matched features
-
-
 def matching_section(run: Run) -> list[Block]:
-    """Returns how many features are matched one to one, and what is left on held-out text."""
+    """Returns how many features are matched one to one, and how many hold on held-out text."""
     rows = funnels(run)
     if not rows:
         return []
@@ -104,11 +101,8 @@ def matching_section(run: Run) -> list[Block]:
     return blocks
 
 
-# ---------------------------------------------------------------- layers
-
-
 def layers_section(run: Run) -> list[Block]:
-    """Returns how alike the layers of two models are, and which pairs of layers to take."""
+    """Returns how alike the layers of two models are, and the proposed layer pairs."""
     rows = [row for row in run.rows["similarity"] if row["kind"] == "layers"]
     if not rows:
         return []
@@ -136,7 +130,7 @@ def layers_section(run: Run) -> list[Block]:
 
 
 def proposals(run: Run) -> list[dict]:
-    """Returns the rows of similarity.jsonl that propose pairs of layers."""
+    """Returns the rows of similarity.jsonl that propose layer pairs."""
     return [row for row in run.rows["similarity"] if row["kind"] == "proposal"]
 
 
@@ -148,7 +142,7 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
     source, target = (list(dict.fromkeys(sites)) for sites in zip(*values))
     (a, b), name = pair_of(rows[0])[:2], MEASURES[measure]
     null = number(sum(row[f"{measure}_null"] for row in rows) / len(rows), 2)
-    # One colour whose opacity is the value, so that one drawing serves light and dark.
+    # One colour, the value as opacity: one drawing for light and dark.
     shades = ListedColormap([(*to_rgb(STRONG), i / 100) for i in range(101)])
 
     def paint(axes):
@@ -175,9 +169,6 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
         f"at {site_words(*best)}; shuffled rows {null} on average."
     )
     return draw(paint, told, height=0.7 + 2.5 * len(source) / len(target))
-
-
-# ---------------------------------------------------------------- crosscoders
 
 
 def crosscoder_section(run: Run) -> list[Block]:

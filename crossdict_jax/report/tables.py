@@ -1,4 +1,4 @@
-"""Tables of the page and of the terminal: columns that know how to make their cells."""
+"""Tables of the page and of the terminal."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
 NUMERIC = {*"0123456789−–●◐○", ""}  # how the text of a number begins
-# verdict -> (style, sign); the sign says it again for who cannot see the colour.
+# verdict -> (style, sign); the sign is for who cannot see the colour.
 VERDICTS = {
     BEATS_TOKEN: ("strong", "●"),
     BEATS_MEAN: ("weak", "◐"),
@@ -61,10 +61,7 @@ class Table:
 
 
 def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
-    """Returns a table whose columns are the keys of the rows.
-
-    A column is set to the right where all that stands in it are numbers.
-    """
+    """Returns a table whose columns are the keys of the rows; columns of numbers are set right."""
     rows = [{t: c if isinstance(c, Cell) else Cell(c) for t, c in row.items()} for row in rows]
     columns = [
         Column(title, all(row[title].text[:1] in NUMERIC for row in rows))
@@ -74,11 +71,7 @@ def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
 
 
 def score(row: dict, key: str, digits: int = 3, *, null: str = "") -> Cell:
-    """Returns a number of a result row with its interval, where it has one.
-
-    Args:
-      null: the key of the same number where nothing is shared.
-    """
+    """Returns a number of a result row, its interval if any, and its null, of key ``null``."""
     below = number(row.get(null), digits) if null else ""
     return Cell(number(row.get(key), digits), interval(row, key, digits), below)
 
@@ -91,11 +84,7 @@ def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
 
 
 def scores(row: dict, *keys: str, cell: Callable = score, null: str = "") -> dict[str, Cell]:
-    """Returns some columns of a result row as cells by their titles.
-
-    Args:
-      null: what the name of a column begins with where nothing is shared.
-    """
+    """Returns columns of a result row as cells by their titles; nulls have the prefix ``null``."""
     return {heading(key): cell(row, key, null=null and f"{null}{key}") for key in keys}
 
 
@@ -115,9 +104,6 @@ def show(tables: Iterable[Table], width: int = 160) -> None:
         for row in table.rows:  # notes beside their values
             printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
         console.print(Text(table.caption, style="italic"), printed, sep="\n")
-
-
-# ---------------------------------------------------------------- numbers as text
 
 
 def number(value, digits: int = 3) -> str:

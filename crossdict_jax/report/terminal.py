@@ -24,7 +24,7 @@ from crossdict_jax.results import LINEAR_MAPS, map_order, pair_of, read_if_there
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 WIDTH = 118  # characters, where the output is no terminal
-MAX_PAIRS = 8  # more than fit a screen: then each direction's best one
+MAX_PAIRS = 8  # more do not fit a screen: then each direction's best one
 
 
 def pairing_table(work: Workdir) -> None:
@@ -113,7 +113,7 @@ def gates_table(gates: list[dict], *, missed: bool = False) -> Table:
 
 
 def summary_table(work: Workdir) -> None:
-    """Prints the main result, what else the run says in words, and where the numbers are.
+    """Prints the main result, the run's sentences, and where the numbers are.
 
     Raises:
       UserError: a result file that it needs is missing or damaged.

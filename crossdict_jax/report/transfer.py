@@ -101,9 +101,6 @@ def r2_figure(comparison: Comparison, limits: tuple[float, float]) -> Figure:
     )
 
 
-# ---------------------------------------------------------------- single features
-
-
 def features_section(run: Run) -> list[Block]:
     """Returns which of the target’s features are predicted best and worst, and in which bins."""
     rows = run.rows["feature_transfer"]
@@ -169,9 +166,6 @@ def features_table(rows: list[dict]) -> Table:
     sites = site_words(rows[0]["site_source"], rows[0]["site_target"])
     start = f"Most and least transferable features, {sites}, by {rows[0]['map']}"
     return table(f"{start}, {source} → {target}", cells)
-
-
-# ---------------------------------------------------------------- controls
 
 
 def controls_section(run: Run) -> list[Block]:

@@ -1,7 +1,6 @@
-"""Questions asked of a finished run; nothing below knows them.
+"""Studies: questions asked of a finished run, a folder each.
 
-A study is a folder here: it describes its result file (``TABLE``), gives ``TITLE`` and
-``section(rows) -> html`` for the report, and its ``measure.run(config, work)`` writes and prints.
+A study has ``TABLE`` (its result file), ``TITLE``, ``section(rows) -> html`` and ``measure.run``.
 """
 
 import importlib
@@ -12,7 +11,7 @@ from crossdict_jax.workdir import Workdir
 
 
 def sections(work: Workdir) -> list[tuple[str, str]]:
-    """Returns (title, html) of every study that has results in a run, for the report's page."""
+    """Returns (title, html) of every study that has results."""
     shown = []
     for module in pkgutil.iter_modules(__path__):
         study = importlib.import_module(f"{__name__}.{module.name}")

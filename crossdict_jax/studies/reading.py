@@ -1,4 +1,4 @@
-"""Texts of a user's file as all models of a run read them, and the positions that they share."""
+"""A user's texts as all models of a run read them, and their paired positions."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from crossdict_jax.models.run import Passages
 class Reading:
     """Texts that every model can read; a row is a paired position, the same in all models."""
 
-    kept: np.ndarray  # int [texts], which of the texts that were asked for these are
+    kept: np.ndarray  # int [texts], indices of the given texts that are read
     passages: Mapping[str, Passages]  # by model, rows by text, with the spans that end at them
     too_long: int = 0  # texts left out: longer than a context
-    not_rebuilt: int = 0  # left out: with characters that a tokenizer changes
+    not_rebuilt: int = 0  # texts left out: with characters that a tokenizer changes
 
     @property
     def text(self) -> np.ndarray:
-        """int [rows], ascending: of each row its text."""
+        """int [rows], ascending: the text of each row."""
         return next(iter(self.passages.values())).window
 
     def take(self, texts: np.ndarray) -> Reading:
-        """Returns the reading of some texts alone, int [m] ascending."""
+        """Returns the reading of some texts, int [m] ascending."""
         reading = self.take_rows(np.flatnonzero(np.isin(self.text, texts)))
         window, passages = np.searchsorted(texts, reading.text), {}
         for model, rows in reading.passages.items():
@@ -62,7 +62,7 @@ def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Rea
     before = np.zeros_like(positions)
     same = text[1:] == text[:-1]
     before[1:][same] = positions[:-1][same]
-    first = np.minimum(before + 1, positions)  # the first token of a text is in no span
+    first = np.minimum(before + 1, positions)  # a text's first token is in no span
     passages = {}
     for column, (model, of_model) in enumerate(cut.items()):
         tokens = [np.append(front[model], of_model[i].ids).astype(np.int32) for i in kept]

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, read_json, write_json
+from crossdict_jax.workdir import check_space, disk_words, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
 
@@ -24,13 +24,12 @@ def _manager(directory: Path) -> ocp.CheckpointManager:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """{name: sha256} of all files below a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def latest_step(directory: Path) -> int | None:
-    """Returns the newest finished step: with STEP.sha256.json, which is written last; or None."""
+    """Returns the newest finished step, or None; STEP.sha256.json is written last."""
     steps = [int(seal.name.split(".")[0]) for seal in Path(directory).glob("*.sha256.json")]
     return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
 
@@ -41,10 +40,10 @@ def is_finished(directory: Path) -> bool:
 
 
 def finished_step(directory: Path) -> int:
-    """Returns the newest finished step, whole and unaltered.
+    """Returns the newest finished step.
 
     Raises:
-      UserError: there is none, or a file of it is missing, truncated or altered (it is named).
+      UserError: there is none, or a file of it is missing, truncated or altered.
     """
     step = latest_step(directory)
     if step is None:
@@ -70,7 +69,7 @@ def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> No
     for path in directory.glob("*"):
         if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
             shutil.rmtree(path)  # a kill left it half written
-    # Asked for first: orbax writes in threads that print their own tracebacks when they fail.
+    # Checked first: orbax's threads print their own tracebacks when they fail.
     check_space(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + OVERHEAD)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["meta"], new = ocp.args.JsonSave(meta or {}), directory / f"{step}.sha256.json"
@@ -80,15 +79,14 @@ def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> No
             manager.wait_until_finished()
         write_json(new, _digests(directory / str(step)))
     except OSError as error:
-        message = f"Cannot write checkpoint {directory} ({error}); free some space."
-        raise UserError(message) from error
+        raise UserError(disk_words(directory, error)) from error
     for seal in set(directory.glob("*.sha256.json")) - {new}:
         seal.unlink()
         shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
 
 
 def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
-    """Returns named trees of the newest finished checkpoint, as their abstract trees lay them out.
+    """Returns named trees of the newest finished checkpoint.
 
     Args:
       abstract: per tree, a pytree of ``jax.ShapeDtypeStruct`` with shardings.
@@ -110,22 +108,20 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
 
 
 def save_module(directory: Path, params: Any, meta: dict) -> None:
-    """Writes a finished module: its parameters (pure nested dict of arrays) and ``meta``."""
+    """Writes a finished module: its parameters (nested dict of arrays) and ``meta``."""
     save(directory, 0, params=jax.tree.map(np.asarray, params), meta=meta)
 
 
 def load_meta(directory: Path) -> dict:
-    """Returns the ``meta`` of the newest finished checkpoint in ``directory``."""
+    """Returns the ``meta`` of the newest finished checkpoint."""
     step = finished_step(directory)
-    with _manager(directory) as manager:
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    return read_json(Path(directory) / str(step) / "meta" / "metadata")  # orbax takes ten times
 
 
 def load_params(directory: Path, abstract: Any) -> Any:
-    """Returns the parameters alone of the newest finished checkpoint, on the first device.
+    """Returns the parameters of the newest finished checkpoint, on the first device.
 
-    Args:
-      abstract: pytree of what has the shapes and dtypes of the parameters.
+    ``abstract`` is a pytree with their shapes and dtypes.
     """
     first = {"sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
     laid_out = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, **first), abstract)

@@ -1,7 +1,6 @@
-"""The one trainer: members of equal shape, stacked on a leading axis, in one compiled step.
+"""The trainer: members of equal shape, stacked on a leading axis, in one compiled step.
 
-Dictionaries, crosscoders, trained maps, the hypernetwork and small language models are each an
-``Objective``, what one member is trained to do; everything else is done here, once.
+An ``Objective`` says what one member is trained to do.
 """
 
 import dataclasses
@@ -46,14 +45,12 @@ class Context:
 class Objective:
     """What one member of an ensemble is trained to do, in pure functions.
 
-    A subclass defines ``init(key, fixed)``, which returns the parameters before the first step;
-    ``optimizer(fixed)``, which returns an ``optax.GradientTransformation``; and
-    ``loss(params, batch, context)``, which returns (loss [], ({metric: array}, aux)). If it
-    validates, also ``score(params, validation, fixed)`` [], lower is better; and if it cuts batches
-    into parts, ``totals(params, parts, context)``: what a part's loss must know, without a
-    gradient, of the batch, whose arrays have a leading axis of parts.
-
-    With validation the parameters of the best one are the result, else the last ones.
+    A subclass defines ``init(key, fixed)`` -> parameters; ``optimizer(fixed)`` ->
+    ``optax.GradientTransformation``; and ``loss(params, batch, context)`` -> (loss [],
+    ({metric: array}, aux)). With validation, also ``score(params, validation, fixed)`` [], lower is
+    better; then the best parameters are the result, else the last ones. With ``parts``, also
+    ``totals(params, parts, context)``: what a part's loss must know of the whole batch, without a
+    gradient; its arrays have a leading axis of parts.
     """
 
     frozen: tuple[str, ...] = ()  # top-level parameters that no gradient updates
@@ -63,30 +60,29 @@ class Objective:
     patience: float = math.inf  # validations without a better score that end a member's updates
 
     def variant(self, memories: PyTree) -> Hashable:
-        """Returns which of several programs the next steps need, of all members' memories.
+        """Returns which program the next steps need, from all members' memories.
 
-        Asked before each chunk of steps. Each is compiled when it is needed first.
+        Asked before each chunk of steps.
         """
         return 0
 
     def after_step(self, params: PyTree, memory: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
-        """Returns parameters and memory after a step: constraints, and what is measured.
+        """Returns constrained parameters, and memory with new measurements, after a step.
 
-        Args:
-          aux: of the loss, with a leading axis of parts.
+        ``aux`` is the loss's, with a leading axis of parts.
         """
         return params, memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """An objective, its members, and where their rows come from; ``loop.train`` trains them.
+    """An objective, its members, and their rows; ``loop.train`` trains them.
 
     Attributes:
       feed: gives batches {"rows": [members, batch, ...], "fixed": [members, ...] and, with
         validation, "validation": [members, ...]}.
-      fixed: pytree of arrays stacked over members; ``fixed["id"]`` int [members] tells members'
-        random keys apart, so that the others trained beside a member change nothing.
+      fixed: pytree of arrays stacked over members; ``fixed["id"]`` int [members] sets a member's
+        random keys, so that the others trained beside it change nothing.
       labels: of the members, in order.
     """
 
@@ -98,7 +94,7 @@ class Ensemble:
 
     @property
     def layout(self) -> jax.sharding.NamedSharding:
-        """Where arrays that are stacked over members lie."""
+        """The sharding of arrays that are stacked over members."""
         return shard(self.mesh, MEMBER)
 
     def trainable(self, steps: int) -> Trainable:
@@ -151,13 +147,13 @@ class Ensemble:
 def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Context):
     """((loss, metrics, aux), gradients) of a batch, in parts if the objective asks for them.
 
-    Given its totals, the loss of a batch is the mean of its parts' losses, and so is its gradient.
+    With ``totals``, a batch's loss is the mean of its parts' losses, and so is its gradient.
     """
     loss_of = jax.value_and_grad(objective.loss, has_aux=True)
     if objective.parts == 1:
         (loss, (metrics, aux)), grads = loss_of(params, rows, context)
         return (loss, metrics, jax.tree.map(lambda a: a[None], aux)), grads
-    # Part j has rows j, j + parts, ...: rows that are spread over devices stay where they are.
+    # Part j has rows j, j + parts, ...: so rows that are spread over devices stay there.
     cut = lambda a: a.reshape(-1, objective.parts, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
     parts = jax.tree.map(cut, rows)
     totals = jax.lax.stop_gradient(objective.totals(params, parts, context))
@@ -173,7 +169,7 @@ def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Cont
 
 
 def _validated(objective, state, metrics, batch, number, steps):
-    """The state with every member's best parameters till now, looked at every few steps."""
+    """The state with every member's best parameters so far, checked every few steps."""
 
     def member(state, validation, fixed):
         best, params = state["train"]["best"], state["params"]
@@ -185,7 +181,7 @@ def _validated(objective, state, metrics, batch, number, steps):
         return kept | {"latest": score, "stale": stale}
 
     look = (number % objective.validate_every == 0) | (number == steps - 1)
-    # One predicate for the whole ensemble: under vmap a branch would be computed both ways.
+    # One predicate for the whole ensemble: under vmap both branches would be computed.
     best = jax.lax.cond(
         look,
         lambda: jax.vmap(member, spmd_axis_name=MEMBER)(state, batch["validation"], batch["fixed"]),
@@ -195,14 +191,14 @@ def _validated(objective, state, metrics, batch, number, steps):
     return state, metrics | {"validation": best["latest"]}
 
 
-# ---------------------------------------------------------------- rows
+# Rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Rows that members read: several sources of equal shape, and which of them each member reads.
+    """Rows that members read: sources of equal shape, and which of them each member reads.
 
-    ``order`` is how a member's rows stand beside the other streams' (shuffled pairs).
+    ``order`` permutes a member's rows against the other streams' (shuffled pairs).
     """
 
     rows: PyTree  # arrays [sources, n, ...]; bfloat16 ones come out as float32
@@ -222,16 +218,16 @@ def make_ensemble(
     validation: PyTree = None,
     resident: bool | None = None,
 ) -> Ensemble:
-    """Returns an ensemble that reads batch_size rows of every stream for every member and step.
+    """Returns an ensemble that reads batch_size rows of every stream per member and step.
 
     Members of equal seeds read the same rows in the same order, whoever else is trained.
 
     Args:
-      fixed: stacked over members; see ``Ensemble``. Handed on with every batch, as ``validation``.
+      fixed: stacked over members; see ``Ensemble``. In every batch, as is ``validation``.
       seeds: per member, of its order of rows.
       setting: the name of the batch size's setting, for error messages.
-      resident: whether rows stay on the devices, or on the host, which then sends a chunk's batches
-        at a time; None: on the devices if they fit beside the training.
+      resident: whether rows stay on the devices; False: the host sends a chunk's batches at a
+        time; None: on the devices if they fit beside the training.
 
     Raises:
       UserError: the batch does not divide over the devices.
@@ -258,7 +254,7 @@ def make_ensemble(
         return np.stack(orders, axis=1)  # [steps, distinct seeds, batch]
 
     def gather(data, index):
-        """Rows [..., members, batch, ...] of every stream, on the device or on the host."""
+        """Rows [..., members, batch, ...] of every stream."""
         index, batch = index[..., order_of, :], {}
         for name, stream in streams.items():
             orders = data["orders"].get(name)
@@ -274,8 +270,8 @@ def make_ensemble(
 
     held = put({"fixed": fixed, "validation": validation}, shard(mesh, MEMBER))
     if resident:
-        # Where every member reads a source of its own, devices hold those of their members alone;
-        # of rows that all hold, the partitioner would cut these out anew in every step.
+        # If every member reads a source of its own, devices hold those of their members alone;
+        # from rows on all devices the partitioner would cut these in every step.
         for name, stream in streams.items():
             own = np.array_equal(stream.source, np.arange(len(labels)))
             data["rows"][name] = put(data["rows"][name], shard(mesh, *[MEMBER] * own))
@@ -287,12 +283,12 @@ def make_ensemble(
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Returns members' pytrees of equal shapes as one, with members on a leading axis."""
+    """Returns members' pytrees of equal shapes as one, members on a leading axis."""
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(a) for a in leaves]), *trees)
 
 
 def members_at_once(member: int, rows: int) -> int:
-    """Returns how many members of so many bytes each fit the devices beside resident rows."""
+    """Returns how many members fit the devices beside resident rows; sizes in bytes."""
     limit = device_memory()
     if limit is None:
         return 1_000_000

@@ -1,21 +1,23 @@
-"""The one training loop: fused steps, exact resume, metrics, NaN checks, a progress bar.
+"""The training loop: fused steps, exact resume, metrics, NaN checks, a progress bar.
 
 The order of one turn, where it binds:
 
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
-2. dispatch a chunk of steps: one compiled program for any number of steps, or where there are
-   several variants the one that the state before it asks for;
-3. only then read the metrics of the chunk before (bounds the work in flight, checks every step);
-4. checkpoint between chunks, never inside one.
+2. dispatch a chunk of steps: one compiled program for any number of steps, one per variant;
+3. only then read the metrics of the chunk before (bounds the work in flight);
+4. checkpoint between chunks, never inside one, and when somebody asks the process to stop.
 
 Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Hashable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ from absl import logging
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.mesh import shard
+from crossdict_jax.training.mesh import compiler_options, shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
-from crossdict_jax.workdir import say, write_json
+from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 PyTree = Any
@@ -42,7 +44,7 @@ class Trainable:
     Attributes:
       init: key -> {"params": pytree, "train": pytree}; ``train`` is what only training needs.
       step: (state, batch, step number, key, variant) -> (state, {name: array}).
-      variant: state -> what is static in the next chunk of steps; each has its own program.
+      variant: state -> what is static in the next chunk; each has its own program.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -66,7 +68,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
-    """Returns ``count`` entries from ``start`` on of an endless order of 0..n-1, epoch by epoch."""
+    """Returns entries ``start`` and on of an endless shuffled order of 0..n-1, epoch by epoch."""
     positions = np.arange(start, start + count, dtype=np.int64)
     epochs = positions // n
     order = np.empty(count, np.int32)
@@ -87,20 +89,21 @@ def train(
     meta: dict,
     records: Sequence[str] = (),
 ) -> list[PyTree]:
-    """Returns the trained parameters of every member of an ensemble, as arrays on the host.
+    """Returns the trained parameters of every member, as arrays on the host.
 
     With validation those of its best score, as {"params", "score", "step", "stale"}.
 
     Args:
-      ensemble: see ``Ensemble``.
       directory: keeps checkpoints, metrics.jsonl and the members' labels.
-      title: the name on the progress bar and in error messages.
+      title: for the progress bar and error messages.
       meta: JSON values that the result depends on; a checkpoint with others is refused.
       records: see ``MetricsWriter``.
 
     Raises:
-      UserError: a metric is not finite (the step and the metric are named), or the checkpoint
-        is damaged or of other settings.
+      UserError: a metric or a parameter is not finite (it and the step are named, the checkpoint
+        before is kept), the directory cannot be written, or the checkpoint is damaged or of other
+        settings.
+      KeyboardInterrupt: SIGINT or SIGTERM came; what was trained is saved.
     """
     labels, layout, root = list(ensemble.labels), ensemble.layout, jax.random.key(seed)
     checkpoints, trainable = Path(directory) / "checkpoints", ensemble.trainable(steps)
@@ -119,12 +122,15 @@ def train(
         )
         state = checkpoint.restore(checkpoints, **abstract)
     run_chunk = Chunks(trainable, ensemble.feed, root)
+    if done < steps:
+        check_space(Path(directory))
     if done < steps and logging.get_verbosity() >= logging.INFO:
         size = run_chunk.memory(state, done) or math.nan
         say(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
     file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
-    with progress_bar(total=steps, initial=done, desc=title, unit="step") as progress:
+    bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}
+    with progress_bar(**bar) as progress, interruptions() as received:
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
@@ -132,10 +138,13 @@ def train(
             if pending:
                 report(*pending)
             pending, done = (done, count, metrics), done + count
-            if done % checkpoint_every == 0 or done == steps:
+            if done % checkpoint_every == 0 or done == steps or received:
                 report(*pending)
                 pending = None
+                _check_params(state["params"], done, title)
                 checkpoint.save(checkpoints, done, meta=meta, **state)
+            if received:
+                raise KeyboardInterrupt
     writer.close()
     result = state["train"].get("best", state["params"])
     result = jax.jit(lambda tree: tree, out_shardings=shard(ensemble.mesh))(result)
@@ -144,18 +153,39 @@ def train(
     return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
 
 
-def initial(trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding) -> PyTree:
-    """Returns the state before the first step, every array laid out so.
+@contextlib.contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Puts SIGINT and SIGTERM off: yields a list to which they are added, for a better moment.
 
-    None has a weak type, as those that steps return: else the program of a chunk would be compiled
-    again for the second.
+    The second one interrupts at once. Outside of the main thread, where no signal comes, it does
+    nothing.
+    """
+    received: list[int] = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, note) or signal.SIG_DFL
+                stack.callback(signal.signal, number, before)
+        yield received
+
+
+def initial(trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding) -> PyTree:
+    """Returns the state before the first step, every array with this sharding.
+
+    Weak types are removed, as steps return none: else the second chunk would be compiled again.
     """
     strong = functools.partial(jax.tree.map, lambda a: jax.lax.convert_element_type(a, a.dtype))
     return jax.jit(lambda root: strong(trainable.init(root)), out_shardings=layout)(root)
 
 
 class Chunks:
-    """Steps of a training, up to ``limit`` in one call: one compiled program for any number.
+    """Up to ``limit`` steps of a training in one call: one compiled program for any number.
 
     (state, first step, number of steps) -> (state, metrics [limit, ...]); the old state is gone.
     """
@@ -165,7 +195,9 @@ class Chunks:
     ):
         self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
 
-        @functools.partial(jax.jit, donate_argnums=0, static_argnames="variant")
+        options = {"donate_argnums": 0, "compiler_options": compiler_options()}
+
+        @functools.partial(jax.jit, static_argnames="variant", **options)
         def run_chunk(state, resident, indices, first, count, root, variant=0):
             def one_step(j, carry):
                 state, metrics = carry
@@ -186,9 +218,9 @@ class Chunks:
         return self.run(*self._arguments(state, first, count))
 
     def memory(self, state: PyTree, first: int = 0) -> int | None:
-        """Returns the bytes that one device holds at its peak while the first chunk runs.
+        """Returns a device's peak bytes in the first chunk; None if the compiler does not tell.
 
-        Compiles what the first call would. None where the compiler does not tell.
+        Compiles what the first call would.
         """
         compiled = self.run.lower(*self._arguments(state, first, 1)).compile()
         sizes = compiled.memory_analysis()
@@ -200,7 +232,7 @@ class Chunks:
     def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
         """With indices repeated up to ``limit``: one compiled program serves every length.
 
-        The variant last: reading the state waits for the steps before.
+        The variant comes last, as reading the state waits for the steps before.
         """
         index = np.minimum(np.arange(self._limit), count - 1)
         indices = jax.tree.map(lambda a: a[index], self._feed.indices(first, count))
@@ -209,7 +241,6 @@ class Chunks:
 
 
 def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:
-    """Checks every step's metrics, and writes their mean over the chunk."""
     values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
     for name, value in values.items():
         bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)
@@ -223,3 +254,18 @@ def _report(first: int, count: int, metrics: dict, *, title: str, writer, progre
     if "loss" in values:
         progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
     progress.update(count)
+
+
+@jax.jit
+def _finite(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)
+
+
+def _check_params(params: PyTree, done: int, title: str) -> None:
+    """Raises UserError if a parameter is not finite: the last step's gradient was not."""
+    for path, finite in jax.tree_util.tree_leaves_with_path(_finite(params)):
+        if not finite:
+            raise UserError(
+                f"{title}: parameter {jax.tree_util.keystr(path)} is not finite after step "
+                f"{done - 1}; lower the learning rate or look at the data."
+            )

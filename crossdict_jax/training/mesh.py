@@ -19,10 +19,10 @@ _PLANNED: ContextVar[tuple[list, int] | None] = ContextVar("planned machine", de
 
 @contextlib.contextmanager
 def planned(devices: Sequence[Any], memory: int) -> Iterator[None]:
-    """Within, meshes are of devices that need not be here, and ``put`` gives shapes for them.
+    """Within, meshes are of absent devices, and ``put`` gives shapes for them.
 
     Args:
-      devices: as a topology of ``jax.experimental.topologies`` has them.
+      devices: of a topology of ``jax.experimental.topologies``.
       memory: bytes of each.
     """
     token = _PLANNED.set((list(devices), memory))
@@ -33,28 +33,34 @@ def planned(devices: Sequence[Any], memory: int) -> Iterator[None]:
 
 
 def all_devices() -> list:
-    """Returns the devices to work on: all that there are, or those that are ``planned``."""
+    """Returns all devices, or those that are ``planned``."""
     return _PLANNED.get()[0] if _PLANNED.get() else jax.devices()
 
 
 def device_memory() -> int | None:
-    """Returns the bytes of a device's memory; None where it does not tell."""
+    """Returns the bytes of a device's memory; None if unknown."""
     if _PLANNED.get():
         return _PLANNED.get()[1]
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def platform() -> str:
-    """Returns what kind of device is traced for: that of the mesh, or else the usual one."""
+    """Returns the platform that is traced for: the mesh's, or else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def compiler_options() -> dict[str, bool]:
+    """Returns compiler options: GPUs need not sort rows for their k largest."""
+    fast = all_devices()[0].platform in ("gpu", "cuda") and jax.__version_info__ < (0, 11)
+    return {"xla_gpu_experimental_use_raft_select_k": True} if fast else {}
 
 
 def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
     """Returns a (member, data) mesh over all devices.
 
-    As many as divide both the ensemble and the machine hold different members, because members
-    never talk to each other; the others share the batch.
+    The member axis is as large as divides both the ensemble and the machine, because members never
+    talk to each other; the other devices share the batch.
     """
     devices = all_devices() if devices is None else devices
     over_members = math.gcd(members, len(devices))
@@ -67,12 +73,12 @@ def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
 
 
 def shard(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """Returns the sharding that lays an array's leading dimensions over the named mesh axes."""
+    """Returns the sharding of an array's leading dimensions over these mesh axes."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Returns a pytree of arrays on the devices; each process hands over only the rows it holds."""
+    """Returns a pytree of arrays on the devices; each process sends only its rows."""
     if _PLANNED.get():
         return jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
@@ -85,37 +91,37 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def to_bits(array: np.ndarray) -> np.ndarray:
-    """Returns bfloat16 rows as uint16, and others as they are: what ``from_bits`` reads.
+    """Returns bfloat16 rows as uint16, others as they are, for ``from_bits``.
 
-    Of a bfloat16 array that a loop gathers from XLA's CPU backend makes a float32 copy, whole.
+    XLA's CPU backend copies a bfloat16 array to float32, whole, if a loop gathers from it.
     """
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def from_bits(array: jax.Array) -> jax.Array:
-    """Returns rows that went through ``to_bits``: those that were bfloat16 as float32."""
+    """Returns rows of ``to_bits``, bfloat16 ones as float32."""
     if array.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(array, jnp.bfloat16).astype(jnp.float32)
     return array
 
 
 def on_own_rows(function: Callable, rows: PyTree) -> PyTree:
-    """Returns function(rows) of a pytree of rows, of which each device computes its own alone.
+    """Returns function(rows), each device computing its own rows alone.
 
-    Under a mesh whose data axis has more than one device; else a plain call. For what the
-    partitioner would gather all rows for: selection, sorting, gathers.
+    A plain call if the mesh's data axis has one device. For what the partitioner would gather all
+    rows for: selection, sorting, gathers.
     """
     if devices_of_rows() == 1:
         return function(rows)
     spread = PartitionSpec(DATA)
-    # Unchecked: loops inside start from constants, which the check holds to be the same everywhere.
+    # Unchecked: loops inside start from constants, which the check takes for equal everywhere.
     return jax.shard_map(function, in_specs=(spread,), out_specs=spread, check_vma=False)(rows)
 
 
 def devices_of_rows() -> int:
-    """Returns over how many devices the rows are spread that code speaks of as a whole.
+    """Returns over how many devices the rows of the current code are spread.
 
-    1 without a mesh, and within what each device computes by itself.
+    1 without a mesh, and inside ``on_own_rows``.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or DATA in mesh.manual_axes else mesh.shape[DATA]

@@ -1,4 +1,4 @@
-"""Training metrics: a line of metrics.jsonl per chunk of steps, and the same for other tools."""
+"""Training metrics: a line of metrics.jsonl per chunk of steps, and TensorBoard or wandb."""
 
 import contextlib
 import importlib.util
@@ -14,9 +14,9 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by the value of 
 class MetricsWriter:
     """Appends rows to a jsonl file and hands them to TensorBoard or Weights & Biases.
 
-    Of an ensemble a metric is a list; other tools get a curve for each member, ``METRIC/LABEL``.
-    Event files lie in ``tensorboard/`` beside the jsonl file; a Weights & Biases run of the project
-    ``crossdict_jax`` is named by the file's folder.
+    A list has a value per member; other tools get a curve for each, ``METRIC/LABEL``. Event files
+    lie in ``tensorboard/`` beside the jsonl file; the Weights & Biases run, in the project
+    ``crossdict_jax``, is named by the file's folder.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MetricsWriter:
             self._run.log(curves | {"step": step})
 
     def close(self) -> None:
-        """Ends what was opened for other tools."""
+        """Closes the other tools."""
         if self._events:
             self._events.close()
         if self._run:

@@ -1,8 +1,9 @@
-"""What stages share: is one finished, what its parts left behind, how long it took."""
+"""Stages: whether one is finished, its kept parts, its time."""
 
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,16 +14,23 @@ from absl import logging
 
 from crossdict_jax import results
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
+from crossdict_jax.workdir import (
+    Workdir,
+    check_space,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 
 BAR_DELAY = 3.0  # seconds of work before a progress bar is drawn
 
 
 class Stage:
-    """A stage that writes result files, made of parts that are kept as soon as they are done.
+    """A stage that writes result files, in parts that are kept as soon as they are done.
 
-    It is finished if its files are there, made from the same inputs; interrupted, it goes on behind
-    the last part it kept::
+    It is finished if its files are there, made from the same inputs; interrupted, it goes on after
+    the last kept part::
 
         stage = Stage(work, "probe", files=("probe.jsonl",), inputs=inputs)
         if not stage.finished:
@@ -33,12 +41,7 @@ class Stage:
     def __init__(
         self, work: Workdir, name: str, *, files: Iterable[str], inputs: Mapping[str, str]
     ):
-        """
-        Args:
-          name: of the stage, in timing.json and in the names of its own two files.
-          files: the result files that it writes.
-          inputs: {what it depends on: digest}; see ``digest`` and ``input_digests``.
-        """
+        """``name`` stands in timing.json and its own two files; ``inputs`` are {input: digest}."""
         self.work, self.name, self._files, self._inputs = work, name, tuple(files), dict(inputs)
         self._stamp = work.result(f"{name}.inputs.json")
         self._kept_file = work.result(f"{name}.parts.jsonl")
@@ -49,15 +52,19 @@ class Stage:
     def finished(self) -> bool:
         """Whether all its files are there, made from these inputs."""
         files = [self._stamp, *map(self.work.result, self._files)]
-        return all(f.exists() for f in files) and read_json(self._stamp) == self._inputs
+        if all(f.exists() for f in files) and read_json(self._stamp) == self._inputs:
+            return True
+        check_space(self.work.results)  # before any work
+        return False
 
     def part(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Returns a part's JSON value: what an interrupted run kept, or what ``make`` gives now."""
+        """Returns a part's JSON value: kept by an interrupted run, or ``make()``."""
         if self._parts is None:
             head, lines = {"inputs": digest(self._inputs)}, []
-            if self._kept_file.exists():  # the last line may be cut off
-                text = self._kept_file.read_text("utf-8")
-                lines = [json.loads(line) for line in text.split("\n")[:-1]]
+            if self._kept_file.exists():
+                data = self._kept_file.read_bytes()
+                os.truncate(self._kept_file, data.rfind(b"\n") + 1)  # a kill cut the last line off
+                lines = read_jsonl(self._kept_file)
             lines = lines if lines[:1] == [head] else [head]
             write_jsonl(self._kept_file, lines)
             self._parts = {tuple(line["key"]): line["value"] for line in lines[1:]}
@@ -68,7 +75,7 @@ class Stage:
         return self._parts[key]
 
     def finish(self, tables: Mapping[str, list[dict]], **figures: float | int | str) -> None:
-        """Writes the rows of every file, what they were made from and how long it took."""
+        """Writes the rows of every file, their inputs and the time."""
         for file, rows in tables.items():
             results.write(self.work, file, rows)
         write_json(self._stamp, self._inputs)
@@ -78,9 +85,9 @@ class Stage:
 
 @contextlib.contextmanager
 def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
-    """Times a stage that writes checkpoints; figures put into the yielded dict are recorded too.
+    """Times a stage that writes checkpoints; figures put into the yielded dict are recorded.
 
-    Nothing is recorded if the dict stays empty: then there was nothing to do.
+    Nothing is recorded if the dict stays empty.
     """
     figures: dict[str, float | int | str] = {}
     started = time.perf_counter()
@@ -90,7 +97,7 @@ def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
 
 
 def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
-    """Writes a stage's time and figures into timing.json, and rows and tokens per second."""
+    """Writes time, figures, and rows and tokens per second into timing.json."""
     wall = time.perf_counter() - started
     rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
     work.record_timing(name, wall_s=wall, **rates, **figures, **device_figures())
@@ -99,8 +106,8 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
 def progress_bar(parts: Iterable | None = None, **bar: Any):
     """Returns a bar of tqdm over ``parts``, or one that is updated by hand.
 
-    Rate and time left, drawn after a few seconds and wiped off at the end; on a terminal alone, and
-    not with ``--verbosity=-2`` or below.
+    Drawn after a few seconds and removed at the end; only on a terminal, and not with
+    ``--verbosity=-2`` or below.
     """
     from tqdm import tqdm
 
@@ -110,7 +117,7 @@ def progress_bar(parts: Iterable | None = None, **bar: Any):
 
 
 def device_figures() -> dict[str, str | int]:
-    """Returns what kind of device and how many of them this process uses."""
+    """Returns the kind and number of devices of this process."""
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
 
 
@@ -125,7 +132,7 @@ def input_digests(
     """Returns {input: digest} of settings, the activation store and checkpoint folders.
 
     Raises:
-      UserError: a checkpoint is missing or altered: its own checksum is verified.
+      UserError: a checkpoint is missing or altered.
     """
     inputs = {"config": digest(settings), "store": digest(store_meta)}
     for folder in sorted(set(folders)):

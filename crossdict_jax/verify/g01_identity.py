@@ -6,14 +6,13 @@ from crossdict_jax import maps, models
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import to_dict
 from crossdict_jax.dictionaries.train import train_dictionaries
-from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.workdir import open_workdir, read_json
 
 DOCUMENTS = 60
-MINIMUM_FIRINGS = 30  # test rows in which a feature must be active to count
+MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
@@ -26,7 +25,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     a, b = store.models
     ridge = lab.pick(rows, "ridge", source=a)
     test = maps.load_pairs(store, a, b, lab.LM_SITE, lab.LM_SITE, "test", work)
-    codes = (encode(side) for side in (test.source, test.target))
+    codes = (side.codes for side in (test.source, test.target))
     matched = match(*codes, minimum_firings=MINIMUM_FIRINGS, merge_duplicates=True)
     coverage = [m["coverage"] for m in read_json(work.result("pairing.json"))["models"].values()]
     activations = lab.activation_scores("ridge", store, work, a, b)

@@ -11,7 +11,6 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation import transfer_metrics
-from crossdict_jax.evaluation.codes import encode
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
@@ -21,7 +20,7 @@ from crossdict_jax.workdir import Workdir
 PLANTED = PlantedConfig(rows=12_000, documents=120, features=96, widths=(48,), exclusive=0.0)
 COPY = 64  # dimensions of the copy
 SAE = SAEConfig(width=128, k=6, steps=600, batch_size=512)
-MINIMUM_FIRINGS = 30  # test rows in which a feature must be active to count
+MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
@@ -51,9 +50,9 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         transfer_metrics(dictionary(rows), x, train_mean=train_mean, bootstrap=0)["r2"]
         for rows in (x, translated)
     )
-    pairs = match(encode(test.source), encode(test.target), minimum_firings=MINIMUM_FIRINGS)
+    pairs = match(test.source.codes, test.target.codes, minimum_firings=MINIMUM_FIRINGS)
     right = (order[pairs.features_a] == pairs.features_b).sum()
-    # Without a map: the nearest decoder row, zeros appended.
+    # Baseline without a map: the nearest decoder row, zeros appended.
     decoders = [np.asarray(s.dictionary.W_dec[...]) for s in (test.source, test.target)]
     padded = np.pad(decoders[1], ((0, 0), (0, COPY - PLANTED.widths[0])))
     direct = (best_cosines(padded, decoders[0])[1] == order).mean()

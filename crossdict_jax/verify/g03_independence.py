@@ -13,9 +13,9 @@ from crossdict_jax.verify.planted import PlantedConfig, Views, views
 
 SEEDS = 24
 FDR = 0.05
-# Nothing is shared; features burst within documents, so that rows are no independent draws. No
-# noise: what a map knows nothing of then is the mean. Where the dictionary makes another constant
-# of it, its centred cosine is not 0 (rows with few features count as much as others).
+# Nothing is shared; features burst within documents, so rows are not independent draws. No noise:
+# then an ignorant map predicts the mean. Where the dictionary makes another constant of it, its
+# centred cosine is not 0 (rows with few features count as much as others).
 PLANTED = PlantedConfig(
     rows=12_000, documents=150, features=96, widths=(56, 64), exclusive=1.0, burstiness=0.7, noise=0
 )
@@ -55,7 +55,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _rows(planted: Views, seed: int, threshold: float, directory: Path) -> list[dict]:
-    """Returns the rows of transfer.jsonl; features must exceed the threshold to be active."""
+    """Returns rows of transfer.jsonl; features must exceed the threshold to be active."""
     made = [
         lab.exact(d[planted.truth.exclusive(v)], threshold=threshold)
         for v, d in enumerate(planted.truth.directions)
@@ -67,7 +67,7 @@ def _rows(planted: Views, seed: int, threshold: float, directory: Path) -> list[
 def _matches(planted: Views) -> tuple[int, int]:
     """Returns how many matched pairs of features are significant, and are confirmed.
 
-    Features are what each view's dictionary would find: the codes that the view sees.
+    Each view's features are the codes that it sees.
     """
     halves = planted.split(0.5)
     train, test = (

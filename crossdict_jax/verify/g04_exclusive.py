@@ -14,12 +14,12 @@ from crossdict_jax.verify.planted import PlantedConfig, Views, views
 SEEDS = 5
 # 64 features, a quarter of them exclusive, in 24 and 32 dimensions.
 PLANTED = PlantedConfig(rows=16_000, documents=160)
-# Half as many latents again as features. No model is left out of a row: a code of all views is
-# asked for, and what one view owns cannot be read from another.
+# 1.5 latents a feature. No model is left out of a row: a code of all views is asked for, and what
+# one view owns cannot be read from another.
 TRAINING = {"steps": 1000, "batch_size": 256, "learning_rate": 3e-3, "dead_after_rows": 5000}
 SETTINGS = JointSettings(width=96, k=4, drop_probability=0.0, **TRAINING)
-L1 = {"variant": "l1", "l1_coefficient": 0.3}  # SETTINGS with the published penalty in its place
-SAME = 0.5  # least correlation at which a latent and a planted feature are the same
+L1 = {"variant": "l1", "l1_coefficient": 0.3}  # SETTINGS with the published penalty
+SAME = 0.5  # least correlation of a latent with its planted feature
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
@@ -28,7 +28,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     rows = [Rows(f"seed {s}", train.x, s) for s, (train, _) in zip(seeds, splits)]
     for name, changes in (("BatchTopK", {}), ("L1", L1)):
         settings = dataclasses.replace(SETTINGS, **changes)
-        fitted = fit_crosscoders(rows, settings, directory=directory / name)  # as one ensemble
+        fitted = fit_crosscoders(rows, settings, directory=directory / name)  # one ensemble
         scores = [score_owners(joint, test) for joint, (_, test) in zip(fitted, splits)]
         for column in scores[0]:
             kind, _, score = column.partition("_")
@@ -39,11 +39,10 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def score_owners(joint: Crosscoder, test: Views) -> dict[str, float]:
-    """Returns precision and recall of shared latents and of exclusive ones, on held-out rows.
+    """Returns precision and recall of shared and of exclusive latents, on held-out rows.
 
-    A latent stands for the planted feature with which it correlates most, if that is SAME or more.
-    Precision is of the live latents that ``takes_part`` calls shared (exclusive to a view), recall
-    of the features that are.
+    A latent stands for the planted feature with which it correlates most, if by SAME or more.
+    Precision is of live latents that ``takes_part`` calls shared (exclusive), recall of features.
     """
     codes = np.asarray(joint.encode(test.x), np.float64)
     live = codes.std(axis=0) > 0

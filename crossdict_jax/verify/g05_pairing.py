@@ -12,14 +12,14 @@ from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, streams
 
 TEXTS = 300  # random ones
-ALPHABETS = (  # what texts are drawn from: words, runs of spaces, accents that NFC joins, astral
+ALPHABETS = (  # words, runs of spaces, accents that NFC joins, astral
     "etaoin shrdlu def return_ 0123",
     "  \n\t()[]=:",
     "aeiou\u0301\u0308\u0323 \u00e9\u1e69",
     "\u4e2d\u6587\u304b\u3099\u0928\u093f\u0e01 ",
     "\U0001f600\U0001f468\u200d\U0001f469\U0001f1e9\U0001f1ea\ufe0f a",
 )
-# Fewer features than dimensions, so that what a map loses is lost to the pairing alone.
+# Fewer features than dimensions: what a map loses is lost to the pairing alone.
 PLANTED = PlantedConfig(
     documents=160, features=24, widths=(32, 40), exclusive=0.0, active=3.0, from_token=0.5
 )
@@ -34,7 +34,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         text = "".join(rng.choice(alphabet, rng.integers(1, 120)))
         p = pair(text, *tokenizers)
         triples = set(zip(p.byte_end.tolist(), p.position_a.tolist(), p.position_b.tolist()))
-        # By brute force: the bytes of every prefix of tokens, compared.
+        # By brute force: the bytes of every prefix of tokens.
         ends = [_positions(unicodedata.normalize("NFC", text), t) for t in tokenizers]
         wrong += triples != {(end, ends[0][end], ends[1][end]) for end in ends[0] if end in ends[1]}
     gains = {}

@@ -8,13 +8,12 @@ import numpy as np
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
-from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Pairs, Problem, map_class
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
 
-# A map of codes: the words of so small a language say too little about activations to tell a
-# feature's direction from its word's.
+# A map of codes: in so small a language activations cannot tell a feature's direction from its
+# word's.
 KIND = "ridge_codes"
 CONTEXTS, BOOTSTRAP = 24, 100
 TEXTS = 48  # of 24 words: two thirds to fit the map, the rest to choose its penalty
@@ -55,16 +54,15 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path) -> Experiment:
-    """Returns the experiment with directions by a fitted map, and by two that cannot work.
-
-    The map is fitted on both models at the same positions.
+    """Returns the experiment with directions of a map fitted at the same positions of both models,
+    and of two that cannot work.
     """
     source, target = planted.sides(experiment.source, experiment.target)
     pairs, train = (
         Pairs(source, target, experiment.documents),
         experiment.documents < TEXTS * 2 // 3,
     )
-    problem = Problem("planted causes", take(pairs, train), take(pairs, ~train))
+    problem = Problem("planted causes", pairs.take(train), pairs.take(~train))
     (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
     vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)

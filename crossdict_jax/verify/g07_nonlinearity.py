@@ -13,7 +13,7 @@ INPUTS, HIDDEN, OUTPUTS = 24, 48, 32
 PLANTED = PlantedConfig(
     rows=6000, documents=100, features=INPUTS, widths=(1,), active=8.0, zipf=0.0
 )
-# Of the network; both see all rows. Nothing of the dense truth is to be selected.
+# Of the network; both see all rows. The dense truth needs no selection.
 BUDGET = {"steps": 800, "hidden": 96, "batch_size": 128, "head": "relu"}
 
 
@@ -37,7 +37,6 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _scores(codes: Views, y: np.ndarray, seed: int, directory: Path) -> dict[str, dict]:
-    """Returns the rows of ridge and of the network from codes x to y, both non-negative."""
     x = (codes.codes, y.astype(np.float32))
     both = dataclasses.replace(codes, x=x, tokens=codes.tokens * 2)
     made = [lab.positive(rows.shape[1]) for rows in x]

@@ -14,14 +14,14 @@ from crossdict_jax.verify.planted import PlantedConfig, views
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
 WIDTH, ROWS = 96, 9000
-# Of the normal numbers before the ReLU: a little more than half of all codes are active.
+# Added to normal numbers before the ReLU: a little more than half of all codes are active.
 SHIFT = 0.1
-# The losses' weights are the defaults; the head is the reference's, which keeps every estimate.
+# Default loss weights; the head is the reference's, which keeps every estimate.
 RECIPE = {"hidden": 96, "steps": 600, "batch_size": 128, "head": "relu"}
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    # Codes of two dictionaries, about half dense, that know nothing of each other.
+    # Codes of two dictionaries, about half dense and independent.
     rng = np.random.Generator(np.random.Philox(key=seed))
     base = views(PlantedConfig(rows=ROWS, documents=100, widths=(1, 1)), seed)
     scale = rng.lognormal(0.0, 0.5, (2, 1, WIDTH))

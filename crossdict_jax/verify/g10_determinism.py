@@ -36,7 +36,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _bits(seed: int, directory: Path) -> dict[str, str]:
-    """Returns checksums of all that a run makes; activations that are there are not read again."""
+    """Returns checksums of all that a run makes; kept activations are not read again."""
     config = lab.lm_config(
         models.EMBEDDED, documents=40, kinds=("ridge", "mlp"), seed=seed, **SMALL
     )

@@ -1,4 +1,4 @@
-"""What a gate is, and the run of all of them: known answers, each a number with its bound."""
+"""The gates: known answers, each a number with its bound, and how they are run."""
 
 import importlib
 import math
@@ -37,13 +37,12 @@ class Check:
 
 
 def verify(config: VerifyConfig, work: Workdir) -> list[str]:
-    """Runs the gates that the settings name, in their order, and returns those that miss.
+    """Runs the gates that the settings name, and returns those that miss.
 
-    Every gate is a file gNN_*.py of this folder; ``gate(seed, directory)`` returns its checks, one
-    with a bound at least, and the directory is thrown away. Everything is computed anew: a kept
-    answer would say nothing about the code as it is now. A gate that raises is a gate that misses:
-    the others still run. Writes results/verify.json with every number and its bound, and seconds
-    to results/timing.json.
+    A gate is a file gNN_*.py here whose ``gate(seed, directory)`` returns its checks, at least one
+    with a bound; the directory is thrown away. Everything is computed anew. A gate that raises
+    misses, and the others still run. Writes results/verify.json, and seconds to
+    results/timing.json.
     """
     files, rows, seconds = gate_files(), [], {}
     for name in config.gates:

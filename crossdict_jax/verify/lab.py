@@ -1,4 +1,4 @@
-"""The pipeline at a gate's size: planted rows where it looks for a run's, and short real runs."""
+"""The pipeline at a gate's size: planted rows as a store, and short real runs."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,6 @@ from crossdict_jax.config import (
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import scoring, transfer_metrics
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader, fit_tasks
@@ -52,8 +51,7 @@ def lm_config(
 ) -> Config:
     """Returns the settings of a short run of language models on docstrings at one site.
 
-    Args:
-      sae: settings of the dictionaries that differ from a small and short training.
+    ``sae`` are changes to small and short dictionary settings.
     """
     return Config(
         models=tuple(models),
@@ -67,11 +65,8 @@ def lm_config(
     )
 
 
-# ---------------------------------------------------------------- planted stores
-
-
 def save_store(views: Views, directory: Path) -> Store:
-    """Writes planted rows as ``extract`` would have, split by document; returns the open store."""
+    """Writes planted rows as ``extract`` would, split by document; returns the open store."""
     share = views.document / (views.document.max() + 1)
     return write_store(
         directory,
@@ -84,46 +79,43 @@ def save_store(views: Views, directory: Path) -> Store:
 
 
 def made(kind: str, W_enc: np.ndarray, W_dec: np.ndarray, **arrays: np.ndarray) -> Dictionary:
-    """Returns a dictionary with these parameters; biases that are not given are 0."""
+    """Returns a dictionary with these parameters; other biases are 0."""
     biases = {"b_enc": np.zeros(W_enc.shape[1]), "b_dec": np.zeros(W_dec.shape[1])}
     return from_arrays(find(kind), biases | {"W_enc": W_enc, "W_dec": W_dec} | arrays)
 
 
 def positive(d_model: int) -> Dictionary:
-    """Returns the dictionary whose features are a row's positive entries, each one itself."""
+    """Returns the dictionary whose features are the positive entries of a row."""
     return made("relu", np.eye(d_model), np.eye(d_model))
 
 
 def exact(directions: np.ndarray, *, threshold: float = 0.2) -> Dictionary:
     """Returns the dictionary whose features are the codes behind ``codes @ directions``.
 
-    Only without superposition: ``directions`` [features, d_model] has as many dimensions as
-    features or more. Noise must not pass the threshold.
+    Only without superposition: ``directions`` is [features, d_model], features <= d_model, and
+    noise must stay below the threshold.
     """
     limits = np.full(len(directions), threshold)
     return made("jumprelu", np.linalg.pinv(directions), directions, threshold=limits)
 
 
 def save_dictionaries(made: Sequence[Dictionary], work: Workdir) -> None:
-    """Puts one dictionary of each planted model where maps look for it."""
+    """Saves one dictionary of each planted model where maps read it."""
     for name, dictionary in zip(NAMES, made):
         dictionaries.save(dictionary, work.dictionary(name, SITE))
-
-
-# ---------------------------------------------------------------- scores
 
 
 def transfer_rows(
     config: Config, work: Workdir, chosen: Callable[[Task], bool] = lambda task: True
 ) -> list[dict]:
-    """Fits the maps of a run that are chosen, and returns their rows of transfer.jsonl."""
+    """Fits the chosen maps of a run, and returns their rows of transfer.jsonl."""
     store = open_store(work.activations)
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
-    loader = Loader(store, work, config.seed)
-    fit_tasks(tasks, config, loader, work, directory=work.maps / "training")
-    rows, codes = [], SideCodes()
+    loader = Loader(config, store, work)
+    fit_tasks(tasks, loader, seed=config.seed)
+    rows = []
     for _, group in itertools.groupby(tasks, key=lambda t: (t.source, t.target)):
-        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader, config, codes))
+        rows += scoring.transfer_rows(scoring.score_maps(list(group), loader))
     return rows
 
 
@@ -137,7 +129,7 @@ def planted_rows(
     pairings: Sequence[str] = ("aligned",),
     **map_settings,
 ) -> list[dict]:
-    """Returns the rows of transfer.jsonl from the first planted model to the second alone."""
+    """Returns the rows of transfer.jsonl from the first planted model to the second."""
     work, config = Workdir(directory), planted_config(kinds=kinds, seed=seed, **map_settings)
     save_store(views, work.activations)
     save_dictionaries(made, work)
@@ -147,7 +139,7 @@ def planted_rows(
 
 
 def pick(rows: list[dict], kind: str, *, pairing: str = "aligned", source: str = "a") -> dict:
-    """Returns the row of one map, from the first model to the second unless told otherwise."""
+    """Returns the row of one map, by default from the first model to the second."""
     wanted = {"map": kind, "pairing": pairing, "source": source}
     (row,) = (row for row in rows if wanted.items() <= row.items())
     return row
@@ -156,7 +148,7 @@ def pick(rows: list[dict], kind: str, *, pairing: str = "aligned", source: str =
 def activation_scores(kind: str, store: Store, work: Workdir, source: str, target: str) -> dict:
     """Returns the columns of transfer.jsonl of a map onto B's activations in place of features.
 
-    The dictionaries of both models must be there, though nothing is asked of them.
+    The dictionaries of both models must exist, though they are not used.
     """
     train, validation, test = (
         maps.load_pairs(store, source, target, LM_SITE, LM_SITE, split, work) for split in SPLITS
@@ -165,8 +157,7 @@ def activation_scores(kind: str, store: Store, work: Workdir, source: str, targe
     (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
     x = np.asarray(train.target.x, np.float32)
     sums = [
-        token_sums(train.source.tokens, lambda rows, x=x: x[rows])
-        for x in (x, maps.predict_activations(fitted.map, train))
+        token_sums(train.source.tokens, x) for x in (x, maps.predict_activations(fitted.map, train))
     ]
     index = sums[0].positions(test.source.tokens)
     return transfer_metrics(

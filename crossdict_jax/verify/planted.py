@@ -1,8 +1,7 @@
 """Planted views: sparse features whose truth is known, seen by several models in superposition.
 
-A row is a text position. Its *codes* say which of ``features`` true features are active and how
-strongly; view m shows ``x_m = codes @ directions_m + noise``, in fewer dimensions than there are
-features. ``streams`` plants the same in a text that every view cuts into tokens of its own.
+A row is a text position; its codes are the activations of the true features. View m shows
+``x_m = codes @ directions_m + noise``, in fewer dimensions than there are features.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import numpy as np
 
 from crossdict_jax.activations.pairing import pair_many
 
-HIGHEST_FREQUENCY = 0.5  # a feature that is nearly always active is no sparse feature
-FOLLOWS = 0.5  # share of the rows in which the second of a correlated pair follows the first
-SPREAD = 0.25  # standard deviation of the logarithm of an active feature's amplitude; its mean is 1
+HIGHEST_FREQUENCY = 0.5  # a feature that is nearly always active is not sparse
+FOLLOWS = 0.5  # share of rows in which the second of a correlated pair follows the first
+SPREAD = 0.25  # std of the logarithm of an active feature's amplitude; its mean is 1
 VOCABULARY = 64  # tokens of a view, Zipf; features of the token are functions of them
-# The text of ``streams``: words of an alphabet, with Zipf frequencies, and how views cut them.
+# ``streams``: words, letters of the alphabet, words of a text
 WORDS, LETTERS, WORDS_PER_DOCUMENT = 120, 12, 40
 PIECES = 3  # tokens of a word at most, each of two bytes or more
 _TRUTH, _CODES, _CLASSES, _BURSTS, _NOISE, _TEXT = range(6)  # independent streams of one seed
@@ -25,20 +24,20 @@ _TRUTH, _CODES, _CLASSES, _BURSTS, _NOISE, _TEXT = range(6)  # independent strea
 
 @dataclass(frozen=True)
 class PlantedConfig:
-    """What is planted; shares are of the features, counts are whole numbers."""
+    """What is planted; shares are of the features."""
 
     rows: int = 8192  # text positions
-    documents: int = 128  # stretches of equally many rows
+    documents: int = 128  # of equally many rows
     features: int = 64  # true features, more than dimensions: superposition
     widths: tuple[int, ...] = (24, 32)  # dimensions of each view
     exclusive: float = 0.25  # share that one view alone sees, dealt out evenly; 1: unrelated views
     active: float = 4.0  # active features a row, on average
-    zipf: float = 0.5  # frequency of the r-th most frequent feature is as r ** -zipf
+    zipf: float = 0.5  # frequency of the r-th most frequent feature: r ** -zipf
     noise: float = 0.02  # standard deviation in every dimension; directions have length 1
     correlated: int = 0  # pairs of features that tend to fire together
     children: int = 0  # features that fire only where a more frequent one, their parent, does
-    burstiness: float = 0.0  # std of a feature's relative frequency between documents, 0: none
-    from_token: float = 0.0  # share that is a function of the current token alone
+    burstiness: float = 0.0  # std of a feature's relative frequency between documents
+    from_token: float = 0.0  # share that is a function of the current token
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Views:
         return len(self.codes)
 
     def split(self, test_fraction: float = 0.25) -> tuple[Views, Views]:
-        """Returns (training, test) rows, whole documents each; the last documents are the test."""
+        """Returns (training, test) rows of whole documents; the last are the test."""
         documents = np.unique(self.document)
         test = self.document >= documents[round(len(documents) * (1 - test_fraction))]
 
@@ -85,9 +84,6 @@ class Views:
             return Views(x, self.codes[rows], tokens, self.document[rows], self.truth)
 
         return take(~test), take(test)
-
-
-# ---------------------------------------------------------------- rows
 
 
 def views(config: PlantedConfig, seed: int) -> Views:
@@ -106,13 +102,13 @@ def plant(config: PlantedConfig, seed: int) -> Truth:
     rng = _generator(seed, _TRUTH)
     n_views, features = len(config.widths), config.features
     exclusive = rng.permutation(features)[: round(config.exclusive * features)]
-    owners = np.arange(len(exclusive))[None, :] % n_views  # so that they have all frequencies
+    owners = np.arange(len(exclusive))[None, :] % n_views  # over all frequencies
     seen = np.ones((n_views, features), bool)
     seen[:, exclusive] = owners == np.arange(n_views)[:, None]
     from_token = np.zeros(features, bool)
     from_token[rng.permutation(features)[: round(config.from_token * features)]] = True
-    # Nobody has two relations, the first of each two is the more frequent one, and both are
-    # functions of the token or both are not.
+    # Each feature has one relation at most, the first of two is the more frequent one, and both or
+    # neither are functions of the token.
     free = rng.permutation(features)
     kinds = [free[from_token[free] == kind] for kind in (False, True)]
     twos = np.concatenate([np.sort(k[: len(k) // 2 * 2].reshape(-1, 2), axis=1) for k in kinds])
@@ -134,7 +130,7 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _frequencies(config: PlantedConfig) -> np.ndarray:
-    """Returns Zipf frequencies, descending, none above the highest, whose sum is ``active``."""
+    """Returns Zipf frequencies, descending, capped, with sum ``active``."""
     weights = (1.0 + np.arange(config.features)) ** -config.zipf
     capped = np.zeros(config.features, bool)
     while True:
@@ -170,7 +166,7 @@ def _draw(truth: Truth, rng: np.random.Generator, relative: np.ndarray) -> np.nd
     follows = rng.random((len(relative), len(second))) < FOLLOWS
     uniform[:, second] = np.where(follows, uniform[:, truth.partner[second]], uniform[:, second])
     child = truth.parent >= 0
-    # A child's own draw is conditional on its parent's firing, so its frequency stays as planted.
+    # Conditional on the parent's firing, so that the child's frequency stays as planted.
     chance = np.where(child, truth.frequency / truth.frequency[truth.parent], truth.frequency)
     chance = np.where(child[None, :], chance[None, :], chance[None, :] * relative)
     fires = uniform < chance
@@ -180,21 +176,16 @@ def _draw(truth: Truth, rng: np.random.Generator, relative: np.ndarray) -> np.nd
 
 
 def _show(config: PlantedConfig, codes: np.ndarray, directions: np.ndarray, rng) -> np.ndarray:
-    """Returns what a view shows of codes [n, features], with noise of its own."""
     x = codes @ directions
     return x + config.noise * rng.standard_normal(x.shape, np.float32)
-
-
-# ---------------------------------------------------------------- text
 
 
 def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
     """Returns planted rows where the tokens of all views end together in a text, as it is paired.
 
-    Each view cuts the words of the text into tokens of two bytes or more by a table of its own;
-    ends of words are common, ends within words partly. Features of the token are functions of the
-    last two bytes, so the current token of any view determines them; all others are drawn anew at
-    every byte.
+    Each view cuts words into tokens of two bytes or more by its own table: ends of words are
+    common, ends within words partly. Features of the token are functions of the last two bytes,
+    so any view's current token determines them; all others are drawn anew at every byte.
 
     Args:
       config: ``rows`` follow from the text; ``documents`` is their number.
@@ -243,13 +234,10 @@ def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
 
 
 def _cuts(length: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns where the tokens of a word end: two bytes apart or more, the last at its end."""
+    """Returns where the tokens of a word end: at least two bytes apart, the last at its end."""
     positions = 2 * np.arange(1, length // 2) + rng.integers(0, 1 + length % 2)
     wanted = rng.integers(0, min(PIECES - 1, len(positions)) + 1)
     return np.append(np.sort(rng.choice(positions, wanted, replace=False)), length)
-
-
-# ---------------------------------------------------------------- scoring
 
 
 def best_cosines(decoder: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,13 +19,13 @@ from crossdict_jax.verify.lab import made
 
 SITE = Site(1)
 FEATURES = 12
-LINKED = 8  # of them do the same in both models; in B the others do nothing
-WORDS = 40  # FEATURES triggers, as many targets, and words without a part in it
+LINKED = 8  # do the same in both models; in B the others do nothing
+WORDS = 40  # FEATURES triggers, as many targets, and neutral words
 LENGTH = 24  # words of a text
 PUSH = 0.4  # of a feature on the logit of its target, per unit after the last norm
-TRIGGER = 1.0  # how far a feature's own word goes in its direction; the other words: about 0.1
-THRESHOLD = 0.6  # under which a feature does not fire
-QUIET = 0.3  # of the random logits: what nobody planted
+TRIGGER = 1.0  # of a feature's own word in its direction; other words: about 0.1
+THRESHOLD = 0.6  # below which a feature does not fire
+QUIET = 0.3  # scale of the random logits
 SHAPES = (
     {
         "model_type": "gpt2",
@@ -56,8 +56,8 @@ class Planted:
     """The planted truth.
 
     In A, feature i (direction ``dictionary_a.W_dec[i]`` at SITE) fires at word i and raises word
-    FEATURES + i. In B, whose words are numbered by ``words``, the direction that ``map`` gives for
-    it does the same for i < LINKED, and nothing for the others.
+    FEATURES + i. In B, whose words are numbered by ``words``, its direction under ``map`` does the
+    same for i < LINKED, and nothing for the others.
     """
 
     lms: tuple[LanguageModel, LanguageModel]
@@ -74,7 +74,7 @@ class Planted:
         return tuple(Side(model.x, t, dictionary) for model, t, dictionary in each)
 
     def experiment(self) -> Experiment:
-        """Returns the planted features put to the test, by the ridge map and by the match."""
+        """Returns the planted features as an experiment, by the ridge map and by the match."""
         n, seq = self.texts.shape
         text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
         last = position + 1  # the first position is never paired
@@ -113,12 +113,12 @@ def plant(*, texts: int = 24, seed: int = 0) -> Planted:
     lms, directions = [], []
     for m, shape in enumerate(SHAPES):
         lm = models.init(shape, seed=2 * seed + m)
-        # Orthonormal rows of mean zero: a layer norm takes nothing from them.
+        # Orthonormal rows of mean zero: a layer norm removes nothing from them.
         rows = generator.normal(size=(FEATURES, lm.config.d_model))
         rows -= rows.mean(1, keepdims=True)
         V = np.linalg.qr(rows.T)[0].T.astype(np.float32)
-        # Word i, number[i] in the model, writes direction i; the first directions raise the logit
-        # of their target.
+        # Word i, number[i] in the model, writes direction i; the first directions raise
+        # their targets' logits.
         number, pushing = ((np.arange(WORDS), FEATURES), (words, LINKED))[m]
         lm.W_E[...] = lm.W_E[...].at[jnp.asarray(number[:FEATURES])].add(TRIGGER * V)
         targets = jnp.asarray(number[FEATURES : FEATURES + pushing])

@@ -14,8 +14,8 @@ from crossdict_jax.verify.lab import NAMES, SITE, planted_config, save_store
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
 from crossdict_jax.workdir import Workdir
 
-# Twice as many features as dimensions; frequencies as of words, the rarest in one row of 40; eight
-# pairs of which the second fires in half of the rows of the first.
+# Twice as many features as dimensions, the rarest in one row of 40; eight pairs of which the second
+# fires in half of the rows of the first.
 PLANTED = PlantedConfig(
     rows=30_000, documents=300, widths=(32,), exclusive=0, zipf=0.7, correlated=8
 )
@@ -23,22 +23,22 @@ SETTINGS = SAEConfig(width=64, k=4, steps=2000, batch_size=256, seeds=3)
 
 
 def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
-    """Writes pareto.jsonl: a row per dictionary of every architecture's curve; returns the rows.
+    """Writes pareto.jsonl, a row per dictionary of every architecture's curve; returns the rows.
 
-    Columns are those of ``studies.pareto.measure.curves`` and, of planted features, the active ones
-    a row (``planted``) and the mean cosine to the decoder row most like each. On activations of the
-    first model at its middle site dictionaries have the run's settings but for the architecture and
-    what decides L0. Dictionaries are kept in WORKDIR/pareto.
+    Columns are those of ``studies.pareto.measure.curves`` and, on planted features, the active ones
+    a row (``planted``) and the mean cosine to the nearest decoder row. On activations of the first
+    model at its middle site the settings are the run's but for architecture and what decides L0.
+    Dictionaries are kept in WORKDIR/pareto.
 
     Raises:
-      UserError: the store is missing, or a setting asks for what cannot be.
+      UserError: the store is missing, or a setting is impossible.
     """
     refuse_transcoders(config, "The curve of L0 against FVU")
     store, folder = open_store(work.activations), work.root / "pareto"
     with timed(work, "pareto") as figures:
         rows = []
         planted, of_planted = views(PLANTED, seed=config.seed), Workdir(folder / "planted")
-        pareto = dataclasses.replace(config.pareto, k=())  # which speaks of the run's width
+        pareto = dataclasses.replace(config.pareto, k=())  # pareto.k is for the run's width
         settings = planted_config(seed=config.seed)
         settings = dataclasses.replace(settings, sae=SETTINGS, pareto=pareto)
         made = save_store(planted, of_planted.activations)

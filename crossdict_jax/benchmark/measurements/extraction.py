@@ -14,15 +14,15 @@ KINDS = {"torch": False, "torch, cut short": True}  # only the layers below the 
 MODEL = MODELS["docs-gpt2"]  # GPT-2 Medium's sizes, with random weights
 LAYERS = [5, 6, 7]  # what the large preset reads
 # Suite: windows of text, tokens of the longest, windows per forward, the dtype of our products'
-# inputs (others: float32). On two cores two batches take seconds.
+# inputs (others: float32).
 SIZES = {"cpu": (8, 256, 4, "float32"), "gpu": (1024, 256, 64, "bfloat16")}
 
 
 def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
     """Yields rows: windows of equal length, then of mixed lengths, in the order of a text.
 
-    All read the same tokens with the same random weights and keep the same layers. Ours sorts
-    windows by length; every batch is as long as its longest.
+    All read the same tokens and layers with the same random weights. Ours sorts windows by length;
+    every batch is as long as its longest.
     """
     n, longest, batch_size, dtype = SIZES[bench.suite]
     folder, rng = bench.folder, np.random.default_rng(bench.seed)

@@ -6,13 +6,13 @@ from typing import Any
 from crossdict_jax.benchmark.harness import Bench
 from crossdict_jax.benchmark.peer import contest, peers
 
-# Those of the large preset, with 32 active features a row.
+# The large preset's, with 32 active features a row.
 SHAPE = {"d_model": 1024, "width": 4096, "k": 32, "hidden": 512, "batch_size": 128}
 SIZES = {"cpu": (SHAPE, 5), "gpu": (SHAPE, 50)}  # and the steps in one measurement
 
 
 def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Yields a row per contender; each is handed the rows, and encodes them on its way."""
+    """Yields a row per contender; each encodes the rows itself."""
     shape, steps = SIZES[bench.suite]
     settings, rows = shape | {"seed": bench.seed}, steps * shape["batch_size"]
     case = f"{shape['width']} to {shape['width']}"

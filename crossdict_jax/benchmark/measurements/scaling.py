@@ -13,7 +13,7 @@ SIZES = {  # suite: (the base, the dtype of its products' inputs, steps in one m
     "cpu": (CPU, "float32", 1),
     "gpu": (CPU | {"d_model": 1024, "batch_size": 4096, "rows": 65_536}, "bfloat16", 10),
 }
-POINTS = {  # what differs from the base: smaller and larger by factors of four or so
+POINTS = {  # differences from the base: smaller and larger by factors of about four
     "width": (1024, 8192, 32_768, 131_072),
     "d_model": (256, 1024, 2048),
     "k": (8, 128),
@@ -24,9 +24,9 @@ POINTS = {  # what differs from the base: smaller and larger by factors of four 
 
 
 def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Yields a row per point: one thing differs from the base, with which the point takes turns.
+    """Yields a row per point, timed in turns with the base, from which one thing differs.
 
-    The ratio is of its seconds for a step to those of the base; rows of all members count.
+    The ratio is of seconds a step, the point's to the base's; rows of all members count.
     """
     sizes, dtype, steps = SIZES[bench.suite]
 
@@ -48,4 +48,4 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
         case = f"{name} {value:,}" + (", on the host" if resident is False else "")
         rows = steps * point["seeds"] * point["batch_size"]
         yield bench.compare(case, contenders, rows, count=steps, reference="base")[1]
-        del contenders  # its memory, before the next is made
+        del contenders  # frees memory for the next

@@ -16,12 +16,12 @@ PEERS = {  # library: its file
     "dictionary_learning": "dictionary_learning_steps.py",
 }
 ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu")  # that all have
-ALONE = {"sparsify": ("topk",)}  # what a library can train where that is not everything
+ALONE = {"sparsify": ("topk",)}  # what a library can train if not all
 # GPT-2 Small's residual stream, eight features a dimension, the batch of other libraries.
 CPU = {"d_model": 768, "width": 6144, "k": 32, "batch_size": 4096, "rows": 16_384}
 GPU = CPU | {"d_model": 1024, "width": 32_768, "batch_size": 8192, "rows": 65_536}
-# Suite: (sizes, the dtype of our products' inputs, steps in one measurement). On a GPU 20 steps
-# last longer than a dispatch.
+# Suite: (sizes, the dtype of our products' inputs, steps in one measurement, which on a GPU must
+# last longer than a dispatch).
 SIZES = {"cpu": (CPU, "float32", 1), "gpu": (GPU, "bfloat16", 20)}
 
 

@@ -51,7 +51,7 @@ SIZES = {  # on two CPU cores it would take hours
 
 
 def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Yields a row for the whole command, started cold, and one per stage; it is run once.
+    """Yields a row for the whole command, started cold and run once, and one per stage.
 
     Raises:
       UserError: the run failed; its last line is given.

@@ -12,7 +12,7 @@ def make(
 ):
     """Trains to the end and saves in folder/name if there is a name; ``training`` has lr, steps.
 
-    ``chosen`` are further settings of the dictionary; all others are their defaults.
+    ``chosen`` are dictionary settings that differ from their defaults.
     """
     import sae_lens
     import torch

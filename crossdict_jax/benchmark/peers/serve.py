@@ -3,8 +3,8 @@
 PYTHON serve.py FILE
 
 One JSON object a line each way. ``{"make": settings}`` calls the file's ``make(**settings)``, which
-returns (run, what to say of itself); the answer is the latter. ``{"run": n}`` calls ``run(n)``; the
-answer is ``{"seconds": s, "cpu_seconds": s}``.
+returns (run, answer). ``{"run": n}`` calls ``run(n)``; the answer is
+``{"seconds": s, "cpu_seconds": s}``.
 """
 
 import itertools
@@ -18,12 +18,12 @@ from pathlib import Path
 
 def main(file: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # libraries must not print between the answers
     make, run = runpy.run_path(file)["make"], None
     for line in sys.stdin:
         request = json.loads(line)
         if "make" in request:
-            run = None  # the memory of the one before is free first
+            run = None  # frees the last one's memory first
             run, answer = make(**request["make"])
         else:
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -31,9 +31,6 @@ def main(file: str) -> None:
             seconds = time.perf_counter() - started
             answer = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_started}
         print(json.dumps(answer), file=answers)
-
-
-# ---------------------------------------------------------------- for the files that use torch
 
 
 def device() -> str:

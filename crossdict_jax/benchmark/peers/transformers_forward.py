@@ -24,7 +24,7 @@ def make(folder: str, layers: list[int], batch_size: int, cut: bool):
             tokens = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
             for row, window in zip(tokens, batch):
                 row[: len(window)] = torch.from_numpy(window)
-            # Padding is on the right, and attention looks to the left: no mask changes what counts.
+            # Padding is on the right, and attention looks to the left: no mask is needed.
             hidden = model(tokens.to(device()), output_hidden_states=True, use_cache=False)
             for layer in layers:
                 hidden.hidden_states[layer].to(torch.bfloat16).cpu()

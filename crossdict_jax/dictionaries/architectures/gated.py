@@ -15,10 +15,10 @@ class Gated(Dictionary):
     loss = mean ||u - u_hat||^2 + l1 * mean sum_i relu(z_i) ||W_dec_i||
            + mean ||u - u_hat(relu(z))||^2.
 
-    The penalty acts on the gate alone, so that magnitudes need not shrink, and the last term
-    trains the gate, which has no gradient through f (Rajamanoharan et al. 2024, arXiv
-    2404.16014). Unit decoder rows. There the last term leaves the decoder alone; here it trains it,
-    as in SAELens: on real activations that leaves a quarter less unexplained at an equal L0.
+    The penalty acts on the gate alone, so magnitudes need not shrink; the last term trains the
+    gate, which has no gradient through f (Rajamanoharan et al. 2024, arXiv 2404.16014). Unit
+    decoder rows. Unlike there, the last term trains the decoder too, as in SAELens: on real
+    activations that leaves a quarter less unexplained at an equal L0.
 
     Attributes:
       r_mag, b_mag: [width], log scale and bias of the magnitudes.

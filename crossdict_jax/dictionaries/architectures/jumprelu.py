@@ -8,7 +8,7 @@ from crossdict_jax.dictionaries.base import Dictionary, Hyper
 from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, auxk, power
 from crossdict_jax.ops import matmul
 
-# Rows have mean norm sqrt(d_model), so pre-activations start near 1: within a kernel's reach.
+# Rows have mean norm sqrt(d_model), so pre-activations start near 1, within a kernel's reach.
 INITIAL_THRESHOLD = 0.5
 BANDWIDTH = 0.5  # of that kernel, in pre-activations
 
@@ -16,11 +16,10 @@ BANDWIDTH = 0.5  # of that kernel, in pre-activations
 class JumpReLU(Dictionary):
     """f = z 1[z > threshold];  loss = mean ||u - u_hat||^2 + l1 * mean L0(f) + d_out * auxk.
 
-    With an L0 target t the penalty is d_out (mean L0 / t - 1)^2: as many features a row as
-    asked for, at the price of what an unexplained row costs. A step has no gradient in its
-    threshold; it is estimated with a rectangular kernel (Rajamanoharan et al. 2024, arXiv
-    2407.14435, sections 3 and F). AuxK, as of TopK but times what a row weighs here, gives dead
-    features something to explain; the kernel alone never finds them again. Unit decoder rows.
+    With an L0 target t the penalty is d_out (mean L0 / t - 1)^2, on the scale of an unexplained
+    row. The threshold's gradient is estimated with a rectangular kernel (Rajamanoharan et al. 2024,
+    arXiv 2407.14435, sections 3 and F). AuxK, as of TopK but times a row's weight here, revives
+    dead features, which the kernel alone never finds again. Unit decoder rows.
 
     Attributes:
       threshold: [width], never below 0. Learnt directly, so that exchange changes no bit of it.
@@ -62,7 +61,7 @@ class JumpReLU(Dictionary):
 def step(z: jax.Array, threshold: jax.Array, *, bandwidth: float) -> jax.Array:
     """Returns 1[z > threshold] [batch, width], with an estimated gradient in the threshold.
 
-    That is -1[|z - threshold| < bandwidth / 2] / bandwidth; z gets none.
+    -1[|z - threshold| < bandwidth / 2] / bandwidth; z gets none.
     """
     fixed = jax.lax.stop_gradient
     near = jnp.abs(fixed(z - threshold)) < bandwidth / 2

@@ -10,12 +10,11 @@ NESTED_BALANCE = 0.25  # weight of a nested loss relative to that of the next wi
 class Matryoshka(BatchSelected):
     """loss = sum over nested widths m of w_m FVU(b_dec + f[:m] W_dec[:m]) + auxk;  f as BatchTopK.
 
-    The early features cannot leave parts of what they mean to later ones: no feature absorption
-    (Bussmann et al. 2025, arXiv 2503.17547). With equal weights w the narrow ones mix features
-    that they have no room for (hedging); so each width weighs NESTED_BALANCE times the next
-    wider (Chanin et al. 2025, arXiv 2505.11756), and all w sum to 1. At 0.25 little is left of
-    the protection: on planted hierarchies parents are absorbed about as often as by BatchTopK, at
-    1 seldom.
+    Early features must do without later ones: no feature absorption (Bussmann et al. 2025, arXiv
+    2503.17547). With equal weights w narrow widths mix features that they have no room for
+    (hedging); so each weighs NESTED_BALANCE times the next wider (Chanin et al. 2025, arXiv
+    2505.11756), and all w sum to 1. At 0.25 little of the protection is left: on planted
+    hierarchies parents are absorbed about as often as by BatchTopK, at 1 seldom.
     """
 
     reads = ("k", "nested_fractions")
@@ -26,7 +25,7 @@ class Matryoshka(BatchSelected):
         f = self.training_code(u_in, hyper, dtype)
         shares = {max(1, round(share * self.width)) for share in hyper.nested_fractions}
         widths = tuple(sorted(shares | {self.width}))
-        # Each width adds its slice to the reconstruction before: together as dear as one decode.
+        # Each width adds its slice to the reconstruction before: all cost one decode.
         slices = decode_parts(f, self.W_dec[...], widths, dtype)
         u_hat, nested = self.b_dec[...][None, :], []
         for i in range(len(widths)):

@@ -10,9 +10,8 @@ from crossdict_jax.ops import matmul
 class ReLU(Dictionary):
     """f = relu(z);  loss = mean ||u - u_hat||^2 + l1 * mean sum_i f_i ||W_dec_i||.
 
-    Decoder rows are free: because the penalty is weighted by their norms, shrinking features and
-    growing rows gains nothing (Conerly et al. 2024, "Update on how we train SAEs"; gradients are
-    clipped to norm 1 as there).
+    Decoder rows are free: the penalty is weighted by their norms, so growing them gains nothing
+    (Conerly et al. 2024, "Update on how we train SAEs"; gradients are clipped to norm 1 as there).
     """
 
     reads = ("l1_coefficient",)

@@ -1,7 +1,7 @@
-"""Folders of dictionaries, one file a format, found by lying here.
+"""Formats of dictionary folders, one file each, with no list of them.
 
-A format is a module with ``load(path)`` and, of a tool's folders, ``WEIGHTS``, the file by which
-they are recognised, and ``TOOL``; or else with ``recognises(path)``.
+A format has ``load(path)`` and either ``TOOL`` and ``WEIGHTS``, the file that marks its folders,
+or ``recognises(path)``.
 """
 
 import importlib
@@ -18,12 +18,12 @@ def load(path: str | Path) -> base.Dictionary:
     """Returns the dictionary at ``path``, in raw activation units, on the first device.
 
     Args:
-      path: a checkpoint folder of ours, a SAELens folder, a sparsify folder, or a Gemma Scope
-        folder or its params.npz; or ``hub:OWNER/NAME/FOLDER``, where one of these lies.
+      path: a checkpoint folder of ours, a SAELens folder, a sparsify folder, a Gemma Scope folder
+        or its params.npz; or ``hub:OWNER/NAME/FOLDER``, where one of these lies.
 
     Raises:
-      UserError: there is none; a key or weight is missing or damaged (the file is named), or means
-        something that ours cannot do.
+      UserError: there is none; a key or weight is missing, damaged, or cannot be represented (the
+        file is named).
     """
     formats = [importlib.import_module(f"{__name__}.{n}") for n in files_of("dictionaries/formats")]
     folder = Path(path)

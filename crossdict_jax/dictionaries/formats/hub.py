@@ -54,9 +54,9 @@ def load(path: str) -> Dictionary:
 
 
 def push(folder: Path, text: str) -> str:
-    """Uploads a folder in one commit, and returns where it can be looked at.
+    """Uploads a folder in one commit and returns its address; UserError: the hub refuses.
 
-    The repository is made, private, if it is not there. UserError: the hub refuses.
+    A missing repository is made, private.
     """
     from huggingface_hub import HfApi
 
@@ -76,7 +76,7 @@ def push(folder: Path, text: str) -> str:
 
 @contextlib.contextmanager
 def _errors_in_one_line(text: str) -> Iterator[None]:
-    """Turns what the hub answers into a UserError; every library below raises its own errors."""
+    """Turns errors into a UserError; every library below raises its own."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:

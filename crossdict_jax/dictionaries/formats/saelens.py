@@ -41,14 +41,14 @@ TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # o
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 
 
-# ---------------------------------------------------------------- in
+# In
 
 
 def load(path: str) -> Dictionary:
     """Returns the dictionary of a SAELens folder, finished or from the midst of training.
 
-    What is linear is folded into the weights: the scale of ``activation_scaler.json``, decoder
-    norms, a bias that is not subtracted. UserError: see ``formats.load``.
+    Scales of ``activation_scaler.json``, decoder norms and unsubtracted biases are folded into the
+    weights. UserError: see ``formats.load``.
     """
     folder, file = Path(path), Path(path) / CONFIG
     config = read_config(file)
@@ -66,7 +66,7 @@ def load(path: str) -> Dictionary:
     shapes |= {"W_skip": (d_out, d_model)} if "skip" in theirs else {}
     shapes |= {"topk_threshold": ()} if batch else {}
     arrays = read_safetensors(folder / WEIGHTS, shapes)
-    # expected_average_only_in is folded already, or is what activation_scaler.json says.
+    # expected_average_only_in is folded already, or stands in activation_scaler.json.
     norms = ("none", "expected_average_only_in", *NORMS)
     norm, scale = config.get("normalize_activations") or "none", _scale(folder)
     if norm not in norms:
@@ -91,7 +91,7 @@ def load(path: str) -> Dictionary:
 
 
 def _scale(folder: Path) -> float:
-    """Returns what rows were multiplied with in training, where weights are not folded yet."""
+    """Returns the factor of rows in training, if the weights do not hold it yet."""
     file = folder / SCALER
     scaler = read_json(file) if file.is_file() else {}
     if scaler.get("has_whitening"):
@@ -123,7 +123,7 @@ def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -
     return arrays if config.get("apply_b_dec_to_input", True) else centred(arrays)
 
 
-# ---------------------------------------------------------------- out
+# Out
 
 
 def save(
@@ -136,8 +136,8 @@ def save(
 ) -> None:
     """Writes a folder that SAELens 6 loads: the same features of the same raw activations.
 
-    batchtopk and matryoshka become jumprelu, as SAELens itself saves them. Of transcoders it knows
-    relu and jumprelu ones alone, so topk and gated ones are refused.
+    batchtopk and matryoshka become jumprelu, as SAELens saves them. It has no topk and gated
+    transcoders, so these are refused.
 
     Args:
       hook_name: of what is read, in TransformerLens terms, as ``blocks.6.hook_resid_pre``.
@@ -184,7 +184,6 @@ def save(
 
 
 def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
-    """Returns the weights in the names of SAELens, with the activation scale folded in."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", *(("b_mag", "r_mag") if theirs == "gated" else ()))
     arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
     scale = np.asarray(dictionary.scale[...])

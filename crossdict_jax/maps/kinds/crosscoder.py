@@ -10,27 +10,24 @@ from crossdict_jax.maps.base import ROWS, ActivationMap, Problem, exact_matmul
 
 
 class Crosscoder(ActivationMap):
-    """``f = act(x_A W_enc + b_enc)``, ``x_B = f W_dec + b_dec``: A's way in, B's way out.
+    """``f = act(x_A W_enc + b_enc)``, ``x_B = f W_dec + b_dec``: A's encoder, B's decoder.
 
-    act keeps what is above both 0 and ``threshold``. The joint code was trained with models left
-    out of rows at random, so that it can be read from one of them (Lindsey et al. 2024).
+    act keeps what is above both 0 and ``threshold``. Training left models out of rows at random, so
+    that one model suffices for the code (Lindsey et al. 2024).
     """
 
     kind = "crosscoder"
     through_joint = True
-    fits_together = True  # where the joint codes are still to be trained, in one ensemble
-
-    def code(self, inputs: jax.Array) -> jax.Array:
-        """Returns the joint code [batch, width] of A's activations [batch, d_a]."""
-        z = exact_matmul(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
-        return jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
+    fits_together = True  # joint codes that are not trained yet, in one ensemble
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        return exact_matmul(self.code(inputs), self.W_dec[...]) + self.b_dec[...][None, :]
+        z = exact_matmul(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
+        f = jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
+        return exact_matmul(f, self.W_dec[...]) + self.b_dec[...][None, :]
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):
-        """The code itself is trained before; ValueError if the problem has none."""
+        """ValueError if the problem has no joint code, which is trained before."""
         if problem.joint is None:
             raise ValueError(f"{problem.label} has no joint code")
         m, pairs = cls(problem.train.target.dictionary, problem.joint), problem.validation

@@ -15,7 +15,7 @@ from crossdict_jax import modules
 from crossdict_jax.config import HypernetworkConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows, exact_matmul
-from crossdict_jax.maps.descriptions import Describer, Description, profile_weights
+from crossdict_jax.maps.descriptions import Description, describe, profile_weights
 from crossdict_jax.maps.network import dropped
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
@@ -26,19 +26,18 @@ DROPOUT = 0.2  # of hidden units
 FEATURE_DROPOUT = 0.2  # of the source's features: the network learns to do without any of them
 BATCH_SIZE = 128  # rows of every problem
 WEIGHT_DECAY = 1e-4
-START = 0.1  # of what the learned part of the weights says at first, in standard deviations
+START = 0.1  # initial size of the learned part of the weights, in standard deviations
 LOOKS = 10  # validations during training; the best network is kept
-LOOK_ROWS = 1024  # validation rows, at most, evenly spread
+LOOK_ROWS = 1024  # validation rows at most, evenly spread
 
 Masks = Mapping[tuple[str, int], np.ndarray]  # (model, layer): bool [width], what training may use
 ROLES = ("source", "target")
 
 
 class Hypernetwork(Map):
-    """``f_B = relu(bias + (f_A - mean_a) U V')``, every number of it written by a network.
+    """``f_B = relu(bias + (f_A - mean_a) U V')``, written by a network.
 
-    The checkpoint holds the low-rank weights that were written. The network itself stays in the
-    training folder's checkpoint.
+    The checkpoint holds these low-rank weights; the network stays in the training folder.
     """
 
     kind = "hypernetwork"
@@ -53,33 +52,31 @@ class Hypernetwork(Map):
     def fit(
         cls, problems, config, *, seed, directory, checkpoint_every: int = 500, records=()
     ) -> list[Fitted]:
-        """Trains one network for all problems on aligned pairs, and one for all on shuffled ones.
+        """Trains one network on all aligned problems, and one on all shuffled ones.
 
-        The squared error of B's features, in units of their variance, is minimised on training
-        rows; the network of the best of ten validations writes the maps. A killed run goes on and
-        ends with the same bits: ``directory/hypernetwork-N`` keeps checkpoints and metrics.
+        Minimises the squared error of B's features in units of their variance; the best of ten
+        validations writes the maps. ``directory/hypernetwork-N`` keeps checkpoints and metrics: a
+        killed run goes on and ends with the same bits.
 
         Raises:
           UserError: a batch is larger than the training rows or does not divide over the devices.
         """
-        fitted: dict[int, Fitted] = {}
-        describer, by_pairing = Describer(), {}
-        for i, problem in enumerate(problems):
+        fitted, by_pairing = {}, {}
+        for problem in problems:
             shuffled = problem.train.target.reordered_from is not None
-            by_pairing.setdefault(shuffled, []).append(i)
+            by_pairing.setdefault(shuffled, []).append(problem)
         for number, (_, members) in enumerate(sorted(by_pairing.items())):
             network, chosen = train_network(
-                [problems[i] for i in members],
+                members,
                 config.hypernetwork,
                 seed=seed,
                 directory=Path(directory) / f"{cls.kind}-{number}",
                 checkpoint_every=checkpoint_every,
                 records=records,
-                describer=describer,
             )
-            for i, record in zip(members, chosen):
-                fitted[i] = Fitted(network.write(problems[i], describer), record)
-        return [fitted[i] for i in range(len(problems))]
+            for problem, record in zip(members, chosen):
+                fitted[id(problem)] = Fitted(network.write(problem), record)
+        return [fitted[id(problem)] for problem in problems]
 
 
 def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
@@ -88,15 +85,12 @@ def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
     return jax.nn.relu(z + weights["bias"][None, :])
 
 
-# ---------------------------------------------------------------- what is trained
-
-
 class Tower(nnx.Module):
-    """Turns the direction of every feature of one model, in one role, into ``rank`` numbers.
+    """Turns each feature direction of one model, in one role, into ``rank`` numbers.
 
-    ``u = g (L + sum_l e_l L_l)``, g the directions. One tower serves all layers of a model; e, how
-    near the layer is to those of training, blends in what is particular to each. Linear, so that
-    a feature that was never seen adds its part as all others do.
+    ``u = g (L + sum_l e_l L_l)``, g the directions. One tower serves all layers of a model; e, the
+    nearness to each training layer, blends what is particular to it. Linear, so that unseen
+    features add their part like all others.
     """
 
     def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
@@ -110,11 +104,10 @@ class Tower(nnx.Module):
 
 
 class TargetTower(Tower):
-    """A tower that may also bend what it says, and tells how each feature of the target is used.
+    """A tower with a nonlinear part, and three numbers on how each target feature is used.
 
-    ``v = u(reads) + h A``, with h a hidden layer on the whole description of the feature. Three
-    more numbers of h say how strong the feature is, where it starts, and how far the token
-    profiles can be trusted.
+    ``v = u(reads) + h A``, h a hidden layer on the feature's whole description. Three more outputs
+    of h: the feature's strength, its start, and the trust in its token profiles.
     """
 
     def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
@@ -135,9 +128,9 @@ class TargetTower(Tower):
 
 
 def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | None = None) -> dict:
-    """Returns the weights U, V and bias that two towers write for one pair of dictionaries.
+    """Returns the weights U, V and bias that two towers write for a pair of ``Network.read``.
 
-    ``pair`` is what ``Network.read`` gives; ``key`` is that of the dropout.
+    ``key`` is that of the dropout.
     """
     a, b = pair["source"], pair["target"]
     u = source.rows(a["moves"], a["nearness"])
@@ -153,16 +146,13 @@ def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | Non
     }
 
 
-# ---------------------------------------------------------------- the network
-
-
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network, to be asked about any dictionaries of the models that it was trained with.
+    """A network, for any dictionaries of the models that it was trained with.
 
     Attributes:
       layers: (role, model) -> layers that it has seen, ascending.
-      towers: (role, model) -> its tower.
+      towers: by (role, model).
     """
 
     layers: dict[tuple[str, str], tuple[int, ...]]
@@ -172,7 +162,7 @@ class Network:
         """Returns what the network reads of a pair of dictionaries, arrays float32.
 
         Args:
-          mask: bool [width_a], source features that may be used; None: all.
+          mask: bool [width_a], source features that may be used (default: all).
 
         Raises:
           UserError: the network knows no such model in this role.
@@ -186,18 +176,17 @@ class Network:
                 raise UserError(
                     f"The hypernetwork was not trained with {model} as {role}; it knows {models}."
                 )
-            numbers = {"mean": of_role.mean, "scale": of_role.scale}
+            numbers = {"mean": of_role.moments.mean, "scale": of_role.scale}
             numbers["nearness"] = nearness(layer, self.layers[role, model])
             reads[role] = of_role.directions | numbers
         return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
 
-    def write(self, problem: Problem, describer: Describer | None = None) -> Hypernetwork:
+    def write(self, problem: Problem) -> Hypernetwork:
         """Returns the map from one dictionary to another, seen in training or not.
 
-        Of the problem's rows it uses what each model does on its own, never which row of A goes
-        with which of B.
+        It reads each model's rows alone, never which row of A goes with which of B.
         """
-        pair = (describer or Describer()).both(problem.train, problem.label)
+        pair = describe(problem.train, problem.label)
         reads = self.read(pair)
         towers = [self.towers[role, side.side.model] for role, side in zip(ROLES, pair)]
         values = written(*towers, reads) | {"mean_a": reads["source"]["mean"]}
@@ -205,41 +194,31 @@ class Network:
 
 
 def nearness(layer: int, layers: Sequence[int]) -> np.ndarray:
-    """Returns how near a layer is to each of ``layers`` (ascending), [len(layers)], of sum 1.
+    """Returns the nearness of a layer to each of ``layers`` (ascending), [len(layers)], of sum 1.
 
     A layer in between is blended from its two neighbours, one outside is the outermost.
     """
     return np.array([np.interp(layer, layers, unit) for unit in np.eye(len(layers))])
 
 
-def from_profiles(problem: Problem, describer: Describer | None = None) -> Hypernetwork:
-    """Returns the map that token profiles call for, without any training or any paired row."""
-    source, target = (describer or Describer()).both(problem.train, problem.label)
+def from_profiles(problem: Problem) -> Hypernetwork:
+    """Returns the map of token profiles, without training or paired rows."""
+    source, target = describe(problem.train, problem.label)
     U, V = profile_weights(source, target)
-    values = {"U": U, "V": V, "mean_a": source.mean, "bias": target.mean}
+    values = {"U": U, "V": V, "mean_a": source.moments.mean, "bias": target.moments.mean}
     return Hypernetwork(target.side.dictionary, values)
 
 
-# ---------------------------------------------------------------- training
-
-
 class WritingObjective(Objective):
-    """Trains one network on all problems: the mean of their shares of variance that are missed.
+    """Trains one network on all problems: the mean of their unexplained shares of variance.
 
-    Problems of one direction and of equal shapes are stacked, so that one vmapped program serves
-    them. The best validation gives the network.
+    Problems of one direction and of equal shapes are stacked into one vmapped program.
     """
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        config: HypernetworkConfig,
-        describer: Describer,
-        masks: Masks,
-    ):
+    def __init__(self, problems: Sequence[Problem], config: HypernetworkConfig, masks: Masks):
         self.config, self.masks = config, masks
         self.validate_every = max(1, config.steps // LOOKS)
-        self.described = [describer.both(p.train, p.label) for p in problems]
+        self.described = [describe(p.train, p.label) for p in problems]
         layers: dict[tuple[str, str], set[int]] = {}
         groups: dict[tuple, list[int]] = {}
         self.d_models = {}  # (role, model)
@@ -288,7 +267,7 @@ class WritingObjective(Objective):
             for s in pair
         ]
         # Where none of B's features varies, the error stays in raw units.
-        variance = np.float32(np.sum(pair[1].variance * masks[1]) or 1.0)
+        variance = np.float32(np.sum(pair[1].moments.variance * masks[1]) or 1.0)
         return {
             "dictionaries": [modules.split(side.side.dictionary)[1] for side in pair],
             "masks": [np.float32(mask) for mask in masks],
@@ -297,11 +276,11 @@ class WritingObjective(Objective):
         }
 
     def losses(self, params, rows, fixed, key=None) -> jax.Array:
-        """Returns every problem's share of variance that is missed, [problems].
+        """Returns every problem's unexplained share of variance, [problems].
 
         Args:
           rows: {"source 0": activations [batch, d_model] of problem 0's source, ...}.
-          key: of what is dropped; None: nothing is.
+          key: of the dropout; None: no dropout.
         """
         towers = self.network(params).towers
         losses = jnp.zeros(len(self.described))
@@ -317,7 +296,7 @@ class WritingObjective(Objective):
                     for dictionary, x in zip(zip(graphs, fixed["dictionaries"]), (x_a, x_b))
                 )
                 mean = fixed["reads"]["source"]["mean"]
-                # Whole features go, the same ones in all rows.
+                # Whole features are dropped, the same in all rows.
                 used = fixed["masks"][0] * dropped(jnp.ones(len(mean)), FEATURE_DROPOUT, keys[0])
                 weights = written(*own_towers, fixed["reads"], keys[1])
                 p = _apply(weights, (f_a - mean[None, :]) * used[None, :])
@@ -348,15 +327,14 @@ def train_network(
     directory: Path,
     checkpoint_every: int = 500,
     records: Sequence[str] = (),
-    describer: Describer | None = None,
     masks: Masks | None = None,
 ) -> tuple[Network, list[dict[str, Any]]]:
     """Returns a network trained on all problems together, and a record for each of them.
 
     Args:
       directory: gets checkpoints and metrics.
-      masks: features that training may use; of the others neither the values as source nor as
-        target are read, nor are they described. By default all are used.
+      masks: features that training may use (default: all); others are neither read, as source or
+        target, nor described.
     """
     n = len(problems[0].train)
     for problem in problems:
@@ -369,7 +347,7 @@ def train_network(
         if len(problem.train) != n:
             raise ValueError("problems that train one network need equally many rows")
     masks = masks or {}
-    objective = WritingObjective(problems, config, describer or Describer(), masks)
+    objective = WritingObjective(problems, config, masks)
     fixed = [stack([objective.fixed(i) for i in members]) for members in objective.stacks]
     labels = [problem.label for problem in problems]
     streams, validation = {}, {}

@@ -9,7 +9,7 @@ from crossdict_jax.maps.base import Map, Problem
 
 
 class Mean(Map):
-    """``f_B = mean``; its inputs only say how many rows there are."""
+    """``f_B = mean``; only the number of inputs matters."""
 
     kind = "mean"
     reads = "tokens"
@@ -20,7 +20,7 @@ class Mean(Map):
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):
-        mean, _ = problem.train.target.feature_moments
-        held_out, variance = problem.validation.target.feature_moments
-        error = float(np.mean(variance + (held_out - mean) ** 2))
+        mean, held_out = (p.target.feature_moments for p in (problem.train, problem.validation))
+        mean = mean.mean
+        error = float(np.mean(held_out.variance + (held_out.mean - mean) ** 2))
         return {(): error}, lambda: {"mean": mean}

@@ -10,10 +10,9 @@ from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 
 class MLP(NetworkMap):
-    """``f_B = head(mean_b + scale_b * network((f_A - mean_a) / scale_a))``.
+    """``f_B = head(mean_b + scale_b * network((f_A - mean_a) / scale_a))``, never negative.
 
-    Means and scales are those of the training rows. It starts as the mean predictor, and can never
-    give a negative feature.
+    Means and scales are those of the training rows. It starts as the mean predictor.
     """
 
     kind = "mlp"
@@ -30,7 +29,6 @@ class MLP(NetworkMap):
     def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
         values = {}
         for name, side in (("a", problem.train.source), ("b", problem.train.target)):
-            mean, variance = side.feature_moments
-            values[f"mean_{name}"] = mean.astype(np.float32)
-            values[f"scale_{name}"] = damped_scale(variance)
+            values[f"mean_{name}"] = side.feature_moments.mean.astype(np.float32)
+            values[f"scale_{name}"] = damped_scale(side.feature_moments.variance)
         return values, {}

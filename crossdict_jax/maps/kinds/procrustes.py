@@ -5,16 +5,16 @@ import numpy as np
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import AffineMap, Problem, check_rows
 
-NO_COVARIANCE = 1e-7  # of the largest: what rounding leaves of a covariance that is 0
+NO_COVARIANCE = 1e-7  # of the largest: what rounding leaves of a zero covariance
 
 
 class Procrustes(AffineMap):
     """``x_B = scale (x_A - mean_a) Q + mean_b``, Q semi-orthogonal (orthogonal if d_a = d_b).
 
     With the cross-covariance U S V', Q = U V' (Schönemann 1966); scale is the least-squares
-    scalar given Q, sum S / tr(Q' C_aa Q); no covariance at all gives scale 0. Directions without
-    any covariance, as those of dimensions that never vary, are left out of Q: where they are
-    rotated to is not determined. With no more rows than dimensions no rotation is determined.
+    scalar given Q, sum S / tr(Q' C_aa Q), 0 without any covariance. Directions without covariance
+    (as of constant dimensions) are left out of Q: their rotation is not determined. With no more
+    rows than dimensions no rotation is.
     """
 
     kind = "procrustes"

@@ -9,8 +9,8 @@ from crossdict_jax.maps.base import Map, Problem, Side, exact_matmul
 class RidgeCodes(Map):
     """``f_B = relu((f_A - mean_a) W + mean_b)``, W from squared error plus penalty |W|^2.
 
-    W minimises the error of the affine map, and the penalty is chosen by it; the rectifier, which
-    can only come closer to features that are never negative, is put on afterwards.
+    W and the penalty minimise the error of the affine map; the rectifier is added afterwards and
+    can only come closer to features that are never negative.
     """
 
     kind = "ridge_codes"

@@ -9,8 +9,8 @@ from crossdict_jax.maps.base import Map, Problem, look_up
 class Token(Map):
     """``f_B = table[token_A]``, the training mean of B's features after that token, shrunk.
 
-    A token seen n times weighs its own mean by n and the overall mean by the pseudocount, which
-    is chosen by validation MSE of f_B.
+    A token seen n times weighs its own mean by n and the overall mean by the pseudocount, which is
+    chosen by validation MSE of f_B.
     """
 
     kind = "token"

@@ -6,18 +6,18 @@ import numpy as np
 
 from crossdict_jax import modules
 from crossdict_jax.maps.base import Problem, look_up
+from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.maps.network import NetworkMap, damped_scale
 
-NO_TOKEN = np.iinfo(np.int32).max  # fills up tables to one length; no token equals it
+NO_TOKEN = np.iinfo(np.int32).max  # pads tables to one length; no token equals it
 
 
 class TokenMLP(NetworkMap):
     """``f_B = head(T_B[token_A] + scale_b * network((f_A - T_A[token_A]) / scale_a))``.
 
-    T_A and T_B hold the training means of f_A and f_B after each token of A, shrunk to the overall
-    means by one pseudocount, the best one for the target's table on validation rows; scales are
-    those of what the tables leave. It starts as the token map. Without tokens both tables give
-    their back-off, the overall means.
+    T_A and T_B are the training means of f_A and f_B after each token of A, shrunk to the overall
+    means by one pseudocount (the best for T_B on validation rows); scales are those of the
+    residuals. It starts as the token map. Without tokens the tables give the overall means.
     """
 
     kind = "token_mlp"
@@ -39,21 +39,21 @@ class TokenMLP(NetworkMap):
         train, values = problem.train, {}
         errors = train.target_by_token.table_errors(problem.validation.target_by_token)
         best = min(errors, key=errors.get)
-        by_token = train.by_token(train.source.features), train.target_by_token
+        by_token = token_sums(train.source.tokens, train.source.codes), train.target_by_token
         for name, side, sums in zip("ab", (train.source, train.target), by_token):
             values[f"table_{name}"] = sums.table(best)
-            # What the table leaves: sum f^2 - 2 sum_t T_t S_t + sum_t n_t T_t^2, over rows.
-            mean, variance = side.feature_moments
+            # Squared residuals: sum f^2 - 2 sum_t T_t S_t + sum_t n_t T_t^2, over rows.
+            moments = side.feature_moments
             rows, counts = sums.shrunk(best)[:-1], sums.counts[:, None]
             explained = np.sum(rows * (2 * sums.sums - counts * rows), axis=0) / len(side.x)
-            left = np.maximum(variance + mean**2 - explained, 0.0)
+            left = np.maximum(moments.variance + moments.mean**2 - explained, 0.0)
             values[f"scale_{name}"] = damped_scale(left)
         values = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == float else a, values)
         return values, {"pseudocount": best}
 
     @classmethod
     def alike(cls, measured: list[modules.Params]) -> list[modules.Params]:
-        """Tables as long as the longest; no token is looked up in what is added."""
+        """Pads tables to the longest; the padding is never looked up."""
         seen, result = max(len(values["table_a"]["ids"]) for values in measured), []
         for values in measured:
             tables = {}

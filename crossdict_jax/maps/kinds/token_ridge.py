@@ -8,15 +8,22 @@ import numpy as np
 
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import ActivationMap, Problem, exact_matmul, look_up
-from crossdict_jax.maps.moments import PSEUDOCOUNTS, Means, Products, RidgePath, TokenSums
+from crossdict_jax.maps.moments import (
+    PSEUDOCOUNTS,
+    Means,
+    Products,
+    Regression,
+    TokenSums,
+    token_sums,
+)
 
 
 class TokenRidge(ActivationMap):
     """``x_B = T_B[token_A] + (x_A - T_A[token_A]) W``.
 
-    T_A and T_B hold the training means of x_A and x_B after each token of A, shrunk to the
-    overall means by one pseudocount. Without tokens both take their back-off, the overall means.
-    Pseudocount and penalty are chosen by validation MSE of x_B.
+    T_A and T_B are the training means of x_A and x_B after each token of A, shrunk to the overall
+    means (used alone without tokens) by one pseudocount. Pseudocount and penalty are chosen by
+    validation MSE of x_B.
     """
 
     kind = "token_ridge"
@@ -28,21 +35,24 @@ class TokenRidge(ActivationMap):
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):
-        regression, errors, paths = problem.regression, {}, {}
+        regression, errors, left = problem.regression, {}, {}
         train, validation = (
-            [pairs.by_token(side.activations) for side in (pairs.source, pairs.target)]
-            for pairs in (problem.train, problem.validation)
+            [token_sums(p.source.tokens, side.x) for side in (p.source, p.target)]
+            for p in (problem.train, problem.validation)
         )
         for pseudocount in PSEUDOCOUNTS:
             tables = train, regression.means, pseudocount
-            path = paths[pseudocount] = RidgePath(residual(regression.train, train, *tables))
-            left = residual(regression.validation, validation, *tables)
-            for penalty, mse in path.errors(left, config.ridge_penalties).items():
+            left[pseudocount] = Regression(
+                regression.means,
+                residual(regression.train, train, *tables),
+                residual(regression.validation, validation, *tables),
+            )
+            for penalty, mse in left[pseudocount].errors(config.ridge_penalties).items():
                 errors[pseudocount, penalty] = mse
 
         def values(pseudocount: float, penalty: float):
             tables = {f"table_{name}": s.table(pseudocount) for name, s in zip("ab", train)}
-            return tables | {"W": paths[pseudocount].solution(penalty)}
+            return tables | {"W": left[pseudocount].solution(penalty)}
 
         return errors, values
 
@@ -54,7 +64,7 @@ def residual(
     means: Means,
     pseudocount: float,
 ) -> Products:
-    """Returns the products of what the training tables leave of a split's rows.
+    """Returns the products of a split's residuals from the training tables.
 
     With S the sums by token and T the tables, both about the training means, and n the counts:
     sum (a - T_a)(b - T_b)' = ab - S_a' T_b - T_a' (S_b - n T_b).

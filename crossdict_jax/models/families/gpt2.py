@@ -18,7 +18,7 @@ class Config(base.ModelConfig):
     scale_attn_by_inverse_layer_idx: bool = False
 
 
-# Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
+# Key of config.json -> our field, and Hugging Face's value for an absent key.
 KEYS = {
     "vocab_size": ("vocab_size",),
     "n_positions": ("context",),

@@ -18,7 +18,7 @@ class Config(base.ModelConfig):
     attention_bias: bool = True
 
 
-# Key of config.json -> our field, and the value that Hugging Face takes if the key is absent.
+# Key of config.json -> our field, and Hugging Face's value for an absent key.
 KEYS = {
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("context",),

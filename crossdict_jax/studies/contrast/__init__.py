@@ -1,4 +1,4 @@
-"""Contrast sets: on which features a preference between two texts rests, in both models."""
+"""Contrast sets: on which features a preference between two texts rests."""
 
 from crossdict_jax.results import PAIR_COLUMNS, Column, describe, intervals, nats, plain
 from crossdict_jax.studies.contrast.section import FAMILIES, KINDS, TITLE, section

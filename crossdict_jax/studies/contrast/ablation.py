@@ -1,4 +1,4 @@
-"""Takes directions out of a model: what its preference loses, beside controls of equal norm."""
+"""Removes directions from a model: what its preference loses, beside controls of equal norm."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +11,16 @@ from crossdict_jax.models import Site
 from crossdict_jax.stats import columns
 from crossdict_jax.studies.contrast.preference import Reader
 
-LEVEL = 0.05  # of the share of controls that may do as much
+LEVEL = 0.05  # of the share of controls that may cost as much
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Directions that are taken out of a model together, and others for controls."""
+    """Directions that are removed from a model together, and others for controls."""
 
-    strength: np.ndarray  # float32 [texts, seq, all], how strongly each is there
-    vectors: np.ndarray  # float32 [all, d_model], what one unit of each adds
-    n: int  # how many are taken out, the first; the others only serve controls
+    strength: np.ndarray  # float32 [texts, seq, all]
+    vectors: np.ndarray  # float32 [all, d_model], per unit of strength
+    n: int  # the first n are removed; the others only serve controls
 
     @cached_property
     def overlaps(self) -> np.ndarray:
@@ -30,20 +30,20 @@ class Cut:
         return (strength.T @ strength) * (vectors @ vectors.T)
 
     def size(self, rows: np.ndarray) -> float:
-        """Returns the norm, over all tokens together, of what some of the vectors add."""
+        """Returns the norm over all tokens of what these vectors add."""
         return float(np.sqrt(max(self.overlaps[np.ix_(rows, rows)].sum(), 0.0)))
 
 
 def measure(
     reader: Reader, site: Site, cut: Cut, config: Config, *, judged: bool = True
 ) -> tuple[np.ndarray, dict]:
-    """Returns what a cut takes from the preference of each pair [pairs], and a result row.
+    """Returns what a cut takes from each pair's preference [pairs], and a result row.
 
-    Controls put other directions in place of each vector, at its norm and its strength: random
-    ones ("random"), and those of other features ("shuffled"); or take out as many other features
-    where they fire themselves, scaled to an edit of equal norm ("others"). p is the share of
-    controls, the cut among them, that cost as much. A cut is specific ("moves") where it surely
-    costs more than the mean of every family, and than 95 % of their members; null if not judged.
+    Controls replace each vector by one of its norm and strength, random ("random") or another
+    feature's ("shuffled"), or remove as many other features where they fire, scaled to an equal
+    norm ("others"). p is the share of controls, the cut among them, that cost as much. ``moves``
+    (null if not ``judged``): the cut surely costs more than each family's mean and than 95 % of
+    its members.
     """
     clean = reader.preference
     draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=config.seed)
@@ -79,7 +79,7 @@ def singles(reader: Reader, site: Site, cut: Cut) -> np.ndarray:
 
 
 def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns vectors float32 [count, all, d_model] of each family; none where others are few."""
+    """Returns vectors float32 [count, all, d_model] by family; no "others" where these are few."""
     n, norms = cut.n, np.linalg.norm(cut.vectors, axis=1)
     others = n + np.flatnonzero(norms[n:] > 0)
     firing = [i for i in others if cut.size(np.array([i])) > 0]

@@ -1,7 +1,4 @@
-"""The study of contrast sets: which features a preference rests on, in both models.
-
-Features are chosen by attribution on one half of the pairs, and ablated on the other.
-"""
+"""Contrast sets: features chosen by attribution on half of the pairs, ablated on the other half."""
 
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -27,17 +24,17 @@ from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "contrast.jsonl"
-OWN = "own"  # B's own features of largest attribution: the most that a mapped direction can do
-LEAST_PAIRS = 4  # that all models can read: two for each half
+OWN = "own"  # B's features of largest attribution: the most that a mapped direction can do
+LEAST_PAIRS = 4  # readable by all models: two for each half
 OTHERS = 32  # features at most that lend their directions to controls
 
 
 def run(config: Config, work: Workdir) -> None:
-    """Writes contrast.jsonl, what models prefer and on which features it rests, and prints it.
+    """Writes contrast.jsonl and prints it.
 
     Raises:
-      UserError: pairs are missing or not understood, or too few of them can be read by all models;
-        the run holds transcoders; a file of the run is missing or damaged.
+      UserError: pairs are missing, not understood, or too few for all models; transcoders; a file
+        of the run is missing or damaged.
     """
     refuse_transcoders(config, "A contrast set")
     settings, finished = config.contrast, FinishedRun(config, work)
@@ -68,8 +65,8 @@ class Halves:
     """A set of pairs in all models: features are chosen on one half, tested on the other.
 
     Attributes:
-      n_pairs: of the pairs that every model can read, how many are used.
-      reader: (model, "train" or "test") -> its Reader of that half.
+      n_pairs: how many pairs are used.
+      reader: by (model, "train" or "test").
     """
 
     def __init__(self, run: FinishedRun, pairs: ContrastSet):
@@ -103,20 +100,19 @@ class Halves:
         return stats.draw(np.arange(n), count=self.run.config.evaluation.bootstrap, seed=self.seed)
 
     def with_others(self, model: str, site: Site, top: np.ndarray) -> np.ndarray:
-        """Returns features, and behind them live ones that lend their directions to controls."""
+        """Returns features, then live ones that lend their directions to controls."""
         others = np.setdiff1d(self.run.live(model, site), top)
         drawn = stats.generator(self.seed + 1).permutation(others)
         return np.concatenate([top, np.sort(drawn[:OTHERS])])
 
     def cut(self, model: str, site: Site, features: np.ndarray, n: int) -> Cut:
-        """Returns a model's own features, the first n taken out where and as they fire."""
+        """Returns a model's own features as a cut of the first n."""
         dictionary = self.run.dictionary(model, site)
         strength = self.reader(model, "test").strength(site, dictionary, features)
         return Cut(strength, decoder_rows(dictionary, features), n)
 
 
 def _measure(study: Halves) -> list[dict]:
-    """The rows of one set."""
     store, config = study.run.store, study.run.config
     rows = [_preference(study, model) for model in store.models]
     prefers = {row["model"]: row["prefers"] for row in rows}
@@ -131,7 +127,6 @@ def _measure(study: Halves) -> list[dict]:
 
 
 def _preference(study: Halves, model: str) -> dict:
-    """A model's accuracy, beside that of token counts."""
     store, readers = study.run.store, [study.reader(model, half) for half in ("train", "test")]
     values = np.concatenate([reader.preference for reader in readers])
     windows = np.unique(store.rows.window[store.select("train")])
@@ -153,7 +148,7 @@ def _preference(study: Halves, model: str) -> dict:
 
 
 def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
-    """The features of largest attribution on the train half, and what they cost on the other."""
+    """The features of largest attribution on the train half, and their cost on the other."""
     dictionary = study.run.dictionary(model, site)
     readers = [study.reader(model, half) for half in ("train", "test")]
     train, test = (r.attribution(site, dictionary).astype(np.float64) for r in readers)
@@ -182,7 +177,7 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
 
 
 def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> list[dict]:
-    """What the mapped directions of A's chosen features, taken out of B, cost B's preference."""
+    """What removing the mapped directions of A's features costs B's preference."""
     a, b = group.ends
     top, reader = sites[a]["top"], study.reader(b[0], "test")
     if not len(top):
@@ -192,7 +187,7 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
         name: ablation.measure(reader, b[1], cut, study.run.config, judged=judged)
         for name, cut in _cuts(study, group, top).items()
     }
-    best = None  # that a mapped direction could cost, where it surely costs anything
+    best = None  # what a mapped direction could cost, where that is surely above 0
     if sites[b]["rows"]:
         *_, row = sites[b]["rows"]
         ablated[OWN] = sites[b]["drop"], row | ({} if judged else {"moves": None})
@@ -213,7 +208,7 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
 
 
 def _cuts(study: Halves, group: MapGroup, top: np.ndarray) -> dict[str, Cut]:
-    """A's features as every map directs them, and their matches, to be taken out of B."""
+    """A's features as each map directs them, and their matches, to be removed from B."""
     (a, b), n = group.ends, len(top)
     features, reader = study.with_others(*a, top), study.reader(a[0], "test")
     vectors, matches, _ = study.run.map_features(group, features)

@@ -15,15 +15,15 @@ from crossdict_jax.models.run import Passages, Runner, pad
 from crossdict_jax.studies.contrast.sets import ContrastSet
 from crossdict_jax.studies.reading import Reading, read_texts
 
-SEQ_STEP = 8  # lengths are filled up to a multiple: few programs for many sets
-AT_ONCE = 16  # draws, and features of a draw, are filled up to a multiple: one program for all
+SEQ_STEP = 8  # lengths are rounded up: few programs for many sets
+AT_ONCE = 16  # draws, and features of a draw, are padded to a multiple: one program for all
 STEPS = 8  # of integrated gradients; 1 would be gradient times activation
 
 
 def read_pairs(run: FinishedRun, pairs: ContrastSet) -> tuple[Reading, int]:
-    """Returns what all models read, texts 2i and 2i + 1 a pair, and how many pairs are nested.
+    """Returns what all models read (texts 2i and 2i + 1 are a pair), and how many pairs are nested.
 
-    Those are left out: one text's tokens begin the other's, so that it cannot be less likely.
+    A nested pair is left out: one text begins the other, so it cannot be less likely.
     """
     texts = [text for both in zip(pairs.good, pairs.bad) for text in both]
     reading = read_texts(run, texts, group=2)
@@ -37,12 +37,12 @@ def read_pairs(run: FinishedRun, pairs: ContrastSet) -> tuple[Reading, int]:
 
 
 class Reader:
-    """A language model and the texts of pairs: 2i is the good text of pair i, 2i + 1 the bad.
+    """A language model and pairs of texts: 2i is the good text of pair i, 2i + 1 the bad.
 
     Attributes:
-      tokens: int32 [texts, seq], filled up behind.
-      scored: bool [texts, seq], tokens whose log-probability counts: from the first one in which
-        the texts of a pair differ, but not a text's first.
+      tokens: int32 [texts, seq], padded at the end.
+      scored: bool [texts, seq], whose log-probability counts: from the first token that differs in
+        a pair, but not a text's first.
       edited: bool [texts, seq], where features are read and ablated.
     """
 
@@ -57,17 +57,17 @@ class Reader:
             other = texts[i ^ 1][: len(text)]
             differs = int(np.argmax(text[: len(other)] != other))
             self.scored[i, max(differs, 1) : len(text)] = True
-        # float32 [texts, seq, d_model], the activations at a site.
+        # float32 [texts, seq, d_model]
         self.x = cache(lambda site: runner.read(self.tokens, [site])[site])
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """Returns values [rows, n] at the edited tokens of each row, [texts, seq, n]; else 0."""
+        """Returns values [rows, n] at the rows' edited tokens, [texts, seq, n]; else 0."""
         dense = np.zeros((*self.tokens.shape, values.shape[1]), values.dtype)
         dense[self._within.edited] = values[self._within.edited_by]
         return dense
 
     def strength(self, site: Site, dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
-        """Returns the model's own features at the edited tokens, float32 [texts, seq, features]."""
+        """Returns features at the edited tokens, float32 [texts, seq, features]."""
         dense = np.zeros((*self.edited.shape, len(features)), np.float32)
         dense[self.edited] = strengths(dictionary, self.x(site)[self.edited], features)
         return dense
@@ -78,7 +78,7 @@ class Reader:
         return self.runner.run(_prefers, self.tokens, self.scored, group=2).astype(np.float64)
 
     def unigram_preference(self, counts: np.ndarray) -> np.ndarray:
-        """Returns the same, float64 [pairs], by how often tokens occur: counts [vocabulary]."""
+        """Returns the preference by token counts [vocabulary], float64 [pairs]."""
         log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
         sums = np.sum(log_p[self.tokens] * self.scored, axis=1)
         return sums[::2] - sums[1::2]
@@ -86,8 +86,7 @@ class Reader:
     def ablated(self, site: Site, strength: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """Returns the preference without the directions of each draw, float64 [draws, pairs].
 
-        A draw's vectors, of [draws, features, d_model], are taken out together, each times its
-        strength [texts, seq, features].
+        Vectors are [draws, features, d_model], times strength [texts, seq, features].
         """
         count, rest = len(vectors), -vectors.shape[1] % AT_ONCE
         vectors = np.pad(vectors.astype(np.float32), ((0, -count % AT_ONCE), (0, rest), (0, 0)))
@@ -100,11 +99,10 @@ class Reader:
         return np.concatenate(parts, axis=1)[:, :count].T.astype(np.float64)
 
     def attribution(self, site: Site, dictionary: Dictionary, *, steps: int = STEPS) -> np.ndarray:
-        """Returns what each feature adds to the preference, float32 [pairs, width], in nats.
+        """Returns what each feature adds to the preference in nats, float32 [pairs, width].
 
-        The integrated gradient of the preference, from no feature to what is there, times the
-        feature, summed over both texts. x = x_hat + error, and the error stays as it is (Marks et
-        al. 2024, arXiv 2403.19647, section 3).
+        Integrated gradient of the preference, from no feature to x_hat, times the feature, summed
+        over both texts; x - x_hat is kept (Marks et al. 2024, arXiv 2403.19647, section 3).
         """
         arrays = self.tokens, self.scored, self.edited, self.x(site)
         settings = {"static": (site, steps), "shared": (dictionary,), "group": 2}
@@ -145,4 +143,4 @@ def _attribution(lm, site, steps, dictionary, tokens, scored, edited, x) -> jax.
     alphas = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     sums, _ = jax.lax.scan(add, jnp.zeros_like(f), alphas)
     shares = jnp.where(edited, f * sums / steps, 0.0)
-    return shares.reshape(len(x) // 2, -1, f.shape[-1]).sum(axis=1)  # of both texts of a pair
+    return shares.reshape(len(x) // 2, -1, f.shape[-1]).sum(axis=1)  # both texts of a pair

@@ -1,17 +1,9 @@
-"""Contrast sets: what models prefer, on which features it rests, and whether these carry over."""
+"""Contrast sets in the report: preferences, their features, and whether these carry over."""
 
 from collections.abc import Iterator
 
 from crossdict_jax.report.blocks import Block, Details, Heading, html
-from crossdict_jax.report.tables import (
-    Cell,
-    Table,
-    number,
-    percent,
-    score,
-    share,
-    table,
-)
+from crossdict_jax.report.tables import Cell, Table, number, percent, score, share, table
 from crossdict_jax.results import by_pair, site_words
 
 TITLE = "Contrast sets"
@@ -29,7 +21,7 @@ FAMILIES = {  # of controls
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of contrast.jsonl."""
+    """Returns the section's html."""
     blocks: list[Block] = [
         "Of two texts that differ in one point, which does a model find likelier, and on which "
         "features does that rest? Features are chosen on one half of the pairs, by integrated "
@@ -49,7 +41,7 @@ def section(rows: list[dict]) -> str:
 
 
 def sentences(transfers: list[dict]) -> Iterator[str]:
-    """Yields what each direction says, where both models prefer; a negative result admits it."""
+    """Yields the result of each direction where both models prefer, negative ones included."""
     judged = [row for row in transfers if row["moves"] is not None]
     for (source, target, *_), group in by_pair(judged).items():
         moves = {row["direction"]: row["moves"] for row in group}
@@ -69,7 +61,7 @@ def sentences(transfers: list[dict]) -> Iterator[str]:
 
 
 def tables(rows: list[dict]) -> list[Table]:
-    """Returns what is asked of a set: preferences, their features, and mapped directions."""
+    """Returns a set's tables: preferences, their features, mapped directions."""
     name, lines = rows[0]["set"], {}
     for row in rows:
         if row["what"] == "preference":
@@ -100,7 +92,6 @@ def tables(rows: list[dict]) -> list[Table]:
 
 
 def _costs(row: dict) -> dict[str, Cell]:
-    """What taking out costs, beside controls, with the verdict at the end."""
     controls = {
         f"{words}, p": Cell(number(row[f"effect_{family}"]), number(row[f"p_{family}"], 2))
         for family, words in FAMILIES.items()

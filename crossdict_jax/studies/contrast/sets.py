@@ -10,7 +10,7 @@ from crossdict_jax.activations.text import json_lines
 from crossdict_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".json")
-# The fields of a line: (in front of both, good, bad). The first spelling that a line holds counts.
+# The fields of a line (before both, good, bad); the first spelling that fits counts.
 SPELLINGS = (
     ("clean_prefix", "clean_answer", "patch_answer"),  # feature circuits, Marks et al. 2024
     ("", "sentence_good", "sentence_bad"),  # BLiMP, Warstadt et al. 2020
@@ -23,22 +23,22 @@ SPELLINGS = (
 
 @dataclass(frozen=True)
 class ContrastSet:
-    """A file of pairs of whole texts, NFC; what both begin with says nothing about a preference."""
+    """A file of pairs of whole texts, NFC; a common beginning says nothing about a preference."""
 
     name: str  # of the file, without its ending
     good: tuple[str, ...]
     bad: tuple[str, ...]
-    duplicates: int = 0  # left out: in both halves of a split they would be no test
+    duplicates: int = 0  # left out: a pair in both halves of a split is no test
 
     def __len__(self) -> int:
         return len(self.good)
 
 
 def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
-    """Returns a set for each file of ``sources``: files of JSON lines, or folders of them.
+    """Returns a set for each file of ``sources``: JSON lines, or folders of such files.
 
     Raises:
-      UserError: there is none, or a file, a line or a name is not as it must be.
+      UserError: there is none, or a file, a line or a name is invalid.
     """
     if not sources:
         raise UserError(
@@ -71,7 +71,6 @@ def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
 
 
 def _pair(row: dict, where: str) -> tuple[str, str]:
-    """The two texts of a line; ``where`` names it in errors."""
     spelling = next((s for s in SPELLINGS if all(f in row for f in s if f)), None)
     if spelling is None:
         allowed = "; ".join(", ".join(filter(None, s)) for s in SPELLINGS)

@@ -27,23 +27,22 @@ from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 FILE, TRAINING = "dictionary_transfer.jsonl", "dictionary_training.jsonl"
-ERRORS = ("fvu", "mse")  # what the losses of an architecture log of their reconstruction
+ERRORS = ("fvu", "mse")  # in the logged losses of every architecture
 
 
 def run(config: Config, work: Workdir) -> None:
     """Writes dictionary_transfer.jsonl and dictionary_training.jsonl, and prints both.
 
-    The first holds the ways of ``ways`` to reconstruct the target, on all test rows and put into
-    the target; the second compares training the target's dictionaries from random parameters and
-    from the source's.
+    The first: each way of ``ways`` to reconstruct the target, on test rows and put into the
+    target. The second: training from random parameters against a start from the source's.
 
     Raises:
-      UserError: dictionaries are transcoders, since a stitch of what they read says nothing of what
-        they write, or imported; the store, a model or a dictionary is missing or damaged.
+      UserError: dictionaries are imported, or transcoders (a stitch of what they read says nothing
+        of what they write); the store, a model or a dictionary is missing or damaged.
     """
     refuse_transcoders(config, "Starting from another model's dictionaries")
     store = open_store(work.activations)
-    loader = Loader(store, work, config.seed)
+    loader = Loader(config, store, work)
     tasks = dict.fromkeys(
         replace(task, kind="")
         for task in maps.tasks(config, store)
@@ -73,10 +72,9 @@ def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
     """Returns the ways to reconstruct B, by the name of column ``dictionary``.
 
     own, B's dictionary; transferred, A's through ridge from B to A and back; orthogonal, through
-    one rotation and back (McCann 2026, arXiv 2605.24577), where there are rows enough for one;
-    as_is, A's on B's activations, where both have one size; rotated, through a random rotation and
-    back, at the same scales; stitch, from B to A and back with no dictionary between: what no
-    transferred one can exceed.
+    one rotation and back (McCann 2026, arXiv 2605.24577), where rows are enough for one; as_is,
+    A's on B's activations, if of one size; rotated, through a random rotation at the same scales;
+    stitch, B to A and back without a dictionary, which no transferred one can exceed.
     """
     train = problem.train
     a, d_a, d_b = train.source.dictionary, train.source.x.shape[1], train.target.x.shape[1]
@@ -96,7 +94,7 @@ def transfer_rows(
 ) -> list[dict[str, Any]]:
     """Returns the rows of dictionary_transfer.jsonl of the directions into one target.
 
-    Nothing is put in of the stitch alone: its losses and l0 are null.
+    The stitch alone is not put into the target: its losses and l0 are null.
     """
     settings, target = config.evaluation, next(iter(problems)).target
     finished, numbers = FinishedRun(config, work, store), store.select("test")
@@ -143,10 +141,10 @@ def transfer_rows(
 def compare_starts(
     problems: dict[Task, Problem], config: Config, store: Store, work: Workdir
 ) -> list[dict[str, Any]]:
-    """Returns what dictionary_training.jsonl says of one target's directions and sites.
+    """Returns the rows of dictionary_training.jsonl of one target's directions and sites.
 
-    The target's dictionary of seed 0 is trained from random parameters and from the source's, with
-    the same rows in the same order, in one ensemble.
+    The target's dictionary of seed 0 is trained from random parameters and from the source's, on
+    the same batches, in one ensemble.
     """
     group, starts = [], []
     for task, problem in problems.items():
@@ -174,6 +172,6 @@ def compare_starts(
 
 
 def steps_saved(steps: list[int], random: list[float], moved: list[float]) -> dict[str, Any]:
-    """Returns when the moved start is first as good as the random one is in the end, if ever."""
+    """Returns when the moved start first equals the random start's final error, if ever."""
     first = next((step for step, error in zip(steps, moved) if error <= random[-1]), None)
     return {"steps_to_reach": first, "saved": first and 1 - first / steps[-1]}

@@ -1,4 +1,4 @@
-"""Dictionaries of one model used for another: what they explain there, and what they spare."""
+"""Dictionary transfer in the report: what is explained, and the training steps saved."""
 
 from crossdict_jax.report.blocks import Block, Panels, html
 from crossdict_jax.report.plots import SERIES, Figure, line_figure
@@ -9,7 +9,7 @@ TITLE = "Moved dictionaries"
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of both files."""
+    """Returns the section's html from the rows of both files."""
     training = [row for row in rows if "steps" in row]
     blocks: list[Block] = [
         "A model’s dictionary used for another model, with no training: activations go through an "
@@ -37,7 +37,7 @@ def tables(rows: list[dict]) -> list[Table]:
 
 
 def savings_table(rows: list[dict]) -> Table:
-    """Returns how many steps a start from the other model's dictionary saves."""
+    """Returns the steps saved by a start from the other model's dictionary."""
     cells = [
         {
             "from": row["source"],

@@ -30,14 +30,14 @@ class Affine:
 
 @dataclasses.dataclass(frozen=True)
 class Stitch:
-    """The affine maps between two models, from A to B and from B to A."""
+    """The affine maps from A to B and from B to A."""
 
     forth: Affine
     back: Affine
 
 
 def fit_stitch(problem: Problem, settings: MapConfig, kind: str = "ridge") -> Stitch:
-    """Returns the affine maps of a kind, ridge or procrustes, from A to B and from B to A."""
+    """Returns the affine maps of a kind (ridge or procrustes)."""
     train, validation = (
         dataclasses.replace(pairs, source=pairs.target, target=pairs.source)
         for pairs in (problem.train, problem.validation)
@@ -52,7 +52,7 @@ def fit_stitch(problem: Problem, settings: MapConfig, kind: str = "ridge") -> St
 
 
 def random_stitch(train: Pairs, seed: int) -> Stitch:
-    """Returns a random rotation from A to B, and back, that keeps means and mean power."""
+    """Returns a random rotation and its inverse that keep means and mean power."""
     (mean_a, power_a), (mean_b, power_b) = (moments(s.x) for s in (train.source, train.target))
     d_a, d_b = len(mean_a), len(mean_b)
     Q = rotation(max(d_a, d_b), seed).astype(np.float64)[:d_a, :d_b]
@@ -72,11 +72,10 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     arXiv 2506.06609). Its decoder rows need not have length 1.
 
     Args:
-      dictionary: of A.
-      scale: of B's activations inside the new dictionary; None: as in A's. Only training sees it.
+      scale: of B's activations inside the new dictionary (default: as in A's); matters in training.
 
     Raises:
-      UserError: the dictionary is none of ours, or a transcoder.
+      UserError: the dictionary is imported, or a transcoder.
     """
     architecture = base.architecture_of(dictionary)
     if dictionary.transcodes:
@@ -88,10 +87,10 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     new["W_enc"] = s / new["scale"] * ba.W @ old["W_enc"]
     new["W_dec"] = new["scale"] / s * old["W_dec"] @ ab.W
     new["b_dec"] = new["scale"] * (old["b_dec"] / s @ ab.W + ab.b)
-    # z = u W_enc + (b_enc - b_dec W_enc): the way back adds its constant, and takes the old bias.
+    # z = u W_enc + (b_enc - b_dec W_enc): the map back adds its constant, and the old bias goes.
     constant = (s * ba.b - old["b_dec"]) @ old["W_enc"]
     new["b_enc"] = old["b_enc"] + constant + new["b_dec"] @ new["W_enc"]
-    if "b_mag" in old:  # magnitudes of gated ones start from z - b_enc
+    if "b_mag" in old:  # gated magnitudes start from z - b_enc
         moved = (new["b_enc"] - old["b_enc"]) * np.exp(old["r_mag"])
         new["b_mag"] = old["b_mag"] + moved
     shape = {"d_model": len(ba.W), "width": dictionary.width, "k": dictionary.k}
@@ -101,10 +100,10 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
 
 
 def with_unit_rows(dictionary: Dictionary) -> Dictionary:
-    """Returns the dictionary with decoder rows of length 1 and features as much larger.
+    """Returns the dictionary with decoder rows of length 1 and features scaled up accordingly.
 
-    What reaches the reconstruction stays, except where features compete (k largest) or share one
-    threshold: those are then compared by how much they reconstruct.
+    The reconstruction stays, except where features compete (k largest) or share one threshold:
+    these are then compared by how much they reconstruct.
     """
     graphdef, params = modules.split(dictionary)
     length = jnp.linalg.norm(params["W_dec"], axis=1)

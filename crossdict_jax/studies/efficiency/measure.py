@@ -1,4 +1,4 @@
-"""What a map is worth in paired rows: every map fitted on few of them, a hypernetwork on none."""
+"""What a map is worth in paired rows: fitted on few of them, or zero-shot."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,15 +18,12 @@ from crossdict_jax.config import (
     refuse_transcoders,
 )
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.codes import encode
-from crossdict_jax.evaluation.scoring import take
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import map_class
-from crossdict_jax.maps.descriptions import Describer
 from crossdict_jax.maps.fit import Loader, with_own_codes
 from crossdict_jax.maps.kinds.hypernetwork import Masks, from_profiles, train_network
 from crossdict_jax.maps.kinds.ridge import Ridge
-from crossdict_jax.maps.moments import Products, RidgePath
+from crossdict_jax.maps.moments import Products, Regression
 from crossdict_jax.report.tables import show
 from crossdict_jax.results import pair_columns
 from crossdict_jax.studies.efficiency.section import curves, r2_table
@@ -36,12 +33,12 @@ from crossdict_jax.workdir import Workdir
 FILE = "efficiency.jsonl"
 HIDDEN_FEATURES = 0.2  # share of every dictionary's features that a hypernetwork never sees
 NETWORK = "hypernetwork"
-ALL, HIDDEN = "all", "hidden"  # what is scored: all target features, or those never trained on
+ALL, HIDDEN = "all", "hidden"  # which target features are scored: all, or those never trained on
 
 
 @dataclass(frozen=True)
 class Question:
-    """One direction at the layer pair that is left out, and what its answers are scored on."""
+    """One direction at the left-out layer pair, and the data that maps are scored on."""
 
     task: Task
     problem: Problem
@@ -53,9 +50,9 @@ class Question:
     def score(
         self, m: Map, kind: str, n: int, scored: Sequence[str], held_out: str | None = None
     ) -> list[dict]:
-        """Returns the result rows of a map: one for each set of features that is scored."""
+        """Returns the map's result rows, one for each scored set of features."""
         predicted, rows = maps.predict(m, self.test), []
-        mean = self.problem.train.target.feature_moments[0]
+        mean = self.problem.train.target.feature_moments.mean
         for features in scored:
             mask = self.hidden | (features == ALL)
             t, p = self.target[:, mask].astype(np.float64), predicted[:, mask]
@@ -79,17 +76,16 @@ class Question:
 
 
 def run(config: Config, work: Workdir) -> None:
-    """Writes efficiency.jsonl, R^2 by the number of paired rows and with none, and prints it.
+    """Writes efficiency.jsonl, R^2 by the number of paired rows and zero-shot, and prints it.
 
-    At the middle layer pair, on the test rows: every map of ``map.kinds`` fitted on the first n
-    training rows of documents in a random order, its hyper-parameters chosen on all validation
-    rows; and zero-shot, with no paired row of this layer pair (held_out "layer") or of these
-    features ("features"): a hypernetwork trained on everything else, the ridge of the other layer
-    pairs, and token profiles, which need no pairs at all.
+    At the middle layer pair, on test rows: each map of ``map.kinds`` fitted on the first n training
+    rows of documents in a random order, hyper-parameters chosen on all validation rows; and
+    zero-shot, without this layer pair (held_out "layer") or these features ("features"): a
+    hypernetwork trained on all else, ridge of the other layer pairs, and token profiles.
 
     Raises:
-      UserError: the store or the dictionaries are missing, there is one layer pair only, or a
-        setting asks for rows that do not exist.
+      UserError: the store or dictionaries are missing, there is only one layer pair, or a setting
+        asks for rows that do not exist.
     """
     refuse_transcoders(config, "The hypernetwork of launch.efficiency")
     store = open_store(work.activations)
@@ -106,7 +102,7 @@ def run(config: Config, work: Workdir) -> None:
     stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
     if not stage.finished:
         folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
-        loader, generator = Loader(store, work, config.seed), stats.generator(config.seed)
+        loader, generator = Loader(config, store, work), stats.generator(config.seed)
         seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
         for task in asked + others:
             width = loader.side(task.target, task.site_target, "train").dictionary.width
@@ -115,13 +111,13 @@ def run(config: Config, work: Workdir) -> None:
             seen.setdefault((task.target, task.site_target.layer), mask)
         questions = []
         for task in asked:
-            problem, test = loader.problem(task), loader.pairs(task, "test")
+            problem, test = loader.problem(task), loader.rows(task, "test")
             draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
-            hidden, target = ~seen[task.target, task.site_target.layer], encode(test.target)
+            hidden, target = ~seen[task.target, task.site_target.layer], test.target.codes
             questions.append(Question(task, problem, test, hidden, target.toarray(), draws))
         names, index = np.unique(documents, return_inverse=True)
         rank = stats.generator(config.seed).permutation(len(names))
-        order = np.argsort(rank[index], kind="stable")  # of rows, those of a document together
+        order = np.argsort(rank[index], kind="stable")  # keeps the rows of a document together
         rows, kinds = [], [kind for kind in config.map.kinds if kind != NETWORK]
         keys = [*itertools.product(questions, kinds, sorted({*counts, len(order)}))]
         for question, kind, n in progress_bar(keys, desc="few rows", unit="map"):
@@ -134,7 +130,7 @@ def run(config: Config, work: Workdir) -> None:
 
 
 def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
-    """Returns the aligned directions of the middle layer pair, which is left out, and of others."""
+    """Returns the aligned directions of the middle layer pair (left out), and all others."""
     pairs = [f"{a}:{b}" for a, b in layer_pairs(config)]
     if len(pairs) < 2:
         raise UserError(
@@ -153,9 +149,9 @@ def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
 def _few_rows(
     question: Question, kind: str, rows: np.ndarray, config: Config, folder: Path
 ) -> list[dict]:
-    """The answer of a map that is fitted on few rows; a crosscoder is trained on these alone."""
+    """A map fitted on few rows; a crosscoder is trained on these alone."""
     n, task, problem = len(rows), question.task, question.problem
-    train = take(problem.train, np.sort(rows))
+    train = problem.train.take(np.sort(rows))
     few = Problem(f"{problem.label} on {n} rows", train, problem.validation)
     settings = replace(config.map, batch_size=min(config.map.batch_size, n))
     directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
@@ -168,7 +164,7 @@ def _few_rows(
         (fitted,) = map_class(kind).fit([few], settings, **asked)
     except UserError:
         if n == len(problem.train):
-            raise  # not for want of rows
+            raise  # for another reason than too few rows
         return []
     return question.score(fitted.map, kind, n, (ALL, HIDDEN))
 
@@ -180,10 +176,10 @@ def _no_rows(
     config: Config,
     folder: Path,
 ) -> list[dict]:
-    """Answers without paired rows; last the hypernetwork that was trained on everything."""
-    describer, rows = Describer(), []
+    """Zero-shot answers; last the hypernetwork that was trained on everything."""
+    rows = []
     for q in questions:
-        profiles = from_profiles(q.problem, describer)  # the part that needs no training
+        profiles = from_profiles(q.problem)  # the part that needs no training
         rows += q.score(profiles, "token_profiles", 0, (ALL,), "layer")
         rows += q.score(profiles, "token_profiles", 0, (HIDDEN,), "features")
         direction = q.task.source, q.task.target
@@ -198,22 +194,22 @@ def _no_rows(
         (None, everything, None, ALL),
     ):
         directory = folder / f"{NETWORK}-without-{held_out or 'nothing'}"
-        asked = {"seed": config.seed, "describer": describer, "directory": directory}
+        asked = {"seed": config.seed, "directory": directory}
         network, _ = train_network(trained_on, config.map.hypernetwork, masks=masks, **asked)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
-            rows += q.score(network.write(q.problem, describer), NETWORK, n, (scored,), held_out)
+            rows += q.score(network.write(q.problem), NETWORK, n, (scored,), held_out)
     return rows
 
 
 def ridge_elsewhere(near: Sequence[Problem], asked: Problem, penalties: Sequence[float]) -> Ridge:
-    """Returns the ridge of other layer pairs together, each about its means, moved to this one."""
+    """Returns ridge fitted on the other layer pairs, each centred, moved to this pair's means."""
     splits = zip(*((p.regression.train, p.regression.validation) for p in near))
     train, validation = (
         Products(*(sum(getattr(p, name) for p in parts) for name in ("n", "aa", "ab", "bb")))
         for parts in splits
     )
-    path = RidgePath(train)
-    errors = path.errors(validation, penalties)
-    values = asked.regression.affine(path.solution(min(errors, key=errors.get)))
+    elsewhere = Regression(asked.regression.means, train, validation)
+    errors = elsewhere.errors(penalties)
+    values = elsewhere.affine(elsewhere.solution(min(errors, key=errors.get)))
     return Ridge(asked.train.target.dictionary, values)

@@ -1,4 +1,4 @@
-"""What maps are worth in paired rows: the section of the report, and its table on the terminal."""
+"""Efficiency in the report and on the terminal."""
 
 import dataclasses
 import itertools
@@ -27,15 +27,15 @@ TASKS = {"all": "a layer pair never trained on", "hidden": "features never train
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Rows of efficiency.jsonl of one direction that are scored on the same target features."""
+    """Rows of one direction that are scored on the same target features."""
 
     title: str
-    few: dict[str, list[dict]]  # kind of map -> its rows by ascending n
-    none: list[dict]  # the zero-shot rows, in the order of the file
+    few: dict[str, list[dict]]  # by kind of map, ascending n
+    none: list[dict]  # zero-shot
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of efficiency.jsonl."""
+    """Returns the section's html."""
     groups = curves(rows)
     caption = (
         "R² on held-out documents by the number of paired training rows. Level lines: maps that "
@@ -46,7 +46,7 @@ def section(rows: list[dict]) -> str:
 
 
 def curves(rows: list[dict]) -> list[Curves]:
-    """Groups rows of efficiency.jsonl by direction and by what is scored."""
+    """Groups rows of efficiency.jsonl by direction and scored features."""
     made = []
     for of_pair in by_pair(rows).values():
         for scored, task in TASKS.items():
@@ -61,7 +61,7 @@ def curves(rows: list[dict]) -> list[Curves]:
 
 
 def worth(r2: float, points: list[dict]) -> str:
-    """Returns how many paired rows a map needs for an R², read off its curve, log n in between."""
+    """Returns how many paired rows a map needs for an R², interpolated in log n."""
     if r2 <= points[0]["r2"]:
         return f"< {number(points[0]['n'])}"
     for low, high in itertools.pairwise(points):
@@ -73,7 +73,7 @@ def worth(r2: float, points: list[dict]) -> str:
 
 
 def r2_table(group: Curves) -> Table:
-    """Returns R² by paired rows, a row for each map; zero-shot maps with what they are worth."""
+    """Returns R² by paired rows, a row per map; zero-shot maps with the rows they are worth."""
     counts = sorted({row["n"] for rows in group.few.values() for row in rows})
     compared = [kind for kind, rows in group.few.items() if len(rows) > 1 and kind != "mean"]
     lines = []

@@ -7,7 +7,6 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, LossWeights, identity
 from crossdict_jax.errors import UserError
-from crossdict_jax.evaluation.codes import SideCodes
 from crossdict_jax.evaluation.scoring import make_bench, score
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.fit import Loader
@@ -40,8 +39,8 @@ def ablations(weights: LossWeights) -> dict[str, LossWeights]:
 def run(config: Config, work: Workdir) -> None:
     """Trains the mlp of aligned pairs once per ablation, writes ablation.jsonl, and prints it.
 
-    Beside them the mean and ridge. Everything but the weights is the run's; the thresholds of a
-    jumprelu head, which the sparsity loss alone trains, stay where they start without it.
+    Mean and ridge stand beside them. Only the weights differ from the run's settings. Without the
+    sparsity loss the thresholds of a jumprelu head stay at their start: nothing else trains them.
     """
     store = open_store(work.activations)
     kinds = replace(config, map=replace(config.map, kinds=(KIND,)))
@@ -50,10 +49,10 @@ def run(config: Config, work: Workdir) -> None:
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
     stage = Stage(work, "ablate_losses", files=(FILE,), inputs=inputs)
     if not stage.finished:
-        loader, codes = Loader(store, work, config.seed), SideCodes()
+        loader = Loader(config, store, work)
         problems = [loader.problem(task) for task in tasks]
-        splits = [{split: loader.pairs(task, split) for split in SPLITS} for task in tasks]
-        benches = [make_bench(of_task, config, codes) for of_task in splits]
+        splits = [{split: loader.rows(task, split) for split in SPLITS} for task in tasks]
+        benches = [make_bench(some, config.evaluation, seed=config.seed) for some in splits]
         directory, rows = work.maps / "ablation", {task: [] for task in tasks}
         fits = [("none", kind, config.map, directory) for kind in BASELINES]
         for name, weights in ablations(config.map.loss_weights).items():

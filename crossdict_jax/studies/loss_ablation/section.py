@@ -1,4 +1,4 @@
-"""The losses of the trained map, alone and left out, as tables for the page and the terminal."""
+"""The loss ablation as tables for the page and the terminal."""
 
 from crossdict_jax.report.blocks import html
 from crossdict_jax.report.tables import Cell, Table, number, score, table
@@ -20,7 +20,7 @@ SHOWN = {  # column of ablation.jsonl: its title
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of ablation.jsonl."""
+    """Returns the section's html."""
     return html([TEXT, *tables(rows)])
 
 

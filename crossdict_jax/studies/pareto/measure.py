@@ -1,4 +1,4 @@
-"""How much of the rows each architecture explains with how few features: L0 against FVU, swept."""
+"""L0 against FVU of every architecture, swept."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ SHARES = (0.25, 0.5, 1.0, 2.0)  # of sae.k: the curve of an architecture that fi
 def curves(
     config: Config, store: Store, work: Workdir, *, model: str, site: Site
 ) -> Iterator[tuple[dict[str, Any], Dictionary]]:
-    """Trains and yields every dictionary of every curve, with its row on the test rows.
+    """Trains and yields each dictionary of each curve, with its row on the test rows.
 
-    ``work`` gets a folder for every architecture; dictionaries that are there are kept.
+    ``work`` gets a folder per architecture; finished dictionaries are kept.
 
     Raises:
       UserError: k above the width, or a batch larger than the training rows.
@@ -65,9 +65,9 @@ def curves(
 
 
 def members(config: Config, *, model: str, site: Site) -> list[Member]:
-    """Returns the dictionaries of the curve of ``sae.architecture``, named by what differs.
+    """Returns the dictionaries of the curve of ``sae.architecture``.
 
-    That is k (``pareto.k``) or the coefficient of the penalty (``pareto.penalties``), and the seed.
+    Their names hold k (``pareto.k``) or the penalty (``pareto.penalties``), and the seed.
     """
     sae, pareto = unswept(config.sae), config.pareto
     rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)

@@ -19,7 +19,7 @@ TEXT = (
     "feature’s direction is known: recovery is the mean cosine to the decoder row most like it."
 )
 MARKS = "os^vDP"
-SMALLEST_L0 = 0.1  # what a logarithmic axis shows in place of 0
+SMALLEST_L0 = 0.1  # in place of 0 on a logarithmic axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Curves:
     """What was measured on the same rows."""
 
     title: str
-    planted: float | None  # active features a row that were planted, where any were
+    planted: float | None  # active features a row that were planted, if any
     n_rows: int
-    # Per architecture its settings by ascending L0: setting, k, and means over seeds of l0, fvu,
-    # dead_fraction and cosine, whose values of each seed are "cosines".
+    # By architecture, ascending L0: setting, k, "cosines" of the seeds, and means over seeds of
+    # l0, fvu, dead_fraction and cosine.
     points: dict[str, list[dict]]
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of pareto.jsonl."""
+    """Returns the section's html."""
     groups = curves(rows)
     caption = "FVU against L0 on held-out rows, means over seeds."
     return html([TEXT, Panels([figure(g) for g in groups], caption, "large"), *tables(groups)])
 
 
 def curves(rows: list[dict]) -> list[Curves]:
-    """Groups rows of pareto.jsonl by the data that they are of."""
+    """Groups rows of pareto.jsonl by their data."""
     groups: dict[tuple, dict[tuple, list[dict]]] = {}
     for row in rows:
         settings = groups.setdefault((row["data"], row["model"], row["site"]), {})
@@ -72,9 +72,9 @@ def fvu_at(l0: Sequence[float], fvu: Sequence[float], k: float) -> float | None:
 
 
 def tables(groups: list[Curves]) -> list[Table]:
-    """Returns FVU at equal L0 and every point, and of planted features how well they are found.
+    """Returns FVU at equal L0, every point, and recovery of planted features.
 
-    The last for the setting of each architecture whose L0 is nearest to what was planted.
+    Recovery is of the setting of each architecture whose L0 is nearest to the planted one.
     """
     made = []
     for group in groups:
@@ -82,7 +82,7 @@ def tables(groups: list[Curves]) -> list[Table]:
         recovered, equal, every = [], [], []
         for name, points in group.points.items():
             curve = [p["l0"] for p in points], [p["fvu"] for p in points]
-            at = {f"L0 = {k}": number(fvu_at(*curve, k)) for k in ks[1:-1] or ks}  # all pass these
+            at = {f"L0 = {k}": number(fvu_at(*curve, k)) for k in ks[1:-1] or ks}  # all reach these
             equal.append({"architecture": name} | at)
             lines = [
                 {"architecture": name, "setting": p["setting"]}

@@ -1,4 +1,4 @@
-"""Files of labelled texts, split into texts to learn from and texts to be told."""
+"""Files of labelled texts, split into training and test texts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from crossdict_jax.activations import pairing
 from crossdict_jax.activations.text import json_lines
 from crossdict_jax.errors import UserError
 
-TEST_FRACTION = 0.3  # of the texts: accuracies are of them
+TEST_FRACTION = 0.3  # of the texts
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     """Returns the texts of a file of JSON lines; a label is text, a whole number, true or false.
 
     Raises:
-      UserError: there is no such file, a line is not understood, or all labels are one.
+      UserError: the file is missing, a line is not understood, or there is only one label.
     """
     path = Path(source).expanduser()
     if not path.is_file():
@@ -56,7 +56,7 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
 
 @dataclass(frozen=True)
 class Split:
-    """Labels int [n] of all texts, and which of them to learn from and which to tell."""
+    """Labels int [n] of all texts, and which texts are for training and for test."""
 
     labels: np.ndarray
     train: np.ndarray
@@ -64,7 +64,7 @@ class Split:
     seed: int
 
     def examples(self, n: int, draw: int) -> np.ndarray:
-        """Returns n training texts, of every label about its share and one at least."""
+        """Returns n training texts, each label about at its share and at least once."""
         order = stats.generator(self.seed, draw).permutation(self.train)
         _, first = np.unique(self.labels[order], return_index=True)
         others = np.delete(np.arange(len(order)), first)
@@ -77,8 +77,8 @@ def split(
     """Returns a split of texts with these labels, drawn by the seed.
 
     Args:
-      examples: numbers of training texts that will be asked for.
-      left: how many texts of how many these are, and why, for errors.
+      examples: numbers of training texts that will be drawn.
+      left: for errors: how many texts remain of how many, and why.
     """
     order = stats.generator(seed).permutation(len(labels))
     held_out = round(TEST_FRACTION * len(labels))
@@ -102,9 +102,9 @@ def split(
 
 
 def pooled(f: np.ndarray, text: np.ndarray, pooling: str) -> np.ndarray:
-    """Returns one row for each text, [texts, width]: the "last", "max" or "mean" of its rows of f.
+    """Returns the "last", "max" or "mean" of each text's rows of f, [texts, width].
 
-    ``text`` is int [rows], ascending, every text once or more.
+    ``text`` is int [rows], ascending; every text has a row.
     """
     first = np.flatnonzero(np.diff(text, prepend=-1))
     ends = np.append(first[1:], len(f))
@@ -117,7 +117,7 @@ def pooled(f: np.ndarray, text: np.ndarray, pooling: str) -> np.ndarray:
 
 
 def token_counts(tokens: list[np.ndarray]) -> np.ndarray:
-    """Returns how often each token stands in each text, float32 [texts, tokens that occur]."""
+    """Returns token counts float32 [texts, tokens that occur]."""
     n = 1 + max(int(text.max()) for text in tokens)
     counts = np.stack([np.bincount(text, minlength=n) for text in tokens])
     return counts[:, counts.any(0)].astype(np.float32)

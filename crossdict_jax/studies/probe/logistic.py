@@ -10,12 +10,12 @@ import scipy.special
 from crossdict_jax import stats
 
 FOLDS = 4
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of rows of mean square norm 1: from hardly any to strong
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # for rows of mean square norm 1: from hardly any to strong
 
 
 @dataclass(frozen=True)
 class Probe:
-    """``argmax(x W + b)``: W [d, classes], b [classes], and the penalty that was chosen."""
+    """``argmax(x W + b)``: W [d, classes], b [classes], and the chosen penalty."""
 
     W: np.ndarray
     b: np.ndarray
@@ -35,8 +35,8 @@ def train(
 ) -> list[Probe]:
     """Returns a probe for each row of labels, int [variants, n], of rows x [n, d].
 
-    Least mean cross-entropy + penalty / 2 ||W||^2, where rows are scaled to a mean square norm of
-    1. The penalty is the one of least held-out cross-entropy over FOLDS folds of the examples.
+    Minimises mean cross-entropy + penalty / 2 ||W||^2 on rows scaled to a mean square norm of 1.
+    The penalty has the least held-out cross-entropy over FOLDS folds.
     """
     n, x = len(x), x.astype(np.float64)
     scale = 1 / max(np.sqrt(np.square(x).sum(1).mean()), 1e-30)
@@ -49,7 +49,7 @@ def train(
         held_out = dict.fromkeys(penalties, 0.0)
         for i in range(FOLDS):
             W, rest = nothing, fold != i
-            for penalty in sorted(penalties, reverse=True):  # each starts where the last one ended
+            for penalty in sorted(penalties, reverse=True):  # warm starts
                 W = _fit(z[rest], y[rest], penalty, W)
                 log_p = scipy.special.log_softmax(z[~rest] @ W, axis=1)
                 held_out[penalty] -= np.take_along_axis(log_p, y[~rest, None], axis=1).sum()
@@ -72,8 +72,7 @@ def _fit(z: np.ndarray, y: np.ndarray, penalty: float, start: np.ndarray) -> np.
         gradient = z.T @ error / len(z) + penalties * W
         return 0.5 * np.sum(penalties * W * W) - log_p[rows, y].mean(), gradient.ravel()
 
-    # Conjugate gradients: L-BFGS-B makes so many tiny LAPACK calls that their threads, on a shared
-    # machine, cost ten times the work.
+    # L-BFGS-B's many tiny LAPACK calls cost ten times the work in threads on a shared machine.
     solution = scipy.optimize.minimize(
         objective, start.ravel(), jac=True, method="CG", options={"gtol": 1e-5, "maxiter": 500}
     )

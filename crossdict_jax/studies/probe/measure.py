@@ -1,6 +1,4 @@
-"""The study of probes: what was learned of A's features from labels, used on B without any.
-
-A probe is trained on what a map predicts of B's features for n labelled texts, which B need not
+"""Probes: trained on what a map predicts of B's features for n labelled texts, which B need not
 have read, and used on B's own features of other texts.
 """
 
@@ -26,11 +24,11 @@ from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir
 
 FILE = "probe.jsonl"
-DRAWS = 5  # of the examples, averaged over
+DRAWS = 5  # of the examples, averaged
 
 
 def run(config: Config, work: Workdir) -> None:
-    """Writes probe.jsonl, how well labels are told from B's features, and prints it.
+    """Writes probe.jsonl, the accuracy of labels from B's features, and prints it.
 
     Raises:
       UserError: the texts are missing or too few; a file of the run is missing or damaged.
@@ -74,7 +72,7 @@ def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, str]:
         f"rebuilt, {len(reading.kept) - len(paired)} unpaired"
     )
     reading = reading.take(paired)
-    if run.config.probe.pooling == "last":  # other rows need not be encoded
+    if run.config.probe.pooling == "last":  # other rows need no encoding
         reading = reading.take_rows(np.flatnonzero(np.diff(reading.text, append=-1)))
     return reading, reasons
 
@@ -88,7 +86,7 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
 
 
 def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
-    """{probe: (what it is trained on, what it is used on), each [texts, d]}."""
+    """{probe: (training features, test features), each [texts, d]}."""
     size, pool = run.config.evaluation.batch_size, run.config.probe.pooling
     pairs = Pairs(*(side(*end) for end in group.ends), reading.text)
     own_a, own_b = (
@@ -104,9 +102,9 @@ def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict
 
 
 def probe_rows(features: dict, examples: Split, n: int, config: Config) -> list[dict]:
-    """Returns the rows of n labelled examples; features are (trained on, used on) by probe."""
+    """Returns the rows of n labelled examples; features are (training, test) by probe."""
     labels, test = examples.labels, examples.test
-    right = {name: np.zeros((2, len(test))) for name in features}  # by true and shuffled labels
+    right = {name: np.zeros((2, len(test))) for name in features}  # for true and shuffled labels
     right["majority"] = np.zeros((1, len(test)))
     for draw in range(DRAWS):
         rows = examples.examples(n, draw)

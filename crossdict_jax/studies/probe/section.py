@@ -6,7 +6,7 @@ from crossdict_jax.report.tables import Cell, Table, number, percent, share, tab
 from crossdict_jax.results import MAP_ORDER, by_pair, map_order, pair_words
 
 TITLE = "Probes"
-REFERENCES = {  # how the probes that no map carries are drawn
+REFERENCES = {  # of probes without a map
     "own": {"color": INK, "linestyle": "-"},
     "source": {"color": INK, "linestyle": ":"},
     "tokens": {"color": MUTED, "linestyle": "-"},
@@ -15,7 +15,7 @@ REFERENCES = {  # how the probes that no map carries are drawn
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of probe.jsonl."""
+    """Returns the section's html."""
     caption = "Accuracy on held-out texts by the number of labelled examples."
     text = (
         "A linear probe is trained to tell labels of a few texts from what a map predicts of the "
@@ -62,7 +62,7 @@ def figure(rows: list[dict]) -> Figure:
 
 
 def _by_probe(rows: list[dict]) -> dict[str, list[dict]]:
-    """{probe: its rows by ascending n}, those that a map carries first."""
+    """{probe: its rows by ascending n}, mapped ones first."""
     order = {name: i for i, name in enumerate(REFERENCES, start=len(MAP_ORDER) + 1)}
     by: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda r: (order.get(r["probe"], map_order(r["probe"])), r["n"])):

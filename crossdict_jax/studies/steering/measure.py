@@ -1,4 +1,4 @@
-"""The question that launch.steer asks: what does B write with a feature of A put into it?"""
+"""Steering: what does B write with a feature of A added to it?"""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -43,12 +43,11 @@ def run(config: Config, work: Workdir) -> None:
 
 
 def steer(config: Config, work: Workdir) -> str:
-    """Writes results/steering/NAME.jsonl and returns NAME, which speaks of what was asked.
+    """Writes results/steering/NAME.jsonl and returns NAME, made of the settings.
 
-    B (``steer.target``) continues prompts; the mapped direction of a feature of A is added to its
-    activations from the last token of the prompt on. Beside it, with the same random numbers and
-    the same norm: no edit, a random direction (another one for every text), and the feature of B
-    that correlates best with A's on training rows (its match).
+    B (``steer.target``) continues prompts; a mapped feature direction of A is added to its
+    activations from the prompt's last token on. Controls with the same random numbers and norm: no
+    edit, a random direction per text, and the feature of B that correlates best on training rows.
 
     Raises:
       UserError: what was asked for does not exist, is dead, or does not fit; transcoders.
@@ -94,7 +93,7 @@ def steer(config: Config, work: Workdir) -> str:
 
 
 def chosen_maps(config: Config, store: Store) -> MapGroup:
-    """Returns the layer pair that is asked for, with the map alone; for the match without one."""
+    """Returns the chosen layer pair with the chosen map, or with none for the match."""
     settings, names = config.steer, ", ".join(store.models)
     source = settings.source or store.models[0]
     target = settings.target or next(m for m in store.models if m != source)
@@ -123,7 +122,7 @@ def chosen_maps(config: Config, store: Store) -> MapGroup:
 
 
 def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns {edit: what a dose of 1 adds, [d_b] or to each text [n, d_b]}, and the first row."""
+    """Returns {edit: what dose 1 adds, [d_b] or per text [n, d_b]}, and the first row."""
     run, group, words = source.run, source.group, source.words
     settings, seed, b = run.config.steer, run.config.seed, group.ends[1]
     vectors, match, r = run.map_features(group, np.array([feature.id]))
@@ -169,7 +168,7 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
 def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarray]) -> Starts:
     """Returns ``samples`` texts of every prompt under the first vector, then the second, and so on.
 
-    A vector is what all texts share [d_model], or another for each [texts, d_model].
+    A vector is [d_model] for all texts, or [texts, d_model].
     """
     prompt = np.repeat(np.arange(len(prompts), dtype=np.int32), samples)
     n, times = len(prompt), len(vectors)
@@ -187,9 +186,9 @@ def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarra
 def score_texts(
     source: Source, feature: Feature, starts: Starts, tokens: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Returns what was written, int32 [n, count], and what is counted in it, a dict for each text.
+    """Returns each text of tokens int32 [n, count] with its counts.
 
-    What stands behind a token that ends a text is not counted.
+    Nothing behind a token that ends a text is counted.
     """
     run, target, words = source.run, source.group.target, source.words
     runner, searched = run.runner(target), run.config.steer.search.encode()
@@ -227,7 +226,7 @@ def score_texts(
 
 
 def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict[str, Any]:
-    """Returns what holds over the texts of an edit, and its paired differences to other texts."""
+    """Returns an edit's means over texts, and paired differences to the other edits."""
     others = {"more": ("none", 0.0), "over_random": ("random", alpha)}
     texts = by[name, alpha]
 

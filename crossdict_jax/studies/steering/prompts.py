@@ -11,15 +11,15 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 
 MOST_TOKENS = 48  # new ones of a text, where the settings leave it to the context
-DOCUMENTS = 4  # held-out ones whose beginnings are prompts, where none are given
+DOCUMENTS = 4  # held-out ones that begin prompts, where none are given
 PROMPT_TOKENS = 12  # of each such beginning: the start of a sentence
 
 
 def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np.ndarray]:
-    """Returns the prompts as tokens int32 [length] each, with a BOS where the model wants one.
+    """Returns the prompts as tokens int32 [length], with a BOS where the model wants one.
 
     Raises:
-      UserError: a prompt is blank or cannot be spelled, or the file of prompts cannot be read.
+      UserError: a prompt is blank or cannot be tokenized, or the file of prompts cannot be read.
     """
     front = [] if store.has_bos(model) is None else [store.has_bos(model)]
     text = config.steer.prompts

@@ -1,4 +1,4 @@
-"""Steered text: what was written with a feature put in, beside what was written without."""
+"""Steered text in the report, beside text without the feature."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import site_words
 
 TITLE = "Steered text"
-PROMPTS, SAMPLES = 4, 2  # shown of each question; all of them are in its file
+PROMPTS, SAMPLES = 4, 2  # shown of each question
 WORDS = {"none": "no edit", "mapped": "mapped direction", "random": "random direction"}
 NORMS = {
     "residual": "the median norm of the target’s activations",
@@ -31,7 +31,7 @@ RATES = {  # column of the file: (its meaning, unit, title on the page, and fact
 
 @dataclass(frozen=True)
 class Answer:
-    """What one file of results/steering says: the feature, the edits, and the texts."""
+    """One file of results/steering: the feature, the edits, and the texts."""
 
     feature: dict
     conditions: list[dict]
@@ -50,7 +50,7 @@ class Answer:
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the page's section, from the rows of all files of results/steering."""
+    """Returns the section's html from the rows of all files of results/steering."""
     blocks: list[Block] = [
         "What does one model write with a feature of another put in? Single texts fool the eye: "
         "every edit stands beside none, a random direction of equal norm and the target’s own best "
@@ -65,7 +65,7 @@ def section(rows: list[dict]) -> str:
 
 
 def answers(rows: list[dict]) -> Iterator[Answer]:
-    """Yields what each file says; a file begins with the row of its feature."""
+    """Yields the content of each file; a file begins with its feature's row."""
     starts = [i for i, row in enumerate(rows) if row["row"] == "feature"]
     for start, end in zip(starts, [*starts[1:], len(rows)]):
         conditions, texts = (
@@ -75,7 +75,7 @@ def answers(rows: list[dict]) -> Iterator[Answer]:
 
 
 def facts(answer: Answer) -> list[tuple[str, str]]:
-    """Returns what was put in, in words."""
+    """Returns what was added, in words."""
     f, settings = answer.feature, answer.feature["settings"]
     way = "the target’s own match" if settings["map"] == "match" else f"through {settings['map']}"
     sampling = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
@@ -99,7 +99,7 @@ def _quoted(tokens: list[str]) -> str:
 
 
 def sentence(answer: Answer) -> str:
-    """Returns what the largest dose does to the promoted tokens, whatever it is."""
+    """Returns what the largest dose does to the promoted tokens."""
     dose = answer.doses[-1]
     row = next(r for r in answer.conditions if (r["condition"], r["alpha"]) == ("mapped", dose))
     low, high = (row[f"token_rate_over_random_{end}"] for end in ("low", "high"))
@@ -120,7 +120,7 @@ def sentence(answer: Answer) -> str:
 
 
 def tables(answer: Answer) -> list[Table]:
-    """Returns what the search found, if one was asked for, and all rates under every edit."""
+    """Returns what the search found, if there was one, and all rates under every edit."""
     candidates = [
         {
             "feature": str(row["feature"]),

@@ -16,13 +16,13 @@ from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 
-CANDIDATES = 8  # features that a search lists
-LEAST_FIRINGS = 4  # rows, for a feature to be judged at all
+CANDIDATES = 8  # listed by a search
+LEAST_FIRINGS = 4  # rows, for a feature to be judged
 
 
 @dataclass(frozen=True)
 class Source:
-    """A at a site, and how its features are looked at: on rows of the store, in words."""
+    """A at a site, with the rows and text on which its features are looked at."""
 
     run: FinishedRun
     group: MapGroup
@@ -34,29 +34,29 @@ class Source:
 
     @property
     def dose(self) -> float:
-        """The middle dose, at which what a feature promotes is measured."""
+        """The middle dose, at which promotion is measured."""
         doses = sorted(map(abs, self.run.config.steer.alphas))
         return doses[len(doses) // 2]
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature of A that is put into B."""
+    """A feature of A that is added to B."""
 
     id: int
-    strength: np.ndarray  # float32 [n], its activations on the training rows
-    direction: np.ndarray  # float32 [d_a], what a unit of it adds to A
+    strength: np.ndarray  # float32 [n], activations on training rows
+    direction: np.ndarray  # float32 [d_a], per unit of activation
     median_norm: float  # of A's activations where it was measured
     promoted: dict[int, float]  # {token of A: change of its log p, nats}
     mapped: dict[int, float]  # the same in B's tokens
-    candidates: list[dict]  # all that the search found, this one first; empty without a search
+    candidates: list[dict]  # found by the search, this one first; empty without a search
 
 
 def choose(source: Source) -> Feature:
-    """Returns the feature that was named, or the first of those that a search finds.
+    """Returns the named feature, or the first that a search finds.
 
-    It is added to A at the middle dose where it fires in held-out text: the tokens that become
-    likelier are what it promotes. UserError if it does not exist, or fires nowhere.
+    The tokens that it promotes become likelier when it is added to A, at the middle dose, where it
+    fires in held-out text. UserError if it does not exist, or fires nowhere.
     """
     run, group, a = source.run, source.group, source.group.ends[0]
     config, settings, dictionary = run.config, run.config.steer, run.dictionary(*a)
@@ -95,10 +95,10 @@ def choose(source: Source) -> Feature:
 
 
 def search(source: Source, text: str) -> list[dict]:
-    """Returns the features that fire most around a text in training text, by what they promote.
+    """Returns the features that fire most around a text in training text.
 
-    First comes who makes the text's first token likelier than the others do, at one norm, the
-    middle dose, and the same held-out positions. UserError if none fires there more than anywhere.
+    First those that raise the text's first token most, at the middle dose, one norm and the same
+    held-out positions. UserError if none fires more there than elsewhere.
     """
     run, a, count = source.run, source.group.ends[0], source.run.config.intervention.contexts
     train, test = run.rows("train"), run.rows("test")
@@ -127,15 +127,15 @@ def search(source: Source, text: str) -> list[dict]:
 def around(
     text: str, contexts: Contexts, rows: np.ndarray, codes: Iterable[np.ndarray]
 ) -> tuple[np.ndarray, float, int]:
-    """Returns which features fire around a text: (share, base, token).
+    """Returns (share, base, token): which features fire around a text.
 
-    share [width]: of each feature's activation over all rows, how much is at those with the text
-    around them, 0 of one that fires at less than LEAST_FIRINGS; base: their share of the rows;
-    token: the commonest one in which the text begins. UserError if it stands around no row.
+    share [width]: the share of each feature's summed activation at rows around the text, 0 with
+    fewer than LEAST_FIRINGS; base: the share of rows around the text; token: the commonest one in
+    which the text begins. UserError if the text is around no row.
 
     Args:
       rows: int [n], row numbers of the store.
-      codes: the features [m, width] of these rows, in blocks.
+      codes: features [m, width] of these rows, in blocks.
     """
     wanted = text.encode()
     holds = np.array([wanted in contexts.text(row) for row in rows])
@@ -144,7 +144,7 @@ def around(
             f"steer.search={text!r} stands nowhere in the {len(rows)} training positions read; "
             "search for other text."
         )
-    start, sums = 0, 0.0  # over rows: of activations around the text, of all, and of firings
+    start, sums = 0, 0.0  # sums over rows: activations around the text, all activations, firings
     for f in codes:
         mask = holds[start : start + len(f), None]
         sums += np.stack([(f * mask).sum(0), f.sum(0), (f > 0).sum(0)], dtype=np.float64)
