@@ -17,7 +17,7 @@ from crossdict_jax.config.expectations import Expectation
 
 def get_config() -> Config:
     config = lan2024_published.get_config()
-    sae = dataclasses.replace(config.sae, source_codes="own")
+    sae = dataclasses.replace(config.sae, source_codes="own", source_names="check")
     return dataclasses.replace(config, site="resid_post", sae=sae)
 
 

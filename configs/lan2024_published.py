@@ -33,6 +33,7 @@ def get_config() -> Config:
                 "hub:EleutherAI/sae-pythia-160m-32k/layers.{layer}",
             ),
             source_codes="relu",
+            source_names="ignore",  # they say that they are of the output of the block
         ),
         map=MapConfig(kinds=("mean", "token", "ridge")),
         evaluation=EvaluationConfig(matching="mutual_best"),

@@ -1,6 +1,6 @@
 """NNX modules at jit boundaries: a static graph and a plain nested dict of arrays."""
 
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -8,6 +8,29 @@ import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
+
+
+def plain(function):
+    """``function`` in float32 and with JAX's usual promotion, whatever switches its caller has set.
+
+    The numbers of models, dictionaries and maps are float32 by definition.
+    """
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+class Plain(nnx.Module):
+    """A module whose methods that compute are ``plain``, in subclasses too."""
+
+    def __init_subclass__(cls, **settings):
+        super().__init_subclass__(**settings)
+        for name in {"__call__", "activation", "decode", "encode", "extend"} & vars(cls).keys():
+            setattr(cls, name, plain(vars(cls)[name]))
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

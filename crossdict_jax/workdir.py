@@ -262,14 +262,61 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(_strict(r), allow_nan=False) + "\n" for r in rows))
 
 
+def parse_json(text: str) -> Any:
+    """Returns the value that JSON spells; ValueError for all that Python's reader cannot take.
+
+    Integers of thousands of digits are read as floats, which no setting and no text is.
+    """
+    try:
+        return json.loads(
+            text, parse_int=lambda digits: (int if len(digits) < 4000 else float)(digits)
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def read_json(path: Path) -> Any:
     """Returns the value in a JSON file; UserError if it is missing or damaged."""
-    return _read(path, json.loads)
+    return _read(path, parse_json)
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Returns the rows of a JSON-lines file; UserError if it is missing or damaged."""
-    return _read(path, lambda text: [json.loads(line) for line in text.splitlines() if line])
+    return _read(path, lambda text: [parse_json(line) for line in text.splitlines() if line])
+
+
+def read_object(file: Path) -> dict:
+    """Returns the JSON object in a file of other people; UserError if it is none."""
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged, not valid JSON ({error}); copy it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds no JSON object; copy it again.")
+    return value
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (name, numpy array) of a safetensors file; UserError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                try:
+                    yield name, tensors.get_tensor(name)
+                except (AttributeError, KeyError, TypeError):  # a type that numpy has not
+                    dtype = tensors.get_slice(name).get_dtype()
+                    raise UserError(
+                        f"{file}: weight {name!r} is {dtype}, which cannot be read; save the "
+                        "weights as float32, float16 or bfloat16."
+                    ) from None
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again.") from error
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

@@ -101,7 +101,7 @@ def execute(
     """
     try:
         if HELP & {arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")}:
-            print(sys.modules["__main__"].__doc__, *usage(kind, default), sep="\n")
+            print(sys.modules["__main__"].__doc__ or "", *usage(kind, default), sep="\n")
             return 0
         config, workdir, expected = parse(argv, kind=kind, default=default)
         settings.validate(config)
@@ -172,12 +172,22 @@ def _machine_words(error: BaseException | None) -> str:
 
 
 def _set_up_jax() -> None:
-    """Keeps compiled programs for the next run, and float32 exact where TF32 is the default.
+    """Keeps compiled programs for the next run, and numbers float32 and exact whatever is set.
 
     Speed is a choice of the ``matmul_dtype`` settings alone.
     """
     import jax
 
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        told = (str(error).splitlines() or ["it is not installed"])[0]
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={jax.config.jax_platforms} ({told}); unset it, "
+            "or set cpu."
+        ) from error
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
     if not jax.config.jax_compilation_cache_dir and Path(base).is_absolute():
@@ -292,7 +302,7 @@ def usage(kind: type, default: str) -> Iterator[str]:
         yield f"  {f'--{flag}':<11} {text.format(default)}"
     groups = [("--config.", kind())]
     for prefix, group in groups:
-        yield f"\n{type(group).__doc__}"
+        yield f"\n{type(group).__doc__ or type(group).__name__}"  # python -OO has no docstrings
         for field in fields(group):
             value = getattr(group, field.name)
             if is_dataclass(value):

@@ -286,7 +286,9 @@ def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
     config, work = run
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
     asked = dataclasses.replace(config.contrast, source=(write(tmp_path / "long.jsonl", long),))
-    with pytest.raises(UserError, match=r"no set of which every model can read 4 pairs"):
+    with pytest.raises(
+        UserError, match=r"no set of which every model can read 4 distinct pairs .0 of 4"
+    ):
         study.run(dataclasses.replace(config, contrast=asked), work)
     assert "long is left out: of 4 pairs every model can read 0 (4 l" in capsys.readouterr().out
     moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))

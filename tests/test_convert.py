@@ -26,7 +26,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_json
 
 ROOT = Path(__file__).parents[1]
-NAMED = {"hook_name": "blocks.1.hook_resid_pre", "model_name": "toy"}
+NAMED = {"hook_name": "blocks.1.hook_resid_pre", "model_name": "a"}
 
 
 def same_features(a, b):

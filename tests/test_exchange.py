@@ -312,7 +312,6 @@ def refused(path, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": None}, "lacks the required key 'architecture'"),
         ({"architecture": "sigmoid"}, "architecture='sigmoid' is unknown; it may be standard"),
         ({"architecture": "topk"}, "lacks the required key 'k'"),
         ({"architecture": "topk", "k": 0}, "k=0 must be a whole number, 1 to 20"),

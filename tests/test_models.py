@@ -345,7 +345,7 @@ def test_weights_that_do_not_fit(change, message, tmp_path):
     [
         ("config.json", None, "has no config.json"),
         ("config.json", b"{", "not valid JSON"),
-        ("config.json", b"[]", "must hold a JSON object"),
+        ("config.json", b"[]", "holds no JSON object"),
         ("model.safetensors", None, r"no model\.safetensors; .* save the model again"),
         ("model.safetensors", CUT_SHORT, "is damaged"),
         ("model.safetensors.index.json", SHARDED, "lacks the shard 'model-00001-of-00002"),

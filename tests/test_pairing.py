@@ -57,43 +57,32 @@ def train_byte_level(vocab_size, *, normalizer=None, special=("<|endoftext|>",))
     return tokenizer
 
 
-def llama_style():
-    """A tiny tokenizer built as Llama's: an invented "▁" in front, bytes for unknown characters."""
-    alphabet = sorted(set(ENGLISH.replace(" ", "▁")))
+def llama_style(*, metaspace=False):
+    """A tiny tokenizer built as Llama's: an invented "▁" in front, bytes for unknown characters.
+
+    By a normalizer as Llama 2's, or by the Metaspace of SentencePiece.
+    """
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "a"), ("▁", "▁"), ("i", "s")]
-    for token in alphabet + [a + b for a, b in merges]:
+    for token in sorted(set(ENGLISH.replace(" ", "▁"))) + [a + b for a, b in merges]:
         vocab[token] = len(vocab)
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        steps = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")]
+    else:
+        parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(parts)
+        steps.insert(0, decoders.Replace("▁", " "))
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return tokenizer
 
 
-def metaspace():
-    """A Unigram-free SentencePiece look-alike: words of ENGLISH behind "▁", prefix always."""
-    tokenizer = llama_style()
-    tokenizer.normalizer = None
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")]
-    )
-    return tokenizer
-
-
+metaspace = functools.partial(llama_style, metaspace=True)
 # A vocabulary of single characters that silently drops the others.
 CHARACTERS = tokenizers.Tokenizer(
     models.BPE({character: i for i, character in enumerate(sorted(set(ENGLISH)))}, [])

@@ -16,15 +16,8 @@ from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
 
 call = run.run_model
-SHAPE = {
-    "model_type": "gpt2",
-    "vocab_size": 40,
-    "n_embd": 8,
-    "n_layer": 3,
-    "n_head": 2,
-    "n_positions": 16,
-    "initializer_range": 0.3,
-}
+SHAPE = {"model_type": "gpt2", "vocab_size": 40, "n_embd": 8, "n_layer": 3, "n_head": 2}
+SHAPE |= {"n_positions": 16, "initializer_range": 0.3}
 LENGTHS = (12, 3, 9, 1, 12)
 
 

@@ -64,6 +64,7 @@ def extract(config: Config, work: Workdir) -> Store:
         dropped = {
             "first_position": plan.statistics.first_positions,
             **left_out,
+            "after_control_tokens": int(np.sum(~plan.rows.keep)),
             "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
             "characters_too_long": plan.too_long,
         }
@@ -71,6 +72,7 @@ def extract(config: Config, work: Workdir) -> Store:
             "windows": len(plan.table),
             "rows": rows.kept(),
             "bos": dict(zip(names, plan.bos)),
+            "control_tokens": dict(zip(names, plan.control_tokens)),
             "norm_mask": config.extract.norm_mask,
             "dropped": dropped,
             "text": plan.provenance,
@@ -257,7 +259,7 @@ def masked(
         high = {name: norm > highest[name] for name, norm in block.items()}
         outlier = np.any(list(high.values()), axis=0)
         bad = np.any(np.isnan(list(block.values())), axis=0)
-        keep.append(~(outlier | bad))
+        keep.append(rows.keep[at : at + BLOCK] & ~(outlier | bad))
         counts.update({name: int(values.sum()) for name, values in high.items()})
         counts.update(outliers=int(outlier.sum()), nonfinite=int((bad & ~outlier).sum()))
     return keep.array(), {

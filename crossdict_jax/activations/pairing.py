@@ -47,6 +47,7 @@ class _Reader(NamedTuple):
     pieces: tuple[bytes, ...]  # by token id
     sizes: np.ndarray  # int32 [vocabulary], length of each piece
     added: dict[int, str]  # special and added tokens
+    special: tuple[int, ...]  # those of them that are control tokens, as <|endoftext|>
     invents_prefix: bool  # whether a space is put before the text, or after an added token
 
 
@@ -60,6 +61,11 @@ def token_bytes(tokenizer) -> tuple[bytes, ...]:
       UserError: `tokenizer` has no `tokenizers` backend.
     """
     return _reader(tokenizer).pieces
+
+
+def control_ids(tokenizer) -> tuple[int, ...]:
+    """Returns the ids of the control tokens, each of which stands for its spelling in a text."""
+    return _reader(tokenizer).special
 
 
 def _reader(tokenizer) -> _Reader:
@@ -99,7 +105,8 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
     ]
     prefix = any(value not in (False, "never") for value in said)
     sizes = np.array([len(piece) for piece in pieces], np.int32)
-    return _Reader(copy, tuple(pieces), sizes, added, prefix)
+    special = tuple(token["id"] for token in spec["added_tokens"] if token["special"])
+    return _Reader(copy, tuple(pieces), sizes, added, special, prefix)
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:

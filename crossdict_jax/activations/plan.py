@@ -46,6 +46,7 @@ class Plan(Reading):
     statistics: pairing.PairingStatistics  # of all windows together
     not_rebuilt: tuple[int, ...]  # per model, windows whose tokens' bytes are not the text
     too_long: int  # single characters of more tokens than a model reads
+    control_tokens: tuple[int, ...]  # per model, how many the texts spell
 
 
 def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> Plan:
@@ -71,6 +72,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
     for column in offsets:
         column.append([0])
     statistics, not_rebuilt, too_long = None, np.zeros(len(lms), int), 0
+    control, spelled = [pairing.control_ids(t) for t in tokenizers], np.zeros(len(lms), int)
     for first in range(0, len(corpus), BLOCK_DOCUMENTS):
         last = min(first + BLOCK_DOCUMENTS, len(corpus))
         documents = [corpus[i] for i in range(first, last)]
@@ -82,6 +84,14 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
                 shard_starts.append(len(columns["keep"]))
             ends = [tokens.ends for tokens in window.tokens]
             byte_end, position, counts = pairing.pair_many(ends)
+            is_control = [np.isin(t.ids, ids) for t, ids in zip(window.tokens, control)]
+            spelled += [of_model.sum() for of_model in is_control]
+            # One model reads a control token where another may read its characters as text.
+            reached = min(
+                [e[found].min() for e, found in zip(ends, is_control) if found.any()],
+                default=np.inf,
+            )
+            keep = (byte_end < reached) | (config.extract.control_tokens == "keep")
             n, split = len(byte_end), SPLITS.index(documents[window.document].split)
             entries = Rows(
                 document=np.full(n, document),
@@ -90,7 +100,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
                 position=position,
                 token=np.stack([t.ids[p] for t, p in zip(window.tokens, position.T)], axis=-1),
                 split=np.full(n, split),
-                keep=np.ones(n, bool),
+                keep=keep,
             )
             for name, column in columns.items():
                 column.append(getattr(entries, name))
@@ -123,6 +133,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
         statistics=statistics,
         not_rebuilt=tuple(not_rebuilt.tolist()),
         too_long=too_long,
+        control_tokens=tuple(spelled.tolist()),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from crossdict_jax.activations.docstrings import module_texts, package_versions
 from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import parse_json
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -95,10 +96,17 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
         raise UserError(f"text.source={text.source} holds no text: every document is blank.")
     empty = [split for split, count in corpus.counts().items() if not count]
     if empty:
+        mend = f"raise text.documents={text.documents} or the split's fraction."
+        if len(corpus) < text.documents:
+            mend = f"it holds no more ({counts['blank']} were blank); give more text."
+        if counts["duplicates"] > len(corpus):
+            mend = (
+                f"{counts['duplicates']} others are equal to one of these within text.max_bytes="
+                f"{text.max_bytes}; raise that, or give text that differs."
+            )
         raise UserError(
             f"text.source={text.source} gave {len(corpus)} documents, none of them in the split "
-            f"{' or '.join(empty)}: raise text.documents={text.documents}, the split's fraction, "
-            "or give more text."
+            f"{' or '.join(empty)}: {mend}"
         )
     digest, bytes_of = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
     for document in corpus:
@@ -215,11 +223,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(_decode(line, where=where))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where} is not JSON: {error.msg} at column {error.colno}."
-                ) from error
+                row = parse_json(_decode(line, where=where))
+            except ValueError as error:
+                raise UserError(f"{where} is not JSON: {error}.") from error
             if not isinstance(row, dict):
                 kind = type(row).__name__
                 raise UserError(f"{where} is a JSON {kind}; each line must be an object.")

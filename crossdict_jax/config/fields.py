@@ -13,6 +13,7 @@ from crossdict_jax.config.rules import (
     FILLED,
     NOT_0,
     ROWS_OR_0,
+    SEARCH,
     SEED,
     SHARE,
     SHARE_OR_0,
@@ -80,6 +81,7 @@ class ExtractConfig:
 
     batch_size: int = setting(32, "Windows of text per forward pass", at_least(1))
     norm_mask: float = setting(10.0, "Drop rows longer than this multiple of the median", ABOVE_0)
+    control_tokens: str = choice("Rows after a control token that a text spells", "keep", "skip")
     nonfinite: str = choice("What to do with rows of NaN or infinity", "refuse", "skip")
     matmul_dtype: str = choice(MATMUL, *DTYPES)
 
@@ -93,6 +95,7 @@ class SAEConfig:
     sources: Names = setting(
         (), f"Dictionary of each model: train, a folder or {HUB}", FILLED, empty=True, repeat=True
     )
+    source_names: str = choice("Sources that name another model or site", "check", "ignore")
     source_codes: str = choice("Features of sources; relu: without TopK", "own", "relu")
     width: Count = setting(4096, "Features per dictionary, or several", at_least(1))
     k: Count = setting(32, "Active features per row of topk kinds, or several", at_least(1))
@@ -252,7 +255,7 @@ class SteerConfig:
     target: str = setting("", "Name of the model that writes; blank: the first other one")
     layer_pair: str = setting("", "Layers of source and target, as in 6:6; blank: the middle pair")
     feature: int = setting(-1, "Number of the source feature; -1: by search", at_least(-1))
-    search: str = setting("", "Text around which to look for features that fire")
+    search: str = setting("", "Text around which to look for features that fire", SEARCH)
     map: str = setting("ridge", "What gives the direction", one_of("match", *map_kinds()))
     alphas: Numbers = setting((0.2, 0.4), "Doses; below 0: against the feature", NOT_0)
     norm: str = choice(NORM, "residual", "feature", "mapped")

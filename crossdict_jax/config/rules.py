@@ -45,6 +45,7 @@ SHARE_OR_0_OR_1 = Rule("0 to 1", lambda value: 0 <= value <= 1)
 SHARE_OR_1 = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
 NOT_0 = Rule("other than 0", lambda value: value != 0)
 SEED = Rule("0 to 4294967295", lambda value: 0 <= value < 2**32)
+SEARCH = Rule("nothing, or text to find", lambda value: not value or bool(value.strip()))
 FILLED = Rule("something, not blank", lambda value: bool(value.strip()))
 SITE_OR_NONE = Rule(
     f"nothing, or [MODEL:]KIND[.LAYER] with a kind of {', '.join(SITES)}",

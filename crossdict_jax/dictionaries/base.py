@@ -19,7 +19,7 @@ from crossdict_jax.training import checkpoint
 THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower one lags behind
 
 
-class Dictionary(nnx.Module):
+class Dictionary(modules.Plain):
     """f = act((x s) W_enc + b_enc - (b_dec W_enc)),  x_hat = (f W_dec + b_dec) / s.
 
     ``s`` brings rows to mean norm sqrt(d_model) in training; callers always use raw activation
@@ -221,6 +221,7 @@ def check_settings(sae: SAEConfig) -> None:
             )
 
 
+@modules.plain
 def build(
     architecture: str, *, d_model: int, width: int, k: int, key: jax.Array, d_out: int | None = None
 ) -> Dictionary:
@@ -243,6 +244,7 @@ def architecture_of(dictionary: Dictionary) -> str:
     return name
 
 
+@modules.plain
 def from_arrays(
     kind: type[Dictionary], arrays: dict[str, np.ndarray], *, k: int = 0, transcodes: bool = False
 ) -> Dictionary:
@@ -260,6 +262,7 @@ def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> Non
     checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | dictionary.meta)
 
 
+@modules.plain
 def load(path: str | Path) -> Dictionary:
     """Returns the dictionary in a checkpoint directory, on the first device.
 

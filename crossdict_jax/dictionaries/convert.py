@@ -5,13 +5,11 @@ from pathlib import Path
 
 from crossdict_jax.config import ConvertConfig
 from crossdict_jax.dictionaries import base, formats
+from crossdict_jax.dictionaries.folders import hook_name
 from crossdict_jax.dictionaries.formats import hub, saelens
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, model_names, read_json
-
-HOOK = "blocks.{0.layer}.hook_{0.kind}"  # a site in TransformerLens terms
 
 
 def convert(config: ConvertConfig, work: Workdir) -> list[str]:
@@ -41,16 +39,18 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
             inner = folder.relative_to(root / "dictionaries")
             output = checkpoint.load_meta(folder).get("writes")  # (model, site): a transcoder
             names = {
-                "hook_name": config.hook_name or HOOK.format(Site.parse(inner.parts[1])),
+                "hook_name": config.hook_name or hook_name(inner.parts[1]),
                 "model_name": config.model_name or paths[inner.parts[0]],
-                "hook_name_out": HOOK.format(Site.parse(output[1])) if output else "",
+                "hook_name_out": hook_name(output[1]) if output else "",
             }
             items.append((str(folder), str(inner), names))
         if not items:
             raise UserError(f"{root} has no finished dictionary; run train_saes first.")
     else:
         inner = hub.parse(config.source)[1] if hub.recognises(config.source) else root
-        names = {"hook_name": config.hook_name, "model_name": config.model_name}
+        asked = {"hook_name": config.hook_name, "model_name": config.model_name}
+        names = dict.fromkeys(asked, "") | formats.names(config.source)
+        names |= {key: value for key, value in asked.items() if value}
         items.append((config.source, Path(inner).name or "dictionary", names))
     for source, name, names in items:
         dictionary, folder = formats.load(source), work.dictionaries / name

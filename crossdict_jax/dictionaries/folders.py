@@ -1,28 +1,37 @@
 """Reads files in dictionary folders of other tools; errors name the file."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.models import KINDS, Site
+from crossdict_jax.workdir import read_tensors
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Returns the JSON object in a folder's cfg.json."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.") from None
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); copy it again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds no JSON object; copy it again.")
-    return config
+def hook_name(site: str) -> str:
+    """Returns a site (``resid_pre.6``) in TransformerLens terms; "" for none."""
+    kind, _, layer = site.rpartition(".")
+    return f"blocks.{layer}.hook_{kind}" if kind else ""
+
+
+def site_of(hook: str) -> Site | None:
+    """Returns the site that a hook of TransformerLens or a module of transformers is.
+
+    The output of block N is ``resid_pre.N+1`` as well as ``resid_post.N``: here the former. None
+    where it is none of our sites.
+    """
+    lens = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})", hook)
+    theirs = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?(?:\.output)?", hook)
+    if not lens and not theirs:
+        return None
+    layer, kind = lens.groups() if lens else (theirs[1], "mlp_out" if theirs[2] else "resid_post")
+    return Site(int(layer) + 1) if kind == "resid_post" else Site(int(layer), kind)
 
 
 def require(config: dict[str, Any], key: str, file: Path) -> Any:
@@ -44,16 +53,7 @@ def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | 
 
 def read_safetensors(file: Path, shapes: Shapes) -> Arrays:
     """Returns the tensors of a safetensors file as float32; see ``check_arrays``."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            arrays = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
-    except (SafetensorError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); copy it again.") from error
-    return check_arrays(arrays, shapes, file)
+    return check_arrays(dict(read_tensors(file)), shapes, file)
 
 
 def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:

@@ -15,6 +15,7 @@ from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
 from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.modules import plain
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
@@ -71,6 +72,7 @@ class Score:
         return row
 
 
+@plain
 def transfer_metrics(
     predicted,
     target,

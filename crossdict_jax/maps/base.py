@@ -194,7 +194,7 @@ def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
                 )
 
 
-class Map(nnx.Module):
+class Map(modules.Plain):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
     A kind is a file of ``maps/kinds``: a subclass with that ``kind``, and ``solve`` or its own
@@ -388,6 +388,7 @@ def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None 
     save_module(Path(path), params, meta)
 
 
+@modules.plain
 def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
     """Returns the map in a checkpoint folder, with B's dictionary.
 

@@ -12,14 +12,19 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.folders import load_tokenizer
+from crossdict_jax.modules import Plain, plain
 
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
-ACTIVATIONS = {
+ACTIVATIONS = {  # by the names of transformers, several of which are one function
     "relu": jax.nn.relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
+    **dict.fromkeys(("gelu", "gelu_python"), partial(jax.nn.gelu, approximate=False)),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"),
+        partial(jax.nn.gelu, approximate=True),
+    ),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -187,7 +192,7 @@ class Block(nnx.Module):
         return tap(Site(self.layer, "resid_post"), middle + mlp_out), kept
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(Plain):
     """A causal language model with float32 parameters and residual stream.
 
     Families call ``add_blocks``. Static: ``config``, ``name``, ``path`` and ``dtype``.
@@ -274,6 +279,7 @@ class LanguageModel(nnx.Module):
         return load_tokenizer(self.path)
 
 
+@plain
 def capture(lm: LanguageModel, tokens, sites: Iterable[Site], dtype=None) -> dict[Site, jax.Array]:
     """``{site: float32 [batch, seq, d_model]}`` of int tokens [batch, seq].
 

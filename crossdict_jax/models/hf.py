@@ -17,6 +17,8 @@ from flax import nnx
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
+from crossdict_jax.modules import plain
+from crossdict_jax.workdir import read_object, read_tensors
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -37,6 +39,7 @@ def _family(model_type: str):
     return importlib.import_module(f"crossdict_jax.models.families.{model_type}")
 
 
+@plain
 def load(path_or_id: str | Path) -> LanguageModel:
     """The float32 model of a folder in Hugging Face format, an embedded name or a hub id.
 
@@ -61,6 +64,7 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
     return graphdef, list(nnx.to_flat_state(state))
 
 
+@plain
 def init(config: ModelConfig | dict, seed: int = 0) -> LanguageModel:
     """An untrained model of a ``ModelConfig`` or a dict as in config.json."""
     if isinstance(config, dict):
@@ -112,7 +116,7 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
     file = find_folder(path_or_id, CONFIG_FILES) / "config.json"
     if not file.is_file():
         raise UserError(f"{file.parent} has no config.json; it is not a Hugging Face model folder.")
-    raw = _read_json(file)
+    raw = read_object(file)
     try:
         return read_config(raw)
     except UserError as error:
@@ -128,7 +132,7 @@ def known_config(path_or_id: str | Path) -> ModelConfig:
     text = str(path_or_id)
     if text in EMBEDDED or Path(text).expanduser().is_dir():
         return load_config(text)
-    shapes = _read_json(ASSETS / "shapes.json")
+    shapes = read_object(ASSETS / "shapes.json")
     raw = shapes.get(re.sub(r"(-deduped|-seed\d+)+$", "", text))
     if raw is None:
         raise UserError(
@@ -171,16 +175,6 @@ def read_config(raw: dict) -> ModelConfig:
     for key in ("bos_token_id", "eos_token_id"):
         values[key] = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
     return family.Config(model_type=model_type, **values)
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); copy it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must hold a JSON object.")
-    return value
 
 
 # Weights
@@ -231,6 +225,8 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
                 f"asks for {list(shapes[name])} (as [d_in, d_out])."
             )
         weights[name] = jnp.asarray(value)
+    if tied_head is not None and "W_E" not in weights and tied_head.shape == shapes["W_E"]:
+        weights["W_E"] = jnp.asarray(tied_head)  # either of the two may be the one that is stored
     missing = [name for name, (ours, _) in table.items() if ours in set(shapes) - set(weights)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -245,13 +241,11 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
     """(file, name, array) of every weight of the folder, known buffers left out."""
-    from safetensors import SafetensorError, safe_open
-
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
     else:
         raise UserError(
             f"{folder} has no model.safetensors; if it has pytorch_model.bin alone, save the model "
@@ -263,10 +257,6 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
             raise UserError(
                 f"{folder} lacks the shard {name!r} that its index names; copy it again."
             )
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for weight in tensors.keys():  # noqa: SIM118, it is no dict
-                    if not f".{weight}".endswith(BUFFERS):
-                        yield file, weight, tensors.get_tensor(weight)
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}); copy it again.") from error
+        for weight, value in read_tensors(file):
+            if not f".{weight}".endswith(BUFFERS):
+                yield file, weight, value

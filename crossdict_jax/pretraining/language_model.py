@@ -16,7 +16,7 @@ from crossdict_jax.config import PretrainConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Runner
 from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
-from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, saved_tokenizer
+from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from crossdict_jax.training.ensemble import Ensemble, Objective
 from crossdict_jax.training.loop import Feed, epoch_order, train
 from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
@@ -40,13 +40,20 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     Returns:
       Nats per token of the model, a bigram and a unigram on test documents, and counts.
     """
+    from tokenizers import Tokenizer
+
     corpus, directory, tokens = load_corpus(config.text), Path(directory), []
-    tokenizer = saved_tokenizer(
-        directory / "tokenizer.json",
-        (d.text for d in corpus.split("train")),
-        vocab_size=config.vocab_size,
-        nfc=config.model_type == "gpt_neox",
-    )
+    file, is_neox = directory / "tokenizer.json", config.model_type == "gpt_neox"
+    if not file.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        texts = (d.text for d in corpus.split("train"))
+        train_tokenizer(texts, vocab_size=config.vocab_size, nfc=is_neox).save(str(file))
+    tokenizer = Tokenizer.from_file(str(file))
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise UserError(
+            f"vocab_size={config.vocab_size} needs more text: the corpus gave "
+            f"{tokenizer.get_vocab_size()} entries; lower vocab_size."
+        )
     end = tokenizer.token_to_id(END_OF_TEXT)
     for split in ("train", "test"):  # all documents in one row, each ended by the same token
         encoded = tokenizer.encode_batch([d.text for d in corpus.split(split)])

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from crossdict_jax.errors import UserError
-
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -26,26 +24,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, nfc: bool):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def saved_tokenizer(path: Path, texts: Iterable[str], *, vocab_size: int, nfc: bool):
-    """Returns the tokenizer in ``path``, trained and written first if missing.
-
-    Raises:
-      UserError: the text is too little for so many entries.
-    """
-    from tokenizers import Tokenizer
-
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(texts, vocab_size=vocab_size, nfc=nfc).save(str(path))
-    tokenizer = Tokenizer.from_file(str(path))
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise UserError(
-            f"vocab_size={vocab_size} needs more text: the corpus gave "
-            f"{tokenizer.get_vocab_size()} entries; lower vocab_size."
-        )
     return tokenizer
 
 

@@ -96,10 +96,12 @@ def pairing_section(run: Run) -> list[Block]:
     ]
 
 
-def diverged(row: dict) -> Cell | None:
-    """Returns the FVU of a diverged dictionary with a warning, else None."""
-    fvu = row.get("fvu") or 0
-    return Cell(f"{number(fvu, 1)} ⚠", "diverged", style="weak") if fvu > DIVERGED else None
+def fvu(row: dict) -> Cell:
+    """Returns the FVU of a dictionary, with a warning where its training has diverged."""
+    value = row.get("fvu") or 0
+    if value <= DIVERGED:
+        return score(row, "fvu")
+    return Cell(f"{number(value, 1)} ⚠", "diverged", style="weak")
 
 
 def dictionaries_section(run: Run) -> list[Block]:
@@ -107,8 +109,7 @@ def dictionaries_section(run: Run) -> list[Block]:
     quality = [
         {"model": str(row["model"]), "site": str(row["site"]), "dictionary": dictionary_name(row)}
         | scores(row, "width", "l0")
-        | {"FVU": diverged(row) or score(row, "fvu")}
-        | {"dead": share(row, "dead_fraction", 1)}
+        | {"FVU": fvu(row), "dead": share(row, "dead_fraction", 1)}
         | scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae", "kl_sae")
         | scores(row, "loss_recovered", "loss_recovered_mean")
         for row in run.rows["reconstruction"]
@@ -136,12 +137,9 @@ def dictionaries_section(run: Run) -> list[Block]:
         figures = []
         for row in (row for row in run.rows["features"] if key in row):
             name = f"{row['model']} {row['site']} {dictionary_name(row)}"
-            words = (
-                f"Histogram of the {axis} of the {sum(row[key]['counts']):.0f} features of {name}."
-            )
-            figures.append(
-                histogram_figure(row[key], title=name, x=axis, y="features", words=words)
-            )
+            total = f"{sum(row[key]['counts']):.0f}"
+            words = f"Histogram of the {axis} of the {total} features of {name}."
+            figures.append(histogram_figure(row[key], title=name, x=axis, words=words))
         blocks += [Panels(figures, caption, "small")] if figures else []
     return blocks
 

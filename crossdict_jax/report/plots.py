@@ -136,12 +136,12 @@ def line_figure(
     return draw(paint, words, width=4.6, height=2.4, legend=legend if names <= MAX_NAMES else 0)
 
 
-def histogram_figure(histogram: dict, *, title: str, x: str, y: str, words: str) -> Figure:
-    """Returns bars of a histogram {"edges": [n + 1], "counts": [n]}."""
+def histogram_figure(histogram: dict, *, title: str, x: str, words: str) -> Figure:
+    """Returns bars of a histogram of features {"edges": [n + 1], "counts": [n]}."""
 
     def paint(axes):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)
-        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.set(title=title, xlabel=x, ylabel="features")
         axes.grid(axis="y")
 
     return draw(paint, words, width=2.6, height=1.7)

@@ -15,23 +15,18 @@ from crossdict_jax.results import (
 )
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
-DIVERGED = 2.0  # FVU above which a dictionary's training has diverged; the mean has 1
-# Commands that write the files that a report needs.
-WRITTEN_BY = {
-    "pairing.json": "extract_activations",
-    "reconstruction.jsonl": "evaluate",
-    "transfer.jsonl": "evaluate",
-}
+DIVERGED = 2.0  # FVU of a dictionary above which its training has diverged; the mean has 1
+# Which command writes the files without which there is nothing to report.
+WRITTEN_BY = {"pairing.json": "extract_activations"}
+WRITTEN_BY |= dict.fromkeys(("reconstruction.jsonl", "transfer.jsonl"), "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """All maps of one ordered pair of models at one pair of sites.
 
-    Attributes:
-      lines: the row of each map with its controls' scores: ``shuffled.r2`` is the null of ``r2``,
-        ``ceiling.r2`` and ``untrained.r2`` are of the controls.
-      references: of a stitching: the target's controls, clean, zero, mean, own_sae -> row.
+    A line is the row of a map, with the scores of its controls in the same dict: ``shuffled.r2`` is
+    the null of ``r2``, ``ceiling.r2`` and ``untrained.r2`` are those of the controls.
     """
 
     source: str
@@ -39,6 +34,7 @@ class Comparison:
     site_source: str
     site_target: str
     lines: list[dict]
+    # Of a stitching: the target's controls, clean, zero, mean, own_sae -> row.
     references: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property

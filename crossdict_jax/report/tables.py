@@ -35,18 +35,12 @@ ABBREVIATIONS = {"r2": "R²", "top1": "top-1"} | {x.lower(): x for x in ("FVU", 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One entry of a table.
+    """One entry of a table."""
 
-    Attributes:
-      note: the interval, printed small beside the text.
-      null: the same score where nothing is shared, printed below.
-      style: a class of the page's style sheet.
-    """
-
-    text: str
-    note: str = ""
-    null: str = ""
-    style: str = ""
+    text: str  # the value as printed
+    note: str = ""  # its interval, printed small beside it
+    null: str = ""  # the same score where nothing is shared, printed below
+    style: str = ""  # a class of the page's style sheet
 
 
 @dataclasses.dataclass(frozen=True)

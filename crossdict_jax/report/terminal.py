@@ -6,7 +6,7 @@ from itertools import groupby
 
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.answer import best
-from crossdict_jax.report.inputs import coverage, diverged
+from crossdict_jax.report.inputs import coverage, fvu
 from crossdict_jax.report.results import Comparison, Run, read_run, stitchings
 from crossdict_jax.report.tables import (
     VERDICTS,
@@ -32,17 +32,17 @@ def pairing_table(work: Workdir) -> None:
     show([coverage(read_json(work.result("pairing.json")))], WIDTH)
 
 
-def training_table(work: Workdir, folder: str = "dictionaries") -> None:
-    """Prints the last metrics, means over what was trained together, of a folder of a run."""
+def training_table(work: Workdir) -> None:
+    """Prints the last metrics of dictionaries, means over those that were trained together."""
     rows, keys = [], ("loss", "fvu", "l0", "dead_fraction")
-    for path in sorted((work.root / folder / "training").glob("*/metrics.jsonl")):
+    for path in sorted((work.dictionaries / "training").glob("*/metrics.jsonl")):
         for last in read_jsonl(path)[-1:]:
             n = len(read_json(path.with_name("members.json")))
             means = {key: sum(last[key]) / n for key in keys if isinstance(last.get(key), list)}
             cells = {"trained together": path.parent.name, "members": number(n)}
             cells |= {"steps": number(last["step"] + 1)} | scores(means, *keys)
-            rows.append(cells | ({"FVU": cell} if (cell := diverged(means)) else {}))
-    show([table(f"Last training metrics, means: {folder}", rows)] if rows else [], WIDTH)
+            rows.append(cells | {"FVU": fvu(means)})
+    show([table("Dictionaries: last training metrics, means", rows)] if rows else [], WIDTH)
 
 
 def map_table(work: Workdir) -> None:

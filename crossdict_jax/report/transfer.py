@@ -119,14 +119,14 @@ def features_section(run: Run) -> list[Block]:
         if row["row"] != "feature"
     ]
     return [
-        "Which of the target’s features can be computed from the source, and which cannot, by "
-        "the map with the highest R² on validation rows. Only features that fire on at least "
-        "20 held-out rows are ranked. The extremes of many are flattered by the choice: the "
-        "small number beside each R² is that of the validation rows, which had no part in it. "
-        "The token that fires is in angle quotes; ⏎ is a line’s end. A driver’s number is its "
-        "effect: by how many standard deviations the feature moves with the source feature, "
-        "from the mean Jacobian of the map over held-out rows (exact where the map is affine); "
-        "a map that reads activations is looked at through the source’s decoder.",
+        "Which of the target’s features can be computed from the source, and which cannot, by the "
+        "map with the highest R² on validation rows, of those that fire on at least 20 held-out "
+        "rows. The extremes of many are flattered by the choice: the small number beside each R² "
+        "is that of the validation rows, which had no part in it. The token that fires is in angle "
+        "quotes; ⏎ is a line’s end. A driver’s number is its effect: by how many standard "
+        "deviations the feature moves with the source feature, from the mean Jacobian of the map "
+        "over held-out rows (exact where it is affine), through the source’s decoder for a map "
+        "that reads activations.",
         *map(features_table, single.values()),
         hidden(table("Features in bins of firing frequency and of token share", bins)),
     ]
@@ -185,10 +185,10 @@ def controls_section(run: Run) -> list[Block]:
         tables += [table(f"Controls, {c.name}", rows)] if rows else []
     text = (
         "The seed-to-seed ceiling is the same map from a second dictionary of the target itself, "
-        "trained from another seed: no map between models can be asked for more. The normalised "
-        "score is 0 at the shuffled pairs and 1 at the ceiling, and undefined where the two lie "
-        "closer than 0.05. The re-initialised target has the same shape and tokenizer, all weights "
-        "drawn anew, and a dictionary of its own: tokens explain most of it, so its R² may be "
-        "high, but context gain there is not something that training made."
+        "of another seed: no map between models can be asked for more. The normalised score is 0 "
+        "at the shuffled pairs and 1 at the ceiling, undefined where they lie closer than 0.05. "
+        "The re-initialised target has all weights drawn anew and a dictionary of its own: tokens "
+        "explain most of it, so its R² may be high, but its context gain is none that training "
+        "made."
     )
     return [text, *tables]

@@ -9,6 +9,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from absl import logging
+
 from crossdict_jax.config import VerifyConfig, gate_files
 from crossdict_jax.report.tables import show
 from crossdict_jax.report.terminal import gates_table
@@ -19,16 +21,11 @@ RELATIONS = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 
 @dataclass(frozen=True)
 class Check:
-    """One number of a gate.
+    """One number of a gate."""
 
-    Attributes:
-      value: None where it could not be had, which misses every bound.
-      relation: to ``bound``, one of RELATIONS; "" for a number without a bound.
-    """
-
-    label: str
-    value: float | None
-    relation: str = ""
+    label: str  # the number in words
+    value: float | None  # None where it could not be had, which keeps no bound
+    relation: str = ""  # to the bound, one of RELATIONS; "" for a number that bounds nothing
     bound: float | None = None
 
     @property
@@ -49,19 +46,23 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
     """
     files, rows, seconds = gate_files(), [], {}
     for name in config.gates:
-        print(f"{name} ...", flush=True)
+        print(f"{name} ... ", end="", flush=True)
         started = time.perf_counter()
         module = importlib.import_module(f"{__package__}.{files[name]}")
         title, checks, note = module.__doc__.splitlines()[0].partition(": ")[2], [], ""
+        level = logging.get_verbosity()
+        logging.set_verbosity(level if level >= logging.INFO else logging.ERROR)  # stages inside
         with tempfile.TemporaryDirectory(prefix="crossdict-") as directory:
             try:
                 checks = module.gate(seed=config.seed, directory=Path(directory))
             except Exception as error:
                 traceback.print_exc()
                 note = f"raised {type(error).__name__}: {error}"
+            finally:
+                logging.set_verbosity(level)
         seconds[name] = time.perf_counter() - started
         passed = any(c.relation for c in checks) and all(c.passed for c in checks)
-        print(f"{name} {'passes' if passed else 'MISSES'}, {seconds[name]:.1f} s")
+        print(f"{'passes' if passed else 'MISSES'}, {seconds[name]:.1f} s")
         numbers = [
             {"what": c.label, "value": c.value, "relation": c.relation}
             | {"bound": c.bound, "passed": c.passed}

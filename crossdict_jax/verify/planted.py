@@ -42,23 +42,14 @@ class PlantedConfig:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is the same in every row.
+    """What is the same in every row."""
 
-    Attributes:
-      directions: per view float32 [features, width], length 1; zero where the view sees nothing.
-      seen: bool [views, features].
-      frequency: float [features], planted probability of being active.
-      parent: int [features], the feature without which it cannot fire; -1 for none.
-      partner: int [features], the feature that it tends to follow; -1 for none.
-      from_token: bool [features], a function of the current token.
-    """
-
-    directions: tuple[np.ndarray, ...]
-    seen: np.ndarray
-    frequency: np.ndarray
-    parent: np.ndarray
-    partner: np.ndarray
-    from_token: np.ndarray
+    directions: tuple[np.ndarray, ...]  # per view float32 [features, width], length 1; 0 if unseen
+    seen: np.ndarray  # bool [views, features]
+    frequency: np.ndarray  # float [features], planted probability of being active
+    parent: np.ndarray  # int [features], the feature without which it cannot fire; -1 for none
+    partner: np.ndarray  # int [features], the feature that it tends to follow; -1 for none
+    from_token: np.ndarray  # bool [features], whether it is a function of the current token
 
     @property
     def shared(self) -> np.ndarray:
@@ -72,19 +63,12 @@ class Truth:
 
 @dataclass(frozen=True)
 class Views:
-    """Paired rows of several views, and the truth behind them.
+    """Paired rows of several views, and the truth behind them."""
 
-    Attributes:
-      x: per view float32 [rows, width].
-      codes: float32 [rows, features], the true activations.
-      tokens: per view int32 [rows], the token that ends at the row.
-      document: int32 [rows], ascending.
-    """
-
-    x: tuple[np.ndarray, ...]
-    codes: np.ndarray
-    tokens: tuple[np.ndarray, ...]
-    document: np.ndarray
+    x: tuple[np.ndarray, ...]  # per view float32 [rows, width]
+    codes: np.ndarray  # float32 [rows, features], the true activations; zero where inactive
+    tokens: tuple[np.ndarray, ...]  # per view int32 [rows], the token that ends at the row
+    document: np.ndarray  # int32 [rows], ascending
     truth: Truth
 
     def __len__(self) -> int:

@@ -1,15 +1,18 @@
 """Formats of dictionary folders, one file each, with no list of them.
 
-A format has ``load(path)`` and either ``TOOL`` and ``WEIGHTS``, the file that marks its folders,
-or ``recognises(path)``.
+A format has ``load(path)``, ``names(path)``, and either ``TOOL`` and ``WEIGHTS``, the file that
+marks its folders, or ``recognises(path)``.
 """
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 from crossdict_jax.config.rules import files_of
 from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries.folders import hook_name
 from crossdict_jax.errors import UserError
+from crossdict_jax.training import checkpoint
 
 NEVER_READ = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}  # they can run code
 
@@ -25,13 +28,9 @@ def load(path: str | Path) -> base.Dictionary:
       UserError: there is none; a key or weight is missing, damaged, or cannot be represented (the
         file is named).
     """
-    formats = [importlib.import_module(f"{__name__}.{n}") for n in files_of("dictionaries/formats")]
-    folder = Path(path)
+    formats, folder = _formats(), Path(path)
     for module in formats:
-        recognises = getattr(
-            module, "recognises", lambda path, m=module: (folder / m.WEIGHTS).is_file()
-        )
-        if recognises(str(path)):
+        if _recognises(module, str(path)):
             return module.load(str(path))
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
     if closed or (folder / "cfg.json").is_file():
@@ -42,3 +41,28 @@ def load(path: str | Path) -> base.Dictionary:
             f"{folder} has neither {' nor '.join(names)}{beside}; copy the folder's weights there."
         )
     return base.load(path)  # which says what is missing
+
+
+def names(path: str | Path) -> dict[str, str]:
+    """Returns what the dictionary at ``path`` says of itself, as far as it does.
+
+    ``model_name``, ``hook_name`` and, of a transcoder, ``hook_name_out``, as TransformerLens or
+    transformers names them (``blocks.6.hook_resid_pre``, ``model.layers.6``).
+    """
+    if checkpoint.is_finished(Path(path)):
+        meta = checkpoint.load_meta(Path(path))
+        said = {"model_name": meta.get("model"), "hook_name": hook_name(meta.get("site", ""))}
+    else:
+        module = next((m for m in _formats() if _recognises(m, str(path))), None)
+        said = module.names(str(path)) if module else {}
+    return {key: str(value) for key, value in said.items() if value}
+
+
+def _formats() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{n}") for n in files_of("dictionaries/formats")]
+
+
+def _recognises(module: ModuleType, path: str) -> bool:
+    if hasattr(module, "recognises"):
+        return module.recognises(path)
+    return (Path(path) / module.WEIGHTS).is_file()

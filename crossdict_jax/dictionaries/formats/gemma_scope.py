@@ -1,4 +1,7 @@
-"""Gemma Scope folders, in: params.npz, a JumpReLU dictionary of raw activations."""
+"""Gemma Scope folders, in: a JumpReLU dictionary of raw activations.
+
+The first Gemma Scope has params.npz, the second params.safetensors beside config.json.
+"""
 
 import zipfile
 import zlib
@@ -7,30 +10,65 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.folders import centred, check_arrays
+from crossdict_jax.dictionaries.folders import Arrays, centred, check_arrays
+from crossdict_jax.dictionaries.wrapped import Skip, around
 from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import read_object, read_tensors
 
 TOOL, WEIGHTS = "Gemma Scope", "params.npz"
+CONFIG, WEIGHTS_2 = "config.json", "params.safetensors"  # of the second
 DAMAGED = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def recognises(path: str) -> bool:
-    """Whether ``path`` is a .npz file, or a folder with params.npz."""
-    return (Path(path) / WEIGHTS).is_file() or (path.endswith(".npz") and Path(path).is_file())
+    """Whether ``path`` is a .npz file, or a folder with one of their files of weights."""
+    inside = any((Path(path) / name).is_file() for name in (WEIGHTS, WEIGHTS_2))
+    return inside or (path.endswith(".npz") and Path(path).is_file())
+
+
+def names(path: str) -> dict[str, str]:
+    """Returns what ``formats.names`` does: the second's config.json says it."""
+    config = read_object(Path(path) / CONFIG) if (Path(path) / CONFIG).is_file() else {}
+    keys = {"model_name": "model_name", "hook_name": "hf_hook_point_in"}
+    keys |= {"hook_name_out": "hf_hook_point_out"}
+    return {ours: config.get(theirs) for ours, theirs in keys.items()}
 
 
 def load(path: str) -> Dictionary:
-    """Returns the dictionary in a params.npz: f = z 1[z > threshold] of z = x W_enc + b_enc.
+    """Returns the dictionary: f = z 1[z > threshold] of z = x W_enc + b_enc.
 
     UserError: see ``formats.load``.
     """
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        return _load_2(Path(path))
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
     except DAMAGED as error:
         raise UserError(f"{file} is damaged or holds objects ({error}); copy it again.") from error
-    width, d_model = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
+    return _jumprelu(arrays, file)
+
+
+def _load_2(folder: Path) -> Dictionary:
+    """Returns the dictionary or transcoder of a folder of the second Gemma Scope."""
+    file, config = folder / WEIGHTS_2, folder / CONFIG
+    said = read_object(config) if config.is_file() else {}
+    if said.get("architecture", "jump_relu") != "jump_relu":
+        raise UserError(f"{config}: architecture={said['architecture']!r} must be 'jump_relu'.")
+    reads, writes = said.get("hf_hook_point_in"), said.get("hf_hook_point_out")
+    arrays = {n.replace("w_", "W_"): array for n, array in read_tensors(file)}
+    return _jumprelu(arrays, file, transcodes=bool(writes) and reads != writes)
+
+
+def _jumprelu(arrays: Arrays, file: Path, *, transcodes: bool = False) -> Dictionary:
+    width, d_out = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
+    d_model = len(arrays.get("W_enc", ())) if transcodes else d_out
     shapes = {"W_enc": (d_model, width), "b_enc": (width,), "threshold": (width,)}
-    shapes |= {"W_dec": (width, d_model), "b_dec": (d_model,)}
-    return from_arrays(find("jumprelu"), centred(check_arrays(arrays, shapes, file)))
+    shapes |= {"W_dec": (width, d_out), "b_dec": (d_out,)}
+    kind = find("jumprelu")
+    if transcodes and "affine_skip_connection" in arrays:
+        shapes["W_skip"], kind = (d_out, d_model), around(Skip, kind)
+        arrays["W_skip"] = arrays.pop("affine_skip_connection").T
+    arrays = check_arrays(arrays, shapes, file)
+    return from_arrays(kind, arrays if transcodes else centred(arrays), transcodes=transcodes)

@@ -34,7 +34,17 @@ def parse(text: str) -> tuple[str, str, str | None]:
 
 
 def load(path: str) -> Dictionary:
-    """Returns the dictionary in a folder on the hub; only json, safetensors and npz are fetched.
+    """Returns the dictionary in a folder on the hub."""
+    return formats.load(fetch(path))
+
+
+def names(path: str) -> dict[str, str]:
+    """Returns what ``formats.names`` does."""
+    return formats.names(fetch(path))
+
+
+def fetch(path: str) -> Path:
+    """Returns a local copy of a folder on the hub; only json, safetensors and npz are fetched.
 
     UserError: there is no such repository or folder, or the hub cannot be reached.
     """
@@ -50,7 +60,7 @@ def load(path: str) -> Dictionary:
             f"{path}: {repository} has no {', '.join(READ)} in {inner or 'its top folder'}; "
             "correct the folder."
         )
-    return formats.load(folder)
+    return folder
 
 
 def push(folder: Path, text: str) -> str:

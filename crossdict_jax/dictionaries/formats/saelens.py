@@ -1,4 +1,4 @@
-"""SAELens folders (6.x), in and out: cfg.json and sae_weights.safetensors."""
+"""SAELens folders, in (3 to 6) and out (6): cfg.json and sae_weights.safetensors."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,13 @@ from crossdict_jax.dictionaries.base import Dictionary, architecture_of, find, f
 from crossdict_jax.dictionaries.folders import (
     Arrays,
     centred,
-    read_config,
     read_safetensors,
     require,
     require_count,
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, read_json, write_json
+from crossdict_jax.workdir import check_space, read_json, read_object, write_json
 
 TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -51,7 +50,7 @@ def load(path: str) -> Dictionary:
     weights. UserError: see ``formats.load``.
     """
     folder, file = Path(path), Path(path) / CONFIG
-    config = read_config(file)
+    config = _as_6(read_object(file), file)
     theirs = require(config, "architecture", file)
     if theirs not in OURS:
         raise UserError(f"{file}: architecture={theirs!r} is unknown; it may be {', '.join(OURS)}.")
@@ -88,6 +87,45 @@ def load(path: str) -> Dictionary:
         architecture = around(wrapper, architecture)
     k = require_count(config, "k", file, limit=width) if "k" in architecture.reads else 0
     return from_arrays(architecture, arrays, k=k, transcodes=transcodes)
+
+
+def names(path: str) -> dict[str, str]:
+    """Returns what ``formats.names`` does."""
+    config = read_object(Path(path) / CONFIG)
+    said = config | {"hook_name": config.get("hook_name", config.get("hook_point"))}
+    said |= config.get("metadata") or {}
+    return {key: said.get(key) for key in ("model_name", "hook_name", "hook_name_out")}
+
+
+def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Returns a config as version 6 writes it, of one that names no version or an older one.
+
+    As SAELens itself reads those: an activation function stood beside the architecture.
+
+    Raises:
+      UserError: it is one that version 6 does not know, and reads as ReLU.
+    """
+    version = str(
+        config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
+    )
+    major = version.partition(".")[0]
+    if major.isdigit() and int(major) >= 6:
+        return config
+    config = {"architecture": "standard"} | config
+    function = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
+    k = (config.get("activation_fn_kwargs") or {}).get("k")
+    if function == "topk" and k is not None:
+        config |= {"architecture": "topk", "k": k}
+    elif function != "relu" and (function, config["architecture"]) != ("topk", "topk"):
+        raise UserError(
+            f"{file}: activation_fn={function!r} with architecture={config['architecture']!r} is "
+            "not supported, only relu, or topk with its k; nothing is guessed."
+        )
+    if isinstance(config.get("normalize_activations"), bool):
+        config["normalize_activations"] = (
+            "expected_average_only_in" if config["normalize_activations"] else "none"
+        )
+    return config
 
 
 def _scale(folder: Path) -> float:

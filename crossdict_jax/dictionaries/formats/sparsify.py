@@ -1,13 +1,20 @@
 """sparsify folders (EleutherAI), in: cfg.json and sae.safetensors."""
 
+import re
 from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.folders import read_config, read_safetensors, require_count
+from crossdict_jax.dictionaries.folders import read_safetensors, require_count
 from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import read_object
 
 TOOL, CONFIG, WEIGHTS = "sparsify", "cfg.json", "sae.safetensors"
 ONLY = {"activation": "topk", "signed": False, "skip_connection": False}
+
+
+def names(path: str) -> dict[str, str]:
+    """Returns what ``formats.names`` does: the folder is called by its module, as layers.6."""
+    return {"hook_name": re.match(r"(layers\.\d+(\.mlp)?$)?", Path(path).name)[0]}
 
 
 def load(path: str) -> Dictionary:
@@ -16,7 +23,7 @@ def load(path: str) -> Dictionary:
     UserError: see ``formats.load``.
     """
     file = Path(path) / CONFIG
-    config = read_config(file)
+    config = read_object(file)
     for key, only in ONLY.items():
         if config.get(key, only) != only:
             raise UserError(f"{file}: {key}={config[key]!r} is not supported, only {only!r}.")

@@ -45,11 +45,13 @@ def run(config: Config, work: Workdir) -> None:
     stage = Stage(work, "contrast", files=(FILE,), inputs=inputs)
     if not stage.finished:
         studies = [Halves(finished, pairs) for pairs in sets]
+        counts = (f"{s.n_pairs} of {len(s.pairs)} in {s.pairs.name}" for s in studies)
+        told = ", ".join(counts)
         studies = [study for study in studies if study.n_pairs >= LEAST_PAIRS]
         if not studies:
             raise UserError(
                 f"contrast.source={','.join(settings.source)} holds no set of which every model "
-                f"can read {LEAST_PAIRS} pairs; give shorter texts."
+                f"can read {LEAST_PAIRS} distinct pairs ({told}); give more pairs, or shorter ones."
             )
         rows = []
         for study in progress_bar(studies, desc="contrast", unit="set"):

@@ -1,0 +1,413 @@
+"""What users of this field's tools complain of, each as the kind of mistake that it is."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_run
+from planted_store import PlantedStore, planted_rows, step_program
+from safetensors.numpy import load_file, save_file
+from test_exchange import D, means, rows, saelens_folder, weights
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+from crossdict_jax import dictionaries, evaluation, maps, models
+from crossdict_jax.activations.extract import extract
+from crossdict_jax.activations.pairing import byte_ends, control_ids
+from crossdict_jax.activations.store import open_store
+from crossdict_jax.activations.text import load_corpus
+from crossdict_jax.config import Config, ConvertConfig, SAEConfig, TextConfig
+from crossdict_jax.dictionaries import base, formats, train
+from crossdict_jax.dictionaries.convert import convert
+from crossdict_jax.dictionaries.folders import site_of
+from crossdict_jax.dictionaries.pretrained import adopt
+from crossdict_jax.errors import UserError
+from crossdict_jax.models import Site
+from crossdict_jax.workdir import Workdir, read_json
+from launch import command
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 2}
+GPT2 |= {"n_head": 2, "initializer_range": 0.3}
+
+
+def refused(call, *words: str) -> None:
+    """One line that holds all of the words."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and not [w for w in words if w not in message], message
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_run.shared_run(tmp_path_factory.getbasetemp())
+
+
+# ---------------------------------------------------------------- folders of other versions
+
+OLD = {"architecture": "standard", "sae_lens_training_version": "3.2.1"}
+OLD_SPELLINGS = [  # a config of SAELens before 6, and what 6 makes of it
+    (OLD | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, {"k": 5}),
+    (OLD | {"activation_fn": "topk", "activation_fn_kwargs": {"k": 5}}, {"k": 5}),
+    ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 2}, "architecture": "topk"}, {"k": 2}),
+    ({"activation_fn_str": "relu", "activation_fn_kwargs": {}}, {}),
+    ({"architecture": None, "hook_point": "blocks.3.hook_resid_pre"}, {}),
+    (OLD | {"normalize_activations": True}, {}),
+    ({"architecture": "jumprelu", "activation_fn_str": "relu"}, {}),
+]
+
+
+@pytest.mark.parametrize(("config", "means_k"), OLD_SPELLINGS)
+def test_old_saelens_folders_mean_what_the_library_reads(config, means_k, tmp_path):
+    names = ("b_enc", "threshold") if config.get("architecture") == "jumprelu" else ("b_enc",)
+    arrays = weights(*names)
+    folder = saelens_folder(tmp_path / "d", arrays, **config)
+    kind = "topk" if means_k else config.get("architecture") or "standard"
+    means(formats.load(folder), {"architecture": kind} | means_k, arrays)
+    hook = formats.names(folder).get("hook_name")
+    assert hook == config.get("hook_point")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OLD | {"activation_fn_str": "tanh-relu"},
+        OLD | {"activation_fn_str": "topk"},
+        {"architecture": "gated", "activation_fn": "topk"},
+    ],
+)
+def test_old_spellings_that_nobody_can_read_are_not_guessed(config, tmp_path):
+    folder = saelens_folder(tmp_path / "d", weights("b_enc"), **config)
+    refused(lambda: formats.load(folder), "cfg.json", "activation_fn=", "not supported")
+    now = {"architecture": "standard", "metadata": {"sae_lens_version": "6.1.0"}}
+    folder = saelens_folder(tmp_path / "new", weights("b_enc"), **config | now)
+    means(formats.load(folder), now, weights("b_enc"))  # version 6 does not read such keys
+
+
+@pytest.mark.parametrize("writes", ["", "model.layers.4.post_feedforward_layernorm.output"])
+def test_the_second_gemma_scope_is_read(writes, tmp_path):
+    arrays = weights("b_enc", "threshold")
+    config = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt"}
+    config |= {"hf_hook_point_in": "model.layers.4.output", "hf_hook_point_out": writes or None}
+    skip = np.random.default_rng(1).normal(size=(D, D)).astype(np.float32)
+    extra = {"affine_skip_connection": skip} if writes else {}
+    theirs = {n.replace("W_", "w_"): a for n, a in arrays.items()}
+    save_file(theirs | extra, tmp_path / "params.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    d, x = formats.load(tmp_path), rows()
+    z = x @ arrays["W_enc"] + arrays["b_enc"]
+    f = np.where(z > arrays["threshold"], np.maximum(z, 0), 0)
+    np.testing.assert_allclose(d.encode(x), f, atol=2e-5)
+    expected = f @ arrays["W_dec"] + arrays["b_dec"] + (x @ skip if writes else 0)
+    np.testing.assert_allclose(d(x), expected, atol=1e-4)
+    assert d.transcodes == bool(writes)
+    assert site_of(formats.names(tmp_path)["hook_name"]) == Site(5)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "relu"}))
+    refused(lambda: formats.load(tmp_path), "config.json", "architecture='relu'")
+
+
+# ---------------------------------------------------------------- what a folder says of itself
+
+HOOKS = {
+    "blocks.6.hook_resid_pre": Site(6),
+    "blocks.5.hook_resid_post": Site(6),
+    "blocks.5.hook_mlp_out": Site(5, "mlp_out"),
+    "layers.5": Site(6),
+    "gpt_neox.layers.5": Site(6),
+    "transformer.h.5.mlp": Site(5, "mlp_out"),
+    "model.layers.5.output": Site(6),
+    "blocks.5.attn.hook_z": None,
+}
+
+
+def test_hooks_are_sites():
+    assert {hook: site_of(hook) for hook in HOOKS} == HOOKS
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "x/A"}, ()),
+        ({"hook_name": "blocks.0.hook_resid_post", "model_name": "a"}, ()),  # the same activations
+        ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "a"}, ("hook_resid_pre", "pre.1")),
+        ({"hook_name": "blocks.1.hook_mlp_out", "model_name": "a"}, ("blocks.1.hook_mlp_out",)),
+        ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "b"}, ("model b", "has a")),
+    ],
+)
+def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_path):
+    config, work = tiny
+    d = base.load(work.dictionary("a", tiny_run.SITE))
+    dictionaries.save_saelens(d, tmp_path / "d", **names)
+    sae = dataclasses.replace(config.sae, sources=(str(tmp_path / "d"), "train"))
+    asked, store = dataclasses.replace(config, sae=sae), open_store(work.activations)
+    if words:
+        ask = lambda: adopt(asked, store, Workdir(tmp_path / "no"))  # noqa: E731
+        refused(ask, "sae.sources", "sae.source_names=ignore", *words)
+        asked.sae.source_names = "ignore"
+    assert adopt(asked, store, Workdir(tmp_path / "run")) == {"a"}
+    assert formats.names(work.dictionary("a", tiny_run.SITE)) == {}  # of these it is not known
+
+
+def test_convert_takes_names_from_the_folder(tmp_path):
+    arrays = weights("b_enc")
+    old = {"hook_point": "blocks.3.hook_resid_pre", "model_name": "gpt2-small"}
+    folder = saelens_folder(tmp_path / "d", arrays, **OLD | old)
+    (written,) = convert(ConvertConfig(source=str(folder)), Workdir(tmp_path / "out"))
+    expected = {"hook_name": old["hook_point"], "model_name": "gpt2-small"}
+    assert formats.names(written) == expected
+    assert read_json(f"{written}/cfg.json")["metadata"].items() >= expected.items()
+
+
+# ---------------------------------------------------------------- language models of others
+
+
+def rebuilt(folder, name, change, tokenizer_class):
+    """A folder with an embedded tokenizer, changed, and a class that transformers rebuilds."""
+    shutil.copytree(models.ASSETS / name, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    change(tokenizer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return tokenizer
+
+
+def lower(tokenizer):
+    tokenizer.normalizer = normalizers.Lowercase()
+
+
+def split_digits(tokenizer):
+    parts = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+
+
+def more_tokens(tokenizer):
+    tokenizer.add_special_tokens(["<|new|>"])
+
+
+@pytest.mark.parametrize("change", [lower, split_digits, more_tokens])
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class"),
+    [("docs-gpt2", "GPT2TokenizerFast"), ("docs-gpt2", None), ("docs-neox", "GPTNeoXTokenizer")],
+)
+def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_path):
+    theirs = rebuilt(tmp_path / "m", name, change, tokenizer_class)
+    text = "We need 1234 <|new|> in 2024,\n\n  don't"
+    loaded = models.load_tokenizer(tmp_path / "m")
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert loaded(text, add_special_tokens=False)["input_ids"] == expected
+    if change is not lower:  # which no byte end survives
+        assert byte_ends(text, loaded).ids.tolist() == expected
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_either_of_two_tied_tensors_is_enough(stored, tmp_path):
+    llama = {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 16}
+    llama |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = models.init(llama | {"intermediate_size": 16, "tie_word_embeddings": True})
+    models.save(lm, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[stored] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(models.load(tmp_path).W_E[...], lm.W_E[...])
+    save_file(tensors | {stored: tensors[stored][:, :4]}, tmp_path / "model.safetensors")
+    refused(lambda: models.load(tmp_path), "weight")
+
+
+ACTIVATIONS = {
+    "gelu_fast": lambda x: 0.5 * x * (1 + np.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+    "swish": lambda x: x / (1 + np.exp(-x)),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_every_name_are_those_of_transformers(name):
+    x = np.linspace(-4, 4, 101)
+    ours = models.base.ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(ours, ACTIVATIONS[name](x), atol=3e-6)
+    assert models.init(GPT2 | {"activation_function": name}).config.activation == name
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_types_that_numpy_lacks_are_named(dtype, tmp_path):
+    models.save(models.init(GPT2), tmp_path / "m")
+    saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
+    for file in (tmp_path / "m/model.safetensors", tmp_path / "d/sae_weights.safetensors"):
+        tensors = load_file(file)
+        name = max(tensors)
+        as_8 = tensors[name].astype(getattr(ml_dtypes, dtype))
+        save_with_8_bits(file, tensors, name, as_8)
+        load = models.load if file.parent.name == "m" else formats.load
+        refused(lambda load=load, f=file: load(f.parent), file.name, repr(name), "F8_", "float32")
+
+
+def save_with_8_bits(file, tensors, name, as_8):
+    """As ``save_file``, which cannot write such a tensor: the header is changed by hand."""
+    save_file(tensors | {name: as_8.view(np.uint8)}, file)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header[name]["dtype"] = "F8_E4M3" if as_8.dtype.name.endswith("e4m3fn") else "F8_E5M2"
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+# ---------------------------------------------------------------- switches of JAX
+
+
+@pytest.fixture
+def other_switches():
+    """64 bits and no promotion, as a caller may have set them."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def numbers(config, work):
+    """What the doors give, in float64 of numpy."""
+    store, x = open_store(work.activations), np.random.default_rng(0).normal(1, 2, (9, 16))
+    lm, tokens = models.load(config.models[0]), np.arange(12)[None, :]
+    d = dictionaries.load(work.dictionary("a", tiny_run.SITE))
+    f, b = d.encode(x), dictionaries.load(work.dictionary("b", tiny_run.SITE))
+    found = [lm.logits(tokens), models.capture(lm, tokens, [Site(1)])[Site(1)]]
+    found += [f, d.decode(np.asarray(f, np.float64)), d(x)]
+    for kind in config.map.kinds:
+        folder = work.map("a", "b", tiny_run.SITE, tiny_run.SITE, kind)
+        m = maps.load(folder)
+        given = {"features": f, "activations": x, "tokens": np.arange(9)}[m.reads]
+        found.append(m(given))
+    y = b.encode(store.read("b", tiny_run.SITE, np.arange(9)))
+    mean, settings = np.asarray(y).mean(0), {"pool": 5, "bootstrap": 0}
+    scores = evaluation.transfer_metrics(found[-1], y, train_mean=mean, **settings)
+    assert {np.asarray(a).dtype for a in found} == {np.dtype(np.float32)}
+    return found, scores
+
+
+def test_the_numbers_are_those_of_float32_whatever_switches_are_set(tiny, request):
+    plain, scores = numbers(*tiny)
+    request.getfixturevalue("other_switches")
+    other, other_scores = numbers(*tiny)
+    for a, b in zip(plain, other):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    defined = [key for key, score in scores.items() if score is not None]
+    assert len(defined) > 9 and other_scores.keys() == scores.keys()
+    for key in defined:
+        assert other_scores[key] == pytest.approx(scores[key], rel=1e-5), key
+
+
+def test_commands_set_the_switches_that_they_need(monkeypatch):
+    jax.config.update("jax_enable_x64", True)
+    command._set_up_jax()
+    assert jnp.zeros(2).dtype == jnp.float32
+    for error in (RuntimeError("Unable to initialize"), AssertionError()):
+        broken = lambda e=error: (_ for _ in ()).throw(e)  # noqa: E731
+        monkeypatch.setattr(jax, "devices", broken)
+        refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set cpu")
+
+
+# ---------------------------------------------------------------- texts
+
+HARD = {
+    "integer": f'{{"text": "x", "n": {"9" * 5000}}}',
+    "deep": "[" * 100_000 + "]" * 100_000,
+    "deep object": f'{{"text": "x", "n": {"[" * 100_000}{"]" * 100_000}}}',
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_json_that_python_cannot_read_is_read_or_named(name, tmp_path):
+    lines = [json.dumps({"text": f"Story number {i}"}) for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines, HARD[name]]) + "\n")
+    load = lambda: load_corpus(TextConfig(source=str(tmp_path / "text.jsonl")))  # noqa: E731
+    if name == "integer":
+        assert "x" in {d.text for d in load()}
+    else:
+        refused(load, "text.jsonl line 61 is not JSON")
+    (tmp_path / "config.json").write_text(HARD[name])
+    if name != "integer":
+        refused(lambda: read_json(tmp_path / "config.json"), "config.json is damaged")
+        refused(lambda: models.load_config(tmp_path), "config.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ([f"{'same ' * 500}{i}" for i in range(60)], ("59 others are equal", "max_bytes=2048")),
+        (["one", "two"] + [" "] * 20, ("gave 2 documents", "20 were blank", "give more text")),
+    ],
+)
+def test_the_true_cause_of_an_empty_split_is_told_with_its_count(texts, words, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    refused(lambda: load_corpus(TextConfig(source=str(path))), *words)
+
+
+@pytest.mark.parametrize("rule", ["keep", "skip"])
+def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule, tmp_path):
+    config = tiny_run.make_config(tmp_path)
+    config.extract.control_tokens = rule
+    tokenizer = models.load_tokenizer(config.models[0])
+    control = control_ids(tokenizer)[0]
+    spelled = tokenizer.convert_ids_to_tokens(control)
+    file = sorted((tmp_path / "text").glob("*.txt"))[0]
+    words = file.read_text().split()
+    file.write_text(" ".join([*words[:9], spelled, *words[9:]]))
+    work = Workdir(tmp_path / "run")
+    store = extract(config, work)
+    pairing = read_json(work.result("pairing.json"))
+    assert set(pairing["control_tokens"].values()) == {1}
+    dropped = pairing["dropped"]["after_control_tokens"]
+    assert (dropped > 0) == (rule == "skip")
+    left_out = (~store.rows.keep).sum() - pairing["dropped"]["norm_outliers"]
+    assert left_out == dropped
+    at = np.flatnonzero(store.rows.token[:, 0] == control)
+    assert len(at) == 1 and store.rows.keep[at - 1] and store.rows.keep[at] == (rule == "keep")
+
+
+# ---------------------------------------------------------------- settings and sizes
+
+
+@pytest.mark.parametrize(
+    ("sae", "words"),
+    [
+        ({"architecture": "topk", "l1_coefficient": (1.0, 2.0)}, "relu"),
+        ({"architecture": "relu", "k": (4, 8)}, "topk"),
+        ({"architecture": "gated", "l0_target": 8.0}, "jumprelu"),
+        ({"architecture": "batchtopk", "nested_fractions": (0.5,)}, "matryoshka"),
+        ({"architecture": "jumprelu", "l0_target": 65.0, "width": 64}, "larger than sae.width=64"),
+        ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
+    ],
+)
+def test_settings_that_an_architecture_does_not_read_are_refused(sae, words, tmp_path):
+    config = Config(models=("a", "b"), sae=SAEConfig(**sae))
+    refused(lambda: command.prepare(config, str(tmp_path / "run")), "sae.", words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_does_not_grow_with_the_parts_of_a_batch():
+    store = PlantedStore(planted_rows(n=600)[0])
+    sizes = []
+    for accumulate in (2, 8, 32):
+        sae = SAEConfig(width=16, k=2, batch_size=64, accumulate=accumulate)
+        group = train.members(sae, [("planted", Site(0))])
+        ensemble = train.prepare(sae, store, group, store.select("train"))
+        sizes.append(step_program(ensemble).count("\n"))
+    assert max(sizes) - min(sizes) < 0.02 * min(sizes)
+
+
+def test_a_blank_search_is_refused(tmp_path):
+    config = Config(models=("a", "b"))
+    config.steer.search = " "
+    refused(lambda: command.prepare(config, str(tmp_path / "run")), "steer.search= ")
+
+
+def test_help_without_docstrings(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
+    assert command.execute(print, ["test", "--help"]) == 0
+    assert "None" not in capsys.readouterr().out
