@@ -33,10 +33,10 @@ FILES = (
 
 
 def evaluate(config: Config, work: Workdir) -> None:
-    """Writes what dictionaries, maps and their controls score into ``work.results``.
+    """Writes the scores of dictionaries, maps and their controls into ``work.results``.
 
-    The files are FILES, controls.jsonl where the run has controls, and crosscoder.jsonl where it
-    has crosscoders. Equal inputs give equal files.
+    Files: FILES, and controls.jsonl and crosscoder.jsonl where the run has these. Equal inputs give
+    equal files.
 
     Raises:
       UserError: a language model, the store, a dictionary or a map is missing or damaged.
@@ -63,7 +63,7 @@ def evaluate(config: Config, work: Workdir) -> None:
     rows: dict[str, list[dict]] = {file: [] for file in files}
 
     def add(key: tuple, make: Callable[[], dict[str, list[dict]]]) -> None:
-        """Adds the rows by file that a part of the stage gives, now or as they were kept."""
+        """Adds the rows by file of a part of the stage, new or kept."""
         for file, made in stage.part(key, make).items():
             rows.get(file, []).extend(made)
 
@@ -90,7 +90,7 @@ def layer_pair(
 
     Args:
       controls: those that the run has.
-      score_controls: of some controls, which directions may share.
+      score_controls: directions may share its results.
     """
     scored = scoring.score_maps(group, loader)
     aligned = [task for task in group if task.pairing == "aligned"]
@@ -100,7 +100,7 @@ def layer_pair(
     }
     by_control = {n: score_controls(*made[n]) for n in ("ceiling", "untrained") if made[n]}
     nowhere = normalized(None, None, None)  # controls have no null and ceiling of their own
-    control_rows = [  # each named by the map that it controls
+    control_rows = [  # each named by its map
         {"control": name} | value.row(task.kind, task) | nowhere
         for task in aligned
         for name, value in by_control.items()
