@@ -88,7 +88,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
             spelled += [of_model.sum() for of_model in is_control]
             # One model reads a control token where another may read its characters as text.
             reached = min(
-                [e[found].min() for e, found in zip(ends, is_control) if found.any()],
+                [e[mask].min() for e, mask in zip(ends, is_control) if mask.any()],
                 default=np.inf,
             )
             keep = (byte_end < reached) | (config.extract.control_tokens == "keep")
