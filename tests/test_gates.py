@@ -134,12 +134,12 @@ def nothing(patch):
 
 def in_sample(patch):
     """Maps are scored on the rows that they were fitted on."""
-    pairs = Loader.pairs
+    rows = Loader.rows
 
     def train_for_test(loader, task, split):
-        return pairs(loader, task, "train" if split == "test" else split)
+        return rows(loader, task, "train" if split == "test" else split)
 
-    patch.setattr(Loader, "pairs", train_for_test)
+    patch.setattr(Loader, "rows", train_for_test)
 
 
 def late(patch):
