@@ -3,9 +3,6 @@
 python -m launch.docs --workdir=runs/quickstart
 """
 
-import importlib
-import pkgutil
-
 from launch import command
 
 
@@ -13,9 +10,8 @@ def main(config, work):
     from crossdict_jax import studies
     from crossdict_jax.report.docs import write_docs
 
-    for study in pkgutil.iter_modules(studies.__path__):  # each registers its result files
-        importlib.import_module(f"{studies.__name__}.{study.name}")
-    for path in write_docs(config, work, command.ROOT):
+    studies.every()  # whose result files docs/results.md describes too
+    for path in write_docs(work, command.ROOT):
         print(path)
 
 

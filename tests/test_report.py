@@ -278,7 +278,7 @@ def test_the_documentation_is_filled_from_a_run(run, tmp_path):
     (tmp_path / "README.md").write_text(block.format("result"))
     (docs / "verification.md").write_text(block.format("gates"))
     (docs / "models.md").write_text(block.format("models"))
-    paths = write_docs(Config(), run, tmp_path)
+    paths = write_docs(run, tmp_path)
     assert {path.name for path in paths} >= {"README.md", "results.md", "transfer.svg"}
     text = (tmp_path / "README.md").read_text()
     assert "| 0.580 token_ridge ●" in text and "old" not in text and text.endswith("kept\n")

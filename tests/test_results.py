@@ -1,8 +1,5 @@
 """Result files: what is written is described, and what is read is what was described."""
 
-import importlib
-import pkgutil
-
 import pytest
 from test_house import ROOT
 
@@ -11,8 +8,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.results import Column, Table
 from crossdict_jax.workdir import Workdir, write_jsonl
 
-for module in pkgutil.iter_modules(studies.__path__):
-    importlib.import_module(f"crossdict_jax.studies.{module.name}")
+studies.every()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import importlib
 import os
 import platform
 import shutil
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 from crossdict_jax.benchmark.harness import Bench
 from crossdict_jax.config import BenchmarkConfig, measurements
 from crossdict_jax.errors import UserError
-from crossdict_jax.report.docs import markdown
+from crossdict_jax.report.docs import commit, markdown
 from crossdict_jax.report.tables import Table, show, table
 from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json, write_text
@@ -76,16 +75,13 @@ def describe() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    # Marked if files differ from the commit; None outside git.
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return device_figures() | {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # processes that wanted to run in the last minute
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
-        "commit": commit or None,
+        "commit": commit(Path(__file__).parent),
     }
 
 

@@ -2,12 +2,12 @@
 ``<!-- end -->``. A block whose numbers are missing stays as it is.
 """
 
+import contextlib
 import re
 import subprocess
 from pathlib import Path
 
 from crossdict_jax import models, results
-from crossdict_jax.config import Config
 from crossdict_jax.report.page import STYLE
 from crossdict_jax.report.results import Comparison, read_run
 from crossdict_jax.report.tables import Table, number, table
@@ -18,7 +18,7 @@ from crossdict_jax.workdir import Workdir, read_json, write_text
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
+def write_docs(work: Workdir, root: Path) -> list[Path]:
     """Writes docs/results.md, the chart and every generated block; returns the paths.
 
     Results of ``launch.verify`` and ``launch.benchmark`` are read from ``verify`` and ``benchmark``
@@ -30,11 +30,10 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
     docs = root / "crossdict_jax/docs"
     write_text(docs / "results.md", results.page())  # needs no run
     run = read_run(work)
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    code = f"commit {commit(root)}"
     blocks = {
-        "result": f"`python -m launch.experiment`, commit {commit}; R² on held-out documents "
-        f"[95 %]:\n\n{markdown(main_table(run))}",
+        "result": f"`python -m launch.experiment`, {code}; R² on held-out documents [95 %]:\n\n"
+        f"{markdown(main_table(run))}",
         "models": markdown(models_table()),
     }
     measured = work.root.parent / "benchmark/results/benchmark.md"  # names its machine and commit
@@ -43,20 +42,27 @@ def write_docs(config: Config, work: Workdir, root: Path) -> list[Path]:
     gates = work.root.parent / "verify/results/verify.json"
     if gates.exists():
         told = markdown(gates_table(read_json(gates)["gates"]))
-        blocks["gates"] = f"`python -m launch.verify`, commit {commit}:\n\n{told}"
+        blocks["gates"] = f"`python -m launch.verify`, {code}:\n\n{told}"
     write_text(docs / "transfer.svg", chart(run.comparisons))
     written = [docs / "results.md", docs / "transfer.svg"]
     for path in (root / "README.md", *sorted(docs.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        if BLOCK.search(text):
-            write_text(
-                path,
-                BLOCK.sub(
-                    lambda m: f"{m[1]}{blocks[m[2]]}\n{m[3]}" if m[2] in blocks else m[0], text
-                ),
-            )
+        filled, count = BLOCK.subn(
+            lambda m: f"{m[1]}{blocks[m[2]]}\n{m[3]}" if m[2] in blocks else m[0], text
+        )
+        if count:
+            write_text(path, filled)
             written.append(path)
     return written
+
+
+def commit(folder: Path) -> str:
+    """Returns the commit of a folder, marked if files differ from it; "unknown" outside git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    found = ""
+    with contextlib.suppress(FileNotFoundError):  # no git
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return found or "unknown"
 
 
 def models_table() -> Table:

@@ -5,18 +5,22 @@ A study has ``TABLE`` (its result file), ``TITLE``, ``section(rows) -> html`` an
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 from crossdict_jax import results
 from crossdict_jax.workdir import Workdir
 
 
+def every() -> list[ModuleType]:
+    """Returns the folders of all studies, imported: each has described its result files."""
+    folders = (module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    return [importlib.import_module(f"{__name__}.{name}") for name in folders]
+
+
 def sections(work: Workdir) -> list[tuple[str, str]]:
     """Returns (title, html) of every study that has results."""
     shown = []
-    for module in pkgutil.iter_modules(__path__):
-        study = importlib.import_module(f"{__name__}.{module.name}")
-        if not hasattr(study, "TITLE"):
-            continue
+    for study in every():
         tables = [table for table in vars(study).values() if isinstance(table, results.Table)]
         files = sorted(file for table in tables for file in work.results.glob(table.file))
         rows = [
