@@ -159,11 +159,7 @@ def cautions(run: Run) -> list[str]:
     kinds = (
         ("dead_fraction", 0.5, "More than half of the features are dead in"),
         ("fvu", 0.5, "More than half of the variance is missed by"),
-        (
-            "fvu",
-            DIVERGED,
-            "Training has diverged (FVU far above 1), and no number means anything, of",
-        ),
+        ("fvu", DIVERGED, "Training has diverged (FVU far above 1), and numbers mean nothing, in"),
     )
     for key, limit, words in kinds:
         over = [r for r in rows if (r.get(key) or 0) > limit]

@@ -5,7 +5,7 @@ from itertools import groupby
 from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
 from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
 from crossdict_jax.report.results import Comparison, Run
-from crossdict_jax.report.tables import Cell, Table, number, score, scores, share, table
+from crossdict_jax.report.tables import Cell, Table, heading, number, score, scores, share, table
 from crossdict_jax.results import by_pair, pair_of, pair_words
 
 MAX_TOKENS = 5  # that a feature promotes, printed in a row
@@ -41,11 +41,11 @@ def stitching_section(run: Run) -> list[Block]:
         blocks += [Heading("Several layers at once"), Panels(figures, text)]
     cells = []
     for s in stitchings + together:
-        named = {name: row | {"map": name} for name, row in s.references.items()}
+        own = [row | {"map": heading(control)} for control, row in s.references.items()]
         cells += [
-            {"sites": s.name, "map or control": line["map"], "form": line.get("stitch_kind") or "–"}
+            {"sites": s.name, "put in": line["map"], "form": line.get("stitch_kind") or "control"}
             | scores(line, "loss_recovered", "ce", "kl", null="shuffled.")
-            for line in (*s.lines, *named.values())
+            for line in s.lines + own
         ]
     title = "Loss recovered, CE and KL of every prediction that is put in; ×: on shuffled pairs"
     return [*blocks, hidden(table(title, cells))]
@@ -60,7 +60,7 @@ def stitching_figure(stitching: Comparison) -> Figure:
         lines[f"{line['map']}{form}"] = (line, colour)
     keys = (f"{key}_low", f"{key}_high", f"shuffled.{key}")
     ends = [line[k] for line in stitching.lines for k in keys if line.get(k) is not None]
-    names, several = {"mean": "mean", "own_sae": "own dictionary"}, "+" in stitching.site_target
+    several = "+" in stitching.site_target
     return score_figure(
         lines,
         key,
@@ -68,7 +68,7 @@ def stitching_figure(stitching: Comparison) -> Figure:
         x="loss recovered: 0 zeros, 1 untouched",
         words=f"Loss recovered, {stitching.name}",
         limits=(max(min([*ends, 0.0]), -0.6) - 0.04, max([*ends, 1.0]) + 0.06),
-        references={name: stitching.reference(control) for control, name in names.items()},
+        references={heading(c): stitching.reference(c) for c in ("mean", "own_sae")},
     )
 
 

@@ -181,8 +181,9 @@ def time_section(run: Run) -> list[Block]:
 
 def words_section(run: Run) -> list[Block]:
     """Returns the meanings of the names of scores and maps on this page."""
-    meanings = {heading(column.name): f"{column.meaning}." for column in SCORES}
+    meanings = {heading(column.name): f"{column.meaning}." for column in SCORES if column.interval}
     meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
+    meanings["A, B"] = "the source and the target of a map."
     for kind in sorted({row["map"] for row in run.rows["transfer"]}, key=map_order):
         module = f"crossdict_jax.maps.kinds.{kind}"
         if importlib.util.find_spec(module):

@@ -186,8 +186,9 @@ def crosscoder_section(run: Run) -> list[Block]:
         "a model and its copy everything is: what those rows say besides is what the method "
         "invents."
     ]
-    for sites in dict.fromkeys(row["sites"] for row in rows):
-        of_sites = [row for row in rows if row["sites"] == sites]
+    for all_sites in dict.fromkeys(row["sites"] for row in rows):
+        of_sites = [row for row in rows if row["sites"] == all_sites]
+        sites = ", ".join(dict.fromkeys(all_sites.split()))
         invented = max((r["shared"] for r in of_sites if r["pairing"] == "shuffled"), default=0)
         if invented > INVENTED:
             blocks.append(
@@ -201,6 +202,5 @@ def crosscoder_section(run: Run) -> list[Block]:
             | scores(row, "dead_fraction", *LATENTS, cell=share)
             for row in of_sites
         ]
-        caption = f"One code of all models, {', '.join(dict.fromkeys(sites.split()))}"
-        blocks.append(table(caption, codes))
+        blocks.append(table(f"One code of all models, {sites}", codes))
     return blocks

@@ -23,14 +23,14 @@ TITLES = {
     "r_train": "r, training",
     "r_test": "r, held out",
     "r_token": "r by the token",
-    "r2_normalized": "R², normalised",
-    "top1_normalized": "top-1, normalised",
+    "loss_recovered_mean": "loss recovered from the mean",
     "specific_random": "over random",
     "specific_shuffled": "over other features",
     "specific_random_at_kl": "over random, equal KL",
     "untrained": "re-initialised",
 }
-ABBREVIATIONS = {"r2": "R²", "top1": "top-1"} | {x.lower(): x for x in ("FVU", "L0", "CE", "KL")}
+ABBREVIATIONS = {x.lower(): x for x in ("FVU", "L0", "CE", "KL")}
+ABBREVIATIONS |= {"r2": "R²", "top1": "top-1", "sae": "dictionary"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
 
 def score(row: dict, key: str, digits: int = 3, *, null: str = "") -> Cell:
     """Returns a number of a result row, its interval if any, and its null, of key ``null``."""
-    below = number(row.get(null), digits) if null else ""
+    below = number(row[null], digits) if null in row else ""
     return Cell(number(row.get(key), digits), interval(row, key, digits), below)
 
 
@@ -80,7 +80,7 @@ def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
     """Returns a share of a result row in percent, likewise."""
     text, low, high = (percent(row.get(key + end), digits) for end in ("", "_low", "_high"))
     bounds = f"[{low}, {high}]" if row.get(f"{key}_low") is not None else ""
-    return Cell(text, bounds, percent(row.get(null), digits) if null else "")
+    return Cell(text, bounds, percent(row[null], digits) if null in row else "")
 
 
 def scores(row: dict, *keys: str, cell: Callable = score, null: str = "") -> dict[str, Cell]:
@@ -114,7 +114,7 @@ def number(value, digits: int = 3) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}".replace("-", "−")
-    digits = digits if abs(value) < 100 else min(digits, 1)
+    digits = digits if abs(value) < 10 else min(digits, 1)
     rounded = round(value, digits) or 0.0  # no minus before a zero
     return f"{rounded:,.{digits}f}".replace("-", "−")
 
@@ -135,6 +135,7 @@ def interval(row: dict, key: str, digits: int = 3) -> str:
 def heading(key: str) -> str:
     """Returns the title of a column of a result file, or of CONTROL.COLUMN."""
     control, _, column = key.rpartition(".")
-    words = [ABBREVIATIONS.get(word, word) for word in column.split("_")]
-    title = TITLES.get(column) or " ".join(words)
+    stem = column.removesuffix("_normalized")
+    title = TITLES.get(stem) or " ".join(ABBREVIATIONS.get(w, w) for w in stem.split("_"))
+    title += "" if stem == column else ", normalised"
     return f"{title}, {TITLES.get(control, control)}" if control else title

@@ -9,13 +9,14 @@ from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
     Table,
+    heading,
     number,
     score,
     scores,
     share,
     table,
 )
-from crossdict_jax.results import BASELINES, by_pair, site_words
+from crossdict_jax.results import BASELINES, by_pair, pair_words
 
 COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
 COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
@@ -47,14 +48,12 @@ def transfer_section(run: Run) -> list[Block]:
     ]
     for (source, target), group in groupby(run.comparisons, key=lambda c: (c.source, c.target)):
         group = list(group)
-        limits, caption = (
-            r2_limits(group),
-            (
-                f"R² of each map from {source} to {target}, with 95 % intervals over documents. "
-                "Crosses: the same map on shuffled pairs. Lines: the mean (R² 0), and the source’s "
-                "token map, which a map must pass to show shared context. Colours are verdicts."
-            ),
+        caption = (
+            f"R² of each map from {source} to {target}, with 95 % intervals over documents. "
+            "Crosses: the same map on shuffled pairs. Lines: the mean (R² 0), and the source’s "
+            "token map, which a map must pass to show shared context. Colours are verdicts."
         )
+        limits = r2_limits(group)
         figures = [r2_figure(c, limits) for c in group]
         blocks += [Heading(f"{source} → {target}"), Panels(figures, caption)]
         blocks += map(transfer_table, group)
@@ -108,21 +107,17 @@ def features_section(run: Run) -> list[Block]:
         return []
     single = by_pair(row for row in rows if row["row"] == "feature")
     bins = [
-        {
-            "direction": f"{row['source']} → {row['target']}",
-            "map": row["map"],
-            "bins of": row["row"],
-        }
+        {"direction": pair_words(row), "map": row["map"], "bins of": heading(row["row"])}
         | {"from": number(row["low"]), "to": number(row["high"])}
         | scores(row, "n_features", "r2_median")
         for row in rows
         if row["row"] != "feature"
     ]
     return [
-        "Which of the target’s features can be computed from the source, and which cannot, by the "
-        "map with the highest R² on validation rows, of those that fire on at least 20 held-out "
-        "rows. The extremes of many are flattered by the choice: the small number beside each R² "
-        "is that of the validation rows, which had no part in it. The token that fires is in angle "
+        "Which of the target’s features that fire on at least 20 held-out rows can be computed "
+        "from the source, and which cannot, by the map with the highest R² on validation rows? The "
+        "extremes of many are flattered by the choice: the small number beside each R² is that of "
+        "the validation rows, which had no part in it. The token that fires is in angle "
         "quotes; ⏎ is a line’s end. A driver’s number is its effect: by how many standard "
         "deviations the feature moves with the source feature, from the mean Jacobian of the map "
         "over held-out rows (exact where it is affine), through the source’s decoder for a map "
@@ -163,9 +158,8 @@ def features_table(rows: list[dict]) -> Table:
                 f"driven by, in {source}": "; ".join(drivers) or "–",
             }
         )
-    sites = site_words(rows[0]["site_source"], rows[0]["site_target"])
-    start = f"Most and least transferable features, {sites}, by {rows[0]['map']}"
-    return table(f"{start}, {source} → {target}", cells)
+    caption = f"Most and least transferable features, {pair_words(rows[0])}, by {rows[0]['map']}"
+    return table(caption, cells)
 
 
 def controls_section(run: Run) -> list[Block]:
