@@ -1,7 +1,7 @@
 """A finished run's models, tokenizers, dictionaries, rows and texts."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -67,8 +67,9 @@ class FinishedRun:
 
     def passages(self, model: str) -> Passages:
         """Returns the test text of ``intervention.documents`` documents, as a model reads it."""
-        documents = self.config.intervention.documents
-        return select_passages(self.store, model, documents=documents, seed=self.config.seed)
+        asked = {"documents": self.config.intervention.documents, "seed": self.config.seed}
+        make = partial(select_passages, self.store, model, **asked)
+        return self._once("passages", model, make=make)
 
     def at_site(self, model: str, site: Site, rows: np.ndarray | None = None) -> ModelAtSite:
         """Returns a model at a site, on the windows of store rows (default: on the test text)."""

@@ -21,7 +21,7 @@ from crossdict_jax.studies.contrast.preference import Reader, read_pairs
 from crossdict_jax.studies.contrast.section import tables
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.training.stage import Stage, progress_bar
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, say
 
 FILE = "contrast.jsonl"
 OWN = "own"  # B's features of largest attribution: the most that a mapped direction can do
@@ -76,12 +76,11 @@ class Halves:
         reading, nested = read_pairs(run, pairs)
         readable = len(reading.kept) // 2
         self.n_pairs = min(readable, run.config.contrast.pairs)
-        print(
+        say(
             f"{pairs.name}{' is left out' if self.n_pairs < LEAST_PAIRS else ''}: of {len(pairs)} "
             f"pairs every model can read {readable} ({reading.too_long} longer than a context, "
             f"{reading.not_rebuilt} with characters that a tokenizer changes, {nested} of which "
-            "one begins the other).",
-            flush=True,
+            "one begins the other)."
         )
         drawn = stats.generator(self.seed).permutation(readable)[: self.n_pairs]
         cut = len(drawn) // 2

@@ -21,7 +21,7 @@ from crossdict_jax.studies.probe.labelled import Labelled, Split, pooled
 from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.studies.reading import Reading, read_texts
 from crossdict_jax.training.stage import Stage, progress_bar
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, say
 
 FILE = "probe.jsonl"
 DRAWS = 5  # of the examples, averaged
@@ -46,7 +46,7 @@ def run(config: Config, work: Workdir) -> None:
     if not stage.finished:
         reading, reasons = read(finished, texts)
         left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
-        print(f"probe: {left}", flush=True)
+        say(f"probe: {left}")
         asked = {"examples": counts, "seed": config.seed, "left": left}
         examples = labelled.split(texts.labels[reading.kept], texts.classes, **asked)
         side = cache(partial(side_of, finished, reading))
