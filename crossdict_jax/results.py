@@ -546,7 +546,9 @@ def page() -> str:
         "# Result files\n",
         "JSON lines in `WORKDIR/results`. Undefined numbers are null. ± says that `NAME_low` and "
         "`NAME_high` stand beside a column: 95 % bootstrap intervals over documents, unless the "
-        "table says otherwise. This page is generated: `python -m launch.docs`.\n",
+        "table says otherwise. `checksums.json` seals the files: one that was altered is refused "
+        "until it is deleted and its stage run again. This page is generated: `python -m "
+        "launch.docs`.\n",
     ]
     for file, table in sorted(TABLES.items()):
         lines += [f"## {file}\n\nA row: {table.meaning}.\n"]
