@@ -208,10 +208,10 @@ def site_words(site_source: str, site_target: str) -> str:
     return site_source if site_source == site_target else f"{site_source} → {site_target}"
 
 
-def pair_words(row: dict) -> str:
-    """Returns the direction and the sites of a row in words."""
+def pair_words(row: dict, arrow: str = "→") -> str:
+    """Returns the models and the sites of a row in words."""
     sites = site_words(row["site_source"], row["site_target"])
-    return f"{row['source']} → {row['target']}, {sites}"
+    return f"{row['source']} {arrow} {row['target']}, {sites}"
 
 
 # Columns of several files

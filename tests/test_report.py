@@ -447,7 +447,8 @@ def test_controls_and_single_features_get_their_sections(tmp_path):
     assert "#7" in first[0] and "in the «list⏎» of" in first[5]
     assert "mlp: #3 0.80, #1 −0.20 (exact, stability 0.91)" in first[7]
     assert "least" in last[0] and last[7].strip() == "–"
-    assert len(page.tables["Features in bins of firing frequency and of token share"]) == 3
+    bins = page.tables["Features in bins of firing frequency and of token share"]
+    assert len(bins) == 3 and bins[1][0] == "docs-gpt2 → docs-neox, resid_pre.6"
 
 
 def test_far_below_zero_stays_on_the_axis():

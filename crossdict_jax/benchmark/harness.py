@@ -65,12 +65,9 @@ class Bench:
             order.reverse()
         rows = []
         for name, runs in spent.items():
-            ratios, cpu_ratios = zip(
-                *(
-                    (a.seconds / b.seconds, a.cpu_seconds / max(b.cpu_seconds, 1e-9))
-                    for a, b in zip(runs, spent[reference])
-                )
-            )
+            both = list(zip(runs, spent[reference]))
+            ratios = [a.seconds / b.seconds for a, b in both]
+            cpu_ratios = [a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in both]
             seconds = median(run.seconds for run in runs)
             row = {"benchmark": self.name, "case": case, "contender": name}
             row |= {"seconds": seconds, "unit": unit, "per_s": amount / seconds}

@@ -1,8 +1,5 @@
 """The stage that adds single features of one model to the other: feature_causal.jsonl."""
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 
 from crossdict_jax import results, stats
@@ -53,14 +50,10 @@ def transfer_features(config: Config, work: Workdir) -> None:
     stage = Stage(work, "transfer_features", files=(ROWS, SUMMARY), inputs=inputs)
     if stage.finished:
         return
-
-    def part(label: str, feature: int, make: Callable[[], dict]) -> dict:
-        return stage.part((label, feature), make)
-
     for group in progress_bar(groups, desc="feature transfer", unit="direction"):
         try:
             experiment, matches = experiment_of(run, group)
-            kept = partial(part, group.label)
+            kept = lambda i, make, label=group.label: stage.part((label, i), make)  # noqa: E731
             of_features, of_directions = effects.transfer(experiment, config, part=kept)
         except effects.NothingToTest as reason:
             if settings.feature_ids:

@@ -4,17 +4,12 @@ from crossdict_jax.report.blocks import Block, Code, Panels
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, draw
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.tables import Cell, number, percent, score, scores, share, table
-from crossdict_jax.results import pair_of, site_words
+from crossdict_jax.results import pair_of, pair_words, site_words
 
 MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
 LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted", "exclusive_missed")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
 INVENTED = 0.2  # least share of latents shared on shuffled rows that is told
-
-
-def pair_name(row: dict) -> str:
-    sites = site_words(row["site_source"], row["site_target"])
-    return f"{row['source']} ↔ {row['target']}, {sites}"
 
 
 def funnels(run: Run) -> list[dict]:
@@ -61,7 +56,7 @@ def matching_section(run: Run) -> list[Block]:
     if not rows:
         return []
     counts = [
-        {"dictionaries": pair_name(row)}
+        {"dictionaries": pair_words(row, "↔")}
         | scores(row, "live_source", "live_target")
         | scores(row, "matched", "significant", "strong", "confirmed", null="shuffled.")
         | scores(row, "share", cell=share, null="shuffled.")
@@ -85,7 +80,7 @@ def matching_section(run: Run) -> list[Block]:
     ]
     directions = []
     for row in (row for row in run.rows["similarity"] if row["kind"] == "decoders"):
-        cells = {"dictionaries": pair_name(row), "confirmed pairs": score(row, "n_features")}
+        cells = {"dictionaries": pair_words(row, "↔"), "confirmed pairs": score(row, "n_features")}
         for key, title in MEASURES.items():
             value, p, null = (number(row[f"{key}{end}"], 2) for end in ("", "_p", "_null"))
             cells[title] = Cell(value, f"p {p}", null)
@@ -151,10 +146,8 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
         if max(len(source), len(target)) <= MAX_LABELS:
             style = {"ha": "center", "va": "center", "size": 6}
             for (s, t), value in values.items():
-                text, colour = (
-                    number(value, 2).replace("0.", ".", 1),
-                    PAPER if value > 0.65 else INK,
-                )
+                text = number(value, 2).replace("0.", ".", 1)
+                colour = PAPER if value > 0.65 else INK
                 axes.text(target.index(t) + 0.5, source.index(s) + 0.5, text, color=colour, **style)
         axes.invert_yaxis()
         for axis, sites in ((axes.xaxis, target), (axes.yaxis, source)):

@@ -58,10 +58,8 @@ def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path
     and of two that cannot work.
     """
     source, target = planted.sides(experiment.source, experiment.target)
-    pairs, train = (
-        Pairs(source, target, experiment.documents),
-        experiment.documents < TEXTS * 2 // 3,
-    )
+    pairs = Pairs(source, target, experiment.documents)
+    train = experiment.documents < TEXTS * 2 // 3
     problem = Problem("planted causes", pairs.take(train), pairs.take(~train))
     (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
