@@ -27,10 +27,9 @@ def write_docs(work: Workdir, root: Path) -> list[Path]:
     Raises:
       UserError: a file of the run is missing or damaged.
     """
-    docs = root / "crossdict_jax/docs"
+    docs, code = root / "crossdict_jax/docs", f"commit {commit(root)}"  # before files change
     write_text(docs / "results.md", results.page())  # needs no run
     run = read_run(work)
-    code = f"commit {commit(root)}"
     blocks = {
         "result": f"`python -m launch.experiment`, {code}; R² on held-out documents [95 %]:\n\n"
         f"{markdown(main_table(run))}",

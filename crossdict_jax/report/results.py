@@ -96,7 +96,7 @@ class Run:
 
     def stitchings(self, *, together: bool = False) -> list[Comparison]:
         """Returns those of single layer pairs, or of several at once (sites are joined by +)."""
-        return stitchings([r for r in self.rows["causal"] if bool(r.get("sites")) == together])
+        return stitchings(self.rows["causal"], together=together)
 
     @property
     def diverged(self) -> set[tuple[str, str]]:
@@ -150,8 +150,9 @@ def comparisons(rows: Iterable[dict], controls: Iterable[dict] = ()) -> list[Com
     ]
 
 
-def stitchings(rows: list[dict]) -> list[Comparison]:
+def stitchings(rows: Iterable[dict], *, together: bool = False) -> list[Comparison]:
     """Groups the stitching rows of causal.jsonl likewise, beside the target's controls."""
+    rows = [row for row in rows if bool(row.get("sites")) == together]
     references: dict[tuple, dict] = {}
     for row in rows:
         if row.get("control"):

@@ -67,8 +67,7 @@ def causal_table(work: Workdir) -> None:
         if row["direction"] != "match":
             other = features.get(pair_of(row), row)
             features[pair_of(row)] = max(other, row, key=lambda row: row["share_transferring"])
-    stitched = [row for row in read_if_there(work, "causal.jsonl") if not row.get("sites")]
-    for s in fitting(stitchings(stitched), "loss_recovered"):
+    for s in fitting(stitchings(read_if_there(work, "causal.jsonl")), "loss_recovered"):
         _, line = best([s], "loss_recovered") or (s, {})
         row = features.get((s.source, s.target, s.site_source, s.site_target))
         rows.append(
