@@ -144,7 +144,7 @@ def prepare(config: Any, workdir: str | None) -> Workdir | None:
         from crossdict_jax.dictionaries.base import check_settings
         from crossdict_jax.models import EMBEDDED
 
-        check_settings(config.sae)
+        check_settings(config)
         config.models = config.models or EMBEDDED
     usual = to_dict(type(config)())
     return workdir and open_workdir(workdir, to_dict(config), usual=usual, free=FREE)

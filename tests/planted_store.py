@@ -1,7 +1,6 @@
 """Stores whose rows have planted directions, ensembles trained on them, and a kill in between."""
 
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,17 +89,16 @@ def run_steps(ensemble, steps, *, change=lambda state: state, chunk=None):
     return jax.device_get(state), jax.tree.map(lambda *all_: np.concatenate(all_), *metrics)
 
 
-def step_program(ensemble, steps=30, variant=0):
+def step_program(ensemble, steps=30):
     """What one step computes, as text: every number that it uses."""
     trainable, feed = ensemble.trainable(steps), ensemble.feed
     state = jax.eval_shape(trainable.init, KEY)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), feed.indices(0, 1))
     batch = jax.eval_shape(feed.select, feed.resident, rows)
-    step = partial(trainable.step, variant=variant)
-    return f"{jax.make_jaxpr(step)(state, batch, 0, KEY)} {ensemble.fixed}"
+    return f"{jax.make_jaxpr(trainable.step)(state, batch, 0, KEY)} {ensemble.fixed}"
 
 
-def gathered(ensemble, steps=30, variant=0):
+def gathered(ensemble, steps, variant):
     """The shapes that devices gather from each other in one step."""
     trainable, feed = ensemble.trainable(steps), ensemble.feed
     state = jax.tree.map(

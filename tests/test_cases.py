@@ -379,6 +379,7 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"architecture": "topk", "l1_coefficient": (1.0, 2.0)}, "relu"),
         ({"architecture": "relu", "k": (4, 8)}, "topk"),
         ({"architecture": "gated", "l0_target": 8.0}, "jumprelu"),
+        ({"architecture": "relu", "products": "lists"}, "topk"),
         ({"architecture": "batchtopk", "nested_fractions": (0.5,)}, "matryoshka"),
         ({"architecture": "jumprelu", "l0_target": 65.0, "width": 64}, "larger than sae.width=64"),
         ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
@@ -388,6 +389,9 @@ def test_settings_that_an_architecture_does_not_read_are_refused(sae, words, tmp
     config = Config(models=("a", "b"), sae=SAEConfig(**sae))
     refused(lambda: command.prepare(config, str(tmp_path / "run")), "sae.", words)
     assert not (tmp_path / "run").exists()
+    if "products" in sae:
+        config.map.kinds = ("crosscoder",)  # whose codes are of that kind
+        command.prepare(config, None)
 
 
 def test_the_program_does_not_grow_with_the_parts_of_a_batch():

@@ -87,9 +87,10 @@ def test_members_train_as_if_alone(architecture):
     """Two sites, seeds and penalties or values of k together; each is what it would be alone."""
     sweep = {"relu": {"l1_coefficient": (1.0, 4.0)}, "batchtopk": {"learning_rate": (1e-3, 5e-3)}}
     many = {"seeds": 2, **sweep[architecture]}
-    together, _ = run_steps(small(architecture, **many), STEPS)
+    together, _ = run_steps(small(architecture, **many), STEPS, change=half_dead)
     for i in (0, 3, 7):
-        alone, _ = run_steps(small(architecture, **many, group=slice(i, i + 1)), STEPS)
+        alone = small(architecture, **many, group=slice(i, i + 1))
+        alone, _ = run_steps(alone, STEPS, change=half_dead)
         member = jax.tree.map(lambda a, i=i: a[i : i + 1], together["params"])
         assert_close(member, alone["params"], atol=2e-5, rtol=0)
     decoders = together["params"]["W_dec"]
@@ -175,24 +176,24 @@ def test_the_choice_of_products_is_kept_with_the_checkpoint(tmp_path, monkeypatc
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("accumulate", "revived"), [(1, WIDTH // train.FEW), (3, WIDTH)])
 @every
-def test_no_device_gathers_rows(architecture, accumulate):
+def test_no_device_gathers_rows(architecture, accumulate, revived):
     """Members and rows stay where they are: selection must not gather a sharded batch."""
     made = small(architecture, accumulate=accumulate)
     assert dict(made.mesh.shape) == {"member": 2, "data": 4}
     rows = 24 // accumulate
-    shapes = gathered(made, STEPS)
+    shapes = gathered(made, STEPS, revived)
     assert not [s for s in shapes if f"{rows}," in s or f"{rows // 4},{WIDTH}" in s], shapes
 
 
 @pytest.mark.mesh
 @every
 def test_another_mesh_changes_little(architecture, monkeypatch):
-    spread, _ = run_steps(small(architecture, steps=10), 10)
+    spread, _ = run_steps(small(architecture, steps=10), 10, change=half_dead)
     one = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(ensemble, "make_mesh", one)
-    alone, _ = run_steps(small(architecture, steps=10), 10)
+    alone, _ = run_steps(small(architecture, steps=10), 10, change=half_dead)
     assert_close(spread["params"], alone["params"], atol=1e-5, rtol=1e-5)
 
 

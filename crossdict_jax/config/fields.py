@@ -116,7 +116,7 @@ class SAEConfig:
     )
     matmul_dtype: str = choice(MATMUL, *DTYPES)
     products: str = choice(
-        "Sparse codes as matrices or as lists, which are faster on CPU", "auto", "dense", "lists"
+        "Codes of topk kinds as matrices or lists, faster on CPU", "auto", "dense", "lists"
     )
 
     def check(self) -> None:

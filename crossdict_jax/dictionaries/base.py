@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.config import SWEPT, SAEConfig, architectures
+from crossdict_jax.config import SWEPT, Config, SAEConfig, architectures
 from crossdict_jax.config.settings import spell
 from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu
 from crossdict_jax.errors import UserError
@@ -199,11 +199,13 @@ def find(architecture: str) -> type[Dictionary]:
     return next(c for c in ours if c.__module__ == module.__name__)
 
 
-def check_settings(sae: SAEConfig) -> None:
+def check_settings(config: Config) -> None:
     """Raises UserError for settings that the architecture does not read or cannot fulfil."""
-    reads, usual = find(sae.architecture).reads, SAEConfig()
+    sae, usual = config.sae, SAEConfig()
+    joint = ("products",) if "crosscoder" in config.map.kinds else ()  # those read it, too
+    reads = find(sae.architecture).reads + joint
     widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
-    for name in ("k", "l1_coefficient", "l0_target", "nested_fractions"):
+    for name in ("k", "l1_coefficient", "l0_target", "nested_fractions", "products"):
         value = getattr(sae, name)
         # Presets set k and l1_coefficient for any architecture; a sweep is never by accident.
         asked = isinstance(value, tuple) if name in SWEPT else value != getattr(usual, name)

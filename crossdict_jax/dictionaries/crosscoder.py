@@ -181,6 +181,7 @@ def takes_part(crosscoder: Crosscoder) -> np.ndarray:
     return (norms >= TAKES_PART * largest) & (largest > 0)
 
 
+@modules.plain
 def load(path: str | Path) -> Crosscoder:
     """Returns the crosscoder in a checkpoint folder.
 

@@ -51,9 +51,8 @@ def activation_scale(x: np.ndarray) -> float:
 def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
     """Returns scale [], mean [d_model] and a sample of rows [256, d_model] of x [n, d_model].
 
-    With rows y [n, d_out] of a transcoder also those of y, NAME_out, and predictor [d_model,
-    d_out],
-    the ridge regression of scaled y on scaled x.
+    With rows y [n, d_out] of a transcoder also those of y, NAME_out, and the ridge regression of
+    scaled y on scaled x, predictor [d_model, d_out].
     """
     start = {}
     for end, array in (("", x), ("_out", y))[: 1 if y is None else 2]:

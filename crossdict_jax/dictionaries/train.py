@@ -60,9 +60,10 @@ MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 class SparseObjective(Objective):
     """Trains sparse codes: losses, dead features, constraints.
 
-    The memory is int [width]: rows since each feature was active. A step's variant is how many dead
-    features AuxK makes room for. ``totals`` fill ``Hyper`` for a batch in parts, with no [batch,
-    width] array but one for architectures that choose over the batch.
+    The memory is int [width]: rows since each feature was active. The variant of a chunk of steps
+    is how many dead features AuxK makes room for: enough for the member that had most before it.
+    ``totals`` fill ``Hyper`` for a batch in parts, with no [batch, width] array but one for
+    architectures that choose over the batch.
     """
 
     def __init__(self, build: Callable[[jax.Array], Dictionary], settings: SAEConfig, k_aux: int):

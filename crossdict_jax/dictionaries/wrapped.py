@@ -40,9 +40,8 @@ class Skip(Dictionary):
 class Normed(Dictionary):
     """A dictionary of rows that are normalised one by one; only ``d(x)`` can undo that.
 
-    ``encode`` takes raw rows; ``decode`` returns normalised ones. Subclasses define
-    ``row_norm(x)``:
-    per row [batch, 1] what is subtracted, then multiplied, and what undoes that.
+    ``encode`` takes raw rows; ``decode`` returns normalised ones. Subclasses define ``row_norm(x)``
+    -> per row [batch, 1] what is subtracted, then multiplied, and what undoes that.
     """
 
     def encode(self, x: jax.Array) -> jax.Array:

@@ -18,8 +18,7 @@ Code = jax.Array | Entries
 
 
 def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (active in some row, bool [width]; active features per row []; smallest active value
-    []).
+    """Returns (bool [width], active in some row; active features per row []; smallest active []).
 
     The last is infinity if none is active.
     """

@@ -49,7 +49,7 @@ class Trainable:
 
     init: Callable[[jax.Array], PyTree]
     step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
-    variant: Callable[[PyTree], Hashable] = lambda state: 0
+    variant: Callable[[PyTree], Hashable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +194,10 @@ class Chunks:
         self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
     ):
         self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
-
         options = {"donate_argnums": 0, "compiler_options": compiler_options()}
 
         @functools.partial(jax.jit, static_argnames="variant", **options)
-        def run_chunk(state, resident, indices, first, count, root, variant=0):
+        def run_chunk(state, resident, indices, first, count, root, variant):
             def one_step(j, carry):
                 state, metrics = carry
                 batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))

@@ -10,5 +10,5 @@ class BatchTopK(BatchSelected):
     f = relu(z) 1[z > threshold] (Bussmann et al. 2024, arXiv 2412.06410).
     """
 
-    reads = ("k",)
+    reads = ("k", "products")
     saelens = "jumprelu"

@@ -17,7 +17,7 @@ class Matryoshka(BatchSelected):
     hierarchies parents are absorbed about as often as by BatchTopK, at 1 seldom.
     """
 
-    reads = ("k", "nested_fractions")
+    reads = ("k", "nested_fractions", "products")
     saelens = "jumprelu"
 
     def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):

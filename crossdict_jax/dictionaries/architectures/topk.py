@@ -12,7 +12,7 @@ class TopK(Dictionary):
     Unit decoder rows.
     """
 
-    reads = ("k",)
+    reads = ("k", "products")
     saelens = "topk"
 
     def activate(self, z: jax.Array) -> jax.Array:
