@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps import ensemble
+from crossdict_jax.maps import Pairs, Problem, ensemble
 from crossdict_jax.maps.base import Side
 from crossdict_jax.maps.codes import Compact, compact, compress
 from crossdict_jax.maps.kinds import mlp
@@ -65,3 +65,21 @@ def test_a_step_on_codes_is_one_on_rows(monkeypatch):
     moments = (s["train"]["optimizer"] for s in (state, state_of_rows))
     for ours, plain in zip(*map(jax.tree.leaves, moments), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4 * max(1e-6, float(np.abs(plain).max())))
+
+
+def test_a_side_that_is_source_and_target_is_held_once():
+    rng, n = np.random.default_rng(5), sum(map_problems.ROWS.values())
+    both = [map_problems.random_dictionary("topk", d, 40) for d in (24, 20)]
+    x = [rng.standard_normal((n, d)) for d in (24, 20)]
+    ab = map_problems.make_problem(*x, dictionaries_ab=both)[0]
+    turned = [Pairs(p.target, p.source, p.documents) for p in (ab.train, ab.validation)]
+    given = ab, map_problems.shuffled_problem(Problem("B to A", *turned))
+    made, _ = ensemble.prepare(mlp.MLP, given, MapConfig(hidden=16, batch_size=64), seed=0)
+    feed, index = made.feed, made.feed.indices(0, 1)[0]
+    held = feed.resident["data"]["rows"].values()
+    assert [len(rows.values) for rows in held if isinstance(rows, Compact)] == [2]
+    batch = feed.select(feed.resident, index)["rows"]
+    for i, problem in enumerate(given):
+        for name, side in (("a", problem.train.source), ("b", problem.train.target)):
+            rows = jax.tree.map(lambda array, i=i: array[i], batch[name])
+            np.testing.assert_array_equal(rows.dense(), side.features(index[0]))

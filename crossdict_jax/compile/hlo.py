@@ -136,9 +136,8 @@ def _cost_of(name: str, computations, machine: Machine, trips: int, cache: dict)
             for called in op.calls("to_apply", "calls", "called_computations"):
                 add(called)
         elif kind in COLLECTIVES:
-            both = (
-                kind != op.kind and kind != "all-reduce"
-            )  # the operand is named beside the result
+            # Beside the result of a start the operand is named.
+            both = kind != op.kind and kind != "all-reduce"
             total[f"sent {kind}"] += sum(a.size for a in op.arrays) / (1 + both)
         else:
             total.update(_cost_alone(op, computations[name], computations, machine))

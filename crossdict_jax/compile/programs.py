@@ -31,7 +31,7 @@ from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
 from crossdict_jax.maps.codes import Compact
 from crossdict_jax.maps.controls import control_tasks
-from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective
+from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective, streams_of_sides
 from crossdict_jax.maps.network import NetworkMap
 from crossdict_jax.models import LanguageModel
 from crossdict_jax.models.run import Passages, Runner, run_model
@@ -75,6 +75,11 @@ class Plan:
     controls: Store  # with the re-initialised models
     windows: int
     rows: dict[str, int]  # of each split
+
+    @property
+    def codes(self) -> bool:
+        """Whether trained maps read codes: with no k, many features may be active."""
+        return "k" in base.find(self.config.sae.architecture).reads
 
 
 def make_plan(config: Config) -> Plan:
@@ -269,33 +274,30 @@ def crosscoders(plan: Plan) -> Iterator[Program]:
 
 
 def trained_maps(plan: Plan) -> Iterator[Program]:
-    """Yields the step of each kind of network map, of all pairs of equal shapes.
-
-    Where dictionaries have no k, rows are read as activations, as where many features are active.
-    """
+    """Yields the step of each kind of network map, of all pairs of equal shapes."""
     store, settings = plan.store, plan.config.map
     controls = [task.kind for task in control_tasks(plan.config, store)]
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(plan.config, store):
         if issubclass(map_class(task.kind), NetworkMap):
             # Maps on codes train together, whatever their models' sizes.
-            codes = "k" in base.find(plan.config.sae.architecture).reads
-            shape = () if codes else (store.d_model(task.source), store.d_model(task.target))
+            sizes = store.d_model(task.source), store.d_model(task.target)
+            shape = () if plan.codes else sizes
             groups.setdefault((task.kind, *shape), []).append(task)
     for (kind, *_), members in groups.items():
         n, n_rows, (a, b) = len(members), plan.rows["train"], _ends(members[0])
-        objective, fixed = _map_objective(plan, kind, (a, b), codes=codes)
+        objective, fixed = _map_objective(plan, kind, (a, b), codes=plan.codes)
         held_out = min(plan.rows["validation"], VALIDATION_ROWS)
         size = min(settings.batch_size, held_out)
         batches = held_out // size, size
-        streams = {"tokens": Stream(blank((n, n_rows), np.int32), np.arange(n))}
-        validation = {"tokens": blank((n, *batches), np.int32)}
-        for side, (name, (model, _)) in enumerate((("a", a), ("b", b))):
-            distinct = {_ends(task)[side] for task in members}
-            rows = _codes(plan, model, (len(distinct), n_rows))
-            order = None if name == "a" else blank((n, n_rows), np.int32)
-            streams[name] = Stream(rows, np.zeros(n, np.int64), order)
-            validation[name] = _codes(plan, model, (n, *batches))
+        streams = streams_of_sides(
+            *zip(*map(_ends, members)),
+            lambda ends: _codes(plan, ends[0][0], (len(ends), n_rows)),  # noqa: B023
+            (None, blank((n, n_rows), np.int32)),
+        )
+        streams["tokens"] = Stream(blank((n, n_rows), np.int32), np.arange(n))
+        validation = {name: _codes(plan, end[0], (n, *batches)) for name, end in zip("ab", (a, b))}
+        validation["tokens"] = blank((n, *batches), np.int32)
         changes = {"sae.width": unswept(plan.config.sae).width}
         all_of_kind = sum(len(group) for key, group in groups.items() if key[0] == kind)
         yield _training(
@@ -324,9 +326,9 @@ def _dictionary(plan: Plan, end: End) -> Dictionary:
 
 
 def _codes(plan: Plan, model: str, rows: tuple[int, ...]) -> Compact | np.ndarray:
-    sae = unswept(plan.config.sae)
-    if "k" not in base.find(sae.architecture).reads:
+    if not plan.codes:
         return blank((*rows, plan.store.d_model(model)), ml_dtypes.bfloat16)
+    sae = unswept(plan.config.sae)
     shape = (*rows, sae.k)
     return Compact(blank(shape), blank(shape, np.int32), sae.width)
 

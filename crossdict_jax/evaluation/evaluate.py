@@ -1,5 +1,6 @@
 """The stage that measures a finished run: dictionaries, maps and controls on held-out documents."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import cache, partial
@@ -68,7 +69,12 @@ def evaluate(config: Config, work: Workdir) -> None:
             rows.get(file, []).extend(made)
 
     add(("dictionaries",), lambda: reconstruct(run))
-    score_controls = cache(lambda *some: scoring.score_tasks(some, loader))  # ceilings are shared
+
+    @cache  # directions share ceilings
+    def score_controls(*some: Task) -> scoring.Scored:
+        scored = scoring.score_tasks(some, loader)
+        return dataclasses.replace(scored, bench=None, maps={})  # their rows are not kept
+
     groups = [list(group) for _, group in itertools.groupby(tasks, key=pair_columns)]
     for group in progress_bar(groups, desc="evaluate maps", unit="layer pair"):
         make = partial(layer_pair, group, controls, loader, score_controls)

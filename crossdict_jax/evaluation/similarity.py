@@ -6,6 +6,7 @@ Rotating or scaling does not change them (RSA hardly): they say nothing about si
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.stats import rankdata
@@ -85,7 +86,7 @@ class Geometry:
         canonical = product[:u, :v] / self.norms[:, None] / other.norms[None, :]
         square = canonical @ canonical.T if u <= v else canonical.T @ canonical
         squares = np.linalg.eigvalsh(square) if square.size else np.zeros(1)
-        length = np.sqrt(max(self._hsic(self), 0) * max(other._hsic(other), 0))
+        length = np.sqrt(self.power * other.power)
         shared = self.near[:, :, None] == other.near[:, None, :]
         return {
             "cka": float(self._hsic(other, product) / max(length, TINY)),
@@ -94,12 +95,17 @@ class Geometry:
             "mutual_knn": float(shared.sum() / self.near.size),
         }
 
-    def _hsic(self, other: Geometry, product: np.ndarray | None = None) -> float:
+    @cached_property
+    def power(self) -> float:
+        """The HSIC with itself, or 0 where its estimate is below."""
+        return max(self._hsic(self, self.scores.T @ self.scores), 0.0)
+
+    def _hsic(self, other: Geometry, product: np.ndarray) -> float:
         """The unbiased HSIC, times n (n - 3), of centred rows, without a matrix [n, n].
 
         Gram matrices without their diagonals sum to minus the rows' squared lengths in each row.
         """
-        product, n = self.scores.T @ other.scores if product is None else product, len(self.near)
+        n = len(self.near)
         a, b = (np.sum(np.square(g.scores), axis=1, dtype=np.float64) for g in (self, other))
         total = np.sum(np.square(product), dtype=np.float64) - (1 + 2 / (n - 2)) * (a @ b)
         return float(total + a.sum() * b.sum() / ((n - 1) * (n - 2)))

@@ -1,8 +1,9 @@
 """Trains the network maps of all problems together, those of equal shapes in one step."""
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -196,22 +197,38 @@ def prepare(
 
 
 def _streams(members: Sequence[Pairs], codes: bool) -> dict[str, Stream]:
-    """What a step reads of each member's pairs: both sides' codes or activations, and tokens.
+    """What a step reads of each member's pairs: both sides' codes or activations, and tokens."""
+    ends, orders = ([p.source for p in members], [p.target for p in members]), []
+    straight = [[side.reordered_from or side for side in sides] for sides in ends]
+    by_id = {id(side): side for sides in straight for side in sides}
+    plain = np.arange(len(members[0]), dtype=np.int32)
+    for sides in ends:
+        stacked = np.stack([plain if s.order is None else s.order for s in sides]).astype(np.int32)
+        orders.append(stacked if any(s.order is not None for s in sides) else None)
 
-    Rows that several members read, in any order, are held once.
-    """
-    streams = {}
-    for name, sides in (("a", [p.source for p in members]), ("b", [p.target for p in members])):
-        straight = [side if side.reordered_from is None else side.reordered_from for side in sides]
-        distinct: dict[int, Side] = {id(side): side for side in straight}
-        source = np.array([list(distinct).index(id(side)) for side in straight])
-        slots = max(map(_slots, straight)) if codes else 0
-        rows = [compact(side.codes, slots) if codes else side.x for side in distinct.values()]
-        plain, orders = np.arange(len(sides[0].x)), None
-        if any(side.order is not None for side in sides):
-            orders = np.stack([plain if s.order is None else s.order for s in sides])
-            orders = orders.astype(np.int32)
-        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
-        streams[name] = Stream(stacked, source, orders)
+    def hold(numbers: tuple[int, ...]):
+        some = [by_id[number] for number in numbers]
+        slots = max(map(_slots, some)) if codes else 0
+        return stack([compact(side.codes, slots) if codes else side.x for side in some])
+
+    streams = streams_of_sides(*([id(s) for s in sides] for sides in straight), hold, orders)
     tokens = np.stack([pairs.source.tokens for pairs in members])
     return streams | {"tokens": Stream(tokens, np.arange(len(members)))}
+
+
+def streams_of_sides(
+    sources: Sequence[Hashable], targets: Sequence[Hashable], hold: Callable, orders: Sequence
+) -> dict[str, Stream]:
+    """Returns the streams "a" and "b" of members' sides, in these orders.
+
+    ``hold`` gives the rows of distinct sides, asked once for a side, whoever reads it in any order,
+    as source or as target.
+    """
+    a, b = (tuple(dict.fromkeys(sides)) for sides in (sources, targets))
+    if set(a) & set(b):
+        a = b = tuple(dict.fromkeys(a + b))
+    hold = functools.cache(hold)
+    return {
+        name: Stream(hold(held), np.array([held.index(side) for side in sides]), order)
+        for name, held, sides, order in zip("ab", (a, b), (sources, targets), orders)
+    }

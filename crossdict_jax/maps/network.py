@@ -24,8 +24,11 @@ class NetworkMap(Map):
     """``f_B = head(base_b + scale_b * network((f_A - base_a) / scale_a))``.
 
     The network is ``h -> linear -> LN -> ReLU -> dropout``, twice, then linear, in standard units.
-    Baselines and scales are measured on training rows by a subclass, whose ``baselines(tokens,
-    batch)`` gives base_a and base_b, [batch or 1, width] each. It starts at base_b.
+    It starts at base_b.
+
+    A subclass defines ``measure(problem)`` -> (baselines and scales on training rows, a record of
+    them); ``unmeasured(width_a, width_b, tokens)`` -> zeros in their shapes, for rows with so many
+    tokens; ``baselines(tokens, batch)`` -> base_a and base_b, [batch or 1, width] each.
 
     Trained are ``network`` and, of a jumprelu head, ``threshold`` [width], in standard units, so
     that one learning rate suits all features. The sparsity loss alone trains the threshold: squared
@@ -35,16 +38,6 @@ class NetworkMap(Map):
     reads = "features"
     fits_together = True
     settings = ("head",)
-
-    @classmethod
-    def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
-        """Returns a problem's baselines and scales on training rows, and a record of them."""
-        raise NotImplementedError
-
-    @classmethod
-    def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
-        """Returns zeros in the shapes of ``measure`` for rows with so many tokens."""
-        raise NotImplementedError
 
     @classmethod
     def alike(cls, measured: list[modules.Params]) -> list[modules.Params]:

@@ -198,7 +198,8 @@ def _validated(objective, state, metrics, batch, number, steps):
 class Stream:
     """Rows that members read: sources of equal shape, and which of them each member reads.
 
-    ``order`` permutes a member's rows against the other streams' (shuffled pairs).
+    Streams of the same ``rows`` object hold it once. ``order`` permutes a member's rows against
+    the other streams' (shuffled pairs).
     """
 
     rows: PyTree  # arrays [sources, n, ...]; bfloat16 ones come out as float32
@@ -239,8 +240,9 @@ def make_ensemble(
         )
     distinct, members = sorted(set(seeds)), np.arange(len(seeds))[:, None]
     order_of = np.asarray([distinct.index(seed) for seed in seeds])
+    held_as = {id(stream.rows): name for name, stream in streams.items()}
     data = {
-        "rows": {name: jax.tree.map(to_bits, stream.rows) for name, stream in streams.items()},
+        "rows": {name: jax.tree.map(to_bits, streams[name].rows) for name in held_as.values()},
         "orders": {name: s.order for name, s in streams.items() if s.order is not None},
     }
     arrays, limit = jax.tree.leaves(data["rows"]), device_memory()
@@ -259,7 +261,8 @@ def make_ensemble(
         for name, stream in streams.items():
             orders = data["orders"].get(name)
             at = (stream.source[:, None], index if orders is None else orders[members, index])
-            batch[name] = jax.tree.map(lambda a, at=at: a[at], data["rows"][name])
+            rows = data["rows"][held_as[id(stream.rows)]]
+            batch[name] = jax.tree.map(lambda a, at=at: a[at], rows)
         return batch
 
     def select(held, sent):
@@ -272,9 +275,10 @@ def make_ensemble(
     if resident:
         # If every member reads a source of its own, devices hold those of their members alone;
         # from rows on all devices the partitioner would cut these in every step.
-        for name, stream in streams.items():
-            own = np.array_equal(stream.source, np.arange(len(labels)))
-            data["rows"][name] = put(data["rows"][name], shard(mesh, *[MEMBER] * own))
+        for name, rows in data["rows"].items():
+            readers = [s.source for s in streams.values() if held_as[id(s.rows)] == name]
+            own = all(np.array_equal(source, np.arange(len(labels))) for source in readers)
+            data["rows"][name] = put(rows, shard(mesh, *[MEMBER] * own))
         data["orders"] = put(data["orders"], shard(mesh, MEMBER))
         feed = Feed(held | {"data": data}, indices, select)
     else:

@@ -350,11 +350,12 @@ def train_network(
     objective = WritingObjective(problems, config, masks)
     fixed = [stack([objective.fixed(i) for i in members]) for members in objective.stacks]
     labels = [problem.label for problem in problems]
-    streams, validation = {}, {}
+    streams, validation, views = {}, {}, {}
     for i, problem in enumerate(problems):
         for role in ROLES:
             train, held_out = (getattr(p, role) for p in (problem.train, problem.validation))
-            streams[f"{role} {i}"] = Stream(train.x[None], np.zeros(1, np.int64))
+            view = views.setdefault(id(train), train.x[None])  # of a side, held once
+            streams[f"{role} {i}"] = Stream(view, np.zeros(1, np.int64))
             rows = np.linspace(0, len(held_out.x) - 1, min(len(held_out.x), LOOK_ROWS))
             validation[f"{role} {i}"] = to_bits(held_out.x[rows.astype(np.int64)])[None]
     ensemble = make_ensemble(
