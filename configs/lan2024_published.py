@@ -4,10 +4,9 @@ python -m launch.experiment --config=configs/lan2024_published.py \
     --expect=configs/lan2024_published.py
 
 Sparse Autoencoders Reveal Universal Feature Spaces Across Large Language Models, arXiv 2410.06981;
-the notebooks of wlg1/univ_feat_geom. As there, and unlike the
-training of the dictionaries: `layers.N` reads the input of block N, not its output, and codes are
-those before TopK. Unlike there, padding is not counted as text. configs/lan2024_corrected.py does
-all three properly.
+the notebooks of wlg1/univ_feat_geom. As there, and unlike the training of the dictionaries:
+`layers.N` reads the input of block N, not its output, and codes are those before TopK. Unlike
+there, padding is not counted as text. configs/lan2024_corrected.py does all three properly.
 """
 
 from crossdict_jax.config import Config, EvaluationConfig, MapConfig, SAEConfig, TextConfig

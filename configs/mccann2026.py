@@ -3,9 +3,9 @@
 python -m launch.experiment --config=configs/mccann2026.py
 python -m launch.transfer_dictionaries --workdir=runs/mccann2026 --expect=configs/mccann2026.py
 
-Polymorphism Is Rotation, arXiv 2605.24577. The dictionaries are trained here, on the
-paper's text; their sizes are our choice. results/dictionary_transfer.jsonl has a row for each
-ordered pair of seeds and way of reading one with the other's dictionary.
+Polymorphism Is Rotation, arXiv 2605.24577. The dictionaries are trained here, on the paper's text;
+their sizes are our choice. results/dictionary_transfer.jsonl has a row for each ordered pair of
+seeds and way of reading one with the other's dictionary.
 """
 
 from crossdict_jax.config import Config, MapConfig, SAEConfig, TextConfig

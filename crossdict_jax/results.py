@@ -5,14 +5,21 @@ A study adds its file to ``TABLES`` in the ``__init__.py`` of its folder.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import Workdir, read_json, read_jsonl, write_json, write_jsonl
+from crossdict_jax.workdir import (
+    AGAIN,
+    Workdir,
+    file_digest,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 
 # What a row of transfer.jsonl may say in its column "verdict".
 BEATS_TOKEN = "beats token"
@@ -104,7 +111,7 @@ def write(work: Workdir, file: str, rows: list[dict]) -> None:
     write_jsonl(work.result(file), rows)
     seals = work.result(SEALS)
     known = read_json(seals) if seals.exists() else {}
-    write_json(seals, known | {file: _digest(work, file)})
+    write_json(seals, known | {file: file_digest(work.result(file))})
 
 
 def read(work: Workdir, file: str) -> list[dict]:
@@ -114,23 +121,14 @@ def read(work: Workdir, file: str) -> list[dict]:
       UserError: it is missing, damaged or altered, or another version of this project wrote it.
       ValueError: no table describes the file.
     """
-    rows, table, seals = read_jsonl(work.result(file)), table_of(file), work.result(SEALS)
-    if seals.exists() and read_json(seals).get(file) not in (None, _digest(work, file)):
-        raise UserError(
-            f"{work.result(file)} is altered or cut short (checksum mismatch); delete it and run "
-            "its stage again."
-        )
+    path, table, seals = work.result(file), table_of(file), work.result(SEALS)
+    rows = read_jsonl(path)
+    if seals.exists() and read_json(seals).get(file) not in (None, file_digest(path)):
+        raise UserError(f"{path} is altered or cut short (checksum mismatch); {AGAIN}.")
     for row in rows:
         if problem := table.problem(row):
-            raise UserError(
-                f"{work.result(file)} holds {problem}: another version wrote it; delete the file "
-                "and run its stage again."
-            )
+            raise UserError(f"{path} holds {problem}: another version wrote it; {AGAIN}.")
     return rows
-
-
-def _digest(work: Workdir, file: str) -> str:
-    return hashlib.sha256(work.result(file).read_bytes()).hexdigest()
 
 
 def read_if_there(work: Workdir, file: str) -> list[dict]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -19,8 +20,10 @@ from absl import logging
 
 from crossdict_jax.errors import UserError
 
+AGAIN = "delete it and run its stage again"
 LOCK = ".lock"  # in a work directory: who works there
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file for a folder, or a folder
 
 
 def say(text: str, *, level: int = logging.WARNING) -> None:
@@ -216,7 +219,7 @@ def check_space(directory: Path, needed: int = 1) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(needed, 1))
+            os.posix_fallocate(file.fileno(), 0, needed)
     except OSError as error:
         raise UserError(disk_words(directory, error, needed)) from error
     finally:
@@ -224,10 +227,12 @@ def check_space(directory: Path, needed: int = 1) -> None:
             probe.unlink(missing_ok=True)
 
 
-def disk_words(path: Path | str, error: OSError, needed: int = 0) -> str:
+def disk_words(path: Path, error: OSError, needed: int = 1) -> str:
     """Returns what to do about a file that could not be written, in one line."""
     if error.errno in READ_ONLY:
         return f"{path} cannot be written ({error.strerror}); make it writable, or copy the run."
+    if error.errno in IN_THE_WAY:
+        return f"{path} cannot be written ({error.strerror}); move away what lies there."
     room = f"cannot take {needed / 1e6:.1f} MB more" if needed > 1 else "cannot be written"
     reason = error.strerror or error
     return f"{path} {room} ({reason}); free some space and run the same command again."
@@ -262,6 +267,12 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(_strict(r), allow_nan=False) + "\n" for r in rows))
 
 
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def parse_json(text: str) -> Any:
     """Returns the value that JSON spells; ValueError for all that Python's reader cannot take.
 
@@ -275,27 +286,24 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def read_json(path: Path) -> Any:
-    """Returns the value in a JSON file; UserError if it is missing or damaged."""
-    return _read(path, parse_json)
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Returns the object, or list, in a JSON file; UserError if it is missing or damaged."""
+    return _read(path, parse_json, kind)
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Returns the rows of a JSON-lines file; UserError if it is missing or damaged."""
-    return _read(path, lambda text: [parse_json(line) for line in text.splitlines() if line])
+    rows = _read(path, lambda text: [parse_json(line) for line in text.splitlines() if line], list)
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is damaged (a line is no JSON object); {AGAIN}.")
+    return rows
 
 
 def read_object(file: Path) -> dict:
     """Returns the JSON object in a file of other people; UserError if it is none."""
-    try:
-        value = parse_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.") from None
-    except ValueError as error:
-        raise UserError(f"{file} is damaged, not valid JSON ({error}); copy it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds no JSON object; copy it again.")
-    return value
+    if not file.is_file():
+        raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
+    return _read(file, parse_json, dict, mend="copy it again")
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
@@ -319,15 +327,16 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file} is damaged ({error}); copy it again.") from error
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: Path, parse: Callable[[str], Any], kind: type, *, mend: str = AGAIN) -> Any:
     try:
-        return parse(Path(path).read_text(encoding="utf-8"))
+        value = parse(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it first.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it and run its stage again."
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged (not valid JSON: {error}); {mend}.") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'list'}; {mend}.")
+    return value
 
 
 def _strict(value: Any) -> Any:

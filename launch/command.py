@@ -22,7 +22,7 @@ from absl import app, flags
 from crossdict_jax.config import FREE, Config, settings, to_dict
 from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import READ_ONLY, Workdir, alone, open_workdir
+from crossdict_jax.workdir import IN_THE_WAY, READ_ONLY, Workdir, alone, open_workdir
 
 Main = Callable[[Any, Workdir], None]
 ROOT = Path(__file__).parents[1]
@@ -104,9 +104,13 @@ def execute(
             print(sys.modules["__main__"].__doc__ or "", *usage(kind, default), sep="\n")
             return 0
         config, workdir, expected = parse(argv, kind=kind, default=default)
-        settings.validate(config)
+        check(config)
+        if expected and not writes:
+            raise UserError("--expect means nothing to this command; leave it out.")
         with alone(Path(workdir)) if writes else contextlib.nullcontext():
-            work = prepare(config, workdir if writes else None)
+            work, usual = None, to_dict(type(config)())
+            if writes:
+                work = open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
             main(config, work)
             return 1 if expected and missed(expected, work) else 0
     except UserError as error:
@@ -137,8 +141,8 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
     return sum(row[""] == "MISSED" for row in rows)
 
 
-def prepare(config: Any, workdir: str | None) -> Workdir | None:
-    """Checks a config and names its models; returns its work directory, if any."""
+def check(config: Any) -> None:
+    """Raises UserError for a wrong setting; names the models of a config that names none."""
     settings.validate(config)
     if isinstance(config, Config):
         from crossdict_jax.dictionaries.base import check_settings
@@ -146,8 +150,6 @@ def prepare(config: Any, workdir: str | None) -> Workdir | None:
 
         check_settings(config)
         config.models = config.models or EMBEDDED
-    usual = to_dict(type(config)())
-    return workdir and open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
 
 
 def _machine_words(error: BaseException | None) -> str:
@@ -159,7 +161,7 @@ def _machine_words(error: BaseException | None) -> str:
         number, text = getattr(error, "errno", None), str(error)
         if number in full or re.search("|".join(disk), text):
             return f"No space left on the disk ({first}); free some and run the same command again."
-        if isinstance(error, OSError) and number in READ_ONLY:
+        if isinstance(error, OSError) and number in READ_ONLY + IN_THE_WAY:
             return f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
         if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
             return (

@@ -385,13 +385,12 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
     ],
 )
-def test_settings_that_an_architecture_does_not_read_are_refused(sae, words, tmp_path):
+def test_settings_that_an_architecture_does_not_read_are_refused(sae, words):
     config = Config(models=("a", "b"), sae=SAEConfig(**sae))
-    refused(lambda: command.prepare(config, str(tmp_path / "run")), "sae.", words)
-    assert not (tmp_path / "run").exists()
+    refused(lambda: command.check(config), "sae.", words)
     if "products" in sae:
         config.map.kinds = ("crosscoder",)  # whose codes are of that kind
-        command.prepare(config, None)
+        command.check(config)
 
 
 def test_the_program_does_not_grow_with_the_parts_of_a_batch():
@@ -403,12 +402,6 @@ def test_the_program_does_not_grow_with_the_parts_of_a_batch():
         ensemble = train.prepare(sae, store, group, store.select("train"))
         sizes.append(step_program(ensemble).count("\n"))
     assert max(sizes) - min(sizes) < 0.02 * min(sizes)
-
-
-def test_a_blank_search_is_refused(tmp_path):
-    config = Config(models=("a", "b"))
-    config.steer.search = " "
-    refused(lambda: command.prepare(config, str(tmp_path / "run")), "steer.search= ")
 
 
 def test_help_without_docstrings(capsys, monkeypatch):

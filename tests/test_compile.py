@@ -181,6 +181,8 @@ def test_the_command_makes_no_work_directory(tmp_path, monkeypatch):
         command.execute(lambda config, work: seen.append((config, work)), argv, writes=False) == 0
     )
     assert seen[0][0].machine == "cpu-1" and seen[0][1] is None
+    expect = f"--expect={command.ROOT}/configs/chen2025_gpt2.py"
+    assert command.execute(print, [*argv, expect], writes=False) == 2
     assert not list(tmp_path.iterdir())
 
 

@@ -171,6 +171,7 @@ REFUSED = [  # setting, value, what the line names
     ("sae__width", 0, "sae.width=0 must be 1 or more"),
     ("sae__steps", 2.5, "sae.steps=2.5"),
     ("sae__learning_rate", (1e-3, -1e-3), "sae.learning_rate=0.001,-0.001: -0.001"),
+    ("steer__search", " ", "steer.search= "),
     ("map__kinds", ("mean", "rigde"), "rigde must be one of"),
     ("map__ridge_penalties", (0.0,), "map.ridge_penalties=0.0"),
     ("map__dropout", 1.0, "map.dropout=1.0"),

@@ -12,7 +12,7 @@ from map_problems import inputs_of
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.passages import passages_of
-from crossdict_jax.activations.store import digest, open_store
+from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.untrained import (
     KEYS,
     draw_again,
@@ -32,7 +32,7 @@ from crossdict_jax.maps.controls import control_tasks, fit_controls
 from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.checkpoint import is_finished
-from crossdict_jax.workdir import Workdir, read_jsonl
+from crossdict_jax.workdir import Workdir, file_digest, read_jsonl
 
 BOTH = ("ceiling", "untrained")
 SITE = tiny_run.SITE
@@ -124,7 +124,7 @@ def test_a_store_with_other_rows_is_refused(copy):
     path = work.controls.activations / "rows-keep.npy"
     np.save(path, ~np.load(path))
     meta = json.loads((work.controls.activations / "meta.json").read_text())
-    meta["checksums"]["rows-keep.npy"] = digest(path)
+    meta["checksums"]["rows-keep.npy"] = file_digest(path)
     del meta["seal"]
     (work.controls.activations / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="has other rows than"):

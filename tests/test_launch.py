@@ -84,7 +84,7 @@ def test_defaults_are_those_of_the_file(tmp_path):
     assert workdir == "runs/pythia410m_gpt2medium_small"
     config, _ = parse("--config.n_layers=2 --seed=5", kind=PretrainConfig, default="docs_gpt2")
     assert (config.n_layers, config.seed, config.model_type) == (2, 5, "gpt2")
-    command.prepare(*parse(f"--workdir={tmp_path}/run"))
+    assert run_here(print, f"--workdir={tmp_path}/run") == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["models"] == list(EMBEDDED)
 
 
@@ -105,8 +105,9 @@ def test_every_spelling_of_a_setting_is_the_same(arguments):
 
 
 def test_an_existing_work_directory_brings_its_settings(tmp_path):
-    config, _ = parse("--layers=1 --config.map.loss_weights.cosine=0.5 --models=a,b")
-    command.prepare(config, str(tmp_path / "run"))
+    asked = "--layers=1 --config.map.loss_weights.cosine=0.5 --models=a,b"
+    config, _ = parse(asked)
+    assert run_here(print, f"{asked} --workdir={tmp_path}/run") == 0
     assert parse(f"--workdir={tmp_path}/run") == (config, f"{tmp_path}/run")
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
@@ -137,6 +138,7 @@ MISTAKES = [  # arguments, what the line names
 def test_mistakes_are_told_in_one_line(arguments, named, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert named in refused(print, f"{arguments} --workdir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -202,7 +204,8 @@ def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
 
 def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
     (tmp_path / "config.json").write_text('{"sae": ')
-    for path in (tmp_path, "/proc/run"):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, "/proc/run", tmp_path / "file/run"):
         assert str(path) in refused(print, f"--models=a,b --workdir={path}")
 
 
@@ -213,6 +216,10 @@ def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
         (OSError(28, "No space left on device", "x"), 2, "No space left"),
         (ValueError("RESOURCE_EXHAUSTED: write [No space left on device]"), 2, "No space left"),
         (OSError("4096 requested and 17 written"), 2, "No space left"),  # as numpy says it
+        (OSError(30, "Read-only file system", "x"), 2, "x cannot be read or written (Read-only"),
+        (IsADirectoryError(21, "Is a directory", "x"), 2, "x cannot be read or written (Is a dir"),
+        (MemoryError(), 2, "lower a batch_size"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "lower a batch_size"),
         (KeyboardInterrupt(), 130, "the same command again"),
     ],
 )

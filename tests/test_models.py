@@ -311,8 +311,10 @@ def test_models_that_are_not_there(path, message):
         ("gpt2-relu", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama-grouped-tied-old", {"is_causal": False}, "is_causal False"),
         ("llama-grouped-tied-old", {"rope_scaling": {"type": "linear"}}, "rope type 'linear'"),
+        ("llama-grouped-tied-old", {"rope_scaling": "linear"}, "'linear' must be a JSON object"),
         ("llama-grouped-tied-old", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama-grouped-tied-old", {"num_key_value_heads": 3}, "cannot share 3"),
+        ("llama-grouped-tied-old", {"hidden_size": "16"}, "hidden_size|head_dim"),
         ("llama-grouped-tied-old", {"head_dim": 7}, "must be even"),
         ("gpt_neox-parallel-quarter-old", {"rotary_pct": 0.2}, "Rotary dims 3 must be even"),
         ("gpt2-relu", {"n_layer": 4}, "lacks the weight 'transformer.h.3.ln_1.weight' and 11 more"),
@@ -348,6 +350,7 @@ def test_weights_that_do_not_fit(change, message, tmp_path):
         ("config.json", b"[]", "holds no JSON object"),
         ("model.safetensors", None, r"no model\.safetensors; .* save the model again"),
         ("model.safetensors", CUT_SHORT, "is damaged"),
+        ("model.safetensors.index.json", b'{"weight_map": []}', "holds no weight_map"),
         ("model.safetensors.index.json", SHARDED, "lacks the shard 'model-00001-of-00002"),
     ],
 )

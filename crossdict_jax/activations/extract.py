@@ -19,8 +19,8 @@ from crossdict_jax.activations.store import (
     Store,
     open_store,
     save_index,
+    save_meta,
     save_shard,
-    seal,
     shard_name,
 )
 from crossdict_jax.activations.text import SPLITS
@@ -123,8 +123,7 @@ def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
     checksums = save_index(directory, rows, reading.table)
     for i in range(reading.shards):
         checksums |= read_json(_stamp(directory, i))["files"]
-    meta = meta | {"checksums": meta.get("checksums", {}) | checksums}
-    write_json(directory / "meta.json", meta | {"seal": seal(meta)})
+    save_meta(directory, meta | {"checksums": meta.get("checksums", {}) | checksums})
     shutil.rmtree(directory / "shards")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,8 @@ import numpy as np
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.workdir import read_json, write_json
+from crossdict_jax.training.stage import digest
+from crossdict_jax.workdir import file_digest, read_json, write_json
 
 BLOCK = 2**14  # rows that are gone through at a time where there may be more than memory holds
 MEND = "delete the activations folder and run extract_activations again"
@@ -64,7 +63,7 @@ class Rows:
     position: np.ndarray  # int32 [n, models], token in the window, a BOS not counted
     token: np.ndarray  # int32 [n, models], the token that ends there
     split: np.ndarray  # int8 [n], index into SPLITS
-    keep: np.ndarray  # bool [n], False: a norm outlier in some model at some site
+    keep: np.ndarray  # bool [n], False: left out, by its values or after a control token
 
     def __len__(self) -> int:
         return len(self.document)
@@ -204,22 +203,11 @@ def shard_name(model: str, site: str, shard: int) -> str:
     return f"{model}/{site}/shard-{shard:05d}.npy"
 
 
-def seal(meta: dict) -> str:
-    """Returns the sha256 of what meta.json says."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """Returns the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_file(path: Path, expected: str) -> None:
     """Raises UserError if the sha256 of the file is not ``expected``."""
     if not path.exists():
         raise UserError(f"{path} is missing; {MEND}.")
-    if digest(path) != expected:
+    if file_digest(path) != expected:
         raise UserError(f"{path} is altered or cut short (checksum mismatch); {MEND}.")
 
 
@@ -229,11 +217,12 @@ def open_store(directory: Path) -> Store:
     if not (directory / "meta.json").exists():
         raise UserError(f"{directory} holds no finished store; run extract_activations first.")
     meta = read_json(directory / "meta.json")
-    if (sealed := meta.pop("seal", None)) and sealed != seal(meta):
+    if (sealed := meta.pop("seal", None)) and sealed != digest(meta):
         raise UserError(f"{directory / 'meta.json'} is altered (checksum mismatch); {MEND}.")
-    index = {name for name in meta["checksums"] if "/" not in name}  # shards: when they are read
+    checksums = meta.get("checksums", {})
+    index = {name for name in checksums if "/" not in name}  # shards: when they are read
     for name in sorted(index | {"rows-document.npy"}):
-        check_file(directory / name, meta["checksums"].get(name, ""))
+        check_file(directory / name, checksums.get(name, ""))
 
     def column(name: str) -> np.ndarray:
         return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(
@@ -253,6 +242,11 @@ def open_store(directory: Path) -> Store:
     )
 
 
+def save_meta(directory: Path, meta: dict) -> None:
+    """Writes what is known of a store, with the sha256 of it; a store is finished with it."""
+    write_json(directory / "meta.json", meta | {"seal": digest(meta)})
+
+
 def save_index(directory: Path, rows: Rows, table: WindowTable) -> dict[str, str]:
     """Writes a file for each column of rows and windows; returns {file: sha256}."""
     columns = {f"rows-{f.name}.npy": getattr(rows, f.name) for f in fields(Rows)}
@@ -262,7 +256,7 @@ def save_index(directory: Path, rows: Rows, table: WindowTable) -> dict[str, str
         columns |= {f"windows-{name}-{i}.npy": column for i, column in of_models}
     for name, column in columns.items():
         np.save(directory / name, column)
-    return {name: digest(directory / name) for name in columns}
+    return {name: file_digest(directory / name) for name in columns}
 
 
 def save_shard(directory: Path, name: str, x: np.ndarray) -> dict[str, str]:
@@ -270,7 +264,7 @@ def save_shard(directory: Path, name: str, x: np.ndarray) -> dict[str, str]:
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, x.view(np.uint16))
-    return {name: digest(path)}
+    return {name: file_digest(path)}
 
 
 def write_store(
@@ -319,5 +313,5 @@ def write_store(
         "text": {"source": "none"},
         "checksums": checksums,
     }
-    write_json(directory / "meta.json", meta)
+    save_meta(directory, meta)
     return open_store(directory)

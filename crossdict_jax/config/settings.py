@@ -91,9 +91,8 @@ def from_dict(kind: type, tree: dict) -> Any:
 def read(path: Path) -> Any:
     """Returns the config in a config.json, of the class with most of its settings."""
     tree = read_json(path)
-    names = set(tree) if isinstance(tree, dict) else set()
     kinds = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
-    kind = max(kinds, key=lambda kind: len(names & {f.name for f in dataclasses.fields(kind)}))
+    kind = max(kinds, key=lambda k: len(tree.keys() & {f.name for f in dataclasses.fields(k)}))
     return from_dict(kind, tree)
 
 

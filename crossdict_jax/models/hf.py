@@ -149,6 +149,8 @@ def read_config(raw: dict) -> ModelConfig:
         raise UserError(f"model_type {model_type!r} is not one of {', '.join(model_types())}.")
     family, raw = _family(model_type), dict(raw)
     rope = raw.pop("rope_scaling", None) or raw.get("rope_parameters") or {}  # the older name
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_scaling {rope!r} must be a JSON object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(f"rope type {kind!r} is not implemented, only 'default'.")
@@ -245,7 +247,10 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
     if (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(read_object(index).get("weight_map", {}).values()))
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} holds no weight_map of objects; copy it again.")
+        names = sorted(set(map(str, weight_map.values())))
     else:
         raise UserError(
             f"{folder} has no model.safetensors; if it has pytorch_model.bin alone, save the model "

@@ -129,7 +129,8 @@ def read_run(work: Workdir) -> Run:
         for path in sorted((folder / "training").glob("*/metrics.jsonl")):
             points = [row for row in read_jsonl(path) if "loss" in row]
             losses = [p["loss"] if isinstance(p["loss"], list) else [p["loss"]] for p in points]
-            labels = [member["label"] for member in read_json(path.with_name("members.json"))]
+            members = read_json(path.with_name("members.json"), list)
+            labels = [member["label"] for member in members]
             title = f"{folder.name.capitalize()}, group {path.parent.name}"
             if points:
                 curves.append(Curves(title, labels, [p["step"] for p in points], [*zip(*losses)]))

@@ -37,7 +37,7 @@ def training_table(work: Workdir) -> None:
     rows, keys = [], ("loss", "fvu", "l0", "dead_fraction")
     for path in sorted((work.dictionaries / "training").glob("*/metrics.jsonl")):
         for last in read_jsonl(path)[-1:]:
-            n = len(read_json(path.with_name("members.json")))
+            n = len(read_json(path.with_name("members.json"), list))
             means = {key: sum(last[key]) / n for key in keys if isinstance(last.get(key), list)}
             cells = {"trained together": path.parent.name, "members": number(n)}
             cells |= {"steps": number(last["step"] + 1)} | scores(means, *keys)

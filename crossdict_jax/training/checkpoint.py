@@ -1,6 +1,5 @@
 """Orbax checkpoints with checksums: whole and unaltered, or refused with the file's name."""
 
-import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, disk_words, read_json, write_json
+from crossdict_jax.workdir import check_space, disk_words, file_digest, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
 
@@ -25,7 +24,7 @@ def _manager(directory: Path) -> ocp.CheckpointManager:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {str(p.relative_to(folder)): file_digest(p) for p in files}
 
 
 def latest_step(directory: Path) -> int | None:

@@ -17,6 +17,7 @@ from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import (
     Workdir,
     check_space,
+    file_digest,
     read_json,
     read_jsonl,
     write_json,
@@ -137,5 +138,5 @@ def input_digests(
     inputs = {"config": digest(settings), "store": digest(store_meta)}
     for folder in sorted(set(folders)):
         seal = folder / f"{checkpoint.finished_step(folder)}.sha256.json"
-        inputs[str(folder.relative_to(work.root))] = hashlib.sha256(seal.read_bytes()).hexdigest()
+        inputs[str(folder.relative_to(work.root))] = file_digest(seal)
     return inputs

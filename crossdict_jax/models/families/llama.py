@@ -79,11 +79,11 @@ BLOCK_PARTS = {  # weight and, if it has one, bias of each part of a block
 def prepare(raw: dict) -> dict:
     """config.json with ``rope_parameters`` flat and the head counts written out."""
     raw |= raw["rope_parameters"]
-    heads = raw.get("num_attention_heads")
+    size, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = heads
-    if raw.get("head_dim") is None and isinstance(heads, int) and heads > 0:
-        raw["head_dim"] = raw.get("hidden_size", 0) // heads
+    if raw.get("head_dim") is None and type(size) is type(heads) is int and heads > 0:
+        raw["head_dim"] = size // heads
     return raw
 
 
