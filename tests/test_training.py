@@ -1,5 +1,7 @@
 """The loop: recovery, exact resume, data order, damaged checkpoints."""
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -13,7 +15,7 @@ from planted_store import assert_close, kill_in_save
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
-from crossdict_jax.training.loop import epoch_order, train
+from crossdict_jax.training.loop import BLOCK, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 
 N, D = 96, 3
@@ -39,7 +41,7 @@ class Regression(Objective):
         return jnp.where(context.number == self.poison_at, jnp.nan, loss), ({}, ())
 
 
-def regression(**changes):
+def regression(resident=None, **changes):
     return make_ensemble(
         Regression(**changes),
         fixed={"id": np.zeros(1, np.uint32)},
@@ -48,12 +50,14 @@ def regression(**changes):
         seeds=(7,),
         batch_size=8,
         setting="toy.batch_size",
+        resident=resident,
     )
 
 
-def fit(directory, *, steps=130, every=40, meta=None, **changes):
+def fit(directory, *, steps=130, every=40, meta=None, made=None, **changes):
     how = {"steps": steps, "seed": 3, "checkpoint_every": every, "title": "toy"}
-    return train(regression(**changes), directory=directory, meta=meta or {}, **how)[0]
+    made = made or regression(**changes)
+    return train(made, directory=directory, meta=meta or {}, **how)[0]
 
 
 def metrics(directory):
@@ -113,12 +117,42 @@ def test_not_finite_names_step_and_metric(tmp_path):
         fit(tmp_path, poison_at=61)
 
 
-def test_every_epoch_is_a_permutation_and_a_pure_function_of_position():
-    whole = epoch_order(5, start=0, count=3 * N, n=N)
-    for epoch in whole.reshape(3, N):
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(N))
-    np.testing.assert_array_equal(epoch_order(5, start=50, count=100, n=N), whole[50:150])
-    assert (epoch_order(6, start=0, count=N, n=N) != whole[:N]).any()
+@pytest.mark.parametrize(("n", "window"), [(N, None), (20 * BLOCK + 7, 4 * BLOCK)])
+def test_every_epoch_is_a_permutation_and_a_pure_function_of_position(n, window):
+    order = functools.partial(epoch_order, n=n, window=window)
+    whole = order(5, start=0, count=3 * n)
+    for epoch in whole.reshape(3, n):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
+    np.testing.assert_array_equal(order(5, start=50, count=2 * n), whole[50 : 2 * n + 50])
+    assert (order(6, start=0, count=n) != whole[:n]).any()
+    assert (whole[:n] != whole[n : 2 * n]).any()
+
+
+def test_rows_in_a_window_are_shuffled_and_come_from_whole_blocks():
+    n, window = 20 * BLOCK + 7, 4 * BLOCK
+    epochs = epoch_order(5, start=0, count=2 * n, n=n, window=window).reshape(2, n) // BLOCK
+    read = [[set(epoch[at : at + window]) for at in range(0, n, window)] for epoch in epochs]
+    assert [len(blocks) for blocks in read[0]] == [4, 4, 4, 4, 4, 1]
+    assert read[0] != read[1]
+    assert len(set(epochs[0, :BLOCK])) == 4  # mixed, not one block after another
+    small = epoch_order(5, start=9, count=300, n=N, window=window)
+    np.testing.assert_array_equal(small, epoch_order(5, start=9, count=300, n=N))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_rows_that_cannot_be_gathered_end_the_training(tmp_path, resident):
+    made = regression(resident=resident)
+
+    def indices(first, count):
+        if first >= 40:
+            raise OSError("the disk is gone")
+        return made.feed.indices(first, count)
+
+    broken = dataclasses.replace(made, feed=dataclasses.replace(made.feed, indices=indices))
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(tmp_path, made=broken)
+    assert (tmp_path / "checkpoints/40.sha256.json").exists()
+    assert_close(fit(tmp_path, resident=resident), fit(tmp_path / "whole", resident=resident))
 
 
 @pytest.mark.mesh

@@ -5,7 +5,9 @@ An ``Objective`` says what one member is trained to do.
 
 import dataclasses
 import math
+import os
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ from crossdict_jax.training.mesh import (
 )
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
+WINDOW = 2**17  # rows on the host that are shuffled together, of 2,048 blocks: 32 batches of 4,096
+COPIERS = min(8, os.cpu_count() or 1)  # threads: memory is not faster for more
 TRAINING_SHARE = 0.8  # of a device's memory, for members beside the rows
 
 
@@ -228,7 +232,8 @@ def make_ensemble(
       seeds: per member, of its order of rows.
       setting: the name of the batch size's setting, for error messages.
       resident: whether rows stay on the devices; False: the host sends a chunk's batches at a
-        time; None: on the devices if they fit beside the training.
+        time, shuffled in blocks (``epoch_order``); None: on the devices if they fit beside the
+        training.
 
     Raises:
       UserError: the batch does not divide over the devices.
@@ -252,21 +257,27 @@ def make_ensemble(
     def indices(first: int, count: int) -> np.ndarray:
         n_rows = arrays[0].shape[1]
         span = {"start": first * batch_size, "count": count * batch_size, "n": n_rows}
+        span["window"] = None if resident else WINDOW
         orders = [epoch_order(seed, **span).reshape(count, batch_size) for seed in distinct]
         return np.stack(orders, axis=1)  # [steps, distinct seeds, batch]
 
-    def gather(data, index):
+    def gather(data, index, take):
         """Rows [..., members, batch, ...] of every stream."""
         index, batch = index[..., order_of, :], {}
         for name, stream in streams.items():
             orders = data["orders"].get(name)
-            at = (stream.source[:, None], index if orders is None else orders[members, index])
+            at = index if orders is None else orders[members, index]
             rows = data["rows"][held_as[id(stream.rows)]]
-            batch[name] = jax.tree.map(lambda a, at=at: a[at], rows)
+            batch[name] = jax.tree.map(lambda a, s=stream, at=at: take(a, s.source, at), rows)
         return batch
 
+    def send(first: int, count: int) -> PyTree:
+        batch = gather(data, indices(first, count), _copied)
+        return put(batch, shard(mesh, None, MEMBER, DATA))
+
     def select(held, sent):
-        rows = gather(held["data"], sent) if resident else sent
+        look_up = lambda a, source, at: a[source[:, None], at]  # noqa: E731
+        rows = gather(held["data"], sent, look_up) if resident else sent
         spread = shard(mesh, MEMBER, DATA)
         rows = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(from_bits(a), spread), rows)
         return {"rows": rows, "fixed": held["fixed"], "validation": held["validation"]}
@@ -282,8 +293,24 @@ def make_ensemble(
         data["orders"] = put(data["orders"], shard(mesh, MEMBER))
         feed = Feed(held | {"data": data}, indices, select)
     else:
-        feed = Feed(held, lambda first, count: gather(data, indices(first, count)), select)
+        feed = Feed(held, send, select)
     return Ensemble(objective, feed, fixed, tuple(labels), mesh)
+
+
+def _copied(rows: np.ndarray, source: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Rows [steps, members, batch, ...] at these indices of rows [sources, n, ...]."""
+    shape = *at.shape, *rows.shape[2:]
+    size = math.prod(shape) * rows.itemsize
+    memory = np.empty(size + 64, np.uint8)  # aligned, it is read in place by XLA's CPU backend
+    out = memory[-memory.ctypes.data % 64 :][:size].view(rows.dtype).reshape(shape)
+
+    def copy(i: tuple[int, int]) -> None:  # of a step and member
+        # To clip: else numpy would copy into an array of its own first.
+        np.take(rows[source[i[1]]], at[i], axis=0, out=out[i], mode="clip")
+
+    with ThreadPoolExecutor(COPIERS) as threads:
+        list(threads.map(copy, np.ndindex(at.shape[:2])))
+    return out
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
