@@ -4,6 +4,7 @@ An ``Objective`` says what one member is trained to do.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,6 +25,7 @@ from crossdict_jax.training.mesh import (
     from_bits,
     make_mesh,
     put,
+    put_filled,
     shard,
     to_bits,
 )
@@ -233,7 +235,7 @@ def make_ensemble(
       setting: the name of the batch size's setting, for error messages.
       resident: whether rows stay on the devices; False: the host sends a chunk's batches at a
         time, shuffled in blocks (``epoch_order``); None: on the devices if they fit beside the
-        training.
+        training, all of them on each or else in parts.
 
     Raises:
       UserError: the batch does not divide over the devices.
@@ -251,11 +253,13 @@ def make_ensemble(
         "orders": {name: s.order for name, s in streams.items() if s.order is not None},
     }
     arrays, limit = jax.tree.leaves(data["rows"]), device_memory()
-    if resident is None:
-        resident = limit is None or sum(a.nbytes for a in arrays) <= ROWS_SHARE * limit
+    n_rows, size = arrays[0].shape[1], sum(a.nbytes for a in arrays)
+    whole = limit is None or size <= ROWS_SHARE * limit
+    if resident is None:  # in parts: beside members that take all that they may
+        resident = whole or (n > 1 and size <= (1 - TRAINING_SHARE) * limit * n)
+    parts = n > 1 and not whole
 
     def indices(first: int, count: int) -> np.ndarray:
-        n_rows = arrays[0].shape[1]
         span = {"start": first * batch_size, "count": count * batch_size, "n": n_rows}
         span["window"] = None if resident else WINDOW
         orders = [epoch_order(seed, **span).reshape(count, batch_size) for seed in distinct]
@@ -276,7 +280,7 @@ def make_ensemble(
         return put(batch, shard(mesh, None, MEMBER, DATA))
 
     def select(held, sent):
-        look_up = lambda a, source, at: a[source[:, None], at]  # noqa: E731
+        look_up = functools.partial(_looked_up_in_parts, mesh) if parts else _looked_up
         rows = gather(held["data"], sent, look_up) if resident else sent
         spread = shard(mesh, MEMBER, DATA)
         rows = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(from_bits(a), spread), rows)
@@ -289,12 +293,36 @@ def make_ensemble(
         for name, rows in data["rows"].items():
             readers = [s.source for s in streams.values() if held_as[id(s.rows)] == name]
             own = all(np.array_equal(source, np.arange(len(labels))) for source in readers)
-            data["rows"][name] = put(rows, shard(mesh, *[MEMBER] * own))
+            layout = shard(mesh, None, DATA) if parts else shard(mesh, *[MEMBER] * own)
+            data["rows"][name] = jax.tree.map(lambda a: put_filled(a, layout), rows)  # noqa: B023
         data["orders"] = put(data["orders"], shard(mesh, MEMBER))
         feed = Feed(held | {"data": data}, indices, select)
     else:
         feed = Feed(held, send, select)
     return Ensemble(objective, feed, fixed, tuple(labels), mesh)
+
+
+def _looked_up(rows: jax.Array, source: np.ndarray, at: jax.Array) -> jax.Array:
+    """Rows [members, batch, ...] at these indices of rows [sources, n, ...]."""
+    return rows[source[:, None], at]
+
+
+def _looked_up_in_parts(mesh, rows: jax.Array, source: np.ndarray, at: jax.Array) -> jax.Array:
+    """The same of rows that devices hold in parts.
+
+    Each looks up its own for the whole batch, zeros for others; the sum gives each its share of it.
+    """
+
+    def own(rows, source, at):
+        index = at - jax.lax.axis_index(DATA) * rows.shape[1]
+        here = (index >= 0) & (index < rows.shape[1])
+        x = _looked_up(rows, source, jnp.where(here, index, 0))
+        x = jnp.where(here.reshape(here.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+        return jax.lax.psum_scatter(x, DATA, scatter_dimension=1, tiled=True)
+
+    specs = tuple(shard(mesh, *axes).spec for axes in ((None, DATA), (MEMBER,), (MEMBER,)))
+    spread = {"mesh": mesh, "in_specs": specs, "out_specs": shard(mesh, MEMBER, DATA).spec}
+    return jax.shard_map(own, check_vma=False, **spread)(rows, source, at)
 
 
 def _copied(rows: np.ndarray, source: np.ndarray, at: np.ndarray) -> np.ndarray:
