@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from planted_store import assert_close, kill_in_save
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.training import loop
+from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
 from crossdict_jax.training.loop import BLOCK, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
@@ -76,11 +77,37 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, number):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
-def test_checkpoint_rhythm_changes_no_bit_and_a_finished_run_trains_nothing_more(tmp_path):
+def test_checkpoint_rhythm_changes_no_bit_and_a_finished_run_trains_nothing_more(
+    tmp_path, monkeypatch
+):
     often, seldom = fit(tmp_path / "a", every=7), fit(tmp_path / "b", every=1000)
     assert_close(often, seldom)
     assert_close(fit(tmp_path / "a"), often)
     assert metrics(tmp_path / "a")[-1]["step"] == 129
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    kill_in_save(2, lambda: fit(tmp_path / "c", every=1000))
+    assert checkpoint.latest_step(tmp_path / "c/checkpoints") == 50
+    assert_close(fit(tmp_path / "c", every=1000), often)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    run, save, went_on = loop.Chunks.__call__, checkpoint.save, threading.Event()
+
+    def chunk(self, state, first, count):
+        result = jax.block_until_ready(run(self, state, first, count))
+        return went_on.set() or result if first == 40 else result
+
+    def slow(*args, **trees):
+        assert went_on.wait(60)
+        save(*args, **trees)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Chunks, "__call__", chunk)
+        patch.setattr(checkpoint, "save", slow)
+        fit(tmp_path / "a")
+    assert checkpoint.latest_step(tmp_path / "a/checkpoints") == 40
+    assert_close(fit(tmp_path / "a"), fit(tmp_path / "b"))
 
 
 def test_a_half_written_checkpoint_is_not_used(tmp_path):

@@ -5,7 +5,8 @@ The order of one turn, where it binds:
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
 2. dispatch a chunk of steps: one compiled program for any number of steps, one per variant;
 3. only then read the metrics of the chunk before (bounds the work in flight);
-4. checkpoint between chunks, never inside one, and when somebody asks the process to stop.
+4. checkpoint between chunks, never inside one, and when somebody asks the process to stop: the
+   state is copied to the host, then a thread writes and seals it, one at a time.
 
 Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
 """
@@ -17,6 +18,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +37,7 @@ from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
+CHECKPOINT_SECONDS = 600.0  # at most, besides steps: large steps are slow, and machines pre-empted
 BLOCK = 64  # rows: of 1024 numbers the 128 KiB that Linux reads ahead of a memory map
 PyTree = Any
 
@@ -146,7 +149,12 @@ def train(
     file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
     bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}
-    with progress_bar(**bar) as progress, interruptions() as received:
+    with (
+        progress_bar(**bar) as progress,
+        interruptions() as received,
+        ThreadPoolExecutor(1) as disk,
+    ):
+        saving, saved_at = disk.submit(int), time.monotonic()
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
@@ -154,11 +162,17 @@ def train(
             if pending:
                 report(*pending)
             pending, done = (done, count, metrics), done + count
-            if done % checkpoint_every == 0 or done == steps or received:
+            late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            if done % checkpoint_every == 0 or done == steps or received or late:
                 report(*pending)
                 pending = None
                 _check_params(state["params"], done, title)
-                checkpoint.save(checkpoints, done, meta=meta, **state)
+                saving.result()
+                copied = jax.tree.map(np.array, state)  # as the next chunk writes over the state
+                saving = disk.submit(checkpoint.save, checkpoints, done, meta=meta, **copied)
+                saved_at = time.monotonic()
+            if saving.done() or done == steps or received:
+                saving.result()  # raises what went wrong
             if received:
                 raise KeyboardInterrupt
     writer.close()
