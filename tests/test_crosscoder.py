@@ -72,17 +72,6 @@ def test_codes_from_some_models_reconstruct_all_in_raw_units(variant, given):
 
 
 @every
-def test_between_two_models_is_the_code_from_one_alone(variant):
-    c, x = fresh(variant), views()
-    way = {name: np.asarray(value) for name, value in c.between(2, 1).items()}
-    z = np.asarray(x[2]) @ way["W_enc"] + way["b_enc"][None, :]
-    f = np.where(z > max(way["threshold"], 0), z, 0)
-    seen = [None, None, x[2]]
-    np.testing.assert_allclose(f, c.encode(seen), atol=1e-5)
-    np.testing.assert_allclose(f @ way["W_dec"] + way["b_dec"][None, :], c(seen)[1], atol=1e-5)
-
-
-@every
 def test_training_sees_what_encode_sees(variant):
     """Rows whose models are dropped have the pre-activations of those that are given."""
     c, x = fresh(variant), views()
@@ -298,18 +287,6 @@ def test_what_is_0_follows_the_dictionaries():
     own = CrosscoderConfig(width=10, learning_rate=1.0, steps=1)
     settings = crosscoder_settings(Config(sae=sae, crosscoder=own))
     assert (settings.width, settings.learning_rate, settings.steps) == (10, 1.0, 1)
-
-
-def test_members_train_as_if_alone():
-    members = [tiny_rows(), tiny_rows(seed=1)]
-    members += [tiny_rows(orders=training.shuffles(96, models=2, seed=0))]
-    together, alone = (
-        run_steps(joint_ensemble(m, TINY), 10)[0]["params"] for m in (members, members[2:])
-    )
-    assert_close(jax.tree.map(lambda a: a[2:], together), alone, atol=2e-5, rtol=0)
-    decoders = together["W_dec"]
-    assert np.abs(decoders[0] - decoders[1]).max() > 0.1  # another seed
-    assert np.abs(decoders[0] - decoders[2]).max() > 1e-4  # another order
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):

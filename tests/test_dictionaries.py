@@ -182,11 +182,11 @@ SMALL = {"width": 48, "k": 2, "steps": 600, "batch_size": 256, "l1_coefficient":
 PENALTY = {"gated": 6.0, "jumprelu": 0.75}  # what these rows need; the rest is as it comes
 
 
-@slow_but("relu", "topk", "jumprelu")
+@slow_but("relu", "topk")
 def test_recovers_planted_directions(architecture, tmp_path):
     penalty = PENALTY.get(architecture, SMALL["l1_coefficient"])
     settings = SMALL | {"architecture": architecture, "l1_coefficient": penalty}
-    work = train_on(PlantedStore(X, sites=2), tmp_path, **settings)
+    work = train_on(PlantedStore(X), tmp_path, **settings)
     best, _ = best_cosines(arrays(trained(work))["W_dec"], DIRECTIONS)
     assert best.mean() > 0.95, best
 
