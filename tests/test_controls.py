@@ -265,9 +265,6 @@ def test_finished_controls_are_left_alone(copy):
     assert {p: p.stat().st_mtime_ns for p in files} == before
 
 
-# ---------------------------------------------------------------- settings
-
-
 def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
     config, work = finished
     controls = open_store(work.controls.activations)

@@ -30,8 +30,6 @@ from crossdict_jax.verify.gate import Check
 from launch import command
 from launch import verify as script
 
-# ---------------------------------------------------------------- checks and the command
-
 
 def test_a_bound_is_kept_or_missed():
     kept = [(1.0, ">=", 1.0), (1.0, "<=", 1.0), (True, "==", 1), (None, "", None)]
@@ -82,8 +80,6 @@ def test_a_miss_or_an_exception_exits_with_1(missing, gates, tmp_path, capsys):
     if "G3" in missing:
         assert "raised RuntimeError: lost" in told.out and "Traceback" in told.err
 
-
-# ---------------------------------------------------------------- small, and sabotaged
 
 SMALL = {  # constants of a gate: other values, or other fields
     g01_identity: {"MINIMUM_FIRINGS": 3},
@@ -237,7 +233,7 @@ LINKED = f"linked features that transfer by fitted {g06_causal.KIND}, of {g06_ca
         slow(g05_pairing, nothing, set()),
         (g05_pairing, late, {"context gain of ridge on planted streams", TEXTS_DIFFER}),
         slow(g06_causal, astray, {LINKED, "low end of its lead over random directions"}),
-        (g07_nonlinearity, nothing, {NETWORK}),  # five steps
+        slow(g07_nonlinearity, nothing, {NETWORK}),  # five steps
         (g08_reference_recipe, in_sample, {LABELLED}),
         (g09_training, nothing, {"context gain a to b", "context gain b to a"}),  # never trained
         slow(g10_determinism, nothing, set()),

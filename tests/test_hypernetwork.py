@@ -105,9 +105,6 @@ def network(tmp_path_factory):
     return train(problems_of(1, 3), folder, masks=unknown_fifth())
 
 
-# ---------------------------------------------------------------- zero-shot
-
-
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("turn", [lambda s: s, turned], ids=["a to b", "b to a"])
 def test_features_and_layers_that_it_never_saw_are_written(network, layer, turn):
@@ -152,9 +149,6 @@ def test_unknown_features_are_not_read_in_training():
         moved = np.abs(np.asarray(read[0])).max(axis=1) > 0
         np.testing.assert_array_equal(moved, known[model, 1])
     assert not np.asarray(fixed["reads"]["U"])[0, ~known["a", 1]].any()
-
-
-# ---------------------------------------------------------------- token profiles
 
 
 def lexical(names_b: bool):
@@ -225,9 +219,6 @@ def test_tokens_of_equal_bytes_are_one():
     a, _ = describe(dataclasses.replace(pairs, source=side), "")
     assert sorted(a.profile.names) == [b"even", b"odd"]
     assert a.profile.counts.sum() == len(a.rows)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_fewer_rows_than_a_batch_are_refused(tmp_path):

@@ -311,9 +311,6 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
 
 
-# ---------------------------------------------------------------- mistakes in text and models
-
-
 def few_tokens(tiny: Path, folder: Path) -> str:
     """Model a with an embedding too small for its tokenizer."""
     from crossdict_jax import models

@@ -82,9 +82,6 @@ def test_shuffled_pairs_teach_nothing(nonlinear, fitted_on, kind):
     assert -0.3 < feature_r2(fitted_on(kind)[0][1].map, problem, test) < 0.01
 
 
-# ---------------------------------------------------------------- the contract of every kind
-
-
 def compiled(m):
     """The map as a jitted function of its parameters, as larger programs use it."""
     graphdef, params = modules.split(m)
@@ -277,9 +274,6 @@ def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
         tuple(maps.shuffled(pairs, s, split).target.order) for s in range(4) for split in SPLITS
     }
     assert len(orders) == 12
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_an_unknown_kind_is_refused_with_those_that_exist(tmp_path):

@@ -73,9 +73,6 @@ def untrained(problem, cls=mlp.MLP, head="relu"):
     return cls(target, trained | cls.measure(problem)[0], head=head)
 
 
-# ---------------------------------------------------------------- heads
-
-
 @pytest.mark.parametrize("name", MAP_HEADS)
 def test_heads_select_as_they_say(name):
     z = np.random.default_rng(0).normal(size=(9, 20)).astype("f4")
@@ -103,9 +100,6 @@ def test_thresholds_get_the_gradient_of_the_kernel():
     np.testing.assert_allclose(gradient, [[-3 / width]])  # one for each value within the kernel
     up = jax.grad(lambda z: heads.gate(z, jnp.array([[1.0]])).sum())(z)
     np.testing.assert_allclose(up, jnp.array([[1, 1, 1, 0]]).T / width)
-
-
-# ---------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("head", MAP_HEADS)
@@ -175,9 +169,6 @@ def test_dropout_drops_in_training_only(sparse):
     assert np.mean(h) == pytest.approx(1.0, abs=0.03)
 
 
-# ---------------------------------------------------------------- sparse targets
-
-
 @pytest.mark.parametrize("head", ["topk", "jumprelu"])
 def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_path):
     problem, test = sparse
@@ -188,12 +179,6 @@ def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_pat
     score = feature_r2(m, problem, test)
     for linear in ("ridge", "ridge_codes"):
         assert score > feature_r2(fit_one(linear, problem, tmp_path).map, problem, test) + 0.02
-
-
-# ---------------------------------------------------------------- early stopping
-
-
-# ---------------------------------------------------------------- token_mlp
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +235,6 @@ def test_tables_of_unequal_lengths_are_made_equal_and_say_the_same(tokens_matter
     for name in ("table_a", "table_b"):
         short, long = (look_up(getattr(m, name), tokens, 5) for m in tables)
         np.testing.assert_array_equal(short, long)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_a_head_that_does_not_fit_the_target_is_refused(tokens_matter, tmp_path):

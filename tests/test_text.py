@@ -34,9 +34,6 @@ def texts_of(corpus):
     return [document.text for document in corpus]
 
 
-# ---------------------------------------------------------------- splits and cutting
-
-
 def test_splits_are_pure_functions_of_hashes_with_the_asked_shares():
     split = partial(split_of, text=TextConfig())
     # Models and results made earlier rest on these.
@@ -51,9 +48,6 @@ def test_cut_prefers_the_last_whitespace():
     assert cut("one two three", max_bytes=7) == "one two"
     assert cut("one twothreefour", max_bytes=12) == "one twothree"  # a space would cost too much
     assert cut("日本語", max_bytes=8) == "日本"
-
-
-# ---------------------------------------------------------------- files, folders, datasets
 
 
 @pytest.fixture
@@ -137,8 +131,6 @@ def test_one_text_file_is_cut_at_blank_lines(tmp_path):
     assert corpus.provenance["cut_to_max_bytes"] == 0
 
 
-# ---------------------------------------------------------------- mistakes
-
 ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)
 
 
@@ -194,9 +186,6 @@ def test_settings_that_leave_nothing_are_refused(sources, tmp_path):
     (tmp_path / "book.txt").write_text("日本語 " * 50)
     with pytest.raises(UserError, match="too small for one character"):
         load(tmp_path / "book.txt", max_bytes=2)
-
-
-# ---------------------------------------------------------------- docstrings
 
 
 @pytest.fixture
