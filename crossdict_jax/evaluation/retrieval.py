@@ -1,8 +1,6 @@
 """Retrieval: does a prediction find its own target among a fixed pool of targets?"""
 
 import dataclasses
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +73,7 @@ def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
     label, first, _ = _distinct(queries)
     size, counts = min(CHUNK, len(queries)), np.zeros(len(queries), np.int64)
     compressed, several = sparse.issparse(pool.units), np.flatnonzero(pool.entries > 1)
-
-    def compare(part: slice) -> None:
+    for part in slices(len(first), size):
         block = queries[first[part]]
         if compressed:
             similarity = pool.units @ block.T
@@ -93,13 +90,6 @@ def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
             else:
                 of = padded(query, size), padded(direction, size), pool.entries
                 counts[some] = at_least_as_similar(similarity, *of)[: len(some)]
-
-    parts = list(slices(len(first), size))
-    if compressed:  # such a product takes one core
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(compare, parts))
-    else:
-        list(map(compare, parts))
     return counts - pool.identical + 1
 
 
