@@ -162,7 +162,6 @@ def test_killed_and_resumed_ends_with_the_same_bits(
 
 def test_the_loss_is_the_weighted_sum_and_shapes_are_as_asked(fitted_on):
     fitted = fitted_on("mlp")[0][0]
-    print([(f.record["stopped"], f.record["steps"]) for f in fitted_on("mlp")[0]])
     terms = fitted.record["validation"]
     weights = dataclasses.asdict(CONFIG.loss_weights)
     weighted = [weights[n] * terms["nmse" if n == "mse" else n] for n in weights]
