@@ -117,9 +117,6 @@ def test_a_model_that_gives_nan_after_a_rare_token(tmp_path):
     assert np.isfinite(kept.astype(np.float32)).all()
 
 
-# ---------------------------------------------------------------- training
-
-
 def train_rows(x, root, **sae):
     settings = {"width": 8, "k": 2, "steps": 4, "batch_size": 16} | sae
     return trained(train_on(PlantedStore(x), root, **settings))

@@ -13,7 +13,7 @@ import tiny_run
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark import peer, run, saelens, workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
-from crossdict_jax.benchmark.measurements import extraction, scaling, steps, whole
+from crossdict_jax.benchmark.measurements import extraction, growth, rows, scaling, steps, whole
 from crossdict_jax.benchmark.measurements import map as map_steps
 from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
 from crossdict_jax.dictionaries.train import members, prepare
@@ -30,6 +30,8 @@ TINY = {  # the sizes of every measurement
     extraction: (3, 12, 2, "float32"),
     map_steps: ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
     scaling: (DICTIONARY | {"seeds": 1}, "float32", 1),
+    rows: (80, 8, 16, 2),
+    growth: ((300,), (32,)),
 }
 
 
@@ -58,9 +60,6 @@ def measured(name: str, tmp_path) -> list[dict]:
     assert written["rows"] == rows and written["machine"]["versions"]["jax"] == jax.__version__
     assert f"**{name}**" in (tmp_path / "results" / "benchmark.md").read_text()
     return rows
-
-
-# ---------------------------------------------------------------- turns and ratios
 
 
 def test_contenders_take_turns_and_the_first_run_does_not_count(tmp_path):
@@ -105,9 +104,6 @@ def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, 
     assert written["failed"] == {"map": "There is no more."}
 
 
-# ---------------------------------------------------------------- measurements
-
-
 def test_the_steps_that_are_timed_are_those_of_training(tmp_path):
     """The same parameters, bit for bit, as the loop leaves after as many steps."""
     rows = workloads.made_up_store(tmp_path / "store", 64, 8, seed=0)
@@ -135,8 +131,12 @@ def test_steps_are_measured_and_absent_peers_named(tiny, tmp_path, capsys):
 def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
     rows = measured("scaling", tmp_path)
     assert [row["case"] for row in rows] == ["rows 80", "rows 80, on the host"]
+    rows = measured("growth", tmp_path)
+    assert [row["contender"] for row in rows][2:] == ["fit mlp", "score a map", "match features"]
+    assert all(row["memory"] >= 0 for row in rows)
     rows = measured("extraction", tmp_path)
     assert [row["case"] for row in rows] == ["equal lengths", "mixed lengths"]
+    assert [row["contender"] for row in measured("rows", tmp_path)] == [OURS, "rows alone"]
     # Another checkout does the same in the same run.
     monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
     ours, other = measured("map", tmp_path)
@@ -161,9 +161,6 @@ def test_each_peer_trains_on_the_same_rows(library, tmp_path):
         for architecture in steps.ALONE.get(library, steps.ARCHITECTURES):
             about = other.make(folder=str(tmp_path), architecture=architecture, width=32, k=4)
             assert about["version"] and other.run(3).seconds > 0
-
-
-# ---------------------------------------------------------------- peers and the command
 
 
 COUNTER = """
@@ -209,9 +206,6 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys):
     config = BenchmarkConfig(benchmarks=("whole",))
     with pytest.raises(UserError, match="whole has no sizes for suite=cpu, only for gpu"):
         run.run_benchmarks(config, Workdir(tmp_path))
-
-
-# ---------------------------------------------------------------- quality beside SAELens
 
 
 def test_the_table_sets_the_usual_rate_beside_their_best():

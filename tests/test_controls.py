@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 from map_problems import inputs_of
+from test_models import EACH_FAMILY, GOLDENS
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.passages import passages_of
@@ -85,8 +86,8 @@ def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
 
 def test_every_parameter_of_a_re_initialised_model_is_drawn_anew():
     drawn = {}
-    for name in models.EMBEDDED:
-        lm = models.load(name)
+    for variant in EACH_FAMILY:
+        lm = models.load(GOLDENS / variant)
         fresh = draw_again(lm, 0, 0)
         before, after = (modules.split(m)[1] for m in (lm, fresh))
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), before, after)
@@ -262,9 +263,6 @@ def test_finished_controls_are_left_alone(copy):
     before = {p: p.stat().st_mtime_ns for p in files}
     run_controls(config, work)
     assert {p: p.stat().st_mtime_ns for p in files} == before
-
-
-# ---------------------------------------------------------------- settings
 
 
 def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):

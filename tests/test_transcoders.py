@@ -99,9 +99,6 @@ def test_the_loss_is_of_what_is_written(architecture):
         assert np.isfinite(grads[name]).all() and np.abs(grads[name]).max() > 0, name
 
 
-# ---------------------------------------------------------------- where it starts
-
-
 def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
     x = np.random.default_rng(0).normal(1.0, 1.0, (4000, 6)).astype(np.float32)
     params = {}
@@ -260,9 +257,6 @@ def test_an_exported_transcoder_comes_back(architecture, tmp_path):
     again = dictionaries.load(tmp_path / "d")
     np.testing.assert_allclose(again.encode(x), d.encode(x), atol=1e-5)
     np.testing.assert_allclose(again(x), d(x), atol=1e-5)
-
-
-# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])
