@@ -24,12 +24,15 @@ def activity(code: Code) -> tuple[jax.Array, jax.Array, jax.Array]:
     The last is infinity if none is active.
     """
     if isinstance(code, Entries):
-        values, batch = code.values, len(code.counts)
-        active = jnp.zeros(code.width, bool).at[code.features].max(values > 0)
+        values, batch, counts = code.values, len(code.counts), code.values > 0
+        active = jnp.zeros(code.width, bool).at[code.features].max(counts)
     else:
-        values, batch = code, len(code)
-        active = jnp.any(values > 0, axis=0)
-    l0 = jnp.sum(values > 0, dtype=jnp.float32) / batch
+        values, batch, counts = code, len(code), code > 0
+        active = jnp.any(counts, axis=0)
+        if platform() != "cpu":  # two reductions would write and read what they share
+            counts = jnp.sum(counts, axis=0, dtype=jnp.int32)
+            active = counts > 0
+    l0 = jnp.sum(counts, dtype=jnp.float32) / batch
     return active, l0, jnp.min(jnp.where(values > 0, values, jnp.inf))
 
 
