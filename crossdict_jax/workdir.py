@@ -299,11 +299,34 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def understood(path: Path, *, mend: str = AGAIN) -> Iterator[None]:
+    """Turns what data of any content can raise in a reader into a UserError about ``path``."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise UserError(f"{path} is damaged or not of its kind ({reason}); {mend}.") from error
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """Returns a file of a folder of other people; UserError if links lead out of the folder.
+
+    The hub's cache links to a folder of its own, beside.
+    """
+    root = folder.resolve()
+    cache = (p.parent for p in (root, *root.parents) if p.name == "snapshots")
+    root = next((p for p in cache if (p / "blobs").is_dir()), root)
+    if not file.resolve().is_relative_to(root):
+        raise UserError(f"{file} is a link that leads out of {folder}; put the file itself there.")
+    return file
+
+
 def read_object(file: Path) -> dict:
     """Returns the JSON object in a file of other people; UserError if it is none."""
     if not file.is_file():
         raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
-    return _read(file, parse_json, dict, mend="copy it again")
+    return _read(inside(file.parent, file), parse_json, dict, mend="copy it again")
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
@@ -313,7 +336,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
     if not file.is_file():
         raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
     try:
-        with safe_open(file, framework="numpy") as tensors:
+        with safe_open(inside(file.parent, file), framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 try:
                     yield name, tensors.get_tensor(name)

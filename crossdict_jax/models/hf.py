@@ -18,7 +18,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 from crossdict_jax.modules import plain
-from crossdict_jax.workdir import read_object, read_tensors
+from crossdict_jax.workdir import read_object, read_tensors, understood
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -118,7 +118,8 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
         raise UserError(f"{file.parent} has no config.json; it is not a Hugging Face model folder.")
     raw = read_object(file)
     try:
-        return read_config(raw)
+        with understood(file, mend="copy it again"):
+            return read_config(raw)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -175,7 +176,10 @@ def read_config(raw: dict) -> ModelConfig:
             raise UserError(f"{key} {value!r} must be {expected.__name__}.")
         values[field] = value
     for key in ("bos_token_id", "eos_token_id"):
-        values[key] = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
+        ids = raw.get(key)
+        values[key] = tuple(ids) if isinstance(ids, list) else ids
+        if not all(type(i) is int for i in (ids if isinstance(ids, list) else [ids or 0])):
+            raise UserError(f"{key} {ids!r} must be token ids.")
     return family.Config(model_type=model_type, **values)
 
 
