@@ -35,7 +35,7 @@ SLOW = pytest.mark.slow
 STEPS, WIDTH = 6, 20
 
 
-def small(architecture="topk", *, y=None, resident=None, group=slice(None), **sae):
+def small(architecture="topk", *, y=None, resident=None, group=slice(None), n=96, **sae):
     """Dictionaries at two sites, whose rows differ in size: parts of a batch differ in variance."""
     x = np.random.default_rng(0).normal(1.0, 1.0, (96, 6)) * np.linspace(0.3, 2, 96)[:, None]
     store = PlantedStore(x.astype(np.float32), sites=2, y=y)
@@ -43,7 +43,7 @@ def small(architecture="topk", *, y=None, resident=None, group=slice(None), **sa
     settings |= {"l0_target": 4.0} if architecture == "jumprelu" else {}
     sae = SAEConfig(architecture=architecture, **settings | sae)
     everyone = train.members(sae, [("planted", site) for site in store.sites_of("planted")])
-    return train.prepare(sae, store, everyone[group], np.arange(96), resident=resident)
+    return train.prepare(sae, store, everyone[group], np.arange(n), resident=resident)
 
 
 def half_dead(state):
@@ -149,9 +149,11 @@ def fit(made, directory, **changes):
     return loop.train(made, directory=directory, **how | changes)
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @slow_but("topk", "jumprelu")
-def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path):
-    made = small(architecture)
+def test_killed_and_resumed_ends_with_the_same_bits(architecture, resident, tmp_path, monkeypatch):
+    monkeypatch.setattr(ensemble, "WINDOW", loop.BLOCK)  # of 96 rows
+    made = small(architecture, resident=resident)
     whole = fit(made, tmp_path / "whole")
     kill_in_save(3, lambda: fit(made, tmp_path / "killed"))
     assert checkpoint.latest_step(tmp_path / "killed" / "checkpoints") == 4
@@ -195,6 +197,24 @@ def test_another_mesh_changes_little(architecture, monkeypatch):
     monkeypatch.setattr(ensemble, "make_mesh", one)
     alone, _ = run_steps(small(architecture, steps=10), 10, change=half_dead)
     assert_close(spread["params"], alone["params"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.mesh
+def test_rows_too_many_for_one_device_are_held_in_parts(monkeypatch):
+    """In the same order, without a row that goes to all devices."""
+    y = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
+    whole = small(y=y, n=95)
+    monkeypatch.setattr(ensemble, "device_memory", lambda: 5000)  # of 3,800 bytes of rows
+    parts = small(y=y, n=95)
+    rows = parts.feed.resident["data"]["rows"]
+    assert {a.sharding.shard_shape(a.shape)[1] for a in rows.values()} == {24}
+    shapes = gathered(parts, STEPS, WIDTH // train.FEW)
+    assert not [s for s in shapes if "24," in s or "96," in s], shapes
+    index = parts.feed.indices(0, 1)[0]
+    batches = (jax.jit(made.feed.select)(made.feed.resident, index) for made in (parts, whole))
+    assert_close(*map(jax.device_get, batches))
+    monkeypatch.setattr(ensemble, "device_memory", lambda: 1000)
+    assert "data" not in small(n=95).feed.resident
 
 
 @pytest.mark.mesh

@@ -173,7 +173,7 @@ def awkward(batch, width, k):
 WAYS = [("lists", *sizes) for sizes in [(21, 5), (48, 2), (96, 40), (1024, 4)]]
 
 
-@pytest.mark.parametrize(("way", "width", "k"), [*WAYS, ("bits", 21, 5), ("accelerator", 21, 5)])
+@pytest.mark.parametrize(("way", "width", "k"), [*WAYS, ("bits", 21, 5), ("accelerator", 48, 2)])
 def test_thresholds_are_exact(monkeypatch, way, width, k):
     monkeypatch.setattr(selection, "platform", lambda: "gpu" if way == "accelerator" else "cpu")
     batch, cases = 30, awkward(30, width, k)

@@ -1,6 +1,9 @@
 """The loop: recovery, exact resume, data order, damaged checkpoints."""
 
+import dataclasses
+import functools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,9 @@ import pytest
 from planted_store import assert_close, kill_in_save
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.training import loop
+from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
-from crossdict_jax.training.loop import epoch_order, train
+from crossdict_jax.training.loop import BLOCK, epoch_order, train
 from crossdict_jax.training.mesh import DATA, MEMBER, from_bits, make_mesh, put, shard, to_bits
 
 N, D = 96, 3
@@ -39,7 +42,7 @@ class Regression(Objective):
         return jnp.where(context.number == self.poison_at, jnp.nan, loss), ({}, ())
 
 
-def regression(**changes):
+def regression(resident=None, **changes):
     return make_ensemble(
         Regression(**changes),
         fixed={"id": np.zeros(1, np.uint32)},
@@ -48,12 +51,14 @@ def regression(**changes):
         seeds=(7,),
         batch_size=8,
         setting="toy.batch_size",
+        resident=resident,
     )
 
 
-def fit(directory, *, steps=130, every=40, meta=None, **changes):
+def fit(directory, *, steps=130, every=40, meta=None, made=None, **changes):
     how = {"steps": steps, "seed": 3, "checkpoint_every": every, "title": "toy"}
-    return train(regression(**changes), directory=directory, meta=meta or {}, **how)[0]
+    made = made or regression(**changes)
+    return train(made, directory=directory, meta=meta or {}, **how)[0]
 
 
 def metrics(directory):
@@ -72,11 +77,37 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, number):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
-def test_checkpoint_rhythm_changes_no_bit_and_a_finished_run_trains_nothing_more(tmp_path):
+def test_checkpoint_rhythm_changes_no_bit_and_a_finished_run_trains_nothing_more(
+    tmp_path, monkeypatch
+):
     often, seldom = fit(tmp_path / "a", every=7), fit(tmp_path / "b", every=1000)
     assert_close(often, seldom)
     assert_close(fit(tmp_path / "a"), often)
     assert metrics(tmp_path / "a")[-1]["step"] == 129
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    kill_in_save(2, lambda: fit(tmp_path / "c", every=1000))
+    assert checkpoint.latest_step(tmp_path / "c/checkpoints") == 50
+    assert_close(fit(tmp_path / "c", every=1000), often)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    run, save, went_on = loop.Chunks.__call__, checkpoint.save, threading.Event()
+
+    def chunk(self, state, first, count):
+        result = jax.block_until_ready(run(self, state, first, count))
+        return went_on.set() or result if first == 40 else result
+
+    def slow(*args, **trees):
+        assert went_on.wait(60)
+        save(*args, **trees)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Chunks, "__call__", chunk)
+        patch.setattr(checkpoint, "save", slow)
+        fit(tmp_path / "a")
+    assert checkpoint.latest_step(tmp_path / "a/checkpoints") == 40
+    assert_close(fit(tmp_path / "a"), fit(tmp_path / "b"))
 
 
 def test_a_half_written_checkpoint_is_not_used(tmp_path):
@@ -113,12 +144,42 @@ def test_not_finite_names_step_and_metric(tmp_path):
         fit(tmp_path, poison_at=61)
 
 
-def test_every_epoch_is_a_permutation_and_a_pure_function_of_position():
-    whole = epoch_order(5, start=0, count=3 * N, n=N)
-    for epoch in whole.reshape(3, N):
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(N))
-    np.testing.assert_array_equal(epoch_order(5, start=50, count=100, n=N), whole[50:150])
-    assert (epoch_order(6, start=0, count=N, n=N) != whole[:N]).any()
+@pytest.mark.parametrize(("n", "window"), [(N, None), (20 * BLOCK + 7, 4 * BLOCK)])
+def test_every_epoch_is_a_permutation_and_a_pure_function_of_position(n, window):
+    order = functools.partial(epoch_order, n=n, window=window)
+    whole = order(5, start=0, count=3 * n)
+    for epoch in whole.reshape(3, n):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
+    np.testing.assert_array_equal(order(5, start=50, count=2 * n), whole[50 : 2 * n + 50])
+    assert (order(6, start=0, count=n) != whole[:n]).any()
+    assert (whole[:n] != whole[n : 2 * n]).any()
+
+
+def test_rows_in_a_window_are_shuffled_and_come_from_whole_blocks():
+    n, window = 20 * BLOCK + 7, 4 * BLOCK
+    epochs = epoch_order(5, start=0, count=2 * n, n=n, window=window).reshape(2, n) // BLOCK
+    read = [[set(epoch[at : at + window]) for at in range(0, n, window)] for epoch in epochs]
+    assert [len(blocks) for blocks in read[0]] == [4, 4, 4, 4, 4, 1]
+    assert read[0] != read[1]
+    assert len(set(epochs[0, :BLOCK])) == 4  # mixed, not one block after another
+    small = epoch_order(5, start=9, count=300, n=N, window=window)
+    np.testing.assert_array_equal(small, epoch_order(5, start=9, count=300, n=N))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_rows_that_cannot_be_gathered_end_the_training(tmp_path, resident):
+    made = regression(resident=resident)
+
+    def indices(first, count):
+        if first >= 40:
+            raise OSError("the disk is gone")
+        return made.feed.indices(first, count)
+
+    broken = dataclasses.replace(made, feed=dataclasses.replace(made.feed, indices=indices))
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(tmp_path, made=broken)
+    assert (tmp_path / "checkpoints/40.sha256.json").exists()
+    assert_close(fit(tmp_path, resident=resident), fit(tmp_path / "whole", resident=resident))
 
 
 @pytest.mark.mesh

@@ -206,7 +206,7 @@ def _training(
 
     root, held = jax.eval_shape(jax.random.key, 0), ensemble.feed.resident
     state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
-    one_step = ensemble.feed.indices(0, 1)
+    one_step = ensemble.feed.indices(0, 0)  # shapes alone: no rows are there
     sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
     chunks = Chunks(ensemble.trainable(settings.steps), ensemble.feed, root)
     lowered = chunks.run.lower(state, held, sent, 0, 1, root, 0)

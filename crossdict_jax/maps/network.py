@@ -11,7 +11,7 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
-from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
+from crossdict_jax.maps.base import Fitted, Map, check_rows
 from crossdict_jax.maps.ensemble import prepare, shapes
 from crossdict_jax.ops import matmul
 from crossdict_jax.training import loop

@@ -2,8 +2,10 @@
 
 Non-negative floats order as their bit patterns do, so a threshold is found as an integer, bit by
 bit. On CPU a first bound leaves few candidates; accelerators have an operation for the largest
-of a row.
+of a row, and find that of a batch some bits at a time.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ ROUGH = 16  # leading bits of a batch's first bound: two or three digits of a va
 GROUP = 16  # neighbours of which that bound reads the largest only
 LARGE = 2**20  # values of a batch; of fewer, lists save less time than compiling them takes
 GROUPED = 2**19  # the same of groups, which compile faster
+DIGIT = 4  # bits of a batch's threshold that accelerators find by reading it once
 MASK = 32  # neighbours whose selection is written into one integer
 
 
@@ -64,6 +67,8 @@ def nth_largest(z: jax.Array, n: int) -> jax.Array:
     With lists, a first bound is the n-th largest of groups' maxima, raised while too many values
     exceed it to be listed.
     """
+    if platform() != "cpu":
+        return _by_digits(z, n)
     if not uses_lists(z.size):
         return _by_bits(z, n, axis=(0, 1))
     width, limit = z.shape[1], min(n + max(n, z.shape[1]), z.size)
@@ -169,6 +174,21 @@ def _by_bits(z: jax.Array, k: int, *, axis: int | tuple[int, ...] = 1, bits=BITS
 
     low = jax.lax.fori_loop(0, bits, halve, jnp.zeros((len(z) if axis == 1 else 1, 1), jnp.int32))
     return jax.lax.bitcast_convert_type(jnp.squeeze(low, axis), jnp.float32)
+
+
+def _by_digits(z: jax.Array, n: int) -> jax.Array:
+    """The n-th largest [] of relu(z) [batch, width], a digit of ``DIGIT`` bits a pass over z.
+
+    A pass counts in one reduction what reaches each value of the digit.
+    """
+    low = jnp.int32(0)
+    for shift in reversed(range(0, BITS, DIGIT)):
+        digit, last = (bits_of(z) - low) >> shift, 2 ** min(DIGIT, BITS - shift)
+        reached = [(digit >= i).astype(jnp.int32) for i in range(1, last)]
+        zeros, add = [jnp.int32(0)] * len(reached), partial(jax.tree.map, jnp.add)
+        counts = jax.lax.reduce(reached, zeros, add, (0, 1))
+        low = low + (jnp.sum(jnp.stack(counts) >= n, dtype=jnp.int32) << shift)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 def _count(chosen: jax.Array) -> jax.Array:

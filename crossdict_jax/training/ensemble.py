@@ -4,8 +4,11 @@ An ``Objective`` says what one member is trained to do.
 """
 
 import dataclasses
+import functools
 import math
+import os
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +25,14 @@ from crossdict_jax.training.mesh import (
     from_bits,
     make_mesh,
     put,
+    put_filled,
     shard,
     to_bits,
 )
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
+WINDOW = 2**17  # rows on the host that are shuffled together, of 2,048 blocks: 32 batches of 4,096
+COPIERS = min(8, os.cpu_count() or 1)  # threads: memory is not faster for more
 TRAINING_SHARE = 0.8  # of a device's memory, for members beside the rows
 
 
@@ -228,7 +234,8 @@ def make_ensemble(
       seeds: per member, of its order of rows.
       setting: the name of the batch size's setting, for error messages.
       resident: whether rows stay on the devices; False: the host sends a chunk's batches at a
-        time; None: on the devices if they fit beside the training.
+        time, shuffled in blocks (``epoch_order``); None: on the devices if they fit beside the
+        training, all of them on each or else in parts.
 
     Raises:
       UserError: the batch does not divide over the devices.
@@ -246,27 +253,35 @@ def make_ensemble(
         "orders": {name: s.order for name, s in streams.items() if s.order is not None},
     }
     arrays, limit = jax.tree.leaves(data["rows"]), device_memory()
-    if resident is None:
-        resident = limit is None or sum(a.nbytes for a in arrays) <= ROWS_SHARE * limit
+    n_rows, size = arrays[0].shape[1], sum(a.nbytes for a in arrays)
+    whole = limit is None or size <= ROWS_SHARE * limit
+    if resident is None:  # in parts: beside members that take all that they may
+        resident = whole or (n > 1 and size <= (1 - TRAINING_SHARE) * limit * n)
+    parts = n > 1 and not whole
 
     def indices(first: int, count: int) -> np.ndarray:
-        n_rows = arrays[0].shape[1]
         span = {"start": first * batch_size, "count": count * batch_size, "n": n_rows}
+        span["window"] = None if resident else WINDOW
         orders = [epoch_order(seed, **span).reshape(count, batch_size) for seed in distinct]
         return np.stack(orders, axis=1)  # [steps, distinct seeds, batch]
 
-    def gather(data, index):
+    def gather(data, index, take):
         """Rows [..., members, batch, ...] of every stream."""
         index, batch = index[..., order_of, :], {}
         for name, stream in streams.items():
             orders = data["orders"].get(name)
-            at = (stream.source[:, None], index if orders is None else orders[members, index])
+            at = index if orders is None else orders[members, index]
             rows = data["rows"][held_as[id(stream.rows)]]
-            batch[name] = jax.tree.map(lambda a, at=at: a[at], rows)
+            batch[name] = jax.tree.map(lambda a, s=stream, at=at: take(a, s.source, at), rows)
         return batch
 
+    def send(first: int, count: int) -> PyTree:
+        batch = gather(data, indices(first, count), _copied)
+        return put(batch, shard(mesh, None, MEMBER, DATA))
+
     def select(held, sent):
-        rows = gather(held["data"], sent) if resident else sent
+        look_up = functools.partial(_looked_up_in_parts, mesh) if parts else _looked_up
+        rows = gather(held["data"], sent, look_up) if resident else sent
         spread = shard(mesh, MEMBER, DATA)
         rows = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(from_bits(a), spread), rows)
         return {"rows": rows, "fixed": held["fixed"], "validation": held["validation"]}
@@ -278,12 +293,52 @@ def make_ensemble(
         for name, rows in data["rows"].items():
             readers = [s.source for s in streams.values() if held_as[id(s.rows)] == name]
             own = all(np.array_equal(source, np.arange(len(labels))) for source in readers)
-            data["rows"][name] = put(rows, shard(mesh, *[MEMBER] * own))
+            layout = shard(mesh, None, DATA) if parts else shard(mesh, *[MEMBER] * own)
+            data["rows"][name] = jax.tree.map(lambda a: put_filled(a, layout), rows)  # noqa: B023
         data["orders"] = put(data["orders"], shard(mesh, MEMBER))
         feed = Feed(held | {"data": data}, indices, select)
     else:
-        feed = Feed(held, lambda first, count: gather(data, indices(first, count)), select)
+        feed = Feed(held, send, select)
     return Ensemble(objective, feed, fixed, tuple(labels), mesh)
+
+
+def _looked_up(rows: jax.Array, source: np.ndarray, at: jax.Array) -> jax.Array:
+    """Rows [members, batch, ...] at these indices of rows [sources, n, ...]."""
+    return rows[source[:, None], at]
+
+
+def _looked_up_in_parts(mesh, rows: jax.Array, source: np.ndarray, at: jax.Array) -> jax.Array:
+    """The same of rows that devices hold in parts.
+
+    Each looks up its own for the whole batch, zeros for others; the sum gives each its share of it.
+    """
+
+    def own(rows, source, at):
+        index = at - jax.lax.axis_index(DATA) * rows.shape[1]
+        here = (index >= 0) & (index < rows.shape[1])
+        x = _looked_up(rows, source, jnp.where(here, index, 0))
+        x = jnp.where(here.reshape(here.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+        return jax.lax.psum_scatter(x, DATA, scatter_dimension=1, tiled=True)
+
+    specs = tuple(shard(mesh, *axes).spec for axes in ((None, DATA), (MEMBER,), (MEMBER,)))
+    spread = {"mesh": mesh, "in_specs": specs, "out_specs": shard(mesh, MEMBER, DATA).spec}
+    return jax.shard_map(own, check_vma=False, **spread)(rows, source, at)
+
+
+def _copied(rows: np.ndarray, source: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Rows [steps, members, batch, ...] at these indices of rows [sources, n, ...]."""
+    shape = *at.shape, *rows.shape[2:]
+    size = math.prod(shape) * rows.itemsize
+    memory = np.empty(size + 64, np.uint8)  # aligned, it is read in place by XLA's CPU backend
+    out = memory[-memory.ctypes.data % 64 :][:size].view(rows.dtype).reshape(shape)
+
+    def copy(i: tuple[int, int]) -> None:  # of a step and member
+        # To clip: else numpy would copy into an array of its own first.
+        np.take(rows[source[i[1]]], at[i], axis=0, out=out[i], mode="clip")
+
+    with ThreadPoolExecutor(COPIERS) as threads:
+        list(threads.map(copy, np.ndindex(at.shape[:2])))
+    return out
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

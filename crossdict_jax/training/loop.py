@@ -5,7 +5,8 @@ The order of one turn, where it binds:
 1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
 2. dispatch a chunk of steps: one compiled program for any number of steps, one per variant;
 3. only then read the metrics of the chunk before (bounds the work in flight);
-4. checkpoint between chunks, never inside one, and when somebody asks the process to stop.
+4. checkpoint between chunks, never inside one, and when somebody asks the process to stop: the
+   state is copied to the host, then a thread writes and seals it, one at a time.
 
 Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
 """
@@ -17,7 +18,9 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
+CHECKPOINT_SECONDS = 600.0  # at most, besides steps: large steps are slow, and machines pre-empted
+BLOCK = 64  # rows: of 1024 numbers the 128 KiB that Linux reads ahead of a memory map
 PyTree = Any
 
 
@@ -57,24 +62,38 @@ class Feed:
     """Where batches come from."""
 
     resident: PyTree  # stays on the devices for the whole run, for example all rows
-    indices: Callable[[int, int], PyTree]  # of (first step, count): arrays [count, ...], host
+    indices: Callable[[int, int], PyTree]  # of (first step, count): arrays [count, ...]
     select: Callable[[PyTree, PyTree], PyTree]  # resident, a step's indices -> batch, compiled
 
 
 @functools.lru_cache(maxsize=64)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+def _permutation(seed: int, epoch: int, n: int, part: tuple[int, int] = (0, 0)) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, *part]))
     return generator.permutation(n).astype(np.int32)
 
 
-def epoch_order(seed: int, *, start: int, count: int, n: int) -> np.ndarray:
-    """Returns entries ``start`` and on of an endless shuffled order of 0..n-1, epoch by epoch."""
-    positions = np.arange(start, start + count, dtype=np.int64)
-    epochs = positions // n
-    order = np.empty(count, np.int32)
-    for epoch in np.unique(epochs):
-        inside = epochs == epoch
-        order[inside] = _permutation(seed, int(epoch), n)[positions[inside] % n]
+def epoch_order(
+    seed: int, *, start: int, count: int, n: int, window: int | None = None
+) -> np.ndarray:
+    """Returns entries ``start`` and on of an endless shuffled order of 0..n-1, epoch by epoch.
+
+    With a ``window`` (a multiple of BLOCK), an epoch shuffles its blocks of consecutive rows, and
+    then the rows of every ``window`` of them: what is read together lies together. Rows that fit
+    one window come as without it.
+    """
+    window = window or n
+    epochs, inside = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
+    windows, order = epochs * -(-n // window) + inside // window, np.empty(count, np.int32)
+    for number in np.unique(windows):
+        epoch, i = divmod(int(number), -(-n // window))
+        here, begin, size = windows == number, i * window, min(window, n - i * window)
+        order[here] = _permutation(seed, epoch, size, (0, i))[inside[here] - begin]
+        if size < n:
+            blocks = _permutation(seed, epoch, n // BLOCK, (1, 0))
+            blocks = np.sort(blocks[begin // BLOCK : (begin + size) // BLOCK])
+            rows = np.add.outer(blocks * BLOCK, np.arange(BLOCK)).ravel()
+            rest = np.arange(n - n % BLOCK, n)  # behind the last block: stay last
+            order[here] = np.concatenate([rows, rest])[order[here]]
     return order
 
 
@@ -130,7 +149,12 @@ def train(
     file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
     bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}
-    with progress_bar(**bar) as progress, interruptions() as received:
+    with (
+        progress_bar(**bar) as progress,
+        interruptions() as received,
+        ThreadPoolExecutor(1) as disk,
+    ):
+        saving, saved_at = disk.submit(int), time.monotonic()
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
@@ -138,11 +162,17 @@ def train(
             if pending:
                 report(*pending)
             pending, done = (done, count, metrics), done + count
-            if done % checkpoint_every == 0 or done == steps or received:
+            late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            if done % checkpoint_every == 0 or done == steps or received or late:
                 report(*pending)
                 pending = None
                 _check_params(state["params"], done, title)
-                checkpoint.save(checkpoints, done, meta=meta, **state)
+                saving.result()
+                copied = jax.tree.map(np.array, state)  # as the next chunk writes over the state
+                saving = disk.submit(checkpoint.save, checkpoints, done, meta=meta, **copied)
+                saved_at = time.monotonic()
+            if saving.done() or done == steps or received:
+                saving.result()  # raises what went wrong
             if received:
                 raise KeyboardInterrupt
     writer.close()
@@ -188,12 +218,15 @@ class Chunks:
     """Up to ``limit`` steps of a training in one call: one compiled program for any number.
 
     (state, first step, number of steps) -> (state, metrics [limit, ...]); the old state is gone.
+    What the feed gives for the next call is made by a thread meanwhile; what fails there is raised
+    by that call.
     """
 
     def __init__(
         self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
     ):
         self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
+        self._thread, self._ahead = ThreadPoolExecutor(1), (None, None)
         options = {"donate_argnums": 0, "compiler_options": compiler_options()}
 
         @functools.partial(jax.jit, static_argnames="variant", **options)
@@ -214,7 +247,9 @@ class Chunks:
         self.run = run_chunk
 
     def __call__(self, state: PyTree, first: int, count: int) -> tuple[PyTree, dict]:
-        return self.run(*self._arguments(state, first, count))
+        arguments = self._arguments(state, first, count)
+        self._send(first + count)
+        return self.run(*arguments)
 
     def memory(self, state: PyTree, first: int = 0) -> int | None:
         """Returns a device's peak bytes in the first chunk; None if the compiler does not tell.
@@ -228,14 +263,14 @@ class Chunks:
         held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
         return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
 
-    def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
-        """With indices repeated up to ``limit``: one compiled program serves every length.
+    def _send(self, first: int) -> None:
+        self._ahead = first, self._thread.submit(self._feed.indices, first, self._limit)
 
-        The variant comes last, as reading the state waits for the steps before.
-        """
-        index = np.minimum(np.arange(self._limit), count - 1)
-        indices = jax.tree.map(lambda a: a[index], self._feed.indices(first, count))
-        fixed = (self._feed.resident, indices, first, count, self._root)
+    def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
+        """The variant comes last, as reading the state waits for the steps before."""
+        if self._ahead[0] != first:
+            self._send(first)
+        fixed = (self._feed.resident, self._ahead[1].result(), first, count, self._root)
         return state, *fixed, self._trainable.variant(state)
 
 

@@ -90,6 +90,23 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     )
 
 
+def put_filled(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns an array on the devices, with zeros at the end where they cannot share it evenly."""
+    parts = [sharding.mesh.shape.get(axis, 1) for axis in sharding.spec]
+    parts += [1] * (array.ndim - len(parts))
+    shape = tuple(math.ceil(size / n) * n for size, n in zip(array.shape, parts))
+    if shape == array.shape:
+        return put(array, sharding)
+    if _PLANNED.get():
+        return put(jax.ShapeDtypeStruct(shape, array.dtype), sharding)
+
+    def part(index):
+        x = array[index]
+        return np.pad(x, [(0, a - b) for a, b in zip(sharding.shard_shape(shape), x.shape)])
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
 def to_bits(array: np.ndarray) -> np.ndarray:
     """Returns bfloat16 rows as uint16, others as they are, for ``from_bits``.
 
