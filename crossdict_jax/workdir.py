@@ -12,6 +12,7 @@ import math
 import os
 import re
 import socket
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from absl import logging
 from crossdict_jax.errors import UserError
 
 AGAIN = "delete it and run its stage again"
+NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError)
+NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
 LOCK = ".lock"  # in a work directory: who works there
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file for a folder, or a folder
@@ -304,7 +307,7 @@ def understood(path: Path, *, mend: str = AGAIN) -> Iterator[None]:
     """Turns what data of any content can raise in a reader into a UserError about ``path``."""
     try:
         yield
-    except (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
+    except NOT_UNDERSTOOD as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         raise UserError(f"{path} is damaged or not of its kind ({reason}); {mend}.") from error
 

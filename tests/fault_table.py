@@ -9,7 +9,6 @@ be those of a run that nothing disturbed. Mounts need ``unshare``; without it th
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -90,7 +89,7 @@ class Lab:
             made.write_text(json.dumps(tiny_run.small_flags(root / "text")))
 
         assert wait(fork(make, self.log)) == 0, self.told()
-        self.flags = json.loads(made.read_text())
+        self.flags = [*json.loads(made.read_text()), "--config.controls=ceiling"]
         for name in ("cold", "undisturbed"):  # the second finds its programs compiled
             self.whole, started = root / name, time.monotonic()
             assert self.run(self.whole) == (0, ""), self.told()
@@ -121,11 +120,12 @@ class Lab:
 
     def killed(self, work: Path, number: int, *, before=lambda: None) -> tuple[int, float]:
         """Sends a signal at a random moment of a random stage; the exit code, seconds to end."""
-        process, wanted = self.start(work, before), self.draw.choice(("before", *STAGES))
+        left = [s for s, parts in STAGES.items() if not list(work.glob(parts[0]))]
+        process, wanted = self.start(work, before), self.draw.choice(("before", *(left or STAGES)))
         while (over := os.waitpid(process, os.WNOHANG))[0] == 0 and self.stage() != wanted:
             time.sleep(0.01)
         if not over[0]:
-            time.sleep(self.draw.uniform(0, self.seconds / 4))
+            time.sleep(self.draw.uniform(0, self.seconds / 12))
             os.kill(process, number)
             started = time.monotonic()
             over = os.waitpid(process, 0)
@@ -170,7 +170,7 @@ class Lab:
         return json.loads(Path(f"{log}.out").read_text())
 
     def ends_the_same(self, work: Path) -> bool:
-        """Whether the command, run again, ends with the undisturbed run's bits; clears them away."""
+        """Whether the command, run again, ends with the bits of the undisturbed run."""
         code, told = self.run(work)
         same = (code, told) == (0, "") and self.bits_of(work) == self.bits
         if same:
@@ -189,16 +189,20 @@ def refused(code: int, told: str, words: str) -> bool:
 
 
 def sigkill(lab, number):
-    work = lab.begun()
-    code, _ = lab.killed(work, signal.SIGKILL)
-    return code in (0, -9), work, lab.stage() if code else "after the end"
+    work, stages = lab.begun(), []
+    for _ in range(5):  # in a row
+        code, _ = lab.killed(work, signal.SIGKILL)
+        if code == 0:
+            break
+        stages.append(lab.stage())
+    return code in (0, -9), work, stages
 
 
 def sigterm(lab, number):
     work = lab.begun()
     code, seconds = lab.killed(work, signal.SIGTERM)
     one_line = code == 0 or len(lab.told().splitlines()) == 1
-    return code in (0, 130) and one_line and seconds < SECONDS, work, f"{seconds:.1f} s at most"
+    return code in (0, 130) and one_line and seconds < SECONDS, work, f"{seconds:.0f} s:"
 
 
 def limited_files(lab, number):
@@ -388,7 +392,11 @@ def elsewhere(how):
     return fault
 
 
-FAULTS = {"SIGKILL": sigkill, "SIGTERM": sigterm, "files limited in size": limited_files}
+FAULTS = {
+    "SIGKILL, up to 5 in a row": sigkill,
+    "SIGTERM": sigterm,
+    "files limited in size": limited_files,
+}
 FAULTS |= {"full disk (mount)": full_disk, "read-only directory (mount)": read_only}
 FAULTS |= {f"{w}, {how}": damaged(w, how) for w in DAMAGED for how in ("truncated", "bit flipped")}
 FAULTS |= {"a clock that jumps": jumping_clock, "two runs, one is killed": two_runs}
@@ -410,17 +418,18 @@ def main() -> int:
         for name, fault in FAULTS.items():
             if asked.only not in name or ("mount" in name and not os.environ.get("MOUNTS")):
                 continue
-            survived, lost, seen = 0, 0, Counter()
-            times = asked.kills if name == "SIGKILL" else asked.times
-            for number in range(times):
-                good, work, note = fault(lab, number)
+            survived, lost, number, seen = 0, 0, 0, Counter()
+            while (seen.total() < asked.kills) if fault is sigkill else number < asked.times:
+                good, work, notes = fault(lab, number)
+                number += 1
                 if not good:
                     print(f"NOT SURVIVED: {name}: {lab.told().strip()[-600:]}", flush=True)
                 survived, lost = survived + good, lost + (not lab.ends_the_same(work))
-                seen[note] += 1
-            failed += lost + times - survived
+                seen.update([notes] if isinstance(notes, str) else notes)
+                print(f"  {name}: {number} tried, {lost} lost, {dict(seen)}", file=sys.stderr)
+            failed += lost + number - survived
             notes = ", ".join(f"{note} {n}" for note, n in seen.items() if note)
-            print(f"{name:32}  {times:5}  {survived:8}  {lost:4}  {notes}", flush=True)
+            print(f"{name:32}  {number:5}  {survived:8}  {lost:4}  {notes}", flush=True)
     return failed > 0
 
 
@@ -430,12 +439,11 @@ if __name__ == "__main__":
     mine = ["unshare", "-rm", sys.executable, *sys.argv]  # where mounts are this process's alone
     if not os.environ.get("MOUNTS") and not subprocess.run([*mine[:2], "true"]).returncode:
         os.execvpe(mine[0], mine, os.environ | {"MOUNTS": "1"})
-    import matplotlib.pyplot
-    import orbax.checkpoint
-    import pyarrow.parquet
+    import matplotlib.pyplot  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
     import transformers  # noqa: F401
 
-    import crossdict_jax
     from launch import experiment  # noqa: F401
 
     sys.exit(main())

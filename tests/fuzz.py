@@ -11,6 +11,7 @@ environment.
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -354,13 +355,15 @@ def command(name, *argv):
         from launch import command
 
         kind = ConvertConfig if name == "convert" else Config
-        asked = [a.format(folder) for a in argv] or (folder / "argv").read_bytes().splitlines()
-        asked = [a if isinstance(a, str) else os.fsdecode(a.replace(b"\0", b"")) for a in asked]
-        module = __import__(f"launch.{name}", fromlist=["main"])
+        asked = [a.format(folder) for a in argv if a != "argv"]
+        if "argv" in argv:  # a command line alone: what it asks for is not done
+            lines = (folder / "argv").read_bytes().replace(b"\0", b"").splitlines()
+            asked += map(os.fsdecode, lines)
+        main = print if "argv" in argv else importlib.import_module(f"launch.{name}").main
         told = io.StringIO()
         how = {"kind": kind, "default": "convert" if name == "convert" else "quickstart"}
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            code = command.execute(module.main, ["x", *asked], **how)
+            code = command.execute(main, ["x", *asked], **how)
         if code == 2 and len(told.getvalue().splitlines()) == 1:
             raise UserError(told.getvalue().strip())
         assert (code, told.getvalue()) == (0, ""), (code, told.getvalue())
@@ -397,7 +400,7 @@ def readers() -> dict[str, tuple]:
     source, out = "--config.source={0}", "--workdir={0}/out"
     whole = ("--models={0}/a,{0}/b", "--layers=1", "--config.text.source={0}/t.0.jsonl", out)
     commands = {
-        "experiment": (one("argv"), ()),
+        "experiment": (one("argv"), ("argv", out)),
         "convert": (tool("SAELens"), (source, out, "--config.format=crossdict")),
         "extract_activations": (whole_seeds, (*whole, "--config.text.documents=30")),
         "evaluate": (lambda: [folder_files(lab()[1].root)], (run,)),

@@ -1,6 +1,5 @@
 """Faults of the machine and of others: each is told in one line, and the rerun ends the same."""
 
-import json
 import os
 import random
 import shutil

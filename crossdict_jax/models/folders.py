@@ -92,6 +92,8 @@ def _tokenizer(folder: Path, changed: int):
             if "TemplateProcessing" in str(theirs.post_processor):
                 backend.post_processor = theirs.post_processor
         return tokenizer
-    except Exception as error:  # the Rust library raises bare exceptions
-        reason = str(error).strip().splitlines()[0][:200]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises bare exceptions, and panics
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason}).") from error

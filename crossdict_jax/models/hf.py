@@ -262,7 +262,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
         )
     for name in names:
         file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name or not os.path.isfile(file):
             raise UserError(
                 f"{folder} lacks the shard {name!r} that its index names; copy it again."
             )
