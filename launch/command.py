@@ -194,7 +194,7 @@ def _set_up_jax() -> None:
     # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
     if not jax.config.jax_compilation_cache_dir and Path(base).is_absolute():
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crossdict_jax" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # A cache that cannot be used costs time only.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -13,7 +13,7 @@ import tiny_run
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark import peer, run, saelens, workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
-from crossdict_jax.benchmark.measurements import extraction, rows, scaling, steps, whole
+from crossdict_jax.benchmark.measurements import extraction, growth, rows, scaling, steps, whole
 from crossdict_jax.benchmark.measurements import map as map_steps
 from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
 from crossdict_jax.dictionaries.train import members, prepare
@@ -31,6 +31,7 @@ TINY = {  # the sizes of every measurement
     map_steps: ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
     scaling: (DICTIONARY | {"seeds": 1}, "float32", 1),
     rows: (80, 8, 16, 2),
+    growth: ((300,), (32,)),
 }
 
 
@@ -136,6 +137,9 @@ def test_steps_are_measured_and_absent_peers_named(tiny, tmp_path, capsys):
 def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
     rows = measured("scaling", tmp_path)
     assert [row["case"] for row in rows] == ["rows 80", "rows 80, on the host"]
+    rows = measured("growth", tmp_path)
+    assert [row["contender"] for row in rows][2:] == ["fit mlp", "score a map", "match features"]
+    assert all(row["memory"] >= 0 for row in rows)
     rows = measured("extraction", tmp_path)
     assert [row["case"] for row in rows] == ["equal lengths", "mixed lengths"]
     assert [row["contender"] for row in measured("rows", tmp_path)] == [OURS, "rows alone"]

@@ -144,14 +144,20 @@ def test_a_function_of_texts_sees_them_in_batches_and_gives_a_row_for_each(lm, r
     np.testing.assert_allclose(pairs, logits[[0, 2], 0] - logits[[1, 3], 0], atol=1e-5)
 
 
-def test_a_stream_gives_each_text_its_activations(lm, runner):
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_stream_gives_each_text_its_activations(lm, runner, device, monkeypatch):
     texts = [np.arange(n, dtype=np.int32) for n in LENGTHS]
     sites = (Site(0, "mlp_out"), Site(2))
     streamed = dict(runner.stream(texts, sites, dtype=np.float32))
     assert sorted(streamed) == list(range(len(LENGTHS)))
     together = runner.read(texts, sites)
+    positions = [np.arange(i % 2, n, 2) for i, n in enumerate(LENGTHS)]
+    monkeypatch.setattr(run, "platform", lambda: device)
+    some = dict(runner.stream(texts, sites, positions, dtype=np.float32))
     for i, text in enumerate(texts):
         alone = models.capture(lm, text[None], sites)
+        for x, of_text in zip(some[i], streamed[i], strict=True):
+            np.testing.assert_array_equal(x, of_text[positions[i]])
         for site, x in zip(sites, streamed[i]):
             np.testing.assert_allclose(x, alone[site][0], atol=1e-5)
             np.testing.assert_allclose(together[site][i, : len(text)], x, atol=1e-5)
@@ -181,6 +187,8 @@ def test_no_large_array_is_gathered_across_devices(runner, passages, monkeypatch
     called = []
     monkeypatch.setattr(run, "run_model", lambda *args: called.append(args) or call(*args))
     runner.splice(passages, Site(1), {"zero": np.zeros(8, np.float32)})
+    x, at = runner.put(np.zeros((16, 12, 8), np.float32)), runner.put(np.zeros((16, 4), np.int32))
+    assert "all-" not in run._at_positions.lower((x,), at).compile().as_text()
     assert jax.device_count() > 1 and len(called) > 1
     for args in called[:2]:
         assert "all-gather" not in call.lower(*args).compile().as_text()

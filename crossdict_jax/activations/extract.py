@@ -3,7 +3,9 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -167,19 +169,31 @@ def read_models(
     options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
     runners = [Runner(lm, **options) for lm in lms.values()]
     todo, counts = sorted({*range(reading.shards)} - {*done}), {"rows": 0, "tokens": 0}
-    total = len(todo) * len(lms)
-    with progress_bar(total=total, desc="extract activations", unit="shard") as progress:
+    bar = {"total": len(todo) * len(lms), "desc": "extract activations", "unit": "shard"}
+
+    def save(i: int, arrays: Mapping[str, np.ndarray], checksums: dict, last: bool) -> None:
+        with ThreadPoolExecutor() as files:
+            for saved in files.map(partial(save_shard, directory), arrays, arrays.values()):
+                checksums |= saved
+        if last:
+            write_json(_stamp(directory, i), {"text": reading.text, "files": checksums})
+
+    # What a model gives is saved while the next one reads, or the first one the next shard.
+    with progress_bar(**bar) as progress, ThreadPoolExecutor(1) as disk:
+        saving = disk.submit(int)
         for i in todo:
             windows, checksums = reading.windows(i), {}
             for m, (name, runner) in enumerate(zip(lms, runners)):
-                stored = sites.stored(name)
-                for site, x in zip(stored, _read_shard(runner, stored, reading, m, i)):
-                    checksums |= save_shard(directory, shard_name(name, str(site), i), x)
+                names = [shard_name(name, str(site), i) for site in sites.stored(name)]
+                x = _read_shard(runner, sites.stored(name), reading, m, i)
+                saving.result()
+                last = m == len(lms) - 1
+                saving = disk.submit(save, i, dict(zip(names, x)), checksums, last)
                 offsets = reading.table.offsets[m]
                 counts["tokens"] += int(offsets[windows.stop] - offsets[windows.start])
                 progress.update()
-            write_json(_stamp(directory, i), {"text": reading.text, "files": checksums})
             counts["rows"] += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
+        saving.result()
     return counts
 
 
@@ -195,10 +209,11 @@ def _read_shard(runner: Runner, sites, reading: Reading, m: int, i: int) -> list
     position = reading.rows.position[start:stop, m] + len(front)
     out = [np.empty((stop - start, runner.config.d_model), ml_dtypes.bfloat16) for _ in sites]
     tokens = [np.concatenate([front, reading.table.tokens(m, w)]) for w in windows]
-    for number, captured in runner.stream(tokens, sites):
-        of_window = slice(*np.searchsorted(window, windows[number] + np.arange(2)))
+    of_window = np.searchsorted(window, np.arange(windows.start, windows.stop + 1))
+    positions = np.split(position, of_window[1:-1])
+    for number, captured in runner.stream(tokens, sites, positions):
         for array, x in zip(out, captured):
-            array[of_window] = x[position[of_window]]
+            array[slice(*of_window[number : number + 2])] = x
     return out
 
 

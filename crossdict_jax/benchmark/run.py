@@ -19,7 +19,14 @@ from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json, write_text
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
-COLUMNS = {"seconds": "time", "per_s": "a second", "ratio": "ratio", "cpu_ratio": "of CPU time"}
+UNITS = {"seconds": "s", "memory": "B"}
+COLUMNS = {
+    "seconds": "time",
+    "memory": "memory",
+    "per_s": "a second",
+    "ratio": "ratio",
+    "cpu_ratio": "of CPU time",
+}
 
 
 def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
@@ -103,8 +110,8 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         value = row.get(key)
         if value is None:
             return "–"
-        if key in ("seconds", "per_s"):
-            return si(value) + ("s" if key == "seconds" else row["unit"])
+        if key in UNITS or key == "per_s":
+            return si(value) + UNITS.get(key, row["unit"])
         low, high = row["ratio_low"], row["ratio_high"]
         return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if key == "ratio" else "")
 

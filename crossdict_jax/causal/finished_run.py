@@ -104,7 +104,7 @@ class FinishedRun:
         strength = strengths(side.dictionary, side.x, features)
         mapped = {}
         for task in group.tasks:
-            m = maps.load(task.path(self.work))
+            m = maps.load(task.path(self.work), self.dictionary(*group.ends[1]))
             mapped[task.kind] = mapped_directions(m, side, features, strength, seed=seed)
         return mapped, *best_matches(self.codes(*group.ends[1]), strength)
 

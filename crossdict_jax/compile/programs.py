@@ -130,7 +130,7 @@ class Recorder(Runner):
         lm = plan.lms[name]
         super().__init__(lm, batch_size=batch_size, dtype=plan.config.extract.matmul_dtype)
         length = min(plan.config.text.window_tokens, lm.config.context)
-        self.texts = [np.zeros(length, np.int32)] * batch_size
+        self.texts = [np.zeros(length, np.int32)] * (batch_size * self.mesh.size)
         self.lowered: dict[str, jax.stages.Lowered] = {}
 
     def dispatch(self, function: Callable, *arrays, static=(), shared=()):
@@ -146,7 +146,8 @@ def extraction(plan: Plan) -> Iterator[Program]:
     for name in plan.lms:
         runner = Recorder(plan, name, batch_size)
         list(runner.stream(runner.texts, plan.store.ends.stored(name)))
-        runs, changes = twice * plan.windows / batch_size, {"extract.batch_size": batch_size}
+        runs = twice * plan.windows / len(runner.texts)
+        changes = {"extract.batch_size": batch_size}
         for lowered in runner.lowered.values():
             yield Program("extract_activations", f"read {name}", lowered, runs, changes)
 
@@ -156,11 +157,12 @@ def stitching(plan: Plan) -> Iterator[Program]:
     settings, todo = plan.config.intervention, tasks(plan.config, plan.store)
     documents = plan.config.text.documents
     tested = min(settings.documents, documents * plan.config.text.test_fraction)
-    batches = tested / documents * plan.windows / settings.batch_size
     for name, lm in plan.lms.items():
         runner, sites = Recorder(plan, name, settings.batch_size), plan.store.sites_of(name)
-        last = np.full(settings.batch_size, max(0, len(runner.texts[0]) - 2))
-        passages = Passages(runner.texts, np.arange(settings.batch_size), last)
+        texts = np.arange(len(runner.texts))
+        batches = tested / documents * plan.windows / len(texts)
+        last = np.full(len(texts), max(0, len(runner.texts[0]) - 2))
+        passages = Passages(runner.texts, texts, last)
         runner.splice(passages, sites[0], {"x": np.zeros(lm.config.d_model, np.float32)})
         kinds = [map_class(task.kind) for task in todo if task.target == name]
         edits = sum(1 + cls.predicts_activation for cls in kinds)

@@ -79,7 +79,7 @@ class TextConfig:
 class ExtractConfig:
     """How language models are read."""
 
-    batch_size: int = setting(32, "Windows of text per forward pass", at_least(1))
+    batch_size: int = setting(32, "Windows of text per forward pass and device", at_least(1))
     norm_mask: float = setting(10.0, "Drop rows longer than this multiple of the median", ABOVE_0)
     control_tokens: str = choice("Rows after a control token that a text spells", "keep", "skip")
     nonfinite: str = choice("What to do with rows of NaN or infinity", "refuse", "skip")
@@ -220,7 +220,7 @@ class InterventionConfig:
     """How much text the causal tests read, and how single features are put to the test."""
 
     documents: int = setting(64, "Test documents to read at most", at_least(1))
-    batch_size: int = setting(16, "Windows of text per forward pass", at_least(1))
+    batch_size: int = setting(16, "Windows of text per forward pass and device", at_least(1))
     features: int = setting(16, "Source features to test per direction; 0: none", at_least(0))
     feature_ids: Ints = optional("Features of the first model to test, as in 3,17", at_least(0))
     choose: str = choice("Random features that fire, or the best matched", "random", "matched")

@@ -29,7 +29,7 @@ class Geometry:
     scores: np.ndarray  # float32 [n, min(n, d)], the centred rows in their principal directions
     norms: np.ndarray  # [r], of the leading scores, which hold VARIANCE
     ranks: np.ndarray  # [m, m], of dissimilarities of RDM_ROWS rows, centred, of norm 1
-    near: np.ndarray  # int [n, k], the nearest neighbours of each row
+    near: np.ndarray  # int32 [n, k], the nearest neighbours of each row
 
     @classmethod
     def of(cls, x: np.ndarray) -> Geometry:
@@ -52,7 +52,7 @@ class Geometry:
         k, unit = min(NEIGHBOURS, len(x) - 1), _unit(x)
         cosine = unit @ unit.T
         np.fill_diagonal(cosine, -np.inf)  # a row is no neighbour of itself
-        near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
+        near = np.argpartition(-cosine, k - 1, axis=1)[:, :k].astype(np.int32)  # not a view
         x = x - x.mean(axis=0, keepdims=True, dtype=np.float64)
         variances, axes = np.linalg.eigh(x.T @ x if len(x) > x.shape[1] else x @ x.T)
         variances, axes = np.maximum(variances[::-1], 0), axes[:, ::-1]

@@ -255,8 +255,7 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
     The latter are [1 + count, width]: the whole split, then every bootstrap resample.
     """
     draws, parts = held_out.resamples, []
-    weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
-    totals = {"n": weights @ np.bincount(draws.index)[:, None]}
+    by_document = {"n": np.bincount(draws.index)[:, None]}
     blocks, size = list(slices(len(predicted), BLOCK)), min(BLOCK, len(predicted))
     documents = [np.unique(draws.index[rows], return_inverse=True) for rows in blocks]
     longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
@@ -272,8 +271,10 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
         of_rows, of_documents = _sums_of_block(*arrays, *centres, belongs)
         parts.append({name: np.asarray(v, np.float64)[: len(local)] for name, v in of_rows.items()})
         for name, values in of_documents.items():
-            values = np.asarray(values, np.float64)[: len(numbers)]
-            totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ values
+            empty = np.zeros((draws.n_documents, values.shape[1]))
+            by_document.setdefault(name, empty)[numbers] += np.asarray(values)[: len(numbers)]
+    weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
+    totals = {name: weights @ sums for name, sums in by_document.items()}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, totals
 
 

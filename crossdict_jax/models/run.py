@@ -19,7 +19,7 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.models.base import KINDS, LanguageModel, Past, Site, captured, check_site
-from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
+from crossdict_jax.training.mesh import DATA, make_mesh, platform, put, shard
 
 AT_ONCE = 16  # added vectors whose predictions lie in memory together
 LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
@@ -172,7 +172,7 @@ class Runner:
     def __init__(self, lm: LanguageModel, *, batch_size: int, dtype: str = "float32"):
         """
         Args:
-          batch_size: texts per forward, at most (but for one on every device).
+          batch_size: texts per forward on each device, at most.
           dtype: of the inputs of matrix products.
         """
         self.config, self.name, self.mesh = lm.config, lm.name, make_mesh()
@@ -255,7 +255,7 @@ class Runner:
 
     def _size(self, n: int | None = None, group: int = 1) -> int:
         """Rows of a batch: no more than asked or needed, equally many for each device."""
-        size, unit = self._batch_size, group * self.mesh.size
+        size, unit = self._batch_size * self.mesh.size, group * self.mesh.size
         return math.ceil((size if n is None else min(size, n)) / unit) * unit
 
     # Reading
@@ -279,19 +279,34 @@ class Runner:
         return out
 
     def stream(
-        self, tokens: Sequence[np.ndarray], sites: Iterable[Site], dtype=jnp.bfloat16
+        self,
+        tokens: Sequence[np.ndarray],
+        sites: Iterable[Site],
+        positions: Sequence[np.ndarray] | None = None,
+        dtype=jnp.bfloat16,
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yields (text index, per site its activations [length, d_model]), by length."""
+        """Yields (text index, per site its activations [length, d_model]), by length.
+
+        Of a text's ``positions`` int [m] alone: [m, d_model]; the others do not leave the devices.
+        """
+        on_device = positions is not None and platform() != "cpu"  # from which nothing travels
         batches = self.batches(tokens, length_step=LENGTH_STEP)
         static = self._checked(sites), jnp.dtype(dtype)
-        dispatched = (
-            (b.texts, self.dispatch(_captured, self.put(b.tokens), static=static, shared=(None,)))
-            for b in batches
-        )
-        for texts, x in _ahead(dispatched):
+
+        def dispatch(batch: Batch) -> tuple[jax.Array, ...]:
+            x = self.dispatch(_captured, self.put(batch.tokens), static=static, shared=(None,))
+            if not on_device:
+                return x
+            at = [positions[text] for text in batch.texts]
+            longest = math.ceil(max(map(len, at)) / LENGTH_STEP) * LENGTH_STEP
+            return _at_positions(x, self.put(pad(at, (len(batch.tokens), longest))))
+
+        for texts, x in _ahead((batch.texts, dispatch(batch)) for batch in batches):
             x = [np.asarray(of_site) for of_site in x]
             for row, text in enumerate(texts):
-                yield int(text), [of_site[row, : len(tokens[text])] for of_site in x]
+                at = slice(len(tokens[text])) if positions is None else positions[text]
+                at = slice(len(at)) if on_device else at
+                yield int(text), [of_site[row, at] for of_site in x]
 
     def token_losses(self, tokens: np.ndarray) -> np.ndarray:
         """Returns -log p of every token after the first, [n, seq - 1] nats, of tokens [n, seq]."""
@@ -454,6 +469,12 @@ def _captured(lm, sites, dtype, at, tokens) -> tuple[jax.Array, ...]:
     """Per site the activations as ``dtype``, of all positions or at (row [m], position [m])."""
     captured_ = (x.astype(dtype) for x in captured(lm, sites, tokens))
     return tuple(captured_ if at is None else (x[at] for x in captured_))
+
+
+@jax.jit
+def _at_positions(x: PyTree, at: jax.Array) -> PyTree:
+    """Arrays [batch, m, d_model] at positions [batch, m] of arrays [batch, seq, d_model]."""
+    return jax.tree.map(lambda a: jnp.take_along_axis(a, at[:, :, None], axis=1), x)
 
 
 def _token_losses(lm, tokens) -> jax.Array:

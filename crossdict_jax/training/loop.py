@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import signal
 import threading
 import time
@@ -144,8 +143,9 @@ def train(
     if done < steps:
         check_space(Path(directory))
     if done < steps and logging.get_verbosity() >= logging.INFO:
-        size = run_chunk.memory(state, done) or math.nan
-        say(f"{title}: about {size / 1e9:.3f} GB on each of {jax.device_count()} device(s)")
+        size = run_chunk.memory(state, done)
+        about = "unknown memory" if size is None else f"about {size / 1e9:.3f} GB"
+        say(f"{title}: {about} on each of {jax.device_count()} device(s)")
     file = Path(directory) / "metrics.jsonl"
     writer = MetricsWriter(file, start=done, records=records, labels=labels)
     bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}

@@ -1,6 +1,8 @@
 """Stages: whether one is finished, its kept parts, its time."""
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -73,6 +75,7 @@ class Stage:
             self._parts[key] = make()
             with self._kept_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "value": self._parts[key]}) + "\n")
+            free_memory()
         return self._parts[key]
 
     def finish(self, tables: Mapping[str, list[dict]], **figures: float | int | str) -> None:
@@ -102,6 +105,14 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
     wall = time.perf_counter() - started
     rates = {f"{n}_per_s": figures[n] / wall for n in ("rows", "tokens") if n in figures}
     work.record_timing(name, wall_s=wall, **rates, **figures, **device_figures())
+    free_memory()
+
+
+def free_memory() -> None:
+    """Gives memory that is no longer used back to the system; glibc would keep most of it."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # other systems
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def progress_bar(parts: Iterable | None = None, **bar: Any):

@@ -1,0 +1,92 @@
+"""The stages after training: seconds and memory, at more rows and wider dictionaries."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from crossdict_jax.benchmark.harness import Bench, timed
+from crossdict_jax.benchmark.workloads import made_up_rows
+from crossdict_jax.config import EvaluationConfig, MapConfig
+from crossdict_jax.dictionaries.base import build
+from crossdict_jax.evaluation.matching import confirm, match
+from crossdict_jax.evaluation.scoring import make_bench, score
+from crossdict_jax.maps import Pairs, Problem, Side, map_class
+from crossdict_jax.training.stage import free_memory
+
+TOKENS, DOCUMENT = 5000, 200  # distinct tokens; rows of a document
+D_MODEL, K, STEPS = 256, 32, 20  # the last: of the trained map
+KINDS = ("token_ridge", "ridge_codes", "mlp")  # that read activations, codes, and are trained
+SIZES = {  # suite: training rows, widths
+    "cpu": ((10_000, 40_000), (1024, 4096)),
+    "gpu": ((10_000, 40_000, 160_000), (1024, 4096, 16_384)),
+}
+
+
+def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yields a row per stage and size, run once: what compiles counts.
+
+    The first stage that reads features encodes them. Held-out rows, a fifth as many as training
+    rows, are scored and confirm the matches.
+    """
+    sizes, widths = SIZES[bench.suite]
+    for width, n in ((width, n) for width in widths for n in sizes):
+        splits = _splits(n, width, bench.seed)
+        problem = Problem("made-up", splits["train"], splits["validation"])
+        config = MapConfig(steps=STEPS, hidden=width // 4, batch_size=min(128, n))
+        options = {"seed": bench.seed, "directory": bench.folder / f"{width}-{n}"}
+        stages: dict[str, Callable[[], Any]] = {
+            f"fit {kind}": partial(map_class(kind).fit, [problem], config, **options)
+            for kind in KINDS
+        }
+        (fitted,) = map_class("mean").fit([problem], config)
+
+        def scored(splits=splits, m=fitted.map):
+            return score(m, make_bench(splits, EvaluationConfig(), seed=bench.seed))
+
+        def matched(splits=splits):
+            codes = [[p.source.codes, p.target.codes] for p in splits.values()]
+            pairs = match(*codes[0])
+            return confirm(pairs, *codes[2], documents=splits["test"].documents)
+
+        for name, stage in (stages | {"score a map": scored, "match features": matched}).items():
+            memory = _Memory()
+            seconds = timed(lambda _, stage=stage: stage() and None, 1).seconds
+            row = {"benchmark": bench.name, "case": f"width {width:,}, rows {n:,}"}
+            row |= {"contender": name, "seconds": seconds, "unit": "rows", "per_s": n / seconds}
+            yield row | memory.taken()
+
+
+def _splits(n: int, width: int, seed: int) -> dict[str, Pairs]:
+    """Paired made-up rows, n of training, with random dictionaries."""
+    rng, sides = np.random.default_rng(seed), []
+    counts = {"train": n, "validation": n // 5, "test": n // 5}
+    total, ends = sum(counts.values()), np.cumsum(list(counts.values()))
+    tokens = (TOKENS * rng.random(total) ** 2).astype(np.int32)
+    for key in (seed, seed + 1):
+        d = build("topk", d_model=D_MODEL, width=width, k=K, key=jax.random.key(key))
+        sides.append(Side(made_up_rows(total, D_MODEL, seed=key), tokens, d))
+    pairs = Pairs(*sides, np.arange(total, dtype=np.int32) // DOCUMENT)
+    starts = ends - list(counts.values())
+    return {name: pairs.take(np.arange(a, b)) for name, a, b in zip(counts, starts, ends)}
+
+
+class _Memory:
+    """The largest memory of this process from now on, beyond what it has; only on Linux."""
+
+    def __init__(self):
+        free_memory()
+        self._reset = Path("/proc/self/clear_refs")
+        if self._reset.exists():
+            self._reset.write_text("5")  # the peak is what is held now
+            self._held = self._peak()
+
+    def taken(self) -> dict[str, float]:
+        return {"memory": self._peak() - self._held} if self._reset.exists() else {}
+
+    def _peak(self) -> float:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(1024.0 * int(s.split()[1]) for s in status if s.startswith("VmHWM"))
