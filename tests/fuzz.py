@@ -1,11 +1,9 @@
 """Hostile input: every reader of files and settings, through the functions that commands call.
 
-    python tests/fuzz.py [--cases=7500] [--seed=0] [--only=WORD] [--draw=own|hypothesis|atheris]
+    python tests/fuzz.py [--cases=7500] [--seed=0] [--only=WORD]
 
 A case is a valid folder, one or two files of it altered: as bytes, as JSON, as headers and as
 links. It must end well or with a UserError, read nothing outside of its folder, and run nothing.
-Atheris (guided by the coverage of our code) is no requirement: install it in a copy of the
-environment.
 """
 
 import argparse
@@ -26,6 +24,8 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+from fault_table import fork, prepare, wait
+
 ROOT = Path(__file__).parents[1]
 OUTSIDE = "outside-of-the-folder"  # what bears this name must not be opened
 DEEP = functools.reduce(lambda inner, _: [inner], range(200), 0)
@@ -35,6 +35,7 @@ HOSTILE += ("<script>", "9" * 5000, "x" * 300, "~nobody/x", [], {}, [[]], [None]
 RUNS_CODE = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 RUNS_CODE += ("socket.connect", "socket.getaddrinfo", "ctypes.dlopen")
 SECONDS = 30  # that a case may take
+GOOD = ("well", "refused")
 violations: list[str] = []
 
 
@@ -65,7 +66,7 @@ def mutated_bytes(draw: random.Random, data: bytes) -> bytes:
     return data
 
 
-def mutated_tree(draw: random.Random, tree, extra=()):
+def mutated_tree(draw: random.Random, tree):
     """A JSON value, altered at one place."""
     nodes = [([tree], 0)]
     for parent, key in nodes:  # grows
@@ -73,7 +74,7 @@ def mutated_tree(draw: random.Random, tree, extra=()):
         if isinstance(inner, (dict, list)):
             nodes += [(inner, k) for k in (inner if isinstance(inner, dict) else range(len(inner)))]
     parent, key = draw.choice(nodes)
-    value, old = draw.choice((*HOSTILE, *extra)), parent[key]
+    value, old = draw.choice(HOSTILE), parent[key]
     number = isinstance(old, (int, float)) and old * draw.choice((-1, 2, 0.5, 1e9))
     new = draw.choice((value, value, [old], {"a": old}, str(old), number or value))
     if isinstance(parent, dict) and draw.random() < 0.3:
@@ -83,14 +84,14 @@ def mutated_tree(draw: random.Random, tree, extra=()):
     return nodes[0][0][0]
 
 
-def mutated(draw: random.Random, name: str, data: bytes, extra=()) -> bytes:
+def mutated(draw: random.Random, name: str, data: bytes) -> bytes:
     """A file's bytes, altered as whoever knows its format would."""
     with contextlib.suppress(ValueError, KeyError, zipfile.BadZipFile, RecursionError):
         if draw.random() < 0.3:
             pass
         elif name.endswith(".safetensors"):
             size = int.from_bytes(data[:8], "little")
-            header = mutated_tree(draw, json.loads(data[8 : 8 + size]), extra)
+            header = mutated_tree(draw, json.loads(data[8 : 8 + size]))
             header = json.dumps(header).encode()
             return len(header).to_bytes(8, "little") + header + data[8 + size :]
         elif name.endswith(".npz"):
@@ -105,10 +106,10 @@ def mutated(draw: random.Random, name: str, data: bytes, extra=()) -> bytes:
         elif name.endswith(".jsonl"):
             lines = data.splitlines()
             at = draw.randrange(len(lines))
-            lines[at] = json.dumps(mutated_tree(draw, json.loads(lines[at]), extra)).encode()
+            lines[at] = json.dumps(mutated_tree(draw, json.loads(lines[at]))).encode()
             return b"\n".join(lines)
         elif data[:1] in (b"{", b"["):
-            return json.dumps(mutated_tree(draw, json.loads(data), extra)).encode()
+            return json.dumps(mutated_tree(draw, json.loads(data))).encode()
     return mutated_bytes(draw, data)
 
 
@@ -118,13 +119,13 @@ def written(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
-def altered(draw: random.Random, folder: Path, files: dict[str, bytes], extra=()) -> None:
+def altered(draw: random.Random, folder: Path, files: dict[str, bytes]) -> None:
     """Writes a folder of these files, one or two of them altered or put in the way."""
     written(folder, files)
     for name in draw.sample(sorted(files), draw.randint(1, min(2, len(files)))):
         file, kind = folder / name, draw.random()
         if kind > 0.1 or (len(files) == 1 and not name.startswith("t.")):  # the user's own
-            file.write_bytes(mutated(draw, name, files[name], extra))
+            file.write_bytes(mutated(draw, name, files[name]))
             continue
         file.unlink()
         outside = folder.parent / f"{OUTSIDE}{file.suffix}"
@@ -414,7 +415,7 @@ def readers() -> dict[str, tuple]:
 # Running
 
 
-def attempt(read, draw: random.Random, seeds: list[dict[str, bytes]], extra=()) -> str:
+def attempt(read, draw: random.Random, seeds: list[dict[str, bytes]]) -> str:
     """One case: "well", "refused", or what went wrong and where."""
     from crossdict_jax.errors import UserError
     from launch import command
@@ -423,9 +424,9 @@ def attempt(read, draw: random.Random, seeds: list[dict[str, bytes]], extra=()) 
         raise TimeoutError(f"more than {SECONDS} s")
 
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder) / "run"
+        folder, outcome = Path(folder) / "run", "well"
         folder.mkdir()
-        altered(draw, folder, draw.choice(seeds), extra)
+        altered(draw, folder, draw.choice(seeds))
         if draw.random() < 0.5:
             with contextlib.suppress(UserError, OSError, ValueError, AttributeError):
                 seal_again(folder)
@@ -434,41 +435,28 @@ def attempt(read, draw: random.Random, seeds: list[dict[str, bytes]], extra=()) 
         violations.clear()
         try:
             read(folder)
-            outcome = "well"
-        except BaseException as error:
+        except UserError:
             outcome = "refused"
-            if not isinstance(error, UserError):
-                words = "" if isinstance(error, MemoryError) else command._machine_words(error)
-                lines = [
-                    f for f in traceback.extract_tb(error.__traceback__) if "/tests/" not in f[0]
-                ]
-                at = [f"{Path(f[0]).name}:{f[1]}" for f in lines if str(ROOT) in f[0]][-2:]
-                where = " > ".join(at or [str(lines[-1:])])
-                outcome = outcome if words else f"{type(error).__name__} ({error!s:.90}) at {where}"
+        except BaseException as error:
+            told = "" if isinstance(error, MemoryError) else command._machine_words(error)
+            calls = [f for f in traceback.extract_tb(error.__traceback__) if "/tests/" not in f[0]]
+            at = " > ".join(f"{Path(f[0]).name}:{f[1]}" for f in calls if str(ROOT) in f[0])
+            outcome = "refused" if told else f"{type(error).__name__} ({error!s:.90}) at {at}"
         finally:
             signal.alarm(0)
     return f"{violations[0]} ({outcome})" if violations else outcome
 
 
-def cases(name: str, numbers, *, seed: int, way: str = "own"):
+def cases(name: str, numbers, *, seed: int):
     """Yields (number, outcome) of cases of a reader; each depends on its own number alone."""
     seeds, read, _ = readers()[name]
     seeds = seeds()
     for valid in seeds if 0 in numbers else ():
         with tempfile.TemporaryDirectory() as folder:
             written(Path(folder), valid)
-            read(Path(folder))
+            read(Path(folder))  # what is not altered is read
     for number in numbers:
         yield number, attempt(read, random.Random(f"{seed} {name} {number}"), seeds)
-
-
-def work_through(name: str, numbers, seed: int, log: Path) -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30),) * 2)
-    with log.open("a") as file:
-        for number, outcome in cases(name, numbers, seed=seed):
-            file.write(json.dumps([number, outcome]) + "\n")
-            file.flush()
 
 
 def main() -> int:
@@ -476,61 +464,41 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=7500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="readers whose names hold this word")
-    asked, total = parser.parse_args(), Counter()
-    print(f"{'reader':28} {'cases':>7} {'well':>7} {'refused':>8} {'failed':>7}", flush=True)
+    asked, total, names = parser.parse_args(), Counter(), ("cases", "well", "refused", "failed")
+    print(f"{'reader':28}" + "".join(f"{name:>9}" for name in names), flush=True)
     for name, (_, _, share) in readers().items():
         if asked.only not in name:
             continue
-        numbers, outcomes = range(max(1, round(asked.cases * share))), {}
-        with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm") as folder:
-            log = Path(folder) / "log"
-            log.touch()
-            while len(outcomes) < len(numbers):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            kinds, first, log = Counter(), {}, Path(folder) / "log"
+
+            def call(name=name, share=share, folder=folder):
                 tempfile.tempdir = folder
-                process = os.fork()
-                if not process:
-                    os.dup2(os.open(f"{folder}/err", os.O_CREAT | os.O_WRONLY), 2)
-                    code = 1
-                    try:
-                        code = work_through(name, numbers[len(outcomes) :], asked.seed, log) or 0
-                    finally:
-                        traceback.print_exc()
-                        os._exit(code)
-                code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-                outcomes = dict(map(json.loads, log.read_text().splitlines()))
-                if len(outcomes) < len(numbers):
-                    if not outcomes:
-                        sys.exit(Path(f"{folder}/err").read_text())
-                    with log.open("a") as file:
-                        file.write(json.dumps([len(outcomes), f"ended by {code}"]) + "\n")
-                    outcomes[len(outcomes)] = f"ended by {code}"
-            tempfile.tempdir = None
-        kinds = Counter(outcomes.values())
-        good = kinds["well"] + kinds["refused"]
-        failed = len(outcomes) - good
-        row = (len(outcomes), kinds["well"], kinds["refused"], failed)
-        print(f"{name:28} {row[0]:7} {row[1]:7} {row[2]:8} {row[3]:7}", flush=True)
-        total.update(dict(zip(("cases", "well", "refused", "failed"), row)))
-        first = {}
-        for number, outcome in outcomes.items():
-            place = outcome.rpartition(" at ")[2]
-            if outcome not in ("well", "refused"):
-                first.setdefault(place, (number, outcome))
-        for number, outcome in first.values():
-            print(f"    case {number}: {outcome}", flush=True)
-    print("together", dict(total))
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+                resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30),) * 2)
+                with open(f"{folder}/outcomes", "w", buffering=1) as file:
+                    for each in cases(
+                        name, range(max(1, round(asked.cases * share))), seed=asked.seed
+                    ):
+                        file.write(json.dumps(each) + "\n")
+
+            code = wait(fork(call, log))
+            for line in Path(f"{folder}/outcomes").read_text().splitlines():
+                number, outcome = json.loads(line)
+                kinds[outcome if outcome in GOOD else "failed"] += 1
+                if outcome not in GOOD:
+                    first.setdefault(outcome.rpartition(" at ")[2], f"case {number}: {outcome}")
+            if code:
+                kinds["failed"] += 1
+                first["end"] = f"ended by {code}: {Path(f'{log}.err').read_text()[-300:]}"
+        kinds["cases"] = kinds.total()
+        total.update(kinds)
+        print(f"{name:28}" + "".join(f"{kinds[n]:9}" for n in names), *first.values(), sep="\n  ")
+    print(f"{'together':28}" + "".join(f"{total[n]:9}" for n in names))
     return total["failed"] > 0
 
 
 sys.addaudithook(watch)
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    import orbax.checkpoint  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import transformers  # noqa: F401
-
-    import crossdict_jax  # noqa: F401
-    from launch import experiment  # noqa: F401
-
+    prepare()
     sys.exit(main())

@@ -178,7 +178,9 @@ def read_config(raw: dict) -> ModelConfig:
     for key in ("bos_token_id", "eos_token_id"):
         ids = raw.get(key)
         values[key] = tuple(ids) if isinstance(ids, list) else ids
-        if not all(type(i) is int for i in (ids if isinstance(ids, list) else [ids or 0])):
+        if not all(
+            type(i) is int or ids is None for i in (ids if isinstance(ids, list) else [ids])
+        ):
             raise UserError(f"{key} {ids!r} must be token ids.")
     return family.Config(model_type=model_type, **values)
 
