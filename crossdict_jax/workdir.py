@@ -26,7 +26,7 @@ NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, 
 NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
 LOCK = ".lock"  # in a work directory: who works there
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file for a folder, or a folder
+IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def say(text: str, *, level: int = logging.WARNING) -> None:
@@ -317,10 +317,10 @@ def inside(folder: Path, file: Path) -> Path:
 
     The hub's cache links to a folder of its own, beside.
     """
-    root = folder.resolve()
+    root, target = (Path(os.path.realpath(path)) for path in (folder, file))
     cache = (p.parent for p in (root, *root.parents) if p.name == "snapshots")
     root = next((p for p in cache if (p / "blobs").is_dir()), root)
-    if not file.resolve().is_relative_to(root):
+    if not target.is_relative_to(root):
         raise UserError(f"{file} is a link that leads out of {folder}; put the file itself there.")
     return file
 

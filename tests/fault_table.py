@@ -76,26 +76,51 @@ def wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def digests(work: Path) -> dict[str, str]:
+    """{file or parameter: its sha256} of all that a finished run leaves."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    from crossdict_jax.training import checkpoint
+
+    values = {}
+    for pattern in ("results/*.jsonl", "results/pairing.json", "activations/**/*.*"):
+        for file in filter(Path.is_file, work.glob(pattern)):
+            values[str(file.relative_to(work))] = file.read_bytes()
+    seals = [*work.glob("**/seed-*/*.sha256.json"), *work.glob("**/maps/**/*.sha256.json")]
+    for folder in {file.parent for file in seals}:
+        path = folder / str(checkpoint.finished_step(folder)) / "params"
+        tree = ocp.PyTreeCheckpointer().restore(path.absolute())
+        for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = f"{folder.relative_to(work)}{jax.tree_util.keystr(key)}"
+            values[name] = np.asarray(leaf).tobytes()
+    return {name: hashlib.sha256(value).hexdigest() for name, value in values.items()}
+
+
 class Lab:
-    """The undisturbed run, and how to start, disturb, heal and compare others."""
+    """The undisturbed run, and what starts, disturbs and compares others."""
 
     def __init__(self, root: Path, seed: int):
-        self.root, self.draw, self.count = root, random.Random(seed), 0
-        made, self.log = root / "flags.json", root / "log"
-
-        def make():
-            import tiny_run
-
-            made.write_text(json.dumps(tiny_run.small_flags(root / "text")))
-
-        assert wait(fork(make, self.log)) == 0, self.told()
-        self.flags = [*json.loads(made.read_text()), "--config.controls=ceiling"]
+        self.root, self.draw, self.log, self.count = root, random.Random(seed), root / "log", 0
+        flags = self.computed("tiny_run", "small_flags", root / "text")
+        self.flags = [*flags, "--config.controls=ceiling"]
         for name in ("cold", "undisturbed"):  # the second finds its programs compiled
-            self.whole, started = root / name, time.monotonic()
-            assert self.run(self.whole) == (0, ""), self.told()
+            self.finished, started = root / name, time.monotonic()
+            assert self.run(self.finished) == (0, ""), self.told()
         self.seconds = time.monotonic() - started
-        self.bits = self.bits_of(self.whole)
+        self.bits = self.bits_of(self.finished)
         assert self.bits == self.bits_of(root / "cold") and len(self.bits) > 40
+
+    def computed(self, module: str, function: str, *arguments):
+        """What a function gives in a process of its own: this one must not start JAX."""
+
+        def call():
+            value = getattr(importlib.import_module(module), function)(*arguments)
+            (self.root / "value").write_text(json.dumps(value))
+
+        assert wait(fork(call, self.root / "value.log")) == 0, self.root
+        return json.loads((self.root / "value").read_text())
 
     def told(self) -> str:
         return Path(f"{self.log}.err").read_text(errors="replace")
@@ -113,29 +138,29 @@ class Lab:
     def run(self, work: Path, before=lambda: None) -> tuple[int, str]:
         return wait(self.start(work, before)), self.told()
 
-    def stage(self) -> str:
-        """The stage that the last run had reached."""
+    def stages(self) -> list[str]:
+        """The stages that the last run has begun."""
         said = re.findall(r"^\[\d/6\] (\w+)", Path(f"{self.log}.out").read_text(), re.MULTILINE)
-        return said[-1] if said else "before"
+        return ["before", *said]
 
     def killed(self, work: Path, number: int, *, before=lambda: None) -> tuple[int, float]:
         """Sends a signal at a random moment of a random stage; the exit code, seconds to end."""
         left = [s for s, parts in STAGES.items() if not list(work.glob(parts[0]))]
         process, wanted = self.start(work, before), self.draw.choice(("before", *(left or STAGES)))
-        while (over := os.waitpid(process, os.WNOHANG))[0] == 0 and self.stage() != wanted:
+        while not (over := os.waitpid(process, os.WNOHANG))[0] and wanted not in self.stages():
             time.sleep(0.01)
+        started = time.monotonic()
         if not over[0]:
             time.sleep(self.draw.uniform(0, self.seconds / 12))
             os.kill(process, number)
             started = time.monotonic()
             over = os.waitpid(process, 0)
-            return os.waitstatus_to_exitcode(over[1]), time.monotonic() - started
-        return os.waitstatus_to_exitcode(over[1]), 0.0
+        return os.waitstatus_to_exitcode(over[1]), time.monotonic() - started
 
     def begun(self, first: int | None = None) -> Path:
         """A new copy of the run as it was before one of its stages, at random."""
         self.count += 1
-        work = Path(shutil.copytree(self.whole, self.root / f"run-{self.count}"))
+        work = Path(shutil.copytree(self.finished, self.root / f"run-{self.count}"))
         first = self.draw.randrange(len(STAGES)) if first is None else first
         for pattern in (p for part in list(STAGES.values())[first:] for p in part):
             for path in work.glob(pattern):
@@ -143,31 +168,7 @@ class Lab:
         return work
 
     def bits_of(self, work: Path) -> dict[str, str]:
-        """{file or parameter: its digest} of all that a finished run leaves."""
-
-        def call():
-            import jax
-            import numpy as np
-            import orbax.checkpoint as ocp
-
-            from crossdict_jax.training import checkpoint
-
-            found = {}
-            for pattern in ("results/*.jsonl", "results/pairing.json", "activations/**/*.*"):
-                for file in filter(Path.is_file, work.glob(pattern)):
-                    found[str(file.relative_to(work))] = file.read_bytes()
-            for seal in work.glob("**/seed-*/*.sha256.json"), work.glob("**/maps/**/*.sha256.json"):
-                for folder in {file.parent for file in seal}:
-                    path = folder / str(checkpoint.finished_step(folder)) / "params"
-                    tree = ocp.PyTreeCheckpointer().restore(path.absolute())
-                    for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                        name = f"{folder.relative_to(work)}{jax.tree_util.keystr(key)}"
-                        found[name] = np.asarray(leaf).tobytes()
-            print(json.dumps({k: hashlib.sha256(v).hexdigest() for k, v in found.items()}))
-
-        log = self.root / "bits"
-        assert wait(fork(call, log)) == 0, Path(f"{log}.err").read_text()
-        return json.loads(Path(f"{log}.out").read_text())
+        return self.computed("fault_table", "digests", work)
 
     def ends_the_same(self, work: Path) -> bool:
         """Whether the command, run again, ends with the bits of the undisturbed run."""
@@ -194,7 +195,7 @@ def sigkill(lab, number):
         code, _ = lab.killed(work, signal.SIGKILL)
         if code == 0:
             break
-        stages.append(lab.stage())
+        stages.append(lab.stages()[-1])
     return code in (0, -9), work, stages
 
 
@@ -243,8 +244,8 @@ DAMAGED = {  # a pattern of files, and the first stage that is done again, which
 }
 
 
-def damaged(what, how):
-    pattern, first = DAMAGED[what]
+def damaged(kind, change):
+    pattern, first = DAMAGED[kind]
 
     def fault(lab, number):
         work = lab.begun(first)
@@ -252,12 +253,12 @@ def damaged(what, how):
         file = lab.draw.choice(files)
         data, at = file.read_bytes(), lab.draw.randrange(file.stat().st_size)
         flipped = data[:at] + bytes([data[at] ^ 1 << lab.draw.randrange(8)]) + data[at + 1 :]
-        file.write_bytes(data[:at] if how == "truncated" else flipped)
+        file.write_bytes(data[:at] if change == "truncated" else flipped)
         code, told = lab.run(work)
         noticed = refused(code, told, re.escape(file.name)) or refused(code, told, "delete ")
         if noticed and number % 2:  # the line is followed: the stage that made it runs again
             folder = {"shard": "activations", "index": "activations", "checkpoint": "dictionaries"}
-            gone = work / folder[what] if what in folder else file
+            gone = work / folder[kind] if kind in folder else file
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         elif not (code == 0 and not file.is_file()):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -315,9 +316,9 @@ def poisoned(where):
             made = loop.Chunks.__init__
 
             def init(self, trainable, *rest, **settings):
-                def step(state, batch, number, *more, **how):
+                def step(state, batch, number, *more, **static):
                     batch = put(batch, number) if where == "batch" else batch
-                    state, metrics = trainable.step(state, batch, number, *more, **how)
+                    state, metrics = trainable.step(state, batch, number, *more, **static)
                     params = state["params"]
                     params = put(params, number) if where == "gradient" else params
                     return state | {"params": params}, metrics

@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import json
+import operator
 import os
 import random
 import resource
@@ -45,7 +46,7 @@ def watch(event: str, arguments: tuple) -> None:
         violations.append(f"{event} {arguments[0]!s:.80}")
 
 
-# Mutations; ``draw`` is a random.Random, also one that hypothesis or atheris steers.
+# Mutations
 
 
 def mutated_bytes(draw: random.Random, data: bytes) -> bytes:
@@ -253,25 +254,25 @@ def read_model(folder):
 
 def dictionary_seeds(root, tool):
     import numpy as np
-    import test_exchange as given
+    import test_exchange as exchange
     from safetensors.numpy import save
 
-    made = given.weights("b_enc", "threshold", "topk_threshold")
+    made = exchange.weights("b_enc", "threshold", "topk_threshold")
     names = {"W_enc", "W_dec", "b_dec", "b_enc"}
     plain = {n: made[n] for n in names}
     if tool == "SAELens":
         kinds = {"standard": (), "topk": (), "jumprelu": ("threshold",), "transcoder": ()}
         kinds |= {"batchtopk": ("topk_threshold",)}
         for kind, more in kinds.items():
-            config = {"architecture": kind, "k": 3, "metadata": given.HOOK, "d_out": given.D}
+            config = {"architecture": kind, "k": 3, "metadata": exchange.HOOK, "d_out": exchange.D}
             arrays = plain | {n: made[n] for n in more}
             scaler = {"scaling_factor": 1.0 if kind == "transcoder" else 2.0}
-            given.saelens_folder(root / kind, arrays, scaler=scaler, **config)
+            exchange.saelens_folder(root / kind, arrays, scaler=scaler, **config)
         return [folder_files(root / kind) for kind in kinds]
     if tool == "sparsify":
         arrays = {"encoder.weight": np.ascontiguousarray(made["W_enc"].T)}
         arrays |= {"encoder.bias": made["b_enc"], "W_dec": made["W_dec"], "b_dec": made["b_dec"]}
-        config = {"d_in": given.D, "num_latents": given.F, "k": 3, "activation": "topk"}
+        config = {"d_in": exchange.D, "num_latents": exchange.F, "k": 3, "activation": "topk"}
         return [{"cfg.json": json.dumps(config).encode(), "sae.safetensors": save(arrays)}]
     first, arrays = io.BytesIO(), plain | {"threshold": made["threshold"]}
     np.savez(first, **arrays)
@@ -307,6 +308,8 @@ def seal_again(folder):
 
     for seal in folder.glob("**/*.sha256.json"):
         write_json(seal, _digests(seal.with_name(seal.name.split(".")[0])))
+    for seal in folder.glob("results/checksums.json"):
+        write_json(seal, {n: file_digest(folder / "results" / n) for n in read_json(seal)})
     store = folder / "activations"
     if (store / "meta.json").exists():
         meta = read_json(store / "meta.json")
@@ -329,14 +332,15 @@ def read_ours(folder):
         maps.load(path)
 
 
-def result_seeds():
-    """The results of a finished run, its page among them."""
+def result_seeds(*more):
+    """The results of a finished run, and more of it."""
     from launch import evaluate, intervene, report
 
     config, work = lab()
     for stage in (evaluate, intervene, report):
         stage.main(config, work)
-    return [folder_files(work.root)]
+    files = (folder_files(work.root, pattern) for pattern in ("results/*", *more))
+    return [functools.reduce(operator.or_, files)]
 
 
 def read_results(folder):
@@ -362,9 +366,9 @@ def command(name, *argv):
             asked += map(os.fsdecode, lines)
         main = print if "argv" in argv else importlib.import_module(f"launch.{name}").main
         told = io.StringIO()
-        how = {"kind": kind, "default": "convert" if name == "convert" else "quickstart"}
+        settings = {"kind": kind, "default": "convert" if name == "convert" else "quickstart"}
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            code = command.execute(main, ["x", *asked], **how)
+            code = command.execute(main, ["x", *asked], **settings)
         if code == 2 and len(told.getvalue().splitlines()) == 1:
             raise UserError(told.getvalue().strip())
         assert (code, told.getvalue()) == (0, ""), (code, told.getvalue())
@@ -380,15 +384,15 @@ def whole_seeds():
 
 def readers() -> dict[str, tuple]:
     """{name: (seeds() -> valid folders {file: bytes}, read(folder), share of the cases)}."""
-    one = lambda name: lambda: [{name: settings_seeds()[name]}]  # noqa: E731
+    setting = lambda name: lambda: [{name: settings_seeds()[name]}]  # noqa: E731
     tool = lambda name: lambda: dictionary_seeds(Path(tempfile.mkdtemp()), name)  # noqa: E731
     text = lambda suffix: lambda: text_seeds(suffix)  # noqa: E731
     run = "--workdir={0}"
     argv = lambda f: parsed(*map(os.fsdecode, (f / "argv").read_bytes().splitlines()))  # noqa: E731
-    found = {
-        "config file": (one("config.py"), lambda f: parsed(f"--config={f}/config.py"), 1),
-        "config.json": (one("config.json"), read_workdir, 1),
-        "command line": (one("argv"), argv, 1),
+    listed = {
+        "config file": (setting("config.py"), lambda f: parsed(f"--config={f}/config.py"), 1),
+        "config.json": (setting("config.json"), read_workdir, 1),
+        "command line": (setting("argv"), argv, 1),
         **{f"text {s}": (text(s), read_text, 1) for s in ("txt", "jsonl", "parquet")},
         "tokenizer": (tokenizer_seeds, read_tokenizer, 1),
         "safetensors": (model_seeds, read_model, 1),
@@ -399,17 +403,17 @@ def readers() -> dict[str, tuple]:
         "result file": (result_seeds, read_results, 1),
     }
     source, out = "--config.source={0}", "--workdir={0}/out"
-    whole = ("--models={0}/a,{0}/b", "--layers=1", "--config.text.source={0}/t.0.jsonl", out)
+    text_run = ("--models={0}/a,{0}/b", "--layers=1", "--config.text.source={0}/t.0.jsonl", out)
     commands = {
-        "experiment": (one("argv"), ("argv", out)),
+        "experiment": (setting("argv"), ("argv", out)),
         "convert": (tool("SAELens"), (source, out, "--config.format=crossdict")),
-        "extract_activations": (whole_seeds, (*whole, "--config.text.documents=30")),
+        "extract_activations": (whole_seeds, (*text_run, "--config.text.documents=30")),
         "evaluate": (lambda: [folder_files(lab()[1].root)], (run,)),
-        "report": (result_seeds, (run,)),
+        "report": (lambda: result_seeds("*.json", "activations/*"), (run,)),
     }
     for name, (seeds, asked) in commands.items():
-        found[f"command {name}"] = (seeds, command(name, *asked), 40 / 7500)
-    return found
+        listed[f"command {name}"] = (seeds, command(name, *asked), 40 / 7500)
+    return listed
 
 
 # Running

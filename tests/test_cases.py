@@ -503,14 +503,16 @@ def test_files_that_mean_harm_are_named(name, tmp_path):
     refused(lambda: load(tmp_path), words)
 
 
-def test_settings_of_any_length(capsys):
-    for flag in (
-        f"--config.seed={'9' * 4000}",
-        f"--{'x' * 5000}=1",
-        f"--models={'y' * 5000},~no/x",
-    ):
-        main = lambda config, work: models.load(config.models[0])  # noqa: E731
-        assert command.execute(main, ["test", flag, "--config.layers=1"]) == 2
+def test_settings_of_any_length(capsys, tmp_path):
+    flags = [f"--config.seed={'9' * 4000}", f"--{'x' * 5000}=1", f"--models={'y' * 5000},~no/x"]
+    flags += [f"--workdir={'w' * 300}", "--config.text.source=~nobody/x"]
+
+    def main(config, work):
+        models.load(config.models[0])
+        load_corpus(config.text)
+
+    for flag in flags:
+        assert command.execute(main, ["test", f"--workdir={tmp_path}/run", flag]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 

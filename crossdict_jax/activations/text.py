@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 import unicodedata
@@ -157,7 +158,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
 
     Fills ``details`` with the source's provenance.
     """
-    path = Path(text.source).expanduser()
+    path = Path(os.path.expanduser(text.source))
     if text.source == "docstrings":  # a document for each module; its name decides on its split
         details["packages"] = package_versions()
         yield from ((name, documentation, name) for name, documentation in module_texts())

@@ -52,7 +52,7 @@ def load(path_or_id: str | Path) -> LanguageModel:
     weights = _read_weights(folder, config, {name: leaf.shape for name, (_, leaf) in flat.items()})
     filled = [(key, leaf.replace(weights[name])) for name, (key, leaf) in flat.items()]
     lm = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    lm.name = Path(os.path.abspath(Path(path_or_id).expanduser())).name
+    lm.name = Path(os.path.abspath(os.path.expanduser(path_or_id))).name
     lm.path = str(folder)
     return lm
 
@@ -131,7 +131,7 @@ def known_config(path_or_id: str | Path) -> ModelConfig:
     a model (-seed3, -deduped) have its shape.
     """
     text = str(path_or_id)
-    if text in EMBEDDED or Path(text).expanduser().is_dir():
+    if text in EMBEDDED or os.path.isdir(os.path.expanduser(text)):
         return load_config(text)
     shapes = read_object(ASSETS / "shapes.json")
     raw = shapes.get(re.sub(r"(-deduped|-seed\d+)+$", "", text))

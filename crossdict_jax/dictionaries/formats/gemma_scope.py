@@ -62,9 +62,9 @@ def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
             header = getattr(np.lib.format, f"read_array_header_{major}_0")
             shape, _, dtype = header(data)
             size = math.prod(shape) * dtype.itemsize + data.tell()
-        known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        usual = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if (
-            not known
+            not usual
             or size != member.file_size
             or size > MOST_PACKED * member.compress_size + 2**20
         ):
