@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import tokenize
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -308,7 +309,11 @@ def understood(path: Path, *, mend: str = AGAIN) -> Iterator[None]:
     try:
         yield
     except NOT_UNDERSTOOD as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        at, text = (
+            traceback.extract_tb(error.__traceback__)[-1],
+            (str(error).splitlines() or [""])[0],
+        )
+        reason = f"{type(error).__name__}: {text[:200]}, {Path(at.filename).name} line {at.lineno}"
         raise UserError(f"{path} is damaged or not of its kind ({reason}); {mend}.") from error
 
 

@@ -12,7 +12,6 @@ import functools
 import importlib
 import io
 import json
-import operator
 import os
 import random
 import resource
@@ -217,14 +216,14 @@ def read_tokenizer(folder):
 
 
 def tokenizer_seeds():
-    root = lab()[1].root.parent
+    root = Path(lab()[0].models[0]).parent
     return [folder_files(root / name, "*.json") for name in "ab"]
 
 
 def model_seeds():
     from crossdict_jax import models
 
-    models_of = lab()[1].root.parent
+    models_of = Path(lab()[0].models[0]).parent
     llama = {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 16}
     llama |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     models.save(models.init(llama | {"intermediate_size": 16}), models_of / "c")
@@ -332,15 +331,18 @@ def read_ours(folder):
         maps.load(path)
 
 
-def result_seeds(*more):
-    """The results of a finished run, and more of it."""
-    from launch import evaluate, intervene, report
+def result_seeds():
+    import test_report
 
-    config, work = lab()
-    for stage in (evaluate, intervene, report):
-        stage.main(config, work)
-    files = (folder_files(work.root, pattern) for pattern in ("results/*", *more))
-    return [functools.reduce(operator.or_, files)]
+    from crossdict_jax.config import Config, to_dict
+    from crossdict_jax.workdir import file_digest, write_json
+
+    work = test_report.write_run(Path(tempfile.mkdtemp()))
+    config = Config(models=test_report.MODELS, layers=(5, 6, 7))
+    write_json(work.root / "config.json", to_dict(config))
+    tables = work.results.glob("*.jsonl")
+    write_json(work.result("checksums.json"), {f.name: file_digest(f) for f in tables})
+    return [folder_files(work.root)]
 
 
 def read_results(folder):
@@ -378,7 +380,7 @@ def command(name, *argv):
 
 def whole_seeds():
     """Models, tokenizers and text, as extract_activations reads them."""
-    root = lab()[1].root.parent
+    root = Path(lab()[0].models[0]).parent
     return [folder_files(root, "[ab]/*") | text_seeds("jsonl")[0]]
 
 
@@ -409,7 +411,7 @@ def readers() -> dict[str, tuple]:
         "convert": (tool("SAELens"), (source, out, "--config.format=crossdict")),
         "extract_activations": (whole_seeds, (*text_run, "--config.text.documents=30")),
         "evaluate": (lambda: [folder_files(lab()[1].root)], (run,)),
-        "report": (lambda: result_seeds("*.json", "activations/*"), (run,)),
+        "report": (result_seeds, (run,)),
     }
     for name, (seeds, asked) in commands.items():
         listed[f"command {name}"] = (seeds, command(name, *asked), 40 / 7500)
