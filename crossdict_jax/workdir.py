@@ -309,11 +309,9 @@ def understood(path: Path, *, mend: str = AGAIN) -> Iterator[None]:
     try:
         yield
     except NOT_UNDERSTOOD as error:
-        at, text = (
-            traceback.extract_tb(error.__traceback__)[-1],
-            (str(error).splitlines() or [""])[0],
-        )
-        reason = f"{type(error).__name__}: {text[:200]}, {Path(at.filename).name} line {at.lineno}"
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason += f", {Path(at.filename).name} line {at.lineno}"
         raise UserError(f"{path} is damaged or not of its kind ({reason}); {mend}.") from error
 
 
