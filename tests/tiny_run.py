@@ -2,11 +2,8 @@
 
 import fcntl
 import functools
-<<<<<<< HEAD
-import json
-=======
 import itertools
->>>>>>> main
+import json
 import shutil
 from pathlib import Path
 
