@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax import maps, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
@@ -51,17 +51,11 @@ class FakeStore:
     def tokens(self, model, rows):
         return self._tokens[model][rows]
 
+    def d_model(self, model):
+        return self.x[model, self.sites[0]].shape[1]
+
     def read(self, model, site, rows):
         return self.x[model, site][rows]
-
-
-def save_dictionaries(store: FakeStore, work, *, width: int, k: int = 4) -> None:
-    """Saves a random TopK dictionary for every model and site of a store."""
-    for (model, site), x in store.x.items():
-        d = build_dictionary(
-            "topk", d_model=x.shape[1], width=width, k=k, key=jax.random.key(site.layer)
-        )
-        dictionaries.save(d, work.dictionary(model, site))
 
 
 def r2(predicted, target, train_mean) -> float:

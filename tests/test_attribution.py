@@ -183,10 +183,3 @@ def test_contexts_are_texts_around_the_strongest_rows(run):
         x = store.read(row["target"], tiny_run.SITE, store.select("test")).astype(np.float32)
         strongest = np.asarray(d.encode(x))[:, row["feature"]].max()
         assert strengths[0] == pytest.approx(float(strongest), rel=1e-4)
-
-
-def test_as_many_features_are_shown_as_asked():
-    ranked = np.array([2, 3, 4, 0])
-    expected = [(2, "most"), (3, "most"), (0, "least"), (4, "least")]
-    assert features.extremes(ranked, 2) == features.extremes(ranked, 1000) == expected
-    assert features.extremes(ranked, 0) == []

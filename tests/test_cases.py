@@ -259,9 +259,6 @@ def save_with_8_bits(file, tensors, name, as_8):
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
-# ---------------------------------------------------------------- switches of JAX
-
-
 @pytest.fixture
 def other_switches():
     """64 bits and no promotion, as a caller may have set them."""
@@ -368,9 +365,6 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
     assert left_out == dropped
     at = np.flatnonzero(store.rows.token[:, 0] == control)
     assert len(at) == 1 and store.rows.keep[at - 1] and store.rows.keep[at] == (rule == "keep")
-
-
-# ---------------------------------------------------------------- settings and sizes
 
 
 @pytest.mark.parametrize(

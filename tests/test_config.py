@@ -94,8 +94,6 @@ def test_names_found_by_file_are_those_of_the_rooms():
     assert VerifyConfig().gates == tuple(f"G{n}" for n in range(1, 11))
 
 
-# ---------------------------------------------------------------- spelling
-
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 NAMES = st.text(st.characters(exclude_characters=",", exclude_categories=["Cc", "Z"]), min_size=1)
 SPELLED = {
@@ -138,9 +136,6 @@ def test_spellings_of_people_are_understood_or_refused(kind, text, value):
         assert parsed == value and type(parsed) is type(value)
 
 
-# ---------------------------------------------------------------- json and back
-
-
 @pytest.mark.parametrize("kind", [Config, PretrainConfig, VerifyConfig, BenchmarkConfig])
 def test_a_file_of_settings_tells_its_class(kind, tmp_path):
     settings.validate(kind())
@@ -150,8 +145,6 @@ def test_a_file_of_settings_tells_its_class(kind, tmp_path):
         with pytest.raises(UserError, match=r"[sS]etting"):
             settings.from_dict(kind, tree)
 
-
-# ---------------------------------------------------------------- what is allowed
 
 REFUSED = [  # setting, value, what the line names
     ("models", ("one",), "models=one"),
@@ -202,9 +195,6 @@ def test_misspelt_names_get_the_closest(name, meant):
     with pytest.raises(UserError, match=repr(name).replace(".", "[.]")) as caught:
         settings.check_name(Config, name)
     assert meant in str(caught.value)
-
-
-# ---------------------------------------------------------------- layers
 
 
 def test_layer_pairs_stand_in_for_layers():

@@ -1,12 +1,12 @@
 """Contrast sets: files of pairs, planted causes of a preference, the study, and what is shown."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import write_rows
 
 from crossdict_jax import models, results
 from crossdict_jax.causal.finished_run import FinishedRun
@@ -138,15 +138,10 @@ LINES = [
 ]
 
 
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 def test_every_spelling_of_a_pair_is_the_same_and_a_folder_is_all_its_files(tmp_path):
     for i, line in enumerate(LINES):
-        write(tmp_path / f"{i}.{('json', 'jsonl')[i % 2]}", [line, line])
-    write(tmp_path / "SOURCE.txt", LINES)
+        write_rows(tmp_path / f"{i}.{('json', 'jsonl')[i % 2]}", [line, line])
+    write_rows(tmp_path / "SOURCE.txt", LINES)
     good, bad = ("The dogs are",), ("The dogs is",)
     expected = [ContrastSet(str(i), good, bad, duplicates=1) for i in range(len(LINES))]
     assert read_sets([str(tmp_path)]) == expected
@@ -165,7 +160,7 @@ def test_bad_pairs_and_missing_sources_are_named(tmp_path):
     for i, (lines, words) in enumerate(BAD):
         (tmp_path / str(i)).mkdir()
         with pytest.raises(UserError, match=words):
-            read_sets([write(tmp_path / str(i) / "set.jsonl", lines)])
+            read_sets([write_rows(tmp_path / str(i) / "set.jsonl", lines)])
     with pytest.raises(UserError, match="source is empty; name files"):
         read_sets([])
     with pytest.raises(UserError, match="nowhere"):
@@ -173,7 +168,7 @@ def test_bad_pairs_and_missing_sources_are_named(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="holds no file ending in"):
         read_sets([str(tmp_path / "x")])
-    twice = [write(tmp_path / name, [LINES[3]]) for name in ("s.json", "x/s.jsonl")]
+    twice = [write_rows(tmp_path / name, [LINES[3]]) for name in ("s.json", "x/s.jsonl")]
     with pytest.raises(UserError, match="two sets called s"):
         read_sets(twice)
 
@@ -190,7 +185,7 @@ def run(tmp_path_factory):
         pairs.append({"prefix": " ".join(front), "good": f" {good} x", "bad": f" {bad} y"})
     pairs.append({"good": "abc " * 40 + "a", "bad": "abc " * 40 + "b"})  # longer than a context
     few = {"pairs": 16, "features": 2, "controls": 19, "maps": ("ridge",)}
-    asked = ContrastConfig(source=(write(work.root / "pairs.jsonl", pairs),), **few)
+    asked = ContrastConfig(source=(write_rows(work.root / "pairs.jsonl", pairs),), **few)
     config = dataclasses.replace(config, contrast=asked)
     study.run(config, work)
     return config, work
@@ -285,7 +280,9 @@ def test_whole_spans_are_ablated_where_that_is_asked(run, finished):
 def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
     config, work = run
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
-    asked = dataclasses.replace(config.contrast, source=(write(tmp_path / "long.jsonl", long),))
+    asked = dataclasses.replace(
+        config.contrast, source=(write_rows(tmp_path / "long.jsonl", long),)
+    )
     with pytest.raises(
         UserError, match=r"no set of which every model can read 4 distinct pairs .0 of 4"
     ):

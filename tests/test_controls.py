@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 from map_problems import inputs_of
+from test_models import EACH_FAMILY, GOLDENS
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.passages import passages_of
@@ -80,13 +81,10 @@ def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
     return read_jsonl(work.result(name))
 
 
-# ---------------------------------------------------------------- the re-initialised model
-
-
 def test_every_parameter_of_a_re_initialised_model_is_drawn_anew():
     drawn = {}
-    for name in models.EMBEDDED:
-        lm = models.load(name)
+    for variant in EACH_FAMILY:
+        lm = models.load(GOLDENS / variant)
         fresh = draw_again(lm, 0, 0)
         before, after = (modules.split(m)[1] for m in (lm, fresh))
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), before, after)
@@ -129,9 +127,6 @@ def test_a_store_with_other_rows_is_refused(copy):
     (work.controls.activations / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="has other rows than"):
         evaluate(config, work)
-
-
-# ---------------------------------------------------------------- the ceiling, planted
 
 
 def signed(d_model: int, order: np.ndarray):
@@ -209,9 +204,6 @@ def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished
             assert (inputs == store.tokens("b", store.select("test"))).all()
 
 
-# ---------------------------------------------------------------- the files of a run
-
-
 def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
     _, work = finished
     aligned = [r for r in rows_of(work, "transfer.jsonl") if r["pairing"] == "aligned"]
@@ -262,9 +254,6 @@ def test_finished_controls_are_left_alone(copy):
     before = {p: p.stat().st_mtime_ns for p in files}
     run_controls(config, work)
     assert {p: p.stat().st_mtime_ns for p in files} == before
-
-
-# ---------------------------------------------------------------- settings
 
 
 def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):

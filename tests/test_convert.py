@@ -40,9 +40,6 @@ def tiny(tmp_path_factory):
     return shared_run(tmp_path_factory.getbasetemp())
 
 
-# ---------------------------------------------------------------- between formats
-
-
 @pytest.mark.parametrize("architecture", architectures())
 def test_there_and_back_is_the_same_dictionary(architecture, tmp_path):
     d = trained(architecture)
@@ -90,9 +87,6 @@ def test_mistakes_are_told_in_one_line(asked, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         convert(config, Workdir(tmp_path / "out"))
     assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------- the hub
 
 
 def test_references_to_the_hub():
@@ -158,9 +152,6 @@ def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_
     monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
     with pytest.raises(UserError, match=words):
         dictionaries.load("hub:me/dictionaries")
-
-
-# ---------------------------------------------------------------- dictionaries of others in a run
 
 
 def adopted(tiny, tmp_path, **changes):

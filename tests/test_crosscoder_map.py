@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from map_problems import FakeStore, save_dictionaries
+from map_problems import FakeStore
+from tiny_run import save_dictionaries
 
 from crossdict_jax import maps
 from crossdict_jax.activations.text import SPLITS

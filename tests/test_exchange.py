@@ -198,7 +198,7 @@ def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(name, m
         dictionary = modules.merge(graphdef, params)
         return dictionary.losses(step["x"], hyper=hyper, dead=step["dead"])[0]
 
-    loss, grads = jax.value_and_grad(loss_of)(params)
+    loss, grads = jax.jit(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, step["loss"], rtol=1e-5)
     for name, gradient in arrays_of(step, "g_").items():
         np.testing.assert_allclose(grads[name], gradient, atol=1e-5, err_msg=name)
@@ -298,9 +298,6 @@ def test_a_format_is_one_file(tmp_path, monkeypatch):
     names = formats.files_of("dictionaries/formats")
     monkeypatch.setattr(formats, "files_of", lambda folder: (*names, "mine"))
     means(dictionaries.load(tmp_path / "a.mine"), {"architecture": "standard"}, w)
-
-
-# ---------------------------------------------------------------- mistakes
 
 
 def refused(path, message):

@@ -264,6 +264,8 @@ def test_killed_at_random_moments_of_all_stages(asked, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "again"),
     [
+        ("extract_activations", "activations"),
+        ("train_saes", "dictionaries"),
         ("train_hypernetworks", "maps"),
         ("evaluate", "results/transfer.jsonl"),
         ("intervene", "results/causal.jsonl"),

@@ -30,6 +30,7 @@ ROOMS = (  # from the ground up: a room may use those of lower floors, and itsel
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", "jinja2"}
+LATE |= {"wandb", "tensorboardX"}
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
 TOOLS = {"pytest-xdist", "ruff"}  # run, not imported
 NOT_REQUIRED = {  # used where somebody has it

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from crossdict_jax import maps, modules
-from crossdict_jax.config import HypernetworkConfig, MapConfig
+from crossdict_jax.config import HypernetworkConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions
@@ -105,9 +105,6 @@ def network(tmp_path_factory):
     return train(problems_of(1, 3), folder, masks=unknown_fifth())
 
 
-# ---------------------------------------------------------------- zero-shot
-
-
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("turn", [lambda s: s, turned], ids=["a to b", "b to a"])
 def test_features_and_layers_that_it_never_saw_are_written(network, layer, turn):
@@ -134,21 +131,6 @@ def test_descriptions_of_other_features_say_nothing(tmp_path, monkeypatch):
     assert feature_r2(m, splits, ~unknown_fifth()["b", 1]) < 0.3
 
 
-def test_shuffled_pairs_teach_a_network_of_their_own_nothing(tmp_path):
-    problems = problems_of(1, 3)
-    for problem in problems_of(1, 3):
-        pairs = [maps.shuffled(p, i) for i, p in enumerate((problem.train, problem.validation))]
-        problems.insert(0, Problem(f"{problem.label} (shuffled)", *pairs))
-    config = MapConfig(hypernetwork=SHAPE)
-    *nulls, honest, _, _, _ = hypernetwork.Hypernetwork.fit(
-        problems, config, seed=0, directory=tmp_path
-    )
-    assert feature_r2(honest.map, planted()[1]) > 0.75
-    assert abs(feature_r2(nulls[-1].map, planted()[1])) < 0.05
-    assert honest.record["validation_fvu"] < 0.3 < 0.9 < nulls[-1].record["validation_fvu"]
-    assert {path.name for path in tmp_path.iterdir()} == {"hypernetwork-0", "hypernetwork-1"}
-
-
 def test_unknown_features_are_not_read_in_training():
     known = unknown_fifth()
     problem = problems_of(1)[0]
@@ -167,9 +149,6 @@ def test_unknown_features_are_not_read_in_training():
         moved = np.abs(np.asarray(read[0])).max(axis=1) > 0
         np.testing.assert_array_equal(moved, known[model, 1])
     assert not np.asarray(fixed["reads"]["U"])[0, ~known["a", 1]].any()
-
-
-# ---------------------------------------------------------------- token profiles
 
 
 def lexical(names_b: bool):
@@ -240,19 +219,6 @@ def test_tokens_of_equal_bytes_are_one():
     a, _ = describe(dataclasses.replace(pairs, source=side), "")
     assert sorted(a.profile.names) == [b"even", b"odd"]
     assert a.profile.counts.sum() == len(a.rows)
-
-
-# ---------------------------------------------------------------- what is written
-
-
-def test_layers_in_between_are_blended():
-    np.testing.assert_allclose(hypernetwork.nearness(6, (5, 7)), [0.5, 0.5])
-    np.testing.assert_allclose(hypernetwork.nearness(6, (4, 7, 9)), [1 / 3, 2 / 3, 0])
-    np.testing.assert_allclose(hypernetwork.nearness(3, (5, 7)), [1, 0])
-    np.testing.assert_allclose(hypernetwork.nearness(9, (5,)), [1])
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_fewer_rows_than_a_batch_are_refused(tmp_path):

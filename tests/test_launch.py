@@ -7,11 +7,8 @@ import resource
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ from tiny_run import SHAPES, make_models, make_texts
 
 from configs import quickstart
 from crossdict_jax import results
-from crossdict_jax.config import Config, PretrainConfig, to_dict
+from crossdict_jax.config import Config, PretrainConfig
 from crossdict_jax.errors import UserError
 from launch import (
     command,
@@ -126,7 +123,6 @@ MISTAKES = [  # arguments, what the line names
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
     ("--modles=a,b", "did you mean --models?"),
     ("more", "'more' is not a flag"),
-    ("--expect=README.md", "README.md has no usable get_expectations()"),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),
@@ -315,9 +311,6 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
 
 
-# ---------------------------------------------------------------- mistakes in text and models
-
-
 def few_tokens(tiny: Path, folder: Path) -> str:
     """Model a with an embedding too small for its tokenizer."""
     from crossdict_jax import models
@@ -331,8 +324,6 @@ WRONG = {  # name: (changes of a run, what the line names)
     "no network": (lambda t, tmp: {"models": f"{t}/a,some/where"}, "some/where"),
     "token id": (lambda t, tmp: {"models": f"{few_tokens(t, tmp / 'few')},{t}/b"}, "270"),
     "layer": (lambda t, tmp: {"layers": "1,2"}, "resid_pre.2"),
-    "no column": (lambda t, tmp: {"text__column": "body"}, "'body'"),
-    "no document in a split": (lambda t, tmp: {"text__documents": 3}, "text.documents=3"),
 }
 
 
@@ -344,16 +335,6 @@ def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, refuse
 
 
 # ---------------------------------------------------------------- what is missing or damaged
-
-
-def copy_of(work: Path, *, lacks: str = "none", arguments: list[str] = ()) -> Path:
-    """A copy of a work directory that lacks one of its folders, made with other settings."""
-    copy = Path(tempfile.mkdtemp(dir=work.parent)) / "run"
-    shutil.copytree(work, copy, ignore=shutil.ignore_patterns(lacks))
-    if arguments:
-        config, _ = parse(shlex.join(arguments))
-        (copy / "config.json").write_text(json.dumps(to_dict(config)))
-    return copy
 
 
 def truncate(file: Path) -> None:
@@ -379,9 +360,10 @@ DAMAGE = [  # what is done to which file, the stage that reads it, the folder it
 
 
 @pytest.mark.parametrize(("harm", "path", "stage", "again"), DAMAGE)
-def test_damage_is_named(harm, path, stage, again, finished, refused):
-    file = copy_of(finished[0], lacks=again) / path
-    work = file.parents[len(Path(path).parts) - 1]
+def test_damage_is_named(harm, path, stage, again, finished, refused, tmp_path):
+    work = tmp_path / "run"
+    shutil.copytree(finished[0], work, ignore=shutil.ignore_patterns(again))
+    file = work / path
     if file.is_dir():
         inside = (p for p in file.rglob("*") if p.is_file())
         file = max(inside, key=lambda p: p.stat().st_size)
@@ -407,48 +389,6 @@ def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, refuse
 )
 def test_a_finished_run_is_asked_further_questions(question, changes, named, finished, refused):
     assert named in refused(question.main, f"--workdir={finished[0]} {changes}")
-
-
-# ---------------------------------------------------------------- a full disk, an interruption
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "again"), [(extract_activations, "activations"), (train_saes, "dictionaries")]
-)
-def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(stage, again, finished):
-    copy = copy_of(finished[0], lacks=again)
-    limited = f"ulimit -f 16; exec {sys.executable} -m {stage.__name__} --workdir={copy}"
-    done = launch(["bash", "-c", limited])
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert "free some" in line
-    assert run_here(stage.main, f"--workdir={copy}") == 0
-
-
-@pytest.mark.slow
-def test_an_interruption_is_told_in_one_line(finished, tiny):
-    arguments = small(tiny, sae__steps=1_000_000)
-    copy = copy_of(finished[0], lacks="dictionaries", arguments=arguments)
-    # A process started in the background may ignore interruptions, and so do its children.
-    listening = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    run = "runpy.run_module('launch.train_saes', run_name='__main__', alter_sys=True)"
-    program = [sys.executable, "-c", f"import runpy, signal; {listening}; {run}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    with subprocess.Popen(
-        [*program, f"--workdir={copy}"], stderr=subprocess.PIPE, cwd=ROOT, env=environment
-    ) as process:
-        while not any(p.stat().st_size for p in (copy / "dictionaries").rglob("metrics.jsonl")):
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        stderr = process.stderr.read()
-    assert process.returncode == 130
-    (line,) = stderr.decode().splitlines()
-    assert "the same command again" in line
-
-
-# ---------------------------------------------------------------- training a language model
 
 
 @pytest.mark.slow

@@ -24,9 +24,6 @@ from crossdict_jax.maps.kinds import low_rank
 N = sum(ROWS.values())
 
 
-# ---------------------------------------------------------------- moments
-
-
 def test_streamed_products_equal_those_of_the_whole_array():
     rng = np.random.default_rng(0)
     a = (rng.normal(size=(9000, 5)) + 300).astype(np.float32)
@@ -45,9 +42,6 @@ def test_streamed_products_equal_those_of_the_whole_array():
         np.testing.assert_allclose(products.bb, np.sum(cb**2), rtol=1e-5)
         W = rng.normal(size=(5, 3))
         np.testing.assert_allclose(products.error(W), np.mean((cb - ca @ W) ** 2), rtol=1e-5)
-
-
-# ---------------------------------------------------------------- planted truths
 
 
 @pytest.mark.parametrize("d_a, d_b", [(12, 12), (10, 14)])
@@ -177,9 +171,6 @@ def test_ridge_codes_finds_a_planted_map_of_codes(tmp_path):
     assert feature_r2(fitted.map, problem, test) > 0.98
     assert feature_r2(fit_one("ridge", problem, tmp_path).map, problem, test) < 0.9
     assert_chosen_on_validation(fitted.record)
-
-
-# ---------------------------------------------------------------- scores, few rows, constants
 
 
 def test_ridge_scores_are_held_out_errors_of_what_it_predicts(tmp_path):

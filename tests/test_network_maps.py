@@ -16,7 +16,6 @@ from map_problems import (
     inputs_of,
     make_problem,
     random_dictionary,
-    shuffled_problem,
 )
 
 from crossdict_jax import maps, modules
@@ -27,7 +26,6 @@ from crossdict_jax.maps.base import encode_rows, look_up
 from crossdict_jax.maps.ensemble import initial
 from crossdict_jax.maps.kinds import mlp, token_mlp
 from crossdict_jax.maps.network import dropped
-from crossdict_jax.workdir import read_jsonl
 
 N = sum(ROWS.values())
 K = 3
@@ -75,9 +73,6 @@ def untrained(problem, cls=mlp.MLP, head="relu"):
     return cls(target, trained | cls.measure(problem)[0], head=head)
 
 
-# ---------------------------------------------------------------- heads
-
-
 @pytest.mark.parametrize("name", MAP_HEADS)
 def test_heads_select_as_they_say(name):
     z = np.random.default_rng(0).normal(size=(9, 20)).astype("f4")
@@ -105,9 +100,6 @@ def test_thresholds_get_the_gradient_of_the_kernel():
     np.testing.assert_allclose(gradient, [[-3 / width]])  # one for each value within the kernel
     up = jax.grad(lambda z: heads.gate(z, jnp.array([[1.0]])).sum())(z)
     np.testing.assert_allclose(up, jnp.array([[1, 1, 1, 0]]).T / width)
-
-
-# ---------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("head", MAP_HEADS)
@@ -177,9 +169,6 @@ def test_dropout_drops_in_training_only(sparse):
     assert np.mean(h) == pytest.approx(1.0, abs=0.03)
 
 
-# ---------------------------------------------------------------- sparse targets
-
-
 @pytest.mark.parametrize("head", ["topk", "jumprelu"])
 def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_path):
     problem, test = sparse
@@ -190,29 +179,6 @@ def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_pat
     score = feature_r2(m, problem, test)
     for linear in ("ridge", "ridge_codes"):
         assert score > feature_r2(fit_one(linear, problem, tmp_path).map, problem, test) + 0.02
-
-
-# ---------------------------------------------------------------- early stopping
-
-
-def test_the_best_is_kept_and_patience_ends_one_members_updates(sparse, tmp_path):
-    """On pairs that teach nothing a fast learner gets worse; the other member goes on."""
-    problems = [shuffled_problem(sparse[0]), sparse[0]]
-    settings = {"patience": 2, "steps": 400, "learning_rate": 0.03, "hidden": 16, "dropout": 0.0}
-    config = dataclasses.replace(CONFIG, **settings)
-    stopped, other = mlp.MLP.fit(problems, config, seed=0, directory=tmp_path)
-    assert stopped.record["stopped"] and not other.record["stopped"]
-    assert stopped.record["steps"] < other.record["steps"]
-    rows = read_jsonl(tmp_path / "mlp-0" / "metrics.jsonl")
-    scores = np.array([row["validation"] for row in rows])
-    assert scores[-1, 0] > scores[:, 0].min()  # it got worse, and the best was kept
-    best = stopped.record["validation"]["loss"]
-    assert best == pytest.approx(scores[:, 0].min(), rel=1e-3)
-    losses_after = [row["loss"][0] for row in rows[-2:]]
-    assert abs(losses_after[0] - losses_after[1]) < 0.2  # of other batches, by the same network
-
-
-# ---------------------------------------------------------------- token_mlp
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +235,6 @@ def test_tables_of_unequal_lengths_are_made_equal_and_say_the_same(tokens_matter
     for name in ("table_a", "table_b"):
         short, long = (look_up(getattr(m, name), tokens, 5) for m in tables)
         np.testing.assert_array_equal(short, long)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_a_head_that_does_not_fit_the_target_is_refused(tokens_matter, tmp_path):

@@ -357,9 +357,6 @@ def test_a_character_too_long_for_a_window_is_dropped(small):
         pairing.windows(["the"], small, limits=(1, 8))
 
 
-# ---------------------------------------------------------------- real tokenizers and texts
-
-
 @needs_data
 @pytest.mark.parametrize(
     ("book", "coverage"),

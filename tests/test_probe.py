@@ -1,13 +1,13 @@
 """Probes: logistic regression, labelled texts, planted labels carried over, the study's rows."""
 
 import dataclasses
-import json
 import shutil
 
 import numpy as np
 import pytest
 import tiny_run
 from scipy.optimize import minimize
+from tiny_run import write_rows
 
 from crossdict_jax import models, results, studies
 from crossdict_jax.causal.finished_run import FinishedRun
@@ -60,14 +60,9 @@ def test_probes_find_planted_labels_and_nothing_in_shuffled_ones():
     assert null.penalty == 1e-1  # nothing to be learned
 
 
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 def test_texts_are_read_once_each(tmp_path):
     lines = [{"t": "a", "l": 1}, {"t": "b", "l": True}, {"t": "a", "l": 2}, {"t": "c", "l": "x"}]
-    found = read_labelled(write(tmp_path / "x.jsonl", lines), text="t", label="l")
+    found = read_labelled(write_rows(tmp_path / "x.jsonl", lines), text="t", label="l")
     assert found.texts == ("a", "b", "c")
     assert [found.classes[i] for i in found.labels] == ["1", "True", "x"]
     assert found.duplicates == 1
@@ -85,7 +80,7 @@ BAD = (  # what is written, what the line names
 def test_bad_texts_are_named(tmp_path):
     for lines, words in BAD:
         with pytest.raises(UserError, match=words):
-            read_labelled(write(tmp_path / "x.jsonl", lines), text="text", label="label")
+            read_labelled(write_rows(tmp_path / "x.jsonl", lines), text="text", label="label")
 
 
 def test_pooling():
@@ -133,7 +128,7 @@ def run(tmp_path_factory):
     lines = [{"text": " ".join(w), "label": "early" if w[-1] < "d" else "late"} for w in words]
     lines += [lines[0], {"text": "abc " * 40, "label": "late"}]
     few = {"examples": (12, 16), "maps": ("mean", "ridge")}
-    asked = ProbeConfig(source=write(work.root / "texts.jsonl", lines), **few)
+    asked = ProbeConfig(source=write_rows(work.root / "texts.jsonl", lines), **few)
     config = dataclasses.replace(config, probe=asked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "DRAWS", 2)

@@ -5,8 +5,33 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from crossdict_jax import modules
+from crossdict_jax.config import architectures
+from crossdict_jax.dictionaries import base
 from crossdict_jax.ops import matmul
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_products_say_their_precision_whatever_the_process_says(architecture):
+    """Encoding, decoding, the loss and its gradients, as in a notebook on an accelerator."""
+    graphdef, params = modules.abstract(
+        lambda: base.build(architecture, d_model=6, width=16, k=4, key=jax.random.key(0))
+    )
+    hyper = base.Hyper(l1_coefficient=0.1, revived=16, k_aux=4, nested_fractions=(0.5,))
+
+    def everything(params, x, dead):
+        d = modules.merge(graphdef, params)
+        return d(x), jax.grad(
+            lambda p: modules.merge(graphdef, p).losses(x, hyper=hyper, dead=dead)[0]
+        )(params)
+
+    arrays = jnp.ones((8, 6)), jnp.ones(16, bool)
+    with jax.default_matmul_precision("bfloat16"):
+        text = jax.jit(everything).lower(params, *arrays).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(dots) > 5 and all("precision = [HIGHEST, HIGHEST]" in dot for dot in dots)
 
 
 def operands(seed, *, members=()):

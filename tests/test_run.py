@@ -204,9 +204,6 @@ def test_loss_recovered_is_a_share_and_undefined_where_nothing_is_lost():
     assert stats.loss_recovered(edited, clean=clean, baseline=harmless, resamples=draws) is None
 
 
-# ---------------------------------------------------------------- passages of a store
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     _, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())

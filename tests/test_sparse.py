@@ -128,7 +128,7 @@ def test_bfloat16_rounds_what_is_multiplied_and_no_sum():
 
 
 @pytest.mark.parametrize("architecture", ["topk", "matryoshka"])
-def test_architectures_train_alike(architecture):
+def test_architectures_train_alike(architecture, monkeypatch):
     """The loss and all gradients of two members."""
 
     def step(key, x):
@@ -143,10 +143,12 @@ def test_architectures_train_alike(architecture):
 
     keys, x = jax.random.split(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 40, 6))
     results = []
-    for lists in (True, False):
+    for lists, on in ((True, "cpu"), (False, "cpu"), (False, "gpu")):
+        monkeypatch.setattr(codes, "platform", lambda on=on: on)
         with traced(lists):
             results.append(fast_jit(jax.vmap(lambda *given: step(*given)))(keys, x))
-    assert_alike(*results)
+    assert_alike(*results[:2])
+    jax.tree.map(np.testing.assert_array_equal, *results[1:])
 
 
 # ---------------------------------------------------------------- thresholds

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import types
 
-import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -26,9 +25,7 @@ def two_layers(tmp_path_factory):
     config = dataclasses.replace(config, layers=(0, 1), map=ridge)
     work = tiny_run.open_workdir(tmp_path_factory.mktemp("run") / "run", tiny_run.to_dict(config))
     store = tiny_run.extract(config, work)
-    for i, (name, site) in enumerate((n, Site(layer)) for n in "ab" for layer in (0, 1)):
-        size = {"d_model": store.d_model(name), "width": 32, "k": 6, "key": jax.random.key(i)}
-        dictionaries.save(tiny_run.build("topk", **size), work.dictionary(name, site))
+    tiny_run.save_dictionaries(store, work)
     maps.fit_maps(config, store, work)
     intervene(config, work)
     return read_jsonl(work.result("causal.jsonl")), config, work

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from tiny_run import write_rows
 
 from crossdict_jax.activations import docstrings
 from crossdict_jax.activations.text import SPLITS, cut, load_corpus, split_of
@@ -15,11 +16,6 @@ from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
 
 STORIES = [f"Story {i}: once upon a time there were {i} cats\nand a dog." for i in range(60)]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def write_parquet(path, texts, column="text"):
@@ -38,9 +34,6 @@ def texts_of(corpus):
     return [document.text for document in corpus]
 
 
-# ---------------------------------------------------------------- splits and cutting
-
-
 def test_splits_are_pure_functions_of_hashes_with_the_asked_shares():
     split = partial(split_of, text=TextConfig())
     # Models and results made earlier rest on these.
@@ -57,9 +50,6 @@ def test_cut_prefers_the_last_whitespace():
     assert cut("日本語", max_bytes=8) == "日本"
 
 
-# ---------------------------------------------------------------- files, folders, datasets
-
-
 @pytest.fixture
 def sources(tmp_path):
     """The same stories as every kind of source."""
@@ -73,7 +63,7 @@ def sources(tmp_path):
     write_parquet(dataset / "train.parquet", STORIES, column="story")
     return {
         "folder": folder,
-        "jsonl": write_jsonl(tmp_path / "rows.jsonl", [{"id": 1, "text": s} for s in STORIES]),
+        "jsonl": write_rows(tmp_path / "rows.jsonl", [{"id": 1, "text": s} for s in STORIES]),
         "parquet": write_parquet(tmp_path / "rows.parquet", STORIES),
         "dataset": f"hf:{dataset}:::story",
     }
@@ -104,7 +94,8 @@ def test_every_source_gives_the_same_documents_and_splits(sources):
 def test_what_is_done_to_documents_is_counted(tmp_path):
     extra = ["cafe\u0301", "caf\u00e9", " \n", None, STORIES[3], "x " * 2000]
     rows = [{"text": text} for text in STORIES + extra]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no text
     corpus = load(path)
     provenance = corpus.provenance
@@ -121,7 +112,7 @@ def test_what_is_done_to_documents_is_counted(tmp_path):
 
 def test_documents_equal_after_the_cut_are_duplicates_and_splits_are_of_the_whole(tmp_path):
     rows = [{"text": s} for s in STORIES] + [{"text": f"same head {i}"} for i in range(50)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     long, short = load(path), load(path, max_bytes=9)
     assert texts_of(short).count("same head") == 1
     assert len(set(texts_of(short))) == len(short)
@@ -139,8 +130,6 @@ def test_one_text_file_is_cut_at_blank_lines(tmp_path):
     assert len(pieces[0].text) > 400
     assert corpus.provenance["cut_to_max_bytes"] == 0
 
-
-# ---------------------------------------------------------------- mistakes
 
 ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)
 
@@ -185,7 +174,7 @@ def test_unreadable_files_get_one_line(tmp_path, name, content, message):
     ],
 )
 def test_unreadable_datasets_get_one_line(tmp_path, source, message):
-    write_jsonl(tmp_path / "train.jsonl", [{"text": s} for s in STORIES])
+    write_rows(tmp_path / "train.jsonl", [{"text": s} for s in STORIES])
     with pytest.raises(UserError, match=message) as caught:
         load(source.format(folder=tmp_path))
     assert "\n" not in str(caught.value)
@@ -197,9 +186,6 @@ def test_settings_that_leave_nothing_are_refused(sources, tmp_path):
     (tmp_path / "book.txt").write_text("日本語 " * 50)
     with pytest.raises(UserError, match="too small for one character"):
         load(tmp_path / "book.txt", max_bytes=2)
-
-
-# ---------------------------------------------------------------- docstrings
 
 
 @pytest.fixture

@@ -60,9 +60,6 @@ def rows(d=6, seed=3, n=32):
     return 2 + jax.random.normal(key(seed), (n, d))
 
 
-# ---------------------------------------------------------------- contract
-
-
 @every
 def test_it_reads_one_size_and_writes_another_each_at_its_own_scale(architecture, tmp_path):
     d, x = fresh(architecture), rows()
@@ -99,9 +96,6 @@ def test_the_loss_is_of_what_is_written(architecture):
         assert np.isfinite(grads[name]).all() and np.abs(grads[name]).max() > 0, name
 
 
-# ---------------------------------------------------------------- where it starts
-
-
 def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
     x = np.random.default_rng(0).normal(1.0, 1.0, (4000, 6)).astype(np.float32)
     params = {}
@@ -111,9 +105,6 @@ def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
         params[d_out] = modules.merge(modules.split(d)[0], begun)
     np.testing.assert_allclose(params[6].W_enc[...], params[None].W_enc[...], atol=0.01)
     np.testing.assert_allclose(params[6](x), params[None](x), atol=0.02)
-
-
-# ---------------------------------------------------------------- training
 
 
 @slow_but("topk")
@@ -133,9 +124,6 @@ def test_training_learns_a_planted_linear_output_of_another_size(architecture, t
     begun = modules.merge(graphdef, start.begin(params, start.start_of(x, y)))
     after, before = (np.square(y - d(x.astype(np.float32))).sum() for d in (d, begun))
     assert after < 0.2 * np.square(y - y.mean(0)).sum() and after < 0.5 * before, (before, after)
-
-
-# ---------------------------------------------------------------- a run
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +221,6 @@ def test_an_export_names_both_sites(finished, tmp_path):
 WRITES = {"writes": ["b", "mlp_out.1"]}
 
 
-# ---------------------------------------------------------------- SAELens
-
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "transcoders").iterdir())
 golden = pytest.mark.parametrize("folder", GOLDENS, ids=lambda f: f.name)
 HOOKS = {"hook_name": "blocks.1.hook_resid_mid", "model_name": "toy"}
@@ -260,9 +246,6 @@ def test_an_exported_transcoder_comes_back(architecture, tmp_path):
     again = dictionaries.load(tmp_path / "d")
     np.testing.assert_allclose(again.encode(x), d.encode(x), atol=1e-5)
     np.testing.assert_allclose(again(x), d(x), atol=1e-5)
-
-
-# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])

@@ -94,8 +94,6 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
     assert (first.codes == again.codes).all() and (first.codes != other.codes).any()
 
 
-# ---------------------------------------------------------------- text
-
 SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
 
 
@@ -138,9 +136,6 @@ def test_the_token_determines_its_features_and_says_nothing_of_others(spoken):
         np.testing.assert_allclose(share[token], 1, atol=1e-5)
         chance = seen / len(spoken)  # what so many means explain of noise
         assert share[context].mean() == pytest.approx(chance, rel=0.3)
-
-
-# ---------------------------------------------------------------- scoring
 
 
 def test_best_cosines_find_planted_directions_in_any_order():

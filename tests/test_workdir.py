@@ -19,6 +19,7 @@ def opened(path, **changes):
 
 def test_an_equal_run_goes_on(tmp_path):
     assert opened(tmp_path / "run") == opened(tmp_path / "run")
+    opened(tmp_path / "run", efficiency={"rows": [4]})  # of a finished run: another question
     assert read_json(tmp_path / "run" / "config.json") == USUAL
 
 
@@ -28,12 +29,6 @@ def test_each_difference_is_named(tmp_path):
         opened(tmp_path, seed=1, sae={"width": 8, "k": 3})
     assert "sae.k: 2 there, 3 now; seed: 0 there, 1 now" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert read_json(tmp_path / "config.json") == USUAL
-
-
-def test_a_finished_run_may_be_asked_other_questions(tmp_path):
-    opened(tmp_path)
-    opened(tmp_path, efficiency={"rows": [4]})
     assert read_json(tmp_path / "config.json") == USUAL
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import itertools
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from crossdict_jax.maps.ensemble import initial
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
-from crossdict_jax.workdir import Workdir, open_workdir, read_json
+from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_jsonl
 
 CONTEXT = 64
 SITE = Site(1)
@@ -44,6 +45,12 @@ def make_texts(n: int) -> list[str]:
     letters = list("abcdefgh")
     words = ["".join(rng.choice(letters, rng.integers(2, 6))) for _ in range(60)]
     return [" ".join(rng.choice(words, rng.integers(15, 40))) for _ in range(n)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Writes a .jsonl file; its path."""
+    write_jsonl(path, rows)
+    return str(path)
 
 
 def make_models(root: Path, texts: list[str], shapes: dict = SHAPES) -> tuple[str, ...]:
@@ -102,16 +109,21 @@ def make_run(root: Path) -> tuple[Config, Workdir]:
     config = make_config(root)
     work = open_workdir(root / "run", to_dict(config))
     store = extract(config, work)
-    for i, name in enumerate(SHAPES):
-        d_model, key = store.d_model(name), jax.random.key(i)
-        d = build("topk", d_model=d_model, width=config.sae.width, k=config.sae.k, key=key)
-        dictionaries.save(d, work.dictionary(name, SITE))
+    save_dictionaries(store, work)
     for task in maps.tasks(config, store):
         if task.kind == "mlp":
             folder = work.dictionary(task.target, SITE)
             maps.save(network(folder), task.path(work), dictionary=folder)
     maps.fit_maps(config, store, work)
     return config, work
+
+
+def save_dictionaries(store, work: Workdir, *, width: int = 32, k: int = 6) -> None:
+    """Saves a random TopK dictionary for every model and site of a store."""
+    for i, (model, site) in enumerate(itertools.product(store.models, store.sites)):
+        shape = {"d_model": store.d_model(model), "width": width, "k": k}
+        d = build("topk", **shape, key=jax.random.key(i))
+        dictionaries.save(d, work.dictionary(model, site))
 
 
 def network(folder: Path) -> MLP:

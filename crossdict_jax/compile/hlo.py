@@ -165,8 +165,8 @@ def _cost_alone(op: Op, scope: Computation, computations, machine: Machine) -> C
             continue
         a, b = (names[operand].arrays[0] for operand in o.operands[:2])
         batch, out = 1, o.arrays[0].shape
-        if dims := re.search(r"lhs_batch_dims=\{([\d,]+)\}", o.about):
-            batch = math.prod(a.shape[int(i)] for i in dims[1].split(","))
+        if dims := re.search(r'lhs_batch_dim(?:s=\{|ensions":\[)([\d,"]+)', o.about):
+            batch = math.prod(a.shape[int(i)] for i in re.findall(r"\d+", dims[1]))
         if labels := re.search(r"dim_labels=\w+_(\w+)->", o.about):  # a product in TPUs' words
             batch = math.prod(n for n, label in zip(b.shape, labels[1]) if label.isdigit())
         sizes = math.prod(a.shape) * math.prod(b.shape) * math.prod(out)

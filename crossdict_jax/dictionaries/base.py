@@ -13,7 +13,7 @@ from crossdict_jax.config import SWEPT, Config, SAEConfig, architectures
 from crossdict_jax.config.settings import spell
 from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import Code, decode, matmul, nth_largest, sparse_code
+from crossdict_jax.ops import Code, decode, exact, matmul, nth_largest, sparse_code
 from crossdict_jax.training import checkpoint
 
 THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower one lags behind
@@ -67,7 +67,7 @@ class Dictionary(modules.Plain):
         """
         W_enc, bias = self.W_enc[...], self.b_enc[...]
         if not self.transcodes:
-            bias = bias - self.b_dec[...] @ W_enc
+            bias = bias - exact(self.b_dec[...], W_enc)
         return W_enc, bias
 
     def pre_activations(self, u: jax.Array, dtype=None) -> jax.Array:
@@ -86,7 +86,7 @@ class Dictionary(modules.Plain):
 
     def decode(self, f: jax.Array) -> jax.Array:
         """Returns raw activations x_hat, float32 [batch, d_out], of features [batch, width]."""
-        u_hat = jnp.asarray(f, jnp.float32) @ self.W_dec[...] + self.b_dec[...][None, :]
+        u_hat = exact(jnp.asarray(f, jnp.float32), self.W_dec[...]) + self.b_dec[...][None, :]
         return u_hat / (self.scale_out if self.transcodes else self.scale)[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from crossdict_jax import modules
 from crossdict_jax.dictionaries.base import BatchSelected, unit_rows
 from crossdict_jax.dictionaries.losses import fvu, power
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import matmul
+from crossdict_jax.ops import exact, matmul
 from crossdict_jax.training import checkpoint
 
 SHAPE = ("d_models", "width", "k", "shared_fraction")  # what a checkpoint says to build it
@@ -126,7 +126,7 @@ class Crosscoder(BatchSelected):
         W_enc = self.n_models * self.W_enc[...][a]
         return {
             "W_enc": self.scale[...][source] * W_enc,
-            "b_enc": self.b_enc[...] - self.center[...][a] @ W_enc,
+            "b_enc": self.b_enc[...] - exact(self.center[...][a], W_enc),
             "threshold": self.threshold[...],
             "W_dec": self.W_dec[...][:, b] / self.scale[...][target],
             "b_dec": self.b_dec[...][b] / self.scale[...][target],
@@ -151,7 +151,7 @@ class Crosscoder(BatchSelected):
         seen, u = self.scaled_pair(x, y)
         f = self.activate(self.pre_activations(seen, dtype))
         u_hat = self.reconstruction(f, dtype)
-        l1 = jnp.mean(f @ self.decoder_norms().sum(axis=0))
+        l1 = jnp.mean(exact(f, self.decoder_norms().sum(axis=0)))
         parts = {"fvu": fvu(u, u_hat), "mse": power(u - u_hat), "l1": l1}
         return parts["mse"] + hyper.l1_coefficient * l1, parts, f
 

@@ -9,7 +9,7 @@ import numpy as np
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.modules import Params
-from crossdict_jax.ops import keep_top_k
+from crossdict_jax.ops import exact, keep_top_k
 
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
 BLOCK = 8192  # rows at a time
@@ -84,9 +84,9 @@ def begin(params: Params, start: dict[str, jax.Array]) -> Params:
     params = params | {"scale": start["scale"]}
     if "predictor" not in start:
         return params | {"b_dec": start["scale"] * start["mean"]}
-    W_enc = start["predictor"] @ params["W_dec"].T  # [d_model, width]
+    W_enc = exact(start["predictor"], params["W_dec"].T)  # [d_model, width]
     W_enc = W_enc / jnp.maximum(jnp.linalg.norm(W_enc, axis=0, keepdims=True), 1e-8)
-    centred = -(start["scale"] * start["mean"]) @ W_enc
+    centred = exact(-(start["scale"] * start["mean"]), W_enc)
     changed = {"scale_out": start["scale_out"], "b_dec": start["scale_out"] * start["mean_out"]}
     changed |= {"W_enc": W_enc, "b_enc": params["b_enc"] + centred}
     if "b_mag" in params:  # magnitudes of gated ones start from z - b_enc
@@ -107,7 +107,7 @@ def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
     z = dictionary.pre_activations(u)
     over_rows = dictionary.selects_over_rows
     f = keep_top_k(z, dictionary.k, over_rows=True) if over_rows else dictionary.activate(z)
-    w = f @ dictionary.W_dec[...]
+    w = exact(f, dictionary.W_dec[...])
     along, power = jnp.sum(v * w), jnp.sum(jnp.square(w))
     c = jnp.where(along > 0, along / jnp.maximum(power, 1e-8), 1.0)
     for name in filter(partial(hasattr, dictionary), PROPORTIONAL):

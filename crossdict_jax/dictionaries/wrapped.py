@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary
-from crossdict_jax.ops import kth_largest
+from crossdict_jax.ops import exact, kth_largest
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -34,7 +34,7 @@ class Skip(Dictionary):
         self.W_skip = nnx.Param(jnp.zeros((self.d_out, self.d_model)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x) + jnp.asarray(x, jnp.float32) @ self.W_skip[...].T
+        return super().__call__(x) + exact(jnp.asarray(x, jnp.float32), self.W_skip[...].T)
 
 
 class Normed(Dictionary):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +84,23 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
     return exact_matmul(a.T, a), exact_matmul(a.T, b), jnp.sum(b * b), a.sum(0), b.sum(0)
 
 
+_spectra: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+SPECTRA = 6  # matrices of a pair of sides: of activations, codes, and each pseudocount's residuals
+
+
+def spectrum(aa: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the eigenvalues and eigenvectors of a symmetric matrix.
+
+    Those of the last SPECTRA are kept: shuffled pairs, fitted next, have the same.
+    """
+    key = hashlib.sha256(np.ascontiguousarray(aa)).digest()
+    if key not in _spectra:
+        while len(_spectra) >= SPECTRA:
+            del _spectra[next(iter(_spectra))]
+        _spectra[key] = np.linalg.eigh(aa)
+    return _spectra[key]
+
+
 @dataclass(frozen=True)
 class Regression:
     """All ridge solutions ``W = (aa + n v penalty I)^-1 ab`` of b on a, on the training rows.
@@ -98,7 +116,7 @@ class Regression:
     @cached_property
     def _decomposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Eigenvalues [d_a] and eigenvectors V of aa, and V' ab."""
-        eigenvalues, basis = np.linalg.eigh(self.train.aa)
+        eigenvalues, basis = spectrum(self.train.aa)
         return np.maximum(eigenvalues, 0.0), basis, basis.T @ self.train.ab
 
     def _damped(self, penalty: float) -> np.ndarray:

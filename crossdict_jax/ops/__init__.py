@@ -1,7 +1,7 @@
 """Matrix products and sparse codes: references, and lists of entries where these are faster."""
 
 from crossdict_jax.ops.codes import Code, activity, decode, decode_parts, sparse_code
-from crossdict_jax.ops.products import matmul
+from crossdict_jax.ops.products import exact, matmul
 from crossdict_jax.ops.selection import keep_top_k, kth_largest, nth_largest, uses_lists
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "activity",
     "decode",
     "decode_parts",
+    "exact",
     "keep_top_k",
     "kth_largest",
     "matmul",

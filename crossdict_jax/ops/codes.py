@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from crossdict_jax.ops.lists import Entries, decode_entries, encoded
 from crossdict_jax.ops.products import matmul
 from crossdict_jax.ops.selection import entries_from, uses_lists
+from crossdict_jax.training.mesh import platform
 
 Code = jax.Array | Entries
 
@@ -56,12 +57,24 @@ def sparse_code(
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
     if not (uses_lists(z.size) if lists is None else lists):
-        # One mask: accelerators write no array between. NaN stays visible.
-        return jnp.where((z < lowest.reshape(-1, 1)) | (z <= 0), 0.0, z)
+        reaching = _reaching if platform() == "cpu" else _reaching_once
+        return reaching(z, lowest.reshape(-1, 1))
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
     rows, features, counts = entries_from(fixed, lowest, limit=limit)
     values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)
     return encoded(Entries(values, features, rows, counts, z.shape[1]), u, W_enc, bias)
+
+
+def _reaching(z: jax.Array, lowest: jax.Array) -> jax.Array:
+    return jnp.where((z < lowest) | (z <= 0), 0.0, z)  # NaN stays visible
+
+
+# The same, whose gradient reads from the code what is active: accelerators write no mask beside it.
+_reaching_once = jax.custom_vjp(_reaching)
+_reaching_once.defvjp(
+    lambda z, lowest: (_reaching(z, lowest),) * 2,
+    lambda f, gradient: (jnp.where(f == 0, 0.0, gradient), None),
+)
 
 
 def decode(code: Code, W_dec: jax.Array, dtype=None) -> jax.Array:

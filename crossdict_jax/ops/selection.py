@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from crossdict_jax.training.mesh import devices_of_rows, on_own_rows, platform
 
@@ -181,10 +182,12 @@ def _by_digits(z: jax.Array, n: int) -> jax.Array:
 
     A pass counts in one reduction what reaches each value of the digit.
     """
+    # Row by row, else products that follow have z transposed, to which GPUs add no bias at once.
     low = jnp.int32(0)
+    z = on_own_rows(lambda z: with_layout_constraint(z, Layout((0, 1))), z)
     for shift in reversed(range(0, BITS, DIGIT)):
-        digit, last = (bits_of(z) - low) >> shift, 2 ** min(DIGIT, BITS - shift)
-        reached = [(digit >= i).astype(jnp.int32) for i in range(1, last)]
+        candidates = low + (jnp.arange(1, 2 ** min(DIGIT, BITS - shift)) << shift)
+        reached = [(bits_of(z) >= candidate).astype(jnp.int32) for candidate in candidates]
         zeros, add = [jnp.int32(0)] * len(reached), partial(jax.tree.map, jnp.add)
         counts = jax.lax.reduce(reached, zeros, add, (0, 1))
         low = low + (jnp.sum(jnp.stack(counts) >= n, dtype=jnp.int32) << shift)

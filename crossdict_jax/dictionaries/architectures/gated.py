@@ -6,7 +6,7 @@ from flax import nnx
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper
 from crossdict_jax.dictionaries.losses import power
-from crossdict_jax.ops import matmul
+from crossdict_jax.ops import exact, matmul
 
 
 class Gated(Dictionary):
@@ -46,7 +46,7 @@ class Gated(Dictionary):
         W_dec, b_dec = self.W_dec[...], self.b_dec[...][None, :]
         parts = {
             "mse": power(u - (matmul(f, W_dec, dtype) + b_dec)),
-            "l1": jnp.mean(gate @ jnp.linalg.norm(W_dec, axis=1)),
+            "l1": jnp.mean(exact(gate, jnp.linalg.norm(W_dec, axis=1))),
             "gate_mse": power(u - (matmul(gate, W_dec, dtype) + b_dec)),
         }
         loss = parts["mse"] + hyper.l1_coefficient * parts["l1"] + parts["gate_mse"]

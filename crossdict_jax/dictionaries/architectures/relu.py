@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper
 from crossdict_jax.dictionaries.losses import power
-from crossdict_jax.ops import matmul
+from crossdict_jax.ops import exact, matmul
 
 
 class ReLU(Dictionary):
@@ -26,5 +26,5 @@ class ReLU(Dictionary):
         W_dec = self.W_dec[...]
         u_hat = matmul(f, W_dec, dtype) + self.b_dec[...][None, :]
         mse = power(u - u_hat)
-        l1 = jnp.mean(f @ jnp.linalg.norm(W_dec, axis=1))
+        l1 = jnp.mean(exact(f, jnp.linalg.norm(W_dec, axis=1)))
         return mse + hyper.l1_coefficient * l1, {"mse": mse, "l1": l1}, f
