@@ -12,6 +12,8 @@ import math
 import os
 import re
 import socket
+import tokenize
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ from absl import logging
 from crossdict_jax.errors import UserError
 
 AGAIN = "delete it and run its stage again"
+NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError)
+NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
 LOCK = ".lock"  # in a work directory: who works there
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file for a folder, or a folder
+IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def say(text: str, *, level: int = logging.WARNING) -> None:
@@ -299,11 +303,36 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def understood(path: Path, *, mend: str = AGAIN) -> Iterator[None]:
+    """Turns what data of any content can raise in a reader into a UserError about ``path``."""
+    try:
+        yield
+    except NOT_UNDERSTOOD as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason += f", {Path(at.filename).name} line {at.lineno}"
+        raise UserError(f"{path} is damaged or not of its kind ({reason}); {mend}.") from error
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """Returns a file of a folder of other people; UserError if links lead out of the folder.
+
+    The hub's cache links to a folder of its own, beside.
+    """
+    root, target = (Path(os.path.realpath(path)) for path in (folder, file))
+    cache = (p.parent for p in (root, *root.parents) if p.name == "snapshots")
+    root = next((p for p in cache if (p / "blobs").is_dir()), root)
+    if not target.is_relative_to(root):
+        raise UserError(f"{file} is a link that leads out of {folder}; put the file itself there.")
+    return file
+
+
 def read_object(file: Path) -> dict:
     """Returns the JSON object in a file of other people; UserError if it is none."""
     if not file.is_file():
         raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
-    return _read(file, parse_json, dict, mend="copy it again")
+    return _read(inside(file.parent, file), parse_json, dict, mend="copy it again")
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
@@ -313,7 +342,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
     if not file.is_file():
         raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
     try:
-        with safe_open(file, framework="numpy") as tensors:
+        with safe_open(inside(file.parent, file), framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 try:
                     yield name, tensors.get_tensor(name)

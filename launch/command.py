@@ -224,6 +224,11 @@ def parse(
     types |= dict.fromkeys(FILES, str) | {"verbosity": int}
     for flag, type_ in types.items():
         flags.DEFINE(_Setting(type_), flag, None, "", flag_values=values)
+    for arg in argv[1:]:  # absl would seek the likes of a long name for minutes
+        dashes, flag = re.match("(-*)([^=]*)", arg).groups()
+        unknown = dashes == "--" and flag and flag not in values
+        if unknown or (dashes and len(flag) > 99):
+            raise UserError(_unknown_flag(kind, flag[:99]))
     try:
         positional = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:

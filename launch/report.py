@@ -3,6 +3,7 @@
 python -m launch.report --workdir=runs/ab
 """
 
+from crossdict_jax.workdir import understood
 from launch import command
 
 
@@ -10,8 +11,9 @@ def main(config, work):
     from crossdict_jax import studies
     from crossdict_jax.report import summary_table, write_report
 
-    summary_table(work)
-    print(write_report(config, work, sections=studies.sections(work)))
+    with understood(work.results):
+        summary_table(work)
+        print(write_report(config, work, sections=studies.sections(work)))
 
 
 if __name__ == "__main__":

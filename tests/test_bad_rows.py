@@ -51,9 +51,8 @@ def test_the_first_row_that_is_not_finite_is_named(bad, tmp_path):
         r"a resid_pre\.2: row 23 \(document three, byte 161\) holds NaN or infinity, the first "
         r"of 2 such rows of 40; extract\.nonfinite=skip leaves them out"
     )
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=words):
         look(ExtractConfig(), tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_skipped_rows_are_left_out_and_counted_and_hide_no_outlier(tmp_path):

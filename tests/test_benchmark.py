@@ -187,9 +187,8 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
         assert other.make(start=4) == {"version": "1", "started": 4}
         assert other.make(start=0)["started"] == 0
         assert other.run(2).seconds >= 0 and other.run(4).cpu_seconds >= 0
-        with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)") as error:
+        with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)"):
             other.run(1)
-        assert "\n" not in str(error.value)
         with pytest.raises(UserError, match="torch failed"):
             other.run(1)
 

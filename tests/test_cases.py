@@ -1,14 +1,20 @@
 """What users of this field's tools complain of, each as the kind of mistake that it is."""
 
 import dataclasses
+import io
 import json
 import shutil
 import sys
+import tempfile
+import zipfile
 
+import fuzz
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_run
 from planted_store import PlantedStore, planted_rows, step_program
@@ -16,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from test_exchange import D, means, rows, saelens_folder, weights
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from crossdict_jax import dictionaries, evaluation, maps, models
+from crossdict_jax import dictionaries, evaluation, maps, models, workdir
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import byte_ends, control_ids
 from crossdict_jax.activations.store import open_store
@@ -28,6 +34,7 @@ from crossdict_jax.dictionaries.folders import site_of
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
+from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, read_json
 from launch import command
 
@@ -402,3 +409,117 @@ def test_help_without_docstrings(capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
     assert command.execute(print, ["test", "--help"]) == 0
     assert "None" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- files that mean harm
+
+
+def test_links_lead_nowhere_outside_of_a_folder(tmp_path):
+    models.save(models.init(GPT2), tmp_path / "m")
+    saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/a.txt").write_text("text")
+    loads = {"m/model.safetensors": models.load, "m/config.json": models.load}
+    loads |= {"m/tokenizer.json": models.load_tokenizer, "d/cfg.json": formats.load}
+    loads["t/b.txt"] = lambda folder: load_corpus(TextConfig(source=str(folder)))
+    for name, load in loads.items():
+        file, outside = tmp_path / name, tmp_path / f"outside{len(name)}"
+        outside.write_bytes(file.read_bytes() if file.exists() else b"{}")
+        file.unlink(missing_ok=True)
+        file.symlink_to(outside)
+        refused(lambda load=load, f=file: load(f.parent), file.name, "leads out of")
+        file.unlink()
+        shutil.copy(outside, file)
+    (tmp_path / "snapshots").mkdir()  # as the hub's cache lies on a disk
+    snapshot = (tmp_path / "d").rename(tmp_path / "snapshots/1")
+    (snapshot / "cfg.json").rename(tmp_path / "outside")
+    (tmp_path / "blobs").mkdir()
+    (snapshot / "cfg.json").symlink_to("../../outside")
+    formats.load(snapshot)
+
+
+def bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        about = {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+        np.lib.format.write_array_header_1_0(header, about)
+        archive.writestr("W_enc.npy", header.getvalue() + bytes(2**24))
+
+
+def cut_parquet(path):
+    pq.write_table(pa.table({"text": ["some words"] * 999, "n": range(999)}), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(60) + data[64:])
+
+
+def resealed(path):
+    d = base.build("relu", d_model=4, width=8, k=0, key=jax.random.key(0))
+    base.save(d, path)
+    file = path / "0/meta/metadata"
+    file.write_text("{}")
+    workdir.write_json(path / "0.sha256.json", checkpoint._digests(path / "0"))
+
+
+LLM = {"model_type": "gpt2", "vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_head": 2}
+HARMFUL = {  # what is written, what reads it, what the one line says
+    "a bomb": (bomb, "params.npz", formats.load, "says that it holds"),
+    "parquet": (
+        cut_parquet,
+        "t.parquet",
+        lambda f: load_corpus(TextConfig(source=str(f))),
+        "damag",
+    ),
+    "a checkpoint": (resealed, "d", formats.load, "KeyError: 'architecture'"),
+    "layers": (LLM | {"n_layer": 10**9}, "config.json", models.load, "n_layers 1000000000 must be"),
+    "ids": (LLM | {"n_layer": 1, "eos_token_id": {}}, "config.json", models.load, "token ids"),
+    "a list": (OLD | {"metadata": [1]}, "cfg.json", formats.load, "damaged or not of its kind"),
+    "infinity": (
+        OLD | {"dtype": "float32", "d_in": float("inf")},
+        "cfg.json",
+        formats.load,
+        "d_in=inf",
+    ),
+    "a shard": (
+        {"weight_map": {"a": "x" * 300}},
+        "model.safetensors.index.json",
+        models.load,
+        "lacks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_files_that_mean_harm_are_named(name, tmp_path):
+    content, file, load, words = HARMFUL[name]
+    if callable(content):
+        content(tmp_path / file)
+        refused(lambda: load(tmp_path / file), words)
+        return
+    saelens_folder(tmp_path, weights("b_enc"))
+    models.save(models.init(LLM | {"n_layer": 1}), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(json.dumps(content))
+    refused(lambda: load(tmp_path), words)
+
+
+def test_settings_of_any_length(capsys, tmp_path):
+    flags = [f"--config.seed={'9' * 4000}", f"--{'x' * 5000}=1", f"--models={'y' * 5000},~no/x"]
+    flags += [f"--workdir={'w' * 300}", "--config.text.source=~nobody/x"]
+
+    def main(config, work):
+        models.load(config.models[0])
+        load_corpus(config.text)
+
+    for flag in flags:
+        assert command.execute(main, ["test", f"--workdir={tmp_path}/run", flag]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("reader", fuzz.readers())
+def test_hostile_input_ends_well_or_in_a_line(reader, tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(fuzz, "lab", lambda: tiny)
+    if reader in ("command extract_activations", "command evaluate"):
+        pytest.skip("whole runs: python tests/fuzz.py")
+    bad = [each for each in fuzz.cases(reader, range(1, 50), seed=0) if each[1] not in fuzz.GOOD]
+    assert not bad

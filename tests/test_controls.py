@@ -81,9 +81,6 @@ def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
     return read_jsonl(work.result(name))
 
 
-# ---------------------------------------------------------------- the re-initialised model
-
-
 def test_every_parameter_of_a_re_initialised_model_is_drawn_anew():
     drawn = {}
     for variant in EACH_FAMILY:
@@ -130,9 +127,6 @@ def test_a_store_with_other_rows_is_refused(copy):
     (work.controls.activations / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="has other rows than"):
         evaluate(config, work)
-
-
-# ---------------------------------------------------------------- the ceiling, planted
 
 
 def signed(d_model: int, order: np.ndarray):
@@ -208,9 +202,6 @@ def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished
             assert np.allclose(inputs, second.encode(x), atol=1e-4)
         else:
             assert (inputs == store.tokens("b", store.select("test"))).all()
-
-
-# ---------------------------------------------------------------- the files of a run
 
 
 def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):

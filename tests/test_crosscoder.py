@@ -115,9 +115,6 @@ def test_a_folder_without_a_crosscoder_is_refused(tmp_path):
         crosscoder.load(tmp_path / "d")
 
 
-# ---------------------------------------------------------------- partitions and classes
-
-
 def test_classes_follow_the_decoder_norms():
     c = fresh("l1", d_models=(2, 2), width=5)
     lengths = np.asarray([[1, 1], [1, 0.3], [1, 0.2], [0, 2], [0, 0]])
@@ -127,8 +124,6 @@ def test_classes_follow_the_decoder_norms():
     shares = [[0.5, 0.5], [1 / 1.3, 0.3 / 1.3], [1 / 1.2, 0.2 / 1.2], [0, 1], [0, 0]]
     np.testing.assert_allclose(crosscoder.relative_norms(c).T, shares, atol=1e-6)
 
-
-# ---------------------------------------------------------------- planted truths
 
 SMALL = JointSettings(
     width=48,  # half as many again as the 32 features of two views
@@ -210,8 +205,6 @@ def test_one_model_always_stays_and_others_drop_as_asked(models, drop):
     expected = 1 - drop * (models - 1) / models
     np.testing.assert_allclose(present.mean(axis=0), expected, atol=0.015)
 
-
-# ---------------------------------------------------------------- training: options, resume
 
 TINY = JointSettings(width=8, k=2, steps=30, batch_size=32, learning_rate=3e-3)
 

@@ -91,9 +91,8 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
 )
 def test_what_cannot_be_asked_is_refused(run, settings, message):
     config, work, *_ = run
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message):
         measure.run(dataclasses.replace(config, **settings), work)
-    assert "\n" not in str(caught.value)
 
 
 def test_worth_is_read_off_the_curve():

@@ -1,6 +1,5 @@
 """Faults of the machine and of others: each is told in one line, and the rerun ends the same."""
 
-import json
 import os
 import random
 import shutil
@@ -176,37 +175,12 @@ def test_an_update_that_is_not_finite_leaves_the_checkpoint_before(tmp_path, mon
 # ---------------------------------------------------------------- the commands themselves
 
 STAGES = ("extract_activations", "train_saes", "train_hypernetworks", "evaluate", "intervene")
-SMALL = {
-    "layers": 1,
-    "control_kinds": "ridge",
-    "map.kinds": "mean,token,ridge,mlp",
-    "sae.width": 32,
-    "sae.k": 4,
-    "sae.steps": 120,
-    "sae.batch_size": 64,
-    "map.steps": 60,
-    "map.batch_size": 64,
-    "map.hidden": 16,
-    "evaluation.bootstrap": 20,
-    "intervention.features": 2,
-    "intervention.contexts": 8,
-    "intervention.documents": 8,
-    "checkpoint_every": 20,
-    "text.documents": 60,
-}
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> list[str]:
     """The settings of a small run, its models and text in a folder of odd characters."""
-    root = tmp_path_factory.mktemp("odd") / "a b'ü,;$(x)"
-    root.mkdir()
-    texts = tiny_run.make_texts(60)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (root / "text.jsonl").write_text(lines)
-    models = tiny_run.make_models(tmp_path_factory.mktemp("models"), texts)
-    settings = SMALL | {"models": ",".join(models), "text.source": root / "text.jsonl"}
-    return [f"--config.{name}={value}" for name, value in settings.items()]
+    return tiny_run.small_flags(tmp_path_factory.mktemp("odd") / "a b'ü,;$(x)")
 
 
 def start(name: str, work: Path, *arguments: str, before: list[str] = (), **how):

@@ -224,7 +224,7 @@ LINKED = f"linked features that transfer by fitted {g06_causal.KIND}, of {g06_ca
     [
         (g01_identity, nothing, set()),
         slow(g01_identity, late, {"FVU of ridge on activations", "top-1 of ridge"}),
-        (g02_rotation, nothing, set()),
+        slow(g02_rotation, nothing, set()),
         slow(g02_rotation, rotated, {"share of it after Procrustes from the copy"}),
         (g03_independence, leaked, {"R² of ridge", CONFIRMED}),
         slow(g03_independence, in_sample, {"R² of ridge", "centred cosine of ridge, absolute"}),

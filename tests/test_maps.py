@@ -126,9 +126,6 @@ def test_saved_and_loaded_gives_the_same_bits(kind, nonlinear, fitted_on, tmp_pa
     np.testing.assert_array_equal(maps.predict(loaded, test), maps.predict(m, test))
 
 
-# ---------------------------------------------------------------- training
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -167,9 +164,6 @@ def test_the_loss_is_the_weighted_sum_and_shapes_are_as_asked(fitted_on):
     weighted = [weights[n] * terms["nmse" if n == "mse" else n] for n in weights]
     assert terms["loss"] == pytest.approx(sum(weighted), rel=1e-5)
     assert fitted.map.network.second.kernel.shape == (CONFIG.hidden, CONFIG.hidden)
-
-
-# ---------------------------------------------------------------- the stage
 
 
 def stage(root, widths, *, kinds, layers=(1, 2), steps=4):

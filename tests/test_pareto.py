@@ -88,9 +88,8 @@ def test_run_again_nothing_is_trained_and_new_points_are_added(run):
 def test_more_active_features_than_features_are_refused(run):
     config, work, store, _ = run
     config = dataclasses.replace(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
-    with pytest.raises(UserError, match=r"pareto\.k=25 is more than sae\.width=24") as error:
+    with pytest.raises(UserError, match=r"pareto\.k=25 is more than sae\.width=24"):
         list(measure.curves(config, store, work, model="a", site=Site(1)))
-    assert "\n" not in str(error.value)
 
 
 def test_the_page_and_the_tables_show_every_point(run):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from test_gates import slow
 
 from configs import pythia410m_gpt2medium
 from crossdict_jax import models, modules
@@ -25,10 +26,10 @@ def test_parameters_are_as_many_as_published(name, millions):
     [
         ("extraction", "read pythia-410m-deduped"),
         ("dictionaries", "6 topk of width 4096, d 1024"),
-        ("crosscoders", "6 crosscoders of width 4096, d 1024+1024"),
         ("trained_maps", "12 maps mlp"),
-        ("scoring", "rank in a pool"),
-        ("stitching", "edited gpt2-medium"),
+        slow("crosscoders", "6 crosscoders of width 4096, d 1024+1024"),
+        slow("scoring", "rank in a pool"),
+        slow("stitching", "edited gpt2-medium"),
     ],
 )
 def test_programs_are_traced_at_full_size(stage, name):

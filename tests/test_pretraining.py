@@ -93,9 +93,8 @@ def test_killed_and_resumed_writes_the_same_bits(trained, text, tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused(text, changes, message, tmp_path):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         train_language_model(tiny(text, **({"model_type": "gpt2"} | changes)), tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_the_embedded_models_are_what_their_records_say():

@@ -60,9 +60,6 @@ def rows(d=6, seed=3, n=32):
     return 2 + jax.random.normal(key(seed), (n, d))
 
 
-# ---------------------------------------------------------------- contract
-
-
 @every
 def test_it_reads_one_size_and_writes_another_each_at_its_own_scale(architecture, tmp_path):
     d, x = fresh(architecture), rows()
@@ -110,9 +107,6 @@ def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
     np.testing.assert_allclose(params[6](x), params[None](x), atol=0.02)
 
 
-# ---------------------------------------------------------------- training
-
-
 @slow_but("topk")
 def test_training_learns_a_planted_linear_output_of_another_size(architecture, tmp_path):
     """Rows read are sums of planted directions, rows written the same sums of other ones."""
@@ -130,9 +124,6 @@ def test_training_learns_a_planted_linear_output_of_another_size(architecture, t
     begun = modules.merge(graphdef, start.begin(params, start.start_of(x, y)))
     after, before = (np.square(y - d(x.astype(np.float32))).sum() for d in (d, begun))
     assert after < 0.2 * np.square(y - y.mean(0)).sum() and after < 0.5 * before, (before, after)
-
-
-# ---------------------------------------------------------------- a run
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +220,6 @@ def test_an_export_names_both_sites(finished, tmp_path):
 
 WRITES = {"writes": ["b", "mlp_out.1"]}
 
-
-# ---------------------------------------------------------------- SAELens
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "transcoders").iterdir())
 golden = pytest.mark.parametrize("folder", GOLDENS, ids=lambda f: f.name)

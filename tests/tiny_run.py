@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,24 @@ SHAPES = {  # of a large init, so that edits matter without training
     | {"num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": CONTEXT}
     | {"rotary_pct": 0.5, "initializer_range": 0.3},
 }
+SMALL = {
+    "layers": 1,
+    "control_kinds": "ridge",
+    "map.kinds": "mean,token,ridge,mlp",
+    "sae.width": 32,
+    "sae.k": 4,
+    "sae.steps": 60,
+    "sae.batch_size": 64,
+    "map.steps": 40,
+    "map.batch_size": 64,
+    "map.hidden": 16,
+    "evaluation.bootstrap": 20,
+    "intervention.features": 2,
+    "intervention.contexts": 8,
+    "intervention.documents": 8,
+    "checkpoint_every": 20,
+    "text.documents": 60,
+}
 
 
 def make_texts(n: int) -> list[str]:
@@ -60,6 +79,16 @@ def make_models(root: Path, texts: list[str], shapes: dict = SHAPES) -> tuple[st
         models.save(models.init(shape, seed=seed), root / name, dtype="float32")
         save_tokenizer(tokenizer, root / name, context=CONTEXT)
     return tuple(str(root / name) for name in shapes)
+
+
+def small_flags(root: Path) -> list[str]:
+    """The flags of a whole small run; its text is written to ``root``, its models beside that."""
+    texts = make_texts(60)
+    root.mkdir(parents=True)
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    models = ",".join(make_models(root.parent / "models", texts))
+    settings = SMALL | {"models": models, "text.source": root / "text.jsonl"}
+    return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
 def make_config(root: Path) -> Config:

@@ -15,7 +15,7 @@ from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training.stage import digest
-from crossdict_jax.workdir import file_digest, read_json, write_json
+from crossdict_jax.workdir import file_digest, read_json, understood, write_json
 
 BLOCK = 2**14  # rows that are gone through at a time where there may be more than memory holds
 MEND = "delete the activations folder and run extract_activations again"
@@ -193,8 +193,9 @@ class Store:
             if name not in self._verified:
                 check_file(path, self.meta["checksums"][name])
                 self._verified.add(name)
-            x = np.load(path, mmap_mode="r", allow_pickle=False)
-            out[index] = x[rows[index] - starts[shard]]
+            with understood(path, mend=MEND):
+                x = np.load(path, mmap_mode="r", allow_pickle=False)
+                out[index] = x[rows[index] - starts[shard]]
         return out.view(ml_dtypes.bfloat16)
 
 
@@ -205,7 +206,7 @@ def shard_name(model: str, site: str, shard: int) -> str:
 
 def check_file(path: Path, expected: str) -> None:
     """Raises UserError if the sha256 of the file is not ``expected``."""
-    if not path.exists():
+    if not os.path.exists(path):  # also where the name is none
         raise UserError(f"{path} is missing; {MEND}.")
     if file_digest(path) != expected:
         raise UserError(f"{path} is altered or cut short (checksum mismatch); {MEND}.")
@@ -216,30 +217,33 @@ def open_store(directory: Path) -> Store:
     directory = Path(directory)
     if not (directory / "meta.json").exists():
         raise UserError(f"{directory} holds no finished store; run extract_activations first.")
-    meta = read_json(directory / "meta.json")
-    if (sealed := meta.pop("seal", None)) and sealed != digest(meta):
-        raise UserError(f"{directory / 'meta.json'} is altered (checksum mismatch); {MEND}.")
-    checksums = meta.get("checksums", {})
-    index = {name for name in checksums if "/" not in name}  # shards: when they are read
-    for name in sorted(index | {"rows-document.npy"}):
-        check_file(directory / name, checksums.get(name, ""))
+    with understood(directory, mend=MEND):
+        meta = read_json(directory / "meta.json")
+        if (sealed := meta.pop("seal", None)) and sealed != digest(meta):
+            raise UserError(f"{directory / 'meta.json'} is altered (checksum mismatch); {MEND}.")
+        checksums = meta.get("checksums", {})
+        index = {name for name in checksums if "/" not in name}  # shards: when they are read
+        for name in sorted(index | {"rows-document.npy"}):
+            check_file(directory / name, checksums.get(name, ""))
 
-    def column(name: str) -> np.ndarray:
-        return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(
-            np.ndarray
+        def column(name: str) -> np.ndarray:
+            return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(
+                np.ndarray
+            )
+
+        models = range(len(meta["models"]))
+        offsets, ids = (
+            tuple(column(f"windows-{n}-{i}") for i in models) for n in ("offsets", "ids")
         )
-
-    models = range(len(meta["models"]))
-    offsets, ids = (tuple(column(f"windows-{n}-{i}") for i in models) for n in ("offsets", "ids"))
-    return Store(
-        directory=directory,
-        models=tuple(meta["models"]),
-        paths=tuple(m["path"] for m in meta["models"].values()),
-        meta=meta,
-        rows=Rows(**{f.name: column(f"rows-{f.name}") for f in fields(Rows)}),
-        table=WindowTable(column("windows-document"), offsets, ids),
-        ends=Sites.of_meta(meta["models"]),
-    )
+        return Store(
+            directory=directory,
+            models=tuple(meta["models"]),
+            paths=tuple(m["path"] for m in meta["models"].values()),
+            meta=meta,
+            rows=Rows(**{f.name: column(f"rows-{f.name}") for f in fields(Rows)}),
+            table=WindowTable(column("windows-document"), offsets, ids),
+            ends=Sites.of_meta(meta["models"]),
+        )
 
 
 def save_meta(directory: Path, meta: dict) -> None:

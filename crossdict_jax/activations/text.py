@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 import unicodedata
@@ -14,7 +15,7 @@ from pathlib import Path
 from crossdict_jax.activations.docstrings import module_texts, package_versions
 from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import parse_json
+from crossdict_jax.workdir import inside, parse_json
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -157,7 +158,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
 
     Fills ``details`` with the source's provenance.
     """
-    path = Path(text.source).expanduser()
+    path = Path(os.path.expanduser(text.source))
     if text.source == "docstrings":  # a document for each module; its name decides on its split
         details["packages"] = package_versions()
         yield from ((name, documentation, name) for name, documentation in module_texts())
@@ -167,7 +168,8 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
         return
     files, suffixes = [path], " ".join(SUFFIXES)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = sorted(inside(path, file) for file in files)
         wrong = "" if files else f"holds no file ending in {suffixes}."
     elif not path.is_file():
         wrong = f"does not exist: give docstrings, a file or folder of {suffixes}, or hf:NAME."
@@ -239,13 +241,15 @@ def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {_one_line(error)}") from error
-    if column not in file.schema_arrow.names:
-        _column(dict.fromkeys(file.schema_arrow.names), column=column, where=str(path))
-    batches = file.iter_batches(batch_size=1024, columns=[column])
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from ((number, f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+        names = file.schema_arrow.names
+        if column in names:
+            batches = file.iter_batches(batch_size=1024, columns=[column])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((i, f"{path} row {i}", row) for i, row in enumerate(rows, start=1))
+            return
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # also in the midst of it
+        raise UserError(f"{path} is not a parquet file, or damaged: {_one_line(error)}") from error
+    _column(dict.fromkeys(names), column=column, where=str(path))
 
 
 def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:

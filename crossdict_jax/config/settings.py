@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,8 @@ def validate(config: Any) -> None:
         several, rule = isinstance(value, tuple), field.metadata["rule"]
         values, types = value if several else (value,), (int, float) if type_ is float else (type_,)
         fits = several == may_be_several or field.type in (Number, Count)
-        finite = (type(v) in types and (type_ is str or math.isfinite(v)) for v in values)
+        limit = 2**63 if type_ is int else 1e300  # also of integers of any length, and not NaN
+        finite = (type(v) in types and (type_ is str or abs(v) < limit) for v in values)
         if not fits or not all(finite):
             raise UserError(f"{name}={spell(value)} is not {words}.")
         for each in values:

@@ -15,6 +15,7 @@ from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu
 from crossdict_jax.errors import UserError
 from crossdict_jax.ops import Code, decode, exact, matmul, nth_largest, sparse_code
 from crossdict_jax.training import checkpoint
+from crossdict_jax.workdir import understood
 
 THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower one lags behind
 
@@ -274,8 +275,9 @@ def load(path: str | Path) -> Dictionary:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no dictionary folder; train it first or correct the path.")
-    meta = checkpoint.load_meta(path)
-    shape = {name: meta[name] for name in ("architecture", "d_model", "width", "k")}
-    shape["d_out"] = meta.get("d_out")  # checkpoints from before there were transcoders lack it
-    graphdef, abstract = modules.abstract(lambda: build(**shape, key=jax.random.key(0)))
-    return modules.merge(graphdef, checkpoint.load_params(path, abstract))
+    with understood(path):
+        meta = checkpoint.load_meta(path)
+        shape = {name: meta[name] for name in ("architecture", "d_model", "width", "k")}
+        shape["d_out"] = meta.get("d_out")  # checkpoints from before there were transcoders lack it
+        graphdef, abstract = modules.abstract(lambda: build(**shape, key=jax.random.key(0)))
+        return modules.merge(graphdef, checkpoint.load_params(path, abstract))

@@ -14,6 +14,7 @@ from crossdict_jax.dictionaries.losses import fvu, power
 from crossdict_jax.errors import UserError
 from crossdict_jax.ops import exact, matmul
 from crossdict_jax.training import checkpoint
+from crossdict_jax.workdir import understood
 
 SHAPE = ("d_models", "width", "k", "shared_fraction")  # what a checkpoint says to build it
 TAKES_PART = 0.25  # of a latent's largest decoder norm: from here on a model takes part in it
@@ -194,6 +195,7 @@ def load(path: str | Path) -> Crosscoder:
     meta = checkpoint.load_meta(path)
     if "crosscoder" not in meta:
         raise UserError(f"{path} holds another checkpoint than a crosscoder's; correct the path.")
-    shape = {name: meta[name] for name in SHAPE} | {"key": jax.random.key(0)}
-    graphdef, abstract = modules.abstract(lambda: Crosscoder(meta["crosscoder"], **shape))
-    return modules.merge(graphdef, checkpoint.load_params(path, abstract))
+    with understood(path):
+        shape = {name: meta[name] for name in SHAPE} | {"key": jax.random.key(0)}
+        graphdef, abstract = modules.abstract(lambda: Crosscoder(meta["crosscoder"], **shape))
+        return modules.merge(graphdef, checkpoint.load_params(path, abstract))

@@ -45,7 +45,7 @@ def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | 
     """Returns a whole number from 1 to ``limit`` that a config must have."""
     value = require(config, key, file)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or value != int(value) or not 1 <= value <= (limit or 2**31):
+    if not number or not 1 <= value <= (limit or 2**31) or value != int(value):
         allowed = f"to {limit}" if limit else "or more"
         raise UserError(f"{file}: {key}={value!r} must be a whole number, 1 {allowed}.")
     return int(value)

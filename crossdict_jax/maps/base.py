@@ -35,6 +35,7 @@ from crossdict_jax.maps.moments import (
     token_sums,
 )
 from crossdict_jax.training.checkpoint import load_meta, load_params, save_module
+from crossdict_jax.workdir import understood
 
 
 @dataclass(frozen=True)
@@ -400,7 +401,11 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
         or not the one that the map was fitted with.
     """
     path = Path(path)
-    meta = load_meta(path)
+    with understood(path):
+        return _load(path, load_meta(path), dictionary)
+
+
+def _load(path: Path, meta: dict, dictionary: Dictionary | None) -> Map:
     folder = Path(os.path.normpath(path / meta["target_dictionary"]))
     if not folder.is_dir():
         raise UserError(

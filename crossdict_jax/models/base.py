@@ -79,8 +79,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "d_mlp"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} {getattr(self, field)} must be at least 1.")
+            value, limit = getattr(self, field), 2**10 if field == "n_layers" else 2**24
+            if not 1 <= value <= limit:
+                raise UserError(f"{field} {value} must be at least 1 and at most {limit}.")
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"Activation {self.activation!r} is not implemented, only {', '.join(ACTIVATIONS)}."

@@ -1,10 +1,12 @@
 """Where a model and its tokenizer lie: a folder, a name embedded in the package, or a hub id."""
 
+import contextlib
 import os
 from functools import lru_cache
 from pathlib import Path
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import inside
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("docs-gpt2", "docs-neox")  # folders of ASSETS, loaded by their bare names
@@ -26,12 +28,13 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES)
     From the hub only files that match ``patterns`` are taken.
     """
     text = str(path_or_id)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
+    path = Path(os.path.expanduser(text))  # a ~ of nobody stays as it is
+    with contextlib.suppress(OSError):  # a name too long for a folder
+        if path.is_dir():
+            return path
     if text in EMBEDDED and (ASSETS / text).is_dir():
         return ASSETS / text
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{text} is a file; name the folder that holds config.json.")
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
         raise UserError(f"There is no folder {text!r}; name a folder with config.json or a hub id.")
@@ -56,6 +59,8 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES)
 def load_tokenizer(path_or_id: str | Path):
     """The transformers tokenizer of a folder or hub id; UserError if there is none."""
     folder = find_folder(path_or_id, CONFIG_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS)
+    for file in TOKENIZER_FILES + TOKENIZER_EXTRAS + CONFIG_FILES:
+        inside(folder, folder / file)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
         raise UserError(
@@ -87,6 +92,8 @@ def _tokenizer(folder: Path, changed: int):
             if "TemplateProcessing" in str(theirs.post_processor):
                 backend.post_processor = theirs.post_processor
         return tokenizer
-    except Exception as error:  # the Rust library raises bare exceptions
-        reason = str(error).strip().splitlines()[0][:200]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises bare exceptions, and panics
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason}).") from error

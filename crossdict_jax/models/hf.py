@@ -18,7 +18,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 from crossdict_jax.modules import plain
-from crossdict_jax.workdir import read_object, read_tensors
+from crossdict_jax.workdir import read_object, read_tensors, understood
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -52,7 +52,7 @@ def load(path_or_id: str | Path) -> LanguageModel:
     weights = _read_weights(folder, config, {name: leaf.shape for name, (_, leaf) in flat.items()})
     filled = [(key, leaf.replace(weights[name])) for name, (key, leaf) in flat.items()]
     lm = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    lm.name = Path(os.path.abspath(Path(path_or_id).expanduser())).name
+    lm.name = Path(os.path.abspath(os.path.expanduser(path_or_id))).name
     lm.path = str(folder)
     return lm
 
@@ -118,7 +118,8 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
         raise UserError(f"{file.parent} has no config.json; it is not a Hugging Face model folder.")
     raw = read_object(file)
     try:
-        return read_config(raw)
+        with understood(file, mend="copy it again"):
+            return read_config(raw)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -130,7 +131,7 @@ def known_config(path_or_id: str | Path) -> ModelConfig:
     a model (-seed3, -deduped) have its shape.
     """
     text = str(path_or_id)
-    if text in EMBEDDED or Path(text).expanduser().is_dir():
+    if text in EMBEDDED or os.path.isdir(os.path.expanduser(text)):
         return load_config(text)
     shapes = read_object(ASSETS / "shapes.json")
     raw = shapes.get(re.sub(r"(-deduped|-seed\d+)+$", "", text))
@@ -175,7 +176,12 @@ def read_config(raw: dict) -> ModelConfig:
             raise UserError(f"{key} {value!r} must be {expected.__name__}.")
         values[field] = value
     for key in ("bos_token_id", "eos_token_id"):
-        values[key] = tuple(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
+        ids = raw.get(key)
+        values[key] = tuple(ids) if isinstance(ids, list) else ids
+        if not all(
+            type(i) is int or ids is None for i in (ids if isinstance(ids, list) else [ids])
+        ):
+            raise UserError(f"{key} {ids!r} must be token ids.")
     return family.Config(model_type=model_type, **values)
 
 
@@ -258,7 +264,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
         )
     for name in names:
         file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name or not os.path.isfile(file):
             raise UserError(
                 f"{folder} lacks the shard {name!r} that its index names; copy it again."
             )

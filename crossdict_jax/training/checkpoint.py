@@ -29,7 +29,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def latest_step(directory: Path) -> int | None:
     """Returns the newest finished step, or None; STEP.sha256.json is written last."""
-    steps = [int(seal.name.split(".")[0]) for seal in Path(directory).glob("*.sha256.json")]
+    steps = [int(seal.name.split(".")[0]) for seal in Path(directory).glob("[0-9]*.sha256.json")]
     return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
 
 
@@ -98,10 +98,12 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
     try:
         with _manager(directory) as manager:
             restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError) as error:
+    except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # some are bare
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"Checkpoint {directory} does not fit ({str(error).splitlines()[0]}); "
-            "delete it and run its stage again."
+            f"Checkpoint {directory} does not fit ({reason}); delete it and run its stage again."
         ) from error
     return {name: restored[name] for name in abstract}
 

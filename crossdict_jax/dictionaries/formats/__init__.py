@@ -13,7 +13,9 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.folders import hook_name
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
+from crossdict_jax.workdir import understood
 
+COPY = "copy the whole folder again"
 NEVER_READ = {".pt", ".pth", ".bin", ".pkl", ".ckpt"}  # they can run code
 
 
@@ -31,7 +33,8 @@ def load(path: str | Path) -> base.Dictionary:
     formats, folder = _formats(), Path(path)
     for module in formats:
         if _recognises(module, str(path)):
-            return module.load(str(path))
+            with understood(path, mend=COPY):
+                return module.load(str(path))
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
     if closed or (folder / "cfg.json").is_file():
         files = {module.WEIGHTS: module.TOOL for module in formats if hasattr(module, "WEIGHTS")}
@@ -54,7 +57,8 @@ def names(path: str | Path) -> dict[str, str]:
         said = {"model_name": meta.get("model"), "hook_name": hook_name(meta.get("site", ""))}
     else:
         module = next((m for m in _formats() if _recognises(m, str(path))), None)
-        said = module.names(str(path)) if module else {}
+        with understood(path, mend=COPY):
+            said = module.names(str(path)) if module else {}
     return {key: str(value) for key, value in said.items() if value}
 
 

@@ -3,6 +3,7 @@
 The first Gemma Scope has params.npz, the second params.safetensors beside config.json.
 """
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,11 +14,12 @@ from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
 from crossdict_jax.dictionaries.folders import Arrays, centred, check_arrays
 from crossdict_jax.dictionaries.wrapped import Skip, around
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import read_object, read_tensors
+from crossdict_jax.workdir import NOT_UNDERSTOOD, inside, read_object, read_tensors
 
 TOOL, WEIGHTS = "Gemma Scope", "params.npz"
 CONFIG, WEIGHTS_2 = "config.json", "params.safetensors"  # of the second
-DAMAGED = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+MOST_PACKED = 100  # bytes of an array per byte of the file: weights hardly shrink
+DAMAGED = (*NOT_UNDERSTOOD, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def recognises(path: str) -> bool:
@@ -43,11 +45,33 @@ def load(path: str) -> Dictionary:
     if not file.is_file():
         return _load_2(Path(path))
     try:
+        with zipfile.ZipFile(inside(file.parent, file)) as archive:
+            _check_sizes(archive, file)
         with np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
     except DAMAGED as error:
         raise UserError(f"{file} is damaged or holds objects ({error}); copy it again.") from error
     return _jumprelu(arrays, file)
+
+
+def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
+    """Raises UserError or ValueError where arrays would take more memory than weights can."""
+    for member in archive.infolist():
+        with archive.open(member) as data:
+            major, _ = np.lib.format.read_magic(data)
+            header = getattr(np.lib.format, f"read_array_header_{major}_0")
+            shape, _, dtype = header(data)
+            size = math.prod(shape) * dtype.itemsize + data.tell()
+        usual = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if (
+            not usual
+            or size != member.file_size
+            or size > MOST_PACKED * member.compress_size + 2**20
+        ):
+            raise UserError(
+                f"{file}: {member.filename} says that it holds {size} bytes, packed into "
+                f"{member.compress_size}: no weights are like that; copy it again."
+            )
 
 
 def _load_2(folder: Path) -> Dictionary:

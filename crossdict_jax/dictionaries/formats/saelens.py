@@ -17,7 +17,7 @@ from crossdict_jax.dictionaries.folders import (
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, read_json, read_object, write_json
+from crossdict_jax.workdir import check_space, read_object, write_json
 
 TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -131,7 +131,7 @@ def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
 def _scale(folder: Path) -> float:
     """Returns the factor of rows in training, if the weights do not hold it yet."""
     file = folder / SCALER
-    scaler = read_json(file) if file.is_file() else {}
+    scaler = read_object(file) if file.is_file() else {}
     if scaler.get("has_whitening"):
         raise UserError(f"{file}: has_whitening is not supported; finish the training in SAELens.")
     scale = scaler.get("scaling_factor")

@@ -1,5 +1,6 @@
 """Files of minimal pairs: two texts of which a language model should find one likelier."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
         )
     sets: dict[str, ContrastSet] = {}
     for source in sources:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if not path.exists():
             raise UserError(f"contrast.source={source} does not exist; name a file or a folder.")
         files = [path]

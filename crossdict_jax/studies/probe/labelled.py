@@ -1,5 +1,6 @@
 """Files of labelled texts, split into training and test texts."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     Raises:
       UserError: the file is missing, a line is not understood, or there is only one label.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_file():
         raise UserError(
             f"probe.source={source} is no file; name one of labelled texts, as in "
