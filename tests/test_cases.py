@@ -388,6 +388,7 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
 )
 def test_settings_that_an_architecture_does_not_read_are_refused(sae, words):
     config = Config(models=("a", "b"), sae=SAEConfig(**sae))
+    config.map.kinds = ("ridge",)
     refused(lambda: command.check(config), "sae.", words)
     if "products" in sae:
         config.map.kinds = ("crosscoder",)  # whose codes are of that kind
