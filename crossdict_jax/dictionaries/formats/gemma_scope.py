@@ -61,6 +61,8 @@ def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
             major, _ = np.lib.format.read_magic(data)
             header = getattr(np.lib.format, f"read_array_header_{major}_0")
             shape, _, dtype = header(data)
+            if dtype.hasobject:
+                raise ValueError(f"{member.filename} is an array of objects")
             size = math.prod(shape) * dtype.itemsize + data.tell()
         usual = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if (
