@@ -226,8 +226,7 @@ def parse(
         flags.DEFINE(_Setting(type_), flag, None, "", flag_values=values)
     for arg in argv[1:]:  # absl would seek the likes of a long name for minutes
         dashes, flag = re.match("(-*)([^=]*)", arg).groups()
-        unknown = dashes == "--" and flag and flag not in values
-        if unknown or (dashes and len(flag) > 99):
+        if dashes and len(flag) > 99:
             raise UserError(_unknown_flag(kind, flag[:99]))
     try:
         positional = values(argv)[1:]

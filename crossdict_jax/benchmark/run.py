@@ -111,7 +111,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         if value is None:
             return "–"
         if key in UNITS or key == "per_s":
-            return si(value) + UNITS.get(key, row["unit"])
+            return si(value) + (UNITS.get(key) or row["unit"])
         low, high = row["ratio_low"], row["ratio_high"]
         return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if key == "ratio" else "")
 
