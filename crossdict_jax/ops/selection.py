@@ -189,8 +189,9 @@ def _by_digits(z: jax.Array, n: int) -> jax.Array:
         candidates = low + (jnp.arange(1, 2 ** min(DIGIT, BITS - shift)) << shift)
         reached = [(bits_of(z) >= candidate).astype(jnp.int32) for candidate in candidates]
         zeros, add = [jnp.int32(0)] * len(reached), partial(jax.tree.map, jnp.add)
-        counts = jax.lax.reduce(reached, zeros, add, (0, 1))
-        low = low + (jnp.sum(jnp.stack(counts) >= n, dtype=jnp.int32) << shift)
+        of_rows = jnp.stack(jax.lax.reduce(reached, zeros, add, (1,)))
+        counts = jnp.sum(of_rows, axis=1)  # stacked: devices exchange them once
+        low = low + (jnp.sum(counts >= n, dtype=jnp.int32) << shift)
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
