@@ -5,27 +5,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import sparse
 
 from crossdict_jax import stats
 from crossdict_jax.maps.base import padded, slices
 
 CHUNK = 512  # predictions compared at once: the similarity matrix is CHUNK x pool
 LARGEST_DEFAULT_POOL = 8192
-SPARSE_COST = 12  # multiply-adds of a dense product in the time of one sparse one, two CPU cores
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Candidate targets, one entry per distinct direction.
-
-    On CPU, if their features are few, they are compressed rows; else zero rows pad to the pool's
-    size.
-    """
+    """Candidate targets, one entry per distinct direction; zero rows pad to the pool's size."""
 
     rows: np.ndarray  # int [pool], rows of the candidates and queries
-    units: jax.Array | sparse.csr_array  # float32 [pool or directions, width], distinct vectors
-    entries: np.ndarray  # int [pool or directions], candidates of each direction
+    units: jax.Array  # float32 [pool, width], distinct unit vectors
+    entries: jax.Array  # float32 [pool], candidates of each direction
     direction: np.ndarray  # int32 [pool], the direction of each query's true target
     identical: np.ndarray  # int [pool], candidates bit-identical to the true target, with itself
 
@@ -39,17 +33,11 @@ def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
     units = (candidates / np.where(norms == 0, 1.0, norms)).astype(np.float32)
     direction, first, entries = _distinct(units)
     same, _, copies = _distinct(candidates)
-    units = units[first]
-    few = SPARSE_COST * np.count_nonzero(units) < units.size
-    if few and jax.default_backend() == "cpu":
-        units = sparse.csr_array(units)
-    else:
-        units = jnp.asarray(np.pad(units, ((0, size - len(first)), (0, 0))))
-        entries = np.pad(entries, (0, size - len(first)))
+    padding = size - len(first)
     return Pool(
         rows=np.arange(n) if rows is None else rows,
-        units=units,
-        entries=entries,
+        units=jnp.asarray(np.pad(units[first], ((0, padding), (0, 0)))),
+        entries=jnp.asarray(np.pad(entries, (0, padding)), jnp.float32),
         direction=direction.astype(np.int32),
         identical=copies[same],
     )
@@ -71,26 +59,14 @@ def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
     """
     queries = predicted[pool.rows]
     label, first, _ = _distinct(queries)
-    size, counts = min(CHUNK, len(queries)), np.zeros(len(queries), np.int64)
-    compressed, several = sparse.issparse(pool.units), np.flatnonzero(pool.entries > 1)
+    size, counts = min(CHUNK, len(queries)), np.zeros(len(queries))
     for part in slices(len(first), size):
-        block = queries[first[part]]
-        if compressed:
-            similarity = pool.units @ block.T
-        else:
-            similarity = similarities(padded(block, size), pool.units)
+        similarity = similarities(padded(queries[first[part]], size), pool.units)
         asked = np.flatnonzero((label >= part.start) & (label < part.stop))
         for some in (asked[rows] for rows in slices(len(asked), size)):
-            query, direction = label[some] - part.start, pool.direction[some]
-            if compressed:
-                own, once = similarity[direction, query], len(asked) == len(block)
-                above = (similarity if once else similarity[:, query]) >= own[None, :]
-                counts[some] = np.count_nonzero(above, axis=0)
-                counts[some] += (pool.entries[several] - 1) @ above[several]
-            else:
-                of = padded(query, size), padded(direction, size), pool.entries
-                counts[some] = at_least_as_similar(similarity, *of)[: len(some)]
-    return counts - pool.identical + 1
+            of = padded(label[some] - part.start, size), padded(pool.direction[some], size)
+            counts[some] = at_least_as_similar(similarity, *of, pool.entries)[: len(some)]
+    return counts.astype(np.int64) - pool.identical + 1
 
 
 @jax.jit

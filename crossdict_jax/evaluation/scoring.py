@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -142,14 +141,12 @@ def score_tasks(tasks: Sequence[Task], loader: Loader) -> Scored:
     splits = {split: loader.rows(tasks[0], split) for split in SPLITS}
     config, test = loader.config, splits["test"]
     bench = make_bench(splits, config.evaluation, seed=config.seed)
-    loaded, reads = {}, {}
+    loaded, scores, reads = {}, {}, {}
     for task in tasks:
         m = loaded[task.kind] = maps.load(task.path(loader.work), test.target.dictionary)
         if m.reads not in reads:  # what a control is shown depends on what it reads
             reads[m.reads] = shown(task, test), shown(task, bench.context)
-    with ThreadPoolExecutor(2) as threads:  # sums on the host beside predictions on the devices
-        results = threads.map(lambda m: score(m, bench, reads[m.reads]), loaded.values())
-        scores = dict(zip(loaded, results))
+        scores[task.kind] = score(m, bench, reads[m.reads])
     token_score = scores.get("token") or score_token_table(bench)
     return Scored(tasks[0], bench, loaded, scores, token_score)
 
