@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from crossdict_jax.maps.base import exact_matmul, slices
+from crossdict_jax.maps.base import slices
 from crossdict_jax.maps.codes import Codes, Moments
+from crossdict_jax.ops import exact
 
 ROWS = 4096  # rows that are dense at a time
 TILE = 2**24  # correlations held at a time
@@ -50,5 +51,5 @@ def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
             products = 0.0
             for rows in slices(a.shape[0], ROWS):
                 block = of_a.standardised(x[rows]), of_b.standardised(b[rows])
-                products += np.asarray(exact_matmul(jnp.asarray(block[0]).T, block[1]))
+                products += np.asarray(exact(jnp.asarray(block[0]).T, block[1]))
         yield at, products

@@ -12,8 +12,9 @@ from crossdict_jax import modules, stats
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
-from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.base import padded, slices
 from crossdict_jax.maps.fit import Loader
+from crossdict_jax.ops import exact
 from crossdict_jax.training.stage import progress_bar
 
 NORM_EDGES = np.linspace(0, 1, 21)  # of relative decoder norms
@@ -68,20 +69,20 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     joint = modules.merge(graphdef, params)
     seen, u = joint.scaled_pair(rows, jnp.ones((1, len(belongs)), bool))
     f, W = joint.activate(joint.pre_activations(seen)), joint.W_dec[...].T
-    error = u - exact_matmul(f, W.T) - joint.b_dec[...][None, :]
+    error = u - exact(f, W.T) - joint.b_dec[...][None, :]
     error = error - error.mean(axis=0, keepdims=True)
     centred = f - f.mean(axis=0, keepdims=True)
-    variance = exact_matmul(belongs, jnp.sum(jnp.square(error), axis=0))[:, None]  # [N, 1]
-    cross = exact_matmul(belongs, W * exact_matmul(error.T, f))
-    added = exact_matmul(belongs, jnp.square(W)) * jnp.sum(jnp.square(centred), axis=0)[None, :]
+    variance = exact(belongs, jnp.sum(jnp.square(error), axis=0))[:, None]  # [N, 1]
+    cross = exact(belongs, W * exact(error.T, f))
+    added = exact(belongs, jnp.square(W)) * jnp.sum(jnp.square(centred), axis=0)[None, :]
 
     def of_shift(shift):
         moved = jnp.roll(f, shift, axis=0)
         power = jnp.maximum(jnp.sum(jnp.square(moved), axis=0), 1e-30)[None, :]
-        G = exact_matmul(error.T, moved)  # [D, width]
+        G = exact(error.T, moved)  # [D, width]
         put_back = G + W * jnp.sum(centred * moved, axis=0)[None, :]
         return tuple(
-            exact_matmul(belongs, jnp.square(product)) / (power * jnp.maximum(total, 1e-30))
+            exact(belongs, jnp.square(product)) / (power * jnp.maximum(total, 1e-30))
             for product, total in ((G, variance), (put_back, variance + 2 * cross + added))
         )
 
@@ -194,4 +195,4 @@ def _measure_batch(graphdef, params, x, present):
     f = joint.activate(joint.pre_activations(seen))
     squares = (jnp.square(u - v) for v in (joint.reconstruction(f), joint.center[...][None, :]))
     of_model = np.repeat(np.eye(joint.n_models, dtype=np.float32), joint.d_models, axis=0)
-    return f, *(exact_matmul(s, of_model) for s in squares), (f > 0).sum(axis=1)
+    return f, *(exact(s, of_model) for s in squares), (f > 0).sum(axis=1)

@@ -15,10 +15,11 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.base import padded, slices
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
+from crossdict_jax.ops import exact
 from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import Workdir
 
@@ -139,7 +140,7 @@ def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
     norms = np.linalg.norm(W, axis=1, keepdims=True)
     unit, nearest = W / np.where(norms > 0, norms, 1), []
     for rows in slices(len(unit), block):
-        cosines = np.array(exact_matmul(unit[rows], unit.T))
+        cosines = np.array(exact(unit[rows], unit.T))
         cosines[np.arange(len(cosines)), np.arange(len(unit))[rows]] = -np.inf  # themselves
         nearest.append(cosines.max(axis=1))
     return np.concatenate(nearest)

@@ -8,6 +8,7 @@ import numpy as np
 
 from crossdict_jax import stats
 from crossdict_jax.maps.base import padded, slices
+from crossdict_jax.ops import exact
 
 CHUNK = 512  # predictions compared at once: the similarity matrix is CHUNK x pool
 LARGEST_DEFAULT_POOL = 8192
@@ -72,7 +73,7 @@ def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
 @jax.jit
 def similarities(queries, units):
     """Returns [chunk, directions]: cosines times the query's length, which changes no rank."""
-    return jnp.matmul(queries, units.T, precision="highest")
+    return exact(queries, units.T)
 
 
 @jax.jit

@@ -14,8 +14,9 @@ import numpy as np
 from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
-from crossdict_jax.maps.base import exact_matmul, padded, slices
+from crossdict_jax.maps.base import padded, slices
 from crossdict_jax.modules import plain
+from crossdict_jax.ops import exact
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
@@ -308,7 +309,7 @@ def _sums_of_block(p, t, P, T, mean, first, belongs):
     }
     return (
         {name: jnp.sum(values, axis=1) for name, values in of_rows.items()},
-        {name: exact_matmul(belongs, values) for name, values in of_features.items()},
+        {name: exact(belongs, values) for name, values in of_features.items()},
     )
 
 

@@ -27,13 +27,13 @@ from crossdict_jax.maps.moments import (
     ROWS,
     Regression,
     TokenSums,
-    exact_matmul,
     find_tokens,
     moments,
     padded,
     slices,
     token_sums,
 )
+from crossdict_jax.ops import exact
 from crossdict_jax.training.checkpoint import load_meta, load_params, save_module
 from crossdict_jax.workdir import understood
 
@@ -289,7 +289,7 @@ class AffineMap(ActivationMap):
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         x = inputs.astype(jnp.float32) - self.mean_a[...][None, :]
-        return exact_matmul(x, self.W[...]) + self.mean_b[...][None, :]
+        return exact(x, self.W[...]) + self.mean_b[...][None, :]
 
 
 def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:

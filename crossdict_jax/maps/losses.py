@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from crossdict_jax.config import LossWeights
+from crossdict_jax.ops import exact
 
 SOFT_FIRING = 0.1  # of the target's typical active value: where a feature counts as firing
 
@@ -34,8 +35,7 @@ def correlation(p: jax.Array, t: jax.Array) -> jax.Array:
     """
     Z_p, Z_t = _standardised(p), _standardised(t)
     pp, tt, pt = (
-        jnp.sum(jnp.square(jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)))
-        for a, b in ((Z_p, Z_p), (Z_t, Z_t), (Z_p, Z_t))
+        jnp.sum(jnp.square(exact(a, b.T))) for a, b in ((Z_p, Z_p), (Z_t, Z_t), (Z_p, Z_t))
     )
     return (pp + tt - 2 * pt) / p.shape[1] ** 2
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax.maps.codes import Codes
+from crossdict_jax.ops import exact
 
 ROWS = 4096  # rows per dispatch
 
@@ -26,11 +27,6 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Returns ``rows`` padded to ``size`` with its last row: one compiled shape for all."""
     missing = size - len(rows)
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
-
-
-def exact_matmul(x: jax.Array, W: jax.Array) -> jax.Array:
-    """Returns ``x W`` in float32 on any device (some multiply in fewer bits by default)."""
-    return jnp.matmul(x, W, precision=jax.lax.Precision.HIGHEST)
 
 
 Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]
@@ -81,7 +77,7 @@ def _products(a, b, count, centre_a, centre_b) -> tuple[jax.Array, ...]:
     real = (jnp.arange(len(a)) < count)[:, None]  # padding counts for nothing
     a = jnp.where(real, a.astype(jnp.float32) - centre_a[None, :], 0.0)
     b = jnp.where(real, b.astype(jnp.float32) - centre_b[None, :], 0.0)
-    return exact_matmul(a.T, a), exact_matmul(a.T, b), jnp.sum(b * b), a.sum(0), b.sum(0)
+    return exact(a.T, a), exact(a.T, b), jnp.sum(b * b), a.sum(0), b.sum(0)
 
 
 _spectra: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}

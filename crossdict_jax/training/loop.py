@@ -158,7 +158,7 @@ def train(
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
-            state, metrics = run_chunk(state, done, count)
+            state, metrics = run_chunk(state, done, count, ahead=done + count < steps)
             if pending:
                 report(*pending)
             pending, done = (done, count, metrics), done + count
@@ -246,9 +246,12 @@ class Chunks:
 
         self.run = run_chunk
 
-    def __call__(self, state: PyTree, first: int, count: int) -> tuple[PyTree, dict]:
+    def __call__(
+        self, state: PyTree, first: int, count: int, *, ahead: bool = True
+    ) -> tuple[PyTree, dict]:
         arguments = self._arguments(state, first, count)
-        self._send(first + count)
+        if ahead:  # there is a next call
+            self._send(first + count)
         return self.run(*arguments)
 
     def memory(self, state: PyTree, first: int = 0) -> int | None:

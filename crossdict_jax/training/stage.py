@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import hashlib
 import json
 import os
@@ -110,7 +109,6 @@ def _record(work: Workdir, name: str, started: float, figures: dict) -> None:
 
 def free_memory() -> None:
     """Gives memory that is no longer used back to the system; glibc would keep most of it."""
-    gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # other systems
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import ROWS, ActivationMap, Problem, exact_matmul
+from crossdict_jax.maps.base import ROWS, ActivationMap, Problem
+from crossdict_jax.ops import exact
 
 
 class Crosscoder(ActivationMap):
@@ -21,9 +22,9 @@ class Crosscoder(ActivationMap):
     fits_together = True  # joint codes that are not trained yet, in one ensemble
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        z = exact_matmul(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
+        z = exact(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
         f = jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
-        return exact_matmul(f, self.W_dec[...]) + self.b_dec[...][None, :]
+        return exact(f, self.W_dec[...]) + self.b_dec[...][None, :]
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):

@@ -14,9 +14,10 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.config import HypernetworkConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows, exact_matmul
+from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
 from crossdict_jax.maps.descriptions import Description, describe, profile_weights
 from crossdict_jax.maps.network import dropped
+from crossdict_jax.ops import exact
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, to_bits
@@ -81,7 +82,7 @@ class Hypernetwork(Map):
 
 def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
     """Returns features of B [batch, width_b] of centred ones of A [batch, width_a]."""
-    z = exact_matmul(exact_matmul(f, weights["U"]), weights["V"].T)
+    z = exact(exact(f, weights["U"]), weights["V"].T)
     return jax.nn.relu(z + weights["bias"][None, :])
 
 

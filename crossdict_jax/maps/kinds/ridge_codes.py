@@ -3,7 +3,8 @@
 import jax
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import Map, Problem, Side, exact_matmul
+from crossdict_jax.maps.base import Map, Problem, Side
+from crossdict_jax.ops import exact
 
 
 class RidgeCodes(Map):
@@ -19,7 +20,7 @@ class RidgeCodes(Map):
 
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         f = inputs - self.mean_a[...][None, :]
-        return jax.nn.relu(exact_matmul(f, self.W[...]) + self.mean_b[...][None, :])
+        return jax.nn.relu(exact(f, self.W[...]) + self.mean_b[...][None, :])
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import ActivationMap, Problem, exact_matmul, look_up
+from crossdict_jax.maps.base import ActivationMap, Problem, look_up
 from crossdict_jax.maps.moments import (
     PSEUDOCOUNTS,
     Means,
@@ -16,6 +16,7 @@ from crossdict_jax.maps.moments import (
     TokenSums,
     token_sums,
 )
+from crossdict_jax.ops import exact
 
 
 class TokenRidge(ActivationMap):
@@ -31,7 +32,7 @@ class TokenRidge(ActivationMap):
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
         left = inputs.astype(jnp.float32) - look_up(self.table_a, tokens, len(inputs))
-        return look_up(self.table_b, tokens, len(inputs)) + exact_matmul(left, self.W[...])
+        return look_up(self.table_b, tokens, len(inputs)) + exact(left, self.W[...])
 
     @classmethod
     def solve(cls, problem: Problem, config: MapConfig):
