@@ -92,8 +92,8 @@ def test_checkpoint_rhythm_changes_no_bit_and_a_finished_run_trains_nothing_more
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     run, save, went_on = loop.Chunks.__call__, checkpoint.save, threading.Event()
 
-    def chunk(self, state, first, count, **ahead):
-        result = jax.block_until_ready(run(self, state, first, count, **ahead))
+    def chunk(self, state, first, count):
+        result = jax.block_until_ready(run(self, state, first, count))
         return went_on.set() or result if first == 40 else result
 
     def slow(*args, **trees):

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import signal
 import threading
 import time
@@ -139,7 +140,7 @@ def train(
             jax.eval_shape(trainable.init, root),
         )
         state = checkpoint.restore(checkpoints, **abstract)
-    run_chunk = Chunks(trainable, ensemble.feed, root)
+    run_chunk = Chunks(trainable, ensemble.feed, root, steps=steps)
     if done < steps:
         check_space(Path(directory))
     if done < steps and logging.get_verbosity() >= logging.INFO:
@@ -158,7 +159,7 @@ def train(
         report = functools.partial(_report, title=title, writer=writer, progress=progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
-            state, metrics = run_chunk(state, done, count, ahead=done + count < steps)
+            state, metrics = run_chunk(state, done, count)
             if pending:
                 report(*pending)
             pending, done = (done, count, metrics), done + count
@@ -219,13 +220,20 @@ class Chunks:
 
     (state, first step, number of steps) -> (state, metrics [limit, ...]); the old state is gone.
     What the feed gives for the next call is made by a thread meanwhile; what fails there is raised
-    by that call.
+    by that call. Nothing is made for the steps from ``steps`` on.
     """
 
     def __init__(
-        self, trainable: Trainable, feed: Feed, root: jax.Array, *, limit: int = MAX_CHUNK
+        self,
+        trainable: Trainable,
+        feed: Feed,
+        root: jax.Array,
+        *,
+        limit: int = MAX_CHUNK,
+        steps: float = math.inf,
     ):
-        self._trainable, self._feed, self._root, self._limit = trainable, feed, root, limit
+        self._trainable, self._feed, self._root = trainable, feed, root
+        self._limit, self._steps = limit, steps
         self._thread, self._ahead = ThreadPoolExecutor(1), (None, None)
         options = {"donate_argnums": 0, "compiler_options": compiler_options()}
 
@@ -246,11 +254,9 @@ class Chunks:
 
         self.run = run_chunk
 
-    def __call__(
-        self, state: PyTree, first: int, count: int, *, ahead: bool = True
-    ) -> tuple[PyTree, dict]:
+    def __call__(self, state: PyTree, first: int, count: int) -> tuple[PyTree, dict]:
         arguments = self._arguments(state, first, count)
-        if ahead:  # there is a next call
+        if first + count < self._steps:
             self._send(first + count)
         return self.run(*arguments)
 
