@@ -26,6 +26,7 @@ AGAIN = "delete it and run its stage again"
 NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError)
 NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
 LOCK = ".lock"  # in a work directory: who works there
+PROGRAMS = "programs"  # compiled ones, for GPUs
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -124,6 +125,7 @@ def open_workdir(
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
 
     One in which nothing has been computed takes new settings: the first command may have failed.
+    A setting that is "auto" is whatever the directory says.
 
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
@@ -138,8 +140,9 @@ def open_workdir(
     settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
-    files = (p.name for p in work.root.rglob("*") if not p.is_dir())
-    computed = any(name not in (written.name, LOCK) for name in files)
+    beside = (written.name, LOCK, PROGRAMS)
+    entries = (p for p in work.root.glob("*") if p.name not in beside)
+    computed = any(not p.is_dir() for entry in entries for p in (entry, *entry.rglob("*")))
     if written.exists():
         old, new, defaults = (
             {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}
@@ -149,7 +152,7 @@ def open_workdir(
         differences = [
             f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
+            if old.get(key) != new.get(key) and new.get(key) != "auto"
         ]
         if differences and computed:
             raise UserError(

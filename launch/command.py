@@ -22,7 +22,17 @@ from absl import app, flags
 from crossdict_jax.config import FREE, Config, settings, to_dict
 from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import IN_THE_WAY, READ_ONLY, Workdir, alone, open_workdir
+from crossdict_jax.workdir import (
+    IN_THE_WAY,
+    PROGRAMS,
+    READ_ONLY,
+    Workdir,
+    alone,
+    flatten,
+    open_workdir,
+    read_json,
+    write_json,
+)
 
 Main = Callable[[Any, Workdir], None]
 ROOT = Path(__file__).parents[1]
@@ -58,7 +68,9 @@ def run(
 
     @functools.wraps(main)
     def start(config, work):
-        _set_up_jax()
+        _set_up_jax(work)
+        if work:
+            _choose(config, work)
         main(config, work)
         if table:
             getattr(importlib.import_module("crossdict_jax.report"), table)(work)
@@ -173,17 +185,38 @@ def _machine_words(error: BaseException | None) -> str:
     return ""
 
 
-def _set_up_jax() -> None:
-    """Keeps compiled programs for the next run, and numbers float32 and exact whatever is set.
+def _choose(config: Any, work: Workdir) -> None:
+    """Writes down what "auto" settings mean on this machine; a run goes on with its first choice.
 
-    Speed is a choice of the ``matmul_dtype`` settings alone.
+    What depends on more than the machine, such as ``sae.products``, checkpoints keep.
+    """
+    from crossdict_jax.training.mesh import product_dtype
+
+    written, open_ = work.root / "config.json", False
+    first = dict(flatten(read_json(written)))
+    for name in settings.settings(type(config)):
+        if settings.get(config, name) == "auto":
+            chosen = first.get(name, "auto")
+            if chosen == "auto" and name.endswith("matmul_dtype"):
+                chosen, open_ = product_dtype(chosen).name, True
+            settings.put(config, name, chosen)
+    if open_:
+        write_json(written, to_dict(config))
+
+
+def _set_up_jax(work: Workdir | None) -> None:
+    """Keeps compiled programs for the next run, and numbers in float32 whatever is set.
+
+    On GPUs the compiler measures which kernels are fast, and others round otherwise: there programs
+    and measurements lie in the work directory, so that a run ends with the same bits on the
+    machine that takes it over.
     """
     import jax
 
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     try:
-        jax.devices()
+        platform = jax.devices()[0].platform
     except (RuntimeError, AssertionError) as error:
         told = (str(error).splitlines() or ["it is not installed"])[0]
         raise UserError(
@@ -191,13 +224,15 @@ def _set_up_jax() -> None:
             "or set cpu."
         ) from error
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "crossdict_jax" / "jax"
+    if work and platform == "gpu":
+        folder = work.root.absolute() / PROGRAMS
     # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
-    if not jax.config.jax_compilation_cache_dir and Path(base).is_absolute():
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crossdict_jax" / "jax"))
+    if not jax.config.jax_compilation_cache_dir and folder.is_absolute():
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # A cache that cannot be used costs time only.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
-    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 class _Setting(flags.ArgumentParser):

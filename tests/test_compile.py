@@ -152,6 +152,18 @@ def test_every_stage_of_a_run_is_compiled(tiny):
     assert not any(e.host or e.sent for e in tiny)
 
 
+def test_every_product_of_a_run_states_its_precision(tiny):
+    """Accelerators would round the inputs of the others: numbers in a notebook would differ."""
+    products = [
+        line
+        for e in tiny
+        for line in e.program.lowered.as_text().splitlines()
+        if "stablehlo.dot" in line
+    ]
+    assert len(products) > 50
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_a_dictionarys_step_takes_its_five_products(step):
     members, parameters = 2, 2 * 96 * 64 + 64 + 96
     assert step.flops == pytest.approx(members * 10 * 64 * 96 * 64, rel=0.1)
@@ -212,7 +224,6 @@ RECORDED = {
 @pytest.mark.parametrize(("stage", "name"), RECORDED)
 def test_programs_for_a_tpu_take_what_they_took(stage, name):
     config, target = pythia410m_gpt2medium.get_config(), machine("v5e-8")
-    config.sae.matmul_dtype = config.extract.matmul_dtype = "bfloat16"
     if "131072" in name:
         config.sae.width, config.layers = 131_072, (6,)
     with planned(target.devices(), int(target.device.memory)):

@@ -103,7 +103,6 @@ def convert_there(*settings, url, home):
         "HF_TOKEN": "hf_test",
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",  # the plain protocol, which the other is a speed-up of
-        "XLA_FLAGS": "",
     }
     command = [sys.executable, "-m", "launch.convert", *settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

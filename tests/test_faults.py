@@ -184,7 +184,7 @@ def asked(tmp_path_factory) -> list[str]:
 
 
 def start(name: str, work: Path, *arguments: str, before: list[str] = (), **how):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [*before, sys.executable, "-m", f"launch.{name}", f"--workdir={work}", *arguments]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, **pipes, **{"cwd": ROOT, "env": environment} | how)

@@ -18,9 +18,16 @@ from crossdict_jax.maps.descriptions import describe, profile_weights
 from crossdict_jax.maps.kinds import hypernetwork
 
 ROWS = {"train": 800, "validation": 160, "test": 400}
-SHAPE = HypernetworkConfig(rank=12, steps=120, learning_rate=1e-2)
+SHAPE = HypernetworkConfig(rank=12, steps=120)
 D_MODEL = {"a": 6, "b": 8}
 WIDTH = {"a": 48, "b": 64}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hypernetwork, "LEARNING_RATE", 1e-2)
+        yield
 
 
 def dictionary_of(model: str, layer: int):

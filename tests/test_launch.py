@@ -10,14 +10,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import SHAPES, make_models, make_texts
 
 from configs import quickstart
 from crossdict_jax import results
-from crossdict_jax.config import Config, PretrainConfig
+from crossdict_jax.config import Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
+from crossdict_jax.training import mesh
+from crossdict_jax.workdir import open_workdir, read_json, write_json
 from launch import (
     command,
     contrast,
@@ -40,7 +43,7 @@ COMMANDS += ["benchmark", "benchmark.saelens"]
 
 def launch(program: list, *arguments: str):
     """Runs a program in a process of its own: as a user's, from any folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command_line = [*map(str, program), *arguments]
     return subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, env=environment)
 
@@ -54,6 +57,43 @@ def run_here(main, arguments: str | list[str], **how) -> int:
     """The exit code of a command, run in this process."""
     given = shlex.split(arguments) if isinstance(arguments, str) else arguments
     return command.execute(main, ["test", *given], **how)
+
+
+def test_what_auto_meant_first_it_means_again(tmp_path, monkeypatch):
+    """On another machine too, whether the settings come from the directory or from a file."""
+
+    def chosen(platform: str, arguments: str = "") -> set[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(mesh, "all_devices", lambda: [SimpleNamespace(platform=platform)])
+            config, workdir = parse(f"--models=a,b --workdir={tmp_path}/run {arguments}")
+            work = open_workdir(workdir, to_dict(config))
+            command._choose(config, work)
+            write_json(work.result("pairing.json"), {})
+            groups = [config.extract, config.sae, config.map]
+            assert config.sae.products == "auto"  # checkpoints keep it
+            written = read_json(tmp_path / "run" / "config.json")
+            assert written == json.loads(json.dumps(to_dict(config)))
+            return {group.matmul_dtype for group in groups}
+
+    assert chosen("gpu") == {"bfloat16"}
+    assert chosen("cpu") == {"bfloat16"}
+    assert chosen("cpu", "--config=configs/quickstart.py") == {"bfloat16"}
+    with pytest.raises(UserError, match=r"map\.matmul_dtype: bfloat16 there, float32 now"):
+        chosen("gpu", "--config.map.matmul_dtype=float32")
+
+
+def test_on_gpus_programs_lie_in_the_work_directory(tmp_path):
+    """With what the compiler measured there, which decides how sums are rounded."""
+    code = "import jax, sys; from pathlib import Path; from types import SimpleNamespace as N\n"
+    code += "from launch import command; from crossdict_jax.workdir import Workdir\n"
+    code += "jax.devices = lambda: [N(platform=sys.argv[1])]\n"
+    code += "command._set_up_jax(Workdir(Path('run'))); print(jax.config.jax_compilation_cache_dir)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for platform, folder in (("gpu", "run/programs"), ("cpu", "cache/crossdict_jax/jax")):
+        line = [sys.executable, "-c", code, platform]
+        told = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert told.stdout.strip() == str(tmp_path / folder), told.stderr
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from crossdict_jax.config import Config, ProbeConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.studies.probe import logistic
 from crossdict_jax.studies.probe import measure as study
-from crossdict_jax.studies.probe.labelled import Split, pooled, read_labelled, split
+from crossdict_jax.studies.probe.labelled import Split, read_labelled, split
 from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.workdir import Workdir
 
@@ -81,14 +81,6 @@ def test_bad_texts_are_named(tmp_path):
     for lines, words in BAD:
         with pytest.raises(UserError, match=words):
             read_labelled(write_rows(tmp_path / "x.jsonl", lines), text="text", label="label")
-
-
-def test_pooling():
-    f = np.array([[1, 0], [3, 1], [2, 5]], np.float32)
-    text = np.array([0, 0, 1])
-    np.testing.assert_array_equal(pooled(f, text, "last"), [[3, 1], [2, 5]])
-    np.testing.assert_array_equal(pooled(f, text, "max"), [[3, 1], [2, 5]])
-    np.testing.assert_array_equal(pooled(f, text, "mean"), [[2, 0.5], [2, 5]])
 
 
 def test_examples_hold_every_label_and_no_held_out_text():

@@ -1,16 +1,21 @@
 """Products whose gradients lie as their operands do: the same numbers as JAX's own."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.config import architectures
 from crossdict_jax.dictionaries import base
+from crossdict_jax.maps.kinds.hypernetwork import TargetTower, Tower
 from crossdict_jax.ops import matmul
+from crossdict_jax.training import mesh
+from crossdict_jax.training.mesh import product_dtype
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -28,10 +33,36 @@ def test_products_say_their_precision_whatever_the_process_says(architecture):
         )(params)
 
     arrays = jnp.ones((8, 6)), jnp.ones(16, bool)
+    assert len(exact_products(everything, params, *arrays)) > 5
+
+
+def exact_products(function, *arguments) -> list[str]:
+    """The products of a program, which must state that they are float32."""
     with jax.default_matmul_precision("bfloat16"):
-        text = jax.jit(everything).lower(params, *arrays).as_text()
+        text = jax.jit(function).lower(*arguments).as_text()
     dots = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(dots) > 5 and all("precision = [HIGHEST, HIGHEST]" in dot for dot in dots)
+    assert all("precision = [HIGHEST, HIGHEST]" in dot for dot in dots)
+    return dots
+
+
+def test_a_written_map_is_exact_too():
+    sizes = {"d_model": 6, "layers": 2, "rank": 3}
+    source, target = (tower(**sizes, rngs=nnx.Rngs(0)) for tower in (Tower, TargetTower))
+    shapes = {"moves": (8, 6), "reads": (8, 6), "writes": (8, 6), "facts": (8, 4), "nearness": (2,)}
+    side = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    graphs, params = zip(*map(modules.split, (source, target)))
+
+    def write(params, side):
+        source, target = map(modules.merge, graphs, params)
+        return source.rows(side["moves"], side["nearness"]), target(side, None)
+
+    assert len(exact_products(write, params, side)) > 7
+
+
+def test_auto_rounds_on_accelerators_alone(monkeypatch):
+    assert product_dtype("auto") == jnp.float32 and product_dtype("bfloat16") == jnp.bfloat16
+    monkeypatch.setattr(mesh, "all_devices", lambda: [SimpleNamespace(platform="tpu")])
+    assert product_dtype("auto") == jnp.bfloat16 and product_dtype("float32") == jnp.float32
 
 
 def operands(seed, *, members=()):

@@ -231,3 +231,13 @@ def test_a_bos_stands_in_front_of_every_window(store, monkeypatch):
     assert all(t[0] == 7 for t in with_bos.tokens)
     assert all((t[1:] == u).all() for t, u in zip(with_bos.tokens, plain.tokens))
     assert (with_bos.position == plain.position + 1).all()
+
+
+def test_rounded_weights_give_what_rounding_products_gives():
+    lm = models.init(SHAPE | {"tie_word_embeddings": False})
+    tokens, site = np.arange(12, dtype=np.int32).reshape(2, 6), Site(1)
+    runner = Runner(lm, batch_size=2, dtype="bfloat16")
+    held = {leaf.dtype.name for leaf in jax.tree.leaves(runner._params)}
+    assert held == {"bfloat16", "float32"}
+    read = runner.read(list(tokens), [site])[site]
+    np.testing.assert_array_equal(read, models.capture(lm, tokens, [site], dtype="bfloat16")[site])

@@ -46,7 +46,7 @@ DEFAULT_MAPS = tuple(kind for kind in MAP_ORDER if kind not in ("token_target", 
 CONTROLS = ("ceiling", "untrained", "reseeded")
 Names, Ints, Numbers = tuple[str, ...], tuple[int, ...], tuple[float, ...]
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
-MATMUL = "Type of the inputs of matrix products; bfloat16 is faster on accelerators"
+MATMUL = "Inputs of matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU"
 CHECKPOINTS = "Training steps between checkpoints, which is what a kill can lose"
 MAPS = "Maps to use, of map.kinds"
 NORM = "What 1 means in alphas: median norm of the residual, or a norm of the direction"
@@ -149,7 +149,6 @@ class HypernetworkConfig:
 
     rank: int = setting(64, "Rank of the weights that the network writes", at_least(1))
     steps: int = setting(300, "Training steps", at_least(1))
-    learning_rate: float = setting(3e-3, "Learning rate of AdamW, with cosine decay", ABOVE_0)
 
 
 @dataclass
@@ -166,7 +165,7 @@ class MapConfig:
     steps: int = setting(1000, "Training steps", at_least(1))
     batch_size: int = setting(128, "Rows per training step", at_least(1))
     learning_rate: float = setting(3e-3, "Learning rate of AdamW, with cosine decay", ABOVE_0)
-    patience: int = setting(5, "Validations without a better score before stopping", at_least(1))
+    matmul_dtype: str = choice(MATMUL, *DTYPES)
     loss_weights: LossWeights = field(default_factory=LossWeights)
     hypernetwork: HypernetworkConfig = field(default_factory=HypernetworkConfig)
 
@@ -263,7 +262,6 @@ class SteerConfig:
     samples: int = setting(8, "Texts per prompt; at temperature 0 there is one", at_least(1))
     tokens: int = setting(0, "New tokens per text; 0: 48, or the target's context", at_least(0))
     temperature: float = setting(0.8, "Sampling temperature; 0: the likeliest", at_least(0))
-    top_p: float = setting(0.95, "Draw among tokens of this share of probability", SHARE_OR_1)
 
 
 @dataclass
@@ -273,7 +271,6 @@ class ProbeConfig:
     source: str = setting("", "File of labelled texts, one JSON object a line")
     text: str = setting("text", "Field that holds the text", FILLED)
     label: str = setting("label", "Field that holds the label: text or a whole number", FILLED)
-    pooling: str = choice("How features are pooled over a text", "last", "max", "mean")
     # Two labelled texts of each fold at least.
     examples: Ints = setting((16, 64, 256), "Labelled texts to train on", at_least(8))
     maps: Names = setting(("all",), MAPS, one_of("all", *map_kinds()))
@@ -429,7 +426,7 @@ class JointSettings:
     steps: int = 2500
     batch_size: int = 1024
     dead_after_rows: int = 0
-    matmul_dtype: str = "float32"
+    matmul_dtype: str = "auto"
     products: str = "auto"
 
 

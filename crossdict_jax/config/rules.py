@@ -52,7 +52,7 @@ SITE_OR_NONE = Rule(
     lambda value: not value or OUTPUT_SITE.fullmatch(value) is not None,
 )
 ROWS_OR_0 = Rule("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000)
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def choice(help: str, *names: str) -> Any:

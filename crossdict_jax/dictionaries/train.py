@@ -41,7 +41,7 @@ from crossdict_jax.training.ensemble import (
     members_at_once,
     stack,
 )
-from crossdict_jax.training.mesh import DATA, make_mesh
+from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -72,8 +72,7 @@ class SparseObjective(Objective):
         self.graphdef, self.frozen = nnx.split(module)[0], module.measured
         self.revives, self.width = module.revives, module.width
         self.memory, self.parts = np.zeros(module.width, np.int32), settings.accumulate
-        dtype = settings.matmul_dtype
-        self.dtype = None if dtype == "float32" else jnp.dtype(dtype)
+        self.dtype = product_dtype(settings.matmul_dtype)
         seen = settings.steps * settings.batch_size
         self.dead_after = settings.dead_after_rows or max(1, round(DEAD_SHARE * seen))
 

@@ -18,11 +18,12 @@ from crossdict_jax.maps.base import Map, Pairs, Problem, Side
 from crossdict_jax.maps.codes import Compact, compact
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
-from crossdict_jax.training.mesh import from_bits, on_own_rows, to_bits
+from crossdict_jax.training.mesh import from_bits, on_own_rows, product_dtype, to_bits
 
 SLOTS = 0.5  # active features of a row, times d_model: with more, codes take more memory than rows
 VALIDATION_ROWS = 4096  # at most, evenly spread, for a member's validation
 WEIGHT_DECAY = 1e-4  # of matrices
+PATIENCE = 5  # validations without a better one that end a member's training
 GRADIENT_CLIP = 1.0  # largest norm of a member's gradient
 
 
@@ -37,17 +38,17 @@ class TransferObjective(Objective):
     """Trains a network map on the losses of its head's input.
 
     Validation is the loss of its final features without dropout, mean over whole batches; after
-    ``config.patience`` validations without a better one a member stops.
+    PATIENCE validations without a better one a member stops.
     """
 
-    validate_every = 50
+    validate_every, patience = 50, PATIENCE
 
     def __init__(
         self, cls: type[Map], problem: Problem, values, config: MapConfig, *, codes: bool = False
     ):
         """``codes``: rows hold codes; then dictionaries of any d_model train together."""
         source, target = problem.train.source.dictionary, problem.train.target.dictionary
-        self.config, self.patience = config, config.patience
+        self.config, self.dtype = config, product_dtype(config.matmul_dtype)
         self.shape = {"width_a": source.width, "hidden": config.hidden, "width_b": target.width}
         self.source_graph = None if codes else modules.split(source)[0]
         target = Selected(target.k) if codes else target
@@ -86,7 +87,7 @@ class TransferObjective(Objective):
         if key is None:
             z = p = m(f_a, tokens=rows["tokens"])
         else:  # losses read ``rectified(z)``: a gradient wherever the target fires
-            settings = {"key": key, "dropout": self.config.dropout}
+            settings = {"key": key, "dropout": self.config.dropout, "dtype": self.dtype}
             z = m.estimate(f_a, tokens=rows["tokens"], **settings)
             p = heads.rectified(z)
         weights, variance = self.config.loss_weights, fixed["variance"]

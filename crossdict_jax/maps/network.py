@@ -12,7 +12,7 @@ from crossdict_jax import modules
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps import heads
 from crossdict_jax.maps.base import Fitted, Map, check_rows
-from crossdict_jax.maps.ensemble import prepare, shapes
+from crossdict_jax.maps.ensemble import PATIENCE, prepare, shapes
 from crossdict_jax.ops import matmul
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import stack
@@ -51,18 +51,22 @@ class NetworkMap(Map):
         tokens: jax.Array | None = None,
         key: jax.Array | None = None,
         dropout: float = 0.0,
+        dtype: jnp.dtype | None = None,
     ) -> jax.Array:
-        """Returns the head's input [batch, width_b]; with a key there is dropout."""
+        """Returns the head's input [batch, width_b]; with a key there is dropout.
+
+        ``dtype`` is that of the products' inputs; None: float32.
+        """
         base_a, base_b = self.baselines(tokens, len(f))
         h = (f - base_a) / self.scale_a[...][None, :]
         keys = (None, None) if key is None else jax.random.split(key)
         for linear, norm, own_key in zip(("first", "second"), ("norm_1", "norm_2"), keys):
-            h, norm = _linear(self.network[linear], h), self.network[norm]
+            h, norm = _linear(self.network[linear], h, dtype), self.network[norm]
             variance = jnp.var(h, axis=-1, keepdims=True)
             h = jax.nn.standardize(h, variance=variance, epsilon=1e-6)
             h = jax.nn.relu(h * norm.scale[...][None, :] + norm.bias[...][None, :])
             h = dropped(h, dropout, own_key)
-        return base_b + self.scale_b[...][None, :] * _linear(self.network.last, h)
+        return base_b + self.scale_b[...][None, :] * _linear(self.network.last, h, dtype)
 
     def fires(self, z: jax.Array) -> jax.Array | None:
         """Returns 1 where a feature fires, else 0, with a gradient; None: by its value."""
@@ -124,7 +128,7 @@ class NetworkMap(Map):
             for j, (i, (values, record)) in enumerate(zip(members, measured)):
                 record |= {
                     "steps": int(best[j]["step"]) + 1,  # until the kept parameters
-                    "stopped": bool(best[j]["stale"] >= config.patience),
+                    "stopped": bool(best[j]["stale"] >= PATIENCE),
                     "validation": {name: float(value[j]) for name, value in terms.items()},
                 }
                 target = problems[i].train.target.dictionary
@@ -133,8 +137,8 @@ class NetworkMap(Map):
         return [fitted[i] for i in range(len(problems))]
 
 
-def _linear(layer: nnx.Dict, h: jax.Array) -> jax.Array:
-    return matmul(h, layer.kernel[...]) + layer.bias[...][None, :]
+def _linear(layer: nnx.Dict, h: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    return matmul(h, layer.kernel[...], dtype) + layer.bias[...][None, :]
 
 
 def dropped(h: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.folders import load_tokenizer
-from crossdict_jax.modules import Plain, plain
+from crossdict_jax.modules import Params, Plain, plain
 
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
 ACTIVATIONS = {  # by the names of transformers, several of which are one function
@@ -331,6 +331,22 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
                 f"{config.vocab_size}: 0-{config.vocab_size - 1}); is this its own tokenizer?"
             )
     return jnp.asarray(tokens)
+
+
+def rounded(params: Params, dtype: jnp.dtype) -> Params:
+    """Returns a model's parameters with the weights that only products read as ``dtype``.
+
+    Products round them anyway; kept so, they take half the memory and are read at twice the speed.
+    """
+
+    def round_(path, value):
+        if path[-1].key not in ("W", "W_U") or value.dtype == dtype:
+            return value
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(value.shape, dtype)
+        return value.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(round_, params)
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -18,8 +18,16 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.models.base import KINDS, LanguageModel, Past, Site, captured, check_site
-from crossdict_jax.training.mesh import DATA, make_mesh, platform, put, shard
+from crossdict_jax.models.base import (
+    KINDS,
+    LanguageModel,
+    Past,
+    Site,
+    captured,
+    check_site,
+    rounded,
+)
+from crossdict_jax.training.mesh import DATA, make_mesh, platform, product_dtype, put, shard
 
 AT_ONCE = 16  # added vectors whose predictions lie in memory together
 LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
@@ -173,12 +181,12 @@ class Runner:
         """
         Args:
           batch_size: texts per forward on each device, at most.
-          dtype: of the inputs of matrix products.
+          dtype: of the inputs of matrix products and of the weights that they read; or "auto".
         """
         self.config, self.name, self.mesh = lm.config, lm.name, make_mesh()
         graphdef, params = modules.split(lm)
-        self._model = graphdef, jnp.dtype(dtype)
-        self._params = put(params, shard(self.mesh))
+        self._model = graphdef, product_dtype(dtype)
+        self._params = put(rounded(params, self._model[1]), shard(self.mesh))
         self._batch_size = batch_size
 
     # Batches and programs
@@ -558,7 +566,8 @@ def _log_p(log_p, clean, chunk) -> jax.Array:
 def _watched_change(log_p, clean, chunk, watched, weight) -> tuple[jax.Array, jax.Array]:
     difference = log_p[:, 0] - clean[:, 0]
     kl = -jnp.sum(jnp.exp(clean[:, 0]) * difference, axis=-1)
-    return difference[:, watched] @ weight, jnp.maximum(kl, 0.0)  # below zero it is rounding
+    change = jnp.matmul(difference[:, watched], weight, precision=jax.lax.Precision.HIGHEST)
+    return change, jnp.maximum(kl, 0.0)  # below zero it is rounding
 
 
 def _continuation_change(log_p, clean, chunk) -> jax.Array:

@@ -19,7 +19,7 @@ from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from crossdict_jax.training.ensemble import Ensemble, Objective
 from crossdict_jax.training.loop import Feed, epoch_order, train
-from crossdict_jax.training.mesh import DATA, make_mesh, put, shard
+from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype, put, shard
 from crossdict_jax.workdir import read_json, write_json
 
 WARMUP = 0.03  # of the steps; then cosine decay to a tenth of the rate
@@ -149,7 +149,7 @@ class NextToken(Objective):
 
     def loss(self, params, batch, context):
         lm = modules.merge(self.graphdef, params)
-        logits = lm.logits(batch, dtype=self.config.matmul_dtype)
+        logits = lm.logits(batch, dtype=product_dtype(self.config.matmul_dtype))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:])
         return losses.mean(), ({}, None)
 

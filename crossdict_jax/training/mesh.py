@@ -50,6 +50,17 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def product_dtype(setting: str) -> jnp.dtype:
+    """Returns the type of products' inputs that a ``matmul_dtype`` setting means on this machine.
+
+    "auto" is bfloat16 on accelerators, whose units are made for it, and float32 on CPUs. Sums are
+    float32 always, and so are parameters in training, closed forms and metrics.
+    """
+    if setting == "auto":
+        setting = "float32" if all_devices()[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(setting)
+
+
 def compiler_options() -> dict[str, bool]:
     """Returns compiler options of GPUs: no sort for the k largest of rows, products by cuBLAS.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
 from crossdict_jax.maps.descriptions import Description, describe, profile_weights
 from crossdict_jax.maps.network import dropped
-from crossdict_jax.ops import exact
+from crossdict_jax.ops.products import EXACT, exact
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, to_bits
@@ -26,7 +27,7 @@ HIDDEN = 128  # units of the target's hidden layer
 DROPOUT = 0.2  # of hidden units
 FEATURE_DROPOUT = 0.2  # of the source's features: the network learns to do without any of them
 BATCH_SIZE = 128  # rows of every problem
-WEIGHT_DECAY = 1e-4
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-4  # of AdamW
 START = 0.1  # initial size of the learned part of the weights, in standard deviations
 LOOKS = 10  # validations during training; the best network is kept
 LOOK_ROWS = 1024  # validation rows at most, evenly spread
@@ -86,6 +87,9 @@ def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
     return jax.nn.relu(z + weights["bias"][None, :])
 
 
+Linear = partial(nnx.Linear, precision=EXACT)
+
+
 class Tower(nnx.Module):
     """Turns each feature direction of one model, in one role, into ``rank`` numbers.
 
@@ -95,13 +99,13 @@ class Tower(nnx.Module):
     """
 
     def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(d_model, rank, use_bias=False, rngs=rngs)
+        self.linear = Linear(d_model, rank, use_bias=False, rngs=rngs)
         self.by_layer = nnx.Param(jnp.zeros((layers, d_model, rank)))
 
     def rows(self, directions: jax.Array, nearness: jax.Array) -> jax.Array:
         """Returns u [width, rank] of directions [width, d_model]; ``nearness`` is e [layers]."""
-        blended = jnp.einsum("l,ldr->dr", nearness, self.by_layer[...])
-        return self.linear(directions) + directions @ blended
+        blended = jnp.tensordot(nearness, self.by_layer[...], 1, precision=EXACT)
+        return self.linear(directions) + exact(directions, blended)
 
 
 class TargetTower(Tower):
@@ -115,15 +119,15 @@ class TargetTower(Tower):
         super().__init__(d_model=d_model, layers=layers, rank=rank, rngs=rngs)
         small = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         zeros = nnx.initializers.zeros_init()
-        self.first = nnx.Linear(2 * d_model + 4, HIDDEN, rngs=rngs)
+        self.first = Linear(2 * d_model + 4, HIDDEN, rngs=rngs)
         self.layer_bias = nnx.Param(jnp.zeros((layers, HIDDEN)))
-        self.last = nnx.Linear(HIDDEN, rank, use_bias=False, kernel_init=small, rngs=rngs)
-        self.numbers = nnx.Linear(HIDDEN, 3, kernel_init=zeros, rngs=rngs)
+        self.last = Linear(HIDDEN, rank, use_bias=False, kernel_init=small, rngs=rngs)
+        self.numbers = Linear(HIDDEN, 3, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, b: dict[str, jax.Array], key: jax.Array | None):
         """Returns v [width, rank] and [width, 3]: strength, start, trust."""
         description = jnp.concatenate([b[name] for name in ("reads", "writes", "facts")], axis=1)
-        h = self.first(description) + (b["nearness"] @ self.layer_bias[...])[None, :]
+        h = self.first(description) + exact(b["nearness"], self.layer_bias[...])[None, :]
         h = dropped(jax.nn.gelu(h), DROPOUT, key)
         return self.rows(b["reads"], b["nearness"]) + self.last(h), self.numbers(h)
 
@@ -250,9 +254,11 @@ class WritingObjective(Objective):
 
     def optimizer(self, fixed):
         """Clipped AdamW, warmed up over a tenth of the steps, cosine decay to 0."""
-        steps, peak = self.config.steps, self.config.learning_rate
+        steps = self.config.steps
         warm = max(1, steps // 10)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warm, max(steps, warm + 1))
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, LEARNING_RATE, warm, max(steps, warm + 1)
+        )
         adam = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
         return optax.chain(optax.clip_by_global_norm(1.0), adam)
 

@@ -102,21 +102,6 @@ def split(
     return Split(labels, train, test, seed)
 
 
-def pooled(f: np.ndarray, text: np.ndarray, pooling: str) -> np.ndarray:
-    """Returns the "last", "max" or "mean" of each text's rows of f, [texts, width].
-
-    ``text`` is int [rows], ascending; every text has a row.
-    """
-    first = np.flatnonzero(np.diff(text, prepend=-1))
-    ends = np.append(first[1:], len(f))
-    if pooling == "last":
-        return f[ends - 1]
-    if pooling == "max":
-        return np.maximum.reduceat(f, first)
-    sums = np.add.reduceat(f, first, dtype=np.float64)
-    return (sums / (ends - first)[:, None]).astype(np.float32)
-
-
 def token_counts(tokens: list[np.ndarray]) -> np.ndarray:
     """Returns token counts float32 [texts, tokens that occur]."""
     n = 1 + max(int(text.max()) for text in tokens)

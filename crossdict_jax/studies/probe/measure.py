@@ -17,7 +17,7 @@ from crossdict_jax.models.run import pad
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns
 from crossdict_jax.studies.probe import labelled, logistic
-from crossdict_jax.studies.probe.labelled import Labelled, Split, pooled
+from crossdict_jax.studies.probe.labelled import Labelled, Split
 from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.studies.reading import Reading, read_texts
 from crossdict_jax.training.stage import Stage, progress_bar
@@ -72,9 +72,8 @@ def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, str]:
         f"rebuilt, {len(reading.kept) - len(paired)} unpaired"
     )
     reading = reading.take(paired)
-    if run.config.probe.pooling == "last":  # other rows need no encoding
-        reading = reading.take_rows(np.flatnonzero(np.diff(reading.text, append=-1)))
-    return reading, reasons
+    last = np.flatnonzero(np.diff(reading.text, append=-1))  # what a text says stands at its end
+    return reading.take_rows(last), reasons
 
 
 def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
@@ -87,16 +86,15 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
 
 def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
     """{probe: (training features, test features), each [texts, d]}."""
-    size, pool = run.config.evaluation.batch_size, run.config.probe.pooling
+    size = run.config.evaluation.batch_size
     pairs = Pairs(*(side(*end) for end in group.ends), reading.text)
     own_a, own_b = (
-        pooled(modules.over_rows(s.dictionary, s.x, method="encode", size=size), reading.text, pool)
+        modules.over_rows(s.dictionary, s.x, method="encode", size=size)
         for s in (pairs.source, pairs.target)
     )
     features = {}
     for task in group.tasks:
-        f = maps.predict(maps.load(task.path(run.work)), pairs, size)
-        features[task.kind] = pooled(f, reading.text, pool), own_b
+        features[task.kind] = maps.predict(maps.load(task.path(run.work)), pairs, size), own_b
     counts = labelled.token_counts(reading.passages[group.source].tokens)
     return features | {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
 

@@ -20,6 +20,7 @@ from crossdict_jax.stats import Estimate, Resamples, columns
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.section import (
     RATES,
+    TOP_P,
     answers,
     facts,
     sentence,
@@ -75,7 +76,7 @@ def steer(config: Config, work: Workdir) -> str:
         nothing = np.zeros(runner.config.d_model)
         vectors = [alpha * directions.get(name, nothing) for name, alpha in doses]
         starts = make_starts(prompts, samples, vectors)
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "count": count}
+        sampling = {"temperature": settings.temperature, "top_p": TOP_P, "count": count}
         tokens = runner.generate(starts, group.site_target, seed=seed, **sampling)
         texts = score_texts(source, feature, starts, tokens)
         by = {dose: texts[i * n : (i + 1) * n] for i, dose in enumerate(doses)}

@@ -8,6 +8,7 @@ from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import site_words
 
 TITLE = "Steered text"
+TOP_P = 0.95  # tokens are drawn among the likeliest of this share of the probability
 PROMPTS, SAMPLES = 4, 2  # shown of each question
 WORDS = {"none": "no edit", "mapped": "mapped direction", "random": "random direction"}
 NORMS = {
@@ -78,7 +79,7 @@ def facts(answer: Answer) -> list[tuple[str, str]]:
     """Returns what was added, in words."""
     f, settings = answer.feature, answer.feature["settings"]
     way = "the target’s own match" if settings["map"] == "match" else f"through {settings['map']}"
-    sampling = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
+    sampling = f"temperature {settings['temperature']:g}, top-p {TOP_P:g}"
     cosine = f"cosine with the mapped direction {number(f['match_cosine'], 2)}"
     written = f"{f['new_tokens']} new tokens, {sampling}, seed {f['seed']}"
     contexts = (f"{c['before']}»{c['token']}«{c['after']}" for c in f["contexts"])
