@@ -1,7 +1,7 @@
 """All measurements of speed, at sizes for two CPU cores.
 
 python -m launch.benchmark --config=configs/benchmark.py --workdir=runs/benchmark
-python -m launch.benchmark --config.suite=gpu --workdir=runs/benchmark-gpu
+python -m launch.benchmark --suite=gpu --workdir=runs/benchmark-gpu
 """
 
 from crossdict_jax.config import BenchmarkConfig

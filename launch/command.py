@@ -43,7 +43,7 @@ FILES = {  # flags that are not settings, and their help texts
     "expect": "A file of configs/ with published numbers to compare with at the end",
 }
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
-SHORT["machine"] = "machine"  # of launch.compile
+SHORT |= {"machine": "machine", "suite": "suite"}  # of launch.compile, launch.benchmark
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
 QUIET = {  # advice that nobody asked for, between the progress bars

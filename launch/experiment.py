@@ -20,10 +20,20 @@ from launch import (
 STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, intervene, report)
 
 
+DONE_WITH = STAGES[:3]  # whose programs nobody calls again: 0.3 GB
+
+
 def main(config, work):
+    import jax
+
+    from crossdict_jax.training.stage import free_memory
+
     for number, stage in enumerate(STAGES, start=1):
         say(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}")
         stage.main(config, work)
+        if stage in DONE_WITH:
+            jax.clear_caches()
+            free_memory()
 
 
 if __name__ == "__main__":

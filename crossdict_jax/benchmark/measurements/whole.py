@@ -41,8 +41,6 @@ SIZES = {  # on two CPU cores it would take hours
         "text.source": "docstrings",
         "text.documents": 2000,
         "text.max_bytes": 900,  # about 256 tokens of the embedded tokenizers
-        "extract.matmul_dtype": "bfloat16",
-        "sae.matmul_dtype": "bfloat16",
         "sae.width": 4096,
         "sae.steps": 2500,
         "map.steps": 1000,
