@@ -18,8 +18,6 @@ from launch import (
 )
 
 STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, intervene, report)
-
-
 DONE_WITH = STAGES[:3]  # whose programs nobody calls again: 0.3 GB
 
 
