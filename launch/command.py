@@ -204,7 +204,7 @@ def _choose(config: Any, work: Workdir) -> None:
         write_json(written, to_dict(config))
 
 
-def _set_up_jax(work: Workdir | None) -> None:
+def _set_up_jax(work: Workdir | None = None) -> None:
     """Keeps compiled programs for the next run, and numbers in float32 whatever is set.
 
     On GPUs the compiler measures which kernels are fast, and others round otherwise: there programs

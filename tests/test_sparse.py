@@ -204,7 +204,7 @@ def test_what_equals_the_least_is_kept(over_rows):
 # ---------------------------------------------------------------- sums
 
 
-@pytest.mark.parametrize("big", [1, 2**20])
+@pytest.mark.parametrize("big", [1, pytest.param(2**20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("summed", [sums.sum_by_group, sums.sum_by_key])
 def test_groups_of_any_size_are_summed(summed, big):
     """Also where an entry and its key do not fit into one integer; some entries have no group."""
