@@ -6,18 +6,22 @@ Needs no weights, no text and no accelerator; for TPUs `pip install libtpu`, for
 `pip install "jax[cuda13]"`. Exits with 2 where a program does not fit.
 """
 
+import os
+
+from crossdict_jax.compile.machines import ENVIRONMENT
 from launch import command
 
 
 def main(config, work):
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # compilers of others are asked for programs alone,
-    jax.config.update("jax_enable_compilation_cache", False)  # which only their devices can load
+    # Compilers of others are asked for programs alone, which only their devices can load.
+    jax.config.update("jax_enable_compilation_cache", False)
     from crossdict_jax.compile.report import compile_run
 
     compile_run(config)
 
 
 if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT | os.environ | {"JAX_PLATFORMS": "cpu"})  # as JAX starts
     command.run(main, writes=False)

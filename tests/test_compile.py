@@ -206,9 +206,9 @@ def test_a_model_whose_shape_is_not_known_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- the real steps on a TPU
 
-# For v5e-8, in bfloat16: GB on a device, estimated ms, those without the network, {collective: MB}.
+# For v5e-8: GB on a device, estimated ms, those without the network, {collective: MB}.
 RECORDED = {
-    ("extraction", "read gpt2-medium"): (0.92, 14.3, 14.3, {}),
+    ("extraction", "read gpt2-medium"): (0.75, 14.3, 14.3, {}),
     ("dictionaries", "6 topk of width 4096, d 1024"): (2.75, 3.93, 1.91, {"all-reduce": 101}),
     ("dictionaries", "2 topk of width 131072, d 1024"): (5.27, 39.1, 17.6, {"all-reduce": 1075}),
     ("crosscoders", "6 crosscoders of width 4096, d 1024+1024"): (
