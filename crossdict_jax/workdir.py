@@ -26,7 +26,7 @@ AGAIN = "delete it and run its stage again"
 NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError)
 NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
 LOCK = ".lock"  # in a work directory: who works there
-PROGRAMS = "programs"  # compiled ones, for GPUs
+MEASURED = "autotuning"  # there: which kernels a GPU's compiler chose
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -125,7 +125,7 @@ def open_workdir(
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
 
     One in which nothing has been computed takes new settings: the first command may have failed.
-    A setting that is "auto" is whatever the directory says.
+    A setting that is "auto" by default, and now, is whatever the directory says.
 
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
@@ -140,7 +140,7 @@ def open_workdir(
     settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
-    beside = (written.name, LOCK, PROGRAMS)
+    beside = (written.name, LOCK, MEASURED)
     entries = (p for p in work.root.glob("*") if p.name not in beside)
     computed = any(not p.is_dir() for entry in entries for p in (entry, *entry.rglob("*")))
     if written.exists():
@@ -152,14 +152,14 @@ def open_workdir(
         differences = [
             f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and new.get(key) != "auto"
+            if old.get(key) != new.get(key) and not (new.get(key) == defaults.get(key) == "auto")
         ]
         if differences and computed:
             raise UserError(
                 f"--workdir={work.root} was made with other settings ({'; '.join(differences)}); "
                 "use those settings or another --workdir."
             )
-        if not differences:
+        if computed:
             return work
     elif computed:
         raise UserError(

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import errno
 import functools
-import importlib
+import importlib.util
 import os
 import re
 import runpy
@@ -24,7 +24,7 @@ from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import (
     IN_THE_WAY,
-    PROGRAMS,
+    MEASURED,
     READ_ONLY,
     Workdir,
     alone,
@@ -45,6 +45,7 @@ FILES = {  # flags that are not settings, and their help texts
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
 SHORT |= {"machine": "machine", "suite": "suite"}  # of launch.compile, launch.benchmark
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
+GPU = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # JAX's own for NVIDIA's
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
 QUIET = {  # advice that nobody asked for, between the progress bars
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -192,31 +193,39 @@ def _choose(config: Any, work: Workdir) -> None:
     """
     from crossdict_jax.training.mesh import product_dtype
 
-    written, open_ = work.root / "config.json", False
+    written, usual = work.root / "config.json", dict(flatten(to_dict(type(config)())))
     first = dict(flatten(read_json(written)))
+    chosen = {}
     for name in settings.settings(type(config)):
-        if settings.get(config, name) == "auto":
-            chosen = first.get(name, "auto")
-            if chosen == "auto" and name.endswith("matmul_dtype"):
-                chosen, open_ = product_dtype(chosen).name, True
-            settings.put(config, name, chosen)
-    if open_:
+        if usual[name] == settings.get(config, name) == "auto":
+            value = first.get(name, "auto")
+            if value == "auto" and name.endswith("matmul_dtype"):
+                value = chosen[name] = product_dtype(value).name
+            settings.put(config, name, value)
+    settings.validate(config)
+    if chosen:
         write_json(written, to_dict(config))
 
 
 def _set_up_jax(work: Workdir | None = None) -> None:
     """Keeps compiled programs for the next run, and numbers in float32 whatever is set.
 
-    On GPUs the compiler measures which kernels are fast, and others round otherwise: there programs
-    and measurements lie in the work directory, so that a run ends with the same bits on the
-    machine that takes it over.
+    The compiler of NVIDIA's GPUs measures which kernels are fast, and others round otherwise: what
+    it measured lies in the work directory, so that a run that moves ends with the same bits.
     """
     import jax
 
+    measured = work and work.root.absolute() / MEASURED
+    if measured and any(map(importlib.util.find_spec, GPU)) and os.access(work.root, os.W_OK):
+        measured.mkdir(exist_ok=True)
+        quoted = re.sub(r'(["\\])', r"\\\1", str(measured))
+        asked = f'--xla_gpu_per_fusion_autotune_cache_dir="{quoted}"'
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}".strip()
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # another folder
     jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     try:
-        platform = jax.devices()[0].platform
+        jax.devices()
     except (RuntimeError, AssertionError) as error:
         told = (str(error).splitlines() or ["it is not installed"])[0]
         raise UserError(
@@ -224,12 +233,9 @@ def _set_up_jax(work: Workdir | None = None) -> None:
             "or set cpu."
         ) from error
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "crossdict_jax" / "jax"
-    if work and platform == "gpu":
-        folder = work.root.absolute() / PROGRAMS
     # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
-    if not jax.config.jax_compilation_cache_dir and folder.is_absolute():
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not jax.config.jax_compilation_cache_dir and Path(base).is_absolute():
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crossdict_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # A cache that cannot be used costs time only.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")

@@ -18,7 +18,7 @@ from launch import (
 )
 
 STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, intervene, report)
-DONE_WITH = STAGES[:3]  # whose programs nobody calls again: 0.3 GB
+DONE_WITH = STAGES[:3]  # their programs take 0.3 GB; what others share comes from disk
 
 
 def main(config, work):

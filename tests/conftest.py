@@ -16,7 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import jax
 
     quick = QUICK[: 2 if jax.__version_info__ < (0, 11) else 1]  # XLA ends at a flag it lost
-    asked = {"mesh": [MESH_DEVICES], "slow": []}.get(config.option.markexpr, quick)
+    asked = {"mesh": [MESH_DEVICES], "slow": [], "soak": []}.get(config.option.markexpr, quick)
     # Before jax counts devices; workers of xdist and commands in processes inherit it.
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*flags, *asked]))

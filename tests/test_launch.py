@@ -17,10 +17,10 @@ from tiny_run import SHAPES, make_models, make_texts
 
 from configs import quickstart
 from crossdict_jax import results
-from crossdict_jax.config import Config, PretrainConfig, to_dict
+from crossdict_jax.config import FREE, Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import mesh
-from crossdict_jax.workdir import open_workdir, read_json, write_json
+from crossdict_jax.workdir import open_workdir, write_json
 from launch import (
     command,
     contrast,
@@ -61,39 +61,43 @@ def run_here(main, arguments: str | list[str], **how) -> int:
 
 def test_what_auto_meant_first_it_means_again(tmp_path, monkeypatch):
     """On another machine too, whether the settings come from the directory or from a file."""
+    written = tmp_path / "run" / "config.json"
 
     def chosen(platform: str, arguments: str = "") -> set[str]:
         with monkeypatch.context() as patch:
             patch.setattr(mesh, "all_devices", lambda: [SimpleNamespace(platform=platform)])
-            config, workdir = parse(f"--models=a,b --workdir={tmp_path}/run {arguments}")
-            work = open_workdir(workdir, to_dict(config))
+            arguments = f"--models=a,b --config.steer.search=auto {arguments}"
+            config, workdir = parse(f"--workdir={tmp_path}/run {arguments}")
+            work = open_workdir(workdir, to_dict(config), usual=to_dict(Config()), free=FREE)
             command._choose(config, work)
-            write_json(work.result("pairing.json"), {})
-            groups = [config.extract, config.sae, config.map]
             assert config.sae.products == "auto"  # checkpoints keep it
-            written = read_json(tmp_path / "run" / "config.json")
-            assert written == json.loads(json.dumps(to_dict(config)))
-            return {group.matmul_dtype for group in groups}
+            assert config.steer.search == "auto"  # the user's word
+            return {group.matmul_dtype for group in (config.extract, config.sae, config.map)}
 
     assert chosen("gpu") == {"bfloat16"}
-    assert chosen("cpu") == {"bfloat16"}
-    assert chosen("cpu", "--config=configs/quickstart.py") == {"bfloat16"}
-    with pytest.raises(UserError, match=r"map\.matmul_dtype: bfloat16 there, float32 now"):
-        chosen("gpu", "--config.map.matmul_dtype=float32")
+    assert chosen("cpu", "--config=configs/quickstart.py") == {"float32"}  # nothing is computed
+    assert chosen("gpu") == {"float32"}  # the settings of the directory
+    write_json(tmp_path / "run/results/pairing.json", {})
+    assert chosen("gpu", "--config=configs/quickstart.py") == {"float32"}
+    with pytest.raises(UserError, match=r"map\.matmul_dtype: float32 there, bfloat16 now"):
+        chosen("gpu", "--config.map.matmul_dtype=bfloat16")
+    written.write_text(written.read_text().replace('"float32"', '"float31"'))
+    with pytest.raises(UserError, match=r"matmul_dtype=float31 must be one of"):
+        chosen("gpu", "--config=configs/quickstart.py")
 
 
-def test_on_gpus_programs_lie_in_the_work_directory(tmp_path):
-    """With what the compiler measured there, which decides how sums are rounded."""
-    code = "import jax, sys; from pathlib import Path; from types import SimpleNamespace as N\n"
-    code += "from launch import command; from crossdict_jax.workdir import Workdir\n"
-    code += "jax.devices = lambda: [N(platform=sys.argv[1])]\n"
-    code += "command._set_up_jax(Workdir(Path('run'))); print(jax.config.jax_compilation_cache_dir)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    for platform, folder in (("gpu", "run/programs"), ("cpu", "cache/crossdict_jax/jax")):
-        line = [sys.executable, "-c", code, platform]
-        told = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert told.stdout.strip() == str(tmp_path / folder), told.stderr
+@pytest.mark.parametrize("name", ["run", 'it\'s a "b" $(x);&\\z'])
+def test_what_a_gpus_compiler_measured_lies_in_the_work_directory(name, tmp_path):
+    """It decides how sums are rounded."""
+    code = "import sys; from pathlib import Path; from launch import command\n"
+    code += "from crossdict_jax.workdir import Workdir; command.GPU = ('json',)\n"
+    code += "command._set_up_jax(Workdir(Path(sys.argv[1]))); from jax._src import compiler\n"
+    code += "options = compiler.get_compile_options(num_replicas=1, num_partitions=1)\n"
+    code += "debug = options.executable_build_options.debug_options\n"
+    code += "print(debug.xla_gpu_per_fusion_autotune_cache_dir)"
+    (tmp_path / name).mkdir()
+    told = launch([sys.executable, "-c", code], str(tmp_path / name))
+    assert told.stdout.strip() == str(tmp_path / name / "autotuning"), told.stderr
 
 
 @pytest.fixture

@@ -92,7 +92,12 @@ def read(path: Path) -> Any:
     tree = read_json(path)
     kinds = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
     kind = max(kinds, key=lambda k: len(tree.keys() & {f.name for f in dataclasses.fields(k)}))
-    return from_dict(kind, tree)
+    try:
+        return from_dict(kind, tree)
+    except UserError as error:
+        raise UserError(
+            f"{path}, perhaps of another version, is not understood: {error}"
+        ) from error
 
 
 def parse(kind: Any, text: str) -> Any:

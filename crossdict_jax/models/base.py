@@ -336,7 +336,7 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
 def rounded(params: Params, dtype: jnp.dtype) -> Params:
     """Returns a model's parameters with the weights that only products read as ``dtype``.
 
-    Products round them anyway; kept so, they take half the memory and are read at twice the speed.
+    Products round them anyway; kept so, they are read at twice the speed.
     """
 
     def round_(path, value):

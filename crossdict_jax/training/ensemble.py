@@ -129,7 +129,8 @@ class Ensemble:
                 frozen = grads.keys() & set(objective.frozen)
                 grads |= {name: jnp.zeros_like(grads[name]) for name in frozen}
                 optimizer = objective.optimizer(fixed)
-                updates, slots = optimizer.update(grads, train["optimizer"], params)
+                with jax.default_matmul_precision("highest"):  # of Muon's products
+                    updates, slots = optimizer.update(grads, train["optimizer"], params)
                 moved = optax.apply_updates(params, updates)
                 moved, memory = objective.after_step(moved, train["memory"], aux)
                 train = train | {"optimizer": slots, "memory": memory}

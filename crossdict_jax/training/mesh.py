@@ -53,8 +53,8 @@ def platform() -> str:
 def product_dtype(setting: str) -> jnp.dtype:
     """Returns the type of products' inputs that a ``matmul_dtype`` setting means on this machine.
 
-    "auto" is bfloat16 on accelerators, whose units are made for it, and float32 on CPUs. Sums are
-    float32 always, and so are parameters in training, closed forms and metrics.
+    "auto" is bfloat16 on accelerators, whose units are made for it, and float32 on CPUs. Parameters
+    in training, closed forms and metrics are float32 always.
     """
     if setting == "auto":
         setting = "float32" if all_devices()[0].platform == "cpu" else "bfloat16"

@@ -40,7 +40,8 @@ def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
         planted, of_planted = views(PLANTED, seed=config.seed), Workdir(folder / "planted")
         pareto = dataclasses.replace(config.pareto, k=())  # pareto.k is for the run's width
         settings = planted_config(seed=config.seed)
-        settings = dataclasses.replace(settings, sae=SETTINGS, pareto=pareto)
+        sae = dataclasses.replace(SETTINGS, matmul_dtype=config.sae.matmul_dtype)
+        settings = dataclasses.replace(settings, sae=sae, pareto=pareto)
         made = save_store(planted, of_planted.activations)
         for row, d in curves(settings, made, of_planted, model=NAMES[0], site=SITE):
             best, _ = best_cosines(np.asarray(d.W_dec[...]), planted.truth.directions[0])

@@ -18,7 +18,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, check_rows
 from crossdict_jax.maps.descriptions import Description, describe, profile_weights
 from crossdict_jax.maps.network import dropped
-from crossdict_jax.ops.products import EXACT, exact
+from crossdict_jax.ops import EXACT, exact
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble, stack
 from crossdict_jax.training.mesh import from_bits, to_bits
