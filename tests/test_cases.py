@@ -212,6 +212,18 @@ def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_
         assert byte_ends(text, loaded).ids.tolist() == expected
 
 
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+def test_a_token_of_a_vast_id_is_refused_before_tables_are_made(where, tmp_path):
+    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
+    tree = json.loads((tmp_path / "m/tokenizer.json").read_text())
+    if where == "vocab":
+        tree["model"]["vocab"]["a"] = 2**31
+    else:
+        tree["added_tokens"][-1]["id"] = 2**31
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree))
+    refused(lambda: models.load_tokenizer(tmp_path / "m"), "a token has the id 2147483648")
+
+
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_either_of_two_tied_tensors_is_enough(stored, tmp_path):
     llama = {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 16}

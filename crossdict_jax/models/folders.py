@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import inside
+from crossdict_jax.workdir import inside, read_object
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("docs-gpt2", "docs-neox")  # folders of ASSETS, loaded by their bare names
@@ -19,6 +20,7 @@ TOKENIZER_EXTRAS = (
     "added_tokens.json",
     "merges.txt",
 )
+LARGEST_ID = 2**24  # of a token: the library makes tables with a row for every id up to it
 MODEL_FILES = CONFIG_FILES + SAFETENSORS_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
 
 
@@ -70,6 +72,19 @@ def load_tokenizer(path_or_id: str | Path):
     return _tokenizer(folder, max(file.stat().st_mtime_ns for file in files))
 
 
+def _ids(folder: Path) -> Iterator[int]:
+    """Yields the ids that a folder's files give to tokens by name."""
+    for name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+        tree = read_object(folder / name) if (folder / name).is_file() else {}
+        if name == "tokenizer.json":
+            model, added = tree.get("model"), tree.get("added_tokens")
+            tree = model.get("vocab") if isinstance(model, dict) else None
+            tokens = (token.get("id") for token in added or () if isinstance(token, dict))
+            yield from (id_ for id_ in tokens if isinstance(id_, int))
+        ids = tree.values() if isinstance(tree, dict) else ()  # of others the place is the id
+        yield from (id_ for id_ in ids if isinstance(id_, int))
+
+
 @lru_cache(maxsize=16)
 def _tokenizer(folder: Path, changed: int):
     """``changed`` keeps a rewritten folder from being answered from the cache."""
@@ -80,6 +95,8 @@ def _tokenizer(folder: Path, changed: int):
 
     file = folder / "tokenizer.json"
     try:
+        if (largest := max(_ids(folder), default=0)) > LARGEST_ID:
+            raise ValueError(f"a token has the id {largest}")
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
             return PreTrainedTokenizerFast(tokenizer_file=str(file))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
