@@ -224,6 +224,18 @@ def test_a_token_of_a_vast_id_is_refused_before_tables_are_made(where, tmp_path)
     refused(lambda: models.load_tokenizer(tmp_path / "m"), "a token has the id 2147483648")
 
 
+def test_a_tokenizer_that_contradicts_itself_is_named(tmp_path):
+    """Two tokens have one id: which of them it means, two readings of the file decide anew."""
+    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
+    tree = json.loads((tmp_path / "m/tokenizer.json").read_text())
+    vocabulary, merges = tree["model"]["vocab"], tree["model"]["merges"]
+    for number, parts in enumerate(merges[:40]):
+        vocabulary[f"again{number}"] = vocabulary["".join(parts)]
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"contradicts itself \(Token .* out of vocabulary"):
+        byte_ends("abc", models.load_tokenizer(tmp_path / "m"))
+
+
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_either_of_two_tied_tensors_is_enough(stored, tmp_path):
     llama = {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 16}

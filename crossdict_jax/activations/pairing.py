@@ -86,7 +86,12 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
     import tokenizers
 
     description = backend.to_str()
-    copy = tokenizers.Tokenizer.from_str(description)
+    try:
+        copy = tokenizers.Tokenizer.from_str(description)
+    except Exception as error:  # the Rust library has no class of its own
+        raise UserError(
+            f"A tokenizer contradicts itself ({error!s:.200}); copy its files again."
+        ) from error
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = split_special
