@@ -17,7 +17,7 @@ from planted_store import assert_close
 from test_training import Regression, fit, metrics
 
 from crossdict_jax import results, workdir
-from crossdict_jax.activations.store import open_store
+from crossdict_jax.activations.store import open_store, save_meta
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import loop
 from crossdict_jax.training.stage import Stage
@@ -112,6 +112,14 @@ def test_a_changed_digit_is_noticed(tmp_path_factory):
     with pytest.raises(UserError, match=r"transfer\.jsonl is altered or cut short"):
         results.read(work, "transfer.jsonl")
     meta = work.activations / "meta.json"
+    before, whole = meta.read_bytes(), workdir.read_json(meta)
+    del whole["seal"]
+    whole["checksums"] = {k: v for k, v in whole["checksums"].items() if "shard" not in k}
+    save_meta(work.activations, whole)
+    store = open_store(work.activations)
+    with pytest.raises(UserError, match=r"meta\.json is damaged .*KeyError"):
+        store.read(*next(iter(store.ends.writes)), store.select("train"))
+    meta.write_bytes(before)
     flip(meta, b'"d_model": 16', b'"d_model": 17')
     with pytest.raises(UserError, match=r"meta\.json is altered"):
         open_store(work.activations)

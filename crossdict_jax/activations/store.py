@@ -182,20 +182,21 @@ class Store:
                 f"{self.directory} has no {model} at {site}; it has {'; '.join(sites)}."
             )
         rows = np.asarray(rows, np.int64)
-        starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
-        shards = np.searchsorted(starts, rows, side="right") - 1
-        out = np.empty((len(rows), self.d_model(model)), np.uint16)
-        for shard in np.unique(shards):
-            index = shards == shard
-            name = shard_name(model, str(site), int(shard))
-            elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
-            path = Path(os.path.normpath(self.directory / elsewhere / name))
-            if name not in self._verified:
-                check_file(path, self.meta["checksums"][name])
-                self._verified.add(name)
-            with understood(path, mend=MEND):
-                x = np.load(path, mmap_mode="r", allow_pickle=False)
-                out[index] = x[rows[index] - starts[shard]]
+        with understood(self.directory / "meta.json", mend=MEND):
+            starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
+            shards = np.searchsorted(starts, rows, side="right") - 1
+            out = np.empty((len(rows), self.d_model(model)), np.uint16)
+            for shard in np.unique(shards):
+                index = shards == shard
+                name = shard_name(model, str(site), int(shard))
+                elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
+                path = Path(os.path.normpath(self.directory / elsewhere / name))
+                if name not in self._verified:
+                    check_file(path, self.meta["checksums"][name])
+                    self._verified.add(name)
+                with understood(path, mend=MEND):
+                    x = np.load(path, mmap_mode="r", allow_pickle=False)
+                    out[index] = x[rows[index] - starts[shard]]
         return out.view(ml_dtypes.bfloat16)
 
 
