@@ -543,7 +543,8 @@ def test_settings_of_any_length(capsys, tmp_path):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-WHOLE = {"command extract_activations", "command evaluate"}  # by hand: python tests/fuzz.py
+# By hand: python tests/fuzz.py
+WHOLE = {"command extract_activations", "command evaluate", "command report"}
 
 
 @pytest.mark.parametrize("reader", [name for name in fuzz.readers() if name not in WHOLE])
