@@ -193,17 +193,16 @@ def _choose(config: Any, work: Workdir) -> None:
     """
     from crossdict_jax.training.mesh import product_dtype
 
-    written, usual = work.root / "config.json", dict(flatten(to_dict(type(config)())))
+    written, decided = work.root / "config.json", False
     first = dict(flatten(read_json(written)))
-    chosen = {}
-    for name in settings.settings(type(config)):
-        if usual[name] == settings.get(config, name) == "auto":
+    for name, usual in flatten(to_dict(type(config)())):
+        if usual == settings.get(config, name) == "auto":
             value = first.get(name, "auto")
             if value == "auto" and name.endswith("matmul_dtype"):
-                value = chosen[name] = product_dtype(value).name
+                value, decided = product_dtype(value).name, True
             settings.put(config, name, value)
     settings.validate(config)
-    if chosen:
+    if decided:
         write_json(written, to_dict(config))
 
 
@@ -215,8 +214,10 @@ def _set_up_jax(work: Workdir | None = None) -> None:
     """
     import jax
 
-    measured = work and work.root.absolute() / MEASURED
-    if measured and any(map(importlib.util.find_spec, GPU)) and os.access(work.root, os.W_OK):
+    # XLA ends at a flag that a later version lost.
+    known = jax.__version_info__ < (0, 11) and any(map(importlib.util.find_spec, GPU))
+    if work and known and os.access(work.root, os.W_OK):
+        measured = work.root.absolute() / MEASURED
         measured.mkdir(exist_ok=True)
         quoted = re.sub(r'(["\\])', r"\\\1", str(measured))
         asked = f'--xla_gpu_per_fusion_autotune_cache_dir="{quoted}"'

@@ -543,11 +543,11 @@ def test_settings_of_any_length(capsys, tmp_path):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-# By hand: python tests/fuzz.py
-WHOLE = {"command extract_activations", "command evaluate", "command report"}
+WHOLE = {"command extract_activations", "command evaluate"}  # by hand: python tests/fuzz.py
+SLOW = {"command report": pytest.param("command report", marks=pytest.mark.slow)}
 
 
-@pytest.mark.parametrize("reader", [name for name in fuzz.readers() if name not in WHOLE])
+@pytest.mark.parametrize("reader", [SLOW.get(r, r) for r in fuzz.readers() if r not in WHOLE])
 def test_hostile_input_ends_well_or_in_a_line(reader, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(fuzz, "lab", lambda: tiny)

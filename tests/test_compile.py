@@ -53,6 +53,18 @@ def test_an_unknown_machine_is_refused_with_those_there_are(name):
         machine(name)
 
 
+def test_a_compiler_that_does_not_start_is_named(monkeypatch):
+    from jax.experimental import topologies
+
+    def broken(**options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
+    monkeypatch.setattr(topologies, "get_topology_desc", broken)
+    with pytest.raises(UserError, match=r"h100-1: its compiler does not start \(topology"):
+        machine("h100-1").devices()
+
+
 def test_between_hosts_the_network_is_slower():
     assert machine("h100-8").network > 5 * machine("h100-32").network
 

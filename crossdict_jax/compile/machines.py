@@ -113,7 +113,14 @@ class Machine:
         options = {"topology_name": f"{kind}:{self.shape}"}
         if platform == "cuda":
             options = {"topology_name": kind, "target_config": H100, "topology": self.shape}
-        return list(topologies.get_topology_desc(platform=platform, **options).devices)
+        try:
+            return list(topologies.get_topology_desc(platform=platform, **options).devices)
+        except (NotImplementedError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--machine={self.name}: its compiler does not start ({reason}); {install} again, "
+                "in an environment of its own."
+            ) from error
 
 
 def machine(name: str) -> Machine:

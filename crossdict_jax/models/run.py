@@ -25,6 +25,7 @@ from crossdict_jax.models.base import (
     Site,
     captured,
     check_site,
+    matmul,
     rounded,
 )
 from crossdict_jax.training.mesh import DATA, make_mesh, platform, product_dtype, put, shard
@@ -566,7 +567,7 @@ def _log_p(log_p, clean, chunk) -> jax.Array:
 def _watched_change(log_p, clean, chunk, watched, weight) -> tuple[jax.Array, jax.Array]:
     difference = log_p[:, 0] - clean[:, 0]
     kl = -jnp.sum(jnp.exp(clean[:, 0]) * difference, axis=-1)
-    change = jnp.matmul(difference[:, watched], weight, precision=jax.lax.Precision.HIGHEST)
+    change = matmul(difference[:, watched], weight, jnp.float32)
     return change, jnp.maximum(kl, 0.0)  # below zero it is rounding
 
 
