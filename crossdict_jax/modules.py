@@ -56,9 +56,14 @@ def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> n
     parts = []
     for at in range(0, len(x), size):
         batch = x[at : at + size]
-        padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        parts.append(np.asarray(call(graphdef, method, params, padded))[: len(batch)])
+        parts.append(np.asarray(call(graphdef, method, params, padded(batch, size)))[: len(batch)])
     return np.concatenate(parts)
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """Returns ``rows`` padded to ``size`` with its last row: one compiled shape for all."""
+    missing = size - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
 @partial(jax.jit, static_argnums=(0, 1))

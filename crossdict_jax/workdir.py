@@ -31,9 +31,9 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-def say(text: str, *, level: int = logging.WARNING) -> None:
-    """Prints a line of progress, if ``--verbosity`` is at this level or above."""
-    if logging.get_verbosity() >= level:
+def say(text: str) -> None:
+    """Prints a line of progress, unless ``--verbosity`` is -2 or below."""
+    if logging.get_verbosity() >= logging.WARNING:
         print(text, flush=True)
 
 
@@ -50,39 +50,23 @@ def model_names(models: Iterable[str]) -> list[str]:
     return names
 
 
+def _below_root(name: str) -> property:
+    return property(lambda work: work.root / name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Workdir:
     """The files of one run, all below ``root``; docs/design.md lists them."""
 
     root: Path
 
-    @property
-    def activations(self) -> Path:
-        return self.root / "activations"
-
-    @property
-    def dictionaries(self) -> Path:
-        return self.root / "dictionaries"
-
-    @property
-    def maps(self) -> Path:
-        return self.root / "maps"
-
-    @property
-    def crosscoders(self) -> Path:
-        return self.root / "crosscoders"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "results"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report"
-
-    @property
-    def timing(self) -> Path:
-        return self.results / "timing.json"
+    activations = _below_root("activations")
+    dictionaries = _below_root("dictionaries")
+    maps = _below_root("maps")
+    crosscoders = _below_root("crosscoders")
+    results = _below_root("results")
+    report = _below_root("report")
+    timing = _below_root("results/timing.json")
 
     @property
     def controls(self) -> Workdir:
@@ -280,6 +264,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Returns {path in the folder: sha256} of all its files."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): file_digest(p) for p in files}
+
+
 def parse_json(text: str) -> Any:
     """Returns the value that JSON spells; ValueError for all that Python's reader cannot take.
 
@@ -293,14 +283,33 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Returns the object, or list, in a JSON file; UserError if it is missing or damaged."""
-    return _read(path, parse_json, kind)
+def read_json(
+    path: Path,
+    kind: type = dict,
+    *,
+    parse: Callable[[str], Any] = parse_json,
+    mend: str = AGAIN,
+) -> Any:
+    """Returns the object, or list, in a JSON file; UserError if it is missing or damaged.
+
+    ``parse`` may raise ValueError; ``mend`` says what to do about a damaged file.
+    """
+    try:
+        value = parse(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it first.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged (not valid JSON: {error}); {mend}.") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'list'}; {mend}.")
+    return value
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Returns the rows of a JSON-lines file; UserError if it is missing or damaged."""
-    rows = _read(path, lambda text: [parse_json(line) for line in text.splitlines() if line], list)
+    rows = read_json(
+        path, list, parse=lambda text: [parse_json(line) for line in text.splitlines() if line]
+    )
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is damaged (a line is no JSON object); {AGAIN}.")
     return rows
@@ -335,7 +344,7 @@ def read_object(file: Path) -> dict:
     """Returns the JSON object in a file of other people; UserError if it is none."""
     if not file.is_file():
         raise UserError(f"{file.parent} lacks {file.name}; copy the whole folder.")
-    return _read(inside(file.parent, file), parse_json, dict, mend="copy it again")
+    return read_json(inside(file.parent, file), mend="copy it again")
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
@@ -357,18 +366,6 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
                     ) from None
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); copy it again.") from error
-
-
-def _read(path: Path, parse: Callable[[str], Any], kind: type, *, mend: str = AGAIN) -> Any:
-    try:
-        value = parse(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the stage that writes it first.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged (not valid JSON: {error}); {mend}.") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'list'}; {mend}.")
-    return value
 
 
 def _strict(value: Any) -> Any:

@@ -86,11 +86,8 @@ def run(
 
 def study(name: str) -> Main:
     """Returns the main of a study: ``run`` of its ``measure`` module, imported when it starts."""
-
-    def main(config, work):
-        importlib.import_module(f"crossdict_jax.studies.{name}.measure").run(config, work)
-
-    return main
+    measure = f"crossdict_jax.studies.{name}.measure"
+    return lambda config, work: importlib.import_module(measure).run(config, work)
 
 
 def execute(
@@ -244,10 +241,7 @@ def _set_up_jax(work: Workdir | None = None) -> None:
 
 class _Setting(flags.ArgumentParser):
     def __init__(self, kind: Any):
-        self._kind = kind
-
-    def parse(self, argument: str) -> Any:
-        return settings.parse(self._kind, argument)
+        self.parse = functools.partial(settings.parse, kind)
 
 
 def parse(

@@ -307,11 +307,10 @@ def ours(*inside: str) -> list[dict[str, bytes]]:
 def seal_again(folder):
     """Writes the checksums of what is there: as somebody who means harm would."""
     from crossdict_jax.activations.store import save_meta
-    from crossdict_jax.training.checkpoint import _digests
-    from crossdict_jax.workdir import file_digest, read_json, write_json
+    from crossdict_jax.workdir import file_digest, folder_digests, read_json, write_json
 
     for seal in folder.glob("**/*.sha256.json"):
-        write_json(seal, _digests(seal.with_name(seal.name.split(".")[0])))
+        write_json(seal, folder_digests(seal.with_name(seal.name.split(".")[0])))
     for seal in folder.glob("results/checksums.json"):
         write_json(seal, {n: file_digest(folder / "results" / n) for n in read_json(seal)})
     store = folder / "activations"

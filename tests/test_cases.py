@@ -34,7 +34,6 @@ from crossdict_jax.dictionaries.folders import site_of
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, read_json
 from launch import command
 
@@ -485,7 +484,7 @@ def resealed(path):
     base.save(d, path)
     file = path / "0/meta/metadata"
     file.write_text("{}")
-    workdir.write_json(path / "0.sha256.json", checkpoint._digests(path / "0"))
+    workdir.write_json(path / "0.sha256.json", workdir.folder_digests(path / "0"))
 
 
 LLM = {"model_type": "gpt2", "vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_head": 2}

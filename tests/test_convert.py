@@ -17,9 +17,8 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import ConvertConfig, architectures
 from crossdict_jax.config.settings import validate
-from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries import base, hub
 from crossdict_jax.dictionaries.convert import convert
-from crossdict_jax.dictionaries.formats import hub
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.errors import UserError

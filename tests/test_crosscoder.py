@@ -110,7 +110,7 @@ def test_saved_and_loaded_gives_the_same_bits(variant, tmp_path):
 def test_a_folder_without_a_crosscoder_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no crosscoder"):
         crosscoder.load(tmp_path / "nowhere")
-    checkpoint.save_module(tmp_path / "d", {"a": np.zeros(2)}, {"architecture": "topk"})
+    checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
     with pytest.raises(UserError, match="another checkpoint"):
         crosscoder.load(tmp_path / "d")
 

@@ -27,8 +27,8 @@ VARIABLES = {  # library: the environment variable with its Python, or the check
 }
 
 
-class Peer:
-    """A file of ``peers`` in its own process; a context manager.
+class Peer(contextlib.AbstractContextManager):
+    """A file of ``peers`` in its own process.
 
     Raises:
       UserError: the interpreter cannot be run, or the library fails (its last line is given).
@@ -56,9 +56,6 @@ class Peer:
         except OSError as error:
             self._errors.close()
             raise UserError(f"{self._asked} cannot be run ({error.strerror}).") from error
-
-    def __enter__(self) -> Peer:
-        return self
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(BrokenPipeError):

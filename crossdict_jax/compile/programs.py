@@ -287,13 +287,13 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
             shape = () if plan.codes else sizes
             groups.setdefault((task.kind, *shape), []).append(task)
     for (kind, *_), members in groups.items():
-        n, n_rows, (a, b) = len(members), plan.rows["train"], _ends(members[0])
+        n, n_rows, (a, b) = len(members), plan.rows["train"], members[0].ends
         objective, fixed = _map_objective(plan, kind, (a, b), codes=plan.codes)
         held_out = min(plan.rows["validation"], VALIDATION_ROWS)
         size = min(settings.batch_size, held_out)
         batches = held_out // size, size
         streams = streams_of_sides(
-            *zip(*map(_ends, members)),
+            *zip(*(task.ends for task in members)),
             lambda ends: _codes(plan, ends[0][0], (len(ends), n_rows)),  # noqa: B023
             (None, blank((n, n_rows), np.int32)),
         )
@@ -314,10 +314,6 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
             name=f"{n} maps {kind}",
             changes=changes | {"map.batch_size": settings.batch_size},
         )
-
-
-def _ends(task: Task) -> tuple[End, End]:
-    return (task.source, task.site_source), (task.target, task.site_target)
 
 
 def _dictionary(plan: Plan, end: End) -> Dictionary:
@@ -364,7 +360,7 @@ def scoring(plan: Plan) -> Iterator[Program]:
     """Yields what evaluation does with rows, on one device: dictionaries, maps, retrieval."""
     config, store, size = plan.config, plan.store, plan.config.evaluation.batch_size
     mesh, todo = make_mesh(devices=all_devices()[:1]), tasks(config, store)
-    graph, params = modules.abstract(lambda: _dictionary(plan, _ends(todo[0])[1]))
+    graph, params = modules.abstract(lambda: _dictionary(plan, todo[0].ends[1]))
     d_model, width = params["W_enc"].shape
     d_out, test = params["W_dec"].shape[1], plan.rows["test"]
     changes = {"sae.width": width, "evaluation.batch_size": size}
@@ -383,7 +379,7 @@ def scoring(plan: Plan) -> Iterator[Program]:
     kinds = [kind for kind in config.map.kinds if issubclass(map_class(kind), NetworkMap)]
     maps = len(todo) + len(control_tasks(config, store))
     for kind in kinds[:1]:
-        objective, fixed = _map_objective(plan, kind, _ends(todo[0]))
+        objective, fixed = _map_objective(plan, kind, todo[0].ends)
         trained = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), {}))
         params = fixed["values"] | trained | {"dictionary": fixed["dictionary_b"]}
         arrays = params, blank((size, width)), blank((size,), np.int32)

@@ -386,9 +386,7 @@ class BenchmarkConfig:
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
 
 
-def to_dict(config: Any) -> dict:
-    """Returns a config of any command as nested dicts of JSON values (tuples become lists)."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict  # a config of any command as nested dicts of JSON values
 
 
 def identity(config: Config) -> dict:

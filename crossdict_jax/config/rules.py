@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,9 +61,7 @@ def choice(help: str, *names: str) -> Any:
     return setting(names[0], help, one_of(*names))
 
 
-def optional(help: str, rule: Rule) -> Any:
-    """Returns a setting of no value or several, by default none."""
-    return setting((), help, rule, empty=True)
+optional = partial(setting, (), empty=True)  # no value or several, by default none
 
 
 def files_of(folder: str) -> tuple[str, ...]:
@@ -70,14 +69,10 @@ def files_of(folder: str) -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in (ROOM / folder).glob("[!_]*.py")))
 
 
-def architectures() -> tuple[str, ...]:
-    """Returns the kinds of dictionary."""
-    return files_of("dictionaries/architectures")
-
-
-def map_kinds() -> tuple[str, ...]:
-    """Returns the kinds of map."""
-    return files_of("maps/kinds")
+# Kinds of dictionary, kinds of map, and what launch.benchmark measures.
+architectures = partial(files_of, "dictionaries/architectures")
+map_kinds = partial(files_of, "maps/kinds")
+measurements = partial(files_of, "benchmark/measurements")
 
 
 def gate_files() -> dict[str, str]:
@@ -90,8 +85,3 @@ def output_site(text: str) -> tuple[str | None, str, int | None]:
     """Returns (model, kind, layer) of ``sae.output_site``; None where it names none."""
     model, kind, layer = OUTPUT_SITE.fullmatch(text).groups()
     return model, kind, None if layer is None else int(layer)
-
-
-def measurements() -> tuple[str, ...]:
-    """Returns the measurements of launch.benchmark."""
-    return files_of("benchmark/measurements")

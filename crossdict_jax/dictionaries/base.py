@@ -262,7 +262,8 @@ def from_arrays(
 
 def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> None:
     """Writes a checkpoint that ``load`` reads."""
-    checkpoint.save_module(path, modules.split(dictionary)[1], (meta or {}) | dictionary.meta)
+    params = modules.split(dictionary)[1]
+    checkpoint.save(path, params=params, meta=(meta or {}) | dictionary.meta)
 
 
 @modules.plain

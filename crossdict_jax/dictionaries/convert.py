@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from crossdict_jax.config import ConvertConfig
-from crossdict_jax.dictionaries import base, formats
+from crossdict_jax.dictionaries import base, formats, hub
 from crossdict_jax.dictionaries.folders import hook_name
-from crossdict_jax.dictionaries.formats import hub, saelens
+from crossdict_jax.dictionaries.formats import saelens
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, model_names, read_json
@@ -47,7 +47,8 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         if not items:
             raise UserError(f"{root} has no finished dictionary; run train_saes first.")
     else:
-        inner = hub.parse(config.source)[1] if hub.recognises(config.source) else root
+        on_hub = config.source.startswith(hub.PREFIX)
+        inner = hub.parse(config.source)[1] if on_hub else root
         asked = {"hook_name": config.hook_name, "model_name": config.model_name}
         names = dict.fromkeys(asked, "") | formats.names(config.source)
         names |= {key: value for key, value in asked.items() if value}

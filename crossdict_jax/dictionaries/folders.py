@@ -8,7 +8,6 @@ import numpy as np
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import KINDS, Site
-from crossdict_jax.workdir import read_tensors
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -49,11 +48,6 @@ def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | 
         allowed = f"to {limit}" if limit else "or more"
         raise UserError(f"{file}: {key}={value!r} must be a whole number, 1 {allowed}.")
     return int(value)
-
-
-def read_safetensors(file: Path, shapes: Shapes) -> Arrays:
-    """Returns the tensors of a safetensors file as float32; see ``check_arrays``."""
-    return check_arrays(dict(read_tensors(file)), shapes, file)
 
 
 def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:

@@ -29,12 +29,12 @@ from crossdict_jax.maps.moments import (
     TokenSums,
     find_tokens,
     moments,
-    padded,
     slices,
     token_sums,
 )
+from crossdict_jax.modules import padded
 from crossdict_jax.ops import exact
-from crossdict_jax.training.checkpoint import load_meta, load_params, save_module
+from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import understood
 
 
@@ -172,9 +172,8 @@ class Problem:
         return self.regress(Side.activations)
 
 
-def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
-    """Returns features float32 [m, width] of activations [m, d_model]."""
-    return modules.over_rows(dictionary, x, method="encode", size=ROWS)
+# (dictionary, activations [m, d_model]) -> features float32 [m, width].
+encode_rows = partial(modules.over_rows, method="encode", size=ROWS)
 
 
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
@@ -347,9 +346,8 @@ def predict_batch(graph, method, params, inputs, tokens):
     return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
-def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:
-    """Returns B's predicted activations float32 [n, d_b]."""
-    return predict(m, pairs, batch_size, method="activation")
+# (an ``ActivationMap``, pairs) -> B's predicted activations float32 [n, d_b].
+predict_activations = partial(predict, method="activation")
 
 
 def own_parameters(params: modules.Params) -> modules.Params:
@@ -386,7 +384,7 @@ def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None 
         "target_fingerprint": fingerprint(m.dictionary),
         "record": record or {},
     }
-    save_module(Path(path), params, meta)
+    checkpoint.save(Path(path), params=params, meta=meta)
 
 
 @modules.plain
@@ -402,26 +400,22 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
     """
     path = Path(path)
     with understood(path):
-        return _load(path, load_meta(path), dictionary)
-
-
-def _load(path: Path, meta: dict, dictionary: Dictionary | None) -> Map:
-    folder = Path(os.path.normpath(path / meta["target_dictionary"]))
-    if not folder.is_dir():
-        raise UserError(
-            f"Map {path} needs the target's dictionary {folder}, which is missing; "
-            "restore it or train dictionaries and maps again."
+        meta = checkpoint.load_meta(path)
+        folder = Path(os.path.normpath(path / meta["target_dictionary"]))
+        if not folder.is_dir():
+            raise UserError(
+                f"Map {path} needs the target's dictionary {folder}, which is missing; "
+                "restore it or train dictionaries and maps again."
+            )
+        dictionary = dictionaries.load(folder) if dictionary is None else dictionary
+        if fingerprint(dictionary) != meta["target_fingerprint"]:
+            raise UserError(
+                f"Map {path} was fitted with another dictionary than {folder} holds; "
+                "restore that one or delete the map and fit it again."
+            )
+        abstract = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(tuple(map(int, s.split()[1:])), s.split()[0]),
+            meta["shapes"],
         )
-    dictionary = dictionaries.load(folder) if dictionary is None else dictionary
-    if fingerprint(dictionary) != meta["target_fingerprint"]:
-        raise UserError(
-            f"Map {path} was fitted with another dictionary than {folder} holds; "
-            "restore that one or delete the map and fit it again."
-        )
-
-    def abstract(shape: str) -> jax.ShapeDtypeStruct:
-        dtype, *sizes = shape.split()
-        return jax.ShapeDtypeStruct(tuple(map(int, sizes)), dtype)
-
-    values = load_params(path, jax.tree.map(abstract, meta["shapes"]))
-    return map_class(meta["kind"])(dictionary, values, **meta["settings"])
+        values = checkpoint.load_params(path, abstract)
+        return map_class(meta["kind"])(dictionary, values, **meta["settings"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from crossdict_jax import dictionaries, models, modules, stats
 from crossdict_jax.activations.pairing import token_bytes
-from crossdict_jax.activations.store import Store
+from crossdict_jax.activations.store import End, Store
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, JointSettings, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import crosscoder
@@ -61,10 +61,14 @@ class Task:
             return task
         return dataclasses.replace(task, source=task.target, site_source=task.site_target)
 
+    @property
+    def ends(self) -> tuple[End, End]:
+        """(model, site) of what it reads, and of what it predicts."""
+        return (self.source, self.site_source), (self.target, self.site_target)
+
     def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
         """Returns the checkpoints of both dictionaries and the map."""
-        ends = (self.source, self.site_source), (self.target, self.site_target)
-        return *(work.dictionary(*end) for end in ends), self.path(work)
+        return *(work.dictionary(*end) for end in self.ends), self.path(work)
 
     @property
     def label(self) -> str:
@@ -157,14 +161,13 @@ class Loader:
         A ceiling reads the target's second dictionary; an untrained control predicts the
         re-initialised target.
         """
-        ends = (task.source, task.site_source), (task.target, task.site_target)
-        source, target = ((*end, self.work.dictionary(*end, MEMBER)) for end in ends)
+        source, target = ((*end, self.work.dictionary(*end, MEMBER)) for end in task.ends)
         if task.control == "ceiling":
-            second = f"seed-{CEILING_SEED}"
-            folder = self.work.dictionary(*ends[0], second)
+            end, second = task.ends[0], f"seed-{CEILING_SEED}"
+            folder = self.work.dictionary(*end, second)
             if not folder.exists():  # the run has one seed
-                folder = self.work.controls.dictionary(*ends[0], second)
-            source = (*ends[0], folder)
+                folder = self.work.controls.dictionary(*end, second)
+            source = (*end, folder)
         if task.control == "untrained":
             trained = len(self.store.models) // 2
             model = self.store.models[self.store.models.index(task.target) + trained]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax.maps.codes import Codes
+from crossdict_jax.modules import padded
 from crossdict_jax.ops import exact
 
 ROWS = 4096  # rows per dispatch
@@ -21,12 +22,6 @@ def slices(n: int, size: int = ROWS) -> Iterator[slice]:
     """Yields consecutive slices that cover ``n`` rows."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """Returns ``rows`` padded to ``size`` with its last row: one compiled shape for all."""
-    missing = size - len(rows)
-    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
 Means = tuple[np.ndarray, np.ndarray]  # of both sides, float64 [d_a] and [d_b]

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from crossdict_jax.config.rules import files_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
@@ -30,9 +31,7 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def model_types() -> tuple[str, ...]:
-    """The model types that can be loaded: the files in ``families``."""
-    return tuple(sorted(f.stem for f in (Path(__file__).parent / "families").glob("[!_]*.py")))
+model_types = partial(files_of, "models/families")  # those that can be loaded
 
 
 def _family(model_type: str):

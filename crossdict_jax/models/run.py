@@ -534,22 +534,27 @@ def _look_back(lm, site, tokens, x) -> dict:
     return {layer: kept for layer, kept in layers.items() if layer >= lowest}
 
 
+def _edited_at(lm, tokens, past: Past | None, site: Site, edit: Callable, read: jax.Array):
+    """Logits at ``read`` [batch, reads] alone with ``edit(x)`` at the site, and keys and values."""
+    top = Site(lm.config.n_layers - 1, "resid_post")
+
+    def tap(at, y):
+        if at == site:
+            y = edit(y)
+        if at == top:  # what is not read needs no logits
+            y = jnp.take_along_axis(y, read[:, :, None], axis=1)
+        return y
+
+    return lm.extend(tokens, past, tap=tap)
+
+
 def _measured(lm, site, measure, at_once, vectors, strength, extra, layers, chunk: Chunk):
     """``measure(log p, clean log p [n, reads, vocab], chunk, *extra)`` of every added vector."""
-    top = Site(lm.config.n_layers - 1, "resid_post")
     past = Past(layers, chunk.start) if layers else None
 
     def edit(vector, strength):
         delta = (chunk.edited * strength[:, None])[:, :, None] * vector[None, None, :]
-
-        def tap(at, y):
-            if at == site:
-                y = chunk.x + delta
-            if at == top:  # what is not read needs no logits
-                y = jnp.take_along_axis(y, chunk.read[:, :, None], axis=1)
-            return y
-
-        logits, _ = lm.extend(chunk.tokens, past, tap=tap)
+        logits, _ = _edited_at(lm, chunk.tokens, past, site, lambda y: chunk.x + delta, chunk.read)
         return jax.nn.log_softmax(logits, axis=-1)
 
     clean = edit(jnp.zeros_like(vectors[0]), jnp.zeros_like(strength[0]))
@@ -581,22 +586,13 @@ def _generate(lm, site, count, temperature, top_p, seed, *starts) -> jax.Array:
     fold_in = jax.vmap(jax.random.fold_in)
     root = jax.random.key(seed)
     keys = fold_in(jax.vmap(partial(jax.random.fold_in, root))(starts.prompt), starts.sample)
-    top = Site(lm.config.n_layers - 1, "resid_post")
     row = jnp.arange(len(starts.length))
 
     def read(tokens, position, past, last):
         """Logits [n, vocab] after one token of each row, and the keys of all of them."""
         edited = position >= starts.length[:, None] - 1
         added = edited[..., None] * starts.vector[:, None, :]
-
-        def tap(at, y):
-            if at == site:
-                y = y + added
-            if at == top:  # what is not read needs no logits
-                y = jnp.take_along_axis(y, last[:, None, None], axis=1)
-            return y
-
-        logits, layers = lm.extend(tokens, past, tap=tap)
+        logits, layers = _edited_at(lm, tokens, past, site, lambda y: y + added, last[:, None])
         return logits[:, 0], layers
 
     def step(carry, i):

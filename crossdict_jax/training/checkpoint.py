@@ -10,21 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, disk_words, file_digest, read_json, write_json
+from crossdict_jax.workdir import check_space, disk_words, folder_digests, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
+OPTIONS = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
-
-
-def _manager(directory: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): file_digest(p) for p in files}
 
 
 def latest_step(directory: Path) -> int | None:
@@ -48,7 +39,7 @@ def finished_step(directory: Path) -> int:
     if step is None:
         raise UserError(f"{directory} holds no finished checkpoint; run the stage that writes it.")
     folder = Path(directory) / str(step)
-    digests = _digests(folder)
+    digests = folder_digests(folder)
     for name, digest in read_json(Path(directory) / f"{step}.sha256.json").items():
         if digests.get(name) != digest:
             state = "altered or cut short" if name in digests else "missing"
@@ -59,12 +50,12 @@ def finished_step(directory: Path) -> int:
     return step
 
 
-def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> None:
+def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -> None:
     """Writes pytrees (``params=``, ``train=``) and ``meta`` (JSON) as checkpoint ``step``.
 
     Older checkpoints are deleted once the new one is sealed.
     """
-    directory = Path(directory)
+    directory, trees = Path(directory), jax.tree.map(np.asarray, trees)
     for path in directory.glob("*"):
         if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
             shutil.rmtree(path)  # a kill left it half written
@@ -73,10 +64,10 @@ def save(directory: Path, step: int, *, meta: dict | None = None, **trees) -> No
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["meta"], new = ocp.args.JsonSave(meta or {}), directory / f"{step}.sha256.json"
     try:
-        with _manager(directory) as manager:
+        with ocp.CheckpointManager(directory.absolute(), options=OPTIONS) as manager:
             manager.save(step, args=ocp.args.Composite(**items))
             manager.wait_until_finished()
-        write_json(new, _digests(directory / str(step)))
+        write_json(new, folder_digests(directory / str(step)))
     except OSError as error:
         raise UserError(disk_words(directory, error)) from error
     for seal in set(directory.glob("*.sha256.json")) - {new}:
@@ -96,7 +87,7 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
     step = finished_step(directory)
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     try:
-        with _manager(directory) as manager:
+        with ocp.CheckpointManager(Path(directory).absolute(), options=OPTIONS) as manager:
             restored = manager.restore(step, args=ocp.args.Composite(**items))
     except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
         raise
@@ -106,11 +97,6 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
             f"Checkpoint {directory} does not fit ({reason}); delete it and run its stage again."
         ) from error
     return {name: restored[name] for name in abstract}
-
-
-def save_module(directory: Path, params: Any, meta: dict) -> None:
-    """Writes a finished module: its parameters (nested dict of arrays) and ``meta``."""
-    save(directory, 0, params=jax.tree.map(np.asarray, params), meta=meta)
 
 
 def load_meta(directory: Path) -> dict:

@@ -299,9 +299,7 @@ def _report(first: int, count: int, metrics: dict, *, title: str, writer, progre
     progress.update(count)
 
 
-@jax.jit
-def _finite(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)
+_finite = jax.jit(functools.partial(jax.tree.map, lambda a: jnp.isfinite(a).all()))
 
 
 def _check_params(params: PyTree, done: int, title: str) -> None:

@@ -17,6 +17,7 @@ from crossdict_jax.evaluation.scoring import make_bench, score
 from crossdict_jax.maps import Pairs, Problem, Side, map_class
 from crossdict_jax.training.stage import free_memory
 
+RESET = Path("/proc/self/clear_refs")  # of the largest memory; only on Linux
 TOKENS, DOCUMENT = 5000, 200  # distinct tokens; rows of a document
 D_MODEL, K, STEPS = 256, 32, 20  # the last: of the trained map
 KINDS = ("token_ridge", "ridge_codes", "mlp")  # that read activations, codes, and are trained
@@ -53,11 +54,14 @@ def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
             return confirm(pairs, *codes[2], documents=splits["test"].documents)
 
         for name, stage in (stages | {"score a map": scored, "match features": matched}).items():
-            memory = _Memory()
+            free_memory()
+            if RESET.exists():
+                RESET.write_text("5")  # the largest memory is what is held now
+                held = _largest_memory()
             seconds = timed(lambda _, stage=stage: stage() and None, 1).seconds
             row = {"benchmark": bench.name, "case": f"width {width:,}, rows {n:,}"}
             row |= {"contender": name, "seconds": seconds, "unit": "rows", "per_s": n / seconds}
-            yield row | memory.taken()
+            yield row | ({"memory": _largest_memory() - held} if RESET.exists() else {})
 
 
 def _splits(n: int, width: int, seed: int) -> dict[str, Pairs]:
@@ -74,19 +78,7 @@ def _splits(n: int, width: int, seed: int) -> dict[str, Pairs]:
     return {name: pairs.take(np.arange(a, b)) for name, a, b in zip(counts, starts, ends)}
 
 
-class _Memory:
-    """The largest memory of this process from now on, beyond what it has; only on Linux."""
-
-    def __init__(self):
-        free_memory()
-        self._reset = Path("/proc/self/clear_refs")
-        if self._reset.exists():
-            self._reset.write_text("5")  # the peak is what is held now
-            self._held = self._peak()
-
-    def taken(self) -> dict[str, float]:
-        return {"memory": self._peak() - self._held} if self._reset.exists() else {}
-
-    def _peak(self) -> float:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(1024.0 * int(s.split()[1]) for s in status if s.startswith("VmHWM"))
+def _largest_memory() -> float:
+    """Returns the bytes that this process has held at most since ``RESET`` was written."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(s.split()[1]) for s in status if s.startswith("VmHWM"))

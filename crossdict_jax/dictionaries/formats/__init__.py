@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from crossdict_jax.config.rules import files_of
-from crossdict_jax.dictionaries import base
+from crossdict_jax.dictionaries import base, hub
 from crossdict_jax.dictionaries.folders import hook_name
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
@@ -30,11 +30,11 @@ def load(path: str | Path) -> base.Dictionary:
       UserError: there is none; a key or weight is missing, damaged, or cannot be represented (the
         file is named).
     """
-    formats, folder = _formats(), Path(path)
+    formats, folder = _formats(), hub.fetch(str(path))
     for module in formats:
-        if _recognises(module, str(path)):
-            with understood(path, mend=COPY):
-                return module.load(str(path))
+        if _recognises(module, str(folder)):
+            with understood(folder, mend=COPY):
+                return module.load(str(folder))
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
     if closed or (folder / "cfg.json").is_file():
         files = {module.WEIGHTS: module.TOOL for module in formats if hasattr(module, "WEIGHTS")}
@@ -43,7 +43,7 @@ def load(path: str | Path) -> base.Dictionary:
         raise UserError(
             f"{folder} has neither {' nor '.join(names)}{beside}; copy the folder's weights there."
         )
-    return base.load(path)  # which says what is missing
+    return base.load(folder)  # which says what is missing
 
 
 def names(path: str | Path) -> dict[str, str]:
@@ -52,13 +52,14 @@ def names(path: str | Path) -> dict[str, str]:
     ``model_name``, ``hook_name`` and, of a transcoder, ``hook_name_out``, as TransformerLens or
     transformers names them (``blocks.6.hook_resid_pre``, ``model.layers.6``).
     """
-    if checkpoint.is_finished(Path(path)):
-        meta = checkpoint.load_meta(Path(path))
+    folder = hub.fetch(str(path))
+    if checkpoint.is_finished(folder):
+        meta = checkpoint.load_meta(folder)
         said = {"model_name": meta.get("model"), "hook_name": hook_name(meta.get("site", ""))}
     else:
-        module = next((m for m in _formats() if _recognises(m, str(path))), None)
-        with understood(path, mend=COPY):
-            said = module.names(str(path)) if module else {}
+        module = next((m for m in _formats() if _recognises(m, str(folder))), None)
+        with understood(folder, mend=COPY):
+            said = module.names(str(folder)) if module else {}
     return {key: str(value) for key, value in said.items() if value}
 
 

@@ -11,13 +11,13 @@ from crossdict_jax.dictionaries.base import Dictionary, architecture_of, find, f
 from crossdict_jax.dictionaries.folders import (
     Arrays,
     centred,
-    read_safetensors,
+    check_arrays,
     require,
     require_count,
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, read_object, write_json
+from crossdict_jax.workdir import check_space, read_object, read_tensors, write_json
 
 TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -64,7 +64,7 @@ def load(path: str) -> Dictionary:
     shapes |= {name: (width,) for name in biases.get(kind, ("b_enc",))}
     shapes |= {"W_skip": (d_out, d_model)} if "skip" in theirs else {}
     shapes |= {"topk_threshold": ()} if batch else {}
-    arrays = read_safetensors(folder / WEIGHTS, shapes)
+    arrays = check_arrays(dict(read_tensors(folder / WEIGHTS)), shapes, folder / WEIGHTS)
     # expected_average_only_in is folded already, or stands in activation_scaler.json.
     norms = ("none", "expected_average_only_in", *NORMS)
     norm, scale = config.get("normalize_activations") or "none", _scale(folder)

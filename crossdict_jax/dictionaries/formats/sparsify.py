@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.folders import read_safetensors, require_count
+from crossdict_jax.dictionaries.folders import check_arrays, require_count
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import read_object
+from crossdict_jax.workdir import read_object, read_tensors
 
 TOOL, CONFIG, WEIGHTS = "sparsify", "cfg.json", "sae.safetensors"
 ONLY = {"activation": "topk", "signed": False, "skip_connection": False}
@@ -22,7 +22,7 @@ def load(path: str) -> Dictionary:
 
     UserError: see ``formats.load``.
     """
-    file = Path(path) / CONFIG
+    file, weights = Path(path) / CONFIG, Path(path) / WEIGHTS
     config = read_object(file)
     for key, only in ONLY.items():
         if config.get(key, only) != only:
@@ -32,7 +32,7 @@ def load(path: str) -> Dictionary:
     width = require_count(config, size, file) * (1 if size == "num_latents" else d_model)
     shapes = {"encoder.weight": (width, d_model), "encoder.bias": (width,)}
     shapes |= {"W_dec": (width, d_model), "b_dec": (d_model,)}
-    arrays = read_safetensors(Path(path) / WEIGHTS, shapes)
+    arrays = check_arrays(dict(read_tensors(weights)), shapes, weights)
     arrays["W_enc"] = arrays.pop("encoder.weight").T
     arrays["b_enc"] = arrays.pop("encoder.bias")
     k = require_count(config, "k", file, limit=width)

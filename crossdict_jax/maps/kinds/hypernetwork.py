@@ -103,7 +103,10 @@ class Tower(nnx.Module):
         self.by_layer = nnx.Param(jnp.zeros((layers, d_model, rank)))
 
     def rows(self, directions: jax.Array, nearness: jax.Array) -> jax.Array:
-        """Returns u [width, rank] of directions [width, d_model]; ``nearness`` is e [layers]."""
+        """Returns u [width, rank] of directions [width, d_model]; ``nearness`` is e [layers].
+
+        e sums to 1.
+        """
         blended = jnp.tensordot(nearness, self.by_layer[...], 1, precision=EXACT)
         return self.linear(directions) + exact(directions, blended)
 
@@ -182,7 +185,10 @@ class Network:
                     f"The hypernetwork was not trained with {model} as {role}; it knows {models}."
                 )
             numbers = {"mean": of_role.moments.mean, "scale": of_role.scale}
-            numbers["nearness"] = nearness(layer, self.layers[role, model])
+            # A layer in between is blended from its neighbours, one outside is the outermost.
+            layers = self.layers[role, model]
+            units = np.eye(len(layers))
+            numbers["nearness"] = np.array([np.interp(layer, layers, unit) for unit in units])
             reads[role] = of_role.directions | numbers
         return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
 
@@ -196,14 +202,6 @@ class Network:
         towers = [self.towers[role, side.side.model] for role, side in zip(ROLES, pair)]
         values = written(*towers, reads) | {"mean_a": reads["source"]["mean"]}
         return Hypernetwork(pair[1].side.dictionary, values)
-
-
-def nearness(layer: int, layers: Sequence[int]) -> np.ndarray:
-    """Returns the nearness of a layer to each of ``layers`` (ascending), [len(layers)], of sum 1.
-
-    A layer in between is blended from its two neighbours, one outside is the outermost.
-    """
-    return np.array([np.interp(layer, layers, unit) for unit in np.eye(len(layers))])
 
 
 def from_profiles(problem: Problem) -> Hypernetwork:

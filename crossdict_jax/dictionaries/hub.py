@@ -4,17 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from crossdict_jax.dictionaries import formats
-from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
 
 PREFIX = "hub:"
 READ = ("*.json", "*.safetensors", "*.npz")  # what formats of dictionaries consist of, no code
-
-
-def recognises(path: str) -> bool:
-    """Whether ``path`` names a folder on the hub."""
-    return path.startswith(PREFIX)
 
 
 def parse(text: str) -> tuple[str, str, str | None]:
@@ -25,7 +18,7 @@ def parse(text: str) -> tuple[str, str, str | None]:
     """
     path, _, revision = text.removeprefix(PREFIX).partition("@")
     parts = path.strip("/").split("/")
-    if not recognises(text) or len(parts) < 2 or not all(parts) or ".." in parts:
+    if not text.startswith(PREFIX) or len(parts) < 2 or not all(parts) or ".." in parts:
         raise UserError(
             f"{text!r} is no place on the hub; write hub:OWNER/NAME or hub:OWNER/NAME/FOLDER, "
             "with @REVISION behind it for an older one."
@@ -33,21 +26,14 @@ def parse(text: str) -> tuple[str, str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]), revision or None
 
 
-def load(path: str) -> Dictionary:
-    """Returns the dictionary in a folder on the hub."""
-    return formats.load(fetch(path))
-
-
-def names(path: str) -> dict[str, str]:
-    """Returns what ``formats.names`` does."""
-    return formats.names(fetch(path))
-
-
 def fetch(path: str) -> Path:
-    """Returns a local copy of a folder on the hub; only json, safetensors and npz are fetched.
+    """Returns a local copy of a folder on the hub, and any other path as it is.
 
-    UserError: there is no such repository or folder, or the hub cannot be reached.
+    Only json, safetensors and npz are fetched. UserError: there is no such repository or folder, or
+    the hub cannot be reached.
     """
+    if not path.startswith(PREFIX):
+        return Path(path)
     from huggingface_hub import snapshot_download
 
     repository, inner, revision = parse(path)
