@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +234,15 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     }
     stage = f"train_hypernetworks_{control}" if control else "train_hypernetworks"
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
-    with timed(work, stage) as figures, bar:
+
+    def write(fitted: tuple[Task, base.Fitted]) -> None:
+        task, result = fitted
+        target = loader.ends(task)[1][2]
+        base.save(result.map, task.path(loader.work), dictionary=target, record=result.record)
+        bar.update()
+
+    with timed(work, stage) as figures, bar, ThreadPoolExecutor(1) as disk:
+        written = iter(())
         for batch in batches:
             kind = batch[0].kind
             bar.set_postfix_str(f"{kind}: {batch[0].label}", refresh=True)
@@ -241,11 +250,9 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
             if map_class(kind).through_joint:
                 problems = with_codes(problems, batch, loader, seed, options["directory"])
             fitted = map_class(kind).fit(problems, config.map, **options)
-            for task, result in zip(batch, fitted):
-                if task in unfinished:
-                    path, target = task.path(loader.work), loader.ends(task)[1][2]
-                    base.save(result.map, path, dictionary=target, record=result.record)
-                    bar.update()
+            list(written)  # those of the batch before; raises what went wrong
+            written = disk.map(write, [f for f in zip(batch, fitted) if f[0] in unfinished])
+        list(written)
         figures["maps"] = len(unfinished)
         figures["rows"] = len(loader.store.select("train")) * len(unfinished)
 

@@ -85,10 +85,10 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
       UserError: there is none, or it is damaged or of another shape.
     """
     step = finished_step(directory)
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    folder = Path(directory).absolute() / str(step)
     try:
-        with ocp.CheckpointManager(Path(directory).absolute(), options=OPTIONS) as manager:
-            restored = manager.restore(step, args=ocp.args.Composite(**items))
+        with ocp.StandardCheckpointer() as checkpointer:  # half as long as by a manager
+            return {name: checkpointer.restore(folder / name, abstract[name]) for name in abstract}
     except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # some are bare
@@ -96,7 +96,6 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
         raise UserError(
             f"Checkpoint {directory} does not fit ({reason}); delete it and run its stage again."
         ) from error
-    return {name: restored[name] for name in abstract}
 
 
 def load_meta(directory: Path) -> dict:

@@ -239,18 +239,20 @@ class Chunks:
 
         @functools.partial(jax.jit, static_argnames="variant", **options)
         def run_chunk(state, resident, indices, first, count, root, variant):
-            def one_step(j, carry):
-                state, metrics = carry
-                batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
-                key = jax.random.fold_in(root, first + j)
-                state, new = trainable.step(state, batch, first + j, key, variant)
-                return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), metrics, new)
+            step = jax.jit(functools.partial(trainable.step, variant=variant))  # is traced once
 
-            batch = jax.eval_shape(feed.select, resident, jax.tree.map(lambda a: a[0], indices))
-            step = functools.partial(trainable.step, variant=variant)
-            _, shapes = jax.eval_shape(step, state, batch, first, root)
+            def one_step(state, j):
+                batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
+                number = jnp.int32(first + j)
+                return step(state, batch, number, jax.random.fold_in(root, number))
+
+            def body(j, carry):
+                state, new = one_step(carry[0], j)
+                return state, jax.tree.map(lambda all_, m: all_.at[j].set(m), carry[1], new)
+
+            _, shapes = jax.eval_shape(one_step, state, 0)
             empty = jax.tree.map(lambda m: jnp.zeros((limit, *m.shape), m.dtype), shapes)
-            return jax.lax.fori_loop(0, count, one_step, (state, empty))
+            return jax.lax.fori_loop(0, count, body, (state, empty))
 
         self.run = run_chunk
 
