@@ -19,8 +19,6 @@ from crossdict_jax.errors import UserError
 
 MAX_SPAN = 8  # the last bin of a span-length histogram holds this many tokens or more
 _ENCODE_BATCH = 1024  # texts per call of a tokenizer: bounds the memory of its answers
-# Text -> its NFC, which tokenizers read and byte offsets count in.
-normalize = functools.partial(unicodedata.normalize, "NFC")
 
 
 class TokenEnds(NamedTuple):
@@ -167,6 +165,11 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
             "of this text cannot be paired; use other text or another tokenizer."
         )
     return tokens
+
+
+def normalize(text: str) -> str:
+    """Returns the NFC of `text`, which tokenizers read and byte offsets count in."""
+    return unicodedata.normalize("NFC", text)
 
 
 def byte_ends_batch(texts: Sequence[str], tokenizer) -> list[TokenEnds]:

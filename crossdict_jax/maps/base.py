@@ -172,8 +172,9 @@ class Problem:
         return self.regress(Side.activations)
 
 
-# (dictionary, activations [m, d_model]) -> features float32 [m, width].
-encode_rows = partial(modules.over_rows, method="encode", size=ROWS)
+def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
+    """Returns features float32 [m, width] of activations [m, d_model]."""
+    return modules.over_rows(dictionary, x, method="encode", size=ROWS)
 
 
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
@@ -346,8 +347,9 @@ def predict_batch(graph, method, params, inputs, tokens):
     return getattr(modules.merge(graph, params), method)(inputs, tokens=tokens)
 
 
-# (an ``ActivationMap``, pairs) -> B's predicted activations float32 [n, d_b].
-predict_activations = partial(predict, method="activation")
+def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) -> np.ndarray:
+    """Returns B's predicted activations float32 [n, d_b]."""
+    return predict(m, pairs, batch_size, method="activation")
 
 
 def own_parameters(params: modules.Params) -> modules.Params:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,8 +13,11 @@ from scipy import sparse
 ROUNDING = 1e-9  # a variance below this share of the second moment is rounding
 
 Codes = sparse.csr_array  # float32 [n, width], on the host
-# Features [n, width] -> their codes: 8 bytes for each active feature.
-compress = partial(Codes, dtype=np.float32)
+
+
+def compress(features: np.ndarray | Codes) -> Codes:
+    """Returns features [n, width] as compressed rows: 8 bytes for each active feature."""
+    return Codes(features, dtype=np.float32)
 
 
 class Moments(NamedTuple):
