@@ -123,12 +123,7 @@ def _cost_of(name: str, computations, machine: Machine, trips: int, cache: dict)
             continue
         if kind == "while":
             (body,), (condition,) = op.calls("body"), op.calls("condition")
-            # Told, or the one constant that the condition compares with; else not in the program.
-            told = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.about)
-            constants = [o for o in computations[condition].values() if o.kind == "constant"]
-            if not told and len(constants) == 1:
-                told = re.match(r"(\d+)", constants[0].about)
-            turns = int(told[1]) if told else 0
+            turns = _turns(op, computations[condition])
             add(body, turns or trips)
             add(condition, turns or trips)
             total["waits"] += 0 if turns else trips
@@ -147,6 +142,14 @@ def _cost_of(name: str, computations, machine: Machine, trips: int, cache: dict)
         else:
             total.update(_cost_alone(op, computations[name], computations, machine))
     return total
+
+
+def _turns(op: Op, condition: Computation) -> int:
+    """How often a loop turns; 0 if the program does not say."""
+    if told := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.about):
+        return int(told[1])
+    limits = [re.match(r"\d+", o.about) for o in condition.values() if o.kind == "constant"]
+    return int(limits[0][0]) if len(limits) == 1 and limits[0] else 0
 
 
 def _cost_alone(op: Op, scope: Computation, computations, machine: Machine) -> Counter:

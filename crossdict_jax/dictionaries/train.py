@@ -280,25 +280,14 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
 
 
 def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> list[list[Member]]:
-    """Returns members in groups of equal shapes that fit the devices' memory.
-
-    A member is taken to need, whatever its architecture, five float32 copies of its parameters
-    (themselves, two moments, gradients, one while they are updated), and about six [batch, width]
-    arrays at the widest point of a step, of a part of the batch with ``sae.accumulate``; choosing
-    features over all rows holds one more, of all rows.
-    """
-    live = 6 * sae.batch_size // sae.accumulate  # rows of [batch, width] arrays
-    if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
-        live += sae.batch_size
+    """Returns members in groups of equal shapes that fit the devices' memory."""
     alike = {member: (*sizes(store, member), member.width, member.k) for member in todo}
     groups = []
     for shape in dict.fromkeys(alike.values()):
         same = [member for member in todo if alike[member] == shape]
         d_model, d_out, width, _ = shape
-        both = d_model + (d_out or d_model)
-        parameters = both * width + width + (d_out or d_model)
-        numbers = 5 * parameters + live * width + 2 * sae.batch_size * both
-        limit = members_at_once(4 * numbers, rows=2 * n_rows * (d_model + (d_out or 0)))
+        size = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
+        limit = members_at_once(size, rows=2 * n_rows * (d_model + (d_out or 0)))
         groups += [same[at : at + limit] for at in range(0, len(same), limit)]
     return groups
 
@@ -308,6 +297,21 @@ def sizes(store: Store, member: Member) -> tuple[int, int | None]:
     reads = (member.model, member.site)
     writes = store.output_of(*reads)
     return store.d_model(member.model), None if writes == reads else store.d_model(writes[0])
+
+
+def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int | None = None) -> int:
+    """Returns a bound of the device memory of one member, for all architectures.
+
+    Five float32 copies of the parameters (themselves, two moments, gradients, one while they are
+    updated), and about six [batch, width] arrays at the widest point of a step, of a part of the
+    batch with ``sae.accumulate``; choosing features over all rows holds one more, of all rows.
+    """
+    d_out = d_out or d_model
+    parameters = (d_model + d_out) * width + width + d_out
+    live = 6 * sae.batch_size // sae.accumulate
+    if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
+        live += sae.batch_size
+    return 4 * (5 * parameters + live * width + 2 * sae.batch_size * (d_model + d_out))
 
 
 def train_from(

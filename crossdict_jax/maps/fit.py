@@ -235,8 +235,8 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     stage = f"train_hypernetworks_{control}" if control else "train_hypernetworks"
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
 
-    def write(fitted: tuple[Task, base.Fitted]) -> None:
-        task, result = fitted
+    def write(item: tuple[Task, base.Fitted]) -> None:
+        task, result = item
         target = loader.ends(task)[1][2]
         base.save(result.map, task.path(loader.work), dictionary=target, record=result.record)
         bar.update()
@@ -250,8 +250,9 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
             if map_class(kind).through_joint:
                 problems = with_codes(problems, batch, loader, seed, options["directory"])
             fitted = map_class(kind).fit(problems, config.map, **options)
+            new = [(task, result) for task, result in zip(batch, fitted) if task in unfinished]
             list(written)  # those of the batch before; raises what went wrong
-            written = disk.map(write, [f for f in zip(batch, fitted) if f[0] in unfinished])
+            written = disk.map(write, new)
         list(written)
         figures["maps"] = len(unfinished)
         figures["rows"] = len(loader.store.select("train")) * len(unfinished)

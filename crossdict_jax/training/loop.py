@@ -301,7 +301,9 @@ def _report(first: int, count: int, metrics: dict, *, title: str, writer, progre
     progress.update(count)
 
 
-_finite = jax.jit(functools.partial(jax.tree.map, lambda a: jnp.isfinite(a).all()))
+@jax.jit
+def _finite(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)
 
 
 def _check_params(params: PyTree, done: int, title: str) -> None:

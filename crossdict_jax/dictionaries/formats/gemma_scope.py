@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.folders import centred, check_arrays
+from crossdict_jax.dictionaries.folders import Arrays, centred, check_arrays
 from crossdict_jax.dictionaries.wrapped import Skip, around
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import NOT_UNDERSTOOD, inside, read_object, read_tensors
@@ -42,34 +42,16 @@ def load(path: str) -> Dictionary:
     UserError: see ``formats.load``.
     """
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
-    if file.is_file():
-        try:
-            with zipfile.ZipFile(inside(file.parent, file)) as archive:
-                _check_sizes(archive, file)
-            with np.load(file, allow_pickle=False) as archive:
-                arrays, transcodes = dict(archive), False
-        except DAMAGED as error:
-            raise UserError(
-                f"{file} is damaged or holds objects ({error}); copy it again."
-            ) from error
-    else:  # of the second, also transcoders
-        file, config = Path(path) / WEIGHTS_2, Path(path) / CONFIG
-        said = read_object(config) if config.is_file() else {}
-        if said.get("architecture", "jump_relu") != "jump_relu":
-            raise UserError(f"{config}: architecture={said['architecture']!r} must be 'jump_relu'.")
-        reads, writes = said.get("hf_hook_point_in"), said.get("hf_hook_point_out")
-        arrays = {n.replace("w_", "W_"): array for n, array in read_tensors(file)}
-        transcodes = bool(writes) and reads != writes
-    width, d_out = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
-    d_model = len(arrays.get("W_enc", ())) if transcodes else d_out
-    shapes = {"W_enc": (d_model, width), "b_enc": (width,), "threshold": (width,)}
-    shapes |= {"W_dec": (width, d_out), "b_dec": (d_out,)}
-    kind = find("jumprelu")
-    if transcodes and "affine_skip_connection" in arrays:
-        shapes["W_skip"], kind = (d_out, d_model), around(Skip, kind)
-        arrays["W_skip"] = arrays.pop("affine_skip_connection").T
-    arrays = check_arrays(arrays, shapes, file)
-    return from_arrays(kind, arrays if transcodes else centred(arrays), transcodes=transcodes)
+    if not file.is_file():
+        return _load_2(Path(path))
+    try:
+        with zipfile.ZipFile(inside(file.parent, file)) as archive:
+            _check_sizes(archive, file)
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except DAMAGED as error:
+        raise UserError(f"{file} is damaged or holds objects ({error}); copy it again.") from error
+    return _jumprelu(arrays, file)
 
 
 def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
@@ -92,3 +74,27 @@ def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
                 f"{file}: {member.filename} says that it holds {size} bytes, packed into "
                 f"{member.compress_size}: no weights are like that; copy it again."
             )
+
+
+def _load_2(folder: Path) -> Dictionary:
+    """Returns the dictionary or transcoder of a folder of the second Gemma Scope."""
+    file, config = folder / WEIGHTS_2, folder / CONFIG
+    said = read_object(config) if config.is_file() else {}
+    if said.get("architecture", "jump_relu") != "jump_relu":
+        raise UserError(f"{config}: architecture={said['architecture']!r} must be 'jump_relu'.")
+    reads, writes = said.get("hf_hook_point_in"), said.get("hf_hook_point_out")
+    arrays = {n.replace("w_", "W_"): array for n, array in read_tensors(file)}
+    return _jumprelu(arrays, file, transcodes=bool(writes) and reads != writes)
+
+
+def _jumprelu(arrays: Arrays, file: Path, *, transcodes: bool = False) -> Dictionary:
+    width, d_out = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
+    d_model = len(arrays.get("W_enc", ())) if transcodes else d_out
+    shapes = {"W_enc": (d_model, width), "b_enc": (width,), "threshold": (width,)}
+    shapes |= {"W_dec": (width, d_out), "b_dec": (d_out,)}
+    kind = find("jumprelu")
+    if transcodes and "affine_skip_connection" in arrays:
+        shapes["W_skip"], kind = (d_out, d_model), around(Skip, kind)
+        arrays["W_skip"] = arrays.pop("affine_skip_connection").T
+    arrays = check_arrays(arrays, shapes, file)
+    return from_arrays(kind, arrays if transcodes else centred(arrays), transcodes=transcodes)
