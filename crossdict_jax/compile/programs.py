@@ -392,5 +392,5 @@ def scoring(plan: Plan) -> Iterator[Program]:
     index, runs = blank((chunk,), np.int32), maps * pool / chunk
     arrays = blank((chunk, width)), blank((pool, width))
     yield program("compare with a pool", similarities, runs, arrays)
-    arrays = blank((chunk, pool)), index, index, entries
+    arrays = blank((chunk, pool)), index, entries
     yield program("rank in a pool", at_least_as_similar, runs, arrays)

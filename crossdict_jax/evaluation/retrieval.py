@@ -55,18 +55,16 @@ def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
     """Returns the rank, from 1, of each query's true target by cosine, int [pool].
 
-    Queries are rows of predicted [n, width]; equal ones (as of a token table) are compared once.
-    Ties count against the true target, unless they are the same vector.
+    Queries are rows of predicted [n, width]. Ties count against the true target, unless they are
+    the same vector.
     """
     queries = predicted[pool.rows]
-    label, first, _ = _distinct(queries)
     size, counts = min(CHUNK, len(queries)), np.zeros(len(queries))
-    for part in slices(len(first), size):
-        similarity = similarities(padded(queries[first[part]], size), pool.units)
-        asked = np.flatnonzero((label >= part.start) & (label < part.stop))
-        for some in (asked[rows] for rows in slices(len(asked), size)):
-            of = padded(label[some] - part.start, size), padded(pool.direction[some], size)
-            counts[some] = at_least_as_similar(similarity, *of, pool.entries)[: len(some)]
+    for rows in slices(len(queries), size):
+        similarity = similarities(padded(queries[rows], size), pool.units)
+        direction = padded(pool.direction[rows], size)
+        counted = at_least_as_similar(similarity, direction, pool.entries)
+        counts[rows] = counted[: len(queries[rows])]
     return counts.astype(np.int64) - pool.identical + 1
 
 
@@ -77,7 +75,7 @@ def similarities(queries, units):
 
 
 @jax.jit
-def at_least_as_similar(similarity, query, direction, entries):
+def at_least_as_similar(similarity, direction, entries):
     """Returns how many candidates are at least as similar, [chunk], exact below 2^24."""
-    above = similarity[query] >= similarity[query, direction][:, None]
-    return jnp.sum(jnp.where(above, entries[None, :], 0), axis=1)
+    own = jnp.take_along_axis(similarity, direction[:, None], axis=1)
+    return jnp.sum(jnp.where(similarity >= own, entries[None, :], 0), axis=1)

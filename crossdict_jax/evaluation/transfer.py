@@ -20,7 +20,7 @@ from crossdict_jax.ops import exact
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
-BLOCK = 1024  # rows compared at a time
+BLOCK = 2**19  # numbers compared at a time; twice as many, and glibc maps their memory anew
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
 ROUNDING = 1e-6  # a variance below this share of the second moment is float32 rounding
 
@@ -257,7 +257,8 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
     """
     draws, parts = held_out.resamples, []
     by_document = {"n": np.bincount(draws.index)[:, None]}
-    blocks, size = list(slices(len(predicted), BLOCK)), min(BLOCK, len(predicted))
+    size = min(max(1, BLOCK // predicted.shape[1]), len(predicted))
+    blocks = list(slices(len(predicted), size))
     documents = [np.unique(draws.index[rows], return_inverse=True) for rows in blocks]
     longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
     for rows, (numbers, local) in zip(blocks, documents):
@@ -275,7 +276,9 @@ def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) ->
             empty = np.zeros((draws.n_documents, values.shape[1]))
             by_document.setdefault(name, empty)[numbers] += np.asarray(values)[: len(numbers)]
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
-    totals = {name: weights @ sums for name, sums in by_document.items()}
+    ends = np.cumsum([sums.shape[1] for sums in by_document.values()])
+    totals = weights @ np.concatenate(list(by_document.values()), axis=1)  # one product: faster
+    totals = dict(zip(by_document, np.split(totals, ends[:-1], axis=1)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, totals
 
 

@@ -255,6 +255,18 @@ class LanguageModel(Plain):
         and values are [batch, seq, heads, d_head] of these tokens alone, to make a later ``Past``
         of. Reading a text in pieces or as a whole gives the same.
         """
+        x, kept = self.final_stream(tokens, past, tap=tap, dtype=dtype)
+        return self.unembed(x, dtype), kept
+
+    def unembed(self, x: jax.Array, dtype=None) -> jax.Array:
+        """Logits [batch, seq, vocab_size] of the stream after the last block."""
+        W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
+        return matmul(self.final_norm(x), W_U, jnp.dtype(dtype or self.dtype))
+
+    def final_stream(
+        self, tokens, past: Past | None = None, *, tap: Tap | None = None, dtype=None
+    ) -> tuple[jax.Array, dict[int, tuple[jax.Array, jax.Array]]]:
+        """``extend`` without the logits: the stream after the last block [batch, seq, d_model]."""
         tokens = check_tokens(self.config, tokens, self.name)
         seen, kept = {}, {}
         if past is None:
@@ -271,8 +283,7 @@ class LanguageModel(Plain):
         tap, dtype = tap or (lambda site, x: x), jnp.dtype(dtype or self.dtype)
         for i, block in enumerate(self.blocks):
             x, kept[i] = block(x, rotary, tap, dtype, seen.get(i))
-        W_U = self.W_E[...].T if self.W_U is None else self.W_U[...]
-        return matmul(self.final_norm(x), W_U, dtype), kept
+        return x, kept
 
     @property
     def tokenizer(self):

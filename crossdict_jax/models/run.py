@@ -31,6 +31,7 @@ from crossdict_jax.models.base import (
 from crossdict_jax.training.mesh import DATA, make_mesh, platform, product_dtype, put, shard
 
 AT_ONCE = 16  # added vectors whose predictions lie in memory together
+LOGITS = 2**24  # of edited texts, on a device at once: 64 MiB
 LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
 PyTree = Any
 
@@ -354,7 +355,10 @@ class Runner:
         kl = {name: np.zeros(len(passages.position)) for name in ("clean", *replacements)}
         for batch in self.batches(passages.tokens):
             within, tokens = passages.within(batch.texts), self.put(batch.tokens)
-            loss, *clean = self.dispatch(_clean, tokens, static=(sites[0],))
+            rows = len(batch.tokens) // self.mesh.size
+            step = max(1, LOGITS // (rows * self.config.vocab_size))
+            step = min(2 ** int(math.log2(step)), batch.tokens.shape[1])
+            loss, *clean = self.dispatch(_clean, tokens, static=(sites[0], step))
             ce["clean"][within.index] = np.asarray(loss)[within.at]
             edited = np.zeros(batch.tokens.shape, bool)
             edited[within.edited] = True
@@ -364,9 +368,10 @@ class Runner:
                     x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
                     x[within.edited] = values if values.ndim == 1 else values[within.edited_by]
                     edits.append(self.put(x))
-                results = self.dispatch(_edited, tokens, *clean, *edits, static=(sites,))
+                results = self.dispatch(_edited, tokens, *clean, *edits, static=(sites, step))
                 for values, result in zip((ce, kl), results):
                     values[name][within.index] = np.asarray(result)[within.at]
+            del clean  # before the next batch has its own: a probability for every token
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
 
@@ -487,19 +492,29 @@ def _at_positions(x: PyTree, at: jax.Array) -> PyTree:
 
 
 def _token_losses(lm, tokens) -> jax.Array:
-    return _next_token_loss(lm.logits(tokens), tokens)[0][:, :-1]
+    return _next_token_loss(lm.logits(tokens), jnp.roll(tokens, -1, axis=1))[0][:, :-1]
 
 
-def _clean(lm, site, tokens):
-    """(loss [batch, seq], x at the site, probabilities, sum p log p [batch, seq])."""
+def _clean(lm, site, step, tokens):
+    """(loss [batch, seq], x at the site, next-token probabilities, sum p log p).
+
+    The last two are [seq, batch, ...]; logits are made of ``step`` positions at a time.
+    """
     seen: dict[Site, jax.Array] = {}
-    logits = lm.logits(tokens, tap=seen.setdefault)
-    loss, normaliser = _next_token_loss(logits, tokens)
-    p = jnp.exp(logits - normaliser[..., None])
-    return loss, seen[site], p, jnp.sum(p * logits, axis=-1) - normaliser
+    stream, _ = lm.final_stream(tokens, tap=seen.setdefault)
+
+    def predicted(x, following):
+        logits = lm.unembed(x[None])[0]
+        loss, normaliser = _next_token_loss(logits, following)
+        p = jnp.exp(logits - normaliser[:, None])
+        return loss, p, jnp.sum(p * logits, axis=-1) - normaliser
+
+    positions = jnp.swapaxes(stream, 0, 1), jnp.roll(tokens, -1, axis=1).T
+    loss, *clean = jax.lax.map(lambda at: predicted(*at), positions, batch_size=step)
+    return loss.T, seen[site], *clean
 
 
-def _edited(lm, sites, tokens, x, p, negative_entropy, edited, *values):
+def _edited(lm, sites, step, tokens, x, p, negative_entropy, edited, *values):
     """(loss, KL(clean || edited)), both [batch, seq], with values where ``edited`` says so.
 
     x are the clean activations at the lowest site; nothing before it is computed.
@@ -510,18 +525,24 @@ def _edited(lm, sites, tokens, x, p, negative_entropy, edited, *values):
         y = x if at == sites[0] else y
         return jnp.where(edited[..., None], new[at], y) if at in new else y
 
-    logits = lm.logits(tokens, tap=tap)
-    loss, normaliser = _next_token_loss(logits, tokens)
-    kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
-    return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
+    def compared(x, following, p, negative_entropy):
+        logits = lm.unembed(x[None])[0]
+        loss, normaliser = _next_token_loss(logits, following)
+        kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
+        return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
+
+    stream, _ = lm.final_stream(tokens, tap=tap)
+    positions = jnp.swapaxes(stream, 0, 1), jnp.roll(tokens, -1, axis=1).T, p, negative_entropy
+    loss, kl = jax.lax.map(lambda at: compared(*at), positions, batch_size=step)
+    return loss.T, kl.T
 
 
-def _next_token_loss(logits, tokens) -> tuple[jax.Array, jax.Array]:
-    """(-log p(next token), log of the softmax's denominator), both [batch, seq].
+def _next_token_loss(logits, following) -> tuple[jax.Array, jax.Array]:
+    """(-log p of the following token, log of the softmax's denominator), both [...].
 
-    The loss of the last position means nothing: its next token is not in the array.
+    Of logits [..., vocab]. The loss of the last position means nothing: its next token is not in
+    the array.
     """
-    following = jnp.roll(tokens, -1, axis=1)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
     return normaliser - chosen, normaliser
