@@ -137,8 +137,7 @@ def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
     W = np.asarray(W_dec, np.float32)
     if len(W) < 2:
         return np.zeros(0, np.float32)
-    norms = np.linalg.norm(W, axis=1, keepdims=True)
-    unit, nearest = W / np.where(norms > 0, norms, 1), []
+    unit, nearest = stats.normalised(W), []
     for rows in slices(len(unit), block):
         cosines = np.array(exact(unit[rows], unit.T))
         cosines[np.arange(len(cosines)), np.arange(len(unit))[rows]] = -np.inf  # themselves

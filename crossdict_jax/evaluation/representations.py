@@ -115,8 +115,7 @@ def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> d
     ):
         dictionary = dictionaries.load(work.dictionary(model, site, MEMBER))
         directions = decoder_rows(dictionary, np.array([confirmed[i][feature] for i in drawn]))
-        norms = np.linalg.norm(directions, axis=1, keepdims=True)
-        geometries.append(Geometry.of(directions / np.maximum(norms, 1e-30)))
+        geometries.append(Geometry.of(stats.normalised(directions)))
     a, b = geometries
     scores = a.compared(b)
     orders = [generator.permutation(len(drawn)) for _ in range(RANDOM_MATCHINGS)]

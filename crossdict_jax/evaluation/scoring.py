@@ -95,14 +95,13 @@ def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Sco
 
 def score_token_table(bench: Bench, *, of_target: bool = False) -> Score:
     """Returns the score of the source's token table, or of the target's, which no map knows."""
-
-    def read(pairs: Pairs) -> Pairs:
-        tokens = (pairs.target if of_target else pairs.source).tokens
-        return dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, tokens=tokens))
-
-    problem = Problem("token table", *(read(bench.splits[s]) for s in ("train", "validation")))
-    (fitted,) = Token.fit([problem], MapConfig())
-    return score(fitted.map, bench, (read(bench.splits["test"]), read(bench.context)))
+    pairs = [*(bench.splits[split] for split in SPLITS), bench.context]
+    if of_target:
+        sides = (dataclasses.replace(p.source, tokens=p.target.tokens) for p in pairs)
+        pairs = [dataclasses.replace(p, source=side) for p, side in zip(pairs, sides)]
+    train, validation, test, context = pairs
+    (fitted,) = Token.fit([Problem("token table", train, validation)], MapConfig())
+    return score(fitted.map, bench, (test, context))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,6 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
         style=STYLE.read_text(encoding="utf-8"),
         name=work.root.resolve().name,
         models=answer.names(run.models),
-        question=answer.question(run.models),
         answer=answer.answer(run),
         cautions=answer.cautions(run),
         sections=[

@@ -3,9 +3,7 @@
 import unicodedata
 from pathlib import Path
 
-import numpy as np
-
-from crossdict_jax import models
+from crossdict_jax import models, stats
 from crossdict_jax.activations import pair
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
@@ -26,7 +24,7 @@ PLANTED = PlantedConfig(
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     tokenizers = [models.load_tokenizer(name) for name in models.EMBEDDED]
     wrong = 0
     for _ in range(TEXTS):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, Views, views
@@ -18,7 +19,7 @@ BUDGET = {"steps": 800, "hidden": 96, "batch_size": 128, "head": "relu"}
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     codes = views(PLANTED, seed)
     x = codes.codes
     W, W_in, V = map(rng.standard_normal, ((INPUTS, OUTPUTS), (INPUTS, HIDDEN), (HIDDEN, OUTPUTS)))

@@ -8,7 +8,7 @@ import numpy as np
 from crossdict_jax import results, stats
 from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.directions import MapGroup, map_groups
-from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
+from crossdict_jax.causal.effects import MATCH, dose_norms
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config, refuse_transcoders
@@ -16,7 +16,7 @@ from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Starts, pad
 from crossdict_jax.report.tables import show
-from crossdict_jax.stats import Estimate, Resamples, columns
+from crossdict_jax.stats import Estimate, Resamples, columns, normalised
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.section import (
     RATES,
