@@ -131,13 +131,11 @@ def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | No
     if not a.any() or not b.any():
         return None
     sums = np.stack([draws.per_document(v) for v in (np.ones_like(a), a, b, a * a, b * b, a * b)])
-
-    def r(sums):  # [6, ...]
-        n, sa, sb, aa, bb, ab = sums
-        spread = np.sqrt(np.maximum((n * aa - sa**2) * (n * bb - sb**2), 0))
-        return np.divide(n * ab - sa * sb, spread, out=np.zeros_like(spread), where=spread > 0)
-
-    return Estimate(float(r(sums.sum(1))), r(sums @ draws.weights.T))
+    # Each [1 + count]: of all documents, then of every resample.
+    n, sa, sb, aa, bb, ab = np.column_stack([sums.sum(1), sums @ draws.weights.T])
+    spread = np.sqrt(np.maximum((n * aa - sa**2) * (n * bb - sb**2), 0))
+    r = np.divide(n * ab - sa * sb, spread, out=np.zeros_like(spread), where=spread > 0)
+    return Estimate(float(r[0]), r[1:])
 
 
 def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -79,7 +78,7 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
 
 def _described(
     scored: Scored, best: str, features: list[int], reseeded: Sequence[Task], loader: Loader
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """The columns of each feature that need text or a Jacobian."""
     store, splits = loader.store, scored.bench.splits
     train, test, index = splits["train"], splits["test"], np.asarray(features)

@@ -3,7 +3,6 @@
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +87,7 @@ def seed_of(folder: Path) -> int:
 
 def figures(
     dictionary: Dictionary, store: Store, model: str, site: Site, config: Config
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict, dict]:
     """Returns a dictionary's (columns, histograms) from the stored rows.
 
     fvu = sum ||x - x_hat||^2 / sum ||x - m||^2 of test rows, m the training mean; dead features are
@@ -190,7 +189,7 @@ def _losses(
     model: str,
     site: Site,
     config: Config,
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """The loss columns of each dictionary, all from one clean pass."""
     output = store.output_of(model, site)
     x, mean = store.read(model, site, passages.rows), train_mean(store, *output)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -114,7 +113,7 @@ class Scored:
     scores: dict[str, Score]  # by kind; "token_target" is no map
     token: Score  # of the token map, even where it is not among them
 
-    def row(self, kind: str, task: Task) -> dict[str, Any]:
+    def row(self, kind: str, task: Task) -> dict:
         """Returns a map's columns of a result row that is named by ``task``."""
         value = self.scores[kind]
         row = pair_columns(task) | {"map": kind, "pairing": task.pairing} | value.row()

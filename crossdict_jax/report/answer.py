@@ -23,11 +23,6 @@ def answer(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def names(models: list[str]) -> str:
-    """Returns "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(models[:-1]), models[-1]]))
-
-
 def best(comparisons: Iterable[Comparison], key: str) -> Pick | None:
     """Returns the map with the highest aligned score, and its layer pair."""
     scored = [(c, line) for c in comparisons for line in c.fitted if line.get(key) is not None]

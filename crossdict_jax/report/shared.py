@@ -114,7 +114,7 @@ def layers_section(run: Run) -> list[Block]:
     for models in dict.fromkeys(pair_of(row)[:2] for row in rows):
         group = [row for row in rows if pair_of(row)[:2] == models]
         blocks.append(Panels([heat_map(group, measure) for measure in MEASURES], caption))
-    for row in proposals(run):
+    for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
         blocks += [
             f"The layers of {row['target']} that suit those of {row['source']} best by CKA, in "
             f"their order, have a mean CKA of {number(row['cka'], 2)}; those of this run "
@@ -122,11 +122,6 @@ def layers_section(run: Run) -> list[Block]:
             Code(f"--config.layer_pairs={row['layer_pairs']}"),
         ]
     return blocks
-
-
-def proposals(run: Run) -> list[dict]:
-    """Returns the rows of similarity.jsonl that propose layer pairs."""
-    return [row for row in run.rows["similarity"] if row["kind"] == "proposal"]
 
 
 def heat_map(rows: list[dict], measure: str) -> Figure:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from crossdict_jax import models, stats
 from crossdict_jax.activations import pair
+from crossdict_jax.results import PAIRINGS
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, streams
@@ -39,9 +40,9 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     for shift in (0, 1):
         planted = streams(PLANTED, seed, shift=shift)
         made = [lab.exact(d) for d in planted.truth.directions]
-        both, folder = ("aligned", "shuffled"), directory / str(shift)
-        rows = lab.planted_rows(planted, made, folder, seed=seed, pairings=both)
-        for pairing in both:
+        settings = {"seed": seed, "pairings": PAIRINGS}
+        rows = lab.planted_rows(planted, made, directory / str(shift), **settings)
+        for pairing in PAIRINGS:
             gains[shift, pairing] = lab.pick(rows, "ridge", pairing=pairing)["context_gain"]
     return [
         Check(f"of {TEXTS} random texts, pairs differ from a brute-force count in", wrong, "==", 0),

@@ -79,12 +79,11 @@ class Views:
         """Returns (training, test) rows of whole documents; the last are the test."""
         documents = np.unique(self.document)
         test = self.document >= documents[round(len(documents) * (1 - test_fraction))]
-
-        def take(rows: np.ndarray) -> Views:
+        parts = []
+        for rows in (~test, test):
             x, tokens = (tuple(a[rows] for a in each) for each in (self.x, self.tokens))
-            return Views(x, self.codes[rows], tokens, self.document[rows], self.truth)
-
-        return take(~test), take(test)
+            parts.append(Views(x, self.codes[rows], tokens, self.document[rows], self.truth))
+        return tuple(parts)
 
 
 def views(config: PlantedConfig, seed: int) -> Views:

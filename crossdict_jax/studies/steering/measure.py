@@ -1,7 +1,6 @@
 """Steering: what does B write with a feature of A added to it?"""
 
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 
@@ -122,7 +121,7 @@ def chosen_maps(config: Config, store: Store) -> MapGroup:
     return replace(groups[asked], tasks=kinds[settings.map])
 
 
-def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict]:
     """Returns {edit: what dose 1 adds, [d_b] or per text [n, d_b]}, and the first row."""
     run, group, words = source.run, source.group, source.words
     settings, seed, b = run.config.steer, run.config.seed, group.ends[1]
@@ -184,9 +183,7 @@ def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarra
     )
 
 
-def score_texts(
-    source: Source, feature: Feature, starts: Starts, tokens: np.ndarray
-) -> list[dict[str, Any]]:
+def score_texts(source: Source, feature: Feature, starts: Starts, tokens: np.ndarray) -> list[dict]:
     """Returns each text of tokens int32 [n, count] with its counts.
 
     Nothing behind a token that ends a text is counted.
@@ -226,7 +223,7 @@ def score_texts(
     return texts
 
 
-def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict[str, Any]:
+def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict:
     """Returns an edit's means over texts, and paired differences to the other edits."""
     others = {"more": ("none", 0.0), "over_random": ("random", alpha)}
     texts = by[name, alpha]
