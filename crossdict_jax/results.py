@@ -225,11 +225,6 @@ def intervals(unit: str = "", **meanings: str) -> tuple[Column, ...]:
     return tuple(Column(name, text, unit, interval=True) for name, text in meanings.items())
 
 
-def nats(**meanings: str) -> tuple[Column, ...]:
-    """Returns columns in nats with an interval: name=meaning."""
-    return intervals("nats", **meanings)
-
-
 PAIR_COLUMNS = plain(
     source="the model that is read",
     target="the model whose features are predicted, or that is edited",
@@ -281,7 +276,8 @@ SCORES = (
 )
 DIRECTION = Column("direction", "kind of map that gave the direction; match: the target's feature")
 ABLATION = "correlation of what removing the feature and its mapped direction change"
-SPECIFIC = nats(
+SPECIFIC = intervals(
+    "nats",
     specific_random="effect above random directions of equal norm",
     specific_shuffled="effect above other features' mapped directions of equal norm",
     specific_random_at_kl="effect above random directions of equal KL divergence",
@@ -303,7 +299,8 @@ describe(
     ),
     *plain(dead_fraction="share of features that fire in no kept row of training and test"),
     POSITIONS,
-    *nats(
+    *intervals(
+        "nats",
         ce_clean="cross-entropy of the next token with the model's own activations",
         ce_zero="with zeros in their place",
         ce_mean="with their training mean in their place",
@@ -476,7 +473,8 @@ describe(
     ),
     POSITIONS,
     Column("n_documents", "documents of these positions"),
-    *nats(
+    *intervals(
+        "nats",
         ce="cross-entropy of the next token",
         kl="KL divergence of the target's own prediction to the edited one",
     ),
@@ -497,7 +495,8 @@ describe(
         promoted_source="tokens that it makes likelier in the source",
         promoted_target="the same text in the target's tokens",
     ),
-    *nats(
+    *intervals(
+        "nats",
         effect="mean change of log p of the promoted tokens, at the middle dose",
         effect_at_kl="the same where the edit has spent the KL budget",
     ),
@@ -527,7 +526,7 @@ describe(
         n_transferring="of these, those that transfer",
     ),
     *intervals(share_transferring="n_transferring / n_features"),
-    *nats(effect="mean of the features' effects", kl="mean KL divergence"),
+    *intervals("nats", effect="mean of the features' effects", kl="mean KL divergence"),
     *SPECIFIC,
     *intervals(
         ablation_r=ABLATION,

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import scipy.stats
 
 
 def generator(*key: int) -> np.random.Generator:
     """Returns a random generator seeded by one or two whole numbers alone."""
     return np.random.Generator(np.random.Philox(key=key if len(key) > 1 else key[0]))
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    """Returns rows [..., d] at norm 1; a zero row stays zero."""
+    norm = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(norm > 0, norm, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +86,8 @@ def draw(documents: np.ndarray, *, count: int, seed: int) -> Resamples:
     """Returns ``count`` resamples with replacement of the distinct values in ``documents`` [n]."""
     names, index = np.unique(documents, return_inverse=True)
     n = len(names)
-    generator = np.random.Generator(np.random.Philox(key=seed))
     count = count if n > 1 else 0
-    weights = generator.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
+    weights = generator(seed).multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
     return Resamples(index.reshape(-1), weights.reshape(count, n))
 
 
@@ -102,20 +106,6 @@ def ratio(numerator, denominator):
     numerator, denominator = np.asarray(numerator), np.asarray(denominator)
     safe = np.where(denominator == 0, 1.0, denominator)
     return np.where(denominator == 0, (numerator != 0).astype(np.float64), numerator / safe)
-
-
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Returns adjusted p-values [n]: those at most q are discoveries at FDR q.
-
-    Benjamini and Hochberg 1995.
-    """
-    return scipy.stats.false_discovery_control(p, method="bh") if len(p) else np.asarray(p)
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of n (Wilson 1927)."""
-    interval = scipy.stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 LEAST_DAMAGE = 0.05  # nats: where zeros do less harm than this, no share of it is reported
@@ -141,13 +131,11 @@ def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | No
     if not a.any() or not b.any():
         return None
     sums = np.stack([draws.per_document(v) for v in (np.ones_like(a), a, b, a * a, b * b, a * b)])
-
-    def r(sums):  # [6, ...]
-        n, sa, sb, aa, bb, ab = sums
-        spread = np.sqrt(np.maximum((n * aa - sa**2) * (n * bb - sb**2), 0))
-        return np.divide(n * ab - sa * sb, spread, out=np.zeros_like(spread), where=spread > 0)
-
-    return Estimate(float(r(sums.sum(1))), r(sums @ draws.weights.T))
+    # Each [1 + count]: of all documents, then of every resample.
+    n, sa, sb, aa, bb, ab = np.column_stack([sums.sum(1), sums @ draws.weights.T])
+    spread = np.sqrt(np.maximum((n * aa - sa**2) * (n * bb - sb**2), 0))
+    r = np.divide(n * ab - sa * sb, spread, out=np.zeros_like(spread), where=spread > 0)
+    return Estimate(float(r[0]), r[1:])
 
 
 def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:
@@ -161,11 +149,9 @@ def pooled_p(effects: np.ndarray, nulls: np.ndarray) -> np.ndarray:
     total, square = nulls.sum(1, keepdims=True), np.square(nulls).sum(1, keepdims=True)
     others = (total - nulls) / (n - 1)
     spread = (square - np.square(nulls)) / (n - 1) - np.square(others)
-
-    def standardised(difference, variance):
-        return difference / np.sqrt(np.maximum(variance, 1e-20))
-
-    pooled = np.sort(standardised(nulls - others, spread * (n - 1) / (n - 2)).ravel())
-    scores = standardised(effects - nulls.mean(1), nulls.var(1, ddof=1))
+    variances = spread * (n - 1) / (n - 2), nulls.var(1, ddof=1)
+    deviation, of_feature = (np.sqrt(np.maximum(v, 1e-20)) for v in variances)
+    pooled = np.sort(((nulls - others) / deviation).ravel())
+    scores = (effects - nulls.mean(1)) / of_feature
     at_least = len(pooled) - np.searchsorted(pooled, scores, side="left")
     return (1 + at_least) / (1 + len(pooled))

@@ -42,7 +42,7 @@ class Bench:
         count: int = 1,
         reference: str = OURS,
         about: dict[str, dict] | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict]:
         """Returns a result row per contender; each runs once a round, every second round backwards.
 
         One run each goes before and does not count: it compiles. ``ratio`` is the median over

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from crossdict_jax.benchmark import workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
@@ -64,7 +63,7 @@ class Peer(contextlib.AbstractContextManager):
         self._process.stdout.close()
         self._errors.close()
 
-    def make(self, **settings) -> dict[str, Any]:
+    def make(self, **settings) -> dict:
         """Sets the peer up anew; returns what it says of itself, such as its version."""
         return self._ask({"make": settings})
 
@@ -108,14 +107,14 @@ def contest(
     bench: Bench,
     case: str,
     workload: str,
-    ours: dict[str, Any],
+    ours: dict,
     running: dict[str, Peer],
-    theirs: dict[str, dict[str, Any]],
+    theirs: dict[str, dict],
     amount: float,
     unit: str = "rows",
     *,
     count: int = 1,
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """Returns the rows of a workload of ours beside the peers that can do the same.
 
     ``ours`` are the settings of a name in ``workloads``, also used for the baseline; peers without

@@ -6,7 +6,6 @@ import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -29,7 +28,7 @@ COLUMNS = {
 }
 
 
-def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
+def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict:
     """Measures anew what ``config.benchmarks`` names, and returns what benchmark.json then holds.
 
     A measurement is a file of ``measurements`` with ``SIZES`` by suite and ``benchmark(bench)``,
@@ -71,13 +70,13 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict[str, Any]:
     return outcome
 
 
-def _write(work: Workdir, outcome: dict[str, Any]) -> None:
+def _write(work: Workdir, outcome: dict) -> None:
     write_json(work.result("benchmark.json"), outcome)
     parts = [f"**{t.caption}**\n\n{markdown(t)}" for t in tables(outcome["rows"])]
     write_text(work.result("benchmark.md"), "\n\n".join([heading(outcome), *parts]) + "\n")
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict:
     """Returns the device, the host, its load, versions, and the commit of this code."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -92,7 +91,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def heading(outcome: dict[str, Any]) -> str:
+def heading(outcome: dict) -> str:
     """Returns the machine and the versions in one paragraph."""
     about = outcome["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
@@ -103,7 +102,7 @@ def heading(outcome: dict[str, Any]) -> str:
     )
 
 
-def tables(rows: list[dict[str, Any]]) -> list[Table]:
+def tables(rows: list[dict]) -> list[Table]:
     """Returns a table for each benchmark, with the columns that some of its rows have."""
 
     def cell(row: dict, key: str) -> str:

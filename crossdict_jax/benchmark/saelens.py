@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,7 @@ ARCHITECTURES = ("relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu")
 SHARES = (0.17, 0.24, 0.33, 0.47, 0.67, 0.95, 1.33)
 
 
-def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict[str, Any]]:
+def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict]:
     """Writes benchmark_saelens.jsonl and returns it: rows by model, architecture, library, setting.
 
     Every model at its middle site, on the test rows. ``fvu_at_k`` is the FVU at ``sae.k`` active
@@ -105,7 +104,7 @@ def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Pa
                 yield folder / name, about | {"l1_coefficient": coefficient} | read_json(finished)
 
 
-def comparison(rows: list[dict[str, Any]]) -> Table:
+def comparison(rows: list[dict]) -> Table:
     """Returns the table of ours at the usual rate beside theirs at the best of all rates."""
     lines, first = [], rows[0]
     for model, architecture in dict.fromkeys((r["model"], r["architecture"]) for r in rows):

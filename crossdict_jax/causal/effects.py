@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
+from scipy.stats import binomtest, false_discovery_control
 
 from crossdict_jax import stats
 from crossdict_jax.causal.vocabulary import Translation
@@ -15,7 +16,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Held, Passages, Runner
-from crossdict_jax.stats import Resamples, columns
+from crossdict_jax.stats import Resamples, columns, normalised
 
 MATCH = "match"  # B's own feature that correlates best with A's
 PROMOTED = 10  # tokens that a feature makes likelier; the tail of the list is noise
@@ -252,20 +253,22 @@ def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[
             nulls = np.array([row.pop(f"null_{family}") for row in rows])
             p[f"p_{family}"] = stats.pooled_p(effects, nulls)
         p["p"] = np.maximum(*p.values())
-        p["q"] = stats.benjamini_hochberg(p["p"])
+        p["q"] = false_discovery_control(p["p"])
         for i, row in enumerate(rows):
             del row["directions"]
             row |= {key: float(values[i]) for key, values in p.items()}
             row["transfers"] = row["q"] <= settings.fdr
         all_rows += rows
         hits, tested = sum(row["transfers"] for row in rows), len(records)
-        share = dict(zip(("", "_low", "_high"), (hits / tested, *stats.wilson(hits, tested))))
+        wilson = binomtest(hits, tested).proportion_ci(method="wilson")  # 95 %
         summary = {
             "direction": name,
             "n_features": tested,
             "n_scored": len(rows),
             "n_transferring": hits,
-            **{f"share_transferring{end}": value for end, value in share.items()},
+            "share_transferring": hits / tested,
+            "share_transferring_low": wilson.low,
+            "share_transferring_high": wilson.high,
         }
         leads = [f"specific_{family}{at}" for at in ("", "_at_kl") for family in FAMILIES]
         for key in ("effect", "kl", *leads, "ablation_r", "ablation_r_shuffled"):
@@ -336,9 +339,3 @@ def promoted_tokens(held: Held, vector: np.ndarray, has_text: np.ndarray) -> dic
     change = np.where(has_text[: len(change)], change[: len(has_text)], 0.0)
     top = np.argsort(-change, kind="stable")[:PROMOTED]
     return {int(t): float(change[t]) for t in top if change[t] > 0}
-
-
-def normalised(rows: np.ndarray) -> np.ndarray:
-    """Returns the rows at norm 1; a zero row stays zero."""
-    norm = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows / np.where(norm > 0, norm, 1.0)

@@ -36,13 +36,9 @@ class FinishedRun:
         return self._read[key]
 
     def runner(self, model: str) -> Runner:
-        size, dtype = self.config.intervention.batch_size, self.config.extract.matmul_dtype
-        path = self.store.paths[self.store.models.index(model)]
-
-        def make() -> Runner:
-            return Runner(models.load(path), batch_size=size, dtype=dtype)
-
-        return self._once("runner", model, make=make)
+        config, path = self.config, self.store.paths[self.store.models.index(model)]
+        asked = {"batch_size": config.intervention.batch_size, "dtype": config.extract.matmul_dtype}
+        return self._once("runner", model, make=lambda: Runner(models.load(path), **asked))
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
         path = self.work.dictionary(model, site)
@@ -50,11 +46,8 @@ class FinishedRun:
 
     def live(self, model: str, site: Site) -> np.ndarray:
         """The features that fire on training rows, int [m]."""
-
-        def make() -> np.ndarray:
-            return np.flatnonzero(sum((f > 0).any(0) for f in self.codes(model, site)))
-
-        return self._once("live", model, site, make=make)
+        fires = ((f > 0).any(0) for f in self.codes(model, site))
+        return self._once("live", model, site, make=lambda: np.flatnonzero(sum(fires)))
 
     @cached_property
     def tokenizers(self) -> dict[str, object]:

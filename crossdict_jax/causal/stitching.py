@@ -1,7 +1,6 @@
 """Stitching: model B goes on from an activation that was predicted from model A."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -89,7 +88,11 @@ def _forms(task: Task, store: Store) -> tuple[str, ...]:
 
 
 class Target:
-    """A target model, its test text, and resamples of documents."""
+    """A target model, its test text, and resamples of documents.
+
+    Attributes:
+      edited: where the dictionary of each site writes; another site for a transcoder.
+    """
 
     def __init__(self, run: FinishedRun, name: str):
         self.run, self.name, self.passages = run, name, run.passages(name)
@@ -98,10 +101,8 @@ class Target:
         documents = self.passages.document[self.passages.scored]
         count, seed = run.config.evaluation.bootstrap, run.config.seed
         self.draws = stats.draw(documents, count=count, seed=seed)
-
-    def edited(self, site: Site) -> Site:
-        """Returns where a site's dictionary writes: another site for a transcoder."""
-        return self.run.store.output_of(self.name, site)[1]
+        sites = run.store.sites_of(name)
+        self.edited = {site: run.store.output_of(name, site)[1] for site in sites}
 
 
 def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], progress):
@@ -109,7 +110,7 @@ def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], pro
     run, passages = target.run, target.passages
     runner, size = run.runner(target.name), run.config.evaluation.batch_size
     sides = {site: run.side(target.name, site, passages.rows) for site in sites}
-    edited = tuple(map(target.edited, sites))
+    edited = tuple(target.edited[site] for site in sites)
     controls: dict[str, dict[Site, np.ndarray]] = {name: {} for name in CONTROLS[1:]}
     for site, at in zip(sites, edited):
         mean = train_mean(run.store, target.name, at)
@@ -147,7 +148,7 @@ def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], pro
                     else:
                         f, d = maps.predict(m, rows_of, size), rows_of.target.dictionary
                         x = modules.over_rows(d, f, method="decode", size=size)
-                    at = target.edited(task.site_target)
+                    at = target.edited[task.site_target]
                     predicted.setdefault((bundle, form), {})[at] = x
             effects |= runner.splice(passages, edited, predicted)
         rows += [
@@ -166,7 +167,7 @@ def _row(
     references: dict[str, Effect],
     bundle: Bundle = (),
     **about: str,
-) -> dict[str, Any]:
+) -> dict:
     task, draws = bundle[0] if bundle else None, target.draws
     losses = {"clean": references["clean"].ce, "baseline": references["zero"].ce}
     recovered = stats.loss_recovered(effect.ce, **losses, resamples=draws)
@@ -179,7 +180,7 @@ def _row(
         "target": target.name,
         "site_source": "+".join(str(t.site_source) for t in bundle) or None,
         "site_target": "+".join(map(str, sites)),
-        "site_edited": "+".join(str(target.edited(site)) for site in sites),
+        "site_edited": "+".join(str(target.edited[site]) for site in sites),
         **together,
         "map": task and task.kind,
         "pairing": task and task.pairing,

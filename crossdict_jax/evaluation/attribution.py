@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ def _jacobians(graphs, params, x, tokens, features, count):
     return total, on.sum(axis=0), low, high
 
 
-def describe(of_map: Drivers, i: int, again: Drivers | None) -> dict[str, Any]:
+def describe(of_map: Drivers, i: int, again: Drivers | None) -> dict:
     """Returns the columns of feature i's drivers, and of those from another seed."""
     effect, predicted, stability = of_map.effect[i], of_map.rows[i] > 0, None
     if again is not None and predicted and again.rows[i] > 0:

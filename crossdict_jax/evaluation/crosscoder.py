@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def _explained(graphdef, params, rows, belongs, shifts) -> tuple[jax.Array, jax.
     return jax.lax.map(of_shift, shifts)
 
 
-def crosscoder_rows(run: Loader) -> list[dict[str, Any]]:
+def crosscoder_rows(run: Loader) -> list[dict]:
     """Returns the rows of crosscoder.jsonl: one per layer tuple, training and model.
 
     What shuffled pairs share is an artefact, and so is what is exclusive between a model and its
@@ -119,7 +119,7 @@ def crosscoder_rows(run: Loader) -> list[dict[str, Any]]:
 
 def figures(
     joint: Crosscoder, x: Sequence[np.ndarray], documents: np.ndarray, config: Config
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """Returns each model's columns of crosscoder.jsonl, from raw rows [n, d_m] of documents [n]."""
     draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
     measure = cache(lambda *present: _measure(joint, x, config.evaluation.batch_size, present))
@@ -141,7 +141,7 @@ def figures(
     return rows
 
 
-def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict[str, Any]:
+def ownership(joint: Crosscoder, m: int, live: np.ndarray, scaling: Scaling) -> dict:
     """Returns whose the live latents are, seen from one model, and Latent Scaling's verdicts.
 
     An exclusive latent is refuted where it explains another model above every shift, and missed

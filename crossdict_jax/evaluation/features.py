@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,9 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
     }
     ranked = np.flatnonzero(np.isfinite(columns["r2"]) & (firings >= MIN_FIRINGS))
     ranked = ranked[np.argsort(-columns["r2"][ranked], kind="stable")]
-    shown = extremes(ranked, SHOWN)
+    count = min(SHOWN, len(ranked) // 2)
+    ends = {"most": ranked[:count], "least": ranked[::-1][:count]}
+    shown = [(i, rank) for rank, end in ends.items() for i in end.tolist()]
     described = _described(scored, best, [i for i, _ in shown], reseeded, loader) if shown else []
     rows = [
         {"row": "feature", "rank": rank, "feature": i}
@@ -75,16 +76,9 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
     return [start | row for row in rows]
 
 
-def extremes(ranked: np.ndarray, count: int) -> list[tuple[int, str]]:
-    """Returns (feature, "most" or "least") of at most ``count`` at either end of a ranking."""
-    count = min(count, len(ranked) // 2)
-    ends = (("most", ranked[:count]), ("least", ranked[::-1][:count]))
-    return [(int(i), rank) for rank, features in ends for i in features]
-
-
 def _described(
     scored: Scored, best: str, features: list[int], reseeded: Sequence[Task], loader: Loader
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """The columns of each feature that need text or a Jacobian."""
     store, splits = loader.store, scored.bench.splits
     train, test, index = splits["train"], splits["test"], np.asarray(features)
@@ -97,22 +91,21 @@ def _described(
     deviations = (np.sqrt(s.feature_moments.variance) for s in (train.source, train.target))
     a, b = (np.where(d > 0, d, 1.0) for d in deviations)
     scale = a[None, :] / b[index][:, None]  # of standard deviations, 1 where one is 0
-
-    def drivers(m: maps.Map) -> attribution.Drivers:
-        return attribution.drivers(m, test.source, index, scale=scale)
-
     # Maps that read features show their drivers, and so does the best map, but for token tables and
     # for activations of a transcoder, whose decoder writes elsewhere.
     seen = {"features"} if test.source.dictionary.transcodes else {"features", "activations"}
-    attributed = {
-        kind: drivers(m)
+    of_run = {
+        kind: m
         for kind, m in scored.maps.items()
         if m.reads == "features" or (kind == best and m.reads in seen)
     }
-    again = {
-        task.kind: drivers(maps.load(task.path(loader.work), test.target.dictionary))
-        for task in reseeded
+    of_other_seed = {
+        task.kind: maps.load(task.path(loader.work), test.target.dictionary) for task in reseeded
     }
+    attributed, again = (
+        {kind: attribution.drivers(m, test.source, index, scale=scale) for kind, m in some.items()}
+        for some in (of_run, of_other_seed)
+    )
     path = store.paths[store.models.index(scored.task.target)]
     around = Contexts(store, scored.task.target, token_bytes(models.load_tokenizer(path)))
     numbers, described = store.select("test"), []

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import false_discovery_control
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.codes import correlations, paired_correlations
 from crossdict_jax.evaluation.nulls import shift_p_values, token_shuffles
 from crossdict_jax.maps.codes import Codes, Moments, compress
-from crossdict_jax.stats import benjamini_hochberg
 
 HUNGARIAN_WIDTH = 8192  # live features a side: a dense problem of 0.5 GB, and minutes
 LEAST_R = 0.3  # on held-out rows: independence alone is refuted by r = 0.015 at 10^5 rows
@@ -158,7 +158,7 @@ def confirm(
         )
     r = paired_correlations(a, b)
     p = shift_p_values(r, a, b, documents)
-    p_adjusted = benjamini_hochberg(p)
+    p_adjusted = false_discovery_control(p)
     confirmed = (p_adjusted <= fdr) & (r >= LEAST_R)
     r_token = beyond = None
     if tokens is not None:

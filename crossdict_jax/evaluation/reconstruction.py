@@ -3,7 +3,6 @@
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +87,7 @@ def seed_of(folder: Path) -> int:
 
 def figures(
     dictionary: Dictionary, store: Store, model: str, site: Site, config: Config
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict, dict]:
     """Returns a dictionary's (columns, histograms) from the stored rows.
 
     fvu = sum ||x - x_hat||^2 / sum ||x - m||^2 of test rows, m the training mean; dead features are
@@ -137,8 +136,7 @@ def nearest_cosines(W_dec: np.ndarray, *, block: int = 1024) -> np.ndarray:
     W = np.asarray(W_dec, np.float32)
     if len(W) < 2:
         return np.zeros(0, np.float32)
-    norms = np.linalg.norm(W, axis=1, keepdims=True)
-    unit, nearest = W / np.where(norms > 0, norms, 1), []
+    unit, nearest = stats.normalised(W), []
     for rows in slices(len(unit), block):
         cosines = np.array(exact(unit[rows], unit.T))
         cosines[np.arange(len(cosines)), np.arange(len(unit))[rows]] = -np.inf  # themselves
@@ -191,7 +189,7 @@ def _losses(
     model: str,
     site: Site,
     config: Config,
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """The loss columns of each dictionary, all from one clean pass."""
     output = store.output_of(model, site)
     x, mean = store.read(model, site, passages.rows), train_mean(store, *output)

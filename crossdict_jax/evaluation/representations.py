@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -98,7 +97,7 @@ def monotone_assignment(scores: np.ndarray) -> np.ndarray:
     return np.array(columns[::-1])
 
 
-def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> dict[str, Any]:
+def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> dict:
     """How alike the decoder directions of confirmed matches lie in both models."""
     columns = pair_columns(pair)
     confirmed = [m for m in matches if m["confirmed"] and columns.items() <= m.items()]
@@ -115,8 +114,7 @@ def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> d
     ):
         dictionary = dictionaries.load(work.dictionary(model, site, MEMBER))
         directions = decoder_rows(dictionary, np.array([confirmed[i][feature] for i in drawn]))
-        norms = np.linalg.norm(directions, axis=1, keepdims=True)
-        geometries.append(Geometry.of(directions / np.maximum(norms, 1e-30)))
+        geometries.append(Geometry.of(stats.normalised(directions)))
     a, b = geometries
     scores = a.compared(b)
     orders = [generator.permutation(len(drawn)) for _ in range(RANDOM_MATCHINGS)]

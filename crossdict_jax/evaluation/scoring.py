@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -95,14 +94,13 @@ def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Sco
 
 def score_token_table(bench: Bench, *, of_target: bool = False) -> Score:
     """Returns the score of the source's token table, or of the target's, which no map knows."""
-
-    def read(pairs: Pairs) -> Pairs:
-        tokens = (pairs.target if of_target else pairs.source).tokens
-        return dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, tokens=tokens))
-
-    problem = Problem("token table", *(read(bench.splits[s]) for s in ("train", "validation")))
-    (fitted,) = Token.fit([problem], MapConfig())
-    return score(fitted.map, bench, (read(bench.splits["test"]), read(bench.context)))
+    pairs = [*(bench.splits[split] for split in SPLITS), bench.context]
+    if of_target:
+        sides = (dataclasses.replace(p.source, tokens=p.target.tokens) for p in pairs)
+        pairs = [dataclasses.replace(p, source=side) for p, side in zip(pairs, sides)]
+    train, validation, test, context = pairs
+    (fitted,) = Token.fit([Problem("token table", train, validation)], MapConfig())
+    return score(fitted.map, bench, (test, context))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ class Scored:
     scores: dict[str, Score]  # by kind; "token_target" is no map
     token: Score  # of the token map, even where it is not among them
 
-    def row(self, kind: str, task: Task) -> dict[str, Any]:
+    def row(self, kind: str, task: Task) -> dict:
         """Returns a map's columns of a result row that is named by ``task``."""
         value = self.scores[kind]
         row = pair_columns(task) | {"map": kind, "pairing": task.pairing} | value.row()

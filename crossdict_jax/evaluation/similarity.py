@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.stats import normalised
 
 RDM_ROWS = 500  # rows whose distances RSA ranks: 124,750 pairs
 VARIANCE = 0.99  # share of it that SVCCA's directions keep
@@ -43,13 +44,13 @@ class Geometry:
         if not np.isfinite(x).all():
             raise UserError("A representation holds a number that is not finite; leave it out.")
         some = x[:RDM_ROWS]
-        unit = _unit(some - some.mean(axis=1, keepdims=True))
+        unit = normalised(some - some.mean(axis=1, keepdims=True))
         i, j = np.triu_indices(len(some), 1)
         rank = rankdata(np.round(1 - (unit @ unit.T)[i, j], 6))  # ties up to rounding
         rank -= rank.mean()
         ranks = np.zeros((len(some), len(some)))
         ranks[i, j] = ranks[j, i] = rank / max(np.sqrt(2 * rank @ rank), TINY)
-        k, unit = min(NEIGHBOURS, len(x) - 1), _unit(x)
+        k, unit = min(NEIGHBOURS, len(x) - 1), normalised(x)
         cosine = unit @ unit.T
         np.fill_diagonal(cosine, -np.inf)  # a row is no neighbour of itself
         near = np.argpartition(-cosine, k - 1, axis=1)[:, :k].astype(np.int32)  # not a view
@@ -109,8 +110,3 @@ class Geometry:
         a, b = (np.sum(np.square(g.scores), axis=1, dtype=np.float64) for g in (self, other))
         total = np.sum(np.square(product), dtype=np.float64) - (1 + 2 / (n - 2)) * (a @ b)
         return float(total + a.sum() * b.sum() / ((n - 1) * (n - 2)))
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)

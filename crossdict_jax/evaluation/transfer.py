@@ -60,12 +60,12 @@ class HeldOut:
 class Score:
     """All metrics of one prediction."""
 
-    plain: dict[str, Any]  # without intervals
+    plain: dict  # without intervals
     estimates: dict[str, Estimate | None]  # with intervals
     correlations: np.ndarray  # [width], NaN where the target is not live
     feature_r2: np.ndarray  # [width], likewise
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict:
         """Returns the columns of transfer.jsonl: every estimate with its _low and _high."""
         row = dict(self.plain)
         for name, estimate in self.estimates.items():

@@ -12,14 +12,6 @@ FEW_DOCUMENTS = 30  # below it an interval over documents says little
 Pick = tuple[Comparison, dict]
 
 
-def question(models: list[str]) -> str:
-    return (
-        f"Which sparse features do {names(models)} share, how well can one model’s features be "
-        "computed from another’s at the same position of the same text, and does a predicted "
-        "activation do the same work when it is put into the other model?"
-    )
-
-
 def answer(run: Run) -> list[tuple[str, str]]:
     """Returns the sentences at the head of the page, each with a heading."""
     return [
@@ -29,11 +21,6 @@ def answer(run: Run) -> list[tuple[str, str]]:
         *causal.answer(run),
         *shared.answer(run),
     ]
-
-
-def names(models: list[str]) -> str:
-    """Returns "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(models[:-1]), models[-1]]))
 
 
 def best(comparisons: Iterable[Comparison], key: str) -> Pick | None:

@@ -3,7 +3,7 @@
 from itertools import groupby
 
 from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
-from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, draw, score_figure
+from crossdict_jax.report.plots import INK, MUTED, NONE, STRONG, Figure, drawing, score_figure
 from crossdict_jax.report.results import Comparison, Run
 from crossdict_jax.report.tables import Cell, Table, heading, number, score, scores, share, table
 from crossdict_jax.results import by_pair, pair_of, pair_words
@@ -153,7 +153,12 @@ def dose_figure(rows: list[dict]) -> Figure:
     def mean(key: str) -> list[float]:
         return [sum(r["doses"][i][key] for r in rows) / len(rows) for i in range(len(doses))]
 
-    def paint(axes):
+    ends = ", ".join(f"{number(x, 2)}: {number(y, 2)}" for x, y in zip(doses, mean("effect")))
+    told = (
+        f"Mean change of the log-probability of promoted tokens by dose, {kind}, {source} to "
+        f"{target}: {ends}; random directions at the largest dose {number(mean('random')[-1], 2)}."
+    )
+    with drawing(told, legend=3) as (axes, figure):
         low, high = mean("random_low"), mean("random_high")
         axes.fill_between(doses, low, high, color=MUTED, alpha=0.25, linewidth=0)
         axes.plot(doses, mean("random"), color=MUTED, label="random")
@@ -164,13 +169,7 @@ def dose_figure(rows: list[dict]) -> Figure:
         axes.plot(doses, mean("effect"), color=INK, marker="o", markersize=3, label="mapped")
         axes.set(title=kind, xlabel="dose (alpha)", ylabel="change of log p, nats")
         axes.grid(axis="y")
-
-    ends = ", ".join(f"{number(x, 2)}: {number(y, 2)}" for x, y in zip(doses, mean("effect")))
-    told = (
-        f"Mean change of the log-probability of promoted tokens by dose, {kind}, {source} to "
-        f"{target}: {ends}; random directions at the largest dose {number(mean('random')[-1], 2)}."
-    )
-    return draw(paint, told, legend=3)
+    return figure
 
 
 def answer(run: Run) -> list[tuple[str, str]]:

@@ -9,8 +9,8 @@ from crossdict_jax.config import Config, to_dict
 from crossdict_jax.config.settings import spell
 from crossdict_jax.report.answer import dictionary_name
 from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels
-from crossdict_jax.report.plots import SERIES, Figure, histogram_figure, line_figure
-from crossdict_jax.report.results import DIVERGED, Curves, Run
+from crossdict_jax.report.plots import SERIES, histogram_figure, line_figure
+from crossdict_jax.report.results import DIVERGED, Run
 from crossdict_jax.report.tables import Cell, Table, heading, number, score, scores, share, table
 from crossdict_jax.results import SCORES, SPINE, map_order
 from crossdict_jax.workdir import flatten
@@ -146,24 +146,23 @@ def dictionaries_section(run: Run) -> list[Block]:
 
 def training_section(run: Run) -> list[Block]:
     """Returns the losses of all that was trained by gradient steps."""
+    figures = []
+    for curves in run.curves:
+        every = -(-len(curves.steps) // MAX_POINTS)
+        stems = [re.sub(r"[ -]\(?shuffled\)?", "", label) for label in curves.labels]
+        order, lines = list(dict.fromkeys(stems)), {}
+        for label, stem, losses in zip(curves.labels, stems, curves.losses):
+            style = {"color": SERIES[order.index(stem) % len(SERIES)], "linewidth": 1}
+            style["linestyle"] = "-" if stem == label else "--"
+            lines[label] = (curves.steps[::every], losses[::every], style)
+        low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
+        ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(curves.labels, curves.losses))
+        words = f"{curves.title}: last training loss {ends}."
+        legend, log = 2 if max(map(len, lines)) < 36 else 1, "y" if 0 < 5 * low < high else ""
+        shape = {"title": curves.title, "words": words, "log": log, "legend": legend}
+        figures.append(line_figure(lines, x="step", y="loss", **shape))
     caption = "Training losses, one line per member; dashed: shuffled pairs."
-    return [Panels(list(map(_losses, run.curves)), caption, "large")] if run.curves else []
-
-
-def _losses(curves: Curves) -> Figure:
-    every = -(-len(curves.steps) // MAX_POINTS)
-    stems = [re.sub(r"[ -]\(?shuffled\)?", "", label) for label in curves.labels]
-    order, lines = list(dict.fromkeys(stems)), {}
-    for label, stem, losses in zip(curves.labels, stems, curves.losses):
-        style = {"color": SERIES[order.index(stem) % len(SERIES)], "linewidth": 1}
-        style["linestyle"] = "-" if stem == label else "--"
-        lines[label] = (curves.steps[::every], losses[::every], style)
-    low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
-    ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(curves.labels, curves.losses))
-    words = f"{curves.title}: last training loss {ends}."
-    legend, log = 2 if max(map(len, lines)) < 36 else 1, "y" if 0 < 5 * low < high else ""
-    shape = {"title": curves.title, "words": words, "log": log, "legend": legend}
-    return line_figure(lines, x="step", y="loss", **shape)
+    return [Panels(figures, caption, "large")] if figures else []
 
 
 def time_section(run: Run) -> list[Block]:

@@ -43,11 +43,11 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
         "Settings": [Details("All settings of the run", [Facts(inputs.settings(config))])],
     }
     before, after = ([(t, html(b)) for t, b in x.items() if b] for x in (results, closing))
+    *first, last = run.models
     text = template("page.html.j2").render(
         style=STYLE.read_text(encoding="utf-8"),
         name=work.root.resolve().name,
-        models=answer.names(run.models),
-        question=answer.question(run.models),
+        models=f"{', '.join(first)} and {last}" if first else last,
         answer=answer.answer(run),
         cautions=answer.cautions(run),
         sections=[

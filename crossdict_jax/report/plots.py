@@ -1,9 +1,10 @@
 """Figures as inline SVG, coloured by CSS variables: one drawing serves light and dark."""
 
+import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from crossdict_jax.report.tables import number
 from crossdict_jax.results import map_order
@@ -34,36 +35,37 @@ STYLE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Figure:
-    """One panel: the drawing, and its description for who cannot see it."""
+    """One panel: its description for who cannot see it, and the drawing."""
 
-    svg: str
     words: str
+    svg: str = ""
 
 
-def draw(
-    paint: Callable, words: str, *, width: float = 3.4, height: float = 2.0, legend: int = 0
-) -> Figure:
-    """Returns what ``paint(axes)`` draws, ``width`` and ``height`` in inches.
+@contextlib.contextmanager
+def drawing(
+    words: str, *, width: float = 3.4, height: float = 2.0, legend: int = 0
+) -> Iterator[tuple]:
+    """Yields (axes, figure): what is drawn on the axes is in the figure at the end of the block.
 
-    ``words`` describe the drawing, and keep its ids apart from others'. A legend of ``legend``
-    columns stands below the axes; 0 for none.
+    ``words`` describe the drawing, and keep its ids apart from others'; ``width`` and ``height``
+    are in inches. A legend of ``legend`` columns stands below the axes; 0 for none.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": words}):
         canvas = Canvas(figsize=(width, height), layout="constrained")
-        axes = canvas.subplots()
-        paint(axes)
+        axes, figure = canvas.subplots(), Figure(words)
+        yield axes, figure
         handles, _ = axes.get_legend_handles_labels()
         if legend and handles:
             canvas.set_figheight(height + 0.17 * -(-len(handles) // legend))
             canvas.legend(loc="outside lower center", ncols=legend, columnspacing=1.4)
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return Figure(_inline(file.getvalue()), words)
+    figure.svg = _inline(file.getvalue())
 
 
 def _inline(svg: str) -> str:
@@ -119,8 +121,9 @@ def line_figure(
       levels: name -> y value of a level line.
       bottom: what lies below it is cut off.
     """
-
-    def paint(axes):
+    names = len(lines) + len(levels or {})
+    legend = legend if names <= MAX_NAMES else 0
+    with drawing(words, width=4.6, height=2.4, legend=legend) as (axes, figure):
         for name, (xs, ys, style) in lines.items():
             axes.plot(xs, ys, **{"label": name, **style})
         for i, (name, level) in enumerate((levels or {}).items()):
@@ -131,20 +134,16 @@ def line_figure(
         if bottom is not None:
             axes.set_ylim(bottom=max(bottom, min(0.0, axes.get_ylim()[0])))
         axes.grid(axis="y")
-
-    names = len(lines) + len(levels or {})
-    return draw(paint, words, width=4.6, height=2.4, legend=legend if names <= MAX_NAMES else 0)
+    return figure
 
 
 def histogram_figure(histogram: dict, *, title: str, x: str, words: str) -> Figure:
     """Returns bars of a histogram of features {"edges": [n + 1], "counts": [n]}."""
-
-    def paint(axes):
+    with drawing(words, width=2.6, height=1.7) as (axes, figure):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)
         axes.set(title=title, xlabel=x, ylabel="features")
         axes.grid(axis="y")
-
-    return draw(paint, words, width=2.6, height=1.7)
+    return figure
 
 
 def score_figure(
@@ -163,8 +162,13 @@ def score_figure(
     below the x axis's ``limits`` is written at its edge. ``references`` are vertical lines.
     """
     low = limits[0]
-
-    def paint(axes):
+    told = [
+        f"{name} {number(row.get(key), 2)} (shuffled {number(row.get(f'shuffled.{key}'), 2)})"
+        for name, (row, _) in scores.items()
+    ]
+    told += [f"{name} at {number(level, 2)}" for name, level in references.items()]
+    words, height = f"{words}: {', '.join(told)}.", 0.75 + 0.24 * len(scores)
+    with drawing(words, height=height) as (axes, figure):
         for y, (row, colour) in enumerate(scores.values()):
             score, null = row.get(key), row.get(f"shuffled.{key}")
             if null is not None:
@@ -186,10 +190,4 @@ def score_figure(
         axes.set_yticks(range(len(scores)), list(scores), color=INK)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-
-    told = [
-        f"{name} {number(row.get(key), 2)} (shuffled {number(row.get(f'shuffled.{key}'), 2)})"
-        for name, (row, _) in scores.items()
-    ]
-    told += [f"{name} at {number(level, 2)}" for name, level in references.items()]
-    return draw(paint, f"{words}: {', '.join(told)}.", height=0.75 + 0.24 * len(scores))
+    return figure

@@ -1,7 +1,7 @@
 """Sections about what dictionaries share: matched features, layers, crosscoders."""
 
 from crossdict_jax.report.blocks import Block, Code, Panels
-from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, draw
+from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, drawing
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.tables import Cell, number, percent, score, scores, share, table
 from crossdict_jax.results import pair_of, pair_words, site_words
@@ -114,7 +114,7 @@ def layers_section(run: Run) -> list[Block]:
     for models in dict.fromkeys(pair_of(row)[:2] for row in rows):
         group = [row for row in rows if pair_of(row)[:2] == models]
         blocks.append(Panels([heat_map(group, measure) for measure in MEASURES], caption))
-    for row in proposals(run):
+    for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
         blocks += [
             f"The layers of {row['target']} that suit those of {row['source']} best by CKA, in "
             f"their order, have a mean CKA of {number(row['cka'], 2)}; those of this run "
@@ -122,11 +122,6 @@ def layers_section(run: Run) -> list[Block]:
             Code(f"--config.layer_pairs={row['layer_pairs']}"),
         ]
     return blocks
-
-
-def proposals(run: Run) -> list[dict]:
-    """Returns the rows of similarity.jsonl that propose layer pairs."""
-    return [row for row in run.rows["similarity"] if row["kind"] == "proposal"]
 
 
 def heat_map(rows: list[dict], measure: str) -> Figure:
@@ -139,8 +134,12 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
     null = number(sum(row[f"{measure}_null"] for row in rows) / len(rows), 2)
     # One colour, the value as opacity: one drawing for light and dark.
     shades = ListedColormap([(*to_rgb(STRONG), i / 100) for i in range(101)])
-
-    def paint(axes):
+    best = max(values, key=values.get)
+    told = (
+        f"{name} of every layer of {a} with every layer of {b}: highest {number(values[best], 2)} "
+        f"at {site_words(*best)}; shuffled rows {null} on average."
+    )
+    with drawing(told, height=0.7 + 2.5 * len(source) / len(target)) as (axes, figure):
         grid = [[values.get((s, t), 0.0) for t in target] for s in source]
         axes.pcolormesh(grid, cmap=shades, vmin=0, vmax=1)
         if max(len(source), len(target)) <= MAX_LABELS:
@@ -155,13 +154,7 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
             axis.set_ticks([i + 0.5 for i in shown], [sites[i].rpartition(".")[2] for i in shown])
             axis.set_tick_params(length=0)
         axes.set(title=f"{name} (shuffled rows {null})", xlabel=f"{b}, layer", ylabel=f"{a}, layer")
-
-    best = max(values, key=values.get)
-    told = (
-        f"{name} of every layer of {a} with every layer of {b}: highest {number(values[best], 2)} "
-        f"at {site_words(*best)}; shuffled rows {null} on average."
-    )
-    return draw(paint, told, height=0.7 + 2.5 * len(source) / len(target))
+    return figure
 
 
 def crosscoder_section(run: Run) -> list[Block]:

@@ -78,9 +78,8 @@ def score(row: dict, key: str, digits: int = 3, *, null: str = "") -> Cell:
 
 def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
     """Returns a share of a result row in percent, likewise."""
-    text, low, high = (percent(row.get(key + end), digits) for end in ("", "_low", "_high"))
-    bounds = f"[{low}, {high}]" if row.get(f"{key}_low") is not None else ""
-    return Cell(text, bounds, percent(row[null], digits) if null in row else "")
+    below = percent(row[null], digits) if null in row else ""
+    return Cell(percent(row.get(key), digits), interval(row, key, digits, percent), below)
 
 
 def scores(row: dict, *keys: str, cell: Callable = score, null: str = "") -> dict[str, Cell]:
@@ -124,12 +123,12 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%".replace("-", "−")
 
 
-def interval(row: dict, key: str, digits: int = 3) -> str:
+def interval(row: dict, key: str, digits: int = 3, text: Callable = number) -> str:
     """Returns "[low, high]" of a score, or nothing when the row has no interval."""
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
     if low is None or high is None:
         return ""
-    return f"[{number(low, digits)}, {number(high, digits)}]"
+    return f"[{text(low, digits)}, {text(high, digits)}]"
 
 
 def heading(key: str) -> str:

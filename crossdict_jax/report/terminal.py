@@ -121,7 +121,7 @@ def summary_table(work: Workdir) -> None:
     show([main_table(run)], WIDTH)
     for _, sentence in (*shared.answer(run), *causal.answer(run)):
         print(textwrap.fill(sentence, WIDTH))
-    for row in shared.proposals(run):
+    for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
         print(
             f"{row['source']} ↔ {row['target']}: layers most alike by CKA, "
             f"{number(row['cka'], 2)} (this run's {number(row['cka_of_run'], 2)}): "

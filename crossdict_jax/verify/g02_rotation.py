@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossdict_jax import dictionaries, maps, modules
+from crossdict_jax import dictionaries, maps, modules, stats
 from crossdict_jax.config import SAEConfig
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
@@ -24,7 +24,7 @@ MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     planted, (a, b) = views(PLANTED, seed), lab.NAMES[:2]
     config = replace(lab.planted_config(kinds=("procrustes",), seed=seed), sae=SAE)
     work = Workdir(directory / "one")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax.evaluation.matching import confirm, match
-from crossdict_jax.results import NO_BETTER
+from crossdict_jax.results import NO_BETTER, PAIRINGS
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, Views, views
@@ -24,9 +24,16 @@ KINDS = ("procrustes", "ridge")
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
     planted = views(PLANTED, seed)
-    plain, strict = (
-        _rows(planted, seed, threshold, directory / str(threshold)) for threshold in (0.0, 0.2)
-    )
+    by_threshold = []  # that features must exceed to be active: none, and 0.2
+    settings = {"seed": seed, "kinds": KINDS, "pairings": PAIRINGS}
+    for threshold in (0.0, 0.2):
+        made = [
+            lab.exact(d[planted.truth.exclusive(view)], threshold=threshold)
+            for view, d in enumerate(planted.truth.directions)
+        ]
+        rows = lab.planted_rows(planted, made, directory / str(threshold), **settings)
+        by_threshold.append(rows)
+    plain, strict = by_threshold
     checks = []
     for row in (lab.pick(plain, kind) for kind in KINDS):
         kind, pool = row["map"], row["pool"]
@@ -38,9 +45,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
             Check(f"mean rank of {kind}, share of the pool", row["mean_rank"] / pool, ">=", 0.45),
             Check(f"{kind} is labelled no better than the mean", labelled, "==", 1),
         ]
-    aligned, shuffled = (
-        lab.pick(strict, "ridge", pairing=p)["cosine_centered"] for p in ("aligned", "shuffled")
-    )
+    aligned, shuffled = (lab.pick(strict, "ridge", pairing=p)["cosine_centered"] for p in PAIRINGS)
     counts = np.array([_matches(views(PLANTED, seed + i)) for i in range(SEEDS)])
     significant, confirmed = (counts > 0).mean(0)  # shares of the seeds with any
     bound = FDR + 2 * math.sqrt(FDR * (1 - FDR) / SEEDS)  # q and two standard errors
@@ -52,16 +57,6 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         Check("share of seeds with a match significant at q", significant, "<=", bound),
         Check("share of seeds with a confirmed match", confirmed, "<=", bound),
     ]
-
-
-def _rows(planted: Views, seed: int, threshold: float, directory: Path) -> list[dict]:
-    """Returns rows of transfer.jsonl; features must exceed the threshold to be active."""
-    made = [
-        lab.exact(d[planted.truth.exclusive(v)], threshold=threshold)
-        for v, d in enumerate(planted.truth.directions)
-    ]
-    both = ("aligned", "shuffled")
-    return lab.planted_rows(planted, made, directory, seed=seed, kinds=KINDS, pairings=both)
 
 
 def _matches(planted: Views) -> tuple[int, int]:

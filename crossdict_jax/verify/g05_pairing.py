@@ -3,10 +3,9 @@
 import unicodedata
 from pathlib import Path
 
-import numpy as np
-
-from crossdict_jax import models
+from crossdict_jax import models, stats
 from crossdict_jax.activations import pair
+from crossdict_jax.results import PAIRINGS
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted import PlantedConfig, streams
@@ -26,7 +25,7 @@ PLANTED = PlantedConfig(
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     tokenizers = [models.load_tokenizer(name) for name in models.EMBEDDED]
     wrong = 0
     for _ in range(TEXTS):
@@ -41,9 +40,9 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     for shift in (0, 1):
         planted = streams(PLANTED, seed, shift=shift)
         made = [lab.exact(d) for d in planted.truth.directions]
-        both, folder = ("aligned", "shuffled"), directory / str(shift)
-        rows = lab.planted_rows(planted, made, folder, seed=seed, pairings=both)
-        for pairing in both:
+        settings = {"seed": seed, "pairings": PAIRINGS}
+        rows = lab.planted_rows(planted, made, directory / str(shift), **settings)
+        for pairing in PAIRINGS:
             gains[shift, pairing] = lab.pick(rows, "ridge", pairing=pairing)["context_gain"]
     return [
         Check(f"of {TEXTS} random texts, pairs differ from a brute-force count in", wrong, "==", 0),

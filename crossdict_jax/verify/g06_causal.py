@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
@@ -64,7 +65,7 @@ def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path
     (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
     features, strength = np.arange(FEATURES), experiment.strength
     vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     mapped = {
         KIND: Directions(vectors),
         "random": Directions(rng.standard_normal(vectors.shape, np.float32)),

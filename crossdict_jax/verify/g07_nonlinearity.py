@@ -5,26 +5,32 @@ from pathlib import Path
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
-from crossdict_jax.verify.planted import PlantedConfig, Views, views
+from crossdict_jax.verify.planted import PlantedConfig, views
 
 INPUTS, HIDDEN, OUTPUTS = 24, 48, 32
 PLANTED = PlantedConfig(
     rows=6000, documents=100, features=INPUTS, widths=(1,), active=8.0, zipf=0.0
 )
+KINDS = ("ridge", "mlp")
 # Of the network; both see all rows. The dense truth needs no selection.
 BUDGET = {"steps": 800, "hidden": 96, "batch_size": 128, "head": "relu"}
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     codes = views(PLANTED, seed)
     x = codes.codes
     W, W_in, V = map(rng.standard_normal, ((INPUTS, OUTPUTS), (INPUTS, HIDDEN), (HIDDEN, OUTPUTS)))
     W, V = np.abs(W), np.abs(V)
-    linear = _scores(codes, x @ W, seed, directory / "linear")
-    bent = _scores(codes, np.maximum(x @ W_in, 0) @ V, seed, directory / "bent")
+    made, scores = [lab.positive(INPUTS), lab.positive(OUTPUTS)], []
+    for name, y in {"linear": x @ W, "bent": np.maximum(x @ W_in, 0) @ V}.items():
+        both = dataclasses.replace(codes, x=(x, y.astype(np.float32)), tokens=codes.tokens * 2)
+        rows = lab.planted_rows(both, made, directory / name, seed=seed, kinds=KINDS, **BUDGET)
+        scores.append({kind: lab.pick(rows, kind) for kind in KINDS})
+    linear, bent = scores
     lead = linear["ridge"]["r2"] - linear["mlp"]["r2"]
     network_lead = bent["mlp"]["r2_low"] - bent["ridge"]["r2_high"]
     return [
@@ -34,12 +40,3 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         Check("R² of the network, bent truth", bent["mlp"]["r2"]),
         Check("low end of the network less high end of ridge", network_lead, ">=", 0.0),
     ]
-
-
-def _scores(codes: Views, y: np.ndarray, seed: int, directory: Path) -> dict[str, dict]:
-    x = (codes.codes, y.astype(np.float32))
-    both = dataclasses.replace(codes, x=x, tokens=codes.tokens * 2)
-    made = [lab.positive(rows.shape[1]) for rows in x]
-    kinds = ("ridge", "mlp")
-    rows = lab.planted_rows(both, made, directory, seed=seed, kinds=kinds, **BUDGET)
-    return {kind: lab.pick(rows, kind) for kind in kinds}

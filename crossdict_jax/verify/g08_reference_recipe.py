@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.report import answer, results
 from crossdict_jax.report.transfer import verdict
 from crossdict_jax.results import NO_BETTER
@@ -22,7 +23,7 @@ RECIPE = {"hidden": 96, "steps": 600, "batch_size": 128, "head": "relu"}
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
     # Codes of two dictionaries, about half dense and independent.
-    rng = np.random.Generator(np.random.Philox(key=seed))
+    rng = stats.generator(seed)
     base = views(PlantedConfig(rows=ROWS, documents=100, widths=(1, 1)), seed)
     scale = rng.lognormal(0.0, 0.5, (2, 1, WIDTH))
     codes = np.maximum(rng.standard_normal((2, len(base), WIDTH)) + SHIFT, 0) * scale

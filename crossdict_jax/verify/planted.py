@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.activations.pairing import pair_many
 
 HIGHEST_FREQUENCY = 0.5  # a feature that is nearly always active is not sparse
@@ -78,28 +79,27 @@ class Views:
         """Returns (training, test) rows of whole documents; the last are the test."""
         documents = np.unique(self.document)
         test = self.document >= documents[round(len(documents) * (1 - test_fraction))]
-
-        def take(rows: np.ndarray) -> Views:
+        parts = []
+        for rows in (~test, test):
             x, tokens = (tuple(a[rows] for a in each) for each in (self.x, self.tokens))
-            return Views(x, self.codes[rows], tokens, self.document[rows], self.truth)
-
-        return take(~test), take(test)
+            parts.append(Views(x, self.codes[rows], tokens, self.document[rows], self.truth))
+        return tuple(parts)
 
 
 def views(config: PlantedConfig, seed: int) -> Views:
     """Returns planted rows: equal settings and seeds give equal bits."""
     truth = plant(config, seed)
     document = (np.arange(config.rows) * config.documents // config.rows).astype(np.int32)
-    tokens = _zipf_draws(_generator(seed, _TEXT), VOCABULARY, config.rows)
+    tokens = _zipf_draws(stats.generator(seed, _TEXT), VOCABULARY, config.rows)
     codes = _codes(config, truth, seed, document=document, classes=tokens)
-    rng = _generator(seed, _NOISE)
+    rng = stats.generator(seed, _NOISE)
     x = tuple(_show(config, codes, d, rng) for d in truth.directions)
     return Views(x, codes, (tokens,) * len(config.widths), document, truth)
 
 
 def plant(config: PlantedConfig, seed: int) -> Truth:
     """Returns the truth of a seed: directions, frequencies, who sees what, who follows whom."""
-    rng = _generator(seed, _TRUTH)
+    rng = stats.generator(seed, _TRUTH)
     n_views, features = len(config.widths), config.features
     exclusive = rng.permutation(features)[: round(config.exclusive * features)]
     owners = np.arange(len(exclusive))[None, :] % n_views  # over all frequencies
@@ -125,10 +125,6 @@ def plant(config: PlantedConfig, seed: int) -> Truth:
     return Truth(tuple(directions), seen, _frequencies(config), parent, partner, from_token)
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, stream]))
-
-
 def _frequencies(config: PlantedConfig) -> np.ndarray:
     """Returns Zipf frequencies, descending, capped, with sum ``active``."""
     weights = (1.0 + np.arange(config.features)) ** -config.zipf
@@ -151,10 +147,10 @@ def _codes(config: PlantedConfig, truth: Truth, seed: int, *, document, classes)
     """Returns codes float32 [rows, features]; ``classes`` [rows] fix the features of the token."""
     relative = np.ones((int(document.max()) + 1, 1))  # frequency in each document, mean 1
     if config.burstiness > 0:
-        shape, rng = config.burstiness**-2, _generator(seed, _BURSTS)
+        shape, rng = config.burstiness**-2, stats.generator(seed, _BURSTS)
         relative = rng.gamma(shape, 1 / shape, (len(relative), config.features))
-    by_row = _draw(truth, _generator(seed, _CODES), relative[document])
-    by_class = _draw(truth, _generator(seed, _CLASSES), np.ones((int(classes.max()) + 1, 1)))
+    by_row = _draw(truth, stats.generator(seed, _CODES), relative[document])
+    by_class = _draw(truth, stats.generator(seed, _CLASSES), np.ones((int(classes.max()) + 1, 1)))
     return np.where(truth.from_token[None, :], by_class[classes], by_row)
 
 
@@ -192,7 +188,7 @@ def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
       shift: tokens by which every view but the first is read too late: a mistake to find.
     """
     truth, n_views = plant(config, seed), len(config.widths)
-    rng = _generator(seed, _TEXT)
+    rng = stats.generator(seed, _TEXT)
     alphabet = np.arange(ord("a"), ord("a") + LETTERS, dtype=np.uint8)
     words: dict[bytes, None] = {}  # different ones, each with the space before it
     while len(words) < WORDS:
@@ -223,7 +219,7 @@ def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
     _, last_two = np.unique(np.append(0, letters[:-1]) * 256 + letters, return_inverse=True)
     at_bytes = _codes(config, truth, seed, document=byte_document, classes=last_two)
     codes = [at_bytes[np.concatenate(rows)] for rows in last_bytes]
-    rng = _generator(seed, _NOISE)
+    rng = stats.generator(seed, _NOISE)
     return Views(
         x=tuple(_show(config, *pair, rng) for pair in zip(codes, truth.directions)),
         codes=codes[0],

@@ -1,7 +1,6 @@
 """Every architecture on planted features and on a run's activations: recovery, L0 against FVU."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ PLANTED = PlantedConfig(
 SETTINGS = SAEConfig(width=64, k=4, steps=2000, batch_size=256, seeds=3)
 
 
-def measure_pareto(config: Config, work: Workdir) -> list[dict[str, Any]]:
+def measure_pareto(config: Config, work: Workdir) -> list[dict]:
     """Writes pareto.jsonl, a row per dictionary of every architecture's curve; returns the rows.
 
     Columns are those of ``studies.pareto.measure.curves`` and, on planted features, the active ones

@@ -27,7 +27,7 @@ SIZES = {  # suite: training rows, widths
 }
 
 
-def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields a row per stage and size, run once: what compiles counts.
 
     The first stage that reads features encodes them. Held-out rows, a fifth as many as training

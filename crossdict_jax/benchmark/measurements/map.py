@@ -1,7 +1,6 @@
 """One training step of the mlp map: ours, beside that of another checkout."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from crossdict_jax.benchmark.harness import Bench
 from crossdict_jax.benchmark.peer import contest, peers
@@ -11,7 +10,7 @@ SHAPE = {"d_model": 1024, "width": 4096, "k": 32, "hidden": 512, "batch_size": 1
 SIZES = {"cpu": (SHAPE, 5), "gpu": (SHAPE, 50)}  # and the steps in one measurement
 
 
-def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields a row per contender; each encodes the rows itself."""
     shape, steps = SIZES[bench.suite]
     settings, rows = shape | {"seed": bench.seed}, steps * shape["batch_size"]

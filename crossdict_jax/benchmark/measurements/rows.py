@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -18,7 +17,7 @@ SIZES = {  # suite: rows, d_model, rows of a batch, steps of a chunk
 }
 
 
-def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields bytes a second: as training does, and with every row looked up alone in one thread."""
     n, d_model, batch_size, steps = SIZES[bench.suite]
     rows = np.zeros((1, n, d_model), ml_dtypes.bfloat16)

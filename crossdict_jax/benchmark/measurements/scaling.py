@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 from crossdict_jax.benchmark import workloads
 from crossdict_jax.benchmark.harness import OURS, Bench
@@ -23,7 +22,7 @@ POINTS = {  # differences from the base: smaller and larger by factors of about 
 }
 
 
-def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields a row per point, timed in turns with the base, from which one thing differs.
 
     The ratio is of seconds a step, the point's to the base's; rows of all members count.

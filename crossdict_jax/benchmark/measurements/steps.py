@@ -1,7 +1,6 @@
 """One training step of a dictionary: ours, through the loop, beside three other libraries'."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ GPU = CPU | {"d_model": 1024, "width": 32_768, "batch_size": 8192, "rows": 65_53
 SIZES = {"cpu": (CPU, "float32", 1), "gpu": (GPU, "bfloat16", 20)}
 
 
-def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields rows: each architecture against every peer."""
     (sizes, dtype, steps), folder = SIZES[bench.suite], bench.folder
     store = workloads.made_up_store(folder, sizes["rows"], sizes["d_model"], seed=bench.seed)

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from crossdict_jax import models
 from crossdict_jax.benchmark.harness import OURS, Bench
@@ -13,27 +12,9 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import read_json
 
 ROOT, PRESET = Path(__file__).parents[3], "configs/pythia410m_gpt2medium.py"
-# Tokenizer and config.json of Pythia-410m and GPT-2 Medium.
-MODELS = {
-    "docs-neox": {
-        "model_type": "gpt_neox",
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "max_position_embeddings": 2048,
-        "vocab_size": 50304,
-        "rotary_pct": 0.25,
-        "use_parallel_residual": True,
-    },
-    "docs-gpt2": {
-        "model_type": "gpt2",
-        "n_embd": 1024,
-        "n_layer": 24,
-        "n_head": 16,
-        "n_positions": 1024,
-        "vocab_size": 50257,
-    },
+MODELS = {  # tokenizer: whose shape
+    "docs-neox": "EleutherAI/pythia-410m",
+    "docs-gpt2": "openai-community/gpt2-medium",
 }
 SIZES = {  # on two CPU cores it would take hours
     "gpu": {
@@ -48,16 +29,16 @@ SIZES = {  # on two CPU cores it would take hours
 }
 
 
-def benchmark(bench: Bench) -> Iterator[dict[str, Any]]:
+def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields a row for the whole command, started cold and run once, and one per stage.
 
     Raises:
       UserError: the run failed; its last line is given.
     """
     work, folders = bench.folder / "run", []
-    for tokenizer, shape in MODELS.items():
-        folders.append(str(bench.folder / shape["model_type"]))
-        lm = models.init(shape, seed=bench.seed)
+    for tokenizer, name in MODELS.items():
+        lm = models.init(models.known_config(name), seed=bench.seed)
+        folders.append(str(bench.folder / lm.config.model_type))
         models.save(lm, folders[-1], dtype="bfloat16", tokenizer=models.load_tokenizer(tokenizer))
     settings = {"models": ",".join(folders)} | SIZES[bench.suite]
     command = [sys.executable, "-m", "launch.experiment", f"--config={PRESET}"]

@@ -1,6 +1,6 @@
 """Contrast sets: on which features a preference between two texts rests."""
 
-from crossdict_jax.results import PAIR_COLUMNS, Column, describe, intervals, nats, plain
+from crossdict_jax.results import PAIR_COLUMNS, Column, describe, intervals, plain
 from crossdict_jax.studies.contrast.section import FAMILIES, KINDS, TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
@@ -33,7 +33,8 @@ TABLE = describe(
         accuracy_unigram="the same by token counts alone",
         pair_r="correlation over pairs of what source and target lose",
     ),
-    *nats(
+    *intervals(
+        "nats",
         preference="log p(good) - log p(bad)",
         attribution="integrated gradients on the test half",
         effect="preference that taking out costs",

@@ -97,7 +97,6 @@ class Halves:
         self.reader = reader
 
     def draws(self, n: int) -> stats.Resamples:
-        """Returns resamples of n pairs."""
         return stats.draw(np.arange(n), count=self.run.config.evaluation.bootstrap, seed=self.seed)
 
     def with_others(self, model: str, site: Site, top: np.ndarray) -> np.ndarray:

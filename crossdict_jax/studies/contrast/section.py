@@ -21,7 +21,6 @@ FAMILIES = {  # of controls
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the section's html."""
     blocks: list[Block] = [
         "Of two texts that differ in one point, which does a model find likelier, and on which "
         "features does that rest? Features are chosen on one half of the pairs, by integrated "

@@ -1,6 +1,6 @@
 """Dictionary transfer: one model's dictionary used for another, and as a start of training."""
 
-from crossdict_jax.results import COUNTS, PAIR_COLUMNS, describe, intervals, nats, plain
+from crossdict_jax.results import COUNTS, PAIR_COLUMNS, describe, intervals, plain
 from crossdict_jax.studies.dictionary_transfer.section import TITLE, section
 
 __all__ = ["TABLE", "TITLE", "section"]
@@ -17,7 +17,8 @@ TABLE = describe(
     ),
     *COUNTS,
     *intervals(fvu="share of the variance that the reconstruction misses"),
-    *nats(
+    *intervals(
+        "nats",
         ce="cross-entropy of the next token with the reconstruction put in",
         delta_ce="ce, less that of the untouched target",
     ),

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -91,7 +90,7 @@ def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
 
 def transfer_rows(
     problems: dict[Task, Problem], config: Config, store: Store, work: Workdir
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """Returns the rows of dictionary_transfer.jsonl of the directions into one target.
 
     The stitch alone is not put into the target: its losses and l0 are null.
@@ -140,7 +139,7 @@ def transfer_rows(
 
 def compare_starts(
     problems: dict[Task, Problem], config: Config, store: Store, work: Workdir
-) -> list[dict[str, Any]]:
+) -> list[dict]:
     """Returns the rows of dictionary_training.jsonl of one target's directions and sites.
 
     The target's dictionary of seed 0 is trained from random parameters and from the source's, on
@@ -171,7 +170,7 @@ def compare_starts(
     return rows
 
 
-def steps_saved(steps: list[int], random: list[float], moved: list[float]) -> dict[str, Any]:
+def steps_saved(steps: list[int], random: list[float], moved: list[float]) -> dict:
     """Returns when the moved start first equals the random start's final error, if ever."""
     first = next((step for step, error in zip(steps, moved) if error <= random[-1]), None)
     return {"steps_to_reach": first, "saved": first and 1 - first / steps[-1]}

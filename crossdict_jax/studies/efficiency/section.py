@@ -35,7 +35,6 @@ class Curves:
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the section's html."""
     groups = curves(rows)
     caption = (
         "R² on held-out documents by the number of paired training rows. Level lines: maps that "

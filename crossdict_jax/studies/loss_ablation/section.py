@@ -20,7 +20,6 @@ SHOWN = {  # column of ablation.jsonl: its title
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the section's html."""
     return html([TEXT, *tables(rows)])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ SHARES = (0.25, 0.5, 1.0, 2.0)  # of sae.k: the curve of an architecture that fi
 
 def curves(
     config: Config, store: Store, work: Workdir, *, model: str, site: Site
-) -> Iterator[tuple[dict[str, Any], Dictionary]]:
+) -> Iterator[tuple[dict, Dictionary]]:
     """Trains and yields each dictionary of each curve, with its row on the test rows.
 
     ``work`` gets a folder per architecture; finished dictionaries are kept.

@@ -35,7 +35,6 @@ class Curves:
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the section's html."""
     groups = curves(rows)
     caption = "FVU against L0 on held-out rows, means over seeds."
     return html([TEXT, Panels([figure(g) for g in groups], caption, "large"), *tables(groups)])

@@ -33,7 +33,7 @@ def run(config: Config, work: Workdir) -> None:
     Raises:
       UserError: the texts are missing or too few; a file of the run is missing or damaged.
     """
-    settings, counts = config.probe, sorted(config.probe.examples)
+    settings = config.probe
     texts = labelled.read_labelled(settings.source, text=settings.text, label=settings.label)
     finished, layers = FinishedRun(config, work), config.intervention.layers
     kinds = {"kinds": settings.maps, "of_tokens": True}
@@ -47,17 +47,13 @@ def run(config: Config, work: Workdir) -> None:
         reading, reasons = read(finished, texts)
         left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
         say(f"probe: {left}")
-        asked = {"examples": counts, "seed": config.seed, "left": left}
+        asked = {"examples": settings.examples, "seed": config.seed, "left": left}
         examples = labelled.split(texts.labels[reading.kept], texts.classes, **asked)
         side = cache(partial(side_of, finished, reading))
         rows = []
         for group in progress_bar(groups, desc="probes", unit="direction"):
             head = results.pair_columns(group) | {"n_classes": len(texts.classes)}
-
-            def make(group=group):
-                features = _features(finished, reading, side, group)
-                return [row for n in counts for row in probe_rows(features, examples, n, config)]
-
+            make = partial(_direction, finished, reading, side, examples, group)
             rows += [head | row for row in stage.part((group.label,), make)]
         stage.finish({FILE: rows}, texts=len(texts.texts))
     show(tables(results.read(work, FILE)))
@@ -84,19 +80,23 @@ def side_of(run: FinishedRun, reading: Reading, model: str, site: Site) -> Side:
     return Side(x, tokens, run.dictionary(model, site))
 
 
-def _features(run: FinishedRun, reading: Reading, side, group: MapGroup) -> dict:
-    """{probe: (training features, test features), each [texts, d]}."""
+def _direction(
+    run: FinishedRun, reading: Reading, side, examples: Split, group: MapGroup
+) -> list[dict]:
+    """The rows of one direction, of every probe at every number of labelled examples."""
     size = run.config.evaluation.batch_size
     pairs = Pairs(*(side(*end) for end in group.ends), reading.text)
     own_a, own_b = (
         modules.over_rows(s.dictionary, s.x, method="encode", size=size)
         for s in (pairs.source, pairs.target)
     )
-    features = {}
+    features = {}  # {probe: (training features, test features), each [texts, d]}
     for task in group.tasks:
         features[task.kind] = maps.predict(maps.load(task.path(run.work)), pairs, size), own_b
     counts = labelled.token_counts(reading.passages[group.source].tokens)
-    return features | {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
+    features |= {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
+    asked = sorted(run.config.probe.examples)
+    return [row for n in asked for row in probe_rows(features, examples, n, run.config)]
 
 
 def probe_rows(features: dict, examples: Split, n: int, config: Config) -> list[dict]:

@@ -15,7 +15,6 @@ REFERENCES = {  # of probes without a map
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the section's html."""
     caption = "Accuracy on held-out texts by the number of labelled examples."
     text = (
         "A linear probe is trained to tell labels of a few texts from what a map predicts of the "

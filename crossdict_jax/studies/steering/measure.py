@@ -1,14 +1,13 @@
 """Steering: what does B write with a feature of A added to it?"""
 
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 
 from crossdict_jax import results, stats
 from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.directions import MapGroup, map_groups
-from crossdict_jax.causal.effects import MATCH, dose_norms, normalised
+from crossdict_jax.causal.effects import MATCH, dose_norms
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config, refuse_transcoders
@@ -16,7 +15,7 @@ from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Starts, pad
 from crossdict_jax.report.tables import show
-from crossdict_jax.stats import Estimate, Resamples, columns
+from crossdict_jax.stats import Estimate, Resamples, columns, normalised
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.section import (
     RATES,
@@ -122,7 +121,7 @@ def chosen_maps(config: Config, store: Store) -> MapGroup:
     return replace(groups[asked], tasks=kinds[settings.map])
 
 
-def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarray], dict]:
     """Returns {edit: what dose 1 adds, [d_b] or per text [n, d_b]}, and the first row."""
     run, group, words = source.run, source.group, source.words
     settings, seed, b = run.config.steer, run.config.seed, group.ends[1]
@@ -184,9 +183,7 @@ def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarra
     )
 
 
-def score_texts(
-    source: Source, feature: Feature, starts: Starts, tokens: np.ndarray
-) -> list[dict[str, Any]]:
+def score_texts(source: Source, feature: Feature, starts: Starts, tokens: np.ndarray) -> list[dict]:
     """Returns each text of tokens int32 [n, count] with its counts.
 
     Nothing behind a token that ends a text is counted.
@@ -226,7 +223,7 @@ def score_texts(
     return texts
 
 
-def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict[str, Any]:
+def condition_row(by: dict, name: str, alpha: float, draws: Resamples) -> dict:
     """Returns an edit's means over texts, and paired differences to the other edits."""
     others = {"more": ("none", 0.0), "over_random": ("random", alpha)}
     texts = by[name, alpha]

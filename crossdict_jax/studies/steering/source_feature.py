@@ -87,7 +87,7 @@ def choose(source: Source) -> Feature:
     direction = decoder_rows(dictionary, np.array([feature]))[0]
     added = float(held_out[rows].mean() * np.linalg.norm(direction))
     norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
-    dose = norm * source.dose * effects.normalised(direction)
+    dose = norm * source.dose * stats.normalised(direction)
     held, words = model.hold(size=count, span=1), source.words
     promoted = effects.promoted_tokens(held, dose, words.has_text)
     mapped = words.weights_in_b(promoted, below=run.runner(group.target).config.vocab_size)
@@ -112,7 +112,7 @@ def search(source: Source, text: str) -> list[dict]:
         )
     drawn = stats.generator(run.config.seed).permutation(test)[:count]
     model = run.at_site(*a, np.sort(drawn))
-    directions = effects.normalised(decoder_rows(run.dictionary(*a), ids))
+    directions = stats.normalised(decoder_rows(run.dictionary(*a), ids))
     directions *= model.median_norm * source.dose
     held = model.hold(size=count, span=1)
     change, _ = held.changes(directions, {token: 1.0}, limit=1)
