@@ -273,8 +273,10 @@ def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[
         leads = [f"specific_{family}{at}" for at in ("", "_at_kl") for family in FAMILIES]
         for key in ("effect", "kl", *leads, "ablation_r", "ablation_r_shuffled"):
             values = np.array([row[key] for row in rows if row[key] is not None])
-            draws = stats.draw(np.arange(len(values)), count=settings.bootstrap, seed=config.seed)
-            summary |= columns(key, draws.mean(values) if len(values) else None)
+            features, mean = np.arange(len(values)), None
+            if len(values):  # a removal has no correlation where texts end at once
+                mean = stats.draw(features, count=settings.bootstrap, seed=config.seed).mean(values)
+            summary |= columns(key, mean)
         summaries.append(summary)
     match = next((s["specific_random"] for s in summaries if s["direction"] == MATCH), None)
     for row in summaries:
