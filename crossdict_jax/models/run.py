@@ -502,15 +502,8 @@ def _clean(lm, site, step, tokens):
     """
     seen: dict[Site, jax.Array] = {}
     stream, _ = lm.final_stream(tokens, tap=seen.setdefault)
-
-    def predicted(x, following):
-        logits = lm.unembed(x[None])[0]
-        loss, normaliser = _next_token_loss(logits, following)
-        p = jnp.exp(logits - normaliser[:, None])
-        return loss, p, jnp.sum(p * logits, axis=-1) - normaliser
-
     positions = jnp.swapaxes(stream, 0, 1), jnp.roll(tokens, -1, axis=1).T
-    loss, *clean = jax.lax.map(lambda at: predicted(*at), positions, batch_size=step)
+    loss, *clean = jax.lax.map(lambda at: _prediction(lm, *at), positions, batch_size=step)
     return loss.T, seen[site], *clean
 
 
@@ -525,16 +518,25 @@ def _edited(lm, sites, step, tokens, x, p, negative_entropy, edited, *values):
         y = x if at == sites[0] else y
         return jnp.where(edited[..., None], new[at], y) if at in new else y
 
-    def compared(x, following, p, negative_entropy):
-        logits = lm.unembed(x[None])[0]
-        loss, normaliser = _next_token_loss(logits, following)
-        kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
-        return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
-
     stream, _ = lm.final_stream(tokens, tap=tap)
     positions = jnp.swapaxes(stream, 0, 1), jnp.roll(tokens, -1, axis=1).T, p, negative_entropy
-    loss, kl = jax.lax.map(lambda at: compared(*at), positions, batch_size=step)
+    loss, kl = jax.lax.map(lambda at: _prediction(lm, *at), positions, batch_size=step)
     return loss.T, kl.T
+
+
+def _prediction(lm, x, following, *clean):
+    """At one position of each text [batch], (loss, p [batch, vocab], sum p log p).
+
+    Beside the last two of a clean pass, (loss, KL(clean || this)).
+    """
+    logits = lm.unembed(x[None])[0]
+    loss, normaliser = _next_token_loss(logits, following)
+    if clean:
+        p, negative_entropy = clean
+        kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
+        return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
+    p = jnp.exp(logits - normaliser[:, None])
+    return loss, p, jnp.sum(p * logits, axis=-1) - normaliser
 
 
 def _next_token_loss(logits, following) -> tuple[jax.Array, jax.Array]:
