@@ -318,10 +318,6 @@ class Runner:
                 at = slice(len(at)) if on_device else at
                 yield int(text), [of_site[row, at] for of_site in x]
 
-    def token_losses(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns -log p of every token after the first, [n, seq - 1] nats, of tokens [n, seq]."""
-        return self.run(_token_losses, tokens)
-
     def _checked(self, sites: Iterable[Site]) -> tuple[Site, ...]:
         sites = tuple(sites)
         for site in sites:
@@ -491,8 +487,9 @@ def _at_positions(x: PyTree, at: jax.Array) -> PyTree:
     return jax.tree.map(lambda a: jnp.take_along_axis(a, at[:, :, None], axis=1), x)
 
 
-def _token_losses(lm, tokens) -> jax.Array:
-    return _next_token_loss(lm.logits(tokens), jnp.roll(tokens, -1, axis=1))[0][:, :-1]
+def token_losses(lm, tokens, tap=None) -> jax.Array:
+    """Returns -log p of every token after the first, [n, seq - 1] nats, of tokens [n, seq]."""
+    return _next_token_loss(lm.logits(tokens, tap=tap)[:, :-1], tokens[:, 1:])[0]
 
 
 def _clean(lm, site, step, tokens):

@@ -14,7 +14,7 @@ from crossdict_jax import models, modules
 from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.config import PretrainConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.models.run import Runner
+from crossdict_jax.models.run import Runner, token_losses
 from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from crossdict_jax.training.ensemble import Ensemble, Objective
@@ -84,7 +84,7 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     models.save(modules.merge(objective.graphdef, params), out, dtype=config.save_dtype)
     save_tokenizer(tokenizer, out, context=config.context)
     runner = Runner(models.load(out), batch_size=32)
-    losses = runner.token_losses(windows.reshape(-1, config.context))
+    losses = runner.run(token_losses, windows.reshape(-1, config.context))
     result = {
         "loss": float(losses.mean(axis=1, dtype=np.float64).mean()),
         "bigram_loss": bigram_loss(fit, held_out, vocab_size=config.vocab_size),

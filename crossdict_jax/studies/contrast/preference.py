@@ -11,7 +11,7 @@ from crossdict_jax.causal.directions import strengths
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.models import Site
-from crossdict_jax.models.run import Passages, Runner, pad
+from crossdict_jax.models.run import Passages, Runner, pad, token_losses
 from crossdict_jax.studies.contrast.sets import ContrastSet
 from crossdict_jax.studies.reading import Reading, read_texts
 
@@ -111,11 +111,9 @@ class Reader:
 
 def _prefers(lm, tokens, scored, site=None, x=None) -> jax.Array:
     """The preference [pairs], with x [texts, seq, d_model] in place of a site's activations."""
-    logits = lm.logits(tokens, tap=lambda at, y: x if at == site else y)
-    log_p = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-    of_texts = jnp.sum(jnp.where(scored[:, 1:], chosen, 0.0), axis=1)
-    return of_texts[::2] - of_texts[1::2]
+    losses = token_losses(lm, tokens, lambda at, y: x if at == site else y)
+    of_texts = jnp.sum(jnp.where(scored[:, 1:], losses, 0.0), axis=1)
+    return of_texts[1::2] - of_texts[::2]
 
 
 def _ablated(lm, site, vectors, tokens, scored, x, strength) -> jax.Array:

@@ -13,7 +13,7 @@ from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import Config, refuse_transcoders
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
-from crossdict_jax.models.run import Starts, pad
+from crossdict_jax.models.run import Starts, pad, token_losses
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Estimate, Resamples, columns, normalised
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
@@ -196,7 +196,7 @@ def score_texts(source: Source, feature: Feature, starts: Starts, tokens: np.nda
         np.concatenate([row[:length], new])
         for row, length, new in zip(starts.tokens, starts.length, tokens)
     ]
-    losses = runner.token_losses(pad(sequences)).astype(np.float64)
+    losses = runner.run(token_losses, pad(sequences)).astype(np.float64)
 
     def as_bytes(ids: np.ndarray) -> bytes:
         spelled = (i for i in ids if i < len(words.pieces_b) and i not in words.special_b)
