@@ -75,8 +75,7 @@ def test_the_drivers_of_a_planted_affine_map_are_found_exactly(pairs):
     scale = np.random.default_rng(2).random((3, 2 * D))
     drivers = attribution.drivers(Affine(signed(), W), pairs.source, index, scale=scale)
     assert np.allclose(drivers.weight, W.T[index], atol=1e-6)
-    assert np.allclose(drivers.effect, scale * W.T[index], atol=1e-6)
-    assert drivers.exact.all()
+    assert np.allclose(drivers.effect, scale * W.T[index], atol=1e-6) and drivers.exact.all()
     on = np.asarray(signed().encode(pairs.source.x)) @ W[:, index] > 0.1
     assert drivers.rows.tolist() == on.sum(0).tolist()
 

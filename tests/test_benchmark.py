@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import refused
 
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark import peer, run, saelens, workloads
@@ -97,8 +98,7 @@ def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, 
     monkeypatch.setattr(map_steps, "benchmark", fails)
     monkeypatch.setattr(steps, "benchmark", lambda bench: iter([row | {"benchmark": "steps"}]))
     config = BenchmarkConfig(benchmarks=("map", "steps"), repeats=1)
-    with pytest.raises(UserError, match=r"^map failed: There is no more\.$"):
-        run.run_benchmarks(config, Workdir(tmp_path))
+    refused(r"^map failed: There is no more\.$", run.run_benchmarks, config, Workdir(tmp_path))
     written = read_json(tmp_path / "results" / "benchmark.json")
     assert written["rows"] == [row, row | {"benchmark": "steps"}]
     assert written["failed"] == {"map": "There is no more."}
@@ -187,10 +187,8 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
         assert other.make(start=4) == {"version": "1", "started": 4}
         assert other.make(start=0)["started"] == 0
         assert other.run(2).seconds >= 0 and other.run(4).cpu_seconds >= 0
-        with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)"):
-            other.run(1)
-        with pytest.raises(UserError, match="torch failed"):
-            other.run(1)
+        refused(r"torch failed \(ValueError: too far\)", other.run, 1)
+        refused("torch failed", other.run, 1)
 
 
 def execute(main, kind, *arguments):

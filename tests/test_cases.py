@@ -54,8 +54,6 @@ def tiny(tmp_path_factory):
     return tiny_run.shared_run(tmp_path_factory.getbasetemp())
 
 
-# ---------------------------------------------------------------- folders of other versions
-
 OLD = {"architecture": "standard", "sae_lens_training_version": "3.2.1"}
 OLD_SPELLINGS = [  # a config of SAELens before 6, and what 6 makes of it
     (OLD | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, {"k": 5}),
@@ -117,8 +115,6 @@ def test_the_second_gemma_scope_is_read(writes, tmp_path):
     refused(lambda: formats.load(tmp_path), "config.json", "architecture='relu'")
 
 
-# ---------------------------------------------------------------- what a folder says of itself
-
 HOOKS = {
     "blocks.6.hook_resid_pre": Site(6),
     "blocks.5.hook_resid_post": Site(6),
@@ -167,9 +163,6 @@ def test_convert_takes_names_from_the_folder(tmp_path):
     expected = {"hook_name": old["hook_point"], "model_name": "gpt2-small"}
     assert formats.names(written) == expected
     assert read_json(f"{written}/cfg.json")["metadata"].items() >= expected.items()
-
-
-# ---------------------------------------------------------------- language models of others
 
 
 def rebuilt(folder, name, change, tokenizer_class):
@@ -341,8 +334,6 @@ def test_commands_set_the_switches_that_they_need(monkeypatch):
         refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set cpu")
 
 
-# ---------------------------------------------------------------- texts
-
 HARD = {
     "integer": f'{{"text": "x", "n": {"9" * 5000}}}',
     "deep": "[" * 100_000 + "]" * 100_000,
@@ -436,9 +427,6 @@ def test_help_without_docstrings(capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
     assert command.execute(print, ["test", "--help"]) == 0
     assert "None" not in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- files that mean harm
 
 
 def test_links_lead_nowhere_outside_of_a_folder(tmp_path):

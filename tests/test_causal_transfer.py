@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import refused
 
 from crossdict_jax import models, stats
 from crossdict_jax.causal import effects
@@ -266,5 +267,4 @@ def test_a_silent_feature_is_named(experiment):
 def test_tokens_that_the_target_lacks(experiment):
     foreign = Translation(experiment.translation.pieces_a, tuple([b"?"] * 40))
     alone = dataclasses.replace(experiment, translation=foreign, tested=1)
-    with pytest.raises(UserError, match="No token that the features promote"):
-        effects.transfer(alone, CONFIG)
+    refused("No token that the features promote", effects.transfer, alone, CONFIG)

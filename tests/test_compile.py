@@ -7,12 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_run import refused
 
 from configs import pythia410m_gpt2medium
 from crossdict_jax.compile import estimate, hlo, programs, report
 from crossdict_jax.compile.machines import machine
 from crossdict_jax.config import Config, MapConfig, SAEConfig, TextConfig
-from crossdict_jax.errors import UserError
 from crossdict_jax.training.mesh import planned
 from launch import command
 
@@ -28,9 +28,6 @@ TINY = Config(
 )
 
 
-# ---------------------------------------------------------------- machines
-
-
 @pytest.mark.parametrize(
     ("name", "count", "shape"),
     [
@@ -43,14 +40,12 @@ TINY = Config(
 )
 def test_names_of_machines(name, count, shape):
     target = machine(name)
-    assert (target.count, target.shape) == (count, shape)
-    assert 1e9 < target.device.memory < 1e12
+    assert (target.count, target.shape) == (count, shape) and 1e9 < target.device.memory < 1e12
 
 
 @pytest.mark.parametrize("name", ["", "v5e", "v5e-3", "v5e-08", "a100-8", "h100-eight"])
 def test_an_unknown_machine_is_refused_with_those_there_are(name):
-    with pytest.raises(UserError, match=rf"--machine={name} is none of v5e-1\|4\|8"):
-        machine(name)
+    refused(rf"--machine={name} is none of v5e-1\|4\|8", machine, name)
 
 
 def test_a_compiler_that_does_not_start_is_named(monkeypatch):
@@ -61,8 +56,7 @@ def test_a_compiler_that_does_not_start_is_named(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
     monkeypatch.setattr(topologies, "get_topology_desc", broken)
-    with pytest.raises(UserError, match=r"h100-1: its compiler does not start \(topology"):
-        machine("h100-1").devices()
+    refused(r"h100-1: its compiler does not start \(topology", machine("h100-1").devices)
 
 
 def test_between_hosts_the_network_is_slower():
@@ -74,11 +68,7 @@ def test_between_hosts_the_network_is_slower():
 )
 def test_without_a_compiler_one_line_says_what_to_install(name, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=install):
-        machine(name).devices()
-
-
-# ---------------------------------------------------------------- what a program costs
+    refused(install, machine(name).devices)
 
 
 def cost_of(function, *shapes, trips: int = 1):
@@ -139,9 +129,6 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
     assert cost["host outfeed"] == cost["host custom-call"] == 1
 
 
-# ---------------------------------------------------------------- a run's programs
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return report.compile_run(TINY)
@@ -185,8 +172,7 @@ def test_a_dictionarys_step_takes_its_five_products(step):
 def test_what_does_not_fit_is_refused_with_what_mends_it(step):
     device = dataclasses.replace(CPU.device, memory=0.75 * step.memory)
     small = dataclasses.replace(CPU, device=device)
-    with pytest.raises(UserError, match=r"needed on each device.*try sae\.width=32"):
-        estimate.refuse_too_large([step], small)
+    refused(r"needed on each device.*try sae\.width=32", estimate.refuse_too_large, [step], small)
     assert "DOES NOT FIT" in [cell.text for cell in report.costs([step], small).rows[0]]
 
 
@@ -212,11 +198,8 @@ def test_the_command_makes_no_work_directory(tmp_path, monkeypatch):
 
 def test_a_model_whose_shape_is_not_known_is_refused(tmp_path):
     config = dataclasses.replace(TINY, models=("docs-gpt2", "some/model"))
-    with pytest.raises(UserError, match=r"shape of 'some/model' is not known.*config\.json"):
-        programs.make_plan(config)
+    refused(r"shape of 'some/model' is not known.*config\.json", programs.make_plan, config)
 
-
-# ---------------------------------------------------------------- the real steps on a TPU
 
 # For v5e-8: GB on a device, estimated ms, those without the network, {collective: MB}.
 RECORDED = {
@@ -245,7 +228,6 @@ def test_programs_for_a_tpu_take_what_they_took(stage, name):
     assert not found.host
     assert found.sent.keys() <= sent.keys()  # no other collective
     assert all(size <= 1.1e6 * sent[kind] for kind, size in found.sent.items())
-    assert found.memory <= 1.1e9 * memory
-    assert found.total_ms <= 1.2 * ms
+    assert found.memory <= 1.1e9 * memory and found.total_ms <= 1.2 * ms
     # Alone: beside the network's time a sort of all rows could hide.
     assert found.total_ms - found.ms["network"] == pytest.approx(alone, rel=0.2)

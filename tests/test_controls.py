@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 from map_problems import inputs_of
 from test_models import EACH_FAMILY, GOLDENS
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.passages import passages_of
@@ -25,7 +26,6 @@ from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.dictionaries import train
 from crossdict_jax.dictionaries.architectures import relu
 from crossdict_jax.dictionaries.base import from_arrays
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate
 from crossdict_jax.evaluation.scoring import score_tasks
 from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
@@ -125,8 +125,7 @@ def test_a_store_with_other_rows_is_refused(copy):
     meta["checksums"]["rows-keep.npy"] = file_digest(path)
     del meta["seal"]
     (work.controls.activations / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="has other rows than"):
-        evaluate(config, work)
+    refused("has other rows than", evaluate, config, work)
 
 
 def signed(d_model: int, order: np.ndarray):
@@ -307,19 +306,15 @@ def test_a_pool_larger_than_the_test_rows_is_refused_before_anything_is_trained(
     big = dataclasses.replace(
         config, evaluation=dataclasses.replace(config.evaluation, pool=1_000_000)
     )
-    with pytest.raises(UserError, match=r"evaluation\.pool=1000000 is more than the"):
-        extract(big, Workdir(tmp_path / "run"))
+    refused(r"evaluation\.pool=1000000 is more than the", extract, big, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run/activations/meta.json").exists()
 
 
 def test_missing_parts_of_controls_are_one_line(copy):
     config, work = copy
     shutil.rmtree(work.controls.maps)
-    with pytest.raises(UserError, match="holds no finished map; run train_hypernetworks"):
-        evaluate(config, work)
+    refused("holds no finished map; run train_hypernetworks", evaluate, config, work)
     shutil.rmtree(work.controls.dictionaries)
-    with pytest.raises(UserError, match="is no dictionary folder"):
-        fit_controls(config, open_store(work.activations), work)
+    refused("is no dictionary folder", fit_controls, config, open_store(work.activations), work)
     shutil.rmtree(work.controls.activations)
-    with pytest.raises(UserError, match="run extract_activations"):
-        fit_controls(config, open_store(work.activations), work)
+    refused("run extract_activations", fit_controls, config, open_store(work.activations), work)

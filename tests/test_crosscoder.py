@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from planted_store import arrays, assert_close, gathered, kill_in_save, run_steps, step_program
+from tiny_run import refused
 
 from crossdict_jax.config import Config, CrosscoderConfig, SAEConfig, crosscoder_settings
 from crossdict_jax.config.fields import JointSettings
@@ -108,11 +109,9 @@ def test_saved_and_loaded_gives_the_same_bits(variant, tmp_path):
 
 
 def test_a_folder_without_a_crosscoder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no crosscoder"):
-        crosscoder.load(tmp_path / "nowhere")
+    refused("is no crosscoder", crosscoder.load, tmp_path / "nowhere")
     checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
-    with pytest.raises(UserError, match="another checkpoint"):
-        crosscoder.load(tmp_path / "d")
+    refused("another checkpoint", crosscoder.load, tmp_path / "d")
 
 
 def test_classes_follow_the_decoder_norms():

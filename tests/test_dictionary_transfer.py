@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, modules, ops
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import reconstruction
 from crossdict_jax.maps import Pairs, Problem, Side
 from crossdict_jax.studies.dictionary_transfer import measure
@@ -94,8 +94,7 @@ def test_dictionaries_of_others_are_told_apart():
 
     d = Foreign(d_model=D_A, width=WIDTH, k=0, rngs=nnx.Rngs(params=0))
     assert is_ours(fresh("relu")) and not is_ours(d)
-    with pytest.raises(UserError, match="no checkpoint of their own"):
-        transferred(d, STITCH)
+    refused("no checkpoint of their own", transferred, d, STITCH)
 
 
 def problem(x_a, x_b, width, k):

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tiny_run import SHAPES, make_config, save_dictionaries
+from tiny_run import SHAPES, make_config, refused, save_dictionaries
 
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import (
@@ -13,7 +13,6 @@ from crossdict_jax.config import (
     MapConfig,
     to_dict,
 )
-from crossdict_jax.errors import UserError
 from crossdict_jax.studies.efficiency import measure
 from crossdict_jax.studies.efficiency.section import curves, figure, r2_table, section, worth
 from crossdict_jax.training import checkpoint
@@ -91,15 +90,13 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
 )
 def test_what_cannot_be_asked_is_refused(run, settings, message):
     config, work, *_ = run
-    with pytest.raises(UserError, match=message):
-        measure.run(dataclasses.replace(config, **settings), work)
+    refused(message, measure.run, dataclasses.replace(config, **settings), work)
 
 
 def test_worth_is_read_off_the_curve():
     curve = [{"n": n, "r2": r2} for n, r2 in ((32, 0.1), (128, 0.3), (512, 0.35))]
     assert worth(0.2, curve) == "≈ 64"  # half way in the logarithm
-    assert worth(0.3, curve) == "≈ 128"
-    assert worth(0.05, curve) == "< 32"
+    assert worth(0.3, curve) == "≈ 128" and worth(0.05, curve) == "< 32"
     assert worth(0.4, curve) == "> 512"
 
 

@@ -19,10 +19,10 @@ from planted_store import (
     slow_but,
     step_program,
 )
+from tiny_run import refused
 
 from crossdict_jax.config import SAEConfig, architectures
 from crossdict_jax.dictionaries import train
-from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, ensemble, loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
@@ -54,9 +54,6 @@ def half_dead(state):
 @functools.cache
 def stepped(architecture):
     return run_steps(small(architecture), STEPS, change=half_dead)
-
-
-# ---------------------------------------------------------------- dictionaries of every kind
 
 
 @slow_but("topk", "jumprelu")
@@ -173,9 +170,6 @@ def test_the_choice_of_products_is_kept_with_the_checkpoint(tmp_path, monkeypatc
     assert chosen() == meta["settings"]["products"] == "lists" and chosen("dense") == "dense"
 
 
-# ---------------------------------------------------------------- on several devices
-
-
 @pytest.mark.mesh
 @pytest.mark.parametrize(("accumulate", "revived"), [(1, WIDTH // train.FEW), (3, WIDTH)])
 @every
@@ -218,11 +212,7 @@ def test_rows_too_many_for_one_device_are_held_in_parts(monkeypatch):
 
 @pytest.mark.mesh
 def test_a_batch_that_devices_cannot_share_is_refused():
-    with pytest.raises(UserError, match=r"sae.batch_size=26 cannot be shared by 4 devices; use"):
-        small(batch_size=26)
-
-
-# ---------------------------------------------------------------- validation
+    refused(r"sae.batch_size=26 cannot be shared by 4 devices; use", small, batch_size=26)
 
 
 class Walk(Objective):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, stats
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, reconstruction, transfer_metrics
 from crossdict_jax.evaluation.transfer import (
     BEATS_MEAN,
@@ -180,8 +180,7 @@ def test_a_perfect_prediction():
     found = transfer_metrics(target, target, train_mean=codes(np.random.default_rng(1)).mean(0))
     ones = ("r2", "top1", "mean_rank", "feature_correlation", "sparsity_similarity")
     assert {name: found[name] for name in ones} == pytest.approx(dict.fromkeys(ones, 1))
-    assert found["fvu"] == 0
-    assert found["cosine_centered"] == pytest.approx(1)
+    assert found["fvu"] == 0 and found["cosine_centered"] == pytest.approx(1)
     rounded = transfer_metrics(jnp.asarray(target, jnp.bfloat16), target, train_mean=target[0])
     assert 0.999 < rounded["r2"] < 1
 
@@ -194,10 +193,8 @@ def test_the_mean_predictor_scores_nothing_but_cosine():
     found = transfer_metrics(predicted, target, train_mean=mean)
     assert found["r2"] == pytest.approx(0, abs=1e-6)
     assert found["cosine"] == pytest.approx(found["cosine_mean_predictor"])
-    assert found["cosine"] > 0.7
-    assert found["cosine_centered"] == 0
-    assert found["feature_correlation"] == 0
-    assert found["top1"] <= 2 / 400
+    assert found["cosine"] > 0.7 and found["cosine_centered"] == 0
+    assert found["feature_correlation"] == 0 and found["top1"] <= 2 / 400
     assert found["mean_rank"] == pytest.approx(200.5, abs=1)
     nearly = np.broadcast_to((mean * (1 + 3e-7)).astype(np.float32), target.shape)  # by rounding
     assert transfer_metrics(nearly, target, train_mean=mean)["cosine_centered"] == 0
@@ -207,8 +204,7 @@ def test_ties_count_against_but_equal_targets_are_one():
     target = np.array([[1, 0], [1, 0], [2, 0], [0, 1]], np.float32)
     found = transfer_metrics(target, target, train_mean=np.zeros(2))
     # Row 2 points where rows 0 and 1 do; those two are each other's copies, row 2 is not.
-    assert found["mean_rank"] == pytest.approx((2 + 2 + 3 + 1) / 4)
-    assert found["top1"] == 0.25
+    assert found["mean_rank"] == pytest.approx((2 + 2 + 3 + 1) / 4) and found["top1"] == 0.25
     many = codes(np.random.default_rng(0), 50)
     assert transfer_metrics(0 * many, many, train_mean=many.mean(0))["top1"] <= 0.02
 
@@ -219,10 +215,8 @@ def test_a_target_that_never_varies_has_a_finite_r2(value):
     perfect = transfer_metrics(target, target, train_mean=target[0])
     wrong = transfer_metrics(target + 0.1, target, train_mean=target[0], documents=np.zeros(6))
     assert wrong["n_documents"] == 1 and wrong["r2_low"] is wrong["r2_high"] is None
-    assert (perfect["r2"], perfect["fvu"]) == (1, 0)
-    assert (wrong["r2"], wrong["fvu"]) == (0, 1)
-    assert wrong["feature_correlation"] is None
-    assert wrong["n_live"] == 0
+    assert (perfect["r2"], perfect["fvu"]) == (1, 0) and (wrong["r2"], wrong["fvu"]) == (0, 1)
+    assert wrong["feature_correlation"] is None and wrong["n_live"] == 0
 
 
 def planted(*, token_share, context_share, n=1500, width=12, documents=30):
@@ -257,10 +251,8 @@ def test_the_verdict_needs_more_than_the_token():
     better = scored(by_token + 0.15 + 0.5 * context, target)
     worse = scored(context + by_token.mean(0), target)
     mean = scored(np.broadcast_to(target[:1000].mean(0), target.shape), target)
-    assert verdict(better, tokens) == BEATS_TOKEN
-    assert verdict(tokens, tokens) == BEATS_MEAN
-    assert verdict(worse, tokens) == BEATS_MEAN
-    assert verdict(mean, tokens) == NO_BETTER
+    assert verdict(better, tokens) == BEATS_TOKEN and verdict(tokens, tokens) == BEATS_MEAN
+    assert verdict(worse, tokens) == BEATS_MEAN and verdict(mean, tokens) == NO_BETTER
 
 
 def test_context_gain_sees_what_is_shared_beyond_the_token():
@@ -295,8 +287,7 @@ def test_context_gain_sees_what_is_shared_beyond_the_token():
 def test_bad_input_is_refused(change, message):
     predicted, target, mean, _ = example(0)
     given = {"predicted": predicted, "target": target, "train_mean": mean} | change
-    with pytest.raises(UserError, match=message):
-        transfer_metrics(given.pop("predicted"), given.pop("target"), **given)
+    refused(message, transfer_metrics, given.pop("predicted"), given.pop("target"), **given)
 
 
 @pytest.fixture(scope="module")
@@ -363,8 +354,7 @@ def test_rows_say_what_the_maps_predict(finished):
     )
     del expected["l0_source"]
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
-    assert row["l0_source"] == pytest.approx(config.sae.k)
-    assert abs(row["context_gain"]) < 1
+    assert row["l0_source"] == pytest.approx(config.sae.k) and abs(row["context_gain"]) < 1
 
 
 def slow_token_means(train, test, target, predicted):
@@ -381,8 +371,7 @@ def test_baselines_and_nulls_of_the_run(finished):
     }
     for source in "ab":
         mean, token = (rows[source, "aligned", kind] for kind in ("mean", "token"))
-        assert mean["r2"] == pytest.approx(0, abs=0.02)
-        assert mean["cosine_centered"] == 0
+        assert mean["r2"] == pytest.approx(0, abs=0.02) and mean["cosine_centered"] == 0
         assert mean["context_gain"] == token["context_gain"] == 0
         assert mean["verdict"] == NO_BETTER
         assert token["verdict"] == BEATS_MEAN  # the site is one block after the embedding
@@ -408,8 +397,7 @@ def test_reconstruction_rows(finished):
     for row in rows:
         assert row["n_rows"] == len(store.select("test"))
         assert row["l0"] == pytest.approx(config.sae.k)
-        assert 0 < row["fvu_low"] < row["fvu"] < row["fvu_high"]
-        assert row["kl_sae"] > 0
+        assert 0 < row["fvu_low"] < row["fvu"] < row["fvu_high"] and row["kl_sae"] > 0
         assert all(row[f"kl_recovered{suffix}"] <= 1 for suffix in ("", "_mean"))
         for name, baseline in (("loss_recovered", "ce_zero"), ("loss_recovered_mean", "ce_mean")):
             gap = row[baseline] - row["ce_clean"]

@@ -52,9 +52,6 @@ def saelens_folder(path, arrays, *, scaler=None, **config):
     return path
 
 
-# ---------------------------------------------------------------- what SAELens computes, in numpy
-
-
 def saelens(config, w, x):
     """Returns (features, the whole pass) by the definitions of SAELens, in its own order."""
     u, undo = saelens_norm(config.get("normalize_activations"), x)
@@ -149,9 +146,6 @@ def test_a_jumprelu_threshold_is_strict_and_exact(tmp_path):
     assert (f[0] == 0).all() and (f[1, :D] == above).all()
 
 
-# ---------------------------------------------------------------- folders of the real library
-
-
 @foreign
 def test_a_foreign_folder_encodes_and_decodes_as_there(folder):
     io, d = np.load(folder / "io.npz"), dictionaries.load(folder)
@@ -209,9 +203,6 @@ def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(name, m
         np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
 
 
-# ---------------------------------------------------------------- out
-
-
 def trained(architecture, *, d_model=D):
     """A dictionary with nothing at its initial value, its threshold among the activations."""
     d = base.build(architecture, d_model=d_model, width=F, k=K, key=jax.random.key(0))
@@ -250,9 +241,6 @@ def test_what_ours_cannot_say_is_refused_by_save_and_export(config, name, tmp_pa
         dictionaries.save_saelens(d, tmp_path / "theirs", **HOOK)
     with pytest.raises(UserError, match=name):
         unselected(d)
-
-
-# ---------------------------------------------------------------- sparsify, Gemma Scope
 
 
 def sparsify_folder(path, arrays, **config):

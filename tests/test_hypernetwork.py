@@ -119,8 +119,7 @@ def test_features_and_layers_that_it_never_saw_are_written(network, layer, turn)
     m = network.write(problem_of(splits, "asked"))
     target = splits["train"].target
     unseen = ~unknown_fifth()[target.model, layer]
-    assert unseen.sum() >= 4
-    assert feature_r2(m, splits, unseen) > 0.75
+    assert unseen.sum() >= 4 and feature_r2(m, splits, unseen) > 0.75
     assert feature_r2(m, splits) > 0.75
 
 
@@ -224,8 +223,7 @@ def test_tokens_of_equal_bytes_are_one():
         pairs.source, token_bytes=lambda: [b"even", b"odd"] * 10, model="a", layer=1
     )
     a, _ = describe(dataclasses.replace(pairs, source=side), "")
-    assert sorted(a.profile.names) == [b"even", b"odd"]
-    assert a.profile.counts.sum() == len(a.rows)
+    assert sorted(a.profile.names) == [b"even", b"odd"] and a.profile.counts.sum() == len(a.rows)
 
 
 def test_fewer_rows_than_a_batch_are_refused(tmp_path):

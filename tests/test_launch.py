@@ -113,9 +113,6 @@ def refused(capfd):
     return line_of
 
 
-# ---------------------------------------------------------------- what a command line means
-
-
 def test_defaults_are_those_of_the_file(tmp_path):
     from crossdict_jax.models import EMBEDDED
 
@@ -153,8 +150,6 @@ def test_an_existing_work_directory_brings_its_settings(tmp_path):
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
 
-
-# ---------------------------------------------------------------- mistakes on the command line
 
 MISTAKES = [  # arguments, what the line names
     ("--config.sae.widht=64", "did you mean sae.width?"),
@@ -239,9 +234,6 @@ def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------- work directories, exit codes
-
-
 def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
     (tmp_path / "config.json").write_text('{"sae": ')
     (tmp_path / "file").touch()
@@ -271,8 +263,6 @@ def test_exit_codes(error, code, words, tmp_path, capfd):
     (line,) = capfd.readouterr().err.splitlines()
     assert words in line
 
-
-# ---------------------------------------------------------------- whole runs, on two tiny models
 
 KINDS = ("mean", "ridge", "mlp", "crosscoder")
 RESULTS = (
@@ -376,9 +366,6 @@ def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, refuse
     changes, named = WRONG[name]
     arguments = [*small(tiny, **changes(tiny, tmp_path)), f"--workdir={tmp_path}/run"]
     assert named in refused(extract_activations.main, arguments)
-
-
-# ---------------------------------------------------------------- what is missing or damaged
 
 
 def truncate(file: Path) -> None:

@@ -110,8 +110,7 @@ def test_token_tables_shrink_where_rows_are_few_and_noisy(tmp_path):
     record = fit_one("token", problem, tmp_path).record
     assert record["pseudocount"] == max(moments.PSEUDOCOUNTS)
     scores = {row["pseudocount"]: row["mse"] for row in record["validation_mse"]}
-    assert list(scores) == list(moments.PSEUDOCOUNTS)
-    assert scores[0.0] > 1.2 * scores[16.0]
+    assert list(scores) == list(moments.PSEUDOCOUNTS) and scores[0.0] > 1.2 * scores[16.0]
 
 
 def test_token_ridge_beats_token_and_ridge_where_both_matter(tmp_path):
@@ -125,8 +124,7 @@ def test_token_ridge_beats_token_and_ridge_where_both_matter(tmp_path):
         kind: feature_r2(fit_one(kind, problem, tmp_path).map, problem, test)
         for kind in ("token", "ridge", "token_ridge")
     }
-    assert scores["token_ridge"] > 0.98
-    assert max(scores["token"], scores["ridge"]) < 0.8
+    assert scores["token_ridge"] > 0.98 and max(scores["token"], scores["ridge"]) < 0.8
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +191,7 @@ def test_fewer_rows_than_dimensions_are_what_a_penalty_is_for(kind, tmp_path):
     problem, test = make_problem(x_a, x_a[:, :30], dictionaries_ab=both)
     few = dataclasses.replace(problem, train=problem.train.take(slice(25)))
     m = fit_one(kind, few, tmp_path).map
-    assert np.isfinite(maps.predict(m, test)).all()
-    assert feature_r2(m, few, test) > 0.1
+    assert np.isfinite(maps.predict(m, test)).all() and feature_r2(m, few, test) > 0.1
     if m.predicts_activation:
         assert activation_r2(m, few, test) > 0.5
 

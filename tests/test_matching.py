@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from tiny_run import refused
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import codes as codes_module
@@ -46,8 +47,7 @@ def test_a_planted_permutation_is_recovered_between_unequal_widths(method):
     assert (found.width_a, found.width_b, found.live_a, found.live_b) == (60, 90, 60, 90)
     worth = confirm(found, *splits[1], documents=np.arange(4000) // 50)
     got = dict(zip(found.features_b[worth.confirmed], found.features_a[worth.confirmed]))
-    assert got == dict(enumerate(order))
-    assert (worth.r[worth.confirmed] > 0.8).all()
+    assert got == dict(enumerate(order)) and (worth.r[worth.confirmed] > 0.8).all()
     assert worth.r_token is None
 
 
@@ -187,10 +187,8 @@ def test_nothing_live_matches_nothing():
 
 def test_wrong_inputs_are_named(monkeypatch):
     f = codes(np.random.default_rng(0), 50, 3, 0.8)
-    with pytest.raises(UserError, match="50 and of 49 rows"):
-        match(f, f[1:])
-    with pytest.raises(UserError, match=r"evaluation.matching=best must be one of mutual_best, h"):
-        match(f, f, method="best")
+    refused("50 and of 49 rows", match, f, f[1:])
+    refused(r"evaluation.matching=best must be one of mutual_best, h", match, f, f, method="best")
     monkeypatch.setattr(matching, "HUNGARIAN_WIDTH", 2)
     with pytest.raises(UserError, match="at most 2 live features and there are 3; use mutual_best"):
         match(f, f, method="hungarian")

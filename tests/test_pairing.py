@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_run import refused
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from crossdict_jax.activations import pairing
@@ -109,9 +110,6 @@ def real():
     return load("tokenizers", "gpt2"), load("tokenizers", "pythia")
 
 
-# ---------------------------------------------------------------- oracles
-
-
 @functools.lru_cache(maxsize=8)
 def vocabulary(tokenizer):
     """Returns (id -> token, ids of added tokens), from the library's own tables."""
@@ -155,12 +153,8 @@ def check_ends(text, tokenizer):
     nfc = unicodedata.normalize("NFC", text)
     ids, ends = oracle_ends(nfc, tokenizer)
     found = pairing.byte_ends(text, tokenizer)
-    assert found.ids.tolist() == ids
-    assert found.ends.tolist() == ends
+    assert found.ids.tolist() == ids and found.ends.tolist() == ends
     return ends
-
-
-# ---------------------------------------------------------------- byte ends and pairs
 
 
 @pytest.mark.parametrize("two", ["small", pytest.param("real", marks=needs_data)])
@@ -215,8 +209,7 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
     tokenizer.add_tokens(["[new]"])  # known at once
     assert pairing.byte_ends("[new]", tokenizer).ends.tolist() == [5]
-    with pytest.raises(UserError, match="not a fast tokenizer"):
-        pairing.byte_ends("text", object())
+    refused("not a fast tokenizer", pairing.byte_ends, "text", object())
 
 
 @pytest.mark.parametrize(
@@ -246,8 +239,7 @@ def test_invented_prefix_counts_no_byte(build, text, tokens, ends):
 def test_dropped_and_changed_characters_drop_the_text(small):
     plain = CHARACTERS
     assert pairing.byte_ends("the axis", plain).ends.tolist() == list(range(1, 9))
-    with pytest.raises(UserError, match="drops or changes"):
-        pairing.byte_ends("the 漢 axis", plain)
+    refused("drops or changes", pairing.byte_ends, "the 漢 axis", plain)
     lower = train_byte_level(300, normalizer=normalizers.Lowercase())
     found = pairing.byte_ends_batch(["small", "Large", ""], lower)
     assert [tokens.ends is None for tokens in found] == [False, True, False]
@@ -263,14 +255,10 @@ def test_dropped_and_changed_characters_drop_the_text(small):
     assert sum(len(text_of(window, [text])) for window in found.windows) >= len(text) - 32
 
 
-# ---------------------------------------------------------------- many models, statistics
-
-
 def test_last_token_at_an_end_and_no_first_position():
     a, b = np.array([2, 2, 5, 5, 5, 9]), np.array([0, 2, 5, 7, 9])
     byte_end, positions, _ = pairing.pair_many([a, b])
-    assert byte_end.tolist() == [2, 5, 9]
-    assert positions.tolist() == [[1, 1], [4, 2], [5, 4]]
+    assert byte_end.tolist() == [2, 5, 9] and positions.tolist() == [[1, 1], [4, 2], [5, 4]]
     byte_end, *_ = pairing.pair_many([np.array([2, 5]), b])
     assert byte_end.tolist() == [5]  # 2 is position 0 of the first model
     assert pairing.pair_many([np.array([], np.int32), b])[0].tolist() == []
@@ -284,8 +272,7 @@ def test_statistics_of_known_pairings():
     assert (found.ends, found.common, found.first_positions) == ((5, 4), 4, 1)
     assert found.coverage == (0.8, 1.0)
     assert found.one_to_one == 3  # 1, 4-6 and 6-7; 1-4 is two tokens of A
-    assert found.span_tokens[0][:3] == (3, 1, 0)
-    assert found.span_tokens[1][:3] == (4, 0, 0)
+    assert found.span_tokens[0][:3] == (3, 1, 0) and found.span_tokens[1][:3] == (4, 0, 0)
     in_json = (found + found).to_json(["gpt2", "pythia"])
     assert {key: in_json[key] for key in ("texts", "common_ends", "pairs")} == {
         "texts": 2,
@@ -298,9 +285,6 @@ def test_statistics_of_known_pairings():
         "coverage": 0.8,
         "tokens_per_span": {"1": 6, "2": 2, **dict.fromkeys("34567", 0), "8+": 0},
     }
-
-
-# ---------------------------------------------------------------- windows
 
 
 def text_of(window, texts):
@@ -353,8 +337,7 @@ def test_a_character_too_long_for_a_window_is_dropped(small):
     found = check_windows(["the 😀 axis"], small, (3, 3))
     assert found.too_long == 1
     assert "".join(text_of(w, ["the 😀 axis"]) for w in found.windows) == "the  axis"
-    with pytest.raises(UserError, match="window_tokens"):
-        pairing.windows(["the"], small, limits=(1, 8))
+    refused("window_tokens", pairing.windows, ["the"], small, limits=(1, 8))
 
 
 @needs_data

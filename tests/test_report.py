@@ -6,9 +6,9 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from tiny_run import refused
 
 from crossdict_jax.config import Config, settings
-from crossdict_jax.errors import UserError
 from crossdict_jax.report import answer, inputs, summary_table, transfer, write_report
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
@@ -20,9 +20,6 @@ MODELS = ("docs-gpt2", "docs-neox")
 R2 = {"mean": -0.002, "token": 0.46, "token_target": 0.5, "procrustes": 0.31, "ridge": 0.43}
 R2 |= {"token_ridge": 0.58, "mlp": 0.49}
 HISTOGRAM = {"edges": [-5, -3, -1, 0], "counts": [10, 300, 40]}
-
-
-# ---------------------------------------------------------------- a run that never was
 
 
 def bounded(half=0.012, **scores) -> dict:
@@ -154,9 +151,6 @@ def write_run(root) -> Workdir:
     return work
 
 
-# ---------------------------------------------------------------- reading a page
-
-
 class Page:
     """The tables, the words and the addresses of a page, whose tags all close."""
 
@@ -192,9 +186,6 @@ def page(html) -> Page:
 
 def page_of(work, models=MODELS) -> Page:
     return Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------- the page of a whole run
 
 
 def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
@@ -284,9 +275,6 @@ def test_the_documentation_is_filled_from_a_run(run, tmp_path):
     assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "var(" not in svg
 
 
-# ---------------------------------------------------------------- other runs
-
-
 def test_what_is_missing_is_said(tmp_path):
     work = write_required(tmp_path, layers=(6,))
     path = write_report(Config(models=MODELS), work)
@@ -295,8 +283,7 @@ def test_what_is_missing_is_said(tmp_path):
     for name in ("controls", "causal", "matching", "similarity", "features", "metrics"):
         assert f"{name}.jsonl" in text
     assert "timing.json" in text and "Which features" not in text
-    assert "No causal test was run" in text
-    assert "--config=configs/stored.py:" in text
+    assert "No causal test was run" in text and "--config=configs/stored.py:" in text
     assert write_report(Config(models=MODELS), work).read_text(encoding="utf-8") == html
 
 
@@ -304,8 +291,7 @@ def test_what_is_missing_is_said(tmp_path):
 def test_a_needed_file_that_is_missing_names_its_stage(tmp_path, name, stage):
     work = write_required(tmp_path)
     work.result(name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing; run python -m launch.{stage}"):
-        read_run(work)
+    refused(f"{name} is missing; run python -m launch.{stage}", read_run, work)
 
 
 def test_markup_is_shown_as_text(tmp_path):
@@ -456,5 +442,4 @@ def test_far_below_zero_stays_on_the_axis():
     low = [r | bounded(0.5, r2=-7.5) if r["map"] == "ridge" else r for r in rows]
     group = comparisons(low)[:1]
     limits = transfer.r2_limits(group)
-    assert -0.6 < limits[0] < 0
-    assert "◂ −7.5" in transfer.r2_figure(group[0], limits).svg
+    assert -0.6 < limits[0] < 0 and "◂ −7.5" in transfer.r2_figure(group[0], limits).svg

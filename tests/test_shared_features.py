@@ -77,8 +77,7 @@ def test_every_pair_of_dictionaries_has_its_funnel(matched, run):
         assert settings == (0.05, 10, matching.LEAST_R)
     assert rows[0]["null"] == rows[1]["null"] == rows[1]["confirmed"] == 0
     assert rows[0]["significant"] > 0  # both read the same tokens, at an early layer
-    assert rows[1]["significant"] == 0
-    assert abs(rows[1]["r_test"]) < 0.1 < rows[0]["r_test"]
+    assert rows[1]["significant"] == 0 and abs(rows[1]["r_test"]) < 0.1 < rows[0]["r_test"]
 
 
 def test_matches_say_what_the_dictionaries_do(matched, run):
@@ -107,8 +106,7 @@ def test_matches_are_read_from_either_side(run):
     forwards, backwards = (read_matches(run.work, *m, SITE, SITE) for m in ("ab", "ba"))
     assert len(forwards) == len(backwards) > 0
     for row, other in zip(forwards, backwards):
-        assert row.keys() == other.keys()
-        assert row["feature_source"] == other["feature_target"]
+        assert row.keys() == other.keys() and row["feature_source"] == other["feature_target"]
         assert row["r_test"] == other["r_test"]
     assert read_matches(run.work, "a", "b", SITE, Site(0)) == []
     with pytest.raises(UserError, match=r"matches\.jsonl is missing"):
@@ -174,8 +172,7 @@ def test_decoders_of_one_dictionary_are_alike_beyond_chance(run):
         scores += run.similar(matches, pair, similarity_rows=0)  # no rows of layers
     same, other = scores
     for m in ("cka", "rsa", "mutual_knn"):
-        assert same[m] == pytest.approx(1, abs=1e-5)
-        assert same[f"{m}_p"] == 0.05 < other[f"{m}_p"]
+        assert same[m] == pytest.approx(1, abs=1e-5) and same[f"{m}_p"] == 0.05 < other[f"{m}_p"]
         assert abs(other[m] - other[f"{m}_null"]) < 0.3
 
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from tiny_run import refused
 
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.representations import monotone_assignment
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
 
@@ -139,5 +139,4 @@ def test_the_assignment_is_the_best_of_all(shape):
     ],
 )
 def test_bad_representations_are_refused(x, message):
-    with pytest.raises(UserError, match=message):
-        Geometry.of(x)
+    refused(message, Geometry.of, x)

@@ -65,8 +65,7 @@ def test_of_pairs_into_one_site_the_first_counts():
     tasks = [task(Site(i), Site(j)) for i, j in ((4, 7), (5, 7), (3, 6))]
     store = types.SimpleNamespace(output_of=lambda model, site: (model, site))
     *single, (sites, (bundle,)) = stitching.bundles_by_sites(tasks, store)["b"].items()
-    assert [len(bundles) for _, bundles in single] == [2, 1]
-    assert sites == (Site(6), Site(7))
+    assert [len(bundles) for _, bundles in single] == [2, 1] and sites == (Site(6), Site(7))
     assert [(t.site_source.layer, t.site_target.layer) for t in bundle] == [(3, 6), (4, 7)]
     assert len(stitching.bundles_by_sites(tasks[:2], store)["b"]) == 1
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import PlantedStore, slow_but, train_on, trained
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, modules, ops
 from crossdict_jax.activations import untrained
@@ -148,8 +149,7 @@ def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished
     assert store.sites == (tiny_run.SITE,)
     rows = store.select("test")
     assert store.read("b", Site(1, "mlp_out"), rows).shape == (len(rows), 24)
-    with pytest.raises(UserError, match=r"has no a at mlp_out\.1"):
-        store.read("a", Site(1, "mlp_out"), rows)
+    refused(r"has no a at mlp_out\.1", store.read, "a", Site(1, "mlp_out"), rows)
 
 
 def test_evaluation_scores_and_puts_in_what_is_written(finished):
@@ -251,8 +251,7 @@ def test_an_exported_transcoder_comes_back(architecture, tmp_path):
 @pytest.mark.parametrize("architecture", ["topk", "gated"])
 def test_what_saelens_cannot_say_is_refused(architecture, tmp_path):
     words = f"A {architecture} transcoder has no SAELens form; batchtopk, jumprelu"
-    with pytest.raises(UserError, match=words):
-        dictionaries.save_saelens(fresh(architecture), tmp_path / "d", **HOOKS)
+    refused(words, dictionaries.save_saelens, fresh(architecture), tmp_path / "d", **HOOKS)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +272,7 @@ def test_a_wrong_folder_is_refused_in_one_line(change, message, tmp_path):
     file = tmp_path / "d" / f"{name}.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(old | change))
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        dictionaries.load(tmp_path / "d")
-    assert "\n" not in str(error.value)
+    refused(re.escape(message), dictionaries.load, tmp_path / "d")
 
 
 @pytest.mark.parametrize(
@@ -288,8 +285,7 @@ def test_a_wrong_folder_is_refused_in_one_line(change, message, tmp_path):
 def test_settings_that_cannot_work_are_refused_in_one_line(output_site, kinds, message):
     config = Config(models=("a", "b"), sae=SAEConfig(output_site=output_site))
     config.map = MapConfig(kinds=kinds)
-    with pytest.raises(UserError, match=re.escape(message)):
-        validate(config)
+    refused(re.escape(message), validate, config)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +294,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(output_site, kinds, m
 )
 def test_an_output_that_is_not_there_is_refused(output_site, message, finished, tmp_path):
     config = dataclasses.replace(finished[0], sae=SAEConfig(output_site=output_site))
-    with pytest.raises(UserError, match=message):
-        extract(config, Workdir(tmp_path))
+    refused(message, extract, config, Workdir(tmp_path))
 
 
 def test_what_needs_equal_sites_says_so(finished, tmp_path):
@@ -308,11 +303,9 @@ def test_what_needs_equal_sites_says_so(finished, tmp_path):
     stages = [efficiency.run, dictionary_transfer.run, measure_pareto, steer]
     stages.append(lambda config, work: compare_saelens(config, store, work))
     for stage in stages:
-        with pytest.raises(UserError, match="write the site that they read"):
-            stage(config, work)
+        refused("write the site that they read", stage, config, work)
     d = dictionaries.load(work.dictionary("b", tiny_run.SITE))
-    with pytest.raises(UserError, match="cannot be transferred"):
-        transferred(d, None)
+    refused("cannot be transferred", transferred, d, None)
 
 
 def test_an_imported_dictionary_must_write_what_the_run_asks_for(finished, tmp_path):

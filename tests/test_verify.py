@@ -40,8 +40,7 @@ def test_views_are_superpositions_of_their_codes(related):
 
 def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
     truth = related.truth
-    assert truth.seen.any(0).all()
-    assert [int(truth.exclusive(v).sum()) for v in (0, 1)] == [8, 8]
+    assert truth.seen.any(0).all() and [int(truth.exclusive(v).sum()) for v in (0, 1)] == [8, 8]
     assert truth.shared.sum() == 48
     for view in (0, 1):
         length = np.linalg.norm(related.truth.directions[view], axis=1)
@@ -70,8 +69,7 @@ def test_partners_fire_together_and_strangers_do_not(related):
     active = related.codes > 0
     together = (active[:, first] & active[:, second]).mean(0)
     error = np.sqrt(expected / len(related))
-    assert len(second) == RELATED.correlated
-    assert (np.abs(together - expected) < 5 * error).all()
+    assert len(second) == RELATED.correlated and (np.abs(together - expected) < 5 * error).all()
     strangers = np.roll(second, 1)
     apart = (active[:, first] & active[:, strangers]).mean(0)
     assert (np.abs(apart - p * related.truth.frequency[strangers]) < 0.02).all()

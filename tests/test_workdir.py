@@ -2,6 +2,7 @@
 
 import pytest
 from absl import logging
+from tiny_run import refused
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.stage import progress_bar
@@ -28,31 +29,26 @@ def test_each_difference_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
         opened(tmp_path, seed=1, sae={"width": 8, "k": 3})
     assert "sae.k: 2 there, 3 now; seed: 0 there, 1 now" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert read_json(tmp_path / "config.json") == USUAL
+    assert "\n" not in str(caught.value) and read_json(tmp_path / "config.json") == USUAL
 
 
 def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
     old = {name: value for name, value in USUAL.items() if name != "sae"} | {"sae": {"width": 8}}
     write_json(tmp_path / "config.json", old)
     opened(tmp_path)
-    with pytest.raises(UserError, match=r"sae\.k: 2 there, 5 now"):
-        opened(tmp_path, sae={"width": 8, "k": 5})
+    refused(r"sae\.k: 2 there, 5 now", opened, tmp_path, sae={"width": 8, "k": 5})
 
 
 def test_a_setting_that_is_no_more_is_named(tmp_path):
     opened(tmp_path)
     write_json(tmp_path / "config.json", USUAL | {"gone": 1})
-    with pytest.raises(UserError, match="gone: 1 there, absent now"):
-        opened(tmp_path)
+    refused("gone: 1 there, absent now", opened, tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty and holds no config\.json"):
-        opened(tmp_path)
-    with pytest.raises(UserError, match="is a file"):
-        opened(tmp_path / "notes.txt")
+    refused(r"is not empty and holds no config\.json", opened, tmp_path)
+    refused("is a file", opened, tmp_path / "notes.txt")
 
 
 def test_names_of_models_collide_in_order():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import extract
@@ -23,6 +24,7 @@ from crossdict_jax.config import (
 )
 from crossdict_jax.config.settings import from_dict
 from crossdict_jax.dictionaries.base import build
+from crossdict_jax.errors import UserError
 from crossdict_jax.maps.ensemble import initial
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
@@ -56,6 +58,15 @@ SMALL = {
     "checkpoint_every": 20,
     "text.documents": 60,
 }
+
+
+def refused(words: str, call, *arguments, **settings) -> str:
+    """The line with these words (a pattern) in which a call ends."""
+    with pytest.raises(UserError, match=words) as caught:
+        call(*arguments, **settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
 
 
 def make_texts(n: int) -> list[str]:
