@@ -58,10 +58,8 @@ violations: list[str] = []
 
 
 def watch(event: str, arguments: tuple) -> None:
-    """An audit hook: notes what opens a file outside, runs code or calls somebody.
-
-    But for matplotlib's first look at the fonts, and the process's own symbols.
-    """
+    """An audit hook: notes what opens a file outside, runs code or calls somebody."""
+    # But for matplotlib's first look at the fonts, and the process's own symbols.
     if arguments[:1] in (("fc-list",), (None,)):
         return
     if event in RUNS_CODE or (event == "open" and OUTSIDE in str(arguments[0])):
@@ -271,9 +269,8 @@ def seal_again(folder):
     for seal in folder.glob("**/*.sha256.json"):
         workdir.write_json(seal, workdir.folder_digests(seal.with_name(seal.name.split(".")[0])))
     for seal in folder.glob("results/checksums.json"):
-        workdir.write_json(
-            seal, {n: workdir.file_digest(folder / "results" / n) for n in workdir.read_json(seal)}
-        )
+        sums = {n: workdir.file_digest(seal.with_name(n)) for n in workdir.read_json(seal)}
+        workdir.write_json(seal, sums)
     store = folder / "activations"
     if (store / "meta.json").exists():
         meta = workdir.read_json(store / "meta.json")
@@ -297,10 +294,8 @@ def result_seeds():
     work = test_report.write_run(Path(tempfile.mkdtemp()))
     config = Config(models=test_report.MODELS, layers=(5, 6, 7))
     workdir.write_json(work.root / "config.json", to_dict(config))
-    tables = work.results.glob("*.jsonl")
-    workdir.write_json(
-        work.result("checksums.json"), {f.name: workdir.file_digest(f) for f in tables}
-    )
+    sums = {f.name: workdir.file_digest(f) for f in work.results.glob("*.jsonl")}
+    workdir.write_json(work.result("checksums.json"), sums)
     return [folder_files(work.root)]
 
 

@@ -1,5 +1,6 @@
 """Benchmarks: turns, ratios, peers in processes of their own, quality; nothing is timed here."""
 
+import itertools
 import math
 import os
 import sys
@@ -84,8 +85,7 @@ def test_ratios_are_taken_within_a_round(tmp_path):
     ours, theirs = bench.compare("c", contenders, 8, about={"theirs": {"version": "1"}})
     assert (theirs["ratio"], theirs["ratio_low"], theirs["ratio_high"]) == (3.0, 2.0, 4.0)
     assert ours["ratio"] == 1.0 and ours["seconds"] == 1.0 and ours["per_s"] == 8.0
-    assert theirs["cpu_ratio"] == 1.0
-    assert theirs["version"] == "1" and "version" not in ours
+    assert theirs["cpu_ratio"] == 1.0 and theirs["version"] == "1" and "version" not in ours
 
 
 def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, monkeypatch):
@@ -209,11 +209,9 @@ def test_the_table_sets_the_usual_rate_beside_their_best():
     row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
     row |= {"n_rows": 50, "architecture": "relu"}
     scores = {OURS: ((0.01, 0.3),), "sae-lens": ((0.01, 0.35), (3e-4, 0.25))}
-    rows = [
-        row | {"library": library, "learning_rate": rate, "fvu_at_k": fvu}
-        for library, pairs in scores.items()
-        for rate, fvu in pairs
-    ]
+    found = [(library, *pair) for library, pairs in scores.items() for pair in pairs]
+    keys = ("library", "learning_rate", "fvu_at_k")
+    rows = [row | dict(zip(keys, values)) for values in found]
     rows += [r | {"architecture": "gated", "fvu_at_k": None} for r in rows]
     lines = [[cell.text for cell in line] for line in saelens.comparison(rows).rows]
     assert lines[0] == ["m resid_pre.1", "relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
@@ -239,9 +237,8 @@ def test_both_libraries_on_the_same_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(saelens, "SHARES", (0.5, 1.0))
     monkeypatch.setattr(saelens, "ARCHITECTURES", ("relu", "topk"))
     rows = saelens.compare_saelens(config, extract(config, work), work)
-    assert {(r["library"], r["architecture"]) for r in rows} == {
-        (library, a) for library in (OURS, "sae-lens") for a in saelens.ARCHITECTURES
-    }
+    both = set(itertools.product((OURS, "sae-lens"), saelens.ARCHITECTURES))
+    assert {(r["library"], r["architecture"]) for r in rows} == both
     assert all(r["n_rows"] == rows[0]["n_rows"] and r["fvu"] > 0 for r in rows)
     assert read_jsonl(work.result("benchmark_saelens.jsonl")) == rows
 

@@ -124,13 +124,15 @@ def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monk
     assert len(done) == 1 and files(copy) == files(work)
 
 
-def test_named_features_are_the_first_models(finished, again, monkeypatch):
+def test_named_features_are_the_first_models(finished, again, monkeypatch, capsys):
     found = {r["feature"] for r in read_jsonl(finished[1].result(stage.ROWS))[:2]}
     rows = again(feature_ids=tuple(found), features=0)
     assert {r["source"] for r in rows} == {"a"} and {r["feature"] for r in rows} == found
     refused(r"feature_ids=99: .*features 0 to 31, not 99", again, feature_ids=(99,))
     monkeypatch.setattr(stage, "LEAST_FIRINGS", 10**6)
     refused(r"feature 3 of a at resid_pre.1 is dead", again, feature_ids=(3,))
+    assert again(documents=4) == []  # a direction with nothing to test has no rows
+    assert "No feature of a at resid_pre.1 fires" in capsys.readouterr().out
 
 
 def test_matched_features_come_from_the_file(finished, again, tmp_path):
@@ -161,9 +163,3 @@ def test_all_layer_pairs_or_the_middle_one(finished):
     assert [(g.source, g.site_source.layer) for g in middle] == [("a", 1), ("b", 1)]
     assert len(map_groups(config, store, layers="all", kinds=("all",))) == 6
     assert all(task.pairing == "aligned" for group in middle for task in group.tasks)
-
-
-def test_a_direction_with_nothing_to_test_has_no_rows(again, monkeypatch, capsys):
-    monkeypatch.setattr(stage, "LEAST_FIRINGS", 10**6)
-    assert again(documents=4) == []
-    assert "No feature of a at resid_pre.1 fires" in capsys.readouterr().out

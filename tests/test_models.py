@@ -196,10 +196,8 @@ def test_transformers_loads_what_we_save(variant, tmp_path):
 def test_shards_prefixes_and_known_buffers(tmp_path):
     whole = models.load(GOLDENS / "gpt2-gelu_new")
     folder = copy_of("gpt2-gelu_new", tmp_path / "bare")
-    bare = {
-        name.removeprefix("transformer."): value
-        for name, value in load_file(folder / "model.safetensors").items()
-    }
+    named = load_file(folder / "model.safetensors").items()
+    bare = {name.removeprefix("transformer."): value for name, value in named}
     bare |= {"h.0.attn.bias": np.ones((1, 1, 24, 24)), "h.0.attn.masked_bias": np.zeros(())}
     index = {name: f"{i % 3}.safetensors" for i, name in enumerate(sorted(bare))}
     (folder / "model.safetensors").unlink()

@@ -236,9 +236,7 @@ def test_mistakes_are_told_in_one_line(run, settings, named, capfd):
 
     _, work = run
     words = re.findall(r"(\w+)=(.*?)(?= \w+=|$)", settings)
-    code = command.execute(
-        launched.main,
-        ["test", f"--workdir={work.root}", *(f"--config.steer.{n}={v}" for n, v in words)],
-    )
+    asked_for = [f"--config.steer.{name}={value}" for name, value in words]
+    assert command.execute(launched.main, ["test", f"--workdir={work.root}", *asked_for]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert code == 2 and named in line
+    assert named in line
