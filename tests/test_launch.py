@@ -368,7 +368,8 @@ def test_damage_is_named(cut, path, stage, again, finished, refused, tmp_path):
         inside = (p for p in file.rglob("*") if p.is_file())
         file = max(inside, key=lambda p: p.stat().st_size)
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    if not cut:
+        data[len(data) // 2] ^= 1
     file.write_bytes(data[:-7] if cut else data)
     assert str(file) in refused(stage.main, f"--workdir={work}")
 
