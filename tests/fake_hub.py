@@ -85,10 +85,9 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repository, revision, *, body):
         files = self.files(repository)
         if files is not None:
-            oid = lambda data: hashlib.sha1(data).hexdigest()  # noqa: E731
-            rows = [
-                {"type": "file", "path": p, "size": len(d), "oid": oid(d)} for p, d in files.items()
-            ]
+            rows = [{"type": "file", "path": p, "size": len(d)} for p, d in files.items()]
+            for row, data in zip(rows, files.values()):
+                row["oid"] = hashlib.sha1(data).hexdigest()
             self.answer(rows)
 
     def preupload(self, repository, revision, *, body):

@@ -26,6 +26,9 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+for name, value in (("JAX_PLATFORMS", "cpu"), ("HF_HUB_OFFLINE", "1")):
+    os.environ.setdefault(name, value)  # before anybody imports JAX
 STAGES = {  # and what each writes; the controls lie beside the run's own
     "extract_activations": ("activations", "results/pairing.json"),
     "train_saes": ("dictionaries", "controls/dictionaries"),
@@ -34,21 +37,8 @@ STAGES = {  # and what each writes; the controls lie beside the run's own
     "intervene": ("results/causal*", "results/feature*"),
     "report": ("report",),
 }
-ODD = (
-    "a b",
-    "ü–漢",
-    "it's",
-    '"q"',
-    "$(x)",
-    ";&|",
-    "100%",
-    "a:b",
-    "#1",
-    "[x]",
-    "-x",
-    "new\nline",
-    "\udcff",
-)
+ODD = ("a b", "ü–漢", "it's", '"q"', "$(x)", ";&|", "100%", "a:b", "#1", "[x]", "-x")
+ODD += ("new\nline", "\udcff")
 SECONDS = 30  # within which a run that is told to stop has saved and ended
 
 
@@ -184,8 +174,9 @@ class Lab:
 # Each fault: (lab, number of the try) -> (whether it ended as it must, work directory, note).
 
 
-def refused(code: int, told: str, words: str) -> bool:
+def refused(ended: tuple[int, str], words: str) -> bool:
     """Whether a run ended in one line with these words."""
+    code, told = ended
     return code == 2 and len(told.splitlines()) == 1 and re.search(words, told) is not None
 
 
@@ -222,30 +213,29 @@ def full_disk(lab, number):
     size = f"size={used + int(2 ** lab.draw.uniform(10, 20))}"
     with mounted("-t", "tmpfs", "-o", size, "tmpfs", at=disk):
         shutil.copytree(work, disk / "run")
-        code, told = lab.run(disk / "run")
+        ended = lab.run(disk / "run")
         shutil.rmtree(work)
         shutil.copytree(disk / "run", work)
-    return code == 0 or refused(code, told, "free some"), work, ""
+    return ended[0] == 0 or refused(ended, "free some"), work, ""
 
 
 def read_only(lab, number):
     work = lab.begun()
     with mounted("--bind", work, at=work):
         subprocess.run(["mount", "-o", "remount,bind,ro", work], check=True)
-        code, told = lab.run(work)
-    return refused(code, told, "Read-only file system"), work, ""
+        return refused(lab.run(work), "Read-only file system"), work, ""
 
 
-DAMAGED = {  # a pattern of files, and the first stage that is done again, which reads them
-    "shard": ("activations/*/*/shard-*.npy", 1),
-    "index": ("activations/*.*", 1),
-    "checkpoint": ("dictionaries/*/*/seed-*/**/*", 3),
-    "result file": ("results/*.jsonl", 5),
+DAMAGED = {  # a pattern of files; the first stage done again, which reads them; what made them
+    "shard": ("activations/*/*/shard-*.npy", 1, "activations"),
+    "index": ("activations/*.*", 1, "activations"),
+    "checkpoint": ("dictionaries/*/*/seed-*/**/*", 3, "dictionaries"),
+    "result file": ("results/*.jsonl", 5, None),
 }
 
 
 def damaged(kind, change):
-    pattern, first = DAMAGED[kind]
+    pattern, first, folder = DAMAGED[kind]
 
     def fault(lab, number):
         work = lab.begun(first)
@@ -254,16 +244,14 @@ def damaged(kind, change):
         data, at = file.read_bytes(), lab.draw.randrange(file.stat().st_size)
         flipped = data[:at] + bytes([data[at] ^ 1 << lab.draw.randrange(8)]) + data[at + 1 :]
         file.write_bytes(data[:at] if change == "truncated" else flipped)
-        code, told = lab.run(work)
-        noticed = refused(code, told, re.escape(file.name)) or refused(code, told, "delete ")
+        ended = lab.run(work)
+        noticed = refused(ended, f"{re.escape(file.name)}|delete ")
         if noticed and number % 2:  # the line is followed: the stage that made it runs again
-            folder = {"shard": "activations", "index": "activations", "checkpoint": "dictionaries"}
-            gone = work / folder[kind] if kind in folder else file
-            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-        elif not (code == 0 and not file.is_file()):
+            shutil.rmtree(work / folder) if folder else file.unlink()
+        elif ended[0] != 0 or file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)  # the file is brought back from elsewhere
-        return noticed or code == 0, work, "noticed" if noticed else "not read"
+        return noticed or ended[0] == 0, work, "noticed" if noticed else "not read"
 
     return fault
 
@@ -288,10 +276,10 @@ def two_runs(lab, number):
     while not (work / ".lock").exists() and not os.waitpid(process, os.WNOHANG)[0]:
         time.sleep(0.01)
     time.sleep(lab.draw.uniform(0, 1))
-    code, told = lab.run(work)
+    ended = lab.run(work)
     os.kill(process, signal.SIGKILL)
     wait(process)
-    return refused(code, told, f"Process {process} on .* is working in"), work, ""
+    return refused(ended, f"Process {process} on .* is working in"), work, ""
 
 
 def poisoned(where):
@@ -327,10 +315,10 @@ def poisoned(where):
 
             loop.Chunks.__init__ = init
 
-        code, told = lab.run(work, poison)
+        ended = lab.run(work, poison)
         seals = work.glob("dictionaries/training/*/checkpoints/*.sha256.json")
         kept = [file.name for file in seals] == [f"{at // 20 * 20}.sha256.json"][: at // 20]
-        return refused(code, told, "is not finite (at|after) step") and kept, work, ""
+        return refused(ended, "is not finite (at|after) step") and kept, work, ""
 
     return fault
 
@@ -356,8 +344,7 @@ def no_memory(where):
 
             loop.Chunks.__call__ = starved
 
-        code, told = lab.run(work, starve)
-        return refused(code, told, "Out of memory.*lower a batch_size"), work, ""
+        return refused(lab.run(work, starve), "Out of memory.*lower a batch_size"), work, ""
 
     return fault
 
@@ -417,8 +404,7 @@ def main() -> int:
 
 def prepare() -> None:
     """Imports everything, so that forked runs need not, and computes nothing."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    os.environ["PYTHONPATH"] = str(ROOT)
     for name in ("matplotlib.pyplot", "orbax.checkpoint", "pyarrow.parquet", "transformers"):
         importlib.import_module(name)
     importlib.import_module("launch.experiment")

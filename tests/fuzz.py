@@ -24,9 +24,27 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-from fault_table import fork, prepare, wait
+import fault_table  # first: it says where the package is, and that JAX takes the CPU
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import test_exchange as exchange
+import test_models
+import test_report
+import tiny_run
+from safetensors.numpy import load, save
 
-ROOT = Path(__file__).parents[1]
+from crossdict_jax import dictionaries, maps, models, results, workdir
+from crossdict_jax.activations.pairing import byte_ends
+from crossdict_jax.activations.store import open_store, save_meta
+from crossdict_jax.activations.text import load_corpus
+from crossdict_jax.config import Config, ConvertConfig, TextConfig, to_dict
+from crossdict_jax.dictionaries import formats
+from crossdict_jax.dictionaries.folders import site_of
+from crossdict_jax.errors import UserError
+from launch import command
+
+ROOT = fault_table.ROOT
 OUTSIDE = "outside-of-the-folder"  # what bears this name must not be opened
 DEEP = functools.reduce(lambda inner, _: [inner], range(200), 0)
 HOSTILE = (None, True, False, 0, 1, -1, 3, 0.5, 2**31, 2**63, 10**400, 1e308, float("inf"))
@@ -40,34 +58,23 @@ violations: list[str] = []
 
 
 def watch(event: str, arguments: tuple) -> None:
-    """An audit hook: notes what opens a file outside, runs code or calls somebody.
-
-    But for matplotlib's first look at the fonts, and the process's own symbols.
-    """
+    """An audit hook: notes what opens a file outside, runs code or calls somebody."""
+    # But for matplotlib's first look at the fonts, and the process's own symbols.
     if arguments[:1] in (("fc-list",), (None,)):
         return
     if event in RUNS_CODE or (event == "open" and OUTSIDE in str(arguments[0])):
         violations.append(f"{event} {arguments[0]!s:.80}")
 
 
-# Mutations
-
-
 def mutated_bytes(draw: random.Random, data: bytes) -> bytes:
     for _ in range(draw.randint(1, 4)):
         at, size = draw.randint(0, len(data)), draw.choice((1, 2, 4, 8, 64))
         rest, number = data[at + size :], draw.choice((0, -1, 1, 2**31 - 1, 2**40, 2**63 - 1))
-        data = data[:at] + draw.choice(
-            (
-                bytes(b ^ 1 << draw.randrange(8) for b in data[at : at + 1]) + data[at + 1 :],
-                b"",
-                rest,
-                2 * data[at : at + size] + rest,
-                draw.randbytes(size) + rest,
-                struct.pack("<q", number)[:size] + rest,
-                str(draw.choice(HOSTILE)).encode(errors="surrogatepass") + rest,
-            )
-        )
+        flipped = bytes(b ^ 1 << draw.randrange(8) for b in data[at : at + 1])
+        ways = [flipped + data[at + 1 :], b"", rest, 2 * data[at : at + size] + rest]
+        ways += [draw.randbytes(size) + rest, struct.pack("<q", number)[:size] + rest]
+        ways += [str(draw.choice(HOSTILE)).encode(errors="surrogatepass") + rest]
+        data = data[:at] + draw.choice(ways)
     return data
 
 
@@ -143,9 +150,6 @@ def altered(draw: random.Random, folder: Path, files: dict[str, bytes]) -> None:
             file.symlink_to(outside)
 
 
-# Readers: {name: (seeds, read)}; seeds(root) -> valid folders {file: bytes}, read(folder).
-
-
 def folder_files(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
     files = (f for f in sorted(folder.glob(pattern)) if f.is_file())
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
@@ -154,14 +158,10 @@ def folder_files(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
 @functools.cache
 def lab():
     """A finished tiny run; (its config, its work directory)."""
-    import tiny_run
-
     return tiny_run.make_run(Path(tempfile.mkdtemp()) / "lab")
 
 
 def settings_seeds():
-    from crossdict_jax.config import Config, to_dict
-
     config = to_dict(Config(models=("a", "b")))
     argv = [f"--config.{k}={v}" for k, v in (("sae.width", 64), ("layers", "1,2"), ("seed", 3))]
     argv += ["--config.map.kinds=mean,ridge", "--models=a,b", "--config.sae.l1_coefficient=1e-3"]
@@ -171,26 +171,17 @@ def settings_seeds():
 
 
 def parsed(*argv):
-    from launch import command
-
-    config, workdir, _ = command.parse(["x", *argv])
+    config, where, _ = command.parse(["x", *argv])
     command.check(config)
-    return config, workdir
+    return config, where
 
 
 def read_workdir(folder):
-    from crossdict_jax.config import Config, to_dict
-    from crossdict_jax.workdir import open_workdir
-
-    config, workdir = parsed(f"--workdir={folder}")
-    open_workdir(workdir, to_dict(config), usual=to_dict(Config()))
+    config, where = parsed(f"--workdir={folder}")
+    workdir.open_workdir(where, to_dict(config), usual=to_dict(Config()))
 
 
 def text_seeds(suffix):
-    import pyarrow
-    import pyarrow.parquet
-    import tiny_run
-
     texts = tiny_run.make_texts(40)
     if suffix == "txt":
         return [{f"t.{i}.txt": "\n\n".join(texts[i:]).encode() for i in range(40)}]
@@ -206,78 +197,50 @@ def text_seeds(suffix):
 
 
 def read_text(folder):
-    from crossdict_jax.activations.text import load_corpus
-    from crossdict_jax.config import TextConfig
-
     for source in (folder, *(f for f in folder.glob("t.0.*") if not f.is_symlink())):
         load_corpus(TextConfig(source=str(source), documents=30, max_bytes=200))
 
 
 def read_tokenizer(folder):
-    from crossdict_jax import models
-    from crossdict_jax.activations.pairing import byte_ends
-
     byte_ends("abc de fgh, <|endoftext|> ä", models.load_tokenizer(folder))
 
 
-def tokenizer_seeds():
+def of_models(*names: str, pattern: str) -> list[dict[str, bytes]]:
+    """The files of the run's language models a and b, or of a Llama beside them."""
     root = Path(lab()[0].models[0]).parent
-    return [folder_files(root / name, "*.json") for name in "ab"]
+    if "c" in names:
+        models.save(models.init(test_models.NARROW_LLAMA), root / "c")
+    return [folder_files(root / name, pattern) for name in names]
 
 
 def model_seeds():
-    from crossdict_jax import models
-
-    models_of = Path(lab()[0].models[0]).parent
-    llama = {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 16}
-    llama |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    models.save(models.init(llama | {"intermediate_size": 16}), models_of / "c")
-    return [folder_files(models_of / name, "[cm]*.*") for name in "abc"]
+    return of_models(*"abc", pattern="[cm]*.*")
 
 
 def sharded():
-    from safetensors.numpy import load, save
-
     out = []
     for files in model_seeds():
-        tensors = load(files["model.safetensors"])
-        halves, where = ({}, {}), {}
-        for i, name in enumerate(tensors):
-            halves[i % 2][name], where[name] = tensors[name], f"model-{i % 2}.safetensors"
-        shards = {f"model-{i}.safetensors": save(half) for i, half in enumerate(halves)}
-        index = {"model.safetensors.index.json": json.dumps({"weight_map": where}).encode()}
-        out.append({"config.json": files["config.json"]} | index | shards)
+        shards, where = ({}, {}), {}
+        for i, (name, tensor) in enumerate(load(files["model.safetensors"]).items()):
+            shards[i % 2][name], where[name] = tensor, f"model-{i % 2}.safetensors"
+        made = {f"model-{i}.safetensors": save(shard) for i, shard in enumerate(shards)}
+        made["model.safetensors.index.json"] = json.dumps({"weight_map": where}).encode()
+        out.append({"config.json": files["config.json"]} | made)
     return out
 
 
-def read_model(folder):
-    from crossdict_jax import models
-
-    models.load(folder)
-
-
 def dictionary_seeds(root, tool):
-    import numpy as np
-    import test_exchange as exchange
-    from safetensors.numpy import save
-
     made = exchange.weights("b_enc", "threshold", "topk_threshold")
-    names = {"W_enc", "W_dec", "b_dec", "b_enc"}
-    plain = {n: made[n] for n in names}
+    plain = {n: made[n] for n in ("W_enc", "W_dec", "b_dec", "b_enc")}
     if tool == "SAELens":
-        kinds = {"standard": (), "topk": (), "jumprelu": ("threshold",), "transcoder": ()}
-        kinds |= {"batchtopk": ("topk_threshold",)}
-        for kind, more in kinds.items():
+        for kind in ("standard", "topk", "jumprelu", "batchtopk", "transcoder"):
             config = {"architecture": kind, "k": 3, "metadata": exchange.HOOK, "d_out": exchange.D}
-            arrays = plain | {n: made[n] for n in more}
+            arrays = plain | {n: made[n] for n in exchange.NAMES.get(kind, ())}
             scaler = {"scaling_factor": 1.0 if kind == "transcoder" else 2.0}
             exchange.saelens_folder(root / kind, arrays, scaler=scaler, **config)
-        return [folder_files(root / kind) for kind in kinds]
+        return [folder_files(folder) for folder in sorted(root.iterdir())]
     if tool == "sparsify":
-        arrays = {"encoder.weight": np.ascontiguousarray(made["W_enc"].T)}
-        arrays |= {"encoder.bias": made["b_enc"], "W_dec": made["W_dec"], "b_dec": made["b_dec"]}
-        config = {"d_in": exchange.D, "num_latents": exchange.F, "k": 3, "activation": "topk"}
-        return [{"cfg.json": json.dumps(config).encode(), "sae.safetensors": save(arrays)}]
+        return [folder_files(exchange.sparsify_folder(root / "d", plain, **exchange.SPARSIFY))]
     first, arrays = io.BytesIO(), plain | {"threshold": made["threshold"]}
     np.savez(first, **arrays)
     config = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.4.output"}
@@ -287,9 +250,6 @@ def dictionary_seeds(root, tool):
 
 
 def read_dictionary(folder):
-    from crossdict_jax.dictionaries import formats
-    from crossdict_jax.dictionaries.folders import site_of
-
     site_of(formats.names(folder).get("hook_name", ""))
     formats.load(folder)
 
@@ -306,24 +266,19 @@ def ours(*inside: str) -> list[dict[str, bytes]]:
 
 def seal_again(folder):
     """Writes the checksums of what is there: as somebody who means harm would."""
-    from crossdict_jax.activations.store import save_meta
-    from crossdict_jax.workdir import file_digest, folder_digests, read_json, write_json
-
     for seal in folder.glob("**/*.sha256.json"):
-        write_json(seal, folder_digests(seal.with_name(seal.name.split(".")[0])))
+        workdir.write_json(seal, workdir.folder_digests(seal.with_name(seal.name.split(".")[0])))
     for seal in folder.glob("results/checksums.json"):
-        write_json(seal, {n: file_digest(folder / "results" / n) for n in read_json(seal)})
+        sums = {n: workdir.file_digest(seal.with_name(n)) for n in workdir.read_json(seal)}
+        workdir.write_json(seal, sums)
     store = folder / "activations"
     if (store / "meta.json").exists():
-        meta = read_json(store / "meta.json")
-        sums = {n: file_digest(store / n) for n in folder_files(store, "**/*.npy")}
+        meta = workdir.read_json(store / "meta.json")
+        sums = {n: workdir.file_digest(store / n) for n in folder_files(store, "**/*.npy")}
         save_meta(store, {k: v for k, v in meta.items() if k != "seal"} | {"checksums": sums})
 
 
 def read_ours(folder):
-    from crossdict_jax import dictionaries, maps
-    from crossdict_jax.activations.store import open_store
-
     if (folder / "activations").exists():
         store = open_store(folder / "activations")
         for model in store.models:
@@ -336,35 +291,23 @@ def read_ours(folder):
 
 
 def result_seeds():
-    import test_report
-
-    from crossdict_jax.config import Config, to_dict
-    from crossdict_jax.workdir import file_digest, write_json
-
     work = test_report.write_run(Path(tempfile.mkdtemp()))
     config = Config(models=test_report.MODELS, layers=(5, 6, 7))
-    write_json(work.root / "config.json", to_dict(config))
-    tables = work.results.glob("*.jsonl")
-    write_json(work.result("checksums.json"), {f.name: file_digest(f) for f in tables})
+    workdir.write_json(work.root / "config.json", to_dict(config))
+    sums = {f.name: workdir.file_digest(f) for f in work.results.glob("*.jsonl")}
+    workdir.write_json(work.result("checksums.json"), sums)
     return [folder_files(work.root)]
 
 
 def read_results(folder):
-    from crossdict_jax import results
-    from crossdict_jax.workdir import Workdir
-
     for file in sorted((folder / "results").glob("*.jsonl")):
-        results.read(Workdir(folder), file.name)
+        results.read(workdir.Workdir(folder), file.name)
 
 
-def command(name, *argv):
+def by_command(name, *argv):
     """Reads a folder by a whole command; its one line is a UserError."""
 
     def read(folder):
-        from crossdict_jax.config import Config, ConvertConfig
-        from crossdict_jax.errors import UserError
-        from launch import command
-
         kind = ConvertConfig if name == "convert" else Config
         asked = [a.format(folder) for a in argv if a != "argv"]
         if "argv" in argv:  # a command line alone: what it asks for is not done
@@ -382,12 +325,6 @@ def command(name, *argv):
     return read
 
 
-def whole_seeds():
-    """Models, tokenizers and text, as extract_activations reads them."""
-    root = Path(lab()[0].models[0]).parent
-    return [folder_files(root, "[ab]/*") | text_seeds("jsonl")[0]]
-
-
 def readers() -> dict[str, tuple]:
     """{name: (seeds() -> valid folders {file: bytes}, read(folder), share of the cases)}."""
     setting = lambda name: lambda: [{name: settings_seeds()[name]}]  # noqa: E731
@@ -395,14 +332,16 @@ def readers() -> dict[str, tuple]:
     text = lambda suffix: lambda: text_seeds(suffix)  # noqa: E731
     run = "--workdir={0}"
     argv = lambda f: parsed(*map(os.fsdecode, (f / "argv").read_bytes().splitlines()))  # noqa: E731
+    # Models, tokenizers and text, as extract_activations reads them.
+    whole = lambda: [of_models("", pattern="[ab]/*")[0] | text_seeds("jsonl")[0]]  # noqa: E731
     listed = {
         "config file": (setting("config.py"), lambda f: parsed(f"--config={f}/config.py"), 1),
         "config.json": (setting("config.json"), read_workdir, 1),
         "command line": (setting("argv"), argv, 1),
         **{f"text {s}": (text(s), read_text, 1) for s in ("txt", "jsonl", "parquet")},
-        "tokenizer": (tokenizer_seeds, read_tokenizer, 1),
-        "safetensors": (model_seeds, read_model, 1),
-        "safetensors index": (sharded, read_model, 1),
+        "tokenizer": (lambda: of_models(*"ab", pattern="*.json"), read_tokenizer, 1),
+        "safetensors": (model_seeds, models.load, 1),
+        "safetensors index": (sharded, models.load, 1),
         **{t: (tool(t), read_dictionary, 1) for t in ("SAELens", "sparsify", "Gemma Scope")},
         "own checkpoint": (lambda: ours("dictionaries/**/*", "maps/*/*/*"), read_ours, 1),
         "own store": (lambda: ours("activations"), read_ours, 1),
@@ -413,22 +352,17 @@ def readers() -> dict[str, tuple]:
     commands = {
         "experiment": (setting("argv"), ("argv", out)),
         "convert": (tool("SAELens"), (source, out, "--config.format=crossdict")),
-        "extract_activations": (whole_seeds, (*text_run, "--config.text.documents=30")),
+        "extract_activations": (whole, (*text_run, "--config.text.documents=30")),
         "evaluate": (lambda: [folder_files(lab()[1].root)], (run,)),
         "report": (result_seeds, (run,)),
     }
     for name, (seeds, asked) in commands.items():
-        listed[f"command {name}"] = (seeds, command(name, *asked), 40 / 7500)
+        listed[f"command {name}"] = (seeds, by_command(name, *asked), 40 / 7500)
     return listed
-
-
-# Running
 
 
 def attempt(read, draw: random.Random, seeds: list[dict[str, bytes]]) -> str:
     """One case: "well", "refused", or what went wrong and where."""
-    from crossdict_jax.errors import UserError
-    from launch import command
 
     def late(*_):
         raise TimeoutError(f"more than {SECONDS} s")
@@ -471,8 +405,8 @@ def cases(name: str, numbers, *, seed: int):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=7500)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in (("cases", 7500), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", default="", help="readers whose names hold this word")
     asked, total, names = parser.parse_args(), Counter(), ("cases", "well", "refused", "failed")
     print(f"{'reader':28}" + "".join(f"{name:>9}" for name in names), flush=True)
@@ -487,12 +421,11 @@ def main() -> int:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
                 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30),) * 2)
                 with open(f"{folder}/outcomes", "w", buffering=1) as file:
-                    for each in cases(
-                        name, range(max(1, round(asked.cases * share))), seed=asked.seed
-                    ):
+                    numbers = range(max(1, round(asked.cases * share)))
+                    for each in cases(name, numbers, seed=asked.seed):
                         file.write(json.dumps(each) + "\n")
 
-            code = wait(fork(call, log))
+            code = fault_table.wait(fault_table.fork(call, log))
             for line in Path(f"{folder}/outcomes").read_text().splitlines():
                 number, outcome = json.loads(line)
                 kinds[outcome if outcome in GOOD else "failed"] += 1
@@ -510,5 +443,5 @@ def main() -> int:
 
 sys.addaudithook(watch)
 if __name__ == "__main__":
-    prepare()
+    fault_table.prepare()
     sys.exit(main())

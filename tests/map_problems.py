@@ -1,6 +1,7 @@
 """Problems with planted answers for the tests of maps, and scores of what is fitted on them."""
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -16,14 +17,8 @@ from crossdict_jax.maps import Pairs, Problem, Side, base
 from crossdict_jax.models import Site
 
 ROWS = {"train": 1600, "validation": 300, "test": 400}
-CONFIG = MapConfig(
-    hidden=64,
-    steps=200,
-    batch_size=64,
-    learning_rate=1e-2,
-    dropout=0.05,
-    hypernetwork=HypernetworkConfig(rank=8, steps=60),
-)
+CONFIG = MapConfig(hidden=64, steps=200, batch_size=64, learning_rate=1e-2, dropout=0.05)
+CONFIG.hypernetwork = HypernetworkConfig(rank=8, steps=60)
 
 
 class FakeStore:
@@ -39,11 +34,10 @@ class FakeStore:
         self.rows = SimpleNamespace(document=places // 10, byte_end=places % 10)
         self._tokens = {model: rng.integers(0, 9, n).astype(np.int32) for model in widths}
         codes = rng.normal(size=(n, 4)) if codes is None else codes
-        self.x = {
-            (model, site): (codes @ rng.normal(size=(codes.shape[1], d))).astype(ml_dtypes.bfloat16)
-            for model, d in widths.items()
-            for site in self.sites
-        }
+        self.x = {}
+        for end in itertools.product(widths, self.sites):
+            x = codes @ rng.normal(size=(codes.shape[1], widths[end[0]]))
+            self.x[end] = x.astype(ml_dtypes.bfloat16)
 
     def select(self, split):
         return np.flatnonzero(self.split == SPLITS.index(split))
@@ -95,9 +89,8 @@ def make_problem(x_a, x_b, *, tokens=None, dictionaries_ab=None):
 
 
 def shuffled_problem(problem: Problem) -> Problem:
-    train, validation = (
-        maps.shuffled(getattr(problem, split), 0, split) for split in ("train", "validation")
-    )
+    train = maps.shuffled(problem.train, 0, "train")
+    validation = maps.shuffled(problem.validation, 0, "validation")
     return Problem(f"{problem.label} (shuffled)", train, validation)
 
 

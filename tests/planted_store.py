@@ -21,9 +21,8 @@ KEY = jax.random.key(0)
 def slow_but(*quick):
     """Every architecture, those that are not named in the slow tests."""
     marks = {a: [] if a in quick else [pytest.mark.slow] for a in architectures()}
-    return pytest.mark.parametrize(
-        "architecture", [pytest.param(a, marks=marks[a]) for a in architectures()]
-    )
+    cases = [pytest.param(a, marks=mark) for a, mark in marks.items()]
+    return pytest.mark.parametrize("architecture", cases)
 
 
 class PlantedStore(Store):

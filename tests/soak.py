@@ -17,7 +17,12 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import fault_table  # noqa: F401  first: it says where the package is, and that JAX takes the CPU
+import tiny_run
+
+from crossdict_jax.training import checkpoint
+from launch import command, evaluate, extract_activations, train_hypernetworks, train_saes
+
 WORDS = ("minutes", "cycles", "checkpoints", "rss_mb", "open_files", "threads", "files", "kept")
 GROWTH = {"rss_mb": 1.1, "open_files": 1.1, "threads": 1.1, "files": 1.1}
 
@@ -33,14 +38,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     minutes = parser.parse_args().minutes
-    import tiny_run
-
-    from crossdict_jax.training import checkpoint
-    from launch import command, evaluate, extract_activations, train_hypernetworks, train_saes
-
     save, saves = checkpoint.save, [0]  # of each: how many its training kept
 
-    def counted(directory, step, **trees):
+    def counted(directory, step=0, **trees):
         save(directory, step, **trees)
         saves.append(len(list(directory.glob("*.sha256.json"))))
         assert saves[-1] == len([p for p in directory.glob("*") if p.name.isdigit()])
@@ -77,6 +77,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     sys.exit(main())

@@ -9,6 +9,7 @@ from flax import nnx
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import attribution, evaluate, features
 from crossdict_jax.maps import Map, Pairs, Side
@@ -75,8 +76,7 @@ def test_the_drivers_of_a_planted_affine_map_are_found_exactly(pairs):
     scale = np.random.default_rng(2).random((3, 2 * D))
     drivers = attribution.drivers(Affine(signed(), W), pairs.source, index, scale=scale)
     assert np.allclose(drivers.weight, W.T[index], atol=1e-6)
-    assert np.allclose(drivers.effect, scale * W.T[index], atol=1e-6)
-    assert drivers.exact.all()
+    assert np.allclose(drivers.effect, scale * W.T[index], atol=1e-6) and drivers.exact.all()
     on = np.asarray(signed().encode(pairs.source.x)) @ W[:, index] > 0.1
     assert drivers.rows.tolist() == on.sum(0).tolist()
 
@@ -105,9 +105,8 @@ def test_rows_say_how_stable_drivers_are(pairs):
         return attribution.drivers(m, pairs.source, np.arange(3), scale=SCALE)
 
     W = planted_weights()
-    same, moved = (
-        attribution.describe(of(W), 0, of(other)) for other in (2 * W, np.roll(W, 1, axis=0))
-    )
+    others = (2 * W, np.roll(W, 1, axis=0))
+    same, moved = (attribution.describe(of(W), 0, of(other)) for other in others)
     assert same["stability"] == pytest.approx(1) and abs(moved["stability"]) < 0.5
     assert [d["feature"] for d in same["drivers"]][:2] == [0, 3]
     assert attribution.describe(of(W), 0, None)["stability"] is None
@@ -127,20 +126,15 @@ def test_shown_features_are_the_extremes_of_the_best_map(run, source, target):
     config, work, rows = run
     store, rows = open_store(work.activations), [r for r in rows if r["source"] == source]
     (kind,) = {r["map"] for r in rows}
-    train, validation, test = (
-        maps.load_pairs(store, source, target, *2 * (tiny_run.SITE,), split, work)
-        for split in ("train", "validation", "test")
-    )
-    loaded = {
-        t.kind: maps.load(t.path(work))
-        for t in maps.tasks(config, store)
-        if (t.source, t.pairing) == (source, "aligned")
-    }
-    errors = {
-        k: np.square(encoded(validation.target) - maps.predict(m, validation)).sum()
-        for k, m in loaded.items()
-    }
-    assert kind == min(errors, key=errors.get)
+    where = (source, target, tiny_run.SITE, tiny_run.SITE)
+    train, validation, test = (maps.load_pairs(store, *where, s, work) for s in SPLITS)
+    tasks = [t for t in maps.tasks(config, store) if (t.source, t.pairing) == (source, "aligned")]
+    loaded = {t.kind: maps.load(t.path(work)) for t in tasks}
+
+    def error(k):
+        return np.square(encoded(validation.target) - maps.predict(loaded[k], validation)).sum()
+
+    assert kind == min(loaded, key=error)
     t, p = encoded(test.target), maps.predict(loaded[kind], test)
     spread = np.square(t - encoded(train.target).mean(0)).sum(0)
     r2 = 1 - np.square(t - p).sum(0) / np.where(spread > 0, spread, np.nan)
@@ -149,10 +143,8 @@ def test_shown_features_are_the_extremes_of_the_best_map(run, source, target):
     shown, n = [r for r in rows if r["row"] == "feature"], min(features.SHOWN, len(order) // 2)
     assert [r["feature"] for r in shown] == [*order[:n], *order[::-1][:n]]
     assert [r["rank"] for r in shown] == ["most"] * n + ["least"] * n
-    r_train, r_test = (
-        np.corrcoef(encoded(pairs.target).T, encoded(pairs.source).T)[: len(r2), len(r2) :]
-        for pairs in (train, test)
-    )
+    both = ((encoded(p.target).T, encoded(p.source).T) for p in (train, test))
+    r_train, r_test = (np.corrcoef(*f)[: len(r2), len(r2) :] for f in both)
     for r in shown:
         j = r["feature"]
         assert r["r2"] == pytest.approx(r2[j], abs=1e-3)

@@ -1,5 +1,6 @@
 """Benchmarks: turns, ratios, peers in processes of their own, quality; nothing is timed here."""
 
+import itertools
 import math
 import os
 import sys
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import refused
 
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark import peer, run, saelens, workloads
@@ -83,8 +85,7 @@ def test_ratios_are_taken_within_a_round(tmp_path):
     ours, theirs = bench.compare("c", contenders, 8, about={"theirs": {"version": "1"}})
     assert (theirs["ratio"], theirs["ratio_low"], theirs["ratio_high"]) == (3.0, 2.0, 4.0)
     assert ours["ratio"] == 1.0 and ours["seconds"] == 1.0 and ours["per_s"] == 8.0
-    assert theirs["cpu_ratio"] == 1.0
-    assert theirs["version"] == "1" and "version" not in ours
+    assert theirs["cpu_ratio"] == 1.0 and theirs["version"] == "1" and "version" not in ours
 
 
 def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, monkeypatch):
@@ -97,8 +98,7 @@ def test_what_fails_keeps_its_rows_and_does_not_stop_the_others(tiny, tmp_path, 
     monkeypatch.setattr(map_steps, "benchmark", fails)
     monkeypatch.setattr(steps, "benchmark", lambda bench: iter([row | {"benchmark": "steps"}]))
     config = BenchmarkConfig(benchmarks=("map", "steps"), repeats=1)
-    with pytest.raises(UserError, match=r"^map failed: There is no more\.$"):
-        run.run_benchmarks(config, Workdir(tmp_path))
+    refused(r"^map failed: There is no more\.$", run.run_benchmarks, config, Workdir(tmp_path))
     written = read_json(tmp_path / "results" / "benchmark.json")
     assert written["rows"] == [row, row | {"benchmark": "steps"}]
     assert written["failed"] == {"map": "There is no more."}
@@ -187,10 +187,8 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
         assert other.make(start=4) == {"version": "1", "started": 4}
         assert other.make(start=0)["started"] == 0
         assert other.run(2).seconds >= 0 and other.run(4).cpu_seconds >= 0
-        with pytest.raises(UserError, match=r"torch failed \(ValueError: too far\)"):
-            other.run(1)
-        with pytest.raises(UserError, match="torch failed"):
-            other.run(1)
+        refused(r"torch failed \(ValueError: too far\)", other.run, 1)
+        refused("torch failed", other.run, 1)
 
 
 def execute(main, kind, *arguments):
@@ -211,11 +209,9 @@ def test_the_table_sets_the_usual_rate_beside_their_best():
     row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
     row |= {"n_rows": 50, "architecture": "relu"}
     scores = {OURS: ((0.01, 0.3),), "sae-lens": ((0.01, 0.35), (3e-4, 0.25))}
-    rows = [
-        row | {"library": library, "learning_rate": rate, "fvu_at_k": fvu}
-        for library, pairs in scores.items()
-        for rate, fvu in pairs
-    ]
+    found = [(library, *pair) for library, pairs in scores.items() for pair in pairs]
+    keys = ("library", "learning_rate", "fvu_at_k")
+    rows = [row | dict(zip(keys, values)) for values in found]
     rows += [r | {"architecture": "gated", "fvu_at_k": None} for r in rows]
     lines = [[cell.text for cell in line] for line in saelens.comparison(rows).rows]
     assert lines[0] == ["m resid_pre.1", "relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
@@ -241,9 +237,8 @@ def test_both_libraries_on_the_same_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(saelens, "SHARES", (0.5, 1.0))
     monkeypatch.setattr(saelens, "ARCHITECTURES", ("relu", "topk"))
     rows = saelens.compare_saelens(config, extract(config, work), work)
-    assert {(r["library"], r["architecture"]) for r in rows} == {
-        (library, a) for library in (OURS, "sae-lens") for a in saelens.ARCHITECTURES
-    }
+    both = set(itertools.product((OURS, "sae-lens"), saelens.ARCHITECTURES))
+    assert {(r["library"], r["architecture"]) for r in rows} == both
     assert all(r["n_rows"] == rows[0]["n_rows"] and r["fvu"] > 0 for r in rows)
     assert read_jsonl(work.result("benchmark_saelens.jsonl")) == rows
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, models, results
 from crossdict_jax.activations.passages import select_passages, with_continuations
@@ -15,7 +16,6 @@ from crossdict_jax.causal import effects, transfer_features
 from crossdict_jax.causal import feature_transfer as stage
 from crossdict_jax.causal.directions import map_groups
 from crossdict_jax.config import Config
-from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 SMALL = {"features": 2, "contexts": 6, "alphas": (0.3, 1.0), "maps": ("ridge", "mlp")}
@@ -64,8 +64,7 @@ def test_a_row_for_every_feature_and_direction(finished):
         assert len({r["feature"] for r in rows_of}) == 2
         assert {r["site_source"] for r in rows_of} == {str(tiny_run.SITE)}
         assert [s["direction"] for s in summary if s["source"] == source] == names
-    assert all(s["n_features"] == 2 for s in summary)
-    assert not work.result(PARTS).exists()
+    assert all(s["n_features"] == 2 for s in summary) and not work.result(PARTS).exists()
 
 
 def test_a_match_is_the_best_correlated_feature(finished):
@@ -78,8 +77,7 @@ def test_a_match_is_the_best_correlated_feature(finished):
         source = np.asarray(f[row["source"]])[:, row["feature"]]
         with np.errstate(invalid="ignore"):
             r = [np.corrcoef(source, column)[0, 1] if column.any() else 0 for column in columns]
-        assert row["match"] == np.argmax(r)
-        assert row["match_r"] == pytest.approx(max(r), abs=1e-5)
+        assert row["match"] == np.argmax(r) and row["match_r"] == pytest.approx(max(r), abs=1e-5)
 
 
 def test_spans_lie_between_common_ends(finished):
@@ -123,20 +121,18 @@ def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monk
         file.write('{"key": "a cut-off li')
     done.clear()
     transfer_features(config, copy)
-    assert len(done) == 1
-    assert files(copy) == files(work)
+    assert len(done) == 1 and files(copy) == files(work)
 
 
-def test_named_features_are_the_first_models(finished, again, monkeypatch):
+def test_named_features_are_the_first_models(finished, again, monkeypatch, capsys):
     found = {r["feature"] for r in read_jsonl(finished[1].result(stage.ROWS))[:2]}
     rows = again(feature_ids=tuple(found), features=0)
-    assert {r["source"] for r in rows} == {"a"}
-    assert {r["feature"] for r in rows} == found
-    with pytest.raises(UserError, match=r"feature_ids=99: .*features 0 to 31, not 99"):
-        again(feature_ids=(99,))
+    assert {r["source"] for r in rows} == {"a"} and {r["feature"] for r in rows} == found
+    refused(r"feature_ids=99: .*features 0 to 31, not 99", again, feature_ids=(99,))
     monkeypatch.setattr(stage, "LEAST_FIRINGS", 10**6)
-    with pytest.raises(UserError, match=r"feature 3 of a at resid_pre.1 is dead"):
-        again(feature_ids=(3,))
+    refused(r"feature 3 of a at resid_pre.1 is dead", again, feature_ids=(3,))
+    assert again(documents=4) == []  # a direction with nothing to test has no rows
+    assert "No feature of a at resid_pre.1 fires" in capsys.readouterr().out
 
 
 def test_matched_features_come_from_the_file(finished, again, tmp_path):
@@ -148,8 +144,7 @@ def test_matched_features_come_from_the_file(finished, again, tmp_path):
     where = {"source": "a", "target": "b", "site_source": site, "site_target": site}
     listed = [(i, k, False, 0.9), (j, m, True, 0.5)]
     keys = ("feature_source", "feature_target", "confirmed", "r_train")
-    with pytest.raises(UserError, match=r"needs results/matches.jsonl"):
-        again(choose="matched")
+    refused(r"needs results/matches.jsonl", again, choose="matched")
     rows = [where | dict(zip(keys, match)) for match in listed]
     results.write(Workdir(tmp_path / "run"), "matches.jsonl", rows)
     found = [r for r in again(choose="matched") if r["direction"] == "ridge"]
@@ -168,9 +163,3 @@ def test_all_layer_pairs_or_the_middle_one(finished):
     assert [(g.source, g.site_source.layer) for g in middle] == [("a", 1), ("b", 1)]
     assert len(map_groups(config, store, layers="all", kinds=("all",))) == 6
     assert all(task.pairing == "aligned" for group in middle for task in group.tasks)
-
-
-def test_a_direction_with_nothing_to_test_has_no_rows(again, monkeypatch, capsys):
-    monkeypatch.setattr(stage, "LEAST_FIRINGS", 10**6)
-    assert again(documents=4) == []
-    assert "No feature of a at resid_pre.1 fires" in capsys.readouterr().out

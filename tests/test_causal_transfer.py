@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import refused
 
 from crossdict_jax import models, stats
 from crossdict_jax.causal import effects
@@ -15,7 +16,6 @@ from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, ModelAtSite, choose_contexts
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Side
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
@@ -127,12 +127,6 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
     json.dumps(rows, allow_nan=False)
 
 
-def test_norms_are_what_they_say():
-    """A dose of 1: the median norm, the feature's share of it, or what the map brings."""
-    for norm, expected in {"residual": (10, 20), "feature": (6, 12), "mapped": (6, 8)}.items():
-        assert effects.dose_norms(norm, (10.0, 20.0), 6.0, 8.0) == expected
-
-
 SHAPE = {"model_type": "llama", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 24}
 SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPE |= {"max_position_embeddings": 32, "initializer_range": 0.3}
@@ -217,7 +211,10 @@ def test_continuations_are_those_of_the_plain_model(lm):
     assert (changes[:, 2] == 0).all()  # a position without a continuation
 
 
-def test_a_budget_is_found_on_the_dose_curve():
+def test_norms_are_what_they_say_and_a_budget_is_found_on_the_dose_curve():
+    """A dose of 1: the median norm, the feature's share of it, or what the map brings."""
+    for norm, expected in {"residual": (10, 20), "feature": (6, 12), "mapped": (6, 8)}.items():
+        assert effects.dose_norms(norm, (10.0, 20.0), 6.0, 8.0) == expected
     kl = np.array([[[0.1, 0.1], [0.4, 0.6]], [[0.01, 0.01], [0.02, 0.02]]])
     effect = np.array([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 1.0], [5.0, 7.0]]])
     values = effects.at_budget(kl, effect, 0.3)
@@ -228,9 +225,8 @@ def test_a_budget_is_found_on_the_dose_curve():
 
 def test_p_values_of_nothing_are_uniform():
     rng = np.random.default_rng(0)
-    p = np.concatenate(
-        [stats.pooled_p(draw[:, 0], draw[:, 1:]) for draw in rng.normal(size=(200, 12, 17))]
-    )
+    draws = rng.normal(size=(200, 12, 17))
+    p = np.concatenate([stats.pooled_p(draw[:, 0], draw[:, 1:]) for draw in draws])
     for level in (0.01, 0.05, 0.3):
         assert np.mean(p <= level) == pytest.approx(level, abs=4 * (level / len(p)) ** 0.5 + 0.004)
 
@@ -256,15 +252,11 @@ def test_tokens_are_translated_by_their_bytes():
     assert found.has_text.tolist() == [False, True, True, True, False, True, True]
 
 
-def test_a_silent_feature_is_named(experiment):
+def test_a_silent_feature_and_tokens_that_the_target_lacks_are_named(experiment):
     strength = experiment.strength.copy()
     strength[:, 0] = 0
-    with pytest.raises(UserError, match="Feature 0 does not fire"):
-        effects.transfer(dataclasses.replace(experiment, strength=strength), CONFIG)
-
-
-def test_tokens_that_the_target_lacks(experiment):
+    silent = dataclasses.replace(experiment, strength=strength)
+    refused("Feature 0 does not fire", effects.transfer, silent, CONFIG)
     foreign = Translation(experiment.translation.pieces_a, tuple([b"?"] * 40))
     alone = dataclasses.replace(experiment, translation=foreign, tested=1)
-    with pytest.raises(UserError, match="No token that the features promote"):
-        effects.transfer(alone, CONFIG)
+    refused("No token that the features promote", effects.transfer, alone, CONFIG)

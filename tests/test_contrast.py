@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import write_rows
+from tiny_run import refused, write_rows
 
 from crossdict_jax import models, results
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ContrastConfig, EvaluationConfig
 from crossdict_jax.dictionaries.base import decoder_rows
-from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.studies.contrast import measure as study
 from crossdict_jax.studies.contrast.ablation import Cut, draw_controls, measure, singles
@@ -30,10 +29,7 @@ def planted():
 
 
 def triggered(triggers, planted, n=24, seed=0) -> Reading:
-    """Pairs "words trigger target" against "words trigger another word", as both models read them.
-
-    The words in front are other triggers: their features fire, and are not what matters.
-    """
+    """Pairs "words trigger target" and "words trigger another word"; the words are triggers too."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in rng.choice(triggers, n):
@@ -76,8 +72,7 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
     features = np.arange(FEATURES)
     cut = Cut(reader.strength(SITE, dictionary, features), dictionary.W_dec[...], FEATURES)
     exact = singles(reader, SITE, cut)
-    assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99
-    assert (exact[CAUSES].mean(1) > 0.03).all()
+    assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99 and (exact[CAUSES].mean(1) > 0.03).all()
 
 
 def directions_in_b(planted) -> np.ndarray:
@@ -123,9 +118,8 @@ def test_controls_have_the_norm_of_the_cut():
         np.testing.assert_allclose(norms[:, :2], expected, rtol=1e-5)
         assert not norms[:, 2:].any()
     itself = np.concatenate([cut.vectors[:2], np.zeros((5, 3))])
-    size, *sizes = (
-        np.linalg.norm(np.einsum("tsf,fd->tsd", strength, v)) for v in (itself, *others)
-    )
+    cuts = (np.einsum("tsf,fd->tsd", strength, v) for v in (itself, *others))
+    size, *sizes = map(np.linalg.norm, cuts)
     np.testing.assert_allclose(sizes, size, rtol=1e-4)
     assert not others[:, :2].any()
 
@@ -159,18 +153,13 @@ BAD = (  # what is written, what the line names
 def test_bad_pairs_and_missing_sources_are_named(tmp_path):
     for i, (lines, words) in enumerate(BAD):
         (tmp_path / str(i)).mkdir()
-        with pytest.raises(UserError, match=words):
-            read_sets([write_rows(tmp_path / str(i) / "set.jsonl", lines)])
-    with pytest.raises(UserError, match="source is empty; name files"):
-        read_sets([])
-    with pytest.raises(UserError, match="nowhere"):
-        read_sets([str(tmp_path / "nowhere.jsonl")])
+        refused(words, read_sets, [write_rows(tmp_path / str(i) / "set.jsonl", lines)])
+    refused("source is empty; name files", read_sets, [])
+    refused("nowhere", read_sets, [str(tmp_path / "nowhere.jsonl")])
     (tmp_path / "x").mkdir()
-    with pytest.raises(UserError, match="holds no file ending in"):
-        read_sets([str(tmp_path / "x")])
+    refused("holds no file ending in", read_sets, [str(tmp_path / "x")])
     twice = [write_rows(tmp_path / name, [LINES[3]]) for name in ("s.json", "x/s.jsonl")]
-    with pytest.raises(UserError, match="two sets called s"):
-        read_sets(twice)
+    refused("two sets called s", read_sets, twice)
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +204,8 @@ def test_preference_is_the_difference_of_log_probabilities(finished):
 
     for name, path in zip("ab", finished.store.paths):
         model = jax.jit(models.load(path).logits), finished.tokenizers[name]
-        expected = [
-            log_p(*model, good) - log_p(*model, bad) for good, bad in zip(PAIRS.good, PAIRS.bad)
-        ]
+        pairs = zip(PAIRS.good, PAIRS.bad)
+        expected = [log_p(*model, good) - log_p(*model, bad) for good, bad in pairs]
         reader = Reader(finished.runner(name), reading.passages[name])
         np.testing.assert_allclose(reader.preference, expected, atol=1e-4)
 
@@ -233,10 +221,8 @@ def test_batches_and_devices_change_nothing(planted):
     """Two texts a device in one batch of sixteen, or all pairs in one."""
     reading = triggered(CAUSES, planted, n=9)
     d = planted.dictionaries[0]
-    parts = [
-        reader_of(planted, reading, "a", batch_size=size).attribution(SITE, d, steps=2)
-        for size in (2, 64)
-    ]
+    both = (reader_of(planted, reading, "a", batch_size=size) for size in (2, 64))
+    parts = (reader.attribution(SITE, d, steps=2) for reader in both)
     np.testing.assert_allclose(*parts, atol=1e-5)
 
 
@@ -280,17 +266,13 @@ def test_whole_spans_are_ablated_where_that_is_asked(run, finished):
 def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
     config, work = run
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
-    asked = dataclasses.replace(
-        config.contrast, source=(write_rows(tmp_path / "long.jsonl", long),)
-    )
-    with pytest.raises(
-        UserError, match=r"no set of which every model can read 4 distinct pairs .0 of 4"
-    ):
-        study.run(dataclasses.replace(config, contrast=asked), work)
+    source = (write_rows(tmp_path / "long.jsonl", long),)
+    asked = dataclasses.replace(config.contrast, source=source)
+    words = r"no set of which every model can read 4 distinct pairs .0 of 4"
+    refused(words, study.run, dataclasses.replace(config, contrast=asked), work)
     assert "long is left out: of 4 pairs every model can read 0 (4 l" in capsys.readouterr().out
     moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))
-    with pytest.raises(UserError, match=r"contrast set needs dictionaries that write .*=mlp_out"):
-        study.run(moved, work)
+    refused(r"contrast set needs dictionaries that write .*=mlp_out", study.run, moved, work)
 
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):

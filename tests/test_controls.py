@@ -10,22 +10,17 @@ import pytest
 import tiny_run
 from map_problems import inputs_of
 from test_models import EACH_FAMILY, GOLDENS
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, models, modules
+from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.activations.untrained import (
-    KEYS,
-    draw_again,
-    extract_untrained,
-    open_controls,
-    untrained_names,
-)
+from crossdict_jax.activations.untrained import KEYS, draw_again, extract_untrained, open_controls
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.dictionaries import train
 from crossdict_jax.dictionaries.architectures import relu
 from crossdict_jax.dictionaries.base import from_arrays
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate
 from crossdict_jax.evaluation.scoring import score_tasks
 from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
@@ -101,12 +96,11 @@ def test_every_parameter_of_a_re_initialised_model_is_drawn_anew():
 def test_re_initialised_models_are_read_at_the_rows_of_the_run(finished):
     config, work = finished
     store, controls = open_store(work.activations), open_store(work.controls.activations)
-    names = untrained_names(store)
-    assert controls.models == (*store.models, *names) == ("a", "b", "a-untrained", "b-untrained")
+    assert controls.models == (*store.models, "a-untrained", "b-untrained")
     for key in KEYS:
         assert (getattr(controls.rows, key) == getattr(store.rows, key)).all()
     rows = store.select("test")[:50]
-    for i, (name, redrawn) in enumerate(zip(store.models, names)):
+    for i, (name, redrawn) in enumerate(zip(store.models, controls.models[2:])):
         assert (controls.tokens(redrawn, rows) == store.tokens(name, rows)).all()
         assert (controls.read(name, SITE, rows) == store.read(name, SITE, rows)).all()
         lm = draw_again(models.load(store.paths[i]), config.seed, i)
@@ -125,8 +119,7 @@ def test_a_store_with_other_rows_is_refused(copy):
     meta["checksums"]["rows-keep.npy"] = file_digest(path)
     del meta["seal"]
     (work.controls.activations / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="has other rows than"):
-        evaluate(config, work)
+    refused("has other rows than", evaluate, config, work)
 
 
 def signed(d_model: int, order: np.ndarray):
@@ -179,9 +172,8 @@ def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, 
         assert abs(rows[target, "ridge"]["cosine_centered"]) < 0.05
         assert rows[target, "ridge"]["r2"] < 0.02
         assert abs(rows[target, "ridge_codes"]["r2"]) < 0.02
-        assert rows[target, "token_ridge"]["r2"] == pytest.approx(
-            rows[target, "token"]["r2"], abs=0.2
-        )
+        beside = rows[target, "token"]["r2"]
+        assert rows[target, "token_ridge"]["r2"] == pytest.approx(beside, abs=0.2)
 
 
 def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished):
@@ -194,14 +186,10 @@ def test_a_ceiling_reads_what_the_second_dictionary_makes_of_the_target(finished
         if task.control != "ceiling" or task.target != "b":
             continue
         pairs = shown(task, loader.rows(task, "test"))
-        reads = maps.base.map_class(task.kind).reads
         inputs = inputs_of(maps.load(task.path(work)), pairs)
-        if reads == "activations":
-            assert np.allclose(inputs, second(x), atol=1e-4)
-        elif reads == "features":
-            assert np.allclose(inputs, second.encode(x), atol=1e-4)
-        else:
-            assert (inputs == store.tokens("b", store.select("test"))).all()
+        expected = {"activations": second(x), "features": second.encode(x)}
+        expected["tokens"] = store.tokens("b", store.select("test"))
+        assert np.allclose(inputs, expected[maps.base.map_class(task.kind).reads], atol=1e-4)
 
 
 def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
@@ -209,19 +197,14 @@ def test_every_aligned_map_has_its_controls_with_the_same_columns(finished):
     aligned = [r for r in rows_of(work, "transfer.jsonl") if r["pairing"] == "aligned"]
     of_maps = [r for r in aligned if r["map"] != "token_target"]
     keys = ("source", "target", "site_source", "site_target", "map", "pairing")
-    expected = [
-        (control, *(r[k] for k in keys)) for r in of_maps for control in ("ceiling", "untrained")
-    ]
+    expected = [(control, *(r[k] for k in keys)) for r in of_maps for control in BOTH]
     found = rows_of(work)
     assert [(r["control"], *(r[k] for k in keys)) for r in found] == expected
     assert all(set(r) == {*of_maps[0], "control"} for r in found)
     untrained = [r for r in found if (r["control"], r["map"]) == ("untrained", "ridge")]
     assert max(r["context_gain"] for r in untrained) < 0.3  # no context is shared
     assert len(rows_of(work, "reconstruction.jsonl")) == 2
-    assert sorted(p.name for p in work.dictionaries.glob("*/*/*") if "seed" in p.name) == [
-        "seed-0",
-        "seed-0",
-    ]
+    assert [p.name for p in work.dictionaries.glob("*/*/*") if "seed" in p.name] == ["seed-0"] * 2
 
 
 def test_scores_are_placed_between_null_and_ceiling(finished):
@@ -294,32 +277,22 @@ def test_only_the_controls_asked_for_are_made(finished):
         found = control_tasks(dataclasses.replace(config, controls=asked), store)
         assert [t.control for t in found] == [c for c in asked for _ in range(2 * kinds)]
     some = dataclasses.replace(config, control_kinds=("ridge", "procrustes"))
-    assert {(t.control, t.kind) for t in control_tasks(some, store)} == {
-        ("ceiling", "ridge"),
-        ("untrained", "ridge"),
-    }
+    made = {(t.control, t.kind) for t in control_tasks(some, store)}
+    assert made == {(control, "ridge") for control in BOTH}
 
 
 def test_a_pool_larger_than_the_test_rows_is_refused_before_anything_is_trained(begun, tmp_path):
-    from crossdict_jax.activations.extract import extract
-
-    config, _ = begun
-    big = dataclasses.replace(
-        config, evaluation=dataclasses.replace(config.evaluation, pool=1_000_000)
-    )
-    with pytest.raises(UserError, match=r"evaluation\.pool=1000000 is more than the"):
-        extract(big, Workdir(tmp_path / "run"))
+    evaluation = dataclasses.replace(begun[0].evaluation, pool=1_000_000)
+    big = dataclasses.replace(begun[0], evaluation=evaluation)
+    refused(r"evaluation\.pool=1000000 is more than the", extract, big, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run/activations/meta.json").exists()
 
 
 def test_missing_parts_of_controls_are_one_line(copy):
     config, work = copy
     shutil.rmtree(work.controls.maps)
-    with pytest.raises(UserError, match="holds no finished map; run train_hypernetworks"):
-        evaluate(config, work)
+    refused("holds no finished map; run train_hypernetworks", evaluate, config, work)
     shutil.rmtree(work.controls.dictionaries)
-    with pytest.raises(UserError, match="is no dictionary folder"):
-        fit_controls(config, open_store(work.activations), work)
+    refused("is no dictionary folder", fit_controls, config, open_store(work.activations), work)
     shutil.rmtree(work.controls.activations)
-    with pytest.raises(UserError, match="run extract_activations"):
-        fit_controls(config, open_store(work.activations), work)
+    refused("run extract_activations", fit_controls, config, open_store(work.activations), work)

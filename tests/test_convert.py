@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 from test_exchange import trained
-from tiny_run import SITE, shared_run
+from tiny_run import SITE, refused, shared
 
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
@@ -21,7 +21,6 @@ from crossdict_jax.dictionaries import base, hub
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.dictionaries.train import train_dictionaries
-from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_json
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +33,7 @@ def same_features(a, b):
     np.testing.assert_allclose(a(x), b(x), atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return shared_run(tmp_path_factory.getbasetemp())
+tiny = shared
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -59,10 +56,8 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
         about = read_json(folder / "cfg.json")["metadata"]
         assert about["hook_name"] == f"blocks.{SITE.layer}.hook_resid_pre"
         assert Path(about["model_name"]).name == folder.parents[1].name
-        same_features(
-            base.load(work.root / "dictionaries" / folder.relative_to(tmp_path / "dictionaries")),
-            dictionaries.load(folder),
-        )
+        own = base.load(work.root / folder.relative_to(tmp_path))
+        same_features(own, dictionaries.load(folder))
 
 
 @pytest.mark.parametrize(
@@ -83,9 +78,7 @@ def test_mistakes_are_told_in_one_line(asked, words, tmp_path):
     (tmp_path / "empty/config.json").write_text('{"models": ["a", "b"]}')
     folders = {"d": tmp_path / "d", "empty": tmp_path / "empty"}
     config = ConvertConfig(**(asked | {"source": asked["source"].format(**folders)}))
-    with pytest.raises(UserError, match=words) as error:
-        convert(config, Workdir(tmp_path / "out"))
-    assert "\n" not in str(error.value)
+    refused(words, convert, config, Workdir(tmp_path / "out"))
 
 
 def test_references_to_the_hub():
@@ -96,13 +89,9 @@ def test_references_to_the_hub():
 
 def convert_there(*settings, url, home):
     """Runs the command against a hub on this machine; what it printed last."""
-    environment = os.environ | {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home),
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",  # the plain protocol, which the other is a speed-up of
-    }
+    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "hf_test"}
+    # The plain protocol, which the other is a speed-up of.
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "launch.convert", *settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
@@ -125,16 +114,11 @@ def test_what_is_uploaded_comes_back_the_same(tmp_path):
     same_features(base.load(tmp_path / "d"), base.load(folder))
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (200, "me/dictionaries has no .* in its top folder"),
-        (403, "hf auth login"),
-        (404, "no such repository"),
-        (500, "status 500"),
-        (None, "cannot be reached"),
-    ],
-)
+ANSWERS = {200: "me/dictionaries has no .* in its top folder", 403: "hf auth login"}
+ANSWERS |= {404: "no such repository", 500: "status 500", None: "cannot be reached"}
+
+
+@pytest.mark.parametrize(("status", "words"), ANSWERS.items())
 def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_path):
     from huggingface_hub import errors
 
@@ -148,8 +132,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_
         raise kind("no", response=response)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
-    with pytest.raises(UserError, match=words):
-        dictionaries.load("hub:me/dictionaries")
+    refused(words, dictionaries.load, "hub:me/dictionaries")
 
 
 def adopted(tiny, tmp_path, **changes):
@@ -186,24 +169,16 @@ def test_codes_before_the_selection_on_demand(tiny, tmp_path):
     np.testing.assert_allclose(np.where(selected > 0, f, 0), selected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("sources", "words"),
-    [
-        (("train",), "1 entries for 2 models"),
-        (("train", "{path}"), "reads rows of 16, b has 24"),
-        (("nowhere", "train"), "nowhere is no dictionary folder"),
-    ],
-)
-def test_wrong_sources_are_refused(sources, words, tiny, tmp_path):
+def test_wrong_sources_are_refused(tiny, tmp_path):
     _, path = source_for(tiny, tmp_path)
-    with pytest.raises(UserError, match=words):
-        adopted(tiny, tmp_path, sources=tuple(path if s == "{path}" else s for s in sources))
+    wrong = {("train",): "1 entries for 2 models", ("train", path): "reads rows of 16, b has 24"}
+    wrong["nowhere", "train"] = "nowhere is no dictionary folder"
+    for sources, words in wrong.items():
+        refused(words, adopted, tiny, tmp_path, sources=sources)
 
 
 def test_settings_that_cannot_be_are_refused(tiny):
-    with pytest.raises(UserError, match="source= must be something"):
-        validate(ConvertConfig())
+    refused("source= must be something", validate, ConvertConfig())
     config = copy.deepcopy(tiny[0])
     config.sae.sources, config.sae.seeds = ("train", "x"), 2
-    with pytest.raises(UserError, match=r"sae\.seeds asks for several"):
-        validate(config)
+    refused(r"sae\.seeds asks for several", validate, config)

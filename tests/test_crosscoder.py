@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from planted_store import arrays, assert_close, gathered, kill_in_save, run_steps, step_program
+from tiny_run import refused
 
 from crossdict_jax.config import Config, CrosscoderConfig, SAEConfig, crosscoder_settings
 from crossdict_jax.config.fields import JointSettings
@@ -49,11 +50,8 @@ def by_hand(c, x, given):
         u = array(c.scale)[m] * np.asarray(x[m], np.float64) - array(c.center)[c.part(m)][None, :]
         z = z + len(x) / len(given) * u @ array(c.W_enc)[c.part(m)]
     f = np.where(z > max(array(c.threshold), 0), z, 0)
-    parts = [c.part(m) for m in range(len(x))]
-    scales = array(c.scale)
-    return f, [
-        (f @ array(c.W_dec)[:, p] + array(c.b_dec)[p][None, :]) / s for p, s in zip(parts, scales)
-    ]
+    whole = f @ array(c.W_dec) + array(c.b_dec)[None, :]
+    return f, [whole[:, c.part(m)] / array(c.scale)[m] for m in range(len(x))]
 
 
 @every
@@ -82,10 +80,8 @@ def test_training_sees_what_encode_sees(variant):
 
 def test_the_l1_loss_is_its_formula():
     c, x = fresh("l1"), views()
-    present = jnp.ones((40, 3), bool)
-    loss, _, f = c.losses(
-        jnp.concatenate(x, axis=1), y=present, hyper=HYPER, dead=jnp.zeros(14, bool)
-    )
+    how = {"y": jnp.ones((40, 3), bool), "hyper": HYPER, "dead": jnp.zeros(14, bool)}
+    loss, _, f = c.losses(jnp.concatenate(x, axis=1), **how)
     code, x_hat = by_hand(c, x, (0, 1, 2))
     np.testing.assert_allclose(f, code, atol=1e-5)
     expected = 0
@@ -107,14 +103,6 @@ def test_saved_and_loaded_gives_the_same_bits(variant, tmp_path):
     assert checkpoint.load_meta(tmp_path / "c")["note"] == "kept"
 
 
-def test_a_folder_without_a_crosscoder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no crosscoder"):
-        crosscoder.load(tmp_path / "nowhere")
-    checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
-    with pytest.raises(UserError, match="another checkpoint"):
-        crosscoder.load(tmp_path / "d")
-
-
 def test_classes_follow_the_decoder_norms():
     c = fresh("l1", d_models=(2, 2), width=5)
     lengths = np.asarray([[1, 1], [1, 0.3], [1, 0.2], [0, 2], [0, 0]])
@@ -125,15 +113,9 @@ def test_classes_follow_the_decoder_norms():
     np.testing.assert_allclose(crosscoder.relative_norms(c).T, shares, atol=1e-6)
 
 
-SMALL = JointSettings(
-    width=48,  # half as many again as the 32 features of two views
-    k=4,
-    steps=1000,
-    batch_size=128,
-    learning_rate=1e-2,
-    drop_probability=0.0,
-    dead_after_rows=3000,
-)
+WIDTH = 48  # half as many again as the 32 features of two views
+SMALL = JointSettings(WIDTH, k=4, steps=1000, batch_size=128, learning_rate=1e-2)
+SMALL = dataclasses.replace(SMALL, drop_probability=0.0, dead_after_rows=3000)
 
 
 def sparse_rows(seed, *, n=2048, active=4, features=16, d=14):
@@ -220,19 +202,9 @@ def program(**changes):
     return step_program(joint_ensemble([tiny_rows()], dataclasses.replace(TINY, **changes)))
 
 
-OPTIONS = {
-    "width": 12,
-    "k": 3,
-    "drop_probability": 0.25,
-    "learning_rate": 1e-3,
-    "batch_size": 64,
-    "steps": 60,
-    "dead_after_rows": 60_000,
-    "matmul_dtype": "bfloat16",
-    "products": "lists",
-    "variant": "l1",
-    "l1_coefficient": 9.0,
-}
+OPTIONS = {"width": 12, "k": 3, "drop_probability": 0.25, "learning_rate": 1e-3, "batch_size": 64}
+OPTIONS |= {"steps": 60, "dead_after_rows": 60_000, "matmul_dtype": "bfloat16"}
+OPTIONS |= {"products": "lists", "variant": "l1", "l1_coefficient": 9.0}
 
 
 def test_every_option_changes_what_a_step_computes():
@@ -283,7 +255,10 @@ def test_no_device_gathers_rows(variant):
     assert not [shape for shape in shapes if "256" in shape or "64,8" in shape], shapes
 
 
-def test_what_cannot_work_is_refused_in_one_line(tmp_path):
+def test_what_cannot_work_or_be_read_is_refused_in_one_line(tmp_path):
+    refused("is no crosscoder", crosscoder.load, tmp_path / "nowhere")
+    checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
+    refused("another checkpoint", crosscoder.load, tmp_path / "d")
     large = dataclasses.replace(TINY, batch_size=128)
     with pytest.raises(UserError, match=r"crosscoder.batch_size=128 is more than the 96"):
         fit_crosscoders([tiny_rows()], large, directory=tmp_path)

@@ -16,11 +16,9 @@ SHARED, ONLY_A, ONLY_B = range(4), range(4, 7), range(7, 10)
 
 
 def planted(*, hide=(), seed=0):
-    """A crosscoder whose code is the truth, and rows of two models that it explains.
-
-    Latents 0-3 are in both models, 4-6 in the first, 7-9 in the second. What ``hide`` names is
-    exclusive to the first model by its decoder alone: the second shows it too.
-    """
+    """A crosscoder whose code is the truth, and rows of two models that it explains."""
+    # Latents 0-3 are in both models, 4-6 in the first, 7-9 in the second. What ``hide`` names is
+    # exclusive to the first model by its decoder alone: the second shows it too.
     rng = np.random.default_rng(seed)
     n, width, d_models = len(DOCUMENTS), 10, (12, 11)
     codes = (rng.random((n, width)) < 0.2) * rng.uniform(0.5, 1.5, (n, width))
@@ -31,9 +29,8 @@ def planted(*, hide=(), seed=0):
     seen[1, list(hide)] = True
     noise = [0.1 * rng.standard_normal((n, d)) for d in d_models]
     x = [codes @ (show * s[:, None]) + e for show, s, e in zip(shows, seen, noise)]
-    c = crosscoder.Crosscoder(
-        "l1", d_models=d_models, width=width, k=0, shared_fraction=1.0, key=jax.random.key(0)
-    )
+    shape = {"d_models": d_models, "width": width, "k": 0, "shared_fraction": 1.0}
+    c = crosscoder.Crosscoder("l1", **shape, key=jax.random.key(0))
     c.W_dec[...] = jnp.asarray(np.concatenate(decoders, axis=1), jnp.float32)
     # Least squares gives the codes back; what is a little below zero is cut.
     W_enc = np.linalg.lstsq(np.concatenate(x, axis=1), codes, rcond=None)[0]
@@ -67,10 +64,8 @@ def test_latent_scaling_and_its_null_are_their_definition(monkeypatch):
     monkeypatch.setattr(analysis, "SHIFTS", 2)
     scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=3)
     shifts = analysis.admissible_shifts(DOCUMENTS, seed=3)
-    for value, above, alone in (
-        (scaling.error, scaling.error_above, False),
-        (scaling.alone, scaling.alone_above, True),
-    ):
+    errors, alones = (scaling.error, scaling.error_above), (scaling.alone, scaling.alone_above)
+    for (value, above), alone in ((errors, False), (alones, True)):
         nulls = [by_hand(c, x, alone=alone, shift=int(shift)) for shift in shifts]
         sure = abs(value - np.max(nulls, axis=0)) > 1e-4
         assert (above == (value > np.max(nulls, axis=0)))[sure].all() and sure.mean() > 0.9
@@ -87,8 +82,7 @@ def test_planted_owners_are_confirmed_and_a_hidden_one_is_refuted():
     assert first["exclusive_refuted"] == pytest.approx(2 / 3)  # what is hidden, no more
     assert second["exclusive_refuted"] == 0.0
     assert first["exclusive_missed"] == pytest.approx(2 / 3)
-    assert second["exclusive_missed"] < 2 / 3
-    assert sum(first["relative_norms"]["counts"]) == 10
+    assert second["exclusive_missed"] < 2 / 3 and sum(first["relative_norms"]["counts"]) == 10
     assert first["relative_norms"]["counts"][-1] == 3 and first["relative_norms"]["counts"][0] == 3
 
 
@@ -109,9 +103,8 @@ def test_the_null_is_exceeded_as_rarely_as_it_says():
 
 def test_shifts_are_longer_than_any_document():
     shifts = analysis.admissible_shifts(DOCUMENTS, seed=3)
-    assert len(shifts) == analysis.SHIFTS and not len(
-        analysis.admissible_shifts(0 * DOCUMENTS, seed=0)
-    )
+    none = analysis.admissible_shifts(0 * DOCUMENTS, seed=0)
+    assert len(shifts) == analysis.SHIFTS and not len(none)
     assert shifts.min() >= 20 and shifts.max() <= len(DOCUMENTS) - 20
 
 
@@ -127,9 +120,8 @@ def test_figures_are_sums_over_the_whole_split():
         others = [None if i == m else rows_ for i, rows_ in enumerate(x)]
         for name, given in (("fvu", x), ("fvu_alone", alone), ("fvu_from_others", others)):
             error = np.square(x[m] - np.asarray(c(given)[m])).sum()
-            assert row[name] == pytest.approx(
-                error / np.square(x[m] - x[m].mean(0)).sum(), rel=1e-4
-            )
+            fvu = error / np.square(x[m] - x[m].mean(0)).sum()
+            assert row[name] == pytest.approx(fvu, rel=1e-4)
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
         f = np.asarray(c.encode(x))
         assert row["l0"] == pytest.approx((f > 0).sum(1).mean())

@@ -31,13 +31,8 @@ def run(tmp_path_factory):
     store = FakeStore(WIDTHS, counts=(1600, 400, 400), codes=codes)
     work = Workdir(tmp_path_factory.mktemp("joint"))
     save_dictionaries(store, work, width=12, k=3)
-    config = Config(
-        models=store.models,
-        layer_pairs="1:2",
-        map=MapConfig(kinds=("crosscoder",)),
-        sae=SAEConfig(k=3, batch_size=128),
-        crosscoder=SETTINGS,
-    )
+    settings = {"map": MapConfig(kinds=("crosscoder",)), "sae": SAEConfig(k=3, batch_size=128)}
+    config = Config(models=store.models, layer_pairs="1:2", crosscoder=SETTINGS, **settings)
     fit.fit_maps(config, store, work)
     return config, store, work
 
@@ -45,11 +40,9 @@ def run(tmp_path_factory):
 def score(run, source, target, pairing="aligned"):
     """R^2 of x_B on held-out rows, of a map between two models at the run's layers."""
     config, store, work = run
-    task = next(
-        t
-        for t in maps.tasks(config, store)
-        if (t.source, t.target, t.pairing) == (source, target, pairing)
-    )
+    ends = (source, target, pairing)
+    tasks = maps.tasks(config, store)
+    task = next(t for t in tasks if (t.source, t.target, t.pairing) == ends)
     where = (task.source, task.target, task.site_source, task.site_target)
     pairs = maps.load_pairs(store, *where, "test", work)
     m = maps.load(task.path(work))
@@ -66,9 +59,8 @@ def test_one_code_of_three_models_serves_every_direction(source, target, run):
     f = maps.predict(m, pairs)
     assert f.shape == (400, 12) and f.min() >= 0 and f.dtype == np.float32
     np.testing.assert_allclose(m(pairs.source.x), f, atol=1e-3)
-    np.testing.assert_allclose(
-        m.dictionary.encode(m.activation(pairs.source.x)), m(pairs.source.x), atol=1e-6
-    )
+    encoded = m.dictionary.encode(m.activation(pairs.source.x))
+    np.testing.assert_allclose(encoded, m(pairs.source.x), atol=1e-6)
 
 
 def test_a_map_is_its_crosscoder_given_one_model_alone(run):

@@ -9,26 +9,19 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, modules, ops
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import reconstruction
 from crossdict_jax.maps import Pairs, Problem, Side
 from crossdict_jax.studies.dictionary_transfer import measure
+from crossdict_jax.studies.dictionary_transfer import transferred as moving
 from crossdict_jax.studies.dictionary_transfer.section import section
-from crossdict_jax.studies.dictionary_transfer.transferred import (
-    Affine,
-    Stitch,
-    fit_stitch,
-    is_ours,
-    random_stitch,
-    transferred,
-    with_unit_rows,
-)
+from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch, transferred
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 every = pytest.mark.parametrize("architecture", base.architectures())
@@ -75,7 +68,7 @@ def test_every_architecture_is_moved_exactly(architecture, scale):
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 def test_unit_rows_change_no_reconstruction_where_features_do_not_compete(architecture):
     d, x = fresh(architecture), normal_rows(D_A)
-    unit = with_unit_rows(d)
+    unit = moving.with_unit_rows(d)
     np.testing.assert_allclose(jnp.linalg.norm(unit.W_dec[...], axis=1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(unit(x), d(x), atol=2e-5)
 
@@ -84,7 +77,7 @@ def test_unit_rows_let_features_compete_by_what_they_reconstruct():
     d, x = fresh("topk"), normal_rows(D_A)
     z = jax.nn.relu(d.pre_activations(d.scaled_pair(x)[0]))
     contribution = z * jnp.linalg.norm(d.W_dec[...], axis=1)[None, :]
-    unit = with_unit_rows(d)
+    unit = moving.with_unit_rows(d)
     np.testing.assert_allclose(unit.encode(x), ops.keep_top_k(contribution, 3), atol=2e-5)
 
 
@@ -93,9 +86,8 @@ def test_dictionaries_of_others_are_told_apart():
         """As imported ones that fit none of our formulas."""
 
     d = Foreign(d_model=D_A, width=WIDTH, k=0, rngs=nnx.Rngs(params=0))
-    assert is_ours(fresh("relu")) and not is_ours(d)
-    with pytest.raises(UserError, match="no checkpoint of their own"):
-        transferred(d, STITCH)
+    assert moving.is_ours(fresh("relu")) and not moving.is_ours(d)
+    refused("no checkpoint of their own", transferred, d, STITCH)
 
 
 def problem(x_a, x_b, width, k):
@@ -111,10 +103,7 @@ def problem(x_a, x_b, width, k):
     [("ridge", 3, -1, 8, 1e-5), ("procrustes", 1, 0, 6, 1e-3)],
 )
 def test_a_planted_map_moves_without_loss(kind, stretch, offset, d_b, error):
-    """B is A, turned, stretched and moved: the fitted stitch keeps the quality of A's dictionary.
-
-    A rotated copy needs the rotation and nothing else.
-    """
+    """B is A, turned, stretched and moved; a rotated copy needs the rotation and nothing else."""
     rng = np.random.default_rng(0)
     x_a = rng.normal(size=(900, 6)).astype(np.float32)
     Q = np.linalg.qr(rng.normal(size=(d_b, d_b)))[0][:6]
@@ -122,7 +111,7 @@ def test_a_planted_map_moves_without_loss(kind, stretch, offset, d_b, error):
     planted, settings = problem(x_a, x_b, 20, 3), Config().map
     settings.ridge_penalties = (1e-9,)
     d = planted.train.source.dictionary
-    moved = transferred(d, fit_stitch(planted, settings, kind))
+    moved = transferred(d, moving.fit_stitch(planted, settings, kind))
     assert fvu(moved, x_b) == pytest.approx(fvu(d, x_a), abs=error)
 
 
@@ -130,7 +119,7 @@ def test_the_random_stitch_keeps_means_and_power_and_is_random():
     rng = np.random.default_rng(0)
     x_a, x_b = rng.normal(3, 2, (500, 6)), rng.normal(-1, 5, (500, 9))
     train = problem(x_a, x_b, 4, 2).train
-    stitch, other = (random_stitch(train, seed) for seed in (1, 2))
+    stitch, other = (moving.random_stitch(train, seed) for seed in (1, 2))
     moved = stitch.forth(x_a)
     np.testing.assert_allclose(moved.mean(0), x_b.mean(0), atol=1e-9)
     assert moved.var(0).sum() == pytest.approx(x_b.var(0).sum())
@@ -172,9 +161,7 @@ def test_rows_are_what_the_stitches_make_of_test_rows(run, rows):
     figures, _ = reconstruction.figures(d["b"], store, "b", SITE, config)
     for key in ("fvu", "fvu_low", "l0", "n_rows", "n_documents"):
         assert rows["a", "b", "own"][key] == pytest.approx(figures[key], rel=1e-4)
-    forth, back = (
-        maps.load(work.map(*ends, SITE, SITE, "ridge")) for ends in (("a", "b"), ("b", "a"))
-    )
+    forth, back = (maps.load(work.map(*ends, SITE, SITE, "ridge")) for ends in ("ab", "ba"))
     x = store.read("b", SITE, store.select("test")).astype(np.float32)
     mean = store.read("b", SITE, store.select("train")).astype(np.float32).mean(0)
     for name, between in (("transferred", d["a"]), ("stitch", lambda x: x)):

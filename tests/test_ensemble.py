@@ -8,21 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import planted_store
 import pytest
-from planted_store import (
-    PlantedStore,
-    assert_close,
-    gathered,
-    kill_in_save,
-    planted_rows,
-    run_steps,
-    slow_but,
-    step_program,
-)
+from planted_store import PlantedStore, assert_close, gathered, planted_rows, run_steps, slow_but
+from tiny_run import refused
 
 from crossdict_jax.config import SAEConfig, architectures
 from crossdict_jax.dictionaries import train
-from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, ensemble, loop
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
@@ -56,18 +48,13 @@ def stepped(architecture):
     return run_steps(small(architecture), STEPS, change=half_dead)
 
 
-# ---------------------------------------------------------------- dictionaries of every kind
-
-
 @slow_but("topk", "jumprelu")
-def test_a_batch_in_parts_trains_as_in_one_piece(architecture):
+def test_a_batch_in_parts_trains_as_in_one_piece(architecture, monkeypatch):
     parts = run_steps(small(architecture, accumulate=4), STEPS, change=half_dead)
     assert_close(parts, stepped(architecture), rtol=2e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
-def test_a_part_alone_is_another_batch(architecture, monkeypatch):
-    """What the test above would miss: taking every part for a batch of its own."""
+    if architecture not in ("topk", "jumprelu"):
+        return
+    # What this would miss: taking every part for a batch of its own, which is another one.
     monkeypatch.setattr(train.SparseObjective, "totals", lambda *_: None)
     alone, _ = run_steps(small(architecture, accumulate=4), STEPS, change=half_dead)
     change = np.abs(alone["params"]["W_enc"] - stepped(architecture)[0]["params"]["W_enc"]).max()
@@ -76,9 +63,8 @@ def test_a_part_alone_is_another_batch(architecture, monkeypatch):
 
 def test_a_transcoders_parts_too():
     y = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
-    whole, parts = (
-        run_steps(small("batchtopk", y=y, accumulate=n), STEPS, change=half_dead) for n in (1, 3)
-    )
+    both = (small("batchtopk", y=y, accumulate=n) for n in (1, 3))
+    whole, parts = (run_steps(made, STEPS, change=half_dead) for made in both)
     assert_close(parts, whole, rtol=2e-4, atol=2e-5)
 
 
@@ -103,27 +89,24 @@ def test_rows_on_the_host_train_to_the_same_dictionaries():
     assert_close(run_steps(host, STEPS, change=half_dead), stepped("topk"), atol=2e-5, rtol=0)
 
 
-OPTIONS = [
-    ("relu", "learning_rate", 1e-4),
-    ("relu", "l1_coefficient", 3.0),
-    ("gated", "l1_coefficient", 3.0),
-    ("relu", "steps", 60),
-    ("relu", "batch_size", 48),
-    ("relu", "matmul_dtype", "bfloat16"),
-    ("topk", "k", 4),
-    ("topk", "products", "lists"),
-    ("matryoshka", "products", "lists"),
-    ("topk", "dead_after_rows", 7),
-    ("jumprelu", "l0_target", 2.0),
-    ("matryoshka", "nested_fractions", (0.3,)),
-]
+OPTIONS = {  # architecture: settings, other than usual
+    "relu": {"learning_rate": 1e-4, "l1_coefficient": 3.0, "steps": 60, "batch_size": 48}
+    | {"matmul_dtype": "bfloat16"},
+    "gated": {"l1_coefficient": 3.0},
+    "topk": {"k": 4, "products": "lists", "dead_after_rows": 7},
+    "jumprelu": {"l0_target": 2.0},
+    "matryoshka": {"products": "lists", "nested_fractions": (0.3,)},
+}
 
 
-@pytest.mark.parametrize(("architecture", "field", "value"), OPTIONS)
-def test_a_setting_changes_what_a_step_computes(architecture, field, value):
-    plain, again = step_program(small(architecture)), step_program(small(architecture))
-    steps = value if field == "steps" else STEPS
-    assert plain == again != step_program(small(architecture, **{field: value}), steps)
+@pytest.mark.parametrize("architecture", OPTIONS)
+def test_a_setting_changes_what_a_step_computes(architecture):
+    program = planted_store.step_program
+    plain = program(small(architecture))
+    assert plain == program(small(architecture))
+    for field, value in OPTIONS[architecture].items():
+        steps = value if field == "steps" else STEPS
+        assert plain != program(small(architecture, **{field: value}), steps), field
 
 
 @pytest.mark.parametrize("dead_after_rows", [200, 10**6])
@@ -154,7 +137,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(architecture, tmp_path, monk
     monkeypatch.setattr(ensemble, "WINDOW", loop.BLOCK)  # of 96 rows
     made = small(architecture, resident=architecture == "jumprelu")
     whole = fit(made, tmp_path / "whole")
-    kill_in_save(3, lambda: fit(made, tmp_path / "killed"))
+    planted_store.kill_in_save(3, lambda: fit(made, tmp_path / "killed"))
     assert checkpoint.latest_step(tmp_path / "killed" / "checkpoints") == 4
     assert_close(fit(made, tmp_path / "killed"), whole)
 
@@ -171,9 +154,6 @@ def test_the_choice_of_products_is_kept_with_the_checkpoint(tmp_path, monkeypatc
     fit(made, tmp_path, steps=2, meta=meta)
     monkeypatch.setattr(train, "uses_lists", lambda size: False)
     assert chosen() == meta["settings"]["products"] == "lists" and chosen("dense") == "dense"
-
-
-# ---------------------------------------------------------------- on several devices
 
 
 @pytest.mark.mesh
@@ -218,11 +198,7 @@ def test_rows_too_many_for_one_device_are_held_in_parts(monkeypatch):
 
 @pytest.mark.mesh
 def test_a_batch_that_devices_cannot_share_is_refused():
-    with pytest.raises(UserError, match=r"sae.batch_size=26 cannot be shared by 4 devices; use"):
-        small(batch_size=26)
-
-
-# ---------------------------------------------------------------- validation
+    refused(r"sae.batch_size=26 cannot be shared by 4 devices; use", small, batch_size=26)
 
 
 class Walk(Objective):
@@ -247,18 +223,11 @@ class Walk(Objective):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    targets = np.asarray([6.0, 1000.0, 3.0], np.float32)
     rates = np.asarray([1.0, 1.0, 0.5], np.float32)
-    made = make_ensemble(
-        Walk(),
-        fixed={"id": np.arange(3, dtype=np.uint32), "rate": rates},
-        labels=("turns", "goes on", "slow"),
-        streams={"x": Stream(np.ones((1, 8), np.float32), np.zeros(3, np.int32))},
-        seeds=(0, 0, 0),
-        batch_size=4,
-        setting="toy.batch_size",
-        validation=targets,
-    )
+    how = {"fixed": {"id": np.arange(3, dtype=np.uint32), "rate": rates}, "seeds": (0, 0, 0)}
+    how |= {"streams": {"x": Stream(np.ones((1, 8), np.float32), np.zeros(3, np.int32))}}
+    how |= {"labels": ("turns", "goes on", "slow"), "batch_size": 4, "setting": "toy.batch_size"}
+    made = make_ensemble(Walk(), validation=np.asarray([6.0, 1000.0, 3.0], np.float32), **how)
     directory = tmp_path_factory.mktemp("walk")
     return fit(made, directory, steps=30, checkpoint_every=10), directory, made
 
@@ -270,16 +239,13 @@ def test_the_parameters_of_the_best_validation_are_the_result(walked):
     assert best["score"] == [1.0, 970.0, 0.5] and best["step"] == [4, 29, 4]
     assert best["stale"] == [3, 0, 3]
     assert {float(m["params"]["still"]) for m in walked[0]} == {0.0}
-
-
-def test_patience_ends_a_members_updates_and_nobody_elses(walked):
-    state, _ = run_steps(walked[2], 30)
+    state, _ = run_steps(walked[2], 30)  # patience ends a member's updates, and nobody else's
     np.testing.assert_allclose(state["params"]["w"], [11.0, 30.0, 5.5])
 
 
 def test_a_validated_training_resumes_with_the_same_bits(walked, tmp_path):
     made = walked[2]
-    kill_in_save(2, lambda: fit(made, tmp_path, steps=30, checkpoint_every=10))
+    planted_store.kill_in_save(2, lambda: fit(made, tmp_path, steps=30, checkpoint_every=10))
     assert_close(fit(made, tmp_path, steps=30, checkpoint_every=10), walked[0])
 
 

@@ -22,15 +22,11 @@ GOLDENS = Path(__file__).parent / "goldens"
 def starts(d_model: int, *, scale: float = 3.0) -> Starts:
     """Five prompts of different length with a vector each, added from the last token on."""
     rng = np.random.default_rng(0)
-    length = np.array(LENGTHS, np.int32)
-    n = len(length)
-    return Starts(
-        tokens=rng.integers(0, 30, (n, max(LENGTHS))).astype(np.int32),
-        length=length,
-        vector=(scale * rng.normal(size=(n, d_model))).astype(np.float32),
-        prompt=np.arange(n, dtype=np.int32),
-        sample=np.zeros(n, np.int32),
-    )
+    n = len(LENGTHS)
+    tokens = rng.integers(0, 30, (n, max(LENGTHS))).astype(np.int32)
+    vector = (scale * rng.normal(size=(n, d_model))).astype(np.float32)
+    prompt, sample = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
+    return Starts(tokens, np.array(LENGTHS, np.int32), vector, prompt, sample)
 
 
 def without_cache(lm, site, s: Starts, count: int) -> np.ndarray:

@@ -10,39 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = (  # from the ground up: a room may use those of lower floors, and itself
-    ("errors", "modules", "stats"),
-    ("workdir",),
-    ("results",),
-    ("config",),
-    ("training",),
-    ("models",),
-    ("ops",),
-    ("activations",),
-    ("dictionaries", "pretraining"),
-    ("maps",),
-    ("evaluation", "causal"),
-    ("report",),
-    ("studies",),
-    ("benchmark", "verify"),
-    ("compile",),
-    ("launch",),
-)
-FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+# From the ground up: a room may use those of lower floors, and itself.
+ROOMS = """errors modules stats / workdir / results / config / training / models / ops
+    / activations / dictionaries pretraining / maps / evaluation causal / report / studies
+    / benchmark verify / compile / launch"""
+FLOOR = {room: n for n, rooms in enumerate(ROOMS.split("/")) for room in rooms.split()}
 LATE = {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "pandas", "jinja2"}
 LATE |= {"wandb", "tensorboardX"}
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
 TOOLS = {"pytest-xdist", "ruff"}  # run, not imported
-NOT_REQUIRED = {  # used where somebody has it
-    "torch",  # of the benchmark's peers, and to make goldens
-    "tensorboardX",
-    "tensorboard",
-    "wandb",
-    "setuptools",  # of pip
-    "sae_lens",  # in an environment of its own
-    "sparsify",  # so, too
-    "dictionary_learning",  # so, too
-}
+NOT_REQUIRED = {"torch", "tensorboardX", "tensorboard", "wandb"}  # used where somebody has it
+NOT_REQUIRED |= {"setuptools"}  # of pip
+NOT_REQUIRED |= {"sae_lens", "sparsify", "dictionary_learning"}  # in environments of their own
 
 SOURCES = sorted(
     p for d in ("crossdict_jax", "launch", "configs") for p in (ROOT / d).rglob("*.py")

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny_run import refused
 
 from crossdict_jax import maps, modules
 from crossdict_jax.config import HypernetworkConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, Problem, Side, base, descriptions
 from crossdict_jax.maps.descriptions import describe, profile_weights
 from crossdict_jax.maps.kinds import hypernetwork
@@ -57,10 +57,8 @@ def planted(seed: int = 0) -> dict[int, dict[str, Pairs]]:
             x_a = rng.normal(size=(n, D_MODEL["a"]))
             x = {"a": x_a, "b": x_a @ (R + layer * S / 20)}
             tokens = rng.integers(0, 20, n).astype(np.int32)
-            sides = [
-                Side(x[m].astype(ml_dtypes.bfloat16), tokens, dictionary[m], model=m, layer=layer)
-                for m in "ab"
-            ]
+            x = {m: rows.astype(ml_dtypes.bfloat16) for m, rows in x.items()}
+            sides = [Side(x[m], tokens, dictionary[m], model=m, layer=layer) for m in "ab"]
             found[layer][split] = Pairs(*sides, np.arange(n, dtype=np.int32) // 20)
     return found
 
@@ -119,8 +117,7 @@ def test_features_and_layers_that_it_never_saw_are_written(network, layer, turn)
     m = network.write(problem_of(splits, "asked"))
     target = splits["train"].target
     unseen = ~unknown_fifth()[target.model, layer]
-    assert unseen.sum() >= 4
-    assert feature_r2(m, splits, unseen) > 0.75
+    assert unseen.sum() >= 4 and feature_r2(m, splits, unseen) > 0.75
     assert feature_r2(m, splits) > 0.75
 
 
@@ -170,17 +167,11 @@ def lexical(names_b: bool):
     for split, n in ROWS.items():
         token = rng.integers(0, 10, n)
         own = {"a": token, "b": np.argsort(order)[token]}
-        sides = [
-            Side(
-                (table[m][token] + 0.1 * rng.normal(size=(n, D_MODEL[m]))).astype(np.float32),
-                own[m].astype(np.int32),
-                dictionary_of(m, 1),
-                model=m,
-                layer=1,
-                token_bytes=lambda m=m: spelled[m],
-            )
-            for m in "ab"
-        ]
+        sides = []
+        for m in "ab":
+            x = (table[m][token] + 0.1 * rng.normal(size=(n, D_MODEL[m]))).astype(np.float32)
+            about = {"model": m, "layer": 1, "token_bytes": lambda m=m: spelled[m]}
+            sides.append(Side(x, own[m].astype(np.int32), dictionary_of(m, 1), **about))
         splits[split] = Pairs(*sides, np.arange(n, dtype=np.int32) // 20)
     return splits
 
@@ -211,40 +202,26 @@ def test_profiles_are_of_texts_that_the_other_role_never_reads():
     np.testing.assert_allclose(a.moments.variance, f.var(0), rtol=1e-3)
 
 
-def test_shuffling_pairs_changes_no_description():
+def test_shuffling_pairs_changes_no_description_and_tokens_are_their_bytes():
     pairs = planted()[1]["train"]
     for one, other in zip(describe(pairs, ""), describe(maps.shuffled(pairs, 3), "")):
         np.testing.assert_array_equal(one.profile.means, other.profile.means)
         jax.tree.map(np.testing.assert_array_equal, one.directions, other.directions)
-
-
-def test_tokens_of_equal_bytes_are_one():
-    pairs = planted()[1]["train"]
-    side = dataclasses.replace(
-        pairs.source, token_bytes=lambda: [b"even", b"odd"] * 10, model="a", layer=1
-    )
+    # Tokens of equal bytes are one.
+    side = dataclasses.replace(pairs.source, token_bytes=lambda: [b"even", b"odd"] * 10)
     a, _ = describe(dataclasses.replace(pairs, source=side), "")
-    assert sorted(a.profile.names) == [b"even", b"odd"]
-    assert a.profile.counts.sum() == len(a.rows)
+    assert sorted(a.profile.names) == [b"even", b"odd"] and a.profile.counts.sum() == len(a.rows)
 
 
-def test_fewer_rows_than_a_batch_are_refused(tmp_path):
-    few = {
-        s: Pairs(p.source.take(slice(100)), p.target.take(slice(100)), p.documents[:100])
-        for s, p in planted()[1].items()
-    }
-    with pytest.raises(UserError, match="a to b has 100 training rows and hypernetwork needs a ba"):
-        train([problem_of(few, "a to b")], tmp_path)
-
-
-def test_one_document_is_refused(tmp_path):
-    pairs = {s: dataclasses.replace(p, documents=0 * p.documents) for s, p in planted()[1].items()}
-    with pytest.raises(UserError, match="a to b has 1 training documents and hypernetwork needs 2"):
-        train([problem_of(pairs, "a to b")], tmp_path)
-
-
-def test_a_model_that_it_does_not_know_is_refused(network):
-    pairs = planted()[1]["train"]
+def test_too_few_rows_or_documents_and_unknown_models_are_refused(network, tmp_path):
+    splits = planted()[1]
+    few = {s: p.take(slice(100)) for s, p in splits.items()}
+    words = "a to b has 100 training rows and hypernetwork needs a ba"
+    refused(words, train, [problem_of(few, "a to b")], tmp_path)
+    one = {s: dataclasses.replace(p, documents=0 * p.documents) for s, p in splits.items()}
+    words = "a to b has 1 training documents and hypernetwork needs 2"
+    refused(words, train, [problem_of(one, "a to b")], tmp_path)
+    pairs = splits["train"]
     stranger = dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, model="c"))
-    with pytest.raises(UserError, match="not trained with c as source; it knows a, b"):
-        network.write(Problem("c to b", stranger, stranger))
+    words = "not trained with c as source; it knows a, b"
+    refused(words, network.write, Problem("c to b", stranger, stranger))

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import SHAPES, make_models, make_texts
+from tiny_run import SHAPES, SMALL, flags, make_models, make_texts, write_rows
 
 from configs import quickstart
 from crossdict_jax import results
@@ -113,9 +113,6 @@ def refused(capfd):
     return line_of
 
 
-# ---------------------------------------------------------------- what a command line means
-
-
 def test_defaults_are_those_of_the_file(tmp_path):
     from crossdict_jax.models import EMBEDDED
 
@@ -153,8 +150,6 @@ def test_an_existing_work_directory_brings_its_settings(tmp_path):
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
 
-
-# ---------------------------------------------------------------- mistakes on the command line
 
 MISTAKES = [  # arguments, what the line names
     ("--config.sae.widht=64", "did you mean sae.width?"),
@@ -207,9 +202,8 @@ def test_every_script_tells_mistakes_and_shows_its_flags(name, script, capfd):
     assert script(name, "--help") == 0
     out = capfd.readouterr().out
     assert f"python -m launch.{name}" in out
-    assert {"  --config ", "  --workdir ", "  --expect "} <= set(
-        re.findall(r"^  --\w+ ", out, re.M)
-    )
+    shown = set(re.findall(r"^  --(\w+) ", out, re.M))
+    assert {"config", "workdir", "expect"} <= shown
     assert ("  --seed " in out) == (name not in OWN_SETTINGS)
     if name not in OWN_SETTINGS | {"verify", "benchmark"}:  # which make up their text
         assert "--config.text.source=docstrings" in out
@@ -237,9 +231,6 @@ def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
     line = refused(print, f"--config={tmp_path}/own.py --workdir={tmp_path}/run")
     assert "own.py" in line or "layers=" in line
     assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------- work directories, exit codes
 
 
 def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
@@ -272,8 +263,6 @@ def test_exit_codes(error, code, words, tmp_path, capfd):
     assert words in line
 
 
-# ---------------------------------------------------------------- whole runs, on two tiny models
-
 KINDS = ("mean", "ridge", "mlp", "crosscoder")
 RESULTS = (
     "pairing.json",
@@ -286,34 +275,17 @@ def tiny(tmp_path_factory) -> Path:
     """A folder with two untrained models a and b of one shape, tokenizers, and 80 documents."""
     folder = tmp_path_factory.mktemp("tiny")
     texts = make_texts(80)
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    write_rows(folder / "text.jsonl", [{"text": text} for text in texts])
     make_models(folder, texts, dict.fromkeys("ab", SHAPES["a"]))  # programs are compiled once
     return folder
 
 
 def small(tiny: Path, **changes) -> list[str]:
-    """The arguments of a run of a few seconds; changes by dotted name, dots written as __."""
-    asked = {
-        "models": f"{tiny}/a,{tiny}/b",
-        "layers": "1",
-        "map__kinds": ",".join(KINDS),
-        "control_kinds": "ridge",
-        "text__source": f"{tiny}/text.jsonl",
-        "text__documents": 80,
-        "text__max_bytes": 400,
-        "sae__width": 32,
-        "sae__k": 4,
-        "sae__steps": 20,
-        "sae__batch_size": 64,
-        "map__steps": 20,
-        "map__batch_size": 64,
-        "map__hidden": 16,
-        "crosscoder__steps": 20,
-        "evaluation__bootstrap": 20,
-        "intervention__features": 2,
-        "intervention__contexts": 8,
-    } | changes
-    return [f"--config.{name.replace('__', '.')}={value}" for name, value in asked.items()]
+    """The arguments of a run of a few seconds."""
+    asked = {"models": f"{tiny}/a,{tiny}/b", "text.source": f"{tiny}/text.jsonl"}
+    asked |= {"map.kinds": ",".join(KINDS), "text.documents": 80, "text.max_bytes": 400}
+    asked |= dict.fromkeys(("sae.steps", "map.steps", "crosscoder.steps"), 20)
+    return flags(SMALL, **asked | changes)
 
 
 @pytest.fixture(scope="module")
@@ -364,85 +336,62 @@ def few_tokens(tiny: Path, folder: Path) -> str:
     return str(folder)
 
 
-WRONG = {  # name: (changes of a run, what the line names)
-    "no network": (lambda t, tmp: {"models": f"{t}/a,some/where"}, "some/where"),
-    "token id": (lambda t, tmp: {"models": f"{few_tokens(t, tmp / 'few')},{t}/b"}, "270"),
-    "layer": (lambda t, tmp: {"layers": "1,2"}, "resid_pre.2"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_text_and_models_are_told_in_one_line(name, tiny, tmp_path, refused):
-    changes, named = WRONG[name]
-    arguments = [*small(tiny, **changes(tiny, tmp_path)), f"--workdir={tmp_path}/run"]
-    assert named in refused(extract_activations.main, arguments)
-
-
-# ---------------------------------------------------------------- what is missing or damaged
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
-
-
-def alter(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+def test_wrong_models_and_layers_are_told_in_one_line(tiny, tmp_path, refused):
+    few = few_tokens(tiny, tmp_path / "few")
+    for name, value, named in (
+        ("models", f"{tiny}/a,some/where", "some/where"),
+        ("models", f"{few},{tiny}/b", "270"),
+        ("layers", "1,2", "resid_pre.2"),
+    ):
+        arguments = [*small(tiny, **{name: value}), f"--workdir={tmp_path}/{named}"]
+        assert named in refused(extract_activations.main, arguments)
 
 
 DICTIONARY = "resid_pre.1/seed-0"
 MAP = "resid_pre.1--resid_pre.1"
 SHARD = "activations/a/resid_pre.1/shard-00000.npy"
-DAMAGE = [  # what is done to which file, the stage that reads it, the folder it has to write again
-    (truncate, SHARD, train_saes, "dictionaries"),
-    (alter, f"dictionaries/b/{DICTIONARY}", train_hypernetworks, "maps"),
-    (alter, f"maps/a-to-b/{MAP}/ridge", evaluate, "report"),
-    (truncate, f"maps/b-to-a/{MAP}/mlp", intervene, "report"),
-    (truncate, "results/transfer.jsonl", report, "report"),
+DAMAGE = [  # which file is cut or altered, the stage that reads it, what it has to write again
+    (True, SHARD, train_saes, "dictionaries"),
+    (False, f"dictionaries/b/{DICTIONARY}", train_hypernetworks, "maps"),
+    (False, f"maps/a-to-b/{MAP}/ridge", evaluate, "report"),
+    (True, f"maps/b-to-a/{MAP}/mlp", intervene, "report"),
+    (True, "results/transfer.jsonl", report, "report"),
 ]
 
 
-@pytest.mark.parametrize(("harm", "path", "stage", "again"), DAMAGE)
-def test_damage_is_named(harm, path, stage, again, finished, refused, tmp_path):
+@pytest.mark.parametrize(("cut", "path", "stage", "again"), DAMAGE)
+def test_damage_is_named(cut, path, stage, again, finished, refused, tmp_path):
     work = tmp_path / "run"
     shutil.copytree(finished[0], work, ignore=shutil.ignore_patterns(again))
     file = work / path
     if file.is_dir():
         inside = (p for p in file.rglob("*") if p.is_file())
         file = max(inside, key=lambda p: p.stat().st_size)
-    harm(file)
+    data = bytearray(file.read_bytes())
+    if not cut:
+        data[len(data) // 2] ^= 1
+    file.write_bytes(data[:-7] if cut else data)
     assert str(file) in refused(stage.main, f"--workdir={work}")
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [train_saes, train_hypernetworks, evaluate, intervene, report],
-    ids=lambda s: s.__name__,
-)
+@pytest.mark.parametrize("stage", [train_saes, train_hypernetworks, evaluate, intervene, report])
 def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, refused):
     assert "run" in refused(stage.main, [*small(tiny), f"--workdir={tmp_path}/work"])
 
 
-@pytest.mark.parametrize(
-    ("question", "changes", "named"),
-    [
-        (contrast, "--config.contrast.features=3", "contrast.source is empty"),
-        (probe, "--config.probe.source=nowhere.jsonl", "nowhere.jsonl is no file"),
-    ],
-)
-def test_a_finished_run_is_asked_further_questions(question, changes, named, finished, refused):
-    assert named in refused(question.main, f"--workdir={finished[0]} {changes}")
+def test_a_finished_run_is_asked_further_questions(finished, refused):
+    asked = f"--workdir={finished[0]} --config.contrast.features=3"
+    assert "contrast.source is empty" in refused(contrast.main, asked)
+    asked = f"--workdir={finished[0]} --config.probe.source=nowhere.jsonl"
+    assert "nowhere.jsonl is no file" in refused(probe.main, asked)
 
 
 @pytest.mark.slow
 def test_train_lm_prints_its_loss_beside_counting(tiny, tmp_path, capfd):
     from crossdict_jax import models
 
-    shape = {"n_layers": 1, "d_model": 16, "n_heads": 2, "context": 32, "vocab_size": 270}
-    asked = shape | {"steps": 3, "batch_size": 8, "text.source": f"{tiny}/text.jsonl"}
-    given = [f"--config.{name}={value}" for name, value in asked.items()]
-    given += [f"--workdir={tmp_path}/run"]
+    shape = "n_layers=1 d_model=16 n_heads=2 context=32 vocab_size=270 steps=3 batch_size=8"
+    given = flags(shape, **{"text.source": f"{tiny}/text.jsonl"}) + [f"--workdir={tmp_path}/run"]
     assert run_here(train_lm.main, given, kind=PretrainConfig, default="docs_gpt2") == 0
     *_, names, values, folder = capfd.readouterr().out.splitlines()
     losses = dict(zip(names.split(), map(float, values.split())))

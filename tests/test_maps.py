@@ -2,26 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
-from types import SimpleNamespace
 
 import jax
+import map_problems
 import numpy as np
 import pytest
-from map_problems import (
-    CONFIG,
-    ROWS,
-    FakeStore,
-    feature_r2,
-    fit_one,
-    identity_dictionary,
-    inputs_of,
-    make_problem,
-    random_dictionary,
-    shuffled_problem,
-)
-from tiny_run import save_dictionaries
+from map_problems import CONFIG, ROWS, feature_r2, fit_one, make_problem, shuffled_problem
+from planted_store import kill_in_save
+from tiny_run import refused, save_dictionaries
 
 from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
@@ -30,7 +21,6 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, base, fit
 from crossdict_jax.maps.kinds import mean, mlp
 from crossdict_jax.models import Site
-from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.workdir import Workdir, read_json
 
 # Kinds that need a joint code besides their pairs have a file of their own.
@@ -40,17 +30,14 @@ TRAINED = [kind for kind in KINDS if base.map_class(kind).fits_together]
 
 @pytest.fixture(scope="module")
 def nonlinear():
-    """Features of B that are relu(f_A W) V, sparsified: no affine map can follow.
-
-    d_a, d_b, width_a and width_b all differ.
-    """
+    """Features of B are relu(f_A W) V, sparsified: no affine map can follow; all sizes differ."""
     rng = np.random.default_rng(5)
     n = sum(ROWS.values())
     f_a = rng.exponential(size=(n, 24)) * (rng.random((n, 24)) < 0.3)
     hidden = np.maximum(f_a @ rng.normal(size=(24, 12)) - 0.5, 0)
     f_b = np.maximum(hidden @ rng.normal(size=(12, 16)) / 3 - 0.5, 0)
     x_a, x_b = np.hstack([f_a, rng.normal(size=(n, 4))]), np.hstack([f_b, rng.normal(size=(n, 3))])
-    both = identity_dictionary(28, 24), identity_dictionary(19, 16)
+    both = map_problems.identity_dictionary(28, 24), map_problems.identity_dictionary(19, 16)
     return make_problem(x_a, x_b, tokens=rng.integers(0, 20, n), dictionaries_ab=both)
 
 
@@ -70,9 +57,9 @@ def fitted_on(nonlinear, tmp_path_factory):
 def test_mlp_beats_ridge_where_the_truth_is_not_linear(nonlinear, fitted_on):
     problem, test = nonlinear
     trained, ridge = (fitted_on(kind)[0][0] for kind in ("mlp", "ridge"))
+    assert trained.map.network.second.kernel.shape == (CONFIG.hidden, CONFIG.hidden)
     score = feature_r2(trained.map, problem, test)
-    assert score > 0.7
-    assert score > feature_r2(ridge.map, problem, test) + 0.1
+    assert score > 0.7 and score > feature_r2(ridge.map, problem, test) + 0.1
     assert trained.record["validation"]["nmse"] == pytest.approx(1 - score, abs=0.1)
 
 
@@ -93,14 +80,11 @@ def compiled(m):
 def test_contract(kind, nonlinear, fitted_on):
     fitted, test = fitted_on(kind)[0][0], nonlinear[1]
     m = fitted.map
-    assert m.kind == kind
-    assert m.reads in ("features", "activations", "tokens")
-    inputs = inputs_of(m, test)
+    assert m.kind == kind and m.reads in ("features", "activations", "tokens")
+    inputs = map_problems.inputs_of(m, test)
     predicted = maps.predict(m, test, batch_size=128)
-    assert predicted.shape == (len(test), 16)
-    assert predicted.dtype == np.float32
-    assert predicted.min() >= 0
-    assert predicted.std() > 0
+    assert predicted.shape == (len(test), 16) and predicted.dtype == np.float32
+    assert predicted.min() >= 0 and predicted.std() > 0
     np.testing.assert_allclose(m(inputs, tokens=test.source.tokens), predicted, atol=1e-3)
     np.testing.assert_allclose(compiled(m)(inputs, test.source.tokens), predicted, atol=1e-3)
     assert m(inputs[:3]).shape == (3, 16)  # tokens beside the inputs are optional
@@ -126,49 +110,25 @@ def test_saved_and_loaded_gives_the_same_bits(kind, nonlinear, fitted_on, tmp_pa
     np.testing.assert_array_equal(maps.predict(loaded, test), maps.predict(m, test))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=() if kind == "mlp" else pytest.mark.slow)
-        for kind in ("mlp", "hypernetwork")
-    ],
-)
-def test_killed_and_resumed_ends_with_the_same_bits(
-    kind, nonlinear, fitted_on, tmp_path, monkeypatch
-):
-    def killed_after_saving(*args, **kwargs):
-        checkpoint.save(*args, **kwargs)
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("hypernetwork", marks=pytest.mark.slow)])
+def test_killed_and_resumed_ends_with_the_same_bits(kind, nonlinear, fitted_on, tmp_path):
     def fit_both():
         problems = [nonlinear[0], shuffled_problem(nonlinear[0])]
         how = {"seed": 0, "directory": tmp_path, "checkpoint_every": 30}
         return maps.map_class(kind).fit(problems, CONFIG, **how)
 
     whole, _ = fitted_on(kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "checkpoint", SimpleNamespace(**vars(checkpoint)))
-        patch.setattr(loop.checkpoint, "save", killed_after_saving)
-        with pytest.raises(KeyboardInterrupt):
-            fit_both()
+    kill_in_save(2, fit_both)
+    assert list(tmp_path.rglob("*.sha256.json"))
     for first, second in zip(whole, fit_both()):
         trees = (modules.split(fitted.map)[1] for fitted in (first, second))
         jax.tree.map(np.testing.assert_array_equal, *trees)
         assert first.record == second.record
 
 
-def test_the_loss_is_the_weighted_sum_and_shapes_are_as_asked(fitted_on):
-    fitted = fitted_on("mlp")[0][0]
-    terms = fitted.record["validation"]
-    weights = dataclasses.asdict(CONFIG.loss_weights)
-    weighted = [weights[n] * terms["nmse" if n == "mse" else n] for n in weights]
-    assert terms["loss"] == pytest.approx(sum(weighted), rel=1e-5)
-    assert fitted.map.network.second.kernel.shape == (CONFIG.hidden, CONFIG.hidden)
-
-
 def stage(root, widths, *, kinds, layers=(1, 2), steps=4):
     """A store, its dictionaries on disk, a config and a work directory."""
-    store, work = FakeStore(widths, layers=layers), Workdir(root)
+    store, work = map_problems.FakeStore(widths, layers=layers), Workdir(root)
     save_dictionaries(store, work, width=20, k=4)
     settings = MapConfig(kinds=kinds, steps=steps, batch_size=32, hidden=8)
     return Config(models=store.models, layers=layers, map=settings), store, work
@@ -191,15 +151,12 @@ def test_the_stage_fits_every_map_both_ways_and_goes_on(tmp_path, monkeypatch):
     tasks = maps.tasks(config, store)
     assert len(tasks) == 2 * 2 * 2
     timing = read_json(work.timing)["train_hypernetworks"]
-    assert timing["maps"] == len(tasks)
-    assert timing["wall_s"] > 0
+    assert timing["maps"] == len(tasks) and timing["wall_s"] > 0
 
     site = Site(1)
     test = maps.load_pairs(store, "b", "a", site, site, "test", work)
-    ours, null = (
-        maps.predict(maps.load(work.map("b", "a", site, site, kind)), test)
-        for kind in ("ridge", "ridge-shuffled")
-    )
+    folders = (work.map("b", "a", site, site, kind) for kind in ("ridge", "ridge-shuffled"))
+    ours, null = (maps.predict(maps.load(folder), test) for folder in folders)
     assert not np.allclose(ours, null)
 
     gone = work.map("b", "a", site, site, "ridge")
@@ -209,40 +166,32 @@ def test_the_stage_fits_every_map_both_ways_and_goes_on(tmp_path, monkeypatch):
     fit.fit_maps(config, store, work)
     fit.fit_maps(config, store, work)  # now there is nothing left to do
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
-    assert read_json(work.timing)["train_hypernetworks"]["maps"] == 1
-    assert len(calls) == 1
+    assert read_json(work.timing)["train_hypernetworks"]["maps"] == 1 and len(calls) == 1
     np.testing.assert_array_equal(maps.predict(maps.load(gone), test), ours)
 
 
 def test_the_tasks_of_three_models_and_unequal_layers(tmp_path):
-    store = FakeStore({"a": 6, "b": 5, "c": 4}, layers=(1, 2))
+    store = map_problems.FakeStore({"a": 6, "b": 5, "c": 4}, layers=(1, 2))
     config = Config(layer_pairs="1:2", map=MapConfig(kinds=("mean",)))
-    found = {
-        (t.source, t.site_source.layer, t.target, t.site_target.layer)
-        for t in maps.tasks(config, store)
-        if t.pairing == "aligned"
-    }
+    aligned = (t for t in maps.tasks(config, store) if t.pairing == "aligned")
+    found = {(t.source, t.site_source.layer, t.target, t.site_target.layer) for t in aligned}
     assert found == {
         *(("a", 1, "b", 2), ("a", 1, "c", 2), ("b", 2, "a", 1)),
         *(("c", 2, "a", 1), ("b", 2, "c", 2), ("c", 2, "b", 2)),
     }
-    assert maps.tasks(config, store)[0].path(Workdir(tmp_path)) == (
-        tmp_path / "maps" / "a-to-b" / "resid_pre.1--resid_pre.2" / "mean"
-    )
-    shuffled = maps.tasks(config, store)[1].path(Workdir(tmp_path))
-    assert shuffled.name == "mean-shuffled"
+    folder = tmp_path / "maps" / "a-to-b" / "resid_pre.1--resid_pre.2"
+    paths = [task.path(Workdir(tmp_path)) for task in maps.tasks(config, store)[:2]]
+    assert paths == [folder / "mean", folder / "mean-shuffled"]
 
 
 def test_pairs_are_the_rows_of_their_split(tmp_path):
     _, store, work = stage(tmp_path, {"a": 6, "b": 5}, kinds=("mean",))
-    site_a, site_b = Site(1), Site(2)
-    pairs = maps.load_pairs(store, "a", "b", site_a, site_b, "validation", work)
+    pairs = maps.load_pairs(store, "a", "b", Site(1), Site(2), "validation", work)
     rows = store.select("validation")
-    np.testing.assert_array_equal(pairs.source.x, store.read("a", site_a, rows))
-    np.testing.assert_array_equal(pairs.target.x, store.read("b", site_b, rows))
+    np.testing.assert_array_equal(pairs.source.x, store.read("a", Site(1), rows))
+    np.testing.assert_array_equal(pairs.target.x, store.read("b", Site(2), rows))
     np.testing.assert_array_equal(pairs.target.tokens, store.tokens("b", rows))
     np.testing.assert_array_equal(pairs.documents, store.rows.document[rows])
-    assert pairs.source.dictionary.d_model == 6
 
 
 def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
@@ -250,11 +199,9 @@ def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
     moved = maps.shuffled(pairs, 3)
     assert moved.source is pairs.source
     assert np.mean(moved.target.x[:, -1] == pairs.target.x[:, -1]) < 0.05
-    together = [
-        sorted(map(tuple, np.column_stack([p.target.tokens, p.target.x.astype(np.float32)])))
-        for p in (pairs, moved)
-    ]
-    assert together[0] == together[1]
+    both = ([p.target.tokens, p.target.x.astype(np.float32)] for p in (pairs, moved))
+    together, others = (sorted(map(tuple, np.column_stack(columns))) for columns in both)
+    assert together == others
     again = maps.shuffled(pairs, 3)
     np.testing.assert_array_equal(moved.target.x, again.target.x)
     assert not np.array_equal(moved.target.x, maps.shuffled(pairs, 4).target.x)
@@ -263,46 +210,31 @@ def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
     f = base.encode_rows(pairs.target.dictionary, pairs.target.x)
     np.testing.assert_allclose(pairs.target.feature_moments.mean, f.mean(0), rtol=1e-5)
     np.testing.assert_allclose(pairs.target.feature_moments.variance, f.var(0), rtol=1e-4)
-    orders = {
-        tuple(maps.shuffled(pairs, s, split).target.order) for s in range(4) for split in SPLITS
-    }
-    assert len(orders) == 12
+    ways = itertools.product(range(4), SPLITS)
+    assert len({tuple(maps.shuffled(pairs, *way).target.order) for way in ways}) == 12
 
 
 def test_an_unknown_kind_is_refused_with_those_that_exist(tmp_path):
-    store = FakeStore({"a": 6, "b": 5})
+    store = map_problems.FakeStore({"a": 6, "b": 5})
     config = Config(layers=(1,), map=MapConfig(kinds=("mean", "rigde")))
-    with pytest.raises(
-        UserError, match=r"map.kinds=rigde is no map; use .*ridge, ridge_codes, token"
-    ):
-        fit.fit_maps(config, store, Workdir(tmp_path))
+    words = r"map.kinds=rigde is no map; use .*ridge, ridge_codes, token"
+    refused(words, fit.fit_maps, config, store, Workdir(tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_problem_without_rows_is_refused(nonlinear, tmp_path, kind):
     nothing = dataclasses.replace(nonlinear[0], train=nonlinear[0].train.take(slice(0)))
-    with pytest.raises(UserError, match=f"A to B has 0 paired train rows and {kind} needs"):
-        fit_one(kind, nothing, tmp_path)
+    refused(f"A to B has 0 paired train rows and {kind} needs", fit_one, kind, nothing, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (None, r"needs the target's dictionary .*missing; restore"),
-        (random_dictionary("relu", 19, 16, seed=2), "was fitted with another dictionary than"),
-    ],
-)
-def test_a_map_without_its_own_dictionary_is_refused(
-    other, message, nonlinear, fitted_on, tmp_path
-):
+def test_a_map_without_its_dictionary_is_refused(nonlinear, fitted_on, tmp_path):
     folder = tmp_path / "dictionary"
     dictionaries.save(nonlinear[1].target.dictionary, folder)
     maps.save(fitted_on("ridge")[0][0].map, tmp_path / "map", dictionary=folder)
     shutil.rmtree(folder)
-    if other:
-        dictionaries.save(other, folder)
-    with pytest.raises(UserError, match=message):
-        maps.load(tmp_path / "map")
+    refused(r"needs the target's dictionary .*missing; restore", maps.load, tmp_path / "map")
+    dictionaries.save(map_problems.random_dictionary("relu", 19, 16, seed=2), folder)
+    refused("was fitted with another dictionary than", maps.load, tmp_path / "map")
 
 
 def test_a_batch_larger_than_the_rows_is_refused(nonlinear, tmp_path):
@@ -321,8 +253,7 @@ def keyed(pairs: Pairs, shift: int) -> Pairs:
 def test_pairs_of_other_places_are_refused(nonlinear):
     same = keyed(nonlinear[0].train, 0)
     assert len(same) == len(nonlinear[0].train)
-    with pytest.raises(UserError, match="Row 0 is document 0, byte 0 in the source and"):
-        keyed(nonlinear[0].train, 1)
+    refused("Row 0 is document 0, byte 0 in the source and", keyed, nonlinear[0].train, 1)
     assert maps.shuffled(same, 0).target.keys is None  # which is no mistake
     np.testing.assert_array_equal(same.take(np.array([3, 9])).source.keys, [[0, 3], [0, 9]])
     one = same.target.keys.copy()
@@ -349,5 +280,4 @@ def test_a_row_that_is_not_finite_is_named(nonlinear, kind, tmp_path):
     bad = dataclasses.replace(nonlinear[0], train=train)
     message = r"row 57 of the target's train rows \(document 2\) holds NaN or infinity"
     for one in (bad, shuffled_problem(bad)):
-        with pytest.raises(UserError, match=message):
-            fit_one(kind, one, tmp_path)
+        refused(message, fit_one, kind, one, tmp_path)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from tiny_run import refused
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import codes as codes_module
@@ -18,14 +19,10 @@ def codes(rng, n, width, share=0.05):
 
 
 def bursty(rng, n_documents, rows, width, share=0.05):
-    """Independent features that fire in a fifth of the documents only, there five times as often.
-
-    Returns ([n, width], documents [n]).
-    """
+    """Features that fire in a fifth of the documents, there five times as often; the documents."""
     on = np.repeat(rng.random((n_documents, width)) < 0.2, rows, axis=0)
-    return codes(rng, n_documents * rows, width, 5 * share) * on, np.repeat(
-        np.arange(n_documents), rows
-    )
+    documents = np.repeat(np.arange(n_documents), rows)
+    return codes(rng, n_documents * rows, width, 5 * share) * on, documents
 
 
 def noisy(rng, f, amount=0.2):
@@ -46,8 +43,7 @@ def test_a_planted_permutation_is_recovered_between_unequal_widths(method):
     assert (found.width_a, found.width_b, found.live_a, found.live_b) == (60, 90, 60, 90)
     worth = confirm(found, *splits[1], documents=np.arange(4000) // 50)
     got = dict(zip(found.features_b[worth.confirmed], found.features_a[worth.confirmed]))
-    assert got == dict(enumerate(order))
-    assert (worth.r[worth.confirmed] > 0.8).all()
+    assert got == dict(enumerate(order)) and (worth.r[worth.confirmed] > 0.8).all()
     assert worth.r_token is None
 
 
@@ -108,8 +104,7 @@ def test_what_the_token_alone_explains_is_not_confirmed():
     assert confirm(found, a, b, documents=documents).confirmed.tolist() == [True, True]
     worth = confirm(found, a, b, documents=documents, tokens=tokens)
     assert worth.beyond_token.tolist() == worth.confirmed.tolist() == [False, True]
-    assert worth.r[0] > 0.9 and worth.r_token[0] > 0.9
-    assert abs(worth.r_token[1] - 0.5) < 0.1
+    assert worth.r[0] > 0.9 and worth.r_token[0] > 0.9 and abs(worth.r_token[1] - 0.5) < 0.1
     pairs_of_tokens = np.stack([tokens, np.arange(len(tokens))], axis=1)  # every row its own group
     worth = confirm(found, a, b, documents=documents, tokens=pairs_of_tokens)
     assert not worth.beyond_token.any()
@@ -150,29 +145,15 @@ def test_shift_p_values_are_those_of_every_shift():
     pairs = compress(a), compress(b)
     r = codes_module.paired_correlations(*pairs)
     pool = np.log2(np.minimum((a > 0).sum(0), (b > 0).sum(0)).clip(1)).astype(int)
-    null = {
-        j: [np.corrcoef(a[:, j], np.roll(b[:, j], s))[0, 1] for s in range(10, 111)]
-        for j in range(6)
-    }
+    null = []  # of each pair
+    for x, y in zip(a.T, b.T):
+        null.append([np.corrcoef(x, np.roll(y, shift))[0, 1] for shift in range(10, 111)])
     p = nulls.shift_p_values(r, *pairs, documents)
     for j in range(6):
         values = np.concatenate([null[i] for i in range(6) if pool[i] == pool[j]])
         expected = (1 + (values >= r[j]).sum()) / (1 + len(values))
         near = (abs(values - r[j]) < 2 / nulls.BINS).sum() / len(values)  # in the same bin
         assert expected <= p[j] <= expected + near + 1e-9
-
-
-def test_shuffles_within_tokens_have_the_mean_of_their_groups():
-    rng = np.random.default_rng(13)
-    a, b = codes(rng, 400, 5, 0.5), codes(rng, 400, 5, 0.5)
-    tokens = rng.integers(0, 8, (400, 2))
-    total, _ = nulls.token_shuffles(compress(a), compress(b), tokens, seed=0)
-    group = tokens[:, 0] * 8 + tokens[:, 1]
-    expected = sum(
-        a[group == g].astype(float).sum(0) * b[group == g].astype(float).mean(0)
-        for g in np.unique(group)
-    )
-    np.testing.assert_allclose(total, expected, rtol=0.05)
 
 
 def test_nothing_live_matches_nothing():
@@ -187,10 +168,8 @@ def test_nothing_live_matches_nothing():
 
 def test_wrong_inputs_are_named(monkeypatch):
     f = codes(np.random.default_rng(0), 50, 3, 0.8)
-    with pytest.raises(UserError, match="50 and of 49 rows"):
-        match(f, f[1:])
-    with pytest.raises(UserError, match=r"evaluation.matching=best must be one of mutual_best, h"):
-        match(f, f, method="best")
+    refused("50 and of 49 rows", match, f, f[1:])
+    refused(r"evaluation.matching=best must be one of mutual_best, h", match, f, f, method="best")
     monkeypatch.setattr(matching, "HUNGARIAN_WIDTH", 2)
     with pytest.raises(UserError, match="at most 2 live features and there are 3; use mutual_best"):
         match(f, f, method="hungarian")

@@ -1,6 +1,5 @@
 """Training small language models: baselines, both shapes, exact resume, what is written."""
 
-import dataclasses
 import json
 import math
 
@@ -31,28 +30,18 @@ def test_baselines_are_their_formulas():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    root = tmp_path_factory.mktemp("text")
-    for i, document in enumerate(tiny_run.make_texts(80)):
-        (root / f"{i}.txt").write_text(document)
-    return TextConfig(source=str(root), documents=80)
+    rows = [{"text": text} for text in tiny_run.make_texts(80)]
+    file = tiny_run.write_rows(tmp_path_factory.mktemp("text") / "text.jsonl", rows)
+    return TextConfig(source=file, documents=80)
 
 
-def tiny(text, model_type, **changes):
-    config = PretrainConfig(
-        model_type=model_type,
-        d_model=16,
-        n_layers=1,  # whose programs compile fast
-        n_heads=2,
-        context=16,
-        vocab_size=280,
-        steps=60,
-        batch_size=8,
-        learning_rate=1e-2,
-        checkpoint_every=20,
-        save_dtype="float32",
-        text=text,
-    )
-    return dataclasses.replace(config, **changes)
+SHAPE = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context": 16, "vocab_size": 280}
+QUICK = {"steps": 60, "batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 20}
+
+
+def tiny(text, model_type="gpt2", **changes):
+    how = SHAPE | QUICK | {"save_dtype": "float32", "model_type": model_type}  # compiles fast
+    return PretrainConfig(text=text, **how | changes)
 
 
 @pytest.fixture(scope="module", params=["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
@@ -94,7 +83,7 @@ def test_killed_and_resumed_writes_the_same_bits(trained, text, tmp_path):
 )
 def test_settings_that_cannot_work_are_refused(text, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train_language_model(tiny(text, **({"model_type": "gpt2"} | changes)), tmp_path)
+        train_language_model(tiny(text, **changes), tmp_path)
 
 
 def test_the_embedded_models_are_what_their_records_say():

@@ -49,14 +49,11 @@ def test_probes_find_planted_labels_and_nothing_in_shuffled_ones():
     x, y = planted(400, 4)
     train = slice(0, 200)
     shuffled = np.random.default_rng(1).permutation(y[train])
-    penalties = (1e-3, 1e-1)
-    true, null = logistic.train(
-        x[train], np.stack([y[train], shuffled]), classes=4, penalties=penalties, seed=0
-    )
+    both, penalties = np.stack([y[train], shuffled]), (1e-3, 1e-1)
+    true, null = logistic.train(x[train], both, classes=4, penalties=penalties, seed=0)
     accuracy = [(probe(x[200:]) == y[200:]).mean() for probe in (true, null)]
     chance = np.bincount(y).max() / len(y)
-    assert accuracy[0] > 0.85
-    assert accuracy[1] < chance + 0.1
+    assert accuracy[0] > 0.85 and accuracy[1] < chance + 0.1
     assert null.penalty == 1e-1  # nothing to be learned
 
 
@@ -111,10 +108,7 @@ def test_too_few_texts_are_refused(labels, examples, words):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished study of made-up texts on the run that all tests share; (config, work).
-
-    The label is whether the last word starts with one of the first letters: the models read it.
-    """
+    """A finished study on the shared run; labelled by the first letter of the last word."""
     config, work = tiny_run.private_run(tmp_path_factory)
     words = [text.split()[:6] for text in tiny_run.make_texts(90)]
     lines = [{"text": " ".join(w), "label": "early" if w[-1] < "d" else "late"} for w in words]
@@ -138,10 +132,8 @@ def test_a_row_for_every_probe_and_number_of_examples(run):
     for row in rows:
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert row["n_texts"] == 27
-        if row["probe"] == "own":
-            assert row["behind_own"] == 0.0
-        if row["probe"] == "tokens":
-            assert row["lead_tokens"] == 0.0
+        assert row["probe"] != "own" or row["behind_own"] == 0.0
+        assert row["probe"] != "tokens" or row["lead_tokens"] == 0.0
     of = {(r["source"], r["n"], r["probe"]): r["accuracy"] for r in rows}
     for n in (12, 16):  # a model's own probe is the source one of the other direction
         assert of["a", n, "own"] == of["b", n, "source"]

@@ -21,16 +21,13 @@ from crossdict_jax.training.mesh import product_dtype
 @pytest.mark.parametrize("architecture", architectures())
 def test_products_say_their_precision_whatever_the_process_says(architecture):
     """Encoding, decoding, the loss and its gradients, as in a notebook on an accelerator."""
-    graphdef, params = modules.abstract(
-        lambda: base.build(architecture, d_model=6, width=16, k=4, key=jax.random.key(0))
-    )
+    shape = {"d_model": 6, "width": 16, "k": 4, "key": jax.random.key(0)}
+    graphdef, params = modules.abstract(lambda: base.build(architecture, **shape))
     hyper = base.Hyper(l1_coefficient=0.1, revived=16, k_aux=4, nested_fractions=(0.5,))
 
     def everything(params, x, dead):
-        d = modules.merge(graphdef, params)
-        return d(x), jax.grad(
-            lambda p: modules.merge(graphdef, p).losses(x, hyper=hyper, dead=dead)[0]
-        )(params)
+        loss = lambda p: modules.merge(graphdef, p).losses(x, hyper=hyper, dead=dead)[0]  # noqa: E731
+        return modules.merge(graphdef, params)(x), jax.grad(loss)(params)
 
     arrays = jnp.ones((8, 6)), jnp.ones(16, bool)
     assert len(exact_products(everything, params, *arrays)) > 5
@@ -78,9 +75,8 @@ def test_value_and_gradients_are_those_of_jax():
         loss = lambda a, b: jnp.sum(weight * jnp.square(product(a, b)))  # noqa: E731
         return jax.value_and_grad(loss, (0, 1))(a, b)
 
-    results = (
-        jax.vmap(partial(slopes, p))(*operands(1, members=(2,))) for p in (matmul, jnp.matmul)
-    )
+    ways = (jax.vmap(partial(slopes, product)) for product in (matmul, jnp.matmul))
+    results = (slopes_of(*operands(1, members=(2,))) for slopes_of in ways)
     for ours, true in zip(*map(jax.tree.leaves, results)):
         assert np.abs(true).max() > 0.1
         np.testing.assert_allclose(ours, true, rtol=1e-5, atol=1e-5)

@@ -16,33 +16,24 @@ WHERE = dict(zip(PAIR, ("gpt", "neox", "resid_pre.6", "resid_pre.6")))
 def row(feature, direction, *, transfers):
     effect = 1.0 if transfers else 0.05
     controls = {"random": 0.01, "random_low": -0.05, "random_high": 0.07, "shuffled": 0.02}
-    scores = {
-        "effect": effect,
-        "specific_random": effect - 0.01,
-        "specific_shuffled": effect - 0.02,
-    }
+    scores = {"specific_random": effect - 0.01, "specific_shuffled": effect - 0.02}
+    tokens = {"promoted_source": [" the", "\n", "<b>"], "promoted_target": [" the", "\n"]}
     return {
-        **WHERE,
+        **WHERE | tokens | bounded(0.1, ablation_r=0.7, effect=effect, **scores),
         **{"direction": direction, "feature": feature, "match": 40 + feature, "match_r": 0.5},
-        **{"promoted_source": [" the", "\n", "<b>"], "promoted_target": [" the", "\n"]},
-        **bounded(0.1, ablation_r=0.7, **scores),
         **{"kl": 0.25, "q": 0.01 if transfers else 0.6, "transfers": transfers},
-        "ablation_r_shuffled": 0.03,
+        **{"ablation_r_shuffled": 0.03},
         "doses": [{"alpha": a, "effect": a * effect} | controls for a in (0.1, 0.5)],
     }
 
 
 def summary(direction, hits):
+    counts = {"n_features": 2, "n_scored": 2, "n_transferring": hits, "of_match": 1.5}
     return {
-        **WHERE,
-        "direction": direction,
-        "n_features": 2,
-        "n_scored": 2,
-        "n_transferring": hits,
+        **WHERE | counts | {"direction": direction},
         **bounded(0.1, share_transferring=hits / 2, effect=0.5, specific_random=0.4 + hits),
         **bounded(0.1, specific_shuffled=0.3, specific_random_at_kl=0.6, kl=0.25),
         **bounded(0.1, ablation_r=0.7, ablation_r_shuffled=0.02),
-        "of_match": 1.5,
     }
 
 
@@ -69,15 +60,11 @@ def test_every_direction_has_its_curves_and_tables():
     assert len(blocks(ROWS, SUMMARY + back, Heading)) == 2
 
 
-def test_the_table_puts_what_transfers_first_and_shows_tokens():
+def test_the_table_puts_what_transfers_first_and_the_figure_says_what_it_draws():
     first, second = causal.features_table(ROWS[:2]).rows
-    assert (first[0].text, first[0].style) == ("7", "strong")
-    assert (second[0].text, second[0].style) == ("3", "none")
+    assert [(r[0].text, r[0].style) for r in (first, second)] == [("7", "strong"), ("3", "none")]
     assert first[1].text == "␣the · ⏎ · <b>"
     assert first[3].text == "1.000" and first[3].note == "[0.900, 1.100]"
-
-
-def test_the_figure_says_what_it_draws():
     figure = causal.dose_figure(ROWS[:2])
     assert "ridge, gpt to neox: 0.10: 0.05, 0.50: 0.26" in figure.words  # means of both features
     assert "random directions at the largest dose 0.01" in figure.words

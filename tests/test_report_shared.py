@@ -1,5 +1,6 @@
 """The report's sections on shared features and on layers: numbers, nulls, words."""
 
+import itertools
 import re
 
 import pytest
@@ -35,15 +36,10 @@ def matching_rows(layer, confirmed, by_luck=0) -> list[dict]:
 
 
 def similarity_rows(layers=4) -> list[dict]:
-    rows = [
-        {"kind": "layers"}
-        | sites(i, j)
-        | {"n_rows": 2000}
-        | {m: round(0.9 - 0.2 * abs(i - j), 3) for m in MEASURES}
-        | {f"{m}_null": -0.001 for m in MEASURES}
-        for i in range(layers)
-        for j in range(layers)
-    ]
+    rows, null = [], {"kind": "layers", "n_rows": 2000} | {f"{m}_null": -0.001 for m in MEASURES}
+    for i, j in itertools.product(range(layers), repeat=2):
+        alike = dict.fromkeys(MEASURES, round(0.9 - 0.2 * abs(i - j), 3))
+        rows.append(null | sites(i, j) | alike)
     pair = {"source": MODELS[0], "target": MODELS[1]}
     rows.append({"kind": "proposal", **pair, "layer_pairs": "2:3", "cka": 0.8, "cka_of_run": 0.7})
     scores = {m: 0.44 for m in MEASURES} | {f"{m}_null": 0.11 for m in MEASURES}
@@ -71,16 +67,17 @@ def page(html) -> Page:
     return Page(html)
 
 
-def test_the_funnel_is_shown_with_its_null_beside_it(page):
-    table = next(t for caption, t in page.tables.items() if caption.startswith(FUNNEL))
-    assert len(table) == 3
-    cells = [" ".join(cell.split()) for cell in table[2]]
+def test_funnel_answer_and_decoders_are_shown_with_their_nulls_beside_them(page):
+    def cells_of(start):
+        table = next(t for caption, t in page.tables.items() if caption.startswith(start))
+        return [[" ".join(cell.split()) for cell in row] for row in table]
+
+    _, _, cells = cells_of(FUNNEL)
     assert cells[:3] == ["docs-gpt2 ↔ docs-neox, resid_pre.3", "400", "500"]
     assert cells[3:8] == ["210 × 99", "208 × 7", "150 × 5", "100 × 3", "25 % × 1 %"]
     assert cells[8] == "0.510 × –"
-
-
-def test_the_answer_counts_confirmed_features(page):
+    _, some, few = cells_of("Decoder directions")
+    assert some[1:] == ["77", *["0.44 p 0.05 × 0.11"] * 4] and few[1:] == ["4", *["– p – × –"] * 4]
     assert (
         "At resid_pre.3, with the highest count, 100 features of docs-gpt2 have a partner in "
         "docs-neox that held-out text confirms beyond the token, 25 % of those that could "
@@ -109,13 +106,6 @@ def test_proposed_layers_can_be_copied(page, work, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "0.80 (this run's 0.70): --config.layer_pairs=2:3" in out
     assert "At resid_pre.3, with the highest count, 100 features of docs-gpt2 have" in out
-
-
-def test_decoder_directions_stand_beside_random_matchings(page):
-    table = next(t for c, t in page.tables.items() if c.startswith("Decoder directions"))
-    rows = [[" ".join(cell.split()) for cell in row] for row in table[1:]]
-    assert rows[0][1:] == ["77", *["0.44 p 0.05 × 0.11"] * 4]
-    assert rows[1][1:] == ["4", *["– p – × –"] * 4]
 
 
 def crosscoder_row(pairing, model, shared=0.4) -> dict:

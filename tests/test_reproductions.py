@@ -1,7 +1,6 @@
 """Presets of published numbers: complete, and run through at a small size on stand-in models."""
 
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_run import SHAPES, make_texts
+from tiny_run import SHAPES, flags, make_texts, write_rows
 
 from crossdict_jax import dictionaries, models
 from crossdict_jax.config import settings
@@ -24,19 +23,9 @@ STAND_INS = {  # preset: the folders that stand in for its models, and its setti
     "lan2024_corrected": (("pythia-70m", "pythia-160m"), {"layer_pairs": "1:1"}),
     "mccann2026": (("seed1", "seed2", "seed3"), {"layers": "1"}),
 }
-SMALL = {
-    "text.documents": 120,
-    "text.max_bytes": 400,
-    "text.window_tokens": 40,
-    "sae.width": 64,
-    "sae.k": 6,
-    "sae.steps": 60,
-    "sae.batch_size": 64,
-    "evaluation.bootstrap": 20,
-    "evaluation.minimum_firings": 5,
-    "intervention.documents": 6,
-    "intervention.features": 0,
-}
+SMALL = """text.documents=120 text.max_bytes=400 text.window_tokens=40 sae.width=64 sae.k=6
+    sae.steps=60 sae.batch_size=64 evaluation.bootstrap=20 evaluation.minimum_firings=5
+    intervention.documents=6 intervention.features=0"""
 
 
 @pytest.mark.parametrize("preset", STAND_INS)
@@ -47,8 +36,7 @@ def test_a_preset_expects_what_its_run_writes(preset):
     expectations = module.get_expectations()
     assert expectations
     for one in expectations:
-        assert one.low < one.high
-        assert re.search(r"arXiv \d{4}\.\d{5}", one.source)
+        assert one.low < one.high and re.search(r"arXiv \d{4}\.\d{5}", one.source)
         published = [float(v) for v in re.findall(r"[\d.]+", one.published)]
         assert one.low <= min(published) and max(published) <= one.high
 
@@ -60,24 +48,17 @@ def test_a_preset_runs_through(preset, tmp_path):
     names, changes = STAND_INS[preset]
     # Copies of one model, where decoders of confirmed matches are compared: there must be some.
     folders = stand_ins(names, tmp_path, copies=preset.startswith("lan"))
-    changes = (
-        SMALL | changes | {"models": ",".join(folders), "text.source": tmp_path / "text.jsonl"}
-    )
+    changes = changes | {"models": ",".join(folders), "text.source": tmp_path / "text.jsonl"}
     if preset.startswith("lan"):
         changes["sae.sources"] = ",".join(f"{folder}/sae/{{layer}}" for folder in folders)
-    asked = [f"--config.{name}={value}" for name, value in changes.items()]
     module = importlib.import_module(f"configs.{preset}")
     commands = re.findall(r"python -m launch\.(\w+)", module.__doc__)
     arguments = {name: [f"--workdir={tmp_path}/run"] for name in commands}
-    arguments["experiment"] += [f"--config=configs/{preset}.py", *asked]
+    arguments["experiment"] += [f"--config=configs/{preset}.py", *flags(SMALL, **changes)]
     arguments[commands[-1]] += [f"--expect=configs/{preset}.py"]
     for name in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", f"launch.{name}", *arguments[name]],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+        program = [sys.executable, "-m", f"launch.{name}", *arguments[name]]
+        done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode in (0, 1), done.stderr
     table = done.stdout[done.stdout.index("Expected") :]
     assert len(re.findall(r"\b(met|MISSED)\b", table)) == len(module.get_expectations())
@@ -86,8 +67,7 @@ def test_a_preset_runs_through(preset, tmp_path):
 def stand_ins(names, root: Path, *, copies: bool) -> list[str]:
     """Random models of one tokenizer, with dictionaries of somebody else; their folders."""
     texts = make_texts(120)
-    lines = (json.dumps({"text": text}) + "\n" for text in texts)
-    (root / "text.jsonl").write_text("".join(lines))
+    write_rows(root / "text.jsonl", [{"text": text} for text in texts])
     tokenizer = train_tokenizer(texts, vocab_size=290, nfc=False)
     for number, name in enumerate(names):
         seed = 0 if copies else number

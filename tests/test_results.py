@@ -2,9 +2,9 @@
 
 import pytest
 from test_house import ROOT
+from tiny_run import refused
 
 from crossdict_jax import results, studies
-from crossdict_jax.errors import UserError
 from crossdict_jax.results import Column, Table
 from crossdict_jax.workdir import Workdir, write_jsonl
 
@@ -23,6 +23,8 @@ def test_rows_come_back_with_undefined_numbers_as_null(work):
     results.write(work, "made-up/x.jsonl", rows)
     assert results.read(work, "made-up/x.jsonl") == [rows[0] | {"r2": None}, rows[1]]
     assert results.read_if_there(work, "made-up/y.jsonl") == []
+    with pytest.raises(ValueError, match=r"other.jsonl is no result file; there are .*transfer"):
+        results.write(work, "other.jsonl", [])
 
 
 @pytest.mark.parametrize(
@@ -34,13 +36,7 @@ def test_what_is_not_described_is_neither_written_nor_read(work, row, words):
         results.write(work, "made-up/x.jsonl", [row])
     assert not work.result("made-up/x.jsonl").exists()
     write_jsonl(work.result("made-up/x.jsonl"), [row])
-    with pytest.raises(UserError, match=f"{words}.*run its stage again"):
-        results.read(work, "made-up/x.jsonl")
-
-
-def test_a_file_without_a_table_is_refused(work):
-    with pytest.raises(ValueError, match=r"other.jsonl is no result file; there are .*transfer"):
-        results.write(work, "other.jsonl", [])
+    refused(f"{words}.*run its stage again", results.read, work, "made-up/x.jsonl")
 
 
 @pytest.mark.parametrize("file", results.TABLES)

@@ -42,11 +42,7 @@ def runner(lm):
 
 
 def slow(lm, passages, values):
-    """{"ce", "kl"} of the scored rows, one window at a time through the plain model.
-
-    Args:
-      values: {site: float32 [n, d_model]}, what is put in.
-    """
+    """{"ce", "kl"} of the scored rows, a window at a time, with values {site: [n, d_model]} in."""
     length = max(len(t) for t in passages.tokens)
 
     @jax.jit
@@ -100,8 +96,7 @@ def test_the_models_activations_change_nothing(runner, passages):
     clean = effects["clean"]
     np.testing.assert_allclose(effects["clean again"].ce, clean.ce, atol=1e-6)
     np.testing.assert_allclose(effects["clean again"].kl, 0, atol=1e-6)
-    assert np.abs(effects["zero"].ce - clean.ce).max() > 0.1
-    assert (clean.kl == 0).all()
+    assert np.abs(effects["zero"].ce - clean.ce).max() > 0.1 and (clean.kl == 0).all()
     ends = sum(passages.position == np.array(LENGTHS)[passages.window] - 1)
     assert len(clean.ce) == len(passages.position) - ends  # there no next token is known
 
@@ -112,9 +107,8 @@ def test_whole_spans_take_what_is_put_at_their_end(runner, passages):
     first = np.where(position % 2 == 1, np.maximum(position - 1, 1), position)
     inner = np.flatnonzero(first < position)
     rows = np.concatenate([np.arange(n), inner])
-    more = dataclasses.replace(
-        passages, window=passages.window[rows], position=np.concatenate([position, first[inner]])
-    )
+    positions = np.concatenate([position, first[inner]])
+    more = dataclasses.replace(passages, window=passages.window[rows], position=positions)
     spans, values = dataclasses.replace(passages, first=first), values_of(passages, 3)
     effects = runner.splice(spans, site, {"x": values, "v": values[0]})
     expected = runner.splice(more, site, {"x": values[rows], "v": values[0]})
@@ -173,9 +167,8 @@ def test_a_stream_gives_each_text_its_activations(lm, runner, device, monkeypatc
     ],
 )
 def test_windows_are_padded_little(lm, lengths, size, shapes):
-    batches = Runner(lm, batch_size=size).batches(
-        [np.full(n, i, np.int32) for i, n in enumerate(lengths)]
-    )
+    texts = [np.full(n, i, np.int32) for i, n in enumerate(lengths)]
+    batches = Runner(lm, batch_size=size).batches(texts)
     assert [b.tokens.shape for b in batches] == shapes
     assert sorted(np.concatenate([b.texts for b in batches])) == list(range(len(lengths)))
     for batch in batches:
@@ -210,11 +203,10 @@ def store(tmp_path_factory):
     return open_store(work.activations)
 
 
-def test_passages_are_test_rows_with_the_tokens_that_end_there(store):
+def test_passages_are_test_rows_with_the_tokens_that_end_there(store, monkeypatch):
     for name in store.models:
         found = select_passages(store, name, documents=4, seed=0)
-        assert len(set(found.document)) == 4
-        assert set(found.rows) <= set(store.select("test"))
+        assert len(set(found.document)) == 4 and set(found.rows) <= set(store.select("test"))
         assert (store.rows.document[found.rows] == found.document).all()
         ended = [found.tokens[w][p] for w, p in zip(found.window, found.position)]
         assert ended == store.tokens(name, found.rows).tolist()
@@ -222,15 +214,11 @@ def test_passages_are_test_rows_with_the_tokens_that_end_there(store):
     assert (first.rows == second.rows).all()
     other = select_passages(store, "a", documents=4, seed=1)
     assert set(other.document) != set(first.document)
-
-
-def test_a_bos_stands_in_front_of_every_window(store, monkeypatch):
-    plain = select_passages(store, "a", documents=2, seed=0)
     monkeypatch.setattr(type(store), "has_bos", lambda self, model: 7)
-    with_bos = select_passages(store, "a", documents=2, seed=0)
-    assert all(t[0] == 7 for t in with_bos.tokens)
-    assert all((t[1:] == u).all() for t, u in zip(with_bos.tokens, plain.tokens))
-    assert (with_bos.position == plain.position + 1).all()
+    with_bos = select_passages(store, "a", documents=4, seed=0)  # in front of every window
+    for tokens, plain in zip(with_bos.tokens, first.tokens):
+        assert tokens[0] == 7 and (tokens[1:] == plain).all()
+    assert (with_bos.position == first.position + 1).all()
 
 
 def test_rounded_weights_give_what_rounding_products_gives():

@@ -1,6 +1,7 @@
 """What two models' features and layers share, in the files of a finished run in miniature."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -77,8 +78,7 @@ def test_every_pair_of_dictionaries_has_its_funnel(matched, run):
         assert settings == (0.05, 10, matching.LEAST_R)
     assert rows[0]["null"] == rows[1]["null"] == rows[1]["confirmed"] == 0
     assert rows[0]["significant"] > 0  # both read the same tokens, at an early layer
-    assert rows[1]["significant"] == 0
-    assert abs(rows[1]["r_test"]) < 0.1 < rows[0]["r_test"]
+    assert rows[1]["significant"] == 0 and abs(rows[1]["r_test"]) < 0.1 < rows[0]["r_test"]
 
 
 def test_matches_say_what_the_dictionaries_do(matched, run):
@@ -86,13 +86,10 @@ def test_matches_say_what_the_dictionaries_do(matched, run):
     assert len(rows) == funnel["matched"] == len({row["feature_source"] for row in rows})
     assert sum(row["confirmed"] for row in rows) == funnel["confirmed"]
     sides = {m: dictionaries.load(run.work.dictionary(m, SITE)) for m in "ab"}
-    f = {
-        (m, split): np.asarray(
-            d.encode(run.store.read(m, SITE, run.store.select(split)).astype(np.float32))
-        )
-        for m, d in sides.items()
-        for split in ("train", "test")
-    }
+    f = {}
+    for m, split in itertools.product(sides, ("train", "test")):
+        x = run.store.read(m, SITE, run.store.select(split)).astype(np.float32)
+        f[m, split] = np.asarray(sides[m].encode(x))
     for row in rows:
         a, b = row["feature_source"], row["feature_target"]
         for split in ("train", "test"):
@@ -107,22 +104,18 @@ def test_matches_are_read_from_either_side(run):
     forwards, backwards = (read_matches(run.work, *m, SITE, SITE) for m in ("ab", "ba"))
     assert len(forwards) == len(backwards) > 0
     for row, other in zip(forwards, backwards):
-        assert row.keys() == other.keys()
-        assert row["feature_source"] == other["feature_target"]
+        assert row.keys() == other.keys() and row["feature_source"] == other["feature_target"]
         assert row["r_test"] == other["r_test"]
     assert read_matches(run.work, "a", "b", SITE, Site(0)) == []
     with pytest.raises(UserError, match=r"matches\.jsonl is missing"):
         read_matches(Workdir(run.work.root / "nowhere"), "a", "b", SITE, SITE)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "column"),
-    [
-        ("matching", "hungarian", "matched"),
-        ("minimum_firings", 400, "live_source"),
-        ("fdr", 1e-9, "significant"),
-    ],
-)
+CHANGES = [("matching", "hungarian", "matched"), ("minimum_firings", 400, "live_source")]
+CHANGES += [("fdr", 1e-9, "significant")]
+
+
+@pytest.mark.parametrize(("setting", "value", "column"), CHANGES)
 def test_every_setting_matters(matched, run, setting, value, column):
     changed = run.matched(**{setting: value})["matching.jsonl"]
     assert changed[0][column] != matched["matching.jsonl"][0][column]
@@ -135,7 +128,7 @@ def test_a_pair_of_dictionaries_is_compared_once(run):
     assert pairs == [("a", "b", 0), ("a", "b", 1), ("a", "c", 0), ("a", "c", 1), ("b", "c", 1)]
 
 
-def test_every_layer_is_compared_with_every_other(similar, run):
+def test_every_layer_is_compared_with_every_other(similar, run, matched):
     rows = [row for row in similar if row["kind"] == "layers"]
     sites = ["resid_pre.0", "resid_pre.1"]
     ends = [(row["site_source"], row["site_target"]) for row in rows]
@@ -146,10 +139,8 @@ def test_every_layer_is_compared_with_every_other(similar, run):
         assert row["cka"] > 0.02 > abs(row["cka_null"])
         assert all(row[m] > row[f"{m}_null"] for m in ("cka", "svcca", "mutual_knn"))
     numbers = np.random.Generator(np.random.Philox(key=0)).permutation(run.store.select("test"))
-    a, b = (
-        Geometry.of(run.store.read(m, SITE, np.sort(numbers[:150])).astype(np.float32))
-        for m in "ab"
-    )
+    x = (run.store.read(m, SITE, np.sort(numbers[:150])).astype(np.float32) for m in "ab")
+    a, b = map(Geometry.of, x)
     assert rows[-1]["cka"] == pytest.approx(a.compared(b)["cka"], abs=5e-3)  # stored in bfloat16
     (proposal,) = (row for row in similar if row["kind"] == "proposal")
     table = dict(zip(ends, (row["cka"] for row in rows)))
@@ -157,9 +148,7 @@ def test_every_layer_is_compared_with_every_other(similar, run):
     assert proposal["layer_pairs"] == f"1:{best}"
     assert proposal["cka"] == table["resid_pre.1", sites[best]]
     assert proposal["cka_of_run"] == table["resid_pre.1", "resid_pre.1"]
-
-
-def test_decoders_of_few_matches_are_not_compared(similar, matched):
+    # Decoders of few matches are not compared.
     (row,) = (row for row in similar if row["kind"] == "decoders")
     assert row["n_features"] == matched["matching.jsonl"][0]["confirmed"] < 12
     assert all(row[f"{m}{end}"] is None for m in MEASURES for end in ("", "_null", "_p"))
@@ -174,8 +163,7 @@ def test_decoders_of_one_dictionary_are_alike_beyond_chance(run):
         scores += run.similar(matches, pair, similarity_rows=0)  # no rows of layers
     same, other = scores
     for m in ("cka", "rsa", "mutual_knn"):
-        assert same[m] == pytest.approx(1, abs=1e-5)
-        assert same[f"{m}_p"] == 0.05 < other[f"{m}_p"]
+        assert same[m] == pytest.approx(1, abs=1e-5) and same[f"{m}_p"] == 0.05 < other[f"{m}_p"]
         assert abs(other[m] - other[f"{m}_null"]) < 0.3
 
 

@@ -152,9 +152,6 @@ def test_architectures_train_alike(architecture, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *results[1:])
 
 
-# ---------------------------------------------------------------- thresholds
-
-
 def awkward(batch, width, k):
     """Pre-activations [batch, width] that a search for thresholds may stumble over."""
     z = jax.random.normal(jax.random.key(7), (batch, width))
@@ -201,9 +198,6 @@ def test_what_equals_the_least_is_kept(over_rows):
     np.testing.assert_array_equal(ops.keep_top_k(z, 21), np.maximum(z, 0))
 
 
-# ---------------------------------------------------------------- sums
-
-
 @pytest.mark.parametrize("big", [1, pytest.param(2**20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("summed", [sums.sum_by_group, sums.sum_by_key])
 def test_groups_of_any_size_are_summed(summed, big):
@@ -229,9 +223,6 @@ def test_inner_products_of_rows_of_any_length(d):
     a_index, b_index = rng.integers(0, 50, n), rng.integers(0, 30, n)
     ours = fast_jit(sums.dots)(*map(jnp.asarray, (a, a_index, b, b_index)))
     np.testing.assert_allclose(ours, np.einsum("nd,nd->n", a[a_index], b[b_index]), atol=1e-4)
-
-
-# ---------------------------------------------------------------- several devices, dead features
 
 
 @pytest.mark.mesh

@@ -31,24 +31,19 @@ def two_layers(tmp_path_factory):
     return read_jsonl(work.result("causal.jsonl")), config, work
 
 
-def test_all_layers_are_stitched_together_too(two_layers):
-    rows, _, _ = two_layers
+def test_all_layers_are_stitched_together_too_each_with_its_own_prediction(two_layers):
+    rows, config, work = two_layers
     single = [row for row in rows if "sites" not in row]
     together = [row for row in rows if "sites" in row]
-    assert rows == single + together
+    assert rows == single + together and len(single) == 2 * len(together)
     assert {r["intervention"] for r in single} == {"stitching", "control"}
     assert {r["intervention"] for r in together} == {"stitching_together", "control_together"}
-    assert len(single) == 2 * len(together)
     for row in together:
         assert row["sites"] == ["resid_pre.0", "resid_pre.1"]
         assert row["site_target"] == "resid_pre.0+resid_pre.1"
         assert row["ce_low"] <= row["ce"] <= row["ce_high"]
     clean = {(r["target"], r["ce"]) for r in rows if r["control"] == "clean"}
     assert len(clean) == 2  # one for each model, whatever the sites
-
-
-def test_together_every_layer_takes_its_own_prediction(two_layers):
-    rows, config, work = two_layers
     store, values = open_store(work.activations), {}
     passages = FinishedRun(config, work).passages("b")
     for site in (Site(0), Site(1)):
@@ -56,7 +51,7 @@ def test_together_every_layer_takes_its_own_prediction(two_layers):
         values[site] = np.asarray(m.activation(store.read("a", site, passages.rows)))
     expected = slow(models.load(store.paths[1]), passages, values)
     wanted = {"source": "a", "map": "ridge", "pairing": "aligned", "stitch_kind": "activation"}
-    (row,) = [r for r in rows if "sites" in r and wanted.items() <= r.items()]
+    (row,) = [r for r in together if wanted.items() <= r.items()]
     assert row["ce"] == pytest.approx(expected["ce"].mean(), abs=1e-3)
 
 
@@ -65,8 +60,7 @@ def test_of_pairs_into_one_site_the_first_counts():
     tasks = [task(Site(i), Site(j)) for i, j in ((4, 7), (5, 7), (3, 6))]
     store = types.SimpleNamespace(output_of=lambda model, site: (model, site))
     *single, (sites, (bundle,)) = stitching.bundles_by_sites(tasks, store)["b"].items()
-    assert [len(bundles) for _, bundles in single] == [2, 1]
-    assert sites == (Site(6), Site(7))
+    assert [len(bundles) for _, bundles in single] == [2, 1] and sites == (Site(6), Site(7))
     assert [(t.site_source.layer, t.site_target.layer) for t in bundle] == [(3, 6), (4, 7)]
     assert len(stitching.bundles_by_sites(tasks[:2], store)["b"]) == 1
 
@@ -86,17 +80,14 @@ def test_every_map_is_stitched_aligned_and_shuffled(finished):
     for source, target in (("a", "b"), ("b", "a")):
         controls = [r for r in rows if r["control"] and r["target"] == target]
         assert [r["control"] for r in controls] == ["clean", "zero", "mean", "own_sae"]
-        stitched = [r for r in rows if r["source"] == source]
-        assert [(r["pairing"], r["map"], r["stitch_kind"]) for r in stitched] == [
-            (pairing, *kind) for pairing in ("aligned", "shuffled") for kind in kinds
-        ]
+        ways = [(r["pairing"], r["map"], r["stitch_kind"]) for r in rows if r["source"] == source]
+        assert ways == [(pairing, *kind) for pairing in ("aligned", "shuffled") for kind in kinds]
     assert len(rows) == 2 * (4 + 10)
     assert {r["n_documents"] for r in rows} == {config.intervention.documents}
 
 
-def test_numbers_hang_together(finished):
-    _, work = finished
-    rows = read_jsonl(work.result("causal.jsonl"))
+def test_numbers_hang_together_and_a_shuffled_map_is_shown_shuffled_rows(finished):
+    rows = read_jsonl(finished[1].result("causal.jsonl"))
     controls = {(r["target"], r["control"]): r for r in rows if r["control"]}
     for row in rows:
         clean, zero = (controls[row["target"], name]["ce"] for name in ("clean", "zero"))
@@ -105,6 +96,11 @@ def test_numbers_hang_together(finished):
             assert row["loss_recovered"] == pytest.approx((zero - row["ce"]) / (zero - clean))
         assert row["ce_low"] <= row["ce"] <= row["ce_high"]
         assert row["kl"] == 0 if row["control"] == "clean" else row["kl"] > 0
+    kl = {(r["source"], r["pairing"], r["map"]): r["kl"] for r in rows if not r["control"]}
+    for source in "ab":  # the token table of shuffled pairs is as far off as the mean
+        mean = kl[source, "shuffled", "mean"]
+        assert kl[source, "shuffled", "token"] == pytest.approx(mean, rel=0.2)
+        assert kl[source, "aligned", "token"] < 0.9 * mean
 
 
 def test_the_rows_put_in_what_the_map_says(finished):
@@ -124,17 +120,6 @@ def test_the_rows_put_in_what_the_map_says(finished):
         assert row["ce"] == pytest.approx(expected["ce"].mean(), abs=1e-3)
         assert row["kl"] == pytest.approx(expected["kl"].mean(), abs=1e-3)
         assert row["n_positions"] == len(expected["ce"])
-
-
-def test_a_shuffled_map_is_shown_shuffled_rows(finished):
-    """The token table of shuffled pairs knows nothing: it is as far off as the mean."""
-    _, work = finished
-    rows = read_jsonl(work.result("causal.jsonl"))
-    kl = {(r["source"], r["pairing"], r["map"]): r["kl"] for r in rows if not r["control"]}
-    for source in "ab":
-        mean = kl[source, "shuffled", "mean"]
-        assert kl[source, "shuffled", "token"] == pytest.approx(mean, rel=0.2)
-        assert kl[source, "aligned", "token"] < 0.9 * mean
 
 
 def test_spans_are_edited_as_asked(finished):

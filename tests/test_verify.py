@@ -40,8 +40,7 @@ def test_views_are_superpositions_of_their_codes(related):
 
 def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
     truth = related.truth
-    assert truth.seen.any(0).all()
-    assert [int(truth.exclusive(v).sum()) for v in (0, 1)] == [8, 8]
+    assert truth.seen.any(0).all() and [int(truth.exclusive(v).sum()) for v in (0, 1)] == [8, 8]
     assert truth.shared.sum() == 48
     for view in (0, 1):
         length = np.linalg.norm(related.truth.directions[view], axis=1)
@@ -54,27 +53,21 @@ def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
         assert free.any() and np.abs(r).max() < 5 / np.sqrt(len(related))
 
 
-def test_a_child_fires_only_with_its_parent(related):
-    children = np.flatnonzero(related.truth.parent >= 0)
-    active = related.codes > 0
-    assert len(children) == RELATED.children
-    assert not (active[:, children] & ~active[:, related.truth.parent[children]]).any()
-    assert active[:, children].any(0).all()
-
-
-def test_partners_fire_together_and_strangers_do_not(related):
-    second = np.flatnonzero(related.truth.partner >= 0)
-    first = related.truth.partner[second]
-    p, q = related.truth.frequency[first], related.truth.frequency[second]
+def test_a_child_fires_only_with_its_parent_and_partners_together_and_strangers_not(related):
+    truth, active = related.truth, related.codes > 0
+    children = np.flatnonzero(truth.parent >= 0)
+    assert len(children) == RELATED.children and active[:, children].any(0).all()
+    assert not (active[:, children] & ~active[:, truth.parent[children]]).any()
+    second = np.flatnonzero(truth.partner >= 0)
+    first = truth.partner[second]
+    p, q = truth.frequency[first], truth.frequency[second]
     expected = planted.FOLLOWS * np.minimum(p, q) + (1 - planted.FOLLOWS) * p * q
-    active = related.codes > 0
     together = (active[:, first] & active[:, second]).mean(0)
-    error = np.sqrt(expected / len(related))
     assert len(second) == RELATED.correlated
-    assert (np.abs(together - expected) < 5 * error).all()
+    assert (np.abs(together - expected) < 5 * np.sqrt(expected / len(related))).all()
     strangers = np.roll(second, 1)
     apart = (active[:, first] & active[:, strangers]).mean(0)
-    assert (np.abs(apart - p * related.truth.frequency[strangers]) < 0.02).all()
+    assert (np.abs(apart - p * truth.frequency[strangers]) < 0.02).all()
 
 
 def test_bursts_are_between_documents():
@@ -88,10 +81,9 @@ def test_bursts_are_between_documents():
 
 def test_equal_seeds_give_equal_bits_and_others_do_not():
     config = PlantedConfig(rows=500, documents=10, burstiness=0.3, from_token=0.2)
-    first, again, other = (views(config, seed) for seed in (5, 5, 6))
-    for a, b, c in zip(first.x, again.x, other.x):
+    drawn = (views(config, seed) for seed in (5, 5, 6))
+    for a, b, c in zip(*((*made.x, made.codes) for made in drawn)):
         assert (a == b).all() and (a != c).any()
-    assert (first.codes == again.codes).all() and (first.codes != other.codes).any()
 
 
 SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
@@ -102,15 +94,11 @@ def spoken():
     return streams(SPOKEN, seed=1)
 
 
-def test_ends_of_words_are_common_and_those_within_partly(spoken):
-    rows = np.bincount(spoken.document)
-    assert len(rows) == SPOKEN.documents
-    words = planted.WORDS_PER_DOCUMENT  # the first token of a text is never paired
+def test_pairs_are_the_ends_of_words_some_within_and_rows_with_one_truth(spoken):
+    rows, words = np.bincount(spoken.document), planted.WORDS_PER_DOCUMENT
+    assert len(rows) == SPOKEN.documents  # the first token of a text is never paired
     assert (rows >= words - 1).all() and (rows < planted.PIECES * words).all()
     assert rows.mean() > 1.05 * words
-
-
-def test_pairs_are_rows_with_one_truth(spoken):
     for x, directions in zip(spoken.x, spoken.truth.directions):
         assert np.abs(x - spoken.codes @ directions).max() < 6 * SPOKEN.noise
     late = streams(SPOKEN, seed=1, shift=1)

@@ -1,9 +1,8 @@
 """Work directories: whose run lies there, and which settings make it another one."""
 
-import pytest
 from absl import logging
+from tiny_run import refused
 
-from crossdict_jax.errors import UserError
 from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import Workdir, model_names, open_workdir, read_json, write_json
 
@@ -24,40 +23,26 @@ def test_an_equal_run_goes_on(tmp_path):
 
 
 def test_each_difference_is_named(tmp_path):
+    """A setting younger than the run counts as its default, one that is no more is named, too."""
     opened(tmp_path)
-    with pytest.raises(UserError) as caught:
-        opened(tmp_path, seed=1, sae={"width": 8, "k": 3})
-    assert "sae.k: 2 there, 3 now; seed: 0 there, 1 now" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    line = refused("sae.k: 2 there", opened, tmp_path, seed=1, sae={"width": 8, "k": 3})
+    assert "sae.k: 2 there, 3 now; seed: 0 there, 1 now" in line
     assert read_json(tmp_path / "config.json") == USUAL
-
-
-def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
-    old = {name: value for name, value in USUAL.items() if name != "sae"} | {"sae": {"width": 8}}
-    write_json(tmp_path / "config.json", old)
+    write_json(tmp_path / "config.json", USUAL | {"sae": {"width": 8}})
     opened(tmp_path)
-    with pytest.raises(UserError, match=r"sae\.k: 2 there, 5 now"):
-        opened(tmp_path, sae={"width": 8, "k": 5})
-
-
-def test_a_setting_that_is_no_more_is_named(tmp_path):
-    opened(tmp_path)
+    refused(r"sae\.k: 2 there, 5 now", opened, tmp_path, sae={"width": 8, "k": 5})
     write_json(tmp_path / "config.json", USUAL | {"gone": 1})
-    with pytest.raises(UserError, match="gone: 1 there, absent now"):
-        opened(tmp_path)
+    refused("gone: 1 there, absent now", opened, tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty and holds no config\.json"):
-        opened(tmp_path)
-    with pytest.raises(UserError, match="is a file"):
-        opened(tmp_path / "notes.txt")
+    refused(r"is not empty and holds no config\.json", opened, tmp_path)
+    refused("is a file", opened, tmp_path / "notes.txt")
 
 
 def test_names_of_models_collide_in_order():
-    names = model_names(["org/a", "other/a/", "a b", "/"])
-    assert names == ["a", "a-2", "a-b", "model"]
+    assert model_names(["org/a", "other/a/", "a b", "/"]) == ["a", "a-2", "a-b", "model"]
 
 
 def test_a_stage_says_one_line_and_bars_are_for_terminals(tmp_path, capfd, monkeypatch):

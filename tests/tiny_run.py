@@ -3,12 +3,12 @@
 import fcntl
 import functools
 import itertools
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import extract
@@ -16,13 +16,13 @@ from crossdict_jax.config import (
     Config,
     EvaluationConfig,
     InterventionConfig,
-    MapConfig,
     SAEConfig,
     TextConfig,
     to_dict,
 )
 from crossdict_jax.config.settings import from_dict
 from crossdict_jax.dictionaries.base import build
+from crossdict_jax.errors import UserError
 from crossdict_jax.maps.ensemble import initial
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
@@ -38,24 +38,19 @@ SHAPES = {  # of a large init, so that edits matter without training
     | {"num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": CONTEXT}
     | {"rotary_pct": 0.5, "initializer_range": 0.3},
 }
-SMALL = {
-    "layers": 1,
-    "control_kinds": "ridge",
-    "map.kinds": "mean,token,ridge,mlp",
-    "sae.width": 32,
-    "sae.k": 4,
-    "sae.steps": 60,
-    "sae.batch_size": 64,
-    "map.steps": 40,
-    "map.batch_size": 64,
-    "map.hidden": 16,
-    "evaluation.bootstrap": 20,
-    "intervention.features": 2,
-    "intervention.contexts": 8,
-    "intervention.documents": 8,
-    "checkpoint_every": 20,
-    "text.documents": 60,
-}
+SMALL = """layers=1 control_kinds=ridge map.kinds=mean,token,ridge,mlp checkpoint_every=20
+    sae.width=32 sae.k=4 sae.steps=60 sae.batch_size=64 map.steps=40 map.batch_size=64 map.hidden=16
+    evaluation.bootstrap=20 intervention.features=2 intervention.contexts=8
+    intervention.documents=8 text.documents=60"""
+
+
+def refused(words: str, call, *arguments, **settings) -> str:
+    """The line with these words (a pattern) in which a call ends."""
+    with pytest.raises(UserError, match=words) as caught:
+        call(*arguments, **settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
 
 
 def make_texts(n: int) -> list[str]:
@@ -85,10 +80,15 @@ def small_flags(root: Path) -> list[str]:
     """The flags of a whole small run; its text is written to ``root``, its models beside that."""
     texts = make_texts(60)
     root.mkdir(parents=True)
-    (root / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    source = write_rows(root / "text.jsonl", [{"text": text} for text in texts])
     models = ",".join(make_models(root.parent / "models", texts))
-    settings = SMALL | {"models": models, "text.source": root / "text.jsonl"}
-    return [f"--config.{name}={value}" for name, value in settings.items()]
+    return flags(SMALL, **{"models": models, "text.source": source})
+
+
+def flags(settings: str, **changes) -> list[str]:
+    """What is asked for on a command line: "name=value ...", with changes by name."""
+    asked = dict(pair.split("=") for pair in settings.split()) | changes
+    return [f"--config.{name}={value}" for name, value in asked.items()]
 
 
 def make_config(root: Path) -> Config:
@@ -97,24 +97,17 @@ def make_config(root: Path) -> Config:
     (root / "text").mkdir(parents=True)
     for i, text in enumerate(texts):
         (root / "text" / f"{i}.txt").write_text(text)
-    return Config(
-        models=make_models(root, texts),
-        layers=(SITE.layer,),
-        controls=(),
-        text=TextConfig(source=str(root / "text"), documents=60, window_tokens=40),
-        sae=SAEConfig(width=32, k=6),
-        map=MapConfig(kinds=("mean", "token", "ridge", "mlp")),
-        evaluation=EvaluationConfig(bootstrap=40, pool=64, batch_size=512),
-        intervention=InterventionConfig(documents=6, batch_size=8),
-    )
+    config = Config(models=make_models(root, texts), layers=(SITE.layer,), controls=())
+    config.text = TextConfig(source=str(root / "text"), documents=60, window_tokens=40)
+    config.sae, config.map.kinds = SAEConfig(width=32, k=6), ("mean", "token", "ridge", "mlp")
+    config.evaluation = EvaluationConfig(bootstrap=40, pool=64, batch_size=512)
+    config.intervention = InterventionConfig(documents=6, batch_size=8)
+    return config
 
 
 @functools.cache
 def shared_run(base: Path) -> tuple[Config, Workdir]:
-    """The run that all tests share: made once, whatever number of workers; each has its own copy.
-
-    Whoever changes files of it works on a copy of that.
-    """
+    """The run that all tests share, made once; each worker has its copy, not to be changed."""
     common = base.parent if base.name.startswith("popen-") else base  # of the workers of xdist
     root, done = common / "tiny", common / "tiny.done"
     with (common / "tiny.lock").open("w") as lock:
@@ -125,6 +118,12 @@ def shared_run(base: Path) -> tuple[Config, Workdir]:
     copy = Workdir(base / "tiny-run")
     shutil.copytree(root / "run", copy.root)
     return from_dict(Config, read_json(copy.root / "config.json")), copy
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> tuple[Config, Workdir]:
+    """As a fixture: ``finished = tiny_run.shared`` gives it a name."""
+    return shared_run(tmp_path_factory.getbasetemp())
 
 
 def private_run(tmp_path_factory) -> tuple[Config, Workdir]:
