@@ -13,6 +13,7 @@ from crossdict_jax.evaluation import transfer
 from crossdict_jax.evaluation.transfer import HeldOut, Score, TokenMeans
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import predictions, slices
+from crossdict_jax.maps.codes import sums_of_runs
 from crossdict_jax.maps.fit import Loader, shown
 from crossdict_jax.maps.kinds.token import Token
 from crossdict_jax.results import pair_columns
@@ -75,7 +76,7 @@ def means_by_token(index: np.ndarray, batches: Iterable[tuple], width: int) -> n
     sums = np.zeros((len(counts), width))
     for rows, values in batches:
         tokens, starts = np.unique(index[rows], return_index=True)
-        sums[tokens] += np.add.reduceat(values, starts, axis=0, dtype=np.float64)
+        sums[tokens] += sums_of_runs(values, starts)
     return (sums / counts[:, None]).astype(np.float32)
 
 

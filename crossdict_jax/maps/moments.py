@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax.maps.codes import Codes
+from crossdict_jax.maps.codes import Codes, sums_of_runs
 from crossdict_jax.modules import padded
 from crossdict_jax.ops import exact
 
@@ -225,6 +225,6 @@ def token_sums(tokens: np.ndarray, rows: np.ndarray | Codes) -> TokenSums:
     for part in slices(len(order)):
         batch = rows[order[part]].astype(np.float32)
         runs, starts = np.unique(index[order[part]], return_index=True)
-        sums[runs] += np.add.reduceat(batch, starts, axis=0, dtype=np.float64)
+        sums[runs] += sums_of_runs(batch, starts)
         square += float(np.sum(np.square(batch), dtype=np.float64))
     return TokenSums(ids.astype(np.int32), counts, sums, square)

@@ -30,8 +30,8 @@ from crossdict_jax.models.base import (
 )
 from crossdict_jax.training.mesh import DATA, make_mesh, platform, product_dtype, put, shard
 
-AT_ONCE = 16  # added vectors whose predictions lie in memory together
-LOGITS = 2**24  # of edited texts, on a device at once: 64 MiB
+AT_ONCE = 16  # added vectors that are measured together, at most
+LOGITS = 2**24  # of edited texts, made at once on a device: 64 MiB
 LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
 PyTree = Any
 
@@ -155,7 +155,9 @@ class Held:
         return self._added(_continuation_change, vectors, strength)
 
     def _added(self, measure, vectors, strength=None, *, extra=(), at_once=AT_ONCE) -> PyTree:
-        n, size = len(vectors), len(self.chunk.start)
+        n, (size, reads) = len(vectors), self.chunk.read.shape
+        logits = size * reads * self.runner.config.vocab_size // self.runner.mesh.size
+        at_once = max(1, min(at_once, LOGITS // logits))
         strength = np.ones((n, self.n)) if strength is None else strength
         more = -n % at_once  # one program for any few vectors
         vectors = np.pad(vectors.astype(np.float32), ((0, more), (0, 0)))
