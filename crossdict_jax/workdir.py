@@ -28,6 +28,8 @@ NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # b
 LOCK = ".lock"  # in a work directory: who works there
 MEASURED = "autotuning"  # there: which kernels a GPU's compiler chose
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+FLOATS = ("float32", "float16", "bfloat16", "float64")  # what weights may be
+SAVE_AGAIN = "which is not read; save the weights as float32, float16 or, in safetensors, bfloat16."
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -358,14 +360,20 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 try:
                     yield name, tensors.get_tensor(name)
-                except (AttributeError, KeyError, TypeError):  # a type that numpy has not
+                except (AttributeError, KeyError, TypeError, SafetensorError):  # unknown to numpy
                     dtype = tensors.get_slice(name).get_dtype()
-                    raise UserError(
-                        f"{file}: weight {name!r} is {dtype}, which cannot be read; save the "
-                        "weights as float32, float16 or bfloat16."
-                    ) from None
+                    raise UserError(f"{file}: weight {name!r} is {dtype}, {SAVE_AGAIN}") from None
     except SafetensorError as error:
+        if dtype := re.search("unknown variant `(.*?)`", str(error)):  # to safetensors itself
+            raise UserError(f"{file}: a weight is {dtype[1]}, {SAVE_AGAIN}") from error
         raise UserError(f"{file} is damaged ({error}); copy it again.") from error
+
+
+def as_float32(value: Any, name: str, file: Path) -> Any:
+    """Returns an array of weights as float32; UserError if it does not hold floats."""
+    if value.dtype.name not in FLOATS:
+        raise UserError(f"{file}: weight {name!r} is {value.dtype.name}, {SAVE_AGAIN}")
+    return value.astype("float32", copy=False)
 
 
 def _strict(value: Any) -> Any:

@@ -50,12 +50,16 @@ tiny = tiny_run.shared
 
 
 OLD = {"architecture": "standard", "sae_lens_training_version": "3.2.1"}
+K5 = {"activation_fn_kwargs": {"k": 5}}
 OLD_SPELLINGS = [  # a config of SAELens before 6, and what 6 makes of it
-    (OLD | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, {"k": 5}),
-    (OLD | {"activation_fn": "topk", "activation_fn_kwargs": {"k": 5}}, {"k": 5}),
+    (OLD | {"activation_fn_str": "topk", **K5}, {"k": 5}),
+    (OLD | {"activation_fn": "topk", **K5}, {"k": 5}),
     ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 2}, "architecture": "topk"}, {"k": 2}),
     ({"activation_fn_str": "relu", "activation_fn_kwargs": {}}, {}),
-    ({"architecture": None, "hook_point": "blocks.3.hook_resid_pre"}, {}),
+    (OLD | {"activation_fn_str": None, "activation_fn": "topk", **K5}, {"k": 5}),
+    ({"architecture": "topk", **K5}, {"k": 5}),
+    ({"architecture": "topk", "activation_fn": "relu", **K5}, {"k": 5}),
+    ({"hook_point": "blocks.3.hook_resid_pre"}, {}),
     (OLD | {"normalize_activations": True}, {}),
     ({"architecture": "jumprelu", "activation_fn_str": "relu"}, {}),
 ]
@@ -65,8 +69,9 @@ OLD_SPELLINGS = [  # a config of SAELens before 6, and what 6 makes of it
 def test_old_saelens_folders_mean_what_the_library_reads(config, means_k, tmp_path):
     names = ("b_enc", "threshold") if config.get("architecture") == "jumprelu" else ("b_enc",)
     arrays = weights(*names)
-    folder = saelens_folder(tmp_path / "d", arrays, **config)
-    kind = "topk" if means_k else config.get("architecture") or "standard"
+    ones = {"scaling_factor": np.ones(len(arrays["b_enc"]), np.float32)}  # which says nothing
+    folder = saelens_folder(tmp_path / "d", arrays | ones, **config)
+    kind = "topk" if means_k else config.get("architecture", "standard")
     means(formats.load(folder), {"architecture": kind} | means_k, arrays)
     hook = formats.names(folder).get("hook_name")
     assert hook == config.get("hook_point")
@@ -74,6 +79,8 @@ def test_old_saelens_folders_mean_what_the_library_reads(config, means_k, tmp_pa
 
 UNREADABLE = [OLD | {"activation_fn_str": name} for name in ("tanh-relu", "topk")]
 UNREADABLE += [{"architecture": "gated", "activation_fn": "topk"}]
+UNREADABLE += [{"architecture": "jumprelu", "activation_fn": "topk", **K5}]
+UNREADABLE += [OLD | {"activation_fn_str": "relu", "activation_fn": "topk", **K5}]
 
 
 @pytest.mark.parametrize("config", UNREADABLE)
@@ -89,6 +96,7 @@ def test_old_spellings_that_nobody_can_read_are_not_guessed(config, tmp_path):
 def test_the_second_gemma_scope_is_read(writes, tmp_path):
     arrays = weights("b_enc", "threshold")
     config = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt"}
+    config |= {"type": "transcoder" if writes else "sae", "affine_connection": bool(writes)}
     config |= {"hf_hook_point_in": "model.layers.4.output", "hf_hook_point_out": writes or None}
     skip = np.random.default_rng(1).normal(size=(D, D)).astype(np.float32)
     extra = {"affine_skip_connection": skip} if writes else {}
@@ -103,17 +111,41 @@ def test_the_second_gemma_scope_is_read(writes, tmp_path):
     np.testing.assert_allclose(d(x), expected, atol=1e-4)
     assert d.transcodes == bool(writes)
     assert site_of(formats.names(tmp_path)["hook_name"]) == Site(5)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "relu"}))
-    refused(lambda: formats.load(tmp_path), "config.json", "architecture='relu'")
+    wrong = {"architecture='relu'": {"architecture": "relu"}, "type='clt'": {"type": "clt"}}
+    wrong |= {"type='crosscoder'": {"type": "crosscoder"}}
+    wrong |= {"a hook point ['a']": {"hf_hook_point_in": ["a"], "type": None}}
+    wrong |= {} if writes else {"affine_connection=True": {"affine_connection": True}}
+    for words, keys in wrong.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | keys))
+        refused(lambda: formats.load(tmp_path), "config.json", words)
 
 
 HOOKS = ("blocks.6.hook_resid_pre", "blocks.5.hook_resid_post", "layers.5", "gpt_neox.layers.5")
-HOOKS = dict.fromkeys((*HOOKS, "model.layers.5.output"), Site(6)) | {"blocks.5.attn.hook_z": None}
+HOOKS = dict.fromkeys((*HOOKS, "model.layers.5.output", "blocks.5.hook_out"), Site(6))
+HOOKS |= {"blocks.5.attn.hook_z": None, "blocks.5.hook_in": Site(5)}
 HOOKS |= dict.fromkeys(("blocks.5.hook_mlp_out", "transformer.h.5.mlp"), Site(5, "mlp_out"))
+SAID = [  # keys of a SAELens config, the site that it names
+    ({"hook_name": None, "hook_point": "blocks.7.hook_resid_pre"}, Site(7)),
+    ({"hook_point": "blocks.7.hook_resid_pre", "metadata": {"hook_name": None}}, Site(7)),
+    ({"metadata": {"hf_hook_name": "transformer.h.7.output"}}, Site(8)),
+    ({"meta": {"hook_name": "blocks.7.hook_out"}, "metadata": None}, Site(8)),
+]
+MODULES = {"h.7": Site(8), "gpt_neox.layers.7": Site(8), "transformer.h.7.mlp": Site(7, "mlp_out")}
+MODULES |= {"layers.7/seed1": Site(8), "layers.7.attention": None}  # said, but none of ours
 
 
 def test_hooks_are_sites():
     assert {hook: site_of(hook) for hook in HOOKS} == HOOKS
+
+
+def test_folders_say_their_site_in_any_spelling(tmp_path):
+    for n, (config, site) in enumerate(SAID):
+        folder = saelens_folder(tmp_path / str(n), weights("b_enc"), **config)
+        assert site_of(formats.names(folder)["hook_name"]) == site
+    for name, site in MODULES.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "sae.safetensors").touch()
+        assert site_of(formats.names(tmp_path / name)["hook_name"]) == site
 
 
 @pytest.mark.parametrize(
@@ -222,7 +254,7 @@ def test_either_of_two_tied_tensors_is_enough(stored, tmp_path):
     lm = models.init(NARROW_LLAMA | {"tie_word_embeddings": True})
     models.save(lm, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors[stored] = tensors.pop("model.embed_tokens.weight")
+    tensors[stored] = tensors.pop("model.embed_tokens.weight").astype(np.float64)
     save_file(tensors, tmp_path / "model.safetensors")
     np.testing.assert_array_equal(models.load(tmp_path).W_E[...], lm.W_E[...])
     save_file(tensors | {stored: tensors[stored][:, :4]}, tmp_path / "model.safetensors")
@@ -245,7 +277,10 @@ def test_activations_of_every_name_are_those_of_transformers(name):
     assert models.init(GPT2 | {"activation_function": name}).config.activation == name
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+TYPES = {"F8_E4M3": 8, "F8_E5M2": 8, "F6_E2M3": 6, "I4": 4}  # bits of a number
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_types_that_numpy_lacks_are_named(dtype, tmp_path):
     """``save_file`` cannot write such a tensor: the header is changed by hand."""
     models.save(models.init(GPT2), tmp_path / "m")
@@ -254,14 +289,16 @@ def test_types_that_numpy_lacks_are_named(dtype, tmp_path):
     for where, load in loads.items():
         file, tensors = tmp_path / where, load_file(tmp_path / where)
         name = max(tensors)
-        save_file(tensors | {name: tensors[name].astype(np.uint8)}, file)
+        size = tensors[name].size * TYPES[dtype] // 8
+        save_file(tensors | {name: np.zeros(size, np.uint8)}, file)
         data = file.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        header[name]["dtype"] = dtype
+        header[name] |= {"dtype": dtype, "shape": tensors[name].shape}
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-        refused(lambda load=load, f=file: load(f.parent), file.name, repr(name), "F8_", "float32")
+        said = "a weight" if dtype == "I4" else repr(name)  # I4: unknown to safetensors as well
+        refused(lambda load=load, f=file: load(f.parent), file.name, f"{said} is {dtype}, which")
 
 
 def numbers(config, work):

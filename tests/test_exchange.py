@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -44,8 +45,7 @@ def weights(*names, seed=0):
 def saelens_folder(path, arrays, *, scaler=None, **config):
     path.mkdir(parents=True, exist_ok=True)
     plain = {"d_in": D, "d_sae": F, "dtype": "float32", "normalize_activations": "none"}
-    config = {k: v for k, v in (plain | config).items() if v is not None}
-    (path / "cfg.json").write_text(json.dumps(config))
+    (path / "cfg.json").write_text(json.dumps(plain | config))
     save_file(arrays, path / "sae_weights.safetensors")
     if scaler is not None:
         (path / "activation_scaler.json").write_text(json.dumps(scaler))
@@ -247,7 +247,8 @@ SPARSIFY = {"activation": "topk", "k": K, "d_in": D, "num_latents": F, "expansio
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"transcode": True}, {"num_latents": 0, "expansion_factor": 2}]
+    "config",
+    [{}, {"transcode": True, "multi_topk": True}, {"num_latents": 0, "expansion_factor": 2}],
 )
 def test_a_sparsify_folder_means_what_it_means_there(config, tmp_path):
     w, width = weights("b_enc"), F if config.get("num_latents", F) else 2 * D
@@ -297,6 +298,15 @@ def refused(path, message):
         ({"d_sae": F + 1}, "W_enc has shape (8, 20), where (8, 21) is expected"),
         ({"scaler": {"scaling_factor": 1.0, "has_whitening": True}}, "has_whitening"),
         ({"scaler": {"scaling_factor": 0.0}}, "scaling_factor=0.0 must be a number above 0"),
+        ({"scaler": {"scaling_factor": True}}, "scaling_factor=True must be a number above 0"),
+        ({"weights": weights("b_enc", "scaling_factor")}, "holds scaling_factor"),
+        ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input='false' must be true or false"),
+        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input=None must be true or false"),
+        ({"rescale_acts_by_decoder_norm": 1}, "decoder_norm=1 must be true or false"),
+        *(
+            ({"weights": weights("b_enc") | {"b_enc": np.ones(F, t)}}, f"'b_enc' is {t}, which")
+            for t in ("bool", "int64", "uint16", "complex64")
+        ),
     ],
 )
 def test_a_saelens_folder_that_cannot_be_read_is_told_in_one_line(config, message, tmp_path):
@@ -322,17 +332,26 @@ def test_missing_files_are_named(tmp_path):
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
     refused(folder, "sae_weights.pt, which could run code, is never read")
     (folder / "sae_weights.pt").unlink()
-    refused(folder, "holds no finished checkpoint")
+    refused(folder, "holds no finished checkpoint of a run; copy the weights there, or run")
+    (folder / "layer_4/params.safetensors").mkdir(parents=True)  # no file
+    (folder / "layer_5").mkdir()
+    (folder / "layer_5/params.safetensors").touch()
+    refused(folder, "name what lies in it (layer_5), copy")
     (folder / "cfg.json").write_text("{}")
     refused(folder, "has neither sae_weights.safetensors (SAELens) nor sae.safetensors")
 
 
 def test_a_sparsify_folder_that_cannot_be_read_is_told_in_one_line(tmp_path):
-    w, unknown = weights("b_enc"), {"num_latents": 0, "expansion_factor": None}
-    folder = sparsify_folder(tmp_path / "a", w, **SPARSIFY | {"activation": "groupmax"})
-    refused(folder, "activation='groupmax' is not supported, only 'topk'")
-    folder = sparsify_folder(tmp_path / "b", w, **SPARSIFY | unknown)
-    refused(folder, "lacks the required key 'expansion_factor'")
+    wrong = {
+        "activation='groupmax' is not supported, only 'topk'": {"activation": "groupmax"},
+        "gram_lookup=True is not supported, only F": {"gram_lookup": True, "lookup_max_order": 4},
+        "embed_skip=True is not supported, only False": {"embed_skip": True},
+        "transcode='false' must be true or false": {"transcode": "false"},
+        "lacks the required key 'expansion_factor'": {"num_latents": 0, "expansion_factor": None},
+    }
+    for i, (message, config) in enumerate(wrong.items()):
+        folder = sparsify_folder(tmp_path / str(i), weights("b_enc"), **SPARSIFY | config)
+        refused(folder, message)
 
 
 def test_objects_and_cut_archives_of_gemma_scope_are_refused(tmp_path):
@@ -344,5 +363,10 @@ def test_objects_and_cut_archives_of_gemma_scope_are_refused(tmp_path):
         refused(file, "is damaged")
     np.savez(file, W_enc=np.asarray([{}], object))
     refused(file, "is damaged or holds objects")
+    for kind in ("S4", "U8", "M8[s]", "V2", "c8", "?"):  # V2: bfloat16, as numpy saves it
+        np.savez(file, **weights("b_enc") | {"threshold": np.zeros(F, kind)})
+        refused(file, f"'threshold' is {np.dtype(kind).name}, which is not read; save")
+    np.savez(file, W_enc=np.zeros(3, ml_dtypes.float8_e5m2))
+    refused(file, "unknown types (descr is not a valid dtype descriptor: '<f1')")
     np.savez(file, W_dec=np.zeros((3, 2)))
     refused(file, "lacks W_enc, b_dec, b_enc, threshold")

@@ -8,9 +8,11 @@ import numpy as np
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import KINDS, Site
+from crossdict_jax.workdir import as_float32
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
+BRIDGE = {"in": "resid_pre", "out": "resid_post"}  # TransformerLens 3: ours
 
 
 def hook_name(site: str) -> str:
@@ -25,11 +27,12 @@ def site_of(hook: str) -> Site | None:
     The output of block N is ``resid_pre.N+1`` as well as ``resid_post.N``: here the former. None
     where it is none of our sites.
     """
-    lens = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(KINDS)})", hook)
+    lens = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join([*KINDS, *BRIDGE])})", hook)
     theirs = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?(?:\.output)?", hook)
     if not lens and not theirs:
         return None
     layer, kind = lens.groups() if lens else (theirs[1], "mlp_out" if theirs[2] else "resid_post")
+    kind = BRIDGE.get(kind, kind)
     return Site(int(layer) + 1) if kind == "resid_post" else Site(int(layer), kind)
 
 
@@ -50,12 +53,23 @@ def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | 
     return int(value)
 
 
+def require_flag(config: dict[str, Any], key: str, file: Path, *, default: bool) -> bool:
+    """Returns true or false, which a config may leave out."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{file}: {key}={value!r} must be true or false, as it was in training.")
+    return value
+
+
 def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
     """Returns arrays as float32; they must be exactly those of ``shapes``.
 
+    A ``scaling_factor`` of ones, which SAELens once wrote, is left out.
+
     Raises:
-      UserError: one is missing or unknown, has another shape, or holds NaN.
+      UserError: one is missing or unknown, has another shape, is not of floats, or holds NaN.
     """
+    arrays = {n: a for n, a in arrays.items() if n != "scaling_factor" or not np.all(a == 1)}
     missing, unknown = (
         sorted(a.keys() - b.keys()) for a, b in ((shapes, arrays), (arrays, shapes))
     )
@@ -69,9 +83,10 @@ def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
                 f"{file}: {name} has shape {arrays[name].shape}, where {shape} is expected; "
                 "cfg.json or the weights are of another dictionary."
             )
-        if not np.isfinite(arrays[name].astype(np.float32)).all():
+        arrays[name] = as_float32(arrays[name], name, file)
+        if not np.isfinite(arrays[name]).all():
             raise UserError(f"{file}: {name} holds NaN or infinity; copy it again.")
-    return {name: np.asarray(arrays[name], np.float32) for name in shapes}
+    return arrays
 
 
 def centred(arrays: Arrays) -> Arrays:

@@ -19,7 +19,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 from crossdict_jax.modules import plain
-from crossdict_jax.workdir import read_object, read_tensors, understood
+from crossdict_jax.workdir import as_float32, read_object, read_tensors, understood
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -213,11 +213,7 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
             raise UserError(
                 f"{folder} holds the unknown weight {in_file!r}; nothing here reads it."
             )
-        if value.dtype.name not in DTYPES:
-            raise UserError(
-                f"{file}: weight {in_file!r} is {value.dtype.name}, not one of {', '.join(DTYPES)}."
-            )
-        value = value.astype(np.float32)
+        value = as_float32(value, in_file, file)
         if is_tied_head:
             tied_head = value
             continue

@@ -5,6 +5,9 @@ marks its folders, or ``recognises(path)``.
 """
 
 import importlib
+import os
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -35,15 +38,21 @@ def load(path: str | Path) -> base.Dictionary:
         if _recognises(module, str(folder)):
             with understood(folder, mend=COPY):
                 return module.load(str(folder))
+    if checkpoint.is_finished(folder) or not folder.is_dir():
+        return base.load(folder)  # which says that there is no folder
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
-    if closed or (folder / "cfg.json").is_file():
-        files = {module.WEIGHTS: module.TOOL for module in formats if hasattr(module, "WEIGHTS")}
-        names = [f"{file} ({files[file]})" for file in sorted(files, key=len, reverse=True)]
-        beside = f", and {closed[0]}, which could run code, is never read" if closed else ""
-        raise UserError(
-            f"{folder} has neither {' nor '.join(names)}{beside}; copy the folder's weights there."
-        )
-    return base.load(folder)  # which says what is missing
+    files = {module.WEIGHTS: module.TOOL for module in formats if hasattr(module, "WEIGHTS")}
+    names = [f"{file} ({files[file]})" for file in sorted(files, key=len, reverse=True)]
+    beside = f", and {closed[0]}, which could run code, is never read" if closed else ""
+    tests = (checkpoint.is_finished, *(partial(_recognises, module) for module in formats))
+    below = (str(p) for level in ("*", "*/*", "*/*/*") for p in sorted(folder.glob(level)))
+    read = islice((p for p in below if any(test(p) for test in tests)), 3)
+    some = ", ".join(os.path.relpath(p, folder) for p in read)
+    raise UserError(
+        f"{folder} has neither {' nor '.join(names)}{beside}, and holds no finished checkpoint of "
+        f"a run; {f'name what lies in it ({some}), ' if some else ''}copy the weights there, or "
+        "run the stage that writes them."
+    )
 
 
 def names(path: str | Path) -> dict[str, str]:
@@ -60,7 +69,7 @@ def names(path: str | Path) -> dict[str, str]:
         module = next((m for m in _formats() if _recognises(m, str(folder))), None)
         with understood(folder, mend=COPY):
             said = module.names(str(folder)) if module else {}
-    return {key: str(value) for key, value in said.items() if value}
+    return {key: " ".join(str(value).split()) for key, value in said.items() if value}
 
 
 def _formats() -> list[ModuleType]:

@@ -16,7 +16,7 @@ from crossdict_jax.dictionaries.wrapped import Skip, around
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import NOT_UNDERSTOOD, inside, read_object, read_tensors
 
-TOOL, WEIGHTS = "Gemma Scope", "params.npz"
+TOOL, WEIGHTS = "Gemma Scope; the second: params.safetensors", "params.npz"
 CONFIG, WEIGHTS_2 = "config.json", "params.safetensors"  # of the second
 MOST_PACKED = 100  # bytes of an array per byte of the file: weights hardly shrink
 DAMAGED = (*NOT_UNDERSTOOD, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -50,7 +50,10 @@ def load(path: str) -> Dictionary:
         with np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
     except DAMAGED as error:
-        raise UserError(f"{file} is damaged or holds objects ({error}); copy it again.") from error
+        raise UserError(
+            f"{file} is damaged or holds objects or unknown types ({error}); copy it again, or "
+            "save its weights as float32."
+        ) from error
     return _jumprelu(arrays, file)
 
 
@@ -80,11 +83,21 @@ def _load_2(folder: Path) -> Dictionary:
     """Returns the dictionary or transcoder of a folder of the second Gemma Scope."""
     file, config = folder / WEIGHTS_2, folder / CONFIG
     said = read_object(config) if config.is_file() else {}
-    if said.get("architecture", "jump_relu") != "jump_relu":
-        raise UserError(f"{config}: architecture={said['architecture']!r} must be 'jump_relu'.")
-    reads, writes = said.get("hf_hook_point_in"), said.get("hf_hook_point_out")
     arrays = {n.replace("w_", "W_"): array for n, array in read_tensors(file)}
-    return _jumprelu(arrays, file, transcodes=bool(writes) and reads != writes)
+    reads, writes = hooks = [said.get(f"hf_hook_point_{way}") for way in ("in", "out")]
+    transcodes = bool(writes) and reads != writes
+    only = {"architecture": "jump_relu", "type": "transcoder" if transcodes else "sae"}
+    only["affine_connection"] = "affine_skip_connection" in arrays
+    wrong = [k for k, value in only.items() if said.get(k) not in (None, False, value)]
+    wrong = [f"{key}={said[key]!r}" for key in wrong]
+    wrong += [f"a hook point {hook!r}" for hook in hooks if not isinstance(hook, str | None)]
+    if wrong:
+        raise UserError(
+            f"{config}: {wrong[0]} is not supported with hook points {hooks}; only architecture "
+            "'jump_relu', type 'sae' of one hook point or 'transcoder' of two, and "
+            "affine_connection true where the weights hold affine_skip_connection."
+        )
+    return _jumprelu(arrays, file, transcodes=transcodes)
 
 
 def _jumprelu(arrays: Arrays, file: Path, *, transcodes: bool = False) -> Dictionary:

@@ -14,6 +14,7 @@ from crossdict_jax.dictionaries.folders import (
     check_arrays,
     require,
     require_count,
+    require_flag,
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
@@ -58,6 +59,8 @@ def load(path: str) -> Dictionary:
     transcodes, batch = theirs.endswith("transcoder"), "batchtopk" in theirs
     d_model, width = (require_count(config, key, file) for key in ("d_in", "d_sae"))
     d_out = require_count(config, "d_out", file) if transcodes else d_model
+    flags = {"apply_b_dec_to_input": not transcodes, "rescale_acts_by_decoder_norm": batch}
+    config |= {key: require_flag(config, key, file, default=d) for key, d in flags.items()}
     shapes = {"W_enc": (d_model, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
     kind = "jumprelu" if theirs.startswith("jumprelu") else theirs
@@ -73,7 +76,7 @@ def load(path: str) -> Dictionary:
     if not transcodes:
         arrays = _folded(arrays, config, theirs, scale)
     # What SAELens itself leaves undone, or does not do, is refused.
-    elif config.get("apply_b_dec_to_input"):
+    elif config["apply_b_dec_to_input"]:
         raise UserError(f"{file}: apply_b_dec_to_input must be false for a transcoder.")
     elif norm in NORMS:
         raise UserError(f"{file}: normalize_activations={norm!r} of a transcoder is not supported.")
@@ -90,10 +93,12 @@ def load(path: str) -> Dictionary:
 
 
 def names(path: str) -> dict[str, str]:
-    """Returns what ``formats.names`` does."""
-    config = read_object(Path(path) / CONFIG)
-    said = config | {"hook_name": config.get("hook_name", config.get("hook_point"))}
-    said |= config.get("metadata") or {}
+    """Returns what ``formats.names`` does; null says nothing."""
+    config, said = read_object(Path(path) / CONFIG), {}
+    for about in (config, config.get("meta"), config.get("metadata")):  # meta before 6.0
+        said |= {key: value for key, value in (about or {}).items() if value}
+    said.setdefault("hook_name", said.get("hook_point") or said.get("hf_hook_name"))
+    said.setdefault("hook_name_out", said.get("hf_hook_name_out"))
     return {key: said.get(key) for key in ("model_name", "hook_name", "hook_name_out")}
 
 
@@ -112,14 +117,16 @@ def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
     if major.isdigit() and int(major) >= 6:
         return config
     config = {"architecture": "standard"} | config
-    function = config.get("activation_fn_str", config.get("activation_fn")) or "relu"
+    functions = {config.get("activation_fn_str"), config.get("activation_fn")} - {None, ""}
+    function, theirs = " and ".join(sorted(functions)) or "relu", config["architecture"]
     k = (config.get("activation_fn_kwargs") or {}).get("k")
-    if function == "topk" and k is not None:
+    topk = (function, theirs) in (("topk", "standard"), ("topk", "topk"), ("relu", "topk"))
+    if topk and k is not None:
         config |= {"architecture": "topk", "k": k}
-    elif function != "relu" and (function, config["architecture"]) != ("topk", "topk"):
+    elif function != "relu" and (function, theirs) != ("topk", "topk"):
         raise UserError(
-            f"{file}: activation_fn={function!r} with architecture={config['architecture']!r} is "
-            "not supported, only relu, or topk with its k; nothing is guessed."
+            f"{file}: activation_fn={function!r} and architecture={theirs!r} contradict each other "
+            "or are not supported, only relu, or topk with its k and standard or topk; correct one."
         )
     if isinstance(config.get("normalize_activations"), bool):
         config["normalize_activations"] = (
@@ -136,7 +143,7 @@ def _scale(folder: Path) -> float:
         raise UserError(f"{file}: has_whitening is not supported; finish the training in SAELens.")
     scale = scaler.get("scaling_factor")
     scale = 1.0 if scale is None else scale
-    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
         raise UserError(f"{file}: scaling_factor={scale!r} must be a number above 0.")
     return float(scale)
 
@@ -152,13 +159,13 @@ def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -
     if batch:
         arrays["threshold"] = np.full(len(arrays["W_dec"]), arrays.pop("topk_threshold"))
     # Features are multiplied by their decoder norms before the largest are chosen.
-    if theirs.endswith("topk") and config.get("rescale_acts_by_decoder_norm", batch):
+    if theirs.endswith("topk") and config["rescale_acts_by_decoder_norm"]:
         norms = np.linalg.norm(arrays["W_dec"], axis=1)  # in raw units, as the threshold from here
         arrays |= {name: arrays[name] * norms for name in ("W_enc", "b_enc")}
         arrays["W_dec"] = arrays["W_dec"] / np.where(norms > 0, norms, 1)[:, None]
         if batch:
             arrays["threshold"] = arrays["threshold"] / scale
-    return arrays if config.get("apply_b_dec_to_input", True) else centred(arrays)
+    return arrays if config["apply_b_dec_to_input"] else centred(arrays)
 
 
 # Out

@@ -1,20 +1,27 @@
 """sparsify folders (EleutherAI), in: cfg.json and sae.safetensors."""
 
+import os
 import re
 from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.folders import check_arrays, require_count
+from crossdict_jax.dictionaries.folders import check_arrays, require_count, require_flag
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import read_object, read_tensors
 
 TOOL, CONFIG, WEIGHTS = "sparsify", "cfg.json", "sae.safetensors"
 ONLY = {"activation": "topk", "signed": False, "skip_connection": False}
+FREE = {"normalize_decoder", "multi_topk", "transcode"}  # may be true; of others it is not known
 
 
 def names(path: str) -> dict[str, str]:
-    """Returns what ``formats.names`` does: the folder is called by its module, as layers.6."""
-    return {"hook_name": re.match(r"(layers\.\d+(\.mlp)?$)?", Path(path).name)[0]}
+    """Returns what ``formats.names`` does: the folder is called by its module, as layers.6.
+
+    Several seeds have folders in it.
+    """
+    pattern = r"(?:.*/)?((?:[\w.]+\.)?(?:layers|h)\.\d+(?:\.[\w.]+)?)(?:/seed\d+)?"
+    module = re.fullmatch(pattern, os.path.abspath(path))
+    return {"hook_name": module and module[1]}
 
 
 def load(path: str) -> Dictionary:
@@ -24,7 +31,8 @@ def load(path: str) -> Dictionary:
     """
     file, weights = Path(path) / CONFIG, Path(path) / WEIGHTS
     config = read_object(file)
-    for key, only in ONLY.items():
+    unknown = (key for key, value in config.items() if value is True and key not in FREE)
+    for key, only in (dict.fromkeys(unknown, False) | ONLY).items():
         if config.get(key, only) != only:
             raise UserError(f"{file}: {key}={config[key]!r} is not supported, only {only!r}.")
     d_model = require_count(config, "d_in", file)
@@ -36,4 +44,5 @@ def load(path: str) -> Dictionary:
     arrays["W_enc"] = arrays.pop("encoder.weight").T
     arrays["b_enc"] = arrays.pop("encoder.bias")
     k = require_count(config, "k", file, limit=width)
-    return from_arrays(find("topk"), arrays, k=k, transcodes=bool(config.get("transcode")))
+    transcodes = require_flag(config, "transcode", file, default=False)
+    return from_arrays(find("topk"), arrays, k=k, transcodes=transcodes)
