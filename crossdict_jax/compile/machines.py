@@ -118,8 +118,8 @@ class Machine:
         except (NotImplementedError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"--machine={self.name}: its compiler does not start ({reason}); {install} again, "
-                "in an environment of its own."
+                f"--machine={self.name}: its compiler does not start ({reason}); end what else "
+                f"uses it, or {install} again, in an environment of its own."
             ) from error
 
 

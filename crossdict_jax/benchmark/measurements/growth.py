@@ -22,7 +22,7 @@ TOKENS, DOCUMENT = 5000, 200  # distinct tokens; rows of a document
 D_MODEL, K, STEPS = 256, 32, 20  # the last: of the trained map
 KINDS = ("token_ridge", "ridge_codes", "mlp")  # that read activations, codes, and are trained
 SIZES = {  # suite: training rows, widths
-    "cpu": ((10_000, 40_000), (1024, 4096)),
+    "cpu": ((10_000, 40_000, 160_000), (1024, 4096)),
     "gpu": ((10_000, 40_000, 160_000), (1024, 4096, 16_384)),
 }
 
