@@ -25,9 +25,17 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from crossdict_jax import dictionaries, evaluation, maps, models, workdir
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import byte_ends, control_ids
+from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import load_corpus
-from crossdict_jax.config import Config, ConvertConfig, SAEConfig, TextConfig
+from crossdict_jax.config import (
+    Config,
+    ConvertConfig,
+    CrosscoderConfig,
+    ParetoConfig,
+    SAEConfig,
+    TextConfig,
+)
 from crossdict_jax.dictionaries import base, formats, train
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.folders import site_of
@@ -211,6 +219,32 @@ def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_
         assert byte_ends(text, loaded).ids.tolist() == expected
 
 
+FRONT = {"type": "RobertaProcessing", "cls": ["<s>", 7], "sep": ["</s>", 8], "trim_offsets": True}
+FRONT |= {"add_prefix_space": False}
+
+
+@pytest.mark.parametrize("tokenizer_class", [None, "GPTNeoXTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize("changes", [{"post_processor": FRONT}, {"added_tokens": []}])
+def test_a_class_neither_takes_from_tokenizer_json_nor_adds_to_it(
+    changes, tokenizer_class, tmp_path
+):
+    rebuilt(tmp_path / "m", "docs-gpt2", lambda t: None, tokenizer_class)
+    tree = json.loads((tmp_path / "m/tokenizer.json").read_text()) | changes
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree))
+    theirs = Tokenizer.from_file(str(tmp_path / "m/tokenizer.json"))
+    loaded = models.load_tokenizer(tmp_path / "m")
+    text = "<|endoftext|> we<s>"
+    assert loaded(text)["input_ids"] == theirs.encode(text).ids
+    assert loaded.get_vocab() == theirs.get_vocab()
+    assert bos_id(loaded) == (7 if "post_processor" in changes else None)  # without a bos_token
+    two = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+    two["special_tokens"] = {"x": {"id": "x", "ids": [3, 4], "tokens": ["#", "$"]}}
+    two["single"] = [{"SpecialToken": {"id": "x", "type_id": 0}}]
+    two["single"] += [{"Sequence": {"id": "A", "type_id": 0}}]
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree | {"post_processor": two}))
+    refused(lambda: bos_id(models.load_tokenizer(tmp_path / "m")), "[3, 4]", "post_processor")
+
+
 @pytest.mark.parametrize("where", ["vocab", "added_tokens"])
 def test_a_token_of_a_vast_id_is_refused_before_tables_are_made(where, tmp_path):
     rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
@@ -291,8 +325,14 @@ def save_with_8_bits(file, tensors, name, as_8):
 
 @pytest.fixture
 def other_switches():
-    """64 bits and no promotion, as a caller may have set them."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    """64 bits, no promotion, another generator, as a caller may have set them."""
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("strict"),
+        jax.transfer_guard("disallow"),
+        jax.default_prng_impl("rbg"),
+        jax.threefry_partitionable(False),
+    ):
         yield
 
 
@@ -311,7 +351,11 @@ def numbers(config, work):
         found.append(m(given))
     y = b.encode(store.read("b", tiny_run.SITE, np.arange(9)))
     mean, settings = np.asarray(y).mean(0), {"pool": 5, "bootstrap": 0}
-    scores = evaluation.transfer_metrics(found[-1], y, train_mean=mean, **settings)
+    scores = evaluation.transfer_metrics(found[-3], y, train_mean=mean, **settings)
+    found.append(models.init(GPT2, seed=3).W_E[...])
+    with jax.transfer_guard("allow"):
+        key = jax.random.key(0)
+    found.append(base.build("topk", d_model=8, width=9, k=2, key=key).W_dec[...])
     assert {np.asarray(a).dtype for a in found} == {np.dtype(np.float32)}
     return found, scores
 
@@ -329,16 +373,20 @@ def test_the_numbers_are_those_of_float32_whatever_switches_are_set(tiny, reques
 
 
 def test_commands_set_the_switches_that_they_need(monkeypatch):
-    jax.config.update("jax_enable_x64", True)
-    try:
-        command._set_up_jax()
-        assert jnp.zeros(2).dtype == jnp.float32
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    expected = jax.random.normal(jax.random.key(0), (3,))
+    others = {"enable_x64": True, "default_prng_impl": "rbg", "threefry_partitionable": False}
+    others |= {"random_seed_offset": 1, "transfer_guard": "disallow"}
+    for name, value in others.items():
+        jax.config.update(f"jax_{name}", value)
+    command._set_up_jax()
+    numbers = jax.random.normal(jax.random.key(0), (3,))
+    assert numbers.dtype == jnp.float32 and (numbers == expected).all()
     for error in (RuntimeError("Unable to initialize"), AssertionError()):
         broken = lambda e=error: (_ for _ in ()).throw(e)  # noqa: E731
         monkeypatch.setattr(jax, "devices", broken)
-        refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set cpu")
+        refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set JAX_PLATFORMS=cpu")
+        monkeypatch.setenv("JAX_PLATFORM_NAME", "cuda")
+        refused(command._set_up_jax, "JAX_PLATFORM_NAME=cuda")
 
 
 # ---------------------------------------------------------------- texts
@@ -366,16 +414,23 @@ def test_json_that_python_cannot_read_is_read_or_named(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("texts", "words"),
+    ("texts", "settings", "words"),
     [
-        ([f"{'same ' * 500}{i}" for i in range(60)], ("59 others are equal", "max_bytes=2048")),
-        (["one", "two"] + [" "] * 20, ("gave 2 documents", "20 were blank", "give more text")),
+        (["üü"] * 60, {"max_bytes": 1}, ("60 others are blank within text.max_bytes=1", "raise")),
+        (range(60), {"validation_fraction": 1e-6}, ("raise text.validation_fraction=1e-06",)),
+        ([0, 1, 2, 2, 2], {}, ("gave 3 documents", "2 others are equal", "give more text")),
+        ([f"{'same ' * 500}{i}" for i in range(60)], {}, ("59 others are equal", "max_bytes=2048")),
+        (
+            ["one", "two"] + [" "] * 20,
+            {},
+            ("gave 2 documents", "20 others were blank", "give more text"),
+        ),
     ],
 )
-def test_the_true_cause_of_an_empty_split_is_told_with_its_count(texts, words, tmp_path):
+def test_the_true_cause_of_an_empty_split_is_told_with_its_count(texts, settings, words, tmp_path):
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    refused(lambda: load_corpus(TextConfig(source=str(path))), *words)
+    path.write_text("".join(json.dumps({"text": str(t)}) + "\n" for t in texts))
+    refused(lambda: load_corpus(TextConfig(source=str(path), **settings)), *words)
 
 
 @pytest.mark.parametrize("rule", ["keep", "skip"])
@@ -401,7 +456,7 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
 
 
 @pytest.mark.parametrize(
-    ("sae", "words"),
+    ("changes", "words"),
     [
         ({"architecture": "topk", "l1_coefficient": (1.0, 2.0)}, "relu"),
         ({"architecture": "relu", "k": (4, 8)}, "topk"),
@@ -410,13 +465,17 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"architecture": "batchtopk", "nested_fractions": (0.5,)}, "matryoshka"),
         ({"architecture": "jumprelu", "l0_target": 65.0, "width": 64}, "larger than sae.width=64"),
         ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
+        ({"pareto": ParetoConfig(("relu",), k=(4, 8))}, "pareto.k=4,8 means nothing"),
+        ({"pareto": ParetoConfig(("topk",), penalties=(7.0,))}, "pareto.penalties=7.0 means"),
+        ({"crosscoder": CrosscoderConfig(l1_coefficient=3.0)}, "crosscoder.variant=batchtopk"),
     ],
 )
-def test_settings_that_an_architecture_does_not_read_are_refused(sae, words):
-    config = Config(models=("a", "b"), sae=SAEConfig(**sae))
+def test_settings_that_nothing_reads_are_refused(changes, words):
+    groups = changes if changes.keys() & {"pareto", "crosscoder"} else {"sae": SAEConfig(**changes)}
+    config = Config(models=("a", "b"), **groups)
     config.map.kinds = ("ridge",)
-    refused(lambda: command.check(config), "sae.", words)
-    if "products" in sae:
+    refused(lambda: command.check(config), f"{min(groups)}.", words)
+    if "products" in changes:
         config.map.kinds = ("crosscoder",)  # whose codes are of that kind
         command.check(config)
 
