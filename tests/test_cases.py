@@ -20,7 +20,7 @@ import tiny_run
 from planted_store import PlantedStore, planted_rows, step_program
 from safetensors.numpy import load_file, save_file
 from test_exchange import D, means, rows, saelens_folder, weights
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from crossdict_jax import dictionaries, evaluation, maps, models, workdir
 from crossdict_jax.activations.extract import extract
@@ -28,14 +28,7 @@ from crossdict_jax.activations.pairing import byte_ends, control_ids
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import load_corpus
-from crossdict_jax.config import (
-    Config,
-    ConvertConfig,
-    CrosscoderConfig,
-    ParetoConfig,
-    SAEConfig,
-    TextConfig,
-)
+from crossdict_jax.config import Config, ConvertConfig, SAEConfig, TextConfig, fields
 from crossdict_jax.dictionaries import base, formats, train
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.folders import site_of
@@ -184,7 +177,7 @@ def rebuilt(folder, name, change, tokenizer_class):
     """A folder with an embedded tokenizer, changed, and a class that transformers rebuilds."""
     shutil.copytree(models.ASSETS / name, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    change(tokenizer)
+    tokenizer = change(tokenizer) or tokenizer
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
@@ -204,44 +197,40 @@ def more_tokens(tokenizer):
     tokenizer.add_special_tokens(["<|new|>"])
 
 
-@pytest.mark.parametrize("change", [lower, split_digits, more_tokens])
+def in_front(tokenizer):
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 8), ("<s>", 7))
+
+
+def nothing_added(tokenizer):
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
+
+
+@pytest.mark.parametrize("change", [lower, split_digits, more_tokens, in_front, nothing_added])
 @pytest.mark.parametrize(
     ("name", "tokenizer_class"),
-    [("docs-gpt2", "GPT2TokenizerFast"), ("docs-gpt2", None), ("docs-neox", "GPTNeoXTokenizer")],
+    [
+        ("docs-gpt2", "GPT2TokenizerFast"),
+        ("docs-gpt2", None),
+        ("docs-gpt2", "GPTNeoXTokenizerFast"),
+        ("docs-neox", "GPTNeoXTokenizer"),
+    ],
 )
 def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_path):
     theirs = rebuilt(tmp_path / "m", name, change, tokenizer_class)
-    text = "We need 1234 <|new|> in 2024,\n\n  don't"
+    text = "We need 1234 <|new|> in 2024,\n\n  <|endoftext|><|padding|>don't"
     loaded = models.load_tokenizer(tmp_path / "m")
     expected = theirs.encode(text, add_special_tokens=False).ids
     assert loaded(text, add_special_tokens=False)["input_ids"] == expected
+    assert loaded(text)["input_ids"] == theirs.encode(text).ids
+    assert loaded.get_vocab() == theirs.get_vocab()
+    assert bos_id(loaded) == (7 if change is in_front else None)  # which is no bos_token
     if change is not lower:  # which no byte end survives
         assert byte_ends(text, loaded).ids.tolist() == expected
 
 
-FRONT = {"type": "RobertaProcessing", "cls": ["<s>", 7], "sep": ["</s>", 8], "trim_offsets": True}
-FRONT |= {"add_prefix_space": False}
-
-
-@pytest.mark.parametrize("tokenizer_class", [None, "GPTNeoXTokenizerFast", "GPT2Tokenizer"])
-@pytest.mark.parametrize("changes", [{"post_processor": FRONT}, {"added_tokens": []}])
-def test_a_class_neither_takes_from_tokenizer_json_nor_adds_to_it(
-    changes, tokenizer_class, tmp_path
-):
-    rebuilt(tmp_path / "m", "docs-gpt2", lambda t: None, tokenizer_class)
-    tree = json.loads((tmp_path / "m/tokenizer.json").read_text()) | changes
-    (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree))
-    theirs = Tokenizer.from_file(str(tmp_path / "m/tokenizer.json"))
-    loaded = models.load_tokenizer(tmp_path / "m")
-    text = "<|endoftext|> we<s>"
-    assert loaded(text)["input_ids"] == theirs.encode(text).ids
-    assert loaded.get_vocab() == theirs.get_vocab()
-    assert bos_id(loaded) == (7 if "post_processor" in changes else None)  # without a bos_token
-    two = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
-    two["special_tokens"] = {"x": {"id": "x", "ids": [3, 4], "tokens": ["#", "$"]}}
-    two["single"] = [{"SpecialToken": {"id": "x", "type_id": 0}}]
-    two["single"] += [{"Sequence": {"id": "A", "type_id": 0}}]
-    (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree | {"post_processor": two}))
+def test_one_token_at_most_is_read_in_front_of_a_text(tmp_path):
+    two = processors.TemplateProcessing("x y $A", special_tokens=[("x", 3), ("y", 4)])
+    rebuilt(tmp_path / "m", "docs-gpt2", lambda t: setattr(t, "post_processor", two), None)
     refused(lambda: bos_id(models.load_tokenizer(tmp_path / "m")), "[3, 4]", "post_processor")
 
 
@@ -465,9 +454,15 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"architecture": "batchtopk", "nested_fractions": (0.5,)}, "matryoshka"),
         ({"architecture": "jumprelu", "l0_target": 65.0, "width": 64}, "larger than sae.width=64"),
         ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
-        ({"pareto": ParetoConfig(("relu",), k=(4, 8))}, "pareto.k=4,8 means nothing"),
-        ({"pareto": ParetoConfig(("topk",), penalties=(7.0,))}, "pareto.penalties=7.0 means"),
-        ({"crosscoder": CrosscoderConfig(l1_coefficient=3.0)}, "crosscoder.variant=batchtopk"),
+        ({"pareto": fields.ParetoConfig(("relu",), k=(4, 8))}, "pareto.k=4,8 means nothing"),
+        (
+            {"pareto": fields.ParetoConfig(("topk",), penalties=(7.0,))},
+            "pareto.penalties=7.0 means",
+        ),
+        (
+            {"crosscoder": fields.CrosscoderConfig(l1_coefficient=3.0)},
+            "crosscoder.variant=batchtopk",
+        ),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(changes, words):

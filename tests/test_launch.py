@@ -370,7 +370,7 @@ def test_a_terminal_without_its_characters_and_a_python_without_docstrings(finis
     assert (done.returncode, done.stderr) == (0, "") and "R? " in done.stdout
 
 
-def test_nobody_reads_the_output_to_its_end():
+def test_what_nobody_reads_to_its_end_ends_quietly():
     pipe = f"{sys.executable} -m launch.report --help | true; echo ${{PIPESTATUS[0]}}"
     done = launch(["bash", "-c", pipe])
     assert (done.stdout, done.stderr) == ("141\n", "")
