@@ -261,11 +261,7 @@ def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
         (OSError(28, "No space left on device", "x"), 2, "No space left"),
         (ValueError("RESOURCE_EXHAUSTED: write [No space left on device]"), 2, "No space left"),
         (OSError("4096 requested and 17 written"), 2, "No space left"),  # as numpy says it
-        (
-            OSError(30, "Read-only file system", "x"),
-            2,
-            "x cannot be read or written (Read-only file system); make",
-        ),
+        (OSError(30, "Read-only", "x"), 2, "x cannot be read or written (Read-only); make it"),
         (IsADirectoryError(21, "Is a directory", "x"), 2, "x cannot be read or written (Is a dir"),
         (MemoryError(), 2, "lower a batch_size"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "lower a batch_size"),
