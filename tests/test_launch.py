@@ -252,6 +252,8 @@ def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
     for path in (tmp_path, "/proc/run", tmp_path / "file/run"):
         assert str(path) in refused(print, f"--models=a,b --workdir={path}")
     assert "--workdir= is empty" in refused(print, "--models=a,b --workdir=")
+    with pytest.raises(UserError, match=r"no README\.md to write; run this in a checkout"):
+        write_docs(Workdir(tmp_path), tmp_path)  # of an installed package
 
 
 @pytest.mark.parametrize(
@@ -360,22 +362,13 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
 
 
-def test_a_terminal_without_its_characters_and_a_python_without_docstrings(finished, monkeypatch):
+def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = launch([sys.executable, "-OO", "-m", "launch.report"], f"--workdir={finished[0]}")
     assert (done.returncode, done.stderr) == (0, "") and "R? " in done.stdout
-
-
-def test_what_nobody_reads_to_its_end_ends_quietly():
     pipe = f"{sys.executable} -m launch.report --help | true; echo ${{PIPESTATUS[0]}}"
     done = launch(["bash", "-c", pipe])
     assert (done.stdout, done.stderr) == ("141\n", "")
-
-
-def test_pages_are_written_in_a_checkout_alone(tmp_path):
-    with pytest.raises(UserError, match=r"no README\.md to write; run this"):
-        write_docs(Workdir(tmp_path), tmp_path)
-    assert not [*tmp_path.iterdir()]
 
 
 def test_a_wrong_source_is_told_before_anything_is_read(tiny, tmp_path, refused):
