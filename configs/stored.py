@@ -2,7 +2,7 @@
 
 python -m launch.experiment --config=configs/stored.py:runs/quickstart --workdir=runs/again
 
-A command that gets an existing --workdir and no --config uses them by itself.
+A command that gets a --workdir with results and no --config uses them by itself.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """NNX modules at jit boundaries: a static graph and a plain nested dict of arrays."""
 
+import contextlib
 from functools import partial, wraps
 from typing import Any
 
@@ -8,17 +9,25 @@ import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
+SWITCHES = {  # of JAX: what every number here is defined by, whatever a caller has set
+    "enable_x64": False,
+    "numpy_dtype_promotion": "standard",
+    "numpy_rank_promotion": "allow",
+    "default_matmul_precision": None,
+    "default_prng_impl": "threefry2x32",
+    "threefry_partitionable": True,
+    "transfer_guard": "allow",
+}
 
 
 def plain(function):
-    """``function`` in float32 and with JAX's usual promotion, whatever switches its caller has set.
-
-    The numbers of models, dictionaries and maps are float32 by definition.
-    """
+    """``function`` under ``SWITCHES``, for which numbers are float32 and the same."""
 
     @wraps(function)
     def call(*args, **kwargs):
-        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        with contextlib.ExitStack() as stack:
+            for name, value in SWITCHES.items():
+                stack.enter_context(getattr(jax, name)(value))
             return function(*args, **kwargs)
 
     return call

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -71,6 +72,13 @@ class Workdir:
     timing = _below_root("results/timing.json")
 
     @property
+    def computed(self) -> bool:
+        """Whether anything lies there beside what every command writes first."""
+        beside = ("config.json", LOCK, MEASURED)
+        entries = (p for p in self.root.glob("*") if p.name not in beside)
+        return any(not p.is_dir() for entry in entries for p in (entry, *entry.rglob("*")))
+
+    @property
     def controls(self) -> Workdir:
         """The controls' files, laid out as a run of its own."""
         return Workdir(self.root / "controls")
@@ -106,7 +114,12 @@ class Workdir:
 
 
 def open_workdir(
-    path: str | os.PathLike, settings: dict, *, usual: dict | None = None, free: Iterable[str] = ()
+    path: str | os.PathLike,
+    settings: dict,
+    *,
+    usual: dict | None = None,
+    free: Iterable[str] = (),
+    later: dict[str, str] | None = None,
 ) -> Workdir:
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
 
@@ -116,6 +129,7 @@ def open_workdir(
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
+      later: likewise, and the folder that has to be there before they may not.
 
     Raises:
       UserError: the directory belongs to a run with other settings (each difference is named),
@@ -126,31 +140,42 @@ def open_workdir(
     settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
-    beside = (written.name, LOCK, MEASURED)
-    entries = (p for p in work.root.glob("*") if p.name not in beside)
-    computed = any(not p.is_dir() for entry in entries for p in (entry, *entry.rglob("*")))
-    if written.exists():
+    if work.computed and not written.exists():
+        raise UserError(
+            f"--workdir={path} is not empty and holds no config.json; name a new folder."
+        )
+    if work.computed:
+        stored = read_json(written)
         old, new, defaults = (
             {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}
-            for tree in (read_json(written), settings, usual)
+            for tree in (stored, settings, usual)
         )
         old = {key: value for key, value in defaults.items() if key in new} | old
-        differences = [
-            f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+        differ = [
+            key
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not (new.get(key) == defaults.get(key) == "auto")
         ]
-        if differences and computed:
+        unread = tuple(
+            n for n, folder in (later or {}).items() if not (work.root / folder).exists()
+        )
+        differences = [
+            f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+            for key in differ
+            if not (key.startswith(unread) and key in new)
+        ]
+        if differences:
             raise UserError(
                 f"--workdir={work.root} was made with other settings ({'; '.join(differences)}); "
                 "use those settings or another --workdir."
             )
-        if computed:
+        if not differ:
             return work
-    elif computed:
-        raise UserError(
-            f"--workdir={path} is not empty and holds no config.json; name a new folder."
-        )
+        for key in differ:
+            *groups, name = key.split(".")
+            group = functools.reduce(lambda tree, g: tree.setdefault(g, {}), groups, stored)
+            group[name] = new[key]
+        settings = stored
     try:
         write_json(written, settings)
     except OSError as error:
@@ -220,12 +245,14 @@ def check_space(directory: Path, needed: int = 1) -> None:
             probe.unlink(missing_ok=True)
 
 
-def disk_words(path: Path, error: OSError, needed: int = 1) -> str:
+def disk_words(
+    path: Path, error: OSError, needed: int = 1, cannot: str = "cannot be written"
+) -> str:
     """Returns what to do about a file that could not be written, in one line."""
     if error.errno in READ_ONLY:
-        return f"{path} cannot be written ({error.strerror}); make it writable, or copy the run."
+        return f"{path} {cannot} ({error.strerror}); make it writable, or copy the run."
     if error.errno in IN_THE_WAY:
-        return f"{path} cannot be written ({error.strerror}); move away what lies there."
+        return f"{path} {cannot} ({error.strerror}); move away what lies there."
     room = f"cannot take {needed / 1e6:.1f} MB more" if needed > 1 else "cannot be written"
     reason = error.strerror or error
     return f"{path} {room} ({reason}); free some space and run the same command again."

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
-from crossdict_jax.config import FREE, Config, settings, to_dict
+from crossdict_jax.config import FREE, LATER, Config, settings, to_dict
 from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import (
@@ -28,6 +28,7 @@ from crossdict_jax.workdir import (
     READ_ONLY,
     Workdir,
     alone,
+    disk_words,
     flatten,
     open_workdir,
     read_json,
@@ -77,6 +78,7 @@ def run(
             getattr(importlib.import_module("crossdict_jax.report"), table)(work)
 
     os.environ.update(QUIET | os.environ)
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
     # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
     flags.FLAGS.mark_as_parsed()
@@ -101,8 +103,8 @@ def execute(
     """Runs the command ``argv`` (program name and arguments) and returns the exit code.
 
     0: done. 1: a number of --expect was missed. 2: a mistake of the user, or the disk or the memory
-    is full; one line on stderr says how to mend it. 130: interrupted, by Ctrl-C or SIGTERM. Any
-    other exception passes through: it is a bug.
+    is full; one line on stderr says how to mend it. 130: interrupted, by Ctrl-C or SIGTERM. 141:
+    nobody reads the output any more. Any other exception passes through: it is a bug.
 
     Args:
       kind: the class of settings of the verb.
@@ -111,7 +113,8 @@ def execute(
     """
     try:
         if HELP & {arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")}:
-            print(sys.modules["__main__"].__doc__ or "", *usage(kind, default), sep="\n")
+            lines = (sys.modules["__main__"].__doc__ or "", *usage(kind, default))
+            print("\n".join(lines), flush=True)
             return 0
         config, workdir, expected = parse(argv, kind=kind, default=default)
         check(config)
@@ -120,11 +123,15 @@ def execute(
         with alone(Path(workdir)) if writes else contextlib.nullcontext():
             work, usual = None, to_dict(type(config)())
             if writes:
-                work = open_workdir(workdir, to_dict(config), usual=usual, free=FREE)
+                work = open_workdir(workdir, to_dict(config), usual=usual, free=FREE, later=LATER)
             main(config, work)
+            sys.stdout.flush()
             return 1 if expected and missed(expected, work) else 0
     except UserError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:  # who read the output has seen enough, as in | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a process that the signal ended
     except KeyboardInterrupt:
         code = 130
         message = "Interrupted; the same command again goes on from what is finished."
@@ -172,7 +179,7 @@ def _machine_words(error: BaseException | None) -> str:
         if number in full or re.search("|".join(disk), text):
             return f"No space left on the disk ({first}); free some and run the same command again."
         if isinstance(error, OSError) and number in READ_ONLY + IN_THE_WAY:
-            return f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
+            return disk_words(error.filename or "A file", error, cannot="cannot be read or written")
         if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
             return (
                 f"Out of memory ({text.splitlines()[0][:200] if text else 'on the host'}); lower a "
@@ -204,12 +211,14 @@ def _choose(config: Any, work: Workdir) -> None:
 
 
 def _set_up_jax(work: Workdir | None = None) -> None:
-    """Keeps compiled programs for the next run, and numbers in float32 whatever is set.
+    """Keeps compiled programs for the next run, and numbers the same whatever is set.
 
     The compiler of NVIDIA's GPUs measures which kernels are fast, and others round otherwise: what
     it measured lies in the work directory, so that a run that moves ends with the same bits.
     """
     import jax
+
+    from crossdict_jax.modules import SWITCHES
 
     # XLA ends at a flag that a later version lost.
     known = jax.__version_info__ < (0, 11) and any(map(importlib.util.find_spec, GPU))
@@ -220,15 +229,16 @@ def _set_up_jax(work: Workdir | None = None) -> None:
         asked = f'--xla_gpu_per_fusion_autotune_cache_dir="{quoted}"'
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}".strip()
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # another folder
-    jax.config.update("jax_enable_x64", False)
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    for name, value in (SWITCHES | {"random_seed_offset": 0}).items():
+        jax.config.update(f"jax_{name}", value)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         told = (str(error).splitlines() or ["it is not installed"])[0]
+        names = [n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(n)]
+        asked = " ".join(f"{name}={os.environ[name]}" for name in names) or "JAX_PLATFORMS="
         raise UserError(
-            f"JAX finds no device for JAX_PLATFORMS={jax.config.jax_platforms} ({told}); unset it, "
-            "or set cpu."
+            f"JAX finds no device for {asked} ({told}); unset it, or set JAX_PLATFORMS=cpu."
         ) from error
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
@@ -280,7 +290,10 @@ def parse(
     # Warnings and worse by default: some libraries narrate every file.
     flags.FLAGS["verbosity"].value = asked.get("verbosity", -1)
     workdir = asked.get("workdir")
-    stored = workdir is not None and (Path(workdir) / "config.json").exists()
+    if workdir is not None and not workdir.strip():
+        raise UserError("--workdir= is empty; name a folder, or leave it out.")
+    stored = workdir is not None and Workdir(Path(workdir)).computed
+    stored = stored and (Path(workdir) / "config.json").exists()
     usual = f"{ROOT}/configs/stored.py:{workdir}" if stored else f"{ROOT}/configs/{default}.py"
     path = asked.get("config", usual)
     config = _load(path)
@@ -294,7 +307,7 @@ def parse(
         long = asked.get(f"config.{name}", value)
         if flag in SHORT and name not in names:
             raise UserError(f"--{flag}={value} means nothing to this command; leave it out.")
-        if long != value:
+        if long is not value and long != value:  # NaN is not itself
             raise UserError(
                 f"--{flag}={settings.spell(value)} and --config.{name}={settings.spell(long)} "
                 "contradict each other; give one of them."

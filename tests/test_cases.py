@@ -1,5 +1,6 @@
 """What users of this field's tools complain of, each as the kind of mistake that it is."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -20,14 +21,15 @@ from planted_store import PlantedStore, planted_rows, step_program
 from safetensors.numpy import load_file, save_file
 from test_exchange import D, means, rows, saelens_folder, weights
 from test_models import NARROW_LLAMA
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from crossdict_jax import dictionaries, evaluation, maps, models, workdir
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import byte_ends, control_ids
+from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import load_corpus
-from crossdict_jax.config import Config, ConvertConfig, SAEConfig, TextConfig
+from crossdict_jax.config import Config, ConvertConfig, SAEConfig, TextConfig, fields
 from crossdict_jax.dictionaries import base, formats, train
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.folders import site_of
@@ -186,7 +188,7 @@ def rebuilt(folder, name, change, tokenizer_class):
     """A folder with an embedded tokenizer, changed, and a class that transformers rebuilds."""
     shutil.copytree(models.ASSETS / name, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    change(tokenizer)
+    tokenizer = change(tokenizer) or tokenizer
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
@@ -206,19 +208,36 @@ def more_tokens(tokenizer):
     tokenizer.add_special_tokens(["<|new|>"])
 
 
-@pytest.mark.parametrize("change", [lower, split_digits, more_tokens])
+def in_front(tokenizer):
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 8), ("<s>", 7))
+
+
+def nothing_added(tokenizer):
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
+
+
+@pytest.mark.parametrize("change", [lower, split_digits, more_tokens, in_front, nothing_added])
 @pytest.mark.parametrize(
     ("name", "tokenizer_class"),
-    [("docs-gpt2", "GPT2TokenizerFast"), ("docs-gpt2", None), ("docs-neox", "GPTNeoXTokenizer")],
+    [("docs-gpt2", "GPTNeoXTokenizerFast"), ("docs-gpt2", None), ("docs-neox", "GPT2Tokenizer")],
 )
 def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_path):
     theirs = rebuilt(tmp_path / "m", name, change, tokenizer_class)
-    text = "We need 1234 <|new|> in 2024,\n\n  don't"
+    text = "We need 1234 <|new|> in 2024,\n\n  <|endoftext|><|padding|>don't"
     loaded = models.load_tokenizer(tmp_path / "m")
     expected = theirs.encode(text, add_special_tokens=False).ids
     assert loaded(text, add_special_tokens=False)["input_ids"] == expected
+    assert loaded(text)["input_ids"] == theirs.encode(text).ids
+    assert loaded.get_vocab() == theirs.get_vocab()
+    assert bos_id(loaded) == (7 if change is in_front else None)  # which is no bos_token
     if change is not lower:  # which no byte end survives
         assert byte_ends(text, loaded).ids.tolist() == expected
+
+
+def test_one_token_at_most_is_read_in_front_of_a_text(tmp_path):
+    two = processors.TemplateProcessing("x y $A", special_tokens=[("x", 3), ("y", 4)])
+    rebuilt(tmp_path / "m", "docs-gpt2", lambda t: setattr(t, "post_processor", two), None)
+    refused(lambda: bos_id(models.load_tokenizer(tmp_path / "m")), "[3, 4]", "post_processor")
 
 
 def vast(tree):
@@ -301,6 +320,10 @@ def test_types_that_numpy_lacks_are_named(dtype, tmp_path):
         refused(lambda load=load, f=file: load(f.parent), file.name, f"{said} is {dtype}, which")
 
 
+SWITCHES = {"enable_x64": True, "numpy_dtype_promotion": "strict", "default_prng_impl": "rbg"}
+SWITCHES |= {"threefry_partitionable": False, "transfer_guard": "disallow"}
+
+
 def numbers(config, work):
     """What the doors give, in float64 of numpy."""
     store, x = open_store(work.activations), np.random.default_rng(0).normal(1, 2, (9, 16))
@@ -316,14 +339,20 @@ def numbers(config, work):
         found.append(m(given))
     y = b.encode(store.read("b", tiny_run.SITE, np.arange(9)))
     mean, settings = np.asarray(y).mean(0), {"pool": 5, "bootstrap": 0}
-    scores = evaluation.transfer_metrics(found[-1], y, train_mean=mean, **settings)
+    scores = evaluation.transfer_metrics(found[-3], y, train_mean=mean, **settings)
+    found.append(models.init(GPT2, seed=3).W_E[...])
+    with jax.transfer_guard("allow"):
+        key = jax.random.key(0)
+    found.append(base.build("topk", d_model=8, width=9, k=2, key=key).W_dec[...])
     assert {np.asarray(a).dtype for a in found} == {np.dtype(np.float32)}
     return found, scores
 
 
 def test_the_numbers_are_those_of_float32_whatever_switches_are_set(tiny):
     plain, scores = numbers(*tiny)
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):  # as a caller may have set them
+    with contextlib.ExitStack() as stack:  # as a caller may have set them
+        for name, value in SWITCHES.items():
+            stack.enter_context(getattr(jax, name)(value))
         other, other_scores = numbers(*tiny)
     for a, b in zip(plain, other):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
@@ -334,16 +363,20 @@ def test_the_numbers_are_those_of_float32_whatever_switches_are_set(tiny):
 
 
 def test_commands_set_the_switches_that_they_need(monkeypatch):
-    jax.config.update("jax_enable_x64", True)
-    try:
-        command._set_up_jax()
-        assert jnp.zeros(2).dtype == jnp.float32
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    expected = jax.random.normal(jax.random.key(0), (3,))
+    others = {"enable_x64": True, "default_prng_impl": "rbg", "threefry_partitionable": False}
+    others |= {"random_seed_offset": 1, "transfer_guard": "disallow"}
+    for name, value in others.items():
+        jax.config.update(f"jax_{name}", value)
+    command._set_up_jax()
+    numbers = jax.random.normal(jax.random.key(0), (3,))
+    assert numbers.dtype == jnp.float32 and (numbers == expected).all()
     for error in (RuntimeError("Unable to initialize"), AssertionError()):
         broken = lambda e=error: (_ for _ in ()).throw(e)  # noqa: E731
         monkeypatch.setattr(jax, "devices", broken)
-        refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set cpu")
+        refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set JAX_PLATFORMS=cpu")
+        monkeypatch.setenv("JAX_PLATFORM_NAME", "cuda")
+        refused(command._set_up_jax, "JAX_PLATFORM_NAME=cuda")
 
 
 HARD = {
@@ -369,14 +402,18 @@ def test_json_that_python_cannot_read_is_read_or_named(name, tmp_path):
 
 
 def test_the_true_cause_of_an_empty_split_is_told_with_its_count(tmp_path):
-    def refused_texts(texts, *words):
-        source = tiny_run.write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
-        refused(lambda: load_corpus(TextConfig(source=source)), *words)
+    def refused_texts(texts, *words, **settings):
+        rows = [{"text": str(text)} for text in texts]
+        source = tiny_run.write_rows(tmp_path / "text.jsonl", rows)
+        refused(lambda: load_corpus(TextConfig(source=source, **settings)), *words)
 
+    refused_texts(["üü"] * 60, "60 others are blank within text.max_bytes=1", "raise", max_bytes=1)
+    few = {"validation_fraction": 1e-6}
+    refused_texts(range(60), "raise text.validation_fraction=1e-06", **few)
+    refused_texts([0, 1, 2, 2, 2], "gave 3 documents", "2 others are equal", "give more text")
     same = [f"{'same ' * 500}{i}" for i in range(60)]
     refused_texts(same, "59 others are equal", "max_bytes=2048")
-    few = ["one", "two"] + [" "] * 20
-    refused_texts(few, "gave 2 documents", "20 were blank", "give more text")
+    refused_texts(["one", "two"] + [" "] * 20, "20 others were blank", "give more text")
 
 
 @pytest.mark.parametrize("rule", ["keep", "skip"])
@@ -402,7 +439,7 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
 
 
 @pytest.mark.parametrize(
-    ("sae", "words"),
+    ("changes", "words"),
     [
         ({"architecture": "topk", "l1_coefficient": (1.0, 2.0)}, "relu"),
         ({"architecture": "relu", "k": (4, 8)}, "topk"),
@@ -411,13 +448,16 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"architecture": "batchtopk", "nested_fractions": (0.5,)}, "matryoshka"),
         ({"architecture": "jumprelu", "l0_target": 65.0, "width": 64}, "larger than sae.width=64"),
         ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
+        ({"pareto": fields.ParetoConfig(("relu",), k=(4, 8))}, "pareto.k=4,8 means nothing"),
+        ({"pareto": fields.ParetoConfig(("topk",), penalties=(7.0,))}, "pareto.penalties=7.0"),
     ],
 )
-def test_settings_that_an_architecture_does_not_read_are_refused(sae, words):
-    config = Config(models=("a", "b"), sae=SAEConfig(**sae))
+def test_settings_that_nothing_reads_are_refused(changes, words):
+    groups = changes if "pareto" in changes else {"sae": SAEConfig(**changes)}
+    config = Config(models=("a", "b"), **groups)
     config.map.kinds = ("ridge",)
-    refused(lambda: command.check(config), "sae.", words)
-    if "products" in sae:
+    refused(lambda: command.check(config), f"{min(groups)}.", words)
+    if "products" in changes:
         config.map.kinds = ("crosscoder",)  # whose codes are of that kind
         command.check(config)
 

@@ -20,6 +20,7 @@ from crossdict_jax.config import (
     Config,
     ConvertConfig,
     Count,
+    LossWeights,
     Number,
     PretrainConfig,
     VerifyConfig,
@@ -168,6 +169,8 @@ REFUSED = [  # setting, value, what the line names
     ("map__kinds", ("mean", "rigde"), "rigde must be one of"),
     ("map__ridge_penalties", (0.0,), "map.ridge_penalties=0.0"),
     ("map__dropout", 1.0, "map.dropout=1.0"),
+    ("crosscoder__l1_coefficient", 3.0, "nothing to crosscoder.variant=batchtopk"),
+    ("map__loss_weights", LossWeights(0, 0, 0, 0), "map.loss_weights are all 0"),
     ("evaluation__matching", "best", "mutual_best, hungarian"),
     ("evaluation__similarity_rows", 10, "evaluation.similarity_rows=10 must be 0 or 20"),
 ]

@@ -19,8 +19,9 @@ from configs import quickstart
 from crossdict_jax import results
 from crossdict_jax.config import FREE, Config, PretrainConfig, to_dict
 from crossdict_jax.errors import UserError
+from crossdict_jax.report.docs import write_docs
 from crossdict_jax.training import mesh
-from crossdict_jax.workdir import open_workdir, write_json
+from crossdict_jax.workdir import Workdir, open_workdir, write_json
 from launch import (
     command,
     contrast,
@@ -76,8 +77,8 @@ def test_what_auto_meant_first_it_means_again(tmp_path, monkeypatch):
 
     assert chosen("gpu") == {"bfloat16"}
     assert chosen("cpu", "--config=configs/quickstart.py") == {"float32"}  # nothing is computed
-    assert chosen("gpu") == {"float32"}  # the settings of the directory
     write_json(tmp_path / "run/results/pairing.json", {})
+    assert chosen("gpu") == {"float32"}  # the settings of the directory
     assert chosen("gpu", "--config=configs/quickstart.py") == {"float32"}
     with pytest.raises(UserError, match=r"map\.matmul_dtype: float32 there, bfloat16 now"):
         chosen("gpu", "--config.map.matmul_dtype=bfloat16")
@@ -146,6 +147,8 @@ def test_an_existing_work_directory_brings_its_settings(tmp_path):
     asked = "--layers=1 --config.map.loss_weights.cosine=0.5 --models=a,b"
     config, _ = parse(asked)
     assert run_here(print, f"{asked} --workdir={tmp_path}/run") == 0
+    assert parse(f"--workdir={tmp_path}/run")[0].layers == (5, 6, 7)  # nothing is computed
+    write_json(tmp_path / "run/results/pairing.json", {})
     assert parse(f"--workdir={tmp_path}/run") == (config, f"{tmp_path}/run")
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
@@ -162,6 +165,7 @@ MISTAKES = [  # arguments, what the line names
     ("--width=16 --config.sae.width=17", "--width=16 and --config.sae.width=17"),
     ("--modles=a,b", "did you mean --models?"),
     ("more", "'more' is not a flag"),
+    ("--config.sae.learning_rate=nan", "sae.learning_rate=nan is not a number"),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),
@@ -238,6 +242,9 @@ def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
     (tmp_path / "file").touch()
     for path in (tmp_path, "/proc/run", tmp_path / "file/run"):
         assert str(path) in refused(print, f"--models=a,b --workdir={path}")
+    assert "--workdir= is empty" in refused(print, "--models=a,b --workdir=")
+    with pytest.raises(UserError, match=r"no README\.md to write; run this in a checkout"):
+        write_docs(Workdir(tmp_path), tmp_path)  # of an installed package
 
 
 @pytest.mark.parametrize(
@@ -247,7 +254,7 @@ def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
         (OSError(28, "No space left on device", "x"), 2, "No space left"),
         (ValueError("RESOURCE_EXHAUSTED: write [No space left on device]"), 2, "No space left"),
         (OSError("4096 requested and 17 written"), 2, "No space left"),  # as numpy says it
-        (OSError(30, "Read-only file system", "x"), 2, "x cannot be read or written (Read-only"),
+        (OSError(30, "Read-only", "x"), 2, "x cannot be read or written (Read-only); make it"),
         (IsADirectoryError(21, "Is a directory", "x"), 2, "x cannot be read or written (Is a dir"),
         (MemoryError(), 2, "lower a batch_size"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "lower a batch_size"),
@@ -325,6 +332,22 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert run_here(experiment.main, f"--workdir={work}") == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
+
+
+def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = launch([sys.executable, "-OO", "-m", "launch.report"], f"--workdir={finished[0]}")
+    assert (done.returncode, done.stderr) == (0, "") and "R? " in done.stdout
+    pipe = f"{sys.executable} -m launch.report --help | true; echo ${{PIPESTATUS[0]}}"
+    done = launch(["bash", "-c", pipe])
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_wrong_source_is_told_before_anything_is_read(tiny, tmp_path, refused):
+    asked, work = small(tiny, sae__sources=f"{tmp_path}/typo,train"), f"--workdir={tmp_path}/run"
+    assert "typo" in refused(extract_activations.main, [*asked, work])
+    assert not Workdir(tmp_path / "run").computed
+    assert parse(work)[0].sae.sources == ()  # its settings are no next command's
 
 
 def few_tokens(tiny: Path, folder: Path) -> str:

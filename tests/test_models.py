@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -275,6 +276,10 @@ def test_models_that_are_not_there(path, message):
         ("gpt2-relu", {"n_layer": "3"}, "n_layer '3' must be int"),
         ("gpt2-relu", {"n_head": 0}, "n_heads 0 must be at least 1"),
         ("gpt2-relu", {"hidden_size": 64}, "contradict"),
+        ("gpt2-relu", {"layer_norm_epsilon": math.nan}, "norm_eps nan must be at least 0"),
+        ("gpt2-relu", {"layer_norm_epsilon": -1}, "norm_eps -1.0 must be at least 0"),
+        ("llama-grouped-tied-old", {"rope_theta": math.inf}, "rope_theta inf must be at least 1"),
+        ("gpt_neox-parallel-quarter-old", {"rotary_pct": math.nan}, "rotary_fraction nan must"),
         ("gpt2-relu", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama-grouped-tied-old", {"is_causal": False}, "is_causal False"),
         ("llama-grouped-tied-old", {"rope_scaling": {"type": "linear"}}, "rope type 'linear'"),

@@ -132,7 +132,7 @@ ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)
     [
         ("missing.txt", None, "does not exist"),
         ("empty.txt", b"", "empty file"),
-        ("blank.txt", b" \n\n \n", "every document is blank"),
+        ("blank.txt", b" \n\n \n", "gave 0 documents"),
         ("few.jsonl", b"".join(ROWS.splitlines(True)[:2]), "split"),
         ("rows.csv", b"text\n", r"\.txt \.jsonl \.parquet"),
         ("column.jsonl", ROWS + b'{"id": 1, "body": "x"}\n', "line 61 .*'text'.*'id', 'body'"),

@@ -22,6 +22,15 @@ def test_an_equal_run_goes_on(tmp_path):
     assert read_json(tmp_path / "run" / "config.json") == USUAL
 
 
+def test_what_only_later_stages_read_may_change_before_them(tmp_path):
+    opened(tmp_path)
+    other = USUAL | {"sae": {"width": 8, "k": 3}}
+    may_change = {"later": {"sae.k": "dictionaries"}, "usual": USUAL}
+    assert read_json(open_workdir(tmp_path, other, **may_change).root / "config.json") == other
+    (tmp_path / "dictionaries").mkdir()
+    refused(r"sae\.k: 3 there, 2 now", open_workdir, tmp_path, USUAL, **may_change)
+
+
 def test_each_difference_is_named(tmp_path):
     """A setting younger than the run counts as its default, one that is no more is named, too."""
     opened(tmp_path)

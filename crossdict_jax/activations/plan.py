@@ -139,7 +139,12 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
 
 def bos_id(tokenizer) -> int | None:
     """Returns the id that the tokenizer itself puts in front of a text, or None."""
-    with_special = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and with_special[:1] == [bos] and plain[:1] != [bos] else None
+    ids, text = (tokenizer("a", add_special_tokens=all_)["input_ids"] for all_ in (True, False))
+    starts = (n for n in range(len(ids)) if ids[n : n + len(text)] == text)
+    front = ids[: next(starts, 0)]
+    if len(front) > 1:
+        raise UserError(
+            f"{tokenizer.name_or_path} puts the tokens {front} in front of a text, where one at "
+            "most is read; change the post_processor of its tokenizer.json."
+        )
+    return front[0] if front else None

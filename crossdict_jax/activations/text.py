@@ -84,6 +84,7 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
         digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
         if not head.strip():
             counts["blank"] += 1
+            counts["emptied"] += bool(normal.strip())
         elif digests & seen:
             counts["duplicates"] += 1
         else:
@@ -93,21 +94,29 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
             corpus.add(Document(name, head, split_of(key or normal, text)))
         if len(corpus) == text.documents:
             break
-    if not len(corpus):
-        raise UserError(f"text.source={text.source} holds no text: every document is blank.")
     empty = [split for split, count in corpus.counts().items() if not count]
     if empty:
-        mend = f"raise text.documents={text.documents} or the split's fraction."
+        within = f"text.max_bytes={text.max_bytes}"
+        left_out = {
+            "were blank": counts["blank"] - counts["emptied"],
+            f"are blank within {within}": counts["emptied"],
+            f"are equal to one of these within {within}": counts["duplicates"],
+        }
+        told = "".join(f"; {n} others {words}" for words, n in left_out.items() if n)
+        more = f"raise text.documents={text.documents}"
         if len(corpus) < text.documents:
-            mend = f"it holds no more ({counts['blank']} were blank); give more text."
-        if counts["duplicates"] > len(corpus):
-            mend = (
-                f"{counts['duplicates']} others are equal to one of these within text.max_bytes="
-                f"{text.max_bytes}; raise that, or give text that differs."
-            )
+            more = "give more text"
+        if counts["emptied"] + counts["duplicates"] > len(corpus):
+            more = "raise text.max_bytes, or give text that differs"
+        shares = {
+            "train": "lower the fractions of the other splits",
+            "validation": f"raise text.validation_fraction={text.validation_fraction}",
+            "test": f"raise text.test_fraction={text.test_fraction}",
+        }
+        mends = [more, *(shares[split] for split in empty if len(corpus))]
         raise UserError(
             f"text.source={text.source} gave {len(corpus)} documents, none of them in the split "
-            f"{' or '.join(empty)}: {mend}"
+            f"{' or '.join(empty)}{told}; {', or '.join(mends)}."
         )
     digest, bytes_of = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
     for document in corpus:

@@ -4,6 +4,7 @@ from crossdict_jax.config.fields import (
     CONTROLS,
     DEFAULT_MAPS,
     FREE,
+    LATER,
     MAP_HEADS,
     SWEPT,
     BenchmarkConfig,

@@ -142,6 +142,10 @@ class LossWeights:
     correlation: float = setting(0.05, "Weight of the features' correlations", at_least(0))
     sparsity: float = setting(0.01, "Weight of firing rates and active features", at_least(0))
 
+    def check(self) -> None:
+        if not any(vars(self).values()):
+            raise UserError("map.loss_weights are all 0, which trains nothing; raise one.")
+
 
 @dataclass
 class HypernetworkConfig:
@@ -183,6 +187,13 @@ class CrosscoderConfig:
     learning_rate: float = setting(0.0, "Learning rate of Adam; 0: sae.learning_rate", at_least(0))
     steps: int = setting(0, "Training steps; 0: sae.steps", at_least(0))
     self_nulls: int = setting(0, "Layers at which a model meets itself", at_least(0))
+
+    def check(self) -> None:
+        if self.variant != "l1" and self.l1_coefficient != CrosscoderConfig.l1_coefficient:
+            raise UserError(
+                f"crosscoder.l1_coefficient={self.l1_coefficient} means nothing to "
+                f"crosscoder.variant={self.variant}, only to l1; leave it out."
+            )
 
 
 @dataclass
@@ -384,6 +395,10 @@ class BenchmarkConfig:
 
 # Settings of Config that no other file of a run depends on: a finished run may change them.
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
+# Settings that stages after extraction read, and the folder that the first of them writes.
+LATER = {"map": "maps", "crosscoder": "maps"}
+LATER |= {f"sae.{f.name}": "dictionaries" for f in dataclasses.fields(SAEConfig)}
+del LATER["sae.output_site"]  # which is stored, too
 
 
 to_dict = dataclasses.asdict  # a config of any command as nested dicts of JSON values

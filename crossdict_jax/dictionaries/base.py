@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.config import SWEPT, Config, SAEConfig, architectures
+from crossdict_jax.config import SWEPT, Config, ParetoConfig, SAEConfig, architectures
 from crossdict_jax.config.settings import spell
 from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu
 from crossdict_jax.errors import UserError
@@ -222,6 +222,15 @@ def check_settings(config: Config) -> None:
                 f"sae.{name}={largest} is larger than sae.width={min(widths)}; it must be the "
                 "width or less."
             )
+    asked = config.pareto.architectures or architectures()
+    for name, of_sae in (("k", "k"), ("penalties", "l1_coefficient")):
+        value = getattr(config.pareto, name)
+        read = any(of_sae in find(a).reads for a in asked)
+        if value != getattr(ParetoConfig(), name) and not read:
+            raise UserError(
+                f"pareto.{name}={spell(value)} means nothing to pareto.architectures="
+                f"{spell(asked)}; leave it out."
+            )
 
 
 @modules.plain
@@ -233,6 +242,8 @@ def build(
     The encoder of a transcoder (``d_out``) starts at zeros, to be set from data.
     """
     shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out}
+    seed = jax.random.key_data(key)[..., :2]  # which begins the longer keys of other generators
+    key = jax.random.wrap_key_data(seed, impl=modules.SWITCHES["default_prng_impl"])
     return find(architecture)(**shape, rngs=nnx.Rngs(params=key))
 
 

@@ -78,10 +78,14 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for field in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "d_mlp"):
-            value, limit = getattr(self, field), 2**10 if field == "n_layers" else 2**24
-            if not 1 <= value <= limit:
-                raise UserError(f"{field} {value} must be at least 1 and at most {limit}.")
+        sizes = ("vocab_size", "context", "d_model", "n_heads", "d_mlp")
+        limits = dict.fromkeys(sizes, (1, 2**24)) | {"n_layers": (1, 2**10)}
+        limits |= {"norm_eps": (0, 1e30), "init_std": (0, 1e30), "rope_theta": (1, 1e30)}
+        if self.rotary_fraction is not None:
+            limits["rotary_fraction"] = (0, 1)
+        for field, (low, high) in limits.items():
+            if not low <= (value := getattr(self, field)) <= high:
+                raise UserError(f"{field} {value} must be at least {low} and at most {high}.")
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"Activation {self.activation!r} is not implemented, only {', '.join(ACTIVATIONS)}."

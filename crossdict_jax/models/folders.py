@@ -90,25 +90,15 @@ def _tokenizer(folder: Path, changed: int):
     """``changed`` keeps a rewritten folder from being answered from the cache."""
     # transformers would advise to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    file = folder / "tokenizer.json"
     try:
         if (largest := max(_ids(folder), default=0)) > LARGEST_ID:
             raise ValueError(f"a token has the id {largest}")
-        if not any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
-            return PreTrainedTokenizerFast(tokenizer_file=str(file))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if file.is_file() and hasattr(tokenizer, "backend_tokenizer"):
-            # transformers rebuilds some classes from vocabulary and merges alone.
-            theirs, backend = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer
-            for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
-                setattr(backend, part, getattr(theirs, part))
-            backend.add_tokens(list(theirs.get_added_tokens_decoder().values()))
-            if "TemplateProcessing" in str(theirs.post_processor):
-                backend.post_processor = theirs.post_processor
-        return tokenizer
+        # Other classes are rebuilt from vocabulary and merges alone, with tokens of their own.
+        as_it_says = (folder / "tokenizer.json").is_file()
+        kind = PreTrainedTokenizerFast if as_it_says else AutoTokenizer
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises bare exceptions, and panics

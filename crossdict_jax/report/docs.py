@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from crossdict_jax import models, results
+from crossdict_jax.errors import UserError
 from crossdict_jax.report.page import STYLE
 from crossdict_jax.report.results import Comparison, read_run
 from crossdict_jax.report.tables import Table, number, table
@@ -25,8 +26,10 @@ def write_docs(work: Workdir, root: Path) -> list[Path]:
     beside the run.
 
     Raises:
-      UserError: a file of the run is missing or damaged.
+      UserError: a file of the run is missing or damaged, or ``root`` is no checkout.
     """
+    if not (root / "README.md").is_file():
+        raise UserError(f"{root} has no README.md to write; run this in a checkout of the project.")
     docs, code = root / "crossdict_jax/docs", f"commit {commit(root)}"  # before files change
     write_text(docs / "results.md", results.page())  # needs no run
     run = read_run(work)

@@ -186,6 +186,6 @@ def words_section(run: Run) -> list[Block]:
     for kind in sorted({row["map"] for row in run.rows["transfer"]}, key=map_order):
         module = f"crossdict_jax.maps.kinds.{kind}"
         if importlib.util.find_spec(module):
-            first_line, _, _ = importlib.import_module(module).__doc__.partition("\n")
-            meanings[f"map {kind}"] = first_line
+            words = importlib.import_module(module).__doc__ or kind  # python -OO has no docstrings
+            meanings[f"map {kind}"] = words.partition("\n")[0]
     return [Facts(list(meanings.items()), "words")]
