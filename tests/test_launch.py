@@ -344,7 +344,8 @@ def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypat
 
 
 def test_a_wrong_source_is_told_before_anything_is_read(tiny, tmp_path, refused):
-    asked, work = small(tiny, sae__sources=f"{tmp_path}/typo,train"), f"--workdir={tmp_path}/run"
+    asked = small(tiny, **{"sae.sources": f"{tmp_path}/typo,train"})
+    work = f"--workdir={tmp_path}/run"
     assert "typo" in refused(extract_activations.main, [*asked, work])
     assert not Workdir(tmp_path / "run").computed
     assert parse(work)[0].sae.sources == ()  # its settings are no next command's
