@@ -1,6 +1,7 @@
 """Closed forms: moments as of whole arrays, planted truths found, grids as computed directly."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ def test_streamed_products_equal_those_of_the_whole_array():
     a = (rng.normal(size=(9000, 5)) + 300).astype(np.float32)
     b = (a[:, :3] + rng.normal(size=(9000, 3))).astype(np.float32)
     other = rng.normal(size=5) + 300, rng.normal(size=3) + 300
-    for means in (None, other):
+    for means, coded in itertools.product((None, other), (False, True)):
         batches = ((a[rows], b[rows]) for rows in moments.slices(9000))
-        products, used = moments.moments(batches, means)
+        codes = moments.Codes(a), moments.Codes(b)
+        products, used = moments.moments(codes if coded else batches, means)
         expected = means or (a.mean(0, np.float64), b.mean(0, np.float64))
         ca, cb = a - expected[0][None, :], b - expected[1][None, :]
         assert products.n == 9000

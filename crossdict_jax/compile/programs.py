@@ -161,8 +161,8 @@ def stitching(plan: Plan) -> Iterator[Program]:
         runner, sites = Recorder(plan, name, settings.batch_size), plan.store.sites_of(name)
         texts = np.arange(len(runner.texts))
         batches = tested / documents * plan.windows / len(texts)
-        last = np.full(len(texts), max(0, len(runner.texts[0]) - 2))
-        passages = Passages(runner.texts, texts, last)
+        at = np.arange(len(runner.texts[0]))  # every token, the most that are paired
+        passages = Passages(runner.texts, np.repeat(texts, len(at)), np.tile(at, len(texts)))
         runner.splice(passages, sites[0], {"x": np.zeros(lm.config.d_model, np.float32)})
         kinds = [map_class(task.kind) for task in todo if task.target == name]
         edits = sum(1 + cls.predicts_activation for cls in kinds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from crossdict_jax.modules import padded
 from crossdict_jax.ops import exact
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import understood
+
+SPARSE = 32  # codes with at most one active feature in so many are multiplied as sparse matrices
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,15 @@ class Problem:
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
         """Returns the regression of B on A; ``read`` is Side.activations or Side.features."""
 
-        def batches(pairs: Pairs):
+        def rows(pairs: Pairs):
+            if read is Side.features:
+                codes = pairs.source.codes, pairs.target.codes
+                if all(c.nnz * SPARSE <= math.prod(c.shape) for c in codes):
+                    return codes
             return ((read(pairs.source, i), read(pairs.target, i)) for i in slices(len(pairs)))
 
-        products, means = moments(batches(self.train))
-        return Regression(means, products, moments(batches(self.validation), means)[0])
+        products, means = moments(rows(self.train))
+        return Regression(means, products, moments(rows(self.validation), means)[0])
 
     @cached_property
     def regression(self) -> Regression:

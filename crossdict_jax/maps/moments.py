@@ -43,13 +43,20 @@ class Products:
         return float(total / (self.n * self.ab.shape[1]))
 
 
-def moments(batches: Batches, means: Means | None = None) -> tuple[Products, Means]:
+def moments(
+    rows: Batches | tuple[Codes, Codes], means: Means | None = None
+) -> tuple[Products, Means]:
     """Returns the products of rows about ``means`` (default: their own), and these means.
 
-    Products are float32 about means of similar rows, so nothing cancels; sums are float64.
+    Products of batches are float32 about means of similar rows, so nothing cancels; sums are
+    float64, as is all of codes, of which only the active features are multiplied.
     """
     total, centres, n = None, None, 0
-    for a, b in batches:
+    if isinstance(rows, tuple):
+        a, b = (codes.astype(np.float64) for codes in rows)
+        total = (a.T @ a).toarray(), (a.T @ b).toarray(), b.data @ b.data, a.sum(0), b.sum(0)
+        centres, n, rows = [np.zeros(codes.shape[1]) for codes in (a, b)], a.shape[0], ()
+    for a, b in rows:
         if centres is None:
             centres = means or (rows.mean(0, np.float64) for rows in (a, b))
             centres = [np.float32(mean) for mean in centres]

@@ -349,15 +349,24 @@ class Runner:
             replacements = {name: {site: values} for name, values in replacements.items()}
             site = (site,)
         sites = tuple(sorted(self._checked(site), key=lambda s: (s.layer, KINDS.index(s.kind))))
+        most = np.bincount(passages.window).max(initial=1)  # positions of a text
         ce = {name: np.empty(len(passages.position)) for name in ("clean", *replacements)}
         kl = {name: np.zeros(len(passages.position)) for name in ("clean", *replacements)}
         for batch in self.batches(passages.tokens):
             within, tokens = passages.within(batch.texts), self.put(batch.tokens)
+            row, position = within.at
+            order = np.argsort(row, kind="stable")
+            slot = np.empty(len(row), int)  # of each position among those of its text
+            slot[order] = np.arange(len(row)) - np.searchsorted(row[order], row[order])
             rows = len(batch.tokens) // self.mesh.size
-            step = max(1, LOGITS // (rows * self.config.vocab_size))
-            step = min(2 ** int(math.log2(step)), batch.tokens.shape[1])
-            loss, *clean = self.dispatch(_clean, tokens, static=(sites[0], step))
-            ce["clean"][within.index] = np.asarray(loss)[within.at]
+            chunks = math.ceil(most / max(1, LOGITS // (rows * self.config.vocab_size)))
+            step = math.ceil(most / chunks)
+            read = np.zeros((len(batch.tokens), chunks * step), np.int32)
+            read[row, slot] = position
+            read = self.put(read)
+            loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
+            arrays = tokens, read, *clean
+            ce["clean"][within.index] = np.asarray(loss)[row, slot]
             edited = np.zeros(batch.tokens.shape, bool)
             edited[within.edited] = True
             for name, by_site in replacements.items():
@@ -366,10 +375,10 @@ class Runner:
                     x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
                     x[within.edited] = values if values.ndim == 1 else values[within.edited_by]
                     edits.append(self.put(x))
-                results = self.dispatch(_edited, tokens, *clean, *edits, static=(sites, step))
+                results = self.dispatch(_edited, *arrays, *edits, static=(sites, step))
                 for values, result in zip((ce, kl), results):
-                    values[name][within.index] = np.asarray(result)[within.at]
-            del clean  # before the next batch has its own: a probability for every token
+                    values[name][within.index] = np.asarray(result)[row, slot]
+            del clean, arrays  # before the next batch has its own: a probability for every token
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
 
@@ -494,20 +503,19 @@ def token_losses(lm, tokens, tap=None) -> jax.Array:
     return _next_token_loss(lm.logits(tokens, tap=tap)[:, :-1], tokens[:, 1:])[0]
 
 
-def _clean(lm, site, step, tokens):
-    """(loss [batch, seq], x at the site, next-token probabilities, sum p log p).
+def _clean(lm, site, step, tokens, read):
+    """(loss [batch, reads], x at the site, next-token probabilities, sum p log p).
 
-    The last two are [seq, batch, ...]; logits are made of ``step`` positions at a time.
+    The last two are [reads, batch, ...], of positions ``read`` [batch, reads].
     """
     seen: dict[Site, jax.Array] = {}
     stream, _ = lm.final_stream(tokens, tap=seen.setdefault)
-    positions = jnp.swapaxes(stream, 0, 1), jnp.roll(tokens, -1, axis=1).T
-    loss, *clean = jax.lax.map(lambda at: _prediction(lm, *at), positions, batch_size=step)
-    return loss.T, seen[site], *clean
+    loss, *clean = _predictions(lm, step, tokens, read, stream)
+    return loss, seen[site], *clean
 
 
-def _edited(lm, sites, step, tokens, x, p, negative_entropy, edited, *values):
-    """(loss, KL(clean || edited)), both [batch, seq], with values where ``edited`` says so.
+def _edited(lm, sites, step, tokens, read, x, p, negative_entropy, edited, *values):
+    """(loss, KL(clean || edited)), both [batch, reads], with values where ``edited`` says so.
 
     x are the clean activations at the lowest site; nothing before it is computed.
     """
@@ -518,24 +526,33 @@ def _edited(lm, sites, step, tokens, x, p, negative_entropy, edited, *values):
         return jnp.where(edited[..., None], new[at], y) if at in new else y
 
     stream, _ = lm.final_stream(tokens, tap=tap)
-    positions = jnp.swapaxes(stream, 0, 1), jnp.roll(tokens, -1, axis=1).T, p, negative_entropy
-    loss, kl = jax.lax.map(lambda at: _prediction(lm, *at), positions, batch_size=step)
-    return loss.T, kl.T
+    loss, kl = _predictions(lm, step, tokens, read, stream, p, negative_entropy)
+    return loss, kl.T
 
 
-def _prediction(lm, x, following, *clean):
-    """At one position of each text [batch], (loss, p [batch, vocab], sum p log p).
+def _predictions(lm, step, tokens, read, stream, *clean):
+    """(loss [batch, reads], p [reads, batch, vocab], sum p log p) at positions [batch, reads].
 
-    Beside the last two of a clean pass, (loss, KL(clean || this)).
+    Beside the last two of a clean pass, (loss, KL(clean || this)). Logits are made of ``step``
+    positions of every text at a time.
     """
-    logits = lm.unembed(x[None])[0]
-    loss, normaliser = _next_token_loss(logits, following)
-    if clean:
-        p, negative_entropy = clean
-        kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
-        return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
-    p = jnp.exp(logits - normaliser[:, None])
-    return loss, p, jnp.sum(p * logits, axis=-1) - normaliser
+
+    def predict(at):
+        x, following, *clean = at
+        logits = lm.unembed(x[None])[0]
+        loss, normaliser = _next_token_loss(logits, following)
+        if clean:
+            p, negative_entropy = clean
+            kl = negative_entropy - jnp.sum(p * logits, axis=-1) + normaliser
+            return loss, jnp.maximum(kl, 0.0)  # below zero it is rounding
+        p = jnp.exp(logits - normaliser[:, None])
+        return loss, p, jnp.sum(p * logits, axis=-1) - normaliser
+
+    x = jnp.take_along_axis(stream, read[:, :, None], axis=1)
+    following = jnp.take_along_axis(jnp.roll(tokens, -1, axis=1), read, axis=1)
+    arrays = jnp.swapaxes(x, 0, 1), following.T, *clean
+    loss, *others = jax.lax.map(predict, arrays, batch_size=step)
+    return loss.T, *others
 
 
 def _next_token_loss(logits, following) -> tuple[jax.Array, jax.Array]:
