@@ -12,12 +12,12 @@ Params = dict[str, Any]
 SWITCHES = {  # of JAX: what every number here is defined by, whatever a caller has set
     "enable_x64": False,
     "numpy_dtype_promotion": "standard",
-    "numpy_rank_promotion": "allow",
     "default_matmul_precision": None,
     "default_prng_impl": "threefry2x32",
     "threefry_partitionable": True,
     "transfer_guard": "allow",
 }
+SWITCHES = {n: v for n, v in SWITCHES.items() if hasattr(jax, n)}  # later versions lose some
 
 
 def plain(function):
