@@ -221,7 +221,7 @@ def _set_up_jax(work: Workdir | None = None) -> None:
     from crossdict_jax.modules import SWITCHES
 
     # XLA ends at a flag that a later version lost.
-    known = jax.__version_info__ < (0, 11) and any(map(importlib.util.find_spec, GPU))
+    known = jax.__version_info__ < (0, 13) and any(map(importlib.util.find_spec, GPU))
     if work and known and os.access(work.root, os.W_OK):
         measured = work.root.absolute() / MEASURED
         measured.mkdir(exist_ok=True)
