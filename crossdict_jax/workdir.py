@@ -140,11 +140,11 @@ def open_workdir(
     settings, usual = (json.loads(json.dumps(tree)) for tree in (settings, usual or {}))
     if work.root.exists() and not work.root.is_dir():
         raise UserError(f"--workdir={path} is a file; name a folder, new or of an earlier run.")
-    if work.computed and not written.exists():
+    if (computed := work.computed) and not written.exists():
         raise UserError(
             f"--workdir={path} is not empty and holds no config.json; name a new folder."
         )
-    if work.computed:
+    if computed:
         stored = read_json(written)
         old, new, defaults = (
             {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}

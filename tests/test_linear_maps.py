@@ -19,7 +19,7 @@ from map_problems import (
 
 from crossdict_jax import maps
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import moments
+from crossdict_jax.maps import base, moments
 from crossdict_jax.maps.kinds import low_rank
 
 N = sum(ROWS.values())
@@ -149,8 +149,10 @@ def codes(rng, n, width, rate=0.3):
     return rng.exponential(size=(n, width)) * (rng.random((n, width)) < rate)
 
 
-def test_ridge_codes_finds_a_planted_map_of_codes(tmp_path):
+@pytest.mark.parametrize("cost", [0, 10**9])  # sparse, dense
+def test_ridge_codes_finds_a_planted_map_of_codes(cost, tmp_path, monkeypatch):
     """The truth is linear in codes, and not in the activations that they come from."""
+    monkeypatch.setattr(base, "SPARSE_COST", cost)
     rng = np.random.default_rng(4)
     z = rng.normal(size=(N, 16)) - 0.3  # f_A = relu(z)
     W = np.maximum(rng.normal(size=(16, 10)), 0)

@@ -243,7 +243,7 @@ def build(
     """
     shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out}
     seed = jax.random.key_data(key)[..., :2]  # which begins the longer keys of other generators
-    key = jax.random.wrap_key_data(seed, impl=modules.SWITCHES["default_prng_impl"])
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
     return find(architecture)(**shape, rngs=nnx.Rngs(params=key))
 
 

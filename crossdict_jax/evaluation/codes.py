@@ -7,7 +7,7 @@ import numpy as np
 from scipy import sparse
 
 from crossdict_jax.maps.base import slices
-from crossdict_jax.maps.codes import Codes, Moments
+from crossdict_jax.maps.codes import Codes, Moments, sparse_pays
 from crossdict_jax.ops import exact
 
 ROWS = 4096  # rows that are dense at a time
@@ -38,8 +38,7 @@ def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
     0 for a constant feature. Products are sparse or, where that costs more, dense on the device.
     """
     of_b, columns = Moments.of(b), sparse.csc_array(a)
-    pairs = np.diff(a.indptr).astype(np.int64) @ np.diff(b.indptr)
-    few = pairs * SPARSE_COST < a.shape[0] * a.shape[1] * b.shape[1]
+    few = sparse_pays(a, b, SPARSE_COST)
     for at in slices(a.shape[1], max(1, TILE // max(1, b.shape[1]))):
         x = sparse.csr_array(columns[:, at])
         of_a = Moments.of(x)

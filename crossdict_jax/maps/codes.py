@@ -20,6 +20,12 @@ def compress(features: np.ndarray | Codes) -> Codes:
     return Codes(features, dtype=np.float32)
 
 
+def sparse_pays(a: Codes, b: Codes, cost: float) -> bool:
+    """Whether ``a.T @ b`` is faster sparse: one multiply-add takes the time of ``cost`` dense."""
+    pairs = np.diff(a.indptr).astype(np.int64) @ np.diff(b.indptr)
+    return pairs * cost < a.shape[0] * a.shape[1] * b.shape[1]
+
+
 def sums_of_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Returns sums of consecutive rows of values [n, width], float64 [runs, width].
 

@@ -355,18 +355,18 @@ class Runner:
         for batch in self.batches(passages.tokens):
             within, tokens = passages.within(batch.texts), self.put(batch.tokens)
             row, position = within.at
-            order = np.argsort(row, kind="stable")
-            slot = np.empty(len(row), int)  # of each position among those of its text
-            slot[order] = np.arange(len(row)) - np.searchsorted(row[order], row[order])
+            order = np.argsort(row, kind="stable")  # text by text, as a mask takes them
+            index, counts = within.index[order], np.bincount(row, minlength=len(batch.tokens))
             rows = len(batch.tokens) // self.mesh.size
             chunks = math.ceil(most / max(1, LOGITS // (rows * self.config.vocab_size)))
             step = math.ceil(most / chunks)
-            read = np.zeros((len(batch.tokens), chunks * step), np.int32)
-            read[row, slot] = position
+            real = np.arange(chunks * step)[None, :] < counts[:, None]
+            read = np.zeros(real.shape, np.int32)
+            read[real] = position[order]
             read = self.put(read)
             loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
             arrays = tokens, read, *clean
-            ce["clean"][within.index] = np.asarray(loss)[row, slot]
+            ce["clean"][index] = np.asarray(loss)[real]
             edited = np.zeros(batch.tokens.shape, bool)
             edited[within.edited] = True
             for name, by_site in replacements.items():
@@ -377,7 +377,7 @@ class Runner:
                     edits.append(self.put(x))
                 results = self.dispatch(_edited, *arrays, *edits, static=(sites, step))
                 for values, result in zip((ce, kl), results):
-                    values[name][within.index] = np.asarray(result)[row, slot]
+                    values[name][index] = np.asarray(result)[real]
             del clean, arrays  # before the next batch has its own: a probability for every token
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
@@ -534,7 +534,8 @@ def _predictions(lm, step, tokens, read, stream, *clean):
     """(loss [batch, reads], p [reads, batch, vocab], sum p log p) at positions [batch, reads].
 
     Beside the last two of a clean pass, (loss, KL(clean || this)). Logits are made of ``step``
-    positions of every text at a time.
+    positions of every text at a time. The loss of a text's last token means nothing: the next one
+    is not in the array.
     """
 
     def predict(at):
@@ -556,11 +557,7 @@ def _predictions(lm, step, tokens, read, stream, *clean):
 
 
 def _next_token_loss(logits, following) -> tuple[jax.Array, jax.Array]:
-    """(-log p of the following token, log of the softmax's denominator), both [...].
-
-    Of logits [..., vocab]. The loss of the last position means nothing: its next token is not in
-    the array.
-    """
+    """(-log p of the following token, log of the softmax's denominator), of logits [..., vocab]."""
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
     return normaliser - chosen, normaliser
