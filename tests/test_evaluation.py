@@ -15,6 +15,7 @@ from crossdict_jax import dictionaries, maps, stats
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.evaluation import evaluate, reconstruction, transfer_metrics
 from crossdict_jax.evaluation.transfer import NORMALIZED, TokenMeans, hold_out, measure, verdict
+from crossdict_jax.maps.base import slices
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR, SCORES
 from crossdict_jax.workdir import Workdir, read_jsonl
 
@@ -201,7 +202,9 @@ def scored(predicted, target, means=None):
     train_mean = target[:1000].mean(0)
     how = {"documents": np.arange(500) // 20, "pool": 100, "bootstrap": 60, "seed": 0}
     held_out = hold_out(target[1000:], train_mean=train_mean, **how)
-    return measure(predicted[1000:].astype(np.float32), held_out, token_means=means)
+    predicted = predicted[1000:].astype(np.float32)
+    batches = ((rows, predicted[rows]) for rows in slices(len(predicted), 64))
+    return measure(batches, held_out, token_means=means)
 
 
 def table(values, token):

@@ -50,7 +50,7 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
         "correlation": scored.scores[best].correlations,
         "token_share": scored.scores["token_target"].feature_r2,
         "firings": firings,
-        "frequency": firings / len(held_out.target),
+        "frequency": firings / held_out.target.shape[0],
     }
     ranked = np.flatnonzero(np.isfinite(columns["r2"]) & (firings >= MIN_FIRINGS))
     ranked = ranked[np.argsort(-columns["r2"][ranked], kind="stable")]
@@ -110,7 +110,7 @@ def _described(
     around = Contexts(store, scored.task.target, token_bytes(models.load_tokenizer(path)))
     numbers, described = store.select("test"), []
     for i, feature in enumerate(features):
-        f = scored.bench.held_out.target[:, feature]
+        f = scored.bench.held_out.target[:, [feature]].toarray()[:, 0]
         strongest: dict[int, int] = {}  # document -> its strongest row
         for row in np.argsort(-f, kind="stable"):
             if len(strongest) == CONTEXTS or f[row] <= 0:

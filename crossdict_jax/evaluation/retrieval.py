@@ -1,6 +1,7 @@
 """Retrieval: does a prediction find its own target among a fixed pool of targets?"""
 
 import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from crossdict_jax import stats
 from crossdict_jax.maps.base import padded, slices
+from crossdict_jax.maps.codes import Codes
 from crossdict_jax.ops import exact
 
 CHUNK = 512  # predictions compared at once: the similarity matrix is CHUNK x pool
@@ -25,19 +27,21 @@ class Pool:
     identical: np.ndarray  # int [pool], candidates bit-identical to the true target, with itself
 
 
-def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
+def make_pool(target: Codes, *, size: int, seed: int) -> Pool:
     """Returns ``size`` rows of ``target`` [n, width] as candidates; all of them in order if n."""
-    n = len(target)
-    rows = np.sort(stats.generator(seed).choice(n, size, replace=False)) if size < n else None
-    candidates = (target if rows is None else target[rows]) + 0.0  # -0.0 becomes 0.0
-    norms = np.sqrt(np.einsum("ij,ij->i", candidates, candidates, dtype=np.float64))[:, None]
-    units = (candidates / np.where(norms == 0, 1.0, norms)).astype(np.float32)
-    direction, first, entries = _distinct(units)
+    n = target.shape[0]
+    rows = np.arange(n)
+    if size < n:
+        rows = np.sort(stats.generator(seed).choice(n, size, replace=False))
+    candidates = target[rows].toarray()
     same, _, copies = _distinct(candidates)
+    norms = np.sqrt(np.einsum("ij,ij->i", candidates, candidates, dtype=np.float64))[:, None]
+    np.divide(candidates, np.where(norms == 0, 1.0, norms), out=candidates, casting="same_kind")
+    direction, first, entries = _distinct(candidates)
     padding = size - len(first)
     return Pool(
-        rows=np.arange(n) if rows is None else rows,
-        units=jnp.asarray(np.pad(units[first], ((0, padding), (0, 0)))),
+        rows=rows,
+        units=jnp.asarray(np.pad(candidates[first], ((0, padding), (0, 0)))),
         entries=jnp.asarray(np.pad(entries, (0, padding)), jnp.float32),
         direction=direction.astype(np.int32),
         identical=copies[same],
@@ -47,18 +51,18 @@ def make_pool(target: np.ndarray, *, size: int, seed: int) -> Pool:
 def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(each row's class, each class's first row, each class's size) by the rows' bits."""
     classes: dict[bytes, int] = {}
-    label = np.array([classes.setdefault(row.tobytes(), len(classes)) for row in x])
+    digests = (hashlib.blake2b(row, digest_size=16).digest() for row in x)
+    label = np.array([classes.setdefault(digest, len(classes)) for digest in digests])
     _, first, size = np.unique(label, return_index=True, return_counts=True)
     return label, first, size
 
 
-def ranks(predicted: np.ndarray, pool: Pool) -> np.ndarray:
+def ranks(queries: np.ndarray, pool: Pool) -> np.ndarray:
     """Returns the rank, from 1, of each query's true target by cosine, int [pool].
 
-    Queries are rows of predicted [n, width]. Ties count against the true target, unless they are
-    the same vector.
+    Queries [pool, width] are the predictions of the pool's rows. Ties count against the true
+    target, unless they are the same vector.
     """
-    queries = predicted[pool.rows]
     size, counts = min(CHUNK, len(queries)), np.zeros(len(queries))
     for rows in slices(len(queries), size):
         similarity = similarities(padded(queries[rows], size), pool.units)

@@ -40,7 +40,7 @@ def make_bench(splits: dict[str, Pairs], settings: EvaluationConfig, *, seed: in
     """Returns a bench of paired rows {"train", "validation", "test": pairs}."""
     train, test = splits["train"], splits["test"]
     held_out = transfer.hold_out(
-        test.target.features(slice(None)),
+        test.target.codes,
         train_mean=train.target.feature_moments.mean,
         documents=test.documents,
         pool=settings.pool,
@@ -86,7 +86,7 @@ def score(m: Map, bench: Bench, reads: tuple[Pairs, Pairs] | None = None) -> Sco
     predicted = predictions(m, context, bench.batch_size)
     means = means_by_token(bench.context_index, predicted, bench.held_out.target.shape[1])
     return transfer.measure(
-        maps.predict(m, test, bench.batch_size),
+        predictions(m, test, bench.batch_size),
         bench.held_out,
         l0_source=bench.l0_source,
         token_means=TokenMeans(bench.token_index, bench.token_features, means),
@@ -123,7 +123,7 @@ class Scored:
     def correlation_rows(self) -> list[dict]:
         """Returns the rows of features.jsonl: correlations of live features by frequency."""
         held_out, rows = self.bench.held_out, []
-        frequency = (held_out.target > 0).mean(axis=0)[held_out.live]
+        frequency = (held_out.target > 0).sum(axis=0)[held_out.live] / held_out.target.shape[0]
         for kind, value in self.scores.items():
             r, bins = value.correlations[held_out.live], []
             for low, high in itertools.pairwise(FREQUENCY_EDGES.tolist()):

@@ -4,6 +4,8 @@ A feature is *active* where it is above zero, *live* if it is active in some row
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +17,14 @@ from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
 from crossdict_jax.maps.base import padded, slices
+from crossdict_jax.maps.codes import Codes, compress
 from crossdict_jax.modules import plain
 from crossdict_jax.ops import exact
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
 BLOCK = 2**19  # numbers compared at a time; twice as many, and glibc maps their memory anew
+DOCUMENTS = 256  # sums of documents, or of parts of them, that are kept before they are resampled
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
 ROUNDING = 1e-6  # a variance below this share of the second moment is float32 rounding
 
@@ -45,7 +49,7 @@ class TokenMeans:
 class HeldOut:
     """B's features on held-out rows, and all that predictions share."""
 
-    target: np.ndarray  # [n, width]
+    target: Codes  # [n, width]
     train_mean: np.ndarray  # float64 [width], over training rows
     resamples: Resamples  # of the rows' documents
     pool: retrieval.Pool
@@ -53,7 +57,8 @@ class HeldOut:
     @cached_property
     def live(self) -> np.ndarray:
         """bool [width]: active in some row, and not constant."""
-        return (self.target > 0).any(0) & (self.target != self.target[:1]).any(0)
+        highest, lowest = self.target.max(axis=0).toarray(), self.target.min(axis=0).toarray()
+        return (highest > 0) & (highest > lowest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,9 @@ def transfer_metrics(
     documents = np.arange(len(target)) if documents is None else np.asarray(documents)
     settings = {"pool": pool, "bootstrap": bootstrap, "seed": seed}
     held_out = hold_out(target, train_mean=train_mean, documents=documents, **settings)
-    return measure(predicted, held_out, l0_source=l0_source, token_means=token_means).row()
+    predicted = _checked("predicted", predicted, held_out.target.shape, "that of the target")
+    batches = ((rows, predicted[rows]) for rows in slices(len(predicted)))
+    return measure(batches, held_out, l0_source=l0_source, token_means=token_means).row()
 
 
 def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: str = "") -> Any:
@@ -139,9 +146,15 @@ def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: s
 
 
 def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: int) -> HeldOut:
-    """Returns what all predictions of ``target`` share; arguments as in ``transfer_metrics``."""
-    target = _checked("target", target)
-    if target.ndim != 2 or not target.size:
+    """Returns what all predictions of ``target``, an array or codes [n, width], share.
+
+    The other arguments are those of ``transfer_metrics``.
+    """
+    if isinstance(target, Codes):
+        _checked("target", target.data)
+    else:
+        target = _checked("target", target)
+    if len(target.shape) != 2 or 0 in target.shape:
         raise UserError(
             f"target has shape {list(target.shape)}; it must be [rows, width], not empty."
         )
@@ -154,6 +167,7 @@ def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: 
     if bootstrap < 0:
         raise UserError(f"bootstrap={bootstrap} must not be negative; 0 leaves intervals out.")
     size = pool or min(retrieval.LARGEST_DEFAULT_POOL, n)
+    target = compress(target)
     return HeldOut(
         target=target,
         train_mean=train_mean.astype(np.float64),
@@ -163,12 +177,21 @@ def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: 
 
 
 def measure(
-    predicted, held_out: HeldOut, *, l0_source=None, token_means: TokenMeans | None = None
+    batches: Iterable[tuple[slice, np.ndarray]],
+    held_out: HeldOut,
+    *,
+    l0_source=None,
+    token_means: TokenMeans | None = None,
 ) -> Score:
-    """Returns all metrics of ``predicted`` [n, width]; see ``transfer_metrics``."""
-    predicted = _checked("predicted", predicted, held_out.target.shape, "that of the target")
-    draws, live = held_out.resamples, held_out.live
-    rows, sums = _sums(predicted, held_out, token_means)
+    """Returns all metrics of predictions; see ``transfer_metrics``.
+
+    Args:
+      batches: (rows, predicted [m, width]) in order, all but the last equally long. Each is read
+        once and let go, so that memory does not grow with the rows.
+    """
+    draws, live, n = held_out.resamples, held_out.live, held_out.target.shape[0]
+    queries = np.zeros(held_out.pool.units.shape, np.float32)
+    rows, sums = _sums(_collected(batches, held_out.pool.rows, queries), held_out, token_means)
     of_split = {name: values[0] for name, values in sums.items()}
     length_p, length_t, length_p_c, length_t_c = (
         np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance")
@@ -182,11 +205,11 @@ def measure(
         "cosine_centered": _cosine(rows["pt_centred"], length_p_c, length_t_c, MEAN * length_m),
         "sparsity_similarity": np.where(either == 0, 1.0, rows["both"] / np.maximum(either, 1)),
     }
-    rank, in_pool = retrieval.ranks(predicted, held_out.pool), held_out.pool.rows
+    rank, in_pool = retrieval.ranks(queries, held_out.pool), held_out.pool.rows
     in_pool = dataclasses.replace(draws, index=draws.index[in_pool])
     fvu, r = draws.estimate(rows["error"], rows["variance"]), _correlations(sums)
     feature_r2 = np.where(live, 1 - stats.ratio(of_split["error"], of_split["tt"]), np.nan)
-    gain, seen = None, np.zeros(len(predicted), bool)
+    gain, seen = None, np.zeros(n, bool)
     if token_means is not None and (seen := token_means.index >= 0).any():
         gain = 1.0 - draws.estimate(rows["token_error"] * seen, rows["token_variance"] * seen)
     correlation = None
@@ -207,7 +230,7 @@ def measure(
     rates = np.stack([of_split["active_predicted"], of_split["active_target"]])
     vary = np.ptp(rates, axis=1).all()
     plain = {
-        "n_rows": len(predicted),
+        "n_rows": n,
         "n_documents": draws.n_documents,
         "n_live": int(live.sum()),
         "pool": len(rank),
@@ -250,36 +273,64 @@ def normalized(
     return columns
 
 
-def _sums(predicted: np.ndarray, held_out: HeldOut, means: TokenMeans | None) -> tuple[dict, dict]:
+def _collected(
+    batches: Iterable[tuple[slice, np.ndarray]], wanted: np.ndarray, out: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the batches; copies their rows that are among the ascending ``wanted`` to ``out``."""
+    for rows, predicted in batches:
+        start, stop = np.searchsorted(wanted, (rows.start, rows.stop))
+        out[start:stop] = predicted[wanted[start:stop] - rows.start]
+        yield rows, predicted
+
+
+def _sums(
+    batches: Iterator[tuple[slice, np.ndarray]], held_out: HeldOut, means: TokenMeans | None
+) -> tuple[dict, dict]:
     """``_sums_of_block`` of each row, {name: [n]}, and of features, in float64.
 
     The latter are [1 + count, width]: the whole split, then every bootstrap resample.
     """
-    draws, parts = held_out.resamples, []
-    by_document = {"n": np.bincount(draws.index)[:, None]}
-    size = min(max(1, BLOCK // predicted.shape[1]), len(predicted))
-    blocks = list(slices(len(predicted), size))
-    documents = [np.unique(draws.index[rows], return_inverse=True) for rows in blocks]
-    longest = -(-max(len(numbers) for numbers, _ in documents) // 8) * 8  # few shapes
-    for rows, (numbers, local) in zip(blocks, documents):
-        arrays = 2 * (predicted[rows], held_out.target[rows])
-        if means and len(means.target):  # rows without their token are not used
-            index = means.index[rows]
-            arrays = *arrays[:2], means.predicted[index], means.target[index]
-        belongs = np.zeros((longest, size), np.float32)  # 0 for padding
-        belongs[local, np.arange(len(local))] = 1
-        arrays = [padded(a, size) for a in arrays]
-        centres = held_out.train_mean, predicted[0]
-        of_rows, of_documents = _sums_of_block(*arrays, *centres, belongs)
-        parts.append({name: np.asarray(v, np.float64)[: len(local)] for name, v in of_rows.items()})
-        for name, values in of_documents.items():
-            empty = np.zeros((draws.n_documents, values.shape[1]))
-            by_document.setdefault(name, empty)[numbers] += np.asarray(values)[: len(numbers)]
+    draws, n = held_out.resamples, held_out.target.shape[0]
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
-    ends = np.cumsum([sums.shape[1] for sums in by_document.values()])
-    totals = weights @ np.concatenate(list(by_document.values()), axis=1)  # one product: faster
-    totals = dict(zip(by_document, np.split(totals, ends[:-1], axis=1)))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, totals
+    _, first = start = next(batches)
+    size = -(-len(first) // -(-first.size // BLOCK))  # rows of a block, the same part of a batch
+    documents = {  # of a block that starts there, and each row's number among them
+        batch.start + part.start: np.unique(draws.index[batch][part], return_inverse=True)
+        for batch in slices(n, len(first))
+        for part in slices(batch.stop - batch.start, size)
+    }
+    longest = -(-max(len(numbers) for numbers, _ in documents.values()) // 8) * 8  # few shapes
+    by_row, waiting = [], []
+    totals = {"n": weights @ np.bincount(draws.index)[:, None]}
+
+    def resample() -> None:
+        numbers = np.concatenate([numbers for numbers, _ in waiting])
+        for name in waiting[0][1]:
+            sums = np.concatenate([sums[name] for _, sums in waiting])
+            totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ sums
+        waiting.clear()
+
+    for batch, predicted in itertools.chain([start], batches):
+        _checked("predicted", predicted)
+        target = held_out.target[batch].toarray()
+        for part in slices(len(predicted), size):
+            numbers, local = documents[batch.start + part.start]
+            arrays = 2 * (predicted[part], target[part])
+            if means and len(means.target):  # rows without their token are not used
+                index = means.index[batch][part]
+                arrays = *arrays[:2], means.predicted[index], means.target[index]
+            belongs = np.zeros((longest, size), np.float32)  # 0 for padding
+            belongs[local, np.arange(len(local))] = 1
+            arrays = [padded(a, size) for a in arrays]
+            of_rows, of_documents = _sums_of_block(*arrays, held_out.train_mean, first[0], belongs)
+            by_row.append({k: np.asarray(v, np.float64)[: len(local)] for k, v in of_rows.items()})
+            kept = {k: np.asarray(v)[: len(numbers)] for k, v in of_documents.items()}
+            waiting.append((numbers, kept))
+            if sum(len(numbers) for numbers, _ in waiting) >= DOCUMENTS:
+                resample()
+    if waiting:
+        resample()
+    return {name: np.concatenate([rows[name] for rows in by_row]) for name in by_row[0]}, totals
 
 
 @jax.jit
