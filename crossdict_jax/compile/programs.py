@@ -20,12 +20,7 @@ from crossdict_jax.config import Config, crosscoder_settings, unswept
 from crossdict_jax.dictionaries import Dictionary, base, crosscoder_training, train
 from crossdict_jax.dictionaries.start import start_of
 from crossdict_jax.evaluation.reconstruction import measure_batch
-from crossdict_jax.evaluation.retrieval import (
-    CHUNK,
-    LARGEST_DEFAULT_POOL,
-    at_least_as_similar,
-    similarities,
-)
+from crossdict_jax.evaluation.retrieval import CHUNK, LARGEST_DEFAULT_POOL, at_least_as_similar
 from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
 from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
@@ -388,9 +383,6 @@ def scoring(plan: Plan) -> Iterator[Program]:
         yield program(f"predict by {kind}", predict_batch, runs, arrays, static)
 
     pool = config.evaluation.pool or min(LARGEST_DEFAULT_POOL, test)
-    chunk, entries = min(CHUNK, pool), blank((pool,))
-    index, runs = blank((chunk,), np.int32), maps * pool / chunk
-    arrays = blank((chunk, width)), blank((pool, width))
-    yield program("compare with a pool", similarities, runs, arrays)
-    arrays = blank((chunk, pool)), index, entries
-    yield program("rank in a pool", at_least_as_similar, runs, arrays)
+    chunk = min(CHUNK, pool)
+    arrays = blank((chunk, width)), blank((chunk,), np.int32), blank((pool, width)), blank((pool,))
+    yield program("rank in a pool", at_least_as_similar, maps * pool / chunk, arrays)

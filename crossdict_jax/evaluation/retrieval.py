@@ -1,27 +1,31 @@
 """Retrieval: does a prediction find its own target among a fixed pool of targets?"""
 
 import dataclasses
-import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse.linalg import norm
 
 from crossdict_jax import stats
 from crossdict_jax.maps.base import padded, slices
-from crossdict_jax.maps.codes import Codes
+from crossdict_jax.maps.codes import Codes, Compact, compact
 from crossdict_jax.ops import exact
+from crossdict_jax.training.mesh import platform
 
-CHUNK = 512  # predictions compared at once: the similarity matrix is CHUNK x pool
+CHUNK = 512  # predictions compared with all of the pool at once
+IN_CACHE = 128  # the same, where sums of slots read and write these again and again
 LARGEST_DEFAULT_POOL = 8192
+SPARSE_COST = 12  # multiply-adds of a dense product in the time of one by slots, two CPU cores
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """Candidate targets, one entry per distinct direction; zero rows pad to the pool's size."""
 
-    rows: np.ndarray  # int [pool], rows of the candidates and queries
-    units: jax.Array  # float32 [pool, width], distinct unit vectors
+    rows: np.ndarray  # int [pool], ascending, rows of the candidates and queries
+    units: Compact | jax.Array  # float32 [pool, width], distinct unit vectors
     entries: jax.Array  # float32 [pool], candidates of each direction
     direction: np.ndarray  # int32 [pool], the direction of each query's true target
     identical: np.ndarray  # int [pool], candidates bit-identical to the true target, with itself
@@ -33,26 +37,30 @@ def make_pool(target: Codes, *, size: int, seed: int) -> Pool:
     rows = np.arange(n)
     if size < n:
         rows = np.sort(stats.generator(seed).choice(n, size, replace=False))
-    candidates = target[rows].toarray()
+    candidates = target[rows]
     same, _, copies = _distinct(candidates)
-    norms = np.sqrt(np.einsum("ij,ij->i", candidates, candidates, dtype=np.float64))[:, None]
-    np.divide(candidates, np.where(norms == 0, 1.0, norms), out=candidates, casting="same_kind")
+    counts = np.diff(candidates.indptr)
+    norms = np.repeat(norm(candidates.astype(np.float64), axis=1), counts)
+    candidates.data = (candidates.data / np.where(norms == 0, 1.0, norms)).astype(np.float32)
     direction, first, entries = _distinct(candidates)
-    padding = size - len(first)
+    units, slots = candidates[first], int(counts.max())
+    units.resize(candidates.shape)
+    few = platform() == "cpu" and slots * SPARSE_COST < units.shape[1]
     return Pool(
         rows=rows,
-        units=jnp.asarray(np.pad(candidates[first], ((0, padding), (0, 0)))),
-        entries=jnp.asarray(np.pad(entries, (0, padding)), jnp.float32),
+        units=compact(units, slots) if few else jnp.asarray(units.toarray()),
+        entries=jnp.asarray(np.pad(entries, (0, size - len(entries))), jnp.float32),
         direction=direction.astype(np.int32),
         identical=copies[same],
     )
 
 
-def _distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _distinct(codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(each row's class, each class's first row, each class's size) by the rows' bits."""
-    classes: dict[bytes, int] = {}
-    digests = (hashlib.blake2b(row, digest_size=16).digest() for row in x)
-    label = np.array([classes.setdefault(digest, len(classes)) for digest in digests])
+    classes: dict[tuple[bytes, bytes], int] = {}
+    rows = zip(*(np.split(a, codes.indptr[1:-1]) for a in (codes.indices, codes.data)))
+    bits = ((features.tobytes(), values.tobytes()) for features, values in rows)
+    label = np.array([classes.setdefault(row, len(classes)) for row in bits])
     _, first, size = np.unique(label, return_index=True, return_counts=True)
     return label, first, size
 
@@ -63,23 +71,35 @@ def ranks(queries: np.ndarray, pool: Pool) -> np.ndarray:
     Queries [pool, width] are the predictions of the pool's rows. Ties count against the true
     target, unless they are the same vector.
     """
-    size, counts = min(CHUNK, len(queries)), np.zeros(len(queries))
-    for rows in slices(len(queries), size):
-        similarity = similarities(padded(queries[rows], size), pool.units)
-        direction = padded(pool.direction[rows], size)
-        counted = at_least_as_similar(similarity, direction, pool.entries)
-        counts[rows] = counted[: len(queries[rows])]
+    size = min(IN_CACHE if isinstance(pool.units, Compact) else CHUNK, len(queries))
+
+    def count(rows: slice) -> np.ndarray:
+        some = (padded(a[rows], size) for a in (queries, pool.direction))
+        counted = at_least_as_similar(*some, pool.units, pool.entries)
+        return np.asarray(counted)[: rows.stop - rows.start]
+
+    with ThreadPoolExecutor() as threads:  # sums of slots take one core each
+        counts = np.concatenate(list(threads.map(count, slices(len(queries), size))))
     return counts.astype(np.int64) - pool.identical + 1
 
 
 @jax.jit
-def similarities(queries, units):
-    """Returns [chunk, directions]: cosines times the query's length, which changes no rank."""
-    return exact(queries, units.T)
+def at_least_as_similar(queries, direction, units: Compact | jax.Array, entries):
+    """Returns how many candidates are at least as similar, [chunk], exact below 2^24.
 
+    Cosines are times the query's length, which changes no rank.
+    """
+    if isinstance(units, Compact):
+        by_feature = queries.T  # of which each direction adds up a few rows
 
-@jax.jit
-def at_least_as_similar(similarity, direction, entries):
-    """Returns how many candidates are at least as similar, [chunk], exact below 2^24."""
-    own = jnp.take_along_axis(similarity, direction[:, None], axis=1)
-    return jnp.sum(jnp.where(similarity >= own, entries[None, :], 0), axis=1)
+        def add(slot, total):
+            weights, features = units.values[:, slot], units.features[:, slot]
+            rows = by_feature.at[features].get(mode="promise_in_bounds")
+            return total + weights[:, None] * rows
+
+        start = jnp.zeros((len(units.values), len(queries)))
+        similarity = jax.lax.fori_loop(0, units.values.shape[1], add, start)
+    else:
+        similarity = exact(units, queries.T)
+    own = jnp.take_along_axis(similarity, direction[None, :], axis=0)
+    return jnp.sum(jnp.where(similarity >= own, entries[:, None], 0), axis=0)

@@ -190,7 +190,7 @@ def measure(
         once and let go, so that memory does not grow with the rows.
     """
     draws, live, n = held_out.resamples, held_out.live, held_out.target.shape[0]
-    queries = np.zeros(held_out.pool.units.shape, np.float32)
+    queries = np.zeros((len(held_out.pool.rows), held_out.target.shape[1]), np.float32)
     rows, sums = _sums(_collected(batches, held_out.pool.rows, queries), held_out, token_means)
     of_split = {name: values[0] for name, values in sums.items()}
     length_p, length_t, length_p_c, length_t_c = (
