@@ -156,6 +156,8 @@ def test_the_choice_of_products_is_kept_with_the_checkpoint(tmp_path, monkeypatc
     monkeypatch.setattr(train, "fastest_products", lambda size, n: "dense")
     assert chosen() == meta["settings"]["products"] == "lists" and chosen("dense") == "dense"
     refused("sae.products=kernels needs a GPU; use auto", chosen, "kernels")
+    monkeypatch.setattr(checkpoint, "load_meta", lambda path: {"settings": {"products": "kernels"}})
+    refused("sae.products=kernels needs a GPU; this training began with them", chosen)
 
 
 @pytest.mark.mesh

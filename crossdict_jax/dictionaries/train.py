@@ -368,15 +368,16 @@ def with_products(
         raise UserError(
             f"sae.products={asked} is for one device to a dictionary; use auto or dense."
         )
-    if asked == "kernels" and all_devices()[0].platform not in GPUS:
-        raise UserError("sae.products=kernels needs a GPU; use auto, dense or lists.")
-    if asked != "auto":
-        return settings
-    if directory and checkpoint.is_finished(checkpoints := directory / "checkpoints"):
-        chosen = checkpoint.load_meta(checkpoints).get("settings", {}).get("products", "dense")
-    else:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            chosen = fastest_products(rows * width, rows * k)
+    if (chosen := asked) == "auto":
+        if directory and checkpoint.is_finished(checkpoints := directory / "checkpoints"):
+            chosen = checkpoint.load_meta(checkpoints).get("settings", {}).get("products", "dense")
+        else:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                chosen = fastest_products(rows * width, rows * k)
+    if chosen == "kernels" and all_devices()[0].platform not in GPUS:
+        began = "this training began with them, so go on there"
+        mend = began if asked == "auto" else "use auto, dense or lists"
+        raise UserError(f"sae.products=kernels needs a GPU; {mend}.")
     return dataclasses.replace(settings, products=chosen)
 
 
