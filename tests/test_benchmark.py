@@ -15,7 +15,15 @@ from tiny_run import refused
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark import peer, run, saelens, workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
-from crossdict_jax.benchmark.measurements import extraction, growth, rows, scaling, steps, whole
+from crossdict_jax.benchmark.measurements import (
+    extraction,
+    growth,
+    products,
+    rows,
+    scaling,
+    steps,
+    whole,
+)
 from crossdict_jax.benchmark.measurements import map as map_steps
 from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
 from crossdict_jax.dictionaries.train import members, prepare
@@ -32,6 +40,7 @@ TINY = {  # the sizes of every measurement
     extraction: (3, 12, 2, "float32"),
     map_steps: ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
     scaling: (DICTIONARY | {"seeds": 1}, "float32", 1),
+    products: (DICTIONARY, (16,), "float32", 1),
     rows: (80, 8, 16, 2),
     growth: ((300,), (32,)),
 }
@@ -137,6 +146,8 @@ def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
     rows = measured("extraction", tmp_path)
     assert [row["case"] for row in rows] == ["equal lengths", "mixed lengths"]
     assert [row["contender"] for row in measured("rows", tmp_path)] == [OURS, "rows alone"]
+    kinds = [row["contender"] for row in measured("products", tmp_path)]
+    assert kinds == ["dense", "lists", "kernels"]
     # Another checkout does the same in the same run.
     monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
     ours, other = measured("map", tmp_path)

@@ -95,6 +95,20 @@ def test_of_branches_the_shortest_counts_and_of_a_large_array_the_rows_that_are_
     assert cost["bytes"] < 100 * 8 * 64
 
 
+def test_kernels_read_a_row_for_every_entry():
+    text = """
+ENTRY %main (starts: s32[9], w: f32[100], table: bf16[50,64], index: s32[100]) -> f32[8,64] {
+  %starts = s32[9]{0} parameter(0)
+  %w = f32[100]{0} parameter(1)
+  %table = bf16[50,64]{1,0} parameter(2)
+  %index = s32[100]{0} parameter(3)
+  ROOT %sums = f32[8,64]{1,0} custom-call(%starts, %w, %table, %index), TARGET
+}
+"""
+    text = text.replace("TARGET", 'custom_call_target="__gpu$xla.gpu.triton"')
+    assert hlo.cost(text, CPU, 1)["bytes"] == 4 * (9 + 100 + 100 + 8 * 64) + 2 * 100 * 64
+
+
 def test_collectives_and_exchanges_with_the_host_are_found():
     text = """
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
@@ -204,3 +218,17 @@ def test_programs_for_a_tpu_take_what_they_took(stage, name):
     assert found.memory <= 1.1e9 * memory and found.total_ms <= 1.2 * ms
     # Alone: beside the network's time a sort of all rows could hide.
     assert found.total_ms - found.ms["network"] == pytest.approx(alone, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no jax[cuda13]")
+def test_a_wide_dictionary_takes_kernels_on_a_gpu():
+    config, target = pythia410m_gpt2medium.get_config(), machine("h100-1")
+    wide = {"width": 65_536, "k": 32, "batch_size": 4096}
+    config.layers, config.sae = (6,), dataclasses.replace(config.sae, **wide)
+    with planned(target.devices(), int(target.device.memory)):
+        (program,) = programs.dictionaries(programs.make_plan(config))
+        found = estimate.estimate(program, target)
+    assert program.lowered.as_text().count("xla.gpu.triton") == 5
+    assert not found.host and not found.sent
+    assert found.memory <= 1.1 * 9.61e9 and found.total_ms == pytest.approx(11.0, rel=0.2)

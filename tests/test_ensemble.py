@@ -148,12 +148,16 @@ def test_the_choice_of_products_is_kept_with_the_checkpoint(tmp_path, monkeypatc
 
     def chosen(asked="auto"):
         settings = dataclasses.replace(sae, products=asked)
-        return train.with_products(settings, size=2**22, members=1, directory=tmp_path).products
+        shape = {"rows": 2**12, "width": 2**10, "k": 3, "members": 1}
+        return train.with_products(settings, **shape, directory=tmp_path).products
 
     made, meta = small(), {"settings": {"products": chosen()}}
     fit(made, tmp_path, steps=2, meta=meta)
-    monkeypatch.setattr(train, "uses_lists", lambda size: False)
+    monkeypatch.setattr(train, "fastest_products", lambda size, n: "dense")
     assert chosen() == meta["settings"]["products"] == "lists" and chosen("dense") == "dense"
+    refused("sae.products=kernels needs a GPU; use auto", chosen, "kernels")
+    monkeypatch.setattr(checkpoint, "load_meta", lambda path: {"settings": {"products": "kernels"}})
+    refused("sae.products=kernels needs a GPU; this training began with them", chosen)
 
 
 @pytest.mark.mesh

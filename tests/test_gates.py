@@ -12,8 +12,11 @@ from tiny_run import CONTEXT, SITE, make_config
 from crossdict_jax import models
 from crossdict_jax.activations import pairing
 from crossdict_jax.config import VerifyConfig
+from crossdict_jax.dictionaries import train
+from crossdict_jax.maps import ensemble
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.moments import Regression
+from crossdict_jax.models import run
 from crossdict_jax.verify import lab, planted
 from crossdict_jax.verify.gate import Check
 from launch import command
@@ -108,6 +111,12 @@ def judge(gate, monkeypatch, tmp_path) -> set[str]:
 
 def nothing(patch):
     """No sabotage: the gate passes, or what is missed is missed at this size."""
+
+
+def in_bfloat16(patch):
+    """What ``auto`` means on accelerators."""
+    for module in (ensemble, run, train):
+        patch.setattr(module, "product_dtype", lambda setting: np.dtype("bfloat16"))
 
 
 def in_sample(patch):
@@ -208,8 +217,10 @@ LINKED = "linked features that transfer by fitted {0.KIND}, of {0.LINKED}".forma
     ("gate", "sabotage", "expected"),
     [
         ("G1", nothing, set()),
+        slow("G1", in_bfloat16, set()),
         slow("G1", late, {"FVU of ridge on activations", "top-1 of ridge"}),
         slow("G2", nothing, set()),
+        slow("G2", in_bfloat16, set()),
         slow("G2", rotated, {"share of it after Procrustes from the copy"}),
         ("G3", leaked, {"R² of ridge", CONFIRMED}),
         slow("G3", in_sample, {"R² of ridge", "centred cosine of ridge, absolute"}),

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_bfloat16_products_are_close_and_sums_stay_float32(variant):
     logits = jax.eval_shape(lambda: lm.logits(golden["tokens"], dtype=jnp.bfloat16))
     assert x.dtype == logits.dtype == jnp.float32
     assert 1e-5 < relative_error(x, golden["resid_pre.1"]) < 0.1
+    # Of the gradient no product is of float32 alone: accelerators would take ten times as long.
+    graphdef, state = nnx.split(lm)
+
+    def loss(state):
+        return nnx.merge(graphdef, state).logits(golden["tokens"], dtype=jnp.bfloat16).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(state).as_text()
+    inputs = re.findall(r"dot_general.*: \((tensor<\S+>), (tensor<\S+>)\)", text)
+    assert len(inputs) > 20 and all("bf16" in a + b for a, b in inputs)
 
 
 @every_variant

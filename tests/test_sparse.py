@@ -1,4 +1,4 @@
-"""Sparse codes: lists equal the reference of dense products, which equals plain code."""
+"""Sparse codes: lists and kernels equal dense products, which equal plain code."""
 
 import contextlib
 import functools
@@ -12,24 +12,27 @@ import pytest
 
 from crossdict_jax import modules, ops
 from crossdict_jax.dictionaries import base, losses
-from crossdict_jax.ops import codes, selection, sums
+from crossdict_jax.ops import codes, kernels, selection, sums
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
 # batch, d, width, k: no even number, several turns of terms and lanes; groups of neighbours
 SHAPES = [(40, 7, 21, 5), (30, 5, 128, 3)]
 HYPER = base.Hyper(l1_coefficient=0.1, revived=0, k_aux=4, nested_fractions=(0.2, 0.5))
+WAYS = ("dense", "lists", "kernels")
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 # Compiling is what takes long here; code that runs once need not be fast.
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @contextlib.contextmanager
-def traced(lists):
-    """What is traced inside takes lists or not; of few terms a turn, which compile faster."""
+def traced(products):
+    """What is traced inside takes these products; of few terms a turn, which compile faster."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (selection, codes):
-            patch.setattr(module, "uses_lists", lambda size, **minimum: lists)
-        patch.setattr(sums, "TERMS", 2)
+        patch.setattr(selection, "uses_lists", lambda size, **minimum: products == "lists")
+        patch.setattr(codes, "fastest_products", lambda size, n: products)
+        for module in (sums, kernels):
+            patch.setattr(module, "TERMS", 2)
+        patch.setattr(kernels, "COLUMNS", 4)
         patch.setattr(sums, "LANES", 4)
         yield
 
@@ -57,11 +60,11 @@ def slopes(u, W_enc, bias, W_dec, weight, lowest, *, k, dtype=None):
 
 
 @functools.cache
-def compiled(lists, shape, dtype=None):
+def compiled(products, shape, dtype=None):
     """``slopes`` of two members, compiled once for all rows."""
     arguments = problem(shape)
     lowest = jax.ShapeDtypeStruct(arguments[0].shape[:2], jnp.float32)
-    with traced(lists):
+    with traced(products):
         one = jax.vmap(partial(slopes, k=shape[3], dtype=dtype))
         return fast_jit(one).lower(*arguments, lowest).compile()
 
@@ -80,16 +83,17 @@ def assert_alike(ours, true, *, tolerance=2e-5):
 
 
 @every_shape
+@pytest.mark.parametrize("products", ["lists", "kernels"])
 @pytest.mark.parametrize("rows", ["busy", "few"])
-def test_lists_equal_dense_products_in_value_and_gradients(shape, rows):
+def test_sparse_products_equal_dense_ones_in_value_and_gradients(shape, rows, products):
     """Of two members: a feature of one is active in every row, or two are left, not everywhere."""
     arguments, width = problem(shape), shape[2]
     arguments[2][0, 0] += 100.0
     if rows == "few":
         arguments[2] -= np.where(np.arange(width) < width - 2, 1e3, 3.0).astype(np.float32)
     arguments.append(least_of_rows(arguments, shape[3]))
-    true = compiled(False, shape)(*arguments)
-    assert_alike(compiled(True, shape)(*arguments), true)
+    true = compiled("dense", shape)(*arguments)
+    assert_alike(compiled(products, shape)(*arguments), true)
     assert all(np.abs(g).max() > 0 for g in true[1])
     active, l0, _ = true[0][1][1]
     if rows == "few":
@@ -102,26 +106,27 @@ def test_equals_of_the_last_are_all_kept_while_there_is_room():
     arguments, (batch, _, width, k) = problem(SHAPES[0]), SHAPES[0]
     arguments[0][:], arguments[2][:] = 0.0, 1.0
     lowest = np.ones((2, batch), np.float32)
-    parts = compiled(True, SHAPES[0])(*arguments, lowest)[0][1][0]
+    parts = compiled("lists", SHAPES[0])(*arguments, lowest)[0][1][0]
     kept = np.arange(batch * width).reshape(batch, width) < (k + 1) * batch  # the first rows'
     np.testing.assert_allclose(parts[0, :, -1], kept @ arguments[3][0], atol=1e-4)
 
 
-@pytest.mark.parametrize("lists", [True, False])
-def test_what_is_not_a_number_stays_visible(lists):
+@pytest.mark.parametrize("products", WAYS)
+def test_what_is_not_a_number_stays_visible(products):
     arguments = problem(SHAPES[1])
     lowest = least_of_rows(arguments, SHAPES[1][3])
     for sign in (1, -1):
         arguments[2][:, 3] = np.copysign(np.nan, sign)
-        assert np.isnan(compiled(lists, SHAPES[1])(*arguments, lowest)[0][0]).all()
+        assert np.isnan(compiled(products, SHAPES[1])(*arguments, lowest)[0][0]).all()
 
 
 def test_bfloat16_rounds_what_is_multiplied_and_no_sum():
     shape = (40, 32, 20, 20)  # all features: rounding changes no choice
     arguments = [*problem(shape), np.zeros((2, 40), np.float32)]
-    exact = compiled(False, shape)(*arguments)[0][0]
-    near = [compiled(lists, shape, jnp.bfloat16)(*arguments) for lists in (True, False)]
-    assert_alike(*near, tolerance=3e-2)
+    exact = compiled("dense", shape)(*arguments)[0][0]
+    near = [compiled(products, shape, jnp.bfloat16)(*arguments) for products in WAYS]
+    assert_alike(near[0], near[1], tolerance=3e-2)
+    assert_alike(near[0], near[2], tolerance=3e-3)  # kernels round gradients, as dense products do
     for (value, _), _ in near:
         change = np.abs(value / exact - 1)
         assert (change > 1e-6).all() and (change < 3e-2).all()
@@ -144,12 +149,13 @@ def test_architectures_train_alike(architecture, monkeypatch):
 
     keys, x = jax.random.split(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 40, 6))
     results = []
-    for lists, on in ((True, "cpu"), (False, "cpu"), (False, "gpu")):
+    for products, on in (*((way, "cpu") for way in reversed(WAYS)), ("dense", "gpu")):
         monkeypatch.setattr(codes, "platform", lambda on=on: on)
-        with traced(lists):
+        with traced(products):
             results.append(fast_jit(jax.vmap(lambda *given: step(*given)))(keys, x))
-    assert_alike(*results[:2])
-    jax.tree.map(np.testing.assert_array_equal, *results[1:])
+    for sparse in results[:2]:
+        assert_alike(sparse, results[2])
+    jax.tree.map(np.testing.assert_array_equal, *results[2:])
 
 
 def awkward(batch, width, k):
@@ -170,10 +176,10 @@ def awkward(batch, width, k):
     }
 
 
-WAYS = [("lists", *sizes) for sizes in [(21, 5), (48, 2), (96, 40), (1024, 4)]]
+SIZES = [("lists", *sizes) for sizes in [(21, 5), (48, 2), (96, 40), (1024, 4)]]
 
 
-@pytest.mark.parametrize(("way", "width", "k"), [*WAYS, ("bits", 21, 5), ("accelerator", 48, 2)])
+@pytest.mark.parametrize(("way", "width", "k"), [*SIZES, ("bits", 21, 5), ("accelerator", 48, 2)])
 def test_thresholds_are_exact(monkeypatch, way, width, k):
     monkeypatch.setattr(selection, "platform", lambda: "gpu" if way == "accelerator" else "cpu")
     batch, cases = 30, awkward(30, width, k)
@@ -181,7 +187,7 @@ def test_thresholds_are_exact(monkeypatch, way, width, k):
     def largest(z):
         return ops.kth_largest(z, k), ops.nth_largest(z, k * batch)
 
-    with traced(way == "lists"):
+    with traced(way):
         results = fast_jit(jax.vmap(largest))(jnp.stack(list(cases.values())))
     for i, (name, z) in enumerate(cases.items()):
         z = np.maximum(z, 0)
@@ -198,31 +204,79 @@ def test_what_equals_the_least_is_kept(over_rows):
     np.testing.assert_array_equal(ops.keep_top_k(z, 21), np.maximum(z, 0))
 
 
-@pytest.mark.parametrize("big", [1, pytest.param(2**20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("summed", [sums.sum_by_group, sums.sum_by_key])
-def test_groups_of_any_size_are_summed(summed, big):
+@pytest.mark.parametrize(
+    ("module", "big"), [(sums, 1), (kernels, 1), pytest.param(sums, 2**20, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", ["sum_by_group", "sum_by_key"])
+def test_groups_of_any_size_are_summed(module, name, big):
     """Also where an entry and its key do not fit into one integer; some entries have no group."""
     counts = np.asarray([0, 1, 500, 16, 17, 0, 64, 65, 0, *[3] * 1200])
     n_groups = max(big, len(counts))
     group = np.append(np.repeat(np.arange(len(counts)), counts), [n_groups] * 5)
     rng, n = np.random.default_rng(0), len(group)
-    if summed is sums.sum_by_key:
+    if name == "sum_by_key":
         rng.shuffle(group)
     index, weights = rng.integers(0, 50, n), rng.normal(size=n).astype(np.float32)
     table = rng.normal(size=(50, 3)).astype(np.float32)
     expected = np.zeros((n_groups + 1, 3))
     np.add.at(expected, group, weights[:, None] * table[index])
-    ours = jax.jit(summed, static_argnums=1)(jnp.asarray(group), n_groups, weights, index, table)
+    summed = jax.jit(getattr(module, name), static_argnums=1)
+    ours = summed(jnp.asarray(group), n_groups, weights, index, table)
     np.testing.assert_allclose(ours, expected[:-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("d", [1, 300])
-def test_inner_products_of_rows_of_any_length(d):
+@pytest.mark.parametrize("module", [sums, kernels])
+@pytest.mark.parametrize("d", [1, 700])
+def test_inner_products_of_rows_of_any_length(d, module):
     rng, n = np.random.default_rng(0), 2000
     a, b = (rng.normal(size=(rows, d)).astype(np.float32) for rows in (50, 30))
     a_index, b_index = rng.integers(0, 50, n), rng.integers(0, 30, n)
-    ours = fast_jit(sums.dots)(*map(jnp.asarray, (a, a_index, b, b_index)))
+    ours = fast_jit(module.dots)(*map(jnp.asarray, (a, a_index, b, b_index)))
     np.testing.assert_allclose(ours, np.einsum("nd,nd->n", a[a_index], b[b_index]), atol=1e-4)
+
+
+def test_what_is_fastest_depends_on_the_machine_and_on_what_is_active(monkeypatch):
+    fastest = {}
+    for on in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(selection, "platform", lambda on=on: on)
+        sizes = (2**22, 2**22 // 128), (2**22, 2**22 // 512), (2**12, 2**3)
+        fastest[on] = [ops.fastest_products(*size) for size in sizes]
+    assert fastest["cpu"] == ["lists", "lists", "dense"] and fastest["tpu"] == ["dense"] * 3
+    assert fastest["gpu"] == ["dense", "kernels", "kernels"]
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="a later JAX asks for the GPU itself")
+@pytest.mark.parametrize("d", [7, 1024])
+def test_kernels_are_written_for_gpus(d, monkeypatch):
+    """Of two members, in the compiler's language, which knows blocks of powers of two alone."""
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    step = jax.jit(jax.vmap(partial(slopes, k=3, dtype=jnp.bfloat16)))
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem((16, d, 128, 3))]
+    lowest = jax.ShapeDtypeStruct((2, 16), jnp.float32)
+    with traced("kernels"):
+        text = step.trace(*shapes, lowest).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 5
+
+
+@pytest.mark.mesh
+def test_kernels_stay_with_their_members():
+    mesh, (u, W_enc, bias, W_dec, _) = make_mesh(members=8), problem((12, 4, 8, 2))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(MEMBER))
+    members = [np.concatenate([a, a[::-1], 2 * a, -a]) for a in (u, W_enc, bias, W_dec)]
+
+    def loss(W_dec, u, W_enc, bias, products):
+        code = ops.sparse_code(u, W_enc, bias, lambda z: z.max(axis=1) / 2, 84, None, products)
+        return jnp.square(ops.decode(code, W_dec)).sum()
+
+    def gradients(u, W_enc, bias, W_dec, products):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            of_one = jax.grad(partial(loss, products=products), argnums=(0, 2, 3))
+            return jax.vmap(of_one, spmd_axis_name=MEMBER)(W_dec, u, W_enc, bias)
+
+    ours, true = (fast_jit(partial(gradients, products=way)) for way in ("kernels", "dense"))
+    program = ours.lower(*jax.device_put(members, sharding)).compile()
+    assert not re.findall("all-gather|all-reduce|all-to-all", program.as_text())
+    assert_alike(program(*jax.device_put(members, sharding)), true(*members))
 
 
 @pytest.mark.mesh

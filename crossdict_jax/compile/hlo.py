@@ -20,6 +20,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 HOST = ("infeed", "outfeed", "send", "recv")
 HOST_CALL = re.compile(r'custom_call_target="[^"]*(callback|MoveToHost|MoveToDevice)')
 PRODUCT_CALL = re.compile(r'custom_call_target="[^"]*(gemm|matmul)')
+KERNEL_CALL = re.compile(r'custom_call_target="[^"]*triton')  # of ops/kernels.py
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -190,17 +191,27 @@ def _traffic(op: Op, scope: Computation, computations):
         yield sum(min(a.size for a in op.arrays[:2]) for a in op.arrays[:2] if not a.near)
     elif op.kind in SLICES:
         yield op.arrays[0].bytes + (0 if operands[0][0].near else op.arrays[0].size)
+    elif KERNEL_CALL.search(op.about):  # a row for every entry, as if no cache kept any
+        *others, (index,) = operands
+        yield from (a.bytes for a in (*op.arrays, index))
+        for (a,) in others:
+            table = len(a.shape) > len(index.shape)
+            yield a.bytes * math.prod(index.shape) // math.prod(a.shape[:-1]) if table else a.bytes
     elif op.kind == "dynamic-update-slice":
         yield 2 * operands[1][0].bytes
     else:
         yield from (a.bytes for a in op.arrays)
         fused = computations[op.calls("calls")[0]] if op.kind == "fusion" else {}
         parameters = {
-            o.about.partition(")")[0]: name for name, o in fused.items() if o.kind == "parameter"
+            o.about.partition(")")[0]: {name} for name, o in fused.items() if o.kind == "parameter"
         }
         for i, arrays in enumerate(operands):
-            uses = [o for o in fused.values() if parameters.get(str(i)) in o.operands]
-            first = uses and all(o.operands[0] == parameters[str(i)] for o in uses)
+            names = parameters.get(str(i), set())
+            for name, o in fused.items():  # in the order in which they are computed
+                if o.kind == "bitcast" and o.operands[0] in names:
+                    names.add(name)
+            uses = [o for n, o in fused.items() if n not in names and names & set(o.operands)]
+            first = uses and all(o.operands[0] in names for o in uses)
             if first and all(o.kind in SLICES for o in uses):
                 yield from (a.bytes for o in uses for a in o.arrays)
             elif first and all(o.kind == "dynamic-update-slice" for o in uses):

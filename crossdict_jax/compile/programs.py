@@ -226,10 +226,12 @@ def dictionaries(plan: Plan) -> Iterator[Program]:
         source = np.asarray([sites.index((m.model, m.site)) for m in group])
         sizes = {"x": d_model} | ({"y": d_out} if d_out else {})
         start = start_of(*(np.zeros((1, d), np.float32) for d in sizes.values()))
-        shape = {"d_model": d_model, "d_out": d_out, "width": first.width, "k": first.k}
+        kept = {"width": first.width, "k": first.k}
+        part = sae.batch_size // sae.accumulate
+        chosen = train.with_products(sae, rows=part, members=len(group), **kept)
         rows = {n: blank((len(sites), n_rows, d), ml_dtypes.bfloat16) for n, d in sizes.items()}
         yield _training(
-            train.DictionaryObjective(sae, **shape),
+            train.DictionaryObjective(chosen, d_model=d_model, d_out=d_out, **kept),
             {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0), "start": start},
             {name: Stream(array, source) for name, array in rows.items()},
             [member.seed for member in group],
@@ -257,8 +259,10 @@ def crosscoders(plan: Plan) -> Iterator[Program]:
     fixed = {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0)}
     fixed |= {"scale": blank((len(d_models),)), "center": blank((sum(d_models),))}
     controls = [task for task in control_tasks(config, store) if map_class(task.kind).through_joint]
+    shape = {"rows": joint.batch_size, "width": joint.width, "k": joint.k}
+    chosen = train.with_products(joint, **shape, members=n)
     yield _training(
-        crosscoder_training.CrosscoderObjective(joint, d_models),
+        crosscoder_training.CrosscoderObjective(chosen, d_models),
         fixed,
         streams,
         [0] * n,

@@ -116,7 +116,11 @@ class SAEConfig:
     )
     matmul_dtype: str = choice(MATMUL, *DTYPES)
     products: str = choice(
-        "Codes of topk kinds as matrices or lists, faster on CPU", "auto", "dense", "lists"
+        "Codes of topk kinds: matrices, lists (CPU) or kernels (GPU)",
+        "auto",
+        "dense",
+        "lists",
+        "kernels",
     )
 
     def check(self) -> None:

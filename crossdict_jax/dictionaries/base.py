@@ -180,7 +180,7 @@ class BatchSelected(Dictionary):
         in_parts = hyper is not None and hyper.threshold is not None
         n = self.k * (hyper.rows if in_parts else len(u))
         threshold = (lambda z: hyper.threshold) if in_parts else (lambda z: nth_largest(z, n))
-        return sparse_code(u, *self.encoder(), threshold, n, dtype, hyper and hyper.lists)
+        return sparse_code(u, *self.encoder(), threshold, n, dtype, hyper and hyper.products)
 
     def after_update(self, smallest: jax.Array) -> None:
         super().after_update(smallest)

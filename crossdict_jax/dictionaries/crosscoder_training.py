@@ -90,8 +90,9 @@ def fit_crosscoders(
         groups.setdefault(tuple(view.shape for view in member.views), []).append(i)
     fitted: dict[int, Crosscoder] = {}
     for number, (shapes, indices) in enumerate(groups.items()):
-        folder, size = Path(directory) / str(number), joint.batch_size * joint.width
-        settings = with_products(joint, size=size, members=len(indices), directory=folder)
+        folder = Path(directory) / str(number)
+        shape = {"rows": joint.batch_size, "width": joint.width, "k": joint.k}
+        settings = with_products(joint, **shape, members=len(indices), directory=folder)
         ensemble = joint_ensemble([rows[i] for i in indices], settings)
         sizes = "+".join(str(d_model) for _, d_model in shapes)
         trained = train(

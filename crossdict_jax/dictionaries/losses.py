@@ -24,7 +24,7 @@ class Hyper:
       l0_target: active features a row to aim for; 0 for none.
       nested_fractions: of the width, nested dictionaries beside that of all features.
       rows: of the whole batch (static).
-      lists: whether codes are ``Entries`` (static); None: where faster.
+      products: of sparse codes, see ``ops.sparse_code`` (static).
       variance: [], of the rows to reconstruct.
       residual_variance: [], of their residuals.
       threshold: [], of architectures that choose features over the batch: the least value kept.
@@ -37,7 +37,7 @@ class Hyper:
     l0_target: float = 0.0
     nested_fractions: tuple[float, ...] = ()
     rows: int = 0
-    lists: bool | None = None
+    products: str | None = None
     variance: jax.Array | None = None
     residual_variance: jax.Array | None = None
     threshold: jax.Array | None = None

@@ -30,7 +30,7 @@ from crossdict_jax.dictionaries.losses import Hyper, power
 from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.ops import activity, decode, nth_largest, uses_lists
+from crossdict_jax.ops import activity, decode, fastest_products, nth_largest
 from crossdict_jax.training import checkpoint, loop
 from crossdict_jax.training.ensemble import (
     Context,
@@ -41,7 +41,7 @@ from crossdict_jax.training.ensemble import (
     members_at_once,
     stack,
 )
-from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype
+from crossdict_jax.training.mesh import DATA, GPUS, all_devices, make_mesh, product_dtype
 from crossdict_jax.training.stage import timed
 from crossdict_jax.workdir import Workdir
 
@@ -109,7 +109,7 @@ class SparseObjective(Objective):
             l0_target=self.settings.l0_target,
             nested_fractions=self.settings.nested_fractions,
             rows=self.settings.batch_size,
-            lists={"dense": False, "lists": True}.get(self.settings.products),
+            products=None if self.settings.products == "auto" else self.settings.products,
             **context.totals or {},
         )
 
@@ -328,8 +328,9 @@ def train_from(
     """
     sae = config.sae
     rows = store.select("train")
-    size = sae.batch_size // sae.accumulate * group[0].width
-    sae = with_products(sae, size=size, members=len(group), directory=directory)
+    first, part = group[0], sae.batch_size // sae.accumulate
+    shape = {"rows": part, "width": first.width, "k": first.k}
+    sae = with_products(sae, **shape, members=len(group), directory=directory)
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
     trained = loop.train(
@@ -346,23 +347,37 @@ def train_from(
 
 
 def with_products(
-    settings: SAEConfig | JointSettings, *, size: int, members: int, directory: Path
+    settings: SAEConfig | JointSettings,
+    *,
+    rows: int,
+    width: int,
+    k: int,
+    members: int,
+    directory: Path | None = None,
 ) -> SAEConfig | JointSettings:
-    """Returns settings with dense products or lists: as asked, or chosen and then kept.
+    """Returns settings with the products of sparse codes: as asked, or chosen and then kept.
 
-    The choice depends on the machine, so a resumed training reads it from the checkpoint. ``size``
-    is that of an array [batch, width] or of a part of it.
+    The choice depends on the machine, so a resumed training reads it from the checkpoint in
+    ``directory``, if any. ``rows`` are those of a batch, or of a part of it.
+
+    Raises:
+      UserError: the machine cannot take the products that are asked for.
     """
-    checkpoints, mesh = directory / "checkpoints", make_mesh(members=members)
-    if settings.products == "lists" and mesh.shape[DATA] > 1:
-        raise UserError("sae.products=lists is for one device to a dictionary; use auto or dense.")
-    if settings.products != "auto":
-        return settings
-    if checkpoint.is_finished(checkpoints):
-        chosen = checkpoint.load_meta(checkpoints).get("settings", {}).get("products", "dense")
-    else:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            chosen = "lists" if uses_lists(size) else "dense"
+    asked, mesh = settings.products, make_mesh(members=members)
+    if asked in ("lists", "kernels") and mesh.shape[DATA] > 1:
+        raise UserError(
+            f"sae.products={asked} is for one device to a dictionary; use auto or dense."
+        )
+    if (chosen := asked) == "auto":
+        if directory and checkpoint.is_finished(checkpoints := directory / "checkpoints"):
+            chosen = checkpoint.load_meta(checkpoints).get("settings", {}).get("products", "dense")
+        else:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                chosen = fastest_products(rows * width, rows * k)
+    if chosen == "kernels" and all_devices()[0].platform not in GPUS:
+        began = "this training began with them, so go on there"
+        mend = began if asked == "auto" else "use auto, dense or lists"
+        raise UserError(f"sae.products=kernels needs a GPU; {mend}.")
     return dataclasses.replace(settings, products=chosen)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from crossdict_jax import ops
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.folders import load_tokenizer
 from crossdict_jax.modules import Params, Plain, plain
@@ -365,13 +366,11 @@ def rounded(params: Params, dtype: jnp.dtype) -> Params:
 
 
 def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``x W`` with inputs in ``dtype`` and float32 sums."""
-    return jnp.matmul(
-        x.astype(dtype),
-        W.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    """``x W`` with inputs in ``dtype``, also those of the gradient's products; float32 sums."""
+    if dtype == jnp.float32:
+        return ops.exact(x, W.astype(dtype))
+    rows = ops.matmul(x.reshape(-1, x.shape[-1]), W.astype(jnp.float32), dtype)
+    return rows.reshape(*x.shape[:-1], -1)
 
 
 def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Matrix products and sparse codes: references, and lists of entries where these are faster."""
+"""Matrix products and sparse codes: references, and lists or kernels where these are faster."""
 
 from crossdict_jax.ops.codes import Code, activity, decode, decode_parts, sparse_code
 from crossdict_jax.ops.products import EXACT, exact, matmul
-from crossdict_jax.ops.selection import keep_top_k, kth_largest, nth_largest, uses_lists
+from crossdict_jax.ops.selection import fastest_products, keep_top_k, kth_largest, nth_largest
 
 __all__ = [
     "EXACT",
@@ -11,10 +11,10 @@ __all__ = [
     "decode",
     "decode_parts",
     "exact",
+    "fastest_products",
     "keep_top_k",
     "kth_largest",
     "matmul",
     "nth_largest",
     "sparse_code",
-    "uses_lists",
 ]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from crossdict_jax.ops.lists import Entries, decode_entries, encoded
 from crossdict_jax.ops.products import matmul
-from crossdict_jax.ops.selection import entries_from, uses_lists
+from crossdict_jax.ops.selection import entries_from, fastest_products
 from crossdict_jax.training.mesh import platform
 
 Code = jax.Array | Entries
@@ -43,7 +43,7 @@ def sparse_code(
     threshold: Callable[[jax.Array], jax.Array],
     n: int,
     dtype=None,
-    lists: bool | None = None,
+    products: str | None = None,
 ) -> Code:
     """Returns the values of relu(z), z = u W_enc + bias, that reach a threshold.
 
@@ -53,19 +53,23 @@ def sparse_code(
       threshold: of z [batch, width], without a gradient: [] for all rows, or [batch].
       n: how many values reach it, but for equal ones.
       dtype: of the product's inputs; sums stay float32.
-      lists: whether to return ``Entries``; None: where they are faster.
+      products: "dense", or "lists" or "kernels" for ``Entries``; None: the fastest.
     """
     u = jax.lax.stop_gradient(u)
     z = matmul(u, W_enc, dtype) + bias[None, :]
     fixed = jax.lax.stop_gradient(z)
     lowest = jax.lax.stop_gradient(threshold(fixed))
-    if not (uses_lists(z.size) if lists is None else lists):
+    products = products or fastest_products(z.size, n)
+    if products == "dense":
         reaching = _reaching if platform() == "cpu" else _reaching_once
         return reaching(z, lowest.reshape(-1, 1))
     limit = min(n + len(z), z.size)  # one more for each row, in case values are equal
     rows, features, counts = entries_from(fixed, lowest, limit=limit)
     values = jnp.where(jnp.arange(limit) < counts.sum(), fixed[rows, features], 0.0)
-    return encoded(Entries(values, features, rows, counts, z.shape[1]), u, W_enc, bias)
+    kernels = products == "kernels"
+    if kernels and dtype is not None:  # of the gradient's product, too
+        u = u.astype(dtype)
+    return encoded(Entries(values, features, rows, counts, z.shape[1], kernels), u, W_enc, bias)
 
 
 def _reaching(z: jax.Array, lowest: jax.Array) -> jax.Array:

@@ -7,11 +7,12 @@ encoder's is 2 B k d, and the pre-activations are the only [B, F] array.
 
 import dataclasses
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.ops.sums import dots, sum_by_group, sum_by_key
+from crossdict_jax.ops import kernels, sums
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +26,7 @@ class Entries:
       rows: int32 [entries]; any after the last row's entries.
       counts: int32 [batch], entries of each row.
       width: number of features (static).
+      kernels: whether sums of entries are taken by kernels of their own (static).
     """
 
     values: jax.Array
@@ -32,6 +34,12 @@ class Entries:
     rows: jax.Array
     counts: jax.Array
     width: int = dataclasses.field(metadata={"static": True})
+    kernels: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def sums(self) -> ModuleType:
+        """What sums entries."""
+        return kernels if self.kernels else sums
 
 
 @jax.custom_vjp
@@ -48,8 +56,12 @@ def _encode_backward(saved, gradient: Entries):
     active, width = code.values > 0, code.width  # values that are not numbers have no gradient
     weights = jnp.where(active, gradient.values, 0.0)
     keys = jnp.where(active, code.features, width)
-    W_gradient = sum_by_key(keys, width, weights, code.rows, u).T
-    return None, None, W_gradient, jnp.zeros(width).at[code.features].add(weights)
+    W_gradient = code.sums.sum_by_key(keys, width, weights, code.rows, u).T
+    if code.kernels:  # a scatter would add in any order
+        totals = code.sums.sum_by_key(keys, width, weights, code.rows * 0, jnp.ones((1, 1)))[:, 0]
+    else:
+        totals = jnp.zeros(width).at[code.features].add(weights)
+    return None, None, W_gradient, totals
 
 
 encoded.defvjp(lambda code, u, W_enc, bias: (code, (code, u)), _encode_backward)
@@ -66,18 +78,21 @@ def _decode_forward(code: Entries, W_dec: jax.Array, ends: tuple[int, ...], dtyp
     n = len(ends) * len(code.counts)
     index = code.rows * len(ends) + sum(code.features >= end for end in ends[:-1])
     index = jnp.where(jnp.arange(len(values)) < code.counts.sum(), index, n)  # the rest: nowhere
-    sums = sum_by_group(index, n, values, code.features, W_dec)
-    return sums.reshape(-1, len(ends), sums.shape[1]), (code, values, W_dec, index)
+    parts = code.sums.sum_by_group(index, n, values, code.features, W_dec)
+    return parts.reshape(-1, len(ends), parts.shape[1]), (code, values, W_dec, index)
 
 
 def _decode_backward(ends, dtype, saved, gradient):
     code, values, W_dec, index = saved
     gradient = gradient.reshape(-1, gradient.shape[-1])
+    if code.kernels:  # as dense products do; lists have no use for fewer bytes
+        gradient = gradient.astype(W_dec.dtype)
     index = jnp.minimum(index, len(gradient) - 1)
-    values_gradient = dots(gradient, index, W_dec, code.features)
-    keys = jnp.where(values > 0, code.features, code.width)
-    W_gradient = sum_by_key(keys, code.width, values, index, gradient)
-    return Entries(values_gradient, None, None, None, code.width), W_gradient
+    values_gradient = code.sums.dots(gradient, index, W_dec, code.features)
+    keys = jnp.where(code.values > 0, code.features, code.width)  # as above: they are sorted once
+    W_gradient = code.sums.sum_by_key(keys, code.width, values, index, gradient)
+    nothing = {"features": None, "rows": None, "counts": None}
+    return dataclasses.replace(code, values=values_gradient, **nothing), W_gradient
 
 
 decode_entries.defvjp(_decode_forward, _decode_backward)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from crossdict_jax.training.mesh import devices_of_rows, on_own_rows, platform
+from crossdict_jax.training.mesh import GPUS, devices_of_rows, on_own_rows, platform
 
 BITS = 31  # of a non-negative float
 ROUGH = 16  # leading bits of a batch's first bound: two or three digits of a value
+SPARSE = 400  # width / k from which kernels are faster on GPUs: an estimate, see docs/hardware.md
 GROUP = 16  # neighbours of which that bound reads the largest only
 LARGE = 2**20  # values of a batch; of fewer, lists save less time than compiling them takes
 GROUPED = 2**19  # the same of groups, which compile faster
@@ -30,6 +31,18 @@ def uses_lists(size: int, *, minimum: int = LARGE) -> bool:
     several devices would have to be gathered.
     """
     return size >= minimum and platform() == "cpu" and devices_of_rows() == 1
+
+
+def fastest_products(size: int, n: int) -> str:
+    """Returns which products of sparse codes are the fastest: "dense", "lists" or "kernels".
+
+    Args:
+      size: batch x width.
+      n: active values among them.
+    """
+    if platform() in GPUS and devices_of_rows() == 1 and size >= SPARSE * n:
+        return "kernels"
+    return "lists" if uses_lists(size) else "dense"
 
 
 def bits_of(z: jax.Array) -> jax.Array:

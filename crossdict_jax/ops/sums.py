@@ -6,6 +6,8 @@ The order of sums is fixed: no atomics, the same bits from run to run.
 import jax
 import jax.numpy as jnp
 
+from crossdict_jax.training.mesh import platform
+
 TERMS = 16  # added up in one fused loop: more compile longer, fewer write the sum more often
 LANES = 16  # floats that a CPU's widest registers hold
 GROUPS = 256  # summed together, in as many turns as the largest of them needs
@@ -28,7 +30,7 @@ def sum_by_group(
     Returns:
       float32 [n_groups, d].
     """
-    starts = jnp.searchsorted(group, jnp.arange(n_groups + 1)).astype(jnp.int32)
+    starts = starts_of(group, n_groups)
     sums, position = _sums(starts[:-1], jnp.diff(starts), weights, index, table)
     return _at(sums, position)
 
@@ -41,14 +43,9 @@ def sum_by_key(
     Entries are sorted by key and cut into chunks of at most ``CHUNK`` of one key; chunks are
     summed, then keys: so a few large groups cannot drive up the cost.
     """
-    n = len(keys)
-    if (n_keys + 1) * n < 2**32:  # key and position in one integer sort much faster than a pair
-        packed = keys.astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32)
-        order = (jnp.sort(packed) % n).astype(jnp.int32)
-    else:
-        order = jnp.argsort(keys)
-    starts = jnp.searchsorted(keys[order], jnp.arange(n_keys + 1)).astype(jnp.int32)
+    order, starts = sorted_by(keys, n_keys)
     starts, counts, weights, index = starts[:-1], jnp.diff(starts), weights[order], index[order]
+    n = len(keys)
     chunks = -(-counts // CHUNK)  # of each key
     n_chunks = n // CHUNK + n_keys  # at most, and some of them hold nothing
     first = jnp.cumsum(chunks) - chunks
@@ -58,6 +55,24 @@ def sum_by_key(
     parts, part = _sums(starts[key] + offset, sizes, weights, index, table)
     sums, position = _sums(first, chunks, jnp.ones(n_chunks), part, parts)
     return _at(sums, position)
+
+
+def sorted_by(keys: jax.Array, n_keys: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the order int [entries] of rising keys, and where each begins in it [n_keys + 1]."""
+    n = len(keys)
+    if (n_keys + 1) * n < 2**32:  # key and position in one integer sort much faster than a pair
+        packed = keys.astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32)
+        order = (jnp.sort(packed) % n).astype(jnp.int32)
+    else:
+        order = jnp.argsort(keys)
+    return order, starts_of(keys[order], n_keys)
+
+
+def starts_of(group: jax.Array, n_groups: int) -> jax.Array:
+    """Returns where each group of rising entries begins, and the last ends: int [n_groups + 1]."""
+    # A loop would launch several kernels a turn.
+    method = "scan" if platform() == "cpu" else "scan_unrolled"
+    return jnp.searchsorted(group, jnp.arange(n_groups + 1), method=method).astype(jnp.int32)
 
 
 def _sums(

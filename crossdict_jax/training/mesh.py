@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MEMBER, DATA = "member", "data"
+GPUS = ("gpu", "cuda")  # what JAX calls the platform, here and of absent devices
 PyTree = Any
 _PLANNED: ContextVar[tuple[list, int] | None] = ContextVar("planned machine", default=None)
 
@@ -66,7 +67,7 @@ def compiler_options() -> dict[str, bool]:
 
     It adds biases while it writes a product, which the compiler's own kernels do in a second pass.
     """
-    fast = all_devices()[0].platform in ("gpu", "cuda") and jax.__version_info__ < (0, 11)
+    fast = all_devices()[0].platform in GPUS and jax.__version_info__ < (0, 11)
     options = {"xla_gpu_experimental_use_raft_select_k": True, "xla_gpu_enable_triton_gemm": False}
     return options if fast else {}
 
@@ -148,6 +149,17 @@ def on_own_rows(function: Callable, rows: PyTree) -> PyTree:
     spread = PartitionSpec(DATA)
     # Unchecked: loops inside start from constants, which the check takes for equal everywhere.
     return jax.shard_map(function, in_specs=(spread,), out_specs=spread, check_vma=False)(rows)
+
+
+def on_own_members(function: Callable, *arrays: jax.Array) -> jax.Array:
+    """Returns function(*arrays), each device computing its own members alone.
+
+    For kernels, which the partitioner cannot divide; on one device to a member's rows.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return function(*arrays)
+    whole = PartitionSpec()
+    return jax.shard_map(function, in_specs=whole, out_specs=whole, check_vma=False)(*arrays)
 
 
 def devices_of_rows() -> int:

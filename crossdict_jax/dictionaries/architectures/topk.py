@@ -19,5 +19,5 @@ class TopK(Dictionary):
         return keep_top_k(z, self.k)
 
     def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
-        n, lists = self.k * len(u), hyper and hyper.lists
-        return sparse_code(u, *self.encoder(), lambda z: kth_largest(z, self.k), n, dtype, lists)
+        n, products = self.k * len(u), hyper and hyper.products
+        return sparse_code(u, *self.encoder(), lambda z: kth_largest(z, self.k), n, dtype, products)
