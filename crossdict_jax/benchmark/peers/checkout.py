@@ -1,11 +1,15 @@
 """The same work in another checkout of this project, which CROSSDICT_BASELINE names."""
 
+import subprocess
 from pathlib import Path
 
+import crossdict_jax
 from crossdict_jax.benchmark import workloads
-from crossdict_jax.report.docs import commit
 
 
 def make(workload: str, folder: str, **settings):
     run = getattr(workloads, workload)(Path(folder), **settings).run
-    return run, {"version": commit(Path(workloads.__file__).parent)}
+    root = str(Path(crossdict_jax.__file__).parent)
+    command = ["git", "-C", root, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return run, {"version": commit or "unknown"}
