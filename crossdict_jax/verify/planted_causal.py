@@ -97,14 +97,11 @@ def plant(*, texts: int = 24, seed: int = 0) -> Planted:
         arrays = {"W_enc": V.T, "b_enc": np.full(FEATURES, -THRESHOLD), "W_dec": V}
         arrays["b_dec"] = np.zeros(lm.config.d_model)
         dictionaries.append(from_arrays(find("relu"), arrays))
-    return Planted(tuple(lms), tuple(dictionaries), _texts(generator, texts), words)
-
-
-def _texts(generator: np.random.Generator, n: int) -> np.ndarray:
-    """Returns random words, half of them triggers; half of the triggers' targets follow them."""
-    words = generator.integers(0, WORDS, (n, LENGTH)).astype(np.int32)
-    triggers = generator.integers(0, FEATURES, words.shape).astype(np.int32)
-    words = np.where(generator.random(words.shape) < 0.5, triggers, words)
-    follows = (words[:, :-1] < FEATURES) & (generator.random((n, LENGTH - 1)) < 0.5)
-    words[:, 1:][follows] = words[:, :-1][follows] + FEATURES
-    return words
+    # Half of the words of a text are triggers; half of the triggers' targets follow them.
+    shape = texts, LENGTH
+    text = generator.integers(0, WORDS, shape).astype(np.int32)
+    triggers = generator.integers(0, FEATURES, shape).astype(np.int32)
+    text = np.where(generator.random(shape) < 0.5, triggers, text)
+    follows = (text[:, :-1] < FEATURES) & (generator.random((texts, LENGTH - 1)) < 0.5)
+    text[:, 1:][follows] = text[:, :-1][follows] + FEATURES
+    return Planted(tuple(lms), tuple(dictionaries), text, words)
