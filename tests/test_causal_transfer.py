@@ -41,16 +41,17 @@ def planted():
 @pytest.fixture(scope="module")
 def experiment(planted):
     """The directions of the true map, the match, and two that cannot work: noise, and another's."""
-    made, features = planted.experiment(), np.arange(FEATURES)
+    (made, pairs), features = planted.experiment(), np.arange(FEATURES)
     (V_a, V_b), (d_a, d_b) = zip(*((d.W_dec[...], d.d_model) for d in planted.dictionaries))
     values = {"mean_a": np.zeros(d_a), "W": V_a.T @ V_b, "mean_b": np.zeros(d_b)}
     true_map = Ridge(planted.dictionaries[1], values)
-    source, target = planted.sides(made.source, made.target)
-    true = mapped_directions(true_map, source, features, made.strength, seed=0)
+    true = mapped_directions(true_map, pairs.source, features, made.strength, seed=0)
     noise = np.random.default_rng(3).normal(size=true.shape).astype(np.float32)
     mapped = {
         "ridge": Directions(true),
-        MATCH: Directions(np.asarray(V_b), np.asarray(target.dictionary.encode(target.x))),
+        MATCH: Directions(
+            np.asarray(V_b), np.asarray(pairs.target.dictionary.encode(pairs.target.x))
+        ),
         "noise": Directions(noise),
         "another": Directions(np.roll(true, 1, axis=0)),
     }

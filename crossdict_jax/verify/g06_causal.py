@@ -9,7 +9,7 @@ from crossdict_jax import stats
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
-from crossdict_jax.maps import Pairs, Problem, map_class
+from crossdict_jax.maps import Problem, map_class
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, plant
 
@@ -56,15 +56,12 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 def _experiment(seed: int) -> Experiment:
     """Returns planted features with the directions of a map fitted at their positions, and the
     controls."""
-    planted = plant(texts=TEXTS, seed=seed)
-    experiment = planted.experiment()
-    source, target = planted.sides(experiment.source, experiment.target)
-    pairs = Pairs(source, target, experiment.documents)
-    train = experiment.documents < TEXTS * 2 // 3
+    experiment, pairs = plant(texts=TEXTS, seed=seed).experiment()
+    train = pairs.documents < TEXTS * 2 // 3
     problem = Problem("planted causes", pairs.take(train), pairs.take(~train))
     (fitted,) = map_class(KIND).fit([problem], MapConfig())
     features, strength = np.arange(FEATURES), experiment.strength
-    vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)
+    vectors = mapped_directions(fitted.map, pairs.source, features, strength, seed=seed)
     rng = stats.generator(seed)
     mapped = {
         KIND: Directions(vectors),

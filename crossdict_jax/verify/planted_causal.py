@@ -10,7 +10,7 @@ from crossdict_jax.causal.effects import Experiment, ModelAtSite
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import decoder_rows, find, from_arrays
-from crossdict_jax.maps.base import Side
+from crossdict_jax.maps import Pairs, Side
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import Passages, Runner
 
@@ -44,14 +44,11 @@ class Planted:
     texts: np.ndarray  # int32 [texts, seq], in A's words
     words: np.ndarray  # int [WORDS], B's number of each of A's words
 
-    def sides(self, source: ModelAtSite, target: ModelAtSite) -> tuple[Side, Side]:
-        """Returns both models' activations and tokens at the positions that they have read."""
-        words = self.texts[source.passages.window, source.passages.position]
-        x, tokens = (source.x, target.x), (words, self.words[words].astype(np.int32))
-        return tuple(map(Side, x, tokens, self.dictionaries))
+    def experiment(self) -> tuple[Experiment, Pairs]:
+        """Returns an experiment whose ``mapped`` directions are to come, and rows to fit maps on.
 
-    def experiment(self) -> Experiment:
-        """Returns the planted features as an experiment; its ``mapped`` directions are to come."""
+        These are all positions but the first of each text.
+        """
         n, seq = self.texts.shape
         text, position = np.divmod(np.arange(n * (seq - 1)), seq - 1)
         last = position + 1  # the first position is never paired
@@ -61,19 +58,22 @@ class Planted:
             ModelAtSite(Runner(lm, batch_size=64), SITE, Passages(list(t), **at))
             for lm, t in zip(self.lms, texts)
         )
+        x, tokens = (source.x, target.x), (t[:, 1:].ravel() for t in texts)
+        pairs = Pairs(*map(Side, x, tokens, self.dictionaries), text)
         features, dictionary = np.arange(FEATURES), self.dictionaries[0]
         pieces = tuple(f"word{i} ".encode() for i in range(WORDS))
-        return Experiment(
+        experiment = Experiment(
             source=source,
             target=target,
             documents=text,
             features=features,
             tested=FEATURES,
-            strength=np.asarray(dictionary.encode(source.x)),
+            strength=np.asarray(dictionary.encode(pairs.source.x)),
             directions=decoder_rows(dictionary, features),
             mapped={},
             translation=Translation(pieces, tuple(pieces[i] for i in np.argsort(self.words))),
         )
+        return experiment, pairs
 
 
 def plant(*, texts: int = 24, seed: int = 0) -> Planted:
