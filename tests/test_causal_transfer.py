@@ -13,10 +13,11 @@ from tiny_run import refused
 from crossdict_jax import models, stats
 from crossdict_jax.causal import effects
 from crossdict_jax.causal.directions import mapped_directions
-from crossdict_jax.causal.effects import Directions, ModelAtSite, choose_contexts
+from crossdict_jax.causal.effects import MATCH, Directions, ModelAtSite, choose_contexts
 from crossdict_jax.causal.vocabulary import Translation
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig
 from crossdict_jax.maps.base import Side
+from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.verify import planted_causal
@@ -39,12 +40,22 @@ def planted():
 
 @pytest.fixture(scope="module")
 def experiment(planted):
-    """The true directions, and two that cannot work: noise, and each feature another one's."""
-    made = planted.experiment()
-    true = made.mapped["ridge"].vectors
+    """The directions of the true map, the match, and two that cannot work: noise, and another's."""
+    (made, pairs), features = planted.experiment(), np.arange(FEATURES)
+    (V_a, V_b), (d_a, d_b) = zip(*((d.W_dec[...], d.d_model) for d in planted.dictionaries))
+    values = {"mean_a": np.zeros(d_a), "W": V_a.T @ V_b, "mean_b": np.zeros(d_b)}
+    true_map = Ridge(planted.dictionaries[1], values)
+    true = mapped_directions(true_map, pairs.source, features, made.strength, seed=0)
     noise = np.random.default_rng(3).normal(size=true.shape).astype(np.float32)
-    wrong = {"noise": Directions(noise), "another": Directions(np.roll(true, 1, axis=0))}
-    return dataclasses.replace(made, mapped=dict(made.mapped) | wrong)
+    mapped = {
+        "ridge": Directions(true),
+        MATCH: Directions(
+            np.asarray(V_b), np.asarray(pairs.target.dictionary.encode(pairs.target.x))
+        ),
+        "noise": Directions(noise),
+        "another": Directions(np.roll(true, 1, axis=0)),
+    }
+    return dataclasses.replace(made, mapped=mapped)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +105,7 @@ def test_removing_a_shared_cause_does_the_same_in_both_models(outcome):
 def test_a_map_of_features_gives_what_it_adds(planted, experiment):
     """A map of features that doubles each: the direction is twice B's decoder row."""
 
-    class Double(type(planted.map)):
+    class Double(Ridge):
         reads = "features"
         predicts_activation = False
 

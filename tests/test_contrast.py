@@ -76,7 +76,7 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
 
 
 def directions_in_b(planted) -> np.ndarray:
-    return decoder_rows(planted.dictionaries[0], np.arange(FEATURES)) @ planted.map.W[...]
+    return decoder_rows(planted.dictionaries[1], np.arange(FEATURES))
 
 
 def transferred(planted, readers, vectors, features) -> dict:

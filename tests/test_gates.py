@@ -105,7 +105,7 @@ def judge(gate, monkeypatch, tmp_path) -> set[str]:
         monkeypatch.setattr(module, name, value)
     checks = module.gate(seed=0, directory=tmp_path / "gate")
     assert any(check.relation for check in checks)
-    missed = {check.label for check in checks if not check.passed}
+    missed = {check.what for check in checks if not check.passed}
     return missed - {"live features"}  # a small size has fewer
 
 

@@ -41,7 +41,7 @@ def test_views_are_superpositions_of_their_codes(related):
 def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
     truth = related.truth
     assert truth.seen.any(0).all() and [int(truth.exclusive(v).sum()) for v in (0, 1)] == [8, 8]
-    assert truth.shared.sum() == 48
+    assert truth.seen.all(0).sum() == 48
     for view in (0, 1):
         length = np.linalg.norm(related.truth.directions[view], axis=1)
         np.testing.assert_allclose(length, truth.seen[view], atol=1e-6)

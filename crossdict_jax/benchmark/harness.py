@@ -55,8 +55,7 @@ class Bench:
           count: how often a run does its work.
           about: further columns of a contender.
         """
-        spent: dict[str, list[Spent]] = {name: [] for name in contenders}
-        order = list(contenders)
+        spent, order = {name: [] for name in contenders}, list(contenders)
         for name in order:
             contenders[name](count)
         for _ in range(self.repeats):

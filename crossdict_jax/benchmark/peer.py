@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from crossdict_jax.benchmark import workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
 from crossdict_jax.errors import UserError
+from crossdict_jax.training.loop import epoch_order
 
 FOLDER = Path(__file__).with_name("peers")
 BASELINE = "baseline"  # another checkout of this project, in this Python
@@ -22,6 +25,7 @@ VARIABLES = {  # library: the environment variable with its Python, or the check
     "sparsify": "CROSSDICT_SPARSIFY_PYTHON",
     "dictionary_learning": "CROSSDICT_DICTIONARY_LEARNING_PYTHON",
     "torch": "CROSSDICT_TORCH_PYTHON",
+    "torch, cut short": "CROSSDICT_TORCH_PYTHON",
     BASELINE: "CROSSDICT_BASELINE",
 }
 
@@ -34,15 +38,10 @@ class Peer(contextlib.AbstractContextManager):
     """
 
     def __init__(self, library: str, file: str | Path):
-        variable = VARIABLES[library.partition(",")[0]]
-        value = os.environ.get(variable, "")
-        self._asked = f"{variable}={value}"
-        self._library = library
+        value = os.environ.get(VARIABLES[library], "")
+        self._library, self._asked = library, f"{VARIABLES[library]}={value}"
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
-        environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
-        python = value
-        if library == BASELINE:
-            python, environment["PYTHONPATH"] = sys.executable, value
+        python, path = (sys.executable, value) if library == BASELINE else (value, "")
         try:
             self._process = subprocess.Popen(
                 [python, str(FOLDER / "serve.py"), str(FOLDER / file)],
@@ -50,7 +49,7 @@ class Peer(contextlib.AbstractContextManager):
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": path},
             )
         except OSError as error:
             self._errors.close()
@@ -81,25 +80,37 @@ class Peer(contextlib.AbstractContextManager):
         if not answer:
             self._process.wait()
             self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
+            last = last_line(self._errors.read())
             raise UserError(f"{self._asked}: {self._library} failed ({last}).")
         return json.loads(answer)
+
+
+def last_line(told: str) -> str:
+    """Returns the last line that a process has told."""
+    return ["no message", *told.strip().splitlines()][-1]
+
+
+def save_rows(folder: Path, rows: np.ndarray, *, steps: int, batch_size: int) -> None:
+    """Saves rows [n, d_model] and their order in so many steps of ours, for peers that train."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = epoch_order(0, start=0, count=steps * batch_size, n=len(rows))
+    np.save(folder / "rows.npy", rows.astype(np.float32))
+    np.save(folder / "order.npy", order.reshape(steps, -1))
 
 
 @contextlib.contextmanager
 def peers(files: dict[str, str]) -> Iterator[dict[str, Peer]]:
     """Starts a peer for every library of ``files`` whose variable is set, and the baseline.
 
-    Says which are left out; all end with the context. In "torch, cut short" the library is torch.
+    Says which are left out; all end with the context.
     """
     with contextlib.ExitStack() as stack:
         running = {}
         for library, file in (files | {BASELINE: "checkout.py"}).items():
-            variable = VARIABLES[library.partition(",")[0]]
-            if os.environ.get(variable):
+            if os.environ.get(VARIABLES[library]):
                 running[library] = stack.enter_context(Peer(library, file))
             else:
-                print(f"{library} left out: {variable} is not set.")
+                print(f"{library} left out: {VARIABLES[library]} is not set.")
         yield running
 
 

@@ -3,6 +3,7 @@
 import importlib
 import os
 import platform
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +19,7 @@ from crossdict_jax.training.stage import device_figures
 from crossdict_jax.workdir import Workdir, write_json, write_text
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
-UNITS = {"seconds": "s", "memory": "B"}
-COLUMNS = {
-    "seconds": "time",
-    "memory": "memory",
-    "per_s": "a second",
-    "ratio": "ratio",
-    "cpu_ratio": "of CPU time",
-}
+PREFIXES = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ"}
 
 
 def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict:
@@ -40,17 +34,18 @@ def run_benchmarks(config: BenchmarkConfig, work: Workdir) -> dict:
     """
     # Contenders in other processes need room on the device too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    names, package = config.benchmarks or measurements(), f"{__package__}.measurements"
-    modules = {name: importlib.import_module(f"{package}.{name}") for name in names}
-    sized = {name: m for name, m in modules.items() if config.suite in m.SIZES}
-    for name in config.benchmarks:
-        if name not in sized:
-            suites = ", ".join(modules[name].SIZES)
+    package, modules = f"{__package__}.measurements", {}
+    for name in config.benchmarks or measurements():
+        module = importlib.import_module(f"{package}.{name}")
+        if config.suite in module.SIZES:
+            modules[name] = module
+        elif config.benchmarks:
+            suites = ", ".join(module.SIZES)
             raise UserError(f"{name} has no sizes for suite={config.suite}, only for {suites}.")
     rows, failed = [], {}
     outcome = {"machine": describe(), "suite": config.suite, "rows": rows, "failed": failed}
     print(heading(outcome))
-    for name, module in sized.items():
+    for name, module in modules.items():
         folder = work.root / "benchmark" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -79,10 +74,9 @@ def _write(work: Workdir, outcome: dict) -> None:
 def describe() -> dict:
     """Returns the device, the host, its load, versions, and the commit of this code."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    named = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     return device_figures() | {
-        "processor": names[0] if names else platform.processor(),
+        "processor": named[1] if named else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # processes that wanted to run in the last minute
         "python": platform.python_version(),
@@ -104,35 +98,28 @@ def heading(outcome: dict) -> str:
 
 def tables(rows: list[dict]) -> list[Table]:
     """Returns a table for each benchmark, with the columns that some of its rows have."""
-
-    def cell(row: dict, key: str) -> str:
-        value = row.get(key)
-        if value is None:
-            return "–"
-        if key in UNITS or key == "per_s":
-            return si(value) + (UNITS.get(key) or row["unit"])
-        low, high = row["ratio_low"], row["ratio_high"]
-        return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if key == "ratio" else "")
-
+    cells = {  # key of a row: title, its text
+        "seconds": ("time", lambda row: si(row["seconds"]) + "s"),
+        "memory": ("memory", lambda row: si(row["memory"]) + "B"),
+        "per_s": ("a second", lambda row: si(row["per_s"]) + row["unit"]),
+        "ratio": ("ratio", "{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}]".format_map),
+        "cpu_ratio": ("of CPU time", "{cpu_ratio:.2f}".format_map),
+    }
     made = []
     for name in dict.fromkeys(row["benchmark"] for row in rows):
-        chosen = [row for row in rows if row["benchmark"] == name]
-        columns = {k: v for k, v in COLUMNS.items() if any(k in row for row in chosen)}
-        lines = [
-            {
-                "case": row["case"],
-                "contender": f"{row['contender']} {row.get('version', '')}".strip(),
+        chosen, lines = [row for row in rows if row["benchmark"] == name], []
+        columns = {key: cells[key] for key in cells if any(key in row for row in chosen)}
+        for row in chosen:
+            contender = f"{row['contender']} {row.get('version', '')}".strip()
+            line = {
+                title: text(row) if key in row else "–" for key, (title, text) in columns.items()
             }
-            | {title: cell(row, key) for key, title in columns.items()}
-            for row in chosen
-        ]
+            lines.append({"case": row["case"], "contender": contender} | line)
         made.append(table(name, lines))
     return made
 
 
 def si(value: float) -> str:
     """Returns a number with three digits and the prefix of its size, as in ``1.23 G``."""
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
-        if abs(value) >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}"
-    return f"{value / 1e-6:.3g} µ"
+    size = next((size for size in PREFIXES if abs(value) >= size), 1e-6)
+    return f"{value / size:.3g} {PREFIXES[size]}"

@@ -7,6 +7,7 @@ rate, at that of a TopK of the width and at their default; the best of them coun
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,14 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.passages import train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.benchmark.harness import OURS
-from crossdict_jax.benchmark.peer import Peer
-from crossdict_jax.config import Config, SAEConfig, refuse_transcoders, unswept
+from crossdict_jax.benchmark.peer import Peer, save_rows
+from crossdict_jax.config import Config, ParetoConfig, SAEConfig, refuse_transcoders, unswept
 from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import usual_rate
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.report.tables import Table, number, table
 from crossdict_jax.studies.pareto.measure import curves
 from crossdict_jax.studies.pareto.section import fvu_at
-from crossdict_jax.training.loop import epoch_order
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 FILE, THEIR_RATE = "saelens.py", 3e-4  # of peers; the default of SAETrainerConfig
@@ -45,9 +45,7 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict]:
     """
     refuse_transcoders(config, "The comparison with SAELens")
     sae = dataclasses.replace(unswept(config.sae), learning_rate=0.0, seeds=1)
-    pareto = dataclasses.replace(
-        config.pareto, architectures=ARCHITECTURES, k=(sae.k,), penalties=SHARES
-    )
+    pareto = ParetoConfig(architectures=ARCHITECTURES, k=(sae.k,), penalties=SHARES)
     config = dataclasses.replace(config, sae=sae, pareto=pareto)
     shape = {key: getattr(sae, key) for key in ("width", "k", "steps", "batch_size")}
     rows = []
@@ -65,65 +63,60 @@ def compare_saelens(config: Config, store: Store, work: Workdir) -> list[dict]:
             seen = measure(dictionaries.load(path), x, mean=mean, size=config.evaluation.batch_size)
             fvu = float(seen["error"].sum() / seen["variance"].sum())
             rows.append(same | about | {"l0": float(seen["l0"].mean()), "fvu": fvu})
+    one_curve = itemgetter("model", "library", "architecture", "learning_rate")
     for row in rows:
-        one_curve = ("model", "library", "architecture", "learning_rate")
-        curve = [r for r in rows if all(r[key] == row[key] for key in one_curve)]
-        on_curve = fvu_at([r["l0"] for r in curve], [r["fvu"] for r in curve], sae.k)
-        row["fvu_at_k"] = row["fvu"] if "k" in find(row["architecture"]).reads else on_curve
+        curve = [(r["l0"], r["fvu"]) for r in rows if one_curve(r) == one_curve(row)]
+        fixed = "k" in find(row["architecture"]).reads
+        row["fvu_at_k"] = row["fvu"] if fixed else fvu_at(*zip(*curve), sae.k)
     write_jsonl(work.result("benchmark_saelens.jsonl"), rows)
     return rows
 
 
 def _theirs(sae: SAEConfig, rows: np.ndarray, folder: Path) -> Iterator[tuple[Path, dict]]:
     """Trains theirs in one process; what it saved is read as any of its folders."""
-    folder.mkdir(parents=True, exist_ok=True)
-    order = epoch_order(0, start=0, count=sae.steps * sae.batch_size, n=len(rows))
-    np.save(folder / "rows.npy", rows.astype(np.float32))
-    np.save(folder / "order.npy", order.reshape(sae.steps, -1))
+    save_rows(folder, rows, steps=sae.steps, batch_size=sae.batch_size)
     # Scaled as ours, so that penalties mean the same.
     shape = {"width": sae.width, "k": sae.k, "normalize_activations": "expected_average_only_in"}
     nested = sorted({round(share * sae.width) for share in sae.nested_fractions} | {sae.width})
     with Peer("sae-lens", FILE) as peer:
         for architecture in ARCHITECTURES:
-            penalty = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
             kind = find(architecture)
+            penalty = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
             coefficients = [None] if "k" in kind.reads else [c * kind.usual_l1 for c in SHARES]
             usual = [usual_rate(name, width=sae.width) for name in (architecture, "topk")]
             rates = dict.fromkeys((*usual, THEIR_RATE))
             for rate, coefficient in itertools.product(rates, coefficients):
+                about = {"library": "sae-lens", "architecture": architecture, "learning_rate": rate}
+                about["l1_coefficient"] = coefficient
                 name = f"{architecture}-rate-{rate:.3g}"
-                name += "" if coefficient is None else f"-{coefficient:g}"
-                chosen = {} if coefficient is None else {penalty: coefficient}
-                chosen |= {"matryoshka_widths": nested} if architecture == "matryoshka" else {}
+                settings = shape | {"training": {"lr": rate, "steps": sae.steps}}
+                if coefficient is not None:
+                    name += f"-{coefficient:g}"
+                    settings[penalty] = coefficient
+                if architecture == "matryoshka":
+                    settings["matryoshka_widths"] = nested
                 finished = folder / name / "about.json"
                 if not finished.exists():
-                    trained = {"training": {"lr": rate, "steps": sae.steps}, "name": name}
-                    settings = shape | chosen | trained | {"architecture": architecture}
-                    write_json(finished, peer.make(folder=str(folder), **settings))
-                about = {"library": "sae-lens", "architecture": architecture, "learning_rate": rate}
-                yield folder / name, about | {"l1_coefficient": coefficient} | read_json(finished)
+                    settings |= {"folder": str(folder), "architecture": architecture, "name": name}
+                    write_json(finished, peer.make(**settings))
+                yield folder / name, about | read_json(finished)
 
 
 def comparison(rows: list[dict]) -> Table:
     """Returns the table of ours at the usual rate beside theirs at the best of all rates."""
-    lines, first = [], rows[0]
-    for model, architecture in dict.fromkeys((r["model"], r["architecture"]) for r in rows):
-        both = [r for r in rows if (r["model"], r["architecture"]) == (model, architecture)]
+    lines, first, compared = [], rows[0], itemgetter("model", "architecture")
+    for key in dict.fromkeys(map(compared, rows)):
+        both = [row for row in rows if compared(row) == key]
         ours = next(row for row in both if row["library"] == OURS)
         theirs = [r for r in both if r["library"] != OURS and r["fvu_at_k"] is not None]
-        best = min(theirs, key=lambda r: r["fvu_at_k"], default={"fvu_at_k": None})
-        pair = (ours["fvu_at_k"], best["fvu_at_k"])
-        lines.append(
-            {
-                "model": f"{model} {ours['site']}",
-                "architecture": architecture,
-                "rate": f"{ours['learning_rate']:.2g}",
-                "FVU, ours": number(pair[0]),
-                "best rate": f"{best['learning_rate']:.2g}" if theirs else "–",
-                "FVU, sae-lens": number(pair[1]),
-                "difference": number(None if None in pair else pair[0] - pair[1]),
-            }
-        )
+        best = min(theirs, key=itemgetter("fvu_at_k"), default={"fvu_at_k": None})
+        pair = ours["fvu_at_k"], best["fvu_at_k"]
+        line = {"model": f"{ours['model']} {ours['site']}", "architecture": ours["architecture"]}
+        line |= {"rate": f"{ours['learning_rate']:.2g}", "FVU, ours": number(pair[0])}
+        line["best rate"] = f"{best['learning_rate']:.2g}" if theirs else "–"
+        line["FVU, sae-lens"] = number(pair[1])
+        line["difference"] = number(None if None in pair else pair[0] - pair[1])
+        lines.append(line)
     return table(
         f"FVU of {number(first['n_rows'])} test rows at k = {first['k']}, width {first['width']}, "
         f"{number(first['steps'])} steps of {first['batch_size']}: ours at the usual rate, theirs "

@@ -82,8 +82,9 @@ class Extraction:
         lm = models.load(folder / "model")
         self._runner = Runner(lm, batch_size=batch_size, dtype=matmul_dtype)
         self._sites = [Site(layer) for layer in layers]
-        file = np.load(folder / "windows.npz", allow_pickle=False)
-        self._windows = np.split(file["tokens"].astype(np.int32), np.cumsum(file["lengths"])[:-1])
+        with np.load(folder / "windows.npz", allow_pickle=False) as file:
+            ends = np.cumsum(file["lengths"])
+            self._windows = np.split(file["tokens"].astype(np.int32), ends[:-1])
 
     def run(self, count: int) -> None:
         """Reads all windows ``count`` times."""
@@ -108,7 +109,6 @@ def made_up_rows(n: int, d_model: int, *, seed: int) -> np.ndarray:
 
 def made_up_store(folder: Path, n: int, d_model: int, *, seed: int) -> Store:
     """Writes n training rows of one model and site as a store, and opens it."""
-    zeros = np.zeros(n, np.int32)
-    x = {MODEL: made_up_rows(n, d_model, seed=seed)}
-    split = zeros.astype(np.int8)
-    return write_store(folder, x, site=SITE, document=zeros, tokens=(zeros,), split=split)
+    x, zeros = {MODEL: made_up_rows(n, d_model, seed=seed)}, np.zeros(n, np.int32)
+    about = {"document": zeros, "tokens": (zeros,), "split": zeros.astype(np.int8)}
+    return write_store(folder, x, site=SITE, **about)

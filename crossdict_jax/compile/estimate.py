@@ -1,7 +1,7 @@
 """Compiles programs and estimates what they take of a machine."""
 
 import re
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,44 +17,34 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run of a program, or one step of a training, takes of each device.
-
-    Attributes:
-      memory: bytes at its peak; ``held``: those of arguments and results.
-      flops, bytes: of matrix products, and through the memory.
-      ms: by the roofline: {"compute", "memory", "operations" one after another, "network"}.
-      sent: {kind of collective: bytes}.
-      host: exchanges with the host.
-      seconds: of compiling.
-    """
+    """What one run of a program, or one step of a training, takes of each device."""
 
     program: Program
-    memory: float
-    held: float
-    seconds: float
-    flops: float = 0.0
-    bytes: float = 0.0
-    ms: dict[str, float] = field(default_factory=dict)
-    sent: dict[str, float] = field(default_factory=dict)
-    host: tuple[str, ...] = ()
+    memory: float  # bytes at its peak
+    held: float  # bytes of arguments and results
+    flops: float = 0.0  # of matrix products
+    bytes: float = 0.0  # through the memory
+    # By the roofline: "compute", "memory", "operations" one after another, "network".
+    ms: Counter[str] = field(default_factory=Counter)
+    sent: dict[str, float] = field(default_factory=dict)  # {kind of collective: bytes}
+    host: tuple[str, ...] = ()  # exchanges with the host
 
     @property
     def total_ms(self) -> float:
         """The longest of the concurrent parts, plus the network."""
-        at_once = [value for name, value in self.ms.items() if name != "network"]
-        return max(at_once, default=0.0) + self.ms.get("network", 0.0)
+        ms = self.ms
+        return max(ms["compute"], ms["memory"], ms["operations"]) + ms["network"]
 
     @property
     def bound(self) -> str:
         """The largest part; "operations" where none takes two fifths."""
-        parts = {k: v for k, v in self.ms.items() if k != "operations"}
-        first = max(parts, key=parts.get, default="")
-        return first if parts.get(first, 0) > 0.4 * self.total_ms else "operations"
+        first = max("compute", "memory", "network", key=self.ms.__getitem__)
+        return first if self.ms[first] > 0.4 * self.total_ms else "operations"
 
     @property
     def run_s(self) -> float:
         """Seconds of all its runs."""
-        return self.total_ms / 1e3 * max(1, self.program.steps) * self.program.runs
+        return self.total_ms / 1e3 * self.program.steps * self.program.runs
 
 
 def estimate(program: Program, machine: Machine) -> Estimate:
@@ -62,7 +52,6 @@ def estimate(program: Program, machine: Machine) -> Estimate:
 
     If the compiler finds it too large only a part of its memory is known.
     """
-    began = time.perf_counter()
     try:
         compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -70,29 +59,26 @@ def estimate(program: Program, machine: Machine) -> Estimate:
         if not needed:
             raise
         size = max(float(needed[1]) * UNITS[needed[2]], machine.device.memory + 1)
-        return Estimate(program, size, size, time.perf_counter() - began)
-    seconds, sizes = time.perf_counter() - began, compiled.memory_analysis()
+        return Estimate(program, size, size)
+    sizes = compiled.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    steps, device = max(1, program.steps), machine.device
-    cost = hlo.cost(compiled.as_text(), machine, steps)
-    sent = {k.removeprefix("sent "): v / steps for k, v in cost.items() if k.startswith("sent ")}
+    cost, device = hlo.cost(compiled.as_text(), machine, program.steps), machine.device
+    host = tuple(k.removeprefix("host ") for k in cost if k.startswith("host "))
+    cost = Counter({name: value / program.steps for name, value in cost.items()})
+    sent = {k.removeprefix("sent "): v for k, v in cost.items() if k.startswith("sent ")}
     hops = sum(size * (1 + (kind == "all-reduce")) for kind, size in sent.items())
-    times = {
-        "compute": cost["compute"] / steps,
-        "memory": cost["bytes"] / steps / device.bandwidth,
-        "operations": (cost["busy"] + cost["waits"] * device.wait) / steps,
-        "network": hops / machine.network,
-    }
+    seconds = {"compute": cost["compute"], "memory": cost["bytes"] / device.bandwidth}
+    seconds["operations"] = cost["busy"] + cost["waits"] * device.wait
+    seconds["network"] = hops / machine.network
     return Estimate(
         program,
         memory=max(held + sizes.temp_size_in_bytes, sizes.peak_memory_in_bytes),
         held=held,
-        seconds=seconds,
-        flops=cost["flops"] / steps,
-        bytes=cost["bytes"] / steps,
-        ms={name: 1e3 * value for name, value in times.items()},
+        flops=cost["flops"],
+        bytes=cost["bytes"],
+        ms=Counter({name: 1e3 * value for name, value in seconds.items()}),
         sent=sent,
-        host=tuple(k.removeprefix("host ") for k in cost if k.startswith("host ")),
+        host=host,
     )
 
 

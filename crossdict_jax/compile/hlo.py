@@ -3,6 +3,7 @@
 XLA's own analysis counts the body of a loop once and every branch, and gives nothing for GPUs.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -12,6 +13,8 @@ from crossdict_jax.compile.machines import Machine
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8}
 BYTES |= {"f64": 8, "token": 0}  # all others: 4
+OP = re.compile(r" +(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")  # name, type, kind, rest
+OPERANDS = re.compile(r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*")  # to their closing parenthesis
 ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota")
 FREE += ("partition-id", "replica-id", "optimization-barrier")
@@ -21,25 +24,16 @@ HOST = ("infeed", "outfeed", "send", "recv")
 HOST_CALL = re.compile(r'custom_call_target="[^"]*(callback|MoveToHost|MoveToDevice)')
 PRODUCT_CALL = re.compile(r'custom_call_target="[^"]*(gemm|matmul)')
 KERNEL_CALL = re.compile(r'custom_call_target="[^"]*triton')  # of ops/kernels.py
-SLICES = ("dynamic-slice", "slice", "gather")
+SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 class Array(NamedTuple):
-    """An array of a program; ``near``: kept in the chip's own small memory."""
+    """An array of a program."""
 
     dtype: str
     shape: tuple[int, ...]
-    near: bool
-
-    @property
-    def size(self) -> int:
-        """Bytes, wherever it lies."""
-        return math.prod(self.shape) * BYTES.get(self.dtype, 4)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the device's memory."""
-        return 0 if self.near else self.size
+    size: int  # bytes, wherever it lies
+    bytes: int  # in the device's memory: 0 in the chip's own small memory
 
 
 class Op(NamedTuple):
@@ -52,10 +46,8 @@ class Op(NamedTuple):
 
     def calls(self, *keys: str) -> list[str]:
         """Returns the computations named in attributes of these keys."""
-        pattern = rf"\b(?:{'|'.join(keys)})=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))"
-        lists = (several or single for several, single in re.findall(pattern, self.about))
-        names = (name for names in lists for name in names.split(","))
-        return [name.strip().lstrip("%") for name in names]
+        named = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|\S+)", self.about)
+        return re.findall(r"[\w.\-]+", " ".join(named))
 
 
 Computation = dict[str, Op]
@@ -69,27 +61,16 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
             current = computations[name] = {}
             entry = name if line.startswith("ENTRY") else entry
-        elif " = " in line and line.startswith(" "):
-            name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-            end = _closing(rest) if rest.startswith("(") else rest.index(" ")
-            kind, _, about = rest[end:].strip().partition("(")
-            operands = re.findall(r"%([\w.\-]+)", about[: _closing("(" + about) - 2])
-            arrays = (
-                Array(dtype, tuple(map(int, filter(None, shape.split(",")))), "S(" in layout)
-                for dtype, shape, layout in ARRAY.findall(rest[:end])
-            )
-            current[name.lstrip("%")] = Op(kind, tuple(arrays), tuple(operands), about)
+        elif op := OP.match(line):
+            name, types, kind, about = op.groups()
+            arrays = []
+            for dtype, sizes, layout in ARRAY.findall(types):
+                shape = tuple(map(int, filter(None, sizes.split(","))))
+                size = math.prod(shape) * BYTES.get(dtype, 4)
+                arrays.append(Array(dtype, shape, size, 0 if "S(" in layout else size))
+            operands = re.findall(r"%([\w.\-]+)", OPERANDS.match(about)[0])
+            current[name] = Op(kind, tuple(arrays), tuple(operands), about)
     return computations, entry
-
-
-def _closing(text: str) -> int:
-    """The index after the parenthesis that closes the one at the start."""
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return i + 1
-    return len(text)
 
 
 def cost(text: str, machine: Machine, trips: int) -> Counter:
@@ -103,46 +84,39 @@ def cost(text: str, machine: Machine, trips: int) -> Counter:
       trips: of a loop whose number of turns is not in the program: a chunk's steps.
     """
     computations, entry = parse(text)
-    return _cost_of(entry, computations, machine, trips, {})
 
+    @functools.cache
+    def of(name: str) -> Counter:
+        """The cost of a computation whose instructions run one after another."""
+        total = Counter()
+        for op in computations[name].values():
+            kind, called, times = op.kind.removesuffix("-start"), [], 1
+            if kind in HOST or HOST_CALL.search(op.about):
+                total[f"host {kind}"] += 1
+            if kind in FREE or kind.endswith("-done") or any(word in op.about for word in NO_WORK):
+                continue
+            if kind == "while":
+                called = [*op.calls("body"), *op.calls("condition")]
+                turns = _turns(op, computations[called[1]])
+                times = turns or trips
+                total["waits"] += 0 if turns else trips
+            elif kind == "conditional":
+                branches = op.calls("branch_computations", "true_computation", "false_computation")
+                called = [min(branches, key=lambda branch: of(branch)["busy"])]
+                total["waits"] += 1
+            elif kind in ("call", "async"):
+                called = op.calls("to_apply", "calls", "called_computations")
+            elif kind in COLLECTIVES:
+                # Beside the result of a start the operand is named.
+                both = kind != op.kind and kind != "all-reduce"
+                total[f"sent {kind}"] += sum(a.size for a in op.arrays) / (1 + both)
+            else:
+                total.update(_cost_alone(op, computations[name], computations, machine))
+            for inner in map(of, called):
+                total.update({key: value * times for key, value in inner.items()})
+        return total
 
-def _cost_of(name: str, computations, machine: Machine, trips: int, cache: dict) -> Counter:
-    """The cost of a computation whose instructions run one after another."""
-    if name in cache:
-        return cache[name]
-    total = cache[name] = Counter()
-
-    def add(called: str, times: float = 1.0) -> None:
-        inner = _cost_of(called, computations, machine, trips, cache)
-        total.update({key: value * times for key, value in inner.items()})
-
-    for op in computations[name].values():
-        kind = op.kind.removesuffix("-start")
-        if kind in HOST or HOST_CALL.search(op.about):
-            total[f"host {kind}"] += 1
-        if kind in FREE or kind.endswith("-done") or any(word in op.about for word in NO_WORK):
-            continue
-        if kind == "while":
-            (body,), (condition,) = op.calls("body"), op.calls("condition")
-            turns = _turns(op, computations[condition])
-            add(body, turns or trips)
-            add(condition, turns or trips)
-            total["waits"] += 0 if turns else trips
-        elif kind == "conditional":
-            branches = op.calls("branch_computations", "true_computation", "false_computation")
-            each = {b: _cost_of(b, computations, machine, trips, cache) for b in branches}
-            add(min(each, key=lambda branch: each[branch]["busy"]))
-            total["waits"] += 1
-        elif kind in ("call", "async"):
-            for called in op.calls("to_apply", "calls", "called_computations"):
-                add(called)
-        elif kind in COLLECTIVES:
-            # Beside the result of a start the operand is named.
-            both = kind != op.kind and kind != "all-reduce"
-            total[f"sent {kind}"] += sum(a.size for a in op.arrays) / (1 + both)
-        else:
-            total.update(_cost_alone(op, computations[name], computations, machine))
-    return total
+    return of(entry)
 
 
 def _turns(op: Op, condition: Computation) -> int:
@@ -188,9 +162,9 @@ def _traffic(op: Op, scope: Computation, computations):
     """Yields the bytes that an instruction reads and writes; of slices only what is taken."""
     operands = [scope[name].arrays for name in op.operands if name in scope]
     if op.kind in ("copy-start", "slice-start"):  # both ends are named as results
-        yield sum(min(a.size for a in op.arrays[:2]) for a in op.arrays[:2] if not a.near)
+        yield sum(min(a.size for a in op.arrays[:2]) for a in op.arrays[:2] if a.bytes)
     elif op.kind in SLICES:
-        yield op.arrays[0].bytes + (0 if operands[0][0].near else op.arrays[0].size)
+        yield op.arrays[0].bytes + (op.arrays[0].size if operands[0][0].bytes else 0)
     elif KERNEL_CALL.search(op.about):  # a row for every entry, as if no cache kept any
         *others, (index,) = operands
         yield from (a.bytes for a in (*op.arrays, index))
@@ -211,10 +185,10 @@ def _traffic(op: Op, scope: Computation, computations):
                 if o.kind == "bitcast" and o.operands[0] in names:
                     names.add(name)
             uses = [o for n, o in fused.items() if n not in names and names & set(o.operands)]
-            first = uses and all(o.operands[0] in names for o in uses)
-            if first and all(o.kind in SLICES for o in uses):
+            kinds = {o.kind if o.operands[0] in names else "whole" for o in uses}
+            if kinds and kinds <= SLICES:
                 yield from (a.bytes for o in uses for a in o.arrays)
-            elif first and all(o.kind == "dynamic-update-slice" for o in uses):
+            elif kinds == {"dynamic-update-slice"}:
                 # In place: neither the operand nor the result is moved whole.
                 yield from (
                     2 * fused[o.operands[1]].arrays[0].bytes - o.arrays[0].bytes for o in uses

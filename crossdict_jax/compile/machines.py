@@ -11,26 +11,17 @@ from crossdict_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """What one device has and what programs reach on it, in bytes, seconds, and these a second.
-
-    Attributes:
-      memory: what JAX takes of it.
-      bfloat16, float32: operations of matrix products, float32 ones at full precision.
-      bandwidth: of its memory.
-      network, outside: out of it, in a ring of its own host or pod, or of several hosts.
-      launch: least time of any operation.
-      wait: idle time where the host reads the condition of a loop or branch.
-    """
+    """What one device has and what programs reach on it, in bytes, seconds, and these a second."""
 
     platform: str
-    memory: float
-    bfloat16: float
-    float32: float
-    bandwidth: float
-    network: float
-    outside: float
-    launch: float
-    wait: float
+    memory: float  # what JAX takes of it
+    bfloat16: float  # operations of matrix products
+    float32: float  # those at full precision
+    bandwidth: float  # of its memory
+    network: float  # out of it, in a ring of its own host or pod
+    outside: float  # in a ring of several hosts
+    launch: float  # least time of any operation
+    wait: float  # idle time where the host reads the condition of a loop or branch
     per_host: int
 
 
@@ -100,23 +91,23 @@ class Machine:
 
     def devices(self) -> list[Any]:
         """Returns its devices as JAX knows them; UserError if their compiler is not installed."""
-        platform, (kind, *_) = self.device.platform, self.name.split("-")
-        modules, install = INSTALL.get(platform, ((), ""))
-        if modules and not any(map(importlib.util.find_spec, modules)):
-            raise UserError(f"--machine={self.name} needs a compiler that is not here: {install}.")
+        platform, kind = self.device.platform, self.name.partition("-")[0]
         os.environ.update(ENVIRONMENT | os.environ)
         import jax
         from jax.experimental import topologies
 
-        if not modules:
+        if platform not in INSTALL:
             return jax.devices()[: self.count]
+        modules, install = INSTALL[platform]
+        if not any(map(importlib.util.find_spec, modules)):
+            raise UserError(f"--machine={self.name} needs a compiler that is not here: {install}.")
         options = {"topology_name": f"{kind}:{self.shape}"}
         if platform == "cuda":
             options = {"topology_name": kind, "target_config": H100, "topology": self.shape}
         try:
             return list(topologies.get_topology_desc(platform=platform, **options).devices)
         except (NotImplementedError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = [*str(error).splitlines(), type(error).__name__][0]
             raise UserError(
                 f"--machine={self.name}: its compiler does not start ({reason}); end what else "
                 f"uses it, or {install} again, in an environment of its own."

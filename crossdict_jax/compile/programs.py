@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from flax import nnx
 
 from crossdict_jax import models, modules
 from crossdict_jax.activations.extract import dictionary_sites
-from crossdict_jax.activations.store import End, Sites, Store
-from crossdict_jax.activations.untrained import untrained_names, untrained_sites
+from crossdict_jax.activations.store import End, Store
+from crossdict_jax.activations.untrained import untrained_sites
 from crossdict_jax.config import Config, crosscoder_settings, unswept
 from crossdict_jax.dictionaries import Dictionary, base, crosscoder_training, train
 from crossdict_jax.dictionaries.start import start_of
+from crossdict_jax.evaluation import retrieval
 from crossdict_jax.evaluation.reconstruction import measure_batch
-from crossdict_jax.evaluation.retrieval import CHUNK, LARGEST_DEFAULT_POOL, at_least_as_similar
 from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
-from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
+from crossdict_jax.maps import Pairs, Problem, Side, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
 from crossdict_jax.maps.codes import Compact
 from crossdict_jax.maps.controls import control_tasks
@@ -36,28 +36,22 @@ from crossdict_jax.training.mesh import all_devices, make_mesh, put, shard, to_b
 from crossdict_jax.workdir import model_names
 
 BYTES_PER_TOKEN = 4.5  # of English text, by the tokenizers of GPT-2 and Pythia
+# Of one member's training, beside what only its objective reads.
+OF_MEMBER = {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0)}
 DISTINCT = 30.0  # distinct tokens of a text, times the square root of its tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of a run, ready to be compiled.
+    """One program of a run, ready to be compiled."""
 
-    Attributes:
-      stage: the command that runs it.
-      runs: how often it runs in the whole run.
-      changes: {setting: its value} that take less memory if lowered.
-      steps: training steps of each run; 0: it does not train.
-      rows: bytes of rows that stay on a device, whatever these settings are.
-    """
-
-    stage: str
+    stage: str  # the command that runs it
     name: str
     lowered: jax.stages.Lowered
-    runs: float
-    changes: dict[str, int]
-    steps: int = 0
-    rows: int = 0
+    runs: float  # how often it runs in the whole run
+    changes: dict[str, int]  # {setting: its value} that take less memory if lowered
+    steps: int = 1  # of training, in each run
+    rows: int = 0  # bytes of rows that stay on a device, whatever these settings are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +61,6 @@ class Plan:
     config: Config
     lms: dict[str, LanguageModel]  # shapes in place of arrays
     store: Store  # without rows
-    controls: Store  # with the re-initialised models
     windows: int
     rows: dict[str, int]  # of each split
 
@@ -83,28 +76,21 @@ def make_plan(config: Config) -> Plan:
     Raises:
       UserError: the shape of a model is not known, or it has no such layer.
     """
-    names = model_names(config.models)
-    shapes = dict(zip(names, map(models.known_config, config.models)))
-    lms = {n: nnx.eval_shape(lambda shape=shape: models.init(shape)) for n, shape in shapes.items()}
+    names, text, lms, about = model_names(config.models), config.text, {}, {}
     sites = dictionary_sites(config, names)
-    for name, shape in shapes.items():
+    for name, path in zip(names, config.models):
+        shape = models.known_config(path)
+        lms[name] = nnx.eval_shape(lambda shape=shape: models.init(shape))
+        about[name] = {"d_model": shape.d_model}
         for site in sites.stored(name):
             models.check_site(shape, site, name)
-    about = {name: {"d_model": shape.d_model} for name, shape in shapes.items()}
-    run = Store(Path(), tuple(names), config.models, {"models": about}, None, None, sites)
-    controls = run
-    if "untrained" in config.controls:
-        again = untrained_names(run)
-        meta = {"models": about | dict(zip(again, about.values()))}
-        ends = Sites({**sites.writes, **untrained_sites(config, run).writes})
-        controls = dataclasses.replace(run, models=(*names, *again), meta=meta, ends=ends)
-    text = config.text
+    store = Store(Path(), tuple(names), config.models, {"models": about}, None, None, sites)
     tokens = math.ceil(text.max_bytes / BYTES_PER_TOKEN)
     shares = {"validation": text.validation_fraction, "test": text.test_fraction}
     shares["train"] = 1 - sum(shares.values())
     rows = {split: int(share * text.documents * tokens) for split, share in shares.items()}
     windows = text.documents * math.ceil(tokens / text.window_tokens)
-    return Plan(config, lms, run, controls, windows, rows)
+    return Plan(config, lms, store, windows, rows)
 
 
 def programs(plan: Plan) -> Iterator[Program]:
@@ -181,11 +167,7 @@ def _training(
 ) -> Program:
     """A chunk of steps of an ensemble, of the usual variant, which revives no dead features.
 
-    Args:
-      fixed: of one member.
-      settings: with ``steps`` and ``batch_size``.
-      share: factor on its runs, because controls are trained as well.
-      about: stage, name and changes of the program.
+    ``fixed`` is of one member; ``share`` is a factor on the runs, because controls are trained too.
     """
     ensemble = make_ensemble(
         objective,
@@ -198,19 +180,28 @@ def _training(
         validation=jax.tree.map(to_bits, validation),
     )
 
-    def init(fixed, root):
-        return dataclasses.replace(ensemble, fixed=fixed).trainable(settings.steps).init(root)
-
-    root, held = jax.eval_shape(jax.random.key, 0), ensemble.feed.resident
-    state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
-    one_step = ensemble.feed.indices(0, 0)  # shapes alone: no rows are there
-    sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
-    chunks = Chunks(ensemble.trainable(settings.steps), ensemble.feed, root)
-    lowered = chunks.run.lower(state, held, sent, 0, 1, root, 0)
-    data = jax.tree.leaves(held.get("data", ()))
+    root, feed, steps = jax.eval_shape(jax.random.key, 0), ensemble.feed, settings.steps
+    state = jax.eval_shape(
+        lambda fixed, root: dataclasses.replace(ensemble, fixed=fixed).trainable(steps).init(root),
+        *(ensemble.fixed, root),
+    )
+    no_steps = feed.indices(0, 0)  # shapes alone: no rows are there
+    sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), no_steps)
+    run = Chunks(ensemble.trainable(steps), feed, root).run
+    lowered = run.lower(put(state, ensemble.layout), feed.resident, sent, 0, 1, root, 0)
+    data = jax.tree.leaves(feed.resident.get("data", ()))
     rows = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in data)
-    runs = share * settings.steps / MAX_CHUNK
+    runs = share * steps / MAX_CHUNK
     return Program(lowered=lowered, runs=runs, steps=MAX_CHUNK, rows=rows, **about)
+
+
+def _rows_of(
+    ends: Sequence[Hashable], n: int, d_model: int, order: np.ndarray | None = None
+) -> Stream:
+    """The rows of distinct ends, and which of them each member reads."""
+    distinct = list(dict.fromkeys(ends))
+    rows = blank((len(distinct), n, d_model), ml_dtypes.bfloat16)
+    return Stream(rows, np.asarray([distinct.index(end) for end in ends]), order)
 
 
 def dictionaries(plan: Plan) -> Iterator[Program]:
@@ -219,24 +210,24 @@ def dictionaries(plan: Plan) -> Iterator[Program]:
     sources = sae.sources or ("train",) * len(store.models)
     trained = [model for model, source in zip(store.models, sources) if source == "train"]
     everyone = train.members(sae, [(m, site) for m in trained for site in store.sites_of(m)])
-    controls = len(train.control_members(plan.config, plan.controls)) / max(1, len(everyone))
+    controls = len(train.control_members(plan.config, store))
+    if "untrained" in plan.config.controls:
+        controls += len(untrained_sites(plan.config, store).writes)
     for group in train.grouped(sae, store, everyone, n_rows):
         first, (d_model, d_out) = group[0], train.sizes(store, group[0])
-        sites = list(dict.fromkeys((m.model, m.site) for m in group))
-        source = np.asarray([sites.index((m.model, m.site)) for m in group])
+        kept = {"width": first.width, "k": first.k}
         sizes = {"x": d_model} | ({"y": d_out} if d_out else {})
         start = start_of(*(np.zeros((1, d), np.float32) for d in sizes.values()))
-        kept = {"width": first.width, "k": first.k}
+        ends = [(member.model, member.site) for member in group]
         part = sae.batch_size // sae.accumulate
         chosen = train.with_products(sae, rows=part, members=len(group), **kept)
-        rows = {n: blank((len(sites), n_rows, d), ml_dtypes.bfloat16) for n, d in sizes.items()}
         yield _training(
             train.DictionaryObjective(chosen, d_model=d_model, d_out=d_out, **kept),
-            {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0), "start": start},
-            {name: Stream(array, source) for name, array in rows.items()},
+            OF_MEMBER | {"start": start},
+            {name: _rows_of(ends, n_rows, d) for name, d in sizes.items()},
             [member.seed for member in group],
             sae,
-            1 + controls,
+            1 + controls / len(everyone),
             stage="train_saes",
             name=f"{len(group)} {sae.architecture} of width {first.width}, d {d_model}",
             changes={"sae.width": first.width, "sae.batch_size": sae.batch_size},
@@ -250,24 +241,20 @@ def crosscoders(plan: Plan) -> Iterator[Program]:
         return
     joint, d_models = crosscoder_settings(config), [store.d_model(m) for m in store.models]
     ends = [s for s, name in crosscoder_training.planned(config, store) if len(s) == len(d_models)]
-    streams, n = {}, len(ends)
-    for m, d in enumerate(d_models):
-        sites = list(dict.fromkeys(end[m] for end in ends))
-        source = np.asarray([sites.index(end[m]) for end in ends])
-        rows = blank((len(sites), n_rows, d), ml_dtypes.bfloat16)
-        streams[str(m)] = Stream(rows, source, blank((n, n_rows), np.int32) if m else None)
-    fixed = {"id": np.uint32(0), "rate": np.float32(0), "penalty": np.float32(0)}
-    fixed |= {"scale": blank((len(d_models),)), "center": blank((sum(d_models),))}
-    controls = [task for task in control_tasks(config, store) if map_class(task.kind).through_joint]
+    n, order = len(ends), blank((len(ends), n_rows), np.int32)
+    controls = sum(map_class(task.kind).through_joint for task in control_tasks(config, store))
     shape = {"rows": joint.batch_size, "width": joint.width, "k": joint.k}
     chosen = train.with_products(joint, **shape, members=n)
     yield _training(
         crosscoder_training.CrosscoderObjective(chosen, d_models),
-        fixed,
-        streams,
+        OF_MEMBER | {"scale": blank((len(d_models),)), "center": blank((sum(d_models),))},
+        {
+            str(m): _rows_of(sites, n_rows, d, order if m else None)
+            for m, (sites, d) in enumerate(zip(zip(*ends), d_models))
+        },
         [0] * n,
         joint,
-        1 + len(controls) / n,
+        1 + controls / n,
         stage="train_hypernetworks",
         name=f"{n} crosscoders of width {joint.width}, d {'+'.join(map(str, d_models))}",
         changes={"crosscoder.width": joint.width, "sae.batch_size": joint.batch_size},
@@ -278,16 +265,15 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
     """Yields the step of each kind of network map, of all pairs of equal shapes."""
     store, settings = plan.store, plan.config.map
     controls = [task.kind for task in control_tasks(plan.config, store)]
-    groups: dict[tuple, list[Task]] = {}
-    for task in tasks(plan.config, store):
+    groups, todo = {}, tasks(plan.config, store)
+    for task in todo:
         if issubclass(map_class(task.kind), NetworkMap):
             # Maps on codes train together, whatever their models' sizes.
-            sizes = store.d_model(task.source), store.d_model(task.target)
-            shape = () if plan.codes else sizes
-            groups.setdefault((task.kind, *shape), []).append(task)
+            sizes = () if plan.codes else map(store.d_model, (task.source, task.target))
+            groups.setdefault((task.kind, *sizes), []).append(task)
     for (kind, *_), members in groups.items():
-        n, n_rows, (a, b) = len(members), plan.rows["train"], members[0].ends
-        objective, fixed = _map_objective(plan, kind, (a, b), codes=plan.codes)
+        n, n_rows, ends = len(members), plan.rows["train"], members[0].ends
+        objective, fixed = _map_objective(plan, kind, ends, codes=plan.codes)
         held_out = min(plan.rows["validation"], VALIDATION_ROWS)
         size = min(settings.batch_size, held_out)
         batches = held_out // size, size
@@ -297,21 +283,20 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
             (None, blank((n, n_rows), np.int32)),
         )
         streams["tokens"] = Stream(blank((n, n_rows), np.int32), np.arange(n))
-        validation = {name: _codes(plan, end[0], (n, *batches)) for name, end in zip("ab", (a, b))}
+        validation = {name: _codes(plan, end[0], (n, *batches)) for name, end in zip("ab", ends)}
         validation["tokens"] = blank((n, *batches), np.int32)
-        changes = {"sae.width": unswept(plan.config.sae).width}
-        all_of_kind = sum(len(group) for key, group in groups.items() if key[0] == kind)
+        width = unswept(plan.config.sae).width
         yield _training(
             objective,
             fixed,
             streams,
             [0] * n,
             settings,
-            1 + controls.count(kind) / all_of_kind,
+            1 + controls.count(kind) / [task.kind for task in todo].count(kind),
             validation,
             stage="train_hypernetworks",
             name=f"{n} maps {kind}",
-            changes=changes | {"map.batch_size": settings.batch_size},
+            changes={"sae.width": width, "map.batch_size": settings.batch_size},
         )
 
 
@@ -344,12 +329,10 @@ def _map_objective(
         pairs = Pairs(*(Side(blank((1, 1)), np.zeros(1), d) for d in (a, b)), np.zeros(1))
         problem = Problem(kind, pairs, pairs)
         built.append(TransferObjective(cls, problem, values, settings, codes=codes))
-        params = {f"dictionary_{name}": modules.split(d)[1] for name, d in (("a", a), ("b", b))}
-        return ({} if codes else params) | {
-            "id": jnp.uint32(0),
-            "values": values,
-            "variance": jnp.float32(1),
-        }
+        member = {"id": jnp.uint32(0), "values": values, "variance": jnp.float32(1)}
+        if not codes:
+            member |= {"dictionary_a": modules.split(a)[1], "dictionary_b": modules.split(b)[1]}
+        return member
 
     fixed = jax.eval_shape(build)
     return built[0], fixed
@@ -386,7 +369,7 @@ def scoring(plan: Plan) -> Iterator[Program]:
         runs = maps * (test + CONTEXT_ROWS) / size
         yield program(f"predict by {kind}", predict_batch, runs, arrays, static)
 
-    pool = config.evaluation.pool or min(LARGEST_DEFAULT_POOL, test)
-    chunk = min(CHUNK, pool)
+    pool = config.evaluation.pool or min(retrieval.LARGEST_DEFAULT_POOL, test)
+    chunk = min(retrieval.CHUNK, pool)
     arrays = blank((chunk, width)), blank((chunk,), np.int32), blank((pool, width)), blank((pool,))
-    yield program("rank in a pool", at_least_as_similar, maps * pool / chunk, arrays)
+    yield program("rank in a pool", retrieval.at_least_as_similar, maps * pool / chunk, arrays)

@@ -126,7 +126,7 @@ class Ensemble:
                 member_key = jax.random.fold_in(key, fixed["id"])
                 context = Context(fixed, train["memory"], variant, None, number, member_key)
                 (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
-                frozen = grads.keys() & set(objective.frozen)
+                frozen = [name for name in objective.frozen if name in grads]
                 grads |= {name: jnp.zeros_like(grads[name]) for name in frozen}
                 optimizer = objective.optimizer(fixed)
                 with jax.default_matmul_precision("highest"):  # of Muon's products

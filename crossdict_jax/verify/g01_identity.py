@@ -4,12 +4,11 @@ from pathlib import Path
 
 from crossdict_jax import maps, models
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import to_dict
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation.matching import match
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
-from crossdict_jax.workdir import open_workdir, read_json
+from crossdict_jax.workdir import Workdir, read_json
 
 DOCUMENTS = 60
 MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
@@ -17,18 +16,18 @@ MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
     name = models.EMBEDDED[0]
-    config = lab.lm_config((name, name), documents=DOCUMENTS, kinds=("ridge",), seed=seed)
-    work = open_workdir(directory, to_dict(config))
+    config = lab.lm_config((name, name), documents=DOCUMENTS, seed=seed)
+    work = Workdir(directory)
     store = extract(config, work)
     train_dictionaries(config, store, work)
-    rows = lab.transfer_rows(config, work)
+    rows = lab.transfer_rows(config, store, work)
     a, b = store.models
     ridge = lab.pick(rows, "ridge", source=a)
     test = maps.load_pairs(store, a, b, lab.LM_SITE, lab.LM_SITE, "test", work)
     codes = (side.codes for side in (test.source, test.target))
     matched = match(*codes, minimum_firings=MINIMUM_FIRINGS, merge_duplicates=True)
     coverage = [m["coverage"] for m in read_json(work.result("pairing.json"))["models"].values()]
-    activations = lab.activation_scores("ridge", store, work, a, b)
+    activations = lab.activation_scores(store, work, a, b)
     return [
         Check("coverage of the pairing, the lower one", min(coverage), "==", 1.0),
         Check("FVU of ridge on activations", activations["fvu"], "<=", 1e-4),

@@ -25,10 +25,10 @@ MINIMUM_FIRINGS = 30  # active test rows, for a feature to count
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
     rng = stats.generator(seed)
-    planted, (a, b) = views(PLANTED, seed), lab.NAMES[:2]
-    config = replace(lab.planted_config(kinds=("procrustes",), seed=seed), sae=SAE)
+    planted, (a, b) = views(PLANTED, seed), lab.NAMES
+    config = replace(lab.planted_config(seed, ["procrustes"]), sae=SAE)
     work = Workdir(directory / "one")
-    train_dictionaries(config, lab.save_store(planted, work.activations), work)
+    train_dictionaries(config, lab.save_store(planted, work), work)
     dictionary = dictionaries.load(work.dictionary(a, lab.SITE))
 
     Q = np.linalg.qr(rng.standard_normal((COPY, PLANTED.widths[0])))[0].T
@@ -36,8 +36,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     copy = (planted.x[0] @ Q + offset[None, :]).astype(np.float32)
     both = replace(planted, x=(planted.x[0], copy), tokens=planted.tokens * 2)
     work = Workdir(directory / "two")
-    store = lab.save_store(both, work.activations)
-    lab.save_dictionaries([dictionary, _moved(dictionary, Q, offset, order)], work)
+    store = lab.save_store(both, work, [dictionary, _moved(dictionary, Q, offset, order)])
     maps.fit_maps(config, store, work)
 
     train, test = (
@@ -68,11 +67,6 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 def _moved(d: Dictionary, Q: np.ndarray, offset: np.ndarray, order: np.ndarray) -> Dictionary:
     """Returns the dictionary of ``x Q + offset`` whose feature i is feature ``order[i]`` of d."""
     of = {name: np.asarray(array) for name, array in modules.split(d)[1].items()}
-    arrays = {
-        "W_enc": (Q.T @ of["W_enc"])[:, order],
-        "b_enc": of["b_enc"][order],
-        "W_dec": (of["W_dec"] @ Q)[order],
-        "b_dec": of["b_dec"] @ Q + of["scale"] * offset,
-        "scale": of["scale"],
-    }
-    return from_arrays(find("topk"), arrays, k=d.k)
+    arrays = {"W_enc": (Q.T @ of["W_enc"])[:, order], "b_enc": of["b_enc"][order]}
+    arrays |= {"W_dec": (of["W_dec"] @ Q)[order], "b_dec": of["b_dec"] @ Q + of["scale"] * offset}
+    return from_arrays(find("topk"), of | arrays, k=d.k)

@@ -23,21 +23,17 @@ KINDS = ("procrustes", "ridge")
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    planted = views(PLANTED, seed)
-    by_threshold = []  # that features must exceed to be active: none, and 0.2
+    planted, checks = views(PLANTED, seed), []
     settings = {"seed": seed, "kinds": KINDS, "pairings": PAIRINGS}
-    for threshold in (0.0, 0.2):
-        made = [
-            lab.exact(d[planted.truth.exclusive(view)], threshold=threshold)
-            for view, d in enumerate(planted.truth.directions)
-        ]
-        rows = lab.planted_rows(planted, made, directory / str(threshold), **settings)
-        by_threshold.append(rows)
-    plain, strict = by_threshold
-    checks = []
+    own = [d[planted.truth.exclusive(view)] for view, d in enumerate(planted.truth.directions)]
+    plain, strict = (
+        lab.planted_rows(
+            planted, [lab.exact(d, threshold=t) for d in own], directory / str(t), **settings
+        )
+        for t in (0.0, 0.2)  # thresholds of active features
+    )
     for row in (lab.pick(plain, kind) for kind in KINDS):
-        kind, pool = row["map"], row["pool"]
-        labelled = row["verdict"] == NO_BETTER
+        kind, pool, labelled = row["map"], row["pool"], row["verdict"] == NO_BETTER
         checks += [
             Check(f"centred cosine of {kind}, absolute", abs(row["cosine_centered"]), "<=", 0.02),
             Check(f"R² of {kind}", row["r2"], "<=", 0.01),
@@ -60,15 +56,10 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
 
 
 def _matches(planted: Views) -> tuple[int, int]:
-    """Returns how many matched pairs of features are significant, and are confirmed.
-
-    Each view's features are the codes that it sees.
-    """
-    halves = planted.split(0.5)
-    train, test = (
-        [half.codes[:, half.truth.exclusive(view)] for view in (0, 1)] for half in halves
-    )
-    pairs, held_out = match(*train), halves[1]
-    tokens = np.stack(held_out.tokens, axis=-1)
-    worth = confirm(pairs, *test, documents=held_out.document, tokens=tokens, fdr=FDR)
+    """Returns how many matches of the codes that each view sees are significant, and confirmed."""
+    train, test = planted.split(0.5)
+    a, b = ([half.codes[:, half.truth.exclusive(v)] for half in (train, test)] for v in (0, 1))
+    tokens = np.stack(test.tokens, axis=-1)
+    options = {"documents": test.document, "tokens": tokens, "fdr": FDR}
+    worth = confirm(match(a[0], b[0]), a[1], b[1], **options)
     return int((worth.p_adjusted <= FDR).sum()), int(worth.confirmed.sum())

@@ -36,11 +36,10 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         # By brute force: the bytes of every prefix of tokens.
         ends = [_positions(unicodedata.normalize("NFC", text), t) for t in tokenizers]
         wrong += triples != {(end, ends[0][end], ends[1][end]) for end in ends[0] if end in ends[1]}
-    gains = {}
+    gains, settings = {}, {"seed": seed, "pairings": PAIRINGS}
     for shift in (0, 1):
         planted = streams(PLANTED, seed, shift=shift)
         made = [lab.exact(d) for d in planted.truth.directions]
-        settings = {"seed": seed, "pairings": PAIRINGS}
         rows = lab.planted_rows(planted, made, directory / str(shift), **settings)
         for pairing in PAIRINGS:
             gains[shift, pairing] = lab.pick(rows, "ridge", pairing=pairing)["context_gain"]

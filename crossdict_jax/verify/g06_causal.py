@@ -9,9 +9,9 @@ from crossdict_jax import stats
 from crossdict_jax.causal.directions import mapped_directions
 from crossdict_jax.causal.effects import Directions, Experiment, transfer
 from crossdict_jax.config import Config, EvaluationConfig, InterventionConfig, MapConfig
-from crossdict_jax.maps import Pairs, Problem, map_class
+from crossdict_jax.maps import Problem, map_class
 from crossdict_jax.verify.gate import Check
-from crossdict_jax.verify.planted_causal import FEATURES, LINKED, Planted, plant
+from crossdict_jax.verify.planted_causal import FEATURES, LINKED, plant
 
 # A map of codes: in so small a language activations cannot tell a feature's direction from its
 # word's.
@@ -22,8 +22,7 @@ CONTROLS = {"random": "random directions", "shuffled": "mapped directions of oth
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
-    planted = plant(texts=TEXTS, seed=seed)
-    experiment = _mapped(planted, planted.experiment(), seed, directory)
+    experiment = _experiment(seed)
     config = Config(
         seed=seed,
         evaluation=EvaluationConfig(bootstrap=BOOTSTRAP),
@@ -54,17 +53,15 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     return checks
 
 
-def _mapped(planted: Planted, experiment: Experiment, seed: int, directory: Path) -> Experiment:
-    """Returns the experiment with directions of a map fitted at the same positions of both models,
-    and of two that cannot work.
-    """
-    source, target = planted.sides(experiment.source, experiment.target)
-    pairs = Pairs(source, target, experiment.documents)
-    train = experiment.documents < TEXTS * 2 // 3
+def _experiment(seed: int) -> Experiment:
+    """Returns planted features with the directions of a map fitted at their positions, and the
+    controls."""
+    experiment, pairs = plant(texts=TEXTS, seed=seed).experiment()
+    train = pairs.documents < TEXTS * 2 // 3
     problem = Problem("planted causes", pairs.take(train), pairs.take(~train))
-    (fitted,) = map_class(KIND).fit([problem], MapConfig(), seed=0, directory=directory)
+    (fitted,) = map_class(KIND).fit([problem], MapConfig())
     features, strength = np.arange(FEATURES), experiment.strength
-    vectors = mapped_directions(fitted.map, source, features, strength, seed=seed)
+    vectors = mapped_directions(fitted.map, pairs.source, features, strength, seed=seed)
     rng = stats.generator(seed)
     mapped = {
         KIND: Directions(vectors),

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import to_dict
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
-from crossdict_jax.workdir import open_workdir
+from crossdict_jax.workdir import Workdir
 
 DOCUMENTS = 120  # about 17,000 training rows
 
@@ -18,14 +17,14 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     lm = models.load(second)
     models.save(models.init(lm.config, seed=seed), untrained, tokenizer=lm.tokenizer)
     names = (first, second, str(untrained))
-    config = lab.lm_config(names, documents=DOCUMENTS, kinds=("ridge",), seed=seed)
-    work = open_workdir(directory / "run", to_dict(config))
+    config = lab.lm_config(names, documents=DOCUMENTS, seed=seed)
+    work = Workdir(directory / "run")
     store = extract(config, work)
     a, b, new = store.models
     for name in store.models:
         dictionaries.save(lab.positive(store.d_model(name)), work.dictionary(name, lab.LM_SITE))
     directions = ((a, b), (b, a), (a, new))
-    forth, back, control = (lab.activation_scores("ridge", store, work, *d) for d in directions)
+    forth, back, control = (lab.activation_scores(store, work, *d) for d in directions)
     return [
         Check(f"context gain {a} to {b}", forth["context_gain"], ">=", 0.2),
         Check(f"context gain {b} to {a}", back["context_gain"], ">=", 0.2),

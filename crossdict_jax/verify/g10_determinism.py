@@ -26,11 +26,8 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     other = _bits(seed + 1, folders[2])  # of the same rows: reading text draws nothing
     drawn = ("dictionaries", "maps", "scores")
     changed = sum(first[part] != other[part] for part in drawn)
-    twice = [
-        Check(f"{part}: same bits twice", first[part] == again[part], "==", 1) for part in first
-    ]
     return [
-        *twice,
+        *(Check(f"{part}: same bits twice", first[part] == again[part], "==", 1) for part in first),
         Check(f"of {', '.join(drawn)}: changed by another seed", changed, "==", len(drawn)),
     ]
 
@@ -44,7 +41,7 @@ def _bits(seed: int, directory: Path) -> dict[str, str]:
     work = Workdir(directory)
     store = extract(config, work)
     train_dictionaries(config, store, work)
-    write_jsonl(work.result("transfer.jsonl"), lab.transfer_rows(config, work))
+    write_jsonl(work.result("transfer.jsonl"), lab.transfer_rows(config, store, work))
     folders = [work.dictionary(m, s) for m in store.models for s in store.sites_of(m)]
     trained = (maps.load(task.path(work)) for task in maps.tasks(config, store))
     leaves = (leaf for m in trained for leaf in jax.tree.leaves(own_parameters(split(m)[1])))

@@ -1,12 +1,11 @@
 """The gates: known answers, each a number with its bound, and how they are run."""
 
 import importlib
-import math
 import operator
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from absl import logging
@@ -23,8 +22,8 @@ RELATIONS = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 class Check:
     """One number of a gate."""
 
-    label: str  # the number in words
-    value: float | None  # None where it could not be had, which keeps no bound
+    what: str  # the number in words
+    value: float | None  # None or NaN: it could not be had, and keeps no bound
     relation: str = ""  # to the bound, one of RELATIONS; "" for a number that bounds nothing
     bound: float | None = None
 
@@ -32,8 +31,7 @@ class Check:
     def passed(self) -> bool:
         if not self.relation:
             return True
-        defined = self.value is not None and not math.isnan(self.value)
-        return defined and bool(RELATIONS[self.relation](float(self.value), self.bound))
+        return self.value is not None and RELATIONS[self.relation](float(self.value), self.bound)
 
 
 def verify(config: VerifyConfig, work: Workdir) -> list[str]:
@@ -47,30 +45,24 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
     files, rows, seconds = gate_files(), [], {}
     for name in config.gates:
         print(f"{name} ... ", end="", flush=True)
-        started = time.perf_counter()
-        module = importlib.import_module(f"{__package__}.{files[name]}")
-        title, checks, note = module.__doc__.splitlines()[0].partition(": ")[2], [], ""
-        level = logging.get_verbosity()
+        started, level = time.perf_counter(), logging.get_verbosity()
+        module, checks, note = importlib.import_module(f"{__package__}.{files[name]}"), [], ""
         logging.set_verbosity(level if level >= logging.INFO else logging.ERROR)  # stages inside
-        with tempfile.TemporaryDirectory(prefix="crossdict-") as directory:
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="crossdict-") as directory:
                 checks = module.gate(seed=config.seed, directory=Path(directory))
-            except Exception as error:
-                traceback.print_exc()
-                note = f"raised {type(error).__name__}: {error}"
-            finally:
-                logging.set_verbosity(level)
+        except Exception as error:
+            traceback.print_exc()
+            note = f"raised {type(error).__name__}: {error}"
+        finally:
+            logging.set_verbosity(level)
         seconds[name] = time.perf_counter() - started
         passed = any(c.relation for c in checks) and all(c.passed for c in checks)
         print(f"{'passes' if passed else 'MISSES'}, {seconds[name]:.1f} s")
-        numbers = [
-            {"what": c.label, "value": c.value, "relation": c.relation}
-            | {"bound": c.bound, "passed": c.passed}
-            for c in checks
-        ]
-        rows.append(
-            {"gate": name, "what": title, "passed": passed, "checks": numbers, "note": note}
-        )
+        title = module.__doc__.splitlines()[0].partition(": ")[2]
+        numbers = [asdict(check) | {"passed": check.passed} for check in checks]
+        row = {"gate": name, "what": title, "passed": passed, "checks": numbers, "note": note}
+        rows.append(row)
     write_json(work.result("verify.json"), {"seed": config.seed, "gates": rows})
     work.record_timing("verify", wall_s=sum(seconds.values()), **seconds)
     show([gates_table(rows, missed=True)])

@@ -1,5 +1,6 @@
 """The pipeline at a gate's size: planted rows as a store, and short real runs."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from crossdict_jax import dictionaries, maps
-from crossdict_jax.activations.store import Store, open_store, write_store
+from crossdict_jax.activations.store import Store, write_store
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import (
     Config,
@@ -21,7 +22,7 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import scoring, transfer_metrics
 from crossdict_jax.evaluation.transfer import TokenMeans
-from crossdict_jax.maps import Problem, Task
+from crossdict_jax.maps import Problem
 from crossdict_jax.maps.fit import Loader, fit_tasks
 from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.models import Site
@@ -29,16 +30,16 @@ from crossdict_jax.verify.planted import Views
 from crossdict_jax.workdir import Workdir
 
 SITE = Site(0)  # of planted models
-NAMES = ("a", "b", "c", "d")  # of planted models
+NAMES = ("a", "b")  # of planted models
 FRACTIONS = (0.7, 0.85)  # of the documents: where validation and test begin
 BOOTSTRAP = 100
 LM_SITE = Site(6)  # of 8 layers: late enough for context, early enough to be changed by later ones
 
 
-def planted_config(*, kinds: Sequence[str] = ("ridge",), seed: int = 0, **map_settings) -> Config:
+def planted_config(seed: int, kinds: Sequence[str] = (), **map_settings) -> Config:
     """Returns the settings of a run over a planted store."""
     return Config(
-        models=NAMES[:2],
+        models=NAMES,
         layers=(SITE.layer,),
         seed=seed,
         map=MapConfig(kinds=tuple(kinds), **map_settings),
@@ -47,29 +48,32 @@ def planted_config(*, kinds: Sequence[str] = ("ridge",), seed: int = 0, **map_se
 
 
 def lm_config(
-    models: Sequence[str], *, documents: int, kinds: Sequence[str], seed: int = 0, **sae
+    models: Sequence[str], *, documents: int, kinds: Sequence[str] = ("ridge",), seed: int, **sae
 ) -> Config:
     """Returns the settings of a short run of language models on docstrings at one site.
 
     ``sae`` are changes to small and short dictionary settings.
     """
-    return Config(
+    return dataclasses.replace(
+        planted_config(seed, kinds),
         models=tuple(models),
         layers=(LM_SITE.layer,),
-        seed=seed,
         text=TextConfig(documents=documents, max_bytes=700, window_tokens=128),
         extract=ExtractConfig(batch_size=32),
         sae=SAEConfig(**{"width": 256, "k": 16, "steps": 200, "batch_size": 512} | sae),
-        map=MapConfig(kinds=tuple(kinds)),
-        evaluation=EvaluationConfig(bootstrap=BOOTSTRAP),
     )
 
 
-def save_store(views: Views, directory: Path) -> Store:
-    """Writes planted rows as ``extract`` would, split by document; returns the open store."""
+def save_store(views: Views, work: Workdir, made: Sequence[Dictionary] = ()) -> Store:
+    """Writes planted rows as ``extract`` would, split by document; returns the open store.
+
+    ``made`` are the planted models' dictionaries, saved where maps read them.
+    """
+    for name, dictionary in zip(NAMES, made):
+        dictionaries.save(dictionary, work.dictionary(name, SITE))
     share = views.document / (views.document.max() + 1)
     return write_store(
-        directory,
+        work.activations,
         dict(zip(NAMES, views.x)),
         site=SITE,
         document=views.document,
@@ -78,38 +82,27 @@ def save_store(views: Views, directory: Path) -> Store:
     )
 
 
-def made(kind: str, W_enc: np.ndarray, W_dec: np.ndarray, **arrays: np.ndarray) -> Dictionary:
-    """Returns a dictionary with these parameters; other biases are 0."""
-    biases = {"b_enc": np.zeros(W_enc.shape[1]), "b_dec": np.zeros(W_dec.shape[1])}
-    return from_arrays(find(kind), biases | {"W_enc": W_enc, "W_dec": W_dec} | arrays)
-
-
-def positive(d_model: int) -> Dictionary:
-    """Returns the dictionary whose features are the positive entries of a row."""
-    return made("relu", np.eye(d_model), np.eye(d_model))
-
-
 def exact(directions: np.ndarray, *, threshold: float = 0.2) -> Dictionary:
     """Returns the dictionary whose features are the codes behind ``codes @ directions``.
 
     Only without superposition: ``directions`` is [features, d_model], features <= d_model, and
     noise must stay below the threshold.
     """
-    limits = np.full(len(directions), threshold)
-    return made("jumprelu", np.linalg.pinv(directions), directions, threshold=limits)
+    arrays = {"W_enc": np.linalg.pinv(directions), "W_dec": directions}
+    width, d_model = directions.shape
+    arrays |= {"b_enc": np.zeros(width), "b_dec": np.zeros(d_model)}
+    return from_arrays(find("jumprelu"), arrays | {"threshold": np.full(width, threshold)})
 
 
-def save_dictionaries(made: Sequence[Dictionary], work: Workdir) -> None:
-    """Saves one dictionary of each planted model where maps read it."""
-    for name, dictionary in zip(NAMES, made):
-        dictionaries.save(dictionary, work.dictionary(name, SITE))
+def positive(d_model: int) -> Dictionary:
+    """Returns the dictionary whose features are the positive entries of a row."""
+    return exact(np.eye(d_model), threshold=0.0)
 
 
 def transfer_rows(
-    config: Config, work: Workdir, chosen: Callable[[Task], bool] = lambda task: True
+    config: Config, store: Store, work: Workdir, chosen: Callable = lambda task: True
 ) -> list[dict]:
     """Fits the chosen maps of a run, and returns their rows of transfer.jsonl."""
-    store = open_store(work.activations)
     tasks = [task for task in maps.tasks(config, store) if chosen(task)]
     loader = Loader(config, store, work)
     fit_tasks(tasks, loader, seed=config.seed)
@@ -130,11 +123,10 @@ def planted_rows(
     **map_settings,
 ) -> list[dict]:
     """Returns the rows of transfer.jsonl from the first planted model to the second."""
-    work, config = Workdir(directory), planted_config(kinds=kinds, seed=seed, **map_settings)
-    save_store(views, work.activations)
-    save_dictionaries(made, work)
+    work, config = Workdir(directory), planted_config(seed, kinds, **map_settings)
+    store = save_store(views, work, made)
     return transfer_rows(
-        config, work, lambda task: task.source == NAMES[0] and task.pairing in pairings
+        config, store, work, lambda t: t.source == NAMES[0] and t.pairing in pairings
     )
 
 
@@ -145,30 +137,27 @@ def pick(rows: list[dict], kind: str, *, pairing: str = "aligned", source: str =
     return row
 
 
-def activation_scores(kind: str, store: Store, work: Workdir, source: str, target: str) -> dict:
-    """Returns the columns of transfer.jsonl of a map onto B's activations in place of features.
+def activation_scores(store: Store, work: Workdir, source: str, target: str) -> dict:
+    """Returns the columns of transfer.jsonl of ridge onto B's activations in place of features.
 
     The dictionaries of both models must exist, though they are not used.
     """
     train, validation, test = (
         maps.load_pairs(store, source, target, LM_SITE, LM_SITE, split, work) for split in SPLITS
     )
-    problem = Problem(kind, train, validation)
-    (fitted,) = maps.map_class(kind).fit([problem], MapConfig(), seed=0, directory=work.maps)
+    (fitted,) = maps.map_class("ridge").fit([Problem("ridge", train, validation)], MapConfig())
     x = np.asarray(train.target.x, np.float32)
-    sums = [
-        token_sums(train.source.tokens, x) for x in (x, maps.predict_activations(fitted.map, train))
-    ]
-    index = sums[0].positions(test.source.tokens)
+    target, predicted = (
+        token_sums(train.source.tokens, rows)
+        for rows in (x, maps.predict_activations(fitted.map, train))
+    )
+    index = target.positions(test.source.tokens)
+    index = np.where(index < len(target.ids), index, -1)
     return transfer_metrics(
         maps.predict_activations(fitted.map, test),
         np.asarray(test.target.x, np.float32),
         train_mean=x.mean(0, dtype=np.float64),
         documents=test.documents,
         bootstrap=BOOTSTRAP,
-        token_means=TokenMeans(
-            index=np.where(index < len(sums[0].ids), index, -1),
-            target=sums[0].shrunk(0.0)[:-1],
-            predicted=sums[1].shrunk(0.0)[:-1],
-        ),
+        token_means=TokenMeans(index, target.shrunk(0.0), predicted.shrunk(0.0)),
     )

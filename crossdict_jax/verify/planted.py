@@ -6,6 +6,7 @@ A row is a text position; its codes are the activations of the true features. Vi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +53,6 @@ class Truth:
     partner: np.ndarray  # int [features], the feature that it tends to follow; -1 for none
     from_token: np.ndarray  # bool [features], whether it is a function of the current token
 
-    @property
-    def shared(self) -> np.ndarray:
-        """bool [features]: seen by all views."""
-        return self.seen.all(0)
-
     def exclusive(self, view: int) -> np.ndarray:
         """bool [features]: seen by this view alone."""
         return self.seen[view] & (self.seen.sum(0) == 1)
@@ -88,13 +84,12 @@ class Views:
 
 def views(config: PlantedConfig, seed: int) -> Views:
     """Returns planted rows: equal settings and seeds give equal bits."""
-    truth = plant(config, seed)
+    truth, n_views = plant(config, seed), len(config.widths)
     document = (np.arange(config.rows) * config.documents // config.rows).astype(np.int32)
     tokens = _zipf_draws(stats.generator(seed, _TEXT), VOCABULARY, config.rows)
-    codes = _codes(config, truth, seed, document=document, classes=tokens)
-    rng = stats.generator(seed, _NOISE)
-    x = tuple(_show(config, codes, d, rng) for d in truth.directions)
-    return Views(x, codes, (tokens,) * len(config.widths), document, truth)
+    codes = _codes(config, truth, seed, document, tokens)
+    x = _show(config, truth, seed, [codes] * n_views)
+    return Views(x, codes, (tokens,) * n_views, document, truth)
 
 
 def plant(config: PlantedConfig, seed: int) -> Truth:
@@ -119,8 +114,7 @@ def plant(config: PlantedConfig, seed: int) -> Truth:
     partner[couples[:, 1]] = couples[:, 0]
     directions = []
     for width, sees in zip(config.widths, seen):
-        rows = rng.standard_normal((features, width))
-        unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        unit = stats.normalised(rng.standard_normal((features, width))).astype(np.float32)
         directions.append(unit * sees[:, None].astype(np.float32))
     return Truth(tuple(directions), seen, _frequencies(config), parent, partner, from_token)
 
@@ -128,14 +122,12 @@ def plant(config: PlantedConfig, seed: int) -> Truth:
 def _frequencies(config: PlantedConfig) -> np.ndarray:
     """Returns Zipf frequencies, descending, capped, with sum ``active``."""
     weights = (1.0 + np.arange(config.features)) ** -config.zipf
-    capped = np.zeros(config.features, bool)
-    while True:
-        rest = config.active - HIGHEST_FREQUENCY * capped.sum()
-        scaled = rest * weights / weights[~capped].sum() if not capped.all() else weights
-        over = ~capped & (scaled > HIGHEST_FREQUENCY)
-        if not over.any():
-            return np.where(capped, HIGHEST_FREQUENCY, scaled)
-        capped |= over
+    for n in range(config.features):  # that are capped
+        left = config.active - HIGHEST_FREQUENCY * n
+        rest = left * weights[n:] / weights[n:].sum()
+        if rest[0] <= HIGHEST_FREQUENCY:
+            break
+    return np.append(np.full(n, HIGHEST_FREQUENCY), rest)
 
 
 def _zipf_draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
@@ -143,14 +135,14 @@ def _zipf_draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
     return rng.choice(n, size, p=weights / weights.sum()).astype(np.int32)
 
 
-def _codes(config: PlantedConfig, truth: Truth, seed: int, *, document, classes) -> np.ndarray:
+def _codes(config: PlantedConfig, truth: Truth, seed: int, document, classes) -> np.ndarray:
     """Returns codes float32 [rows, features]; ``classes`` [rows] fix the features of the token."""
-    relative = np.ones((int(document.max()) + 1, 1))  # frequency in each document, mean 1
+    relative = np.ones((document.max() + 1, 1))  # frequency in each document, mean 1
     if config.burstiness > 0:
         shape, rng = config.burstiness**-2, stats.generator(seed, _BURSTS)
         relative = rng.gamma(shape, 1 / shape, (len(relative), config.features))
     by_row = _draw(truth, stats.generator(seed, _CODES), relative[document])
-    by_class = _draw(truth, stats.generator(seed, _CLASSES), np.ones((int(classes.max()) + 1, 1)))
+    by_class = _draw(truth, stats.generator(seed, _CLASSES), np.ones((classes.max() + 1, 1)))
     return np.where(truth.from_token[None, :], by_class[classes], by_row)
 
 
@@ -163,17 +155,21 @@ def _draw(truth: Truth, rng: np.random.Generator, relative: np.ndarray) -> np.nd
     uniform[:, second] = np.where(follows, uniform[:, truth.partner[second]], uniform[:, second])
     child = truth.parent >= 0
     # Conditional on the parent's firing, so that the child's frequency stays as planted.
-    chance = np.where(child, truth.frequency / truth.frequency[truth.parent], truth.frequency)
-    chance = np.where(child[None, :], chance[None, :], chance[None, :] * relative)
+    of_child = truth.frequency / truth.frequency[truth.parent]
+    chance = np.where(child[None, :], of_child[None, :], truth.frequency[None, :] * relative)
     fires = uniform < chance
     fires[:, child] &= fires[:, truth.parent[child]]
     amplitude = np.exp(SPREAD * rng.standard_normal(shape, np.float32) - SPREAD**2 / 2)
     return np.where(fires, amplitude, 0.0).astype(np.float32)
 
 
-def _show(config: PlantedConfig, codes: np.ndarray, directions: np.ndarray, rng) -> np.ndarray:
-    x = codes @ directions
-    return x + config.noise * rng.standard_normal(x.shape, np.float32)
+def _show(
+    config: PlantedConfig, truth: Truth, seed: int, codes: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """Returns what each view shows of its codes."""
+    rng = stats.generator(seed, _NOISE)
+    x = (f @ directions for f, directions in zip(codes, truth.directions))
+    return tuple(a + config.noise * rng.standard_normal(a.shape, np.float32) for a in x)
 
 
 def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
@@ -201,27 +197,24 @@ def streams(config: PlantedConfig, seed: int, *, shift: int = 0) -> Views:
     n_rows, first = [], 0
     tokens, last_bytes = ([[] for _ in range(n_views)] for _ in range(2))
     for document, text in zip(documents, texts):
-        begins = np.cumsum([0, *(len(lexicon[w]) for w in document[:-1])])
-        ends = [
-            np.concatenate([begin + table[w] for begin, w in zip(begins, document)])
-            for table in cuts
-        ]
-        positions = pair_many(ends)[1] + shift * (np.arange(n_views) > 0)[None, :]
-        positions = positions[(positions < np.asarray([len(e) for e in ends])[None, :]).all(1)]
+        begins = np.cumsum([0, *(len(lexicon[w]) for w in document)])
+        ends = [np.concatenate([b + table[w] for b, w in zip(begins, document)]) for table in cuts]
+        positions = pair_many(ends)[1]
+        positions[:, 1:] += shift
+        positions = positions[(positions < [len(e) for e in ends]).all(1)]
         for view, (end, rows) in enumerate(zip(ends, positions.T)):
             tokens[view] += [text[end[row - 1] : end[row]] for row in rows]
             last_bytes[view].append(first + end[rows] - 1)
         n_rows.append(len(positions))
         first += len(text)
 
-    byte_document = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
+    byte_document = np.repeat(np.arange(len(texts)), list(map(len, texts)))
     letters = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64)
     _, last_two = np.unique(np.append(0, letters[:-1]) * 256 + letters, return_inverse=True)
-    at_bytes = _codes(config, truth, seed, document=byte_document, classes=last_two)
+    at_bytes = _codes(config, truth, seed, byte_document, last_two)
     codes = [at_bytes[np.concatenate(rows)] for rows in last_bytes]
-    rng = stats.generator(seed, _NOISE)
     return Views(
-        x=tuple(_show(config, *pair, rng) for pair in zip(codes, truth.directions)),
+        x=_show(config, truth, seed, codes),
         codes=codes[0],
         tokens=tuple(np.unique(t, return_inverse=True)[1].astype(np.int32) for t in tokens),
         document=np.repeat(np.arange(len(texts), dtype=np.int32), n_rows),
@@ -241,7 +234,7 @@ def best_cosines(decoder: np.ndarray, directions: np.ndarray) -> tuple[np.ndarra
 
     ``decoder`` is [width, d], ``directions`` [features, d]; one of length zero gives NaN and -1.
     """
-    norms = [np.linalg.norm(rows, axis=1) for rows in (directions, decoder)]
-    scale = np.maximum(norms[0][:, None] * norms[1][None, :], 1e-30)
-    cosines, seen = directions @ decoder.T / scale, norms[0] > 0
+    lengths, norms = (np.linalg.norm(rows, axis=1) for rows in (directions, decoder))
+    cosines = directions @ decoder.T / np.maximum(np.outer(lengths, norms), 1e-30)
+    seen = lengths > 0
     return np.where(seen, cosines.max(1), np.nan), np.where(seen, cosines.argmax(1), -1)

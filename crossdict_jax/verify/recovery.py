@@ -37,20 +37,20 @@ def measure_pareto(config: Config, work: Workdir) -> list[dict]:
     with timed(work, "pareto") as figures:
         rows = []
         planted, of_planted = views(PLANTED, seed=config.seed), Workdir(folder / "planted")
-        pareto = dataclasses.replace(config.pareto, k=())  # pareto.k is for the run's width
-        settings = planted_config(seed=config.seed)
-        sae = dataclasses.replace(SETTINGS, matmul_dtype=config.sae.matmul_dtype)
-        settings = dataclasses.replace(settings, sae=sae, pareto=pareto)
-        made = save_store(planted, of_planted.activations)
+        settings = dataclasses.replace(
+            planted_config(config.seed),
+            sae=dataclasses.replace(SETTINGS, matmul_dtype=config.sae.matmul_dtype),
+            pareto=dataclasses.replace(config.pareto, k=()),  # pareto.k is for the run's width
+        )
+        made = save_store(planted, of_planted)
         for row, d in curves(settings, made, of_planted, model=NAMES[0], site=SITE):
             best, _ = best_cosines(np.asarray(d.W_dec[...]), planted.truth.directions[0])
             truth = {"planted": PLANTED.active, "cosine": float(best.mean())}
             rows.append({"data": "planted"} | row | truth)
         model = store.models[0]
         sites, of_run = store.sites_of(model), Workdir(folder / "activations")
-        unknown = {"planted": None, "cosine": None}
         for row, _ in curves(config, store, of_run, model=model, site=sites[len(sites) // 2]):
-            rows.append({"data": "activations"} | row | unknown)
+            rows.append({"data": "activations"} | row | {"planted": None, "cosine": None})
         results.write(work, "pareto.jsonl", rows)
         figures["dictionaries"] = len(rows)
     return rows

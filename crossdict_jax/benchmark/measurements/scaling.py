@@ -29,21 +29,20 @@ def benchmark(bench: Bench) -> Iterator[dict]:
     """
     sizes, dtype, steps = SIZES[bench.suite]
 
-    def training(point: dict, resident: bool | None = None) -> workloads.Training:
+    def training(*, d_model: int, rows: int, resident: bool | None = None, **sae):
         """Returns the training of a point, on a store of its own."""
-        sae = {name: value for name, value in point.items() if name not in ("d_model", "rows")}
-        rows, folder = max(point["rows"], point["batch_size"]), bench.folder / "store"
+        folder = bench.folder / "store"
         shutil.rmtree(folder, ignore_errors=True)
-        workloads.made_up_store(folder, rows, point["d_model"], seed=bench.seed)
-        sae |= {"matmul_dtype": dtype, "k": min(point["k"], point["width"])}
-        return workloads.dictionary_steps(folder, resident=resident, longest=steps, **sae)
+        workloads.made_up_store(folder, rows, d_model, seed=bench.seed)
+        sae |= {"resident": resident, "longest": steps, "matmul_dtype": dtype}
+        return workloads.dictionary_steps(folder, **sae)
 
-    base = training(sizes)
+    base = training(**sizes)
     points = [(name, value, None) for name, values in POINTS.items() for value in values]
     points += [("rows", value, False) for value in POINTS["rows"]]
     for name, value, resident in points:
         point = sizes | {name: value}
-        contenders = {"base": base.run, OURS: training(point, resident).run}
+        contenders = {"base": base.run, OURS: training(**point, resident=resident).run}
         case = f"{name} {value:,}" + (", on the host" if resident is False else "")
         rows = steps * point["seeds"] * point["batch_size"]
         yield bench.compare(case, contenders, rows, count=steps, reference="base")[1]

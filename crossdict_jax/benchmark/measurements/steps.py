@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from crossdict_jax.benchmark import workloads
 from crossdict_jax.benchmark.harness import Bench
-from crossdict_jax.benchmark.peer import contest, peers
-from crossdict_jax.training.loop import epoch_order
+from crossdict_jax.benchmark.peer import contest, peers, save_rows
 
 PEERS = {  # library: its file
     "sae-lens": "saelens.py",
@@ -28,17 +25,15 @@ def benchmark(bench: Bench) -> Iterator[dict]:
     """Yields rows: each architecture against every peer."""
     (sizes, dtype, steps), folder = SIZES[bench.suite], bench.folder
     store = workloads.made_up_store(folder, sizes["rows"], sizes["d_model"], seed=bench.seed)
-    # For the peers: the same rows in the same order.
+    batch_size = sizes["batch_size"]
     x = store.read(workloads.MODEL, workloads.SITE, store.select("train"))
-    batches, rows = len(x) // sizes["batch_size"], steps * sizes["batch_size"]
-    order = epoch_order(0, start=0, count=batches * sizes["batch_size"], n=len(x))
-    np.save(folder / "rows.npy", x.astype(np.float32))
-    np.save(folder / "order.npy", order.reshape(batches, -1))
+    save_rows(folder, x, steps=len(x) // batch_size, batch_size=batch_size)
     with peers(PEERS) as running:
         for name in ARCHITECTURES:
             shape = {"architecture": name, "width": sizes["width"], "k": sizes["k"]}
-            ours = shape | {"batch_size": sizes["batch_size"], "matmul_dtype": dtype}
+            ours = shape | {"batch_size": batch_size, "matmul_dtype": dtype}
             theirs = {p: shape for p in PEERS if name in ALONE.get(p, ARCHITECTURES)}
+            amount = steps * batch_size
             yield from contest(
-                bench, name, "dictionary_steps", ours, running, theirs, rows, count=steps
+                bench, name, "dictionary_steps", ours, running, theirs, amount, count=steps
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crossdict_jax import models
 from crossdict_jax.benchmark.harness import OURS, Bench
+from crossdict_jax.benchmark.peer import last_line
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import read_json
 
@@ -46,8 +47,7 @@ def benchmark(bench: Bench) -> Iterator[dict]:
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"The whole run failed ({last}).")
+        raise UserError(f"The whole run failed ({last_line(done.stderr)}).")
     seconds = {"all stages": time.perf_counter() - started}
     timing = read_json(work / "results" / "timing.json")
     seconds |= {name: stage["wall_s"] for name, stage in timing.items() if "wall_s" in stage}
