@@ -56,12 +56,8 @@ def _encode_backward(saved, gradient: Entries):
     active, width = code.values > 0, code.width  # values that are not numbers have no gradient
     weights = jnp.where(active, gradient.values, 0.0)
     keys = jnp.where(active, code.features, width)
-    W_gradient = code.sums.sum_by_key(keys, width, weights, code.rows, u).T
-    if code.kernels:  # a scatter would add in any order
-        totals = code.sums.sum_by_key(keys, width, weights, code.rows * 0, jnp.ones((1, 1)))[:, 0]
-    else:
-        totals = jnp.zeros(width).at[code.features].add(weights)
-    return None, None, W_gradient, totals
+    W_gradient, totals = code.sums.sum_by_key(keys, width, weights, code.rows, u)
+    return None, None, W_gradient.T, totals
 
 
 encoded.defvjp(lambda code, u, W_enc, bias: (code, (code, u)), _encode_backward)
@@ -90,7 +86,7 @@ def _decode_backward(ends, dtype, saved, gradient):
     index = jnp.minimum(index, len(gradient) - 1)
     values_gradient = code.sums.dots(gradient, index, W_dec, code.features)
     keys = jnp.where(code.values > 0, code.features, code.width)  # as above: they are sorted once
-    W_gradient = code.sums.sum_by_key(keys, code.width, values, index, gradient)
+    W_gradient, _ = code.sums.sum_by_key(keys, code.width, values, index, gradient)
     nothing = {"features": None, "rows": None, "counts": None}
     return dataclasses.replace(code, values=values_gradient, **nothing), W_gradient
 

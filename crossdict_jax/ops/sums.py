@@ -6,8 +6,6 @@ The order of sums is fixed: no atomics, the same bits from run to run.
 import jax
 import jax.numpy as jnp
 
-from crossdict_jax.training.mesh import platform
-
 TERMS = 16  # added up in one fused loop: more compile longer, fewer write the sum more often
 LANES = 16  # floats that a CPU's widest registers hold
 GROUPS = 256  # summed together, in as many turns as the largest of them needs
@@ -30,21 +28,24 @@ def sum_by_group(
     Returns:
       float32 [n_groups, d].
     """
-    starts = starts_of(group, n_groups)
+    starts = _starts(group, n_groups)
     sums, position = _sums(starts[:-1], jnp.diff(starts), weights, index, table)
     return _at(sums, position)
 
 
 def sum_by_key(
     keys: jax.Array, n_keys: int, weights: jax.Array, index: jax.Array, table: jax.Array
-) -> jax.Array:
-    """Returns ``sum_by_group`` of entries in any order and groups of any size.
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``sum_by_group`` of entries in any order and groups of any size, and by key the sums
+    of weights, float32 [n_keys]. A key of ``n_keys`` is none.
 
     Entries are sorted by key and cut into chunks of at most ``CHUNK`` of one key; chunks are
     summed, then keys: so a few large groups cannot drive up the cost.
     """
-    order, starts = sorted_by(keys, n_keys)
-    starts, counts, weights, index = starts[:-1], jnp.diff(starts), weights[order], index[order]
+    totals = jnp.zeros(n_keys).at[keys].add(weights.astype(jnp.float32), mode="drop")
+    order = order_of(keys, n_keys)
+    starts, weights, index = _starts(keys[order], n_keys), weights[order], index[order]
+    starts, counts = starts[:-1], jnp.diff(starts)
     n = len(keys)
     chunks = -(-counts // CHUNK)  # of each key
     n_chunks = n // CHUNK + n_keys  # at most, and some of them hold nothing
@@ -54,25 +55,21 @@ def sum_by_key(
     sizes = jnp.clip(counts[key] - offset, 0, CHUNK)
     parts, part = _sums(starts[key] + offset, sizes, weights, index, table)
     sums, position = _sums(first, chunks, jnp.ones(n_chunks), part, parts)
-    return _at(sums, position)
+    return _at(sums, position), totals
 
 
-def sorted_by(keys: jax.Array, n_keys: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the order int [entries] of rising keys, and where each begins in it [n_keys + 1]."""
+def order_of(keys: jax.Array, n_keys: int) -> jax.Array:
+    """Returns the order of rising keys, int32 [entries]."""
     n = len(keys)
     if (n_keys + 1) * n < 2**32:  # key and position in one integer sort much faster than a pair
         packed = keys.astype(jnp.uint32) * n + jnp.arange(n, dtype=jnp.uint32)
-        order = (jnp.sort(packed) % n).astype(jnp.int32)
-    else:
-        order = jnp.argsort(keys)
-    return order, starts_of(keys[order], n_keys)
+        return (jnp.sort(packed) % n).astype(jnp.int32)
+    return jnp.argsort(keys)
 
 
-def starts_of(group: jax.Array, n_groups: int) -> jax.Array:
-    """Returns where each group of rising entries begins, and the last ends: int [n_groups + 1]."""
-    # A loop would launch several kernels a turn.
-    method = "scan" if platform() == "cpu" else "scan_unrolled"
-    return jnp.searchsorted(group, jnp.arange(n_groups + 1), method=method).astype(jnp.int32)
+def _starts(group: jax.Array, n_groups: int) -> jax.Array:
+    """Where each group of rising entries begins, and the last ends: int32 [n_groups + 1]."""
+    return jnp.searchsorted(group, jnp.arange(n_groups + 1)).astype(jnp.int32)
 
 
 def _sums(
