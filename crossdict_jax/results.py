@@ -31,21 +31,9 @@ PAIRINGS = ("aligned", "shuffled")
 SIMILARITY = ("cka", "svcca", "rsa", "mutual_knn")
 PAIR = ("source", "target", "site_source", "site_target")  # columns that name a layer pair
 BASELINES = ("mean", "token", "token_target")  # maps that read no activations
-# The order in which maps are shown; kinds that are not named follow.
-MAP_ORDER = (
-    *BASELINES,
-    "procrustes",
-    "ridge",
-    "ridge_codes",
-    "low_rank",
-    "token_ridge",
-    "mlp",
-    "token_mlp",
-    "hypernetwork",
-    "crosscoder",
-)
 LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
-
+# The order in which maps are shown; kinds that are not named follow.
+MAP_ORDER = (*BASELINES, *LINEAR_MAPS, "mlp", "token_mlp", "hypernetwork", "crosscoder")
 
 SEALS = "checksums.json"  # {result file: its sha256}
 TABLES: dict[str, Table] = {}  # by file, or pattern of files
@@ -53,20 +41,13 @@ TABLES: dict[str, Table] = {}  # by file, or pattern of files
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a result file.
-
-    Attributes:
-      unit: of its numbers; empty for shares, counts and texts.
-      values: the texts that it may hold; empty for any.
-      interval: whether NAME_low and NAME_high (95 % over documents unless the table says otherwise)
-        stand beside it.
-    """
+    """One column of a result file."""
 
     name: str
     meaning: str
-    unit: str = ""
-    values: tuple[str, ...] = ()
-    interval: bool = False
+    unit: str = ""  # of its numbers; empty for shares, counts and texts
+    values: tuple[str, ...] = ()  # the texts that it may hold; empty for any
+    interval: bool = False  # whether NAME_low and NAME_high stand beside it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,9 +58,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A file of WORKDIR/results: JSON lines, a row each."""
+    """A file of WORKDIR/results, or a pattern of files with ``*``: JSON lines."""
 
-    file: str  # its name, such as ``transfer.jsonl``; a pattern with ``*`` for several files
+    file: str
     meaning: str  # of a row
     columns: tuple[Column, ...]
 
@@ -153,10 +134,9 @@ def describe(file: str, meaning: str, *columns: Column) -> Table:
 def read_matches(
     work: Workdir, source: str, target: str, site_source: str, site_target: str
 ) -> list[dict]:
-    """Returns the matched features of two dictionaries, in either order of the models.
+    """Returns the rows of matches.jsonl of two dictionaries, in either order of the models.
 
-    Rows of matches.jsonl without the names of models and sites; feature_source and feature_target
-    are of the given source and target. Empty where the run did not match these two.
+    They lack the names of models and sites; feature_source is of the given source.
 
     Raises:
       UserError: matches.jsonl is missing or damaged.
@@ -268,10 +248,10 @@ SCORES = (
     ),
     Column("verdict", "by paired bootstrap differences to the baselines", values=VERDICTS),
     *intervals(
-        r2_normalized="r2: 0 at shuffled pairs, 1 at the ceiling",
-        cosine_centered_normalized="cosine_centered, likewise",
-        top1_normalized="top1, likewise",
-        feature_correlation_normalized="feature_correlation, likewise",
+        **{
+            f"{name}_normalized": f"{name}: 0 at shuffled pairs, 1 at the ceiling"
+            for name in ("r2", "cosine_centered", "top1", "feature_correlation")
+        }
     ),
 )
 DIRECTION = Column("direction", "kind of map that gave the direction; match: the target's feature")

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import refused
 
 from crossdict_jax.config import Config, settings
-from crossdict_jax.report import answer, inputs, summary_table, transfer, write_report
+from crossdict_jax.report import answer, inputs, plots, summary_table, transfer, write_report
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
 from crossdict_jax.report.tables import number
@@ -56,7 +56,14 @@ def transfer_rows(*, scale: float = 1.0, models=MODELS, layers=(5, 6, 7)) -> lis
 
 def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     losses = {"ce_clean": 4.654, "ce_zero": 9.812, "ce_mean": 6.644, "ce_sae": 4.831}
-    quality = {"seed": 0, "l0": 31.9, "fvu": 0.23, "dead_fraction": 0.043, **losses}
+    quality = {
+        "seed": 0,
+        "member": "seed-0",
+        "l0": 31.9,
+        "fvu": 0.23,
+        "dead_fraction": 0.043,
+        **losses,
+    }
     quality |= bounded(loss_recovered=0.964)
     ends = itertools.product(models, layers)
     return [{"model": model, "site": f"resid_pre.{layer}", **quality} for model, layer in ends]
@@ -108,7 +115,9 @@ PAIRING = {
     "texts": 1000,
     "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
     "rows": {"train": 21762, "validation": 2100, "test": 8500},
-    "text": {"documents": {"train": 699, "validation": 100, "test": 201}},
+    "text": {
+        kind: {"train": 699, "validation": 100, "test": 201} for kind in ("documents", "bytes")
+    },
 }
 
 
@@ -132,7 +141,9 @@ def write_run(root) -> Workdir:
     work = write_required(root)
     write_jsonl(work.result("causal.jsonl"), causal_rows(transfer_rows()))
     names = ("log10_frequency_histogram", "decoder_cosine_histogram")
-    ends = ({k: row[k] for k in ("model", "site", "seed")} for row in reconstruction_rows())
+    ends = (
+        {k: row[k] for k in ("model", "site", "seed", "member")} for row in reconstruction_rows()
+    )
     features = [end | dict.fromkeys(names, HISTOGRAM) for end in ends]
     write_jsonl(work.result("features.jsonl"), features)
     labels = [f"{row['model']} {row['site']}" for row in features]
@@ -206,7 +217,7 @@ def test_the_page_needs_no_other_file_and_figures_have_words_and_colours(html, p
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Lines: the mean (R² 0)" in page.text
     style, drawings = html.split("</style>", 1)
-    assert not re.search(r"(fill|stroke): ?#", drawings)
+    assert not re.search(r"(fill|stroke): ?#|font-family", drawings)
     used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code"}
     assert all(f"{name}: light-dark(" in style for name in used)
 
@@ -414,5 +425,5 @@ def test_far_below_zero_stays_on_the_axis():
     rows = transfer_rows(layers=(6,))
     low = [r | bounded(0.5, r2=-7.5) if r["map"] == "ridge" else r for r in rows]
     group = comparisons(low)[:1]
-    limits = transfer.r2_limits(group)
-    assert -0.6 < limits[0] < 0 and "◂ −7.5" in transfer.r2_figure(group[0], limits).svg
+    low, _ = plots.score_limits(group[0].lines, "r2", -0.5, 0.1)
+    assert -0.6 < low < 0 and "◂ −7.5" in transfer.r2_figure(group[0], group).svg

@@ -119,7 +119,7 @@ def crosscoder_row(pairing, model, shared=0.4) -> dict:
 def test_crosscoders_show_every_row_and_what_shuffled_ones_invent(by_luck, notes):
     rows = [crosscoder_row("aligned", m) for m in "ab"]
     rows += [crosscoder_row("shuffled", m, by_luck) for m in "ab"]
-    blocks = shared.crosscoder_section(Run({}, {}, [], {"crosscoder": rows}))
+    blocks = list(shared.crosscoder_section(Run({}, {}, [], {"crosscoder": rows})))
     (table,) = (block for block in blocks if isinstance(block, Table))
     assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
     heads = [row[0].text + row[1].text for row in table.rows]

@@ -13,7 +13,7 @@ from crossdict_jax.report.page import STYLE
 from crossdict_jax.report.results import Comparison, read_run
 from crossdict_jax.report.tables import Table, number, table
 from crossdict_jax.report.terminal import gates_table, main_table
-from crossdict_jax.report.transfer import r2_figure, r2_limits
+from crossdict_jax.report.transfer import r2_figure
 from crossdict_jax.workdir import Workdir, read_json, write_text
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -84,8 +84,7 @@ def models_table() -> Table:
 
 def markdown(table: Table) -> str:
     """Returns a table in Markdown, intervals beside their values."""
-    lines = [[column.title for column in table.columns]]
-    lines.append(["---:" if column.numeric else "---" for column in table.columns])
+    lines = [table.titles, ["---:" if numeric else "---" for numeric in table.numeric]]
     lines += [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(' '.join(t.split()) for t in line)} |" for line in lines)
 
@@ -94,7 +93,7 @@ def chart(comparisons: list[Comparison]) -> str:
     """Returns the R² of every map at the middle layer pair of the first direction, as an image."""
     first = comparisons[0]
     same = [c for c in comparisons if (c.source, c.target) == (first.source, first.target)]
-    figure = r2_figure(same[len(same) // 2], r2_limits(same))
+    figure = r2_figure(same[len(same) // 2], same)
     style = STYLE.read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): light-dark\((#\w+),", style))
     svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)
