@@ -9,10 +9,12 @@ import pytest
 from tiny_run import refused
 
 from crossdict_jax.config import Config, settings
-from crossdict_jax.report import answer, inputs, plots, summary_table, transfer, write_report
+from crossdict_jax.report import answer, inputs, plots, transfer
 from crossdict_jax.report.docs import write_docs
+from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
 from crossdict_jax.report.tables import number
+from crossdict_jax.report.terminal import summary_table
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
@@ -218,7 +220,7 @@ def test_the_page_needs_no_other_file_and_figures_have_words_and_colours(html, p
     assert "Lines: the mean (R² 0)" in page.text
     style, drawings = html.split("</style>", 1)
     assert not re.search(r"(fill|stroke): ?#|font-family", drawings)
-    used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code"}
+    used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code", "--least"}
     assert all(f"{name}: light-dark(" in style for name in used)
 
 

@@ -7,10 +7,12 @@ import pytest
 from test_report import MODELS, Page, page_of, write_required
 
 from crossdict_jax.config import Config
-from crossdict_jax.report import shared, summary_table, write_report
+from crossdict_jax.report import shared
+from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.shared import MEASURES
 from crossdict_jax.report.tables import Table
+from crossdict_jax.report.terminal import summary_table
 from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import write_jsonl
 

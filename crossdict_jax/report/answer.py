@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.results import DIVERGED, Comparison, Run, at_least, directions, highest
-from crossdict_jax.report.tables import interval, number, percent, share
+from crossdict_jax.report.tables import interval, number, percent, score, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
 FEW_DOCUMENTS = 30  # below it an interval over documents says little
@@ -13,13 +13,14 @@ Pick = tuple[Comparison, dict]
 
 def answer(run: Run) -> list[tuple[str, str]]:
     """Returns the sentences at the head of the page, each with a heading."""
-    return [
-        ("How well", _how_well(run.comparisons)),
-        ("Against what", _against_what(run.comparisons)),
-        ("To what effect", to_what_effect(run.stitchings())),
-        *causal.answer(run),
-        *shared.answer(run),
-    ]
+    sentences = {
+        "How well": _how_well(run.comparisons),
+        "Against what": _against_what(run.comparisons),
+        "To what effect": to_what_effect(run.stitchings()),
+        "Feature by feature": causal.answer(run),
+        "Which features": shared.answer(run),
+    }
+    return [(heading, sentence) for heading, sentence in sentences.items() if sentence]
 
 
 def best(comparisons: Iterable[Comparison], key: str) -> Pick | None:
@@ -35,34 +36,35 @@ def best_by_direction(comparisons: Iterable[Comparison], key: str) -> list[Pick]
 
 def _score(line: dict, key: str, name: str) -> str:
     """Returns "R² 0.52 [0.50, 0.54]; shuffled pairs −0.006"."""
-    text = f"{name} {number(line.get(key))} {interval(line, key)}".strip()
-    null = line.get(f"shuffled.{key}")
-    return text if null is None else f"{text}; shuffled pairs {number(null)}"
+    cell = score(line, key, null=f"shuffled.{key}")
+    text = f"{name} {cell.text} {cell.note}".strip()
+    return f"{text}; shuffled pairs {cell.null}" if cell.null else text
 
 
 def _how_well(comparisons: list[Comparison]) -> str:
     picks = best_by_direction(comparisons, "r2")
     if not picks:
         return "No map was fitted, so nothing is said about shared features."
-    if len(picks) > 2:
+    if len(picks) > 2:  # the two ends
         picks.sort(key=lambda pick: -pick[1]["r2"])
         picks = [picks[0], picks[-1]]
     sentences = []
     for c, line in picks:
-        start, score = f"rom {c.source} to {c.target}", _score(line, "r2", "R²")
+        start, r2 = f"from {c.source} to {c.target}", _score(line, "r2", "R²")
         name, token = f"{line['map']} at {c.sites}", c.score("token", "r2")
         if line.get("verdict") == NO_BETTER:
             sentences.append(
                 f"{start} no map predicts held-out features better than their mean does (the best, "
-                f"{name}, has {score})"
+                f"{name}, has {r2})"
             )
         else:
             beside = "" if token is None else f"; the source’s token alone {number(token)}"
             sentences.append(
                 f"{start} the best map, {name}, explains {percent(line['r2'], 0)} of the variance "
-                f"of held-out features ({score}{beside})"
+                f"of held-out features ({r2}{beside})"
             )
-    return f"F{'; f'.join(sentences)}."
+    text = "; ".join(sentences)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _against_what(comparisons: list[Comparison]) -> str:

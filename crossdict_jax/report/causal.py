@@ -24,7 +24,6 @@ KEYS = ("alpha", "effect", "random", "random_low", "random_high", "shuffled")  #
 
 
 def stitching_section(run: Run) -> Iterator[Block]:
-    """Yields the target's loss when a map's prediction is put in."""
     stitchings, together = run.stitchings(), run.stitchings(together=True)
     if not stitchings:
         return
@@ -84,19 +83,18 @@ def stitching_figure(stitching: Comparison) -> Figure:
 
 
 def feature_causal_section(run: Run) -> Iterator[Block]:
-    """Yields dose curves, verdicts and tokens of single features put into the other model."""
     summary = run.rows["feature_causal_summary"]
     if not summary:
         return
     yield (
         "A feature of the source is added to the source where it fires; the tokens that become "
         "likelier are what it promotes. Then its mapped direction is added to the target at the "
-        "same positions, and the change of the log-probability of the same text is measured there. "
-        "Random directions and other features’ mapped directions of equal norm are the controls; a "
+        "same positions, and the change of the log-probability of the same text is measured. "
+        "Controls are random directions and other features’ mapped directions, of equal norm; a "
         "feature transfers where it beats both, at the false discovery rate of the settings. "
-        "“match” is the target’s own feature that correlates best. Removal r: how well taking the "
+        "“match” is the target’s own feature that correlates best. Removal r: how alike taking the "
         "feature out of the source, and its mapped direction out of the target, changes the "
-        "prediction of the following text alike."
+        "prediction of the following text."
     )
     tested = by_pair(run.rows["feature_causal"])
     for pair, group in by_pair(summary).items():
@@ -179,21 +177,20 @@ def dose_figure(rows: list[dict]) -> Figure:
     return figure
 
 
-def answer(run: Run) -> list[tuple[str, str]]:
-    """Returns the sentence about single features, with its heading; none without a test."""
+def answer(run: Run) -> str:
+    """Returns the sentence about single features, "" without a test."""
     summary = run.rows["feature_causal_summary"]
     maps = [row for row in summary if row["direction"] != "match"]
     if not maps:
-        return []
+        return ""
     best = max(maps, key=lambda row: (row["share_transferring"], row["specific_random"] or 0))
     cell, hits = share(best, "share_transferring"), "{n_transferring} of {n_features}"
     match = [r for r in summary if r["direction"] == "match" and pair_of(r) == pair_of(best)]
     beside = "".join(f"; the target’s best matching features: {hits.format(**r)}" for r in match)
     head = "Put" if best["n_transferring"] else "Negative result: put"
-    text = (
+    return (
         f"{head} into {best['target']}, the directions to which {best['direction']} maps "
         f"{hits.format(**best)} tested features of {best['source']} make the same text likelier, "
         f"beyond random directions and other features’ ({cell.text} {cell.note}; "
         f"{number(best['specific_random'], 2)} nats over random){beside}."
     )
-    return [("Feature by feature", text)]

@@ -79,11 +79,10 @@ def coverage(pairing: dict) -> Table:
 
 
 def pairing_section(run: Run) -> Iterator[Block]:
-    """Yields the coverage of every model, and how many rows were kept and dropped."""
     yield (
         "A row of the data is a position in a document at which every model’s tokenizer ends a "
-        "token, so that all have read exactly the same text. Coverage says how many of a model’s "
-        "token ends are such positions."
+        "token, so that all have read the same text. Coverage: how many of a model’s token ends "
+        "are such positions."
     )
     yield coverage(run.pairing)
     counts = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
@@ -100,7 +99,6 @@ def fvu(row: dict) -> Cell:
 
 
 def dictionaries_section(run: Run) -> Iterator[Block]:
-    """Yields the quality of every dictionary, and how often and how alike its features fire."""
     yield (
         "Each model’s activations are written as sparse sums of features. CE is the model’s "
         "cross-entropy in nats a token when its activation is untouched, zeroed, replaced by its "
@@ -120,8 +118,8 @@ def dictionaries_section(run: Run) -> Iterator[Block]:
         (
             "log10_frequency_histogram",
             "log10 of the firing frequency",
-            "How often features fire on held-out rows (log10 of the share of rows). A hump far to "
-            "the left is nearly dead; a hump near 0 fires on almost every row.",
+            "How often features fire on held-out rows (log10 of the share of rows). A hump far "
+            "left is nearly dead, one near 0 fires on almost every row.",
         ),
         (
             "decoder_cosine_histogram",
@@ -140,7 +138,6 @@ def dictionaries_section(run: Run) -> Iterator[Block]:
 
 
 def training_section(run: Run) -> Iterator[Block]:
-    """Yields the losses of all that was trained by gradient steps."""
     figures = []
     for title, labels, metrics in run.curves:
         steps, losses = [row["step"] for row in metrics], [*zip(*(row["loss"] for row in metrics))]
@@ -163,7 +160,6 @@ def training_section(run: Run) -> Iterator[Block]:
 
 
 def time_section(run: Run) -> Iterator[Block]:
-    """Yields what each stage took."""
     rows = [
         {"stage": name, "seconds": number(stage["wall_s"], 1)}
         | {f"{unit} a second": number(stage.get(f"{unit}_per_s"), 0) for unit in ("rows", "tokens")}
@@ -175,7 +171,6 @@ def time_section(run: Run) -> Iterator[Block]:
 
 
 def words_section(run: Run) -> Iterator[Block]:
-    """Yields the meanings of the names of scores and maps on this page."""
     meanings = {heading(column.name): f"{column.meaning}." for column in SCORES if column.interval}
     meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
     meanings["A, B"] = "the source and the target of a map."

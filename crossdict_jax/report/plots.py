@@ -83,17 +83,6 @@ def map_line(kind: str) -> dict:
     return {"color": SERIES[order % len(SERIES)], "linestyle": DASHES[order // len(SERIES)]}
 
 
-def plain_log(axis) -> None:
-    """Makes an axis logarithmic, its ticks plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1,) if high > 50 * low else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def line_figure(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float], dict]],
     *,
@@ -114,6 +103,8 @@ def line_figure(
       levels: name -> y value of a level line.
       bottom: what lies below it is cut off.
     """
+    from matplotlib.ticker import LogLocator
+
     levels = levels or {}
     legend = legend if len(lines) + len(levels) <= MAX_NAMES else 0
     with drawing(words, width=4.6, height=2.4, legend=legend) as (axes, figure):
@@ -121,8 +112,13 @@ def line_figure(
             axes.plot(xs, ys, label=name, **style)
         for i, (name, level) in enumerate(levels.items()):
             axes.axhline(level, color=MUTED, linestyle=(0, (4, 1 + 2 * i)), label=name)
-        for axis in log:
-            plain_log(getattr(axes, f"{axis}axis"))
+        for name in log:
+            axes.set(**{f"{name}scale": "log"})
+            axis = getattr(axes, f"{name}axis")
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1,) if high > 50 * low else (1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         axes.set(title=title, xlabel=x, ylabel=y)
         if bottom is not None:
             axes.set_ylim(bottom=max(bottom, min(0.0, axes.get_ylim()[0])))

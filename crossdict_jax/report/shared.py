@@ -1,6 +1,7 @@
 """Sections about what dictionaries share: matched features, layers, crosscoders."""
 
 from collections.abc import Iterator
+from itertools import groupby, repeat
 
 from crossdict_jax.report.blocks import Block, Code, Panels
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, drawing
@@ -28,38 +29,36 @@ def funnels(run: Run) -> list[dict]:
     return list(merged.values())
 
 
-def answer(run: Run) -> list[tuple[str, str]]:
-    """Returns one sentence with its heading, none without matching.jsonl."""
+def answer(run: Run) -> str:
+    """Returns the sentence about matched features, "" without matching.jsonl."""
     row = highest(funnels(run), "confirmed")
     if not row:
-        return []
+        return ""
     confirmed, by_luck = row["confirmed"], row.get("shuffled.confirmed", 0)
-    text = (
+    if confirmed <= by_luck:
+        return (
+            "Negative result: held-out text confirms no more one-to-one pairs of features than "
+            f"shuffled pairs give ({number(confirmed)} against {number(by_luck)})."
+        )
+    return (
         f"At {site_words(row['site_source'], row['site_target'])}, with the highest count, "
         f"{number(confirmed)} features of {row['source']} have a partner in {row['target']} "
         f"that held-out text confirms beyond the token, {percent(row['share'], 0)} of those "
         f"that could (shuffled pairs: {number(by_luck)}); their mean correlation is "
         f"{number(row['r_test_confirmed'], 2)}."
     )
-    if confirmed <= by_luck:
-        text = (
-            "Negative result: held-out text confirms no more one-to-one pairs of features than "
-            f"shuffled pairs give ({number(confirmed)} against {number(by_luck)})."
-        )
-    return [("Which features", text)]
 
 
 def matching_section(run: Run) -> Iterator[Block]:
-    """Yields how many features are matched one to one, and how many hold on held-out text."""
     rows = funnels(run)
     if not rows:
         return
     yield (
-        "Two features of two dictionaries are matched when each is the other’s partner by their "
-        "correlation over the same rows of training text. On held-out text a match is significant "
-        "when its correlation beats circular shifts of one feature against the other; strong when "
-        "it also reaches the stated size; and confirmed when, besides, it beats every shuffle "
-        "among rows with the same tokens."
+        "Features of two dictionaries are matched when each is the other’s partner by correlation "
+        "over the same rows of training text. On held-out text a match is significant when its "
+        "correlation beats circular shifts of one feature against the other; strong when it also "
+        "reaches the stated size; confirmed when, besides, it beats every shuffle among rows with "
+        "the same tokens."
     )
     row = rows[0]
     caption = (
@@ -87,27 +86,25 @@ def matching_section(run: Run) -> Iterator[Block]:
     if directions:
         yield (
             "Do the directions that confirmed pairs write lie alike in both models? With fewer "
-            "pairs than dimensions SVCCA is near 1 whatever is compared: only its distance to "
-            "random matchings counts."
+            "pairs than dimensions SVCCA is always near 1: only its distance to random matchings "
+            "counts."
         )
         caption = "Decoder directions of confirmed pairs; ×: the mean of random matchings of them"
         yield table(caption, directions)
 
 
 def layers_section(run: Run) -> Iterator[Block]:
-    """Yields how alike the layers of two models are, and the proposed layer pairs."""
     rows = [row for row in run.rows["similarity"] if row["kind"] == "layers"]
     if not rows:
         return
     yield (
         "How alike are the models’ activations at the same held-out positions, layer by layer? "
-        "These measures need no dictionary and no map. They do not change (RSA hardly) when a "
-        "model’s space is rotated, and a high score is no promise that features match."
+        "These measures need no dictionary and no map, and do not change (RSA hardly) when a "
+        "model’s space is rotated. A high score is no promise that features match."
     )
-    for models in dict.fromkeys(pair_of(row)[:2] for row in rows):
-        group = [row for row in rows if pair_of(row)[:2] == models]
+    for _, group in groupby(rows, lambda row: pair_of(row)[:2]):
         yield Panels(
-            [heat_map(group, measure) for measure in MEASURES],
+            list(map(heat_map, repeat(list(group)), MEASURES)),
             "Every layer of one model (down) with every layer of the other (across); the darker, "
             "the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN "
             "are not: compare with the shuffled rows.",
@@ -137,7 +134,7 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
         f"at {site_words(*best)}; shuffled rows {null} on average."
     )
     with drawing(told, height=0.7 + 2.5 * len(source) / len(target)) as (axes, figure):
-        grid = [[values.get((s, t), 0.0) for t in target] for s in source]
+        grid = [[values[s, t] for t in target] for s in source]
         axes.pcolormesh(grid, cmap=shades, vmin=0, vmax=1)
         if max(len(source), len(target)) <= MAX_LABELS:
             style = {"ha": "center", "va": "center", "size": 6}
@@ -155,19 +152,17 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
 
 
 def crosscoder_section(run: Run) -> Iterator[Block]:
-    """Yields what joint codes of all models explain, and whose their latents are."""
     rows = run.rows["crosscoder"]
     if not rows:
         return
     yield (
         "A crosscoder writes the activations of all models as one sparse code. FVU is what it "
-        "leaves of a model’s held-out variance when all models are shown to it, the model alone, "
-        "or all others. A latent is shared when its decoder norm in every model is at least a "
-        "quarter of its largest, exclusive when only one model’s is. By Latent Scaling against "
-        "circular shifts a shared latent is confirmed when it explains every model, an exclusive "
-        "one refuted when another model shows it too. On shuffled rows nothing is shared, between "
-        "a model and its copy everything is: what those rows say besides is what the method "
-        "invents."
+        "leaves of a model’s held-out variance when it is shown all models, this one, or all "
+        "others. A latent is shared when its decoder norm in every model is at least a quarter of "
+        "its largest, exclusive when only one model’s is. By Latent Scaling against circular "
+        "shifts a shared latent is confirmed when it explains every model, an exclusive one "
+        "refuted when another model shows it too. On shuffled rows nothing is shared, between a "
+        "model and its copy everything: what those rows say besides is what the method invents."
     )
     for all_sites in dict.fromkeys(row["sites"] for row in rows):
         of_sites = [row for row in rows if row["sites"] == all_sites]

@@ -113,7 +113,7 @@ def summary_table(work: Workdir) -> None:
     """
     run = read_run(work)
     show([main_table(run)], WIDTH)
-    for _, sentence in (*shared.answer(run), *causal.answer(run)):
+    for sentence in filter(None, (shared.answer(run), causal.answer(run))):
         print(textwrap.fill(sentence, WIDTH))
     for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
         print(

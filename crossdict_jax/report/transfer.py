@@ -35,7 +35,6 @@ def verdict(line: dict) -> tuple[str, str, str]:
 
 
 def transfer_section(run: Run) -> Iterator[Block]:
-    """Yields every score of every map, direction by direction, beside its null."""
     yield (
         "Every map predicts the target’s features from the source at the same text position, "
         "fitted on training documents and scored on held-out ones. The null (×) is the same map on "
@@ -62,13 +61,13 @@ def transfer_table(comparison: Comparison) -> Table:
         style, sign, text = verdict(line)
         cells = {"map, verdict": Cell(line["map"], f"{sign} {text}".strip(), style=style)}
         rows.append(cells | scores(line, *SCORES, null="shuffled."))
-    pool = row.get("pool") or row.get("shuffled.pool")
+    pool = row["pool"]
     top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
     caption = (
-        f"{comparison.name}: {number(row.get('n_rows'))} rows of {number(row.get('n_documents'))} "
-        f"held-out documents; retrieval pool {number(pool)}, by chance top-1 {top1} and mean rank "
-        f"{rank}; L0 of the source {number(row.get('l0_source'), 1)}, of the target "
-        f"{number(row.get('l0_target'), 1)}"
+        f"{comparison.name}: {number(row['n_rows'])} rows of {number(row['n_documents'])} held-out "
+        f"documents; retrieval pool {number(pool)}, by chance top-1 {top1} and mean rank {rank}; "
+        f"L0 of the source {number(row['l0_source'], 1)}, of the target "
+        f"{number(row['l0_target'], 1)}"
     )
     return table(caption, rows)
 
@@ -87,18 +86,17 @@ def r2_figure(comparison: Comparison, group: list[Comparison]) -> Figure:
 
 
 def features_section(run: Run) -> Iterator[Block]:
-    """Yields which of the target’s features are predicted best and worst, and in which bins."""
     rows = run.rows["feature_transfer"]
     if not rows:
         return
     yield (
         "Which of the target’s features that fire on at least 20 held-out rows can be computed "
         "from the source, and which cannot, by the map with the highest R² on validation rows? "
-        "Being extremes of many flatters them; validation rows, whose R² stands beside in small, "
-        "had no part in the choice. The token that fires is in «»; ⏎ ends a line. A driver’s "
-        "number is its effect: by how many standard deviations the feature moves with the source "
-        "feature, from the map’s mean Jacobian over held-out rows (exact where it is affine), "
-        "through the source’s decoder for a map that reads activations."
+        "Extremes of many are flattered by the choice; the small R² is that of validation rows, "
+        "which had no part in it. The token that fires is in «»; ⏎ ends a line. A driver’s number "
+        "is its effect: by how many standard deviations the feature moves with the source feature, "
+        "from the map’s mean Jacobian over held-out rows (exact where it is affine), through the "
+        "source’s decoder for a map that reads activations."
     )
     yield from map(features_table, by_pair(r for r in rows if r["row"] == "feature").values())
     bins = [
@@ -144,7 +142,6 @@ def features_table(rows: list[dict]) -> Table:
 
 
 def controls_section(run: Run) -> Iterator[Block]:
-    """Yields every map beside its ceiling and the re-initialised target."""
     if not run.rows["controls"]:
         return
     yield (
