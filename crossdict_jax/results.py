@@ -62,10 +62,10 @@ class Table:
     meaning: str  # of a row
     columns: tuple[Column, ...]
 
-    def problem(self, row: dict) -> str | None:
-        """Returns what a row holds that the table does not describe, or None."""
+    def problem(self, rows: list[dict]) -> str | None:
+        """Returns what rows hold that the table does not describe, or None."""
         columns = {name: column for column in self.columns for name in column.names}
-        for key, value in row.items():
+        for key, value in (entry for row in rows for entry in row.items()):
             if key not in columns:
                 return f"a column {key!r} that is not described"
             allowed = columns[key].values
@@ -83,10 +83,8 @@ def write(work: Workdir, file: str, rows: list[dict]) -> None:
     Raises:
       ValueError: the file, or a column or value of a row, is not described in its table.
     """
-    table = table_of(file)
-    for row in rows:
-        if problem := table.problem(row):
-            raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
+    if problem := table_of(file).problem(rows):
+        raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
     write_jsonl(work.result(file), rows)
     seals = work.result(SEALS)
     known = read_json(seals) if seals.exists() else {}
@@ -104,9 +102,8 @@ def read(work: Workdir, file: str) -> list[dict]:
     rows = read_jsonl(path)
     if seals.exists() and read_json(seals).get(file) not in (None, file_digest(path)):
         raise UserError(f"{path} is altered or cut short (checksum mismatch); {AGAIN}.")
-    for row in rows:
-        if problem := table.problem(row):
-            raise UserError(f"{path} holds {problem}: another version wrote it; {AGAIN}.")
+    if problem := table.problem(rows):
+        raise UserError(f"{path} holds {problem}: another version wrote it; {AGAIN}.")
     return rows
 
 
@@ -173,13 +170,20 @@ def pair_of(row: dict) -> tuple:
     return tuple(row.get(key) for key in PAIR)
 
 
+def grouped(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """Groups rows by the values of some columns, in the order in which these appear."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return groups
+
+
 def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     """Groups rows by layer pair, those of one direction together, else in order."""
-    groups: dict[tuple, dict[tuple, list[dict]]] = {}
-    for row in rows:
-        pair = pair_of(row)
-        groups.setdefault(pair[:2], {}).setdefault(pair, []).append(row)
-    return {pair: group for pairs in groups.values() for pair, group in pairs.items()}
+    by_direction = grouped(rows, "source", "target").values()
+    return {
+        pair: of_pair for some in by_direction for pair, of_pair in grouped(some, *PAIR).items()
+    }
 
 
 def site_words(site_source: str, site_target: str) -> str:

@@ -202,7 +202,9 @@ def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
         assert number(row["cosine_mean_predictor"]) in cells[4]
         assert words.get(row["map"], "") in cells[0]
     stitched = next(t for caption, t in page.tables.items() if caption.startswith("Loss recovered"))
-    lines = [line for s in read_run(run).stitchings() for line in (*s.lines, *s.references)]
+    lines = [
+        line for s in stitchings(read_run(run).rows["causal"]) for line in (*s.lines, *s.references)
+    ]
     assert len(stitched) == 1 + len(lines)
     assert len(page.tables["Every dictionary on held-out text"]) == 1 + 6
 
@@ -347,9 +349,9 @@ def test_layers_stitched_together_stand_apart(tmp_path):
     several = {"sites": both.split("+"), "site_source": both, "site_target": both}
     together = [r | several for r in rows if r["site_target"] == "resid_pre.6"]
     write_jsonl(work.result("causal.jsonl"), rows + together)
-    run = read_run(work)
-    assert run.stitchings() == stitchings(rows)
-    first, _ = run.stitchings(together=True)
+    written = read_run(work).rows["causal"]
+    assert stitchings(written) == stitchings(rows)
+    first, _ = stitchings(written, together=True)
     assert first.sites == both and first.reference("mean") == 0.55
     text = page_of(work).text
     assert f"docs-neox {both} at once" in text and "Several layers at once" in text

@@ -10,10 +10,10 @@ from crossdict_jax.config import Config
 from crossdict_jax.report import shared
 from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import Run
-from crossdict_jax.report.shared import MEASURES
 from crossdict_jax.report.tables import Table
 from crossdict_jax.report.terminal import summary_table
 from crossdict_jax.results import PAIR
+from crossdict_jax.results import SIMILARITY as MEASURES
 from crossdict_jax.workdir import write_jsonl
 
 FUNNEL = "From live features to confirmed pairs (mutual best): matched on 21,000 training rows"
@@ -97,7 +97,7 @@ def test_no_more_than_luck_is_called_a_negative_result(tmp_path):
 
 def test_every_measure_has_its_heat_map_in_words(html, page):
     maps = re.findall(r'aria-label="([^"]* of every layer of docs-gpt2 [^"]*)"', html)
-    assert [words.split(" of every")[0] for words in maps] == list(MEASURES.values())
+    assert [words.split(" of every")[0] for words in maps] == ["CKA", "SVCCA", "RSA", "mutual kNN"]
     assert all("highest 0.90 at resid_pre.0; shuffled rows 0.00 on average" in w for w in maps)
 
 

@@ -3,7 +3,15 @@
 from collections.abc import Iterable
 
 from crossdict_jax.report import causal, shared
-from crossdict_jax.report.results import DIVERGED, Comparison, Run, at_least, directions, highest
+from crossdict_jax.report.results import (
+    DIVERGED,
+    Comparison,
+    Run,
+    at_least,
+    directions,
+    highest,
+    stitchings,
+)
 from crossdict_jax.report.tables import interval, number, percent, score, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
@@ -16,7 +24,7 @@ def answer(run: Run) -> list[tuple[str, str]]:
     sentences = {
         "How well": _how_well(run.comparisons),
         "Against what": _against_what(run.comparisons),
-        "To what effect": to_what_effect(run.stitchings()),
+        "To what effect": to_what_effect(stitchings(run.rows["causal"])),
         "Feature by feature": causal.answer(run),
         "Which features": shared.answer(run),
     }
@@ -31,7 +39,7 @@ def best(comparisons: Iterable[Comparison], key: str) -> Pick | None:
 
 def best_by_direction(comparisons: Iterable[Comparison], key: str) -> list[Pick]:
     """Returns the best map of each direction in which one has the score."""
-    return [pick for group in directions(comparisons) if (pick := best(group, key))]
+    return [pick for group in directions(comparisons).values() if (pick := best(group, key))]
 
 
 def _score(line: dict, key: str, name: str) -> str:
@@ -94,9 +102,9 @@ def _against_what(comparisons: list[Comparison]) -> str:
     return f"{head} the table of token means{counted}; {tail}."
 
 
-def to_what_effect(stitchings: list[Comparison]) -> str:
+def to_what_effect(stitched: list[Comparison]) -> str:
     """Returns the sentence about predicted activations put into the target."""
-    if not stitchings:
+    if not stitched:
         return "No causal test was run, so nothing here says that a predicted activation works."
 
     def of_mean(pick: Pick) -> float:
@@ -105,7 +113,7 @@ def to_what_effect(stitchings: list[Comparison]) -> str:
         mean, value = pick[0].reference("mean"), pick[1]["loss_recovered"]
         return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
 
-    scored = [(s, n) for s in stitchings for n in s.fitted if n["loss_recovered"] is not None]
+    scored = [(s, n) for s in stitched for n in s.fitted if n["loss_recovered"] is not None]
     if not scored:
         return (
             "The causal test says nothing: at these sites the target hardly needs what was "

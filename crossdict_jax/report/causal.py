@@ -15,17 +15,17 @@ from crossdict_jax.report.plots import (
     score_figure,
     score_limits,
 )
-from crossdict_jax.report.results import Comparison, Run, directions
+from crossdict_jax.report.results import Comparison, Run, directions, stitchings
 from crossdict_jax.report.tables import Cell, Table, heading, number, score, scores, share, table
-from crossdict_jax.results import by_pair, pair_of, pair_words
+from crossdict_jax.results import by_pair, grouped, pair_of, pair_words
 
 MAX_TOKENS = 5  # that a feature promotes, printed in a row
 KEYS = ("alpha", "effect", "random", "random_low", "random_high", "shuffled")  # of a dose
 
 
 def stitching_section(run: Run) -> Iterator[Block]:
-    stitchings, together = run.stitchings(), run.stitchings(together=True)
-    if not stitchings:
+    single, together = (stitchings(run.rows["causal"], together=x) for x in (False, True))
+    if not single:
         return
     yield (
         "The target reads held-out text, and at the paired positions its activation is replaced by "
@@ -33,8 +33,7 @@ def stitching_section(run: Run) -> Iterator[Block]:
         "features, decoded by the target’s dictionary. Loss recovered is 1 when the target works "
         "as if untouched and 0 when the replacement is as bad as zeros."
     )
-    for group in directions(stitchings):
-        source, target = group[0].source, group[0].target
+    for (source, target), group in directions(single).items():
         yield Heading(f"{source} → {target}")
         yield Panels(
             list(map(stitching_figure, group)),
@@ -52,7 +51,7 @@ def stitching_section(run: Run) -> Iterator[Block]:
             "output through the positions that are not paired, by attention.",
         )
     cells = []
-    for s in stitchings + together:
+    for s in single + together:
         own = [row | {"map": heading(control)} for control, row in s.references.items()]
         cells += [
             {"sites": s.name, "put in": line["map"], "form": line.get("stitch_kind") or "control"}
@@ -98,11 +97,7 @@ def feature_causal_section(run: Run) -> Iterator[Block]:
     )
     tested = by_pair(run.rows["feature_causal"])
     for pair, group in by_pair(summary).items():
-        by_kind = [
-            [row for row in tested.get(pair, []) if row["direction"] == kind]
-            for kind in dict.fromkeys(row["direction"] for row in group)
-        ]
-        by_kind = [features for features in by_kind if features]
+        by_kind = grouped(tested.get(pair, []), "direction").values()
         yield Heading(pair_words(group[0]))
         yield Panels(
             list(map(dose_figure, by_kind)),

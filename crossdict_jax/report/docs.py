@@ -97,7 +97,7 @@ def markdown(table: Table) -> str:
 
 def chart(comparisons: list[Comparison]) -> str:
     """Returns the R² of every map at the middle layer pair of the first direction, as an image."""
-    first, *_ = directions(comparisons)
+    first, *_ = directions(comparisons).values()
     figure = r2_figure(first[len(first) // 2], first)
     style = STYLE.read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): light-dark\((#\w+),", style))

@@ -72,9 +72,9 @@ def highest(rows: Iterable[dict], key: str) -> dict:
     return max(scored, key=lambda row: row[key], default={})
 
 
-def directions(compared: Iterable[Comparison]) -> list[list[Comparison]]:
+def directions(compared: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
     """Groups layer pairs by source and target."""
-    return [list(group) for _, group in groupby(compared, lambda c: (c.source, c.target))]
+    return {pair: list(c) for pair, c in groupby(compared, lambda c: (c.source, c.target))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +89,6 @@ class Run:
     @property
     def comparisons(self) -> list[Comparison]:
         return comparisons(self.rows["transfer"], self.rows["controls"])
-
-    def stitchings(self, *, together: bool = False) -> list[Comparison]:
-        """Returns those of single layer pairs, or of several at once (sites are joined by +)."""
-        return stitchings(self.rows["causal"], together=together)
-
-    @property
-    def diverged(self) -> set[tuple[str, str]]:
-        """(model, site) of dictionaries that are far worse than the mean."""
-        rows = self.rows["reconstruction"]
-        return {(r["model"], r["site"]) for r in rows if (r["fvu"] or 0) > DIVERGED}
 
     @property
     def models(self) -> list[str]:
@@ -151,7 +141,10 @@ def comparisons(rows: Iterable[dict], controls: Iterable[dict] = ()) -> list[Com
 
 
 def stitchings(rows: Iterable[dict], *, together: bool = False) -> list[Comparison]:
-    """Groups the stitching rows of causal.jsonl likewise, beside the target's controls."""
+    """Groups the stitching rows of causal.jsonl likewise, beside the target's controls.
+
+    Those of single layer pairs, or of several together (their sites are joined by +).
+    """
     rows = [row for row in rows if bool(row.get("sites")) == together]
     references: dict[tuple, dict] = {}
     for row in rows:

@@ -1,15 +1,13 @@
 """Sections about what dictionaries share: matched features, layers, crosscoders."""
 
 from collections.abc import Iterator
-from itertools import groupby, repeat
 
 from crossdict_jax.report.blocks import Block, Code, Panels
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, drawing
 from crossdict_jax.report.results import Run, highest
-from crossdict_jax.report.tables import Cell, number, percent, score, scores, share, table
-from crossdict_jax.results import pair_of, pair_words, site_words
+from crossdict_jax.report.tables import Cell, heading, number, percent, score, scores, share, table
+from crossdict_jax.results import SIMILARITY, grouped, pair_of, pair_words, site_words
 
-MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
 LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted", "exclusive_missed")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
 INVENTED = 0.2  # least share of latents shared on shuffled rows that is told
@@ -79,9 +77,9 @@ def matching_section(run: Run) -> Iterator[Block]:
     directions = []
     for row in (row for row in run.rows["similarity"] if row["kind"] == "decoders"):
         cells = {"dictionaries": pair_words(row, "↔"), "confirmed pairs": score(row, "n_features")}
-        for key, title in MEASURES.items():
+        for key in SIMILARITY:
             value, p, null = (number(row[f"{key}{end}"], 2) for end in ("", "_p", "_null"))
-            cells[title] = Cell(value, f"p {p}", null)
+            cells[heading(key)] = Cell(value, f"p {p}", null)
         directions.append(cells)
     if directions:
         yield (
@@ -102,9 +100,9 @@ def layers_section(run: Run) -> Iterator[Block]:
         "These measures need no dictionary and no map, and do not change (RSA hardly) when a "
         "model’s space is rotated. A high score is no promise that features match."
     )
-    for _, group in groupby(rows, lambda row: pair_of(row)[:2]):
+    for group in grouped(rows, "source", "target").values():
         yield Panels(
-            list(map(heat_map, repeat(list(group)), MEASURES)),
+            [heat_map(group, measure) for measure in SIMILARITY],
             "Every layer of one model (down) with every layer of the other (across); the darker, "
             "the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN "
             "are not: compare with the shuffled rows.",
@@ -124,7 +122,7 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
 
     values = {pair_of(row)[2:]: row[measure] for row in rows}
     source, target = (list(dict.fromkeys(sites)) for sites in zip(*values))
-    (a, b), name = pair_of(rows[0])[:2], MEASURES[measure]
+    (a, b), name = pair_of(rows[0])[:2], heading(measure)
     null = number(sum(row[f"{measure}_null"] for row in rows) / len(rows), 2)
     # One colour, the value as opacity: one drawing for light and dark.
     shades = ListedColormap([(*to_rgb(STRONG), i / 100) for i in range(101)])
@@ -164,8 +162,7 @@ def crosscoder_section(run: Run) -> Iterator[Block]:
         "refuted when another model shows it too. On shuffled rows nothing is shared, between a "
         "model and its copy everything: what those rows say besides is what the method invents."
     )
-    for all_sites in dict.fromkeys(row["sites"] for row in rows):
-        of_sites = [row for row in rows if row["sites"] == all_sites]
+    for (all_sites,), of_sites in grouped(rows, "sites").items():
         sites = ", ".join(dict.fromkeys(all_sites.split()))
         invented = max((r["shared"] for r in of_sites if r["pairing"] == "shuffled"), default=0)
         if invented > INVENTED:

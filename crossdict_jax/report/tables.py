@@ -29,7 +29,7 @@ TITLES = {
     "specific_random_at_kl": "over random, equal KL",
     "untrained": "re-initialised",
 }
-ABBREVIATIONS = {x.lower(): x for x in ("FVU", "L0", "CE", "KL")}
+ABBREVIATIONS = {x.lower(): x for x in ("FVU", "L0", "CE", "KL", "CKA", "SVCCA", "RSA", "kNN")}
 ABBREVIATIONS |= {"r2": "R²", "top1": "top-1", "sae": "dictionary"}
 
 

@@ -6,7 +6,15 @@ from collections import Counter
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.answer import best_by_direction
 from crossdict_jax.report.inputs import coverage, fvu
-from crossdict_jax.report.results import Comparison, Run, highest, read_run, stitchings, trainings
+from crossdict_jax.report.results import (
+    DIVERGED,
+    Comparison,
+    Run,
+    highest,
+    read_run,
+    stitchings,
+    trainings,
+)
 from crossdict_jax.report.tables import (
     VERDICTS,
     Table,
@@ -138,15 +146,17 @@ def main_table(run: Run) -> Table:
         name = f" {line.get('map', '')} {sign}" if named else ""
         return f"{number(line.get(key))}{name}\n{interval(line, key, 2)}"
 
-    compared, stitchings = fitting(run.comparisons, "r2"), {s.name: s for s in run.stitchings()}
-    rows = []
+    compared, rows = fitting(run.comparisons, "r2"), []
+    stitched = {s.name: s for s in stitchings(run.rows["causal"])}
+    dictionaries = run.rows["reconstruction"]
+    diverged = {(d["model"], d["site"]) for d in dictionaries if (d["fvu"] or 0) > DIVERGED}
     for c in compared:
-        stitching = stitchings.get(c.name, c)
+        stitching = stitched.get(c.name, c)
         recovered = highest(stitching.fitted, "loss_recovered").get("loss_recovered")
         linear = [line for line in c.fitted if line["map"] in LINEAR_MAPS]
         rest = [line for line in c.fitted if line not in linear]
         ends = {(c.source, c.site_source), (c.target, c.site_target)}
-        warning = "⚠ " if ends & run.diverged else ""
+        warning = "⚠ " if ends & diverged else ""
         rows.append(
             {
                 "direction": f"{warning}{c.source} → {c.target}\n{c.sites}",
@@ -161,7 +171,7 @@ def main_table(run: Run) -> Table:
             }
         )
     signs = ", ".join(f"{sign} {words}" for words, (_, sign, _) in VERDICTS.items())
-    signs += ", ⚠ diverged dictionary" if run.diverged else ""
+    signs += ", ⚠ diverged dictionary" if diverged else ""
     if len(compared) < len(run.comparisons):
         signs += f"; each direction at the best of {len(run.comparisons)} layer pairs in all"
     return table(f"R² on held-out documents [95 %]; {signs}", rows)

@@ -42,8 +42,7 @@ def transfer_section(run: Run) -> Iterator[Block]:
         "with the two that need no activations: the mean, and the table of token means."
     )
     yield Facts([(f"{sign} {words}", colour) for words, (_, sign, colour) in VERDICTS.items()])
-    for group in directions(run.comparisons):
-        source, target = group[0].source, group[0].target
+    for (source, target), group in directions(run.comparisons).items():
         yield Heading(f"{source} → {target}")
         yield Panels(
             [r2_figure(c, group) for c in group],
