@@ -22,7 +22,7 @@ LIMITS = (
     "Token identity explains much of small models and early layers. What beats the mean but not "
     "the token map may be the word and nothing else; the context gain is the part beyond it.",
     "Only features that the dictionaries found are compared. Another seed or width finds others; "
-    "the ceiling says how many.",
+    "the ceiling, where it was run, says how many.",
     "The best map named at the top was chosen on the held-out documents, which flatters it a bit.",
     "Intervals are over documents of one text source. They do not cover other text, other training "
     "runs of the models or other seeds of the dictionaries.",

@@ -26,7 +26,7 @@ from crossdict_jax.report.tables import (
     show,
     table,
 )
-from crossdict_jax.results import LINEAR_MAPS, map_order, pair_of, read_if_there
+from crossdict_jax.results import LINEAR_MAPS, by_pair, map_order, read_if_there
 from crossdict_jax.workdir import Workdir, read_json
 
 WIDTH = 118  # characters, where the output is no terminal
@@ -62,15 +62,12 @@ def map_table(work: Workdir) -> None:
 
 def causal_table(work: Workdir) -> None:
     """Prints the best stitched map beside its controls, and how many single features transfer."""
-    rows, features = [], {}
-    for row in read_if_there(work, "feature_causal_summary.jsonl"):
-        if row["direction"] != "match":
-            other = features.get(pair_of(row), row)
-            features[pair_of(row)] = max(other, row, key=lambda row: row["share_transferring"])
+    summary, rows = read_if_there(work, "feature_causal_summary.jsonl"), []
+    tested = by_pair(row for row in summary if row["direction"] != "match")
     for s in fitting(stitchings(read_if_there(work, "causal.jsonl")), "loss_recovered"):
         line = highest(s.fitted, "loss_recovered")
-        single = "{n_transferring} of {n_features}, {direction}"
-        row = features.get((s.source, s.target, s.site_source, s.site_target))
+        pair = (s.source, s.target, s.site_source, s.site_target)
+        single = highest(tested.get(pair, []), "share_transferring")
         rows.append(
             {
                 "direction": f"{s.source} → {s.target}\n{s.sites}",
@@ -79,7 +76,9 @@ def causal_table(work: Workdir) -> None:
                 "shuffled": share(line, "shuffled.loss_recovered"),
                 "mean": percent(s.reference("mean"), 0),
                 "own dictionary": percent(s.reference("own_sae"), 0),
-                "single features": single.format(**row) if row else "–",
+                "single features": "{n_transferring} of {n_features}, {direction}".format(**single)
+                if single
+                else "–",
             }
         )
     title = "Loss recovered in the target by what is predicted [95 %], and features that transfer"
