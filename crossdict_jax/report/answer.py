@@ -60,7 +60,7 @@ def _how_well(comparisons: list[Comparison]) -> str:
     for c, line in picks:
         start, r2 = f"from {c.source} to {c.target}", _score(line, "r2", "R²")
         name, token = f"{line['map']} at {c.sites}", c.score("token", "r2")
-        if line.get("verdict") == NO_BETTER:
+        if line["verdict"] == NO_BETTER:
             sentences.append(
                 f"{start} no map predicts held-out features better than their mean does (the best, "
                 f"{name}, has {r2})"
@@ -76,7 +76,7 @@ def _how_well(comparisons: list[Comparison]) -> str:
 
 
 def _against_what(comparisons: list[Comparison]) -> str:
-    verdicts = [line.get("verdict") for c in comparisons for line in c.fitted]
+    verdicts = [line["verdict"] for c in comparisons for line in c.fitted]
     token, mean, n_maps = *map(verdicts.count, (BEATS_TOKEN, BEATS_MEAN)), len(verdicts)
     none = f"none of the {n_maps} fitted maps beats"
     if token + mean == 0:

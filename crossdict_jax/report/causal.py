@@ -54,7 +54,7 @@ def stitching_section(run: Run) -> Iterator[Block]:
     for s in single + together:
         own = [row | {"map": heading(control)} for control, row in s.references.items()]
         cells += [
-            {"sites": s.name, "put in": line["map"], "form": line.get("stitch_kind") or "control"}
+            {"sites": s.name, "put in": line["map"], "form": line["stitch_kind"] or "control"}
             | scores(line, "loss_recovered", "ce", "kl", null="shuffled.")
             for line in s.lines + own
         ]
@@ -66,7 +66,7 @@ def stitching_figure(stitching: Comparison) -> Figure:
     """Returns the loss recovered per map, beside the target's own controls."""
     key, lines = "loss_recovered", {}
     for line in stitching.lines:
-        form = ", features" if line.get("stitch_kind") == "features" else ""
+        form = ", features" if line["stitch_kind"] == "features" else ""
         colour = STRONG if stitching.above_controls(line) else NONE
         lines[f"{line['map']}{form}"] = (line, colour)
     several = "+" in stitching.site_target

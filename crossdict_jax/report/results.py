@@ -42,8 +42,8 @@ class Comparison:
 
     @property
     def fitted(self) -> list[dict]:
-        """The maps that read activations, where there is more than their null."""
-        return [n for n in self.lines if "pairing" in n and n["map"] not in BASELINES]
+        """The maps that read activations."""
+        return [line for line in self.lines if line["map"] not in BASELINES]
 
     def score(self, kind: str, key: str) -> float | None:
         """Returns a score of the first line of a kind of map."""

@@ -29,9 +29,8 @@ def verdict(line: dict) -> tuple[str, str, str]:
     """Returns (style, sign, words) of a map's verdict; baselines have neither style nor sign."""
     if line["map"] in BASELINES:
         return "", "", "baseline"
-    words = line.get("verdict") or "–"
-    style, sign, _ = VERDICTS.get(words, ("", "", ""))
-    return style, sign, words
+    style, sign, _ = VERDICTS[line["verdict"]]
+    return style, sign, line["verdict"]
 
 
 def transfer_section(run: Run) -> Iterator[Block]:
