@@ -36,9 +36,10 @@ def verdict(line: dict) -> tuple[str, str, str]:
 def transfer_section(run: Run) -> Iterator[Block]:
     yield (
         "Every map predicts the target’s features from the source at the same text position, "
-        "fitted on training documents and scored on held-out ones. The null (×) is the same map on "
-        "shuffled pairs, where nothing is shared. Verdicts compare each map, by paired bootstrap, "
-        "with the two that need no activations: the mean, and the table of token means."
+        "fitted on training documents and scored on held-out ones. The null (×) is the same map "
+        "fitted and scored on shuffled pairs, where nothing is shared. Verdicts compare each map, "
+        "by paired bootstrap, with the two that need no activations: the mean, and the table of "
+        "token means."
     )
     yield Facts([(f"{sign} {words}", colour) for words, (_, sign, colour) in VERDICTS.items()])
     for (source, target), group in directions(run.comparisons).items():
