@@ -5,7 +5,6 @@ A study adds its file to ``TABLES`` in the ``__init__.py`` of its folder.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,27 +24,14 @@ from crossdict_jax.workdir import (
 BEATS_TOKEN = "beats token"
 BEATS_MEAN = "beats mean, not token"
 NO_BETTER = "no better than the mean"
-VERDICTS = (BEATS_TOKEN, BEATS_MEAN, NO_BETTER)
 
 PAIRINGS = ("aligned", "shuffled")
 SIMILARITY = ("cka", "svcca", "rsa", "mutual_knn")
 PAIR = ("source", "target", "site_source", "site_target")  # columns that name a layer pair
 BASELINES = ("mean", "token", "token_target")  # maps that read no activations
-# The order in which maps are shown; kinds that are not named follow.
-MAP_ORDER = (
-    *BASELINES,
-    "procrustes",
-    "ridge",
-    "ridge_codes",
-    "low_rank",
-    "token_ridge",
-    "mlp",
-    "token_mlp",
-    "hypernetwork",
-    "crosscoder",
-)
 LINEAR_MAPS = ("procrustes", "ridge", "ridge_codes", "low_rank", "token_ridge")
-
+# The order in which maps are shown; kinds that are not named follow.
+MAP_ORDER = (*BASELINES, *LINEAR_MAPS, "mlp", "token_mlp", "hypernetwork", "crosscoder")
 
 SEALS = "checksums.json"  # {result file: its sha256}
 TABLES: dict[str, Table] = {}  # by file, or pattern of files
@@ -53,20 +39,13 @@ TABLES: dict[str, Table] = {}  # by file, or pattern of files
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a result file.
-
-    Attributes:
-      unit: of its numbers; empty for shares, counts and texts.
-      values: the texts that it may hold; empty for any.
-      interval: whether NAME_low and NAME_high (95 % over documents unless the table says otherwise)
-        stand beside it.
-    """
+    """One column of a result file."""
 
     name: str
     meaning: str
-    unit: str = ""
-    values: tuple[str, ...] = ()
-    interval: bool = False
+    unit: str = ""  # of its numbers; empty for shares, counts and texts
+    values: tuple[str, ...] = ()  # the texts that it may hold; empty for any
+    interval: bool = False  # whether NAME_low and NAME_high stand beside it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,16 +56,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A file of WORKDIR/results: JSON lines, a row each."""
+    """A file of WORKDIR/results, or a pattern of files with ``*``: JSON lines."""
 
-    file: str  # its name, such as ``transfer.jsonl``; a pattern with ``*`` for several files
+    file: str
     meaning: str  # of a row
     columns: tuple[Column, ...]
 
-    def problem(self, row: dict) -> str | None:
-        """Returns what a row holds that the table does not describe, or None."""
+    def problem(self, rows: list[dict]) -> str | None:
+        """Returns what rows hold that the table does not describe, or None."""
         columns = {name: column for column in self.columns for name in column.names}
-        for key, value in row.items():
+        for key, value in (entry for row in rows for entry in row.items()):
             if key not in columns:
                 return f"a column {key!r} that is not described"
             allowed = columns[key].values
@@ -104,10 +83,8 @@ def write(work: Workdir, file: str, rows: list[dict]) -> None:
     Raises:
       ValueError: the file, or a column or value of a row, is not described in its table.
     """
-    table = table_of(file)
-    for row in rows:
-        if problem := table.problem(row):
-            raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
+    if problem := table_of(file).problem(rows):
+        raise ValueError(f"{file} would hold {problem}; describe it where its table is.")
     write_jsonl(work.result(file), rows)
     seals = work.result(SEALS)
     known = read_json(seals) if seals.exists() else {}
@@ -125,9 +102,8 @@ def read(work: Workdir, file: str) -> list[dict]:
     rows = read_jsonl(path)
     if seals.exists() and read_json(seals).get(file) not in (None, file_digest(path)):
         raise UserError(f"{path} is altered or cut short (checksum mismatch); {AGAIN}.")
-    for row in rows:
-        if problem := table.problem(row):
-            raise UserError(f"{path} holds {problem}: another version wrote it; {AGAIN}.")
+    if problem := table.problem(rows):
+        raise UserError(f"{path} holds {problem}: another version wrote it; {AGAIN}.")
     return rows
 
 
@@ -144,31 +120,33 @@ def table_of(file: str) -> Table:
     raise ValueError(f"{file} is no result file; there are {', '.join(TABLES)}.")
 
 
-def describe(file: str, meaning: str, *columns: Column) -> Table:
-    """Adds the table of a file, or of a pattern of files, to ``TABLES`` and returns it."""
-    TABLES[file] = Table(file, meaning, columns)
+def describe(file: str, meaning: str, /, *columns: Column, **meanings: str) -> Table:
+    """Adds the table of a file, or of a pattern of files, to ``TABLES`` and returns it.
+
+    ``meanings`` are columns without an interval, after the others.
+    """
+    TABLES[file] = Table(file, meaning, columns + plain(**meanings))
     return TABLES[file]
 
 
 def read_matches(
     work: Workdir, source: str, target: str, site_source: str, site_target: str
 ) -> list[dict]:
-    """Returns the matched features of two dictionaries, in either order of the models.
+    """Returns the rows of matches.jsonl of two dictionaries, in either order of the models.
 
-    Rows of matches.jsonl without the names of models and sites; feature_source and feature_target
-    are of the given source and target. Empty where the run did not match these two.
+    They lack the names of models and sites; feature_source is of the given source.
 
     Raises:
       UserError: matches.jsonl is missing or damaged.
     """
     pair = (source, target, str(site_source), str(site_target))
     swapped = (target, source, str(site_target), str(site_source))
-    sides = {"source": "target", "target": "source"}
+    swap = {"feature_source": "feature_target", "feature_target": "feature_source"}
     matches = []
     for row in read(work, "matches.jsonl"):
         stored = tuple(row.pop(key) for key in PAIR)
         if stored == swapped != pair:
-            row = {re.sub("(source|target)$", lambda m: sides[m[1]], k): v for k, v in row.items()}
+            row = {swap.get(key, key): value for key, value in row.items()}
         if stored in (pair, swapped):
             matches.append(row)
     return matches
@@ -192,13 +170,20 @@ def pair_of(row: dict) -> tuple:
     return tuple(row.get(key) for key in PAIR)
 
 
-def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """Groups rows by layer pair, those of one direction together, else in order."""
+def grouped(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """Groups rows by the values of some columns, in the order in which these appear."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(pair_of(row), []).append(row)
-    directions = list(dict.fromkeys(pair[:2] for pair in groups))
-    return {p: groups[p] for p in sorted(groups, key=lambda pair: directions.index(pair[:2]))}
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return groups
+
+
+def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """Groups rows by layer pair, those of one direction together, else in order."""
+    by_direction = grouped(rows, "source", "target").values()
+    return {
+        pair: of_pair for some in by_direction for pair, of_pair in grouped(some, *PAIR).items()
+    }
 
 
 def site_words(site_source: str, site_target: str) -> str:
@@ -266,12 +251,16 @@ SCORES = (
         sparsity_similarity="mean Jaccard index of predicted and true sets of active features",
         context_gain="R² after the mean for the source's token is taken from both sides",
     ),
-    Column("verdict", "by paired bootstrap differences to the baselines", values=VERDICTS),
+    Column(
+        "verdict",
+        "by paired bootstrap differences to the baselines",
+        values=(BEATS_TOKEN, BEATS_MEAN, NO_BETTER),
+    ),
     *intervals(
-        r2_normalized="r2: 0 at shuffled pairs, 1 at the ceiling",
-        cosine_centered_normalized="cosine_centered, likewise",
-        top1_normalized="top1, likewise",
-        feature_correlation_normalized="feature_correlation, likewise",
+        **{
+            f"{name}_normalized": f"{name}: 0 at shuffled pairs, 1 at the ceiling"
+            for name in ("r2", "cosine_centered", "top1", "feature_correlation")
+        }
     ),
 )
 DIRECTION = Column("direction", "kind of map that gave the direction; match: the target's feature")
@@ -291,14 +280,12 @@ describe(
     "reconstruction.jsonl",
     "one dictionary, on held-out text",
     *DICTIONARY,
-    *plain(width="number of features"),
     *COUNTS,
+    POSITIONS,
     *intervals(
         l0="active features per row",
         fvu="share of the variance of the activations, about the training mean, left over",
     ),
-    *plain(dead_fraction="share of features that fire in no kept row of training and test"),
-    POSITIONS,
     *intervals(
         "nats",
         ce_clean="cross-entropy of the next token with the model's own activations",
@@ -313,6 +300,8 @@ describe(
         kl_recovered="1 - kl_sae / that of zeros; null: zeros cost < 0.05",
         kl_recovered_mean="the same with the mean in place of zeros",
     ),
+    width="number of features",
+    dead_fraction="share of features that fire in no kept row of training and test",
 )
 MAP_COLUMNS = (*PAIR_COLUMNS, MAP, PAIRING)
 describe("transfer.jsonl", "one map at one layer pair, on held-out rows", *MAP_COLUMNS, *SCORES)
@@ -328,12 +317,10 @@ describe(
     "features.jsonl",
     "histograms over the features of one dictionary, or over those that one map predicts",
     *DICTIONARY,
-    *plain(
-        log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
-        decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
-    ),
     *MAP_COLUMNS,
-    *plain(correlation_by_frequency="of prediction and truth, in bins of firing frequency"),
+    log10_frequency_histogram="of log10 of the share of rows that a feature fires on",
+    decoder_cosine_histogram="of the cosine of a decoder row to the one most like it",
+    correlation_by_frequency="of prediction and truth, in bins of firing frequency",
 )
 describe(
     "feature_transfer.jsonl",
@@ -342,22 +329,20 @@ describe(
     *MAP_COLUMNS,
     Column("row", "what it is about", values=("feature", "frequency", "token_share")),
     Column("rank", "which end of the ranking", values=("most", "least")),
-    *plain(
-        feature="its number in the target's dictionary",
-        r2="of the feature, on test rows, by which it was chosen",
-        r2_validation="on validation rows, which had no part in the choice",
-        correlation="of prediction and truth",
-        token_share="R² of the map from the target's own token",
-        firings="test rows on which it fires",
-        frequency="share of the test rows on which it fires",
-        match="the source's feature that correlates best: its number and correlation",
-        attributions="features of the source that drive it, by map",
-        contexts="texts around its strongest firings",
-        low="lower end of a bin; null: none",
-        high="upper end of a bin",
-        n_features="features in the bin",
-        r2_median="their median R²",
-    ),
+    feature="its number in the target's dictionary",
+    r2="of the feature, on test rows, by which it was chosen",
+    r2_validation="on validation rows, which had no part in the choice",
+    correlation="of prediction and truth",
+    token_share="R² of the map from the target's own token",
+    firings="test rows on which it fires",
+    frequency="share of the test rows on which it fires",
+    match="the source's feature that correlates best: its number and correlation",
+    attributions="features of the source that drive it, by map",
+    contexts="texts around its strongest firings",
+    low="lower end of a bin; null: none",
+    high="upper end of a bin",
+    n_features="features in the bin",
+    r2_median="their median R²",
 )
 describe(
     "matching.jsonl",
@@ -365,42 +350,38 @@ describe(
     *PAIR_COLUMNS,
     PAIRING,
     Column("method", "of matching", values=("mutual_best", "hungarian")),
-    *plain(
-        width_source="features of the source",
-        width_target="features of the target",
-        live_source="of these, those with at least minimum_firings",
-        live_target="of these, those with at least minimum_firings",
-        matched="pairs by correlation on training rows",
-        significant="of these, correlated beyond circular shifts on held-out rows at fdr",
-        strong="of these, correlated by at least minimum_r",
-        confirmed="of these, correlated beyond shuffles among rows with equal tokens",
-        fdr="false discovery rate",
-        minimum_firings="on training rows",
-        minimum_r="correlation that a strong match reaches",
-        r_train="mean correlation of the matches on training rows",
-        r_test="on held-out rows",
-        r_token="of the means for the current tokens alone",
-        r_test_confirmed="r_test of the confirmed",
-        null="confirmed on shuffled pairs",
-        n_rows_train="rows on which features were matched",
-        n_rows_test="rows on which matches were confirmed",
-    ),
+    width_source="features of the source",
+    width_target="features of the target",
+    live_source="of these, those with at least minimum_firings",
+    live_target="of these, those with at least minimum_firings",
+    matched="pairs by correlation on training rows",
+    significant="of these, correlated beyond circular shifts on held-out rows at fdr",
+    strong="of these, correlated by at least minimum_r",
+    confirmed="of these, correlated beyond shuffles among rows with equal tokens",
+    fdr="false discovery rate",
+    minimum_firings="on training rows",
+    minimum_r="correlation that a strong match reaches",
+    r_train="mean correlation of the matches on training rows",
+    r_test="on held-out rows",
+    r_token="of the means for the current tokens alone",
+    r_test_confirmed="r_test of the confirmed",
+    null="confirmed on shuffled pairs",
+    n_rows_train="rows on which features were matched",
+    n_rows_test="rows on which matches were confirmed",
 )
 describe(
     "matches.jsonl",
     "one matched pair of features; a match has no direction",
     *PAIR_COLUMNS,
-    *plain(
-        feature_source="number in the source's dictionary",
-        feature_target="number in the target's dictionary",
-        confirmed="whether held-out text confirms it",
-        r_train="correlation on training rows",
-        r_test="on held-out rows",
-        r_token="of the means for the current tokens alone",
-        beyond_token="whether it beats every shuffle among rows with equal tokens",
-        p="share of circular shifts that correlate as much",
-        p_adjusted="p by Benjamini and Hochberg",
-    ),
+    feature_source="number in the source's dictionary",
+    feature_target="number in the target's dictionary",
+    confirmed="whether held-out text confirms it",
+    r_train="correlation on training rows",
+    r_test="on held-out rows",
+    r_token="of the means for the current tokens alone",
+    beyond_token="whether it beats every shuffle among rows with equal tokens",
+    p="share of circular shifts that correlate as much",
+    p_adjusted="p by Benjamini and Hochberg",
 )
 describe(
     "similarity.jsonl",
@@ -408,44 +389,42 @@ describe(
     "or how alike the decoder directions of confirmed matches are (decoders)",
     Column("kind", "of row", values=("layers", "proposal", "decoders")),
     *PAIR_COLUMNS,
-    *plain(
-        cka="linear CKA, unbiased; 0 for independent rows",
-        svcca="mean canonical correlation of the leading components",
-        rsa="rank correlation of the distances between rows",
-        mutual_knn="share of nearest neighbours that both have",
-        **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
-        **{f"{name}_p": "share of random matchings that score as high" for name in SIMILARITY},
-        n_rows="held-out rows that are compared",
-        layer_pairs="of a proposal: the value of --config.layer_pairs",
-        cka_of_run="mean CKA of the run's layer pairs",
-        n_features="confirmed matches",
-    ),
+    cka="linear CKA, unbiased; 0 for independent rows",
+    svcca="mean canonical correlation of the leading components",
+    rsa="rank correlation of the distances between rows",
+    mutual_knn="share of nearest neighbours that both have",
+    **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
+    **{f"{name}_p": "share of random matchings that score as high" for name in SIMILARITY},
+    n_rows="held-out rows that are compared",
+    layer_pairs="of a proposal: the value of --config.layer_pairs",
+    cka_of_run="mean CKA of the run's layer pairs",
+    n_features="confirmed matches",
 )
 describe(
     "crosscoder.jsonl",
     "one model in a joint code of all models, trained on aligned or shuffled rows, or on the "
     "first model and a copy or a rotated copy of itself",
-    *plain(sites="the site of every model"),
     Column("pairing", "what it was trained on", values=(*PAIRINGS, "self", "rotated")),
-    *plain(model="whose activations are reconstructed", site="its site"),
     *COUNTS,
-    *plain(width="number of latents", variant="of the crosscoder"),
     *intervals(
         fvu="share of the variance left over when all models are shown",
         fvu_alone="when this model alone is shown",
         fvu_from_others="when all others are shown",
         l0="active latents per row",
     ),
-    *plain(
-        dead_fraction="share of latents that never fire",
-        n_live="latents that fire",
-        shared="share of live latents, each model's decoder norm a quarter of the largest",
-        exclusive="share whose decoder norm is that large in this model alone",
-        shared_confirmed="share of the shared that explain every model beyond shifts",
-        exclusive_refuted="share of the exclusive that explain another model too",
-        exclusive_missed="share of the exclusive that explain what is left of another model",
-        relative_norms="histogram of this model's share of each latent's decoder norms",
-    ),
+    sites="the site of every model",
+    model="whose activations are reconstructed",
+    site="its site",
+    width="number of latents",
+    variant="of the crosscoder",
+    dead_fraction="share of latents that never fire",
+    n_live="latents that fire",
+    shared="share of live latents, each model's decoder norm a quarter of the largest",
+    exclusive="share whose decoder norm is that large in this model alone",
+    shared_confirmed="share of the shared that explain every model beyond shifts",
+    exclusive_refuted="share of the exclusive that explain another model too",
+    exclusive_missed="share of the exclusive that explain what is left of another model",
+    relative_norms="histogram of this model's share of each latent's decoder norms",
 )
 describe(
     "causal.jsonl",
@@ -461,84 +440,71 @@ describe(
         "no edit, zeros, the training mean, the target's own reconstruction",
         values=("clean", "zero", "mean", "own_sae"),
     ),
-    *PAIR_COLUMNS,
-    Column("site_edited", "where the target is edited"),
-    Column("sites", "of several layers together: the target's sites"),
-    MAP,
-    PAIRING,
+    *MAP_COLUMNS,
     Column(
         "stitch_kind",
         "the predicted activation, or the predicted features, decoded",
         values=("activation", "features"),
     ),
     POSITIONS,
-    Column("n_documents", "documents of these positions"),
     *intervals(
         "nats",
         ce="cross-entropy of the next token",
         kl="KL divergence of the target's own prediction to the edited one",
     ),
     *intervals(loss_recovered="(ce_zero - ce) / (ce_zero - ce_clean); null: zeros cost < 0.05"),
+    site_edited="where the target is edited",
+    sites="of several layers together: the target's sites",
+    n_documents="documents of the positions",
 )
 describe(
     "feature_causal.jsonl",
     "one feature of the source, and one mapped direction of it that is added to the target",
     *PAIR_COLUMNS,
     DIRECTION,
-    *plain(
-        feature="its number in the source's dictionary",
-        match="the target's best matching feature",
-        match_r="correlation of the two on training rows",
-        n_contexts="texts in which it is tested",
-        n_documents="their documents",
-        firings="paired positions at which it fires",
-        promoted_source="tokens that it makes likelier in the source",
-        promoted_target="the same text in the target's tokens",
-    ),
     *intervals(
         "nats",
         effect="mean change of log p of the promoted tokens, at the middle dose",
         effect_at_kl="the same where the edit has spent the KL budget",
     ),
     *SPECIFIC,
-    *plain(
-        kl="KL divergence that the edit causes, in nats",
-        doses="effect and kl by dose alpha, beside the controls and their range",
-    ),
     *intervals(ablation_r=ABLATION),
-    *plain(
-        ablation_r_shuffled="the same for other features' mapped directions",
-        p_random="p-value against random directions",
-        p_shuffled="p-value against other features' mapped directions",
-        p="the larger of the two",
-        q="p by Benjamini and Hochberg over the features of this direction",
-        transfers="whether q is within evaluation.fdr",
-    ),
+    feature="its number in the source's dictionary",
+    match="the target's best matching feature",
+    match_r="correlation of the two on training rows",
+    n_contexts="texts in which it is tested",
+    n_documents="their documents",
+    firings="paired positions at which it fires",
+    promoted_source="tokens that it makes likelier in the source",
+    promoted_target="the same text in the target's tokens",
+    kl="KL divergence that the edit causes, in nats",
+    doses="effect and kl by dose alpha, beside the controls and their range",
+    ablation_r_shuffled="ablation_r of other features' mapped directions",
+    p_random="p-value against random directions",
+    p_shuffled="p-value against other features' mapped directions",
+    p="the larger of the two",
+    q="p by Benjamini and Hochberg over the features of this direction",
+    transfers="whether q is within evaluation.fdr",
 )
 describe(
     "feature_causal_summary.jsonl",
     "what holds over all tested features of a kind of direction; intervals over features",
     *PAIR_COLUMNS,
     DIRECTION,
-    *plain(
-        n_features="features that are tested",
-        n_scored="of these, those with a token that the target has",
-        n_transferring="of these, those that transfer",
-    ),
     *intervals(share_transferring="n_transferring / n_features"),
     *intervals("nats", effect="mean of the features' effects", kl="mean KL divergence"),
     *SPECIFIC,
-    *intervals(
-        ablation_r=ABLATION,
-        ablation_r_shuffled="of other features' mapped directions",
-    ),
-    Column("of_match", "specific_random, as a share of the matching features'"),
+    *intervals(ablation_r=ABLATION, ablation_r_shuffled="of other features' mapped directions"),
+    n_features="features that are tested",
+    n_scored="of these, those with a token that the target has",
+    n_transferring="of these, those that transfer",
+    of_match="specific_random, as a share of the matching features'",
 )
 SPINE = tuple(TABLES.values())
 
 
 def page() -> str:
-    """Returns ``docs/results.md``: every registered table, a line per column."""
+    """Returns ``docs/results.md``: every registered table."""
     lines = [
         "# Result files\n",
         "JSON lines in `WORKDIR/results`. Undefined numbers are null. ± says that `NAME_low` and "

@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Runs ``main(config, work)`` as this process's command, and exits (see ``execute``).
 
-    ``table`` is the function of ``crossdict_jax.report`` that prints the final table.
+    ``table`` is the function of ``crossdict_jax.report.terminal`` that prints the final table.
     """
 
     @functools.wraps(main)
@@ -75,7 +75,7 @@ def run(
             _choose(config, work)
         main(config, work)
         if table:
-            getattr(importlib.import_module("crossdict_jax.report"), table)(work)
+            getattr(importlib.import_module("crossdict_jax.report.terminal"), table)(work)
 
     os.environ.update(QUIET | os.environ)
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character

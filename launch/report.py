@@ -9,7 +9,8 @@ from launch import command
 
 def main(config, work):
     from crossdict_jax import studies
-    from crossdict_jax.report import summary_table, write_report
+    from crossdict_jax.report.page import write_report
+    from crossdict_jax.report.terminal import summary_table
 
     with understood(work.results, mend="if nobody has changed a file there, please report this"):
         summary_table(work)

@@ -9,10 +9,12 @@ import pytest
 from tiny_run import refused
 
 from crossdict_jax.config import Config, settings
-from crossdict_jax.report import answer, inputs, summary_table, transfer, write_report
+from crossdict_jax.report import answer, inputs, plots, transfer
 from crossdict_jax.report.docs import write_docs
+from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
 from crossdict_jax.report.tables import number
+from crossdict_jax.report.terminal import summary_table
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR
 from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 
@@ -56,7 +58,14 @@ def transfer_rows(*, scale: float = 1.0, models=MODELS, layers=(5, 6, 7)) -> lis
 
 def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     losses = {"ce_clean": 4.654, "ce_zero": 9.812, "ce_mean": 6.644, "ce_sae": 4.831}
-    quality = {"seed": 0, "l0": 31.9, "fvu": 0.23, "dead_fraction": 0.043, **losses}
+    quality = {
+        "seed": 0,
+        "member": "seed-0",
+        "l0": 31.9,
+        "fvu": 0.23,
+        "dead_fraction": 0.043,
+        **losses,
+    }
     quality |= bounded(loss_recovered=0.964)
     ends = itertools.product(models, layers)
     return [{"model": model, "site": f"resid_pre.{layer}", **quality} for model, layer in ends]
@@ -108,7 +117,9 @@ PAIRING = {
     "texts": 1000,
     "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
     "rows": {"train": 21762, "validation": 2100, "test": 8500},
-    "text": {"documents": {"train": 699, "validation": 100, "test": 201}},
+    "text": {
+        kind: {"train": 699, "validation": 100, "test": 201} for kind in ("documents", "bytes")
+    },
 }
 
 
@@ -132,7 +143,9 @@ def write_run(root) -> Workdir:
     work = write_required(root)
     write_jsonl(work.result("causal.jsonl"), causal_rows(transfer_rows()))
     names = ("log10_frequency_histogram", "decoder_cosine_histogram")
-    ends = ({k: row[k] for k in ("model", "site", "seed")} for row in reconstruction_rows())
+    ends = (
+        {k: row[k] for k in ("model", "site", "seed", "member")} for row in reconstruction_rows()
+    )
     features = [end | dict.fromkeys(names, HISTOGRAM) for end in ends]
     write_jsonl(work.result("features.jsonl"), features)
     labels = [f"{row['model']} {row['site']}" for row in features]
@@ -189,7 +202,9 @@ def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
         assert number(row["cosine_mean_predictor"]) in cells[4]
         assert words.get(row["map"], "") in cells[0]
     stitched = next(t for caption, t in page.tables.items() if caption.startswith("Loss recovered"))
-    lines = [line for s in read_run(run).stitchings() for line in (*s.lines, *s.references)]
+    lines = [
+        line for s in stitchings(read_run(run).rows["causal"]) for line in (*s.lines, *s.references)
+    ]
     assert len(stitched) == 1 + len(lines)
     assert len(page.tables["Every dictionary on held-out text"]) == 1 + 6
 
@@ -206,8 +221,8 @@ def test_the_page_needs_no_other_file_and_figures_have_words_and_colours(html, p
     assert html.count("<svg") == html.count('role="img" aria-label="') == figures
     assert "Lines: the mean (R² 0)" in page.text
     style, drawings = html.split("</style>", 1)
-    assert not re.search(r"(fill|stroke): ?#", drawings)
-    used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code"}
+    assert not re.search(r"(fill|stroke): ?#|font-family", drawings)
+    used = set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--prose", "--plain", "--code", "--least"}
     assert all(f"{name}: light-dark(" in style for name in used)
 
 
@@ -334,9 +349,9 @@ def test_layers_stitched_together_stand_apart(tmp_path):
     several = {"sites": both.split("+"), "site_source": both, "site_target": both}
     together = [r | several for r in rows if r["site_target"] == "resid_pre.6"]
     write_jsonl(work.result("causal.jsonl"), rows + together)
-    run = read_run(work)
-    assert run.stitchings() == stitchings(rows)
-    first, _ = run.stitchings(together=True)
+    written = read_run(work).rows["causal"]
+    assert stitchings(written) == stitchings(rows)
+    first, _ = stitchings(written, together=True)
     assert first.sites == both and first.reference("mean") == 0.55
     text = page_of(work).text
     assert f"docs-neox {both} at once" in text and "Several layers at once" in text
@@ -414,5 +429,5 @@ def test_far_below_zero_stays_on_the_axis():
     rows = transfer_rows(layers=(6,))
     low = [r | bounded(0.5, r2=-7.5) if r["map"] == "ridge" else r for r in rows]
     group = comparisons(low)[:1]
-    limits = transfer.r2_limits(group)
-    assert -0.6 < limits[0] < 0 and "◂ −7.5" in transfer.r2_figure(group[0], limits).svg
+    low, _ = plots.score_limits(group[0].lines, "r2", -0.5, 0.1)
+    assert -0.6 < low < 0 and "◂ −7.5" in transfer.r2_figure(group[0], group).svg

@@ -4,8 +4,9 @@ import test_report
 from test_report import bounded
 
 from crossdict_jax.config import Config
-from crossdict_jax.report import causal, write_report
+from crossdict_jax.report import causal
 from crossdict_jax.report.blocks import Details, Heading, Panels
+from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import Run
 from crossdict_jax.results import PAIR
 from crossdict_jax.workdir import write_jsonl
@@ -72,12 +73,12 @@ def test_the_table_puts_what_transfers_first_and_the_figure_says_what_it_draws()
 
 
 def test_the_sentence_counts_and_admits():
-    ((_, sentence),) = causal.answer(run_of([], SUMMARY))
+    sentence = causal.answer(run_of([], SUMMARY))
     assert sentence.startswith("Put into neox, the directions to which ridge maps 1 of 2 tested")
     assert sentence.endswith("the target’s best matching features: 0 of 2.")
-    ((_, nothing),) = causal.answer(run_of([], [summary("ridge", 0)]))
+    nothing = causal.answer(run_of([], [summary("ridge", 0)]))
     assert nothing.startswith("Negative result: put into neox")
-    assert causal.answer(run_of([], [])) == []
+    assert causal.answer(run_of([], [])) == ""
 
 
 def test_the_page_shows_it_or_says_what_is_missing(tmp_path):

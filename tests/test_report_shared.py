@@ -7,11 +7,13 @@ import pytest
 from test_report import MODELS, Page, page_of, write_required
 
 from crossdict_jax.config import Config
-from crossdict_jax.report import shared, summary_table, write_report
+from crossdict_jax.report import shared
+from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import Run
-from crossdict_jax.report.shared import MEASURES
 from crossdict_jax.report.tables import Table
+from crossdict_jax.report.terminal import summary_table
 from crossdict_jax.results import PAIR
+from crossdict_jax.results import SIMILARITY as MEASURES
 from crossdict_jax.workdir import write_jsonl
 
 FUNNEL = "From live features to confirmed pairs (mutual best): matched on 21,000 training rows"
@@ -95,7 +97,7 @@ def test_no_more_than_luck_is_called_a_negative_result(tmp_path):
 
 def test_every_measure_has_its_heat_map_in_words(html, page):
     maps = re.findall(r'aria-label="([^"]* of every layer of docs-gpt2 [^"]*)"', html)
-    assert [words.split(" of every")[0] for words in maps] == list(MEASURES.values())
+    assert [words.split(" of every")[0] for words in maps] == ["CKA", "SVCCA", "RSA", "mutual kNN"]
     assert all("highest 0.90 at resid_pre.0; shuffled rows 0.00 on average" in w for w in maps)
 
 
@@ -119,7 +121,7 @@ def crosscoder_row(pairing, model, shared=0.4) -> dict:
 def test_crosscoders_show_every_row_and_what_shuffled_ones_invent(by_luck, notes):
     rows = [crosscoder_row("aligned", m) for m in "ab"]
     rows += [crosscoder_row("shuffled", m, by_luck) for m in "ab"]
-    blocks = shared.crosscoder_section(Run({}, {}, [], {"crosscoder": rows}))
+    blocks = list(shared.crosscoder_section(Run({}, {}, [], {"crosscoder": rows})))
     (table,) = (block for block in blocks if isinstance(block, Table))
     assert table.caption == "One code of all models, resid_pre.1, resid_pre.2"
     heads = [row[0].text + row[1].text for row in table.rows]

@@ -1,11 +1,18 @@
 """The answer of a run in words, from its numbers, negative results included."""
 
 from collections.abc import Iterable
-from itertools import groupby
 
 from crossdict_jax.report import causal, shared
-from crossdict_jax.report.results import DIVERGED, Comparison, Run, at_least
-from crossdict_jax.report.tables import interval, number, percent, share
+from crossdict_jax.report.results import (
+    DIVERGED,
+    Comparison,
+    Run,
+    at_least,
+    directions,
+    highest,
+    stitchings,
+)
+from crossdict_jax.report.tables import interval, number, percent, score, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
 FEW_DOCUMENTS = 30  # below it an interval over documents says little
@@ -14,81 +21,90 @@ Pick = tuple[Comparison, dict]
 
 def answer(run: Run) -> list[tuple[str, str]]:
     """Returns the sentences at the head of the page, each with a heading."""
-    return [
-        ("How well", _how_well(run.comparisons)),
-        ("Against what", _against_what(run.comparisons)),
-        ("To what effect", to_what_effect(run.stitchings())),
-        *causal.answer(run),
-        *shared.answer(run),
-    ]
+    sentences = {
+        "How well": _how_well(run.comparisons),
+        "Against what": _against_what(run.comparisons),
+        "To what effect": to_what_effect(stitchings(run.rows["causal"])),
+        "Feature by feature": causal.answer(run),
+        "Which features": shared.answer(run),
+    }
+    return [(heading, sentence) for heading, sentence in sentences.items() if sentence]
 
 
 def best(comparisons: Iterable[Comparison], key: str) -> Pick | None:
     """Returns the map with the highest aligned score, and its layer pair."""
-    scored = [(c, line) for c in comparisons for line in c.fitted if line.get(key) is not None]
-    return max(scored, key=lambda pick: pick[1][key], default=None)
+    picks = [(c, line) for c in comparisons if (line := highest(c.fitted, key))]
+    return max(picks, key=lambda pick: pick[1][key], default=None)
+
+
+def best_by_direction(comparisons: Iterable[Comparison], key: str) -> list[Pick]:
+    """Returns the best map of each direction in which one has the score."""
+    return [pick for group in directions(comparisons).values() if (pick := best(group, key))]
 
 
 def _score(line: dict, key: str, name: str) -> str:
     """Returns "R² 0.52 [0.50, 0.54]; shuffled pairs −0.006"."""
-    text = f"{name} {number(line.get(key))} {interval(line, key)}".strip()
-    null = line.get(f"shuffled.{key}")
-    return text if null is None else f"{text}; shuffled pairs {number(null)}"
+    cell = score(line, key, null=f"shuffled.{key}")
+    text = f"{name} {cell.text} {cell.note}".strip()
+    return f"{text}; shuffled pairs {cell.null}" if cell.null else text
 
 
 def _how_well(comparisons: list[Comparison]) -> str:
-    groups = groupby(comparisons, key=lambda c: (c.source, c.target))  # in their order
-    picks = [pick for _, group in groups if (pick := best(group, "r2"))]
+    picks = best_by_direction(comparisons, "r2")
     if not picks:
         return "No map was fitted, so nothing is said about shared features."
     if len(picks) > 2:  # the two ends
-        picks = sorted(picks, key=lambda pick: -pick[1]["r2"])
+        picks.sort(key=lambda pick: -pick[1]["r2"])
         picks = [picks[0], picks[-1]]
     sentences = []
-    for comparison, line in picks:
-        start, score = f"from {comparison.source} to {comparison.target}", _score(line, "r2", "R²")
-        name, token = f"{line['map']} at {comparison.sites}", comparison.score("token", "r2")
-        if line.get("verdict") == NO_BETTER:
-            text = f"{start} no map predicts held-out features better than their mean does (the "
-            sentences.append(f"{text}best, {name}, has {score})")
+    for c, line in picks:
+        start, r2 = f"from {c.source} to {c.target}", _score(line, "r2", "R²")
+        name, token = f"{line['map']} at {c.sites}", c.score("token", "r2")
+        if line["verdict"] == NO_BETTER:
+            sentences.append(
+                f"{start} no map predicts held-out features better than their mean does (the best, "
+                f"{name}, has {r2})"
+            )
         else:
             beside = "" if token is None else f"; the source’s token alone {number(token)}"
-            text = f"{start} the best map, {name}, explains {percent(line['r2'], 0)} of the "
-            sentences.append(f"{text}variance of held-out features ({score}{beside})")
+            sentences.append(
+                f"{start} the best map, {name}, explains {percent(line['r2'], 0)} of the variance "
+                f"of held-out features ({r2}{beside})"
+            )
     text = "; ".join(sentences)
     return f"{text[0].upper()}{text[1:]}."
 
 
 def _against_what(comparisons: list[Comparison]) -> str:
-    verdicts = [line.get("verdict") for c in comparisons for line in c.fitted]
+    verdicts = [line["verdict"] for c in comparisons for line in c.fitted]
     token, mean, n_maps = *map(verdicts.count, (BEATS_TOKEN, BEATS_MEAN)), len(verdicts)
+    none = f"none of the {n_maps} fitted maps beats"
     if token + mean == 0:
         return (
-            f"Negative result: none of the {n_maps} fitted maps beats the mean of the target’s "
-            "features, so this run shows no shared features."
+            f"Negative result: {none} the mean of the target’s features, so this run shows no "
+            "shared features."
         )
     rest = {"beat the mean only": mean, "do no better than the mean": n_maps - token - mean}
     counted = ", ".join(f"{n} {verdict}" for verdict, n in rest.items() if n)
+    counted = f" ({counted})" if counted else ""
     head = f"{token} of {n_maps} fitted maps beat"
-    if token == 0:
-        head = (
-            f"Negative result against the strong baseline: none of the {n_maps} fitted maps beats"
-        )
+    if not token:
+        head = f"Negative result against the strong baseline: {none}"
     tail = "the context gain is undefined"
     if pick := best(comparisons, "context_gain"):
-        comparison, line = pick
+        c, line = pick
         nothing = "nothing is shown: " if at_least(line, "context_gain") <= 0 else ""
         tail = (
             f"beyond the identity of the current token {nothing}"
             f"{_score(line, 'context_gain', 'the highest context gain is')} ({line['map']}, "
-            f"{comparison.source} to {comparison.target}, {comparison.sites})"
+            f"{c.source} to {c.target}, {c.sites})"
         )
-    return f"{head} the table of token means{f' ({counted})' if counted else ''}; {tail}."
+    return f"{head} the table of token means{counted}; {tail}."
 
 
-def to_what_effect(stitchings: list[Comparison]) -> str:
+def to_what_effect(stitched: list[Comparison]) -> str:
     """Returns the sentence about predicted activations put into the target."""
-    if not stitchings:
+    if not stitched:
         return "No causal test was run, so nothing here says that a predicted activation works."
 
     def of_mean(pick: Pick) -> float:
@@ -97,7 +113,7 @@ def to_what_effect(stitchings: list[Comparison]) -> str:
         mean, value = pick[0].reference("mean"), pick[1]["loss_recovered"]
         return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
 
-    scored = [(s, n) for s in stitchings for n in s.fitted if n["loss_recovered"] is not None]
+    scored = [(s, n) for s in stitched for n in s.fitted if n["loss_recovered"] is not None]
     if not scored:
         return (
             "The causal test says nothing: at these sites the target hardly needs what was "
@@ -138,25 +154,17 @@ def cautions(run: Run) -> list[str]:
         for line in c.lines
         if (verdict := line.get("shuffled.verdict")) not in (None, NO_BETTER)
     ]
-    counts = [n for row in run.rows["transfer"] if (n := row.get("n_documents")) is not None]
-    if counts and min(counts) < FEW_DOCUMENTS:
-        few = f"Only {min(counts)} held-out documents"
-        notes.append(f"{few}: the intervals over documents are rough.")
+    counts = [row["n_documents"] or FEW_DOCUMENTS for row in run.rows["transfer"]]
+    n = min(counts, default=FEW_DOCUMENTS)
+    if n < FEW_DOCUMENTS:
+        notes.append(f"Only {n} held-out documents: the intervals over documents are rough.")
     rows = run.rows["reconstruction"]
-    kinds = (
+    for key, limit, words in (
         ("dead_fraction", 0.5, "More than half of the features are dead in"),
         ("fvu", 0.5, "More than half of the variance is missed by"),
         ("fvu", DIVERGED, "Training has diverged (FVU far above 1), and numbers mean nothing, in"),
-    )
-    for key, limit, words in kinds:
-        over = [r for r in rows if (r.get(key) or 0) > limit]
-        shown = [f"{r['model']} {r['site']} {dictionary_name(r)}" for r in over[:3]]
-        shown += ["…"] if len(over) > 3 else []
-        count = f"{len(over)} of {len(rows)} dictionaries ({', '.join(shown)})"
-        notes += [f"{words} {count}."] if over else []
+    ):
+        over = ["{model} {site} {member}".format(**r) for r in rows if (r[key] or 0) > limit]
+        shown = ", ".join(over[:3] + ["…"] * (len(over) > 3))
+        notes += [f"{words} {len(over)} of {len(rows)} dictionaries ({shown})."] if over else []
     return notes
-
-
-def dictionary_name(row: dict) -> str:
-    """Returns which of the dictionaries of a model and site a row is about."""
-    return row.get("member") or f"seed-{row.get('seed', 0)}"

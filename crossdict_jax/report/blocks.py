@@ -18,19 +18,19 @@ class Code(str):
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Pairs of a name and what it is; ``style`` is facts or words."""
+    """Names and what they are."""
 
-    items: list[tuple[str, str]]
-    style: str = "facts"
+    items: Iterable[tuple[str, str]]
+    style: str = "facts"  # or "words"
 
 
 @dataclasses.dataclass(frozen=True)
 class Panels:
-    """Figures side by side under one caption; ``size`` is small, large or empty."""
+    """Figures side by side under one caption."""
 
     figures: list[Figure]
     caption: str
-    size: str = ""
+    size: str = ""  # or "small", "large"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,11 @@ def template(name: str):
     """Returns a template of this folder; values are escaped, and none may be missing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folder, trim = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True}
     environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, **trim
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(name)

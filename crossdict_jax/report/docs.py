@@ -10,10 +10,10 @@ from pathlib import Path
 from crossdict_jax import models, results
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.page import STYLE
-from crossdict_jax.report.results import Comparison, read_run
+from crossdict_jax.report.results import Comparison, directions, read_run
 from crossdict_jax.report.tables import Table, number, table
 from crossdict_jax.report.terminal import gates_table, main_table
-from crossdict_jax.report.transfer import r2_figure, r2_limits
+from crossdict_jax.report.transfer import r2_figure
 from crossdict_jax.workdir import Workdir, read_json, write_text
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -73,28 +73,32 @@ def models_table() -> Table:
     for name in models.EMBEDDED:
         config = models.load_config(name)
         training = read_json(models.ASSETS / name / "training.json")
-        shape = f"{config.n_layers} layers of {config.d_model}, vocabulary {config.vocab_size}"
-        cells = {"model": name, "shape": shape}
-        for title, key in (("parameters", "parameters"), ("tokens seen", "tokens_seen")):
-            cells[title] = f"{training[key] / 1e6:.2f} M"
-        losses = {"held out": "loss", "bigram": "bigram_loss", "unigram": "unigram_loss"}
-        rows.append(cells | {title: number(training[key]) for title, key in losses.items()})
+        rows.append(
+            {
+                "model": name,
+                "shape": f"{config.n_layers} layers of {config.d_model}, "
+                f"vocabulary {config.vocab_size}",
+                "parameters": f"{training['parameters'] / 1e6:.2f} M",
+                "tokens seen": f"{training['tokens_seen'] / 1e6:.2f} M",
+                "held out": number(training["loss"]),
+                "bigram": number(training["bigram_loss"]),
+                "unigram": number(training["unigram_loss"]),
+            }
+        )
     return table("", rows)
 
 
 def markdown(table: Table) -> str:
     """Returns a table in Markdown, intervals beside their values."""
-    lines = [[column.title for column in table.columns]]
-    lines.append(["---:" if column.numeric else "---" for column in table.columns])
+    lines = [table.titles, ["---:" if numeric else "---" for numeric in table.numeric]]
     lines += [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(' '.join(t.split()) for t in line)} |" for line in lines)
 
 
 def chart(comparisons: list[Comparison]) -> str:
     """Returns the R² of every map at the middle layer pair of the first direction, as an image."""
-    first = comparisons[0]
-    same = [c for c in comparisons if (c.source, c.target) == (first.source, first.target)]
-    figure = r2_figure(same[len(same) // 2], r2_limits(same))
+    first, *_ = directions(comparisons).values()
+    figure = r2_figure(first[len(first) // 2], first)
     style = STYLE.read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): light-dark\((#\w+),", style))
     svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)

@@ -3,11 +3,11 @@
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.config.settings import spell
-from crossdict_jax.report.answer import dictionary_name
 from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels
 from crossdict_jax.report.plots import SERIES, histogram_figure, line_figure
 from crossdict_jax.report.results import DIVERGED, Run
@@ -18,15 +18,14 @@ from crossdict_jax.workdir import flatten
 MAX_POINTS = 200  # of a curve: more cannot be seen
 LIMITS = (
     "A high score says that the target’s features can be computed from the source, not that both "
-    "models use them in the same way; stitching comes closer, for whole activations.",
+    "models use them alike; stitching comes closer, for whole activations.",
     "Token identity explains much of small models and early layers. What beats the mean but not "
     "the token map may be the word and nothing else; the context gain is the part beyond it.",
     "Only features that the dictionaries found are compared. Another seed or width finds others; "
     "the ceiling, where it was run, says how many.",
-    "The best map named at the top was chosen on the held-out documents: its score is slightly "
-    "flattered.",
-    "Intervals are over documents of this one text source. They do not cover other text, other "
-    "training runs of the models or other seeds of the dictionaries.",
+    "The best map named at the top was chosen on the held-out documents, which flatters it a bit.",
+    "Intervals are over documents of one text source. They do not cover other text, other training "
+    "runs of the models or other seeds of the dictionaries.",
     "Positions at which only one tokenizer ends a token are not compared; neither are first "
     "positions and rows with outlying norms.",
 )
@@ -34,37 +33,33 @@ LIMITS = (
 
 def run_section(config: Config, run: Run, root: Path) -> list[Block]:
     """Returns what was run, and how to run it again."""
-    sae, rows, text = config.sae, run.rows, run.pairing.get("text", {})
-    sizes = [f"{kind} {_by_split(text[kind])}" for kind in ("documents", "bytes") if kind in text]
-    held_out = []
+    sae, text, stages, held_out = config.sae, run.pairing["text"], run.timing.values(), []
     for name in ("rows", "documents"):
-        counts = {row.get(f"n_{name}") or 0 for row in rows["transfer"]} or {0}
-        ends = dict.fromkeys((min(counts), max(counts)))
+        counts = [row[f"n_{name}"] or 0 for row in run.rows["transfer"]] or [0]
+        ends = sorted({min(counts), max(counts)})
         held_out.append(f"{' to '.join(map(number, ends))} {name}")
-    stages = [stage for stage in run.timing.values() if isinstance(stage, dict)]
-    devices = {f"{s['devices']} × {s['device']}" for s in stages if {"device", "devices"} <= {*s}}
-    missing = [t.file for t in SPINE if not rows[t.file.removesuffix(".jsonl")]]
+    sizes = [f"{kind} {_by_split(text[kind])}" for kind in ("documents", "bytes")]
+    devices = sorted({f"{stage['devices']} × {stage['device']}" for stage in stages})
+    missing = [t.file for t in SPINE if not run.rows[t.file.removesuffix(".jsonl")]]
     missing += [] if run.curves else ["metrics.jsonl of trainings"]
     missing += [] if stages else ["timing.json"]
     facts = {
         "Models": ", ".join(run.models),
         "Text": "; ".join([config.text.source, *sizes]),
-        "Rows, where all tokenizers end a token": _by_split(run.pairing.get("rows")),
+        "Rows, where all tokenizers end a token": _by_split(run.pairing["rows"]),
         "Scored on": f"{' of '.join(held_out)} of the test split",
         "Dictionaries": f"{sae.architecture}, width {spell(sae.width)}, k {spell(sae.k)}, "
         f"{sae.seeds} per model and site; {sae.steps:,} steps of {sae.batch_size:,} rows",
-        "Devices": ", ".join(sorted(devices)) or "not recorded",
+        "Devices": ", ".join(devices) or "not recorded",
         "Not there, so not shown": ", ".join(missing) or "nothing",
     }
     stored, folder = (shlex.quote(s) for s in (f"configs/stored.py:{root}", f"{root}-again"))
     again = f"python -m launch.experiment --config={stored} --workdir={folder}"
-    return [Facts(list(facts.items())), "To run it again with the same settings:", Code(again)]
+    return [Facts(facts.items()), "To run it again with the same settings:", Code(again)]
 
 
-def _by_split(counts: dict | None) -> str:
+def _by_split(counts: dict[str, int]) -> str:
     """Returns "900 (630 train, 90 validation, 180 test)"."""
-    if not counts:
-        return "–"
     parts = ", ".join(f"{number(n)} {split}" for split, n in counts.items())
     return f"{number(sum(counts.values()))} ({parts})"
 
@@ -78,22 +73,21 @@ def coverage(pairing: dict) -> Table:
     """Returns how many token ends each model has, and how many all models share."""
     rows = [
         {"model": name, "token ends": score(m, "ends"), "coverage": share(m, "coverage", 1)}
-        for name, m in pairing.get("models", {}).items()
+        for name, m in pairing["models"].items()
     ]
     return table("Token ends that every model shares", rows)
 
 
-def pairing_section(run: Run) -> list[Block]:
-    """Returns the coverage of every model, and the number of tokens between two shared ends."""
+def pairing_section(run: Run) -> Iterator[Block]:
+    yield (
+        "A row of the data is a position in a document at which every model’s tokenizer ends a "
+        "token, so that all have read the same text. Coverage: how many of a model’s token ends "
+        "are such positions."
+    )
+    yield coverage(run.pairing)
     counts = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
     facts = [(name.replace("_", " "), number(value)) for name, value in counts]
-    return [
-        "A row of the data is one position in one document at which every model’s tokenizer ends a "
-        "token, so that all of them have read exactly the same text. Coverage says how many of a "
-        "model’s token ends are such positions.",
-        coverage(run.pairing),
-        Details("Counts of texts, rows kept and rows dropped", [Facts(facts)]),
-    ]
+    yield Details("Counts of texts, rows kept and rows dropped", [Facts(facts)])
 
 
 def fvu(row: dict) -> Cell:
@@ -104,82 +98,79 @@ def fvu(row: dict) -> Cell:
     return Cell(f"{number(value, 1)} ⚠", "diverged", style="weak")
 
 
-def dictionaries_section(run: Run) -> list[Block]:
-    """Returns the quality of every dictionary."""
+def dictionaries_section(run: Run) -> Iterator[Block]:
+    yield (
+        "Each model’s activations are written as sparse sums of features. CE is the model’s "
+        "cross-entropy in nats a token when its activation is untouched, zeroed, replaced by its "
+        "mean, or by the dictionary’s reconstruction. What a dictionary misses no map into it can "
+        "show."
+    )
     quality = [
-        {"model": str(row["model"]), "site": str(row["site"]), "dictionary": dictionary_name(row)}
+        {"model": row["model"], "site": row["site"], "dictionary": row["member"]}
         | scores(row, "width", "l0")
         | {"FVU": fvu(row), "dead": share(row, "dead_fraction", 1)}
         | scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae", "kl_sae")
         | scores(row, "loss_recovered", "loss_recovered_mean")
         for row in run.rows["reconstruction"]
     ]
-    blocks: list[Block] = [
-        "Each model’s activations are written as sparse sums of features. CE is the model’s "
-        "cross-entropy in nats a token when its activation is untouched, zeroed, replaced by its "
-        "mean, or by the dictionary’s reconstruction. Whatever a dictionary misses, no map into "
-        "it can show: read the transfer below with these numbers in mind.",
-        table("Every dictionary on held-out text", quality),
-    ]
-    histograms = {
-        "log10_frequency_histogram": (
+    yield table("Every dictionary on held-out text", quality)
+    for key, axis, caption in (
+        (
+            "log10_frequency_histogram",
             "log10 of the firing frequency",
-            "How often features fire on held-out rows (log10 of the share of rows). A hump far to "
-            "the left is nearly dead; a hump near 0 fires on almost every row.",
+            "How often features fire on held-out rows (log10 of the share of rows). A hump far "
+            "left is nearly dead, one near 0 fires on almost every row.",
         ),
-        "decoder_cosine_histogram": (
+        (
+            "decoder_cosine_histogram",
             "cosine to the nearest feature",
             "How alike features are: the cosine of each decoder row to the one most like it. A "
             "hump near 1 means that features were learned twice.",
         ),
-    }
-    for key, (axis, caption) in histograms.items():
-        figures = []
-        for row in (row for row in run.rows["features"] if key in row):
-            name = f"{row['model']} {row['site']} {dictionary_name(row)}"
-            total = f"{sum(row[key]['counts']):.0f}"
-            words = f"Histogram of the {axis} of the {total} features of {name}."
-            figures.append(histogram_figure(row[key], title=name, x=axis, words=words))
-        blocks += [Panels(figures, caption, "small")] if figures else []
-    return blocks
+    ):
+        figures = [
+            histogram_figure(row[key], "{model} {site} {member}".format(**row), axis)
+            for row in run.rows["features"]
+            if key in row
+        ]
+        if figures:
+            yield Panels(figures, caption, "small")
 
 
-def training_section(run: Run) -> list[Block]:
-    """Returns the losses of all that was trained by gradient steps."""
+def training_section(run: Run) -> Iterator[Block]:
     figures = []
-    for curves in run.curves:
-        every = -(-len(curves.steps) // MAX_POINTS)
-        stems = [re.sub(r"[ -]\(?shuffled\)?", "", label) for label in curves.labels]
+    for title, labels, metrics in run.curves:
+        steps, losses = [row["step"] for row in metrics], [*zip(*(row["loss"] for row in metrics))]
+        every = -(-len(steps) // MAX_POINTS)
+        stems = [re.sub(r"[ -]\(?shuffled\)?", "", label) for label in labels]
         order, lines = list(dict.fromkeys(stems)), {}
-        for label, stem, losses in zip(curves.labels, stems, curves.losses):
+        for label, stem, curve in zip(labels, stems, losses):
             style = {"color": SERIES[order.index(stem) % len(SERIES)], "linewidth": 1}
             style["linestyle"] = "-" if stem == label else "--"
-            lines[label] = (curves.steps[::every], losses[::every], style)
-        low, high = min(map(min, curves.losses)), max(map(max, curves.losses))
-        ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(curves.labels, curves.losses))
-        words = f"{curves.title}: last training loss {ends}."
+            lines[label] = (steps[::every], curve[::every], style)
+        low, high = min(map(min, losses)), max(map(max, losses))
+        ends = ", ".join(f"{n} {number(v[-1])}" for n, v in zip(labels, losses))
+        words = f"{title}: last training loss {ends}."
         legend, log = 2 if max(map(len, lines)) < 36 else 1, "y" if 0 < 5 * low < high else ""
-        shape = {"title": curves.title, "words": words, "log": log, "legend": legend}
+        shape = {"title": title, "words": words, "log": log, "legend": legend}
         figures.append(line_figure(lines, x="step", y="loss", **shape))
-    caption = "Training losses, one line per member; dashed: shuffled pairs."
-    return [Panels(figures, caption, "large")] if figures else []
+    if figures:
+        caption = "Training losses, one line per member; dashed: shuffled pairs."
+        yield Panels(figures, caption, "large")
 
 
-def time_section(run: Run) -> list[Block]:
-    """Returns what each stage took; other entries of timing.json are not stages."""
-    rates = {"rows a second": "rows_per_s", "tokens a second": "tokens_per_s"}
-    stages = {k: v for k, v in run.timing.items() if isinstance(v, dict) and "wall_s" in v}
+def time_section(run: Run) -> Iterator[Block]:
     rows = [
         {"stage": name, "seconds": number(stage["wall_s"], 1)}
-        | {title: number(stage.get(rate), 0) for title, rate in rates.items()}
-        for name, stage in stages.items()
+        | {f"{unit} a second": number(stage.get(f"{unit}_per_s"), 0) for unit in ("rows", "tokens")}
+        for name, stage in run.timing.items()
     ]
-    total = number(sum(stage["wall_s"] for stage in stages.values()), 1)
-    return [table(f"Wall time of each stage: {total} s in all", rows)] if rows else []
+    if rows:
+        total = number(sum(stage["wall_s"] for stage in run.timing.values()), 1)
+        yield table(f"Wall time of each stage: {total} s in all", rows)
 
 
-def words_section(run: Run) -> list[Block]:
-    """Returns the meanings of the names of scores and maps on this page."""
+def words_section(run: Run) -> Iterator[Block]:
     meanings = {heading(column.name): f"{column.meaning}." for column in SCORES if column.interval}
     meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
     meanings["A, B"] = "the source and the target of a map."
@@ -188,4 +179,4 @@ def words_section(run: Run) -> list[Block]:
         if importlib.util.find_spec(module):
             words = importlib.import_module(module).__doc__ or kind  # python -OO has no docstrings
             meanings[f"map {kind}"] = words.partition("\n")[0]
-    return [Facts(list(meanings.items()), "words")]
+    yield Facts(meanings.items(), "words")

@@ -42,7 +42,9 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
         "Limits": inputs.LIMITS,
         "Settings": [Details("All settings of the run", [Facts(inputs.settings(config))])],
     }
-    before, after = ([(t, html(b)) for t, b in x.items() if b] for x in (results, closing))
+    before, after = (
+        [(t, text) for t, b in x.items() if (text := html(b))] for x in (results, closing)
+    )
     *first, last = run.models
     text = template("page.html.j2").render(
         style=STYLE.read_text(encoding="utf-8"),

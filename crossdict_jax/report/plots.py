@@ -4,20 +4,16 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from crossdict_jax.report.tables import number
 from crossdict_jax.results import map_order
 
-# Stand-ins that matplotlib can write, and that the page replaces.
-INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-STRONG, WEAK, NONE = "#050501", "#050502", "#050503"
-SERIES = ("#060601", "#060602", "#060603", "#060604", "#060605", "#060606", "#060607")
-VARIABLES = {
-    **dict(zip((INK, MUTED, GRID, PAPER), ("--ink", "--muted", "--rule", "--paper"))),
-    **dict(zip((STRONG, WEAK, NONE), ("--strong", "--weak", "--none"))),
-    **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
-}
+# Colours that matplotlib can write, in place of these variables of the page's style sheet.
+VARIABLES = ("ink", "muted", "rule", "paper", "strong", "weak", "none")
+VARIABLES += tuple(f"series-{i}" for i in range(7))
+STAND_INS = [f"#{i:06}" for i in range(1, 1 + len(VARIABLES))]
+INK, MUTED, GRID, PAPER, STRONG, WEAK, NONE, *SERIES = STAND_INS
 DASHES = ("-", "--", "-.", ":")
 MAX_NAMES = 24  # in a legend: more cannot be read
 STYLE = {
@@ -37,9 +33,9 @@ STYLE = {
 
 @dataclasses.dataclass
 class Figure:
-    """One panel: its description for who cannot see it, and the drawing."""
+    """One panel."""
 
-    words: str
+    words: str  # for who cannot see it
     svg: str = ""
 
 
@@ -49,8 +45,8 @@ def drawing(
 ) -> Iterator[tuple]:
     """Yields (axes, figure): what is drawn on the axes is in the figure at the end of the block.
 
-    ``words`` describe the drawing, and keep its ids apart from others'; ``width`` and ``height``
-    are in inches. A legend of ``legend`` columns stands below the axes; 0 for none.
+    ``words`` also keep its ids apart from others'; ``width`` and ``height`` are in inches. A legend
+    of ``legend`` columns, if any, stands below the axes.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
@@ -65,40 +61,26 @@ def drawing(
             canvas.legend(loc="outside lower center", ncols=legend, columnspacing=1.4)
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    figure.svg = _inline(file.getvalue())
-
-
-def _inline(svg: str) -> str:
-    """Returns matplotlib's file as an element of the page: no prologue, no addresses, no ids."""
+    # An element of the page: no prologue, no addresses, no ids that nothing uses.
+    svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg, count=5)
     svg = svg.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r'\sid="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font(?:-size)?: ([\d.]+px)[^\"]*?sans-serif", r"font-size: \1", svg)
     # Inside tags only: printed numbers keep their digits.
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.strip()
+    for colour, variable in zip(STAND_INS, VARIABLES):
+        svg = svg.replace(colour, f"var(--{variable})")
+    figure.svg = svg.strip()
 
 
 def map_line(kind: str) -> dict:
     """Returns the colour and dashes of a kind of map: the same in every figure of every run."""
     order = map_order(kind)
     return {"color": SERIES[order % len(SERIES)], "linestyle": DASHES[order // len(SERIES)]}
-
-
-def plain_log(axis) -> None:
-    """Makes an axis logarithmic, its ticks plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1,) if high > 50 * low else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def line_figure(
@@ -121,15 +103,22 @@ def line_figure(
       levels: name -> y value of a level line.
       bottom: what lies below it is cut off.
     """
-    names = len(lines) + len(levels or {})
-    legend = legend if names <= MAX_NAMES else 0
+    from matplotlib.ticker import LogLocator
+
+    levels = levels or {}
+    legend = legend if len(lines) + len(levels) <= MAX_NAMES else 0
     with drawing(words, width=4.6, height=2.4, legend=legend) as (axes, figure):
         for name, (xs, ys, style) in lines.items():
-            axes.plot(xs, ys, **{"label": name, **style})
-        for i, (name, level) in enumerate((levels or {}).items()):
+            axes.plot(xs, ys, label=name, **style)
+        for i, (name, level) in enumerate(levels.items()):
             axes.axhline(level, color=MUTED, linestyle=(0, (4, 1 + 2 * i)), label=name)
-        for axis in log:
-            plain_log(getattr(axes, f"{axis}axis"))
+        for name in log:
+            axes.set(**{f"{name}scale": "log"})
+            axis = getattr(axes, f"{name}axis")
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1,) if high > 50 * low else (1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         axes.set(title=title, xlabel=x, ylabel=y)
         if bottom is not None:
             axes.set_ylim(bottom=max(bottom, min(0.0, axes.get_ylim()[0])))
@@ -137,13 +126,24 @@ def line_figure(
     return figure
 
 
-def histogram_figure(histogram: dict, *, title: str, x: str, words: str) -> Figure:
+def histogram_figure(histogram: dict, title: str, x: str) -> Figure:
     """Returns bars of a histogram of features {"edges": [n + 1], "counts": [n]}."""
+    total = sum(histogram["counts"])
+    words = f"Histogram of the {x} of the {total:.0f} features of {title}."
     with drawing(words, width=2.6, height=1.7) as (axes, figure):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)
         axes.set(title=title, xlabel=x, ylabel="features")
         axes.grid(axis="y")
     return figure
+
+
+def score_limits(lines: Iterable[dict], key: str, cut: float, top: float) -> tuple[float, float]:
+    """Returns an x axis for scores, intervals and nulls; what lies below ``cut`` is left out."""
+    keys = (key, f"{key}_low", f"{key}_high", f"shuffled.{key}")
+    values = [line[k] for line in lines for k in keys if line.get(k) is not None]
+    low, high = max(min([*values, 0.0]), cut), max([*values, top])
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin
 
 
 def score_figure(
@@ -161,24 +161,23 @@ def score_figure(
     ``scores`` is name -> (row with the score, its interval and ``shuffled.KEY``; colour); a score
     below the x axis's ``limits`` is written at its edge. ``references`` are vertical lines.
     """
-    low = limits[0]
+    keys, left = (key, f"shuffled.{key}", f"{key}_low", f"{key}_high"), limits[0]
+    values = {name: [row.get(k) for k in keys] for name, (row, _) in scores.items()}
     told = [
-        f"{name} {number(row.get(key), 2)} (shuffled {number(row.get(f'shuffled.{key}'), 2)})"
-        for name, (row, _) in scores.items()
+        f"{n} {number(x, 2)} (shuffled {number(null, 2)})" for n, (x, null, *_) in values.items()
     ]
     told += [f"{name} at {number(level, 2)}" for name, level in references.items()]
     words, height = f"{words}: {', '.join(told)}.", 0.75 + 0.24 * len(scores)
     with drawing(words, height=height) as (axes, figure):
-        for y, (row, colour) in enumerate(scores.values()):
-            score, null = row.get(key), row.get(f"shuffled.{key}")
+        for y, (name, (score, null, low, high)) in enumerate(values.items()):
+            colour = scores[name][1]
             if null is not None:
-                axes.plot(max(null, low), y, "x", color=MUTED, markersize=4.5, clip_on=False)
-            if score is not None and score < low:
-                axes.text(low, y, f" ◂ {number(score, 1)}", va="center", color=colour)
+                axes.plot(max(null, left), y, "x", color=MUTED, markersize=4.5, clip_on=False)
+            if score is not None and score < left:
+                axes.text(left, y, f" ◂ {number(score, 1)}", va="center", color=colour)
             elif score is not None:
-                if row.get(f"{key}_low") is not None:
-                    ends = max(row[f"{key}_low"], low), row[f"{key}_high"]
-                    axes.hlines(y, *ends, color=colour, linewidth=2)
+                if low is not None:
+                    axes.hlines(y, max(low, left), high, color=colour, linewidth=2)
                 axes.plot(score, y, "o", color=colour, markersize=5)
         style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         for dash, (name, level) in zip(DASHES, references.items()):

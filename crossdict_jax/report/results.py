@@ -1,18 +1,13 @@
 """The result files of a run in order: maps at layer pairs, beside their controls."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
 
+from crossdict_jax import results
 from crossdict_jax.errors import UserError
-from crossdict_jax.results import (
-    BASELINES,
-    TABLES,
-    by_pair,
-    map_order,
-    pair_of,
-    read_if_there,
-    site_words,
-)
+from crossdict_jax.results import BASELINES, by_pair, map_order, pair_of, site_words
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
 DIVERGED = 2.0  # FVU of a dictionary above which its training has diverged; the mean has 1
@@ -47,8 +42,8 @@ class Comparison:
 
     @property
     def fitted(self) -> list[dict]:
-        """The maps that read activations, where there is more than their null."""
-        return [n for n in self.lines if "pairing" in n and n["map"] not in BASELINES]
+        """The maps that read activations."""
+        return [line for line in self.lines if line["map"] not in BASELINES]
 
     def score(self, kind: str, key: str) -> float | None:
         """Returns a score of the first line of a kind of map."""
@@ -71,42 +66,41 @@ def at_least(row: dict, key: str) -> float | None:
     return row.get(key) if low is None else low
 
 
-@dataclasses.dataclass(frozen=True)
-class Curves:
-    """Training losses of one group: labels [members], steps [points], losses [members][points]."""
+def highest(rows: Iterable[dict], key: str) -> dict:
+    """Returns the row with the highest score, an empty one if none has the score."""
+    scored = [row for row in rows if row.get(key) is not None]
+    return max(scored, key=lambda row: row[key], default={})
 
-    title: str
-    labels: list[str]
-    steps: list[int]
-    losses: list[tuple[float, ...]]
+
+def directions(compared: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
+    """Groups layer pairs by source and target."""
+    return {pair: list(c) for pair, c in groupby(compared, lambda c: (c.source, c.target))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All results of a run; ``rows`` by file name without its ending."""
+    """All results of a run."""
 
     pairing: dict
     timing: dict
-    curves: list[Curves]
-    rows: dict[str, list[dict]]
+    curves: list[tuple[str, list[str], list[dict]]]  # (title, labels, metrics) of trainings
+    rows: dict[str, list[dict]]  # by file name without its ending
 
     @property
     def comparisons(self) -> list[Comparison]:
         return comparisons(self.rows["transfer"], self.rows["controls"])
 
-    def stitchings(self, *, together: bool = False) -> list[Comparison]:
-        """Returns those of single layer pairs, or of several at once (sites are joined by +)."""
-        return stitchings(self.rows["causal"], together=together)
-
-    @property
-    def diverged(self) -> set[tuple[str, str]]:
-        """(model, site) of dictionaries that are far worse than the mean."""
-        rows = self.rows["reconstruction"]
-        return {(r["model"], r["site"]) for r in rows if (r["fvu"] or 0) > DIVERGED}
-
     @property
     def models(self) -> list[str]:
         return list(dict.fromkeys(row["model"] for row in self.rows["reconstruction"]))
+
+
+def trainings(folder: Path) -> Iterator[tuple[str, list[str], list[dict]]]:
+    """Yields (group, labels of its members, rows of metrics.jsonl) of what is trained there."""
+    for path in sorted((folder / "training").glob("*/metrics.jsonl")):
+        members = read_json(path.with_name("members.json"), list)
+        if rows := read_jsonl(path):
+            yield path.parent.name, [member["label"] for member in members], rows
 
 
 def read_run(work: Workdir) -> Run:
@@ -124,18 +118,13 @@ def read_run(work: Workdir) -> Run:
     timing = read_json(work.timing) if work.timing.exists() else {}
     if work.controls.timing.exists():
         timing |= {f"{k}, controls": v for k, v in read_json(work.controls.timing).items()}
-    curves = []
-    for folder in (work.dictionaries, work.maps, work.crosscoders):
-        for path in sorted((folder / "training").glob("*/metrics.jsonl")):
-            points = [row for row in read_jsonl(path) if "loss" in row]
-            losses = [p["loss"] if isinstance(p["loss"], list) else [p["loss"]] for p in points]
-            members = read_json(path.with_name("members.json"), list)
-            labels = [member["label"] for member in members]
-            title = f"{folder.name.capitalize()}, group {path.parent.name}"
-            if points:
-                curves.append(Curves(title, labels, [p["step"] for p in points], [*zip(*losses)]))
-    files = [file for file in TABLES if "*" not in file]
-    rows = {file.removesuffix(".jsonl"): read_if_there(work, file) for file in files}
+    curves = [
+        (f"{folder.name.capitalize()}, group {name}", *curve)
+        for folder in (work.dictionaries, work.maps, work.crosscoders)
+        for name, *curve in trainings(folder)
+    ]
+    files = [file for file in results.TABLES if "*" not in file]
+    rows = {file.removesuffix(".jsonl"): results.read_if_there(work, file) for file in files}
     return Run(read_json(work.result("pairing.json")), timing, curves, rows)
 
 
@@ -144,7 +133,7 @@ def comparisons(rows: Iterable[dict], controls: Iterable[dict] = ()) -> list[Com
     beside: dict[tuple, dict] = {}
     for row in controls:
         scores = {f"{row['control']}.{key}": score for key, score in row.items()}
-        beside.setdefault((*pair_of(row), row.get("map")), {}).update(scores)
+        beside.setdefault((*pair_of(row), row["map"]), {}).update(scores)
     return [
         Comparison(*pair, [n | beside.get((*pair, n["map"]), {}) for n in _lines(group)])
         for pair, group in by_pair(rows).items()
@@ -152,13 +141,16 @@ def comparisons(rows: Iterable[dict], controls: Iterable[dict] = ()) -> list[Com
 
 
 def stitchings(rows: Iterable[dict], *, together: bool = False) -> list[Comparison]:
-    """Groups the stitching rows of causal.jsonl likewise, beside the target's controls."""
+    """Groups the stitching rows of causal.jsonl likewise, beside the target's controls.
+
+    Those of single layer pairs, or of several together (their sites are joined by +).
+    """
     rows = [row for row in rows if bool(row.get("sites")) == together]
     references: dict[tuple, dict] = {}
     for row in rows:
-        if row.get("control"):
+        if row["control"]:
             references.setdefault((row["target"], row["site_target"]), {})[row["control"]] = row
-    groups = by_pair(row for row in rows if row.get("map"))
+    groups = by_pair(row for row in rows if row["map"])
     return [
         Comparison(*pair, _lines(group), references.get((pair[1], pair[3]), {}))
         for pair, group in groups.items()

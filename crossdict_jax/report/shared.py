@@ -1,60 +1,70 @@
 """Sections about what dictionaries share: matched features, layers, crosscoders."""
 
+from collections.abc import Iterator
+
 from crossdict_jax.report.blocks import Block, Code, Panels
 from crossdict_jax.report.plots import INK, PAPER, STRONG, Figure, drawing
-from crossdict_jax.report.results import Run
-from crossdict_jax.report.tables import Cell, number, percent, score, scores, share, table
-from crossdict_jax.results import pair_of, pair_words, site_words
+from crossdict_jax.report.results import Run, highest
+from crossdict_jax.report.tables import Cell, heading, number, percent, score, scores, share, table
+from crossdict_jax.results import SIMILARITY, grouped, pair_of, pair_words, site_words
 
-MEASURES = {"cka": "CKA", "svcca": "SVCCA", "rsa": "RSA", "mutual_knn": "mutual kNN"}
 LATENTS = ("shared", "shared_confirmed", "exclusive", "exclusive_refuted", "exclusive_missed")
 MAX_LABELS = 12  # layers of a model beyond which a heat map prints no numbers
 INVENTED = 0.2  # least share of latents shared on shuffled rows that is told
 
 
 def funnels(run: Run) -> list[dict]:
-    """Returns the rows of matching.jsonl of aligned pairs, the null of KEY as ``shuffled.KEY``.
+    """Returns the aligned rows of matching.jsonl, the null of KEY as ``shuffled.KEY``.
 
     ``share`` is confirmed matches over the live features that could be matched.
     """
-    merged, nulls = [], {}
+    merged: dict[tuple, dict] = {}
     for row in run.rows["matching"]:
         live = min(row["live_source"], row["live_target"])
         row = row | {"share": row["confirmed"] / live if live else None}
-        if row["pairing"] == "aligned":
-            merged.append(row)
-        else:
-            nulls[pair_of(row)] = {f"shuffled.{key}": value for key, value in row.items()}
-    return [row | nulls.get(pair_of(row), {}) for row in merged]
+        prefix = "" if row["pairing"] == "aligned" else "shuffled."
+        merged.setdefault(pair_of(row), {}).update({prefix + k: v for k, v in row.items()})
+    return list(merged.values())
 
 
-def answer(run: Run) -> list[tuple[str, str]]:
-    """Returns one sentence with its heading, none without matching.jsonl."""
-    rows = funnels(run)
-    if not rows:
-        return []
-    row = max(rows, key=lambda row: row["confirmed"])
+def answer(run: Run) -> str:
+    """Returns the sentence about matched features, "" without matching.jsonl."""
+    row = highest(funnels(run), "confirmed")
+    if not row:
+        return ""
     confirmed, by_luck = row["confirmed"], row.get("shuffled.confirmed", 0)
-    text = (
+    if confirmed <= by_luck:
+        return (
+            "Negative result: held-out text confirms no more one-to-one pairs of features than "
+            f"shuffled pairs give ({number(confirmed)} against {number(by_luck)})."
+        )
+    return (
         f"At {site_words(row['site_source'], row['site_target'])}, with the highest count, "
         f"{number(confirmed)} features of {row['source']} have a partner in {row['target']} "
         f"that held-out text confirms beyond the token, {percent(row['share'], 0)} of those "
         f"that could (shuffled pairs: {number(by_luck)}); their mean correlation is "
         f"{number(row['r_test_confirmed'], 2)}."
     )
-    if confirmed <= by_luck:
-        text = (
-            "Negative result: held-out text confirms no more one-to-one pairs of features than "
-            f"shuffled pairs give ({number(confirmed)} against {number(by_luck)})."
-        )
-    return [("Which features", text)]
 
 
-def matching_section(run: Run) -> list[Block]:
-    """Returns how many features are matched one to one, and how many hold on held-out text."""
+def matching_section(run: Run) -> Iterator[Block]:
     rows = funnels(run)
     if not rows:
-        return []
+        return
+    yield (
+        "Features of two dictionaries are matched when each is the other’s partner by correlation "
+        "over the same rows of training text. On held-out text a match is significant when its "
+        "correlation beats circular shifts of one feature against the other; strong when it also "
+        "reaches the stated size; confirmed when, besides, it beats every shuffle among rows with "
+        "the same tokens."
+    )
+    row = rows[0]
+    caption = (
+        f"From live features to confirmed pairs ({row['method'].replace('_', ' ')}): matched on "
+        f"{number(row['n_rows_train'])} training rows, confirmed on {number(row['n_rows_test'])} "
+        f"held-out rows at a false discovery rate of {percent(row['fdr'], 0)}; strong from r "
+        f"{number(row['minimum_r'], 1)}; ×: shuffled pairs"
+    )
     counts = [
         {"dictionaries": pair_words(row, "↔")}
         | scores(row, "live_source", "live_target")
@@ -63,65 +73,47 @@ def matching_section(run: Run) -> list[Block]:
         | scores(row, "r_train", "r_test", "r_token", null="shuffled.")
         for row in rows
     ]
-    row = rows[0]
-    caption = (
-        f"From live features to confirmed pairs ({row['method'].replace('_', ' ')}): matched on "
-        f"{number(row['n_rows_train'])} training rows, confirmed on {number(row['n_rows_test'])} "
-        f"held-out rows at a false discovery rate of {percent(row['fdr'], 0)}; strong from r "
-        f"{number(row['minimum_r'], 1)}; ×: shuffled pairs"
-    )
-    blocks: list[Block] = [
-        "Two features of two dictionaries are matched when each is the other’s partner by their "
-        "correlation over the same rows of training text. On held-out text a match is significant "
-        "when its correlation beats circular shifts of one feature against the other; strong when "
-        "it also reaches the stated size; and confirmed when, besides, it beats every shuffle "
-        "among rows with the same tokens.",
-        table(caption, counts),
-    ]
+    yield table(caption, counts)
     directions = []
     for row in (row for row in run.rows["similarity"] if row["kind"] == "decoders"):
         cells = {"dictionaries": pair_words(row, "↔"), "confirmed pairs": score(row, "n_features")}
-        for key, title in MEASURES.items():
+        for key in SIMILARITY:
             value, p, null = (number(row[f"{key}{end}"], 2) for end in ("", "_p", "_null"))
-            cells[title] = Cell(value, f"p {p}", null)
+            cells[heading(key)] = Cell(value, f"p {p}", null)
         directions.append(cells)
     if directions:
-        caption = "Decoder directions of confirmed pairs; ×: the mean of random matchings of them"
-        blocks += [
+        yield (
             "Do the directions that confirmed pairs write lie alike in both models? With fewer "
-            "pairs than dimensions SVCCA is near 1 whatever is compared: only its distance to "
-            "random matchings counts.",
-            table(caption, directions),
-        ]
-    return blocks
+            "pairs than dimensions SVCCA is always near 1: only its distance to random matchings "
+            "counts."
+        )
+        caption = "Decoder directions of confirmed pairs; ×: the mean of random matchings of them"
+        yield table(caption, directions)
 
 
-def layers_section(run: Run) -> list[Block]:
-    """Returns how alike the layers of two models are, and the proposed layer pairs."""
+def layers_section(run: Run) -> Iterator[Block]:
     rows = [row for row in run.rows["similarity"] if row["kind"] == "layers"]
     if not rows:
-        return []
-    blocks: list[Block] = [
+        return
+    yield (
         "How alike are the models’ activations at the same held-out positions, layer by layer? "
-        "These measures need no dictionary and no map. They do not change (RSA hardly) when a "
-        "model’s space is rotated, and a high score is no promise that features match."
-    ]
-    caption = (
-        "Every layer of one model (down) with every layer of the other (across); the darker, the "
-        "more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN are "
-        "not: compare with the shuffled rows."
+        "These measures need no dictionary and no map, and do not change (RSA hardly) when a "
+        "model’s space is rotated. A high score is no promise that features match."
     )
-    for models in dict.fromkeys(pair_of(row)[:2] for row in rows):
-        group = [row for row in rows if pair_of(row)[:2] == models]
-        blocks.append(Panels([heat_map(group, measure) for measure in MEASURES], caption))
+    for group in grouped(rows, "source", "target").values():
+        yield Panels(
+            [heat_map(group, measure) for measure in SIMILARITY],
+            "Every layer of one model (down) with every layer of the other (across); the darker, "
+            "the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN "
+            "are not: compare with the shuffled rows.",
+        )
     for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
-        blocks += [
+        yield (
             f"The layers of {row['target']} that suit those of {row['source']} best by CKA, in "
             f"their order, have a mean CKA of {number(row['cka'], 2)}; those of this run "
-            f"{number(row['cka_of_run'], 2)}. To run with them:",
-            Code(f"--config.layer_pairs={row['layer_pairs']}"),
-        ]
-    return blocks
+            f"{number(row['cka_of_run'], 2)}. To run with them:"
+        )
+        yield Code(f"--config.layer_pairs={row['layer_pairs']}")
 
 
 def heat_map(rows: list[dict], measure: str) -> Figure:
@@ -130,7 +122,7 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
 
     values = {pair_of(row)[2:]: row[measure] for row in rows}
     source, target = (list(dict.fromkeys(sites)) for sites in zip(*values))
-    (a, b), name = pair_of(rows[0])[:2], MEASURES[measure]
+    (a, b), name = pair_of(rows[0])[:2], heading(measure)
     null = number(sum(row[f"{measure}_null"] for row in rows) / len(rows), 2)
     # One colour, the value as opacity: one drawing for light and dark.
     shades = ListedColormap([(*to_rgb(STRONG), i / 100) for i in range(101)])
@@ -140,7 +132,7 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
         f"at {site_words(*best)}; shuffled rows {null} on average."
     )
     with drawing(told, height=0.7 + 2.5 * len(source) / len(target)) as (axes, figure):
-        grid = [[values.get((s, t), 0.0) for t in target] for s in source]
+        grid = [[values[s, t] for t in target] for s in source]
         axes.pcolormesh(grid, cmap=shades, vmin=0, vmax=1)
         if max(len(source), len(target)) <= MAX_LABELS:
             style = {"ha": "center", "va": "center", "size": 6}
@@ -157,27 +149,24 @@ def heat_map(rows: list[dict], measure: str) -> Figure:
     return figure
 
 
-def crosscoder_section(run: Run) -> list[Block]:
-    """Returns what joint codes of all models explain, and whose their latents are."""
+def crosscoder_section(run: Run) -> Iterator[Block]:
     rows = run.rows["crosscoder"]
     if not rows:
-        return []
-    blocks: list[Block] = [
+        return
+    yield (
         "A crosscoder writes the activations of all models as one sparse code. FVU is what it "
-        "leaves of a model’s held-out variance when all models are shown to it, the model alone, "
-        "or all others. A latent is shared when its decoder norm in every model is at least a "
-        "quarter of its largest, exclusive when only one model’s is. By Latent Scaling against "
-        "circular shifts a shared latent is confirmed when it explains every model, an exclusive "
-        "one refuted when another model shows it too. On shuffled rows nothing is shared, between "
-        "a model and its copy everything is: what those rows say besides is what the method "
-        "invents."
-    ]
-    for all_sites in dict.fromkeys(row["sites"] for row in rows):
-        of_sites = [row for row in rows if row["sites"] == all_sites]
+        "leaves of a model’s held-out variance when it is shown all models, this one, or all "
+        "others. A latent is shared when its decoder norm in every model is at least a quarter of "
+        "its largest, exclusive when only one model’s is. By Latent Scaling against circular "
+        "shifts a shared latent is confirmed when it explains every model, an exclusive one "
+        "refuted when another model shows it too. On shuffled rows nothing is shared, between a "
+        "model and its copy everything: what those rows say besides is what the method invents."
+    )
+    for (all_sites,), of_sites in grouped(rows, "sites").items():
         sites = ", ".join(dict.fromkeys(all_sites.split()))
         invented = max((r["shared"] for r in of_sites if r["pairing"] == "shuffled"), default=0)
         if invented > INVENTED:
-            blocks.append(
+            yield (
                 f"Trained on shuffled rows, where nothing is shared, {percent(invented, 0)} of the "
                 f"latents still pass as shared ({sites}): decoder norms say little here. More "
                 "steps, or a lower drop probability, separate them."
@@ -188,5 +177,4 @@ def crosscoder_section(run: Run) -> list[Block]:
             | scores(row, "dead_fraction", *LATENTS, cell=share)
             for row in of_sites
         ]
-        blocks.append(table(f"One code of all models, {sites}", codes))
-    return blocks
+        yield table(f"One code of all models, {sites}", codes)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
 NUMERIC = {*"0123456789−–●◐○", ""}  # how the text of a number begins
-# verdict -> (style, sign); the sign is for who cannot see the colour.
+# verdict -> (style, sign for who cannot see the colour, colour)
 VERDICTS = {
-    BEATS_TOKEN: ("strong", "●"),
-    BEATS_MEAN: ("weak", "◐"),
-    NO_BETTER: ("none", "○"),
+    BEATS_TOKEN: ("strong", "●", "blue"),
+    BEATS_MEAN: ("weak", "◐", "ochre"),
+    NO_BETTER: ("none", "○", "grey"),
 }
 TITLES = {
     "width": "features",
@@ -29,80 +29,8 @@ TITLES = {
     "specific_random_at_kl": "over random, equal KL",
     "untrained": "re-initialised",
 }
-ABBREVIATIONS = {x.lower(): x for x in ("FVU", "L0", "CE", "KL")}
+ABBREVIATIONS = {x.lower(): x for x in ("FVU", "L0", "CE", "KL", "CKA", "SVCCA", "RSA", "kNN")}
 ABBREVIATIONS |= {"r2": "R²", "top1": "top-1", "sae": "dictionary"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One entry of a table."""
-
-    text: str  # the value as printed
-    note: str = ""  # its interval, printed small beside it
-    null: str = ""  # the same score where nothing is shared, printed below
-    style: str = ""  # a class of the page's style sheet
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column: its title, and whether it is set to the right."""
-
-    title: str
-    numeric: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A caption, columns, and rows of cells; the first cell of a row is its heading."""
-
-    caption: str
-    columns: list[Column]
-    rows: list[list[Cell]]
-
-
-def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
-    """Returns a table whose columns are the keys of the rows; columns of numbers are set right."""
-    rows = [{t: c if isinstance(c, Cell) else Cell(c) for t, c in row.items()} for row in rows]
-    columns = [
-        Column(title, all(row[title].text[:1] in NUMERIC for row in rows))
-        for title in (rows[0] if rows else ())
-    ]
-    return Table(caption, columns, [list(row.values()) for row in rows])
-
-
-def score(row: dict, key: str, digits: int = 3, *, null: str = "") -> Cell:
-    """Returns a number of a result row, its interval if any, and its null, of key ``null``."""
-    below = number(row[null], digits) if null in row else ""
-    return Cell(number(row.get(key), digits), interval(row, key, digits), below)
-
-
-def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
-    """Returns a share of a result row in percent, likewise."""
-    below = percent(row[null], digits) if null in row else ""
-    return Cell(percent(row.get(key), digits), interval(row, key, digits, percent), below)
-
-
-def scores(row: dict, *keys: str, cell: Callable = score, null: str = "") -> dict[str, Cell]:
-    """Returns columns of a result row as cells by their titles; nulls have the prefix ``null``."""
-    return {heading(key): cell(row, key, null=null and f"{null}{key}") for key in keys}
-
-
-def show(tables: Iterable[Table], width: int = 160) -> None:
-    """Prints tables on the terminal; ``width`` characters wide where it has no width."""
-    from rich.console import Console
-    from rich.table import Table as Printed
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=width)
-    for table in tables:
-        printed = Printed(box=None, pad_edge=False)
-        for column in table.columns:
-            printed.add_column(column.title, justify="right" if column.numeric else "left")
-        for row in table.rows:  # notes beside their values
-            printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
-        console.print(Text(table.caption, style="italic"), printed, sep="\n")
 
 
 def number(value, digits: int = 3) -> str:
@@ -126,9 +54,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 def interval(row: dict, key: str, digits: int = 3, text: Callable = number) -> str:
     """Returns "[low, high]" of a score, or nothing when the row has no interval."""
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    if low is None or high is None:
-        return ""
-    return f"[{text(low, digits)}, {text(high, digits)}]"
+    return "" if low is None or high is None else f"[{text(low, digits)}, {text(high, digits)}]"
 
 
 def heading(key: str) -> str:
@@ -138,3 +64,65 @@ def heading(key: str) -> str:
     title = TITLES.get(stem) or " ".join(ABBREVIATIONS.get(w, w) for w in stem.split("_"))
     title += "" if stem == column else ", normalised"
     return f"{title}, {TITLES.get(control, control)}" if control else title
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One entry of a table."""
+
+    text: str  # the value as printed
+    note: str = ""  # its interval, printed small beside it
+    null: str = ""  # the same score where nothing is shared, printed below
+    style: str = ""  # a class of the page's style sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table; the first cell of a row is its heading."""
+
+    caption: str
+    titles: list[str]  # of the columns
+    numeric: list[bool]  # which columns are set to the right
+    rows: list[list[Cell]]
+
+
+def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
+    """Returns a table whose columns are the keys of the rows."""
+    rows = list(rows)
+    cells = [[c if isinstance(c, Cell) else Cell(c) for c in row.values()] for row in rows]
+    numeric = [all(cell.text[:1] in NUMERIC for cell in column) for column in zip(*cells)]
+    return Table(caption, list(rows[0]) if rows else [], numeric, cells)
+
+
+def score(row: dict, key: str, digits: int = 3, *, null: str = "", text: Callable = number) -> Cell:
+    """Returns a number of a result row, its interval if any, and its null, of key ``null``."""
+    below = text(row[null], digits) if null in row else ""
+    return Cell(text(row.get(key), digits), interval(row, key, digits, text), below)
+
+
+def share(row: dict, key: str, digits: int = 0, *, null: str = "") -> Cell:
+    """Returns a share of a result row in percent, likewise."""
+    return score(row, key, digits, null=null, text=percent)
+
+
+def scores(row: dict, *keys: str, cell: Callable = score, null: str = "") -> dict[str, Cell]:
+    """Returns columns of a result row as cells by their titles; nulls have the prefix ``null``."""
+    return {heading(key): cell(row, key, null=null and f"{null}{key}") for key in keys}
+
+
+def show(tables: Iterable[Table], width: int = 160) -> None:
+    """Prints tables on the terminal; ``width`` characters wide where it has no width."""
+    from rich.console import Console
+    from rich.table import Table as Printed
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=width)
+    for table in tables:
+        printed = Printed(box=None, pad_edge=False)
+        for title, numeric in zip(table.titles, table.numeric):
+            printed.add_column(title, justify="right" if numeric else "left")
+        for row in table.rows:  # notes beside their values
+            printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
+        console.print(Text(table.caption, style="italic"), printed, sep="\n")

@@ -2,15 +2,21 @@
 
 import textwrap
 from collections import Counter
-from itertools import groupby
 
 from crossdict_jax.report import causal, shared
-from crossdict_jax.report.answer import best
+from crossdict_jax.report.answer import best_by_direction
 from crossdict_jax.report.inputs import coverage, fvu
-from crossdict_jax.report.results import Comparison, Run, read_run, stitchings
+from crossdict_jax.report.results import (
+    DIVERGED,
+    Comparison,
+    Run,
+    highest,
+    read_run,
+    stitchings,
+    trainings,
+)
 from crossdict_jax.report.tables import (
     VERDICTS,
-    Cell,
     Table,
     interval,
     number,
@@ -20,8 +26,8 @@ from crossdict_jax.report.tables import (
     show,
     table,
 )
-from crossdict_jax.results import LINEAR_MAPS, map_order, pair_of, read_if_there
-from crossdict_jax.workdir import Workdir, read_json, read_jsonl
+from crossdict_jax.results import LINEAR_MAPS, by_pair, map_order, read_if_there
+from crossdict_jax.workdir import Workdir, read_json
 
 WIDTH = 118  # characters, where the output is no terminal
 MAX_PAIRS = 8  # more do not fit a screen: then each direction's best one
@@ -35,13 +41,11 @@ def pairing_table(work: Workdir) -> None:
 def training_table(work: Workdir) -> None:
     """Prints the last metrics of dictionaries, means over those that were trained together."""
     rows, keys = [], ("loss", "fvu", "l0", "dead_fraction")
-    for path in sorted((work.dictionaries / "training").glob("*/metrics.jsonl")):
-        for last in read_jsonl(path)[-1:]:
-            n = len(read_json(path.with_name("members.json"), list))
-            means = {key: sum(last[key]) / n for key in keys if isinstance(last.get(key), list)}
-            cells = {"trained together": path.parent.name, "members": number(n)}
-            cells |= {"steps": number(last["step"] + 1)} | scores(means, *keys)
-            rows.append(cells | {"FVU": fvu(means)})
+    for group, labels, (*_, last) in trainings(work.dictionaries):
+        means = {key: sum(last[key]) / len(labels) for key in keys if key in last}
+        cells = {"trained together": group, "members": number(len(labels))}
+        cells |= {"steps": number(last["step"] + 1)} | scores(means, *keys)
+        rows.append(cells | {"FVU": fvu(means)})
     show([table("Dictionaries: last training metrics, means", rows)] if rows else [], WIDTH)
 
 
@@ -49,27 +53,21 @@ def map_table(work: Workdir) -> None:
     """Prints how many maps of each kind were fitted, on aligned and on shuffled pairs."""
     fitted = Counter(folder.name for folder in work.maps.glob("*-to-*/*/*") if folder.is_dir())
     kinds = sorted({name.removesuffix("-shuffled") for name in fitted}, key=map_order)
+    names = {"fitted": "", "on shuffled pairs": "-shuffled"}
     counts = [
-        {
-            "map": k,
-            "fitted": number(fitted[k]),
-            "on shuffled pairs": number(fitted[f"{k}-shuffled"]),
-        }
-        for k in kinds
+        {"map": k} | {title: number(fitted[k + end]) for title, end in names.items()} for k in kinds
     ]
     show([table("Maps", counts)], WIDTH)
 
 
 def causal_table(work: Workdir) -> None:
     """Prints the best stitched map beside its controls, and how many single features transfer."""
-    rows, features = [], {}
-    for row in read_if_there(work, "feature_causal_summary.jsonl"):
-        if row["direction"] != "match":
-            other = features.get(pair_of(row), row)
-            features[pair_of(row)] = max(other, row, key=lambda row: row["share_transferring"])
+    summary, rows = read_if_there(work, "feature_causal_summary.jsonl"), []
+    tested = by_pair(row for row in summary if row["direction"] != "match")
     for s in fitting(stitchings(read_if_there(work, "causal.jsonl")), "loss_recovered"):
-        _, line = best([s], "loss_recovered") or (s, {})
-        row = features.get((s.source, s.target, s.site_source, s.site_target))
+        line = highest(s.fitted, "loss_recovered")
+        pair = (s.source, s.target, s.site_source, s.site_target)
+        single = highest(tested.get(pair, []), "share_transferring")
         rows.append(
             {
                 "direction": f"{s.source} → {s.target}\n{s.sites}",
@@ -78,8 +76,8 @@ def causal_table(work: Workdir) -> None:
                 "shuffled": share(line, "shuffled.loss_recovered"),
                 "mean": percent(s.reference("mean"), 0),
                 "own dictionary": percent(s.reference("own_sae"), 0),
-                "single features": "{n_transferring} of {n_features}, {direction}".format(**row)
-                if row
+                "single features": "{n_transferring} of {n_features}, {direction}".format(**single)
+                if single
                 else "–",
             }
         )
@@ -91,8 +89,7 @@ def fitting(compared: list[Comparison], key: str) -> list[Comparison]:
     """Returns all layer pairs if they fit a screen, else each direction's best one."""
     if len(compared) <= MAX_PAIRS:
         return compared
-    groups = groupby(compared, key=lambda c: (c.source, c.target))
-    return [pick[0] for _, group in groups if (pick := best(group, key))]
+    return [comparison for comparison, _ in best_by_direction(compared, key)]
 
 
 def gates_table(gates: list[dict], *, missed: bool = False) -> Table:
@@ -102,12 +99,16 @@ def gates_table(gates: list[dict], *, missed: bool = False) -> Table:
         head = {"gate": gate["gate"], "number": f"{gate['what']} {gate['note']}".strip()}
         rows.append(head | {"value": "", "bound": "", "pass": words[gate["passed"]]})
         for check in (c for c in gate["checks"] if not (missed and c["passed"])):
-            value = "–" if check["value"] is None else f"{check['value']:.4g}"
-            row = {"gate": "", "number": check["what"], "value": value, "bound": "", "pass": ""}
-            if check["relation"]:
-                row["bound"] = f"{check['relation']} {check['bound']:.4g}"
-                row["pass"] = words[check["passed"]]
-            rows.append(row)
+            value, bounded = check["value"], check["relation"]
+            rows.append(
+                {
+                    "gate": "",
+                    "number": check["what"],
+                    "value": "–" if value is None else f"{value:.4g}",
+                    "bound": f"{bounded} {check['bound']:.4g}" if bounded else "",
+                    "pass": words[check["passed"]] if bounded else "",
+                }
+            )
     return table("gates", rows)
 
 
@@ -119,7 +120,7 @@ def summary_table(work: Workdir) -> None:
     """
     run = read_run(work)
     show([main_table(run)], WIDTH)
-    for _, sentence in (*shared.answer(run), *causal.answer(run)):
+    for sentence in filter(None, (shared.answer(run), causal.answer(run))):
         print(textwrap.fill(sentence, WIDTH))
     for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
         print(
@@ -137,38 +138,39 @@ def main_table(run: Run) -> Table:
     pairs and of the best ceiling; and the share of the loss that the best stitched map recovers.
     """
 
-    def highest(lines: list[dict], key: str, *, named: bool = False) -> Cell:
+    def best(lines: list[dict], key: str = "r2", *, named: bool = False) -> str:
         """The highest score of some maps, its interval in a second line."""
-        scored = [line for line in lines if line.get(key) is not None]
-        line = max(scored, key=lambda line: line[key], default={})
-        _, sign = VERDICTS.get(line.get("verdict"), ("", ""))
+        line = highest(lines, key)
+        _, sign, _ = VERDICTS.get(line.get("verdict"), ("", "", ""))
         name = f" {line.get('map', '')} {sign}" if named else ""
-        return Cell(f"{number(line.get(key))}{name}\n{interval(line, key, 2)}")
+        return f"{number(line.get(key))}{name}\n{interval(line, key, 2)}"
 
-    compared, stitchings = fitting(run.comparisons, "r2"), {s.name: s for s in run.stitchings()}
-    rows = []
+    compared, rows = fitting(run.comparisons, "r2"), []
+    stitched = {s.name: s for s in stitchings(run.rows["causal"])}
+    dictionaries = run.rows["reconstruction"]
+    diverged = {(d["model"], d["site"]) for d in dictionaries if (d["fvu"] or 0) > DIVERGED}
     for c in compared:
-        stitching = stitchings.get(c.name, c)
-        pick = best([stitching], "loss_recovered")
-        recovered, mean = pick[1]["loss_recovered"] if pick else None, stitching.reference("mean")
+        stitching = stitched.get(c.name, c)
+        recovered = highest(stitching.fitted, "loss_recovered").get("loss_recovered")
         linear = [line for line in c.fitted if line["map"] in LINEAR_MAPS]
         rest = [line for line in c.fitted if line not in linear]
         ends = {(c.source, c.site_source), (c.target, c.site_target)}
-        warning = "⚠ " if ends & run.diverged else ""
+        warning = "⚠ " if ends & diverged else ""
         rows.append(
             {
                 "direction": f"{warning}{c.source} → {c.target}\n{c.sites}",
                 "mean": number(c.score("mean", "r2")),
-                "token": highest([line for line in c.lines if line["map"] == "token"], "r2"),
-                "best linear": highest(linear, "r2", named=True),
-                "best nonlinear": highest(rest, "r2", named=True),
-                "shuffled": highest(c.fitted, "shuffled.r2").text.partition("\n")[0],
-                "ceiling": highest(c.lines, "ceiling.r2"),
-                "loss rec.": f"{percent(recovered, 0)}\nmean {percent(mean, 0)}",
+                "token": best([line for line in c.lines if line["map"] == "token"]),
+                "best linear": best(linear, named=True),
+                "best nonlinear": best(rest, named=True),
+                "shuffled": number(highest(c.fitted, "shuffled.r2").get("shuffled.r2")),
+                "ceiling": best(c.lines, "ceiling.r2"),
+                "loss rec.": f"{percent(recovered, 0)}\n"
+                f"mean {percent(stitching.reference('mean'), 0)}",
             }
         )
-    signs = ", ".join(f"{sign} {words}" for words, (_, sign) in VERDICTS.items())
-    signs += ", ⚠ diverged dictionary" if run.diverged else ""
+    signs = ", ".join(f"{sign} {words}" for words, (_, sign, _) in VERDICTS.items())
+    signs += ", ⚠ diverged dictionary" if diverged else ""
     if len(compared) < len(run.comparisons):
         signs += f"; each direction at the best of {len(run.comparisons)} layer pairs in all"
     return table(f"R² on held-out documents [95 %]; {signs}", rows)

@@ -1,10 +1,10 @@
 """Sections about maps between models: transfer, single features, controls."""
 
-from itertools import groupby
+from collections.abc import Iterator
 
 from crossdict_jax.report.blocks import Block, Facts, Heading, Panels, hidden
-from crossdict_jax.report.plots import MUTED, NONE, STRONG, WEAK, Figure, score_figure
-from crossdict_jax.report.results import Comparison, Run
+from crossdict_jax.report.plots import MUTED, NONE, STRONG, WEAK, Figure, score_figure, score_limits
+from crossdict_jax.report.results import Comparison, Run, directions
 from crossdict_jax.report.tables import (
     VERDICTS,
     Cell,
@@ -19,8 +19,6 @@ from crossdict_jax.report.tables import (
 from crossdict_jax.results import BASELINES, by_pair, pair_words
 
 COLOURS = {"strong": STRONG, "weak": WEAK, "none": NONE, "": MUTED}
-COLOUR_NAMES = {"strong": "blue", "weak": "ochre", "none": "grey"}
-CONTROLS = ("ceiling.", "untrained.")
 SCORES = (  # of a map, as its table shows them
     *("r2", "context_gain", "cosine", "cosine_mean_predictor", "cosine_centered", "top1"),
     *("mean_rank", "feature_correlation", "sparsity_similarity", "l0_predicted"),
@@ -31,33 +29,28 @@ def verdict(line: dict) -> tuple[str, str, str]:
     """Returns (style, sign, words) of a map's verdict; baselines have neither style nor sign."""
     if line["map"] in BASELINES:
         return "", "", "baseline"
-    words = line.get("verdict") or "–"
-    return *VERDICTS.get(words, ("", "")), words
+    style, sign, _ = VERDICTS[line["verdict"]]
+    return style, sign, line["verdict"]
 
 
-def transfer_section(run: Run) -> list[Block]:
-    """Returns every score of every map, direction by direction, beside its null."""
-    key = [(f"{sign} {words}", COLOUR_NAMES[style]) for words, (style, sign) in VERDICTS.items()]
-    blocks: list[Block] = [
-        "Every map predicts the target’s features from the source at the same position of the "
-        "text, fitted on training documents and scored on held-out ones. The null (×) is the same "
-        "map fitted and scored on shuffled pairs, where nothing can be shared. The verdict, from "
-        "paired bootstrap differences, compares each map with the two that need no activations: "
-        "the mean, and the table of token means.",
-        Facts(key),
-    ]
-    for (source, target), group in groupby(run.comparisons, key=lambda c: (c.source, c.target)):
-        group = list(group)
-        caption = (
+def transfer_section(run: Run) -> Iterator[Block]:
+    yield (
+        "Every map predicts the target’s features from the source at the same text position, "
+        "fitted on training documents and scored on held-out ones. The null (×) is the same map "
+        "fitted and scored on shuffled pairs, where nothing is shared. Verdicts compare each map, "
+        "by paired bootstrap, with the two that need no activations: the mean, and the table of "
+        "token means."
+    )
+    yield Facts([(f"{sign} {words}", colour) for words, (_, sign, colour) in VERDICTS.items()])
+    for (source, target), group in directions(run.comparisons).items():
+        yield Heading(f"{source} → {target}")
+        yield Panels(
+            [r2_figure(c, group) for c in group],
             f"R² of each map from {source} to {target}, with 95 % intervals over documents. "
-            "Crosses: the same map on shuffled pairs. Lines: the mean (R² 0), and the source’s "
-            "token map, which a map must pass to show shared context. Colours are verdicts."
+            "Crosses: the null. Lines: the mean (R² 0), and the source’s token map, which a map "
+            "must pass to show shared context. Colours are verdicts.",
         )
-        limits = r2_limits(group)
-        figures = [r2_figure(c, limits) for c in group]
-        blocks += [Heading(f"{source} → {target}"), Panels(figures, caption)]
-        blocks += map(transfer_table, group)
-    return blocks
+        yield from map(transfer_table, group)
 
 
 def transfer_table(comparison: Comparison) -> Table:
@@ -67,45 +60,44 @@ def transfer_table(comparison: Comparison) -> Table:
         style, sign, text = verdict(line)
         cells = {"map, verdict": Cell(line["map"], f"{sign} {text}".strip(), style=style)}
         rows.append(cells | scores(line, *SCORES, null="shuffled."))
-    pool = row.get("pool") or row.get("shuffled.pool")
+    pool = row["pool"]
     top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
     caption = (
-        f"{comparison.name}: {number(row.get('n_rows'))} rows of {number(row.get('n_documents'))} "
-        f"held-out documents; retrieval pool {number(pool)}, by chance top-1 {top1} and mean rank "
-        f"{rank}; L0 of the source {number(row.get('l0_source'), 1)}, of the target "
-        f"{number(row.get('l0_target'), 1)}"
+        f"{comparison.name}: {number(row['n_rows'])} rows of {number(row['n_documents'])} held-out "
+        f"documents; retrieval pool {number(pool)}, by chance top-1 {top1} and mean rank {rank}; "
+        f"L0 of the source {number(row['l0_source'], 1)}, of the target "
+        f"{number(row['l0_target'], 1)}"
     )
     return table(caption, rows)
 
 
-def r2_limits(group: list[Comparison]) -> tuple[float, float]:
-    """Returns one x axis for all panels of a direction; far below zero is cut, and marked."""
-    keys = ("r2", "r2_low", "r2_high", "shuffled.r2")
-    values = [line[k] for c in group for line in c.lines for k in keys if line.get(k) is not None]
-    low, high = max(min([*values, 0.0]), -0.5), max([*values, 0.1])
-    margin = 0.06 * (high - low)
-    return low - margin, high + margin
-
-
-def r2_figure(comparison: Comparison, limits: tuple[float, float]) -> Figure:
-    """Returns R² with its interval per map, the shuffled null as a cross, the token as a line."""
+def r2_figure(comparison: Comparison, group: list[Comparison]) -> Figure:
+    """Returns R² of every map, its null and the token's, on one x axis for all of the group."""
     return score_figure(
         {line["map"]: (line, COLOURS[verdict(line)[0]]) for line in comparison.lines},
         "r2",
         title=comparison.sites,
         x="R² on held-out documents",
         words=f"R², {comparison.name}",
-        limits=limits,
+        limits=score_limits([line for c in group for line in c.lines], "r2", -0.5, 0.1),
         references={"mean": 0.0, "token": comparison.score("token", "r2")},
     )
 
 
-def features_section(run: Run) -> list[Block]:
-    """Returns which of the target’s features are predicted best and worst, and in which bins."""
+def features_section(run: Run) -> Iterator[Block]:
     rows = run.rows["feature_transfer"]
     if not rows:
-        return []
-    single = by_pair(row for row in rows if row["row"] == "feature")
+        return
+    yield (
+        "Which of the target’s features that fire on at least 20 held-out rows can be computed "
+        "from the source, and which cannot, by the map with the highest R² on validation rows? "
+        "Extremes of many are flattered by the choice; the small R² is that of validation rows, "
+        "which had no part in it. The token that fires is in «»; ⏎ ends a line. A driver’s number "
+        "is its effect: by how many standard deviations the feature moves with the source feature, "
+        "from the map’s mean Jacobian over held-out rows (exact where it is affine), through the "
+        "source’s decoder for a map that reads activations."
+    )
+    yield from map(features_table, by_pair(r for r in rows if r["row"] == "feature").values())
     bins = [
         {"direction": pair_words(row), "map": row["map"], "bins of": heading(row["row"])}
         | {"from": number(row["low"]), "to": number(row["high"])}
@@ -113,18 +105,7 @@ def features_section(run: Run) -> list[Block]:
         for row in rows
         if row["row"] != "feature"
     ]
-    return [
-        "Which of the target’s features that fire on at least 20 held-out rows can be computed "
-        "from the source, and which cannot, by the map with the highest R² on validation rows? The "
-        "extremes of many are flattered by the choice: the small number beside each R² is that of "
-        "the validation rows, which had no part in it. The token that fires is in angle "
-        "quotes; ⏎ is a line’s end. A driver’s number is its effect: by how many standard "
-        "deviations the feature moves with the source feature, from the mean Jacobian of the map "
-        "over held-out rows (exact where it is affine), through the source’s decoder for a map "
-        "that reads activations.",
-        *map(features_table, single.values()),
-        hidden(table("Features in bins of firing frequency and of token share", bins)),
-    ]
+    yield hidden(table("Features in bins of firing frequency and of token share", bins))
 
 
 def features_table(rows: list[dict]) -> Table:
@@ -135,15 +116,14 @@ def features_table(rows: list[dict]) -> Table:
         first, *others = [text.replace("\n", "⏎").replace("\t", "⇥") for text in texts]
         style, match = "strong" if row["rank"] == "most" else "none", row["match"]
         drivers = []
-        for driven in row["attributions"]:
-            effects = ", ".join(
-                f"#{d['feature']} {number(d['effect'], 2)}" for d in driven["drivers"]
-            )
+        for driven in (d for d in row["attributions"] if d["drivers"]):
+            effects = [f"#{d['feature']} {number(d['effect'], 2)}" for d in driven["drivers"]]
             notes = ["exact"] if driven["exact"] else []
             if driven["stability"] is not None:
                 notes.append(f"stability {number(driven['stability'], 2)}")
             note = f" ({', '.join(notes)})" if notes else ""
-            drivers += [f"{driven['map']}: {effects}{note}"] if effects else []
+            drivers.append(f"{driven['map']}: {', '.join(effects)}{note}")
+        match_r = f"r {number(match['correlation'], 2)}"
         cells.append(
             {
                 f"feature of {target}": Cell(f"#{row['feature']}", row["rank"], style=style),
@@ -152,9 +132,7 @@ def features_table(rows: list[dict]) -> Table:
                 "fires on": share(row, "frequency", 1),
                 "its token explains": share(row, "token_share"),
                 "where it fires most": Cell(first, " | ".join(others)),
-                f"best match in {source}": Cell(
-                    f"#{match['feature']}", f"r {number(match['correlation'], 2)}"
-                ),
+                f"best match in {source}": Cell(f"#{match['feature']}", match_r),
                 f"driven by, in {source}": "; ".join(drivers) or "–",
             }
         )
@@ -162,27 +140,24 @@ def features_table(rows: list[dict]) -> Table:
     return table(caption, cells)
 
 
-def controls_section(run: Run) -> list[Block]:
-    """Returns every map beside its ceiling and the re-initialised target."""
+def controls_section(run: Run) -> Iterator[Block]:
     if not run.rows["controls"]:
-        return []
-    tables = []
+        return
+    yield (
+        "The seed-to-seed ceiling is the same map from a second dictionary of the target, of "
+        "another seed: no map between models can be asked for more. The normalised score is 0 at "
+        "the shuffled pairs and 1 at the ceiling, undefined where they lie closer than 0.05. The "
+        "re-initialised target has new weights and a dictionary of its own: tokens explain most of "
+        "it, so its R² may be high, but none of its context gain comes from training."
+    )
     for c in run.comparisons:
         rows = [
             {"map": line["map"]}
             | scores(line, "r2", "shuffled.r2", "ceiling.r2", "untrained.r2")
             | scores(line, "r2_normalized", "top1_normalized", "context_gain")
-            | scores(line, *(f"{control}context_gain" for control in CONTROLS))
+            | scores(line, "ceiling.context_gain", "untrained.context_gain")
             for line in c.lines
-            if any(f"{control}map" in line for control in CONTROLS)
+            if {"ceiling.map", "untrained.map"} & line.keys()
         ]
-        tables += [table(f"Controls, {c.name}", rows)] if rows else []
-    text = (
-        "The seed-to-seed ceiling is the same map from a second dictionary of the target itself, "
-        "of another seed: no map between models can be asked for more. The normalised score is 0 "
-        "at the shuffled pairs and 1 at the ceiling, undefined where they lie closer than 0.05. "
-        "The re-initialised target has all weights drawn anew and a dictionary of its own: tokens "
-        "explain most of it, so its R² may be high, but its context gain is none that training "
-        "made."
-    )
-    return [text, *tables]
+        if rows:
+            yield table(f"Controls, {c.name}", rows)
