@@ -1,61 +1,88 @@
 """Dictionaries that others trained, put where a run keeps its own."""
 
+from pathlib import Path
+
 import numpy as np
 
+from crossdict_jax.activations.extract import dictionary_sites
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import base, formats
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
 from crossdict_jax.dictionaries.folders import hook_name, site_of
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
+from crossdict_jax.models import Site, load_config
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, model_names
 
 
 def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     """Saves the dictionaries of ``sae.sources`` as the run's; returns the models that have all.
 
-    Raises:
-      UserError: a source is missing, is no dictionary, or reads or writes rows of another size.
+    UserError: see ``check_sources``; then none is saved.
     """
-    sources = config.sae.sources
-    if sources and len(sources) != len(store.models):
+    for folder, path in check_sources(config, work, store).items():
+        meta = {"source": path, "codes": config.sae.source_codes}
+        base.save(read_source(config, path), folder, meta=meta)
+    return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}
+
+
+def check_sources(config: Config, work: Workdir, store: Store | None = None) -> dict[Path, str]:
+    """Returns {folder: path} of the dictionaries of ``sae.sources`` that the run does not have yet.
+
+    Each is read, one at a time. The size of a model's rows is that of the store, or without one
+    that of the model's config.
+
+    Raises:
+      UserError: a number of entries that is not that of the models; or a source is missing, is no
+        dictionary or none that a run can keep, is of another model or site, or reads or writes
+        rows of another size.
+    """
+    sources, names = config.sae.sources, model_names(config.models)
+    if not sources:
+        return {}
+    if len(sources) != len(names):
         raise UserError(
-            f"sae.sources has {len(sources)} entries for {len(store.models)} models; give one for "
-            "each, `train` where it shall be trained."
+            f"sae.sources has {len(sources)} entries for {len(names)} models; give one for each, "
+            "`train` where it shall be trained."
         )
-    adopted = {m: s for m, s in zip(store.models, sources) if s != "train"}
-    for model, source in adopted.items():
-        for site in store.sites_of(model):
-            folder = work.dictionary(model, site)
-            if checkpoint.is_finished(folder):
-                continue
-            path = source.replace("{layer}", str(site.layer))
-            dictionary, (other, written) = formats.load(path), store.output_of(model, site)
-            if dictionary.d_model != store.d_model(model):
+    given, models, missing = dict(zip(names, sources)), dict(zip(names, config.models)), {}
+    sizes = {n: store.d_model(n) if store else load_config(p).d_model for n, p in models.items()}
+    for reads, writes in dictionary_sites(config, names).writes.items():
+        model, site = reads
+        path, folder = given[model].replace("{layer}", str(site.layer)), work.dictionary(*reads)
+        if given[model] == "train" or checkpoint.is_finished(folder):
+            continue
+        dictionary = read_source(config, path)
+        if dictionary.transcodes != (writes != reads):
+            kind = "a transcoder" if dictionary.transcodes else "no transcoder"
+            raise UserError(
+                f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and "
+                "be empty for dictionaries that write what they read."
+            )
+        ends = (("reads", dictionary.d_model, *reads), ("writes", dictionary.d_out, *writes))
+        for verb, size, name, end in ends:
+            if size != sizes[name]:
                 raise UserError(
-                    f"sae.sources: {path} reads rows of {dictionary.d_model}, {model} has "
-                    f"{store.d_model(model)} at {site}; name the dictionary of this model."
+                    f"sae.sources: {path} {verb} rows of {size}, {name} has {sizes[name]} at "
+                    f"{end}; name the dictionary of this model, or correct sae.output_site."
                 )
-            if dictionary.transcodes != ((other, written) != (model, site)):
-                kind = "a transcoder" if dictionary.transcodes else "no transcoder"
-                raise UserError(
-                    f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and "
-                    "be empty for dictionaries that write what they read."
-                )
-            if dictionary.d_out != store.d_model(other):
-                raise UserError(
-                    f"sae.sources: {path} writes rows of {dictionary.d_out}, {other} has "
-                    f"{store.d_model(other)} at {written}; correct sae.output_site."
-                )
-            if config.sae.source_names == "check":
-                said, index = formats.names(path), store.models.index(model)
-                check_names(said, path, f"{store.paths[index]}/{model}", site, written)
-            if config.sae.source_codes == "relu":
-                dictionary = unselected(dictionary)
-            base.save(dictionary, folder, meta={"source": path, "codes": config.sae.source_codes})
-    return set(adopted)
+        if config.sae.source_names == "check":
+            check_names(formats.names(path), path, f"{models[model]}/{model}", site, writes[1])
+        missing[folder] = path
+    return missing
+
+
+def read_source(config: Config, path: str) -> Dictionary:
+    """Returns the dictionary at ``path``, with the features of ``sae.source_codes``.
+
+    UserError: there is none, or it fits no architecture of ours, as some imported ones do.
+    """
+    dictionary = formats.load(path)
+    if config.sae.source_codes == "relu":
+        return unselected(dictionary)
+    base.architecture_of(dictionary)
+    return dictionary
 
 
 def check_names(said: dict[str, str], path: str, model: str, site: Site, written: Site) -> None:
@@ -81,8 +108,7 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
 def unselected(dictionary: Dictionary) -> Dictionary:
     """Returns the dictionary with features relu(z), unselected and without threshold.
 
-    Raises:
-      UserError: it does more than that, as some imported ones do.
+    UserError: it does more than that, as some imported ones do.
     """
     base.architecture_of(dictionary)
     names = ["W_enc", "b_enc", "W_dec", "b_dec", "scale"] + ["scale_out"] * dictionary.transcodes
