@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from fake_hub import FakeHub
+from safetensors.numpy import save_file
 from test_exchange import trained
 from tiny_run import SITE, refused, shared
 
@@ -18,7 +19,7 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import ConvertConfig, architectures
 from crossdict_jax.config.settings import validate
-from crossdict_jax.dictionaries import base, hub
+from crossdict_jax.dictionaries import base, formats, hub
 from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.pretrained import adopt, check_sources
 from crossdict_jax.dictionaries.train import train_dictionaries
@@ -59,6 +60,31 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
         assert Path(about["model_name"]).name == folder.parents[1].name
         own = base.load(work.root / folder.relative_to(tmp_path))
         same_features(own, dictionaries.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("layers.6", "blocks.6.hook_resid_post"),
+        ("transformer.h.6.mlp", "blocks.6.hook_mlp_out"),
+        ("model.layers.6.self_attn", None),  # a hook that is not known here
+    ],
+)
+def test_modules_of_transformers_become_hooks_and_no_model_is_made_up(module, hook, tmp_path):
+    source = tmp_path / module
+    source.mkdir()
+    arrays = {"encoder.weight": (8, 6), "encoder.bias": (8,), "W_dec": (8, 6), "b_dec": (6,)}
+    save_file({n: np.ones(s, np.float32) for n, s in arrays.items()}, source / "sae.safetensors")
+    write_json(source / "cfg.json", {"d_in": 6, "num_latents": 8, "k": 2})
+    out = Workdir(tmp_path / "out")
+    refused("give --config.model_name", convert, ConvertConfig(source=str(source)), out)
+    (folder,) = convert(ConvertConfig(source=str(source), model_name="m"), out)
+    about = read_json(Path(folder) / "cfg.json")["metadata"]
+    del about["sae_lens_version"]
+    assert about == {"model_name": "m", "hf_hook_name": module} | (
+        {"hook_name": hook} if hook else {}
+    )
+    assert formats.names(folder) == {"model_name": "m", "hook_name": hook or module}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from crossdict_jax.workdir import as_float32
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 BRIDGE = {"in": "resid_pre", "out": "resid_post"}  # TransformerLens 3: ours
+MODULE = r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)(?:\.([\w.]+))?"  # of transformers, in a layer
+SITES = {None: "resid_post", "output": "resid_post", "mlp": "mlp_out", "mlp.output": "mlp_out"}
 
 
 def hook_name(site: str) -> str:
@@ -21,19 +23,26 @@ def hook_name(site: str) -> str:
     return f"blocks.{layer}.hook_{kind}" if kind else ""
 
 
+def lens_name(hook: str) -> str:
+    """Returns a hook or module of transformers in TransformerLens terms; "" where none is known."""
+    module = re.fullmatch(MODULE, hook)
+    if not module:
+        return hook
+    return hook_name(f"{SITES[module[2]]}.{module[1]}") if module[2] in SITES else ""
+
+
 def site_of(hook: str) -> Site | None:
     """Returns the site that a hook of TransformerLens or a module of transformers is.
 
     The output of block N is ``resid_pre.N+1`` as well as ``resid_post.N``: here the former. None
     where it is none of our sites.
     """
-    lens = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join([*KINDS, *BRIDGE])})", hook)
-    theirs = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?(?:\.output)?", hook)
-    if not lens and not theirs:
+    kinds = "|".join([*KINDS, *BRIDGE])
+    match = re.fullmatch(rf"blocks\.(\d+)\.hook_({kinds})", lens_name(hook))
+    if not match:
         return None
-    layer, kind = lens.groups() if lens else (theirs[1], "mlp_out" if theirs[2] else "resid_post")
-    kind = BRIDGE.get(kind, kind)
-    return Site(int(layer) + 1) if kind == "resid_post" else Site(int(layer), kind)
+    layer, kind = int(match[1]), BRIDGE.get(match[2], match[2])
+    return Site(layer + 1) if kind == "resid_post" else Site(layer, kind)
 
 
 def require(config: dict[str, Any], key: str, file: Path) -> Any:

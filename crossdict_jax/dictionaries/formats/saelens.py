@@ -12,6 +12,7 @@ from crossdict_jax.dictionaries.folders import (
     Arrays,
     centred,
     check_arrays,
+    lens_name,
     require,
     require_count,
     require_flag,
@@ -185,7 +186,9 @@ def save(
     transcoders, so these are refused.
 
     Args:
-      hook_name: of what is read, in TransformerLens terms, as ``blocks.6.hook_resid_pre``.
+      hook_name: of what is read, in TransformerLens terms, as ``blocks.6.hook_resid_pre``. A
+        module of transformers (``model.layers.6``) is written as ``hf_hook_name``, and beside it
+        the hook that it is, if it is one.
       hook_name_out: of what a transcoder writes.
     """
     from safetensors.numpy import save_file
@@ -211,10 +214,14 @@ def save(
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
-    about = {"sae_lens_version": VERSION, "model_name": model_name, "hook_name": hook_name}
+    about, hooks = {"sae_lens_version": VERSION, "model_name": model_name}, {"hook_name": hook_name}
     if dictionary.transcodes:
         config |= {"d_out": dictionary.d_out}
-        about |= {"hook_name_out": hook_name_out} if hook_name_out else {}
+        hooks["hook_name_out"] = hook_name_out
+    for key, hook in hooks.items():
+        lens = lens_name(hook)
+        about |= {key: lens} if lens else {}
+        about |= {f"hf_{key}": hook} if hook != lens else {}
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": about}
