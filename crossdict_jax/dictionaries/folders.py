@@ -55,7 +55,7 @@ def require(config: dict[str, Any], key: str, file: Path) -> Any:
 def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | None = None) -> int:
     """Returns a whole number from 1 to ``limit`` that a config must have."""
     value = require(config, key, file)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = type(value) in (int, float)
     if not number or not 1 <= value <= (limit or 2**31) or value != int(value):
         allowed = f"to {limit}" if limit else "or more"
         raise UserError(f"{file}: {key}={value!r} must be a whole number, 1 {allowed}.")
@@ -73,18 +73,14 @@ def require_flag(config: dict[str, Any], key: str, file: Path, *, default: bool)
 def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
     """Returns arrays as float32; they must be exactly those of ``shapes``.
 
-    A ``scaling_factor`` of ones, which SAELens once wrote, is left out.
-
-    Raises:
-      UserError: one is missing or unknown, has another shape, is not of floats, or holds NaN.
+    A ``scaling_factor`` of ones, which SAELens once wrote, is left out. UserError: an array is
+    missing or unknown, has another shape, is not of floats, or holds NaN.
     """
     arrays = {n: a for n, a in arrays.items() if n != "scaling_factor" or not np.all(a == 1)}
-    missing, unknown = (
-        sorted(a.keys() - b.keys()) for a, b in ((shapes, arrays), (arrays, shapes))
-    )
+    missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
     if missing or unknown:
-        wrong = [f"lacks {', '.join(missing)}"] * bool(missing)
-        wrong += [f"holds {', '.join(unknown)}, which it should not"] * bool(unknown)
+        wrong = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
+        wrong += [f"holds {', '.join(sorted(unknown))}, which it should not"] * bool(unknown)
         raise UserError(f"{file} {' and '.join(wrong)}; its weights must be {', '.join(shapes)}.")
     for name, shape in shapes.items():
         if arrays[name].shape != shape:

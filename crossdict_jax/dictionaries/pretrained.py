@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
-
+from crossdict_jax import modules
 from crossdict_jax.activations.extract import dictionary_sites
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
@@ -22,21 +21,20 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     UserError: see ``check_sources``; then none is saved.
     """
     for folder, path in check_sources(config, work, store).items():
-        meta = {"source": path, "codes": config.sae.source_codes}
-        base.save(read_source(config, path), folder, meta=meta)
+        dictionary, codes = formats.load(path), config.sae.source_codes
+        dictionary = unselected(dictionary) if codes == "relu" else dictionary
+        base.save(dictionary, folder, meta={"source": path, "codes": codes})
     return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}
 
 
 def check_sources(config: Config, work: Workdir, store: Store | None = None) -> dict[Path, str]:
     """Returns {folder: path} of the dictionaries of ``sae.sources`` that the run does not have yet.
 
-    Each is read, one at a time. The size of a model's rows is that of the store, or without one
-    that of the model's config.
+    Reads each. Sizes of rows are those of the store, or else of the models' configs.
 
     Raises:
-      UserError: a number of entries that is not that of the models; or a source is missing, is no
-        dictionary or none that a run can keep, is of another model or site, or reads or writes
-        rows of another size.
+      UserError: there is not one entry per model; or a source is missing, is no dictionary that a
+        run can keep, is of another model or site, or reads or writes rows of another size.
     """
     sources, names = config.sae.sources, model_names(config.models)
     if not sources:
@@ -49,11 +47,12 @@ def check_sources(config: Config, work: Workdir, store: Store | None = None) -> 
     given, models, missing = dict(zip(names, sources)), dict(zip(names, config.models)), {}
     sizes = {n: store.d_model(n) if store else load_config(p).d_model for n, p in models.items()}
     for reads, writes in dictionary_sites(config, names).writes.items():
-        model, site = reads
-        path, folder = given[model].replace("{layer}", str(site.layer)), work.dictionary(*reads)
-        if given[model] == "train" or checkpoint.is_finished(folder):
+        (model, site), folder = reads, work.dictionary(*reads)
+        path = given[model].replace("{layer}", str(site.layer))
+        if path == "train" or checkpoint.is_finished(folder):
             continue
-        dictionary = read_source(config, path)
+        dictionary = formats.load(path)
+        base.architecture_of(dictionary)  # none of ours has no checkpoint
         if dictionary.transcodes != (writes != reads):
             kind = "a transcoder" if dictionary.transcodes else "no transcoder"
             raise UserError(
@@ -73,27 +72,16 @@ def check_sources(config: Config, work: Workdir, store: Store | None = None) -> 
     return missing
 
 
-def read_source(config: Config, path: str) -> Dictionary:
-    """Returns the dictionary at ``path``, with the features of ``sae.source_codes``.
-
-    UserError: there is none, or it fits no architecture of ours, as some imported ones do.
-    """
-    dictionary = formats.load(path)
-    if config.sae.source_codes == "relu":
-        return unselected(dictionary)
-    base.architecture_of(dictionary)
-    return dictionary
-
-
 def check_names(said: dict[str, str], path: str, model: str, site: Site, written: Site) -> None:
     """Raises UserError if a dictionary says (``formats.names``) that it is of another site.
 
     Or of another model than ``model``, of which each part between slashes is a name.
     """
-    ends, wrong = {"hook_name": site, "hook_name_out": written}, []
-    for key, ours in ends.items():
-        if key in said and site_of(said[key]) != site_of(hook_name(str(ours))):
-            wrong.append(f"{key} {said[key]}, where the run has {ours}")
+    wrong = [
+        f"{key} {said[key]}, where the run has {ours}"
+        for key, ours in (("hook_name", site), ("hook_name_out", written))
+        if key in said and site_of(said[key]) != site_of(hook_name(str(ours)))
+    ]
     short = [part.removesuffix("-small") for part in model.lower().split("/")]  # gpt2-small is gpt2
     name = said.get("model_name", "").lower().rpartition("/")[2].removesuffix("-small")
     if name and name not in short:
@@ -106,11 +94,8 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
 
 
 def unselected(dictionary: Dictionary) -> Dictionary:
-    """Returns the dictionary with features relu(z), unselected and without threshold.
-
-    UserError: it does more than that, as some imported ones do.
-    """
+    """Returns the dictionary with features relu(z); UserError: it fits no architecture of ours."""
     base.architecture_of(dictionary)
-    names = ["W_enc", "b_enc", "W_dec", "b_dec", "scale"] + ["scale_out"] * dictionary.transcodes
-    arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
-    return from_arrays(find("relu"), arrays, transcodes=dictionary.transcodes)
+    arrays, other = modules.split(dictionary)[1], ("threshold", "b_mag", "r_mag")
+    kept = {name: array for name, array in arrays.items() if name not in other}
+    return from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)

@@ -15,10 +15,7 @@ FREE = {"normalize_decoder", "multi_topk", "transcode"}  # may be true; of other
 
 
 def names(path: str) -> dict[str, str]:
-    """Returns what ``formats.names`` does: the folder is called by its module, as layers.6.
-
-    Several seeds have folders in it.
-    """
+    """Returns what ``formats.names`` does: folders, or those of seeds, are named as layers.6."""
     module = re.fullmatch(rf"(?:.*/)?({MODULE})(?:/seed\d+)?", os.path.abspath(path))
     return {"hook_name": module and module[1]}
 
