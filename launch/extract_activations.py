@@ -9,13 +9,10 @@ from launch import command
 def main(config, work):
     from crossdict_jax.activations.extract import extract
     from crossdict_jax.activations.untrained import extract_untrained
-    from crossdict_jax.config import model_layers
-    from crossdict_jax.dictionaries import load
+    from crossdict_jax.dictionaries.pretrained import check_sources
 
-    if not work.activations.exists():  # the next stage would find a wrong one after hours
-        for source, layers in zip(config.sae.sources, model_layers(config)):
-            for layer in layers if source != "train" else ():
-                load(source.replace("{layer}", str(layer)))
+    if not (work.activations / "meta.json").exists():  # else the next stage tells a wrong one
+        check_sources(config, work)
     store = extract(config, work)
     if "untrained" in config.controls:
         extract_untrained(config, work, store)

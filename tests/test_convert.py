@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from fake_hub import FakeHub
+from safetensors.numpy import save_file
 from test_exchange import trained
 from tiny_run import SITE, refused, shared
 
@@ -17,11 +19,11 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import ConvertConfig, architectures
 from crossdict_jax.config.settings import validate
-from crossdict_jax.dictionaries import base, hub
+from crossdict_jax.dictionaries import base, formats, hub
 from crossdict_jax.dictionaries.convert import convert
-from crossdict_jax.dictionaries.pretrained import adopt
+from crossdict_jax.dictionaries.pretrained import adopt, check_sources
 from crossdict_jax.dictionaries.train import train_dictionaries
-from crossdict_jax.workdir import Workdir, read_json
+from crossdict_jax.workdir import Workdir, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 NAMED = {"hook_name": "blocks.1.hook_resid_pre", "model_name": "a"}
@@ -58,6 +60,31 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
         assert Path(about["model_name"]).name == folder.parents[1].name
         own = base.load(work.root / folder.relative_to(tmp_path))
         same_features(own, dictionaries.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("layers.6", "blocks.6.hook_resid_post"),
+        ("transformer.h.6.mlp", "blocks.6.hook_mlp_out"),
+        ("model.layers.6.self_attn", None),  # a hook that is not known here
+    ],
+)
+def test_modules_of_transformers_become_hooks_and_no_model_is_made_up(module, hook, tmp_path):
+    source = tmp_path / module
+    source.mkdir()
+    arrays = {"encoder.weight": (8, 6), "encoder.bias": (8,), "W_dec": (8, 6), "b_dec": (6,)}
+    save_file({n: np.ones(s, np.float32) for n, s in arrays.items()}, source / "sae.safetensors")
+    write_json(source / "cfg.json", {"d_in": 6, "num_latents": 8, "k": 2})
+    out = Workdir(tmp_path / "out")
+    refused("give --config.model_name", convert, ConvertConfig(source=str(source)), out)
+    (folder,) = convert(ConvertConfig(source=str(source), model_name="m"), out)
+    about = read_json(Path(folder) / "cfg.json")["metadata"]
+    del about["sae_lens_version"]
+    assert about == {"model_name": "m", "hf_hook_name": module} | (
+        {"hook_name": hook} if hook else {}
+    )
+    assert formats.names(folder) == {"model_name": "m", "hook_name": hook or module}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +202,32 @@ def test_wrong_sources_are_refused(tiny, tmp_path):
     wrong["nowhere", "train"] = "nowhere is no dictionary folder"
     for sources, words in wrong.items():
         refused(words, adopted, tiny, tmp_path, sources=sources)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"d_model": 16}, "reads rows of 16, b has 24"),
+        ({"d_out": 16}, "is a transcoder"),
+        ({"hook_name": "blocks.0.hook_resid_pre"}, "where the run has resid_pre.1"),
+        ({"architecture": "abstopk"}, "AbsTopK dictionaries have no checkpoint of their own"),
+    ],
+)
+def test_all_sources_are_checked_before_one_is_stored(second, words, tiny, tmp_path):
+    _, path = source_for(tiny, tmp_path)
+    sizes = {"d_model": second.get("d_model", 24), "d_out": second.get("d_out")}
+    d = base.build("relu", **sizes, width=20, k=0, key=jax.random.key(0))
+    names = {"model_name": "b", "hook_name": second.get("hook_name", "blocks.1.hook_resid_pre")}
+    dictionaries.save_saelens(d, tmp_path / "b", **names)
+    if "architecture" in second:
+        config = read_json(tmp_path / "b" / "cfg.json")
+        write_json(tmp_path / "b" / "cfg.json", config | second | {"k": 2})
+    sources = (path, str(tmp_path / "b"))
+    refused(words, adopted, tiny, tmp_path, sources=sources)
+    assert not Workdir(tmp_path / "run").computed  # so that other settings may follow
+    config = copy.deepcopy(tiny[0])
+    config.sae.sources = sources
+    refused(words, check_sources, config, Workdir(tmp_path / "run"))  # without a store
 
 
 def test_settings_that_cannot_be_are_refused(tiny):

@@ -80,8 +80,8 @@ def test_training_sees_what_encode_sees(variant):
 
 def test_the_l1_loss_is_its_formula():
     c, x = fresh("l1"), views()
-    how = {"y": jnp.ones((40, 3), bool), "hyper": HYPER, "dead": jnp.zeros(14, bool)}
-    loss, _, f = c.losses(jnp.concatenate(x, axis=1), **how)
+    hyper = dataclasses.replace(HYPER, dead=jnp.zeros(14, bool))
+    loss, _, f = c.losses(jnp.concatenate(x, axis=1), hyper, jnp.ones((40, 3), bool))
     code, x_hat = by_hand(c, x, (0, 1, 2))
     np.testing.assert_allclose(f, code, atol=1e-5)
     expected = 0

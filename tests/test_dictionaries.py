@@ -60,7 +60,7 @@ def test_gradients_are_finite_and_constraints_hold_after_an_update(architecture)
     x, dead = rows(), jnp.arange(20) < 8
 
     def loss_of(params):
-        return modules.merge(graphdef, params).losses(x, hyper=HYPER, dead=dead)[0]
+        return modules.merge(graphdef, params).losses(x, dataclasses.replace(HYPER, dead=dead))[0]
 
     grads = jax.jit(jax.grad(loss_of))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -74,7 +74,7 @@ def test_gradients_are_finite_and_constraints_hold_after_an_update(architecture)
 
 def test_the_relu_loss_is_its_formula():
     d, x = fresh("relu"), rows()
-    loss, _, f = d.losses(x, hyper=HYPER, dead=jnp.zeros(20, bool))
+    loss, _, f = d.losses(x, dataclasses.replace(HYPER, dead=jnp.zeros(20, bool)))
     u, f = 0.7 * np.asarray(x), np.asarray(f)
     error = u - (f @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...]))
     norms = np.linalg.norm(np.asarray(d.W_dec[...]), axis=1)
@@ -85,7 +85,7 @@ def test_the_relu_loss_is_its_formula():
 def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     d, x = fresh("topk"), rows()
     dead = jnp.arange(20) < 8
-    _, parts, f = d.losses(x, hyper=HYPER, dead=dead)
+    _, parts, f = d.losses(x, dataclasses.replace(HYPER, dead=dead))
     u, f = 0.7 * np.asarray(x), ops.decode(f, jnp.eye(20))
     residual = u - (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...]))
     z = np.asarray(d.pre_activations(jnp.asarray(u)))
@@ -93,10 +93,10 @@ def test_auxk_uses_the_dead_features_alone_and_is_skipped_without_any():
     left = residual - aux @ np.asarray(d.W_dec[...])
     by_hand = (left**2).sum() / ((residual - residual.mean(0)) ** 2).sum()
     np.testing.assert_allclose(parts["auxk"], by_hand, rtol=1e-4)
-    _, parts, _ = d.losses(x, hyper=HYPER, dead=jnp.zeros(20, bool))
+    _, parts, _ = d.losses(x, dataclasses.replace(HYPER, dead=jnp.zeros(20, bool)))
     assert parts["auxk"] == 0
-    asleep = dataclasses.replace(HYPER, revived=0)
-    assert d.losses(x, hyper=asleep, dead=dead)[1]["auxk"] == 0
+    asleep = dataclasses.replace(HYPER, revived=0, dead=dead)
+    assert d.losses(x, asleep)[1]["auxk"] == 0
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
@@ -127,8 +127,8 @@ def test_a_jumprelu_threshold_has_the_gradient_of_its_kernel():
 
 @pytest.mark.parametrize("target", [0.5, 4.0, 100.0])
 def test_an_l0_target_pulls_from_both_sides(target):
-    hyper = dataclasses.replace(HYPER, l0_target=target)
-    _, parts, f = fresh("jumprelu").losses(rows(), hyper=hyper, dead=jnp.zeros(20, bool))
+    hyper = dataclasses.replace(HYPER, l0_target=target, dead=jnp.zeros(20, bool))
+    _, parts, f = fresh("jumprelu").losses(rows(), hyper)
     l0 = np.mean(np.sum(np.asarray(f) > 0, axis=1))
     np.testing.assert_allclose(parts["l0_penalty"], 6 * (l0 / target - 1) ** 2, rtol=1e-4)
     assert parts["l0_penalty"] > 0
@@ -137,9 +137,8 @@ def test_an_l0_target_pulls_from_both_sides(target):
 @every
 def test_the_encoder_starts_at_the_length_that_reconstructs_best(architecture):
     x, errors = np.asarray(rows(256)), []
-    graphdef, params = modules.split(base.build(architecture, d_model=6, width=20, k=3, key=KEY))
-    begun = start.start_of(x)
-    d = modules.merge(graphdef, start.begin(params, begun))
+    d, begun = base.build(architecture, d_model=6, width=20, k=3, key=KEY), start.start_of(x)
+    start.begin(d, begun)
     if architecture == "jumprelu":
         d.threshold[...] = jnp.zeros(20)  # others do not move with the encoder
     start.fit_length(d, begun)

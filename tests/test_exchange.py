@@ -177,14 +177,14 @@ def arrays_of(step, prefix):
 def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(name, monkeypatch):
     step = np.load(FOREIGN[0].parent / name / "train_step.npz")
     coefficient = step["coef_l0" if name == "jumprelu" else "coef_l1"]
-    hyper = base.Hyper(coefficient, revived=0, k_aux=1)
+    hyper = base.Hyper(coefficient, revived=0, k_aux=1, dead=step["dead"])
     monkeypatch.setattr(jumprelu, "BANDWIDTH", 0.2)  # as there
     kind = base.find(STEPS[name])
     graphdef, params = modules.split(base.from_arrays(kind, arrays_of(step, "w_")))
 
     def loss_of(params):
         dictionary = modules.merge(graphdef, params)
-        return dictionary.losses(step["x"], hyper=hyper, dead=step["dead"])[0]
+        return dictionary.losses(step["x"], hyper)[0]
 
     loss, grads = jax.jit(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, step["loss"], rtol=1e-5)

@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from tiny_run import SHAPES, SMALL, flags, make_models, make_texts, write_rows
 
 from configs import quickstart
-from crossdict_jax import results
+from crossdict_jax import dictionaries, results
 from crossdict_jax.config import FREE, Config, PretrainConfig, to_dict
+from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.training import mesh
@@ -343,10 +345,23 @@ def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypat
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
-def test_a_wrong_source_is_told_before_anything_is_read(tiny, tmp_path, refused):
-    asked = small(tiny, **{"sae.sources": f"{tmp_path}/typo,train"})
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ("{0}/typo,train", "typo is no dictionary folder"),
+        ("{0}/of-{{layer}}", "1 entries for 2 models"),
+        ("{0}/of-{{layer}},{0}/wide", "wide reads rows of 24, b has 16"),
+        ("{0}/of-{{layer}},{0}/other", "other is a transcoder; sae.output_site must name"),
+    ],
+)
+def test_a_wrong_source_is_told_before_anything_is_read(sources, words, tiny, tmp_path, refused):
+    rest = {"width": 20, "k": 2, "key": jax.random.key(0)}
+    for name, sizes in {"of-1": (16, None), "wide": (24, None), "other": (16, 16)}.items():
+        shape = dict(zip(("d_model", "d_out"), sizes)) | rest
+        dictionaries.save(base.build("relu", **shape), tmp_path / name)
+    asked = small(tiny, **{"sae.sources": sources.format(tmp_path)})
     work = f"--workdir={tmp_path}/run"
-    assert "typo" in refused(extract_activations.main, [*asked, work])
+    assert words in refused(extract_activations.main, [*asked, work])
     assert not Workdir(tmp_path / "run").computed
     assert parse(work)[0].sae.sources == ()  # its settings are no next command's
 

@@ -23,10 +23,11 @@ def test_products_say_their_precision_whatever_the_process_says(architecture):
     """Encoding, decoding, the loss and its gradients, as in a notebook on an accelerator."""
     shape = {"d_model": 6, "width": 16, "k": 4, "key": jax.random.key(0)}
     graphdef, params = modules.abstract(lambda: base.build(architecture, **shape))
-    hyper = base.Hyper(l1_coefficient=0.1, revived=16, k_aux=4, nested_fractions=(0.5,))
+    known = {"l1_coefficient": 0.1, "revived": 16, "k_aux": 4, "nested_fractions": (0.5,)}
 
     def everything(params, x, dead):
-        loss = lambda p: modules.merge(graphdef, p).losses(x, hyper=hyper, dead=dead)[0]  # noqa: E731
+        hyper = base.Hyper(**known, dead=dead)
+        loss = lambda p: modules.merge(graphdef, p).losses(x, hyper)[0]  # noqa: E731
         return modules.merge(graphdef, params)(x), jax.grad(loss)(params)
 
     arrays = jnp.ones((8, 6)), jnp.ones(16, bool)

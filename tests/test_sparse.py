@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from crossdict_jax import modules, ops
-from crossdict_jax.dictionaries import base, losses
+from crossdict_jax.dictionaries import base
 from crossdict_jax.ops import codes, kernels, selection, sums
 from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 
 # batch, d, width, k: no even number, several turns of terms and lanes; groups of neighbours
 SHAPES = [(40, 7, 21, 5), (30, 5, 128, 3)]
-HYPER = base.Hyper(l1_coefficient=0.1, revived=0, k_aux=4, nested_fractions=(0.2, 0.5))
+HYPER = base.Hyper(0.1, k_aux=4, dead=jnp.zeros(64, bool), nested_fractions=(0.2, 0.5))
 WAYS = ("dense", "lists", "kernels")
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 # Compiling is what takes long here; code that runs once need not be fast.
@@ -141,8 +141,7 @@ def test_architectures_train_alike(architecture, monkeypatch):
         graphdef, params = modules.split(d)
 
         def loss(params):
-            how = {"hyper": HYPER, "dead": jnp.zeros(64, bool)}
-            error, parts, code = modules.merge(graphdef, params).losses(x, **how)
+            error, parts, code = modules.merge(graphdef, params).losses(x, HYPER)
             return error, (parts, ops.activity(code))
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -325,9 +324,9 @@ def test_few_dead_features_are_revived_as_among_all():
     @partial(fast_jit, static_argnums=2)
     @partial(jax.value_and_grad, argnums=0)
     def share(params, dead, revived):
-        hyper = base.Hyper(l1_coefficient=0.1, revived=revived, k_aux=5)
+        hyper = base.Hyper(l1_coefficient=0.1, revived=revived, k_aux=5, dead=dead)
         d = modules.merge(graphdef, params)
-        return losses.auxk(d, rows, residual, dead=dead, hyper=hyper)
+        return d.auxk(rows, residual, hyper)
 
     for positions in ([7], [0, 3, 31, 60, 63], [1, 2, 4, 8, 16, 32, 62, 63]):
         dead = jnp.zeros(width, bool).at[jnp.asarray(positions)].set(True)

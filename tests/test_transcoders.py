@@ -77,17 +77,17 @@ def test_it_reads_one_size_and_writes_another_each_at_its_own_scale(architecture
 @slow_but("topk")
 def test_the_loss_is_of_what_is_written(architecture):
     d, x, dead = fresh(architecture), rows(), jnp.zeros(20, bool)
-    how = {"hyper": HYPER, "dead": dead}
+    hyper = dataclasses.replace(HYPER, dead=dead)
     graphdef, params = modules.split(d)
 
     def loss_of(params, y):
-        return modules.merge(graphdef, params).losses(x, y=y, **how)[0]
+        return modules.merge(graphdef, params).losses(x, hyper, y)[0]
 
     far, near = rows(4, seed=9), jnp.asarray(d(x))
     if architecture in ("batchtopk", "matryoshka"):  # which in training use no threshold
         d.threshold[...] = jnp.zeros(())
         near = d.decode(ops.keep_top_k(d.pre_activations(0.7 * x), d.k, over_rows=True))
-    _, parts, _ = d.losses(x, y=near, **how)
+    _, parts, _ = d.losses(x, hyper, near)
     assert parts.get("fvu", parts.get("mse")) < 1e-8
     assert loss_of(params, far) > loss_of(params, near)
     grads = jax.grad(loss_of)(params, far)
@@ -100,8 +100,8 @@ def test_where_reading_is_writing_it_starts_as_an_autoencoder_does():
     params = {}
     for d_out, rows_ in ((None, (x,)), (6, (x, x))):
         d = base.build("gated", d_model=6, width=20, k=3, key=key(0), d_out=d_out)
-        begun = start.begin(modules.split(d)[1], start.start_of(*rows_))
-        params[d_out] = modules.merge(modules.split(d)[0], begun)
+        start.begin(d, start.start_of(*rows_))
+        params[d_out] = d
     np.testing.assert_allclose(params[6].W_enc[...], params[None].W_enc[...], atol=0.01)
     np.testing.assert_allclose(params[6](x), params[None](x), atol=0.02)
 
@@ -119,8 +119,8 @@ def test_training_learns_a_planted_linear_output_of_another_size(architecture, t
     d = trained(work)
     assert (d.d_model, d.d_out) == (12, 7)
     shape = {"d_model": 12, "d_out": 7, "width": 32, "k": 3}
-    graphdef, params = modules.split(base.build(architecture, **shape, key=key(0)))
-    begun = modules.merge(graphdef, start.begin(params, start.start_of(x, y)))
+    begun = base.build(architecture, **shape, key=key(0))
+    start.begin(begun, start.start_of(x, y))
     after, before = (np.square(y - d(x.astype(np.float32))).sum() for d in (d, begun))
     assert after < 0.2 * np.square(y - y.mean(0)).sum() and after < 0.5 * before, (before, after)
 

@@ -1,7 +1,9 @@
 """Sparse dictionaries: encode, decode, a loss, and how they are stored."""
 
+import dataclasses
 import importlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,48 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.config import SWEPT, Config, ParetoConfig, SAEConfig, architectures
 from crossdict_jax.config.settings import spell
-from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, Hyper, auxk, fvu
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import Code, decode, exact, matmul, nth_largest, sparse_code
+from crossdict_jax.ops import Code, decode, exact, keep_top_k, matmul, nth_largest, sparse_code
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import understood
 
+AUXK_COEFFICIENT = 1 / 32  # weight of the dead features' reconstruction (Gao et al. 2024)
 THRESHOLD_RATE = 0.05  # of the running mean of batches' thresholds; a slower one lags behind
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    """What a loss reads of the settings and of the state at one step."""
+
+    l1_coefficient: jax.Array | float = 0.0  # of the sparsity penalty, after warm-up (traced)
+    revived: int = 0  # dead features that AuxK makes room for; 0: none is dead (static)
+    k_aux: int = 0  # how many of them take part in the reconstruction of a row
+    dead: jax.Array | None = None  # bool [width], features that have been silent too long
+    l0_target: float = 0.0  # active features a row to aim for; 0 for none
+    nested_fractions: tuple[float, ...] = ()  # of the width, beside all features
+    rows: int = 0  # of the whole batch (static)
+    products: str | None = None  # of sparse codes, see ``ops.sparse_code`` (static)
+    dtype: Any = None  # of inputs of products; sums stay float32
+    # Of a batch that comes in parts; else None.
+    variance: jax.Array | None = None  # [], of the rows to reconstruct
+    residual_variance: jax.Array | None = None  # [], of their residuals
+    threshold: jax.Array | None = None  # [], least value kept, where features compete over rows
+    l0: jax.Array | None = None  # [], active features a row
+
+
+def power(x: jax.Array) -> jax.Array:
+    """Returns the mean squared norm [] of rows x [batch, d_model]."""
+    return jnp.mean(jnp.sum(jnp.square(x), axis=1))
+
+
+def fvu(x: jax.Array, x_hat: jax.Array, variance: jax.Array | None = None) -> jax.Array:
+    """Returns the fraction [] of the variance of x [batch, d] that x_hat leaves unexplained.
+
+    ``variance`` [] is the rows' mean squared distance to their mean; None: that of x.
+    """
+    if variance is None:
+        variance = power(x - x.mean(axis=0, keepdims=True))
+    return power(x - x_hat) / jnp.maximum(variance, 1e-8)
 
 
 class Dictionary(modules.Plain):
@@ -32,9 +69,7 @@ class Dictionary(modules.Plain):
 
     Attributes:
       W_enc [d_model, width], b_enc [width], W_dec [width, d_out], b_dec [d_out], scale [].
-      d_out: size of the rows that are written.
-      transcodes: whether other rows are written than read (static).
-      scale_out: [], of transcoders: the scale of what they write.
+      transcodes: whether other rows are written than read (static); then scale_out [] is of those.
       k: active features a row, for architectures that fix it (static; else 0).
     """
 
@@ -60,6 +95,8 @@ class Dictionary(modules.Plain):
         self.scale = nnx.Variable(jnp.ones(()))
         if self.transcodes:
             self.scale_out = nnx.Variable(jnp.ones(()))
+        if self.selects_over_rows:
+            self.threshold = nnx.Variable(jnp.zeros(()))
 
     def encoder(self) -> tuple[jax.Array, jax.Array]:
         """Returns W_enc [d_model, width] and the bias [width] of scaled rows.
@@ -106,32 +143,52 @@ class Dictionary(modules.Plain):
             return u, u
         return u, jnp.asarray(y, jnp.float32) * jax.lax.stop_gradient(self.scale_out[...])
 
-    def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
+    def training_code(self, u: jax.Array, hyper: Hyper = Hyper()) -> Code:
         """Returns the code of scaled rows u [batch, d_model], a part of the batch of ``hyper``."""
-        return self.activate(self.pre_activations(u, dtype))
+        return self.activate(self.pre_activations(u, hyper.dtype))
+
+    def reconstruction(self, f: Code, dtype=None) -> jax.Array:
+        """Returns scaled rows u_hat [batch, d_out] of a code."""
+        return decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
 
     def losses(
-        self, x: jax.Array, *, hyper: Hyper, dead: jax.Array, y: jax.Array | None = None, dtype=None
+        self, x: jax.Array, hyper: Hyper, y: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array], Code]:
-        """Returns (loss to minimise, its parts, features [batch, width] or their code).
+        """Returns (loss to minimise, its parts, the code of raw rows x and y of ``scaled_pair``).
 
         By default FVU + auxk * (residual FVU of k_aux dead features) (Gao et al. 2024, arXiv
         2406.04093).
-
-        Args:
-          x: raw rows [batch, d_model].
-          dead: bool [width], features that have been silent too long.
-          y: see ``scaled_pair``.
-          dtype: of the matmul inputs; sums stay float32.
         """
         u_in, u = self.scaled_pair(x, y)
-        f = self.training_code(u_in, hyper, dtype)
-        u_hat = decode(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
-        parts = {
-            "fvu": fvu(u, u_hat, hyper.variance),
-            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
-        }
+        f = self.training_code(u_in, hyper)
+        u_hat = self.reconstruction(f, hyper.dtype)
+        auxk = self.auxk(u_in, u - u_hat, hyper)
+        parts = {"fvu": fvu(u, u_hat, hyper.variance), "auxk": auxk}
         return parts["fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
+
+    def auxk(self, u: jax.Array, residual: jax.Array, hyper: Hyper) -> jax.Array:
+        """Returns the share [] of the residual that k_aux strongest dead features leave; else 0.
+
+        Divided by the residual's variance (Gao et al. 2024, arXiv 2406.04093, section A.2). Of more
+        dead features than there is room for, n, the first n are revived; costs 10 B d n operations.
+
+        Args:
+          u: scaled rows that the encoder reads [batch, d_model].
+          residual: scaled rows less their reconstruction [batch, d_out]; gets no gradient.
+        """
+        n, used = hyper.revived, hyper.dead
+        if not n:
+            return jnp.zeros(())
+        (W_enc, bias), W_dec = self.encoder(), self.W_dec[...]
+        if n < self.width:
+            used = jnp.arange(n) < jnp.sum(hyper.dead)
+            features = jnp.nonzero(hyper.dead, size=n, fill_value=0)[0]
+            W_enc, bias, W_dec = W_enc[:, features], bias[features], W_dec[features]
+        z = matmul(u, W_enc, hyper.dtype) + bias[None, :]
+        f = keep_top_k(jnp.where(used[None, :], z, 0.0), min(hyper.k_aux, n))
+        residual, u_hat = jax.lax.stop_gradient(residual), matmul(f, W_dec, hyper.dtype)
+        left = fvu(residual, u_hat, hyper.residual_variance)
+        return jnp.where(hyper.dead.any(), left, 0.0)
 
     @property
     def meta(self) -> dict:
@@ -172,15 +229,11 @@ class BatchSelected(Dictionary):
     measured = (*Dictionary.measured, "threshold")
     selects_over_rows = True
 
-    def __init__(self, **shape):
-        super().__init__(**shape)
-        self.threshold = nnx.Variable(jnp.zeros(()))
-
-    def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
-        in_parts = hyper is not None and hyper.threshold is not None
+    def training_code(self, u: jax.Array, hyper: Hyper = Hyper()) -> Code:
+        in_parts = hyper.threshold is not None
         n = self.k * (hyper.rows if in_parts else len(u))
         threshold = (lambda z: hyper.threshold) if in_parts else (lambda z: nth_largest(z, n))
-        return sparse_code(u, *self.encoder(), threshold, n, dtype, hyper and hyper.products)
+        return sparse_code(u, *self.encoder(), threshold, n, hyper.dtype, hyper.products)
 
     def after_update(self, smallest: jax.Array) -> None:
         super().after_update(smallest)
@@ -202,46 +255,40 @@ def find(architecture: str) -> type[Dictionary]:
 
 def check_settings(config: Config) -> None:
     """Raises UserError for settings that the architecture does not read or cannot fulfil."""
-    sae, usual = config.sae, SAEConfig()
+    sae, pareto, kinds = config.sae, config.pareto, architectures()
     joint = ("products",) if "crosscoder" in config.map.kinds else ()  # those read it, too
-    reads = find(sae.architecture).reads + joint
-    widths = sae.width if isinstance(sae.width, tuple) else (sae.width,)
+    reads, narrowest = find(sae.architecture).reads + joint, np.min(sae.width)
     for name in ("k", "l1_coefficient", "l0_target", "nested_fractions", "products"):
         value = getattr(sae, name)
         # Presets set k and l1_coefficient for any architecture; a sweep is never by accident.
-        asked = isinstance(value, tuple) if name in SWEPT else value != getattr(usual, name)
+        asked = isinstance(value, tuple) if name in SWEPT else value != getattr(SAEConfig(), name)
         if asked and name not in reads:
-            able = ", ".join(a for a in architectures() if name in find(a).reads)
+            able = ", ".join(kind for kind in kinds if name in find(kind).reads)
             raise UserError(
                 f"sae.{name}={spell(value)} means nothing to sae.architecture={sae.architecture}, "
                 f"only to {able}; leave it out."
             )
-        largest = max(value) if isinstance(value, tuple) else value
-        if name in ("k", "l0_target") and name in reads and largest > min(widths):
+        if name in ("k", "l0_target") and name in reads and np.max(value) > narrowest:
             raise UserError(
-                f"sae.{name}={largest} is larger than sae.width={min(widths)}; it must be the "
+                f"sae.{name}={np.max(value)} is larger than sae.width={narrowest}; it must be the "
                 "width or less."
             )
-    asked = config.pareto.architectures or architectures()
+    kinds = pareto.architectures or kinds
     for name, of_sae in (("k", "k"), ("penalties", "l1_coefficient")):
-        value = getattr(config.pareto, name)
-        read = any(of_sae in find(a).reads for a in asked)
+        read, value = any(of_sae in find(kind).reads for kind in kinds), getattr(pareto, name)
         if value != getattr(ParetoConfig(), name) and not read:
             raise UserError(
                 f"pareto.{name}={spell(value)} means nothing to pareto.architectures="
-                f"{spell(asked)}; leave it out."
+                f"{spell(kinds)}; leave it out."
             )
 
 
 @modules.plain
-def build(
-    architecture: str, *, d_model: int, width: int, k: int, key: jax.Array, d_out: int | None = None
-) -> Dictionary:
-    """Returns a freshly initialised dictionary; see ``Dictionary``.
+def build(architecture: str, *, key: jax.Array, **shape: int | None) -> Dictionary:
+    """Returns a fresh dictionary of this d_model, width, k and, of a transcoder, d_out.
 
-    The encoder of a transcoder (``d_out``) starts at zeros, to be set from data.
+    The encoder of a transcoder starts at zeros, to be set from data.
     """
-    shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out}
     seed = jax.random.key_data(key)[..., :2]  # which begins the longer keys of other generators
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
     return find(architecture)(**shape, rngs=nnx.Rngs(params=key))
@@ -266,8 +313,7 @@ def from_arrays(
     (d_model, width), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
     shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out if transcodes else None}
     graphdef, _ = modules.abstract(lambda: kind(**shape, rngs=nnx.Rngs(params=0)))
-    scales = ("scale", "scale_out") if transcodes else ("scale",)
-    filled = {name: np.ones(()) for name in scales} | arrays
+    filled = {"scale": np.ones(())} | ({"scale_out": np.ones(())} if transcodes else {}) | arrays
     return modules.merge(graphdef, {n: jnp.asarray(a, jnp.float32) for n, a in filled.items()})
 
 
@@ -281,8 +327,7 @@ def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> Non
 def load(path: str | Path) -> Dictionary:
     """Returns the dictionary in a checkpoint directory, on the first device.
 
-    Raises:
-      UserError: there is none, or a file of it is damaged.
+    UserError: there is none, or a file of it is damaged.
     """
     path = Path(path)
     if not path.is_dir():

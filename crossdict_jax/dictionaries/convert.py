@@ -15,8 +15,6 @@ from crossdict_jax.workdir import Workdir, model_names, read_json
 def convert(config: ConvertConfig, work: Workdir) -> list[str]:
     """Writes ``config.source`` in ``config.format`` below ``work.dictionaries``.
 
-    All formats are read into the same dictionary of raw activation units first.
-
     Returns:
       The folders that were written, and last the address of the upload, if there was one.
 
@@ -25,8 +23,8 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
     """
     if config.push and config.format != "saelens":
         raise UserError(
-            f"push={config.push} with format={config.format}: only SAELens folders are uploaded, "
-            "which every tool reads; leave format out."
+            f"push={config.push} with format={config.format}: only SAELens folders are uploaded; "
+            "leave format out."
         )
     if config.push:
         hub.parse(config.push)
@@ -36,25 +34,21 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         folders = sorted((root / "dictionaries").glob("*/*/seed-*"))
         paths = dict(zip(model_names(models), models))
         for folder in filter(checkpoint.is_finished, folders):
-            inner = folder.relative_to(root / "dictionaries")
-            output = checkpoint.load_meta(folder).get("writes")  # (model, site): a transcoder
-            names = {
-                "hook_name": config.hook_name or hook_name(inner.parts[1]),
-                "model_name": config.model_name or paths[inner.parts[0]],
-                "hook_name_out": hook_name(output[1]) if output else "",
-            }
-            items.append((str(folder), str(inner), names))
+            model, site, seed = folder.parts[-3:]
+            _, written_site = checkpoint.load_meta(folder).get("writes", ("", ""))  # of transcoders
+            names = {"hook_name": hook_name(site), "model_name": paths[model]}
+            names["hook_name_out"] = hook_name(written_site)
+            items.append((str(folder), f"{model}/{site}/{seed}", names))
         if not items:
             raise UserError(f"{root} has no finished dictionary; run train_saes first.")
     else:
-        on_hub = config.source.startswith(hub.PREFIX)
-        inner = hub.parse(config.source)[1] if on_hub else root
-        asked = {"hook_name": config.hook_name, "model_name": config.model_name}
-        names = dict.fromkeys(asked, "") | formats.names(config.source)
-        names |= {key: value for key, value in asked.items() if value}
-        items.append((config.source, Path(inner).name or "dictionary", names))
-    for source, name, names in items:
+        if config.source.startswith(hub.PREFIX):
+            root = Path(hub.parse(config.source)[1])
+        items.append((config.source, root.name or "dictionary", formats.names(config.source)))
+    asked = {"hook_name": config.hook_name, "model_name": config.model_name}
+    for source, name, said in items:
         dictionary, folder = formats.load(source), work.dictionaries / name
+        names = said | {key: value or said.get(key) for key, value in asked.items()}
         if config.format == "crossdict":
             if folder.exists():
                 shutil.rmtree(folder)  # of an earlier conversion with these settings

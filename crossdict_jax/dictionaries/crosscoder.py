@@ -9,10 +9,9 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.dictionaries.base import BatchSelected, unit_rows
-from crossdict_jax.dictionaries.losses import fvu, power
+from crossdict_jax.dictionaries.base import BatchSelected, fvu, power, unit_rows
 from crossdict_jax.errors import UserError
-from crossdict_jax.ops import exact, matmul
+from crossdict_jax.ops import exact
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import understood
 
@@ -48,19 +47,12 @@ class Crosscoder(BatchSelected):
     measured = ("scale", "center", "threshold")
 
     def __init__(
-        self,
-        variant: str,
-        *,
-        d_models: Sequence[int],
-        width: int,
-        k: int,
-        shared_fraction: float = 1.0,
-        key: jax.Array,
+        self, variant: str, *, d_models: Sequence[int], key: jax.Array, shared_fraction=1.0, **shape
     ):
         self.variant, self.shared_fraction = variant, shared_fraction
         self.d_models, self.n_models = tuple(d_models), len(d_models)
         total = sum(self.d_models)
-        super().__init__(d_model=total, d_out=total, width=width, k=k, rngs=nnx.Rngs(params=key))
+        super().__init__(d_model=total, d_out=total, rngs=nnx.Rngs(params=key), **shape)
         self.unit_decoder = self.revives = variant == "batchtopk"
         W_dec = unit_rows(self.W_dec[...] * self.allowed().T)
         self.W_dec, self.W_enc = nnx.Param(W_dec), nnx.Param(W_dec.T)
@@ -87,18 +79,14 @@ class Crosscoder(BatchSelected):
 
     def decoder_norms(self) -> jax.Array:
         """Returns [N, width], each latent's decoder norm per model, in units of equal variance."""
-        W_dec = self.W_dec[...]
-        parts = [W_dec[:, self.part(m)] for m in range(self.n_models)]
-        return jnp.stack([jnp.linalg.norm(part, axis=1) for part in parts])
+        W_dec, models = self.W_dec[...], range(self.n_models)
+        return jnp.stack([jnp.linalg.norm(W_dec[:, self.part(m)], axis=1) for m in models])
 
     def encode(self, x: Sequence[jax.Array | None]) -> jax.Array:
         """Returns the code f, float32 [batch, width].
 
-        Args:
-          x: per model raw activations [batch, d_m], or None where the model is not given.
-
-        Raises:
-          ValueError: none is given, or not one entry per model.
+        ``x`` is per model raw activations [batch, d_m], or None where the model is not given.
+        ValueError: none is given, or not one entry per model.
         """
         present = np.array([rows is not None for rows in x])
         if len(x) != self.n_models or not present.any():
@@ -110,12 +98,8 @@ class Crosscoder(BatchSelected):
 
     def decode(self, f: jax.Array) -> tuple[jax.Array, ...]:
         """Returns per model raw activations x_hat [batch, d_m] of a code f [batch, width]."""
-        u_hat = self.reconstruction(jnp.asarray(f, jnp.float32))
-        return tuple(u_hat[:, self.part(m)] / self.scale[...][m] for m in range(self.n_models))
-
-    def reconstruction(self, f: jax.Array, dtype=None) -> jax.Array:
-        """Returns u_hat [batch, D] of a code."""
-        return matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        u_hat, scale = self.reconstruction(jnp.asarray(f, jnp.float32)), self.scale[...]
+        return tuple(u_hat[:, self.part(m)] / scale[m] for m in range(self.n_models))
 
     def between(self, source: int, target: int) -> dict[str, jax.Array]:
         """Returns the weights from one model to another, in raw units of both.
@@ -123,14 +107,14 @@ class Crosscoder(BatchSelected):
         ``f = act(x W_enc + b_enc)``, ``x_hat = f W_dec + b_dec`` with W_enc [d_source, width] and
         W_dec [width, d_target]; act keeps what is above both 0 and ``threshold`` [].
         """
-        a, b = self.part(source), self.part(target)
+        a, b, scale = self.part(source), self.part(target), self.scale[...]
         W_enc = self.n_models * self.W_enc[...][a]
         return {
-            "W_enc": self.scale[...][source] * W_enc,
+            "W_enc": scale[source] * W_enc,
             "b_enc": self.b_enc[...] - exact(self.center[...][a], W_enc),
             "threshold": self.threshold[...],
-            "W_dec": self.W_dec[...][:, b] / self.scale[...][target],
-            "b_dec": self.b_dec[...][b] / self.scale[...][target],
+            "W_dec": self.W_dec[...][:, b] / scale[target],
+            "b_dec": self.b_dec[...][b] / scale[target],
         }
 
     def scaled_pair(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,13 +129,12 @@ class Crosscoder(BatchSelected):
         share = y / y.sum(axis=1, keepdims=True) * self.n_models
         return (u - fixed(self.center[...])[None, :]) * jnp.repeat(share, sizes, axis=1), u
 
-    def losses(self, x, *, hyper, dead, y=None, dtype=None):
-        """Returns as ``Dictionary.losses``; all models are reconstructed."""
+    def losses(self, x, hyper, y=None):
         if self.variant == "batchtopk":
-            return super().losses(x, hyper=hyper, dead=dead, y=y, dtype=dtype)
+            return super().losses(x, hyper, y)
         seen, u = self.scaled_pair(x, y)
-        f = self.activate(self.pre_activations(seen, dtype))
-        u_hat = self.reconstruction(f, dtype)
+        f = self.activate(self.pre_activations(seen, hyper.dtype))
+        u_hat = self.reconstruction(f, hyper.dtype)
         l1 = jnp.mean(exact(f, self.decoder_norms().sum(axis=0)))
         parts = {"fvu": fvu(u, u_hat), "mse": power(u - u_hat), "l1": l1}
         return parts["mse"] + hyper.l1_coefficient * l1, parts, f
@@ -184,11 +167,7 @@ def takes_part(crosscoder: Crosscoder) -> np.ndarray:
 
 @modules.plain
 def load(path: str | Path) -> Crosscoder:
-    """Returns the crosscoder in a checkpoint folder.
-
-    Raises:
-      UserError: there is none, or a file of it is damaged.
-    """
+    """Returns the crosscoder in a checkpoint folder; UserError: there is none, or it is damaged."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no crosscoder; run train_hypernetworks with that map first.")

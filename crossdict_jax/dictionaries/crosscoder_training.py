@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import modules
+from crossdict_jax import modules, stats
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, JointSettings, SAEConfig, crosscoder_settings, layer_pairs
 from crossdict_jax.dictionaries import base
@@ -29,15 +29,12 @@ CONTROLS = ("self", "rotated")  # the first model against itself, and against a 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The training rows of one crosscoder.
-
-    ``orders`` int [n] permute each model's rows (None: as they are), for shuffled pairs.
-    """
+    """The training rows of one crosscoder."""
 
     label: str  # names it in logs and errors
     views: tuple[np.ndarray, ...]  # per model [n, d_m], raw; row i of all is one text position
-    seed: int  # of its initial parameters, of its data order and of what is dropped
-    orders: tuple[np.ndarray | None, ...] | None = None
+    seed: int  # of initial parameters, data order and what is dropped
+    orders: tuple[np.ndarray | None, ...] | None = None  # int [n] of shuffled pairs; see ``Stream``
 
 
 class CrosscoderObjective(SparseObjective):
@@ -48,13 +45,12 @@ class CrosscoderObjective(SparseObjective):
         shape = {"width": joint.width, "k": joint.k, "shared_fraction": joint.shared_fraction}
         build = functools.partial(Crosscoder, joint.variant, d_models=self.d_models, **shape)
         names = ("steps", "batch_size", "dead_after_rows", "matmul_dtype", "products")
-        settings = SAEConfig(**{name: getattr(joint, name) for name in names})
-        super().__init__(lambda key: build(key=key), settings, k_aux=sum(d_models) // 2)
+        super().__init__(build, SAEConfig(**{name: getattr(joint, name) for name in names}))
 
     def init(self, key, fixed):
         # b_dec starts at the mean, so that latents need not spend themselves on it.
         measured = {"scale": fixed["scale"], "center": fixed["center"], "b_dec": fixed["center"]}
-        return modules.split(self.build(key))[1] | measured
+        return modules.split(self.build(key=key))[1] | measured
 
     def pair(self, rows, context):
         x = jnp.concatenate([rows[str(m)] for m in range(len(self.d_models))], axis=-1)
@@ -72,46 +68,42 @@ def fit_crosscoders(
 ) -> list[Crosscoder]:
     """Returns a trained crosscoder for each of ``rows``, in their order.
 
-    Those of equal shapes are one ensemble, with checkpoints and metrics in ``directory/N``:
-    interrupted, it ends with the same bits.
+    Those of equal shapes are one ensemble, with checkpoints and metrics in ``directory/N``.
 
     Raises:
       UserError: a batch is larger than the rows or does not divide over the devices, or a loss
         is not finite.
     """
-    groups: dict[tuple, list[int]] = {}
-    for i, member in enumerate(rows):
+    groups: dict[tuple, list[Rows]] = {}
+    for member in rows:
         n = len(member.views[0])
         if joint.batch_size > n:
             raise UserError(
                 f"crosscoder.batch_size={joint.batch_size} is more than the {n} training rows of "
                 f"{member.label}; lower it or raise text.documents."
             )
-        groups.setdefault(tuple(view.shape for view in member.views), []).append(i)
+        groups.setdefault(tuple(view.shape for view in member.views), []).append(member)
     fitted: dict[int, Crosscoder] = {}
-    for number, (shapes, indices) in enumerate(groups.items()):
+    for number, (shapes, group) in enumerate(groups.items()):
         folder = Path(directory) / str(number)
         shape = {"rows": joint.batch_size, "width": joint.width, "k": joint.k}
-        settings = with_products(joint, **shape, members=len(indices), directory=folder)
-        ensemble = joint_ensemble([rows[i] for i in indices], settings)
+        settings = with_products(joint, **shape, members=len(group), directory=folder)
+        ensemble = joint_ensemble(group, settings)
         sizes = "+".join(str(d_model) for _, d_model in shapes)
+        seeds = [member.seed for member in group]
         trained = train(
             ensemble,
             steps=joint.steps,
             seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
             directory=folder,
             checkpoint_every=checkpoint_every,
-            title=f"{len(indices)} crosscoders of {sizes}",
-            meta={
-                "seeds": [rows[i].seed for i in indices],
-                "settings": dataclasses.asdict(settings),
-                "rows": shapes,
-            },
+            title=f"{len(group)} crosscoders of {sizes}",
+            meta={"seeds": seeds, "settings": dataclasses.asdict(settings), "rows": shapes},
             records=records,
         )
-        for i, params in zip(indices, trained):
-            fitted[i] = modules.merge(ensemble.objective.graphdef, params)
-    return [fitted[i] for i in range(len(rows))]
+        for member, params in zip(group, trained):
+            fitted[id(member)] = modules.merge(ensemble.objective.graphdef, params)
+    return [fitted[id(member)] for member in rows]
 
 
 def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
@@ -129,23 +121,24 @@ def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
         views = {id(member.views[m]): member.views[m] for member in members}
         source = np.asarray([list(views).index(id(member.views[m])) for member in members])
         orders = [member.orders and member.orders[m] for member in members]
-        straight = np.arange(len(members[0].views[m]), dtype=np.int32)
-        stacked = np.stack([straight if order is None else order for order in orders])
-        shuffled = any(order is not None for order in orders)
+        if shuffled := any(order is not None for order in orders):
+            straight = np.arange(len(members[0].views[m]), dtype=np.int32)
+            orders = np.stack([straight if order is None else order for order in orders])
         x = np.stack(list(views.values()))
-        streams[str(m)] = Stream(x, source, stacked if shuffled else None)
+        streams[str(m)] = Stream(x, source, orders if shuffled else None)
+    n, seeds = len(members), [member.seed for member in members]
     return make_ensemble(
         CrosscoderObjective(joint, d_models),
         fixed={
-            "id": np.asarray([member.seed for member in members], np.uint32),
-            "rate": np.full(len(members), joint.learning_rate, np.float32),
-            "penalty": np.full(len(members), joint.l1_coefficient, np.float32),
+            "id": np.asarray(seeds, np.uint32),
+            "rate": np.full(n, joint.learning_rate, np.float32),
+            "penalty": np.full(n, joint.l1_coefficient, np.float32),
             "scale": np.asarray(scale, np.float32),
             "center": np.asarray(center, np.float32),
         },
         labels=[member.label for member in members],
         streams=streams,
-        seeds=[member.seed for member in members],
+        seeds=seeds,
         batch_size=joint.batch_size,
         setting="crosscoder.batch_size",
     )
@@ -168,10 +161,9 @@ def draw_present(key: jax.Array, batch: int, models: int, drop: float) -> jax.Ar
 
 def joint_sites(config: Config, store: Store) -> list[tuple[Site, ...]]:
     """Returns the layer tuples of a run: a site of every model per layer pair."""
-    return [
-        tuple(Site(pair[min(m, 1)], config.site) for m in range(len(store.models)))
-        for pair in layer_pairs(config)
-    ]
+    n = len(store.models) - 1
+    pairs = ([Site(layer, config.site) for layer in pair] for pair in layer_pairs(config))
+    return [(first, *[other] * n) for first, other in pairs]
 
 
 def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
@@ -189,12 +181,9 @@ def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
 
 
 def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
-    """Trains the run's missing crosscoders, each into a folder of its own.
+    """Trains the run's missing crosscoders; interrupted, it ends with the same bits.
 
-    Interrupted, it ends with the same bits.
-
-    Raises:
-      UserError: see ``fit_crosscoders``.
+    UserError: see ``fit_crosscoders``.
     """
     folders = {work.crosscoder(*ends): ends for ends in planned(config, store)}
     todo = [folder for folder in folders if not checkpoint.is_finished(folder)]
@@ -225,8 +214,8 @@ def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:
 
 def shuffles(n: int, *, models: int, seed: int) -> tuple[np.ndarray | None, ...]:
     """Returns random orders of each model's rows; None (unpermuted) for the first."""
-    generators = [np.random.Generator(np.random.Philox(key=[seed, m])) for m in range(1, models)]
-    return (None, *(g.permutation(n).astype(np.int32) for g in generators))
+    permuted = (stats.generator(seed, m).permutation(n) for m in range(1, models))
+    return (None, *(order.astype(np.int32) for order in permuted))
 
 
 def copies(x: np.ndarray, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +227,5 @@ def copies(x: np.ndarray, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 def rotation(d: int, seed: int) -> np.ndarray:
     """Returns a random orthogonal matrix float32 [d, d]."""
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    Q, R = np.linalg.qr(generator.standard_normal((d, d)))
+    Q, R = np.linalg.qr(stats.generator(seed).standard_normal((d, d)))
     return (Q * np.sign(np.diag(R))[None, :]).astype(np.float32)

@@ -13,6 +13,8 @@ from crossdict_jax.workdir import as_float32
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 BRIDGE = {"in": "resid_pre", "out": "resid_post"}  # TransformerLens 3: ours
+MODULE = r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)(?:\.([\w.]+))?"  # of transformers, in a layer
+SITES = {None: "resid_post", "output": "resid_post", "mlp": "mlp_out", "mlp.output": "mlp_out"}
 
 
 def hook_name(site: str) -> str:
@@ -21,19 +23,26 @@ def hook_name(site: str) -> str:
     return f"blocks.{layer}.hook_{kind}" if kind else ""
 
 
+def lens_name(hook: str) -> str:
+    """Returns a hook or module of transformers in TransformerLens terms; "" where none is known."""
+    module = re.fullmatch(MODULE, hook)
+    if not module:
+        return hook
+    return hook_name(f"{SITES[module[2]]}.{module[1]}") if module[2] in SITES else ""
+
+
 def site_of(hook: str) -> Site | None:
     """Returns the site that a hook of TransformerLens or a module of transformers is.
 
     The output of block N is ``resid_pre.N+1`` as well as ``resid_post.N``: here the former. None
     where it is none of our sites.
     """
-    lens = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join([*KINDS, *BRIDGE])})", hook)
-    theirs = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?(?:\.output)?", hook)
-    if not lens and not theirs:
+    kinds = "|".join([*KINDS, *BRIDGE])
+    match = re.fullmatch(rf"blocks\.(\d+)\.hook_({kinds})", lens_name(hook))
+    if not match:
         return None
-    layer, kind = lens.groups() if lens else (theirs[1], "mlp_out" if theirs[2] else "resid_post")
-    kind = BRIDGE.get(kind, kind)
-    return Site(int(layer) + 1) if kind == "resid_post" else Site(int(layer), kind)
+    layer, kind = int(match[1]), BRIDGE.get(match[2], match[2])
+    return Site(layer + 1) if kind == "resid_post" else Site(layer, kind)
 
 
 def require(config: dict[str, Any], key: str, file: Path) -> Any:
@@ -46,7 +55,7 @@ def require(config: dict[str, Any], key: str, file: Path) -> Any:
 def require_count(config: dict[str, Any], key: str, file: Path, *, limit: int | None = None) -> int:
     """Returns a whole number from 1 to ``limit`` that a config must have."""
     value = require(config, key, file)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = type(value) in (int, float)
     if not number or not 1 <= value <= (limit or 2**31) or value != int(value):
         allowed = f"to {limit}" if limit else "or more"
         raise UserError(f"{file}: {key}={value!r} must be a whole number, 1 {allowed}.")
@@ -64,18 +73,14 @@ def require_flag(config: dict[str, Any], key: str, file: Path, *, default: bool)
 def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
     """Returns arrays as float32; they must be exactly those of ``shapes``.
 
-    A ``scaling_factor`` of ones, which SAELens once wrote, is left out.
-
-    Raises:
-      UserError: one is missing or unknown, has another shape, is not of floats, or holds NaN.
+    A ``scaling_factor`` of ones, which SAELens once wrote, is left out. UserError: an array is
+    missing or unknown, has another shape, is not of floats, or holds NaN.
     """
     arrays = {n: a for n, a in arrays.items() if n != "scaling_factor" or not np.all(a == 1)}
-    missing, unknown = (
-        sorted(a.keys() - b.keys()) for a, b in ((shapes, arrays), (arrays, shapes))
-    )
+    missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
     if missing or unknown:
-        wrong = [f"lacks {', '.join(missing)}"] * bool(missing)
-        wrong += [f"holds {', '.join(unknown)}, which it should not"] * bool(unknown)
+        wrong = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
+        wrong += [f"holds {', '.join(sorted(unknown))}, which it should not"] * bool(unknown)
         raise UserError(f"{file} {' and '.join(wrong)}; its weights must be {', '.join(shapes)}.")
     for name, shape in shapes.items():
         if arrays[name].shape != shape:

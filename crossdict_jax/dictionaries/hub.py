@@ -13,8 +13,7 @@ READ = ("*.json", "*.safetensors", "*.npz")  # what formats of dictionaries cons
 def parse(text: str) -> tuple[str, str, str | None]:
     """Returns repository, folder and revision of ``hub:OWNER/NAME[/FOLDER][@REVISION]``.
 
-    Raises:
-      UserError: it is written otherwise.
+    UserError: it is written otherwise.
     """
     path, _, revision = text.removeprefix(PREFIX).partition("@")
     parts = path.strip("/").split("/")
@@ -29,8 +28,7 @@ def parse(text: str) -> tuple[str, str, str | None]:
 def fetch(path: str) -> Path:
     """Returns a local copy of a folder on the hub, and any other path as it is.
 
-    Only json, safetensors and npz are fetched. UserError: there is no such repository or folder, or
-    the hub cannot be reached.
+    UserError: there is no such repository or folder, or the hub cannot be reached.
     """
     if not path.startswith(PREFIX):
         return Path(path)
@@ -64,7 +62,7 @@ def push(folder: Path, text: str) -> str:
             folder_path=folder,
             path_in_repo=inner or None,
             revision=revision,
-            allow_patterns=[pattern for kind in READ for pattern in (kind, f"**/{kind}")],
+            allow_patterns=[*READ, *(f"**/{kind}" for kind in READ)],
             commit_message="Upload sparse dictionaries",
         )
     return str(commit.commit_url)
@@ -72,23 +70,20 @@ def push(folder: Path, text: str) -> str:
 
 @contextlib.contextmanager
 def _errors_in_one_line(text: str) -> Iterator[None]:
-    """Turns errors into a UserError; every library below raises its own."""
+    """Turns errors into a UserError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         yield
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{text}: there is no such repository, or it is private; check the spelling and "
-            "`hf auth login`."
-        ) from error
-    except HfHubHTTPError as error:
-        status, mend = error.response.status_code, "check the revision, or try again later."
-        if status in (401, 403):
-            mend = "log in with `hf auth login` as somebody who may write there."
-        raise UserError(f"{text}: the hub refuses with status {status}; {mend}") from error
-    except Exception as error:  # offline, proxies, time-outs
-        raise UserError(
-            f"{text}: the hub cannot be reached ({type(error).__name__}); give a local folder "
-            "or try again online."
-        ) from error
+    except Exception as error:  # of the hub; or offline, proxies, time-outs
+        mend = "give a local folder or try again online."
+        what = f"the hub cannot be reached ({type(error).__name__})"
+        if isinstance(error, RepositoryNotFoundError | HFValidationError):
+            mend = "check the spelling and `hf auth login`."
+            what = "there is no such repository, or it is private"
+        elif isinstance(error, HfHubHTTPError):
+            status, mend = error.response.status_code, "check the revision, or try again later."
+            if status in (401, 403):
+                mend = "log in with `hf auth login` as somebody who may write there."
+            what = f"the hub refuses with status {status}"
+        raise UserError(f"{text}: {what}; {mend}") from error

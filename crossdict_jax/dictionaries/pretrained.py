@@ -1,61 +1,75 @@
 """Dictionaries that others trained, put where a run keeps its own."""
 
-import numpy as np
+from pathlib import Path
 
+from crossdict_jax import modules
+from crossdict_jax.activations.extract import dictionary_sites
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import base, formats
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
 from crossdict_jax.dictionaries.folders import hook_name, site_of
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
+from crossdict_jax.models import Site, load_config
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, model_names
 
 
 def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     """Saves the dictionaries of ``sae.sources`` as the run's; returns the models that have all.
 
-    Raises:
-      UserError: a source is missing, is no dictionary, or reads or writes rows of another size.
+    UserError: see ``check_sources``; then none is saved.
     """
-    sources = config.sae.sources
-    if sources and len(sources) != len(store.models):
+    for folder, path in check_sources(config, work, store).items():
+        dictionary, codes = formats.load(path), config.sae.source_codes
+        dictionary = unselected(dictionary) if codes == "relu" else dictionary
+        base.save(dictionary, folder, meta={"source": path, "codes": codes})
+    return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}
+
+
+def check_sources(config: Config, work: Workdir, store: Store | None = None) -> dict[Path, str]:
+    """Returns {folder: path} of the dictionaries of ``sae.sources`` that the run does not have yet.
+
+    Reads each. Sizes of rows are those of the store, or else of the models' configs.
+
+    Raises:
+      UserError: there is not one entry per model; or a source is missing, is no dictionary that a
+        run can keep, is of another model or site, or reads or writes rows of another size.
+    """
+    sources, names = config.sae.sources, model_names(config.models)
+    if not sources:
+        return {}
+    if len(sources) != len(names):
         raise UserError(
-            f"sae.sources has {len(sources)} entries for {len(store.models)} models; give one for "
-            "each, `train` where it shall be trained."
+            f"sae.sources has {len(sources)} entries for {len(names)} models; give one for each, "
+            "`train` where it shall be trained."
         )
-    adopted = {m: s for m, s in zip(store.models, sources) if s != "train"}
-    for model, source in adopted.items():
-        for site in store.sites_of(model):
-            folder = work.dictionary(model, site)
-            if checkpoint.is_finished(folder):
-                continue
-            path = source.replace("{layer}", str(site.layer))
-            dictionary, (other, written) = formats.load(path), store.output_of(model, site)
-            if dictionary.d_model != store.d_model(model):
+    given, models, missing = dict(zip(names, sources)), dict(zip(names, config.models)), {}
+    sizes = {n: store.d_model(n) if store else load_config(p).d_model for n, p in models.items()}
+    for reads, writes in dictionary_sites(config, names).writes.items():
+        (model, site), folder = reads, work.dictionary(*reads)
+        path = given[model].replace("{layer}", str(site.layer))
+        if path == "train" or checkpoint.is_finished(folder):
+            continue
+        dictionary = formats.load(path)
+        base.architecture_of(dictionary)  # none of ours has no checkpoint
+        if dictionary.transcodes != (writes != reads):
+            kind = "a transcoder" if dictionary.transcodes else "no transcoder"
+            raise UserError(
+                f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and "
+                "be empty for dictionaries that write what they read."
+            )
+        ends = (("reads", dictionary.d_model, *reads), ("writes", dictionary.d_out, *writes))
+        for verb, size, name, end in ends:
+            if size != sizes[name]:
                 raise UserError(
-                    f"sae.sources: {path} reads rows of {dictionary.d_model}, {model} has "
-                    f"{store.d_model(model)} at {site}; name the dictionary of this model."
+                    f"sae.sources: {path} {verb} rows of {size}, {name} has {sizes[name]} at "
+                    f"{end}; name the dictionary of this model, or correct sae.output_site."
                 )
-            if dictionary.transcodes != ((other, written) != (model, site)):
-                kind = "a transcoder" if dictionary.transcodes else "no transcoder"
-                raise UserError(
-                    f"sae.sources: {path} is {kind}; sae.output_site must name what it writes, and "
-                    "be empty for dictionaries that write what they read."
-                )
-            if dictionary.d_out != store.d_model(other):
-                raise UserError(
-                    f"sae.sources: {path} writes rows of {dictionary.d_out}, {other} has "
-                    f"{store.d_model(other)} at {written}; correct sae.output_site."
-                )
-            if config.sae.source_names == "check":
-                said, index = formats.names(path), store.models.index(model)
-                check_names(said, path, f"{store.paths[index]}/{model}", site, written)
-            if config.sae.source_codes == "relu":
-                dictionary = unselected(dictionary)
-            base.save(dictionary, folder, meta={"source": path, "codes": config.sae.source_codes})
-    return set(adopted)
+        if config.sae.source_names == "check":
+            check_names(formats.names(path), path, f"{models[model]}/{model}", site, writes[1])
+        missing[folder] = path
+    return missing
 
 
 def check_names(said: dict[str, str], path: str, model: str, site: Site, written: Site) -> None:
@@ -63,10 +77,11 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
 
     Or of another model than ``model``, of which each part between slashes is a name.
     """
-    ends, wrong = {"hook_name": site, "hook_name_out": written}, []
-    for key, ours in ends.items():
-        if key in said and site_of(said[key]) != site_of(hook_name(str(ours))):
-            wrong.append(f"{key} {said[key]}, where the run has {ours}")
+    wrong = [
+        f"{key} {said[key]}, where the run has {ours}"
+        for key, ours in (("hook_name", site), ("hook_name_out", written))
+        if key in said and site_of(said[key]) != site_of(hook_name(str(ours)))
+    ]
     short = [part.removesuffix("-small") for part in model.lower().split("/")]  # gpt2-small is gpt2
     name = said.get("model_name", "").lower().rpartition("/")[2].removesuffix("-small")
     if name and name not in short:
@@ -79,12 +94,8 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
 
 
 def unselected(dictionary: Dictionary) -> Dictionary:
-    """Returns the dictionary with features relu(z), unselected and without threshold.
-
-    Raises:
-      UserError: it does more than that, as some imported ones do.
-    """
+    """Returns the dictionary with features relu(z); UserError: it fits no architecture of ours."""
     base.architecture_of(dictionary)
-    names = ["W_enc", "b_enc", "W_dec", "b_dec", "scale"] + ["scale_out"] * dictionary.transcodes
-    arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
-    return from_arrays(find("relu"), arrays, transcodes=dictionary.transcodes)
+    arrays, other = modules.split(dictionary)[1], ("threshold", "b_mag", "r_mag")
+    kept = {name: array for name, array in arrays.items() if name not in other}
+    return from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)

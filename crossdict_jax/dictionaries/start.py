@@ -8,7 +8,6 @@ import numpy as np
 
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.errors import UserError
-from crossdict_jax.modules import Params
 from crossdict_jax.ops import exact, keep_top_k
 
 PENALTY = 1e-2  # of the linear predictor, in multiples of the mean variance of what it reads
@@ -54,14 +53,15 @@ def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
     With rows y [n, d_out] of a transcoder also those of y, NAME_out, and the ridge regression of
     scaled y on scaled x, predictor [d_model, d_out].
     """
-    start = {}
-    for end, array in (("", x), ("_out", y))[: 1 if y is None else 2]:
-        start[f"scale{end}"] = np.float32(activation_scale(array))
-        start[f"mean{end}"] = array.mean(axis=0, dtype=np.float32)
-        spread = np.arange(SAMPLE) * len(array) // SAMPLE
-        start[f"rows{end}"] = array[spread].astype(np.float32)
+    spread = np.arange(SAMPLE) * len(x) // SAMPLE
+    start = {
+        "scale": np.float32(activation_scale(x)),
+        "mean": x.mean(axis=0, dtype=np.float32),
+        "rows": x[spread].astype(np.float32),
+    }
     if y is None:
         return start
+    start |= {f"{name}_out": array for name, array in start_of(y).items()}
     d_model = x.shape[1]
     C_xx, C_xy = np.zeros((d_model, d_model)), np.zeros((d_model, y.shape[1]))
     for at in range(0, len(x), BLOCK):
@@ -74,24 +74,25 @@ def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
     return start | {"predictor": predictor.astype(np.float32)}
 
 
-def begin(params: Params, start: dict[str, jax.Array]) -> Params:
-    """Returns fresh parameters with scales, means and a transcoder's encoder set.
+def begin(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:
+    """Sets the scales, means and, of a transcoder, the encoder of a fresh dictionary.
 
     b_dec starts at the mean of what is written, so that features need not spend themselves on it. A
     transcoder's encoder starts at W_enc = P W_dec' with columns of length 1, for the linear
     predictor P of y from x: each feature fires on what foretells its own row. Its b_enc centres x.
     """
-    params = params | {"scale": start["scale"]}
-    if "predictor" not in start:
-        return params | {"b_dec": start["scale"] * start["mean"]}
-    W_enc = exact(start["predictor"], params["W_dec"].T)  # [d_model, width]
-    W_enc = W_enc / jnp.maximum(jnp.linalg.norm(W_enc, axis=0, keepdims=True), 1e-8)
-    centred = exact(-(start["scale"] * start["mean"]), W_enc)
-    changed = {"scale_out": start["scale_out"], "b_dec": start["scale_out"] * start["mean_out"]}
-    changed |= {"W_enc": W_enc, "b_enc": params["b_enc"] + centred}
-    if "b_mag" in params:  # magnitudes of gated ones start from z - b_enc
-        changed["b_mag"] = params["b_mag"] + centred
-    return params | changed
+    d, mean = dictionary, start["scale"] * start["mean"]
+    d.scale[...] = start["scale"]
+    if not d.transcodes:
+        d.b_dec[...] = mean
+        return
+    d.scale_out[...], d.b_dec[...] = start["scale_out"], start["scale_out"] * start["mean_out"]
+    W_enc = exact(start["predictor"], d.W_dec[...].T)  # [d_model, width]
+    d.W_enc[...] = W_enc / jnp.maximum(jnp.linalg.norm(W_enc, axis=0, keepdims=True), 1e-8)
+    centred = exact(-mean, d.W_enc[...])
+    d.b_enc[...] = d.b_enc[...] + centred
+    if hasattr(d, "b_mag"):  # magnitudes of gated ones start from z - b_enc
+        d.b_mag[...] = d.b_mag[...] + centred
 
 
 def fit_length(dictionary: Dictionary, start: dict[str, jax.Array]) -> None:

@@ -16,17 +16,9 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import (
-    SWEPT,
-    Config,
-    JointSettings,
-    SAEConfig,
-    controlled_layers,
-    unswept,
-)
+from crossdict_jax.config import SWEPT, Config, JointSettings, SAEConfig, controlled_layers, unswept
 from crossdict_jax.dictionaries import base, pretrained
-from crossdict_jax.dictionaries.base import Dictionary
-from crossdict_jax.dictionaries.losses import Hyper, power
+from crossdict_jax.dictionaries.base import Dictionary, Hyper, power
 from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
@@ -54,21 +46,19 @@ L1_WARMUP_FRACTION = 0.1  # of the steps, for the penalty
 # Largest global norm. Losses that sum squares have their longest gradients in the first steps, and
 # Adam remembers them for 1 / (1 - b2): at 300 steps ReLU would leave a tenth to a quarter more.
 GRADIENT_CLIP = 1.0
-MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 
 class SparseObjective(Objective):
-    """Trains sparse codes: losses, dead features, constraints.
+    """Trains sparse codes.
 
-    The memory is int [width]: rows since each feature was active. The variant of a chunk of steps
-    is how many dead features AuxK makes room for: enough for the member that had most before it.
-    ``totals`` fill ``Hyper`` for a batch in parts, with no [batch, width] array but one for
-    architectures that choose over the batch.
+    The memory is int [width]: rows since each feature was active. The variant is how many dead
+    features AuxK makes room for: enough for the member that had most. ``totals`` fill ``Hyper``
+    without a [batch, width] array, but one for architectures that choose over the batch.
     """
 
-    def __init__(self, build: Callable[[jax.Array], Dictionary], settings: SAEConfig, k_aux: int):
-        module = nnx.eval_shape(lambda: build(jax.random.key(0)))
-        self.build, self.settings, self.k_aux = build, settings, k_aux
+    def __init__(self, build: Callable[..., Dictionary], settings: SAEConfig):
+        module = nnx.eval_shape(lambda: build(key=jax.random.key(0)))
+        self.build, self.settings, self.k_aux = build, settings, module.d_out // 2
         self.graphdef, self.frozen = nnx.split(module)[0], module.measured
         self.revives, self.width = module.revives, module.width
         self.memory, self.parts = np.zeros(module.width, np.int32), settings.accumulate
@@ -86,17 +76,17 @@ class SparseObjective(Objective):
         """Clipped Adam; the rate warms up, stays, and falls to 0 over the last fifth of steps."""
         steps = self.settings.steps
         warm, decay = max(1, round(WARMUP_FRACTION * steps)), max(1, steps // 5)
-        rise, fall = (1 / warm, 1.0, warm), (1.0, 0.0, decay)
-        schedules = [optax.linear_schedule(*rise), optax.linear_schedule(*fall)]
-        factor = optax.join_schedules(schedules, [max(warm, steps - decay)])
+        rise = optax.linear_schedule(1 / warm, 1.0, warm)
+        fall = optax.linear_schedule(1.0, 0.0, decay)
+        factor = optax.join_schedules([rise, fall], [max(warm, steps - decay)])
         return optax.chain(
             optax.clip_by_global_norm(GRADIENT_CLIP),
-            optax.scale_by_adam(**MOMENTS),
+            optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
             optax.scale_by_schedule(lambda count: -fixed["rate"] * factor(count)),
         )
 
     def pair(self, rows, context) -> tuple:
-        """Returns the arguments x and y of ``Dictionary.losses``."""
+        """Returns x and y of ``Dictionary.losses``."""
         return rows["x"], rows.get("y")
 
     def hyper(self, context: Context) -> Hyper:
@@ -106,6 +96,8 @@ class SparseObjective(Objective):
             l1_coefficient=context.fixed["penalty"] * factor,
             revived=context.variant,
             k_aux=self.k_aux,
+            dead=context.memory >= self.dead_after,
+            dtype=self.dtype,
             l0_target=self.settings.l0_target,
             nested_fractions=self.settings.nested_fractions,
             rows=self.settings.batch_size,
@@ -114,15 +106,14 @@ class SparseObjective(Objective):
         )
 
     def loss(self, params, rows, context):
-        (x, y), dead = self.pair(rows, context), context.memory >= self.dead_after
-        module, hyper = modules.merge(self.graphdef, params), self.hyper(context)
-        loss, terms, f = module.losses(x, y=y, hyper=hyper, dead=dead, dtype=self.dtype)
+        (x, y), hyper = self.pair(rows, context), self.hyper(context)
+        loss, terms, f = modules.merge(self.graphdef, params).losses(x, hyper, y)
         active, l0, smallest = jax.lax.stop_gradient(activity(f))
-        metrics = {"l0": l0, **terms, "dead_fraction": dead.mean(dtype=jnp.float32)}
+        metrics = {"l0": l0, **terms, "dead_fraction": hyper.dead.mean(dtype=jnp.float32)}
         return loss, (metrics, (active, smallest))
 
     def totals(self, params, parts, context):
-        d, over, dtype = modules.merge(self.graphdef, params), jax.lax.map, self.dtype
+        d, over = modules.merge(self.graphdef, params), jax.lax.map
         u, t = over(lambda part: d.scaled_pair(part["x"], part.get("y")), parts)
 
         def variance(x):
@@ -131,18 +122,18 @@ class SparseObjective(Objective):
 
         def residual(pair):
             u, t = pair
-            u_hat = decode(d.training_code(u, hyper, dtype), d.W_dec[...], dtype)
+            u_hat = decode(d.training_code(u, hyper), d.W_dec[...], self.dtype)
             return t - u_hat - d.b_dec[...][None, :]
 
         totals = {"variance": variance(t)}
         if d.selects_over_rows:
-            z = over(lambda part: jax.nn.relu(d.pre_activations(part, dtype)), u)
+            z = over(lambda part: jax.nn.relu(d.pre_activations(part, self.dtype)), u)
             z = z.swapaxes(0, 1).reshape(-1, d.width)  # rows stay on their devices
             totals["threshold"] = nth_largest(z, d.k * len(z))
         hyper = dataclasses.replace(self.hyper(context), **totals)
         if hyper.revived:
             totals["residual_variance"] = variance(over(residual, (u, t)))
-        l0 = over(lambda part: activity(d.training_code(part, hyper, dtype))[1], u)
+        l0 = over(lambda part: activity(d.training_code(part, hyper))[1], u)
         return totals | {"l0": l0.mean()}
 
     def after_step(self, params, silent, aux):
@@ -155,14 +146,12 @@ class SparseObjective(Objective):
 class DictionaryObjective(SparseObjective):
     """Trains a dictionary or a transcoder from a start that its rows determine."""
 
-    def __init__(self, sae: SAEConfig, *, d_model: int, d_out: int | None, width: int, k: int):
-        shape = {"d_model": d_model, "d_out": d_out, "width": width, "k": k}
-        build = partial(base.build, sae.architecture, **shape)
-        super().__init__(lambda key: build(key=key), sae, k_aux=(d_out or d_model) // 2)
+    def __init__(self, sae: SAEConfig, **shape: int | None):
+        super().__init__(partial(base.build, sae.architecture, **shape), sae)
 
     def init(self, key, fixed):
-        fresh = modules.split(self.build(key))[1]
-        d = modules.merge(self.graphdef, begin(fresh, fixed["start"]))
+        d = self.build(key=key)
+        begin(d, fixed["start"])
         fit_length(d, fixed["start"])
         params = modules.split(d)[1]
         if "params" not in fixed:
@@ -173,7 +162,7 @@ class DictionaryObjective(SparseObjective):
 def usual_rate(architecture: str, *, width: int) -> float:
     """Returns Adam's learning rate: 2e-3 at a width of 4096, falling with its square root.
 
-    The law of TopK (Gao et al. 2024, arXiv 2406.04093), times the class's ``pace``.
+    As of TopK (Gao et al. 2024, arXiv 2406.04093), times the class's ``pace``.
     """
     return base.find(architecture).pace * min(LARGEST_RATE, 2e-3 * math.sqrt(4096 / width))
 
@@ -184,7 +173,7 @@ class Member:
 
     model: str
     site: Site
-    seed: int  # of its initial parameters and of its data order
+    seed: int  # of initial parameters and data order
     width: int
     k: int
     learning_rate: float
@@ -197,17 +186,14 @@ def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
 
     Later values of a swept field are ``seed-N-FIELD-VALUE``: ``seed-0`` always is the first.
     """
-    values = {field: getattr(sae, field) for field in SWEPT}
-    swept = {field: v if isinstance(v, tuple) else (v,) for field, v in values.items()}
-    result = []
-    for (model, site), seed in itertools.product(sites, range(sae.seeds)):
-        for combination in itertools.product(*swept.values()):
-            fields = dict(zip(swept, combination))
-            other = [f"{f}-{v:g}" for f, v in fields.items() if v != swept[f][0]]
-            usual = usual_rate(sae.architecture, width=fields["width"])
-            fields["learning_rate"] = fields["learning_rate"] or usual
-            name = "-".join([f"seed-{seed}", *other])
-            result += [Member(model, site, seed, name=name, **fields)]
+    first, result = vars(unswept(sae)), []
+    swept = [v if isinstance(v := getattr(sae, field), tuple) else (v,) for field in SWEPT]
+    for end, seed, *values in itertools.product(sites, range(sae.seeds), *swept):
+        fields = dict(zip(SWEPT, values))
+        other = [f"{f}-{v:g}" for f, v in fields.items() if v != first[f]]
+        usual = usual_rate(sae.architecture, width=fields["width"])
+        fields["learning_rate"] = fields["learning_rate"] or usual
+        result.append(Member(*end, seed, name="-".join([f"seed-{seed}", *other]), **fields))
     return result
 
 
@@ -219,26 +205,21 @@ def control_members(config: Config, store: Store) -> list[Member]:
     sweep.
     """
     sae = dataclasses.replace(unswept(config.sae), seeds=CEILING_SEED + 1)
-    n, result = len(config.models), []
+    n, ceiling = len(config.models), []
     if "ceiling" in config.controls and config.sae.seeds <= CEILING_SEED:
         layers = zip(store.models[:n], controlled_layers(config))
-        sites = [(model, Site(layer, config.site)) for model, those in layers for layer in those]
-        result += [m for m in members(sae, sites) if m.seed == CEILING_SEED]
-    sites = [(model, site) for model in store.models[n:] for site in store.sites_of(model)]
-    return result + [m for m in members(sae, sites) if m.seed == 0]
-
-
-# Stages
+        ceiling = [(model, Site(layer, config.site)) for model, those in layers for layer in those]
+    untrained = [(model, site) for model in store.models[n:] for site in store.sites_of(model)]
+    wanted = ((CEILING_SEED, ceiling), (0, untrained))
+    return [m for seed, sites in wanted for m in members(sae, sites) if m.seed == seed]
 
 
 def train_dictionaries(
     config: Config, store: Store, work: Workdir, controls: Store | None = None
 ) -> None:
-    """Trains the missing dictionaries, each into a folder of its own.
+    """Trains the missing dictionaries of a run; interrupted, it ends with the same bits.
 
-    Models with dictionaries from ``sae.sources`` train none. Members that share d_model, width and
-    k are one ensemble, split if too large for the device's memory. Interrupted, it ends with the
-    same bits.
+    Models with dictionaries from ``sae.sources`` train none.
 
     Args:
       controls: the store that controls read; ``control_members`` are trained too, into
@@ -250,15 +231,16 @@ def train_dictionaries(
     """
     adopted = pretrained.adopt(config, store, work)
     sites = [(m, s) for m in store.models if m not in adopted for s in store.sites_of(m)]
-    jobs = [(store, work, members(config.sae, sites))]
+    train_members(config, store, work, members(config.sae, sites))
     if controls:
-        jobs += [(controls, work.controls, control_members(config, controls))]
-    for source, folder, everyone in jobs:
-        train_members(config, source, folder, everyone)
+        train_members(config, controls, work.controls, control_members(config, controls))
 
 
 def train_members(config: Config, store: Store, work: Workdir, everyone: list[Member]) -> None:
-    """Trains the members that are not finished in ``work``."""
+    """Trains the members that are not finished in ``work``, each into a folder of its own.
+
+    Those that share d_model, width and k are one ensemble, split if too large for the device.
+    """
     sae, n_rows = config.sae, len(store.select("train"))
     folders = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}
     todo = [m for m in everyone if not checkpoint.is_finished(folders[m])]
@@ -269,7 +251,7 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
             directory = work.dictionaries / "training" / tag
             trained = train_from(config, store, group, directory=directory)
             for member, dictionary in zip(group, trained):
-                meta = dataclasses.asdict(member) | {"site": str(member.site), "steps": sae.steps}
+                meta = vars(member) | {"site": str(member.site), "steps": sae.steps}
                 if dictionary.transcodes:
                     model, site = store.output_of(member.model, member.site)
                     meta |= {"writes": [model, str(site)]}
@@ -280,13 +262,22 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
 
 
 def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> list[list[Member]]:
-    """Returns members in groups of equal shapes that fit the devices' memory."""
-    alike = {member: (*sizes(store, member), member.width, member.k) for member in todo}
-    groups = []
-    for shape in dict.fromkeys(alike.values()):
-        same = [member for member in todo if alike[member] == shape]
-        d_model, d_out, width, _ = shape
-        size = member_bytes(sae, d_model=d_model, width=width, d_out=d_out)
+    """Returns members in groups of equal shapes that fit the devices' memory.
+
+    A member takes at most, whatever its architecture, five float32 copies of the parameters
+    (themselves, two moments, gradients, one while they are updated) and six [batch, width] arrays
+    at the widest point of a step, of a part of the batch with ``sae.accumulate``; choosing features
+    over all rows holds one more, of all rows.
+    """
+    alike, groups = {}, []
+    for member in todo:
+        alike.setdefault((*sizes(store, member), member.width, member.k), []).append(member)
+    live = 6 * sae.batch_size // sae.accumulate
+    if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
+        live += sae.batch_size
+    for (d_model, d_out, width, _), same in alike.items():
+        both, written = d_model + (d_out or d_model), d_out or d_model
+        size = 4 * (5 * (both * width + width + written) + live * width + 2 * sae.batch_size * both)
         limit = members_at_once(size, rows=2 * n_rows * (d_model + (d_out or 0)))
         groups += [same[at : at + limit] for at in range(0, len(same), limit)]
     return groups
@@ -297,21 +288,6 @@ def sizes(store: Store, member: Member) -> tuple[int, int | None]:
     reads = (member.model, member.site)
     writes = store.output_of(*reads)
     return store.d_model(member.model), None if writes == reads else store.d_model(writes[0])
-
-
-def member_bytes(sae: SAEConfig, *, d_model: int, width: int, d_out: int | None = None) -> int:
-    """Returns a bound of the device memory of one member, for all architectures.
-
-    Five float32 copies of the parameters (themselves, two moments, gradients, one while they are
-    updated), and about six [batch, width] arrays at the widest point of a step, of a part of the
-    batch with ``sae.accumulate``; choosing features over all rows holds one more, of all rows.
-    """
-    d_out = d_out or d_model
-    parameters = (d_model + d_out) * width + width + d_out
-    live = 6 * sae.batch_size // sae.accumulate
-    if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
-        live += sae.batch_size
-    return 4 * (5 * parameters + live * width + 2 * sae.batch_size * (d_model + d_out))
 
 
 def train_from(
@@ -326,10 +302,8 @@ def train_from(
 
     ``starts`` are per member its first parameters, or None for random ones.
     """
-    sae = config.sae
-    rows = store.select("train")
-    first, part = group[0], sae.batch_size // sae.accumulate
-    shape = {"rows": part, "width": first.width, "k": first.k}
+    sae, rows, first = config.sae, store.select("train"), group[0]
+    shape = {"rows": sae.batch_size // sae.accumulate, "width": first.width, "k": first.k}
     sae = with_products(sae, **shape, members=len(group), directory=directory)
     ensemble = prepare(sae, store, group, rows, starts=starts)
     kind = "transcoders" if sizes(store, group[0])[1] else "dictionaries"
@@ -403,8 +377,9 @@ def prepare(
     sites = list(dict.fromkeys((m.model, m.site) for m in group))
     ends = {"x": sites} | ({"y": [store.output_of(*site) for site in sites]} if d_out else {})
     data = {name: [store.read(*end, rows) for end in those] for name, those in ends.items()}
-    for end, array in zip(*(itertools.chain(*part.values()) for part in (ends, data))):
-        check_rows(array, " ".join(map(str, end)), rows)
+    for name, arrays in data.items():
+        for (model, site), array in zip(ends[name], arrays):
+            check_rows(array, f"{model} {site}", rows)
     start = [start_of(*arrays) for arrays in zip(*data.values())]
     source = np.asarray([sites.index((m.model, m.site)) for m in group])
     fixed = {
@@ -415,14 +390,14 @@ def prepare(
     }
     labels = [f"{m.model} {m.site} {m.name}" for m in group]
     if starts is not None:
-        anyone = next(d for d in starts if d is not None)
+        begun = [d is not None for d in starts]
+        anyone = starts[begun.index(True)]
         params = stack([modules.split(d or anyone)[1] for d in starts])
-        fixed |= {"params": params, "begun": np.asarray([d is not None for d in starts])}
-        labels = [f"{m} {'begun' if d else 'random'}" for m, d in zip(labels, starts)]
+        fixed |= {"params": params, "begun": np.asarray(begun)}
+        labels = [f"{m} {'begun' if d else 'random'}" for m, d in zip(labels, begun)]
     shape = {"d_model": d_model, "d_out": d_out, "width": group[0].width, "k": group[0].k}
-    objective = DictionaryObjective(sae, **shape)
     return make_ensemble(
-        objective,
+        DictionaryObjective(sae, **shape),
         fixed=fixed,
         labels=labels,
         streams={name: Stream(np.stack(arrays), source) for name, arrays in data.items()},

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper
-from crossdict_jax.dictionaries.losses import power
-from crossdict_jax.ops import exact, matmul
+from crossdict_jax.dictionaries.base import Dictionary, power
+from crossdict_jax.ops import exact
 
 
 class Gated(Dictionary):
@@ -39,15 +38,14 @@ class Gated(Dictionary):
         magnitude = (z - self.b_enc[...][None, :]) * jnp.exp(self.r_mag[...])[None, :]
         return jnp.where(z > 0, jax.nn.relu(magnitude + self.b_mag[...][None, :]), 0.0)
 
-    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+    def losses(self, x, hyper, y=None):
         u_in, u = self.scaled_pair(x, y)
-        z = self.pre_activations(u_in, dtype)
+        z = self.pre_activations(u_in, hyper.dtype)
         f, gate = self.activate(z), jax.nn.relu(z)
-        W_dec, b_dec = self.W_dec[...], self.b_dec[...][None, :]
         parts = {
-            "mse": power(u - (matmul(f, W_dec, dtype) + b_dec)),
-            "l1": jnp.mean(exact(gate, jnp.linalg.norm(W_dec, axis=1))),
-            "gate_mse": power(u - (matmul(gate, W_dec, dtype) + b_dec)),
+            "mse": power(u - self.reconstruction(f, hyper.dtype)),
+            "l1": jnp.mean(exact(gate, jnp.linalg.norm(self.W_dec[...], axis=1))),
+            "gate_mse": power(u - self.reconstruction(gate, hyper.dtype)),
         }
         loss = parts["mse"] + hyper.l1_coefficient * parts["l1"] + parts["gate_mse"]
         return loss, parts, f

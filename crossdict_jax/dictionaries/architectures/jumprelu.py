@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper
-from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, auxk, power
-from crossdict_jax.ops import matmul
+from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, Dictionary, power
 
 # Rows have mean norm sqrt(d_model), so pre-activations start near 1, within a kernel's reach.
 INITIAL_THRESHOLD = 0.5
@@ -33,22 +31,22 @@ class JumpReLU(Dictionary):
         super().__init__(**shape)
         self.threshold = nnx.Param(jnp.full(self.width, INITIAL_THRESHOLD))
 
-    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+    def losses(self, x, hyper, y=None):
         (u_in, u), threshold = self.scaled_pair(x, y), self.threshold[...][None, :]
-        z = self.pre_activations(u_in, dtype)
+        z = self.pre_activations(u_in, hyper.dtype)
         gate = step(z, threshold, bandwidth=BANDWIDTH)
         fixed = jax.lax.stop_gradient
         f = z * fixed(gate) + fixed(threshold) * (gate - fixed(gate))  # the second is 0
-        u_hat = matmul(f, self.W_dec[...], dtype) + self.b_dec[...][None, :]
+        residual = u - self.reconstruction(f, hyper.dtype)
         l0 = penalty = jnp.mean(jnp.sum(gate, axis=1))
         if hyper.l0_target:
             if hyper.l0 is not None:  # the L0 of the batch, with the gradient of this part's
                 l0 = hyper.l0 + l0 - fixed(l0)
             penalty = self.d_out * jnp.square(l0 / hyper.l0_target - 1)
         parts = {
-            "mse": power(u - u_hat),
+            "mse": power(residual),
             "l0_penalty": penalty,
-            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": self.auxk(u_in, residual, hyper),
         }
         revival = AUXK_COEFFICIENT * self.d_out * parts["auxk"]
         return parts["mse"] + hyper.l1_coefficient * penalty + revival, parts, f

@@ -1,7 +1,6 @@
 """Matryoshka dictionaries: nested BatchTopK, whose first features must do without the later."""
 
-from crossdict_jax.dictionaries.base import BatchSelected, Hyper
-from crossdict_jax.dictionaries.losses import AUXK_COEFFICIENT, auxk, fvu
+from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, BatchSelected, fvu
 from crossdict_jax.ops import decode_parts
 
 NESTED_BALANCE = 0.25  # weight of a nested loss relative to that of the next wider one
@@ -20,13 +19,13 @@ class Matryoshka(BatchSelected):
     reads = ("k", "nested_fractions", "products")
     saelens = "jumprelu"
 
-    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+    def losses(self, x, hyper, y=None):
         u_in, u = self.scaled_pair(x, y)
-        f = self.training_code(u_in, hyper, dtype)
+        f = self.training_code(u_in, hyper)
         shares = {max(1, round(share * self.width)) for share in hyper.nested_fractions}
         widths = tuple(sorted(shares | {self.width}))
         # Each width adds its slice to the reconstruction before: all cost one decode.
-        slices = decode_parts(f, self.W_dec[...], widths, dtype)
+        slices = decode_parts(f, self.W_dec[...], widths, hyper.dtype)
         u_hat, nested = self.b_dec[...][None, :], []
         for i in range(len(widths)):
             u_hat = u_hat + slices[:, i]
@@ -35,6 +34,6 @@ class Matryoshka(BatchSelected):
         parts = {
             "fvu": nested[-1],
             "nested_fvu": sum(w * loss for w, loss in zip(weights, nested)) / sum(weights),
-            "auxk": auxk(self, u_in, u - u_hat, dead=dead, hyper=hyper, dtype=dtype),
+            "auxk": self.auxk(u_in, u - u_hat, hyper),
         }
         return parts["nested_fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f

@@ -2,9 +2,8 @@
 
 import jax.numpy as jnp
 
-from crossdict_jax.dictionaries.base import Dictionary, Hyper
-from crossdict_jax.dictionaries.losses import power
-from crossdict_jax.ops import exact, matmul
+from crossdict_jax.dictionaries.base import Dictionary, power
+from crossdict_jax.ops import exact
 
 
 class ReLU(Dictionary):
@@ -20,11 +19,9 @@ class ReLU(Dictionary):
     unit_decoder = revives = False
     pace = 2.0  # L1 silences features only step by step: faster, fewer are left at an equal FVU
 
-    def losses(self, x, *, hyper: Hyper, dead, y=None, dtype=None):
+    def losses(self, x, hyper, y=None):
         u_in, u = self.scaled_pair(x, y)
-        f = self.activate(self.pre_activations(u_in, dtype))
-        W_dec = self.W_dec[...]
-        u_hat = matmul(f, W_dec, dtype) + self.b_dec[...][None, :]
-        mse = power(u - u_hat)
-        l1 = jnp.mean(exact(f, jnp.linalg.norm(W_dec, axis=1)))
+        f = self.training_code(u_in, hyper)
+        mse = power(u - self.reconstruction(f, hyper.dtype))
+        l1 = jnp.mean(exact(f, jnp.linalg.norm(self.W_dec[...], axis=1)))
         return mse + hyper.l1_coefficient * l1, {"mse": mse, "l1": l1}, f

@@ -1,5 +1,7 @@
 """TopK dictionaries with the AuxK loss against dead features."""
 
+from functools import partial
+
 import jax
 
 from crossdict_jax.dictionaries.base import Dictionary, Hyper
@@ -18,6 +20,6 @@ class TopK(Dictionary):
     def activate(self, z: jax.Array) -> jax.Array:
         return keep_top_k(z, self.k)
 
-    def training_code(self, u: jax.Array, hyper: Hyper | None = None, dtype=None) -> Code:
-        n, products = self.k * len(u), hyper and hyper.products
-        return sparse_code(u, *self.encoder(), lambda z: kth_largest(z, self.k), n, dtype, products)
+    def training_code(self, u: jax.Array, hyper: Hyper = Hyper()) -> Code:
+        n, kth = self.k * len(u), partial(kth_largest, k=self.k)
+        return sparse_code(u, *self.encoder(), kth, n, hyper.dtype, hyper.products)

@@ -1,12 +1,11 @@
 """Formats of dictionary folders, one file each, with no list of them.
 
-A format has ``load(path)``, ``names(path)``, and either ``TOOL`` and ``WEIGHTS``, the file that
-marks its folders, or ``recognises(path)``.
+A format has ``load(path)``, ``names(path)``, and ``TOOL`` and ``WEIGHTS``, the file that marks its
+folders, or ``recognises(path)``.
 """
 
 import importlib
 import os
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -33,20 +32,18 @@ def load(path: str | Path) -> base.Dictionary:
       UserError: there is none; a key or weight is missing, damaged, or cannot be represented (the
         file is named).
     """
-    formats, folder = _formats(), hub.fetch(str(path))
-    for module in formats:
-        if _recognises(module, str(folder)):
-            with understood(folder, mend=COPY):
-                return module.load(str(folder))
+    folder = hub.fetch(str(path))
+    if module := _format_of(folder):
+        with understood(folder, mend=COPY):
+            return module.load(str(folder))
     if checkpoint.is_finished(folder) or not folder.is_dir():
         return base.load(folder)  # which says that there is no folder
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
-    files = {module.WEIGHTS: module.TOOL for module in formats if hasattr(module, "WEIGHTS")}
+    files = {module.WEIGHTS: module.TOOL for module in _formats() if hasattr(module, "WEIGHTS")}
     names = [f"{file} ({files[file]})" for file in sorted(files, key=len, reverse=True)]
     beside = f", and {closed[0]}, which could run code, is never read" if closed else ""
-    tests = (checkpoint.is_finished, *(partial(_recognises, module) for module in formats))
-    below = (str(p) for level in ("*", "*/*", "*/*/*") for p in sorted(folder.glob(level)))
-    read = islice((p for p in below if any(test(p) for test in tests)), 3)
+    below = (p for level in ("*", "*/*", "*/*/*") for p in sorted(folder.glob(level)))
+    read = islice((p for p in below if checkpoint.is_finished(p) or _format_of(p)), 3)
     some = ", ".join(os.path.relpath(p, folder) for p in read)
     raise UserError(
         f"{folder} has neither {' nor '.join(names)}{beside}, and holds no finished checkpoint of "
@@ -66,7 +63,7 @@ def names(path: str | Path) -> dict[str, str]:
         meta = checkpoint.load_meta(folder)
         said = {"model_name": meta.get("model"), "hook_name": hook_name(meta.get("site", ""))}
     else:
-        module = next((m for m in _formats() if _recognises(m, str(folder))), None)
+        module = _format_of(folder)
         with understood(folder, mend=COPY):
             said = module.names(str(folder)) if module else {}
     return {key: " ".join(str(value).split()) for key, value in said.items() if value}
@@ -76,7 +73,9 @@ def _formats() -> list[ModuleType]:
     return [importlib.import_module(f"{__name__}.{n}") for n in files_of("dictionaries/formats")]
 
 
-def _recognises(module: ModuleType, path: str) -> bool:
-    if hasattr(module, "recognises"):
-        return module.recognises(path)
-    return (Path(path) / module.WEIGHTS).is_file()
+def _format_of(path: Path) -> ModuleType | None:
+    for module in _formats():
+        recognises = getattr(module, "recognises", None)
+        if recognises(str(path)) if recognises else (path / module.WEIGHTS).is_file():
+            return module
+    return None

@@ -24,72 +24,78 @@ DAMAGED = (*NOT_UNDERSTOOD, OSError, RuntimeError, zipfile.BadZipFile, zlib.erro
 
 def recognises(path: str) -> bool:
     """Whether ``path`` is a .npz file, or a folder with one of their files of weights."""
-    inside = any((Path(path) / name).is_file() for name in (WEIGHTS, WEIGHTS_2))
-    return inside or (path.endswith(".npz") and Path(path).is_file())
+    files = [Path(path) / name for name in (WEIGHTS, WEIGHTS_2)]
+    return any(map(Path.is_file, files + [Path(path)] * path.endswith(".npz")))
 
 
 def names(path: str) -> dict[str, str]:
     """Returns what ``formats.names`` does: the second's config.json says it."""
-    config = read_object(Path(path) / CONFIG) if (Path(path) / CONFIG).is_file() else {}
-    keys = {"model_name": "model_name", "hook_name": "hf_hook_point_in"}
-    keys |= {"hook_name_out": "hf_hook_point_out"}
-    return {ours: config.get(theirs) for ours, theirs in keys.items()}
+    said = read_object(file) if (file := Path(path) / CONFIG).is_file() else {}
+    hooks = {"hook_name": "hf_hook_point_in", "hook_name_out": "hf_hook_point_out"}
+    return {"model_name": said.get("model_name")} | {key: said.get(hooks[key]) for key in hooks}
 
 
 def load(path: str) -> Dictionary:
-    """Returns the dictionary: f = z 1[z > threshold] of z = x W_enc + b_enc.
+    """Returns the dictionary or transcoder: f = z 1[z > threshold] of z = x W_enc + b_enc.
 
     UserError: see ``formats.load``.
     """
-    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        return _load_2(Path(path))
+    file, transcodes, kind = Path(path), False, find("jumprelu")
+    if file.is_dir():
+        file /= WEIGHTS if (file / WEIGHTS).is_file() else WEIGHTS_2
+    if file.name == WEIGHTS_2:
+        arrays, transcodes = _second(file)
+    else:
+        arrays = _first(file)
+    width, d_out = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
+    d_model = len(arrays.get("W_enc", ())) if transcodes else d_out
+    shapes = {"W_enc": (d_model, width), "b_enc": (width,), "threshold": (width,)}
+    shapes |= {"W_dec": (width, d_out), "b_dec": (d_out,)}
+    if transcodes and "affine_skip_connection" in arrays:
+        shapes["W_skip"], kind = (d_out, d_model), around(Skip, kind)
+        arrays["W_skip"] = arrays.pop("affine_skip_connection").T
+    arrays = check_arrays(arrays, shapes, file)
+    return from_arrays(kind, arrays if transcodes else centred(arrays), transcodes=transcodes)
+
+
+def _first(file: Path) -> Arrays:
+    """Returns the arrays of params.npz; none may take more memory than weights can."""
     try:
         with zipfile.ZipFile(inside(file.parent, file)) as archive:
-            _check_sizes(archive, file)
+            for member in archive.infolist():
+                with archive.open(member) as data:
+                    major, _ = np.lib.format.read_magic(data)
+                    header = getattr(np.lib.format, f"read_array_header_{major}_0")
+                    shape, _, dtype = header(data)
+                    if dtype.hasobject:
+                        raise ValueError(f"{member.filename} is an array of objects")
+                    size = math.prod(shape) * dtype.itemsize + data.tell()
+                usual = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                largest = MOST_PACKED * member.compress_size + 2**20
+                if not usual or size != member.file_size or size > largest:
+                    raise UserError(
+                        f"{file}: {member.filename} says that it holds {size} bytes, packed into "
+                        f"{member.compress_size}: no weights are like that; copy it again."
+                    )
         with np.load(file, allow_pickle=False) as archive:
-            arrays = dict(archive)
+            return dict(archive)
     except DAMAGED as error:
         raise UserError(
             f"{file} is damaged or holds objects or unknown types ({error}); copy it again, or "
             "save its weights as float32."
         ) from error
-    return _jumprelu(arrays, file)
 
 
-def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
-    """Raises UserError or ValueError where arrays would take more memory than weights can."""
-    for member in archive.infolist():
-        with archive.open(member) as data:
-            major, _ = np.lib.format.read_magic(data)
-            header = getattr(np.lib.format, f"read_array_header_{major}_0")
-            shape, _, dtype = header(data)
-            if dtype.hasobject:
-                raise ValueError(f"{member.filename} is an array of objects")
-            size = math.prod(shape) * dtype.itemsize + data.tell()
-        usual = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if (
-            not usual
-            or size != member.file_size
-            or size > MOST_PACKED * member.compress_size + 2**20
-        ):
-            raise UserError(
-                f"{file}: {member.filename} says that it holds {size} bytes, packed into "
-                f"{member.compress_size}: no weights are like that; copy it again."
-            )
-
-
-def _load_2(folder: Path) -> Dictionary:
-    """Returns the dictionary or transcoder of a folder of the second Gemma Scope."""
-    file, config = folder / WEIGHTS_2, folder / CONFIG
+def _second(file: Path) -> tuple[Arrays, bool]:
+    """Returns the arrays of the second Gemma Scope, and whether it is a transcoder."""
+    config = file.with_name(CONFIG)
     said = read_object(config) if config.is_file() else {}
     arrays = {n.replace("w_", "W_"): array for n, array in read_tensors(file)}
     reads, writes = hooks = [said.get(f"hf_hook_point_{way}") for way in ("in", "out")]
     transcodes = bool(writes) and reads != writes
     only = {"architecture": "jump_relu", "type": "transcoder" if transcodes else "sae"}
     only["affine_connection"] = "affine_skip_connection" in arrays
-    wrong = [k for k, value in only.items() if said.get(k) not in (None, False, value)]
-    wrong = [f"{key}={said[key]!r}" for key in wrong]
+    wrong = [f"{k}={said[k]!r}" for k in only if said.get(k) not in (None, False, only[k])]
     wrong += [f"a hook point {hook!r}" for hook in hooks if not isinstance(hook, str | None)]
     if wrong:
         raise UserError(
@@ -97,17 +103,4 @@ def _load_2(folder: Path) -> Dictionary:
             "'jump_relu', type 'sae' of one hook point or 'transcoder' of two, and "
             "affine_connection true where the weights hold affine_skip_connection."
         )
-    return _jumprelu(arrays, file, transcodes=transcodes)
-
-
-def _jumprelu(arrays: Arrays, file: Path, *, transcodes: bool = False) -> Dictionary:
-    width, d_out = arrays["W_dec"].shape if np.ndim(arrays.get("W_dec")) == 2 else (0, 0)
-    d_model = len(arrays.get("W_enc", ())) if transcodes else d_out
-    shapes = {"W_enc": (d_model, width), "b_enc": (width,), "threshold": (width,)}
-    shapes |= {"W_dec": (width, d_out), "b_dec": (d_out,)}
-    kind = find("jumprelu")
-    if transcodes and "affine_skip_connection" in arrays:
-        shapes["W_skip"], kind = (d_out, d_model), around(Skip, kind)
-        arrays["W_skip"] = arrays.pop("affine_skip_connection").T
-    arrays = check_arrays(arrays, shapes, file)
-    return from_arrays(kind, arrays if transcodes else centred(arrays), transcodes=transcodes)
+    return arrays, transcodes

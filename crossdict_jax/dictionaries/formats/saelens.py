@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from crossdict_jax import modules
 from crossdict_jax.config import architectures
 from crossdict_jax.dictionaries.base import Dictionary, architecture_of, find, from_arrays
 from crossdict_jax.dictionaries.folders import (
     Arrays,
     centred,
     check_arrays,
+    lens_name,
     require,
     require_count,
     require_flag,
@@ -24,24 +26,12 @@ TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
 VERSION = "6.54.12"  # of the format written; hook and model names are dropped below 6
 
-OURS = {  # SAELens architecture: ours; batchtopk and matryoshka lie in unfinished trainings only
-    "standard": "relu",
-    "topk": "topk",
-    "abstopk": "",  # none of ours
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "batchtopk": "jumprelu",
-    "matryoshka_batchtopk": "jumprelu",
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-    "jumprelu_skip_transcoder": "jumprelu",
-}
+OURS = {"standard": "relu", "topk": "topk", "abstopk": "", "jumprelu": "jumprelu", "gated": "gated"}
+OURS |= dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "jumprelu")  # of unfinished trainings
+OURS |= dict.fromkeys(("transcoder", "skip_transcoder"), "relu")
+OURS |= dict.fromkeys(("jumprelu_transcoder", "jumprelu_skip_transcoder"), "jumprelu")
 TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
-
-
-# In
 
 
 def load(path: str) -> Dictionary:
@@ -62,17 +52,25 @@ def load(path: str) -> Dictionary:
     flags = {"apply_b_dec_to_input": not transcodes, "rescale_acts_by_decoder_norm": batch}
     config |= {key: require_flag(config, key, file, default=d) for key, d in flags.items()}
     shapes = {"W_enc": (d_model, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
-    biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
-    kind = "jumprelu" if theirs.startswith("jumprelu") else theirs
-    shapes |= {name: (width,) for name in biases.get(kind, ("b_enc",))}
+    biases = ("b_gate", "b_mag", "r_mag") if theirs == "gated" else ("b_enc",)
+    biases += ("threshold",) if theirs.startswith("jumprelu") else ()
+    shapes |= dict.fromkeys(biases, (width,))
     shapes |= {"W_skip": (d_out, d_model)} if "skip" in theirs else {}
     shapes |= {"topk_threshold": ()} if batch else {}
     arrays = check_arrays(dict(read_tensors(folder / WEIGHTS)), shapes, folder / WEIGHTS)
     # expected_average_only_in is folded already, or stands in activation_scaler.json.
     norms = ("none", "expected_average_only_in", *NORMS)
-    norm, scale = config.get("normalize_activations") or "none", _scale(folder)
+    norm, scale = config.get("normalize_activations") or "none", 1.0
     if norm not in norms:
         raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(norms)}.")
+    if (scaler := folder / SCALER).is_file():
+        said = read_object(scaler)
+        if said.get("has_whitening"):
+            raise UserError(f"{scaler}: has_whitening is not supported; finish it in SAELens.")
+        if (scale := said.get("scaling_factor")) is None:
+            scale = 1.0
+        if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+            raise UserError(f"{scaler}: scaling_factor={scale!r} must be a number above 0.")
     if not transcodes:
         arrays = _folded(arrays, config, theirs, scale)
     # What SAELens itself leaves undone, or does not do, is refused.
@@ -82,8 +80,8 @@ def load(path: str) -> Dictionary:
         raise UserError(f"{file}: normalize_activations={norm!r} of a transcoder is not supported.")
     elif scale != 1:
         raise UserError(
-            f"{folder / SCALER}: a transcoder's scale of what it writes is not known; finish "
-            "the training where it was begun."
+            f"{scaler}: a transcoder's scale of what it writes is not known; finish the training "
+            "where it was begun."
         )
     architecture = find(OURS[theirs]) if OURS[theirs] else AbsTopK
     for wrapper in filter(None, ("W_skip" in arrays and Skip, NORMS.get(norm))):
@@ -105,15 +103,11 @@ def names(path: str) -> dict[str, str]:
 def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns a config as version 6 writes it, of one that names no version or an older one.
 
-    As SAELens itself reads those: an activation function stood beside the architecture.
-
-    Raises:
-      UserError: it is one that version 6 does not know, and reads as ReLU.
+    As SAELens reads those: an activation function stood beside the architecture. UserError: it is
+    one that version 6 does not know, and reads as ReLU.
     """
-    version = str(
-        config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
-    )
-    major = version.partition(".")[0]
+    about = config if config.get("sae_lens_version") else config.get("metadata") or {}
+    major = str(about.get("sae_lens_version")).partition(".")[0]
     if major.isdigit() and int(major) >= 6:
         return config
     config = {"architecture": "standard"} | config
@@ -128,35 +122,19 @@ def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: activation_fn={function!r} and architecture={theirs!r} contradict each other "
             "or are not supported, only relu, or topk with its k and standard or topk; correct one."
         )
-    if isinstance(config.get("normalize_activations"), bool):
-        config["normalize_activations"] = (
-            "expected_average_only_in" if config["normalize_activations"] else "none"
-        )
+    flag = {True: "expected_average_only_in", False: "none"}
+    if isinstance(norm := config.get("normalize_activations"), bool):
+        config["normalize_activations"] = flag[norm]
     return config
-
-
-def _scale(folder: Path) -> float:
-    """Returns the factor of rows in training, if the weights do not hold it yet."""
-    file = folder / SCALER
-    scaler = read_object(file) if file.is_file() else {}
-    if scaler.get("has_whitening"):
-        raise UserError(f"{file}: has_whitening is not supported; finish the training in SAELens.")
-    scale = scaler.get("scaling_factor")
-    scale = 1.0 if scale is None else scale
-    if type(scale) not in (int, float) or not 0 < scale < float("inf"):
-        raise UserError(f"{file}: scaling_factor={scale!r} must be a number above 0.")
-    return float(scale)
 
 
 def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -> Arrays:
     """Returns the weights of a dictionary of ours that reads and writes raw rows."""
-    arrays = dict(arrays)
-    arrays["W_enc"] = arrays["W_enc"] * scale
+    arrays = arrays | {"W_enc": arrays["W_enc"] * scale}
     arrays |= {name: arrays[name] / scale for name in ("W_dec", "b_dec")}
     if "b_gate" in arrays:
         arrays["b_enc"] = arrays.pop("b_gate")
-    batch = "topk_threshold" in arrays
-    if batch:
+    if batch := "topk_threshold" in arrays:
         arrays["threshold"] = np.full(len(arrays["W_dec"]), arrays.pop("topk_threshold"))
     # Features are multiplied by their decoder norms before the largest are chosen.
     if theirs.endswith("topk") and config["rescale_acts_by_decoder_norm"]:
@@ -166,9 +144,6 @@ def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -
         if batch:
             arrays["threshold"] = arrays["threshold"] / scale
     return arrays if config["apply_b_dec_to_input"] else centred(arrays)
-
-
-# Out
 
 
 def save(
@@ -181,24 +156,23 @@ def save(
 ) -> None:
     """Writes a folder that SAELens 6 loads: the same features of the same raw activations.
 
-    batchtopk and matryoshka become jumprelu, as SAELens saves them. It has no topk and gated
-    transcoders, so these are refused.
+    batchtopk and matryoshka become jumprelu, as there. Topk and gated transcoders are refused.
 
     Args:
-      hook_name: of what is read, in TransformerLens terms, as ``blocks.6.hook_resid_pre``.
+      hook_name: of what is read, in TransformerLens terms, as ``blocks.6.hook_resid_pre``. A
+        module of transformers (``model.layers.6``) is written as ``hf_hook_name``, and beside it
+        the hook that it is, if it is one.
       hook_name_out: of what a transcoder writes.
     """
     from safetensors.numpy import save_file
 
-    name = architecture_of(dictionary)
-    kind = "transcoder" if dictionary.transcodes else "dictionary"
+    name, folder = architecture_of(dictionary), Path(path)
     forms = {a: find(a).saelens for a in architectures()}
     if dictionary.transcodes:
-        forms = {a: TRANSCODERS.get(form, "") for a, form in forms.items()}
-    theirs, folder = forms[name], Path(path)
-    if not theirs:
-        able = ", ".join(a for a, form in forms.items() if form)
-        raise UserError(f"A {name} {kind} has no SAELens form; {able} have one.")
+        forms = {a: TRANSCODERS[form] for a, form in forms.items() if form in TRANSCODERS}
+    if name not in forms:
+        raise UserError(f"A {name} transcoder has no SAELens form; {', '.join(forms)} have one.")
+    theirs = forms[name]
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder, new or of an earlier export.")
     config = {
@@ -211,14 +185,27 @@ def save(
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
-    about = {"sae_lens_version": VERSION, "model_name": model_name, "hook_name": hook_name}
+    about, hooks = {"sae_lens_version": VERSION, "model_name": model_name}, {"hook_name": hook_name}
     if dictionary.transcodes:
         config |= {"d_out": dictionary.d_out}
-        about |= {"hook_name_out": hook_name_out} if hook_name_out else {}
+        hooks["hook_name_out"] = hook_name_out
+    for key, hook in hooks.items():
+        lens = lens_name(hook)
+        about |= {key: lens} if lens else {}
+        about |= {f"hf_{key}": hook} if hook != lens else {}
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": about}
-    arrays = _in_raw_units(dictionary, theirs)
+    arrays = {name: np.asarray(array) for name, array in modules.split(dictionary)[1].items()}
+    scale = arrays.pop("scale")
+    scale_out = arrays.pop("scale_out", scale)
+    arrays["W_enc"] = arrays["W_enc"] * scale
+    arrays |= {name: arrays[name] / scale_out for name in ("W_dec", "b_dec")}
+    if "threshold" in arrays:
+        arrays["threshold"] = np.broadcast_to(arrays["threshold"], dictionary.width)
+    if theirs == "gated":
+        arrays["b_gate"] = arrays.pop("b_enc")
+    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     # The config last: a folder without one was never finished.
     (folder / CONFIG).unlink(missing_ok=True)
     check_space(folder, sum(array.nbytes for array in arrays.values()) + 4096)
@@ -226,17 +213,3 @@ def save(
     save_file(arrays, part)
     os.replace(part, folder / WEIGHTS)
     write_json(folder / CONFIG, config)
-
-
-def _in_raw_units(dictionary: Dictionary, theirs: str) -> Arrays:
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", *(("b_mag", "r_mag") if theirs == "gated" else ()))
-    arrays = {name: np.asarray(getattr(dictionary, name)[...]) for name in names}
-    scale = np.asarray(dictionary.scale[...])
-    scale_out = np.asarray(dictionary.scale_out[...]) if dictionary.transcodes else scale
-    arrays["W_enc"] = arrays["W_enc"] * scale
-    arrays |= {name: arrays[name] / scale_out for name in ("W_dec", "b_dec")}
-    if theirs.startswith("jumprelu"):
-        arrays["threshold"] = np.broadcast_to(dictionary.threshold[...], dictionary.width)
-    if theirs == "gated":
-        arrays["b_gate"] = arrays.pop("b_enc")
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
-from crossdict_jax.dictionaries.folders import check_arrays, require_count, require_flag
+from crossdict_jax.dictionaries.folders import MODULE, check_arrays, require_count, require_flag
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import read_object, read_tensors
 
@@ -15,12 +15,8 @@ FREE = {"normalize_decoder", "multi_topk", "transcode"}  # may be true; of other
 
 
 def names(path: str) -> dict[str, str]:
-    """Returns what ``formats.names`` does: the folder is called by its module, as layers.6.
-
-    Several seeds have folders in it.
-    """
-    pattern = r"(?:.*/)?((?:[\w.]+\.)?(?:layers|h)\.\d+(?:\.[\w.]+)?)(?:/seed\d+)?"
-    module = re.fullmatch(pattern, os.path.abspath(path))
+    """Returns what ``formats.names`` does: folders, or those of seeds, are named as layers.6."""
+    module = re.fullmatch(rf"(?:.*/)?({MODULE})(?:/seed\d+)?", os.path.abspath(path))
     return {"hook_name": module and module[1]}
 
 
