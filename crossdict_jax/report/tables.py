@@ -70,6 +70,14 @@ def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
     return Table(caption, columns, [list(row.values()) for row in rows])
 
 
+def captioned(lines: Iterable[tuple[str, dict[str, Cell | str]]]) -> list[Table]:
+    """Returns a table for each caption, of pairs (caption, row)."""
+    rows: dict[str, list[dict]] = {}
+    for caption, row in lines:
+        rows.setdefault(caption, []).append(row)
+    return [table(caption, of_caption) for caption, of_caption in rows.items()]
+
+
 def score(row: dict, key: str, digits: int = 3, *, null: str = "") -> Cell:
     """Returns a number of a result row, its interval if any, and its null, of key ``null``."""
     below = number(row[null], digits) if null in row else ""
