@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,13 +76,12 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     Raises:
       UserError: the dictionary is imported, or a transcoder.
     """
-    architecture = base.architecture_of(dictionary)
+    base.architecture_of(dictionary)  # which is one of ours
     if dictionary.transcodes:
         raise UserError("A transcoder reads one site and writes another: it cannot be transferred.")
-    _, params = modules.split(dictionary)
-    old = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    old = {n: np.asarray(a, np.float64) for n, a in modules.split(dictionary)[1].items()}
     s, (ba, ab) = float(old["scale"]), (stitch.back, stitch.forth)
-    new = {"scale": np.float64(s if scale is None else scale)}
+    new = old | {"scale": np.float64(s if scale is None else scale)}
     new["W_enc"] = s / new["scale"] * ba.W @ old["W_enc"]
     new["W_dec"] = new["scale"] / s * old["W_dec"] @ ab.W
     new["b_dec"] = new["scale"] * (old["b_dec"] / s @ ab.W + ab.b)
@@ -91,12 +89,8 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     constant = (s * ba.b - old["b_dec"]) @ old["W_enc"]
     new["b_enc"] = old["b_enc"] + constant + new["b_dec"] @ new["W_enc"]
     if "b_mag" in old:  # gated magnitudes start from z - b_enc
-        moved = (new["b_enc"] - old["b_enc"]) * np.exp(old["r_mag"])
-        new["b_mag"] = old["b_mag"] + moved
-    shape = {"d_model": len(ba.W), "width": dictionary.width, "k": dictionary.k}
-    graphdef, _ = modules.abstract(lambda: base.build(architecture, **shape, key=jax.random.key(0)))
-    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in new.items()}
-    return modules.merge(graphdef, params | arrays)
+        new["b_mag"] = old["b_mag"] + (new["b_enc"] - old["b_enc"]) * np.exp(old["r_mag"])
+    return base.from_arrays(type(dictionary), new, k=dictionary.k)
 
 
 def with_unit_rows(dictionary: Dictionary) -> Dictionary:
