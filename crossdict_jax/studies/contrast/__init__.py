@@ -69,14 +69,14 @@ TABLE = describe(
 
 def section(rows: list[dict]) -> str:
     blocks: list[Block] = [
-        "Of two texts that differ in one point, which does a model find likelier, and on which "
+        "Which of two texts that differ in one point does a model find likelier, and on which "
         "features does that rest? Features are chosen on one half of the pairs, by integrated "
-        "gradients of the preference; the other half says what it costs to take them out, beside "
-        "edits of equal norm: random directions and other features’ directions at the same "
-        "positions, and other features where they fire; p is the share of each kind that cost as "
-        "much. Then the features’ mapped directions are taken out of the other model, as strongly "
-        "as they fire in the first. “own” are its own top features: the most that a mapped "
-        "direction can do. Where a model does no better than chance there is no verdict."
+        "gradients; the other half says what taking them out costs, beside edits of equal norm: "
+        "random and other features’ directions at the same positions, and other features where "
+        "they fire; p is the share of each kind that cost as much. Then their mapped directions "
+        "are taken out of the other model, as strongly as they fire in the first; “own” are its "
+        "own top features, the most that a mapped direction can do. A model that does no better "
+        "than chance gets no verdict."
     ]
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]

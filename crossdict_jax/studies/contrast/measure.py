@@ -1,4 +1,4 @@
-"""Features chosen by attribution on half of the pairs, and ablated on the other half."""
+"""Chooses features by attribution on half of the pairs, and ablates them on the other half."""
 
 from dataclasses import asdict, replace
 from functools import cache, partial

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,7 @@ from crossdict_jax.maps import Pairs, Problem
 from crossdict_jax.maps.base import map_class
 
 
-@dataclasses.dataclass(frozen=True)
-class Affine:
+class Affine(NamedTuple):
     """x W + b, from raw activations [batch, d_in] to raw activations [batch, d_out]."""
 
     W: np.ndarray
@@ -27,8 +27,7 @@ class Affine:
         return x @ self.W + self.b[None, :]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stitch:
+class Stitch(NamedTuple):
     """The affine maps from A to B and from B to A."""
 
     forth: Affine

@@ -22,11 +22,11 @@ from crossdict_jax.results import (
 TITLE = "Worth in paired rows"
 TEXT = (
     "How much paired text does a map need? Every map is fitted on the first rows of documents in a "
-    "random order; it chooses its settings on all validation rows. The hypernetwork writes its map "
-    "from descriptions of both dictionaries: zero-shot, it was trained without any paired row of "
+    "random order, its settings chosen on all validation rows. The hypernetwork writes its map "
+    "from descriptions of both dictionaries: zero-shot, it was trained without a paired row of "
     "this layer pair, or without these features. Token profiles, what each model’s features do "
-    "after a token, are its part that needs no training; the ridge of the other layer pairs is the "
-    "plain way to do without rows of this one."
+    "after a token, are its part without training; ridge of the other layer pairs is the plain way "
+    "to do without rows of this one."
 )
 WORDS = {
     "token_profiles": "token profiles, no pairs at all",

@@ -7,8 +7,7 @@ from crossdict_jax.results import MAP, PAIR_COLUMNS, PAIRING, SCORES, Column, de
 TITLE = "Losses of the trained map"
 TEXT = (
     "The network on features, trained again at the same budget with each loss alone and with each "
-    "left out, scored on held-out rows; the mean of the target’s features and ridge regression "
-    "beside it."
+    "left out; beside it the mean of the target’s features and ridge regression."
 )
 SHOWN = ("r2", "cosine", "cosine_centered", "l0_predicted", "l0_target", "rate_correlation")
 KEPT = (*SHOWN, "cosine_mean_predictor", "n_rows", "n_documents")

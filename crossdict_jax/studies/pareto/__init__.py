@@ -15,9 +15,9 @@ from crossdict_jax.results import COUNTS, describe, intervals, plain
 TITLE = "Sparsity against what is explained"
 TEXT = (
     "Dictionaries of every architecture, equal in width, rows and steps; along a curve only k or "
-    "the coefficient of the penalty differs. FVU is the share of the variance of held-out rows "
-    "that is left unexplained, L0 the number of active features a row. Of planted rows every "
-    "feature’s direction is known: recovery is the mean cosine to the decoder row most like it."
+    "the penalty differs. FVU is the share of held-out variance left unexplained, L0 the number of "
+    "active features a row. Of planted rows every feature’s direction is known: recovery is the "
+    "mean cosine to the decoder row most like it."
 )
 MARKS = "os^vDP"
 SMALLEST_L0 = 0.1  # in place of 0 on a logarithmic axis

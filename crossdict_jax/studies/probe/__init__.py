@@ -44,11 +44,11 @@ TABLE = describe(
 def section(rows: list[dict]) -> str:
     caption = "Accuracy on held-out texts by the number of labelled examples."
     text = (
-        "A linear probe is trained to tell labels of a few texts from what a map predicts of the "
-        "target’s features, and used on the target’s own features of held-out texts: the target "
-        "needs no labelled text. “own” probes are trained on the target’s own features of the same "
-        "texts, “source” ones are trained and used on the source’s; “tokens” know only how often "
-        "each of the source’s tokens stands in a text. Small numbers: trained on shuffled labels."
+        "A linear probe learns labels of a few texts from what a map predicts of the target’s "
+        "features, and is used on the target’s own features of held-out texts: the target needs no "
+        "labelled text. “own” probes are trained on the target’s own features, “source” ones "
+        "trained and used on the source’s; “tokens” know only how often each of the source’s "
+        "tokens stands in a text. Small numbers: trained on shuffled labels."
     )
     figures = [figure(group) for group in by_pair(rows).values()]
     return html([text, Panels(figures, caption, "large"), *tables(rows)])
