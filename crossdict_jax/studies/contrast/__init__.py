@@ -107,47 +107,45 @@ def sentences(rows: list[dict]) -> Iterator[str]:
 
 def tables(rows: list[dict], what: Iterable[str] = TESTS) -> list[Table]:
     """Returns the tables of each set: preferences, their features, mapped directions."""
-    return captioned(_line(row) for row in rows if row["what"] in what)
-
-
-def _line(row: dict) -> tuple[str, dict[str, Cell | str]]:
-    """A row's caption and cells."""
-    if row["what"] == "preference":
-        caption = "which text of a pair is likelier"
-        left_out = number(row["n_in_file"] - row["n_pairs"])
-        line = {
-            "model": row["model"],
-            "pairs, left out": Cell(number(row["n_pairs"]), left_out),
-            "accuracy": share(row, "accuracy"),
-            "token counts": share(row, "accuracy_unigram"),
-            "preference, nats": score(row, "preference"),
-            "verdict": "above chance" if row["prefers"] else "no preference to move",
-        }
-    elif row["what"] == "feature":
-        caption = f"top features of {row['model']}"
-        line = {
-            "site": row["site"],
-            "feature": str(row["feature"]),
-            "attribution, train half": score(row, "attribution_train"),
-            "attribution, test half": score(row, "attribution"),
-            "cost alone": score(row, "effect"),
-            "fires at tokens": number(row["firings"]),
-        }
-    else:
-        if row["what"] == "ablation":
-            caption = f"top features of {row['model']} taken out together"
-            line = {"site": row["site"], "features": number(row["n_features"])}
+    lines = []
+    for row in (row for row in rows if row["what"] in what):
+        if row["what"] == "preference":
+            caption = "which text of a pair is likelier"
+            left_out = number(row["n_in_file"] - row["n_pairs"])
+            line = {
+                "model": row["model"],
+                "pairs, left out": Cell(number(row["n_pairs"]), left_out),
+                "accuracy": share(row, "accuracy"),
+                "token counts": share(row, "accuracy_unigram"),
+                "preference, nats": score(row, "preference"),
+                "verdict": "above chance" if row["prefers"] else "no preference to move",
+            }
+        elif row["what"] == "feature":
+            caption = f"top features of {row['model']}"
+            line = {
+                "site": row["site"],
+                "feature": str(row["feature"]),
+                "attribution, train half": score(row, "attribution_train"),
+                "attribution, test half": score(row, "attribution"),
+                "cost alone": score(row, "effect"),
+                "fires at tokens": number(row["firings"]),
+            }
         else:
-            sites = site_words(row["site_source"], row["site_target"])
-            where = f"{row['source']}’s top features taken out of {row['target']}, {sites}"
-            caption, line = f"directions of {where}", {"direction": row["direction"]}
-            line["of own features’"] = share(row, "share_of_own")
-            line["same pairs, r"] = score(row, "pair_r", 2)
-        line["cost, nats"] = score(row, "effect")
-        for family, words in FAMILIES.items():
-            p = number(row[f"p_{family}"], 2)
-            line[f"{words}, p"] = Cell(number(row[f"effect_{family}"]), p)
-        ablated = percent(row["accuracy_ablated"], 0)
-        line["accuracy, then"] = Cell(percent(row["accuracy"], 0), ablated)
-        line["verdict"] = VERDICTS[row["moves"]]
-    return f"{row['set']}: {caption}", line
+            if row["what"] == "ablation":
+                caption = f"top features of {row['model']} taken out together"
+                line = {"site": row["site"], "features": number(row["n_features"])}
+            else:
+                sites = site_words(row["site_source"], row["site_target"])
+                where = f"{row['source']}’s top features taken out of {row['target']}, {sites}"
+                caption, line = f"directions of {where}", {"direction": row["direction"]}
+                line["of own features’"] = share(row, "share_of_own")
+                line["same pairs, r"] = score(row, "pair_r", 2)
+            line["cost, nats"] = score(row, "effect")
+            for family, words in FAMILIES.items():
+                p = number(row[f"p_{family}"], 2)
+                line[f"{words}, p"] = Cell(number(row[f"effect_{family}"]), p)
+            ablated = percent(row["accuracy_ablated"], 0)
+            line["accuracy, then"] = Cell(percent(row["accuracy"], 0), ablated)
+            line["verdict"] = VERDICTS[row["moves"]]
+        lines.append((f"{row['set']}: {caption}", line))
+    return captioned(lines)

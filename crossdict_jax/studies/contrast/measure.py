@@ -42,7 +42,7 @@ def run(config: Config, work: Workdir) -> None:
     stage = Stage(work, "contrast", files=(TABLE.file,), inputs=inputs)
     if not stage.finished:
         studies = [Halves(finished, pairs) for pairs in sets]
-        counts = ", ".join(f"{s.n_pairs} of {len(s.pairs)} in {s.pairs.name}" for s in studies)
+        counts = ", ".join(f"{s.n_pairs} of {len(s.pairs.good)} in {s.pairs.name}" for s in studies)
         studies = [study for study in studies if study.n_pairs >= LEAST_PAIRS]
         if not studies:
             raise UserError(
@@ -71,10 +71,10 @@ class Halves:
         readable = len(reading.kept) // 2
         self.n_pairs = min(readable, run.config.contrast.pairs)
         say(
-            f"{pairs.name}{' is left out' if self.n_pairs < LEAST_PAIRS else ''}: of {len(pairs)} "
-            f"pairs every model can read {readable} ({reading.too_long} longer than a context, "
-            f"{reading.not_rebuilt} with characters that a tokenizer changes, {nested} of which "
-            "one begins the other)."
+            f"{pairs.name}{' is left out' if self.n_pairs < LEAST_PAIRS else ''}: of "
+            f"{len(pairs.good)} pairs every model can read {readable} ({reading.too_long} longer "
+            f"than a context, {reading.not_rebuilt} with characters that a tokenizer changes, "
+            f"{nested} of which one begins the other)."
         )
         drawn = stats.generator(self.seed).permutation(readable)[: self.n_pairs]
         halves = np.split(drawn, [len(drawn) // 2])
@@ -126,14 +126,16 @@ def _preference(study: Halves, model: str) -> dict:
     windows = np.unique(store.rows.window[store.select("train")])
     tokens = np.concatenate([store.window_tokens(model, w) for w in windows])
     counts = np.bincount(tokens, minlength=study.run.runner(model).config.vocab_size)
-    unigram = np.concatenate([reader.unigram_preference(counts) for reader in readers])
+    log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
+    sums = (np.sum(log_p[reader.tokens] * reader.scored, axis=1) for reader in readers)
+    unigram = np.concatenate([of_texts[::2] - of_texts[1::2] for of_texts in sums])
     draws = study.draws(len(values))
     accuracy = draws.mean(values > 0)
     return {
         "what": "preference",
         "model": model,
         "n_pairs": len(values),
-        "n_in_file": len(study.pairs) + study.pairs.duplicates,
+        "n_in_file": len(study.pairs.good) + study.pairs.duplicates,
         **columns("accuracy", accuracy),
         **columns("accuracy_unigram", draws.mean(unigram > 0)),
         **columns("preference", draws.mean(values)),
@@ -169,15 +171,21 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
 
 
 def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> list[dict]:
-    """What removing the mapped directions of A's features costs B's preference."""
-    a, b = group.ends
-    top, (_, reader) = sites[a]["top"], study.readers(b[0])
+    """What removing the mapped directions of A's features, or their matches, costs B."""
+    (a, b), run = group.ends, study.run
+    (_, in_a), (_, in_b), top = study.readers(a[0]), study.readers(b[0]), sites[a]["top"]
     if not len(top):
         return []
+    features = study.with_others(*a, top)
+    vectors, matches, _ = run.map_features(group, features)
+    x = in_a.x(a[1])[in_a.passages.window, in_a.passages.position]
+    strength = in_b.spread(strengths(run.dictionary(*a), x, features))
+    cuts = {kind: Cut(strength, of_map, len(top)) for kind, of_map in vectors.items()}
+    matched = np.array(list(dict.fromkeys(matches)))  # two may have one match
+    cuts[MATCH] = study.cut(*b, matched, len({*matches[: len(top)]}))
     judged = prefers[group.source] and prefers[group.target]
     ablated = {
-        name: ablate(reader, b[1], cut, study.run.config, judged=judged)
-        for name, cut in _cuts(study, group, top).items()
+        name: ablate(in_b, b[1], cut, run.config, judged=judged) for name, cut in cuts.items()
     }
     best = None  # what a mapped direction could cost, where that is surely above 0
     if sites[b]["rows"]:
@@ -197,16 +205,3 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
         }
         for name, (drop, row) in ablated.items()
     ]
-
-
-def _cuts(study: Halves, group: MapGroup, top: np.ndarray) -> dict[str, Cut]:
-    """A's features as each map directs them, and their matches, to be removed from B."""
-    (a, b), n = group.ends, len(top)
-    (_, in_a), (_, in_b) = study.readers(a[0]), study.readers(b[0])
-    features = study.with_others(*a, top)
-    vectors, matches, _ = study.run.map_features(group, features)
-    x = in_a.x(a[1])[in_a.passages.window, in_a.passages.position]
-    strength = in_b.spread(strengths(study.run.dictionary(*a), x, features))
-    cuts = {kind: Cut(strength, of_map, n) for kind, of_map in vectors.items()}
-    matched = np.array(list(dict.fromkeys(matches)))  # two may have one match
-    return cuts | {MATCH: study.cut(*b, matched, len({*matches[:n]}))}

@@ -81,12 +81,6 @@ class Reader:
         """log p(good) - log p(bad) in nats, float64 [pairs]."""
         return self.runner.run(_prefers, self.tokens, self.scored, group=2).astype(np.float64)
 
-    def unigram_preference(self, counts: np.ndarray) -> np.ndarray:
-        """Returns the preference by token counts [vocabulary], float64 [pairs]."""
-        log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
-        sums = np.sum(log_p[self.tokens] * self.scored, axis=1)
-        return sums[::2] - sums[1::2]
-
     def ablated(self, site: Site, strength: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """Returns the preference without the directions of each draw, float64 [draws, pairs].
 

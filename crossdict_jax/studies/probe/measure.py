@@ -92,7 +92,10 @@ def _direction(
         task.kind: (maps.predict(maps.load(task.path(run.work)), pairs, size), own_b)
         for task in group.tasks
     }
-    counts = labelled.token_counts(reading.passages[group.source].tokens)
+    tokens = reading.passages[group.source].tokens
+    n_tokens = 1 + max(int(text.max()) for text in tokens)
+    counts = np.stack([np.bincount(text, minlength=n_tokens) for text in tokens])
+    counts = counts[:, counts.any(0)].astype(np.float32)  # [texts, tokens that occur]
     features |= {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
     asked = sorted(run.config.probe.examples)
     return [row for n in asked for row in probe_rows(features, examples, n, run.config)]
