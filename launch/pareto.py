@@ -11,7 +11,7 @@ from launch import command
 
 def main(config, work):
     from crossdict_jax.report.tables import show
-    from crossdict_jax.studies.pareto.section import curves, tables
+    from crossdict_jax.studies.pareto import curves, tables
     from crossdict_jax.verify.recovery import measure_pareto
 
     show(tables(curves(measure_pareto(config, work))))

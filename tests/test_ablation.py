@@ -7,8 +7,7 @@ from tiny_run import private_run
 
 from crossdict_jax.config import LossWeights
 from crossdict_jax.errors import UserError
-from crossdict_jax.studies.loss_ablation import measure
-from crossdict_jax.studies.loss_ablation.section import section, tables
+from crossdict_jax.studies.loss_ablation import measure, section, tables
 from crossdict_jax.workdir import read_jsonl
 
 LOSSES = [f.name for f in dataclasses.fields(LossWeights)]

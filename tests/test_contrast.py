@@ -13,10 +13,16 @@ from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ContrastConfig, EvaluationConfig
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.models.run import Passages, Runner
+from crossdict_jax.studies.contrast import TABLE, section, sentences, tables
 from crossdict_jax.studies.contrast import measure as study
-from crossdict_jax.studies.contrast.ablation import Cut, draw_controls, measure, singles
-from crossdict_jax.studies.contrast.preference import Reader, read_pairs
-from crossdict_jax.studies.contrast.section import section, sentences, tables, top_features
+from crossdict_jax.studies.contrast.preference import (
+    Cut,
+    Reader,
+    ablate,
+    draw_controls,
+    read_pairs,
+    singles,
+)
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.studies.reading import Reading
 from crossdict_jax.verify import planted_causal
@@ -86,7 +92,7 @@ def transferred(planted, readers, vectors, features) -> dict:
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
     asked = ContrastConfig(controls=24)
     config = Config(contrast=asked, evaluation=EvaluationConfig(bootstrap=100))
-    return measure(readers["b"], SITE, cut, config)[1]
+    return ablate(readers["b"], SITE, cut, config)[1]
 
 
 def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(planted, readers):
@@ -181,7 +187,7 @@ def run(tmp_path_factory):
 
 
 def rows_of(work, kind):
-    return [row for row in results.read(work, study.FILE) if row["what"] == kind]
+    return [row for row in results.read(work, TABLE.file) if row["what"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +228,7 @@ def test_batches_and_devices_change_nothing(planted):
     reading = triggered(CAUSES, planted, n=9)
     d = planted.dictionaries[0]
     both = (reader_of(planted, reading, "a", batch_size=size) for size in (2, 64))
-    parts = (reader.attribution(SITE, d, steps=2) for reader in both)
+    parts = (reader.attribution(SITE, d) for reader in both)
     np.testing.assert_allclose(*parts, atol=1e-5)
 
 
@@ -256,9 +262,9 @@ def test_whole_spans_are_ablated_where_that_is_asked(run, finished):
     config, _ = run
     pairs = read_sets(config.contrast.source)[0]
     whole = dataclasses.replace(config.contrast, span="whole")
-    edited = [study.Halves(finished, pairs).reader("a", "test").edited]
+    edited = [study.Halves(finished, pairs).readers("a")[1].edited]
     finished.config = dataclasses.replace(config, contrast=whole)
-    edited.append(study.Halves(finished, pairs).reader("a", "test").edited)
+    edited.append(study.Halves(finished, pairs).readers("a")[1].edited)
     finished.config = config
     assert (edited[0] <= edited[1]).all() and edited[0].sum() < edited[1].sum()
 
@@ -277,8 +283,8 @@ def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):
     config, work = run
-    rows = results.read(work, study.FILE)
-    assert len(tables(rows)) == 1 + 2 + 2 and len(top_features(rows)) == 2
+    rows = results.read(work, TABLE.file)
+    assert len(tables(rows)) == 1 + 2 + 2 and len(tables(rows, ["feature"])) == 2
     study.run(config, work)
     printed, html = capsys.readouterr().out, section(rows)
     assert "pairs: which text of a pair is likelier" in printed and "own" in printed
@@ -288,7 +294,7 @@ def test_tables_show_costs_controls_and_verdicts(run, capsys):
 
 def transfer(direction, moves):
     sites = {"source": "a", "target": "b", "site_source": "x.1", "site_target": "x.1"}
-    return sites | {"direction": direction, "moves": moves}
+    return sites | {"what": "transfer", "direction": direction, "moves": moves}
 
 
 def test_the_sentence_names_directions_and_admits():

@@ -18,9 +18,8 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.evaluation import reconstruction
 from crossdict_jax.maps import Pairs, Problem, Side
-from crossdict_jax.studies.dictionary_transfer import measure
+from crossdict_jax.studies.dictionary_transfer import TABLE, TRAINING, measure, section
 from crossdict_jax.studies.dictionary_transfer import transferred as moving
-from crossdict_jax.studies.dictionary_transfer.section import section
 from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch, transferred
 from crossdict_jax.workdir import Workdir, read_jsonl
 
@@ -139,7 +138,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(run):
-    scored = read_jsonl(run[2].result(measure.FILE))
+    scored = read_jsonl(run[2].result(TABLE.file))
     return {(r["source"], r["target"], r["dictionary"]): r for r in scored}
 
 
@@ -174,7 +173,7 @@ def test_rows_are_what_the_stitches_make_of_test_rows(run, rows):
 @pytest.mark.slow
 def test_both_starts_are_trained_on_the_rows_of_the_run(run, tmp_path):
     config, store, work = run
-    rows = {row["target"]: row for row in read_jsonl(work.result(measure.TRAINING))}
+    rows = {row["target"]: row for row in read_jsonl(work.result(TRAINING.file))}
     assert set(rows) == {"a", "b"}
     for row in rows.values():
         assert row["steps"][-1] == 60 and row["error"] == "fvu"
@@ -200,6 +199,6 @@ def test_the_report_shows_every_way_and_what_is_saved(run, rows, capsys):
     measure.run(config, work)  # finished: it only prints
     printed = capsys.readouterr().out
     assert all(way in printed for way in ("orthogonal", "stitch", "Steps until the moved start"))
-    training = json.loads(json.dumps(read_jsonl(work.result(measure.TRAINING))))
+    training = json.loads(json.dumps(read_jsonl(work.result(TRAINING.file))))
     html = section([*rows.values(), *training])
     assert html.count("<table>") == 3 and html.count(": the moved start saves") == 2

@@ -13,8 +13,7 @@ from crossdict_jax.config import (
     MapConfig,
     to_dict,
 )
-from crossdict_jax.studies.efficiency import measure
-from crossdict_jax.studies.efficiency.section import curves, figure, r2_table, section, worth
+from crossdict_jax.studies.efficiency import curves, figure, measure, r2_table, section, worth
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import open_workdir, read_jsonl
 

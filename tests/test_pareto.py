@@ -13,8 +13,7 @@ from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
 from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
-from crossdict_jax.studies.pareto import measure
-from crossdict_jax.studies.pareto.section import curves, fvu_at, section, tables
+from crossdict_jax.studies.pareto import curves, fvu_at, measure, section, tables
 from crossdict_jax.verify import recovery
 from crossdict_jax.verify.planted import PlantedConfig
 from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl

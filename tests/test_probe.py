@@ -13,10 +13,9 @@ from crossdict_jax import models, results, studies
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ProbeConfig
 from crossdict_jax.errors import UserError
-from crossdict_jax.studies.probe import logistic
+from crossdict_jax.studies.probe import TABLE, logistic, tables
 from crossdict_jax.studies.probe import measure as study
 from crossdict_jax.studies.probe.labelled import Split, read_labelled, split
-from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.workdir import Workdir
 
 
@@ -29,9 +28,10 @@ def planted(n: int, classes: int, d: int = 40, seed: int = 0):
     return x, labels
 
 
-def test_a_probe_is_the_minimum_of_its_loss():
+def test_a_probe_is_the_minimum_of_its_loss(monkeypatch):
     x, y = planted(60, 3)
-    (probe,) = logistic.train(x, y[None], classes=3, penalties=(0.03,), seed=0)
+    monkeypatch.setattr(logistic, "PENALTIES", (0.03,))
+    (probe,) = logistic.train(x, y[None], classes=3, seed=0)
     scale = 1 / np.sqrt(np.square(x).sum(1).mean())
 
     def loss(parameters):
@@ -45,12 +45,12 @@ def test_a_probe_is_the_minimum_of_its_loss():
     assert loss(own) == pytest.approx(best.fun, abs=1e-5)
 
 
-def test_probes_find_planted_labels_and_nothing_in_shuffled_ones():
+def test_probes_find_planted_labels_and_nothing_in_shuffled_ones(monkeypatch):
     x, y = planted(400, 4)
     train = slice(0, 200)
     shuffled = np.random.default_rng(1).permutation(y[train])
-    both, penalties = np.stack([y[train], shuffled]), (1e-3, 1e-1)
-    true, null = logistic.train(x[train], both, classes=4, penalties=penalties, seed=0)
+    monkeypatch.setattr(logistic, "PENALTIES", (1e-3, 1e-1))
+    true, null = logistic.train(x[train], np.stack([y[train], shuffled]), classes=4, seed=0)
     accuracy = [(probe(x[200:]) == y[200:]).mean() for probe in (true, null)]
     chance = np.bincount(y).max() / len(y)
     assert accuracy[0] > 0.85 and accuracy[1] < chance + 0.1
@@ -118,14 +118,14 @@ def run(tmp_path_factory):
     config = dataclasses.replace(config, probe=asked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "DRAWS", 2)
-        patch.setattr(logistic.train, "__kwdefaults__", {"penalties": (1e-2, 1e-1)})
+        patch.setattr(logistic, "PENALTIES", (1e-2, 1e-1))
         study.run(config, work)
         yield config, work
 
 
 def test_a_row_for_every_probe_and_number_of_examples(run):
     config, work = run
-    rows = results.read(work, study.FILE)
+    rows = results.read(work, TABLE.file)
     probes = [*config.probe.maps, "own", "source", "tokens", "majority"]
     expected = [(a, b, n, p) for a, b in ("ab", "ba") for n in (12, 16) for p in probes]
     assert [(r["source"], r["target"], r["n"], r["probe"]) for r in rows] == expected
@@ -175,7 +175,7 @@ def test_rows_are_what_the_models_read_there(run):
 
 def test_tables_and_the_page_show_every_probe_and_its_null(run, tmp_path, capsys):
     config, work = run
-    made = tables(results.read(work, study.FILE))
+    made = tables(results.read(work, TABLE.file))
     assert len(made) == 2
     for table in made:
         assert len(table.rows) == len(config.probe.maps) + 4
@@ -185,6 +185,6 @@ def test_tables_and_the_page_show_every_probe_and_its_null(run, tmp_path, capsys
     copy = Workdir(tmp_path / "run")
     assert "Probes" not in dict(studies.sections(copy))
     copy.results.mkdir(parents=True)
-    shutil.copy(work.result(study.FILE), copy.result(study.FILE))
+    shutil.copy(work.result(TABLE.file), copy.result(TABLE.file))
     shown = dict(studies.sections(copy))["Probes"]
     assert "Accuracy of probes, b → a" in shown and "<svg" in shown

@@ -17,9 +17,8 @@ from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import SteerConfig
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
-from crossdict_jax.studies.steering import measure, prompts, source_feature
+from crossdict_jax.studies.steering import answers, measure, prompts, section, source_feature
 from crossdict_jax.studies.steering.measure import steer
-from crossdict_jax.studies.steering.section import answers, section
 from crossdict_jax.studies.steering.source_feature import Source
 from launch import command
 

@@ -22,8 +22,8 @@ from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import usual_rate
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.report.tables import Table, number, table
+from crossdict_jax.studies.pareto import fvu_at
 from crossdict_jax.studies.pareto.measure import curves
-from crossdict_jax.studies.pareto.section import fvu_at
 from crossdict_jax.workdir import Workdir, read_json, write_json, write_jsonl
 
 FILE, THEIR_RATE = "saelens.py", 3e-4  # of peers; the default of SAETrainerConfig

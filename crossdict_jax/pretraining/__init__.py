@@ -1,6 +1,9 @@
 """Small language models of our own, trained from a corpus into Hugging Face folders."""
 
-from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
-from crossdict_jax.pretraining.language_model import train_language_model
+from crossdict_jax.pretraining.language_model import (
+    bigram_loss,
+    train_language_model,
+    unigram_loss,
+)
 
 __all__ = ["bigram_loss", "train_language_model", "unigram_loss"]

@@ -15,12 +15,11 @@ from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.config import PretrainConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Runner, token_losses
-from crossdict_jax.pretraining.baselines import bigram_loss, unigram_loss
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from crossdict_jax.training.ensemble import Ensemble, Objective
 from crossdict_jax.training.loop import Feed, epoch_order, train
 from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype, put, shard
-from crossdict_jax.workdir import read_json, write_json
+from crossdict_jax.workdir import write_json
 
 WARMUP = 0.03  # of the steps; then cosine decay to a tenth of the rate
 WEIGHT_DECAY = 0.1  # of matrices
@@ -35,23 +34,21 @@ OFFSET = 97  # tokens by which each epoch cuts the text further on; prime, so th
 def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     """Trains a model and writes it to ``directory/model`` in Hugging Face format.
 
-    Interrupted, it ends with the same bits.
-
-    Returns:
-      Nats per token of the model, a bigram and a unigram on test documents, and counts.
+    Interrupted and run again, it ends with the same bits. Returns nats per token of the model, a
+    bigram and a unigram on test documents, and counts.
     """
     from tokenizers import Tokenizer
 
-    corpus, directory, tokens = load_corpus(config.text), Path(directory), []
-    file, is_neox = directory / "tokenizer.json", config.model_type == "gpt_neox"
+    corpus, tokens, label = load_corpus(config.text), [], config.model_type
+    file = directory / "tokenizer.json"
     if not file.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        texts = (d.text for d in corpus.split("train"))
-        train_tokenizer(texts, vocab_size=config.vocab_size, nfc=is_neox).save(str(file))
+        texts, nfc = (d.text for d in corpus.split("train")), label == "gpt_neox"
+        train_tokenizer(texts, vocab_size=config.vocab_size, nfc=nfc).save(str(file))
     tokenizer = Tokenizer.from_file(str(file))
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise UserError(
-            f"vocab_size={config.vocab_size} needs more text: the corpus gave "
+            f"vocab_size={config.vocab_size} needs more text: this gave "
             f"{tokenizer.get_vocab_size()} entries; lower vocab_size."
         )
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -70,9 +67,8 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
             f"{len(held_out)} held-out tokens are fewer than one context of {config.context}."
         )
     objective, mesh, fixed = NextToken(config), make_mesh(), {"id": np.zeros(1, np.int32)}
-    feed, label = _window_feed(config, fit, mesh, fixed), config.model_type
     (params,) = train(
-        Ensemble(objective, feed, fixed, (label,), mesh),
+        Ensemble(objective, _window_feed(config, fit, mesh, fixed), fixed, (label,), mesh),
         steps=config.steps,
         seed=config.seed,
         directory=directory,
@@ -92,11 +88,11 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
         "test_tokens": len(held_out),
         "train_tokens": len(fit),
         "tokens_seen": config.steps * config.batch_size * config.context,
-        "parameters": sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params)),
+        "parameters": sum(p.size for p in jax.tree.leaves(params)),
         "text": corpus.provenance,
     }
     write_json(out / "training.json", result | {"config": dataclasses.asdict(config)})
-    return read_json(out / "training.json")
+    return result
 
 
 class NextToken(Objective):
@@ -116,7 +112,8 @@ class NextToken(Objective):
         raw = {name: getattr(config, name) for name in ("model_type", "vocab_size")}
         raw |= {n: getattr(config, size) for n, size in zip(NAMES[config.model_type], SIZES)}
         raw |= {"bos_token_id": 0, "eos_token_id": 0}
-        raw |= {"intermediate_size": 4 * config.d_model} if "hidden_size" in raw else {}
+        if config.model_type == "gpt_neox":
+            raw["intermediate_size"] = 4 * config.d_model
         self.config, self.raw = config, raw
         self.graphdef, _ = modules.abstract(lambda: models.init(raw))
 
@@ -172,3 +169,30 @@ def _window_feed(config: PretrainConfig, tokens: np.ndarray, mesh, fixed: dict) 
         return {"rows": batch[None], "fixed": resident["fixed"]}
 
     return Feed(put({"tokens": tokens, "fixed": fixed}, shard(mesh)), indices, select)
+
+
+def unigram_loss(train: np.ndarray, test: np.ndarray, *, vocab_size: int) -> float:
+    """Returns mean nats per token of ``test`` under add-one unigram counts; ids are [n]."""
+    counts = np.bincount(train, minlength=vocab_size) + 1.0
+    return float(-np.log(counts[test] / counts.sum()).mean())
+
+
+def bigram_loss(train: np.ndarray, test: np.ndarray, *, vocab_size: int) -> float:
+    """Returns nats per token of ``test[1:]`` under an interpolated bigram model of ``train``.
+
+    Interpolated with the unigram by Witten and Bell's rule (1991): the more different successors a
+    token had, the more weight the unigram gets.
+    """
+    pairs, wanted = (ids[:-1].astype(np.int64) * vocab_size + ids[1:] for ids in (train, test))
+    keys, counts = np.unique(pairs, return_counts=True)
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    seen = np.where(keys[index] == wanted, counts[index], 0)
+    total, kinds = (  # of the token before: how often it was followed, and by how many
+        np.bincount(ids, minlength=vocab_size)[test[:-1]]
+        for ids in (train[:-1], keys // vocab_size)
+    )
+    unigram = np.bincount(train, minlength=vocab_size) + 1.0
+    unigram /= unigram.sum()
+    weight = np.maximum(total + kinds, 1)
+    share = np.where(total > 0, kinds / weight, 1.0)
+    return float(-np.log(seen / weight + share * unigram[test[1:]]).mean())

@@ -94,6 +94,14 @@ def table(caption: str, rows: Iterable[dict[str, Cell | str]]) -> Table:
     return Table(caption, list(rows[0]) if rows else [], numeric, cells)
 
 
+def captioned(lines: Iterable[tuple[str, dict[str, Cell | str]]]) -> list[Table]:
+    """Returns a table for each caption, of pairs (caption, row)."""
+    rows: dict[str, list[dict]] = {}
+    for caption, row in lines:
+        rows.setdefault(caption, []).append(row)
+    return [table(caption, of_caption) for caption, of_caption in rows.items()]
+
+
 def score(row: dict, key: str, digits: int = 3, *, null: str = "", text: Callable = number) -> Cell:
     """Returns a number of a result row, its interval if any, and its null, of key ``null``."""
     below = text(row[null], digits) if null in row else ""

@@ -28,14 +28,14 @@ class Reading:
 
     def take(self, texts: np.ndarray) -> Reading:
         """Returns the reading of some texts, int [m] ascending."""
-        reading = self.take_rows(np.flatnonzero(np.isin(self.text, texts)))
-        window, passages = np.searchsorted(texts, reading.text), {}
-        for model, rows in reading.passages.items():
+        some = self.take_rows(np.isin(self.text, texts))
+        window, passages = np.searchsorted(texts, some.text), {}
+        for model, rows in some.passages.items():
             passages[model] = replace(rows, tokens=[rows.tokens[i] for i in texts], window=window)
         return replace(self, kept=self.kept[texts], passages=passages)
 
     def take_rows(self, rows: np.ndarray) -> Reading:
-        """Returns the same texts with these rows alone."""
+        """Returns the same texts with these rows alone, indices or a mask."""
         passages = {model: passages.take(rows) for model, passages in self.passages.items()}
         return replace(self, passages=passages)
 
@@ -58,14 +58,12 @@ def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Rea
             kept += members
     pairs = [pairing.pair_many([of_model[i].ends for of_model in cut.values()])[1] for i in kept]
     text = np.repeat(np.arange(len(kept)), list(map(len, pairs)))
-    positions = np.concatenate([np.zeros((0, len(cut)), np.int64), *pairs])
-    before = np.zeros_like(positions)
-    same = text[1:] == text[:-1]
-    before[1:][same] = positions[:-1][same]
-    first = np.minimum(before + 1, positions)  # a text's first token is in no span
-    passages = {}
+    # A span begins behind the position before; a text's first token is in none.
+    firsts = [np.minimum(np.pad(p, ((1, 0), (0, 0)))[:-1] + 1, p) for p in pairs]
+    empty, passages = np.zeros((0, len(cut)), np.int64), {}
+    position, first = (np.concatenate([empty, *of_texts]) for of_texts in (pairs, firsts))
     for column, (model, of_model) in enumerate(cut.items()):
         tokens = [np.append(front[model], of_model[i].ids).astype(np.int32) for i in kept]
-        at = (a[:, column] + len(front[model]) for a in (positions, first))
+        at = (a[:, column] + len(front[model]) for a in (position, first))
         passages[model] = Passages(tokens, text, *at)
     return Reading(np.array(kept, int), passages, too_long, not_rebuilt)

@@ -1,4 +1,4 @@
-"""Contrast sets: features chosen by attribution on half of the pairs, ablated on the other half."""
+"""Chooses features by attribution on half of the pairs, and ablates them on the other half."""
 
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -15,15 +15,12 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns, correlation
-from crossdict_jax.studies.contrast import ablation
-from crossdict_jax.studies.contrast.ablation import Cut
-from crossdict_jax.studies.contrast.preference import Reader, read_pairs
-from crossdict_jax.studies.contrast.section import tables
+from crossdict_jax.studies.contrast import TABLE, tables
+from crossdict_jax.studies.contrast.preference import Cut, Reader, ablate, read_pairs, singles
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir, say
 
-FILE = "contrast.jsonl"
 OWN = "own"  # B's features of largest attribution: the most that a mapped direction can do
 LEAST_PAIRS = 4  # readable by all models: two for each half
 OTHERS = 32  # features at most that lend their directions to controls
@@ -42,25 +39,22 @@ def run(config: Config, work: Workdir) -> None:
     groups = map_groups(config, finished.store, layers="all", kinds=settings.maps)
     question = [asdict(replace(settings, source=())), *map(asdict, sets)]
     inputs = finished.inputs([task for group in groups for task in group.tasks], question)
-    stage = Stage(work, "contrast", files=(FILE,), inputs=inputs)
+    stage = Stage(work, "contrast", files=(TABLE.file,), inputs=inputs)
     if not stage.finished:
         studies = [Halves(finished, pairs) for pairs in sets]
-        counts = (f"{s.n_pairs} of {len(s.pairs)} in {s.pairs.name}" for s in studies)
-        told = ", ".join(counts)
+        counts = ", ".join(f"{s.n_pairs} of {len(s.pairs.good)} in {s.pairs.name}" for s in studies)
         studies = [study for study in studies if study.n_pairs >= LEAST_PAIRS]
         if not studies:
             raise UserError(
                 f"contrast.source={','.join(settings.source)} holds no set of which every model "
-                f"can read {LEAST_PAIRS} distinct pairs ({told}); give more pairs, or shorter ones."
+                f"can read {LEAST_PAIRS} distinct pairs ({counts}); give more or shorter ones."
             )
         rows = []
         for study in progress_bar(studies, desc="contrast", unit="set"):
             of_set = stage.part((study.pairs.name,), partial(_measure, study))
             rows += [{"set": study.pairs.name} | row for row in of_set]
-        stage.finish({FILE: rows}, pairs=sum(study.n_pairs for study in studies))
-    rows = results.read(work, FILE)
-    for name in dict.fromkeys(row["set"] for row in rows):
-        show(tables([row for row in rows if row["set"] == name]))
+        stage.finish({TABLE.file: rows}, pairs=sum(study.n_pairs for study in studies))
+    show(tables(results.read(work, TABLE.file)))
 
 
 class Halves:
@@ -68,7 +62,7 @@ class Halves:
 
     Attributes:
       n_pairs: how many pairs are used.
-      reader: by (model, "train" or "test").
+      readers: of a model, for the pairs of either half (train, test).
     """
 
     def __init__(self, run: FinishedRun, pairs: ContrastSet):
@@ -77,24 +71,23 @@ class Halves:
         readable = len(reading.kept) // 2
         self.n_pairs = min(readable, run.config.contrast.pairs)
         say(
-            f"{pairs.name}{' is left out' if self.n_pairs < LEAST_PAIRS else ''}: of {len(pairs)} "
-            f"pairs every model can read {readable} ({reading.too_long} longer than a context, "
-            f"{reading.not_rebuilt} with characters that a tokenizer changes, {nested} of which "
-            "one begins the other)."
+            f"{pairs.name}{' is left out' if self.n_pairs < LEAST_PAIRS else ''}: of "
+            f"{len(pairs.good)} pairs every model can read {readable} ({reading.too_long} longer "
+            f"than a context, {reading.not_rebuilt} with characters that a tokenizer changes, "
+            f"{nested} of which one begins the other)."
         )
         drawn = stats.generator(self.seed).permutation(readable)[: self.n_pairs]
-        cut = len(drawn) // 2
-        halves = {"train": np.sort(drawn[:cut]), "test": np.sort(drawn[cut:])}
+        halves = np.split(drawn, [len(drawn) // 2])
+        texts = [np.sort(np.append(2 * half, 2 * half + 1)) for half in halves]
 
         @cache
-        def reader(model: str, half: str) -> Reader:
-            texts = (2 * halves[half][:, None] + np.arange(2)[None, :]).reshape(-1)
-            passages = reading.take(texts).passages[model]
+        def readers(model: str) -> list[Reader]:
+            passages = [reading.take(of_half).passages[model] for of_half in texts]
             if run.config.contrast.span != "whole":
-                passages = replace(passages, first=None)
-            return Reader(run.runner(model), passages)
+                passages = [replace(of_half, first=None) for of_half in passages]
+            return [Reader(run.runner(model), of_half) for of_half in passages]
 
-        self.reader = reader
+        self.readers = readers
 
     def draws(self, n: int) -> stats.Resamples:
         return stats.draw(np.arange(n), count=self.run.config.evaluation.bootstrap, seed=self.seed)
@@ -108,7 +101,7 @@ class Halves:
     def cut(self, model: str, site: Site, features: np.ndarray, n: int) -> Cut:
         """Returns a model's own features as a cut of the first n."""
         dictionary = self.run.dictionary(model, site)
-        strength = self.reader(model, "test").strength(site, dictionary, features)
+        strength = self.readers(model)[1].strength(site, dictionary, features)
         return Cut(strength, decoder_rows(dictionary, features), n)
 
 
@@ -117,29 +110,32 @@ def _measure(study: Halves) -> list[dict]:
     rows = [_preference(study, model) for model in store.models]
     prefers = {row["model"]: row["prefers"] for row in rows}
     sites, layers = {}, config.intervention.layers
-    for end in ((model, site) for model in store.models for site in sorted(store.sites_of(model))):
-        sites[end] = _features(study, *end, prefers[end[0]])
-        head = {"model": end[0], "site": str(end[1])}
-        rows += [head | row for row in sites[end]["rows"]]
+    for model in store.models:
+        for site in sorted(store.sites_of(model)):
+            found = sites[model, site] = _features(study, model, site, prefers[model])
+            rows += [{"model": model, "site": str(site)} | row for row in found["rows"]]
     for group in map_groups(config, store, layers=layers, kinds=config.contrast.maps):
         rows += _transfer(study, group, sites, prefers)
+    study.readers.cache_clear()  # the activations of all texts
     return rows
 
 
 def _preference(study: Halves, model: str) -> dict:
-    store, readers = study.run.store, [study.reader(model, half) for half in ("train", "test")]
+    store, readers = study.run.store, study.readers(model)
     values = np.concatenate([reader.preference for reader in readers])
     windows = np.unique(store.rows.window[store.select("train")])
     tokens = np.concatenate([store.window_tokens(model, w) for w in windows])
     counts = np.bincount(tokens, minlength=study.run.runner(model).config.vocab_size)
-    unigram = np.concatenate([reader.unigram_preference(counts) for reader in readers])
+    log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
+    sums = (np.sum(log_p[reader.tokens] * reader.scored, axis=1) for reader in readers)
+    unigram = np.concatenate([of_texts[::2] - of_texts[1::2] for of_texts in sums])
     draws = study.draws(len(values))
     accuracy = draws.mean(values > 0)
     return {
         "what": "preference",
         "model": model,
         "n_pairs": len(values),
-        "n_in_file": len(study.pairs) + study.pairs.duplicates,
+        "n_in_file": len(study.pairs.good) + study.pairs.duplicates,
         **columns("accuracy", accuracy),
         **columns("accuracy_unigram", draws.mean(unigram > 0)),
         **columns("preference", draws.mean(values)),
@@ -149,8 +145,7 @@ def _preference(study: Halves, model: str) -> dict:
 
 def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     """The features of largest attribution on the train half, and their cost on the other."""
-    dictionary = study.run.dictionary(model, site)
-    readers = [study.reader(model, half) for half in ("train", "test")]
+    dictionary, readers = study.run.dictionary(model, site), study.readers(model)
     train, test = (r.attribution(site, dictionary).astype(np.float64) for r in readers)
     mean, reader = train.mean(0), readers[1]
     order = np.argsort(-mean, kind="stable")[: study.run.config.contrast.features]
@@ -158,8 +153,7 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
     if not len(top):
         return {"rows": [], "top": top}
     cut = study.cut(model, site, study.with_others(model, site, top), len(top))
-    alone = ablation.singles(reader, site, cut)
-    draws = study.draws(len(test))
+    alone, draws = singles(reader, site, cut), study.draws(len(test))
     rows = [
         {
             "what": "feature",
@@ -172,25 +166,31 @@ def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:
         }
         for i, feature in enumerate(top)
     ]
-    drop, row = ablation.measure(reader, site, cut, study.run.config, judged=prefers)
+    drop, row = ablate(reader, site, cut, study.run.config, judged=prefers)
     return {"rows": [*rows, {"what": "ablation"} | row], "top": top, "drop": drop}
 
 
 def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> list[dict]:
-    """What removing the mapped directions of A's features costs B's preference."""
-    a, b = group.ends
-    top, reader = sites[a]["top"], study.reader(b[0], "test")
+    """What removing the mapped directions of A's features, or their matches, costs B."""
+    (a, b), run = group.ends, study.run
+    (_, in_a), (_, in_b), top = study.readers(a[0]), study.readers(b[0]), sites[a]["top"]
     if not len(top):
         return []
+    features = study.with_others(*a, top)
+    vectors, matches, _ = run.map_features(group, features)
+    x = in_a.x(a[1])[in_a.passages.window, in_a.passages.position]
+    strength = in_b.spread(strengths(run.dictionary(*a), x, features))
+    cuts = {kind: Cut(strength, of_map, len(top)) for kind, of_map in vectors.items()}
+    matched = np.array(list(dict.fromkeys(matches)))  # two may have one match
+    cuts[MATCH] = study.cut(*b, matched, len({*matches[: len(top)]}))
     judged = prefers[group.source] and prefers[group.target]
     ablated = {
-        name: ablation.measure(reader, b[1], cut, study.run.config, judged=judged)
-        for name, cut in _cuts(study, group, top).items()
+        name: ablate(in_b, b[1], cut, run.config, judged=judged) for name, cut in cuts.items()
     }
     best = None  # what a mapped direction could cost, where that is surely above 0
     if sites[b]["rows"]:
-        *_, row = sites[b]["rows"]
-        ablated[OWN] = sites[b]["drop"], row | ({} if judged else {"moves": None})
+        row = sites[b]["rows"][-1]
+        ablated[OWN] = sites[b]["drop"], row if judged else row | {"moves": None}
         best = row["effect"] if (row["effect_low"] or 0) > 0 else None
     lost = sites[a]["drop"]
     draws = study.draws(len(lost))
@@ -205,16 +205,3 @@ def _transfer(study: Halves, group: MapGroup, sites: dict, prefers: dict) -> lis
         }
         for name, (drop, row) in ablated.items()
     ]
-
-
-def _cuts(study: Halves, group: MapGroup, top: np.ndarray) -> dict[str, Cut]:
-    """A's features as each map directs them, and their matches, to be removed from B."""
-    (a, b), n = group.ends, len(top)
-    features, reader = study.with_others(*a, top), study.reader(a[0], "test")
-    vectors, matches, _ = study.run.map_features(group, features)
-    x = reader.x(a[1])[reader.passages.window, reader.passages.position]
-    fires = strengths(study.run.dictionary(*a), x, features)
-    strength = study.reader(b[0], "test").spread(fires)
-    cuts = {kind: Cut(strength, of_map, n) for kind, of_map in vectors.items()}
-    matched = np.array(list(dict.fromkeys(matches.tolist())))  # two may have one match
-    return cuts | {MATCH: study.cut(*b, matched, len(set(matches[:n].tolist())))}

@@ -1,22 +1,27 @@
-"""What a language model prefers of two texts, and how much of it rests on features at a site."""
+"""What a language model prefers of two texts, and what taking out directions costs of that."""
 
 import math
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crossdict_jax import stats
 from crossdict_jax.causal.directions import strengths
 from crossdict_jax.causal.finished_run import FinishedRun
+from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner, pad, token_losses
+from crossdict_jax.stats import columns
 from crossdict_jax.studies.contrast.sets import ContrastSet
 from crossdict_jax.studies.reading import Reading, read_texts
 
 SEQ_STEP = 8  # lengths are rounded up: few programs for many sets
 AT_ONCE = 16  # draws, and features of a draw, are padded to a multiple: one program for all
+LEVEL = 0.05  # of the share of controls that may cost as much
 STEPS = 8  # of integrated gradients; 1 would be gradient times activation
 
 
@@ -27,13 +32,12 @@ def read_pairs(run: FinishedRun, pairs: ContrastSet) -> tuple[Reading, int]:
     """
     texts = [text for both in zip(pairs.good, pairs.bad) for text in both]
     reading = read_texts(run, texts, group=2)
-    kept = []
-    for good in range(0, len(reading.kept), 2):
-        both = [passages.tokens[good : good + 2] for passages in reading.passages.values()]
-        ends = [min(map(len, texts)) for texts in both]
-        if not any((a[:n] == b[:n]).all() for (a, b), n in zip(both, ends)):
-            kept += [good, good + 1]
-    return reading.take(np.array(kept, int)), (len(reading.kept) - len(kept)) // 2
+    nested = np.zeros(len(reading.kept) // 2, bool)
+    for passages in reading.passages.values():
+        for i, (a, b) in enumerate(zip(passages.tokens[::2], passages.tokens[1::2])):
+            n = min(len(a), len(b))
+            nested[i] |= (a[:n] == b[:n]).all()
+    return reading.take(np.flatnonzero(np.repeat(~nested, 2))), int(nested.sum())
 
 
 class Reader:
@@ -44,6 +48,7 @@ class Reader:
       scored: bool [texts, seq], whose log-probability counts: from the first token that differs in
         a pair, but not a text's first.
       edited: bool [texts, seq], where features are read and ablated.
+      x: of a site, the activations, float32 [texts, seq, d_model].
     """
 
     def __init__(self, runner: Runner, passages: Passages):
@@ -57,7 +62,6 @@ class Reader:
             other = texts[i ^ 1][: len(text)]
             differs = int(np.argmax(text[: len(other)] != other))
             self.scored[i, max(differs, 1) : len(text)] = True
-        # float32 [texts, seq, d_model]
         self.x = cache(lambda site: runner.read(self.tokens, [site])[site])
 
     def spread(self, values: np.ndarray) -> np.ndarray:
@@ -77,12 +81,6 @@ class Reader:
         """log p(good) - log p(bad) in nats, float64 [pairs]."""
         return self.runner.run(_prefers, self.tokens, self.scored, group=2).astype(np.float64)
 
-    def unigram_preference(self, counts: np.ndarray) -> np.ndarray:
-        """Returns the preference by token counts [vocabulary], float64 [pairs]."""
-        log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
-        sums = np.sum(log_p[self.tokens] * self.scored, axis=1)
-        return sums[::2] - sums[1::2]
-
     def ablated(self, site: Site, strength: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """Returns the preference without the directions of each draw, float64 [draws, pairs].
 
@@ -98,14 +96,14 @@ class Reader:
         ]
         return np.concatenate(parts, axis=1)[:, :count].T.astype(np.float64)
 
-    def attribution(self, site: Site, dictionary: Dictionary, *, steps: int = STEPS) -> np.ndarray:
+    def attribution(self, site: Site, dictionary: Dictionary) -> np.ndarray:
         """Returns what each feature adds to the preference in nats, float32 [pairs, width].
 
         Integrated gradient of the preference, from no feature to x_hat, times the feature, summed
         over both texts; x - x_hat is kept (Marks et al. 2024, arXiv 2403.19647, section 3).
         """
         arrays = self.tokens, self.scored, self.edited, self.x(site)
-        settings = {"static": (site, steps), "shared": (dictionary,), "group": 2}
+        settings = {"static": (site,), "shared": (dictionary,), "group": 2}
         return self.runner.run(_attribution, *arrays, **settings)
 
 
@@ -126,7 +124,7 @@ def _ablated(lm, site, vectors, tokens, scored, x, strength) -> jax.Array:
     return jax.lax.map(without, vectors).T
 
 
-def _attribution(lm, site, steps, dictionary, tokens, scored, edited, x) -> jax.Array:
+def _attribution(lm, site, dictionary, tokens, scored, edited, x) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     f = dictionary.encode(rows)
     error, edited = rows - dictionary.decode(f), edited.reshape(-1)[:, None]
@@ -138,7 +136,94 @@ def _attribution(lm, site, steps, dictionary, tokens, scored, edited, x) -> jax.
     def add(sums, alpha):
         return sums + jax.grad(total)(alpha * f), None
 
-    alphas = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
+    alphas = jnp.arange(1, STEPS + 1, dtype=jnp.float32) / STEPS
     sums, _ = jax.lax.scan(add, jnp.zeros_like(f), alphas)
-    shares = jnp.where(edited, f * sums / steps, 0.0)
+    shares = jnp.where(edited, f * sums / STEPS, 0.0)
     return shares.reshape(len(x) // 2, -1, f.shape[-1]).sum(axis=1)  # both texts of a pair
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Directions that are removed from a model together, and others for controls."""
+
+    strength: np.ndarray  # float32 [texts, seq, all]
+    vectors: np.ndarray  # float32 [all, d_model], per unit of strength
+    n: int  # the first n are removed; the others only serve controls
+
+    @cached_property
+    def overlaps(self) -> np.ndarray:
+        """float64 [all, all]: inner products of what each adds to the activations, summed."""
+        strength = self.strength.reshape(-1, len(self.vectors)).astype(np.float64)
+        vectors = self.vectors.astype(np.float64)
+        return (strength.T @ strength) * (vectors @ vectors.T)
+
+    def size(self, rows: np.ndarray) -> float:
+        """Returns the norm over all tokens of what these vectors add."""
+        return float(np.sqrt(max(self.overlaps[np.ix_(rows, rows)].sum(), 0.0)))
+
+
+def ablate(
+    reader: Reader, site: Site, cut: Cut, config: Config, *, judged: bool = True
+) -> tuple[np.ndarray, dict]:
+    """Returns what a cut takes from each pair's preference [pairs], and a result row.
+
+    Controls replace each vector by one of its norm and strength, random ("random") or another
+    feature's ("shuffled"), or remove as many other features where they fire, scaled to an equal
+    norm ("others"). p is the share of controls, the cut among them, that cost as much. ``moves``
+    (null if not ``judged``): the cut surely costs more than each family's mean and than 95 % of
+    its members.
+    """
+    clean = reader.preference
+    draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=config.seed)
+    families = draw_controls(cut, config.contrast.controls, stats.generator(config.seed))
+    itself = np.array(cut.vectors, np.float32)
+    itself[cut.n :] = 0.0
+    vectors = np.concatenate([itself[None], *families.values()])
+    drop, *nulls = clean[None] - reader.ablated(site, cut.strength, vectors)
+    row = {
+        "n_features": cut.n,
+        "n_pairs": len(drop),
+        **columns("effect", draws.mean(drop)),
+        "preference": float(clean.mean()),
+        "accuracy": float((clean > 0).mean()),
+        "accuracy_ablated": float((clean - drop > 0).mean()),
+    }
+    specific = [judged or None]
+    for family, controls in families.items():
+        null, nulls = np.array(nulls[: len(controls)]), nulls[len(controls) :]
+        lead = mean = p = None
+        if len(null):
+            lead, mean = draws.mean(drop - null.mean(0)), float(null.mean())
+            p = (1 + int((null.mean(1) >= drop.mean()).sum())) / (1 + len(null))
+        row |= {f"effect_{family}": mean, f"p_{family}": p} | columns(f"specific_{family}", lead)
+        specific.append(lead and lead.surely_positive and p <= LEVEL)
+    return drop, row | {"moves": None if None in specific else all(specific)}
+
+
+def singles(reader: Reader, site: Site, cut: Cut) -> np.ndarray:
+    """Returns what each of the first n vectors costs alone, float64 [n, pairs]."""
+    alone = np.eye(cut.n, len(cut.vectors), dtype=np.float32)[:, :, None] * cut.vectors[None]
+    return reader.preference[None] - reader.ablated(site, cut.strength, alone)
+
+
+def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns vectors float32 [count, all, d_model] by family; no "others" where these are few."""
+    n, norms = cut.n, np.linalg.norm(cut.vectors, axis=1)
+    others = n + np.flatnonzero(norms[n:] > 0)
+    firing = [i for i in others if cut.size(np.array([i])) > 0]
+    random, shuffled, elsewhere = (
+        np.zeros((count if possible else 0, *cut.vectors.shape), np.float32)
+        for possible in (True, len(others) > 1, len(firing) > 1)
+    )
+
+    def with_norms(directions: np.ndarray) -> np.ndarray:
+        return directions * (norms[:n] / np.linalg.norm(directions, axis=-1))[..., None]
+
+    random[:, :n] = with_norms(generator.standard_normal((count, n, cut.vectors.shape[1])))
+    for row in shuffled:
+        row[:n] = with_norms(cut.vectors[generator.choice(others, n, replace=n > len(others))])
+    size = cut.size(np.arange(n))
+    for row in elsewhere:
+        drawn = generator.choice(firing, min(n, len(firing)), replace=False)
+        row[drawn] = cut.vectors[drawn] * (size / max(cut.size(drawn), 1e-30))
+    return {"random": random, "shuffled": shuffled, "others": elsewhere}

@@ -31,9 +31,6 @@ class ContrastSet:
     bad: tuple[str, ...]
     duplicates: int = 0  # left out: a pair in both halves of a split is no test
 
-    def __len__(self) -> int:
-        return len(self.good)
-
 
 def read_sets(sources: Sequence[str]) -> list[ContrastSet]:
     """Returns a set for each file of ``sources``: JSON lines, or folders of such files.

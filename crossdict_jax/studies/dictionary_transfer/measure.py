@@ -19,21 +19,17 @@ from crossdict_jax.maps import Problem, Task
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
 from crossdict_jax.results import pair_columns
+from crossdict_jax.studies.dictionary_transfer import TABLE, TRAINING, savings_table, tables
 from crossdict_jax.studies.dictionary_transfer import transferred as transfer
-from crossdict_jax.studies.dictionary_transfer.section import savings_table, tables
 from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch, transferred
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir, read_jsonl
 
-FILE, TRAINING = "dictionary_transfer.jsonl", "dictionary_training.jsonl"
 ERRORS = ("fvu", "mse")  # in the logged losses of every architecture
 
 
 def run(config: Config, work: Workdir) -> None:
     """Writes dictionary_transfer.jsonl and dictionary_training.jsonl, and prints both.
-
-    The first: each way of ``ways`` to reconstruct the target, on test rows and put into the
-    target. The second: training from random parameters against a start from the source's.
 
     Raises:
       UserError: dictionaries are imported, or transcoders (a stitch of what they read says nothing
@@ -55,25 +51,25 @@ def run(config: Config, work: Workdir) -> None:
         )
     folders = [folder for task in tasks for folder in task.folders(work)[:2]]
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
-    stage = Stage(work, "transfer_dictionaries", files=(FILE, TRAINING), inputs=inputs)
+    makes = {TABLE.file: transfer_rows, TRAINING.file: compare_starts}
+    stage = Stage(work, "transfer_dictionaries", files=makes, inputs=inputs)
     if not stage.finished:
-        rows: dict[str, list[dict]] = {FILE: [], TRAINING: []}
+        rows: dict[str, list[dict]] = {file: [] for file in makes}
         for target in dict.fromkeys(task.target for task in tasks):
             problems = {task: loader.problem(task) for task in tasks if task.target == target}
-            for file, make in ((FILE, transfer_rows), (TRAINING, compare_starts)):
+            for file, make in makes.items():
                 made = partial(make, problems, config, store, work)
                 rows[file] += stage.part((target, file), made)
         stage.finish(rows, directions=len(tasks))
-    show([*tables(results.read(work, FILE)), savings_table(results.read(work, TRAINING))])
+    scored, trained = (results.read(work, file) for file in makes)
+    show([*tables(scored), savings_table(trained)])
 
 
 def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
-    """Returns the ways to reconstruct B, by the name of column ``dictionary``.
+    """Returns the ways to reconstruct B by their names in column ``dictionary``.
 
-    own, B's dictionary; transferred, A's through ridge from B to A and back; orthogonal, through
-    one rotation and back (McCann 2026, arXiv 2605.24577), where rows are enough for one; as_is,
-    A's on B's activations, if of one size; rotated, through a random rotation at the same scales;
-    stitch, B to A and back without a dictionary, which no transferred one can exceed.
+    orthogonal (McCann 2026, arXiv 2605.24577) needs more rows than dimensions, as_is activations of
+    one size. No transferred dictionary can exceed the stitch.
     """
     train = problem.train
     a, d_a, d_b = train.source.dictionary, train.source.x.shape[1], train.target.x.shape[1]
@@ -96,54 +92,52 @@ def transfer_rows(
     The stitch alone is not put into the target: its losses and l0 are null.
     """
     settings, target = config.evaluation, next(iter(problems)).target
-    finished, numbers = FinishedRun(config, work, store), store.select("test")
-    passages, runner = finished.passages(target), finished.runner(target)
+    finished, test = FinishedRun(config, work, store), store.select("test")
+    passages, size, rows = finished.passages(target), settings.batch_size, []
     draws, draws_ce = (
         stats.draw(documents, count=settings.bootstrap, seed=config.seed)
-        for documents in (store.rows.document[numbers], passages.document[passages.scored])
+        for documents in (store.rows.document[test], passages.document[passages.scored])
     )
-    rows, size = [], settings.batch_size
     for task, problem in progress_bar(problems.items(), desc=f"dictionaries used for {target}"):
         site, made = task.site_target, ways(problem, config)
-        x, at_passages = (
-            store.read(target, site, n).astype(np.float32) for n in (numbers, passages.rows)
+        x, replaced = (
+            store.read(target, site, numbers).astype(np.float32)
+            for numbers in (test, passages.rows)
         )
         mean, stitch = train_mean(store, target, site), made.pop("stitch")
         x_hat = stitch.forth(stitch.back(x.astype(np.float64))).astype(np.float32)
-        alone = {"error": x - x_hat, "variance": x - mean[None, :]}
-        seen = {n: measure(d, x, mean=mean, size=size) for n, d in made.items()}
+        seen = {name: measure(d, x, mean=mean, size=size) for name, d in made.items()}
+        alone = {"error": x - x_hat, "variance": x - mean}
         seen["stitch"] = {key: np.square(rest).sum(axis=1) for key, rest in alone.items()}
         put_in = {
-            name: modules.over_rows(d, at_passages, method="__call__", size=size)
+            name: modules.over_rows(d, replaced, method="__call__", size=size)
             for name, d in made.items()
         }
-        effects = runner.splice(passages, site, put_in)
+        effects = finished.runner(target).splice(passages, site, put_in)
         for name, values in seen.items():
             effect = effects.get(name)
             more = effect and draws_ce.mean(effect.ce - effects["clean"].ce)
-            rows.append(
-                {
-                    **pair_columns(task),
-                    "dictionary": name,
-                    "n_rows": len(x),
-                    "n_documents": draws.n_documents,
-                    **stats.columns("fvu", draws.estimate(values["error"], values["variance"])),
-                    "l0": effect and float(values["l0"].mean()),
-                    "n_positions": effect and len(effect.ce),
-                    **stats.columns("ce", effect and draws_ce.mean(effect.ce)),
-                    **stats.columns("delta_ce", more),
-                }
-            )
+            row = {
+                "dictionary": name,
+                "n_rows": len(x),
+                "n_documents": draws.n_documents,
+                **stats.columns("fvu", draws.estimate(values["error"], values["variance"])),
+                "l0": effect and float(values["l0"].mean()),
+                "n_positions": effect and len(effect.ce),
+                **stats.columns("ce", effect and draws_ce.mean(effect.ce)),
+                **stats.columns("delta_ce", more),
+            }
+            rows.append(pair_columns(task) | row)
     return rows
 
 
 def compare_starts(
     problems: dict[Task, Problem], config: Config, store: Store, work: Workdir
 ) -> list[dict]:
-    """Returns the rows of dictionary_training.jsonl of one target's directions and sites.
+    """Returns the rows of dictionary_training.jsonl of the directions into one target.
 
-    The target's dictionary of seed 0 is trained from random parameters and from the source's, on
-    the same batches, in one ensemble.
+    Its dictionary of seed 0 is trained from random parameters and from the source's, on the same
+    batches, in one ensemble.
     """
     group, starts = [], []
     for task, problem in problems.items():
@@ -162,10 +156,10 @@ def compare_starts(
         end = task.target, task.site_target
         x = store.read(*end, store.select("test")).astype(np.float32)
         settings = {"mean": train_mean(store, *end), "size": config.evaluation.batch_size}
-        sums = [measure(d, x, **settings) for d in trained[2 * i :][:2]]
-        fvus = [float(each["error"].sum() / each["variance"].sum()) for each in sums]
+        sums = (measure(d, x, **settings) for d in trained[2 * i :][:2])
+        fvus = (float(each["error"].sum() / each["variance"].sum()) for each in sums)
         curves = {"error": error, "steps": steps, "random": random, "transferred": moved}
-        scores = {"fvu_random": fvus[0], "fvu_transferred": fvus[1]}
+        scores = dict(zip(("fvu_random", "fvu_transferred"), fvus))
         rows.append(pair_columns(task) | curves | scores | steps_saved(steps, random, moved))
     return rows
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,8 +17,7 @@ from crossdict_jax.maps import Pairs, Problem
 from crossdict_jax.maps.base import map_class
 
 
-@dataclasses.dataclass(frozen=True)
-class Affine:
+class Affine(NamedTuple):
     """x W + b, from raw activations [batch, d_in] to raw activations [batch, d_out]."""
 
     W: np.ndarray
@@ -28,8 +27,7 @@ class Affine:
         return x @ self.W + self.b[None, :]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stitch:
+class Stitch(NamedTuple):
     """The affine maps from A to B and from B to A."""
 
     forth: Affine
@@ -77,13 +75,12 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     Raises:
       UserError: the dictionary is imported, or a transcoder.
     """
-    architecture = base.architecture_of(dictionary)
+    base.architecture_of(dictionary)  # which is one of ours
     if dictionary.transcodes:
         raise UserError("A transcoder reads one site and writes another: it cannot be transferred.")
-    _, params = modules.split(dictionary)
-    old = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    old = {n: np.asarray(a, np.float64) for n, a in modules.split(dictionary)[1].items()}
     s, (ba, ab) = float(old["scale"]), (stitch.back, stitch.forth)
-    new = {"scale": np.float64(s if scale is None else scale)}
+    new = old | {"scale": np.float64(s if scale is None else scale)}
     new["W_enc"] = s / new["scale"] * ba.W @ old["W_enc"]
     new["W_dec"] = new["scale"] / s * old["W_dec"] @ ab.W
     new["b_dec"] = new["scale"] * (old["b_dec"] / s @ ab.W + ab.b)
@@ -91,12 +88,8 @@ def transferred(dictionary: Dictionary, stitch: Stitch, scale: float | None = No
     constant = (s * ba.b - old["b_dec"]) @ old["W_enc"]
     new["b_enc"] = old["b_enc"] + constant + new["b_dec"] @ new["W_enc"]
     if "b_mag" in old:  # gated magnitudes start from z - b_enc
-        moved = (new["b_enc"] - old["b_enc"]) * np.exp(old["r_mag"])
-        new["b_mag"] = old["b_mag"] + moved
-    shape = {"d_model": len(ba.W), "width": dictionary.width, "k": dictionary.k}
-    graphdef, _ = modules.abstract(lambda: base.build(architecture, **shape, key=jax.random.key(0)))
-    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in new.items()}
-    return modules.merge(graphdef, params | arrays)
+        new["b_mag"] = old["b_mag"] + (new["b_enc"] - old["b_enc"]) * np.exp(old["r_mag"])
+    return base.from_arrays(type(dictionary), new, k=dictionary.k)
 
 
 def with_unit_rows(dictionary: Dictionary) -> Dictionary:

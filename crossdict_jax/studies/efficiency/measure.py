@@ -26,11 +26,10 @@ from crossdict_jax.maps.kinds.ridge import Ridge
 from crossdict_jax.maps.moments import Products, Regression
 from crossdict_jax.report.tables import show
 from crossdict_jax.results import pair_columns
-from crossdict_jax.studies.efficiency.section import curves, r2_table
+from crossdict_jax.studies.efficiency import TABLE, curves, r2_table
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
 from crossdict_jax.workdir import Workdir
 
-FILE = "efficiency.jsonl"
 HIDDEN_FEATURES = 0.2  # share of every dictionary's features that a hypernetwork never sees
 NETWORK = "hypernetwork"
 ALL, HIDDEN = "all", "hidden"  # which target features are scored: all, or those never trained on
@@ -38,7 +37,7 @@ ALL, HIDDEN = "all", "hidden"  # which target features are scored: all, or those
 
 @dataclass(frozen=True)
 class Question:
-    """One direction at the left-out layer pair, and the data that maps are scored on."""
+    """A direction at the left-out layer pair, and the rows that its maps are scored on."""
 
     task: Task
     problem: Problem
@@ -48,40 +47,37 @@ class Question:
     draws: stats.Resamples
 
     def score(
-        self, m: Map, kind: str, n: int, scored: Sequence[str], held_out: str | None = None
+        self, m: Map, kind: str, n: int, *scored: str, held_out: str | None = None
     ) -> list[dict]:
         """Returns the map's result rows, one for each scored set of features."""
         predicted, rows = maps.predict(m, self.test), []
         mean = self.problem.train.target.feature_moments.mean
         for features in scored:
             mask = self.hidden | (features == ALL)
-            t, p = self.target[:, mask].astype(np.float64), predicted[:, mask]
-            error, variance = np.square(t - p).sum(1), np.square(t - mean[None, mask]).sum(1)
-            fvu = self.draws.estimate(error, variance)
-            rows.append(
-                {
-                    **pair_columns(self.task),
-                    "map": kind,
-                    "n": n,
-                    "held_out": held_out,
-                    "scored": features,
-                    "n_features": int(mask.sum()),
-                    "n_rows": len(t),
-                    "n_documents": self.draws.n_documents,
-                    **stats.columns("fvu", fvu),
-                    **stats.columns("r2", 1.0 - fvu),
-                }
-            )
+            t = self.target[:, mask].astype(np.float64)
+            sums = (np.square(t - x).sum(1) for x in (predicted[:, mask], mean[None, mask]))
+            fvu = self.draws.estimate(*sums)
+            row = {
+                "map": kind,
+                "n": n,
+                "held_out": held_out,
+                "scored": features,
+                "n_features": int(mask.sum()),
+                "n_rows": len(t),
+                "n_documents": self.draws.n_documents,
+                **stats.columns("fvu", fvu),
+                **stats.columns("r2", 1.0 - fvu),
+            }
+            rows.append(pair_columns(self.task) | row)
         return rows
 
 
 def run(config: Config, work: Workdir) -> None:
     """Writes efficiency.jsonl, R^2 by the number of paired rows and zero-shot, and prints it.
 
-    At the middle layer pair, on test rows: each map of ``map.kinds`` fitted on the first n training
-    rows of documents in a random order, hyper-parameters chosen on all validation rows; and
-    zero-shot, without this layer pair (held_out "layer") or these features ("features"): a
-    hypernetwork trained on all else, ridge of the other layer pairs, and token profiles.
+    At the middle layer pair: each map of ``map.kinds`` fitted on the first n training rows of
+    documents in a random order, and zero-shot ones that have not seen this layer pair (held_out
+    "layer") or these features ("features").
 
     Raises:
       UserError: the store or dictionaries are missing, there is only one layer pair, or a setting
@@ -96,25 +92,25 @@ def run(config: Config, work: Workdir) -> None:
             f"efficiency.rows={max(counts)} is more than the {len(documents)} paired training rows "
             "of this run; leave it out or raise text.documents."
         )
-    settings = [identity(config), list(counts)]
-    folders = [work.dictionary(task.target, task.site_target) for task in asked + others]
+    settings, tasks = [identity(config), list(counts)], asked + others
+    folders = [work.dictionary(task.target, task.site_target) for task in tasks]
     inputs = input_digests(work, settings=settings, store_meta=store.meta, folders=folders)
-    stage = Stage(work, "efficiency", files=(FILE,), inputs=inputs)
+    stage = Stage(work, "efficiency", files=(TABLE.file,), inputs=inputs)
     if not stage.finished:
         folder = work.root / "efficiency" / f"{asked[0].site_source}--{asked[0].site_target}"
         loader, generator = Loader(config, store, work), stats.generator(config.seed)
         seen: dict[tuple[str, int], np.ndarray] = {}  # (model, layer) -> bool [width]
-        for task in asked + others:
+        for task in tasks:
             width = loader.side(task.target, task.site_target, "train").dictionary.width
-            hidden = generator.permutation(width)[: max(1, round(HIDDEN_FEATURES * width))]
-            mask = ~np.isin(np.arange(width), hidden)
+            rank = np.argsort(generator.permutation(width))
+            mask = rank >= max(1, round(HIDDEN_FEATURES * width))
             seen.setdefault((task.target, task.site_target.layer), mask)
         questions = []
         for task in asked:
-            problem, test = loader.problem(task), loader.rows(task, "test")
+            test, hidden = loader.rows(task, "test"), ~seen[task.target, task.site_target.layer]
             draws = stats.draw(test.documents, count=config.evaluation.bootstrap, seed=config.seed)
-            hidden, target = ~seen[task.target, task.site_target.layer], test.target.codes
-            questions.append(Question(task, problem, test, hidden, target.toarray(), draws))
+            target = test.target.features(slice(None))
+            questions.append(Question(task, loader.problem(task), test, hidden, target, draws))
         names, index = np.unique(documents, return_inverse=True)
         rank = stats.generator(config.seed).permutation(len(names))
         order = np.argsort(rank[index], kind="stable")  # keeps the rows of a document together
@@ -124,9 +120,10 @@ def run(config: Config, work: Workdir) -> None:
             make = partial(_few_rows, question, kind, order[:n], config, folder)
             rows += stage.part((question.task.label, kind, n), make)
         problems = {task: loader.problem(task) for task in others}
-        rows += stage.part((NETWORK,), lambda: _no_rows(questions, problems, seen, config, folder))
-        stage.finish({FILE: rows}, maps=len(rows))
-    show(r2_table(group) for group in curves(results.read(work, FILE)))
+        make = partial(_no_rows, questions, problems, seen, config, folder)
+        rows += stage.part((NETWORK,), make)
+        stage.finish({TABLE.file: rows}, maps=len(rows))
+    show(map(r2_table, curves(results.read(work, TABLE.file))))
 
 
 def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
@@ -163,10 +160,10 @@ def _few_rows(
             (few,) = with_own_codes([few], joint, **asked)
         (fitted,) = map_class(kind).fit([few], settings, **asked)
     except UserError:
-        if n == len(problem.train):
-            raise  # for another reason than too few rows
+        if n == len(problem.train):  # not for too few rows
+            raise
         return []
-    return question.score(fitted.map, kind, n, (ALL, HIDDEN))
+    return question.score(fitted.map, kind, n, ALL, HIDDEN)
 
 
 def _no_rows(
@@ -180,12 +177,12 @@ def _no_rows(
     rows = []
     for q in questions:
         profiles = from_profiles(q.problem)  # the part that needs no training
-        rows += q.score(profiles, "token_profiles", 0, (ALL,), "layer")
-        rows += q.score(profiles, "token_profiles", 0, (HIDDEN,), "features")
+        rows += q.score(profiles, "token_profiles", 0, ALL, held_out="layer")
+        rows += q.score(profiles, "token_profiles", 0, HIDDEN, held_out="features")
         direction = q.task.source, q.task.target
         if near := [p for t, p in problems.items() if (t.source, t.target) == direction]:
             m = ridge_elsewhere(near, q.problem, config.map.ridge_penalties)
-            rows += q.score(m, "ridge_elsewhere", 0, (ALL,), "layer")
+            rows += q.score(m, "ridge_elsewhere", 0, ALL, held_out="layer")
     others = list(problems.values())
     everything = others + [q.problem for q in questions]
     for held_out, trained_on, masks, scored in (
@@ -198,7 +195,7 @@ def _no_rows(
         network, _ = train_network(trained_on, config.map.hypernetwork, masks=masks, **asked)
         for q in questions:
             n = 0 if held_out else len(q.problem.train)
-            rows += q.score(network.write(q.problem), NETWORK, n, (scored,), held_out)
+            rows += q.score(network.write(q.problem), NETWORK, n, scored, held_out=held_out)
     return rows
 
 

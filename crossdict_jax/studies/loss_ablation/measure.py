@@ -1,6 +1,7 @@
 """What each loss of the trained map is good for: alone, left out, and all, at equal budget."""
 
 from dataclasses import asdict, replace
+from itertools import chain
 
 from crossdict_jax import maps, results
 from crossdict_jax.activations.store import open_store
@@ -11,12 +12,10 @@ from crossdict_jax.evaluation.scoring import make_bench, score
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.report.tables import show
-from crossdict_jax.results import pair_columns
-from crossdict_jax.studies.loss_ablation.section import tables
+from crossdict_jax.studies.loss_ablation import TABLE, tables
 from crossdict_jax.training.stage import Stage, input_digests
 from crossdict_jax.workdir import Workdir
 
-FILE = "ablation.jsonl"
 KIND = "mlp"
 BASELINES = ("mean", "ridge")
 
@@ -28,9 +27,8 @@ def ablations(weights: LossWeights) -> dict[str, LossWeights]:
         raise UserError(
             f"map.loss_weights has {len(used)} losses above 0; give two or more, to compare them."
         )
-    nothing = LossWeights(**dict.fromkeys(asdict(weights), 0.0))
-    made = {"all": weights}
-    made |= {f"only {n}": replace(nothing, **{n: w}) for n, w in used.items()}
+    made, nothing = {"all": weights}, dict.fromkeys(asdict(weights), 0.0)
+    made |= {f"only {n}": LossWeights(**nothing | {n: w}) for n, w in used.items()}
     if len(used) > 2:
         made |= {f"without {n}": replace(weights, **{n: 0.0}) for n in used}
     return made
@@ -47,23 +45,23 @@ def run(config: Config, work: Workdir) -> None:
     tasks = [task for task in maps.tasks(kinds, store) if task.pairing == "aligned"]
     folders = [folder for task in tasks for folder in task.folders(work)[:2]]
     inputs = input_digests(work, settings=identity(config), store_meta=store.meta, folders=folders)
-    stage = Stage(work, "ablate_losses", files=(FILE,), inputs=inputs)
+    stage = Stage(work, "ablate_losses", files=(TABLE.file,), inputs=inputs)
     if not stage.finished:
         loader = Loader(config, store, work)
         problems = [loader.problem(task) for task in tasks]
-        splits = [{split: loader.rows(task, split) for split in SPLITS} for task in tasks]
+        splits = ({split: loader.rows(task, split) for split in SPLITS} for task in tasks)
         benches = [make_bench(some, config.evaluation, seed=config.seed) for some in splits]
         directory, rows = work.maps / "ablation", {task: [] for task in tasks}
         fits = [("none", kind, config.map, directory) for kind in BASELINES]
         for name, weights in ablations(config.map.loss_weights).items():
             settings = replace(config.map, loss_weights=weights)
             fits.append((name, KIND, settings, directory / name.replace(" ", "-")))
-        kept = results.table_of(FILE).columns
-        for name, kind, settings, folder in fits:
+        kept = [name for column in TABLE.columns for name in column.names]
+        for losses, kind, settings, folder in fits:
             fitted = map_class(kind).fit(problems, settings, seed=config.seed, directory=folder)
             for task, bench, result in zip(tasks, benches, fitted):
-                row = pair_columns(task) | {"map": kind, "pairing": "aligned", "losses": name}
-                row |= score(result.map, bench).row()
-                rows[task].append({n: row[n] for column in kept for n in column.names})
-        stage.finish({FILE: [row for task in tasks for row in rows[task]]}, maps=len(tasks))
-    show(tables(results.read(work, FILE)))
+                row = results.pair_columns(task) | score(result.map, bench).row()
+                row |= {"map": kind, "pairing": "aligned", "losses": losses}
+                rows[task].append({name: row[name] for name in kept})
+        stage.finish({TABLE.file: [*chain(*rows.values())]}, maps=len(tasks))
+    show(tables(results.read(work, TABLE.file)))

@@ -11,7 +11,7 @@ from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, architectures, unswept
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find
-from crossdict_jax.dictionaries.train import Member, train_members, usual_rate
+from crossdict_jax.dictionaries.train import Member, members, train_members
 from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.models import Site
@@ -37,41 +37,35 @@ def curves(
     for architecture in config.pareto.architectures or architectures():
         sae = dataclasses.replace(config.sae, architecture=architecture)
         settings, folder = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
-        made = members(settings, model=model, site=site)
-        has_k = "k" in find(architecture).reads
+        made, has_k = curve(settings, model=model, site=site), "k" in find(architecture).reads
         train_members(settings, store, folder, made)
         for member in made:
             dictionary = dictionaries.load(folder.dictionary(model, site, member.name))
             seen = measure(dictionary, x, mean=mean, size=size)
-            yield (
-                {
-                    "model": model,
-                    "site": str(site),
-                    "architecture": architecture,
-                    "seed": member.seed,
-                    "k": member.k if has_k else None,
-                    "l1_coefficient": None if has_k else member.l1_coefficient,
-                    "width": member.width,
-                    "steps": sae.steps,
-                    "n_rows": len(x),
-                    "n_documents": draws.n_documents,
-                    **stats.columns("l0", draws.mean(seen["l0"])),
-                    **stats.columns("fvu", draws.estimate(seen["error"], seen["variance"])),
-                    "dead_fraction": float(np.mean(seen["fires"] == 0)),
-                },
-                dictionary,
-            )
+            row = {
+                "model": model,
+                "site": str(site),
+                "architecture": architecture,
+                "seed": member.seed,
+                "k": member.k if has_k else None,
+                "l1_coefficient": None if has_k else member.l1_coefficient,
+                "width": member.width,
+                "steps": sae.steps,
+                "n_rows": len(x),
+                "n_documents": draws.n_documents,
+                **stats.columns("l0", draws.mean(seen["l0"])),
+                **stats.columns("fvu", draws.estimate(seen["error"], seen["variance"])),
+                "dead_fraction": float(np.mean(seen["fires"] == 0)),
+            }
+            yield row, dictionary
 
 
-def members(config: Config, *, model: str, site: Site) -> list[Member]:
+def curve(config: Config, *, model: str, site: Site) -> list[Member]:
     """Returns the dictionaries of the curve of ``sae.architecture``.
 
-    Their names hold k (``pareto.k``) or the penalty (``pareto.penalties``), and the seed.
+    Their names hold the seed, and k (``pareto.k``) or the penalty (``pareto.penalties``).
     """
     sae, pareto = unswept(config.sae), config.pareto
-    rate = sae.learning_rate or usual_rate(sae.architecture, width=sae.width)
-    usual = {"width": sae.width, "k": sae.k, "l1_coefficient": sae.l1_coefficient}
-    usual |= {"model": model, "site": site, "learning_rate": rate}
     if "k" in find(sae.architecture).reads:
         usual_ks = {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}
         ks = sorted({*(pareto.k or usual_ks)}, reverse=True)
@@ -82,7 +76,7 @@ def members(config: Config, *, model: str, site: Site) -> list[Member]:
         penalties = sorted({share * find(sae.architecture).usual_l1 for share in pareto.penalties})
         points = {f"l1-{c:g}": {"l1_coefficient": c} for c in penalties}
     return [
-        Member(**usual | point | {"seed": seed, "name": f"seed-{seed}-{name}"})
-        for seed in range(sae.seeds)
+        dataclasses.replace(member, **point, name=f"{member.name}-{name}")
+        for member in members(sae, [(model, site)])
         for name, point in points.items()
     ]

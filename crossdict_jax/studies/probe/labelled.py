@@ -100,10 +100,3 @@ def split(
             "of that label."
         )
     return Split(labels, train, test, seed)
-
-
-def token_counts(tokens: list[np.ndarray]) -> np.ndarray:
-    """Returns token counts float32 [texts, tokens that occur]."""
-    n = 1 + max(int(text.max()) for text in tokens)
-    counts = np.stack([np.bincount(text, minlength=n) for text in tokens])
-    return counts[:, counts.any(0)].astype(np.float32)

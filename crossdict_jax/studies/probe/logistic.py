@@ -1,6 +1,5 @@
 """Linear probes: multinomial logistic regression, its penalty chosen by cross-validation."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,18 +24,11 @@ class Probe:
         return np.argmax(x @ self.W + self.b[None, :], axis=1)
 
 
-def train(
-    x: np.ndarray,
-    labels: np.ndarray,
-    *,
-    classes: int,
-    seed: int,
-    penalties: Sequence[float] = PENALTIES,
-) -> list[Probe]:
+def train(x: np.ndarray, labels: np.ndarray, *, classes: int, seed: int) -> list[Probe]:
     """Returns a probe for each row of labels, int [variants, n], of rows x [n, d].
 
     Minimises mean cross-entropy + penalty / 2 ||W||^2 on rows scaled to a mean square norm of 1.
-    The penalty has the least held-out cross-entropy over FOLDS folds.
+    The penalty, of PENALTIES, has the least held-out cross-entropy over FOLDS folds.
     """
     n, x = len(x), x.astype(np.float64)
     scale = 1 / max(np.sqrt(np.square(x).sum(1).mean()), 1e-30)
@@ -46,14 +38,14 @@ def train(
     fold = stats.generator(seed).permutation(n) % FOLDS
     nothing, probes = np.zeros((z.shape[1], classes)), []
     for y in labels:
-        held_out = dict.fromkeys(penalties, 0.0)
+        held_out = dict.fromkeys(PENALTIES, 0.0)
         for i in range(FOLDS):
             W, rest = nothing, fold != i
-            for penalty in sorted(penalties, reverse=True):  # warm starts
+            for penalty in sorted(PENALTIES, reverse=True):  # warm starts
                 W = _fit(z[rest], y[rest], penalty, W)
                 log_p = scipy.special.log_softmax(z[~rest] @ W, axis=1)
                 held_out[penalty] -= np.take_along_axis(log_p, y[~rest, None], axis=1).sum()
-        best = min(penalties, key=held_out.get)
+        best = min(PENALTIES, key=held_out.get)
         W = _fit(z, y, best, nothing)
         probes.append(Probe(scale * (V.T @ W[:-1]), W[-1], best))
     return probes

@@ -1,6 +1,4 @@
-"""Probes: trained on what a map predicts of B's features for n labelled texts, which B need not
-have read, and used on B's own features of other texts.
-"""
+"""Probes: trained on what a map predicts of B's features, used on B's own of other texts."""
 
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -16,14 +14,12 @@ from crossdict_jax.models import Site
 from crossdict_jax.models.run import pad
 from crossdict_jax.report.tables import show
 from crossdict_jax.stats import columns
-from crossdict_jax.studies.probe import labelled, logistic
+from crossdict_jax.studies.probe import TABLE, labelled, logistic, tables
 from crossdict_jax.studies.probe.labelled import Labelled, Split
-from crossdict_jax.studies.probe.section import tables
 from crossdict_jax.studies.reading import Reading, read_texts
 from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir, say
 
-FILE = "probe.jsonl"
 DRAWS = 5  # of the examples, averaged
 
 
@@ -36,27 +32,29 @@ def run(config: Config, work: Workdir) -> None:
     settings = config.probe
     texts = labelled.read_labelled(settings.source, text=settings.text, label=settings.label)
     finished, layers = FinishedRun(config, work), config.intervention.layers
-    kinds = {"kinds": settings.maps, "of_tokens": True}
-    groups = map_groups(config, finished.store, layers=layers, **kinds)
-    question = [asdict(replace(settings, source="")), texts.texts, texts.labels.tolist()]
-    tasks = [task for group in groups for task in group.tasks]
-    stage = Stage(
-        work, "probe", files=(FILE,), inputs=finished.inputs(tasks, [*question, texts.classes])
-    )
+    asked = {"layers": layers, "kinds": settings.maps, "of_tokens": True}
+    groups = map_groups(config, finished.store, **asked)
+    question = [
+        asdict(replace(settings, source="")),
+        texts.texts,
+        texts.labels.tolist(),
+        texts.classes,
+    ]
+    inputs = finished.inputs([task for group in groups for task in group.tasks], question)
+    stage = Stage(work, "probe", files=(TABLE.file,), inputs=inputs)
     if not stage.finished:
         reading, reasons = read(finished, texts)
         left = f"{len(reading.kept)} of {len(texts.texts)} texts are left ({reasons})"
         say(f"probe: {left}")
         asked = {"examples": settings.examples, "seed": config.seed, "left": left}
         examples = labelled.split(texts.labels[reading.kept], texts.classes, **asked)
-        side = cache(partial(side_of, finished, reading))
-        rows = []
+        side, rows = cache(partial(side_of, finished, reading)), []
         for group in progress_bar(groups, desc="probes", unit="direction"):
             head = results.pair_columns(group) | {"n_classes": len(texts.classes)}
             make = partial(_direction, finished, reading, side, examples, group)
             rows += [head | row for row in stage.part((group.label,), make)]
-        stage.finish({FILE: rows}, texts=len(texts.texts))
-    show(tables(results.read(work, FILE)))
+        stage.finish({TABLE.file: rows}, texts=len(texts.texts))
+    show(tables(results.read(work, TABLE.file)))
 
 
 def read(run: FinishedRun, texts: Labelled) -> tuple[Reading, str]:
@@ -90,10 +88,14 @@ def _direction(
         modules.over_rows(s.dictionary, s.x, method="encode", size=size)
         for s in (pairs.source, pairs.target)
     )
-    features = {}  # {probe: (training features, test features), each [texts, d]}
-    for task in group.tasks:
-        features[task.kind] = maps.predict(maps.load(task.path(run.work)), pairs, size), own_b
-    counts = labelled.token_counts(reading.passages[group.source].tokens)
+    features = {  # by probe: of training texts, of test texts, each [texts, d]
+        task.kind: (maps.predict(maps.load(task.path(run.work)), pairs, size), own_b)
+        for task in group.tasks
+    }
+    tokens = reading.passages[group.source].tokens
+    n_tokens = 1 + max(int(text.max()) for text in tokens)
+    counts = np.stack([np.bincount(text, minlength=n_tokens) for text in tokens])
+    counts = counts[:, counts.any(0)].astype(np.float32)  # [texts, tokens that occur]
     features |= {"own": (own_b, own_b), "source": (own_a, own_a), "tokens": (counts, counts)}
     asked = sorted(run.config.probe.examples)
     return [row for n in asked for row in probe_rows(features, examples, n, run.config)]
@@ -101,19 +103,18 @@ def _direction(
 
 def probe_rows(features: dict, examples: Split, n: int, config: Config) -> list[dict]:
     """Returns the rows of n labelled examples; features are (training, test) by probe."""
-    labels, test = examples.labels, examples.test
+    labels, test, seed = examples.labels, examples.test, config.seed
     right = {name: np.zeros((2, len(test))) for name in features}  # for true and shuffled labels
     right["majority"] = np.zeros((1, len(test)))
     for draw in range(DRAWS):
         rows = examples.examples(n, draw)
-        generator = stats.generator(config.seed + 1, draw)
-        taught = np.stack([labels[rows], generator.permutation(labels[rows])])
-        asked = {"classes": labels.max() + 1, "seed": config.seed}
+        true = labels[rows]
+        taught = np.stack([true, stats.generator(seed + 1, draw).permutation(true)])
         for name, (trained_on, used_on) in features.items():
-            probes = logistic.train(trained_on[rows], taught, **asked)
+            probes = logistic.train(trained_on[rows], taught, classes=labels.max() + 1, seed=seed)
             right[name] += np.stack([probe(used_on[test]) == labels[test] for probe in probes])
-        right["majority"] += labels[test] == np.bincount(labels[rows]).argmax()
-    draws = stats.draw(np.arange(len(test)), count=config.evaluation.bootstrap, seed=config.seed)
+        right["majority"] += labels[test] == np.bincount(true).argmax()
+    draws = stats.draw(np.arange(len(test)), count=config.evaluation.bootstrap, seed=seed)
     accuracy = {name: draws.mean(hits[0] / DRAWS) for name, hits in right.items()}
     return [
         {

@@ -14,18 +14,9 @@ from crossdict_jax.config import Config, refuse_transcoders
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Starts, pad, token_losses
-from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Estimate, Resamples, columns, normalised
+from crossdict_jax.studies.steering import RATES, TOP_P, print_answers
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
-from crossdict_jax.studies.steering.section import (
-    RATES,
-    TOP_P,
-    answers,
-    facts,
-    sentence,
-    side_by_side,
-    tables,
-)
 from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
 from crossdict_jax.training.stage import digest, timed
 from crossdict_jax.workdir import Workdir
@@ -36,10 +27,7 @@ SHOWN = 3  # strongest contexts of the feature
 
 def run(config: Config, work: Workdir) -> None:
     """Writes the texts and their rates (see ``steer``), and prints them side by side."""
-    (answer,) = answers(results.read(work, f"{FOLDER}/{steer(config, work)}.jsonl"))
-    print(answer.title, *(f"{key}: {words}" for key, words in facts(answer)), sep="\n")
-    show([side_by_side(answer, answer.doses[-1]), *tables(answer)])
-    print(sentence(answer))
+    print_answers(results.read(work, f"{FOLDER}/{steer(config, work)}.jsonl"))
 
 
 def steer(config: Config, work: Workdir) -> str:
@@ -65,8 +53,7 @@ def steer(config: Config, work: Workdir) -> str:
     with timed(work, "steer") as figures:
         prompts = read_prompts(config, finished.store, group.target, tokenizer)
         count = new_tokens(settings.tokens, prompts, runner.config.context, group.target)
-        words = translation(finished.tokenizers[group.source], tokenizer)
-        source = Source(finished, group, words)
+        source = Source(finished, group, translation(finished.tokenizers[group.source], tokenizer))
         feature = choose(source)
         samples = settings.samples if settings.temperature else 1
         n = len(prompts) * samples
@@ -81,7 +68,7 @@ def steer(config: Config, work: Workdir) -> str:
         by = {dose: texts[i * n : (i + 1) * n] for i, dose in enumerate(doses)}
         draws = stats.draw(np.arange(n), count=config.evaluation.bootstrap, seed=seed)
         rows = [about | {"new_tokens": count}]
-        rows += [condition_row(by, name, alpha, draws) for name, alpha in doses]
+        rows += [condition_row(by, *dose, draws) for dose in doses]
         for (name, alpha), of_dose in by.items():
             rows += [{"row": "text", "condition": name, "alpha": alpha} | text for text in of_dose]
         ends = "-to-".join(f"{model}.{site.layer}" for model, site in group.ends)
@@ -139,23 +126,20 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
         directions[MATCH] = of_match
     x = run.store.read(*b, run.rows("test")).astype(np.float32)
     medians = feature.median_norm, float(np.median(np.linalg.norm(x, axis=1)))
-    mean = feature.strength[feature.strength > 0].mean()
+    strength, rows = feature.strength, run.rows("train")
+    mean = strength[strength > 0].mean()
     added = (float(mean * np.linalg.norm(v)) for v in (feature.direction, mapped))
     _, norm = dose_norms(settings.norm, medians, *added)
-    strongest = np.argsort(-feature.strength, kind="stable")[:SHOWN]
-    return {name: norm * normalised(vectors) for name, vectors in directions.items()}, {
+    strongest = (i for i in np.argsort(-strength, kind="stable")[:SHOWN] if strength[i] > 0)
+    about = {
         "row": "feature",
         **results.pair_columns(group),
         "feature": feature.id,
-        "firings": int((feature.strength > 0).sum()),
-        "n_rows": len(feature.strength),
+        "firings": int((strength > 0).sum()),
+        "n_rows": len(rows),
         "promoted_source": [words.text("a", token) for token in feature.promoted],
         "promoted_target": [words.text("b", token) for token in feature.mapped],
-        "contexts": [
-            source.contexts.snippet(run.rows("train")[i])
-            for i in strongest
-            if feature.strength[i] > 0
-        ],
+        "contexts": [source.contexts.snippet(rows[i]) for i in strongest],
         "candidates": feature.candidates,
         "match": int(match[0]),
         "match_r": float(r[0]),
@@ -163,6 +147,7 @@ def edits(source: Source, feature: Feature, n: int) -> tuple[dict[str, np.ndarra
         "settings": {key: v for key, v in asdict(settings).items() if key != "prompts"},
         "seed": seed,
     }
+    return {name: norm * normalised(vectors) for name, vectors in directions.items()}, about
 
 
 def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarray]) -> Starts:
@@ -170,16 +155,16 @@ def make_starts(prompts: list[np.ndarray], samples: int, vectors: list[np.ndarra
 
     A vector is [d_model] for all texts, or [texts, d_model].
     """
-    prompt = np.repeat(np.arange(len(prompts), dtype=np.int32), samples)
-    n, times = len(prompt), len(vectors)
+    n = len(prompts) * samples  # texts under each vector
+    index = np.arange(len(vectors) * n, dtype=np.int32) % n
+    prompt = index // samples
     vectors = [np.broadcast_to(vector, (n, vector.shape[-1])) for vector in vectors]
-    lengths = np.array(list(map(len, prompts)), np.int32)
     return Starts(
-        tokens=np.tile(pad(prompts)[prompt], (times, 1)),
-        length=np.tile(lengths[prompt], times),
+        tokens=pad(prompts)[prompt],
+        length=np.array(list(map(len, prompts)), np.int32)[prompt],
         vector=np.concatenate(vectors).astype(np.float32),
-        prompt=np.tile(prompt, times),
-        sample=np.tile(np.arange(n, dtype=np.int32) % samples, times),
+        prompt=prompt,
+        sample=index % samples,
     )
 
 
@@ -192,10 +177,8 @@ def score_texts(source: Source, feature: Feature, starts: Starts, tokens: np.nda
     runner, searched = run.runner(target), run.config.steer.search.encode()
     end = runner.config.eos_token_id
     ends = {*np.atleast_1d([] if end is None else end), *run.tokenizers[target].all_special_ids}
-    sequences = [
-        np.concatenate([row[:length], new])
-        for row, length, new in zip(starts.tokens, starts.length, tokens)
-    ]
+    before = [row[:length] for row, length in zip(starts.tokens, starts.length)]
+    sequences = list(map(np.append, before, tokens))
     losses = runner.run(token_losses, pad(sequences)).astype(np.float64)
 
     def as_bytes(ids: np.ndarray) -> bytes:
@@ -203,23 +186,23 @@ def score_texts(source: Source, feature: Feature, starts: Starts, tokens: np.nda
         return b"".join(words.pieces_b[i] for i in spelled)
 
     texts = []
-    for i, (new, length) in enumerate(zip(tokens, starts.length)):
+    for i, (prompt, new) in enumerate(zip(before, tokens)):
         kept = next((k for k, t in enumerate(new) if t in ends), len(new))
-        scored = losses[i, length - 1 :][: min(kept + 1, len(new))]  # the end mark is predicted too
+        until = min(kept + 1, len(new))  # the end mark is predicted too
+        scored = losses[i, len(prompt) - 1 :][:until]
         written, hits = as_bytes(new[:kept]), sum(int(t) in feature.mapped for t in new[:kept])
         per_100_bytes = 100 * written.count(searched) / max(len(written), 1)
-        texts.append(
-            {
-                "prompt": int(starts.prompt[i]),
-                "sample": int(starts.sample[i]),
-                "before": as_bytes(sequences[i][:length]).decode(errors="replace"),
-                "text": written.decode(errors="replace"),
-                "tokens": kept,
-                "token_rate": hits / max(kept, 1),
-                "search_rate": per_100_bytes if searched else None,
-                "nll": float(scored.mean()),
-            }
-        )
+        text = {
+            "prompt": int(starts.prompt[i]),
+            "sample": int(starts.sample[i]),
+            "before": as_bytes(prompt).decode(errors="replace"),
+            "text": written.decode(errors="replace"),
+            "tokens": kept,
+            "token_rate": hits / max(kept, 1),
+            "search_rate": per_100_bytes if searched else None,
+            "nll": float(scored.mean()),
+        }
+        texts.append(text)
     return texts
 
 

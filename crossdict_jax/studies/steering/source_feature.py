@@ -1,5 +1,6 @@
 """A feature of A: named by its number or found by a text, and what it promotes."""
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,8 +36,7 @@ class Source:
     @property
     def dose(self) -> float:
         """The middle dose, at which promotion is measured."""
-        doses = sorted(map(abs, self.run.config.steer.alphas))
-        return doses[len(doses) // 2]
+        return statistics.median_high(map(abs, self.run.config.steer.alphas))
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,19 @@ def choose(source: Source) -> Feature:
     for fires, n, kind in ((strength, len(train), "training"), (held_out, len(test), "held-out")):
         if not fires.any():
             raise UserError(
-                f"steer.feature={feature}: feature {feature} of {site} fires at none of the {n} "
-                f"{kind} positions read, so nobody can say what it promotes; choose another, or "
-                "find one by steer.search."
+                f"steer.feature={feature}: it fires at none of the {n} {kind} positions of {site} "
+                "that are read; choose another, or find one by steer.search."
             )
     generator = stats.generator(config.seed, feature)
     documents, count = run.store.rows.document[test], config.intervention.contexts
     rows = effects.choose_contexts(held_out, documents, count, generator)
     model = run.at_site(*a, test[rows])
     direction = decoder_rows(dictionary, np.array([feature]))[0]
-    added = float(held_out[rows].mean() * np.linalg.norm(direction))
-    norm, _ = effects.dose_norms(settings.norm, (model.median_norm,) * 2, added, added)
+    norm, words = model.median_norm, source.words
+    if settings.norm != "residual":
+        norm = float(held_out[rows].mean() * np.linalg.norm(direction))
     dose = norm * source.dose * stats.normalised(direction)
-    held, words = model.hold(size=count, span=1), source.words
-    promoted = effects.promoted_tokens(held, dose, words.has_text)
+    promoted = effects.promoted_tokens(model.hold(size=count, span=1), dose, words.has_text)
     mapped = words.weights_in_b(promoted, below=run.runner(group.target).config.vocab_size)
     return Feature(feature, strength, direction, model.median_norm, promoted, mapped, candidates)
 
