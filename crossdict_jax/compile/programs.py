@@ -93,8 +93,7 @@ def make_plan(config: Config) -> Plan:
     lms = {n: nnx.eval_shape(lambda shape=shape: models.init(shape)) for n, shape in shapes.items()}
     sites = dictionary_sites(config, names)
     for name, shape in shapes.items():
-        for site in sites.stored(name):
-            models.check_site(shape, site, name)
+        models.check_sites(shape, sites.stored(name), name)
     about = {name: {"d_model": shape.d_model} for name, shape in shapes.items()}
     run = Store(Path(), tuple(names), config.models, {"models": about}, None, None, sites)
     controls = run
@@ -145,7 +144,8 @@ def extraction(plan: Plan) -> Iterator[Program]:
     twice = 1 + ("untrained" in plan.config.controls)  # at fewer layers, but as deep
     for name in plan.lms:
         runner = Recorder(plan, name, batch_size)
-        list(runner.stream(runner.texts, plan.store.ends.stored(name)))
+        texts = np.arange(len(runner.texts))
+        list(runner.stream(Passages(runner.texts, texts, 0 * texts), plan.store.ends.stored(name)))
         runs = twice * plan.windows / len(runner.texts)
         changes = {"extract.batch_size": batch_size}
         for lowered in runner.lowered.values():

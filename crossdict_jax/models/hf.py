@@ -28,6 +28,14 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attention.masked_bias",
     ".rotary_emb.inv_freq",
 )
+KEYS = {  # of config.json -> our field, and Hugging Face's value for an absent key
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("context",),
+    "hidden_size": ("d_model",),
+    "num_hidden_layers": ("n_layers",),
+    "num_attention_heads": ("n_heads",),
+    "initializer_range": ("init_std", 0.02),
+}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -36,6 +44,10 @@ model_types = partial(files_of, "models/families")  # those that can be loaded
 
 def _family(model_type: str):
     return importlib.import_module(f"crossdict_jax.models.families.{model_type}")
+
+
+def _keys(family) -> dict[str, tuple]:
+    return {family.SPELLINGS.get(key, key): field for key, field in KEYS.items()} | family.KEYS
 
 
 @plain
@@ -100,7 +112,7 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
     os.replace(part, file)
     family = _family(config.model_type)
     raw = {"model_type": config.model_type, "architectures": [family.ARCHITECTURE], "dtype": dtype}
-    raw |= {key: getattr(config, field) for key, (field, *_) in family.KEYS.items()}
+    raw |= {key: getattr(config, field) for key, (field, *_) in _keys(family).items()}
     raw |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
     (path / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
@@ -155,7 +167,7 @@ def read_config(raw: dict) -> ModelConfig:
     if kind != "default":
         raise UserError(f"rope type {kind!r} is not implemented, only 'default'.")
     raw["rope_parameters"] = rope
-    for alias, key in family.ALIASES.items():
+    for alias, key in family.SPELLINGS.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
             raise UserError(f"{key} {raw[key]!r} and {alias} {raw[alias]!r} contradict each other.")
     raw = family.prepare(raw)
@@ -164,7 +176,7 @@ def read_config(raw: dict) -> ModelConfig:
         if raw.get(key) is not None and raw[key] != allowed:
             raise UserError(f"{key} {raw[key]!r} is not implemented, only {allowed!r}.")
     values = {}
-    for key, (field, *default) in family.KEYS.items():
+    for key, (field, *default) in _keys(family).items():
         value = raw.get(key)
         if value is None and not default:
             raise UserError(f"{key} is missing.")
@@ -177,9 +189,8 @@ def read_config(raw: dict) -> ModelConfig:
     for key in ("bos_token_id", "eos_token_id"):
         ids = raw.get(key)
         values[key] = tuple(ids) if isinstance(ids, list) else ids
-        if not all(
-            type(i) is int or ids is None for i in (ids if isinstance(ids, list) else [ids])
-        ):
+        each = ids if isinstance(ids, list) else [ids]
+        if ids is not None and any(type(i) is not int for i in each):
             raise UserError(f"{key} {ids!r} must be token ids.")
     return family.Config(model_type=model_type, **values)
 

@@ -33,25 +33,19 @@ class Config(base.ModelConfig):
         return self.head_dim
 
 
-# Key of config.json -> our field, and Hugging Face's value for an absent key.
+# Keys of config.json beside ``hf.KEYS``.
 KEYS = {
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("context",),
-    "hidden_size": ("d_model",),
-    "num_hidden_layers": ("n_layers",),
-    "num_attention_heads": ("n_heads",),
     "num_key_value_heads": ("n_kv_heads",),
     "head_dim": ("head_dim",),
     "intermediate_size": ("d_mlp",),
     "hidden_act": ("activation", "silu"),
     "rms_norm_eps": ("norm_eps", 1e-6),
     "tie_word_embeddings": ("tied", False),
-    "initializer_range": ("init_std", 0.02),
     "rope_theta": ("rope_theta", 10000.0),
     "attention_bias": ("attention_bias", False),
     "mlp_bias": ("mlp_bias", False),
 }
-ALIASES = {}
+SPELLINGS = {}
 REFUSED_UNLESS = {"partial_rotary_factor": 1.0}
 ARCHITECTURE = "LlamaForCausalLM"
 PREFIX = "model."  # absent in files of the model without its head
@@ -87,7 +81,7 @@ def prepare(raw: dict) -> dict:
     return raw
 
 
-class Attention(nnx.Module):
+class Attention(base.Attention):
     """Attention in which each key-value head serves a run of query heads (Ainslie et al. 2023)."""
 
     def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
@@ -97,16 +91,11 @@ class Attention(nnx.Module):
         self.key = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
         self.value = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
         self.out = Linear(d_query, d_model, rngs, std=config.output_std, bias=bias)
-        self.d_head = d_head
+        self.d_head, self.scale = d_head, d_head**-0.5
 
-    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, past):
-        shape = (*x.shape[:2], -1, self.d_head)  # [batch, seq, heads, d_head]
-        query = base.rotate(self.query(x, dtype).reshape(shape), rotary)
-        key = base.rotate(self.key(x, dtype).reshape(shape), rotary)
-        value = self.value(x, dtype).reshape(shape)
-        scale = self.d_head**-0.5
-        out = base.attend(query, key, value, scale=scale, dtype=dtype, past=past)
-        return self.out(out, dtype), (key, value)
+    def project(self, x: jax.Array, dtype: jnp.dtype):
+        shape = (*x.shape[:2], -1, self.d_head)
+        return [part(x, dtype).reshape(shape) for part in (self.query, self.key, self.value)]
 
 
 class GatedMLP(nnx.Module):
@@ -127,6 +116,4 @@ class GatedMLP(nnx.Module):
 class Model(base.LanguageModel):
     """Llama."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
-        self.add_blocks(rngs, norm=RMSNorm, attention=Attention, mlp=GatedMLP)
+    norm, attention, mlp = RMSNorm, Attention, GatedMLP
