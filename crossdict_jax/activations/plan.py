@@ -39,13 +39,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Plan(Reading):
-    """What is read and what was dropped, known before any model runs."""
+    """What is read and what was dropped (as in ``pairing.Windows``), before any model runs."""
 
     documents: list[str]  # their names
     provenance: dict  # of the text
     statistics: pairing.PairingStatistics  # of all windows together
-    not_rebuilt: tuple[int, ...]  # per model, windows whose tokens' bytes are not the text
-    too_long: int  # single characters of more tokens than a model reads
+    not_rebuilt: tuple[int, ...]
+    too_long: int
     control_tokens: tuple[int, ...]  # per model, how many the texts spell
 
 
