@@ -76,6 +76,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     parallel_residual: bool = False  # whether a block's attention and MLP read the same
     attention_bias: bool = True
+    mlp_bias: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
 
@@ -172,8 +173,9 @@ class MLP(nnx.Module):
     """``activation(x W_up + b_up) W_down + b_down``."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.up = Linear(config.d_model, config.d_mlp, rngs, std=config.init_std)
-        self.down = Linear(config.d_mlp, config.d_model, rngs, std=config.output_std)
+        d_model, d_mlp, bias = config.d_model, config.d_mlp, config.mlp_bias
+        self.up = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
+        self.down = Linear(d_mlp, d_model, rngs, std=config.output_std, bias=bias)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -235,7 +237,7 @@ class LanguageModel(Plain):
 
         self.W_E = drawn(config.vocab_size, config.d_model)
         self.W_U = None if config.tied else drawn(config.d_model, config.vocab_size)
-        embedded = config.rotary_fraction is None
+        embedded = config.rotary_fraction is None  # positions
         self.W_pos = drawn(config.context, config.d_model) if embedded else None
         parts = {"norm": self.norm, "attention": self.attention, "mlp": self.mlp}
         layers = range(config.n_layers)

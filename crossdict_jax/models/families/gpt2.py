@@ -81,6 +81,4 @@ class Attention(base.Attention):
 
 
 class Model(base.LanguageModel):
-    """GPT-2."""
-
     norm, attention = LayerNorm, Attention

@@ -67,6 +67,4 @@ class Attention(base.Attention):
 
 
 class Model(base.LanguageModel):
-    """GPT-NeoX."""
-
     norm, attention = LayerNorm, Attention

@@ -8,18 +8,16 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import base
-from crossdict_jax.models.base import ACTIVATIONS, Linear, RMSNorm
+from crossdict_jax.models.base import ACTIVATIONS, MLP, Linear, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(base.ModelConfig):
-    """Llama's own settings: heads of keys and values, their size, biases."""
+    """Llama's own settings: heads of keys and values, and their size."""
 
     n_kv_heads: int
     head_dim: int  # its own number: heads together may be wider than d_model
     rotary_fraction: float = 1.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,15 +96,13 @@ class Attention(base.Attention):
         return [part(x, dtype).reshape(shape) for part in (self.query, self.key, self.value)]
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(MLP):
     """``(activation(x W_gate) * x W_up) W_down`` (Shazeer 2020)."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        d_model, d_mlp, bias = config.d_model, config.d_mlp, config.mlp_bias
-        self.gate = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
-        self.up = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
-        self.down = Linear(d_mlp, d_model, rngs, std=config.output_std, bias=bias)
-        self.activation = config.activation
+        std, bias = config.init_std, config.mlp_bias
+        self.gate = Linear(config.d_model, config.d_mlp, rngs, std=std, bias=bias)
+        super().__init__(config, rngs)
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         gate = ACTIVATIONS[self.activation](self.gate(x, dtype))
@@ -114,6 +110,4 @@ class GatedMLP(nnx.Module):
 
 
 class Model(base.LanguageModel):
-    """Llama."""
-
     norm, attention, mlp = RMSNorm, Attention, GatedMLP
