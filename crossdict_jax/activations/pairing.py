@@ -97,10 +97,9 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
     spec = json.loads(description)
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     pieces = _spelled(spec, backend.get_vocab(with_added_tokens=True), added)
-    # Metaspace says so in its newer or its older key; Prepend always does.
-    keys = {"ByteLevel": ("add_prefix_space",), "Metaspace": ("prepend_scheme", "add_prefix_space")}
+    # Metaspace says so in its newer or its older key, ByteLevel in the older; Prepend always does.
     said = [
-        next((step[k] for k in keys.get(step["type"], ()) if k in step), step["type"] == "Prepend")
+        step.get("prepend_scheme", step.get("add_prefix_space", step["type"] == "Prepend"))
         for step in _steps(spec, "normalizer", "pre_tokenizer")
     ]
     prefix = any(value not in (False, "never") for value in said)
@@ -118,10 +117,9 @@ def _spelled(spec: dict, vocabulary: dict[str, int], added: dict[int, str]) -> t
         others = [byte for byte in range(256) if byte not in set(printable)]
         alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     marks = [
-        step["replacement"] if step["type"] == "Metaspace" else step["content"]
+        step.get("replacement", step.get("content"))
         for step in steps
-        if step["type"] == "Metaspace"
-        or (step["type"] == "Replace" and step["pattern"] == {"String": " "})
+        if step["type"] == "Metaspace" or step.get("pattern") == {"String": " "}
     ]
     space = " " if alphabet else next(filter(None, marks), " ")
     byte_fallback = not alphabet and spec["model"].get("byte_fallback")

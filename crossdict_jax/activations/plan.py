@@ -15,6 +15,7 @@ from crossdict_jax.models import LanguageModel
 
 BLOCK_DOCUMENTS = 32  # that are tokenized at a time: bounds what is held
 SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
+END = 2**31 - 1  # beyond every byte of a document
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
             is_control = [np.isin(t.ids, ids) for t, ids in zip(window.tokens, control)]
             spelled += [of_model.sum() for of_model in is_control]
             # One model reads a control token where another may read its characters as text.
-            reached = min(
-                [e[mask].min() for e, mask in zip(ends, is_control) if mask.any()],
-                default=np.inf,
-            )
+            reached = min(e[at].min(initial=END) for e, at in zip(ends, is_control))
             keep = (byte_end < reached) | (config.extract.control_tokens == "keep")
             n, split = len(byte_end), SPLITS.index(documents[window.document].split)
             entries = Rows(
