@@ -58,7 +58,7 @@ def extract(config: Config, work: Workdir) -> Store:
         _check_pool(config, plan.rows)
         counts, shards = read_models(config.extract, directory, lms, sites, plan)
         figures |= counts
-        counted = {"shards": plan.shards, "documents": plan.documents}
+        counted = {"shards": len(plan.shard_starts) - 1, "documents": plan.documents}
         keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
         rows = replace(plan.rows, keep=keep)
         pairing = plan.statistics.to_json(names) | {
@@ -149,7 +149,8 @@ def read_models(
             f"The store needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free; "
             "free some space or lower text.documents."
         )
-    stamps = [directory / "shards" / f"{i:05d}.json" for i in range(reading.shards)]
+    starts = reading.shard_starts
+    stamps = [directory / "shards" / f"{i:05d}.json" for i in range(len(starts) - 1)]
     todo = [i for i, stamp in enumerate(stamps) if not stamp.exists()]
     if {read_json(stamp)["text"] for stamp in stamps if stamp.exists()} - {reading.text}:
         raise UserError(
@@ -171,28 +172,24 @@ def read_models(
     with progress_bar(**bar) as progress, ThreadPoolExecutor(1) as disk:
         saving = disk.submit(int)
         for i in todo:
-            windows, checksums = reading.windows(i), {}
+            windows, rows, checksums = reading.windows(i), slice(*starts[i : i + 2]), {}
+            window = reading.rows.window[rows] - windows.start
             for m, (name, runner) in enumerate(zip(lms, runners)):
                 names = [shard_name(name, str(site), i) for site in sites.stored(name)]
+                texts = reading.table.texts(m, windows, reading.bos[m])
+                position = reading.rows.position[rows, m] + (reading.bos[m] is not None)
+                passages = Passages(texts, window, position)
                 how = {"dtype": ml_dtypes.bfloat16, "length_step": LENGTH_STEP}
-                x = runner.read_at(_passages(reading, m, i), sites.stored(name), **how)
+                x = runner.read_at(passages, sites.stored(name), **how)
                 saving.result()
                 last = m == len(lms) - 1
                 saving = disk.submit(save, i, dict(zip(names, x)), checksums, last)
                 offsets = reading.table.offsets[m]
                 counts["tokens"] += int(offsets[windows.stop] - offsets[windows.start])
                 progress.update()
-            counts["rows"] += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
+            counts["rows"] += len(window)
         saving.result()
     return counts, {k: v for stamp in stamps for k, v in read_json(stamp)["files"].items()}
-
-
-def _passages(reading: Reading, m: int, i: int) -> Passages:
-    """Returns the windows and rows of shard i, as model m reads them."""
-    windows, rows = reading.windows(i), slice(*reading.shard_starts[i : i + 2])
-    bos, window = reading.bos[m], reading.rows.window[rows] - windows.start
-    position = reading.rows.position[rows, m] + (bos is not None)
-    return Passages(reading.table.texts(m, windows, bos), window, position)
 
 
 def masked(

@@ -28,10 +28,6 @@ class Reading:
     bos: tuple[int | None, ...]  # per model the id put in front of every window, or None
     shard_starts: np.ndarray  # first row of every shard (of SHARD_WINDOWS windows), and the end
 
-    @property
-    def shards(self) -> int:
-        return len(self.shard_starts) - 1
-
     def windows(self, shard: int) -> range:
         """Returns the window numbers of a shard."""
         first = shard * SHARD_WINDOWS

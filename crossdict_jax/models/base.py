@@ -15,6 +15,14 @@ from crossdict_jax.models.folders import load_tokenizer
 from crossdict_jax.modules import Params, Plain, plain
 
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
+KEYS = {  # of any config.json -> our field, and Hugging Face's value for an absent key
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("context",),
+    "hidden_size": ("d_model",),
+    "num_hidden_layers": ("n_layers",),
+    "num_attention_heads": ("n_heads",),
+    "initializer_range": ("init_std", 0.02),
+}
 ACTIVATIONS = {  # by the names of transformers, several of which are one function
     "relu": jax.nn.relu,
     **dict.fromkeys(("gelu", "gelu_python"), partial(jax.nn.gelu, approximate=False)),
@@ -231,14 +239,15 @@ class LanguageModel(Plain):
         self.name = config.model_type
         self.path = ""  # the folder it was loaded from
         self.dtype = "float32"  # of the inputs of matrix products, where a call names none
-
-        def drawn(*shape: int) -> nnx.Param:
-            return nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
-
-        self.W_E = drawn(config.vocab_size, config.d_model)
-        self.W_U = None if config.tied else drawn(config.d_model, config.vocab_size)
-        embedded = config.rotary_fraction is None  # positions
-        self.W_pos = drawn(config.context, config.d_model) if embedded else None
+        vocab, d_model, embedded = config.vocab_size, config.d_model, config.rotary_fraction is None
+        shapes = {
+            "W_E": (vocab, d_model),
+            "W_U": None if config.tied else (d_model, vocab),
+            "W_pos": (config.context, d_model) if embedded else None,
+        }
+        for name, shape in shapes.items():
+            x = shape and nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+            setattr(self, name, x)
         parts = {"norm": self.norm, "attention": self.attention, "mlp": self.mlp}
         layers = range(config.n_layers)
         self.blocks = nnx.List([Block(i, config, rngs, **parts) for i in layers])

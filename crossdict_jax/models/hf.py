@@ -28,14 +28,6 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attention.masked_bias",
     ".rotary_emb.inv_freq",
 )
-KEYS = {  # of config.json -> our field, and Hugging Face's value for an absent key
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("context",),
-    "hidden_size": ("d_model",),
-    "num_hidden_layers": ("n_layers",),
-    "num_attention_heads": ("n_heads",),
-    "initializer_range": ("init_std", 0.02),
-}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -44,10 +36,6 @@ model_types = partial(files_of, "models/families")  # those that can be loaded
 
 def _family(model_type: str):
     return importlib.import_module(f"crossdict_jax.models.families.{model_type}")
-
-
-def _keys(family) -> dict[str, tuple]:
-    return {family.SPELLINGS.get(key, key): field for key, field in KEYS.items()} | family.KEYS
 
 
 @plain
@@ -112,7 +100,7 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
     os.replace(part, file)
     family = _family(config.model_type)
     raw = {"model_type": config.model_type, "architectures": [family.ARCHITECTURE], "dtype": dtype}
-    raw |= {key: getattr(config, field) for key, (field, *_) in _keys(family).items()}
+    raw |= {key: getattr(config, field) for key, (field, *_) in family.KEYS.items()}
     raw |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
     (path / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
@@ -176,7 +164,7 @@ def read_config(raw: dict) -> ModelConfig:
         if raw.get(key) is not None and raw[key] != allowed:
             raise UserError(f"{key} {raw[key]!r} is not implemented, only {allowed!r}.")
     values = {}
-    for key, (field, *default) in _keys(family).items():
+    for key, (field, *default) in family.KEYS.items():
         value = raw.get(key)
         if value is None and not default:
             raise UserError(f"{key} is missing.")

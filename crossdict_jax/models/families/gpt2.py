@@ -18,20 +18,19 @@ class Config(base.ModelConfig):
     scale_attn_by_inverse_layer_idx: bool = False
 
 
-# Keys of config.json beside ``hf.KEYS``.
-KEYS = {
+SPELLINGS = {  # of ``base.KEYS`` in config.json; their usual names are understood too
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+KEYS = {SPELLINGS.get(key, key): field for key, field in base.KEYS.items()} | {
     "n_inner": ("d_mlp",),
     "activation_function": ("activation", "gelu_new"),
     "layer_norm_epsilon": ("norm_eps", 1e-5),
     "tie_word_embeddings": ("tied", True),
     "scale_attn_weights": ("scale_attn_weights", True),
     "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
-}
-SPELLINGS = {  # of ``hf.KEYS`` in config.json; their usual names are understood too
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
 }
 REFUSED_UNLESS = {"add_cross_attention": False}
 ARCHITECTURE = "GPT2LMHeadModel"

@@ -8,8 +8,7 @@ from crossdict_jax.models import base
 from crossdict_jax.models.base import LayerNorm, Linear
 from crossdict_jax.models.base import ModelConfig as Config
 
-# Keys of config.json beside ``hf.KEYS``.
-KEYS = {
+KEYS = base.KEYS | {
     "intermediate_size": ("d_mlp",),
     "hidden_act": ("activation", "gelu"),
     "layer_norm_eps": ("norm_eps", 1e-5),

@@ -31,8 +31,7 @@ class Config(base.ModelConfig):
         return self.head_dim
 
 
-# Keys of config.json beside ``hf.KEYS``.
-KEYS = {
+KEYS = base.KEYS | {
     "num_key_value_heads": ("n_kv_heads",),
     "head_dim": ("head_dim",),
     "intermediate_size": ("d_mlp",),
