@@ -142,17 +142,21 @@ def test_a_function_of_texts_sees_them_in_batches_and_gives_a_row_for_each(lm, r
 def test_a_stream_gives_each_text_its_activations(lm, runner, device, monkeypatch):
     texts = [np.arange(n, dtype=np.int32) for n in LENGTHS]
     sites = (Site(0, "mlp_out"), Site(2))
-    streamed = dict(runner.stream(texts, sites, dtype=np.float32))
-    assert sorted(streamed) == list(range(len(LENGTHS)))
-    together = runner.read(texts, sites)
-    positions = [np.arange(i % 2, n, 2) for i, n in enumerate(LENGTHS)]
+    window = np.repeat(np.arange(len(texts)), LENGTHS)
+    every = Passages(texts, window, np.concatenate(texts))
+    order = np.random.default_rng(0).permutation(len(window))[: len(window) // 2]
     monkeypatch.setattr(run, "platform", lambda: device)
-    some = dict(runner.stream(texts, sites, positions, dtype=np.float32))
-    for i, text in enumerate(texts):
-        alone = models.capture(lm, text[None], sites)
-        for x, of_text in zip(some[i], streamed[i], strict=True):
-            np.testing.assert_array_equal(x, of_text[positions[i]])
-        for site, x in zip(sites, streamed[i]):
+    whole, some = (runner.read_at(p, sites, length_step=8) for p in (every, every.take(order)))
+    together = runner.read(texts, sites)
+    streamed = runner.stream(every.take(order), sites)
+    index, parts = zip(*streamed)
+    assert sorted(np.concatenate(index)) == list(range(len(order)))
+    for s, site in enumerate(sites):
+        np.testing.assert_array_equal(some[s], whole[s][order])
+        assert {part[s].dtype.name for part in parts} == {"bfloat16"}
+        for i, text in enumerate(texts):
+            x = whole[s][window == i]
+            alone = models.capture(lm, text[None], sites)
             np.testing.assert_allclose(x, alone[site][0], atol=1e-5)
             np.testing.assert_allclose(together[site][i, : len(text)], x, atol=1e-5)
 

@@ -35,7 +35,7 @@ MIN_DOCUMENT_BYTES = 200
 MIN_REPEAT = 40  # characters; shorter lines and paragraphs ("Returns") may repeat anywhere
 MIN_LETTERS = 0.7  # of a paragraph's characters other than spaces and ruled lines
 
-_EXCLUDED_FOLDERS = {"__pycache__", "idle_test", "site-packages", "dist-packages", "test", "tests"}
+_EXCLUDED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "idle_test", "test", "tests"}
 _EXCLUDED_FOLDERS |= {"_tests", "testing", "testdata", "_testing"}
 _FENCE = re.compile(r"^[ \t]*```.*?^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _RULE = re.compile(r"[-=~*#^_]{3,}|\s+")
@@ -57,8 +57,7 @@ def module_texts(roots: Iterable[tuple[str, Path]] | None = None) -> Iterator[tu
     modules = find_modules(installed() if roots is None else roots)
     # Other bytes of the hash than split_of reads: else the first N would all be test documents.
     by_hash = sorted(modules.items(), key=lambda m: hashlib.sha256(m[0].encode()).digest()[8:])
-    progress = progress_bar(by_hash, desc="Reading docstrings", unit=" modules")
-    for name, path in progress:
+    for name, path in progress_bar(by_hash, desc="Reading docstrings", unit=" modules"):
         kept = []
         for paragraph in _paragraphs(path):
             lines = [" ".join(line.split()) for line in paragraph.splitlines()]

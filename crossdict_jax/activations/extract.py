@@ -19,9 +19,8 @@ from crossdict_jax.activations.store import (
     Rows,
     Sites,
     Store,
+    finish,
     open_store,
-    save_index,
-    save_meta,
     save_shard,
     shard_name,
 )
@@ -29,7 +28,7 @@ from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, ExtractConfig, model_layers, output_site
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
-from crossdict_jax.models.run import Runner
+from crossdict_jax.models.run import LENGTH_STEP, Passages, Runner
 from crossdict_jax.training.stage import progress_bar, timed
 from crossdict_jax.workdir import Workdir, check_space, model_names, read_json, write_json
 
@@ -54,29 +53,27 @@ def extract(config: Config, work: Workdir) -> Store:
         lms = dict(zip(names, map(models.load, config.models)))
         sites = dictionary_sites(config, names)
         for name, lm in lms.items():
-            for site in sites.stored(name):
-                models.check_site(lm.config, site, lm.name)
-        directory.mkdir(parents=True, exist_ok=True)
+            models.check_sites(lm.config, sites.stored(name), lm.name)
         plan = make_plan(config, list(lms.values()), directory)
         _check_pool(config, plan.rows)
-        figures |= read_models(config.extract, directory, lms, sites, plan)
-        counted = {"shards": plan.shards, "documents": plan.documents}
+        counts, shards = read_models(config.extract, directory, lms, sites, plan)
+        figures |= counts
+        counted = {"shards": len(plan.shard_starts) - 1, "documents": plan.documents}
         keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
         rows = replace(plan.rows, keep=keep)
-        dropped = {
-            "first_position": plan.statistics.first_positions,
-            **left_out,
-            "after_control_tokens": int(np.sum(~plan.rows.keep)),
-            "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
-            "characters_too_long": plan.too_long,
-        }
         pairing = plan.statistics.to_json(names) | {
             "windows": len(plan.table),
             "rows": rows.kept(),
             "bos": dict(zip(names, plan.bos)),
             "control_tokens": dict(zip(names, plan.control_tokens)),
             "norm_mask": config.extract.norm_mask,
-            "dropped": dropped,
+            "dropped": {
+                "first_position": plan.statistics.first_positions,
+                **left_out,
+                "after_control_tokens": int(np.sum(~plan.rows.keep)),
+                "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
+                "characters_too_long": plan.too_long,
+            },
             "text": plan.provenance,
         }
         write_json(work.result("pairing.json"), pairing)
@@ -88,7 +85,7 @@ def extract(config: Config, work: Workdir) -> Store:
             "documents": plan.documents,
             "text": plan.provenance,
         }
-        finish(directory, rows, plan, meta)
+        finish(directory, rows, plan.table, meta, shards)
     _check_pool(config, rows)  # norm outliers are gone now
     return open_store(directory)
 
@@ -120,15 +117,6 @@ def meta_of_models(paths, reading: Reading, lms: Mapping[str, LanguageModel], si
     }
 
 
-def finish(directory: Path, rows: Rows, reading: Reading, meta: dict) -> None:
-    """Writes the index of a store and, last, meta.json."""
-    checksums = save_index(directory, rows, reading.table)
-    for i in range(reading.shards):
-        checksums |= read_json(_stamp(directory, i))["files"]
-    save_meta(directory, meta | {"checksums": meta.get("checksums", {}) | checksums})
-    shutil.rmtree(directory / "shards")
-
-
 def _check_pool(config: Config, rows: Rows) -> None:
     """Refuses a pool that evaluation could not draw, before anything is trained."""
     test_rows = rows.kept()["test"]
@@ -145,8 +133,8 @@ def read_models(
     lms: Mapping[str, LanguageModel],
     sites: Sites,
     reading: Reading,
-) -> dict[str, int]:
-    """Writes every missing shard; returns counts of the rows and tokens read for them.
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Writes every missing shard; returns (counts of their rows and tokens, {any shard: sha256}).
 
     Models run only as deep as their highest site.
 
@@ -161,14 +149,16 @@ def read_models(
             f"The store needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free; "
             "free some space or lower text.documents."
         )
-    done = [i for i in range(reading.shards) if _stamp(directory, i).exists()]
-    if any(read_json(_stamp(directory, i))["text"] != reading.text for i in done):
+    starts = reading.shard_starts
+    stamps = [directory / "shards" / f"{i:05d}.json" for i in range(len(starts) - 1)]
+    todo = [i for i, stamp in enumerate(stamps) if not stamp.exists()]
+    if {read_json(stamp)["text"] for stamp in stamps if stamp.exists()} - {reading.text}:
         raise UserError(
             f"The text has changed since {directory} was begun; delete it to extract again."
         )
     options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
     runners = [Runner(lm, **options) for lm in lms.values()]
-    todo, counts = sorted({*range(reading.shards)} - {*done}), {"rows": 0, "tokens": 0}
+    counts = {"rows": 0, "tokens": 0}
     bar = {"total": len(todo) * len(lms), "desc": "extract activations", "unit": "shard"}
 
     def save(i: int, arrays: Mapping[str, np.ndarray], checksums: dict, last: bool) -> None:
@@ -176,45 +166,30 @@ def read_models(
             for saved in files.map(partial(save_shard, directory), arrays, arrays.values()):
                 checksums |= saved
         if last:
-            write_json(_stamp(directory, i), {"text": reading.text, "files": checksums})
+            write_json(stamps[i], {"text": reading.text, "files": checksums})
 
     # What a model gives is saved while the next one reads, or the first one the next shard.
     with progress_bar(**bar) as progress, ThreadPoolExecutor(1) as disk:
         saving = disk.submit(int)
         for i in todo:
-            windows, checksums = reading.windows(i), {}
+            windows, rows, checksums = reading.windows(i), slice(*starts[i : i + 2]), {}
+            window = reading.rows.window[rows] - windows.start
             for m, (name, runner) in enumerate(zip(lms, runners)):
                 names = [shard_name(name, str(site), i) for site in sites.stored(name)]
-                x = _read_shard(runner, sites.stored(name), reading, m, i)
+                texts = reading.table.texts(m, windows, reading.bos[m])
+                position = reading.rows.position[rows, m] + (reading.bos[m] is not None)
+                passages = Passages(texts, window, position)
+                how = {"dtype": ml_dtypes.bfloat16, "length_step": LENGTH_STEP}
+                x = runner.read_at(passages, sites.stored(name), **how)
                 saving.result()
                 last = m == len(lms) - 1
                 saving = disk.submit(save, i, dict(zip(names, x)), checksums, last)
                 offsets = reading.table.offsets[m]
                 counts["tokens"] += int(offsets[windows.stop] - offsets[windows.start])
                 progress.update()
-            counts["rows"] += int(reading.shard_starts[i + 1] - reading.shard_starts[i])
+            counts["rows"] += len(window)
         saving.result()
-    return counts
-
-
-def _stamp(directory: Path, i: int) -> Path:
-    return directory / "shards" / f"{i:05d}.json"
-
-
-def _read_shard(runner: Runner, sites, reading: Reading, m: int, i: int) -> list[np.ndarray]:
-    """Returns per site the activations of a shard's rows, bfloat16 [rows, d_model]."""
-    windows, (start, stop) = reading.windows(i), reading.shard_starts[i : i + 2]
-    front = np.array([] if reading.bos[m] is None else [reading.bos[m]], np.int32)
-    window = reading.rows.window[start:stop]
-    position = reading.rows.position[start:stop, m] + len(front)
-    out = [np.empty((stop - start, runner.config.d_model), ml_dtypes.bfloat16) for _ in sites]
-    tokens = [np.concatenate([front, reading.table.tokens(m, w)]) for w in windows]
-    of_window = np.searchsorted(window, np.arange(windows.start, windows.stop + 1))
-    positions = np.split(position, of_window[1:-1])
-    for number, captured in runner.stream(tokens, sites, positions):
-        for array, x in zip(out, captured):
-            array[slice(*of_window[number : number + 2])] = x
-    return out
+    return counts, {k: v for stamp in stamps for k, v in read_json(stamp)["files"].items()}
 
 
 def masked(
@@ -241,21 +216,22 @@ def masked(
     ends = [(model, site) for model in readers for site in sites.stored(model)]
     norms, highest, nonfinite = {}, {}, {}
     for model, site in ends:
-        name, first, column = f"{model} {site}", None, Column(directory, np.float32)
-        training, nonfinite[name] = Column(directory, np.float32), 0
+        name = f"{model} {site}"
+        column, training = Column(directory, np.float32), Column(directory, np.float32)
         for shard in range(shards):
             file = directory / shard_name(model, str(site), shard)
             x = np.load(file, mmap_mode="r", allow_pickle=False).view(ml_dtypes.bfloat16)
             for at in range(0, len(x), BLOCK):
                 block = x[at : at + BLOCK].astype(np.float32)
                 finite, norm = np.isfinite(block).all(axis=1), np.linalg.norm(block, axis=1)
-                in_training = np.arange(len(column), len(column) + len(norm)) < n_train
-                training.append(norm[finite & in_training])
-                if first is None and not finite.all():
-                    first = len(column) + int(np.argmin(finite))
-                nonfinite[name] += int(np.sum(~finite))
+                of_training = slice(max(0, n_train - len(column)))
+                training.append(norm[of_training][finite[of_training]])
                 column.append(np.where(finite, norm, np.nan))
-        if nonfinite[name] and settings.nonfinite == "refuse":
+        norms[name] = column.array()
+        bad = np.isnan(norms[name])
+        nonfinite[name] = int(bad.sum())
+        if bad.any() and settings.nonfinite == "refuse":
+            first = bad.argmax()
             raise UserError(
                 f"{name}: row {first} (document {documents[rows.document[first]]}, byte "
                 f"{rows.byte_end[first]}) holds NaN or infinity, the first of {nonfinite[name]} "
@@ -266,7 +242,7 @@ def masked(
             raise UserError(f"{name}: no training row is finite; look at the model's weights.")
         # In place, in the file: nothing is held.
         median = np.float32(np.median(training.array(), overwrite_input=True))
-        norms[name], highest[name] = column.array(), settings.norm_mask * median
+        highest[name] = settings.norm_mask * median
     keep, counts = Column(directory, bool), Counter()
     for at in range(0, len(rows), BLOCK):
         block = {name: column[at : at + BLOCK] for name, column in norms.items()}

@@ -8,8 +8,7 @@ import json
 import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,7 +45,7 @@ class _Reader(NamedTuple):
     backend: object  # tokenizers.Tokenizer, neither truncating nor padding
     pieces: tuple[bytes, ...]  # by token id
     sizes: np.ndarray  # int32 [vocabulary], length of each piece
-    added: dict[int, str]  # special and added tokens
+    added: frozenset[int]  # special and added tokens
     special: tuple[int, ...]  # those of them that are control tokens, as <|endoftext|>
     invents_prefix: bool  # whether a space is put before the text, or after an added token
 
@@ -97,25 +96,20 @@ def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
     copy.encode_special_tokens = split_special
     spec = json.loads(description)
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    pieces = [b""] * (1 + max(vocabulary.values(), default=0))
-    spell = _spelling(spec)
-    for token, index in vocabulary.items():
-        pieces[index] = added[index].encode() if index in added else spell(token)
-    # Metaspace says so in its newer or its older key; Prepend always does.
-    keys = {"ByteLevel": ("add_prefix_space",), "Metaspace": ("prepend_scheme", "add_prefix_space")}
+    pieces = _spelled(spec, backend.get_vocab(with_added_tokens=True), added)
+    # Metaspace says so in its newer or its older key, ByteLevel in the older; Prepend always does.
     said = [
-        next((step[k] for k in keys.get(step["type"], ()) if k in step), step["type"] == "Prepend")
+        step.get("prepend_scheme", step.get("add_prefix_space", step["type"] == "Prepend"))
         for step in _steps(spec, "normalizer", "pre_tokenizer")
     ]
     prefix = any(value not in (False, "never") for value in said)
     sizes = np.array([len(piece) for piece in pieces], np.int32)
     special = tuple(token["id"] for token in spec["added_tokens"] if token["special"])
-    return _Reader(copy, tuple(pieces), sizes, added, special, prefix)
+    return _Reader(copy, pieces, sizes, frozenset(added), special, prefix)
 
 
-def _spelling(spec: dict) -> Callable[[str], bytes]:
-    """Returns the function from a vocabulary entry to its bytes."""
+def _spelled(spec: dict, vocabulary: dict[str, int], added: dict[int, str]) -> tuple[bytes, ...]:
+    """Returns the bytes of every token by its id; ``added`` ones are spelled as they are."""
     steps, alphabet = list(_steps(spec, "normalizer", "pre_tokenizer", "decoder")), {}
     if any(step["type"] == "ByteLevel" for step in steps):
         # GPT-2's alphabet: printable bytes as themselves, the others above.
@@ -123,22 +117,23 @@ def _spelling(spec: dict) -> Callable[[str], bytes]:
         others = [byte for byte in range(256) if byte not in set(printable)]
         alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     marks = [
-        step["replacement"] if step["type"] == "Metaspace" else step["content"]
+        step.get("replacement", step.get("content"))
         for step in steps
-        if step["type"] == "Metaspace"
-        or (step["type"] == "Replace" and step["pattern"] == {"String": " "})
+        if step["type"] == "Metaspace" or step.get("pattern") == {"String": " "}
     ]
     space = " " if alphabet else next(filter(None, marks), " ")
     byte_fallback = not alphabet and spec["model"].get("byte_fallback")
-
-    def spell(token: str) -> bytes:
-        if alphabet and all(character in alphabet for character in token):
-            return bytes(alphabet[c] for c in token)
-        if byte_fallback and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
-            return bytes.fromhex(match[1])
-        return token.replace(space, " ").encode()
-
-    return spell
+    pieces = [b""] * (1 + max(vocabulary.values(), default=0))
+    for token, index in vocabulary.items():
+        if index in added:
+            pieces[index] = added[index].encode()
+        elif alphabet.keys() >= set(token):
+            pieces[index] = bytes(alphabet[character] for character in token)
+        elif byte_fallback and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
+            pieces[index] = bytes.fromhex(match[1])
+        else:
+            pieces[index] = token.replace(space, " ").encode()
+    return tuple(pieces)
 
 
 def _steps(spec: dict, *parts: str) -> Iterator[dict]:
@@ -202,19 +197,16 @@ def _invented_spaces(text: bytes, pieces: list[bytes], bounds: list[int]) -> lis
     invented, offset = [], 0
     for before, stop in itertools.pairwise([-1, *bounds, len(pieces)]):
         run, behind = b"".join(pieces[before + 1 : stop]), b"".join(pieces[stop : stop + 1])
-        spellings = [run, run[1:]] if run[:1] == b" " else [run]
-        matching = [
-            spelling
-            for spelling in spellings
-            if text.startswith(spelling + behind, offset)
-            and (behind or offset + len(spelling) == len(text))
-        ]
-        if not matching:
+        for spelling in (run, run.removeprefix(b" ")):
+            end = offset + len(spelling + behind)
+            if text[offset:end] == spelling + behind and (behind or end == len(text)):
+                break
+        else:
             return None
-        if len(matching[0]) < len(run):
+        if len(spelling) < len(run):
             invented.append(before + 1)
-        offset += len(matching[0]) + len(behind)
-    return invented if offset == len(text) else None
+        offset = end
+    return invented
 
 
 # Pairs
@@ -262,8 +254,7 @@ def pair_many(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, Pairi
     return common[kept], positions[kept], statistics
 
 
-@dataclass(frozen=True)
-class PairingStatistics:
+class PairingStatistics(NamedTuple):
     """Counts of paired texts, added with `+`; tuples have an entry per model.
 
     A span is the text between two neighbouring common ends.
@@ -277,7 +268,7 @@ class PairingStatistics:
     span_tokens: tuple[tuple[int, ...], ...]  # [models][MAX_SPAN] spans of 1, 2, .. tokens
 
     def __add__(self, other: PairingStatistics) -> PairingStatistics:
-        return PairingStatistics(*jax.tree.map(operator.add, astuple(self), astuple(other)))
+        return jax.tree.map(operator.add, self, other)
 
     @property
     def coverage(self) -> tuple[float, ...]:

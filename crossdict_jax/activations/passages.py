@@ -19,8 +19,6 @@ def select_passages(store: Store, model: str, *, documents: int, seed: int) -> P
 
     For a seed the documents are the same for every model.
     """
-    if documents < 1:
-        raise UserError(f"intervention.documents={documents} must be at least 1.")
     rows = store.select("test")
     present = np.unique(store.rows.document[rows])
     generator = np.random.Generator(np.random.Philox(key=seed))
@@ -33,14 +31,11 @@ def select_passages(store: Store, model: str, *, documents: int, seed: int) -> P
 def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:
     """Returns the windows that a model reads at row numbers [n] of the store."""
     windows, window = np.unique(store.rows.window[rows], return_inverse=True)
-    bos = store.has_bos(model)
-    front = [] if bos is None else [bos]
-    position = store.rows.position[rows, store.models.index(model)] + len(front)
-    tokens = (np.concatenate([front, store.window_tokens(model, w)]) for w in windows)
+    m, bos = store.models.index(model), store.has_bos(model)
     return Passages(
-        tokens=tuple(t.astype(np.int32) for t in tokens),
-        window=window.reshape(-1),
-        position=position,
+        tokens=store.table.texts(m, windows, bos),
+        window=window,
+        position=store.rows.position[rows, m] + (bos is not None),
         rows=rows,
         document=store.rows.document[rows],
     )
@@ -53,22 +48,21 @@ def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
     show. They take the replacement of the span's end. Ends dropped as outliers bound spans too; a
     window's first token is never edited.
     """
+    rows, window = passages.rows, store.rows.window
     position = store.rows.position[:, store.models.index(model)]
-    same = store.rows.window[1:] == store.rows.window[:-1]
-    before = np.zeros(len(position), np.int64)
-    before[1:][same] = position[:-1][same]
-    front = passages.position - position[passages.rows]  # 1 where there is a BOS
-    first = np.minimum(before[passages.rows] + 1 + front, passages.position)
-    return dataclasses.replace(passages, first=first)
+    above = np.maximum(rows - 1, 0)
+    in_window = (above < rows) & (window[above] == window[rows])
+    front = passages.position - position[rows]  # 1 where there is a BOS
+    before = np.where(in_window, position[above], 0) + front
+    return dataclasses.replace(passages, first=np.minimum(before + 1, passages.position))
 
 
 def with_continuations(store: Store, model: str, passages: Passages) -> Passages:
     """Returns passages with spans from the common end before, up to the next one."""
-    position = store.rows.position[:, store.models.index(model)].astype(np.int64)
-    same = store.rows.window[1:] == store.rows.window[:-1]
-    behind = position.copy()
-    behind[:-1][same] = position[1:][same]
-    more = (behind - position)[passages.rows]
+    rows, window = passages.rows, store.rows.window
+    position = store.rows.position[:, store.models.index(model)]
+    below = np.minimum(rows + 1, len(window) - 1)
+    more = np.where(window[below] == window[rows], position[below] - position[rows], 0)
     return dataclasses.replace(whole_spans(store, model, passages), end=passages.position + more)
 
 
@@ -95,8 +89,8 @@ class Contexts:
     def snippet(self, row: int) -> dict[str, str]:
         """Returns the text "before", the "token" and the text "after" a row."""
         parts = (b"".join(self.pieces[i] for i in ids) for ids in self.around(row))
-        names = ("before", "token", "after")
-        return {name: part.decode(errors="replace") for name, part in zip(names, parts)}
+        parts = (part.decode(errors="replace") for part in parts)
+        return dict(zip(("before", "token", "after"), parts))
 
     def text(self, row: int) -> bytes:
         """Returns the bytes around a row, its own token included."""

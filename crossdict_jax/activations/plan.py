@@ -15,6 +15,7 @@ from crossdict_jax.models import LanguageModel
 
 BLOCK_DOCUMENTS = 32  # that are tokenized at a time: bounds what is held
 SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
+END = 2**31 - 1  # beyond every byte of a document
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,6 @@ class Reading:
     bos: tuple[int | None, ...]  # per model the id put in front of every window, or None
     shard_starts: np.ndarray  # first row of every shard (of SHARD_WINDOWS windows), and the end
 
-    @property
-    def shards(self) -> int:
-        return len(self.shard_starts) - 1
-
     def windows(self, shard: int) -> range:
         """Returns the window numbers of a shard."""
         first = shard * SHARD_WINDOWS
@@ -39,13 +36,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Plan(Reading):
-    """What is read and what was dropped, known before any model runs."""
+    """What is read and what was dropped (as in ``pairing.Windows``), before any model runs."""
 
     documents: list[str]  # their names
     provenance: dict  # of the text
     statistics: pairing.PairingStatistics  # of all windows together
-    not_rebuilt: tuple[int, ...]  # per model, windows whose tokens' bytes are not the text
-    too_long: int  # single characters of more tokens than a model reads
+    not_rebuilt: tuple[int, ...]
+    too_long: int
     control_tokens: tuple[int, ...]  # per model, how many the texts spell
 
 
@@ -87,10 +84,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
             is_control = [np.isin(t.ids, ids) for t, ids in zip(window.tokens, control)]
             spelled += [of_model.sum() for of_model in is_control]
             # One model reads a control token where another may read its characters as text.
-            reached = min(
-                [e[mask].min() for e, mask in zip(ends, is_control) if mask.any()],
-                default=np.inf,
-            )
+            reached = min(e[at].min(initial=END) for e, at in zip(ends, is_control))
             keep = (byte_end < reached) | (config.extract.control_tokens == "keep")
             n, split = len(byte_end), SPLITS.index(documents[window.document].split)
             entries = Rows(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -92,6 +93,11 @@ class WindowTable:
         """Returns the token ids of a window for the model of that index."""
         start, stop = self.offsets[model][window : window + 2]
         return self.ids[model][start:stop]
+
+    def texts(self, model: int, windows: Iterable[int], bos: int | None) -> list[np.ndarray]:
+        """Returns the token ids of windows, int32, with a BOS in front if there is one."""
+        front = np.array([] if bos is None else [bos], np.int32)
+        return [np.concatenate([front, self.tokens(model, window)]) for window in windows]
 
 
 class Column:
@@ -185,11 +191,10 @@ class Store:
         with understood(self.directory / "meta.json", mend=MEND):
             starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
             shards = np.searchsorted(starts, rows, side="right") - 1
+            elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
             out = np.empty((len(rows), self.d_model(model)), np.uint16)
             for shard in np.unique(shards):
-                index = shards == shard
-                name = shard_name(model, str(site), int(shard))
-                elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
+                index, name = shards == shard, shard_name(model, str(site), shard)
                 path = Path(os.path.normpath(self.directory / elsewhere / name))
                 if name not in self._verified:
                     check_file(path, self.meta["checksums"][name])
@@ -201,7 +206,7 @@ class Store:
 
 
 def shard_name(model: str, site: str, shard: int) -> str:
-    """Returns a shard's path within the store."""
+    """Returns a shard's path in the store."""
     return f"{model}/{site}/shard-{shard:05d}.npy"
 
 
@@ -252,8 +257,11 @@ def save_meta(directory: Path, meta: dict) -> None:
     write_json(directory / "meta.json", meta | {"seal": digest(meta)})
 
 
-def save_index(directory: Path, rows: Rows, table: WindowTable) -> dict[str, str]:
-    """Writes a file for each column of rows and windows; returns {file: sha256}."""
+def finish(directory: Path, rows: Rows, table: WindowTable, meta: dict, shards: dict) -> None:
+    """Writes the columns of rows and windows and, last, meta.json with all checksums.
+
+    ``shards`` are {file: sha256} of those that lie there, beside what ``meta`` knows.
+    """
     columns = {f"rows-{f.name}.npy": getattr(rows, f.name) for f in fields(Rows)}
     columns["windows-document.npy"] = table.document
     for name in ("offsets", "ids"):
@@ -261,7 +269,9 @@ def save_index(directory: Path, rows: Rows, table: WindowTable) -> dict[str, str
         columns |= {f"windows-{name}-{i}.npy": column for i, column in of_models}
     for name, column in columns.items():
         np.save(directory / name, column)
-    return {name: file_digest(directory / name) for name in columns}
+    index = {name: file_digest(directory / name) for name in columns}
+    save_meta(directory, meta | {"checksums": meta.get("checksums", {}) | index | shards})
+    shutil.rmtree(directory / "shards", ignore_errors=True)  # stamps of an interrupted run
 
 
 def save_shard(directory: Path, name: str, x: np.ndarray) -> dict[str, str]:
@@ -291,21 +301,17 @@ def write_store(
       tokens: per model int32 [n], the token that ends at the row.
       split: int8 [n], index into SPLITS.
     """
-    n, models = len(document), len(activations)
-    directory.mkdir(parents=True, exist_ok=True)
-    byte_end, position = np.arange(n, dtype=np.int32), np.ones((n, models), np.int32)
-    token, keep = np.stack(tokens, axis=-1), np.ones(n, bool)
-    rows = Rows(document, document, byte_end, position, token, split, keep)
+    n, token = len(document), np.stack(tokens, axis=-1)
+    byte_end, position = np.arange(n, dtype=np.int32), np.ones(token.shape, np.int32)
+    rows = Rows(document, document, byte_end, position, token, split, np.ones(n, bool))
     documents = np.arange(int(document.max()) + 1, dtype=np.int32)
     offsets = np.searchsorted(document, np.arange(len(documents) + 1))
-    checksums = save_index(
-        directory, rows, WindowTable(documents, (offsets,) * models, tuple(tokens))
-    )
-    starts = [*range(0, n, BLOCK), n]
+    table = WindowTable(documents, (offsets,) * len(activations), tuple(tokens))
+    starts, shards = [*range(0, n, BLOCK), n], {}
     for model, x in activations.items():
         for shard, start in enumerate(starts[:-1]):
             part = x[start : start + BLOCK].astype(ml_dtypes.bfloat16)
-            checksums |= save_shard(directory, shard_name(model, str(site), shard), part)
+            shards |= save_shard(directory, shard_name(model, str(site), shard), part)
     about = {"bos": None, "sites": [str(site)]}
     meta = {
         "models": {
@@ -316,7 +322,6 @@ def write_store(
         "shard_starts": starts,
         "documents": [f"document-{i}" for i in documents],
         "text": {"source": "none"},
-        "checksums": checksums,
     }
-    save_meta(directory, meta)
+    finish(directory, rows, table, meta, shards)
     return open_store(directory)

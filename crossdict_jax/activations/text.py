@@ -5,7 +5,6 @@ import json
 import os
 import re
 import tempfile
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossdict_jax.activations.docstrings import module_texts, package_versions
+from crossdict_jax.activations.pairing import normalize
 from crossdict_jax.config import TextConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import inside, parse_json
@@ -31,7 +31,7 @@ class Document:
 
 
 class Corpus(Sequence[Document]):
-    """All documents of a run: train, validation, test, each in the order of the source.
+    """All documents: train, validation, test, each in the order of the source.
 
     They lie in a nameless file of ``directory`` (None: the folder of temporary files), which is
     gone with the process however that ends. ``provenance`` holds JSON values.
@@ -47,11 +47,10 @@ class Corpus(Sequence[Document]):
         self._file.write(json.dumps([document.name, document.text]).encode() + b"\n")
 
     def counts(self) -> dict[str, int]:
-        """Returns the number of documents per split."""
+        """Documents per split."""
         return {split: len(starts) for split, starts in self._starts.items()}
 
     def split(self, name: str) -> tuple[Document, ...]:
-        """Returns the documents of a split."""
         return tuple(d for d in self if d.split == name)
 
     def __len__(self) -> int:
@@ -78,7 +77,7 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
     """
     counts, seen, details, corpus = Counter(), set(), {}, Corpus(directory)
     for name, raw, key in _open_source(text, details):
-        normal = unicodedata.normalize("NFC", raw)
+        normal = normalize(raw)
         head = cut(normal, max_bytes=text.max_bytes)
         # Documents equal after the cut are duplicates too: they may lie in two splits.
         digests = {hashlib.sha256(t.encode()).digest() for t in (normal, head)}
@@ -109,10 +108,9 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
         if counts["emptied"] + counts["duplicates"] > len(corpus):
             more = "raise text.max_bytes, or give text that differs"
         shares = {
-            "train": "lower the fractions of the other splits",
-            "validation": f"raise text.validation_fraction={text.validation_fraction}",
-            "test": f"raise text.test_fraction={text.test_fraction}",
+            s: f"raise text.{s}_fraction={getattr(text, f'{s}_fraction')}" for s in SPLITS[1:]
         }
+        shares["train"] = "lower the fractions of the other splits"
         mends = [more, *(shares[split] for split in empty if len(corpus))]
         raise UserError(
             f"text.source={text.source} gave {len(corpus)} documents, none of them in the split "
@@ -191,17 +189,16 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix == ".txt":
-            content = _decode(file.read_bytes(), where=str(file))
+            content = _decode(file.read_bytes(), str(file))
             if file == path:
-                pieces = _pieces(unicodedata.normalize("NFC", content), max_bytes=text.max_bytes)
+                pieces = _pieces(normalize(content), max_bytes=text.max_bytes)
                 yield from ((f"{name}:{i}", piece, "") for i, piece in enumerate(pieces))
             else:
                 yield name, content, ""
-        else:
-            jsonl = file.suffix == ".jsonl"
-            rows = json_lines(file) if jsonl else _parquet_rows(file, column=text.column)
-            for number, where, row in rows:
-                yield f"{name}:{number}", _column(row, column=text.column, where=where), ""
+            continue
+        jsonl = file.suffix == ".jsonl"
+        for number, where, row in json_lines(file) if jsonl else _parquet_rows(file, text.column):
+            yield f"{name}:{number}", _column(row, text.column, where), ""
 
 
 def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
@@ -234,7 +231,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
             if not line.strip():
                 continue
             try:
-                row = parse_json(_decode(line, where=where))
+                row = parse_json(_decode(line, where))
             except ValueError as error:
                 raise UserError(f"{where} is not JSON: {error}.") from error
             if not isinstance(row, dict):
@@ -243,7 +240,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict]]:
             yield number, where, row
 
 
-def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]:
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, str, dict]]:
     """Yields (row number, "FILE row N", {column: value})."""
     import pyarrow
     import pyarrow.parquet
@@ -258,7 +255,7 @@ def _parquet_rows(path: Path, *, column: str) -> Iterator[tuple[int, str, dict]]
             return
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # also in the midst of it
         raise UserError(f"{path} is not a parquet file, or damaged: {_one_line(error)}") from error
-    _column(dict.fromkeys(names), column=column, where=str(path))
+    _column(dict.fromkeys(names), column, str(path))
 
 
 def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
@@ -273,8 +270,7 @@ def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows):
-            where = f"text.source={source} row {number}"
-            value = _column(row, column=column or text.column, where=where)
+            value = _column(row, column or text.column, f"text.source={source} row {number}")
             yield f"{Path(name).name}:{number}", value, ""
     except UserError:
         raise
@@ -285,7 +281,7 @@ def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
         ) from error
 
 
-def _decode(data: bytes, *, where: str) -> str:
+def _decode(data: bytes, where: str) -> str:
     """Returns the text of bytes, without a byte order mark at their start."""
     try:
         return data.decode("utf-8-sig")
@@ -296,7 +292,7 @@ def _decode(data: bytes, *, where: str) -> str:
         ) from error
 
 
-def _column(row: dict, *, column: str, where: str) -> str:
+def _column(row: dict, column: str, where: str) -> str:
     """Returns the text of a row; null counts as a blank text."""
     if column not in row:
         raise UserError(

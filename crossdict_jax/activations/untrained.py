@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.activations.extract import finish, meta_of_models, read_models
+from crossdict_jax.activations.extract import meta_of_models, read_models
 from crossdict_jax.activations.plan import Reading
-from crossdict_jax.activations.store import BLOCK, Column, Sites, Store, open_store
+from crossdict_jax.activations.store import BLOCK, Column, Sites, Store, finish, open_store
 from crossdict_jax.config import Config, controlled_layers
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
@@ -43,27 +43,27 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
             shard_starts=np.asarray(store.meta["shard_starts"]),
         )
         sites = untrained_sites(config, store)
-        figures |= read_models(config.extract, directory, lms, sites, reading)
+        counts, shards = read_models(config.extract, directory, lms, sites, reading)
+        figures |= counts
         elsewhere = os.path.relpath(store.directory, directory)
         about = {name: m | {"directory": elsewhere} for name, m in store.meta["models"].items()}
         about |= meta_of_models(store.paths, reading, lms, sites)
         # Positions and tokens of re-initialised models are those of their models.
-        columns = {}
+        columns, width = {}, 2 * len(store.models)
         for name in ("position", "token"):
-            of_models = getattr(store.rows, name)
-            columns[name] = Column(directory, of_models.dtype, width=2 * of_models.shape[1])
-            for at in range(0, len(of_models), BLOCK):
-                columns[name].append(np.tile(of_models[at : at + BLOCK], 2))
+            columns[name] = Column(directory, np.int32, width=width)
+            for at in range(0, len(store.rows), BLOCK):
+                columns[name].append(np.tile(getattr(store.rows, name)[at : at + BLOCK], 2))
         rows = replace(store.rows, **{name: column.array() for name, column in columns.items()})
         table = replace(store.table, offsets=2 * store.table.offsets, ids=2 * store.table.ids)
-        finish(directory, rows, replace(reading, table=table), store.meta | {"models": about})
+        finish(directory, rows, table, store.meta | {"models": about}, shards)
     return open_controls(config, work, store)
 
 
 def untrained_names(store: Store) -> list[str]:
     """Returns the names of the re-initialised models."""
     names = [f"{name}-untrained" for name in store.models]
-    return model_names([*store.models, *names])[len(store.models) :]
+    return model_names([*store.models, *names])[len(names) :]
 
 
 def untrained_sites(config: Config, store: Store) -> Sites:
@@ -100,8 +100,7 @@ def open_controls(config: Config, work: Workdir, store: Store) -> Store:
     if "untrained" not in config.controls:
         return store
     controls = open_store(work.controls.activations)
-    rows = [(getattr(controls.rows, key), getattr(store.rows, key)) for key in KEYS]
-    same = all(np.array_equal(*columns) for columns in rows)
+    same = all(np.array_equal(*(getattr(s.rows, key) for s in (controls, store))) for key in KEYS)
     if not same or controls.models[: len(store.models)] != store.models:
         raise UserError(
             f"{controls.directory} has other rows than {store.directory}; delete "

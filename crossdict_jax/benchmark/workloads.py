@@ -19,7 +19,7 @@ from crossdict_jax.maps.base import Pairs, Problem, Side
 from crossdict_jax.maps.ensemble import prepare as prepare_maps
 from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.models import Site
-from crossdict_jax.models.run import Runner
+from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.ensemble import Ensemble
 from crossdict_jax.training.loop import MAX_CHUNK, Chunks, initial
 
@@ -83,13 +83,15 @@ class Extraction:
         self._runner = Runner(lm, batch_size=batch_size, dtype=matmul_dtype)
         self._sites = [Site(layer) for layer in layers]
         with np.load(folder / "windows.npz", allow_pickle=False) as file:
-            ends = np.cumsum(file["lengths"])
-            self._windows = np.split(file["tokens"].astype(np.int32), ends[:-1])
+            lengths, tokens = file["lengths"], file["tokens"].astype(np.int32)
+        windows = np.split(tokens, np.cumsum(lengths)[:-1])
+        position = np.concatenate([np.arange(n) for n in lengths])
+        self._passages = Passages(windows, np.repeat(np.arange(len(windows)), lengths), position)
 
     def run(self, count: int) -> None:
         """Reads all windows ``count`` times."""
         for _ in range(count):
-            for _ in self._runner.stream(self._windows, self._sites):
+            for _ in self._runner.stream(self._passages, self._sites):
                 pass
 
 

@@ -82,8 +82,7 @@ def make_plan(config: Config) -> Plan:
         shape = models.known_config(path)
         lms[name] = nnx.eval_shape(lambda shape=shape: models.init(shape))
         about[name] = {"d_model": shape.d_model}
-        for site in sites.stored(name):
-            models.check_site(shape, site, name)
+        models.check_sites(shape, sites.stored(name), name)
     store = Store(Path(), tuple(names), config.models, {"models": about}, None, None, sites)
     tokens = math.ceil(text.max_bytes / BYTES_PER_TOKEN)
     shares = {"validation": text.validation_fraction, "test": text.test_fraction}
@@ -126,7 +125,8 @@ def extraction(plan: Plan) -> Iterator[Program]:
     twice = 1 + ("untrained" in plan.config.controls)  # at fewer layers, but as deep
     for name in plan.lms:
         runner = Recorder(plan, name, batch_size)
-        list(runner.stream(runner.texts, plan.store.ends.stored(name)))
+        texts = np.arange(len(runner.texts))
+        list(runner.stream(Passages(runner.texts, texts, 0 * texts), plan.store.ends.stored(name)))
         runs = twice * plan.windows / len(runner.texts)
         changes = {"extract.batch_size": batch_size}
         for lowered in runner.lowered.values():

@@ -6,10 +6,8 @@ from crossdict_jax.models.base import (
     ModelConfig,
     Past,
     Site,
-    Tap,
     capture,
-    check_site,
-    check_tokens,
+    check_sites,
 )
 from crossdict_jax.models.folders import ASSETS, EMBEDDED, load_tokenizer
 from crossdict_jax.models.hf import init, known_config, load, load_config, model_types, save
@@ -22,10 +20,8 @@ __all__ = [
     "ModelConfig",
     "Past",
     "Site",
-    "Tap",
     "capture",
-    "check_site",
-    "check_tokens",
+    "check_sites",
     "init",
     "known_config",
     "load",

@@ -16,6 +16,14 @@ from crossdict_jax.models.folders import load_tokenizer
 from crossdict_jax.modules import Params, Plain, plain
 
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
+KEYS = {  # of any config.json -> our field, and Hugging Face's value for an absent key
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("context",),
+    "hidden_size": ("d_model",),
+    "num_hidden_layers": ("n_layers",),
+    "num_attention_heads": ("n_heads",),
+    "initializer_range": ("init_std", 0.02),
+}
 ACTIVATIONS = {  # by the names of transformers, several of which are one function
     "relu": jax.nn.relu,
     **dict.fromkeys(("gelu", "gelu_python"), partial(jax.nn.gelu, approximate=False)),
@@ -75,6 +83,9 @@ class ModelConfig:
     init_std: float = 0.02
     rotary_fraction: float | None = None  # of each head that turns with position; None: no rotary
     rope_theta: float = 10000.0
+    parallel_residual: bool = False  # whether a block's attention and MLP read the same
+    attention_bias: bool = True
+    mlp_bias: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
 
@@ -113,12 +124,13 @@ class ModelConfig:
         return self.init_std / (2 * self.n_layers) ** 0.5
 
 
-def check_site(config: ModelConfig, site: Site, name: str) -> None:
-    """Raises UserError if the model called ``name`` has no such layer."""
-    if not 0 <= site.layer < config.n_layers:
-        raise UserError(
-            f"Site {site} is outside {name} ({config.n_layers} layers: 0-{config.n_layers - 1})."
-        )
+def check_sites(config: ModelConfig, sites: Iterable[Site], name: str) -> tuple[Site, ...]:
+    """Returns the sites; UserError if the model called ``name`` lacks a layer of theirs."""
+    sites, n = tuple(sites), config.n_layers
+    for site in sites:
+        if not 0 <= site.layer < n:
+            raise UserError(f"Site {site} is outside {name} ({n} layers: 0-{n - 1}).")
+    return sites
 
 
 class Past(NamedTuple):
@@ -170,22 +182,37 @@ class MLP(nnx.Module):
     """``activation(x W_up + b_up) W_down + b_down``."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.up = Linear(config.d_model, config.d_mlp, rngs, std=config.init_std)
-        self.down = Linear(config.d_mlp, config.d_model, rngs, std=config.output_std)
+        d_model, d_mlp, bias = config.d_model, config.d_mlp, config.mlp_bias
+        self.up = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
+        self.down = Linear(d_mlp, d_model, rngs, std=config.output_std, bias=bias)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x, dtype)), dtype)
 
 
+class Attention(nnx.Module):
+    """Causal attention; families give its ``scale``, ``out`` and ``project``.
+
+    ``project(x, dtype)`` returns queries, keys and values [batch, seq, heads, d_head].
+    """
+
+    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, past):
+        query, key, value = self.project(x, dtype)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        out = attend(query, key, value, scale=self.scale, dtype=dtype, past=past)
+        return self.out(out, dtype), (key, value)
+
+
 class Block(nnx.Module):
     """A residual block: attention and MLP in sequence, or both on the same input."""
 
-    def __init__(self, layer: int, config: ModelConfig, *, norm, attention, mlp, parallel=False):
+    def __init__(self, layer: int, config: ModelConfig, rngs: nnx.Rngs, *, norm, attention, mlp):
         self.norm_1 = norm(config.d_model, eps=config.norm_eps)
         self.norm_2 = norm(config.d_model, eps=config.norm_eps)
-        self.attention, self.mlp = attention, mlp
-        self.layer, self.parallel = layer, parallel
+        self.attention, self.mlp = attention(config, layer, rngs), mlp(config, rngs)
+        self.layer, self.parallel = layer, config.parallel_residual
 
     def __call__(self, x, rotary, tap: Tap, dtype: jnp.dtype, past):
         """Returns the stream after the block, and the keys and values of its attention."""
@@ -201,33 +228,39 @@ class Block(nnx.Module):
 class LanguageModel(Plain):
     """A causal language model with float32 parameters and residual stream.
 
-    Families call ``add_blocks``. Static: ``config``, ``name``, ``path`` and ``dtype``.
+    Families say of what its blocks are made. Static: ``config``, ``name``, ``path``, ``dtype``.
     """
+
+    norm: type
+    attention: type[Attention]
+    mlp: type = MLP
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.name = config.model_type
         self.path = ""  # the folder it was loaded from
         self.dtype = "float32"  # of the inputs of matrix products, where a call names none
-        shape = (config.vocab_size, config.d_model)
-        self.W_E = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
-        if config.tied:
-            self.W_U = None
-        else:
-            self.W_U = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape[::-1]))
-
-    def add_blocks(self, rngs: nnx.Rngs, *, norm, attention, mlp=MLP, parallel=False) -> None:
-        """Makes all blocks and the last norm; every layer draws from ``rngs``."""
-        config, blocks = self.config, []
-        for layer in range(config.n_layers):
-            parts = {"attention": attention(config, layer, rngs), "mlp": mlp(config, rngs)}
-            blocks.append(Block(layer, config, norm=norm, parallel=parallel, **parts))
-        self.blocks = nnx.List(blocks)
-        self.final_norm = norm(config.d_model, eps=config.norm_eps)
+        vocab, d_model, embedded = config.vocab_size, config.d_model, config.rotary_fraction is None
+        shapes = {
+            "W_E": (vocab, d_model),
+            "W_U": None if config.tied else (d_model, vocab),
+            "W_pos": (config.context, d_model) if embedded else None,
+        }
+        for name, shape in shapes.items():
+            x = shape and nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+            setattr(self, name, x)
+        parts = {"norm": self.norm, "attention": self.attention, "mlp": self.mlp}
+        layers = range(config.n_layers)
+        self.blocks = nnx.List([Block(i, config, rngs, **parts) for i in layers])
+        self.final_norm = self.norm(config.d_model, eps=config.norm_eps)
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Returns [batch, seq, d_model]; positions int [batch, seq] default to 0, 1, ..."""
-        return self.W_E[...][tokens]
+        x = self.W_E[...][tokens]
+        if self.W_pos is None:
+            return x
+        W_pos = self.W_pos[...]
+        return x + (W_pos[None, : tokens.shape[1]] if positions is None else W_pos[positions])
 
     def rotary(self, length: int) -> tuple[np.ndarray, np.ndarray] | None:
         """cos and sin [length, dims / 2] for ``rotate`` (Su et al. 2021, section 3.2).
@@ -302,9 +335,7 @@ def capture(lm: LanguageModel, tokens, sites: Iterable[Site], dtype=None) -> dic
 
     Nothing after the last captured site is computed.
     """
-    sites = tuple(sites)
-    for site in sites:
-        check_site(lm.config, site, lm.name)
+    sites = check_sites(lm.config, sites, lm.name)
     tokens = check_tokens(lm.config, tokens, lm.name)
     graphdef, state = nnx.split(lm)
     return dict(zip(sites, _capture(graphdef, state, tokens, sites, jnp.dtype(dtype or lm.dtype))))

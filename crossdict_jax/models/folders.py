@@ -60,9 +60,10 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES)
 
 def load_tokenizer(path_or_id: str | Path):
     """The transformers tokenizer of a folder or hub id; UserError if there is none."""
-    folder = find_folder(path_or_id, CONFIG_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS)
-    for file in TOKENIZER_FILES + TOKENIZER_EXTRAS + CONFIG_FILES:
-        inside(folder, folder / file)
+    names = CONFIG_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
+    folder = find_folder(path_or_id, names)
+    for name in names:
+        inside(folder, folder / name)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
         raise UserError(
@@ -75,13 +76,12 @@ def load_tokenizer(path_or_id: str | Path):
 def _ids(folder: Path) -> Iterator[int]:
     """Yields the ids that a folder's files give to tokens by name."""
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
-        tree = read_object(folder / name) if (folder / name).is_file() else {}
+        tree, ids = read_object(folder / name) if (folder / name).is_file() else {}, []
         if name == "tokenizer.json":
             model, added = tree.get("model"), tree.get("added_tokens")
             tree = model.get("vocab") if isinstance(model, dict) else None
-            tokens = (token.get("id") for token in added or () if isinstance(token, dict))
-            yield from (id_ for id_ in tokens if isinstance(id_, int))
-        ids = tree.values() if isinstance(tree, dict) else ()  # of others the place is the id
+            ids += (token.get("id") for token in added or () if isinstance(token, dict))
+        ids += tree.values() if isinstance(tree, dict) else ()  # of others the place is the id
         yield from (id_ for id_ in ids if isinstance(id_, int))
 
 

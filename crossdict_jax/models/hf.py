@@ -155,7 +155,7 @@ def read_config(raw: dict) -> ModelConfig:
     if kind != "default":
         raise UserError(f"rope type {kind!r} is not implemented, only 'default'.")
     raw["rope_parameters"] = rope
-    for alias, key in family.ALIASES.items():
+    for alias, key in family.SPELLINGS.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
             raise UserError(f"{key} {raw[key]!r} and {alias} {raw[alias]!r} contradict each other.")
     raw = family.prepare(raw)
@@ -177,9 +177,8 @@ def read_config(raw: dict) -> ModelConfig:
     for key in ("bos_token_id", "eos_token_id"):
         ids = raw.get(key)
         values[key] = tuple(ids) if isinstance(ids, list) else ids
-        if not all(
-            type(i) is int or ids is None for i in (ids if isinstance(ids, list) else [ids])
-        ):
+        each = ids if isinstance(ids, list) else [ids]
+        if ids is not None and any(type(i) is not int for i in each):
             raise UserError(f"{key} {ids!r} must be token ids.")
     return family.Config(model_type=model_type, **values)
 

@@ -24,7 +24,7 @@ from crossdict_jax.models.base import (
     Past,
     Site,
     captured,
-    check_site,
+    check_sites,
     matmul,
     rounded,
 )
@@ -56,31 +56,20 @@ class Passages:
 
     def take(self, index: np.ndarray | slice) -> Passages:
         """Returns the same texts with some of the positions."""
-        names = ("window", "position", "first", "end", "rows", "document")
-        values = {name: getattr(self, name) for name in names}
-        return replace(self, **{k: v[index] for k, v in values.items() if v is not None})
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        del values["tokens"]
+        return replace(self, **{name: value[index] for name, value in values.items()})
 
-    def within(self, texts: np.ndarray) -> Within:
-        """Returns the positions that lie in a batch of texts."""
+    def within(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (index among the positions, row of the batch, position), int [m] each.
+
+        Of those that lie in a batch of texts, text by text.
+        """
         in_batch = np.full(len(self.tokens), -1)
         in_batch[texts] = np.arange(len(texts))
-        index = np.flatnonzero(in_batch[self.window] >= 0)
-        at = in_batch[self.window[index]], self.position[index]
-        first = at[1] if self.first is None else self.first[index]
-        lengths = at[1] - first + 1
-        edited_by = np.repeat(index, lengths)
-        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        edited = in_batch[self.window[edited_by]], np.repeat(first, lengths) + steps
-        return Within(index, at, edited, edited_by)
-
-
-class Within(NamedTuple):
-    """The positions of passages that lie in a batch of texts."""
-
-    index: np.ndarray  # int [m], among all positions of the passages
-    at: tuple[np.ndarray, np.ndarray]  # (row of the batch [m], position [m])
-    edited: tuple[np.ndarray, np.ndarray]  # (row of the batch, position) of every edited token
-    edited_by: np.ndarray  # int, among the passages' positions: whose replacement a token takes
+        row = in_batch[self.window]
+        index = np.argsort(row, kind="stable")[np.sum(row < 0) :]
+        return index, row[index], self.position[index]
 
 
 class Batch(NamedTuple):
@@ -224,13 +213,9 @@ class Runner:
           group: rows that must lie in one batch, as the two texts of a pair.
         """
         n, size = len(arrays[0]), self._size(len(arrays[0]), group)
+        dispatch = partial(self.dispatch, function, static=static, shared=shared)
         batches = (np.minimum(np.arange(at, at + size), n - 1) for at in range(0, n, size))
-        dispatched = (
-            self.dispatch(
-                function, *(self.put(a[rows]) for a in arrays), static=static, shared=shared
-            )
-            for rows in batches
-        )
+        dispatched = (dispatch(*(self.put(a[rows]) for a in arrays)) for rows in batches)
         parts = [jax.tree.map(np.asarray, batch) for batch in _ahead(dispatched)]
         per_result = size // len(jax.tree.leaves(parts[0])[0])  # rows of the arrays
         return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
@@ -274,57 +259,45 @@ class Runner:
 
     def read(self, tokens: Sequence[np.ndarray], sites: Iterable[Site]) -> dict[Site, np.ndarray]:
         """Returns {site: activations, float32 [texts, seq, d_model]}, padded as ``pad`` does."""
-        sites = self._checked(sites)
+        sites = check_sites(self.config, sites, self.name)
         return dict(zip(sites, self.run(captured, pad(tokens), static=(sites,))))
 
-    def read_at(self, passages: Passages, sites: Iterable[Site]) -> np.ndarray:
-        """Returns activations at the positions, float32 [sites, n, d_model]."""
-        sites, batches = self._checked(sites), self.batches(passages.tokens)
-        within = [passages.within(batch.texts) for batch in batches]
-        longest = max(len(w.index) for w in within)  # one shape for all batches
-        out = np.empty((len(sites), len(passages.position), self.config.d_model), np.float32)
-        static = sites, jnp.dtype(np.float32)
-        for batch, w in zip(batches, within):
-            at = tuple(np.resize(a, longest) for a in w.at)
-            x = self.dispatch(_captured, self.put(batch.tokens), static=static, shared=(at,))
-            out[:, w.index] = np.stack(x)[:, : len(w.index)]
+    def read_at(
+        self, passages: Passages, sites: Sequence[Site], *, dtype=np.float32, length_step: int = 0
+    ) -> list[np.ndarray]:
+        """Returns per site its activations at the positions, [n, d_model]; see ``stream``."""
+        out = [np.empty((len(passages.position), self.config.d_model), dtype) for _ in sites]
+        for index, x in self.stream(passages, sites, dtype=dtype, length_step=length_step):
+            for array, of_site in zip(out, x):
+                array[index] = of_site
         return out
 
     def stream(
         self,
-        tokens: Sequence[np.ndarray],
+        passages: Passages,
         sites: Iterable[Site],
-        positions: Sequence[np.ndarray] | None = None,
+        *,
         dtype=jnp.bfloat16,
-    ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Yields (text index, per site its activations [length, d_model]), by length.
+        length_step: int = LENGTH_STEP,
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Yields (index of positions int [m], per site their activations [m, d_model]), by batch.
 
-        Of a text's ``positions`` int [m] alone: [m, d_model]; the others do not leave the devices.
+        Other activations do not leave the devices. ``length_step``: see ``batches``.
         """
-        on_device = positions is not None and platform() != "cpu"  # from which nothing travels
-        batches = self.batches(tokens, length_step=LENGTH_STEP)
-        static = self._checked(sites), jnp.dtype(dtype)
+        static = check_sites(self.config, sites, self.name), jnp.dtype(dtype)
 
-        def dispatch(batch: Batch) -> tuple[jax.Array, ...]:
-            x = self.dispatch(_captured, self.put(batch.tokens), static=static, shared=(None,))
-            if not on_device:
-                return x
-            at = [positions[text] for text in batch.texts]
-            longest = math.ceil(max(map(len, at)) / LENGTH_STEP) * LENGTH_STEP
-            return _at_positions(x, self.put(pad(at, (len(batch.tokens), longest))))
+        def read(batch: Batch) -> tuple:
+            index, row, position = passages.within(batch.texts)
+            x = self.dispatch(_captured, self.put(batch.tokens), static=static)
+            if platform() == "cpu":  # from which nothing travels
+                return index, (row, position), x
+            longest = math.ceil(np.bincount(row).max(initial=1) / LENGTH_STEP) * LENGTH_STEP
+            at, real = _by_text(row, position, (len(batch.tokens), longest))
+            return index, real, _at_positions(x, self.put(at))
 
-        for texts, x in _ahead((batch.texts, dispatch(batch)) for batch in batches):
-            x = [np.asarray(of_site) for of_site in x]
-            for row, text in enumerate(texts):
-                at = slice(len(tokens[text])) if positions is None else positions[text]
-                at = slice(len(at)) if on_device else at
-                yield int(text), [of_site[row, at] for of_site in x]
-
-    def _checked(self, sites: Iterable[Site]) -> tuple[Site, ...]:
-        sites = tuple(sites)
-        for site in sites:
-            check_site(self.config, site, self.name)
-        return sites
+        batches = self.batches(passages.tokens, length_step=length_step)
+        for index, at, x in _ahead(map(read, batches)):
+            yield index, [np.asarray(of_site)[at] for of_site in x]
 
     # Replacing
 
@@ -348,39 +321,39 @@ class Runner:
         if isinstance(site, Site):
             replacements = {name: {site: values} for name, values in replacements.items()}
             site = (site,)
-        sites = tuple(sorted(self._checked(site), key=lambda s: (s.layer, KINDS.index(s.kind))))
+        sites = check_sites(self.config, site, self.name)
+        sites = tuple(sorted(sites, key=lambda s: (s.layer, KINDS.index(s.kind))))
         most = np.bincount(passages.window).max(initial=1)  # positions of a text
-        ce = {name: np.empty(len(passages.position)) for name in ("clean", *replacements)}
-        kl = {name: np.zeros(len(passages.position)) for name in ("clean", *replacements)}
+        names, n = ("clean", *replacements), len(passages.position)
+        ce, kl = ({name: np.zeros(n) for name in names} for _ in range(2))
         for batch in self.batches(passages.tokens):
-            within, tokens = passages.within(batch.texts), self.put(batch.tokens)
-            row, position = within.at
-            order = np.argsort(row, kind="stable")  # text by text, as a mask takes them
-            index, counts = within.index[order], np.bincount(row, minlength=len(batch.tokens))
+            index, row, position = passages.within(batch.texts)
             rows = len(batch.tokens) // self.mesh.size
             chunks = math.ceil(most / max(1, LOGITS // (rows * self.config.vocab_size)))
             step = math.ceil(most / chunks)
-            real = np.arange(chunks * step)[None, :] < counts[:, None]
-            read = np.zeros(real.shape, np.int32)
-            read[real] = position[order]
-            read = self.put(read)
+            read, real = _by_text(row, position, (len(batch.tokens), chunks * step))
+            tokens, read = self.put(batch.tokens), self.put(read)
             loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
             arrays = tokens, read, *clean
             ce["clean"][index] = np.asarray(loss)[real]
-            edited = np.zeros(batch.tokens.shape, bool)
-            edited[within.edited] = True
+            source = np.full(batch.tokens.shape, -1)  # whose replacement a token takes
+            first = position if passages.first is None else passages.first[index]
+            for back in range(np.max(position - first, initial=0) + 1):
+                inside = position - back >= first
+                source[row[inside], position[inside] - back] = index[inside]
+            edited = source >= 0
             for name, by_site in replacements.items():
                 edits = [self.put(edited)]
                 for values in (by_site[s] for s in sites):
                     x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
-                    x[within.edited] = values if values.ndim == 1 else values[within.edited_by]
+                    x[edited] = values if values.ndim == 1 else values[source[edited]]
                     edits.append(self.put(x))
                 results = self.dispatch(_edited, *arrays, *edits, static=(sites, step))
                 for values, result in zip((ce, kl), results):
                     values[name][index] = np.asarray(result)[real]
             del clean, arrays  # before the next batch has its own: a probability for every token
         scored = passages.scored
-        return {name: Effect(ce[name][scored], kl[name][scored]) for name in ce}
+        return {name: Effect(ce[name][scored], kl[name][scored]) for name in names}
 
     # Adding
 
@@ -448,7 +421,7 @@ class Runner:
           top_p: tokens are drawn among the likeliest that hold this share of the probability
             (Holtzman et al. 2020, section 3.1).
         """
-        (site,) = self._checked([site])
+        (site,) = check_sites(self.config, [site], self.name)
         sampling = np.float32(temperature), np.float32(top_p), np.uint32(seed)
         return self.run(_generate, *starts, static=(site, count), shared=sampling)
 
@@ -461,16 +434,17 @@ def pad(tokens: Sequence[np.ndarray], shape: tuple[int, int] | None = None) -> n
     return out
 
 
-def _ahead(dispatched: Iterator) -> Iterator:
-    """Yields each item only after the next one has been asked for.
+def _by_text(row: np.ndarray, position: np.ndarray, shape: tuple[int, int]) -> tuple:
+    """``Passages.within`` as (positions int32 [batch, most of a text], mask of real ones)."""
+    real = np.arange(shape[1])[None, :] < np.bincount(row, minlength=shape[0])[:, None]
+    read = np.zeros(shape, np.int32)
+    read[real] = position
+    return read, real
 
-    The next item is computed while one is used; no more work is in flight.
-    """
-    first = list(itertools.islice(dispatched, 1))
-    for item in dispatched:
-        yield first.pop()
-        first.append(item)
-    yield from first
+
+def _ahead(dispatched: Iterator) -> Iterator:
+    """The same items; the next one is computed while one is used, and no more is in flight."""
+    return (item for item, _ in itertools.pairwise(itertools.chain(dispatched, [None])))
 
 
 # Compiled programs
@@ -478,7 +452,7 @@ def _ahead(dispatched: Iterator) -> Iterator:
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def run_model(function, model, static, graphs, params, shared, arrays) -> PyTree:
-    """Returns what ``Runner.dispatch`` does."""
+    """See ``Runner.dispatch``."""
     graphdef, dtype = model
     lm = modules.merge(graphdef, params)
     lm.dtype = dtype
@@ -486,10 +460,8 @@ def run_model(function, model, static, graphs, params, shared, arrays) -> PyTree
     return function(lm, *static, *shared, *arrays)
 
 
-def _captured(lm, sites, dtype, at, tokens) -> tuple[jax.Array, ...]:
-    """Per site the activations as ``dtype``, of all positions or at (row [m], position [m])."""
-    captured_ = (x.astype(dtype) for x in captured(lm, sites, tokens))
-    return tuple(captured_ if at is None else (x[at] for x in captured_))
+def _captured(lm, sites, dtype, tokens) -> tuple[jax.Array, ...]:
+    return tuple(x.astype(dtype) for x in captured(lm, sites, tokens))
 
 
 @jax.jit

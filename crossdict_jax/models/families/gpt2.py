@@ -18,26 +18,19 @@ class Config(base.ModelConfig):
     scale_attn_by_inverse_layer_idx: bool = False
 
 
-# Key of config.json -> our field, and Hugging Face's value for an absent key.
-KEYS = {
-    "vocab_size": ("vocab_size",),
-    "n_positions": ("context",),
-    "n_embd": ("d_model",),
-    "n_layer": ("n_layers",),
-    "n_head": ("n_heads",),
-    "n_inner": ("d_mlp",),
-    "activation_function": ("activation", "gelu_new"),
-    "layer_norm_epsilon": ("norm_eps", 1e-5),
-    "tie_word_embeddings": ("tied", True),
-    "initializer_range": ("init_std", 0.02),
-    "scale_attn_weights": ("scale_attn_weights", True),
-    "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
-}
-ALIASES = {
+SPELLINGS = {  # of ``base.KEYS`` in config.json; their usual names are understood too
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
+}
+KEYS = {SPELLINGS.get(key, key): field for key, field in base.KEYS.items()} | {
+    "n_inner": ("d_mlp",),
+    "activation_function": ("activation", "gelu_new"),
+    "layer_norm_epsilon": ("norm_eps", 1e-5),
+    "tie_word_embeddings": ("tied", True),
+    "scale_attn_weights": ("scale_attn_weights", True),
+    "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
 }
 REFUSED_UNLESS = {"add_cross_attention": False}
 ARCHITECTURE = "GPT2LMHeadModel"
@@ -69,7 +62,7 @@ def prepare(raw: dict) -> dict:
     return raw
 
 
-class Attention(nnx.Module):
+class Attention(base.Attention):
     """Multi-head attention whose query, key and value share one matrix."""
 
     def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
@@ -81,23 +74,10 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def __call__(self, x: jax.Array, rotary: None, dtype: jnp.dtype, past):
+    def project(self, x: jax.Array, dtype: jnp.dtype):
         qkv = self.qkv(x, dtype).reshape(*x.shape[:2], 3, self.n_heads, -1)
-        query, key, value = (qkv[:, :, i] for i in range(3))  # [batch, seq, heads, d_head]
-        out = base.attend(query, key, value, scale=self.scale, dtype=dtype, past=past)
-        return self.out(out, dtype), (key, value)
+        return [qkv[:, :, i] for i in range(3)]
 
 
 class Model(base.LanguageModel):
-    """GPT-2."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
-        shape = (config.context, config.d_model)
-        self.W_pos = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
-        self.add_blocks(rngs, norm=LayerNorm, attention=Attention)
-
-    def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        W_pos = self.W_pos[...]
-        at = W_pos[None, : tokens.shape[1]] if positions is None else W_pos[positions]
-        return self.W_E[...][tokens] + at
+    norm, attention = LayerNorm, Attention

@@ -1,41 +1,24 @@
 """GPT-NeoX (Black et al. 2022), the shape of Pythia: partial rotary, attention beside the MLP."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from crossdict_jax.models import base
 from crossdict_jax.models.base import LayerNorm, Linear
+from crossdict_jax.models.base import ModelConfig as Config
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(base.ModelConfig):
-    """GPT-NeoX's own settings: the kind of residual, and biases."""
-
-    parallel_residual: bool = True
-    attention_bias: bool = True
-
-
-# Key of config.json -> our field, and Hugging Face's value for an absent key.
-KEYS = {
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("context",),
-    "hidden_size": ("d_model",),
-    "num_hidden_layers": ("n_layers",),
-    "num_attention_heads": ("n_heads",),
+KEYS = base.KEYS | {
     "intermediate_size": ("d_mlp",),
     "hidden_act": ("activation", "gelu"),
     "layer_norm_eps": ("norm_eps", 1e-5),
     "tie_word_embeddings": ("tied", False),
-    "initializer_range": ("init_std", 0.02),
     "use_parallel_residual": ("parallel_residual", True),
     "rotary_pct": ("rotary_fraction", 0.25),
     "rotary_emb_base": ("rope_theta", 10000.0),
     "attention_bias": ("attention_bias", True),
 }
-ALIASES = {}
+SPELLINGS = {}
 REFUSED_UNLESS = {}
 ARCHITECTURE = "GPTNeoXForCausalLM"
 PREFIX = "gpt_neox."  # absent in files of the model without its head
@@ -68,28 +51,19 @@ def prepare(raw: dict) -> dict:
     return raw
 
 
-class Attention(nnx.Module):
+class Attention(base.Attention):
     """Multi-head attention; the shared matrix holds query, key, value head by head."""
 
     def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
         d_model, bias = config.d_model, config.attention_bias
         self.qkv = Linear(d_model, 3 * d_model, rngs, std=config.init_std, bias=bias)
         self.out = Linear(d_model, d_model, rngs, std=config.output_std, bias=bias)
-        self.n_heads = config.n_heads
+        self.n_heads, self.scale = config.n_heads, config.d_head**-0.5
 
-    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, past):
+    def project(self, x: jax.Array, dtype: jnp.dtype):
         qkv = self.qkv(x, dtype).reshape(*x.shape[:2], self.n_heads, -1)
-        query, key, value = jnp.split(qkv, 3, axis=-1)  # [batch, seq, heads, d_head]
-        query, key = base.rotate(query, rotary), base.rotate(key, rotary)
-        scale = query.shape[-1] ** -0.5
-        out = base.attend(query, key, value, scale=scale, dtype=dtype, past=past)
-        return self.out(out, dtype), (key, value)
+        return jnp.split(qkv, 3, axis=-1)
 
 
 class Model(base.LanguageModel):
-    """GPT-NeoX."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
-        parallel = config.parallel_residual
-        self.add_blocks(rngs, norm=LayerNorm, attention=Attention, parallel=parallel)
+    norm, attention = LayerNorm, Attention

@@ -8,18 +8,16 @@ from flax import nnx
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import base
-from crossdict_jax.models.base import ACTIVATIONS, Linear, RMSNorm
+from crossdict_jax.models.base import ACTIVATIONS, MLP, Linear, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(base.ModelConfig):
-    """Llama's own settings: heads of keys and values, their size, biases."""
+    """Llama's own settings: heads of keys and values, and their size."""
 
     n_kv_heads: int
     head_dim: int  # its own number: heads together may be wider than d_model
     rotary_fraction: float = 1.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -33,25 +31,18 @@ class Config(base.ModelConfig):
         return self.head_dim
 
 
-# Key of config.json -> our field, and Hugging Face's value for an absent key.
-KEYS = {
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("context",),
-    "hidden_size": ("d_model",),
-    "num_hidden_layers": ("n_layers",),
-    "num_attention_heads": ("n_heads",),
+KEYS = base.KEYS | {
     "num_key_value_heads": ("n_kv_heads",),
     "head_dim": ("head_dim",),
     "intermediate_size": ("d_mlp",),
     "hidden_act": ("activation", "silu"),
     "rms_norm_eps": ("norm_eps", 1e-6),
     "tie_word_embeddings": ("tied", False),
-    "initializer_range": ("init_std", 0.02),
     "rope_theta": ("rope_theta", 10000.0),
     "attention_bias": ("attention_bias", False),
     "mlp_bias": ("mlp_bias", False),
 }
-ALIASES = {}
+SPELLINGS = {}
 REFUSED_UNLESS = {"partial_rotary_factor": 1.0}
 ARCHITECTURE = "LlamaForCausalLM"
 PREFIX = "model."  # absent in files of the model without its head
@@ -87,7 +78,7 @@ def prepare(raw: dict) -> dict:
     return raw
 
 
-class Attention(nnx.Module):
+class Attention(base.Attention):
     """Attention in which each key-value head serves a run of query heads (Ainslie et al. 2023)."""
 
     def __init__(self, config: Config, layer: int, rngs: nnx.Rngs):
@@ -97,27 +88,20 @@ class Attention(nnx.Module):
         self.key = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
         self.value = Linear(d_model, d_key, rngs, std=config.init_std, bias=bias)
         self.out = Linear(d_query, d_model, rngs, std=config.output_std, bias=bias)
-        self.d_head = d_head
+        self.d_head, self.scale = d_head, d_head**-0.5
 
-    def __call__(self, x: jax.Array, rotary, dtype: jnp.dtype, past):
-        shape = (*x.shape[:2], -1, self.d_head)  # [batch, seq, heads, d_head]
-        query = base.rotate(self.query(x, dtype).reshape(shape), rotary)
-        key = base.rotate(self.key(x, dtype).reshape(shape), rotary)
-        value = self.value(x, dtype).reshape(shape)
-        scale = self.d_head**-0.5
-        out = base.attend(query, key, value, scale=scale, dtype=dtype, past=past)
-        return self.out(out, dtype), (key, value)
+    def project(self, x: jax.Array, dtype: jnp.dtype):
+        shape = (*x.shape[:2], -1, self.d_head)
+        return [part(x, dtype).reshape(shape) for part in (self.query, self.key, self.value)]
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(MLP):
     """``(activation(x W_gate) * x W_up) W_down`` (Shazeer 2020)."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        d_model, d_mlp, bias = config.d_model, config.d_mlp, config.mlp_bias
-        self.gate = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
-        self.up = Linear(d_model, d_mlp, rngs, std=config.init_std, bias=bias)
-        self.down = Linear(d_mlp, d_model, rngs, std=config.output_std, bias=bias)
-        self.activation = config.activation
+        std, bias = config.init_std, config.mlp_bias
+        self.gate = Linear(config.d_model, config.d_mlp, rngs, std=std, bias=bias)
+        super().__init__(config, rngs)
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         gate = ACTIVATIONS[self.activation](self.gate(x, dtype))
@@ -125,8 +109,4 @@ class GatedMLP(nnx.Module):
 
 
 class Model(base.LanguageModel):
-    """Llama."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
-        self.add_blocks(rngs, norm=RMSNorm, attention=Attention, mlp=GatedMLP)
+    norm, attention, mlp = RMSNorm, Attention, GatedMLP
