@@ -44,7 +44,8 @@ def model_names(models: Iterable[str]) -> list[str]:
     """Returns a unique folder name per model: the last part of its path, -2, -3 on collision."""
     names: list[str] = []
     for model in models:
-        base = re.sub(r"[^A-Za-z0-9._-]", "-", str(model).rstrip("/").split("/")[-1]) or "model"
+        path = os.path.abspath(os.path.expanduser(model))  # also of "." and "folder/.."
+        base = re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(path)) or "model"
         name, n = base, 1
         while name in names:
             n += 1
