@@ -161,6 +161,10 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
 def check(config: Any) -> None:
     """Raises UserError for a wrong setting; names the models of a config that names none."""
     settings.validate(config)
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        raise UserError(f"JAX does not start ({error}); correct or unset that variable.") from error
     if isinstance(config, Config):
         from crossdict_jax.dictionaries.base import check_settings
         from crossdict_jax.models import EMBEDDED

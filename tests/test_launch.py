@@ -221,6 +221,13 @@ def test_help_is_quick():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # seconds
 
 
+def test_variables_that_jax_cannot_read_are_told_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_ENABLE_X64", "maybe")
+    done = launch([sys.executable, "-m", "launch.experiment"], f"--workdir={tmp_path}/run")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'" in done.stderr
+
+
 BROKEN = [
     "x = 1",
     "def get_config():\n    raise ValueError('two\\nlines')",
