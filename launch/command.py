@@ -318,6 +318,13 @@ def parse(
             )
         if flag not in FILES:
             settings.put(config, name, value)
+    for name in asked.get("config.control_kinds", ()):  # files name more than a narrowed run fits
+        settings.validate(config)
+        if name not in config.map.kinds:
+            raise UserError(
+                f"control_kinds={name} is not fitted, so that it has no controls; use some of "
+                f"map.kinds={settings.spell(config.map.kinds)}, or add it there."
+            )
     return config, workdir or f"runs/{Path(path.partition(':')[0]).stem}", expected
 
 
