@@ -204,13 +204,13 @@ def _training(
     )
 
     def init(fixed, root):
-        return dataclasses.replace(ensemble, fixed=fixed).trainable(settings.steps).init(root)
+        return dataclasses.replace(ensemble, fixed=fixed).init(root)
 
     root, held = jax.eval_shape(jax.random.key, 0), ensemble.feed.resident
     state = put(jax.eval_shape(init, ensemble.fixed, root), ensemble.layout)
     one_step = ensemble.feed.indices(0, 0)  # shapes alone: no rows are there
     sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), one_step)
-    chunks = Chunks(ensemble.trainable(settings.steps), ensemble.feed, root)
+    chunks = Chunks(ensemble, root, steps=settings.steps)
     lowered = chunks.run.lower(state, held, sent, 0, 1, root, 0)
     data = jax.tree.leaves(held.get("data", ()))
     rows = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in data)
