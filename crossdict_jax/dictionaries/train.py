@@ -17,11 +17,11 @@ from flax import nnx
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import (
-    SWEPT,
     Config,
     JointSettings,
     SAEConfig,
     controlled_layers,
+    swept,
     unswept,
 )
 from crossdict_jax.dictionaries import base, pretrained
@@ -197,13 +197,11 @@ def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
 
     Later values of a swept field are ``seed-N-FIELD-VALUE``: ``seed-0`` always is the first.
     """
-    values = {field: getattr(sae, field) for field in SWEPT}
-    swept = {field: v if isinstance(v, tuple) else (v,) for field, v in values.items()}
-    result = []
+    result, values = [], swept(sae)
     for (model, site), seed in itertools.product(sites, range(sae.seeds)):
-        for combination in itertools.product(*swept.values()):
-            fields = dict(zip(swept, combination))
-            other = [f"{f}-{v:g}" for f, v in fields.items() if v != swept[f][0]]
+        for combination in itertools.product(*values.values()):
+            fields = dict(zip(values, combination))
+            other = [f"{f}-{v:g}" for f, v in fields.items() if v != values[f][0]]
             usual = usual_rate(sae.architecture, width=fields["width"])
             fields["learning_rate"] = fields["learning_rate"] or usual
             name = "-".join([f"seed-{seed}", *other])
