@@ -68,7 +68,6 @@ def run(
     ``table`` is the function of ``crossdict_jax.report`` that prints the final table.
     """
 
-    @functools.wraps(main)
     def start(config, work):
         _set_up_jax(work)
         if work:
@@ -293,13 +292,13 @@ def parse(
     expected = _load(asked["expect"], "get_expectations") if "expect" in asked else ()
     # Warnings and worse by default: some libraries narrate every file.
     flags.FLAGS["verbosity"].value = asked.get("verbosity", -1)
-    workdir = asked.get("workdir")
-    if workdir is not None and not workdir.strip():
-        raise UserError("--workdir= is empty; name a folder, or leave it out.")
-    stored = workdir is not None and Workdir(Path(workdir)).computed
-    stored = stored and (Path(workdir) / "config.json").exists()
-    usual = f"{ROOT}/configs/stored.py:{workdir}" if stored else f"{ROOT}/configs/{default}.py"
-    path = asked.get("config", usual)
+    workdir, file = asked.get("workdir"), f"{default}.py"
+    if workdir is not None:
+        if not workdir.strip():
+            raise UserError("--workdir= is empty; name a folder, or leave it out.")
+        if Workdir(Path(workdir)).computed and (Path(workdir) / "config.json").exists():
+            file = f"stored.py:{workdir}"
+    path = asked.get("config", f"{ROOT}/configs/{file}")
     config = _load(path)
     if not isinstance(config, kind):
         raise UserError(
