@@ -21,8 +21,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
 
 def latest_step(directory: Path) -> int | None:
     """Returns the newest finished step, or None; STEP.sha256.json is written last."""
-    steps = [int(seal.name.split(".")[0]) for seal in directory.glob("[0-9]*.sha256.json")]
-    return max((s for s in steps if (directory / str(s)).is_dir()), default=None)
+    steps = [int(seal.name.split(".")[0]) for seal in Path(directory).glob("[0-9]*.sha256.json")]
+    return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
 
 
 def is_finished(directory: Path) -> bool:
@@ -39,9 +39,9 @@ def finished_step(directory: Path) -> int:
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory} holds no finished checkpoint; run the stage that writes it.")
-    folder = directory / str(step)
+    folder = Path(directory) / str(step)
     digests = folder_digests(folder)
-    for name, digest in read_json(directory / f"{step}.sha256.json").items():
+    for name, digest in read_json(Path(directory) / f"{step}.sha256.json").items():
         if digests.get(name) != digest:
             state = "altered or cut short" if name in digests else "missing"
             raise UserError(
@@ -85,7 +85,7 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is damaged or of another shape.
     """
-    folder = directory.absolute() / str(finished_step(directory))
+    folder = Path(directory).absolute() / str(finished_step(directory))
     try:
         with ocp.StandardCheckpointer() as checkpointer:  # half as long as by a manager
             return {name: checkpointer.restore(folder / name, abstract[name]) for name in abstract}
@@ -100,7 +100,7 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
 
 def load_meta(directory: Path) -> dict:
     """Returns the ``meta`` of the newest finished checkpoint."""
-    folder = directory / str(finished_step(directory))
+    folder = Path(directory) / str(finished_step(directory))
     return read_json(folder / "meta" / "metadata")  # orbax takes ten times
 
 

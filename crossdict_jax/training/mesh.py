@@ -39,8 +39,8 @@ def all_devices() -> list:
 
 def device_memory() -> int | None:
     """Returns the bytes of a device's memory; None if unknown."""
-    planned = _PLANNED.get()[1]
-    return planned or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = _PLANNED.get()[1]
+    return memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def platform() -> str:
