@@ -15,6 +15,11 @@ from crossdict_jax.config.expectations import Expectation
 
 SMALL, MEDIUM = "gpt2", "gpt2-medium"  # as the runs name them
 NEAR = 0.15  # nats: other documents of the same corpus, and windows of another length
+# Files and columns, and which rows: of a target that goes on from the source through an affine
+# map, and of the source's dictionary, used for the target without training.
+LOSS, FVU = ("causal.jsonl", "ce"), ("dictionary_transfer.jsonl", "fvu")
+STITCHED = {"map": "ridge", "pairing": "aligned", "stitch_kind": "activation"}
+MOVED = {"dictionary": "transferred"}
 
 
 def get_config() -> Config:
@@ -36,34 +41,21 @@ def get_config() -> Config:
 
 
 def expected(
-    words: str, published: float, near: float, *, file: str, key: str, **where: Any
+    words: str, published: float, near: float, file: str, key: str, where: dict[str, Any]
 ) -> Expectation:
     """Returns an expectation of this paper: the published number, give or take ``near``."""
-    ends = {"low": published - near, "high": published + near, "published": f"{published}"}
-    paper = "Chen et al. 2025, arXiv 2506.06609"
-    return Expectation(words, file=file, key=key, source=paper, where=where, **ends)
-
-
-def stitched(words: str, published: float, near: float, *, source: str, target: str) -> Expectation:
-    """Returns the expected loss of ``target`` going on from ``source`` through an affine map."""
-    where = {"source": source, "target": target, "map": "ridge", "pairing": "aligned"}
-    where |= {"stitch_kind": "activation"}
-    return expected(words, published, near, file="causal.jsonl", key="ce", **where)
-
-
-def moved(words: str, published: float, near: float, *, key: str, **ends: str) -> Expectation:
-    """Returns an expected number of the source's dictionary, used for the target untrained."""
-    where = {"dictionary": "transferred"} | ends
-    return expected(words, published, near, file="dictionary_transfer.jsonl", key=key, **where)
+    low, high = published - near, published + near
+    source = "Chen et al. 2025, arXiv 2506.06609"
+    return Expectation(words, file, key, low, high, f"{published}", source, where)
 
 
 def get_expectations() -> tuple[Expectation, ...]:
-    ends = {"source": SMALL, "target": MEDIUM}
-    clean = {"file": "causal.jsonl", "key": "ce", "control": "clean"}
-    return (
-        stitched("cross-entropy of GPT-2 medium going on from small", 3.08, NEAR, **ends),
-        expected("cross-entropy of GPT-2 small itself", 3.07, NEAR, **clean, target=SMALL),
-        expected("cross-entropy of GPT-2 medium itself", 2.77, NEAR, **clean, target=MEDIUM),
-        moved("FVU of small's dictionary, moved without training", 0.39, 0.1, key="fvu", **ends),
-        moved("what putting it in costs, in nats", 0.96, 0.3, key="delta_ce", **ends),
+    ends, clean = {"source": SMALL, "target": MEDIUM}, {"control": "clean"}
+    numbers = (
+        ("cross-entropy of GPT-2 medium going on from small", 3.08, NEAR, *LOSS, ends | STITCHED),
+        ("cross-entropy of GPT-2 small itself", 3.07, NEAR, *LOSS, clean | {"target": SMALL}),
+        ("cross-entropy of GPT-2 medium itself", 2.77, NEAR, *LOSS, clean | {"target": MEDIUM}),
+        ("FVU of small's dictionary, moved without training", 0.39, 0.1, *FVU, ends | MOVED),
+        ("what putting it in costs, in nats", 0.96, 0.3, FVU[0], "delta_ce", ends | MOVED),
     )
+    return tuple(expected(*number) for number in numbers)

@@ -10,7 +10,7 @@ As configs/chen2025_gpt2.py, where the paper and the choices are named.
 import dataclasses
 
 from configs import chen2025_gpt2
-from configs.chen2025_gpt2 import moved, stitched
+from configs.chen2025_gpt2 import FVU, LOSS, MOVED, STITCHED, expected
 from crossdict_jax.config import Config
 from crossdict_jax.config.expectations import Expectation
 
@@ -25,7 +25,8 @@ def get_config() -> Config:
 
 
 def get_expectations() -> tuple[Expectation, ...]:
+    stitched, moved = ENDS | STITCHED, ENDS | MOVED
     return (
-        stitched("cross-entropy of Pythia-160m going on from 70m", 3.99, 0.2, **ENDS),
-        moved("FVU of 70m's dictionary, moved without training", 0.52, 0.1, key="fvu", **ENDS),
+        expected("cross-entropy of Pythia-160m going on from 70m", 3.99, 0.2, *LOSS, stitched),
+        expected("FVU of 70m's dictionary, moved without training", 0.52, 0.1, *FVU, moved),
     )

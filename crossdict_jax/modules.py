@@ -55,18 +55,15 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
 
 def abstract(build) -> tuple[nnx.GraphDef, Params]:
     """Returns ``split(build())`` with shapes in place of arrays; nothing is computed."""
-    graphdef, state = nnx.split(nnx.eval_shape(build))
-    return graphdef, jax.tree.map(lambda a: a, nnx.to_pure_dict(state))
+    return split(nnx.eval_shape(build))
 
 
 def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> np.ndarray:
     """Returns ``module.method(x)`` of rows x [n, ...] on the host, ``size`` rows at a time."""
     graphdef, params = split(module)
-    parts = []
-    for at in range(0, len(x), size):
-        batch = x[at : at + size]
-        parts.append(np.asarray(call(graphdef, method, params, padded(batch, size)))[: len(batch)])
-    return np.concatenate(parts)
+    batches = (padded(x[at : at + size], size) for at in range(0, len(x), size))
+    parts = [np.asarray(call(graphdef, method, params, batch)) for batch in batches]
+    return np.concatenate(parts)[: len(x)]
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:

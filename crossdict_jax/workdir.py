@@ -15,7 +15,7 @@ import re
 import socket
 import tokenize
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,17 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+RESERVED = ("shards", "training")  # folders beside those of models
+
+
 def model_names(models: Iterable[str]) -> list[str]:
     """Returns a unique folder name per model: the last part of its path, -2, -3 on collision."""
     names: list[str] = []
     for model in models:
-        base = re.sub(r"[^A-Za-z0-9._-]", "-", str(model).rstrip("/").split("/")[-1]) or "model"
+        path = os.path.abspath(os.path.expanduser(model))  # also of "." and "folder/.."
+        base = re.sub(r"[^A-Za-z0-9._-]", "-", os.path.basename(path)) or "model"
         name, n = base, 1
-        while name in names:
+        while name in (*names, *RESERVED):
             n += 1
             name = f"{base}-{n}"
         names.append(name)
@@ -84,7 +88,6 @@ class Workdir:
         return Workdir(self.root / "controls")
 
     def dictionary(self, model: str, site: Any, member: str = "seed-0") -> Path:
-        """Returns the checkpoint directory of a dictionary."""
         return self.dictionaries / model / str(site) / member
 
     def map(self, source: str, target: str, site_source: Any, site_target: Any, kind: str) -> Path:
@@ -151,30 +154,27 @@ def open_workdir(
             for tree in (stored, settings, usual)
         )
         old = {key: value for key, value in defaults.items() if key in new} | old
-        differ = [
-            key
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not (new.get(key) == defaults.get(key) == "auto")
-        ]
         unread = tuple(
             n for n, folder in (later or {}).items() if not (work.root / folder).exists()
         )
-        differences = [
-            f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
-            for key in differ
-            if not (key.startswith(unread) and key in new)
-        ]
+        differences, changed = [], False
+        for key in sorted(old.keys() | new.keys()):
+            there, now = old.get(key, "absent"), new.get(key, "absent")
+            if there == now or now == defaults.get(key) == "auto":
+                continue
+            if key in new and key.startswith(unread):
+                *groups, name = key.split(".")
+                group = functools.reduce(lambda tree, g: tree.setdefault(g, {}), groups, stored)
+                group[name], changed = now, True
+            else:
+                differences.append(f"{key}: {there} there, {now} now")
         if differences:
             raise UserError(
                 f"--workdir={work.root} was made with other settings ({'; '.join(differences)}); "
                 "use those settings or another --workdir."
             )
-        if not differ:
+        if not changed:
             return work
-        for key in differ:
-            *groups, name = key.split(".")
-            group = functools.reduce(lambda tree, g: tree.setdefault(g, {}), groups, stored)
-            group[name] = new[key]
         settings = stored
     try:
         write_json(written, settings)
@@ -231,7 +231,7 @@ def alone(root: Path) -> Iterator[None]:
 def check_space(directory: Path, needed: int = 1) -> None:
     """Raises UserError if ``directory`` cannot take ``needed`` more bytes: a full disk, a quota.
 
-    The space is allocated and freed again, because only that sees quotas and limits.
+    The space is allocated and freed again, which alone sees quotas and limits.
     """
     probe = directory / ".space.part"
     try:
@@ -288,7 +288,6 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Returns the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -312,19 +311,14 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def read_json(
-    path: Path,
-    kind: type = dict,
-    *,
-    parse: Callable[[str], Any] = parse_json,
-    mend: str = AGAIN,
-) -> Any:
+def read_json(path: Path, kind: type = dict, *, lines: bool = False, mend: str = AGAIN) -> Any:
     """Returns the object, or list, in a JSON file; UserError if it is missing or damaged.
 
-    ``parse`` may raise ValueError; ``mend`` says what to do about a damaged file.
+    With ``lines``, the list of values that are one a line. ``mend`` says what to do about damage.
     """
     try:
-        value = parse(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = [parse_json(s) for s in text.splitlines() if s] if lines else parse_json(text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it first.") from None
     except ValueError as error:
@@ -336,9 +330,7 @@ def read_json(
 
 def read_jsonl(path: Path) -> list[dict]:
     """Returns the rows of a JSON-lines file; UserError if it is missing or damaged."""
-    rows = read_json(
-        path, list, parse=lambda text: [parse_json(line) for line in text.splitlines() if line]
-    )
+    rows = read_json(path, list, lines=True)
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is damaged (a line is no JSON object); {AGAIN}.")
     return rows
@@ -397,7 +389,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def as_float32(value: Any, name: str, file: Path) -> Any:
-    """Returns an array of weights as float32; UserError if it does not hold floats."""
+    """Returns weights as float32; UserError if they are no floats."""
     if value.dtype.name not in FLOATS:
         raise UserError(f"{file}: weight {name!r} is {value.dtype.name}, {SAVE_AGAIN}")
     return value.astype("float32", copy=False)

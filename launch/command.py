@@ -68,7 +68,6 @@ def run(
     ``table`` is the function of ``crossdict_jax.report.terminal`` that prints the final table.
     """
 
-    @functools.wraps(main)
     def start(config, work):
         _set_up_jax(work)
         if work:
@@ -161,6 +160,10 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
 def check(config: Any) -> None:
     """Raises UserError for a wrong setting; names the models of a config that names none."""
     settings.validate(config)
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        raise UserError(f"JAX does not start ({error}); correct or unset that variable.") from error
     if isinstance(config, Config):
         from crossdict_jax.dictionaries.base import check_settings
         from crossdict_jax.models import EMBEDDED
@@ -289,13 +292,13 @@ def parse(
     expected = _load(asked["expect"], "get_expectations") if "expect" in asked else ()
     # Warnings and worse by default: some libraries narrate every file.
     flags.FLAGS["verbosity"].value = asked.get("verbosity", -1)
-    workdir = asked.get("workdir")
-    if workdir is not None and not workdir.strip():
-        raise UserError("--workdir= is empty; name a folder, or leave it out.")
-    stored = workdir is not None and Workdir(Path(workdir)).computed
-    stored = stored and (Path(workdir) / "config.json").exists()
-    usual = f"{ROOT}/configs/stored.py:{workdir}" if stored else f"{ROOT}/configs/{default}.py"
-    path = asked.get("config", usual)
+    workdir, file = asked.get("workdir"), f"{default}.py"
+    if workdir is not None:
+        if not workdir.strip():
+            raise UserError("--workdir= is empty; name a folder, or leave it out.")
+        if Workdir(Path(workdir)).computed and (Path(workdir) / "config.json").exists():
+            file = f"stored.py:{workdir}"
+    path = asked.get("config", f"{ROOT}/configs/{file}")
     config = _load(path)
     if not isinstance(config, kind):
         raise UserError(
@@ -314,6 +317,13 @@ def parse(
             )
         if flag not in FILES:
             settings.put(config, name, value)
+    for name in asked.get("config.control_kinds", ()):  # files name more than a narrowed run fits
+        settings.validate(config)
+        if name not in config.map.kinds:
+            raise UserError(
+                f"control_kinds={name} is not fitted, so that it has no controls; use some of "
+                f"map.kinds={settings.spell(config.map.kinds)}, or add it there."
+            )
     return config, workdir or f"runs/{Path(path.partition(':')[0]).stem}", expected
 
 

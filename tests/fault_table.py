@@ -9,7 +9,6 @@ be those of a run that nothing disturbed. Mounts need ``unshare``; without it th
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -290,7 +289,7 @@ def poisoned(where):
             import jax
             import jax.numpy as jnp
 
-            from crossdict_jax.training import loop
+            from crossdict_jax.training.ensemble import Ensemble
 
             def spoil(leaf):
                 if leaf.dtype == jnp.uint16:  # the bits of bfloat16
@@ -301,19 +300,16 @@ def poisoned(where):
                 bad = jax.tree.map(spoil, tree)
                 return jax.tree.map(lambda a, b: jnp.where(number == at, a, b), bad, tree)
 
-            made = loop.Chunks.__init__
+            whole = Ensemble.step
 
-            def init(self, trainable, *rest, **settings):
-                def step(state, batch, number, *more, **static):
-                    batch = put(batch, number) if where == "batch" else batch
-                    state, metrics = trainable.step(state, batch, number, *more, **static)
-                    params = state["params"]
-                    params = put(params, number) if where == "gradient" else params
-                    return state | {"params": params}, metrics
+            def step(self, state, batch, number, *more, **static):
+                batch = put(batch, number) if where == "batch" else batch
+                state, metrics = whole(self, state, batch, number, *more, **static)
+                params = state["params"]
+                params = put(params, number) if where == "gradient" else params
+                return state | {"params": params}, metrics
 
-                made(self, dataclasses.replace(trainable, step=step), *rest, **settings)
-
-            loop.Chunks.__init__ = init
+            Ensemble.step = step
 
         ended = lab.run(work, poison)
         seals = work.glob("dictionaries/training/*/checkpoints/*.sha256.json")

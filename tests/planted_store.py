@@ -1,5 +1,6 @@
 """Stores whose rows have planted directions, ensembles trained on them, and a kill in between."""
 
+import functools
 import re
 
 import jax
@@ -79,9 +80,8 @@ def arrays(module):
 
 def run_steps(ensemble, steps, *, change=lambda state: state, chunk=None):
     """(state, metrics) after the first steps of a training, from a changed initial state."""
-    trainable, size = ensemble.trainable(steps), chunk or steps
-    state, metrics = change(loop.initial(trainable, KEY, ensemble.layout)), []
-    run = loop.Chunks(trainable, ensemble.feed, KEY, limit=size)
+    size, state, metrics = chunk or steps, change(loop.initial(ensemble, KEY)), []
+    run = loop.Chunks(ensemble, KEY, steps=steps, limit=size)
     for first in range(0, steps, size):
         state, new = run(state, first, size)
         metrics.append(jax.device_get(new))
@@ -90,23 +90,23 @@ def run_steps(ensemble, steps, *, change=lambda state: state, chunk=None):
 
 def step_program(ensemble, steps=30):
     """What one step computes, as text: every number that it uses."""
-    trainable, feed = ensemble.trainable(steps), ensemble.feed
-    state = jax.eval_shape(trainable.init, KEY)
+    feed, state = ensemble.feed, jax.eval_shape(ensemble.init, KEY)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), feed.indices(0, 1))
     batch = jax.eval_shape(feed.select, feed.resident, rows)
-    return f"{jax.make_jaxpr(trainable.step)(state, batch, 0, KEY)} {ensemble.fixed}"
+    step = functools.partial(ensemble.step, steps=steps)
+    return f"{jax.make_jaxpr(step)(state, batch, 0, KEY)} {ensemble.fixed}"
 
 
 def gathered(ensemble, steps, variant):
     """The shapes that devices gather from each other in one step."""
-    trainable, feed = ensemble.trainable(steps), ensemble.feed
+    feed = ensemble.feed
     state = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=ensemble.layout),
-        jax.eval_shape(trainable.init, KEY),
+        jax.eval_shape(ensemble.init, KEY),
     )
 
     def step(state, held, rows):
-        return trainable.step(state, feed.select(held, rows), 0, KEY, variant)
+        return ensemble.step(state, feed.select(held, rows), 0, KEY, variant, steps=steps)
 
     rows = jax.tree.map(lambda a: a[0], feed.indices(0, 1))
     text = jax.jit(step).lower(state, feed.resident, rows).compile().as_text()

@@ -42,10 +42,9 @@ def test_codes_follow_rows_that_are_reordered_and_taken():
 def one_step(given):
     config = MapConfig(hidden=16, batch_size=64, steps=10)
     made, _ = ensemble.prepare(mlp.MLP, [given], config, seed=0)
-    trainable, feed = made.trainable(10), made.feed
-    state = initial(trainable, jax.random.key(0), made.layout)
-    chosen = feed.indices(0, 1)[0]
-    step = jax.jit(lambda s, r, i: trainable.step(s, feed.select(r, i), 1, jax.random.key(1)))
+    feed, state = made.feed, initial(made, jax.random.key(0))
+    chosen, one = feed.indices(0, 1)[0], functools.partial(made.step, steps=10)
+    step = jax.jit(lambda s, r, i: one(s, feed.select(r, i), 1, jax.random.key(1)))
     return functools.partial(step, state, feed.resident, chosen), feed.resident["data"]["rows"]
 
 

@@ -14,7 +14,8 @@ from tiny_run import refused
 from crossdict_jax import dictionaries, modules, ops
 from crossdict_jax.config import SAEConfig, architectures
 from crossdict_jax.dictionaries import base, start, train
-from crossdict_jax.dictionaries.architectures import jumprelu
+from crossdict_jax.dictionaries.architectures import jumprelu, matryoshka
+from crossdict_jax.dictionaries.base import fvu
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, ensemble
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
@@ -109,6 +110,29 @@ def test_the_threshold_follows_the_smallest_value_that_batches_keep(architecture
     np.testing.assert_allclose(d.threshold[...], 0.5 + base.THRESHOLD_RATE * 0.5, rtol=1e-6)
     kept = d.activate(d.threshold[...] + jnp.asarray([[0.0, 1e-3, -1e-3]]))
     np.testing.assert_array_equal(np.asarray(kept) > 0, [[False, True, False]])
+
+
+def test_many_nested_widths_have_their_errors_and_a_small_program():
+    d, x, sizes = fresh("matryoshka"), rows(), []
+    graphdef, params = modules.split(d)
+
+    def losses(params, n):
+        hyper = dataclasses.replace(HYPER, nested_fractions=tuple(np.arange(1, n + 1) / 20))
+        how = {"hyper": hyper, "dead": jnp.zeros(20, bool)}
+        loss, parts, _ = modules.merge(graphdef, params).losses(x, **how)
+        return loss, parts
+
+    for n in (2, 19):
+        step = jax.jit(jax.value_and_grad(losses, has_aux=True), static_argnums=1)
+        sizes.append(len(step.lower(params, n).compile().as_text()))
+    assert sizes[1] < 4 * sizes[0]
+    u = d.scaled_pair(x, None)[1]
+    f, W, b = (np.asarray(a) for a in (d.training_code(u), d.W_dec[...], d.b_dec[...]))
+    errors = [fvu(u, b + f[:, :m] @ W[:m]) for m in range(1, 21)]
+    weights = matryoshka.NESTED_BALANCE ** np.arange(20.0)[::-1]
+    parts = losses(params, 19)[1]
+    np.testing.assert_allclose(parts["nested_fvu"], np.average(errors, weights=weights), rtol=1e-6)
+    np.testing.assert_allclose(parts["fvu"], errors[-1], rtol=1e-6)
 
 
 def test_a_jumprelu_threshold_has_the_gradient_of_its_kernel():

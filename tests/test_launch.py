@@ -168,6 +168,8 @@ MISTAKES = [  # arguments, what the line names
     ("--modles=a,b", "did you mean --models?"),
     ("more", "'more' is not a flag"),
     ("--config.sae.learning_rate=nan", "sae.learning_rate=nan is not a number"),
+    ("--config.control_kinds=mlp --config.map.kinds=mean,ridge", "control_kinds=mlp is not fitted"),
+    ("--config.control_kinds=rigde", "control_kinds=rigde: rigde must be one of"),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),
@@ -221,6 +223,13 @@ def test_help_is_quick():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "--config.sae.width=4096" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # seconds
+
+
+def test_variables_that_jax_cannot_read_are_told_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_ENABLE_X64", "maybe")
+    done = launch([sys.executable, "-m", "launch.experiment"], f"--workdir={tmp_path}/run")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'" in done.stderr
 
 
 BROKEN = [

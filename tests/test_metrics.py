@@ -37,10 +37,10 @@ def test_rows_behind_the_restored_step_are_written_once(tmp_path):
 
 
 def test_other_tools_get_a_curve_for_each_member(tmp_path, wandb):
-    writer = MetricsWriter(tmp_path / "m.jsonl", start=0, records=("wandb",), labels=("x",))
+    writer = MetricsWriter(tmp_path / "m.jsonl", start=0, records=("wandb",), labels=("x", "y"))
     writer(7, {"loss": [2.0, 3.0], "rate": 0.5})
     writer.close()
-    curves = {"loss/x": 2.0, "loss/1": 3.0, "rate": 0.5, "step": 7}
+    curves = {"loss/x": 2.0, "loss/y": 3.0, "rate": 0.5, "step": 7}
     assert wandb == ["crossdict_jax", curves, "finished"]
 
 

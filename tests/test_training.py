@@ -170,9 +170,7 @@ def test_members_take_devices_before_data_does(members, shape):
 
 def test_memory_is_told_before_the_first_step_and_compiles_nothing_twice():
     made, key = regression(), jax.random.key(0)
-    trainable = made.trainable(130)
-    state = loop.initial(trainable, key, made.layout)
-    run = loop.Chunks(trainable, made.feed, key)
+    state, run = loop.initial(made, key), loop.Chunks(made, key, steps=130)
     held = run.memory(state)
     size = sum(a.nbytes for a in jax.tree.leaves(state)) + X.nbytes
     assert size < held < size + 1_000_000
@@ -209,9 +207,8 @@ def test_a_chunk_is_compiled_once_whatever_the_first_state_is_made_of():
     """A number without a dtype has a weak type, and what steps make of it a strong one."""
     made, key = regression(), jax.random.key(0)
     made.objective.init = lambda key, fixed: {"w": jnp.full(D, 0.0)}
-    trainable = made.trainable(130)
-    assert jax.eval_shape(trainable.init, key)["params"]["w"].weak_type
-    run, state = loop.Chunks(trainable, made.feed, key), loop.initial(trainable, key, made.layout)
+    assert jax.eval_shape(made.init, key)["params"]["w"].weak_type
+    run, state = loop.Chunks(made, key, steps=130), loop.initial(made, key)
     for first in (0, 2, 4):
         state, _ = run(state, first, 2)
     assert run.run._cache_size() == 1

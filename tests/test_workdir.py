@@ -52,6 +52,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_names_of_models_collide_in_order():
     assert model_names(["org/a", "other/a/", "a b", "/"]) == ["a", "a-2", "a-b", "model"]
+    assert model_names(["shards", "x/training"]) == ["shards-2", "training-2"]  # not ours
+    paths = ["/x/a", "/x/a/", "/x/a/.", "/x/a/b/..", "/y//a", "x/../a"]
+    assert model_names(paths) == ["a", *(f"a-{n}" for n in range(2, 7))]
+
+
+def test_a_model_in_the_current_folder_is_named_by_it(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "inner")
+    assert model_names([".", "..", "../", "./"]) == ["inner", "mine", "mine-2", "inner-2"]
 
 
 def test_a_stage_says_one_line_and_bars_are_for_terminals(tmp_path, capfd, monkeypatch):

@@ -34,9 +34,8 @@ class Training:
     """A training that stands still between runs of at most ``longest`` steps: the loop's code."""
 
     def __init__(self, ensemble: Ensemble, *, longest: int = MAX_CHUNK):
-        trainable, root = ensemble.trainable(LONG), jax.random.key(0)
-        self._chunks = Chunks(trainable, ensemble.feed, root, limit=longest)
-        self.state = jax.block_until_ready(initial(trainable, root, ensemble.layout))
+        self._chunks = Chunks(ensemble, jax.random.key(0), steps=LONG, limit=longest)
+        self.state = jax.block_until_ready(initial(ensemble, jax.random.key(0)))
         self._done = 0
 
     def run(self, count: int) -> None:

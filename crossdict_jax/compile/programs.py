@@ -182,12 +182,12 @@ def _training(
 
     root, feed, steps = jax.eval_shape(jax.random.key, 0), ensemble.feed, settings.steps
     state = jax.eval_shape(
-        lambda fixed, root: dataclasses.replace(ensemble, fixed=fixed).trainable(steps).init(root),
+        lambda fixed, root: dataclasses.replace(ensemble, fixed=fixed).init(root),
         *(ensemble.fixed, root),
     )
     no_steps = feed.indices(0, 0)  # shapes alone: no rows are there
     sent = jax.tree.map(lambda a: blank((MAX_CHUNK, *a.shape[1:]), a.dtype), no_steps)
-    run = Chunks(ensemble.trainable(steps), feed, root).run
+    run = Chunks(ensemble, root, steps=steps).run
     lowered = run.lower(put(state, ensemble.layout), feed.resident, sent, 0, 1, root, 0)
     data = jax.tree.leaves(feed.resident.get("data", ()))
     rows = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in data)

@@ -2,7 +2,6 @@
 
 from crossdict_jax.config.fields import (
     CONTROLS,
-    DEFAULT_MAPS,
     FREE,
     LATER,
     MAP_HEADS,
@@ -35,6 +34,7 @@ from crossdict_jax.config.fields import (
     layer_pairs,
     model_layers,
     refuse_transcoders,
+    swept,
     to_dict,
     unswept,
 )

@@ -124,10 +124,11 @@ class SAEConfig:
     )
 
     def check(self) -> None:
-        swept = [name for name in SWEPT if isinstance(getattr(self, name), tuple)]
-        if self.sources and set(self.sources) != {"train"} and (swept or self.seeds > 1):
+        several = [name for name, values in swept(self).items() if len(values) > 1]
+        several += ["seeds"] * (self.seeds > 1)
+        if several and set(self.sources) - {"train"}:
             raise UserError(
-                f"sae.sources names one dictionary for each model, and sae.{(*swept, 'seeds')[0]} "
+                f"sae.sources names one dictionary for each model, and sae.{several[0]} "
                 "asks for several; give one value."
             )
         if self.batch_size % self.accumulate:
@@ -422,11 +423,15 @@ def refuse_transcoders(config: Config, name: str) -> None:
         )
 
 
+def swept(sae: SAEConfig) -> dict[str, tuple]:
+    """Returns {setting: its values, one or several} of those in ``SWEPT``."""
+    values = {name: getattr(sae, name) for name in SWEPT}
+    return {name: v if isinstance(v, tuple) else (v,) for name, v in values.items()}
+
+
 def unswept(sae: SAEConfig) -> SAEConfig:
     """Returns the settings with the first value of each swept one."""
-    values = {name: getattr(sae, name) for name in SWEPT}
-    first = {name: v[0] if isinstance(v, tuple) else v for name, v in values.items()}
-    return dataclasses.replace(sae, **first)
+    return dataclasses.replace(sae, **{name: v[0] for name, v in swept(sae).items()})
 
 
 @dataclass(frozen=True)
@@ -454,11 +459,10 @@ def crosscoder_settings(config: Config) -> JointSettings:
     """
     joint, sae = config.crosscoder, unswept(config.sae)
     width = joint.width or sae.width
-    names = {field.name for field in dataclasses.fields(JointSettings)}
-    settings = {k: v for group in (sae, joint) for k, v in vars(group).items() if k in names}
     rate = joint.learning_rate or sae.learning_rate or 2e-3 * math.sqrt(4096 / width)
-    chosen = {"learning_rate": rate, "steps": joint.steps or sae.steps}
-    return JointSettings(**settings | chosen | {"width": width, "k": min(sae.k, width)})
+    settings = vars(sae) | vars(joint) | {"width": width, "k": min(sae.k, width)}
+    settings |= {"learning_rate": rate, "steps": joint.steps or sae.steps}
+    return JointSettings(**{f.name: settings[f.name] for f in dataclasses.fields(JointSettings)})
 
 
 def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:

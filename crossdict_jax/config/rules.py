@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOM = Path(__file__).parents[1]  # the package
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
 OUTPUT_SITE = re.compile(rf"(?:([^:]+):)?({'|'.join(SITES)})(?:\.([0-9]+))?")
 
@@ -22,10 +21,9 @@ class Rule(NamedTuple):
 def setting(
     default: Any, help: str, rule: Rule | None = None, *, empty: bool = False, repeat: bool = False
 ) -> Any:
-    """Returns a dataclass field that is a setting.
+    """Returns a dataclass field that is a setting, with a rule of each of its values.
 
-    A rule is of each value where several are given. ``empty``, ``repeat``: whether a tuple may hold
-    no value, or one twice.
+    ``empty``, ``repeat``: whether a tuple may hold no value, or one twice.
     """
     metadata = {"help": help, "rule": rule, "empty": empty, "repeat": repeat}
     return dataclasses.field(default=default, metadata=metadata)
@@ -66,7 +64,8 @@ optional = partial(setting, (), empty=True)  # no value or several, by default n
 
 def files_of(folder: str) -> tuple[str, ...]:
     """Returns the members of a family: the files of its folder in the package."""
-    return tuple(sorted(file.stem for file in (ROOM / folder).glob("[!_]*.py")))
+    package = Path(__file__).parents[1]
+    return tuple(sorted(file.stem for file in (package / folder).glob("[!_]*.py")))
 
 
 # Kinds of dictionary, kinds of map, and what launch.benchmark measures.

@@ -43,14 +43,12 @@ def settings(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def get(config: Any, name: str) -> Any:
-    """Returns the value of a setting."""
     for part in name.split("."):
         config = getattr(config, part)
     return config
 
 
 def put(config: Any, name: str, value: Any) -> None:
-    """Sets a setting."""
     group, _, last = name.rpartition(".")
     setattr(get(config, group) if group else config, last, value)
 

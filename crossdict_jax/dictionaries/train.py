@@ -16,7 +16,7 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.activations.store import Store
-from crossdict_jax.config import SWEPT, Config, JointSettings, SAEConfig, controlled_layers, unswept
+from crossdict_jax.config import Config, JointSettings, SAEConfig, controlled_layers, swept, unswept
 from crossdict_jax.dictionaries import base, pretrained
 from crossdict_jax.dictionaries.base import Dictionary, Hyper, power
 from crossdict_jax.dictionaries.start import begin, check_rows, fit_length, start_of
@@ -186,11 +186,10 @@ def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
 
     Later values of a swept field are ``seed-N-FIELD-VALUE``: ``seed-0`` always is the first.
     """
-    first, result = vars(unswept(sae)), []
-    swept = [v if isinstance(v := getattr(sae, field), tuple) else (v,) for field in SWEPT]
-    for end, seed, *values in itertools.product(sites, range(sae.seeds), *swept):
-        fields = dict(zip(SWEPT, values))
-        other = [f"{f}-{v:g}" for f, v in fields.items() if v != first[f]]
+    result, values = [], swept(sae)
+    for end, seed, *chosen in itertools.product(sites, range(sae.seeds), *values.values()):
+        fields = dict(zip(values, chosen))
+        other = [f"{f}-{v:g}" for f, v in fields.items() if v != values[f][0]]
         usual = usual_rate(sae.architecture, width=fields["width"])
         fields["learning_rate"] = fields["learning_rate"] or usual
         result.append(Member(*end, seed, name="-".join([f"seed-{seed}", *other]), **fields))

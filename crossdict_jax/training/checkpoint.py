@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.training.mesh import shapes_of
 from crossdict_jax.workdir import check_space, disk_words, folder_digests, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
@@ -84,8 +85,7 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is damaged or of another shape.
     """
-    step = finished_step(directory)
-    folder = Path(directory).absolute() / str(step)
+    folder = Path(directory).absolute() / str(finished_step(directory))
     try:
         with ocp.StandardCheckpointer() as checkpointer:  # half as long as by a manager
             return {name: checkpointer.restore(folder / name, abstract[name]) for name in abstract}
@@ -100,8 +100,8 @@ def restore(directory: Path, **abstract: Any) -> dict[str, Any]:
 
 def load_meta(directory: Path) -> dict:
     """Returns the ``meta`` of the newest finished checkpoint."""
-    step = finished_step(directory)
-    return read_json(Path(directory) / str(step) / "meta" / "metadata")  # orbax takes ten times
+    folder = Path(directory) / str(finished_step(directory))
+    return read_json(folder / "meta" / "metadata")  # orbax takes ten times
 
 
 def load_params(directory: Path, abstract: Any) -> Any:
@@ -109,6 +109,5 @@ def load_params(directory: Path, abstract: Any) -> Any:
 
     ``abstract`` is a pytree with their shapes and dtypes.
     """
-    first = {"sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
-    laid_out = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, **first), abstract)
-    return restore(directory, params=laid_out)["params"]
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return restore(directory, params=shapes_of(abstract, first))["params"]

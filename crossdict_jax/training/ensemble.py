@@ -4,7 +4,6 @@ An ``Objective`` says what one member is trained to do.
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 
 from crossdict_jax.errors import UserError
-from crossdict_jax.training.loop import Feed, PyTree, Trainable, epoch_order
+from crossdict_jax.training.loop import Feed, PyTree, epoch_order
 from crossdict_jax.training.mesh import (
     DATA,
     MEMBER,
@@ -103,52 +102,53 @@ class Ensemble:
         """The sharding of arrays that are stacked over members."""
         return shard(self.mesh, MEMBER)
 
-    def trainable(self, steps: int) -> Trainable:
-        """Returns the step of the whole ensemble, and its state before the first."""
-        objective, fixed = self.objective, self.fixed
+    def init(self, root: jax.Array) -> PyTree:
+        """Returns {"params", "train"} before the first step; ``train`` is what training needs."""
+        objective = self.objective
 
-        def init(root):
-            def member(fixed):
-                params = objective.init(jax.random.fold_in(root, fixed["id"]), fixed)
-                train = {"optimizer": objective.optimizer(fixed).init(params)}
-                train["memory"] = jax.tree.map(jnp.asarray, objective.memory)
-                if objective.validate_every:  # the best one's step, and validations since then
-                    train["best"] = {"params": params, "score": jnp.full((), jnp.inf, jnp.float32)}
-                    train["best"] |= {name: jnp.zeros((), jnp.int32) for name in ("step", "stale")}
-                    train["best"]["latest"] = jnp.zeros(())
-                return {"params": params, "train": train}
+        def member(fixed):
+            params = objective.init(jax.random.fold_in(root, fixed["id"]), fixed)
+            train = {"optimizer": objective.optimizer(fixed).init(params)}
+            train["memory"] = jax.tree.map(jnp.asarray, objective.memory)
+            if objective.validate_every:  # the best one's step, and validations since then
+                train["best"] = {"params": params, "score": jnp.full((), jnp.inf, jnp.float32)}
+                train["best"] |= {name: jnp.zeros((), jnp.int32) for name in ("step", "stale")}
+                train["best"]["latest"] = jnp.zeros(())
+            return {"params": params, "train": train}
 
-            return jax.vmap(member)(jax.tree.map(jnp.asarray, fixed))
+        return jax.vmap(member)(jax.tree.map(jnp.asarray, self.fixed))
 
-        def step(state, batch, number, key, variant=0):
-            def member(state, rows, fixed):
-                params, train = state["params"], state["train"]
-                member_key = jax.random.fold_in(key, fixed["id"])
-                context = Context(fixed, train["memory"], variant, None, number, member_key)
-                (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
-                frozen = [name for name in objective.frozen if name in grads]
-                grads |= {name: jnp.zeros_like(grads[name]) for name in frozen}
-                optimizer = objective.optimizer(fixed)
-                with jax.default_matmul_precision("highest"):  # of Muon's products
-                    updates, slots = optimizer.update(grads, train["optimizer"], params)
-                moved = optax.apply_updates(params, updates)
-                moved, memory = objective.after_step(moved, train["memory"], aux)
-                train = train | {"optimizer": slots, "memory": memory}
-                new = {"params": moved, "train": train}
-                if objective.validate_every:
-                    stopped = train["best"]["stale"] >= objective.patience
-                    new = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), state, new)
-                return new, {"loss": loss} | metrics
+    def step(
+        self, state: PyTree, batch: PyTree, number: int, key: jax.Array, variant=0, *, steps: int
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        """Returns the state after a step, and metrics [members]; the last is ``steps`` - 1."""
+        objective = self.objective
 
-            # See mesh.on_own_rows: code inside speaks of a member's rows as a whole.
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                over_members = jax.vmap(member, spmd_axis_name=MEMBER)
-                state, metrics = over_members(state, batch["rows"], batch["fixed"])
-                if objective.validate_every:
-                    state, metrics = _validated(objective, state, metrics, batch, number, steps)
-            return state, metrics
+        def member(state, rows, fixed):
+            params, train = state["params"], state["train"]
+            member_key = jax.random.fold_in(key, fixed["id"])
+            context = Context(fixed, train["memory"], variant, None, number, member_key)
+            (loss, metrics, aux), grads = _gradients(objective, params, rows, context)
+            frozen = [name for name in objective.frozen if name in grads]
+            grads |= {name: jnp.zeros_like(grads[name]) for name in frozen}
+            optimizer = objective.optimizer(fixed)
+            with jax.default_matmul_precision("highest"):  # of Muon's products
+                updates, slots = optimizer.update(grads, train["optimizer"], params)
+            moved = optax.apply_updates(params, updates)
+            moved, memory = objective.after_step(moved, train["memory"], aux)
+            new = {"params": moved, "train": train | {"optimizer": slots, "memory": memory}}
+            if objective.validate_every:
+                stopped = train["best"]["stale"] >= objective.patience
+                new = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), state, new)
+            return new, {"loss": loss} | metrics
 
-        return Trainable(init, step, lambda state: objective.variant(state["train"]["memory"]))
+        # See mesh.on_own_rows: code inside speaks of a member's rows as a whole.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            over_members = jax.vmap(member, spmd_axis_name=MEMBER)
+            state, metrics = over_members(state, batch["rows"], batch["fixed"])
+            if objective.validate_every:
+                state, metrics = _validated(objective, state, metrics, batch, number, steps)
+        return state, metrics
 
 
 def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Context):
@@ -176,14 +176,14 @@ def _gradients(objective: Objective, params: PyTree, rows: PyTree, context: Cont
 
 
 def _validated(objective, state, metrics, batch, number, steps):
-    """The state with every member's best parameters so far, checked every few steps."""
+    """The state with every member's best parameters so far."""
 
     def member(state, validation, fixed):
         best, params = state["train"]["best"], state["params"]
         score, old = objective.score(params, validation, fixed), best["stale"]
         new = {"params": params, "score": score, "step": jnp.asarray(number, jnp.int32)}
-        better, old_best = score < best["score"], {name: best[name] for name in new}
-        kept = jax.tree.map(lambda a, b: jnp.where(better, b, a), old_best, new)
+        better, before = score < best["score"], {name: best[name] for name in new}
+        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, before)
         stale = jnp.where(old >= objective.patience, old, jnp.where(better, 0, old + 1))
         return kept | {"latest": score, "stale": stale}
 
@@ -280,8 +280,10 @@ def make_ensemble(
         batch = gather(data, indices(first, count), _copied)
         return put(batch, shard(mesh, None, MEMBER, DATA))
 
+    def look_up(rows, source, at):
+        return _looked_up_in_parts(mesh, rows, source, at) if parts else rows[source[:, None], at]
+
     def select(held, sent):
-        look_up = functools.partial(_looked_up_in_parts, mesh) if parts else _looked_up
         rows = gather(held["data"], sent, look_up) if resident else sent
         spread = shard(mesh, MEMBER, DATA)
         rows = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(from_bits(a), spread), rows)
@@ -303,13 +305,8 @@ def make_ensemble(
     return Ensemble(objective, feed, fixed, tuple(labels), mesh)
 
 
-def _looked_up(rows: jax.Array, source: np.ndarray, at: jax.Array) -> jax.Array:
-    """Rows [members, batch, ...] at these indices of rows [sources, n, ...]."""
-    return rows[source[:, None], at]
-
-
 def _looked_up_in_parts(mesh, rows: jax.Array, source: np.ndarray, at: jax.Array) -> jax.Array:
-    """The same of rows that devices hold in parts.
+    """``rows[source[:, None], at]`` [members, batch, ...] of rows that devices hold in parts.
 
     Each looks up its own for the whole batch, zeros for others; the sum gives each its share of it.
     """
@@ -317,7 +314,7 @@ def _looked_up_in_parts(mesh, rows: jax.Array, source: np.ndarray, at: jax.Array
     def own(rows, source, at):
         index = at - jax.lax.axis_index(DATA) * rows.shape[1]
         here = (index >= 0) & (index < rows.shape[1])
-        x = _looked_up(rows, source, jnp.where(here, index, 0))
+        x = rows[source[:, None], jnp.where(here, index, 0)]
         x = jnp.where(here.reshape(here.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
         return jax.lax.psum_scatter(x, DATA, scatter_dimension=1, tiled=True)
 

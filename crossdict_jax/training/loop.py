@@ -1,25 +1,22 @@
-"""The training loop: fused steps, exact resume, metrics, NaN checks, a progress bar.
+"""The training loop. The order of one turn, where it binds:
 
-The order of one turn, where it binds:
-
-1. restore the newest sealed checkpoint, or initialise (a function of the seed alone);
-2. dispatch a chunk of steps: one compiled program for any number of steps, one per variant;
+1. restore the newest sealed checkpoint, or initialise;
+2. dispatch a chunk of steps;
 3. only then read the metrics of the chunk before (bounds the work in flight);
 4. checkpoint between chunks, never inside one, and when somebody asks the process to stop: the
    state is copied to the host, then a thread writes and seals it, one at a time.
 
-Data order is a pure function of (seed, step), so a run that was killed ends with the same bits.
+Initial state and data order are pure functions of seed and step: killed runs end with equal bits.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,30 +28,16 @@ from absl import logging
 
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
-from crossdict_jax.training.mesh import compiler_options, shard
+from crossdict_jax.training.mesh import compiler_options, shapes_of, shard
 from crossdict_jax.training.metrics import MetricsWriter
 from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 CHECKPOINT_SECONDS = 600.0  # at most, besides steps: large steps are slow, and machines pre-empted
+LOWER = "lower the learning rate or look at the data."
 BLOCK = 64  # rows: of 1024 numbers the 128 KiB that Linux reads ahead of a memory map
 PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainable:
-    """What the loop trains: pure functions over pytrees.
-
-    Attributes:
-      init: key -> {"params": pytree, "train": pytree}; ``train`` is what only training needs.
-      step: (state, batch, step number, key, variant) -> (state, {name: array}).
-      variant: state -> what is static in the next chunk; each has its own program.
-    """
-
-    init: Callable[[jax.Array], PyTree]
-    step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
-    variant: Callable[[PyTree], Hashable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,39 +107,33 @@ def train(
         settings.
       KeyboardInterrupt: SIGINT or SIGTERM came; what was trained is saved.
     """
-    labels, layout, root = list(ensemble.labels), ensemble.layout, jax.random.key(seed)
-    checkpoints, trainable = Path(directory) / "checkpoints", ensemble.trainable(steps)
+    labels, root, checkpoints = ensemble.labels, jax.random.key(seed), directory / "checkpoints"
     meta = json.loads(json.dumps({"members": labels, **meta}))
     done, pending = checkpoint.latest_step(checkpoints) or 0, None
     if not done:
-        state = initial(trainable, root, layout)
+        state = initial(ensemble, root)
     elif checkpoint.load_meta(checkpoints) != meta:
         raise UserError(
             f"{checkpoints} was written with other settings or data; delete it to start again."
         )
     else:
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout),
-            jax.eval_shape(trainable.init, root),
-        )
+        abstract = shapes_of(jax.eval_shape(ensemble.init, root), ensemble.layout)
         state = checkpoint.restore(checkpoints, **abstract)
-    run_chunk = Chunks(trainable, ensemble.feed, root, steps=steps)
+    run_chunk = Chunks(ensemble, root, steps=steps)
     if done < steps:
-        check_space(Path(directory))
+        check_space(directory)
     if done < steps and logging.get_verbosity() >= logging.INFO:
         size = run_chunk.memory(state, done)
         about = "unknown memory" if size is None else f"about {size / 1e9:.3f} GB"
         say(f"{title}: {about} on each of {jax.device_count()} device(s)")
-    file = Path(directory) / "metrics.jsonl"
-    writer = MetricsWriter(file, start=done, records=records, labels=labels)
-    bar = {"total": steps, "initial": done, "desc": title, "unit": "step"}
+    writer = MetricsWriter(directory / "metrics.jsonl", start=done, records=records, labels=labels)
     with (
-        progress_bar(**bar) as progress,
+        progress_bar(total=steps, initial=done, desc=title, unit="step") as progress,
         interruptions() as received,
         ThreadPoolExecutor(1) as disk,
     ):
         saving, saved_at = disk.submit(int), time.monotonic()
-        report = functools.partial(_report, title=title, writer=writer, progress=progress)
+        report = functools.partial(_report, title, writer, progress)
         while done < steps:
             count = min(MAX_CHUNK, steps - done, checkpoint_every - done % checkpoint_every)
             state, metrics = run_chunk(state, done, count)
@@ -180,7 +157,7 @@ def train(
     result = state["train"].get("best", state["params"])
     result = jax.jit(lambda tree: tree, out_shardings=shard(ensemble.mesh))(result)
     stacked = jax.tree.map(np.asarray, result)
-    write_json(Path(directory) / "members.json", [{"label": label} for label in labels])
+    write_json(directory / "members.json", [{"label": label} for label in labels])
     return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(labels))]
 
 
@@ -188,8 +165,7 @@ def train(
 def interruptions() -> Iterator[list[int]]:
     """Puts SIGINT and SIGTERM off: yields a list to which they are added, for a better moment.
 
-    The second one interrupts at once. Outside of the main thread, where no signal comes, it does
-    nothing.
+    The second one interrupts at once. Other threads than the main one get no signals.
     """
     received: list[int] = []
 
@@ -206,43 +182,35 @@ def interruptions() -> Iterator[list[int]]:
         yield received
 
 
-def initial(trainable: Trainable, root: jax.Array, layout: jax.sharding.Sharding) -> PyTree:
-    """Returns the state before the first step, every array with this sharding.
+def initial(ensemble: Any, root: jax.Array) -> PyTree:
+    """Returns an ensemble's state before the first step, on its devices.
 
     Weak types are removed, as steps return none: else the second chunk would be compiled again.
     """
     strong = functools.partial(jax.tree.map, lambda a: jax.lax.convert_element_type(a, a.dtype))
-    return jax.jit(lambda root: strong(trainable.init(root)), out_shardings=layout)(root)
+    return jax.jit(lambda root: strong(ensemble.init(root)), out_shardings=ensemble.layout)(root)
 
 
 class Chunks:
-    """Up to ``limit`` steps of a training in one call: one compiled program for any number.
+    """Up to ``limit`` of an ensemble's ``steps`` in one call: one compiled program for any number.
 
     (state, first step, number of steps) -> (state, metrics [limit, ...]); the old state is gone.
     What the feed gives for the next call is made by a thread meanwhile; what fails there is raised
-    by that call. Nothing is made for the steps from ``steps`` on.
+    by that call.
     """
 
-    def __init__(
-        self,
-        trainable: Trainable,
-        feed: Feed,
-        root: jax.Array,
-        *,
-        limit: int = MAX_CHUNK,
-        steps: float = math.inf,
-    ):
-        self._trainable, self._feed, self._root = trainable, feed, root
-        self._limit, self._steps = limit, steps
+    def __init__(self, ensemble: Any, root: jax.Array, *, steps: int, limit: int = MAX_CHUNK):
+        self._ensemble, self._root, self._steps, self._limit = ensemble, root, steps, limit
         self._thread, self._ahead = ThreadPoolExecutor(1), (None, None)
         options = {"donate_argnums": 0, "compiler_options": compiler_options()}
 
         @functools.partial(jax.jit, static_argnames="variant", **options)
         def run_chunk(state, resident, indices, first, count, root, variant):
-            step = jax.jit(functools.partial(trainable.step, variant=variant))  # is traced once
+            # Jitted: is traced once.
+            step = jax.jit(functools.partial(ensemble.step, variant=variant, steps=steps))
 
             def one_step(state, j):
-                batch = feed.select(resident, jax.tree.map(lambda a: a[j], indices))
+                batch = ensemble.feed.select(resident, jax.tree.map(lambda a: a[j], indices))
                 number = jnp.int32(first + j)
                 return step(state, batch, number, jax.random.fold_in(root, number))
 
@@ -275,42 +243,36 @@ class Chunks:
         return held + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
 
     def _send(self, first: int) -> None:
-        self._ahead = first, self._thread.submit(self._feed.indices, first, self._limit)
+        self._ahead = first, self._thread.submit(self._ensemble.feed.indices, first, self._limit)
 
     def _arguments(self, state: PyTree, first: int, count: int) -> tuple:
         """The variant comes last, as reading the state waits for the steps before."""
         if self._ahead[0] != first:
             self._send(first)
-        fixed = (self._feed.resident, self._ahead[1].result(), first, count, self._root)
-        return state, *fixed, self._trainable.variant(state)
+        resident, sent = self._ensemble.feed.resident, self._ahead[1].result()
+        variant = self._ensemble.objective.variant(state["train"]["memory"])
+        return state, resident, sent, first, count, self._root, variant
 
 
-def _report(first: int, count: int, metrics: dict, *, title: str, writer, progress) -> None:
+def _report(title: str, writer, progress, first: int, count: int, metrics: dict) -> None:
     values = {name: np.asarray(m)[:count] for name, m in metrics.items()}
     for name, value in values.items():
         bad = ~np.isfinite(value.reshape(count, -1)).all(axis=1)
         if bad.any():
-            raise UserError(
-                f"{title}: {name} is not finite at step {first + int(bad.argmax())}; "
-                "lower the learning rate or look at the data."
-            )
-    row = {name: np.mean(value, axis=0).tolist() for name, value in values.items()}
-    writer(first + count - 1, row)
+            step = first + int(bad.argmax())
+            raise UserError(f"{title}: {name} is not finite at step {step}; {LOWER}")
+    writer(first + count - 1, {n: np.mean(value, axis=0).tolist() for n, value in values.items()})
     if "loss" in values:
         progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
     progress.update(count)
 
 
-@jax.jit
-def _finite(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)
+_finite = jax.jit(functools.partial(jax.tree.map, lambda a: jnp.isfinite(a).all()))
 
 
 def _check_params(params: PyTree, done: int, title: str) -> None:
     """Raises UserError if a parameter is not finite: the last step's gradient was not."""
     for path, finite in jax.tree_util.tree_leaves_with_path(_finite(params)):
         if not finite:
-            raise UserError(
-                f"{title}: parameter {jax.tree_util.keystr(path)} is not finite after step "
-                f"{done - 1}; lower the learning rate or look at the data."
-            )
+            name = f"parameter {jax.tree_util.keystr(path)}"
+            raise UserError(f"{title}: {name} is not finite after step {done - 1}; {LOWER}")

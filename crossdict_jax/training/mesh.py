@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MEMBER, DATA = "member", "data"
 GPUS = ("gpu", "cuda")  # what JAX calls the platform, here and of absent devices
 PyTree = Any
-_PLANNED: ContextVar[tuple[list, int] | None] = ContextVar("planned machine", default=None)
+_PLANNED: ContextVar[tuple] = ContextVar("planned devices and memory", default=(None, None))
 
 
 @contextlib.contextmanager
@@ -35,14 +35,13 @@ def planned(devices: Sequence[Any], memory: int) -> Iterator[None]:
 
 def all_devices() -> list:
     """Returns all devices, or those that are ``planned``."""
-    return _PLANNED.get()[0] if _PLANNED.get() else jax.devices()
+    return _PLANNED.get()[0] or jax.devices()
 
 
 def device_memory() -> int | None:
     """Returns the bytes of a device's memory; None if unknown."""
-    if _PLANNED.get():
-        return _PLANNED.get()[1]
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = _PLANNED.get()[1]
+    return memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def platform() -> str:
@@ -79,13 +78,9 @@ def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
     talk to each other; the other devices share the batch.
     """
     devices = all_devices() if devices is None else devices
-    over_members = math.gcd(members, len(devices))
-    return jax.make_mesh(
-        (over_members, len(devices) // over_members),
-        (MEMBER, DATA),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices,
-    )
+    n = math.gcd(members, len(devices))
+    shape, auto = (n, len(devices) // n), (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(shape, (MEMBER, DATA), axis_types=auto, devices=devices)
 
 
 def shard(mesh: Mesh, *axes: str | None) -> NamedSharding:
@@ -93,12 +88,15 @@ def shard(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def shapes_of(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+    """Returns a pytree of arrays as their shapes and dtypes, laid out so."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Returns a pytree of arrays on the devices; each process sends only its rows."""
-    if _PLANNED.get():
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
+    if _PLANNED.get()[0]:
+        return shapes_of(tree, sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(
@@ -113,7 +111,7 @@ def put_filled(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     shape = tuple(math.ceil(size / n) * n for size, n in zip(array.shape, parts))
     if shape == array.shape:
         return put(array, sharding)
-    if _PLANNED.get():
+    if _PLANNED.get()[0]:
         return put(jax.ShapeDtypeStruct(shape, array.dtype), sharding)
 
     def part(index):

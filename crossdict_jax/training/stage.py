@@ -54,7 +54,7 @@ class Stage:
     def finished(self) -> bool:
         """Whether all its files are there, made from these inputs."""
         files = [self._stamp, *map(self.work.result, self._files)]
-        if all(f.exists() for f in files) and read_json(self._stamp) == self._inputs:
+        if all(map(Path.exists, files)) and read_json(self._stamp) == self._inputs:
             return True
         check_space(self.work.results)  # before any work
         return False
@@ -92,8 +92,7 @@ def timed(work: Workdir, name: str) -> Iterator[dict[str, float | int | str]]:
 
     Nothing is recorded if the dict stays empty.
     """
-    figures: dict[str, float | int | str] = {}
-    started = time.perf_counter()
+    figures, started = {}, time.perf_counter()
     yield figures
     if figures:
         _record(work, name, started, figures)

@@ -1,5 +1,8 @@
 """Matryoshka dictionaries: nested BatchTopK, whose first features must do without the later."""
 
+import jax
+import jax.numpy as jnp
+
 from crossdict_jax.dictionaries.base import AUXK_COEFFICIENT, BatchSelected, fvu
 from crossdict_jax.ops import decode_parts
 
@@ -26,14 +29,12 @@ class Matryoshka(BatchSelected):
         widths = tuple(sorted(shares | {self.width}))
         # Each width adds its slice to the reconstruction before: all cost one decode.
         slices = decode_parts(f, self.W_dec[...], widths, hyper.dtype)
-        u_hat, nested = self.b_dec[...][None, :], []
-        for i in range(len(widths)):
-            u_hat = u_hat + slices[:, i]
-            nested.append(fvu(u, u_hat, hyper.variance))
-        weights = [NESTED_BALANCE**i for i in reversed(range(len(widths)))]
+        u_hat = self.b_dec[...][None, None, :] + jnp.cumsum(slices, axis=1)  # [batch, widths, d]
+        nested = jax.vmap(lambda u_hat: fvu(u, u_hat, hyper.variance), in_axes=1)(u_hat)
+        weights = NESTED_BALANCE ** jnp.arange(len(widths))[::-1]
         parts = {
             "fvu": nested[-1],
-            "nested_fvu": sum(w * loss for w, loss in zip(weights, nested)) / sum(weights),
-            "auxk": self.auxk(u_in, u - u_hat, hyper),
+            "nested_fvu": jnp.average(nested, weights=weights),
+            "auxk": self.auxk(u_in, u - u_hat[:, -1], hyper),
         }
         return parts["nested_fvu"] + AUXK_COEFFICIENT * parts["auxk"], parts, f
