@@ -30,8 +30,8 @@ from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
 from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
 from crossdict_jax.maps.codes import Compact
-from crossdict_jax.maps.controls import control_tasks
 from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective, streams_of_sides
+from crossdict_jax.maps.fit import control_tasks
 from crossdict_jax.maps.network import NetworkMap
 from crossdict_jax.models import LanguageModel
 from crossdict_jax.models.run import Passages, Runner, run_model
