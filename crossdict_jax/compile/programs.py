@@ -27,12 +27,16 @@ from crossdict_jax.evaluation.retrieval import (
     similarities,
 )
 from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
-from crossdict_jax.maps import Pairs, Problem, Side, Task, map_class, tasks
+from crossdict_jax.maps import Task, map_class, tasks
 from crossdict_jax.maps.base import predict_batch
 from crossdict_jax.maps.codes import Compact
-from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective, streams_of_sides
 from crossdict_jax.maps.fit import control_tasks
-from crossdict_jax.maps.network import NetworkMap
+from crossdict_jax.maps.network import (
+    VALIDATION_ROWS,
+    NetworkMap,
+    TransferObjective,
+    streams_of_sides,
+)
 from crossdict_jax.models import LanguageModel
 from crossdict_jax.models.run import Passages, Runner, run_model
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
@@ -342,9 +346,7 @@ def _map_objective(
     def build():
         a, b = (_dictionary(plan, end) for end in ends)
         values = cls.unmeasured(a.width, b.width, tokens)
-        pairs = Pairs(*(Side(blank((1, 1)), np.zeros(1), d) for d in (a, b)), np.zeros(1))
-        problem = Problem(kind, pairs, pairs)
-        built.append(TransferObjective(cls, problem, values, settings, codes=codes))
+        built.append(TransferObjective(cls, a, b, values, settings, codes=codes))
         params = {f"dictionary_{name}": modules.split(d)[1] for name, d in (("a", a), ("b", b))}
         return ({} if codes else params) | {
             "id": jnp.uint32(0),
