@@ -299,7 +299,7 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
         streams = streams_of_sides(
             *zip(*(task.ends for task in members)),
             lambda ends: _codes(plan, ends[0][0], (len(ends), n_rows)),  # noqa: B023
-            (None, blank((n, n_rows), np.int32)),
+            blank((n, n_rows), np.int32),
         )
         streams["tokens"] = Stream(blank((n, n_rows), np.int32), np.arange(n))
         validation = {name: _codes(plan, end[0], (n, *batches)) for name, end in zip("ab", (a, b))}

@@ -339,15 +339,15 @@ def prepare(
         "b": held([pairs.target for pairs in validation], codes, rows),
         "tokens": np.stack([pairs.source.tokens[rows] for pairs in validation]),
     }
-    ends = [pairs.source for pairs in train], [pairs.target for pairs in train]
-    plain, orders = np.arange(len(train[0])), []
-    for sides in ends:
-        stacked = np.stack([plain if s.order is None else s.order for s in sides]).astype(np.int32)
-        orders.append(stacked if any(s.order is not None for s in sides) else None)
-    straight = ([side.straight for side in sides] for sides in ends)
-    streams = streams_of_sides(*straight, lambda sides: held(sides, codes), orders)
-    tokens = np.stack([pairs.source.tokens for pairs in train])
-    dictionaries = train[0].source.dictionary, train[0].target.dictionary
+    sources, targets = ([getattr(pairs, n) for pairs in train] for n in ("source", "target"))
+    straight, order = [side.straight for side in targets], None
+    if straight != targets:
+        plain = np.arange(len(train[0]))
+        order = [plain if side.order is None else side.order for side in targets]
+        order = np.stack(order).astype(np.int32)
+    streams = streams_of_sides(sources, straight, lambda sides: held(sides, codes), order)
+    tokens = np.stack([side.tokens for side in sources])
+    dictionaries = sources[0].dictionary, targets[0].dictionary
     ensemble = make_ensemble(
         TransferObjective(cls, *dictionaries, values[0], config, codes=codes),
         fixed=stack(fixed),
@@ -376,9 +376,9 @@ def held(
 
 
 def streams_of_sides(
-    sources: Sequence[Hashable], targets: Sequence[Hashable], hold: Callable, orders: Sequence
+    sources: Sequence[Hashable], targets: Sequence[Hashable], hold: Callable, order
 ) -> dict[str, Stream]:
-    """Returns the streams "a" and "b" of members' sides, in these orders.
+    """Returns the streams "a" and "b" of members' sides, the targets in this order.
 
     ``hold`` gives the rows of distinct sides: each once, whoever reads it, as source or target.
     """
@@ -388,5 +388,5 @@ def streams_of_sides(
     hold = functools.cache(hold)
     return {
         name: Stream(hold(held), np.array([held.index(side) for side in sides]), order)
-        for name, held, sides, order in zip("ab", (a, b), (sources, targets), orders)
+        for name, held, sides, order in zip("ab", (a, b), (sources, targets), (None, order))
     }
