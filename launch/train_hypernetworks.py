@@ -8,8 +8,7 @@ from launch import command
 
 def main(config, work):
     from crossdict_jax.activations.store import open_store
-    from crossdict_jax.maps.controls import fit_controls
-    from crossdict_jax.maps.fit import fit_maps
+    from crossdict_jax.maps.fit import fit_controls, fit_maps
 
     store = open_store(work.activations)
     fit_maps(config, store, work)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crossdict_jax.config import MapConfig
-from crossdict_jax.maps import Pairs, Problem, ensemble
+from crossdict_jax.maps import Pairs, Problem, network
 from crossdict_jax.maps.base import Side
 from crossdict_jax.maps.codes import Compact, compact, compress
 from crossdict_jax.maps.kinds import mlp
@@ -41,7 +41,7 @@ def test_codes_follow_rows_that_are_reordered_and_taken():
 
 def one_step(given):
     config = MapConfig(hidden=16, batch_size=64, steps=10)
-    made, _ = ensemble.prepare(mlp.MLP, [given], config, seed=0)
+    made, _ = network.prepare(mlp.MLP, [given], config, seed=0)
     feed, state = made.feed, initial(made, jax.random.key(0))
     chosen, one = feed.indices(0, 1)[0], functools.partial(made.step, steps=10)
     step = jax.jit(lambda s, r, i: one(s, feed.select(r, i), 1, jax.random.key(1)))
@@ -55,7 +55,7 @@ def test_a_step_on_codes_is_one_on_rows(monkeypatch):
     given = map_problems.make_problem(x_a, x_b, dictionaries_ab=both)[0]
     on_codes, held = one_step(given)
     assert isinstance(held["a"], Compact) and isinstance(held["b"], Compact)
-    monkeypatch.setattr(ensemble, "SLOTS", 0)  # as where rows have too many active features
+    monkeypatch.setattr(network, "SLOTS", 0)  # as where rows have too many active features
     on_rows, held = one_step(given)
     assert held["a"].shape == given.train.source.x[None].shape
     (state, metrics), (state_of_rows, metrics_of_rows) = on_codes(), on_rows()
@@ -73,7 +73,7 @@ def test_a_side_that_is_source_and_target_is_held_once():
     ab = map_problems.make_problem(*x, dictionaries_ab=both)[0]
     turned = [Pairs(p.target, p.source, p.documents) for p in (ab.train, ab.validation)]
     given = ab, map_problems.shuffled_problem(Problem("B to A", *turned))
-    made, _ = ensemble.prepare(mlp.MLP, given, MapConfig(hidden=16, batch_size=64), seed=0)
+    made, _ = network.prepare(mlp.MLP, given, MapConfig(hidden=16, batch_size=64), seed=0)
     feed, index = made.feed, made.feed.indices(0, 1)[0]
     held = feed.resident["data"]["rows"].values()
     assert [len(rows.values) for rows in held if isinstance(rows, Compact)] == [2]

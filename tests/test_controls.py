@@ -24,8 +24,7 @@ from crossdict_jax.dictionaries.base import from_arrays
 from crossdict_jax.evaluation import evaluate
 from crossdict_jax.evaluation.scoring import score_tasks
 from crossdict_jax.evaluation.transfer import MARGIN, NORMALIZED
-from crossdict_jax.maps.controls import control_tasks, fit_controls
-from crossdict_jax.maps.fit import Loader, shown
+from crossdict_jax.maps.fit import Loader, control_tasks, fit_controls, shown
 from crossdict_jax.models.run import Runner
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.workdir import Workdir, file_digest, read_jsonl

@@ -117,9 +117,9 @@ def test_many_nested_widths_have_their_errors_and_a_small_program():
     graphdef, params = modules.split(d)
 
     def losses(params, n):
-        hyper = dataclasses.replace(HYPER, nested_fractions=tuple(np.arange(1, n + 1) / 20))
-        how = {"hyper": hyper, "dead": jnp.zeros(20, bool)}
-        loss, parts, _ = modules.merge(graphdef, params).losses(x, **how)
+        fractions = tuple(np.arange(1, n + 1) / 20)
+        hyper = base.Hyper(nested_fractions=fractions, dead=jnp.zeros(20, bool))
+        loss, parts, _ = modules.merge(graphdef, params).losses(x, hyper)
         return loss, parts
 
     for n in (2, 19):

@@ -180,11 +180,11 @@ def lexical(names_b: bool):
 def test_token_profiles_alone_give_a_map_if_names_are_true(same_names, least, most):
     splits = lexical(same_names)
     a, b = describe(splits["train"], "a to b")
-    U, V = profile_weights(a, b, rank=24)
+    U, V = profile_weights(a, b)
     test = splits["test"]
     f_a, f_b = (base.encode_rows(s.dictionary, s.x) for s in (test.source, test.target))
-    predicted = (f_a - a.moments.mean) @ U @ V.T + b.moments.mean
-    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.moments.mean) ** 2)
+    predicted = (f_a - a.side.feature_moments.mean) @ U @ V.T + b.side.feature_moments.mean
+    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.side.feature_moments.mean) ** 2)
     assert least < r2 < most
 
 
@@ -199,7 +199,7 @@ def test_profiles_are_of_texts_that_the_other_role_never_reads():
     expected = mine[token == token[0]].mean(0) - mine.mean(0)
     np.testing.assert_allclose(a.profile.means[index], expected, atol=1e-5)
     np.testing.assert_allclose(a.profile.covariance, np.cov(mine.T, bias=True), atol=1e-4)
-    np.testing.assert_allclose(a.moments.variance, f.var(0), rtol=1e-3)
+    np.testing.assert_allclose(a.side.feature_moments.variance, f.var(0), rtol=1e-3)
 
 
 def test_shuffling_pairs_changes_no_description_and_tokens_are_their_bytes():
@@ -216,7 +216,7 @@ def test_shuffling_pairs_changes_no_description_and_tokens_are_their_bytes():
 def test_too_few_rows_or_documents_and_unknown_models_are_refused(network, tmp_path):
     splits = planted()[1]
     few = {s: p.take(slice(100)) for s, p in splits.items()}
-    words = "a to b has 100 training rows and hypernetwork needs a ba"
+    words = "a to b has 100 paired train rows and hypernetwork needs 128"
     refused(words, train, [problem_of(few, "a to b")], tmp_path)
     one = {s: dataclasses.replace(p, documents=0 * p.documents) for s, p in splits.items()}
     words = "a to b has 1 training documents and hypernetwork needs 2"

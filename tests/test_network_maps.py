@@ -13,11 +13,10 @@ from map_problems import CONFIG, ROWS, feature_r2, fit_one, inputs_of, make_prob
 from crossdict_jax import maps, modules
 from crossdict_jax.config import MAP_HEADS, LossWeights
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps import heads, losses
+from crossdict_jax.maps import losses, network
 from crossdict_jax.maps.base import encode_rows, look_up
-from crossdict_jax.maps.ensemble import initial
 from crossdict_jax.maps.kinds import mlp, token_mlp
-from crossdict_jax.maps.network import dropped
+from crossdict_jax.maps.network import dropped, initial
 
 N = sum(ROWS.values())
 K = 3
@@ -70,20 +69,20 @@ def test_heads_select_as_they_say(name):
     z = np.random.default_rng(0).normal(size=(9, 20)).astype("f4")
     threshold = np.linspace(0.1, 2, 20).astype("f4")
     least = {"relu": 0, "topk": np.sort(z, axis=1)[:, -K - 1][:, None], "jumprelu": threshold}
-    f = heads.select(name, z, k=K, threshold=threshold)
+    f = network.select(name, z, k=K, threshold=threshold)
     np.testing.assert_array_equal(f, np.where(z > least[name], np.maximum(z, 0), 0))
 
 
 def test_features_that_are_off_can_be_switched_on_and_thresholds_have_their_kernels_gradient():
     z = jnp.array([[-2.0, 0.5]])
-    np.testing.assert_array_equal(heads.rectified(z), [[0.0, 0.5]])
-    gradient = jax.grad(lambda z: jnp.sum((heads.rectified(z) - 1.0) ** 2) / 2)(z)
+    np.testing.assert_array_equal(network.rectified(z), [[0.0, 0.5]])
+    gradient = jax.grad(lambda z: jnp.sum((network.rectified(z) - 1.0) ** 2) / 2)(z)
     np.testing.assert_allclose(gradient, [[-1.0, -0.5]])  # relu(z) - t
-    z, width = jnp.array([[0.8, 1.2, 1.2, 3.0]]).T, heads.BANDWIDTH
-    value, gradient = jax.value_and_grad(lambda t: heads.gate(z, t).sum())(jnp.array([[1.0]]))
+    z, width = jnp.array([[0.8, 1.2, 1.2, 3.0]]).T, network.BANDWIDTH
+    value, gradient = jax.value_and_grad(lambda t: network.gate(z, t).sum())(jnp.array([[1.0]]))
     assert value == 3
     np.testing.assert_allclose(gradient, [[-3 / width]])  # one for each value within the kernel
-    up = jax.grad(lambda z: heads.gate(z, jnp.array([[1.0]])).sum())(z)
+    up = jax.grad(lambda z: network.gate(z, jnp.array([[1.0]])).sum())(z)
     np.testing.assert_allclose(up, jnp.array([[1, 1, 1, 0]]).T / width)
 
 
@@ -103,7 +102,7 @@ def test_every_loss_moves_the_network_under_every_head(head, sparse):
     def gradients(trained):
         m = modules.merge(graphdef, params | trained)
         z = m.estimate(f_a)
-        p, fires = heads.rectified(z), m.fires(z)
+        p, fires = network.rectified(z), m.fires(z)
         return losses.transfer_loss(p, f_b, LossWeights(), variance=1.0, fires=fires)[1]
 
     slopes = gradients(trained)
@@ -129,7 +128,7 @@ def test_mlp_starts_as_the_mean_predictor_with_live_gradients(sparse):
     @jax.grad
     def gradient(trained):
         m = modules.merge(graphdef, params | {"network": trained})
-        p = heads.rectified(m.estimate(f_a))
+        p = network.rectified(m.estimate(f_a))
         return losses.transfer_loss(p, f_b, LossWeights(), variance=1.0)[0]
 
     last = gradient(params["network"])["last"]

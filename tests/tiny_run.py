@@ -23,8 +23,8 @@ from crossdict_jax.config import (
 from crossdict_jax.config.settings import from_dict
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.errors import UserError
-from crossdict_jax.maps.ensemble import initial
 from crossdict_jax.maps.kinds.mlp import MLP
+from crossdict_jax.maps.network import initial
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
 from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_jsonl

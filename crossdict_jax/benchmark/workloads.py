@@ -16,8 +16,8 @@ from crossdict_jax.config import MapConfig, SAEConfig
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.maps.base import Pairs, Problem, Side
-from crossdict_jax.maps.ensemble import prepare as prepare_maps
 from crossdict_jax.maps.kinds.mlp import MLP
+from crossdict_jax.maps.network import prepare as prepare_maps
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.training.ensemble import Ensemble

@@ -22,12 +22,16 @@ from crossdict_jax.dictionaries.start import start_of
 from crossdict_jax.evaluation import retrieval
 from crossdict_jax.evaluation.reconstruction import measure_batch
 from crossdict_jax.evaluation.scoring import CONTEXT_ROWS
-from crossdict_jax.maps import Pairs, Problem, Side, map_class, tasks
+from crossdict_jax.maps import map_class, tasks
 from crossdict_jax.maps.base import predict_batch
 from crossdict_jax.maps.codes import Compact
-from crossdict_jax.maps.controls import control_tasks
-from crossdict_jax.maps.ensemble import VALIDATION_ROWS, TransferObjective, streams_of_sides
-from crossdict_jax.maps.network import NetworkMap
+from crossdict_jax.maps.fit import control_tasks
+from crossdict_jax.maps.network import (
+    VALIDATION_ROWS,
+    NetworkMap,
+    TransferObjective,
+    streams_of_sides,
+)
 from crossdict_jax.models import LanguageModel
 from crossdict_jax.models.run import Passages, Runner, run_model
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
@@ -280,7 +284,7 @@ def trained_maps(plan: Plan) -> Iterator[Program]:
         streams = streams_of_sides(
             *zip(*(task.ends for task in members)),
             lambda ends: _codes(plan, ends[0][0], (len(ends), n_rows)),  # noqa: B023
-            (None, blank((n, n_rows), np.int32)),
+            blank((n, n_rows), np.int32),
         )
         streams["tokens"] = Stream(blank((n, n_rows), np.int32), np.arange(n))
         validation = {name: _codes(plan, end[0], (n, *batches)) for name, end in zip("ab", ends)}
@@ -326,9 +330,7 @@ def _map_objective(
     def build():
         a, b = (_dictionary(plan, end) for end in ends)
         values = cls.unmeasured(a.width, b.width, tokens)
-        pairs = Pairs(*(Side(blank((1, 1)), np.zeros(1), d) for d in (a, b)), np.zeros(1))
-        problem = Problem(kind, pairs, pairs)
-        built.append(TransferObjective(cls, problem, values, settings, codes=codes))
+        built.append(TransferObjective(cls, a, b, values, settings, codes=codes))
         member = {"id": jnp.uint32(0), "values": values, "variance": jnp.float32(1)}
         if not codes:
             member |= {"dictionary_a": modules.split(a)[1], "dictionary_b": modules.split(b)[1]}

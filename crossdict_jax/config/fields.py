@@ -45,7 +45,7 @@ DEFAULT_MAPS = tuple(kind for kind in MAP_ORDER if kind not in ("token_target", 
 # reseeded: trained maps that read features, from another seed: are their weights stable?
 CONTROLS = ("ceiling", "untrained", "reseeded")
 Names, Ints, Numbers = tuple[str, ...], tuple[int, ...], tuple[float, ...]
-MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/heads.py, which is slow to import
+MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/network.py, which is slow to import
 MATMUL = "Inputs of matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU"
 CHECKPOINTS = "Training steps between checkpoints, which is what a kill can lose"
 MAPS = "Maps to use, of map.kinds"

@@ -20,8 +20,7 @@ from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_fe
 from crossdict_jax.evaluation.transfer import normalized
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import map_class
-from crossdict_jax.maps.controls import control_tasks
-from crossdict_jax.maps.fit import Loader
+from crossdict_jax.maps.fit import Loader, control_tasks
 from crossdict_jax.results import pair_columns
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +40,26 @@ from crossdict_jax.workdir import understood
 SPARSE_COST = 1000  # of float64 by scipy, in float32 multiply-adds of XLA's on two CPU cores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """One model's half of paired rows."""
 
     x: np.ndarray  # [n, d_model], bfloat16 or float32, on the host
     tokens: np.ndarray  # int32 [n], the model's own token that ends at the position
-    dictionary: Dictionary  # of this model at this site
+    dictionary: Dictionary
     model: str = ""
     layer: int = 0
     # The bytes of each token id; None where all sides share a vocabulary.
     token_bytes: Callable[[], Sequence[bytes]] | None = None
-    reordered_from: Side | None = None  # the side with the same rows in another order
-    order: np.ndarray | None = None  # int [n], each row's index in that side
+    reordered_from: Side | None = None
+    order: np.ndarray | None = None  # int [n], each row's index in ``reordered_from``
     keys: np.ndarray | None = None  # int [n, 2], (document, byte end)
+    described: dict[str, Any] = field(default_factory=dict, init=False)  # by role
+
+    @property
+    def straight(self) -> Side:
+        """The same rows before any reordering, which measures once what no order changes."""
+        return self.reordered_from or self
 
     def activations(self, rows: np.ndarray | slice) -> np.ndarray:
         """Returns float32 [m, d_model]."""
@@ -62,8 +68,8 @@ class Side:
     @cached_property
     def codes(self) -> Codes:
         """The features [n, width] of all rows, encoded once."""
-        if self.reordered_from is not None:
-            return self.reordered_from.codes[self.order]
+        if self.order is not None:
+            return self.straight.codes[self.order]
         blocks = (encode_rows(self.dictionary, self.x[rows]) for rows in slices(len(self.x)))
         width = self.dictionary.width
         return sparse.vstack([Codes((0, width), dtype=np.float32), *map(compress, blocks)], "csr")
@@ -75,20 +81,11 @@ class Side:
     @cached_property
     def feature_moments(self) -> Moments:
         """Mean and variance of the features over all rows."""
-        return (
-            self.reordered_from.feature_moments if self.reordered_from else Moments.of(self.codes)
-        )
-
-    @cached_property
-    def described(self) -> dict[str, Any]:
-        """Its description by role, made once; see ``descriptions.describe``."""
-        return self.reordered_from.described if self.reordered_from else {}
+        return Moments.of(self.codes) if self.order is None else self.straight.feature_moments
 
     @cached_property
     def bad_row(self) -> int | None:
-        """The first row with NaN or infinity, before any reordering; None if there is none."""
-        if self.reordered_from is not None:
-            return self.reordered_from.bad_row
+        """The first row with NaN or infinity; None if there is none."""
         for rows in slices(len(self.x)):
             bad = ~np.isfinite(self.activations(rows)).all(axis=1)
             if bad.any():
@@ -96,7 +93,7 @@ class Side:
         return None
 
     def take(self, rows: np.ndarray | slice) -> Side:
-        """Returns the side with these rows alone."""
+        """Returns these rows alone."""
         keys = None if self.keys is None else self.keys[rows]
         some = {"x": self.x[rows], "tokens": self.tokens[rows], "keys": keys}
         taken = dataclasses.replace(self, **some, reordered_from=None, order=None)
@@ -105,14 +102,14 @@ class Side:
         return taken
 
     def reordered(self, order: np.ndarray) -> Side:
-        """Returns the side with its rows in another order."""
+        """Returns the rows in another order."""
         rows = {"x": self.x[order], "tokens": self.tokens[order]}
         return dataclasses.replace(self, **rows, reordered_from=self, order=order, keys=None)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of A (source) and B (target); row i of both is one text position, unless shuffled."""
+    """Rows of A (source) and B (target); row i is one text position of both, unless shuffled."""
 
     source: Side
     target: Side
@@ -131,15 +128,15 @@ class Pairs:
         row = int(np.argmax((a.keys != b.keys).any(axis=1)))
         ends = [f"document {d}, byte {end}" for d, end in (a.keys[row], b.keys[row])]
         raise UserError(
-            f"Row {row} is {ends[0]} in the source and {ends[1]} in the target: these are not "
-            "the same places of the same text; take both sides from one store."
+            f"Row {row} is {ends[0]} in the source and {ends[1]} in the target; take both sides "
+            "from one store."
         )
 
     def __len__(self) -> int:
         return len(self.source.x)
 
     def take(self, rows: np.ndarray | slice) -> Pairs:
-        """Returns some of the rows."""
+        """Returns these rows alone."""
         return Pairs(self.source.take(rows), self.target.take(rows), self.documents[rows])
 
     @cached_property
@@ -192,26 +189,26 @@ def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
                 f"{problem.label} has {len(pairs)} paired {split} rows and {kind} needs {minimum} "
                 "or more; raise text.documents."
             )
-        for name, side in (("source", pairs.source), ("target", pairs.target)):
-            if side.bad_row is not None:
+        for name in ("source", "target"):
+            if (row := getattr(pairs, name).straight.bad_row) is not None:
                 raise UserError(
-                    f"{problem.label}: row {side.bad_row} of the {name}'s {split} rows (document "
-                    f"{pairs.documents[side.bad_row]}) holds NaN or infinity; extract activations "
-                    "again or look at the model."
+                    f"{problem.label}: row {row} of the {name}'s {split} rows (document "
+                    f"{pairs.documents[row]}) holds NaN or infinity; extract activations again or "
+                    "look at the model."
                 )
 
 
 class Map(modules.Plain):
     """Predicts B's features from A's side: ``map(inputs) -> f_B`` [batch, width_b], f_B >= 0.
 
-    A kind is a file of ``maps/kinds``: a subclass with that ``kind``, and ``solve`` or its own
-    ``fit``. B's dictionary is part of the map, but checkpoints only point to it.
+    A kind is a file of ``maps/kinds``: a subclass with that ``kind``, and ``solve`` or ``fit``.
+    B's dictionary is part of the map, but checkpoints only point to it.
 
     Attributes:
       reads: what ``inputs`` are: "features" [batch, width_a], "activations" [batch, d_a] or
         "tokens" int [batch], all of A.
       predicts_activation: whether ``activation(inputs)`` gives x_B [batch, d_b].
-      fits_together: whether ``fit`` must get all problems of a run at once.
+      fits_together: whether ``fit`` gets all problems of a run at once.
       through_joint: whether its problems must hold a joint code.
       settings: names of the attributes, JSON values, that are not arrays.
       chosen: names of the hyper-parameters that a closed form chooses.
@@ -228,7 +225,7 @@ class Map(modules.Plain):
     fewest_rows: ClassVar[int] = 2
 
     def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
-        """``dictionary`` is B's; ``values`` are nested names -> arrays, which become parameters."""
+        """``dictionary`` is B's; ``values``, nested {name: array}, become parameters."""
         self.dictionary = dictionary
         for name, value in (values or {}).items():
             setattr(self, name, _parameters(value))
@@ -239,8 +236,7 @@ class Map(modules.Plain):
         """Returns B's features [batch, width_b].
 
         Args:
-          tokens: A's tokens [batch], for maps that read them too; without them every row takes the
-            back-off.
+          tokens: A's [batch], for maps that read them too; without them rows take the back-off.
         """
         raise NotImplementedError
 
@@ -256,7 +252,7 @@ class Map(modules.Plain):
         """Returns the map of each problem, its hyper-parameters chosen by validation error.
 
         Args:
-          training: for trained kinds: ``seed``, ``directory`` (checkpoints and metrics),
+          training: of trained kinds: ``seed``, ``directory`` (checkpoints and metrics),
             ``checkpoint_every`` and ``records``.
 
         Raises:
@@ -268,9 +264,8 @@ class Map(modules.Plain):
             errors, arrays = cls.solve(problem, config)
             best = min(errors, key=errors.get)
             grid = [dict(zip(cls.chosen, v)) | {"mse": mse} for v, mse in errors.items()]
-            m = cls(problem.train.target.dictionary, arrays(*best))
             record = dict(zip(cls.chosen, best)) | {"validation_mse": grid}
-            fitted.append(Fitted(m, record))
+            fitted.append(Fitted(cls(problem.train.target.dictionary, arrays(*best)), record))
         return fitted
 
 
@@ -280,20 +275,27 @@ def _parameters(value: Any) -> nnx.Dict | nnx.Param:
     return nnx.Param(jnp.asarray(value))
 
 
+class Fitted(NamedTuple):
+    """A fitted map and its record: chosen hyper-parameters, validation scores (JSON values)."""
+
+    map: Map
+    record: dict[str, Any]
+
+
 class ActivationMap(Map):
     """Predicts x_B: ``activation(inputs, tokens=None)`` [batch, d_b]; B's dictionary encodes it."""
 
     reads = "activations"
     predicts_activation = True
 
-    def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
+    def __call__(self, inputs, *, tokens=None):
         return self.dictionary.encode(self.activation(inputs, tokens=tokens))
 
 
 class AffineMap(ActivationMap):
     """``x_B = (x_A - mean_a) W + mean_b``."""
 
-    def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
+    def activation(self, inputs, *, tokens=None):
         x = inputs.astype(jnp.float32) - self.mean_a[...][None, :]
         return exact(x, self.W[...]) + self.mean_b[...][None, :]
 
@@ -308,14 +310,6 @@ def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
     if tokens is None:
         return jnp.broadcast_to(rows[-1:], (batch, rows.shape[1]))
     return rows[find_tokens(table.ids[...], tokens)]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A fitted map and its record: chosen hyper-parameters, validation scores (JSON values)."""
-
-    map: Map
-    record: dict[str, Any] = field(default_factory=dict)
 
 
 def map_class(kind: str) -> type[Map]:
@@ -412,14 +406,14 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
         folder = Path(os.path.normpath(path / meta["target_dictionary"]))
         if not folder.is_dir():
             raise UserError(
-                f"Map {path} needs the target's dictionary {folder}, which is missing; "
-                "restore it or train dictionaries and maps again."
+                f"Map {path} needs the target's dictionary {folder}, which is missing; restore it "
+                "or train dictionaries and maps again."
             )
         dictionary = dictionaries.load(folder) if dictionary is None else dictionary
         if fingerprint(dictionary) != meta["target_fingerprint"]:
             raise UserError(
-                f"Map {path} was fitted with another dictionary than {folder} holds; "
-                "restore that one or delete the map and fit it again."
+                f"Map {path} was fitted with another dictionary than {folder} holds; restore that "
+                "one or delete the map and fit it again."
             )
         abstract = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(tuple(map(int, s.split()[1:])), s.split()[0]),

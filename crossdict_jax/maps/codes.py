@@ -16,7 +16,7 @@ Codes = sparse.csr_array  # float32 [n, width], on the host
 
 
 def compress(features: np.ndarray | Codes) -> Codes:
-    """Returns features [n, width] as compressed rows: 8 bytes for each active feature."""
+    """Returns features [n, width] as codes: 8 bytes for each active feature."""
     return Codes(features, dtype=np.float32)
 
 
@@ -37,7 +37,7 @@ def sums_of_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 class Moments(NamedTuple):
-    """Moments of n rows of codes, each [width]."""
+    """Moments of n rows of codes, [width] each."""
 
     n: int
     firings: np.ndarray  # int64, rows in which a feature is active
@@ -88,7 +88,7 @@ def compact(codes: Codes, slots: int) -> Compact:
     counts = np.diff(codes.indptr)
     slot = np.arange(codes.nnz) - np.repeat(codes.indptr[:-1], counts)
     at = np.repeat(np.arange(len(counts)), counts), slot
-    values = np.zeros((codes.shape[0], max(1, slots)), np.float32)
+    values = np.zeros((len(counts), max(1, slots)), np.float32)
     features = np.zeros(values.shape, np.int32)
     values[at], features[at] = codes.data, codes.indices
     return Compact(values, features, codes.shape[1])

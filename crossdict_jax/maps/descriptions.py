@@ -9,7 +9,6 @@ import numpy as np
 from crossdict_jax import stats
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Pairs, Side, slices
-from crossdict_jax.maps.codes import Moments
 from crossdict_jax.maps.moments import moments, token_sums
 from crossdict_jax.maps.network import damped_scale
 
@@ -17,8 +16,6 @@ SPREAD = 0.3  # weight of A's covariance against that of its token means
 DAMPING = 0.1  # ridge penalty of the token profiles, in multiples of the mean of the diagonal
 PROFILE_RANK = 128  # of the token profiles' weights
 TURNS = 3  # of the subspace iteration for a low rank
-
-Weights = tuple[np.ndarray, np.ndarray]  # U [width_a, rank], V [width_b, rank]: W = U V'
 
 
 @dataclass(frozen=True)
@@ -39,18 +36,19 @@ class Description:
     dictionary share no text.
     """
 
+    role: str  # source or target
     side: Side  # in their own order
     rows: np.ndarray  # row numbers of the profile
 
     @property
-    def moments(self) -> Moments:
-        """Mean and variance of the features, on all rows."""
-        return self.side.feature_moments
+    def tower(self) -> str:
+        """The part of a network that reads it."""
+        return f"{self.role} {self.side.model}"
 
     @cached_property
     def scale(self) -> np.ndarray:
         """Standard deviation of the features, damped where small, [width]."""
-        return damped_scale(self.moments.variance)
+        return damped_scale(self.side.feature_moments.variance)
 
     @cached_property
     def directions(self) -> dict[str, np.ndarray]:
@@ -60,18 +58,17 @@ class Description:
         and decoder rows; ``facts`` [width, 4]: log10 firing rate, mean and log of scale, cosine of
         encoder and decoder row.
         """
-        enc = np.asarray(self.side.dictionary.W_enc[...], np.float64).T
-        dec = np.asarray(self.side.dictionary.W_dec[...], np.float64)
-        moves = self.scale[:, None] * dec
+        d, of_rows, scale = self.side.dictionary, self.side.feature_moments, self.scale
+        enc, dec = (np.asarray(W[...], np.float64) for W in (d.W_enc, d.W_dec))
+        enc, moves, size = enc.T, scale[:, None] * dec, np.sqrt(dec.shape[1])
         lengths = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (enc, dec))
         enc, dec = (r / np.where(n > 0, n, 1.0) for r, n in zip((enc, dec), lengths))
         facts = [
-            np.log10(self.moments.firings / self.moments.n + 1e-5) + 2,
-            self.moments.mean / self.scale,
-            np.log(self.scale / self.scale.mean()),
+            np.log10(of_rows.firings / of_rows.n + 1e-5) + 2,
+            of_rows.mean / scale,
+            np.log(scale / scale.mean()),
             np.sum(enc * dec, axis=1),
         ]
-        size = np.sqrt(dec.shape[1])
         arrays = {
             "moves": moves / (np.sqrt(np.mean(moves**2)) or 1.0),
             "reads": size * enc,
@@ -85,9 +82,7 @@ class Description:
         """The features by the bytes of the model's own token, on this role's documents."""
         side, rows = self.side, self.rows
         ids, at = np.unique(side.tokens[rows], return_inverse=True)
-        names = (
-            ids.tolist() if side.token_bytes is None else map(side.token_bytes().__getitem__, ids)
-        )
+        names = map(side.token_bytes().__getitem__, ids) if side.token_bytes else ids.tolist()
         index: dict[Hashable, int] = {}  # several ids may have the same bytes
         label = np.array([index.setdefault(name, len(index)) for name in names])[at]
         sums = token_sums(label, side.codes[rows])
@@ -109,16 +104,19 @@ def describe(pairs: Pairs, label: str) -> tuple[Description, Description]:
             f"{label} has {len(documents)} training documents and hypernetwork needs 2 or "
             "more, one to describe each side by; raise text.documents."
         )
+    both = []
     for parity, (role, side) in enumerate((("source", pairs.source), ("target", pairs.target))):
-        description = Description(side.reordered_from or side, np.flatnonzero(index % 2 == parity))
-        side.described.setdefault(role, description)
-    return pairs.source.described["source"], pairs.target.described["target"]
+        description = Description(role, side.straight, np.flatnonzero(index % 2 == parity))
+        both.append(side.straight.described.setdefault(role, description))
+    return tuple(both)
 
 
 def profile_weights(
-    source: Description, target: Description, mask: np.ndarray | None = None, *, rank=PROFILE_RANK
-) -> Weights:
-    """Returns the weights of token profiles for raw features, of ``rank`` at most.
+    source: Description, target: Description, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the weights of token profiles for raw features, W = U V'.
+
+    U is [width_a, PROFILE_RANK], V [width_b, PROFILE_RANK].
 
     Rows are tokens that both models know: A's mean features X should give B's, Y, both times the
     root of the token's count (the harmonic mean of both models').
@@ -142,10 +140,9 @@ def profile_weights(
     W = np.zeros((len(mask), Y.shape[1]))
     W[mask] = np.linalg.solve(K + penalty * np.eye(len(K)), X.T @ Y)
     # Subspace iteration from a fixed start: a nearly best low rank without decomposing a wide W.
-    size = min(rank, *W.shape)
+    size = min(PROFILE_RANK, *W.shape)
     V = stats.generator(0).standard_normal((W.shape[1], size))
     for _ in range(TURNS):
         V = np.linalg.qr(W.T @ (W @ V))[0]
-    U = np.zeros((len(W), rank))
-    U[:, :size] = W @ V
-    return U, np.pad(V, ((0, 0), (0, rank - size)))
+    missing = (0, 0), (0, PROFILE_RANK - size)
+    return np.pad(W @ V, missing), np.pad(V, missing)

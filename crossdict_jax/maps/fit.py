@@ -1,4 +1,4 @@
-"""The stage that fits every map: both directions, every layer pair, aligned and shuffled."""
+"""The stage that fits every map of a run, aligned and shuffled, and the controls of maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from crossdict_jax import dictionaries, models, modules, stats
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import End, Store
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.config import Config, JointSettings, crosscoder_settings, layer_pairs
+from crossdict_jax.activations.untrained import open_controls
+from crossdict_jax.config import Config, JointSettings, controlled_layers, crosscoder_settings
 from crossdict_jax.dictionaries import crosscoder
 from crossdict_jax.dictionaries.crosscoder_training import (
     Rows,
@@ -28,12 +29,12 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.maps import base
 from crossdict_jax.maps.base import Pairs, Problem, Side, map_class
 from crossdict_jax.models import Site
+from crossdict_jax.results import PAIRINGS
 from crossdict_jax.training.checkpoint import is_finished
 from crossdict_jax.training.stage import progress_bar, timed
 from crossdict_jax.workdir import Workdir, check_space
 
 MEMBER = "seed-0"  # the dictionary of each site that maps use
-PAIRINGS = ("aligned", "shuffled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,8 @@ class Task:
 
     def controlled(self, control: str) -> Task:
         """Returns a control of the map; a ceiling's source is the target's own model."""
-        task = dataclasses.replace(self, control=control)
-        if control != "ceiling":
-            return task
-        return dataclasses.replace(task, source=task.target, site_source=task.site_target)
+        own = {"source": self.target, "site_source": self.site_target}
+        return dataclasses.replace(self, control=control, **own if control == "ceiling" else {})
 
     @property
     def ends(self) -> tuple[End, End]:
@@ -73,7 +72,7 @@ class Task:
 
     @property
     def label(self) -> str:
-        """``A resid_pre.6 to B resid_pre.6``, and how it differs from aligned pairs."""
+        """``A resid_pre.6 to B resid_pre.6``, and its control or pairing in brackets."""
         name = f"{self.source} {self.site_source} to {self.target} {self.site_target}"
         mark = self.control or self.pairing
         return name if mark == "aligned" else f"{name} ({mark})"
@@ -89,11 +88,10 @@ def tasks(config: Config, store: Store) -> list[Task]:
     """
     result = []
     for ends in itertools.permutations(range(len(store.models)), 2):
-        for pair in layer_pairs(config):
-            sites = [Site(pair[min(i, 1)], config.site) for i in ends]
-            missing = [site for site in sites if site not in store.sites]
-            if missing:
-                extracted = ", ".join(str(s) for s in store.sites)
+        for of_models in joint_sites(config, store):
+            sites = [of_models[i] for i in ends]
+            if missing := [site for site in sites if site not in store.sites]:
+                extracted = ", ".join(map(str, store.sites))
                 raise UserError(
                     f"Site {missing[0]} was not extracted ({extracted} were); add its layer to "
                     "layers."
@@ -104,19 +102,37 @@ def tasks(config: Config, store: Store) -> list[Task]:
     return list(dict.fromkeys(result))
 
 
+def control_tasks(config: Config, store: Store) -> list[Task]:
+    """Returns every control of the run's aligned maps, of the kinds and layers that have them.
+
+    - ceiling: B to B at the target's site, for every kind, from B's dictionary of another seed.
+    - untrained: A to B's re-initialised model; the task keeps the name of B.
+    - reseeded: the map from another seed, of trained kinds that read features: others are not
+      random, or have nothing to attribute.
+    """
+    layers, result = dict(zip(store.models, controlled_layers(config))), []
+    kinds = config.control_kinds or config.map.kinds
+    controls = [name for name in ("ceiling", "untrained", "reseeded") if name in config.controls]
+    for control, task in itertools.product(controls, tasks(config, store)):
+        kind = map_class(task.kind)
+        random = kind.fits_together and kind.reads == "features"
+        asked = task.kind in kinds and task.site_target.layer in layers[task.target]
+        if task.pairing == "aligned" and asked and (random or control != "reseeded"):
+            result.append(task.controlled(control))
+    return list(dict.fromkeys(result))
+
+
 def shuffled(pairs: Pairs, seed: int, split: str = SPLITS[0]) -> Pairs:
     """Returns pairs with the target's rows in a seeded random order per split, across documents."""
-    generator = stats.generator(len(SPLITS) * seed + SPLITS.index(split))
-    return dataclasses.replace(
-        pairs, target=pairs.target.reordered(generator.permutation(len(pairs)))
-    )
+    order = stats.generator(len(SPLITS) * seed + SPLITS.index(split)).permutation(len(pairs))
+    return dataclasses.replace(pairs, target=pairs.target.reordered(order))
 
 
 def shown(task: Task, pairs: Pairs) -> Pairs:
     """Returns rows as the task's map reads them.
 
-    The source of a ceiling is its dictionary's features of B and, instead of B's activations, their
-    reconstruction. Rows of two models stay.
+    A ceiling reads the features of its source's dictionary and, instead of activations, their
+    reconstruction.
     """
     if task.control != "ceiling" or map_class(task.kind).reads != "activations":
         return pairs
@@ -135,23 +151,23 @@ class Loader:
         self.config, self.store, self.work = config, store, work
         self._sides: dict[tuple, Side] = {}
         self._problems: dict[tuple, Problem] = {}  # of one direction, layer pair and pairing
+        self._dictionary = functools.cache(dictionaries.load)
+        self._read = functools.cache(lambda *end, split: store.read(*end, store.select(split)))
 
     def side(self, model: str, site: Site, split: str, dictionary: Path | None = None) -> Side:
         """Returns one model's rows of a split, with the dictionary of seed 0, or of a folder."""
         folder = dictionary or self.work.dictionary(model, site, MEMBER)
         key = (model, site, split, folder)
         if key not in self._sides:
-            store, number = self.store, self.store.models.index(model)
-            rows = store.select(split)
-            same_rows = [side for other, side in self._sides.items() if other[:3] == key[:3]]
-            same_folder = [side for other, side in self._sides.items() if other[3] == folder]
+            store, rows = self.store, self.store.select(split)
+            path = store.paths[store.models.index(model)]
             self._sides[key] = Side(
-                x=same_rows[0].x if same_rows else store.read(model, site, rows),
+                x=self._read(model, site, split=split),
                 tokens=store.tokens(model, rows),
-                dictionary=same_folder[0].dictionary if same_folder else dictionaries.load(folder),
+                dictionary=self._dictionary(folder),
                 model=model,
                 layer=site.layer,
-                token_bytes=lambda: token_bytes(models.load_tokenizer(store.paths[number])),
+                token_bytes=lambda: token_bytes(models.load_tokenizer(path)),
                 keys=np.stack([store.rows.document[rows], store.rows.byte_end[rows]], axis=1),
             )
         return self._sides[key]
@@ -164,15 +180,14 @@ class Loader:
         """
         source, target = ((*end, self.work.dictionary(*end, MEMBER)) for end in task.ends)
         if task.control == "ceiling":
-            end, second = task.ends[0], f"seed-{CEILING_SEED}"
-            folder = self.work.dictionary(*end, second)
+            end = *task.ends[0], f"seed-{CEILING_SEED}"
+            folder = self.work.dictionary(*end)
             if not folder.exists():  # the run has one seed
-                folder = self.work.controls.dictionary(*end, second)
-            source = (*end, folder)
+                folder = self.work.controls.dictionary(*end)
+            source = (*end[:2], folder)
         if task.control == "untrained":
-            trained = len(self.store.models) // 2
-            model = self.store.models[self.store.models.index(task.target) + trained]
-            end = model, task.site_target
+            names = self.store.models
+            end = names[names.index(task.target) + len(names) // 2], task.site_target
             target = (*end, self.work.controls.dictionary(*end, MEMBER))
         return source, target
 
@@ -206,6 +221,15 @@ def fit_maps(config: Config, store: Store, work: Workdir) -> None:
     fit_tasks(tasks(config, store), Loader(config, store, work), seed=config.seed)
 
 
+def fit_controls(config: Config, store: Store, work: Workdir) -> None:
+    """Fits every control into ``work.controls``."""
+    todo = control_tasks(config, store)
+    loader = Loader(config, open_controls(config, work, store) if todo else store, work)
+    for name in config.controls:  # apart: some kinds learn from all problems that they get
+        seed = (config.seed + (name == "reseeded")) % 2**32
+        fit_tasks([task for task in todo if task.control == name], loader, seed=seed)
+
+
 def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     """Fits the unfinished maps of a run, or of one control.
 
@@ -219,13 +243,15 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     if not unfinished:
         return
     check_space(loader.work.maps)
-    batches = [[task] for task in todo if not map_class(task.kind).fits_together]
-    together = dict.fromkeys(t.kind for t in todo if map_class(t.kind).fits_together)
-    batches += [[task for task in todo if task.kind == kind] for kind in together]
-    batches = [batch for batch in batches if unfinished & set(batch)]
+    alone, together = [], {}
+    for task in todo:
+        if map_class(task.kind).fits_together:
+            together.setdefault(task.kind, []).append(task)
+        else:
+            alone.append([task])
+    batches = [batch for batch in alone + [*together.values()] if unfinished & set(batch)]
     control, finished = todo[0].control, len(todo) - len(unfinished)
-    work = loader.work.controls if control else loader.work
-    config = loader.config
+    work, config = loader.work.controls if control else loader.work, loader.config
     options = {
         "seed": seed,
         "directory": work.maps / "training" / control,
@@ -244,12 +270,12 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     with timed(work, stage) as figures, bar, ThreadPoolExecutor(1) as disk:
         written = iter(())
         for batch in batches:
-            kind = batch[0].kind
-            bar.set_postfix_str(f"{kind}: {batch[0].label}", refresh=True)
+            kind = map_class(batch[0].kind)
+            bar.set_postfix_str(f"{batch[0].kind}: {batch[0].label}", refresh=True)
             problems = [loader.problem(task) for task in batch]
-            if map_class(kind).through_joint:
+            if kind.through_joint:
                 problems = with_codes(problems, batch, loader, seed, options["directory"])
-            fitted = map_class(kind).fit(problems, config.map, **options)
+            fitted = kind.fit(problems, config.map, **options)
             new = [(task, result) for task, result in zip(batch, fitted) if task in unfinished]
             list(written)  # those of the batch before; raises what went wrong
             written = disk.map(write, new)
@@ -268,8 +294,8 @@ def with_codes(
     """
     config, store, work = loader.config, loader.store, loader.work
     if batch[0].control:  # a batch is of one control, or of the run's own maps
-        settings = crosscoder_settings(config)
-        return with_own_codes(problems, settings, seed=seed, directory=directory)
+        joint = crosscoder_settings(config)
+        return with_own_codes(problems, joint, seed=seed, directory=directory)
     train_crosscoders(config, store, work)
     load, result = functools.cache(crosscoder.load), []
     for problem, task in zip(problems, batch):

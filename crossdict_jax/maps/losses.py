@@ -12,9 +12,9 @@ from crossdict_jax.ops import exact
 SOFT_FIRING = 0.1  # of the target's typical active value: where a feature counts as firing
 
 
-def mse(p: jax.Array, t: jax.Array, *, variance: jax.Array | float = 1.0) -> jax.Array:
-    """Returns the squared error, mean over batch and features, in units of ``variance``."""
-    return jnp.mean(jnp.square(p - t)) / variance
+def mse(p: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns the squared error, mean over batch and features."""
+    return jnp.mean(jnp.square(p - t))
 
 
 def cosine(p: jax.Array, t: jax.Array) -> jax.Array:
@@ -33,20 +33,19 @@ def correlation(p: jax.Array, t: jax.Array) -> jax.Array:
     |Zp'Zp - Zt'Zt|^2 = |Zp Zp'|^2 + |Zt Zt'|^2 - 2 |Zp Zt'|^2: batch x batch products, never
     width x width. A constant column correlates 0 with every column, itself included.
     """
-    Z_p, Z_t = _standardised(p), _standardised(t)
+
+    def standardised(x):  # norm 1, or 0 where a column varies only by rounding
+        centred = x - jnp.mean(x, 0, keepdims=True)
+        square = jnp.sum(jnp.square(centred), 0, keepdims=True)
+        varies = square > 1e-12 * jnp.sum(jnp.square(x), 0, keepdims=True)
+        norm = jnp.sqrt(jnp.where(varies, square, 1.0))
+        return jnp.where(varies, centred / norm, 0.0)
+
+    Z_p, Z_t = standardised(p), standardised(t)
     pp, tt, pt = (
         jnp.sum(jnp.square(exact(a, b.T))) for a, b in ((Z_p, Z_p), (Z_t, Z_t), (Z_p, Z_t))
     )
     return (pp + tt - 2 * pt) / p.shape[1] ** 2
-
-
-def _standardised(x: jax.Array) -> jax.Array:
-    """Columns with mean 0 and norm 1, or 0 where they vary only by rounding."""
-    centred = x - jnp.mean(x, 0, keepdims=True)
-    square = jnp.sum(jnp.square(centred), 0, keepdims=True)
-    varies = square > 1e-12 * jnp.sum(jnp.square(x), 0, keepdims=True)
-    norm = jnp.sqrt(jnp.where(varies, square, 1.0))
-    return jnp.where(varies, centred / norm, 0.0)
 
 
 def sparsity(p: jax.Array, t: jax.Array, *, fires: jax.Array | None = None) -> jax.Array:
@@ -89,13 +88,13 @@ def transfer_loss(
         (term ``nmse``; ``mse`` is raw), so that weights hold at any scale of the activations.
       fires: see ``sparsity``.
     """
+    error = mse(p, t)
     terms = {
-        "mse": mse(p, t),
-        "nmse": mse(p, t, variance=variance),
+        "mse": error,
+        "nmse": error / variance,
         "cosine": cosine(p, t),
         "correlation": correlation(p, t),
         "sparsity": sparsity(p, t, fires=fires),
     }
-    names = {"mse": "nmse"}
-    weighted = (w * terms[names.get(name, name)] for name, w in vars(weights).items())
+    weighted = (w * terms[name.replace("mse", "nmse")] for name, w in vars(weights).items())
     return sum(weighted), terms

@@ -86,9 +86,9 @@ def train(
     steps: int,
     seed: int,
     directory: Path,
-    checkpoint_every: int,
     title: str,
     meta: dict,
+    checkpoint_every: int = 500,
     records: Sequence[str] = (),
 ) -> list[PyTree]:
     """Returns the trained parameters of every member, as arrays on the host.

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crossdict_jax import modules
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import ROWS, ActivationMap, Problem
+from crossdict_jax.maps.base import ROWS, ActivationMap
 from crossdict_jax.ops import exact
 
 
@@ -21,13 +20,13 @@ class Crosscoder(ActivationMap):
     through_joint = True
     fits_together = True  # joint codes that are not trained yet, in one ensemble
 
-    def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
+    def activation(self, inputs, *, tokens=None):
         z = exact(inputs.astype(jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
         f = jnp.where(z > self.threshold[...], jax.nn.relu(z), 0.0)
         return exact(f, self.W_dec[...]) + self.b_dec[...][None, :]
 
     @classmethod
-    def solve(cls, problem: Problem, config: MapConfig):
+    def solve(cls, problem, config):
         """ValueError if the problem has no joint code, which is trained before."""
         if problem.joint is None:
             raise ValueError(f"{problem.label} has no joint code")

@@ -25,7 +25,7 @@ from crossdict_jax.training.mesh import from_bits, to_bits
 
 HIDDEN = 128  # units of the target's hidden layer
 DROPOUT = 0.2  # of hidden units
-FEATURE_DROPOUT = 0.2  # of the source's features: the network learns to do without any of them
+FEATURE_DROPOUT = 0.2  # of the source's features: the network learns to do without any
 BATCH_SIZE = 128  # rows of every problem
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-4  # of AdamW
 START = 0.1  # initial size of the learned part of the weights, in standard deviations
@@ -33,7 +33,6 @@ LOOKS = 10  # validations during training; the best network is kept
 LOOK_ROWS = 1024  # validation rows at most, evenly spread
 
 Masks = Mapping[tuple[str, int], np.ndarray]  # (model, layer): bool [width], what training may use
-ROLES = ("source", "target")
 
 
 class Hypernetwork(Map):
@@ -46,45 +45,36 @@ class Hypernetwork(Map):
     reads = "features"
     fits_together = True
 
-    def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        weights = {name: getattr(self, name)[...] for name in ("U", "V", "bias")}
-        return _apply(weights, inputs - self.mean_a[...][None, :])
+    def __call__(self, inputs, *, tokens=None):
+        return _apply(inputs - self.mean_a[...][None, :], self.U[...], self.V[...], self.bias[...])
 
     @classmethod
-    def fit(
-        cls, problems, config, *, seed, directory, checkpoint_every: int = 500, records=()
-    ) -> list[Fitted]:
+    def fit(cls, problems, config, *, directory, **training) -> list[Fitted]:
         """Trains one network on all aligned problems, and one on all shuffled ones.
 
-        Minimises the squared error of B's features in units of their variance; the best of ten
-        validations writes the maps. ``directory/hypernetwork-N`` keeps checkpoints and metrics: a
-        killed run goes on and ends with the same bits.
+        The best of ten validations writes the maps. ``directory/hypernetwork-N`` keeps checkpoints
+        and metrics: a killed run goes on and ends with the same bits.
 
         Raises:
           UserError: a batch is larger than the training rows or does not divide over the devices.
         """
         fitted, by_pairing = {}, {}
         for problem in problems:
-            shuffled = problem.train.target.reordered_from is not None
+            shuffled = problem.train.target.order is not None
             by_pairing.setdefault(shuffled, []).append(problem)
         for number, (_, members) in enumerate(sorted(by_pairing.items())):
-            network, chosen = train_network(
-                members,
-                config.hypernetwork,
-                seed=seed,
-                directory=Path(directory) / f"{cls.kind}-{number}",
-                checkpoint_every=checkpoint_every,
-                records=records,
+            folder = Path(directory) / f"{cls.kind}-{number}"
+            network, records = train_network(
+                members, config.hypernetwork, directory=folder, **training
             )
-            for problem, record in zip(members, chosen):
+            for problem, record in zip(members, records):
                 fitted[id(problem)] = Fitted(network.write(problem), record)
         return [fitted[id(problem)] for problem in problems]
 
 
-def _apply(weights: dict[str, jax.Array], f: jax.Array) -> jax.Array:
+def _apply(f: jax.Array, U: jax.Array, V: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns features of B [batch, width_b] of centred ones of A [batch, width_a]."""
-    z = exact(exact(f, weights["U"]), weights["V"].T)
-    return jax.nn.relu(z + weights["bias"][None, :])
+    return jax.nn.relu(exact(exact(f, U), V.T) + bias[None, :])
 
 
 Linear = partial(nnx.Linear, precision=EXACT)
@@ -94,8 +84,8 @@ class Tower(nnx.Module):
     """Turns each feature direction of one model, in one role, into ``rank`` numbers.
 
     ``u = g (L + sum_l e_l L_l)``, g the directions. One tower serves all layers of a model; e, the
-    nearness to each training layer, blends what is particular to it. Linear, so that unseen
-    features add their part like all others.
+    nearness to each training layer, sums to 1. Linear, so that unseen features add their part like
+    all others.
     """
 
     def __init__(self, *, d_model: int, layers: int, rank: int, rngs: nnx.Rngs):
@@ -103,16 +93,13 @@ class Tower(nnx.Module):
         self.by_layer = nnx.Param(jnp.zeros((layers, d_model, rank)))
 
     def rows(self, directions: jax.Array, nearness: jax.Array) -> jax.Array:
-        """Returns u [width, rank] of directions [width, d_model]; ``nearness`` is e [layers].
-
-        e sums to 1.
-        """
+        """Returns u [width, rank] of directions [width, d_model]; ``nearness`` is e [layers]."""
         blended = jnp.tensordot(nearness, self.by_layer[...], 1, precision=EXACT)
         return self.linear(directions) + exact(directions, blended)
 
 
 class TargetTower(Tower):
-    """A tower with a nonlinear part, and three numbers on how each target feature is used.
+    """A tower with a nonlinear part, and three numbers for each target feature.
 
     ``v = u(reads) + h A``, h a hidden layer on the feature's whole description. Three more outputs
     of h: the feature's strength, its start, and the trust in its token profiles.
@@ -136,7 +123,7 @@ class TargetTower(Tower):
 
 
 def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | None = None) -> dict:
-    """Returns the weights U, V and bias that two towers write for a pair of ``Network.read``.
+    """Returns the U, V and bias that two towers write for what ``read`` returns.
 
     ``key`` is that of the dropout.
     """
@@ -154,61 +141,70 @@ def written(source: Tower, target: TargetTower, pair: dict, key: jax.Array | Non
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network, for any dictionaries of the models that it was trained with.
+class Network(nnx.Module):
+    """A tower per role and model, for any dictionaries of these models.
 
     Attributes:
-      layers: (role, model) -> layers that it has seen, ascending.
-      towers: by (role, model).
+      layers: (name, layers that it has seen, ascending) of each; see ``Description.tower``.
     """
 
-    layers: dict[tuple[str, str], tuple[int, ...]]
-    towers: dict[tuple[str, str], Tower]
-
-    def read(self, pair: Sequence[Description], mask: np.ndarray | None = None) -> dict[str, Any]:
-        """Returns what the network reads of a pair of dictionaries, arrays float32.
-
-        Args:
-          mask: bool [width_a], source features that may be used (default: all).
-
-        Raises:
-          UserError: the network knows no such model in this role.
-        """
-        U, V = profile_weights(*pair, mask)
-        reads = {"U": U, "V": V}
-        for role, of_role in zip(ROLES, pair):
-            model, layer = of_role.side.model, of_role.side.layer
-            if (role, model) not in self.layers:
-                models = ", ".join(model for r, model in self.layers if r == role)
-                raise UserError(
-                    f"The hypernetwork was not trained with {model} as {role}; it knows {models}."
-                )
-            numbers = {"mean": of_role.moments.mean, "scale": of_role.scale}
-            # A layer in between is blended from its neighbours, one outside is the outermost.
-            layers = self.layers[role, model]
-            units = np.eye(len(layers))
-            numbers["nearness"] = np.array([np.interp(layer, layers, unit) for unit in units])
-            reads[role] = of_role.directions | numbers
-        return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
+    def __init__(self, layers: tuple, d_models: dict[str, int], rank: int, key: jax.Array):
+        self.layers = layers
+        for number, (name, seen) in enumerate(layers):
+            shape = {"d_model": d_models[name], "layers": len(seen), "rank": rank}
+            rngs = nnx.Rngs(params=jax.random.fold_in(key, number))
+            tower = Tower if name.startswith("source ") else TargetTower
+            setattr(self, name, tower(**shape, rngs=rngs))
 
     def write(self, problem: Problem) -> Hypernetwork:
         """Returns the map from one dictionary to another, seen in training or not.
 
         It reads each model's rows alone, never which row of A goes with which of B.
+
+        Raises:
+          UserError: the network knows no such model in this role.
         """
         pair = describe(problem.train, problem.label)
-        reads = self.read(pair)
-        towers = [self.towers[role, side.side.model] for role, side in zip(ROLES, pair)]
-        values = written(*towers, reads) | {"mean_a": reads["source"]["mean"]}
-        return Hypernetwork(pair[1].side.dictionary, values)
+        reads = read(pair, dict(self.layers))
+        weights = written(*(getattr(self, one.tower) for one in pair), reads)
+        mean_a = reads["source"]["mean"]
+        return Hypernetwork(pair[1].side.dictionary, weights | {"mean_a": mean_a})
+
+
+def read(
+    pair: Sequence[Description],
+    layers: Mapping[str, tuple[int, ...]],
+    mask: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Returns what a network reads of a pair of dictionaries, arrays float32.
+
+    Args:
+      layers: of each tower, those that it has seen.
+      mask: bool [width_a], source features that may be used (default: all).
+    """
+    U, V = profile_weights(*pair, mask)
+    reads = {"U": U, "V": V}
+    for one in pair:
+        if one.tower not in layers:
+            models = (tower.split(" ", 1)[1] for tower in layers if tower.startswith(one.role))
+            raise UserError(
+                f"The hypernetwork was not trained with {one.side.model} as {one.role}; it knows "
+                f"{', '.join(models)}."
+            )
+        # A layer in between is blended from its neighbours, one outside is the outermost.
+        seen = layers[one.tower]
+        nearness = np.array([np.interp(one.side.layer, seen, unit) for unit in np.eye(len(seen))])
+        numbers = {"mean": one.side.feature_moments.mean, "scale": one.scale, "nearness": nearness}
+        reads[one.role] = one.directions | numbers
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), reads)
 
 
 def from_profiles(problem: Problem) -> Hypernetwork:
-    """Returns the map of token profiles, without training or paired rows."""
+    """Returns the map of token profiles alone, without training or paired rows."""
     source, target = describe(problem.train, problem.label)
     U, V = profile_weights(source, target)
-    values = {"U": U, "V": V, "mean_a": source.moments.mean, "bias": target.moments.mean}
+    mean_a, bias = (one.side.feature_moments.mean for one in (source, target))
+    values = {"U": U, "V": V, "mean_a": mean_a, "bias": bias}
     return Hypernetwork(target.side.dictionary, values)
 
 
@@ -222,47 +218,32 @@ class WritingObjective(Objective):
         self.config, self.masks = config, masks
         self.validate_every = max(1, config.steps // LOOKS)
         self.described = [describe(p.train, p.label) for p in problems]
-        layers: dict[tuple[str, str], set[int]] = {}
-        groups: dict[tuple, list[int]] = {}
-        self.d_models = {}  # (role, model)
+        layers: dict[str, set[int]] = {}
+        stacks: dict[tuple, list[int]] = {}
+        d_models = {}
         for i, pair in enumerate(self.described):
-            for role, side in zip(ROLES, pair):
-                layers.setdefault((role, side.side.model), set()).add(side.side.layer)
-                self.d_models[role, side.side.model] = side.side.x.shape[1]
-            sides = [side.side for side in pair]
-            graphs = tuple(modules.split(side.dictionary)[0] for side in sides)
-            shapes = tuple((side.x.shape[1], side.dictionary.width, side.model) for side in sides)
-            groups.setdefault((shapes, graphs), []).append(i)
-        self.layers = {key: tuple(sorted(some)) for key, some in layers.items()}
-        self.stacks = list(groups.values())
-        self.graphs = {}  # (role, model): of its tower
-        jax.eval_shape(self.init, jax.random.key(0), {})
+            shape = []
+            for one in pair:
+                side = one.side
+                layers.setdefault(one.tower, set()).add(side.layer)
+                d_models[one.tower] = side.x.shape[1]
+                graph = modules.split(side.dictionary)[0]
+                shape += [one.tower, side.x.shape, side.dictionary.width, graph]
+            stacks.setdefault(tuple(shape), []).append(i)
+        self.stacks = list(stacks.values())
+        self.layers = {tower: tuple(sorted(seen)) for tower, seen in layers.items()}
+        self.build = partial(Network, tuple(self.layers.items()), d_models, config.rank)
+        self.graph, _ = modules.abstract(lambda: self.build(jax.random.key(0)))
 
     def init(self, key, fixed):
-        params = {}
-        for number, (name, layers) in enumerate(self.layers.items()):
-            tower = (Tower if name[0] == "source" else TargetTower)(
-                d_model=self.d_models[name],
-                layers=len(layers),
-                rank=self.config.rank,
-                rngs=nnx.Rngs(params=jax.random.fold_in(key, number)),
-            )
-            self.graphs[name], params[" ".join(name)] = modules.split(tower)
-        return params
+        return modules.split(self.build(key))[1]
 
     def optimizer(self, fixed):
         """Clipped AdamW, warmed up over a tenth of the steps, cosine decay to 0."""
-        steps = self.config.steps
-        warm = max(1, steps // 10)
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, LEARNING_RATE, warm, max(steps, warm + 1)
-        )
-        adam = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+        steps, warm = self.config.steps, max(1, self.config.steps // 10)
+        rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warm, max(steps, warm + 1))
+        adam = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
         return optax.chain(optax.clip_by_global_norm(1.0), adam)
-
-    def network(self, params) -> Network:
-        towers = {n: modules.merge(g, params[" ".join(n)]) for n, g in self.graphs.items()}
-        return Network(self.layers, towers)
 
     def fixed(self, i: int) -> dict:
         """Returns what a problem's loss reads and does not train."""
@@ -272,11 +253,11 @@ class WritingObjective(Objective):
             for s in pair
         ]
         # Where none of B's features varies, the error stays in raw units.
-        variance = np.float32(np.sum(pair[1].moments.variance * masks[1]) or 1.0)
+        variance = np.float32(np.sum(pair[1].side.feature_moments.variance * masks[1]) or 1.0)
         return {
-            "dictionaries": [modules.split(side.side.dictionary)[1] for side in pair],
+            "dictionaries": [modules.split(one.side.dictionary)[1] for one in pair],
             "masks": [np.float32(mask) for mask in masks],
-            "reads": Network(self.layers, {}).read(pair, masks[0]),
+            "reads": read(pair, self.layers, masks[0]),
             "variance": variance,
         }
 
@@ -287,14 +268,13 @@ class WritingObjective(Objective):
           rows: {"source 0": activations [batch, d_model] of problem 0's source, ...}.
           key: of the dropout; None: no dropout.
         """
-        towers = self.network(params).towers
-        losses = jnp.zeros(len(self.described))
+        network, losses = modules.merge(self.graph, params), jnp.zeros(len(self.described))
         for number, members in enumerate(self.stacks):
             pair = self.described[members[0]]
-            graphs = [modules.split(side.side.dictionary)[0] for side in pair]
-            own_towers = [towers[role, side.side.model] for role, side in zip(ROLES, pair)]
+            graphs = [modules.split(one.side.dictionary)[0] for one in pair]
+            towers = [getattr(network, one.tower) for one in pair]
 
-            def missed(fixed, x_a, x_b, key, graphs=graphs, own_towers=own_towers):
+            def missed(fixed, x_a, x_b, key, graphs=graphs, towers=towers):
                 keys = (None, None) if key is None else jax.random.split(key)
                 f_a, f_b = (
                     modules.merge(*dictionary).encode(from_bits(x))  # made here, never stored
@@ -303,15 +283,15 @@ class WritingObjective(Objective):
                 mean = fixed["reads"]["source"]["mean"]
                 # Whole features are dropped, the same in all rows.
                 used = fixed["masks"][0] * dropped(jnp.ones(len(mean)), FEATURE_DROPOUT, keys[0])
-                weights = written(*own_towers, fixed["reads"], keys[1])
-                p = _apply(weights, (f_a - mean[None, :]) * used[None, :])
+                weights = written(*towers, fixed["reads"], keys[1])
+                p = _apply((f_a - mean[None, :]) * used[None, :], **weights)
                 error = (p - f_b) * fixed["masks"][1][None, :]
                 return jnp.sum(jnp.square(error)) / (len(x_b) * fixed["variance"])
 
             keys = key
             if key is not None:
                 keys = jax.random.split(jax.random.fold_in(key, number), len(members))
-            x = [jnp.stack([rows[f"{role} {i}"] for i in members]) for role in ROLES]
+            x = [jnp.stack([rows[f"{one.role} {i}"] for i in members]) for one in pair]
             shares = jax.vmap(missed)(fixed["stacks"][number], *x, keys)
             losses = losses.at[np.array(members)].set(shares)
         return losses
@@ -329,37 +309,28 @@ def train_network(
     config: HypernetworkConfig,
     *,
     seed: int,
-    directory: Path,
-    checkpoint_every: int = 500,
-    records: Sequence[str] = (),
     masks: Masks | None = None,
+    **training,
 ) -> tuple[Network, list[dict[str, Any]]]:
     """Returns a network trained on all problems together, and a record for each of them.
 
     Args:
-      directory: gets checkpoints and metrics.
       masks: features that training may use (default: all); others are neither read, as source or
         target, nor described.
+      training: see ``loop.train``; its ``directory`` gets checkpoints and metrics.
     """
-    n = len(problems[0].train)
+    n, masks, labels = len(problems[0].train), masks or {}, [problem.label for problem in problems]
     for problem in problems:
-        check_rows(problem, Hypernetwork.kind)
-        if len(problem.train) < BATCH_SIZE:
-            raise UserError(
-                f"{problem.label} has {len(problem.train)} training rows and hypernetwork needs a "
-                f"batch of {BATCH_SIZE}; raise text.documents."
-            )
+        check_rows(problem, Hypernetwork.kind, BATCH_SIZE)
         if len(problem.train) != n:
             raise ValueError("problems that train one network need equally many rows")
-    masks = masks or {}
     objective = WritingObjective(problems, config, masks)
     fixed = [stack([objective.fixed(i) for i in members]) for members in objective.stacks]
-    labels = [problem.label for problem in problems]
     streams, validation, views = {}, {}, {}
     for i, problem in enumerate(problems):
-        for role in ROLES:
+        for role in ("source", "target"):
             train, held_out = (getattr(p, role) for p in (problem.train, problem.validation))
-            view = views.setdefault(id(train), train.x[None])  # of a side, held once
+            view = views.setdefault(train, train.x[None])  # of a side, held once
             streams[f"{role} {i}"] = Stream(view, np.zeros(1, np.int64))
             rows = np.linspace(0, len(held_out.x) - 1, min(len(held_out.x), LOOK_ROWS))
             validation[f"{role} {i}"] = to_bits(held_out.x[rows.astype(np.int64)])[None]
@@ -373,28 +344,23 @@ def train_network(
         setting="hypernetwork.BATCH_SIZE",
         validation=validation,
     )
+    unused = {f"{m} {i}": np.flatnonzero(~v).tolist() for (m, i), v in masks.items()}
+    settings = {"config": dataclasses.asdict(config), "problems": labels, "seed": seed}
     (best,) = loop.train(
         ensemble,
         steps=config.steps,
         seed=seed,
-        directory=Path(directory),
-        checkpoint_every=checkpoint_every,
-        records=records,
         title=f"train 1 hypernetwork of {len(labels)} maps",
-        meta={
-            "config": dataclasses.asdict(config),
-            "problems": labels,
-            "seed": seed,
-            "unused": {f"{m} {i}": np.flatnonzero(~v).tolist() for (m, i), v in masks.items()},
-        },
+        meta=settings | {"unused": unused},
+        **training,
     )
     resident = ensemble.feed.resident
     losses = jax.jit(jax.vmap(objective.losses))(
         stack([best["params"]]), resident["validation"], resident["fixed"]
     )
     step = int(best["step"]) + 1
-    chosen = [
+    records = [
         {"step": step, "validation_fvu": float(loss), "trained_with": labels}
         for loss in np.asarray(losses)[0]
     ]
-    return objective.network(jax.tree.map(jnp.asarray, best["params"])), chosen
+    return modules.merge(objective.graph, jax.tree.map(jnp.asarray, best["params"])), records

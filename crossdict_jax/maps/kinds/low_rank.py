@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import AffineMap, Problem
+from crossdict_jax.maps.base import AffineMap
 
 RANKS = (1, 4, 16, 64, 128, 256)  # those up to the smaller d_model are tried
 
@@ -21,7 +20,7 @@ class LowRank(AffineMap):
     chosen = ("penalty", "rank")
 
     @classmethod
-    def solve(cls, problem: Problem, config: MapConfig):
+    def solve(cls, problem, config):
         regression, errors, directions = problem.regression, {}, {}
         validation = regression.validation
         for penalty in config.ridge_penalties:

@@ -1,11 +1,9 @@
 """The training mean of B's features, whatever A says: what every map must beat."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import Map, Problem
+from crossdict_jax.maps.base import Map
 
 
 class Mean(Map):
@@ -15,11 +13,11 @@ class Mean(Map):
     reads = "tokens"
     fewest_rows = 1
 
-    def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
+    def __call__(self, inputs, *, tokens=None):
         return jnp.broadcast_to(self.mean[...][None, :], (len(inputs), self.mean.shape[0]))
 
     @classmethod
-    def solve(cls, problem: Problem, config: MapConfig):
+    def solve(cls, problem, config):
         mean, held_out = (p.target.feature_moments for p in (problem.train, problem.validation))
         mean = mean.mean
         error = float(np.mean(held_out.variance + (held_out.mean - mean) ** 2))

@@ -1,11 +1,8 @@
 """A three-layer network on features, trained by gradient steps; users call it the hypernetwork."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import modules
-from crossdict_jax.maps.base import Problem
 from crossdict_jax.maps.network import NetworkMap, damped_scale
 
 
@@ -17,16 +14,16 @@ class MLP(NetworkMap):
 
     kind = "mlp"
 
-    def baselines(self, tokens: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
+    def baselines(self, tokens, batch):
         return self.mean_a[...][None, :], self.mean_b[...][None, :]
 
     @classmethod
-    def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
+    def unmeasured(cls, width_a, width_b, tokens):
         sizes = {"a": width_a, "b": width_b}
         return {f"{v}_{name}": jnp.zeros(n) for name, n in sizes.items() for v in ("mean", "scale")}
 
     @classmethod
-    def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
+    def measure(cls, problem):
         values = {}
         for name, side in (("a", problem.train.source), ("b", problem.train.target)):
             values[f"mean_{name}"] = side.feature_moments.mean.astype(np.float32)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import AffineMap, Problem, check_rows
+from crossdict_jax.maps.base import AffineMap, check_rows
 
 NO_COVARIANCE = 1e-7  # of the largest: what rounding leaves of a zero covariance
 
@@ -21,7 +20,7 @@ class Procrustes(AffineMap):
     chosen = ("scale",)
 
     @classmethod
-    def solve(cls, problem: Problem, config: MapConfig):
+    def solve(cls, problem, config):
         rotated = min(side.x.shape[1] for side in (problem.train.source, problem.train.target))
         check_rows(problem, cls.kind, rotated + 1)
         regression = problem.regression

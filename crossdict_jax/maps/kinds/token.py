@@ -1,9 +1,6 @@
 """The mean of B's features after the source's token: what token identity alone says."""
 
-import jax
-
-from crossdict_jax.config import MapConfig
-from crossdict_jax.maps.base import Map, Problem, look_up
+from crossdict_jax.maps.base import Map, look_up
 
 
 class Token(Map):
@@ -18,11 +15,11 @@ class Token(Map):
     chosen = ("pseudocount",)
     fewest_rows = 1
 
-    def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
+    def __call__(self, inputs, *, tokens=None):
         return look_up(self.table, inputs, len(inputs))
 
     @classmethod
-    def solve(cls, problem: Problem, config: MapConfig):
+    def solve(cls, problem, config):
         train, validation = (p.target_by_token for p in (problem.train, problem.validation))
         errors = {(p,): mse for p, mse in train.table_errors(validation).items()}
         return errors, lambda pseudocount: {"table": train.table(pseudocount)}

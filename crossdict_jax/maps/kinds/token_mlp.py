@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import modules
-from crossdict_jax.maps.base import Problem, look_up
+from crossdict_jax.maps.base import look_up
 from crossdict_jax.maps.moments import token_sums
 from crossdict_jax.maps.network import NetworkMap, damped_scale
 
@@ -22,11 +21,11 @@ class TokenMLP(NetworkMap):
 
     kind = "token_mlp"
 
-    def baselines(self, tokens: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
+    def baselines(self, tokens, batch):
         return look_up(self.table_a, tokens, batch), look_up(self.table_b, tokens, batch)
 
     @classmethod
-    def unmeasured(cls, width_a: int, width_b: int, tokens: int) -> modules.Params:
+    def unmeasured(cls, width_a, width_b, tokens):
         values = {}
         for name, n in (("a", width_a), ("b", width_b)):
             rows = jnp.zeros((tokens + 1, n))
@@ -35,16 +34,16 @@ class TokenMLP(NetworkMap):
         return values
 
     @classmethod
-    def measure(cls, problem: Problem) -> tuple[modules.Params, dict]:
+    def measure(cls, problem):
         train, values = problem.train, {}
         errors = train.target_by_token.table_errors(problem.validation.target_by_token)
         best = min(errors, key=errors.get)
         by_token = token_sums(train.source.tokens, train.source.codes), train.target_by_token
         for name, side, sums in zip("ab", (train.source, train.target), by_token):
-            values[f"table_{name}"] = sums.table(best)
+            table = values[f"table_{name}"] = sums.table(best)
             # Squared residuals: sum f^2 - 2 sum_t T_t S_t + sum_t n_t T_t^2, over rows.
             moments = side.feature_moments
-            rows, counts = sums.shrunk(best)[:-1], sums.counts[:, None]
+            rows, counts = table["rows"][:-1], sums.counts[:, None]
             explained = np.sum(rows * (2 * sums.sums - counts * rows), axis=0) / len(side.x)
             left = np.maximum(moments.variance + moments.mean**2 - explained, 0.0)
             values[f"scale_{name}"] = damped_scale(left)
@@ -52,16 +51,15 @@ class TokenMLP(NetworkMap):
         return values, {"pseudocount": best}
 
     @classmethod
-    def alike(cls, measured: list[modules.Params]) -> list[modules.Params]:
+    def alike(cls, measured):
         """Pads tables to the longest; the padding is never looked up."""
         seen, result = max(len(values["table_a"]["ids"]) for values in measured), []
         for values in measured:
-            tables = {}
-            for name in ("table_a", "table_b"):
-                ids, rows = values[name]["ids"], values[name]["rows"]
-                missing = seen - len(ids)
-                ids = np.concatenate([ids, np.full(missing, NO_TOKEN, ids.dtype)])
-                rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+            tables = {name: values[name] for name in ("table_a", "table_b")}
+            missing = 0, seen - len(tables["table_a"]["ids"])
+            for name, table in tables.items():
+                ids = np.pad(table["ids"], missing, constant_values=NO_TOKEN)
+                rows = np.pad(table["rows"], (missing, (0, 0)), mode="edge")
                 tables[name] = {"ids": ids, "rows": rows}
             result.append(values | tables)
         return result
