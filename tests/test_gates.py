@@ -13,7 +13,7 @@ from crossdict_jax import models
 from crossdict_jax.activations import pairing
 from crossdict_jax.config import VerifyConfig
 from crossdict_jax.dictionaries import train
-from crossdict_jax.maps import ensemble
+from crossdict_jax.maps import network
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.maps.moments import Regression
 from crossdict_jax.models import run
@@ -115,7 +115,7 @@ def nothing(patch):
 
 def in_bfloat16(patch):
     """What ``auto`` means on accelerators."""
-    for module in (ensemble, run, train):
+    for module in (network, run, train):
         patch.setattr(module, "product_dtype", lambda setting: np.dtype("bfloat16"))
 
 
