@@ -71,6 +71,18 @@ class Passages:
         index = np.argsort(row, kind="stable")[np.sum(row < 0) :]
         return index, row[index], self.position[index]
 
+    def sources(self, texts: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Returns whose replacement each token of a batch of texts takes, int ``shape``.
+
+        The index among the positions; -1 for tokens that are not edited.
+        """
+        source, (index, row, position) = np.full(shape, -1), self.within(texts)
+        first = position if self.first is None else self.first[index]
+        for back in range(np.max(position - first, initial=0) + 1):
+            inside = position - back >= first
+            source[row[inside], position[inside] - back] = index[inside]
+        return source
+
 
 class Batch(NamedTuple):
     """Texts of similar length as one array, padded on the right and below."""
@@ -336,11 +348,7 @@ class Runner:
             loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
             arrays = tokens, read, *clean
             ce["clean"][index] = np.asarray(loss)[real]
-            source = np.full(batch.tokens.shape, -1)  # whose replacement a token takes
-            first = position if passages.first is None else passages.first[index]
-            for back in range(np.max(position - first, initial=0) + 1):
-                inside = position - back >= first
-                source[row[inside], position[inside] - back] = index[inside]
+            source = passages.sources(batch.texts, batch.tokens.shape)
             edited = source >= 0
             for name, by_site in replacements.items():
                 edits = [self.put(edited)]

@@ -53,11 +53,10 @@ class Reader:
 
     def __init__(self, runner: Runner, passages: Passages):
         self.runner, self.passages, texts = runner, passages, passages.tokens
-        self._within = passages.within(np.arange(len(texts)))
         seq = math.ceil(max(map(len, texts)) / SEQ_STEP) * SEQ_STEP
         self.tokens = pad(texts, (len(texts), min(seq, runner.config.context)))
-        self.scored, self.edited = np.zeros((2, *self.tokens.shape), bool)
-        self.edited[self._within.edited] = True
+        self._source = passages.sources(np.arange(len(texts)), self.tokens.shape)
+        self.edited, self.scored = self._source >= 0, np.zeros(self.tokens.shape, bool)
         for i, text in enumerate(texts):
             other = texts[i ^ 1][: len(text)]
             differs = int(np.argmax(text[: len(other)] != other))
@@ -67,7 +66,7 @@ class Reader:
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Returns values [rows, n] at the rows' edited tokens, [texts, seq, n]; else 0."""
         dense = np.zeros((*self.tokens.shape, values.shape[1]), values.dtype)
-        dense[self._within.edited] = values[self._within.edited_by]
+        dense[self.edited] = values[self._source[self.edited]]
         return dense
 
     def strength(self, site: Site, dictionary: Dictionary, features: np.ndarray) -> np.ndarray:
