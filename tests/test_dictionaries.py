@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -255,6 +256,14 @@ def test_a_sweep_has_a_folder_each_and_what_is_finished_is_left_alone(tmp_path):
     before = [p.stat().st_mtime_ns for p in stamps]
     train_on(PlantedStore(X), tmp_path, **settings)
     assert before and [p.stat().st_mtime_ns for p in stamps] == before
+    # One that a kill, or a disk, took comes back with its bits: the others are trained beside it.
+    name = "seed-0-l1_coefficient-4"
+    lost, folder = arrays(trained(work, name=name)), work.dictionary("planted", Site(0), name)
+    shutil.rmtree(folder)
+    train_on(PlantedStore(X), tmp_path, **settings)
+    jax.tree.map(np.testing.assert_array_equal, arrays(trained(work, name=name)), lost)
+    assert stamps[0].stat().st_mtime_ns == before[0]
+    assert len(list((work.dictionaries / "training").iterdir())) == 1
 
 
 def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):

@@ -236,31 +236,39 @@ def train_dictionaries(
 
 
 def train_members(config: Config, store: Store, work: Workdir, everyone: list[Member]) -> None:
-    """Trains the members that are not finished in ``work``, each into a folder of its own.
+    """Trains members, each into a folder of its own in ``work``, unless it is finished.
 
-    Those that share d_model, width and k are one ensemble, split if too large for the device.
+    Those that share d_model, width and k are one ensemble, split if too large for the device. It is
+    trained whole where one is missing: alone, a member would end with other bits.
     """
     sae, n_rows = config.sae, len(store.select("train"))
-    folders = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}
-    todo = [m for m in everyone if not checkpoint.is_finished(folders[m])]
+    folders, new = {m: work.dictionary(m.model, m.site, m.name) for m in everyone}, 0
     with timed(work, "train_saes") as figures:
-        for group in grouped(sae, store, todo, n_rows):
+        for group in grouped(sae, store, everyone, n_rows):
+            todo = [m for m in group if not checkpoint.is_finished(folders[m])]
+            if not todo:
+                continue
             first = group[0]
             tag = f"{first.model}-{first.site}-{first.name}-width{first.width}-k{first.k}"
             directory = work.dictionaries / "training" / tag
             trained = train_from(config, store, group, directory=directory)
             for member, dictionary in zip(group, trained):
+                if member not in todo:
+                    continue
                 meta = vars(member) | {"site": str(member.site), "steps": sae.steps}
                 if dictionary.transcodes:
                     model, site = store.output_of(member.model, member.site)
                     meta |= {"writes": [model, str(site)]}
                 base.save(dictionary, folders[member], meta=meta)
             shutil.rmtree(directory / "checkpoints")
-        if todo:
-            figures |= {"dictionaries": len(todo), "rows": len(todo) * sae.steps * sae.batch_size}
+            new += len(todo)
+        if new:
+            figures |= {"dictionaries": new, "rows": new * sae.steps * sae.batch_size}
 
 
-def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> list[list[Member]]:
+def grouped(
+    sae: SAEConfig, store: Store, everyone: list[Member], n_rows: int
+) -> list[list[Member]]:
     """Returns members in groups of equal shapes that fit the devices' memory.
 
     A member takes at most, whatever its architecture, five float32 copies of the parameters
@@ -269,7 +277,7 @@ def grouped(sae: SAEConfig, store: Store, todo: list[Member], n_rows: int) -> li
     over all rows holds one more, of all rows.
     """
     alike, groups = {}, []
-    for member in todo:
+    for member in everyone:
         alike.setdefault((*sizes(store, member), member.width, member.k), []).append(member)
     live = 6 * sae.batch_size // sae.accumulate
     if sae.accumulate > 1 and base.find(sae.architecture).selects_over_rows:
