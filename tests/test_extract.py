@@ -143,7 +143,10 @@ def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, mon
     assert again.meta == store.meta
     for name, x in everything(store).items():
         np.testing.assert_array_equal(everything(again)[name].view(np.uint16), x.view(np.uint16))
-    assert read_json(work.result("pairing.json"))
+    pairing = read_json(work.result("pairing.json"))
+    work.result("pairing.json").unlink()  # results may be deleted, to be made again
+    run(config, tmp_path / "w")
+    assert read_json(work.result("pairing.json")) == pairing != {}
 
 
 @pytest.mark.parametrize(

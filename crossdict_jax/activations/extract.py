@@ -44,8 +44,10 @@ def extract(config: Config, work: Workdir) -> Store:
     """
     directory = work.activations
     if (directory / "meta.json").exists():
-        store = open_store(directory)
+        store, result = open_store(directory), work.result("pairing.json")
         _check_pool(config, store.rows)
+        if not result.exists():  # results may be deleted, to be made again
+            write_json(result, store.meta["pairing"])
         return store
     check_space(directory)
     with timed(work, "extract_activations") as figures:
@@ -84,6 +86,7 @@ def extract(config: Config, work: Workdir) -> Store:
             "shard_starts": plan.shard_starts.tolist(),
             "documents": plan.documents,
             "text": plan.provenance,
+            "pairing": pairing,
         }
         finish(directory, rows, plan.table, meta, shards)
     _check_pool(config, rows)  # norm outliers are gone now
