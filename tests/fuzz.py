@@ -36,12 +36,13 @@ from safetensors.numpy import load, save
 
 from crossdict_jax import dictionaries, maps, models, results, workdir
 from crossdict_jax.activations.pairing import byte_ends
-from crossdict_jax.activations.store import open_store, save_meta
+from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.config import Config, ConvertConfig, TextConfig, to_dict
 from crossdict_jax.dictionaries import formats
 from crossdict_jax.dictionaries.folders import site_of
 from crossdict_jax.errors import UserError
+from crossdict_jax.training.stage import digest
 from launch import command
 
 ROOT = fault_table.ROOT
@@ -275,7 +276,8 @@ def seal_again(folder):
     if (store / "meta.json").exists():
         meta = workdir.read_json(store / "meta.json")
         sums = {n: workdir.file_digest(store / n) for n in folder_files(store, "**/*.npy")}
-        save_meta(store, {k: v for k, v in meta.items() if k != "seal"} | {"checksums": sums})
+        meta = {k: v for k, v in meta.items() if k != "seal"} | {"checksums": sums}
+        workdir.write_json(store / "meta.json", meta | {"seal": digest(meta)})
 
 
 def read_ours(folder):

@@ -1,6 +1,7 @@
 """Crosscoders: planted shared and exclusive latents, formulas, partitions, options, resume."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +183,11 @@ def test_scales_make_unequal_models_equal():
 
 @pytest.mark.parametrize(("models", "drop"), [(2, 0.5), (3, 0.3), (3, 0.0)])
 def test_one_model_always_stays_and_others_drop_as_asked(models, drop):
-    present = np.asarray(training.draw_present(KEY, 20_000, models, drop))
+    joint = JointSettings(width=8, k=2, drop_probability=drop)
+    rows = {str(m): jnp.zeros((20_000, 1)) for m in range(models)}
+    objective = training.CrosscoderObjective(joint, (1,) * models)
+    present = np.asarray(objective.pair(rows, SimpleNamespace(key=KEY))[1])
+    assert present.shape == (20_000, models)
     assert present.any(axis=1).all()
     expected = 1 - drop * (models - 1) / models
     np.testing.assert_allclose(present.mean(axis=0), expected, atol=0.015)

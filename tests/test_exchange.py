@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.dictionaries import base, formats
 from crossdict_jax.dictionaries.architectures import jumprelu
-from crossdict_jax.dictionaries.pretrained import unselected
 
 D, F, K = 8, 20, 3
 DATA = os.environ.get("CROSSDICT_DATA")
@@ -230,7 +229,7 @@ def test_what_ours_cannot_say_is_refused_by_save_and_export(config, name, tmp_pa
     words = f"{name} dictionaries have no checkpoint of their own"
     tiny_run.refused(words, dictionaries.save, d, tmp_path / "ours")
     tiny_run.refused(name, dictionaries.save_saelens, d, tmp_path / "theirs", **HOOK)
-    tiny_run.refused(name, unselected, d)
+    tiny_run.refused(words, base.architecture_of, d)  # as of a source of a run
 
 
 def sparsify_folder(path, arrays, **config):

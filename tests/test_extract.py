@@ -69,7 +69,7 @@ def test_rows_are_what_the_model_computes_at_the_paired_positions(finished):
     for window in (0, len(store.table) // 2, len(store.table) - 1):
         rows, texts = np.flatnonzero(store.rows.window == window), []
         for m, (name, lm) in enumerate(zip(store.models, lms)):
-            tokens, position = store.window_tokens(name, window), store.rows.position[rows, m]
+            tokens, position = store.table.tokens(m, window), store.rows.position[rows, m]
             x = models.capture(lm, tokens[None], [tiny_run.SITE])[tiny_run.SITE][0]
             stored = store.read(name, tiny_run.SITE, rows).astype(np.float32)
             np.testing.assert_allclose(stored, np.asarray(x)[position], rtol=1e-2, atol=1e-2)

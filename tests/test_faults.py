@@ -18,10 +18,10 @@ from test_training import Regression, fit, metrics
 from tiny_run import refused
 
 from crossdict_jax import results, workdir
-from crossdict_jax.activations.store import open_store, save_meta
+from crossdict_jax.activations.store import open_store
 from crossdict_jax.errors import UserError
 from crossdict_jax.training import loop
-from crossdict_jax.training.stage import Stage
+from crossdict_jax.training.stage import Stage, digest
 from crossdict_jax.workdir import Workdir
 from launch import command
 
@@ -106,7 +106,7 @@ def test_a_changed_digit_is_noticed(tmp_path_factory):
     before, whole = meta.read_bytes(), workdir.read_json(meta)
     del whole["seal"]
     whole["checksums"] = {k: v for k, v in whole["checksums"].items() if "shard" not in k}
-    save_meta(work.activations, whole)
+    workdir.write_json(meta, whole | {"seal": digest(whole)})
     store = open_store(work.activations)
     with pytest.raises(UserError, match=r"meta\.json is damaged .*KeyError"):
         store.read(*next(iter(store.ends.writes)), store.select("train"))

@@ -166,7 +166,7 @@ def torn(patch):
 
     def views(config, seed):
         made = planted.views(config, seed)
-        order = np.random.default_rng(seed).permutation(len(made))
+        order = np.random.default_rng(seed).permutation(len(made.codes))
         return dataclasses.replace(made, x=(made.x[0], made.x[1][order]))
 
     patch.setattr(GATES["G4"], "views", views)

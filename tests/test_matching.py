@@ -69,7 +69,7 @@ def test_independent_features_are_not_confirmed():
         (a, documents), (b, _) = bursty(rng, 40, 30, 40), bursty(rng, 40, 30, 50)
         found = match(a, b)
         (a, _), (b, _) = bursty(rng, 40, 30, 40), bursty(rng, 40, 30, 50)
-        assert len(found) > 5
+        assert len(found.r) > 5
         worth = confirm(found, a, b, documents=documents, fdr=q)
         any_confirmed.append(worth.confirmed.any())
     assert np.mean(any_confirmed) <= q + 2 * np.sqrt(q * (1 - q) / 20)
@@ -161,7 +161,7 @@ def test_nothing_live_matches_nothing():
     full = codes(np.random.default_rng(0), 50, 3, 0.8)
     for a, b in ((empty, full), (full, empty), (empty, empty)):
         found = match(a, b, merge_duplicates=True)
-        assert len(found) == 0
+        assert len(found.r) == 0
         worth = confirm(found, a, b, documents=np.arange(50), tokens=np.arange(50))
         assert len(worth.confirmed) == 0
 

@@ -20,7 +20,7 @@ def rates(codes):
 
 def test_features_are_active_as_often_as_planted(related):
     frequency = related.truth.frequency
-    error = np.sqrt(frequency * (1 - frequency) / len(related))
+    error = np.sqrt(frequency * (1 - frequency) / len(related.codes))
     assert (np.abs(rates(related.codes) - frequency) < 5 * error).all()
     assert frequency.sum() == pytest.approx(RELATED.active)
     assert frequency[3] / frequency[12] == pytest.approx((13 / 4) ** RELATED.zipf)
@@ -32,10 +32,10 @@ def test_features_are_active_as_often_as_planted(related):
 
 def test_views_are_superpositions_of_their_codes(related):
     for x, directions, width in zip(related.x, related.truth.directions, RELATED.widths):
-        assert x.shape == (len(related), width) and RELATED.features > width
+        assert x.shape == (len(related.codes), width) and RELATED.features > width
         error = x - related.codes @ directions
         assert error.std() == pytest.approx(RELATED.noise, rel=0.01)
-        assert np.abs(error.mean(0)).max() < 5 * RELATED.noise / np.sqrt(len(related))
+        assert np.abs(error.mean(0)).max() < 5 * RELATED.noise / np.sqrt(len(related.codes))
 
 
 def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
@@ -50,7 +50,7 @@ def test_an_exclusive_feature_leaves_no_trace_in_the_other_view(related):
         free = hidden & (truth.parent < 0) & (truth.partner < 0)
         free[truth.parent[truth.parent >= 0]] = free[truth.partner[truth.partner >= 0]] = False
         r = np.corrcoef(related.codes[:, free].T, related.x[view].T)[: free.sum(), free.sum() :]
-        assert free.any() and np.abs(r).max() < 5 / np.sqrt(len(related))
+        assert free.any() and np.abs(r).max() < 5 / np.sqrt(len(related.codes))
 
 
 def test_a_child_fires_only_with_its_parent_and_partners_together_and_strangers_not(related):
@@ -64,7 +64,7 @@ def test_a_child_fires_only_with_its_parent_and_partners_together_and_strangers_
     expected = planted.FOLLOWS * np.minimum(p, q) + (1 - planted.FOLLOWS) * p * q
     together = (active[:, first] & active[:, second]).mean(0)
     assert len(second) == RELATED.correlated
-    assert (np.abs(together - expected) < 5 * np.sqrt(expected / len(related))).all()
+    assert (np.abs(together - expected) < 5 * np.sqrt(expected / len(related.codes))).all()
     strangers = np.roll(second, 1)
     apart = (active[:, first] & active[:, strangers]).mean(0)
     assert (np.abs(apart - p * truth.frequency[strangers]) < 0.02).all()
@@ -122,7 +122,7 @@ def test_the_token_determines_its_features_and_says_nothing_of_others(spoken):
         share, seen = variance_of_token_means(spoken.codes, tokens)
         token, context = spoken.truth.from_token & varies, ~spoken.truth.from_token
         np.testing.assert_allclose(share[token], 1, atol=1e-5)
-        chance = seen / len(spoken)  # what so many means explain of noise
+        chance = seen / len(spoken.codes)  # what so many means explain of noise
         assert share[context].mean() == pytest.approx(chance, rel=0.3)
 
 

@@ -82,8 +82,8 @@ class Contexts:
 
     def around(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the token ids before, at and after a row."""
-        tokens = self.store.window_tokens(self.model, self.store.rows.window[row])
-        at = int(self.store.rows.position[row, self.store.models.index(self.model)])
+        rows, model = self.store.rows, self.store.models.index(self.model)
+        tokens, at = self.store.table.tokens(model, rows.window[row]), rows.position[row, model]
         return tokens[max(0, at - BEFORE) : at], tokens[at : at + 1], tokens[at + 1 :][:AFTER]
 
     def snippet(self, row: int) -> dict[str, str]:

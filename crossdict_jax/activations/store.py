@@ -146,10 +146,6 @@ class Store:
         """Returns the row numbers int64 [m] of a split, kept rows alone."""
         return np.flatnonzero((self.rows.split == SPLITS.index(split)) & self.rows.keep)
 
-    def window_tokens(self, model: str, window: int) -> np.ndarray:
-        """Returns the token ids int32 [tokens] of a window, without a BOS."""
-        return self.table.tokens(self.models.index(model), window)
-
     def has_bos(self, model: str) -> int | None:
         """Returns the id in front of every window of this model, or None."""
         return self.meta["models"][model]["bos"]
@@ -252,13 +248,8 @@ def open_store(directory: Path) -> Store:
         )
 
 
-def save_meta(directory: Path, meta: dict) -> None:
-    """Writes what is known of a store, with the sha256 of it; a store is finished with it."""
-    write_json(directory / "meta.json", meta | {"seal": digest(meta)})
-
-
 def finish(directory: Path, rows: Rows, table: WindowTable, meta: dict, shards: dict) -> None:
-    """Writes the columns of rows and windows and, last, meta.json with all checksums.
+    """Writes the columns of rows and windows and, last, meta.json with all checksums and its own.
 
     ``shards`` are {file: sha256} of those that lie there, beside what ``meta`` knows.
     """
@@ -270,7 +261,8 @@ def finish(directory: Path, rows: Rows, table: WindowTable, meta: dict, shards: 
     for name, column in columns.items():
         np.save(directory / name, column)
     index = {name: file_digest(directory / name) for name in columns}
-    save_meta(directory, meta | {"checksums": meta.get("checksums", {}) | index | shards})
+    meta = meta | {"checksums": meta.get("checksums", {}) | index | shards}
+    write_json(directory / "meta.json", meta | {"seal": digest(meta)})
     shutil.rmtree(directory / "shards", ignore_errors=True)  # stamps of an interrupted run
 
 

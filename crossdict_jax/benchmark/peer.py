@@ -80,14 +80,9 @@ class Peer(contextlib.AbstractContextManager):
         if not answer:
             self._process.wait()
             self._errors.seek(0)
-            last = last_line(self._errors.read())
+            last = ["no message", *self._errors.read().strip().splitlines()][-1]
             raise UserError(f"{self._asked}: {self._library} failed ({last}).")
         return json.loads(answer)
-
-
-def last_line(told: str) -> str:
-    """Returns the last line that a process has told."""
-    return ["no message", *told.strip().splitlines()][-1]
 
 
 def save_rows(folder: Path, rows: np.ndarray, *, steps: int, batch_size: int) -> None:

@@ -15,29 +15,17 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.base import Map, Side, encode_rows, map_class, padded, slices
-from crossdict_jax.models import Site
+from crossdict_jax.maps.fit import Direction
 
 ROWS_EACH = 32  # rows of a feature that its mapped direction is the mean over
 BLOCK = 1024  # rows per forward
 
 
 @dataclass(frozen=True)
-class MapGroup:
+class MapGroup(Direction):
     """A site of one model, a site of another, and maps from the first to the second."""
 
-    source: str
-    target: str
-    site_source: Site
-    site_target: Site
     tasks: list[Task]
-
-    @property
-    def ends(self) -> tuple[tuple[str, Site], tuple[str, Site]]:
-        return (self.source, self.site_source), (self.target, self.site_target)
-
-    @property
-    def label(self) -> str:
-        return f"{self.source} {self.site_source} to {self.target} {self.site_target}"
 
 
 def map_groups(

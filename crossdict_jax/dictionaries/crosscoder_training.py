@@ -53,9 +53,13 @@ class CrosscoderObjective(SparseObjective):
         return modules.split(self.build(key=key))[1] | measured
 
     def pair(self, rows, context):
-        x = jnp.concatenate([rows[str(m)] for m in range(len(self.d_models))], axis=-1)
-        drop = self.joint.drop_probability
-        return x, draw_present(context.key, len(x), len(self.d_models), drop)
+        n_models = len(self.d_models)
+        x = jnp.concatenate([rows[str(m)] for m in range(n_models)], axis=-1)
+        # One random model of each row stays, others drop.
+        stays, others = jax.random.split(context.key)
+        kept = jax.random.randint(stays, (len(x), 1), 0, n_models) == jnp.arange(n_models)[None, :]
+        share = 1 - self.joint.drop_probability
+        return x, kept | jax.random.bernoulli(others, share, (len(x), n_models))
 
 
 def fit_crosscoders(
@@ -150,13 +154,6 @@ def moments(view: np.ndarray) -> tuple[np.ndarray, float]:
     mean = sum(view[b].sum(axis=0, dtype=np.float64) for b in blocks) / len(view)
     power = sum(np.square(view[b].astype(np.float64) - mean[None, :]).sum() for b in blocks)
     return mean, float(power / len(view))
-
-
-def draw_present(key: jax.Array, batch: int, models: int, drop: float) -> jax.Array:
-    """Returns bool [batch, models]: one random model stays, others drop with chance ``drop``."""
-    stays, others = jax.random.split(key)
-    kept = jax.random.randint(stays, (batch, 1), 0, models) == jnp.arange(models)[None, :]
-    return kept | jax.random.bernoulli(others, 1 - drop, (batch, models))
 
 
 def joint_sites(config: Config, store: Store) -> list[tuple[Site, ...]]:

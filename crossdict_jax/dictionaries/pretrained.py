@@ -7,7 +7,7 @@ from crossdict_jax.activations.extract import dictionary_sites
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import base, formats
-from crossdict_jax.dictionaries.base import Dictionary, find, from_arrays
+from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.dictionaries.folders import hook_name, site_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site, load_config
@@ -22,7 +22,10 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     """
     for folder, path in check_sources(config, work, store).items():
         dictionary, codes = formats.load(path), config.sae.source_codes
-        dictionary = unselected(dictionary) if codes == "relu" else dictionary
+        if codes == "relu":  # whatever selects or shrinks relu(z) is left out
+            arrays, other = modules.split(dictionary)[1], ("threshold", "b_mag", "r_mag")
+            kept = {name: array for name, array in arrays.items() if name not in other}
+            dictionary = from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)
         base.save(dictionary, folder, meta={"source": path, "codes": codes})
     return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}
 
@@ -91,11 +94,3 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
             f"sae.sources: {path} says that it is of {' and '.join(wrong)}; name another, or set "
             "sae.source_names=ignore if it is right all the same."
         )
-
-
-def unselected(dictionary: Dictionary) -> Dictionary:
-    """Returns the dictionary with features relu(z); UserError: it fits no architecture of ours."""
-    base.architecture_of(dictionary)
-    arrays, other = modules.split(dictionary)[1], ("threshold", "b_mag", "r_mag")
-    kept = {name: array for name, array in arrays.items() if name not in other}
-    return from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)

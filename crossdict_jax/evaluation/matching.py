@@ -32,9 +32,6 @@ class Matching:
     live_a: int
     live_b: int
 
-    def __len__(self) -> int:
-        return len(self.r)
-
 
 @dataclass(frozen=True)
 class Confirmation:

@@ -63,7 +63,7 @@ def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
                 "width_target": matched.width_b,
                 "live_source": matched.live_a,
                 "live_target": matched.live_b,
-                "matched": len(matched),
+                "matched": len(matched.r),
                 "significant": int(significant.sum()),
                 "strong": int((significant & (worth.r >= LEAST_R)).sum()),
                 "confirmed": int(confirmed.sum()),

@@ -190,8 +190,7 @@ def measure(
         once and let go, so that memory does not grow with the rows.
     """
     draws, live, n = held_out.resamples, held_out.live, held_out.target.shape[0]
-    queries = np.zeros((len(held_out.pool.rows), held_out.target.shape[1]), np.float32)
-    rows, sums = _sums(_collected(batches, held_out.pool.rows, queries), held_out, token_means)
+    rows, sums, queries = _sums(iter(batches), held_out, token_means)
     of_split = {name: values[0] for name, values in sums.items()}
     length_p, length_t, length_p_c, length_t_c = (
         np.sqrt(rows[name]) for name in ("pp", "tt", "pp_centred", "variance")
@@ -273,26 +272,17 @@ def normalized(
     return columns
 
 
-def _collected(
-    batches: Iterable[tuple[slice, np.ndarray]], wanted: np.ndarray, out: np.ndarray
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the batches; copies their rows that are among the ascending ``wanted`` to ``out``."""
-    for rows, predicted in batches:
-        start, stop = np.searchsorted(wanted, (rows.start, rows.stop))
-        out[start:stop] = predicted[wanted[start:stop] - rows.start]
-        yield rows, predicted
-
-
 def _sums(
     batches: Iterator[tuple[slice, np.ndarray]], held_out: HeldOut, means: TokenMeans | None
-) -> tuple[dict, dict]:
-    """``_sums_of_block`` of each row, {name: [n]}, and of features, in float64.
+) -> tuple[dict, dict, np.ndarray]:
+    """``_sums_of_block`` of each row, {name: [n]}, and of features, in float64; the pool's rows.
 
-    The latter are [1 + count, width]: the whole split, then every bootstrap resample.
+    Those of features are [1 + count, width]: the whole split, then every bootstrap resample.
     """
-    draws, n = held_out.resamples, held_out.target.shape[0]
+    draws, (n, width), pool = held_out.resamples, held_out.target.shape, held_out.pool.rows
+    of_pool = np.zeros((len(pool), width), np.float32)
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
-    _, first = start = next(batches)
+    _, first = first_batch = next(batches)
     size = -(-len(first) // -(-first.size // BLOCK))  # rows of a block, the same part of a batch
     documents = {  # of a block that starts there, and each row's number among them
         batch.start + part.start: np.unique(draws.index[batch][part], return_inverse=True)
@@ -310,8 +300,10 @@ def _sums(
             totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ sums
         waiting.clear()
 
-    for batch, predicted in itertools.chain([start], batches):
+    for batch, predicted in itertools.chain([first_batch], batches):
         _checked("predicted", predicted)
+        start, stop = np.searchsorted(pool, (batch.start, batch.stop))  # ascending
+        of_pool[start:stop] = predicted[pool[start:stop] - batch.start]
         target = held_out.target[batch].toarray()
         for part in slices(len(predicted), size):
             numbers, local = documents[batch.start + part.start]
@@ -330,7 +322,8 @@ def _sums(
                 resample()
     if waiting:
         resample()
-    return {name: np.concatenate([rows[name] for rows in by_row]) for name in by_row[0]}, totals
+    of_rows = {name: np.concatenate([rows[name] for rows in by_row]) for name in by_row[0]}
+    return of_rows, totals, of_pool
 
 
 @jax.jit

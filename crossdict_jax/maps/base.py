@@ -352,11 +352,6 @@ def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) 
     return predict(m, pairs, batch_size, method="activation")
 
 
-def own_parameters(params: modules.Params) -> modules.Params:
-    """Returns a map's parameters without B's dictionary."""
-    return {name: value for name, value in params.items() if name != "dictionary"}
-
-
 def fingerprint(dictionary: Dictionary) -> str:
     """Returns a checksum of a dictionary's parameters, names and shapes."""
     _, params = modules.split(dictionary)
@@ -376,7 +371,7 @@ def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None 
       dictionary: folder of B's dictionary; stored relative to ``path``.
       record: how the map was fitted (JSON values).
     """
-    params = own_parameters(modules.split(m)[1])
+    params = {name: a for name, a in modules.split(m)[1].items() if name != "dictionary"}
     meta = {
         "kind": m.kind,
         "reads": m.reads,

@@ -38,13 +38,29 @@ MEMBER = "seed-0"  # the dictionary of each site that maps use
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """One map of a run: a direction, its two sites, a kind, and what it is fitted on."""
+class Direction:
+    """A site of one model, and a site of another."""
 
     source: str
     target: str
     site_source: Site
     site_target: Site
+
+    @property
+    def ends(self) -> tuple[End, End]:
+        """(model, site) of what is read, and of what is predicted."""
+        return (self.source, self.site_source), (self.target, self.site_target)
+
+    @property
+    def label(self) -> str:
+        """``A resid_pre.6 to B resid_pre.6``."""
+        return f"{self.source} {self.site_source} to {self.target} {self.site_target}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Direction):
+    """One map of a run: a direction, its two sites, a kind, and what it is fitted on."""
+
     kind: str
     pairing: str  # of PAIRINGS
     control: str = ""  # its name, if the map is a control
@@ -61,21 +77,15 @@ class Task:
         own = {"source": self.target, "site_source": self.site_target}
         return dataclasses.replace(self, control=control, **own if control == "ceiling" else {})
 
-    @property
-    def ends(self) -> tuple[End, End]:
-        """(model, site) of what it reads, and of what it predicts."""
-        return (self.source, self.site_source), (self.target, self.site_target)
-
     def folders(self, work: Workdir) -> tuple[Path, Path, Path]:
         """Returns the checkpoints of both dictionaries and the map."""
         return *(work.dictionary(*end) for end in self.ends), self.path(work)
 
     @property
     def label(self) -> str:
-        """``A resid_pre.6 to B resid_pre.6``, and its control or pairing in brackets."""
-        name = f"{self.source} {self.site_source} to {self.target} {self.site_target}"
+        """That of the direction, and the control or pairing in brackets."""
         mark = self.control or self.pairing
-        return name if mark == "aligned" else f"{name} ({mark})"
+        return super().label if mark == "aligned" else f"{super().label} ({mark})"
 
 
 def tasks(config: Config, store: Store) -> list[Task]:

@@ -174,34 +174,25 @@ class TokenSums:
     sums: np.ndarray  # [seen, size]
     square: float  # sum of |row|^2 over all rows
 
-    @property
-    def mean(self) -> np.ndarray:
-        """The mean of all rows [size]."""
-        return self.sums.sum(0) / self.counts.sum()
-
     def shrunk(self, pseudocount: float) -> np.ndarray:
         """Returns [seen + 1, size]: means with ``pseudocount`` extra rows of the overall mean.
 
         The last row is that mean, for tokens never seen.
         """
-        counts = self.counts[:, None]
-        rows = (self.sums + pseudocount * self.mean[None, :]) / (counts + pseudocount)
-        return np.concatenate([rows, self.mean[None, :]])
+        counts, mean = self.counts[:, None], self.sums.sum(0) / self.counts.sum()
+        rows = (self.sums + pseudocount * mean[None, :]) / (counts + pseudocount)
+        return np.concatenate([rows, mean[None, :]])
 
     def table(self, pseudocount: float) -> dict[str, np.ndarray]:
         """Returns the values of a token table; see ``maps.base.look_up``."""
         return {"ids": self.ids, "rows": self.shrunk(pseudocount)}
-
-    def positions(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns the row of ``shrunk`` for each token."""
-        return find_tokens(self.ids, tokens, np)
 
     def table_errors(self, validation: TokenSums) -> dict[float, float]:
         """Returns, by pseudocount, the mean over validation rows and features of (f - table)^2.
 
         From sums by token: sum |f|^2 - 2 sum_t table_t . sum_t + sum_t n_t |table_t|^2.
         """
-        errors, positions = {}, self.positions(validation.ids)
+        errors, positions = {}, find_tokens(self.ids, validation.ids, np)
         for pseudocount in PSEUDOCOUNTS:
             rows = self.shrunk(pseudocount)[positions]  # [validation tokens, size]
             total = validation.square - 2 * np.sum(rows * validation.sums)

@@ -44,11 +44,6 @@ class Details:
 Block = str | Table | Facts | Panels | Details
 
 
-def hidden(table: Table) -> Details:
-    """Returns a table that is shown on request."""
-    return Details(table.caption, [table])
-
-
 def html(blocks: Iterable[Block]) -> str:
     """Returns the html of blocks; texts are escaped."""
     block = template("macros.html.j2").module.block

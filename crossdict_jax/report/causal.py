@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from crossdict_jax.report.blocks import Block, Heading, Panels, hidden
+from crossdict_jax.report.blocks import Block, Details, Heading, Panels
 from crossdict_jax.report.plots import (
     INK,
     MUTED,
@@ -59,7 +59,7 @@ def stitching_section(run: Run) -> Iterator[Block]:
             for line in s.lines + own
         ]
     title = "Loss recovered, CE and KL of every prediction that is put in; ×: on shuffled pairs"
-    yield hidden(table(title, cells))
+    yield Details(title, [table(title, cells)])
 
 
 def stitching_figure(stitching: Comparison) -> Figure:
@@ -106,7 +106,8 @@ def feature_causal_section(run: Run) -> Iterator[Block]:
             "other features’ mapped directions (dashed).",
         )
         yield summary_table(group)
-        yield from (hidden(features_table(features)) for features in by_kind)
+        for told in map(features_table, by_kind):
+            yield Details(told.caption, [told])
 
 
 def summary_table(rows: list[dict]) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 from crossdict_jax import models, results
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.page import STYLE
-from crossdict_jax.report.results import Comparison, directions, read_run
+from crossdict_jax.report.results import directions, read_run
 from crossdict_jax.report.tables import Table, number, table
 from crossdict_jax.report.terminal import gates_table, main_table
 from crossdict_jax.report.transfer import r2_figure
@@ -45,7 +45,15 @@ def write_docs(work: Workdir, root: Path) -> list[Path]:
     if gates.exists():
         told = markdown(gates_table(read_json(gates)["gates"]))
         blocks["gates"] = f"`python -m launch.verify`, {code}:\n\n{told}"
-    write_text(docs / "transfer.svg", chart(run.comparisons))
+    # R² of every map at the middle layer pair of the first direction.
+    first, *_ = directions(run.comparisons).values()
+    figure = r2_figure(first[len(first) // 2], first)
+    style = STYLE.read_text(encoding="utf-8")
+    colours = dict(re.findall(r"(--[\w-]+): light-dark\((#\w+),", style))
+    svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)
+    paper = f'style="background: {colours["--paper"]}" font-family="sans-serif" width="520"'
+    svg = svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" {paper}', 1) + "\n"
+    write_text(docs / "transfer.svg", svg)
     written = [docs / "results.md", docs / "transfer.svg"]
     for path in (root / "README.md", *sorted(docs.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
@@ -93,14 +101,3 @@ def markdown(table: Table) -> str:
     lines = [table.titles, ["---:" if numeric else "---" for numeric in table.numeric]]
     lines += [[f"{cell.text} {cell.note}".strip() for cell in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(' '.join(t.split()) for t in line)} |" for line in lines)
-
-
-def chart(comparisons: list[Comparison]) -> str:
-    """Returns the R² of every map at the middle layer pair of the first direction, as an image."""
-    first, *_ = directions(comparisons).values()
-    figure = r2_figure(first[len(first) // 2], first)
-    style = STYLE.read_text(encoding="utf-8")
-    colours = dict(re.findall(r"(--[\w-]+): light-dark\((#\w+),", style))
-    svg = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], figure.svg)
-    paper = f'style="background: {colours["--paper"]}" font-family="sans-serif" width="520"'
-    return svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" {paper}', 1) + "\n"

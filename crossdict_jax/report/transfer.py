@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from crossdict_jax.report.blocks import Block, Facts, Heading, Panels, hidden
+from crossdict_jax.report.blocks import Block, Details, Facts, Heading, Panels
 from crossdict_jax.report.plots import MUTED, NONE, STRONG, WEAK, Figure, score_figure, score_limits
 from crossdict_jax.report.results import Comparison, Run, directions
 from crossdict_jax.report.tables import (
@@ -105,7 +105,8 @@ def features_section(run: Run) -> Iterator[Block]:
         for row in rows
         if row["row"] != "feature"
     ]
-    yield hidden(table("Features in bins of firing frequency and of token share", bins))
+    title = "Features in bins of firing frequency and of token share"
+    yield Details(title, [table(title, bins)])
 
 
 def features_table(rows: list[dict]) -> Table:

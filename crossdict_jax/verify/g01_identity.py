@@ -33,6 +33,6 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         Check("FVU of ridge on activations", activations["fvu"], "<=", 1e-4),
         Check("top-1 of ridge", ridge["top1"], "==", 1.0),
         Check("live features", matched.live_a, ">=", 50),
-        Check("matched less live features", len(matched) - matched.live_a, "==", 0),
+        Check("matched less live features", len(matched.r) - matched.live_a, "==", 0),
         Check("correlation of the worst match", matched.r.min(initial=1.0), ">=", 0.999),
     ]

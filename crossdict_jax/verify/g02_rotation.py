@@ -7,7 +7,6 @@ import numpy as np
 
 from crossdict_jax import dictionaries, maps, modules, stats
 from crossdict_jax.config import SAEConfig
-from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.evaluation import transfer_metrics
@@ -34,9 +33,14 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     Q = np.linalg.qr(rng.standard_normal((COPY, PLANTED.widths[0])))[0].T
     offset, order = rng.standard_normal(COPY), rng.permutation(dictionary.width)
     copy = (planted.x[0] @ Q + offset[None, :]).astype(np.float32)
+    # The dictionary of the copy; its feature i is feature order[i].
+    of = {name: np.asarray(array) for name, array in modules.split(dictionary)[1].items()}
+    arrays = {"W_enc": (Q.T @ of["W_enc"])[:, order], "b_enc": of["b_enc"][order]}
+    arrays |= {"W_dec": (of["W_dec"] @ Q)[order], "b_dec": of["b_dec"] @ Q + of["scale"] * offset}
+    of_copy = from_arrays(find("topk"), of | arrays, k=dictionary.k)
     both = replace(planted, x=(planted.x[0], copy), tokens=planted.tokens * 2)
     work = Workdir(directory / "two")
-    store = lab.save_store(both, work, [dictionary, _moved(dictionary, Q, offset, order)])
+    store = lab.save_store(both, work, [dictionary, of_copy])
     maps.fit_maps(config, store, work)
 
     train, test = (
@@ -62,11 +66,3 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         Check("share of the planted permutation that matching recovers", float(right), ">=", 0.99),
         Check("share that direct cosines of decoders recover", float(direct), "<=", 0.1),
     ]
-
-
-def _moved(d: Dictionary, Q: np.ndarray, offset: np.ndarray, order: np.ndarray) -> Dictionary:
-    """Returns the dictionary of ``x Q + offset`` whose feature i is feature ``order[i]`` of d."""
-    of = {name: np.asarray(array) for name, array in modules.split(d)[1].items()}
-    arrays = {"W_enc": (Q.T @ of["W_enc"])[:, order], "b_enc": of["b_enc"][order]}
-    arrays |= {"W_dec": (of["W_dec"] @ Q)[order], "b_dec": of["b_dec"] @ Q + of["scale"] * offset}
-    return from_arrays(find("topk"), of | arrays, k=d.k)

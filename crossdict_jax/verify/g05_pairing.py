@@ -25,6 +25,9 @@ PLANTED = PlantedConfig(
 
 
 def gate(*, seed: int, directory: Path) -> list[Check]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     rng = stats.generator(seed)
     tokenizers = [models.load_tokenizer(name) for name in models.EMBEDDED]
     wrong = 0
@@ -33,8 +36,15 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         text = "".join(rng.choice(alphabet, rng.integers(1, 120)))
         p = pair(text, *tokenizers)
         triples = set(zip(p.byte_end.tolist(), p.position_a.tolist(), p.position_b.tolist()))
-        # By brute force: the bytes of every prefix of tokens.
-        ends = [_positions(unicodedata.normalize("NFC", text), t) for t in tokenizers]
+        # By brute force: the bytes of every prefix of tokens. The first is never paired.
+        text, ends = unicodedata.normalize("NFC", text), []
+        for tokenizer in tokenizers:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            prefixes = ["".join(tokens[: i + 1]) for i in range(len(tokens))]
+            prefixes = [bytes(byte_of[c] for c in prefix) for prefix in prefixes]
+            assert b"".join(prefixes[-1:]) == text.encode()
+            ends.append({len(prefix): i for i, prefix in enumerate(prefixes) if i > 0})
         wrong += triples != {(end, ends[0][end], ends[1][end]) for end in ends[0] if end in ends[1]}
     gains, settings = {}, {"seed": seed, "pairings": PAIRINGS}
     for shift in (0, 1):
@@ -49,14 +59,3 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
         Check("the same, read one token late", gains[1, "aligned"], "<=", 0.05),
         Check("the same, pairs shuffled", gains[0, "shuffled"], "<=", 0.05),
     ]
-
-
-def _positions(text: str, tokenizer) -> dict[int, int]:
-    """Returns {byte: position of the last token that ends there}; the first is never paired."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
-    prefixes = [bytes(byte_of[c] for c in "".join(tokens[: i + 1])) for i in range(len(tokens))]
-    assert b"".join(prefixes[-1:]) == text.encode()
-    return {len(prefix): i for i, prefix in enumerate(prefixes) if i > 0}

@@ -26,7 +26,7 @@ def gate(*, seed: int, directory: Path) -> list[Check]:
     rng = stats.generator(seed)
     base = views(PlantedConfig(rows=ROWS, documents=100, widths=(1, 1)), seed)
     scale = rng.lognormal(0.0, 0.5, (2, 1, WIDTH))
-    codes = np.maximum(rng.standard_normal((2, len(base), WIDTH)) + SHIFT, 0) * scale
+    codes = np.maximum(rng.standard_normal((2, len(base.codes), WIDTH)) + SHIFT, 0) * scale
     independent = dataclasses.replace(base, x=tuple(codes.astype(np.float32)))
     made, kinds, work = [lab.positive(WIDTH)] * 2, ("mean", "mlp"), Workdir(directory / "run")
     rows = lab.planted_rows(independent, made, work.root, seed=seed, kinds=kinds, **RECIPE)

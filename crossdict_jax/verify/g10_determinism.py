@@ -10,7 +10,7 @@ import numpy as np
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.dictionaries.train import train_dictionaries
-from crossdict_jax.maps.base import fingerprint, own_parameters
+from crossdict_jax.maps.base import fingerprint
 from crossdict_jax.modules import split
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
@@ -43,12 +43,13 @@ def _bits(seed: int, directory: Path) -> dict[str, str]:
     train_dictionaries(config, store, work)
     write_jsonl(work.result("transfer.jsonl"), lab.transfer_rows(config, store, work))
     folders = [work.dictionary(m, s) for m in store.models for s in store.sites_of(m)]
-    trained = (maps.load(task.path(work)) for task in maps.tasks(config, store))
-    leaves = (leaf for m in trained for leaf in jax.tree.leaves(own_parameters(split(m)[1])))
+    params = [split(maps.load(task.path(work)))[1] for task in maps.tasks(config, store)]
+    for of_map in params:
+        del of_map["dictionary"]  # which is not the map's own
     parts = {
         "activations": [repr(sorted(store.meta["checksums"].items())).encode()],
         "dictionaries": [fingerprint(dictionaries.load(f)).encode() for f in folders],
-        "maps": [np.asarray(leaf).tobytes() for leaf in leaves],
+        "maps": [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)],
         "scores": [work.result("transfer.jsonl").read_bytes()],
     }
     return {name: hashlib.sha256(b"".join(part)).hexdigest() for name, part in parts.items()}

@@ -24,7 +24,7 @@ from crossdict_jax.evaluation import scoring, transfer_metrics
 from crossdict_jax.evaluation.transfer import TokenMeans
 from crossdict_jax.maps import Problem
 from crossdict_jax.maps.fit import Loader, fit_tasks
-from crossdict_jax.maps.moments import token_sums
+from crossdict_jax.maps.moments import find_tokens, token_sums
 from crossdict_jax.models import Site
 from crossdict_jax.verify.planted import Views
 from crossdict_jax.workdir import Workdir
@@ -151,7 +151,7 @@ def activation_scores(store: Store, work: Workdir, source: str, target: str) -> 
         token_sums(train.source.tokens, rows)
         for rows in (x, maps.predict_activations(fitted.map, train))
     )
-    index = target.positions(test.source.tokens)
+    index = find_tokens(target.ids, test.source.tokens, np)
     index = np.where(index < len(target.ids), index, -1)
     return transfer_metrics(
         maps.predict_activations(fitted.map, test),

@@ -68,9 +68,6 @@ class Views:
     document: np.ndarray  # int32 [rows], ascending
     truth: Truth
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
     def split(self, test_fraction: float = 0.25) -> tuple[Views, Views]:
         """Returns (training, test) rows of whole documents; the last are the test."""
         documents = np.unique(self.document)
@@ -116,18 +113,15 @@ def plant(config: PlantedConfig, seed: int) -> Truth:
     for width, sees in zip(config.widths, seen):
         unit = stats.normalised(rng.standard_normal((features, width))).astype(np.float32)
         directions.append(unit * sees[:, None].astype(np.float32))
-    return Truth(tuple(directions), seen, _frequencies(config), parent, partner, from_token)
-
-
-def _frequencies(config: PlantedConfig) -> np.ndarray:
-    """Returns Zipf frequencies, descending, capped, with sum ``active``."""
-    weights = (1.0 + np.arange(config.features)) ** -config.zipf
-    for n in range(config.features):  # that are capped
+    # Zipf frequencies, descending, capped, with sum ``active``.
+    weights = (1.0 + np.arange(features)) ** -config.zipf
+    for n in range(features):  # that are capped
         left = config.active - HIGHEST_FREQUENCY * n
         rest = left * weights[n:] / weights[n:].sum()
         if rest[0] <= HIGHEST_FREQUENCY:
             break
-    return np.append(np.full(n, HIGHEST_FREQUENCY), rest)
+    frequencies = np.append(np.full(n, HIGHEST_FREQUENCY), rest)
+    return Truth(tuple(directions), seen, frequencies, parent, partner, from_token)
 
 
 def _zipf_draws(rng: np.random.Generator, n: int, size: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from crossdict_jax import models
 from crossdict_jax.benchmark.harness import OURS, Bench
-from crossdict_jax.benchmark.peer import last_line
 from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import read_json
 
@@ -47,7 +46,8 @@ def benchmark(bench: Bench) -> Iterator[dict]:
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"The whole run failed ({last_line(done.stderr)}).")
+        last = ["no message", *done.stderr.strip().splitlines()][-1]
+        raise UserError(f"The whole run failed ({last}).")
     seconds = {"all stages": time.perf_counter() - started}
     timing = read_json(work / "results" / "timing.json")
     seconds |= {name: stage["wall_s"] for name, stage in timing.items() if "wall_s" in stage}

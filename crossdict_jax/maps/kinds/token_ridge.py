@@ -14,6 +14,7 @@ from crossdict_jax.maps.moments import (
     Products,
     Regression,
     TokenSums,
+    find_tokens,
     token_sums,
 )
 from crossdict_jax.ops import exact
@@ -78,7 +79,8 @@ def residual(
     for split, fitted, mean in zip(sums, train, means):
         counts = split.counts[:, None]
         S.append(split.sums - counts * mean[None, :])
-        T.append(fitted.shrunk(pseudocount)[fitted.positions(split.ids)] - mean[None, :])
+        index = find_tokens(fitted.ids, split.ids, np)
+        T.append(fitted.shrunk(pseudocount)[index] - mean[None, :])
         left.append(S[-1] - counts * T[-1])
     return Products(
         n=products.n,

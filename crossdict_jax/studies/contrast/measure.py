@@ -124,7 +124,7 @@ def _preference(study: Halves, model: str) -> dict:
     store, readers = study.run.store, study.readers(model)
     values = np.concatenate([reader.preference for reader in readers])
     windows = np.unique(store.rows.window[store.select("train")])
-    tokens = np.concatenate([store.window_tokens(model, w) for w in windows])
+    tokens = np.concatenate(store.table.texts(store.models.index(model), windows, bos=None))
     counts = np.bincount(tokens, minlength=study.run.runner(model).config.vocab_size)
     log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
     sums = (np.sum(log_p[reader.tokens] * reader.scored, axis=1) for reader in readers)

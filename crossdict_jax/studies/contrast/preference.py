@@ -149,17 +149,6 @@ class Cut:
     vectors: np.ndarray  # float32 [all, d_model], per unit of strength
     n: int  # the first n are removed; the others only serve controls
 
-    @cached_property
-    def overlaps(self) -> np.ndarray:
-        """float64 [all, all]: inner products of what each adds to the activations, summed."""
-        strength = self.strength.reshape(-1, len(self.vectors)).astype(np.float64)
-        vectors = self.vectors.astype(np.float64)
-        return (strength.T @ strength) * (vectors @ vectors.T)
-
-    def size(self, rows: np.ndarray) -> float:
-        """Returns the norm over all tokens of what these vectors add."""
-        return float(np.sqrt(max(self.overlaps[np.ix_(rows, rows)].sum(), 0.0)))
-
 
 def ablate(
     reader: Reader, site: Site, cut: Cut, config: Config, *, judged: bool = True
@@ -209,7 +198,16 @@ def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[
     """Returns vectors float32 [count, all, d_model] by family; no "others" where these are few."""
     n, norms = cut.n, np.linalg.norm(cut.vectors, axis=1)
     others = n + np.flatnonzero(norms[n:] > 0)
-    firing = [i for i in others if cut.size(np.array([i])) > 0]
+    # Inner products [all, all] of what each vector adds to the activations, over all tokens.
+    strength = cut.strength.reshape(-1, len(cut.vectors)).astype(np.float64)
+    vectors = cut.vectors.astype(np.float64)
+    overlaps = (strength.T @ strength) * (vectors @ vectors.T)
+
+    def size(rows: np.ndarray) -> float:
+        """The norm over all tokens of what these vectors add."""
+        return float(np.sqrt(max(overlaps[np.ix_(rows, rows)].sum(), 0.0)))
+
+    firing = [i for i in others if overlaps[i, i] > 0]
     random, shuffled, elsewhere = (
         np.zeros((count if possible else 0, *cut.vectors.shape), np.float32)
         for possible in (True, len(others) > 1, len(firing) > 1)
@@ -221,8 +219,8 @@ def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[
     random[:, :n] = with_norms(generator.standard_normal((count, n, cut.vectors.shape[1])))
     for row in shuffled:
         row[:n] = with_norms(cut.vectors[generator.choice(others, n, replace=n > len(others))])
-    size = cut.size(np.arange(n))
+    whole = size(np.arange(n))
     for row in elsewhere:
         drawn = generator.choice(firing, min(n, len(firing)), replace=False)
-        row[drawn] = cut.vectors[drawn] * (size / max(cut.size(drawn), 1e-30))
+        row[drawn] = cut.vectors[drawn] * (whole / max(size(drawn), 1e-30))
     return {"random": random, "shuffled": shuffled, "others": elsewhere}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from crossdict_jax.report.blocks import Block, Details, Facts, Heading, html
-from crossdict_jax.report.tables import Cell, Table, number, score, show, table
+from crossdict_jax.report.tables import Cell, Table, number, score, table
 from crossdict_jax.results import PAIR_COLUMNS, Column, describe, plain, site_words
 
 TITLE = "Steered text"
@@ -94,14 +94,6 @@ def section(rows: list[dict]) -> str:
         blocks += [Heading(answer.title), sentence(answer), Facts(facts(answer))]
         blocks += [*tables(answer), Details("Some of the texts, side by side", texts)]
     return html(blocks)
-
-
-def print_answers(rows: list[dict]) -> None:
-    """Prints the same on the terminal, with texts at the largest dose."""
-    for answer in answers(rows):
-        print(answer.title, *(f"{key}: {words}" for key, words in facts(answer)), sep="\n")
-        show([side_by_side(answer, answer.doses[-1]), *tables(answer)])
-        print(sentence(answer))
 
 
 def answers(rows: list[dict]) -> list[Answer]:

@@ -14,8 +14,17 @@ from crossdict_jax.config import Config, refuse_transcoders
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Starts, pad, token_losses
+from crossdict_jax.report.tables import show
 from crossdict_jax.stats import Estimate, Resamples, columns, normalised
-from crossdict_jax.studies.steering import RATES, TOP_P, print_answers
+from crossdict_jax.studies.steering import (
+    RATES,
+    TOP_P,
+    answers,
+    facts,
+    sentence,
+    side_by_side,
+    tables,
+)
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
 from crossdict_jax.training.stage import digest, timed
@@ -27,7 +36,10 @@ SHOWN = 3  # strongest contexts of the feature
 
 def run(config: Config, work: Workdir) -> None:
     """Writes the texts and their rates (see ``steer``), and prints them side by side."""
-    print_answers(results.read(work, f"{FOLDER}/{steer(config, work)}.jsonl"))
+    for answer in answers(results.read(work, f"{FOLDER}/{steer(config, work)}.jsonl")):
+        print(answer.title, *(f"{key}: {words}" for key, words in facts(answer)), sep="\n")
+        show([side_by_side(answer, answer.doses[-1]), *tables(answer)])
+        print(sentence(answer))
 
 
 def steer(config: Config, work: Workdir) -> str:
