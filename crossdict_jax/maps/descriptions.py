@@ -80,16 +80,16 @@ class Description:
     @cached_property
     def profile(self) -> Profile:
         """The features by the bytes of the model's own token, on this role's documents."""
-        side, rows = self.side, self.rows
-        ids, at = np.unique(side.tokens[rows], return_inverse=True)
+        side, some = self.side, self.rows
+        ids, at = np.unique(side.tokens[some], return_inverse=True)
         names = map(side.token_bytes().__getitem__, ids) if side.token_bytes else ids.tolist()
         index: dict[Hashable, int] = {}  # several ids may have the same bytes
         label = np.array([index.setdefault(name, len(index)) for name in names])[at]
-        sums = token_sums(label, side.codes[rows])
-        batches = (side.features(rows[part]) for part in slices(len(rows)))
+        sums = token_sums(label, side.codes[some])
+        batches = (side.features(some[part]) for part in slices(len(some)))
         products, _ = moments((f, f[:, :1]) for f in batches)
-        means = sums.sums / sums.counts[:, None] - sums.mean[None, :]
-        return Profile(tuple(index), sums.counts, means, products.aa / products.n)
+        rows = sums.shrunk(0.0)  # the last is the overall mean
+        return Profile(tuple(index), sums.counts, rows[:-1] - rows[-1:], products.aa / products.n)
 
 
 def describe(pairs: Pairs, label: str) -> tuple[Description, Description]:
