@@ -11,7 +11,6 @@ from planted_store import kill_in_save
 from crossdict_jax import models
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.config import PretrainConfig, TextConfig
-from crossdict_jax.errors import UserError
 from crossdict_jax.pretraining import bigram_loss, train_language_model, unigram_loss
 
 
@@ -82,8 +81,7 @@ def test_killed_and_resumed_writes_the_same_bits(trained, text, tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused(text, changes, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        train_language_model(tiny(text, **changes), tmp_path)
+    tiny_run.refused(message, train_language_model, tiny(text, **changes), tmp_path)
 
 
 def test_the_embedded_models_are_what_their_records_say():
