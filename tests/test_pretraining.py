@@ -13,6 +13,9 @@ from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.config import PretrainConfig, TextConfig
 from crossdict_jax.pretraining import bigram_loss, train_language_model, unigram_loss
 
+SHAPE = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context": 16, "vocab_size": 280}
+QUICK = {"steps": 60, "batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 20}
+
 
 def test_baselines_are_their_formulas():
     train, test = np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 2, 0])
@@ -32,10 +35,6 @@ def text(tmp_path_factory):
     rows = [{"text": text} for text in tiny_run.make_texts(80)]
     file = tiny_run.write_rows(tmp_path_factory.mktemp("text") / "text.jsonl", rows)
     return TextConfig(source=file, documents=80)
-
-
-SHAPE = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context": 16, "vocab_size": 280}
-QUICK = {"steps": 60, "batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 20}
 
 
 def tiny(text, model_type="gpt2", **changes):

@@ -21,6 +21,13 @@ from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 MODELS = ("docs-gpt2", "docs-neox")
 R2 = {"mean": -0.002, "token": 0.46, "token_target": 0.5, "procrustes": 0.31, "ridge": 0.43}
 R2 |= {"token_ridge": 0.58, "mlp": 0.49}
+DOCUMENTS = {"train": 699, "validation": 100, "test": 201}
+PAIRING = {
+    "texts": 1000,
+    "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
+    "rows": {"train": 21762, "validation": 2100, "test": 8500},
+    "text": {"documents": DOCUMENTS, "bytes": DOCUMENTS},
+}
 HISTOGRAM = {"edges": [-5, -3, -1, 0], "counts": [10, 300, 40]}
 
 
@@ -104,15 +111,6 @@ def causal_rows(transfer: list[dict]) -> list[dict]:
         if row["map"] != "token_target":
             rows.append(causal_row(value, **where, stitch_kind="features"))
     return rows
-
-
-DOCUMENTS = {"train": 699, "validation": 100, "test": 201}
-PAIRING = {
-    "texts": 1000,
-    "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
-    "rows": {"train": 21762, "validation": 2100, "test": 8500},
-    "text": {"documents": DOCUMENTS, "bytes": DOCUMENTS},
-}
 
 
 def write_curves(folder, labels: list[str]) -> None:
