@@ -11,14 +11,12 @@ LFS = ".safetensors"  # what the real hub keeps in large-file storage
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Repositories in memory: {repository: {path: bytes}}; ``calls`` records what was asked."""
+    """Repositories in memory: {repository: {path: bytes}}."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.stored: dict[str, bytes] = {}  # large files by sha256, before a commit names them
-        self.calls: list[tuple[str, str]] = []
-        self.refuse = 0  # a status to answer every request with
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -51,10 +49,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         path = self.path.partition("?")[0]
-        self.server.calls.append((self.command, path))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.refuse:
-            return self.answer({"error": "refused"}, self.server.refuse)
         for (method, pattern), act in ROUTES.items():
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
@@ -63,32 +58,24 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_any
 
-    def files(self, repository):
-        files = self.server.repositories.get(repository)
-        if files is None:
-            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        return files
-
     def create(self, body):
         asked = json.loads(body)
         name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
         self.server.repositories.setdefault(name, {})
         self.answer({"url": f"{self.server.url}/{name}", "name": name})
 
-    def info(self, repository, revision="main", *, body):
-        files = self.files(repository)
-        if files is not None:
-            siblings = [{"rfilename": name} for name in sorted(files)]
-            about = {"id": repository, "sha": commit_of(files), "siblings": siblings}
-            self.answer(about | {"private": True, "tags": [], "downloads": 0, "likes": 0})
+    def info(self, repository, revision, *, body):
+        files = self.server.repositories[repository]
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        about = {"id": repository, "sha": commit_of(files), "siblings": siblings}
+        self.answer(about | {"private": True, "tags": [], "downloads": 0, "likes": 0})
 
     def tree(self, repository, revision, *, body):
-        files = self.files(repository)
-        if files is not None:
-            rows = [{"type": "file", "path": p, "size": len(d)} for p, d in files.items()]
-            for row, data in zip(rows, files.values()):
-                row["oid"] = hashlib.sha1(data).hexdigest()
-            self.answer(rows)
+        rows = []
+        for path, data in self.server.repositories[repository].items():
+            row = {"type": "file", "path": path, "size": len(data)}
+            rows.append(row | {"oid": hashlib.sha1(data).hexdigest()})
+        self.answer(rows)
 
     def preupload(self, repository, revision, *, body):
         files = json.loads(body)["files"]
@@ -108,9 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def commit(self, repository, revision, *, body):
-        files = self.files(repository)
-        if files is None:
-            return
+        files = self.server.repositories[repository]
         for line in body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -123,12 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"success": True, "commitOid": sha, "commitUrl": url})
 
     def resolve(self, repository, revision, path, *, body):
-        files = self.files(repository)
-        if files is None:
-            return
-        if path not in files:
-            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
-            return
+        files = self.server.repositories[repository]
         etag = f'"{hashlib.sha256(files[path]).hexdigest()}"'
         self.answer(files[path], ETag=etag, X_Repo_Commit=commit_of(files))
 
@@ -136,7 +116,6 @@ class Handler(BaseHTTPRequestHandler):
 REPOSITORY = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     ("POST", "/api/repos/create"): Handler.create,
-    ("GET", f"/api/models/{REPOSITORY}"): Handler.info,
     ("GET", f"/api/models/{REPOSITORY}/revision/([^/]+)"): Handler.info,
     ("GET", f"/api/models/{REPOSITORY}/tree/([^/]+)"): Handler.tree,
     ("POST", f"/api/models/{REPOSITORY}/preupload/([^/]+)"): Handler.preupload,

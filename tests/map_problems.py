@@ -13,6 +13,7 @@ from crossdict_jax import maps, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import HypernetworkConfig, MapConfig
 from crossdict_jax.dictionaries.base import build as build_dictionary
+from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.maps import Pairs, Problem, Side, base
 from crossdict_jax.models import Site
 
@@ -58,18 +59,25 @@ def r2(predicted, target, train_mean) -> float:
 
 
 @functools.cache
-def random_dictionary(architecture: str, d_model: int, width: int, seed: int = 0):
+def random_dictionary(architecture: str, d_model: int, width: int, seed: int = 0, k: int = 4):
     key = jax.random.key(seed)
-    return build_dictionary(architecture, d_model=d_model, width=width, k=4, key=key)
+    return build_dictionary(architecture, d_model=d_model, width=width, k=k, key=key)
 
 
 @functools.cache
-def identity_dictionary(d_model: int, width: int | None = None):
-    """f = relu(the first ``width`` of x): features that a test can set row by row."""
+def identity_dictionary(d_model: int, width: int | None = None, kind: str = "relu", k: int = 4):
+    """f = relu(the first ``width`` of x), or the k largest: a test can set them row by row."""
     width = width or d_model
-    graphdef, params = modules.split(random_dictionary("relu", d_model, width))
+    graphdef, params = modules.split(random_dictionary(kind, d_model, width, k=k))
     eye = {"W_enc": jnp.eye(d_model, width), "W_dec": jnp.eye(width, d_model)}
     return modules.merge(graphdef, params | eye)
+
+
+def signed_dictionary(d_model: int, order=slice(None)):
+    """f = relu([x, -x]) in some order of its features, the signed coordinates."""
+    W_dec = np.concatenate([np.eye(d_model), -np.eye(d_model)])[order]
+    biases = {"b_enc": np.zeros(2 * d_model), "b_dec": np.zeros(d_model)}
+    return from_arrays(find("relu"), {"W_enc": W_dec.T, "W_dec": W_dec} | biases)
 
 
 def make_problem(x_a, x_b, *, tokens=None, dictionaries_ab=None):
@@ -112,11 +120,12 @@ def activation_r2(m, problem: Problem, test: Pairs) -> float:
     return r2(predicted, test.target.x.astype(np.float32), mean)
 
 
-def feature_r2(m, problem: Problem, test: Pairs) -> float:
+def feature_r2(m, problem: Problem, test: Pairs, columns=slice(None)) -> float:
     train, held_out = problem.train.target, test.target
     mean = base.encode_rows(train.dictionary, train.x).mean(0)
     target = base.encode_rows(held_out.dictionary, held_out.x)
-    return r2(maps.predict(m, test, batch_size=128), target, mean)
+    predicted = maps.predict(m, test, batch_size=128)
+    return r2(predicted[:, columns], target[:, columns], mean[columns])
 
 
 def rows_like_a_stream(rng, d: int) -> np.ndarray:

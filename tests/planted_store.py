@@ -113,18 +113,18 @@ def gathered(ensemble, steps, variant):
     return re.findall(r"= (\S+) all-gather", text)
 
 
-def kill_in_save(number, function):
-    """Runs a function that dies when it is to write its checkpoint of that number, from 1 on."""
-    saves, save = [], checkpoint.save
+def kill_in_save(number, function, module=checkpoint, name="save"):
+    """Runs a function that dies at a call of that number, from 1 on: of ``save``, or another."""
+    saves, save = [], getattr(module, name)
 
     def dying(*args, **kwargs):
         saves.append(1)
         if len(saves) == number:
             raise KeyboardInterrupt
-        save(*args, **kwargs)
+        return save(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", dying)
+        patch.setattr(module, name, dying)
         function()
 
 

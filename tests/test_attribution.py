@@ -1,28 +1,25 @@
 """What drives a feature, planted; and which features transfer, against slow definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from map_problems import signed_dictionary
 
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.dictionaries.base import find, from_arrays
 from crossdict_jax.evaluation import attribution, evaluate, features
 from crossdict_jax.maps import Map, Pairs, Side
 from crossdict_jax.workdir import read_jsonl
 
 D, N = 5, 700  # activations' dimensions, and rows that fill no whole number of blocks
-
-
-def signed():
-    """The dictionary f = relu([x, -x]): its features are the signed coordinates."""
-    both = np.concatenate([np.eye(D), -np.eye(D)])
-    zeros = {"b_enc": np.zeros(2 * D), "b_dec": np.zeros(D)}
-    return from_arrays(find("relu"), {"W_enc": both.T, "W_dec": both} | zeros)
+SCALE = np.ones((3, 2 * D))  # what effects are measured in
+signed = functools.partial(signed_dictionary, D)
 
 
 class Affine(Map):
@@ -58,9 +55,6 @@ def pairs() -> Pairs:
     tokens = np.zeros(N, np.int32)
     target = rng.normal(size=(N, D)).astype(np.float32)
     return Pairs(Side(x, tokens, signed()), Side(target, tokens, signed()), np.arange(N))
-
-
-SCALE = np.ones((3, 2 * D))  # what effects are measured in
 
 
 def planted_weights() -> np.ndarray:

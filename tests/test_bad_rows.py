@@ -31,15 +31,12 @@ def shards(directory, x, model="a"):
         save_shard(directory, shard_name(model, str(SITE), i), part)
 
 
-def rows_of(n):
-    each = np.arange(n, dtype=np.int32)
-    split = (each >= n // 2).astype(np.int8)
-    return Rows(each // 10, each, 7 * each, each[:, None], each[:, None], split, np.ones(n, bool))
-
-
-def look(settings, directory, n=40):
+def look(settings, directory):
+    each = np.arange(40, dtype=np.int32)
+    split, keep = (each >= 20).astype(np.int8), np.ones(40, bool)
+    rows = Rows(each // 10, each, 7 * each, each[:, None], each[:, None], split, keep)
     how = {"shards": 2, "documents": ["one", "two", "three", "four"]}
-    return masked(settings, directory, Sites({("a", SITE): ("a", SITE)}), rows_of(n), **how)
+    return masked(settings, directory, Sites({("a", SITE): ("a", SITE)}), rows, **how)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

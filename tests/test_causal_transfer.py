@@ -23,13 +23,8 @@ from crossdict_jax.models.run import Passages, Runner
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED
 
-
-def settings(**changes) -> Config:
-    intervention = InterventionConfig(**({"contexts": 24} | changes))
-    return Config(evaluation=EvaluationConfig(bootstrap=100), intervention=intervention)
-
-
-CONFIG = settings()
+ASKED = InterventionConfig(contexts=24)
+CONFIG = Config(evaluation=EvaluationConfig(bootstrap=100), intervention=ASKED)
 MIDDLE = len(CONFIG.intervention.alphas) // 2
 
 
@@ -47,14 +42,9 @@ def experiment(planted):
     true_map = Ridge(planted.dictionaries[1], values)
     true = mapped_directions(true_map, pairs.source, features, made.strength, seed=0)
     noise = np.random.default_rng(3).normal(size=true.shape).astype(np.float32)
-    mapped = {
-        "ridge": Directions(true),
-        MATCH: Directions(
-            np.asarray(V_b), np.asarray(pairs.target.dictionary.encode(pairs.target.x))
-        ),
-        "noise": Directions(noise),
-        "another": Directions(np.roll(true, 1, axis=0)),
-    }
+    fires = np.asarray(pairs.target.dictionary.encode(pairs.target.x))
+    mapped = {"ridge": Directions(true), MATCH: Directions(np.asarray(V_b), fires)}
+    mapped |= {"noise": Directions(noise), "another": Directions(np.roll(true, 1, axis=0))}
     return dataclasses.replace(made, mapped=mapped)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_run import refused
 
 from crossdict_jax import config as config_room
+from crossdict_jax import models
 from crossdict_jax.config import (
     SITES,
     BenchmarkConfig,
@@ -27,14 +28,14 @@ from crossdict_jax.config import (
     layer_pairs,
     model_layers,
     settings,
+    to_dict,
 )
-from crossdict_jax.config import to_dict as as_dict
+from crossdict_jax.evaluation.matching import METHODS
 from crossdict_jax.workdir import write_json
 
 ROOT = Path(__file__).parents[1]
-PRESETS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-PRESETS.remove("stored")  # it reads a work directory
-PRESETS.remove("convert")  # it says nothing about what to convert
+PRESETS = sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {"stored", "convert"})
+# The first reads a work directory, the second says nothing about what to convert.
 KINDS = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
 
 
@@ -51,7 +52,7 @@ def test_presets_are_allowed_and_survive_json(preset):
     module = importlib.import_module(f"configs.{preset}")
     config = module.get_config()
     settings.validate(config)
-    assert settings.from_dict(type(config), json.loads(json.dumps(as_dict(config)))) == config
+    assert settings.from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
     assert f"--config=configs/{preset}.py" in module.__doc__ or preset == "quickstart"
 
 
@@ -87,9 +88,6 @@ def test_every_setting_is_read_somewhere():
 
 
 def test_names_found_by_file_are_those_of_the_rooms():
-    from crossdict_jax import models
-    from crossdict_jax.evaluation.matching import METHODS
-
     assert set(SITES) == set(models.KINDS)
     matching = settings.settings(Config)["evaluation.matching"].metadata["rule"]
     assert matching.words == f"one of {', '.join(METHODS)}"
@@ -141,7 +139,7 @@ def test_spellings_of_people_are_understood_or_refused(kind, text, value):
 @pytest.mark.parametrize("kind", [Config, PretrainConfig, VerifyConfig, BenchmarkConfig])
 def test_a_file_of_settings_tells_its_class(kind, tmp_path):
     settings.validate(kind())
-    write_json(tmp_path / "config.json", as_dict(kind(seed=3)))
+    write_json(tmp_path / "config.json", to_dict(kind(seed=3)))
     assert settings.read(tmp_path / "config.json") == kind(seed=3)
     for tree in ({"sede": 0}, {"text": 5}, {"seed": {"a": 1}}, []):
         refused(r"[sS]etting", settings.from_dict, kind, tree)

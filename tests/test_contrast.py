@@ -28,6 +28,8 @@ from crossdict_jax.studies.reading import Reading
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, SITE, WORDS
 
+CAUSES = [0, 1, 2]
+
 
 @pytest.fixture(scope="module")
 def planted():
@@ -55,13 +57,6 @@ def reader_of(planted, reading, name, batch_size=32) -> Reader:
     return Reader(runner, reading.passages[name])
 
 
-def x_at_rows(reader, site):
-    return reader.x(site)[reader.passages.window, reader.passages.position]
-
-
-CAUSES = [0, 1, 2]
-
-
 @pytest.fixture(scope="module")
 def readers(planted):
     reading = triggered(CAUSES, planted)
@@ -81,14 +76,12 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
     assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99 and (exact[CAUSES].mean(1) > 0.03).all()
 
 
-def directions_in_b(planted) -> np.ndarray:
-    return decoder_rows(planted.dictionaries[1], np.arange(FEATURES))
-
-
 def transferred(planted, readers, vectors, features) -> dict:
     """What is lost in B when vectors stand for A's features, as strongly as these fire in A."""
     order = np.array([*features, *np.setdiff1d(np.arange(FEATURES), features)])
-    f = np.asarray(planted.dictionaries[0].encode(x_at_rows(readers["a"], SITE)))
+    at = readers["a"].passages
+    x = readers["a"].x(SITE)[at.window, at.position]
+    f = np.asarray(planted.dictionaries[0].encode(x))
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
     asked = ContrastConfig(controls=24)
     config = Config(contrast=asked, evaluation=EvaluationConfig(bootstrap=100))
@@ -96,14 +89,15 @@ def transferred(planted, readers, vectors, features) -> dict:
 
 
 def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(planted, readers):
-    row = transferred(planted, readers, directions_in_b(planted), CAUSES)
+    true = decoder_rows(planted.dictionaries[1], np.arange(FEATURES))
+    row = transferred(planted, readers, true, CAUSES)
     assert row["moves"] is True
     assert row["effect"] > 0.15 and row["accuracy"] > row["accuracy_ablated"]
     assert max(row[f"p_{family}"] for family in ("random", "shuffled", "others")) <= 0.05
 
 
 def test_other_directions_and_features_that_do_nothing_there_do_not(planted, readers):
-    true = directions_in_b(planted)
+    true = decoder_rows(planted.dictionaries[1], np.arange(FEATURES))
     noise = np.random.default_rng(5).normal(size=true.shape) / true.shape[1] ** 0.5
     for wrong in (noise, np.roll(true, 5, axis=0)):
         assert transferred(planted, readers, wrong, CAUSES)["moves"] is False

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from map_problems import inputs_of
+from map_problems import inputs_of, signed_dictionary
 from test_models import EACH_FAMILY, GOLDENS
-from tiny_run import refused
+from tiny_run import copied, refused
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.extract import extract
@@ -56,9 +56,7 @@ def run_controls(config: Config, work: Workdir) -> None:
 
 @pytest.fixture(scope="module")
 def finished(begun, tmp_path_factory):
-    config, work = begun
-    copy = Workdir(tmp_path_factory.mktemp("finished") / "run")
-    shutil.copytree(work.root, copy.root)
+    config, copy = copied(begun, tmp_path_factory.mktemp("finished"))
     run_controls(config, copy)
     evaluate(config, copy)
     return config, copy
@@ -66,9 +64,7 @@ def finished(begun, tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    config, work = finished
-    shutil.copytree(work.root, tmp_path / "run")
-    return config, Workdir(tmp_path / "run")
+    return copied(finished, tmp_path)
 
 
 def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
@@ -121,19 +117,6 @@ def test_a_store_with_other_rows_is_refused(copy):
     refused("has other rows than", evaluate, config, work)
 
 
-def signed(d_model: int, order: np.ndarray):
-    """The dictionary f = relu([x, -x]) in some order of its features; it misses nothing."""
-    W_enc = np.concatenate([np.eye(d_model), -np.eye(d_model)], axis=1)[:, order]
-    biases = {"b_enc": np.zeros(2 * d_model), "b_dec": np.zeros(d_model)}
-    return from_arrays(relu.ReLU, {"W_enc": W_enc, "W_dec": W_enc.T} | biases)
-
-
-def blind(d_model: int):
-    """A dictionary whose features are the same for every row."""
-    arrays = {"W_enc": np.zeros((d_model, 8)), "W_dec": np.ones((8, d_model))}
-    return from_arrays(relu.ReLU, arrays | {"b_enc": np.ones(8), "b_dec": np.zeros(d_model)})
-
-
 def planted(begun, root, second) -> dict[tuple, dict]:
     """{(target, map): scores of its ceiling} where second dictionaries are ``second(d_model)``."""
     config, work = begun
@@ -145,7 +128,7 @@ def planted(begun, root, second) -> dict[tuple, dict]:
     for name in store.models:
         d_model = store.d_model(name)
         shutil.rmtree(work.dictionary(name, SITE))
-        dictionaries.save(signed(d_model, np.arange(2 * d_model)), work.dictionary(name, SITE))
+        dictionaries.save(signed_dictionary(d_model), work.dictionary(name, SITE))
         dictionaries.save(second(d_model), work.controls.dictionary(name, SITE, "seed-1"))
     fit_controls(config, store, work)
     tasks, loader, rows = control_tasks(config, store), Loader(config, store, work), {}
@@ -157,7 +140,8 @@ def planted(begun, root, second) -> dict[tuple, dict]:
 
 def test_two_seeds_that_are_one_dictionary_reordered_share_everything(begun, tmp_path):
     rng = np.random.default_rng(0)
-    rows = planted(begun, tmp_path / "run", lambda d: signed(d, rng.permutation(2 * d)))
+    reordered = lambda d: signed_dictionary(d, rng.permutation(2 * d))  # noqa: E731
+    rows = planted(begun, tmp_path / "run", reordered)
     for target in "ab":
         for kind in ("ridge", "ridge_codes", "token_ridge"):
             assert rows[target, kind]["r2"] == pytest.approx(1, abs=1e-3)
@@ -166,6 +150,10 @@ def test_two_seeds_that_are_one_dictionary_reordered_share_everything(begun, tmp
 
 
 def test_two_seeds_that_have_nothing_to_do_with_each_other_share_nothing(begun, tmp_path):
+    def blind(d_model):  # its features are the same for every row
+        arrays = {"W_enc": np.zeros((d_model, 8)), "W_dec": np.ones((8, d_model))}
+        return from_arrays(relu.ReLU, arrays | {"b_enc": np.ones(8), "b_dec": np.zeros(d_model)})
+
     rows = planted(begun, tmp_path / "run", blind)
     for target in "ab":
         assert abs(rows[target, "ridge"]["cosine_centered"]) < 0.05

@@ -26,6 +26,7 @@ from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.workdir import Workdir, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
+tiny = shared
 NAMED = {"hook_name": "blocks.1.hook_resid_pre", "model_name": "a"}
 
 
@@ -33,9 +34,6 @@ def same_features(a, b):
     x = np.random.default_rng(0).normal(0.5, 2, (50, a.d_model)).astype(np.float32)
     np.testing.assert_allclose(a.encode(x), b.encode(x), atol=1e-5)
     np.testing.assert_allclose(a(x), b(x), atol=1e-5)
-
-
-tiny = shared
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -194,14 +192,6 @@ def test_codes_before_the_selection_on_demand(tiny, tmp_path):
     f, selected = base.load(work.dictionary("a", SITE)).encode(x), d.encode(x)
     assert (np.asarray(f) > 0).sum() > 1.5 * (np.asarray(selected) > 0).sum()
     np.testing.assert_allclose(np.where(selected > 0, f, 0), selected, atol=1e-5)
-
-
-def test_wrong_sources_are_refused(tiny, tmp_path):
-    _, path = source_for(tiny, tmp_path)
-    wrong = {("train",): "1 entries for 2 models", ("train", path): "reads rows of 16, b has 24"}
-    wrong["nowhere", "train"] = "nowhere is no dictionary folder"
-    for sources, words in wrong.items():
-        refused(words, adopted, tiny, tmp_path, sources=sources)
 
 
 @pytest.mark.parametrize(

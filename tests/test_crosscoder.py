@@ -15,7 +15,6 @@ from crossdict_jax.config.fields import JointSettings
 from crossdict_jax.dictionaries import base, crosscoder
 from crossdict_jax.dictionaries import crosscoder_training as training
 from crossdict_jax.dictionaries.crosscoder_training import Rows, fit_crosscoders, joint_ensemble
-from crossdict_jax.errors import UserError
 from crossdict_jax.training import checkpoint
 
 KEY = jax.random.key(0)
@@ -114,6 +113,7 @@ def test_classes_follow_the_decoder_norms():
     np.testing.assert_allclose(crosscoder.relative_norms(c).T, shares, atol=1e-6)
 
 
+TINY = JointSettings(width=8, k=2, steps=30, batch_size=32, learning_rate=3e-3)
 WIDTH = 48  # half as many again as the 32 features of two views
 SMALL = JointSettings(WIDTH, k=4, steps=1000, batch_size=128, learning_rate=1e-2)
 SMALL = dataclasses.replace(SMALL, drop_probability=0.0, dead_after_rows=3000)
@@ -193,9 +193,6 @@ def test_one_model_always_stays_and_others_drop_as_asked(models, drop):
     np.testing.assert_allclose(present.mean(axis=0), expected, atol=0.015)
 
 
-TINY = JointSettings(width=8, k=2, steps=30, batch_size=32, learning_rate=3e-3)
-
-
 def tiny_rows(**changes):
     x = sparse_rows(0, n=96, features=6, d=4)
     y = sparse_rows(1, n=96, features=6, d=5)
@@ -265,5 +262,5 @@ def test_what_cannot_work_or_be_read_is_refused_in_one_line(tmp_path):
     checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
     refused("another checkpoint", crosscoder.load, tmp_path / "d")
     large = dataclasses.replace(TINY, batch_size=128)
-    with pytest.raises(UserError, match=r"crosscoder.batch_size=128 is more than the 96"):
-        fit_crosscoders([tiny_rows()], large, directory=tmp_path)
+    words = "crosscoder.batch_size=128 is more than the 96"
+    refused(words, fit_crosscoders, [tiny_rows()], large, directory=tmp_path)

@@ -10,6 +10,8 @@ import numpy as np
 import planted_store
 import pytest
 from planted_store import KEY, PlantedStore, arrays, planted_rows, slow_but, train_on, trained
+from test_transcoders import HYPER, rows
+from test_transcoders import fresh as transcoder
 from tiny_run import refused
 
 from crossdict_jax import dictionaries, modules, ops
@@ -21,7 +23,6 @@ from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint, ensemble
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, views
 
-HYPER = base.Hyper(0.1, revived=20, k_aux=4, nested_fractions=(0.2, 0.5))
 every = pytest.mark.parametrize("architecture", architectures())
 
 
@@ -33,25 +34,25 @@ def fresh(architecture):
     return d
 
 
-def rows(n=32):
-    return 2 + jax.random.normal(jax.random.key(3), (n, 6))
-
-
 @every
-def test_encode_decode_in_raw_units_and_again_after_saving(architecture, tmp_path):
-    d, x = fresh(architecture), rows()
+@pytest.mark.parametrize("d_out", [None, 4])
+def test_encode_decode_in_raw_units_and_again_after_saving(architecture, d_out, tmp_path):
+    """A transcoder reads one size and writes another, each at its own scale."""
+    d, x = transcoder(architecture) if d_out else fresh(architecture), rows()
     f = d.encode(x)
-    assert f.shape == (32, 20) and d.decode(f).shape == x.shape and f.dtype == jnp.float32
+    assert f.shape == (32, 20) and d.decode(f).shape == (32, d_out or 6) and f.dtype == jnp.float32
     assert (np.asarray(f) >= 0).all() and (np.asarray(f) > 0).any()
-    u = 0.7 * x - d.b_dec[...][None, :]
+    u = 0.7 * x if d_out else 0.7 * x - d.b_dec[...][None, :]
     by_hand = d.activate(u @ d.W_enc[...] + d.b_enc[...][None, :])
     np.testing.assert_allclose(f, by_hand, atol=1e-5)
-    by_hand = (np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...])) / 0.7
+    by_hand = np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...])
+    by_hand /= 1.9 if d_out else 0.7
     np.testing.assert_allclose(d(x), by_hand, atol=1e-5)
     dictionaries.save(d, tmp_path / "d", meta={"note": "kept"})
     again = dictionaries.load(tmp_path / "d")
     np.testing.assert_array_equal(again(x), d(x))
     assert type(again) is type(d) and again.k == d.k
+    assert (again.d_model, again.d_out, again.transcodes) == (6, d_out or 6, bool(d_out))
     assert checkpoint.load_meta(tmp_path / "d")["note"] == "kept"
 
 
@@ -161,7 +162,7 @@ def test_an_l0_target_pulls_from_both_sides(target):
 
 @every
 def test_the_encoder_starts_at_the_length_that_reconstructs_best(architecture):
-    x, errors = np.asarray(rows(256)), []
+    x, errors = np.asarray(rows(n=256)), []
     d, begun = base.build(architecture, d_model=6, width=20, k=3, key=KEY), start.start_of(x)
     start.begin(d, begun)
     if architecture == "jumprelu":
@@ -187,6 +188,7 @@ def test_the_usual_rate_falls_with_the_square_root_of_the_width():
 
 X, DIRECTIONS = planted_rows()
 SMALL = {"width": 48, "k": 2, "steps": 600, "batch_size": 256, "l1_coefficient": 1.5}
+QUICK = {"width": 48, "k": 2, "steps": 10, "batch_size": 256}
 PENALTY = {"gated": 6.0, "jumprelu": 0.75}  # what these rows need; the rest is as it comes
 
 
@@ -230,9 +232,6 @@ def test_bfloat16_products_leave_as_much_unexplained(architecture, tmp_path):
         d = trained(train_on(PlantedStore(X), tmp_path / dtype, **settings))
         left.append(np.square(X - d(X)).sum() / np.square(X - X.mean(axis=0)).sum())
     assert left[0] < 0.5 and 0 < abs(left[1] - left[0]) < 0.005, left
-
-
-QUICK = {"width": 48, "k": 2, "steps": 10, "batch_size": 256}
 
 
 def test_groups_that_fit_the_device_train_to_the_same_dictionaries(tmp_path, monkeypatch):

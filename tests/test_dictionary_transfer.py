@@ -1,6 +1,7 @@
 """Moved dictionaries: exact in every architecture, scored by slow formulas, and trained from."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from test_exchange import trained
 from tiny_run import refused
 
-from crossdict_jax import dictionaries, maps, modules, ops
+from crossdict_jax import dictionaries, maps, ops
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import base
@@ -24,16 +26,8 @@ from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch
 from crossdict_jax.workdir import Workdir, read_jsonl
 
 every = pytest.mark.parametrize("architecture", base.architectures())
-D_A, D_B, WIDTH, SITE = 6, 9, 24, tiny_run.SITE
-
-
-def fresh(architecture, *, seed=0):
-    """A dictionary none of whose parameters is at its first value."""
-    d = base.build(architecture, d_model=D_A, width=WIDTH, k=3, key=jax.random.key(seed))
-    graphdef, params = modules.split(d)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(params)))
-    moved = {n: a + 0.1 * jax.random.normal(next(keys), a.shape) for n, a in params.items()}
-    return modules.merge(graphdef, moved | {"scale": jnp.asarray(0.7)})
+D_A, D_B, SITE = 6, 9, tiny_run.SITE
+fresh = functools.partial(trained, d_model=D_A)
 
 
 def random_affine(d_in, d_out, seed):
@@ -57,7 +51,7 @@ def fvu(d, x):
 def test_every_architecture_is_moved_exactly(architecture, scale):
     d, x = fresh(architecture), normal_rows(D_B)
     moved = transferred(d, STITCH, scale)
-    assert type(moved) is type(d) and (moved.d_model, moved.width, moved.k) == (D_B, WIDTH, d.k)
+    assert type(moved) is type(d) and (moved.d_model, moved.width, moved.k) == (D_B, d.width, d.k)
     f = np.asarray(d.encode(STITCH.back(x).astype(np.float32)))
     np.testing.assert_allclose(moved.encode(x), f, atol=2e-5)
     assert (f > 0).any()
@@ -84,7 +78,7 @@ def test_dictionaries_of_others_are_told_apart():
     class Foreign(base.find("relu")):
         """As imported ones that fit none of our formulas."""
 
-    d = Foreign(d_model=D_A, width=WIDTH, k=0, rngs=nnx.Rngs(params=0))
+    d = Foreign(d_model=D_A, width=20, k=0, rngs=nnx.Rngs(params=0))
     assert moving.is_ours(fresh("relu")) and not moving.is_ours(d)
     refused("no checkpoint of their own", transferred, d, STITCH)
 

@@ -21,8 +21,6 @@ from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
 from crossdict_jax.training.mesh import make_mesh
 
 every = pytest.mark.parametrize("architecture", architectures())
-
-
 SLOW = pytest.mark.slow
 STEPS, WIDTH = 6, 20
 

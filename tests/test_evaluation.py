@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from planted_store import kill_in_save
+from test_matching import slow_correlations
 from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, stats
@@ -17,7 +19,7 @@ from crossdict_jax.evaluation import evaluate, reconstruction, transfer_metrics
 from crossdict_jax.evaluation.transfer import NORMALIZED, TokenMeans, hold_out, measure, verdict
 from crossdict_jax.maps.base import slices
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR, SCORES
-from crossdict_jax.workdir import Workdir, read_jsonl
+from crossdict_jax.workdir import read_jsonl
 
 NORMALIZED_COLUMNS = {
     f"{name}_normalized{end}" for name in NORMALIZED for end in ("", "_low", "_high")
@@ -46,11 +48,6 @@ def example(seed, n=60, width=9):
     return predicted, target, codes(rng, 500, width).mean(0), rng.integers(0, 7, n)
 
 
-def defined(row):
-    """The row without its columns that are None."""
-    return {name: value for name, value in row.items() if value is not None}
-
-
 def slow_cosine(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     lengths = math.sqrt(sum(a * a)) * math.sqrt(sum(b * b))
@@ -62,16 +59,6 @@ def slow_rank(predicted, target, i):
     own = slow_cosine(predicted[i], target[i])
     others = [j for j in range(len(target)) if (target[j] != target[i]).any()]
     return 1 + sum(slow_cosine(predicted[i], target[j]) >= own - 1e-7 for j in others)
-
-
-def slow_correlations(p, t):
-    """One for each feature whose target varies."""
-    found = []
-    for j in range(t.shape[1]):
-        if t[:, j].std() > 0:
-            varies = p[:, j].std() > 1e-9
-            found.append(np.corrcoef(p[:, j], t[:, j])[0, 1] if varies else 0.0)
-    return found
 
 
 def slow_jaccard(p, t):
@@ -93,7 +80,7 @@ def slow(predicted, target, mean):
         "cosine_centered": [slow_cosine(p[i] - m, t[i] - m) for i in n],
         "top1": [rank == 1 for rank in ranks],
         "mean_rank": ranks,
-        "feature_correlation": slow_correlations(p, t),
+        "feature_correlation": np.diag(slow_correlations(p, t))[t.std(0) > 0],
         "l0_target": [(t[i] > 0).sum() for i in n],
         "l0_predicted": [(p[i] > 0).sum() for i in n],
         "sparsity_similarity": [slow_jaccard(p[i], t[i]) for i in n],
@@ -263,14 +250,6 @@ def finished(tmp_path_factory):
     return config, work
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """The finished run, to be damaged."""
-    config, work = finished
-    shutil.copytree(work.root, tmp_path / "run")
-    return config, Workdir(tmp_path / "run")
-
-
 def test_every_map_has_its_row_in_order(finished):
     config, work = finished
     rows = read_jsonl(work.result("transfer.jsonl"))
@@ -304,7 +283,11 @@ def test_rows_say_what_the_maps_predict(finished):
 
     how = {"pool": config.evaluation.pool, "bootstrap": config.evaluation.bootstrap}
     how |= {"seed": config.seed, "documents": test.documents}
-    how["token_means"] = slow_token_means(train, test, features(train), predictions(train))
+    ids = sorted(set(train.source.tokens) & set(test.source.tokens))
+    index = np.array([ids.index(t) if t in ids else -1 for t in test.source.tokens])
+    same = [train.source.tokens == i for i in ids]
+    both = features(train), predictions(train)
+    how["token_means"] = TokenMeans(index, *(np.stack([x[r].mean(0) for r in same]) for x in both))
     train_mean = features(train).mean(0)
     expected = transfer_metrics(predictions(test), features(test), train_mean=train_mean, **how)
     rows = read_jsonl(work.result("transfer.jsonl"))
@@ -313,13 +296,6 @@ def test_rows_say_what_the_maps_predict(finished):
     del expected["l0_source"]
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     assert row["l0_source"] == pytest.approx(config.sae.k) and abs(row["context_gain"]) < 1
-
-
-def slow_token_means(train, test, target, predicted):
-    ids = sorted(set(train.source.tokens) & set(test.source.tokens))
-    index = np.array([ids.index(t) if t in ids else -1 for t in test.source.tokens])
-    rows = [train.source.tokens == i for i in ids]
-    return TokenMeans(index, *(np.stack([x[r].mean(0) for r in rows]) for x in (target, predicted)))
 
 
 def test_baselines_and_nulls_of_the_run(finished):
@@ -406,20 +382,13 @@ def test_a_finished_evaluation_is_left_alone_and_tells_no_paths(finished):
             json.loads(line, parse_constant=pytest.fail)
 
 
-def test_killed_it_goes_on_behind_the_last_part(copy, monkeypatch):
-    config, work = copy
+def test_killed_it_goes_on_behind_the_last_part(finished, tmp_path, monkeypatch):
+    config, work = tiny_run.copied(finished, tmp_path)
     stage = importlib.import_module("crossdict_jax.evaluation.evaluate")
     files = {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")}
     shutil.rmtree(work.results)
 
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "shared_features", killed)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(config, work)
-    with monkeypatch.context() as patch:  # what was measured is not measured again
-        patch.setattr(stage.scoring, "score_maps", killed)
-        evaluate(config, work)
+    kill_in_save(1, lambda: evaluate(config, work), stage, "shared_features")
+    monkeypatch.setattr(stage.scoring, "score_maps", pytest.fail)  # which is not done again
+    evaluate(config, work)
     assert {file.name: file.read_bytes() for file in work.results.glob("*.jsonl")} == files

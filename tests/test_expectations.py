@@ -1,9 +1,7 @@
 """Published numbers: found in the rows that are meant, and a miss is an exit code."""
 
-import json
-
 import pytest
-from tiny_run import refused
+from tiny_run import refused, write_rows
 
 from crossdict_jax.config.expectations import Expectation
 from crossdict_jax.workdir import Workdir
@@ -24,9 +22,7 @@ def expectation(**changes):
 
 @pytest.fixture
 def work(tmp_path):
-    (tmp_path / "results").mkdir()
-    text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (tmp_path / "results/causal.jsonl").write_text(text)
+    write_rows(tmp_path / "results/causal.jsonl", ROWS)
     return Workdir(tmp_path)
 
 
@@ -58,8 +54,7 @@ def get_expectations():
 
 def run(tmp_path, capfd, expect):
     def main(config, work):
-        (work.root / "results").mkdir()
-        (work.root / "results/r.jsonl").write_text('{"v": 1}\n')
+        write_rows(work.result("r.jsonl"), [{"v": 1}])
 
     argv = ["test", "--models=a,b", f"--workdir={tmp_path}/run", f"--expect={expect}"]
     return command.execute(main, argv), capfd.readouterr()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import itertools
 import shutil
 import tracemalloc
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from planted_store import kill_in_save
 from tiny_run import refused
 
 from crossdict_jax import models
@@ -21,7 +21,6 @@ from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import to_dict
-from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_text
 
 
@@ -132,12 +131,9 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
     assert many - few < 500 * (300 - 20)
 
 
-def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path, monkeypatch):
+def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path):
     store, _ = finished
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        save, shards = stage.save_shard, itertools.count()
-        patch.setattr(stage, "save_shard", lambda *a: dying() if next(shards) == 3 else save(*a))
-        run(config, tmp_path / "w")
+    kill_in_save(4, lambda: run(config, tmp_path / "w"), stage, "save_shard")
     refused("no finished store", open_store, tmp_path / "w" / "activations")
     again, work = run(config, tmp_path / "w")
     assert again.meta == store.meta
@@ -165,17 +161,11 @@ def test_damage_is_named(finished, tmp_path, name, damage):
     assert str(victim) in refused(r"missing|altered", read)
 
 
-def test_changed_text_is_refused(config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "masked", dying)
-        run(config, tmp_path / "w")
+def test_changed_text_is_refused(config, tmp_path):
+    kill_in_save(1, lambda: run(config, tmp_path / "w"), stage, "masked")
     text = dataclasses.replace(config.text, max_bytes=100)
-    with pytest.raises(UserError, match="text has changed"):
-        extract(dataclasses.replace(config, text=text), Workdir(tmp_path / "w"))
-
-
-def dying(*_, **settings):
-    raise KeyboardInterrupt
+    changed = dataclasses.replace(config, text=text)
+    refused("text has changed", extract, changed, Workdir(tmp_path / "w"))
 
 
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):

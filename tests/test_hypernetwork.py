@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from map_problems import feature_r2, r2
 from tiny_run import refused
 
 from crossdict_jax import maps, modules
@@ -21,13 +22,6 @@ ROWS = {"train": 800, "validation": 160, "test": 400}
 SHAPE = HypernetworkConfig(rank=12, steps=120)
 D_MODEL = {"a": 6, "b": 8}
 WIDTH = {"a": 48, "b": 64}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_steps():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hypernetwork, "LEARNING_RATE", 1e-2)
-        yield
 
 
 def dictionary_of(model: str, layer: int):
@@ -63,29 +57,16 @@ def planted(seed: int = 0) -> dict[int, dict[str, Pairs]]:
     return found
 
 
-def problem_of(splits: dict[str, Pairs], label: str) -> Problem:
-    return Problem(label, splits["train"], splits["validation"])
-
-
 def turned(splits: dict[str, Pairs]) -> dict[str, Pairs]:
-    """The other direction."""
     return {s: Pairs(p.target, p.source, p.documents) for s, p in splits.items()}
 
 
 def problems_of(*layers: int) -> list[Problem]:
     return [
-        problem_of(turn(planted()[layer]), f"{name} {layer}")
+        Problem(f"{name} {layer}", splits["train"], splits["validation"])
         for layer in layers
-        for name, turn in (("a to b", lambda splits: splits), ("b to a", turned))
+        for name, splits in (("a to b", planted()[layer]), ("b to a", turned(planted()[layer])))
     ]
-
-
-def feature_r2(m, splits, columns=slice(None)) -> float:
-    test, target = splits["test"], splits["train"].target
-    mean = target.feature_moments.mean[columns]
-    truth = base.encode_rows(target.dictionary, test.target.x)[:, columns]
-    error = truth - maps.predict(m, test)[:, columns]
-    return 1 - np.sum(error**2) / np.sum((truth - mean) ** 2)
 
 
 @functools.cache
@@ -100,7 +81,10 @@ def unknown_fifth() -> dict[tuple[str, int], np.ndarray]:
 
 
 def train(problems, directory, **how):
-    return hypernetwork.train_network(problems, SHAPE, seed=0, directory=directory, **how)[0]
+    how |= {"seed": 0, "directory": directory}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hypernetwork, "LEARNING_RATE", 1e-2)  # for few steps
+        return hypernetwork.train_network(problems, SHAPE, **how)[0]
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +98,11 @@ def network(tmp_path_factory):
 @pytest.mark.parametrize("turn", [lambda s: s, turned], ids=["a to b", "b to a"])
 def test_features_and_layers_that_it_never_saw_are_written(network, layer, turn):
     splits = turn(planted()[layer])
-    m = network.write(problem_of(splits, "asked"))
-    target = splits["train"].target
-    unseen = ~unknown_fifth()[target.model, layer]
-    assert unseen.sum() >= 4 and feature_r2(m, splits, unseen) > 0.75
-    assert feature_r2(m, splits) > 0.75
+    problem, test = Problem("asked", splits["train"], splits["validation"]), splits["test"]
+    m = network.write(problem)
+    unseen = ~unknown_fifth()[test.target.model, layer]
+    assert unseen.sum() >= 4 and feature_r2(m, problem, test, unseen) > 0.75
+    assert feature_r2(m, problem, test) > 0.75
 
 
 def test_descriptions_of_other_features_say_nothing(tmp_path, monkeypatch):
@@ -131,8 +115,9 @@ def test_descriptions_of_other_features_say_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(descriptions.Description, "directions", property(of_others))
     network = train(problems_of(1, 3), tmp_path, masks=unknown_fifth())
     splits = planted()[1]
-    m = network.write(problem_of(splits, "asked"))
-    assert feature_r2(m, splits, ~unknown_fifth()["b", 1]) < 0.3
+    problem = Problem("asked", splits["train"], splits["validation"])
+    m, unseen = network.write(problem), ~unknown_fifth()["b", 1]
+    assert feature_r2(m, problem, splits["test"], unseen) < 0.3
 
 
 def test_unknown_features_are_not_read_in_training():
@@ -184,8 +169,7 @@ def test_token_profiles_alone_give_a_map_if_names_are_true(same_names, least, mo
     test = splits["test"]
     f_a, f_b = (base.encode_rows(s.dictionary, s.x) for s in (test.source, test.target))
     predicted = (f_a - a.side.feature_moments.mean) @ U @ V.T + b.side.feature_moments.mean
-    r2 = 1 - np.sum((f_b - predicted) ** 2) / np.sum((f_b - b.side.feature_moments.mean) ** 2)
-    assert least < r2 < most
+    assert least < r2(predicted, f_b, b.side.feature_moments.mean) < most
 
 
 def test_profiles_are_of_texts_that_the_other_role_never_reads():
@@ -215,13 +199,13 @@ def test_shuffling_pairs_changes_no_description_and_tokens_are_their_bytes():
 
 def test_too_few_rows_or_documents_and_unknown_models_are_refused(network, tmp_path):
     splits = planted()[1]
-    few = {s: p.take(slice(100)) for s, p in splits.items()}
+    pairs, validation = splits["train"], splits["validation"]
+    few = Problem("a to b", pairs.take(slice(100)), validation)
     words = "a to b has 100 paired train rows and hypernetwork needs 128"
-    refused(words, train, [problem_of(few, "a to b")], tmp_path)
-    one = {s: dataclasses.replace(p, documents=0 * p.documents) for s, p in splits.items()}
+    refused(words, train, [few], tmp_path)
+    one = Problem("a to b", dataclasses.replace(pairs, documents=0 * pairs.documents), validation)
     words = "a to b has 1 training documents and hypernetwork needs 2"
-    refused(words, train, [problem_of(one, "a to b")], tmp_path)
-    pairs = splits["train"]
+    refused(words, train, [one], tmp_path)
     stranger = dataclasses.replace(pairs, source=dataclasses.replace(pairs.source, model="c"))
     words = "not trained with c as source; it knows a, b"
     refused(words, network.write, Problem("c to b", stranger, stranger))

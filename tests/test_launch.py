@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+import tiny_run
 from tiny_run import SHAPES, SMALL, flags, make_models, make_texts, write_rows
 
 from configs import quickstart
-from crossdict_jax import dictionaries, results
+from crossdict_jax import dictionaries, models, results
 from crossdict_jax.config import FREE, Config, PretrainConfig, to_dict
 from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
@@ -42,6 +43,8 @@ ROOT = Path(__file__).parents[1]
 OWN_SETTINGS = {"convert"}  # commands whose settings are not those of a run
 COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("[!_]*.py") if p.stem != "command")
 COMMANDS += ["benchmark", "benchmark.saelens"]
+KINDS = ("mean", "ridge", "mlp", "crosscoder")  # of the run that all tests here share
+RESULTS = ["pairing.json", *(t.file for t in results.SPINE if t.file != "features.jsonl")]
 
 
 def launch(program: list, *arguments: str):
@@ -82,11 +85,11 @@ def test_what_auto_meant_first_it_means_again(tmp_path, monkeypatch):
     write_json(tmp_path / "run/results/pairing.json", {})
     assert chosen("gpu") == {"float32"}  # the settings of the directory
     assert chosen("gpu", "--config=configs/quickstart.py") == {"float32"}
-    with pytest.raises(UserError, match=r"map\.matmul_dtype: float32 there, bfloat16 now"):
-        chosen("gpu", "--config.map.matmul_dtype=bfloat16")
+    words = r"map\.matmul_dtype: float32 there, bfloat16 now"
+    tiny_run.refused(words, chosen, "gpu", "--config.map.matmul_dtype=bfloat16")
     written.write_text(written.read_text().replace('"float32"', '"float31"'))
-    with pytest.raises(UserError, match=r"matmul_dtype=float31 must be one of"):
-        chosen("gpu", "--config=configs/quickstart.py")
+    words = "matmul_dtype=float31 must be one of"
+    tiny_run.refused(words, chosen, "gpu", "--config=configs/quickstart.py")
 
 
 @pytest.mark.parametrize("name", ["run", 'it\'s a "b" $(x);&\\z'])
@@ -117,8 +120,6 @@ def refused(capfd):
 
 
 def test_defaults_are_those_of_the_file(tmp_path):
-    from crossdict_jax.models import EMBEDDED
-
     assert parse("") == (quickstart.get_config(), "runs/quickstart")
     config, workdir = parse("--config=configs/pythia410m_gpt2medium_small.py")
     assert config.models == ("EleutherAI/pythia-410m-deduped", "openai-community/gpt2-medium")
@@ -126,7 +127,7 @@ def test_defaults_are_those_of_the_file(tmp_path):
     config, _ = parse("--config.n_layers=2 --seed=5", kind=PretrainConfig, default="docs_gpt2")
     assert (config.n_layers, config.seed, config.model_type) == (2, 5, "gpt2")
     assert run_here(print, f"--workdir={tmp_path}/run") == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["models"] == list(EMBEDDED)
+    assert json.loads((tmp_path / "run/config.json").read_text())["models"] == list(models.EMBEDDED)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +255,8 @@ def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
     for path in (tmp_path, "/proc/run", tmp_path / "file/run"):
         assert str(path) in refused(print, f"--models=a,b --workdir={path}")
     assert "--workdir= is empty" in refused(print, "--models=a,b --workdir=")
-    with pytest.raises(UserError, match=r"no README\.md to write; run this in a checkout"):
-        write_docs(Workdir(tmp_path), tmp_path)  # of an installed package
+    words = r"no README\.md to write; run this in a checkout"  # of an installed package
+    tiny_run.refused(words, write_docs, Workdir(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -279,13 +280,6 @@ def test_exit_codes(error, code, words, tmp_path, capfd):
     assert run_here(failing, f"--models=a,b --workdir={tmp_path}/run") == code
     (line,) = capfd.readouterr().err.splitlines()
     assert words in line
-
-
-KINDS = ("mean", "ridge", "mlp", "crosscoder")
-RESULTS = (
-    "pairing.json",
-    *(table.file for table in results.SPINE if table.file != "features.jsonl"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -375,17 +369,10 @@ def test_a_wrong_source_is_told_before_anything_is_read(sources, words, tiny, tm
     assert parse(work)[0].sae.sources == ()  # its settings are no next command's
 
 
-def few_tokens(tiny: Path, folder: Path) -> str:
-    """Model a with an embedding too small for its tokenizer."""
-    from crossdict_jax import models
-
-    models.save(models.init(SHAPES["a"] | {"vocab_size": 270}), folder)
-    shutil.copy(tiny / "a" / "tokenizer.json", folder)
-    return str(folder)
-
-
 def test_wrong_models_and_layers_are_told_in_one_line(tiny, tmp_path, refused):
-    few = few_tokens(tiny, tmp_path / "few")
+    few = tmp_path / "few"  # an embedding too small for the tokenizer
+    models.save(models.init(SHAPES["a"] | {"vocab_size": 270}), few)
+    shutil.copy(tiny / "a" / "tokenizer.json", few)
     for name, value, named in (
         ("models", f"{tiny}/a,some/where", "some/where"),
         ("models", f"{few},{tiny}/b", "270"),
@@ -436,8 +423,6 @@ def test_a_finished_run_is_asked_further_questions(finished, refused):
 
 @pytest.mark.slow
 def test_train_lm_prints_its_loss_beside_counting(tiny, tmp_path, capfd):
-    from crossdict_jax import models
-
     shape = "n_layers=1 d_model=16 n_heads=2 context=32 vocab_size=270 steps=3 batch_size=8"
     given = flags(shape, **{"text.source": f"{tiny}/text.jsonl"}) + [f"--workdir={tmp_path}/run"]
     assert run_here(train_lm.main, given, kind=PretrainConfig, default="docs_gpt2") == 0

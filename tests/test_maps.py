@@ -17,7 +17,6 @@ from tiny_run import refused, save_dictionaries
 from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, MapConfig
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps import Pairs, base, fit
 from crossdict_jax.maps.kinds import mean, mlp
 from crossdict_jax.models import Site
@@ -25,7 +24,6 @@ from crossdict_jax.workdir import Workdir, read_json
 
 # Kinds that need a joint code besides their pairs have a file of their own.
 KINDS = [kind for kind in maps.map_kinds() if not base.map_class(kind).through_joint]
-TRAINED = [kind for kind in KINDS if base.map_class(kind).fits_together]
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +67,6 @@ def test_shuffled_pairs_teach_nothing(nonlinear, fitted_on, kind):
     assert -0.3 < feature_r2(fitted_on(kind)[0][1].map, problem, test) < 0.01
 
 
-def compiled(m):
-    """The map as a jitted function of its parameters, as larger programs use it."""
-    graphdef, params = modules.split(m)
-    call = jax.jit(lambda params, *args: modules.merge(graphdef, params)(args[0], tokens=args[1]))
-    return functools.partial(call, params)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_contract(kind, nonlinear, fitted_on):
     fitted, test = fitted_on(kind)[0][0], nonlinear[1]
@@ -86,7 +77,10 @@ def test_contract(kind, nonlinear, fitted_on):
     assert predicted.shape == (len(test), 16) and predicted.dtype == np.float32
     assert predicted.min() >= 0 and predicted.std() > 0
     np.testing.assert_allclose(m(inputs, tokens=test.source.tokens), predicted, atol=1e-3)
-    np.testing.assert_allclose(compiled(m)(inputs, test.source.tokens), predicted, atol=1e-3)
+    graphdef, params = modules.split(m)  # and as a function of its parameters, in larger programs
+    call = jax.jit(lambda params, x, ids: modules.merge(graphdef, params)(x, tokens=ids))
+    compiled = call(params, inputs, test.source.tokens)
+    np.testing.assert_allclose(compiled, predicted, atol=1e-3)
     assert m(inputs[:3]).shape == (3, 16)  # tokens beside the inputs are optional
     json.dumps(fitted.record, allow_nan=False)
     if m.predicts_activation:
@@ -239,8 +233,8 @@ def test_a_map_without_its_dictionary_is_refused(nonlinear, fitted_on, tmp_path)
 
 def test_a_batch_larger_than_the_rows_is_refused(nonlinear, tmp_path):
     config = dataclasses.replace(CONFIG, batch_size=4096)
-    with pytest.raises(UserError, match=r"map\.batch_size=4096 is larger than the 1600"):
-        fit_one("mlp", nonlinear[0], tmp_path, config)
+    words = r"map\.batch_size=4096 is larger than the 1600"
+    refused(words, fit_one, "mlp", nonlinear[0], tmp_path, config)
 
 
 def keyed(pairs: Pairs, shift: int) -> Pairs:
@@ -258,17 +252,15 @@ def test_pairs_of_other_places_are_refused(nonlinear):
     np.testing.assert_array_equal(same.take(np.array([3, 9])).source.keys, [[0, 3], [0, 9]])
     one = same.target.keys.copy()
     one[40] = 7, 3
-    with pytest.raises(UserError, match=r"Row 40 is document 2, byte 40 .* document 7, byte 3 in"):
-        Pairs(same.source, dataclasses.replace(same.target, keys=one), same.documents)
+    target, words = dataclasses.replace(same.target, keys=one), "Row 40 is document 2, byte 40 .*"
+    refused(f"{words} document 7, byte 3 in", Pairs, same.source, target, same.documents)
 
 
 @pytest.mark.parametrize("short", ["source", "target", "documents"])
 def test_unequal_numbers_of_rows_are_refused(nonlinear, short):
-    parts = dict(vars(nonlinear[0].train))
-    part = parts[short]
-    parts[short] = part[:99] if short == "documents" else part.take(np.arange(99))
-    with pytest.raises(UserError, match=r"Pairs need equally many rows: .*take both sides from"):
-        Pairs(**{name: parts[name] for name in ("source", "target", "documents")})
+    parts = {name: getattr(nonlinear[0].train, name) for name in ("source", "target", "documents")}
+    parts[short] = parts[short][:99] if short == "documents" else parts[short].take(np.arange(99))
+    refused("Pairs need equally many rows: .*take both sides from", Pairs, **parts)
 
 
 @pytest.mark.parametrize("kind", maps.map_kinds())

@@ -15,6 +15,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny_run import refused
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from crossdict_jax import models
 from crossdict_jax.models import Site, capture
@@ -238,12 +241,8 @@ def test_hub_ids_come_from_the_local_cache(tmp_path, monkeypatch):
 
 
 def test_new_models_and_tokenizers_are_saved_and_loaded(tmp_path):
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers import models as kinds
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {"a": 0, "b": 1, "?": 2}
-    tokenizer = Tokenizer(kinds.WordLevel(vocabulary, unk_token="?"))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     lm = models.init(NARROW_LLAMA)
     models.save(lm, tmp_path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import map_problems
 import numpy as np
 import pytest
-from map_problems import CONFIG, ROWS, feature_r2, fit_one, inputs_of, make_problem
+from map_problems import CONFIG, ROWS, feature_r2, fit_one, identity_dictionary, inputs_of
+from tiny_run import refused
 
 from crossdict_jax import maps, modules
 from crossdict_jax.config import MAP_HEADS, LossWeights
-from crossdict_jax.errors import UserError
 from crossdict_jax.maps import losses, network
 from crossdict_jax.maps.base import encode_rows, look_up
 from crossdict_jax.maps.kinds import mlp, token_mlp
@@ -20,16 +20,6 @@ from crossdict_jax.maps.network import dropped, initial
 
 N = sum(ROWS.values())
 K = 3
-TERMS = ("mse", "cosine", "correlation", "sparsity")
-
-
-def top_k_identity(width: int):
-    """f = the K largest of relu(x)."""
-    graphdef, params = modules.split(map_problems.random_dictionary("topk", width, width))
-    eye = {"W_enc": jnp.eye(width), "W_dec": jnp.eye(width)}
-    d = modules.merge(graphdef, params | eye)
-    d.k = K
-    return d
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +30,8 @@ def sparse():
     hidden = np.maximum(f_a @ rng.normal(size=(24, 16)), 0)
     x_b = hidden @ rng.normal(size=(16, 20)) + 0.3 * rng.normal(size=(N, 20))
     tokens = rng.integers(0, 15, N)
-    both = map_problems.identity_dictionary(24), top_k_identity(20)
-    return make_problem(f_a, x_b, tokens=tokens, dictionaries_ab=both)
+    both = identity_dictionary(24), identity_dictionary(20, kind="topk", k=K)
+    return map_problems.make_problem(f_a, x_b, tokens=tokens, dictionaries_ab=both)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,6 @@ def fitted(sparse, tmp_path_factory):
 
 
 def untrained(problem, cls=mlp.MLP, head="relu"):
-    """The map of a problem before training."""
     source, target = problem.train.source.dictionary, problem.train.target.dictionary
     shape = {"width_a": source.width, "hidden": 16, "width_b": target.width}
     trained = initial(0, **shape, head=head)
@@ -106,7 +95,7 @@ def test_every_loss_moves_the_network_under_every_head(head, sparse):
         return losses.transfer_loss(p, f_b, LossWeights(), variance=1.0, fires=fires)[1]
 
     slopes = gradients(trained)
-    for term in TERMS:
+    for term in ("mse", "cosine", "correlation", "sparsity"):
         live = jax.tree.map(lambda g: float(np.mean(g != 0)), slopes[term]["network"])
         assert min(jax.tree.leaves(live)) > 0.3, term
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes[term]))
@@ -173,8 +162,8 @@ def tokens_matter():
     x_a = np.hstack([left, np.eye(25)[tokens] * 3])
     hidden = np.maximum(left @ rng.normal(size=(10, 12)) - 0.5, 0) @ rng.normal(size=(12, 8))
     x_b = rng.normal(size=(25, 8))[tokens] + 6 + (hidden - hidden.mean(0)) / 2
-    both = map_problems.identity_dictionary(35), map_problems.identity_dictionary(8)
-    return make_problem(x_a, x_b, tokens=tokens, dictionaries_ab=both)
+    both = identity_dictionary(35), identity_dictionary(8)
+    return map_problems.make_problem(x_a, x_b, tokens=tokens, dictionaries_ab=both)
 
 
 def test_token_mlp_beats_what_it_stands_on_and_the_linear_rival(tokens_matter, tmp_path):
@@ -219,5 +208,5 @@ def test_tables_of_unequal_lengths_are_made_equal_and_say_the_same(tokens_matter
 
 def test_a_head_that_does_not_fit_the_target_is_refused(tokens_matter, tmp_path):
     message = r"map.head=topk .*that of A to B \(ReLU\) fixes no number; use jump"
-    with pytest.raises(UserError, match=message):
-        fit_one("mlp", tokens_matter[0], tmp_path, dataclasses.replace(CONFIG, head="topk"))
+    top_k = dataclasses.replace(CONFIG, head="topk")
+    refused(message, fit_one, "mlp", tokens_matter[0], tmp_path, top_k)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_run
 from scipy.optimize import minimize
-from tiny_run import write_rows
+from tiny_run import refused, write_rows
 
 from crossdict_jax import models, results, studies
 from crossdict_jax.causal.finished_run import FinishedRun
@@ -76,8 +76,8 @@ BAD = (  # what is written, what the line names
 
 def test_bad_texts_are_named(tmp_path):
     for lines, words in BAD:
-        with pytest.raises(UserError, match=words):
-            read_labelled(write_rows(tmp_path / "x.jsonl", lines), text="text", label="label")
+        file = write_rows(tmp_path / "x.jsonl", lines)
+        refused(words, read_labelled, file, text="text", label="label")
 
 
 def test_examples_hold_every_label_and_no_held_out_text():

@@ -21,6 +21,13 @@ from crossdict_jax.workdir import Workdir, write_json, write_jsonl
 MODELS = ("docs-gpt2", "docs-neox")
 R2 = {"mean": -0.002, "token": 0.46, "token_target": 0.5, "procrustes": 0.31, "ridge": 0.43}
 R2 |= {"token_ridge": 0.58, "mlp": 0.49}
+DOCUMENTS = {"train": 699, "validation": 100, "test": 201}
+PAIRING = {
+    "texts": 1000,
+    "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
+    "rows": {"train": 21762, "validation": 2100, "test": 8500},
+    "text": {"documents": DOCUMENTS, "bytes": DOCUMENTS},
+}
 HISTOGRAM = {"edges": [-5, -3, -1, 0], "counts": [10, 300, 40]}
 
 
@@ -58,15 +65,8 @@ def transfer_rows(*, scale: float = 1.0, models=MODELS, layers=(5, 6, 7)) -> lis
 
 def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     losses = {"ce_clean": 4.654, "ce_zero": 9.812, "ce_mean": 6.644, "ce_sae": 4.831}
-    quality = {
-        "seed": 0,
-        "member": "seed-0",
-        "l0": 31.9,
-        "fvu": 0.23,
-        "dead_fraction": 0.043,
-        **losses,
-    }
-    quality |= bounded(loss_recovered=0.964)
+    quality = {"seed": 0, "member": "seed-0", "l0": 31.9, "fvu": 0.23, "dead_fraction": 0.043}
+    quality |= losses | bounded(loss_recovered=0.964)
     ends = itertools.product(models, layers)
     return [{"model": model, "site": f"resid_pre.{layer}", **quality} for model, layer in ends]
 
@@ -113,16 +113,6 @@ def causal_rows(transfer: list[dict]) -> list[dict]:
     return rows
 
 
-PAIRING = {
-    "texts": 1000,
-    "models": {"docs-gpt2": {"ends": 34000, "coverage": 0.941}},
-    "rows": {"train": 21762, "validation": 2100, "test": 8500},
-    "text": {
-        kind: {"train": 699, "validation": 100, "test": 201} for kind in ("documents", "bytes")
-    },
-}
-
-
 def write_curves(folder, labels: list[str]) -> None:
     write_json(folder / "members.json", [{"label": label} for label in labels])
     rows = [{"step": s, "loss": [1 + i + 10 / s for i, _ in enumerate(labels)]} for s in (49, 99)]
@@ -143,10 +133,8 @@ def write_run(root) -> Workdir:
     work = write_required(root)
     write_jsonl(work.result("causal.jsonl"), causal_rows(transfer_rows()))
     names = ("log10_frequency_histogram", "decoder_cosine_histogram")
-    ends = (
-        {k: row[k] for k in ("model", "site", "seed", "member")} for row in reconstruction_rows()
-    )
-    features = [end | dict.fromkeys(names, HISTOGRAM) for end in ends]
+    where, quality = ("model", "site", "seed", "member"), reconstruction_rows()
+    features = [{k: r[k] for k in where} | dict.fromkeys(names, HISTOGRAM) for r in quality]
     write_jsonl(work.result("features.jsonl"), features)
     labels = [f"{row['model']} {row['site']}" for row in features]
     write_curves(work.dictionaries / "training" / "d128", labels)
@@ -178,7 +166,7 @@ def run(tmp_path_factory) -> Workdir:
 
 @pytest.fixture(scope="module")
 def html(run) -> str:
-    return write_report(Config(models=MODELS), run).read_text(encoding="utf-8")
+    return html_of(run)
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +174,12 @@ def page(html) -> Page:
     return Page(html)
 
 
-def page_of(work, models=MODELS) -> Page:
-    return Page(write_report(Config(models=models), work).read_text(encoding="utf-8"))
+def html_of(work) -> str:
+    return write_report(Config(models=MODELS), work).read_text(encoding="utf-8")
+
+
+def page_of(work) -> Page:
+    return Page(html_of(work))
 
 
 def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
@@ -277,14 +269,13 @@ def test_the_documentation_is_filled_from_a_run(run, tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     work = write_required(tmp_path, layers=(6,))
-    path = write_report(Config(models=MODELS), work)
-    html = path.read_text(encoding="utf-8")
+    html = html_of(work)
     text = Page(html).text
     for name in ("controls", "causal", "matching", "similarity", "features", "metrics"):
         assert f"{name}.jsonl" in text
     assert "timing.json" in text and "Which features" not in text
     assert "No causal test was run" in text and "--config=configs/stored.py:" in text
-    assert write_report(Config(models=MODELS), work).read_text(encoding="utf-8") == html
+    assert html_of(work) == html
 
 
 @pytest.mark.parametrize("name, stage", WRITTEN_BY.items())

@@ -4,11 +4,10 @@ import itertools
 import re
 
 import pytest
-from test_report import MODELS, Page, page_of, write_required
+import test_report
+from test_report import MODELS, page_of, write_required
 
-from crossdict_jax.config import Config
 from crossdict_jax.report import shared
-from crossdict_jax.report.page import write_report
 from crossdict_jax.report.results import Run
 from crossdict_jax.report.tables import Table
 from crossdict_jax.report.terminal import summary_table
@@ -52,21 +51,14 @@ def similarity_rows(layers=4) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def run(tmp_path_factory):
     work = write_required(tmp_path_factory.mktemp("shared"), layers=(2, 3))
     write_jsonl(work.result("matching.jsonl"), matching_rows(2, 77) + matching_rows(3, 100, 3))
     write_jsonl(work.result("similarity.jsonl"), similarity_rows())
     return work
 
 
-@pytest.fixture(scope="module")
-def html(work) -> str:
-    return write_report(Config(), work).read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def page(html) -> Page:
-    return Page(html)
+html, page = test_report.html, test_report.page  # of that run
 
 
 def test_funnel_answer_and_decoders_are_shown_with_their_nulls_beside_them(page):
@@ -101,10 +93,10 @@ def test_every_measure_has_its_heat_map_in_words(html, page):
     assert all("highest 0.90 at resid_pre.0; shuffled rows 0.00 on average" in w for w in maps)
 
 
-def test_proposed_layers_can_be_copied(page, work, capsys):
+def test_proposed_layers_can_be_copied(page, run, capsys):
     assert "--config.layer_pairs=2:3" in page.text
     assert "have a mean CKA of 0.80; those of this run 0.70" in page.text
-    summary_table(work)
+    summary_table(run)
     out = " ".join(capsys.readouterr().out.split())
     assert "0.80 (this run's 0.70): --config.layer_pairs=2:3" in out
     assert "At resid_pre.3, with the highest count, 100 features of docs-gpt2 have" in out

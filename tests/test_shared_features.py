@@ -10,7 +10,6 @@ import tiny_run
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import evaluate, matching
 from crossdict_jax.evaluation.representations import representation_rows
 from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
@@ -107,8 +106,8 @@ def test_matches_are_read_from_either_side(run):
         assert row.keys() == other.keys() and row["feature_source"] == other["feature_target"]
         assert row["r_test"] == other["r_test"]
     assert read_matches(run.work, "a", "b", SITE, Site(0)) == []
-    with pytest.raises(UserError, match=r"matches\.jsonl is missing"):
-        read_matches(Workdir(run.work.root / "nowhere"), "a", "b", SITE, SITE)
+    nowhere = Workdir(run.work.root / "nowhere"), "a", "b", SITE, SITE
+    tiny_run.refused(r"matches\.jsonl is missing", read_matches, *nowhere)
 
 
 CHANGES = [("matching", "hungarian", "matched"), ("minimum_firings", 400, "live_source")]

@@ -19,7 +19,6 @@ from crossdict_jax.training.mesh import DATA, MEMBER, make_mesh
 SHAPES = [(40, 7, 21, 5), (30, 5, 128, 3)]
 HYPER = base.Hyper(0.1, k_aux=4, dead=jnp.zeros(64, bool), nested_fractions=(0.2, 0.5))
 WAYS = ("dense", "lists", "kernels")
-every_shape = pytest.mark.parametrize("shape", SHAPES)
 # Compiling is what takes long here; code that runs once need not be fast.
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -82,7 +81,7 @@ def assert_alike(ours, true, *, tolerance=2e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * scale)
 
 
-@every_shape
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("products", ["lists", "kernels"])
 @pytest.mark.parametrize("rows", ["busy", "few"])
 def test_sparse_products_equal_dense_ones_in_value_and_gradients(shape, rows, products):
@@ -134,8 +133,6 @@ def test_bfloat16_rounds_what_is_multiplied_and_no_sum():
 
 @pytest.mark.parametrize("architecture", ["topk", "matryoshka"])
 def test_architectures_train_alike(architecture, monkeypatch):
-    """The loss and all gradients of two members."""
-
     def step(key, x):
         d = base.build(architecture, d_model=6, width=64, k=4, key=key)
         graphdef, params = modules.split(d)
@@ -258,9 +255,8 @@ def test_kernels_are_written_for_gpus(d, monkeypatch):
     lowest = jax.ShapeDtypeStruct((2, 16), jnp.float32)
     with traced("kernels"):
         text = step.trace(*shapes, lowest).lower(lowering_platforms=("cuda",)).as_text()
-    assert (
-        text.count("__gpu$xla.gpu.triton") == 6
-    )  # starts of features, found once for both weights
+    # Starts of features are found once for both weights.
+    assert text.count("__gpu$xla.gpu.triton") == 6
 
 
 @pytest.mark.mesh

@@ -8,6 +8,9 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from crossdict_jax import dictionaries, maps, models, results
 from crossdict_jax.activations.pairing import token_bytes
@@ -16,11 +19,11 @@ from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.causal.vocabulary import translation
 from crossdict_jax.config import SteerConfig
 from crossdict_jax.dictionaries.base import decoder_rows
-from crossdict_jax.errors import UserError
 from crossdict_jax.studies.steering import answers, measure, prompts, section, source_feature
 from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.studies.steering.source_feature import Source
 from launch import command
+from launch import steer as launched
 
 PROMPTS = "abc def\ngh ab\n"
 
@@ -51,7 +54,6 @@ def feature(run) -> int:
 
 @pytest.fixture(scope="module")
 def answered(run, feature):
-    """A question and the bytes of its answer."""
     config, work = run
     config = asked(config, feature=feature)
     name = steer(config, work)
@@ -69,14 +71,11 @@ def chosen(run, answered):
     return source, source_feature.choose(source)
 
 
-def of_kind(data: bytes, kind: str) -> list[dict]:
-    return [row for row in map(json.loads, data.splitlines()) if row["row"] == kind]
-
-
 def test_every_edit_has_its_texts_and_rates(answered):
     _, _, data = answered
     edits = [("none", 0.0), ("mapped", 0.5), ("random", 0.5), ("match", 0.5)]
-    conditions, texts = of_kind(data, "condition"), of_kind(data, "text")
+    rows = [json.loads(line) for line in data.splitlines()]
+    conditions, texts = ([r for r in rows if r["row"] == kind] for kind in ("condition", "text"))
     assert [(r["condition"], r["alpha"]) for r in conditions] == edits
     assert len(texts) == 4 * 2 * 2
     for condition in conditions:
@@ -186,8 +185,8 @@ def test_a_feature_that_fires_around_the_text_is_found():
     share, base, token = source_feature.around("cat", Rows(), np.arange(100), blocks)
     assert base == pytest.approx(0.1) and token == 7
     assert share[2] == 1 and share[3] == 0 and (share[:2] < 0.2).all()
-    with pytest.raises(UserError, match=r"steer\.search='cow' stands nowhere in the 100"):
-        source_feature.around("cow", Rows(), np.arange(100), blocks)
+    words = r"steer\.search='cow' stands nowhere in the 100"
+    tiny_run.refused(words, source_feature.around, "cow", Rows(), np.arange(100), blocks)
 
 
 def test_prompts_are_one_text_or_the_lines_of_a_file(run):
@@ -202,16 +201,12 @@ def test_prompts_are_one_text_or_the_lines_of_a_file(run):
 
 
 def test_characters_that_the_vocabulary_lacks_are_named():
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
     words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     letters = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert prompts.tokens_of("abba", "b", letters).tolist() == [1, 2, 2, 1]
-    with pytest.raises(UserError, match="vocabulary of b has no tokens for 'ü', '!' in 'abü!'"):
-        prompts.tokens_of("abü!", "b", letters)
+    words = "vocabulary of b has no tokens for 'ü', '!' in 'abü!'"
+    tiny_run.refused(words, prompts.tokens_of, "abü!", "b", letters)
 
 
 MISTAKES = [  # settings of steer, what the line names
@@ -231,8 +226,6 @@ MISTAKES = [  # settings of steer, what the line names
 
 @pytest.mark.parametrize(("settings", "named"), MISTAKES, ids=[m[:30] for m, _ in MISTAKES])
 def test_mistakes_are_told_in_one_line(run, settings, named, capfd):
-    from launch import steer as launched
-
     _, work = run
     words = re.findall(r"(\w+)=(.*?)(?= \w+=|$)", settings)
     asked_for = [f"--config.steer.{name}={value}" for name, value in words]

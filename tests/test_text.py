@@ -7,6 +7,8 @@ import unicodedata
 from dataclasses import replace
 from functools import partial
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tiny_run import refused, write_rows
 
@@ -17,20 +19,8 @@ from crossdict_jax.config import TextConfig
 STORIES = [f"Story {i}: once upon a time there were {i} cats\nand a dog." for i in range(60)]
 
 
-def write_parquet(path, texts, column="text"):
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({column: texts}), path)
-    return path
-
-
 def load(source, **settings_):
     return load_corpus(TextConfig(source=str(source), **settings_))
-
-
-def texts_of(corpus):
-    return [document.text for document in corpus]
 
 
 def test_splits_are_pure_functions_of_hashes_with_the_asked_shares():
@@ -56,13 +46,14 @@ def sources(tmp_path):
     for i, story in enumerate(STORIES):
         (folder / f"{i:03d}.txt").write_text(story)
     (folder / "README.md").write_text("not a document")
-    dataset = tmp_path / "dataset"
+    dataset, rows = tmp_path / "dataset", tmp_path / "rows.parquet"
     dataset.mkdir()
-    write_parquet(dataset / "train.parquet", STORIES, column="story")
+    pyarrow.parquet.write_table(pyarrow.table({"story": STORIES}), dataset / "train.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), rows)
     return {
         "folder": folder,
         "jsonl": write_rows(tmp_path / "rows.jsonl", [{"id": 1, "text": s} for s in STORIES]),
-        "parquet": write_parquet(tmp_path / "rows.parquet", STORIES),
+        "parquet": rows,
         "dataset": f"hf:{dataset}:::story",
     }
 
@@ -80,7 +71,7 @@ def test_every_source_gives_the_same_documents_and_splits(sources):
     for kind in ("jsonl", "parquet"):
         assert names[kind] == {f"rows.{kind}:{i}" for i in range(1, 61)}
     corpus = load(sources["parquet"], documents=40, validation_fraction=0.4)  # before the split
-    assert sorted(texts_of(corpus), key=STORIES.index) == STORIES[:40]
+    assert sorted((d.text for d in corpus), key=STORIES.index) == STORIES[:40]
     assert len(corpus.split("validation")) > 8
     for split in SPLITS:
         order = [STORIES.index(d.text) for d in corpus.split(split)]
@@ -89,9 +80,8 @@ def test_every_source_gives_the_same_documents_and_splits(sources):
 
 def test_what_is_done_to_documents_is_counted(tmp_path):
     extra = ["cafe\u0301", "caf\u00e9", " \n", None, STORIES[3], "x " * 2000]
-    rows = [{"text": text} for text in STORIES + extra]
     path = tmp_path / "rows.jsonl"
-    write_rows(path, rows)
+    write_rows(path, [{"text": text} for text in STORIES + extra])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no text
     corpus = load(path)
     provenance = corpus.provenance
@@ -100,8 +90,8 @@ def test_what_is_done_to_documents_is_counted(tmp_path):
     assert provenance["documents"] == {split: len(corpus.split(split)) for split in SPLITS}
     sizes = {s: [len(d.text.encode()) for d in corpus.split(s)] for s in SPLITS}
     assert provenance["bytes"] == {split: sum(size) for split, size in sizes.items()}
-    assert max(len(text.encode()) for text in texts_of(corpus)) <= 2048
-    assert all(unicodedata.is_normalized("NFC", text) for text in texts_of(corpus))
+    assert max(len(d.text.encode()) for d in corpus) <= 2048
+    assert all(unicodedata.is_normalized("NFC", d.text) for d in corpus)
     assert json.loads(json.dumps(provenance)) == provenance
 
 
@@ -109,7 +99,8 @@ def test_documents_equal_after_the_cut_are_duplicates_and_splits_are_of_the_whol
     rows = [{"text": s} for s in STORIES] + [{"text": f"same head {i}"} for i in range(50)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     long, short = load(path), load(path, max_bytes=9)
-    assert texts_of(short).count("same head") == 1 and len(set(texts_of(short))) == len(short)
+    texts = [d.text for d in short]
+    assert texts.count("same head") == 1 and len(set(texts)) == len(texts)
     splits = {d.name: d.split for d in long}
     assert all(splits[d.name] == d.split for d in short)
 

@@ -7,6 +7,7 @@ from crossdict_jax.verify import planted
 from crossdict_jax.verify.planted import PlantedConfig, best_cosines, plant, streams, views
 
 RELATED = PlantedConfig(rows=40_000, correlated=8, children=8)
+SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -14,14 +15,10 @@ def related():
     return views(RELATED, seed=3)
 
 
-def rates(codes):
-    return (codes > 0).mean(0)
-
-
 def test_features_are_active_as_often_as_planted(related):
     frequency = related.truth.frequency
     error = np.sqrt(frequency * (1 - frequency) / len(related.codes))
-    assert (np.abs(rates(related.codes) - frequency) < 5 * error).all()
+    assert (np.abs((related.codes > 0).mean(0) - frequency) < 5 * error).all()
     assert frequency.sum() == pytest.approx(RELATED.active)
     assert frequency[3] / frequency[12] == pytest.approx((13 / 4) ** RELATED.zipf)
     active = related.codes[related.codes > 0]
@@ -73,7 +70,7 @@ def test_a_child_fires_only_with_its_parent_and_partners_together_and_strangers_
 def test_bursts_are_between_documents():
     def spread(burstiness):
         v = views(PlantedConfig(rows=64_000, documents=64, burstiness=burstiness), seed=0)
-        by_document = np.stack([rates(v.codes[v.document == d]) for d in range(64)])
+        by_document = np.stack([(v.codes[v.document == d] > 0).mean(0) for d in range(64)])
         return (by_document.std(0) / by_document.mean(0)).mean()
 
     assert spread(0.5) > 0.45 > 0.15 > spread(0.0)
@@ -84,9 +81,6 @@ def test_equal_seeds_give_equal_bits_and_others_do_not():
     drawn = (views(config, seed) for seed in (5, 5, 6))
     for a, b, c in zip(*((*made.x, made.codes) for made in drawn)):
         assert (a == b).all() and (a != c).any()
-
-
-SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +100,17 @@ def test_pairs_are_the_ends_of_words_some_within_and_rows_with_one_truth(spoken)
     assert error.std() > 10 * SPOKEN.noise
 
 
-def variance_of_token_means(codes, tokens):
-    """Share of each feature's variance that the means of tokens explain, in-sample."""
-    _, index = np.unique(tokens, return_inverse=True)
-    counts = np.bincount(index)
-    sums = np.zeros((len(counts), codes.shape[1]))
-    np.add.at(sums, index, codes)
-    residual = codes - (sums / counts[:, None])[index]
-    return 1 - residual.var(0) / np.maximum(codes.var(0), 1e-12), len(counts)
-
-
 def test_the_token_determines_its_features_and_says_nothing_of_others(spoken):
-    varies = spoken.codes.std(0) > 0
+    codes, varies = spoken.codes, spoken.codes.std(0) > 0
     for tokens in spoken.tokens:
-        share, seen = variance_of_token_means(spoken.codes, tokens)
+        _, index, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+        means = np.zeros((len(counts), codes.shape[1]))
+        np.add.at(means, index, codes / counts[index][:, None])
+        # Of each feature's variance, what the means of tokens explain, in-sample.
+        share = 1 - (codes - means[index]).var(0) / np.maximum(codes.var(0), 1e-12)
         token, context = spoken.truth.from_token & varies, ~spoken.truth.from_token
         np.testing.assert_allclose(share[token], 1, atol=1e-5)
-        chance = seen / len(spoken.codes)  # what so many means explain of noise
+        chance = len(counts) / len(spoken.codes)  # what so many means explain of noise
         assert share[context].mean() == pytest.approx(chance, rel=0.3)
 
 

@@ -128,8 +128,14 @@ def shared(tmp_path_factory) -> tuple[Config, Workdir]:
 
 def private_run(tmp_path_factory) -> tuple[Config, Workdir]:
     """A copy of the shared run that a module may write into."""
-    config, work = shared_run(tmp_path_factory.getbasetemp())
-    return config, Workdir(shutil.copytree(work.root, tmp_path_factory.mktemp("private") / "run"))
+    run = shared_run(tmp_path_factory.getbasetemp())
+    return copied(run, tmp_path_factory.mktemp("private"))
+
+
+def copied(run: tuple[Config, Workdir], folder: Path) -> tuple[Config, Workdir]:
+    """A copy of a run, to be changed or damaged."""
+    config, work = run
+    return config, Workdir(shutil.copytree(work.root, folder / "run"))
 
 
 def make_run(root: Path) -> tuple[Config, Workdir]:
