@@ -304,12 +304,12 @@ def _sums(
         _checked("predicted", predicted)
         start, stop = np.searchsorted(pool, (batch.start, batch.stop))  # ascending
         of_pool[start:stop] = predicted[pool[start:stop] - batch.start]
-        target = held_out.target[batch].toarray()
         for part in slices(len(predicted), size):
-            numbers, local = documents[batch.start + part.start]
-            arrays = 2 * (predicted[part], target[part])
+            block = slice(batch.start + part.start, batch.start + part.stop)
+            numbers, local = documents[block.start]
+            arrays = 2 * (predicted[part], held_out.target[block].toarray())
             if means and len(means.target):  # rows without their token are not used
-                index = means.index[batch][part]
+                index = means.index[block]
                 arrays = *arrays[:2], means.predicted[index], means.target[index]
             belongs = np.zeros((longest, size), np.float32)  # 0 for padding
             belongs[local, np.arange(len(local))] = 1
