@@ -213,9 +213,13 @@ def test_an_exported_transcoder_comes_back(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])
-def test_what_saelens_cannot_say_is_refused(architecture, tmp_path):
+def test_what_saelens_cannot_say_is_refused(architecture, tmp_path, monkeypatch):
     words = f"A {architecture} transcoder has no SAELens form; batchtopk, jumprelu"
     refused(words, dictionaries.save_saelens, fresh(architecture), tmp_path / "d", **HOOKS)
+    monkeypatch.setattr(base.find(architecture), "saelens", "")  # a new one, that says none
+    d = base.build(architecture, d_model=6, width=20, k=3, key=key(0))
+    words = f"A {architecture} dictionary has no SAELens form; batchtopk, "
+    refused(words, dictionaries.save_saelens, d, tmp_path / "d", **HOOKS)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from crossdict_jax.models import Site, load_config
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import Workdir, model_names
 
+OF_RELU = ("W_enc", "b_enc", "W_dec", "b_dec", "scale", "scale_out")  # parameters
+
 
 def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     """Saves the dictionaries of ``sae.sources`` as the run's; returns the models that have all.
@@ -23,8 +25,8 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
     for folder, path in check_sources(config, work, store).items():
         dictionary, codes = formats.load(path), config.sae.source_codes
         if codes == "relu":  # whatever selects or shrinks relu(z) is left out
-            arrays, other = modules.split(dictionary)[1], ("threshold", "b_mag", "r_mag")
-            kept = {name: array for name, array in arrays.items() if name not in other}
+            arrays = modules.split(dictionary)[1]
+            kept = {name: arrays[name] for name in OF_RELU if name in arrays}
             dictionary = from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)
         base.save(dictionary, folder, meta={"source": path, "codes": codes})
     return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}

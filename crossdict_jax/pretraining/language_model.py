@@ -112,8 +112,7 @@ class NextToken(Objective):
         raw = {name: getattr(config, name) for name in ("model_type", "vocab_size")}
         raw |= {n: getattr(config, size) for n, size in zip(NAMES[config.model_type], SIZES)}
         raw |= {"bos_token_id": 0, "eos_token_id": 0}
-        if config.model_type == "gpt_neox":
-            raw["intermediate_size"] = 4 * config.d_model
+        raw |= {"intermediate_size": 4 * config.d_model} if "hidden_size" in raw else {}
         self.config, self.raw = config, raw
         self.graphdef, _ = modules.abstract(lambda: models.init(raw))
 

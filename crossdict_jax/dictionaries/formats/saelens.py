@@ -167,12 +167,12 @@ def save(
     from safetensors.numpy import save_file
 
     name, folder = architecture_of(dictionary), Path(path)
-    forms = {a: find(a).saelens for a in architectures()}
+    kind, forms = "dictionary", {a: find(a).saelens for a in architectures()}
     if dictionary.transcodes:
-        forms = {a: TRANSCODERS[form] for a, form in forms.items() if form in TRANSCODERS}
-    if name not in forms:
-        raise UserError(f"A {name} transcoder has no SAELens form; {', '.join(forms)} have one.")
-    theirs = forms[name]
+        kind, forms = "transcoder", {a: TRANSCODERS.get(form) for a, form in forms.items()}
+    if not (theirs := forms[name]):
+        able = ", ".join(a for a, form in forms.items() if form)
+        raise UserError(f"A {name} {kind} has no SAELens form; {able} have one.")
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder, new or of an earlier export.")
     config = {

@@ -68,6 +68,7 @@ TABLE = describe(
 
 
 def section(rows: list[dict]) -> str:
+    """Returns the html of the rows of contrast.jsonl."""
     blocks: list[Block] = [
         "Which of two texts that differ in one point does a model find likelier, and on which "
         "features does that rest? Features are chosen on one half of the pairs, by integrated "

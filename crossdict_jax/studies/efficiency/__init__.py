@@ -61,6 +61,7 @@ class Curves:
 
 
 def section(rows: list[dict]) -> str:
+    """Returns the html of the rows of efficiency.jsonl."""
     groups = curves(rows)
     caption = (
         "R² on held-out documents by the number of paired training rows. Level lines: maps that "

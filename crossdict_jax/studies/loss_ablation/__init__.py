@@ -23,6 +23,7 @@ TABLE = describe(
 
 
 def section(rows: list[dict]) -> str:
+    """Returns the html of the rows of loss_ablation.jsonl."""
     return html([TEXT, *tables(rows)])
 
 

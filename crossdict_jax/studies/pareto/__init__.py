@@ -57,6 +57,7 @@ class Curves:
 
 
 def section(rows: list[dict]) -> str:
+    """Returns the html of the rows of pareto.jsonl."""
     groups = curves(rows)
     caption = "FVU against L0 on held-out rows, means over seeds."
     return html([TEXT, Panels(list(map(figure, groups)), caption, "large"), *tables(groups)])

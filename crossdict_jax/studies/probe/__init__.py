@@ -42,6 +42,7 @@ TABLE = describe(
 
 
 def section(rows: list[dict]) -> str:
+    """Returns the html of the rows of probe.jsonl."""
     caption = "Accuracy on held-out texts by the number of labelled examples."
     text = (
         "A linear probe learns labels of a few texts from what a map predicts of the target’s "
