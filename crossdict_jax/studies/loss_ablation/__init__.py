@@ -23,7 +23,7 @@ TABLE = describe(
 
 
 def section(rows: list[dict]) -> str:
-    """Returns the html of the rows of loss_ablation.jsonl."""
+    """Returns the html of the rows of ablation.jsonl."""
     return html([TEXT, *tables(rows)])
 
 
