@@ -264,7 +264,10 @@ SCORES = (
     ),
 )
 DIRECTION = Column("direction", "kind of map that gave the direction; match: the target's feature")
-ABLATION = "correlation of what removing the feature and its mapped direction change"
+ABLATION = (
+    "correlation of what removing the feature and its mapped direction change; none where fewer "
+    "than 5 contexts have the latter"
+)
 SPECIFIC = intervals(
     "nats",
     specific_random="effect above random directions of equal norm",

@@ -10,6 +10,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -79,10 +80,26 @@ def run(
     os.environ.update(QUIET | os.environ)
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
+    sys.unraisablehook = _again
     # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
     flags.FLAGS.mark_as_parsed()
     act = functools.partial(execute, start, kind=kind, default=default, writes=writes)
-    app.run(act, flags_parser=lambda argv: argv)
+    app.run(lambda argv: _leave(act(argv)), flags_parser=lambda argv: argv)
+
+
+def _again(lost: Any, usual: Callable = sys.unraisablehook) -> None:
+    """Repeats an interruption that came where Python drops exceptions, as in JAX's hook of gc."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        usual(lost)
+
+
+def _leave(code: int) -> int:
+    """Ends an interrupted process at once: what JAX still computes could crash its usual end."""
+    if code == 130:
+        os._exit(code)
+    return code
 
 
 def study(name: str) -> Main:

@@ -23,8 +23,10 @@ STAGES = (extract_activations, train_saes, train_hypernetworks, evaluate, interv
 def main(config, work):
     import jax
 
+    from crossdict_jax.dictionaries.train import check_products
     from crossdict_jax.training.stage import free_memory
 
+    check_products(config.sae.products)  # before hours of reading
     for number, stage in enumerate(STAGES, start=1):
         say(f"[{number}/{len(STAGES)}] {stage.__name__.rpartition('.')[2]}")
         stage.main(config, work)

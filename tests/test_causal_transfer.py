@@ -44,7 +44,9 @@ def experiment(planted):
     noise = np.random.default_rng(3).normal(size=true.shape).astype(np.float32)
     fires = np.asarray(pairs.target.dictionary.encode(pairs.target.x))
     mapped = {"ridge": Directions(true), MATCH: Directions(np.asarray(V_b), fires)}
-    mapped |= {"noise": Directions(noise), "another": Directions(np.roll(true, 1, axis=0))}
+    rarely = fires * (np.arange(len(fires)) % 12 == 0)[:, None]
+    another = Directions(np.roll(true, 1, axis=0), rarely)
+    mapped |= {"noise": Directions(noise), "another": another}
     return dataclasses.replace(made, mapped=mapped)
 
 
@@ -90,6 +92,7 @@ def test_removing_a_shared_cause_does_the_same_in_both_models(outcome):
     others = [found[i]["ablation_r"] for i in range(LINKED, FEATURES)]
     assert np.median(shared) > 0.8 and np.mean(shared) > np.mean(others) + 0.3
     assert abs(summary["ridge"]["ablation_r_shuffled"]) < 0.2
+    assert {row["ablation_r"] for row in of(rows, "another").values()} == {None}  # too few
 
 
 def test_a_map_of_features_gives_what_it_adds(planted, experiment):

@@ -348,6 +348,14 @@ def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypat
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
+def test_an_interruption_that_python_drops_comes_again(tmp_path):
+    code = "import os, time; from launch import command\n"
+    code += "class Dropped:\n def __del__(self): os.kill(os.getpid(), 15); sum(range(9))\n"
+    code += "command.run(lambda config, work: [Dropped() and 1, time.sleep(20)])"
+    done = launch([sys.executable, "-c", code], f"--workdir={tmp_path}/run")
+    assert done.returncode == 130 and done.stderr.startswith("Interrupted; the same command")
+
+
 @pytest.mark.parametrize(
     ("sources", "words"),
     [

@@ -174,6 +174,7 @@ def test_a_stream_gives_each_text_its_activations(lm, runner, device, monkeypatc
 def test_windows_are_padded_little(lm, lengths, size, shapes):
     texts = [np.full(n, i, np.int32) for i, n in enumerate(lengths)]
     batches = Runner(lm, batch_size=size).batches(texts)
+    assert max(len(b.texts) for b in Runner(lm, batch_size=size).batches(texts, limit=2)) <= 2
     assert [b.tokens.shape for b in batches] == shapes
     assert sorted(np.concatenate([b.texts for b in batches])) == list(range(len(lengths)))
     for batch in batches:

@@ -24,6 +24,7 @@ RANDOM_DIRECTIONS = 16  # a feature, of equal norm; p-values pool those of all f
 OTHER_FEATURES = 16  # their mapped directions are controls, as many as random ones
 LEAST_OTHERS = 3  # fewer have no spread
 ABLATED_CONTROLS = 4  # of the other features: one correlation each, averaged
+MIN_REMOVALS = 5  # contexts: with one, r is the same for every direction
 KL_BUDGET = 0.1  # nats a token, at which effects are compared too; it leaves most text as it is
 LONGEST_SPAN = 8  # tokens between two common ends that are edited, or scored as a continuation
 FAMILIES = ("random", "shuffled")  # of controls: random directions, other features' directions
@@ -209,7 +210,8 @@ def _removals(
 ) -> dict[str, dict[str, float | None]]:
     """{direction: correlation of the effects of its removal from B and the feature's from A}.
 
-    Pearson's r, over positions, of the changes of log p of each position's continuation.
+    Pearson's r, over positions, of the changes of log p of each position's continuation; None where
+    B has something to remove at fewer than MIN_REMOVALS: then r tells these apart from the rest.
     """
     strength, vectors, by = e.strength[rows, i], [], []
     for directions in e.mapped.values():
@@ -226,8 +228,10 @@ def _removals(
     draws = replace(draws, index=draws.index[scored])
     removed, changes = (a.astype(np.float64)[..., scored] for a in (removed, changes))
     out = {}
-    for name, each in zip(e.mapped, np.split(changes, len(e.mapped))):
-        r, *shuffled = (stats.correlation(draws, removed, change) for change in each)
+    n = len(e.mapped)
+    for name, each, strength in zip(e.mapped, np.split(changes, n), np.split(by, n)):
+        enough = np.count_nonzero(strength[0, scored]) >= MIN_REMOVALS
+        r, *shuffled = (stats.correlation(draws, removed, c) if enough else None for c in each)
         defined = [estimate.value for estimate in shuffled if estimate is not None]
         mean = np.mean(defined) if defined else None
         out[name] = columns("ablation_r", r) | {"ablation_r_shuffled": mean}

@@ -355,11 +355,15 @@ def with_products(
         else:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 chosen = fastest_products(rows * width, rows * k)
-    if chosen == "kernels" and all_devices()[0].platform not in GPUS:
-        began = "this training began with them, so go on there"
-        mend = began if asked == "auto" else "use auto, dense or lists"
-        raise UserError(f"sae.products=kernels needs a GPU; {mend}.")
+    began = "this training began with them, so go on there"
+    check_products(chosen, began if asked == "auto" else "use auto, dense or lists")
     return dataclasses.replace(settings, products=chosen)
+
+
+def check_products(products: str, mend: str = "use auto, dense or lists") -> None:
+    """Raises UserError for kernels without a GPU."""
+    if products == "kernels" and all_devices()[0].platform not in GPUS:
+        raise UserError(f"sae.products=kernels needs a GPU; {mend}.")
 
 
 def prepare(

@@ -269,6 +269,8 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
         "checkpoint_every": config.checkpoint_every,
     }
     stage = f"train_hypernetworks_{control}" if control else "train_hypernetworks"
+    if not control and any(map_class(batch[0].kind).through_joint for batch in batches):
+        train_crosscoders(config, loader.store, work)  # a stage of its own
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
 
     def write(item: tuple[Task, base.Fitted]) -> None:
@@ -297,7 +299,7 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
 def with_codes(
     problems: Sequence[Problem], batch: Sequence[Task], loader: Loader, seed: int, directory: Path
 ) -> list[Problem]:
-    """Returns the problems with the map from A to B through a joint code, trained if need be.
+    """Returns the problems with the map from A to B through a joint code.
 
     One crosscoder of all models per layer tuple serves all directions of the run; shuffled problems
     get the one of shuffled rows, a control one of its own two sides.
@@ -306,7 +308,6 @@ def with_codes(
     if batch[0].control:  # a batch is of one control, or of the run's own maps
         joint = crosscoder_settings(config)
         return with_own_codes(problems, joint, seed=seed, directory=directory)
-    train_crosscoders(config, store, work)
     load, result = functools.cache(crosscoder.load), []
     for problem, task in zip(problems, batch):
         a, b = store.models.index(task.source), store.models.index(task.target)

@@ -32,6 +32,7 @@ from crossdict_jax.training.mesh import DATA, make_mesh, platform, product_dtype
 
 AT_ONCE = 16  # added vectors that are measured together, at most
 LOGITS = 2**24  # of edited texts, made at once on a device: 64 MiB
+CLEAN = 2**27  # probabilities of unedited texts, kept on a device: 512 MiB
 LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
 PyTree = Any
 
@@ -232,15 +233,17 @@ class Runner:
         per_result = size // len(jax.tree.leaves(parts[0])[0])  # rows of the arrays
         return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
 
-    def batches(self, tokens: Sequence[np.ndarray], *, length_step: int = 0) -> list[Batch]:
+    def batches(
+        self, tokens: Sequence[np.ndarray], *, length_step: int = 0, limit: int | None = None
+    ) -> list[Batch]:
         """Returns texts by length, in batches of few shapes (each is compiled once).
 
         All batches are equally large and long, or in two groups where that saves much padding. With
         a ``length_step``, for texts that come in many portions, a batch is as long as its longest
-        text, up to a multiple.
+        text, up to a multiple. No more than ``limit`` texts are in one.
         """
         lengths = np.array([len(t) for t in tokens])
-        order, size = np.argsort(lengths, kind="stable"), self._size()
+        order, size = np.argsort(lengths, kind="stable"), self._size(limit)
         if length_step:
             parts = [order[at : at + size] for at in range(0, len(order), size)]
             longest = (math.ceil(lengths[p].max() / length_step) * length_step for p in parts)
@@ -338,7 +341,8 @@ class Runner:
         most = np.bincount(passages.window).max(initial=1)  # positions of a text
         names, n = ("clean", *replacements), len(passages.position)
         ce, kl = ({name: np.zeros(n) for name in names} for _ in range(2))
-        for batch in self.batches(passages.tokens):
+        fit = max(1, CLEAN // (most * self.config.vocab_size)) * self.mesh.size
+        for batch in self.batches(passages.tokens, limit=fit):
             index, row, position = passages.within(batch.texts)
             rows = len(batch.tokens) // self.mesh.size
             chunks = math.ceil(most / max(1, LOGITS // (rows * self.config.vocab_size)))

@@ -85,7 +85,8 @@ def pairing_section(run: Run) -> Iterator[Block]:
         "are such positions."
     )
     yield coverage(run.pairing)
-    counts = flatten({key: entry for key, entry in run.pairing.items() if key != "models"})
+    # "texts" are windows again.
+    counts = flatten({k: v for k, v in run.pairing.items() if k not in ("models", "texts")})
     facts = [(name.replace("_", " "), number(value)) for name, value in counts]
     yield Details("Counts of texts, rows kept and rows dropped", [Facts(facts)])
 
@@ -174,6 +175,7 @@ def words_section(run: Run) -> Iterator[Block]:
     meanings = {heading(column.name): f"{column.meaning}." for column in SCORES if column.interval}
     meanings["loss recovered"] = "(CE zero − CE edited) / (CE zero − CE clean)."
     meanings["A, B"] = "the source and the target of a map."
+    meanings["map token_target"] = "Means of the target’s own tokens: no map, but what a word says."
     for kind in sorted({row["map"] for row in run.rows["transfer"]}, key=map_order):
         module = f"crossdict_jax.maps.kinds.{kind}"
         if importlib.util.find_spec(module):

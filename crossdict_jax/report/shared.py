@@ -107,13 +107,19 @@ def layers_section(run: Run) -> Iterator[Block]:
             "the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN "
             "are not: compare with the shuffled rows.",
         )
-    for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
+    for row in better_layers(run):
         yield (
             f"The layers of {row['target']} that suit those of {row['source']} best by CKA, in "
             f"their order, have a mean CKA of {number(row['cka'], 2)}; those of this run "
             f"{number(row['cka_of_run'], 2)}. To run with them:"
         )
         yield Code(f"--config.layer_pairs={row['layer_pairs']}")
+
+
+def better_layers(run: Run) -> list[dict]:
+    """Returns the proposals of layer pairs that are more alike than the run's own."""
+    rows = (row for row in run.rows["similarity"] if row["kind"] == "proposal")
+    return [row for row in rows if row["cka"] > row["cka_of_run"]]
 
 
 def heat_map(rows: list[dict], measure: str) -> Figure:

@@ -122,7 +122,7 @@ def summary_table(work: Workdir) -> None:
     show([main_table(run)], WIDTH)
     for sentence in filter(None, (shared.answer(run), causal.answer(run))):
         print(textwrap.fill(sentence, WIDTH))
-    for row in (row for row in run.rows["similarity"] if row["kind"] == "proposal"):
+    for row in shared.better_layers(run):
         print(
             f"{row['source']} ↔ {row['target']}: layers most alike by CKA, "
             f"{number(row['cka'], 2)} (this run's {number(row['cka_of_run'], 2)}): "

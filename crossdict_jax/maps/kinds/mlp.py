@@ -1,4 +1,4 @@
-"""A three-layer network on features, trained by gradient steps; users call it the hypernetwork."""
+"""A three-layer network on features, trained by gradient steps; at times called a hypernetwork."""
 
 import jax.numpy as jnp
 import numpy as np
