@@ -187,8 +187,9 @@ def by_pair(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
 
 
 def site_words(site_source: str, site_target: str) -> str:
-    """Returns a pair of sites in words, once if both are the same."""
-    return site_source if site_source == site_target else f"{site_source} → {site_target}"
+    """Returns a pair of sites in words, once if both are the same; of several, resid_pre.5+6."""
+    ends = (s.replace(f"+{s.partition('.')[0]}.", "+") for s in (site_source, site_target))
+    return " → ".join(dict.fromkeys(ends))
 
 
 def pair_words(row: dict, arrow: str = "→") -> str:

@@ -186,7 +186,7 @@ def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
     rows = read_run(run).rows["transfer"]
     words = {"ridge": BEATS_MEAN, "token_ridge": BEATS_TOKEN, "token": "baseline"}
     for row in [r for r in rows if r["pairing"] == "aligned"]:
-        name = f"{row['source']} {row['site_source']} → {row['target']} {row['site_target']}"
+        name = f"{row['source']} → {row['target']}, {row['site_source']}"
         shown = next(t for caption, t in page.tables.items() if caption.startswith(name + ":"))
         cells = next(cells for cells in shown if cells[0].split()[0] == row["map"])
         low, high = number(row["r2_low"]), number(row["r2_high"])
@@ -343,9 +343,9 @@ def test_layers_stitched_together_stand_apart(tmp_path):
     written = read_run(work).rows["causal"]
     assert stitchings(written) == stitchings(rows)
     first, _ = stitchings(written, together=True)
-    assert first.sites == both and first.reference("mean") == 0.55
+    assert first.sites == "resid_pre.5+6" and first.reference("mean") == 0.55
     text = page_of(work).text
-    assert f"docs-neox {both} at once" in text and "Several layers at once" in text
+    assert "docs-neox, resid_pre.5+6" in text and "Several layers at once" in text
 
 
 def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
@@ -402,7 +402,7 @@ def test_controls_and_single_features_get_their_sections(tmp_path):
     write_jsonl(work.result("controls.jsonl"), controls)
     write_jsonl(work.result("feature_transfer.jsonl"), single_feature_rows())
     page = page_of(work)
-    title, ridge = page.tables["Controls, docs-gpt2 resid_pre.6 → docs-neox resid_pre.6"]
+    title, ridge = page.tables["Controls, docs-gpt2 → docs-neox, resid_pre.6"]
     shown = dict(zip((t.split("  ")[0].strip() for t in title), (c.split()[0] for c in ridge)))
     assert shown["map"] == "ridge" and shown["R²"] == number(row["r2"])
     assert (shown["R², ceiling"], shown["R², re-initialised"]) == ("0.710", "0.310")

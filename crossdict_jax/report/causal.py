@@ -46,9 +46,10 @@ def stitching_section(run: Run) -> Iterator[Block]:
         yield Heading("Several layers at once")
         yield Panels(
             list(map(stitching_figure, together)),
-            "All these layers of the target are replaced in one pass. At paired positions a higher "
-            "layer’s replacement overwrites what a lower one made of it; the lower ones reach the "
-            "output through the positions that are not paired, by attention.",
+            "All layer pairs of a direction at once: the target’s layers are replaced in one pass. "
+            "At paired positions a higher layer’s replacement overwrites what a lower one made of "
+            "it; the lower ones reach the output through the positions that are not paired, by "
+            "attention.",
         )
     cells = []
     for s in single + together:
@@ -69,11 +70,11 @@ def stitching_figure(stitching: Comparison) -> Figure:
         form = ", features" if line["stitch_kind"] == "features" else ""
         colour = STRONG if stitching.above_controls(line) else NONE
         lines[f"{line['map']}{form}"] = (line, colour)
-    several = "+" in stitching.site_target
+    several, pair = "+" in stitching.site_target, f"{stitching.source} → {stitching.target}"
     return score_figure(
         lines,
         key,
-        title=f"{stitching.name} at once" if several else stitching.sites,
+        title=pair if several else stitching.sites,
         x="loss recovered: 0 zeros, 1 untouched",
         words=f"Loss recovered, {stitching.name}",
         limits=score_limits(stitching.lines, key, -0.6, 1.0),

@@ -180,12 +180,15 @@ def score_figure(
                     axes.hlines(y, max(low, left), high, color=colour, linewidth=2)
                 axes.plot(score, y, "o", color=colour, markersize=5)
         style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        above, before = 2, float("-inf")  # the height of a name, in points
         for dash, (name, level) in zip(DASHES, references.items()):
             if level is not None:
+                near = abs(level - before) < 0.4 * (limits[1] - limits[0])
+                above, before = (above + 8 if near else 2), level
                 axes.axvline(level, color=MUTED, linewidth=0.9, linestyle=dash)
-                axes.annotate(name, (level, 1), (0, 2), ha="center", fontsize=7, **style)
+                axes.annotate(name, (level, 1), (0, above), ha="center", fontsize=7, **style)
         axes.set(xlabel=x, xlim=limits, ylim=(len(scores) - 0.4, -0.6))
-        axes.set_title(title, pad=12)
+        axes.set_title(title, pad=10 + above).set_in_layout(False)  # it may be wider than the axes
         axes.set_yticks(range(len(scores)), list(scores), color=INK)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")

@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        return f"{self.source} {self.site_source} → {self.target} {self.site_target}"
+        return f"{self.source} → {self.target}, {self.sites}"
 
     @property
     def fitted(self) -> list[dict]:
