@@ -487,7 +487,8 @@ describe(
     p_random="p-value against random directions",
     p_shuffled="p-value against other features' mapped directions",
     p="the larger of the two",
-    q="p by Benjamini and Hochberg over the features of this direction",
+    q="p by Benjamini and Hochberg over the features of this direction; of a feature that alone "
+    "transfers 1 / (controls of a family) at best",
     transfers="whether q is within evaluation.fdr",
 )
 describe(
@@ -502,6 +503,7 @@ describe(
     n_features="features that are tested",
     n_scored="of these, those with a token that the target has",
     n_transferring="of these, those that transfer",
+    n_ablation="features over which ablation_r is the mean",
     of_match="specific_random, as a share of the matching features'",
 )
 SPINE = tuple(TABLES.values())

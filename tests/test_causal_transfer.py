@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 from tiny_run import refused
 
 from crossdict_jax import models, stats
@@ -124,8 +125,10 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
         spent = [dose["kl"] for dose in row["doses"]]
         assert spent == sorted(spent)
     nulls = outcome[2][2]["directions"]["ridge"]
-    assert len(nulls["null_random"]) == effects.RANDOM_DIRECTIONS
-    assert len(nulls["null_shuffled"]) == FEATURES - 1 < effects.OTHER_FEATURES
+    n = effects.controls_at(0.05)
+    lone = stats.pooled_p(1e3 * np.eye(12)[0], np.random.default_rng(0).normal(size=(12, n)))
+    assert false_discovery_control(lone)[0] < 0.05
+    assert len(nulls["null_random"]) == n and len(nulls["null_shuffled"]) == FEATURES - 1 < n
     # Only tokens that become likelier are promoted: at most so many.
     assert max(len(row["promoted_source"]) for row in rows) == effects.PROMOTED
     json.dumps(rows, allow_nan=False)

@@ -117,6 +117,17 @@ def test_intervals_are_percentiles_of_the_metric_on_resampled_documents():
         assert found[f"{name}_high"] == pytest.approx(high, abs=1e-6)
 
 
+def test_a_rare_feature_of_the_first_row_has_its_correlation():
+    rng = np.random.default_rng(0)
+    target = np.zeros((100_000, 1), np.float32)
+    target[rng.choice(100_000, 20)] = rng.random((20, 1))
+    target[0] = 20
+    predicted = target * (1 + 0.3 * rng.normal(size=target.shape)).astype(np.float32)
+    predicted[rng.choice(100_000, 20)] = 3
+    found = transfer_metrics(predicted, target, train_mean=target.mean(0))["feature_correlation"]
+    assert found == pytest.approx(np.corrcoef(predicted[:, 0], target[:, 0])[0, 1], abs=1e-4)
+
+
 def test_context_gain_is_its_definition():
     rng = np.random.default_rng(0)
     predicted, target, mean, _ = example(2)

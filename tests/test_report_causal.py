@@ -29,7 +29,13 @@ def row(feature, direction, *, transfers):
 
 
 def summary(direction, hits):
-    counts = {"n_features": 2, "n_scored": 2, "n_transferring": hits, "of_match": 1.5}
+    counts = {
+        "n_features": 2,
+        "n_scored": 2,
+        "n_transferring": hits,
+        "of_match": 1.5,
+        "n_ablation": 2,
+    }
     return {
         **WHERE | counts | {"direction": direction},
         **bounded(0.1, share_transferring=hits / 2, effect=0.5, specific_random=0.4 + hits),

@@ -3,6 +3,7 @@ same positions. Do the tokens that A promotes get likelier in B, beyond controls
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -20,14 +21,22 @@ from crossdict_jax.stats import Resamples, columns, normalised
 
 MATCH = "match"  # B's own feature that correlates best with A's
 PROMOTED = 10  # tokens that a feature makes likelier; the tail of the list is noise
-RANDOM_DIRECTIONS = 16  # a feature, of equal norm; p-values pool those of all features
-OTHER_FEATURES = 16  # their mapped directions are controls, as many as random ones
+CONTROLS = 20  # of each family, at least; p-values pool those of all features
 LEAST_OTHERS = 3  # fewer have no spread
 ABLATED_CONTROLS = 4  # of the other features: one correlation each, averaged
 MIN_REMOVALS = 5  # contexts: with one, r is the same for every direction
 KL_BUDGET = 0.1  # nats a token, at which effects are compared too; it leaves most text as it is
 LONGEST_SPAN = 8  # tokens between two common ends that are edited, or scored as a continuation
 FAMILIES = ("random", "shuffled")  # of controls: random directions, other features' directions
+
+
+def controls_at(fdr: float) -> int:
+    """Returns how many controls of each family let one feature alone reach the discovery rate.
+
+    Among n m controls of m features p is 1 / (n m + 1) or more, and q of a lone discovery m times
+    that.
+    """
+    return max(CONTROLS, math.ceil(1 / fdr))
 
 
 class NothingToTest(UserError):
@@ -138,10 +147,11 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
 
     # The same other features for every direction, whatever else is drawn.
     others = np.delete(np.arange(len(e.features)), i)
-    others = stats.generator(config.seed + 1, feature).permutation(others)[:OTHER_FEATURES]
+    n = controls_at(config.evaluation.fdr)
+    others = stats.generator(config.seed + 1, feature).permutation(others)[:n]
     directions: dict[str, dict] = {}
     if in_b:
-        groups = {"random": generator.normal(size=(RANDOM_DIRECTIONS, len(mapped)))}
+        groups = {"random": generator.normal(size=(n, len(mapped)))}
         for name, of_map in e.mapped.items():
             groups[name, "itself"] = of_map.vectors[[i]]
             groups[name, "shuffled"] = of_map.vectors[others]
@@ -281,6 +291,7 @@ def conclude(records: Sequence[dict], config: Config) -> tuple[list[dict], list[
             if len(values):  # a removal has no correlation where texts end at once
                 mean = stats.draw(features, count=settings.bootstrap, seed=config.seed).mean(values)
             summary |= columns(key, mean)
+        summary["n_ablation"] = sum(row["ablation_r"] is not None for row in rows)
         summaries.append(summary)
     match = next((s["specific_random"] for s in summaries if s["direction"] == MATCH), None)
     for row in summaries:

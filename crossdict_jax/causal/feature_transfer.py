@@ -139,5 +139,5 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
             "documents; raise intervention.documents or train the dictionary for longer."
         )
     others = drawn[~np.isin(drawn, chosen)]
-    lent = max(0, effects.OTHER_FEATURES + 1 - len(chosen))
+    lent = max(0, effects.controls_at(run.config.evaluation.fdr) + 1 - len(chosen))
     return np.concatenate([chosen, others[:lent]]), len(chosen)

@@ -139,7 +139,8 @@ class SparseObjective(Objective):
     def after_step(self, params, silent, aux):
         module, (active, smallest) = modules.merge(self.graphdef, params), aux
         module.after_update(smallest.min())
-        silent = jnp.where(active.any(axis=0), 0, silent + self.settings.batch_size)
+        silent = jnp.minimum(silent, self.dead_after) + self.settings.batch_size  # no overflow
+        silent = jnp.where(active.any(axis=0), 0, silent)
         return modules.split(module)[1], silent
 
 

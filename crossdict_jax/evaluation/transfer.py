@@ -283,6 +283,7 @@ def _sums(
     of_pool = np.zeros((len(pool), width), np.float32)
     weights = np.concatenate([np.ones((1, draws.n_documents)), draws.weights])
     _, first = first_batch = next(batches)
+    origin = first.mean(axis=0, dtype=np.float64)
     size = -(-len(first) // -(-first.size // BLOCK))  # rows of a block, the same part of a batch
     documents = {  # of a block that starts there, and each row's number among them
         batch.start + part.start: np.unique(draws.index[batch][part], return_inverse=True)
@@ -314,7 +315,7 @@ def _sums(
             belongs = np.zeros((longest, size), np.float32)  # 0 for padding
             belongs[local, np.arange(len(local))] = 1
             arrays = [padded(a, size) for a in arrays]
-            of_rows, of_documents = _sums_of_block(*arrays, held_out.train_mean, first[0], belongs)
+            of_rows, of_documents = _sums_of_block(*arrays, held_out.train_mean, origin, belongs)
             by_row.append({k: np.asarray(v, np.float64)[: len(local)] for k, v in of_rows.items()})
             kept = {k: np.asarray(v)[: len(numbers)] for k, v in of_documents.items()}
             waiting.append((numbers, kept))
@@ -327,7 +328,7 @@ def _sums(
 
 
 @jax.jit
-def _sums_of_block(p, t, P, T, mean, first, belongs):
+def _sums_of_block(p, t, P, T, mean, origin, belongs):
     """Sums over features of each row, {name: [batch]}, and over rows, {name: [documents, width]}.
 
     Centred: less the training mean.
@@ -335,7 +336,7 @@ def _sums_of_block(p, t, P, T, mean, first, belongs):
     Args:
       p, t: predicted and target features [batch, width]; P, T: their means after the row's token.
       mean: of the target's training rows [width].
-      first: any prediction [width], the origin of predictions in correlations.
+      origin: of predictions in correlations [width], near their means against cancellation.
       belongs: [documents, batch], 1 where a row is of a document.
     """
     mean = jnp.broadcast_to(mean[None, :], p.shape)
@@ -348,7 +349,7 @@ def _sums_of_block(p, t, P, T, mean, first, belongs):
         "token_error": jnp.square((t - T) - (p - P)),
         "token_variance": jnp.square(t - T),
     }
-    moved = p - first[None, :]
+    moved = p - origin[None, :]
     of_features = {
         **{"p": moved, "t": t_c},
         **{"pp": moved * moved, "tt": t_c * t_c, "pt": moved * t_c, "error": error * error},

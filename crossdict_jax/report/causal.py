@@ -121,6 +121,7 @@ def summary_table(rows: list[dict]) -> Table:
         | scores(row, "kl")
         | {"of the match’s": share(row, "of_match")}
         | {"removal r": score(row, "ablation_r", null="ablation_r_shuffled")}
+        | {"of features": number(row["n_ablation"])}
         for row in rows
     ]
     return table("What holds over the tested features; effects in nats", cells)
@@ -188,6 +189,7 @@ def answer(run: Run) -> str:
     return (
         f"{head} into {best['target']}, the directions to which {best['direction']} maps "
         f"{hits.format(**best)} tested features of {best['source']} make the same text likelier, "
-        f"beyond random directions and other features’ ({cell.text} {cell.note}; "
+        f"beyond random directions and other features’ ({cell.text} {cell.note}, the best of "
+        f"{len(maps)} maps and directions; "
         f"{number(best['specific_random'], 2)} nats over random){beside}."
     )
