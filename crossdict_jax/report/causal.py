@@ -121,7 +121,7 @@ def summary_table(rows: list[dict]) -> Table:
         | scores(row, "kl")
         | {"of the match’s": share(row, "of_match")}
         | {"removal r": score(row, "ablation_r", null="ablation_r_shuffled")}
-        | {"of features": number(row["n_ablation"])}
+        | {"of features": number(row.get("n_ablation"))}
         for row in rows
     ]
     return table("What holds over the tested features; effects in nats", cells)
