@@ -195,7 +195,7 @@ def test_codes_before_the_selection_on_demand(tiny, tmp_path):
     ("second", "words"),
     [
         ({"d_model": 16}, "reads rows of 16, b has 24"),
-        ({"d_out": 16}, "is a transcoder"),
+        ({"d_out": 16}, r"is a transcoder; sae\.output_site must name"),
         ({"hook_name": "blocks.0.hook_resid_pre"}, "where the run has resid_pre.1"),
         ({"architecture": "abstopk"}, "AbsTopK dictionaries have no checkpoint of their own"),
     ],
