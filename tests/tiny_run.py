@@ -69,11 +69,11 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def make_models(root: Path, texts: list[str], shapes: dict = SHAPES) -> tuple[str, ...]:
-    """Random language models of these shapes, with tokenizers of their sizes; their folders."""
+def make_models(root: Path, texts: list[str], shapes=SHAPES, *, copies=False) -> tuple[str, ...]:
+    """Random language models, or one again and again, with tokenizers; their folders."""
     for seed, (name, shape) in enumerate(shapes.items()):
         tokenizer = train_tokenizer(texts, vocab_size=shape["vocab_size"], nfc=False)
-        models.save(models.init(shape, seed=seed), root / name, dtype="float32")
+        models.save(models.init(shape, seed=0 if copies else seed), root / name, dtype="float32")
         save_tokenizer(tokenizer, root / name, context=CONTEXT)
     return tuple(str(root / name) for name in shapes)
 
