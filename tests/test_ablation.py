@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tiny_run import private_run, refused
+from tiny_run import changed, private_run, refused
 
 from crossdict_jax.config import LossWeights
 from crossdict_jax.studies.loss_ablation import measure, section, tables
@@ -30,10 +30,9 @@ def test_losses_without_a_weight_are_not_ablated():
 @pytest.mark.slow
 def test_a_row_for_each_direction_and_ablation(tmp_path_factory, capsys):
     config, work = private_run(tmp_path_factory)
+    settings = {"map__steps": 20, "map__hidden": 8, "map__batch_size": 64, "map__head": "topk"}
     weights = LossWeights(correlation=0.0, sparsity=0.0)
-    settings = {"steps": 20, "hidden": 8, "batch_size": 64, "head": "topk"}
-    settings = dataclasses.replace(config.map, loss_weights=weights, **settings)
-    measure.run(dataclasses.replace(config, map=settings), work)
+    measure.run(changed(config, map__loss_weights=weights, **settings), work)
     rows = read_jsonl(work.result("ablation.jsonl"))
     names = ["none", "none", "all", "only mse", "only cosine"]
     assert [row["losses"] for row in rows] == 2 * names

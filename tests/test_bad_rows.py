@@ -1,6 +1,5 @@
 """Rows that hold NaN or infinity, rows that never vary, and the narrowest dictionaries."""
 
-import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import PlantedStore, train_on, trained
-from tiny_run import refused
+from tiny_run import changed, refused, slow
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract as stage
@@ -64,7 +63,7 @@ def test_how_many_rows_are_looked_at_at_a_time_changes_nothing(tmp_path, monkeyp
     x = np.random.default_rng(0).normal(size=(40, 5)) * np.arange(40)[:, None] ** 2
     x[[4, 33]] = np.nan
     shards(tmp_path, x)
-    settings = dataclasses.replace(SKIP, norm_mask=1.5)
+    settings = ExtractConfig(nonfinite="skip", norm_mask=1.5)
     keep, counts = look(settings, tmp_path)
     norms = np.linalg.norm(x.astype(ml_dtypes.bfloat16).astype(np.float32), axis=1)
     high = norms > 1.5 * np.nanmedian(norms[:20])
@@ -93,8 +92,7 @@ def test_a_model_that_gives_nan_after_a_rare_token(tmp_path):
         shutil.copy(file, tmp_path / "broken" / "a")
     config.models, work = (str(tmp_path / "broken" / "a"), config.models[1]), Workdir(tmp_path)
     refused(r"a resid_pre\.1: row \d+ \(document \S+, byte \d+\)", extract, config, work)
-    config.extract = dataclasses.replace(config.extract, nonfinite="skip")
-    store = extract(config, work)
+    store = extract(changed(config, extract__nonfinite="skip"), work)
     dropped = json.loads(work.result("pairing.json").read_text())["dropped"]
     assert dropped["nonfinite"] > 0
     assert dropped["nonfinite"] + dropped["norm_outliers"] == (~store.rows.keep).sum()
@@ -123,9 +121,7 @@ def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
     start.check_rows(one_differs, "a", np.arange(len(one_differs)))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["topk", pytest.param("matryoshka", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("architecture", ["topk", slow("matryoshka")])
 def test_one_feature_is_enough(architecture, tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 5)) + 2
     d = train_rows(x, tmp_path, architecture=architecture, width=1, k=1)

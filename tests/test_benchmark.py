@@ -1,48 +1,39 @@
 """Benchmarks: turns, ratios, peers in processes of their own, quality; nothing is timed here."""
 
+import importlib
 import itertools
 import math
 import os
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import refused
+from tiny_run import ROOT, refused
 
-from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark import peer, run, saelens, workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
-from crossdict_jax.benchmark.measurements import (
-    extraction,
-    growth,
-    products,
-    rows,
-    scaling,
-    steps,
-    whole,
-)
+from crossdict_jax.benchmark.measurements import extraction, scaling, steps, whole
 from crossdict_jax.benchmark.measurements import map as map_steps
-from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements, to_dict
+from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements
 from crossdict_jax.dictionaries.train import members, prepare
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.loop import train
-from crossdict_jax.workdir import Workdir, open_workdir, read_json, read_jsonl
+from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 from launch import command
 from launch.benchmark import __main__ as script
 from launch.benchmark import saelens as quality
 
 DICTIONARY = {"d_model": 8, "width": 16, "k": 2, "batch_size": 32, "rows": 64}
 TINY = {  # the sizes of every measurement
-    steps: (DICTIONARY, "float32", 1),
-    extraction: (3, 12, 2, "float32"),
-    map_steps: ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
-    scaling: (DICTIONARY | {"seeds": 1}, "float32", 1),
-    products: (DICTIONARY, (16,), "float32", 1),
-    rows: (80, 8, 16, 2),
-    growth: ((300,), (32,)),
+    "steps": (DICTIONARY, "float32", 1),
+    "extraction": (3, 12, 2, "float32"),
+    "map": ({"d_model": 8, "width": 16, "k": 2, "hidden": 8, "batch_size": 16}, 2),
+    "scaling": (DICTIONARY | {"seeds": 1}, "float32", 1),
+    "products": (DICTIONARY, (16,), "float32", 1),
+    "rows": (80, 8, 16, 2),
+    "growth": ((300,), (32,)),
 }
 
 
@@ -51,7 +42,8 @@ def tiny(monkeypatch):
     """Tiny sizes, no peers."""
     for variable in peer.VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
-    for module, sizes in TINY.items():
+    for name, sizes in TINY.items():
+        module = importlib.import_module(f"crossdict_jax.benchmark.measurements.{name}")
         monkeypatch.setitem(module.SIZES, "cpu", sizes)
     monkeypatch.setattr(extraction, "MODEL", tiny_run.SHAPES["a"])
     monkeypatch.setattr(extraction, "LAYERS", [0, 1])
@@ -149,7 +141,7 @@ def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
     kinds = [row["contender"] for row in measured("products", tmp_path)]
     assert kinds == ["dense", "lists", "kernels"]
     # Another checkout does the same in the same run.
-    monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(Path(__file__).parents[1]))
+    monkeypatch.setenv(peer.VARIABLES[peer.BASELINE], str(ROOT))
     ours, other = measured("map", tmp_path)
     assert ours["contender"] == OURS and other["contender"] == peer.BASELINE
     assert ours["case"] == other["case"] == "16 to 16" and other["version"]
@@ -158,8 +150,8 @@ def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
 def test_a_whole_run_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(whole, "MODELS", {})
     monkeypatch.setitem(whole.SIZES, "gpu", {"models": "nowhere,nowhere"})
-    with pytest.raises(UserError, match=r"The whole run failed \(.*'nowhere'"):
-        list(whole.benchmark(Bench("whole", tmp_path, "gpu")))
+    rows = whole.benchmark(Bench("whole", tmp_path, "gpu"))
+    refused(r"The whole run failed \(.*'nowhere'", list, rows)
 
 
 @pytest.mark.parametrize("library", steps.PEERS)
@@ -186,15 +178,10 @@ def make(start):
 """
 
 
-@pytest.fixture
-def counter(tmp_path, monkeypatch):
+def test_a_peer_does_what_it_is_told_until_it_fails(tmp_path, monkeypatch):
     monkeypatch.setenv(peer.VARIABLES["torch"], sys.executable)
     (tmp_path / "counter.py").write_text(COUNTER)
-    return tmp_path / "counter.py"
-
-
-def test_a_peer_does_what_it_is_told_until_it_fails(counter):
-    with peer.Peer("torch", counter) as other:
+    with peer.Peer("torch", tmp_path / "counter.py") as other:
         assert other.make(start=4) == {"version": "1", "started": 4}
         assert other.make(start=0)["started"] == 0
         assert other.run(2).seconds >= 0 and other.run(4).cpu_seconds >= 0
@@ -202,18 +189,14 @@ def test_a_peer_does_what_it_is_told_until_it_fails(counter):
         refused("torch failed", other.run, 1)
 
 
-def execute(main, kind, *arguments):
-    return command.execute(main, ["benchmark", *arguments], kind=kind, default="benchmark")
-
-
 def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys):
-    folder = f"--workdir={tmp_path / 'run'}"
-    assert execute(script.main, BenchmarkConfig, folder, "--config.benchmarks=luck") == 2
+    given = ["benchmark", f"--workdir={tmp_path / 'run'}", "--config.benchmarks=luck"]
+    assert command.execute(script.main, given, kind=BenchmarkConfig, default="benchmark") == 2
     told = capsys.readouterr().err
     assert f"benchmarks=luck: luck must be one of {', '.join(measurements())}" in told
     config = BenchmarkConfig(benchmarks=("whole",))
-    with pytest.raises(UserError, match="whole has no sizes for suite=cpu, only for gpu"):
-        run.run_benchmarks(config, Workdir(tmp_path))
+    words = "whole has no sizes for suite=cpu, only for gpu"
+    refused(words, run.run_benchmarks, config, Workdir(tmp_path))
 
 
 def test_the_table_sets_the_usual_rate_beside_their_best():
@@ -240,14 +223,14 @@ def test_both_libraries_on_the_same_rows(monkeypatch, tmp_path):
     """Where SAELens is not, a stand-in for it saves a dictionary of ours."""
     config = tiny_run.make_config(tmp_path)
     config.sae = SAEConfig(width=32, k=4, steps=4, batch_size=64)
-    work = open_workdir(tmp_path / "run", to_dict(config))
+    store, work = tiny_run.extracted(config, tmp_path / "run")
     if not os.environ.get(peer.VARIABLES["sae-lens"]):
         monkeypatch.setenv(peer.VARIABLES["sae-lens"], sys.executable)
         (tmp_path / "stand_in.py").write_text(STAND_IN)
         monkeypatch.setattr(saelens, "FILE", tmp_path / "stand_in.py")
     monkeypatch.setattr(saelens, "SHARES", (0.5, 1.0))
     monkeypatch.setattr(saelens, "ARCHITECTURES", ("relu", "topk"))
-    rows = saelens.compare_saelens(config, extract(config, work), work)
+    rows = saelens.compare_saelens(config, store, work)
     both = set(itertools.product((OURS, "sae-lens"), saelens.ARCHITECTURES))
     assert {(r["library"], r["architecture"]) for r in rows} == both
     assert all(r["n_rows"] == rows[0]["n_rows"] and r["fvu"] > 0 for r in rows)
@@ -256,7 +239,7 @@ def test_both_libraries_on_the_same_rows(monkeypatch, tmp_path):
 
 STAND_IN = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(ROOT)!r})
 
 def make(folder, name, width, **settings):
     import jax, numpy as np

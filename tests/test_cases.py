@@ -1,7 +1,6 @@
 """What users of this field's tools complain of, each as the kind of mistake that it is."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import shutil
@@ -21,6 +20,7 @@ from planted_store import PlantedStore, planted_rows, step_program
 from safetensors.numpy import load_file, save_file
 from test_exchange import D, means, rows, saelens_folder, weights
 from test_models import NARROW_LLAMA
+from test_run import SHAPE as GPT2
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from crossdict_jax import dictionaries, evaluation, maps, models, workdir
@@ -37,9 +37,6 @@ from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir, read_json
 from launch import command
-
-GPT2 = {"model_type": "gpt2", "vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 2}
-GPT2 |= {"n_head": 2, "initializer_range": 0.3}
 
 
 def refused(call, *words: str) -> None:
@@ -164,8 +161,8 @@ def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_pat
     config, work = tiny
     d = base.load(work.dictionary("a", tiny_run.SITE))
     dictionaries.save_saelens(d, tmp_path / "d", **names)
-    sae = dataclasses.replace(config.sae, sources=(str(tmp_path / "d"), "train"))
-    asked, store = dataclasses.replace(config, sae=sae), open_store(work.activations)
+    asked = tiny_run.changed(config, sae__sources=(str(tmp_path / "d"), "train"))
+    store = open_store(work.activations)
     if words:
         ask = lambda: adopt(asked, store, Workdir(tmp_path / "no"))  # noqa: E731
         refused(ask, "sae.sources", "sae.source_names=ignore", *words)
@@ -573,10 +570,10 @@ def test_settings_of_any_length(capsys, tmp_path):
 
 
 WHOLE = {"command extract_activations", "command evaluate"}  # by hand: python tests/fuzz.py
-SLOW = {"command report": pytest.param("command report", marks=pytest.mark.slow)}
+READERS = [r for r in fuzz.readers() if r not in WHOLE | {"command report"}]
 
 
-@pytest.mark.parametrize("reader", [SLOW.get(r, r) for r in fuzz.readers() if r not in WHOLE])
+@pytest.mark.parametrize("reader", [*READERS, tiny_run.slow("command report")])
 def test_hostile_input_ends_well_or_in_a_line(reader, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(fuzz, "lab", lambda: tiny)

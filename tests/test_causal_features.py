@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import refused
+from planted_store import kill_in_save
+from tiny_run import changed, refused
 
 from crossdict_jax import dictionaries, models, results
 from crossdict_jax.activations.passages import select_passages, with_continuations
@@ -22,8 +23,7 @@ PARTS = "transfer_features.parts.jsonl"
 
 
 def settings(config: Config, **changes) -> Config:
-    intervention = dataclasses.replace(config.intervention, **(SMALL | changes))
-    return dataclasses.replace(config, intervention=intervention)
+    return changed(config, **{f"intervention__{k}": v for k, v in (SMALL | changes).items()})
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +99,11 @@ def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monk
     config, copy = tiny_run.copied(finished, tmp_path)
     for name in (stage.ROWS, stage.SUMMARY, "transfer_features.inputs.json"):
         copy.result(name).unlink()
-    measure, done = effects.measure, []
-
-    def killed(experiment, config, i):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(i)
-        return measure(experiment, config, i)
-
-    monkeypatch.setattr(effects, "measure", killed)
-    with pytest.raises(KeyboardInterrupt):
-        transfer_features(config, copy)
+    kill_in_save(4, lambda: transfer_features(config, copy), effects, "measure")
     with copy.result(PARTS).open("a") as file:
         file.write('{"key": "a cut-off li')
-    done.clear()
+    measure, done = effects.measure, []
+    monkeypatch.setattr(effects, "measure", lambda *given: done.append(1) or measure(*given))
     transfer_features(config, copy)
     assert len(done) == 1
     for name in (stage.ROWS, stage.SUMMARY):
@@ -149,7 +140,7 @@ def test_matched_features_come_from_the_file(finished, again, tmp_path):
 def test_all_layer_pairs_or_the_middle_one(finished):
     config, work = finished
     store = open_store(work.activations)
-    config = dataclasses.replace(config, layers=(0, 1, 2))
+    config = changed(config, layers=(0, 1, 2))
     meta = json.loads(json.dumps(store.meta))
     for model in meta["models"].values():
         model["sites"] = [str(models.Site(layer)) for layer in config.layers]

@@ -1,28 +1,19 @@
 """Contrast sets: files of pairs, planted causes of a preference, the study, and what is shown."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import refused, write_rows
+from tiny_run import changed, refused, write_rows
 
 from crossdict_jax import models, results
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, ContrastConfig, EvaluationConfig
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.models.run import Passages, Runner
-from crossdict_jax.studies.contrast import TABLE, section, sentences, tables
+from crossdict_jax.studies.contrast import TABLE, preference, section, sentences, tables
 from crossdict_jax.studies.contrast import measure as study
-from crossdict_jax.studies.contrast.preference import (
-    Cut,
-    Reader,
-    ablate,
-    draw_controls,
-    read_pairs,
-    singles,
-)
+from crossdict_jax.studies.contrast.preference import Cut, Reader, read_pairs
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
 from crossdict_jax.studies.reading import Reading
 from crossdict_jax.verify import planted_causal
@@ -72,7 +63,7 @@ def test_attribution_finds_the_features_that_cause_a_preference(planted, readers
     assert np.abs(np.delete(mean, CAUSES)).max() < 0.2 * mean[CAUSES].min()
     features = np.arange(FEATURES)
     cut = Cut(reader.strength(SITE, dictionary, features), dictionary.W_dec[...], FEATURES)
-    exact = singles(reader, SITE, cut)
+    exact = preference.singles(reader, SITE, cut)
     assert np.corrcoef(mean, exact.mean(1))[0, 1] > 0.99 and (exact[CAUSES].mean(1) > 0.03).all()
 
 
@@ -85,7 +76,7 @@ def transferred(planted, readers, vectors, features) -> dict:
     cut = Cut(readers["b"].spread(f[:, order]), np.asarray(vectors)[order], len(features))
     asked = ContrastConfig(controls=24)
     config = Config(contrast=asked, evaluation=EvaluationConfig(bootstrap=100))
-    return ablate(readers["b"], SITE, cut, config)[1]
+    return preference.ablate(readers["b"], SITE, cut, config)[1]
 
 
 def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(planted, readers):
@@ -111,7 +102,7 @@ def test_controls_have_the_norm_of_the_cut():
     rng = np.random.default_rng(0)
     strength = np.abs(rng.normal(size=(4, 5, 7))).astype(np.float32)
     cut = Cut(strength, rng.normal(size=(7, 3)).astype(np.float32), 2)
-    random, shuffled, others = draw_controls(cut, 6, rng).values()
+    random, shuffled, others = preference.draw_controls(cut, 6, rng).values()
     for family in (random, shuffled):
         norms = np.linalg.norm(family, axis=2)
         expected = np.tile(np.linalg.norm(cut.vectors[:2], axis=1), (6, 1))
@@ -175,7 +166,7 @@ def run(tmp_path_factory):
     pairs.append({"good": "abc " * 40 + "a", "bad": "abc " * 40 + "b"})  # longer than a context
     few = {"pairs": 16, "features": 2, "controls": 19, "maps": ("ridge",)}
     asked = ContrastConfig(source=(write_rows(work.root / "pairs.jsonl", pairs),), **few)
-    config = dataclasses.replace(config, contrast=asked)
+    config = changed(config, contrast=asked)
     study.run(config, work)
     return config, work
 
@@ -255,9 +246,8 @@ def test_rows_of_every_kind(run):
 def test_whole_spans_are_ablated_where_that_is_asked(run, finished):
     config, _ = run
     pairs = read_sets(config.contrast.source)[0]
-    whole = dataclasses.replace(config.contrast, span="whole")
     edited = [study.Halves(finished, pairs).readers("a")[1].edited]
-    finished.config = dataclasses.replace(config, contrast=whole)
+    finished.config = changed(config, contrast__span="whole")
     edited.append(study.Halves(finished, pairs).readers("a")[1].edited)
     finished.config = config
     assert (edited[0] <= edited[1]).all() and edited[0].sum() < edited[1].sum()
@@ -267,11 +257,10 @@ def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
     config, work = run
     long = [{"good": "abc " * 40 + x, "bad": "abc " * 40 + y} for x, y in ("ab", "cd", "ef", "gh")]
     source = (write_rows(tmp_path / "long.jsonl", long),)
-    asked = dataclasses.replace(config.contrast, source=source)
     words = r"no set of which every model can read 4 distinct pairs .0 of 4"
-    refused(words, study.run, dataclasses.replace(config, contrast=asked), work)
+    refused(words, study.run, changed(config, contrast__source=source), work)
     assert "long is left out: of 4 pairs every model can read 0 (4 l" in capsys.readouterr().out
-    moved = dataclasses.replace(config, sae=dataclasses.replace(config.sae, output_site="mlp_out"))
+    moved = changed(config, sae__output_site="mlp_out")
     refused(r"contrast set needs dictionaries that write .*=mlp_out", study.run, moved, work)
 
 

@@ -1,6 +1,5 @@
 """Controls of maps: ceiling and re-initialised models, planted, and turned off."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import pytest
 import tiny_run
 from map_problems import inputs_of, signed_dictionary
 from test_models import EACH_FAMILY, GOLDENS
-from tiny_run import copied, refused
+from tiny_run import changed, copied, refused
 
 from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.extract import extract
@@ -37,8 +36,8 @@ SITE = tiny_run.SITE
 def begun(tmp_path_factory):
     """(config, work directory) of a run whose controls have not been begun."""
     config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    sae = dataclasses.replace(config.sae, steps=4, batch_size=64)
-    return dataclasses.replace(config, controls=BOTH, sae=sae, checkpoint_every=2), work
+    few = {"sae__steps": 4, "sae__batch_size": 64, "checkpoint_every": 2}
+    return changed(config, controls=BOTH, **few), work
 
 
 def run_controls(config: Config, work: Workdir) -> None:
@@ -121,8 +120,7 @@ def planted(begun, root, second) -> dict[tuple, dict]:
     """{(target, map): scores of its ceiling} where second dictionaries are ``second(d_model)``."""
     config, work = begun
     kinds = ("mean", "token", "ridge", "ridge_codes", "token_ridge")
-    settings = dataclasses.replace(config.map, kinds=kinds)
-    config = dataclasses.replace(config, controls=("ceiling",), map=settings)
+    config = changed(config, controls=("ceiling",), map__kinds=kinds)
     shutil.copytree(work.root, root, ignore=shutil.ignore_patterns("maps"))
     work, store = Workdir(root), open_store(work.activations)
     for name in store.models:
@@ -236,10 +234,9 @@ def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
 
     untrained = [f"{m}-untrained {SITE} seed-0" for m in "ab"]
     assert named(config) == [f"{m} {SITE} seed-1" for m in "ab"] + untrained
-    two = dataclasses.replace(config, sae=dataclasses.replace(config.sae, seeds=2))
-    assert named(two) == untrained
-    swept = dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=(6, 3)))
-    assert {m.k for m in train.control_members(swept, controls)} == {6}
+    assert named(changed(config, sae__seeds=2)) == untrained
+    swept = train.control_members(changed(config, sae__k=(6, 3)), controls)
+    assert {m.k for m in swept} == {6}
 
 
 @pytest.mark.parametrize(
@@ -261,16 +258,15 @@ def test_only_the_controls_asked_for_are_made(finished):
     store = open_store(work.activations)
     kinds = len(config.map.kinds)
     for asked in ((), ("ceiling",), ("untrained",), BOTH):
-        found = control_tasks(dataclasses.replace(config, controls=asked), store)
+        found = control_tasks(changed(config, controls=asked), store)
         assert [t.control for t in found] == [c for c in asked for _ in range(2 * kinds)]
-    some = dataclasses.replace(config, control_kinds=("ridge", "procrustes"))
+    some = changed(config, control_kinds=("ridge", "procrustes"))
     made = {(t.control, t.kind) for t in control_tasks(some, store)}
     assert made == {(control, "ridge") for control in BOTH}
 
 
 def test_a_pool_larger_than_the_test_rows_is_refused_before_anything_is_trained(begun, tmp_path):
-    evaluation = dataclasses.replace(begun[0].evaluation, pool=1_000_000)
-    big = dataclasses.replace(begun[0], evaluation=evaluation)
+    big = changed(begun[0], evaluation__pool=1_000_000)
     refused(r"evaluation\.pool=1000000 is more than the", extract, big, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run/activations/meta.json").exists()
 

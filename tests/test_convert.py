@@ -1,6 +1,5 @@
 """Conversion and the hub: what goes out means what came in, and mistakes are told in one line."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
 from test_exchange import trained
-from tiny_run import SITE, refused, shared
+from tiny_run import ROOT, SITE, changed, refused, shared
 
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
@@ -25,7 +24,6 @@ from crossdict_jax.dictionaries.pretrained import adopt, check_sources
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.workdir import Workdir, read_json, write_json
 
-ROOT = Path(__file__).parents[1]
 tiny = shared
 NAMED = {"hook_name": "blocks.1.hook_resid_pre", "model_name": "a"}
 
@@ -162,9 +160,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_
 
 def adopted(tiny, tmp_path, **changes):
     """(models that need no training, work directory) of the shared run with other settings."""
-    config, work = copy.deepcopy(tiny[0]), Workdir(tmp_path / "run")
-    for name, value in changes.items():
-        setattr(config.sae, name, value)
+    config, work = changed(tiny[0], **changes), Workdir(tmp_path / "run")
     return adopt(config, open_store(tiny[1].activations), work), work
 
 
@@ -177,8 +173,8 @@ def source_for(tiny, tmp_path):
 
 def test_a_source_takes_the_place_of_training(tiny, tmp_path):
     d, path = source_for(tiny, tmp_path)
-    config, work = copy.deepcopy(tiny[0]), Workdir(tmp_path / "run")
-    config.sae.sources, config.sae.steps, config.sae.batch_size = (path, "train"), 2, 32
+    few = {"sae__sources": (path, "train"), "sae__steps": 2, "sae__batch_size": 32}
+    config, work = changed(tiny[0], **few), Workdir(tmp_path / "run")
     train_dictionaries(config, open_store(tiny[1].activations), work)
     same_features(d, base.load(work.dictionary("a", SITE)))
     assert base.load(work.dictionary("b", SITE)).d_model == 24  # trained
@@ -186,7 +182,8 @@ def test_a_source_takes_the_place_of_training(tiny, tmp_path):
 
 def test_codes_before_the_selection_on_demand(tiny, tmp_path):
     d, path = source_for(tiny, tmp_path)
-    models, work = adopted(tiny, tmp_path, sources=(path, "train"), source_codes="relu")
+    asked = {"sae__sources": (path, "train"), "sae__source_codes": "relu"}
+    models, work = adopted(tiny, tmp_path, **asked)
     assert models == {"a"}
     x = np.random.default_rng(0).normal(0.5, 2, (50, 16)).astype(np.float32)
     f, selected = base.load(work.dictionary("a", SITE)).encode(x), d.encode(x)
@@ -198,7 +195,7 @@ def test_codes_before_the_selection_on_demand(tiny, tmp_path):
     ("second", "words"),
     [
         ({"d_model": 16}, "reads rows of 16, b has 24"),
-        ({"d_out": 16}, "is a transcoder"),
+        ({"d_out": 16}, r"is a transcoder; sae\.output_site must name"),
         ({"hook_name": "blocks.0.hook_resid_pre"}, "where the run has resid_pre.1"),
         ({"architecture": "abstopk"}, "AbsTopK dictionaries have no checkpoint of their own"),
     ],
@@ -212,16 +209,14 @@ def test_all_sources_are_checked_before_one_is_stored(second, words, tiny, tmp_p
     if "architecture" in second:
         config = read_json(tmp_path / "b" / "cfg.json")
         write_json(tmp_path / "b" / "cfg.json", config | second | {"k": 2})
-    sources = (path, str(tmp_path / "b"))
-    refused(words, adopted, tiny, tmp_path, sources=sources)
+    sources = {"sae__sources": (path, str(tmp_path / "b"))}
+    refused(words, adopted, tiny, tmp_path, **sources)
     assert not Workdir(tmp_path / "run").computed  # so that other settings may follow
-    config = copy.deepcopy(tiny[0])
-    config.sae.sources = sources
-    refused(words, check_sources, config, Workdir(tmp_path / "run"))  # without a store
+    # Without a store, too.
+    refused(words, check_sources, changed(tiny[0], **sources), Workdir(tmp_path / "run"))
 
 
 def test_settings_that_cannot_be_are_refused(tiny):
     refused("source= must be something", validate, ConvertConfig())
-    config = copy.deepcopy(tiny[0])
-    config.sae.sources, config.sae.seeds = ("train", "x"), 2
+    config = changed(tiny[0], sae__sources=("train", "x"), sae__seeds=2)
     refused(r"sae\.seeds asks for several", validate, config)

@@ -1,6 +1,5 @@
 """Moved dictionaries: exact in every architecture, scored by slow formulas, and trained from."""
 
-import dataclasses
 import functools
 import json
 
@@ -11,11 +10,11 @@ import pytest
 import tiny_run
 from flax import nnx
 from test_exchange import trained
-from tiny_run import refused
+from tiny_run import changed, refused
 
 from crossdict_jax import dictionaries, maps, ops
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import Config, SAEConfig
+from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.evaluation import reconstruction
@@ -124,10 +123,9 @@ def test_the_random_stitch_keeps_means_and_power_and_is_random():
 def run(tmp_path_factory):
     """(config, store, work) of the study in a copy of the run."""
     config, copy = tiny_run.private_run(tmp_path_factory)
-    sae = SAEConfig(width=32, k=6, steps=60, batch_size=64)
-    config, store = dataclasses.replace(config, sae=sae), open_store(copy.activations)
+    config = changed(config, sae__steps=60, sae__batch_size=64)
     measure.run(config, copy)
-    return config, store, copy
+    return config, open_store(copy.activations), copy
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,12 @@
 """What maps are worth in paired rows: a study in miniature, its honesty, and its page."""
 
-import dataclasses
-
 import pytest
-from tiny_run import SHAPES, make_config, refused, save_dictionaries
+from tiny_run import SHAPES, changed, extracted, make_config, refused, save_dictionaries
 
-from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import (
-    CrosscoderConfig,
-    EfficiencyConfig,
-    HypernetworkConfig,
-    MapConfig,
-    to_dict,
-)
+from crossdict_jax.config import CrosscoderConfig, EfficiencyConfig, HypernetworkConfig, MapConfig
 from crossdict_jax.studies.efficiency import curves, figure, measure, r2_table, section, worth
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import open_workdir, read_jsonl
+from crossdict_jax.workdir import read_jsonl
 
 pytestmark = pytest.mark.slow  # three networks and their maps are compiled and trained
 KINDS = ("mean", "procrustes", "ridge", "crosscoder")
@@ -25,13 +16,12 @@ KINDS = ("mean", "procrustes", "ridge", "crosscoder")
 def run(tmp_path_factory):
     """Two layers of two random models, with random dictionaries; (config, work, result rows)."""
     root = tmp_path_factory.mktemp("efficiency")
-    config = dataclasses.replace(make_config(root), layers=(0, 1))
+    config = changed(make_config(root), layers=(0, 1))
     config.map = MapConfig(kinds=(*KINDS, "hypernetwork"))
     config.map.hypernetwork = HypernetworkConfig(rank=4, steps=12)
     config.crosscoder = CrosscoderConfig(width=8, steps=4)
     config.efficiency = EfficiencyConfig(rows=(8, 64))
-    work = open_workdir(root / "run", to_dict(config))
-    store = extract(config, work)
+    store, work = extracted(config, root / "run")
     save_dictionaries(store, work)
     measure.run(config, work)
     return config, work, store, read_jsonl(work.result("efficiency.jsonl"))
@@ -73,9 +63,9 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
 
 def test_what_cannot_be_asked_is_refused(run):
     config, work, *_ = run
-    one = dataclasses.replace(config, layers=(0,))
+    one = changed(config, layers=(0,))
     refused("layers give one layer pair, 0:0: none can be left out", measure.run, one, work)
-    many = dataclasses.replace(config, efficiency=EfficiencyConfig(rows=(8, 10**6)))
+    many = changed(config, efficiency__rows=(8, 10**6))
     refused("efficiency.rows=1000000 is more than", measure.run, many, work)
 
 

@@ -11,7 +11,7 @@ import optax
 import planted_store
 import pytest
 from planted_store import PlantedStore, assert_close, gathered, planted_rows, run_steps, slow_but
-from tiny_run import refused
+from tiny_run import refused, slow
 
 from crossdict_jax.config import SAEConfig, architectures
 from crossdict_jax.dictionaries import train
@@ -21,7 +21,6 @@ from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
 from crossdict_jax.training.mesh import make_mesh
 
 every = pytest.mark.parametrize("architecture", architectures())
-SLOW = pytest.mark.slow
 STEPS, WIDTH = 6, 20
 
 
@@ -66,7 +65,7 @@ def test_a_transcoders_parts_too():
     assert_close(parts, whole, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["relu", pytest.param("batchtopk", marks=SLOW)])
+@pytest.mark.parametrize("architecture", ["relu", slow("batchtopk")])
 def test_members_train_as_if_alone(architecture):
     """Two sites, seeds and penalties or values of k together; each is what it would be alone."""
     sweep = {"relu": {"l1_coefficient": (1.0, 4.0)}, "batchtopk": {"learning_rate": (1e-3, 5e-3)}}

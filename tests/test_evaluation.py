@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import kill_in_save
-from test_matching import slow_correlations
+from test_matching import codes, slow_correlations
 from tiny_run import refused
 
 from crossdict_jax import dictionaries, maps, stats
@@ -28,24 +28,18 @@ COLUMNS = {name for column in SCORES for name in column.names} - NORMALIZED_COLU
 SPLITS = ("train", "test")
 
 
-def codes(rng, n=60, width=9, share=0.3):
-    """Sparse non-negative rows; the last feature is dead."""
-    f = rng.random((n, width)) * (rng.random((n, width)) < share)
-    f[:, -1] = 0
-    return f.astype(np.float32)
-
-
 def example(seed, n=60, width=9):
     """(predicted, target, train_mean, documents) with a bit of everything in them."""
     rng = np.random.default_rng(seed)
-    target = codes(rng, n, width)
+    target = codes(rng, n, width, 0.3)
     predicted = np.maximum(target + 0.3 * rng.normal(size=target.shape), 0).astype(np.float32)
     predicted[:, 0] = 0.25  # constant
+    target[:, -1] = 0  # dead
     predicted[3] = 0
     target[4] = 0
     predicted[5] = target[5] = 0
     target[7] = target[6]
-    return predicted, target, codes(rng, 500, width).mean(0), rng.integers(0, 7, n)
+    return predicted, target, codes(rng, 500, width, 0.3).mean(0), rng.integers(0, 7, n)
 
 
 def slow_cosine(a, b):
@@ -173,7 +167,7 @@ def test_ties_count_against_but_equal_targets_are_one():
     found = transfer_metrics(target, target, train_mean=np.zeros(2))
     # Row 2 points where rows 0 and 1 do; those two are each other's copies, row 2 is not.
     assert found["mean_rank"] == pytest.approx((2 + 2 + 3 + 1) / 4) and found["top1"] == 0.25
-    many = codes(np.random.default_rng(0), 50)
+    many = codes(np.random.default_rng(0), 50, 9, 0.3)
     assert transfer_metrics(0 * many, many, train_mean=many.mean(0))["top1"] <= 0.02
 
 

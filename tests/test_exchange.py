@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,13 +15,13 @@ import optax
 import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
+from tiny_run import DATA
 
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.dictionaries import base, formats
 from crossdict_jax.dictionaries.architectures import jumprelu
 
 D, F, K = 8, 20, 3
-DATA = os.environ.get("CROSSDICT_DATA")
 FOREIGN = sorted((Path(DATA).parent / "saelens").glob("*/")) if DATA else []
 foreign = pytest.mark.parametrize("folder", FOREIGN, ids=lambda f: f.name)
 HOOK = {"hook_name": "blocks.0.hook_resid_pre", "model_name": "toy"}

@@ -1,6 +1,5 @@
 """Extraction and the store: rows are the right positions, resume, checksums, masks, provenance."""
 
-import dataclasses
 import gc
 import shutil
 import tracemalloc
@@ -10,37 +9,30 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import kill_in_save
-from tiny_run import refused
+from tiny_run import changed, extracted, refused
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations import pairing
 from crossdict_jax.activations import plan as planning
-from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import to_dict
-from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_text
+from crossdict_jax.workdir import Workdir, read_json, write_text
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     config = tiny_run.make_config(tmp_path_factory.mktemp("text"))
-    config.extract = dataclasses.replace(config.extract, batch_size=8)
+    config.extract.batch_size = 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "SHARD_WINDOWS", 16)
         yield config
 
 
-def run(config, root):
-    work = open_workdir(root, to_dict(config))
-    return extract(config, work), work
-
-
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    return run(config, tmp_path_factory.mktemp("run") / "w")
+    return extracted(config, tmp_path_factory.mktemp("run") / "w")
 
 
 def everything(store):
@@ -112,10 +104,9 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
     def held(documents):
         source = tmp_path / str(documents) / "long.txt"
         write_text(source, "\n\n".join(tiny_run.make_texts(documents)))
-        changes = {"source": str(source), "documents": documents, "max_bytes": 150}
-        text = dataclasses.replace(config.text, **changes)
+        how = {"text__source": str(source), "text__documents": documents, "text__max_bytes": 150}
         tracemalloc.start()
-        plan = planning.make_plan(dataclasses.replace(config, text=text), lms, tmp_path)
+        plan = planning.make_plan(changed(config, **how), lms, tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak, len(plan.rows)
@@ -133,15 +124,15 @@ def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):
 
 def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path):
     store, _ = finished
-    kill_in_save(4, lambda: run(config, tmp_path / "w"), stage, "save_shard")
+    kill_in_save(4, lambda: extracted(config, tmp_path / "w"), stage, "save_shard")
     refused("no finished store", open_store, tmp_path / "w" / "activations")
-    again, work = run(config, tmp_path / "w")
+    again, work = extracted(config, tmp_path / "w")
     assert again.meta == store.meta
     for name, x in everything(store).items():
         np.testing.assert_array_equal(everything(again)[name].view(np.uint16), x.view(np.uint16))
     pairing = read_json(work.result("pairing.json"))
     work.result("pairing.json").unlink()  # results may be deleted, to be made again
-    run(config, tmp_path / "w")
+    extracted(config, tmp_path / "w")
     assert read_json(work.result("pairing.json")) == pairing != {}
 
 
@@ -162,10 +153,9 @@ def test_damage_is_named(finished, tmp_path, name, damage):
 
 
 def test_changed_text_is_refused(config, tmp_path):
-    kill_in_save(1, lambda: run(config, tmp_path / "w"), stage, "masked")
-    text = dataclasses.replace(config.text, max_bytes=100)
-    changed = dataclasses.replace(config, text=text)
-    refused("text has changed", extract, changed, Workdir(tmp_path / "w"))
+    kill_in_save(1, lambda: extracted(config, tmp_path / "w"), stage, "masked")
+    other = changed(config, text__max_bytes=100)
+    refused("text has changed", stage.extract, other, Workdir(tmp_path / "w"))
 
 
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):

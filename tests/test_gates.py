@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import CONTEXT, SITE, make_config
+from tiny_run import CONTEXT, SITE, make_config, slow
 
 from crossdict_jax import models
 from crossdict_jax.activations import pairing
@@ -200,10 +200,6 @@ def tiny(monkeypatch, small):
     monkeypatch.setattr(models, "EMBEDDED", folders)
     monkeypatch.setattr(lab, "LM_SITE", SITE)
     monkeypatch.setattr(lab, "lm_config", config)
-
-
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 NETWORK = "low end of the network less high end of ridge"

@@ -1,14 +1,12 @@
 """Generation: what the cache gives is what the whole text gives, and draws are what they say."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_causal_transfer import SHAPE as LLAMA
-from tiny_run import SHAPES
+from test_models import GOLDENS, REAL
+from tiny_run import DATA, SHAPES, needs_data
 
 from crossdict_jax import models
 from crossdict_jax.models import Site, run
@@ -16,7 +14,6 @@ from crossdict_jax.models.run import Runner, Starts
 
 FAMILIES = {"gpt2": SHAPES["a"], "gpt_neox": SHAPES["b"], "llama": LLAMA}
 LENGTHS = (5, 2, 7, 1, 3)
-GOLDENS = Path(__file__).parent / "goldens"
 
 
 def starts(d_model: int, *, scale: float = 3.0) -> Starts:
@@ -99,11 +96,11 @@ def test_draws_follow_the_probabilities_and_the_nucleus():
     np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
 
 
-@pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
-@pytest.mark.parametrize("name", ["stories260k", "llama2xs", "gpt-tinystories-char"])
+@needs_data
+@pytest.mark.parametrize("name", REAL)
 def test_real_models_write_what_hugging_face_writes(name):
     golden = np.load(GOLDENS / f"greedy-{name}.npz", allow_pickle=False)
-    lm = models.load(Path(os.environ["CROSSDICT_DATA"]) / "models" / name)
+    lm = models.load(f"{DATA}/models/{name}")
     prompt, continuation = golden["prompt"], golden["continuation"]
     zero, length = np.zeros(1, np.int32), np.full(1, len(prompt), np.int32)
     s = Starts(prompt[None], length, np.zeros((1, lm.config.d_model), np.float32), zero, zero)

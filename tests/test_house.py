@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny_run import ROOT
 
-ROOT = Path(__file__).parents[1]
 # From the ground up: a room may use those of lower floors, and itself.
 ROOMS = """errors modules stats / workdir / results / config / training / ops / models
     / activations / dictionaries pretraining / maps / evaluation causal / report / studies

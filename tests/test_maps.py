@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from map_problems import CONFIG, ROWS, feature_r2, fit_one, make_problem, shuffled_problem
 from planted_store import kill_in_save
-from tiny_run import refused, save_dictionaries
+from tiny_run import refused, save_dictionaries, slow
 
 from crossdict_jax import dictionaries, maps, modules
 from crossdict_jax.activations.text import SPLITS
@@ -104,7 +104,7 @@ def test_saved_and_loaded_gives_the_same_bits(kind, nonlinear, fitted_on, tmp_pa
     np.testing.assert_array_equal(maps.predict(loaded, test), maps.predict(m, test))
 
 
-@pytest.mark.parametrize("kind", ["mlp", pytest.param("hypernetwork", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["mlp", slow("hypernetwork")])
 def test_killed_and_resumed_ends_with_the_same_bits(kind, nonlinear, fitted_on, tmp_path):
     def fit_both():
         problems = [nonlinear[0], shuffled_problem(nonlinear[0])]

@@ -4,23 +4,10 @@ import json
 import sys
 import types
 
-import pytest
+from tiny_run import refused
 
-from crossdict_jax.errors import UserError
 from crossdict_jax.training import metrics
 from crossdict_jax.training.metrics import MetricsWriter
-
-
-@pytest.fixture
-def wandb(monkeypatch) -> list:
-    """A stand-in for the package; what it is told."""
-    told = []
-    run = types.SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
-    module = types.ModuleType("wandb")
-    module.init = lambda **settings: told.append(settings["project"]) or run
-    module.__spec__ = types.SimpleNamespace(name="wandb")
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return told
 
 
 def test_rows_behind_the_restored_step_are_written_once(tmp_path):
@@ -36,15 +23,20 @@ def test_rows_behind_the_restored_step_are_written_once(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_other_tools_get_a_curve_for_each_member(tmp_path, wandb):
+def test_other_tools_get_a_curve_for_each_member(tmp_path, monkeypatch):
+    told, wandb = [], types.ModuleType("wandb")  # a stand-in for the package; what it is told
+    run = types.SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
+    wandb.init = lambda **settings: told.append(settings["project"]) or run
+    wandb.__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     writer = MetricsWriter(tmp_path / "m.jsonl", start=0, records=("wandb",), labels=("x", "y"))
     writer(7, {"loss": [2.0, 3.0], "rate": 0.5})
     writer.close()
     curves = {"loss/x": 2.0, "loss/y": 3.0, "rate": 0.5, "step": 7}
-    assert wandb == ["crossdict_jax", curves, "finished"]
+    assert told == ["crossdict_jax", curves, "finished"]
 
 
 def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(metrics.PACKAGES, "wandb", "no_such_package")
-    with pytest.raises(UserError, match="pip install no_such_package"):
-        MetricsWriter(tmp_path / "m.jsonl", start=0, records=("wandb",))
+    how = {"start": 0, "records": ("wandb",)}
+    refused("pip install no_such_package", MetricsWriter, tmp_path / "m.jsonl", **how)

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny_run import refused
+from tiny_run import DATA, needs_data, refused
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -84,11 +83,11 @@ def test_logits_and_every_site_match_hugging_face(variant):
     assert golden.keys() == seen.keys() | {"logits", "tokens"}
 
 
-@pytest.mark.skipif("CROSSDICT_DATA" not in os.environ, reason="needs CROSSDICT_DATA")
+@needs_data
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_give_the_loss_of_hugging_face(name):
     golden = np.load(GOLDENS / f"loss-{name}.npz", allow_pickle=False)
-    lm = models.load(Path(os.environ["CROSSDICT_DATA"]) / "models" / name)
+    lm = models.load(f"{DATA}/models/{name}")
     tokens = golden["tokens"]
     log_p = jax.nn.log_softmax(lm.logits(tokens)[:, :-1])
     loss = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean()

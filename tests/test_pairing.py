@@ -1,26 +1,19 @@
 """Byte ends, pairs and windows, checked against independent oracles on arbitrary Unicode."""
 
 import functools
-import os
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_run import refused
+from tiny_run import DATA, needs_data, refused
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from crossdict_jax.activations import pairing
-
-DATA = Path(os.environ.get("CROSSDICT_DATA", ""))
-needs_data = pytest.mark.skipif(
-    not os.environ.get("CROSSDICT_DATA"), reason="CROSSDICT_DATA is not set"
-)
 
 TEXT = """Returns the mean of the array elements along the given axis.
     The mean is taken over the flattened array by default, otherwise over the specified axis.
@@ -92,8 +85,8 @@ def small():
 
 @pytest.fixture(scope="module")
 def real():
-    files = (DATA / "tokenizers" / name / "tokenizer.json" for name in ("gpt2", "pythia"))
-    return [PreTrainedTokenizerFast(tokenizer_file=str(file)) for file in files]
+    files = (f"{DATA}/tokenizers/{name}/tokenizer.json" for name in ("gpt2", "pythia"))
+    return [PreTrainedTokenizerFast(tokenizer_file=file) for file in files]
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,22 +1,18 @@
 """Curves of L0 against FVU: every setting on held-out rows, nothing trained twice, and its page."""
 
-import copy
-import dataclasses
-
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import changed, refused
 
 from crossdict_jax import dictionaries
-from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
+from crossdict_jax.config import ParetoConfig, SAEConfig
 from crossdict_jax.dictionaries import base
-from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.studies.pareto import curves, fvu_at, measure, section, tables
 from crossdict_jax.verify import recovery
 from crossdict_jax.verify.planted import PlantedConfig
-from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl
+from crossdict_jax.workdir import Workdir, read_jsonl
 
 pytestmark = pytest.mark.slow  # six ensembles are compiled and trained
 PLANTED = PlantedConfig(rows=400, documents=40, features=8, widths=(6,), exclusive=0, active=2.0)
@@ -30,8 +26,7 @@ def run(tmp_path_factory):
     config = tiny_run.make_config(root)
     config.sae = SAEConfig(width=24, k=4, steps=4, batch_size=64)
     config.pareto = ParetoConfig(architectures=("topk", "relu"), k=(2, 8), penalties=(0.1, 4.0))
-    work = open_workdir(root / "run", to_dict(config))
-    store = extract(config, work)
+    store, work = tiny_run.extracted(config, root / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "PLANTED", PLANTED)
         patch.setattr(recovery, "SETTINGS", SETTINGS)
@@ -72,8 +67,7 @@ def test_rows_are_of_the_dictionaries_on_test_rows(run):
 
 def test_run_again_nothing_is_trained_and_new_points_are_added(run):
     config, work, store, rows = run
-    config = copy.deepcopy(config)
-    config.pareto.architectures = ("topk",)
+    config = changed(config, pareto__architectures=("topk",))
     folder, end = Workdir(work.root / "pareto" / "activations"), {"model": "a", "site": Site(1)}
     before = {p: p.stat().st_mtime_ns for p in folder.root.rglob("*.sha256.json")}
     again = {row["k"]: row["fvu"] for row, _ in measure.curves(config, store, folder, **end)}
@@ -86,9 +80,9 @@ def test_run_again_nothing_is_trained_and_new_points_are_added(run):
 
 def test_more_active_features_than_features_are_refused(run):
     config, work, store, _ = run
-    config = dataclasses.replace(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
-    with pytest.raises(UserError, match=r"pareto\.k=25 is more than sae\.width=24"):
-        list(measure.curves(config, store, work, model="a", site=Site(1)))
+    config = changed(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
+    points = measure.curves(config, store, work, model="a", site=Site(1))
+    refused(r"pareto\.k=25 is more than sae\.width=24", list, points)
 
 
 def test_the_page_and_the_tables_show_every_point(run):

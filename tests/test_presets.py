@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_gates import slow
+from tiny_run import slow
 
 from configs import pythia410m_gpt2medium
 from crossdict_jax import models, modules

@@ -42,7 +42,7 @@ def tiny(text, model_type="gpt2", **changes):
     return PretrainConfig(text=text, **how | changes)
 
 
-@pytest.fixture(scope="module", params=["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["gpt2", tiny_run.slow("gpt_neox")])
 def trained(request, text, tmp_path_factory):
     """A shape of models, the folder of one that was trained, and what the training returned."""
     directory = tmp_path_factory.mktemp("whole")

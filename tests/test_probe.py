@@ -1,6 +1,5 @@
 """Probes: logistic regression, labelled texts, planted labels carried over, the study's rows."""
 
-import dataclasses
 import shutil
 
 import numpy as np
@@ -115,7 +114,7 @@ def run(tmp_path_factory):
     lines += [lines[0], {"text": "abc " * 40, "label": "late"}]
     few = {"examples": (12, 16), "maps": ("mean", "ridge")}
     asked = ProbeConfig(source=write_rows(work.root / "texts.jsonl", lines), **few)
-    config = dataclasses.replace(config, probe=asked)
+    config = tiny_run.changed(config, probe=asked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "DRAWS", 2)
         patch.setattr(logistic, "PENALTIES", (1e-2, 1e-1))

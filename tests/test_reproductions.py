@@ -1,6 +1,7 @@
 """Presets of published numbers: complete, and run through at a small size on stand-in models."""
 
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -8,14 +9,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_run import SHAPES, flags, make_texts, write_rows
+from tiny_run import ROOT, SHAPES, flags, make_models, make_texts, write_rows
 
-from crossdict_jax import dictionaries, models
-from crossdict_jax.config import settings
+from crossdict_jax import dictionaries
 from crossdict_jax.dictionaries.base import build
-from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
 
-ROOT = Path(__file__).parents[1]
 STAND_INS = {  # preset: the folders that stand in for its models, and its settings at this size
     "chen2025_gpt2": (("gpt2", "gpt2-medium"), {"layer_pairs": "0:1"}),
     "chen2025_pythia": (("pythia-70m-deduped", "pythia-160m-deduped"), {"layer_pairs": "0:1"}),
@@ -32,7 +30,6 @@ SMALL = """text.documents=120 text.max_bytes=400 text.window_tokens=40 sae.width
 def test_a_preset_expects_what_its_run_writes(preset):
     """Every number is of a file and a column that stages write, and says where it was published."""
     module = importlib.import_module(f"configs.{preset}")
-    settings.validate(module.get_config())
     expectations = module.get_expectations()
     assert expectations
     for one in expectations:
@@ -64,17 +61,14 @@ def test_a_preset_runs_through(preset, tmp_path):
     assert len(re.findall(r"\b(met|MISSED)\b", table)) == len(module.get_expectations())
 
 
-def stand_ins(names, root: Path, *, copies: bool) -> list[str]:
-    """Random models of one tokenizer, with dictionaries of somebody else; their folders."""
+def stand_ins(names, root: Path, *, copies: bool) -> tuple[str, ...]:
+    """Random models of one vocabulary, with dictionaries of somebody else; their folders."""
     texts = make_texts(120)
     write_rows(root / "text.jsonl", [{"text": text} for text in texts])
-    tokenizer = train_tokenizer(texts, vocab_size=290, nfc=False)
-    for number, name in enumerate(names):
-        seed = 0 if copies else number
-        models.save(models.init(SHAPES["a"], seed=seed), root / name, dtype="float32")
-        save_tokenizer(tokenizer, root / name, context=64)
-        for layer in range(2):
-            d = build("topk", d_model=16, width=64, k=6, key=jax.random.key(10 * seed + layer))
-            place = {"hook_name": f"blocks.{layer}.hook_resid_pre", "model_name": name}
-            dictionaries.save_saelens(d, root / name / "sae" / str(layer), **place)
-    return [str(root / name) for name in names]
+    folders = make_models(root, texts, dict.fromkeys(names, SHAPES["a"]), copies=copies)
+    for number, (name, layer) in enumerate(itertools.product(names, range(2))):
+        seed = layer if copies else number
+        d = build("topk", d_model=16, width=64, k=6, key=jax.random.key(seed))
+        place = {"hook_name": f"blocks.{layer}.hook_resid_pre", "model_name": name}
+        dictionaries.save_saelens(d, root / name / "sae" / str(layer), **place)
+    return folders

@@ -1,8 +1,7 @@
 """Result files: what is written is described, and what is read is what was described."""
 
 import pytest
-from test_house import ROOT
-from tiny_run import refused
+from tiny_run import ROOT, refused
 
 from crossdict_jax import results, studies
 from crossdict_jax.results import Column, Table

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import slow
 
 from crossdict_jax import modules, ops
 from crossdict_jax.dictionaries import base
@@ -200,9 +201,7 @@ def test_what_equals_the_least_is_kept(over_rows):
     np.testing.assert_array_equal(ops.keep_top_k(z, 21), np.maximum(z, 0))
 
 
-@pytest.mark.parametrize(
-    ("module", "big"), [(sums, 1), (kernels, 1), pytest.param(sums, 2**20, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("module", "big"), [(sums, 1), (kernels, 1), slow(sums, 2**20)])
 @pytest.mark.parametrize("name", ["sum_by_group", "sum_by_key"])
 def test_groups_of_any_size_are_summed(module, name, big):
     """Also where an entry and its key do not fit into one integer; some entries have no group."""

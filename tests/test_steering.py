@@ -1,6 +1,5 @@
 """Steering: the right feature goes in at the right norm, counts are counts, mistakes are named."""
 
-import dataclasses
 import json
 import re
 
@@ -35,11 +34,11 @@ def run(tmp_path_factory):
     file = work.root / "prompts.txt"
     file.write_text(PROMPTS)
     few = SteerConfig(prompts=str(file), samples=2, tokens=6, alphas=(0.5,))
-    return dataclasses.replace(config, steer=few), work
+    return tiny_run.changed(config, steer=few), work
 
 
 def asked(config, **changes):
-    return dataclasses.replace(config, steer=dataclasses.replace(config.steer, **changes))
+    return tiny_run.changed(config, **{f"steer__{name}": v for name, v in changes.items()})
 
 
 @pytest.fixture(scope="module")

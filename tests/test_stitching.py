@@ -1,6 +1,5 @@
 """Stitching: every map and control has its row, and rows are what the plain model does."""
 
-import dataclasses
 import functools
 import types
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_run
 from test_run import slow
+from tiny_run import changed
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.store import open_store
@@ -21,10 +21,8 @@ from crossdict_jax.workdir import read_jsonl
 def two_layers(tmp_path_factory):
     """Rows of causal.jsonl of a run with two layer pairs, and the run."""
     config = tiny_run.make_config(tmp_path_factory.mktemp("two"))
-    ridge = dataclasses.replace(config.map, kinds=("ridge",))
-    config = dataclasses.replace(config, layers=(0, 1), map=ridge)
-    work = tiny_run.open_workdir(tmp_path_factory.mktemp("run") / "run", tiny_run.to_dict(config))
-    store = tiny_run.extract(config, work)
+    config = changed(config, layers=(0, 1), map__kinds=("ridge",))
+    store, work = tiny_run.extracted(config, tmp_path_factory.mktemp("run") / "run")
     tiny_run.save_dictionaries(store, work)
     maps.fit_maps(config, store, work)
     intervene(config, work)
@@ -125,8 +123,7 @@ def test_the_rows_put_in_what_the_map_says(finished):
 def test_spans_are_edited_as_asked(finished):
     """The last token of every span, or all of them."""
     config, work = finished
-    changed = dataclasses.replace(config.intervention, span="whole")
-    asked = dataclasses.replace(config, intervention=changed)
+    asked = changed(config, intervention__span="whole")
     plain, whole = (stitching.Target(FinishedRun(c, work), "a").passages for c in (config, asked))
     assert plain.first is None
     assert (whole.first <= whole.position).all() and (whole.first < whole.position).any()

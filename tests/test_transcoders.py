@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import PlantedStore, slow_but, train_on, trained
-from tiny_run import refused
+from tiny_run import changed, refused
 
 from crossdict_jax import dictionaries, maps, modules, ops
 from crossdict_jax.activations import untrained
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.benchmark.saelens import compare_saelens
 from crossdict_jax.causal import intervene, transfer_features
-from crossdict_jax.config import ConvertConfig, MapConfig, SAEConfig, SteerConfig, to_dict
+from crossdict_jax.config import ConvertConfig, SAEConfig, to_dict
 from crossdict_jax.config.settings import validate
 from crossdict_jax.dictionaries import base, start, train
 from crossdict_jax.dictionaries.convert import convert
@@ -32,7 +32,7 @@ from crossdict_jax.studies.dictionary_transfer.transferred import transferred
 from crossdict_jax.studies.efficiency import measure as efficiency
 from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.verify.recovery import measure_pareto
-from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
+from crossdict_jax.workdir import Workdir, read_jsonl, write_json
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "transcoders").iterdir())
 HOOKS = {"hook_name": "blocks.1.hook_resid_mid", "model_name": "toy"}
@@ -114,9 +114,8 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("transcoders")
     config = tiny_run.make_config(root)
     config.sae = SAEConfig(width=32, k=4, steps=30, batch_size=64, output_site="b:mlp_out")
-    config.map = dataclasses.replace(config.map, kinds=("mean", "ridge"))
-    work = open_workdir(root / "run", to_dict(config))
-    store = extract(config, work)
+    config.map.kinds = ("mean", "ridge")
+    store, work = tiny_run.extracted(config, root / "run")
     train.train_dictionaries(config, store, work)
     maps.fit_maps(config, store, work)
     return config, store, work
@@ -244,11 +243,11 @@ def test_a_wrong_folder_is_refused_in_one_line(change, message, tmp_path):
 
 
 def test_outputs_that_cannot_be_are_refused_in_one_line(finished, tmp_path):
-    def asked(output_site):
-        return dataclasses.replace(finished[0], sae=SAEConfig(output_site=output_site))
+    def asked(output_site, **changes):
+        return changed(finished[0], sae__output_site=output_site, **changes)
 
     refused(re.escape("nothing, or [MODEL:]KIND[.LAYER]"), validate, asked("mlp_out.x"))
-    written = dataclasses.replace(asked("mlp_out"), map=MapConfig(kinds=("hypernetwork",)))
+    written = asked("mlp_out", map__kinds=("hypernetwork",))
     refused("needs dictionaries that write the site that they read", validate, written)
     work = Workdir(tmp_path)
     refused("no model 'c'; this run has a, b", extract, asked("c:mlp_out"), work)
@@ -257,7 +256,7 @@ def test_outputs_that_cannot_be_are_refused_in_one_line(finished, tmp_path):
 
 def test_what_needs_equal_sites_says_so(finished, tmp_path):
     config, store, work = finished
-    config = dataclasses.replace(config, steer=SteerConfig(feature=1))
+    config = changed(config, steer__feature=1)
     stages = [efficiency.run, dictionary_transfer.run, measure_pareto, steer]
     stages.append(lambda config, work: compare_saelens(config, store, work))
     for stage in stages:
@@ -275,6 +274,5 @@ def test_an_imported_dictionary_must_write_what_the_run_asks_for(finished, tmp_p
         ("plain", "is no transcoder; sae.output_site must name"),
         ("nine", "writes rows of 9, b has 24 at mlp_out.1"),
     ):
-        sae = dataclasses.replace(config.sae, sources=(str(tmp_path / name), "train"))
-        asked, work = dataclasses.replace(config, sae=sae), Workdir(tmp_path / f"run-{name}")
-        refused(message, adopt, asked, store, work)
+        asked = changed(config, sae__sources=(str(tmp_path / name), "train"))
+        refused(message, adopt, asked, store, Workdir(tmp_path / f"run-{name}"))

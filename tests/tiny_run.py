@@ -1,8 +1,10 @@
 """A finished run in miniature, for tests of the stages that only read checkpoints."""
 
+import copy
 import fcntl
 import functools
 import itertools
+import os
 import shutil
 from pathlib import Path
 
@@ -12,15 +14,7 @@ import pytest
 
 from crossdict_jax import dictionaries, maps, models
 from crossdict_jax.activations.extract import extract
-from crossdict_jax.config import (
-    Config,
-    EvaluationConfig,
-    InterventionConfig,
-    SAEConfig,
-    TextConfig,
-    to_dict,
-)
-from crossdict_jax.config.settings import from_dict
+from crossdict_jax.config import Config, settings, to_dict
 from crossdict_jax.dictionaries.base import build
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.kinds.mlp import MLP
@@ -29,6 +23,9 @@ from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
 from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_jsonl
 
+ROOT = Path(__file__).parents[1]
+DATA = os.environ.get("CROSSDICT_DATA")  # real models, tokenizers and dictionaries
+needs_data = pytest.mark.skipif(not DATA, reason="CROSSDICT_DATA is not set")
 CONTEXT = 64
 SITE = Site(1)
 SHAPES = {  # of a large init, so that edits matter without training
@@ -44,10 +41,15 @@ SMALL = """layers=1 control_kinds=ridge map.kinds=mean,token,ridge,mlp checkpoin
     intervention.documents=8 text.documents=60"""
 
 
-def refused(words: str, call, *arguments, **settings) -> str:
+def slow(*case):
+    """A case of a parametrized test that only the slow tests run."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def refused(words: str, call, *arguments, **how) -> str:
     """The line with these words (a pattern) in which a call ends."""
     with pytest.raises(UserError, match=words) as caught:
-        call(*arguments, **settings)
+        call(*arguments, **how)
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -67,11 +69,11 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def make_models(root: Path, texts: list[str], shapes: dict = SHAPES) -> tuple[str, ...]:
-    """Random language models of these shapes, with tokenizers of their sizes; their folders."""
+def make_models(root: Path, texts: list[str], shapes=SHAPES, *, copies=False) -> tuple[str, ...]:
+    """Random language models, or one again and again, with tokenizers; their folders."""
     for seed, (name, shape) in enumerate(shapes.items()):
         tokenizer = train_tokenizer(texts, vocab_size=shape["vocab_size"], nfc=False)
-        models.save(models.init(shape, seed=seed), root / name, dtype="float32")
+        models.save(models.init(shape, seed=0 if copies else seed), root / name, dtype="float32")
         save_tokenizer(tokenizer, root / name, context=CONTEXT)
     return tuple(str(root / name) for name in shapes)
 
@@ -91,6 +93,14 @@ def flags(settings: str, **changes) -> list[str]:
     return [f"--config.{name}={value}" for name, value in asked.items()]
 
 
+def changed(config: Config, **values) -> Config:
+    """A copy of a config with other settings, by dotted name, dots written as __."""
+    config = copy.deepcopy(config)
+    for name, value in values.items():
+        settings.put(config, name.replace("__", "."), value)
+    return config
+
+
 def make_config(root: Path) -> Config:
     """The settings of the run, its text written to ``root``; tests of controls turn them on."""
     texts = make_texts(60)
@@ -98,11 +108,10 @@ def make_config(root: Path) -> Config:
     for i, text in enumerate(texts):
         (root / "text" / f"{i}.txt").write_text(text)
     config = Config(models=make_models(root, texts), layers=(SITE.layer,), controls=())
-    config.text = TextConfig(source=str(root / "text"), documents=60, window_tokens=40)
-    config.sae, config.map.kinds = SAEConfig(width=32, k=6), ("mean", "token", "ridge", "mlp")
-    config.evaluation = EvaluationConfig(bootstrap=40, pool=64, batch_size=512)
-    config.intervention = InterventionConfig(documents=6, batch_size=8)
-    return config
+    small = {"text__source": str(root / "text"), "text__documents": 60, "text__window_tokens": 40}
+    small |= {"sae__width": 32, "sae__k": 6, "map__kinds": ("mean", "token", "ridge", "mlp")}
+    small |= {"evaluation__bootstrap": 40, "evaluation__pool": 64, "evaluation__batch_size": 512}
+    return changed(config, **small, intervention__documents=6, intervention__batch_size=8)
 
 
 @functools.cache
@@ -117,7 +126,7 @@ def shared_run(base: Path) -> tuple[Config, Workdir]:
             done.touch()
     copy = Workdir(base / "tiny-run")
     shutil.copytree(root / "run", copy.root)
-    return from_dict(Config, read_json(copy.root / "config.json")), copy
+    return settings.from_dict(Config, read_json(copy.root / "config.json")), copy
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +147,16 @@ def copied(run: tuple[Config, Workdir], folder: Path) -> tuple[Config, Workdir]:
     return config, Workdir(shutil.copytree(work.root, folder / "run"))
 
 
+def extracted(config: Config, folder: Path):
+    """The store of a new run in this folder, and its work directory."""
+    work = open_workdir(folder, to_dict(config))
+    return extract(config, work), work
+
+
 def make_run(root: Path) -> tuple[Config, Workdir]:
     """Extracts, draws random dictionaries and networks, and fits the closed forms."""
     config = make_config(root)
-    work = open_workdir(root / "run", to_dict(config))
-    store = extract(config, work)
+    store, work = extracted(config, root / "run")
     save_dictionaries(store, work)
     for task in maps.tasks(config, store):
         if task.kind == "mlp":
