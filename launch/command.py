@@ -1,6 +1,7 @@
 """Shared by all commands: flags, settings, one line for every mistake, and exit codes."""
 
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -48,6 +49,7 @@ SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "
 SHORT |= {"machine": "machine", "suite": "suite"}  # of launch.compile, launch.benchmark
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 GPU = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # JAX's own for NVIDIA's
+M_ARENA_MAX = -8  # heaps of threads; each keeps what it freed, and glibc would make 8 a core
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
 QUIET = {  # advice that nobody asked for, between the progress bars
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -81,6 +83,8 @@ def run(
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
     sys.unraisablehook = _again
+    with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, os.cpu_count())
     # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
     flags.FLAGS.mark_as_parsed()
     act = functools.partial(execute, start, kind=kind, default=default, writes=writes)
