@@ -317,7 +317,7 @@ def read_json(path: Path, kind: type = dict, *, lines: bool = False, mend: str =
     With ``lines``, the list of values that are one a line. ``mend`` says what to do about damage.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
         value = [parse_json(s) for s in text.splitlines() if s] if lines else parse_json(text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it first.") from None

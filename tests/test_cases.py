@@ -209,17 +209,24 @@ def in_front(tokenizer):
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 8), ("<s>", 7))
 
 
+def drop_out(tokenizer):
+    tokenizer.model.dropout = 0.5
+
+
 def nothing_added(tokenizer):
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
 
 
-@pytest.mark.parametrize("change", [lower, split_digits, more_tokens, in_front, nothing_added])
+@pytest.mark.parametrize(
+    "change", [lower, split_digits, more_tokens, in_front, nothing_added, drop_out]
+)
 @pytest.mark.parametrize(
     ("name", "tokenizer_class"),
     [("docs-gpt2", "GPTNeoXTokenizerFast"), ("docs-gpt2", None), ("docs-neox", "GPT2Tokenizer")],
 )
 def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_path):
     theirs = rebuilt(tmp_path / "m", name, change, tokenizer_class)
+    theirs.model.dropout = None
     text = "We need 1234 <|new|> in 2024,\n\n  <|endoftext|><|padding|>don't"
     loaded = models.load_tokenizer(tmp_path / "m")
     expected = theirs.encode(text, add_special_tokens=False).ids

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
-from test_exchange import trained
+from test_exchange import CENTRED, trained
 from tiny_run import ROOT, SITE, changed, refused, shared
 
 from crossdict_jax import dictionaries
@@ -44,6 +44,11 @@ def test_there_and_back_is_the_same_dictionary(architecture, tmp_path):
     (again,) = convert(ConvertConfig(source=folder, format="crossdict"), back)
     same_features(d, dictionaries.load(folder))
     same_features(d, base.load(again))
+    config = read_json(file := Path(folder) / "cfg.json")
+    write_json(file, config | {"metadata": config["metadata"] | CENTRED})
+    (again,) = convert(ConvertConfig(source=folder), Workdir(tmp_path / "more"))
+    assert read_json(f"{again}/cfg.json")["metadata"].items() >= (CENTRED | NAMED).items()
+    same_features(dictionaries.load(folder), dictionaries.load(again))
 
 
 def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
@@ -73,8 +78,9 @@ def test_modules_of_transformers_become_hooks_and_no_model_is_made_up(module, ho
     save_file({n: np.ones(s, np.float32) for n, s in arrays.items()}, source / "sae.safetensors")
     write_json(source / "cfg.json", {"d_in": 6, "num_latents": 8, "k": 2})
     out = Workdir(tmp_path / "out")
-    refused("give --config.model_name", convert, ConvertConfig(source=str(source)), out)
-    (folder,) = convert(ConvertConfig(source=str(source), model_name="m"), out)
+    refused(r"give --config.model_name \(", convert, ConvertConfig(source=str(source)), out)
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model": "m"}')
+    (folder,) = convert(ConvertConfig(source=str(source)), out)
     about = read_json(Path(folder) / "cfg.json")["metadata"]
     del about["sae_lens_version"]
     assert about == {"model_name": "m", "hf_hook_name": module} | (

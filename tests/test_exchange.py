@@ -25,6 +25,7 @@ D, F, K = 8, 20, 3
 FOREIGN = sorted((Path(DATA).parent / "saelens").glob("*/")) if DATA else []
 foreign = pytest.mark.parametrize("folder", FOREIGN, ids=lambda f: f.name)
 HOOK = {"hook_name": "blocks.0.hook_resid_pre", "model_name": "toy"}
+CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
 
 
 def rows(n=40, seed=9):
@@ -117,6 +118,11 @@ def test_a_saelens_folder_means_what_it_means_there(case, tmp_path):
     means(d, config, w)
     f = modules.over_rows(d, rows(), method="encode", size=7)
     np.testing.assert_allclose(f, d.encode(rows()), atol=1e-5)
+    folder = saelens_folder(tmp_path / "centred", w, **config, metadata=HOOK | CENTRED)
+    if config.get("normalize_activations") == "constant_norm_rescale":
+        return refused(folder, "center_writing_weights=True with normalize_activations='constant")
+    f = saelens(config, w, rows() - rows().mean(1, keepdims=True))[0]
+    np.testing.assert_allclose(dictionaries.load(folder).encode(rows()), f, atol=2e-5)
 
 
 @pytest.mark.parametrize("architecture", [a for a in NAMES if a != "abstopk"])
@@ -301,6 +307,8 @@ def refused(path, message):
         ({"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input='false' must be true or false"),
         ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input=None must be true or false"),
         ({"rescale_acts_by_decoder_norm": 1}, "decoder_norm=1 must be true or false"),
+        (CENTRED | {"hook_name": "blocks.0.hook_q"}, "at hook_name='blocks.0.hook_q' is not sup"),
+        ({"model_from_pretrained_kwargs": {"revision": "x"}}, "revision='x', which may change"),
         *(
             ({"weights": weights("b_enc") | {"b_enc": np.ones(F, t)}}, f"'b_enc' is {t}, which")
             for t in ("bool", "int64", "uint16", "complex64")

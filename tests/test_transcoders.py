@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import PlantedStore, slow_but, train_on, trained
+from test_exchange import CENTRED
 from tiny_run import changed, refused
 
 from crossdict_jax import dictionaries, maps, modules, ops
@@ -192,11 +193,16 @@ def test_an_export_names_both_sites(finished, tmp_path):
 
 
 @pytest.mark.parametrize("folder", GOLDENS, ids=lambda f: f.name)
-def test_a_transcoder_of_the_real_library_means_what_it_means_there(folder):
+def test_a_transcoder_of_the_real_library_means_what_it_means_there(folder, tmp_path):
     d, io = dictionaries.load(folder), np.load(folder / "io.npz")
     assert (d.d_model, d.d_out, d.transcodes) == (8, 5, True) and (io["acts"] > 0).any()
     np.testing.assert_allclose(d.encode(io["x"]), io["acts"], atol=1e-5)
     np.testing.assert_allclose(d(io["x"]), io["recon"], atol=1e-5)
+    config = json.loads((shutil.copytree(folder, tmp_path / "d") / "cfg.json").read_text())
+    config["metadata"] |= CENTRED | {"hook_name": "blocks.1.hook_mlp_out"}
+    write_json(tmp_path / "d/cfg.json", config)
+    expected = d(io["x"] - io["x"].mean(1, keepdims=True))
+    np.testing.assert_allclose(dictionaries.load(tmp_path / "d")(io["x"]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "batchtopk", "matryoshka"])

@@ -45,7 +45,7 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         if config.source.startswith(hub.PREFIX):
             root = Path(hub.parse(config.source)[1])
         items.append((config.source, root.name or "dictionary", formats.names(config.source)))
-    asked = {"hook_name": config.hook_name, "model_name": config.model_name}
+    asked = {"model_name": config.model_name, "hook_name": config.hook_name}
     for source, name, said in items:
         dictionary, folder = formats.load(source), work.dictionaries / name
         names = said | {key: value or said.get(key) for key, value in asked.items()}
@@ -56,9 +56,10 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         elif names["hook_name"] and names["model_name"]:
             saelens.save(dictionary, folder, **names)
         else:
+            missing = " and ".join(f"--config.{key}" for key in asked if not names[key])
             raise UserError(
-                "A SAELens folder says which model and site it reads; give --config.model_name "
-                "and --config.hook_name, as in blocks.6.hook_resid_pre."
+                f"A SAELens folder says which model and site it reads; give {missing} (hooks as "
+                "blocks.6.hook_resid_pre)."
             )
         written.append(str(folder))
     return written + ([hub.push(work.dictionaries, config.push)] if config.push else [])

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from crossdict_jax.errors import UserError
 
@@ -36,6 +36,8 @@ def fetch(path: str) -> Path:
 
     repository, inner, revision = parse(path)
     patterns = [f"{inner}/{kind}" if inner else kind for kind in READ]
+    # Where a run of sparsify says of which model its folders are.
+    patterns += [str(above / "config.json") for above in PurePosixPath(inner).parents]
     with _errors_in_one_line(path):
         root = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     folder = Path(root) / inner

@@ -90,9 +90,8 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "context", "d_model", "n_heads", "d_mlp")
-        limits = dict.fromkeys(sizes, (1, 2**24)) | {"n_layers": (1, 2**10)}
-        limits |= {"norm_eps": (0, 1e30), "init_std": (0, 1e30), "rope_theta": (1, 1e30)}
+        limits = {"n_layers": (1, 2**10), "rope_theta": (1, 1e30)}
+        limits |= dict.fromkeys(("norm_eps", "init_std"), (0, 1e30))
         if self.rotary_fraction is not None:
             limits["rotary_fraction"] = (0, 1)
         for field, (low, high) in limits.items():

@@ -98,7 +98,10 @@ def _tokenizer(folder: Path, changed: int):
         # Other classes are rebuilt from vocabulary and merges alone, with tokens of their own.
         as_it_says = (folder / "tokenizer.json").is_file()
         kind = PreTrainedTokenizerFast if as_it_says else AutoTokenizer
-        return kind.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        if as_it_says and hasattr(model := tokenizer.backend_tokenizer.model, "dropout"):
+            model.dropout = None  # of training: ids would be drawn anew at each reading
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises bare exceptions, and panics

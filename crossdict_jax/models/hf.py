@@ -28,6 +28,7 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attention.masked_bias",
     ".rotary_emb.inv_freq",
 )
+LARGEST = 2**24  # count in a config.json
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -116,11 +117,11 @@ def load_config(path_or_id: str | Path) -> ModelConfig:
     if not file.is_file():
         raise UserError(f"{file.parent} has no config.json; it is not a Hugging Face model folder.")
     raw = read_object(file)
-    try:
-        with understood(file, mend="copy it again"):
+    with understood(file, mend="copy it again"):
+        try:
             return read_config(raw)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
 
 
 def known_config(path_or_id: str | Path) -> ModelConfig:
@@ -173,6 +174,8 @@ def read_config(raw: dict) -> ModelConfig:
         value = float(value) if expected is float and type(value) is int else value
         if type(value) is not expected:
             raise UserError(f"{key} {value!r} must be {expected.__name__}.")
+        if expected is int and not 1 <= value <= LARGEST:  # all are counts
+            raise UserError(f"{key} {value} must be at least 1 and at most {LARGEST}.")
         values[field] = value
     for key in ("bos_token_id", "eos_token_id"):
         ids = raw.get(key)

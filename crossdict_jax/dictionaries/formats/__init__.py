@@ -56,7 +56,8 @@ def names(path: str | Path) -> dict[str, str]:
     """Returns what the dictionary at ``path`` says of itself, as far as it does.
 
     ``model_name``, ``hook_name`` and, of a transcoder, ``hook_name_out``, as TransformerLens or
-    transformers names them (``blocks.6.hook_resid_pre``, ``model.layers.6``).
+    transformers names them (``blocks.6.hook_resid_pre``, ``model.layers.6``); ``centred`` where the
+    model's writes were.
     """
     folder = hub.fetch(str(path))
     if checkpoint.is_finished(folder):

@@ -17,6 +17,7 @@ from crossdict_jax.dictionaries.folders import (
     require,
     require_count,
     require_flag,
+    site_of,
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
@@ -32,13 +33,19 @@ OURS |= dict.fromkeys(("transcoder", "skip_transcoder"), "relu")
 OURS |= dict.fromkeys(("jumprelu_transcoder", "jumprelu_skip_transcoder"), "jumprelu")
 TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
+# How the model was loaded: with its writes into the residual stream centred, or in ways that leave
+# the activations at our sites as they are.
+OPTIONS, CENTRE = "model_from_pretrained_kwargs", "center_writing_weights"
+NEUTRAL = "center_unembed fold_ln fold_value_biases refactor_factored_attn_matrices n_ctx dtype "
+NEUTRAL += "torch_dtype device device_map n_devices move_to_device low_cpu_mem_usage first_n_layers"
+NEUTRAL += " default_prepend_bos default_padding_side attn_implementation trust_remote_code"
 
 
 def load(path: str) -> Dictionary:
     """Returns the dictionary of a SAELens folder, finished or from the midst of training.
 
-    Scales of ``activation_scaler.json``, decoder norms and unsubtracted biases are folded into the
-    weights. UserError: see ``formats.load``.
+    Scales of ``activation_scaler.json``, decoder norms, unsubtracted biases and the centring of the
+    model's writes are folded into the weights. UserError: see ``formats.load``.
     """
     folder, file = Path(path), Path(path) / CONFIG
     config = _as_6(read_object(file), file)
@@ -63,6 +70,20 @@ def load(path: str) -> Dictionary:
     norm, scale = config.get("normalize_activations") or "none", 1.0
     if norm not in norms:
         raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(norms)}.")
+    options, allowed = _about(config).get(OPTIONS) or {}, [CENTRE, *NEUTRAL.split()]
+    if unknown := [key for key, value in options.items() if value and key not in allowed]:
+        raise UserError(
+            f"{file}: {OPTIONS} has {unknown[0]}={options[unknown[0]]!r}, which may change the "
+            f"activations; it may have {', '.join(allowed)}: remove it if it changes nothing."
+        )
+    if centre := require_flag(options, CENTRE, file, default=False):
+        hook = names(path)["hook_name"]
+        if norm == "constant_norm_rescale" or not site_of(str(hook)):
+            raise UserError(
+                f"{file}: {CENTRE}=True with normalize_activations={norm!r} at hook_name={hook!r} "
+                "is not supported, only with other normalisations, and in the residual stream, as "
+                "at blocks.6.hook_resid_pre; correct what is wrong."
+            )
     if (scaler := folder / SCALER).is_file():
         said = read_object(scaler)
         if said.get("has_whitening"):
@@ -83,6 +104,7 @@ def load(path: str) -> Dictionary:
             f"{scaler}: a transcoder's scale of what it writes is not known; finish the training "
             "where it was begun."
         )
+    arrays = _of_centred(arrays, transcodes) if centre else arrays
     architecture = find(OURS[theirs]) if OURS[theirs] else AbsTopK
     for wrapper in filter(None, ("W_skip" in arrays and Skip, NORMS.get(norm))):
         architecture = around(wrapper, architecture)
@@ -92,12 +114,19 @@ def load(path: str) -> Dictionary:
 
 def names(path: str) -> dict[str, str]:
     """Returns what ``formats.names`` does; null says nothing."""
-    config, said = read_object(Path(path) / CONFIG), {}
-    for about in (config, config.get("meta"), config.get("metadata")):  # meta before 6.0
-        said |= {key: value for key, value in (about or {}).items() if value}
+    said = _about(read_object(Path(path) / CONFIG))
     said.setdefault("hook_name", said.get("hook_point") or said.get("hf_hook_name"))
     said.setdefault("hook_name_out", said.get("hf_hook_name_out"))
-    return {key: said.get(key) for key in ("model_name", "hook_name", "hook_name_out")}
+    said["centred"] = (said.get(OPTIONS) or {}).get(CENTRE)
+    return {key: said.get(key) for key in ("model_name", "hook_name", "hook_name_out", "centred")}
+
+
+def _about(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a config says at any of the places for it; meta was one before 6.0."""
+    said = {}
+    for about in (config, config.get("meta"), config.get("metadata")):
+        said |= {key: value for key, value in (about or {}).items() if value}
+    return said
 
 
 def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -146,6 +175,19 @@ def _folded(arrays: Arrays, config: dict[str, Any], theirs: str, scale: float) -
     return arrays if config["apply_b_dec_to_input"] else centred(arrays)
 
 
+def _of_centred(arrays: Arrays, transcodes: bool) -> Arrays:
+    """Returns weights that give for rows x what these give for x less the mean of each row.
+
+    Exact where layer norms read the stream, which ignore that mean. Twice is as once.
+    """
+    W_enc, W_skip = arrays["W_enc"], arrays.get("W_skip")
+    mean = np.broadcast_to(W_enc.mean(axis=0, keepdims=True), W_enc.shape)
+    if not transcodes:  # b_dec, which is subtracted from x, is to be multiplied as before
+        arrays = centred(arrays | {"W_enc": -mean})
+    skip = {} if W_skip is None else {"W_skip": W_skip - W_skip.mean(axis=1, keepdims=True)}
+    return arrays | skip | {"W_enc": W_enc - mean}
+
+
 def save(
     dictionary: Dictionary,
     path: str | Path,
@@ -153,6 +195,7 @@ def save(
     hook_name: str,
     model_name: str,
     hook_name_out: str = "",
+    centred: str = "",
 ) -> None:
     """Writes a folder that SAELens 6 loads: the same features of the same raw activations.
 
@@ -163,6 +206,7 @@ def save(
         module of transformers (``model.layers.6``) is written as ``hf_hook_name``, and beside it
         the hook that it is, if it is one.
       hook_name_out: of what a transcoder writes.
+      centred: whether it was trained on a model with centred writes; empty: no.
     """
     from safetensors.numpy import save_file
 
@@ -193,6 +237,7 @@ def save(
         lens = lens_name(hook)
         about |= {key: lens} if lens else {}
         about |= {f"hf_{key}": hook} if hook != lens else {}
+    about |= {OPTIONS: {CENTRE: True}} if centred else {}
     if theirs == "topk":
         config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": about}

@@ -15,9 +15,16 @@ FREE = {"normalize_decoder", "multi_topk", "transcode"}  # may be true; of other
 
 
 def names(path: str) -> dict[str, str]:
-    """Returns what ``formats.names`` does: folders, or those of seeds, are named as layers.6."""
-    module = re.fullmatch(rf"(?:.*/)?({MODULE})(?:/seed\d+)?", os.path.abspath(path))
-    return {"hook_name": module and module[1]}
+    """Returns what ``formats.names`` does.
+
+    Folders, or those of seeds, are named as layers.6; the config.json beside says of which model.
+    """
+    path = os.path.abspath(path)
+    if not (module := re.fullmatch(rf"(?:.*/)?({MODULE})(?:/seed\d+)?", path)):
+        return {}
+    run = Path(path[: module.start(1)]) / "config.json"
+    model = read_object(run).get("model") if run.is_file() else None
+    return {"hook_name": module[1], "model_name": model}
 
 
 def load(path: str) -> Dictionary:
