@@ -24,7 +24,7 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.training import mesh
-from crossdict_jax.workdir import Workdir, open_workdir, write_json
+from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 from launch import (
     command,
     contrast,
@@ -337,6 +337,19 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert run_here(experiment.main, f"--workdir={work}") == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
+
+
+def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, refused):
+    work = Workdir(shutil.copytree(finished[0], tmp_path / "run"))
+    work.result("transfer_features.inputs.json").unlink()
+    stamps = [work.result(f"{stage}.inputs.json") for stage in ("evaluate", "intervene")]
+    before, file = [p.stat().st_mtime_ns for p in stamps], work.result("feature_causal.jsonl")
+    tested = read_jsonl(file)[0]["feature"]
+    asked = f"--workdir={work.root} --config.intervention.feature_ids="
+    assert run_here(experiment.main, f"{asked}{tested}") == 0
+    assert {row["feature"] for row in read_jsonl(file)} == {tested}
+    assert [p.stat().st_mtime_ns for p in stamps] == before  # what reads no such settings is kept
+    assert "feature_ids: " in refused(intervene.main, f"{asked}1,2")
 
 
 def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):
