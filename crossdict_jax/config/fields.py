@@ -21,6 +21,7 @@ from crossdict_jax.config.rules import (
     SHARE_OR_1,
     SITE_OR_NONE,
     SITES,
+    TWO_OR_0,
     architectures,
     at_least,
     choice,
@@ -205,8 +206,8 @@ class CrosscoderConfig:
 class EvaluationConfig:
     """How held-out numbers are made."""
 
-    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(1))
-    pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", at_least(0))
+    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(20))
+    pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", TWO_OR_0)
     batch_size: int = setting(1024, "Rows per pass of a map or dictionary", at_least(1))
     matching: str = choice("How features are matched by correlation", "mutual_best", "hungarian")
     minimum_firings: int = setting(30, "Training rows on which it fires", at_least(1))
