@@ -1,7 +1,6 @@
 """Curves of L0 against FVU: every setting on held-out rows, nothing trained twice, and its page."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from crossdict_jax import dictionaries
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.config import ParetoConfig, SAEConfig, to_dict
 from crossdict_jax.dictionaries import base
-from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site
 from crossdict_jax.studies.pareto import curves, fvu_at, measure, section, tables
 from crossdict_jax.verify import recovery
@@ -82,13 +80,6 @@ def test_run_again_nothing_is_trained_and_new_points_are_added(run):
     config.pareto.k = (4,)
     (new,) = [row for row, _ in measure.curves(config, store, folder, **end)]
     assert new["k"] == 4 and {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def test_more_active_features_than_features_are_refused(run):
-    config, work, store, _ = run
-    config = dataclasses.replace(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
-    with pytest.raises(UserError, match=r"pareto\.k=25 is more than sae\.width=24"):
-        list(measure.curves(config, store, work, model="a", site=Site(1)))
 
 
 def test_the_page_and_the_tables_show_every_point(run):
