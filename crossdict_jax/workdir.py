@@ -132,7 +132,7 @@ def open_workdir(
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
-      later: likewise, and the folder that has to be there before they may not.
+      later: likewise, until there is this file or folder.
 
     Raises:
       UserError: the directory belongs to a run with other settings (each difference is named),
@@ -154,9 +154,7 @@ def open_workdir(
             for tree in (stored, settings, usual)
         )
         old = {key: value for key, value in defaults.items() if key in new} | old
-        unread = tuple(
-            n for n, folder in (later or {}).items() if not (work.root / folder).exists()
-        )
+        unread = tuple(n for n, made in (later or {}).items() if not (work.root / made).exists())
         differences, changed = [], False
         for key in sorted(old.keys() | new.keys()):
             there, now = old.get(key, "absent"), new.get(key, "absent")

@@ -454,10 +454,12 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"architecture": "topk", "k": (4, 65), "width": (64, 128)}, "sae.k=65 is larger"),
         ({"pareto": fields.ParetoConfig(("relu",), k=(4, 8))}, "pareto.k=4,8 means nothing"),
         ({"pareto": fields.ParetoConfig(("topk",), penalties=(7.0,))}, "pareto.penalties=7.0"),
+        ({"pareto": fields.ParetoConfig(("topk",), k=(8, 4097))}, "pareto.k=4097 is too high"),
+        ({"intervention": fields.InterventionConfig(feature_ids=(4096,))}, "give 4095 or less"),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(changes, words):
-    groups = changes if "pareto" in changes else {"sae": SAEConfig(**changes)}
+    groups = {"sae": SAEConfig(**changes)} if "architecture" in changes else changes
     config = Config(models=("a", "b"), **groups)
     config.map.kinds = ("ridge",)
     refused(lambda: command.check(config), f"{min(groups)}.", words)

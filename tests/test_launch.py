@@ -25,7 +25,7 @@ from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.training import mesh
-from crossdict_jax.workdir import Workdir, open_workdir, write_json
+from crossdict_jax.workdir import Workdir, open_workdir, read_jsonl, write_json
 from launch import command
 
 OWN_SETTINGS = {"convert"}  # commands whose settings are not those of a run
@@ -160,6 +160,19 @@ MISTAKES = [  # arguments, what the line names
     ("--config.sae.learning_rate=nan", "sae.learning_rate=nan is not a number"),
     ("--config.control_kinds=mlp --config.map.kinds=mean,ridge", "control_kinds=mlp is not fitted"),
     ("--config.control_kinds=rigde", "control_kinds=rigde: rigde must be one of"),
+    *(
+        (f"--config.map.kinds={kinds} --config.{asked}", f"{asked} means nothing {to}")
+        for kinds, asked, to in [
+            ("ridge", "map.hidden=8", "to map.kinds=ridge, only to mlp, token_mlp; leave it out"),
+            ("mean,ridge", "map.loss_weights.cosine=0.5", "to map.kinds=mean,ridge, only to mlp"),
+            ("mlp", "map.ridge_penalties=2.0", "to map.kinds=mlp, only to low_rank, ridge"),
+            ("ridge", "crosscoder.self_nulls=1", "to map.kinds=ridge, only to crosscoder"),
+            ("ridge", "sae.source_codes=relu", "with sae.sources=;"),
+            ("ridge --config.layer_pairs=6:7", "layers=1,2", "with layer_pairs=6:7"),
+            ("ridge --config.controls=", "control_pairs=2", "with controls="),
+            ("ridge --config.intervention.features=0", "intervention.feature_ids=3", "with inter"),
+        ]
+    ),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),
@@ -326,6 +339,19 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert run_here("experiment", f"--workdir={work}") == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert {name: (work / "results" / name).read_bytes() for name in RESULTS} == written
+
+
+def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, refused):
+    work = Workdir(shutil.copytree(finished[0], tmp_path / "run"))
+    work.result("transfer_features.inputs.json").unlink()
+    stamps = [work.result(f"{stage}.inputs.json") for stage in ("evaluate", "intervene")]
+    before, file = [p.stat().st_mtime_ns for p in stamps], work.result("feature_causal.jsonl")
+    tested = read_jsonl(file)[0]["feature"]
+    asked = f"--workdir={work.root} --config.intervention.feature_ids="
+    assert run_here("experiment", f"{asked}{tested}") == 0
+    assert {row["feature"] for row in read_jsonl(file)} == {tested}
+    assert [p.stat().st_mtime_ns for p in stamps] == before  # what reads no such settings is kept
+    assert "feature_ids: " in refused("intervene", f"{asked}1,2")
 
 
 def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import changed, refused
+from tiny_run import changed
 
 from crossdict_jax import dictionaries
 from crossdict_jax.config import ParetoConfig, SAEConfig
@@ -76,13 +76,6 @@ def test_run_again_nothing_is_trained_and_new_points_are_added(run):
     config.pareto.k = (4,)
     (new,) = [row for row, _ in measure.curves(config, store, folder, **end)]
     assert new["k"] == 4 and {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def test_more_active_features_than_features_are_refused(run):
-    config, work, store, _ = run
-    config = changed(config, pareto=ParetoConfig(architectures=("topk",), k=(25,)))
-    points = measure.curves(config, store, work, model="a", site=Site(1))
-    refused(r"pareto\.k=25 is more than sae\.width=24", list, points)
 
 
 def test_the_page_and_the_tables_show_every_point(run):

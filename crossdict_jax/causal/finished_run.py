@@ -101,11 +101,16 @@ class FinishedRun:
             mapped[task.kind] = mapped_directions(m, side, features, strength, seed=seed)
         return mapped, *best_matches(self.codes(*group.ends[1]), strength)
 
-    def inputs(self, tasks: Iterable[Task], question: Any = None) -> dict[str, str]:
-        """Returns {input: digest} of a stage that asks these maps a question (a JSON value)."""
+    def inputs(
+        self, tasks: Iterable[Task], question: Any = None, *, features: bool = True
+    ) -> dict[str, str]:
+        """Returns {input: digest} of a stage that asks these maps a question (a JSON value).
+
+        ``features``: whether it tests single ones, see ``identity``.
+        """
         return input_digests(
             self.work,
-            settings=[identity(self.config), question],
+            settings=[identity(self.config, features=features), question],
             store_meta=self.store.meta,
             folders=[folder for task in tasks for folder in task.folders(self.work)],
         )

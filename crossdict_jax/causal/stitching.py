@@ -32,7 +32,8 @@ def intervene(config: Config, work: Workdir) -> None:
     """
     run = FinishedRun(config, work)
     tasks = maps.tasks(config, run.store)
-    stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=run.inputs(tasks))
+    inputs = run.inputs(tasks, features=False)
+    stage = Stage(work, "intervene", files=("causal.jsonl",), inputs=inputs)
     if stage.finished:
         return
     todo = bundles_by_sites(tasks, run.store)

@@ -21,6 +21,7 @@ from crossdict_jax.config.rules import (
     SHARE_OR_1,
     SITE_OR_NONE,
     SITES,
+    TWO_OR_0,
     architectures,
     at_least,
     choice,
@@ -205,8 +206,8 @@ class CrosscoderConfig:
 class EvaluationConfig:
     """How held-out numbers are made."""
 
-    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(1))
-    pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", at_least(0))
+    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(20))
+    pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", TWO_OR_0)
     batch_size: int = setting(1024, "Rows per pass of a map or dictionary", at_least(1))
     matching: str = choice("How features are matched by correlation", "mutual_best", "hungarian")
     minimum_firings: int = setting(30, "Training rows on which it fires", at_least(1))
@@ -400,18 +401,27 @@ class BenchmarkConfig:
 
 # Settings of Config that no other file of a run depends on: a finished run may change them.
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
-# Settings that stages after extraction read, and the folder that the first of them writes.
-LATER = {"map": "maps", "crosscoder": "maps"}
+# Settings that stages after extraction read, and what the first of them writes.
+EVALUATED, TESTED = (f"results/{name}.inputs.json" for name in ("evaluate", "transfer_features"))
+LATER = {"map": "maps", "crosscoder": "maps", "evaluation": EVALUATED}
 LATER |= {f"sae.{f.name}": "dictionaries" for f in dataclasses.fields(SAEConfig)}
 del LATER["sae.output_site"]  # which is stored, too
+LATER |= {f"intervention.{f.name}": TESTED for f in dataclasses.fields(InterventionConfig)}
+LATER |= dict.fromkeys(("intervention.documents", "intervention.batch_size"), EVALUATED)
+LATER["intervention.span"] = "results/intervene.inputs.json"
 
 
 to_dict = dataclasses.asdict  # a config of any command as nested dicts of JSON values
 
 
-def identity(config: Config) -> dict:
-    """Returns the settings that identify a run: all but those in ``FREE``."""
-    return {name: value for name, value in to_dict(config).items() if name not in FREE}
+def identity(config: Config, *, features: bool = True) -> dict:
+    """Returns the settings that identify a run: all but those in ``FREE``.
+
+    ``features``: whether with those that the tests of single features alone read.
+    """
+    tree = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    names = [n for n in tree["intervention"] if features or LATER[f"intervention.{n}"] != TESTED]
+    return tree | {"intervention": {n: tree["intervention"][n] for n in names}}
 
 
 def refuse_transcoders(config: Config, name: str) -> None:

@@ -50,6 +50,7 @@ SITE_OR_NONE = Rule(
     f"nothing, or [MODEL:]KIND[.LAYER] with a kind of {', '.join(SITES)}",
     lambda value: not value or OUTPUT_SITE.fullmatch(value) is not None,
 )
+TWO_OR_0 = Rule("0, or 2 or more", lambda n: n == 0 or n >= 2)
 ROWS_OR_0 = Rule("0 or 20 to 5000", lambda n: n == 0 or 20 <= n <= 5000)
 DTYPES = ("auto", "float32", "bfloat16")
 

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
-from crossdict_jax.config import SWEPT, Config, ParetoConfig, SAEConfig, architectures
-from crossdict_jax.config.settings import spell
+from crossdict_jax.config import SWEPT, Config, ParetoConfig, SAEConfig, architectures, unswept
+from crossdict_jax.config.settings import get, spell
 from crossdict_jax.errors import UserError
 from crossdict_jax.ops import Code, decode, exact, keep_top_k, matmul, nth_largest, sparse_code
 from crossdict_jax.training import checkpoint
@@ -280,6 +280,15 @@ def check_settings(config: Config) -> None:
             raise UserError(
                 f"pareto.{name}={spell(value)} means nothing to pareto.architectures="
                 f"{spell(kinds)}; leave it out."
+            )
+    width = unswept(sae).width
+    limits = {"pareto.k": width}
+    if not set(sae.sources) - {"train"}:
+        limits["intervention.feature_ids"] = width - 1
+    for name, limit in limits.items():
+        if (highest := max(get(config, name), default=0)) > limit:
+            raise UserError(
+                f"{name}={highest} is too high for sae.width={width}; give {limit} or less."
             )
 
 

@@ -56,7 +56,8 @@ def evaluate(config: Config, work: Workdir) -> None:
         folders += [work.crosscoder(*ends) for ends in planned(config, store)]
     run, every = Loader(config, store, work), open_controls(config, work, store)
     meta, loader = [store.meta, every.meta], Loader(config, every, work)
-    inputs = input_digests(work, settings=identity(config), store_meta=meta, folders=folders)
+    settings = identity(config, features=False)
+    inputs = input_digests(work, settings=settings, store_meta=meta, folders=folders)
     stage = Stage(work, "evaluate", files=files, inputs=inputs)
     if stage.finished:
         return

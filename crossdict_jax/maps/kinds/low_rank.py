@@ -17,6 +17,7 @@ class LowRank(AffineMap):
     """
 
     kind = "low_rank"
+    uses = ("ridge_penalties",)
     chosen = ("penalty", "rank")
 
     @classmethod

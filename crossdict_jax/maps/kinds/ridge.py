@@ -11,6 +11,7 @@ class Ridge(AffineMap):
     """
 
     kind = "ridge"
+    uses = ("ridge_penalties",)
     chosen = ("penalty",)
 
     @classmethod

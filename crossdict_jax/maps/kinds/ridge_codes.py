@@ -15,6 +15,7 @@ class RidgeCodes(Map):
     """
 
     kind = "ridge_codes"
+    uses = ("ridge_penalties",)
     reads = "features"
     chosen = ("penalty",)
 

@@ -12,7 +12,6 @@ from crossdict_jax.config import Config, architectures, unswept
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.dictionaries.base import find
 from crossdict_jax.dictionaries.train import Member, members, train_members
-from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation.reconstruction import measure
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir
@@ -28,7 +27,7 @@ def curves(
     ``work`` gets a folder per architecture; finished dictionaries are kept.
 
     Raises:
-      UserError: k above the width, or a batch larger than the training rows.
+      UserError: a batch is larger than the training rows.
     """
     test, mean = store.select("test"), train_mean(store, model, site)
     x, size = store.read(model, site, test), config.evaluation.batch_size
@@ -69,8 +68,6 @@ def curve(config: Config, *, model: str, site: Site) -> list[Member]:
     if "k" in find(sae.architecture).reads:
         usual_ks = {min(max(1, round(share * sae.k)), sae.width) for share in SHARES}
         ks = sorted({*(pareto.k or usual_ks)}, reverse=True)
-        if ks[0] > sae.width:
-            raise UserError(f"pareto.k={ks[0]} is more than sae.width={sae.width}; leave it out.")
         points = {f"k-{k}": {"k": k} for k in ks}
     else:
         penalties = sorted({share * find(sae.architecture).usual_l1 for share in pareto.penalties})
