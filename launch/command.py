@@ -47,14 +47,6 @@ FILES = {  # flags that are not settings, and their help texts
 }
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
 SHORT |= {"machine": "machine", "suite": "suite"}  # of launch.compile, launch.benchmark
-NEEDS = {  # setting: another one, and whether it means something with that or without it
-    "sae.source_codes": ("sae.sources", True),
-    "sae.source_names": ("sae.sources", True),
-    "control_kinds": ("controls", True),
-    "control_pairs": ("controls", True),
-    "intervention.feature_ids": ("intervention.features", True),
-    "layers": ("layer_pairs", False),
-}
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 GPU = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # JAX's own for NVIDIA's
 M_ARENA_MAX = -8  # heaps of threads; each keeps what it freed, and glibc would make 8 a core
@@ -144,8 +136,8 @@ def execute(
             lines = (sys.modules["__main__"].__doc__ or "", *usage(kind, default))
             print("\n".join(lines), flush=True)
             return 0
-        config, workdir, expected, asked = parse(argv, kind=kind, default=default)
-        check(config, asked)
+        config, workdir, expected = parse(argv, kind=kind, default=default)
+        check(config)
         if expected and not writes:
             raise UserError("--expect means nothing to this command; leave it out.")
         with alone(Path(workdir)) if writes else contextlib.nullcontext():
@@ -186,12 +178,8 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
     return sum(row[""] == "MISSED" for row in rows)
 
 
-def check(config: Any, asked: Sequence[str] = ()) -> None:
-    """Raises UserError for a wrong setting; names the models of a config that names none.
-
-    ``asked``: settings of the command line. These must mean something; files name more than a run
-    that the command line narrows can use.
-    """
+def check(config: Any) -> None:
+    """Raises UserError for a wrong setting; names the models of a config that names none."""
     settings.validate(config)
     try:
         importlib.import_module("jax")
@@ -202,21 +190,6 @@ def check(config: Any, asked: Sequence[str] = ()) -> None:
         from crossdict_jax.models import EMBEDDED
 
         check_settings(config)
-        for name, (other, needed) in NEEDS.items():
-            value, beside = settings.get(config, name), settings.get(config, other)
-            if name in asked and value != settings.get(Config(), name) and bool(beside) != needed:
-                raise UserError(
-                    f"{name}={settings.spell(value)} means nothing with {other}="
-                    f"{settings.spell(beside)}; leave it out, or change that."
-                )
-        for name in config.control_kinds if "control_kinds" in asked else ():
-            if name not in config.map.kinds:
-                raise UserError(
-                    f"control_kinds={name} is not fitted, so that it has no controls; use some of "
-                    f"map.kinds={settings.spell(config.map.kinds)}, or add it there."
-                )
-        if of_maps := [name for name in asked if name.startswith(("map.", "crosscoder."))]:
-            importlib.import_module("crossdict_jax.maps.base").check_settings(config, of_maps)
         config.models = config.models or EMBEDDED
 
 
@@ -307,9 +280,8 @@ class _Setting(flags.ArgumentParser):
 
 def parse(
     argv: Sequence[str], *, kind: type = Config, default: str = "quickstart"
-) -> tuple[Any, str, Sequence[Expectation], Sequence[str]]:
-    """Returns (the config, the path of the work directory, the expectations of ``--expect``, names
-    of the settings that ``argv`` gives).
+) -> tuple[Any, str, Sequence[Expectation]]:
+    """Returns (the config, the path of the work directory, the expectations of ``--expect``).
 
     Raises:
       UserError: a flag, a setting, a value or the config file is not understood.
@@ -366,8 +338,14 @@ def parse(
             )
         if flag not in FILES:
             settings.put(config, name, value)
-    changes = [SHORT.get(f) or f.removeprefix("config.") for f in asked if f not in FILES]
-    return config, workdir or f"runs/{Path(path.partition(':')[0]).stem}", expected, changes
+    for name in asked.get("config.control_kinds", ()):  # files name more than a narrowed run fits
+        settings.validate(config)
+        if name not in config.map.kinds:
+            raise UserError(
+                f"control_kinds={name} is not fitted, so that it has no controls; use some of "
+                f"map.kinds={settings.spell(config.map.kinds)}, or add it there."
+            )
+    return config, workdir or f"runs/{Path(path.partition(':')[0]).stem}", expected
 
 
 def _unknown_flag(kind: type, flag: str) -> str:

@@ -172,8 +172,8 @@ def settings_seeds():
 
 
 def parsed(*argv):
-    config, where, _, asked = command.parse(["x", *argv])
-    command.check(config, asked)
+    config, where, _ = command.parse(["x", *argv])
+    command.check(config)
     return config, where
 
 

@@ -456,6 +456,7 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
         ({"pareto": fields.ParetoConfig(("topk",), penalties=(7.0,))}, "pareto.penalties=7.0"),
         ({"pareto": fields.ParetoConfig(("topk",), k=(8, 4097))}, "pareto.k=4097 is too high"),
         ({"intervention": fields.InterventionConfig(feature_ids=(4096,))}, "give 4095 or less"),
+        ({"intervention": fields.InterventionConfig(feature_ids=(3,), features=0)}, "nothing with"),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(changes, words):
@@ -544,7 +545,7 @@ HARMFUL = [  # what is written, where, what reads it, what the one line says
     (bomb, "params.npz", formats.load, "says that it holds"),
     (cut_parquet, "t.parquet", read_text, "damag"),
     (resealed, "d", formats.load, "KeyError: 'architecture'"),
-    (LLM | {"n_layer": 10**9}, "config.json", models.load, "n_layers 1000000000 must be"),
+    (LLM | {"n_layer": 10**9}, "config.json", models.load, "n_layer 1000000000 must be"),
     (LLM | {"n_layer": 1, "eos_token_id": {}}, "config.json", models.load, "token ids"),
     (OLD | {"metadata": [1]}, "cfg.json", formats.load, "damaged or not of its kind"),
     (ENDLESS, "cfg.json", formats.load, "d_in=inf"),

@@ -146,7 +146,7 @@ REFUSED = [  # setting, value, what the line names
     ("crosscoder__l1_coefficient", 3.0, "nothing to crosscoder.variant=batchtopk"),
     ("map__loss_weights", LossWeights(0, 0, 0, 0), "map.loss_weights are all 0"),
     ("evaluation__matching", "best", "mutual_best, hungarian"),
-    ("evaluation__bootstrap", 19, "evaluation.bootstrap=19 must be 20 or more"),
+    ("evaluation__bootstrap", 9, "evaluation.bootstrap=9 must be 10 or more"),
     ("evaluation__pool", 1, "evaluation.pool=1 must be 0, or 2 or more"),
     ("evaluation__similarity_rows", 10, "evaluation.similarity_rows=10 must be 0 or 20"),
 ]

@@ -160,19 +160,6 @@ MISTAKES = [  # arguments, what the line names
     ("--config.sae.learning_rate=nan", "sae.learning_rate=nan is not a number"),
     ("--config.control_kinds=mlp --config.map.kinds=mean,ridge", "control_kinds=mlp is not fitted"),
     ("--config.control_kinds=rigde", "control_kinds=rigde: rigde must be one of"),
-    *(
-        (f"--config.map.kinds={kinds} --config.{asked}", f"{asked} means nothing {to}")
-        for kinds, asked, to in [
-            ("ridge", "map.hidden=8", "to map.kinds=ridge, only to mlp, token_mlp; leave it out"),
-            ("mean,ridge", "map.loss_weights.cosine=0.5", "to map.kinds=mean,ridge, only to mlp"),
-            ("mlp", "map.ridge_penalties=2.0", "to map.kinds=mlp, only to low_rank, ridge"),
-            ("ridge", "crosscoder.self_nulls=1", "to map.kinds=ridge, only to crosscoder"),
-            ("ridge", "sae.source_codes=relu", "with sae.sources=;"),
-            ("ridge --config.layer_pairs=6:7", "layers=1,2", "with layer_pairs=6:7"),
-            ("ridge --config.controls=", "control_pairs=2", "with controls="),
-            ("ridge --config.intervention.features=0", "intervention.feature_ids=3", "with inter"),
-        ]
-    ),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),

@@ -206,7 +206,7 @@ class CrosscoderConfig:
 class EvaluationConfig:
     """How held-out numbers are made."""
 
-    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(20))
+    bootstrap: int = setting(200, "Resamples of documents for 95 % intervals", at_least(10))
     pool: int = setting(0, "Candidates in retrieval; 0: all rows up to 8192", TWO_OR_0)
     batch_size: int = setting(1024, "Rows per pass of a map or dictionary", at_least(1))
     matching: str = choice("How features are matched by correlation", "mutual_best", "hungarian")

@@ -281,6 +281,11 @@ def check_settings(config: Config) -> None:
                 f"pareto.{name}={spell(value)} means nothing to pareto.architectures="
                 f"{spell(kinds)}; leave it out."
             )
+    needs = {"intervention.feature_ids": "intervention.features", "sae.source_codes": "sae.sources"}
+    for name, other in needs.items():
+        value = get(config, name)
+        if value != get(Config(), name) and not get(config, other):
+            raise UserError(f"{name}={spell(value)} means nothing without {other}; leave it out.")
     width = unswept(sae).width
     limits = {"pareto.k": width}
     if not set(sae.sources) - {"train"}:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,8 +19,7 @@ from flax import nnx
 from scipy import sparse
 
 from crossdict_jax import dictionaries, modules
-from crossdict_jax.config import Config, MapConfig, map_kinds
-from crossdict_jax.config.settings import get, spell
+from crossdict_jax.config import MapConfig, map_kinds
 from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.errors import UserError
 from crossdict_jax.maps.codes import Codes, Moments, compress, sparse_pays
@@ -214,7 +213,6 @@ class Map(modules.Plain):
       settings: names of the attributes, JSON values, that are not arrays.
       chosen: names of the hyper-parameters that a closed form chooses.
       fewest_rows: training rows that it needs.
-      uses: settings of MapConfig, or groups of Config, that not all kinds read.
     """
 
     kind: ClassVar[str]
@@ -225,7 +223,6 @@ class Map(modules.Plain):
     settings: ClassVar[tuple[str, ...]] = ()
     chosen: ClassVar[tuple[str, ...]] = ()
     fewest_rows: ClassVar[int] = 2
-    uses: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dictionary: Dictionary, values: modules.Params | None = None, **settings):
         """``dictionary`` is B's; ``values``, nested {name: array}, become parameters."""
@@ -321,19 +318,6 @@ def map_class(kind: str) -> type[Map]:
         raise UserError(f"map.kinds={kind} is no map; use {', '.join(map_kinds())}.")
     members = vars(importlib.import_module(f"{__package__}.kinds.{kind}")).values()
     return next(c for c in members if isinstance(c, type) and getattr(c, "kind", None) == kind)
-
-
-def check_settings(config: Config, asked: Iterable[str]) -> None:
-    """Raises UserError for a setting that is asked for, and that no kind of the run reads."""
-    for name in asked:
-        value, (group, *inner) = get(config, name), name.split(".")
-        read = inner[0] if group == "map" else group
-        able = [kind for kind in map_kinds() if read in map_class(kind).uses]
-        if able and not set(able) & set(config.map.kinds) and value != get(Config(), name):
-            raise UserError(
-                f"{name}={spell(value)} means nothing to map.kinds={spell(config.map.kinds)}, only "
-                f"to {', '.join(able)}; leave it out, or add one of these."
-            )
 
 
 def predictions(

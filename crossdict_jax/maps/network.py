@@ -51,8 +51,6 @@ class NetworkMap(Map):
     reads = "features"
     fits_together = True
     settings = ("head",)
-    uses = ("hidden", "head", "dropout", "loss_weights", "steps", "batch_size", "learning_rate")
-    uses += ("matmul_dtype",)
 
     @classmethod
     def alike(cls, measured: list[modules.Params]) -> list[modules.Params]:

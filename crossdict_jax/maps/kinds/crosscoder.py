@@ -17,7 +17,6 @@ class Crosscoder(ActivationMap):
     """
 
     kind = "crosscoder"
-    uses = ("crosscoder",)
     through_joint = True
     fits_together = True  # joint codes that are not trained yet, in one ensemble
 

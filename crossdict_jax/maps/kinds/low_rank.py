@@ -17,7 +17,6 @@ class LowRank(AffineMap):
     """
 
     kind = "low_rank"
-    uses = ("ridge_penalties",)
     chosen = ("penalty", "rank")
 
     @classmethod

@@ -11,7 +11,6 @@ class Ridge(AffineMap):
     """
 
     kind = "ridge"
-    uses = ("ridge_penalties",)
     chosen = ("penalty",)
 
     @classmethod

@@ -15,7 +15,6 @@ class RidgeCodes(Map):
     """
 
     kind = "ridge_codes"
-    uses = ("ridge_penalties",)
     reads = "features"
     chosen = ("penalty",)
 

@@ -29,7 +29,6 @@ class TokenRidge(ActivationMap):
     """
 
     kind = "token_ridge"
-    uses = ("ridge_penalties",)
     chosen = ("pseudocount", "penalty")
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
