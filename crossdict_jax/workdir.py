@@ -269,6 +269,8 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
+        if error.filename == str(part):  # which is no name that a user knows
+            error.filename = str(path)
         same = path.is_file() and path.read_bytes() == text.encode()
         if not (error.errno in READ_ONLY and same):
             raise

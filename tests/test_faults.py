@@ -76,13 +76,13 @@ def test_a_finished_run_may_lie_where_nothing_can_be_written(tmp_path, monkeypat
     stage.finish(table)
 
     def read_only(*arguments, **settings):
-        raise OSError(30, "Read-only file system")
+        raise OSError(30, "Read-only file system", str(arguments[0]))
 
     monkeypatch.setattr(Path, "write_text", read_only)
     monkeypatch.setattr(os, "posix_fallocate", read_only)
     assert stage.finished
     results.write(stage.work, "transfer.jsonl", table["transfer.jsonl"])  # it says so already
-    with pytest.raises(OSError, match="Read-only"):
+    with pytest.raises(OSError, match=r"Read-only file system: '.*/transfer\.jsonl'"):
         results.write(stage.work, "transfer.jsonl", [])
     with pytest.raises(UserError, match=r"results cannot be written \(Read-only file system\)"):
         assert Stage(Workdir(tmp_path), "y", files=("y",), inputs={}).finished  # before any work

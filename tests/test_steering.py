@@ -209,6 +209,12 @@ def test_characters_that_the_vocabulary_lacks_are_named():
     tiny_run.refused(words, prompts.tokens_of, "abü!", "b", letters)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(measure, "FOLDER", "pairing.json")
+    settings = asked(run[0], feature=99)  # which would be told next
+    tiny_run.refused("pairing.json cannot be written", steer, settings, run[1])
+
+
 MISTAKES = [  # settings of steer, what the line names
     ("feature=1 search=ab", "steer.feature and steer.search: give one"),
     ("feature=99", "steer.feature=99: a at resid_pre.1 has features 0 to 31"),
