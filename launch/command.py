@@ -318,9 +318,12 @@ def parse(
     path = asked.get("config", f"{ROOT}/configs/{file}")
     config = _load(path)
     if not isinstance(config, kind):
+        told = f"--config={path} gives", "file of configs/"
+        if "config" not in asked:
+            told = f"--workdir={workdir} belongs to another command: it has", "--workdir"
         raise UserError(
-            f"--config={path} gives {type(config).__name__} settings, where this command needs "
-            f"{kind.__name__}; name another file of configs/."
+            f"{told[0]} {type(config).__name__} settings, where this command needs "
+            f"{kind.__name__}; name another {told[1]}."
         )
     for flag, value in asked.items():
         name = SHORT.get(flag) or flag.removeprefix("config.")

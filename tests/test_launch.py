@@ -19,7 +19,7 @@ from tiny_run import SHAPES, SMALL, flags, make_models, make_texts, write_rows
 
 from configs import quickstart
 from crossdict_jax import dictionaries, models, results
-from crossdict_jax.config import FREE, Config, PretrainConfig, to_dict
+from crossdict_jax.config import FREE, Config, ConvertConfig, PretrainConfig, to_dict
 from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import write_docs
@@ -153,6 +153,8 @@ def test_an_existing_work_directory_brings_its_settings(tmp_path):
     assert parse(f"--workdir={tmp_path}/run")[0].layers == (5, 6, 7)  # nothing is computed
     write_json(tmp_path / "run/results/pairing.json", {})
     assert parse(f"--workdir={tmp_path}/run") == (config, f"{tmp_path}/run")
+    words = f"--workdir={tmp_path}/run belongs to another command: it has Config settings, where"
+    tiny_run.refused(words, parse, f"--workdir={tmp_path}/run", kind=ConvertConfig)
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
 
