@@ -189,11 +189,14 @@ def test_a_feature_that_fires_around_the_text_is_found():
     tiny_run.refused(words, source_feature.around, "cow", Rows(), np.arange(100), blocks)
 
 
-def test_prompts_are_one_text_or_the_lines_of_a_file(run):
+def test_prompts_are_one_text_or_the_lines_of_a_file(run, tmp_path, monkeypatch):
     config, work = run
     store = open_store(work.activations)
     tokenizer = models.load_tokenizer(store.paths[1])
-    for text, expected in ((config.steer.prompts, PROMPTS.splitlines()), ("ab|cd", ["ab|cd"])):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.TXT").write_bytes(b"\xef\xbb\xbfab\xe2\x80\xa8c\r\nde")
+    files = {config.steer.prompts: PROMPTS.splitlines(), "~/p.TXT": ["ab\u2028c", "de"]}
+    for text, expected in (files | {"ab|cd": ["ab|cd"]}).items():
         read = prompts.read_prompts(asked(config, prompts=text), store, "b", tokenizer)
         assert [tokenizer.decode(tokens) for tokens in read] == expected
     fit = [prompts.new_tokens(n, [np.zeros(3), np.zeros(5)], 32, "b") for n in (0, 9)]
