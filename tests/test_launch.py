@@ -343,6 +343,7 @@ def test_the_main_job_again_keeps_what_is_there(finished):
 
 def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("MPLBACKEND", "of_no_library")
     done = launch([sys.executable, "-OO", "-m", "launch.report"], f"--workdir={finished[0]}")
     assert (done.returncode, done.stderr) == (0, "") and "R? " in done.stdout
     pipe = f"{sys.executable} -m launch.report --help | true; echo ${{PIPESTATUS[0]}}"
