@@ -208,7 +208,7 @@ def alone(root: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(path.open("a+", errors="replace"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(file.fileno()).st_nlink:  # its owner has just ended
                 raise BlockingIOError

@@ -51,6 +51,8 @@ def test_two_processes_do_not_share_a_directory(tmp_path, code_and_line):
         assert other.stdout.readline() == "held\n"
         code, line = code_and_line(print, f"--workdir={tmp_path}/run")
         assert code == 2 and f"Process {other.pid} on" in line and "is working in" in line
+        (tmp_path / "run/.lock").write_bytes(b"Caf\xe9")  # whoever wrote that
+        assert "Caf\ufffd is working in" in code_and_line(print, f"--workdir={tmp_path}/run")[1]
         other.kill()
     assert code_and_line(print, f"--workdir={tmp_path}/run") == (0,)  # the dead hold nothing
 

@@ -26,6 +26,7 @@ from launch import command
 from launch import steer as launched
 
 PROMPTS = "abc def\ngh ab\n"
+ENDS = {"token_rate_over_random_low", "token_rate_over_random_high"}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,9 @@ def test_a_search_lists_features_and_takes_the_first(run, capsys):
     for shown in (printed, section(rows)):
         for words in ("random direction", "no edit", "nats a token", f"Features around ‘{word}’"):
             assert words in " ".join(shown.split())
+    one = [r | dict.fromkeys(r.keys() & ENDS, None) for r in answer.conditions]
+    told = measure.sentence(dataclasses.replace(answer, conditions=one))
+    assert "shows nothing). It costs" in told
 
 
 class Rows:
