@@ -206,7 +206,7 @@ def alone(root: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(path.open("a+", errors="replace"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(file.fileno()).st_nlink:  # its owner has just ended
                 raise BlockingIOError
@@ -267,6 +267,8 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
+        if error.filename == str(part):  # which is no name that a user knows
+            error.filename = str(path)
         same = path.is_file() and path.read_bytes() == text.encode()
         if not (error.errno in READ_ONLY and same):
             raise

@@ -79,7 +79,8 @@ def run(
         if table:
             getattr(importlib.import_module("crossdict_jax.report.terminal"), table)(work)
 
-    os.environ.update(QUIET | os.environ)
+    # Figures are drawn without a window, whatever else is asked for.
+    os.environ.update(QUIET | os.environ | {"MPLBACKEND": "svg"})
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
     sys.unraisablehook = _again
@@ -259,10 +260,11 @@ def _set_up_jax(work: Workdir | None = None) -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         told = (str(error).splitlines() or ["it is not installed"])[0]
-        names = [n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(n)]
+        names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES")
+        names = [name for name in names if os.environ.get(name)]
         asked = " ".join(f"{name}={os.environ[name]}" for name in names) or "JAX_PLATFORMS="
         raise UserError(
-            f"JAX finds no device for {asked} ({told}); unset it, or set JAX_PLATFORMS=cpu."
+            f"JAX finds no device for {asked} ({told}); unset it, or set JAX_PLATFORMS=cpu alone."
         ) from error
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # JAX_COMPILATION_CACHE_DIR goes before; who has no home has no cache.
@@ -322,9 +324,12 @@ def parse(
     path = asked.get("config", f"{ROOT}/configs/{file}")
     config = _load(path)
     if not isinstance(config, kind):
+        told = f"--config={path} gives", "file of configs/"
+        if "config" not in asked:
+            told = f"--workdir={workdir} belongs to another command: it has", "--workdir"
         raise UserError(
-            f"--config={path} gives {type(config).__name__} settings, where this command needs "
-            f"{kind.__name__}; name another file of configs/."
+            f"{told[0]} {type(config).__name__} settings, where this command needs "
+            f"{kind.__name__}; name another {told[1]}."
         )
     for flag, value in asked.items():
         name = SHORT.get(flag) or flag.removeprefix("config.")

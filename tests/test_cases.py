@@ -381,6 +381,8 @@ def test_commands_set_the_switches_that_they_need(monkeypatch):
         refused(command._set_up_jax, "JAX_PLATFORMS=", str(error), "set JAX_PLATFORMS=cpu")
         monkeypatch.setenv("JAX_PLATFORM_NAME", "cuda")
         refused(command._set_up_jax, "JAX_PLATFORM_NAME=cuda")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "0")
+    refused(command._set_up_jax, "JAX_NUM_CPU_DEVICES=0", "unset")
 
 
 HARD = {

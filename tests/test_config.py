@@ -135,6 +135,8 @@ REFUSED = [  # setting, value, what the line names
     ("text__validation_fraction", 0.9, "below 1"),
     ("extract__matmul_dtype", "float16", "bfloat16"),
     ("extract__norm_mask", float("inf"), "extract.norm_mask=inf"),
+    ("sae__learning_rate", (1e-3, 1e308), "1e+308 must lie between -1e+300 and 1e+300"),
+    ("seed", -(10**30), "must lie between -9.22337e+18 and"),
     ("sae__architecture", "transcoder", "topk"),
     ("sae__width", 0, "sae.width=0 must be 1 or more"),
     ("sae__steps", 2.5, "sae.steps=2.5"),

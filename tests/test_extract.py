@@ -152,6 +152,15 @@ def test_damage_is_named(finished, tmp_path, name, damage):
     assert str(victim) in refused(r"missing|altered", read)
 
 
+@pytest.mark.parametrize(("name", "value"), [("norm_mask", 1e-9), ("control_tokens", "skip")])
+def test_a_split_without_rows_is_refused_and_why(name, value, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairing, "control_ids", lambda tokenizer: tuple(range(290)))
+    asked = dataclasses.replace(config.extract, **{name: value})
+    words = rf"none is left in the split train or .*\d dropped by extract\.{name}={value}"
+    refused(words, run, dataclasses.replace(config, extract=asked), tmp_path / "w")
+    refused("no finished store", open_store, tmp_path / "w" / "activations")
+
+
 def test_changed_text_is_refused(config, tmp_path):
     kill_in_save(1, lambda: extracted(config, tmp_path / "w"), stage, "masked")
     other = changed(config, text__max_bytes=100)

@@ -50,6 +50,8 @@ def test_two_processes_do_not_share_a_directory(tmp_path, code_and_line):
         assert other.stdout.readline() == "held\n"
         code, line = code_and_line(print, f"--workdir={tmp_path}/run")
         assert code == 2 and f"Process {other.pid} on" in line and "is working in" in line
+        (tmp_path / "run/.lock").write_bytes(b"Caf\xe9")  # whoever wrote that
+        assert "Caf\ufffd is working in" in code_and_line(print, f"--workdir={tmp_path}/run")[1]
         other.kill()
     assert code_and_line(print, f"--workdir={tmp_path}/run") == (0,)  # the dead hold nothing
 
@@ -75,13 +77,13 @@ def test_a_finished_run_may_lie_where_nothing_can_be_written(tmp_path, monkeypat
     stage.finish(table)
 
     def read_only(*arguments, **settings):
-        raise OSError(30, "Read-only file system")
+        raise OSError(30, "Read-only file system", str(arguments[0]))
 
     monkeypatch.setattr(Path, "write_text", read_only)
     monkeypatch.setattr(os, "posix_fallocate", read_only)
     assert stage.finished
     results.write(stage.work, "transfer.jsonl", table["transfer.jsonl"])  # it says so already
-    with pytest.raises(OSError, match="Read-only"):
+    with pytest.raises(OSError, match=r"Read-only file system: '.*/transfer\.jsonl'"):
         results.write(stage.work, "transfer.jsonl", [])
     with pytest.raises(UserError, match=r"results cannot be written \(Read-only file system\)"):
         assert Stage(Workdir(tmp_path), "y", files=("y",), inputs={}).finished  # before any work

@@ -20,7 +20,7 @@ from tiny_run import ROOT, SHAPES, SMALL, flags, make_models, make_texts, write_
 
 from configs import quickstart
 from crossdict_jax import dictionaries, models, results
-from crossdict_jax.config import FREE, Config, PretrainConfig, to_dict
+from crossdict_jax.config import FREE, Config, ConvertConfig, PretrainConfig, to_dict
 from crossdict_jax.dictionaries import base
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import write_docs
@@ -142,6 +142,8 @@ def test_an_existing_work_directory_brings_its_settings(tmp_path):
     assert parse(f"--workdir={tmp_path}/run")[0].layers == (5, 6, 7)  # nothing is computed
     write_json(tmp_path / "run/results/pairing.json", {})
     assert parse(f"--workdir={tmp_path}/run") == (config, f"{tmp_path}/run")
+    words = f"--workdir={tmp_path}/run belongs to another command: it has Config settings, where"
+    tiny_run.refused(words, parse, f"--workdir={tmp_path}/run", kind=ConvertConfig)
     explicit, _ = parse(f"--workdir={tmp_path}/run --config=configs/quickstart.py")
     assert explicit.layers == (5, 6, 7)
 
@@ -343,6 +345,7 @@ def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, r
 
 def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("MPLBACKEND", "of_no_library")
     done = launch([sys.executable, "-OO", "-m", "launch.report"], f"--workdir={finished[0]}")
     assert (done.returncode, done.stderr) == (0, "") and "R? " in done.stdout
     pipe = f"{sys.executable} -m launch.report --help | true; echo ${{PIPESTATUS[0]}}"

@@ -25,6 +25,7 @@ from launch import command
 from launch import steer as launched
 
 PROMPTS = "abc def\ngh ab\n"
+ENDS = {"token_rate_over_random_low", "token_rate_over_random_high"}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,9 @@ def test_a_search_lists_features_and_takes_the_first(run, capsys):
     for shown in (printed, section(rows)):
         for words in ("random direction", "no edit", "nats a token", f"Features around ‘{word}’"):
             assert words in " ".join(shown.split())
+    one = [r | dict.fromkeys(r.keys() & ENDS, None) for r in answer.conditions]
+    told = measure.sentence(dataclasses.replace(answer, conditions=one))
+    assert "shows nothing). It costs" in told
 
 
 class Rows:
@@ -188,11 +192,14 @@ def test_a_feature_that_fires_around_the_text_is_found():
     tiny_run.refused(words, source_feature.around, "cow", Rows(), np.arange(100), blocks)
 
 
-def test_prompts_are_one_text_or_the_lines_of_a_file(run):
+def test_prompts_are_one_text_or_the_lines_of_a_file(run, tmp_path, monkeypatch):
     config, work = run
     store = open_store(work.activations)
     tokenizer = models.load_tokenizer(store.paths[1])
-    for text, expected in ((config.steer.prompts, PROMPTS.splitlines()), ("ab|cd", ["ab|cd"])):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.TXT").write_bytes(b"\xef\xbb\xbfab\xe2\x80\xa8c\r\nde")
+    files = {config.steer.prompts: PROMPTS.splitlines(), "~/p.TXT": ["ab\u2028c", "de"]}
+    for text, expected in (files | {"ab|cd": ["ab|cd"]}).items():
         read = prompts.read_prompts(asked(config, prompts=text), store, "b", tokenizer)
         assert [tokenizer.decode(tokens) for tokens in read] == expected
     fit = [prompts.new_tokens(n, [np.zeros(3), np.zeros(5)], 32, "b") for n in (0, 9)]
@@ -206,6 +213,12 @@ def test_characters_that_the_vocabulary_lacks_are_named():
     assert prompts.tokens_of("abba", "b", letters).tolist() == [1, 2, 2, 1]
     words = "vocabulary of b has no tokens for 'ü', '!' in 'abü!'"
     tiny_run.refused(words, prompts.tokens_of, "abü!", "b", letters)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(measure, "FOLDER", "pairing.json")
+    settings = asked(run[0], feature=99)  # which would be told next
+    tiny_run.refused("pairing.json cannot be written", steer, settings, run[1])
 
 
 MISTAKES = [  # settings of steer, what the line names

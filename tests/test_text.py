@@ -113,6 +113,8 @@ def test_one_text_file_is_cut_at_blank_lines(tmp_path):
     assert all(len(d.text.encode()) <= 500 for d in pieces)
     assert pieces[0].text.startswith(STORIES[0]) and pieces[0].text.endswith("a dog.")
     assert len(pieces[0].text) > 400 and corpus.provenance["cut_to_max_bytes"] == 0
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as Windows writes it
+    assert load(path, max_bytes=500).provenance == corpus.provenance
 
 
 ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)

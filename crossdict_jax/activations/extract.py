@@ -40,12 +40,13 @@ def extract(config: Config, work: Workdir) -> Store:
 
     Raises:
       UserError: a layer outside a model, text that a model cannot read, no room on the disk,
-        activations that are not finite, or a retrieval pool larger than the test rows.
+        activations that are not finite, a split without rows, or a retrieval pool larger than the
+        test rows.
     """
     directory = work.activations
     if (directory / "meta.json").exists():
         store, result = open_store(directory), work.result("pairing.json")
-        _check_pool(config, store.rows)
+        _check_rows(config, store.rows, store.meta["pairing"]["dropped"])
         if not result.exists():  # results may be deleted, to be made again
             write_json(result, store.meta["pairing"])
         return store
@@ -57,12 +58,14 @@ def extract(config: Config, work: Workdir) -> Store:
         for name, lm in lms.items():
             models.check_sites(lm.config, sites.stored(name), lm.name)
         plan = make_plan(config, list(lms.values()), directory)
-        _check_pool(config, plan.rows)
+        dropped = {"after_control_tokens": int(np.sum(~plan.rows.keep))}
+        _check_rows(config, plan.rows, dropped)
         counts, shards = read_models(config.extract, directory, lms, sites, plan)
         figures |= counts
         counted = {"shards": len(plan.shard_starts) - 1, "documents": plan.documents}
         keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
-        rows = replace(plan.rows, keep=keep)
+        rows, dropped = replace(plan.rows, keep=keep), left_out | dropped
+        _check_rows(config, rows, dropped)  # norm outliers are gone now
         pairing = plan.statistics.to_json(names) | {
             "windows": len(plan.table),
             "rows": rows.kept(),
@@ -71,8 +74,7 @@ def extract(config: Config, work: Workdir) -> Store:
             "norm_mask": config.extract.norm_mask,
             "dropped": {
                 "first_position": plan.statistics.first_positions,
-                **left_out,
-                "after_control_tokens": int(np.sum(~plan.rows.keep)),
+                **dropped,
                 "windows_not_rebuilt": dict(zip(names, plan.not_rebuilt)),
                 "characters_too_long": plan.too_long,
             },
@@ -89,7 +91,6 @@ def extract(config: Config, work: Workdir) -> Store:
             "pairing": pairing,
         }
         finish(directory, rows, plan.table, meta, shards)
-    _check_pool(config, rows)  # norm outliers are gone now
     return open_store(directory)
 
 
@@ -120,9 +121,25 @@ def meta_of_models(paths, reading: Reading, lms: Mapping[str, LanguageModel], si
     }
 
 
-def _check_pool(config: Config, rows: Rows) -> None:
-    """Refuses a pool that evaluation could not draw, before anything is trained."""
-    test_rows = rows.kept()["test"]
+def _check_rows(config: Config, rows: Rows, dropped: Mapping) -> None:
+    """Refuses a split without rows, and a pool that evaluation could not draw.
+
+    Before anything is trained; ``dropped`` counts rows by reason, as in pairing.json.
+    """
+    kept = rows.kept()
+    if empty := [split for split, count in kept.items() if not count]:
+        reasons = {
+            f"extract.norm_mask={config.extract.norm_mask}": "norm_outliers",
+            "extract.nonfinite=skip": "nonfinite",
+            "extract.control_tokens=skip": "after_control_tokens",
+        }
+        counts = ((dropped.get(key), name) for name, key in reasons.items())
+        told = ", ".join(f"{count} dropped by {name}" for count, name in counts if count)
+        raise UserError(
+            f"Of {len(rows)} paired rows none is left in the split {' or '.join(empty)}"
+            f"{f' ({told}); change that or' if told else ';'} use more text, in a new --workdir."
+        )
+    test_rows = kept["test"]
     if config.evaluation.pool > test_rows:
         raise UserError(
             f"evaluation.pool={config.evaluation.pool} is more than the {test_rows} test rows; "

@@ -52,7 +52,7 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
     All lie in nameless files of ``directory``, so memory does not grow with them.
 
     Raises:
-      UserError: text that a model cannot read, or a split without a pair.
+      UserError: text that a model cannot read.
     """
     corpus, models = load_corpus(config.text, directory=directory), range(len(lms))
     tokenizers = [lm.tokenizer for lm in lms]
@@ -112,9 +112,6 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
     if statistics is None:
         raise UserError("The text gave no window that every model can read; use other text.")
     rows = Rows(**{name: column.array() for name, column in columns.items()})
-    for split, count in rows.kept().items():
-        if not count:
-            raise UserError(f"The {split} documents hold no paired position; use more text.")
     of_models = (tuple(c.array() for c in per_model) for per_model in (offsets, ids))
     return Plan(
         text=corpus.provenance["sha256"],

@@ -189,7 +189,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()
         if file.suffix == ".txt":
-            content = _decode(file.read_bytes(), str(file))
+            content = read_txt(file)
             if file == path:
                 pieces = _pieces(normalize(content), max_bytes=text.max_bytes)
                 yield from ((f"{name}:{i}", piece, "") for i, piece in enumerate(pieces))
@@ -279,6 +279,11 @@ def _hub_rows(text: TextConfig) -> Iterator[tuple[str, str, str]]:
             f"text.source={source} cannot be read ({_one_line(error)}): check the name, the "
             "config, the split and the network, or use docstrings or a file."
         ) from error
+
+
+def read_txt(file: Path) -> str:
+    """Returns the text of a UTF-8 file; its lines end in \\n, wherever it was written."""
+    return _decode(file.read_bytes(), str(file)).replace("\r\n", "\n")
 
 
 def _decode(data: bytes, where: str) -> str:

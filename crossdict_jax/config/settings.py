@@ -142,10 +142,12 @@ def validate(config: Any) -> None:
         several, rule = isinstance(value, tuple), field.metadata["rule"]
         values, types = value if several else (value,), (int, float) if type_ is float else (type_,)
         fits = several == may_be_several or field.type in (Number, Count)
-        limit = 2**63 if type_ is int else 1e300  # also of integers of any length, and not NaN
-        finite = (type(v) in types and (type_ is str or abs(v) < limit) for v in values)
-        if not fits or not all(finite):
+        limit = 2**63 if type_ is int else 1e300  # also of integers of any length
+        typed = (type(v) in types and v == v for v in values)
+        if not fits or not all(typed):
             raise UserError(f"{name}={spell(value)} is not {words}.")
+        if type_ is not str and any(abs(v) >= limit for v in values):
+            raise UserError(f"{name}={spell(value)} must lie between -{limit:g} and {limit:g}.")
         for each in values:
             if rule and not rule.allows(each):
                 wrong = f": {spell(each)}" if several else ""

@@ -145,10 +145,11 @@ def sentence(answer: Answer) -> str:
     less = (0, row["token_rate_more"], row["token_rate_over_random"])
     with_it, without, at_random = (number(100 * (row["token_rate"] - v), 2) for v in less)
     bounds = _rate(row, "token_rate_over_random").note
+    difference = bounds and f"; difference {bounds}"
     return (
         f"At dose {dose:g} promoted tokens are {with_it} % of the new tokens, {without} % without "
-        f"the edit and {at_random} % with a random direction of equal norm ({verdict}; difference "
-        f"{bounds}). It costs {number(row['nll_more'], 2)} nats a token."
+        f"the edit and {at_random} % with a random direction of equal norm ({verdict}{difference})"
+        f". It costs {number(row['nll_more'], 2)} nats a token."
     )
 
 

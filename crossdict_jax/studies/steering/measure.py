@@ -28,7 +28,7 @@ from crossdict_jax.studies.steering import (
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
 from crossdict_jax.training.stage import digest, timed
-from crossdict_jax.workdir import Workdir
+from crossdict_jax.workdir import Workdir, check_space
 
 FOLDER = "steering"  # of results/
 SHOWN = 3  # strongest contexts of the feature
@@ -62,6 +62,7 @@ def steer(config: Config, work: Workdir) -> str:
     finished = FinishedRun(config, work)
     group = chosen_maps(config, finished.store)
     runner, tokenizer = finished.runner(group.target), finished.tokenizers[group.target]
+    check_space(work.result(FOLDER))  # before any work
     with timed(work, "steer") as figures:
         prompts = read_prompts(config, finished.store, group.target, tokenizer)
         count = new_tokens(settings.tokens, prompts, runner.config.context, group.target)

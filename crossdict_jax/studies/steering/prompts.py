@@ -1,5 +1,6 @@
 """Prompts for a language model: as a user gave them, or the beginnings of held-out documents."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from crossdict_jax.activations.pairing import byte_ends_batch, normalize
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import Store
+from crossdict_jax.activations.text import read_txt
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 
@@ -29,15 +31,15 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
         length = len(front) + PROMPT_TOKENS
         return [passages.tokens[w][:length] for w in passages.window[first]]
     prompts = [text]
-    if text.endswith(".txt"):
+    if text.lower().endswith(".txt"):
         try:
-            prompts = Path(text).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            prompts = read_txt(Path(os.path.expanduser(text))).removesuffix("\n").split("\n")
+        except OSError as error:
             raise UserError(
                 f"steer.prompts={text} cannot be read ({error}); name a UTF-8 file with a prompt a "
                 "line, or give one prompt."
             ) from error
-    if not all(prompt.strip() for prompt in prompts or [""]):
+    if not all(prompt.strip() for prompt in prompts):
         raise UserError(f"steer.prompts={text!r} holds a blank prompt; write something in each.")
     return [np.array([*front, *tokens_of(p, model, tokenizer)], np.int32) for p in prompts]
 
