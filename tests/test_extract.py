@@ -155,9 +155,9 @@ def test_damage_is_named(finished, tmp_path, name, damage):
 @pytest.mark.parametrize(("name", "value"), [("norm_mask", 1e-9), ("control_tokens", "skip")])
 def test_a_split_without_rows_is_refused_and_why(name, value, config, tmp_path, monkeypatch):
     monkeypatch.setattr(pairing, "control_ids", lambda tokenizer: tuple(range(290)))
-    asked = dataclasses.replace(config.extract, **{name: value})
+    asked = changed(config, **{f"extract__{name}": value})
     words = rf"none is left in the split train or .*\d dropped by extract\.{name}={value}"
-    refused(words, run, dataclasses.replace(config, extract=asked), tmp_path / "w")
+    refused(words, extracted, asked, tmp_path / "w")
     refused("no finished store", open_store, tmp_path / "w" / "activations")
 
 

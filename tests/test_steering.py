@@ -1,5 +1,6 @@
 """Steering: the right feature goes in at the right norm, counts are counts, mistakes are named."""
 
+import dataclasses
 import json
 import re
 
