@@ -167,7 +167,7 @@ def test_a_stream_gives_each_text_its_activations(lm, runner, device, monkeypatc
     [
         ([10] * 9, 4, [(3, 10)] * 3),  # as equal as they can be, not 4, 4, 1
         ([10, 3, 10, 4, 3], 4, [(3, 4), (2, 10)]),  # short ones apart
-        ([10, 9, 10, 10], 4, [(4, 10)]),  # nothing to save
+        ([10, 7, 10, 7], 4, [(4, 10)]),  # little to save
         ([7], 4, [(1, 7)]),
     ],
 )
@@ -175,6 +175,8 @@ def test_windows_are_padded_little(lm, lengths, size, shapes):
     texts = [np.full(n, i, np.int32) for i, n in enumerate(lengths)]
     batches = Runner(lm, batch_size=size).batches(texts)
     assert max(len(b.texts) for b in Runner(lm, batch_size=size).batches(texts, limit=2)) <= 2
+    more = Runner(lm, batch_size=size).batches(texts, worth=0.1)
+    assert len(more) == len(batches) + (lengths == [10, 7, 10, 7])
     assert [b.tokens.shape for b in batches] == shapes
     assert sorted(np.concatenate([b.texts for b in batches])) == list(range(len(lengths)))
     for batch in batches:

@@ -33,6 +33,7 @@ from crossdict_jax.training.mesh import DATA, make_mesh, platform, product_dtype
 AT_ONCE = 16  # added vectors that are measured together, at most
 LOGITS = 2**24  # of edited texts, made at once on a device: 64 MiB
 CLEAN = 2**27  # probabilities of unedited texts, kept on a device: 512 MiB
+LONG = 2**38  # tokens times parameters, from which less padding is worth two more programs
 LENGTH_STEP = 32  # of lengths in a stream: few programs for texts of any length
 PyTree = Any
 
@@ -234,13 +235,19 @@ class Runner:
         return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
 
     def batches(
-        self, tokens: Sequence[np.ndarray], *, length_step: int = 0, limit: int | None = None
+        self,
+        tokens: Sequence[np.ndarray],
+        *,
+        length_step: int = 0,
+        limit: int | None = None,
+        worth: float = 0.2,
     ) -> list[Batch]:
         """Returns texts by length, in batches of few shapes (each is compiled once).
 
-        All batches are equally large and long, or in two groups where that saves much padding. With
-        a ``length_step``, for texts that come in many portions, a batch is as long as its longest
-        text, up to a multiple. No more than ``limit`` texts are in one.
+        All batches are equally large and long, or in two groups where that saves the share
+        ``worth`` of all tokens. With a ``length_step``, for texts that come in many portions, a
+        batch is as long as its longest text, up to a multiple. No more than ``limit`` texts are in
+        one.
         """
         lengths = np.array([len(t) for t in tokens])
         order, size = np.argsort(lengths, kind="stable"), self._size(limit)
@@ -253,7 +260,7 @@ class Runner:
             # Tokens with padding, if the first ``short`` texts are a group of their own.
             padded = short * by_length + (len(order) - short) * by_length[-1]
             best = int(padded.argmin())
-            cut = best + 1 if padded[best] < 0.8 * len(order) * by_length[-1] else 0
+            cut = best + 1 if padded[best] < (1 - worth) * len(order) * by_length[-1] else 0
             parts, shapes = [], []
             for group in filter(len, (order[:cut], order[cut:])):
                 parts += (new := np.array_split(group, math.ceil(len(group) / size)))
@@ -342,11 +349,13 @@ class Runner:
         names, n = ("clean", *replacements), len(passages.position)
         ce, kl = ({name: np.zeros(n) for name in names} for _ in range(2))
         fit = max(1, CLEAN // (most * self.config.vocab_size)) * self.mesh.size
-        for batch in self.batches(passages.tokens, limit=fit):
+        parameters = sum(a.size for a in jax.tree.leaves(self._params))
+        worth = 0.1 if sum(map(len, passages.tokens)) * parameters > LONG else 0.2
+        for batch in self.batches(passages.tokens, limit=fit, worth=worth):
             index, row, position = passages.within(batch.texts)
-            rows = len(batch.tokens) // self.mesh.size
-            chunks = math.ceil(most / max(1, LOGITS // (rows * self.config.vocab_size)))
-            step = math.ceil(most / chunks)
+            rows, reads = len(batch.tokens) // self.mesh.size, min(most, batch.tokens.shape[1])
+            chunks = math.ceil(reads / max(1, LOGITS // (rows * self.config.vocab_size)))
+            step = math.ceil(reads / chunks)
             read, real = _by_text(row, position, (len(batch.tokens), chunks * step))
             tokens, read = self.put(batch.tokens), self.put(read)
             loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
