@@ -103,6 +103,8 @@ def _again(lost: Any, usual: Callable = sys.unraisablehook) -> None:
 def _leave(code: int) -> int:
     """Ends an interrupted process at once: what JAX still computes could crash its usual end."""
     if code == 130:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
     return code
 

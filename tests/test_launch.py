@@ -356,9 +356,10 @@ def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypat
 def test_an_interruption_that_python_drops_comes_again(tmp_path):
     code = "import os, time; from launch import command\n"
     code += "class Dropped:\n def __del__(self): os.kill(os.getpid(), 15); sum(range(9))\n"
-    code += "command.run(lambda config, work: [Dropped() and 1, time.sleep(20)])"
+    code += "command.run(lambda config, work: [print('a'), Dropped() and 1, time.sleep(20)])"
     done = launch([sys.executable, "-c", code], f"--workdir={tmp_path}/run")
-    assert done.returncode == 130 and done.stderr.startswith("Interrupted; the same command")
+    assert (done.returncode, done.stdout) == (130, "a\n")
+    assert done.stderr.startswith("Interrupted; the same command")
 
 
 @pytest.mark.parametrize(
