@@ -239,8 +239,8 @@ def _removals(
     removed, changes = (a.astype(np.float64)[..., scored] for a in (removed, changes))
     out = {}
     n = len(e.mapped)
-    for name, each, strength in zip(e.mapped, np.split(changes, n), np.split(by, n)):
-        enough = np.count_nonzero(strength[0, scored]) >= MIN_REMOVALS
+    for name, each, amounts in zip(e.mapped, np.split(changes, n), np.split(by, n)):
+        enough = np.count_nonzero(amounts[0, scored]) >= MIN_REMOVALS
         r, *shuffled = (stats.correlation(draws, removed, c) if enough else None for c in each)
         defined = [estimate.value for estimate in shuffled if estimate is not None]
         mean = np.mean(defined) if defined else None

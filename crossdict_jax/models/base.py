@@ -16,6 +16,7 @@ from crossdict_jax.models.folders import load_tokenizer
 from crossdict_jax.modules import Params, Plain, plain
 
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # in execution order
+LARGEST = 2**24  # count in a config
 KEYS = {  # of any config.json -> our field, and Hugging Face's value for an absent key
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("context",),
@@ -90,7 +91,9 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
-        limits = {"n_layers": (1, 2**10), "rope_theta": (1, 1e30)}
+        sizes = ("vocab_size", "context", "d_model", "n_heads", "d_mlp")
+        limits = dict.fromkeys(sizes, (1, LARGEST))
+        limits |= {"n_layers": (1, 2**10), "rope_theta": (1, 1e30)}
         limits |= dict.fromkeys(("norm_eps", "init_std"), (0, 1e30))
         if self.rotary_fraction is not None:
             limits["rotary_fraction"] = (0, 1)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from crossdict_jax.config.rules import files_of
 from crossdict_jax.errors import UserError
-from crossdict_jax.models.base import LanguageModel, ModelConfig
+from crossdict_jax.models.base import LARGEST, LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 from crossdict_jax.modules import plain
 from crossdict_jax.workdir import as_float32, read_object, read_tensors, understood
@@ -28,7 +28,6 @@ BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attention.masked_bias",
     ".rotary_emb.inv_freq",
 )
-LARGEST = 2**24  # count in a config.json
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
