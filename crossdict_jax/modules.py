@@ -1,6 +1,8 @@
 """NNX modules at jit boundaries: a static graph and a plain nested dict of arrays."""
 
 import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -62,8 +64,13 @@ def over_rows(module: nnx.Module, x: np.ndarray, *, method: str, size: int) -> n
     """Returns ``module.method(x)`` of rows x [n, ...] on the host, ``size`` rows at a time."""
     graphdef, params = split(module)
     batches = (padded(x[at : at + size], size) for at in range(0, len(x), size))
-    parts = [np.asarray(call(graphdef, method, params, batch)) for batch in batches]
-    return np.concatenate(parts)[: len(x)]
+    dispatched = (call(graphdef, method, params, batch) for batch in batches)
+    return np.concatenate([np.asarray(part) for part in ahead(dispatched)])[: len(x)]
+
+
+def ahead(dispatched: Iterable) -> Iterator:
+    """The same items; the next one is computed while one is used, and no more is in flight."""
+    return (item for item, _ in itertools.pairwise(itertools.chain(dispatched, [None])))
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:

@@ -51,10 +51,11 @@ EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 GPU = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # JAX's own for NVIDIA's
 M_ARENA_MAX = -8  # heaps of threads; each keeps what it freed, and glibc would make 8 a core
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
-QUIET = {  # advice that nobody asked for, between the progress bars
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+ENVIRONMENT = {  # where nothing else is asked for
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # advice between the progress bars
     "TRANSFORMERS_VERBOSITY": "error",
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    "OPENBLAS_THREAD_TIMEOUT": "4",  # idle threads sleep: spinning, they slow those of XLA
 }
 
 
@@ -80,7 +81,7 @@ def run(
             getattr(importlib.import_module("crossdict_jax.report.terminal"), table)(work)
 
     # Figures are drawn without a window, whatever else is asked for.
-    os.environ.update(QUIET | os.environ | {"MPLBACKEND": "svg"})
+    os.environ.update(ENVIRONMENT | os.environ | {"MPLBACKEND": "svg"})
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
     sys.unraisablehook = _again

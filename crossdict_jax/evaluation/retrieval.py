@@ -17,7 +17,8 @@ from crossdict_jax.training.mesh import platform
 CHUNK = 512  # predictions compared with all of the pool at once
 IN_CACHE = 128  # the same, where sums of slots read and write these again and again
 LARGEST_DEFAULT_POOL = 8192
-SPARSE_COST = 12  # multiply-adds of a dense product in the time of one by slots, two CPU cores
+TOGETHER = 8  # slots added up in one pass over the sums
+SPARSE_COST = 8  # multiply-adds of a dense product in the time of one by slots, two CPU cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ def make_pool(target: Codes, *, size: int, seed: int) -> Pool:
     norms = np.repeat(norm(candidates.astype(np.float64), axis=1), counts)
     candidates.data = (candidates.data / np.where(norms == 0, 1.0, norms)).astype(np.float32)
     direction, first, entries = _distinct(candidates)
-    units, slots = candidates[first], int(counts.max())
+    units, slots = candidates[first], -(-int(counts.max()) // TOGETHER) * TOGETHER
     units.resize(candidates.shape)
     few = platform() == "cpu" and slots * SPARSE_COST < units.shape[1]
     return Pool(
@@ -92,13 +93,18 @@ def at_least_as_similar(queries, direction, units: Compact | jax.Array, entries)
     if isinstance(units, Compact):
         by_feature = queries.T  # of which each direction adds up a few rows
 
-        def add(slot, total):
-            weights, features = units.values[:, slot], units.features[:, slot]
-            rows = by_feature.at[features].get(mode="promise_in_bounds")
-            return total + weights[:, None] * rows
+        def add(step, total):
+            for slot in range(TOGETHER):
+                weights, features = (
+                    jax.lax.dynamic_index_in_dim(a, step * TOGETHER + slot, 1)
+                    for a in (units.values, units.features)
+                )
+                rows = by_feature.at[features[:, 0]].get(mode="promise_in_bounds")
+                total = total + weights * rows
+            return total
 
         start = jnp.zeros((len(units.values), len(queries)))
-        similarity = jax.lax.fori_loop(0, units.values.shape[1], add, start)
+        similarity = jax.lax.fori_loop(0, units.values.shape[1] // TOGETHER, add, start)
     else:
         similarity = exact(units, queries.T)
     own = jnp.take_along_axis(similarity, direction[None, :], axis=0)

@@ -18,7 +18,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.evaluation import retrieval
 from crossdict_jax.maps.base import padded, slices
 from crossdict_jax.maps.codes import Codes, compress
-from crossdict_jax.modules import plain
+from crossdict_jax.modules import ahead, plain
 from crossdict_jax.ops import exact
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
@@ -301,26 +301,30 @@ def _sums(
             totals[name] = totals.get(name, 0.0) + weights[:, numbers] @ sums
         waiting.clear()
 
-    for batch, predicted in itertools.chain([first_batch], batches):
-        _checked("predicted", predicted)
-        start, stop = np.searchsorted(pool, (batch.start, batch.stop))  # ascending
-        of_pool[start:stop] = predicted[pool[start:stop] - batch.start]
-        for part in slices(len(predicted), size):
-            block = slice(batch.start + part.start, batch.start + part.stop)
-            numbers, local = documents[block.start]
-            arrays = 2 * (predicted[part], held_out.target[block].toarray())
-            if means and len(means.target):  # rows without their token are not used
-                index = means.index[block]
-                arrays = *arrays[:2], means.predicted[index], means.target[index]
-            belongs = np.zeros((longest, size), np.float32)  # 0 for padding
-            belongs[local, np.arange(len(local))] = 1
-            arrays = [padded(a, size) for a in arrays]
-            of_rows, of_documents = _sums_of_block(*arrays, held_out.train_mean, origin, belongs)
-            by_row.append({k: np.asarray(v, np.float64)[: len(local)] for k, v in of_rows.items()})
-            kept = {k: np.asarray(v)[: len(numbers)] for k, v in of_documents.items()}
-            waiting.append((numbers, kept))
-            if sum(len(numbers) for numbers, _ in waiting) >= DOCUMENTS:
-                resample()
+    def blocks() -> Iterator[tuple]:
+        for batch, predicted in itertools.chain([first_batch], batches):
+            _checked("predicted", predicted)
+            start, stop = np.searchsorted(pool, (batch.start, batch.stop))  # ascending
+            of_pool[start:stop] = predicted[pool[start:stop] - batch.start]
+            for part in slices(len(predicted), size):
+                block = slice(batch.start + part.start, batch.start + part.stop)
+                numbers, local = documents[block.start]
+                arrays = 2 * (predicted[part], held_out.target[block].toarray())
+                if means and len(means.target):  # rows without their token are not used
+                    index = means.index[block]
+                    arrays = *arrays[:2], means.predicted[index], means.target[index]
+                belongs = np.zeros((longest, size), np.float32)  # 0 for padding
+                belongs[local, np.arange(len(local))] = 1
+                arrays = [padded(a, size) for a in arrays]
+                sums = _sums_of_block(*arrays, held_out.train_mean, origin, belongs)
+                yield numbers, len(local), *sums
+
+    for numbers, n_rows, of_rows, of_documents in ahead(blocks()):
+        by_row.append({k: np.asarray(v, np.float64)[:n_rows] for k, v in of_rows.items()})
+        kept = {k: np.asarray(v)[: len(numbers)] for k, v in of_documents.items()}
+        waiting.append((numbers, kept))
+        if sum(len(numbers) for numbers, _ in waiting) >= DOCUMENTS:
+            resample()
     if waiting:
         resample()
     of_rows = {name: np.concatenate([rows[name] for rows in by_row]) for name in by_row[0]}

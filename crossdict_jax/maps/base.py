@@ -328,11 +328,14 @@ def predictions(
     if m.predicts_activation and method == "__call__":  # these kinds share B's encoder
         encoder, method = modules.split(m.dictionary), "activation"
     read = {"tokens": source.tokens.__getitem__, "activations": source.x.__getitem__}
-    for rows in slices(len(pairs), batch_size):
+
+    def dispatch(rows: slice) -> tuple[slice, jax.Array]:
         inputs = read.get(m.reads, source.features)(rows)
         batch = [padded(a, batch_size) for a in (inputs, source.tokens[rows])]
         out = predict_batch(graph, method, params, *batch)
-        out = modules.call(encoder[0], "encode", encoder[1], out) if encoder else out
+        return rows, modules.call(encoder[0], "encode", encoder[1], out) if encoder else out
+
+    for rows, out in modules.ahead(map(dispatch, slices(len(pairs), batch_size))):
         yield rows, np.asarray(out)[: rows.stop - rows.start]
 
 

@@ -5,7 +5,6 @@ What varies from call to call is an argument of a compiled program, so few are c
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -230,7 +229,7 @@ class Runner:
         dispatch = partial(self.dispatch, function, static=static, shared=shared)
         batches = (np.minimum(np.arange(at, at + size), n - 1) for at in range(0, n, size))
         dispatched = (dispatch(*(self.put(a[rows]) for a in arrays)) for rows in batches)
-        parts = [jax.tree.map(np.asarray, batch) for batch in _ahead(dispatched)]
+        parts = [jax.tree.map(np.asarray, batch) for batch in modules.ahead(dispatched)]
         per_result = size // len(jax.tree.leaves(parts[0])[0])  # rows of the arrays
         return jax.tree.map(lambda *p: np.concatenate(p)[: n // per_result], *parts)
 
@@ -318,7 +317,7 @@ class Runner:
             return index, real, _at_positions(x, self.put(at))
 
         batches = self.batches(passages.tokens, length_step=length_step)
-        for index, at, x in _ahead(map(read, batches)):
+        for index, at, x in modules.ahead(map(read, batches)):
             yield index, [np.asarray(of_site)[at] for of_site in x]
 
     # Replacing
@@ -353,28 +352,41 @@ class Runner:
         worth = 0.1 if sum(map(len, passages.tokens)) * parameters > LONG else 0.2
         for batch in self.batches(passages.tokens, limit=fit, worth=worth):
             index, row, position = passages.within(batch.texts)
-            rows, reads = len(batch.tokens) // self.mesh.size, min(most, batch.tokens.shape[1])
-            chunks = math.ceil(reads / max(1, LOGITS // (rows * self.config.vocab_size)))
-            step = math.ceil(reads / chunks)
-            read, real = _by_text(row, position, (len(batch.tokens), chunks * step))
-            tokens, read = self.put(batch.tokens), self.put(read)
-            loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
-            arrays = tokens, read, *clean
-            ce["clean"][index] = np.asarray(loss)[real]
+            reads = min(most, batch.tokens.shape[1])
             source = passages.sources(batch.texts, batch.tokens.shape)
-            edited = source >= 0
-            for name, by_site in replacements.items():
-                edits = [self.put(edited)]
-                for values in (by_site[s] for s in sites):
-                    x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
-                    x[edited] = values if values.ndim == 1 else values[source[edited]]
-                    edits.append(self.put(x))
-                results = self.dispatch(_edited, *arrays, *edits, static=(sites, step))
+            at = row, position, source
+            for name, *results in self._spliced(batch.tokens, reads, at, sites, replacements):
                 for values, result in zip((ce, kl), results):
-                    values[name][index] = np.asarray(result)[real]
-            del clean, arrays  # before the next batch has its own: a probability for every token
+                    values[name][index] = result
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in names}
+
+    def _spliced(self, tokens, reads, at, sites, replacements) -> Iterator[tuple]:
+        """Yields (name, loss [m], KL [m]) in a batch of texts of every replacement; see ``splice``.
+
+        First ("clean", loss [m]). ``at``: (row, position) of the m positions, and whose replacement
+        each token takes. ``reads``: positions of a text, at most.
+        """
+        row, position, source = at
+        rows = len(tokens) // self.mesh.size
+        chunks = math.ceil(reads / max(1, LOGITS // (rows * self.config.vocab_size)))
+        step = math.ceil(reads / chunks)
+        read, real = _by_text(row, position, (len(tokens), chunks * step))
+        tokens, read, edited = self.put(tokens), self.put(read), source >= 0
+        loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
+        yield "clean", np.asarray(loss)[real]
+        arrays = tokens, read, *clean, self.put(edited)
+
+        def edit(name):
+            edits = []
+            for values in (replacements[name][s] for s in sites):
+                x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
+                x[edited] = values if values.ndim == 1 else values[source[edited]]
+                edits.append(self.put(x))
+            return name, self.dispatch(_edited, *arrays, *edits, static=(sites, step))
+
+        for name, results in modules.ahead(map(edit, replacements)):
+            yield name, *(np.asarray(result)[real] for result in results)
 
     # Adding
 
@@ -461,11 +473,6 @@ def _by_text(row: np.ndarray, position: np.ndarray, shape: tuple[int, int]) -> t
     read = np.zeros(shape, np.int32)
     read[real] = position
     return read, real
-
-
-def _ahead(dispatched: Iterator) -> Iterator:
-    """The same items; the next one is computed while one is used, and no more is in flight."""
-    return (item for item, _ in itertools.pairwise(itertools.chain(dispatched, [None])))
 
 
 # Compiled programs
