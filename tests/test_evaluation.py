@@ -18,6 +18,7 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.evaluation import evaluate, reconstruction, transfer_metrics
 from crossdict_jax.evaluation.transfer import NORMALIZED, TokenMeans, hold_out, measure, verdict
 from crossdict_jax.maps.base import slices
+from crossdict_jax.maps.codes import Compact
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR, SCORES
 from crossdict_jax.workdir import read_jsonl
 
@@ -28,10 +29,10 @@ COLUMNS = {name for column in SCORES for name in column.names} - NORMALIZED_COLU
 SPLITS = ("train", "test")
 
 
-def example(seed, n=60, width=9):
+def example(seed, n=60, width=9, share=0.3):
     """(predicted, target, train_mean, documents) with a bit of everything in them."""
     rng = np.random.default_rng(seed)
-    target = codes(rng, n, width, 0.3)
+    target = codes(rng, n, width, share)
     predicted = np.maximum(target + 0.3 * rng.normal(size=target.shape), 0).astype(np.float32)
     predicted[:, 0] = 0.25  # constant
     target[:, -1] = 0  # dead
@@ -39,7 +40,7 @@ def example(seed, n=60, width=9):
     target[4] = 0
     predicted[5] = target[5] = 0
     target[7] = target[6]
-    return predicted, target, codes(rng, 500, width, 0.3).mean(0), rng.integers(0, 7, n)
+    return predicted, target, codes(rng, 500, width, share).mean(0), rng.integers(0, 7, n)
 
 
 def slow_cosine(a, b):
@@ -84,9 +85,11 @@ def slow(predicted, target, mean):
     return counts | {name: np.mean(values) for name, values in means.items()}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_metric_is_its_definition(seed):
-    predicted, target, mean, documents = example(seed)
+@pytest.mark.parametrize(("seed", "width", "share"), [(0, 9, 0.3), (1, 9, 0.3), (2, 400, 0.04)])
+def test_every_metric_is_its_definition(seed, width, share):
+    predicted, target, mean, documents = example(seed, width=width, share=share)
+    pool = hold_out(target, train_mean=mean, documents=documents, pool=0, bootstrap=0, seed=0).pool
+    assert isinstance(pool.units, Compact) == (share < 0.1)  # ranked by slots
     found = transfer_metrics(predicted, target, train_mean=mean, documents=documents, bootstrap=5)
     expected = slow(predicted, target, mean)
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
