@@ -11,7 +11,6 @@ import re
 import runpy
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +82,8 @@ def run(
     # Figures are drawn without a window, whatever else is asked for.
     os.environ.update(ENVIRONMENT | os.environ | {"MPLBACKEND": "svg"})
     sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a character
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: see ``execute``
+    for number in (signal.SIGTERM, signal.SIGALRM):  # as Ctrl-C: see ``execute``, ``_again``
+        signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = _again
     with contextlib.suppress(AttributeError, OSError):  # glibc's alone
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, os.cpu_count())
@@ -96,7 +96,7 @@ def run(
 def _again(lost: Any, usual: Callable = sys.unraisablehook) -> None:
     """Repeats an interruption that came where Python drops exceptions, as in JAX's hook of gc."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # once this hook, which drops them too, is over
     else:
         usual(lost)
 
