@@ -17,7 +17,7 @@ from crossdict_jax.training.mesh import platform
 CHUNK = 512  # predictions compared with all of the pool at once
 IN_CACHE = 128  # the same, where sums of slots read and write these again and again
 LARGEST_DEFAULT_POOL = 8192
-TOGETHER = 8  # slots added up in one pass over the sums
+TOGETHER = 8  # slots added up in one pass over the sums; of a rest XLA makes slow code
 SPARSE_COST = 8  # multiply-adds of a dense product in the time of one by slots, two CPU cores
 
 
@@ -93,18 +93,13 @@ def at_least_as_similar(queries, direction, units: Compact | jax.Array, entries)
     if isinstance(units, Compact):
         by_feature = queries.T  # of which each direction adds up a few rows
 
-        def add(step, total):
-            for slot in range(TOGETHER):
-                weights, features = (
-                    jax.lax.dynamic_index_in_dim(a, step * TOGETHER + slot, 1)
-                    for a in (units.values, units.features)
-                )
-                rows = by_feature.at[features[:, 0]].get(mode="promise_in_bounds")
-                total = total + weights * rows
-            return total
+        def add(slot, total):
+            weights, features = units.values[:, slot], units.features[:, slot]
+            rows = by_feature.at[features].get(mode="promise_in_bounds")
+            return total + weights[:, None] * rows
 
-        start = jnp.zeros((len(units.values), len(queries)))
-        similarity = jax.lax.fori_loop(0, units.values.shape[1] // TOGETHER, add, start)
+        start, slots = jnp.zeros((len(units.values), len(queries))), units.values.shape[1]
+        similarity = jax.lax.fori_loop(0, slots, add, start, unroll=TOGETHER)
     else:
         similarity = exact(units, queries.T)
     own = jnp.take_along_axis(similarity, direction[None, :], axis=0)

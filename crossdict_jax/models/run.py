@@ -352,41 +352,28 @@ class Runner:
         worth = 0.1 if sum(map(len, passages.tokens)) * parameters > LONG else 0.2
         for batch in self.batches(passages.tokens, limit=fit, worth=worth):
             index, row, position = passages.within(batch.texts)
-            reads = min(most, batch.tokens.shape[1])
+            rows, reads = len(batch.tokens) // self.mesh.size, min(most, batch.tokens.shape[1])
+            chunks = math.ceil(reads / max(1, LOGITS // (rows * self.config.vocab_size)))
+            step = math.ceil(reads / chunks)
+            read, real = _by_text(row, position, (len(batch.tokens), chunks * step))
+            tokens, read = self.put(batch.tokens), self.put(read)
+            loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
+            arrays = tokens, read, *clean
+            ce["clean"][index] = np.asarray(loss)[real]
             source = passages.sources(batch.texts, batch.tokens.shape)
-            at = row, position, source
-            for name, *results in self._spliced(batch.tokens, reads, at, sites, replacements):
+            edited = source >= 0
+            for name, by_site in replacements.items():
+                edits = [self.put(edited)]
+                for values in (by_site[s] for s in sites):
+                    x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
+                    x[edited] = values if values.ndim == 1 else values[source[edited]]
+                    edits.append(self.put(x))
+                results = self.dispatch(_edited, *arrays, *edits, static=(sites, step))
                 for values, result in zip((ce, kl), results):
-                    values[name][index] = result
+                    values[name][index] = np.asarray(result)[real]
+            del clean, arrays  # before the next batch has its own: a probability for every token
         scored = passages.scored
         return {name: Effect(ce[name][scored], kl[name][scored]) for name in names}
-
-    def _spliced(self, tokens, reads, at, sites, replacements) -> Iterator[tuple]:
-        """Yields (name, loss [m], KL [m]) in a batch of texts of every replacement; see ``splice``.
-
-        First ("clean", loss [m]). ``at``: (row, position) of the m positions, and whose replacement
-        each token takes. ``reads``: positions of a text, at most.
-        """
-        row, position, source = at
-        rows = len(tokens) // self.mesh.size
-        chunks = math.ceil(reads / max(1, LOGITS // (rows * self.config.vocab_size)))
-        step = math.ceil(reads / chunks)
-        read, real = _by_text(row, position, (len(tokens), chunks * step))
-        tokens, read, edited = self.put(tokens), self.put(read), source >= 0
-        loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
-        yield "clean", np.asarray(loss)[real]
-        arrays = tokens, read, *clean, self.put(edited)
-
-        def edit(name):
-            edits = []
-            for values in (replacements[name][s] for s in sites):
-                x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
-                x[edited] = values if values.ndim == 1 else values[source[edited]]
-                edits.append(self.put(x))
-            return name, self.dispatch(_edited, *arrays, *edits, static=(sites, step))
-
-        for name, results in modules.ahead(map(edit, replacements)):
-            yield name, *(np.asarray(result)[real] for result in results)
 
     # Adding
 
