@@ -135,6 +135,7 @@ def correlation(draws: Resamples, a: np.ndarray, b: np.ndarray) -> Estimate | No
     n, sa, sb, aa, bb, ab = np.column_stack([sums.sum(1), sums @ draws.weights.T])
     spread = np.sqrt(np.maximum((n * aa - sa**2) * (n * bb - sb**2), 0))
     r = np.divide(n * ab - sa * sb, spread, out=np.zeros_like(spread), where=spread > 0)
+    r = r.clip(-1, 1)  # beyond is rounding, of resamples with one distinct row
     return Estimate(float(r[0]), r[1:])
 
 

@@ -242,6 +242,10 @@ def test_one_token_at_most_is_read_in_front_of_a_text(tmp_path):
     two = processors.TemplateProcessing("x y $A", special_tokens=[("x", 3), ("y", 4)])
     rebuilt(tmp_path / "m", "docs-gpt2", lambda t: setattr(t, "post_processor", two), None)
     refused(lambda: bos_id(models.load_tokenizer(tmp_path / "m")), "[3, 4]", "post_processor")
+    no_a = normalizers.Replace("a", "")
+    change = lambda t: in_front(t) or setattr(t, "normalizer", no_a)  # noqa: E731
+    rebuilt(tmp_path / "n", "docs-gpt2", change, None)
+    assert bos_id(models.load_tokenizer(tmp_path / "n")) == 7
 
 
 def vast(tree):

@@ -113,6 +113,8 @@ def test_controls_have_the_norm_of_the_cut():
     size, *sizes = map(np.linalg.norm, cuts)
     np.testing.assert_allclose(sizes, size, rtol=1e-4)
     assert not others[:, :2].any()
+    strength[:, :, 4:] = 0  # two others fire: every draw would be the same edit
+    assert not len(preference.draw_controls(cut, 6, rng)["others"])
 
 
 LINES = [

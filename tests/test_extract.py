@@ -167,6 +167,18 @@ def test_changed_text_is_refused(config, tmp_path):
     refused("text has changed", stage.extract, other, Workdir(tmp_path / "w"))
 
 
+def test_changed_models_and_lost_shards_are_refused(config, tmp_path):
+    shutil.copytree(config.models[0], tmp_path / "a")
+    config, work = changed(config, models=(f"{tmp_path}/a", config.models[1])), tmp_path / "w"
+    kill_in_save(1, lambda: extracted(config, work), stage, "masked")
+    shard, lm = next(work.glob("*/a/*/shard-00000.npy")), models.load(tmp_path / "a")
+    models.save(models.init(lm.config, seed=9), tmp_path / "a")
+    refused("model has changed", stage.extract, config, Workdir(work))
+    models.save(lm, tmp_path / "a")
+    shard.unlink()
+    assert str(shard) in refused("is damaged", stage.extract, config, Workdir(work))
+
+
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):
     assert bos_id(models.load(config.models[0]).tokenizer) is None
 

@@ -116,6 +116,16 @@ def test_token_ridge_beats_token_and_ridge_where_both_matter(tmp_path):
     assert both > 0.98 and max(token, ridge) < 0.8
 
 
+def test_token_ridge_fits_no_rounding_where_the_token_determines_the_source(tmp_path):
+    rng = np.random.default_rng(4)
+    tokens = np.append(rng.integers(0, 40, sum(ROWS.values()) - 1), 40)  # the last unseen before
+    x_b = 2 * rng.normal(size=(41, 6))[tokens] + rng.normal(size=(len(tokens), 6))
+    problem, test = make_problem(rng.normal(size=(41, 8))[tokens], x_b, tokens=tokens)
+    fitted = fit_one("token_ridge", problem, tmp_path)
+    assert not np.asarray(fitted.map.W[...]).any() and feature_r2(fitted.map, problem, test) > 0.5
+    assert min(row["mse"] for row in fitted.record["validation_mse"]) > 0.5
+
+
 def test_low_rank_finds_the_planted_rank_and_map(tmp_path, monkeypatch):
     """12 dimensions of which 3 carry over to 9, under noise."""
     rng = np.random.default_rng(3)

@@ -181,6 +181,10 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     assert pairing.byte_ends(ENGLISH, wrapped).ids.tolist() == expected
     tokenizer.add_tokens(["[new]"])  # known at once
     assert pairing.byte_ends("[new]", tokenizer).ends.tolist() == [5]
+    tokenizer.no_padding()
+    tokenizer.add_tokens(["h"])  # which the vocabulary has, but now stands alone
+    ids = tokenizer.encode("the", add_special_tokens=False).ids
+    assert pairing.byte_ends("the", tokenizer).ids.tolist() == ids
     refused("not a fast tokenizer", pairing.byte_ends, "text", object())
 
 

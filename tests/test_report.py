@@ -310,7 +310,7 @@ def test_markup_is_shown_as_text(tmp_path):
 @pytest.mark.parametrize(
     "scale, words",
     [
-        (0.0, "no map predicts held-out features better than their mean does"),
+        (0.0, "does not surely predict held-out features better than their mean"),
         (0.0, "Negative result: none of the 8 fitted maps beats the mean"),
         (0.5, "none of the 8 fitted maps beats the table of token means"),
         (0.5, "beyond the identity of the current token nothing is shown"),

@@ -104,6 +104,8 @@ def test_independent_representations_score_their_chance():
         error = scores[m].std() / np.sqrt(30)
         assert abs(scores[m].mean() - chance) < 3 * error + 1e-4
     assert scores["svcca"].mean() > 0.5  # not corrected: its null must be read beside it
+    equidistant = (rotation(np.random.default_rng(seed), 16) for seed in (1, 2))
+    assert compared(*equidistant)["cka"] == 0
 
 
 def test_a_planted_alignment_of_layers_is_proposed():

@@ -1,5 +1,6 @@
 """Extraction: every model reads every window once; paired rows go into the store."""
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax import models
+from crossdict_jax import models, modules
 from crossdict_jax.activations.plan import Reading, make_plan
 from crossdict_jax.activations.store import (
     BLOCK,
+    MEND,
     Column,
     Rows,
     Sites,
@@ -30,7 +33,14 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.models.run import LENGTH_STEP, Passages, Runner
 from crossdict_jax.training.stage import progress_bar, timed
-from crossdict_jax.workdir import Workdir, check_space, model_names, read_json, write_json
+from crossdict_jax.workdir import (
+    Workdir,
+    check_space,
+    model_names,
+    read_json,
+    understood,
+    write_json,
+)
 
 
 def extract(config: Config, work: Workdir) -> Store:
@@ -159,23 +169,25 @@ def read_models(
     Models run only as deep as their highest site.
 
     Raises:
-      UserError: the disk cannot take the store, or its shards are of other text.
+      UserError: the disk cannot take the store, or its shards are of other text or models.
     """
     directory.mkdir(parents=True, exist_ok=True)
     numbers = sum(len(sites.stored(name)) * lm.config.d_model for name, lm in lms.items())
-    needed, free = 2 * len(reading.rows) * numbers, shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(
-            f"The store needs {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free; "
-            "free some space or lower text.documents."
-        )
     starts = reading.shard_starts
     stamps = [directory / "shards" / f"{i:05d}.json" for i in range(len(starts) - 1)]
     todo = [i for i, stamp in enumerate(stamps) if not stamp.exists()]
-    if {read_json(stamp)["text"] for stamp in stamps if stamp.exists()} - {reading.text}:
+    needed = 2 * numbers * sum(int(starts[i + 1] - starts[i]) for i in todo)
+    if needed > (free := shutil.disk_usage(directory).free):
         raise UserError(
-            f"The text has changed since {directory} was begun; delete it to extract again."
+            f"The store needs {needed / 1e9:.1f} GB more and {directory} has {free / 1e9:.1f} GB "
+            "free; free some space or lower text.documents in a new --workdir."
         )
+    digests = _digests(lms, reading)
+    for what, digest in digests.items():
+        if {read_json(stamp).get(what) for stamp in stamps if stamp.exists()} - {digest}:
+            raise UserError(
+                f"The {what} has changed since {directory} was begun; delete it to extract again."
+            )
     options = {"batch_size": settings.batch_size, "dtype": settings.matmul_dtype}
     runners = [Runner(lm, **options) for lm in lms.values()]
     counts = {"rows": 0, "tokens": 0}
@@ -186,7 +198,7 @@ def read_models(
             for saved in files.map(partial(save_shard, directory), arrays, arrays.values()):
                 checksums |= saved
         if last:
-            write_json(stamps[i], {"text": reading.text, "files": checksums})
+            write_json(stamps[i], digests | {"files": checksums})
 
     # What a model gives is saved while the next one reads, or the first one the next shard.
     with progress_bar(**bar) as progress, ThreadPoolExecutor(1) as disk:
@@ -210,6 +222,18 @@ def read_models(
             counts["rows"] += len(window)
         saving.result()
     return counts, {k: v for stamp in stamps for k, v in read_json(stamp)["files"].items()}
+
+
+def _digests(lms: Mapping[str, LanguageModel], reading: Reading) -> dict[str, str]:
+    """Returns sha256 of all that shards are made of, by what a user may have changed."""
+    tokens, weights = hashlib.sha256(), hashlib.sha256()
+    for array in (*reading.table.ids, *reading.table.offsets):
+        tokens.update(np.ascontiguousarray(array))
+    for lm in lms.values():
+        weights.update(repr(lm.config).encode())
+        for array in jax.tree.leaves(modules.split(lm)[1]):
+            weights.update(np.ascontiguousarray(array))
+    return {"text": reading.text, "tokenizer": tokens.hexdigest(), "model": weights.hexdigest()}
 
 
 def masked(
@@ -240,7 +264,8 @@ def masked(
         column, training = Column(directory, np.float32), Column(directory, np.float32)
         for shard in range(shards):
             file = directory / shard_name(model, str(site), shard)
-            x = np.load(file, mmap_mode="r", allow_pickle=False).view(ml_dtypes.bfloat16)
+            with understood(file, mend=MEND):
+                x = np.load(file, mmap_mode="r", allow_pickle=False).view(ml_dtypes.bfloat16)
             for at in range(0, len(x), BLOCK):
                 block = x[at : at + BLOCK].astype(np.float32)
                 finite, norm = np.isfinite(block).all(axis=1), np.linalg.norm(block, axis=1)
@@ -269,9 +294,11 @@ def masked(
         high = {name: norm > highest[name] for name, norm in block.items()}
         outlier = np.any(list(high.values()), axis=0)
         bad = np.any(np.isnan(list(block.values())), axis=0)
-        keep.append(rows.keep[at : at + BLOCK] & ~(outlier | bad))
+        kept = rows.keep[at : at + BLOCK]
+        keep.append(kept & ~(outlier | bad))
         counts.update({name: int(values.sum()) for name, values in high.items()})
-        counts.update(outliers=int(outlier.sum()), nonfinite=int((bad & ~outlier).sum()))
+        outlier, bad = kept & outlier, kept & bad & ~outlier  # a dropped row is counted once
+        counts.update(outliers=int(outlier.sum()), nonfinite=int(bad.sum()))
     return keep.array(), {
         "norm_outliers": counts["outliers"],
         "norm_outliers_by_site": {name: counts[name] for name in norms},

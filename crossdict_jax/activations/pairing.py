@@ -76,12 +76,13 @@ def _reader(tokenizer) -> _Reader:
             f"{type(tokenizer).__name__} is not a fast tokenizer: use one with a tokenizer.json."
         )
     split_special = getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens)
-    return _build_reader(backend, backend.get_vocab_size(with_added_tokens=True), split_special)
+    added = tuple((i, repr(t)) for i, t in sorted(backend.get_added_tokens_decoder().items()))
+    return _build_reader(backend, added, split_special)
 
 
 @functools.lru_cache(maxsize=16)
-def _build_reader(backend, vocab_size: int, split_special: bool) -> _Reader:
-    """Reads a tokenizer's description; `vocab_size` renews the cache when tokens are added."""
+def _build_reader(backend, added_tokens: tuple, split_special: bool) -> _Reader:
+    """Reads a tokenizer's description; `added_tokens` renew the cache when one is added."""
     import tokenizers
 
     description = backend.to_str()

@@ -45,15 +45,15 @@ def whole_spans(store: Store, model: str, passages: Passages) -> Passages:
     """Returns the passages with all of each span edited, back to the common end before it.
 
     The tokens inside a span belong to one model alone; unedited, they would let the clean text
-    show. They take the replacement of the span's end. Ends dropped as outliers bound spans too; a
-    window's first token is never edited.
+    show. They take the replacement of the span's end. Ends dropped as outliers bound spans too. Of
+    a window's first span only the end is edited: inside may lie another model's first token.
     """
     rows, window = passages.rows, store.rows.window
     position = store.rows.position[:, store.models.index(model)]
     above = np.maximum(rows - 1, 0)
     in_window = (above < rows) & (window[above] == window[rows])
     front = passages.position - position[rows]  # 1 where there is a BOS
-    before = np.where(in_window, position[above], 0) + front
+    before = np.where(in_window, position[above], position[rows] - 1) + front
     return dataclasses.replace(passages, first=np.minimum(before + 1, passages.position))
 
 

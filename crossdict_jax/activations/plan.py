@@ -1,6 +1,6 @@
 """The texts that models will read and the positions that become rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -130,7 +130,17 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
 
 def bos_id(tokenizer) -> int | None:
     """Returns the id that the tokenizer itself puts in front of a text, or None."""
-    ids, text = (tokenizer("a", add_special_tokens=all_)["input_ids"] for all_ in (True, False))
+
+    def probes() -> Iterator[str]:
+        yield "a"
+        for piece in pairing.token_bytes(tokenizer):  # of one that has no "a" and drops it
+            yield piece.decode(errors="ignore")
+
+    for probe in probes():
+        options = ({"add_special_tokens": special} for special in (True, False))
+        ids, text = (tokenizer(probe, **option)["input_ids"] for option in options)
+        if text:
+            break
     starts = (n for n in range(len(ids)) if ids[n : n + len(text)] == text)
     front = ids[: next(starts, 0)]
     if len(front) > 1:

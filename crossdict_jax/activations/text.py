@@ -191,7 +191,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
         if file.suffix == ".txt":
             content = read_txt(file)
             if file == path:
-                pieces = _pieces(normalize(content), max_bytes=text.max_bytes)
+                pieces = _pieces(content, max_bytes=text.max_bytes)
                 yield from ((f"{name}:{i}", piece, "") for i, piece in enumerate(pieces))
             else:
                 yield name, content, ""
@@ -202,7 +202,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
 
 
 def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
-    """Yields paragraphs of an NFC text together, as many as ``max_bytes`` hold."""
+    """Yields paragraphs of a text together, as many as ``max_bytes`` hold."""
     piece, size = "", 0
     for paragraph in re.split(r"\n[ \t\r\f\v]*\n\s*", text):
         length = len(paragraph.encode())

@@ -351,7 +351,7 @@ class PretrainConfig:
     context: int = setting(256, "Tokens per window", at_least(2))
     # 257: every byte, and the end of a text.
     vocab_size: int = setting(4096, "Tokens of the byte-level BPE to train", at_least(257))
-    steps: int = setting(1500, "Training steps", at_least(1))
+    steps: int = setting(1500, "Training steps", at_least(2))
     batch_size: int = setting(16, "Windows per training step", at_least(1))
     learning_rate: float = setting(4e-3, "Learning rate of Muon and Adam", ABOVE_0)
     matmul_dtype: str = choice(MATMUL, *DTYPES)
@@ -359,7 +359,7 @@ class PretrainConfig:
     save_dtype: str = setting(
         "float16", "Type of the saved weights", one_of("float32", "float16", "bfloat16")
     )
-    seed: int = setting(0, "Random seed for the split, initialisation and batch order", SEED)
+    seed: int = setting(0, "Random seed for initialisation and batch order", SEED)
     text: TextConfig = field(default_factory=TextConfig)
 
     def check(self) -> None:

@@ -174,7 +174,7 @@ def planned(config: Config, store: Store) -> list[tuple[tuple[Site, ...], str]]:
         plan += [(sites, "aligned"), (sites, "shuffled")]
         if index < config.crosscoder.self_nulls:
             plan += [((sites[0], sites[0]), name) for name in CONTROLS]
-    return plan
+    return list(dict.fromkeys(plan))  # layer pairs may share the first model's layer
 
 
 def train_crosscoders(config: Config, store: Store, work: Workdir) -> None:

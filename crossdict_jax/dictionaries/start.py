@@ -56,7 +56,7 @@ def start_of(x: np.ndarray, y: np.ndarray | None = None) -> Start:
     spread = np.arange(SAMPLE) * len(x) // SAMPLE
     start = {
         "scale": np.float32(activation_scale(x)),
-        "mean": x.mean(axis=0, dtype=np.float32),
+        "mean": x.mean(axis=0, dtype=np.float64).astype(np.float32),
         "rows": x[spread].astype(np.float32),
     }
     if y is None:

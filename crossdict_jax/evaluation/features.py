@@ -89,8 +89,8 @@ def _described(
         for pairs in (train, test)
     )
     deviations = (np.sqrt(s.feature_moments.variance) for s in (train.source, train.target))
-    a, b = (np.where(d > 0, d, 1.0) for d in deviations)
-    scale = a[None, :] / b[index][:, None]  # of standard deviations, 1 where one is 0
+    a, b = deviations  # a source feature that never varies drives nothing
+    scale = a[None, :] / np.where(b > 0, b, 1.0)[index][:, None]
     # Maps that read features show their drivers, and so does the best map, but for token tables and
     # for activations of a transcoder, whose decoder writes elsewhere.
     seen = {"features"} if test.source.dictionary.transcodes else {"features", "activations"}

@@ -52,7 +52,9 @@ def representation_rows(run: Loader, pairs: list[Task], matches: list[dict]) -> 
                     scores = _beside(a.compared(b), a.compared(shuffled))
                     compared.append({"kind": "layers"} | names | {"n_rows": len(drawn)} | scores)
             paired = [pair for pair in pairs if (pair.source, pair.target) == ends]
-            rows += [*compared, _proposal(store.sites_of(ends[0]), paired, compared)]
+            rows += compared
+            if ends[0] == store.models[0]:  # layer_pairs names layers of the first and of others
+                rows.append(_proposal(sorted(store.sites_of(ends[0])), paired, compared))
     return rows + [_decoder_row(pair, matches, config.seed, run.work) for pair in pairs]
 
 

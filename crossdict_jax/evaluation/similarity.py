@@ -18,6 +18,7 @@ RDM_ROWS = 500  # rows whose distances RSA ranks: 124,750 pairs
 VARIANCE = 0.99  # share of it that SVCCA's directions keep
 NEIGHBOURS = 10
 ROUNDING = 1e-10  # a direction with less than this share of the largest variance has none
+EQUIDISTANT = 1e-5  # of the sum of squared products: an HSIC below it is rounding
 LEAST_ROWS = 4  # the unbiased estimate divides by n - 3
 MEASURES = ("cka", "svcca", "rsa", "mutual_knn")
 TINY = np.finfo(np.float64).tiny
@@ -90,7 +91,7 @@ class Geometry:
         length = np.sqrt(self.power * other.power)
         shared = self.near[:, :, None] == other.near[:, None, :]
         return {
-            "cka": float(self._hsic(other, product) / max(length, TINY)),
+            "cka": float(self._hsic(other, product) / length) if length else 0.0,
             "svcca": float(np.sqrt(squares.clip(0, 1)).mean()),
             "rsa": float(np.vdot(self.ranks, other.ranks)),
             "mutual_knn": float(shared.sum() / self.near.size),
@@ -98,8 +99,10 @@ class Geometry:
 
     @cached_property
     def power(self) -> float:
-        """The HSIC with itself, or 0 where its estimate is below."""
-        return max(self._hsic(self, self.scores.T @ self.scores), 0.0)
+        """The HSIC with itself, or 0 where it is below or rounding: of rows equally far apart."""
+        product = self.scores.T @ self.scores
+        value = self._hsic(self, product)
+        return value if value > EQUIDISTANT * np.sum(np.square(product), dtype=np.float64) else 0.0
 
     def _hsic(self, other: Geometry, product: np.ndarray) -> float:
         """The unbiased HSIC, times n (n - 3), of centred rows, without a matrix [n, n].

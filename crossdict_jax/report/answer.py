@@ -62,8 +62,8 @@ def _how_well(comparisons: list[Comparison]) -> str:
         name, token = f"{line['map']} at {c.sites}", c.score("token", "r2")
         if line["verdict"] == NO_BETTER:
             sentences.append(
-                f"{start} no map predicts held-out features better than their mean does (the best, "
-                f"{name}, has {r2})"
+                f"{start} the map with the highest R², {name}, does not surely predict held-out "
+                f"features better than their mean does ({r2})"
             )
         else:
             beside = "" if token is None else f"; the source’s token alone {number(token)}"
@@ -77,6 +77,8 @@ def _how_well(comparisons: list[Comparison]) -> str:
 
 def _against_what(comparisons: list[Comparison]) -> str:
     verdicts = [line["verdict"] for c in comparisons for line in c.fitted]
+    if not verdicts:
+        return ""
     token, mean, n_maps = *map(verdicts.count, (BEATS_TOKEN, BEATS_MEAN)), len(verdicts)
     none = f"none of the {n_maps} fitted maps beats"
     if token + mean == 0:
@@ -106,6 +108,8 @@ def to_what_effect(stitched: list[Comparison]) -> str:
     """Returns the sentence about predicted activations put into the target."""
     if not stitched:
         return "No causal test was run, so nothing here says that a predicted activation works."
+    if not any(s.fitted for s in stitched):
+        return "No fitted map was put into a target, so nothing here says that one works."
 
     def of_mean(pick: Pick) -> float:
         """The share of the mean's cost that a map wins back (of zero's, without a mean)."""
@@ -129,11 +133,11 @@ def to_what_effect(stitched: list[Comparison]) -> str:
     if s.above_controls(line):
         text = f"The best predicted activation, {stitch}, recovers {of_zero}"
         if (token := s.score("token", "loss_recovered")) is not None:
-            more = "more" if at_least(line, "loss_recovered") > token else "no more"
+            more = "more" if at_least(line, "loss_recovered") > token else "not surely more"
             text += f", {more} than the table of token means ({percent(token)})"
     else:
         text = f"Negative result: even the best predicted activation, {stitch}, recovers only "
-        text += f"{of_zero}, no more than its controls"
+        text += f"{of_zero}, not surely more than its controls"
     beside = {
         "the target’s own dictionary": s.reference("own_sae"),
         "the mean": s.reference("mean"),

@@ -119,7 +119,7 @@ def dictionaries_section(run: Run) -> Iterator[Block]:
         (
             "log10_frequency_histogram",
             "log10 of the firing frequency",
-            "How often features fire on held-out rows (log10 of the share of rows). A hump far "
+            "How often features fire on rows of training and test (log10 of the share). A hump far "
             "left is nearly dead, one near 0 fires on almost every row.",
         ),
         (

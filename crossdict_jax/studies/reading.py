@@ -58,8 +58,8 @@ def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Rea
             kept += members
     pairs = [pairing.pair_many([of_model[i].ends for of_model in cut.values()])[1] for i in kept]
     text = np.repeat(np.arange(len(kept)), list(map(len, pairs)))
-    # A span begins behind the position before; a text's first token is in none.
-    firsts = [np.minimum(np.pad(p, ((1, 0), (0, 0)))[:-1] + 1, p) for p in pairs]
+    # A span begins behind the position before; of a text's first one see ``whole_spans``.
+    firsts = [np.minimum(np.concatenate([p[:1], p[:-1] + 1]), p) for p in pairs]
     empty, passages = np.zeros((0, len(cut)), np.int64), {}
     position, first = (np.concatenate([empty, *of_texts]) for of_texts in (pairs, firsts))
     for column, (model, of_model) in enumerate(cut.items()):

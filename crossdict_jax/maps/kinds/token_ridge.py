@@ -19,6 +19,8 @@ from crossdict_jax.maps.moments import (
 )
 from crossdict_jax.ops import exact
 
+NOTHING_LEFT = 1e-5  # of A's squares about their mean: so much can be rounding of float32 products
+
 
 class TokenRidge(ActivationMap):
     """``x_B = T_B[token_A] + (x_A - T_A[token_A]) W``.
@@ -82,9 +84,9 @@ def residual(
         index = find_tokens(fitted.ids, split.ids, np)
         T.append(fitted.shrunk(pseudocount)[index] - mean[None, :])
         left.append(S[-1] - counts * T[-1])
-    return Products(
-        n=products.n,
-        aa=products.aa - S[0].T @ T[0] - T[0].T @ left[0],
-        ab=products.ab - S[0].T @ T[1] - T[0].T @ left[1],
-        bb=products.bb - float(np.sum((S[1] + left[1]) * T[1])),
-    )
+    aa = products.aa - S[0].T @ T[0] - T[0].T @ left[0]
+    ab = products.ab - S[0].T @ T[1] - T[0].T @ left[1]
+    if np.trace(aa) <= NOTHING_LEFT * np.trace(products.aa):  # as at the first layer of a Llama
+        aa, ab = np.zeros_like(aa), np.zeros_like(ab)
+    bb = products.bb - float(np.sum((S[1] + left[1]) * T[1]))
+    return Products(n=products.n, aa=aa, ab=ab, bb=bb)

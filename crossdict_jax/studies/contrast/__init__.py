@@ -18,7 +18,7 @@ TITLE = "Contrast sets"
 VERDICTS = {  # of ``moves``
     True: Cell("● bears it", style="strong"),
     False: Cell("○ like controls", style="none"),
-    None: Cell("– nothing to bear"),
+    None: Cell("– no verdict"),
 }
 TESTS = ("preference", "ablation", "transfer")
 FAMILIES = {  # of controls
@@ -88,8 +88,10 @@ def section(rows: list[dict]) -> str:
 
 def sentences(rows: list[dict]) -> Iterator[str]:
     """Yields the result of each direction where both models prefer, negative ones included."""
-    judged = [row for row in rows if row["what"] == "transfer" and row["moves"] is not None]
-    for (source, target, *_), group in by_pair(judged).items():
+    moved = [row for row in rows if row["what"] == "transfer"]
+    tested = by_pair(row for row in moved if row["direction"] == "own")
+    for pair, group in by_pair(row for row in moved if row["moves"] is not None).items():
+        source, target, *_ = pair
         moves = {row["direction"]: row["moves"] for row in group}
         bearing = ", ".join(name for name, moved in moves.items() if moved and name != "own")
         if bearing:
@@ -98,7 +100,8 @@ def sentences(rows: list[dict]) -> Iterator[str]:
                 f"{source}’s rests: taken out, they cost more than controls."
             )
         else:
-            top = {True: "do", False: "do not either", None: "were not found"}[moves.get("own")]
+            none = "lack controls" if pair in tested else "were not found"
+            top = {True: "do", False: "do not either", None: none}[moves.get("own")]
             yield (
                 f"Negative result: {target}’s preference does not rest, beyond controls, on any "
                 f"mapped direction of the features on which {source}’s rests; its own top features "

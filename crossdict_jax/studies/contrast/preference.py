@@ -208,9 +208,10 @@ def draw_controls(cut: Cut, count: int, generator: np.random.Generator) -> dict[
         return float(np.sqrt(max(overlaps[np.ix_(rows, rows)].sum(), 0.0)))
 
     firing = [i for i in others if overlaps[i, i] > 0]
+    different = math.comb(len(firing), min(n, len(firing)))  # draws of them
     random, shuffled, elsewhere = (
         np.zeros((count if possible else 0, *cut.vectors.shape), np.float32)
-        for possible in (True, len(others) > 1, len(firing) > 1)
+        for possible in (True, len(others) > 1, different >= count)
     )
 
     def with_norms(directions: np.ndarray) -> np.ndarray:
