@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import sysconfig
-import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -115,7 +114,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
         nodes += reversed([child for block in blocks for child in block])
         if not isinstance(node, _DOCUMENTED) or not (text := ast.get_docstring(node, clean=False)):
             continue
-        text = unicodedata.normalize("NFC", _FENCE.sub("", inspect.cleandoc(text)))
+        text = _FENCE.sub("", inspect.cleandoc(text))
         for part in re.split(r"\n[ \t]*\n\s*?(?=[^\n\s]|[ \t]+\S)", text):
             dense = _RULE.sub("", part)
             letters = sum(map(str.isalpha, filter(str.isascii, dense)))
