@@ -78,7 +78,7 @@ class Workdir:
     @property
     def computed(self) -> bool:
         """Whether anything lies there beside what every command writes first."""
-        beside = ("config.json", LOCK, MEASURED)
+        beside = ("config.json", ".config.json.part", LOCK, MEASURED)  # the second after a kill
         entries = (p for p in self.root.glob("*") if p.name not in beside)
         return any(not p.is_dir() for entry in entries for p in (entry, *entry.rglob("*")))
 
@@ -154,7 +154,11 @@ def open_workdir(
             for tree in (stored, settings, usual)
         )
         old = {key: value for key, value in defaults.items() if key in new} | old
-        unread = tuple(n for n, made in (later or {}).items() if not (work.root / made).exists())
+        unread = tuple(
+            name
+            for name, made in (later or {}).items()
+            if not any((work.root / each).exists() for each in made.split())
+        )
         differences, changed = [], False
         for key in sorted(old.keys() | new.keys()):
             there, now = old.get(key, "absent"), new.get(key, "absent")

@@ -379,7 +379,7 @@ def _load(path: str, function: str = "get_config") -> Any:
         return runpy.run_path(str(file))[function](*([argument] if argument else []))
     except UserError:
         raise
-    except Exception as error:  # whatever the user's own file does
+    except (Exception, SystemExit) as error:  # whatever the user's own file does
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UserError(
             f"{path} has no usable {function}() ({type(error).__name__}: {error}, "

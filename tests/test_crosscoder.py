@@ -217,8 +217,10 @@ def test_every_option_changes_what_a_step_computes():
         assert program(**{field: value}) != plain, field
 
 
-def test_dedicated_latents_stay_dedicated_through_training():
-    ensemble = joint_ensemble([tiny_rows()], dataclasses.replace(TINY, shared_fraction=0.5))
+@pytest.mark.parametrize("variant", ["batchtopk", "l1"])
+def test_dedicated_latents_stay_dedicated_through_training(variant):
+    settings = dataclasses.replace(TINY, shared_fraction=0.5, variant=variant)
+    ensemble = joint_ensemble([tiny_rows()], settings)
     params = run_steps(ensemble, 3)[0]["params"]  # 4 shared latents, 2 of each model
     for W in (params["W_dec"][0], params["W_enc"][0].T):
         np.testing.assert_array_equal(W[4:6, 4:], 0)

@@ -222,7 +222,7 @@ def test_the_answer_is_made_from_the_numbers(page):
     assert "From docs-gpt2 to docs-neox the best map, token_ridge at resid_pre.7" in page.text
     assert "12 of 24 fitted maps beat the table of token means (12 beat the mean only)" in page.text
     assert "token_ridge of docs-neox resid_pre.7 put into docs-gpt2 resid_pre.7" in page.text
-    assert "recovers 84.5 % [82.5 %, 86.5 %] of the loss that zeroing costs, more than" in page.text
+    assert "recovers 84.5 % [82.5 %, 86.5 %] of the loss that zeroing costs; its feat" in page.text
     assert "more than the table of token means (77.1 %); beside it the target’s own" in page.text
     assert "Negative result" not in page.text
 

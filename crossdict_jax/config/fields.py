@@ -403,8 +403,10 @@ class BenchmarkConfig:
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
 # Settings that stages after extraction read, and what the first of them writes.
 EVALUATED, TESTED = (f"results/{name}.inputs.json" for name in ("evaluate", "transfer_features"))
-LATER = {"map": "maps", "crosscoder": "maps", "evaluation": EVALUATED}
-LATER |= {f"sae.{f.name}": "dictionaries" for f in dataclasses.fields(SAEConfig)}
+LATER = {"map": "maps controls/maps", "evaluation": EVALUATED}
+LATER["crosscoder"] = "maps crosscoders"
+MADE = "dictionaries controls/dictionaries crosscoders"  # crosscoders read settings of sae, too
+LATER |= {f"sae.{f.name}": MADE for f in dataclasses.fields(SAEConfig)}
 del LATER["sae.output_site"]  # which is stored, too
 LATER |= {f"intervention.{f.name}": TESTED for f in dataclasses.fields(InterventionConfig)}
 LATER |= dict.fromkeys(("intervention.documents", "intervention.batch_size"), EVALUATED)

@@ -137,6 +137,13 @@ def validate(config: Any) -> None:
     Reads no text, models or modules; settings that must fit each other are checked by their class's
     ``check``.
     """
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name)
+        if dataclasses.is_dataclass(field.type) and not isinstance(given, field.type):
+            raise UserError(
+                f"{field.name}={given!r} is no {field.type.__name__}; set its fields, as in "
+                f"config.{field.name}.{dataclasses.fields(field.type)[0].name} = ..."
+            )
     for name, field in settings(type(config)).items():
         value, (type_, may_be_several, words) = get(config, name), WORDS[field.type]
         several, rule = isinstance(value, tuple), field.metadata["rule"]
@@ -146,6 +153,8 @@ def validate(config: Any) -> None:
         typed = (type(v) in types and v == v for v in values)
         if not fits or not all(typed):
             raise UserError(f"{name}={spell(value)} is not {words}.")
+        if type_ is str and any(re.search("[\ud800-\udfff]", v) for v in values):
+            raise UserError(f"{name}={spell(value)!a} is not UTF-8; write or name it in UTF-8.")
         if type_ is not str and any(abs(v) >= limit for v in values):
             raise UserError(f"{name}={spell(value)} must lie between -{limit:g} and {limit:g}.")
         for each in values:

@@ -30,11 +30,20 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         hub.parse(config.push)
     root, written, items = Path(config.source), [], []
     if (root / "dictionaries").is_dir() and (root / "config.json").is_file():
-        models = read_json(root / "config.json")["models"]
+        models = read_json(root / "config.json").get("models")
+        if not isinstance(models, list):
+            raise UserError(
+                f"{root} is no run of launch.experiment; name one dictionary below "
+                f"{root / 'dictionaries'}."
+            )
         folders = sorted((root / "dictionaries").glob("*/*/seed-*"))
         paths = dict(zip(model_names(models), models))
         for folder in filter(checkpoint.is_finished, folders):
             model, site, seed = folder.parts[-3:]
+            if model not in paths:
+                raise UserError(
+                    f"{folder} is of no model of the run ({', '.join(paths)}); move it away."
+                )
             _, written_site = checkpoint.load_meta(folder).get("writes", ("", ""))  # of transcoders
             names = {"hook_name": hook_name(site), "model_name": paths[model]}
             names["hook_name_out"] = hook_name(written_site)

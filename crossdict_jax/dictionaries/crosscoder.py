@@ -79,8 +79,10 @@ class Crosscoder(BatchSelected):
 
     def decoder_norms(self) -> jax.Array:
         """Returns [N, width], each latent's decoder norm per model, in units of equal variance."""
-        W_dec, models = self.W_dec[...], range(self.n_models)
-        return jnp.stack([jnp.linalg.norm(W_dec[:, self.part(m)], axis=1) for m in models])
+        squares, models = jnp.square(self.W_dec[...]), range(self.n_models)
+        power = jnp.stack([squares[:, self.part(m)].sum(axis=1) for m in models])
+        # Rows of zeros, as of another model's latents, have no gradient; that of sqrt is infinite.
+        return jnp.where(power > 0, jnp.sqrt(jnp.where(power > 0, power, 1.0)), 0.0)
 
     def encode(self, x: Sequence[jax.Array | None]) -> jax.Array:
         """Returns the code f, float32 [batch, width].

@@ -210,7 +210,9 @@ def measure(
     feature_r2 = np.where(live, 1 - stats.ratio(of_split["error"], of_split["tt"]), np.nan)
     gain, seen = None, np.zeros(n, bool)
     if token_means is not None and (seen := token_means.index >= 0).any():
-        gain = 1.0 - draws.estimate(rows["token_error"] * seen, rows["token_variance"] * seen)
+        left = rows["token_variance"] * seen
+        if left.sum() > ROUNDING * (rows["tt"] * seen).sum():  # else the token says all there is
+            gain = 1.0 - draws.estimate(rows["token_error"] * seen, left)
     correlation = None
     if live.any():  # in a resample, only features that vary there
         defined = np.isfinite(r[:, live])

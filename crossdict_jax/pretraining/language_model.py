@@ -19,7 +19,7 @@ from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, tra
 from crossdict_jax.training.ensemble import Ensemble, Objective
 from crossdict_jax.training.loop import Feed, epoch_order, train
 from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype, put, shard
-from crossdict_jax.workdir import write_json
+from crossdict_jax.workdir import AGAIN, write_json, write_text
 
 WARMUP = 0.03  # of the steps; then cosine decay to a tenth of the rate
 WEIGHT_DECAY = 0.1  # of matrices
@@ -44,13 +44,17 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     if not file.exists():
         directory.mkdir(parents=True, exist_ok=True)
         texts, nfc = (d.text for d in corpus.split("train")), label == "gpt_neox"
-        train_tokenizer(texts, vocab_size=config.vocab_size, nfc=nfc).save(str(file))
-    tokenizer = Tokenizer.from_file(str(file))
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        raise UserError(
-            f"vocab_size={config.vocab_size} needs more text: this gave "
-            f"{tokenizer.get_vocab_size()} entries; lower vocab_size."
-        )
+        trained = train_tokenizer(texts, vocab_size=config.vocab_size, nfc=nfc)
+        if trained.get_vocab_size() != config.vocab_size:  # before anything is written
+            raise UserError(
+                f"vocab_size={config.vocab_size} needs more text: this gave "
+                f"{trained.get_vocab_size()} entries; lower vocab_size."
+            )
+        write_text(file, trained.to_str(pretty=True))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library's are bare
+        raise UserError(f"{file} is damaged ({error}); {AGAIN}.") from error
     end = tokenizer.token_to_id(END_OF_TEXT)
     for split in ("train", "test"):  # all documents in one row, each ended by the same token
         encoded = tokenizer.encode_batch([d.text for d in corpus.split(split)])

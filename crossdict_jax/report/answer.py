@@ -1,5 +1,6 @@
 """The answer of a run in words, from its numbers, negative results included."""
 
+import math
 from collections.abc import Iterable
 
 from crossdict_jax.report import causal, shared
@@ -111,11 +112,16 @@ def to_what_effect(stitched: list[Comparison]) -> str:
     if not any(s.fitted for s in stitched):
         return "No fitted map was put into a target, so nothing here says that one works."
 
-    def of_mean(pick: Pick) -> float:
-        """The share of the mean's cost that a map wins back (of zero's, without a mean)."""
+    def of_mean(pick: Pick) -> float | None:
+        """The share of the mean's cost that a map wins back; None where the mean costs nothing."""
         # Where the mean alone recovers most of the loss, every map looks good against zero.
         mean, value = pick[0].reference("mean"), pick[1]["loss_recovered"]
-        return value if mean is None or mean >= 1 else (value - mean) / (1 - mean)
+        return None if mean is None or mean >= 1 else (value - mean) / (1 - mean)
+
+    def rank(pick: Pick) -> tuple:
+        won = of_mean(pick)
+        above = pick[0].above_controls(pick[1])
+        return above, -math.inf if won is None else won, pick[1]["loss_recovered"]
 
     scored = [(s, n) for s in stitched for n in s.fitted if n["loss_recovered"] is not None]
     if not scored:
@@ -123,7 +129,7 @@ def to_what_effect(stitched: list[Comparison]) -> str:
             "The causal test says nothing: at these sites the target hardly needs what was "
             "replaced (zeroing it costs too little loss)."
         )
-    pick = max(scored, key=lambda pick: (pick[0].above_controls(pick[1]), of_mean(pick)))
+    pick = max(scored, key=rank)
     (s, line), cell = pick, share(pick[1], "loss_recovered", 1)
     form = " (its features, decoded)" if line["stitch_kind"] == "features" else ""
     stitch = (
@@ -133,7 +139,12 @@ def to_what_effect(stitched: list[Comparison]) -> str:
     if s.above_controls(line):
         text = f"The best predicted activation, {stitch}, recovers {of_zero}"
         if (token := s.score("token", "loss_recovered")) is not None:
-            more = "more" if at_least(line, "loss_recovered") > token else "not surely more"
+            # The table is put in as features, so like is compared with like.
+            same = (n for n in s.fitted if n["map"] == line["map"])
+            alike = next((n for n in same if n["stitch_kind"] == "features"), line)
+            more = "more" if at_least(alike, "loss_recovered") > token else "not surely more"
+            if alike is not line:
+                text += f"; its features, decoded, recover {percent(alike['loss_recovered'])}"
             text += f", {more} than the table of token means ({percent(token)})"
     else:
         text = f"Negative result: even the best predicted activation, {stitch}, recovers only "

@@ -21,7 +21,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
 
 def latest_step(directory: Path) -> int | None:
     """Returns the newest finished step, or None; STEP.sha256.json is written last."""
-    steps = [int(seal.name.split(".")[0]) for seal in Path(directory).glob("[0-9]*.sha256.json")]
+    names = (seal.name.split(".")[0] for seal in Path(directory).glob("[0-9]*.sha256.json"))
+    steps = [int(name) for name in names if name.isdecimal()]  # and no copies of one
     return max((s for s in steps if (Path(directory) / str(s)).is_dir()), default=None)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import write_text
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by the value of ``records``
 
@@ -38,10 +39,12 @@ class MetricsWriter:
         self._path, self._labels, folder = path, labels, path.parent
         folder.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut short
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # a line that a kill cut short
                 kept += [line + "\n"] if json.loads(line)["step"] < start else []
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))  # whole or not at all: a kill loses no row
         self._events = self._run = None
         if "tensorboard" in records:
             from tensorboardX import SummaryWriter

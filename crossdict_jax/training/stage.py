@@ -79,6 +79,7 @@ class Stage:
 
     def finish(self, tables: Mapping[str, list[dict]], **figures: float | int | str) -> None:
         """Writes the rows of every file, their inputs and the time."""
+        self._stamp.unlink(missing_ok=True)  # which speaks of the files before
         for file, rows in tables.items():
             results.write(self.work, file, rows)
         write_json(self._stamp, self._inputs)
