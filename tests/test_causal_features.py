@@ -87,7 +87,7 @@ def test_spans_lie_between_common_ends(finished):
             window = store.rows.window == store.rows.window[row]
             ends = np.sort(position[window])
             before, behind = ends[ends < position[row]], ends[ends > position[row]]
-            assert passages.first[i] == (before[-1] + 1 if len(before) else 1)
+            assert passages.first[i] == (before[-1] + 1 if len(before) else position[row])
             assert passages.position[i] == position[row]
             assert passages.end[i] == (behind[0] if len(behind) else position[row])
             seen += passages.first[i] < passages.position[i]
