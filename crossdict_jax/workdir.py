@@ -122,7 +122,7 @@ def open_workdir(
     *,
     usual: dict | None = None,
     free: Iterable[str] = (),
-    later: dict[str, str] | None = None,
+    later: dict[str, tuple[str, ...]] | None = None,
 ) -> Workdir:
     """Returns the work directory at ``path``, made for ``settings`` or left there by an equal run.
 
@@ -132,7 +132,7 @@ def open_workdir(
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
-      later: likewise, until there is this file or folder.
+      later: likewise, until there is one of these files or folders.
 
     Raises:
       UserError: the directory belongs to a run with other settings (each difference is named),
@@ -157,7 +157,7 @@ def open_workdir(
         unread = tuple(
             name
             for name, made in (later or {}).items()
-            if not any((work.root / each).exists() for each in made.split())
+            if not any((work.root / each).exists() for each in made)
         )
         differences, changed = [], False
         for key in sorted(old.keys() | new.keys()):

@@ -334,6 +334,7 @@ def parse(
             f"{told[0]} {type(config).__name__} settings, where this command needs "
             f"{kind.__name__}; name another {told[1]}."
         )
+    settings.check_groups(config, kind)
     for flag, value in asked.items():
         name = SHORT.get(flag) or flag.removeprefix("config.")
         long = asked.get(f"config.{name}", value)

@@ -229,6 +229,8 @@ BROKEN = [
     "def get_config():\n    raise ValueError('two\\nlines')",
     "def get_config():\n    pass",
     "from crossdict_jax import config\ndef get_config():\n    return config.Config(layers=[5, 6])",
+    "from crossdict_jax import config\ndef get_config():\n    return config.Config(sae={})",
+    "def get_config():\n    raise SystemExit('oops')",
 ]
 
 
@@ -236,7 +238,7 @@ BROKEN = [
 def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
     (tmp_path / "own.py").write_text(program)
     line = refused(print, f"--config={tmp_path}/own.py --workdir={tmp_path}/run")
-    assert "own.py" in line or "layers=" in line
+    assert "own.py" in line or line.startswith(("layers=", "sae="))
     assert not (tmp_path / "run").exists()
 
 

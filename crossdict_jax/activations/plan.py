@@ -137,9 +137,8 @@ def bos_id(tokenizer) -> int | None:
             yield piece.decode(errors="ignore")
 
     for probe in probes():
-        options = ({"add_special_tokens": special} for special in (True, False))
-        ids, text = (tokenizer(probe, **option)["input_ids"] for option in options)
-        if text:
+        ids = tokenizer(probe)["input_ids"]
+        if text := tokenizer(probe, add_special_tokens=False)["input_ids"]:
             break
     starts = (n for n in range(len(ids)) if ids[n : n + len(text)] == text)
     front = ids[: next(starts, 0)]

@@ -401,16 +401,17 @@ class BenchmarkConfig:
 
 # Settings of Config that no other file of a run depends on: a finished run may change them.
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
-# Settings that stages after extraction read, and what the first of them writes.
-EVALUATED, TESTED = (f"results/{name}.inputs.json" for name in ("evaluate", "transfer_features"))
-LATER = {"map": "maps controls/maps", "evaluation": EVALUATED}
-LATER["crosscoder"] = "maps crosscoders"
-MADE = "dictionaries controls/dictionaries crosscoders"  # crosscoders read settings of sae, too
-LATER |= {f"sae.{f.name}": MADE for f in dataclasses.fields(SAEConfig)}
+# Settings that stages after extraction read, and what the first of them write.
+EVALUATED, TESTED = ((f"results/{n}.inputs.json",) for n in ("evaluate", "transfer_features"))
+TRAINED = ("dictionaries", "controls/dictionaries", "crosscoders")  # all read settings of sae
+LATER = {"map": ("maps", "controls/maps"), "crosscoder": ("maps", "crosscoders")}
+LATER |= {"evaluation": EVALUATED} | {
+    f"sae.{f.name}": TRAINED for f in dataclasses.fields(SAEConfig)
+}
 del LATER["sae.output_site"]  # which is stored, too
 LATER |= {f"intervention.{f.name}": TESTED for f in dataclasses.fields(InterventionConfig)}
 LATER |= dict.fromkeys(("intervention.documents", "intervention.batch_size"), EVALUATED)
-LATER["intervention.span"] = "results/intervene.inputs.json"
+LATER["intervention.span"] = ("results/intervene.inputs.json",)
 
 
 to_dict = dataclasses.asdict  # a config of any command as nested dicts of JSON values

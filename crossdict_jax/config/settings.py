@@ -131,19 +131,26 @@ def spell(value: Any) -> str:
     return ",".join(map(spell, value)) if isinstance(value, tuple) else str(value)
 
 
+def check_groups(config: Any, kind: type, prefix: str = "") -> None:
+    """Raises UserError if a config file set what is no setting, or a group to something else."""
+    types = {field.name: field.type for field in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        if name not in types:
+            check_name(kind, prefix + name)  # raises
+        if dataclasses.is_dataclass(type_ := types[name]):
+            if not isinstance(value, type_):
+                raise UserError(
+                    f"{prefix}{name}={value!r} is no {type_.__name__}; set its fields one by one."
+                )
+            check_groups(value, kind, f"{prefix}{name}.")
+
+
 def validate(config: Any) -> None:
     """Raises UserError for the first setting of a wrong type or value.
 
     Reads no text, models or modules; settings that must fit each other are checked by their class's
     ``check``.
     """
-    for field in dataclasses.fields(config):
-        given = getattr(config, field.name)
-        if dataclasses.is_dataclass(field.type) and not isinstance(given, field.type):
-            raise UserError(
-                f"{field.name}={given!r} is no {field.type.__name__}; set its fields, as in "
-                f"config.{field.name}.{dataclasses.fields(field.type)[0].name} = ..."
-            )
     for name, field in settings(type(config)).items():
         value, (type_, may_be_several, words) = get(config, name), WORDS[field.type]
         several, rule = isinstance(value, tuple), field.metadata["rule"]

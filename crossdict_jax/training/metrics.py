@@ -40,9 +40,8 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         kept = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError
-            ):  # a line that a kill cut short
+            # A kill may have cut a line short.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 kept += [line + "\n"] if json.loads(line)["step"] < start else []
         write_text(path, "".join(kept))  # whole or not at all: a kill loses no row
         self._events = self._run = None

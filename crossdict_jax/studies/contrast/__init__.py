@@ -88,9 +88,9 @@ def section(rows: list[dict]) -> str:
 
 def sentences(rows: list[dict]) -> Iterator[str]:
     """Yields the result of each direction where both models prefer, negative ones included."""
-    moved = [row for row in rows if row["what"] == "transfer"]
-    tested = by_pair(row for row in moved if row["direction"] == "own")
-    for pair, group in by_pair(row for row in moved if row["moves"] is not None).items():
+    transfers = [row for row in rows if row["what"] == "transfer"]
+    measured = by_pair(row for row in transfers if row["direction"] == "own")
+    for pair, group in by_pair(row for row in transfers if row["moves"] is not None).items():
         source, target, *_ = pair
         moves = {row["direction"]: row["moves"] for row in group}
         bearing = ", ".join(name for name, moved in moves.items() if moved and name != "own")
@@ -100,7 +100,7 @@ def sentences(rows: list[dict]) -> Iterator[str]:
                 f"{source}’s rests: taken out, they cost more than controls."
             )
         else:
-            none = "lack controls" if pair in tested else "were not found"
+            none = "lack controls" if pair in measured else "were not found"
             top = {True: "do", False: "do not either", None: none}[moves.get("own")]
             yield (
                 f"Negative result: {target}’s preference does not rest, beyond controls, on any "
