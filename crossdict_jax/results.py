@@ -236,7 +236,7 @@ SCORES = (
         l0_source="active features per row of the source",
         r2_per_feature_median="R² of single live features, median",
         rate_correlation="correlation of predicted and true firing rates over features",
-        n_context_rows="rows whose source token occurs in training text",
+        n_context_rows="rows whose source token occurs in the training rows that give its mean",
     ),
     *intervals(
         fvu="share of the variance of the target's features, about the training mean, left over",
@@ -311,8 +311,8 @@ MAP_COLUMNS = (*PAIR_COLUMNS, MAP, PAIRING)
 describe("transfer.jsonl", "one map at one layer pair, on held-out rows", *MAP_COLUMNS, *SCORES)
 describe(
     "controls.jsonl",
-    "a control of one map. ceiling: from a second dictionary seed of the target itself, the "
-    "most that can be reached; untrained: into the re-initialised target",
+    "a control of one map. ceiling: from a second dictionary seed of the target itself, or its own "
+    "tokens; untrained: into the re-initialised target",
     Column("control", "which", values=("ceiling", "untrained")),
     *MAP_COLUMNS,
     *SCORES,
@@ -367,7 +367,7 @@ describe(
     minimum_r="correlation that a strong match reaches",
     r_train="mean correlation of the matches on training rows",
     r_test="on held-out rows",
-    r_token="of the means for the current tokens alone",
+    r_token="mean of shuffles among rows with equal tokens",
     r_test_confirmed="r_test of the confirmed",
     null="confirmed on shuffled pairs",
     n_rows_train="rows on which features were matched",
@@ -382,7 +382,7 @@ describe(
     confirmed="whether held-out text confirms it",
     r_train="correlation on training rows",
     r_test="on held-out rows",
-    r_token="of the means for the current tokens alone",
+    r_token="mean of shuffles among rows with equal tokens",
     beyond_token="whether it beats every shuffle among rows with equal tokens",
     p="share of circular shifts that correlate as much",
     p_adjusted="p by Benjamini and Hochberg",
@@ -395,7 +395,7 @@ describe(
     *PAIR_COLUMNS,
     cka="linear CKA, unbiased; 0 for independent rows",
     svcca="mean canonical correlation of the leading components",
-    rsa="rank correlation of the distances between rows",
+    rsa="rank correlation of the distances between rows, of the first 500",
     mutual_knn="share of nearest neighbours that both have",
     **{f"{name}_null": "of shuffled rows or matchings, mean" for name in SIMILARITY},
     **{f"{name}_p": "share of random matchings that score as high" for name in SIMILARITY},

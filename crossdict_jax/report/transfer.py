@@ -146,10 +146,10 @@ def controls_section(run: Run) -> Iterator[Block]:
         return
     yield (
         "The seed-to-seed ceiling is the same map from a second dictionary of the target, of "
-        "another seed: no map between models can be asked for more. The normalised score is 0 at "
-        "the shuffled pairs and 1 at the ceiling, undefined where they lie closer than 0.05. The "
-        "re-initialised target has new weights and a dictionary of its own: tokens explain most of "
-        "it, so its R² may be high, but none of its context gain comes from training."
+        "another seed, or from its own tokens. The normalised score is 0 at the shuffled pairs and "
+        "1 at the ceiling, undefined where they lie closer than 0.05. The re-initialised target "
+        "has new weights and a dictionary of its own: tokens explain most of it, so its R² may be "
+        "high, but none of its context gain comes from training."
     )
     for c in run.comparisons:
         rows = [
