@@ -1,7 +1,9 @@
 """NNX modules at jit boundaries: a static graph and a plain nested dict of arrays."""
 
 import contextlib
+import hashlib
 import itertools
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
@@ -20,6 +22,7 @@ SWITCHES = {  # of JAX: what every number here is defined by, whatever a caller 
     "transfer_guard": "allow",
 }
 SWITCHES = {n: v for n, v in SWITCHES.items() if hasattr(jax, n)}  # later versions lose some
+FINGERPRINTS = weakref.WeakKeyDictionary()  # {module: (its arrays, their checksum)}
 
 
 def plain(function):
@@ -53,6 +56,22 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
     """Returns the module of ``split``'s graph with these parameters."""
     return nnx.merge(graphdef, nnx.State(params))
+
+
+def fingerprint(module: nnx.Module) -> str:
+    """Returns a checksum of a module's parameters, names and shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(split(module)[1])
+    arrays, checksum = FINGERPRINTS.get(module, ([], ""))
+    if len(arrays) == len(leaves) and all(a is leaf for a, (_, leaf) in zip(arrays, leaves)):
+        return checksum
+    digest = hashlib.sha256()
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    if all(isinstance(leaf, jax.Array) for _, leaf in leaves):  # which do not change
+        FINGERPRINTS[module] = [leaf for _, leaf in leaves], digest.hexdigest()
+    return digest.hexdigest()
 
 
 def abstract(build) -> tuple[nnx.GraphDef, Params]:

@@ -24,6 +24,7 @@ from absl import logging
 from crossdict_jax.errors import UserError
 
 AGAIN = "delete it and run its stage again"
+COPY = "restore it from a copy, or name a new --workdir"
 NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError)
 NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
 LOCK = ".lock"  # in a work directory: who works there
@@ -74,6 +75,7 @@ class Workdir:
     results = _below_root("results")
     report = _below_root("report")
     timing = _below_root("results/timing.json")
+    inputs = _below_root("inputs.json")
 
     @property
     def computed(self) -> bool:
@@ -81,6 +83,12 @@ class Workdir:
         beside = ("config.json", ".config.json.part", LOCK, MEASURED)  # the second after a kill
         entries = (p for p in self.root.glob("*") if p.name not in beside)
         return any(not p.is_dir() for entry in entries for p in (entry, *entry.rglob("*")))
+
+    @property
+    def trained(self) -> list[Path]:
+        """The folders of all that has been trained on the activations."""
+        others = self.activations, self.results, self.report, self.root / MEASURED
+        return sorted({p for p in self.root.glob("[!.]*") if p.is_dir()}.difference(others))
 
     @property
     def controls(self) -> Workdir:
@@ -132,7 +140,7 @@ def open_workdir(
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
-      later: likewise, until there is one of these files or folders.
+      later: likewise, until there is one of these files, or a checkpoint in one of these folders.
 
     Raises:
       UserError: the directory belongs to a run with other settings (each difference is named),
@@ -148,7 +156,7 @@ def open_workdir(
             f"--workdir={path} is not empty and holds no config.json; name a new folder."
         )
     if computed:
-        stored = read_json(written)
+        stored = read_json(written, mend=COPY)
         old, new, defaults = (
             {k: v for k, v in flatten(tree) if k.partition(".")[0] not in set(free)}
             for tree in (stored, settings, usual)
@@ -157,7 +165,7 @@ def open_workdir(
         unread = tuple(
             name
             for name, made in (later or {}).items()
-            if not any((work.root / each).exists() for each in made)
+            if not any(_finished(work.root / each) for each in made)
         )
         differences, changed = [], False
         for key in sorted(old.keys() | new.keys()):
@@ -185,6 +193,12 @@ def open_workdir(
             f"--workdir={path} cannot be written ({error.strerror}); name a folder that can."
         ) from error
     return work
+
+
+def _finished(path: Path) -> bool:
+    """Whether there is this file, or in this folder a result of training."""
+    seals = (seal.relative_to(path).parts for seal in path.rglob("*.sha256.json"))
+    return path.is_file() or any("training" not in parts for parts in seals)
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -396,7 +410,10 @@ def as_float32(value: Any, name: str, file: Path) -> Any:
     """Returns weights as float32; UserError if they are no floats."""
     if value.dtype.name not in FLOATS:
         raise UserError(f"{file}: weight {name!r} is {value.dtype.name}, {SAVE_AGAIN}")
-    return value.astype("float32", copy=False)
+    import numpy as np
+
+    with np.errstate(over="ignore"):  # whoever needs finite numbers says so
+        return value.astype("float32", copy=False)
 
 
 def _strict(value: Any) -> Any:

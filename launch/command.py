@@ -33,6 +33,7 @@ from crossdict_jax.workdir import (
     flatten,
     open_workdir,
     read_json,
+    understood,
     write_json,
 )
 
@@ -77,7 +78,8 @@ def run(
             _choose(config, work)
         main(config, work)
         if table:
-            getattr(importlib.import_module("crossdict_jax.report.terminal"), table)(work)
+            with understood(work.root, mend="delete what was altered and run its stage again"):
+                getattr(importlib.import_module("crossdict_jax.report.terminal"), table)(work)
 
     # Figures are drawn without a window, whatever else is asked for.
     os.environ.update(ENVIRONMENT | os.environ | {"MPLBACKEND": "svg"})
@@ -173,7 +175,8 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
 
     rows = []
     for expected in expectations:
-        value = expected.obtained(work)
+        with understood(work.results):
+            value = expected.obtained(work)
         met = "met" if expected.low <= value <= expected.high else "MISSED"
         allowed = f"{expected.low:g} to {expected.high:g}"
         cells = {"what": expected.words, "published": expected.published, "allowed": allowed}
@@ -307,7 +310,7 @@ def parse(
         positional = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(kind, error.flagname)) from error
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:  # the second of a --flagfile
         raise UserError(f"{str(error).removeprefix('flag ').rstrip('.')}; see --help.") from error
     if positional:
         raise UserError(
@@ -395,7 +398,7 @@ def usage(kind: type, default: str) -> Iterator[str]:
     short = {flag: names[name].metadata["help"] for flag, name in SHORT.items() if name in names}
     for flag, text in (FILES | short).items():
         yield f"  {f'--{flag}':<11} {text.format(default)}"
-    groups = [("--config.", kind())]
+    groups = [("--config.", _load(f"{ROOT}/configs/{default}.py"))]
     for prefix, group in groups:
         yield f"\n{type(group).__doc__ or type(group).__name__}"  # python -OO has no docstrings
         for field in fields(group):

@@ -2,7 +2,7 @@
 
 python -m launch.compile --config=configs/pythia410m_gpt2medium.py --machine=v5e-8
 
-Needs no weights, no text and no accelerator; for TPUs `pip install libtpu`, for NVIDIA's
+Needs no weights, no text and no accelerator; for TPUs `pip install "jax[tpu]"`, for NVIDIA's
 `pip install "jax[cuda13]"`. Exits with 2 where a program does not fit.
 """
 

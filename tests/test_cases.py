@@ -550,7 +550,7 @@ LOST = {"weight_map": {"a": "x" * 300}}
 HARMFUL = [  # what is written, where, what reads it, what the one line says
     (bomb, "params.npz", formats.load, "says that it holds"),
     (cut_parquet, "t.parquet", read_text, "damag"),
-    (resealed, "d", formats.load, "KeyError: 'architecture'"),
+    (resealed, "d", formats.load, "holds another checkpoint"),
     (LLM | {"n_layer": 10**9}, "config.json", models.load, "n_layer 1000000000 must be"),
     (LLM | {"n_layer": 1, "eos_token_id": {}}, "config.json", models.load, "token ids"),
     (OLD | {"metadata": [1]}, "cfg.json", formats.load, "damaged or not of its kind"),

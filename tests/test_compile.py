@@ -52,7 +52,7 @@ def test_a_compiler_that_does_not_start_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "install"), [("v5e-8", "pip install libtpu"), ("h100-1", r'pip install "jax\[cuda13')]
+    ("name", "install"), [("v5e-8", r"jax\[tpu\]"), ("h100-1", r'pip install "jax\[cuda13')]
 )
 def test_without_a_compiler_one_line_says_what_to_install(name, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)

@@ -139,6 +139,7 @@ REFUSED = [  # setting, value, what the line names
     ("seed", -(10**30), "must lie between -9.22337e+18 and"),
     ("sae__architecture", "transcoder", "topk"),
     ("sae__width", 0, "sae.width=0 must be 1 or more"),
+    ("sae__steps", 2**31, "sae.steps=2147483648 must lie between"),
     ("sae__steps", 2.5, "sae.steps=2.5"),
     ("sae__learning_rate", (1e-3, -1e-3), "sae.learning_rate=0.001,-0.001: -0.001"),
     ("steer__search", " ", "steer.search= "),

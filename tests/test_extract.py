@@ -161,22 +161,26 @@ def test_a_split_without_rows_is_refused_and_why(name, value, config, tmp_path, 
     refused("no finished store", open_store, tmp_path / "w" / "activations")
 
 
-def test_changed_text_is_refused(config, tmp_path):
-    kill_in_save(1, lambda: extracted(config, tmp_path / "w"), stage, "masked")
-    other = changed(config, text__max_bytes=100)
-    refused("text has changed", stage.extract, other, Workdir(tmp_path / "w"))
-
-
-def test_changed_models_and_lost_shards_are_refused(config, tmp_path):
+def test_changed_texts_and_models_and_lost_shards_are_refused(config, tmp_path):
     shutil.copytree(config.models[0], tmp_path / "a")
     config, work = changed(config, models=(f"{tmp_path}/a", config.models[1])), tmp_path / "w"
     kill_in_save(1, lambda: extracted(config, work), stage, "masked")
+    other = changed(config, text__max_bytes=100)
+    refused("text has changed", stage.extract, other, Workdir(work))
     shard, lm = next(work.glob("*/a/*/shard-00000.npy")), models.load(tmp_path / "a")
     models.save(models.init(lm.config, seed=9), tmp_path / "a")
-    refused("model has changed", stage.extract, config, Workdir(work))
+    refused("model a has changed", stage.extract, config, Workdir(work))
     models.save(lm, tmp_path / "a")
     shard.unlink()
     assert str(shard) in refused("is damaged", stage.extract, config, Workdir(work))
+    store, work = extracted(config, tmp_path / "finished")
+    models.save(models.init(lm.config, seed=9), tmp_path / "a")
+    refused("a has changed since .*activations was extracted", store.load_model, "a")
+    shutil.rmtree(work.activations)
+    work.dictionaries.mkdir()
+    refused("model a has changed since dictionaries in", stage.extract, config, work)
+    work.dictionaries.rmdir()
+    stage.extract(config, work).load_model("a")
 
 
 def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):

@@ -106,8 +106,8 @@ def test_saved_and_loaded_gives_the_same_bits(kind, nonlinear, fitted_on, tmp_pa
 
 @pytest.mark.parametrize("kind", ["mlp", slow("hypernetwork")])
 def test_killed_and_resumed_ends_with_the_same_bits(kind, nonlinear, fitted_on, tmp_path):
-    def fit_both():
-        problems = [nonlinear[0], shuffled_problem(nonlinear[0])]
+    def fit_both(problem=nonlinear[0]):
+        problems = [problem, shuffled_problem(problem)]
         how = {"seed": 0, "directory": tmp_path, "checkpoint_every": 30}
         return maps.map_class(kind).fit(problems, CONFIG, **how)
 
@@ -118,6 +118,10 @@ def test_killed_and_resumed_ends_with_the_same_bits(kind, nonlinear, fitted_on, 
         trees = (modules.split(fitted.map)[1] for fitted in (first, second))
         jax.tree.map(np.testing.assert_array_equal, *trees)
         assert first.record == second.record
+    d = map_problems.random_dictionary("relu", 28, 24, seed=2)
+    source = dataclasses.replace(nonlinear[0].train.source, dictionary=d)
+    train = dataclasses.replace(nonlinear[0].train, source=source)
+    refused("other settings or data", fit_both, dataclasses.replace(nonlinear[0], train=train))
 
 
 def stage(root, widths, *, kinds, layers=(1, 2), steps=4):
@@ -224,11 +228,15 @@ def test_a_problem_without_rows_is_refused(nonlinear, tmp_path, kind):
 def test_a_map_without_its_dictionary_is_refused(nonlinear, fitted_on, tmp_path):
     folder = tmp_path / "dictionary"
     dictionaries.save(nonlinear[1].target.dictionary, folder)
-    maps.save(fitted_on("ridge")[0][0].map, tmp_path / "map", dictionary=folder)
+    own, other = nonlinear[1].source.dictionary, nonlinear[1].target.dictionary
+    maps.save(fitted_on("ridge")[0][0].map, tmp_path / "map", dictionary=folder, source=own)
+    refused("with another dictionary of the source", maps.load, tmp_path / "map", None, other)
+    refused("another checkpoint than a dictionary's", dictionaries.load, tmp_path / "map")
+    refused("holds another checkpoint than a map's", maps.load, folder)
     shutil.rmtree(folder)
     refused(r"needs the target's dictionary .*missing; restore", maps.load, tmp_path / "map")
     dictionaries.save(map_problems.random_dictionary("relu", 19, 16, seed=2), folder)
-    refused("was fitted with another dictionary than", maps.load, tmp_path / "map")
+    refused("with another dictionary of the target", maps.load, tmp_path / "map")
 
 
 def test_a_batch_larger_than_the_rows_is_refused(nonlinear, tmp_path):

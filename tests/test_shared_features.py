@@ -35,8 +35,7 @@ class Run:
 
     def matched(self, **changes):
         """The rows by file, under other settings."""
-        changes = {"minimum_firings": 10} | changes
-        self.loader.config = self.settings(**changes)
+        self.loader.config = self.settings(**({"minimum_firings": 10} | changes))
         return shared_features(PAIR, self.loader)
 
     def settings(self, **changes):

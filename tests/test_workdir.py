@@ -27,7 +27,7 @@ def test_what_only_later_stages_read_may_change_before_them(tmp_path):
     other = USUAL | {"sae": {"width": 8, "k": 3}}
     may_change = {"later": {"sae.k": ("maps", "dictionaries")}, "usual": USUAL}
     assert read_json(open_workdir(tmp_path, other, **may_change).root / "config.json") == other
-    (tmp_path / "dictionaries").mkdir()
+    write_json(tmp_path / "dictionaries" / "0.sha256.json", {})
     refused(r"sae\.k: 3 there, 2 now", open_workdir, tmp_path, USUAL, **may_change)
 
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from crossdict_jax import models, modules
+from crossdict_jax import models
 from crossdict_jax.activations.plan import Reading, make_plan
 from crossdict_jax.activations.store import (
     BLOCK,
@@ -26,6 +25,7 @@ from crossdict_jax.activations.store import (
     open_store,
     save_shard,
     shard_name,
+    weights_digest,
 )
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.config import Config, ExtractConfig, model_layers, output_site
@@ -57,8 +57,7 @@ def extract(config: Config, work: Workdir) -> Store:
     if (directory / "meta.json").exists():
         store, result = open_store(directory), work.result("pairing.json")
         _check_rows(config, store.rows, store.meta["pairing"]["dropped"])
-        if not result.exists():  # results may be deleted, to be made again
-            write_json(result, store.meta["pairing"])
+        write_json(result, store.meta["pairing"])  # results may be deleted, to be made again
         return store
     check_space(directory)
     with timed(work, "extract_activations") as figures:
@@ -70,7 +69,9 @@ def extract(config: Config, work: Workdir) -> Store:
         plan = make_plan(config, list(lms.values()), directory)
         dropped = {"after_control_tokens": int(np.sum(~plan.rows.keep))}
         _check_rows(config, plan.rows, dropped)
-        counts, shards = read_models(config.extract, directory, lms, sites, plan)
+        digests = digests_of(lms, plan)
+        _check_inputs(work, digests)
+        counts, shards = read_models(config.extract, directory, lms, sites, plan, digests)
         figures |= counts
         counted = {"shards": len(plan.shard_starts) - 1, "documents": plan.documents}
         keep, left_out = masked(config.extract, directory, sites, plan.rows, **counted)
@@ -92,7 +93,7 @@ def extract(config: Config, work: Workdir) -> Store:
         }
         write_json(work.result("pairing.json"), pairing)
         meta = {
-            "models": meta_of_models(config.models, plan, lms, sites),
+            "models": meta_of_models(config.models, plan, lms, sites, digests),
             "rows": len(rows),
             "dtype": "bfloat16",
             "shard_starts": plan.shard_starts.tolist(),
@@ -100,6 +101,7 @@ def extract(config: Config, work: Workdir) -> Store:
             "text": plan.provenance,
             "pairing": pairing,
         }
+        write_json(work.inputs, digests)
         finish(directory, rows, plan.table, meta, shards)
     return open_store(directory)
 
@@ -123,10 +125,22 @@ def dictionary_sites(config: Config, names: Sequence[str]) -> Sites:
     return Sites(writes)
 
 
-def meta_of_models(paths, reading: Reading, lms: Mapping[str, LanguageModel], sites: Sites) -> dict:
+def meta_of_models(
+    paths: Sequence[str],
+    reading: Reading,
+    lms: Mapping[str, LanguageModel],
+    sites: Sites,
+    digests: Mapping[str, str],
+) -> dict[str, dict]:
     """Returns the models' entries of meta.json."""
     return {
-        name: {"path": path, "d_model": lm.config.d_model, "bos": bos, **sites.to_meta(name)}
+        name: {
+            "path": path,
+            "d_model": lm.config.d_model,
+            "bos": bos,
+            "weights": digests[f"model {name}"],
+            **sites.to_meta(name),
+        }
         for path, bos, (name, lm) in zip(paths, reading.bos, lms.items())
     }
 
@@ -157,16 +171,28 @@ def _check_rows(config: Config, rows: Rows, dropped: Mapping) -> None:
         )
 
 
+def _check_inputs(work: Workdir, digests: Mapping[str, str]) -> None:
+    """Refuses to extract from other text or models than what was trained here has seen."""
+    made = [folder.name for folder in work.trained]
+    before = read_json(work.inputs) if made and work.inputs.exists() else digests
+    if changed := [what for what, then in before.items() if digests.get(what) != then]:
+        raise UserError(
+            f"The {changed[0]} has changed since {', '.join(made)} in {work.root} were made; "
+            "delete these folders too, or name a new --workdir."
+        )
+
+
 def read_models(
     settings: ExtractConfig,
     directory: Path,
     lms: Mapping[str, LanguageModel],
     sites: Sites,
     reading: Reading,
+    digests: Mapping[str, str],
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Writes every missing shard; returns (counts of their rows and tokens, {any shard: sha256}).
 
-    Models run only as deep as their highest site.
+    Models run only as deep as their highest site. ``digests``: see ``digests_of``.
 
     Raises:
       UserError: the disk cannot take the store, or its shards are of other text or models.
@@ -182,7 +208,6 @@ def read_models(
             f"The store needs {needed / 1e9:.1f} GB more and {directory} has {free / 1e9:.1f} GB "
             "free; free some space or lower text.documents in a new --workdir."
         )
-    digests = _digests(lms, reading)
     for what, digest in digests.items():
         if {read_json(stamp).get(what) for stamp in stamps if stamp.exists()} - {digest}:
             raise UserError(
@@ -224,16 +249,13 @@ def read_models(
     return counts, {k: v for stamp in stamps for k, v in read_json(stamp)["files"].items()}
 
 
-def _digests(lms: Mapping[str, LanguageModel], reading: Reading) -> dict[str, str]:
+def digests_of(lms: Mapping[str, LanguageModel], reading: Reading) -> dict[str, str]:
     """Returns sha256 of all that shards are made of, by what a user may have changed."""
-    tokens, weights = hashlib.sha256(), hashlib.sha256()
+    tokens = hashlib.sha256()
     for array in (*reading.table.ids, *reading.table.offsets):
         tokens.update(np.ascontiguousarray(array))
-    for lm in lms.values():
-        weights.update(repr(lm.config).encode())
-        for array in jax.tree.leaves(modules.split(lm)[1]):
-            weights.update(np.ascontiguousarray(array))
-    return {"text": reading.text, "tokenizer": tokens.hexdigest(), "model": weights.hexdigest()}
+    weights = {f"model {name}": weights_digest(lm) for name, lm in lms.items()}
+    return {"text": reading.text, "tokenizer": tokens.hexdigest(), **weights}
 
 
 def masked(

@@ -23,9 +23,13 @@ def select_passages(store: Store, model: str, *, documents: int, seed: int) -> P
     present = np.unique(store.rows.document[rows])
     generator = np.random.Generator(np.random.Philox(key=seed))
     rows = rows[np.isin(store.rows.document[rows], generator.permutation(present)[:documents])]
-    if not len(rows):
-        raise UserError("No test document holds a paired position; use more text.")
-    return passages_of(store, model, rows)
+    passages = passages_of(store, model, rows)
+    if not passages.scored.any():
+        raise UserError(
+            f"None of the intervention.documents={documents} test documents has a token after a "
+            f"paired position, as {model} reads them; raise it, or use longer text or windows."
+        )
+    return passages
 
 
 def passages_of(store: Store, model: str, rows: np.ndarray) -> Passages:

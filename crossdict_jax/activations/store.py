@@ -12,9 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from crossdict_jax import models, modules
 from crossdict_jax.activations.text import SPLITS
 from crossdict_jax.errors import UserError
-from crossdict_jax.models import Site
+from crossdict_jax.models import LanguageModel, Site
 from crossdict_jax.training.stage import digest
 from crossdict_jax.workdir import file_digest, read_json, understood, write_json
 
@@ -150,6 +151,16 @@ class Store:
         """Returns the id in front of every window of this model, or None."""
         return self.meta["models"][model]["bos"]
 
+    def load_model(self, name: str) -> LanguageModel:
+        """Returns a language model of the run; UserError if it is not the one that was read."""
+        path, read = self.paths[self.models.index(name)], self.meta["models"][name].get("weights")
+        lm = models.load(path)
+        if read not in (None, weights_digest(lm)):
+            raise UserError(
+                f"{path} has changed since {self.directory} was extracted; restore it, or {MEND}."
+            )
+        return lm
+
     def sites_of(self, model: str) -> tuple[Site, ...]:
         """Returns the sites of this model that dictionaries read."""
         return tuple(site for name, site in self.ends.writes if name == model)
@@ -199,6 +210,11 @@ class Store:
                     x = np.load(path, mmap_mode="r", allow_pickle=False)
                     out[index] = x[rows[index] - starts[shard]]
         return out.view(ml_dtypes.bfloat16)
+
+
+def weights_digest(lm: LanguageModel) -> str:
+    """Returns a checksum of all that a language model computes with."""
+    return digest([repr(lm.config), modules.fingerprint(lm)])
 
 
 def shard_name(model: str, site: str, shard: int) -> str:

@@ -203,19 +203,19 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
 
 def _pieces(text: str, *, max_bytes: int) -> Iterator[str]:
     """Yields paragraphs of a text together, as many as ``max_bytes`` hold."""
-    piece, size = "", 0
+    piece = ""
     for paragraph in re.split(r"\n[ \t\r\f\v]*\n\s*", text):
-        length = len(paragraph.encode())
-        if piece and size + 2 + length > max_bytes:
+        if piece and len(f"{piece}\n\n{paragraph}".encode()) > max_bytes:
             yield piece
-            piece, size = "", 0
-        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
-        while (size := len(piece.encode())) > max_bytes:  # a paragraph too long for one piece
-            head = cut(piece, max_bytes=max_bytes)
+            piece = ""
+        at = 0  # where the rest of a paragraph that is too long for one piece begins
+        while len((head := paragraph[at : at + max_bytes + 1]).encode()) > max_bytes:
+            head = cut(head, max_bytes=max_bytes)
             if not head:
                 raise UserError(f"text.max_bytes={max_bytes} is too small for one character.")
             yield head
-            piece = piece[len(head) :].lstrip()
+            at = re.compile(r"\s*").match(paragraph, at + len(head)).end()
+        piece = f"{piece}\n\n{paragraph}" if piece else paragraph[at:]
     yield piece
 
 
@@ -249,11 +249,11 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, str, dict]]:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
         if column in names:
-            batches = file.iter_batches(batch_size=1024, columns=[column])
+            batches = file.iter_batches(batch_size=16, columns=[column])  # of texts of any length
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((i, f"{path} row {i}", row) for i, row in enumerate(rows, start=1))
             return
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # also in the midst of it
+    except (pyarrow.ArrowException, ArithmeticError, OSError, ValueError) as error:  # at any row
         raise UserError(f"{path} is not a parquet file, or damaged: {_one_line(error)}") from error
     _column(dict.fromkeys(names), column, str(path))
 

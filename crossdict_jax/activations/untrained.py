@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from crossdict_jax import models
-from crossdict_jax.activations.extract import meta_of_models, read_models
+from crossdict_jax.activations.extract import digests_of, meta_of_models, read_models
 from crossdict_jax.activations.plan import Reading
 from crossdict_jax.activations.store import BLOCK, Column, Sites, Store, finish, open_store
 from crossdict_jax.config import Config, controlled_layers
@@ -32,7 +32,7 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
     if (directory / "meta.json").exists():
         return open_controls(config, work, store)
     with timed(work.controls, "extract_activations") as figures:
-        trained = enumerate(map(models.load, store.paths))
+        trained = enumerate(map(store.load_model, store.models))
         drawn = (draw_again(lm, config.seed, i) for i, lm in trained)
         lms = dict(zip(untrained_names(store), drawn))
         reading = Reading(
@@ -43,11 +43,12 @@ def extract_untrained(config: Config, work: Workdir, store: Store) -> Store:
             shard_starts=np.asarray(store.meta["shard_starts"]),
         )
         sites = untrained_sites(config, store)
-        counts, shards = read_models(config.extract, directory, lms, sites, reading)
+        digests = digests_of(lms, reading)
+        counts, shards = read_models(config.extract, directory, lms, sites, reading, digests)
         figures |= counts
         elsewhere = os.path.relpath(store.directory, directory)
         about = {name: m | {"directory": elsewhere} for name, m in store.meta["models"].items()}
-        about |= meta_of_models(store.paths, reading, lms, sites)
+        about |= meta_of_models(store.paths, reading, lms, sites, digests)
         # Positions and tokens of re-initialised models are those of their models.
         columns, width = {}, 2 * len(store.models)
         for name in ("position", "token"):

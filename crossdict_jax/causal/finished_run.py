@@ -36,9 +36,9 @@ class FinishedRun:
         return self._read[key]
 
     def runner(self, model: str) -> Runner:
-        config, path = self.config, self.store.paths[self.store.models.index(model)]
+        config, load = self.config, self.store.load_model
         asked = {"batch_size": config.intervention.batch_size, "dtype": config.extract.matmul_dtype}
-        return self._once("runner", model, make=lambda: Runner(models.load(path), **asked))
+        return self._once("runner", model, make=lambda: Runner(load(model), **asked))
 
     def dictionary(self, model: str, site: Site) -> Dictionary:
         path = self.work.dictionary(model, site)
@@ -97,7 +97,7 @@ class FinishedRun:
         strength = strengths(side.dictionary, side.x, features)
         mapped = {}
         for task in group.tasks:
-            m = maps.load(task.path(self.work), self.dictionary(*group.ends[1]))
+            m = maps.load(task.path(self.work), self.dictionary(*group.ends[1]), side.dictionary)
             mapped[task.kind] = mapped_directions(m, side, features, strength, seed=seed)
         return mapped, *best_matches(self.codes(*group.ends[1]), strength)
 

@@ -142,7 +142,8 @@ def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], pro
             predicted: dict[tuple, dict[Site, np.ndarray]] = {}
             for bundle, task in ((b, t) for b, k in zip(group, kinds) if k == kind for t in b):
                 rows_of = pairs[task.site_target, task.pairing]
-                m = maps.load(task.path(run.work), rows_of.target.dictionary)
+                ends = rows_of.target.dictionary, rows_of.source.dictionary
+                m = maps.load(task.path(run.work), *ends)
                 for form in _forms(task, run.store):
                     if form == "activation":
                         x = maps.predict_activations(m, rows_of, size)

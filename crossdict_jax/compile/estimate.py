@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import jax
 
 from crossdict_jax.compile import hlo
-from crossdict_jax.compile.machines import Machine
+from crossdict_jax.compile.machines import INSTALL, Machine
 from crossdict_jax.compile.programs import Program
 from crossdict_jax.errors import UserError
 
@@ -60,9 +60,16 @@ def estimate(program: Program, machine: Machine) -> Estimate:
             raise
         size = max(float(needed[1]) * UNITS[needed[2]], machine.device.memory + 1)
         return Estimate(program, size, size)
-    sizes = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--machine={machine.name}: this JAX cannot read what its compiler wrote; run "
+            f"{INSTALL[machine.device.platform][1]}, which brings the version that belongs to it."
+        ) from error
+    sizes, device, beside = compiled.memory_analysis(), machine.device, program.beside
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    cost, device = hlo.cost(compiled.as_text(), machine, program.steps), machine.device
+    cost = hlo.cost(text, machine, program.steps)
     host = tuple(k.removeprefix("host ") for k in cost if k.startswith("host "))
     cost = Counter({name: value / program.steps for name, value in cost.items()})
     sent = {k.removeprefix("sent "): v for k, v in cost.items() if k.startswith("sent ")}
@@ -72,8 +79,8 @@ def estimate(program: Program, machine: Machine) -> Estimate:
     seconds["network"] = hops / machine.network
     return Estimate(
         program,
-        memory=max(held + sizes.temp_size_in_bytes, sizes.peak_memory_in_bytes),
-        held=held,
+        memory=max(held + sizes.temp_size_in_bytes, sizes.peak_memory_in_bytes) + beside,
+        held=held + beside,
         flops=cost["flops"],
         bytes=cost["bytes"],
         ms=Counter({name: 1e3 * value for name, value in seconds.items()}),

@@ -67,7 +67,7 @@ ENVIRONMENT = {  # without it compilers look for the devices
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 INSTALL = {  # platform -> (modules, any of which has its compiler, and what installs one)
-    "tpu": (("libtpu",), "pip install libtpu"),
+    "tpu": (("libtpu",), 'pip install "jax[tpu]"'),
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), 'pip install "jax[cuda13]"'),
 }
 
@@ -102,6 +102,8 @@ class Machine:
         if not any(map(importlib.util.find_spec, modules)):
             raise UserError(f"--machine={self.name} needs a compiler that is not here: {install}.")
         options = {"topology_name": f"{kind}:{self.shape}"}
+        if self.count == 1:  # of the TPUs; else a host has four
+            options["chips_per_host_bounds"] = (1, 1, 1)
         if platform == "cuda":
             options = {"topology_name": kind, "target_config": H100, "topology": self.shape}
         try:

@@ -36,7 +36,7 @@ from crossdict_jax.models import LanguageModel
 from crossdict_jax.models.run import Passages, Runner, run_model
 from crossdict_jax.training.ensemble import Objective, Stream, make_ensemble
 from crossdict_jax.training.loop import MAX_CHUNK, Chunks
-from crossdict_jax.training.mesh import all_devices, make_mesh, put, shard, to_bits
+from crossdict_jax.training.mesh import all_devices, make_mesh, product_dtype, put, shard, to_bits
 from crossdict_jax.workdir import model_names
 
 BYTES_PER_TOKEN = 4.5  # of English text, by the tokenizers of GPT-2 and Pythia
@@ -56,6 +56,8 @@ class Program:
     changes: dict[str, int]  # {setting: its value} that take less memory if lowered
     steps: int = 1  # of training, in each run
     rows: int = 0  # bytes of rows that stay on a device, whatever these settings are
+    beside: int = 0  # bytes of what else lies on a device meanwhile
+    parameters: int = 0  # of the language model that is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +129,20 @@ def extraction(plan: Plan) -> Iterator[Program]:
     """Yields what reads the sites of each model."""
     batch_size = plan.config.extract.batch_size
     twice = 1 + ("untrained" in plan.config.controls)  # at fewer layers, but as deep
-    for name in plan.lms:
+    params = {name: jax.tree.leaves(modules.split(lm)[1]) for name, lm in plan.lms.items()}
+    sizes = {name: sum(math.prod(a.shape) for a in arrays) for name, arrays in params.items()}
+    total, itemsize = sum(sizes.values()), product_dtype(plan.config.extract.matmul_dtype).itemsize
+    for name, size in sizes.items():
+        # All models as loaded, and as the others multiply.
+        beside = itemsize * (total - size) + (4 * total if itemsize < 4 else 0)
         runner = Recorder(plan, name, batch_size)
         texts = np.arange(len(runner.texts))
         list(runner.stream(Passages(runner.texts, texts, 0 * texts), plan.store.ends.stored(name)))
         runs = twice * plan.windows / len(runner.texts)
         changes = {"extract.batch_size": batch_size}
         for lowered in runner.lowered.values():
-            yield Program("extract_activations", f"read {name}", lowered, runs, changes)
+            about = {"beside": beside, "parameters": size}
+            yield Program("extract_activations", f"read {name}", lowered, runs, changes, **about)
 
 
 def stitching(plan: Plan) -> Iterator[Program]:

@@ -17,7 +17,7 @@ its matrix products, its memory traffic and its operations one after another, th
 Products reach {:.3g} TFLOP/s in bfloat16 and {:.3g} in float32, memory {:.0f}
 GB/s, a ring {:.0f} GB/s; an operation takes {:.1f} us or more; of branches the shortest
 counts, and of steps those that revive no dead feature. Not counted: compiling, text, disk, closed
-forms and statistics, tests of single features.
+forms and statistics, tests of single features, similarity of layers, the hypernetwork.
 """
 
 
@@ -71,8 +71,9 @@ def limits(estimates: Sequence[Estimate], machine: Machine) -> Table:
     for e in estimates:
         for name, value in largest(e, machine).items():
             fits[name] = min(value, fits.get(name, value))
-        if e.program.stage == "extract_activations":
-            free = max(0.0, machine.device.memory - (e.memory - e.held)) / 4  # float32
-            fits["parameters of a model"] = min(free, fits.get("parameters of a model", free))
+        if e.program.parameters:  # all models grow alike
+            name, free = "parameters of a model", machine.device.memory - (e.memory - e.held)
+            value = e.program.parameters * max(0.0, free) / e.held
+            fits[name] = min(value, fits.get(name, value))
     rows = [{"setting": name, "fits": number(round(value))} for name, value in fits.items()]
     return table("The largest that fit, each alone: by proportion, not compiled", rows)

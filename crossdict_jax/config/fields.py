@@ -170,7 +170,7 @@ class MapConfig:
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "To choose from, times the variance", ABOVE_0
     )
     hidden: int = setting(512, "Units per hidden layer of mlp and token_mlp", at_least(1))
-    head: str = setting("jumprelu", "What makes features exactly zero", one_of(*MAP_HEADS))
+    head: str = setting("jumprelu", "What makes features 0; relu if mse is 0", one_of(*MAP_HEADS))
     dropout: float = setting(0.0, "Share of hidden units dropped while training", SHARE_OR_0)
     steps: int = setting(1000, "Training steps", at_least(1))
     batch_size: int = setting(128, "Rows per training step", at_least(1))
@@ -403,7 +403,8 @@ class BenchmarkConfig:
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
 # Settings that stages after extraction read, and what the first of them write.
 EVALUATED, TESTED = ((f"results/{n}.inputs.json",) for n in ("evaluate", "transfer_features"))
-TRAINED = ("dictionaries", "controls/dictionaries", "crosscoders")  # all read settings of sae
+# All read settings of sae.
+TRAINED = ("dictionaries", "controls/dictionaries", "crosscoders", "pareto")
 LATER = {"map": ("maps", "controls/maps"), "crosscoder": ("maps", "crosscoders")}
 LATER |= {"evaluation": EVALUATED} | {
     f"sae.{f.name}": TRAINED for f in dataclasses.fields(SAEConfig)
@@ -489,7 +490,7 @@ def layer_pairs(config: Config) -> tuple[tuple[int, int], ...]:
     if not config.layer_pairs:
         return tuple((layer, layer) for layer in config.layers)
     parts = [part.strip() for part in config.layer_pairs.split(",")]
-    if not all(re.fullmatch(r"[0-9]+:[0-9]+", part) for part in parts):
+    if not all(re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", part) for part in parts):
         raise UserError(
             f"layer_pairs={config.layer_pairs} is not pairs of layers with commas between, as in "
             "6:10,7:11."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # as in models, which is slow to import
-OUTPUT_SITE = re.compile(rf"(?:([^:]+):)?({'|'.join(SITES)})(?:\.([0-9]+))?")
+OUTPUT_SITE = re.compile(rf"(?:([^:]+):)?({'|'.join(SITES)})(?:\.([0-9]{{1,9}}))?")
 
 
 class Rule(NamedTuple):

@@ -15,8 +15,9 @@ from crossdict_jax.config.fields import (
     PretrainConfig,
     VerifyConfig,
 )
+from crossdict_jax.config.rules import SEED
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import flatten, read_json
+from crossdict_jax.workdir import COPY, flatten, read_json
 
 WORDS = {  # type of a setting: (the type of one value, whether it may be several, in words)
     int: (int, False, "a whole number, as in 5"),
@@ -87,7 +88,7 @@ def from_dict(kind: type, tree: dict) -> Any:
 
 def read(path: Path) -> Any:
     """Returns the config in a config.json, of the class with most of its settings."""
-    tree = read_json(path)
+    tree = read_json(path, mend=COPY)
     kinds = (Config, PretrainConfig, ConvertConfig, VerifyConfig, BenchmarkConfig)
     kind = max(kinds, key=lambda k: len(tree.keys() & {f.name for f in dataclasses.fields(k)}))
     try:
@@ -156,7 +157,8 @@ def validate(config: Any) -> None:
         several, rule = isinstance(value, tuple), field.metadata["rule"]
         values, types = value if several else (value,), (int, float) if type_ is float else (type_,)
         fits = several == may_be_several or field.type in (Number, Count)
-        limit = 2**63 if type_ is int else 1e300  # also of integers of any length
+        # Also of integers of any length. Arrays count in int32.
+        limit = (2**63 if rule is SEED else 2**31) if type_ is int else 1e300
         typed = (type(v) in types and v == v for v in values)
         if not fits or not all(typed):
             raise UserError(f"{name}={spell(value)} is not {words}.")

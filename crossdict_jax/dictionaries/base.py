@@ -324,6 +324,11 @@ def from_arrays(
     kind: type[Dictionary], arrays: dict[str, np.ndarray], *, k: int = 0, transcodes: bool = False
 ) -> Dictionary:
     """Returns the dictionary of a class with these parameters, in raw units."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all() and name != "threshold":  # that of a dead feature may be
+            raise UserError(
+                f"{name} of a {kind.__name__} dictionary is not finite; look at its file."
+            )
     (d_model, width), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
     shape = {"d_model": d_model, "width": width, "k": k, "d_out": d_out if transcodes else None}
     graphdef, _ = modules.abstract(lambda: kind(**shape, rngs=nnx.Rngs(params=0)))
@@ -346,8 +351,10 @@ def load(path: str | Path) -> Dictionary:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no dictionary folder; train it first or correct the path.")
+    meta = checkpoint.load_meta(path)
+    if "architecture" not in meta:
+        raise UserError(f"{path} holds another checkpoint than a dictionary's; correct the path.")
     with understood(path):
-        meta = checkpoint.load_meta(path)
         shape = {name: meta[name] for name in ("architecture", "d_model", "width", "k")}
         shape["d_out"] = meta.get("d_out")  # checkpoints from before there were transcoders lack it
         graphdef, abstract = modules.abstract(lambda: build(**shape, key=jax.random.key(0)))

@@ -1,5 +1,6 @@
 """Dictionaries from one format into another, one by one or all of a run."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
     root, written, items = Path(config.source), [], []
     if (root / "dictionaries").is_dir() and (root / "config.json").is_file():
         models = read_json(root / "config.json").get("models")
-        if not isinstance(models, list):
+        if not isinstance(models, list) or not all(isinstance(path, str) for path in models):
             raise UserError(
                 f"{root} is no run of launch.experiment; name one dictionary below "
                 f"{root / 'dictionaries'}."
@@ -44,16 +45,16 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
                 raise UserError(
                     f"{folder} is of no model of the run ({', '.join(paths)}); move it away."
                 )
-            _, written_site = checkpoint.load_meta(folder).get("writes", ("", ""))  # of transcoders
-            names = {"hook_name": hook_name(site), "model_name": paths[model]}
-            names["hook_name_out"] = hook_name(written_site)
+            names = formats.names(folder)  # with the other site of a transcoder
+            names |= {"hook_name": hook_name(site), "model_name": paths[model]}
             items.append((str(folder), f"{model}/{site}/{seed}", names))
         if not items:
             raise UserError(f"{root} has no finished dictionary; run train_saes first.")
     else:
         if config.source.startswith(hub.PREFIX):
             root = Path(hub.parse(config.source)[1])
-        items.append((config.source, root.name or "dictionary", formats.names(config.source)))
+        name = Path(os.path.abspath(root)).name or "dictionary"
+        items.append((config.source, name, formats.names(config.source)))
     asked = {"model_name": config.model_name, "hook_name": config.hook_name}
     for source, name, said in items:
         dictionary, folder = formats.load(source), work.dictionaries / name
@@ -61,7 +62,7 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         if config.format == "crossdict":
             if folder.exists():
                 shutil.rmtree(folder)  # of an earlier conversion with these settings
-            base.save(dictionary, folder, meta={"source": source})
+            base.save(dictionary, folder, meta={"source": source, "names": names})
         elif names["hook_name"] and names["model_name"]:
             saelens.save(dictionary, folder, **names)
         else:

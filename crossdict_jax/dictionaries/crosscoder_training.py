@@ -35,6 +35,7 @@ class Rows:
     views: tuple[np.ndarray, ...]  # per model [n, d_m], raw; row i of all is one text position
     seed: int  # of initial parameters, data order and what is dropped
     orders: tuple[np.ndarray | None, ...] | None = None  # int [n] of shuffled pairs; see ``Stream``
+    dictionaries: Sequence[str] = ()  # checksums of those that the rows come from
 
 
 class CrosscoderObjective(SparseObjective):
@@ -102,7 +103,12 @@ def fit_crosscoders(
             directory=folder,
             checkpoint_every=checkpoint_every,
             title=f"{len(group)} crosscoders of {sizes}",
-            meta={"seeds": seeds, "settings": dataclasses.asdict(settings), "rows": shapes},
+            meta={
+                "seeds": seeds,
+                "settings": dataclasses.asdict(settings),
+                "rows": shapes,
+                "dictionaries": [member.dictionaries for member in group],
+            },
             records=records,
         )
         for member, params in zip(group, trained):

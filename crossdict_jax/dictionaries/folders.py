@@ -38,7 +38,7 @@ def site_of(hook: str) -> Site | None:
     where it is none of our sites.
     """
     kinds = "|".join([*KINDS, *BRIDGE])
-    match = re.fullmatch(rf"blocks\.(\d+)\.hook_({kinds})", lens_name(hook))
+    match = re.fullmatch(rf"blocks\.(\d{{1,9}})\.hook_({kinds})", lens_name(hook))
     if not match:
         return None
     layer, kind = int(match[1]), BRIDGE.get(match[2], match[2])

@@ -28,7 +28,12 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
             arrays = modules.split(dictionary)[1]
             kept = {name: arrays[name] for name in OF_RELU if name in arrays}
             dictionary = from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)
-        base.save(dictionary, folder, meta={"source": path, "codes": codes})
+        _, model, site, _ = folder.parts[-4:]
+        meta = {"source": path, "codes": codes, "model": model, "site": site}
+        if dictionary.transcodes:
+            output = store.output_of(model, Site.parse(site))
+            meta["writes"] = list(map(str, output))
+        base.save(dictionary, folder, meta=meta)
     return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}
 
 

@@ -64,7 +64,8 @@ class SparseObjective(Objective):
         self.memory, self.parts = np.zeros(module.width, np.int32), settings.accumulate
         self.dtype = product_dtype(settings.matmul_dtype)
         seen = settings.steps * settings.batch_size
-        self.dead_after = settings.dead_after_rows or max(1, round(DEAD_SHARE * seen))
+        after = settings.dead_after_rows or max(1, round(DEAD_SHARE * seen))
+        self.dead_after = min(after, 2**30)  # of int32
 
     def variant(self, memories):
         if not self.revives:
@@ -190,7 +191,7 @@ def members(sae: SAEConfig, sites: Sequence[tuple[str, Site]]) -> list[Member]:
     result, values = [], swept(sae)
     for end, seed, *chosen in itertools.product(sites, range(sae.seeds), *values.values()):
         fields = dict(zip(values, chosen))
-        other = [f"{f}-{v:g}" for f, v in fields.items() if v != values[f][0]]
+        other = [f"{f}-{v:.9g}" for f, v in fields.items() if v != values[f][0]]
         usual = usual_rate(sae.architecture, width=fields["width"])
         fields["learning_rate"] = fields["learning_rate"] or usual
         result.append(Member(*end, seed, name="-".join([f"seed-{seed}", *other]), **fields))

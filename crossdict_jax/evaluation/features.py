@@ -99,9 +99,8 @@ def _described(
         for kind, m in scored.maps.items()
         if m.reads == "features" or (kind == best and m.reads in seen)
     }
-    of_other_seed = {
-        task.kind: maps.load(task.path(loader.work), test.target.dictionary) for task in reseeded
-    }
+    ends = test.target.dictionary, test.source.dictionary
+    of_other_seed = {task.kind: maps.load(task.path(loader.work), *ends) for task in reseeded}
     attributed, again = (
         {kind: attribution.drivers(m, test.source, index, scale=scale) for kind, m in some.items()}
         for some in (of_run, of_other_seed)

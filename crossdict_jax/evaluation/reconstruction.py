@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crossdict_jax import dictionaries, models, modules, stats
+from crossdict_jax import dictionaries, modules, stats
 from crossdict_jax.activations.passages import select_passages, train_mean
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config
@@ -46,7 +46,7 @@ def reconstruct(run: Loader) -> dict[str, list[dict]]:
     n = sum(len(member_folders(work, *end)) for ends in edited.values() for end in ends)
     with progress_bar(total=n, desc="dictionaries", unit="sae") as progress:
         for other, ends in edited.items():
-            lm = models.load(store.paths[store.models.index(other)])
+            lm = store.load_model(other)
             dtype, documents = config.extract.matmul_dtype, config.intervention.documents
             runner = Runner(lm, batch_size=config.intervention.batch_size, dtype=dtype)
             passages = select_passages(store, other, documents=documents, seed=config.seed)

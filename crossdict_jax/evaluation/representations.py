@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crossdict_jax import dictionaries, models, stats
+from crossdict_jax import dictionaries, stats
 from crossdict_jax.activations.passages import passages_of
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation.similarity import LEAST_ROWS, MEASURES, NEIGHBOURS, Geometry
@@ -36,8 +36,8 @@ def representation_rows(run: Loader, pairs: list[Task], matches: list[dict]) -> 
     if len(drawn) >= LEAST_ROWS:
         layers, settings = {}, config.extract
         mixed = stats.generator(config.seed + 1).permutation(len(drawn))
-        for name, path in zip(store.models, store.paths):
-            lm = models.load(path)
+        for name in store.models:
+            lm = store.load_model(name)
             runner = Runner(lm, batch_size=settings.batch_size, dtype=settings.matmul_dtype)
             sites = [Site(layer, config.site) for layer in range(lm.config.n_layers)]
             x = runner.read_at(passages_of(store, name, drawn), sites)

@@ -142,7 +142,8 @@ def score_tasks(tasks: Sequence[Task], loader: Loader) -> Scored:
     bench = make_bench(splits, config.evaluation, seed=config.seed)
     loaded, scores, reads = {}, {}, {}
     for task in tasks:
-        m = loaded[task.kind] = maps.load(task.path(loader.work), test.target.dictionary)
+        ends = test.target.dictionary, test.source.dictionary
+        m = loaded[task.kind] = maps.load(task.path(loader.work), *ends)
         if m.reads not in reads:  # what a control is shown depends on what it reads
             reads[m.reads] = shown(task, test), shown(task, bench.context)
         scores[task.kind] = score(m, bench, reads[m.reads])

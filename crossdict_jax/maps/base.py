@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -155,6 +154,12 @@ class Problem:
     # From A to B through a joint code, in raw units: W_enc [d_a, width], b_enc, threshold,
     # W_dec [width, d_b], b_dec.
     joint: dict[str, jax.Array] | None = None
+
+    @cached_property
+    def dictionaries(self) -> list[str]:
+        """Checksums of both sides', by which a training knows its data."""
+        sides = self.train.source, self.train.target
+        return [modules.fingerprint(side.dictionary) for side in sides]
 
     def regress(self, read: Callable[[Side, slice], np.ndarray]) -> Regression:
         """Returns the regression of B on A; ``read`` is Side.activations or Side.features."""
@@ -355,23 +360,20 @@ def predict_activations(m: ActivationMap, pairs: Pairs, batch_size: int = ROWS) 
     return predict(m, pairs, batch_size, method="activation")
 
 
-def fingerprint(dictionary: Dictionary) -> str:
-    """Returns a checksum of a dictionary's parameters, names and shapes."""
-    _, params = modules.split(dictionary)
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None = None) -> None:
-    """Writes a map's own parameters, and the folder and checksum of B's dictionary.
+def save(
+    m: Map,
+    path: Path,
+    *,
+    dictionary: Path,
+    source: Dictionary | None = None,
+    record: dict[str, Any] | None = None,
+) -> None:
+    """Writes a map's own parameters, the folder of B's dictionary, and checksums.
 
     Args:
       path: a new folder.
       dictionary: folder of B's dictionary; stored relative to ``path``.
+      source: A's dictionary, if the map was fitted on what it gives.
       record: how the map was fitted (JSON values).
     """
     params = {name: a for name, a in modules.split(m)[1].items() if name != "dictionary"}
@@ -381,26 +383,32 @@ def save(m: Map, path: Path, *, dictionary: Path, record: dict[str, Any] | None 
         "settings": {name: getattr(m, name) for name in m.settings},
         "shapes": jax.tree.map(lambda a: f"{a.dtype} {' '.join(map(str, a.shape))}", params),
         "target_dictionary": os.path.relpath(Path(dictionary).absolute(), Path(path).absolute()),
-        "target_fingerprint": fingerprint(m.dictionary),
+        "target_fingerprint": modules.fingerprint(m.dictionary),
+        "source_fingerprint": source and modules.fingerprint(source),
         "record": record or {},
     }
     checkpoint.save(Path(path), params=params, meta=meta)
 
 
 @modules.plain
-def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
+def load(
+    path: Path | str, dictionary: Dictionary | None = None, source: Dictionary | None = None
+) -> Map:
     """Returns the map in a checkpoint folder, with B's dictionary.
 
     Args:
       dictionary: B's, if loaded; it must be the one that the checkpoint points to.
+      source: A's, to be checked.
 
     Raises:
       UserError: there is no finished map, it is damaged, or B's dictionary is missing, damaged
-        or not the one that the map was fitted with.
+        or not the one that the map was fitted with, or A's is not.
     """
     path = Path(path)
+    meta = checkpoint.load_meta(path)
+    if "target_dictionary" not in meta:
+        raise UserError(f"{path} holds another checkpoint than a map's; correct the path.")
     with understood(path):
-        meta = checkpoint.load_meta(path)
         folder = Path(os.path.normpath(path / meta["target_dictionary"]))
         if not folder.is_dir():
             raise UserError(
@@ -408,11 +416,13 @@ def load(path: Path | str, dictionary: Dictionary | None = None) -> Map:
                 "or train dictionaries and maps again."
             )
         dictionary = dictionaries.load(folder) if dictionary is None else dictionary
-        if fingerprint(dictionary) != meta["target_fingerprint"]:
-            raise UserError(
-                f"Map {path} was fitted with another dictionary than {folder} holds; restore that "
-                "one or delete the map and fit it again."
-            )
+        for end, now in (("source", source), ("target", dictionary)):
+            fitted = meta.get(f"{end}_fingerprint")
+            if now and fitted not in (None, modules.fingerprint(now)):
+                raise UserError(
+                    f"Map {path} was fitted with another dictionary of the {end} than lies there "
+                    "now; restore that one, or delete the map and fit it again."
+                )
         abstract = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(tuple(map(int, s.split()[1:])), s.split()[0]),
             meta["shapes"],

@@ -273,10 +273,12 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
         train_crosscoders(config, loader.store, work)  # a stage of its own
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
 
-    def write(item: tuple[Task, base.Fitted]) -> None:
-        task, result = item
-        target = loader.ends(task)[1][2]
-        base.save(result.map, task.path(loader.work), dictionary=target, record=result.record)
+    def write(item: tuple[Task, base.Fitted, dictionaries.Dictionary]) -> None:
+        task, result, source = item
+        ends = {"dictionary": loader.ends(task)[1][2]}
+        if result.map.reads == "features" or task.control == "ceiling":
+            ends["source"] = source
+        base.save(result.map, task.path(loader.work), record=result.record, **ends)
         bar.update()
 
     with timed(work, stage) as figures, bar, ThreadPoolExecutor(1) as disk:
@@ -288,7 +290,8 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
             if kind.through_joint:
                 problems = with_codes(problems, batch, loader, seed, options["directory"])
             fitted = kind.fit(problems, config.map, **options)
-            new = [(task, result) for task, result in zip(batch, fitted) if task in unfinished]
+            sources = (problem.train.source.dictionary for problem in problems)
+            new = [item for item in zip(batch, fitted, sources) if item[0] in unfinished]
             list(written)  # those of the batch before; raises what went wrong
             written = disk.map(write, new)
         list(written)
@@ -327,7 +330,10 @@ def with_own_codes(
       UserError: these are fewer than a batch.
     """
     trained = fit_crosscoders(
-        [Rows(p.label, (p.train.source.x, p.train.target.x), seed) for p in problems],
+        [
+            Rows(p.label, (p.train.source.x, p.train.target.x), seed, dictionaries=p.dictionaries)
+            for p in problems
+        ],
         config,
         directory=directory / "crosscoder",
     )

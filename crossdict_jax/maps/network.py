@@ -100,10 +100,14 @@ class NetworkMap(Map):
         Each map has the parameters of its best validation. ``directory/KIND-N`` keeps checkpoints,
         metrics and member labels: a killed run goes on and ends with the same bits.
 
+        Without mse a jumprelu head is trained as relu.
+
         Raises:
           UserError: a batch is larger than the training rows or does not divide over the devices,
             or a setting does not fit a target's dictionary.
         """
+        if config.head == "jumprelu" and not config.loss_weights.mse:
+            config = dataclasses.replace(config, head="relu")  # without a scale no threshold fits
         groups: dict[tuple, list[Problem]] = {}
         for problem in problems:
             check_rows(problem, cls.kind)
@@ -128,7 +132,11 @@ class NetworkMap(Map):
                 seed=seed,
                 directory=Path(directory) / f"{cls.kind}-{number}",
                 title=f"train {len(members)} maps",
-                meta={"config": dataclasses.asdict(config), "seed": seed},
+                meta={
+                    "config": dataclasses.asdict(config),
+                    "seed": seed,
+                    "dictionaries": [problem.dictionaries for problem in members],
+                },
                 **training,
             )
             held, params = ensemble.feed.resident, stack([m["params"] for m in best])

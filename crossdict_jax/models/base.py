@@ -293,7 +293,8 @@ class LanguageModel(Plain):
 
         The tokens stand at positions ``past.length`` and on (each row its own), or 0 and on. Keys
         and values are [batch, seq, heads, d_head] of these tokens alone, to make a later ``Past``
-        of. Reading a text in pieces or as a whole gives the same.
+        of. Reading a text in pieces or as a whole gives the same; that the pieces are together no
+        longer than the model reads is not checked.
         """
         x, kept = self.final_stream(tokens, past, tap=tap, dtype=dtype)
         return self.unembed(x, dtype), kept
@@ -359,7 +360,7 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
     """Tokens as an array [batch, seq]; UserError if the model cannot read them."""
     if not isinstance(tokens, jax.Array):
         tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(
             f"Tokens must be integers [batch, seq], not {tokens.dtype} {list(tokens.shape)}."
         )

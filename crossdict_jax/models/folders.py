@@ -96,7 +96,9 @@ def _tokenizer(folder: Path, changed: int):
         if (largest := max(_ids(folder), default=0)) > LARGEST_ID:
             raise ValueError(f"a token has the id {largest}")
         # Other classes are rebuilt from vocabulary and merges alone, with tokens of their own.
-        as_it_says = (folder / "tokenizer.json").is_file()
+        as_it_says, about = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
+        if about.is_file() and read_object(about).get("fast_tokenizer_files"):
+            raise ValueError("tokenizer_config.json names fast_tokenizer_files to take instead")
         kind = PreTrainedTokenizerFast if as_it_says else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
         if as_it_says and hasattr(model := tokenizer.backend_tokenizer.model, "dropout"):

@@ -219,9 +219,7 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
             tied_head = value
             continue
         if name in weights:
-            raise UserError(
-                f"{folder} holds the weight {in_file!r} twice, once as {prefix + in_file!r}."
-            )
+            raise UserError(f"{folder} holds the weight {in_file!r} twice.")
         value = value.T if transposed else value
         if value.shape != shapes[name]:
             raise UserError(

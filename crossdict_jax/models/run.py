@@ -24,6 +24,7 @@ from crossdict_jax.models.base import (
     Site,
     captured,
     check_sites,
+    check_tokens,
     matmul,
     rounded,
 )
@@ -442,6 +443,7 @@ class Runner:
             (Holtzman et al. 2020, section 3.1).
         """
         (site,) = check_sites(self.config, [site], self.name)
+        check_tokens(self.config, starts.tokens, self.name)
         sampling = np.float32(temperature), np.float32(top_p), np.uint32(seed)
         return self.run(_generate, *starts, static=(site, count), shared=sampling)
 

@@ -8,6 +8,7 @@ from crossdict_jax.config import Config
 from crossdict_jax.report import answer, causal, inputs, shared, transfer
 from crossdict_jax.report.blocks import Details, Facts, html, template
 from crossdict_jax.report.results import read_run
+from crossdict_jax.training.stage import outdated
 from crossdict_jax.workdir import Workdir, write_text
 
 STYLE = Path(__file__).with_name("style.css")
@@ -51,7 +52,7 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
         name=work.root.resolve().name,
         models=f"{', '.join(first)} and {last}" if first else last,
         answer=answer.answer(run),
-        cautions=answer.cautions(run),
+        cautions=[*answer.cautions(run), *outdated(work)],
         sections=[
             (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), title, part)
             for title, part in (*before, *sections, *after)

@@ -45,12 +45,15 @@ def read_texts(run: FinishedRun, texts: Sequence[str], *, group: int = 1) -> Rea
     cut = {model: pairing.byte_ends_batch(texts, t) for model, t in run.tokenizers.items()}
     bos = {model: run.store.has_bos(model) for model in cut}
     front = {model: [] if token is None else [token] for model, token in bos.items()}
-    room = {model: run.runner(model).config.context - len(front[model]) for model in cut}
+    shape = {model: run.runner(model).config for model in cut}
+    room = {model: shape[model].context - len(front[model]) for model in cut}
     kept, too_long, not_rebuilt = [], 0, 0
     for start in range(0, len(texts), group):
         members = range(start, start + group)
         read = [(model, of_model[i]) for model, of_model in cut.items() for i in members]
-        if any(tokens.ends is None for _, tokens in read):
+        # Some tokenizers have tokens that their model lacks.
+        within = all(t.ids.max(initial=0) < shape[model].vocab_size for model, t in read)
+        if not within or any(tokens.ends is None for _, tokens in read):
             not_rebuilt += 1
         elif any(len(tokens.ids) > room[model] for model, tokens in read):
             too_long += 1

@@ -242,9 +242,12 @@ def make_ensemble(
       UserError: the batch does not divide over the devices.
     """
     mesh = make_mesh(members=len(labels))
-    if batch_size % (n := mesh.shape[DATA]):
+    n, in_parts = mesh.shape[DATA], objective.parts
+    if batch_size % (n * in_parts):
+        told = f" in {in_parts} parts" if in_parts > 1 else ""
         raise UserError(
-            f"{setting}={batch_size} cannot be shared by {n} devices; use a multiple of {n}."
+            f"{setting}={batch_size}{told} cannot be shared by {n} devices; use a multiple of "
+            f"{n * in_parts}."
         )
     distinct, members = sorted(set(seeds)), np.arange(len(seeds))[:, None]
     order_of = np.asarray([distinct.index(seed) for seed in seeds])

@@ -35,7 +35,8 @@ from crossdict_jax.workdir import check_space, say, write_json
 
 MAX_CHUNK = 50  # steps per dispatch
 CHECKPOINT_SECONDS = 600.0  # at most, besides steps: large steps are slow, and machines pre-empted
-LOWER = "lower the learning rate or look at the data."
+LOWER = "lower the learning rate (where something is trained already, in a new --workdir) or look "
+LOWER += "at the data."
 BLOCK = 64  # rows: of 1024 numbers the 128 KiB that Linux reads ahead of a memory map
 PyTree = Any
 

@@ -149,3 +149,14 @@ def input_digests(
         seal = folder / f"{checkpoint.finished_step(folder)}.sha256.json"
         inputs[str(folder.relative_to(work.root))] = file_digest(seal)
     return inputs
+
+
+def outdated(work: Workdir) -> Iterator[str]:
+    """Yields a sentence for every stage whose results are of checkpoints that were made again."""
+    for stamp in sorted(work.results.glob("*.inputs.json")):
+        for name, seal in read_json(stamp).items():
+            folder, stage = work.root / name, stamp.name.removesuffix(".inputs.json")
+            step = checkpoint.latest_step(folder)
+            if step is not None and file_digest(folder / f"{step}.sha256.json") != seal:
+                yield f"The results of {stage} are older than {folder}; run that command again."
+                break

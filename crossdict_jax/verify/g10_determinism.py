@@ -7,11 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from crossdict_jax import dictionaries, maps, models
+from crossdict_jax import dictionaries, maps, models, modules
 from crossdict_jax.activations.extract import extract
 from crossdict_jax.dictionaries.train import train_dictionaries
-from crossdict_jax.maps.base import fingerprint
-from crossdict_jax.modules import split
 from crossdict_jax.verify import lab
 from crossdict_jax.verify.gate import Check
 from crossdict_jax.workdir import Workdir, write_jsonl
@@ -43,12 +41,12 @@ def _bits(seed: int, directory: Path) -> dict[str, str]:
     train_dictionaries(config, store, work)
     write_jsonl(work.result("transfer.jsonl"), lab.transfer_rows(config, store, work))
     folders = [work.dictionary(m, s) for m in store.models for s in store.sites_of(m)]
-    params = [split(maps.load(task.path(work)))[1] for task in maps.tasks(config, store)]
+    params = [modules.split(maps.load(task.path(work)))[1] for task in maps.tasks(config, store)]
     for of_map in params:
         del of_map["dictionary"]  # which is not the map's own
     parts = {
         "activations": [repr(sorted(store.meta["checksums"].items())).encode()],
-        "dictionaries": [fingerprint(dictionaries.load(f)).encode() for f in folders],
+        "dictionaries": [modules.fingerprint(dictionaries.load(f)).encode() for f in folders],
         "maps": [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)],
         "scores": [work.result("transfer.jsonl").read_bytes()],
     }

@@ -61,8 +61,14 @@ def names(path: str | Path) -> dict[str, str]:
     """
     folder = hub.fetch(str(path))
     if checkpoint.is_finished(folder):
-        meta = checkpoint.load_meta(folder)
-        said = {"model_name": meta.get("model"), "hook_name": hook_name(meta.get("site", ""))}
+        with understood(folder):
+            meta = checkpoint.load_meta(folder)
+            sites = {
+                "hook_name": meta.get("site", ""),
+                "hook_name_out": meta.get("writes", [""])[-1],
+            }
+            said = {"model_name": meta.get("model")} | {k: hook_name(v) for k, v in sites.items()}
+            said = meta.get("names", said)
     else:
         module = _format_of(folder)
         with understood(folder, mend=COPY):

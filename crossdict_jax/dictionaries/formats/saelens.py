@@ -252,7 +252,8 @@ def save(
         arrays["b_gate"] = arrays.pop("b_enc")
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     # The config last: a folder without one was never finished.
-    (folder / CONFIG).unlink(missing_ok=True)
+    for file in (CONFIG, SCALER):
+        (folder / file).unlink(missing_ok=True)
     check_space(folder, sum(array.nbytes for array in arrays.values()) + 4096)
     part = folder / f".{WEIGHTS}.part"
     save_file(arrays, part)

@@ -351,7 +351,7 @@ def train_network(
         steps=config.steps,
         seed=seed,
         title=f"train 1 hypernetwork of {len(labels)} maps",
-        meta=settings | {"unused": unused},
+        meta=settings | {"unused": unused, "dictionaries": [p.dictionaries for p in problems]},
         **training,
     )
     resident = ensemble.feed.resident

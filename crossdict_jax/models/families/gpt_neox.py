@@ -19,7 +19,7 @@ KEYS = base.KEYS | {
     "attention_bias": ("attention_bias", True),
 }
 SPELLINGS = {}
-REFUSED_UNLESS = {}
+REFUSED_UNLESS = {"head_dim": None}
 ARCHITECTURE = "GPTNeoXForCausalLM"
 PREFIX = "gpt_neox."  # absent in files of the model without its head
 # Name in the file -> our name.

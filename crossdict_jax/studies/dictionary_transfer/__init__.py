@@ -66,8 +66,8 @@ def section(rows: list[dict]) -> str:
     blocks: list[Block] = [
         "A model’s dictionary used for another model, with no training: activations go through an "
         "affine map into its space, are written as its features, and come back through another. "
-        "The stitch alone, with no dictionary between, is the most that this can reach; a random "
-        "rotation in place of the maps is what it must beat.",
+        "The stitch alone, ridge there and back with no dictionary between, is about the most that "
+        "ridge can reach; a random rotation in place of the maps is what it must beat.",
         *tables([row for row in rows if "steps" not in row]),
     ]
     if training:

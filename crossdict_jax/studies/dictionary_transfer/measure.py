@@ -69,7 +69,7 @@ def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
     """Returns the ways to reconstruct B by their names in column ``dictionary``.
 
     orthogonal (McCann 2026, arXiv 2605.24577) needs more rows than dimensions, as_is activations of
-    one size. No transferred dictionary can exceed the stitch.
+    one size. The stitch is about the most that ridge can reach.
     """
     train = problem.train
     a, d_a, d_b = train.source.dictionary, train.source.x.shape[1], train.target.x.shape[1]

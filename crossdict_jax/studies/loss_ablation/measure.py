@@ -37,8 +37,9 @@ def ablations(weights: LossWeights) -> dict[str, LossWeights]:
 def run(config: Config, work: Workdir) -> None:
     """Trains the mlp of aligned pairs once per ablation, writes ablation.jsonl, and prints it.
 
-    Mean and ridge stand beside them. Only the weights differ from the run's settings. Without the
-    sparsity loss the thresholds of a jumprelu head stay at their start: nothing else trains them.
+    Mean and ridge stand beside them. Only the weights differ from the run's settings, and without
+    mse the head (``NetworkMap.fit``). Without the sparsity loss the thresholds of a jumprelu head
+    stay at their start: nothing else trains them.
     """
     store = open_store(work.activations)
     kinds = replace(config, map=replace(config.map, kinds=(KIND,)))

@@ -34,7 +34,7 @@ def curves(
     documents = store.rows.document[test]
     draws = stats.draw(documents, count=config.evaluation.bootstrap, seed=config.seed)
     for architecture in config.pareto.architectures or architectures():
-        sae = dataclasses.replace(config.sae, architecture=architecture)
+        sae = dataclasses.replace(config.sae, architecture=architecture, l0_target=0.0)
         settings, folder = dataclasses.replace(config, sae=sae), Workdir(work.root / architecture)
         made, has_k = curve(settings, model=model, site=site), "k" in find(architecture).reads
         train_members(settings, store, folder, made)

@@ -88,8 +88,9 @@ def _direction(
         modules.over_rows(s.dictionary, s.x, method="encode", size=size)
         for s in (pairs.source, pairs.target)
     )
+    ends = pairs.target.dictionary, pairs.source.dictionary
     features = {  # by probe: of training texts, of test texts, each [texts, d]
-        task.kind: (maps.predict(maps.load(task.path(run.work)), pairs, size), own_b)
+        task.kind: (maps.predict(maps.load(task.path(run.work), *ends), pairs, size), own_b)
         for task in group.tasks
     }
     tokens = reading.passages[group.source].tokens

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from crossdict_jax import results, stats
+from crossdict_jax.activations.pairing import normalize
 from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.directions import MapGroup, map_groups
 from crossdict_jax.causal.effects import MATCH, dose_norms
@@ -187,7 +188,7 @@ def score_texts(source: Source, feature: Feature, starts: Starts, tokens: np.nda
     Nothing behind a token that ends a text is counted.
     """
     run, target, words = source.run, source.group.target, source.words
-    runner, searched = run.runner(target), run.config.steer.search.encode()
+    runner, searched = run.runner(target), normalize(run.config.steer.search).encode()
     end = runner.config.eos_token_id
     ends = {*np.atleast_1d([] if end is None else end), *run.tokenizers[target].all_special_ids}
     before = [row[:length] for row, length in zip(starts.tokens, starts.length)]

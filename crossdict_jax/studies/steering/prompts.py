@@ -34,7 +34,7 @@ def read_prompts(config: Config, store: Store, model: str, tokenizer) -> list[np
     if text.lower().endswith(".txt"):
         try:
             prompts = read_txt(Path(os.path.expanduser(text))).removesuffix("\n").split("\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"steer.prompts={text} cannot be read ({error}); name a UTF-8 file with a prompt a "
                 "line, or give one prompt."

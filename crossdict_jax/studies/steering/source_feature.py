@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from crossdict_jax import stats
+from crossdict_jax.activations.pairing import normalize
 from crossdict_jax.activations.passages import Contexts
 from crossdict_jax.causal import effects
 from crossdict_jax.causal.directions import MapGroup, strengths
@@ -136,7 +137,7 @@ def around(
       rows: int [n], row numbers of the store.
       codes: features [m, width] of these rows, in blocks.
     """
-    wanted = text.encode()
+    wanted = normalize(text).encode()
     holds = np.array([wanted in contexts.text(row) for row in rows])
     if not holds.any():
         raise UserError(
