@@ -28,11 +28,10 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
             arrays = modules.split(dictionary)[1]
             kept = {name: arrays[name] for name in OF_RELU if name in arrays}
             dictionary = from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)
-        _, model, site, _ = folder.parts[-4:]
+        model, site = folder.parts[-3:-1]
         meta = {"source": path, "codes": codes, "model": model, "site": site}
         if dictionary.transcodes:
-            output = store.output_of(model, Site.parse(site))
-            meta["writes"] = list(map(str, output))
+            meta["writes"] = list(map(str, store.output_of(model, Site.parse(site))))
         base.save(dictionary, folder, meta=meta)
     return {m for m, source in zip(store.models, config.sae.sources) if source != "train"}
 
