@@ -193,7 +193,7 @@ def test_a_model_whose_shape_is_not_known_is_refused(tmp_path):
 SENT = {"all-reduce": 202}
 # For v5e-8: GB on a device, estimated ms, those without the network, {collective: MB}.
 RECORDED = {
-    ("extraction", "read gpt2-medium"): (0.75, 14.3, 14.3, {}),
+    ("extraction", "read gpt2-medium"): (4.60, 14.3, 14.3, {}),
     ("dictionaries", "6 topk of width 4096, d 1024"): (2.75, 3.93, 1.91, {"all-reduce": 101}),
     ("dictionaries", "2 topk of width 131072, d 1024"): (5.27, 39.1, 17.6, {"all-reduce": 1075}),
     ("crosscoders", "6 crosscoders of width 4096, d 1024+1024"): (5.42, 6.68, 2.65, SENT),
@@ -202,9 +202,9 @@ RECORDED = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 @pytest.mark.parametrize(("stage", "name"), RECORDED)
 def test_programs_for_a_tpu_take_what_they_took(stage, name):
+    pytest.importorskip("libtpu", minversion="0.0.52")  # older ones make other programs
     config, target = pythia410m_gpt2medium.get_config(), machine("v5e-8")
     if "131072" in name:
         config.sae.width, config.layers = 131_072, (6,)
