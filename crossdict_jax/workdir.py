@@ -87,8 +87,8 @@ class Workdir:
     @property
     def trained(self) -> list[Path]:
         """The folders of all that has been trained on the activations."""
-        others = self.activations, self.results, self.report, self.root / MEASURED
-        return sorted({p for p in self.root.glob("[!.]*") if p.is_dir()}.difference(others))
+        names = ("controls", "crosscoders", "dictionaries", "efficiency", "maps", "pareto")
+        return [self.root / name for name in names if (self.root / name).is_dir()]
 
     @property
     def controls(self) -> Workdir:

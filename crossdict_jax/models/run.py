@@ -174,7 +174,7 @@ class Held:
 class Starts(NamedTuple):
     """Texts to be continued, as arrays with a row for each."""
 
-    tokens: np.ndarray  # int32 [n, longest], the prompts, filled up on the right with anything
+    tokens: np.ndarray  # int32 [n, longest], the prompts, filled up on the right with any tokens
     length: np.ndarray  # int32 [n], tokens of each prompt, 1 or more
     vector: np.ndarray  # float32 [n, d_model], added from the prompt's last token on
     prompt: np.ndarray  # int32 [n]; equal prompts and samples draw equal random numbers

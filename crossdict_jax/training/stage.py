@@ -158,5 +158,5 @@ def outdated(work: Workdir) -> Iterator[str]:
             folder, stage = work.root / name, stamp.name.removesuffix(".inputs.json")
             step = checkpoint.latest_step(folder)
             if step is not None and file_digest(folder / f"{step}.sha256.json") != seal:
-                yield f"The results of {stage} are older than {name}; run that command again."
+                yield f"The results of {stage} are older than {name}; run its command again."
                 break

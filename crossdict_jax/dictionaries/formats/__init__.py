@@ -68,7 +68,7 @@ def names(path: str | Path) -> dict[str, str]:
                 "hook_name_out": meta.get("writes", [""])[-1],
             }
             said = {"model_name": meta.get("model")} | {k: hook_name(v) for k, v in sites.items()}
-            said = meta.get("names", said)
+            said = dict(meta.get("names", said))
     else:
         module = _format_of(folder)
         with understood(folder, mend=COPY):
