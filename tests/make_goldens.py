@@ -1,13 +1,13 @@
 """Makes tests/goldens with torch and transformers: python tests/make_goldens.py [--data=FOLDER].
 
-Tiny random models in every variant that the ports implement, saved as Hugging Face folders, with
-what Hugging Face computes for them. With --data (as CROSSDICT_DATA) also token ids and losses of
-the real models there. Needs torch; the tests that read the results do not.
+Tiny random models in every variant that the ports implement, each drawn for the config.json of its
+folder and saved there, with what Hugging Face computes for them; a new folder with that file is a
+new variant. With --data (as CROSSDICT_DATA) also token ids and losses of the real models there.
+Needs torch; the tests that read the results do not.
 """
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,42 +15,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
-GPT2 = dict(
-    model_type="gpt2", vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4, n_inner=64
-)
-SHAPE = dict(vocab_size=61, max_position_embeddings=24, hidden_size=32, num_hidden_layers=3)
-NEOX = SHAPE | dict(model_type="gpt_neox", num_attention_heads=2, intermediate_size=64)
-LLAMA = SHAPE | dict(model_type="llama", num_attention_heads=4, intermediate_size=48)
-LLAMA |= dict(num_key_value_heads=2)
-ROPE = dict(rope_type="default")
-# The head size of NEOX is 16: a quarter of it is 4 dims, enough for two frequencies.
-VARIANTS = {
-    "gpt2-gelu_new": GPT2,
-    "gpt2-relu": GPT2 | dict(activation_function="relu", n_inner=None),
-    "gpt2-gelu-n_inner": GPT2 | dict(activation_function="gelu", n_inner=40),
-    "gpt2-silu-unscaled": GPT2 | dict(activation_function="silu", scale_attn_weights=False),
-    "gpt2-inverse-layer": GPT2
-    | dict(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
-    "gpt2-untied": GPT2 | dict(tie_word_embeddings=False, layer_norm_epsilon=1e-2),
-    "gpt_neox-parallel-quarter-old": NEOX
-    | dict(rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True),
-    "gpt_neox-parallel-full-new": NEOX
-    | dict(rope_parameters=ROPE | dict(rope_theta=500.0, partial_rotary_factor=1.0))
-    | dict(hidden_act="gelu_new"),
-    "gpt_neox-sequential-quarter-new": NEOX
-    | dict(rope_parameters=ROPE | dict(rope_theta=100.0, partial_rotary_factor=0.25))
-    | dict(use_parallel_residual=False, layer_norm_eps=1e-2),
-    "gpt_neox-sequential-full-old": NEOX
-    | dict(use_parallel_residual=False, hidden_act="gelu_new", rotary_pct=1.0, rotary_emb_base=500),
-    "gpt_neox-relu-tied-no-bias": NEOX
-    | dict(hidden_act="relu", tie_word_embeddings=True, attention_bias=False),
-    "llama-grouped-untied-new": LLAMA
-    | dict(rope_parameters=ROPE | dict(rope_theta=500.0), rms_norm_eps=1e-2),
-    "llama-grouped-tied-old": LLAMA | dict(tie_word_embeddings=True, rope_theta=100.0),
-    "llama-biases-wide-heads": LLAMA
-    | dict(attention_bias=True, mlp_bias=True, head_dim=12, num_key_value_heads=1)
-    | dict(hidden_act="gelu_pytorch_tanh"),
-}
 BLOCKS = {  # where each family keeps its blocks, and in them attention and MLP
     "gpt2": ("transformer.h", "attn", "mlp"),
     "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
@@ -69,20 +33,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with models/ inside")
     data = parser.parse_args().data
     torch.manual_seed(0)
-    for name, raw in VARIANTS.items():
-        make_variant(GOLDENS / name, raw)
-        print(name)
+    for file in sorted(GOLDENS.glob("*/config.json")):
+        make_variant(file.parent, file.read_text())
+        print(file.parent.name)
     if data:
         for folder in sorted((data / "models").iterdir()):
             print(folder.name, make_losses(folder, GOLDENS / f"loss-{folder.name}.npz"))
             make_greedy(folder, GOLDENS / f"greedy-{folder.name}.npz")
 
 
-def make_variant(folder: Path, raw: dict) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    config = json.dumps(raw, indent=2) + "\n"
-    (folder / "config.json").write_text(config)
+def make_variant(folder: Path, config: str) -> None:
+    """Draws a model of the text of a config.json, saves it, and runs it."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     redraw(model)
     model.half().save_pretrained(folder)
@@ -91,7 +52,7 @@ def make_variant(folder: Path, raw: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    np.savez_compressed(folder / "golden.npz", **run(model, raw["model_type"]))
+    np.savez_compressed(folder / "golden.npz", **run(model, json.loads(config)["model_type"]))
 
 
 @torch.no_grad()
