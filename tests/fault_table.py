@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,7 @@ class Lab:
 
     def __init__(self, root: Path, seed: int):
         self.root, self.draw, self.log, self.count = root, random.Random(seed), root / "log", 0
-        flags = self.computed("tiny_run", "small_flags", root / "text")
+        flags = self.computed("tiny_run", "small_flags", root / "a b'ü,;$(x)")
         self.flags = [*flags, "--config.controls=ceiling"]
         for name in ("cold", "undisturbed"):  # the second finds its programs compiled
             self.finished, started = root / name, time.monotonic()
@@ -218,11 +219,34 @@ def full_disk(lab, number):
     return ended[0] == 0 or refused(ended, "free some"), work, ""
 
 
-def read_only(lab, number):
-    work = lab.begun()
+def no_room(lab, number):
+    """No file may grow beyond a block, in every stage in turn."""
+
+    def limit():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is said has room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    works = [lab.begun(first) for first in range(len(STAGES))]
+    told = [refused(lab.run(work, limit), "free some") for work in works]
+    return all(told + [lab.ends_the_same(work) for work in works[1:]]), works[0], ""
+
+
+@contextlib.contextmanager
+def fixed(work: Path):
     with mounted("--bind", work, at=work):
         subprocess.run(["mount", "-o", "remount,bind,ro", work], check=True)
-        return refused(lab.run(work), "Read-only file system"), work, ""
+        yield
+
+
+def read_only(lab, number):
+    """A finished run can be looked at, another one cannot go on."""
+    finished, work = lab.begun(len(STAGES)), lab.begun()
+    good = lab.run(finished) == (0, "")  # the page tells the folder's name
+    with fixed(finished):
+        good &= lab.run(finished) == (0, "")
+    shutil.rmtree(finished)
+    with fixed(work):
+        return good and refused(lab.run(work), "Read-only file system"), work, ""
 
 
 DAMAGED = {  # a pattern of files; the first stage done again, which reads them; what made them
@@ -362,7 +386,8 @@ def elsewhere(lab, number):
 
 
 FAULTS = {"SIGKILL, up to 5 in a row": sigkill, "SIGTERM": sigterm}
-FAULTS |= {"full disk (mount)": full_disk, "read-only directory (mount)": read_only}
+FAULTS |= {"full disk (mount)": full_disk, "no room in any stage": no_room}
+FAULTS |= {"read-only directory (mount)": read_only}
 FAULTS |= {f"{w}, {how}": damaged(w, how) for w in DAMAGED for how in ("truncated", "bit flipped")}
 FAULTS |= {"a clock that jumps": jumping_clock, "two runs, one is killed": two_runs}
 FAULTS |= {f"NaN in a {where}": poisoned(where) for where in ("batch", "gradient")}
