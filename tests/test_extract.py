@@ -16,7 +16,6 @@ from crossdict_jax.activations import extract as stage
 from crossdict_jax.activations import pairing
 from crossdict_jax.activations import plan as planning
 from crossdict_jax.activations.pairing import pair
-from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.workdir import Workdir, read_json, write_text
 
@@ -181,15 +180,3 @@ def test_changed_texts_and_models_and_lost_shards_are_refused(config, tmp_path):
     refused("model a has changed since dictionaries in", stage.extract, config, work)
     work.dictionaries.rmdir()
     stage.extract(config, work).load_model("a")
-
-
-def test_a_bos_is_put_in_front_only_where_the_tokenizer_does_so(config):
-    assert bos_id(models.load(config.models[0]).tokenizer) is None
-
-    class Llama:
-        bos_token_id = 1
-
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [1] * add_special_tokens + [7]}
-
-    assert bos_id(Llama()) == 1
