@@ -68,7 +68,7 @@ def test_what_auto_meant_first_it_means_again(tmp_path, monkeypatch):
             assert config.steer.search == "auto"  # the user's word
             return {group.matmul_dtype for group in (config.extract, config.sae, config.map)}
 
-    assert chosen("gpu") == {"bfloat16"}
+    assert chosen("gpu") == chosen("tpu") == {"bfloat16"}
     assert chosen("cpu", "--config=configs/quickstart.py") == {"float32"}  # nothing is computed
     write_json(tmp_path / "run/results/pairing.json", {})
     assert chosen("gpu") == {"float32"}  # the settings of the directory

@@ -1,7 +1,6 @@
 """Products whose gradients lie as their operands do: the same numbers as JAX's own."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ from crossdict_jax.config import architectures
 from crossdict_jax.dictionaries import base
 from crossdict_jax.maps.kinds.hypernetwork import TargetTower, Tower
 from crossdict_jax.ops import matmul
-from crossdict_jax.training import mesh
-from crossdict_jax.training.mesh import product_dtype
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -55,12 +52,6 @@ def test_a_written_map_is_exact_too():
         return source.rows(side["moves"], side["nearness"]), target(side, None)
 
     assert len(exact_products(write, params, side)) > 7
-
-
-def test_auto_rounds_on_accelerators_alone(monkeypatch):
-    assert product_dtype("auto") == jnp.float32 and product_dtype("bfloat16") == jnp.bfloat16
-    monkeypatch.setattr(mesh, "all_devices", lambda: [SimpleNamespace(platform="tpu")])
-    assert product_dtype("auto") == jnp.bfloat16 and product_dtype("float32") == jnp.float32
 
 
 def operands(seed, *, members=()):
