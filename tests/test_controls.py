@@ -216,14 +216,6 @@ def test_scores_are_placed_between_null_and_ceiling(finished):
     assert placed > 4
 
 
-def test_finished_controls_are_left_alone(copy):
-    config, work = copy
-    files = [p for p in work.controls.root.rglob("*") if p.is_file()]
-    before = {p: p.stat().st_mtime_ns for p in files}
-    run_controls(config, work)
-    assert {p: p.stat().st_mtime_ns for p in files} == before
-
-
 def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
     config, work = finished
     controls = open_store(work.controls.activations)

@@ -377,19 +377,6 @@ def test_feature_tables_count_every_live_feature(finished):
     assert not transfer
 
 
-def test_a_finished_evaluation_is_left_alone_and_tells_no_paths(finished):
-    config, work = finished
-    files = sorted(work.results.glob("*.jsonl"))
-    before = [file.read_bytes() for file in files]
-    stamps = [file.stat().st_mtime_ns for file in files]
-    evaluate(config, work)
-    assert [file.stat().st_mtime_ns for file in files] == stamps
-    for text in before:
-        assert str(work.root).encode() not in text
-        for line in text.decode().splitlines():
-            json.loads(line, parse_constant=pytest.fail)
-
-
 def test_killed_it_goes_on_behind_the_last_part(finished, tmp_path, monkeypatch):
     config, work = tiny_run.copied(finished, tmp_path)
     stage = importlib.import_module("crossdict_jax.evaluation.evaluate")
