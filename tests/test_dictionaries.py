@@ -41,11 +41,11 @@ def test_encode_decode_in_raw_units_and_again_after_saving(architecture, d_out, 
     f = d.encode(x)
     assert f.shape == (32, 20) and d.decode(f).shape == (32, d_out or 6) and f.dtype == jnp.float32
     assert (np.asarray(f) >= 0).all() and (np.asarray(f) > 0).any()
-    u = 0.7 * x if d_out else 0.7 * x - d.b_dec[...][None, :]
+    u = d.scale[...] * x - (0 if d_out else d.b_dec[...][None, :])
     by_hand = d.activate(u @ d.W_enc[...] + d.b_enc[...][None, :])
     np.testing.assert_allclose(f, by_hand, atol=1e-5)
     by_hand = np.asarray(f) @ np.asarray(d.W_dec[...]) + np.asarray(d.b_dec[...])
-    by_hand /= 1.9 if d_out else 0.7
+    by_hand /= (d.scale_out if d_out else d.scale)[...]
     np.testing.assert_allclose(d(x), by_hand, atol=1e-5)
     dictionaries.save(d, tmp_path / "d", meta={"note": "kept"})
     again = dictionaries.load(tmp_path / "d")

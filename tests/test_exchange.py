@@ -201,9 +201,10 @@ def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(name, m
         np.testing.assert_allclose(value, theirs[name], atol=1e-5, err_msg=name)
 
 
-def trained(architecture, *, d_model=D):
+def trained(architecture, *, d_model=D, d_out=None):
     """A dictionary with nothing at its initial value, its threshold among the activations."""
-    d = base.build(architecture, d_model=d_model, width=F, k=K, key=jax.random.key(0))
+    shape = {"d_model": d_model, "d_out": d_out, "width": F, "k": K}
+    d = base.build(architecture, **shape, key=jax.random.key(0))
     for i, name in enumerate(modules.split(d)[1]):
         variable = getattr(d, name)
         noise = jax.random.normal(jax.random.key(i), variable[...].shape)

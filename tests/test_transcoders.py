@@ -1,6 +1,7 @@
 """Transcoders: dictionaries that read one site and write another, in every architecture."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_exchange
 import tiny_run
 from planted_store import PlantedStore, slow_but, train_on, trained
 from test_exchange import CENTRED
@@ -40,18 +42,7 @@ HOOKS = {"hook_name": "blocks.1.hook_resid_mid", "model_name": "toy"}
 HOOKS |= {"hook_name_out": "blocks.1.hook_mlp_out"}
 key = jax.random.key
 HYPER = base.Hyper(0.1, revived=20, k_aux=4, nested_fractions=(0.2, 0.5))
-
-
-def fresh(architecture):
-    """A transcoder in which every parameter is drawn at random."""
-    d = base.build(architecture, d_model=6, d_out=4, width=20, k=3, key=key(0))
-    _, params = modules.split(d)
-    shapes = enumerate((name, value.shape) for name, value in params.items())
-    drawn = {name: jax.random.normal(key(i), shape) for i, (name, shape) in shapes}
-    drawn |= {"scale": jnp.float32(0.7), "scale_out": jnp.float32(1.9)}
-    if "threshold" in params:
-        drawn["threshold"] = 0.1 + jnp.abs(drawn["threshold"])
-    return modules.merge(modules.split(d)[0], drawn)
+fresh = functools.partial(test_exchange.trained, d_model=6, d_out=4)
 
 
 def rows(d=6, seed=3, n=32):
@@ -70,7 +61,7 @@ def test_the_loss_is_of_what_is_written(architecture):
     far, near = rows(4, seed=9), jnp.asarray(d(x))
     if architecture in ("batchtopk", "matryoshka"):  # which in training use no threshold
         d.threshold[...] = jnp.zeros(())
-        near = d.decode(ops.keep_top_k(d.pre_activations(0.7 * x), d.k, over_rows=True))
+        near = d.decode(ops.keep_top_k(d.pre_activations(d.scale[...] * x), d.k, over_rows=True))
     _, parts, _ = d.losses(x, hyper, near)
     assert parts.get("fvu", parts.get("mse")) < 1e-8
     assert loss_of(params, far) > loss_of(params, near)
