@@ -29,9 +29,8 @@ from crossdict_jax.activations.pairing import byte_ends, control_ids
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import load_corpus
-from crossdict_jax.config import Config, ConvertConfig, SAEConfig, TextConfig, fields
+from crossdict_jax.config import Config, SAEConfig, TextConfig, fields
 from crossdict_jax.dictionaries import base, formats, train
-from crossdict_jax.dictionaries.convert import convert
 from crossdict_jax.dictionaries.folders import site_of
 from crossdict_jax.dictionaries.pretrained import adopt
 from crossdict_jax.models import Site
@@ -58,7 +57,7 @@ OLD_SPELLINGS = [  # a config of SAELens before 6, and what 6 makes of it
     (OLD | {"activation_fn_str": None, "activation_fn": "topk", **K5}, {"k": 5}),
     ({"architecture": "topk", **K5}, {"k": 5}),
     ({"architecture": "topk", "activation_fn": "relu", **K5}, {"k": 5}),
-    ({"hook_point": "blocks.3.hook_resid_pre"}, {}),
+    ({"hook_point": "blocks.3.hook_resid_pre", "model_name": "gpt2-small"}, {}),
     (OLD | {"normalize_activations": True}, {}),
     ({"architecture": "jumprelu", "activation_fn_str": "relu"}, {}),
 ]
@@ -72,8 +71,8 @@ def test_old_saelens_folders_mean_what_the_library_reads(config, means_k, tmp_pa
     folder = saelens_folder(tmp_path / "d", arrays | ones, **config)
     kind = "topk" if means_k else config.get("architecture", "standard")
     means(formats.load(folder), {"architecture": kind} | means_k, arrays)
-    hook = formats.names(folder).get("hook_name")
-    assert hook == config.get("hook_point")
+    said = {"hook_name": config.get("hook_point"), "model_name": config.get("model_name")}
+    assert formats.names(folder) == {name: word for name, word in said.items() if word}
 
 
 UNREADABLE = [OLD | {"activation_fn_str": name} for name in ("tanh-relu", "topk")]
@@ -169,16 +168,6 @@ def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_pat
         asked.sae.source_names = "ignore"
     assert adopt(asked, store, Workdir(tmp_path / "run")) == {"a"}
     assert formats.names(work.dictionary("a", tiny_run.SITE)) == {}  # of these it is not known
-
-
-def test_convert_takes_names_from_the_folder(tmp_path):
-    arrays = weights("b_enc")
-    old = {"hook_point": "blocks.3.hook_resid_pre", "model_name": "gpt2-small"}
-    folder = saelens_folder(tmp_path / "d", arrays, **OLD | old)
-    (written,) = convert(ConvertConfig(source=str(folder)), Workdir(tmp_path / "out"))
-    expected = {"hook_name": old["hook_point"], "model_name": "gpt2-small"}
-    assert formats.names(written) == expected
-    assert read_json(f"{written}/cfg.json")["metadata"].items() >= expected.items()
 
 
 def rebuilt(folder, name, change, tokenizer_class):
