@@ -222,7 +222,9 @@ def test_all_sources_are_checked_before_one_is_stored(second, words, tiny, tmp_p
     refused(words, check_sources, changed(tiny[0], **sources), Workdir(tmp_path / "run"))
 
 
-def test_settings_that_cannot_be_are_refused(tiny):
+def test_settings_that_cannot_be_are_refused(tiny, tmp_path):
     refused("source= must be something", validate, ConvertConfig())
     config = changed(tiny[0], sae__sources=("train", "x"), sae__seeds=2)
     refused(r"sae\.seeds asks for several", validate, config)
+    one = changed(tiny[0], sae__sources=("of-{layer}",))
+    refused("1 entries for 2 models", check_sources, one, Workdir(tmp_path))
