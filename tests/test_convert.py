@@ -1,7 +1,5 @@
 """Conversion and the hub: what goes out means what came in, and mistakes are told in one line."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +10,8 @@ import pytest
 from fake_hub import FakeHub
 from safetensors.numpy import save_file
 from test_exchange import CENTRED, trained
-from tiny_run import ROOT, SITE, changed, refused, shared
+from test_launch import launch
+from tiny_run import SITE, changed, refused, shared
 
 from crossdict_jax import dictionaries
 from crossdict_jax.activations.store import open_store
@@ -118,11 +117,10 @@ def test_references_to_the_hub():
 
 def convert_there(*settings, url, home):
     """Runs the command against a hub on this machine; what it printed last."""
-    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "hf_test"}
+    there = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "hf_test"}
     # The plain protocol, which the other is a speed-up of.
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "launch.convert", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    there |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    done = launch([sys.executable, "-m", "launch.convert"], *settings, **there)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

@@ -2,12 +2,12 @@
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from test_launch import launch
 from tiny_run import ROOT
 
 # From the ground up: a room may use those of lower floors, and itself.
@@ -110,8 +110,7 @@ def test_importing_every_room_loads_no_heavy_library_and_flags_no_jax():
         for name in sys.argv[1].split():
             importlib.import_module(name)
         print(*sys.modules)"""
-    command = [sys.executable, "-c", program, " ".join(rooms)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = launch([sys.executable, "-c", program, " ".join(rooms)])
     assert done.returncode == 0, done.stderr
     assert not LATE & set(done.stdout.split())
 

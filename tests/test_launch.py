@@ -32,9 +32,9 @@ KINDS = ("mean", "ridge", "mlp", "crosscoder")  # of the run that all tests here
 RESULTS = ["pairing.json", *(t.file for t in results.SPINE if t.file != "features.jsonl")]
 
 
-def launch(program: list, *arguments: str):
+def launch(program: list, *arguments: str, **variables: str):
     """Runs a program in a process of its own: as a user's, from any folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     command_line = [*map(str, program), *arguments]
     return subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, env=environment)
 

@@ -3,13 +3,13 @@
 import importlib
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
-from tiny_run import ROOT, SHAPES, flags, make_models, make_texts, write_rows
+from test_launch import launch
+from tiny_run import SHAPES, flags, make_models, make_texts, write_rows
 
 from crossdict_jax import dictionaries
 from crossdict_jax.dictionaries.base import build
@@ -54,8 +54,7 @@ def test_a_preset_runs_through(preset, tmp_path):
     arguments["experiment"] += [f"--config=configs/{preset}.py", *flags(SMALL, **changes)]
     arguments[commands[-1]] += [f"--expect=configs/{preset}.py"]
     for name in commands:
-        program = [sys.executable, "-m", f"launch.{name}", *arguments[name]]
-        done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+        done = launch([sys.executable, "-m", f"launch.{name}"], *arguments[name])
         assert done.returncode in (0, 1), done.stderr
     table = done.stdout[done.stdout.index("Expected") :]
     assert len(re.findall(r"\b(met|MISSED)\b", table)) == len(module.get_expectations())
