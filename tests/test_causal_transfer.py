@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import false_discovery_control
+from test_models import NARROW_LLAMA
 from tiny_run import refused
 
 from crossdict_jax import models, stats
@@ -134,9 +135,8 @@ def test_what_is_said_of_a_row_hangs_together(outcome):
     json.dumps(rows, allow_nan=False)
 
 
-SHAPE = {"model_type": "llama", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 24}
-SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-SHAPE |= {"max_position_embeddings": 32, "initializer_range": 0.3}
+SHAPE = NARROW_LLAMA | {"vocab_size": 30, "max_position_embeddings": 32, "initializer_range": 0.3}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 RNG = np.random.default_rng(0)
 TEXTS = [RNG.integers(0, 30, n).astype(np.int32) for n in (12, 7, 12, 3)]
 VECTORS = RNG.normal(size=(3, 16)).astype(np.float32)

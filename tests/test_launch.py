@@ -158,7 +158,6 @@ MISTAKES = [  # arguments, what the line names
     ("more", "'more' is not a flag"),
     ("--config.sae.learning_rate=nan", "sae.learning_rate=nan is not a number"),
     ("--config.control_kinds=mlp --config.map.kinds=mean,ridge", "control_kinds=mlp is not fitted"),
-    ("--config.control_kinds=rigde", "control_kinds=rigde: rigde must be one of"),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),

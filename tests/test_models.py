@@ -284,7 +284,6 @@ def test_models_that_are_not_there(path, message):
         ("gpt2-relu", {"n_layer": "3"}, "n_layer '3' must be int"),
         ("gpt2-relu", {"n_head": 0}, "n_head 0 must be at least 1"),
         ("llama-grouped-tied-old", {"num_key_value_heads": 0}, "num_key_value_heads 0 must be at"),
-        ("llama-grouped-tied-old", {"num_key_value_heads": -1}, "num_key_value_heads -1 must be"),
         ("llama-grouped-tied-old", {"head_dim": 2**25}, "head_dim 33554432 must be .* 16777216"),
         ("gpt2-relu", {"hidden_size": 64}, "contradict"),
         ("gpt2-relu", {"layer_norm_epsilon": math.nan}, "norm_eps nan must be at least 0"),

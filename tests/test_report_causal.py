@@ -29,13 +29,8 @@ def row(feature, direction, *, transfers):
 
 
 def summary(direction, hits):
-    counts = {
-        "n_features": 2,
-        "n_scored": 2,
-        "n_transferring": hits,
-        "of_match": 1.5,
-        "n_ablation": 2,
-    }
+    counts = dict.fromkeys(("n_features", "n_scored", "n_ablation"), 2)
+    counts |= {"n_transferring": hits, "of_match": 1.5}
     return {
         **WHERE | counts | {"direction": direction},
         **bounded(0.1, share_transferring=hits / 2, effect=0.5, specific_random=0.4 + hits),
