@@ -97,6 +97,8 @@ def test_modules_of_transformers_become_hooks_and_no_model_is_made_up(module, ho
         ({"source": "{d}", "push": "me/x", **NAMED}, "'me/x' is no place on the hub"),
         ({"source": "hub:me", **NAMED}, "'hub:me' is no place on the hub"),
         ({"source": "hub:me/x/../y", **NAMED}, "is no place on the hub"),
+        ({"source": "hub:me/..", **NAMED}, "is no place on the hub"),
+        ({"source": "{d}", "push": "hub:../x", **NAMED}, "is no place on the hub"),
         ({"source": "{empty}"}, "no finished dictionary"),
     ],
 )
@@ -107,6 +109,7 @@ def test_mistakes_are_told_in_one_line(asked, words, tmp_path):
     folders = {"d": tmp_path / "d", "empty": tmp_path / "empty"}
     config = ConvertConfig(**(asked | {"source": asked["source"].format(**folders)}))
     refused(words, convert, config, Workdir(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_references_to_the_hub():
