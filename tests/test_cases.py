@@ -265,6 +265,14 @@ def test_vast_ids_and_a_tokenizer_that_contradicts_itself_are_named(spoil, tmp_p
         refused(load, "a token has the id 2147483648")
 
 
+def test_a_tokenizer_that_names_a_file_of_another_folder_is_refused(tmp_path):
+    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
+    shutil.copy(tmp_path / "m/tokenizer.json", tmp_path / "tokenizer.4.0.json")
+    about = {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(about))
+    refused(lambda: models.load_tokenizer(tmp_path / "m"), "fast_tokenizer_files to take instead")
+
+
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_either_of_two_tied_tensors_is_enough(stored, tmp_path):
     lm = models.init(NARROW_LLAMA | {"tie_word_embeddings": True})
