@@ -1,5 +1,7 @@
 """Contrast sets: files of pairs, planted causes of a preference, the study, and what is shown."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from crossdict_jax.studies.contrast import TABLE, preference, section, sentences
 from crossdict_jax.studies.contrast import measure as study
 from crossdict_jax.studies.contrast.preference import Cut, Reader, read_pairs
 from crossdict_jax.studies.contrast.sets import ContrastSet, read_sets
+from crossdict_jax.studies.probe import measure as probe
 from crossdict_jax.studies.reading import Reading
+from crossdict_jax.studies.steering.measure import steer
 from crossdict_jax.verify import planted_causal
 from crossdict_jax.verify.planted_causal import FEATURES, LINKED, SITE, WORDS
 
@@ -264,6 +268,25 @@ def test_a_study_that_cannot_be_made_is_refused(run, tmp_path, capsys):
     assert "long is left out: of 4 pairs every model can read 0 (4 l" in capsys.readouterr().out
     moved = changed(config, sae__output_site="mlp_out")
     refused(r"contrast set needs dictionaries that write .*=mlp_out", study.run, moved, work)
+
+
+def test_tokens_beyond_a_models_vocabulary_are_refused(run, tmp_path, monkeypatch):
+    """By every study of a user's texts."""
+    wider = {path: copy.deepcopy(models.load_tokenizer(path)) for path in run[0].models}
+    for tokenizer in wider.values():
+        tokenizer.add_tokens("<|new|>")
+    monkeypatch.setattr(models, "load_tokenizer", wider.get)
+
+    def ask(call, words, **settings):
+        refused(words, call, changed(run[0], **settings), run[1])
+
+    pairs = [{"good": f"<|new|> {word} a", "bad": f"<|new|> {word} b"} for word in "cdefgh"]
+    texts = [{"text": f"<|new|> {i}", "label": i % 2} for i in range(20)]
+    source = write_rows(tmp_path / "pairs.jsonl", pairs)
+    ask(study.run, "which every model can read 4 distinct", contrast__source=(source,))
+    source = write_rows(tmp_path / "texts.jsonl", texts)
+    ask(probe.run, r"0 of 20 texts are left \(.* 20 not rebuilt", probe__source=source)
+    ask(steer, "Token id 310 is outside b", steer__feature=1, steer__prompts="ab <|new|>")
 
 
 def test_tables_show_costs_controls_and_verdicts(run, capsys):
