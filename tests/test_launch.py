@@ -306,14 +306,14 @@ def test_the_main_job_writes_every_file_and_says_what_it_does(finished):
         for ends in ("a-to-b", "b-to-a"):
             folder = f"maps/{ends}/resid_pre.1--resid_pre.1/{kind}"
             expected += [folder, f"{folder}-shuffled"]
+    expected += [f"crosscoders/resid_pre.1--resid_pre.1/{p}" for p in ("aligned", "shuffled")]
+    assert not [name for name in expected if not (work / name).exists()]
+    assert "One code of all models" in (work / "report/index.html").read_text()
     for file in (work / "results").glob("*.jsonl"):
         text = file.read_text()
         assert str(work.parents[1]) not in text  # no paths
         for line in text.splitlines():
             json.loads(line, parse_constant=pytest.fail)
-    expected += [f"crosscoders/resid_pre.1--resid_pre.1/{p}" for p in ("aligned", "shuffled")]
-    assert not [name for name in expected if not (work / name).exists()]
-    assert "One code of all models" in (work / "report/index.html").read_text()
     for number, stage in enumerate(("extract_activations", "train_saes"), start=1):
         assert f"[{number}/6] {stage}" in done.stdout
     assert "best linear" in done.stdout
@@ -343,6 +343,16 @@ def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, r
     assert {row["feature"] for row in read_jsonl(file)} == {tested}
     assert [p.stat().st_mtime_ns for p in stamps] == before  # what reads no such settings is kept
     assert "feature_ids: " in refused("intervene", f"{asked}1,2")
+
+
+def test_results_that_are_older_than_a_map_are_a_warning(finished, tmp_path):
+    work = shutil.copytree(finished[0], tmp_path / "run")
+    told = f"The results of evaluate are older than maps/a-to-b/{MAP}/ridge; run its command again."
+    assert told not in (work / "report/index.html").read_text()
+    seal = work / f"maps/a-to-b/{MAP}/ridge/0.sha256.json"
+    seal.write_text(seal.read_text() + "\n")  # as if it was fitted again
+    assert run_here("report", f"--workdir={work}") == 0
+    assert told in (work / "report/index.html").read_text()
 
 
 def test_outputs_that_lack_characters_docstrings_or_a_reader(finished, monkeypatch):
