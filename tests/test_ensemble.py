@@ -180,6 +180,18 @@ def test_another_mesh_changes_little(architecture, monkeypatch):
 
 
 @pytest.mark.mesh
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_parts_of_a_batch_on_several_devices_are_one_batch(architecture, devices, monkeypatch):
+    some = functools.partial(make_mesh, devices=jax.devices()[:devices])
+    monkeypatch.setattr(ensemble, "make_mesh", some)
+    parts, whole = (small(architecture, accumulate=n, group=slice(1)) for n in (3, 1))
+    assert dict(parts.mesh.shape) == {"member": 1, "data": devices}
+    ours, theirs = (run_steps(made, STEPS, change=half_dead) for made in (parts, whole))
+    assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.mesh
 def test_rows_too_many_for_one_device_are_held_in_parts(monkeypatch):
     """In the same order, without a row that goes to all devices."""
     y = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
