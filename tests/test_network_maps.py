@@ -153,6 +153,13 @@ def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_pat
         assert score > feature_r2(fit_one(linear, problem, tmp_path).map, problem, test) + 0.02
 
 
+@pytest.mark.parametrize(("mse", "head"), [(0.0, "relu"), (1.0, "jumprelu")])
+def test_without_mse_a_jumprelu_head_is_trained_as_relu(mse, head, sparse, tmp_path):
+    config = dataclasses.replace(CONFIG, head="jumprelu", steps=2)
+    config.loss_weights = LossWeights(mse=mse)
+    assert fit_one("mlp", sparse[0], tmp_path, config).map.head == head
+
+
 @pytest.fixture(scope="module")
 def tokens_matter():
     """B's features: a part that the token fixes, and relu(left W) V of independent features."""
