@@ -216,6 +216,14 @@ def test_the_verdict_needs_more_than_the_token():
     assert verdict(worse, tokens) == BEATS_MEAN and verdict(mean, tokens) == NO_BETTER
 
 
+def test_where_the_token_determines_the_target_there_is_no_context_to_gain():
+    target, by_token, _, token = planted(token_share=1.0, context_share=0.0)
+    for predicted in (by_token, by_token + np.random.default_rng(1).random(target.shape)):
+        means = TokenMeans(token[1000:], table(target, token), table(predicted, token))
+        found = scored(predicted, target, means)
+        assert found.estimates["context_gain"] is found.row()["context_gain"] is None
+
+
 def test_context_gain_sees_what_is_shared_beyond_the_token():
     """A map of the context alone loses to the token table and still gains all of the context."""
     target, by_token, context, token = planted(token_share=1.0, context_share=0.3)
