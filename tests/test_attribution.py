@@ -1,6 +1,7 @@
 """What drives a feature, planted; and which features transfer, against slow definitions."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from map_problems import signed_dictionary
 from crossdict_jax import dictionaries, maps
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.activations.text import SPLITS
-from crossdict_jax.evaluation import attribution, evaluate, features
+from crossdict_jax.evaluation import attribution, evaluate, features, scoring
 from crossdict_jax.maps import Map, Pairs, Side
+from crossdict_jax.maps.fit import Loader
 from crossdict_jax.workdir import read_jsonl
 
 D, N = 5, 700  # activations' dimensions, and rows that fill no whole number of blocks
@@ -106,6 +108,27 @@ def test_rows_say_how_stable_drivers_are(pairs):
     assert attribution.describe(of(W), 0, None)["stability"] is None
     never = attribution.describe(of(-np.ones((2 * D, 2 * D))), 1, of(W))
     assert never == {"exact": None, "drivers": [], "stability": None}
+
+
+def test_a_dead_source_feature_drives_nothing(tmp_path_factory):
+    """Of 32 features one never fires, and the network reads it ten times as much as others."""
+    config, work = tiny_run.private_run(tmp_path_factory)
+    config, store = tiny_run.changed(config, map__kinds=("mlp",)), open_store(work.activations)
+    source, target = (work.dictionary(model, tiny_run.SITE) for model in "ab")
+    d, m = dictionaries.load(source), tiny_run.network(target)
+    d.b_enc[...] = d.b_enc[...].at[3].set(-1e3)
+    m.network.first.kernel[...] = m.network.first.kernel[...].at[3].multiply(10)
+    m.network.last.kernel[...] = jax.random.normal(jax.random.key(0), (8, 32))
+    task = next(t for t in maps.tasks(config, store) if t.source == "a")
+    for folder in (source, task.path(work)):
+        shutil.rmtree(folder)
+    dictionaries.save(d, source)
+    maps.save(m, task.path(work), dictionary=target)
+    loader = Loader(config, store, work)
+    rows = features.feature_rows(scoring.score_maps([task], loader)["aligned"], (), loader)
+    driven = [row["attributions"][0]["drivers"] for row in rows if row["row"] == "feature"]
+    named = [each["feature"] for some in driven for each in some if each["effect"]]
+    assert len(named) == sum(map(len, driven)) > 12 and 3 not in named
 
 
 @pytest.fixture(scope="module")
