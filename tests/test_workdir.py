@@ -1,8 +1,10 @@
 """Work directories: whose run lies there, and which settings make it another one."""
 
+import pytest
 from absl import logging
-from tiny_run import refused
+from tiny_run import changed, refused
 
+from crossdict_jax.config import FREE, LATER, Config, to_dict
 from crossdict_jax.training.stage import progress_bar
 from crossdict_jax.workdir import Workdir, model_names, open_workdir, read_json, write_json
 
@@ -22,13 +24,23 @@ def test_an_equal_run_goes_on(tmp_path):
     assert read_json(tmp_path / "run" / "config.json") == USUAL
 
 
-def test_what_only_later_stages_read_may_change_before_them(tmp_path):
-    opened(tmp_path)
-    other = USUAL | {"sae": {"width": 8, "k": 3}}
-    may_change = {"later": {"sae.k": ("maps", "dictionaries")}, "usual": USUAL}
-    assert read_json(open_workdir(tmp_path, other, **may_change).root / "config.json") == other
-    write_json(tmp_path / "dictionaries" / "0.sha256.json", {})
-    refused(r"sae\.k: 3 there, 2 now", open_workdir, tmp_path, USUAL, **may_change)
+JOINT = "crosscoders/resid_pre.1--resid_pre.1/aligned"
+TRAINED = [("sae.k", "dictionaries/a/resid_pre.1/seed-0"), ("sae.k", JOINT)]  # theirs by default
+TRAINED += [("crosscoder.width", JOINT), ("map.steps", "maps/a-to-b/resid_pre.1--resid_pre.1/mlp")]
+
+
+@pytest.mark.parametrize(("name", "folder"), TRAINED)
+def test_a_setting_may_change_until_something_is_trained_with_it(name, folder, tmp_path):
+    def opened(value):
+        config = changed(Config(models=("a", "b")), **{name.replace(".", "__"): value})
+        how = {"usual": to_dict(Config()), "free": FREE, "later": LATER}
+        return open_workdir(tmp_path, to_dict(config), **how)
+
+    write_json(opened(7).result("pairing.json"), {})
+    write_json(tmp_path / folder.partition("/")[0] / "training/x/0.sha256.json", {})
+    opened(8)  # what is only begun is not
+    write_json(tmp_path / folder / "0.sha256.json", {})
+    refused(f"{name}: 8 there, 9 now", opened, 9)
 
 
 def test_each_difference_is_named(tmp_path):
