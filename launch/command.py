@@ -45,6 +45,7 @@ FILES = {  # flags that are not settings, and their help texts
     "verbosity": "How much is said: 0 adds memory, -1 (default) stages and bars, -2 results alone",
     "expect": "A file of configs/ with published numbers to compare with at the end",
 }
+PATHS = {"config", "workdir", "expect"}  # in which no shell expands a ~ behind the =
 SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "seed"}
 SHORT |= {"machine": "machine", "suite": "suite"}  # of launch.compile, launch.benchmark
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
@@ -318,6 +319,7 @@ def parse(
             "--layers=5,6,7."
         )
     asked = {flag: values[flag].value for flag in values if values[flag].value is not None}
+    asked |= {flag: os.path.expanduser(asked[flag]) for flag in PATHS & asked.keys()}
     expected = _load(asked["expect"], "get_expectations") if "expect" in asked else ()
     # Warnings and worse by default: some libraries narrate every file.
     flags.FLAGS["verbosity"].value = asked.get("verbosity", -1)
@@ -379,6 +381,7 @@ def _load(path: str, function: str = "get_config") -> Any:
     if not file.is_file():
         files = ", ".join(sorted(file.stem for file in (ROOT / "configs").glob("[!_]*.py")))
         raise UserError(f"{path}: there is no file {name!r}; configs/NAME.py exists for {files}.")
+    sys.path.append(str(file.parent))  # it may import another beside it
     try:
         return runpy.run_path(str(file))[function](*([argument] if argument else []))
     except UserError:

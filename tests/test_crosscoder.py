@@ -115,7 +115,7 @@ def test_classes_follow_the_decoder_norms():
 
 TINY = JointSettings(width=8, k=2, steps=30, batch_size=32, learning_rate=3e-3)
 WIDTH = 48  # half as many again as the 32 features of two views
-SMALL = JointSettings(WIDTH, k=4, steps=1000, batch_size=128, learning_rate=1e-2)
+SMALL = JointSettings(width=WIDTH, k=4, steps=1000, batch_size=128, learning_rate=1e-2)
 SMALL = dataclasses.replace(SMALL, drop_probability=0.0, dead_after_rows=3000)
 
 
@@ -264,5 +264,5 @@ def test_what_cannot_work_or_be_read_is_refused_in_one_line(tmp_path):
     checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
     refused("another checkpoint", crosscoder.load, tmp_path / "d")
     large = dataclasses.replace(TINY, batch_size=128)
-    words = "crosscoder.batch_size=128 is more than the 96"
+    words = "sae.batch_size=128 is more than the 96"
     refused(words, fit_crosscoders, [tiny_rows()], large, directory=tmp_path)

@@ -19,6 +19,7 @@ from tiny_run import ROOT, SHAPES, SMALL, flags, make_models, make_texts, write_
 from configs import quickstart
 from crossdict_jax import models, results
 from crossdict_jax.config import FREE, Config, ConvertConfig, PretrainConfig, to_dict
+from crossdict_jax.dictionaries import hub
 from crossdict_jax.errors import UserError
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.training import mesh
@@ -234,6 +235,19 @@ def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
     line = refused(print, f"--config={tmp_path}/own.py --workdir={tmp_path}/run")
     assert "own.py" in line or line.startswith(("layers=", "sae="))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tilde_is_the_home_and_a_config_may_import_one_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside_own.py").write_text("SEED = 7")
+    (tmp_path / "own.py").write_text(
+        "from beside_own import SEED\nfrom crossdict_jax.config import Config\n"
+        "def get_config():\n    return Config(seed=SEED)"
+    )
+    config, workdir, _ = command.parse(["x", "--config=~/own.py", "--workdir=~/run"])
+    assert (config.seed, workdir) == (7, f"{tmp_path}/run")
+    assert hub.fetch("~/dictionary") == tmp_path / "dictionary"
 
 
 def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):

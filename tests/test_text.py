@@ -154,6 +154,9 @@ def test_unreadable_datasets_get_one_line(tmp_path):
     refused("no-config.*Available", load, f"hf:{tmp_path}:no-config")
     refused("no column 'body': it has 'text'", load, f"hf:{tmp_path}:::body")
     refused("cannot be read", load, f"hf:{tmp_path}/nowhere")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "link").symlink_to(tmp_path)
+    refused("holds a link to a folder, .*link, which is not", load, tmp_path / "more")
 
 
 def test_settings_that_leave_nothing_are_refused(sources, tmp_path):

@@ -175,8 +175,13 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
         return
     files, suffixes = [path], " ".join(SUFFIXES)
     if path.is_dir():
-        files = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        files = sorted(inside(path, file) for file in files)
+        below = sorted(path.rglob("*"))
+        if linked := [p for p in below if p.is_symlink() and p.is_dir()]:
+            raise UserError(
+                f"text.source={text.source} holds a link to a folder, {linked[0]}, which is not "
+                "followed; put the folder itself there."
+            )
+        files = [inside(path, p) for p in below if p.suffix in SUFFIXES and p.is_file()]
         wrong = "" if files else f"holds no file ending in {suffixes}."
     elif not path.is_file():
         wrong = f"does not exist: give docstrings, a file or folder of {suffixes}, or hf:NAME."

@@ -29,7 +29,7 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
         )
     if config.push:
         hub.parse(config.push)
-    root, written, items = Path(config.source), [], []
+    root, written, items = Path(os.path.expanduser(config.source)), [], []
     if (root / "dictionaries").is_dir() and (root / "config.json").is_file():
         models = read_json(root / "config.json").get("models")
         if not isinstance(models, list) or not all(isinstance(path, str) for path in models):

@@ -84,7 +84,7 @@ def fit_crosscoders(
         n = len(member.views[0])
         if joint.batch_size > n:
             raise UserError(
-                f"crosscoder.batch_size={joint.batch_size} is more than the {n} training rows of "
+                f"sae.batch_size={joint.batch_size} is more than the {n} training rows of "
                 f"{member.label}; lower it or raise text.documents."
             )
         groups.setdefault(tuple(view.shape for view in member.views), []).append(member)
@@ -150,7 +150,7 @@ def joint_ensemble(members: Sequence[Rows], joint: JointSettings) -> Ensemble:
         streams=streams,
         seeds=seeds,
         batch_size=joint.batch_size,
-        setting="crosscoder.batch_size",
+        setting="sae.batch_size",
     )
 
 

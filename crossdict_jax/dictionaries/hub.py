@@ -1,6 +1,7 @@
 """The Hugging Face hub: folders of dictionaries, in and out."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -31,7 +32,7 @@ def fetch(path: str) -> Path:
     UserError: there is no such repository or folder, or the hub cannot be reached.
     """
     if not path.startswith(PREFIX):
-        return Path(path)
+        return Path(os.path.expanduser(path))
     from huggingface_hub import snapshot_download
 
     repository, inner, revision = parse(path)

@@ -109,7 +109,8 @@ class ModelConfig:
         dims = self.rotary_dims
         if dims is not None and (dims % 2 or not 0 < dims <= self.d_head):
             raise UserError(
-                f"Rotary dims {dims} must be even and between 2 and d_head {self.d_head}."
+                f"Rotary dims {dims} must be even and between 2 and d_head {self.d_head}; "
+                "change d_model or n_heads."
             )
 
     @property

@@ -42,13 +42,12 @@ def number(value, digits: int = 3) -> str:
     if isinstance(value, int):
         return f"{value:,}".replace("-", "−")
     digits = digits if abs(value) < 10 else min(digits, 1)
-    rounded = round(value, digits) or 0.0  # no minus before a zero
-    return f"{rounded:,.{digits}f}".replace("-", "−")
+    return f"{value:z,.{digits}f}".replace("-", "−")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Returns a share in percent, an en dash for undefined."""
-    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%".replace("-", "−")
+    return "–" if value is None else f"{100 * value:z.{digits}f}\u00a0%".replace("-", "−")
 
 
 def interval(row: dict, key: str, digits: int = 3, text: Callable = number) -> str:

@@ -49,7 +49,11 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
                 raise UserError(f"{where}: {name} is not text{words}, or blank; mend that line.")
         if re.search(r"[\ud800-\udfff]", f"{row[text]}{row[label]}"):
             raise UserError(f"{where} has half a character; mend that line.")
-        label_of.setdefault(pairing.normalize(row[text]), str(row[label]))
+        content, name = pairing.normalize(row[text]), str(row[label])
+        if (first := label_of.setdefault(content, name)) != name:
+            raise UserError(
+                f"{where} has label {name} for a text that has label {first} above; keep one."
+            )
     classes = tuple(sorted(set(label_of.values())))
     if len(classes) < 2:
         reason = f"every label is {classes[0]}" if classes else "it is empty"
@@ -101,5 +105,10 @@ def split(
         raise UserError(
             f"No text to train on has the label {classes[min(missing)]}: {left}; give more texts "
             "of that label."
+        )
+    if len(np.unique(labels[test])) < 2:
+        raise UserError(
+            f"All held-out texts have the label {classes[labels[test[0]]]}: {left}; give more "
+            "texts of other labels."
         )
     return Split(labels, train, test, seed)
