@@ -129,7 +129,7 @@ SAID = [  # keys of a SAELens config, the site that it names
     ({"meta": {"hook_name": "blocks.7.hook_out"}, "metadata": None}, Site(8)),
 ]
 MODULES = {"h.7": Site(8), "gpt_neox.layers.7": Site(8), "transformer.h.7.mlp": Site(7, "mlp_out")}
-MODULES |= {"layers.7/seed1": Site(8), "layers.7.attention": None}  # said, but none of ours
+MODULES |= {"layers.7/seed1": Site(8), "layers.7.attention": Site(7, "attn_out")}
 
 
 def test_hooks_are_sites():
@@ -144,6 +144,9 @@ def test_folders_say_their_site_in_any_spelling(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "sae.safetensors").touch()
         assert site_of(formats.names(tmp_path / name)["hook_name"]) == site
+    (tmp_path / "h.7" / "cfg.json").write_text('{"transcode": true}')  # the module's input
+    said = formats.names(tmp_path / "h.7")
+    assert [site_of(said[key]) for key in ("hook_name", "hook_name_out")] == [Site(7), Site(8)]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
     [
         ("layers.6", "blocks.6.hook_resid_post"),
         ("transformer.h.6.mlp", "blocks.6.hook_mlp_out"),
-        ("model.layers.6.self_attn", None),  # a hook that is not known here
+        ("model.layers.6.self_attn", "blocks.6.hook_attn_out"),
+        ("model.layers.6.mlp.act_fn", None),  # a hook that is not known here
     ],
 )
 def test_modules_of_transformers_become_hooks_and_no_model_is_made_up(module, hook, tmp_path):

@@ -312,6 +312,7 @@ def test_settings_that_do_not_fit(variant, settings, message, tmp_path):
     "change, message",
     [
         (lambda x: x | {"transformer.extra": np.zeros(3)}, "unknown weight 'transformer.extra'"),
+        (lambda x: x | {"transformer.ln_f.bias": np.full(32, np.nan)}, "ln_f.bias holds NaN or"),
         (lambda x: x | {"ln_f.bias": np.zeros(32, np.float32)}, "ln_f.bias' twice"),
         (lambda x: x | {"transformer.wpe.weight": np.zeros((24, 8), np.float32)}, "wpe.*shape"),
         (lambda x: x | {"transformer.wpe.weight": np.zeros((24, 32), np.int8)}, "is int8, which"),

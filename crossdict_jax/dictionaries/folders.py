@@ -15,6 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 BRIDGE = {"in": "resid_pre", "out": "resid_post"}  # TransformerLens 3: ours
 MODULE = r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)(?:\.([\w.]+))?"  # of transformers, in a layer
 SITES = {None: "resid_post", "output": "resid_post", "mlp": "mlp_out", "mlp.output": "mlp_out"}
+SITES |= {n + s: "attn_out" for n in ("self_attn", "attn", "attention") for s in ("", ".output")}
 
 
 def hook_name(site: str) -> str:

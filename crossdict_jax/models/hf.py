@@ -215,6 +215,9 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
                 f"{folder} holds the unknown weight {in_file!r}; nothing here reads it."
             )
         value = as_float32(value, in_file, file)
+        # Embeddings spoil rows of their own alone: extract.nonfinite leaves those out.
+        if name not in ("W_E", "W_pos") and not np.isfinite(value).all():
+            raise UserError(f"{file}: {in_file} holds NaN or infinity; copy it again.")
         if is_tied_head:
             tied_head = value
             continue

@@ -24,7 +24,10 @@ def names(path: str) -> dict[str, str]:
         return {}
     run = Path(path[: module.start(1)]) / "config.json"
     model = read_object(run).get("model") if run.is_file() else None
-    return {"hook_name": module[1], "model_name": model}
+    reads, writes, file = module[1], None, Path(path) / CONFIG
+    if file.is_file() and read_object(file).get("transcode"):  # the module's input, its output
+        reads, writes = reads + ".input" if module[3] else f"blocks.{module[2]}.hook_in", reads
+    return {"hook_name": reads, "hook_name_out": writes, "model_name": model}
 
 
 def load(path: str) -> Dictionary:
