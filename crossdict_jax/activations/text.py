@@ -179,7 +179,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
         if linked := [p for p in below if p.is_symlink() and p.is_dir()]:
             raise UserError(
                 f"text.source={text.source} holds a link to a folder, {linked[0]}, which is not "
-                "followed; put the folder itself there."
+                "followed; put the folder itself there, or delete the link."
             )
         files = [inside(path, p) for p in below if p.suffix in SUFFIXES and p.is_file()]
         wrong = "" if files else f"holds no file ending in {suffixes}."

@@ -27,7 +27,7 @@ def parse(text: str) -> tuple[str, str, str | None]:
 
 
 def fetch(path: str) -> Path:
-    """Returns a local copy of a folder on the hub, and any other path as it is.
+    """Returns a local copy of a folder on the hub, and any other path with its ~ expanded.
 
     UserError: there is no such repository or folder, or the hub cannot be reached.
     """

@@ -33,6 +33,8 @@ def names(path: str) -> dict[str, str]:
 def load(path: str) -> Dictionary:
     """Returns the TopK dictionary of a sparsify folder, whose ``layers.N`` is our ``resid_post.N``.
 
+    A transcoder's ``layers.N`` reads ``resid_pre.N`` and writes ``resid_post.N``.
+
     UserError: see ``formats.load``.
     """
     file, weights = Path(path) / CONFIG, Path(path) / WEIGHTS

@@ -29,7 +29,8 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
     """Returns the texts of a file of JSON lines; a label is text, a whole number, true or false.
 
     Raises:
-      UserError: the file is missing, a line is not understood, or there is only one label.
+      UserError: the file is missing, a line is not understood, a text has two labels, or there is
+        only one label.
     """
     path = Path(os.path.expanduser(source))
     if not path.is_file():
