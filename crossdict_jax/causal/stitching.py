@@ -1,6 +1,7 @@
 """Stitching: model B goes on from an activation that was predicted from model A."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from crossdict_jax.activations.passages import train_mean, whole_spans
 from crossdict_jax.activations.store import Store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config
-from crossdict_jax.maps import Pairs, Task
+from crossdict_jax.maps import Pairs, Side, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Effect
@@ -17,7 +18,9 @@ from crossdict_jax.training.stage import Stage, progress_bar
 from crossdict_jax.workdir import Workdir, say
 
 CONTROLS = ("clean", "zero", "mean", "own_sae")
+PREDICTED = 2**31  # bytes of predictions in memory: each portion has passes without an edit, too
 Bundle = tuple[Task, ...]  # one kind of map and direction, a task for every site of B
+Groups = dict[tuple[Site, ...], list[Bundle]]  # by the sites that are replaced in one pass
 
 
 def intervene(config: Config, work: Workdir) -> None:
@@ -42,16 +45,13 @@ def intervene(config: Config, work: Workdir) -> None:
     with progress_bar(desc="stitching", unit="map", total=count) as progress:
         for name, groups in todo.items():
             target = Target(FinishedRun(config, work, run.store), name)  # one model at a time
-            for sites, bundles in groups.items():
-                rows = single if len(sites) == 1 else together
-                rows += _rows_at(target, sites, bundles, progress)
+            for sites, rows in _target_rows(target, groups, progress).items():
+                (single if len(sites) == 1 else together).extend(rows)
     rows = single + together
     stage.finish({"causal.jsonl": rows}, rows=sum(row["n_positions"] for row in rows))
 
 
-def bundles_by_sites(
-    tasks: list[Task], store: Store
-) -> dict[str, dict[tuple[Site, ...], list[Bundle]]]:
+def bundles_by_sites(tasks: list[Task], store: Store) -> dict[str, Groups]:
     """Returns {B: {its sites that are replaced in one pass: bundles}}.
 
     First every site alone; then, by kind of map, all layer pairs of a direction with several (of
@@ -75,7 +75,7 @@ def bundles_by_sites(
         together.setdefault(key, {}).setdefault(edited, task)
     bundles = [(task,) for task in tasks]
     bundles += [tuple(at[site] for site in sorted(at)) for at in together.values() if len(at) > 1]
-    by_sites: dict[str, dict[tuple[Site, ...], list[Bundle]]] = {}
+    by_sites: dict[str, Groups] = {}
     for bundle in bundles:
         sites = tuple(task.site_target for task in bundle)
         by_sites.setdefault(bundle[0].target, {}).setdefault(sites, []).append(bundle)
@@ -104,69 +104,97 @@ class Target:
         self.draws = stats.draw(documents, count=count, seed=seed)
         sites = run.store.sites_of(name)
         self.edited = {site: run.store.output_of(name, site)[1] for site in sites}
+        self._sides: dict[tuple, Side] = {}
+
+    def side(self, model: str, site: Site, pairing: str = "aligned") -> Side:
+        """A model's side of the text; shuffled: in a random order across documents."""
+        if (model, site) not in self._sides:
+            side = self.run.side(model, site, self.passages.rows)
+            order = stats.generator(self.run.config.seed).permutation(len(side.x))
+            self._sides[model, site] = {"aligned": side, "shuffled": side.take(order)}
+        return self._sides[model, site][pairing]
+
+    def controls(self, sites: tuple[Site, ...]) -> dict[str, dict[Site, np.ndarray]]:
+        """What the controls put in place of the activations, beside "clean": by edited site."""
+        made: dict[str, dict[Site, np.ndarray]] = {name: {} for name in CONTROLS[1:]}
+        for site in sites:
+            mean = train_mean(self.run.store, self.name, at := self.edited[site])
+            side, size = self.side(self.name, site), self.run.config.evaluation.batch_size
+            x_hat = modules.over_rows(side.dictionary, side.x, method="__call__", size=size)
+            for of_control, values in zip(made.values(), (np.zeros_like(mean), mean, x_hat)):
+                of_control[at] = values
+        return made
+
+    def predicted(self, task: Task) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (form, what a map puts in place of the activations, float32 [n, d_model])."""
+        source = self.side(task.source, task.site_source, task.pairing)
+        target = self.side(task.target, task.site_target)
+        size = self.run.config.evaluation.batch_size
+        pairs = Pairs(source, target, self.passages.document)
+        m = maps.load(task.path(self.run.work), target.dictionary, source.dictionary)
+        for form in _forms(task, self.run.store):
+            if form == "activation":
+                yield form, maps.predict_activations(m, pairs, size)
+            else:
+                f = maps.predict(m, pairs, size)
+                yield form, modules.over_rows(target.dictionary, f, method="decode", size=size)
 
 
-def _rows_at(target: Target, sites: tuple[Site, ...], bundles: list[Bundle], progress):
-    """The rows of the controls and of every map at one site, or at several at once."""
-    run, passages = target.run, target.passages
-    runner, size = run.runner(target.name), run.config.evaluation.batch_size
-    sides = {site: run.side(target.name, site, passages.rows) for site in sites}
-    edited = tuple(target.edited[site] for site in sites)
-    controls: dict[str, dict[Site, np.ndarray]] = {name: {} for name in CONTROLS[1:]}
-    for site, at in zip(sites, edited):
-        mean = train_mean(run.store, target.name, at)
-        x_hat = modules.over_rows(
-            sides[site].dictionary, sides[site].x, method="__call__", size=size
-        )
-        for of_control, values in zip(controls.values(), (np.zeros_like(mean), mean, x_hat)):
-            of_control[at] = values
-    references = runner.splice(passages, edited, controls)
-    rows = [_row(target, sites, references[c], references, control=c) for c in CONTROLS]
-
-    by_source: dict[tuple, list[Bundle]] = {}
-    for bundle in bundles:
-        sources = tuple((task.source, task.site_source) for task in bundle)
-        by_source.setdefault(sources, []).append(bundle)
-    for group in by_source.values():
-        pairs: dict[tuple, Pairs] = {}
-        for task in group[0]:  # shuffled: in a random order across documents
-            source = run.side(task.source, task.site_source, passages.rows)
-            aligned = Pairs(source, sides[task.site_target], passages.document)
-            order = stats.generator(run.config.seed).permutation(len(aligned))
-            pairs[task.site_target, "aligned"] = aligned
-            pairs[task.site_target, "shuffled"] = replace(aligned, source=source.take(order))
-        effects: dict[tuple, Effect] = {}
-        # In memory together: at one site all predictions, at several those of one kind.
-        kinds = [b[0].kind if len(sites) > 1 else "" for b in group]
-        for kind in dict.fromkeys(kinds):
-            predicted: dict[tuple, dict[Site, np.ndarray]] = {}
-            for bundle, task in ((b, t) for b, k in zip(group, kinds) if k == kind for t in b):
-                rows_of = pairs[task.site_target, task.pairing]
-                ends = rows_of.target.dictionary, rows_of.source.dictionary
-                m = maps.load(task.path(run.work), *ends)
-                for form in _forms(task, run.store):
-                    if form == "activation":
-                        x = maps.predict_activations(m, rows_of, size)
-                    else:
-                        f, d = maps.predict(m, rows_of, size), rows_of.target.dictionary
-                        x = modules.over_rows(d, f, method="decode", size=size)
-                    at = target.edited[task.site_target]
-                    predicted.setdefault((bundle, form), {})[at] = x
-            effects |= runner.splice(passages, edited, predicted)
-        rows += [
-            _row(target, sites, effects[bundle, form], references, bundle, stitch_kind=form)
-            for bundle in group
-            for form in _forms(bundle[0], run.store)
+def _target_rows(target: Target, groups: Groups, progress) -> dict[tuple[Site, ...], list[dict]]:
+    """The rows of the controls and of every bundle, by sites."""
+    effects: dict[tuple, Effect] = {}
+    for tasks in _portions(target, groups):
+        effects |= _effects(target, groups, tasks, controls=not effects)
+        progress.update(sum(bundle[0] in tasks for b in groups.values() for bundle in b))
+    rows = {}
+    for sites, bundles in groups.items():
+        references = {control: effects[sites, control] for control in CONTROLS}
+        row = partial(_row, target, sites, references)
+        rows[sites] = [row(references[control], control=control) for control in CONTROLS]
+        rows[sites] += [
+            row(effects[sites, (bundle, form)], bundle, stitch_kind=form)
+            for bundle in bundles
+            for form in _forms(bundle[0], target.run.store)
         ]
-        progress.update(len(group))
     return rows
+
+
+def _effects(target: Target, groups: Groups, tasks: list[Task], *, controls: bool) -> dict:
+    """{(sites, control or (bundle, form)): effect} of the bundles of some tasks."""
+    effects, runner = {}, target.run.runner(target.name)
+    predicted = {(task, form): x for task in tasks for form, x in target.predicted(task)}
+    for sites, bundles in groups.items():
+        edited = tuple(target.edited[site] for site in sites)
+        values = target.controls(sites) if controls else {}
+        for bundle in (b for b in bundles if b[0] in tasks):
+            for form in _forms(bundle[0], target.run.store):
+                values[bundle, form] = {at: predicted[t, form] for at, t in zip(edited, bundle)}
+        made = runner.splice(target.passages, edited, values)
+        effects |= {(sites, name): effect for name, effect in made.items()}
+    return effects
+
+
+def _portions(target: Target, groups: Groups) -> Iterator[list[Task]]:
+    """The tasks in portions whose predictions fit in PREDICTED; a bundle lies in one."""
+    families: dict[tuple, dict[Task, None]] = {}
+    for task in (t for bundles in groups.values() for bundle in bundles for t in bundle):
+        families.setdefault((task.source, task.kind, task.pairing), {})[task] = None
+    d_model = target.run.runner(target.name).config.d_model
+    of_task = 2 * 4 * d_model * len(target.passages.position)  # bytes of two forms
+    portion: list[Task] = []
+    for family in families.values():
+        if portion and (len(portion) + len(family)) * of_task > PREDICTED:
+            yield portion
+            portion = []
+        portion = [*portion, *family]
+    yield portion
 
 
 def _row(
     target: Target,
     sites: tuple[Site, ...],
-    effect: Effect,
     references: dict[str, Effect],
+    effect: Effect,
     bundle: Bundle = (),
     **about: str,
 ) -> dict:

@@ -408,6 +408,7 @@ def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return rows.reshape(*x.shape[:-1], -1)
 
 
+@partial(jax.jit, static_argnames=("scale", "dtype"))  # traced once for all layers
 def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Array:
     """Causal softmax attention, float32 [batch, seq, heads * d_head].
 
@@ -441,6 +442,7 @@ def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Ar
     return out.reshape(batch, seq, heads * d_head)
 
 
+@jax.jit  # as attend
 def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired.
 
