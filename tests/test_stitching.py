@@ -53,6 +53,14 @@ def test_all_layers_are_stitched_together_too_each_with_its_own_prediction(two_l
     assert row["ce"] == pytest.approx(expected["ce"].mean(), abs=1e-3)
 
 
+def test_predictions_in_several_portions_give_the_same_rows(two_layers, monkeypatch):
+    rows, config, work = two_layers
+    monkeypatch.setattr(stitching, "PREDICTED", 1)  # each family of maps is a portion
+    work.result("causal.jsonl").unlink()
+    intervene(config, work)
+    assert read_jsonl(work.result("causal.jsonl")) == rows
+
+
 def test_of_pairs_into_one_site_the_first_counts():
     task = functools.partial(maps.Task, "a", "b", kind="ridge", pairing="aligned")
     tasks = [task(Site(i), Site(j)) for i, j in ((4, 7), (5, 7), (3, 6))]
