@@ -93,6 +93,7 @@ def test_old_spellings_that_nobody_can_read_are_not_guessed(config, tmp_path):
 @pytest.mark.parametrize("writes", ["", "model.layers.4.post_feedforward_layernorm.output"])
 def test_the_second_gemma_scope_is_read(writes, tmp_path):
     arrays = weights("b_enc", "threshold")
+    arrays["threshold"][1] = np.inf  # a dead feature's
     config = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt"}
     config |= {"type": "transcoder" if writes else "sae", "affine_connection": bool(writes)}
     config |= {"hf_hook_point_in": "model.layers.4.output", "hf_hook_point_out": writes or None}
@@ -116,6 +117,8 @@ def test_the_second_gemma_scope_is_read(writes, tmp_path):
     for words, keys in wrong.items():
         (tmp_path / "config.json").write_text(json.dumps(config | keys))
         refused(lambda: formats.load(tmp_path), "config.json", words)
+    (tmp_path / "config.json").unlink()  # a transcoder's weights have the same shapes
+    refused(lambda: formats.load(tmp_path), "lacks config.json")
 
 
 HOOKS = ("blocks.6.hook_resid_pre", "blocks.5.hook_resid_post", "layers.5", "gpt_neox.layers.5")

@@ -245,6 +245,7 @@ def test_context_gain_sees_what_is_shared_beyond_the_token():
     ("change", "message"),
     [
         ({"predicted": np.full((60, 9), np.nan)}, "predicted holds NaN"),
+        ({"predicted": np.full((60, 9), -2e15)}, "or some above 1e.15, whose squares"),
         ({"train_mean": np.full(9, np.nan)}, "train_mean holds NaN"),
         ({"predicted": np.zeros((60, 8))}, r"predicted has shape \[60, 8\], not \[60, 9\]"),
         ({"target": np.zeros((0, 9))}, "not empty"),

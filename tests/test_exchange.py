@@ -125,6 +125,14 @@ def test_a_saelens_folder_means_what_it_means_there(case, tmp_path):
     np.testing.assert_allclose(dictionaries.load(folder).encode(rows()), f, atol=2e-5)
 
 
+def test_that_a_scale_is_taken_to_be_folded_is_said(tmp_path, capsys):
+    scale = {"normalize_activations": "expected_average_only_in"}
+    for scaler, words in (({"scaling_factor": 0.3}, ""), (None, "put activation_scaler.json")):
+        folder = saelens_folder(tmp_path / words, weights("b_enc"), scaler=scaler, **scale)
+        dictionaries.load(folder)
+        assert (words in (told := capsys.readouterr().out)) and bool(words) == bool(told)
+
+
 @pytest.mark.parametrize("architecture", [a for a in NAMES if a != "abstopk"])
 def test_the_scale_of_unfinished_training_is_folded(architecture, tmp_path):
     config = {"architecture": architecture, "k": K}

@@ -1,8 +1,12 @@
 """Extraction and the store: rows are the right positions, resume, checksums, masks, provenance."""
 
+import contextlib
+import copy
 import gc
+import re
 import shutil
 import tracemalloc
+import types
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import tiny_run
 from planted_store import kill_in_save
 from tiny_run import changed, extracted, refused
+from tokenizers import normalizers
 
 from crossdict_jax import models
 from crossdict_jax.activations import extract as stage
@@ -17,6 +22,7 @@ from crossdict_jax.activations import pairing
 from crossdict_jax.activations import plan as planning
 from crossdict_jax.activations.pairing import pair
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.errors import UserError
 from crossdict_jax.workdir import Workdir, read_json, write_text
 
 
@@ -86,6 +92,20 @@ def test_how_much_text_is_tokenized_at_a_time_changes_nothing(config, tmp_path, 
         jax.tree.map(np.testing.assert_array_equal, arrays(plan), arrays(whole))
         others = ("documents", "provenance", "statistics", "not_rebuilt", "too_long", "bos")
         assert all(getattr(plan, name) == getattr(whole, name) for name in others)
+
+
+WORD = tiny_run.make_texts(1)[0].split()[0]
+
+
+@pytest.mark.parametrize("text, words", [("e", "No window can be read: "), (WORD, "")])
+def test_windows_that_a_tokenizer_changes_are_told(text, words, config, tmp_path, capsys):
+    a, b = map(models.load, config.models)
+    other = types.SimpleNamespace(name="b", config=b.config, tokenizer=copy.deepcopy(b.tokenizer))
+    other.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(text, "?")
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext() as caught:
+        planning.make_plan(config, [a, other], tmp_path)
+    told = str(caught.value) if words else capsys.readouterr().out
+    assert re.search(words + r"the tokenizer of b changes the text of \d+ windows .*are kept", told)
 
 
 def test_memory_does_not_grow_with_documents(config, tmp_path, monkeypatch):

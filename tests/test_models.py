@@ -221,6 +221,17 @@ def test_shards_prefixes_and_known_buffers(tmp_path):
     assert leaves_equal(models.load(folder), whole)
 
 
+def test_a_head_as_transformers_5_names_it_and_files_in_a_folder(tmp_path):
+    folder, x = copy_of(EACH_FAMILY[1], tmp_path / "model"), [[1, 2, 3]]
+    expected = models.load(folder).logits(x)
+    rewrite_weights(folder, lambda w: {n.replace("embed_out", "lm_head"): w[n] for n in w})
+    (folder / "parts").mkdir()
+    (folder / "model.safetensors").rename(folder / "parts/1.safetensors")
+    index = {"weight_map": {"lm_head.weight": "parts/1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    np.testing.assert_array_equal(models.load(folder).logits(x), expected)
+
+
 def test_a_tied_head_in_the_file_must_be_the_embedding(tmp_path):
     folder = copy_of("gpt2-gelu_new", tmp_path / "tied")
     rewrite_weights(folder, lambda x: x | {"lm_head.weight": x["transformer.wte.weight"]})
@@ -334,6 +345,7 @@ def test_weights_that_do_not_fit(change, message, tmp_path):
         ("model.safetensors", CUT_SHORT, "is damaged"),
         ("model.safetensors.index.json", b'{"weight_map": []}', "holds no weight_map"),
         ("model.safetensors.index.json", SHARDED, "lacks the shard 'model-00001-of-00002"),
+        ("model.safetensors.index.json", b'{"weight_map": {"x": "../y"}}', "leads out of"),
     ],
 )
 def test_files_that_are_missing_or_damaged(file, content, message, tmp_path):

@@ -11,6 +11,7 @@ import tiny_run
 from crossdict_jax import models, stats
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
+from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site, run
 from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
@@ -35,6 +36,13 @@ def passages():
     positions = [(w, p) for w, n in enumerate(LENGTHS) for p in range(n) if p % 2 or p == n - 1]
     window, position = np.array(positions).T
     return Passages(tokens=tokens, window=window, position=position)
+
+
+def test_logits_that_overflow_are_refused(passages):
+    lm = models.init(SHAPE, seed=0)
+    lm.final_norm.scale[...] *= 1e38
+    with pytest.raises(UserError, match="logits of gpt2 overflow"):
+        Runner(lm, batch_size=2).splice(passages, Site(1), {})
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(run, monkeypatc
 MISTAKES = [  # settings of steer, what the line names
     ("feature=1 search=ab", "steer.feature and steer.search: give one"),
     ("feature=99", "steer.feature=99: a at resid_pre.1 has features 0 to 31"),
-    ("feature=1 alphas=0", "steer.alphas=0.0: 0.0 must be other than 0"),
+    ("feature=1 alphas=0", "steer.alphas=0.0: 0.0 must be -1000 to 1000, other than 0"),
+    ("feature=1 alphas=1e20", "alphas=1e+20: 1e+20 must be -1000 to 1000, other than 0"),
     ("feature=1 source=c", "steer.source=c is no model of this run; use one of a, b."),
     ("feature=1 source=b target=b", "are both b; name two models"),
     ("feature=1 layer_pair=0:1", "steer.layer_pair=0:1 is no layer pair from a to b"),

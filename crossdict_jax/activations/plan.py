@@ -12,9 +12,11 @@ from crossdict_jax.activations.text import SPLITS, load_corpus
 from crossdict_jax.config import Config
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import LanguageModel
+from crossdict_jax.workdir import say
 
 BLOCK_DOCUMENTS = 32  # that are tokenized at a time: bounds what is held
 SHARD_WINDOWS = 512  # windows per file of the store: what a kill can lose
+DROPPED = 0.1  # of the kept windows: more that a tokenizer does not rebuild are told
 END = 2**31 - 1  # beyond every byte of a document
 
 
@@ -109,6 +111,15 @@ def make_plan(config: Config, lms: Sequence[LanguageModel], directory: Path) -> 
                         f"has only {size} (0-{size - 1}); use its own tokenizer."
                     )
             statistics = counts if statistics is None else statistics + counts
+    for lm, dropped in zip(lms, not_rebuilt):
+        if dropped > DROPPED * len(window_document):
+            changes = (
+                f"the tokenizer of {lm.name} changes the text of {dropped} windows (as by lower "
+                f"case or unknown characters), which are left out; {len(window_document)} are kept"
+            )
+            if statistics is None:
+                raise UserError(f"No window can be read: {changes}; use other models or text.")
+            say(f"extract_activations: {changes}")
     if statistics is None:
         raise UserError("The text gave no window that every model can read; use other text.")
     rows = Rows(**{name: column.array() for name, column in columns.items()})

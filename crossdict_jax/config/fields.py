@@ -9,9 +9,9 @@ from typing import Any
 
 from crossdict_jax.config.rules import (
     ABOVE_0,
+    DOSE,
     DTYPES,
     FILLED,
-    NOT_0,
     ROWS_OR_0,
     SEARCH,
     SEED,
@@ -19,6 +19,7 @@ from crossdict_jax.config.rules import (
     SHARE_OR_0,
     SHARE_OR_0_OR_1,
     SHARE_OR_1,
+    SIGNED_DOSE,
     SITE_OR_NONE,
     SITES,
     TWO_OR_0,
@@ -246,7 +247,7 @@ class InterventionConfig:
     positions: str = choice("Where to edit; prompt: also all before", "firing", "prompt")
     span: str = choice("Tokens of a span to edit", "last", "whole")
     norm: str = choice(NORM, "residual", "feature", "mapped")
-    alphas: Numbers = setting((0.05, 0.1, 0.2, 0.4, 0.8), "Doses; the middle one counts", ABOVE_0)
+    alphas: Numbers = setting((0.05, 0.1, 0.2, 0.4, 0.8), "Doses; the middle one counts", DOSE)
 
 
 @dataclass
@@ -273,7 +274,7 @@ class SteerConfig:
     feature: int = setting(-1, "Number of the source feature; -1: by search", at_least(-1))
     search: str = setting("", "Text around which to look for features that fire", SEARCH)
     map: str = setting("ridge", "What gives the direction", one_of("match", *map_kinds()))
-    alphas: Numbers = setting((0.2, 0.4), "Doses; below 0: against the feature", NOT_0)
+    alphas: Numbers = setting((0.2, 0.4), "Doses; below 0: against the feature", SIGNED_DOSE)
     norm: str = choice(NORM, "residual", "feature", "mapped")
     prompts: str = setting("", "One text, or a .txt file of one a line; blank: test documents")
     samples: int = setting(8, "Texts per prompt; at temperature 0 there is one", at_least(1))

@@ -325,7 +325,8 @@ def from_arrays(
 ) -> Dictionary:
     """Returns the dictionary of a class with these parameters, in raw units."""
     for name, array in arrays.items():
-        if not np.isfinite(array).all() and name != "threshold":  # that of a dead feature may be
+        dead = (array == np.inf) & (name == "threshold")  # features have one of infinity
+        if not (np.isfinite(array) | dead).all():
             raise UserError(
                 f"{name} of a {kind.__name__} dictionary is not finite; look at its file."
             )

@@ -24,6 +24,7 @@ from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 from crossdict_jax.stats import Estimate, Resamples
 
 BLOCK = 2**19  # numbers compared at a time; twice as many, and glibc maps their memory anew
+LARGEST = 1e15  # a value whose squares float32 can add up
 DOCUMENTS = 256  # sums of documents, or of parts of them, that are kept before they are resampled
 MEAN = 1e-5  # a vector within this share of the mean's length from the mean is the mean
 ROUNDING = 1e-6  # a variance below this share of the second moment is float32 rounding
@@ -134,12 +135,15 @@ def transfer_metrics(
 
 
 def _checked(name: str, values, shape: tuple[int, ...] | None = None, meaning: str = "") -> Any:
-    """``values`` as float32 or float64; UserError if not finite, or of another shape."""
+    """``values`` as float32 or float64; UserError if above LARGEST, or of another shape."""
     values = np.asarray(values)
     if values.dtype not in (np.float32, np.float64):
         values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise UserError(f"{name} holds NaN or infinite values; look at what made it.")
+    if not np.maximum(values.max(initial=0), -values.min(initial=0)) <= LARGEST:  # NaN is not
+        raise UserError(
+            f"{name} holds NaN or infinite values, or some above {LARGEST:g}, whose squares "
+            "overflow; look at what made it."
+        )
     if shape is not None and values.shape != shape:
         raise UserError(f"{name} has shape {list(values.shape)}, not {list(shape)} ({meaning}).")
     return values

@@ -19,7 +19,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LARGEST, LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 from crossdict_jax.modules import plain
-from crossdict_jax.workdir import as_float32, read_object, read_tensors, understood
+from crossdict_jax.workdir import as_float32, inside, read_object, read_tensors, understood
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -153,7 +153,9 @@ def read_config(raw: dict) -> ModelConfig:
         raise UserError(f"rope_scaling {rope!r} must be a JSON object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"rope type {kind!r} is not implemented, only 'default'.")
+        raise UserError(
+            f"rope type {kind!r} is not implemented, only 'default'; choose another model."
+        )
     raw["rope_parameters"] = rope
     for alias, key in family.SPELLINGS.items():
         if alias in raw and raw.setdefault(key, raw[alias]) != raw[alias]:
@@ -206,13 +208,16 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
     """{our name: float32 array} for every {our name: shape}, each found exactly once."""
     prefix = _family(config.model_type).PREFIX
     table = _table(config)
+    anew = {"lm_head.weight": ("W_U", True)}  # as transformers 5 names every head that it makes
     weights, tied_head = {}, None
     for file, in_file, value in _tensors(folder):
-        name, transposed = table.get(in_file) or table.get(prefix + in_file) or (None, False)
+        ours = table.get(in_file) or table.get(prefix + in_file) or anew.get(in_file)
+        name, transposed = ours or (None, False)
         is_tied_head = name == "W_U" and config.tied
         if name not in shapes and not is_tied_head:
             raise UserError(
-                f"{folder} holds the unknown weight {in_file!r}; nothing here reads it."
+                f"{folder} holds the unknown weight {in_file!r}, which may change the maths; "
+                f"is it a {config.model_type} as config.json says?"
             )
         value = as_float32(value, in_file, file)
         # Embeddings spoil rows of their own alone: extract.nonfinite leaves those out.
@@ -235,7 +240,9 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
     missing = [name for name, (ours, _) in table.items() if ours in set(shapes) - set(weights)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks the weight {missing[0]!r}{more}.")
+        raise UserError(
+            f"{folder} lacks the weight {missing[0]!r}{more}; copy all of its files again."
+        )
     if tied_head is not None and not np.array_equal(tied_head, np.asarray(weights["W_E"])):
         raise UserError(
             f"{folder} holds a head that differs from its embedding, but config.json ties them; "
@@ -260,8 +267,8 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
             "again with transformers, which writes safetensors."
         )
     for name in names:
-        file = folder / name
-        if Path(name).name != name or not os.path.isfile(file):
+        file = inside(folder, folder / name)
+        if not os.path.isfile(file):
             raise UserError(
                 f"{folder} lacks the shard {name!r} that its index names; copy it again."
             )

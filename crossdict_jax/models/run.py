@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from crossdict_jax import modules
+from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import (
     KINDS,
     LanguageModel,
@@ -361,6 +362,8 @@ class Runner:
             loss, *clean = self.dispatch(_clean, tokens, read, static=(sites[0], step))
             arrays = tokens, read, *clean
             ce["clean"][index] = np.asarray(loss)[real]
+            if not np.isfinite(ce["clean"][index]).all():
+                raise UserError(f"The logits of {self.name} overflow; copy its weights again.")
             source = passages.sources(batch.texts, batch.tokens.shape)
             edited = source >= 0
             for name, by_site in replacements.items():

@@ -88,8 +88,7 @@ def _first(file: Path) -> Arrays:
 
 def _second(file: Path) -> tuple[Arrays, bool]:
     """Returns the arrays of the second Gemma Scope, and whether it is a transcoder."""
-    config = file.with_name(CONFIG)
-    said = read_object(config) if config.is_file() else {}
+    said = read_object(config := file.with_name(CONFIG))  # alone tells what is a transcoder
     arrays = {n.replace("w_", "W_"): array for n, array in read_tensors(file)}
     reads, writes = hooks = [said.get(f"hf_hook_point_{way}") for way in ("in", "out")]
     transcodes = bool(writes) and reads != writes

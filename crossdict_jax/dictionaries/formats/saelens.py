@@ -21,7 +21,7 @@ from crossdict_jax.dictionaries.folders import (
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
-from crossdict_jax.workdir import check_space, read_object, read_tensors, write_json
+from crossdict_jax.workdir import check_space, read_object, read_tensors, say, write_json
 
 TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -32,6 +32,7 @@ OURS |= dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "jumprelu")  # of u
 OURS |= dict.fromkeys(("transcoder", "skip_transcoder"), "relu")
 OURS |= dict.fromkeys(("jumprelu_transcoder", "jumprelu_skip_transcoder"), "jumprelu")
 TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
+FOLDED = "expected_average_only_in"  # a scale, unless it stands in SCALER
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 # How the model was loaded: with its writes into the residual stream centred, or in ways that leave
 # the activations at our sites as they are.
@@ -65,8 +66,7 @@ def load(path: str) -> Dictionary:
     shapes |= {"W_skip": (d_out, d_model)} if "skip" in theirs else {}
     shapes |= {"topk_threshold": ()} if batch else {}
     arrays = check_arrays(dict(read_tensors(folder / WEIGHTS)), shapes, folder / WEIGHTS)
-    # expected_average_only_in is folded already, or stands in activation_scaler.json.
-    norms = ("none", "expected_average_only_in", *NORMS)
+    norms = ("none", FOLDED, *NORMS)
     norm, scale = config.get("normalize_activations") or "none", 1.0
     if norm not in norms:
         raise UserError(f"{file}: normalize_activations={norm!r} must be {', '.join(norms)}.")
@@ -92,6 +92,12 @@ def load(path: str) -> Dictionary:
             scale = 1.0
         if type(scale) not in (int, float) or not 0 < scale < float("inf"):
             raise UserError(f"{scaler}: scaling_factor={scale!r} must be a number above 0.")
+    elif norm == FOLDED:
+        say(
+            f"{file}: normalize_activations={norm!r} is taken to be folded into the weights, as "
+            f"SAELens does. Some old ones are not, and have a high fvu: put {SCALER} beside it, "
+            '{"scaling_factor": sqrt(d_in) / mean norm of the activations}.'
+        )
     if not transcodes:
         arrays = _folded(arrays, config, theirs, scale)
     # What SAELens itself leaves undone, or does not do, is refused.
@@ -151,7 +157,7 @@ def _as_6(config: dict[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: activation_fn={function!r} and architecture={theirs!r} contradict each other "
             "or are not supported, only relu, or topk with its k and standard or topk; correct one."
         )
-    flag = {True: "expected_average_only_in", False: "none"}
+    flag = {True: FOLDED, False: "none"}
     if isinstance(norm := config.get("normalize_activations"), bool):
         config["normalize_activations"] = flag[norm]
     return config
