@@ -263,6 +263,7 @@ def test_what_cannot_work_or_be_read_is_refused_in_one_line(tmp_path):
     refused("is no crosscoder", crosscoder.load, tmp_path / "nowhere")
     checkpoint.save(tmp_path / "d", params={"a": np.zeros(2)}, meta={"architecture": "topk"})
     refused("another checkpoint", crosscoder.load, tmp_path / "d")
+    refused("checkpoint 0 already", checkpoint.save, tmp_path / "d", params={"a": np.zeros(2)})
     large = dataclasses.replace(TINY, batch_size=128)
     words = "sae.batch_size=128 is more than the 96"
     refused(words, fit_crosscoders, [tiny_rows()], large, directory=tmp_path)

@@ -56,15 +56,20 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
     """Writes pytrees (``params=``, ``train=``) and ``meta`` (JSON) as checkpoint ``step``.
 
     Older checkpoints are deleted once the new one is sealed.
+
+    Raises:
+      UserError: there is no space, or this step is there already (orbax would keep the old one).
     """
     directory, trees = Path(directory), jax.tree.map(np.asarray, trees)
+    if (new := directory / f"{step}.sha256.json").is_file():
+        raise UserError(f"{directory} holds checkpoint {step} already; delete it or go elsewhere.")
     for path in directory.glob("*"):
         if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
             shutil.rmtree(path)  # a kill left it half written
     # Checked first: orbax's threads print their own tracebacks when they fail.
     check_space(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + OVERHEAD)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    items["meta"], new = ocp.args.JsonSave(meta or {}), directory / f"{step}.sha256.json"
+    items["meta"] = ocp.args.JsonSave(meta or {})
     try:
         with ocp.CheckpointManager(directory.absolute(), options=OPTIONS) as manager:
             manager.save(step, args=ocp.args.Composite(**items))
