@@ -345,7 +345,8 @@ def test_weights_that_do_not_fit(change, message, tmp_path):
         ("model.safetensors", CUT_SHORT, "is damaged"),
         ("model.safetensors.index.json", b'{"weight_map": []}', "holds no weight_map"),
         ("model.safetensors.index.json", SHARDED, "lacks the shard 'model-00001-of-00002"),
-        ("model.safetensors.index.json", b'{"weight_map": {"x": "../y"}}', "leads out of"),
+        ("model.safetensors.index.json", b'{"weight_map": {"x": "/etc/passwd"}}', "leads out"),
+        ("model.safetensors.index.json", rb'{"weight_map": {"x": "a\u0000"}}', "lacks the shard"),
     ],
 )
 def test_files_that_are_missing_or_damaged(file, content, message, tmp_path):

@@ -144,8 +144,7 @@ def _target_rows(target: Target, groups: Groups, progress) -> dict[tuple[Site, .
     """The rows of the controls and of every bundle, by sites."""
     effects: dict[tuple, Effect] = {}
     for tasks in _portions(target, groups):
-        effects |= _effects(target, groups, tasks, controls=not effects)
-        progress.update(sum(bundle[0] in tasks for b in groups.values() for bundle in b))
+        effects |= _effects(target, groups, tasks, progress, controls=not effects)
     rows = {}
     for sites, bundles in groups.items():
         references = {control: effects[sites, control] for control in CONTROLS}
@@ -159,18 +158,20 @@ def _target_rows(target: Target, groups: Groups, progress) -> dict[tuple[Site, .
     return rows
 
 
-def _effects(target: Target, groups: Groups, tasks: list[Task], *, controls: bool) -> dict:
+def _effects(target: Target, groups: Groups, tasks: list[Task], progress, *, controls) -> dict:
     """{(sites, control or (bundle, form)): effect} of the bundles of some tasks."""
     effects, runner = {}, target.run.runner(target.name)
     predicted = {(task, form): x for task in tasks for form, x in target.predicted(task)}
     for sites, bundles in groups.items():
         edited = tuple(target.edited[site] for site in sites)
         values = target.controls(sites) if controls else {}
-        for bundle in (b for b in bundles if b[0] in tasks):
+        ready = [bundle for bundle in bundles if bundle[0] in tasks]
+        for bundle in ready:
             for form in _forms(bundle[0], target.run.store):
                 values[bundle, form] = {at: predicted[t, form] for at, t in zip(edited, bundle)}
-        made = runner.splice(target.passages, edited, values)
+        made = runner.splice(target.passages, edited, values) if values else {}
         effects |= {(sites, name): effect for name, effect in made.items()}
+        progress.update(len(ready))
     return effects
 
 

@@ -267,11 +267,11 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, np.ndarray]]:
             "again with transformers, which writes safetensors."
         )
     for name in names:
-        file = inside(folder, folder / name)
+        file = folder / name
         if not os.path.isfile(file):
             raise UserError(
                 f"{folder} lacks the shard {name!r} that its index names; copy it again."
             )
-        for weight, value in read_tensors(file):
+        for weight, value in read_tensors(inside(folder, file)):
             if not f".{weight}".endswith(BUFFERS):
                 yield file, weight, value
