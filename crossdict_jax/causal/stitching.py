@@ -104,14 +104,14 @@ class Target:
         self.draws = stats.draw(documents, count=count, seed=seed)
         sites = run.store.sites_of(name)
         self.edited = {site: run.store.output_of(name, site)[1] for site in sites}
-        self._sides: dict[tuple, Side] = {}
+        self._sides: dict[tuple, dict[str, Side]] = {}
 
     def side(self, model: str, site: Site, pairing: str = "aligned") -> Side:
         """A model's side of the text; shuffled: in a random order across documents."""
         if (model, site) not in self._sides:
             side = self.run.side(model, site, self.passages.rows)
             order = stats.generator(self.run.config.seed).permutation(len(side.x))
-            self._sides[model, site] = {"aligned": side, "shuffled": side.take(order)}
+            self._sides[model, site] = {"aligned": side, "shuffled": side.reordered(order)}
         return self._sides[model, site][pairing]
 
     def controls(self, sites: tuple[Site, ...]) -> dict[str, dict[Site, np.ndarray]]:

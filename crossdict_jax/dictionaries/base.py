@@ -325,8 +325,7 @@ def from_arrays(
 ) -> Dictionary:
     """Returns the dictionary of a class with these parameters, in raw units."""
     for name, array in arrays.items():
-        dead = (array == np.inf) & (name == "threshold")  # features have one of infinity
-        if not (np.isfinite(array) | dead).all():
+        if not is_finite(name, array):
             raise UserError(
                 f"{name} of a {kind.__name__} dictionary is not finite; look at its file."
             )
@@ -335,6 +334,11 @@ def from_arrays(
     graphdef, _ = modules.abstract(lambda: kind(**shape, rngs=nnx.Rngs(params=0)))
     filled = {"scale": np.ones(())} | ({"scale_out": np.ones(())} if transcodes else {}) | arrays
     return modules.merge(graphdef, {n: jnp.asarray(a, jnp.float32) for n, a in filled.items()})
+
+
+def is_finite(name: str, array: np.ndarray) -> bool:
+    """Whether all values are finite; a threshold may be infinite, as that of a dead feature."""
+    return bool((np.isfinite(array) | ((array == np.inf) & (name == "threshold"))).all())
 
 
 def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> None:

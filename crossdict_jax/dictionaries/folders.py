@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from crossdict_jax.dictionaries.base import is_finite
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import KINDS, Site
 from crossdict_jax.workdir import as_float32
@@ -75,8 +76,7 @@ def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
     """Returns arrays as float32; they must be exactly those of ``shapes``.
 
     A ``scaling_factor`` of ones, which SAELens once wrote, is left out. UserError: an array is
-    missing or unknown, has another shape, is not of floats, or holds NaN or infinity (a threshold
-    of infinity is that of a dead feature).
+    missing or unknown, has another shape, is not of floats, or is not finite (``is_finite``).
     """
     arrays = {n: a for n, a in arrays.items() if n != "scaling_factor" or not np.all(a == 1)}
     missing, unknown = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
@@ -91,8 +91,7 @@ def check_arrays(arrays: Arrays, shapes: Shapes, file: Path) -> Arrays:
                 "cfg.json or the weights are of another dictionary."
             )
         arrays[name] = as_float32(arrays[name], name, file)
-        dead = (arrays[name] == np.inf) & (name == "threshold")
-        if not (np.isfinite(arrays[name]) | dead).all():
+        if not is_finite(name, arrays[name]):
             raise UserError(f"{file}: {name} holds NaN or infinity; copy it again.")
     return arrays
 

@@ -1,6 +1,7 @@
 """SAELens folders, in (3 to 6) and out (6): cfg.json and sae_weights.safetensors."""
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ OURS |= dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "jumprelu")  # of u
 OURS |= dict.fromkeys(("transcoder", "skip_transcoder"), "relu")
 OURS |= dict.fromkeys(("jumprelu_transcoder", "jumprelu_skip_transcoder"), "jumprelu")
 TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
-FOLDED = "expected_average_only_in"  # a scale, unless it stands in SCALER
+FOLDED = "expected_average_only_in"  # a scale within the weights, unless it stands in SCALER
+say_once = cache(say)  # several stages read a folder
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 # How the model was loaded: with its writes into the residual stream centred, or in ways that leave
 # the activations at our sites as they are.
@@ -93,10 +95,11 @@ def load(path: str) -> Dictionary:
         if type(scale) not in (int, float) or not 0 < scale < float("inf"):
             raise UserError(f"{scaler}: scaling_factor={scale!r} must be a number above 0.")
     elif norm == FOLDED:
-        say(
+        mend = f'put {SCALER} beside it, {{"scaling_factor": sqrt(d_in) / mean norm of the rows}}'
+        say_once(
             f"{file}: normalize_activations={norm!r} is taken to be folded into the weights, as "
-            f"SAELens does. Some old ones are not, and have a high fvu: put {SCALER} beside it, "
-            '{"scaling_factor": sqrt(d_in) / mean norm of the activations}.'
+            "SAELens does. Some old ones are not, and have a high fvu: "
+            f"{'train another' if transcodes else mend}."
         )
     if not transcodes:
         arrays = _folded(arrays, config, theirs, scale)
