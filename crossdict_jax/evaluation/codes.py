@@ -43,9 +43,10 @@ def correlations(a: Codes, b: Codes) -> Iterator[tuple[slice, np.ndarray]]:
         x = sparse.csr_array(columns[:, at])
         of_a = Moments.of(x)
         if few:
-            products = (columns[:, at].T @ b).toarray()
-            products -= (a.shape[0] * of_a.mean[:, None] * of_b.mean[None, :]).astype(np.float32)
+            products = (columns[:, at].T.astype(np.float64) @ b).toarray()  # float32 would cancel
+            products -= a.shape[0] * of_a.mean[:, None] * of_b.mean[None, :]
             products *= of_a.scale[:, None] * of_b.scale[None, :]
+            products = products.astype(np.float32)
         else:
             products = 0.0
             for rows in slices(a.shape[0], ROWS):
